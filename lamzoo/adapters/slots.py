@@ -1,0 +1,101 @@
+"""What every adapter tells of its host: the attention layers that can carry a mask; knows no host library."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from lamzoo.lam import Lam, SharedState
+from lamzoo.lam.tables import Grid
+
+HostModule = TypeVar("HostModule", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One attention layer of a host that can carry a mask.
+
+    Attributes:
+        path: of the attention module in the model, such as ``"blocks.3.attn"``.
+        stack: layers with the same value belong together: with ``layers="single"`` they share one mask.
+        query_dim: width of the tokens that ask.
+        key_dim: width of the tokens that are attended to.
+        num_heads: attention heads.
+        like: a parameter whose device and dtype the mask network takes.
+        attach: puts the mask into the host.
+        length: key positions, prefix tokens included, where the host knows them.
+        num_prefix_tokens: class and register tokens at the start.
+        grid: ``(rows, columns)`` of the patches behind them; ``None`` for a sequence.
+        watch_grid: registers the hook that begins a pass with its patch grid; given the stack's state.
+        no_positions: why the layer can't have a mask over key positions, where that is so.
+    """
+
+    path: str
+    stack: str
+    query_dim: int
+    key_dim: int
+    num_heads: int
+    like: torch.Tensor
+    attach: Callable[[Lam], None]
+    length: int | None = None
+    num_prefix_tokens: int = 0
+    grid: Grid | None = None
+    watch_grid: Callable[[SharedState], None] | None = None
+    no_positions: str | None = None
+
+
+class SharedStateHook:
+    """A forward pre-hook that works for a stack's shared state; :func:`lamzoo.remove_lam` knows it by this class."""
+
+    def __init__(self, shared: SharedState) -> None:
+        self.shared = shared
+
+
+class EnterBlock(SharedStateHook):
+    """Forward pre-hook of a block: lets a recomputation of the block find the pass that it belongs to."""
+
+    def __call__(self, block: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and isinstance(args[0], torch.Tensor):
+            self.shared.enter(args[0])
+
+
+class HostTakeover(nn.Module):
+    """An attention layer that takes over the parameters, submodules, hooks and attributes of a host's own.
+
+    Parameter names stay those of the host, and :meth:`release` gives the original class back.
+    """
+
+    lam: Lam
+    host_class: type[nn.Module]
+
+    @classmethod
+    def take_over(cls, host: nn.Module, lam: Lam) -> HostTakeover:
+        """Returns a new module that shares the host's parameters and carries ``lam``; the host is left as it is."""
+        module = _with_state_of(cls, host)
+        module.host_class = type(host)
+        module.lam = lam
+        return module
+
+    def release(self) -> nn.Module:
+        """Returns a module of the host's own class that shares the parameters, without the mask."""
+        host = _with_state_of(self.host_class, self)
+        del host.host_class, host.lam
+        return host
+
+
+def _with_state_of(cls: type[HostModule], source: nn.Module) -> HostModule:
+    # The dictionaries of parameters, submodules and hooks are copied, so that neither module sees later changes
+    # of the other; the tensors and submodules in them are shared.
+    module = cls.__new__(cls)
+    module.__dict__.update({k: v.copy() if isinstance(v, dict) else v for k, v in source.__dict__.items()})
+    return module
+
+
+def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
+    """Puts ``new`` where ``model.get_submodule(path)`` is now."""
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, new)

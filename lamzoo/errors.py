@@ -1,0 +1,57 @@
+"""Every exception that lamzoo raises on purpose; each message is one sentence that names the culprit and the way out."""
+
+
+class LamzooError(Exception):
+    """Base of all errors that a user can put right; the command line prints it as one line and exits with 2."""
+
+
+class ConfigError(LamzooError, ValueError):
+    """A :class:`~lamzoo.LamConfig` field, or a combination of fields, that means nothing."""
+
+
+class MaskShapeError(LamzooError, ValueError):
+    """Mask factors whose shapes or dtypes do not fit the queries and keys."""
+
+
+class UnsupportedHostError(LamzooError, TypeError):
+    """A model, or a block of it, that no adapter can serve."""
+
+
+class RegistryError(LamzooError):
+    """A registry card or plug-in that cannot be read."""
+
+
+class UnknownModelError(RegistryError, LookupError):
+    """A model name or tag that is not registered; the message lists the closest ones."""
+
+
+class DuplicateModelError(RegistryError, ValueError):
+    """Two registrations of one model name."""
+
+
+class WeightsError(LamzooError):
+    """Weights that cannot be used."""
+
+
+class WeightsNotFoundError(WeightsError, FileNotFoundError):
+    """Weights that are neither bundled, cached nor to be downloaded from here."""
+
+
+class HashMismatchError(WeightsError):
+    """A file whose sha256 is not the one its card promises."""
+
+
+class UnsafeWeightsError(WeightsError):
+    """A pickle where only safetensors are accepted."""
+
+
+class StateDictError(WeightsError):
+    """A state dict whose keys or shapes do not fit the model."""
+
+
+class RecipeError(LamzooError, ValueError):
+    """A training recipe with an unknown key, a wrong type or an impossible value."""
+
+
+class DataError(LamzooError):
+    """A data set, image or folder that cannot be read."""

@@ -1,0 +1,20 @@
+"""Learnable attention masks: configuration, factored masks, mask networks and attention; knows torch and no model."""
+
+from lamzoo.lam.attention import lam_attention
+from lamzoo.lam.config import LamConfig
+from lamzoo.lam.kernels import available_backends
+from lamzoo.lam.layer import Lam, MaskRecord, SharedState
+from lamzoo.lam.masks import FactoredMask, MaskNetwork
+from lamzoo.lam.tables import resize_table
+
+__all__ = [
+    "FactoredMask",
+    "Lam",
+    "LamConfig",
+    "MaskNetwork",
+    "MaskRecord",
+    "SharedState",
+    "available_backends",
+    "lam_attention",
+    "resize_table",
+]

@@ -1,0 +1,67 @@
+"""The readable reference: masked attention written out, with the dense mask and the attention weights in memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lamzoo.lam.config import Op
+from lamzoo.lam.masks import FactoredMask
+
+
+def eager(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: FactoredMask,
+    *,
+    op: Op,
+    allowed: Tensor | None,
+    bias: Tensor | None,
+    is_causal: bool,
+    dropout_p: float,
+    scale: float,
+) -> Tensor:
+    """Masked attention through the dense mask; shapes as in :func:`lamzoo.lam.lam_attention`."""
+    weights = attention_weights(query, key, mask, op=op, allowed=allowed, bias=bias, is_causal=is_causal, scale=scale)
+    return F.dropout(weights, dropout_p) @ value if dropout_p else weights @ value
+
+
+def attention_weights(
+    query: Tensor,
+    key: Tensor,
+    mask: FactoredMask,
+    *,
+    op: Op,
+    allowed: Tensor | None,
+    bias: Tensor | None,
+    is_causal: bool,
+    scale: float,
+) -> Tensor:
+    """Returns the softmax of the modulated scores, ``(B, H, Nq, Nk)``; rows with nothing allowed are zero."""
+    scores = (query * scale) @ key.mT
+    dense = mask.dense().to(scores.dtype)
+    scores = scores * dense if op == "mul" else scores + dense
+    if bias is not None:
+        bias = bias.to(scores.dtype)  # first, because float32's lowest numbers, used to forbid, become -inf in half
+        scores = scores + bias
+    allowed = merge_allowed(scores, allowed, bias, is_causal)
+    if allowed is None:
+        return scores.softmax(dim=-1)
+    # The lowest finite number rather than -inf: a row with nothing allowed would become NaN, and so its gradient.
+    weights = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min).softmax(dim=-1)
+    return weights.masked_fill(~allowed, 0.0)
+
+
+def merge_allowed(scores: Tensor, allowed: Tensor | None, bias: Tensor | None, is_causal: bool) -> Tensor | None:
+    """Joins the three ways of forbidding attention into one boolean tensor, or None where nothing is forbidden."""
+    parts = [] if allowed is None else [allowed]
+    if bias is not None:
+        parts.append(bias != -torch.inf)
+    if is_causal:
+        parts.append(torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril())
+    merged = None
+    for part in parts:
+        merged = part if merged is None else merged & part
+    return merged

@@ -1,0 +1,83 @@
+"""The mask folded exactly into queries and keys, so that torch's fused attention serves it unchanged."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lamzoo.lam.config import Op
+from lamzoo.lam.masks import FactoredMask
+
+
+def sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: FactoredMask,
+    *,
+    op: Op,
+    allowed: Tensor | None,
+    bias: Tensor | None,
+    is_causal: bool,
+    dropout_p: float,
+    scale: float,
+) -> Tensor:
+    """Masked attention through ``F.scaled_dot_product_attention``; shapes as in :func:`lamzoo.lam.lam_attention`."""
+    wide_query, wide_key = fold(query, key, mask, op=op, scale=scale)
+    # On the CPU a value whose width isn't the query's silently leaves the fused kernel.
+    width = max(wide_query.shape[-1], value.shape[-1])
+    attn_mask = _attn_mask(query, key, allowed, bias, is_causal)
+    out = F.scaled_dot_product_attention(
+        _widen(wide_query, width),
+        _widen(wide_key, width),
+        _widen(value, width),
+        attn_mask=attn_mask,
+        dropout_p=dropout_p,
+        is_causal=is_causal and attn_mask is None,
+        scale=scale,
+    )
+    return out[..., : value.shape[-1]]
+
+
+def fold(query: Tensor, key: Tensor, mask: FactoredMask, *, op: Op, scale: float) -> tuple[Tensor, Tensor]:
+    """Returns a wider query and key whose scaled product is the modulated score.
+
+    Multiplicative, ``(q . k) (l . r) = sum_i (l_i q) . (r_i k)``: the head dim grows to ``d R``.
+    Additive, ``scale (q . k) + l . r = scale [q, l / scale] . [k, r]``: it grows to ``d + R``.
+
+    Args:
+        query: ``(B, H, Nq, d)``.
+        key: ``(B, H, Nk, d)``.
+        mask: factors of rank R.
+        op: how the mask acts.
+        scale: of the scores, positive.
+
+    Returns:
+        Query and key, ``(B, H, Nq | Nk, d R | d + R)``, in the dtypes of the inputs.
+    """
+    left, right = mask.left.to(query.dtype), mask.right.to(key.dtype)
+    if op == "mul":
+        return (
+            (query.unsqueeze(-2) * left.unsqueeze(-1)).flatten(-2),
+            (key.unsqueeze(-2) * right.unsqueeze(-1)).flatten(-2),
+        )
+    left = (left / scale).expand(*query.shape[:-1], -1)
+    right = right.expand(*key.shape[:-1], -1)
+    return torch.cat([query, left], dim=-1), torch.cat([key, right], dim=-1)
+
+
+def _widen(x: Tensor, width: int) -> Tensor:
+    return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))  # F.pad by nothing would copy
+
+
+def _attn_mask(
+    query: Tensor, key: Tensor, allowed: Tensor | None, bias: Tensor | None, is_causal: bool
+) -> Tensor | None:
+    if is_causal and (allowed is not None or bias is not None):  # SDPA takes either the flag or a mask
+        causal = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+        allowed = causal if allowed is None else allowed & causal
+    if bias is None:
+        return None if allowed is None else torch.atleast_2d(allowed)  # SDPA takes no vectors
+    bias = torch.atleast_2d(bias.to(query.dtype))
+    return bias if allowed is None else bias.masked_fill(~allowed, -torch.inf)

@@ -1,0 +1,222 @@
+"""The module that an attention layer carries as ``.lam``: its mask network, what it shares with other layers, and a recorder."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from lamzoo.errors import ConfigError
+from lamzoo.lam.attention import check_inputs, lam_attention
+from lamzoo.lam.config import LamConfig
+from lamzoo.lam.kernels.eager import attention_weights
+from lamzoo.lam.masks import FactoredMask, MaskNetwork
+from lamzoo.lam.tables import Grid
+
+
+@dataclass
+class MaskRecord:
+    """What one attention layer did in one forward pass.
+
+    Attributes:
+        mask: the factors of M.
+        attention: softmax weights under the mask, ``(B, H, Nq, Nk)``, detached.
+        importance: mean mask value of each key, ``(B, Hm, Nk)``, detached.
+    """
+
+    mask: FactoredMask
+    attention: Tensor
+    importance: Tensor
+
+
+@dataclass(frozen=True)
+class StackPass:
+    """What one forward pass of a stack knows: the patch grid of its input, and the mask that its layers share.
+
+    Attributes:
+        grid: ``(rows, columns)`` of the patches, where a host has them.
+        mask: the first layer's, with ``layers="single"``.
+        backward: id of the backward pass in which this pass ran (again), -1 outside of any.
+    """
+
+    grid: Grid | None = None
+    mask: FactoredMask | None = None
+    backward: int = -1
+
+
+class SharedState:
+    """What the layers of one stack hand each other during a forward pass.
+
+    Each thread has a pass of its own, because ``nn.DataParallel`` runs its replicas in threads over one such object.
+    Gradient checkpointing runs a block once more during the backward pass, perhaps after other inputs went through
+    the model; :meth:`enter` recognises the block's input and brings its pass back. Copies and pickles start empty.
+    """
+
+    def __init__(self) -> None:
+        self._passes: dict[int, StackPass] = {}
+        self._pass_of_input = WeakTensorKeyDictionary()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]
+
+    @property
+    def current(self) -> StackPass:
+        """The pass that this thread is in; an empty one where none began."""
+        here = self._passes.get(_thread())
+        return here if here is not None and here.backward == _backward() else StackPass()
+
+    def begin(self, grid: Grid | None = None, mask: FactoredMask | None = None) -> None:
+        """Starts a pass, or restates the current one."""
+        self._passes[_thread()] = StackPass(grid, mask, _backward())
+
+    def end(self) -> None:
+        """Forgets the current pass, and with it the graph that its mask holds."""
+        self._passes.pop(_thread(), None)
+
+    def enter(self, tokens: Tensor) -> None:
+        """Notes that a block begins to work on ``tokens``, and in a recomputation returns to the pass they belong to."""
+        if torch.compiler.is_compiling():  # the compiler recomputes in its own graph
+            return
+        if _backward() == -1:
+            self._pass_of_input[tokens] = self.current
+        elif tokens in self._pass_of_input:
+            then = self._pass_of_input[tokens]
+            self.begin(then.grid, then.mask)
+
+
+@torch.compiler.assume_constant_result  # compiled code only ever keeps a pass while it runs in one thread
+def _thread() -> int:
+    return threading.get_ident()
+
+
+def _backward() -> int:
+    return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
+
+
+class Lam(nn.Module):
+    """The learnable attention mask of one layer.
+
+    Args:
+        config: what the mask is made of.
+        network: this layer's mask network; ``None`` for a layer that uses the first layer's mask
+            (``layers="single"``).
+        shared: the state of the stack that the layer belongs to.
+        is_last: whether the stack ends here.
+    """
+
+    def __init__(
+        self, config: LamConfig, network: MaskNetwork | None, shared: SharedState, is_last: bool = False
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.network = network
+        self.shared = shared
+        self.is_last = is_last
+        self.backend = "auto"
+        self.recorder: Callable[[MaskRecord], None] | None = None
+
+    def forward(self, query_tokens: Tensor, key_tokens: Tensor) -> FactoredMask:
+        """Returns the mask of these tokens.
+
+        Args:
+            query_tokens: ``(B, Nq, C)``.
+            key_tokens: ``(B, Nk, C)``; the same tensor in self-attention.
+
+        Returns:
+            Factors ``(B, Hm, Nq, rank + 1)`` and ``(B | 1, Hm, Nk, rank + 1)``.
+
+        Raises:
+            ConfigError: the layer shares the first layer's mask, which is not at hand.
+        """
+        here = self.shared.current
+        if self.network is None:
+            if here.mask is None:
+                raise ConfigError(
+                    "A layer with layers='single' has no mask to share: either the stack did not run from its first "
+                    "masked layer on, or reentrant gradient checkpointing, which cuts the mask's gradient, reran it; "
+                    "use layers='multi'."
+                )
+            mask = here.mask
+        else:
+            mask = self.network(query_tokens, key_tokens, here.grid)
+            if self.config.layers == "single" and not self.is_last:
+                self.shared.begin(here.grid, mask)
+        if self.is_last:
+            self.shared.end()
+        return mask
+
+    def attend(
+        self,
+        query_tokens: Tensor,
+        key_tokens: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        allowed: Tensor | None = None,
+        bias: Tensor | None = None,
+        is_causal: bool = False,
+        dropout_p: float = 0.0,
+        scale: float | None = None,
+    ) -> Tensor:
+        """Attention under this layer's mask; the arguments are those of :meth:`forward` and of ``lam_attention``.
+
+        While a recorder is set (see :func:`lamzoo.capture_masks`) the eager backend is used, since fused attention
+        has no weights to show.
+
+        Returns:
+            ``(B, H, Nq, dv)``, the dtype of ``query``.
+        """
+        if self.recorder is not None:
+            return self.attend_with_weights(
+                query_tokens, key_tokens, query, key, value,
+                allowed=allowed, bias=bias, is_causal=is_causal, dropout_p=dropout_p, scale=scale,
+            )[0]  # fmt: skip
+        return lam_attention(
+            query, key, value, self(query_tokens, key_tokens),
+            op=self.config.op, allowed=allowed, bias=bias, is_causal=is_causal, dropout_p=dropout_p, scale=scale,
+            backend=self.backend,
+        )  # fmt: skip
+
+    def attend_with_weights(
+        self,
+        query_tokens: Tensor,
+        key_tokens: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        allowed: Tensor | None = None,
+        bias: Tensor | None = None,
+        is_causal: bool = False,
+        dropout_p: float = 0.0,
+        scale: float | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """As :meth:`attend`, written out, for hosts that ask for the attention weights too.
+
+        Returns:
+            The output ``(B, H, Nq, dv)``, in the dtype of ``query``, and the weights ``(B, H, Nq, Nk)`` that made it,
+            after dropout.
+        """
+        mask = self(query_tokens, key_tokens)
+        check_inputs(query, key, mask, self.config.op, allowed, bias, scale)
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        weights = attention_weights(
+            query, key, mask, op=self.config.op, allowed=allowed, bias=bias, is_causal=is_causal, scale=scale
+        )
+        if self.recorder is not None:
+            detached = FactoredMask(mask.left.detach(), mask.right.detach())
+            self.recorder(MaskRecord(detached, weights.detach(), detached.importance()))
+        weights = torch.dropout(weights, dropout_p, dropout_p > 0)
+        return (weights @ value).to(query.dtype), weights
+
+    def extra_repr(self) -> str:
+        return "" if self.network is not None else "shares the first layer's mask"

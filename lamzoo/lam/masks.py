@@ -1,0 +1,217 @@
+"""The mask as two thin factors, and the networks that read tokens and return it; knows no model."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lamzoo.errors import ConfigError, MaskShapeError
+from lamzoo.lam.config import LamConfig
+from lamzoo.lam.tables import Grid, resize_table
+
+_SOFTPLUS_ONE = math.log(math.e - 1)  # softplus of this is 1
+
+
+class FactoredMask(NamedTuple):
+    """A mask ``M = left @ right.T`` over queries and keys, kept as its factors.
+
+    Attributes:
+        left: ``(B, Hm, Nq, R)``, float; ``Hm`` is 1 (shared by the heads) or the number of heads.
+        right: ``(B | 1, Hm, Nk, R)``, the dtype of ``left``.
+    """
+
+    left: Tensor
+    right: Tensor
+
+    def dense(self) -> Tensor:
+        """Returns ``M``, ``(B, Hm, Nq, Nk)``."""
+        return self.left @ self.right.mT
+
+    def importance(self, queries: Tensor | None = None) -> Tensor:
+        """Returns each key's mean mask value over the queries in O(N R), without building ``M``.
+
+        Args:
+            queries: bool ``(B, Nq)``, True for the queries that count; all of them by default.
+
+        Returns:
+            ``(B, Hm, Nk)``; zero for a sample in which no query counts.
+        """
+        if queries is None:
+            mean = self.left.mean(dim=2, keepdim=True)
+        else:
+            # Weights that sum to one, and a matmul: a plain sum over many queries could overflow in half precision.
+            weights = queries / queries.sum(dim=1, keepdim=True).clamp(min=1)
+            mean = weights[:, None, None, :].to(self.left.dtype) @ self.left
+        return (mean @ self.right.mT).squeeze(2)
+
+    def check(self, query: Tensor, key: Tensor) -> None:
+        """Checks that the factors fit ``query (B, H, Nq, d)`` and ``key (B, H, Nk, d)``.
+
+        Raises:
+            MaskShapeError: boolean factors, factors of two dtypes, or shapes that do not fit; names both.
+        """
+        for name, factor in zip(self._fields, self, strict=True):
+            if not factor.is_floating_point():
+                raise MaskShapeError(
+                    f"The {name} factor of a learnable mask is {factor.dtype}; a boolean or integer mask is no LAM mask, "
+                    "pass it as `allowed` (True = may attend)."
+                )
+            if factor.ndim != 4:
+                raise MaskShapeError(f"The {name} factor of a learnable mask has shape {tuple(factor.shape)}; it needs 4 dims.")
+        if self.left.dtype != self.right.dtype:
+            raise MaskShapeError(f"Mask factors left {self.left.dtype} and right {self.right.dtype} need one dtype.")
+        batch, heads, num_queries, _ = query.shape
+        (lb, lh, lq, lr), (rb, rh, rk, rr) = self.left.shape, self.right.shape
+        fits = lb in (1, batch) and rb in (1, batch) and lh in (1, heads) and rh in (1, heads) and lr == rr
+        if not (fits and lq == num_queries and rk == key.shape[2]):
+            raise MaskShapeError(
+                f"Mask factors left {tuple(self.left.shape)} and right {tuple(self.right.shape)} do not fit "
+                f"queries {tuple(query.shape)} and keys {tuple(key.shape)}; they need (B, 1|H, Nq, R) and (1|B, 1|H, Nk, R)."
+            )
+
+
+class PositionTable(nn.Module):
+    """The paper's last Linear, ``rank`` inputs and one output per key position, as a resizable table.
+
+    Args:
+        heads: number of masks, 1 or one per attention head.
+        length: key positions, prefix tokens included.
+        rank: inputs of the Linear.
+        num_prefix_tokens: class and register tokens at the start, never interpolated.
+        grid: ``(rows, columns)`` of the patches behind the prefix; ``None`` for a sequence.
+    """
+
+    def __init__(self, heads: int, length: int, rank: int, num_prefix_tokens: int = 0, grid: Grid | None = None) -> None:
+        super().__init__()
+        self.num_prefix_tokens = num_prefix_tokens
+        self.grid = grid
+        # Two parameters rather than one: optimisers leave those named `bias` out of the weight decay.
+        self.weight = nn.Parameter(torch.empty(heads, length, rank))
+        self.bias = nn.Parameter(torch.empty(heads, length))
+
+    def forward(self, length: int, grid: Grid | None = None) -> Tensor:
+        """Returns the weight with the bias as last column, ``(1, heads, length, rank + 1)``."""
+        table = torch.cat([self.weight, self.bias.unsqueeze(-1)], dim=-1)
+        table = resize_table(
+            table, length, num_prefix_tokens=self.num_prefix_tokens, old_grid=self.grid, new_grid=grid
+        )
+        return table.unsqueeze(0)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, num_prefix_tokens={self.num_prefix_tokens}, grid={self.grid}"
+
+
+class MaskNetwork(nn.Module):
+    """Reads tokens and returns the factors of their mask (arXiv 2406.02761, section 3).
+
+    ``left`` is the last hidden layer of a Linear + ReLU stack on the query tokens, with a constant 1 appended.
+    ``right`` is, with ``keys="position"``, the weight and bias of the paper's last Linear, so that
+    ``left @ right.T`` is exactly the paper's dense mask; with ``keys="content"`` it is the output of a second
+    stack on the key tokens.
+
+    ``sign="positive"`` passes ``right`` through softplus and divides ``left``, non-negative already, by its sum:
+    every mask value is then a convex mixture of the key side's values, and the constant column carries the
+    identity through any hidden activations.
+
+    Args:
+        config: what to build.
+        query_dim: width of the query tokens.
+        key_dim: width of the key tokens.
+        num_heads: heads of the attention it serves.
+        length: key positions of a ``"position"`` table; ``config.max_length`` where that is given.
+        num_prefix_tokens: class and register tokens among them, at the start.
+        grid: ``(rows, columns)`` of the patches behind them; ``None`` for a sequence.
+
+    Raises:
+        ConfigError: ``keys="position"`` and neither ``length`` nor ``config.max_length`` is known.
+    """
+
+    def __init__(
+        self,
+        config: LamConfig,
+        query_dim: int,
+        key_dim: int,
+        num_heads: int,
+        *,
+        length: int | None = None,
+        num_prefix_tokens: int = 0,
+        grid: Grid | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.heads = num_heads if config.heads == "per-head" else 1
+        self.query = _linear_relu(query_dim, *config.hidden, self.heads * config.rank)
+        if config.keys == "position":
+            if config.max_length is not None:
+                length, grid = config.max_length, (grid if length == config.max_length else None)
+            if length is None:
+                raise ConfigError("keys='position' needs a length and this model has none; set LamConfig.max_length.")
+            self.table = PositionTable(self.heads, length, config.rank, num_prefix_tokens, grid)
+        else:
+            key = _linear_relu(key_dim, *config.hidden)
+            key.append(nn.Linear(config.hidden[-1] if config.hidden else key_dim, self.heads * (config.rank + 1)))
+            self.key = key
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialises as ``config.init`` says: the neutral mask, or torch's default throughout."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                module.reset_parameters()
+        rank = self.config.rank
+        if self.config.keys == "position":
+            weight, bias = self.table.weight, self.table.bias
+        else:
+            last = self.key[-1]
+            weight, bias = last.weight, last.bias.unflatten(0, (self.heads, rank + 1))[:, -1]
+        with torch.no_grad():
+            if self.config.init == "identity":
+                nn.init.zeros_(weight)
+                if self.config.keys == "content":
+                    nn.init.zeros_(self.key[-1].bias)
+                nn.init.constant_(bias, 1.0 if self._starts_at_bias_one else 0.0)
+            elif self.config.keys == "position":  # nn.Linear's own default
+                bound = rank**-0.5
+                nn.init.uniform_(weight, -bound, bound)
+                nn.init.uniform_(bias, -bound, bound)
+
+    @property
+    def _starts_at_bias_one(self) -> bool:
+        # A positive mask has its neutral value at raw zero, through the shift inside the softplus.
+        return self.config.op == "mul" and self.config.sign == "free"
+
+    def forward(self, query_tokens: Tensor, key_tokens: Tensor, grid: Grid | None = None) -> FactoredMask:
+        """Returns the mask's factors.
+
+        Args:
+            query_tokens: ``(B, Nq, query_dim)``.
+            key_tokens: ``(B, Nk, key_dim)``; the same tensor in self-attention.
+            grid: the patch grid of the key tokens, where it may differ from the table's.
+
+        Returns:
+            Factors ``(B, Hm, Nq, rank + 1)`` and ``(B | 1, Hm, Nk, rank + 1)``.
+        """
+        hidden = self._split_heads(self.query(query_tokens))
+        left = F.pad(hidden, (0, 1), value=1.0)
+        if self.config.keys == "position":
+            right = self.table(key_tokens.shape[1], grid)
+        else:
+            right = self._split_heads(self.key(key_tokens))
+        if self.config.sign == "positive":
+            left = left / left.sum(dim=-1, keepdim=True)
+            right = F.softplus(right + _SOFTPLUS_ONE)
+        return FactoredMask(left, right.to(left.dtype))
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+def _linear_relu(*widths: int) -> nn.Sequential:
+    stack = nn.Sequential()
+    for inputs, outputs in zip(widths, widths[1:]):
+        stack.append(nn.Linear(inputs, outputs)).append(nn.ReLU())
+    return stack

@@ -1,0 +1,68 @@
+"""Resizing of tables over positions, the way timm resizes position embeddings; pure tensors in and out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lamzoo.errors import MaskShapeError
+
+Grid = tuple[int, int]
+
+
+def resize_table(
+    table: Tensor,
+    length: int,
+    *,
+    num_prefix_tokens: int = 0,
+    old_grid: Grid | None = None,
+    new_grid: Grid | None = None,
+) -> Tensor:
+    """Resizes a table over token positions to another number of positions.
+
+    The first ``num_prefix_tokens`` rows (class and register tokens) are kept as they are. The others are a
+    patch grid, resampled bicubically with antialiasing, or, without a grid, a sequence: a shorter one takes
+    its first rows, a longer one is interpolated linearly.
+
+    Args:
+        table: ``(H, N, R)``, any floating dtype; interpolated in float32 at least.
+        length: positions wanted, prefix tokens included.
+        num_prefix_tokens: rows at the start that are not positions.
+        old_grid: ``(rows, columns)`` of the table's patches; ``None`` for a sequence.
+        new_grid: ``(rows, columns)`` wanted; needed where ``old_grid`` is given and ``length`` differs.
+
+    Returns:
+        ``(H, length, R)``, the dtype of ``table``.
+
+    Raises:
+        MaskShapeError: the grids do not make up the lengths, or the new grid is unknown.
+    """
+    size = table.shape[1]
+    if old_grid is None:
+        if length <= size:
+            return table[:, :length]
+        prefix, positions = table[:, :num_prefix_tokens], table[:, num_prefix_tokens:]
+        if positions.shape[1] == 0:
+            raise MaskShapeError(f"A mask table of {size} prefix tokens alone cannot be resized to {length} tokens.")
+        resized = F.interpolate(_wide(positions).mT, size=length - num_prefix_tokens, mode="linear")
+        return torch.cat([prefix, resized.mT.to(table.dtype)], dim=1)
+    if size != num_prefix_tokens + old_grid[0] * old_grid[1]:
+        raise MaskShapeError(f"A mask table of {size} rows is not {num_prefix_tokens} prefix tokens and a {old_grid} grid.")
+    if length == size and new_grid in (None, old_grid):
+        return table
+    if new_grid is None or length != num_prefix_tokens + new_grid[0] * new_grid[1]:
+        raise MaskShapeError(
+            f"A mask over key positions made for {size} tokens ({num_prefix_tokens} prefix, grid {old_grid}) met "
+            f"{length} tokens, grid {new_grid}; use keys='content' where tokens are dropped or the grid is unknown."
+        )
+    prefix, patches = table[:, :num_prefix_tokens], table[:, num_prefix_tokens:]
+    # (H, R, rows, columns) in channels-last order, as timm has it: in the other order torch's antialiasing on the CPU
+    # repeats the first row when there is but one column (R, the rank and the bias, is 2 at least).
+    image = _wide(patches).unflatten(1, old_grid).permute(0, 3, 1, 2)
+    image = F.interpolate(image, size=new_grid, mode="bicubic", antialias=True)
+    return torch.cat([prefix, image.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)], dim=1)
+
+
+def _wide(table: Tensor) -> Tensor:
+    return table if table.dtype == torch.float64 else table.float()

@@ -1,0 +1,50 @@
+"""Vision transformers: timm's backbones with learnable masks, and the micro stem that timm has no name for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer_hybrid import ConvStem, HybridEmbed
+from torch import nn
+
+from lamzoo.adapters import add_lam
+from lamzoo.lam import LamConfig
+
+
+def lam_vit(config: dict[str, Any], *, lam: LamConfig | None, **overrides: Any) -> nn.Module:
+    """Builds a timm transformer, without weights, and gives it masks.
+
+    Args:
+        config: ``timm``: the name of a timm architecture; ``kwargs``: arguments for it.
+        lam: what the masks are made of; ``None`` leaves the plain backbone.
+        **overrides: timm model arguments (``num_classes``, ``img_size``, ``drop_path_rate``, ...), which win over
+            the config's.
+
+    Returns:
+        The timm model.
+    """
+    model = timm.create_model(config["timm"], pretrained=False, **{**config.get("kwargs", {}), **overrides})
+    return model if lam is None else add_lam(model, lam)
+
+
+def micro_vit(config: dict[str, Any], *, lam: LamConfig | None, **overrides: Any) -> nn.Module:
+    """Builds a small vision transformer for small images behind timm's convolutional stem.
+
+    Args:
+        config: arguments of timm's ``VisionTransformer``; ``patch_size`` must be 4, the stride of the stem.
+        lam: what the masks are made of; ``None`` leaves the plain backbone.
+        **overrides: further arguments, which win over the config's.
+
+    Returns:
+        A ``VisionTransformer`` whose ``patch_embed`` is a four-layer ``ConvStem``.
+    """
+    model = VisionTransformer(embed_layer=_stem, **{**config, **overrides})
+    return model if lam is None else add_lam(model, lam)
+
+
+def _stem(*, patch_size: int, in_chans: int, embed_dim: int, **kwargs: Any) -> HybridEmbed:
+    channels = (embed_dim // 4, embed_dim // 2, embed_dim, embed_dim)
+    stem = ConvStem(in_chans=in_chans, depth=4, channels=channels, kernel_size=3, stride=(1, 2, 2, 1))
+    return HybridEmbed(stem, patch_size=1, in_chans=in_chans, embed_dim=embed_dim, proj=False, **kwargs)
