@@ -1,0 +1,161 @@
+"""Turns a finished training run into zoo weights: a bfloat16 safetensors file, its model card, and its registry entry.
+
+    python benchmarks/publish.py runs/lam_vit_micro.cifar10 --tag cifar10 --split test
+
+The score in the card is that of the written file, read back. The registry entry is printed, for ``registry/*.toml``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+from pathlib import Path
+
+import timm
+import torch
+
+import lamzoo
+from lamzoo.cards import data_dir
+from lamzoo.data import create_dataset
+from lamzoo.evaluation import evaluate
+from lamzoo.weightfiles import write_state_dict
+
+_CARD = """\
+# {name}.{tag}
+
+{description} Trained from scratch by lamzoo.
+
+| | |
+|---|---|
+| parameters | {params:,} |
+| GMACs | {gmacs:.4f} at {size} px, attention included |
+| masks | {masks} |
+| training data | {dataset} |
+| licence of the weights | Apache-2.0 |
+| recipe | `{recipe}`, seed {seed}, {epochs} epochs, {precision} autocast on {device} |
+| top-1 | {top1:.2f} % |
+| top-5 | {top5:.2f} % |
+| measured on | {dataset}, {split} split, {samples:,} images, float32 |
+| device, versions | {eval_device}, torch {torch}, timm {timm} |
+| sha256 | `{sha256}` |
+
+## Commands
+
+```
+{train}
+python benchmarks/publish.py {run} --tag {tag} --split {split}
+{command}
+```
+
+The first trains ({minutes:.0f} minutes of training steps here, on a busy machine), the second wrote the weights and this
+card, the third gives the score back.
+
+## Data
+
+{source}
+
+The test split was scored after each epoch to watch the run; nothing was chosen by it: the weights are those of the last
+epoch{ema}.
+
+## Limits
+
+One seed and a short budget: a working example and a test of the whole path, not a claim about learnable masks. It knows
+{num_classes} classes ({labels}) in {size}-pixel photographs, and answers with one of them for any picture at all.
+Predictions carry whatever biases the data set has.
+"""
+
+_SOURCES = {
+    "cifar10": (
+        "JPEG CIFAR-10",
+        "CIFAR-10 (Krizhevsky 2009), all 50,000 training and 10,000 test images of 32 x 32 pixels, as JPEG of quality 75:\n"
+        "lossy, so that scores don't compare with those on the originals. CIFAR-10 comes without a licence text and is\n"
+        "customarily used for research, with citation. No image is shipped here.",
+    )
+}
+
+
+def main() -> None:
+    """Publishes the run named on the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("run", type=Path, help="output folder of `lamzoo train`, finished")
+    parser.add_argument("--tag", required=True, choices=sorted(_SOURCES))
+    parser.add_argument("--split", default="test")
+    parser.add_argument("--out", type=Path, default=data_dir("weights"))
+    arguments = parser.parse_args()
+
+    recipe = json.loads((arguments.run / "recipe.json").read_text(encoding="utf-8"))
+    rows = list(csv.DictReader((arguments.run / "metrics.csv").open(encoding="utf-8")))
+    if len(rows) != recipe["schedule"]["epochs"]:
+        parser.error(f"{arguments.run} has {len(rows)} of {recipe['schedule']['epochs']} epochs; finish it first")
+    name, source = recipe["model"]["name"], recipe["data"]["source"]
+    trained = lamzoo.create_model(f"local-dir:{arguments.run / 'model'}", pretrained=True)
+    weights = {
+        key: value.bfloat16() if value.is_floating_point() else value for key, value in trained.state_dict().items()
+    }
+    file = write_state_dict(weights, arguments.out / f"{name}.{arguments.tag}.safetensors")
+
+    model = lamzoo.create_model(name, checkpoint_path=file.path)
+    result = evaluate(model, create_dataset(source, arguments.split), device="cpu")
+    profile = lamzoo.profile(model)
+    dataset, description = _SOURCES[arguments.tag]
+    labels = trained.pretrained_cfg["label_names"]
+    published = "benchmarks/recipes/micro.cifar10.toml"
+    run = f"runs/{name}.{arguments.tag}"
+    overrides = "" if name == "lam_vit_micro" else f" model.name={name} run.output={run}"
+    command = f"lamzoo eval {name}.{arguments.tag} --data {source} --split {arguments.split}"
+    card = _CARD.format(
+        name=name,
+        tag=arguments.tag,
+        description=lamzoo.model_info(name).description,
+        params=round(profile.params_m * 1e6),
+        gmacs=profile.gmacs,
+        size=model.pretrained_cfg["input_size"][-1],
+        masks="none" if model.lam_config is None else f"`{model.lam_config}`",
+        dataset=dataset,
+        recipe=published,
+        seed=recipe["run"]["seed"],
+        epochs=recipe["schedule"]["epochs"],
+        precision=recipe["run"]["precision"],
+        device=recipe["run"]["device"],
+        top1=result.top1,
+        top5=result.top5,
+        split=arguments.split,
+        samples=result.samples,
+        eval_device="cpu",
+        torch=torch.__version__,
+        timm=timm.__version__,
+        sha256=file.sha256,
+        train=f"lamzoo train {published}{overrides}",
+        run=run,
+        command=command,
+        minutes=float(rows[-1]["train_seconds"]) / 60,
+        source=description,
+        ema=", averaged (EMA)" if recipe["run"].get("ema_decay") else "",
+        num_classes=len(labels),
+        labels=", ".join(labels),
+    )
+    (arguments.out / f"{name}.{arguments.tag}.md").write_text(card, encoding="utf-8")
+    print(
+        f"""
+[models.{name}.tags.{arguments.tag}]
+file = "{file.path.name}"
+sha256 = "{file.sha256}"
+dataset = "{dataset}"
+licence = "apache-2.0"
+recipe = "{published}{overrides}"
+
+[models.{name}.tags.{arguments.tag}.metrics]
+dataset = "{dataset}, {arguments.split} split"
+top1 = {result.top1:.2f}
+top5 = {result.top5:.2f}
+command = "{command}"
+
+[models.{name}.tags.{arguments.tag}.pretrained_cfg]
+label_names = {json.dumps(labels)}
+"""
+    )
+
+
+if __name__ == "__main__":
+    main()

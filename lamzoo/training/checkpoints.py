@@ -1,0 +1,97 @@
+"""Checkpoints and logs of a run on disk: written whole or not at all, the latest few kept."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from lamzoo.errors import RecipeError
+from lamzoo.training.recipe import Recipe
+
+
+class Checkpoints:
+    """The folder of one run: ``recipe.json``, ``metrics.csv`` and ``checkpoints/update-NNNNNNNN/``.
+
+    Args:
+        output: the folder; made where it is missing.
+        recipe: the run's recipe. A folder that holds another recipe's run is refused.
+        resume: whether a run that is there may be continued.
+
+    Raises:
+        RecipeError: the folder can't be written, or holds a run that ``resume`` was not asked for, or another one.
+    """
+
+    def __init__(self, output: Path, recipe: Recipe, resume: bool) -> None:
+        self.output = output
+        self._folder = output / "checkpoints"
+        self._keep = recipe.run.keep_checkpoints
+        text = json.dumps(recipe.to_dict(), indent=2, sort_keys=True) + "\n"
+        written = output / "recipe.json"
+        if written.exists():
+            if not resume:
+                raise RecipeError(
+                    f"run.output {output} already holds a run; continue it with --resume, or choose another folder."
+                )
+            if written.read_text(encoding="utf-8") != text:
+                raise RecipeError(
+                    f"run.output {output} holds a run of another recipe (see {written}); choose another folder."
+                )
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RecipeError(f"run.output {output} can't be made: {error.strerror}; choose another folder.") from None
+        self._recipe_text = text
+
+    def save(self, accelerator: Accelerator, state: dict[str, Any]) -> None:
+        """Writes the model, optimiser and ``state`` (JSON values) as the latest checkpoint; call on every process."""
+        name = f"update-{state['update']:08d}"
+        unfinished = self._folder / f".{name}"
+        accelerator.save_state(str(unfinished))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            write_text(unfinished / "state.json", json.dumps(state))
+            target = self._folder / name
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(unfinished, target)
+            write_text(self.output / "recipe.json", self._recipe_text)
+            for old in self._finished()[: -self._keep]:
+                shutil.rmtree(old)
+        accelerator.wait_for_everyone()
+
+    def load(self, accelerator: Accelerator) -> dict[str, Any] | None:
+        """Loads the latest finished checkpoint into what was prepared and returns its state; None without one."""
+        finished = self._finished()
+        if not finished:
+            return None
+        accelerator.load_state(str(finished[-1]))
+        state: dict[str, Any] = json.loads((finished[-1] / "state.json").read_text(encoding="utf-8"))
+        return state
+
+    def write_metrics(self, history: list[dict[str, float]]) -> None:
+        """Rewrites ``metrics.csv`` from one record an epoch."""
+        columns = list(dict.fromkeys(key for record in history for key in record))
+        buffer = io.StringIO()
+        writer = csv.DictWriter(buffer, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(history)
+        write_text(self.output / "metrics.csv", buffer.getvalue())
+
+    def _finished(self) -> list[Path]:
+        return sorted(self._folder.glob("update-*"))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file whole: to a temporary neighbour, then renamed."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)

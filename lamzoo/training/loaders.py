@@ -1,0 +1,116 @@
+"""Batches for training: timm's transforms under seeds that depend on the recipe, the epoch and the image alone."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import timm.data
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from lamzoo.data import create_dataset
+from lamzoo.errors import RecipeError
+from lamzoo.training.recipe import Recipe
+
+
+class SeededDataset(Dataset[tuple[Tensor, int]]):
+    """Reads each item under random states of its own, so that an augmentation depends on (seed, epoch, index) alone.
+
+    The curve of a run is then the same for any number of workers and processes, and after a resumption.
+    """
+
+    def __init__(self, dataset: Any, seed: int) -> None:
+        self.dataset = dataset
+        self.seed = seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        with _own_random_states(self.seed, self.epoch, index):
+            return self.dataset[index]
+
+
+def seed_everything(*key: int) -> None:
+    """Seeds ``random``, NumPy and torch from non-negative integers."""
+    first, second = (int(word) for word in np.random.SeedSequence(key).generate_state(2))
+    random.seed(first)
+    np.random.seed(first)
+    torch.manual_seed(first << 32 | second)
+
+
+@contextmanager
+def _own_random_states(*key: int) -> Iterator[None]:
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        seed_everything(*key)
+        yield
+    random.setstate(python)
+    np.random.set_state(numpy)
+
+
+def create_loaders(recipe: Recipe, train_set: Any, model: nn.Module) -> tuple[DataLoader[Any], DataLoader[Any]]:
+    """Returns the training and the evaluation loader, not yet sharded over processes.
+
+    Args:
+        recipe: the whole recipe.
+        train_set: the training split, without a transform.
+        model: its ``pretrained_cfg`` says input size, mean, standard deviation and crop.
+
+    Returns:
+        Loaders of float images ``(B, C, H, W)`` and int labels ``(B,)``; the training loader drops the last
+        incomplete batch, and its ``dataset.epoch`` must be set before each epoch.
+
+    Raises:
+        RecipeError: fewer training images than one batch.
+        DataError: the evaluation split can't be read.
+    """
+    config = timm.data.resolve_model_data_config(model)
+    augment = recipe.augment
+    batch = recipe.run.batch_size // recipe.run.accumulation
+    if len(train_set) < batch:
+        raise RecipeError(
+            f"run.batch_size asks for batches of {batch} images and {recipe.data.source} has {len(train_set)} "
+            f"in {recipe.data.train_split}; use a smaller batch."
+        )
+    train_set.transform = timm.data.create_transform(
+        input_size=config["input_size"],
+        is_training=True,
+        scale=augment.scale,
+        ratio=augment.ratio,
+        hflip=augment.hflip,
+        vflip=augment.vflip,
+        color_jitter=augment.color_jitter,
+        auto_augment=augment.auto_augment,
+        interpolation=augment.interpolation,
+        re_prob=augment.random_erasing,
+        mean=config["mean"],
+        std=config["std"],
+    )
+    eval_set = create_dataset(recipe.data.source, recipe.data.eval_split)
+    eval_set.transform = timm.data.create_transform(**config)
+    workers = recipe.data.workers
+    train = DataLoader(
+        SeededDataset(train_set, recipe.run.seed), batch, shuffle=True, num_workers=workers, drop_last=True
+    )
+    return train, DataLoader(eval_set, max(batch, 256), num_workers=workers)
+
+
+def create_mixup(recipe: Recipe, num_classes: int) -> timm.data.Mixup | None:
+    """Returns timm's Mixup as the recipe asks for it, or None."""
+    augment = recipe.augment
+    if not (augment.mixup or augment.cutmix):
+        return None
+    return timm.data.Mixup(
+        mixup_alpha=augment.mixup,
+        cutmix_alpha=augment.cutmix,
+        prob=augment.mixup_prob,
+        label_smoothing=augment.label_smoothing,
+        num_classes=num_classes,
+    )

@@ -1,0 +1,274 @@
+"""A training recipe: what a TOML file may say, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import tomllib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from lamzoo.errors import RecipeError
+
+Section = TypeVar("Section")
+Precision = Literal["no", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    """``[model]``: what :func:`lamzoo.create_model` gets.
+
+    Attributes:
+        name: a registered name, ``timm/<name>``, ``local-dir:`` or ``hf-hub:``.
+        pretrained: start from the published weights.
+        lam: fields of a :class:`lamzoo.LamConfig` in place of the registered one.
+        kwargs: further arguments of ``create_model``; ``num_classes`` comes from the data where it is left out.
+        fused_attention: whether timm's own attention may use the fused kernel. On CPUs, bfloat16 training of short
+            sequences is faster without it; both sides of a comparison should say the same.
+    """
+
+    name: str
+    pretrained: bool = False
+    lam: dict[str, Any] | None = None
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    fused_attention: bool = True
+
+
+@dataclass(frozen=True)
+class DataSection:
+    """``[data]``: the data set, as :func:`lamzoo.data.create_dataset` reads it."""
+
+    source: str
+    train_split: str = "train"
+    eval_split: str = "validation"
+    workers: int = 0
+
+
+@dataclass(frozen=True)
+class AugmentSection:
+    """``[augment]``: arguments of ``timm.data.create_transform`` and ``timm.data.Mixup``."""
+
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    hflip: float = 0.5
+    vflip: float = 0.0
+    color_jitter: float = 0.4
+    auto_augment: str | None = None
+    interpolation: str = "bicubic"
+    random_erasing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mixup_prob: float = 1.0
+    label_smoothing: float = 0.0
+
+
+@dataclass(frozen=True)
+class OptimizerSection:
+    """``[optimizer]``: arguments of ``timm.optim.create_optimizer_v2``; ``kwargs`` goes to the optimiser itself."""
+
+    name: str = "adamw"
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    layer_decay: float | None = None
+    clip_grad: float | None = None
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ScheduleSection:
+    """``[schedule]``: arguments of ``timm.scheduler.create_scheduler_v2``, stepped every update; lengths in epochs."""
+
+    name: str = "cosine"
+    epochs: int = 100
+    warmup_epochs: int = 5
+    warmup_lr: float = 1e-6
+    min_lr: float = 0.0
+    cooldown_epochs: int = 0
+
+
+@dataclass(frozen=True)
+class RunSection:
+    """``[run]``: where and how.
+
+    Attributes:
+        output: folder for checkpoints, logs and the trained model.
+        batch_size: images of one optimiser update, over all processes and accumulation steps together.
+        accumulation: forward passes of one update.
+        seed: of the initialisation, the order of the images, every augmentation, dropout and mixup.
+        precision: autocast, as Accelerate names it.
+        device: ``"auto"`` or ``"cpu"``.
+        ema_decay: of ``timm.utils.ModelEmaV3`` with its warm-up; None for none. With it, the averaged weights are
+            those that are evaluated and saved.
+        grad_checkpointing: trade time for memory.
+        checkpoint_interval: updates between checkpoints inside an epoch; None for one at the end of each epoch alone.
+        keep_checkpoints: how many of the latest stay.
+        eval_interval: epochs between evaluations; the last one is always evaluated.
+        tensorboard: write TensorBoard logs beside the CSV.
+    """
+
+    output: str
+    batch_size: int = 128
+    accumulation: int = 1
+    seed: int = 0
+    precision: Precision = "no"
+    device: Literal["auto", "cpu"] = "auto"
+    ema_decay: float | None = None
+    grad_checkpointing: bool = False
+    checkpoint_interval: int | None = None
+    keep_checkpoints: int = 2
+    eval_interval: int = 1
+    tensorboard: bool = False
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One training run of an image classifier; see the sections for what each table holds."""
+
+    model: ModelSection
+    data: DataSection
+    run: RunSection
+    augment: AugmentSection = AugmentSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    schedule: ScheduleSection = ScheduleSection()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the recipe as nested plain values, fields that are None left out."""
+        return _without_none(dataclasses.asdict(self))
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe and checks everything that can be known without loading a model or data.
+
+    Args:
+        path: a TOML file.
+        overrides: ``"section.key=value"``, the value in TOML notation; a bare word is a string.
+
+    Raises:
+        RecipeError: no such file, not TOML, an unknown key (named, with the closest one), a wrong type, an unknown
+            optimiser or scheduler, or an impossible value.
+    """
+    path = Path(path)
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"Recipe {path} can't be read: {error.strerror}; give the path of a TOML file.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"Recipe {path} is not valid TOML: {error}.") from None
+    for override in overrides:
+        _override(table, override)
+    return parse_recipe(table)
+
+
+def parse_recipe(table: Mapping[str, Any]) -> Recipe:
+    """Builds a recipe from nested plain values; raises as :func:`load_recipe`."""
+    recipe = _build(Recipe, table, "")
+    _check_values(recipe)
+    return recipe
+
+
+def _override(table: dict[str, Any], override: str) -> None:
+    keys, separator, text = override.partition("=")
+    if not separator or "." not in keys:
+        raise RecipeError(f"Override {override!r} is not of the form section.key=value, such as run.batch_size=256.")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *sections, key = keys.split(".")
+    for section in sections:
+        table = table.setdefault(section, {})
+        if not isinstance(table, dict):
+            raise RecipeError(f"Override {override!r} reaches into {section!r}, which is a value and not a table.")
+    table[key] = value
+
+
+def _build(cls: type[Section], table: Any, where: str) -> Section:
+    if not isinstance(table, Mapping):
+        raise RecipeError(f"Recipe entry [{where}] must be a table, not {table!r}.")
+    hints = get_type_hints(cls)
+    dot = f"{where}." if where else ""
+    for key in table:
+        if key not in hints:
+            close = difflib.get_close_matches(key, hints, n=1)
+            hint = f"did you mean {dot}{close[0]}?" if close else f"known are {', '.join(hints)}."
+            raise RecipeError(f"Recipe key {dot}{key} is unknown; {hint}")
+    for required in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if required.default is dataclasses.MISSING and required.default_factory is dataclasses.MISSING:
+            if required.name not in table:
+                raise RecipeError(f"Recipe key {dot}{required.name} is missing; add it.")
+    return cls(**{key: _typed(value, hints[key], dot + key) for key, value in table.items()})
+
+
+def _typed(value: Any, hint: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, where)  # type: ignore[arg-type]
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (types.UnionType, typing.Union):  # only `X | None` is used; TOML has no null
+        return _typed(value, args[0], where)
+    if origin is Literal:
+        if value in args:
+            return value
+        raise RecipeError(f"Recipe key {where} is {value!r}; it must be one of {', '.join(map(repr, args))}.")
+    if origin is tuple:
+        if isinstance(value, (list, tuple)) and len(value) == len(args):
+            return tuple(_typed(item, arg, where) for item, arg in zip(value, args, strict=True))
+        raise RecipeError(f"Recipe key {where} is {value!r}; it must be {len(args)} numbers.")
+    kind = origin or hint
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise RecipeError(f"Recipe key {where} is {json.dumps(value, default=str)}; it must be a {kind.__name__}.")
+    return value
+
+
+def _check_values(recipe: Recipe) -> None:
+    from timm.optim import list_optimizers
+
+    from lamzoo.lam import LamConfig
+
+    run, schedule = recipe.run, recipe.schedule
+    at_least_one = {
+        "run.batch_size": run.batch_size,
+        "run.accumulation": run.accumulation,
+        "run.keep_checkpoints": run.keep_checkpoints,
+        "run.eval_interval": run.eval_interval,
+        "schedule.epochs": schedule.epochs,
+    }
+    if run.checkpoint_interval is not None:
+        at_least_one["run.checkpoint_interval"] = run.checkpoint_interval
+    for name, value in at_least_one.items():
+        if value < 1:
+            raise RecipeError(f"Recipe key {name} is {value}; it must be at least 1.")
+    if recipe.data.workers < 0 or schedule.warmup_epochs < 0:
+        raise RecipeError("Recipe keys data.workers and schedule.warmup_epochs must not be negative.")
+    if run.batch_size % run.accumulation:
+        raise RecipeError(
+            f"Recipe key run.batch_size is {run.batch_size}, not a multiple of run.accumulation ({run.accumulation})."
+        )
+    if recipe.optimizer.lr <= 0:
+        raise RecipeError(f"Recipe key optimizer.lr is {recipe.optimizer.lr}; it must be positive.")
+    if run.ema_decay is not None and not 0 < run.ema_decay < 1:
+        raise RecipeError(f"Recipe key run.ema_decay is {run.ema_decay}; it must lie between 0 and 1.")
+    _check_name("optimizer.name", recipe.optimizer.name, list_optimizers())
+    _check_name("schedule.name", schedule.name, ["cosine", "tanh", "poly", "wsd", "rsqrt", "constant"])
+    if recipe.model.lam is not None:
+        LamConfig.from_dict(recipe.model.lam)
+
+
+def _check_name(key: str, name: str, known: Sequence[str]) -> None:
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=3) or known
+        raise RecipeError(f"Recipe key {key} is {name!r}, which is unknown; did you mean {', '.join(close)}?")
+
+
+def _without_none(table: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_none(value) if isinstance(value, dict) else value
+        for key, value in table.items()
+        if value is not None
+    }

@@ -1,0 +1,120 @@
+"""A run's curve depends on its recipe alone: not on kills, workers or processes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import lamzoo
+from lamzoo.errors import RecipeError
+from lamzoo.training import Progress, TrainResult, parse_recipe, train
+
+HELD_BY_RECIPE = ("epoch", "update", "lr", "train_loss", "eval_loss", "eval_top1")
+
+
+def curve(history: list[dict[str, float]]) -> list[tuple[float, ...]]:
+    return [tuple(record[key] for key in HELD_BY_RECIPE) for record in history]
+
+
+def run(table: dict[str, Any], output: Path, **changes: Any) -> TrainResult:
+    return train(parse_recipe({**table, "run": {**table["run"], "output": str(output), **changes}}))
+
+
+def test_run_leaves_a_model_that_loads_by_name(recipe_table: dict[str, Any], tmp_path: Path) -> None:
+    result = run(recipe_table, tmp_path / "out", ema_decay=0.9)
+    assert [record["update"] for record in result.history] == [6, 12]
+    rows = list(csv.DictReader((result.output / "metrics.csv").open()))
+    assert float(rows[-1]["eval_top1"]) == result.history[-1]["eval_top1"]
+    model = lamzoo.create_model(f"local-dir:{result.model}", pretrained=True)
+    assert model.lam_config == lamzoo.LamConfig(rank=2)
+    assert model.pretrained_cfg["label_names"] == ["blue", "red"]
+
+
+def test_training_lowers_the_loss(recipe_table: dict[str, Any], tmp_path: Path) -> None:
+    recipe_table["schedule"]["epochs"] = 6
+    losses = [record["train_loss"] for record in run(recipe_table, tmp_path / "out").history]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("killed_at", [3, 6, 10])
+def test_killed_run_resumes_to_the_same_curve(recipe_table: dict[str, Any], tmp_path: Path, killed_at: int) -> None:
+    recipe_table["augment"] |= {"mixup": 0.5, "color_jitter": 0.2, "auto_augment": "rand-m5"}
+    recipe_table["run"] |= {"ema_decay": 0.9, "checkpoint_interval": 2}
+    recipe_table["model"]["kwargs"]["drop_path_rate"] = 0.2
+    whole = run(recipe_table, tmp_path / "whole")
+
+    def kill(progress: Progress) -> None:
+        if progress.update == killed_at:
+            raise KeyboardInterrupt
+
+    recipe = parse_recipe({**recipe_table, "run": {**recipe_table["run"], "output": str(tmp_path / "killed")}})
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, progress=kill)
+    resumed = train(recipe, resume=True)
+    assert curve(resumed.history) == curve(whole.history)
+    expected, weights = (load_file(result.model / "model.safetensors") for result in (whole, resumed))
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_workers_do_not_change_the_curve(recipe_table: dict[str, Any], tmp_path: Path) -> None:
+    recipe_table["augment"]["auto_augment"] = "rand-m5"
+    recipe_table["schedule"]["epochs"] = 1
+    alone = run(recipe_table, tmp_path / "alone")
+    recipe_table["data"]["workers"] = 1
+    assert curve(run(recipe_table, tmp_path / "workers").history) == curve(alone.history)
+
+
+def test_accumulation_does_not_change_the_curve(recipe_table: dict[str, Any], tmp_path: Path) -> None:
+    whole = run(recipe_table, tmp_path / "whole")
+    parts = run(recipe_table, tmp_path / "parts", accumulation=2)
+    torch.testing.assert_close(torch.tensor(curve(parts.history)), torch.tensor(curve(whole.history)), rtol=1e-4, atol=1e-5)
+
+
+def test_two_processes_give_the_curve_of_one(recipe_table: dict[str, Any], tmp_path: Path) -> None:
+    alone = run(recipe_table, tmp_path / "alone")
+    recipe_table["run"]["output"] = str(tmp_path / "two")
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe_table))
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import json, sys\nfrom lamzoo.training import parse_recipe, train\n"
+        "train(parse_recipe(json.load(open(sys.argv[1]))))\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launch, str(script), str(tmp_path / "recipe.json")], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader((tmp_path / "two" / "metrics.csv").open()))
+    two = [tuple(float(row[key]) for key in HELD_BY_RECIPE) for row in rows]
+    torch.testing.assert_close(torch.tensor(two), torch.tensor(curve(alone.history)), rtol=1e-4, atol=1e-5)
+
+
+def test_other_run_in_the_folder_is_refused(recipe_table: dict[str, Any], tmp_path: Path) -> None:
+    recipe_table["schedule"]["epochs"] = 1
+    run(recipe_table, tmp_path / "out")
+    with pytest.raises(RecipeError, match="already holds a run"):
+        run(recipe_table, tmp_path / "out")
+    recipe_table["run"] |= {"output": str(tmp_path / "out"), "seed": 7}
+    with pytest.raises(RecipeError, match="holds a run of another recipe"):
+        train(parse_recipe(recipe_table), resume=True)
+
+
+def test_batch_larger_than_the_data_is_refused(recipe_table: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="batches of 64 images"):
+        run(recipe_table, tmp_path / "out", batch_size=64)
+
+
+def test_unwritable_output_is_refused(recipe_table: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RecipeError, match="can't be made"):
+        run(recipe_table, tmp_path / "file" / "out")

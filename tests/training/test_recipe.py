@@ -1,0 +1,83 @@
+"""Recipes are refused, with the culprit named, before anything is loaded."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lamzoo.errors import LamzooError, RecipeError
+from lamzoo.training import load_recipe, parse_recipe
+
+RECIPES = sorted((Path(__file__).parents[2] / "benchmarks" / "recipes").glob("*.toml"))
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "message"),
+    [
+        ("run", "batchsize", 8, "run.batchsize is unknown; did you mean run.batch_size"),
+        ("run", "batch_size", 0, "run.batch_size is 0; it must be at least 1"),
+        ("run", "batch_size", "8", 'run.batch_size is "8"; it must be a int'),
+        ("run", "batch_size", True, "run.batch_size is true; it must be a int"),
+        ("run", "accumulation", 3, "not a multiple of run.accumulation"),
+        ("run", "precision", "int8", "it must be one of 'no', 'bf16', 'fp16'"),
+        ("run", "ema_decay", 1.5, "run.ema_decay is 1.5; it must lie between 0 and 1"),
+        ("optimizer", "name", "adamv", "optimizer.name is 'adamv', which is unknown; did you mean adam"),
+        ("optimizer", "lr", 0, "optimizer.lr is 0.0; it must be positive"),
+        ("schedule", "name", "cosin", "did you mean cosine"),
+        ("augment", "scale", [0.5], "augment.scale is [0.5]; it must be 2 numbers"),
+        ("model", "lam", {"rnak": 4}, "no field 'rnak'; did you mean 'rank'"),
+        ("data", "workers", -1, "must not be negative"),
+    ],
+)
+def test_bad_entry_is_named(
+    recipe_table: dict[str, Any], section: str, key: str, value: Any, message: str
+) -> None:
+    recipe_table[section][key] = value
+    with pytest.raises(LamzooError, match=re.escape(message)):
+        parse_recipe(recipe_table)
+
+
+def test_missing_section_is_named(recipe_table: dict[str, Any]) -> None:
+    del recipe_table["data"]
+    with pytest.raises(RecipeError, match="data is missing"):
+        parse_recipe(recipe_table)
+
+
+def test_section_that_is_no_table_is_named(recipe_table: dict[str, Any]) -> None:
+    recipe_table["run"] = 3
+    with pytest.raises(RecipeError, match=re.escape("[run] must be a table")):
+        parse_recipe(recipe_table)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("[model", "not valid TOML"), (b"\xff\xfe\x00", "not valid TOML"), (None, "can't be read")]
+)
+def test_unreadable_file_is_named(tmp_path: Path, content: str | bytes | None, message: str) -> None:
+    path = tmp_path / "recipe.toml"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(path)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_shipped_recipe_is_valid(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert parse_recipe(recipe.to_dict()) == recipe
+
+
+def test_overrides_reach_every_depth() -> None:
+    overrides = ["run.batch_size=64", "model.name=vit_micro", "model.kwargs.drop_path_rate=0.1", "augment.scale=[0.2, 1]"]
+    recipe = load_recipe(RECIPES[0], overrides)
+    assert (recipe.run.batch_size, recipe.model.name) == (64, "vit_micro")
+    assert recipe.model.kwargs == {"drop_path_rate": 0.1}
+    assert recipe.augment.scale == (0.2, 1.0)
+
+
+@pytest.mark.parametrize("override", ["batch_size=3", "run.batch_size", "run.seed.x=1"])
+def test_malformed_override_is_named(override: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(override)):
+        load_recipe(RECIPES[0], [override])
