@@ -57,8 +57,9 @@ def lam_attention(
     kernel = choose(backend, query, key, mask, op)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     out = kernel(
-        query, key, value, mask, op=op, allowed=allowed, bias=bias, is_causal=is_causal, dropout_p=dropout_p, scale=scale
-    )
+        query, key, value, mask,
+        op=op, allowed=allowed, bias=bias, is_causal=is_causal, dropout_p=dropout_p, scale=scale,
+    )  # fmt: skip
     return out.to(query.dtype)
 
 
@@ -96,4 +97,6 @@ def check_inputs(
 
 
 def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
-    return len(shape) <= len(to) and all(size in (1, wanted) for size, wanted in zip(shape[::-1], to[::-1]))
+    return len(shape) <= len(to) and all(
+        size in (1, wanted) for size, wanted in zip(shape[::-1], to[::-1], strict=False)
+    )

@@ -72,8 +72,8 @@ class LamConfig:
             if value not in choices:
                 raise ConfigError(f"LamConfig.{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}.")
         _check_width("rank", self.rank)
-        if isinstance(self.hidden, str) or not isinstance(self.hidden, (tuple, list)):
-            raise ConfigError(f"LamConfig.hidden is {self.hidden!r}; it must be a sequence of layer widths, such as (64,).")
+        if not isinstance(self.hidden, (tuple, list)):
+            raise ConfigError(f"LamConfig.hidden is {self.hidden!r}; it must be a tuple of widths, such as (64,).")
         for width in self.hidden:
             _check_width("hidden", width)
         object.__setattr__(self, "hidden", tuple(self.hidden))  # TOML and JSON give lists

@@ -1,4 +1,4 @@
-"""The module that an attention layer carries as ``.lam``: its mask network, what it shares with other layers, and a recorder."""
+"""The module that an attention layer carries as ``.lam``: mask network, state shared with other layers, recorder."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class SharedState:
         self._passes.pop(_thread(), None)
 
     def enter(self, tokens: Tensor) -> None:
-        """Notes that a block begins to work on ``tokens``, and in a recomputation returns to the pass they belong to."""
+        """Notes that a block begins to work on ``tokens``, and when recomputing returns to the pass they belong to."""
         if torch.compiler.is_compiling():  # the compiler recomputes in its own graph
             return
         if _backward() == -1:

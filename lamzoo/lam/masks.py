@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -57,11 +58,13 @@ class FactoredMask(NamedTuple):
         for name, factor in zip(self._fields, self, strict=True):
             if not factor.is_floating_point():
                 raise MaskShapeError(
-                    f"The {name} factor of a learnable mask is {factor.dtype}; a boolean or integer mask is no LAM mask, "
+                    f"The {name} factor of a learnable mask is {factor.dtype}; a boolean or integer mask is none, "
                     "pass it as `allowed` (True = may attend)."
                 )
             if factor.ndim != 4:
-                raise MaskShapeError(f"The {name} factor of a learnable mask has shape {tuple(factor.shape)}; it needs 4 dims.")
+                raise MaskShapeError(
+                    f"The {name} factor of a learnable mask has shape {tuple(factor.shape)}, not 4 dims."
+                )
         if self.left.dtype != self.right.dtype:
             raise MaskShapeError(f"Mask factors left {self.left.dtype} and right {self.right.dtype} need one dtype.")
         batch, heads, num_queries, _ = query.shape
@@ -70,7 +73,8 @@ class FactoredMask(NamedTuple):
         if not (fits and lq == num_queries and rk == key.shape[2]):
             raise MaskShapeError(
                 f"Mask factors left {tuple(self.left.shape)} and right {tuple(self.right.shape)} do not fit "
-                f"queries {tuple(query.shape)} and keys {tuple(key.shape)}; they need (B, 1|H, Nq, R) and (1|B, 1|H, Nk, R)."
+                f"queries {tuple(query.shape)} and keys {tuple(key.shape)}; "
+                "they need (B, 1|H, Nq, R) and (1|B, 1|H, Nk, R)."
             )
 
 
@@ -85,7 +89,9 @@ class PositionTable(nn.Module):
         grid: ``(rows, columns)`` of the patches behind the prefix; ``None`` for a sequence.
     """
 
-    def __init__(self, heads: int, length: int, rank: int, num_prefix_tokens: int = 0, grid: Grid | None = None) -> None:
+    def __init__(
+        self, heads: int, length: int, rank: int, num_prefix_tokens: int = 0, grid: Grid | None = None
+    ) -> None:
         super().__init__()
         self.num_prefix_tokens = num_prefix_tokens
         self.grid = grid
@@ -96,9 +102,7 @@ class PositionTable(nn.Module):
     def forward(self, length: int, grid: Grid | None = None) -> Tensor:
         """Returns the weight with the bias as last column, ``(1, heads, length, rank + 1)``."""
         table = torch.cat([self.weight, self.bias.unsqueeze(-1)], dim=-1)
-        table = resize_table(
-            table, length, num_prefix_tokens=self.num_prefix_tokens, old_grid=self.grid, new_grid=grid
-        )
+        table = resize_table(table, length, num_prefix_tokens=self.num_prefix_tokens, old_grid=self.grid, new_grid=grid)
         return table.unsqueeze(0)
 
     def extra_repr(self) -> str:
@@ -162,22 +166,19 @@ class MaskNetwork(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 module.reset_parameters()
-        rank = self.config.rank
-        if self.config.keys == "position":
-            weight, bias = self.table.weight, self.table.bias
-        else:
-            last = self.key[-1]
-            weight, bias = last.weight, last.bias.unflatten(0, (self.heads, rank + 1))[:, -1]
+        position = self.config.keys == "position"
+        last: Any = self.table if position else self.key[-1]
         with torch.no_grad():
             if self.config.init == "identity":
-                nn.init.zeros_(weight)
-                if self.config.keys == "content":
-                    nn.init.zeros_(self.key[-1].bias)
-                nn.init.constant_(bias, 1.0 if self._starts_at_bias_one else 0.0)
-            elif self.config.keys == "position":  # nn.Linear's own default
-                bound = rank**-0.5
-                nn.init.uniform_(weight, -bound, bound)
-                nn.init.uniform_(bias, -bound, bound)
+                last.weight.zero_()
+                last.bias.zero_()
+                if self._starts_at_bias_one:  # where `right` meets the constant 1 in `left`
+                    bias = last.bias if position else last.bias.unflatten(0, (self.heads, -1))[:, -1]
+                    bias.fill_(1.0)
+            elif position:  # nn.Linear's own default
+                bound = self.config.rank**-0.5
+                last.weight.uniform_(-bound, bound)
+                last.bias.uniform_(-bound, bound)
 
     @property
     def _starts_at_bias_one(self) -> bool:
@@ -212,6 +213,6 @@ class MaskNetwork(nn.Module):
 
 def _linear_relu(*widths: int) -> nn.Sequential:
     stack = nn.Sequential()
-    for inputs, outputs in zip(widths, widths[1:]):
+    for inputs, outputs in pairwise(widths):
         stack.append(nn.Linear(inputs, outputs)).append(nn.ReLU())
     return stack

@@ -48,7 +48,9 @@ def resize_table(
         resized = F.interpolate(_wide(positions).mT, size=length - num_prefix_tokens, mode="linear")
         return torch.cat([prefix, resized.mT.to(table.dtype)], dim=1)
     if size != num_prefix_tokens + old_grid[0] * old_grid[1]:
-        raise MaskShapeError(f"A mask table of {size} rows is not {num_prefix_tokens} prefix tokens and a {old_grid} grid.")
+        raise MaskShapeError(
+            f"A mask table of {size} rows isn't {num_prefix_tokens} prefix tokens and a {old_grid} grid."
+        )
     if length == size and new_grid in (None, old_grid):
         return table
     if new_grid is None or length != num_prefix_tokens + new_grid[0] * new_grid[1]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from lamzoo.errors import ConfigError
@@ -50,8 +51,13 @@ class Backend:
 def _folding_is_cheap(query: Tensor, key: Tensor, mask: FactoredMask, op: Op) -> bool:
     # Below some 1,000 tokens a dense mask costs nothing measurable; above, folding costs 2-17 % for additive masks
     # and for multiplicative ones of rank 1, and still less than the dense mask up to rank 4.
-    long = query.shape[2] * key.shape[2] >= 1024**2
-    return long and (op == "add" or mask.left.shape[-1] <= 4)
+    return (op == "add" or mask.left.shape[-1] <= 4) and _is_long(query.shape[2] * key.shape[2])
+
+
+def _is_long(scores: int | torch.SymInt) -> bool:
+    if isinstance(scores, torch.SymInt) and torch.compiler.is_exporting():
+        return True  # a comparison would limit the exported program to lengths on this side of it
+    return bool(scores >= 1024**2)
 
 
 # In the order in which "auto" asks; the last one serves everything.

@@ -1,0 +1,104 @@
+"""Learnable masks in models that exist already: :func:`add_lam` and what goes with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+from typing import TypeVar
+
+from torch import nn
+
+from lamzoo.adapters import mha, timm
+from lamzoo.adapters.capture import capture_masks
+from lamzoo.adapters.slots import EnterBlock, Slot
+from lamzoo.adapters.state import lam_parameters, lam_state_dict, load_lam_state_dict, remove_lam
+from lamzoo.errors import ConfigError, UnsupportedHostError
+from lamzoo.lam import Lam, LamConfig, MaskNetwork, SharedState
+
+__all__ = ["add_lam", "capture_masks", "lam_parameters", "lam_state_dict", "load_lam_state_dict", "remove_lam"]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def _open_clip_slots(model: nn.Module) -> Iterator[Slot]:
+    # open_clip is an optional dependency: whoever has a model of it has it.
+    if any(cls.__module__.startswith("open_clip.") for module in model.modules() for cls in type(module).__mro__):
+        from lamzoo.adapters import open_clip
+
+        yield from open_clip.slots(model)
+
+
+_ADAPTERS = (timm.slots, _open_clip_slots, mha.slots)
+
+
+def add_lam(model: Model, config: LamConfig | None = None) -> Model:
+    """Gives every attention layer of a model a learnable mask, in place.
+
+    Serves timm's vision transformers, open_clip's towers and every ``torch.nn.MultiheadAttention``, those of torch's
+    own transformer layers included. The state-dict keys of the host stay as they are; those of the masks contain
+    ``.lam.``. With the default ``init="identity"`` the model's outputs don't change until the masks are trained.
+
+    Args:
+        model: the host.
+        config: what the masks are made of; ``LamConfig()`` by default.
+
+    Returns:
+        The same model, which now has the attribute ``lam_config``.
+
+    Raises:
+        UnsupportedHostError: the model has a block that can't carry a mask (named), no such block at all, or masks
+            already. The model is left as it was.
+        ConfigError: position keys in a host of unknown length, or in one whose tokens have no fixed positions.
+    """
+    config = LamConfig() if config is None else config
+    if any(isinstance(module, Lam) for module in model.modules()):
+        raise UnsupportedHostError(
+            f"This {type(model).__name__} already has learnable masks; call lamzoo.remove_lam(model) first."
+        )
+    slots = [slot for adapter in _ADAPTERS for slot in adapter(model)]
+    if not slots:
+        raise UnsupportedHostError(
+            f"{type(model).__name__} has no attention layer that lamzoo knows; "
+            "it serves timm's vision transformers, open_clip's towers and nn.MultiheadAttention."
+        )
+    stacks = [list(stack) for _, stack in groupby(slots, key=lambda slot: slot.stack)]
+    built = [(stack, *_build_stack(model, stack, config)) for stack in stacks]
+    # Nothing of the model is touched before every mask could be built.
+    for stack, shared, lams in built:
+        _watch_passes(model, stack, config, shared)
+        for slot, lam in zip(stack, lams, strict=True):
+            slot.attach(lam)
+    model.lam_config = config  # type: ignore[assignment]
+    return model
+
+
+def _build_stack(model: nn.Module, slots: list[Slot], config: LamConfig) -> tuple[SharedState, list[Lam]]:
+    shared = SharedState()
+    last = model.get_submodule(slots[-1].path)
+    used_once = sum(module is last for _, module in model.named_modules(remove_duplicate=False)) == 1
+    lams = []
+    for index, slot in enumerate(slots):
+        if config.keys == "position" and slot.no_positions is not None:
+            raise ConfigError(f"{slot.path} can't have a mask with keys='position': {slot.no_positions}; use keys='content'.")
+        network = None
+        if config.layers == "multi" or index == 0:
+            network = MaskNetwork(
+                config,
+                slot.query_dim,
+                slot.key_dim,
+                slot.num_heads,
+                length=slot.length,
+                num_prefix_tokens=slot.num_prefix_tokens,
+                grid=slot.grid,
+            ).to(slot.like)
+        lams.append(Lam(config, network, shared, is_last=used_once and index == len(slots) - 1))
+    return shared, lams
+
+
+def _watch_passes(model: nn.Module, slots: list[Slot], config: LamConfig, shared: SharedState) -> None:
+    watch_grid = slots[0].watch_grid if config.keys == "position" else None
+    if watch_grid is not None:
+        watch_grid(shared)
+    if watch_grid is not None or config.layers == "single":
+        for slot in slots:
+            model.get_submodule(slot.path.rpartition(".")[0]).register_forward_pre_hook(EnterBlock(shared))

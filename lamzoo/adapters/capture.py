@@ -1,0 +1,55 @@
+"""Looking at the masks while a model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import MappingProxyType
+
+from torch import nn
+
+from lamzoo.adapters.state import masks_of
+from lamzoo.lam import MaskRecord
+
+
+@contextmanager
+def capture_masks(model: nn.Module) -> Iterator[Mapping[str, MaskRecord]]:
+    """Records mask, attention and importance of each layer while the context is open.
+
+    The model computes with the eager backend meanwhile, since fused attention has no weights to show, and goes back
+    to its own on leaving, also after an exception. Contexts may be nested.
+
+    Args:
+        model: a model that :func:`lamzoo.add_lam` gave masks, or a wrapper around one.
+
+    Yields:
+        The last forward pass's :class:`~lamzoo.lam.MaskRecord` by layer, such as ``"blocks.3.attn"``, in the order
+        in which the layers ran first; empty until the model runs.
+
+    Raises:
+        UnsupportedHostError: the model has no masks.
+    """
+    records: dict[str, MaskRecord] = {}
+    masks = masks_of(model)
+    before = {path: lam.recorder for path, lam in masks.items()}
+    for path, lam in masks.items():
+        lam.recorder = _Recorder(records, path.removesuffix(".lam"), before[path])
+    try:
+        yield MappingProxyType(records)
+    finally:
+        for path, lam in masks.items():
+            lam.recorder = before[path]
+
+
+class _Recorder:
+    """Keeps the last record of one layer, and hands it to the recorder of the context around, if there is one."""
+
+    def __init__(
+        self, records: dict[str, MaskRecord], path: str, outer: Callable[[MaskRecord], None] | None
+    ) -> None:
+        self.records, self.path, self.outer = records, path, outer
+
+    def __call__(self, record: MaskRecord) -> None:
+        self.records[self.path] = record
+        if self.outer is not None:
+            self.outer(record)

@@ -1,0 +1,252 @@
+"""Learnable masks in ``torch.nn.MultiheadAttention``, wherever a model has one; knows no library but torch.
+
+Modifications to the host: each ``nn.MultiheadAttention`` is replaced by a subclass that takes over its parameters and
+calls :func:`lamzoo.lam.lam_attention`. It tells the fast path of ``nn.TransformerEncoderLayer`` to keep away, which
+would read the weights and pass it by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lamzoo.adapters.slots import HostTakeover, Slot, replace_module
+from lamzoo.errors import MaskShapeError, UnsupportedHostError
+from lamzoo.lam import Lam
+
+
+class LamMultiheadAttention(HostTakeover, nn.MultiheadAttention):
+    """``torch.nn.MultiheadAttention`` under a learnable mask.
+
+    Still a ``nn.MultiheadAttention``, so that code which looks for one (precision conversion, weight initialisation)
+    finds it. A row in which every key is masked returns the bias of the output projection; torch returns NaN.
+    """
+
+    @property
+    def _qkv_same_embed_dim(self) -> bool:
+        # In evaluation nn.TransformerEncoderLayer hands a self-attention's weights to a fused kernel and never calls
+        # the module, unless this is False. The host's own value stays in __dict__, for release().
+        return False
+
+    def _reset_parameters(self) -> None:
+        released = self.release()  # which shares the parameters, and knows which of them it has
+        assert isinstance(released, nn.MultiheadAttention)
+        released._reset_parameters()
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Masked attention; arguments and results as ``nn.MultiheadAttention``, boolean masks True = *not* allowed.
+
+        Args:
+            query: ``(B, Nq, C)``, ``(Nq, B, C)`` without ``batch_first``, or ``(Nq, C)``.
+            key: likewise with ``Nk`` and ``kdim``. The mask network reads ``query`` and ``key``.
+            value: likewise with ``Nk`` and ``vdim``.
+            key_padding_mask: ``(B, Nk)`` or ``(Nk,)``, bool or float (added to the scores).
+            need_weights: return the attention weights too.
+            attn_mask: ``(Nq, Nk)`` or ``(B * heads, Nq, Nk)``, bool or float (added to the scores).
+            average_attn_weights: return their mean over the heads.
+            is_causal: says that ``attn_mask``, which must be given, is causal.
+
+        Returns:
+            The output, in the layout of ``query``, and the weights ``(B, Nq, Nk)`` or ``(B, heads, Nq, Nk)`` or None.
+
+        Raises:
+            MaskShapeError: a mask doesn't fit the tokens, is an integer tensor, or is missing.
+        """
+        if query.is_nested:
+            if not (query is key is value and self.batch_first and key_padding_mask is None and attn_mask is None):
+                raise MaskShapeError(
+                    "nn.MultiheadAttention takes nested tensors in self-attention with batch_first=True and without "
+                    "masks only; pad them and pass key_padding_mask."
+                )
+            return self._forward_nested(query, need_weights, average_attn_weights)
+        if is_causal and attn_mask is None:
+            raise MaskShapeError(
+                "is_causal=True is a hint about attn_mask and none was given; "
+                "pass nn.Transformer.generate_square_subsequent_mask(length)."
+            )
+        queries = self._to_batch_first(query)
+        keys = queries if key is query else self._to_batch_first(key)
+        values = keys if value is key else self._to_batch_first(value)
+        q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in self._project(queries, keys, values))
+        allowed, bias = None, None
+        # As torch: the hint replaces the mask where nothing else has to be merged with it.
+        is_causal = is_causal and key_padding_mask is None and not need_weights
+        if attn_mask is not None and not is_causal:
+            allowed, bias = read_attn_mask(attn_mask, q, k)
+        if key_padding_mask is not None:
+            allowed, bias = _add_padding(key_padding_mask, query, q, k, allowed, bias)
+        dropout_p = self.dropout if self.training else 0.0
+        if need_weights:
+            out, weights = self.lam.attend_with_weights(
+                queries, keys, q, k, v, allowed=allowed, bias=bias, dropout_p=dropout_p
+            )
+            weights = weights.mean(dim=1) if average_attn_weights else weights
+            weights = weights.squeeze(0) if query.ndim == 2 else weights
+        else:
+            weights = None
+            out = self.lam.attend(
+                queries, keys, q, k, v, allowed=allowed, bias=bias, is_causal=is_causal, dropout_p=dropout_p
+            )
+        out = self.out_proj(out.transpose(1, 2).flatten(2))
+        if query.ndim == 2:
+            return out.squeeze(0), weights
+        return out if self.batch_first else out.transpose(0, 1), weights
+
+    def _to_batch_first(self, x: Tensor) -> Tensor:
+        if x.ndim == 2:
+            return x.unsqueeze(0)
+        return x if self.batch_first else x.transpose(0, 1)
+
+    def _project(self, queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
+        if self.in_proj_weight is not None:
+            if queries is keys is values:
+                return F.linear(queries, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+            weights = self.in_proj_weight.chunk(3)
+        else:
+            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        biases = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        return tuple(map(F.linear, (queries, keys, values), weights, biases))
+
+    def _forward_nested(self, x: Tensor, need_weights: bool, average: bool) -> tuple[Tensor, Tensor | None]:
+        # nn.TransformerEncoder makes nested tensors of padded batches in evaluation, for its fast path alone.
+        lengths = [len(sample) for sample in x.unbind()]
+        padded = x.to_padded_tensor(0.0)
+        padding = torch.arange(padded.shape[1], device=x.device) >= torch.tensor(lengths, device=x.device)[:, None]
+        out, weights = self.forward(padded, padded, padded, padding, need_weights, average_attn_weights=average)
+        samples = [sample[:length] for sample, length in zip(out, lengths, strict=True)]
+        return torch.nested.as_nested_tensor(samples, layout=x.layout), weights
+
+
+def read_attn_mask(attn_mask: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Translates an ``attn_mask`` of ``nn.MultiheadAttention`` to what :func:`lamzoo.lam.lam_attention` takes.
+
+    Args:
+        attn_mask: ``(Nq, Nk)`` or ``(B * H, Nq, Nk)``; bool with True = not allowed, or float, added to the scores.
+        query: ``(B, H, Nq, d)``.
+        key: ``(B, H, Nk, d)``.
+
+    Returns:
+        ``allowed`` and ``bias``, one of them None, broadcastable to ``(B, H, Nq, Nk)``.
+
+    Raises:
+        MaskShapeError: another shape, or an integer tensor.
+    """
+    batch, heads, num_queries, _ = query.shape
+    num_keys = key.shape[2]
+    if tuple(attn_mask.shape) not in ((num_queries, num_keys), (batch * heads, num_queries, num_keys)):
+        raise MaskShapeError(
+            f"attn_mask has shape {tuple(attn_mask.shape)}; it must be {(num_queries, num_keys)} or "
+            f"{(batch * heads, num_queries, num_keys)}, batch times heads first."
+        )
+    if attn_mask.ndim == 3:
+        attn_mask = attn_mask.view(batch, heads, num_queries, num_keys)
+    return _split(attn_mask, "attn_mask", query.dtype)
+
+
+def _add_padding(
+    padding: Tensor, tokens: Tensor, query: Tensor, key: Tensor, allowed: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    wanted = (key.shape[2],) if tokens.ndim == 2 else (key.shape[0], key.shape[2])
+    if tuple(padding.shape) != wanted:
+        raise MaskShapeError(f"key_padding_mask has shape {tuple(padding.shape)}; it must be {wanted}.")
+    padding = padding.view(key.shape[0], 1, 1, key.shape[2])
+    unpadded, shift = _split(padding, "key_padding_mask", query.dtype)
+    if unpadded is not None:
+        allowed = unpadded if allowed is None else allowed & unpadded
+    if shift is not None:
+        bias = shift if bias is None else bias + shift
+    return allowed, bias
+
+
+def _split(mask: Tensor, name: str, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    if mask.dtype == torch.bool:
+        return ~mask, None
+    if not mask.is_floating_point():
+        raise MaskShapeError(f"{name} is {mask.dtype}; it must be torch.bool (True = not allowed) or floating point.")
+    return None, mask.to(dtype)
+
+
+def slots(model: nn.Module) -> Iterator[Slot]:
+    """Yields every ``nn.MultiheadAttention`` of a model but open_clip's, stack by stack.
+
+    Layers whose paths differ in the last number alone make up a stack (``decoder.layers.*.self_attn``), so that an
+    encoder's self-attention, a decoder's and its cross-attention are three.
+
+    Raises:
+        UnsupportedHostError: an attention with ``add_bias_kv`` or ``add_zero_attn``, a subclass that may compute
+            something else, or a model that is itself one.
+    """
+    paths: dict[nn.MultiheadAttention, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):  # a layer may be used in several places
+        if isinstance(module, nn.MultiheadAttention) and not _is_open_clip(model, path):
+            _check_host(path, module)
+            paths.setdefault(module, []).append(path)
+    stacks: dict[str, list[Slot]] = {}
+    for module, places in paths.items():
+        slot = host_slot(model, module, places, _stack(places[0]))
+        stacks.setdefault(slot.stack, []).append(slot)
+    for stack in stacks.values():
+        yield from stack
+
+
+def host_slot(model: nn.Module, attn: nn.MultiheadAttention, paths: list[str], stack: str) -> Slot:
+    """Describes one ``nn.MultiheadAttention``, which lies at each of ``paths``."""
+
+    def attach(lam: Lam) -> None:
+        served = LamMultiheadAttention.take_over(attn, lam)
+        for path in paths:
+            replace_module(model, path, served)
+
+    return Slot(
+        path=paths[0],
+        stack=stack,
+        query_dim=attn.embed_dim,
+        key_dim=attn.kdim,
+        num_heads=attn.num_heads,
+        like=attn.out_proj.weight,
+        attach=attach,
+    )
+
+
+def _check_host(path: str, attn: nn.MultiheadAttention) -> None:
+    if type(attn) is not nn.MultiheadAttention:
+        raise UnsupportedHostError(
+            f"{path or 'The model'} is a {type(attn).__name__}, a subclass of nn.MultiheadAttention that lamzoo "
+            "doesn't know; put a plain one there, or call add_lam on the parts of the model without it."
+        )
+    if attn.bias_k is not None or attn.add_zero_attn:
+        raise UnsupportedHostError(
+            f"{path or 'The model'} is an nn.MultiheadAttention with add_bias_kv or add_zero_attn, whose extra key is "
+            "no token that a mask network could read; build it without them."
+        )
+    if not path:
+        raise UnsupportedHostError(
+            "The model is itself an nn.MultiheadAttention, which can't be replaced in place; put it into a module."
+        )
+
+
+def _is_open_clip(model: nn.Module, path: str) -> bool:
+    owner = model.get_submodule(path.rpartition(".")[0])
+    return any(cls.__module__.partition(".")[0] == "open_clip" for cls in type(owner).__mro__)
+
+
+def _stack(path: str) -> str:
+    parts = path.split(".")
+    for index in reversed(range(len(parts))):
+        if parts[index].isdigit():
+            parts[index] = "*"
+            break
+    return ".".join(parts)

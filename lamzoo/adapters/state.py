@@ -1,0 +1,163 @@
+"""The masks of a model as something of its own: their parameters, their state dict, and taking them out again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lamzoo.adapters.slots import HostTakeover, SharedStateHook, replace_module
+from lamzoo.errors import MaskShapeError, StateDictError, UnsupportedHostError
+from lamzoo.lam import Lam, resize_table
+from lamzoo.lam.masks import PositionTable
+from lamzoo.lam.tables import Grid
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def lam_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Yields the parameters of a model's masks and none of its host's, each once.
+
+    Args:
+        model: a model that :func:`lamzoo.add_lam` gave masks, or a wrapper around one.
+
+    Raises:
+        UnsupportedHostError: the model has no masks.
+    """
+    seen: set[nn.Parameter] = set()
+    for lam in masks_of(model).values():
+        for parameter in lam.parameters():
+            if parameter not in seen:
+                seen.add(parameter)
+                yield parameter
+
+
+def lam_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Returns the part of ``model.state_dict()`` that belongs to the masks, under the same keys.
+
+    Args:
+        model: a model that :func:`lamzoo.add_lam` gave masks, or a wrapper around one.
+
+    Raises:
+        UnsupportedHostError: the model has no masks.
+    """
+    prefixes = tuple(f"{path}." for path in masks_of(model))
+    return {key: value for key, value in model.state_dict().items() if key.startswith(prefixes)}
+
+
+def load_lam_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
+    """Loads into a model's masks what :func:`lam_state_dict` gave; the host stays as it is.
+
+    A position table of another length is resized to the model's, as :func:`lamzoo.lam.resize_table` does. A table
+    of patches is taken to be square where it isn't as long as the model's, like timm takes position embeddings.
+
+    Args:
+        model: a model with masks of the same configuration.
+        state: tensors by key, for every parameter of the masks and nothing else.
+
+    Returns:
+        The keys of the tables that were resized.
+
+    Raises:
+        StateDictError: a key too many or too few, or a shape that doesn't fit; names the keys. Nothing is loaded.
+        UnsupportedHostError: the model has no masks.
+    """
+    own = lam_state_dict(model)
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    if missing or unexpected:
+        wrong = [f"{name} {_few(keys)}" for name, keys in (("lacks", missing), ("has too", unexpected)) if keys]
+        raise StateDictError(
+            f"The LAM state dict {' and '.join(wrong)}; load it into a model with the same host and the LamConfig that "
+            "it was saved with."
+        )
+    tables = {
+        f"{path}.{name}": table
+        for path, table in model.named_modules()
+        if isinstance(table, PositionTable)
+        for name in ("weight", "bias")
+    }
+    fitting = {}
+    for key, value in state.items():
+        fitting[key] = _resized(key, value, tables[key]) if key in tables else value
+        if fitting[key].shape != own[key].shape:
+            raise StateDictError(
+                f"{key} has shape {tuple(value.shape)} in the LAM state dict and {tuple(own[key].shape)} in the model; "
+                "the LamConfig must be the one it was saved with."
+            )
+    with torch.no_grad():
+        for key, value in fitting.items():
+            own[key].copy_(value)
+    return [key for key in tables if state[key].shape != own[key].shape]
+
+
+def remove_lam(model: Model) -> Model:
+    """Takes the masks out of a model again, in place: every attention layer gets its own class back.
+
+    Args:
+        model: a model that :func:`lamzoo.add_lam` gave masks.
+
+    Returns:
+        The same model, which computes what it did before it had masks, with the weights it has now.
+
+    Raises:
+        UnsupportedHostError: the model has no masks.
+    """
+    masks_of(model)
+    released: dict[nn.Module, nn.Module] = {}  # a layer may be used in several places
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(module, HostTakeover):
+            if module not in released:
+                released[module] = module.release()
+            replace_module(model, path, released[module])
+    for module in model.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, SharedStateHook):
+                del module._forward_pre_hooks[key]
+        vars(module).pop("lam_config", None)
+    return model
+
+
+def masks_of(model: nn.Module) -> dict[str, Lam]:
+    """Returns a model's masks by path, such as ``"blocks.3.attn.lam"``.
+
+    Raises:
+        UnsupportedHostError: the model has none.
+    """
+    masks = {path: module for path, module in model.named_modules() if isinstance(module, Lam)}
+    if not masks:
+        raise UnsupportedHostError(
+            f"This {type(model).__name__} has no learnable masks; call lamzoo.add_lam(model) first."
+        )
+    return masks
+
+
+def _resized(key: str, value: Tensor, table: PositionTable) -> Tensor:
+    heads, length, _ = table.weight.shape
+    flat = value.unsqueeze(-1) if value.ndim == 2 else value  # a bias is a table of width 1
+    if value.ndim != 2 + key.endswith("weight") or flat.shape[0] != heads or flat.shape[1] == length:
+        return value
+    num_patches = flat.shape[1] - table.num_prefix_tokens
+    old_grid: Grid | None = None
+    if table.grid is not None:
+        side = math.isqrt(max(num_patches, 0))
+        if side == 0 or side * side != num_patches:
+            raise StateDictError(
+                f"{key} has {flat.shape[1]} positions, which are not {table.num_prefix_tokens} prefix tokens and a "
+                "square grid of patches; create the model with the image size that it was saved with."
+            )
+        old_grid = (side, side)
+    try:
+        flat = resize_table(
+            flat, length, num_prefix_tokens=table.num_prefix_tokens, old_grid=old_grid, new_grid=table.grid
+        )
+    except MaskShapeError as error:
+        raise StateDictError(f"{key} can't be resized to {length} positions: {error}") from None
+    return flat.squeeze(-1) if value.ndim == 2 else flat
+
+
+def _few(keys: list[str]) -> str:
+    shown = ", ".join(keys[:3])
+    return shown if len(keys) <= 3 else f"{shown} and {len(keys) - 3} more"

@@ -1,0 +1,265 @@
+"""Learnable masks in timm's vision transformers.
+
+Modifications to the host: each ``Attention``, ``AttentionRope`` or ``EvaAttention`` is replaced by a layer that takes
+over its submodules and parameter names and calls :func:`lamzoo.lam.lam_attention` where the host calls
+``F.scaled_dot_product_attention``; with position keys, ``patch_embed`` gets a hook that notes the patch grid.
+
+Tables over key positions keep the length they were made with: under ``dynamic_img_size`` and after ``set_input_size``
+they are resized in each forward pass, as timm resizes position embeddings under ``dynamic_img_size``.
+
+Served are the hosts of these attentions: VisionTransformer (DeiT, DINOv2, CLIP, SigLIP, hybrids, ViTamin, ...), Eva
+(EVA-02, RoPE-ViT, PE, DINOv3), NaFlexVit, PiT, MobileViT and the DeepSeek and Qwen3 encoders.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from timm.layers import (
+    Attention,
+    AttentionPool2d,
+    AttentionPoolLatent,
+    AttentionPoolPrr,
+    AttentionRope,
+    RotaryEmbeddingMixed,
+    RotAttentionPool2d,
+    apply_rot_embed_cat,
+)
+from timm.models.csatv2 import SpatialTransformerBlock
+from timm.models.eva import EvaAttention
+from timm.models.naflexvit import NaFlexVit
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lamzoo.adapters.slots import HostTakeover, SharedStateHook, Slot, replace_module
+from lamzoo.errors import MaskShapeError, UnsupportedHostError
+from lamzoo.lam import Lam, SharedState
+
+
+class LamAttention(HostTakeover):
+    """timm's ``Attention`` under a learnable mask."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Masked self-attention of ``x (B, N, C)``; arguments and result as timm's ``Attention``."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        query, key, value = qkv.unbind(0)
+        return _attend(self, x, self.q_norm(query), self.k_norm(key), value, attn_mask, is_causal)
+
+
+class LamAttentionRope(HostTakeover):
+    """timm's ``AttentionRope`` under a learnable mask."""
+
+    def forward(
+        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """Masked self-attention of ``x (B, N, C)``; arguments and result as timm's ``AttentionRope``."""
+        if self.qkv is not None:
+            query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        else:
+            query, key, value = _separate_projections(self, x)
+        query, key = _rotate(self, self.q_norm(query), rope, value), _rotate(self, self.k_norm(key), rope, value)
+        if self.num_kv_groups > 1:  # grouped-query attention: head h uses key head h // num_kv_groups
+            key = key.repeat_interleave(self.num_kv_groups, dim=1)
+            value = value.repeat_interleave(self.num_kv_groups, dim=1)
+        return _attend(self, x, query, key, value, attn_mask, is_causal)
+
+
+class LamEvaAttention(HostTakeover):
+    """timm's ``EvaAttention`` under a learnable mask."""
+
+    def forward(
+        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """Masked self-attention of ``x (B, N, C)``; arguments and result as timm's ``EvaAttention``."""
+        if self.qkv is None:
+            query, key, value = _separate_projections(self, x)
+        else:
+            if self.q_bias is None:
+                qkv = self.qkv(x)
+            else:
+                bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))
+                qkv = self.qkv(x) + bias if self.qkv_bias_separate else F.linear(x, self.qkv.weight, bias)
+            query, key, value = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        query, key = _rotate(self, self.q_norm(query), rope, value), _rotate(self, self.k_norm(key), rope, value)
+        return _attend(self, x, query, key, value, attn_mask, is_causal)
+
+    def reset_parameters(self) -> None:
+        """Sets the biases to zero, as timm's does; called when weights are initialised anew."""
+        if self.q_bias is not None:
+            nn.init.zeros_(self.q_bias)
+            nn.init.zeros_(self.v_bias)
+        self.init_non_persistent_buffers()
+
+    def init_non_persistent_buffers(self) -> None:
+        """Fills the buffer that checkpoints leave out; timm calls it after materialising a model from ``meta``."""
+        if self.k_bias is not None:
+            self.k_bias.zero_()
+
+
+_TAKEOVERS: dict[type[nn.Module], type[HostTakeover]] = {
+    Attention: LamAttention,
+    AttentionRope: LamAttentionRope,
+    EvaAttention: LamEvaAttention,
+}
+
+# They know of heads and yet attend with no token as query: pooling in front of the classifier, and positions.
+_NO_SELF_ATTENTION = (
+    AttentionPoolLatent,
+    AttentionPoolPrr,
+    AttentionPool2d,
+    RotAttentionPool2d,
+    RotaryEmbeddingMixed,
+)
+
+_LAYER = re.compile(r"(?P<stack>.+?)\.\d+\.(attn|attns\.\d+\.attn)")
+
+
+def slots(model: nn.Module) -> Iterator[Slot]:
+    """Yields the timm attention layers of a model, in order of the forward pass.
+
+    Pooling heads, whose queries are learned and no tokens, have no mask.
+
+    Raises:
+        UnsupportedHostError: a timm model has an attention that takes no mask, or a block without the attention that
+            the other blocks have; names it.
+    """
+    roots: list[str] = []
+    for path, module in model.named_modules():
+        if _is_timm(module) and not any(path.startswith(f"{root}.") or not root for root in roots):
+            roots.append(path)
+            yield from _slots_of(model, path, module)
+
+
+def _slots_of(model: nn.Module, root_path: str, root: nn.Module) -> list[Slot]:
+    found = []
+    for path, module in root.named_modules(prefix=root_path):
+        if type(module) in _TAKEOVERS:
+            match = _LAYER.fullmatch(path)
+            if match is None:
+                raise UnsupportedHostError(f"{path or 'The model'} is an attention layer outside of any timm block; {_WAY_OUT}")
+            found.append(_slot(model, path, match["stack"], module))
+        elif _attends(module):
+            raise UnsupportedHostError(f"{path or 'The model'} is a {type(module).__name__}; {_WAY_OUT}")
+    if found:
+        _check_complete(root_path, root, found)
+    return found
+
+
+_WAY_OUT = (
+    "it can't carry a learnable mask, only blocks with timm's "
+    + ", ".join(cls.__name__ for cls in _TAKEOVERS)
+    + " can."
+)
+
+
+def _is_timm(module: nn.Module) -> bool:
+    return any(cls.__module__.startswith("timm.") for cls in type(module).__mro__)
+
+
+def _attends(module: nn.Module) -> bool:
+    if isinstance(module, SpatialTransformerBlock):  # CSATv2's, which has one head and doesn't say so
+        return True
+    return _is_timm(module) and hasattr(module, "num_heads") and not isinstance(module, _NO_SELF_ATTENTION)
+
+
+def _check_complete(root_path: str, root: nn.Module, found: list[Slot]) -> None:
+    """Makes sure that no block beside those found is left without a mask."""
+    layers = [slot.path for slot in found]
+    stacks = {slot.stack for slot in found}
+    for path, module in root.named_modules(prefix=root_path):
+        if path in stacks or (path.rpartition(".")[2] == "blocks" and isinstance(module, (nn.Sequential, nn.ModuleList))):
+            for name, block in module.named_children():
+                if not any(layer.startswith(f"{path}.{name}.") for layer in layers):
+                    attn = getattr(block, "attn", None)
+                    what = "without an `attn` of its own" if attn is None else f"with a {type(attn).__name__}"
+                    raise UnsupportedHostError(f"{path}.{name} is a {type(block).__name__} {what}; {_WAY_OUT}")
+
+
+def _slot(model: nn.Module, path: str, stack: str, attn: Any) -> Slot:
+    host = model.get_submodule(stack.rpartition(".")[0])
+    dim = (attn.qkv if attn.qkv is not None else attn.q_proj).in_features
+    takeover = _TAKEOVERS[type(attn)]
+    return Slot(
+        path=path,
+        stack=stack,
+        query_dim=dim,
+        key_dim=dim,
+        num_heads=attn.num_heads,
+        like=attn.proj.weight,
+        attach=lambda lam: replace_module(model, path, takeover.take_over(attn, lam)),
+        **_geometry(host),
+    )
+
+
+def _geometry(host: Any) -> dict[str, Any]:
+    patch_embed = getattr(host, "patch_embed", None)
+    if isinstance(host, NaFlexVit):
+        return {"no_positions": "each sample of a NaFlexVit has a patch grid of its own"}
+    if not hasattr(patch_embed, "dynamic_feat_size"):
+        return {"no_positions": f"a {type(host).__name__} doesn't tell the patch grid of its tokens"}
+    if getattr(host.patch_drop if hasattr(host, "patch_drop") else None, "prob", 0.0) > 0:
+        return {"no_positions": "patch_drop_rate > 0 removes patches in training, and their positions with them"}
+    grid = tuple(patch_embed.grid_size)
+    return {
+        "grid": grid,
+        "num_prefix_tokens": host.num_prefix_tokens,
+        "length": host.num_prefix_tokens + grid[0] * grid[1],
+        "watch_grid": partial(_watch_grid, patch_embed),
+    }
+
+
+class _NoteGrid(SharedStateHook):
+    """Forward pre-hook of ``patch_embed``: begins a pass with the patch grid of the image at hand."""
+
+    def __call__(self, patch_embed: Any, args: tuple[Tensor, ...]) -> None:
+        rows, columns = patch_embed.dynamic_feat_size(args[0].shape[-2:])
+        self.shared.begin(grid=(rows, columns))
+
+
+def _watch_grid(patch_embed: nn.Module, shared: SharedState) -> None:
+    patch_embed.register_forward_pre_hook(_NoteGrid(shared))
+
+
+def _attend(
+    attn: Any, x: Tensor, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool
+) -> Tensor:
+    lam: Lam = attn.lam
+    if attn_mask is not None and attn_mask.ndim == 3:
+        raise MaskShapeError(
+            f"attn_mask has shape {tuple(attn_mask.shape)}, which timm reads as one mask a head; "
+            "pass (B, 1, N, N) for one a sample or (1, H, N, N) for one a head."
+        )
+    boolean = attn_mask is not None and attn_mask.dtype == torch.bool
+    out = lam.attend(
+        x,
+        x,
+        query,
+        key,
+        value,
+        allowed=attn_mask if boolean else None,
+        bias=None if boolean else attn_mask,
+        is_causal=is_causal,
+        dropout_p=attn.attn_drop.p if attn.training else 0.0,
+        scale=attn.scale,
+    )
+    out = attn.norm(out.transpose(1, 2).flatten(2))
+    if attn.gate is not None:
+        out = out * attn.gate(x).sigmoid()
+    return attn.proj_drop(attn.proj(out))
+
+
+def _separate_projections(attn: Any, x: Tensor) -> list[Tensor]:
+    projections = (attn.q_proj, attn.k_proj, attn.v_proj)
+    # The head dim is fixed and the number of heads isn't: grouped-query attention has fewer for keys and values.
+    return [projection(x).unflatten(-1, (-1, attn.head_dim)).transpose(1, 2) for projection in projections]
+
+
+def _rotate(attn: Any, x: Tensor, rope: Tensor | None, like: Tensor) -> Tensor:
+    if rope is None:
+        return x
+    prefix, patches = x[:, :, : attn.num_prefix_tokens], x[:, :, attn.num_prefix_tokens :]
+    return torch.cat([prefix, apply_rot_embed_cat(patches, rope, half=attn.rotate_half)], dim=2).type_as(like)
