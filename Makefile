@@ -1,0 +1,64 @@
+# Everything runs in .venv, which these targets make from nothing but Python 3.11 (or later) and pip.
+#
+#   make demo                            classify real photographs with the bundled weights
+#   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu   the same, with the CPU-only build of torch
+#   make demo CIFAR10=FOLDER             the same, and the accuracy on this copy of JPEG CIFAR-10 (see lamzoo/data)
+#   make test                            the default test suite
+#
+# A second run finds the environment ready. `make clean` removes it, and is needed to change PYTHON or TORCH_INDEX.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+TORCH_INDEX ?=
+JOBS ?= 2
+CIFAR10 ?= $(wildcard ../shared/data/cifar10)
+DEMO_OUT ?= .demo
+
+BIN := $(VENV)/bin
+export PYTHON VENV TORCH_INDEX
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow test-gpu lint format typecheck wheel wheel-test clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.ready-demo  ## predictions, cost and masks on real photographs, with the bundled weights
+	$(BIN)/lamzoo demo --out $(DEMO_OUT) $(if $(CIFAR10),--cifar10 $(CIFAR10))
+
+test: $(VENV)/.ready-dev  ## the default tests (neither slow nor gpu)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
+
+test-slow: $(VENV)/.ready-dev  ## the slow tests
+	$(BIN)/python -m pytest -q -m "slow and not gpu"
+
+test-gpu: $(VENV)/.ready-dev  ## the tests that need a CUDA device
+	$(BIN)/python -m pytest -q -m gpu
+
+lint: $(VENV)/.ready-dev  ## ruff: rules and format
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+format: $(VENV)/.ready-dev  ## ruff: mend what can be mended
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+typecheck: $(VENV)/.ready-dev  ## mypy on the package
+	$(BIN)/mypy
+
+wheel: $(VENV)/.ready-dev  ## source distribution and wheel, into dist/
+	$(BIN)/python -m hatchling build -d dist
+
+wheel-test: $(VENV)/.ready-dev  ## the wheel, installed into an empty environment, away from this checkout
+	$(BIN)/python tests/wheel/check_wheel.py
+
+clean:  ## remove the environment and everything that was made here
+	rm -rf $(VENV) $(DEMO_OUT) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/.ready-demo: pyproject.toml
+	sh .ci/install --editable '.[demo]'
+	@touch $@
+
+$(VENV)/.ready-dev: pyproject.toml
+	sh .ci/install --editable '.[dev]'
+	@touch $@

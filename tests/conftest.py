@@ -1,0 +1,34 @@
+"""What every test gets: a fixed seed, one thread, a hub cache of its own, no hub, property tests without deadlines."""
+
+# ruff: noqa: E402 - the environment comes before the imports that read it
+
+import os
+import tempfile
+from collections.abc import Iterator
+
+# Set before huggingface_hub is imported, which reads them once: no test sees or fills the user's cache, and one that
+# asks the hub for something is refused at once. Tests of the downloads name a server of their own.
+_HF_HOME = tempfile.TemporaryDirectory(prefix="lamzoo-tests-")
+os.environ |= {"HF_HOME": _HF_HOME.name, "HF_ENDPOINT": "http://127.0.0.1:9"}
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile(
+    "lamzoo",
+    deadline=None,
+    max_examples=25,
+    derandomize="CI" in os.environ,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("lamzoo")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> Iterator[None]:
+    """Seeds torch, and leaves the caller's random state as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield

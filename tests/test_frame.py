@@ -1,0 +1,69 @@
+"""The project's frame: version, files, imports, and the wheel."""
+
+import ast
+import importlib.metadata
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import lamzoo
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+MODULES = sorted((ROOT / "lamzoo").rglob("*.py"))
+
+# What only some commands need: found when used, never when lamzoo is imported.
+OPTIONAL = {"accelerate", "av", "datasets", "matplotlib", "open_clip", "skimage", "tensorboard", "typer", "webdataset"}
+
+
+def test_version_is_the_same_everywhere() -> None:
+    version = PROJECT["project"]["version"]
+    assert lamzoo.__version__ == version
+    assert importlib.metadata.version("lamzoo") == version
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## [{version}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_file_begins_with_a_sentence_and_is_short(path: Path) -> None:
+    text = path.read_text()
+    assert ast.get_docstring(ast.parse(text)), "no module docstring"
+    assert text.count("\n") <= 420
+
+
+def test_import_is_silent_light_and_lazy() -> None:
+    probe = """
+import json, sys, time
+import timm, torch
+before, start = set(sys.modules), time.process_time()
+import lamzoo
+seconds = time.process_time() - start
+print(json.dumps({"seconds": seconds, "loaded": sorted({name.split(".")[0] for name in set(sys.modules) - before})}))
+"""
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    (line,) = done.stdout.splitlines()
+    report = json.loads(line)
+    assert done.stderr == ""
+    assert not OPTIONAL & set(report["loaded"])
+    assert report["seconds"] < 2, "import lamzoo costs this much on top of torch and timm"
+
+
+def test_public_names_exist_and_are_documented() -> None:
+    for name in lamzoo.__all__:
+        assert getattr(lamzoo, name).__doc__, name
+
+
+def test_core_dependencies_are_few_and_no_extra_repeats_them() -> None:
+    core = set(PROJECT["project"]["dependencies"])
+    assert len(core) <= 10
+    for extra, wanted in PROJECT["project"]["optional-dependencies"].items():
+        assert not core & set(wanted), extra
+
+
+@pytest.mark.slow
+def test_wheel_works_in_an_empty_environment() -> None:
+    subprocess.run([sys.executable, ROOT / "tests" / "wheel" / "check_wheel.py"], check=True, stdin=subprocess.DEVNULL)
