@@ -48,8 +48,8 @@ python benchmarks/publish.py {run} --tag {tag} --split {split}
 {command}
 ```
 
-The first trains ({minutes:.0f} minutes of training steps here, on a busy machine), the second wrote the weights and this
-card, the third gives the score back.
+The first trains ({minutes:.0f} minutes of training steps here, on a busy machine), the second wrote the weights and
+this card, the third gives the score back.
 
 ## Data
 
@@ -68,9 +68,9 @@ Predictions carry whatever biases the data set has.
 _SOURCES = {
     "cifar10": (
         "JPEG CIFAR-10",
-        "CIFAR-10 (Krizhevsky 2009), all 50,000 training and 10,000 test images of 32 x 32 pixels, as JPEG of quality 75:\n"
-        "lossy, so that scores don't compare with those on the originals. CIFAR-10 comes without a licence text and is\n"
-        "customarily used for research, with citation. No image is shipped here.",
+        "CIFAR-10 (Krizhevsky 2009), all 50,000 training and 10,000 test images of 32 x 32 pixels, as JPEG of quality\n"
+        "75: lossy, so that scores don't compare with those on the originals. CIFAR-10 comes without a licence text\n"
+        "and is customarily used for research, with citation. No image is shipped here.",
     )
 }
 

@@ -1,4 +1,4 @@
-"""Every exception that lamzoo raises on purpose; each message is one sentence that names the culprit and the way out."""
+"""The exceptions that lamzoo raises on purpose; each message is one sentence that names the culprit and the way out."""
 
 
 class LamzooError(Exception):
@@ -7,6 +7,10 @@ class LamzooError(Exception):
 
 class ConfigError(LamzooError, ValueError):
     """A :class:`~lamzoo.LamConfig` field, or a combination of fields, that means nothing."""
+
+
+class MissingExtraError(LamzooError, ImportError):
+    """An optional dependency that is needed and not installed; the message names the extra to install."""
 
 
 class MaskShapeError(LamzooError, ValueError):

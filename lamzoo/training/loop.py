@@ -16,7 +16,6 @@ from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
 from timm.layers import set_fused_attn
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from lamzoo.data import create_dataset
 from lamzoo.errors import RecipeError
@@ -115,13 +114,13 @@ class _Run:
         seed_everything(recipe.run.seed)
         model = _create_model(recipe, train_set.classes)
         self.class_names: list[str] | None = train_set.classes
-        self.loader: DataLoader[Any]
         train_loader, eval_loader = create_loaders(recipe, train_set, model)
         self.seeded = train_loader.dataset
         self.mixup = create_mixup(recipe, model.num_classes)
         self.loss = nn.CrossEntropyLoss(label_smoothing=0.0 if self.mixup else recipe.augment.label_smoothing)
         optimizer = _create_optimizer(recipe, model)
-        self.ema = None if recipe.run.ema_decay is None else _create_ema(recipe, model, self.accelerator.device)
+        decay = recipe.run.ema_decay
+        self.ema = None if decay is None else _create_ema(decay, model, self.accelerator.device)
         self.updates_per_epoch = len(train_loader) // recipe.run.accumulation
         self.scheduler = _create_scheduler(recipe, optimizer, self.updates_per_epoch)
         self.model, self.optimizer, self.loader, self.eval_loader = self.accelerator.prepare(
@@ -146,7 +145,7 @@ class _Run:
         """Trains and, where it is due, evaluates one epoch, from the update at which the run stands."""
         accumulation = self.recipe.run.accumulation
         self.seeded.epoch = epoch  # type: ignore[attr-defined]
-        self.loader.set_epoch(epoch)  # type: ignore[attr-defined]
+        self.loader.set_epoch(epoch)
         done = self.update - epoch * self.updates_per_epoch
         loader = skip_first_batches(self.loader, done * accumulation) if done else self.loader
         self.model.train()
@@ -266,7 +265,7 @@ class _Run:
             )
 
 
-def _create_model(recipe: Recipe, classes: list[str] | None) -> nn.Module:
+def _create_model(recipe: Recipe, classes: list[str] | None) -> Any:
     section = recipe.model
     kwargs = dict(section.kwargs)
     if "num_classes" not in kwargs:
@@ -276,7 +275,7 @@ def _create_model(recipe: Recipe, classes: list[str] | None) -> nn.Module:
     if section.lam is not None:
         kwargs["lam"] = LamConfig.from_dict(section.lam)
     set_fused_attn(section.fused_attention)
-    model = create_model(section.name, pretrained=section.pretrained, **kwargs)
+    model: Any = create_model(section.name, pretrained=section.pretrained, **kwargs)
     if recipe.run.grad_checkpointing:
         model.set_grad_checkpointing(True)
     return model
@@ -313,5 +312,5 @@ def _create_scheduler(recipe: Recipe, optimizer: torch.optim.Optimizer, updates_
     return scheduler
 
 
-def _create_ema(recipe: Recipe, model: nn.Module, device: torch.device) -> ModelEmaV3:
-    return ModelEmaV3(model.to(device), decay=recipe.run.ema_decay, use_warmup=True)
+def _create_ema(decay: float, model: nn.Module, device: torch.device) -> ModelEmaV3:
+    return ModelEmaV3(model.to(device), decay=decay, use_warmup=True)

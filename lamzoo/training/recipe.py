@@ -197,10 +197,10 @@ def _build(cls: type[Section], table: Any, where: str) -> Section:
             close = difflib.get_close_matches(key, hints, n=1)
             hint = f"did you mean {dot}{close[0]}?" if close else f"known are {', '.join(hints)}."
             raise RecipeError(f"Recipe key {dot}{key} is unknown; {hint}")
-    for required in dataclasses.fields(cls):  # type: ignore[arg-type]
-        if required.default is dataclasses.MISSING and required.default_factory is dataclasses.MISSING:
-            if required.name not in table:
-                raise RecipeError(f"Recipe key {dot}{required.name} is missing; add it.")
+    for entry in dataclasses.fields(cls):  # type: ignore[arg-type]
+        required = entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
+        if required and entry.name not in table:
+            raise RecipeError(f"Recipe key {dot}{entry.name} is missing; add it.")
     return cls(**{key: _typed(value, hints[key], dot + key) for key, value in table.items()})
 
 
@@ -254,7 +254,7 @@ def _check_values(recipe: Recipe) -> None:
         raise RecipeError(f"Recipe key optimizer.lr is {recipe.optimizer.lr}; it must be positive.")
     if run.ema_decay is not None and not 0 < run.ema_decay < 1:
         raise RecipeError(f"Recipe key run.ema_decay is {run.ema_decay}; it must lie between 0 and 1.")
-    _check_name("optimizer.name", recipe.optimizer.name, list_optimizers())
+    _check_name("optimizer.name", recipe.optimizer.name, [str(name) for name in list_optimizers()])
     _check_name("schedule.name", schedule.name, ["cosine", "tanh", "poly", "wsd", "rsqrt", "constant"])
     if recipe.model.lam is not None:
         LamConfig.from_dict(recipe.model.lam)

@@ -25,6 +25,10 @@ def curve(history: list[dict[str, float]]) -> list[tuple[float, ...]]:
     return [tuple(record[key] for key in HELD_BY_RECIPE) for record in history]
 
 
+def assert_close(actual: list[tuple[float, ...]], expected: list[tuple[float, ...]]) -> None:
+    torch.testing.assert_close(torch.tensor(actual), torch.tensor(expected), rtol=1e-4, atol=1e-5)
+
+
 def run(table: dict[str, Any], output: Path, **changes: Any) -> TrainResult:
     return train(parse_recipe({**table, "run": {**table["run"], "output": str(output), **changes}}))
 
@@ -76,7 +80,9 @@ def test_workers_do_not_change_the_curve(recipe_table: dict[str, Any], tmp_path:
 def test_accumulation_does_not_change_the_curve(recipe_table: dict[str, Any], tmp_path: Path) -> None:
     whole = run(recipe_table, tmp_path / "whole")
     parts = run(recipe_table, tmp_path / "parts", accumulation=2)
-    torch.testing.assert_close(torch.tensor(curve(parts.history)), torch.tensor(curve(whole.history)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        torch.tensor(curve(parts.history)), torch.tensor(curve(whole.history)), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_two_processes_give_the_curve_of_one(recipe_table: dict[str, Any], tmp_path: Path) -> None:
@@ -91,12 +97,16 @@ def test_two_processes_give_the_curve_of_one(recipe_table: dict[str, Any], tmp_p
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*launch, str(script), str(tmp_path / "recipe.json")], env=environment, capture_output=True, text=True, timeout=300
+        [*launch, str(script), str(tmp_path / "recipe.json")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     rows = list(csv.DictReader((tmp_path / "two" / "metrics.csv").open()))
     two = [tuple(float(row[key]) for key in HELD_BY_RECIPE) for row in rows]
-    torch.testing.assert_close(torch.tensor(two), torch.tensor(curve(alone.history)), rtol=1e-4, atol=1e-5)
+    assert_close(two, curve(alone.history))
 
 
 def test_other_run_in_the_folder_is_refused(recipe_table: dict[str, Any], tmp_path: Path) -> None:

@@ -32,9 +32,7 @@ RECIPES = sorted((Path(__file__).parents[2] / "benchmarks" / "recipes").glob("*.
         ("data", "workers", -1, "must not be negative"),
     ],
 )
-def test_bad_entry_is_named(
-    recipe_table: dict[str, Any], section: str, key: str, value: Any, message: str
-) -> None:
+def test_bad_entry_is_named(recipe_table: dict[str, Any], section: str, key: str, value: Any, message: str) -> None:
     recipe_table[section][key] = value
     with pytest.raises(LamzooError, match=re.escape(message)):
         parse_recipe(recipe_table)
@@ -70,7 +68,12 @@ def test_shipped_recipe_is_valid(path: Path) -> None:
 
 
 def test_overrides_reach_every_depth() -> None:
-    overrides = ["run.batch_size=64", "model.name=vit_micro", "model.kwargs.drop_path_rate=0.1", "augment.scale=[0.2, 1]"]
+    overrides = [
+        "run.batch_size=64",
+        "model.name=vit_micro",
+        "model.kwargs.drop_path_rate=0.1",
+        "augment.scale=[0.2, 1]",
+    ]
     recipe = load_recipe(RECIPES[0], overrides)
     assert (recipe.run.batch_size, recipe.model.name) == (64, "vit_micro")
     assert recipe.model.kwargs == {"drop_path_rate": 0.1}
