@@ -1,0 +1,78 @@
+"""lamzoo: a model zoo of learnable attention masks (LAM, arXiv 2406.02761)."""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lamzoo.adapters import (
+        add_lam,
+        capture_masks,
+        lam_parameters,
+        lam_state_dict,
+        load_lam_state_dict,
+        remove_lam,
+    )
+    from lamzoo.errors import LamzooError
+    from lamzoo.lam import FactoredMask, LamConfig, lam_attention
+    from lamzoo.names import get_pretrained_cfg, list_models, list_tags, model_info, register_model
+    from lamzoo.profiling import profile
+    from lamzoo.registry import create_model
+    from lamzoo.weights import save_pretrained
+
+__version__ = version("lamzoo")
+
+# Imported when first asked for: torch and timm take seconds, and the command line's --help needs neither.
+_HOMES = {
+    "FactoredMask": "lamzoo.lam",
+    "LamConfig": "lamzoo.lam",
+    "LamzooError": "lamzoo.errors",
+    "add_lam": "lamzoo.adapters",
+    "capture_masks": "lamzoo.adapters",
+    "create_model": "lamzoo.registry",
+    "get_pretrained_cfg": "lamzoo.names",
+    "lam_attention": "lamzoo.lam",
+    "lam_parameters": "lamzoo.adapters",
+    "lam_state_dict": "lamzoo.adapters",
+    "list_models": "lamzoo.names",
+    "list_tags": "lamzoo.names",
+    "load_lam_state_dict": "lamzoo.adapters",
+    "model_info": "lamzoo.names",
+    "profile": "lamzoo.profiling",
+    "register_model": "lamzoo.names",
+    "remove_lam": "lamzoo.adapters",
+    "save_pretrained": "lamzoo.weights",
+}
+
+__all__ = [
+    "FactoredMask",
+    "LamConfig",
+    "LamzooError",
+    "add_lam",
+    "capture_masks",
+    "create_model",
+    "get_pretrained_cfg",
+    "lam_attention",
+    "lam_parameters",
+    "lam_state_dict",
+    "list_models",
+    "list_tags",
+    "load_lam_state_dict",
+    "model_info",
+    "profile",
+    "register_model",
+    "remove_lam",
+    "save_pretrained",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lamzoo' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

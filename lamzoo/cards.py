@@ -1,0 +1,230 @@
+"""The registry's cards: TOML files read into frozen records; knows no model code and no weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from lamzoo.errors import ConfigError, RegistryError
+from lamzoo.lam.config import LamConfig
+
+#: Keys of timm's ``PretrainedCfg`` that a card may set: what a model expects of its input and what its ends are called.
+CFG_KEYS = frozenset(
+    {
+        "input_size",
+        "test_input_size",
+        "min_input_size",
+        "fixed_input_size",
+        "interpolation",
+        "crop_pct",
+        "test_crop_pct",
+        "crop_mode",
+        "mean",
+        "std",
+        "num_classes",
+        "label_names",
+        "label_descriptions",
+        "pool_size",
+        "first_conv",
+        "classifier",
+    }
+)
+
+
+@dataclass(frozen=True)
+class TagCard:
+    """One set of weights of a model.
+
+    Exactly one of ``file``, ``hub`` and ``timm`` is the primary source; a ``file`` may have a ``hub`` beside it, for
+    installations that don't carry the file.
+
+    Attributes:
+        name: the tag, the part after the dot in ``arch.tag``.
+        file: name of a safetensors file (or of its ``.index.json``, where sharded) in the weights folder.
+        hub: Hugging Face Hub repository, ``owner/name``.
+        hub_file: file in that repository.
+        revision: commit of that repository.
+        timm: timm's ``arch.tag``, whose hub file holds the plain backbone.
+        sha256: of the file, or of its index where sharded; None where the publisher's own etag is all there is.
+        dataset: what the weights were trained on.
+        licence: SPDX identifier of the weights.
+        metrics: measured values, with ``dataset`` and the ``command`` that measured them.
+        recipe: the training recipe, where the zoo trained the weights itself.
+        pretrained_cfg: keys of timm's ``PretrainedCfg``, over those of the model; ``label_names`` among them.
+    """
+
+    name: str
+    file: str | None = None
+    hub: str | None = None
+    hub_file: str = "model.safetensors"
+    revision: str | None = None
+    timm: str | None = None
+    sha256: str | None = None
+    dataset: str | None = None
+    licence: str | None = None
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    recipe: str | None = None
+    pretrained_cfg: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def on_hub(self) -> bool:
+        """Whether the hub is the primary source."""
+        return self.file is None
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """One model of the registry: how to build it and which weights it has.
+
+    Attributes:
+        name: as given to ``create_model``.
+        family: the card's name, or the plug-in's package.
+        builder: ``"module:function"``, or the function itself for models registered in code.
+        backbone: the builder's ``config``; ``timm`` in it names a timm architecture.
+        lam: the masks it has unless the caller says otherwise; None for a plain model.
+        description: one sentence.
+        params: number of parameters, with the default head.
+        gmacs: 10^9 multiply-accumulates of one image at the default input size, attention included.
+        pretrained_cfg: keys of timm's ``PretrainedCfg`` that all its tags share.
+        tags: in order of preference.
+        weights_dir: folder of the tags' files.
+        source: where the registration comes from.
+    """
+
+    name: str
+    family: str
+    builder: str | Callable[..., Any]
+    backbone: Mapping[str, Any] = field(default_factory=dict)
+    lam: LamConfig | None = None
+    description: str = ""
+    params: int | None = None
+    gmacs: float | None = None
+    pretrained_cfg: Mapping[str, Any] = field(default_factory=dict)
+    tags: Mapping[str, TagCard] = field(default_factory=dict)
+    weights_dir: Path | None = None
+    source: Literal["card", "plug-in", "timm"] = "card"
+
+
+def data_dir(kind: Literal["registry", "weights"]) -> Path:
+    """Returns the folder of the cards or of the bundled weights.
+
+    They lie inside the package in an installed wheel, and beside it in a source checkout.
+
+    Raises:
+        RegistryError: the installation has neither.
+    """
+    package = Path(__file__).resolve().parent
+    for folder in (package / "_data" / kind, package.parent / kind):
+        if folder.is_dir():
+            return folder
+    raise RegistryError(
+        f"This installation of lamzoo has no {kind} folder ({folder}); install it again from its wheel."
+    )
+
+
+def read_card(path: str | Path, *, weights_dir: Path, source: Literal["card", "plug-in"] = "card") -> list[ModelCard]:
+    """Reads one family's card.
+
+    Args:
+        path: the TOML file.
+        weights_dir: folder of the files that its tags name.
+        source: where the card comes from.
+
+    Returns:
+        Its models, in the order of the file.
+
+    Raises:
+        RegistryError: the file is not TOML, or has an unknown, missing or mistyped key; names file and key.
+    """
+    path = Path(path)
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise RegistryError(f"The registry card {path} cannot be read: {error}.") from error
+    _check_keys(table, {"family", "description", "models"}, f"{path}")
+    family = table.get("family", path.stem)
+    models = _table(table, "models", f"{path}")
+    return [
+        _model(name, _table(models, name, f"{path}: models"), family, weights_dir, source, f"{path}: models.{name}")
+        for name in models
+    ]
+
+
+def tag_card(name: str, table: Mapping[str, Any], where: str) -> TagCard:
+    """Checks one tag's table and returns it as a record.
+
+    Raises:
+        RegistryError: an unknown key, a wrong type, no source or two; ``where`` and the key are named.
+    """
+    known = {f.name for f in dataclasses.fields(TagCard)} - {"name"}
+    _check_keys(table, known, where)
+    for key in known - {"metrics", "pretrained_cfg"}:
+        if not isinstance(table.get(key, ""), str):
+            raise RegistryError(f"{where}: {key} is {table[key]!r}; it must be a string.")
+    for key in ("metrics", "pretrained_cfg"):
+        _table(table, key, where)
+    _check_keys(table.get("pretrained_cfg", {}), CFG_KEYS, f"{where}.pretrained_cfg")
+    tag = TagCard(name, **table)
+    if (tag.timm is None) == (tag.file is None and tag.hub is None):
+        raise RegistryError(f"{where}: a tag needs either timm, or file and/or hub, as its source.")
+    if tag.hub is not None and tag.revision is None:
+        raise RegistryError(f"{where}: hub = {tag.hub!r} needs a revision, the commit that the sha256 belongs to.")
+    if tag.timm is None and tag.sha256 is None:
+        raise RegistryError(f"{where}: the tag's file needs its sha256.")
+    if tag.sha256 is not None and (len(tag.sha256) != 64 or set(tag.sha256) - set("0123456789abcdef")):
+        raise RegistryError(f"{where}: sha256 = {tag.sha256!r} is not 64 lower-case hexadecimal digits.")
+    return tag
+
+
+def _model(
+    name: str, table: Mapping[str, Any], family: str, weights_dir: Path, source: Literal["card", "plug-in"], where: str
+) -> ModelCard:
+    known = {"builder", "backbone", "lam", "description", "params", "gmacs", "pretrained_cfg", "tags"}
+    _check_keys(table, known, where)
+    if "." in name or "/" in name or ":" in name:
+        raise RegistryError(f"{where}: a model's name may not contain '.', '/' or ':'.")
+    builder = table.get("builder")
+    if not isinstance(builder, str) or builder.count(":") != 1:
+        raise RegistryError(f"{where}: builder is {builder!r}; it must be 'module:function'.")
+    _check_keys(_table(table, "pretrained_cfg", where), CFG_KEYS, f"{where}.pretrained_cfg")
+    try:
+        lam = LamConfig.from_dict(_table(table, "lam", where)) if "lam" in table else None
+    except ConfigError as error:
+        raise RegistryError(f"{where}.lam: {error}") from error
+    params, gmacs = table.get("params"), table.get("gmacs")
+    if params is not None and not isinstance(params, int):
+        raise RegistryError(f"{where}: params is {params!r}; it must be a whole number.")
+    if gmacs is not None and not isinstance(gmacs, (int, float)):
+        raise RegistryError(f"{where}: gmacs is {gmacs!r}; it must be a number.")
+    tags = _table(table, "tags", where)
+    return ModelCard(
+        name=name,
+        family=family,
+        builder=builder,
+        backbone=_table(table, "backbone", where),
+        lam=lam,
+        description=table.get("description", ""),
+        params=params,
+        gmacs=gmacs,
+        pretrained_cfg=_table(table, "pretrained_cfg", where),
+        tags={tag: tag_card(tag, _table(tags, tag, f"{where}.tags"), f"{where}.tags.{tag}") for tag in tags},
+        weights_dir=weights_dir,
+        source=source,
+    )
+
+
+def _table(table: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
+    value = table.get(key, {})
+    if not isinstance(value, Mapping):
+        raise RegistryError(f"{where}: {key} is {value!r}; it must be a table.")
+    return value
+
+
+def _check_keys(table: Mapping[str, Any], known: set[str] | frozenset[str], where: str) -> None:
+    for key in table:
+        if key not in known:
+            raise RegistryError(f"{where}: unknown key {key!r}; the keys are {', '.join(sorted(known))}.")

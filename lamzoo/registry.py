@@ -1,0 +1,271 @@
+"""From a name to a built model, with its weights, masks and timm's records on it; the public face of the registry."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+from timm.models import PretrainedCfg
+from timm.models._input import _init_model_traits
+from torch import nn
+
+from lamzoo import hub
+from lamzoo.adapters import add_lam, remove_lam
+from lamzoo.cards import ModelCard, TagCard
+from lamzoo.errors import ConfigError, HashMismatchError, UnsafeWeightsError, WeightsError, WeightsNotFoundError
+from lamzoo.lam.config import LamConfig
+from lamzoo.names import (
+    ModelInfo,
+    builder_of,
+    find_card,
+    find_tag,
+    get_pretrained_cfg,
+    list_models,
+    list_tags,
+    model_info,
+    pretrained_cfg_of,
+    register_cards,
+    register_model,
+    split_name,
+)
+from lamzoo.statedict import load_into
+from lamzoo.weightfiles import WeightsFile, read_state_dict, resolve
+from lamzoo.weights import read_saved
+
+__all__ = [
+    "ModelInfo",
+    "create_model",
+    "get_pretrained_cfg",
+    "list_models",
+    "list_tags",
+    "model_info",
+    "obtain",
+    "register_cards",
+    "register_model",
+]
+
+_logger = logging.getLogger(__name__)
+
+_Source = Literal["local-dir", "hf-hub"]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is to be built: the card, timm's record, the arguments that come with the weights, and the weights."""
+
+    card: ModelCard
+    tag: TagCard | None
+    cfg: PretrainedCfg
+    args: Mapping[str, Any]
+    lam: LamConfig | None
+    weights: WeightsFile | None
+    foreign: bool
+
+
+def create_model(
+    name: str,
+    pretrained: bool = False,
+    *,
+    lam: LamConfig | Literal[False] | None = None,
+    num_classes: int | None = None,
+    in_chans: int | None = None,
+    img_size: int | tuple[int, int] | None = None,
+    global_pool: str | None = None,
+    drop_path_rate: float | None = None,
+    checkpoint_path: str | Path | None = None,
+    cache_dir: str | Path | None = None,
+    allow_pickle: bool = False,
+    **timm_kwargs: Any,
+) -> nn.Module:
+    """Creates a model by name; what timm has an argument for means what it means there.
+
+    Args:
+        name: ``arch`` or ``arch.tag`` of the registry, ``timm/<timm name>``, ``local-dir:<folder>`` as written by
+            :func:`lamzoo.save_pretrained`, or ``hf-hub:<owner>/<name>[@revision]``.
+        pretrained: load weights: exactly those of ``arch.tag``, or, for a bare name, the first of its tags that can
+            be had here, those of the hub before the bundled ones; which one is logged, and is in
+            ``model.pretrained_cfg["tag"]``.
+        lam: the masks; None takes the card's (or the saved model's), False builds the plain backbone.
+        num_classes: width of the head, which stays fresh where the weights have another; 0 for none.
+        in_chans: input channels, to which the weights of the first convolution are adapted.
+        img_size: input size, to which position embeddings and mask tables are resized.
+        global_pool: how tokens become one vector.
+        drop_path_rate: stochastic depth.
+        checkpoint_path: weights to load at the end, from a safetensors file of the same architecture.
+        cache_dir: folder for downloads, in place of the hub's own cache.
+        allow_pickle: also read pickles, with ``weights_only=True``.
+        **timm_kwargs: further arguments of the model's constructor.
+
+    Returns:
+        The model, in training mode, with ``pretrained_cfg`` (and its alias ``default_cfg``), ``lam_config`` (None
+        for a plain model) and ``registry_name``.
+
+    Raises:
+        UnknownModelError: no such model or tag.
+        ConfigError: an argument that the model's builder doesn't take, or an unknown source before the colon.
+        WeightsError: the weights cannot be had, are damaged, or do not fit.
+    """
+    given = {
+        "num_classes": num_classes, "in_chans": in_chans, "img_size": img_size, "global_pool": global_pool,
+        "drop_path_rate": drop_path_rate, **timm_kwargs,
+    }  # fmt: skip
+    given = {key: value for key, value in given.items() if value is not None}
+    if given.get("features_only") and (pretrained or checkpoint_path is not None):
+        raise ConfigError(
+            "features_only=True wraps the model, which the whole model's file does not fit; create the whole model "
+            "and call its forward_intermediates."
+        )
+    plan = _plan(name, pretrained, cache_dir, allow_pickle)
+    model = _build(plan, lam, given)
+    chosen = {*given, *(["lam"] if lam is False else [])}
+    arch = plan.card.backbone.get("timm")
+    if plan.weights is not None:
+        file = plan.weights
+        state_dict = read_state_dict(file.path, sha256=file.sha256, allow_pickle=allow_pickle)
+        load_into(model, state_dict, source=file.source, given=chosen, arch=arch, foreign=plan.foreign)
+    if checkpoint_path is not None:
+        state_dict = read_state_dict(checkpoint_path, allow_pickle=allow_pickle)
+        load_into(model, state_dict, source=str(checkpoint_path), given=chosen, arch=arch)
+    return model
+
+
+def obtain(
+    card: ModelCard, name: str, *, cache_dir: str | Path | None = None, allow_pickle: bool = False
+) -> tuple[TagCard, WeightsFile]:
+    """Finds the weights that a name asks for: those of its tag, or of a bare name's first tag that can be had here.
+
+    Raises:
+        WeightsNotFoundError: the tag's, or those of any tag of a bare name, cannot be had here.
+        UnsafeWeightsError: the only file is a pickle, and not allowed.
+    """
+    if split_name(name)[1] is not None:
+        tag = find_tag(card, name)
+        assert tag is not None  # find_tag raises for a tag that isn't there
+        return tag, _resolve(card, tag, cache_dir, allow_pickle)
+    order = sorted(card.tags.values(), key=lambda tag: not tag.on_hub)  # stable: the card's order within each
+    if not order:
+        raise WeightsNotFoundError(
+            f"{card.name} has no weights yet; use pretrained=False, or pass a safetensors file as checkpoint_path=."
+        )
+    errors: list[WeightsError] = []
+    unreachable = False
+    for tag in order:
+        if unreachable and not _on_disk(card, tag, cache_dir):
+            continue  # one wait for a network that isn't there is enough
+        try:
+            file = _resolve(card, tag, cache_dir, allow_pickle)
+        except (HashMismatchError, UnsafeWeightsError):
+            raise  # the file is there and wrong: no reason to take another quietly
+        except WeightsError as error:
+            errors.append(error)
+            unreachable = unreachable or isinstance(error, hub.HubUnreachableError)
+            continue
+        if tag is order[0]:
+            _logger.info("%s: using the weights %s.%s", card.name, card.name, tag.name)
+        else:
+            _logger.warning(
+                "%s: using the weights %s.%s, because %s.%s cannot be had here: %s",
+                card.name, card.name, tag.name, card.name, order[0].name, errors[0],
+            )  # fmt: skip
+        return tag, file
+    raise WeightsNotFoundError(
+        f"None of the weights of {card.name} ({', '.join(tag.name for tag in order)}) can be had here: {errors[0]}"
+    ) from errors[0]
+
+
+def _resolve(card: ModelCard, tag: TagCard, cache_dir: str | Path | None, allow_pickle: bool) -> WeightsFile:
+    return resolve(
+        f"{card.name}.{tag.name}", tag, weights_dir=card.weights_dir, cache_dir=cache_dir, allow_pickle=allow_pickle
+    )
+
+
+def _on_disk(card: ModelCard, tag: TagCard, cache_dir: str | Path | None) -> bool:
+    if tag.file is not None and card.weights_dir is not None and (card.weights_dir / tag.file).is_file():
+        return True
+    repo = pretrained_cfg_of(card, tag).hf_hub_id
+    return repo is not None and hub.cached(repo, tag.hub_file, revision=tag.revision, cache_dir=cache_dir) is not None
+
+
+def _plan(name: str, pretrained: bool, cache_dir: str | Path | None, allow_pickle: bool) -> _Plan:
+    source, colon, place = name.partition(":")
+    if not colon:
+        card = find_card(name)
+        tag, weights = find_tag(card, name), None
+        if pretrained:
+            tag, weights = obtain(card, name, cache_dir=cache_dir, allow_pickle=allow_pickle)
+        return _Plan(card, tag, pretrained_cfg_of(card, tag), {}, card.lam, weights, bool(tag and tag.timm))
+    if source not in get_args(_Source) or not place:
+        raise ConfigError(
+            f"{name!r} is no model name: before a colon stands one of {', '.join(get_args(_Source))}, after it a place."
+        )
+    saved = read_saved(
+        cast(_Source, source), place, with_weights=pretrained, cache_dir=cache_dir, allow_pickle=allow_pickle
+    )
+    return _Plan(find_card(saved.name), None, saved.cfg, saved.args, saved.lam, saved.weights, saved.foreign)
+
+
+def _build(plan: _Plan, lam: LamConfig | Literal[False] | None, given: Mapping[str, Any]) -> nn.Module:
+    card, cfg = plan.card, plan.cfg
+    masks = plan.lam if lam is None else (lam or None)
+    arguments = {**plan.args, **given}
+    if isinstance(card.builder, str):
+        arguments = {**_defaults(cfg), **arguments}
+        model = _call(card, (dict(card.backbone),), {"lam": masks, **arguments})
+    else:
+        if plan.weights is not None and plan.tag is not None:
+            stated = {**card.pretrained_cfg, **plan.tag.pretrained_cfg}
+            wanted = {key: value for key, value in _defaults(cfg).items() if _CFG_KEY[key] in stated}
+            arguments = {**wanted, **arguments}
+        model = _call(card, (), arguments)
+        if masks is not None and getattr(model, "lam_config", None) is None:
+            add_lam(model, masks)
+        elif lam is False and getattr(model, "lam_config", None) is not None:
+            remove_lam(model)
+        if plan.tag is not None or not plan.args:
+            base = getattr(model, "pretrained_cfg", None)
+            cfg = pretrained_cfg_of(card, plan.tag, PretrainedCfg(**base) if base else None)
+    _label(model, plan, cfg, arguments)
+    return model
+
+
+def _call(card: ModelCard, config: tuple[dict[str, Any], ...], arguments: Mapping[str, Any]) -> nn.Module:
+    build = builder_of(card)
+    try:
+        inspect.signature(build).bind(*config, **arguments)
+        return build(*config, **arguments)
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        culprit = str(error).rsplit("unexpected keyword argument", 1)[1].strip()
+        raise ConfigError(f"{card.name} takes no argument {culprit}; leave it out.") from error
+
+
+def _defaults(cfg: PretrainedCfg) -> dict[str, Any]:
+    """The constructor arguments that timm, too, takes from the record of the weights."""
+    defaults: dict[str, Any] = {"in_chans": cfg.input_size[0]}
+    if cfg.num_classes >= 0:
+        defaults["num_classes"] = cfg.num_classes
+    if cfg.fixed_input_size:
+        defaults["img_size"] = tuple(cfg.input_size[-2:])
+    return defaults
+
+
+_CFG_KEY = {"in_chans": "input_size", "num_classes": "num_classes", "img_size": "input_size"}
+
+
+def _label(model: Any, plan: _Plan, cfg: PretrainedCfg, arguments: Mapping[str, Any]) -> None:
+    model.pretrained_cfg = cfg.to_dict()
+    model.default_cfg = model.pretrained_cfg
+    model.pretrained_model_args = dict(plan.args)
+    model.registry_name = plan.card.name
+    if getattr(model, "lam_config", None) is None:
+        model.lam_config = None
+    # What timm's own factory records, for timm's data configuration and export.
+    kept = {key: value for key, value in arguments.items() if key not in ("device", "dtype")}
+    model._model_args = {**getattr(model, "_model_args", {}), **kept}
+    if not hasattr(model, "_traits"):
+        _init_model_traits(model, kept, model.pretrained_cfg)

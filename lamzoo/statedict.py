@@ -1,0 +1,271 @@
+"""Strict loading: puts a state dict into a model, adapts what the caller's own arguments changed, refuses the rest."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+import threading
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+from unittest import mock
+
+import timm
+import torch
+from timm.models import _builder, adapt_input_conv
+from torch import Tensor, nn
+
+from lamzoo.errors import StateDictError
+from lamzoo.lam.masks import PositionTable
+from lamzoo.lam.tables import resize_table
+
+_logger = logging.getLogger(__name__)
+
+StateDict = dict[str, Tensor]
+Converter = Callable[[StateDict, nn.Module], StateDict]
+
+# Arguments of timm's constructors that change the number of tokens, and with it the tables over positions.
+_SIZE_ARGS = frozenset({"img_size", "patch_size", "dynamic_img_size", "class_token", "reg_tokens", "no_embed_class"})
+# Modules that come and go with `global_pool`.
+_POOL_PREFIXES = ("norm.", "fc_norm.", "attn_pool.", "head.norm.")
+_PROBE_LOCK = threading.Lock()
+
+
+def load_into(
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor],
+    *,
+    source: str,
+    given: Collection[str] = (),
+    arch: str | None = None,
+    foreign: bool = False,
+) -> list[str]:
+    """Loads weights into a model, strictly, and returns what had to be adapted.
+
+    Nothing is written to the model before every key has been checked. What may differ:
+
+    - ``num_classes`` in ``given``: a head of another width stays fresh;
+    - ``in_chans``: the input convolution's channels are summed or repeated, as timm does it;
+    - ``img_size`` and its like: position embeddings and mask tables are resized;
+    - ``global_pool``: the norm or pooling module that it adds or removes;
+    - ``lam``: the masks' keys, where the caller took the masks out;
+    - the masks' keys, where the file is of a plain backbone and has none at all: the masks stay fresh.
+
+    Args:
+        model: a model with timm's ``pretrained_cfg`` (``classifier``, ``first_conv``, ``label_offset``) of the file.
+        state_dict: parameter name to tensor.
+        source: what to call the weights in messages.
+        given: names of the model arguments that the caller chose.
+        arch: timm's name of the architecture, for its own converter; without it that of the model's class is used.
+        foreign: the file may be in its authors' own format, which timm's converter may rename and drop keys of.
+
+    Returns:
+        One line for each adaptation, as logged.
+
+    Raises:
+        StateDictError: any other missing, unexpected or misshapen key; the model is unchanged.
+    """
+    notes: list[str] = []
+    weights = _convert(model, dict(state_dict), source, given, arch, foreign, notes)
+    _adapt_lam(model, weights, source, given, notes)
+    _adapt_input(model, weights, given, notes)
+    _adapt_head(model, weights, given, notes)
+    may_miss = _adapt_pool(model, weights, given, notes)
+    _check(model, weights, source, may_miss | _fresh(model, weights, notes))
+    model.load_state_dict(weights, strict=False)
+    _logger.info("Loaded %s into %s%s", source, type(model).__name__, "".join(f"; {note}" for note in notes) + ".")
+    return notes
+
+
+@functools.cache
+def timm_converter(arch: str) -> Converter | None:
+    """Returns the function by which timm converts checkpoints of an architecture, its options bound; None without one.
+
+    The options (interpolation of FlexiViT, LayerScale names of DeiT-III, ...) are written down only inside timm's
+    entry points, so one is run, without memory for the weights, up to the point where it would load them.
+    """
+    with _PROBE_LOCK, mock.patch.object(_builder, "load_pretrained") as loader, torch.device("meta"):
+        timm.create_model(arch, pretrained=True)
+    return loader.call_args.kwargs["filter_fn"]
+
+
+def _convert(
+    model: nn.Module,
+    weights: StateDict,
+    source: str,
+    given: Collection[str],
+    arch: str | None,
+    foreign: bool,
+    notes: list[str],
+) -> StateDict:
+    convert = (
+        timm_converter(arch) if arch else getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    )
+    if convert is None:
+        return weights
+    before = {key: tuple(value.shape) for key, value in weights.items()}
+    try:
+        converted = convert(weights, model)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise StateDictError(
+            f"timm cannot read {source} as weights of {arch or type(model).__name__} ({type(error).__name__}: {error})."
+        ) from error
+    after = {key: tuple(value.shape) for key, value in converted.items()}
+    if before.keys() != after.keys():
+        lost, new = sorted(before.keys() - after.keys()), sorted(after.keys() - before.keys())
+        if not foreign:
+            raise StateDictError(
+                f"{source} does not fit {_name(model)}: its keys {_some(lost)} are of another format or unexpected."
+            )
+        notes.append(f"timm's converter replaced the keys {_some(lost)} by {_some(new) if new else 'nothing'}")
+    for key in before.keys() & after.keys():
+        if before[key] != after[key]:
+            if not foreign and not _SIZE_ARGS & set(given):
+                raise StateDictError(
+                    f"{source} does not fit {_name(model)}: {key!r} has shape {before[key]} and the model's is "
+                    f"{after[key]}; pass the img_size that you want, or leave it out to get the file's."
+                )
+            notes.append(f"{key} resized from {before[key]} to {after[key]}")
+    return converted
+
+
+def _adapt_lam(model: nn.Module, weights: StateDict, source: str, given: Collection[str], notes: list[str]) -> None:
+    has_lam = any(".lam." in key for key in model.state_dict())
+    in_file = [key for key in weights if ".lam." in key]
+    if in_file and not has_lam and "lam" in given:
+        for key in in_file:
+            del weights[key]
+        notes.append(f"{len(in_file)} mask tensors left out, since the masks were taken out by lam=False")
+    for name, module in model.named_modules():
+        weight, bias = f"{name}.weight", f"{name}.bias"
+        if not isinstance(module, PositionTable) or not {weight, bias} <= weights.keys():
+            continue
+        old, new = weights[weight].shape[1], module.weight.shape[1]
+        if old == new:
+            continue
+        if not _SIZE_ARGS & set(given):
+            raise StateDictError(
+                f"{source} does not fit {_name(model)}: {weight!r} is for {old} tokens and the model has {new}; pass "
+                "the img_size that you want, or leave it out to get the file's."
+            )
+        prefix = module.num_prefix_tokens
+        table = torch.cat([weights[weight], weights[bias].unsqueeze(-1)], dim=-1)
+        grid = _old_grid(model, old - prefix) if module.grid else None
+        table = resize_table(table, new, num_prefix_tokens=prefix, old_grid=grid, new_grid=module.grid)
+        weights[weight], weights[bias] = table[..., :-1].contiguous(), table[..., -1].contiguous()
+        notes.append(f"{name} resized from {old} to {new} tokens")
+
+
+def _adapt_input(model: nn.Module, weights: StateDict, given: Collection[str], notes: list[str]) -> None:
+    if "in_chans" not in given:
+        return
+    for name in _names(model, "first_conv"):
+        key = f"{name}.weight"
+        target = model.state_dict().get(key)
+        if key not in weights or target is None or weights[key].shape == target.shape or target.ndim != 4:
+            continue
+        old, new = weights[key].shape[1], target.shape[1]
+        try:
+            weights[key] = adapt_input_conv(new, weights[key], base_chans=old)
+            notes.append(f"{key} adapted from {old} to {new} input channels")
+        except NotImplementedError:
+            weights[key] = target
+            notes.append(f"{key} stays fresh: {old} input channels cannot be adapted to {new}")
+
+
+def _adapt_head(model: nn.Module, weights: StateDict, given: Collection[str], notes: list[str]) -> None:
+    target = model.state_dict()
+    offset = _cfg(model).get("label_offset") or 0
+    for name in _names(model, "classifier"):
+        for key in (f"{name}.weight", f"{name}.bias"):
+            if key not in weights:
+                continue
+            if offset and key in target and weights[key].shape[0] == target[key].shape[0] + offset:
+                weights[key] = weights[key][offset:]
+                notes.append(f"{key} without its first {offset} background classes")
+            elif "num_classes" in given and (key not in target or weights[key].shape != target[key].shape):
+                old = weights.pop(key).shape[0]
+                if key in target:
+                    weights[key] = target[key]
+                    notes.append(f"{key} stays fresh: {old} classes in the file, {target[key].shape[0]} asked for")
+                else:
+                    notes.append(f"{key} left out, since num_classes=0 was asked for")
+
+
+def _adapt_pool(model: nn.Module, weights: StateDict, given: Collection[str], notes: list[str]) -> set[str]:
+    if "global_pool" not in given:
+        return set()
+    target = model.state_dict().keys()
+    extra = [key for key in weights if key not in target and key.startswith(_POOL_PREFIXES)]
+    fresh = {key for key in target if key not in weights and key.startswith(_POOL_PREFIXES)}
+    for key in extra:
+        del weights[key]
+    if extra:
+        notes.append(f"{_some(extra)} left out, since another global_pool was asked for")
+    if fresh:
+        notes.append(f"{_some(sorted(fresh))} fresh, since another global_pool was asked for")
+    return fresh
+
+
+def _fresh(model: nn.Module, weights: StateDict, notes: list[str]) -> set[str]:
+    if any(".lam." in key for key in weights):
+        return set()
+    fresh = {key for key in model.state_dict() if ".lam." in key}
+    if fresh:
+        notes.append(f"{len(fresh)} mask tensors stay fresh, since the file is of a plain backbone")
+    return fresh
+
+
+def _check(model: nn.Module, weights: StateDict, source: str, may_miss: set[str]) -> None:
+    target = model.state_dict()
+    missing = [key for key in target if key not in weights and key not in may_miss]
+    unexpected = [key for key in weights if key not in target]
+    misshapen = [
+        f"{key} ({tuple(weights[key].shape)} in the file, {tuple(target[key].shape)} in the model)"
+        for key in target
+        if key in weights and weights[key].shape != target[key].shape
+    ]
+    faults = [
+        f"{what} {_some(keys)}"
+        for what, keys in (("missing keys", missing), ("unexpected keys", unexpected), ("wrong shapes", misshapen))
+        if keys
+    ]
+    if not faults:
+        return
+    hint = ""
+    if unexpected and all(".lam." in key for key in unexpected):
+        hint = "; the file has masks and the model none like them: leave lam= out, or pass the file's own LamConfig"
+    elif all(".lam." in key for key in missing + misshapen) and not unexpected:
+        hint = "; the masks differ: leave lam= out, or pass the file's own LamConfig"
+    elif misshapen and not missing and not unexpected:
+        hint = "; another head or input needs num_classes= or in_chans= given"
+    raise StateDictError(f"{source} does not fit {_name(model)}: {'; '.join(faults)}{hint}.")
+
+
+def _old_grid(model: nn.Module, patches: int) -> tuple[int, int]:
+    """The patch grid of the file: that of the image size it was made for, or else a square."""
+    embed: Any = model.patch_embed
+    args: Mapping[str, Any] = getattr(model, "pretrained_model_args", {})
+    size = args.get("img_size") or _cfg(model).get("input_size", (3, 0, 0))[-2:]
+    size = (size, size) if isinstance(size, int) else size
+    grid = tuple(old * count // now for old, count, now in zip(size, embed.grid_size, embed.img_size, strict=True))
+    side = int(patches**0.5)
+    return (grid[0], grid[1]) if grid[0] * grid[1] == patches else (side, patches // side)
+
+
+def _cfg(model: nn.Module) -> Mapping[str, Any]:
+    return getattr(model, "pretrained_cfg", None) or {}
+
+
+def _names(model: nn.Module, key: str) -> tuple[str, ...]:
+    names = _cfg(model).get(key) or ()
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _name(model: nn.Module) -> str:
+    return _cfg(model).get("architecture") or type(model).__name__
+
+
+def _some(keys: Collection[str]) -> str:
+    shown = ", ".join(list(keys)[:3])
+    return shown if len(keys) <= 3 else f"{shown} and {len(keys) - 3} more"

@@ -1,0 +1,410 @@
+"""Weight files: where a tag's file is, whether it is intact, what is in it, and writing one without leaving halves."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants, split_torch_state_dict_into_shards
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from timm.models import get_pretrained_cfg, load_state_dict
+from torch import Tensor
+
+from lamzoo import hub
+from lamzoo.cards import TagCard
+from lamzoo.errors import HashMismatchError, UnsafeWeightsError, WeightsError, WeightsNotFoundError
+from lamzoo.statedict import StateDict
+
+WEIGHTS_NAME = "model.safetensors"
+INDEX_SUFFIX = ".index.json"
+_PICKLE_SUFFIXES = {".bin", ".pth", ".pt", ".ckpt", ".tar", ".pkl"}
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """A weights file that is on this machine.
+
+    Attributes:
+        path: a safetensors file, the ``.index.json`` of a sharded one, or a pickle.
+        sha256: what the file must hash to; None where nobody promised anything.
+        source: what to call it in messages.
+    """
+
+    path: Path
+    sha256: str | None
+    source: str
+
+
+def resolve(
+    name: str,
+    tag: TagCard,
+    *,
+    weights_dir: Path | None,
+    cache_dir: str | Path | None = None,
+    allow_pickle: bool = False,
+) -> WeightsFile:
+    """Finds a tag's file: bundled, else in the local cache, else on the hub.
+
+    Args:
+        name: ``arch.tag``, for messages.
+        tag: its record.
+        weights_dir: folder of the bundled files.
+        cache_dir: in place of the hub's cache folder.
+        allow_pickle: whether a hub repository that has no safetensors may give its pickle.
+
+    Raises:
+        WeightsNotFoundError: it cannot be had here; says what was looked for, where, and how to bring it.
+        WeightsError: the download failed otherwise.
+    """
+    bundled = weights_dir / tag.file if weights_dir and tag.file else None
+    if bundled is not None and bundled.is_file():
+        return WeightsFile(bundled, tag.sha256, f"{name} ({bundled})")
+    if tag.timm is not None:
+        cfg = get_pretrained_cfg(tag.timm)
+        if cfg is None or not cfg.hf_hub_id:
+            raise WeightsNotFoundError(
+                f"timm has no hub repository for the weights of {tag.timm}; bring a safetensors file and pass "
+                "checkpoint_path=."
+            )
+        repo, _, revision = cfg.hf_hub_id.partition("@")
+        return resolve_repo(
+            repo, revision=tag.revision or revision or None, filename=cfg.hf_hub_filename, sha256=tag.sha256,
+            cache_dir=cache_dir, allow_pickle=allow_pickle,
+        )  # fmt: skip
+    if tag.hub is None:
+        raise WeightsNotFoundError(
+            f"The weights {name} are not on this machine: {bundled} does not exist and the card names no hub "
+            "repository; copy the file there, or pass its path as checkpoint_path=."
+        )
+    return resolve_repo(
+        tag.hub, revision=tag.revision, filename=tag.hub_file, sha256=tag.sha256, cache_dir=cache_dir,
+        allow_pickle=allow_pickle,
+    )  # fmt: skip
+
+
+def resolve_repo(
+    repo: str,
+    *,
+    revision: str | None = None,
+    filename: str | None = None,
+    sha256: str | None = None,
+    cache_dir: str | Path | None = None,
+    allow_pickle: bool = False,
+) -> WeightsFile:
+    """Finds the weights of a hub repository, in the local cache or on the hub; safetensors before anything else.
+
+    Raises:
+        WeightsNotFoundError: the repository, or a usable file in it, cannot be had here.
+        UnsafeWeightsError: it has a pickle only and ``allow_pickle`` is False.
+        WeightsError: the download failed otherwise.
+    """
+    names = _candidates(filename)
+    for candidate in names:  # what is in the cache is used before the hub is asked for another form of it
+        if (candidate.endswith((".safetensors", INDEX_SUFFIX)) or allow_pickle) and hub.cached(
+            repo, candidate, revision=revision, cache_dir=cache_dir
+        ):
+            names = [candidate]
+            break
+    missing: hub.HubEntryMissingError | None = None
+    for candidate in names:
+        if not candidate.endswith((".safetensors", INDEX_SUFFIX)) and not allow_pickle:
+            raise UnsafeWeightsError(
+                f"The hub repository {repo} has no {' or '.join(names[:-1])}; {candidate} would be a pickle, which can "
+                "run code when it is read: pass allow_pickle=True if you trust its authors."
+            ) from missing
+        try:
+            path = hub.download(repo, candidate, revision=revision, cache_dir=cache_dir)
+        except hub.HubEntryMissingError as error:
+            missing = error
+            continue
+        if candidate.endswith(INDEX_SUFFIX):
+            for part in sorted(set(_read_index(path)["weight_map"].values())):
+                hub.download(repo, part, revision=revision, cache_dir=cache_dir)
+        return WeightsFile(path, sha256 or _promised_by_hub(path), f"{repo}/{candidate}")
+    raise missing or WeightsNotFoundError(f"The hub repository {repo} has none of {', '.join(names)}.")
+
+
+def find_in_folder(folder: Path) -> Path:
+    """Returns the weights file of a folder written by ``save_pretrained``, by timm or by the hub client.
+
+    Raises:
+        WeightsNotFoundError: there is none.
+    """
+    names = _candidates(None)
+    for candidate in names:
+        if (folder / candidate).is_file():
+            return folder / candidate
+    raise WeightsNotFoundError(f"The folder {folder} has no weights; one of {', '.join(names)} is looked for.")
+
+
+def read_state_dict(path: str | Path, *, sha256: str | None = None, allow_pickle: bool = False) -> StateDict:
+    """Reads a weights file, its hash first.
+
+    Args:
+        path: a safetensors file, the ``.index.json`` of a sharded one, or, where allowed, a torch pickle.
+        sha256: what the file must hash to. The shards of an index are checked against the hashes that it holds.
+        allow_pickle: read a pickle, with ``weights_only=True``.
+
+    Returns:
+        Parameter name to tensor, on the CPU.
+
+    Raises:
+        WeightsNotFoundError: there is no such file.
+        HashMismatchError: it is not the file promised; nothing of it was used.
+        UnsafeWeightsError: it is a pickle and not allowed, or has more in it than weights.
+        WeightsError: it is damaged.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise WeightsNotFoundError(f"There is no weights file {path}.")
+    _check_hash(path, sha256 or _promised_by_hub(path))
+    if path.name.endswith(INDEX_SUFFIX):
+        return _read_shards(path)
+    if _is_pickle(path):
+        return _read_pickle(path, allow_pickle)
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(
+            f"{path} is damaged or not a safetensors file ({error}); delete it and get it again."
+        ) from error
+
+
+def write_state_dict(state_dict: Mapping[str, Tensor], path: str | Path, max_bytes: int | None = None) -> WeightsFile:
+    """Writes tensors to a safetensors file, or to shards of it and their index.
+
+    Args:
+        state_dict: names to tensors; those that share memory are written one by one.
+        path: ``NAME.safetensors``.
+        max_bytes: size of the largest file, its header included; by default there is one file of any size.
+
+    Returns:
+        The file, or the index, with its sha256.
+
+    Raises:
+        WeightsError: a file cannot be written, or a tensor alone is larger than ``max_bytes``.
+    """
+    with atomic_files() as stage:
+        return stage_state_dict(stage, state_dict, Path(path), max_bytes)
+
+
+def shard(path: str | Path, max_bytes: int, out_dir: str | Path | None = None) -> Path:
+    """Splits a safetensors file into shards of at most ``max_bytes`` each, with the hub's index format.
+
+    Args:
+        path: ``NAME.safetensors``; left alone.
+        max_bytes: size of the largest shard, its header included.
+        out_dir: folder for the shards; that of ``path`` by default.
+
+    Returns:
+        ``NAME.safetensors.index.json``, which also holds the sha256 of each shard.
+
+    Raises:
+        WeightsError: the file is damaged, or as :func:`write_state_dict`.
+    """
+    path = Path(path)
+    target = (Path(out_dir) if out_dir is not None else path.parent) / path.name
+    with atomic_files() as stage:
+        return _stage_shards(stage, read_state_dict(path), target, max_bytes).path
+
+
+def join(index: str | Path, path: str | Path) -> Path:
+    """Puts the shards of an index back into one safetensors file and returns its path.
+
+    Raises:
+        WeightsError: as :func:`read_state_dict` and :func:`write_state_dict`.
+    """
+    return write_state_dict(read_state_dict(index), path).path
+
+
+@contextlib.contextmanager
+def atomic_files() -> Iterator[Callable[[Path], Path]]:
+    """Writes one or several files so that all of them appear complete or none does.
+
+    Yields:
+        A function from a file's path to the temporary path, in the same folder, to write it to. At the end the files
+        are renamed in the order of the calls; on an exception they are removed.
+
+    Raises:
+        WeightsError: an ``OSError`` while writing: no space, no rights, no folder.
+    """
+    staged: list[tuple[Path, Path]] = []
+
+    def stage(path: Path) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        os.close(handle)
+        staged.append((Path(name), path))
+        return Path(name)
+
+    try:
+        yield stage
+        umask = os.umask(0)
+        os.umask(umask)
+        for temporary, _ in staged:
+            temporary.chmod(0o666 & ~umask)  # mkstemp's 0600 would keep others from reading the weights
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+        for temporary, path in staged:
+            temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, WeightsError):
+            raise
+        where = staged[-1][1] if staged else getattr(error, "filename", None)
+        raise WeightsError(
+            f"{where} cannot be written ({error}); nothing was changed: free some space or choose another folder."
+        ) from error
+    finally:
+        for temporary, _ in staged:
+            temporary.unlink(missing_ok=True)
+
+
+def stage_state_dict(
+    stage: Callable[[Path], Path], state_dict: Mapping[str, Tensor], path: Path, max_bytes: int | None
+) -> WeightsFile:
+    """Does :func:`write_state_dict` inside an :func:`atomic_files` of the caller's, together with other files."""
+    tensors = _independent(state_dict)
+    if max_bytes is not None and sum(t.nbytes for t in tensors.values()) + _header_bytes(tensors) > max_bytes:
+        return _stage_shards(stage, tensors, path, max_bytes)
+    staged = stage(path)
+    save_file(tensors, staged, metadata={"format": "pt"})
+    return WeightsFile(path, file_sha256(staged), str(path))
+
+
+def file_sha256(path: str | Path) -> str:
+    """Returns the sha256 of a file in hexadecimal."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _stage_shards(stage: Callable[[Path], Path], tensors: StateDict, path: Path, max_bytes: int) -> WeightsFile:
+    room = max_bytes - _header_bytes(tensors)
+    for key, tensor in tensors.items():
+        if tensor.nbytes > room:
+            least = tensor.nbytes + _header_bytes(tensors)
+            raise WeightsError(f"{key} of {path} has {tensor.nbytes} bytes alone; shards need at least {least}.")
+    split = split_torch_state_dict_into_shards(
+        tensors, filename_pattern=f"{path.name.removesuffix('.safetensors')}{{suffix}}.safetensors", max_shard_size=room
+    )
+    hashes = {}
+    for number, keys in enumerate(split.filename_to_tensors.values(), start=1):
+        name = (
+            f"{path.name.removesuffix('.safetensors')}-{number:05d}-of-{len(split.filename_to_tensors):05d}.safetensors"
+        )
+        staged = stage(path.with_name(name))
+        save_file({key: tensors[key] for key in keys}, staged, metadata={"format": "pt"})
+        hashes[name] = (file_sha256(staged), keys)
+    index = {
+        "metadata": {**split.metadata, "sha256": {name: sha256 for name, (sha256, _) in hashes.items()}},
+        "weight_map": {key: name for name, (_, keys) in hashes.items() for key in keys},
+    }
+    path = path.with_name(path.name + INDEX_SUFFIX)
+    staged = stage(path)
+    staged.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return WeightsFile(path, file_sha256(staged), str(path))
+
+
+def _header_bytes(tensors: StateDict) -> int:
+    return 1024 + sum(len(key) + 128 for key in tensors)  # no shard's header is longer than all of theirs
+
+
+def _candidates(filename: str | None) -> list[str]:
+    filename = filename or constants.PYTORCH_WEIGHTS_NAME
+    if filename.endswith(".safetensors"):
+        return [filename, filename + INDEX_SUFFIX]
+    if filename == constants.PYTORCH_WEIGHTS_NAME:
+        return [WEIGHTS_NAME, WEIGHTS_NAME + INDEX_SUFFIX, filename]
+    if filename == "open_clip_pytorch_model.bin":
+        return ["open_clip_model.safetensors", filename]
+    return [str(Path(filename).with_suffix(".safetensors")), filename]
+
+
+def _promised_by_hub(path: Path) -> str | None:
+    # The hub's cache names the blob of a large file by its sha256 and links to it.
+    blob = path.resolve()
+    return blob.name if blob.parent.name == "blobs" and _SHA256.fullmatch(blob.name) else None
+
+
+def _check_hash(path: Path, promised: str | None) -> None:
+    if promised is None:
+        return
+    actual = file_sha256(path)
+    if actual != promised:
+        raise HashMismatchError(
+            f"{path} has sha256 {actual} and {promised} was promised: it is damaged or another file; delete it and "
+            "get it again."
+        )
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        parts = set(index["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsError(f"{path} is not the index of a sharded safetensors file ({error!r}).") from error
+    for part in parts:
+        if Path(part).name != part:
+            raise WeightsError(f"{path} names the shard {part!r}, which is not beside it; refused.")
+    return index
+
+
+def _read_shards(path: Path) -> StateDict:
+    index = _read_index(path)
+    hashes = index.get("metadata", {}).get("sha256", {})
+    tensors: StateDict = {}
+    for part in sorted(set(index["weight_map"].values())):
+        tensors.update(read_state_dict(path.parent / part, sha256=hashes.get(part)))
+    if tensors.keys() != index["weight_map"].keys():
+        odd = sorted(tensors.keys() ^ index["weight_map"].keys())
+        raise WeightsError(f"The shards of {path} and the index disagree about {odd[0]!r}; get them again.")
+    return tensors
+
+
+def _is_pickle(path: Path) -> bool:
+    with path.open("rb") as file:
+        start = file.read(9)
+    # A torch file is a zip or begins with pickle's PROTO opcode, whatever it is called; a safetensors file may begin
+    # with the same bytes, the length of its header, and then has that header's brace.
+    looks = start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] <= b"\x05")
+    return path.suffix in _PICKLE_SUFFIXES or (looks and start[8:] != b"{")
+
+
+def _read_pickle(path: Path, allowed: bool) -> StateDict:
+    if not allowed:
+        raise UnsafeWeightsError(
+            f"{path} is a pickle, which can run code when it is read; convert it to safetensors, or pass "
+            "allow_pickle=True (its weights alone are read then)."
+        )
+    if path.suffix == ".safetensors":
+        raise UnsafeWeightsError(f"{path} is a pickle under the name of safetensors; nothing of it was run. Delete it.")
+    try:
+        tensors = load_state_dict(str(path), weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise UnsafeWeightsError(
+            f"{path} has more in it than weights, or is damaged; nothing of it was run ({error})."
+        ) from error
+    if not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise WeightsError(f"{path} is not a state dict: not all of its values are tensors.")
+    return tensors
+
+
+def _independent(state_dict: Mapping[str, Tensor]) -> StateDict:
+    seen: set[int] = set()
+    result: StateDict = {}
+    for key, value in state_dict.items():
+        tensor = value.detach().cpu().contiguous()
+        if tensor.untyped_storage().data_ptr() in seen or tensor.untyped_storage().nbytes() != tensor.nbytes:
+            tensor = tensor.clone()
+        seen.add(tensor.untyped_storage().data_ptr())
+        result[key] = tensor
+    return result

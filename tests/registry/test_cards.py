@@ -1,0 +1,93 @@
+"""The cards: what they promise is recomputed, and a bad one is refused by file and key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from lamzoo.cards import data_dir, read_card
+from lamzoo.errors import RegistryError
+from lamzoo.profiling import profile
+from lamzoo.registry import create_model, list_models, model_info
+from lamzoo.weights import file_sha256
+
+NAMES = [card.name for path in data_dir("registry").glob("*.toml") for card in read_card(path, weights_dir=Path())]
+GOOD = '[models.a]\nbuilder = "lamzoo.models.vit:lam_vit"\n'
+
+
+def test_there_are_the_families_of_the_ground_floor() -> None:
+    assert {"lam_vit_micro", "vit_micro", *(f"lam_vit_{size}" for size in ("tiny", "small", "base", "large"))} <= {
+        *NAMES
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parameters_and_macs_are_those_of_the_card(name: str) -> None:
+    info = model_info(name)
+    with torch.device("meta"):  # nothing is computed, so that a ViT-L takes no longer than a micro model
+        model = create_model(name)
+        image = torch.zeros(1, *timm.data.resolve_model_data_config(model)["input_size"])
+    assert sum(parameter.numel() for parameter in model.parameters()) == info.params
+    assert profile(model, image).gmacs == pytest.approx(info.gmacs, abs=5e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in list_models(pretrained=True) if model_info(name).tag.file])
+def test_bundled_files_have_the_cards_hash_and_load(name: str) -> None:
+    info = model_info(name)
+    assert info.tag is not None
+    assert info.tag.file is not None
+    file = data_dir("weights") / info.tag.file
+    assert file_sha256(file) == info.tag.sha256
+    model = create_model(name, pretrained=True)
+    assert model.pretrained_cfg["tag"] == info.tag.name
+    assert len(model.pretrained_cfg["label_names"]) == model.num_classes
+
+
+@pytest.mark.parametrize("name", list_models(pretrained=True))
+def test_each_tag_says_where_it_is_from_and_what_it_scores(name: str) -> None:
+    tag = model_info(name).tag
+    assert tag is not None
+    assert tag.dataset
+    assert tag.licence
+    assert {"dataset", "top1", "command"} <= tag.metrics.keys()
+    if tag.timm is not None:
+        assert timm.models.is_model_pretrained(tag.timm)
+
+
+def test_a_card_without_tags_is_valid(tmp_path: Path) -> None:
+    (tmp_path / "f.toml").write_text(GOOD)
+    (card,) = read_card(tmp_path / "f.toml", weights_dir=tmp_path)
+    assert (card.name, card.family, card.tags, card.lam) == ("a", "f", {}, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[models.a", "cannot be read"),
+        ("[models.a]\n", "models.a: builder is None"),
+        ('[models.a]\nbuilder = "x"\n', "must be 'module:function'"),
+        ("modles = 3\n", "unknown key 'modles'"),
+        ("models = 3\n", "models is 3"),
+        (GOOD + "parms = 3\n", "models.a: unknown key 'parms'"),
+        (GOOD + 'params = "3"\n', "params is '3'"),
+        (GOOD + 'gmacs = "3"\n', "gmacs is '3'"),
+        (GOOD + "[models.a.lam]\nrnk = 3\n", "models.a.lam: LamConfig has no field 'rnk'"),
+        (GOOD + "[models.a.pretrained_cfg]\ncroppct = 1\n", "unknown key 'croppct'"),
+        (GOOD + '[models.a.tags.t]\ndataset = "x"\n', "models.a.tags.t: a tag needs either timm"),
+        (GOOD + '[models.a.tags.t]\nfile = "x"\ntimm = "y"\n', "a tag needs either timm"),
+        (GOOD + '[models.a.tags.t]\nfile = "x"\n', "needs its sha256"),
+        (GOOD + '[models.a.tags.t]\nfile = "x"\nsha256 = "ABC"\n', "is not 64"),
+        (GOOD + f'[models.a.tags.t]\nhub = "x/y"\nsha256 = "{"0" * 64}"\n', "needs a revision"),
+        (GOOD + "[models.a.tags.t]\nfile = 3\n", "file is 3"),
+        ('[models."a.b"]\nbuilder = "x:y"\n', "may not contain"),
+    ],
+)
+def test_a_bad_card_is_refused_by_file_and_key(tmp_path: Path, text: str, says: str) -> None:
+    (tmp_path / "f.toml").write_text(text)
+    with pytest.raises(RegistryError) as caught:
+        read_card(tmp_path / "f.toml", weights_dir=tmp_path)
+    assert says in str(caught.value)
+    assert str(tmp_path / "f.toml") in str(caught.value)

@@ -1,0 +1,187 @@
+"""``create_model``: which weights it takes, what it leaves on the model, and how it refuses."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from lamzoo import names
+from lamzoo.errors import ConfigError, HashMismatchError, StateDictError, WeightsNotFoundError
+from lamzoo.lam import LamConfig
+from lamzoo.registry import create_model, get_pretrained_cfg, list_models, register_cards, register_model
+from lamzoo.weights import file_sha256, write_state_dict
+from tests.weights.hub_server import COMMIT, HubServer
+
+
+def saved(path: Path, fill: float, **kwargs: object) -> nn.Module:
+    model = timm.create_model("test_vit", **{"img_size": 32, "num_classes": 4, **kwargs})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(fill)
+    write_state_dict(model.state_dict(), path)
+    return model
+
+
+@pytest.fixture
+def zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A model ``tiny_zoo`` with the tags bundled (parameters 1.0), hub (2.0) and nowhere; timm's test_vit is 3.0."""
+    list_models()
+    monkeypatch.setattr(names, "_cards", dict(names._cards))
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    saved(tmp_path / "bundled.safetensors", 1.0)
+    saved(tmp_path / "hub.safetensors", 2.0)
+    saved(tmp_path / "timm.safetensors", 3.0, img_size=160, num_classes=1000)
+    timms = get_pretrained_cfg("timm/test_vit.r160_in1k").hf_hub_id
+    assert timms is not None
+    (tmp_path / "zoo.toml").write_text(f"""
+[models.tiny_zoo]
+builder = "lamzoo.models.vit:lam_vit"
+[models.tiny_zoo.backbone]
+timm = "test_vit"
+[models.tiny_zoo.lam]
+rank = 2
+[models.tiny_zoo.pretrained_cfg]
+input_size = [3, 32, 32]
+num_classes = 4
+[models.tiny_zoo.tags.bundled]
+file = "bundled.safetensors"
+sha256 = "{file_sha256(tmp_path / "bundled.safetensors")}"
+[models.tiny_zoo.tags.hub]
+hub = "zoo/tiny"
+revision = "{COMMIT}"
+sha256 = "{file_sha256(tmp_path / "hub.safetensors")}"
+[models.tiny_zoo.tags.nowhere]
+file = "nowhere.safetensors"
+sha256 = "{"0" * 64}"
+""")
+    register_cards(tmp_path / "zoo.toml")
+    repos = {
+        "zoo/tiny": {"model.safetensors": (tmp_path / "hub.safetensors").read_bytes()},
+        timms: {"model.safetensors": (tmp_path / "timm.safetensors").read_bytes()},
+    }
+    with HubServer(repos) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        yield server
+
+
+def value(model: nn.Module) -> float:
+    return model.norm.weight[0].item()
+
+
+def test_the_records_of_timm_are_on_the_model() -> None:
+    model = create_model("lam_vit_micro", num_classes=5)
+    assert model.lam_config == LamConfig(heads="per-head")
+    assert model.default_cfg is model.pretrained_cfg
+    assert model.pretrained_cfg["architecture"] == "lam_vit_micro"
+    config = timm.data.resolve_model_data_config(model)
+    assert (config["input_size"], config["crop_pct"]) == ((3, 32, 32), 1.0)
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 5)
+    plain = create_model("timm/test_vit", img_size=32)
+    assert plain.lam_config is None
+    assert plain.pretrained_cfg["tag"] == "r160_in1k"
+
+
+def test_masks_are_the_cards_the_callers_or_none() -> None:
+    assert create_model("lam_vit_micro", lam=LamConfig(rank=1)).lam_config == LamConfig(rank=1)
+    assert create_model("lam_vit_micro", lam=False).lam_config is None
+    assert create_model("vit_micro", lam=LamConfig(rank=1)).lam_config == LamConfig(rank=1)
+
+
+@pytest.mark.parametrize("name", ["lam_vit_micro", "timm/test_vit"])
+def test_an_unknown_argument_is_named(name: str) -> None:
+    with pytest.raises(ConfigError, match="takes no argument 'no_such'"):
+        create_model(name, no_such=3)
+    with pytest.raises(ConfigError, match="hf-hub"):
+        create_model("ftp:somewhere")
+
+
+def test_features_with_weights_are_refused_before_anything_is_loaded() -> None:
+    with pytest.raises(ConfigError, match="forward_intermediates"):
+        create_model("timm/test_vit", pretrained=True, features_only=True)
+
+
+def test_an_explicit_tag_loads_exactly_that(zoo: HubServer, tmp_path: Path) -> None:
+    for tag, fill in (("bundled", 1.0), ("hub", 2.0)):
+        model = create_model(f"tiny_zoo.{tag}", pretrained=True, cache_dir=tmp_path / "cache")
+        assert (value(model), model.pretrained_cfg["tag"], model.num_classes) == (fill, tag, 4)
+    zoo.status = 404
+    with pytest.raises(WeightsNotFoundError, match="zoo/tiny"):
+        create_model("tiny_zoo.hub", pretrained=True, cache_dir=tmp_path / "other")
+    with pytest.raises(WeightsNotFoundError, match=r"tiny_zoo\.nowhere .*checkpoint_path="):
+        create_model("tiny_zoo.nowhere", pretrained=True)
+
+
+def test_a_bundled_tag_never_asks_the_hub(zoo: HubServer) -> None:
+    create_model("tiny_zoo.bundled", pretrained=True)
+    assert not zoo.seen
+
+
+def test_a_bare_name_takes_the_hub_before_the_bundle_and_says_which(
+    zoo: HubServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "lamzoo"):
+        model = create_model("tiny_zoo", pretrained=True, cache_dir=tmp_path / "cache")
+    assert (value(model), model.pretrained_cfg["tag"]) == (2.0, "hub")
+    assert "using the weights tiny_zoo.hub" in caplog.text
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_a_bare_name_falls_back_to_the_bundle_with_a_warning(
+    zoo: HubServer, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with caplog.at_level(logging.INFO, "lamzoo"):
+        model = create_model("tiny_zoo", pretrained=True, cache_dir=tmp_path / "cache")
+    assert (value(model), model.pretrained_cfg["tag"]) == (1.0, "bundled")
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert "tiny_zoo.bundled, because tiny_zoo.hub cannot be had here" in warning
+    assert "HF_HUB_OFFLINE" in warning
+
+
+@pytest.mark.parametrize("status", [404, 500])
+def test_a_hub_that_answers_with_an_error_is_no_obstacle_to_the_bundle(
+    zoo: HubServer, tmp_path: Path, status: int
+) -> None:
+    zoo.status = status
+    assert value(create_model("tiny_zoo", pretrained=True, cache_dir=tmp_path / "cache")) == 1.0
+
+
+def test_a_damaged_file_is_an_error_and_no_reason_to_fall_back(zoo: HubServer, tmp_path: Path) -> None:
+    zoo.corrupt = True
+    with pytest.raises(HashMismatchError, match="sha256"):
+        create_model("tiny_zoo", pretrained=True, cache_dir=tmp_path / "cache")
+
+
+def test_timms_weights_come_through_our_own_download_and_loader(zoo: HubServer, tmp_path: Path) -> None:
+    cache = {"cache_dir": tmp_path / "cache"}
+    model = create_model("timm/test_vit", pretrained=True, lam=LamConfig(rank=2), num_classes=7, in_chans=1, **cache)
+    assert (value(model), model.pretrained_cfg["tag"]) == (3.0, "r160_in1k")
+    assert not torch.equal(model.head.weight, torch.full_like(model.head.weight, 3.0))
+    assert create_model("timm/test_vit.r160_in1k", pretrained=True, img_size=64, **cache).pos_embed.shape[1] == 17
+    with pytest.raises(StateDictError, match="q_norm"):
+        create_model("timm/test_vit", pretrained=True, qk_norm=True, **cache)
+
+
+def test_a_model_without_weights_says_so() -> None:
+    with pytest.raises(WeightsNotFoundError, match="has no weights yet"):
+        create_model("timm/vit_giant_patch14_224", pretrained=True)
+
+
+def test_a_plugins_weights_are_loaded_by_lamzoo(zoo: HubServer, tmp_path: Path) -> None:
+    saved(tmp_path / "p.safetensors", 5.0)
+    tag = {"hub": "zoo/plugin", "revision": COMMIT, "sha256": file_sha256(tmp_path / "p.safetensors")}
+    zoo.repos["zoo/plugin"] = {"model.safetensors": (tmp_path / "p.safetensors").read_bytes()}
+
+    @register_model(tags={"t": tag}, pretrained_cfg={"num_classes": 4, "classifier": "head"})
+    def a_small_plugin(num_classes: int = 9) -> nn.Module:
+        return timm.create_model("test_vit", img_size=32, num_classes=num_classes)
+
+    assert create_model("a_small_plugin").num_classes == 9
+    model = create_model("a_small_plugin", pretrained=True, cache_dir=tmp_path / "cache")
+    assert (value(model), model.num_classes, model.pretrained_cfg["tag"]) == (5.0, 4, "t")

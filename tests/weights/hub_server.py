@@ -1,0 +1,96 @@
+"""A small server that speaks the hub's download protocol on this machine, and misbehaves on request."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Self
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class HubServer:
+    """Serves ``{"owner/name": {"file": bytes}}`` at ``url``, at the revisions ``main`` and ``COMMIT``.
+
+    ``status`` answers every request so; ``cut`` closes each download halfway; ``stall`` waits that many seconds
+    before each answer; ``slow`` waits in the middle of each download. ``seen`` counts ``(method, path)``.
+    """
+
+    def __init__(self, repos: dict[str, dict[str, bytes]] | None = None) -> None:
+        self.repos = repos or {}
+        self.status: int | None = None
+        self.cut = False
+        self.corrupt = False
+        self.stall = 0.0
+        self.slow = 0.0
+        self.seen: Counter[tuple[str, str]] = Counter()
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_HEAD(self) -> None:
+                hub.answer(self, body=False)
+
+            def do_GET(self) -> None:
+                hub.answer(self, body=True)
+
+            def log_message(self, *args: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+    def answer(self, request: BaseHTTPRequestHandler, body: bool) -> None:
+        self.seen[request.command, request.path] += 1
+        time.sleep(self.stall)
+        repo, _, rest = request.path.lstrip("/").partition("/resolve/")
+        revision, _, filename = rest.partition("/")
+        if self.status is not None:
+            return self._refuse(request, self.status, "")
+        if repo not in self.repos:
+            return self._refuse(request, 404, "RepoNotFound")
+        if revision not in ("main", COMMIT):
+            return self._refuse(request, 404, "RevisionNotFound")
+        if filename not in self.repos[repo]:
+            return self._refuse(request, 404, "EntryNotFound")
+        data = self.repos[repo][filename]
+        request.send_response(200)
+        request.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
+        request.send_header("X-Repo-Commit", COMMIT)
+        request.send_header("Content-Length", str(len(data)))
+        request.end_headers()
+        if not body:
+            return None
+        if self.corrupt:
+            data = data[:-1] + bytes([data[-1] ^ 1])
+        half = len(data) // 2
+        request.wfile.write(data[:half])
+        request.wfile.flush()
+        time.sleep(self.slow)
+        if self.cut:
+            request.close_connection = True
+            return None
+        request.wfile.write(data[half:])
+        return None
+
+    def _refuse(self, request: BaseHTTPRequestHandler, status: int, code: str) -> None:
+        request.send_response(status)
+        if code:
+            request.send_header("X-Error-Code", code)
+        if code == "EntryNotFound":
+            request.send_header("X-Repo-Commit", COMMIT)
+        request.send_header("Content-Length", "0")
+        request.end_headers()

@@ -1,0 +1,188 @@
+"""Weight files: what is refused before it is used, what is never left half-written, and shards."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pickle
+import resource
+import signal
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lamzoo import weightfiles
+from lamzoo.errors import HashMismatchError, UnsafeWeightsError, WeightsError, WeightsNotFoundError
+from lamzoo.weights import file_sha256, join, read_state_dict, shard, write_state_dict
+
+
+def tensors() -> dict[str, Tensor]:
+    return {f"blocks.{i}.weight": torch.randn(16, 16) for i in range(5)} | {"head.bias": torch.randn(3)}
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    save_file(tensors(), tmp_path / "model.safetensors")
+    return tmp_path / "model.safetensors"
+
+
+def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+
+
+def test_the_promised_file_is_read(file: Path) -> None:
+    assert same(read_state_dict(file, sha256=file_sha256(file)), read_state_dict(file))
+
+
+def test_one_flipped_byte_is_refused(file: Path) -> None:
+    promised = file_sha256(file)
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(data)
+    read_state_dict(file)  # still a valid safetensors file: only the hash can tell
+    with pytest.raises(HashMismatchError, match=f"{file}.* promised"):
+        read_state_dict(file, sha256=promised)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, 3000])
+def test_a_truncated_file_is_refused_without_a_hash_too(file: Path, keep: int) -> None:
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(WeightsError, match="damaged"):
+        read_state_dict(file)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(WeightsNotFoundError, match="nowhere.safetensors"):
+        read_state_dict(tmp_path / "nowhere.safetensors")
+
+
+class Payload:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return (os.mkdir, (str(self.path),))
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("name", ["model.pth", "model.bin", "model.safetensors"])
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_pickle_with_a_payload_never_runs(tmp_path: Path, name: str, legacy: bool) -> None:
+    hit, path = tmp_path / "hit", tmp_path / name
+    if legacy:
+        path.write_bytes(pickle.dumps({"weight": Payload(hit)}))
+    else:
+        torch.save({"weight": Payload(hit)}, path)
+    with pytest.raises(UnsafeWeightsError, match="allow_pickle=True"):
+        read_state_dict(path)
+    with pytest.raises(UnsafeWeightsError, match="nothing of it was run"):
+        read_state_dict(path, allow_pickle=True)
+    assert not hit.exists()
+
+
+def test_an_allowed_pickle_gives_its_weights(tmp_path: Path) -> None:
+    expected = tensors()
+    torch.save({"state_dict": {f"module.{key}": value for key, value in expected.items()}}, tmp_path / "checkpoint.pth")
+    assert same(read_state_dict(tmp_path / "checkpoint.pth", allow_pickle=True), expected)
+
+
+@pytest.mark.parametrize("width", range(1, 200, 7))
+def test_no_safetensors_file_passes_for_a_pickle(tmp_path: Path, width: int) -> None:
+    # The first byte of a safetensors file is the low byte of its header's length, 0x80 (pickle's first) among others.
+    expected = {"x" * width: torch.ones(1)}
+    save_file(expected, tmp_path / "a.safetensors")
+    assert same(read_state_dict(tmp_path / "a.safetensors"), expected)
+
+
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(file: Path) -> None:
+    # A real limit of the operating system, in a child process, since it cannot be raised again.
+    before = file.read_bytes()
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        try:
+            write_state_dict(tensors(), file)
+        except WeightsError as error:
+            os._exit(0 if "nothing was changed" in str(error) else 2)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert file.read_bytes() == before
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_no_space_halfway_through_the_shards_leaves_nothing(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = []
+
+    def full(contents: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+        if saved:
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        saved.append(path)
+        save_file(contents, path, metadata)
+
+    monkeypatch.setattr(weightfiles, "save_file", full)
+    with pytest.raises(WeightsError, match="No space left on device"):
+        shard(file, 4000)
+    assert saved
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_a_folder_that_cannot_be_made_is_one_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WeightsError, match="cannot be written"):
+        write_state_dict(tensors(), tmp_path / "file" / "model.safetensors")
+
+
+def test_tensors_that_share_memory_are_written_each(tmp_path: Path) -> None:
+    base = torch.randn(4, 4)
+    write_state_dict({"a": base, "b": base, "c": base[1:], "d": base.T}, tmp_path / "m.safetensors")
+    assert same(read_state_dict(tmp_path / "m.safetensors"), {"a": base, "b": base, "c": base[1:], "d": base.T})
+
+
+@hypothesis.settings(max_examples=15, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+@hypothesis.given(sizes=st.lists(st.integers(0, 300), min_size=1, max_size=8), max_bytes=st.integers(4000, 8000))
+def test_shards_keep_to_their_size_and_join_to_what_they_were(tmp_path: Path, sizes: list[int], max_bytes: int) -> None:
+    expected = {f"layer.{i}": torch.randn(size) for i, size in enumerate(sizes)}
+    write_state_dict(expected, tmp_path / "m.safetensors")
+    index = shard(tmp_path / "m.safetensors", max_bytes, tmp_path / "shards")
+    weight_map = json.loads(index.read_text())["weight_map"]
+    assert index.name == "m.safetensors.index.json"
+    assert weight_map.keys() == expected.keys()
+    assert all((index.parent / part).stat().st_size <= max_bytes for part in weight_map.values())
+    assert same(read_state_dict(index), expected)
+    assert same(read_state_dict(join(index, tmp_path / "joined.safetensors")), expected)
+
+
+def test_a_tensor_larger_than_a_shard_is_named(file: Path) -> None:
+    with pytest.raises(WeightsError, match=r"blocks\.0\.weight .* has 1024 bytes alone; shards need at least"):
+        shard(file, 2500)
+
+
+def test_each_shard_is_checked(file: Path, tmp_path: Path) -> None:
+    index = shard(file, 4000, tmp_path / "shards")
+    part = sorted(index.parent.glob("*.safetensors"))[1]
+    data = bytearray(part.read_bytes())
+    data[-1] ^= 1
+    part.write_bytes(data)
+    with pytest.raises(HashMismatchError, match=part.name):
+        read_state_dict(index)
+    part.unlink()
+    with pytest.raises(WeightsNotFoundError, match=part.name):
+        read_state_dict(index)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": {"a": "../../x.safetensors"}}'])
+def test_an_index_that_is_none_or_leads_elsewhere_is_refused(tmp_path: Path, text: str) -> None:
+    index = tmp_path / "m.safetensors.index.json"
+    index.write_text(text)
+    with pytest.raises(WeightsError, match=r"m\.safetensors\.index\.json"):
+        read_state_dict(index)

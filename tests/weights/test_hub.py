@@ -1,0 +1,191 @@
+"""Downloads, driven through the real hub client against a server on this machine."""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub.constants
+import huggingface_hub.file_download
+import pytest
+
+from lamzoo import hub
+from lamzoo.errors import WeightsError, WeightsNotFoundError
+from tests.weights.hub_server import COMMIT, HubServer
+
+REPO, FILE = "zoo/model", "model.safetensors"
+DATA = bytes(range(256)) * 1000
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    with HubServer({REPO: {FILE: DATA}}) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        yield server
+
+
+def leftovers(cache: Path) -> list[Path]:
+    return [path for path in cache.rglob("*") if path.suffix == ".incomplete" or path.name.startswith("tmp_")]
+
+
+def test_a_file_is_downloaded_once_and_then_comes_from_the_cache(server: HubServer, tmp_path: Path) -> None:
+    path = hub.download(REPO, FILE, cache_dir=tmp_path)
+    assert path.read_bytes() == DATA
+    asked = sum(server.seen.values())
+    assert hub.download(REPO, FILE, cache_dir=tmp_path) == path
+    assert hub.download(REPO, FILE, revision=COMMIT, cache_dir=tmp_path) == path
+    assert sum(server.seen.values()) == asked
+
+
+@pytest.mark.parametrize(
+    ("repo", "file", "revision", "says"),
+    [
+        ("zoo/other", FILE, None, "no repository 'zoo/other'"),
+        (REPO, "other.safetensors", None, "no file zoo/model/other.safetensors"),
+        (REPO, FILE, "v9", "no revision 'v9'"),
+    ],
+)
+def test_a_404_names_what_is_not_there(
+    server: HubServer, tmp_path: Path, repo: str, file: str, revision: str | None, says: str
+) -> None:
+    with pytest.raises(WeightsNotFoundError, match=says):
+        hub.download(repo, file, revision=revision, cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize("status", [500, 503, 429])
+def test_a_server_error_is_one_error_at_once(server: HubServer, tmp_path: Path, status: int) -> None:
+    server.status = status
+    start = time.monotonic()
+    with pytest.raises(WeightsError, match=f"The hub answered {status} for zoo/model/model.safetensors"):
+        hub.download(REPO, FILE, cache_dir=tmp_path)
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize(("chunk", "says"), [(10_000_000, "broke off"), (1000, "stopped halfway 3 times")])
+def test_a_download_that_stops_halfway_ends_in_one_error_and_leaves_nothing(
+    server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, says: str
+) -> None:
+    # A file longer than a chunk brings some bytes with each attempt, which the hub client repeats without end.
+    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", chunk)
+    monkeypatch.setattr(huggingface_hub.file_download, "time", SimpleNamespace(sleep=lambda seconds: None))
+    server.cut = True
+    with pytest.raises(WeightsError, match=says):
+        hub.download(REPO, FILE, cache_dir=tmp_path)
+    assert not leftovers(tmp_path)
+    assert hub.cached(REPO, FILE, cache_dir=tmp_path) is None
+    server.cut = False
+    assert hub.download(REPO, FILE, cache_dir=tmp_path).read_bytes() == DATA
+
+
+def test_a_server_that_never_answers_is_given_up_within_ten_seconds(
+    server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert hub.ANSWER_SECONDS < 10
+    monkeypatch.setattr(hub, "ANSWER_SECONDS", 1.0)
+    server.stall = 3.0
+    start = time.monotonic()
+    with pytest.raises(hub.HubUnreachableError, match=r"127\.0\.0\.1"):
+        hub.download(REPO, FILE, cache_dir=tmp_path)
+    assert time.monotonic() - start < 2.5
+
+
+def test_no_network_fails_at_once_and_says_how_to_bring_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    start = time.monotonic()
+    with pytest.raises(hub.HubUnreachableError, match="hf download zoo/model model.safetensors"):
+        hub.download(REPO, FILE, cache_dir=tmp_path)
+    assert time.monotonic() - start < 10
+
+
+def test_name_resolution_that_hangs_is_given_up_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(hub, "ANSWER_SECONDS", 0.3)
+    monkeypatch.setattr(hub, "get_hf_file_metadata", lambda *args, **kwargs: time.sleep(2))
+    start = time.monotonic()
+    with pytest.raises(hub.HubUnreachableError, match="does not answer"):
+        hub.download(REPO, FILE, cache_dir=tmp_path)
+    assert time.monotonic() - start < 1.5
+
+
+def test_offline_uses_the_cache_and_never_asks(
+    server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = hub.download(REPO, FILE, cache_dir=tmp_path)
+    server.seen.clear()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert hub.download(REPO, FILE, cache_dir=tmp_path) == path
+    with pytest.raises(hub.HubUnreachableError, match="HF_HUB_OFFLINE"):
+        hub.download(REPO, "other.safetensors", cache_dir=tmp_path)
+    assert not server.seen
+
+
+def test_a_read_only_cache_is_read_and_refuses_a_download_in_one_sentence(server: HubServer, tmp_path: Path) -> None:
+    # In a child process, so that it can give up root, whom no file mode stops.
+    for folder in [tmp_path, *tmp_path.parents][:3]:
+        folder.chmod(0o755)
+    cache = tmp_path / "cache"
+    hub.download(REPO, FILE, cache_dir=cache)
+    for path in [cache, *cache.rglob("*")]:
+        if not path.is_symlink():
+            path.chmod(0o555 if path.is_dir() else 0o444)
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            if os.getuid() == 0:
+                os.setuid(65534)
+            found = hub.download(REPO, FILE, cache_dir=cache).read_bytes() == DATA
+            server.repos["zoo/second"] = {FILE: DATA}
+            try:
+                hub.download("zoo/second", FILE, cache_dir=cache)
+                said = "no error"
+            except WeightsError as error:
+                said = str(error)
+            os.write(writing, f"{found} {said}".encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    server.repos["zoo/second"] = {FILE: DATA}
+    os.waitpid(child, 0)
+    answer = os.read(reading, 10_000).decode()
+    os.close(reading)
+    for path in [cache, *cache.rglob("*")]:
+        if path.is_dir() and not path.is_symlink():
+            path.chmod(0o755)
+    assert answer.startswith("True zoo/second/model.safetensors cannot be stored in the cache"), answer
+    assert "Permission denied" in answer
+
+
+def test_a_full_disk_leaves_nothing_half_written(
+    server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(url: str, temp_file: object, **kwargs: object) -> None:
+        temp_file.write(DATA[:100])  # type: ignore[attr-defined]
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(huggingface_hub.file_download, "http_get", full)
+    with pytest.raises(WeightsError, match="No space left on device"):
+        hub.download(REPO, FILE, cache_dir=tmp_path)
+    assert not leftovers(tmp_path)
+    assert hub.cached(REPO, FILE, cache_dir=tmp_path) is None
+
+
+def test_two_processes_that_want_one_file_download_it_once(server: HubServer, tmp_path: Path) -> None:
+    server.slow = 0.7
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("fork")) as pool:
+        jobs = [pool.submit(hub.download, REPO, FILE, cache_dir=tmp_path) for _ in range(2)]
+        paths = [job.result(timeout=60) for job in jobs]
+    assert paths[0] == paths[1]
+    assert paths[0].read_bytes() == DATA
+    assert server.seen["HEAD", f"/{REPO}/resolve/main/{FILE}"] >= 2
+    assert server.seen["GET", f"/{REPO}/resolve/main/{FILE}"] == 1

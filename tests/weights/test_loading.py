@@ -1,0 +1,197 @@
+"""Strict loading: what is adapted is listed, everything else is an error and leaves the model as it was."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lamzoo.errors import StateDictError, UnsafeWeightsError
+from lamzoo.lam import LamConfig
+from lamzoo.registry import create_model
+from lamzoo.statedict import load_into, timm_converter
+
+NAME = "timm/test_vit"
+SIZE = {"img_size": 32}
+POSITION = LamConfig(keys="position", rank=2)
+
+
+def create(**kwargs: Any) -> nn.Module:
+    return create_model(NAME, **{**SIZE, **kwargs})
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.1)
+    return model
+
+
+@pytest.fixture
+def plain() -> dict[str, Tensor]:
+    return randomised(create()).state_dict()
+
+
+@pytest.fixture
+def masked() -> dict[str, Tensor]:
+    return randomised(create(lam=LamConfig(rank=2))).state_dict()
+
+
+def test_matching_weights_load_without_a_note(masked: dict[str, Tensor]) -> None:
+    model = create(lam=LamConfig(rank=2))
+    assert load_into(model, masked, source="file") == []
+    assert all(torch.equal(value, masked[key]) for key, value in model.state_dict().items())
+
+
+def test_a_plain_backbone_leaves_the_masks_fresh_and_says_so(
+    plain: dict[str, Tensor], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = create(lam=LamConfig(rank=2))
+    with caplog.at_level(logging.INFO, "lamzoo"):
+        (note,) = load_into(model, plain, source="file")
+    assert "mask tensors stay fresh" in note
+    assert note in caplog.text
+    host = create()
+    load_into(host, plain, source="file")
+    x = torch.randn(1, 3, 32, 32)
+    assert torch.allclose(model.eval()(x), host.eval()(x), atol=1e-5)
+
+
+def test_a_renamed_backbone_key_is_an_error_that_names_both(plain: dict[str, Tensor]) -> None:
+    plain["blocks.1.attn.qkvs.weight"] = plain.pop("blocks.1.attn.qkv.weight")
+    model = create()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(
+        StateDictError, match=r"missing keys blocks\.1\.attn\.qkv\.weight; unexpected keys .*qkvs\.weight"
+    ):
+        load_into(model, plain, source="file", given=["num_classes", "img_size", "in_chans", "global_pool"])
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("key", ["mask_token", "extra.weight", "pre_logits.fc.weight"])
+def test_an_unexpected_key_is_an_error_even_where_timm_drops_it(plain: dict[str, Tensor], key: str) -> None:
+    plain[key] = torch.zeros(1)
+    with pytest.raises(StateDictError, match=key.split(".")[0]):
+        load_into(create(), plain, source="file", arch="test_vit")
+
+
+def test_a_missing_mask_key_among_others_is_an_error(masked: dict[str, Tensor]) -> None:
+    del masked["blocks.0.attn.lam.network.query.0.weight"]
+    with pytest.raises(StateDictError, match=r"missing keys blocks\.0\.attn\.lam\.network\.query\.0\.weight"):
+        load_into(create(lam=LamConfig(rank=2)), masked, source="file")
+
+
+def test_masks_of_another_shape_are_an_error_with_the_way_out(masked: dict[str, Tensor]) -> None:
+    with pytest.raises(StateDictError, match="leave lam= out"):
+        load_into(create(lam=LamConfig(rank=3)), masked, source="file")
+    with pytest.raises(StateDictError, match="leave lam= out"):
+        load_into(create(), masked, source="file")
+
+
+def test_masks_taken_out_by_the_caller_are_left_out(masked: dict[str, Tensor]) -> None:
+    (note,) = load_into(create(), masked, source="file", given=["lam"])
+    assert "left out" in note
+
+
+def test_a_new_head_needs_the_callers_num_classes(plain: dict[str, Tensor]) -> None:
+    model = create(num_classes=7)
+    fresh = model.head.weight.clone()
+    with pytest.raises(StateDictError, match=r"head\.weight .*needs num_classes= or in_chans= given"):
+        load_into(model, plain, source="file")
+    notes = load_into(model, plain, source="file", given=["num_classes"])
+    assert ["head.weight" in note and "fresh" in note for note in notes] == [True, False]
+    assert torch.equal(model.head.weight, fresh)
+    assert torch.equal(model.blocks[0].attn.qkv.weight, plain["blocks.0.attn.qkv.weight"])
+
+
+def test_no_head_leaves_the_files_out(plain: dict[str, Tensor]) -> None:
+    notes = load_into(create(num_classes=0), plain, source="file", given=["num_classes"])
+    assert any("head.weight left out" in note for note in notes)
+
+
+@pytest.mark.parametrize("in_chans", [1, 4])
+def test_input_channels_are_adapted_as_timm_does(plain: dict[str, Tensor], in_chans: int) -> None:
+    model = create(in_chans=in_chans)
+    with pytest.raises(StateDictError, match="patch_embed"):
+        load_into(model, plain, source="file")
+    notes = load_into(model, plain, source="file", given=["in_chans"])
+    expected = timm.models.adapt_input_conv(in_chans, plain["patch_embed.proj.weight"])
+    assert torch.equal(model.patch_embed.proj.weight, expected)
+    assert notes == [f"patch_embed.proj.weight adapted from 3 to {in_chans} input channels"]
+
+
+def test_position_embeddings_are_resized_only_on_request(plain: dict[str, Tensor]) -> None:
+    model = create(img_size=64)
+    with pytest.raises(StateDictError, match=r"pos_embed.*pass the img_size"):
+        load_into(model, plain, source="file", arch="test_vit")
+    (note,) = load_into(model, plain, source="file", arch="test_vit", given=["img_size"])
+    assert note.startswith("pos_embed resized from")
+
+
+def test_mask_tables_are_resized_as_the_model_would_itself() -> None:
+    small = randomised(create(img_size=64, lam=POSITION))
+    large = create(img_size=96, lam=POSITION)
+    with pytest.raises(StateDictError, match="img_size"):
+        load_into(large, small.state_dict(), source="file")
+    notes = load_into(large, small.state_dict(), source="file", given=["img_size"])
+    assert sum("table resized from" in note for note in notes) == len(large.blocks)
+    table = small.blocks[0].attn.lam.network.table(large.pos_embed.shape[1], large.patch_embed.grid_size)
+    assert torch.allclose(large.blocks[0].attn.lam.network.table(table.shape[2]), table)
+
+
+def test_another_pooling_brings_its_own_norm(plain: dict[str, Tensor]) -> None:
+    model = create(global_pool="avg")
+    with pytest.raises(StateDictError, match=r"fc_norm\.weight"):
+        load_into(model, plain, source="file")
+    notes = load_into(model, plain, source="file", given=["global_pool"])
+    assert any("fc_norm.weight" in note for note in notes)
+
+
+def test_a_foreign_format_goes_through_timms_converter() -> None:
+    reference = randomised(timm.create_model("test_vit", img_size=32))
+    foreign = {f"module.visual.trunk.{key}": value for key, value in reference.state_dict().items()}
+    model = create()
+    with pytest.raises(StateDictError, match="another format"):
+        load_into(model, foreign, source="file", arch="test_vit")
+    (note,) = load_into(model, foreign, source="file", arch="test_vit", foreign=True)
+    assert "converter" in note
+    assert torch.equal(model.head.weight, reference.head.weight)
+
+
+@pytest.mark.parametrize(
+    ("arch", "options"),
+    [
+        ("vit_tiny_patch16_224", {}),
+        ("deit3_small_patch16_224", {"adapt_layer_scale": True}),
+        ("flexivit_small", {"interpolation": "bilinear", "antialias": False}),
+    ],
+)
+def test_timms_converter_comes_with_the_options_of_the_architecture(arch: str, options: dict[str, Any]) -> None:
+    assert getattr(timm_converter(arch), "keywords", {}) == options
+
+
+def test_a_checkpoint_is_loaded_by_path(tmp_path: Path, plain: dict[str, Tensor]) -> None:
+    save_file(plain, tmp_path / "mine.safetensors")
+    model = create(checkpoint_path=tmp_path / "mine.safetensors")
+    assert torch.equal(model.head.weight, plain["head.weight"])
+    torch.save(plain, tmp_path / "mine.pth")
+    with pytest.raises(UnsafeWeightsError, match="allow_pickle"):
+        create(checkpoint_path=tmp_path / "mine.pth")
+    model = create(checkpoint_path=tmp_path / "mine.pth", allow_pickle=True)
+    assert torch.equal(model.head.weight, plain["head.weight"])
+
+
+def test_timms_own_loader_takes_a_renamed_key_where_ours_does_not(plain: dict[str, Tensor]) -> None:
+    """The reason for a loader of our own: with another head, timm loads the whole file non-strictly."""
+    plain["blocks.1.attn.qkvs.weight"] = plain.pop("blocks.1.attn.qkv.weight")
+    cfg = {**create().pretrained_cfg, "state_dict": plain, "input_size": (3, 32, 32)}
+    timm.create_model("test_vit", pretrained=True, pretrained_cfg=cfg, img_size=32, num_classes=7)
+    with pytest.raises(StateDictError):
+        load_into(create(num_classes=7), plain, source="file", arch="test_vit", given=["num_classes"])

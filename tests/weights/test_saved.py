@@ -1,0 +1,203 @@
+"""``save_pretrained`` and back: a folder, the hub, timm itself."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from lamzoo import weightfiles
+from lamzoo.errors import ConfigError, HashMismatchError, UnsafeWeightsError, WeightsError, WeightsNotFoundError
+from lamzoo.lam import LamConfig
+from lamzoo.registry import create_model
+from lamzoo.weights import save_pretrained
+from tests.weights.hub_server import COMMIT, HubServer
+
+IMAGE = torch.linspace(-1, 1, 3 * 32 * 32).reshape(1, 3, 32, 32)
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    model = create_model("lam_vit_micro", num_classes=4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.1)
+    return model.eval()
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    with HubServer() as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        yield server
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def same_output(left: nn.Module, right: nn.Module) -> bool:
+    with torch.no_grad():
+        return torch.equal(left.eval()(IMAGE), right.eval()(IMAGE))
+
+
+def test_a_folder_gives_the_model_back(model: nn.Module, tmp_path: Path) -> None:
+    save_pretrained(model, tmp_path / "m", label_names=["a", "b", "c", "d"])
+    assert sorted(files(tmp_path / "m")) == ["config.json", "model.safetensors"]
+    loaded = create_model(f"local-dir:{tmp_path / 'm'}", pretrained=True)
+    assert same_output(model, loaded)
+    assert loaded.lam_config == model.lam_config
+    assert loaded.num_classes == 4
+    assert tuple(loaded.pretrained_cfg["label_names"]) == ("a", "b", "c", "d")
+    before, after = (timm.data.resolve_model_data_config(m) for m in (model, loaded))
+    assert before == after
+    save_pretrained(loaded, tmp_path / "again")
+    assert files(tmp_path / "again")["model.safetensors"] == files(tmp_path / "m")["model.safetensors"]
+
+
+def test_a_folder_is_adapted_like_any_weights(model: nn.Module, tmp_path: Path) -> None:
+    save_pretrained(model, tmp_path)
+    loaded = create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=2, in_chans=1, img_size=48, lam=False)
+    assert loaded.lam_config is None
+    assert loaded(torch.zeros(1, 1, 48, 48)).shape == (1, 2)
+
+
+def test_a_custom_configuration_survives(tmp_path: Path) -> None:
+    config = LamConfig(keys="position", op="add", rank=3, hidden=(5,), layers="single")
+    model = create_model("timm/test_vit", lam=config, img_size=32, num_classes=3, global_pool="avg")
+    save_pretrained(model, tmp_path)
+    loaded = create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert loaded.lam_config == config
+    assert same_output(model, loaded)
+    assert create_model(f"local-dir:{tmp_path}").num_classes == 3
+
+
+def test_timm_reads_a_plain_model(tmp_path: Path) -> None:
+    model = create_model("timm/test_vit", img_size=32, num_classes=3)
+    save_pretrained(model, tmp_path)
+    assert same_output(model, timm.create_model(f"local-dir:{tmp_path}", pretrained=True))
+
+
+def test_what_timm_saved_is_read(tmp_path: Path) -> None:
+    model = timm.create_model("test_vit", img_size=32, num_classes=3)
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    loaded = create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert same_output(model, loaded)
+    masked = create_model(f"local-dir:{tmp_path}", pretrained=True, lam=LamConfig(rank=2))
+    with torch.no_grad():
+        assert torch.allclose(masked.eval()(IMAGE), model(IMAGE), atol=1e-5)
+
+
+def test_a_model_of_timms_with_masks_can_be_saved(tmp_path: Path) -> None:
+    from lamzoo.adapters import add_lam
+
+    model = add_lam(timm.create_model("test_vit", img_size=32), LamConfig(rank=2))
+    save_pretrained(model, tmp_path)
+    assert same_output(model, create_model(f"local-dir:{tmp_path}", pretrained=True))
+
+
+def test_a_module_that_nothing_can_rebuild_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="Linear cannot be saved"):
+        save_pretrained(nn.Linear(2, 2), tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
+def test_label_names_must_fit_the_head(model: nn.Module, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="2 label names .* 4 classes"):
+        save_pretrained(model, tmp_path, label_names=["a", "b"])
+
+
+def test_a_full_disk_keeps_the_earlier_save(model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_pretrained(model, tmp_path)
+    before = files(tmp_path)
+
+    def full(contents: object, path: Path, metadata: object) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(weightfiles, "save_file", full)
+    with pytest.raises(WeightsError, match="No space left on device"):
+        save_pretrained(create_model("lam_vit_micro"), tmp_path)
+    assert files(tmp_path) == before
+
+
+def test_a_sharded_save_loads_and_replaces_a_whole_one(model: nn.Module, tmp_path: Path) -> None:
+    save_pretrained(model, tmp_path)
+    save_pretrained(model, tmp_path, max_shard_bytes=2_000_000)
+    assert "model.safetensors" not in files(tmp_path)
+    assert all(len(data) <= 2_000_000 for data in files(tmp_path).values())
+    assert same_output(model, create_model(f"local-dir:{tmp_path}", pretrained=True))
+    save_pretrained(model, tmp_path)
+    assert sorted(files(tmp_path)) == ["config.json", "model.safetensors"]
+
+
+def test_a_flipped_byte_in_a_folder_is_noticed(model: nn.Module, tmp_path: Path) -> None:
+    save_pretrained(model, tmp_path)
+    data = bytearray((tmp_path / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "model.safetensors").write_bytes(data)
+    with pytest.raises(HashMismatchError, match=r"model\.safetensors"):
+        create_model(f"local-dir:{tmp_path}", pretrained=True)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"architecture": 3}', '{"architecture": "test_vit", "pretrained_cfg": {"x": 1}}']
+)
+def test_a_damaged_config_is_one_error(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(WeightsError, match=r"config\.json"):
+        create_model(f"local-dir:{tmp_path}", pretrained=True)
+
+
+def test_a_folder_without_weights_says_what_it_looked_for(model: nn.Module, tmp_path: Path) -> None:
+    save_pretrained(model, tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(WeightsNotFoundError, match=r"model\.safetensors"):
+        create_model(f"local-dir:{tmp_path}", pretrained=True)
+    with pytest.raises(WeightsNotFoundError, match="no config"):
+        create_model(f"local-dir:{tmp_path / 'nowhere'}")
+
+
+@pytest.mark.parametrize("max_shard_bytes", [None, 2_000_000])
+@pytest.mark.parametrize("revision", ["", f"@{COMMIT}"])
+def test_the_hub_gives_the_model_back(
+    server: HubServer, model: nn.Module, tmp_path: Path, max_shard_bytes: int | None, revision: str
+) -> None:
+    save_pretrained(model, tmp_path / "m", max_shard_bytes=max_shard_bytes)
+    server.repos["zoo/micro"] = files(tmp_path / "m")
+    name = f"hf-hub:zoo/micro{revision}"
+    loaded = create_model(name, pretrained=True, cache_dir=tmp_path / "cache")
+    assert same_output(model, loaded)
+    assert loaded.pretrained_cfg["source"] == "hf-hub"
+    server.status = 500
+    assert same_output(model, create_model(name, pretrained=True, cache_dir=tmp_path / "cache"))
+
+
+def test_a_repository_with_a_pickle_only_needs_leave(server: HubServer, tmp_path: Path) -> None:
+    model = timm.create_model("test_vit", img_size=32, num_classes=3)
+    timm.models.save_for_hf(model, tmp_path / "m", safe_serialization=False)
+    server.repos["zoo/pickle"] = files(tmp_path / "m")
+    with pytest.raises(UnsafeWeightsError, match=r"zoo/pickle has no model\.safetensors.*allow_pickle=True"):
+        create_model("hf-hub:zoo/pickle", pretrained=True, cache_dir=tmp_path / "cache")
+    loaded = create_model("hf-hub:zoo/pickle", pretrained=True, cache_dir=tmp_path / "cache", allow_pickle=True)
+    assert same_output(model, loaded)
+
+
+def test_bytes_changed_on_the_way_are_noticed(server: HubServer, model: nn.Module, tmp_path: Path) -> None:
+    save_pretrained(model, tmp_path / "m")
+    contents = files(tmp_path / "m")
+    config = json.loads(contents["config.json"])
+    del config["lamzoo"]["sha256"]  # the hub's own etag is enough
+    server.repos["zoo/micro"] = {**contents, "config.json": json.dumps(config).encode()}
+    create_model("hf-hub:zoo/micro", cache_dir=tmp_path / "cache")
+    server.corrupt = True
+    with pytest.raises(HashMismatchError, match="delete it"):
+        create_model("hf-hub:zoo/micro", pretrained=True, cache_dir=tmp_path / "cache")
