@@ -1,0 +1,53 @@
+"""The input a model is measured on, and the state it is measured in; knows timm's conventions and no model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lamzoo.errors import ConfigError
+
+
+def image_size(model: nn.Module) -> tuple[int, int, int]:
+    """Returns ``(channels, height, width)`` of the images that a model was built for.
+
+    The size of the patch embedding comes first, since ``img_size=`` changes it and not timm's ``pretrained_cfg``.
+
+    Raises:
+        ConfigError: neither the model's patch embedding nor its ``pretrained_cfg`` says.
+    """
+    cfg: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    known = cfg.get("input_size")
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None) or (known and known[1:])
+    if not size:
+        raise ConfigError(
+            f"{type(model).__name__} does not say what size its images have (no patch_embed.img_size, no "
+            "pretrained_cfg); pass an input."
+        )
+    convolutions = (module for module in model.modules() if isinstance(module, nn.Conv2d))
+    first = next(convolutions, None)
+    channels = known[0] if first is None and known else 3 if first is None else first.in_channels
+    return int(channels), int(size[0]), int(size[1])
+
+
+def default_input(model: nn.Module, batch_size: int = 1) -> Tensor:
+    """Returns random images ``(batch_size, C, H, W)`` in the dtype and on the device of the model's first parameter."""
+    like = next(model.parameters())
+    return torch.rand(batch_size, *image_size(model), device=like.device).to(like.dtype)
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Switches models to evaluation and back, each submodule to the mode that it was in."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

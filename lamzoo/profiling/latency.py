@@ -1,0 +1,144 @@
+"""Latency of a model beside that of its baseline, timed in turns in one process."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lamzoo.errors import ConfigError
+from lamzoo.profiling.inputs import evaluating
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds of a forward pass over the repeats.
+
+    Attributes:
+        median_ms: the median.
+        quartiles_ms: the first and the third quartile.
+    """
+
+    median_ms: float
+    quartiles_ms: tuple[float, float]
+
+    @property
+    def iqr_ms(self) -> float:
+        """The interquartile range."""
+        return self.quartiles_ms[1] - self.quartiles_ms[0]
+
+
+@dataclass(frozen=True)
+class LatencyComparison:
+    """Two models timed in turns on one input.
+
+    Attributes:
+        model: latency of the model.
+        baseline: latency of the model that it is compared with.
+        ratio: median of the ratios model / baseline of the pairs of neighbouring runs, which a machine that grows
+            slower or faster meanwhile leaves alone.
+        ratio_quartiles: first and third quartile of those ratios.
+        repeats: pairs timed.
+        input_shape: of the input.
+        dtype: of the input.
+        device: its name, such as ``"cpu"`` or ``"cuda (NVIDIA H100)"``.
+        threads: of PyTorch on the CPU.
+    """
+
+    model: Latency
+    baseline: Latency
+    ratio: float
+    ratio_quartiles: tuple[float, float]
+    repeats: int
+    input_shape: tuple[int, ...]
+    dtype: str
+    device: str
+    threads: int
+
+
+def compare_latency(
+    model: nn.Module, baseline: nn.Module, input: Tensor, repeats: int = 30, warmup: int = 5
+) -> LatencyComparison:
+    """Times the forward passes of two models in turns, in evaluation and inference mode.
+
+    The model that goes first changes from pair to pair. On a GPU the time between CUDA events is taken.
+
+    Args:
+        model: the one of interest.
+        baseline: the one to compare with, such as the same backbone without masks.
+        input: what both are called with, on the CPU or a CUDA device.
+        repeats: pairs of timed passes.
+        warmup: pairs that run before, untimed.
+
+    Returns:
+        Medians, quartiles and the ratio.
+
+    Raises:
+        ConfigError: fewer than 2 repeats or a negative warmup, a device that is neither, or a model on another device
+            than the input.
+    """
+    if repeats < 2 or warmup < 0:
+        raise ConfigError(
+            f"repeats={repeats}, warmup={warmup}: quartiles need at least 2 repeats and no negative warmup."
+        )
+    device = input.device
+    if device.type not in _TIMERS:
+        raise ConfigError(
+            f"Latency is measured on cpu and cuda devices, not on {device}; move the models and the input."
+        )
+    for role, candidate in (("model", model), ("baseline", baseline)):
+        where = next((parameter.device for parameter in candidate.parameters()), device)
+        if where != device:
+            raise ConfigError(f"The {role} is on {where} and the input on {device}; put them on one device.")
+    timer = _TIMERS[device.type]
+    pairs: list[tuple[float, float]] = []
+    with evaluating(model, baseline), torch.inference_mode():
+        for index in range(warmup + repeats):
+            if index % 2:
+                second = timer(baseline, input)
+                pair = timer(model, input), second
+            else:
+                pair = timer(model, input), timer(baseline, input)
+            if index >= warmup:
+                pairs.append(pair)
+    ratio, ratio_quartiles = _spread([first / second for first, second in pairs])
+    return LatencyComparison(
+        model=Latency(*_spread([first for first, _ in pairs])),
+        baseline=Latency(*_spread([second for _, second in pairs])),
+        ratio=ratio,
+        ratio_quartiles=ratio_quartiles,
+        repeats=repeats,
+        input_shape=tuple(input.shape),
+        dtype=str(input.dtype).removeprefix("torch."),
+        device=f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device),
+        threads=torch.get_num_threads(),
+    )
+
+
+def _on_cpu(model: nn.Module, input: Tensor) -> float:
+    start = time.perf_counter()
+    model(input)
+    return (time.perf_counter() - start) * 1e3
+
+
+def _on_cuda(model: nn.Module, input: Tensor) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    with torch.cuda.device(input.device):
+        torch.cuda.synchronize()
+        start.record()
+        model(input)
+        end.record()
+        end.synchronize()
+    return start.elapsed_time(end)
+
+
+_TIMERS: dict[str, Callable[[nn.Module, Tensor], float]] = {"cpu": _on_cpu, "cuda": _on_cuda}
+
+
+def _spread(values: list[float]) -> tuple[float, tuple[float, float]]:
+    first, median, third = statistics.quantiles(values, n=4, method="inclusive")
+    return median, (first, third)

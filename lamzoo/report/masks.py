@@ -1,0 +1,176 @@
+"""Pictures of a model's learnable masks over a photograph; measures here, draws in :mod:`lamzoo.report.figure`."""
+
+from __future__ import annotations
+
+import io
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from lamzoo.adapters.capture import capture_masks
+from lamzoo.adapters.state import masks_of
+from lamzoo.data import open_image
+from lamzoo.errors import ConfigError, DataError, UnsupportedHostError
+from lamzoo.evaluation import class_names
+from lamzoo.lam import LamConfig, MaskRecord
+from lamzoo.profiling.inputs import evaluating
+from lamzoo.report.figure import LayerPicture, draw
+from lamzoo.report.view import view
+
+Patch = tuple[int, int]
+
+
+def explain(
+    model: nn.Module,
+    image: str | Path | Image.Image,
+    path: str | Path,
+    *,
+    rows: Sequence[Patch] | None = None,
+    head: int | None = None,
+) -> None:
+    """Draws a model's masks over one image into a PNG file.
+
+    The picture has one column a layer, or a single one where all layers share their mask. Its first row is the token
+    importance ``mean_i M_ij`` over the image, the rows below are ``M[i, :]`` for a few query patches ``i``, which are
+    outlined on the image. Class and register tokens are left out as keys; the importance averages over all queries.
+    Colours are centred at the mask's neutral value (1 for ``op="mul"``, 0 for ``"add"``).
+
+    Args:
+        model: a vision transformer with masks, whose host has a patch grid.
+        image: a file or an RGB image.
+        path: the PNG file to write, in a folder that exists; an older file is replaced.
+        rows: ``(row, column)`` on the patch grid of the query patches; three on the diagonal by default.
+        head: which head of per-head masks to draw; their mean by default.
+
+    Raises:
+        UnsupportedHostError: the model has no mask, or no patch grid to draw one on.
+        ConfigError: a query patch outside the grid, a head that the mask has not, or matplotlib is missing.
+        DataError: the image can't be read, or the file can't be written there.
+    """
+    path = Path(path)
+    _check_target(path)
+    config = next(iter(masks_of(model).values())).config
+    photo = image.convert("RGB") if isinstance(image, Image.Image) else open_image(image)
+    shown = view(model, photo)
+    with evaluating(model), torch.no_grad(), capture_masks(model) as captured:
+        output = model(shown.images)
+    records = list(captured.items())
+    if config.layers == "single":
+        records = records[:1]
+    layers = [_picture(model, shown.images, name, record, rows, head) for name, record in records]
+    if config.layers == "single":
+        layers = [replace(layers[0], name="all layers")]
+    subject = "image" if isinstance(image, Image.Image) else Path(image).name
+    title = f"{_name(model)} on {subject}{_prediction(model, output)}\n{_caption(config, head, shown.images)}"
+    figure = draw(layers, shown.seen.numpy(), shown.sharp.numpy(), neutral=_neutral(config), title=title)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    _write(path, picture.getvalue())
+
+
+def _picture(
+    model: nn.Module, images: Tensor, path: str, record: MaskRecord, rows: Sequence[Patch] | None, head: int | None
+) -> LayerPicture:
+    prefix, grid = _patches(model, path, images, record.mask.right.shape[2])
+    rows = _spread_rows(grid) if rows is None else rows
+    left, right = (_head(factor[:1].float().cpu(), head) for factor in record.mask)
+    queries = [prefix + _index(row, grid) for row in rows]
+    values = (left[:, queries] @ right.mT).mean(dim=0)  # (rows, Nk)
+    importance = _head(record.importance[:1].float().cpu(), head).mean(dim=0)
+    return LayerPicture(
+        name=path.removesuffix(".attn"),
+        importance=importance[prefix:].unflatten(0, grid).numpy(),
+        queries=tuple(rows),
+        rows=values[:, prefix:].unflatten(1, grid).numpy(),
+    )
+
+
+def _patches(model: nn.Module, path: str, images: Tensor, keys: int) -> tuple[int, Patch]:
+    """Returns the number of prefix tokens and the patch grid of the host that the layer at ``path`` belongs to."""
+    parts = path.split(".")
+    hosts = (model.get_submodule(".".join(parts[:end])) for end in range(len(parts) - 1, -1, -1))
+    host: Any = next((host for host in hosts if hasattr(host, "patch_embed")), None)
+    if host is not None and hasattr(host.patch_embed, "dynamic_feat_size"):
+        rows, columns = host.patch_embed.dynamic_feat_size(images.shape[-2:])
+        if host.num_prefix_tokens + rows * columns == keys:
+            return host.num_prefix_tokens, (rows, columns)
+    raise UnsupportedHostError(
+        f"{path} of {type(model).__name__} attends to {keys} tokens that are no patch grid; explain draws vision "
+        "transformers with a patch_embed, unpruned."
+    )
+
+
+def _spread_rows(grid: Patch) -> list[Patch]:
+    return list(dict.fromkeys((grid[0] * i // 4, grid[1] * i // 4) for i in (1, 2, 3)))
+
+
+def _index(row: Patch, grid: Patch) -> int:
+    if not (0 <= row[0] < grid[0] and 0 <= row[1] < grid[1]):
+        raise ConfigError(f"The query patch {row} lies outside the patch grid of {grid[0]} rows and {grid[1]} columns.")
+    return row[0] * grid[1] + row[1]
+
+
+def _head(factor: Tensor, head: int | None) -> Tensor:
+    """Takes one head, or all of them, out of ``(1, Hm, ...)``; returns ``(1 | Hm, ...)``."""
+    if head is None:
+        return factor[0]
+    if not 0 <= head < factor.shape[1]:
+        raise ConfigError(f"There is no head {head}: this model has {factor.shape[1]} mask(s) a layer, counted from 0.")
+    return factor[0, head : head + 1]
+
+
+def _neutral(config: LamConfig) -> float:
+    return 1.0 if config.op == "mul" else 0.0
+
+
+def _prediction(model: nn.Module, output: Any) -> str:
+    if not isinstance(output, Tensor) or output.ndim != 2 or getattr(model, "num_classes", 0) != output.shape[1]:
+        return ""
+    names = class_names(model, output.shape[1])
+    top = output[0].float().softmax(dim=0).topk(min(3, len(names)))
+    guesses = zip(top.values.tolist(), top.indices.tolist(), strict=True)
+    return ": " + ", ".join(f"{names[index].split(',')[0]} {probability:.0%}" for probability, index in guesses)
+
+
+def _name(model: nn.Module) -> str:
+    cfg: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    arch = getattr(model, "registry_name", None) or cfg.get("architecture") or type(model).__name__
+    return f"{arch}.{cfg['tag']}" if cfg.get("tag") else arch
+
+
+def _caption(config: LamConfig, head: int | None, images: Tensor) -> str:
+    heads = "one mask for all heads"
+    if config.heads == "per-head":
+        heads = "mean of the heads' masks" if head is None else f"mask of head {head}"
+    effect = "multiplies" if config.op == "mul" else "is added to"
+    return (
+        f"M {effect} the attention scores, {_neutral(config):g} is neutral; keys={config.keys}, rank={config.rank}, "
+        f"sign={config.sign}; {heads}; input {images.shape[-2]} x {images.shape[-1]} px"
+    )
+
+
+def _check_target(path: Path) -> None:
+    if path.suffix.lower() != ".png":
+        raise DataError(f"The picture {path} would be a PNG; give it a name that ends in .png.")
+    if not path.parent.is_dir():
+        raise DataError(f"The folder {path.parent} of the picture does not exist; make it first.")
+    if path.is_dir():
+        raise DataError(f"The picture can't be written over the folder {path}; choose another name.")
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all."""
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+            temporary = Path(folder, path.name)
+            temporary.write_bytes(content)
+            os.replace(temporary, path)
+    except OSError as error:
+        raise DataError(f"The picture {path} can't be written: {error.strerror}; choose another folder.") from error

@@ -1,0 +1,71 @@
+import io
+import json
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from lamzoo.errors import ConfigError, DataError
+from lamzoo.lam import LamConfig
+from lamzoo.report import demo
+
+
+@pytest.fixture
+def models(build, monkeypatch):
+    """The two models with random weights, in place of the bundled ones; few repeats."""
+
+    def create_model(name, pretrained):
+        assert pretrained
+        return build(LamConfig(init="paper") if name == demo.MODEL else None)
+
+    monkeypatch.setattr(demo, "create_model", create_model)
+    monkeypatch.setattr(demo, "_REPEATS", {1: 2, 2: 2})
+    monkeypatch.setattr(demo, "_PHOTOGRAPHS", demo._PHOTOGRAPHS[1:2])
+
+
+@pytest.fixture
+def cifar10(photo, tmp_path):
+    """The same image once in each class, in the layout that `npz:` reads."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    buffer = io.BytesIO()
+    photo.resize((32, 32)).save(buffer, "JPEG")
+    one = np.frombuffer(buffer.getvalue(), dtype=np.uint8)
+    np.savez(folder / "test.npz", jpeg=np.tile(one, 10), offsets=np.arange(11) * len(one), labels=np.arange(10))
+    classes = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    (folder / "classes.json").write_text(json.dumps(classes))
+    return folder
+
+
+def test_demo_runs_twice_and_shows_everything(models, cifar10, tmp_path):
+    for _ in range(2):
+        text = io.StringIO()
+        demo.run(tmp_path / "[new]" / "out", cifar10, console=Console(file=text, width=160))
+        shown = text.getvalue()
+        for part in ("torch ", "micro.random", "none of the classes", "GMACs", "10 test images", "10.00", "[new]"):
+            assert part in shown
+        assert [path.name for path in (tmp_path / "[new]" / "out").iterdir()] == ["masks-rocket.png"]
+    assert "whatever they say of rocket is wrong" in " ".join(shown.split())
+
+
+def test_photographs_are_real_files_in_the_wheel():
+    photographs = demo.find_photographs()
+    assert [photograph.name for photograph in photographs] == ["cat", "rocket", "coffee", "astronaut"]
+    assert all(photograph.path.stat().st_size > 100_000 for photograph in photographs)
+    assert [photograph.name for photograph in photographs if photograph.label] == ["cat"]
+
+
+def test_missing_scikit_image_names_the_extra(monkeypatch):
+    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"lamzoo\[demo\]"):
+        demo.find_photographs()
+
+
+def test_bad_folders_are_refused_before_a_model_is_loaded(monkeypatch, tmp_path):
+    monkeypatch.setattr(demo, "create_model", None)
+    with pytest.raises(DataError, match="no-such-folder"):
+        demo.run(tmp_path / "out", tmp_path / "no-such-folder")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="file can't be made"):
+        demo.run(tmp_path / "file")
