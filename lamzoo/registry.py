@@ -102,7 +102,7 @@ def create_model(
 
     Returns:
         The model, in training mode, with ``pretrained_cfg`` (and its alias ``default_cfg``), ``lam_config`` (None
-        for a plain model) and ``registry_name``.
+        for a plain model), ``registry_name`` and ``weights_source`` (what was loaded last; None without weights).
 
     Raises:
         UnknownModelError: no such model or tag.
@@ -120,16 +120,18 @@ def create_model(
             "and call its forward_intermediates."
         )
     plan = _plan(name, pretrained, cache_dir, allow_pickle)
-    model = _build(plan, lam, given)
+    model: Any = _build(plan, lam, given)
     chosen = {*given, *(["lam"] if lam is False else [])}
     arch = plan.card.backbone.get("timm")
     if plan.weights is not None:
         file = plan.weights
         state_dict = read_state_dict(file.path, sha256=file.sha256, allow_pickle=allow_pickle)
         load_into(model, state_dict, source=file.source, given=chosen, arch=arch, foreign=plan.foreign)
+        model.weights_source = f"{plan.card.name}.{plan.tag.name}" if plan.tag is not None else file.source
     if checkpoint_path is not None:
         state_dict = read_state_dict(checkpoint_path, allow_pickle=allow_pickle)
         load_into(model, state_dict, source=str(checkpoint_path), given=chosen, arch=arch)
+        model.weights_source = str(checkpoint_path)
     return model
 
 
@@ -262,6 +264,7 @@ def _label(model: Any, plan: _Plan, cfg: PretrainedCfg, arguments: Mapping[str, 
     model.default_cfg = model.pretrained_cfg
     model.pretrained_model_args = dict(plan.args)
     model.registry_name = plan.card.name
+    model.weights_source = None
     if getattr(model, "lam_config", None) is None:
         model.lam_config = None
     # What timm's own factory records, for timm's data configuration and export.

@@ -79,7 +79,9 @@ def _build_stack(model: nn.Module, slots: list[Slot], config: LamConfig) -> tupl
     lams = []
     for index, slot in enumerate(slots):
         if config.keys == "position" and slot.no_positions is not None:
-            raise ConfigError(f"{slot.path} can't have a mask with keys='position': {slot.no_positions}; use keys='content'.")
+            raise ConfigError(
+                f"{slot.path} can't have a mask with keys='position': {slot.no_positions}; use keys='content'."
+            )
         network = None
         if config.layers == "multi" or index == 0:
             network = MaskNetwork(

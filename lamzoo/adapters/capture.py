@@ -44,9 +44,7 @@ def capture_masks(model: nn.Module) -> Iterator[Mapping[str, MaskRecord]]:
 class _Recorder:
     """Keeps the last record of one layer, and hands it to the recorder of the context around, if there is one."""
 
-    def __init__(
-        self, records: dict[str, MaskRecord], path: str, outer: Callable[[MaskRecord], None] | None
-    ) -> None:
+    def __init__(self, records: dict[str, MaskRecord], path: str, outer: Callable[[MaskRecord], None] | None) -> None:
         self.records, self.path, self.outer = records, path, outer
 
     def __call__(self, record: MaskRecord) -> None:

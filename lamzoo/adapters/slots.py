@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -71,6 +71,10 @@ class HostTakeover(nn.Module):
 
     lam: Lam
     host_class: type[nn.Module]
+
+    if TYPE_CHECKING:  # the host's attributes are known at run time alone
+
+        def __getattr__(self, name: str) -> Any: ...
 
     @classmethod
     def take_over(cls, host: nn.Module, lam: Lam) -> HostTakeover:

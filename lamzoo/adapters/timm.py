@@ -115,6 +115,13 @@ _NO_SELF_ATTENTION = (
     RotaryEmbeddingMixed,
 )
 
+_WAY_OUT = (
+    "it can't carry a learnable mask, only blocks with timm's "
+    + ", ".join(cls.__name__ for cls in _TAKEOVERS)
+    + " can."
+)
+
+# Where a block has its attention, and, of two layers a block, ParallelThingsBlock each of them.
 _LAYER = re.compile(r"(?P<stack>.+?)\.\d+\.(attn|attns\.\d+\.attn)")
 
 
@@ -140,20 +147,14 @@ def _slots_of(model: nn.Module, root_path: str, root: nn.Module) -> list[Slot]:
         if type(module) in _TAKEOVERS:
             match = _LAYER.fullmatch(path)
             if match is None:
-                raise UnsupportedHostError(f"{path or 'The model'} is an attention layer outside of any timm block; {_WAY_OUT}")
+                where = path or "The model"
+                raise UnsupportedHostError(f"{where} is an attention layer outside of any list of blocks; {_WAY_OUT}")
             found.append(_slot(model, path, match["stack"], module))
         elif _attends(module):
             raise UnsupportedHostError(f"{path or 'The model'} is a {type(module).__name__}; {_WAY_OUT}")
     if found:
         _check_complete(root_path, root, found)
     return found
-
-
-_WAY_OUT = (
-    "it can't carry a learnable mask, only blocks with timm's "
-    + ", ".join(cls.__name__ for cls in _TAKEOVERS)
-    + " can."
-)
 
 
 def _is_timm(module: nn.Module) -> bool:
@@ -171,7 +172,8 @@ def _check_complete(root_path: str, root: nn.Module, found: list[Slot]) -> None:
     layers = [slot.path for slot in found]
     stacks = {slot.stack for slot in found}
     for path, module in root.named_modules(prefix=root_path):
-        if path in stacks or (path.rpartition(".")[2] == "blocks" and isinstance(module, (nn.Sequential, nn.ModuleList))):
+        named_blocks = path.rpartition(".")[2] == "blocks" and isinstance(module, (nn.Sequential, nn.ModuleList))
+        if path in stacks or named_blocks:
             for name, block in module.named_children():
                 if not any(layer.startswith(f"{path}.{name}.") for layer in layers):
                     attn = getattr(block, "attn", None)
@@ -196,12 +198,12 @@ def _slot(model: nn.Module, path: str, stack: str, attn: Any) -> Slot:
 
 
 def _geometry(host: Any) -> dict[str, Any]:
-    patch_embed = getattr(host, "patch_embed", None)
     if isinstance(host, NaFlexVit):
         return {"no_positions": "each sample of a NaFlexVit has a patch grid of its own"}
+    patch_embed: Any = getattr(host, "patch_embed", None)
     if not hasattr(patch_embed, "dynamic_feat_size"):
         return {"no_positions": f"a {type(host).__name__} doesn't tell the patch grid of its tokens"}
-    if getattr(host.patch_drop if hasattr(host, "patch_drop") else None, "prob", 0.0) > 0:
+    if getattr(getattr(host, "patch_drop", None), "prob", 0.0) > 0:
         return {"no_positions": "patch_drop_rate > 0 removes patches in training, and their positions with them"}
     grid = tuple(patch_embed.grid_size)
     return {

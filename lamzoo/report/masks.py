@@ -142,7 +142,9 @@ def _prediction(model: nn.Module, output: Any) -> str:
 def _name(model: nn.Module) -> str:
     cfg: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     arch = getattr(model, "registry_name", None) or cfg.get("architecture") or type(model).__name__
-    return f"{arch}.{cfg['tag']}" if cfg.get("tag") else arch
+    # The record's tag is there without its weights too, so that the title says what was loaded.
+    source = getattr(model, "weights_source", None)
+    return arch if source is None else source if source.startswith(arch) else f"{arch} ({source})"
 
 
 def _caption(config: LamConfig, head: int | None, images: Tensor) -> str:

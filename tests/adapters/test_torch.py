@@ -76,8 +76,23 @@ def test_masks_take_the_dtype_of_the_host(dtype: torch.dtype) -> None:
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
 
 
-@few_hosts
-@layers
+# Tracing takes seconds a model: by default one host for each attention class and way of sharing.
+_TRACED = [
+    ("vit_tiny_patch16_224", "single"),
+    ("eva_giant_patch14_224", "multi"),
+    ("naflexvit_base_patch16_gap", "single"),
+]
+traced = pytest.mark.parametrize(
+    ("host", "layers"),
+    [
+        pytest.param(HOSTS[name], kind, id=f"{name}-{kind}", marks=[] if (name, kind) in _TRACED else pytest.mark.slow)
+        for name in FEW
+        for kind in ("multi", "single")
+    ],
+)
+
+
+@traced
 def test_compile_keeps_outputs_and_gradients_in_one_graph(host: Host, layers: str) -> None:
     model, x = masked(host, layers), host.images()
     torch.compiler.reset()
@@ -103,6 +118,7 @@ def test_compile_of_single_blocks_sees_the_patch_grid(layers: str) -> None:
     assert_close(model(x), expected)
 
 
+@pytest.mark.slow
 @layers
 def test_compile_with_gradient_checkpointing_keeps_gradients(layers: str) -> None:
     host = HOSTS["vit_tiny_patch16_224"]
@@ -126,8 +142,7 @@ def test_inductor_keeps_outputs(layers: str) -> None:
         assert_close(torch.compile(model)(x), model(x), rtol=1e-4, atol=1e-5)
 
 
-@few_hosts
-@layers
+@traced
 def test_export_keeps_outputs_for_any_batch(host: Host, layers: str) -> None:
     model = masked(host, layers)
     shapes = {"x": {0: torch.export.Dim("batch", min=2, max=64)}}

@@ -74,12 +74,17 @@ def test_what_is_drawn_is_the_mask_between_patches(lam, kwargs, head, build, pho
         np.testing.assert_allclose(layer.importance, mask.mean(dim=0), rtol=1e-4, atol=1e-5)
 
 
-def test_title_names_model_tag_and_prediction(build, photo, drawn, tmp_path):
+@pytest.mark.parametrize(
+    ("loaded", "name"),
+    [(None, "micro"), ("micro.random", "micro.random"), ("/a.safetensors", "micro (/a.safetensors)")],
+)
+def test_title_names_model_loaded_weights_and_prediction(loaded, name, build, photo, drawn, tmp_path):
     photo.save(tmp_path / "photo.png")
     model = build()
+    model.weights_source = loaded
     explain(model, tmp_path / "photo.png", tmp_path / "masks.png", rows=[(0, 0)])
     best = model.eval()(view(model, photo).images).argmax().item()
-    assert drawn.title.startswith(f"micro.random on photo.png: {model.pretrained_cfg['label_names'][best]} ")
+    assert drawn.title.startswith(f"{name} on photo.png: {model.pretrained_cfg['label_names'][best]} ")
     assert [layer.name for layer in drawn.layers] == ["blocks.0", "blocks.1"]
 
 

@@ -1,0 +1,303 @@
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from lamzoo import __version__, cli
+from lamzoo.registry import create_model
+from lamzoo.weights import save_pretrained
+from tests.images import CLASSES, encoded, write_folder, write_npz
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("model") / "micro"
+    save_pretrained(create_model("lam_vit_micro", num_classes=3), folder, label_names=CLASSES)
+    return f"local-dir:{folder}"
+
+
+@pytest.fixture(autouse=True)
+def _own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Each test in an empty folder with an empty cache, and the log's handlers as they were."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    logger = logging.getLogger("lamzoo")
+    handlers, level = list(logger.handlers), logger.level
+    yield
+    logger.handlers, logger.level = handlers, level
+
+
+class Run:
+    """What a call of the command line left: its exit code and what it printed."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str], *args: object) -> None:
+        with pytest.raises(SystemExit) as caught:
+            cli.main([str(arg) for arg in args])
+        self.code = caught.value.code
+        self.out, self.err = capsys.readouterr()
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]):
+    return lambda *args: Run(capsys, *args)
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_help_and_version(run) -> None:
+    assert run("--version").out == f"lamzoo {__version__}\n"
+    for arguments in ((), ("--help",)):
+        done = run(*arguments)
+        assert done.code == 0
+        for command in ("list", "info", "predict", "eval", "explain", "train", "demo", "download"):
+            assert f"\n  {command} " in done.out
+    assert "--precision" in run("eval", "--help").out
+
+
+def test_typers_own_runner_works() -> None:
+    done = CliRunner().invoke(cli.app, ["list", "lam_vit_micro"])
+    assert done.exit_code == 0
+    assert "lam_vit_micro" in done.stdout
+
+
+def test_list_finds_names_by_wildcard_and_by_part(run) -> None:
+    names = [entry["name"] for entry in json.loads(run("list", "--json").out)]
+    assert {"lam_vit_micro", "vit_micro"} <= set(names)
+    assert [entry["name"] for entry in json.loads(run("list", "lam_vit_mic*", "--json").out)] == ["lam_vit_micro"]
+    assert {e["name"] for e in json.loads(run("list", "vit_micro", "--json").out)} == {"lam_vit_micro", "vit_micro"}
+    timms = [entry["name"] for entry in json.loads(run("list", "timm/vit_small*", "--json").out)]
+    assert timms
+    assert all(name.startswith("timm/vit_small") for name in timms)
+    for entry in json.loads(run("list", "--pretrained", "--json").out):
+        assert "." in entry["name"]
+
+
+def test_info_tells_cost_masks_and_preprocessing(run, model: str) -> None:
+    facts = json.loads(run("info", "lam_vit_micro", "--json").out)
+    assert facts["masks"]["rank"] > 0
+    assert 1e6 < facts["parameters"] < 3e6
+    assert facts["gmacs"] > 0
+    assert facts["input_size"] == [3, 32, 32]
+    assert json.loads(run("info", "vit_micro", "--json").out)["masks"] is None
+    facts = json.loads(run("info", model, "--json").out)
+    assert facts["classes"] == 3
+    assert facts["label names"] == CLASSES
+    assert "lam_vit_micro" in run("info", "lam_vit_micro").out
+
+
+def test_predict_takes_files_and_folders_with_any_name(run, model: str, tmp_path: Path) -> None:
+    folder = tmp_path / "Meine Bilder [red]"
+    folder.mkdir()
+    (folder / "写真 1.jpg").write_bytes(encoded(0, 0))
+    (tmp_path / "b.jpg").write_bytes(encoded(1, 0))
+    done = run("predict", model, folder, tmp_path / "b.jpg", "--topk", 2, "--device", "cpu", "--json")
+    assert (done.code, done.err) == (0, "")
+    first, second = json.loads(done.out)
+    assert (first["image"], second["image"]) == (str(folder / "写真 1.jpg"), str(tmp_path / "b.jpg"))
+    assert len(first["predictions"]) == 2
+    assert {guess["label"] for guess in first["predictions"]} <= set(CLASSES)
+    table = run("predict", model, folder, "--topk", 1).out
+    assert "写真 1.jpg" in table
+    assert "[red]" in table
+
+
+def test_predict_with_a_checkpoint(run, model: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(encoded(0, 0))
+    weights = Path(model.removeprefix("local-dir:")) / "model.safetensors"
+    direct = run("predict", model, tmp_path / "a.jpg", "--json").out
+    assert run("predict", model, tmp_path / "a.jpg", "--checkpoint", weights, "--json").out == direct
+    done = run("predict", "vit_micro", tmp_path / "a.jpg", "--checkpoint", tmp_path / "none.safetensors")
+    assert done.code == 2
+    assert "none.safetensors" in done.err
+
+
+def test_eval_prints_json_alone_and_writes_it(run, model: str, tmp_path: Path) -> None:
+    data = write_npz(tmp_path / "data")
+    done = run("eval", model, "--data", f"npz:{data}", "--json", "--batch-size", 4, "--output", "score.json")
+    assert (done.code, done.err) == (0, "")
+    record = json.loads(done.out)
+    assert record == json.loads(Path("score.json").read_text())
+    assert record["samples"] == 9
+    assert record["top5"] is None
+    assert 0 <= record["top1"] <= 100
+    table = run("eval", model, "--data", data, "--split", "test", "--precision", "bfloat16", "--limit", 3)
+    assert table.code == 0
+    assert "top-1 (%)" in table.out
+    assert files(tmp_path / "cache") == []  # the state is gone when the score is complete
+
+
+def test_a_killed_eval_resumes(run, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import lamzoo.evaluation
+
+    data = write_npz(tmp_path / "data")
+    common = ("eval", model, "--data", data, "--batch-size", 2, "--state", "state.json", "--json")
+    whole = json.loads(run(*common).out)
+    real = lamzoo.evaluation.evaluate
+
+    def killed(*args: object, **kwargs: object) -> object:
+        def progress(progress: lamzoo.evaluation.EvalProgress) -> None:
+            if progress.seen == 6:
+                raise KeyboardInterrupt
+
+        return real(*args, **{**kwargs, "save_every": 1, "progress": progress})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lamzoo.evaluation, "evaluate", killed)
+        done = run(*common)
+    assert (done.code, done.out) == (130, "")
+    assert json.loads(Path("state.json").read_text())["partial"]["seen"] == 6
+    resumed = json.loads(run(*common, "--resume").out)
+    assert (resumed["top1"], resumed["samples"]) == (whole["top1"], whole["samples"])
+    assert not Path("state.json").exists()
+
+
+def test_explain_writes_a_picture(run, model: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "a.jpg").write_bytes(encoded(0, 0))
+    done = run("explain", model, tmp_path / "a.jpg", "--out", "masks.png")
+    assert (done.code, done.out) == (0, "masks.png\n")
+    assert Path("masks.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_download_names_the_files(run, model: str) -> None:
+    done = run("download", model)
+    assert done.code == 0
+    assert Path(done.out.strip()).name == "model.safetensors"
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> Path:
+    """The working directory, with some files that are good and some that are not."""
+    here = tmp_path / "here"
+    (here / "cut.jpg").write_bytes(encoded(0, 0)[:600])
+    (here / "text.png").write_text("I am a text")
+    (here / "good.jpg").write_bytes(encoded(0, 0))
+    (here / "empty").mkdir()
+    (here / "bad.toml").write_text("[model]\nname = 'vit_micro'\n[data]\nsauce = 'x'\n[run]\noutput = 'out'\n")
+    write_folder(here / "folder", each=1)
+    write_npz(here / "packed")
+    (write_folder(here / "broken", splits=("test",)) / "test" / "red" / "1.jpg").write_text("nothing")
+    return here
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("predict lam_vit_mikro good.jpg", "did you mean lam_vit_micro"),
+        ("eval vit_mikro --data packed", "did you mean vit_micro"),
+        ("explain vit_mikro good.jpg --out x.png", "did you mean vit_micro"),
+        ("info lam_vit_mikro", "did you mean lam_vit_micro"),
+        ("download lam_vit_mikro", "did you mean lam_vit_micro"),
+        ("list nothing*", "no model matches 'nothing*'"),
+        ("info local-dir:empty", "config.json"),
+        ("predict MODEL none.jpg", "none.jpg"),
+        ("predict MODEL cut.jpg", "cut.jpg"),
+        ("predict MODEL good.jpg cut.jpg --json", "cut.jpg"),
+        ("predict MODEL text.png", "text.png"),
+        ("predict MODEL empty", "holds no image"),
+        ("predict MODEL good.jpg --batch-size -3", "batch size is -3"),
+        ("predict MODEL good.jpg --topk 0", "topk is 0"),
+        ("predict MODEL good.jpg --device cuda:99", "no device 'cuda:99'"),
+        ("predict MODEL good.jpg --checkpoint none.safetensors", "none.safetensors"),
+        ("predict MODEL", "IMAGE"),
+        ("explain MODEL text.png --out x.png", "text.png"),
+        ("explain MODEL good.jpg --out nowhere/x.png", "nowhere"),
+        ("eval MODEL --data folder --split test", "no split 'test'; it has 'train', 'val'"),
+        ("eval MODEL --data coco:x", "neither a data set nor a folder"),
+        ("eval MODEL --data imagefolder:none", "no such folder: none"),
+        ("eval MODEL --data empty", "no class folders"),
+        ("eval MODEL --data broken --workers 1", "1.jpg"),
+        ("eval MODEL --data packed --device tpu9", "no device 'tpu9'"),
+        ("eval MODEL --data packed --batch-size 0", "batch size is 0"),
+        ("eval MODEL --data packed --batch-size many", "--batch-size"),
+        ("eval MODEL --data packed --workers -1", "workers is -1"),
+        ("eval MODEL --data packed --precision int4", "int4"),
+        ("eval MODEL --data packed --output nowhere/score.json", "nowhere"),
+        ("eval MODEL --data packed --state text.png", "no state of an evaluation"),
+        ("eval MODEL", "--data"),
+        ("train none.toml", "none.toml"),
+        ("train bad.toml", "sauce"),
+        ("demo --cifar10 nowhere", "nowhere"),
+        ("evaluate", "evaluate"),
+        ("list --nothing", "--nothing"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(
+    run, model: str, inputs: Path, tmp_path: Path, arguments: str, message: str
+) -> None:
+    before = files(tmp_path)
+    done = run(*arguments.replace("MODEL", model).split())
+    assert (done.code, done.out) == (2, ""), done.err
+    assert done.err.startswith("lamzoo: ")
+    assert done.err.count("\n") == 1
+    assert message in done.err
+    assert files(tmp_path) == before  # nothing half-written
+
+
+def test_train_by_a_recipe_and_use_what_it_made(run, inputs: Path) -> None:
+    pytest.importorskip("accelerate")
+    recipe = """
+        model = {name = "lam_vit_micro", kwargs = {depth = 1}}
+        data = {source = "npz:packed", train_split = "test", eval_split = "test"}
+        schedule = {epochs = 9, warmup_epochs = 0}
+        run = {output = "out", batch_size = 4, device = "cpu"}
+    """
+    Path("recipe.toml").write_text(recipe)
+    done = run("train", "recipe.toml", "schedule.epochs=1", "run.seed=3")
+    assert (done.code, done.err) == (0, "")
+    name = done.out.strip().removeprefix("trained; the model is ")
+    assert run("predict", name, "good.jpg").code == 0
+    again = run("train", "recipe.toml", "schedule.epochs=many")
+    assert (again.code, again.out) == (2, "")
+    assert again.err.count("\n") == 1
+    assert "epochs" in again.err
+
+
+def test_debug_shows_the_traceback_wherever_it_stands(run) -> None:
+    for arguments in (("--debug", "info", "nothing"), ("info", "nothing", "--debug")):
+        done = run(*arguments)
+        assert done.code == 2
+        assert "Traceback" in done.err
+        assert "UnknownModelError" in done.err
+
+
+def test_what_nobody_expected_is_said_and_not_swallowed(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    import lamzoo.names
+
+    def broken(*args: object, **kwargs: object) -> None:
+        raise ZeroDivisionError("one by\nnothing")
+
+    monkeypatch.setattr(lamzoo.names, "list_models", broken)
+    done = run("list")
+    assert done.code == 1
+    assert done.err == "lamzoo: ZeroDivisionError: one by nothing (unexpected; --debug shows where)\n"
+    assert "Traceback" in run("list", "--debug").err
+
+
+def test_the_command_in_its_own_process_reports_bad_input() -> None:
+    command = [sys.executable, "-c", "from lamzoo.cli import main; main()", "predict", "lam_vit_micro", "nö.jpg"]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "lamzoo: no such image or folder: nö.jpg\n"
+
+
+@pytest.mark.parametrize("argument", ["flood", "--version"])
+def test_a_reader_that_has_gone_is_no_error(argument: str) -> None:
+    code = f"""
+from lamzoo import cli
+cli.app.command("flood")(lambda: cli.out.print_json([1] * 99999))
+cli.main([{argument!r}])
+"""
+    pipe = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert pipe.stdout is not None
+    pipe.stdout.close()
+    _, err = pipe.communicate()
+    assert err == b""

@@ -1,0 +1,200 @@
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import timm.data
+import torch
+from timm.utils import accuracy
+from torch import nn
+
+from lamzoo.data import create_dataset
+from lamzoo.errors import ConfigError, DataError, UnsupportedHostError
+from lamzoo.evaluation import EvalProgress, evaluate
+from lamzoo.registry import create_model
+from tests.images import CLASSES, write_folder, write_npz
+
+
+class Killed(Exception):
+    pass
+
+
+def small(num_classes: int = 3) -> nn.Module:
+    return create_model("lam_vit_micro", num_classes=num_classes)
+
+
+class Reads(nn.Module):
+    """Scores the classes by how near an image's mean is to each class colour: right by construction."""
+
+    def __init__(self, label_names: list[str] | None = None) -> None:
+        super().__init__()
+        self.num_classes = 3
+        self.pretrained_cfg = {"input_size": (3, 32, 32), "mean": (0, 0, 0), "std": (1, 1, 1), "crop_pct": 1.0}
+        self.pretrained_cfg["label_names"] = label_names
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.scale * x.mean(dim=(2, 3)).flip(1)  # classes are blue, green, red
+
+
+@pytest.fixture
+def data(tmp_path: Path):
+    return create_dataset(str(write_npz(tmp_path / "data", each=7)), "test")
+
+
+def test_a_classifier_that_is_right_scores_100_and_counts_every_image(data) -> None:
+    result = evaluate(Reads(), data, batch_size=4)
+    assert (result.top1, result.samples) == (100.0, 21)
+    assert result.images_per_s > 0
+
+
+def test_the_score_is_timms(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "pictures", splits=(), each=7)
+    model = small(10).eval()
+    config = timm.data.resolve_model_data_config(model)
+    theirs = timm.data.create_dataset("", root=str(root))
+    loader = timm.data.create_loader(theirs, batch_size=21, use_prefetcher=False, num_workers=0, **config)
+    ((images, labels),) = list(loader)
+    with torch.inference_mode():
+        expected = accuracy(model(images), labels, topk=(1, 5))
+    ours = create_dataset(str(root), "test")
+    ours.classes = None  # ten outputs for three classes
+    result = evaluate(model, ours, batch_size=8)
+    assert [result.top1, result.top5] == pytest.approx([float(value) for value in expected], abs=1e-4)
+
+
+def test_top5_is_none_below_five_classes(data) -> None:
+    assert evaluate(Reads(), data).top5 is None
+
+
+@pytest.mark.parametrize("each_batch_saved", [True, False])
+def test_a_killed_evaluation_goes_on_to_exactly_the_same_score(data, tmp_path: Path, each_batch_saved: bool) -> None:
+    model, state = small(), tmp_path / "state.json"
+    whole = evaluate(model, data, batch_size=4, precision="bfloat16")
+
+    def kill(progress: EvalProgress) -> None:
+        if progress.seen >= 12:
+            raise Killed
+
+    arguments = {"batch_size": 4, "precision": "bfloat16", "state": state, "save_every": 1 if each_batch_saved else 2}
+    with pytest.raises(Killed):
+        evaluate(model, data, progress=kill, **arguments)
+    partial = json.loads(state.read_text())["partial"]
+    assert partial["seen"] == (12 if each_batch_saved else 8)
+    seen: list[int] = []
+    resumed = evaluate(model, data, resume=True, progress=lambda progress: seen.append(progress.seen), **arguments)
+    assert seen[0] == partial["seen"] + 4
+    assert (resumed.top1, resumed.top5, resumed.samples) == (whole.top1, whole.top5, 21)
+    assert not state.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]  # no temporary file is left
+
+
+def test_a_state_of_another_run_is_refused_and_left_alone(data, tmp_path: Path) -> None:
+    model, state = Reads(), tmp_path / "state.json"
+
+    def kill(progress: EvalProgress) -> None:
+        raise Killed
+
+    with pytest.raises(Killed):
+        evaluate(model, data, batch_size=4, state=state, save_every=1, progress=kill)
+    before = state.read_bytes()
+    with pytest.raises(DataError, match="batch size was 4, now 5"):
+        evaluate(model, data, batch_size=5, state=state, resume=True)
+    model.scale.data *= 2
+    with pytest.raises(DataError, match="sha256 of the weights"):
+        evaluate(model, data, batch_size=4, state=state, resume=True)
+    assert state.read_bytes() == before
+    assert evaluate(model, data, batch_size=5, state=state).samples == 21  # without resume it starts over
+
+
+@pytest.mark.parametrize(
+    "text", ["# Notes\n", "{}", "[1, 2]", '{"kind": "lamzoo evaluation", "key": {}, "partial": {"a": 1}}']
+)
+def test_a_file_that_is_no_state_is_never_overwritten(data, tmp_path: Path, text: str) -> None:
+    state = tmp_path / "notes.md"
+    state.write_text(text)
+    with pytest.raises(DataError, match="no state of an evaluation"):
+        evaluate(Reads(), data, state=state)
+    assert state.read_text() == text
+
+
+def test_a_limit_spreads_over_the_classes(data) -> None:
+    seen: list[EvalProgress] = []
+    result = evaluate(Reads(), data, limit=6, batch_size=4, progress=seen.append)
+    assert result.samples == 6
+    assert [progress.seen for progress in seen] == [4, 6]
+    assert {progress.total for progress in seen} == {6}
+    assert evaluate(Reads(), data, limit=100).samples == 21
+
+
+def test_workers_do_not_change_the_score(data) -> None:
+    model = small()
+    assert evaluate(model, data, workers=1, batch_size=8).top1 == evaluate(model, data, batch_size=8).top1
+
+
+def test_the_model_keeps_its_mode_and_the_data_its_transform(data) -> None:
+    model = small().train()
+    model.blocks[0].eval()
+    evaluate(model, data, limit=2)
+    assert model.training
+    assert not model.blocks[0].training
+    assert data.transform is None
+
+
+def test_classes_that_do_not_fit_are_refused(data) -> None:
+    with pytest.raises(DataError, match="has 3 classes and the model 10"):
+        evaluate(small(10), data)
+    with pytest.raises(DataError, match="another order"):
+        evaluate(Reads(CLASSES[::-1]), data)
+    data.classes = None
+    with pytest.raises(DataError, match="label 2 and the model 2 classes"):
+        evaluate(small(2), data)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 0}, "batch size is 0"),
+        ({"workers": -1}, "workers is -1"),
+        ({"precision": "int4"}, "precision is 'int4'"),
+        ({"limit": 0}, "limit is 0"),
+        ({"save_every": 0}, "save_every is 0"),
+        ({"device": "tpu9"}, "no device 'tpu9'"),
+        ({"device": "meta"}, "computes nothing"),
+        ({"device": "cuda:99"}, "no device 'cuda:99'"),
+    ],
+)
+def test_impossible_arguments_are_named(data, arguments: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        evaluate(Reads(), data, **arguments)
+
+
+def test_a_model_without_classes_or_rgb_is_refused(data) -> None:
+    with pytest.raises(UnsupportedHostError, match="no classes"):
+        evaluate(small(0), data)
+    with pytest.raises(UnsupportedHostError, match="1 channels"):
+        evaluate(create_model("lam_vit_micro", in_chans=1, num_classes=3), data)
+
+
+def test_outputs_that_are_not_finite_are_no_score(data) -> None:
+    model = Reads()
+    model.scale.data.fill_(float("nan"))
+    with pytest.raises(ConfigError, match="not finite"):
+        evaluate(model, data)
+
+
+def test_a_broken_image_ends_the_evaluation(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "pictures", splits=("test",))
+    (root / "test" / "red" / "1.jpg").write_text("nothing")
+    for workers in (0, 1):
+        with pytest.raises(DataError, match=r"1\.jpg: it is no image") as caught:
+            evaluate(Reads(), create_dataset(str(root), "test"), workers=workers)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.gpu
+def test_a_gpu_scores_as_the_cpu_does(data) -> None:
+    model = small()
+    cpu = evaluate(model, data, device="cpu")
+    gpu = evaluate(model, data, device="cuda", batch_size=4)
+    assert abs(cpu.top1 - gpu.top1) <= 100 / 21
