@@ -68,7 +68,7 @@ def create_loaders(recipe: Recipe, train_set: Any, model: nn.Module) -> tuple[Da
         incomplete batch, and its ``dataset.epoch`` must be set before each epoch.
 
     Raises:
-        RecipeError: fewer training images than one batch.
+        RecipeError: fewer training images than one batch, or both splits are the same images.
         DataError: the evaluation split can't be read.
     """
     config = timm.data.resolve_model_data_config(model)
@@ -94,6 +94,11 @@ def create_loaders(recipe: Recipe, train_set: Any, model: nn.Module) -> tuple[Da
         std=config["std"],
     )
     eval_set = create_dataset(recipe.data.source, recipe.data.eval_split)
+    if eval_set.split == train_set.split:
+        raise RecipeError(
+            f"{recipe.data.source} would be trained and scored on the same images ({train_set.split or 'no splits'}); "
+            "give it a folder for each split, and name them in data.train_split and data.eval_split."
+        )
     eval_set.transform = timm.data.create_transform(**config)
     workers = recipe.data.workers
     train = DataLoader(

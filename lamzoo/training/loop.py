@@ -17,7 +17,7 @@ from timm.layers import set_fused_attn
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from lamzoo.data import create_dataset
+from lamzoo.data import create_dataset, plain_worker_errors
 from lamzoo.errors import RecipeError
 from lamzoo.lam import LamConfig
 from lamzoo.registry import create_model
@@ -84,10 +84,11 @@ def train(recipe: Recipe, *, resume: bool = False, progress: Callable[[Progress]
         RecipeError: the output folder holds another run, or the recipe doesn't fit the data.
         LamzooError: whatever the model's name or the data's files are at fault for.
     """
-    run = _Run(recipe, resume, progress)
-    for epoch in range(run.first_epoch, recipe.schedule.epochs):
-        run.epoch(epoch)
-    return run.finish()
+    with plain_worker_errors():
+        run = _Run(recipe, resume, progress)
+        for epoch in range(run.first_epoch, recipe.schedule.epochs):
+            run.epoch(epoch)
+        return run.finish()
 
 
 class _Run:

@@ -40,7 +40,7 @@ def test_run_leaves_a_model_that_loads_by_name(recipe_table: dict[str, Any], tmp
     assert float(rows[-1]["eval_top1"]) == result.history[-1]["eval_top1"]
     model = lamzoo.create_model(f"local-dir:{result.model}", pretrained=True)
     assert model.lam_config == lamzoo.LamConfig(rank=2)
-    assert model.pretrained_cfg["label_names"] == ["blue", "red"]
+    assert list(model.pretrained_cfg["label_names"]) == ["blue", "red"]
 
 
 def test_training_lowers_the_loss(recipe_table: dict[str, Any], tmp_path: Path) -> None:
@@ -122,6 +122,12 @@ def test_other_run_in_the_folder_is_refused(recipe_table: dict[str, Any], tmp_pa
 def test_batch_larger_than_the_data_is_refused(recipe_table: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="batches of 64 images"):
         run(recipe_table, tmp_path / "out", batch_size=64)
+
+
+def test_scoring_on_the_training_images_is_refused(recipe_table: dict[str, Any], tmp_path: Path) -> None:
+    recipe_table["data"]["eval_split"] = "train"
+    with pytest.raises(RecipeError, match="trained and scored on the same images"):
+        run(recipe_table, tmp_path / "out")
 
 
 def test_unwritable_output_is_refused(recipe_table: dict[str, Any], tmp_path: Path) -> None:

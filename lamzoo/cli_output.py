@@ -1,0 +1,133 @@
+"""How the command line prints: tables, JSON, progress bars and one-line errors; knows no model and no command."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+_PIPE_WIDTH = 200  # of a table that goes into a file or another program
+
+
+class Advance(Protocol):
+    """Moves a progress bar to ``done`` of ``total`` and says ``note`` beside it."""
+
+    def __call__(self, done: int, total: int, note: str = "") -> None: ...
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title: str | None = None) -> None:
+    """Prints a table to stdout; a column whose every value is a number is flushed right.
+
+    Args:
+        columns: headings.
+        rows: values; None prints as an empty cell. Strings are taken literally, not as rich markup.
+        title: above the table.
+    """
+    table = Table(title=Text(title) if title else None, title_justify="left", header_style="bold")
+    for index, heading in enumerate(columns):
+        values = [row[index] for row in rows if row[index] is not None]
+        numeric = bool(values) and all(isinstance(value, (int, float)) for value in values)
+        table.add_column(Text(heading), justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(_cell(value)) for value in row))
+    _stdout().print(table)
+
+
+def print_json(value: Any) -> None:
+    """Prints one JSON document to stdout, and nothing else."""
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes one JSON document to a file, all of it or nothing.
+
+    Raises:
+        WeightsError: the file cannot be written there.
+    """
+    from lamzoo.weightfiles import atomic_files
+
+    with atomic_files() as stage:
+        stage(path).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def is_main_process() -> bool:
+    """Says whether this is the process that prints, of those that ``torchrun`` or ``accelerate launch`` started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def print_line(text: str) -> None:
+    """Prints one line to stdout, unwrapped."""
+    _stdout().print(Text(text), soft_wrap=True)
+
+
+def print_error(text: str) -> None:
+    """Prints one red line to stderr, unwrapped, whatever line breaks the text has."""
+    _stderr().print(Text(f"lamzoo: {' '.join(text.split())}", style="red"), soft_wrap=True)
+
+
+def flush() -> None:
+    """Writes out what is left; a reader that has gone, as ``head`` does, is no error."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def printable(path: str | os.PathLike[str]) -> str:
+    """Returns a file name as text that can be printed, also where its bytes are no UTF-8."""
+    return os.fsencode(path).decode("utf-8", "replace")
+
+
+@contextmanager
+def progress_bar(title: str, *, hidden: bool = False) -> Iterator[Advance]:
+    """Shows a progress bar on stderr, on a terminal only; yields the function that moves it."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(),
+    )
+    console = _stderr()
+    with Progress(*columns, console=console, disable=hidden or not console.is_terminal, transient=True) as progress:
+        task = progress.add_task(title, total=None, note="")
+
+        def advance(done: int, total: int, note: str = "") -> None:
+            progress.update(task, completed=done, total=total, note=note)
+
+        yield advance
+
+
+def log_to_stderr(verbose: bool) -> None:
+    """Sends the library's log to stderr: warnings, or everything from INFO on."""
+    logger = logging.getLogger("lamzoo")
+    for handler in [handler for handler in logger.handlers if isinstance(handler, RichHandler)]:
+        logger.removeHandler(handler)
+    logger.addHandler(RichHandler(console=_stderr(), show_time=False, show_path=False, markup=False))
+    logger.setLevel(logging.INFO if verbose else logging.WARNING)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def _stdout() -> Console:
+    console = Console(highlight=False, emoji=False)
+    return console if console.is_terminal else Console(highlight=False, emoji=False, width=_PIPE_WIDTH)
+
+
+def _stderr() -> Console:
+    return Console(stderr=True, highlight=False, emoji=False)

@@ -1,0 +1,67 @@
+"""From a one-line specification to a data set: the grammar, and which source reads which layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lamzoo.data.folders import FolderSource
+from lamzoo.data.hubs import HuggingFaceSource, TorchvisionSource
+from lamzoo.data.labelled import ImageSource, LabelledImages
+from lamzoo.data.packed import NpzSource, TarSource, npz_splits
+from lamzoo.errors import DataError
+
+_GRAMMAR = "imagefolder:DIR, npz:DIR, torchvision:NAME:ROOT, hfds:NAME, wds:SHARDS or an existing folder"
+
+
+def create_dataset(spec: str, split: str) -> LabelledImages:
+    """Opens a split of labelled images.
+
+    Args:
+        spec: one of
+
+            - ``imagefolder:DIR``: ``DIR/<split>/<class>/*.jpg``, or ``DIR/<class>/*.jpg``, which has no splits and is
+              taken whole whatever ``split`` says (``dataset.split`` is then ``None``). Labels follow timm's natural
+              order of the class names, over all the splits together.
+            - ``npz:DIR``: ``DIR/<split>.npz`` with ``jpeg`` (uint8, the files one after the other), ``offsets``
+              (int64, N + 1) and ``labels`` (integer, N), and optionally ``DIR/classes.json``.
+            - ``torchvision:NAME:ROOT``: a data set of torchvision that lies in ``ROOT``, such as ``CIFAR10``.
+            - ``hfds:NAME``: a Hugging Face data set, by its name on the hub or a local folder.
+            - ``wds:SHARDS``: local webdataset tar files, ``DIR/{split}-{000..012}.tar`` or with ``*``; where
+              ``{split}`` is written, it is replaced, else the pattern alone says what is read.
+            - a folder: ``npz`` if it holds npz files, else ``imagefolder``.
+        split: ``train``, ``validation``, ``test`` or what the data calls it. ``val``, ``valid``, ... all mean
+            validation, but validation is never taken for test.
+
+    Returns:
+        A data set of ``(RGB PIL image, int label)`` with ``transform`` to set and ``classes`` to read.
+
+    Raises:
+        DataError: the specification, the folder or the split does not exist, or the files are not what they should be.
+    """
+    return LabelledImages(_source(spec, split), spec)
+
+
+def _source(spec: str, split: str) -> ImageSource:
+    if not split:
+        raise DataError(f"the split of {spec} is empty; name one, such as 'test'")
+    kind, colon, rest = spec.partition(":")
+    if colon and not rest:
+        raise DataError(f"the data set {spec!r} says {kind}, but not which; write {_GRAMMAR}")
+    match kind if colon else "":
+        case "imagefolder":
+            return FolderSource(Path(rest), split)
+        case "npz":
+            return NpzSource(Path(rest), split)
+        case "torchvision":
+            name, _, root = rest.partition(":")
+            if not root:
+                raise DataError(f"the data set {spec!r} has no folder; write torchvision:{name}:ROOT")
+            return TorchvisionSource(name, Path(root), split)
+        case "hfds":
+            return HuggingFaceSource(rest, split)
+        case "wds":
+            return TarSource(rest, split)
+    folder = Path(spec)
+    if folder.is_dir():
+        return NpzSource(folder, split) if npz_splits(folder) else FolderSource(folder, split)
+    raise DataError(f"{spec!r} is neither a data set nor a folder here; write {_GRAMMAR}")

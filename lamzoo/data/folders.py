@@ -1,0 +1,64 @@
+"""Image folders, one subfolder per class, with or without a level of splits above."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import BinaryIO
+
+from lamzoo.data.images import images_below, natural_key
+from lamzoo.data.labelled import ImageSource
+from lamzoo.data.splits import SPLIT_NAMES, find_split
+from lamzoo.errors import DataError
+
+
+class FolderSource(ImageSource):
+    """``root/<split>/<class>/**`` or ``root/<class>/**``.
+
+    The classes are those of all the splits, so that a class without a test image does not shift the labels of the
+    others.
+
+    Args:
+        root: the folder.
+        split: which split; without meaning where ``root`` holds the classes themselves.
+
+    Raises:
+        DataError: no such folder, split or class.
+    """
+
+    def __init__(self, root: Path, split: str) -> None:
+        if not root.is_dir():
+            raise DataError(f"no such folder: {root}")
+        children = _folders(root)
+        split_folders = [name for name in children if name.lower() in SPLIT_NAMES or name == split]
+        if split_folders:
+            self.split = find_split(split, split_folders, str(root))
+            names = {name for folder in split_folders for name in _folders(root / folder)}
+            folder = root / self.split
+        else:
+            names = set(children)
+            folder = root
+        if not names:
+            raise DataError(f"{folder} has no class folders; images belong in {folder}/<class>/")
+        self.classes = sorted(names, key=lambda name: (natural_key(name), name))
+        self._samples = [
+            (path, label) for label, name in enumerate(self.classes) for path in images_below(folder / name)
+        ]
+        if not self._samples:
+            raise DataError(f"the class folders of {folder} hold no image")
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def read(self, index: int) -> tuple[BinaryIO, int]:
+        path, label = self._samples[index]
+        try:
+            return path.open("rb"), label
+        except OSError as error:
+            raise DataError(f"cannot open {path}: {error.strerror}") from error
+
+    def name(self, index: int) -> str:
+        return str(self._samples[index][0])
+
+
+def _folders(root: Path) -> list[str]:
+    return sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))

@@ -1,0 +1,157 @@
+"""Data sets that other libraries keep: torchvision's and those of Hugging Face."""
+
+from __future__ import annotations
+
+import inspect
+import io
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from PIL import Image
+
+from lamzoo.data.labelled import ImageSource
+from lamzoo.data.splits import find_split, synonyms
+from lamzoo.errors import DataError
+
+
+class TorchvisionSource(ImageSource):
+    """An image classification data set of ``torchvision.datasets`` that is already on disk.
+
+    Args:
+        name: the class, ``CIFAR10``; upper and lower case do not matter.
+        root: the folder torchvision downloaded it to.
+        split: which split.
+
+    Raises:
+        DataError: no such data set or split, or its files are not in ``root``.
+    """
+
+    def __init__(self, name: str, root: Path, split: str) -> None:
+        import torchvision.datasets
+
+        known = {known.lower(): known for known in torchvision.datasets.__all__}
+        if name.lower() not in known:
+            raise DataError(f"torchvision has no data set {name!r}; see torchvision.datasets")
+        self._name = known[name.lower()]
+        build = getattr(torchvision.datasets, self._name)
+        accepted = inspect.signature(build).parameters
+        if "root" not in accepted:
+            raise DataError(f"torchvision's {self._name} is not a folder of labelled images")
+        if not root.is_dir():
+            raise DataError(f"no such folder: {root}; {self._download(root)}")
+        self._dataset = self._build(build, accepted.keys(), root, split)
+        self.classes = _names(self._dataset)
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def read(self, index: int) -> tuple[Image.Image, Any]:
+        try:
+            image, label, *_ = self._dataset[index]
+        except (OSError, SyntaxError) as error:
+            raise DataError(f"cannot read {self.name(index)}: {error}") from error
+        if not isinstance(image, Image.Image):
+            raise DataError(f"torchvision's {self._name} holds {type(image).__name__}, not images")
+        return image, label
+
+    def name(self, index: int) -> str:
+        return f"torchvision's {self._name} {self.split or ''}[{index}]"
+
+    def _build(self, build: Any, accepted: Any, root: Path, split: str) -> Any:
+        if "train" in accepted:
+            self.split = find_split(split, ("train", "test"), f"torchvision's {self._name}")
+            attempts: list[dict[str, Any]] = [{"train": self.split == "train"}]
+        elif "split" in accepted:
+            attempts = [{"split": name} for name in synonyms(split)]
+        else:
+            attempts = [{}]
+        refusals: list[str] = []
+        for arguments in attempts:
+            try:
+                dataset = build(root=str(root), **arguments)
+            except ValueError as error:  # torchvision's word for a split that it does not have
+                refusals.append(str(error))
+                continue
+            except (RuntimeError, OSError) as error:
+                reason = " ".join(str(error).split())[:200]
+                raise DataError(
+                    f"torchvision's {self._name} is not whole in {root} ({reason}); {self._download(root)}"
+                ) from error
+            self.split = arguments.get("split", self.split)
+            return dataset
+        raise DataError(f"torchvision's {self._name} has no split {split!r}: {' '.join(refusals[0].split())}")
+
+    def _download(self, root: Path) -> str:
+        return f"download it with torchvision.datasets.{self._name}({str(root)!r}, download=True)"
+
+
+class HuggingFaceSource(ImageSource):
+    """A data set that ``datasets.load_dataset`` opens, from the hub, its cache, or a local folder.
+
+    The image column is the one of type ``Image``, the label column the one of type ``ClassLabel``, or one named
+    ``label``.
+
+    Args:
+        name: on the hub, or a folder, also one written by ``save_to_disk``.
+        split: which split.
+
+    Raises:
+        DataError: the ``datasets`` package, the data set, the split or a column is missing.
+    """
+
+    def __init__(self, name: str, split: str) -> None:
+        try:
+            import datasets
+        except ImportError as error:
+            raise DataError("hfds: needs the datasets package; pip install 'lamzoo[data]'") from error
+        self._spec = f"hfds:{name}"
+        folder = Path(name)
+        try:
+            if (folder / "dataset_dict.json").exists():
+                splits = datasets.load_from_disk(name)
+                self.split = find_split(split, splits, self._spec)
+                dataset = splits[self.split]
+            elif (folder / "state.json").exists():
+                dataset = datasets.load_from_disk(name)
+            else:
+                self.split = find_split(split, datasets.get_dataset_split_names(name), self._spec)
+                dataset = datasets.load_dataset(name, split=self.split)
+        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise DataError(f"cannot load {self._spec}: {reason}") from error
+        self._image, self._label = self._columns(dataset.features, datasets)
+        feature = dataset.features[self._label]
+        self.classes = list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+        self._dataset = dataset.cast_column(self._image, datasets.Image(decode=False))
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def read(self, index: int) -> tuple[BinaryIO, Any]:
+        item = self._dataset[index]
+        image = item[self._image]
+        if image.get("bytes"):
+            return io.BytesIO(image["bytes"]), item[self._label]
+        try:
+            return Path(image["path"]).open("rb"), item[self._label]
+        except (OSError, TypeError) as error:
+            raise DataError(f"{self.name(index)} has no image bytes, and no file: {error}") from error
+
+    def name(self, index: int) -> str:
+        return f"{self._spec} {self.split or ''}[{index}]"
+
+    def _columns(self, features: Any, datasets: Any) -> tuple[str, str]:
+        images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+        labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+        labels = [name for name in ("label", "labels") if name in features] or labels
+        if not images or not labels:
+            raise DataError(f"{self._spec} has no image and label column; its columns are {', '.join(features)}")
+        return images[0], labels[0]
+
+
+def _names(dataset: Any) -> list[str] | None:
+    """Returns torchvision's class names as strings; ImageNet has several for each class."""
+    classes = getattr(dataset, "classes", None)
+    if not classes:
+        return None
+    return [name if isinstance(name, str) else ", ".join(map(str, name)) for name in classes]

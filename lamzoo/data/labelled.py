@@ -1,0 +1,116 @@
+"""The one data set class: decodes and checks what a source hands over, and applies a transform."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO
+
+from PIL import Image
+from torch.utils.data import Dataset
+
+from lamzoo.data.images import decode_image
+from lamzoo.errors import DataError
+
+
+class ImageSource(ABC):
+    """Where images and labels come from: one subclass per layout.
+
+    Attributes:
+        classes: the class names in label order, or ``None`` where the layout has none.
+        split: the split's own name here, or ``None`` where the layout has no splits and all of it was taken.
+    """
+
+    classes: list[str] | None = None
+    split: str | None = None
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def read(self, index: int) -> tuple[BinaryIO | Image.Image, Any]:
+        """Returns an image, opened or as a file to decode, and its label."""
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """Returns what a reader would call that image: its path, or its index in a file."""
+
+
+class LabelledImages(Dataset):
+    """A map-style data set of ``(RGB PIL image, int label)``.
+
+    Unlike timm's ``ImageDataset``, which puts the next image in a broken one's place, it raises: a score over other
+    images than the test set's is no score.
+
+    Attributes:
+        transform: applied to the image; set it as with any timm or torchvision data set.
+        target_transform: applied to the label.
+        classes: the class names in label order, or ``None``.
+        split: the split's own name, or ``None`` where the data has no splits.
+        spec: what the data set was created from.
+
+    Args:
+        source: where images and labels come from.
+        spec: how to call the whole in an error.
+
+    Raises:
+        DataError: the source is empty; on reading an item, a broken image or a label outside the classes.
+    """
+
+    def __init__(self, source: ImageSource, spec: str) -> None:
+        if not len(source):
+            raise DataError(f"{spec} holds no image")
+        self.source = source
+        self.spec = spec
+        self.classes = source.classes
+        self.split = source.split
+        self.transform: Callable[[Image.Image], Any] | None = None
+        self.target_transform: Callable[[int], Any] | None = None
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        file, given = self.source.read(index)
+        if isinstance(file, Image.Image):
+            image: Any = decode_image(file, self.filename(index))
+        else:
+            with file:
+                image = decode_image(file, self.filename(index))
+        label: Any = self._label(given, index)
+        if self.transform is not None:
+            image = self.transform(image)
+        if self.target_transform is not None:
+            label = self.target_transform(label)
+        return image, label
+
+    def filename(self, index: int) -> str:
+        """Returns the path of an image, or its place in the file that holds it."""
+        return self.source.name(index)
+
+    def _label(self, given: Any, index: int) -> int:
+        try:
+            label = operator.index(given)
+        except TypeError:
+            raise DataError(f"the label of {self.filename(index)} is {given!r}, not a class number") from None
+        if label < 0 or (self.classes is not None and label >= len(self.classes)):
+            limit = "" if self.classes is None else f" of the {len(self.classes)} classes"
+            raise DataError(f"the label of {self.filename(index)} is {label}, which is none{limit}")
+        return label
+
+
+@contextlib.contextmanager
+def plain_worker_errors() -> Iterator[None]:
+    """Gives a :class:`DataError` that crossed from a loader's worker process its own one-line message back.
+
+    torch wraps it into several lines with the worker's traceback; that traceback stays in ``__cause__``.
+    """
+    try:
+        yield
+    except DataError as error:
+        lines = str(error).strip().splitlines()
+        if len(lines) < 2:
+            raise
+        raise DataError(lines[-1].removeprefix(f"{DataError.__module__}.{DataError.__qualname__}: ")) from error

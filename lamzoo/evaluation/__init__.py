@@ -1,0 +1,19 @@
+"""Scores and predictions of image classifiers: timm's preprocessing, any data set of :mod:`lamzoo.data`."""
+
+from lamzoo.evaluation.classification import EvalProgress, EvalResult, evaluate
+from lamzoo.evaluation.partial import default_state_path
+from lamzoo.evaluation.prediction import Prediction, class_names, predict
+from lamzoo.evaluation.runtime import Precision, check_batches, resolve_device
+
+__all__ = [
+    "EvalProgress",
+    "EvalResult",
+    "Precision",
+    "Prediction",
+    "check_batches",
+    "class_names",
+    "default_state_path",
+    "evaluate",
+    "predict",
+    "resolve_device",
+]

@@ -1,0 +1,117 @@
+"""The part of a score that is already known, kept in a file so that a killed evaluation goes on from there."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lamzoo.errors import DataError
+from lamzoo.weightfiles import atomic_files
+
+_KIND = "lamzoo evaluation"
+
+
+@dataclass(frozen=True)
+class Partial:
+    """What the first ``seen`` images gave.
+
+    Attributes:
+        seen: images scored.
+        correct1: of them, right at first guess.
+        correct5: right among the first five.
+        seconds: spent on them.
+    """
+
+    seen: int = 0
+    correct1: int = 0
+    correct5: int = 0
+    seconds: float = 0.0
+
+
+class StateFile:
+    """A JSON file that holds a :class:`Partial` and the run that it belongs to.
+
+    Args:
+        path: the file; it need not exist.
+        key: what must be the same for the numbers to be the same: model, weights, data, batches, precision.
+
+    Raises:
+        DataError: the file exists and is something else; it is left alone.
+    """
+
+    def __init__(self, path: str | Path, key: Mapping[str, Any]) -> None:
+        self.path = Path(path)
+        self.key = json.loads(json.dumps(key))  # as it will be read back: tuples become lists
+        self._found = self._read()
+
+    def load(self) -> Partial:
+        """Returns what is known so far, nothing where there is no file.
+
+        Raises:
+            DataError: the file belongs to another run; names what differs.
+        """
+        if self._found is None:
+            return Partial()
+        there = self._found["key"]
+        differing = [key for key in {**there, **self.key} if there.get(key) != self.key.get(key)]
+        if differing:
+            key = differing[0]
+            raise DataError(
+                f"{self.path} belongs to another evaluation ({key} was {there.get(key)!r}, now {self.key.get(key)!r}); "
+                "start without resuming, or name another state file"
+            )
+        return Partial(**self._found["partial"])
+
+    def save(self, partial: Partial) -> None:
+        """Replaces the file in one step."""
+        content = {"kind": _KIND, "key": self.key, "partial": dataclasses.asdict(partial)}
+        with atomic_files() as stage:
+            stage(self.path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+    def remove(self) -> None:
+        """Removes the file: the evaluation is complete."""
+        self.path.unlink(missing_ok=True)
+
+    def _read(self) -> dict[str, Any] | None:
+        if not self.path.exists():
+            return None
+        try:
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+            whole = (
+                content["kind"] == _KIND and isinstance(content["key"], dict) and bool(Partial(**content["partial"]))
+            )
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise DataError(f"{self.path} is no state of an evaluation; name another file, or remove it") from error
+        if not whole:
+            raise DataError(f"{self.path} is no state of an evaluation; name another file, or remove it")
+        return content
+
+
+def default_state_path(*parts: str) -> Path:
+    """Returns where the state of an evaluation lies unless the caller says otherwise: in the user's cache folder.
+
+    Args:
+        *parts: what tells this evaluation from others, such as model, data and split.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    name = hashlib.sha256("\0".join((os.getcwd(), *parts)).encode()).hexdigest()[:16]
+    return cache / "lamzoo" / "eval" / f"{name}.json"
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """Hashes the names, dtypes, shapes and values of all that a model's state dict holds."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        if isinstance(value, torch.Tensor):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,91 @@
+"""Where and in which precision a model runs, checked before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, get_args
+
+import timm.data
+import torch
+from torch import nn
+
+from lamzoo.errors import ConfigError, UnsupportedHostError
+from lamzoo.profiling.inputs import evaluating, image_size
+
+Precision = Literal["float32", "bfloat16", "float16"]
+
+
+def resolve_device(name: str | torch.device = "auto") -> torch.device:
+    """Returns a device that is there.
+
+    Args:
+        name: as torch writes it, or ``"auto"``: CUDA where there is one, else the CPU.
+
+    Raises:
+        ConfigError: no such kind of device, or none of it here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
+        raise ConfigError(f"there is no device {str(name)!r} here; use 'auto', 'cpu', or 'cuda' with a GPU") from error
+    if device.type == "meta":
+        raise ConfigError("the device 'meta' computes nothing; use 'auto', 'cpu' or 'cuda'")
+    return device
+
+
+def check_batches(batch_size: int, workers: int = 0, precision: Precision = "float32") -> None:
+    """Raises a :class:`ConfigError` for a batch size below 1, workers below 0 or a precision that does not exist."""
+    if batch_size < 1:
+        raise ConfigError(f"the batch size is {batch_size}; it must be 1 or more")
+    if workers < 0:
+        raise ConfigError(f"the number of workers is {workers}; it must be 0 or more")
+    if precision not in get_args(Precision):
+        raise ConfigError(f"the precision is {precision!r}; it must be one of {', '.join(get_args(Precision))}")
+
+
+def data_config(model: nn.Module) -> dict[str, Any]:
+    """Returns timm's preprocessing for a model, at the input size that the model was built with.
+
+    Raises:
+        UnsupportedHostError: the model takes other images than RGB, or classifies nothing.
+    """
+    channels, height, width = image_size(model)
+    if channels != 3:
+        raise UnsupportedHostError(f"{type(model).__name__} takes {channels} channels, and images here have 3 (RGB)")
+    class_count(model)
+    return timm.data.resolve_model_data_config(model, {"input_size": (3, height, width)})
+
+
+def class_count(model: nn.Module) -> int:
+    """Returns how many classes a model tells apart.
+
+    Raises:
+        UnsupportedHostError: none: it is no classifier, or has lost its head.
+    """
+    count = getattr(model, "num_classes", 0)
+    if not isinstance(count, int) or count < 1:
+        raise UnsupportedHostError(f"{type(model).__name__} has no classes; create it with num_classes above 0")
+    return count
+
+
+@contextmanager
+def inference(model: nn.Module, device: torch.device, precision: Precision, batch_size: int) -> Iterator[None]:
+    """Runs a model in evaluation mode, without gradients, under autocast.
+
+    Raises:
+        ConfigError: the device's memory does not hold the batch.
+    """
+    dtype = getattr(torch, precision)
+    try:
+        with (
+            evaluating(model),
+            torch.inference_mode(),
+            torch.autocast(device.type, dtype, enabled=precision != "float32"),
+        ):
+            yield
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(f"a batch of {batch_size} does not fit on {device}; use a smaller one") from error
