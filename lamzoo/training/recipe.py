@@ -13,7 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+import torch
+from timm.optim import list_optimizers
+
 from lamzoo.errors import RecipeError
+from lamzoo.lam import LamConfig
+from lamzoo.names import find_card
 
 Section = TypeVar("Section")
 Precision = Literal["no", "bf16", "fp16"]
@@ -151,6 +156,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: no such file, not TOML, an unknown key (named, with the closest one), a wrong type, an unknown
             optimiser or scheduler, or an impossible value.
+        UnknownModelError: no such model.
+        ConfigError: masks that mean nothing.
     """
     path = Path(path)
     try:
@@ -227,10 +234,6 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
 
 
 def _check_values(recipe: Recipe) -> None:
-    from timm.optim import list_optimizers
-
-    from lamzoo.lam import LamConfig
-
     run, schedule = recipe.run, recipe.schedule
     at_least_one = {
         "run.batch_size": run.batch_size,
@@ -258,6 +261,10 @@ def _check_values(recipe: Recipe) -> None:
     _check_name("schedule.name", schedule.name, ["cosine", "tanh", "poly", "wsd", "rsqrt", "constant"])
     if recipe.model.lam is not None:
         LamConfig.from_dict(recipe.model.lam)
+    if ":" not in recipe.model.name:  # what stands before a colon says where else the model is
+        find_card(recipe.model.name)
+    if run.precision == "fp16" and (run.device == "cpu" or not torch.cuda.is_available()):
+        raise RecipeError("Recipe key run.precision is 'fp16', which needs a GPU; use 'bf16' or 'no' on a CPU.")
 
 
 def _check_name(key: str, name: str, known: Sequence[str]) -> None:

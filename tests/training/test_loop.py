@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import lamzoo
 from lamzoo.errors import RecipeError
@@ -41,6 +42,16 @@ def test_run_leaves_a_model_that_loads_by_name(recipe_table: dict[str, Any], tmp
     model = lamzoo.create_model(f"local-dir:{result.model}", pretrained=True)
     assert model.lam_config == lamzoo.LamConfig(rank=2)
     assert list(model.pretrained_cfg["label_names"]) == ["blue", "red"]
+
+
+def test_tensorboard_log_is_written(recipe_table: dict[str, Any], tmp_path: Path) -> None:
+    recipe_table["schedule"]["epochs"] = 1
+    result = run(recipe_table, tmp_path / "out", tensorboard=True)
+    (log,) = result.output.glob("tensorboard/events.*")
+    events = EventAccumulator(str(log)).Reload()
+    logged = events.Scalars("train_loss")
+    assert [event.step for event in logged] == [6]
+    assert logged[0].value == pytest.approx(result.history[0]["train_loss"])
 
 
 def test_training_lowers_the_loss(recipe_table: dict[str, Any], tmp_path: Path) -> None:

@@ -29,6 +29,8 @@ RECIPES = sorted((Path(__file__).parents[2] / "benchmarks" / "recipes").glob("*.
         ("schedule", "name", "cosin", "did you mean cosine"),
         ("augment", "scale", [0.5], "augment.scale is [0.5]; it must be 2 numbers"),
         ("model", "lam", {"rnak": 4}, "no field 'rnak'; did you mean 'rank'"),
+        ("model", "name", "lam_vit_mikro", "lam_vit_micro"),
+        ("run", "precision", "fp16", "'fp16', which needs a GPU"),
         ("data", "workers", -1, "must not be negative"),
     ],
 )
