@@ -60,8 +60,9 @@ epoch{ema}.
 
 ## Limits
 
-One seed and a short budget: a working example and a test of the whole path, not a claim about learnable masks. It knows
-{num_classes} classes ({labels}) in {size}-pixel photographs, and answers with one of them for any picture at all.
+One seed and a short budget: a working example and a test of the whole path, not a claim about learnable masks. It sees
+{size} pixels and answers any picture at all with one of {num_classes} classes:
+{labels}.
 Predictions carry whatever biases the data set has.
 """
 
