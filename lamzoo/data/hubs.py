@@ -11,7 +11,7 @@ from PIL import Image
 
 from lamzoo.data.labelled import ImageSource
 from lamzoo.data.splits import find_split, synonyms
-from lamzoo.errors import DataError
+from lamzoo.errors import DataError, MissingExtraError
 
 
 class TorchvisionSource(ImageSource):
@@ -96,14 +96,15 @@ class HuggingFaceSource(ImageSource):
         split: which split.
 
     Raises:
-        DataError: the ``datasets`` package, the data set, the split or a column is missing.
+        MissingExtraError: the ``datasets`` package is missing.
+        DataError: the data set, the split or a column is missing.
     """
 
     def __init__(self, name: str, split: str) -> None:
         try:
             import datasets
         except ImportError as error:
-            raise DataError("hfds: needs the datasets package; pip install 'lamzoo[data]'") from error
+            raise MissingExtraError("hfds: needs the datasets package; pip install 'lamzoo[data]'") from error
         self._spec = f"hfds:{name}"
         folder = Path(name)
         try:

@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import nn
 
 from lamzoo.data import LabelledImages, create_dataset
-from lamzoo.errors import ConfigError, DataError
+from lamzoo.errors import DataError, MissingExtraError
 from lamzoo.evaluation import Prediction, class_names, evaluate, predict, resolve_device
 from lamzoo.evaluation.runtime import class_count
 from lamzoo.profiling import Latency, LatencyComparison, compare_latency, profile
@@ -58,7 +58,7 @@ def run(out: Path, cifar10: Path | None = None, *, console: Console | None = Non
         console: where to print; the terminal by default.
 
     Raises:
-        ConfigError: scikit-image or matplotlib is missing.
+        MissingExtraError: scikit-image or matplotlib is missing.
         DataError: ``out`` can't be written, or ``cifar10`` can't be read.
         WeightsError: the bundled weights are missing or damaged.
     """
@@ -86,12 +86,12 @@ def find_photographs() -> list[Photograph]:
     """Returns the photographs of scikit-image that are there without a download.
 
     Raises:
-        ConfigError: scikit-image is not installed.
+        MissingExtraError: scikit-image is not installed.
         DataError: its installation lacks one of the files.
     """
     found = importlib.util.find_spec("skimage")
     if found is None or found.origin is None:
-        raise ConfigError(
+        raise MissingExtraError(
             "The demo's photographs come with scikit-image, which is missing; install it with: "
             "pip install 'lamzoo[demo]'"
         )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lamzoo.errors import ConfigError
+from lamzoo.errors import MissingExtraError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,13 +53,13 @@ def draw(
         The figure, drawn by Agg.
 
     Raises:
-        ConfigError: matplotlib is not installed.
+        MissingExtraError: matplotlib is not installed.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ConfigError(
+        raise MissingExtraError(
             f"Drawing masks needs matplotlib ({error}); install it with: pip install 'lamzoo[report]'"
         ) from None
 

@@ -51,7 +51,8 @@ def explain(
 
     Raises:
         UnsupportedHostError: the model has no mask, or no patch grid to draw one on.
-        ConfigError: a query patch outside the grid, a head that the mask has not, or matplotlib is missing.
+        ConfigError: a query patch outside the grid, or a head that the mask has not.
+        MissingExtraError: matplotlib is missing.
         DataError: the image can't be read, or the file can't be written there.
     """
     path = Path(path)

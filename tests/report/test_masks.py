@@ -9,7 +9,7 @@ from PIL import Image
 
 from lamzoo.adapters import add_lam
 from lamzoo.adapters.capture import capture_masks
-from lamzoo.errors import ConfigError, DataError, UnsupportedHostError
+from lamzoo.errors import ConfigError, DataError, MissingExtraError, UnsupportedHostError
 from lamzoo.lam import LamConfig
 from lamzoo.report import explain
 from lamzoo.report.figure import LayerPicture, draw
@@ -164,7 +164,7 @@ def test_patch_or_head_that_does_not_exist_is_named(build, photo, tmp_path):
 
 def test_missing_matplotlib_names_the_extra(build, photo, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ConfigError, match=r"lamzoo\[report\]"):
+    with pytest.raises(MissingExtraError, match=r"lamzoo\[report\]"):
         explain(build(), photo, tmp_path / "masks.png")
 
 
