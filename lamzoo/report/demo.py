@@ -134,9 +134,9 @@ def show_cost(console: Console, models: dict[str, nn.Module]) -> None:
     timings = [
         compare_latency(model, baseline, default_input(model, batch), repeats) for batch, repeats in _REPEATS.items()
     ]
-    table = Table(title="Cost of one image: multiply-accumulates (MACs) and parameters, and of which the masks")
-    for column in ("model", "GMACs", "masks", "params (M)", "masks", *(f"ms, batch {batch}" for batch in _REPEATS)):
-        table.add_column(column, justify="left" if column == "model" else "right")
+    table = Table(title="Cost of one image, and the masks' part of it")
+    for column in ("model", "GMACs", "masks", "params (M)", "masks", *(f"ms, batch of {batch}" for batch in _REPEATS)):
+        table.add_column(column, justify="left" if column == "model" else "right", no_wrap=column == "model")
     for key, latencies in ((name, [t.model for t in timings]), (base_name, [t.baseline for t in timings])):
         cost = costs[key]
         figures = (cost.gmacs, cost.lam_gmacs, cost.params_m, cost.lam_params_m)
@@ -154,6 +154,7 @@ def show_cost(console: Console, models: dict[str, nn.Module]) -> None:
     first = timings[0]
     repeats = " and ".join(map(str, _REPEATS.values()))
     console.print(
+        "GMACs: 10^9 multiply-accumulates, attention included. "
         f"Latency: median and quartiles of {repeats} passes of each, in turns in one process, {first.dtype} on "
         f"{first.device} with {first.threads} threads; the ratio is the median of the pairs'. "
         "Other load on the machine shows."
@@ -194,11 +195,11 @@ def _with_tag(name: str, model: nn.Module) -> str:
 
 
 def _milliseconds(latency: Latency) -> str:
-    return f"{latency.median_ms:.2f} ({latency.quartiles_ms[0]:.2f}-{latency.quartiles_ms[1]:.2f})"
+    return f"{latency.median_ms:.2f}\n({latency.quartiles_ms[0]:.2f}-{latency.quartiles_ms[1]:.2f})"
 
 
 def _ratio(timing: LatencyComparison) -> str:
-    return f"{timing.ratio:.3f} ({timing.ratio_quartiles[0]:.3f}-{timing.ratio_quartiles[1]:.3f})"
+    return f"{timing.ratio:.3f}\n({timing.ratio_quartiles[0]:.3f}-{timing.ratio_quartiles[1]:.3f})"
 
 
 def _device_name(device: torch.device) -> str:

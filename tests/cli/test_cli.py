@@ -244,9 +244,10 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
 
 def test_train_by_a_recipe_and_use_what_it_made(run, inputs: Path) -> None:
     pytest.importorskip("accelerate")
+    write_npz(inputs / "packed", "train")
     recipe = """
         model = {name = "lam_vit_micro", kwargs = {depth = 1}}
-        data = {source = "npz:packed", train_split = "test", eval_split = "test"}
+        data = {source = "npz:packed", train_split = "train", eval_split = "test"}
         schedule = {epochs = 9, warmup_epochs = 0}
         run = {output = "out", batch_size = 4, device = "cpu"}
     """

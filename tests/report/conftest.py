@@ -19,7 +19,7 @@ def build():
     def build(lam=_PAPER, **kwargs):
         config = {"img_size": 32, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 10}
         model = micro_vit({**config, **kwargs}, lam=lam)
-        model.pretrained_cfg = {"architecture": "micro", "tag": "published", "label_names": _CLASSES, "num_classes": 10}
+        model.pretrained_cfg = {"architecture": "micro", "tag": "random", "label_names": _CLASSES, "num_classes": 10}
         return model
 
     return build

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from lamzoo.errors import ConfigError, DataError
+from lamzoo.errors import DataError, MissingExtraError
 from lamzoo.lam import LamConfig
 from lamzoo.report import demo
 
@@ -57,7 +57,7 @@ def test_photographs_are_real_files_in_the_wheel():
 
 def test_missing_scikit_image_names_the_extra(monkeypatch):
     monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"lamzoo\[demo\]"):
+    with pytest.raises(MissingExtraError, match=r"lamzoo\[demo\]"):
         demo.find_photographs()
 
 
