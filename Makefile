@@ -30,7 +30,7 @@ test: $(VENV)/.ready-dev  ## the default tests (neither slow nor gpu)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
 
 test-slow: $(VENV)/.ready-dev  ## the slow tests
-	$(BIN)/python -m pytest -q -m "slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) -m "slow and not gpu"
 
 test-gpu: $(VENV)/.ready-dev  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -q -m gpu
