@@ -43,13 +43,13 @@ _CARD = """\
 ## Commands
 
 ```
-{train}
+OMP_NUM_THREADS=1 {train}
 python benchmarks/publish.py {run} --tag {tag} --split {split}
 {command}
 ```
 
-The first trains ({minutes:.0f} minutes of training steps here, on a busy machine), the second wrote the weights and
-this card, the third gives the score back.
+The first trains ({minutes:.0f} minutes of training steps here, on one core of a busy machine; another number of threads
+rounds differently), the second wrote the weights and this card, the third gives the score back.
 
 ## Data
 

@@ -134,20 +134,17 @@ def show_cost(console: Console, models: dict[str, nn.Module]) -> None:
     timings = [
         compare_latency(model, baseline, default_input(model, batch), repeats) for batch, repeats in _REPEATS.items()
     ]
-    table = Table(title="Cost of one image, and the masks' part of it")
-    for column in ("model", "GMACs", "masks", "params (M)", "masks", *(f"ms, batch of {batch}" for batch in _REPEATS)):
-        table.add_column(column, justify="left" if column == "model" else "right", no_wrap=column == "model")
+    table = Table(title="Cost of one image")
+    for column in ("model", "GMACs", "params (M)", *(f"ms, batch of {batch}" for batch in _REPEATS)):
+        table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
     for key, latencies in ((name, [t.model for t in timings]), (base_name, [t.baseline for t in timings])):
         cost = costs[key]
-        figures = (cost.gmacs, cost.lam_gmacs, cost.params_m, cost.lam_params_m)
-        table.add_row(key, *(f"{figure:.4f}" for figure in figures), *map(_milliseconds, latencies))
+        table.add_row(key, f"{cost.gmacs:.4f}", f"{cost.params_m:.4f}", *map(_milliseconds, latencies))
     mine, other = costs[name], costs[base_name]
     table.add_row(
         "ratio",
         f"{mine.gmacs / other.gmacs:.3f}",
-        "",
         f"{mine.params_m / other.params_m:.3f}",
-        "",
         *map(_ratio, timings),
     )
     console.print(table)
@@ -155,6 +152,7 @@ def show_cost(console: Console, models: dict[str, nn.Module]) -> None:
     repeats = " and ".join(map(str, _REPEATS.values()))
     console.print(
         "GMACs: 10^9 multiply-accumulates, attention included. "
+        f"The masks are {mine.lam_gmacs:.4f} GMACs and {mine.lam_params_m:.4f} M parameters of {name}. "
         f"Latency: median and quartiles of {repeats} passes of each, in turns in one process, {first.dtype} on "
         f"{first.device} with {first.threads} threads; the ratio is the median of the pairs'. "
         "Other load on the machine shows."
