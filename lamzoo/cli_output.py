@@ -55,7 +55,7 @@ def write_json(path: Path, value: Any) -> None:
     Raises:
         WeightsError: the file cannot be written there.
     """
-    from lamzoo.weightfiles import atomic_files
+    from lamzoo.files import atomic_files
 
     with atomic_files() as stage:
         stage(path).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 import re
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ from torch import Tensor
 from lamzoo import hub
 from lamzoo.cards import TagCard
 from lamzoo.errors import HashMismatchError, UnsafeWeightsError, WeightsError, WeightsNotFoundError
+from lamzoo.files import atomic_files
 from lamzoo.statedict import StateDict
 
 WEIGHTS_NAME = "model.safetensors"
@@ -225,48 +223,6 @@ def join(index: str | Path, path: str | Path) -> Path:
         WeightsError: as :func:`read_state_dict` and :func:`write_state_dict`.
     """
     return write_state_dict(read_state_dict(index), path).path
-
-
-@contextlib.contextmanager
-def atomic_files() -> Iterator[Callable[[Path], Path]]:
-    """Writes one or several files so that all of them appear complete or none does.
-
-    Yields:
-        A function from a file's path to the temporary path, in the same folder, to write it to. At the end the files
-        are renamed in the order of the calls; on an exception they are removed.
-
-    Raises:
-        WeightsError: an ``OSError`` while writing: no space, no rights, no folder.
-    """
-    staged: list[tuple[Path, Path]] = []
-
-    def stage(path: Path) -> Path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        os.close(handle)
-        staged.append((Path(name), path))
-        return Path(name)
-
-    try:
-        yield stage
-        umask = os.umask(0)
-        os.umask(umask)
-        for temporary, _ in staged:
-            temporary.chmod(0o666 & ~umask)  # mkstemp's 0600 would keep others from reading the weights
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-        for temporary, path in staged:
-            temporary.replace(path)
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, WeightsError):
-            raise
-        where = staged[-1][1] if staged else getattr(error, "filename", None)
-        raise WeightsError(
-            f"{where} cannot be written ({error}); nothing was changed: free some space or choose another folder."
-        ) from error
-    finally:
-        for temporary, _ in staged:
-            temporary.unlink(missing_ok=True)
 
 
 def stage_state_dict(

@@ -18,6 +18,7 @@ import lamzoo
 from lamzoo import hub
 from lamzoo.cards import ModelCard
 from lamzoo.errors import ConfigError, UnknownModelError, WeightsError, WeightsNotFoundError
+from lamzoo.files import atomic_files
 from lamzoo.lam.config import LamConfig
 from lamzoo.names import TIMM_PREFIX, find_card
 from lamzoo.statedict import load_into
@@ -25,7 +26,6 @@ from lamzoo.weightfiles import (
     INDEX_SUFFIX,
     WEIGHTS_NAME,
     WeightsFile,
-    atomic_files,
     file_sha256,
     find_in_folder,
     join,

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lamzoo.errors import DataError
-from lamzoo.weightfiles import atomic_files
+from lamzoo.files import atomic_files
 
 _KIND = "lamzoo evaluation"
 

@@ -13,6 +13,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from lamzoo.errors import RecipeError
+from lamzoo.files import atomic_files
 from lamzoo.training.recipe import Recipe
 
 
@@ -56,11 +57,11 @@ class Checkpoints:
         accelerator.save_state(str(unfinished))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            write_text(unfinished / "state.json", json.dumps(state))
+            _write_text(unfinished / "state.json", json.dumps(state))
             target = self._folder / name
             shutil.rmtree(target, ignore_errors=True)
             os.replace(unfinished, target)
-            write_text(self.output / "recipe.json", self._recipe_text)
+            _write_text(self.output / "recipe.json", self._recipe_text)
             for old in self._finished()[: -self._keep]:
                 shutil.rmtree(old)
         accelerator.wait_for_everyone()
@@ -81,17 +82,12 @@ class Checkpoints:
         writer = csv.DictWriter(buffer, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(history)
-        write_text(self.output / "metrics.csv", buffer.getvalue())
+        _write_text(self.output / "metrics.csv", buffer.getvalue())
 
     def _finished(self) -> list[Path]:
         return sorted(self._folder.glob("update-*"))
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file whole: to a temporary neighbour, then renamed."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+def _write_text(path: Path, text: str) -> None:
+    with atomic_files() as stage:
+        stage(path).write_text(text, encoding="utf-8")

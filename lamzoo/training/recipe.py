@@ -247,8 +247,8 @@ def _check_values(recipe: Recipe) -> None:
     for name, value in at_least_one.items():
         if value < 1:
             raise RecipeError(f"Recipe key {name} is {value}; it must be at least 1.")
-    if recipe.data.workers < 0 or schedule.warmup_epochs < 0:
-        raise RecipeError("Recipe keys data.workers and schedule.warmup_epochs must not be negative.")
+    if recipe.data.workers < 0 or schedule.warmup_epochs < 0 or run.seed < 0:
+        raise RecipeError("Recipe keys data.workers, schedule.warmup_epochs and run.seed must not be negative.")
     if run.batch_size % run.accumulation:
         raise RecipeError(
             f"Recipe key run.batch_size is {run.batch_size}, not a multiple of run.accumulation ({run.accumulation})."

@@ -32,6 +32,7 @@ RECIPES = sorted((Path(__file__).parents[2] / "benchmarks" / "recipes").glob("*.
         ("model", "name", "lam_vit_mikro", "lam_vit_micro"),
         ("run", "precision", "fp16", "'fp16', which needs a GPU"),
         ("data", "workers", -1, "must not be negative"),
+        ("run", "seed", -1, "must not be negative"),
     ],
 )
 def test_bad_entry_is_named(recipe_table: dict[str, Any], section: str, key: str, value: Any, message: str) -> None:
