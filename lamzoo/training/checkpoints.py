@@ -21,12 +21,12 @@ class Checkpoints:
     """The folder of one run: ``recipe.json``, ``metrics.csv`` and ``checkpoints/update-NNNNNNNN/``.
 
     Args:
-        output: the folder; made where it is missing.
+        output: the folder.
         recipe: the run's recipe. A folder that holds another recipe's run is refused.
         resume: whether a run that is there may be continued.
 
     Raises:
-        RecipeError: the folder can't be written, or holds a run that ``resume`` was not asked for, or another one.
+        RecipeError: the folder holds a run that ``resume`` was not asked for, or another one.
     """
 
     def __init__(self, output: Path, recipe: Recipe, resume: bool) -> None:
@@ -44,11 +44,19 @@ class Checkpoints:
                 raise RecipeError(
                     f"run.output {output} holds a run of another recipe (see {written}); choose another folder."
                 )
+        self._recipe_text = text
+
+    def make_folder(self) -> None:
+        """Makes the folder, where it is missing; call it when nothing else can be refused any more.
+
+        Raises:
+            RecipeError: it can't be made.
+        """
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise RecipeError(f"run.output {output} can't be made: {error.strerror}; choose another folder.") from None
-        self._recipe_text = text
+            reason = f"run.output {self.output} can't be made: {error.strerror}"
+            raise RecipeError(f"{reason}; choose another folder.") from None
 
     def save(self, accelerator: Accelerator, state: dict[str, Any]) -> None:
         """Writes the model, optimiser and ``state`` (JSON values) as the latest checkpoint; call on every process."""

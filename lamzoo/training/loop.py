@@ -129,6 +129,7 @@ class _Run:
         )
         if self.ema is not None:
             self.accelerator.register_for_checkpointing(self.ema.module)
+        self.checkpoints.make_folder()
         if recipe.run.tensorboard:
             self.accelerator.init_trackers("tensorboard")
         self.update = 0

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import lamzoo
-from lamzoo.errors import RecipeError
+from lamzoo.errors import DataError, RecipeError
 from lamzoo.training import Progress, TrainResult, parse_recipe, train
 
 HELD_BY_RECIPE = ("epoch", "update", "lr", "train_loss", "eval_loss", "eval_top1")
@@ -139,6 +139,13 @@ def test_scoring_on_the_training_images_is_refused(recipe_table: dict[str, Any],
     recipe_table["data"]["eval_split"] = "train"
     with pytest.raises(RecipeError, match="trained and scored on the same images"):
         run(recipe_table, tmp_path / "out")
+
+
+def test_refused_run_leaves_nothing(recipe_table: dict[str, Any], tmp_path: Path) -> None:
+    recipe_table["data"]["eval_split"] = "absent"
+    with pytest.raises(DataError, match="absent"):
+        run(recipe_table, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_unwritable_output_is_refused(recipe_table: dict[str, Any], tmp_path: Path) -> None:
