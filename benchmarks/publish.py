@@ -57,6 +57,7 @@ rounds differently), the second wrote the weights and this card, the third gives
 
 The test split was scored after each epoch to watch the run; the weights are those of the last epoch{ema},
 not of the best.{chosen}
+The learning rate was picked by a plain model's training loss over its first 100 updates.
 
 ## Limits
 
@@ -67,7 +68,7 @@ Predictions carry whatever biases the data set has.
 """
 
 _CHOSEN = """ One thing was chosen by it: the masks' sign="positive", after a run with sign="free" had fallen behind
-the plain twin in its first three epochs and was stopped. The plain twin's recipe was not tuned in any way."""
+the plain twin in its first three epochs and was stopped."""
 
 _SOURCES = {
     "cifar10": (
