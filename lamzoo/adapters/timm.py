@@ -45,8 +45,7 @@ class LamAttention(HostTakeover):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Masked self-attention of ``x (B, N, C)``; arguments and result as timm's ``Attention``."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        query, key, value = qkv.unbind(0)
+        query, key, value = _split_heads(self, self.qkv(x))
         return _attend(self, x, self.q_norm(query), self.k_norm(key), value, attn_mask, is_causal)
 
 
@@ -58,7 +57,7 @@ class LamAttentionRope(HostTakeover):
     ) -> Tensor:
         """Masked self-attention of ``x (B, N, C)``; arguments and result as timm's ``AttentionRope``."""
         if self.qkv is not None:
-            query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+            query, key, value = _split_heads(self, self.qkv(x))
         else:
             query, key, value = _separate_projections(self, x)
         query, key = _rotate(self, self.q_norm(query), rope, value), _rotate(self, self.k_norm(key), rope, value)
@@ -83,7 +82,7 @@ class LamEvaAttention(HostTakeover):
             else:
                 bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))
                 qkv = self.qkv(x) + bias if self.qkv_bias_separate else F.linear(x, self.qkv.weight, bias)
-            query, key, value = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+            query, key, value = _split_heads(self, qkv)
         query, key = _rotate(self, self.q_norm(query), rope, value), _rotate(self, self.k_norm(key), rope, value)
         return _attend(self, x, query, key, value, attn_mask, is_causal)
 
@@ -252,6 +251,10 @@ def _attend(
     if attn.gate is not None:
         out = out * attn.gate(x).sigmoid()
     return attn.proj_drop(attn.proj(out))
+
+
+def _split_heads(attn: Any, qkv: Tensor) -> tuple[Tensor, ...]:
+    return qkv.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 def _separate_projections(attn: Any, x: Tensor) -> list[Tensor]:
