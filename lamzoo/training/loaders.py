@@ -74,10 +74,10 @@ def create_loaders(recipe: Recipe, train_set: Any, model: nn.Module) -> tuple[Da
     config = timm.data.resolve_model_data_config(model)
     augment = recipe.augment
     batch = recipe.run.batch_size // recipe.run.accumulation
-    if len(train_set) < batch:
+    if len(train_set) < recipe.run.batch_size:  # not even one update an epoch
         raise RecipeError(
-            f"run.batch_size asks for batches of {batch} images and {recipe.data.source} has {len(train_set)} "
-            f"in {recipe.data.train_split}; use a smaller batch."
+            f"run.batch_size asks for batches of {recipe.run.batch_size} images and {recipe.data.source} has "
+            f"{len(train_set)} in {recipe.data.train_split}; use a smaller batch."
         )
     train_set.transform = timm.data.create_transform(
         input_size=config["input_size"],

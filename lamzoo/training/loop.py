@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import timm.optim
 import timm.scheduler
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
-from timm.layers import set_fused_attn
+from timm.layers import set_fused_attn, use_fused_attn
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
@@ -276,11 +277,22 @@ def _create_model(recipe: Recipe, classes: list[str] | None) -> Any:
         kwargs["num_classes"] = len(classes)
     if section.lam is not None:
         kwargs["lam"] = LamConfig.from_dict(section.lam)
-    set_fused_attn(section.fused_attention)
-    model: Any = create_model(section.name, pretrained=section.pretrained, **kwargs)
+    with _fused_attention(section.fused_attention):
+        model: Any = create_model(section.name, pretrained=section.pretrained, **kwargs)
     if recipe.run.grad_checkpointing:
         model.set_grad_checkpointing(True)
     return model
+
+
+@contextmanager
+def _fused_attention(enable: bool) -> Iterator[None]:
+    # timm's layers read the global switch when they are built.
+    before, experimental = use_fused_attn(), use_fused_attn(experimental=True)
+    set_fused_attn(enable)
+    try:
+        yield
+    finally:
+        set_fused_attn(before, experimental)
 
 
 def _create_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from timm.layers import use_fused_attn
 
 import lamzoo
 from lamzoo.errors import DataError, RecipeError
@@ -133,6 +134,19 @@ def test_other_run_in_the_folder_is_refused(recipe_table: dict[str, Any], tmp_pa
 def test_batch_larger_than_the_data_is_refused(recipe_table: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="batches of 64 images"):
         run(recipe_table, tmp_path / "out", batch_size=64)
+
+
+def test_update_larger_than_the_data_is_refused(recipe_table: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="batches of 64 images"):  # of two steps, each of which has images enough
+        run(recipe_table, tmp_path / "out", batch_size=64, accumulation=2)
+
+
+def test_training_leaves_timms_switch_alone(recipe_table: dict[str, Any], tmp_path: Path) -> None:
+    recipe_table["schedule"]["epochs"] = 1
+    recipe_table["model"]["fused_attention"] = False
+    before = use_fused_attn()
+    run(recipe_table, tmp_path / "out")
+    assert before and use_fused_attn()
 
 
 def test_scoring_on_the_training_images_is_refused(recipe_table: dict[str, Any], tmp_path: Path) -> None:
