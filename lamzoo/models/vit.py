@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import timm
+from timm.layers import RelPosBias
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_hybrid import ConvStem, HybridEmbed
 from torch import nn
 
 from lamzoo.adapters import add_lam
+from lamzoo.errors import ConfigError
 from lamzoo.lam import LamConfig
 
 
@@ -29,19 +31,41 @@ def lam_vit(config: dict[str, Any], *, lam: LamConfig | None, **overrides: Any) 
     return model if lam is None else add_lam(model, lam)
 
 
-def micro_vit(config: dict[str, Any], *, lam: LamConfig | None, **overrides: Any) -> nn.Module:
+def micro_vit(
+    config: dict[str, Any], *, lam: LamConfig | None, rel_pos_bias: bool = False, **overrides: Any
+) -> nn.Module:
     """Builds a small vision transformer for small images behind timm's convolutional stem.
 
     Args:
         config: arguments of timm's ``VisionTransformer``; ``patch_size`` must be 4, the stride of the stem.
         lam: what the masks are made of; ``None`` leaves the plain backbone.
-        **overrides: further arguments, which win over the config's.
+        rel_pos_bias: add a learned relative position bias (timm's ``RelPosBias``) to the scores of each layer. A
+            control of the ablation: what a mask of positions has to beat.
+        **overrides: further arguments of the transformer, which win over the config's.
 
     Returns:
         A ``VisionTransformer`` whose ``patch_embed`` is a four-layer ``ConvStem``.
+
+    Raises:
+        ConfigError: a relative position bias and masks at once.
     """
     model = VisionTransformer(embed_layer=_stem, **{**config, **overrides})
+    if rel_pos_bias and lam is not None:
+        raise ConfigError("rel_pos_bias is a control without masks; leave it out or say lam=None.")
+    if rel_pos_bias:
+        _add_rel_pos_bias(model)
     return model if lam is None else add_lam(model, lam)
+
+
+def _add_rel_pos_bias(model: VisionTransformer) -> None:
+    for block in model.blocks:
+        bias = RelPosBias(model.patch_embed.grid_size, block.attn.num_heads, model.num_prefix_tokens)
+        block.attn.add_module("rel_pos", bias)
+        block.attn.register_forward_pre_hook(_pass_rel_pos_bias, with_kwargs=True)
+
+
+def _pass_rel_pos_bias(attention: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return args, {**kwargs, "attn_mask": attention.rel_pos.get_bias()}
 
 
 def _stem(*, patch_size: int, in_chans: int, embed_dim: int, **kwargs: Any) -> HybridEmbed:

@@ -38,18 +38,23 @@ class SeededDataset(Dataset[tuple[Tensor, int]]):
 
 
 def seed_everything(*key: int) -> None:
-    """Seeds ``random``, NumPy and torch from non-negative integers."""
+    """Seeds ``random``, NumPy and torch, on all devices, from non-negative integers."""
+    torch.manual_seed(_seed_host(key))
+
+
+def _seed_host(key: tuple[int, ...]) -> int:
     first, second = (int(word) for word in np.random.SeedSequence(key).generate_state(2))
     random.seed(first)
     np.random.seed(first)
-    torch.manual_seed(first << 32 | second)
+    return first << 32 | second
 
 
 @contextmanager
 def _own_random_states(*key: int) -> Iterator[None]:
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
-        seed_everything(*key)
+        # torch.manual_seed also visits every accelerator, which takes longer than to decode a small image.
+        torch.default_generator.manual_seed(_seed_host(key))
         yield
     random.setstate(python)
     np.random.set_state(numpy)

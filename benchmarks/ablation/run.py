@@ -1,0 +1,207 @@
+"""Trains the rows of the ablation, one process a run, and notes each result; what was noted before is not run again.
+
+    python benchmarks/ablation/run.py --jobs 2
+    python benchmarks/ablation/run.py --rows plain base --seeds 0 --set schedule.epochs=1 --results try.csv --out try
+
+Runs go seed by seed, so that every row has as many seeds as the time allowed. A run that was killed goes on from its
+last checkpoint; one that fails is reported at the end, with the path of its log, and the others go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import threading
+import tomllib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+import lamzoo
+from lamzoo.files import atomic_files
+from lamzoo.training import Recipe, load_recipe
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "ablation.csv"
+COLUMNS = (
+    "row", "seed", "top1", "eval_loss", "train_loss", "params_m", "lam_params_m", "gmacs", "lam_gmacs", "epochs",
+    "train_seconds", "device", "precision", "threads", "torch", "timm", "data", "recipe_sha256", "commit",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row with one seed.
+
+    Attributes:
+        row: its name in the ablation's file.
+        recipe: the whole recipe, its output folder included.
+        overrides: what turns the ablation's recipe into this one.
+        sha256: of everything in the recipe that decides the result.
+    """
+
+    row: str
+    recipe: Recipe
+    overrides: tuple[str, ...]
+    sha256: str
+
+
+def read_ablation(path: Path) -> dict[str, Any]:
+    """Returns the ablation's tables: ``recipe``, ``rows``, ``seeds`` and ``reference``."""
+    return tomllib.loads(path.read_text(encoding="utf-8"))
+
+
+def plan(ablation: Path, out: Path, rows: Sequence[str], seeds: Sequence[int], settings: Sequence[str]) -> list[Run]:
+    """Lists the runs, seed by seed, every recipe checked."""
+    tables = read_ablation(ablation)
+    unknown = set(rows) - set(tables["rows"])
+    if unknown:
+        sys.exit(f"{ablation} has no rows {', '.join(sorted(unknown))}; it has {', '.join(tables['rows'])}.")
+    out.mkdir(parents=True, exist_ok=True)
+    base = out / "recipe.toml"
+    base.write_text(_toml(tables["recipe"]), encoding="utf-8")
+    runs = []
+    for seed in seeds:
+        for row in rows:
+            folder = json.dumps(str(out / f"{row}.seed{seed}"))
+            overrides = (*tables["rows"][row].get("set", ()), *settings, f"run.seed={seed}", f"run.output={folder}")
+            recipe = load_recipe(base, overrides)
+            runs.append(Run(row, recipe, overrides, _digest(recipe)))
+    return runs
+
+
+def train(run: Run, out: Path, threads: int) -> dict[str, Any]:
+    """Trains one run in a process of its own and returns its line of the results."""
+    folder = Path(run.recipe.run.output)
+    command = [sys.executable, "-m", "lamzoo", "train", str(out / "recipe.toml"), *run.overrides, "--resume"]
+    with folder.with_suffix(f"{folder.suffix}.log").open("a", encoding="utf-8") as log:
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "COLUMNS": "120"}
+        subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT, env=environment)
+    with (folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
+        last = list(csv.DictReader(file))[-1]
+    cost = lamzoo.profile(lamzoo.create_model(f"local-dir:{folder / 'model'}", pretrained=True))
+    return {
+        "row": run.row,
+        "seed": run.recipe.run.seed,
+        "top1": round(float(last["eval_top1"]), 2),
+        "eval_loss": round(float(last["eval_loss"]), 4),
+        "train_loss": round(float(last["train_loss"]), 4),
+        "params_m": round(cost.params_m, 6),
+        "lam_params_m": round(cost.lam_params_m, 6),
+        "gmacs": round(cost.gmacs, 6),
+        "lam_gmacs": round(cost.lam_gmacs, 6),
+        "epochs": run.recipe.schedule.epochs,
+        "train_seconds": round(float(last["train_seconds"])),
+        "device": _device(run.recipe),
+        "precision": run.recipe.run.precision,
+        "threads": threads,
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "data": run.recipe.data.source.rpartition("/")[2],
+        "recipe_sha256": run.sha256,
+        "commit": _commit(),
+    }
+
+
+def read_results(path: Path) -> list[dict[str, str]]:
+    """Returns the lines of a results file; none if there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def add_result(path: Path, line: dict[str, Any]) -> None:
+    """Adds one line to a results file, which is replaced as a whole."""
+    lines = [*read_results(path), line]
+    with atomic_files() as stage, stage(path).open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+
+
+def main() -> None:
+    """Runs what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ablation", type=Path, default=HERE / "ablation.toml", help="the rows and their recipe")
+    parser.add_argument("--rows", nargs="+", help="only these (all)")
+    parser.add_argument("--seeds", nargs="+", type=int, help="instead of the file's")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", dest="settings", help="for every row")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "ablation", help="folder of the runs")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="CSV to add to")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; they share the CPU's cores")
+    args = parser.parse_args()
+
+    tables = read_ablation(args.ablation)
+    out = args.out.resolve()
+    runs = plan(args.ablation, out, args.rows or list(tables["rows"]), args.seeds or tables["seeds"], args.settings)
+    done = {line["recipe_sha256"] for line in read_results(args.results)}
+    missing = [run for run in runs if run.sha256 not in done]
+    print(f"{len(runs)} runs, {len(runs) - len(missing)} of them done", flush=True)
+    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    lock, failed = threading.Lock(), []
+
+    def work(run: Run) -> None:
+        name = f"{run.row}, seed {run.recipe.run.seed}"
+        try:
+            line = train(run, out, threads)
+        except (subprocess.CalledProcessError, lamzoo.LamzooError, OSError) as error:
+            failed.append(name)
+            print(f"{name}: failed ({error}); see {run.recipe.run.output}.log", flush=True)
+            return
+        with lock:
+            add_result(args.results, line)
+        print(f"{name}: {line['top1']:.2f} % top-1 in {line['train_seconds']} s", flush=True)
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(work, missing))
+    if failed:
+        sys.exit(f"{len(failed)} runs failed: {'; '.join(failed)}.")
+
+
+def _digest(recipe: Recipe) -> str:
+    table = recipe.to_dict()
+    for key in ("output", "checkpoint_interval", "keep_checkpoints", "tensorboard"):
+        table["run"].pop(key, None)
+    return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _toml(tables: dict[str, Any]) -> str:
+    # JSON's notation of strings, numbers, booleans and lists is TOML's too; a table inside a section is inline.
+    def value(item: Any) -> str:
+        if isinstance(item, dict):
+            return "{ " + ", ".join(f"{key} = {value(entry)}" for key, entry in item.items()) + " }"
+        return json.dumps(item)
+
+    lines = []
+    for section, entries in tables.items():
+        lines += [f"[{section}]", *(f"{key} = {value(entry)}" for key, entry in entries.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _device(recipe: Recipe) -> str:
+    if recipe.run.device == "cpu" or not torch.cuda.is_available():
+        return f"cpu ({platform.machine()})"
+    return f"cuda ({torch.cuda.get_device_name()})"
+
+
+def _commit() -> str:
+    run = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return run.stdout.strip()
+
+
+if __name__ == "__main__":
+    main()
