@@ -1,8 +1,9 @@
 """Turns a finished training run into zoo weights: a bfloat16 safetensors file, its model card, and its registry entry.
 
-    python benchmarks/publish.py runs/lam_vit_micro.cifar10 --tag cifar10 --split test
+    python -m benchmarks.publish RUN --recipe benchmarks/recipes/micro.cifar10.toml --tag cifar10 --split test
 
-The score in the card is that of the written file, read back. The registry entry is printed, for ``registry/*.toml``.
+The score in the card is that of the written file, read back; what it says of the data is in ``cards.toml`` beside this
+file. The registry entry is printed, for ``registry/*.toml``.
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import tomllib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -19,6 +23,7 @@ import lamzoo
 from lamzoo.cards import data_dir
 from lamzoo.data import create_dataset
 from lamzoo.evaluation import evaluate
+from lamzoo.training import load_recipe
 from lamzoo.weightfiles import write_state_dict
 
 _CARD = """\
@@ -44,7 +49,7 @@ _CARD = """\
 
 ```
 OMP_NUM_THREADS=1 {train}
-python benchmarks/publish.py {run} --tag {tag} --split {split}
+python -m benchmarks.publish {run} --recipe {recipe} --tag {tag} --split {split}
 {command}
 ```
 
@@ -55,9 +60,8 @@ rounds differently), the second wrote the weights and this card, the third gives
 
 {source}
 
-The test split was scored after each epoch to watch the run; the weights are those of the last epoch{ema},
-not of the best.{chosen}
-The learning rate was picked by a plain model's training loss over its first 100 updates.
+The {split} split was scored after {looks} to watch the run; the weights are those of the last epoch{ema},
+not of the best. {chosen}
 
 ## Limits
 
@@ -67,24 +71,15 @@ One seed and a short budget: a working example and a test of the whole path, not
 Predictions carry whatever biases the data set has.
 """
 
-_CHOSEN = """ One thing was chosen by it: the masks' sign="positive", after a run with sign="free" had fallen behind
-the plain twin in its first three epochs and was stopped."""
-
-_SOURCES = {
-    "cifar10": (
-        "JPEG CIFAR-10",
-        "CIFAR-10 (Krizhevsky 2009), all 50,000 training and 10,000 test images of 32 x 32 pixels, as JPEG of quality\n"
-        "75: lossy, so that scores don't compare with those on the originals. CIFAR-10 comes without a licence text\n"
-        "and is customarily used for research, with citation. No image is shipped here.",
-    )
-}
+_TEXTS = tomllib.loads((Path(__file__).parent / "cards.toml").read_text(encoding="utf-8"))
 
 
 def main() -> None:
     """Publishes the run named on the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run", type=Path, help="output folder of `lamzoo train`, finished")
-    parser.add_argument("--tag", required=True, choices=sorted(_SOURCES))
+    parser.add_argument("--recipe", type=Path, required=True, help="what it was trained by, as a path in this checkout")
+    parser.add_argument("--tag", required=True, choices=sorted(_TEXTS["data"]))
     parser.add_argument("--split", default="test")
     parser.add_argument("--out", type=Path, default=data_dir("weights"))
     arguments = parser.parse_args()
@@ -103,12 +98,14 @@ def main() -> None:
     model = lamzoo.create_model(name, checkpoint_path=file.path)
     result = evaluate(model, create_dataset(source, arguments.split), device="cpu")
     profile = lamzoo.profile(model)
-    dataset, description = _SOURCES[arguments.tag]
+    data = _TEXTS["data"][arguments.tag]
+    dataset = data["name"]
     labels = trained.pretrained_cfg["label_names"]
-    published = "benchmarks/recipes/micro.cifar10.toml"
-    run = f"runs/{name}.{arguments.tag}"
-    overrides = "" if name == "lam_vit_micro" else f" model.name={name} run.output={run}"
+    published = arguments.recipe.as_posix()
+    recipe["run"]["output"] = run = f"runs/{name}.{arguments.tag}"
+    overrides = "".join(f" {change}" for change in changes(load_recipe(arguments.recipe).to_dict(), recipe))
     command = f"lamzoo eval {name}.{arguments.tag} --data {source} --split {arguments.split}"
+    interval = recipe["run"].get("eval_interval", 1)
     card = _CARD.format(
         name=name,
         tag=arguments.tag,
@@ -135,8 +132,9 @@ def main() -> None:
         run=run,
         command=command,
         minutes=float(rows[-1]["train_seconds"]) / 60,
-        source=description,
-        chosen="" if model.lam_config is None else _CHOSEN,
+        source=data["text"].strip(),
+        chosen=_TEXTS["models"].get(f"{name}.{arguments.tag}", {"text": ""})["text"].strip(),
+        looks="each epoch" if interval == 1 else f"every {interval} epochs",
         ema=", averaged (EMA)" if recipe["run"].get("ema_decay") else "",
         num_classes=len(labels),
         labels=", ".join(labels),
@@ -161,6 +159,18 @@ command = "{command}"
 label_names = {json.dumps(labels)}
 """
     )
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any], section: str = "") -> list[str]:
+    """Returns the overrides, as ``lamzoo train`` reads them, that turn one recipe's values into another's."""
+    found = []
+    for key in sorted(before.keys() | after.keys()):
+        name, old, new = f"{section}{key}", before.get(key), after.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += changes(old, new, f"{name}.")
+        elif new is not None and json.dumps(new) != json.dumps(old):  # JSON has no tuples
+            found.append(f"{name}={new if isinstance(new, str) else json.dumps(new)}")
+    return found
 
 
 if __name__ == "__main__":

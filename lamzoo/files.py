@@ -10,19 +10,22 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from lamzoo.errors import WeightsError
+from lamzoo.errors import LamzooError, WeightsError
 
 
 @contextlib.contextmanager
-def atomic_files() -> Iterator[Callable[[Path], Path]]:
+def atomic_files(failure: type[LamzooError] = WeightsError) -> Iterator[Callable[[Path], Path]]:
     """Writes one or several files so that all of them appear complete or none does.
+
+    Args:
+        failure: what to raise.
 
     Yields:
         A function from a file's path to the temporary path, in the same folder, to write it to. At the end the files
         are renamed in the order of the calls; on an exception they are removed.
 
     Raises:
-        WeightsError: an ``OSError`` while writing: no space, no rights, no folder.
+        LamzooError: ``failure``, for an ``OSError`` while writing: no space, no rights, no folder.
     """
     staged: list[tuple[Path, Path]] = []
 
@@ -44,10 +47,10 @@ def atomic_files() -> Iterator[Callable[[Path], Path]]:
         for temporary, path in staged:
             temporary.replace(path)
     except (OSError, SafetensorError) as error:
-        if isinstance(error, WeightsError):
+        if isinstance(error, LamzooError):
             raise
         where = staged[-1][1] if staged else getattr(error, "filename", None)
-        raise WeightsError(
+        raise failure(
             f"{where} cannot be written ({error}); nothing was changed: free some space or choose another folder."
         ) from error
     finally:

@@ -1,7 +1,7 @@
 """Trains the rows of the ablation, one process a run, and notes each result; what was noted before is not run again.
 
-    python benchmarks/ablation/run.py --jobs 2
-    python benchmarks/ablation/run.py --rows plain base --seeds 0 --set schedule.epochs=1 --results try.csv --out try
+    python -m benchmarks.ablation.run --jobs 2
+    python -m benchmarks.ablation.run --rows plain base --seeds 0 --set schedule.epochs=1 --results try.csv --out try
 
 Runs go seed by seed, so that every row has as many seeds as the time allowed. A run that was killed goes on from its
 last checkpoint; one that fails is reported at the end, with the path of its log, and the others go on.
@@ -10,7 +10,6 @@ last checkpoint; one that fails is reported at the end, with the path of its log
 from __future__ import annotations
 
 import argparse
-import copy
 import csv
 import hashlib
 import json
@@ -50,7 +49,7 @@ class Run:
         row: its name in the ablation's file.
         recipe: the whole recipe, its output folder included.
         overrides: what turns the ablation's recipe into this one.
-        sha256: of everything in the recipe that decides the result.
+        sha256: of the ablation's recipe and of the overrides, the output folder left out.
     """
 
     row: str
@@ -77,9 +76,9 @@ def plan(ablation: Path, out: Path, rows: Sequence[str], seeds: Sequence[int], s
     for seed in seeds:
         for row in rows:
             folder = json.dumps(str(out / f"{row}.seed{seed}"))
-            overrides = (*tables["rows"][row].get("set", ()), *settings, f"run.seed={seed}", f"run.output={folder}")
-            recipe = load_recipe(base, overrides)
-            runs.append(Run(row, recipe, overrides, _digest(recipe)))
+            changes = (*tables["rows"][row].get("set", ()), *settings, f"run.seed={seed}")
+            overrides = (*changes, f"run.output={folder}")
+            runs.append(Run(row, load_recipe(base, overrides), overrides, _digest(tables["recipe"], changes)))
     return runs
 
 
@@ -127,7 +126,7 @@ def read_results(path: Path) -> list[dict[str, str]]:
 def add_result(path: Path, line: dict[str, Any]) -> None:
     """Adds one line to a results file, which is replaced as a whole."""
     lines = [*read_results(path), line]
-    with atomic_files() as stage, stage(path).open("w", newline="", encoding="utf-8") as file:
+    with atomic_files(lamzoo.LamzooError) as stage, stage(path).open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(lines)
@@ -172,11 +171,8 @@ def main() -> None:
         sys.exit(f"{len(failed)} runs failed: {'; '.join(failed)}.")
 
 
-def _digest(recipe: Recipe) -> str:
-    table = recipe.to_dict()
-    for key in ("output", "checkpoint_interval", "keep_checkpoints", "tensorboard"):
-        table["run"].pop(key, None)
-    return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()[:16]
+def _digest(recipe: dict[str, Any], changes: Sequence[str]) -> str:
+    return hashlib.sha256(json.dumps([recipe, changes], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _toml(tables: dict[str, Any]) -> str:

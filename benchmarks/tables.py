@@ -1,0 +1,103 @@
+"""Writes README's tables from the measured results in ``benchmarks/results``; measures nothing itself.
+
+    python -m benchmarks.tables            rewrite the tables in README.md
+    python -m benchmarks.tables --check    exit with 1 if they are not those of the results
+
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end of table -->``. `make tables` measures first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from benchmarks.ablation.table import table as ablation
+from lamzoo.profiling.table import BenchRow, read_rows
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+_BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+
+def zoo(path: Path = RESULTS / "zoo.csv") -> str:
+    """Returns the table of the models that were trained here: each beside its plain twin, masks' cost apart."""
+    lines = _header("", "data", "top-1 (%)", "params (M)", "of them masks", "GMACs", "of them masks",
+                    "latency (ms)", "to plain", "images/s", "to plain", "peak (MiB)")  # fmt: skip
+    for row in _measured(path):
+        lines.append(
+            _line(
+                f"`{row.name}`",
+                (row.data or "").rpartition("/")[2],
+                _number(row.value, 2),
+                _number(row.params_m, 3),
+                _number(row.lam_params_m, 3),
+                _number(row.gmacs, 4),
+                _number(row.lam_gmacs, 4),
+                _range(row.latency_ms, row.latency_q1_ms, row.latency_q3_ms),
+                _range(row.latency_ratio, row.latency_ratio_q1, row.latency_ratio_q3),
+                _number(row.images_per_s, 0),
+                _number(row.images_per_s_ratio, 2),
+                _number(row.peak_mib, 0),
+            )
+        )
+    return "\n".join(lines) + "\n\n" + _conditions(_measured(path))
+
+
+TABLES: dict[str, Callable[[], str]] = {"zoo": zoo, "ablation": ablation}
+
+
+def fill(text: str) -> str:
+    """Returns a page with its tables replaced by those of the results.
+
+    Raises:
+        KeyError: the page asks for a table that does not exist.
+    """
+    return _BLOCK.sub(lambda match: f"{match[1]}{TABLES[match[2]]()}{match[3]}", text)
+
+
+def main() -> None:
+    """Rewrites README.md, or checks it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where a table is out of date")
+    check = parser.parse_args().check
+    page = ROOT / "README.md"
+    before = page.read_text(encoding="utf-8")
+    after = fill(before)
+    if check and after != before:
+        sys.exit("README.md's tables are not those of benchmarks/results; run `python -m benchmarks.tables`.")
+    page.write_text(after, encoding="utf-8")
+
+
+def _measured(path: Path) -> list[BenchRow]:
+    return [row for row in read_rows(path) if row.ok]
+
+
+def _conditions(rows: Iterable[BenchRow]) -> str:
+    found = {
+        f"{row.device}, {row.threads} threads, {row.dtype}, {row.mode}, torch {row.torch}, timm {row.timm}"
+        for row in rows
+    }
+    return "Measured on: " + "; ".join(sorted(found)) + ".\n"
+
+
+def _header(*names: str) -> list[str]:
+    return [_line(*names), "|" + "---|" * len(names)]
+
+
+def _line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _number(value: float | None, decimals: int) -> str:
+    return "" if value is None else f"{value:,.{decimals}f}"
+
+
+def _range(median: float | None, first: float | None, third: float | None) -> str:
+    return "" if median is None else f"{median:.2f} ({_number(first, 2)}-{_number(third, 2)})"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""The ablation: its rows are fair, and what was run is neither run again nor mistabled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lamzoo
+from benchmarks.ablation import run as ablation
+from benchmarks.ablation.table import table
+from lamzoo.lam import LamConfig
+from lamzoo.training import Recipe
+
+FILE = ablation.HERE / "ablation.toml"
+ROWS = list(ablation.read_ablation(FILE)["rows"])
+
+
+@pytest.fixture(scope="module")
+def recipes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Recipe]:
+    runs = ablation.plan(FILE, tmp_path_factory.mktemp("plan"), ROWS, [0], [])
+    return {run.row: run.recipe for run in runs}
+
+
+def parameters(recipe: Recipe) -> int:
+    lam = None if recipe.model.lam is None else LamConfig.from_dict(recipe.model.lam)
+    with torch.device("meta"):
+        model = lamzoo.create_model(recipe.model.name, lam=lam, num_classes=10, **recipe.model.kwargs)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_every_row_that_was_asked_for_is_there(recipes: dict[str, Recipe]) -> None:
+    lams = [LamConfig.from_dict(recipe.model.lam) for recipe in recipes.values() if recipe.model.lam is not None]
+    for field in ("layers", "keys", "op", "sign", "heads"):
+        assert len({getattr(lam, field) for lam in lams}) == 2, field
+    assert {lam.rank for lam in lams} == {4, 16, 64}
+    assert sum(recipe.model.lam is None for recipe in recipes.values()) == 3
+
+
+def test_the_wider_mlp_has_the_base_masks_parameters_within_two_percent(recipes: dict[str, Recipe]) -> None:
+    assert parameters(recipes["mlp"]) == pytest.approx(parameters(recipes["base"]), rel=0.02)
+
+
+@pytest.mark.parametrize("row", ["single", "position", "free", "shared", "rank-4", "rank-64"])
+def test_a_row_changes_one_factor_of_the_base_mask(recipes: dict[str, Recipe], row: str) -> None:
+    base, other = recipes["base"].model.lam, recipes[row].model.lam
+    assert base is not None
+    assert other is not None
+    assert sum(base[key] != other[key] for key in base) == 1
+
+
+def test_rows_differ_in_nothing_but_the_model(recipes: dict[str, Recipe]) -> None:
+    plain = recipes["plain"]
+    for row, recipe in recipes.items():
+        for section in ("data", "augment", "optimizer", "schedule"):
+            assert getattr(recipe, section) == getattr(plain, section), row
+        assert recipe.run.seed == plain.run.seed
+
+
+def test_each_row_and_seed_has_a_digest_of_its_own(tmp_path: Path) -> None:
+    runs = ablation.plan(FILE, tmp_path, ROWS, [0, 1], [])
+    assert [run.recipe.run.seed for run in runs] == [0] * len(ROWS) + [1] * len(ROWS)
+    assert len({run.sha256 for run in runs}) == len(runs)
+
+
+def test_the_digest_does_not_depend_on_where_the_run_is_kept(tmp_path: Path) -> None:
+    here, there = (ablation.plan(FILE, tmp_path / name, ["plain"], [0], [])[0] for name in "ab")
+    assert here.sha256 == there.sha256
+
+
+def test_an_unknown_row_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"has no rows plian; it has plain, mlp"):
+        ablation.plan(FILE, tmp_path, ["plian"], [0], [])
+
+
+def result(row: str, seed: int, top1: float) -> dict[str, Any]:
+    cost = {"params_m": 0.3, "lam_params_m": 0.1, "gmacs": 0.02, "lam_gmacs": 0.003}
+    return dict.fromkeys(ablation.COLUMNS, "") | cost | {"row": row, "seed": seed, "top1": top1}
+
+
+def test_the_table_takes_differences_seed_by_seed(tmp_path: Path) -> None:
+    results = tmp_path / "results.csv"
+    for row, scores in {"plain": (70.0, 72.0), "base": (71.0, 73.0)}.items():
+        for seed, top1 in enumerate(scores):
+            ablation.add_result(results, result(row, seed, top1))
+    lines = {line.split("|")[1].strip().partition(" ")[0]: line for line in table(results).splitlines()}
+    assert "| 71.00 ± 1.41 |  | 2 |" in lines["plain"]
+    assert "| 72.00 ± 1.41 | +1.00 ± 0.00 | 2 |" in lines["base:"]
+
+
+def test_two_results_of_one_run_are_refused(tmp_path: Path) -> None:
+    results = tmp_path / "results.csv"
+    ablation.add_result(results, result("plain", 0, 70.0))
+    ablation.add_result(results, result("plain", 0, 71.0))
+    with pytest.raises(ValueError, match="plain, seed 0 twice"):
+        table(results)

@@ -1,0 +1,53 @@
+"""The micro builder's relative position bias, the ablation's control."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import lamzoo
+from lamzoo.errors import ConfigError
+
+SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2}
+
+
+@pytest.fixture
+def biased() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return lamzoo.create_model("vit_micro", rel_pos_bias=True, **SMALL).eval()
+
+
+@torch.no_grad()
+def test_the_bias_shifts_the_scores_and_zero_leaves_them(biased: torch.nn.Module) -> None:
+    plain = lamzoo.create_model("vit_micro", **SMALL).eval()
+    plain.load_state_dict(biased.state_dict(), strict=False)
+    images = torch.rand(2, 3, 32, 32)
+    assert not torch.equal(biased(images), plain(images))
+    for block in biased.blocks:
+        block.attn.rel_pos.relative_position_bias_table.zero_()
+    torch.testing.assert_close(biased(images), plain(images))
+
+
+def test_the_bias_adds_one_table_a_layer_and_is_trained(biased: torch.nn.Module) -> None:
+    names = [name for name, _ in biased.named_parameters() if "rel_pos" in name]
+    assert names == [f"blocks.{index}.attn.rel_pos.relative_position_bias_table" for index in range(2)]
+    biased(torch.rand(2, 3, 32, 32)).sum().backward()
+    assert all(biased.get_parameter(name).grad.any() for name in names)
+
+
+@torch.no_grad()
+def test_a_copy_uses_its_own_bias(biased: torch.nn.Module) -> None:
+    images = torch.rand(1, 3, 32, 32)
+    before = biased(images)
+    other = copy.deepcopy(biased)
+    for block in other.blocks:
+        block.attn.rel_pos.relative_position_bias_table.fill_(3.0).mul_(torch.arange(225)[:, None] % 5)
+    assert not torch.equal(other(images), before)
+    assert torch.equal(biased(images), before)
+
+
+def test_a_bias_beside_masks_is_refused() -> None:
+    with pytest.raises(ConfigError, match="rel_pos_bias is a control without masks"):
+        lamzoo.create_model("lam_vit_micro", rel_pos_bias=True)
