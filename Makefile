@@ -18,7 +18,7 @@ BIN := $(VENV)/bin
 export PYTHON VENV TORCH_INDEX
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu lint format typecheck wheel wheel-test clean
+.PHONY: help demo test test-slow test-gpu test-browser lint format typecheck wheel wheel-test clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,14 +26,17 @@ help:  ## list the targets
 demo: $(VENV)/.ready-demo  ## predictions, cost and masks on real photographs, with the bundled weights
 	$(BIN)/lamzoo demo --out $(DEMO_OUT) $(if $(CIFAR10),--cifar10 $(CIFAR10))
 
-test: $(VENV)/.ready-dev  ## the default tests (neither slow nor gpu)
+test: $(VENV)/.ready-dev  ## the default tests (neither slow, gpu nor browser)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
 
 test-slow: $(VENV)/.ready-dev  ## the slow tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) -m "slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) -m "slow and not gpu and not browser"
 
 test-gpu: $(VENV)/.ready-dev  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -q -m gpu
+
+test-browser: $(VENV)/.ready-dev  ## the comparison page in headless Chromium (apt: chromium, chromium-driver)
+	$(BIN)/python -m pytest -q -m browser
 
 lint: $(VENV)/.ready-dev  ## ruff: rules and format
 	$(BIN)/ruff check

@@ -1,0 +1,78 @@
+"""The command ``lamzoo compare``: results tables in; a table, Markdown, CSV, plots and a page out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from lamzoo import cli_output as out
+
+if TYPE_CHECKING:
+    from lamzoo.report.compare import Comparison, Entry
+    from lamzoo.report.compare.tables import Column
+
+
+def compare(
+    results: Annotated[list[Path], typer.Argument(metavar="RESULTS.csv...", help="Tables that lamzoo bench wrote.")],
+    timm: Annotated[Path | None, typer.Option(metavar="PATH", help=(
+        "Folder of timm's results-imagenet.csv and benchmark-infer-*.csv, to place the models among timm's."))] = None,
+    timm_data: Annotated[str | None, typer.Option(metavar="SPEC", help=(
+        "The `data` that is ImageNet-1k's validation split; guessed from its name by default."))] = None,
+    output: Annotated[Path | None, typer.Option("--out", metavar="DIR", help=(
+        "Also write compare.md, .csv and .html, and the plots, here."))] = None,
+    format: Annotated[Literal["table", "markdown", "csv"], typer.Option(help="Of what is printed.")] = "table",
+) -> None:  # fmt: skip
+    """Compares measured models: accuracy against cost, each LAM beside its plain backbone."""
+    from lamzoo.report.compare import compare, to_csv, to_markdown, write_comparison
+
+    comparison = compare(results, timm=timm, timm_data=timm_data)
+    files = [] if output is None else write_comparison(comparison, output)
+    if format == "markdown":
+        out.print_line(to_markdown(comparison).rstrip("\n"))
+    elif format == "csv":
+        out.print_line(to_csv(comparison).rstrip("\n"))
+    else:
+        _print(comparison)
+        for file in files:
+            out.print_line(out.printable(file))
+
+
+def _print(comparison: Comparison) -> None:
+    from lamzoo.report.compare.tables import all_notes, caption, columns_of
+
+    for group in comparison.groups:
+        columns = columns_of(comparison, group)
+        title = f"{group.title} ({caption(group)})"
+        if _width(columns, group.entries) <= out.terminal_width():
+            _print_group(columns, group.entries, title)
+            continue
+        speed = [column for column in columns if column.speed]
+        _print_group([column for column in columns if not column.speed], group.entries, title, narrow=True)
+        _print_group([columns[0], *speed], group.entries, None, narrow=True)
+    if comparison.failed:
+        failed = [(entry.row.name, entry.row.data, entry.row.error) for entry in comparison.failed]
+        out.print_table(("model", "data", "reason"), failed, title="failed")
+    for note in all_notes(comparison):
+        out.print_line(note)
+
+
+def _print_group(
+    columns: Sequence[Column], entries: Sequence[Entry], title: str | None, *, narrow: bool = False
+) -> None:
+    """Prints one table; a narrow one has the headings' words and the quartiles below one another."""
+
+    def fitted(text: str, column: Column) -> str:
+        return text.replace(" ", "\n") if narrow and column.numeric else text
+
+    rows = [[fitted(column.cell(entry), column) for column in columns] for entry in entries]
+    numbers = [index for index, column in enumerate(columns) if column.numeric]
+    out.print_table([fitted(column.heading, column) for column in columns], rows, title=title, numbers=numbers)
+
+
+def _width(columns: Sequence[Column], entries: Sequence[Entry]) -> int:
+    """Returns how many characters a table needs to show each cell on one line, frame included."""
+    cells = (max(map(len, (column.heading, *map(column.cell, entries)))) for column in columns)
+    return 1 + sum(3 + width for width in cells)

@@ -1,0 +1,23 @@
+"""The comparison of measured models: results tables in, tables, plots and a page out; measures nothing."""
+
+from lamzoo.report.compare.files import write_comparison
+from lamzoo.report.compare.panels import Panel, Point, gmacs_panels, latency_panels
+from lamzoo.report.compare.rows import Comparison, Entry, Group, compare
+from lamzoo.report.compare.tables import to_csv, to_markdown
+from lamzoo.report.compare.timm import TimmResult, read_timm
+
+__all__ = [
+    "Comparison",
+    "Entry",
+    "Group",
+    "Panel",
+    "Point",
+    "TimmResult",
+    "compare",
+    "gmacs_panels",
+    "latency_panels",
+    "read_timm",
+    "to_csv",
+    "to_markdown",
+    "write_comparison",
+]

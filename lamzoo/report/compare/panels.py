@@ -1,0 +1,185 @@
+"""What the plots show, before anything draws it: points, twins that a line joins, and Pareto fronts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from lamzoo.report.compare.rows import Comparison, Entry, Group, some
+from lamzoo.report.compare.timm import TimmResult
+
+_LOGARITHMIC_FROM = 6  # times the smallest x: below this a linear axis reads better
+_UNEVEN = 0.15  # of a latency: from here on a reader should know
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Point:
+    """A model in a plot.
+
+    Attributes:
+        entry: its row.
+        x: its cost.
+        y: its score.
+        best: whether it lies on the Pareto front of the zoo's models: none is both cheaper and better.
+    """
+
+    entry: Entry
+    x: float
+    y: float
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes.
+
+    Attributes:
+        title: the data set and, where it matters, what the cost was measured on.
+        x_label: of the cost.
+        y_label: of the score.
+        points: the zoo's models.
+        joins: plain backbone and LAM, to be joined by a line.
+        timm: timm's published results, to stand behind; their GMACs are known.
+        timm_front: the Pareto front of those, by increasing GMACs.
+    """
+
+    title: str
+    x_label: str
+    y_label: str
+    points: tuple[Point, ...] = ()
+    joins: tuple[tuple[Point, Point], ...] = ()
+    timm: tuple[TimmResult, ...] = ()
+    timm_front: tuple[TimmResult, ...] = ()
+
+    @property
+    def front(self) -> tuple[Point, ...]:
+        """The points on the Pareto front, by increasing cost."""
+        return tuple(sorted((point for point in self.points if point.best), key=lambda point: (point.x, point.y)))
+
+    @property
+    def logarithmic(self) -> bool:
+        """Whether the costs are so far apart that their axis should be logarithmic."""
+        xs = [point.x for point in self.points] + [result.gmacs or 0.0 for result in self.timm]
+        return bool(xs) and min(xs) > 0 and max(xs) > _LOGARITHMIC_FROM * min(xs)
+
+
+def gmacs_panels(comparison: Comparison) -> tuple[Panel, ...]:
+    """Returns score against GMACs, a panel for each data set and metric; timm's results in that of ImageNet-1k."""
+    label = "GMACs of one image, masks included (10⁹ multiply-accumulates)"
+    known = tuple(result for result in comparison.timm if result.gmacs is not None)
+    front = pareto(known, lambda result: (result.gmacs or 0.0, result.top1))
+    panels = []
+    for group in comparison.groups:
+        if not group.scored:
+            continue
+        panel = _panel(group.title, label, group, group.entries, lambda entry: entry.row.gmacs)
+        panels.append(replace(panel, timm=known, timm_front=front) if group is comparison.timm_group else panel)
+    if known and comparison.timm_group is None:
+        title = "ImageNet-1k, validation: timm's published results alone"
+        panels.append(Panel(title, label, "top-1 (%)", timm=known, timm_front=front))
+    return tuple(panels)
+
+
+def latency_panels(comparison: Comparison) -> tuple[Panel, ...]:
+    """Returns score against latency, a panel for each data set, metric, device, dtype, number of threads and mode."""
+    panels = []
+    for group in comparison.groups:
+        if not group.scored:
+            continue
+        for setting in dict.fromkeys(entry.setting for entry in group.entries if entry.row.latency_ms is not None):
+            device, dtype, threads, mode = setting
+            counted = "" if threads is None else f", {threads} thread{'s' if threads != 1 else ''}"
+            title = f"{group.title}\n{device or 'unknown device'}, {dtype or 'unknown dtype'}{counted}, {mode}"
+            label = "latency of one image (ms, median), masks included"
+            entries = [entry for entry in group.entries if entry.setting == setting]
+            panels.append(_panel(title, label, group, entries, lambda entry: entry.row.latency_ms))
+    return tuple(panels)
+
+
+def plot_notes(comparison: Comparison) -> tuple[str, ...]:
+    """Says what the plots leave out, or keep apart, and why: a sentence each."""
+    notes = []
+    entries = [entry for group in comparison.groups for entry in group.entries]
+    unscored = [entry.row.name for group in comparison.groups if not group.scored for entry in group.entries]
+    if unscored:
+        notes.append(f"Measured without --data, so without a score, and in no plot: {some(unscored)}.")
+    scored = [group for group in comparison.groups if group.scored]
+    if len(scored) > 1:
+        notes.append("Scores on different data, splits or metrics are not compared: each has a panel of its own.")
+    for column, values in (("GMACs", [e.row.gmacs for e in entries]), ("latency", [e.row.latency_ms for e in entries])):
+        without = [entry.row.name for entry, value in zip(entries, values, strict=True) if value is None]
+        if without:
+            notes.append(f"Without a measured {column}, so not in that plot: {some(without)}.")
+    timed = [entry for group in scored for entry in group.entries if entry.row.latency_ms is not None]
+    settings = dict.fromkeys(entry.setting for entry in timed)
+    if len(settings) > 1:
+        notes.append("Latencies of different devices, dtypes, threads or modes are not compared: each has its panel.")
+    for setting in settings:
+        versions = sorted({str(entry.row.torch) for entry in timed if entry.setting == setting})
+        if len(versions) > 1:
+            notes.append(f"Latencies on {setting[0]} come from different releases of torch: {', '.join(versions)}.")
+    uneven = [entry.row.name for entry in entries if _uneven(entry)]
+    if uneven:
+        notes.append(
+            f"The plain backbone's own row was timed more than {_UNEVEN:.0%} faster or slower than in turns with its "
+            f"LAM, so the ratio says more than the two latencies: {some(uneven)}."
+        )
+    if comparison.timm:
+        without = [result.name for result in comparison.timm if result.gmacs is None]
+        if without:
+            notes.append(f"Of timm's {len(comparison.timm)} results {len(without)} have no GMACs at their image size.")
+        notes.append("timm's speeds were measured on other machines, so they are in no latency plot.")
+    return tuple(notes)
+
+
+def pareto(items: Iterable[T], place: Callable[[T], tuple[float, float]]) -> tuple[T, ...]:
+    """Returns the items that no other beats: none costs no more and scores no less, one of both strictly.
+
+    Args:
+        items: any.
+        place: an item's cost (lower is better) and score (higher is better).
+
+    Returns:
+        Those on the front, by increasing cost; equals stay together.
+    """
+    front: list[T] = []
+    best: tuple[float, float] = (-math.inf, -math.inf)
+    for item in sorted(items, key=lambda item: (place(item)[0], -place(item)[1])):
+        here = place(item)
+        if here[1] > best[1] or here == best:
+            front.append(item)
+            best = here
+    return tuple(front)
+
+
+def _uneven(entry: Entry) -> bool:
+    """Says whether the machine ran at another speed when the twin's own row was timed."""
+    in_turns, twin = entry.row.plain_latency_ms, entry.twin
+    if in_turns is None or twin is None or not twin.latency_ms or entry.setting != Entry(twin, "").setting:
+        return False
+    return abs(in_turns / twin.latency_ms - 1) > _UNEVEN
+
+
+def _panel(
+    title: str,
+    x_label: str,
+    group: Group,
+    entries: Sequence[Entry],
+    cost: Callable[[Entry], float | None],
+) -> Panel:
+    placed = [
+        (entry, x, y) for entry in entries if (x := cost(entry)) is not None and (y := entry.row.value) is not None
+    ]
+    best = {id(item[0]) for item in pareto(placed, lambda item: item[1:])}
+    points = [Point(entry, x, y, best=id(entry) in best) for entry, x, y in placed]
+    by_row = {point.entry.row: point for point in points}
+    joins = tuple(
+        (by_row[point.entry.twin], point)
+        for point in points
+        if point.entry.twin is not None and point.entry.twin in by_row
+    )
+    return Panel(title, x_label, group.metric_label, tuple(points), joins)

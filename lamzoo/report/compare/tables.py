@@ -1,0 +1,205 @@
+"""The comparison as text: the columns of every table, Markdown and CSV; draws nothing."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lamzoo.profiling.table import COLUMNS as ROW_COLUMNS
+from lamzoo.profiling.table import BenchRow
+from lamzoo.report.compare.panels import gmacs_panels, latency_panels, plot_notes
+from lamzoo.report.compare.rows import Comparison, Entry, Group
+
+#: What the tables' columns mean, for those who read no source.
+LEGEND = (
+    "Each LAM stands below its plain backbone. Parameters, GMACs (10⁹ multiply-accumulates of one image, attention "
+    'included), latency and memory are those of the whole model; "of masks" is the masks\' share. Latency is the '
+    'median (and quartiles) of one image, "ratio" the median ratio to the same model without its masks, timed in '
+    'turns. "vs plain" is the score less the plain backbone\'s. "Pareto" names the costs at which no other model of '
+    "the same panel is both cheaper and better."
+)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table to read.
+
+    Attributes:
+        heading: above it.
+        cell: writes an entry's cell; empty where there is nothing to say.
+        numeric: flush right.
+        speed: belongs to the second table where one with all columns would be too wide.
+    """
+
+    heading: str
+    cell: Callable[[Entry], str]
+    numeric: bool = True
+    speed: bool = False
+
+
+def columns_of(comparison: Comparison, group: Group) -> tuple[Column, ...]:
+    """Returns the columns of a group's table: score, costs and the masks' share of them."""
+    front = pareto_costs(comparison)
+    score = [
+        Column(group.metric_label, lambda entry: number(entry.row.value, digits=2)),
+        Column("vs plain", lambda entry: "" if entry.difference is None else f"{entry.difference:+.2f}"),
+    ]
+    costs = [
+        Column("params (M)", lambda entry: number(entry.row.params_m)),
+        Column("of masks", lambda entry: number(entry.row.lam_params_m)),
+        Column("GMACs", lambda entry: number(entry.row.gmacs)),
+        Column("of masks", lambda entry: number(entry.row.lam_gmacs)),
+        Column("latency (ms)", lambda entry: _latency(entry.row), speed=True),
+        Column("ratio", lambda entry: _ratio(entry.row), speed=True),
+        Column("images/s", lambda entry: number(entry.row.images_per_s), speed=True),
+        Column("peak (MiB)", lambda entry: number(entry.row.peak_mib), speed=True),
+    ]
+    name = Column("model", lambda entry: entry.row.name, numeric=False)
+    columns = [name, *(score if group.scored else ()), *costs]
+    if len({entry.row.img_size for entry in group.entries}) > 1:
+        columns.append(Column("px", lambda entry: entry.row.img_size or ""))
+    if len({entry.row.seed for entry in group.entries}) > 1:
+        columns.append(Column("seed", lambda entry: "" if entry.row.seed is None else str(entry.row.seed)))
+    if len({entry.setting for entry in group.entries}) > 1:
+        columns.append(Column("measured on", setting_text, numeric=False, speed=True))
+    if group.scored:
+        columns.append(Column("Pareto", lambda entry: ", ".join(front.get(entry.row, ())), numeric=False))
+    return tuple(columns)
+
+
+def pareto_costs(comparison: Comparison) -> dict[BenchRow, tuple[str, ...]]:
+    """Returns for each row the costs at which it lies on a Pareto front: "GMACs", "latency"."""
+    found: dict[BenchRow, tuple[str, ...]] = {}
+    for cost, panels in (("GMACs", gmacs_panels(comparison)), ("latency", latency_panels(comparison))):
+        for panel in panels:
+            for point in panel.front:
+                found[point.entry.row] = (*found.get(point.entry.row, ()), cost)
+    return found
+
+
+def caption(group: Group) -> str:
+    """Says how a group was measured, as far as its rows agree."""
+    facts = []
+    settings = {setting_text(entry) for entry in group.entries}
+    if len(settings) == 1:
+        facts.append(settings.pop())
+    sizes = {entry.row.img_size for entry in group.entries}
+    if len(sizes) == 1 and (size := sizes.pop()) is not None:
+        facts.append(f"{size} px")
+    for package in ("torch", "timm"):
+        versions = sorted({getattr(entry.row, package) for entry in group.entries} - {None})
+        if versions:
+            facts.append(f"{package} {' and '.join(versions)}")
+    return ", ".join(facts)
+
+
+def setting_text(entry: Entry) -> str:
+    """Writes out what a row was measured on: ``"cpu, float32, 2 threads, eager"``."""
+    device, dtype, threads, mode = entry.setting
+    counted = None if threads is None else f"{threads} thread{'s' if threads != 1 else ''}"
+    return ", ".join(part for part in (device, dtype, counted, mode) if part)
+
+
+def all_notes(comparison: Comparison) -> tuple[str, ...]:
+    """Returns what a reader must know of what is and what is not shown, a sentence each."""
+    failed = len(comparison.failed)
+    broken = (f"{failed} measurement(s) failed; they and their reasons are listed.",) if failed else ()
+    return (*broken, *comparison.notes, *plot_notes(comparison))
+
+
+def to_markdown(comparison: Comparison, *, pictures: Sequence[str] = ()) -> str:
+    """Writes the comparison as Markdown.
+
+    Args:
+        comparison: what is compared.
+        pictures: files, relative to where the text will lie, to show above the tables.
+    """
+    lines = ["# Comparison", ""]
+    for picture in pictures:
+        lines += [f"![{picture.rpartition('.')[0].replace('-', ' ')}]({picture})", ""]
+    for group in comparison.groups:
+        columns = columns_of(comparison, group)
+        lines += [f"## {_escaped(group.title)}", "", _escaped(caption(group)), ""]
+        lines += _markdown_table(columns, group.entries)
+    if comparison.failed:
+        reason = Column("reason", lambda entry: entry.row.error or "not known", numeric=False)
+        name = Column("model", lambda entry: entry.row.name, numeric=False)
+        data = Column("data", lambda entry: entry.row.data or "", numeric=False)
+        lines += ["## Failed", "", *_markdown_table((name, data, reason), comparison.failed)]
+    lines += [LEGEND, ""]
+    notes = all_notes(comparison)
+    lines += [*(f"- {_escaped(note)}" for note in notes), *([""] if notes else [])]
+    return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def to_csv(comparison: Comparison) -> str:
+    """Writes all rows as CSV: the columns of the results tables, and what the comparison adds to them.
+
+    These are ``source``, ``plain_value``, ``value_difference``, ``gmacs_ratio``, ``params_ratio``, ``pareto_gmacs``
+    and ``pareto_latency`` (``yes`` on the front).
+    """
+    front = pareto_costs(comparison)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    added = ("plain_value", "value_difference", "gmacs_ratio", "params_ratio", "pareto_gmacs", "pareto_latency")
+    writer.writerow((*ROW_COLUMNS, "source", *added))
+    for entry in comparison.entries:
+        best = front.get(entry.row, ())
+        derived = (
+            None if entry.twin is None else entry.twin.value,
+            *(None if v is None else round(v, 6) for v in (entry.difference, entry.gmacs_ratio, entry.params_ratio)),
+            *("yes" if cost in best else None for cost in ("GMACs", "latency")),
+        )
+        cells: list[Any] = [*(getattr(entry.row, column) for column in ROW_COLUMNS), entry.source, *derived]
+        writer.writerow(["" if cell is None else cell for cell in cells])
+    return text.getvalue()
+
+
+def number(value: float | None, *, digits: int | None = None) -> str:
+    """Writes a number for a table.
+
+    Args:
+        value: None gives an empty cell.
+        digits: after the point; by default as many as make four significant ones, at most four, but two significant
+            ones in any case, so that a small cost never reads as none.
+    """
+    if value is None:
+        return ""
+    if digits is None:
+        magnitude = 0 if value == 0 else math.floor(math.log10(abs(value)))
+        digits = 0 if value == 0 else max(0, min(3 - magnitude, max(4, 1 - magnitude)))
+    return f"{value:.{digits}f}"
+
+
+def _latency(row: BenchRow) -> str:
+    return _spread(row.latency_ms, row.latency_q1_ms, row.latency_q3_ms)
+
+
+def _ratio(row: BenchRow) -> str:
+    return _spread(row.latency_ratio, row.latency_ratio_q1, row.latency_ratio_q3)
+
+
+def _spread(middle: float | None, low: float | None, high: float | None) -> str:
+    if middle is None:
+        return ""
+    digits = 3 if middle < 1 else 2
+    text = number(middle, digits=digits)
+    return text if low is None or high is None else f"{text} ({low:.{digits}f}-{high:.{digits}f})"
+
+
+def _markdown_table(columns: Sequence[Column], entries: Sequence[Entry]) -> list[str]:
+    lines = ["| " + " | ".join(column.heading for column in columns) + " |"]
+    lines.append("|" + "|".join("---:" if column.numeric else "---" for column in columns) + "|")
+    for entry in entries:
+        lines.append("| " + " | ".join(_escaped(column.cell(entry)) for column in columns) + " |")
+    return [*lines, ""]
+
+
+def _escaped(text: str) -> str:
+    for sign in "\\`*|<[":
+        text = text.replace(sign, f"\\{sign}")
+    return " ".join(text.split())

@@ -1,0 +1,238 @@
+import csv
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lamzoo.errors import DataError
+from lamzoo.profiling.table import COLUMNS
+from lamzoo.report.compare import compare, gmacs_panels, latency_panels, read_timm, to_csv, to_markdown
+from lamzoo.report.compare.panels import pareto
+from lamzoo.report.compare.tables import all_notes, number
+from lamzoo.report.compare.timm import is_imagenet1k
+from tests.report.compare_rows import FAILED, LAM, PLAIN, UNSCORED, WORSE, table, timm_results
+
+IMAGENET = "imagefolder:/data/imagenet/val"
+TIMM = Path(__file__).parents[3] / "shared" / "data" / "timm_results"
+
+
+def names(group) -> list[str]:
+    return [entry.row.model for entry in group.entries]
+
+
+def test_lam_stands_below_its_plain_twin_and_says_the_difference(tmp_path: Path) -> None:
+    (group,) = compare([table(tmp_path, WORSE, LAM, PLAIN)]).groups
+    assert names(group) == ["vit_micro", "lam_vit_micro", "vit_worse"]
+    assert group.entries[1].twin == PLAIN
+    assert group.entries[1].difference == 1.5
+
+
+def test_ratios_are_those_to_the_same_model_without_masks(tmp_path: Path) -> None:
+    (group,) = compare([table(tmp_path, PLAIN, LAM)]).groups
+    assert group.entries[1].gmacs_ratio == pytest.approx(1.2)
+    assert group.entries[1].params_ratio == pytest.approx(1.25)
+    assert group.entries[0].gmacs_ratio is None
+
+
+@pytest.mark.parametrize("other", [{"data": "imagefolder:other"}, {"split": "val"}, {"metric": "top5"}])
+def test_scores_on_different_data_never_share_a_panel_and_it_is_said(tmp_path: Path, other: dict[str, str]) -> None:
+    comparison = compare([table(tmp_path, PLAIN, LAM, replace(WORSE, **other))])
+    assert sorted(len(panel.points) for panel in gmacs_panels(comparison)) == [1, 2]
+    assert sorted(len(panel.points) for panel in latency_panels(comparison)) == [1, 2]
+    assert any("each has a panel of its own" in note for note in all_notes(comparison))
+
+
+@pytest.mark.parametrize(
+    "other", [{"device": "cuda (NVIDIA H100)"}, {"dtype": "bfloat16"}, {"threads": 1}, {"mode": "compiled"}]
+)
+def test_latencies_of_different_settings_never_share_a_panel_and_it_is_said(tmp_path: Path, other) -> None:
+    comparison = compare([table(tmp_path, PLAIN, LAM, replace(PLAIN, **other), replace(LAM, **other))])
+    panels = latency_panels(comparison)
+    assert [len(panel.points) for panel in panels] == [2, 2]
+    for panel in panels:
+        ((plain, lam),) = panel.joins
+        assert plain.entry.setting == lam.entry.setting
+    assert any("Latencies of different devices" in note for note in all_notes(comparison))
+
+
+def test_rows_of_one_table_and_of_two_compare_alike(tmp_path: Path) -> None:
+    two = [table(tmp_path, LAM, name="a.csv"), table(tmp_path, PLAIN, name="b.csv")]
+    (group,) = compare(two).groups
+    assert names(group) == ["vit_micro", "lam_vit_micro"]
+    assert [Path(entry.source).name for entry in group.entries] == ["b.csv", "a.csv"]
+
+
+def test_row_that_stands_in_two_tables_is_shown_once_and_it_is_said(tmp_path: Path) -> None:
+    comparison = compare([table(tmp_path, PLAIN, LAM), table(tmp_path, PLAIN, name="again.csv")])
+    assert len(comparison.entries) == 2
+    assert any("twice" in note for note in comparison.notes)
+
+
+def test_twin_is_looked_for_at_the_same_image_size_only(tmp_path: Path) -> None:
+    comparison = compare([table(tmp_path, replace(PLAIN, img_size="64"), LAM)])
+    assert gmacs_panels(comparison)[0].joins == ()
+    assert any("lam_vit_micro.toy (of vit_micro.toy)" in note for note in comparison.notes)
+
+
+@pytest.mark.parametrize("column", ["gmacs", "lam_gmacs", "params_m", "lam_params_m"])
+@pytest.mark.parametrize("cost", [None, 0.0])
+def test_lam_without_its_cost_is_refused(tmp_path: Path, column: str, cost: float | None) -> None:
+    path = table(tmp_path, PLAIN, replace(LAM, **{column: cost}))
+    with pytest.raises(DataError, match=rf"lam_vit_micro.toy has masks and its {column} is (empty|zero)"):
+        compare([path])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_measurement_that_is_no_number_is_refused(tmp_path: Path, value: float) -> None:
+    with pytest.raises(DataError, match=r"latency_ms of vit_micro.toy is (nan|inf)"):
+        compare([table(tmp_path, replace(PLAIN, latency_ms=value))])
+
+
+def test_every_table_shows_the_masks_share_of_the_cost(tmp_path: Path) -> None:
+    comparison = compare([table(tmp_path, PLAIN, LAM)])
+    line = next(line for line in to_markdown(comparison).splitlines() if line.startswith("| lam_vit_micro"))
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[1:9] == [
+        "81.50",
+        "+1.50",
+        "1.250",
+        "0.2500",
+        "0.1200",
+        "0.0200",
+        "2.50 (2.40-2.80)",
+        "1.25 (1.20-1.30)",
+    ]
+
+
+def test_failed_row_is_listed_with_its_reason_and_in_no_panel(tmp_path: Path) -> None:
+    comparison = compare([table(tmp_path, PLAIN, FAILED)])
+    assert [entry.row for entry in comparison.failed] == [FAILED]
+    assert "killed: no memory" in to_markdown(comparison)
+    assert [point.entry.row for panel in gmacs_panels(comparison) for point in panel.points] == [PLAIN]
+
+
+@pytest.mark.parametrize(("in_turns", "said"), [(2.1, False), (3.0, True)])
+def test_twin_timed_at_another_speed_than_in_turns_is_said(tmp_path: Path, in_turns: float, said: bool) -> None:
+    comparison = compare([table(tmp_path, PLAIN, replace(LAM, plain_latency_ms=in_turns))])
+    assert any("the ratio says more" in note for note in all_notes(comparison)) is said
+
+
+def test_row_without_a_score_is_in_a_table_and_in_no_panel_and_it_is_said(tmp_path: Path) -> None:
+    comparison = compare([table(tmp_path, PLAIN, UNSCORED)])
+    assert [group.scored for group in comparison.groups] == [True, False]
+    assert [len(panel.points) for panel in gmacs_panels(comparison)] == [1]
+    assert any("without a score" in note and "vit_small" in note for note in all_notes(comparison))
+
+
+def test_csv_keeps_every_row_and_column_and_adds_what_was_compared(tmp_path: Path) -> None:
+    text = to_csv(compare([table(tmp_path, PLAIN, LAM, FAILED, UNSCORED)]))
+    lines = {line["model"]: line for line in csv.DictReader(text.splitlines())}
+    assert set(lines) == {"vit_micro", "lam_vit_micro", "lam_vit_huge", "vit_small"}
+    assert set(COLUMNS) < set(lines["vit_micro"])
+    assert lines["lam_vit_huge"]["error"] == FAILED.error
+    assert (lines["lam_vit_micro"]["plain_value"], lines["lam_vit_micro"]["value_difference"]) == ("80.0", "1.5")
+    assert (lines["lam_vit_micro"]["gmacs_ratio"], lines["lam_vit_micro"]["pareto_gmacs"]) == ("1.2", "yes")
+
+
+def test_pareto_front_is_what_nothing_beats() -> None:
+    items = [(1.0, 5.0), (2.0, 5.0), (2.0, 7.0), (3.0, 6.0), (4.0, 9.0), (4.0, 9.0), (0.5, 1.0)]
+    assert pareto(items, lambda item: item) == ((0.5, 1.0), (1.0, 5.0), (2.0, 7.0), (4.0, 9.0), (4.0, 9.0))
+
+
+def test_front_of_a_panel_leaves_out_what_costs_more_and_scores_less(tmp_path: Path) -> None:
+    (panel,) = gmacs_panels(compare([table(tmp_path, PLAIN, LAM, WORSE)]))
+    assert [point.entry.row.model for point in panel.front] == ["vit_micro", "lam_vit_micro"]
+
+
+def test_number_never_makes_a_small_cost_look_like_none() -> None:
+    assert [number(value) for value in (None, 0.0, 0.000012, 0.0028, 1.25, 86.567, 1242.2)] == [
+        "", "0", "0.000012", "0.0028", "1.250", "86.57", "1242",
+    ]  # fmt: skip
+
+
+def test_table_without_rows_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no row in"):
+        compare([table(tmp_path)])
+
+
+def test_timms_results_get_gmacs_and_speed_of_the_same_size(tmp_path: Path) -> None:
+    giant, small, other = read_timm(timm_results(tmp_path / "timm"))
+    assert (giant.params_m, giant.gmacs, small.gmacs, other.gmacs) == (1013.01, 1900.5, 4.61, None)
+    assert [(speed.machine, speed.batch) for speed in giant.speeds] == [("amp-gpu", 64), ("fp32-cpu", 1)]
+
+
+def test_timms_results_stand_behind_imagenet_alone(tmp_path: Path) -> None:
+    timm = timm_results(tmp_path / "timm")
+    rows = table(tmp_path, PLAIN, replace(LAM, data=IMAGENET))
+    panels = gmacs_panels(compare([rows], timm=timm))
+    assert [(panel.title, len(panel.timm)) for panel in panels] == [
+        (f"{IMAGENET}, test", 2),
+        ("imagefolder:toys, test", 0),
+    ]
+    assert all(panel.timm == () for panel in latency_panels(compare([rows], timm=timm)))
+
+
+def test_timms_results_have_a_panel_of_their_own_where_nothing_was_scored_on_imagenet(tmp_path: Path) -> None:
+    comparison = compare([table(tmp_path, PLAIN)], timm=timm_results(tmp_path / "timm"))
+    assert [(len(panel.points), len(panel.timm)) for panel in gmacs_panels(comparison)] == [(1, 0), (0, 2)]
+    assert any("No row here was scored on ImageNet-1k" in note for note in comparison.notes)
+
+
+def test_timm_data_names_the_rows_that_belong_beside_timms(tmp_path: Path) -> None:
+    timm, rows = timm_results(tmp_path / "timm"), table(tmp_path, PLAIN)
+    (panel,) = gmacs_panels(compare([rows], timm=timm, timm_data="imagefolder:toys"))
+    assert (len(panel.points), len(panel.timm)) == (1, 2)
+    with pytest.raises(DataError, match="No row was scored on 'imagefolder:other'"):
+        compare([rows], timm=timm, timm_data="imagefolder:other")
+
+
+@pytest.mark.parametrize(
+    ("data", "is_it"),
+    [
+        (IMAGENET, True),
+        ("/data/ILSVRC2012/val", True),
+        ("hfds:timm/imagenet-1k-wds", True),
+        ("wds:/data/imagenet1k-validation-{00..63}.tar", True),
+        ("torchvision:ImageNet:/data", True),
+        ("npz:../shared/data/tinyimagenet100", False),
+        ("imagefolder:/data/tiny-imagenet/val", False),
+        ("imagefolder:/data/imagenette2", False),
+        ("imagefolder:/data/imagenet-100/val", False),
+        ("imagefolder:/data/imagenet-a", False),
+        ("hfds:imagenet21k", False),
+        ("imagefolder:/data/imagenetv2/val", False),
+    ],
+)
+def test_imagenet1k_is_known_by_its_name_and_its_relatives_are_not(data: str, is_it: bool) -> None:
+    assert is_imagenet1k(data) is is_it
+
+
+def test_timms_scores_on_another_test_set_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "results-imagenet-real.csv"
+    path.write_text("model,img_size,top1,param_count,top1_diff\na.b,224,80.0,5.0,+1.0\n")
+    with pytest.raises(DataError, match="another test set"):
+        read_timm(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "cannot be read"),
+        ("model,top1\na,1\n", "no column 'img_size'"),
+        ("model,img_size,top1,param_count\na.b,224,high,5\n", "top1 of a.b is 'high'"),
+    ],
+)
+def test_broken_timm_results_are_refused_with_their_file_named(tmp_path: Path, text: str | None, message: str) -> None:
+    if text is not None:
+        (tmp_path / "results-imagenet.csv").write_text(text)
+    with pytest.raises(DataError, match=message) as caught:
+        read_timm(tmp_path)
+    assert "results-imagenet.csv" in str(caught.value)
+
+
+@pytest.mark.skipif(not TIMM.is_dir(), reason="timm's own results are not beside this checkout")
+def test_timms_own_files_give_vit_base_its_published_gmacs() -> None:
+    results = read_timm(TIMM)
+    (base,) = [result for result in results if result.name == "vit_base_patch16_224.augreg_in21k_ft_in1k"]
+    assert (base.top1, base.gmacs) == (84.534, 17.58)
+    assert sum(result.gmacs is not None for result in results) == 1454
