@@ -86,6 +86,8 @@ class ModelCard:
         builder: ``"module:function"``, or the function itself for models registered in code.
         backbone: the builder's ``config``; ``timm`` in it names a timm architecture.
         lam: the masks it has unless the caller says otherwise; None for a plain model.
+        plain: name of the registered model that is the same backbone without masks, trained alike: what this one is
+            to be compared with. Its tags are called like this one's.
         description: one sentence.
         params: number of parameters, with the default head.
         gmacs: 10^9 multiply-accumulates of one image at the default input size, attention included.
@@ -100,6 +102,7 @@ class ModelCard:
     builder: str | Callable[..., Any]
     backbone: Mapping[str, Any] = field(default_factory=dict)
     lam: LamConfig | None = None
+    plain: str | None = None
     description: str = ""
     params: int | None = None
     gmacs: float | None = None
@@ -183,7 +186,7 @@ def tag_card(name: str, table: Mapping[str, Any], where: str) -> TagCard:
 def _model(
     name: str, table: Mapping[str, Any], family: str, weights_dir: Path, source: Literal["card", "plug-in"], where: str
 ) -> ModelCard:
-    known = {"builder", "backbone", "lam", "description", "params", "gmacs", "pretrained_cfg", "tags"}
+    known = {"builder", "backbone", "lam", "plain", "description", "params", "gmacs", "pretrained_cfg", "tags"}
     _check_keys(table, known, where)
     if "." in name or "/" in name or ":" in name:
         raise RegistryError(f"{where}: a model's name may not contain '.', '/' or ':'.")
@@ -195,6 +198,9 @@ def _model(
         lam = LamConfig.from_dict(_table(table, "lam", where)) if "lam" in table else None
     except ConfigError as error:
         raise RegistryError(f"{where}.lam: {error}") from error
+    plain = table.get("plain")
+    if plain is not None and (not isinstance(plain, str) or lam is None):
+        raise RegistryError(f"{where}: plain is {plain!r}; it must be the name of a model, and this one have masks.")
     params, gmacs = table.get("params"), table.get("gmacs")
     if params is not None and not isinstance(params, int):
         raise RegistryError(f"{where}: params is {params!r}; it must be a whole number.")
@@ -207,6 +213,7 @@ def _model(
         builder=builder,
         backbone=_table(table, "backbone", where),
         lam=lam,
+        plain=plain,
         description=table.get("description", ""),
         params=params,
         gmacs=gmacs,

@@ -155,7 +155,7 @@ def find_card(name: str) -> ModelCard:
         return _timm_card(arch.removeprefix(TIMM_PREFIX))
     known = [*_cards, *(TIMM_PREFIX + model for model in timm.list_models())] if "/" in arch else list(_cards)
     close = difflib.get_close_matches(arch, known, n=3)
-    if not close and is_model(arch):
+    if is_model(arch):
         close = [TIMM_PREFIX + arch]
     hint = f"did you mean {' or '.join(close)}?" if close else "lamzoo.list_models() lists the names."
     broken = "".join(f" The plug-in {plugin} failed to load: {why}." for plugin, why in _broken.items())

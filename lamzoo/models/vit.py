@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import timm
-from timm.layers import RelPosBias
+from timm.layers import Attention, RelPosBias
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_hybrid import ConvStem, HybridEmbed
 from torch import nn
@@ -58,13 +58,12 @@ def micro_vit(
 
 
 def _add_rel_pos_bias(model: VisionTransformer) -> None:
-    for block in model.blocks:
-        bias = RelPosBias(model.patch_embed.grid_size, block.attn.num_heads, model.num_prefix_tokens)
-        block.attn.add_module("rel_pos", bias)
-        block.attn.register_forward_pre_hook(_pass_rel_pos_bias, with_kwargs=True)
+    for attention in (module for module in model.modules() if isinstance(module, Attention)):
+        attention.rel_pos = RelPosBias(model.patch_embed.grid_size, attention.num_heads, model.num_prefix_tokens)
+        attention.register_forward_pre_hook(_pass_rel_pos_bias, with_kwargs=True)
 
 
-def _pass_rel_pos_bias(attention: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _pass_rel_pos_bias(attention: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     return args, {**kwargs, "attn_mask": attention.rel_pos.get_bias()}
 
 

@@ -1,7 +1,28 @@
-"""What a model costs: multiply-accumulates, parameters and latency, side by side with its unmasked backbone."""
+"""What a model costs: multiply-accumulates, parameters, latency and memory, side by side with its unmasked backbone."""
 
+from lamzoo.profiling.analytic import AnalyticMacs, analytic_macs
 from lamzoo.profiling.inputs import image_size
-from lamzoo.profiling.latency import Latency, LatencyComparison, compare_latency
+from lamzoo.profiling.latency import Latency, LatencyComparison, compare_latency, time_latency
 from lamzoo.profiling.macs import Profile, profile
+from lamzoo.profiling.measurement import Measurement, best_batch, measure
+from lamzoo.profiling.memory import MemoryMeter
+from lamzoo.profiling.table import BenchRow, read_rows, write_rows
 
-__all__ = ["Latency", "LatencyComparison", "Profile", "compare_latency", "image_size", "profile"]
+__all__ = [
+    "AnalyticMacs",
+    "BenchRow",
+    "Latency",
+    "LatencyComparison",
+    "Measurement",
+    "MemoryMeter",
+    "Profile",
+    "analytic_macs",
+    "best_batch",
+    "compare_latency",
+    "image_size",
+    "measure",
+    "profile",
+    "read_rows",
+    "time_latency",
+    "write_rows",
+]

@@ -1,4 +1,4 @@
-"""Latency of a model beside that of its baseline, timed in turns in one process."""
+"""Latency of a model, alone or beside that of its baseline, timed in turns in one process."""
 
 from __future__ import annotations
 
@@ -60,6 +60,27 @@ class LatencyComparison:
     threads: int
 
 
+def time_latency(model: nn.Module, input: Tensor, repeats: int = 30, warmup: int = 5) -> Latency:
+    """Times the forward passes of one model, in evaluation and inference mode.
+
+    Args:
+        model: on the device of the input.
+        input: what it is called with, on the CPU or a CUDA device.
+        repeats: timed passes.
+        warmup: passes that run before, untimed.
+
+    Returns:
+        Median and quartiles.
+
+    Raises:
+        ConfigError: as for :func:`compare_latency`.
+    """
+    timer = _checked_timer(input, repeats, warmup, model=model)
+    with evaluating(model), torch.inference_mode():
+        times = [timer(model, input) for _ in range(warmup + repeats)]
+    return Latency(*_spread(times[warmup:]))
+
+
 def compare_latency(
     model: nn.Module, baseline: nn.Module, input: Tensor, repeats: int = 30, warmup: int = 5
 ) -> LatencyComparison:
@@ -81,20 +102,7 @@ def compare_latency(
         ConfigError: fewer than 2 repeats or a negative warmup, a device that is neither, or a model on another device
             than the input.
     """
-    if repeats < 2 or warmup < 0:
-        raise ConfigError(
-            f"repeats={repeats}, warmup={warmup}: quartiles need at least 2 repeats and no negative warmup."
-        )
-    device = input.device
-    if device.type not in _TIMERS:
-        raise ConfigError(
-            f"Latency is measured on cpu and cuda devices, not on {device}; move the models and the input."
-        )
-    for role, candidate in (("model", model), ("baseline", baseline)):
-        where = next((parameter.device for parameter in candidate.parameters()), device)
-        if where != device:
-            raise ConfigError(f"The {role} is on {where} and the input on {device}; put them on one device.")
-    timer = _TIMERS[device.type]
+    timer = _checked_timer(input, repeats, warmup, model=model, baseline=baseline)
     pairs: list[tuple[float, float]] = []
     with evaluating(model, baseline), torch.inference_mode():
         for index in range(warmup + repeats):
@@ -114,9 +122,33 @@ def compare_latency(
         repeats=repeats,
         input_shape=tuple(input.shape),
         dtype=str(input.dtype).removeprefix("torch."),
-        device=f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device),
+        device=device_label(input.device),
         threads=torch.get_num_threads(),
     )
+
+
+def device_label(device: torch.device) -> str:
+    """Returns what a table calls a device: ``"cpu"`` or ``"cuda (NVIDIA H100)"``."""
+    return f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+
+
+def _checked_timer(
+    input: Tensor, repeats: int, warmup: int, **models: nn.Module
+) -> Callable[[nn.Module, Tensor], float]:
+    if repeats < 2 or warmup < 0:
+        raise ConfigError(
+            f"repeats={repeats}, warmup={warmup}: quartiles need at least 2 repeats and no negative warmup."
+        )
+    device = input.device
+    if device.type not in _TIMERS:
+        raise ConfigError(
+            f"Latency is measured on cpu and cuda devices, not on {device}; move the models and the input."
+        )
+    for role, model in models.items():
+        where = next((parameter.device for parameter in model.parameters()), device)
+        if where != device:
+            raise ConfigError(f"The {role} is on {where} and the input on {device}; put them on one device.")
+    return _TIMERS[device.type]
 
 
 def _on_cpu(model: nn.Module, input: Tensor) -> float:

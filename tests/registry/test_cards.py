@@ -57,6 +57,15 @@ def test_each_tag_says_where_it_is_from_and_what_it_scores(name: str) -> None:
         assert timm.models.is_model_pretrained(tag.timm)
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if model_info(name).plain])
+def test_a_plain_twin_is_registered_has_no_masks_and_the_same_backbone(name: str) -> None:
+    info = model_info(name)
+    twin = model_info(str(info.plain))
+    assert twin.lam is None
+    assert (twin.builder, dict(twin.backbone)) == (info.builder, dict(info.backbone))
+    assert {tag for tag, card in info.tags.items() if card.file} <= set(twin.tags)
+
+
 def test_a_card_without_tags_is_valid(tmp_path: Path) -> None:
     (tmp_path / "f.toml").write_text(GOOD)
     (card,) = read_card(tmp_path / "f.toml", weights_dir=tmp_path)
@@ -74,6 +83,8 @@ def test_a_card_without_tags_is_valid(tmp_path: Path) -> None:
         (GOOD + "parms = 3\n", "models.a: unknown key 'parms'"),
         (GOOD + 'params = "3"\n', "params is '3'"),
         (GOOD + 'gmacs = "3"\n', "gmacs is '3'"),
+        (GOOD + 'plain = "b"\n', "plain is 'b'"),
+        (GOOD + "plain = 3\n[models.a.lam]\n", "plain is 3"),
         (GOOD + "[models.a.lam]\nrnk = 3\n", "models.a.lam: LamConfig has no field 'rnk'"),
         (GOOD + "[models.a.pretrained_cfg]\ncroppct = 1\n", "unknown key 'croppct'"),
         (GOOD + '[models.a.tags.t]\ndataset = "x"\n', "models.a.tags.t: a tag needs either timm"),

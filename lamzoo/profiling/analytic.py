@@ -1,0 +1,164 @@
+"""Multiply-accumulates by closed formulas, one family at a time: what the counter of ``profile`` is checked against."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import prod
+from typing import Any
+
+from timm.layers import PatchEmbed
+from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer_hybrid import ConvStem, HybridEmbed
+from torch import nn
+
+from lamzoo.errors import UnsupportedHostError
+from lamzoo.lam import LamConfig
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The transformer blocks of one tower.
+
+    Attributes:
+        tokens: class and register tokens included.
+        width: of a token.
+        depth: blocks.
+        heads: of the attention.
+        hidden: width inside the MLP.
+    """
+
+    tokens: int
+    width: int
+    depth: int
+    heads: int
+    hidden: int
+
+    @property
+    def macs(self) -> int:
+        """MACs of the blocks: four projections, two attention products and an MLP of two layers in each."""
+        projections = 4 * self.tokens * self.width**2
+        attention = 2 * self.tokens**2 * self.width
+        mlp = 2 * self.tokens * self.width * self.hidden
+        return self.depth * (projections + attention + mlp)
+
+    def lam_macs(self, config: LamConfig) -> int:
+        """MACs that masks add to the blocks: their networks, and the dense ``left @ right.T`` of every block."""
+        heads = self.heads if config.heads == "per-head" else 1
+        network = _mlp_macs(self.tokens, (self.width, *config.hidden, heads * config.rank))
+        if config.keys == "content":
+            network += _mlp_macs(self.tokens, (self.width, *config.hidden, heads * (config.rank + 1)))
+        networks = self.depth if config.layers == "multi" else 1
+        return networks * network + self.depth * heads * self.tokens**2 * (config.rank + 1)
+
+
+@dataclass(frozen=True)
+class AnalyticMacs:
+    """MACs of one forward pass of one sample, by formula.
+
+    Attributes:
+        ends: those before and behind the blocks: patch embedding or convolutional stem, classifier, projections.
+        blocks: those of the plain transformer blocks.
+        lam: those that the masks add.
+    """
+
+    ends: int
+    blocks: int
+    lam: int
+
+    @property
+    def gmacs(self) -> float:
+        """10^9 MACs in all."""
+        return (self.ends + self.blocks + self.lam) / 1e9
+
+    @property
+    def lam_gmacs(self) -> float:
+        """10^9 MACs of the masks."""
+        return self.lam / 1e9
+
+
+def analytic_macs(model: nn.Module) -> AnalyticMacs:
+    """Computes the MACs of a model from its dimensions alone; nothing is run.
+
+    Serves timm's ``VisionTransformer`` behind a patch embedding or a convolutional stem, and open_clip's ``CLIP`` of
+    two transformers (one image and one text), each with or without masks of any configuration.
+
+    Args:
+        model: at the input size that it was built for.
+
+    Returns:
+        The MACs by their origin.
+
+    Raises:
+        UnsupportedHostError: the model is of another family, or has a part that the formulas leave out; names it.
+    """
+    if type(model) is VisionTransformer:
+        ends, stacks = _vision_transformer(model)
+    elif type(model).__module__ == "open_clip.model" and type(model).__name__ == "CLIP":
+        ends, stacks = _clip(model)
+    else:
+        raise _unknown(model)
+    config: LamConfig | None = getattr(model, "lam_config", None)
+    lam = 0 if config is None else sum(stack.lam_macs(config) for stack in stacks)
+    return AnalyticMacs(ends=ends, blocks=sum(stack.macs for stack in stacks), lam=lam)
+
+
+def _vision_transformer(model: Any) -> tuple[int, list[Stack]]:
+    if any(type(block) is not Block for block in model.blocks):
+        raise _unknown(next(block for block in model.blocks if type(block) is not Block))
+    if model.attn_pool is not None:
+        raise _unknown(model.attn_pool)
+    block = model.blocks[0]
+    stack = Stack(
+        tokens=model.num_prefix_tokens + prod(model.patch_embed.grid_size),
+        width=model.embed_dim,
+        depth=len(model.blocks),
+        heads=block.attn.num_heads,
+        hidden=block.mlp.fc1.out_features,
+    )
+    return _embedding_macs(model.patch_embed) + model.embed_dim * model.num_classes, [stack]
+
+
+def _embedding_macs(embed: Any) -> int:
+    if type(embed) is PatchEmbed:
+        return _conv_macs(embed.proj, embed.grid_size)
+    if type(embed) is not HybridEmbed or type(embed.backbone) is not ConvStem:
+        raise _unknown(embed)
+    macs, size = 0, embed.img_size
+    for conv in (module for module in embed.backbone.modules() if isinstance(module, nn.Conv2d)):
+        size = tuple(-(-side // stride) for side, stride in zip(size, conv.stride, strict=True))
+        macs += _conv_macs(conv, size)
+    return macs + (_conv_macs(embed.proj, embed.grid_size) if isinstance(embed.proj, nn.Conv2d) else 0)
+
+
+def _clip(model: Any) -> tuple[int, list[Stack]]:
+    from open_clip.transformer import VisionTransformer as ClipVision
+
+    vision = model.visual
+    if type(vision) is not ClipVision or vision.attn_pool is not None:
+        raise _unknown(vision)
+    width = vision.conv1.out_channels
+    image = _clip_stack(vision.transformer, 1 + prod(vision.grid_size), width)
+    text = _clip_stack(model.transformer, model.context_length, model.ln_final.normalized_shape[0])
+    ends = _conv_macs(vision.conv1, vision.grid_size) + width * vision.output_dim
+    return ends + text.width * vision.output_dim, [image, text]
+
+
+def _clip_stack(transformer: Any, tokens: int, width: int) -> Stack:
+    block = transformer.resblocks[0]
+    return Stack(tokens, width, len(transformer.resblocks), block.attn.num_heads, block.mlp.c_fc.out_features)
+
+
+def _conv_macs(conv: nn.Conv2d, output_size: Sequence[int]) -> int:
+    return prod(conv.kernel_size) * conv.in_channels // conv.groups * conv.out_channels * prod(output_size)
+
+
+def _mlp_macs(tokens: int, widths: Sequence[int]) -> int:
+    return tokens * sum(inputs * outputs for inputs, outputs in pairwise(widths))
+
+
+def _unknown(part: nn.Module) -> UnsupportedHostError:
+    return UnsupportedHostError(
+        f"There is no formula for the MACs of a {type(part).__name__}; lamzoo.profile counts what really runs."
+    )

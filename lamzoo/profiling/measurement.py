@@ -1,0 +1,212 @@
+"""One model's cost and speed in one place: GMACs, parameters, latency and throughput, beside its unmasked self."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import statistics
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lamzoo.adapters import remove_lam
+from lamzoo.errors import ConfigError, UnsupportedHostError
+from lamzoo.lam import Lam
+from lamzoo.profiling.analytic import analytic_macs
+from lamzoo.profiling.inputs import default_input, evaluating
+from lamzoo.profiling.latency import Latency, LatencyComparison, compare_latency, time_latency
+from lamzoo.profiling.macs import Profile, profile
+from lamzoo.profiling.memory import free_bytes, peak_growth
+
+_logger = logging.getLogger(__name__)
+
+MAX_BATCH = {"cpu": 64, "cuda": 1024}
+_TOLERANCE = 0.01  # between the counted MACs and the formula
+_GAIN = 1.01  # what a batch must be faster by to be better, rather than luckier
+_SLOWEST_S = 10.0  # a pass that takes longer ends the search for a batch
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What was measured of one model.
+
+    Attributes:
+        profile: MACs and parameters of one image.
+        latency: of one image.
+        comparison: the same beside the model without its masks; None for a plain model.
+        batch: images at a time where the throughput is highest.
+        images_per_s: that throughput, of the median pass.
+        images_per_s_ratio: over that of the model without its masks at the same batch; None for a plain model.
+    """
+
+    profile: Profile
+    latency: Latency
+    comparison: LatencyComparison | None
+    batch: int
+    images_per_s: float
+    images_per_s_ratio: float | None
+
+
+def measure(
+    model: nn.Module,
+    *,
+    compiled: bool = False,
+    batch: int | None = None,
+    max_batch: int | None = None,
+    repeats: int = 30,
+    warmup: int = 5,
+) -> Measurement:
+    """Measures a model as it stands, on its device and in its dtype, on random images of the size it was built for.
+
+    A model with masks is timed in turns with a copy of itself that has none: same weights, same process, same minute.
+
+    Args:
+        model: with or without masks, uncompiled.
+        compiled: time it, and the copy, through ``torch.compile``; the batch is searched for eagerly.
+        batch: of the throughput; by default the best that fits, see :func:`best_batch`.
+        max_batch: where that search ends; by default at 64 on the CPU and 1,024 on CUDA.
+        repeats: timed passes of one image, and a third as many (at least 5) of the batch.
+        warmup: passes before, untimed.
+
+    Returns:
+        The measurement.
+
+    Raises:
+        ConfigError: masks that cost nothing, MACs that contradict the family's formula by more than 1 %, an unknown
+            input size, or an impossible number of repeats or images.
+    """
+    plain = _without_masks(model)
+    cost = checked_profile(model, plain)
+    if batch is None:
+        batch = best_batch(model, max_batch)
+    elif batch < 1:
+        raise ConfigError(f"The batch is {batch}; it must be 1 or more.")
+    runner, other = model, plain
+    if compiled:  # static shapes: what a user who serves one batch size gets
+        runner = torch.compile(model, dynamic=False)  # type: ignore[assignment]
+        other = None if plain is None else torch.compile(plain, dynamic=False)  # type: ignore[assignment]
+    one, many = default_input(model), default_input(model, batch)
+    passes = max(5, repeats // 3)
+    if other is None:
+        latency, comparison, ratio = time_latency(runner, one, repeats, warmup), None, None
+        median = time_latency(runner, many, passes, warmup=2).median_ms
+    else:
+        comparison = compare_latency(runner, other, one, repeats, warmup)
+        latency = comparison.model
+        beside = compare_latency(runner, other, many, passes, warmup=2)
+        median, ratio = beside.model.median_ms, 1 / beside.ratio
+    return Measurement(cost, latency, comparison, batch, 1e3 * batch / median, ratio)
+
+
+def checked_profile(model: nn.Module, plain: nn.Module | None) -> Profile:
+    """Counts a model's MACs and parameters, and refuses figures that cannot be right.
+
+    Args:
+        model: with or without masks.
+        plain: the same without them; None where it has none.
+
+    Raises:
+        ConfigError: masks that cost nothing, or MACs that contradict the family's formula by more than 1 %.
+    """
+    cost = profile(model)
+    if plain is not None:
+        base = profile(plain)
+        if cost.gmacs <= base.gmacs or cost.lam_gmacs <= 0 or cost.params_m <= base.params_m or cost.lam_params_m <= 0:
+            raise ConfigError(
+                f"The masks of this {type(model).__name__} seem to cost nothing ({cost.gmacs:.6g} GMACs with them, "
+                f"{base.gmacs:.6g} without), which cannot be right; profile it on the eager backend."
+            )
+    try:
+        formula = analytic_macs(model)
+    except UnsupportedHostError as error:
+        _logger.info("The counted MACs are not cross-checked: %s", error)
+        return cost
+    for what, counted, expected in (
+        ("GMACs", cost.gmacs, formula.gmacs),
+        ("GMACs of masks", cost.lam_gmacs, formula.lam_gmacs),
+    ):
+        if abs(counted - expected) > _TOLERANCE * expected:
+            raise ConfigError(
+                f"{counted:.6g} {what} were counted in this {type(model).__name__} and its formula gives "
+                f"{expected:.6g}; one of them is wrong, please report it."
+            )
+    return cost
+
+
+def best_batch(model: nn.Module, limit: int | None = None) -> int:
+    """Finds the batch of the highest throughput: doubles it until images a second fall or memory ends.
+
+    It ends where two doublings in a row gain less than 1 %, at ``limit``, where the next batch would not fit into
+    the memory that is left, or where a pass takes longer than 10 seconds.
+
+    Args:
+        model: on its device and in its dtype.
+        limit: largest batch to try; by default 64 on the CPU and 1,024 on CUDA.
+
+    Returns:
+        The batch.
+
+    Raises:
+        ConfigError: a limit below 1, or not even one image fits.
+    """
+    device = next(model.parameters()).device
+    limit = MAX_BATCH.get(device.type, 64) if limit is None else limit
+    if limit < 1:
+        raise ConfigError(f"The largest batch is {limit}; it must be 1 or more.")
+    best, best_rate, idle, batch, needed = 0, 0.0, 0, 1, 0
+    while batch <= limit and idle < 2 and needed <= _free_host_bytes(device):
+        timed = _try_batch(model, batch)
+        if timed is None:
+            break
+        seconds, grown = timed
+        gained = batch / seconds > _GAIN * best_rate
+        if gained:
+            best, best_rate = batch, batch / seconds
+        _logger.info("batch %d: %.1f images/s", batch, batch / seconds)
+        idle = 0 if gained else idle + 1
+        batch, needed = 2 * batch, 2 * grown
+        if seconds > _SLOWEST_S:
+            break
+    if not best:
+        raise ConfigError(f"Not even one image fits into the memory of {device}; use a smaller model or dtype.")
+    return best
+
+
+def _free_host_bytes(device: torch.device) -> float:
+    # Asked beforehand: where a GPU raises an error that can be caught, the kernel would kill this process.
+    free = free_bytes() if device.type == "cpu" else None
+    return float("inf") if free is None else free
+
+
+def _try_batch(model: nn.Module, batch: int) -> tuple[float, int] | None:
+    """Returns the seconds of a pass and the bytes by which it grew the process; None where the batch doesn't fit."""
+    try:
+        images = default_input(model, batch)
+        with evaluating(model), torch.inference_mode():
+            _, grown = peak_growth(lambda: _pass(model, images))
+            return statistics.median(_pass(model, images) for _ in range(3)), grown
+    except (torch.OutOfMemoryError, MemoryError):
+        torch.cuda.empty_cache()
+        return None
+    except RuntimeError as error:
+        if "not enough memory" in str(error) or "can't allocate memory" in str(error):
+            return None
+        raise
+
+
+def _pass(model: nn.Module, images: Tensor) -> float:
+    if images.is_cuda:
+        torch.cuda.synchronize(images.device)
+    start = time.perf_counter()
+    model(images)
+    if images.is_cuda:
+        torch.cuda.synchronize(images.device)
+    return time.perf_counter() - start
+
+
+def _without_masks(model: nn.Module) -> nn.Module | None:
+    if not any(isinstance(module, Lam) for module in model.modules()):
+        return None
+    return remove_lam(copy.deepcopy(model))

@@ -1,0 +1,124 @@
+"""Which models a benchmark measures: patterns into names, and each model with masks beside its plain twin."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lamzoo.cards import ModelCard
+from lamzoo.errors import UnknownModelError
+from lamzoo.names import TIMM_PREFIX, find_card, find_tag, list_models, pretrained_cfg_of, split_name
+from lamzoo.weights import read_saved
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model to measure.
+
+    Attributes:
+        model: architecture, or ``local-dir:`` and ``hf-hub:`` with their place.
+        tag: its set of weights.
+        plain: name of its plain twin; None for a plain model, or one without a twin.
+        img_size: ``"224"`` or ``"HxW"``, what the model takes unless told otherwise; None where its card doesn't say.
+    """
+
+    model: str
+    tag: str | None
+    plain: str | None = None
+    img_size: str | None = None
+
+    @property
+    def name(self) -> str:
+        """As for ``create_model``."""
+        return f"{self.model}.{self.tag}" if self.tag else self.model
+
+
+def select_models(patterns: Sequence[str], *, weights: bool, plain: bool) -> list[Candidate]:
+    """Finds the models that patterns mean, in natural order, each plain twin once, behind its first model with masks.
+
+    Args:
+        patterns: names (``arch``, ``arch.tag``, ``timm/NAME``, ``local-dir:DIR``, ``hf-hub:REPO``), wildcards, or
+            parts of names, as ``lamzoo list`` takes them.
+        weights: whether the models are to have weights: a bare name then means its default tag, and a wildcard every
+            tag. Without, a bare name means the architecture.
+        plain: also the plain twins of the models with masks.
+
+    Returns:
+        The models, none twice.
+
+    Raises:
+        UnknownModelError: a pattern that matches nothing.
+        WeightsError: a ``local-dir:`` or ``hf-hub:`` whose configuration cannot be read.
+    """
+    found: dict[str, Candidate] = {}
+    for pattern in patterns:
+        for name in _names(pattern, weights):
+            candidate = candidate_of(name, weights=weights)
+            found.setdefault(candidate.name, candidate)
+            if plain and candidate.plain is not None:
+                found.setdefault(candidate.plain, candidate_of(candidate.plain, weights=weights))
+    return list(found.values())
+
+
+def candidate_of(name: str, *, weights: bool) -> Candidate:
+    """Returns what the registry knows of one name, which ``create_model`` would take.
+
+    Raises:
+        UnknownModelError: no such model or tag.
+        WeightsError: a saved model whose configuration cannot be read.
+    """
+    source, colon, place = name.partition(":")
+    if colon:
+        if source not in ("local-dir", "hf-hub"):
+            raise UnknownModelError(f"{name!r} is no model name; before a colon stands local-dir or hf-hub")
+        saved = read_saved("local-dir" if source == "local-dir" else "hf-hub", place, with_weights=False)
+        return Candidate(name, None, None, size_text(saved.args.get("img_size") or saved.cfg.input_size[1:]))
+    card = find_card(name)
+    tag = find_tag(card, name)
+    cfg = pretrained_cfg_of(card, tag)
+    keep = weights or split_name(name)[1] is not None
+    return Candidate(
+        model=card.name,
+        tag=tag.name if keep and tag is not None else None,
+        plain=_plain_twin(card, tag.name if keep and tag is not None else None),
+        img_size=size_text(cfg.input_size[1:]),
+    )
+
+
+def _plain_twin(card: ModelCard, tag: str | None) -> str | None:
+    """Names the same backbone without masks: the one with weights of the same making where there is a tag."""
+    if card.lam is None:
+        return None
+    if tag is not None and card.tags[tag].timm is not None:
+        return f"{TIMM_PREFIX}{card.tags[tag].timm}"
+    if card.plain is not None:
+        if tag is None:
+            return card.plain
+        return f"{card.plain}.{tag}" if tag in find_card(card.plain).tags else None
+    backbone = card.backbone.get("timm")
+    return f"{TIMM_PREFIX}{backbone}" if tag is None and backbone and "kwargs" not in card.backbone else None
+
+
+def _names(pattern: str, weights: bool) -> list[str]:
+    if ":" in pattern:
+        return [pattern]
+    if not set(pattern) & set("*?["):
+        try:
+            find_card(pattern)
+        except UnknownModelError:
+            pattern = f"{pattern}*" if pattern.startswith(TIMM_PREFIX) else f"*{pattern}*"
+        else:
+            return [pattern]
+    names = list_models(pattern, pretrained=weights, include_tags=weights or "." in pattern)
+    if not names:
+        which = " with weights" if weights else ""
+        raise UnknownModelError(
+            f"no model{which} matches {pattern!r}; `lamzoo list` shows all, `lamzoo list timm/` timm's"
+        )
+    return names
+
+
+def size_text(size: int | Sequence[int]) -> str:
+    """Writes ``(height, width)`` as a table's cell: ``"224"``, or ``"HxW"`` where they differ."""
+    height, width = (size, size) if isinstance(size, int) else (size[0], size[1])
+    return str(height) if height == width else f"{height}x{width}"

@@ -1,0 +1,210 @@
+"""The results table: one typed row a measured model, read from and written to CSV; measures nothing."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
+
+from lamzoo.errors import DataError
+from lamzoo.files import atomic_files
+
+Status = Literal["ok", "failed"]
+Mode = Literal["eager", "compiled"]
+
+
+@dataclass(frozen=True)
+class BenchRow:
+    """What was measured of one model under one setting; None is an empty cell. The fields are the CSV's columns.
+
+    Attributes:
+        model: name of the architecture, as for ``create_model``: ``"lam_vit_micro"``, ``"timm/vit_tiny_patch16_224"``,
+            ``"local-dir:runs/mine"``.
+        tag: its set of weights; None for random weights that no tag was asked for.
+        data: the data set that ``value`` was measured on, as given; None where none was.
+        split: of that data.
+        metric: what ``value`` is: ``"top1"``, in percent.
+        value: the score.
+        params_m: 10^6 parameters.
+        lam_params_m: the masks' part of them.
+        gmacs: 10^9 multiply-accumulates of one image.
+        lam_gmacs: the masks' part of them.
+        latency_ms: median milliseconds of one image (batch 1).
+        latency_ratio: median ratio to the plain backbone, timed in turns; None for a plain model.
+        images_per_s: throughput at ``batch``, of the median pass.
+        peak_mib: MiB that the weights and a forward pass of one image occupy, as
+            :class:`lamzoo.profiling.MemoryMeter` says; None on the CPU for a compiled model, where the compiler's own
+            memory would be in it.
+        img_size: height of the images in pixels, or ``"HxW"`` where they are not square.
+        batch: images at a time where ``images_per_s`` is highest.
+        dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``.
+        device: ``"cpu"`` or ``"cuda (NVIDIA H100)"``.
+        threads: of PyTorch on the CPU.
+        torch: version.
+        timm: version.
+        weights_sha256: of the weights' file; None for random weights.
+        seed: of the weights and the input.
+        commit: of the lamzoo checkout, with ``-dirty`` for uncommitted changes; None for an installed wheel.
+        plain: :attr:`name` of the row of the plain twin, None for a plain model or one without a twin.
+        latency_q1_ms: first quartile of the latency.
+        latency_q3_ms: third quartile.
+        latency_ratio_q1: first quartile of the ratio.
+        latency_ratio_q3: third quartile.
+        plain_latency_ms: median milliseconds of the same model without its masks, timed in the same turns.
+        images_per_s_ratio: throughput over that of the same model without its masks, at the same batch.
+        mode: run eagerly or through ``torch.compile``.
+        status: whether the measurement succeeded.
+        error: why it did not, in one line.
+    """
+
+    model: str
+    tag: str | None = None
+    data: str | None = None
+    split: str | None = None
+    metric: str | None = None
+    value: float | None = None
+    params_m: float | None = None
+    lam_params_m: float | None = None
+    gmacs: float | None = None
+    lam_gmacs: float | None = None
+    latency_ms: float | None = None
+    latency_ratio: float | None = None
+    images_per_s: float | None = None
+    peak_mib: float | None = None
+    img_size: str | None = None
+    batch: int | None = None
+    dtype: str | None = None
+    device: str | None = None
+    threads: int | None = None
+    torch: str | None = None
+    timm: str | None = None
+    weights_sha256: str | None = None
+    seed: int | None = None
+    commit: str | None = None
+    plain: str | None = None
+    latency_q1_ms: float | None = None
+    latency_q3_ms: float | None = None
+    latency_ratio_q1: float | None = None
+    latency_ratio_q3: float | None = None
+    plain_latency_ms: float | None = None
+    images_per_s_ratio: float | None = None
+    mode: Mode = "eager"
+    status: Status = "ok"
+    error: str | None = None
+
+    @property
+    def name(self) -> str:
+        """``arch.tag``, or the bare ``arch`` where there is no tag; what ``plain`` of a row with masks refers to."""
+        return f"{self.model}.{self.tag}" if self.tag else self.model
+
+    @property
+    def ok(self) -> bool:
+        """Whether the measurement succeeded."""
+        return self.status == "ok"
+
+    @property
+    def has_lam(self) -> bool:
+        """Whether the model has masks; False where the measurement failed before that was known."""
+        return bool(self.lam_params_m)
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What tells this row from the others of a table: model, data and the setting of the measurement."""
+        setting = (self.img_size, self.dtype, self.device, self.threads, self.mode)
+        return (self.model, self.tag, self.data, self.split, *setting)
+
+
+COLUMNS = tuple(field.name for field in dataclasses.fields(BenchRow))
+
+# The decimals that a measurement of that kind is good for; the rest of a float is noise in a diff.
+_DECIMALS = {"value": 3, "params_m": 6, "lam_params_m": 6, "gmacs": 6, "lam_gmacs": 6, "peak_mib": 1}
+_HINTS = get_type_hints(BenchRow)
+_OPTIONAL = {column for column in COLUMNS if type(None) in get_args(_HINTS[column])}
+_TYPES = {column: next((kind for kind in (int, float) if kind in get_args(_HINTS[column])), str) for column in COLUMNS}
+_CHOICES = {"mode": get_args(Mode), "status": get_args(Status)}
+
+
+def read_rows(path: str | Path) -> list[BenchRow]:
+    """Reads a results table.
+
+    Args:
+        path: a CSV that :func:`write_rows` wrote; columns may stand in any order.
+
+    Returns:
+        Its rows, in the order of the file.
+
+    Raises:
+        DataError: the file cannot be read, lacks a column or has an unknown one, or a cell is of another type; names
+            file, line and column.
+    """
+    path = Path(path)
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            lines = list(csv.reader(file, strict=True))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"The results table {path} cannot be read: {error}.") from error
+    if not lines:
+        raise DataError(f"The results table {path} is empty; `lamzoo bench` writes one.")
+    columns = lines[0]
+    _check_columns(path, columns)
+    rows = []
+    for number, cells in enumerate(lines[1:], 2):
+        if len(cells) != len(columns):
+            raise DataError(f"{path}, row {number}: {len(cells)} cells instead of {len(columns)}; mend or remove it.")
+        where = f"{path}, row {number}"
+        values = {column: _parse(cell, column, where) for column, cell in zip(columns, cells, strict=True)}
+        rows.append(BenchRow(**values))
+    return rows
+
+
+def write_rows(path: str | Path, rows: Iterable[BenchRow]) -> None:
+    """Writes a results table, all of it or nothing; a table that was there is replaced.
+
+    Args:
+        path: the CSV.
+        rows: in the order in which they shall stand.
+
+    Raises:
+        DataError: the file cannot be written there.
+    """
+    with atomic_files(DataError) as stage, stage(Path(path)).open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        for row in rows:
+            writer.writerow([_format(getattr(row, column), column) for column in COLUMNS])
+
+
+def _check_columns(path: Path, columns: list[str]) -> None:
+    missing = [column for column in COLUMNS if column not in columns]
+    unknown = [column for column in columns if column not in COLUMNS]
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], COLUMNS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"the columns are {', '.join(COLUMNS)}."
+        raise DataError(f"{path} has an unknown column {unknown[0]!r}; {hint}")
+    if missing:
+        raise DataError(f"{path} has no column {missing[0]!r}; measure again with `lamzoo bench`, or add it.")
+    if len(set(columns)) != len(columns):
+        twice = next(column for column in columns if columns.count(column) > 1)
+        raise DataError(f"{path} has the column {twice!r} twice; remove one.")
+
+
+def _parse(cell: str, column: str, where: str) -> Any:
+    if not cell and column in _OPTIONAL:
+        return None
+    choices = _CHOICES.get(column)
+    if not cell or (choices and cell not in choices):
+        raise DataError(f"{where}: {column} is {cell!r}; it must be {' or '.join(choices or ('a name',))}.")
+    try:
+        return _TYPES[column](cell)
+    except ValueError as error:
+        raise DataError(f"{where}: {column} is {cell!r}, which is no number; mend or remove the row.") from error
+
+
+def _format(value: Any, column: str) -> str:
+    if value is None:
+        return ""
+    return f"{value:.{_DECIMALS.get(column, 4)}f}" if isinstance(value, float) else str(value)

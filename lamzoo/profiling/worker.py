@@ -1,0 +1,148 @@
+"""The process that measures one model: ``python -m lamzoo.profiling.worker``, a job in, a row out, both as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lamzoo.errors import LamzooError
+from lamzoo.names import find_card
+from lamzoo.profiling.inputs import default_input, evaluating, image_size
+from lamzoo.profiling.job import BenchJob
+from lamzoo.profiling.measurement import Measurement, measure
+from lamzoo.profiling.memory import MemoryMeter
+from lamzoo.profiling.selection import size_text
+from lamzoo.profiling.table import BenchRow
+from lamzoo.registry import create_model, obtain
+from lamzoo.weights import file_sha256, read_saved
+
+
+def main() -> None:
+    """Reads a job from stdin, measures, and writes the row to stdout; what libraries print goes to stderr."""
+    answer = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    job = BenchJob(**json.loads(sys.stdin.readline()))
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    with answer:
+        json.dump(dataclasses.asdict(measured_row(job)), answer)
+
+
+def measured_row(job: BenchJob) -> BenchRow:
+    """Measures a model in this process; an error becomes a failed row with its reason.
+
+    Args:
+        job: what and how.
+    """
+    try:
+        return _measure(job)
+    except LamzooError as error:
+        reason = str(error)
+    except Exception as error:  # noqa: BLE001 - of whatever model of whatever library: it is reported, in its row
+        reason = f"{type(error).__name__}: {error}"
+    return job.row(status="failed", error=" ".join(reason.split()))
+
+
+def _leave_with_parent() -> None:
+    while os.read(0, 1):  # ends when the parent closes the pipe, or dies
+        pass
+    os._exit(1)
+
+
+def _measure(job: BenchJob) -> BenchRow:
+    torch.set_num_threads(job.threads)
+    device = torch.device(job.device)
+    _load_code()
+    torch.manual_seed(job.seed)
+    meter = MemoryMeter(device)
+    model = _build(job).to(device, getattr(torch, job.dtype)).eval()
+    peak = _peak_mib(job, model, meter)
+    scored: dict[str, Any] = {}
+    if job.data is not None and job.split is not None:
+        model.cpu()  # so that the batches of the score have the device to themselves
+        scored = {"metric": "top1", "value": _score(job, model, device), "weights_sha256": _weights_sha256(job)}
+        model.to(device)
+    result = measure(
+        model, compiled=job.mode == "compiled", batch=job.batch, max_batch=job.max_batch, repeats=job.repeats
+    )
+    size = size_text(image_size(model)[1:])
+    return job.row(img_size=size, peak_mib=peak, **_columns(result), **scored)
+
+
+def _build(job: BenchJob) -> nn.Module:
+    given = {} if job.resize is None else {"img_size": job.resize}
+    return create_model(job.name, pretrained=job.data is not None, **given)  # type: ignore[arg-type]
+
+
+def _load_code() -> None:
+    """Builds and runs a model of next to no size, so that code that is loaded on first use is in no model's memory."""
+    model = create_model("lam_vit_micro", embed_dim=32, depth=1, num_heads=1)
+    with evaluating(model), torch.inference_mode():
+        model(default_input(model))
+
+
+def _peak_mib(job: BenchJob, model: nn.Module, meter: MemoryMeter) -> float | None:
+    if job.mode == "eager":
+        return meter.peak_mib(model, default_input(model))
+    if job.device == "cpu":
+        return None  # the compiler's own memory would be in it
+    return meter.peak_mib(torch.compile(model, dynamic=False), default_input(model))  # type: ignore[arg-type]
+
+
+def _score(job: BenchJob, model: nn.Module, device: torch.device) -> float:
+    from lamzoo.data import create_dataset
+    from lamzoo.evaluation import evaluate
+
+    assert job.data is not None
+    dataset = create_dataset(job.data, job.split or "test")
+    exact = model if job.dtype == "float32" else _build(job)  # autocast wants the weights in full precision
+    result = evaluate(
+        exact, dataset, batch_size=job.eval_batch, device=device, precision=job.dtype, workers=job.workers  # type: ignore[arg-type]
+    )  # fmt: skip
+    return result.top1
+
+
+def _weights_sha256(job: BenchJob) -> str:
+    """Hashes the file, or the index of a sharded one, that the model's weights are from."""
+    source, colon, place = job.model.partition(":")
+    if colon:
+        file = read_saved("local-dir" if source == "local-dir" else "hf-hub", place, with_weights=True).weights
+        assert file is not None  # it was loaded from there
+        path: Path = file.path
+    else:
+        path = obtain(find_card(job.name), job.name)[1].path
+    return file_sha256(path)
+
+
+def _columns(result: Measurement) -> dict[str, Any]:
+    columns: dict[str, Any] = {
+        "params_m": result.profile.params_m,
+        "lam_params_m": result.profile.lam_params_m,
+        "gmacs": result.profile.gmacs,
+        "lam_gmacs": result.profile.lam_gmacs,
+        "latency_ms": result.latency.median_ms,
+        "latency_q1_ms": result.latency.quartiles_ms[0],
+        "latency_q3_ms": result.latency.quartiles_ms[1],
+        "batch": result.batch,
+        "images_per_s": result.images_per_s,
+        "images_per_s_ratio": result.images_per_s_ratio,
+    }
+    if result.comparison is not None:
+        columns |= {
+            "latency_ratio": result.comparison.ratio,
+            "latency_ratio_q1": result.comparison.ratio_quartiles[0],
+            "latency_ratio_q3": result.comparison.ratio_quartiles[1],
+            "plain_latency_ms": result.comparison.baseline.median_ms,
+        }
+    return columns
+
+
+if __name__ == "__main__":
+    main()
