@@ -8,25 +8,21 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
 from lamzoo import cli_output as out
-from lamzoo.errors import ConfigError, LamzooError, UnknownModelError
-
-if TYPE_CHECKING:
-    from torch import nn
+from lamzoo.cli_bench import bench
+from lamzoo.cli_compare import compare
+from lamzoo.cli_eval import eval_command
+from lamzoo.cli_options import BatchSize, Checkpoint, Device, Json, Name, load_model
+from lamzoo.cli_train import train
+from lamzoo.errors import LamzooError, UnknownModelError
 
 app = typer.Typer(help="Transformers with learnable attention masks.", add_completion=False, rich_markup_mode=None)
-
-Name = Annotated[str, typer.Argument(metavar="NAME", help="arch, arch.tag, timm/NAME, local-dir:DIR or hf-hub:REPO.")]
-Checkpoint = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Safetensors to load in place of the pretrained weights.")
-]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to stdout.")]
-BatchSize = Annotated[int, typer.Option(help="Images at a time.")]
+app.command()(bench)
+app.command()(compare)
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -46,7 +42,7 @@ def main(args: Sequence[str] | None = None) -> None:
     if debug:
         rest.remove("--debug")
     try:
-        code = typer.main.get_command(app).main(rest, prog_name="lamzoo", standalone_mode=False)
+        code = typer.main.get_command(app).main(rest, prog_name="lamzoo", standalone_mode=False, obj=rest)
     except Exception as error:  # noqa: BLE001 - the last line of defence: says what it was and never hides it
         if debug:
             traceback.print_exc()
@@ -152,7 +148,7 @@ def predict(
 
     resolve_device(device)
     check_batches(batch_size)
-    model = _load(name, checkpoint)
+    model = load_model(name, checkpoint)
     results = predict(model, paths, topk=topk, batch_size=batch_size, device=device)
     pairs = [(out.printable(path), guesses) for path, guesses in zip(paths, results, strict=True)]
     if json:
@@ -166,69 +162,7 @@ def predict(
     out.print_table(("image", "class", "%"), rows)
 
 
-@app.command("eval")
-def eval_command(
-    name: Name,
-    data: Annotated[str, typer.Option(metavar="SPEC", help=(
-        "imagefolder:DIR, npz:DIR, torchvision:NAME:ROOT, hfds:NAME, wds:SHARDS, or a folder."))],
-    split: Annotated[str, typer.Option(help="Which part of the data.")] = "test",
-    batch_size: BatchSize = 64,
-    device: Device = "auto",
-    precision: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the autocast.")] = "float32",
-    workers: Annotated[int, typer.Option(help="Processes that read images.")] = 0,
-    limit: Annotated[int | None, typer.Option(help="Score this many images, spread over the data.")] = None,
-    state: Annotated[Path | None, typer.Option(metavar="FILE", help="Where partial results are kept.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where a killed run stopped.")] = False,
-    checkpoint: Checkpoint = None,
-    json: Json = False,
-    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the JSON here.")] = None,
-) -> None:  # fmt: skip
-    """Scores a model on a data set: top-1 and top-5 accuracy."""
-    from lamzoo.data import create_dataset
-    from lamzoo.evaluation import EvalProgress, check_batches, default_state_path, evaluate, resolve_device
-
-    target = resolve_device(device)
-    check_batches(batch_size, workers, precision)
-    if output is not None and not output.absolute().parent.is_dir():
-        raise ConfigError(f"the folder of {output} does not exist; make it first")
-    dataset = create_dataset(data, split)
-    model = _load(name, checkpoint)
-    with out.progress_bar(f"{name} on {data}", hidden=json) as advance:
-
-        def moved(progress: EvalProgress) -> None:
-            advance(progress.seen, progress.total, f"top-1 {progress.top1:.2f} %")
-
-        result = evaluate(
-            model,
-            dataset,
-            batch_size=batch_size,
-            device=target,
-            precision=precision,
-            workers=workers,
-            limit=limit,
-            state=state or default_state_path(name, data, split, str(checkpoint), str(limit)),
-            resume=resume,
-            progress=moved,
-        )
-    record = {"model": name, "data": data, "split": dataset.split, "device": str(target), "precision": precision,
-              "batch_size": batch_size, **dataclasses.asdict(result)}  # fmt: skip
-    if output is not None:
-        out.write_json(output, record)
-    if json:
-        out.print_json(record)
-        return
-    columns = ("model", "data", "split", "images", "top-1 (%)", "top-5 (%)", "images/s", "device")
-    values = (
-        name,
-        data,
-        dataset.split or "all",
-        result.samples,
-        result.top1,
-        result.top5,
-        result.images_per_s,
-        str(target),
-    )
-    out.print_table(columns, [values])
+app.command("eval")(eval_command)
 
 
 @app.command()
@@ -246,34 +180,11 @@ def explain(
 
     target = resolve_device(device)
     open_image(image)
-    explain(_load(name, checkpoint).to(target), image, output)
+    explain(load_model(name, checkpoint).to(target), image, output)
     out.print_line(out.printable(output))
 
 
-@app.command()
-def train(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.toml", help="What to train, on what and how.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe: run.seed=1")
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the latest checkpoint, if there is one.")
-    ] = False,
-) -> None:
-    """Trains a classifier by a recipe; torchrun and accelerate launch work too."""
-    from lamzoo.training import Progress, load_recipe, train
-
-    checked = load_recipe(recipe, overrides or [])
-    with out.progress_bar(str(recipe)) as advance:
-
-        def moved(progress: Progress) -> None:
-            top1 = "" if progress.top1 is None else f", top-1 {progress.top1:.2f} %"
-            note = f"epoch {progress.epoch + 1}/{progress.epochs}, loss {progress.loss:.3f}{top1}"
-            advance(progress.update, progress.updates, note)
-
-        result = train(checked, resume=resume, progress=moved)
-    if out.is_main_process():
-        out.print_line(f"trained; the model is local-dir:{out.printable(result.model)}")
+app.command()(train)
 
 
 @app.command()
@@ -294,14 +205,6 @@ def download(name: Name) -> None:
 
     for path in fetch(name):
         out.print_line(out.printable(path))
-
-
-def _load(name: str, checkpoint: Path | None) -> nn.Module:
-    from lamzoo.registry import create_model
-
-    if checkpoint is not None:
-        return create_model(name, checkpoint_path=checkpoint)
-    return create_model(name, pretrained=True)
 
 
 def _millions(count: int | None) -> float | None:

@@ -6,10 +6,10 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -26,22 +26,31 @@ class Advance(Protocol):
     def __call__(self, done: int, total: int, note: str = "") -> None: ...
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title: str | None = None) -> None:
+def print_table(
+    columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title: str | None = None, numbers: Collection[int] = ()
+) -> None:
     """Prints a table to stdout; a column whose every value is a number is flushed right.
 
     Args:
         columns: headings.
         rows: values; None prints as an empty cell. Strings are taken literally, not as rich markup.
         title: above the table.
+        numbers: indices of columns that hold numbers written as text, to be flushed right too and not cut in two.
     """
     table = Table(title=Text(title) if title else None, title_justify="left", header_style="bold")
     for index, heading in enumerate(columns):
         values = [row[index] for row in rows if row[index] is not None]
-        numeric = bool(values) and all(isinstance(value, (int, float)) for value in values)
-        table.add_column(Text(heading), justify="right" if numeric else "left", overflow="fold")
+        numeric = index in numbers or (bool(values) and all(isinstance(value, (int, float)) for value in values))
+        justify: Literal["left", "right"] = "right" if numeric else "left"
+        table.add_column(Text(heading), justify=justify, overflow="fold", no_wrap=index in numbers)
     for row in rows:
         table.add_row(*(Text(_cell(value)) for value in row))
     _stdout().print(table)
+
+
+def terminal_width() -> int:
+    """Returns how many characters of a table fit beside one another on stdout."""
+    return _stdout().width
 
 
 def print_json(value: Any) -> None:

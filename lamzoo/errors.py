@@ -59,3 +59,7 @@ class RecipeError(LamzooError, ValueError):
 
 class DataError(LamzooError):
     """A data set, image or folder that cannot be read."""
+
+
+class MissingSplitError(DataError):
+    """A split that a data set has not; the message lists those that it has."""

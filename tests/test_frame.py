@@ -17,7 +17,10 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 MODULES = sorted((ROOT / "lamzoo").rglob("*.py"))
 
 # What only some commands need: found when used, never when lamzoo is imported.
-OPTIONAL = {"accelerate", "av", "datasets", "matplotlib", "open_clip", "skimage", "tensorboard", "typer", "webdataset"}
+OPTIONAL = {
+    "accelerate", "av", "datasets", "itables", "matplotlib", "open_clip", "plotly", "skimage", "tensorboard", "typer",
+    "webdataset",
+}  # fmt: skip
 
 
 def test_version_is_the_same_everywhere() -> None:

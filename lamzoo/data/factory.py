@@ -7,10 +7,13 @@ from pathlib import Path
 from lamzoo.data.folders import FolderSource
 from lamzoo.data.hubs import HuggingFaceSource, TorchvisionSource
 from lamzoo.data.labelled import ImageSource, LabelledImages
+from lamzoo.data.lists import ListedSource
 from lamzoo.data.packed import NpzSource, TarSource, npz_splits
 from lamzoo.errors import DataError
 
-_GRAMMAR = "imagefolder:DIR, npz:DIR, torchvision:NAME:ROOT, hfds:NAME, wds:SHARDS or an existing folder"
+_GRAMMAR = (
+    "imagefolder:DIR, imagelist:DIR:FILE, npz:DIR, torchvision:NAME:ROOT, hfds:NAME, wds:SHARDS or an existing folder"
+)
 
 
 def create_dataset(spec: str, split: str) -> LabelledImages:
@@ -21,7 +24,9 @@ def create_dataset(spec: str, split: str) -> LabelledImages:
 
             - ``imagefolder:DIR``: ``DIR/<split>/<class>/*.jpg``, or ``DIR/<class>/*.jpg``, which has no splits and is
               taken whole whatever ``split`` says (``dataset.split`` is then ``None``). Labels follow timm's natural
-              order of the class names, over all the splits together.
+              order of the class names, over all the splits together. In a training split, each class needs an image.
+            - ``imagelist:DIR:FILE``: a flat folder, and a file of labels, such as ImageNet's validation split as it is
+              handed out; see :class:`lamzoo.data.lists.ListedSource`. It has no splits.
             - ``npz:DIR``: ``DIR/<split>.npz`` with ``jpeg`` (uint8, the files one after the other), ``offsets``
               (int64, N + 1) and ``labels`` (integer, N), and optionally ``DIR/classes.json``.
             - ``torchvision:NAME:ROOT``: a data set of torchvision that lies in ``ROOT``, such as ``CIFAR10``.
@@ -50,6 +55,11 @@ def _source(spec: str, split: str) -> ImageSource:
     match kind if colon else "":
         case "imagefolder":
             return FolderSource(Path(rest), split)
+        case "imagelist":
+            images, _, file = rest.rpartition(":")
+            if not images or not file:
+                raise DataError(f"the data set {spec!r} has no file of labels; write imagelist:{rest.strip(':')}:FILE")
+            return ListedSource(Path(images), Path(file))
         case "npz":
             return NpzSource(Path(rest), split)
         case "torchvision":

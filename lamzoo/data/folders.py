@@ -7,7 +7,7 @@ from typing import BinaryIO
 
 from lamzoo.data.images import images_below, natural_key
 from lamzoo.data.labelled import ImageSource
-from lamzoo.data.splits import SPLIT_NAMES, find_split
+from lamzoo.data.splits import SPLIT_NAMES, find_split, synonyms
 from lamzoo.errors import DataError
 
 
@@ -15,14 +15,14 @@ class FolderSource(ImageSource):
     """``root/<split>/<class>/**`` or ``root/<class>/**``.
 
     The classes are those of all the splits, so that a class without a test image does not shift the labels of the
-    others.
+    others. A class without a training image is an error where the training split is asked for.
 
     Args:
         root: the folder.
         split: which split; without meaning where ``root`` holds the classes themselves.
 
     Raises:
-        DataError: no such folder, split or class.
+        DataError: no such folder, split or class, or an empty class in the training split.
     """
 
     def __init__(self, root: Path, split: str) -> None:
@@ -38,13 +38,17 @@ class FolderSource(ImageSource):
             names = set(children)
             folder = root
         if not names:
-            raise DataError(f"{folder} has no class folders; images belong in {folder}/<class>/")
+            flat = images_below(folder)
+            hint = f"; with a file of labels, write imagelist:{folder}:FILE" if flat else ""
+            raise DataError(f"{folder} has no class folders; images belong in {folder}/<class>/{hint}")
         self.classes = sorted(names, key=lambda name: (natural_key(name), name))
         self._samples = [
             (path, label) for label, name in enumerate(self.classes) for path in images_below(folder / name)
         ]
         if not self._samples:
             raise DataError(f"the class folders of {folder} hold no image")
+        if "train" in synonyms(split):
+            self._check_filled(folder)
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -58,6 +62,19 @@ class FolderSource(ImageSource):
 
     def name(self, index: int) -> str:
         return str(self._samples[index][0])
+
+    def labels(self) -> list[int]:
+        return [label for _, label in self._samples]
+
+    def _check_filled(self, folder: Path) -> None:
+        filled = set(self.labels())
+        empty = [name for label, name in enumerate(self.classes or ()) if label not in filled]
+        if empty:
+            more = f" (and {len(empty) - 3} more)" if len(empty) > 3 else ""
+            raise DataError(
+                f"{folder} has no training image of the class {', '.join(map(repr, empty[:3]))}{more}; "
+                "add some, or remove the class folder from every split"
+            )
 
 
 def _folders(root: Path) -> list[str]:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import inspect
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 from PIL import Image
 
+from lamzoo.data.images import BROKEN_IMAGE
 from lamzoo.data.labelled import ImageSource
 from lamzoo.data.splits import find_split, synonyms
-from lamzoo.errors import DataError, MissingExtraError
+from lamzoo.errors import DataError, MissingExtraError, MissingSplitError
 
 
 class TorchvisionSource(ImageSource):
@@ -41,6 +44,7 @@ class TorchvisionSource(ImageSource):
             raise DataError(f"no such folder: {root}; {self._download(root)}")
         self._dataset = self._build(build, accepted.keys(), root, split)
         self.classes = _names(self._dataset)
+        self.identifiers = getattr(self._dataset, "wnids", None)  # ImageNet's
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -48,7 +52,7 @@ class TorchvisionSource(ImageSource):
     def read(self, index: int) -> tuple[Image.Image, Any]:
         try:
             image, label, *_ = self._dataset[index]
-        except (OSError, SyntaxError) as error:
+        except BROKEN_IMAGE as error:
             raise DataError(f"cannot read {self.name(index)}: {error}") from error
         if not isinstance(image, Image.Image):
             raise DataError(f"torchvision's {self._name} holds {type(image).__name__}, not images")
@@ -56,6 +60,13 @@ class TorchvisionSource(ImageSource):
 
     def name(self, index: int) -> str:
         return f"torchvision's {self._name} {self.split or ''}[{index}]"
+
+    def labels(self) -> Sequence[Any]:
+        for attribute in ("targets", "_labels", "labels"):
+            labels = getattr(self._dataset, attribute, None)
+            if labels is not None and np.shape(labels) == (len(self),):
+                return np.asarray(labels).tolist()
+        return [self.read(index)[1] for index in range(len(self))]
 
     def _build(self, build: Any, accepted: Any, root: Path, split: str) -> Any:
         if "train" in accepted:
@@ -79,7 +90,7 @@ class TorchvisionSource(ImageSource):
                 ) from error
             self.split = arguments.get("split", self.split)
             return dataset
-        raise DataError(f"torchvision's {self._name} has no split {split!r}: {' '.join(refusals[0].split())}")
+        raise MissingSplitError(f"torchvision's {self._name} has no split {split!r}: {' '.join(refusals[0].split())}")
 
     def _download(self, root: Path) -> str:
         return f"download it with torchvision.datasets.{self._name}({str(root)!r}, download=True)"
@@ -140,6 +151,9 @@ class HuggingFaceSource(ImageSource):
 
     def name(self, index: int) -> str:
         return f"{self._spec} {self.split or ''}[{index}]"
+
+    def labels(self) -> Sequence[Any]:
+        return list(self._dataset[self._label])
 
     def _columns(self, features: Any, datasets: Any) -> tuple[str, str]:
         images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO
 
 from PIL import Image
@@ -20,10 +20,12 @@ class ImageSource(ABC):
 
     Attributes:
         classes: the class names in label order, or ``None`` where the layout has none.
+        identifiers: what the classes are called in catalogues, such as WordNet ids, where that is another name.
         split: the split's own name here, or ``None`` where the layout has no splits and all of it was taken.
     """
 
     classes: list[str] | None = None
+    identifiers: list[str] | None = None
     split: str | None = None
 
     @abstractmethod
@@ -36,6 +38,10 @@ class ImageSource(ABC):
     @abstractmethod
     def name(self, index: int) -> str:
         """Returns what a reader would call that image: its path, or its index in a file."""
+
+    @abstractmethod
+    def labels(self) -> Sequence[Any]:
+        """Returns the labels of all images as :meth:`read` gives them, without decoding where the layout allows it."""
 
 
 class LabelledImages(Dataset):
@@ -73,18 +79,46 @@ class LabelledImages(Dataset):
         return len(self.source)
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
-        file, given = self.source.read(index)
-        if isinstance(file, Image.Image):
-            image: Any = decode_image(file, self.filename(index))
-        else:
-            with file:
-                image = decode_image(file, self.filename(index))
-        label: Any = self._label(given, index)
+        image: Any
+        label: Any
+        image, label = self.decode(index)
         if self.transform is not None:
             image = self.transform(image)
         if self.target_transform is not None:
             label = self.target_transform(label)
         return image, label
+
+    def decode(self, index: int) -> tuple[Image.Image, int]:
+        """Returns an RGB image and its label as they are stored, before any transform.
+
+        Raises:
+            DataError: the image is broken, or the label is outside the classes.
+        """
+        file, given = self.source.read(index)
+        if isinstance(file, Image.Image):
+            image = decode_image(file, self.filename(index))
+        else:
+            with file:
+                image = decode_image(file, self.filename(index))
+        return image, self._label(given, index)
+
+    def labels(self) -> list[int]:
+        """Returns the label of every image, before ``target_transform``, without decoding an image.
+
+        A data set of torchvision that keeps its labels under a name of its own is the exception: it is read whole.
+
+        Raises:
+            DataError: a label is outside the classes; names the image.
+        """
+        return [self._label(given, index) for index, given in enumerate(self.source.labels())]
+
+    def is_label(self, given: Any) -> bool:
+        """Says whether a value is the number of a class here."""
+        try:
+            label = operator.index(given)
+        except TypeError:
+            return False
+        return label >= 0 and (self.classes is None or label < len(self.classes))
 
     def filename(self, index: int) -> str:
         """Returns the path of an image, or its place in the file that holds it."""
@@ -95,7 +129,7 @@ class LabelledImages(Dataset):
             label = operator.index(given)
         except TypeError:
             raise DataError(f"the label of {self.filename(index)} is {given!r}, not a class number") from None
-        if label < 0 or (self.classes is not None and label >= len(self.classes)):
+        if not self.is_label(label):
             limit = "" if self.classes is None else f" of the {len(self.classes)} classes"
             raise DataError(f"the label of {self.filename(index)} is {label}, which is none{limit}")
         return label

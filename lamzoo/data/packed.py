@@ -17,7 +17,7 @@ import numpy as np
 from lamzoo.data.images import IMAGE_EXTENSIONS
 from lamzoo.data.labelled import ImageSource
 from lamzoo.data.splits import SPLIT_NAMES, find_split, synonyms
-from lamzoo.errors import DataError
+from lamzoo.errors import DataError, MissingSplitError
 
 
 def npz_splits(folder: Path) -> list[str]:
@@ -41,7 +41,7 @@ class NpzSource(ImageSource):
             raise DataError(f"no such folder: {root}")
         self.split = find_split(split, npz_splits(root), str(root))
         self._path = root / f"{self.split}.npz"
-        self.classes = read_classes(root / "classes.json")
+        self.classes, self.identifiers = read_classes(root / "classes.json")
         self._bytes, self._offsets, self._labels = self._arrays()
 
     def __len__(self) -> int:
@@ -55,6 +55,9 @@ class NpzSource(ImageSource):
 
     def name(self, index: int) -> str:
         return f"{self._path}[{index}]"
+
+    def labels(self) -> list[int]:
+        return self._labels.tolist()
 
     def _arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         try:
@@ -114,7 +117,8 @@ class TarSource(ImageSource):
             raise DataError(f"the shards {pattern!r} are not local; download them and give their path")
         shards = self._find(pattern, split)
         beside = shards[0].parent
-        self.classes = read_classes(beside / "classes.json") or _read_lines(beside / "classnames.txt")
+        self.classes, self.identifiers = read_classes(beside / "classes.json")
+        self.classes = self.classes or _read_lines(beside / "classnames.txt")
         self._members = [member for shard in shards for member in _index(shard)]
 
     def __len__(self) -> int:
@@ -132,6 +136,9 @@ class TarSource(ImageSource):
     def name(self, index: int) -> str:
         return f"{self._members[index].shard}[{self._members[index].key}]"
 
+    def labels(self) -> list[int]:
+        return [member.label for member in self._members]
+
     def _find(self, pattern: str, split: str) -> list[Path]:
         if "{split}" not in pattern:
             return _expand(pattern) or _none(pattern)
@@ -141,25 +148,32 @@ class TarSource(ImageSource):
                 self.split = name
                 return shards
         others = sorted(name for name in SPLIT_NAMES if _expand(pattern.replace("{split}", name)))
-        raise DataError(f"the shards {pattern!r} have no split {split!r}; they have {', '.join(others) or 'none'}")
+        raise MissingSplitError(
+            f"the shards {pattern!r} have no split {split!r}; they have {', '.join(others) or 'none'}"
+        )
 
 
-def read_classes(path: Path) -> list[str] | None:
-    """Reads class names from JSON: a list of names, or of ``[identifier, name]``; ``None`` if there is no file.
+def read_classes(path: Path) -> tuple[list[str] | None, list[str] | None]:
+    """Reads the classes' names and identifiers from JSON, a list of names or of ``[identifier, name]``.
+
+    Returns:
+        The names, and the identifiers where there are any; ``None`` where there is no file.
 
     Raises:
         DataError: the file holds something else.
     """
     if not path.exists():
-        return None
+        return None, None
     try:
         entries = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{path} is no readable JSON: {error}") from error
-    names = [entry[1] if isinstance(entry, list) and len(entry) == 2 else entry for entry in _as_list(entries)]
-    if not names or not all(isinstance(name, str) for name in names):
+    pairs = [entry if isinstance(entry, list) else [None, entry] for entry in _as_list(entries)]
+    if not pairs or not all(len(pair) == 2 and isinstance(pair[1], str) for pair in pairs):
         raise DataError(f"{path} must be a list of class names or of [identifier, name]")
-    return names
+    identifiers = [pair[0] for pair in pairs]
+    whole = all(isinstance(identifier, str) for identifier in identifiers)
+    return [pair[1] for pair in pairs], identifiers if whole else None
 
 
 def _as_list(value: object) -> list:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from lamzoo.errors import DataError
+from lamzoo.errors import MissingSplitError
 
 _SYNONYMS = (
     ("train", "training"),
@@ -34,10 +34,10 @@ def find_split(split: str, available: Iterable[str], where: str) -> str:
         One of ``available``.
 
     Raises:
-        DataError: none of them is meant by ``split``; lists those that there are.
+        MissingSplitError: none of them is meant by ``split``; lists those that there are.
     """
     names = list(available)
     for name in synonyms(split):
         if name in names:
             return name
-    raise DataError(f"{where} has no split {split!r}; it has {', '.join(map(repr, names)) or 'none'}")
+    raise MissingSplitError(f"{where} has no split {split!r}; it has {', '.join(map(repr, names)) or 'none'}")

@@ -1,9 +1,10 @@
 """Scores and predictions of image classifiers: timm's preprocessing, any data set of :mod:`lamzoo.data`."""
 
-from lamzoo.evaluation.classification import EvalProgress, EvalResult, evaluate
+from lamzoo.evaluation.classification import EvalProgress, evaluate
 from lamzoo.evaluation.partial import default_state_path
-from lamzoo.evaluation.prediction import Prediction, class_names, predict
+from lamzoo.evaluation.prediction import Prediction, class_names, label_names, predict
 from lamzoo.evaluation.runtime import Precision, check_batches, resolve_device
+from lamzoo.evaluation.tally import EvalResult
 
 __all__ = [
     "EvalProgress",
@@ -14,6 +15,7 @@ __all__ = [
     "class_names",
     "default_state_path",
     "evaluate",
+    "label_names",
     "predict",
     "resolve_device",
 ]

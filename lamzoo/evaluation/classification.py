@@ -6,42 +6,27 @@ import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import timm.data
 import torch
-from torch import Tensor, nn
+from PIL import Image
+from torch import nn
 from torch.utils.data import Dataset
 
-from lamzoo.data import LabelledImages, plain_worker_errors
+from lamzoo.data import LabelledImages, OnBadInput, plain_worker_errors
 from lamzoo.errors import ConfigError, DataError
 from lamzoo.evaluation.partial import Partial, StateFile, weights_sha256
+from lamzoo.evaluation.real import RealLabels
 from lamzoo.evaluation.runtime import Precision, check_batches, class_count, data_config, inference, resolve_device
-
-
-@dataclass(frozen=True)
-class EvalResult:
-    """A score.
-
-    Attributes:
-        top1: percent right at first guess.
-        top5: percent right among the first five guesses; None below five classes, where it says nothing.
-        samples: images scored.
-        seconds: what that took, reading and decoding included, and what was done before a resumption.
-        images_per_s: ``samples / seconds``.
-    """
-
-    top1: float
-    top5: float | None
-    samples: int
-    seconds: float
-    images_per_s: float
+from lamzoo.evaluation.tally import BAD_LABEL, EvalResult, Tally
 
 
 @dataclass(frozen=True)
 class EvalProgress:
-    """Where an evaluation stands; ``top1`` is the percentage of the ``seen`` images."""
+    """Where an evaluation stands; ``top1`` is the percentage of the ``seen`` images that could be read."""
 
     seen: int
     total: int
@@ -57,6 +42,8 @@ def evaluate(
     precision: Precision = "float32",
     workers: int = 0,
     limit: int | None = None,
+    on_bad_input: OnBadInput = "stop",
+    real_labels: str | Path | None = None,
     state: str | Path | None = None,
     resume: bool = False,
     save_every: int = 20,
@@ -64,8 +51,8 @@ def evaluate(
 ) -> EvalResult:
     """Scores a classifier on a data set.
 
-    Every image counts once, also those of the last, smaller batch. A broken image ends the evaluation, it is not
-    skipped.
+    Every image counts once, also those of the last, smaller batch. A broken image ends the evaluation, unless
+    ``on_bad_input`` says otherwise: a score over other images than the data set's is another score.
 
     Args:
         model: a timm model; it is moved to ``device``, and left in the mode that it was in.
@@ -75,6 +62,9 @@ def evaluate(
         precision: of the autocast; ``"float32"`` for none.
         workers: processes that read images; 0 reads in this one.
         limit: score this many images only, spread evenly over the data set.
+        on_bad_input: ``"skip"`` leaves out images that cannot be read, warns of each, and says how many.
+        real_labels: score by ImageNet's reassessed labels too: ``real.json``, or ``"timm"`` for timm's copy; the
+            model's classes must be ImageNet-1k's in their usual order.
         state: file for partial results, removed at the end.
         resume: go on from ``state``, if it is there; the result is the same as without the interruption.
         save_every: batches from one writing of ``state`` to the next.
@@ -85,7 +75,8 @@ def evaluate(
 
     Raises:
         ConfigError: a device, precision, batch size, limit or number of workers that is not possible.
-        DataError: the classes of data and model do not fit, an image is broken, or ``state`` is of another run.
+        DataError: the classes of data and model do not fit, an image is broken (or all are), ``state`` is of another
+            run, or the ReaL labels are not of these images.
         UnsupportedHostError: the model is no classifier of RGB images.
     """
     check_batches(batch_size, workers, precision)
@@ -93,49 +84,59 @@ def evaluate(
         raise ConfigError(f"the limit is {limit}; it must be 1 or more")
     if save_every < 1:
         raise ConfigError(f"save_every is {save_every}; it must be 1 or more")
+    if on_bad_input not in get_args(OnBadInput):
+        raise ConfigError(f"on_bad_input is {on_bad_input!r}; it must be 'stop' or 'skip'")
     device = resolve_device(device)
     config = data_config(model)
     _check_classes(model, dataset)
+    real = None if real_labels is None else _read_real_labels(real_labels, model)
+    tally = Tally(dataset, class_count(model), real=real, skip=on_bad_input == "skip")
     indices = _spread(len(dataset), limit)
     file, done = None, Partial()
     if state is not None:
-        file = StateFile(state, _key(model, dataset, config, len(indices), batch_size, device, precision))
+        choices = {"on bad input": on_bad_input, "ReaL labels": None if real_labels is None else str(real_labels)}
+        key = _key(model, dataset, config, len(indices), batch_size, device, precision) | choices
+        file = StateFile(state, key)
         done = file.load() if resume else done
-    loader = _loader(dataset, indices[done.seen :], config, batch_size, workers, device)
+    chosen = _Chosen(dataset, indices[done.seen :], skip=on_bad_input == "skip")
+    loader = _loader(chosen, config, batch_size, workers, device)
     model.to(device)
     start = time.perf_counter() - done.seconds
     with inference(model, device, precision, batch_size), plain_worker_errors():
         for number, (images, labels) in enumerate(loader, 1):
             logits = model(images.to(device)).float()
-            _check_labels(dataset, labels, logits.shape[1])
-            done = _add(done, logits, labels.to(device), time.perf_counter() - start)
+            batch = indices[done.seen : done.seen + len(labels)]
+            done = tally.add(done, batch, logits, labels.to(device), time.perf_counter() - start)
             if file is not None and number % save_every == 0:
                 file.save(done)
             if progress is not None:
-                progress(EvalProgress(done.seen, len(indices), 100 * done.correct1 / done.seen))
+                progress(EvalProgress(done.seen, len(indices), done.top1))
     if file is not None:
         file.remove()
-    return EvalResult(
-        top1=100 * done.correct1 / done.seen,
-        top5=100 * done.correct5 / done.seen if class_count(model) >= 5 else None,
-        samples=done.seen,
-        seconds=done.seconds,
-        images_per_s=done.seen / done.seconds,
-    )
+    return tally.result(done)
 
 
 class _Chosen(Dataset):
-    """Some images of a data set, under a transform of their own, which timm's loader sets."""
+    """Some images of a data set, under a transform of their own, which timm's loader sets.
 
-    def __init__(self, dataset: LabelledImages, indices: Sequence[int]) -> None:
+    With ``skip``, an unreadable image is a black one with :data:`BAD_LABEL`: batches keep their place and shape.
+    """
+
+    def __init__(self, dataset: LabelledImages, indices: Sequence[int], *, skip: bool) -> None:
         self._dataset = copy.copy(dataset)
         self._indices = indices
+        self._skip = skip
 
     def __len__(self) -> int:
         return len(self._indices)
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
-        return self._dataset[self._indices[index]]
+        try:
+            return self._dataset[self._indices[index]]
+        except DataError:
+            if not self._skip or self.transform is None:
+                raise
+        return self.transform(Image.new("RGB", (64, 64))), BAD_LABEL
 
     @property
     def transform(self) -> Callable[..., Any] | None:
@@ -147,15 +148,13 @@ class _Chosen(Dataset):
 
 
 def _loader(
-    dataset: LabelledImages,
-    indices: Sequence[int],
+    chosen: Any,  # timm's annotation knows its own classes alone
     config: dict[str, Any],
     batch_size: int,
     workers: int,
     device: torch.device,
 ) -> Any:
     cuda = device.type == "cuda"
-    chosen: Any = _Chosen(dataset, indices)  # timm's annotation knows its own classes alone
     return timm.data.create_loader(
         chosen,
         batch_size=batch_size,
@@ -168,23 +167,14 @@ def _loader(
     )
 
 
-def _add(done: Partial, logits: Tensor, labels: Tensor, seconds: float) -> Partial:
-    """Counts a batch: logits ``(B, num_classes)``, labels ``(B,)``."""
-    if not logits.isfinite().all():
-        raise ConfigError("the model's outputs are not finite; use another precision, or check the weights")
-    hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-    return Partial(
-        seen=done.seen + len(labels),
-        correct1=done.correct1 + int(hits[:, 0].sum()),
-        correct5=done.correct5 + int(hits.sum()),
-        seconds=seconds,
-    )
-
-
-def _check_labels(dataset: LabelledImages, labels: Tensor, num_classes: int) -> None:
-    highest = int(labels.max())
-    if highest >= num_classes:
-        raise DataError(f"{dataset.spec} has a label {highest} and the model {num_classes} classes; they do not match")
+def _read_real_labels(source: str | Path, model: nn.Module) -> RealLabels:
+    real = RealLabels(source)
+    if real.highest >= class_count(model):
+        raise DataError(
+            f"the ReaL labels go up to {real.highest} and the model has {class_count(model)} classes; "
+            "they score models of ImageNet-1k alone"
+        )
+    return real
 
 
 def _check_classes(model: nn.Module, dataset: LabelledImages) -> None:
@@ -193,7 +183,8 @@ def _check_classes(model: nn.Module, dataset: LabelledImages) -> None:
         return
     if len(classes) != num_classes:
         raise DataError(
-            f"{dataset.spec} has {len(classes)} classes and the model {num_classes}; their labels cannot match"
+            f"{dataset.spec} has {len(classes)} classes and the model {num_classes}; their labels cannot match, unless "
+            "the data have a part of the model's classes and a class map says which (--class-map)"
         )
     cfg: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     names = list(cfg.get("label_names") or ())
@@ -223,6 +214,7 @@ def _key(
     return {
         "data": dataset.spec,
         "split": dataset.split,
+        "classes": None if dataset.classes is None else sha256("\0".join(dataset.classes).encode()).hexdigest(),
         "first image": str(Path(dataset.filename(0)).absolute()),
         "size of the data": len(dataset),
         "number of images": images,

@@ -25,16 +25,34 @@ class Partial:
     """What the first ``seen`` images gave.
 
     Attributes:
-        seen: images scored.
+        seen: images passed, those that could not be read among them.
         correct1: of them, right at first guess.
         correct5: right among the first five.
+        bad: indices of those that could not be read.
+        real_seen: images with ReaL labels.
+        real_correct1: of them, with a first guess among the labels.
+        real_correct5: with one of five guesses among the labels.
         seconds: spent on them.
     """
 
     seen: int = 0
     correct1: int = 0
     correct5: int = 0
+    bad: tuple[int, ...] = ()
+    real_seen: int = 0
+    real_correct1: int = 0
+    real_correct5: int = 0
     seconds: float = 0.0
+
+    @property
+    def scored(self) -> int:
+        """Images that count."""
+        return self.seen - len(self.bad)
+
+    @property
+    def top1(self) -> float:
+        """Percent of ``scored`` that is right at first guess; 0 of nothing."""
+        return 100 * self.correct1 / max(1, self.scored)
 
 
 class StateFile:
@@ -69,7 +87,8 @@ class StateFile:
                 f"{self.path} belongs to another evaluation ({key} was {there.get(key)!r}, now {self.key.get(key)!r}); "
                 "start without resuming, or name another state file"
             )
-        return Partial(**self._found["partial"])
+        partial = Partial(**self._found["partial"])
+        return dataclasses.replace(partial, bad=tuple(partial.bad))  # JSON made it a list
 
     def save(self, partial: Partial) -> None:
         """Replaces the file in one step."""

@@ -14,8 +14,8 @@ from PIL import Image
 from torch import nn
 
 from lamzoo.data import open_image
-from lamzoo.errors import ConfigError
-from lamzoo.evaluation.runtime import Precision, check_batches, data_config, inference, resolve_device
+from lamzoo.errors import ConfigError, DataError
+from lamzoo.evaluation.runtime import Precision, check_batches, class_count, data_config, inference, resolve_device
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,22 @@ def class_names(model: nn.Module, num_classes: int) -> list[str]:
     if subset is not None and cfg["num_classes"] == num_classes:
         return list(timm.data.ImageNetInfo(subset).label_descriptions())
     return [f"class {index}" for index in range(num_classes)]
+
+
+def label_names(model: nn.Module) -> list[str]:
+    """Returns what the folders of a classifier's classes are called: names of its weights, or ImageNet's WordNet ids.
+
+    Raises:
+        DataError: nothing says what the classes are.
+    """
+    cfg: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    names = list(cfg.get("label_names") or ())
+    subset = timm.data.infer_imagenet_subset(cfg)
+    if not names and subset is not None:
+        names = list(timm.data.ImageNetInfo(subset).label_names())
+    if len(names) != class_count(model):
+        raise DataError(f"nothing says what the {class_count(model)} classes of the model are; give a class map's file")
+    return names
 
 
 def _rgb(image: Image.Image | str | Path) -> Image.Image:

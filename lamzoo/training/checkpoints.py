@@ -7,14 +7,15 @@ import io
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
-from lamzoo.errors import RecipeError
+from lamzoo.errors import LamzooError, RecipeError
 from lamzoo.files import atomic_files
-from lamzoo.training.recipe import Recipe
+from lamzoo.training.recipe import Recipe, parse_recipe
 
 
 class Checkpoints:
@@ -33,18 +34,17 @@ class Checkpoints:
         self.output = output
         self._folder = output / "checkpoints"
         self._keep = recipe.run.keep_checkpoints
-        text = json.dumps(recipe.to_dict(), indent=2, sort_keys=True) + "\n"
         written = output / "recipe.json"
         if written.exists():
             if not resume:
                 raise RecipeError(
                     f"run.output {output} already holds a run; continue it with --resume, or choose another folder."
                 )
-            if written.read_text(encoding="utf-8") != text:
+            if not _same_run(written, recipe):
                 raise RecipeError(
                     f"run.output {output} holds a run of another recipe (see {written}); choose another folder."
                 )
-        self._recipe_text = text
+        self._recipe_text = json.dumps(recipe.to_dict(), indent=2, sort_keys=True) + "\n"
 
     def make_folder(self) -> None:
         """Makes the folder, where it is missing; call it when nothing else can be refused any more.
@@ -96,6 +96,28 @@ class Checkpoints:
         return sorted(self._folder.glob("update-*"))
 
 
+def _same_run(path: Path, recipe: Recipe) -> bool:
+    """Says whether the recipe in a file gives the same curve, whatever keys were added to recipes since."""
+    try:
+        written = parse_recipe(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, LamzooError):
+        return False
+    return _curve(written) == _curve(recipe)
+
+
+def _curve(recipe: Recipe) -> Recipe:
+    """Returns a recipe without what may change between two parts of a run."""
+    neutral: dict[str, Any] = {
+        "output": "",
+        "device": "auto",
+        "keep_checkpoints": 1,
+        "checkpoint_interval": None,
+        "tensorboard": False,
+        "report": True,
+    }
+    return replace(recipe, data=replace(recipe.data, workers=0), run=replace(recipe.run, **neutral))
+
+
 def _write_text(path: Path, text: str) -> None:
-    with atomic_files() as stage:
+    with atomic_files(RecipeError) as stage:
         stage(path).write_text(text, encoding="utf-8")

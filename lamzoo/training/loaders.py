@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from lamzoo.data import create_dataset
 from lamzoo.errors import RecipeError
+from lamzoo.evaluation.runtime import data_config
 from lamzoo.training.recipe import Recipe
 
 
@@ -60,30 +60,29 @@ def _own_random_states(*key: int) -> Iterator[None]:
     np.random.set_state(numpy)
 
 
-def create_loaders(recipe: Recipe, train_set: Any, model: nn.Module) -> tuple[DataLoader[Any], DataLoader[Any]]:
-    """Returns the training and the evaluation loader, not yet sharded over processes.
-
-    Args:
-        recipe: the whole recipe.
-        train_set: the training split, without a transform.
-        model: its ``pretrained_cfg`` says input size, mean, standard deviation and crop.
-
-    Returns:
-        Loaders of float images ``(B, C, H, W)`` and int labels ``(B,)``; the training loader drops the last
-        incomplete batch, and its ``dataset.epoch`` must be set before each epoch.
-
-    Raises:
-        RecipeError: fewer training images than one batch, or both splits are the same images.
-        DataError: the evaluation split can't be read.
-    """
-    config = timm.data.resolve_model_data_config(model)
-    augment = recipe.augment
-    batch = recipe.run.batch_size // recipe.run.accumulation
-    if len(train_set) < recipe.run.batch_size:  # not even one update an epoch
+def check_batches(recipe: Recipe, train_set: Any) -> None:
+    """Raises a :class:`RecipeError` where the training images don't fill one update."""
+    if len(train_set) < recipe.run.batch_size:
         raise RecipeError(
             f"run.batch_size asks for batches of {recipe.run.batch_size} images and {recipe.data.source} has "
             f"{len(train_set)} in {recipe.data.train_split}; use a smaller batch."
         )
+
+
+def create_train_loader(recipe: Recipe, train_set: Any, model: nn.Module) -> DataLoader[Any]:
+    """Returns the training loader, not yet sharded over processes.
+
+    Args:
+        recipe: the whole recipe.
+        train_set: the training images; their transform is set.
+        model: built for the input size, mean and standard deviation that the images get.
+
+    Returns:
+        A loader of float images ``(B, C, H, W)`` and int labels ``(B,)``, which drops the last incomplete batch; its
+        ``dataset.epoch`` must be set before each epoch.
+    """
+    config = data_config(model)
+    augment = recipe.augment
     train_set.transform = timm.data.create_transform(
         input_size=config["input_size"],
         is_training=True,
@@ -95,21 +94,25 @@ def create_loaders(recipe: Recipe, train_set: Any, model: nn.Module) -> tuple[Da
         auto_augment=augment.auto_augment,
         interpolation=augment.interpolation,
         re_prob=augment.random_erasing,
+        re_mode=augment.random_erasing_mode,
         mean=config["mean"],
         std=config["std"],
     )
-    eval_set = create_dataset(recipe.data.source, recipe.data.eval_split)
-    if eval_set.split == train_set.split:
-        raise RecipeError(
-            f"{recipe.data.source} would be trained and scored on the same images ({train_set.split or 'no splits'}); "
-            "give it a folder for each split, and name them in data.train_split and data.eval_split."
-        )
-    eval_set.transform = timm.data.create_transform(**config)
-    workers = recipe.data.workers
-    train = DataLoader(
-        SeededDataset(train_set, recipe.run.seed), batch, shuffle=True, num_workers=workers, drop_last=True
+    return DataLoader(
+        SeededDataset(train_set, recipe.run.seed),
+        recipe.run.batch_size // recipe.run.accumulation,
+        shuffle=True,
+        num_workers=recipe.data.workers,
+        pin_memory=torch.cuda.is_available() and recipe.run.device != "cpu",
+        drop_last=True,
     )
-    return train, DataLoader(eval_set, max(batch, 256), num_workers=workers)
+
+
+def create_eval_loader(recipe: Recipe, eval_set: Any, model: nn.Module) -> DataLoader[Any]:
+    """Returns a loader of all images of a split in order, as the model's ``pretrained_cfg`` preprocesses them."""
+    eval_set.transform = timm.data.create_transform(**data_config(model))
+    batch = recipe.run.batch_size // recipe.run.accumulation
+    return DataLoader(eval_set, max(batch, 256), num_workers=recipe.data.workers)
 
 
 def create_mixup(recipe: Recipe, num_classes: int) -> timm.data.Mixup | None:

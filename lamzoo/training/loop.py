@@ -1,33 +1,39 @@
-"""The training run: one recipe in, a folder with checkpoints, logs and the trained model out."""
+"""The training run: one recipe in, a folder with checkpoints, logs, the trained model and its report out."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import timm.optim
-import timm.scheduler
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
-from timm.layers import set_fused_attn, use_fused_attn
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from lamzoo.data import create_dataset, plain_worker_errors
+from lamzoo.data import plain_worker_errors
 from lamzoo.errors import RecipeError
-from lamzoo.lam import LamConfig
-from lamzoo.registry import create_model
+from lamzoo.training.build import build_ema, build_model, build_optimizer, build_scheduler
 from lamzoo.training.checkpoints import Checkpoints
-from lamzoo.training.loaders import create_loaders, create_mixup, seed_everything
+from lamzoo.training.inputs import ScanProgress, open_splits, prepare_splits, write_bad_images
+from lamzoo.training.loaders import (
+    check_batches,
+    create_eval_loader,
+    create_mixup,
+    create_train_loader,
+    seed_everything,
+)
 from lamzoo.training.recipe import Recipe
+from lamzoo.training.report import RunFacts, write_report
+from lamzoo.training.scoring import Score, score
+from lamzoo.training.tuning import Tuning
 from lamzoo.weights import save_pretrained
 
 _logger = logging.getLogger(__name__)
+
+_FETCH_LOSS = 0.5  # seconds between two looks at the loss, each of which waits for the GPU
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,7 @@ class Progress:
         epochs: in the whole run.
         update: optimiser updates so far.
         updates: in the whole run.
-        loss: mean training loss of the epoch so far.
+        loss: mean training loss of the epoch, at most half a second old.
         top1: of the last evaluation, percent; None before the first.
     """
 
@@ -59,14 +65,27 @@ class TrainResult:
         output: the folder.
         model: the trained model's folder, which ``create_model("local-dir:...")`` loads.
         history: one record an epoch, as in ``metrics.csv``.
+        scores: of the trained model, by split: the one scored during the run, and the recipe's ``test_split``.
+        report: ``report.md``; None where the recipe asks for none.
+        left_out: images that were left out because they can't be read.
     """
 
     output: Path
     model: Path
     history: list[dict[str, float]]
+    scores: dict[str, Score] = field(default_factory=dict)
+    report: Path | None = None
+    left_out: int = 0
 
 
-def train(recipe: Recipe, *, resume: bool = False, progress: Callable[[Progress], None] | None = None) -> TrainResult:
+def train(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+    scanning: ScanProgress | None = None,
+    command: str | None = None,
+) -> TrainResult:
     """Trains an image classifier; under ``torchrun`` or ``accelerate launch`` on all its processes.
 
     Order, augmentation and loss depend on the recipe alone: a run that was killed and resumed, or that is spread over
@@ -74,110 +93,149 @@ def train(recipe: Recipe, *, resume: bool = False, progress: Callable[[Progress]
     those the number of processes does matter.)
 
     Args:
-        recipe: what to do; see :func:`lamzoo.training.load_recipe`.
+        recipe: what to do; see :func:`lamzoo.training.load_recipe` and :func:`lamzoo.training.complete_recipe`.
         resume: go on from the latest checkpoint in ``recipe.run.output``, if there is one.
         progress: called on the main process after every update.
+        scanning: called on the main process while images are searched for bad ones: split, images read, images.
+        command: what was typed, for the report.
 
     Returns:
-        The finished run.
+        The finished run; its report is written by the main process.
 
     Raises:
         RecipeError: the output folder holds another run, or the recipe doesn't fit the data.
+        DataError: images can't be read, and the recipe stops for them.
         LamzooError: whatever the model's name or the data's files are at fault for.
     """
     with plain_worker_errors():
-        run = _Run(recipe, resume, progress)
+        run = _Run(recipe, resume, progress, scanning)
         for epoch in range(run.first_epoch, recipe.schedule.epochs):
             run.epoch(epoch)
-        return run.finish()
+        return run.finish(command)
 
 
 class _Run:
     """The state of one run between its updates."""
 
-    def __init__(self, recipe: Recipe, resume: bool, progress: Callable[[Progress], None] | None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        resume: bool,
+        progress: Callable[[Progress], None] | None,
+        scanning: ScanProgress | None,
+    ) -> None:
+        self.started = time.perf_counter()
         self.recipe = recipe
         self.progress = progress
         self.checkpoints = Checkpoints(Path(recipe.run.output), recipe, resume)
-        train_set = create_dataset(recipe.data.source, recipe.data.train_split)
-        self.accelerator = Accelerator(
-            mixed_precision=recipe.run.precision,
-            gradient_accumulation_steps=recipe.run.accumulation,
-            cpu=recipe.run.device == "cpu",
-            # Batches are the global ones, split over the processes, in an order that the seed fixes.
-            dataloader_config=DataLoaderConfiguration(
-                split_batches=True, use_seedable_sampler=True, data_seed=recipe.run.seed
-            ),
-            log_with="tensorboard" if recipe.run.tensorboard else None,
-            project_dir=recipe.run.output,
-            step_scheduler_with_optimizer=False,
-        )
-        self._check_processes()
+        splits = open_splits(recipe.data)
+        self.accelerator = _create_accelerator(recipe)
         seed_everything(recipe.run.seed)
-        model = _create_model(recipe, train_set.classes)
-        self.class_names: list[str] | None = train_set.classes
-        train_loader, eval_loader = create_loaders(recipe, train_set, model)
-        self.seeded = train_loader.dataset
+        model = build_model(recipe, splits.train.classes)
+        self.tuning = Tuning(model, recipe.model.tune)
+        self.splits = prepare_splits(recipe.data, splits, recipe.run.seed, self.accelerator, scanning)
+        self._build(model)
+        self.update = 0
+        self.loss_sum: Tensor = self._loss_sum(0.0)
+        self.fetched = (0.0, 0.0)  # when, and the epoch's mean loss then
+        self.seconds = self.wall_seconds = 0.0
+        self.history: list[dict[str, float]] = []
+        self.score: Score | None = None
+        state = self.checkpoints.load(self.accelerator)
+        if state is not None:
+            self.update, self.loss_sum = state["update"], self._loss_sum(state["loss_sum"])
+            self.seconds, self.history = state["seconds"], state["history"]
+            self.wall_seconds = state.get("wall_seconds", state["seconds"])
+            _logger.info("resumed %s after %d updates", recipe.run.output, self.update)
+        self.first_epoch = self.update // self.updates_per_epoch
+
+    def _build(self, model: Any) -> None:
+        recipe, splits = self.recipe, self.splits
+        check_batches(recipe, splits.train)
+        loader = create_train_loader(recipe, splits.train, model)
+        scored = [split for split in (splits.evaluation, splits.test) if split is not None]
+        eval_loaders = [create_eval_loader(recipe, split, model) for split in scored]
+        self.seeded: Any = loader.dataset
         self.mixup = create_mixup(recipe, model.num_classes)
         self.loss = nn.CrossEntropyLoss(label_smoothing=0.0 if self.mixup else recipe.augment.label_smoothing)
-        optimizer = _create_optimizer(recipe, model)
-        decay = recipe.run.ema_decay
-        self.ema = None if decay is None else _create_ema(decay, model, self.accelerator.device)
-        self.updates_per_epoch = len(train_loader) // recipe.run.accumulation
-        self.scheduler = _create_scheduler(recipe, optimizer, self.updates_per_epoch)
-        self.model, self.optimizer, self.loader, self.eval_loader = self.accelerator.prepare(
-            model, optimizer, train_loader, eval_loader
+        optimizer = build_optimizer(recipe, model)
+        self.ema = build_ema(recipe, model, self.accelerator.device)
+        self.updates_per_epoch = len(loader) // recipe.run.accumulation
+        self.scheduler = build_scheduler(recipe, optimizer, self.updates_per_epoch)
+        self.model, self.optimizer, self.loader, self.eval_loader, *rest = self.accelerator.prepare(
+            model, optimizer, loader, *eval_loaders
         )
+        self.test_loader = rest[0] if rest else None
         if self.ema is not None:
             self.accelerator.register_for_checkpointing(self.ema.module)
         self.checkpoints.make_folder()
+        if splits.bad and self.accelerator.is_main_process:
+            path = self.checkpoints.output / "bad-inputs.csv"
+            write_bad_images(path, splits.bad)
+            _logger.warning("left out %d images that can't be read; %s lists them", len(splits.bad), path)
         if recipe.run.tensorboard:
             self.accelerator.init_trackers("tensorboard")
-        self.update = 0
-        self.loss_sum = 0.0
-        self.seconds = 0.0
-        self.history: list[dict[str, float]] = []
-        state = self.checkpoints.load(self.accelerator)
-        if state is not None:
-            self.update, self.loss_sum = state["update"], state["loss_sum"]
-            self.seconds, self.history = state["seconds"], state["history"]
-            _logger.info("resumed %s after %d updates", recipe.run.output, self.update)
-        self.first_epoch = self.update // self.updates_per_epoch
 
     def epoch(self, epoch: int) -> None:
         """Trains and, where it is due, evaluates one epoch, from the update at which the run stands."""
         accumulation = self.recipe.run.accumulation
-        self.seeded.epoch = epoch  # type: ignore[attr-defined]
+        self.seeded.epoch = epoch
         self.loader.set_epoch(epoch)
         done = self.update - epoch * self.updates_per_epoch
         loader = skip_first_batches(self.loader, done * accumulation) if done else self.loader
-        self.model.train()
-        loss_sum = torch.tensor(self.loss_sum, dtype=torch.float64, device="cpu")
+        self.tuning.train_mode(self.model)
         for step, (images, labels) in enumerate(loader, start=done * accumulation):
             if step >= self.updates_per_epoch * accumulation:
                 break  # batches that don't fill an update
             started = time.perf_counter()
-            loss_sum += self._step(epoch, step, images, labels).double().cpu() / accumulation
+            self.loss_sum += self._step(epoch, step, images, labels).to(self.loss_sum.dtype) / accumulation
             self.seconds += time.perf_counter() - started
             if (step + 1) % accumulation:
                 continue
             self.update += 1
-            self.loss_sum = float(loss_sum)
-            self._report(epoch)
+            self._report_progress(epoch)
             interval = self.recipe.run.checkpoint_interval
             if interval and self.update % interval == 0 and self.update % self.updates_per_epoch:
                 self._save()
         self._end_epoch(epoch)
 
-    def finish(self) -> TrainResult:
-        """Saves the trained model beside the logs and returns the run."""
-        folder = self.checkpoints.output / "model"
-        if self.accelerator.is_main_process:
-            save_pretrained(self._evaluated_model(), folder, label_names=self.class_names)
+    def finish(self, command: str | None) -> TrainResult:
+        """Saves the trained model beside the logs, scores it, writes the report and returns the run."""
+        folder, model = self.checkpoints.output / "model", self._evaluated_model()
+        main, classes = self.accelerator.is_main_process, self.splits.train.classes
+        if main:
+            save_pretrained(model, folder, label_names=classes)
+        self.accelerator.wait_for_everyone()
+        assert self.splits.evaluation is not None  # prepare_splits has made it
+        if self.score is None:  # the run was complete before it was resumed
+            self.score = score(self.accelerator, model, self.eval_loader)
+        scores = {self.splits.evaluation.split or "validation": self.score}
+        if self.splits.test is not None:
+            scores[self.splits.test.split or "test"] = score(self.accelerator, model, self.test_loader)
+        report = None
+        if self.recipe.run.report:
+            report = self.checkpoints.output / "report" / "report.md"
+            if main:
+                write_report(report.parent, self._facts(model, scores, command))
         self.accelerator.wait_for_everyone()
         if self.recipe.run.tensorboard:
             self.accelerator.end_training()
-        return TrainResult(self.checkpoints.output, folder, self.history)
+        return TrainResult(self.checkpoints.output, folder, self.history, scores, report, len(self.splits.bad))
+
+    def _facts(self, model: nn.Module, scores: dict[str, Score], command: str | None) -> RunFacts:
+        return RunFacts(
+            recipe=self.recipe,
+            model=model,
+            trained=sum(p.numel() for p in self.accelerator.unwrap_model(self.model).parameters() if p.requires_grad),
+            splits=self.splits,
+            scores=scores,
+            history=self.history,
+            train_seconds=self.seconds,
+            wall_seconds=self._wall(),
+            device=str(self.accelerator.device),
+            processes=self.accelerator.num_processes,
+            command=command,
+        )
 
     def _step(self, epoch: int, step: int, images: Tensor, labels: Tensor) -> Tensor:
         # Seeds of their own for each step: dropout and mixup need no states in the checkpoints.
@@ -201,51 +259,50 @@ class _Run:
 
     def _end_epoch(self, epoch: int) -> None:
         recipe = self.recipe
+        waited = time.perf_counter()
+        loss = float(self.loss_sum) / self.updates_per_epoch  # waits for what a GPU has yet to do
+        self.seconds += time.perf_counter() - waited
         record = {
             "epoch": epoch,
             "update": self.update,
-            "lr": self.optimizer.param_groups[0]["lr"],
-            "train_loss": self.loss_sum / self.updates_per_epoch,
+            "lr": max(group["lr"] for group in self.optimizer.param_groups),
+            "train_loss": loss,
             "train_seconds": round(self.seconds, 1),
         }
         last = epoch + 1 == recipe.schedule.epochs
         if last or (epoch + 1) % recipe.run.eval_interval == 0:
-            record |= self._evaluate()
+            self.score = score(self.accelerator, self._evaluated_model(), self.eval_loader)
+            record |= {"eval_loss": self.score.loss, "eval_top1": self.score.top1}
+        _logger.info("epoch %d of %d: %s", epoch + 1, recipe.schedule.epochs, record)
         self.history.append(record)
-        self.loss_sum = 0.0
+        self.loss_sum = self._loss_sum(0.0)
         if self.accelerator.is_main_process:
             self.checkpoints.write_metrics(self.history)
         if recipe.run.tensorboard:
             self.accelerator.log({k: v for k, v in record.items() if k not in ("epoch", "update")}, step=self.update)
         self._save()
-        self._report(epoch, record["train_loss"])
-
-    @torch.inference_mode()
-    def _evaluate(self) -> dict[str, float]:
-        model = self._evaluated_model().eval()
-        correct = losses = count = torch.zeros((), dtype=torch.float64)
-        for images, labels in self.eval_loader:
-            with self.accelerator.autocast():
-                logits = model(images).float()
-            logits, labels = self.accelerator.gather_for_metrics((logits, labels))
-            correct = correct + (logits.argmax(dim=1) == labels).sum().cpu()
-            losses = losses + nn.functional.cross_entropy(logits, labels, reduction="sum").double().cpu()
-            count = count + len(labels)
-        return {"eval_loss": float(losses / count), "eval_top1": float(100 * correct / count)}
+        self._report_progress(epoch, loss)
 
     def _evaluated_model(self) -> Any:
         return self.accelerator.unwrap_model(self.model) if self.ema is None else self.ema.module
 
     def _save(self) -> None:
-        self.checkpoints.save(
-            self.accelerator,
-            {"update": self.update, "loss_sum": self.loss_sum, "seconds": self.seconds, "history": self.history},
-        )
+        state = {"update": self.update, "loss_sum": float(self.loss_sum), "seconds": self.seconds}
+        self.checkpoints.save(self.accelerator, {**state, "wall_seconds": self._wall(), "history": self.history})
 
-    def _report(self, epoch: int, loss: float | None = None) -> None:
+    def _wall(self) -> float:
+        return self.wall_seconds + time.perf_counter() - self.started
+
+    def _loss_sum(self, value: float) -> Tensor:
+        device = self.accelerator.device
+        return torch.tensor(value, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+
+    def _report_progress(self, epoch: int, loss: float | None = None) -> None:
         if self.progress is None or not self.accelerator.is_main_process:
             return
-        done = max(1, self.update - epoch * self.updates_per_epoch)
+        if loss is None and (now := time.perf_counter()) - self.fetched[0] > _FETCH_LOSS:
+            loss = float(self.loss_sum) / max(1, self.update - epoch * self.updates_per_epoch)
+            self.fetched = now, loss
         epochs = self.recipe.schedule.epochs
         evaluated = [record["eval_top1"] for record in self.history if "eval_top1" in record]
         self.progress(
@@ -254,77 +311,27 @@ class _Run:
                 epochs=epochs,
                 update=self.update,
                 updates=epochs * self.updates_per_epoch,
-                loss=self.loss_sum / done if loss is None else loss,
+                loss=self.fetched[1] if loss is None else loss,
                 top1=evaluated[-1] if evaluated else None,
             )
         )
 
-    def _check_processes(self) -> None:
-        run, processes = self.recipe.run, self.accelerator.num_processes
-        if run.batch_size // run.accumulation % processes:
-            raise RecipeError(
-                f"run.batch_size {run.batch_size} over {run.accumulation} accumulation steps does not divide by "
-                f"{processes} processes; choose a multiple."
-            )
 
-
-def _create_model(recipe: Recipe, classes: list[str] | None) -> Any:
-    section = recipe.model
-    kwargs = dict(section.kwargs)
-    if "num_classes" not in kwargs:
-        if classes is None:
-            raise RecipeError(f"{recipe.data.source} has no class names; set model.kwargs.num_classes in the recipe.")
-        kwargs["num_classes"] = len(classes)
-    if section.lam is not None:
-        kwargs["lam"] = LamConfig.from_dict(section.lam)
-    with _fused_attention(section.fused_attention):
-        model: Any = create_model(section.name, pretrained=section.pretrained, **kwargs)
-    if recipe.run.grad_checkpointing:
-        model.set_grad_checkpointing(True)
-    return model
-
-
-@contextmanager
-def _fused_attention(enable: bool) -> Iterator[None]:
-    # timm's layers read the global switch when they are built.
-    before, experimental = use_fused_attn(), use_fused_attn(experimental=True)
-    set_fused_attn(enable)
-    try:
-        yield
-    finally:
-        set_fused_attn(before, experimental)
-
-
-def _create_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
-    section = recipe.optimizer
-    try:
-        return timm.optim.create_optimizer_v2(
-            model,
-            opt=section.name,
-            lr=section.lr,
-            weight_decay=section.weight_decay,
-            layer_decay=section.layer_decay,
-            **section.kwargs,
-        )
-    except TypeError as error:
-        raise RecipeError(f"optimizer.kwargs {section.kwargs} do not fit {section.name!r}: {error}.") from None
-
-
-def _create_scheduler(recipe: Recipe, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> Any:
-    section = recipe.schedule
-    scheduler, _ = timm.scheduler.create_scheduler_v2(
-        optimizer,
-        sched=section.name,
-        num_epochs=section.epochs,
-        warmup_epochs=section.warmup_epochs,
-        warmup_lr=section.warmup_lr,
-        min_lr=section.min_lr,
-        cooldown_epochs=section.cooldown_epochs,
-        step_on_epochs=False,
-        updates_per_epoch=updates_per_epoch,
+def _create_accelerator(recipe: Recipe) -> Accelerator:
+    run = recipe.run
+    accelerator = Accelerator(
+        mixed_precision=run.precision,
+        gradient_accumulation_steps=run.accumulation,
+        cpu=run.device == "cpu",
+        # Batches are the global ones, split over the processes, in an order that the seed fixes.
+        dataloader_config=DataLoaderConfiguration(split_batches=True, use_seedable_sampler=True, data_seed=run.seed),
+        log_with="tensorboard" if run.tensorboard else None,
+        project_dir=run.output,
+        step_scheduler_with_optimizer=False,
     )
-    return scheduler
-
-
-def _create_ema(decay: float, model: nn.Module, device: torch.device) -> ModelEmaV3:
-    return ModelEmaV3(model.to(device), decay=decay, use_warmup=True)
+    if run.batch_size // run.accumulation % accelerator.num_processes:
+        raise RecipeError(
+            f"run.batch_size {run.batch_size} over {run.accumulation} accumulation steps does not divide by "
+            f"{accelerator.num_processes} processes; choose a multiple."
+        )
+    return accelerator

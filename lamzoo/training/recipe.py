@@ -22,6 +22,8 @@ from lamzoo.names import find_card
 
 Section = TypeVar("Section")
 Precision = Literal["no", "bf16", "fp16"]
+Tune = Literal["all", "lam", "head"]
+OnBadInput = Literal["stop", "skip"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class ModelSection:
         kwargs: further arguments of ``create_model``; ``num_classes`` comes from the data where it is left out.
         fused_attention: whether timm's own attention may use the fused kernel. On CPUs, bfloat16 training of short
             sequences is faster without it; both sides of a comparison should say the same.
+        tune: what is trained: ``"all"``, ``"lam"`` (the masks and the classifier) or ``"head"`` (the classifier alone).
+            What is not trained computes as in evaluation, without dropout and with the norms' stored statistics.
     """
 
     name: str
@@ -42,16 +46,34 @@ class ModelSection:
     lam: dict[str, Any] | None = None
     kwargs: dict[str, Any] = field(default_factory=dict)
     fused_attention: bool = True
+    tune: Tune = "all"
 
 
 @dataclass(frozen=True)
 class DataSection:
-    """``[data]``: the data set, as :func:`lamzoo.data.create_dataset` reads it."""
+    """``[data]``: the data set, as :func:`lamzoo.data.create_dataset` reads it.
+
+    Attributes:
+        source: the data set's specification.
+        train_split: the images to train on.
+        eval_split: the images to score on during the run.
+        test_split: scored once, at the end, for the report; None for none.
+        val_fraction: where the data has no ``eval_split``, this share of the training images, by class and drawn with
+            ``run.seed``, takes its place; None makes that an error.
+        workers: processes that read images, for each training process; 0 reads in that one.
+        scan: read every image of all these splits once before the first epoch.
+        on_bad_input: what a scan does with images that can't be read: ``"stop"``, or ``"skip"``, which leaves them out
+            and lists them in ``bad-inputs.csv``.
+    """
 
     source: str
     train_split: str = "train"
     eval_split: str = "validation"
+    test_split: str | None = None
+    val_fraction: float | None = None
     workers: int = 0
+    scan: bool = True
+    on_bad_input: OnBadInput = "stop"
 
 
 @dataclass(frozen=True)
@@ -66,6 +88,7 @@ class AugmentSection:
     auto_augment: str | None = None
     interpolation: str = "bicubic"
     random_erasing: float = 0.0
+    random_erasing_mode: Literal["const", "rand", "pixel"] = "const"
     mixup: float = 0.0
     cutmix: float = 0.0
     mixup_prob: float = 1.0
@@ -106,7 +129,7 @@ class RunSection:
         accumulation: forward passes of one update.
         seed: of the initialisation, the order of the images, every augmentation, dropout and mixup.
         precision: autocast, as Accelerate names it.
-        device: ``"auto"`` or ``"cpu"``.
+        device: ``"auto"`` takes the GPU where there is one.
         ema_decay: of ``timm.utils.ModelEmaV3`` with its warm-up; None for none. With it, the averaged weights are
             those that are evaluated and saved.
         grad_checkpointing: trade time for memory.
@@ -114,6 +137,7 @@ class RunSection:
         keep_checkpoints: how many of the latest stay.
         eval_interval: epochs between evaluations; the last one is always evaluated.
         tensorboard: write TensorBoard logs beside the CSV.
+        report: write ``report/`` at the end: scores by class, confusion matrix, curves and masks.
     """
 
     output: str
@@ -121,13 +145,14 @@ class RunSection:
     accumulation: int = 1
     seed: int = 0
     precision: Precision = "no"
-    device: Literal["auto", "cpu"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     ema_decay: float | None = None
     grad_checkpointing: bool = False
     checkpoint_interval: int | None = None
     keep_checkpoints: int = 2
     eval_interval: int = 1
     tensorboard: bool = False
+    report: bool = True
 
 
 @dataclass(frozen=True)
@@ -150,7 +175,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads a recipe and checks everything that can be known without loading a model or data.
 
     Args:
-        path: a TOML file.
+        path: a TOML file, or the ``recipe.json`` that a run leaves.
         overrides: ``"section.key=value"``, the value in TOML notation; a bare word is a string.
 
     Raises:
@@ -159,16 +184,45 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         UnknownModelError: no such model.
         ConfigError: masks that mean nothing.
     """
+    return parse_recipe(override(read_recipe(path), overrides))
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """Returns a recipe file's nested values, not yet checked.
+
+    Raises:
+        RecipeError: no such file, or not TOML (or, for a ``.json``, not JSON).
+    """
     path = Path(path)
+    kind = "JSON" if path.suffix.lower() == ".json" else "TOML"
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        table = json.loads(text) if kind == "JSON" else tomllib.loads(text)
     except OSError as error:
         raise RecipeError(f"Recipe {path} can't be read: {error.strerror}; give the path of a TOML file.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError(f"Recipe {path} is not valid TOML: {error}.") from None
-    for override in overrides:
-        _override(table, override)
-    return parse_recipe(table)
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise RecipeError(f"Recipe {path} is not valid {kind}: {error}.") from None
+    if not isinstance(table, dict):
+        raise RecipeError(f"Recipe {path} is not valid: it holds no table.")
+    return table
+
+
+def override(table: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Puts ``"section.key=value"`` entries into nested values, and returns them; see :func:`load_recipe`.
+
+    Raises:
+        RecipeError: an entry of another form, or one that reaches into a value.
+    """
+    for entry in overrides:
+        _override(table, entry)
+    return table
+
+
+def put(table: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Puts values into nested values by keys such as ``"run.seed"``, and returns them; raises as :func:`override`."""
+    for key, value in values.items():
+        _put(table, key, value, key)
+    return table
 
 
 def parse_recipe(table: Mapping[str, Any]) -> Recipe:
@@ -178,19 +232,23 @@ def parse_recipe(table: Mapping[str, Any]) -> Recipe:
     return recipe
 
 
-def _override(table: dict[str, Any], override: str) -> None:
-    keys, separator, text = override.partition("=")
+def _override(table: dict[str, Any], entry: str) -> None:
+    keys, separator, text = entry.partition("=")
     if not separator or "." not in keys:
-        raise RecipeError(f"Override {override!r} is not of the form section.key=value, such as run.batch_size=256.")
+        raise RecipeError(f"Override {entry!r} is not of the form section.key=value, such as run.batch_size=256.")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
+    _put(table, keys, value, entry)
+
+
+def _put(table: dict[str, Any], keys: str, value: Any, what: str) -> None:
     *sections, key = keys.split(".")
     for section in sections:
         table = table.setdefault(section, {})
         if not isinstance(table, dict):
-            raise RecipeError(f"Override {override!r} reaches into {section!r}, which is a value and not a table.")
+            raise RecipeError(f"Override {what!r} reaches into {section!r}, which is a value and not a table.")
     table[key] = value
 
 
@@ -249,6 +307,9 @@ def _check_values(recipe: Recipe) -> None:
             raise RecipeError(f"Recipe key {name} is {value}; it must be at least 1.")
     if recipe.data.workers < 0 or schedule.warmup_epochs < 0 or run.seed < 0:
         raise RecipeError("Recipe keys data.workers, schedule.warmup_epochs and run.seed must not be negative.")
+    fraction = recipe.data.val_fraction
+    if fraction is not None and not 0 < fraction < 1:
+        raise RecipeError(f"Recipe key data.val_fraction is {fraction}; it must lie between 0 and 1.")
     if run.batch_size % run.accumulation:
         raise RecipeError(
             f"Recipe key run.batch_size is {run.batch_size}, not a multiple of run.accumulation ({run.accumulation})."
@@ -263,8 +324,19 @@ def _check_values(recipe: Recipe) -> None:
         LamConfig.from_dict(recipe.model.lam)
     if ":" not in recipe.model.name:  # what stands before a colon says where else the model is
         find_card(recipe.model.name)
+    _check_tune(recipe.model)
+    if run.device == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("Recipe key run.device is 'cuda', and there is no such GPU here; use 'auto' or 'cpu'.")
     if run.precision == "fp16" and (run.device == "cpu" or not torch.cuda.is_available()):
         raise RecipeError("Recipe key run.precision is 'fp16', which needs a GPU; use 'bf16' or 'no' on a CPU.")
+
+
+def _check_tune(model: ModelSection) -> None:
+    if model.tune != "all" and not model.pretrained and model.kwargs.get("checkpoint_path") is None:
+        raise RecipeError(
+            f"Recipe key model.tune is {model.tune!r}, which keeps the backbone as it is, and this backbone has no "
+            "weights; start from the published ones (model.pretrained, --pretrained) or tune all."
+        )
 
 
 def _check_name(key: str, name: str, known: Sequence[str]) -> None:

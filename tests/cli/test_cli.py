@@ -242,26 +242,6 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     assert files(tmp_path) == before  # nothing half-written
 
 
-def test_train_by_a_recipe_and_use_what_it_made(run, inputs: Path) -> None:
-    pytest.importorskip("accelerate")
-    write_npz(inputs / "packed", "train")
-    recipe = """
-        model = {name = "lam_vit_micro", kwargs = {depth = 1}}
-        data = {source = "npz:packed", train_split = "train", eval_split = "test"}
-        schedule = {epochs = 9, warmup_epochs = 0}
-        run = {output = "out", batch_size = 4, device = "cpu"}
-    """
-    Path("recipe.toml").write_text(recipe)
-    done = run("train", "recipe.toml", "schedule.epochs=1", "run.seed=3")
-    assert (done.code, done.err) == (0, "")
-    name = done.out.strip().removeprefix("trained; the model is ")
-    assert run("predict", name, "good.jpg").code == 0
-    again = run("train", "recipe.toml", "schedule.epochs=many")
-    assert (again.code, again.out) == (2, "")
-    assert again.err.count("\n") == 1
-    assert "epochs" in again.err
-
-
 def test_debug_shows_the_traceback_wherever_it_stands(run) -> None:
     for arguments in (("--debug", "info", "nothing"), ("info", "nothing", "--debug")):
         done = run(*arguments)

@@ -58,6 +58,26 @@ def test_a_class_without_test_images_shifts_no_label(folder: Path) -> None:
     assert {label for _, label in dataset} == {1, 2}
 
 
+def test_a_class_without_training_images_is_named(folder: Path) -> None:
+    for name in ("yellow", "violet"):
+        (folder / "val" / name).mkdir()
+        (folder / "val" / name / "a.jpg").write_bytes(encoded(0, 0))
+    (folder / "train" / "violet").mkdir()
+    with pytest.raises(DataError, match="no training image of the class 'violet', 'yellow'"):
+        create_dataset(str(folder), "train")
+    assert len(create_dataset(str(folder), "val").classes) == 5
+
+
+def test_names_with_blanks_and_beyond_ascii_are_read(tmp_path: Path) -> None:
+    folder = tmp_path / "Größe und Maß" / "été d'août"
+    folder.mkdir(parents=True)
+    (folder / "写真 1 (copy).jpg").write_bytes(encoded(0, 0))
+    dataset = create_dataset(f"imagefolder:{tmp_path / 'Größe und Maß'}", "test")
+    assert dataset.classes == ["été d'août"]
+    assert dataset[0][1] == 0
+    assert dataset.filename(0).endswith("写真 1 (copy).jpg")
+
+
 def test_image_folder_without_splits_is_taken_whole(tmp_path: Path) -> None:
     dataset = create_dataset(str(write_folder(tmp_path / "p", splits=())), "test")
     assert_colours(dataset)
@@ -91,6 +111,7 @@ def test_webdataset_shards_as_webdataset_writes_them(tmp_path: Path, pattern: st
     (tmp_path / "classnames.txt").write_text("\n".join(CLASSES))
     dataset = create_dataset(f"wds:{tmp_path}/{pattern}", "validation")
     assert len(dataset) == 6
+    assert dataset.labels() == [0, 1, 2] * 2
     assert_colours(dataset)
     assert_colours(pickle.loads(pickle.dumps(dataset)))  # as for workers that are spawned
 
@@ -111,6 +132,7 @@ def write_mnist(root: Path) -> Path:
 def test_torchvision_data_set_on_disk(tmp_path: Path) -> None:
     root = write_mnist(tmp_path)
     dataset = create_dataset(f"torchvision:MNIST:{root}", "test")
+    assert dataset.labels() == [0, 1]
     picture, label = dataset[1]
     assert (picture.mode, picture.size, label) == ("RGB", (28, 28), 1)
     assert len(dataset.classes) == 10
@@ -124,6 +146,7 @@ def test_torchvision_data_set_with_named_splits(tmp_path: Path) -> None:
         path.write_bytes(encoded(0, 0))
     dataset = create_dataset(f"torchvision:Imagenette:{tmp_path}", "validation")
     assert dataset.split == "val"
+    assert dataset.labels() == [0]
     assert dataset.classes[dataset[0][1]].startswith("tench")
     with pytest.raises(DataError, match="no split 'test'"):
         create_dataset(f"torchvision:Imagenette:{tmp_path}", "test")
@@ -140,6 +163,7 @@ def test_hugging_face_data_set_from_disk_and_from_a_folder(
     whole = datasets.DatasetDict({"test": datasets.Dataset.from_dict(rows, features=features)})
     whole.save_to_disk(tmp_path / "saved")
     assert_colours(create_dataset(f"hfds:{tmp_path / 'saved'}", "test"))
+    assert create_dataset(f"hfds:{tmp_path / 'saved'}", "test").labels() == [0, 1, 2]
     with pytest.raises(DataError, match="no split 'train'; it has 'test'"):
         create_dataset(f"hfds:{tmp_path / 'saved'}", "train")
     dataset = create_dataset(f"hfds:{folder}", "val")
@@ -254,6 +278,9 @@ def test_wrong_shards_are_refused(tmp_path: Path) -> None:
         ("torchvision:CIFAR10:.", "not whole"),
         ("torchvision:Nothing:.", "no data set 'Nothing'"),
         ("wds:nowhere-*.tar", "no shard"),
+        ("imagelist:nowhere", "has no file of labels; write imagelist:nowhere:FILE"),
+        ("imagelist:nowhere:labels.txt", "no such folder: nowhere"),
+        ("imagelist:EMPTY:labels.txt", "EMPTY holds no image"),
         ("imagefolder:EMPTY", "no class folders"),
         ("imagefolder:HOLLOW", "hold no image"),
     ],

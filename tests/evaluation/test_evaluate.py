@@ -8,11 +8,11 @@ import torch
 from timm.utils import accuracy
 from torch import nn
 
-from lamzoo.data import create_dataset
+from lamzoo.data import create_dataset, relabel
 from lamzoo.errors import ConfigError, DataError, UnsupportedHostError
-from lamzoo.evaluation import EvalProgress, evaluate
+from lamzoo.evaluation import EvalProgress, evaluate, label_names
 from lamzoo.registry import create_model
-from tests.images import CLASSES, write_folder, write_npz
+from tests.images import CLASSES, encoded, write_folder, write_npz
 
 
 class Killed(Exception):
@@ -190,6 +190,124 @@ def test_a_broken_image_ends_the_evaluation(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"1\.jpg: it is no image") as caught:
             evaluate(Reads(), create_dataset(str(root), "test"), workers=workers)
         assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def damaged(tmp_path: Path):
+    """Two of nine images are broken: one of the first batch of four, one of the second."""
+    root = write_folder(tmp_path / "pictures", splits=("test",))
+    (root / "test" / "blue" / "1.jpg").write_text("nothing")
+    (root / "test" / "green" / "2.jpg").write_bytes(b"")
+    return create_dataset(str(root), "test")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_skip_leaves_broken_images_out_and_names_them(damaged, caplog: pytest.LogCaptureFixture, workers: int) -> None:
+    result = evaluate(Reads(), damaged, batch_size=4, workers=workers, on_bad_input="skip")
+    assert (result.top1, result.samples, result.skipped) == (100.0, 7, 2)
+    assert [(image.index, Path(image.filename).parent.name) for image in result.bad_images] == [
+        (1, "blue"),
+        (5, "green"),
+    ]
+    assert "1.jpg: it is no image" in caplog.text
+    with pytest.raises(ConfigError, match="on_bad_input is 'ignore'"):
+        evaluate(Reads(), damaged, on_bad_input="ignore")
+
+
+def test_skipped_images_survive_a_resumption(damaged, tmp_path: Path) -> None:
+    def kill(progress: EvalProgress) -> None:
+        raise Killed
+
+    arguments = {"batch_size": 4, "state": tmp_path / "state.json", "save_every": 1, "on_bad_input": "skip"}
+    with pytest.raises(Killed):
+        evaluate(Reads(), damaged, progress=kill, **arguments)
+    result = evaluate(Reads(), damaged, resume=True, **arguments)
+    assert (result.top1, result.samples, [image.index for image in result.bad_images]) == (100.0, 7, [1, 5])
+
+
+def test_a_score_of_no_image_is_none(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "pictures", splits=("test",))
+    for path in root.rglob("*.jpg"):
+        path.write_text("nothing")
+    with pytest.raises(DataError, match="none of the 9 images"):
+        evaluate(Reads(), create_dataset(str(root), "test"), on_bad_input="skip")
+
+
+def test_a_part_of_the_classes_is_scored_by_a_class_map(data) -> None:
+    names = ["violet", *CLASSES, "yellow"]
+    with pytest.raises(DataError, match="a class map says which"):
+        evaluate(small(5), data)
+
+    class Shifted(Reads):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.pad(super().forward(x), (1, 1), value=-9.0)
+
+    model = Shifted(names)
+    model.num_classes = 5
+    assert label_names(model) == names
+    result = evaluate(model, relabel(data, label_names(model)))
+    assert (result.top1, result.top5) == (100.0, 100.0)
+
+
+def test_the_classes_are_those_of_the_weights_or_imagenets() -> None:
+    assert label_names(timm.create_model("vit_tiny_patch16_224"))[:2] == ["n01440764", "n01443537"]
+    with pytest.raises(DataError, match="nothing says what the 7 classes"):
+        label_names(small(7))
+
+
+@pytest.fixture
+def imagenet(tmp_path: Path):
+    """Three classes, four images of each, named as ImageNet's validation images are."""
+    numbers = iter(range(1, 13))
+    for label, wnid in enumerate(("n01440764", "n01443537", "n01484850")):
+        (tmp_path / "val" / wnid).mkdir(parents=True)
+        for number in range(4):
+            name = f"ILSVRC2012_val_{next(numbers):08}.JPEG"
+            (tmp_path / "val" / wnid / name).write_bytes(encoded(label, number))
+    return create_dataset(f"imagefolder:{tmp_path / 'val'}", "test")
+
+
+def test_real_labels_score_as_timms_evaluator_does(imagenet, tmp_path: Path) -> None:
+    from timm.data import RealLabelsImagenet
+
+    labels = [[0], [1], [], [0, 2], [1], [0], [2, 1], [], [2], [2], [0], [1]]
+    (tmp_path / "real.json").write_text(json.dumps(labels))
+    result = evaluate(Reads(), imagenet, batch_size=5, real_labels=tmp_path / "real.json")
+    names = [imagenet.filename(index) for index in range(len(imagenet))]
+    timms = RealLabelsImagenet(names, tmp_path / "real.json", topk=(1,))
+    timms.add_result(torch.eye(3).repeat_interleave(4, dim=0))  # Reads is right about the colours
+    assert result.top1 == 100.0
+    assert result.real_top1 == pytest.approx(timms.get_accuracy(1)) == 60.0
+    assert (result.real_samples, result.real_top5) == (10, None)
+
+
+def test_timms_copy_of_the_real_labels_needs_no_file(imagenet) -> None:
+    model = small(1000)
+    result = evaluate(model, relabel(imagenet, list(timm.data.ImageNetInfo().label_names())), real_labels="timm")
+    assert 0 < result.real_samples <= 12
+    assert result.real_top5 is not None
+
+
+def test_real_labels_of_other_images_or_models_are_refused(data, imagenet, tmp_path: Path) -> None:
+    path = tmp_path / "real.json"
+    path.write_text("[[0], [1]]")
+    with pytest.raises(DataError, match=r"test\.npz\[0\] is not one of the 2 images"):
+        evaluate(Reads(), data, real_labels=path)
+    with pytest.raises(DataError, match=r"00000003\.JPEG is not one of the 2 images"):
+        evaluate(Reads(), imagenet, real_labels=path)
+    path.write_text("[[0], [999]]")
+    with pytest.raises(DataError, match="up to 999 and the model has 3 classes"):
+        evaluate(Reads(), data, real_labels=path)
+    for text in ("{}", "[]", "[0, 1]", "no JSON"):
+        path.write_text(text)
+        with pytest.raises(DataError, match=r"real\.json"):
+            evaluate(Reads(), data, real_labels=path)
+
+
+@pytest.mark.gpu
+def test_a_gpu_skips_as_the_cpu_does(damaged) -> None:
+    result = evaluate(Reads(), damaged, batch_size=4, device="cuda", on_bad_input="skip")
+    assert (result.top1, result.samples, result.skipped) == (100.0, 7, 2)
 
 
 @pytest.mark.gpu

@@ -44,5 +44,5 @@ def recipe_table(packed_data: Path, tmp_path: Path) -> dict[str, Any]:
         "augment": {"scale": [0.5, 1.0]},
         "optimizer": {"lr": 1e-2},
         "schedule": {"epochs": 2, "warmup_epochs": 0},
-        "run": {"output": str(tmp_path / "run"), "batch_size": 8, "device": "cpu"},
+        "run": {"output": str(tmp_path / "run"), "batch_size": 8, "device": "cpu", "report": False},
     }

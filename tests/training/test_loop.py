@@ -166,3 +166,13 @@ def test_unwritable_output_is_refused(recipe_table: dict[str, Any], tmp_path: Pa
     (tmp_path / "file").write_text("")
     with pytest.raises(RecipeError, match="can't be made"):
         run(recipe_table, tmp_path / "file" / "out")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tune", ["all", "lam", "head"])
+def test_trains_and_reports_on_a_gpu(recipe_table: dict[str, Any], tmp_path: Path, tune: str) -> None:
+    first = run(recipe_table, tmp_path / "first", device="cuda", precision="bf16", ema_decay=0.9)
+    recipe_table["model"] = {"name": f"local-dir:{first.model}", "pretrained": True, "tune": tune}
+    result = run(recipe_table, tmp_path / "second", device="cuda", precision="bf16", ema_decay=0.9, report=True)
+    assert result.report is not None and (result.report.parent / "masks-1.png").exists()
+    assert all(torch.isfinite(torch.tensor(record["train_loss"])) for record in result.history)

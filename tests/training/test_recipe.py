@@ -12,6 +12,7 @@ from lamzoo.errors import LamzooError, RecipeError
 from lamzoo.training import load_recipe, parse_recipe
 
 RECIPES = sorted((Path(__file__).parents[2] / "benchmarks" / "recipes").glob("*.toml"))
+MICRO = next(path for path in RECIPES if path.name == "micro.cifar10.toml")
 
 
 @pytest.mark.parametrize(
@@ -77,7 +78,7 @@ def test_overrides_reach_every_depth() -> None:
         "model.kwargs.drop_path_rate=0.1",
         "augment.scale=[0.2, 1]",
     ]
-    recipe = load_recipe(RECIPES[0], overrides)
+    recipe = load_recipe(MICRO, overrides)
     assert (recipe.run.batch_size, recipe.model.name) == (64, "vit_micro")
     assert recipe.model.kwargs == {"drop_path_rate": 0.1}
     assert recipe.augment.scale == (0.2, 1.0)
@@ -86,4 +87,4 @@ def test_overrides_reach_every_depth() -> None:
 @pytest.mark.parametrize("override", ["batch_size=3", "run.batch_size", "run.seed.x=1"])
 def test_malformed_override_is_named(override: str) -> None:
     with pytest.raises(RecipeError, match=re.escape(override)):
-        load_recipe(RECIPES[0], [override])
+        load_recipe(MICRO, [override])

@@ -1,0 +1,133 @@
+"""The command ``lamzoo train``: from a recipe, or from a model and a folder of images with nothing else given."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from lamzoo import cli_output as out
+from lamzoo.errors import RecipeError
+
+if TYPE_CHECKING:
+    from lamzoo.training import Recipe, TrainResult
+
+_SPEC = "imagefolder:DIR, imagelist:DIR:FILE, npz:DIR, torchvision:NAME:ROOT, hfds:NAME, wds:SHARDS, or a folder."
+
+
+def train(
+    context: typer.Context,
+    arguments: Annotated[list[str] | None, typer.Argument(
+        metavar="[RECIPE.toml] [KEY=VALUE]...", help="What to train and how; changes to it, such as run.seed=1.",
+    )] = None,
+    model: Annotated[str | None, typer.Option(
+        metavar="NAME", help="arch, arch.tag, timm/NAME, local-dir:DIR or hf-hub:REPO.")] = None,
+    data: Annotated[str | None, typer.Option(metavar="SPEC", help=_SPEC)] = None,
+    pretrained: Annotated[bool | None, typer.Option(
+        "--pretrained/--no-pretrained", help="Start from the published weights.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(metavar="FILE", help="Safetensors to start from.")] = None,
+    tune: Annotated[Literal["all", "lam", "head"] | None, typer.Option(
+        help="Train all [default], the masks and the classifier, or the classifier alone.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Times through the training images.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images of one update, over all processes.")] = None,
+    img_size: Annotated[int | None, typer.Option(help="Height and width of the images.")] = None,
+    train_split: Annotated[str | None, typer.Option(metavar="NAME", help="What to train on [train].")] = None,
+    val_split: Annotated[str | None, typer.Option(metavar="NAME", help="What to watch [validation].")] = None,
+    test_split: Annotated[str | None, typer.Option(metavar="NAME", help="What to score once, at the end.")] = None,
+    val_fraction: Annotated[float | None, typer.Option(
+        help="Share of the training images that is split off if there is no validation split [0.1].")] = None,
+    on_bad_input: Annotated[Literal["stop", "skip"] | None, typer.Option(
+        help="What to do about images that can't be read [stop].")] = None,
+    scan: Annotated[bool | None, typer.Option(
+        "--scan/--no-scan", help="Read all images once before the first epoch.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything that is drawn [0].")] = None,
+    output: Annotated[Path | None, typer.Option(
+        metavar="DIR", help="Where the run goes [runs/MODEL-DATA].")] = None,
+    device: Annotated[Literal["auto", "cpu", "cuda"] | None, typer.Option(help="Where to train.")] = None,
+    precision: Annotated[Literal["no", "bf16", "fp16"] | None, typer.Option(help="Of the autocast.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that read images.")] = None,
+    report: Annotated[bool | None, typer.Option("--report/--no-report", help="Write OUTPUT/report/.")] = None,
+    resume: Annotated[bool, typer.Option(
+        "--resume", help="Go on from the latest checkpoint, if there is one.")] = False,
+) -> None:  # fmt: skip
+    """Trains or fine-tunes a classifier; torchrun and accelerate launch work too.
+
+    Either by a recipe, or by --model and --data, with everything else chosen by the data. A report is left in
+    OUTPUT/report/, and the model in OUTPUT/model/.
+    """
+    options = {
+        "model.name": model, "model.pretrained": pretrained, "model.tune": tune,
+        "model.kwargs.checkpoint_path": None if checkpoint is None else str(checkpoint),
+        "model.kwargs.img_size": img_size, "data.source": data, "data.train_split": train_split,
+        "data.eval_split": val_split, "data.test_split": test_split, "data.val_fraction": val_fraction,
+        "data.on_bad_input": on_bad_input, "data.scan": scan, "data.workers": workers, "schedule.epochs": epochs,
+        "optimizer.lr": lr, "run.batch_size": batch_size, "run.seed": seed,
+        "run.output": None if output is None else str(output), "run.device": device, "run.precision": precision,
+        "run.report": report,
+    }  # fmt: skip
+    given = {key: value for key, value in options.items() if value is not None}
+    recipe = _recipe(list(arguments or ()), given, resume)
+    result = _run(recipe, resume, _command(context))
+    if out.is_main_process():
+        _print_result(recipe, result)
+
+
+def _recipe(arguments: list[str], options: dict[str, Any], resume: bool) -> Recipe:
+    """Makes the recipe: of the file, of the options, or of the run to go on with; options win over the file."""
+    from lamzoo.training.defaults import complete_recipe
+    from lamzoo.training.recipe import override, parse_recipe, put, read_recipe
+
+    file = Path(arguments.pop(0)) if arguments and not _is_override(arguments[0]) else None
+    if file is None and resume and "model.name" not in options and "run.output" in options:
+        file = Path(options["run.output"], "recipe.json")
+    if file is not None:
+        return parse_recipe(put(override(read_recipe(file), arguments), options))
+    table = put(override({}, arguments), options)
+    missing = [
+        option
+        for option, section, key in (("--model", "model", "name"), ("--data", "data", "source"))
+        if key not in table.get(section, {})
+    ]
+    if missing:
+        raise RecipeError(
+            f"There is no recipe, and no {' and no '.join(missing)}: give a RECIPE.toml, or --model NAME --data SPEC."
+        )
+    return complete_recipe(table)
+
+
+def _is_override(argument: str) -> bool:
+    return "=" in argument and not Path(argument).is_file()
+
+
+def _run(recipe: Recipe, resume: bool, command: str) -> TrainResult:
+    from lamzoo.training import Progress, train
+
+    with out.progress_bar(recipe.model.name) as advance:
+
+        def scanning(split: str, done: int, total: int) -> None:
+            advance(done, total, f"looking through {split}")
+
+        def moved(progress: Progress) -> None:
+            top1 = "" if progress.top1 is None else f", top-1 {progress.top1:.2f} %"
+            note = f"epoch {progress.epoch + 1}/{progress.epochs}, loss {progress.loss:.3f}{top1}"
+            advance(progress.update, progress.updates, note)
+
+        return train(recipe, resume=resume, progress=moved, scanning=scanning, command=command)
+
+
+def _print_result(recipe: Recipe, result: TrainResult) -> None:
+    rows = [(split, len(score.labels), score.top1, score.top5) for split, score in result.scores.items()]
+    out.print_table(("split", "images", "top-1 (%)", "top-5 (%)"), rows, title=recipe.model.name)
+    if result.report is not None:
+        out.print_line(f"the report is {out.printable(result.report)}")
+    out.print_line(f"the model is local-dir:{out.printable(result.model)}")
+
+
+def _command(context: typer.Context) -> str:
+    """Returns the command line as it was typed."""
+    typed = context.obj if isinstance(context.obj, list) else sys.argv[1:]
+    return shlex.join(["lamzoo", *typed])

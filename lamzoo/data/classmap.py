@@ -1,0 +1,143 @@
+"""Which class is which number: class lists in the files people keep them in, and data sets renumbered by one."""
+
+from __future__ import annotations
+
+import json
+import operator
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import timm.data
+from PIL import Image
+
+from lamzoo.data.labelled import ImageSource, LabelledImages
+from lamzoo.errors import DataError
+
+#: The class lists of ImageNet that timm knows by name.
+TIMM_CLASS_LISTS = tuple(f"imagenet-{size}" for size in ("1k", "12k", "21k-goog", "21k-miil", "22k", "22k-ms"))
+_WORDNET_ID = re.compile(r"n\d{8}\b")
+
+
+def read_class_map(source: str | Path) -> list[str]:
+    """Reads the names of a model's classes, in the order of its outputs.
+
+    Args:
+        source: a name in :data:`TIMM_CLASS_LISTS`, such as ``imagenet-1k``, or a file:
+
+            - text, one class a line, as timm's class maps; of ``n01440764 tench, Tinca tinca`` (ImageNet's
+              ``LOC_synset_mapping.txt``, in sorted order) the WordNet id counts;
+            - JSON, ``{"0": ["n01440764", "tench"], ...}`` (``imagenet_class_index.json``), a list of names, a list of
+              ``[identifier, name]``, or ``{"n01440764": 0, ...}``.
+
+    Returns:
+        Names, or identifiers where there are both; the position is the class number.
+
+    Raises:
+        DataError: no such file, or it holds something else, a class twice, or a gap in its numbers.
+    """
+    if str(source) in TIMM_CLASS_LISTS:
+        return list(timm.data.ImageNetInfo(str(source)).label_names())
+    path = Path(source)
+    if not path.is_file():
+        known = ", ".join(TIMM_CLASS_LISTS)
+        raise DataError(f"the class map {str(source)!r} is neither a file nor one of timm's ({known})")
+    try:
+        text = path.read_text("utf-8-sig")
+        names = _from_json(json.loads(text)) if path.suffix.lower() == ".json" else _from_lines(text)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is no readable class map: {error}") from error
+    twice = next((name for name, count in Counter(names).items() if count > 1), None)
+    if twice is not None:
+        raise DataError(f"{path} is no class map: it has the class {twice!r} twice")
+    return names
+
+
+def relabel(dataset: LabelledImages, names: Sequence[str], where: str = "the class map") -> LabelledImages:
+    """Gives each image the number that its class has in a list; the data may have fewer classes than the list.
+
+    Args:
+        dataset: left as it is; it must know its classes.
+        names: the classes in the order of the model's outputs, as :func:`read_class_map` returns them.
+        where: what to call the list in an error.
+
+    Returns:
+        A data set of the same images, with ``names`` as its classes.
+
+    Raises:
+        DataError: the data set has no class names, or one that is not in the list.
+    """
+    if dataset.classes is None:
+        raise DataError(f"{dataset.spec} has no class names to look up in {where}; leave the class map out")
+    numbers = {name: number for number, name in enumerate(names)}
+    classes = dataset.classes
+    missing = [name for name in classes if name not in numbers]
+    if missing and dataset.source.identifiers is not None:
+        classes = dataset.source.identifiers
+        missing = [name for name in classes if name not in numbers]
+    if missing:
+        raise DataError(
+            f"{len(missing)} of the {len(classes)} classes of {dataset.spec} are not in {where}, such as "
+            f"{missing[0]!r}, where classes are written like {names[0]!r}"
+        )
+    source = _RelabelledSource(dataset.source, list(names), [numbers[name] for name in classes])
+    mapped = LabelledImages(source, dataset.spec)
+    mapped.transform, mapped.target_transform = dataset.transform, dataset.target_transform
+    return mapped
+
+
+class _RelabelledSource(ImageSource):
+    """Another source's images, their labels taken through a table."""
+
+    def __init__(self, source: ImageSource, classes: list[str], numbers: list[int]) -> None:
+        self.classes = classes
+        self.split = source.split
+        self._source = source
+        self._numbers = numbers
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def read(self, index: int) -> tuple[BinaryIO | Image.Image, Any]:
+        file, label = self._source.read(index)
+        return file, self._number(label)
+
+    def name(self, index: int) -> str:
+        return self._source.name(index)
+
+    def labels(self) -> Sequence[Any]:
+        return [self._number(label) for label in self._source.labels()]
+
+    def _number(self, label: Any) -> Any:
+        try:
+            known = 0 <= operator.index(label) < len(self._numbers)
+        except TypeError:
+            known = False
+        return self._numbers[label] if known else -1  # which the data set refuses, with the image's name
+
+
+def _from_lines(text: str) -> list[str]:
+    names = []
+    for line in filter(None, map(str.strip, text.splitlines())):
+        found = _WORDNET_ID.match(line)
+        names.append(found[0] if found else line)
+    if not names:
+        raise ValueError("it is empty")
+    return names
+
+
+def _from_json(content: Any) -> list[str]:
+    if isinstance(content, dict) and content and all(isinstance(value, int) for value in content.values()):
+        content = {str(number): name for name, number in content.items()}
+    if isinstance(content, dict):
+        gap = next((number for number in range(len(content)) if str(number) not in content), None)
+        if gap is not None:
+            raise ValueError(f"it has {len(content)} classes, but none with the number {gap}")
+        content = [content[str(number)] for number in range(len(content))]
+    entries = content if isinstance(content, list) else []
+    names = [entry[0] if isinstance(entry, list) and len(entry) == 2 else entry for entry in entries]
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ValueError("it must hold class names, [identifier, name] pairs, or a table of either by number")
+    return names

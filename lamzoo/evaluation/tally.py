@@ -1,0 +1,150 @@
+"""Counting right guesses batch by batch; knows neither a model nor a loader."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lamzoo.data import BadImage, LabelledImages
+from lamzoo.data.scan import why_bad
+from lamzoo.errors import ConfigError, DataError
+from lamzoo.evaluation.partial import Partial
+from lamzoo.evaluation.real import RealLabels
+
+_logger = logging.getLogger(__name__)
+#: The label that stands for an image that could not be read.
+BAD_LABEL = -1
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """A score.
+
+    Attributes:
+        top1: percent right at first guess.
+        top5: percent right among the first five guesses; None below five classes, where it says nothing.
+        samples: images scored.
+        seconds: what that took, reading and decoding included, and what was done before a resumption.
+        images_per_s: ``samples / seconds``.
+        skipped: images left out because they could not be read; not among ``samples``.
+        bad_images: which those are, and why.
+        real_top1: as ``top1``, of the ``real_samples``, where any of an image's ReaL labels is right; None without.
+        real_top5: as ``top5``, likewise.
+        real_samples: images scored that have a ReaL label at all.
+    """
+
+    top1: float
+    top5: float | None
+    samples: int
+    seconds: float
+    images_per_s: float
+    skipped: int = 0
+    bad_images: tuple[BadImage, ...] = ()
+    real_top1: float | None = None
+    real_top5: float | None = None
+    real_samples: int | None = None
+
+
+class Tally:
+    """Adds up the guesses for the images of one data set.
+
+    Args:
+        dataset: names the images.
+        num_classes: of the model.
+        real: ReaL labels to score by too.
+        skip: images with :data:`BAD_LABEL` are left out rather than refused.
+    """
+
+    def __init__(self, dataset: LabelledImages, num_classes: int, *, real: RealLabels | None, skip: bool) -> None:
+        self._dataset = dataset
+        self._num_classes = num_classes
+        self._real = real
+        self._skip = skip
+
+    def add(self, done: Partial, batch: Sequence[int], logits: Tensor, labels: Tensor, seconds: float) -> Partial:
+        """Counts a batch.
+
+        Args:
+            done: what was counted before.
+            batch: the images' indices in the data set.
+            logits: ``(B, num_classes)``.
+            labels: ``(B,)``, on the same device.
+            seconds: since the start.
+
+        Returns:
+            Both together.
+
+        Raises:
+            ConfigError: a logit is infinite or not a number.
+            DataError: a label is no class of the model, or an image is none of those with ReaL labels.
+        """
+        if not logits.isfinite().all():
+            raise ConfigError("the model's outputs are not finite; use another precision, or check the weights")
+        self._check(labels)
+        guesses = logits.topk(min(5, logits.shape[1]), dim=1).indices
+        hits = guesses == labels[:, None]  # no guess is BAD_LABEL
+        bad = [index for index, label in zip(batch, labels.tolist(), strict=True) if label == BAD_LABEL]
+        for image in map(self._bad_image, bad):
+            _logger.warning("left out %s: %s", image.filename, image.reason)
+        ranks = self._real_ranks(batch, guesses, bad)
+        return Partial(
+            seen=done.seen + len(labels),
+            correct1=done.correct1 + int(hits[:, 0].sum()),
+            correct5=done.correct5 + int(hits.sum()),
+            bad=(*done.bad, *bad),
+            real_seen=done.real_seen + len(ranks),
+            real_correct1=done.real_correct1 + ranks.count(0),
+            real_correct5=done.real_correct5 + len(ranks) - ranks.count(None),
+            seconds=seconds,
+        )
+
+    def result(self, done: Partial) -> EvalResult:
+        """Returns the score of all that was counted.
+
+        Raises:
+            DataError: no image could be read.
+        """
+        if not done.scored:
+            raise DataError(f"none of the {done.seen} images of {self._dataset.spec} can be read; give others")
+        top5 = self._num_classes >= 5
+        real_seen = done.real_seen
+        return EvalResult(
+            top1=done.top1,
+            top5=100 * done.correct5 / done.scored if top5 else None,
+            samples=done.scored,
+            seconds=done.seconds,
+            images_per_s=done.scored / done.seconds,
+            skipped=len(done.bad),
+            bad_images=tuple(map(self._bad_image, done.bad)),
+            real_top1=100 * done.real_correct1 / real_seen if real_seen else None,
+            real_top5=100 * done.real_correct5 / real_seen if real_seen and top5 else None,
+            real_samples=None if self._real is None else real_seen,
+        )
+
+    def _check(self, labels: Tensor) -> None:
+        highest, lowest = int(labels.max()), int(labels.min())
+        if highest >= self._num_classes:
+            raise DataError(
+                f"{self._dataset.spec} has a label {highest} and the model {self._num_classes} classes; "
+                "they do not match"
+            )
+        if lowest < 0 and not (self._skip and lowest == BAD_LABEL):
+            raise DataError(f"{self._dataset.spec} has a label {lowest}; labels are class numbers from 0")
+
+    def _real_ranks(self, batch: Sequence[int], guesses: Tensor, skipped: Sequence[int]) -> list[int | None]:
+        """Returns for each image that has ReaL labels which of its guesses, from 0, is the first right one."""
+        ranks: list[int | None] = []
+        if self._real is None:
+            return ranks
+        for index, guessed in zip(batch, guesses.tolist(), strict=True):
+            right = () if index in skipped else self._real.of(self._dataset.filename(index))
+            if right:
+                ranks.append(next((rank for rank, label in enumerate(guessed) if label in right), None))
+        return ranks
+
+    def _bad_image(self, index: int) -> BadImage:
+        reason = why_bad(self._dataset, index) or "it could not be read at first"
+        return BadImage(index, self._dataset.filename(index), reason)

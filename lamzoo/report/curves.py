@@ -1,0 +1,98 @@
+"""Draws a training run's curves and its confusion matrix with matplotlib, without pyplot; knows no model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lamzoo.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_NAMED = 60  # classes beyond which no name fits beside the matrix
+_COUNTED = 25  # classes beyond which no number fits into a cell
+_INK, _PALE = "#1b3a57", "#c8553d"
+
+
+def draw_curves(history: Sequence[dict[str, float]]) -> Figure:
+    """Draws losses and accuracy over the epochs.
+
+    Args:
+        history: one record an epoch, with ``epoch``, ``train_loss`` and, where it was evaluated, ``eval_loss`` and
+            ``eval_top1``.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    figure = _figure((8.0, 3.2))
+    losses, accuracy = figure.subplots(1, 2)
+    _line(losses, history, "train_loss", "training (augmented)", _PALE)
+    _line(losses, history, "eval_loss", "validation", _INK)
+    losses.set_ylabel("loss")
+    losses.legend(frameon=False, fontsize=8)
+    _line(accuracy, history, "eval_top1", "validation", _INK)
+    accuracy.set_ylabel("top-1, validation (%)")
+    for axis in (losses, accuracy):
+        axis.set_xlabel("epoch")
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    return figure
+
+
+def draw_confusion(counts: NDArray[np.int64], names: Sequence[str], title: str) -> Figure:
+    """Draws a confusion matrix, each row coloured by its share of the class's images.
+
+    Args:
+        counts: ``(classes, classes)``; row ``i`` holds the images of class ``i``, by what they were taken for.
+        names: of the classes.
+        title: over the matrix.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    classes = len(names)
+    side = 2.6 + min(max(0.34 * classes, 1.6), 12.0)
+    figure = _figure((side + 0.6, side))
+    axis = figure.subplots()
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    heat = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    if classes <= _COUNTED:
+        for (row, column), count in np.ndenumerate(counts):
+            if count:
+                colour = "white" if shares[row, column] > 0.5 else _INK
+                axis.text(column, row, str(count), ha="center", va="center", fontsize=7, color=colour)
+    if classes <= _NAMED:
+        short = [name if len(name) <= 24 else f"{name[:23]}…" for name in names]
+        axis.set_xticks(range(classes), short, rotation=90, fontsize=7)
+        axis.set_yticks(range(classes), short, fontsize=7)
+    axis.set_xlabel("predicted")
+    axis.set_ylabel("true")
+    axis.set_title(title, fontsize=9)
+    bar = figure.colorbar(heat, ax=axis, fraction=0.046, pad=0.03)
+    bar.set_label("share of the class", fontsize=7)
+    bar.ax.tick_params(labelsize=7)
+    return figure
+
+
+def _line(axis: Any, history: Sequence[dict[str, float]], key: str, label: str, colour: str) -> None:
+    points = [(record["epoch"] + 1, record[key]) for record in history if key in record]
+    if points:
+        axis.plot(*zip(*points, strict=True), label=label, color=colour, marker="o" if len(points) < 25 else None, ms=3)
+
+
+def _figure(size: tuple[float, float]) -> Figure:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError(
+            f"Drawing curves needs matplotlib ({error}); install it with: pip install 'lamzoo[report]'"
+        ) from None
+    figure = Figure(figsize=size, dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure

@@ -1,0 +1,111 @@
+"""From a recipe's sections to the objects that they describe: model, optimiser, scheduler, averaged weights."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import timm.optim
+import timm.scheduler
+import torch
+from timm.layers import set_fused_attn, use_fused_attn
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from lamzoo.errors import RecipeError
+from lamzoo.lam import LamConfig
+from lamzoo.registry import create_model
+from lamzoo.training.recipe import Recipe
+
+_logger = logging.getLogger(__name__)
+
+
+def build_model(recipe: Recipe, classes: list[str] | None) -> Any:
+    """Creates the recipe's model.
+
+    Args:
+        recipe: the whole recipe.
+        classes: of the data; their number is the classifier's width. One that comes with the weights is kept if it
+            knows the same classes in the same order, or does not say which it knows.
+
+    Raises:
+        RecipeError: neither the data nor the recipe says how many classes there are, or they say different numbers.
+        LamzooError: whatever the model's name, arguments or weights are at fault for.
+    """
+    section = recipe.model
+    kwargs = dict(section.kwargs)
+    if classes is None and "num_classes" not in kwargs:
+        raise RecipeError(f"{recipe.data.source} has no class names; set model.kwargs.num_classes in the recipe.")
+    if classes is not None and kwargs.setdefault("num_classes", len(classes)) != len(classes):
+        raise RecipeError(
+            f"model.kwargs.num_classes is {kwargs['num_classes']} and {recipe.data.source} has {len(classes)} classes; "
+            "leave the number out of the recipe."
+        )
+    if section.lam is not None:
+        kwargs["lam"] = LamConfig.from_dict(section.lam)
+    with _fused_attention(section.fused_attention):
+        model: Any = create_model(section.name, pretrained=section.pretrained, **kwargs)
+    if classes is not None and _knows_others(model, classes):
+        _logger.info("%s: a fresh classifier, since its weights are for other classes", section.name)
+        model.reset_classifier(len(classes))
+    if recipe.run.grad_checkpointing:
+        model.set_grad_checkpointing(True)
+    return model
+
+
+def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+    """Creates timm's optimiser over the parameters that are trained."""
+    section = recipe.optimizer
+    try:
+        return timm.optim.create_optimizer_v2(
+            model,
+            opt=section.name,
+            lr=section.lr,
+            weight_decay=section.weight_decay,
+            layer_decay=section.layer_decay,
+            **section.kwargs,
+        )
+    except TypeError as error:
+        raise RecipeError(f"optimizer.kwargs {section.kwargs} do not fit {section.name!r}: {error}.") from None
+
+
+def build_scheduler(recipe: Recipe, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> Any:
+    """Creates timm's scheduler, to be stepped after each update."""
+    section = recipe.schedule
+    scheduler, _ = timm.scheduler.create_scheduler_v2(
+        optimizer,
+        sched=section.name,
+        num_epochs=section.epochs,
+        warmup_epochs=section.warmup_epochs,
+        warmup_lr=section.warmup_lr,
+        min_lr=section.min_lr,
+        cooldown_epochs=section.cooldown_epochs,
+        step_on_epochs=False,
+        updates_per_epoch=updates_per_epoch,
+    )
+    return scheduler
+
+
+def build_ema(recipe: Recipe, model: nn.Module, device: torch.device) -> ModelEmaV3 | None:
+    """Creates the averaged copy of the weights, where the recipe asks for one."""
+    decay = recipe.run.ema_decay
+    return None if decay is None else ModelEmaV3(model.to(device), decay=decay, use_warmup=True)
+
+
+def _knows_others(model: Any, classes: list[str]) -> bool:
+    """Says whether a model came with a classifier for as many classes, and these are others."""
+    known = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
+    return model.weights_source is not None and known is not None and list(known) != classes
+
+
+@contextmanager
+def _fused_attention(enable: bool) -> Iterator[None]:
+    # timm's layers read the global switch when they are built.
+    before, experimental = use_fused_attn(), use_fused_attn(experimental=True)
+    set_fused_attn(enable)
+    try:
+        yield
+    finally:
+        set_fused_attn(before, experimental)

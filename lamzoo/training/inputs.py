@@ -1,0 +1,145 @@
+"""The images of a run: its splits opened or made, searched for what can't be read; the same on every process."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from lamzoo.data import BadImage, LabelledImages, create_dataset, find_bad_images, leave_out_bad, select, split_off
+from lamzoo.errors import DataError, MissingSplitError, RecipeError
+from lamzoo.files import atomic_files
+from lamzoo.training.recipe import DataSection
+
+ScanProgress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Splits:
+    """What a run trains on and is scored on.
+
+    Attributes:
+        train: the training images.
+        evaluation: those scored during the run; None while they are still to be split off the training images.
+        test: those scored once, at the end, if there are any.
+        bad: what a scan left out, by split.
+        split_off: whether the evaluation images were taken from the training images.
+    """
+
+    train: LabelledImages
+    evaluation: LabelledImages | None
+    test: LabelledImages | None
+    bad: tuple[tuple[str, BadImage], ...] = ()
+    split_off: bool = False
+
+
+def open_splits(data: DataSection) -> Splits:
+    """Opens the splits that there are; reads no image.
+
+    Raises:
+        DataError: the data set or a split that is needed does not exist.
+        RecipeError: a split that is scored is the training split.
+    """
+    train = create_dataset(data.source, data.train_split)
+    evaluation = None
+    try:
+        evaluation = create_dataset(data.source, data.eval_split)
+    except MissingSplitError:
+        if data.val_fraction is None:
+            raise
+    if evaluation is not None and evaluation.split == train.split:
+        if data.val_fraction is None:
+            raise _same_images(data, train)
+        evaluation = None
+    test = None if data.test_split is None else create_dataset(data.source, data.test_split)
+    if test is not None and test.split == train.split:
+        raise _same_images(data, train)
+    return Splits(train, evaluation, test)
+
+
+def has_split(data: DataSection, split: str) -> bool:
+    """Says whether the data has a split of its own under this name, apart from those for training and evaluation."""
+    try:
+        taken = {create_dataset(data.source, data.train_split).split, create_dataset(data.source, split).split}
+    except MissingSplitError:
+        return False
+    return len(taken) == 2
+
+
+def prepare_splits(
+    data: DataSection, splits: Splits, seed: int, accelerator: Accelerator, progress: ScanProgress | None = None
+) -> Splits:
+    """Searches the splits for bad images, as the recipe says, and makes the evaluation split where there is none.
+
+    Each process reads its share of the images, and all of them come to the same result.
+
+    Args:
+        data: the recipe's section.
+        splits: as opened.
+        seed: of the split that is made.
+        accelerator: knows the processes.
+        progress: called on the main process with the split, the images read of its share and their number.
+
+    Raises:
+        DataError: bad images, where the recipe stops for them; or too few images are left.
+    """
+    train, evaluation, test = splits.train, splits.evaluation, splits.test
+    bad: list[tuple[str, BadImage]] = []
+    if data.scan:
+        train = _scan(train, "train", data, accelerator, bad, progress)
+        evaluation = evaluation and _scan(evaluation, "validation", data, accelerator, bad, progress)
+        test = test and _scan(test, "test", data, accelerator, bad, progress)
+    if evaluation is not None:
+        return Splits(train, evaluation, test, tuple(bad))
+    assert data.val_fraction is not None  # open_splits has made sure
+    train, evaluation = split_off(train, data.val_fraction, seed)
+    return Splits(train, evaluation, test, tuple(bad), split_off=True)
+
+
+def write_bad_images(path: Path, bad: tuple[tuple[str, BadImage], ...]) -> None:
+    """Writes what was left out as CSV: split, index in it, file, reason.
+
+    Raises:
+        DataError: the file can't be written.
+    """
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(("split", "index", "file", "reason"))
+    writer.writerows((split, image.index, image.filename, image.reason) for split, image in bad)
+    with atomic_files(DataError) as stage:
+        stage(path).write_text(buffer.getvalue(), encoding="utf-8", errors="backslashreplace")
+
+
+def _scan(
+    dataset: LabelledImages,
+    role: str,
+    data: DataSection,
+    accelerator: Accelerator,
+    bad: list[tuple[str, BadImage]],
+    progress: ScanProgress | None,
+) -> LabelledImages:
+    processes, rank = accelerator.num_processes, accelerator.process_index
+    share = range(rank, len(dataset), processes)
+
+    def moved(done: int, total: int) -> None:
+        if progress is not None and accelerator.is_main_process:
+            progress(role, done, total)
+
+    own = find_bad_images(select(dataset, share), workers=data.workers, progress=moved) if len(share) else []
+    found = [replace(image, index=share[image.index]) for image in own]
+    if processes > 1:
+        found = sorted(gather_object(found), key=lambda image: image.index)
+    bad += [(dataset.split or role, image) for image in found]
+    return leave_out_bad(dataset, found, data.on_bad_input, every_class=role == "train")
+
+
+def _same_images(data: DataSection, train: LabelledImages) -> RecipeError:
+    return RecipeError(
+        f"{data.source} would be trained and scored on the same images ({train.split or 'no splits'}); give it a "
+        "folder for each split, and name them in data.train_split and data.eval_split, or set data.val_fraction."
+    )

@@ -1,0 +1,296 @@
+"""The report that a run ends with: Markdown and JSON about the trained model, and pictures where they can be drawn."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import timm
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+import lamzoo
+from lamzoo.adapters import lam_parameters
+from lamzoo.errors import DataError, LamzooError, UnsupportedHostError
+from lamzoo.files import atomic_files
+from lamzoo.registry import create_model
+from lamzoo.training.inputs import Splits
+from lamzoo.training.recipe import Recipe
+from lamzoo.training.scoring import Score
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_logger = logging.getLogger(__name__)
+
+_MASK_PICTURES = 3
+_LISTED = 60  # classes in the Markdown table; the JSON has all of them
+_CONFUSION_IN_JSON = 200  # classes up to which the JSON has the whole matrix
+_PAIRS = 5
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What a report is written from.
+
+    Attributes:
+        recipe: the run's.
+        model: the trained model, which has been saved.
+        trained: number of parameters that were trained.
+        splits: its images.
+        scores: of the model, by split; the one that was watched during the run comes first.
+        history: one record an epoch.
+        train_seconds: spent in updates.
+        wall_seconds: from the start, reading and scoring included.
+        device: as torch writes it.
+        processes: how many trained together.
+        command: what was typed; None where a program called.
+    """
+
+    recipe: Recipe
+    model: nn.Module
+    trained: int
+    splits: Splits
+    scores: dict[str, Score]
+    history: list[dict[str, float]]
+    train_seconds: float
+    wall_seconds: float
+    device: str
+    processes: int
+    command: str | None
+
+
+def write_report(folder: Path, facts: RunFacts) -> None:
+    """Writes ``report.md``, ``report.json``, ``confusion.png``, ``curves.png`` and ``masks-*.png`` into a folder.
+
+    A picture that can't be drawn, for want of matplotlib or of masks, is replaced by a line that says why.
+
+    Raises:
+        DataError: a file can't be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"The report {folder} can't be written: {error.strerror}; choose another folder.") from None
+    names = _class_names(facts)
+    content = _content(facts, names)
+    pictures = [*_plots(folder, facts, names), *_masks(folder, facts, names)]
+    with atomic_files(DataError) as stage:
+        stage(folder / "report.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        stage(folder / "report.md").write_text(_markdown(content, pictures), "utf-8")
+
+
+def confusion(score: Score, classes: int) -> NDArray[np.int64]:
+    """Counts a split's images by class (row) and guess (column)."""
+    flat = score.labels * classes + score.guesses
+    return torch.bincount(flat, minlength=classes * classes).reshape(classes, classes).numpy()
+
+
+def _class_names(facts: RunFacts) -> list[str]:
+    classes: Any = facts.model.num_classes
+    return facts.splits.train.classes or [f"class {index}" for index in range(classes)]
+
+
+def _content(facts: RunFacts, names: list[str]) -> dict[str, Any]:
+    """Everything the report says, as JSON values."""
+    recipe, model = facts.recipe, facts.model
+    masks = 0 if getattr(model, "lam_config", None) is None else sum(p.numel() for p in lam_parameters(model))
+    training = np.bincount(facts.splits.train.labels(), minlength=len(names))
+    return {
+        "model": recipe.model.name,
+        "pretrained": recipe.model.pretrained,
+        "weights": getattr(model, "weights_source", None),
+        "masks": None if getattr(model, "lam_config", None) is None else str(model.lam_config),
+        "tune": recipe.model.tune,
+        "data": recipe.data.source,
+        "classes": len(names),
+        "training_images": len(facts.splits.train),
+        "left_out": len(facts.splits.bad),
+        "validation_was_split_off": facts.splits.split_off,
+        "parameters": {
+            "all": sum(p.numel() for p in model.parameters()),
+            "trained": facts.trained,
+            "masks": masks,
+        },
+        "scores": {split: _score(score, names, training) for split, score in facts.scores.items()},
+        "epochs": recipe.schedule.epochs,
+        "batch_size": recipe.run.batch_size,
+        "lr": recipe.optimizer.lr,
+        "seed": recipe.run.seed,
+        "precision": recipe.run.precision,
+        "train_seconds": round(facts.train_seconds, 1),
+        "wall_seconds": round(facts.wall_seconds, 1),
+        "device": f"{facts.device} ({torch.cuda.get_device_name()})" if "cuda" in facts.device else facts.device,
+        "processes": facts.processes,
+        "threads": torch.get_num_threads(),
+        "command": facts.command or f"lamzoo train {shlex.quote(str(Path(recipe.run.output) / 'recipe.json'))}",
+        "output": recipe.run.output,
+        "versions": {"lamzoo": lamzoo.__version__, "torch": torch.__version__, "timm": timm.__version__},
+    }
+
+
+def _score(score: Score, names: list[str], training: NDArray[np.int64]) -> dict[str, Any]:
+    counts = confusion(score, len(names))
+    images, guessed, right = counts.sum(axis=1), counts.sum(axis=0), counts.diagonal()
+    per_class = [
+        {
+            "class": name,
+            "training_images": int(training[index]),
+            "images": int(images[index]),
+            "recall": _percent(right[index], images[index]),
+            "precision": _percent(right[index], guessed[index]),
+        }
+        for index, name in enumerate(names)
+    ]
+    recalls = right[images > 0] / images[images > 0]
+    wrong = counts - np.diag(right)
+    pairs = np.dstack(np.unravel_index(np.argsort(-wrong, axis=None, kind="stable")[:_PAIRS], wrong.shape))[0]
+    return {
+        "images": len(score.labels),
+        "top1": round(score.top1, 3),
+        "top5": None if score.top5 is None else round(score.top5, 3),
+        "mean_recall": round(100 * float(recalls.mean()), 3),
+        "loss": round(score.loss, 5),
+        "per_class": per_class,
+        "most_confused": [
+            {"class": names[row], "taken_for": names[column], "images": int(wrong[row, column])}
+            for row, column in pairs.tolist()
+            if wrong[row, column]
+        ],
+        "confusion": counts.tolist() if len(names) <= _CONFUSION_IN_JSON else None,
+    }
+
+
+def _percent(part: Any, whole: Any) -> float | None:
+    return round(100 * float(part) / float(whole), 2) if whole else None
+
+
+def _plots(folder: Path, facts: RunFacts, names: list[str]) -> list[str]:
+    """Draws curves and confusion matrix; returns lines of Markdown."""
+    from lamzoo.report.curves import draw_confusion, draw_curves
+
+    split, score = list(facts.scores.items())[-1]
+    title = f"{facts.recipe.model.name}: {split}, {len(score.labels)} images, {score.top1:.2f} % right"
+    plots: list[tuple[str, str, Callable[[], Figure]]] = [
+        ("Curves", "curves.png", lambda: draw_curves(facts.history)),
+        (f"Confusion matrix ({split})", "confusion.png", lambda: draw_confusion(
+            confusion(score, len(names)), names, title)),
+    ]  # fmt: skip
+    lines: list[str] = []
+    try:
+        for heading, filename, draw in plots:
+            figure = draw()
+            with atomic_files(DataError) as stage:
+                figure.savefig(stage(folder / filename), format="png")
+            lines += [f"## {heading}", "", f"![{heading}]({filename})", ""]
+    except LamzooError as error:
+        if isinstance(error, DataError):
+            raise
+        _logger.warning("the report has no pictures: %s", error)
+        lines += ["## Pictures", "", f"None: {error}", ""]
+    return lines
+
+
+def _masks(folder: Path, facts: RunFacts, names: list[str]) -> list[str]:
+    """Draws the masks over a few scored images of different classes; returns lines of Markdown."""
+    from lamzoo.report import explain
+
+    dataset = facts.splits.test or facts.splits.evaluation
+    assert dataset is not None  # a run that has finished has scored something
+    lines = ["## Masks", ""]
+    if getattr(facts.model, "lam_config", None) is None:
+        return [*lines, "This is a plain model: it has no learnable masks to draw.", ""]
+    # As a user will have it, with the names of its classes.
+    saved = create_model(f"local-dir:{Path(facts.recipe.run.output) / 'model'}", pretrained=True)
+    labels = np.asarray(dataset.labels())
+    present = np.unique(labels)
+    chosen = present[np.linspace(0, len(present) - 1, min(_MASK_PICTURES, len(present))).astype(int)]
+    try:
+        for number, label in enumerate(chosen, 1):
+            index = int(np.flatnonzero(labels == label)[0])
+            explain(saved, dataset.decode(index)[0], folder / f"masks-{number}.png")
+            where = dataset.filename(index).encode("utf-8", "replace").decode()
+            lines += [f"{_plain(names[label])}: {_plain(where)}", "", f"![masks](masks-{number}.png)", ""]
+    except (LamzooError, OSError) as error:
+        if isinstance(error, DataError):
+            raise
+        if not isinstance(error, UnsupportedHostError):
+            _logger.warning("the report has no pictures of the masks: %s", error)
+        lines += [f"They can't be drawn: {error}", ""]
+    return lines
+
+
+def _markdown(content: dict[str, Any], pictures: list[str]) -> str:
+    scores, counts = content["scores"], content["parameters"]
+    share = 100 * counts["trained"] / counts["all"]
+    source = content["weights"] or ("pretrained" if content["pretrained"] else "from scratch")
+    facts = [
+        ("model", f"`{content['model']}` ({source})"),
+        ("masks", f"`{content['masks']}`" if content["masks"] else "none"),
+        ("data", f"`{content['data']}`: {content['classes']} classes, {content['training_images']:,} training images"),
+        ("trained", f"{content['tune']}: {counts['trained']:,} of {counts['all']:,} parameters ({share:.2f} %)"),
+        ("parameters of the masks", f"{counts['masks']:,}"),
+        ("schedule", f"{content['epochs']} epochs, batches of {content['batch_size']}, learning rate "
+                     f"{content['lr']:.3g}, seed {content['seed']}"),
+        ("time", f"{_duration(content['train_seconds'])} in updates, {_duration(content['wall_seconds'])} in all, on "
+                 f"{content['device']}, {content['processes']} process(es) of {content['threads']} threads, precision "
+                 f"{content['precision']}"),
+        ("versions", ", ".join(f"{name} {version}" for name, version in content["versions"].items())),
+    ]  # fmt: skip
+    lines = ["# Training report", "", "| | |", "|---|---|", *(f"| {key} | {_plain(text)} |" for key, text in facts)]
+    lines += ["", "| split | images | top-1 | top-5 | mean recall | loss |", "|---|---:|---:|---:|---:|---:|"]
+    for split, score in scores.items():
+        cells = [f"{score['images']:,}", *(_shown(score[key]) for key in ("top1", "top5", "mean_recall"))]
+        lines.append(f"| {_plain(split)} | {' | '.join(cells)} | {score['loss']:.4f} |")
+    lines += ["", "The weights are those of the last epoch, not of the best."]
+    if content["validation_was_split_off"]:
+        lines.append("The data has no validation split: it was split off the training images, class by class.")
+    if content["left_out"]:
+        lines.append(f"{content['left_out']} images could not be read and were left out; `bad-inputs.csv` lists them.")
+    output = Path(content["output"])
+    use = shlex.quote(f"local-dir:{output / 'model'}")
+    lines += ["", "```", content["command"], f"lamzoo predict {use} IMAGE...", "```", ""]
+    for split, score in scores.items():
+        lines += _class_table(split, score)
+    return "\n".join([*lines, *pictures]).rstrip() + "\n"
+
+
+def _class_table(split: str, score: dict[str, Any]) -> list[str]:
+    per_class = score["per_class"]
+    heading = f"## Classes ({split})"
+    if len(per_class) > _LISTED:
+        scored = [line for line in per_class if line["recall"] is not None]
+        per_class = sorted(scored, key=lambda line: line["recall"])[:_LISTED]
+        heading += f": the {_LISTED} lowest of {len(score['per_class'])}"
+    lines = [heading, "", "| class | training images | images | recall | precision |", "|---|---:|---:|---:|---:|"]
+    lines += [
+        f"| {_plain(line['class'])} | {line['training_images']:,} | {line['images']:,} | {_shown(line['recall'])} | "
+        f"{_shown(line['precision'])} |"
+        for line in per_class
+    ]
+    if score["most_confused"]:
+        pairs = (f"{_plain(p['class'])} for {_plain(p['taken_for'])} ({p['images']})" for p in score["most_confused"])
+        lines += ["", f"Most often taken: {', '.join(pairs)}."]
+    return [*lines, ""]
+
+
+def _shown(percent: float | None) -> str:
+    return "" if percent is None else f"{percent:.2f} %"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _plain(text: str) -> str:
+    """Keeps a name from breaking a Markdown table."""
+    return " ".join(text.replace("|", "\\|").split())

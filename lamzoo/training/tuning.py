@@ -1,0 +1,62 @@
+"""Which part of a model a run trains, and how the rest behaves meanwhile."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from lamzoo.errors import RecipeError
+from lamzoo.lam import Lam
+from lamzoo.training.recipe import Tune
+
+
+class Tuning:
+    """Freezes what a run does not train.
+
+    Args:
+        model: a timm classifier, with or without masks; ``requires_grad`` of its parameters is set.
+        tune: ``"all"``; ``"lam"``: the masks and the classifier; ``"head"``: the classifier alone.
+
+    Raises:
+        RecipeError: there are no masks to train, or no classifier; the model is unchanged.
+    """
+
+    def __init__(self, model: nn.Module, tune: Tune) -> None:
+        self._trained: list[nn.Module] | None = None
+        if tune == "all":
+            return
+        name = getattr(model, "registry_name", None) or type(model).__name__
+        trained = _classifier(model)
+        if not any(True for module in trained for _ in module.parameters()):
+            raise RecipeError(f"model.tune is {tune!r}, and {name} has no classifier to train; tune all of it.")
+        if tune == "lam":
+            masks = [module for module in model.modules() if isinstance(module, Lam)]
+            if not masks:
+                raise RecipeError(
+                    f"model.tune is 'lam', and {name} has no learnable masks; choose a model with masks (model.lam "
+                    "gives it some), or tune 'head' or 'all'."
+                )
+            trained += masks
+        model.requires_grad_(False)
+        for module in trained:
+            module.requires_grad_(True)
+        # The dropout in front of the classifier is a part of it in all but name.
+        self._trained = [*trained, *(module for module in [getattr(model, "head_drop", None)] if module is not None)]
+
+    def train_mode(self, model: nn.Module) -> None:
+        """Switches to training what is trained, and the rest of the model to evaluation.
+
+        Args:
+            model: the one that was given, or a wrapper around it.
+        """
+        model.train(self._trained is None)
+        for module in self._trained or ():
+            module.train()
+
+
+def _classifier(model: Any) -> list[nn.Module]:
+    if not hasattr(model, "get_classifier"):
+        return []
+    head = model.get_classifier()  # distilled models have two
+    return [module for module in (head if isinstance(head, tuple) else (head,)) if isinstance(module, nn.Module)]

@@ -1,0 +1,134 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from lamzoo import cli
+from lamzoo.registry import create_model
+from lamzoo.weights import save_pretrained
+from tests.images import CLASSES, encoded, write_folder, write_npz
+
+WNIDS = ["n01440764", "n01443537", "n01484850"]
+
+
+@pytest.fixture(autouse=True)
+def _own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]):
+    def call(*args: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as caught:
+            cli.main([str(arg) for arg in args])
+        return caught.value.code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def of_colours(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("model") / "colours"
+    names = ["violet", *CLASSES]
+    save_pretrained(create_model("lam_vit_micro", num_classes=4), folder, label_names=names)
+    return f"local-dir:{folder}"
+
+
+@pytest.fixture(scope="module")
+def of_imagenet(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("model") / "imagenet"
+    save_pretrained(create_model("lam_vit_micro", num_classes=1000), folder)
+    return f"local-dir:{folder}"
+
+
+def write_validation(root: Path) -> Path:
+    """``val/<wnid>/ILSVRC2012_val_*.JPEG`` of three classes, two images each."""
+    for number in range(6):
+        folder = root / "val" / WNIDS[number % 3]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"ILSVRC2012_val_{number + 1:08}.JPEG").write_bytes(encoded(number % 3, number))
+    return root / "val"
+
+
+def test_a_broken_image_stops_or_is_skipped_and_counted(run, of_colours: str, tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "data", splits=())
+    (root / "red" / "1.jpg").write_text("nothing")
+    common = ("eval", of_colours, "--data", root, "--class-map", "model")
+    code, _, error = run(*common)
+    assert code == 2
+    assert "1.jpg: it is no image" in error
+    code, printed, error = run(*common, "--on-bad-input", "skip", "--json")
+    assert code == 0
+    assert "1.jpg" in error
+    record = json.loads(printed)
+    assert (record["samples"], record["skipped"]) == (8, 1)
+    assert record["bad_images"][0]["filename"] == str(root / "red" / "1.jpg")
+    code, printed, _ = run(*common, "--on-bad-input", "skip")
+    assert "skipped" in printed
+
+
+def test_whole_data_have_no_column_for_what_was_skipped(run, of_colours: str, tmp_path: Path) -> None:
+    data = write_npz(tmp_path / "data")
+    code, printed, _ = run("eval", of_colours, "--data", data, "--class-map", "model")
+    assert code == 0
+    assert "skipped" not in printed
+    assert "ReaL" not in printed
+
+
+def test_imagenets_validation_folder_is_scored_as_it_lies(run, of_imagenet: str, tmp_path: Path) -> None:
+    val = write_validation(tmp_path)
+    (tmp_path / "real.json").write_text(json.dumps([[0], [1, 2], [], [0], [389], [2]]))
+    common = ("eval", of_imagenet, "--data", f"imagefolder:{val}", "--json")
+    code, _, error = run(*common)
+    assert code == 2
+    assert "3 classes and the model 1000" in error
+    assert "--class-map" in error
+    code, printed, _ = run(*common, "--class-map", "imagenet-1k", "--real-labels", "real.json")
+    assert code == 0
+    record = json.loads(printed)
+    assert (record["samples"], record["real_samples"], record["split"]) == (6, 5, None)
+    code, printed, _ = run(*common[:-1], "--class-map", "imagenet-1k", "--real-labels", "timm")
+    assert code == 0
+    assert "ReaL top-1 (%)" in printed
+
+
+def test_a_flat_validation_folder_scores_as_the_sorted_one(run, of_imagenet: str, tmp_path: Path) -> None:
+    val = write_validation(tmp_path)
+    (tmp_path / "flat").mkdir()
+    rows = ["ImageId,PredictionString"]
+    for path in sorted(val.rglob("*.JPEG")):
+        (tmp_path / "flat" / path.name).write_bytes(path.read_bytes())
+        rows.append(f"{path.stem},{path.parent.name} 1 2 3 4")
+    (tmp_path / "LOC_val_solution.csv").write_text("\n".join(rows))
+    (tmp_path / "map.json").write_text(json.dumps({str(i): [wnid, wnid] for i, wnid in enumerate(WNIDS)}))
+    scores = []
+    for data in (f"imagefolder:{val}", "imagelist:flat:LOC_val_solution.csv"):
+        code, printed, _ = run("eval", of_imagenet, "--data", data, "--class-map", "imagenet-1k", "--json")
+        assert code == 0
+        scores.append([json.loads(printed)[key] for key in ("top1", "top5", "samples")])
+    assert scores[0] == scores[1]
+    code, _, error = run("eval", of_imagenet, "--data", f"imagefolder:{val}", "--class-map", "map.json")
+    assert code == 2
+    assert "has 3 classes and the model 1000" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ("--class-map nowhere.txt", "nowhere.txt"),
+        ("--class-map imagenet-1k", "'blue'"),
+        ("--real-labels nowhere.json --class-map model", "nowhere.json"),
+        ("--real-labels timm --class-map model", "up to 999"),
+        ("--on-bad-input ignore", "ignore"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(
+    run, of_colours: str, tmp_path: Path, arguments: str, named: str
+) -> None:
+    write_npz(tmp_path / "data")
+    code, printed, error = run("eval", of_colours, "--data", "data", *arguments.split())
+    assert (code, printed) == (2, "")
+    assert named in error
+    assert len(error.strip().splitlines()) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]

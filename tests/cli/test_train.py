@@ -1,0 +1,164 @@
+"""One line trains on one's own folder, and what is wrong with it is one sentence."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import lamzoo
+from lamzoo import cli
+from tests.images import CLASSES, write_folder, write_npz
+
+pytest.importorskip("accelerate")
+
+
+class Run:
+    """What a call of the command line left."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str], *args: object) -> None:
+        with pytest.raises(SystemExit) as caught:
+            cli.main([str(arg) for arg in args])
+        self.code = caught.value.code
+        self.out, self.err = capsys.readouterr()
+
+
+@pytest.fixture(autouse=True)
+def _own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    logger = logging.getLogger("lamzoo")
+    handlers, level = list(logger.handlers), logger.level
+    yield
+    logger.handlers, logger.level = handlers, level
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Run]:
+    return lambda *args: Run(capsys, *args)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> str:
+    """Weights to start from, of a model for other classes."""
+    model = lamzoo.create_model("lam_vit_micro", embed_dim=16, depth=1, num_classes=2)
+    lamzoo.save_pretrained(model, tmp_path / "start", label_names=["cat", "dog"])
+    return f"local-dir:{tmp_path / 'start'}"
+
+
+def recipe_of(folder: Path) -> dict[str, dict[str, object]]:
+    return json.loads((folder / "recipe.json").read_text("utf-8"))
+
+
+def test_one_line_fine_tunes_on_a_folder(run, start: str, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "my photos", splits=(), each=5)
+    arguments = ("train", "--model", start, "--pretrained", "--data", f"imagefolder:{folder}", "--epochs", 1)
+    done = run(*arguments, "--workers", 0, "--device", "cpu")
+    assert (done.code, done.err) == (0, "")
+    output = Path("runs/start-my-photos")
+    assert f"the report is {output / 'report' / 'report.md'}\nthe model is local-dir:{output / 'model'}\n" in done.out
+    assert "validation" in done.out
+    report = (output / "report" / "report.md").read_text("utf-8")
+    assert f"lamzoo train --model {start} --pretrained --data 'imagefolder:{folder}' --epochs 1" in report
+    model = lamzoo.create_model(f"local-dir:{output / 'model'}", pretrained=True)
+    assert list(model.pretrained_cfg["label_names"]) == CLASSES
+    again = run(*arguments)
+    assert (again.code, again.out) == (2, "")
+    assert "already holds a run; continue it with --resume" in again.err
+
+
+def test_a_killed_run_goes_on_by_its_folder_alone(run, start: str, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "data", splits=(), each=5)
+    common = ("--device", "cpu", "--workers", 0, "--no-report")
+    options = ("--model", start, "--pretrained", "--data", folder, "--epochs", 1, "--output", "out", *common)
+    assert run("train", *options).code == 0
+    before = recipe_of(Path("out"))
+    for again in (options, ("--output", "out")):
+        done = run("train", *again, "--resume")
+        assert (done.code, done.err) == (0, "")
+        assert "the model is local-dir:out/model" in done.out
+    assert recipe_of(Path("out")) == before
+    other = run("train", *options, "--resume", "--seed", 3)
+    assert other.code == 2
+    assert "another recipe" in other.err
+
+
+@pytest.mark.parametrize("tune", ["lam", "head"])
+def test_tune_names_the_run_and_trains_a_part(run, start: str, tmp_path: Path, tune: str) -> None:
+    folder = write_folder(tmp_path / "photos", splits=("train", "val", "test"))
+    arguments = ("--model", start, "--pretrained", "--data", folder, "--tune", tune, "--epochs", 1, "--device", "cpu")
+    done = run("train", *arguments, "--workers", 0)
+    assert (done.code, done.err) == (0, "")
+    content = json.loads(Path(f"runs/start-photos-{tune}/report/report.json").read_text("utf-8"))
+    assert list(content["scores"]) == ["val", "test"]
+    assert 0 < content["parameters"]["trained"] < content["parameters"]["all"] / 2
+
+
+def test_a_recipe_with_changes_and_options(run, tmp_path: Path) -> None:
+    write_npz(tmp_path / "packed", "train")
+    write_npz(tmp_path / "packed", "test")
+    Path("recipe.toml").write_text(
+        """
+        model = {name = "vit_micro", kwargs = {depth = 1}}
+        data = {source = "npz:packed", train_split = "train", eval_split = "test"}
+        schedule = {epochs = 9, warmup_epochs = 0}
+        run = {output = "out", batch_size = 4, device = "cpu", report = false}
+        """
+    )
+    done = run("train", "recipe.toml", "schedule.epochs=8", "run.seed=3", "--epochs", 1, "--model", "lam_vit_micro")
+    assert (done.code, done.err) == (0, "")
+    recipe = recipe_of(Path("out"))
+    assert recipe["schedule"]["epochs"] == 1  # options win over changes, and those over the recipe
+    assert recipe["run"]["seed"] == 3
+    assert recipe["model"]["name"] == "lam_vit_micro"
+    assert not Path("out/report").exists()
+    done = run("train", "out/recipe.json", "run.output=again")
+    assert done.code == 0
+    assert recipe_of(Path("again"))["run"]["seed"] == 3
+
+
+def test_bad_images_stop_or_are_left_out(run, start: str, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "photos", splits=(), each=5)
+    (folder / CLASSES[0] / "Bild ü 1.jpg").write_bytes(b"no image")
+    options = ("--model", start, "--pretrained", "--data", folder, "--epochs", 1, "--workers", 0, "--no-report")
+    done = run("train", *options)
+    assert (done.code, done.out) == (2, "")
+    assert "Bild ü 1.jpg" in done.err and "--on-bad-input skip" in done.err
+    assert not Path("runs").exists()
+    done = run("train", *options, "--on-bad-input", "skip")
+    assert done.code == 0
+    assert "left out 1 images" in " ".join(done.err.split())
+    assert "Bild ü 1.jpg" in Path("runs/start-photos/bad-inputs.csv").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("", "no --model and no --data"),
+        ("--model vit_micro", "no --data"),
+        ("--data DATA run.seed=1", "no --model"),
+        ("--model vit_mikro --data DATA", "did you mean vit_micro"),
+        ("--model vit_micro --data nowhere", "neither a data set nor a folder"),
+        ("--model vit_micro --data DATA --tune head", "no weights"),
+        ("--model vit_micro --pretrained --data DATA --tune lam", "no learnable masks"),
+        ("--model vit_micro --pretrained --data DATA --tune neck", "neck"),
+        ("--model vit_micro --data DATA --epochs 0", "epochs is 0"),
+        ("--model vit_micro --data DATA --lr -1", "lr is -1"),
+        ("--model vit_micro --data DATA --val-fraction 1.5", "val_fraction is 1.5"),
+        ("--model vit_micro --data DATA --test-split absent", "no split 'absent'"),
+        ("--model vit_micro --data DATA optimizer.name=adamv", "did you mean"),
+        ("--model vit_micro --data DATA run.sede=1", "did you mean run.seed"),
+        ("--model vit_micro --data DATA --checkpoint none.safetensors --epochs 1", "none.safetensors"),
+        ("--output out --resume", "out/recipe.json can't be read"),
+        ("none.toml", "none.toml"),
+    ],
+)
+def test_what_is_wrong_is_one_sentence_and_leaves_nothing(run, tmp_path: Path, arguments: str, message: str) -> None:
+    write_folder(tmp_path / "data", splits=("train", "val"))
+    done = run("train", *arguments.replace("DATA", "data").split())
+    assert (done.code, done.out) == (2, ""), done.err
+    assert done.err.startswith("lamzoo: ") and done.err.count("\n") == 1
+    assert message in done.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]

@@ -1,0 +1,99 @@
+"""What a user leaves open is chosen by the data, and what is said stays as it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lamzoo
+from lamzoo.errors import LamzooError, UnknownModelError
+from lamzoo.training import Recipe, complete_recipe, parse_recipe, train
+from tests.images import write_folder
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> str:
+    model = lamzoo.create_model("lam_vit_micro", embed_dim=16, depth=1, num_classes=2)
+    lamzoo.save_pretrained(model, tmp_path / "mine" / "model")
+    return f"local-dir:{tmp_path / 'mine' / 'model'}"
+
+
+def complete(name: str, source: Path, **sections: Any) -> Recipe:
+    model = {"name": name, **sections.pop("model", {})}
+    return complete_recipe({"model": model, "data": {"source": f"imagefolder:{source}"}, **sections})
+
+
+def test_a_model_and_a_folder_are_enough(start: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = write_folder(tmp_path / "my photos", splits=(), each=10)
+    recipe = complete(start, folder, model={"pretrained": True}, schedule={"epochs": 1}, run={"report": False})
+    result = train(recipe)
+    assert result.output == Path("runs", "mine-my-photos")
+    assert len(result.scores["validation"].labels) == 3
+    assert lamzoo.create_model(f"local-dir:{result.model}", pretrained=True).pretrained_cfg["num_classes"] == 3
+
+
+def test_small_data_get_small_batches_and_more_epochs(tmp_path: Path) -> None:
+    few = complete("lam_vit_micro", write_folder(tmp_path / "few", splits=(), each=2), model={"pretrained": True})
+    many = complete("lam_vit_micro", write_folder(tmp_path / "many", splits=(), each=300), model={"pretrained": True})
+    assert few.run.batch_size == 2  # three images are left, one of each class being set aside
+    assert many.run.batch_size == 16
+    assert few.schedule.epochs > many.schedule.epochs
+    assert few.optimizer.lr < many.optimizer.lr
+
+
+def test_a_test_split_is_scored_and_never_watched(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "data", splits=("train", "test"))
+    data = complete("lam_vit_micro", folder, model={"pretrained": True}).data
+    assert (data.eval_split, data.test_split, data.val_fraction) == ("validation", "test", 0.1)
+    flat = complete("lam_vit_micro", write_folder(tmp_path / "flat", splits=()), model={"pretrained": True}).data
+    assert flat.test_split is None
+
+
+def test_what_is_said_stays(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "data", splits=())
+    said = {
+        "optimizer": {"lr": 0.123, "name": "sgd"},
+        "schedule": {"epochs": 3, "warmup_epochs": 2},
+        "augment": {"label_smoothing": 0.0},
+        "run": {"output": "here", "batch_size": 2, "seed": 5, "ema_decay": 0.5},
+    }
+    recipe = complete("lam_vit_micro", folder, model={"pretrained": True, "tune": "head"}, **said).to_dict()
+    for section, entries in said.items():
+        assert entries.items() <= recipe[section].items()
+
+
+def test_the_choice_is_a_recipe_that_can_be_read_back(tmp_path: Path) -> None:
+    recipe = complete("lam_vit_micro", write_folder(tmp_path / "data", splits=()))
+    assert parse_recipe(recipe.to_dict()) == recipe
+    assert complete_recipe(recipe.to_dict()) == recipe
+
+
+def test_training_from_scratch_takes_longer_than_fine_tuning(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "data", splits=(), each=20)
+    scratch, tuned = (complete("lam_vit_micro", folder, model={"pretrained": value}) for value in (False, True))
+    assert scratch.schedule.epochs > tuned.schedule.epochs
+    assert scratch.optimizer.layer_decay is None
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"model": {"name": "lam_vit_micro"}}, "data.source is missing"),
+        ({"data": {"source": "here"}}, "model.name is missing"),
+        ({"model": 3, "data": {"source": "here"}}, "model.name is missing"),
+        ({"model": {"name": "lam_vit_micro"}, "data": {"source": "here"}, "run": 3}, "must be a table"),
+        ({"model": {"name": "lam_vit_micro"}, "data": {"source": "nowhere"}}, "neither a data set nor a folder"),
+        ({"model": {"name": "lam_vit_micro"}, "data": {"source": "x", "val_fraction": 1.0}}, "between 0 and 1"),
+    ],
+)
+def test_what_is_wrong_is_named(table: dict[str, Any], message: str) -> None:
+    with pytest.raises(LamzooError, match=message):
+        complete_recipe(table)
+
+
+def test_an_unknown_model_is_named_before_the_data_is_opened() -> None:
+    with pytest.raises(UnknownModelError, match="did you mean lam_vit_micro"):
+        complete_recipe({"model": {"name": "lam_vit_mikro"}, "data": {"source": "nowhere"}})

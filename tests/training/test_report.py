@@ -1,0 +1,118 @@
+"""The report says what the trained model gets right, and shows it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lamzoo.report.curves
+from lamzoo.errors import MissingExtraError
+from lamzoo.training import Score, TrainResult, parse_recipe, train
+from lamzoo.training.report import confusion
+from tests.images import write_folder
+
+
+def reported(table: dict[str, Any], **model: Any) -> tuple[TrainResult, dict[str, Any], str]:
+    table["schedule"]["epochs"] = 1
+    table["model"] |= model
+    table["run"]["report"] = True
+    result = train(parse_recipe(table), command="lamzoo train --model 'as typed'")
+    assert result.report is not None
+    folder = result.report.parent
+    return result, json.loads((folder / "report.json").read_text("utf-8")), result.report.read_text("utf-8")
+
+
+@pytest.fixture
+def folder_table(recipe_table: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    folder = write_folder(tmp_path / "data | ü", splits=("train", "val", "test"), each=4)
+    (folder / "test" / "red" / "0.jpg").rename(folder / "test" / "red" / "a | b.jpg")
+    recipe_table["data"] = {"source": str(folder), "eval_split": "validation", "test_split": "test"}
+    return recipe_table
+
+
+def test_report_scores_every_split_and_class(folder_table: dict[str, Any]) -> None:
+    result, content, text = reported(folder_table)
+    assert list(content["scores"]) == ["val", "test"]
+    for split, score in content["scores"].items():
+        assert score["images"] == 12
+        assert score["top1"] == pytest.approx(result.scores[split].top1, abs=1e-3)
+        matrix = torch.tensor(score["confusion"])
+        assert matrix.sum(dim=1).tolist() == [4, 4, 4]
+        assert score["top1"] == pytest.approx(100 * float(matrix.trace()) / 12, abs=1e-3)
+        assert [line["recall"] for line in score["per_class"]] == (25 * matrix.diagonal()).tolist()
+    assert content["scores"]["val"]["top1"] == pytest.approx(result.history[-1]["eval_top1"], abs=1e-3)
+    assert f"| test | 12 | {content['scores']['test']['top1']:.2f} %" in text
+    assert "lamzoo train --model 'as typed'" in text
+    assert all(line.count("|") - line.count("\\|") == line.strip().count(" | ") + 2 for line in text.splitlines()
+               if line.startswith("| `") or line.startswith("| red"))  # fmt: skip
+
+
+def test_report_counts_what_was_trained(folder_table: dict[str, Any]) -> None:
+    _, content, text = reported(folder_table)
+    model = lamzoo.create_model(f"local-dir:{content['output']}/model")
+    counts = content["parameters"]
+    assert counts["all"] == counts["trained"] == sum(p.numel() for p in model.parameters())
+    assert counts["masks"] == sum(p.numel() for p in lamzoo.lam_parameters(model))
+    assert f"{counts['all']:,}" in text
+
+
+def test_report_shows_curves_confusion_and_masks(folder_table: dict[str, Any]) -> None:
+    pytest.importorskip("matplotlib")
+    result, _, text = reported(folder_table)
+    assert result.report is not None
+    for name in ("curves.png", "confusion.png", "masks-1.png", "masks-2.png", "masks-3.png"):
+        assert (result.report.parent / name).read_bytes().startswith(b"\x89PNG")
+        assert f"]({name})" in text
+    assert sorted(path.suffix for path in result.report.parent.iterdir()) == [".json", ".md", *[".png"] * 5]
+
+
+def test_report_of_a_plain_model_says_that_it_has_no_masks(folder_table: dict[str, Any]) -> None:
+    del folder_table["model"]["lam"]
+    result, content, text = reported(folder_table)
+    assert content["masks"] is None
+    assert content["parameters"]["masks"] == 0
+    assert "no learnable masks" in text
+    assert result.report is not None
+    assert not list(result.report.parent.glob("masks-*"))
+
+
+def test_without_matplotlib_the_report_says_how_to_get_pictures(
+    folder_table: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(*args: object, **kwargs: object) -> None:
+        raise MissingExtraError("Drawing needs matplotlib; pip install 'lamzoo[report]'")
+
+    monkeypatch.setattr(lamzoo.report.curves, "_figure", missing)
+    monkeypatch.setattr("lamzoo.report.masks.draw", missing)
+    result, content, text = reported(folder_table)
+    assert content["scores"]
+    assert text.count("pip install 'lamzoo[report]'") == 2
+    assert result.report is not None
+    assert not list(result.report.parent.glob("*.png"))
+
+
+def test_a_finished_run_that_is_resumed_reports_the_same(folder_table: dict[str, Any]) -> None:
+    _, content, _ = reported(folder_table)
+    train(parse_recipe(folder_table), resume=True)
+    again = json.loads(Path(content["output"], "report", "report.json").read_text("utf-8"))
+    assert again["scores"] == content["scores"]
+    assert again["train_seconds"] == content["train_seconds"]
+
+
+def test_confusion_counts_classes_in_rows_and_guesses_in_columns() -> None:
+    score = Score(torch.tensor([0, 0, 2]), torch.tensor([0, 1, 1]), loss=1.0, top5=None)
+    assert confusion(score, 3).tolist() == [[1, 1, 0], [0, 0, 0], [0, 1, 0]]
+    assert score.top1 == pytest.approx(100 / 3)
+
+
+@pytest.mark.parametrize("classes", [2, 40, 150])
+def test_confusion_of_any_number_of_classes_can_be_drawn(classes: int) -> None:
+    pytest.importorskip("matplotlib")
+    labels = torch.arange(classes)
+    counts = confusion(Score(labels, labels.flip(0), loss=0.0, top5=None), classes)
+    figure = lamzoo.report.curves.draw_confusion(counts, [f"a class of a long name {i}" for i in range(classes)], "t")
+    figure.canvas.draw()
