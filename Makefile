@@ -13,12 +13,14 @@ TORCH_INDEX ?=
 JOBS ?= 2
 CIFAR10 ?= $(wildcard ../shared/data/cifar10)
 DEMO_OUT ?= .demo
+SHARED ?= ../shared/data
+TABLES_OUT ?= .tables
 
 BIN := $(VENV)/bin
 export PYTHON VENV TORCH_INDEX
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu test-browser lint format typecheck wheel wheel-test clean
+.PHONY: help demo test test-slow test-gpu test-browser lint format typecheck wheel wheel-test tables clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,8 +57,16 @@ wheel: $(VENV)/.ready-dev  ## source distribution and wheel, into dist/
 wheel-test: $(VENV)/.ready-dev  ## the wheel, installed into an empty environment, away from this checkout
 	$(BIN)/python tests/wheel/check_wheel.py
 
+tables: $(VENV)/.ready-dev  ## measure the zoo again, train what is missing in benchmarks/results, rewrite README's tables
+	$(BIN)/lamzoo bench "*.cifar10" --data npz:$(SHARED)/cifar10 --split test --force --out benchmarks/results/zoo.csv
+	$(BIN)/lamzoo bench lam_vit_tiny lam_vit_small lam_vit_base --force --out benchmarks/results/cost.csv
+	$(BIN)/python -m benchmarks.ablation.run --jobs $(JOBS)
+	$(BIN)/python -m benchmarks.finetuning lam_vit_micro vit_micro --data npz:$(SHARED)/clothing10
+	$(BIN)/python -m benchmarks.tables
+	$(BIN)/lamzoo compare benchmarks/results/zoo.csv --timm $(SHARED)/timm_results --out $(TABLES_OUT)
+
 clean:  ## remove the environment and everything that was made here
-	rm -rf $(VENV) $(DEMO_OUT) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DEMO_OUT) $(TABLES_OUT) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/.ready-demo: pyproject.toml
 	sh .ci/install --editable '.[demo]'

@@ -1,6 +1,6 @@
 """Fine-tunes a model with masks and its plain twin in every mode, one line each, and tabulates what that gave.
 
-    python benchmarks/finetuning.py lam_vit_tiny vit_tiny --data npz:../shared/data/clothing10
+    python -m benchmarks.finetuning lam_vit_tiny vit_tiny --data npz:../shared/data/clothing10
 
 A run that is finished is not run again; one that was killed goes on. What follows ``--`` is added to every line.
 """
@@ -56,9 +56,16 @@ def train(model: str, tune: str, seed: int, data: str, out: Path, more: Sequence
     }
 
 
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """Returns the rows of a results file, numbers as numbers."""
+    with path.open(newline="", encoding="utf-8") as file:
+        numbers = {"top1": float, "trained_params": int, "train_seconds": int}
+        return [{**row, **{key: kind(row[key]) for key, kind in numbers.items()}} for row in csv.DictReader(file)]
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Returns the rows as Markdown, the seeds of a line averaged."""
-    lines = ["| model | tuned | trained parameters (M) | top-1 (%) | minutes |", "|---|---|---:|---:|---:|"]
+    lines = ["| model | tuned | trained parameters (M) | top-1 (%) | minutes |", "|---|---|---|---|---|"]
     for model, tune in dict.fromkeys((row["model"], row["tune"]) for row in rows):
         group = [row for row in rows if (row["model"], row["tune"]) == (model, tune)]
         scores = [row["top1"] for row in group]

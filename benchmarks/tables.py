@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from benchmarks import finetuning
 from benchmarks.ablation.table import table as ablation
 from lamzoo.profiling.table import BenchRow, read_rows
 
@@ -27,26 +28,26 @@ def zoo(path: Path = RESULTS / "zoo.csv") -> str:
     lines = _header("", "data", "top-1 (%)", "params (M)", "of them masks", "GMACs", "of them masks",
                     "latency (ms)", "to plain", "images/s", "to plain", "peak (MiB)")  # fmt: skip
     for row in _measured(path):
-        lines.append(
-            _line(
-                f"`{row.name}`",
-                (row.data or "").rpartition("/")[2],
-                _number(row.value, 2),
-                _number(row.params_m, 3),
-                _number(row.lam_params_m, 3),
-                _number(row.gmacs, 4),
-                _number(row.lam_gmacs, 4),
-                _range(row.latency_ms, row.latency_q1_ms, row.latency_q3_ms),
-                _range(row.latency_ratio, row.latency_ratio_q1, row.latency_ratio_q3),
-                _number(row.images_per_s, 0),
-                _number(row.images_per_s_ratio, 2),
-                _number(row.peak_mib, 0),
-            )
-        )
+        data = (row.data or "").rpartition("/")[2]
+        lines.append(_line(f"`{row.name}`", data, _number(row.value, 2), *_cost(row)))
     return "\n".join(lines) + "\n\n" + _conditions(_measured(path))
 
 
-TABLES: dict[str, Callable[[], str]] = {"zoo": zoo, "ablation": ablation}
+def cost(path: Path = RESULTS / "cost.csv") -> str:
+    """Returns the table of cost alone: the models whose weights are timm's, beside their plain backbones."""
+    lines = _header("", "pixels", "params (M)", "of them masks", "GMACs", "of them masks",
+                    "latency (ms)", "to plain", "images/s", "to plain", "peak (MiB)")  # fmt: skip
+    for row in _measured(path):
+        lines.append(_line(f"`{row.name}`", row.img_size or "", *_cost(row)))
+    return "\n".join(lines) + "\n\n" + _conditions(_measured(path))
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "zoo": zoo,
+    "cost": cost,
+    "ablation": ablation,
+    "finetuning": lambda: finetuning.table(finetuning.read_results(RESULTS / "finetuning.csv")) + "\n",
+}
 
 
 def fill(text: str) -> str:
@@ -73,6 +74,20 @@ def main() -> None:
 
 def _measured(path: Path) -> list[BenchRow]:
     return [row for row in read_rows(path) if row.ok]
+
+
+def _cost(row: BenchRow) -> list[str]:
+    return [
+        _number(row.params_m, 3),
+        _number(row.lam_params_m, 3),
+        _number(row.gmacs, 4),
+        _number(row.lam_gmacs, 4),
+        _range(row.latency_ms, row.latency_q1_ms, row.latency_q3_ms),
+        _range(row.latency_ratio, row.latency_ratio_q1, row.latency_ratio_q3),
+        _number(row.images_per_s, 0),
+        _number(row.images_per_s_ratio, 2),
+        _number(row.peak_mib, 0),
+    ]
 
 
 def _conditions(rows: Iterable[BenchRow]) -> str:

@@ -14,7 +14,6 @@ import csv
 import hashlib
 import json
 import os
-import platform
 import subprocess
 import sys
 import threading
@@ -30,6 +29,7 @@ import torch
 
 import lamzoo
 from lamzoo.files import atomic_files
+from lamzoo.profiling.latency import device_label
 from lamzoo.training import Recipe, load_recipe
 
 HERE = Path(__file__).resolve().parent
@@ -189,9 +189,8 @@ def _toml(tables: dict[str, Any]) -> str:
 
 
 def _device(recipe: Recipe) -> str:
-    if recipe.run.device == "cpu" or not torch.cuda.is_available():
-        return f"cpu ({platform.machine()})"
-    return f"cuda ({torch.cuda.get_device_name()})"
+    cpu = recipe.run.device == "cpu" or not torch.cuda.is_available()
+    return device_label(torch.device("cpu" if cpu else "cuda"))
 
 
 def _commit() -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +47,7 @@ class LatencyComparison:
         repeats: pairs timed.
         input_shape: of the input.
         dtype: of the input.
-        device: its name, such as ``"cpu"`` or ``"cuda (NVIDIA H100)"``.
+        device: its name, such as ``"cpu (AMD EPYC)"`` or ``"cuda (NVIDIA H100)"``.
         threads: of PyTorch on the CPU.
     """
 
@@ -128,8 +130,18 @@ def compare_latency(
 
 
 def device_label(device: torch.device) -> str:
-    """Returns what a table calls a device: ``"cpu"`` or ``"cuda (NVIDIA H100)"``."""
-    return f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+    """Returns what a table calls a device, so that two machines' figures are not mixed: ``"cuda (NVIDIA H100)"``."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    return f"{device.type} ({name})" if name else device.type
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
 
 
 def _checked_timer(

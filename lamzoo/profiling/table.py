@@ -42,7 +42,7 @@ class BenchRow:
         img_size: height of the images in pixels, or ``"HxW"`` where they are not square.
         batch: images at a time where ``images_per_s`` is highest.
         dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``.
-        device: ``"cpu"`` or ``"cuda (NVIDIA H100)"``.
+        device: ``"cpu (AMD EPYC)"`` or ``"cuda (NVIDIA H100)"``.
         threads: of PyTorch on the CPU.
         torch: version.
         timm: version.

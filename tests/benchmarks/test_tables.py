@@ -1,0 +1,48 @@
+"""README's tables: filled from the results, up to date, and never without the masks' cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import tables
+from lamzoo.profiling.table import BenchRow, read_rows, write_rows
+
+README = tables.ROOT / "README.md"
+
+
+def test_readme_has_the_results_tables() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert tables.fill(text) == text, "run `python -m benchmarks.tables`"
+
+
+@pytest.mark.parametrize("name", sorted(tables.TABLES))
+def test_every_table_stands_in_readme(name: str) -> None:
+    assert f"<!-- table: {name} -->\n| " in README.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["zoo.csv", "cost.csv"])
+def test_no_lam_in_the_results_is_free(name: str) -> None:
+    rows = {row.name: row for row in read_rows(tables.RESULTS / name)}
+    lams = [row for row in rows.values() if row.name.startswith("lam_")]
+    assert lams
+    for row in lams:
+        plain = rows[row.plain or ""]
+        assert row.ok
+        assert row.gmacs > plain.gmacs
+        assert row.lam_gmacs == pytest.approx(row.gmacs - plain.gmacs, rel=1e-3)
+        assert row.latency_ratio is not None
+
+
+def test_a_table_shows_masks_cost_apart_and_leaves_failed_rows_out(tmp_path: Path) -> None:
+    row = BenchRow("lam_a", "t", "npz:x/cifar10", "test", "top1", 90.0, 1.5, 0.25, 0.5, 0.125, 4.0, 1.2, threads=2)
+    write_rows(tmp_path / "zoo.csv", [row, BenchRow("lam_b", status="failed", error="out of memory")])
+    text = tables.zoo(tmp_path / "zoo.csv")
+    assert "| `lam_a.t` | cifar10 | 90.00 | 1.500 | 0.250 | 0.5000 | 0.1250 |" in text
+    assert "lam_b" not in text
+
+
+def test_an_unknown_table_is_named() -> None:
+    with pytest.raises(KeyError, match="costs"):
+        tables.fill("<!-- table: costs -->\n<!-- end of table -->")
