@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lamzoo.errors import MissingExtraError
+from lamzoo.report.canvas import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,7 +28,7 @@ def draw_curves(history: Sequence[dict[str, float]]) -> Figure:
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    figure = _figure((8.0, 3.2))
+    figure = new_figure((8.0, 3.2))
     losses, accuracy = figure.subplots(1, 2)
     _line(losses, history, "train_loss", "training (augmented)", _PALE)
     _line(losses, history, "eval_loss", "validation", _INK)
@@ -57,7 +57,7 @@ def draw_confusion(counts: NDArray[np.int64], names: Sequence[str], title: str) 
     """
     classes = len(names)
     side = 2.6 + min(max(0.34 * classes, 1.6), 12.0)
-    figure = _figure((side + 0.6, side))
+    figure = new_figure((side + 0.6, side))
     axis = figure.subplots()
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     heat = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
@@ -83,16 +83,3 @@ def _line(axis: Any, history: Sequence[dict[str, float]], key: str, label: str, 
     points = [(record["epoch"] + 1, record[key]) for record in history if key in record]
     if points:
         axis.plot(*zip(*points, strict=True), label=label, color=colour, marker="o" if len(points) < 25 else None, ms=3)
-
-
-def _figure(size: tuple[float, float]) -> Figure:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError(
-            f"Drawing curves needs matplotlib ({error}); install it with: pip install 'lamzoo[report]'"
-        ) from None
-    figure = Figure(figsize=size, dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lamzoo.errors import MissingExtraError
+from lamzoo.report.canvas import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,20 +55,11 @@ def draw(
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError(
-            f"Drawing masks needs matplotlib ({error}); install it with: pip install 'lamzoo[report]'"
-        ) from None
-
     queries = layers[0].queries
     height = _CELL * seen.shape[0] / seen.shape[1]
     columns, lines = 1 + len(layers), 1 + len(queries)
     size = (max(9.0, _CELL * columns + 1.4), (height + 0.22) * lines + 1.0)
-    figure = Figure(figsize=size, dpi=110, layout="compressed")
-    FigureCanvasAgg(figure)
+    figure = new_figure(size, dpi=110, layout="compressed")
     figure.suptitle(title, fontsize=9)
     axes = figure.subplots(lines, columns, squeeze=False)
     for axis in axes.flat:

@@ -8,19 +8,8 @@ from typing import Any
 
 import pytest
 
-from lamzoo import cli
 from lamzoo.profiling import bench, read_rows
 from tests.images import write_npz
-
-
-class Run:
-    """What a call of the command line left: its exit code and what it printed."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str], *args: object) -> None:
-        with pytest.raises(SystemExit) as caught:
-            cli.main(["bench", *(str(arg) for arg in args)])
-        self.code = caught.value.code
-        self.out, self.err = capsys.readouterr()
 
 
 @pytest.fixture
@@ -41,9 +30,8 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(tmp_path)
-    return lambda *args: Run(capsys, *args)
+def run(run):
+    return lambda *args: run("bench", *args)
 
 
 def test_a_table_is_printed_and_written(run, jobs) -> None:

@@ -3,28 +3,11 @@ from pathlib import Path
 
 import pytest
 
-from lamzoo import cli
 from lamzoo.registry import create_model
 from lamzoo.weights import save_pretrained
 from tests.images import CLASSES, encoded, write_folder, write_npz
 
 WNIDS = ["n01440764", "n01443537", "n01484850"]
-
-
-@pytest.fixture(autouse=True)
-def _own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]):
-    def call(*args: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as caught:
-            cli.main([str(arg) for arg in args])
-        return caught.value.code, *capsys.readouterr()
-
-    return call
 
 
 @pytest.fixture(scope="module")

@@ -3,41 +3,14 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 import lamzoo
-from lamzoo import cli
 from tests.images import CLASSES, write_folder, write_npz
 
 pytest.importorskip("accelerate")
-
-
-class Run:
-    """What a call of the command line left."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str], *args: object) -> None:
-        with pytest.raises(SystemExit) as caught:
-            cli.main([str(arg) for arg in args])
-        self.code = caught.value.code
-        self.out, self.err = capsys.readouterr()
-
-
-@pytest.fixture(autouse=True)
-def _own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.chdir(tmp_path)
-    logger = logging.getLogger("lamzoo")
-    handlers, level = list(logger.handlers), logger.level
-    yield
-    logger.handlers, logger.level = handlers, level
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Run]:
-    return lambda *args: Run(capsys, *args)
 
 
 @pytest.fixture

@@ -86,7 +86,7 @@ def test_without_matplotlib_the_report_says_how_to_get_pictures(
     def missing(*args: object, **kwargs: object) -> None:
         raise MissingExtraError("Drawing needs matplotlib; pip install 'lamzoo[report]'")
 
-    monkeypatch.setattr(lamzoo.report.curves, "_figure", missing)
+    monkeypatch.setattr(lamzoo.report.curves, "new_figure", missing)
     monkeypatch.setattr("lamzoo.report.masks.draw", missing)
     result, content, text = reported(folder_table)
     assert content["scores"]

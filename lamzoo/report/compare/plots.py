@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, Literal
 
-from lamzoo.errors import MissingExtraError
+from lamzoo.report.canvas import new_figure
 from lamzoo.report.compare.panels import Panel, Point
 
 if TYPE_CHECKING:
@@ -44,17 +44,9 @@ def draw_panels(panels: Sequence[Panel], title: str) -> Figure:
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError(
-            f"Drawing the plots needs matplotlib ({error}); install it with: pip install 'lamzoo[compare]'"
-        ) from None
     columns = min(_MOST_COLUMNS, max(1, len(panels)))
     lines = max(1, math.ceil(len(panels) / columns))
-    figure = Figure(figsize=(_WIDTH * columns, _HEIGHT * lines + 0.3), dpi=130, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    figure = new_figure((_WIDTH * columns, _HEIGHT * lines + 0.3), extra="compare")
     figure.suptitle(title, fontsize=12, fontweight="bold")
     axes = list(figure.subplots(lines, columns, squeeze=False).flat)
     for axis in axes[max(1, len(panels)) :]:
@@ -64,7 +56,7 @@ def draw_panels(panels: Sequence[Panel], title: str) -> Figure:
         axes[0].text(0.5, 0.5, "no row has both a score and this cost", ha="center", transform=axes[0].transAxes)
     for axis, panel in zip(axes, panels, strict=False):
         _draw_panel(axis, panel)
-    canvas.draw()  # lays out, so that the labels know where they are
+    figure.canvas.draw()  # lays out, so that the labels know where they are
     for axis, panel in zip(axes, panels, strict=False):
         _label(axis, panel)
     return figure

@@ -1,0 +1,40 @@
+"""An empty matplotlib figure, drawn by Agg whatever the user's backend, or the word that matplotlib is missing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from lamzoo.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def new_figure(
+    size: tuple[float, float],
+    *,
+    dpi: int = 130,
+    layout: Literal["constrained", "compressed"] = "constrained",
+    extra: str = "report",
+) -> Figure:
+    """Makes an empty figure.
+
+    Args:
+        size: width and height in inches.
+        dpi: pixels an inch.
+        layout: matplotlib's layout engine.
+        extra: what to install where matplotlib is missing.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError(
+            f"Drawing needs matplotlib ({error}); install it with: pip install 'lamzoo[{extra}]'"
+        ) from None
+    figure = Figure(figsize=size, dpi=dpi, layout=layout)
+    FigureCanvasAgg(figure)
+    return figure

@@ -1,0 +1,43 @@
+"""Calls of the command line, each test in a folder, a cache and a log of its own."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from lamzoo import cli
+
+
+class Run(NamedTuple):
+    """What a call of the command line left: its exit code and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Run]:
+    def call(*args: object) -> Run:
+        with pytest.raises(SystemExit) as caught:
+            cli.main([str(arg) for arg in args])
+        return Run(caught.value.code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture(autouse=True)
+def _own_place(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """``tmp_path`` to work in, an empty cache elsewhere, and the log's handlers as they were."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.chdir(tmp_path)
+    logger = logging.getLogger("lamzoo")
+    handlers, level = list(logger.handlers), logger.level
+    yield
+    logger.handlers, logger.level = handlers, level
