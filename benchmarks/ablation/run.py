@@ -29,6 +29,7 @@ import torch
 
 import lamzoo
 from lamzoo.files import atomic_files
+from lamzoo.profiling.bench import checkout_commit
 from lamzoo.profiling.latency import device_label
 from lamzoo.training import Recipe, load_recipe
 
@@ -70,8 +71,8 @@ def plan(ablation: Path, out: Path, rows: Sequence[str], seeds: Sequence[int], s
     if unknown:
         sys.exit(f"{ablation} has no rows {', '.join(sorted(unknown))}; it has {', '.join(tables['rows'])}.")
     out.mkdir(parents=True, exist_ok=True)
-    base = out / "recipe.toml"
-    base.write_text(_toml(tables["recipe"]), encoding="utf-8")
+    base = out / "recipe.json"
+    base.write_text(json.dumps(tables["recipe"], indent=2) + "\n", encoding="utf-8")
     runs = []
     for seed in seeds:
         for row in rows:
@@ -85,7 +86,7 @@ def plan(ablation: Path, out: Path, rows: Sequence[str], seeds: Sequence[int], s
 def train(run: Run, out: Path, threads: int) -> dict[str, Any]:
     """Trains one run in a process of its own and returns its line of the results."""
     folder = Path(run.recipe.run.output)
-    command = [sys.executable, "-m", "lamzoo", "train", str(out / "recipe.toml"), *run.overrides, "--resume"]
+    command = [sys.executable, "-m", "lamzoo", "train", str(out / "recipe.json"), *run.overrides, "--resume"]
     with folder.with_suffix(f"{folder.suffix}.log").open("a", encoding="utf-8") as log:
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "COLUMNS": "120"}
         subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT, env=environment)
@@ -111,7 +112,7 @@ def train(run: Run, out: Path, threads: int) -> dict[str, Any]:
         "timm": timm.__version__,
         "data": run.recipe.data.source.rpartition("/")[2],
         "recipe_sha256": run.sha256,
-        "commit": _commit(),
+        "commit": checkout_commit(),
     }
 
 
@@ -175,27 +176,9 @@ def _digest(recipe: dict[str, Any], changes: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps([recipe, changes], sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _toml(tables: dict[str, Any]) -> str:
-    # JSON's notation of strings, numbers, booleans and lists is TOML's too; a table inside a section is inline.
-    def value(item: Any) -> str:
-        if isinstance(item, dict):
-            return "{ " + ", ".join(f"{key} = {value(entry)}" for key, entry in item.items()) + " }"
-        return json.dumps(item)
-
-    lines = []
-    for section, entries in tables.items():
-        lines += [f"[{section}]", *(f"{key} = {value(entry)}" for key, entry in entries.items())]
-    return "\n".join(lines) + "\n"
-
-
 def _device(recipe: Recipe) -> str:
     cpu = recipe.run.device == "cpu" or not torch.cuda.is_available()
     return device_label(torch.device("cpu" if cpu else "cuda"))
-
-
-def _commit() -> str:
-    run = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return run.stdout.strip()
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 import torch
 from timm.optim import list_optimizers
 
+from lamzoo.data import OnBadInput
 from lamzoo.errors import RecipeError
 from lamzoo.lam import LamConfig
 from lamzoo.names import find_card
@@ -23,7 +24,6 @@ from lamzoo.names import find_card
 Section = TypeVar("Section")
 Precision = Literal["no", "bf16", "fp16"]
 Tune = Literal["all", "lam", "head"]
-OnBadInput = Literal["stop", "skip"]
 
 
 @dataclass(frozen=True)
