@@ -39,8 +39,8 @@ CFG_KEYS = frozenset(
 class TagCard:
     """One set of weights of a model.
 
-    Exactly one of ``file``, ``hub`` and ``timm`` is the primary source; a ``file`` may have a ``hub`` beside it, for
-    installations that don't carry the file.
+    Exactly one of ``file``, ``hub``, ``timm`` and ``open_clip`` is the primary source; a ``file`` may have a ``hub``
+    beside it, for installations that don't carry the file.
 
     Attributes:
         name: the tag, the part after the dot in ``arch.tag``.
@@ -49,11 +49,13 @@ class TagCard:
         hub_file: file in that repository.
         revision: commit of that repository.
         timm: timm's ``arch.tag``, whose hub file holds the plain backbone.
+        open_clip: open_clip's ``model:tag``, whose hub file holds the towers.
         sha256: of the file, or of its index where sharded; None where the publisher's own etag is all there is.
         dataset: what the weights were trained on.
         licence: SPDX identifier of the weights.
         metrics: measured values, with ``dataset`` and the ``command`` that measured them.
         recipe: the training recipe, where the zoo trained the weights itself.
+        args: the builder's arguments that the weights need.
         pretrained_cfg: keys of timm's ``PretrainedCfg``, over those of the model; ``label_names`` among them.
     """
 
@@ -63,12 +65,19 @@ class TagCard:
     hub_file: str = "model.safetensors"
     revision: str | None = None
     timm: str | None = None
+    open_clip: str | None = None
     sha256: str | None = None
     dataset: str | None = None
     licence: str | None = None
     metrics: Mapping[str, Any] = field(default_factory=dict)
     recipe: str | None = None
+    args: Mapping[str, Any] = field(default_factory=dict)
     pretrained_cfg: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def foreign(self) -> bool:
+        """Whether the file is in another project's format and holds the plain backbone alone."""
+        return self.timm is not None or self.open_clip is not None
 
     @property
     def on_hub(self) -> bool:
@@ -109,7 +118,7 @@ class ModelCard:
     pretrained_cfg: Mapping[str, Any] = field(default_factory=dict)
     tags: Mapping[str, TagCard] = field(default_factory=dict)
     weights_dir: Path | None = None
-    source: Literal["card", "plug-in", "timm"] = "card"
+    source: Literal["card", "plug-in", "timm", "open_clip"] = "card"
 
 
 def data_dir(kind: Literal["registry", "weights"]) -> Path:
@@ -165,18 +174,19 @@ def tag_card(name: str, table: Mapping[str, Any], where: str) -> TagCard:
     """
     known = {f.name for f in dataclasses.fields(TagCard)} - {"name"}
     _check_keys(table, known, where)
-    for key in known - {"metrics", "pretrained_cfg"}:
+    for key in known - {"metrics", "args", "pretrained_cfg"}:
         if not isinstance(table.get(key, ""), str):
             raise RegistryError(f"{where}: {key} is {table[key]!r}; it must be a string.")
-    for key in ("metrics", "pretrained_cfg"):
+    for key in ("metrics", "args", "pretrained_cfg"):
         _table(table, key, where)
     _check_keys(table.get("pretrained_cfg", {}), CFG_KEYS, f"{where}.pretrained_cfg")
     tag = TagCard(name, **table)
-    if (tag.timm is None) == (tag.file is None and tag.hub is None):
-        raise RegistryError(f"{where}: a tag needs either timm, or file and/or hub, as its source.")
+    sources = (tag.timm, tag.open_clip, tag.file or tag.hub)
+    if sum(source is not None for source in sources) != 1:
+        raise RegistryError(f"{where}: a tag needs timm, or open_clip, or file and/or hub, as its source.")
     if tag.hub is not None and tag.revision is None:
         raise RegistryError(f"{where}: hub = {tag.hub!r} needs a revision, the commit that the sha256 belongs to.")
-    if tag.timm is None and tag.sha256 is None:
+    if not tag.foreign and tag.sha256 is None:
         raise RegistryError(f"{where}: the tag's file needs its sha256.")
     if tag.sha256 is not None and (len(tag.sha256) != 64 or set(tag.sha256) - set("0123456789abcdef")):
         raise RegistryError(f"{where}: sha256 = {tag.sha256!r} is not 64 lower-case hexadecimal digits.")

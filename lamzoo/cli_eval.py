@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -15,13 +16,18 @@ from lamzoo.errors import ConfigError
 if TYPE_CHECKING:
     from torch import nn
 
-    from lamzoo.data import LabelledImages
+    from lamzoo.data import LabelledImages, OnBadInput
+    from lamzoo.data.sampling import Slicing
+    from lamzoo.evaluation import Precision
 
 
 def eval_command(
     name: Name,
     data: Annotated[str, typer.Option(metavar="SPEC", help=(
-        "imagefolder:DIR, imagelist:DIR:FILE, npz:DIR, torchvision:NAME:ROOT, hfds:NAME, wds:SHARDS, or a folder."))],
+        "imagefolder:DIR, imagelist:DIR:FILE, npz:DIR, torchvision:NAME:ROOT, hfds:NAME, wds:SHARDS, or a folder; for "
+        "retrieval msrvtt:DIR, msvd:DIR, videos:DIR, wds:SHARDS, grid:DIR or flickr8k:DIR."))],
+    task: Annotated[Literal["classification", "retrieval"], typer.Option(help="What the model does.")]
+    = "classification",
     split: Annotated[str, typer.Option(help="Which part of the data, where it has parts.")] = "test",
     class_map: Annotated[str | None, typer.Option(metavar="FILE", help=(
         "Which class is which output, for data with a part of the classes: a file, imagenet-1k, or model."))] = None,
@@ -36,18 +42,34 @@ def eval_command(
     limit: Annotated[int | None, typer.Option(help="Score this many images, spread over the data.")] = None,
     state: Annotated[Path | None, typer.Option(metavar="FILE", help="Where partial results are kept.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a killed run stopped.")] = False,
+    fps: Annotated[float | None, typer.Option(
+        help="Retrieval: frames a second that are looked at [1]; 0 for all.")] = None,
+    slicing: Annotated[Literal["head", "middle", "tail", "uniform"] | None, typer.Option(
+        help="Retrieval: which frames of a video that has too many [uniform].")] = None,
+    dual_softmax: Annotated[bool, typer.Option(
+        "--dual-softmax", help="Retrieval: also score with dual softmax, which knows all queries.")] = False,
     checkpoint: Checkpoint = None,
     json: Json = False,
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the JSON here.")] = None,
 ) -> None:  # fmt: skip
-    """Scores a model on a data set: top-1 and top-5 accuracy."""
+    """Scores a model on a data set: accuracy, or for retrieval recall and rank, both ways."""
+    if output is not None and not output.absolute().parent.is_dir():
+        raise ConfigError(f"the folder of {output} does not exist; make it first")
+    if task == "retrieval":
+        foreign = {"--class-map": class_map, "--real-labels": real_labels, "--limit": limit, "--state": state}
+        _refuse(foreign | {"--resume": resume or None}, "retrieval")
+        record = _eval_retrieval(
+            name, data, split, fps, slicing, dual_softmax, on_bad_input, batch_size, device, precision, workers,
+            checkpoint, hidden=json,
+        )  # fmt: skip
+        _write(record, output, json, _print_retrieval)
+        return
+    _refuse({"--fps": fps, "--slicing": slicing, "--dual-softmax": dual_softmax or None}, "classification")
     from lamzoo.data import create_dataset
     from lamzoo.evaluation import EvalProgress, check_batches, default_state_path, evaluate, resolve_device
 
     target = resolve_device(device)
     check_batches(batch_size, workers, precision)
-    if output is not None and not output.absolute().parent.is_dir():
-        raise ConfigError(f"the folder of {output} does not exist; make it first")
     dataset = create_dataset(data, split)
     model = load_model(name, checkpoint)
     if class_map is not None:
@@ -74,12 +96,77 @@ def eval_command(
         )
     record = {"model": name, "data": data, "split": dataset.split, "device": str(target), "precision": precision,
               "batch_size": batch_size, **dataclasses.asdict(result)}  # fmt: skip
+    _write(record, output, json, _print)
+
+
+def _eval_retrieval(
+    name: str,
+    data: str,
+    split: str,
+    fps: float | None,
+    slicing: Slicing | None,
+    dual: bool,
+    on_bad_input: OnBadInput,
+    batch_size: int,
+    device: str,
+    precision: Precision,
+    workers: int,
+    checkpoint: Path | None,
+    *,
+    hidden: bool,
+) -> dict[str, Any]:
+    from lamzoo.data.retrieval import create_retrieval_dataset
+    from lamzoo.data.sampling import FrameSampling
+    from lamzoo.evaluation import check_batches, resolve_device
+    from lamzoo.evaluation.videos import evaluate_retrieval, frames_config
+
+    target = resolve_device(device)
+    check_batches(batch_size, workers, precision)
+    dataset = create_retrieval_dataset(data, split)
+    model: Any = load_model(name, checkpoint)
+    frames_config(model)
+    sampling = FrameSampling(1.0 if fps is None else fps or None, model.max_frames, slicing or "uniform")
+    with out.progress_bar(f"{name} on {data}", hidden=hidden) as advance:
+        result = evaluate_retrieval(
+            model,
+            dataset,
+            sampling,
+            batch_size=batch_size,
+            device=target,
+            precision=precision,
+            workers=workers,
+            dual=dual,
+            on_bad_input=on_bad_input,
+            progress=lambda what, done, total: advance(done, total, what),
+        )
+    return {"task": "retrieval", "model": name, "data": data, "split": dataset.split, "device": str(target),
+            "precision": precision, "batch_size": batch_size, "sampling": dataclasses.asdict(sampling),
+            **dataclasses.asdict(result)}  # fmt: skip
+
+
+def _refuse(options: dict[str, Any], task: str) -> None:
+    given = [option for option, value in options.items() if value is not None]
+    if given:
+        raise ConfigError(f"{given[0]} means nothing for --task {task}; leave it out")
+
+
+def _write(record: dict[str, Any], output: Path | None, json: bool, show: Callable[[dict[str, Any]], None]) -> None:
     if output is not None:
         out.write_json(output, record)
     if json:
         out.print_json(record)
     else:
-        _print(record)
+        show(record)
+
+
+def _print_retrieval(record: dict[str, Any]) -> None:
+    scores = {record["split"] or "all": record["metrics"]}
+    if record["dual"] is not None:
+        scores["with dual softmax"] = record["dual"]
+    title = f"{record['model']} on {record['data']}: {record['texts']} texts, {record['videos']} videos"
+    out.print_retrieval(scores, title)
+    if record["skipped"]:
+        out.print_line(f"{record['skipped']} videos could not be read and were left out")
 
 
 def _relabelled(dataset: LabelledImages, class_map: str, model: nn.Module) -> LabelledImages:

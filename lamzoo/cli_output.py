@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -46,6 +46,17 @@ def print_table(
     for row in rows:
         table.add_row(*(Text(_cell(value)) for value in row))
     _stdout().print(table)
+
+
+def print_retrieval(scores: Mapping[str, Mapping[str, Mapping[str, float]]], title: str) -> None:
+    """Prints the metrics of :func:`lamzoo.evaluation.retrieval_metrics`, by what they are of, as a table."""
+    names = {"t2v": "text to video", "v2t": "video to text"}
+    columns = ("", "", "R@1", "R@5", "R@10", "R@50", "median rank", "mean rank")
+    keys = ("R1", "R5", "R10", "R50", "MedianR", "MeanR")
+    rows = [
+        (what, names[way], *(metrics[way][key] for key in keys)) for what, metrics in scores.items() for way in names
+    ]
+    print_table(columns, rows, title=title)
 
 
 def terminal_width() -> int:

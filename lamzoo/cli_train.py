@@ -13,7 +13,7 @@ from lamzoo import cli_output as out
 from lamzoo.errors import RecipeError
 
 if TYPE_CHECKING:
-    from lamzoo.training import Recipe, TrainResult
+    from lamzoo.training import AnyRecipe, TrainResult
 
 _SPEC = "imagefolder:DIR, imagelist:DIR:FILE, npz:DIR, torchvision:NAME:ROOT, hfds:NAME, wds:SHARDS, or a folder."
 
@@ -54,10 +54,10 @@ def train(
     resume: Annotated[bool, typer.Option(
         "--resume", help="Go on from the latest checkpoint, if there is one.")] = False,
 ) -> None:  # fmt: skip
-    """Trains or fine-tunes a classifier; torchrun and accelerate launch work too.
+    """Trains or fine-tunes a model; torchrun and accelerate launch work too.
 
-    Either by a recipe, or by --model and --data, with everything else chosen by the data. A report is left in
-    OUTPUT/report/, and the model in OUTPUT/model/.
+    Either by a recipe, or, for classifiers, by --model and --data, with everything else chosen by the data. A report
+    is left in OUTPUT/report/, and the model in OUTPUT/model/.
     """
     options = {
         "model.name": model, "model.pretrained": pretrained, "model.tune": tune,
@@ -76,10 +76,11 @@ def train(
         _print_result(recipe, result)
 
 
-def _recipe(arguments: list[str], options: dict[str, Any], resume: bool) -> Recipe:
+def _recipe(arguments: list[str], options: dict[str, Any], resume: bool) -> AnyRecipe:
     """Makes the recipe: of the file, of the options, or of the run to go on with; options win over the file."""
     from lamzoo.training.defaults import complete_recipe
-    from lamzoo.training.recipe import override, parse_recipe, put, read_recipe
+    from lamzoo.training.reading import override, put, read_recipe
+    from lamzoo.training.recipe import parse_recipe
 
     file = Path(arguments.pop(0)) if arguments and not _is_override(arguments[0]) else None
     if file is None and resume and "model.name" not in options and "run.output" in options:
@@ -103,7 +104,7 @@ def _is_override(argument: str) -> bool:
     return "=" in argument and not Path(argument).is_file()
 
 
-def _run(recipe: Recipe, resume: bool, command: str) -> TrainResult:
+def _run(recipe: AnyRecipe, resume: bool, command: str) -> TrainResult:
     from lamzoo.training import Progress, train
 
     with out.progress_bar(recipe.model.name) as advance:
@@ -112,16 +113,19 @@ def _run(recipe: Recipe, resume: bool, command: str) -> TrainResult:
             advance(done, total, f"looking through {split}")
 
         def moved(progress: Progress) -> None:
-            top1 = "" if progress.top1 is None else f", top-1 {progress.top1:.2f} %"
-            note = f"epoch {progress.epoch + 1}/{progress.epochs}, loss {progress.loss:.3f}{top1}"
+            score = "" if progress.value is None else f", {progress.metric} {progress.value:.2f} %"
+            note = f"epoch {progress.epoch + 1}/{progress.epochs}, loss {progress.loss:.3f}{score}"
             advance(progress.update, progress.updates, note)
 
         return train(recipe, resume=resume, progress=moved, scanning=scanning, command=command)
 
 
-def _print_result(recipe: Recipe, result: TrainResult) -> None:
-    rows = [(split, len(score.labels), score.top1, score.top5) for split, score in result.scores.items()]
-    out.print_table(("split", "images", "top-1 (%)", "top-5 (%)"), rows, title=recipe.model.name)
+def _print_result(recipe: AnyRecipe, result: TrainResult) -> None:
+    if recipe.task == "retrieval":
+        out.print_retrieval(result.scores, recipe.model.name)
+    else:
+        rows = [(split, len(score.labels), score.top1, score.top5) for split, score in result.scores.items()]
+        out.print_table(("split", "images", "top-1 (%)", "top-5 (%)"), rows, title=recipe.model.name)
     if result.report is not None:
         out.print_line(f"the report is {out.printable(result.report)}")
     out.print_line(f"the model is local-dir:{out.printable(result.model)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import importlib
+import importlib.util
 import inspect
 import logging
 import re
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar, overload
 
 import timm
+from timm.data.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from timm.models import PretrainedCfg, get_arch_pretrained_cfgs, is_model
 from torch import nn
 
@@ -28,6 +30,7 @@ _Function = TypeVar("_Function", bound=Callable[..., nn.Module])
 
 ENTRY_POINT_GROUP = "lamzoo.models"
 TIMM_PREFIX = "timm/"
+OPEN_CLIP_PREFIX = "open_clip/"
 # timm's modules whose attention the adapters serve; other timm names can be created, but not listed.
 _TIMM_MODULES = ("vision_transformer", "deit", "eva", "naflexvit", "vision_transformer_hybrid")
 
@@ -136,7 +139,9 @@ def register_cards(path: str | Path, weights_dir: str | Path | None = None) -> N
 
 
 def split_name(name: str) -> tuple[str, str | None]:
-    """Splits ``arch.tag`` into its parts; the tag of a bare name is None."""
+    """Splits ``arch.tag``, or ``open_clip/arch:tag``, into its parts; the tag of a bare name is None."""
+    if name.startswith(OPEN_CLIP_PREFIX):
+        name = name.replace(":", ".", 1)
     arch, _, tag = name.partition(".")
     return arch, tag or None
 
@@ -153,7 +158,13 @@ def find_card(name: str) -> ModelCard:
         return _cards[arch]
     if arch.startswith(TIMM_PREFIX) and is_model(arch.removeprefix(TIMM_PREFIX)):
         return _timm_card(arch.removeprefix(TIMM_PREFIX))
-    known = [*_cards, *(TIMM_PREFIX + model for model in timm.list_models())] if "/" in arch else list(_cards)
+    if arch.startswith(OPEN_CLIP_PREFIX) and arch in _open_clip_models():
+        return _open_clip_card(arch.removeprefix(OPEN_CLIP_PREFIX))
+    known = list(_cards)
+    if arch.startswith(OPEN_CLIP_PREFIX):
+        known = _open_clip_models()
+    elif "/" in arch:
+        known += [TIMM_PREFIX + model for model in timm.list_models()]
     close = difflib.get_close_matches(arch, known, n=3)
     if is_model(arch):
         close = [TIMM_PREFIX + arch]
@@ -188,7 +199,7 @@ def list_models(
 ) -> list[str]:
     """Lists the registered names, sorted naturally; the arguments are those of timm's ``list_models``.
 
-    timm's own names (``timm/...``) are many, and listed where a filter begins with ``timm/``.
+    timm's own names (``timm/...``) and open_clip's (``open_clip/...``) are many, and listed where a filter begins so.
 
     Args:
         filter: wildcard(s).
@@ -203,6 +214,8 @@ def list_models(
     cards = list(_cards.values())
     if any(pattern.startswith(TIMM_PREFIX) for pattern in include) or "timm" in families:
         cards += [_timm_card(arch) for arch in timm.list_models(module=_TIMM_MODULES)]
+    if any(pattern.startswith(OPEN_CLIP_PREFIX) for pattern in include) or "open_clip" in families:
+        cards += [_open_clip_card(arch.removeprefix(OPEN_CLIP_PREFIX)) for arch in _open_clip_models()]
     names = []
     for card in cards:
         if (families and card.family not in families) or (pretrained and not card.tags):
@@ -292,6 +305,51 @@ def _timm_card(arch: str) -> ModelCard:
         tags=tags,
         source="timm",
     )
+
+
+def _open_clip_models() -> list[str]:
+    if importlib.util.find_spec("open_clip") is None:
+        return []
+    import open_clip
+
+    return [OPEN_CLIP_PREFIX + arch for arch in open_clip.list_models()]
+
+
+def _open_clip_card(arch: str) -> ModelCard:
+    import open_clip
+
+    tags = {}
+    for name in open_clip.list_pretrained_tags_by_model(arch):
+        cfg = open_clip.get_pretrained_cfg(arch, name)
+        if cfg.get("hf_hub"):
+            args = {"quick_gelu": True} if cfg.get("quick_gelu") else {}
+            tags[name] = TagCard(name, open_clip=f"{arch}:{name}", args=args, pretrained_cfg=_open_clip_ends(cfg))
+    config = open_clip.get_model_config(arch)
+    size = config["vision_cfg"].get("image_size", 224)
+    height, width = (size, size) if isinstance(size, int) else size
+    return ModelCard(
+        name=OPEN_CLIP_PREFIX + arch,
+        family="open_clip",
+        builder="lamzoo.models.clip4clip:clip4clip",
+        backbone={"open_clip": arch, "similarity": "mean"},
+        description=f"CLIP4Clip on the towers of open_clip's {arch}, with masks where lam= is given.",
+        pretrained_cfg={"input_size": (3, height, width), "num_classes": 0, "crop_pct": 1.0} | _open_clip_ends({}),
+        tags=tags,
+        source="open_clip",
+    )
+
+
+def _open_clip_ends(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """Says in timm's words how open_clip preprocesses images for a set of weights."""
+    return {
+        "mean": cfg.get("mean") or OPENAI_CLIP_MEAN,
+        "std": cfg.get("std") or OPENAI_CLIP_STD,
+        "interpolation": cfg.get("interpolation") or "bicubic",
+        "crop_mode": _CROP_MODES[cfg.get("resize_mode") or "shortest"],
+    }
+
+
+_CROP_MODES = {"shortest": "center", "squash": "squash", "longest": "border"}
 
 
 def _add(card: ModelCard) -> None:

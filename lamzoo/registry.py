@@ -19,6 +19,7 @@ from lamzoo.cards import ModelCard, TagCard
 from lamzoo.errors import ConfigError, HashMismatchError, UnsafeWeightsError, WeightsError, WeightsNotFoundError
 from lamzoo.lam.config import LamConfig
 from lamzoo.names import (
+    OPEN_CLIP_PREFIX,
     ModelInfo,
     builder_of,
     find_card,
@@ -84,8 +85,9 @@ def create_model(
     """Creates a model by name; what timm has an argument for means what it means there.
 
     Args:
-        name: ``arch`` or ``arch.tag`` of the registry, ``timm/<timm name>``, ``local-dir:<folder>`` as written by
-            :func:`lamzoo.save_pretrained`, or ``hf-hub:<owner>/<name>[@revision]``.
+        name: ``arch`` or ``arch.tag`` of the registry, ``timm/<timm name>``, ``open_clip/<open_clip name>[:tag]`` for
+            plain CLIP4Clip on those towers, ``local-dir:<folder>`` as written by :func:`lamzoo.save_pretrained`, or
+            ``hf-hub:<owner>/<name>[@revision]``.
         pretrained: load weights: exactly those of ``arch.tag``, or, for a bare name, the first of its tags that can
             be had here, those of the hub before the bundled ones; which one is logged, and is in
             ``model.pretrained_cfg["tag"]``.
@@ -194,12 +196,13 @@ def _on_disk(card: ModelCard, tag: TagCard, cache_dir: str | Path | None) -> boo
 
 def _plan(name: str, pretrained: bool, cache_dir: str | Path | None, allow_pickle: bool) -> _Plan:
     source, colon, place = name.partition(":")
-    if not colon:
+    if not colon or name.startswith(OPEN_CLIP_PREFIX):
         card = find_card(name)
         tag, weights = find_tag(card, name), None
         if pretrained:
             tag, weights = obtain(card, name, cache_dir=cache_dir, allow_pickle=allow_pickle)
-        return _Plan(card, tag, pretrained_cfg_of(card, tag), {}, card.lam, weights, bool(tag and tag.timm))
+        args = dict(tag.args) if tag is not None else {}
+        return _Plan(card, tag, pretrained_cfg_of(card, tag), args, card.lam, weights, bool(tag and tag.foreign))
     if source not in get_args(_Source) or not place:
         raise ConfigError(
             f"{name!r} is no model name: before a colon stands one of {', '.join(get_args(_Source))}, after it a place."

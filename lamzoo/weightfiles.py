@@ -24,6 +24,7 @@ from lamzoo.statedict import StateDict
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_SUFFIX = ".index.json"
+_OPEN_CLIP_NAME = "open_clip_pytorch_model.bin"
 _PICKLE_SUFFIXES = {".bin", ".pth", ".pt", ".ckpt", ".tar", ".pkl"}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -79,6 +80,8 @@ def resolve(
             repo, revision=tag.revision or revision or None, filename=cfg.hf_hub_filename, sha256=tag.sha256,
             cache_dir=cache_dir, allow_pickle=allow_pickle,
         )  # fmt: skip
+    if tag.open_clip is not None:
+        return _resolve_open_clip(tag, cache_dir, allow_pickle)
     if tag.hub is None:
         raise WeightsNotFoundError(
             f"The weights {name} are not on this machine: {bundled} does not exist and the card names no hub "
@@ -274,13 +277,29 @@ def _header_bytes(tensors: StateDict) -> int:
     return 1024 + sum(len(key) + 128 for key in tensors)  # no shard's header is longer than all of theirs
 
 
+def _resolve_open_clip(tag: TagCard, cache_dir: str | Path | None, allow_pickle: bool) -> WeightsFile:
+    from open_clip import get_pretrained_cfg as open_clip_cfg  # needed for its own tags alone
+
+    place = open_clip_cfg(*(tag.open_clip or "").split(":")).get("hf_hub") or ""
+    repo, _, filename = place.rpartition("/")
+    if not repo:
+        raise WeightsNotFoundError(
+            f"open_clip has no hub repository for the weights {tag.open_clip}; bring a safetensors file and pass "
+            "checkpoint_path=."
+        )
+    return resolve_repo(
+        repo, revision=tag.revision, filename=filename or _OPEN_CLIP_NAME, sha256=tag.sha256, cache_dir=cache_dir,
+        allow_pickle=allow_pickle,
+    )  # fmt: skip
+
+
 def _candidates(filename: str | None) -> list[str]:
     filename = filename or constants.PYTORCH_WEIGHTS_NAME
     if filename.endswith(".safetensors"):
         return [filename, filename + INDEX_SUFFIX]
     if filename == constants.PYTORCH_WEIGHTS_NAME:
         return [WEIGHTS_NAME, WEIGHTS_NAME + INDEX_SUFFIX, filename]
-    if filename == "open_clip_pytorch_model.bin":
+    if filename == _OPEN_CLIP_NAME:
         return ["open_clip_model.safetensors", filename]
     return [str(Path(filename).with_suffix(".safetensors")), filename]
 

@@ -1,8 +1,9 @@
-"""Scores and predictions of image classifiers: timm's preprocessing, any data set of :mod:`lamzoo.data`."""
+"""Scores and predictions: of image classifiers, and of text-video retrieval."""
 
 from lamzoo.evaluation.classification import EvalProgress, evaluate
 from lamzoo.evaluation.partial import default_state_path
 from lamzoo.evaluation.prediction import Prediction, class_names, label_names, predict
+from lamzoo.evaluation.retrieval import dual_softmax, retrieval_metrics
 from lamzoo.evaluation.runtime import Precision, check_batches, resolve_device
 from lamzoo.evaluation.tally import EvalResult
 
@@ -14,8 +15,10 @@ __all__ = [
     "check_batches",
     "class_names",
     "default_state_path",
+    "dual_softmax",
     "evaluate",
     "label_names",
     "predict",
     "resolve_device",
+    "retrieval_metrics",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import prod
 from typing import Any
@@ -14,7 +14,7 @@ from timm.models.vision_transformer_hybrid import ConvStem, HybridEmbed
 from torch import nn
 
 from lamzoo.errors import UnsupportedHostError
-from lamzoo.lam import LamConfig
+from lamzoo.lam import Lam, LamConfig
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class Stack:
         depth: blocks.
         heads: of the attention.
         hidden: width inside the MLP.
+        copies: token sequences that pass through them for one sample, such as the frames of a video.
+        masked: whether they have masks, in a model that has any.
     """
 
     tokens: int
@@ -34,6 +36,8 @@ class Stack:
     depth: int
     heads: int
     hidden: int
+    copies: int = 1
+    masked: bool = True
 
     @property
     def macs(self) -> int:
@@ -41,16 +45,18 @@ class Stack:
         projections = 4 * self.tokens * self.width**2
         attention = 2 * self.tokens**2 * self.width
         mlp = 2 * self.tokens * self.width * self.hidden
-        return self.depth * (projections + attention + mlp)
+        return self.copies * self.depth * (projections + attention + mlp)
 
     def lam_macs(self, config: LamConfig) -> int:
         """MACs that masks add to the blocks: their networks, and the dense ``left @ right.T`` of every block."""
+        if not self.masked:
+            return 0
         heads = self.heads if config.heads == "per-head" else 1
         network = _mlp_macs(self.tokens, (self.width, *config.hidden, heads * config.rank))
         if config.keys == "content":
             network += _mlp_macs(self.tokens, (self.width, *config.hidden, heads * (config.rank + 1)))
         networks = self.depth if config.layers == "multi" else 1
-        return networks * network + self.depth * heads * self.tokens**2 * (config.rank + 1)
+        return self.copies * (networks * network + self.depth * heads * self.tokens**2 * (config.rank + 1))
 
 
 @dataclass(frozen=True)
@@ -81,8 +87,9 @@ class AnalyticMacs:
 def analytic_macs(model: nn.Module) -> AnalyticMacs:
     """Computes the MACs of a model from its dimensions alone; nothing is run.
 
-    Serves timm's ``VisionTransformer`` behind a patch embedding or a convolutional stem, and open_clip's ``CLIP`` of
-    two transformers (one image and one text), each with or without masks of any configuration.
+    Serves timm's ``VisionTransformer`` behind a patch embedding or a convolutional stem, open_clip's ``CLIP`` of two
+    transformers (one image and one text), and CLIP4Clip on such towers (one video of ``max_frames`` frames and one
+    text), each with or without masks of any configuration.
 
     Args:
         model: at the input size that it was built for.
@@ -97,6 +104,8 @@ def analytic_macs(model: nn.Module) -> AnalyticMacs:
         ends, stacks = _vision_transformer(model)
     elif type(model).__module__ == "open_clip.model" and type(model).__name__ == "CLIP":
         ends, stacks = _clip(model)
+    elif hasattr(model, "clip") and type(model).__module__ == "lamzoo.models.clip4clip":
+        ends, stacks = _clip4clip(model)
     else:
         raise _unknown(model)
     config: LamConfig | None = getattr(model, "lam_config", None)
@@ -143,6 +152,27 @@ def _clip(model: Any) -> tuple[int, list[Stack]]:
     text = _clip_stack(model.transformer, model.context_length, model.ln_final.normalized_shape[0])
     ends = _conv_macs(vision.conv1, vision.grid_size) + width * vision.output_dim
     return ends + text.width * vision.output_dim, [image, text]
+
+
+def _clip4clip(model: Any) -> tuple[int, list[Stack]]:
+    if type(model.clip).__name__ != "CLIP":
+        raise _unknown(model.clip)
+    frames, width = model.max_frames, model.num_features
+    ends, (image, text) = _clip(model.clip)
+    text_end = text.width * width
+    ends = frames * (ends - text_end) + text_end
+    image = replace(image, copies=frames, masked=has_masks(model.clip.visual))
+    text = replace(text, masked=has_masks(model.clip.transformer))
+    if model.similarity_type == "mean":
+        return ends + width, [image, text]  # and one cosine
+    tight = model.similarity_type == "tight"
+    head = replace(_clip_stack(model.head.transformer, frames + tight, width), masked=has_masks(model.head))
+    return ends + (width**2 + width if tight else width), [image, text, head]
+
+
+def has_masks(module: nn.Module) -> bool:
+    """Says whether any layer of a module has a learnable mask."""
+    return any(isinstance(child, Lam) for child in module.modules())
 
 
 def _clip_stack(transformer: Any, tokens: int, width: int) -> Stack:

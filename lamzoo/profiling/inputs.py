@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from lamzoo.errors import ConfigError
+
+#: What a model is called with: one tensor, or its positional arguments.
+Inputs: TypeAlias = Tensor | Sequence[Tensor]
 
 
 def image_size(model: nn.Module) -> tuple[int, int, int]:
@@ -34,10 +37,21 @@ def image_size(model: nn.Module) -> tuple[int, int, int]:
     return int(channels), int(size[0]), int(size[1])
 
 
-def default_input(model: nn.Module, batch_size: int = 1) -> Tensor:
-    """Returns random images ``(batch_size, C, H, W)`` in the dtype and on the device of the model's first parameter."""
+def default_input(model: nn.Module, batch_size: int = 1) -> Inputs:
+    """Returns random inputs in the dtype and on the device of the model's first parameter.
+
+    They are images ``(batch_size, C, H, W)``, or what the model's own ``example_inputs(batch_size)`` gives.
+    """
+    own: Any = getattr(model, "example_inputs", None)
+    if own is not None:
+        return own(batch_size)
     like = next(model.parameters())
     return torch.rand(batch_size, *image_size(model), device=like.device).to(like.dtype)
+
+
+def as_arguments(input: Inputs) -> tuple[Tensor, ...]:
+    """Returns the positional arguments that a model is called with."""
+    return (input,) if isinstance(input, Tensor) else tuple(input)
 
 
 @contextmanager

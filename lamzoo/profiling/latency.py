@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lamzoo.errors import ConfigError
-from lamzoo.profiling.inputs import evaluating
+from lamzoo.profiling.inputs import Inputs, as_arguments, evaluating
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class LatencyComparison:
     threads: int
 
 
-def time_latency(model: nn.Module, input: Tensor, repeats: int = 30, warmup: int = 5) -> Latency:
+def time_latency(model: nn.Module, input: Inputs, repeats: int = 30, warmup: int = 5) -> Latency:
     """Times the forward passes of one model, in evaluation and inference mode.
 
     Args:
@@ -84,7 +84,7 @@ def time_latency(model: nn.Module, input: Tensor, repeats: int = 30, warmup: int
 
 
 def compare_latency(
-    model: nn.Module, baseline: nn.Module, input: Tensor, repeats: int = 30, warmup: int = 5
+    model: nn.Module, baseline: nn.Module, input: Inputs, repeats: int = 30, warmup: int = 5
 ) -> LatencyComparison:
     """Times the forward passes of two models in turns, in evaluation and inference mode.
 
@@ -115,16 +115,17 @@ def compare_latency(
                 pair = timer(model, input), timer(baseline, input)
             if index >= warmup:
                 pairs.append(pair)
-    ratio, ratio_quartiles = _spread([first / second for first, second in pairs])
+    ratio, ratio_quartiles = _spread([mine / other for mine, other in pairs])
+    first = as_arguments(input)[0]
     return LatencyComparison(
         model=Latency(*_spread([first for first, _ in pairs])),
         baseline=Latency(*_spread([second for _, second in pairs])),
         ratio=ratio,
         ratio_quartiles=ratio_quartiles,
         repeats=repeats,
-        input_shape=tuple(input.shape),
-        dtype=str(input.dtype).removeprefix("torch."),
-        device=device_label(input.device),
+        input_shape=tuple(first.shape),
+        dtype=str(first.dtype).removeprefix("torch."),
+        device=device_label(first.device),
         threads=torch.get_num_threads(),
     )
 
@@ -145,13 +146,13 @@ def _cpu_name() -> str:
 
 
 def _checked_timer(
-    input: Tensor, repeats: int, warmup: int, **models: nn.Module
-) -> Callable[[nn.Module, Tensor], float]:
+    input: Inputs, repeats: int, warmup: int, **models: nn.Module
+) -> Callable[[nn.Module, Inputs], float]:
     if repeats < 2 or warmup < 0:
         raise ConfigError(
             f"repeats={repeats}, warmup={warmup}: quartiles need at least 2 repeats and no negative warmup."
         )
-    device = input.device
+    device = as_arguments(input)[0].device
     if device.type not in _TIMERS:
         raise ConfigError(
             f"Latency is measured on cpu and cuda devices, not on {device}; move the models and the input."
@@ -163,24 +164,26 @@ def _checked_timer(
     return _TIMERS[device.type]
 
 
-def _on_cpu(model: nn.Module, input: Tensor) -> float:
+def _on_cpu(model: nn.Module, input: Inputs) -> float:
+    arguments = as_arguments(input)
     start = time.perf_counter()
-    model(input)
+    model(*arguments)
     return (time.perf_counter() - start) * 1e3
 
 
-def _on_cuda(model: nn.Module, input: Tensor) -> float:
+def _on_cuda(model: nn.Module, input: Inputs) -> float:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    with torch.cuda.device(input.device):
+    arguments = as_arguments(input)
+    with torch.cuda.device(arguments[0].device):
         torch.cuda.synchronize()
         start.record()
-        model(input)
+        model(*arguments)
         end.record()
         end.synchronize()
     return start.elapsed_time(end)
 
 
-_TIMERS: dict[str, Callable[[nn.Module, Tensor], float]] = {"cpu": _on_cpu, "cuda": _on_cuda}
+_TIMERS: dict[str, Callable[[nn.Module, Inputs], float]] = {"cpu": _on_cpu, "cuda": _on_cuda}
 
 
 def _spread(values: list[float]) -> tuple[float, tuple[float, float]]:

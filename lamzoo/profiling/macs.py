@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from lamzoo.errors import ConfigError
 from lamzoo.lam import FactoredMask, Lam
-from lamzoo.profiling.inputs import default_input, evaluating
+from lamzoo.profiling.inputs import Inputs, as_arguments, default_input, evaluating
 
 _GIGA = 1e9
 
@@ -44,7 +44,7 @@ class Profile:
     by_layer: dict[str, float] = field(repr=False)
 
 
-def profile(model: nn.Module, input: Tensor | Sequence[Tensor] | None = None) -> Profile:
+def profile(model: nn.Module, input: Inputs | None = None) -> Profile:
     """Counts the MACs of one forward pass and the parameters of a model, with or without masks.
 
     The pass is really run, once, in evaluation mode and without gradients; the model is left as it was.
@@ -52,7 +52,8 @@ def profile(model: nn.Module, input: Tensor | Sequence[Tensor] | None = None) ->
     Args:
         model: any module; one that ``torch.compile`` returned is counted uncompiled.
         input: what the model is called with, a tensor or a sequence of positional arguments. By default one image of
-            the size that the model was built for. The figures are those of the whole input, so pass a batch of one.
+            the size that the model was built for, or one video and one text. The figures are those of the whole input,
+            so pass a batch of one.
 
     Returns:
         The profile.
@@ -62,7 +63,7 @@ def profile(model: nn.Module, input: Tensor | Sequence[Tensor] | None = None) ->
             all was counted.
     """
     model = getattr(model, "_orig_mod", model)
-    inputs = (default_input(model),) if input is None else (input,) if isinstance(input, Tensor) else tuple(input)
+    inputs = as_arguments(default_input(model) if input is None else input)
     products: list[int] = []
     counter = FlopCounterMode(display=False)
     with ExitStack() as stack:

@@ -15,7 +15,7 @@ from lamzoo.adapters import remove_lam
 from lamzoo.errors import ConfigError, UnsupportedHostError
 from lamzoo.lam import Lam
 from lamzoo.profiling.analytic import analytic_macs
-from lamzoo.profiling.inputs import default_input, evaluating
+from lamzoo.profiling.inputs import as_arguments, default_input, evaluating
 from lamzoo.profiling.latency import Latency, LatencyComparison, compare_latency, time_latency
 from lamzoo.profiling.macs import Profile, profile
 from lamzoo.profiling.memory import free_bytes, peak_growth
@@ -183,10 +183,10 @@ def _free_host_bytes(device: torch.device) -> float:
 def _try_batch(model: nn.Module, batch: int) -> tuple[float, int] | None:
     """Returns the seconds of a pass and the bytes by which it grew the process; None where the batch doesn't fit."""
     try:
-        images = default_input(model, batch)
+        inputs = as_arguments(default_input(model, batch))
         with evaluating(model), torch.inference_mode():
-            _, grown = peak_growth(lambda: _pass(model, images))
-            return statistics.median(_pass(model, images) for _ in range(3)), grown
+            _, grown = peak_growth(lambda: _pass(model, inputs))
+            return statistics.median(_pass(model, inputs) for _ in range(3)), grown
     except (torch.OutOfMemoryError, MemoryError):
         torch.cuda.empty_cache()
         return None
@@ -196,13 +196,14 @@ def _try_batch(model: nn.Module, batch: int) -> tuple[float, int] | None:
         raise
 
 
-def _pass(model: nn.Module, images: Tensor) -> float:
-    if images.is_cuda:
-        torch.cuda.synchronize(images.device)
+def _pass(model: nn.Module, inputs: tuple[Tensor, ...]) -> float:
+    device = inputs[0].device
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     start = time.perf_counter()
-    model(images)
-    if images.is_cuda:
-        torch.cuda.synchronize(images.device)
+    model(*inputs)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return time.perf_counter() - start
 
 

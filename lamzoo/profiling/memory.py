@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
-from lamzoo.profiling.inputs import evaluating
+from lamzoo.profiling.inputs import Inputs, as_arguments, evaluating
 
 _Result = TypeVar("_Result")
 
@@ -42,22 +42,23 @@ class MemoryMeter:
             _touch_kernels()
             self._level = _resident("VmRSS")
 
-    def peak_mib(self, model: nn.Module, input: Tensor) -> float:
+    def peak_mib(self, model: nn.Module, input: Inputs) -> float:
         """Runs a forward pass, in evaluation and inference mode, and returns MiB.
 
         Args:
             model: built since, on the device.
             input: what it is called with; it counts as well.
         """
+        arguments = as_arguments(input)
         with evaluating(model), torch.inference_mode():
             if self.device.type == "cuda":
-                model(input)  # the first pass makes the libraries' own workspaces
+                model(*arguments)  # the first pass makes the libraries' own workspaces
                 torch.cuda.synchronize(self.device)
                 torch.cuda.reset_peak_memory_stats(self.device)
-                model(input)
+                model(*arguments)
                 return (torch.cuda.max_memory_allocated(self.device) - self._level) / _MIB
             _reset_peak()
-            model(input)
+            model(*arguments)
             return max(0, _resident("VmHWM") - self._level) / _MIB
 
 

@@ -18,25 +18,29 @@ _COUNTED = 25  # classes beyond which no number fits into a cell
 _INK, _PALE = "#1b3a57", "#c8553d"
 
 
-def draw_curves(history: Sequence[dict[str, float]]) -> Figure:
-    """Draws losses and accuracy over the epochs.
+def draw_curves(
+    history: Sequence[dict[str, float]], metric: str = "eval_top1", label: str = "top-1, validation (%)"
+) -> Figure:
+    """Draws losses and a score over the epochs.
 
     Args:
-        history: one record an epoch, with ``epoch``, ``train_loss`` and, where it was evaluated, ``eval_loss`` and
-            ``eval_top1``.
+        history: one record an epoch, with ``epoch``, ``train_loss`` and, where it was evaluated, the metric and, for
+            some tasks, ``eval_loss``.
+        metric: key of the score.
+        label: of its axis.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
     figure = new_figure((8.0, 3.2))
-    losses, accuracy = figure.subplots(1, 2)
+    losses, scores = figure.subplots(1, 2)
     _line(losses, history, "train_loss", "training (augmented)", _PALE)
     _line(losses, history, "eval_loss", "validation", _INK)
     losses.set_ylabel("loss")
     losses.legend(frameon=False, fontsize=8)
-    _line(accuracy, history, "eval_top1", "validation", _INK)
-    accuracy.set_ylabel("top-1, validation (%)")
-    for axis in (losses, accuracy):
+    _line(scores, history, metric, "validation", _INK)
+    scores.set_ylabel(label)
+    for axis in (losses, scores):
         axis.set_xlabel("epoch")
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)

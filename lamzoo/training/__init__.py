@@ -1,4 +1,4 @@
-"""Training of image classifiers from recipes; needs ``pip install "lamzoo[train]"``."""
+"""Training from recipes: image classifiers and text-video retrieval; needs ``pip install "lamzoo[train]"``."""
 
 from importlib.util import find_spec
 
@@ -8,8 +8,21 @@ if find_spec("accelerate") is None:
     raise MissingExtraError("Training needs accelerate, which is not installed; pip install 'lamzoo[train]'.")
 
 from lamzoo.training.defaults import complete_recipe
-from lamzoo.training.loop import Progress, TrainResult, train
-from lamzoo.training.recipe import Recipe, load_recipe, parse_recipe
+from lamzoo.training.loop import train
+from lamzoo.training.recipe import AnyRecipe, Recipe, load_recipe, parse_recipe
+from lamzoo.training.retrieval_recipe import RetrievalRecipe
+from lamzoo.training.run import Progress, TrainResult
 from lamzoo.training.scoring import Score
 
-__all__ = ["Progress", "Recipe", "Score", "TrainResult", "complete_recipe", "load_recipe", "parse_recipe", "train"]
+__all__ = [
+    "AnyRecipe",
+    "Progress",
+    "Recipe",
+    "RetrievalRecipe",
+    "Score",
+    "TrainResult",
+    "complete_recipe",
+    "load_recipe",
+    "parse_recipe",
+    "train",
+]

@@ -18,6 +18,7 @@ from lamzoo.errors import RecipeError
 from lamzoo.lam import LamConfig
 from lamzoo.registry import create_model
 from lamzoo.training.recipe import Recipe
+from lamzoo.training.sections import RunSection, ScheduleSection
 
 _logger = logging.getLogger(__name__)
 
@@ -71,9 +72,8 @@ def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
         raise RecipeError(f"optimizer.kwargs {section.kwargs} do not fit {section.name!r}: {error}.") from None
 
 
-def build_scheduler(recipe: Recipe, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> Any:
+def build_scheduler(section: ScheduleSection, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> Any:
     """Creates timm's scheduler, to be stepped after each update."""
-    section = recipe.schedule
     scheduler, _ = timm.scheduler.create_scheduler_v2(
         optimizer,
         sched=section.name,
@@ -88,10 +88,9 @@ def build_scheduler(recipe: Recipe, optimizer: torch.optim.Optimizer, updates_pe
     return scheduler
 
 
-def build_ema(recipe: Recipe, model: nn.Module, device: torch.device) -> ModelEmaV3 | None:
+def build_ema(run: RunSection, model: nn.Module, device: torch.device) -> ModelEmaV3 | None:
     """Creates the averaged copy of the weights, where the recipe asks for one."""
-    decay = recipe.run.ema_decay
-    return None if decay is None else ModelEmaV3(model.to(device), decay=decay, use_warmup=True)
+    return None if run.ema_decay is None else ModelEmaV3(model.to(device), decay=run.ema_decay, use_warmup=True)
 
 
 def _knows_others(model: Any, classes: list[str]) -> bool:

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 
 from lamzoo.errors import LamzooError, RecipeError
 from lamzoo.files import atomic_files
-from lamzoo.training.recipe import Recipe, parse_recipe
+from lamzoo.training.recipe import AnyRecipe, parse_recipe
 
 
 class Checkpoints:
@@ -30,7 +30,7 @@ class Checkpoints:
         RecipeError: the folder holds a run that ``resume`` was not asked for, or another one.
     """
 
-    def __init__(self, output: Path, recipe: Recipe, resume: bool) -> None:
+    def __init__(self, output: Path, recipe: AnyRecipe, resume: bool) -> None:
         self.output = output
         self._folder = output / "checkpoints"
         self._keep = recipe.run.keep_checkpoints
@@ -96,7 +96,7 @@ class Checkpoints:
         return sorted(self._folder.glob("update-*"))
 
 
-def _same_run(path: Path, recipe: Recipe) -> bool:
+def _same_run(path: Path, recipe: AnyRecipe) -> bool:
     """Says whether the recipe in a file gives the same curve, whatever keys were added to recipes since."""
     try:
         written = parse_recipe(json.loads(path.read_text(encoding="utf-8")))
@@ -105,7 +105,7 @@ def _same_run(path: Path, recipe: Recipe) -> bool:
     return _curve(written) == _curve(recipe)
 
 
-def _curve(recipe: Recipe) -> Recipe:
+def _curve(recipe: AnyRecipe) -> AnyRecipe:
     """Returns a recipe without what may change between two parts of a run."""
     neutral: dict[str, Any] = {
         "output": "",
@@ -115,7 +115,8 @@ def _curve(recipe: Recipe) -> Recipe:
         "tensorboard": False,
         "report": True,
     }
-    return replace(recipe, data=replace(recipe.data, workers=0), run=replace(recipe.run, **neutral))
+    data: Any = replace(recipe.data, workers=0)
+    return replace(recipe, data=data, run=replace(recipe.run, **neutral))
 
 
 def _write_text(path: Path, text: str) -> None:

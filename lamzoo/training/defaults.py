@@ -16,7 +16,8 @@ import torch
 from lamzoo.data import select, split_off
 from lamzoo.errors import RecipeError
 from lamzoo.training.inputs import has_split, open_splits
-from lamzoo.training.recipe import Precision, Recipe, parse_recipe
+from lamzoo.training.recipe import Recipe, parse_recipe
+from lamzoo.training.sections import Precision
 
 _VAL_FRACTION = 0.1
 _BATCH = 64  # the largest that is chosen, and the one that the learning rates below are for
@@ -83,7 +84,7 @@ def complete_recipe(table: Mapping[str, Any]) -> Recipe:
             raise RecipeError(f"Recipe key {section}.{key} is missing; add it.")
     _fill(filled, "data", {"val_fraction": _VAL_FRACTION, "workers": _workers()})
     _fill(filled, "run", {"output": ""})
-    given = parse_recipe(filled)  # what is wrong is said before the data is opened
+    given = _classifiers(filled)  # what is wrong is said before the data is opened
     images = _training_images(given)
     if "test_split" not in filled["data"] and given.data.eval_split != "test" and has_split(given.data, "test"):
         filled["data"]["test_split"] = "test"
@@ -103,7 +104,16 @@ def complete_recipe(table: Mapping[str, Any]) -> Recipe:
     decay = round(min(max(1 - 10 / (updates * epochs), 0.5), 0.9998), 6)
     _fill(filled, "run", {"batch_size": batch, "ema_decay": decay, "precision": _precision(given)})
     filled["run"]["output"] = given.run.output or str(Path("runs", _run_name(given)))
-    return parse_recipe(filled)
+    return _classifiers(filled)
+
+
+def _classifiers(table: Mapping[str, Any]) -> Recipe:
+    recipe = parse_recipe(table)
+    if isinstance(recipe, Recipe):
+        return recipe
+    raise RecipeError(
+        f"Recipe key task is {recipe.task!r}, whose settings are not chosen by the data yet; give a whole RECIPE.toml."
+    )
 
 
 def _fill(table: dict[str, Any], section: str, values: Mapping[str, Any]) -> None:

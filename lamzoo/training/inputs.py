@@ -17,6 +17,8 @@ from lamzoo.files import atomic_files
 from lamzoo.training.recipe import DataSection
 
 ScanProgress = Callable[[str, int, int], None]
+#: What a scan left out, by split.
+BadInputs = tuple[tuple[str, BadImage], ...]
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Splits:
     train: LabelledImages
     evaluation: LabelledImages | None
     test: LabelledImages | None
-    bad: tuple[tuple[str, BadImage], ...] = ()
+    bad: BadInputs = ()
     split_off: bool = False
 
 
@@ -101,7 +103,7 @@ def prepare_splits(
     return Splits(train, evaluation, test, tuple(bad), split_off=True)
 
 
-def write_bad_images(path: Path, bad: tuple[tuple[str, BadImage], ...]) -> None:
+def write_bad_inputs(path: Path, bad: BadInputs) -> None:
     """Writes what was left out as CSV: split, index in it, file, reason.
 
     Raises:

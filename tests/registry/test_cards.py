@@ -29,9 +29,8 @@ def test_parameters_and_macs_are_those_of_the_card(name: str) -> None:
     info = model_info(name)
     with torch.device("meta"):  # nothing is computed, so that a ViT-L takes no longer than a micro model
         model = create_model(name)
-        image = torch.zeros(1, *timm.data.resolve_model_data_config(model)["input_size"])
     assert sum(parameter.numel() for parameter in model.parameters()) == info.params
-    assert profile(model, image).gmacs == pytest.approx(info.gmacs, abs=5e-5)
+    assert profile(model).gmacs == pytest.approx(info.gmacs, abs=5e-5)
 
 
 @pytest.mark.parametrize("name", [name for name in list_models(pretrained=True) if model_info(name).tag.file])
@@ -52,7 +51,8 @@ def test_each_tag_says_where_it_is_from_and_what_it_scores(name: str) -> None:
     assert tag is not None
     assert tag.dataset
     assert tag.licence
-    assert {"dataset", "top1", "command"} <= tag.metrics.keys()
+    if tag.open_clip is None:  # which publishes no score of retrieval from video
+        assert {"dataset", "command"} < tag.metrics.keys()
     if tag.timm is not None:
         assert timm.models.is_model_pretrained(tag.timm)
 
@@ -87,8 +87,8 @@ def test_a_card_without_tags_is_valid(tmp_path: Path) -> None:
         (GOOD + "plain = 3\n[models.a.lam]\n", "plain is 3"),
         (GOOD + "[models.a.lam]\nrnk = 3\n", "models.a.lam: LamConfig has no field 'rnk'"),
         (GOOD + "[models.a.pretrained_cfg]\ncroppct = 1\n", "unknown key 'croppct'"),
-        (GOOD + '[models.a.tags.t]\ndataset = "x"\n', "models.a.tags.t: a tag needs either timm"),
-        (GOOD + '[models.a.tags.t]\nfile = "x"\ntimm = "y"\n', "a tag needs either timm"),
+        (GOOD + '[models.a.tags.t]\ndataset = "x"\n', "models.a.tags.t: a tag needs timm, or open_clip"),
+        (GOOD + '[models.a.tags.t]\nfile = "x"\ntimm = "y"\n', "a tag needs timm, or open_clip"),
         (GOOD + '[models.a.tags.t]\nfile = "x"\n', "needs its sha256"),
         (GOOD + '[models.a.tags.t]\nfile = "x"\nsha256 = "ABC"\n', "is not 64"),
         (GOOD + f'[models.a.tags.t]\nhub = "x/y"\nsha256 = "{"0" * 64}"\n', "needs a revision"),

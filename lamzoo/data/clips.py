@@ -1,0 +1,142 @@
+"""Videos as padded batches of frames: for evaluation one by one, for training in pairs with a caption."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms import v2
+
+from lamzoo.data.retrieval import CaptionedVideos
+from lamzoo.data.sampling import FrameSampling
+
+FramesTransform = Callable[[list[Image.Image]], Tensor]
+
+
+class Clips(Dataset[Tensor]):
+    """The videos of a data set in order, as frames ``(F, 3, H, W)``, float; ``F`` differs from video to video.
+
+    Args:
+        videos: the data set.
+        sampling: which frames.
+        transform: from a video's frames to the tensor.
+    """
+
+    def __init__(self, videos: CaptionedVideos, sampling: FrameSampling, transform: FramesTransform) -> None:
+        self.videos, self.sampling, self.transform = videos, sampling, transform
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.transform(self.videos.read(index, self.sampling).frames)
+
+
+class Pairs(Dataset[tuple[Tensor, str]]):
+    """Videos with a caption each, as frames and text.
+
+    Args:
+        videos: the data set.
+        sampling: which frames.
+        transform: from a video's frames to the tensor.
+        captions: ``"all"``: as many pairs as captions; ``"one"``: as many as videos, with a caption drawn from
+            :mod:`random`.
+        splice: probability, drawn from :mod:`random`, that a pair is made of pieces of several videos, where the data
+            know how.
+    """
+
+    def __init__(
+        self,
+        videos: CaptionedVideos,
+        sampling: FrameSampling,
+        transform: FramesTransform,
+        captions: Literal["all", "one"] = "all",
+        splice: float = 0.0,
+    ) -> None:
+        self.videos, self.sampling, self.transform = videos, sampling, transform
+        self.captions, self.splice = captions, splice
+
+    def __len__(self) -> int:
+        return len(self.videos.texts) if self.captions == "all" else len(self.videos)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, str]:
+        if self.splice and random.random() < self.splice:
+            clip, caption = self.videos.splice(self.sampling)
+            return self.transform(clip.frames), caption
+        if self.captions == "all":
+            video, text = self.videos.video_of_text[index], index
+        else:
+            video, text = index, random.choice(self.videos.texts_of(index))
+        return self.transform(self.videos.read(video, self.sampling).frames), self.videos.texts[text]
+
+
+def pad_clips(clips: Sequence[Tensor], frames: int | None = None) -> tuple[Tensor, Tensor]:
+    """Puts videos of different lengths into one batch.
+
+    Args:
+        clips: ``(F, 3, H, W)`` each.
+        frames: length of the batch; by default that of the longest video.
+
+    Returns:
+        ``(B, F, 3, H, W)``, zeros where a video has ended, and ``(B, F)``, bool, True where it has not.
+    """
+    longest = max(map(len, clips)) if frames is None else frames
+    batch = clips[0].new_zeros(len(clips), longest, *clips[0].shape[1:])
+    mask = torch.zeros(len(clips), longest, dtype=torch.bool)
+    for row, clip in enumerate(clips):
+        batch[row, : len(clip)] = clip
+        mask[row, : len(clip)] = True
+    return batch, mask
+
+
+def each_frame(transform: Callable[[Image.Image], Tensor]) -> FramesTransform:
+    """Returns a transform of videos that applies one of images to every frame."""
+    return _EachFrame(transform)
+
+
+class _EachFrame:
+    def __init__(self, transform: Callable[[Image.Image], Tensor]) -> None:
+        self._transform = transform
+
+    def __call__(self, frames: list[Image.Image]) -> Tensor:
+        return torch.stack([self._transform(frame) for frame in frames])
+
+
+class ClipAugment:
+    """Augments a video, all of its frames alike, with torchvision; draws from torch's random state.
+
+    Args:
+        config: timm's data configuration of the model: ``input_size``, ``mean``, ``std``, ``interpolation``.
+        scale: share of a frame's area that is cropped.
+        ratio: width over height of the crop, relative to the model's own.
+        hflip: probability of a mirror image.
+        color_jitter: strength of changes in brightness, contrast and saturation; 0 for none.
+    """
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        scale: tuple[float, float],
+        ratio: tuple[float, float],
+        hflip: float,
+        color_jitter: float,
+    ) -> None:
+        height, width = config["input_size"][-2:]
+        shape = width / height
+        interpolation = v2.InterpolationMode(config["interpolation"])
+        steps: list[Any] = [
+            v2.RandomResizedCrop((height, width), scale, (ratio[0] * shape, ratio[1] * shape), interpolation),
+            v2.RandomHorizontalFlip(hflip),
+        ]
+        if color_jitter:
+            steps.append(v2.ColorJitter(color_jitter, color_jitter, color_jitter))
+        steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(config["mean"], config["std"])]
+        self._steps = v2.Compose(steps)
+
+    def __call__(self, frames: list[Image.Image]) -> Tensor:
+        return self._steps(torch.stack([v2.functional.pil_to_tensor(frame) for frame in frames]))

@@ -1,0 +1,83 @@
+"""From a one-line specification to videos with captions: the grammar, and which source reads which layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast, get_args
+
+from lamzoo.data.retrieval.base import CaptionedVideos, VideoSource
+from lamzoo.data.retrieval.flickr import Flickr8kSource
+from lamzoo.data.retrieval.grid import GridSource, GridView
+from lamzoo.data.retrieval.msrvtt import MsrvttSource, TrainingList
+from lamzoo.data.retrieval.msvd import MsvdSource
+from lamzoo.data.retrieval.plain import PlainSource
+from lamzoo.data.retrieval.shards import ShardSource
+from lamzoo.errors import DataError
+
+_GRAMMAR = "msrvtt:DIR[:9k|7k], msvd:DIR, videos:DIR, wds:SHARDS, grid:DIR[:mouth|face] or flickr8k:DIR"
+
+
+def create_retrieval_dataset(spec: str, split: str) -> CaptionedVideos:
+    """Opens a split of videos with captions.
+
+    Args:
+        spec: one of
+
+            - ``msrvtt:DIR`` or ``msrvtt:DIR:7k``: MSR-VTT as it is handed out, trained on the list of 9,000 or of 7,010
+              videos; see :class:`lamzoo.data.retrieval.msrvtt.MsrvttSource`, also for what its validation split is.
+            - ``msvd:DIR``: MSVD in CLIP4Clip's layout; see :class:`lamzoo.data.retrieval.msvd.MsvdSource`.
+            - ``videos:DIR``: a folder of videos with ``DIR/captions.csv``, whose columns are ``video``, ``caption``
+              and, if there are splits, ``split``.
+            - ``wds:SHARDS``: local webdataset tar files, ``DIR/{split}-{000..012}.tar`` or with ``*``, of ``KEY.mp4``
+              with ``KEY.txt`` or ``KEY.json``; where ``{split}`` is written, it is replaced.
+            - ``grid:DIR`` or ``grid:DIR:face``: clips of the GRID corpus, the talker's mouth or his face; see
+              :class:`lamzoo.data.retrieval.grid.GridSource`.
+            - ``flickr8k:DIR``: Flickr8k's photographs as videos of one frame.
+        split: ``train``, ``validation``, ``test`` or what the data calls it. ``val``, ``valid``, ... all mean
+            validation, but validation is never taken for test. Data without splits are taken whole.
+
+    Returns:
+        Videos to :meth:`~CaptionedVideos.read`, and their captions.
+
+    Raises:
+        DataError: the specification, the folder or the split does not exist, the files are not what they should be, or
+            a video is missing or has no caption.
+    """
+    return CaptionedVideos(_source(spec, split), spec)
+
+
+def _source(spec: str, split: str) -> VideoSource:
+    if not split:
+        raise DataError(f"the split of {spec} is empty; name one, such as 'test'")
+    kind, _, rest = spec.partition(":")
+    if kind in _KINDS and not rest:
+        raise DataError(f"the data set {spec!r} says {kind}, but not which; write {_GRAMMAR}")
+    match kind:
+        case "msrvtt":
+            folder, training = _option(rest, get_args(TrainingList), "training list")
+            return MsrvttSource(folder, split, cast(TrainingList, training))
+        case "msvd":
+            return MsvdSource(Path(rest), split)
+        case "videos":
+            return PlainSource(Path(rest), split)
+        case "wds":
+            return ShardSource(rest, split)
+        case "grid":
+            folder, view = _option(rest, get_args(GridView), "view")
+            return GridSource(folder, split, cast(GridView, view))
+        case "flickr8k":
+            return Flickr8kSource(Path(rest), split)
+    raise DataError(f"{spec!r} is no data set of videos with captions; write {_GRAMMAR}")
+
+
+def _option(rest: str, options: tuple[str, ...], what: str) -> tuple[Path, str]:
+    """Splits ``DIR:OPTION``; without an option it is the first one. A folder may have a colon in its name."""
+    folder, colon, option = rest.rpartition(":")
+    if not colon or Path(rest).is_dir():
+        return Path(rest), options[0]
+    if option not in options:
+        raise DataError(f"there is no {what} {option!r} of {folder}; write {' or '.join(map(repr, options))}")
+    return Path(folder), option
+
+
+_KINDS = frozenset({"msrvtt", "msvd", "videos", "wds", "grid", "flickr8k"})

@@ -1,0 +1,114 @@
+"""Videos that are files of their own, found in a folder by the ids that a list gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from lamzoo.data.retrieval.base import VideoSource
+from lamzoo.data.sampling import FrameSampling
+from lamzoo.data.video import VideoClip, read_video, videos_below
+from lamzoo.errors import DataError
+
+
+class FileSource(VideoSource):
+    """Videos in files, whatever the layout that lists them.
+
+    Args:
+        videos: their ids.
+        paths: their files.
+        captions: the captions of each.
+        split: the split's own name, or ``None``.
+    """
+
+    def __init__(
+        self, videos: Sequence[str], paths: Sequence[Path], captions: Sequence[Sequence[str]], split: str | None
+    ) -> None:
+        self.videos, self.captions, self.split = videos, captions, split
+        self._paths = paths
+
+    def read(self, index: int, sampling: FrameSampling, threads: int = 1) -> VideoClip:
+        return read_video(self._paths[index], sampling, threads=threads)
+
+    def name(self, index: int) -> str:
+        return str(self._paths[index])
+
+
+def check_folder(folder: Path) -> None:
+    """Raises a :class:`DataError` if a folder does not exist."""
+    if not folder.is_dir():
+        raise DataError(f"no such folder: {folder}")
+
+
+def locate(ids: Sequence[str], root: Path, folders: Sequence[str], listed: Path) -> list[Path]:
+    """Finds the files ``ID.mp4`` (or avi, webm, ...) of videos.
+
+    Args:
+        ids: the videos.
+        root: the data set's folder.
+        folders: where in it the videos may be; the first that holds any video is searched, with its subfolders.
+        listed: the file that lists the ids, for an error.
+
+    Returns:
+        One file for each id.
+
+    Raises:
+        DataError: a video has no file, or several; names it.
+    """
+    for folder in (root / name for name in folders):
+        files = index_files(folder)
+        if files:
+            break
+    missing = [video for video in ids if video not in files]
+    if missing:
+        raise DataError(
+            f"{folder} has no video {missing[0]!r}{_and_more(len(missing) - 1, len(ids))}; put {missing[0]}.mp4, or "
+            f"a file with another extension, there, or take it out of {listed}"
+        )
+    return [only_file(files[video], video) for video in ids]
+
+
+def index_files(folder: Path) -> dict[str, list[Path]]:
+    """Returns the video files of a folder and its subfolders by their names without extension."""
+    found: dict[str, list[Path]] = {}
+    for path in videos_below(folder):
+        found.setdefault(path.stem, []).append(path)
+    return found
+
+
+def only_file(paths: Sequence[Path], video: str) -> Path:
+    """Returns the one file of a video.
+
+    Raises:
+        DataError: there are several.
+    """
+    if len(paths) > 1:
+        raise DataError(f"the video {video!r} is both {paths[0]} and {paths[1]}; move one of them away")
+    return paths[0]
+
+
+def captions_of(
+    ids: Sequence[str], captions: Mapping[str, Sequence[str]], described: Path, listed: Path
+) -> list[Sequence[str]]:
+    """Looks up the captions of videos.
+
+    Args:
+        ids: the videos.
+        captions: by id.
+        described: the file that the captions are from, for an error.
+        listed: the file that lists the ids, for an error.
+
+    Raises:
+        DataError: a video has none.
+    """
+    missing = [video for video in ids if not captions.get(video)]
+    if missing:
+        raise DataError(
+            f"{described} has no caption of the video {missing[0]!r}{_and_more(len(missing) - 1, len(ids))}; "
+            f"add one, or take the video out of {listed}"
+        )
+    return [captions[video] for video in ids]
+
+
+def _and_more(more: int, total: int) -> str:
+    return f", nor {more} more of the {total}" if more else ""

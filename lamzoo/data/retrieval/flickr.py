@@ -1,0 +1,38 @@
+"""Flickr8k: photographs as videos of one frame, five captions each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lamzoo.data.retrieval.base import VideoSource
+from lamzoo.data.retrieval.jpegs import JpegLines
+from lamzoo.data.sampling import FrameSampling
+from lamzoo.data.video import VideoClip
+from lamzoo.errors import DataError
+
+
+class Flickr8kSource(VideoSource):
+    """``captions.jsonl`` (``image``, ``captions``, ``split`` in each line) and ``images.npz``; a clip is 0 s long.
+
+    Args:
+        root: the folder.
+        split: ``train``, ``validation`` or ``test``.
+
+    Raises:
+        DataError: there is no such folder, file or split, or the files do not fit each other.
+    """
+
+    def __init__(self, root: Path, split: str) -> None:
+        self._images = JpegLines(root, "images.npz", {"image": str, "captions": list}, split)
+        self.split = self._images.split
+        self.videos = [line["image"] for line in self._images.lines]
+        self.captions = [line["captions"] for line in self._images.lines]
+        for video, captions in zip(self.videos, self.captions, strict=True):
+            if not all(isinstance(caption, str) for caption in captions):
+                raise DataError(f"the captions of {video!r} in {root / 'captions.jsonl'} are not all texts")
+
+    def read(self, index: int, sampling: FrameSampling, threads: int = 1) -> VideoClip:
+        return VideoClip([self._images.decode(index)], [0.0], 0.0)
+
+    def name(self, index: int) -> str:
+        return self._images.name(index)

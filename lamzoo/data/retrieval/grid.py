@@ -1,0 +1,120 @@
+"""Clips of the GRID corpus, a talker's mouth or face with the sentence that he says, packed as one JPEG a clip."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from PIL import Image
+
+from lamzoo.data.retrieval.base import VideoSource
+from lamzoo.data.retrieval.jpegs import JpegLines
+from lamzoo.data.sampling import FrameSampling
+from lamzoo.data.video import VideoClip
+from lamzoo.errors import DataError
+
+GridView = Literal["mouth", "face"]
+
+_RATE = 25  # frames a second of the corpus
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How the frames of a clip lie below each other in one image: their size, the first one's number, and the step."""
+
+    width: int
+    height: int
+    first: int
+    step: int
+
+    def numbers(self, total: int) -> range:
+        """Returns which of a clip's frames the image holds."""
+        return range(self.first, total, self.step)
+
+
+_LAYOUTS: dict[str, _Layout] = {"mouth": _Layout(80, 48, 0, 1), "face": _Layout(64, 64, 2, 5)}
+
+
+class GridSource(VideoSource):
+    """``captions.jsonl`` (``id``, ``n_frames``, ``text``, ``split``, ``words``) and ``mouth.npz`` or ``face.npz``.
+
+    The mouth is grey, 80 x 48 pixels at 25 frames a second; the face has colours, 64 x 64 pixels at 5 frames a second,
+    its first frame 0.08 s after the clip's. A frame's time is its number in the clip over 25.
+
+    Args:
+        root: the folder.
+        split: ``train``, ``validation`` or ``test``.
+        view: which archive.
+
+    Raises:
+        DataError: there is no such folder, file or split, or the files do not fit each other.
+    """
+
+    def __init__(self, root: Path, split: str, view: GridView = "mouth") -> None:
+        if view not in get_args(GridView):
+            raise DataError(f"GRID has no view {view!r}; it has {', '.join(map(repr, get_args(GridView)))}")
+        self._layout = _LAYOUTS[view]
+        self._clips = JpegLines(root, f"{view}.npz", {"id": str, "n_frames": int, "text": str}, split)
+        self.split = self._clips.split
+        self.videos = [line["id"] for line in self._clips.lines]
+        self.captions = [[line["text"]] for line in self._clips.lines]
+
+    def read(self, index: int, sampling: FrameSampling, threads: int = 1) -> VideoClip:
+        total = self._clips.lines[index]["n_frames"]
+        frames, numbers = self._frames(index)
+        taken = self._pick(numbers, total, sampling)
+        return VideoClip([frames[k] for k in taken], [numbers[k] / _RATE for k in taken], total / _RATE)
+
+    def splice(self, among: Sequence[int], sampling: FrameSampling) -> tuple[VideoClip, str]:
+        """Says each of a sentence's words as another clip does, with the pause before it; see the base class.
+
+        All of GRID's sentences have the same grammar, so the new one is a sentence of it too.
+        """
+        frames: list[Image.Image] = []
+        numbers: list[int] = []
+        words: list[str] = []
+        shift = 0  # from a frame's number in its clip to that in the new one
+        length = len(self._words(among[0]))
+        for slot in range(length):
+            index = random.choice(among)
+            spoken = self._words(index)
+            start = 0 if slot == 0 else round(spoken[slot - 1][2] * _RATE)
+            last = slot == length - 1
+            end = self._clips.lines[index]["n_frames"] if last else round(spoken[slot][2] * _RATE)
+            words.append(spoken[slot][0])
+            for frame, number in zip(*self._frames(index), strict=True):
+                if start <= number < end:
+                    frames.append(frame)
+                    numbers.append(number - start + shift)
+            shift += end - start
+        taken = self._pick(numbers, shift, sampling)
+        return VideoClip([frames[k] for k in taken], [numbers[k] / _RATE for k in taken], shift / _RATE), " ".join(
+            words
+        )
+
+    def _words(self, index: int) -> list[tuple[str, float, float]]:
+        words = self._clips.lines[index].get("words")
+        if not isinstance(words, list) or len(words) != len(self.captions[index][0].split()):
+            raise DataError(f"the line of {self.name(index)} in captions.jsonl has no words with their times to splice")
+        return words
+
+    def _pick(self, numbers: Sequence[int], total: int, sampling: FrameSampling) -> list[int]:
+        return sampling.pick([(number - numbers[0]) / _RATE for number in numbers], total / _RATE)
+
+    def _frames(self, index: int) -> tuple[list[Image.Image], Sequence[int]]:
+        """Returns all frames of a clip, and their numbers in it."""
+        layout, numbers = self._layout, self._layout.numbers(self._clips.lines[index]["n_frames"])
+        strip = self._clips.decode(index)
+        if strip.size != (layout.width, layout.height * len(numbers)) or not numbers:
+            raise DataError(
+                f"{self.name(index)} is {strip.width} x {strip.height} pixels, not {len(numbers)} frames of "
+                f"{layout.width} x {layout.height}; the n_frames of its line in captions.jsonl do not fit it"
+            )
+        boxes = ((0, k * layout.height, layout.width, (k + 1) * layout.height) for k in range(len(numbers)))
+        return [strip.crop(box) for box in boxes], numbers
+
+    def name(self, index: int) -> str:
+        return self._clips.name(index)

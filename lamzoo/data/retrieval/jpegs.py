@@ -1,0 +1,78 @@
+"""Clips and pictures kept as JPEG files in one npz archive, with a line of captions.jsonl for each."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from lamzoo.data.images import decode_image
+from lamzoo.data.retrieval.files import check_folder
+from lamzoo.data.retrieval.tables import read_json_lines
+from lamzoo.data.splits import find_split
+from lamzoo.errors import DataError
+
+
+class JpegLines:
+    """The lines of ``captions.jsonl`` that belong to a split, and their JPEG files, which stay encoded in memory.
+
+    Args:
+        root: the folder with ``captions.jsonl`` and the archive.
+        archive: the archive's name: an npz with ``jpeg`` (uint8, the files one after the other) and ``offsets``
+            (integers, N + 1), file i for line i.
+        fields: what each line must have besides ``split``, and of which type.
+        split: by the lines' ``split``.
+
+    Attributes:
+        split: the split's own name.
+        lines: the split's lines, in their order.
+
+    Raises:
+        DataError: there is no such folder, file or split, or the files do not fit each other.
+    """
+
+    def __init__(self, root: Path, archive: str, fields: Mapping[str, type], split: str) -> None:
+        check_folder(root)
+        captions = root / "captions.jsonl"
+        lines = read_json_lines(captions, {"split": str, **fields})
+        self.split = find_split(split, dict.fromkeys(line["split"] for line in lines), str(captions))
+        self._numbers = [number for number, line in enumerate(lines) if line["split"] == self.split]
+        self.lines: list[dict[str, Any]] = [lines[number] for number in self._numbers]
+        self._path = root / archive
+        self._files = _read_jpegs(self._path, len(lines), self._numbers)
+
+    def decode(self, index: int) -> Image.Image:
+        """Returns an RGB image of the split.
+
+        Raises:
+            DataError: it is broken; names it.
+        """
+        return decode_image(io.BytesIO(self._files[index]), self.name(index))
+
+    def name(self, index: int) -> str:
+        """Returns the place of an image in the archive."""
+        return f"{self._path}[{self._numbers[index]}]"
+
+
+def _read_jpegs(path: Path, count: int, wanted: Sequence[int]) -> list[bytes]:
+    if not path.is_file():
+        raise DataError(f"{path.parent} has no {path.name}")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            jpeg, offsets = archive["jpeg"], archive["offsets"]
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, AttributeError) as error:
+        raise DataError(f"{path} is no whole npz archive with the arrays jpeg and offsets: {error}") from error
+    if jpeg.dtype != np.uint8 or jpeg.ndim != 1 or offsets.dtype.kind not in "iu" or offsets.ndim != 1:
+        raise DataError(f"{path}: jpeg must be a row of uint8 and offsets a row of integers")
+    if len(offsets) != count + 1 or offsets[0] != 0 or offsets[-1] != len(jpeg) or (np.diff(offsets) < 0).any():
+        raise DataError(
+            f"{path}: the offsets must rise from 0 to the {len(jpeg)} bytes of jpeg, in {count} steps for the {count} "
+            "lines of captions.jsonl"
+        )
+    return [jpeg[offsets[number] : offsets[number + 1]].tobytes() for number in wanted]

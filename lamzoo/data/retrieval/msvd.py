@@ -1,0 +1,84 @@
+"""MSVD (the Microsoft Research video description corpus) in CLIP4Clip's layout, without its pickle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lamzoo.data.retrieval.files import FileSource, captions_of, check_folder, locate
+from lamzoo.data.retrieval.tables import read_json
+from lamzoo.data.splits import find_split
+from lamzoo.errors import DataError
+
+#: Where videos are looked for: as YouTubeClips.tar unpacks them, as CLIP4Clip's README names them, or anywhere below.
+_FOLDERS = ("YouTubeClips", "MSVD_Videos", "videos", ".")
+_HANDED_OUT = "https://github.com/ArrowLuo/CLIP4Clip/releases/download/v0.0/msvd_data.zip"
+_CONVERT = (
+    'python -c "import json, pickle; '
+    "json.dump(pickle.load(open('raw-captions.pkl', 'rb')), open('raw-captions.json', 'w'))\""
+)
+
+
+class MsvdSource(FileSource):
+    """MSVD's lists, captions and videos in one folder.
+
+    The lists are ``train_list.txt`` (1,200 videos), ``val_list.txt`` (100) and ``test_list.txt`` (670), one id a line.
+    ``raw-captions.json`` holds the captions, some 40 of a video: ``{id: [caption, ...]}``, each a text or a list of
+    words. CLIP4Clip hands them out as the pickle ``raw-captions.pkl``, which lamzoo never opens, as a pickle may run
+    any code; the error about the missing JSON has the line that converts it. Videos are ``ID.avi``, or with another
+    extension, in ``YouTubeClips``, ``MSVD_Videos``, ``videos`` or anywhere else below the folder.
+
+    Args:
+        root: the folder.
+        split: ``train``, ``validation`` or ``test``.
+
+    Raises:
+        DataError: there is no such folder, split or file, a file is not as it should be, or a video has no caption or
+            no file, or several.
+    """
+
+    def __init__(self, root: Path, split: str) -> None:
+        check_folder(root)
+        split = find_split(split, ("train", "val", "test"), str(root))
+        listed = root / f"{split}_list.txt"
+        ids = _read_list(listed)
+        described = root / "raw-captions.json"
+        captions = captions_of(ids, _read_captions(described), described, listed)
+        super().__init__(ids, locate(ids, root, _FOLDERS, listed), captions, split)
+
+
+def _read_list(path: Path) -> list[str]:
+    if not path.is_file():
+        raise DataError(f"{path.parent} has no {path.name}; {_HANDED_OUT} has it")
+    try:
+        ids = [line.strip() for line in path.read_text("utf-8-sig").split("\n") if line.strip()]
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+    if not ids:
+        raise DataError(f"{path} lists no video")
+    return ids
+
+
+def _read_captions(path: Path) -> dict[str, Sequence[str]]:
+    if not path.is_file():
+        pickled = path.with_suffix(".pkl")
+        get = "" if pickled.is_file() else f"get {pickled.name} from {_HANDED_OUT}, and "
+        raise DataError(
+            f"{path.parent} has no {path.name}; {get}if you trust {pickled.name}, convert it once, in that folder, "
+            f"with: {_CONVERT}"
+        )
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise DataError(f"{path} must be an object of lists of captions by the id of the video")
+    return {video: _sentences(captions, video, path) for video, captions in content.items()}
+
+
+def _sentences(captions: object, video: str, path: Path) -> list[str]:
+    """Returns captions as texts, whether they are texts or lists of words."""
+    sentences = []
+    for caption in captions if isinstance(captions, list) else [None]:
+        words = [caption] if isinstance(caption, str) else caption
+        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+            raise DataError(f"the captions of {video!r} in {path} must be a list of texts, or of lists of words")
+        sentences.append(" ".join(words))
+    return sentences

@@ -1,0 +1,72 @@
+"""Anyone's folder of videos, with one table of captions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lamzoo.data.retrieval.files import FileSource, check_folder, only_file
+from lamzoo.data.retrieval.tables import read_table
+from lamzoo.data.splits import find_split
+from lamzoo.data.video import VIDEO_EXTENSIONS, videos_below
+from lamzoo.errors import DataError
+
+
+class PlainSource(FileSource):
+    """A folder of videos and ``captions.csv``, whose first line names the columns ``video``, ``caption`` and ``split``.
+
+    ``video`` is a path below the folder, with or without its extension. A video with several captions has several
+    lines. Without the column ``split`` there are no splits, and all of it is taken.
+
+    Args:
+        root: the folder.
+        split: which lines, by the column ``split``.
+
+    Raises:
+        DataError: there is no such folder, table or split, a column is missing, or a video has no file, or several.
+    """
+
+    def __init__(self, root: Path, split: str) -> None:
+        check_folder(root)
+        table = root / "captions.csv"
+        if not table.is_file():
+            raise DataError(
+                f"{root} has no captions.csv; write one with the columns video,caption or video,caption,split"
+            )
+        rows = read_table(table, ("video", "caption"), ("split",))
+        own = None
+        if "split" in rows[0]:
+            own = find_split(split, dict.fromkeys(row["split"] for row in rows), str(table))
+            rows = [row for row in rows if row["split"] == own]
+        files = _Files(root, table)
+        captions: dict[Path, list[str]] = {}
+        for row in rows:
+            captions.setdefault(files.find(row["video"]), []).append(row["caption"])
+        videos = [path.relative_to(root).as_posix() for path in captions]
+        super().__init__(videos, list(captions), list(captions.values()), own)
+
+
+class _Files:
+    """The files below a folder, by their paths with and without extension."""
+
+    def __init__(self, root: Path, table: Path) -> None:
+        self._root, self._table = root, table
+        self._known: dict[str, list[Path]] = {}
+        for path in videos_below(root):
+            self._known.setdefault(path.relative_to(root).with_suffix("").as_posix(), []).append(path)
+
+    def find(self, video: str) -> Path:
+        place = Path(video)
+        if place.is_absolute() or ".." in place.parts:
+            raise DataError(
+                f"the video {video!r} in {self._table} is not below {self._root}; write its path from there"
+            )
+        whole = self._root / place
+        if whole.is_file():
+            return whole
+        found = self._known.get(place.as_posix())
+        if found is None:
+            extension = "" if place.suffix.lower() in VIDEO_EXTENSIONS else " with the extension of a video"
+            raise DataError(
+                f"there is no {whole}{extension}; put the video there, or remove its lines from {self._table}"
+            )
+        return only_file(found, video)

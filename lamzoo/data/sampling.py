@@ -1,0 +1,88 @@
+"""Which frames of a video are looked at: pure arithmetic on times; knows no file format."""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from lamzoo.errors import ConfigError
+
+Slicing = Literal["head", "middle", "tail", "uniform"]
+
+
+@dataclass(frozen=True)
+class FrameSampling:
+    """How a video becomes a few frames, as CLIP4Clip does it (Luo et al., arXiv 2104.08860, section 4.2).
+
+    Attributes:
+        fps: frames a second that are candidates, the first one at the start; None takes every frame of the video.
+        max_frames: how many of them are kept; None keeps all.
+        slicing: which ones, where there are more: the ``"head"``, the ``"middle"`` or the ``"tail"`` of the video in
+            one run, or ``"uniform"``, spread over all of it.
+
+    Raises:
+        ConfigError: a rate or number that is not positive, or an unknown slicing.
+    """
+
+    fps: float | None = 1.0
+    max_frames: int | None = 12
+    slicing: Slicing = "uniform"
+
+    def __post_init__(self) -> None:
+        if self.fps is not None and not (self.fps > 0 and math.isfinite(self.fps)):
+            raise ConfigError(f"FrameSampling.fps is {self.fps}; it must be above 0, or None for every frame.")
+        if self.max_frames is not None and self.max_frames < 1:
+            raise ConfigError(f"FrameSampling.max_frames is {self.max_frames}; it must be 1 or more.")
+        if self.slicing not in get_args(Slicing):
+            known = ", ".join(map(repr, get_args(Slicing)))
+            raise ConfigError(f"FrameSampling.slicing is {self.slicing!r}; it must be one of {known}.")
+
+    def keep(self, count: int) -> list[int]:
+        """Returns which of ``count`` candidates are kept, rising."""
+        limit = self.max_frames
+        if limit is None or count <= limit:
+            return list(range(count))
+        match self.slicing:
+            case "head":
+                start = 0
+            case "middle":
+                start = (count - limit) // 2
+            case "tail":
+                start = count - limit
+            case "uniform":
+                # The first and the last candidate and equal steps between, rounded down, as CLIP4Clip's np.linspace.
+                return [index * (count - 1) // (limit - 1) for index in range(limit)] if limit > 1 else [0]
+        return list(range(start, start + limit))
+
+    def times(self, duration: float) -> list[float]:
+        """Returns the times of the kept candidates in a video of ``duration`` seconds, from its start; needs ``fps``.
+
+        A video of no length has one, at its start.
+
+        Raises:
+            ConfigError: ``fps`` is None, so that only the frames themselves know their times.
+        """
+        if self.fps is None:
+            raise ConfigError("FrameSampling.fps is None: the times are those of the video's own frames.")
+        count = max(1, math.ceil(duration * self.fps - _ROUNDING))
+        return [index / self.fps for index in self.keep(count)]
+
+    def pick(self, times: Sequence[float], duration: float) -> list[int]:
+        """Returns the indices of the frames to take out of a video's own.
+
+        Args:
+            times: when each frame appears, in seconds from the first one's, rising.
+            duration: of the whole video, seconds.
+
+        Returns:
+            Rising indices into ``times``. A frame that stays on screen past a further candidate is taken again.
+        """
+        if self.fps is None:
+            return self.keep(len(times))
+        return [max(0, bisect.bisect_right(times, time + _ROUNDING) - 1) for time in self.times(duration)]
+
+
+_ROUNDING = 1e-6  # seconds: a frame's time is a ratio of whole numbers, the candidate's a float

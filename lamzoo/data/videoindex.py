@@ -1,0 +1,192 @@
+"""What the packets of a video say: when its frames appear and where decoding can start; decodes nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import accumulate, pairwise
+from pathlib import Path
+from statistics import median_low
+from types import ModuleType
+from typing import TYPE_CHECKING, NamedTuple
+
+from lamzoo.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    from av.container import InputContainer
+    from av.packet import Packet
+    from av.video.stream import VideoStream
+
+_SOUGHT_BY_DTS = ("mpegts", "mpeg")  # where a jump aims at the time of decoding; elsewhere at that of display
+_OPEN_ENDED = ("mpegts", "mpeg", "asf")  # that do not know where they should end
+
+
+class UnreadableVideo(Exception):
+    """What is wrong with a video, in a few words."""
+
+
+class KeyPacket(NamedTuple):
+    """A packet at which decoding can start."""
+
+    number: int  # of packets before it
+    stamp: int  # when its frame is shown
+    sought: int | None  # what a jump to it aims at
+
+
+@dataclass(frozen=True)
+class VideoIndex:
+    """The frames of a video as its packets tell; times in units of ``unit`` seconds.
+
+    Attributes:
+        stamps: when the frames appear, rising.
+        end: when the last of them is over.
+        unit: seconds.
+        numbers: of each stamp, how many packets come before its own.
+        keys: where decoding can start, in the order of the file; the video starts at the first. None is marked in some
+            files, which decode from their first packet.
+        trusted: each frame will carry one of the stamps; if not, only their order is that of the frames.
+        open_ended: the container does not know where it should end, only the last frame's decoder does.
+    """
+
+    stamps: list[int]
+    end: int
+    unit: Fraction
+    numbers: dict[int, int]
+    keys: list[KeyPacket]
+    trusted: bool
+    open_ended: bool
+
+    @property
+    def times(self) -> list[float]:
+        """Seconds from the first frame's appearance to each frame's."""
+        return [self._seconds(stamp) for stamp in self.stamps]
+
+    @property
+    def duration(self) -> float:
+        """Seconds from the first frame's appearance to the last one's end."""
+        return self._seconds(self.end)
+
+    def _seconds(self, stamp: int) -> float:
+        # Whole numbers up to the division, which rounds once.
+        return (stamp - self.stamps[0]) * self.unit.numerator / self.unit.denominator
+
+
+def import_av() -> ModuleType:
+    """Returns PyAV.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    try:
+        import av
+    except ImportError:
+        raise MissingExtraError(
+            "Reading videos needs PyAV, which is not installed; pip install 'lamzoo[video]'."
+        ) from None
+    return av
+
+
+def read_index(container: InputContainer, stream: VideoStream, path: Path) -> VideoIndex:
+    """Reads all packets of a file that was just opened.
+
+    Raises:
+        UnreadableVideo: it has no frames, is damaged or cut short, or its times start again in the middle.
+    """
+    name, rate, unit = container.format.name, stream.average_rate, stream.time_base or Fraction(1)
+    usual = round(1 / (rate * unit)) if rate else 0
+    pts: list[int | None] = []
+    dts: list[int | None] = []
+    lengths: list[int] = []
+    starts: list[int] = []  # packets with a key frame
+    hidden: set[int] = set()  # packets without a frame to show
+    whole: int | None = None  # packets before the first damaged one
+    try:
+        for number, packet in enumerate(container.demux(stream)):
+            if is_flush(packet):
+                break
+            pts.append(packet.pts)
+            dts.append(packet.dts)
+            lengths.append(packet.duration or usual)
+            if packet.is_keyframe:
+                starts.append(number)
+            if packet.is_discard or not packet.size:
+                hidden.add(number)
+            if packet.is_corrupt and starts and whole is None:
+                whole = number
+    except import_av().FFmpegError as error:
+        raise UnreadableVideo(f"it cannot be read past {len(pts)} frames ({error.strerror})") from error
+    _check_length(container, stream, path, len(pts) if whole is None else whole)
+    if whole is not None:
+        raise UnreadableVideo(f"it is damaged or cut short after {whole} frames")
+
+    first = starts[0] if starts else 0  # a recording may begin between key frames
+    stamps = _known(pts[first:])
+    # AVI has no times of display; where frames are stored in another order than shown, FFmpeg makes some up.
+    trusted = stamps is not None and not (name == "avi" and stream.codec_context.has_b_frames)
+    if stamps is None:
+        stamps = _known(dts[first:]) or list(accumulate(lengths[first:-1], initial=0))
+    numbers = {
+        stamp: number
+        for number, stamp in enumerate(stamps, first)
+        if number < len(pts) and number not in hidden and (stamp >= stamps[0] or not trusted)
+    }
+    if not numbers:
+        raise UnreadableVideo("it holds no frames")
+    keys = [
+        KeyPacket(number, stamps[number - first], dts[number] if name in _SOUGHT_BY_DTS else pts[number])
+        for number in starts
+    ]
+    if trusted and any(later.stamp <= key.stamp for key, later in pairwise(keys)):
+        raise UnreadableVideo("its times start again in the middle, as of files glued together; remux it")
+    if name == "apng":
+        del keys[1:]  # all are marked, though each may draw on the picture before
+    rising = sorted(numbers)
+    steps = [later - stamp for stamp, later in pairwise(rising)] or [0]
+    end = rising[-1] + (lengths[numbers[rising[-1]]] or median_low(steps))
+    return VideoIndex(rising, end, unit, numbers, keys, trusted, name in _OPEN_ENDED)
+
+
+def is_flush(packet: Packet) -> bool:
+    """Says whether a packet is none of the file's: PyAV adds one to empty the decoder."""
+    return packet.size == 0 and packet.dts is None
+
+
+def read_bytes(path: Path, count: int, *, from_end: bool = False) -> bytes:
+    """Reads the first or the last bytes of a file."""
+    with path.open("rb") as file:
+        if from_end:
+            file.seek(max(0, path.stat().st_size - count))
+        return file.read(count)
+
+
+def _known(column: list[int | None]) -> list[int] | None:
+    known = [entry for entry in column if entry is not None]
+    return known if len(known) == len(column) else None
+
+
+def _check_length(container: InputContainer, stream: VideoStream, path: Path, got: int) -> None:
+    """Raises if a container says itself that there is more of it than the file has."""
+    names = container.format.name.split(",")
+    if "mov" in names and got < len(stream.index_entries):
+        raise UnreadableVideo(f"it is cut short: {got} of its {len(stream.index_entries)} frames are there")
+    size = path.stat().st_size
+    if "mpegts" in names and all(size % packet for packet in (188, 192, 204)):
+        raise UnreadableVideo(f"it is cut short after {got} frames: its last packet is not whole")
+    if "matroska" in names and (end := _matroska_end(read_bytes(path, 4096))) > size:
+        raise UnreadableVideo(f"it is cut short: {size} of its {end} bytes are there, with {got} frames")
+    if "gif" in names and not read_bytes(path, 64, from_end=True).rstrip(b"\0").endswith(b";"):
+        raise UnreadableVideo(f"it is cut short in or after its frame {got}")
+
+
+def _matroska_end(head: bytes) -> int:
+    """Returns how many bytes a Matroska or WebM file has by its own account; 0 if it does not say."""
+    at = 0
+    for name in (b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"):  # its header, then everything else
+        if head[at : at + 4] != name or len(head) < at + 12:
+            return 0
+        at += 4
+        length = 9 - head[at].bit_length()
+        unknown = (1 << 7 * length) - 1  # as in a live recording
+        size = int.from_bytes(head[at : at + length]) & unknown
+        at += length + size
+    return 0 if size == unknown else at

@@ -1,0 +1,113 @@
+"""Scores of text-video retrieval from a matrix of similarities; knows no model and no data set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lamzoo.errors import ConfigError
+
+_RECALLS = (1, 5, 10, 50)
+
+
+def retrieval_metrics(
+    similarity: NDArray[Any] | Tensor, video_of_text: Sequence[int] | NDArray[Any] | Tensor | None = None
+) -> dict[str, dict[str, float]]:
+    """Computes recall and rank of text-to-video and video-to-text retrieval.
+
+    Counted as CLIP4Clip does (arXiv 2104.08860): where several candidates have the score of the right one, each of
+    their ranks counts as a result, so that a model that scores all alike gains nothing. With several captions to a
+    video (MSVD), each text is a query of its own, and a video's score for another's captions is the best of them.
+
+    Args:
+        similarity: ``(texts, videos)``, real numbers, more being more similar.
+        video_of_text: for each text the index of its video; by default text ``i`` belongs to video ``i``. Videos
+            without a text are candidates for texts, and neither queries nor candidates the other way.
+
+    Returns:
+        ``{"t2v": {...}, "v2t": {...}}``, each with ``R1``, ``R5``, ``R10`` and ``R50`` in percent, and ``MedianR`` and
+        ``MeanR``, ranks from 1.
+
+    Raises:
+        ConfigError: a matrix of another shape, with NaN, or an index that is no video.
+    """
+    scores = _matrix(similarity)
+    owners = _owners(scores, video_of_text)
+    queried = np.unique(owners)
+    best = np.full((len(queried), scores.shape[1]), -np.inf)  # of each video's captions, for each video
+    np.maximum.at(best, np.searchsorted(queried, owners), scores)
+    return {
+        "t2v": _metrics(_ranks(scores, owners)),
+        "v2t": _metrics(_ranks(best.T[queried], np.arange(len(queried)))),
+    }
+
+
+def dual_softmax(similarity: NDArray[Any] | Tensor) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Weighs similarities by how exclusively each candidate's own best query is meant (Cheng et al., arXiv 2109.04290).
+
+    It looks at all queries at once, which an application that answers one query cannot do: scores that use it are to
+    be reported apart.
+
+    Args:
+        similarity: ``(texts, videos)``, scaled as for a softmax.
+
+    Returns:
+        Two matrices of that shape: for text-to-video, and for video-to-text retrieval.
+
+    Raises:
+        ConfigError: as of :func:`retrieval_metrics`.
+    """
+    scores = torch.from_numpy(_matrix(similarity))
+    return (scores * scores.softmax(dim=0)).numpy(), (scores * scores.softmax(dim=1)).numpy()
+
+
+def _matrix(similarity: NDArray[Any] | Tensor) -> NDArray[np.float64]:
+    if isinstance(similarity, Tensor):
+        similarity = similarity.detach().cpu().double().numpy()
+    scores = np.asarray(similarity, dtype=np.float64)
+    if scores.ndim != 2 or not scores.size:
+        raise ConfigError(f"The similarity has shape {scores.shape}; it must be (texts, videos).")
+    if np.isnan(scores).any():
+        text, video = np.argwhere(np.isnan(scores))[0]
+        raise ConfigError(f"The similarity of text {text} and video {video} is NaN; the model has diverged.")
+    return scores
+
+
+def _owners(
+    scores: NDArray[np.float64], video_of_text: Sequence[int] | NDArray[Any] | Tensor | None
+) -> NDArray[np.int64]:
+    texts, videos = scores.shape
+    if video_of_text is None:
+        if texts != videos:
+            raise ConfigError(
+                f"There are {texts} texts and {videos} videos; say by video_of_text which text belongs to which."
+            )
+        return np.arange(texts)
+    owners = np.asarray(video_of_text)
+    if owners.shape != (texts,) or owners.dtype.kind not in "iu":
+        raise ConfigError(
+            f"video_of_text is {owners.dtype} {owners.shape}; it must be {texts} whole numbers, one for each text."
+        )
+    if owners.min() < 0 or owners.max() >= videos:
+        wrong = owners[(owners < 0) | (owners >= videos)][0]
+        raise ConfigError(f"video_of_text names the video {wrong}; there are {videos}, numbered from 0.")
+    return owners.astype(np.int64)
+
+
+def _ranks(scores: NDArray[np.float64], right: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Returns the ranks, from 0, of the right column in each row, every tied one, of all rows one after the other."""
+    own = scores[np.arange(len(scores)), right][:, None]
+    better, equal = (scores > own).sum(axis=1), (scores == own).sum(axis=1)
+    first = np.repeat(better, equal)
+    within = np.arange(equal.sum()) - np.repeat(equal.cumsum() - equal, equal)
+    return first + within
+
+
+def _metrics(ranks: NDArray[np.int64]) -> dict[str, float]:
+    recalls = {f"R{k}": 100 * float((ranks < k).mean()) for k in _RECALLS}
+    return recalls | {"MedianR": float(np.median(ranks)) + 1, "MeanR": float(ranks.mean()) + 1}

@@ -1,0 +1,167 @@
+"""Scores of a retrieval model on videos with captions: embeddings first, then all pairs in blocks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import timm.data
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lamzoo.data import OnBadInput, plain_worker_errors
+from lamzoo.data.clips import Clips, each_frame, pad_clips
+from lamzoo.data.retrieval import BadVideo, CaptionedVideos, set_aside_bad_videos
+from lamzoo.data.sampling import FrameSampling
+from lamzoo.errors import ConfigError, UnsupportedHostError
+from lamzoo.evaluation.retrieval import dual_softmax, retrieval_metrics
+from lamzoo.evaluation.runtime import Precision, check_batches, inference, resolve_device
+
+_TEXTS = 1024  # texts that are compared with all videos at a time
+
+
+@dataclass(frozen=True)
+class RetrievalResult:
+    """Scores of a retrieval model.
+
+    Attributes:
+        metrics: as of :func:`retrieval_metrics`.
+        dual: the same of scores weighed by :func:`dual_softmax`; None where that was not asked for.
+        texts: number of queries.
+        videos: number of videos.
+        skipped: videos that could not be read, and were left out with their texts.
+        seconds: in all, reading included.
+    """
+
+    metrics: dict[str, dict[str, float]]
+    dual: dict[str, dict[str, float]] | None
+    texts: int
+    videos: int
+    skipped: int
+    seconds: float
+
+
+def evaluate_retrieval(
+    model: nn.Module,
+    dataset: CaptionedVideos,
+    sampling: FrameSampling | None = None,
+    *,
+    batch_size: int = 16,
+    device: str | torch.device = "auto",
+    precision: Precision = "float32",
+    workers: int = 0,
+    dual: bool = False,
+    on_bad_input: OnBadInput = "stop",
+    progress: Callable[[str, int, int], None] | None = None,
+) -> RetrievalResult:
+    """Scores a model of the family ``lam_clip4clip`` on a split of captioned videos.
+
+    Args:
+        model: left on the device.
+        dataset: the split.
+        sampling: which frames; by default one a second, ``model.max_frames`` of them, spread over the video.
+        batch_size: videos, and texts, that pass through the towers at a time.
+        device: as torch writes it, or ``"auto"``.
+        precision: of the autocast.
+        workers: processes that read videos; 0 reads in this one.
+        dual: also score similarities weighed by dual softmax.
+        on_bad_input: ``"stop"`` at a video that can't be read, or ``"skip"``: search all beforehand and leave it out.
+        progress: called with what is done (``"scan"``, ``"videos"``, ``"texts"``), how many of it, and of how many.
+
+    Returns:
+        The scores.
+
+    Raises:
+        ConfigError: a device, precision, batch size or number of workers that is not possible, or more frames than the
+            model has positions for.
+        DataError: a video can't be read.
+        UnsupportedHostError: the model compares no texts with videos.
+    """
+    check_batches(batch_size, workers, precision)
+    device = resolve_device(device)
+    config = frames_config(model)
+    sampling = FrameSampling(max_frames=model.max_frames) if sampling is None else sampling  # type: ignore[arg-type]
+    moved = progress or (lambda what, done, total: None)
+    start = time.perf_counter()
+    bad: list[BadVideo] = []
+    if on_bad_input == "skip":
+        dataset, bad = set_aside_bad_videos(dataset, sampling, "skip", workers=workers, progress=partial(moved, "scan"))
+    loader = DataLoader(
+        Clips(dataset, sampling, each_frame(timm.data.create_transform(**config))),
+        batch_size,
+        collate_fn=pad_clips,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+    )
+    model.to(device)
+    with inference(model, device, precision, batch_size), plain_worker_errors():
+        videos, masks = [], []
+        for frames, mask in loader:
+            videos.append(model.encode_video(frames.to(device), mask.to(device)).float())  # type: ignore[operator]
+            masks.append(mask)
+            moved("videos", sum(map(len, masks)), len(dataset))
+        texts = encode_texts(model, dataset.texts, batch_size, partial(moved, "texts"))
+        similarity = compare(model, texts, *join_videos(videos, masks))
+    weighed = None
+    if dual:
+        to_video, to_text = dual_softmax(similarity)
+        weighed = {
+            "t2v": retrieval_metrics(to_video, dataset.video_of_text)["t2v"],
+            "v2t": retrieval_metrics(to_text, dataset.video_of_text)["v2t"],
+        }
+    metrics = retrieval_metrics(similarity, dataset.video_of_text)
+    seconds = time.perf_counter() - start
+    return RetrievalResult(metrics, weighed, len(dataset.texts), len(dataset), len(bad), seconds)
+
+
+def frames_config(model: nn.Module) -> dict[str, Any]:
+    """Returns timm's preprocessing of frames for a retrieval model, at the size that it was built for.
+
+    Raises:
+        UnsupportedHostError: the model compares no texts with videos.
+    """
+    size: Any = getattr(model, "image_size", None)
+    if size is None or not hasattr(model, "encode_video"):
+        raise UnsupportedHostError(
+            f"{type(model).__name__} does not compare texts with videos; use a model of the family lam_clip4clip."
+        )
+    return timm.data.resolve_model_data_config(model, {"input_size": (3, *size)})
+
+
+def encode_texts(
+    model: Any, texts: Sequence[str], batch_size: int, progress: Callable[[int, int], None] | None = None
+) -> Tensor:
+    """Returns the embeddings ``(T, D)``, float32, of texts, on the model's device."""
+    device = next(model.parameters()).device
+    parts = []
+    for start in range(0, len(texts), batch_size):
+        parts.append(model.encode_text(model.tokenizer(list(texts[start : start + batch_size])).to(device)).float())
+        if progress is not None:
+            progress(min(start + batch_size, len(texts)), len(texts))
+    return torch.cat(parts)
+
+
+def join_videos(videos: Sequence[Tensor], masks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Puts batches of :meth:`encode_video`'s results together, those of frames padded to the longest."""
+    longest = max(mask.shape[1] for mask in masks)
+    padded = [nn.functional.pad(mask, (0, longest - mask.shape[1])) for mask in masks]
+    if videos[0].ndim == 3:
+        videos = [nn.functional.pad(video, (0, 0, 0, longest - video.shape[1])) for video in videos]
+    return torch.cat(list(videos)), torch.cat(padded).to(videos[0].device)
+
+
+def compare(model: Any, texts: Tensor, videos: Tensor, frame_masks: Tensor) -> Tensor:
+    """Returns the similarity ``(T, V)``, float32 on the CPU, of embedded texts and videos, block by block.
+
+    Raises:
+        ConfigError: the memory of the device does not hold a block.
+    """
+    try:
+        blocks = [model.similarity(some, videos, frame_masks).float().cpu() for some in texts.split(_TEXTS)]
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(f"{len(videos)} videos do not fit on {videos.device} at once; use another device") from error
+    return torch.cat(blocks)

@@ -1,0 +1,358 @@
+"""Text-video retrieval: CLIP4Clip on open_clip's towers, with learnable masks where they are asked for."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
+from importlib.util import find_spec
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lamzoo.adapters import add_lam
+from lamzoo.errors import ConfigError, MissingExtraError
+from lamzoo.lam import LamConfig
+
+if find_spec("open_clip") is None:
+    raise MissingExtraError("CLIP4Clip needs open_clip, which is not installed; pip install 'lamzoo[clip]'.")
+
+import open_clip
+from open_clip.convert import convert_state_dict
+from open_clip.model import CLIP, resize_pos_embed, resize_text_pos_embed
+
+from lamzoo.models.clip4clip_heads import MeanHead, SequentialHead, TightHead
+from lamzoo.models.tokenizer import SmallTokenizer
+
+Similarity = Literal["mean", "seq", "tight"]
+Place = Literal["head", "vision", "text"]
+
+_HEADS = {"mean": MeanHead, "seq": SequentialHead, "tight": TightHead}
+
+
+class Clip4Clip(nn.Module):
+    """Two towers of open_clip and a head that compares a text with the frames of a video (arXiv 2104.08860).
+
+    Attributes:
+        clip: open_clip's model; its vision tower reads each frame for itself.
+        head: ``mean``, ``seq`` or ``tight``, sections 3.3.1 to 3.3.3 of the paper.
+        max_frames: frames of a video that the head has positions for.
+        context_length: tokens of a text.
+        num_features: width of the embeddings.
+
+    Args:
+        clip: the towers, as ``open_clip.create_model`` makes them.
+        similarity: which head.
+        max_frames: frames of a video at most.
+        head_layers: transformer layers of the head.
+        tokenizer_name: open_clip's model name whose tokenizer the texts need; None takes the zoo's small one.
+    """
+
+    clip: Any
+    head: Any
+    lam_config: LamConfig | None
+
+    def __init__(
+        self,
+        clip: Any,
+        *,
+        similarity: Similarity = "seq",
+        max_frames: int = 12,
+        head_layers: int = 4,
+        tokenizer_name: str | None = None,
+    ) -> None:
+        super().__init__()
+        if similarity not in _HEADS:
+            known = ", ".join(map(repr, _HEADS))
+            raise ConfigError(f"The similarity of CLIP4Clip is {similarity!r}; it must be one of {known}.")
+        if max_frames < 1 or head_layers < 1:
+            raise ConfigError(
+                f"CLIP4Clip has {max_frames} frames and {head_layers} layers in its head; both must be at least 1."
+            )
+        self.clip = clip
+        self.context_length: int = clip.context_length
+        self.num_features: int = _embed_dim(clip)
+        self.num_classes = 0
+        self.similarity_type = similarity
+        self.max_frames = max_frames
+        self.lam_config = None
+        self.head = _HEADS[similarity](self.num_features, max_frames, head_layers, _activation(clip))
+        self._tokenizer_name = tokenizer_name
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """What turns a list of texts into token numbers ``(B, context_length)``, int64."""
+        if self._tokenizer_name is None:
+            return SmallTokenizer(self.clip.vocab_size, self.context_length)
+        return open_clip.get_tokenizer(self._tokenizer_name, context_length=self.context_length)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the frames."""
+        size = self.clip.visual.image_size
+        return (size, size) if isinstance(size, int) else tuple(size)
+
+    def forward(self, frames: Tensor, text: Tensor, frame_mask: Tensor | None = None) -> Tensor:
+        """Compares every text with every video: :meth:`similarity` of :meth:`encode_text` and :meth:`encode_video`."""
+        return self.similarity(self.encode_text(text), self.encode_video(frames, frame_mask), frame_mask)
+
+    def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
+        """Returns embeddings ``(B, D)`` of texts ``(B, context_length)``; what stands behind a text's end is ignored.
+
+        Args:
+            text: token numbers, int64, of :attr:`tokenizer`.
+            normalize: to length 1, as in open_clip.
+        """
+        return self.clip.encode_text(text, normalize=normalize)
+
+    def encode_video(self, frames: Tensor, frame_mask: Tensor | None = None, normalize: bool = False) -> Tensor:
+        """Returns what :meth:`similarity` needs of videos: ``(B, D)``, or ``(B, F, D)`` for ``similarity="tight"``.
+
+        Args:
+            frames: ``(B, F, 3, H, W)``, float, preprocessed; ``F`` at most ``max_frames``, but for ``"mean"``.
+            frame_mask: ``(B, F)``, bool, True where there is a frame, at least one of each video; None for all.
+            normalize: to length 1.
+
+        Raises:
+            ConfigError: more frames than the head has positions for.
+        """
+        if frames.shape[1] > self.max_frames and self.similarity_type != "mean":
+            raise ConfigError(
+                f"The videos have {frames.shape[1]} frames and this CLIP4Clip has positions for {self.max_frames}; "
+                "sample fewer, or create the model with a larger max_frames."
+            )
+        video = self.encode_frames(frames, frame_mask)
+        if not isinstance(self.head, TightHead):
+            video = self.head(video, _whole(video) if frame_mask is None else frame_mask)
+        return F.normalize(video, dim=-1) if normalize else video
+
+    def encode_frames(self, frames: Tensor, frame_mask: Tensor | None = None) -> Tensor:
+        """Returns the vision tower's embedding of each frame ``(B, F, D)``, zeros where there is none.
+
+        Args:
+            frames: ``(B, F, 3, H, W)``, float.
+            frame_mask: ``(B, F)``, bool.
+        """
+        if frame_mask is None or bool(frame_mask.all()):
+            return self.clip.encode_image(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
+        seen = self.clip.encode_image(frames[frame_mask])  # the towers need not look at padding
+        return seen.new_zeros(*frames.shape[:2], seen.shape[-1]).masked_scatter(frame_mask[..., None], seen)
+
+    def similarity(self, text: Tensor, video: Tensor, frame_mask: Tensor | None = None) -> Tensor:
+        """Compares every text with every video.
+
+        Args:
+            text: ``(T, D)``, of :meth:`encode_text`.
+            video: ``(V, D)`` or ``(V, F, D)``, of :meth:`encode_video`.
+            frame_mask: ``(V, F)``, bool, as given there; read by ``similarity="tight"`` alone.
+
+        Returns:
+            ``(T, V)``, float: cosines times the learned temperature, or the tight head's logits.
+        """
+        if isinstance(self.head, TightHead):
+            return self.head(text, video, _whole(video) if frame_mask is None else frame_mask)
+        return self.clip.logit_scale.exp() * F.normalize(text, dim=-1) @ F.normalize(video, dim=-1).T
+
+    def example_inputs(self, batch_size: int = 1) -> tuple[Tensor, Tensor]:
+        """Returns random videos of ``max_frames`` frames and as many texts, to measure the model on."""
+        like = next(self.parameters())
+        frames = torch.rand(batch_size, self.max_frames, 3, *self.image_size, device=like.device)
+        text = torch.ones(batch_size, self.context_length, dtype=torch.int64, device=like.device)
+        text[:, -1] = self.clip.vocab_size - 1  # the end of the text
+        return frames.to(like.dtype), text
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trades time for memory in the towers and the head."""
+        self.clip.set_grad_checkpointing(enable)
+        for module in self.head.modules():
+            if hasattr(module, "grad_checkpointing"):
+                module.grad_checkpointing = enable
+
+    def lock_image_tower(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
+        """Freezes the vision tower but for its last groups of layers, as open_clip does; masks stay trainable."""
+        self.clip.lock_image_tower(unlocked_groups=unlocked_groups, freeze_bn_stats=freeze_bn_stats)
+        for name, parameter in self.clip.visual.named_parameters():
+            if ".lam." in name:
+                parameter.requires_grad = True
+
+    def freeze_layers(self, count: int) -> None:
+        """Freezes the embeddings and the first ``count`` blocks of both towers (the paper's ``freeze_layer_num``).
+
+        What stands behind the blocks, the masks and the head stay trainable.
+
+        Raises:
+            ConfigError: the towers are not open_clip's own transformers, or have fewer blocks.
+        """
+        if not isinstance(self.clip, CLIP) or not hasattr(self.clip.visual, "transformer"):
+            raise ConfigError(
+                f"freeze_layers knows open_clip's own transformers and not {type(self.clip.visual).__name__}; "
+                "use lock_image_tower."
+            )
+        depth = min(len(self.clip.visual.transformer.resblocks), len(self.clip.transformer.resblocks))
+        if not 0 <= count <= depth:
+            raise ConfigError(f"freeze_layers was given {count} blocks; the towers have {depth}.")
+        ends = ("ln_final.", "text_projection", "logit_scale", "visual.ln_post.", "visual.proj")
+        for name, parameter in self.clip.named_parameters():
+            block = name.partition("resblocks.")[2].partition(".")[0]
+            late = int(block) >= count if block else name.startswith(ends)
+            parameter.requires_grad = late or ".lam." in name
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that timm's optimisers are to leave undecayed."""
+        towers = {f"clip.{name}" for name in self.clip.no_weight_decay()}
+        return towers | {name for name, _ in self.named_parameters() if name.startswith("head.embedding")}
+
+
+def clip4clip(
+    config: Mapping[str, Any],
+    *,
+    lam: LamConfig | None,
+    clip: Mapping[str, Any] | None = None,
+    similarity: Similarity | None = None,
+    lam_in: Sequence[Place] | None = None,
+    max_frames: int | None = None,
+    head_layers: int | None = None,
+    context_length: int | None = None,
+    quick_gelu: bool | None = None,
+    img_size: int | tuple[int, int] | None = None,
+    in_chans: int = 3,
+    num_classes: int = 0,
+) -> nn.Module:
+    """Builds a :class:`Clip4Clip` without weights.
+
+    Args:
+        config: ``open_clip``: a model name of open_clip, or ``clip``: arguments of ``open_clip.CLIP`` for towers that
+            have no name there; and defaults of the arguments below.
+        lam: what the masks are made of; ``None`` leaves plain CLIP4Clip.
+        clip: towers of one's own: arguments of ``open_clip.CLIP``.
+        similarity: the head: ``"mean"``, ``"seq"`` or ``"tight"``.
+        lam_in: where the masks go: the ``"head"``, which ``"mean"`` has none of, the ``"vision"`` and the ``"text"``
+            tower. By default the head, or for ``"mean"`` the vision tower.
+        max_frames: frames of a video at most.
+        head_layers: transformer layers of the head.
+        context_length: tokens of a text; published weights give the first ones' positions.
+        quick_gelu: OpenAI's activation, which its weights need; the tags say so by themselves.
+        img_size: size of the frames, pixels.
+        in_chans: must be 3.
+        num_classes: must be 0.
+
+    Returns:
+        The model.
+
+    Raises:
+        ConfigError: an argument, or a combination, that is not possible.
+    """
+    if in_chans != 3 or num_classes != 0:
+        raise ConfigError("CLIP4Clip reads RGB frames and classifies nothing; leave in_chans and num_classes out.")
+    given = {
+        "clip": clip, "similarity": similarity, "lam_in": lam_in, "max_frames": max_frames, "head_layers": head_layers,
+        "context_length": context_length, "quick_gelu": quick_gelu,
+    }  # fmt: skip
+    chosen = {**config, **{key: value for key, value in given.items() if value is not None}}
+    model = Clip4Clip(
+        _towers(chosen, img_size),
+        similarity=chosen.get("similarity", "seq"),
+        max_frames=chosen.get("max_frames", 12),
+        head_layers=chosen.get("head_layers", 4),
+        tokenizer_name=None if "clip" in chosen else chosen["open_clip"],
+    )
+    if lam is not None:
+        _add_masks(model, lam, chosen.get("lam_in"))
+    return model
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: Clip4Clip) -> dict[str, Tensor]:
+    """Fits open_clip's weights to the model; the head begins as CLIP4Clip's does, with the text tower's first layers.
+
+    Named and called as timm's converters. A state dict of this model's own is returned as it is.
+    """
+    if any(key.startswith(("clip.", "head.")) for key in state_dict):
+        return state_dict
+    weights = convert_state_dict(model.clip, dict(state_dict))
+    positions = weights.get("positional_embedding")
+    if positions is not None and isinstance(model.clip, CLIP) and len(positions) > model.context_length:
+        weights["positional_embedding"] = positions[: model.context_length]
+    resize_pos_embed(weights, model.clip)
+    resize_text_pos_embed(weights, model.clip)
+    if "logit_bias" in weights and getattr(model.clip, "logit_bias", None) is None:
+        del weights["logit_bias"]
+    head = model.head.initial_state(weights)
+    return {f"clip.{key}": value for key, value in weights.items()} | {f"head.{key}": head[key] for key in head}
+
+
+def _towers(config: Mapping[str, Any], img_size: int | tuple[int, int] | None) -> Any:
+    if "clip" in config:
+        clip = {key: dict(value) if isinstance(value, Mapping) else value for key, value in config["clip"].items()}
+        if img_size is not None:
+            clip["vision_cfg"]["image_size"] = img_size
+        if "context_length" in config:
+            clip["text_cfg"]["context_length"] = config["context_length"]
+        return CLIP(**clip, quick_gelu=bool(config.get("quick_gelu")))
+    name = config["open_clip"]
+    if name not in open_clip.list_models():
+        raise ConfigError(f"open_clip has no model {name!r}; open_clip.list_models() lists its names.")
+    with _without_warnings():  # that there are no weights: those come later
+        return open_clip.create_model(
+            name,
+            load_weights=False,
+            device=torch.get_default_device(),
+            pretrained_text=False,
+            force_quick_gelu=bool(config.get("quick_gelu")),
+            force_image_size=img_size,
+            force_context_length=config.get("context_length"),
+        )
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _add_masks(model: Clip4Clip, lam: LamConfig, places: Sequence[Place] | None) -> None:
+    default: tuple[Place, ...] = ("vision",) if model.similarity_type == "mean" else ("head",)
+    places = default if places is None else places
+    if not places or not set(places) <= set(get_args(Place)):
+        raise ConfigError(f"lam_in is {tuple(places)}; it must name some of {', '.join(get_args(Place))}.")
+    if "head" in places and model.similarity_type == "mean":
+        raise ConfigError("similarity='mean' has no transformer in its head; put the masks into 'vision' or 'text'.")
+    for place in places:
+        host, length = _host(model, place)
+        sized = replace(lam, max_length=length) if lam.keys == "position" and lam.max_length is None else lam
+        del add_lam(host, sized).lam_config  # the whole model has it
+    model.lam_config = lam
+
+
+def _host(model: Clip4Clip, place: Place) -> tuple[nn.Module, int | None]:
+    """Returns where masks go, and how many positions it has, where its adapter can't tell."""
+    if place == "head":
+        return model.head, model.head.length
+    if place == "vision":
+        return model.clip.visual, None
+    if isinstance(model.clip, CLIP):
+        return model.clip.transformer, model.context_length
+    return model.clip.text, None
+
+
+def _embed_dim(clip: Any) -> int:
+    projection = clip.text_projection if isinstance(clip, CLIP) else getattr(clip.text, "text_projection", None)
+    if projection is None:
+        return int(getattr(clip.text, "output_dim", None) or clip.visual.output_dim)
+    return int(projection.out_features if isinstance(projection, nn.Linear) else projection.shape[1])
+
+
+def _activation(clip: Any) -> type[nn.Module]:
+    quick = any(isinstance(module, open_clip.transformer.QuickGELU) for module in clip.modules())
+    return open_clip.transformer.QuickGELU if quick else nn.GELU
+
+
+def _whole(tokens: Tensor) -> Tensor:
+    return torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)

@@ -1,0 +1,150 @@
+"""CLIP4Clip's three ways to compare a text with frames (arXiv 2104.08860, section 3.3); they know no tower."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from open_clip.transformer import Transformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+_HEAD_WIDTH = 64  # of an attention head, as in CLIP's towers
+
+
+class MeanHead(nn.Module):
+    """The mean of the normalised frame embeddings ("parameter-free", section 3.3.1)."""
+
+    length = None
+
+    def __init__(self, width: int, max_frames: int, layers: int, activation: type[nn.Module]) -> None:
+        super().__init__()
+
+    def forward(self, frames: Tensor, frame_mask: Tensor) -> Tensor:
+        """Returns ``(B, D)`` of ``(B, F, D)`` and ``(B, F)``, bool."""
+        return _mean(frames, frame_mask)
+
+    def initial_state(self, clip: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns the state to begin with beside pretrained towers: none."""
+        return {}
+
+
+class SequentialHead(nn.Module):
+    """A transformer over the frames with positions and a residual, then the mean ("sequential type", section 3.3.2).
+
+    Args:
+        width: of the embeddings.
+        max_frames: positions.
+        layers: of the transformer.
+        activation: of its MLPs.
+    """
+
+    def __init__(self, width: int, max_frames: int, layers: int, activation: type[nn.Module]) -> None:
+        super().__init__()
+        self.length = max_frames
+        self.embedding = nn.Parameter(torch.empty(max_frames, width))
+        self.transformer = _transformer(width, layers, activation)
+        _initialise(self.transformer, self.embedding)
+
+    def forward(self, frames: Tensor, frame_mask: Tensor) -> Tensor:
+        """Returns ``(B, D)`` of ``(B, F, D)``, at most ``max_frames`` of them, and ``(B, F)``, bool."""
+        tokens = frames + self.embedding[: frames.shape[1]].to(frames.dtype)
+        tokens = self.transformer(tokens, attn_mask=_padding_bias(frame_mask, self.transformer, tokens.dtype))
+        return _mean(frames + tokens, frame_mask)
+
+    def initial_state(self, clip: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns the state to begin with beside pretrained towers: the text tower's first layers and positions."""
+        state = {key: value.clone() for key, value in self.state_dict().items() if ".lam." not in key}
+        return state | _text_layers(state, clip, self.length)
+
+
+class TightHead(nn.Module):
+    """A transformer over the text's embedding and the frames together ("tight type", section 3.3.3).
+
+    Arguments as of :class:`SequentialHead`.
+
+    Attributes:
+        max_pairs: pairs of text and video that are compared at a time where no gradient is needed; it bounds memory.
+    """
+
+    def __init__(self, width: int, max_frames: int, layers: int, activation: type[nn.Module]) -> None:
+        super().__init__()
+        self.length = 1 + max_frames
+        self.max_pairs = 4096
+        self.embedding = nn.Parameter(torch.empty(self.length, width))
+        self.embedding_type = nn.Parameter(torch.empty(2, width))  # of the text, of frames
+        self.transformer = _transformer(width, layers, activation)
+        self.norm = nn.LayerNorm(width)
+        self.pooler = nn.Linear(width, width)
+        self.activation = activation()
+        self.score = nn.Linear(width, 1)
+        _initialise(self.transformer, self.embedding, self.embedding_type)
+
+    def forward(self, text: Tensor, frames: Tensor, frame_mask: Tensor) -> Tensor:
+        """Returns logits ``(T, V)`` of texts ``(T, D)``, frames ``(V, F, D)`` and ``(V, F)``, bool."""
+        if torch.is_grad_enabled():
+            return self._compare(text, frames, frame_mask)
+        rows = []
+        for some in text.split(max(1, self.max_pairs // len(frames))):
+            blocks = zip(frames.split(self.max_pairs), frame_mask.split(self.max_pairs), strict=True)
+            rows.append(torch.cat([self._compare(some, *block) for block in blocks], dim=1))
+        return torch.cat(rows)
+
+    def initial_state(self, clip: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns the state to begin with beside pretrained towers: the text tower's first layers and positions."""
+        state = {key: value.clone() for key, value in self.state_dict().items() if ".lam." not in key}
+        return state | _text_layers(state, clip, self.length)
+
+    def _compare(self, text: Tensor, frames: Tensor, frame_mask: Tensor) -> Tensor:
+        texts, videos, count = len(text), *frames.shape[:2]
+        first = text[:, None, None].expand(texts, videos, 1, -1) + self.embedding_type[0]
+        others = (frames + self.embedding_type[1]).expand(texts, -1, -1, -1)
+        tokens = torch.cat([first, others], dim=2).flatten(0, 1) + self.embedding[: 1 + count]
+        seen = F.pad(frame_mask, (1, 0), value=True).expand(texts, -1, -1).flatten(0, 1)
+        tokens = self.transformer(tokens, attn_mask=_padding_bias(seen, self.transformer, tokens.dtype))
+        pooled = self.activation(self.pooler(self.norm(tokens[:, 0])))
+        return self.score(pooled).view(texts, videos)
+
+
+def _transformer(width: int, layers: int, activation: type[nn.Module]) -> Transformer:
+    return Transformer(width, layers, max(1, width // _HEAD_WIDTH), act_layer=activation)
+
+
+def _initialise(transformer: Transformer, *embeddings: nn.Parameter) -> None:
+    """CLIP's initialisation of its text tower: small outputs of the residual branches, the deeper the smaller."""
+    for embedding in embeddings:
+        nn.init.normal_(embedding, std=0.01)
+    width, layers = transformer.width, transformer.layers
+    for block in transformer.resblocks:
+        nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
+        nn.init.normal_(block.attn.out_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
+        nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+        nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
+
+
+def _mean(frames: Tensor, frame_mask: Tensor) -> Tensor:
+    weights = frame_mask[..., None].to(frames.dtype)
+    # masked_fill: 0 * nan of a frame that is not there would be nan
+    units = F.normalize(frames, dim=-1).masked_fill(~frame_mask[..., None], 0.0)
+    return units.sum(dim=1) / weights.sum(dim=1)
+
+
+def _padding_bias(allowed: Tensor, transformer: Transformer, dtype: torch.dtype) -> Tensor | None:
+    """Turns ``(B, N)``, bool, into what open_clip's blocks add to the scores, ``(B * heads, N, N)``."""
+    # open_clip 3.3 turns a boolean mask into ones and zeros, which it adds.
+    heads, tokens = transformer.resblocks[0].attn.num_heads, allowed.shape[1]
+    bias = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, float("-inf"))
+    return bias[:, None, None].expand(-1, heads, tokens, -1).flatten(0, 1)
+
+
+def _text_layers(own: Mapping[str, Tensor], clip: Mapping[str, Tensor], length: int) -> dict[str, Tensor]:
+    """What a head can take over of CLIP's text tower: all of its layers, or, of another width, nothing."""
+    prefix = "text." if any(key.startswith("text.") for key in clip) else ""
+    wanted = {key: f"{prefix}{key}" for key in own if key.startswith("transformer.")}
+    if any(theirs not in clip or clip[theirs].shape != own[key].shape for key, theirs in wanted.items()):
+        return {}
+    taken = {key: clip[theirs] for key, theirs in wanted.items()}
+    positions = clip.get(f"{prefix}positional_embedding")
+    if positions is not None and len(positions) >= length and positions.shape[1:] == own["embedding"].shape[1:]:
+        taken["embedding"] = positions[:length]
+    return taken

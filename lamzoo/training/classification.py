@@ -1,0 +1,131 @@
+"""Training of image classifiers: what a run does with images and labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lamzoo.training.build import build_model, build_optimizer
+from lamzoo.training.inputs import BadInputs, ScanProgress, Splits, open_splits, prepare_splits
+from lamzoo.training.loaders import (
+    check_batches,
+    create_eval_loader,
+    create_mixup,
+    create_train_loader,
+    seed_everything,
+)
+from lamzoo.training.recipe import Recipe
+from lamzoo.training.report import RunFacts, write_report
+from lamzoo.training.run import Progress, TrainingRun, TrainResult
+from lamzoo.training.scoring import Score, score
+from lamzoo.training.tuning import Tuning
+from lamzoo.weights import save_pretrained
+
+
+class ClassificationRun(TrainingRun):
+    """One run of an image classifier; arguments as of :class:`TrainingRun`."""
+
+    metric = "top1"
+    recipe: Recipe
+    splits: Splits
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        resume: bool,
+        progress: Callable[[Progress], None] | None,
+        scanning: ScanProgress | None,
+    ) -> None:
+        self.score: Score | None = None
+        super().__init__(recipe, resume, progress, scanning)
+
+    def open_data(self) -> None:
+        self.splits = open_splits(self.recipe.data)
+
+    def build_model(self) -> nn.Module:
+        model = build_model(self.recipe, self.splits.train.classes)
+        self.tuning = Tuning(model, self.recipe.model.tune)
+        return model
+
+    def scan_data(self, progress: ScanProgress | None) -> BadInputs:
+        recipe = self.recipe
+        self.splits = prepare_splits(recipe.data, self.splits, recipe.run.seed, self.accelerator, progress)
+        check_batches(recipe, self.splits.train)
+        return self.splits.bad
+
+    def train_loader(self, model: nn.Module) -> DataLoader[Any]:
+        self.mixup = create_mixup(self.recipe, int(model.num_classes))  # type: ignore[arg-type]
+        self.loss = nn.CrossEntropyLoss(label_smoothing=0.0 if self.mixup else self.recipe.augment.label_smoothing)
+        return create_train_loader(self.recipe, self.splits.train, model)
+
+    def eval_loaders(self, model: nn.Module) -> list[DataLoader[Any]]:
+        scored = [split for split in (self.splits.evaluation, self.splits.test) if split is not None]
+        return [create_eval_loader(self.recipe, split, model) for split in scored]
+
+    def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        return build_optimizer(self.recipe, model)
+
+    def prepare_model(self, model: nn.Module) -> Any:
+        return self.accelerator.prepare(model)
+
+    def train_mode(self) -> None:
+        self.tuning.train_mode(self.model)
+
+    def backward(self, epoch: int, update: int, batches: list[Any]) -> Tensor:
+        losses = []
+        for index, (images, labels) in enumerate(batches):
+            # Seeds of their own for each pass: dropout and mixup need no states in the checkpoints.
+            step = update * len(batches) + index
+            seed_everything(self.recipe.run.seed, epoch, step, self.accelerator.process_index, 1)
+            if self.mixup is not None:
+                images, labels = self.mixup(images, labels)
+            with self.accelerator.no_sync(self.model) if index + 1 < len(batches) else nullcontext():
+                with self.accelerator.autocast():
+                    logits = self.model(images)
+                loss: Tensor = self.loss(logits.float(), labels) / len(batches)
+                self.accelerator.backward(loss)
+            losses.append(loss.detach())
+        return self.accelerator.reduce(torch.stack(losses).sum(), "mean")
+
+    def evaluate(self) -> dict[str, float]:
+        self.score = score(self.accelerator, self.evaluated_model, self.prepared_eval_loaders[0])
+        return {"eval_loss": self.score.loss, "eval_top1": self.score.top1}
+
+    def finish(self, command: str | None) -> TrainResult:
+        folder, model = self.checkpoints.output / "model", self.evaluated_model
+        main = self.accelerator.is_main_process
+        if main:
+            save_pretrained(model, folder, label_names=self.splits.train.classes)
+        self.accelerator.wait_for_everyone()
+        if self.score is None:  # the run was complete before it was resumed
+            self.evaluate()
+        assert self.splits.evaluation is not None and self.score is not None  # prepare_splits has made the first
+        scores = {self.splits.evaluation.split or "validation": self.score}
+        if self.splits.test is not None:
+            scores[self.splits.test.split or "test"] = score(self.accelerator, model, self.prepared_eval_loaders[1])
+        report = None
+        if self.recipe.run.report:
+            report = self.checkpoints.output / "report" / "report.md"
+            if main:
+                write_report(report.parent, self._facts(model, scores, command))
+        return self.result(folder, scores, report)
+
+    def _facts(self, model: nn.Module, scores: dict[str, Score], command: str | None) -> RunFacts:
+        return RunFacts(
+            recipe=self.recipe,
+            model=model,
+            trained=sum(p.numel() for p in self.accelerator.unwrap_model(self.model).parameters() if p.requires_grad),
+            splits=self.splits,
+            scores=scores,
+            history=self.history,
+            train_seconds=self.seconds,
+            wall_seconds=self.wall(),
+            device=str(self.accelerator.device),
+            processes=self.accelerator.num_processes,
+            command=command,
+        )

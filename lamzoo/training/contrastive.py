@@ -1,0 +1,88 @@
+"""The contrastive loss over a batch that passes through the towers in parts and is spread over processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def contrastive_loss(similarity: Tensor) -> Tensor:
+    """Symmetric cross-entropy of ``(B, B)`` similarities, the pairs on the diagonal (arXiv 2104.08860, equation 8)."""
+    labels = torch.arange(len(similarity), device=similarity.device)
+    return (F.cross_entropy(similarity, labels) + F.cross_entropy(similarity.T, labels)) / 2
+
+
+def contrastive_backward(
+    accelerator: Accelerator,
+    model: Any,
+    batches: Sequence[Any],
+    encode: Callable[[int, Any], tuple[Tensor, Tensor]],
+    frame_masks: Sequence[Tensor],
+) -> Tensor:
+    """Adds the gradients of the loss over all pairs of all batches on all processes; returns that loss.
+
+    The gradient is that of one large batch in one process: first all embeddings, then the loss and its gradient with
+    respect to them, at last each batch once more through the towers ("gradient cache", arXiv 2101.06983). With one
+    batch, nothing is computed twice. Batches of all processes have the same shape.
+
+    Args:
+        accelerator: knows the processes and the precision.
+        model: not wrapped; has ``similarity(text, video, frame_mask)``. Its gradients are averaged over the processes.
+        batches: what ``encode`` gets, one after the other.
+        encode: the embeddings of the texts and of the videos of batch ``i``; draws the same when called again.
+        frame_masks: of each batch, ``(B, F)``, bool.
+
+    Returns:
+        The loss, a scalar, the same on each process.
+    """
+    once = len(batches) == 1
+    texts, videos = [], []
+    for index, batch in enumerate(batches):
+        with nullcontext() if once else torch.no_grad():
+            text, video = encode(index, batch)
+        texts.append(text)
+        videos.append(video)
+    text_leaf = torch.cat(texts).detach().requires_grad_()
+    video_leaf = torch.cat(videos).detach().requires_grad_()
+    mask = _gathered(accelerator, torch.cat(list(frame_masks)))
+    with accelerator.autocast():
+        similarity = model.similarity(_with_own(accelerator, text_leaf), _with_own(accelerator, video_leaf), mask)
+    loss = contrastive_loss(similarity.float())
+    accelerator.backward(loss)
+    # Each process has the gradient of the whole loss for its own embeddings; the mean below divides their sum.
+    text_grads = (text_leaf.grad * accelerator.num_processes).split([len(text) for text in texts])
+    video_grads = (video_leaf.grad * accelerator.num_processes).split([len(video) for video in videos])
+    for index, batch in enumerate(batches):
+        outputs = (texts[index], videos[index]) if once else encode(index, batch)
+        pairs = zip(outputs, (text_grads[index], video_grads[index]), strict=True)
+        trained = [(output, grad) for output, grad in pairs if output.requires_grad]  # a tower may be frozen
+        torch.autograd.backward([output for output, _ in trained], [grad for _, grad in trained])
+    _average_gradients(accelerator, model)
+    return loss.detach()
+
+
+def _gathered(accelerator: Accelerator, tensor: Tensor) -> Tensor:
+    return accelerator.gather(tensor) if accelerator.num_processes > 1 else tensor
+
+
+def _with_own(accelerator: Accelerator, own: Tensor) -> Tensor:
+    """Returns the embeddings of all processes; gradients flow to this one's."""
+    if accelerator.num_processes == 1:
+        return own
+    parts = list(accelerator.gather(own.detach()).split(len(own)))
+    parts[accelerator.process_index] = own
+    return torch.cat(parts)
+
+
+def _average_gradients(accelerator: Accelerator, model: nn.Module) -> None:
+    if accelerator.num_processes == 1:
+        return
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad = accelerator.reduce(parameter.grad, "mean")

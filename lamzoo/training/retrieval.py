@@ -1,0 +1,272 @@
+"""Training of text-video retrieval: what a run does with videos and captions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import timm.data
+import timm.optim
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lamzoo.data.clips import ClipAugment, Clips, Pairs, each_frame, pad_clips
+from lamzoo.data.retrieval import (
+    CaptionedVideos,
+    create_retrieval_dataset,
+    find_bad_videos,
+    leave_out_bad_videos,
+    select_videos,
+)
+from lamzoo.errors import RecipeError
+from lamzoo.evaluation.retrieval import retrieval_metrics
+from lamzoo.evaluation.videos import compare, encode_texts, frames_config, join_videos
+from lamzoo.lam import LamConfig
+from lamzoo.profiling.inputs import evaluating
+from lamzoo.registry import create_model
+from lamzoo.training.contrastive import contrastive_backward
+from lamzoo.training.inputs import BadInputs, ScanProgress
+from lamzoo.training.loaders import SeededDataset, seed_everything
+from lamzoo.training.retrieval_recipe import RetrievalRecipe
+from lamzoo.training.retrieval_report import write_retrieval_report
+from lamzoo.training.run import Progress, TrainingRun, TrainResult
+from lamzoo.weights import save_pretrained
+
+Metrics = dict[str, dict[str, float]]
+
+_MAX_LOGIT_SCALE = 4.6052  # ln(100), CLIP's own limit
+
+
+class RetrievalRun(TrainingRun):
+    """One run of a retrieval model; arguments as of :class:`TrainingRun`."""
+
+    metric = "t2v_R1"
+    recipe: RetrievalRecipe
+
+    def __init__(
+        self,
+        recipe: RetrievalRecipe,
+        resume: bool,
+        progress: Callable[[Progress], None] | None,
+        scanning: ScanProgress | None,
+    ) -> None:
+        self.metrics: Metrics | None = None
+        super().__init__(recipe, resume, progress, scanning)
+
+    def open_data(self) -> None:
+        data = self.recipe.data
+        roles = {"train": data.train_split, "validation": data.eval_split, "test": data.test_split}
+        self.splits = {
+            role: create_retrieval_dataset(data.source, split) for role, split in roles.items() if split is not None
+        }
+        train = self.splits["train"]
+        for role, split in self.splits.items():
+            common = set(split.videos) & set(train.videos)
+            if role != "train" and common:
+                raise RecipeError(
+                    f"{len(common)} videos of {data.source} would be trained and scored on, such as {min(common)!r}, "
+                    f"in the splits {train.split or 'all'} and {split.split or 'all'}; name others in data.train_split "
+                    "and data.eval_split."
+                )
+        if self.recipe.augment.splice:
+            train.splice(data.sampling)  # which says where the data can't
+
+    def build_model(self) -> nn.Module:
+        section, data = self.recipe.model, self.recipe.data
+        kwargs = {"max_frames": data.max_frames, **section.kwargs}
+        if section.lam is not None:
+            kwargs["lam"] = LamConfig.from_dict(section.lam)
+        model: Any = create_model(section.name, pretrained=section.pretrained, **kwargs)
+        frames_config(model)  # which refuses other models
+        if section.lock_image_tower:
+            model.lock_image_tower()
+        if section.freeze_layers is not None:
+            model.freeze_layers(section.freeze_layers)
+        if self.recipe.run.grad_checkpointing:
+            model.set_grad_checkpointing(True)
+        return model
+
+    def scan_data(self, progress: ScanProgress | None) -> BadInputs:
+        bad: list[Any] = []
+        if self.recipe.data.scan:
+            for role, split in self.splits.items():
+                self.splits[role] = self._scan(role, split, bad, progress)
+        pairs, batch = len(self._pairs(None)), self.recipe.run.batch_size
+        if pairs < batch:
+            raise RecipeError(
+                f"run.batch_size asks for batches of {batch} pairs and {self.recipe.data.source} has {pairs} in "
+                f"{self.recipe.data.train_split}; use a smaller batch."
+            )
+        return tuple(bad)
+
+    def train_loader(self, model: nn.Module) -> DataLoader[Any]:
+        recipe, augment = self.recipe, self.recipe.augment
+        transform = ClipAugment(frames_config(model), augment.scale, augment.ratio, augment.hflip, augment.color_jitter)
+        dataset: Any = SeededDataset(self._pairs(transform), recipe.run.seed)
+        return DataLoader(
+            dataset,
+            recipe.run.batch_size // recipe.run.accumulation,
+            shuffle=True,
+            collate_fn=_Collate(model.tokenizer, recipe.data.max_frames),
+            num_workers=recipe.data.workers,
+            pin_memory=torch.cuda.is_available() and recipe.run.device != "cpu",
+            drop_last=True,
+        )
+
+    def eval_loaders(self, model: nn.Module) -> list[DataLoader[Any]]:
+        transform = each_frame(timm.data.create_transform(**frames_config(model)))
+        batch = self.recipe.run.batch_size // self.recipe.run.accumulation
+        return [
+            DataLoader(
+                Clips(split, self.recipe.data.sampling, transform),
+                batch,
+                collate_fn=partial(pad_clips, frames=self.recipe.data.max_frames),
+                num_workers=self.recipe.data.workers,
+            )
+            for role, split in self.splits.items()
+            if role != "train"
+        ]
+
+    def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        section = self.recipe.optimizer
+        tower_scale = 1.0 if section.tower_lr is None else section.tower_lr / section.lr
+        undecayed = model.no_weight_decay()  # type: ignore[operator]
+        groups: dict[tuple[float, float, bool], dict[str, Any]] = {}
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            table = name in undecayed or "embedding" in name  # no matrix product: Muon leaves those to AdamW
+            decay = 0.0 if parameter.ndim <= 1 or name in undecayed else section.weight_decay
+            scale = tower_scale if name.startswith("clip.") and ".lam." not in name else 1.0
+            group = groups.setdefault((decay, scale, table), {
+                "params": [], "weight_decay": decay, "lr_scale": scale, "lr": section.lr * scale, "use_fallback": table,
+            })  # fmt: skip
+            group["params"].append(parameter)
+        try:
+            return timm.optim.create_optimizer_v2(
+                list(groups.values()), opt=section.name, lr=section.lr, weight_decay=0.0, **section.kwargs
+            )
+        except TypeError as error:
+            raise RecipeError(f"optimizer.kwargs {section.kwargs} do not fit {section.name!r}: {error}.") from None
+
+    def prepare_model(self, model: nn.Module) -> Any:
+        # Not wrapped: the gradients of both passes are averaged once, by contrastive_backward.
+        return self.accelerator.prepare_model(model, evaluation_mode=True)
+
+    def backward(self, epoch: int, update: int, batches: list[Any]) -> Tensor:
+        rank, seed = self.accelerator.process_index, self.recipe.run.seed
+
+        def encode(index: int, batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            frames, mask, text = batch
+            # The second pass draws what the first one drew.
+            seed_everything(seed, epoch, update * len(batches) + index, rank, 1)
+            with self.accelerator.autocast():
+                return self.model.encode_text(text), self.model.encode_video(frames, mask)
+
+        masks = [mask for _, mask, _ in batches]
+        return contrastive_backward(self.accelerator, self.model, batches, encode, masks)
+
+    @torch.no_grad()
+    def after_update(self) -> None:
+        self.model.clip.logit_scale.clamp_(0, _MAX_LOGIT_SCALE)
+
+    def evaluate(self) -> dict[str, float]:
+        self.metrics = self._score("validation", self.prepared_eval_loaders[0])
+        kept = [("t2v", "R1"), ("t2v", "R5"), ("t2v", "R10"), ("t2v", "MedianR"), ("v2t", "R1")]
+        return {f"eval_{way}_{key}": self.metrics[way][key] for way, key in kept}
+
+    def finish(self, command: str | None) -> TrainResult:
+        folder, main = self.checkpoints.output / "model", self.accelerator.is_main_process
+        if main:
+            save_pretrained(self.evaluated_model, folder)
+        self.accelerator.wait_for_everyone()
+        if self.metrics is None:  # the run was complete before it was resumed
+            self.evaluate()
+        scores: dict[str, Any] = {self.splits["validation"].split or "validation": self.metrics}
+        if "test" in self.splits:
+            scores[self.splits["test"].split or "test"] = self._score("test", self.prepared_eval_loaders[1])
+        report = None
+        if self.recipe.run.report:
+            report = self.checkpoints.output / "report" / "report.md"
+            if main:
+                write_retrieval_report(report.parent, self._facts(scores, command), self.history)
+        return self.result(folder, scores, report)
+
+    @torch.inference_mode()
+    def _score(self, role: str, loader: Any) -> Metrics:
+        split, model = self.splits[role], self.evaluated_model
+        videos, masks = [], []
+        with evaluating(model), self.accelerator.autocast():
+            for frames, mask in loader:
+                video = model.encode_video(frames, mask).float()
+                video, mask = self.accelerator.gather_for_metrics((video, mask))
+                videos.append(video)
+                masks.append(mask)
+            texts = encode_texts(model, split.texts, self.recipe.run.batch_size)
+            similarity = compare(model, texts, *join_videos(videos, masks))
+        return retrieval_metrics(similarity, split.video_of_text)
+
+    def _facts(self, scores: dict[str, Any], command: str | None) -> dict[str, Any]:
+        recipe, model = self.recipe, self.accelerator.unwrap_model(self.model)
+        lam = model.lam_config
+        return {
+            "model": recipe.model.name,
+            "weights": model.weights_source,
+            "masks": None if lam is None else str(lam),
+            "data": recipe.data.source,
+            "training_videos": len(self.splits["train"]),
+            "training_captions": len(self.splits["train"].texts),
+            "left_out": len(self.bad),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "epochs": recipe.schedule.epochs,
+            "batch_size": recipe.run.batch_size,
+            "lr": recipe.optimizer.lr,
+            "seed": recipe.run.seed,
+            "precision": recipe.run.precision,
+            "train_seconds": round(self.seconds, 1),
+            "wall_seconds": round(self.wall(), 1),
+            "device": str(self.accelerator.device),
+            "processes": self.accelerator.num_processes,
+            "command": command,
+            "scores": scores,
+        }
+
+    def _pairs(self, transform: Any) -> Pairs:
+        data = self.recipe.data
+        return Pairs(self.splits["train"], data.sampling, transform, data.captions, self.recipe.augment.splice)
+
+    def _scan(
+        self, role: str, split: CaptionedVideos, bad: list[Any], progress: ScanProgress | None
+    ) -> CaptionedVideos:
+        data, accelerator = self.recipe.data, self.accelerator
+        share = range(accelerator.process_index, len(split), accelerator.num_processes)
+
+        def moved(done: int, total: int) -> None:
+            if progress is not None and accelerator.is_main_process:
+                progress(role, done, total)
+
+        own = []
+        if len(share):
+            part = select_videos(split, share)
+            own = find_bad_videos(part, data.sampling, workers=data.workers, progress=moved)
+        found = [replace(video, index=share[video.index]) for video in own]
+        if accelerator.num_processes > 1:
+            found = sorted(gather_object(found), key=lambda video: video.index)
+        bad += [(split.split or role, video) for video in found]
+        return leave_out_bad_videos(split, found, data.on_bad_input)
+
+
+class _Collate:
+    """Pads videos to one length for all batches, which processes can exchange, and turns captions into tokens."""
+
+    def __init__(self, tokenizer: Any, frames: int) -> None:
+        self._tokenizer, self._frames = tokenizer, frames
+
+    def __call__(self, pairs: list[tuple[Tensor, str]]) -> tuple[Tensor, Tensor, Tensor]:
+        frames, mask = pad_clips([clip for clip, _ in pairs], self._frames)
+        return frames, mask, self._tokenizer([text for _, text in pairs])

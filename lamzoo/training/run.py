@@ -1,0 +1,319 @@
+"""What all training runs have in common: updates, checkpoints, logs, averaged weights, evaluation; knows no task."""
+
+from __future__ import annotations
+
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lamzoo.errors import RecipeError
+from lamzoo.training.build import build_ema, build_scheduler
+from lamzoo.training.checkpoints import Checkpoints
+from lamzoo.training.inputs import BadInputs, ScanProgress, write_bad_inputs
+from lamzoo.training.loaders import seed_everything
+from lamzoo.training.recipe import AnyRecipe
+from lamzoo.training.sections import RunSection
+
+_logger = logging.getLogger(__name__)
+
+_FETCH_LOSS = 0.5  # seconds between two looks at the loss, each of which waits for the GPU
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands; passed to the progress callback after each update and each evaluation.
+
+    Attributes:
+        epoch: from 0.
+        epochs: in the whole run.
+        update: optimiser updates so far.
+        updates: in the whole run.
+        loss: mean training loss of the epoch, at most half a second old.
+        metric: what is watched, such as ``"top1"``.
+        value: of the last evaluation, percent; None before the first.
+    """
+
+    epoch: int
+    epochs: int
+    update: int
+    updates: int
+    loss: float
+    metric: str
+    value: float | None
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished run leaves.
+
+    Attributes:
+        output: the folder.
+        model: the trained model's folder, which ``create_model("local-dir:...")`` loads.
+        history: one record an epoch, as in ``metrics.csv``.
+        scores: of the trained model, by split: the one scored during the run, and the recipe's ``test_split``. Of a
+            classifier they are of :class:`lamzoo.training.Score`, of retrieval the metrics of
+            :func:`lamzoo.evaluation.retrieval_metrics`.
+        report: ``report.md``; None where the recipe asks for none.
+        left_out: inputs that were left out because they can't be read.
+    """
+
+    output: Path
+    model: Path
+    history: list[dict[str, float]]
+    scores: dict[str, Any] = field(default_factory=dict)
+    report: Path | None = None
+    left_out: int = 0
+
+
+class TrainingRun(ABC):
+    """The state of one run between its updates; a task fills in data, model, loss and score.
+
+    Args:
+        recipe: what to do.
+        resume: go on from the latest checkpoint, if there is one.
+        progress: called on the main process after every update.
+        scanning: called on the main process while inputs are searched for bad ones.
+    """
+
+    metric: ClassVar[str]  # the column of metrics.csv, without "eval_", that is shown while a run goes on
+
+    def __init__(
+        self,
+        recipe: AnyRecipe,
+        resume: bool,
+        progress: Callable[[Progress], None] | None,
+        scanning: ScanProgress | None,
+    ) -> None:
+        self.started = time.perf_counter()
+        self.recipe = recipe
+        self.progress = progress
+        self.checkpoints = Checkpoints(Path(recipe.run.output), recipe, resume)
+        self.open_data()
+        self.accelerator = _create_accelerator(recipe.run)
+        seed_everything(recipe.run.seed)
+        model = self.build_model()
+        self.bad: BadInputs = self.scan_data(scanning)
+        self._build(model)
+        self.update = 0
+        self.loss_sum: Tensor = self._loss_sum(0.0)
+        self.fetched = (0.0, 0.0)  # when, and the epoch's mean loss then
+        self.seconds = self.wall_seconds = 0.0
+        self.history: list[dict[str, float]] = []
+        state = self.checkpoints.load(self.accelerator)
+        if state is not None:
+            self.update, self.loss_sum = state["update"], self._loss_sum(state["loss_sum"])
+            self.seconds, self.history = state["seconds"], state["history"]
+            self.wall_seconds = state.get("wall_seconds", state["seconds"])
+            _logger.info("resumed %s after %d updates", recipe.run.output, self.update)
+        self.first_epoch = self.update // self.updates_per_epoch
+
+    @abstractmethod
+    def open_data(self) -> None:
+        """Opens the splits, so that a wrong name is said before anything is built; reads no input."""
+
+    @abstractmethod
+    def build_model(self) -> nn.Module:
+        """Returns the model, on the CPU, in training mode; the random state is that of ``run.seed``."""
+
+    @abstractmethod
+    def scan_data(self, progress: ScanProgress | None) -> BadInputs:
+        """Searches the splits for what can't be read, as the recipe says, and returns what was left out."""
+
+    @abstractmethod
+    def train_loader(self, model: nn.Module) -> DataLoader[Any]:
+        """Returns the loader of ``run.batch_size / run.accumulation`` inputs; ``dataset.epoch`` is set each epoch."""
+
+    @abstractmethod
+    def eval_loaders(self, model: nn.Module) -> list[DataLoader[Any]]:
+        """Returns what :meth:`evaluate` and :meth:`finish` need, for the accelerator to prepare."""
+
+    @abstractmethod
+    def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """Returns the optimiser over the parameters that are trained."""
+
+    @abstractmethod
+    def prepare_model(self, model: nn.Module) -> Any:
+        """Returns the model on its device, wrapped for several processes where the task needs it."""
+
+    @abstractmethod
+    def backward(self, epoch: int, update: int, batches: list[Any]) -> Tensor:
+        """Computes the gradients of one update and returns its loss, a scalar, the mean over all processes.
+
+        Args:
+            epoch: from 0.
+            update: from 0 in this epoch.
+            batches: ``run.accumulation`` of them, on the device.
+        """
+
+    @abstractmethod
+    def evaluate(self) -> dict[str, float]:
+        """Scores :attr:`evaluated_model` on the evaluation split; returns the columns for ``metrics.csv``."""
+
+    @abstractmethod
+    def finish(self, command: str | None) -> TrainResult:
+        """Saves the trained model beside the logs, scores it, writes the report and returns the run."""
+
+    def train_mode(self) -> None:
+        """Switches the model to training, as the task trains it."""
+        self.model.train()
+
+    def after_update(self) -> None:  # noqa: B027 - a hook, which most tasks don't need
+        """Called after each optimiser step."""
+
+    def epoch(self, epoch: int) -> None:
+        """Trains and, where it is due, evaluates one epoch, from the update at which the run stands."""
+        self.seeded.epoch = epoch
+        self.loader.set_epoch(epoch)
+        done = self.update - epoch * self.updates_per_epoch
+        accumulation, interval = self.recipe.run.accumulation, self.recipe.run.checkpoint_interval
+        loader = skip_first_batches(self.loader, done * accumulation) if done else self.loader
+        self.train_mode()
+        for batches in _grouped(loader, accumulation):
+            started = time.perf_counter()
+            loss = self._step(epoch, self.update - epoch * self.updates_per_epoch, batches)
+            self.loss_sum += loss.to(self.loss_sum.dtype)
+            self.seconds += time.perf_counter() - started
+            self.update += 1
+            self._report_progress(epoch)
+            if interval and self.update % interval == 0 and self.update % self.updates_per_epoch:
+                self._save()
+        self._end_epoch(epoch)
+
+    @property
+    def evaluated_model(self) -> Any:
+        """The averaged weights where there are any, else the model itself."""
+        return self.accelerator.unwrap_model(self.model) if self.ema is None else self.ema.module
+
+    def wall(self) -> float:
+        """Seconds since the run began, its interruptions left out."""
+        return self.wall_seconds + time.perf_counter() - self.started
+
+    def result(self, model: Path, scores: dict[str, Any], report: Path | None) -> TrainResult:
+        """Ends the run: waits for the other processes, closes the logs, and returns what it leaves."""
+        self.accelerator.wait_for_everyone()
+        if self.recipe.run.tensorboard:
+            self.accelerator.end_training()
+        return TrainResult(self.checkpoints.output, model, self.history, scores, report, len(self.bad))
+
+    def _build(self, model: nn.Module) -> None:
+        recipe = self.recipe
+        loader = self.train_loader(model)
+        eval_loaders = self.eval_loaders(model)
+        self.seeded: Any = loader.dataset
+        optimizer = self.build_optimizer(model)
+        self.ema = build_ema(recipe.run, model, self.accelerator.device)
+        self.updates_per_epoch = len(loader) // recipe.run.accumulation
+        self.scheduler = build_scheduler(recipe.schedule, optimizer, self.updates_per_epoch)
+        self.model = self.prepare_model(model)
+        self.optimizer, self.loader, *rest = self.accelerator.prepare(optimizer, loader, *eval_loaders)
+        self.prepared_eval_loaders: list[Any] = rest
+        if self.ema is not None:
+            self.accelerator.register_for_checkpointing(self.ema.module)
+        self.checkpoints.make_folder()
+        if self.bad and self.accelerator.is_main_process:
+            path = self.checkpoints.output / "bad-inputs.csv"
+            write_bad_inputs(path, self.bad)
+            _logger.warning("left out %d inputs that can't be read; %s lists them", len(self.bad), path)
+        if recipe.run.tensorboard:
+            self.accelerator.init_trackers("tensorboard")
+
+    def _step(self, epoch: int, update: int, batches: list[Any]) -> Tensor:
+        loss = self.backward(epoch, update, batches)
+        clip = self.recipe.optimizer.clip_grad
+        if clip is not None:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), clip)
+        self.scheduler.step_update(self.update)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.after_update()
+        if self.ema is not None:
+            self.ema.update(self.accelerator.unwrap_model(self.model), step=self.update + 1)
+        return loss
+
+    def _end_epoch(self, epoch: int) -> None:
+        recipe = self.recipe
+        waited = time.perf_counter()
+        loss = float(self.loss_sum) / self.updates_per_epoch  # waits for what a GPU has yet to do
+        self.seconds += time.perf_counter() - waited
+        record = {
+            "epoch": epoch,
+            "update": self.update,
+            "lr": max(group["lr"] for group in self.optimizer.param_groups),
+            "train_loss": loss,
+            "train_seconds": round(self.seconds, 1),
+        }
+        last = epoch + 1 == recipe.schedule.epochs
+        if last or (epoch + 1) % recipe.run.eval_interval == 0:
+            record |= self.evaluate()
+        _logger.info("epoch %d of %d: %s", epoch + 1, recipe.schedule.epochs, record)
+        self.history.append(record)
+        self.loss_sum = self._loss_sum(0.0)
+        if self.accelerator.is_main_process:
+            self.checkpoints.write_metrics(self.history)
+        if recipe.run.tensorboard:
+            self.accelerator.log({k: v for k, v in record.items() if k not in ("epoch", "update")}, step=self.update)
+        self._save()
+        self._report_progress(epoch, loss)
+
+    def _save(self) -> None:
+        state = {"update": self.update, "loss_sum": float(self.loss_sum), "seconds": self.seconds}
+        self.checkpoints.save(self.accelerator, {**state, "wall_seconds": self.wall(), "history": self.history})
+
+    def _loss_sum(self, value: float) -> Tensor:
+        device = self.accelerator.device
+        return torch.tensor(value, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+
+    def _report_progress(self, epoch: int, loss: float | None = None) -> None:
+        if self.progress is None or not self.accelerator.is_main_process:
+            return
+        if loss is None and (now := time.perf_counter()) - self.fetched[0] > _FETCH_LOSS:
+            loss = float(self.loss_sum) / max(1, self.update - epoch * self.updates_per_epoch)
+            self.fetched = now, loss
+        epochs, column = self.recipe.schedule.epochs, f"eval_{self.metric}"
+        evaluated = [record[column] for record in self.history if column in record]
+        self.progress(
+            Progress(
+                epoch=epoch,
+                epochs=epochs,
+                update=self.update,
+                updates=epochs * self.updates_per_epoch,
+                loss=self.fetched[1] if loss is None else loss,
+                metric=self.metric,
+                value=evaluated[-1] if evaluated else None,
+            )
+        )
+
+
+def _grouped(loader: Any, size: int) -> Iterator[list[Any]]:
+    """Yields the batches of one update after the other; the last ones, where they don't fill one, are dropped."""
+    batches = iter(loader)
+    while len(group := list(islice(batches, size))) == size:
+        yield group
+
+
+def _create_accelerator(run: RunSection) -> Accelerator:
+    accelerator = Accelerator(
+        mixed_precision=run.precision,
+        cpu=run.device == "cpu",
+        # Batches are the global ones, split over the processes, in an order that the seed fixes.
+        dataloader_config=DataLoaderConfiguration(split_batches=True, use_seedable_sampler=True, data_seed=run.seed),
+        log_with="tensorboard" if run.tensorboard else None,
+        project_dir=run.output,
+        step_scheduler_with_optimizer=False,
+    )
+    if run.batch_size // run.accumulation % accelerator.num_processes:
+        raise RecipeError(
+            f"run.batch_size {run.batch_size} over {run.accumulation} accumulation steps does not divide by "
+            f"{accelerator.num_processes} processes; choose a multiple."
+        )
+    return accelerator

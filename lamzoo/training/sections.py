@@ -1,0 +1,133 @@
+"""What recipes of every task have in common: the optimiser, the schedule and the run."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from timm.optim import list_optimizers
+
+from lamzoo.errors import RecipeError
+from lamzoo.lam import LamConfig
+from lamzoo.names import OPEN_CLIP_PREFIX, find_card
+
+Precision = Literal["no", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class OptimizerSection:
+    """``[optimizer]``: arguments of ``timm.optim.create_optimizer_v2``; ``kwargs`` goes to the optimiser itself."""
+
+    name: str = "adamw"
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    layer_decay: float | None = None
+    clip_grad: float | None = None
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ScheduleSection:
+    """``[schedule]``: arguments of ``timm.scheduler.create_scheduler_v2``, stepped every update; lengths in epochs."""
+
+    name: str = "cosine"
+    epochs: int = 100
+    warmup_epochs: int = 5
+    warmup_lr: float = 1e-6
+    min_lr: float = 0.0
+    cooldown_epochs: int = 0
+
+
+@dataclass(frozen=True)
+class RunSection:
+    """``[run]``: where and how.
+
+    Attributes:
+        output: folder for checkpoints, logs and the trained model.
+        batch_size: inputs of one optimiser update, over all processes and accumulation steps together.
+        accumulation: forward passes of one update.
+        seed: of the initialisation, the order of the inputs, every augmentation, dropout and mixup.
+        precision: autocast, as Accelerate names it.
+        device: ``"auto"`` takes the GPU where there is one.
+        ema_decay: of ``timm.utils.ModelEmaV3`` with its warm-up; None for none. With it, the averaged weights are
+            those that are evaluated and saved.
+        grad_checkpointing: trade time for memory.
+        checkpoint_interval: updates between checkpoints inside an epoch; None for one at the end of each epoch alone.
+        keep_checkpoints: how many of the latest stay.
+        eval_interval: epochs between evaluations; the last one is always evaluated.
+        tensorboard: write TensorBoard logs beside the CSV.
+        report: write ``report/`` at the end: scores by class, confusion matrix, curves and masks.
+    """
+
+    output: str
+    batch_size: int = 128
+    accumulation: int = 1
+    seed: int = 0
+    precision: Precision = "no"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    ema_decay: float | None = None
+    grad_checkpointing: bool = False
+    checkpoint_interval: int | None = None
+    keep_checkpoints: int = 2
+    eval_interval: int = 1
+    tensorboard: bool = False
+    report: bool = True
+
+
+def check_common(
+    *,
+    run: RunSection,
+    optimizer: OptimizerSection,
+    schedule: ScheduleSection,
+    name: str,
+    lam: dict[str, Any] | None,
+    workers: int,
+) -> None:
+    """Checks the values of the sections that all tasks share, and the model's name and masks.
+
+    Raises:
+        RecipeError: an impossible value; names its key.
+        UnknownModelError: no such model.
+        ConfigError: masks that mean nothing.
+    """
+    at_least_one = {
+        "run.batch_size": run.batch_size,
+        "run.accumulation": run.accumulation,
+        "run.keep_checkpoints": run.keep_checkpoints,
+        "run.eval_interval": run.eval_interval,
+        "schedule.epochs": schedule.epochs,
+    }
+    if run.checkpoint_interval is not None:
+        at_least_one["run.checkpoint_interval"] = run.checkpoint_interval
+    for key, value in at_least_one.items():
+        if value < 1:
+            raise RecipeError(f"Recipe key {key} is {value}; it must be at least 1.")
+    if workers < 0 or schedule.warmup_epochs < 0 or run.seed < 0:
+        raise RecipeError("Recipe keys data.workers, schedule.warmup_epochs and run.seed must not be negative.")
+    if run.batch_size % run.accumulation:
+        raise RecipeError(
+            f"Recipe key run.batch_size is {run.batch_size}, not a multiple of run.accumulation ({run.accumulation})."
+        )
+    if optimizer.lr <= 0:
+        raise RecipeError(f"Recipe key optimizer.lr is {optimizer.lr}; it must be positive.")
+    if run.ema_decay is not None and not 0 < run.ema_decay < 1:
+        raise RecipeError(f"Recipe key run.ema_decay is {run.ema_decay}; it must lie between 0 and 1.")
+    _check_name("optimizer.name", optimizer.name, [str(name) for name in list_optimizers()])
+    _check_name("schedule.name", schedule.name, ["cosine", "tanh", "poly", "wsd", "rsqrt", "constant"])
+    if lam is not None:
+        LamConfig.from_dict(lam)
+    if ":" not in name or name.startswith(OPEN_CLIP_PREFIX):  # what stands before a colon says where else the model is
+        find_card(name)
+    if run.device == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("Recipe key run.device is 'cuda', and there is no such GPU here; use 'auto' or 'cpu'.")
+    if run.precision == "fp16" and (run.device == "cpu" or not torch.cuda.is_available()):
+        raise RecipeError("Recipe key run.precision is 'fp16', which needs a GPU; use 'bf16' or 'no' on a CPU.")
+
+
+def _check_name(key: str, name: str, known: Sequence[str]) -> None:
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=3) or known
+        raise RecipeError(f"Recipe key {key} is {name!r}, which is unknown; did you mean {', '.join(close)}?")

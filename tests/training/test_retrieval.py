@@ -1,0 +1,193 @@
+"""Training of retrieval: the loss is that of the whole batch however it is cut, spread or interrupted."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from open_clip.loss import ClipLoss
+from safetensors.torch import load_file
+
+import lamzoo
+from lamzoo.errors import LamzooError
+from lamzoo.training import Progress, TrainResult, parse_recipe, train
+from lamzoo.training.contrastive import contrastive_loss
+from lamzoo.training.retrieval import RetrievalRun
+from tests.training.retrieval_data import retrieval_table, write_faces
+
+HELD_BY_RECIPE = ("epoch", "update", "lr", "train_loss", "eval_t2v_R1", "eval_t2v_MedianR", "eval_v2t_R1")
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_faces(tmp_path_factory.mktemp("faces"))
+
+
+@pytest.fixture
+def table(faces: Path, tmp_path: Path) -> dict[str, Any]:
+    return retrieval_table(faces, tmp_path / "out")
+
+
+def run(table: dict[str, Any], output: Path, **changes: Any) -> TrainResult:
+    return train(parse_recipe({**table, "run": {**table["run"], "output": str(output), **changes}}))
+
+
+def curve(history: list[dict[str, float]]) -> torch.Tensor:
+    return torch.tensor([[float(record[key]) for key in HELD_BY_RECIPE] for record in history])
+
+
+def test_the_loss_is_open_clips() -> None:
+    text, video = torch.nn.functional.normalize(torch.randn(2, 7, 5, generator=torch.manual_seed(0)), dim=-1)
+    expected = ClipLoss()(video, text, torch.tensor(20.0))
+    torch.testing.assert_close(contrastive_loss(20.0 * text @ video.T), expected)
+
+
+def test_it_learns_to_find_what_it_has_not_seen(table: dict[str, Any], tmp_path: Path) -> None:
+    table["optimizer"]["lr"] = 1e-3
+    table["schedule"]["epochs"] = 12
+    result = run(table, tmp_path / "out", ema_decay=0.8, report=True)
+    assert result.scores["test"]["t2v"]["R1"] > 60  # of 12, chance 8.3
+    rows = list(csv.DictReader((result.output / "metrics.csv").open()))
+    assert float(rows[-1]["eval_t2v_R1"]) == result.scores["val"]["t2v"]["R1"]
+    assert result.report is not None
+    assert "text to video" in result.report.read_text()
+    assert (result.report.parent / "curves.png").stat().st_size > 1000
+    model: Any = lamzoo.create_model(f"local-dir:{result.model}", pretrained=True).eval()
+    assert model.lam_config == lamzoo.LamConfig(rank=2)
+    assert model.max_frames == 3
+
+
+@pytest.mark.parametrize("similarity", ["mean", "seq", "tight"])
+def test_passes_in_parts_do_not_change_the_curve(table: dict[str, Any], tmp_path: Path, similarity: str) -> None:
+    table["model"]["kwargs"] |= {"similarity": similarity, "lam_in": ["vision"]}
+    table["optimizer"]["lr"] = 1e-3
+    whole = run(table, tmp_path / "whole")
+    parts = run(table, tmp_path / "parts", accumulation=4)
+    torch.testing.assert_close(curve(parts.history), curve(whole.history), rtol=1e-4, atol=1e-4)
+
+
+def test_passes_in_parts_draw_the_same_dropout_twice(table: dict[str, Any], tmp_path: Path) -> None:
+    table["model"]["kwargs"]["clip"]["vision_cfg"]["patch_dropout"] = 0.5
+    recipe = parse_recipe({**table, "run": {**table["run"], "accumulation": 2}})
+    trainer = RetrievalRun(recipe, False, None, None)
+    trainer.train_mode()
+    batches = [batch for batch, _ in zip(trainer.loader, range(2), strict=False)]
+    seen: list[torch.Tensor] = []
+    hook = trainer.model.clip.visual.transformer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    trainer.backward(0, 0, batches)
+    hook.remove()
+    first, second = seen[:2], seen[2:]
+    assert len(second) == 2
+    for once, again in zip(first, second, strict=True):
+        assert torch.equal(once, again)
+    assert not torch.equal(first[0], first[1])
+
+
+@pytest.mark.parametrize("killed_at", [3, 6, 10])
+def test_killed_run_resumes_to_the_same_curve(table: dict[str, Any], tmp_path: Path, killed_at: int) -> None:
+    table["augment"] = {"scale": [0.6, 1.0], "ratio": [0.8, 1.2], "hflip": 0.5, "color_jitter": 0.2}
+    table["run"] |= {"ema_decay": 0.9, "checkpoint_interval": 2}
+    whole = run(table, tmp_path / "whole")
+
+    def kill(progress: Progress) -> None:
+        if progress.update == killed_at:
+            raise KeyboardInterrupt
+
+    recipe = parse_recipe({**table, "run": {**table["run"], "output": str(tmp_path / "killed")}})
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, progress=kill)
+    resumed = train(recipe, resume=True)
+    assert torch.equal(curve(resumed.history), curve(whole.history))
+    expected, weights = (load_file(result.model / "model.safetensors") for result in (whole, resumed))
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_workers_do_not_change_the_curve(table: dict[str, Any], tmp_path: Path) -> None:
+    table["augment"] = {"hflip": 0.5, "color_jitter": 0.2}
+    table["schedule"]["epochs"] = 1
+    alone = run(table, tmp_path / "alone")
+    table["data"]["workers"] = 1
+    assert torch.equal(curve(run(table, tmp_path / "workers").history), curve(alone.history))
+
+
+@pytest.mark.parametrize("similarity", ["seq", "tight"])
+def test_two_processes_give_the_curve_of_one(table: dict[str, Any], tmp_path: Path, similarity: str) -> None:
+    table["model"]["kwargs"]["similarity"] = similarity
+    table["optimizer"]["lr"] = 1e-3
+    alone = run(table, tmp_path / "alone")
+    table["run"] |= {"output": str(tmp_path / "two"), "accumulation": 2}
+    (tmp_path / "recipe.json").write_text(json.dumps(table))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "lamzoo"]
+    done = subprocess.run(
+        [*launch, "train", str(tmp_path / "recipe.json")],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    rows: Any = list(csv.DictReader((tmp_path / "two" / "metrics.csv").open()))
+    torch.testing.assert_close(curve(rows), curve(alone.history), rtol=1e-4, atol=1e-4)
+
+
+def test_towers_learn_at_a_rate_of_their_own(table: dict[str, Any], tmp_path: Path) -> None:
+    table["optimizer"] |= {"lr": 1e-3, "tower_lr": 1e-5}
+    trainer = RetrievalRun(parse_recipe(table), False, None, None)
+    rates = {id(p): group["lr_scale"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    for name, parameter in trainer.model.named_parameters():
+        tower = name.startswith("clip.") and ".lam." not in name
+        assert rates[id(parameter)] == pytest.approx(0.01 if tower else 1.0), name
+
+
+def test_a_locked_tower_stays_as_it_was(table: dict[str, Any], tmp_path: Path) -> None:
+    table["model"] |= {"lock_image_tower": True}
+    table["schedule"]["epochs"] = 1
+    recipe = parse_recipe(table)
+    before = {k: v.clone() for k, v in RetrievalRun(recipe, False, None, None).model.state_dict().items()}
+    after = load_file(train(recipe).model / "model.safetensors")
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert not any(name.startswith("clip.visual.") for name in changed)
+    assert any(name.startswith("clip.transformer.") for name in changed)
+
+
+def test_one_caption_a_video_is_drawn_anew_each_epoch(faces: Path, table: dict[str, Any]) -> None:
+    table["data"]["captions"] = "one"
+    trainer = RetrievalRun(parse_recipe(table), False, None, None)
+    assert len(trainer.seeded) == 48
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"task": "retreival"}, "task is 'retreival'"),
+        ({"data": {"fpz": 3}}, "data.fpz is unknown; did you mean data.fps"),
+        ({"data": {"fps": -1.0}}, "data.fps is -1.0"),
+        ({"data": {"max_frames": 0}}, "data.max_frames is 0"),
+        ({"data": {"eval_split": "train"}}, "48 videos of .* would be trained and scored on"),
+        ({"data": {"eval_split": "absent"}}, "absent"),
+        ({"augment": {"splice": 2.0}}, "augment.splice is 2.0"),
+        ({"augment": {"scale": [0.5, 0.1]}}, "augment.scale"),
+        ({"optimizer": {"tower_lr": 0.0}}, "optimizer.tower_lr is 0.0"),
+        ({"model": {"lock_image_tower": True, "freeze_layers": 1}}, "exclude each other"),
+        ({"model": {"name": "lam_vit_micro", "kwargs": {"num_classes": 10}, "lam": {}}}, "no argument 'max_frames'"),
+        ({"run": {"batch_size": 64}}, "batches of 64 pairs"),
+    ],
+)
+def test_a_recipe_that_cannot_be_is_refused_and_leaves_nothing(
+    table: dict[str, Any], tmp_path: Path, changes: dict[str, Any], says: str
+) -> None:
+    for section, values in changes.items():
+        if section == "model" and "name" in values:
+            table[section] = values
+        else:
+            table[section] = {**table.get(section, {}), **values} if isinstance(values, dict) else values
+    with pytest.raises(LamzooError, match=says):
+        train(parse_recipe(table))
+    assert not (tmp_path / "out").exists()
