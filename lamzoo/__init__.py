@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lamzoo.names import get_pretrained_cfg, list_models, list_tags, model_info, register_model
     from lamzoo.profiling import profile
     from lamzoo.registry import create_model
+    from lamzoo.search import index_videos
     from lamzoo.weights import save_pretrained
 
 __version__ = version("lamzoo")
@@ -31,6 +32,7 @@ _HOMES = {
     "capture_masks": "lamzoo.adapters",
     "create_model": "lamzoo.registry",
     "get_pretrained_cfg": "lamzoo.names",
+    "index_videos": "lamzoo.search",
     "lam_attention": "lamzoo.lam",
     "lam_parameters": "lamzoo.adapters",
     "lam_state_dict": "lamzoo.adapters",
@@ -52,6 +54,7 @@ __all__ = [
     "capture_masks",
     "create_model",
     "get_pretrained_cfg",
+    "index_videos",
     "lam_attention",
     "lam_parameters",
     "lam_state_dict",

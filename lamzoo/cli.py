@@ -17,6 +17,7 @@ from lamzoo.cli_bench import bench
 from lamzoo.cli_compare import compare
 from lamzoo.cli_eval import eval_command
 from lamzoo.cli_options import BatchSize, Checkpoint, Device, Json, Name, load_model
+from lamzoo.cli_search import search
 from lamzoo.cli_train import train
 from lamzoo.errors import LamzooError, UnknownModelError
 
@@ -184,6 +185,7 @@ def explain(
     out.print_line(out.printable(output))
 
 
+app.command()(search)
 app.command()(train)
 
 

@@ -90,8 +90,8 @@ def read_video(path: str | Path, sampling: FrameSampling = FrameSampling(), *, t
     Args:
         path: the file, of any extension: its content says what it is.
         sampling: which frames; by default at most 12 of one a second, spread over the video.
-        threads: for decoding; 0 lets FFmpeg choose. Several hasten long videos, but FFmpeg then may not notice damage
-            in the last frames; where several videos are read at once, as in workers, one is best.
+        threads: for decoding; 0 lets FFmpeg choose. Several give the same frames and hasten long videos, but make
+            FFmpeg overlook some damage; where several videos are read at once, as in workers, one is best.
 
     Returns:
         The frames, their times and the video's duration.
@@ -215,7 +215,7 @@ def _opened(path: Path, threads: int = 1) -> Iterator[tuple[InputContainer, Vide
             raise UnreadableVideo("its pictures are in a codec that this FFmpeg cannot decode")
         stream.codec_context.thread_type = "AUTO"
         stream.codec_context.thread_count = threads
-        if threads != 1:  # several mark damaged frames too late, so that they have to stop at them
+        if threads != 1:  # several mark some damaged frames too late: rather stop at all that look odd
             stream.codec_context.options = {"err_detect": "explode"}
         yield container, stream
 

@@ -78,7 +78,7 @@ def build_scheduler(section: ScheduleSection, optimizer: torch.optim.Optimizer, 
         optimizer,
         sched=section.name,
         num_epochs=section.epochs,
-        warmup_epochs=section.warmup_epochs,
+        warmup_epochs=section.warmup_epochs,  # type: ignore[arg-type]  # counted in updates, so a fraction will do
         warmup_lr=section.warmup_lr,
         min_lr=section.min_lr,
         cooldown_epochs=section.cooldown_epochs,

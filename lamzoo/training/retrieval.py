@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ import timm.optim
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 
 from lamzoo.data.clips import ClipAugment, Clips, Pairs, each_frame, pad_clips
@@ -168,7 +170,8 @@ class RetrievalRun(TrainingRun):
                 return self.model.encode_text(text), self.model.encode_video(frames, mask)
 
         masks = [mask for _, mask, _ in batches]
-        return contrastive_backward(self.accelerator, self.model, batches, encode, masks)
+        with nullcontext() if self.recipe.model.fused_attention else sdpa_kernel(SDPBackend.MATH):
+            return contrastive_backward(self.accelerator, self.model, batches, encode, masks)
 
     @torch.no_grad()
     def after_update(self) -> None:

@@ -23,6 +23,8 @@ class RetrievalModelSection:
         lam: fields of a :class:`lamzoo.LamConfig` in place of the registered one.
         kwargs: further arguments of ``create_model``, such as ``similarity``, ``lam_in`` and ``img_size``;
             ``max_frames`` comes from ``[data]`` where it is left out.
+        fused_attention: whether PyTorch may use its fused kernels. On CPUs, bfloat16 training of short sequences is
+            two to three times faster without them; both sides of a comparison should say the same.
         lock_image_tower: train nothing of the vision tower but its masks.
         freeze_layers: blocks of both towers that are frozen, from the first one on, with the embeddings; None for none.
     """
@@ -31,6 +33,7 @@ class RetrievalModelSection:
     pretrained: bool = False
     lam: dict[str, Any] | None = None
     kwargs: dict[str, Any] = field(default_factory=dict)
+    fused_attention: bool = True
     lock_image_tower: bool = False
     freeze_layers: int | None = None
 
@@ -141,6 +144,8 @@ def check_retrieval(recipe: RetrievalRecipe) -> None:
     low, high = augment.scale
     if not 0 < low <= high <= 1:
         raise RecipeError(f"Recipe key augment.scale is {augment.scale}; it must rise and lie between 0 and 1.")
+    if recipe.optimizer.layer_decay is not None:
+        raise RecipeError("Recipe key optimizer.layer_decay is for classifiers; use optimizer.tower_lr.")
     tower_lr = recipe.optimizer.tower_lr
     if tower_lr is not None and tower_lr <= 0:
         raise RecipeError(f"Recipe key optimizer.tower_lr is {tower_lr}; it must be positive.")

@@ -35,7 +35,7 @@ class ScheduleSection:
 
     name: str = "cosine"
     epochs: int = 100
-    warmup_epochs: int = 5
+    warmup_epochs: float = 5
     warmup_lr: float = 1e-6
     min_lr: float = 0.0
     cooldown_epochs: int = 0

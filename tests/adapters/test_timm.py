@@ -22,7 +22,7 @@ CONFIGS = [
     for layers, keys, op, heads in itertools.product(
         ("multi", "single"), ("content", "position"), ("mul", "add"), ("shared", "per-head")
     )
-] + [LamConfig(sign="positive"), LamConfig(sign="positive", keys="position", hidden=(8,))]
+] + [LamConfig(op="mul", sign="positive"), LamConfig(op="mul", sign="positive", keys="position", hidden=(8,))]
 
 hosts = pytest.mark.parametrize("host", HOSTS.values(), ids=HOSTS)
 few_hosts = pytest.mark.parametrize("host", [HOSTS[name] for name in FEW], ids=FEW)

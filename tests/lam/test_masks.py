@@ -157,7 +157,7 @@ def test_every_parameter_gets_a_gradient_after_one_step(config: LamConfig) -> No
 )
 def test_positive_masks_are_never_negative(seed: int, spread: float, keys: Keys) -> None:
     torch.manual_seed(seed)
-    module = network(LamConfig(rank=3, sign="positive", keys=keys, heads="per-head"))
+    module = network(LamConfig(rank=3, op="mul", sign="positive", keys=keys, heads="per-head"))
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.copy_(spread * torch.randn_like(parameter))

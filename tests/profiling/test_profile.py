@@ -18,7 +18,7 @@ CONFIGS = [
     LamConfig(rank=3, hidden=(12,), heads="per-head", op="add"),
     LamConfig(keys="position", rank=4),
     LamConfig(keys="position", layers="single"),
-    LamConfig(sign="positive", layers="single"),
+    LamConfig(op="mul", sign="positive", layers="single"),
 ]
 
 

@@ -76,7 +76,7 @@ def value(model: nn.Module) -> float:
 
 def test_the_records_of_timm_are_on_the_model() -> None:
     model = create_model("lam_vit_micro", num_classes=5)
-    assert model.lam_config == LamConfig(heads="per-head", sign="positive")
+    assert model.lam_config == LamConfig(op="mul", heads="per-head", sign="positive")
     assert model.default_cfg is model.pretrained_cfg
     assert model.pretrained_cfg["architecture"] == "lam_vit_micro"
     config = timm.data.resolve_model_data_config(model)

@@ -1,0 +1,163 @@
+"""The command ``lamzoo search``: words and a folder of videos in, the videos that show it out."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from lamzoo import cli_output as out
+from lamzoo.cli_options import Checkpoint, Device, Json, load_model
+from lamzoo.errors import ConfigError, MissingExtraError
+
+if TYPE_CHECKING:
+    from lamzoo.data.sampling import FrameSampling, Slicing
+    from lamzoo.search import Match, VideoIndex
+
+    _Answer = tuple[str, list[Match], float]  # a query, its matches, seconds
+
+_SHEET = Path("lamzoo-search.png")
+_logger = logging.getLogger(__name__)
+
+
+def search(
+    queries: Annotated[list[str], typer.Argument(metavar="QUERY...", help="What the video should show, in quotes.")],
+    videos: Annotated[Path, typer.Option(metavar="DIR", help="Folder of videos, with its subfolders.")],
+    model: Annotated[str, typer.Option(metavar="NAME", help=(
+        "Of the family lam_clip4clip: arch, arch.tag, open_clip/NAME:TAG, local-dir:DIR or hf-hub:REPO."))]
+    = "lam_clip4clip",
+    checkpoint: Checkpoint = None,
+    index: Annotated[Path | None, typer.Option(metavar="FILE.safetensors", help=(
+        "Where the embeddings are kept [lamzoo-index.<model>.safetensors in DIR]."))] = None,
+    top: Annotated[int, typer.Option(min=1, help="Matches a query.")] = 10,
+    sheet: Annotated[Path | None, typer.Option(metavar="FILE.png", help=(
+        f"The contact sheet; of several queries they are numbered [{_SHEET}]."))] = None,
+    no_sheet: Annotated[bool, typer.Option("--no-sheet", help="Draw no contact sheet.")] = False,
+    fps: Annotated[float | None, typer.Option(help=(
+        "Frames a second that are looked at; 0 for all [1; without this and the next two, as the index has it]."))]
+    = None,
+    max_frames: Annotated[int | None, typer.Option(min=1, help=(
+        "How many of a video at most [what the model has positions for]."))] = None,
+    slicing: Annotated[Literal["head", "middle", "tail", "uniform"] | None, typer.Option(
+        help="Which frames of a video that has too many [uniform].")] = None,
+    device: Device = "auto",
+    precision: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the autocast.")] = "float32",
+    batch_size: Annotated[int, typer.Option(help="Videos at a time.")] = 16,
+    workers: Annotated[int, typer.Option(help="Processes that read videos.")] = 0,
+    on_bad_input: Annotated[Literal["stop", "skip"], typer.Option(help=(
+        "At a video that cannot be read, or leave it out and say so."))] = "skip",
+    force: Annotated[bool, typer.Option("--force", help="Embed all videos anew.")] = False,
+    json: Json = False,
+) -> None:  # fmt: skip
+    """Finds the videos of a folder that show what a text says.
+
+    The first time, the videos are embedded into an index; later only those that are new or have changed.
+    """
+    if not all(query.strip() for query in queries):
+        raise ConfigError("the query is empty; write what the video should show")
+    if no_sheet and sheet is not None:
+        raise ConfigError("--sheet and --no-sheet contradict each other; leave one out")
+    sheets = [] if no_sheet else _sheets(sheet, len(queries))
+    from lamzoo.data.video import find_videos
+    from lamzoo.evaluation import check_batches, resolve_device
+    from lamzoo.evaluation.videos import frames_config
+    from lamzoo.report.contact import write_contact_sheet
+    from lamzoo.search import index_videos
+
+    target = resolve_device(device)
+    check_batches(batch_size, workers, precision)
+    find_videos([videos])
+    network = load_model(model, checkpoint)
+    frames_config(network)
+    with out.progress_bar(f"{model} on {out.printable(videos)}", hidden=json) as advance:
+        found = index_videos(
+            videos,
+            network,
+            index=index,
+            sampling=_sampling(network, fps, max_frames, slicing),
+            batch_size=batch_size,
+            device=target,
+            precision=precision,
+            workers=workers,
+            on_bad_input=on_bad_input,
+            force=force,
+            progress=advance,
+        )
+    _ = network.tokenizer  # read from a file when it is first asked for, which is no query's time
+    answers = []
+    for query in queries:
+        start = time.perf_counter()
+        matches = found.search(query, top)
+        answers.append((query, matches, time.perf_counter() - start))
+    if not json:
+        _print(found, answers)
+    for picture, (query, matches, _) in zip(sheets, answers, strict=False):
+        write_contact_sheet(picture, query, matches)
+    if json:
+        out.print_json({"model": model, **_record(found, answers, sheets)})
+    else:
+        for picture in sheets:
+            out.print_line(out.printable(picture))
+
+
+def _sheets(sheet: Path | None, count: int) -> list[Path]:
+    """Returns what to call the contact sheets, and checks that they can be drawn; none where nobody asked for them."""
+    from lamzoo.report.contact import check_sheet
+
+    first = _SHEET if sheet is None else sheet
+    try:
+        check_sheet(first)
+    except MissingExtraError as error:
+        if sheet is not None:
+            raise
+        _logger.warning("no contact sheet is drawn: %s", error)
+        return []
+    if count == 1:
+        return [first]
+    return [first.with_name(f"{first.stem}-{number}{first.suffix}") for number in range(1, count + 1)]
+
+
+def _sampling(model: Any, fps: float | None, max_frames: int | None, slicing: Slicing | None) -> FrameSampling | None:
+    from lamzoo.data.sampling import FrameSampling
+
+    if fps is None and max_frames is None and slicing is None:
+        return None
+    return FrameSampling(1.0 if fps is None else fps or None, max_frames or model.max_frames, slicing or "uniform")
+
+
+def _print(found: VideoIndex, answers: Sequence[_Answer]) -> None:
+    for query, matches, seconds in answers:
+        rows = [
+            (rank, f"{match.score:.3f}", match.duration, out.printable(match.path))
+            for rank, match in enumerate(matches, start=1)
+        ]
+        title = f"{query}: {len(rows)} of {len(found)} videos, {1000 * seconds:.1f} ms"
+        out.print_table(("rank", "score", "duration (s)", "file"), rows, title=title, numbers=(1,))
+    if found.unreadable:
+        count = len(found.unreadable)
+        out.print_line(f"{count} {'video' if count == 1 else 'videos'} cannot be read; --json lists what is left out")
+
+
+def _record(found: VideoIndex, answers: Sequence[_Answer], sheets: Sequence[Path]) -> dict[str, Any]:
+    return {
+        "index": out.printable(found.path),
+        "videos": len(found),
+        "embedded": found.embedded,
+        "unreadable": [{"path": out.printable(path), "reason": reason} for path, reason in found.unreadable.items()],
+        "queries": [
+            {
+                "query": query,
+                "seconds": seconds,
+                "sheet": out.printable(sheets[number]) if sheets else None,
+                "matches": [
+                    {"rank": rank, "score": match.score, "duration": match.duration, "path": out.printable(match.path)}
+                    for rank, match in enumerate(matches, start=1)
+                ],
+            }
+            for number, (query, matches, seconds) in enumerate(answers)
+        ],
+    }

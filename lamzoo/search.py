@@ -1,0 +1,367 @@
+"""Video search by text: embeds a folder of videos once, then ranks them for any query."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import timm.data
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from lamzoo.data import OnBadInput
+from lamzoo.data.clips import FramesTransform, each_frame, pad_clips
+from lamzoo.data.images import unreadable_because
+from lamzoo.data.sampling import FrameSampling
+from lamzoo.data.video import find_videos, read_video
+from lamzoo.data.videoindex import UnreadableVideo, import_av
+from lamzoo.errors import ConfigError, DataError
+from lamzoo.evaluation.partial import weights_sha256
+from lamzoo.evaluation.runtime import Precision, check_batches, inference, resolve_device
+from lamzoo.evaluation.videos import compare, encode_texts, frames_config
+from lamzoo.registry import create_model
+from lamzoo.searchindex import (
+    SUFFIX,
+    GrowingIndex,
+    IndexedVideo,
+    Origin,
+    StoredIndex,
+    check_origin,
+    check_replaceable,
+    read_index,
+    stack_rows,
+)
+
+_logger = logging.getLogger(__name__)
+
+_SAVE_EVERY = 64  # videos; a large index is written again after a twentieth more, so that writing stays cheap
+
+
+@dataclass(frozen=True)
+class Match:
+    """A video that answers a query.
+
+    Attributes:
+        path: the file.
+        score: the cosine of text and video, -1 to 1; of a model with ``similarity="tight"`` its head's logit.
+        duration: seconds.
+    """
+
+    path: Path
+    score: float
+    duration: float
+
+
+@dataclass(frozen=True, eq=False)
+class VideoIndex:
+    """Embedded videos and the model that compares texts with them; :func:`index_videos` makes it.
+
+    Attributes:
+        model: of the family ``lam_clip4clip``.
+        path: the file that holds the embeddings.
+        videos: the files, in natural order.
+        durations: of each of them, seconds.
+        embeddings: ``(N, D)``, float32, of length 1; for ``similarity="tight"`` ``(N, F, D)``, of frames.
+        frame_mask: None; for ``similarity="tight"`` ``(N, F)``, bool, True where there is a frame.
+        unreadable: files that could not be read, and why.
+        precision: of the autocast for queries.
+        embedded: how many videos were embedded to make this object, the others being known.
+    """
+
+    model: Any = field(repr=False)
+    path: Path
+    videos: Sequence[Path] = field(repr=False)
+    durations: Sequence[float] = field(repr=False)
+    embeddings: Tensor = field(repr=False)
+    frame_mask: Tensor | None = field(default=None, repr=False)
+    unreadable: Mapping[Path, str] = field(default_factory=dict, repr=False)
+    precision: Precision = "float32"
+    embedded: int = 0
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+    def search(self, query: str, top: int = 10) -> list[Match]:
+        """Returns the videos that fit a text best, the best first; all of them where there are fewer than ``top``.
+
+        Raises:
+            ConfigError: the query is empty, or ``top`` below 1.
+        """
+        if not query.strip():
+            raise ConfigError("the query is empty; write what the video should show")
+        if top < 1:
+            raise ConfigError(f"{top} matches were asked for; ask for 1 or more")
+        scores = self._scores(query)
+        best = scores.argsort(descending=True, stable=True)[:top].tolist()
+        return [Match(self.videos[i], float(scores[i]), self.durations[i]) for i in best]
+
+    def _scores(self, query: str) -> Tensor:
+        """Returns the scores ``(N,)`` of all videos."""
+        with inference(self.model, self.embeddings.device, self.precision, 1):
+            text = encode_texts(self.model, [query], 1)
+            if self.frame_mask is not None:
+                return compare(self.model, text, self.embeddings, self.frame_mask)[0]
+        with torch.inference_mode():  # and no autocast, whose rounding would make ties
+            return (self.embeddings @ F.normalize(text[0], dim=0)).cpu()
+
+
+def index_videos(
+    folder: str | Path,
+    model: str | nn.Module = "lam_clip4clip",
+    *,
+    index: str | Path | None = None,
+    sampling: FrameSampling | None = None,
+    batch_size: int = 16,
+    device: str | torch.device = "auto",
+    precision: Precision = "float32",
+    workers: int = 0,
+    on_bad_input: OnBadInput = "skip",
+    force: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> VideoIndex:
+    """Embeds the videos of a folder and its subfolders for search by text, each of them once.
+
+    The embeddings are kept in a file, which is written again and again while it grows: a run that was killed goes on
+    from there. Later runs embed what is new or has changed (in size or time of change) and forget what has gone.
+
+    Args:
+        folder: with videos, which are told by their extension.
+        model: of the family ``lam_clip4clip``: a name, which is then created with its weights, or the model itself,
+            which is left on the device.
+        index: the file, a ``.safetensors``; by default ``lamzoo-index.<model>.safetensors`` in the folder.
+        sampling: which frames are looked at; by default those of the index that is there, or else one a second,
+            ``model.max_frames`` of them, spread over the video.
+        batch_size: videos that pass through the model at a time.
+        device: as torch writes it, or ``"auto"``.
+        precision: of the autocast, for videos and queries.
+        workers: processes that read videos; 0 reads in this one.
+        on_bad_input: ``"skip"`` leaves out a video that can't be read, logs it, and tries it again when the file has
+            changed; ``"stop"`` raises at it.
+        force: embed everything anew, whatever the file holds.
+        progress: called with the videos that this run has read, and how many it has to read.
+
+    Returns:
+        The index, to search in.
+
+    Raises:
+        ConfigError: an argument that is not possible, or an embedding that is not finite.
+        DataError: there is no video in the folder, or none that can be read; a video can't be read and ``on_bad_input``
+            is ``"stop"``; the file can't be read or written, is damaged or something else, or was made of other videos
+            or with other weights or another sampling.
+        UnsupportedHostError: the model compares no texts with videos.
+        MissingExtraError: PyAV is not installed.
+        WeightsError: the weights of the model cannot be had.
+    """
+    check_batches(batch_size, workers, precision)
+    if on_bad_input not in get_args(OnBadInput):
+        raise ConfigError(f"on_bad_input is {on_bad_input!r}; it must be 'stop' or 'skip'")
+    device, folder = resolve_device(device), Path(folder)
+    found = _listed(folder)
+    import_av()
+    network: Any = create_model(model, pretrained=True) if isinstance(model, str) else model
+    frames_config(network)
+    path = folder / f"lamzoo-index.{_slug(_name(network))}{SUFFIX}" if index is None else Path(index)
+    if path.suffix != SUFFIX:
+        raise ConfigError(f"the index {path} would be a safetensors file; give it a name that ends in {SUFFIX}")
+    check_replaceable(path)
+    stored = read_index(path) if path.exists() and not force else None
+    if sampling is None:
+        sampling = FrameSampling(max_frames=network.max_frames) if stored is None else stored.origin.sampling
+    content = GrowingIndex(path, folder, found, _origin(network, sampling))
+    if stored is not None:
+        content.take_over(stored, unreadable=on_bad_input == "skip")
+    if network.similarity_type != "mean" and (sampling.max_frames or sys.maxsize) > network.max_frames:
+        raise ConfigError(
+            f"{sampling.max_frames or 'all'} frames of a video were asked for and the model has positions for "
+            f"{network.max_frames}; set max_frames (--max-frames) to that, or less"
+        )
+    todo = content.missing()
+    if todo or stored is None or content.size < len(stored.videos) + len(stored.unreadable):
+        content.save()  # at once, so that a folder that can't be written to is found out before the work
+    network.to(device)
+    _embed(network, content, todo, device, precision, batch_size, workers, on_bad_input, progress)
+    bad = content.unreadable
+    if not content.rows:
+        path, reason = next(iter(bad.items()))
+        raise DataError(f"none of the {len(found)} videos in {folder} can be read: {path} ({reason}); replace them")
+    opened = _opened(path, folder, content.stored(), network, device, precision)
+    return replace(opened, unreadable=bad, embedded=sum(video.path in content.rows for video in todo))
+
+
+def load_index(
+    path: str | Path,
+    model: str | nn.Module = "lam_clip4clip",
+    *,
+    device: str | torch.device = "auto",
+    precision: Precision = "float32",
+) -> VideoIndex:
+    """Opens an index as it is, without looking for its videos, which may be elsewhere.
+
+    Args:
+        path: the file, of :func:`index_videos`.
+        model: the one that it was made with; a name, or the model itself, which is left on the device.
+        device: as torch writes it, or ``"auto"``.
+        precision: of the autocast for queries.
+
+    Raises:
+        ConfigError: a device or precision that is not possible.
+        DataError: the file can't be read, is damaged or something else, was made with other weights, or holds no video.
+        UnsupportedHostError: the model compares no texts with videos.
+        WeightsError: the weights of the model cannot be had.
+    """
+    check_batches(1, precision=precision)
+    device, path = resolve_device(device), Path(path)
+    stored = read_index(path)
+    if not stored.videos:
+        raise DataError(f"the index {path} holds no video yet; go on with index_videos (lamzoo search)")
+    network: Any = create_model(model, pretrained=True) if isinstance(model, str) else model
+    check_origin(path, stored.origin, _origin(network, stored.origin.sampling))
+    return _opened(path, stored.folder_seen_from(path), stored, network.to(device), device, precision)
+
+
+class _Read(NamedTuple):
+    """A video that was read, or could not be."""
+
+    video: IndexedVideo  # with its duration or reason
+    frames: Tensor | None = None  # (F, 3, H, W)
+    error: str = ""
+    lasting: bool = True  # the reason is in the file itself
+
+
+class _Videos(Dataset[_Read]):
+    """The frames of video files, or why there are none."""
+
+    def __init__(
+        self, folder: Path, videos: Sequence[IndexedVideo], sampling: FrameSampling, transform: FramesTransform
+    ) -> None:
+        self._folder, self._videos, self._sampling, self._transform = folder, videos, sampling, transform
+
+    def __len__(self) -> int:
+        return len(self._videos)
+
+    def __getitem__(self, index: int) -> _Read:
+        video = self._videos[index]
+        try:
+            clip = read_video(self._folder / video.path, self._sampling)
+        except DataError as error:
+            lasting = isinstance(error.__cause__, UnreadableVideo) and not isinstance(error.__context__, OSError)
+            return _Read(replace(video, reason=unreadable_because(error)), error=str(error), lasting=lasting)
+        return _Read(replace(video, duration=clip.duration), self._transform(clip.frames))
+
+
+def _collate(batch: Sequence[_Read]) -> tuple[tuple[Tensor, Tensor] | None, list[_Read]]:
+    """Puts the frames of those that could be read together, and takes them out of the rest."""
+    clips = [read.frames for read in batch if read.frames is not None]
+    return pad_clips(clips) if clips else None, [read._replace(frames=None) for read in batch]
+
+
+def _embed(
+    model: Any,
+    content: GrowingIndex,
+    todo: Sequence[IndexedVideo],
+    device: torch.device,
+    precision: Precision,
+    batch_size: int,
+    workers: int,
+    on_bad_input: OnBadInput,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Reads and embeds videos, and saves what there is, also when it is interrupted."""
+    transform = each_frame(timm.data.create_transform(**frames_config(model)))
+    videos = _Videos(content.folder, todo, content.origin.sampling, transform)
+    # The loader draws a seed for its workers, which are deterministic here: the caller's random state is left alone.
+    seed = torch.Generator().manual_seed(0)
+    loader = DataLoader(videos, batch_size, collate_fn=_collate, num_workers=workers, generator=seed)
+    done = 0
+    try:
+        with inference(model, device, precision, batch_size):
+            for clips, batch in loader:
+                bad = [read for read in batch if read.video.reason is not None]
+                if bad and on_bad_input == "stop":
+                    raise DataError(f"{bad[0].error}, or go on without it with --on-bad-input skip")
+                for read in bad:
+                    _logger.warning("left out %s: %s", content.folder / read.video.path, read.video.reason)
+                    content.add(read.video, None, lasting=read.lasting)
+                if clips is not None:
+                    frames, mask = clips
+                    good = [read.video for read in batch if read.video.reason is None]
+                    for video, row in zip(good, _rows(model, frames, mask, device), strict=True):
+                        _check_finite(row, content.folder / video.path, precision)
+                        content.add(video, row)
+                done += len(batch)
+                content.save(after=max(_SAVE_EVERY, content.size // 20))
+                if progress is not None:
+                    progress(done, len(todo))
+    finally:
+        content.save(after=1)
+
+
+def _rows(model: Any, frames: Tensor, mask: Tensor, device: torch.device) -> list[Tensor]:
+    """Returns the embedding of each video, float32 on the CPU: ``(D,)`` of length 1, or ``(F, D)`` of its frames."""
+    videos = model.encode_video(frames.to(device), mask.to(device)).float().cpu()
+    if videos.ndim == 2:
+        return list(F.normalize(videos, dim=-1))
+    return [video[seen] for video, seen in zip(videos, mask, strict=True)]
+
+
+def _check_finite(row: Tensor, path: Path, precision: Precision) -> None:
+    if not row.isfinite().all():
+        raise ConfigError(
+            f"the model's embedding of {path} is not finite in {precision}; use the precision float32, or other weights"
+        )
+
+
+def _opened(
+    path: Path, folder: Path, stored: StoredIndex, model: Any, device: torch.device, precision: Precision
+) -> VideoIndex:
+    embeddings, mask = stack_rows(stored.rows)
+    return VideoIndex(
+        model=model,
+        path=path,
+        videos=[folder / video.path for video in stored.videos],
+        durations=[video.duration for video in stored.videos],
+        embeddings=embeddings.to(device),
+        frame_mask=None if mask is None else mask.to(device),
+        unreadable={folder / video.path: str(video.reason) for video in stored.unreadable},
+        precision=precision,
+    )
+
+
+def _listed(folder: Path) -> list[IndexedVideo]:
+    """Lists the videos of a folder as they are now."""
+    if folder.is_file():
+        raise DataError(f"{folder} is a file; name the folder that holds the videos")
+    listed = []
+    for path in find_videos([folder]):
+        name = path.relative_to(folder).as_posix()
+        try:
+            stat = path.stat()
+        except OSError:  # a dangling link, or just removed: reading it will say
+            listed.append(IndexedVideo(name, -1, 0))
+        else:
+            listed.append(IndexedVideo(name, stat.st_size, stat.st_mtime_ns))
+    return listed
+
+
+def _origin(model: Any, sampling: FrameSampling) -> Origin:
+    preprocessing = json.loads(json.dumps(frames_config(model)))  # as it will be read back: tuples become lists
+    return Origin(_name(model), weights_sha256(model), model.similarity_type, sampling, preprocessing)
+
+
+def _name(model: Any) -> str:
+    """Returns the model's name in the registry, with its tag where its weights have one."""
+    name = getattr(model, "registry_name", None) or type(model).__name__
+    source = getattr(model, "weights_source", None) or ""
+    return source if source.startswith(f"{name}.") else name
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", name)
