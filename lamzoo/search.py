@@ -315,7 +315,7 @@ def _rows(model: Any, frames: Tensor, mask: Tensor, device: torch.device) -> lis
 def _check_finite(row: Tensor, path: Path, precision: Precision) -> None:
     if not row.isfinite().all():
         raise ConfigError(
-            f"the model's embedding of {path} is not finite in {precision}; use the precision float32, or other weights"
+            f"the model's embedding of {path} is not finite in {precision}; use float32, or other weights"
         )
 
 

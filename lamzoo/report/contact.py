@@ -62,7 +62,7 @@ def write_contact_sheet(path: str | Path, query: str, matches: Sequence[Match]) 
     row = _CAPTION + _CELL[1] + _MARGIN
     width, height = _WIDTH + 2 * _MARGIN, _TITLE + len(matches) * row
     figure = new_figure((width / _DPI, height / _DPI), dpi=_DPI)
-    figure.set_layout_engine("none")  # everything has its place, to the pixel
+    figure.set_layout_engine("none")  # everything has its place
     fonts = _fonts()
 
     def write(text: str, top: int, size: float, weight: str = "normal") -> None:
@@ -76,10 +76,7 @@ def write_contact_sheet(path: str | Path, query: str, matches: Sequence[Match]) 
         top = _TITLE + (rank - 1) * row
         facts = f"{rank}    {match.score:.3f}    {_clock(match.duration)}    {_printable(match.path)}"
         write(facts, top + _CAPTION // 2, 9)
-        bottom = height - top - _CAPTION - _CELL[1]
-        axes = figure.add_axes((_MARGIN / width, bottom / height, _WIDTH / width, _CELL[1] / height))
-        axes.imshow(np.asarray(_strip(match.path)), interpolation="nearest", aspect="auto")
-        axes.set_axis_off()
+        figure.figimage(np.asarray(_strip(match.path)), xo=_MARGIN, yo=height - top - _CAPTION - _CELL[1])
     with atomic_files(DataError) as stage, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="(Glyph|Matplotlib currently does not support)")  # boxes will do
         figure.savefig(stage(path), format="png")
@@ -120,7 +117,7 @@ def _fonts() -> list[str]:
 
 def _printable(text: str | os.PathLike[str], *, start: bool = False) -> str:
     """Returns text that can be drawn on one line: of one too long the start, or the end, which names the file."""
-    whole = os.fsencode(text).decode("utf-8", "replace")
+    whole = " ".join(os.fsencode(text).decode("utf-8", "replace").split())
     whole = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in whole)
     if len(whole) <= _LETTERS:
         return whole

@@ -337,7 +337,7 @@ def test_position_keys_equal_a_dense_mask_and_need_a_length() -> None:
     with pytest.raises(ConfigError, match="max_length"):
         add_lam(model, LamConfig(keys="position"))
     assert type(model.attn) is nn.MultiheadAttention  # as it was
-    add_lam(model, LamConfig(keys="position", max_length=7, init="paper"))
+    add_lam(model, LamConfig(keys="position", op="mul", heads="shared", max_length=7, init="paper"))
     query, key = torch.randn(2, 5, WIDTH), torch.randn(2, 7, WIDTH)
     out, _ = model(query, key, key)
     attn, network = model.attn, model.attn.lam.network

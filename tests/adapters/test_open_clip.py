@@ -445,7 +445,7 @@ def test_open_clip_is_needed_for_its_models_alone(monkeypatch: pytest.MonkeyPatc
 
 def test_mask_multiplies_the_scores() -> None:
     """Against the formula written out on open_clip's own weights."""
-    block = add_lam(ResidualAttentionBlock(16, 4), PAPER)
+    block = add_lam(ResidualAttentionBlock(16, 4), LamConfig(op="mul", init="paper", rank=4))
     attn, x = block.attn, torch.randn(2, 5, 16)
     q, k, v = F.linear(x, attn.in_proj_weight, attn.in_proj_bias).unflatten(-1, (3, 4, 4)).permute(2, 0, 3, 1, 4)
     scores = q @ k.mT / 2 * attn.lam(x, x).dense()

@@ -100,7 +100,7 @@ def test_tables_of_another_image_size_are_resized_and_named() -> None:
 
 
 def test_wrong_keys_and_shapes_are_named_and_nothing_is_loaded() -> None:
-    model = add_lam(VIT.create(), LamConfig(keys="position"))
+    model = add_lam(VIT.create(), LamConfig(keys="position", heads="shared"))
     before = {name: value.clone() for name, value in lam_state_dict(model).items()}
     good = {name: torch.randn_like(value) for name, value in before.items()}
     key = "blocks.1.attn.lam.network.table.weight"

@@ -50,8 +50,8 @@ def tokens(batch: int = 2) -> Tensor:
     return torch.randn(batch, LENGTH, DIM, dtype=torch.float64)
 
 
-SINGLE = LamConfig(layers="single", rank=2, init="paper")
-MULTI = LamConfig(layers="multi", rank=2, init="paper")
+SINGLE = LamConfig(layers="single", op="mul", heads="shared", rank=2, init="paper")
+MULTI = LamConfig(layers="multi", op="mul", heads="shared", rank=2, init="paper")
 
 
 def test_single_layers_share_the_first_mask() -> None:

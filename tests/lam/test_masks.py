@@ -82,7 +82,9 @@ def test_position_keys_are_the_papers_dense_network(op: Op, widths: tuple[int, .
         layers += [nn.Linear(inputs, outputs), nn.ReLU()]
     paper = nn.Sequential(*layers, nn.Linear(widths[-1], length)).double()
 
-    config = LamConfig(keys="position", op=op, hidden=widths[:-1], rank=widths[-1], init="paper", max_length=length)
+    config = LamConfig(
+        keys="position", op=op, heads="shared", hidden=widths[:-1], rank=widths[-1], init="paper", max_length=length
+    )
     ours = MaskNetwork(config, dim, dim, HEADS).double()
     last: Any = paper[-1]
     ours.query.load_state_dict(paper[:-1].state_dict())
@@ -129,7 +131,7 @@ def test_fresh_mask_is_the_identity(config: LamConfig) -> None:
 @pytest.mark.parametrize("sign", ["free", "positive"])
 def test_paper_init_is_not_the_identity(keys: Keys, sign: Sign) -> None:
     tokens = torch.randn(3, LENGTH, 4)
-    mask = network(LamConfig(keys=keys, sign=sign, init="paper"))(tokens, tokens)
+    mask = network(LamConfig(keys=keys, op="mul", sign=sign, init="paper"))(tokens, tokens)
     assert (mask.dense() - 1).abs().mean() > 0.02
 
 
@@ -215,7 +217,7 @@ def test_any_batch_and_length(config: LamConfig, batch: int, length: int) -> Non
 
 
 def test_cross_attention_reads_two_widths() -> None:
-    module = MaskNetwork(LamConfig(rank=3, hidden=(5,), init="paper"), 6, 4, HEADS)
+    module = MaskNetwork(LamConfig(rank=3, heads="shared", hidden=(5,), init="paper"), 6, 4, HEADS)
     queries, keys = torch.randn(2, 3, 6), torch.randn(2, 8, 4)
     mask = module(queries, keys)
     hidden = torch.relu(module.query[2](torch.relu(module.query[0](queries))))
@@ -234,7 +236,7 @@ def test_each_head_has_a_mask_of_its_own() -> None:
 
 
 def test_position_table_follows_the_grid() -> None:
-    module = network(LamConfig(keys="position", rank=3))
+    module = network(LamConfig(keys="position", heads="shared", rank=3))
     perturb(module)
     tokens = torch.randn(2, 13, 4)
     mask = module(tokens, tokens, (3, 4))
