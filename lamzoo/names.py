@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import importlib
-import importlib.util
 import inspect
 import logging
 import re
@@ -17,22 +16,25 @@ from pathlib import Path
 from typing import Any, TypeVar, overload
 
 import timm
-from timm.data.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-from timm.models import PretrainedCfg, get_arch_pretrained_cfgs, is_model
+from timm.models import PretrainedCfg, is_model
 from torch import nn
 
 from lamzoo.cards import CFG_KEYS, ModelCard, TagCard, data_dir, read_card, tag_card
-from lamzoo.errors import DuplicateModelError, RegistryError, UnknownModelError
+from lamzoo.errors import DuplicateModelError, MissingExtraError, RegistryError, UnknownModelError
+from lamzoo.foreign import (
+    OPEN_CLIP_PREFIX,
+    TIMM_MODULES,
+    TIMM_PREFIX,
+    open_clip_card,
+    open_clip_models,
+    timm_card,
+)
 from lamzoo.lam.config import LamConfig
 
 _logger = logging.getLogger(__name__)
 _Function = TypeVar("_Function", bound=Callable[..., nn.Module])
 
 ENTRY_POINT_GROUP = "lamzoo.models"
-TIMM_PREFIX = "timm/"
-OPEN_CLIP_PREFIX = "open_clip/"
-# timm's modules whose attention the adapters serve; other timm names can be created, but not listed.
-_TIMM_MODULES = ("vision_transformer", "deit", "eva", "naflexvit", "vision_transformer_hybrid")
 
 _cards: dict[str, ModelCard] = {}
 _broken: dict[str, str] = {}  # plug-in -> what went wrong
@@ -151,18 +153,21 @@ def find_card(name: str) -> ModelCard:
 
     Raises:
         UnknownModelError: no such model; the closest names are listed.
+        MissingExtraError: a model of open_clip, which is not installed.
     """
     _load()
     arch, _ = split_name(name)
     if arch in _cards:
         return _cards[arch]
     if arch.startswith(TIMM_PREFIX) and is_model(arch.removeprefix(TIMM_PREFIX)):
-        return _timm_card(arch.removeprefix(TIMM_PREFIX))
-    if arch.startswith(OPEN_CLIP_PREFIX) and arch in _open_clip_models():
-        return _open_clip_card(arch.removeprefix(OPEN_CLIP_PREFIX))
+        return timm_card(arch.removeprefix(TIMM_PREFIX))
+    if arch.startswith(OPEN_CLIP_PREFIX) and not open_clip_models():
+        raise MissingExtraError(f"{arch} needs open_clip, which is not installed; pip install 'lamzoo[clip]'.")
+    if arch.startswith(OPEN_CLIP_PREFIX) and arch in open_clip_models():
+        return open_clip_card(arch.removeprefix(OPEN_CLIP_PREFIX))
     known = list(_cards)
     if arch.startswith(OPEN_CLIP_PREFIX):
-        known = _open_clip_models()
+        known = open_clip_models()
     elif "/" in arch:
         known += [TIMM_PREFIX + model for model in timm.list_models()]
     close = difflib.get_close_matches(arch, known, n=3)
@@ -213,9 +218,9 @@ def list_models(
     tagged = pretrained if include_tags is None else include_tags
     cards = list(_cards.values())
     if any(pattern.startswith(TIMM_PREFIX) for pattern in include) or "timm" in families:
-        cards += [_timm_card(arch) for arch in timm.list_models(module=_TIMM_MODULES)]
+        cards += [timm_card(arch) for arch in timm.list_models(module=TIMM_MODULES)]
     if any(pattern.startswith(OPEN_CLIP_PREFIX) for pattern in include) or "open_clip" in families:
-        cards += [_open_clip_card(arch.removeprefix(OPEN_CLIP_PREFIX)) for arch in _open_clip_models()]
+        cards += [open_clip_card(arch.removeprefix(OPEN_CLIP_PREFIX)) for arch in open_clip_models()]
     names = []
     for card in cards:
         if (families and card.family not in families) or (pretrained and not card.tags):
@@ -289,67 +294,6 @@ def builder_of(card: ModelCard) -> Callable[..., nn.Module]:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise RegistryError(f"The builder {card.builder!r} of {card.name} cannot be imported: {error}.") from error
-
-
-def _timm_card(arch: str) -> ModelCard:
-    tags = {}
-    for name, cfg in get_arch_pretrained_cfgs(arch).items():
-        if cfg.has_weights and cfg.tag:
-            tags[cfg.tag] = TagCard(cfg.tag, timm=name, licence=cfg.license)
-    return ModelCard(
-        name=TIMM_PREFIX + arch,
-        family="timm",
-        builder="lamzoo.models.vit:lam_vit",
-        backbone={"timm": arch},
-        description=f"timm's {arch}, with masks where lam= is given.",
-        tags=tags,
-        source="timm",
-    )
-
-
-def _open_clip_models() -> list[str]:
-    if importlib.util.find_spec("open_clip") is None:
-        return []
-    import open_clip
-
-    return [OPEN_CLIP_PREFIX + arch for arch in open_clip.list_models()]
-
-
-def _open_clip_card(arch: str) -> ModelCard:
-    import open_clip
-
-    tags = {}
-    for name in open_clip.list_pretrained_tags_by_model(arch):
-        cfg = open_clip.get_pretrained_cfg(arch, name)
-        if cfg.get("hf_hub"):
-            args = {"quick_gelu": True} if cfg.get("quick_gelu") else {}
-            tags[name] = TagCard(name, open_clip=f"{arch}:{name}", args=args, pretrained_cfg=_open_clip_ends(cfg))
-    config = open_clip.get_model_config(arch)
-    size = config["vision_cfg"].get("image_size", 224)
-    height, width = (size, size) if isinstance(size, int) else size
-    return ModelCard(
-        name=OPEN_CLIP_PREFIX + arch,
-        family="open_clip",
-        builder="lamzoo.models.clip4clip:clip4clip",
-        backbone={"open_clip": arch, "similarity": "mean"},
-        description=f"CLIP4Clip on the towers of open_clip's {arch}, with masks where lam= is given.",
-        pretrained_cfg={"input_size": (3, height, width), "num_classes": 0, "crop_pct": 1.0} | _open_clip_ends({}),
-        tags=tags,
-        source="open_clip",
-    )
-
-
-def _open_clip_ends(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """Says in timm's words how open_clip preprocesses images for a set of weights."""
-    return {
-        "mean": cfg.get("mean") or OPENAI_CLIP_MEAN,
-        "std": cfg.get("std") or OPENAI_CLIP_STD,
-        "interpolation": cfg.get("interpolation") or "bicubic",
-        "crop_mode": _CROP_MODES[cfg.get("resize_mode") or "shortest"],
-    }
-
-
-_CROP_MODES = {"shortest": "center", "squash": "squash", "longest": "border"}
 
 
 def _add(card: ModelCard) -> None:

@@ -17,9 +17,9 @@ from lamzoo import hub
 from lamzoo.adapters import add_lam, remove_lam
 from lamzoo.cards import ModelCard, TagCard
 from lamzoo.errors import ConfigError, HashMismatchError, UnsafeWeightsError, WeightsError, WeightsNotFoundError
+from lamzoo.foreign import OPEN_CLIP_PREFIX
 from lamzoo.lam.config import LamConfig
 from lamzoo.names import (
-    OPEN_CLIP_PREFIX,
     ModelInfo,
     builder_of,
     find_card,

@@ -313,7 +313,7 @@ def _rows(tensors: dict[str, Tensor], count: int) -> list[Tensor]:
 
 
 def _words(sampling: FrameSampling) -> str:
-    rate = "every frame" if sampling.fps is None else f"{sampling.fps:g} frames a second"
+    rate = "every frame" if sampling.fps is None else f"fps {sampling.fps:g}"
     if sampling.max_frames is None:
         return rate
-    return f"{rate}, {sampling.max_frames} at most ({sampling.slicing})"
+    return f"{rate}, max_frames {sampling.max_frames}, slicing {sampling.slicing}"

@@ -19,8 +19,9 @@ from lamzoo import hub
 from lamzoo.cards import ModelCard
 from lamzoo.errors import ConfigError, UnknownModelError, WeightsError, WeightsNotFoundError
 from lamzoo.files import atomic_files
+from lamzoo.foreign import TIMM_PREFIX
 from lamzoo.lam.config import LamConfig
-from lamzoo.names import TIMM_PREFIX, find_card
+from lamzoo.names import find_card
 from lamzoo.statedict import load_into
 from lamzoo.weightfiles import (
     INDEX_SUFFIX,

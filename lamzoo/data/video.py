@@ -16,7 +16,7 @@ from PIL import Image
 
 from lamzoo.data.images import natural_key
 from lamzoo.data.sampling import FrameSampling
-from lamzoo.data.videoindex import KeyPacket, UnreadableVideo, VideoIndex, import_av, is_flush, read_bytes, read_index
+from lamzoo.data.videoindex import KeyPacket, PacketIndex, UnreadableVideo, import_av, is_flush, read_bytes, read_index
 from lamzoo.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -221,7 +221,7 @@ def _opened(path: Path, threads: int = 1) -> Iterator[tuple[InputContainer, Vide
 
 
 def _frames(
-    container: InputContainer, stream: VideoStream, index: VideoIndex, key: KeyPacket | None = None
+    container: InputContainer, stream: VideoStream, index: PacketIndex, key: KeyPacket | None = None
 ) -> Iterator[VideoFrame]:
     """Decodes from where the container stands; yields the frames from the key packet on, or all of the video's.
 
@@ -255,7 +255,7 @@ def _frames(
         raise UnreadableVideo("none of its frames can be decoded")
 
 
-def _read_by_stamp(path: Path, index: VideoIndex, chosen: set[int], threads: int) -> dict[int, Image.Image]:
+def _read_by_stamp(path: Path, index: PacketIndex, chosen: set[int], threads: int) -> dict[int, Image.Image]:
     """Decodes the chosen frames, and as few others as the key frames allow.
 
     Raises:
@@ -292,7 +292,7 @@ def _read_by_stamp(path: Path, index: VideoIndex, chosen: set[int], threads: int
     return images
 
 
-def _runs(index: VideoIndex, chosen: list[int]) -> Iterator[tuple[KeyPacket | None, list[int]]]:
+def _runs(index: PacketIndex, chosen: list[int]) -> Iterator[tuple[KeyPacket | None, list[int]]]:
     """Divides rising frame numbers into runs to decode without a jump, each with the key packet to jump to before."""
     stamps = [key.stamp for key in index.keys]
     jump: KeyPacket | None = None
@@ -311,7 +311,7 @@ def _runs(index: VideoIndex, chosen: list[int]) -> Iterator[tuple[KeyPacket | No
     yield jump, run
 
 
-def _decode_index(path: Path, index: VideoIndex) -> VideoIndex:
+def _decode_index(path: Path, index: PacketIndex) -> PacketIndex:
     """Decodes the whole video for the times of its frames.
 
     Their own, where they rise; otherwise the packets' in rising order, since frames come out as they are shown.
@@ -328,7 +328,7 @@ def _decode_index(path: Path, index: VideoIndex) -> VideoIndex:
     return replace(index, stamps=stamps)
 
 
-def _read_by_number(path: Path, index: VideoIndex, chosen: set[int]) -> dict[int, Image.Image]:
+def _read_by_number(path: Path, index: PacketIndex, chosen: set[int]) -> dict[int, Image.Image]:
     """Decodes the video from its start to the last chosen frame."""
     images = {}
     with _opened(path) as (container, stream):

@@ -34,7 +34,7 @@ class KeyPacket(NamedTuple):
 
 
 @dataclass(frozen=True)
-class VideoIndex:
+class PacketIndex:
     """The frames of a video as its packets tell; times in units of ``unit`` seconds.
 
     Attributes:
@@ -86,7 +86,7 @@ def import_av() -> ModuleType:
     return av
 
 
-def read_index(container: InputContainer, stream: VideoStream, path: Path) -> VideoIndex:
+def read_index(container: InputContainer, stream: VideoStream, path: Path) -> PacketIndex:
     """Reads all packets of a file that was just opened.
 
     Raises:
@@ -143,7 +143,7 @@ def read_index(container: InputContainer, stream: VideoStream, path: Path) -> Vi
     rising = sorted(numbers)
     steps = [later - stamp for stamp, later in pairwise(rising)] or [0]
     end = rising[-1] + (lengths[numbers[rising[-1]]] or median_low(steps))
-    return VideoIndex(rising, end, unit, numbers, keys, trusted, name in _OPEN_ENDED)
+    return PacketIndex(rising, end, unit, numbers, keys, trusted, name in _OPEN_ENDED)
 
 
 def is_flush(packet: Packet) -> bool:

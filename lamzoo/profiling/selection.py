@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from lamzoo.cards import ModelCard
 from lamzoo.errors import UnknownModelError
-from lamzoo.names import TIMM_PREFIX, find_card, find_tag, list_models, pretrained_cfg_of, split_name
+from lamzoo.foreign import TIMM_PREFIX
+from lamzoo.names import find_card, find_tag, list_models, pretrained_cfg_of, split_name
 from lamzoo.weights import read_saved
 
 

@@ -11,8 +11,9 @@ import torch
 from timm.optim import list_optimizers
 
 from lamzoo.errors import RecipeError
+from lamzoo.foreign import OPEN_CLIP_PREFIX
 from lamzoo.lam import LamConfig
-from lamzoo.names import OPEN_CLIP_PREFIX, find_card
+from lamzoo.names import find_card
 
 Precision = Literal["no", "bf16", "fp16"]
 

@@ -43,9 +43,13 @@ def test_the_wider_mlp_has_the_base_masks_parameters_within_two_percent(recipes:
     assert parameters(recipes["mlp"]) == pytest.approx(parameters(recipes["base"]), rel=0.02)
 
 
-@pytest.mark.parametrize("row", ["single", "position", "free", "shared", "rank-4", "rank-64"])
-def test_a_row_changes_one_factor_of_the_base_mask(recipes: dict[str, Recipe], row: str) -> None:
-    base, other = recipes["base"].model.lam, recipes[row].model.lam
+ONE_FACTOR = [("base", row) for row in ("single", "position", "free", "shared", "rank-4", "rank-64")]
+ONE_FACTOR += [("add", row) for row in ("free", "add-shared", "add-position", "add-rank-4")]
+
+
+@pytest.mark.parametrize(("reference", "row"), ONE_FACTOR)
+def test_a_row_changes_one_factor_of_its_reference(recipes: dict[str, Recipe], reference: str, row: str) -> None:
+    base, other = recipes[reference].model.lam, recipes[row].model.lam
     assert base is not None
     assert other is not None
     assert sum(base[key] != other[key] for key in base) == 1
