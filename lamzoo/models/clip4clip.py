@@ -25,7 +25,7 @@ import open_clip
 from open_clip.convert import convert_state_dict
 from open_clip.model import CLIP, resize_pos_embed, resize_text_pos_embed
 
-from lamzoo.models.clip4clip_heads import MeanHead, SequentialHead, TightHead
+from lamzoo.models.clip4clip_heads import MeanHead, SequentialHead, TightHead, full_precision
 from lamzoo.models.tokenizer import SmallTokenizer
 
 Similarity = Literal["mean", "seq", "tight"]
@@ -151,11 +151,14 @@ class Clip4Clip(nn.Module):
             frame_mask: ``(V, F)``, bool, as given there; read by ``similarity="tight"`` alone.
 
         Returns:
-            ``(T, V)``, float: cosines times the learned temperature, or the tight head's logits.
+            ``(T, V)``, float32 also under autocast, since bfloat16 would make many videos equally similar: cosines
+            times the learned temperature, or the tight head's logits.
         """
         if isinstance(self.head, TightHead):
             return self.head(text, video, _whole(video) if frame_mask is None else frame_mask)
-        return self.clip.logit_scale.exp() * F.normalize(text, dim=-1) @ F.normalize(video, dim=-1).T
+        with full_precision(text.device):
+            scale = self.clip.logit_scale.float().exp()
+            return scale * F.normalize(text.float(), dim=-1) @ F.normalize(video.float(), dim=-1).T
 
     def example_inputs(self, batch_size: int = 1) -> tuple[Tensor, Tensor]:
         """Returns random videos of ``max_frames`` frames and as many texts, to measure the model on."""

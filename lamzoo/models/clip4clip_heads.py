@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from open_clip.transformer import Transformer
@@ -103,7 +105,15 @@ class TightHead(nn.Module):
         seen = F.pad(frame_mask, (1, 0), value=True).expand(texts, -1, -1).flatten(0, 1)
         tokens = self.transformer(tokens, attn_mask=_padding_bias(seen, self.transformer, tokens.dtype))
         pooled = self.activation(self.pooler(self.norm(tokens[:, 0])))
-        return self.score(pooled).view(texts, videos)
+        with full_precision(pooled.device):
+            scores = F.linear(pooled.float(), self.score.weight.float(), self.score.bias.float())
+        return scores.view(texts, videos)
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Switches autocast off where there is one; the meta device has none."""
+    there = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if there else nullcontext()
 
 
 def _transformer(width: int, layers: int, activation: type[nn.Module]) -> Transformer:

@@ -196,8 +196,18 @@ def test_it_runs_in_bfloat16(similarity: str) -> None:
     model = build(similarity, LamConfig(), lam_in=places(similarity)[-1])
     exact = model(frames, text, mask)
     rough = model.bfloat16()(frames.bfloat16(), text, mask)
-    assert rough.dtype == torch.bfloat16
-    torch.testing.assert_close(rough.float(), exact, rtol=0.1, atol=0.3)
+    assert rough.dtype == torch.float32
+    torch.testing.assert_close(rough, exact, rtol=0.1, atol=0.3)
+
+
+@pytest.mark.parametrize("similarity", HEADS)
+def test_similarities_are_fine_grained_under_autocast(similarity: str) -> None:
+    frames, text, mask = inputs()
+    model = build(similarity)
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = model(frames, text, mask)
+    assert scores.dtype == torch.float32
+    assert not torch.equal(scores, scores.bfloat16().float())
 
 
 @pytest.mark.parametrize(("count", "frozen"), [(0, ()), (1, ("0",)), (2, ("0", "1"))])
