@@ -1,14 +1,15 @@
 """Labelled images from any of the layouts people keep them in, as one kind of data set; knows no model."""
 
+from lamzoo.data.bad import BadInput, OnBadInput
 from lamzoo.data.classmap import read_class_map, relabel
 from lamzoo.data.factory import create_dataset
 from lamzoo.data.images import decode_image, find_images, open_image
 from lamzoo.data.labelled import ImageSource, LabelledImages, plain_worker_errors
-from lamzoo.data.scan import BadImage, OnBadInput, find_bad_images, leave_out_bad, set_aside_bad
+from lamzoo.data.scan import find_bad_images, leave_out_bad, set_aside_bad
 from lamzoo.data.selection import select, split_off
 
 __all__ = [
-    "BadImage",
+    "BadInput",
     "ImageSource",
     "LabelledImages",
     "OnBadInput",

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import BinaryIO
 
-from lamzoo.data.images import images_below, natural_key
+from lamzoo.data.images import images_below
 from lamzoo.data.labelled import ImageSource
+from lamzoo.data.paths import natural_key
 from lamzoo.data.splits import SPLIT_NAMES, find_split, synonyms
 from lamzoo.errors import DataError
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
 import struct
 import zlib
 from collections.abc import Iterable
@@ -13,6 +11,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps
 
+from lamzoo.data.paths import files_below, find_files
 from lamzoo.errors import DataError
 
 #: What counts as an image in a folder: torchvision's list; timm's own is shorter.
@@ -86,31 +85,12 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
     Raises:
         DataError: a path does not exist, or a folder holds no image.
     """
-    found: list[Path] = []
-    for path in map(Path, paths):
-        if not path.exists():
-            raise DataError(f"no such image or folder: {path}")
-        if not path.is_dir():
-            found.append(path)
-            continue
-        inside = images_below(path)
-        if not inside:
-            raise DataError(f"the folder {path} holds no image ({', '.join(sorted(IMAGE_EXTENSIONS))})")
-        found += inside
-    return found
+    return find_files(paths, IMAGE_EXTENSIONS, "image")
 
 
 def images_below(folder: Path) -> list[Path]:
     """Lists the image files of a folder and its subfolders by extension, in natural order; none is an empty list."""
-    inside = (Path(root, name) for root, _, names in os.walk(folder, followlinks=True) for name in names)
-    return sorted(
-        (path for path in inside if path.suffix.lower() in IMAGE_EXTENSIONS), key=lambda path: natural_key(str(path))
-    )
-
-
-def natural_key(text: str) -> list[tuple[int, str]]:
-    """Sorts names as timm does: numbers by value, capitals like small letters."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", text.lower())]
+    return files_below(folder, IMAGE_EXTENSIONS)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from lamzoo.data.images import images_below, natural_key
+from lamzoo.data.images import images_below
 from lamzoo.data.labelled import ImageSource
+from lamzoo.data.paths import natural_key
 from lamzoo.errors import DataError, MissingExtraError
 
 _HEADINGS = frozenset({"filename", "file", "image", "image_id", "imageid", "path", "name", "id"})

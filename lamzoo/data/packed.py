@@ -113,9 +113,7 @@ class TarSource(ImageSource):
     """
 
     def __init__(self, pattern: str, split: str) -> None:
-        if re.match(r"(pipe:|[a-z0-9]+://)", pattern):
-            raise DataError(f"the shards {pattern!r} are not local; download them and give their path")
-        shards = self._find(pattern, split)
+        shards, self.split = find_shards(pattern, split)
         beside = shards[0].parent
         self.classes, self.identifiers = read_classes(beside / "classes.json")
         self.classes = self.classes or _read_lines(beside / "classnames.txt")
@@ -139,18 +137,30 @@ class TarSource(ImageSource):
     def labels(self) -> list[int]:
         return [member.label for member in self._members]
 
-    def _find(self, pattern: str, split: str) -> list[Path]:
-        if "{split}" not in pattern:
-            return _expand(pattern) or _none(pattern)
-        for name in synonyms(split):
-            shards = _expand(pattern.replace("{split}", name))
-            if shards:
-                self.split = name
-                return shards
-        others = sorted(name for name in SPLIT_NAMES if _expand(pattern.replace("{split}", name)))
-        raise MissingSplitError(
-            f"the shards {pattern!r} have no split {split!r}; they have {', '.join(others) or 'none'}"
-        )
+
+def find_shards(pattern: str, split: str) -> tuple[list[Path], str | None]:
+    """Finds the tar files that a pattern means.
+
+    Returns:
+        The shards, and the split's own name where the pattern has ``{split}``.
+
+    Raises:
+        DataError: they are remote, or one of them or all are missing.
+        MissingSplitError: there are shards of other splits only; lists those.
+    """
+    if re.match(r"(pipe:|[a-z0-9]+://)", pattern):
+        raise DataError(f"the shards {pattern!r} are not local; download them and give their path")
+    if "{split}" not in pattern:
+        shards = _expand(pattern)
+        if not shards:
+            raise DataError(f"there is no shard {pattern}; give tar files, such as wds:DIR/*.tar")
+        return shards, None
+    for name in synonyms(split):
+        shards = _expand(pattern.replace("{split}", name))
+        if shards:
+            return shards, name
+    others = sorted(name for name in SPLIT_NAMES if _expand(pattern.replace("{split}", name)))
+    raise MissingSplitError(f"the shards {pattern!r} have no split {split!r}; they have {', '.join(others) or 'none'}")
 
 
 def read_classes(path: Path) -> tuple[list[str] | None, list[str] | None]:
@@ -208,10 +218,6 @@ def _braces(pattern: str) -> list[str]:
     else:
         parts = match[1].split(",")
     return [whole for part in parts for whole in _braces(pattern[: match.start()] + part + pattern[match.end() :])]
-
-
-def _none(pattern: str) -> list[Path]:
-    raise DataError(f"there is no shard {pattern}; give tar files, such as wds:DIR/*.tar")
 
 
 def _index(shard: Path) -> list[_Member]:

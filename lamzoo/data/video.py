@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import os
 import struct
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from lamzoo.data.images import natural_key
+from lamzoo.data.paths import files_below, find_files
 from lamzoo.data.sampling import FrameSampling
 from lamzoo.data.videoindex import KeyPacket, PacketIndex, UnreadableVideo, import_av, is_flush, read_bytes, read_index
 from lamzoo.errors import ConfigError, DataError
@@ -149,23 +148,12 @@ def find_videos(paths: Iterable[str | Path]) -> list[Path]:
     Raises:
         DataError: a path does not exist, or a folder holds no video.
     """
-    found: list[Path] = []
-    for path in map(Path, paths):
-        if not path.exists():
-            raise DataError(f"no such video or folder: {path}")
-        inside = videos_below(path) if path.is_dir() else [path]
-        if not inside:
-            raise DataError(f"the folder {path} holds no video ({', '.join(sorted(VIDEO_EXTENSIONS))})")
-        found += inside
-    return found
+    return find_files(paths, VIDEO_EXTENSIONS, "video")
 
 
 def videos_below(folder: Path) -> list[Path]:
     """Lists the video files of a folder and its subfolders by extension, in natural order; none is an empty list."""
-    inside = (Path(root, name) for root, _, names in os.walk(folder, followlinks=True) for name in names)
-    return sorted(
-        (path for path in inside if path.suffix.lower() in VIDEO_EXTENSIONS), key=lambda path: natural_key(str(path))
-    )
+    return files_below(folder, VIDEO_EXTENSIONS)
 
 
 class _Astray(Exception):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lamzoo.data import BadImage, LabelledImages
+from lamzoo.data import BadInput, LabelledImages
 from lamzoo.data.scan import why_bad
 from lamzoo.errors import ConfigError, DataError
 from lamzoo.evaluation.partial import Partial
@@ -42,7 +42,7 @@ class EvalResult:
     seconds: float
     images_per_s: float
     skipped: int = 0
-    bad_images: tuple[BadImage, ...] = ()
+    bad_images: tuple[BadInput, ...] = ()
     real_top1: float | None = None
     real_top5: float | None = None
     real_samples: int | None = None
@@ -145,6 +145,6 @@ class Tally:
                 ranks.append(next((rank for rank, label in enumerate(guessed) if label in right), None))
         return ranks
 
-    def _bad_image(self, index: int) -> BadImage:
+    def _bad_image(self, index: int) -> BadInput:
         reason = why_bad(self._dataset, index) or "it could not be read at first"
-        return BadImage(index, self._dataset.filename(index), reason)
+        return BadInput(index, self._dataset.filename(index), reason)

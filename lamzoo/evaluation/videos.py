@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lamzoo.data import OnBadInput, plain_worker_errors
+from lamzoo.data import BadInput, OnBadInput, plain_worker_errors
 from lamzoo.data.clips import Clips, each_frame, pad_clips
-from lamzoo.data.retrieval import BadVideo, CaptionedVideos, set_aside_bad_videos
+from lamzoo.data.retrieval import CaptionedVideos, set_aside_bad_videos
 from lamzoo.data.sampling import FrameSampling
 from lamzoo.errors import ConfigError, UnsupportedHostError
 from lamzoo.evaluation.retrieval import dual_softmax, retrieval_metrics
@@ -87,7 +87,7 @@ def evaluate_retrieval(
     sampling = FrameSampling(max_frames=model.max_frames) if sampling is None else sampling  # type: ignore[arg-type]
     moved = progress or (lambda what, done, total: None)
     start = time.perf_counter()
-    bad: list[BadVideo] = []
+    bad: list[BadInput] = []
     if on_bad_input == "skip":
         dataset, bad = set_aside_bad_videos(dataset, sampling, "skip", workers=workers, progress=partial(moved, "scan"))
     loader = DataLoader(

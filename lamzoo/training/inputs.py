@@ -11,14 +11,14 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from lamzoo.data import BadImage, LabelledImages, create_dataset, find_bad_images, leave_out_bad, select, split_off
+from lamzoo.data import BadInput, LabelledImages, create_dataset, find_bad_images, leave_out_bad, select, split_off
 from lamzoo.errors import DataError, MissingSplitError, RecipeError
 from lamzoo.files import atomic_files
 from lamzoo.training.recipe import DataSection
 
 ScanProgress = Callable[[str, int, int], None]
 #: What a scan left out, by split.
-BadInputs = tuple[tuple[str, BadImage], ...]
+BadInputs = tuple[tuple[str, BadInput], ...]
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def prepare_splits(
         DataError: bad images, where the recipe stops for them; or too few images are left.
     """
     train, evaluation, test = splits.train, splits.evaluation, splits.test
-    bad: list[tuple[str, BadImage]] = []
+    bad: list[tuple[str, BadInput]] = []
     if data.scan:
         train = _scan(train, "train", data, accelerator, bad, progress)
         evaluation = evaluation and _scan(evaluation, "validation", data, accelerator, bad, progress)
@@ -122,7 +122,7 @@ def _scan(
     role: str,
     data: DataSection,
     accelerator: Accelerator,
-    bad: list[tuple[str, BadImage]],
+    bad: list[tuple[str, BadInput]],
     progress: ScanProgress | None,
 ) -> LabelledImages:
     processes, rank = accelerator.num_processes, accelerator.process_index

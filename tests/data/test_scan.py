@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lamzoo.data import BadImage, create_dataset, find_bad_images, set_aside_bad
+from lamzoo.data import BadInput, create_dataset, find_bad_images, set_aside_bad
 from lamzoo.errors import ConfigError, DataError
 from tests.images import CLASSES, write_folder, write_npz
 
@@ -80,7 +80,7 @@ def test_a_class_that_would_lose_its_last_image_is_named(folder: Path) -> None:
         set_aside_bad(dataset, "skip")
     kept, bad = set_aside_bad(dataset, "skip", every_class=False)
     assert kept.labels() == [0, 0, 1, 1, 1]
-    assert isinstance(bad[0], BadImage)
+    assert isinstance(bad[0], BadInput)
 
 
 def test_nothing_left_is_an_error(folder: Path) -> None:

@@ -2,11 +2,10 @@
 
 from lamzoo.data.retrieval.base import CaptionedVideos, VideoSource
 from lamzoo.data.retrieval.factory import create_retrieval_dataset
-from lamzoo.data.retrieval.scan import BadVideo, find_bad_videos, leave_out_bad_videos, set_aside_bad_videos
+from lamzoo.data.retrieval.scan import find_bad_videos, leave_out_bad_videos, set_aside_bad_videos
 from lamzoo.data.retrieval.selection import select_videos
 
 __all__ = [
-    "BadVideo",
     "CaptionedVideos",
     "VideoSource",
     "create_retrieval_dataset",

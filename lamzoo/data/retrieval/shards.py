@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import re
 import tarfile
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from lamzoo.data.packed import _expand
+from lamzoo.data.packed import find_shards
 from lamzoo.data.retrieval.base import VideoSource
 from lamzoo.data.sampling import FrameSampling
-from lamzoo.data.splits import SPLIT_NAMES, synonyms
 from lamzoo.data.video import VIDEO_EXTENSIONS, VideoClip, read_video
-from lamzoo.errors import DataError, MissingSplitError
+from lamzoo.errors import DataError
 
 
 class _Member(NamedTuple):
@@ -63,31 +61,6 @@ class ShardSource(VideoSource):
 
     def name(self, index: int) -> str:
         return f"{self._members[index].shard}[{self._members[index].key}]"
-
-
-def find_shards(pattern: str, split: str) -> tuple[list[Path], str | None]:
-    """Finds the tar files that a pattern means.
-
-    Returns:
-        The shards, and the split's own name where the pattern has ``{split}``.
-
-    Raises:
-        DataError: they are remote, or one of them or all are missing.
-        MissingSplitError: there are shards of other splits only; lists those.
-    """
-    if re.match(r"(pipe:|[a-z0-9]+://)", pattern):
-        raise DataError(f"the shards {pattern!r} are not local; download them and give their path")
-    if "{split}" not in pattern:
-        shards = _expand(pattern)
-        if not shards:
-            raise DataError(f"there is no shard {pattern}; give tar files, such as wds:DIR/*.tar")
-        return shards, None
-    for name in synonyms(split):
-        shards = _expand(pattern.replace("{split}", name))
-        if shards:
-            return shards, name
-    others = sorted(name for name in SPLIT_NAMES if _expand(pattern.replace("{split}", name)))
-    raise MissingSplitError(f"the shards {pattern!r} have no split {split!r}; they have {', '.join(others) or 'none'}")
 
 
 def _copy(member: _Member, target: IO[bytes]) -> None:

@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from lamzoo.data import BadInput
 from lamzoo.data.retrieval import (
-    BadVideo,
     CaptionedVideos,
     create_retrieval_dataset,
     find_bad_videos,
@@ -72,7 +72,7 @@ def test_skip_goes_on_with_the_rest_and_their_captions(dataset: CaptionedVideos)
     assert kept.videos == ["0.avi", "2.avi", "4.avi"]
     assert kept.texts[2:4] == ["caption 0 of 2", "caption 1 of 2"]
     assert kept.video_of_text == [0, 0, 1, 1, 2, 2]
-    assert isinstance(bad[0], BadVideo)
+    assert isinstance(bad[0], BadInput)
     assert set_aside_bad_videos(kept, SAMPLING, "stop") == (kept, [])
 
 
