@@ -43,9 +43,9 @@ def eval_command(
     state: Annotated[Path | None, typer.Option(metavar="FILE", help="Where partial results are kept.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a killed run stopped.")] = False,
     fps: Annotated[float | None, typer.Option(
-        help="Retrieval: frames a second that are looked at [1]; 0 for all.")] = None,
+        help="Retrieval: frames a second that are looked at [the model's]; 0 for all.")] = None,
     slicing: Annotated[Literal["head", "middle", "tail", "uniform"] | None, typer.Option(
-        help="Retrieval: which frames of a video that has too many [uniform].")] = None,
+        help="Retrieval: which frames of a video that has too many [the model's].")] = None,
     dual_softmax: Annotated[bool, typer.Option(
         "--dual-softmax", help="Retrieval: also score with dual softmax, which knows all queries.")] = False,
     checkpoint: Checkpoint = None,
@@ -116,7 +116,7 @@ def _eval_retrieval(
     hidden: bool,
 ) -> dict[str, Any]:
     from lamzoo.data.retrieval import create_retrieval_dataset
-    from lamzoo.data.sampling import FrameSampling
+    from lamzoo.data.sampling import adjusted
     from lamzoo.evaluation import check_batches, resolve_device
     from lamzoo.evaluation.videos import evaluate_retrieval, frames_config
 
@@ -125,7 +125,7 @@ def _eval_retrieval(
     dataset = create_retrieval_dataset(data, split)
     model: Any = load_model(name, checkpoint)
     frames_config(model)
-    sampling = FrameSampling(1.0 if fps is None else fps or None, model.max_frames, slicing or "uniform")
+    sampling = adjusted(model.sampling, fps=fps, slicing=slicing)
     with out.progress_bar(f"{name} on {data}", hidden=hidden) as advance:
         result = evaluate_retrieval(
             model,

@@ -122,11 +122,11 @@ def _sheets(sheet: Path | None, count: int) -> list[Path]:
 
 
 def _sampling(model: Any, fps: float | None, max_frames: int | None, slicing: Slicing | None) -> FrameSampling | None:
-    from lamzoo.data.sampling import FrameSampling
+    from lamzoo.data.sampling import adjusted
 
     if fps is None and max_frames is None and slicing is None:
         return None
-    return FrameSampling(1.0 if fps is None else fps or None, max_frames or model.max_frames, slicing or "uniform")
+    return adjusted(model.sampling, fps=fps, max_frames=max_frames, slicing=slicing)
 
 
 def _print(found: VideoIndex, answers: Sequence[_Answer]) -> None:

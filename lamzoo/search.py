@@ -137,8 +137,8 @@ def index_videos(
         model: of the family ``lam_clip4clip``: a name, which is then created with its weights, or the model itself,
             which is left on the device.
         index: the file, a ``.safetensors``; by default ``lamzoo-index.<model>.safetensors`` in the folder.
-        sampling: which frames are looked at; by default those of the index that is there, or else one a second,
-            ``model.max_frames`` of them, spread over the video.
+        sampling: which frames are looked at; by default those of the index that is there, or else those that the model
+            is made for.
         batch_size: videos that pass through the model at a time.
         device: as torch writes it, or ``"auto"``.
         precision: of the autocast, for videos and queries.
@@ -174,7 +174,7 @@ def index_videos(
     check_replaceable(path)
     stored = read_index(path) if path.exists() and not force else None
     if sampling is None:
-        sampling = FrameSampling(max_frames=network.max_frames) if stored is None else stored.origin.sampling
+        sampling = network.sampling if stored is None else stored.origin.sampling
     content = GrowingIndex(path, folder, found, _origin(network, sampling))
     if stored is not None:
         content.take_over(stored, unreadable=on_bad_input == "skip")

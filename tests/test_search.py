@@ -41,7 +41,7 @@ TOWERS: dict[str, Any] = {
 def build(similarity: str = "seq", seed: int = 0) -> Any:
     torch.manual_seed(seed)
     return lamzoo.create_model(
-        "lam_clip4clip_micro", clip=TOWERS, similarity=similarity, head_layers=1, max_frames=4, lam=False
+        "lam_clip4clip_micro", clip=TOWERS, similarity=similarity, head_layers=1, max_frames=4, fps=1, lam=False
     )
 
 

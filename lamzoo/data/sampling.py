@@ -5,8 +5,8 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 from lamzoo.errors import ConfigError
 
@@ -83,6 +83,19 @@ class FrameSampling:
         if self.fps is None:
             return self.keep(len(times))
         return [max(0, bisect.bisect_right(times, time + _ROUNDING) - 1) for time in self.times(duration)]
+
+
+def adjusted(
+    sampling: FrameSampling, *, fps: float | None = None, max_frames: int | None = None, slicing: Slicing | None = None
+) -> FrameSampling:
+    """Returns a sampling with what is given in place of its own; ``fps=0`` means every frame.
+
+    Raises:
+        ConfigError: as of :class:`FrameSampling`.
+    """
+    given: dict[str, Any] = {"max_frames": max_frames, "slicing": slicing}
+    changes = {key: value for key, value in given.items() if value is not None}
+    return replace(sampling, **changes) if fps is None else replace(sampling, fps=fps or None, **changes)
 
 
 _ROUNDING = 1e-6  # seconds: a frame's time is a ratio of whole numbers, the candidate's a float

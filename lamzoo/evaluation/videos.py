@@ -63,7 +63,7 @@ def evaluate_retrieval(
     Args:
         model: left on the device.
         dataset: the split.
-        sampling: which frames; by default one a second, ``model.max_frames`` of them, spread over the video.
+        sampling: which frames; by default those that the model is made for.
         batch_size: videos, and texts, that pass through the towers at a time.
         device: as torch writes it, or ``"auto"``.
         precision: of the autocast.
@@ -84,14 +84,14 @@ def evaluate_retrieval(
     check_batches(batch_size, workers, precision)
     device = resolve_device(device)
     config = frames_config(model)
-    sampling = FrameSampling(max_frames=model.max_frames) if sampling is None else sampling  # type: ignore[arg-type]
+    chosen: Any = model.sampling if sampling is None else sampling
     moved = progress or (lambda what, done, total: None)
     start = time.perf_counter()
     bad: list[BadInput] = []
     if on_bad_input == "skip":
-        dataset, bad = set_aside_bad_videos(dataset, sampling, "skip", workers=workers, progress=partial(moved, "scan"))
+        dataset, bad = set_aside_bad_videos(dataset, chosen, "skip", workers=workers, progress=partial(moved, "scan"))
     loader = DataLoader(
-        Clips(dataset, sampling, each_frame(timm.data.create_transform(**config))),
+        Clips(dataset, chosen, each_frame(timm.data.create_transform(**config))),
         batch_size,
         collate_fn=pad_clips,
         num_workers=workers,

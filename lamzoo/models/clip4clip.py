@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lamzoo.adapters import add_lam
+from lamzoo.data.sampling import FrameSampling
 from lamzoo.errors import ConfigError, MissingExtraError
 from lamzoo.lam import LamConfig
 
@@ -41,6 +42,7 @@ class Clip4Clip(nn.Module):
         clip: open_clip's model; its vision tower reads each frame for itself.
         head: ``mean``, ``seq`` or ``tight``, sections 3.3.1 to 3.3.3 of the paper.
         max_frames: frames of a video that the head has positions for.
+        sampling: which frames of a video the model is made for.
         context_length: tokens of a text.
         num_features: width of the embeddings.
 
@@ -48,6 +50,7 @@ class Clip4Clip(nn.Module):
         clip: the towers, as ``open_clip.create_model`` makes them.
         similarity: which head.
         max_frames: frames of a video at most.
+        fps: frames a second that a video is sampled at; 0 for all.
         head_layers: transformer layers of the head.
         tokenizer_name: open_clip's model name whose tokenizer the texts need; None takes the zoo's small one.
     """
@@ -62,6 +65,7 @@ class Clip4Clip(nn.Module):
         *,
         similarity: Similarity = "seq",
         max_frames: int = 12,
+        fps: float = 1.0,
         head_layers: int = 4,
         tokenizer_name: str | None = None,
     ) -> None:
@@ -79,6 +83,7 @@ class Clip4Clip(nn.Module):
         self.num_classes = 0
         self.similarity_type = similarity
         self.max_frames = max_frames
+        self.sampling = FrameSampling(fps or None, max_frames)
         self.lam_config = None
         self.head = _HEADS[similarity](self.num_features, max_frames, head_layers, _activation(clip))
         self._tokenizer_name = tokenizer_name
@@ -218,6 +223,7 @@ def clip4clip(
     similarity: Similarity | None = None,
     lam_in: Sequence[Place] | None = None,
     max_frames: int | None = None,
+    fps: float | None = None,
     head_layers: int | None = None,
     context_length: int | None = None,
     quick_gelu: bool | None = None,
@@ -236,6 +242,7 @@ def clip4clip(
         lam_in: where the masks go: the ``"head"``, which ``"mean"`` has none of, the ``"vision"`` and the ``"text"``
             tower. By default the head, or for ``"mean"`` the vision tower.
         max_frames: frames of a video at most.
+        fps: frames a second that a video is sampled at; 0 for all.
         head_layers: transformer layers of the head.
         context_length: tokens of a text; published weights give the first ones' positions.
         quick_gelu: OpenAI's activation, which its weights need; the tags say so by themselves.
@@ -252,14 +259,15 @@ def clip4clip(
     if in_chans != 3 or num_classes != 0:
         raise ConfigError("CLIP4Clip reads RGB frames and classifies nothing; leave in_chans and num_classes out.")
     given = {
-        "clip": clip, "similarity": similarity, "lam_in": lam_in, "max_frames": max_frames, "head_layers": head_layers,
-        "context_length": context_length, "quick_gelu": quick_gelu,
+        "clip": clip, "similarity": similarity, "lam_in": lam_in, "max_frames": max_frames, "fps": fps,
+        "head_layers": head_layers, "context_length": context_length, "quick_gelu": quick_gelu,
     }  # fmt: skip
     chosen = {**config, **{key: value for key, value in given.items() if value is not None}}
     model = Clip4Clip(
         _towers(chosen, img_size),
         similarity=chosen.get("similarity", "seq"),
         max_frames=chosen.get("max_frames", 12),
+        fps=chosen.get("fps", 1.0),
         head_layers=chosen.get("head_layers", 4),
         tokenizer_name=None if "clip" in chosen else chosen["open_clip"],
     )

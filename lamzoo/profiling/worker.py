@@ -67,7 +67,8 @@ def _measure(job: BenchJob) -> BenchRow:
     scored: dict[str, Any] = {}
     if job.data is not None and job.split is not None:
         model.cpu()  # so that the batches of the score have the device to themselves
-        scored = {"metric": "top1", "value": _score(job, model, device), "weights_sha256": _weights_sha256(job)}
+        metric, value = _score(job, model, device)
+        scored = {"metric": metric, "value": value, "weights_sha256": _weights_sha256(job)}
         model.to(device)
     result = measure(
         model, compiled=job.mode == "compiled", batch=job.batch, max_batch=job.max_batch, repeats=job.repeats
@@ -96,17 +97,21 @@ def _peak_mib(job: BenchJob, model: nn.Module, meter: MemoryMeter) -> float | No
     return meter.peak_mib(torch.compile(model, dynamic=False), default_input(model))  # type: ignore[arg-type]
 
 
-def _score(job: BenchJob, model: nn.Module, device: torch.device) -> float:
+def _score(job: BenchJob, model: nn.Module, device: torch.device) -> tuple[str, float]:
+    assert job.data is not None
+    split = job.split or "test"
+    exact = model if job.dtype == "float32" else _build(job)  # autocast wants the weights in full precision
+    how: Any = {"batch_size": job.eval_batch, "device": device, "precision": job.dtype, "workers": job.workers}
+    if hasattr(model, "encode_video"):
+        from lamzoo.data.retrieval import create_retrieval_dataset
+        from lamzoo.evaluation.videos import evaluate_retrieval
+
+        metrics = evaluate_retrieval(exact, create_retrieval_dataset(job.data, split), **how).metrics
+        return "t2v_R1", metrics["t2v"]["R1"]
     from lamzoo.data import create_dataset
     from lamzoo.evaluation import evaluate
 
-    assert job.data is not None
-    dataset = create_dataset(job.data, job.split or "test")
-    exact = model if job.dtype == "float32" else _build(job)  # autocast wants the weights in full precision
-    result = evaluate(
-        exact, dataset, batch_size=job.eval_batch, device=device, precision=job.dtype, workers=job.workers  # type: ignore[arg-type]
-    )  # fmt: skip
-    return result.top1
+    return "top1", evaluate(exact, create_dataset(job.data, split), **how).top1
 
 
 def _weights_sha256(job: BenchJob) -> str:

@@ -79,7 +79,7 @@ class RetrievalRun(TrainingRun):
 
     def build_model(self) -> nn.Module:
         section, data = self.recipe.model, self.recipe.data
-        kwargs = {"max_frames": data.max_frames, **section.kwargs}
+        kwargs = {"max_frames": data.max_frames, "fps": data.fps, **section.kwargs}
         if section.lam is not None:
             kwargs["lam"] = LamConfig.from_dict(section.lam)
         model: Any = create_model(section.name, pretrained=section.pretrained, **kwargs)

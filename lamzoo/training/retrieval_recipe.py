@@ -22,7 +22,7 @@ class RetrievalModelSection:
         pretrained: start from the published weights.
         lam: fields of a :class:`lamzoo.LamConfig` in place of the registered one.
         kwargs: further arguments of ``create_model``, such as ``similarity``, ``lam_in`` and ``img_size``;
-            ``max_frames`` comes from ``[data]`` where it is left out.
+            ``max_frames`` and ``fps`` come from ``[data]`` where they are left out.
         fused_attention: whether PyTorch may use its fused kernels. On CPUs, bfloat16 training of short sequences is
             two to three times faster without them; both sides of a comparison should say the same.
         lock_image_tower: train nothing of the vision tower but its masks.

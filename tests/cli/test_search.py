@@ -27,7 +27,7 @@ TOWERS: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("model") / "small"
-    built = lamzoo.create_model("lam_clip4clip_micro", clip=TOWERS, head_layers=1, max_frames=4)
+    built = lamzoo.create_model("lam_clip4clip_micro", clip=TOWERS, head_layers=1, max_frames=4, fps=1)
     lamzoo.save_pretrained(built, folder)
     return f"local-dir:{folder}"
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lamzoo
+from lamzoo.data.sampling import FrameSampling
 from lamzoo.errors import ConfigError, StateDictError
 from lamzoo.lam import LamConfig
 from lamzoo.models.clip4clip import Clip4Clip, checkpoint_filter_fn, clip4clip
@@ -284,6 +285,15 @@ def test_a_saved_model_comes_back(similarity: str, tmp_path: Path) -> None:
     assert isinstance(again, Clip4Clip)
     frames, text = model.example_inputs(2)
     torch.testing.assert_close(again(frames, text), model(frames, text), rtol=0, atol=0)
+
+
+def test_a_saved_model_knows_its_frames(tmp_path: Path) -> None:
+    for fps, expected in ((12.5, 12.5), (0, None)):
+        model: Any = lamzoo.create_model("clip4clip_micro", fps=fps, max_frames=9)
+        assert model.sampling == FrameSampling(expected, 9)
+        lamzoo.save_pretrained(model, tmp_path / str(fps))
+        again: Any = lamzoo.create_model(f"local-dir:{tmp_path / str(fps)}")
+        assert again.sampling == model.sampling
 
 
 def test_a_tag_of_openai_brings_its_activation() -> None:

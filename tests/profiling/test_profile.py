@@ -41,7 +41,7 @@ def test_gmacs_of_the_micro_vit_follow_the_formula():
 
 def test_lam_gmacs_of_a_shared_mask_follow_the_formula():
     dim, tokens, rank = 64, 65, 5
-    result = profile(micro_vit(MICRO, lam=LamConfig(rank=rank)))
+    result = profile(micro_vit(MICRO, lam=LamConfig(heads="shared", rank=rank)))
     network = tokens * dim * rank + tokens * dim * (rank + 1)
     assert result.lam_gmacs * 1e9 == pytest.approx(2 * (network + tokens**2 * (rank + 1)))
 

@@ -9,7 +9,7 @@ from lamzoo.models.vit import micro_vit
 
 _CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
-_PAPER = LamConfig(init="paper")
+_PAPER = LamConfig(op="mul", heads="shared", init="paper")
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from lamzoo.report.compare.timm import TimmResult, is_imagenet1k, read_timm
 
 Setting = tuple[str | None, str | None, int | None, str]
 
-_METRICS = {"top1": "top-1 (%)", "top5": "top-5 (%)"}
+_METRICS = {"top1": "top-1 (%)", "top5": "top-5 (%)", "t2v_R1": "text to video R@1 (%)"}
 _NAMED = 3  # as many names as a note lists
 
 

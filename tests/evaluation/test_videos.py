@@ -1,0 +1,80 @@
+"""Scores of a retrieval model on captioned videos: by hand, in any batches, with and without the bad ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm.data
+import torch
+
+import lamzoo
+from lamzoo.data.retrieval import create_retrieval_dataset
+from lamzoo.data.sampling import FrameSampling
+from lamzoo.errors import ConfigError, DataError, UnsupportedHostError
+from lamzoo.evaluation import retrieval_metrics
+from lamzoo.evaluation.videos import evaluate_retrieval, frames_config
+from tests.training.retrieval_data import retrieval_table, write_faces
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_faces(tmp_path_factory.mktemp("faces"), copies=1)
+
+
+def build(faces: Path, **kwargs: Any) -> Any:
+    torch.manual_seed(0)
+    towers = retrieval_table(faces, faces)["model"]["kwargs"]
+    return lamzoo.create_model("lam_clip4clip_micro", **{**towers, "max_frames": 3, "fps": 0, **kwargs}).eval()
+
+
+@pytest.mark.parametrize("similarity", ["mean", "seq", "tight"])
+def test_the_scores_are_those_of_all_pairs(faces: Path, similarity: str) -> None:
+    model = build(faces, similarity=similarity, lam_in=["vision"])
+    dataset = create_retrieval_dataset(f"grid:{faces}:face", "test")
+    result = evaluate_retrieval(model, dataset, batch_size=5, dual=True)
+    transform = timm.data.create_transform(**frames_config(model))
+    frames = torch.stack(
+        [torch.stack([transform(frame) for frame in dataset.read(i, model.sampling).frames]) for i in range(12)]
+    )
+    with torch.no_grad():
+        scores = model(frames, model.tokenizer(dataset.texts))
+    for way, expected in retrieval_metrics(scores).items():
+        assert result.metrics[way] == pytest.approx(expected)
+    assert (result.texts, result.videos, result.skipped) == (12, 12, 0)
+    assert result.dual is not None and result.dual.keys() == result.metrics.keys()
+
+
+def test_batches_do_not_change_the_scores(faces: Path) -> None:
+    model, dataset = build(faces), create_retrieval_dataset(f"grid:{faces}:face", "test")
+    one, many = (evaluate_retrieval(model, dataset, batch_size=size) for size in (1, 16))
+    assert one.metrics == many.metrics
+
+
+def test_videos_of_different_lengths_share_a_batch(faces: Path) -> None:
+    model = build(faces, max_frames=15)
+    dataset = create_retrieval_dataset(f"grid:{faces}:face", "test")
+    short = evaluate_retrieval(model, dataset, FrameSampling(None, 2))
+    assert short.videos == 12
+    with pytest.raises(ConfigError, match="have 15 frames and this CLIP4Clip has positions for 3"):
+        evaluate_retrieval(build(faces), dataset, FrameSampling(None, 15))
+
+
+def test_a_video_that_cannot_be_read_stops_or_is_left_out_with_its_text(faces: Path, tmp_path: Path) -> None:
+    (tmp_path / "captions.jsonl").write_text((faces / "captions.jsonl").read_text())
+    with np.load(faces / "face.npz") as archive:
+        jpeg, offsets = archive["jpeg"].copy(), archive["offsets"]
+    jpeg[offsets[-2] : offsets[-2] + 200] = 0  # the header of the last clip, which is of the test split
+    np.savez(tmp_path / "face.npz", jpeg=jpeg, offsets=offsets)
+    model, dataset = build(faces), create_retrieval_dataset(f"grid:{tmp_path}:face", "test")
+    with pytest.raises(DataError, match=r"face\.npz\[35\]"):
+        evaluate_retrieval(model, dataset)
+    result = evaluate_retrieval(model, dataset, on_bad_input="skip")
+    assert (result.texts, result.videos, result.skipped) == (11, 11, 1)
+
+
+def test_a_classifier_is_refused(faces: Path) -> None:
+    with pytest.raises(UnsupportedHostError, match="does not compare texts with videos"):
+        evaluate_retrieval(lamzoo.create_model("vit_micro"), create_retrieval_dataset(f"grid:{faces}:face", "test"))
