@@ -101,7 +101,10 @@ def _split(data: str | None, split: str) -> str | None:
     if data is None:
         return None
     from lamzoo.data import create_dataset
+    from lamzoo.data.retrieval import VIDEO_KINDS, create_retrieval_dataset
 
+    if data.partition(":")[0] in VIDEO_KINDS:
+        return create_retrieval_dataset(data, split).split or split
     return create_dataset(data, split).split or split
 
 

@@ -1,11 +1,12 @@
 """Videos with captions from any of the layouts people keep them in, as one kind of data set; knows no model."""
 
 from lamzoo.data.retrieval.base import CaptionedVideos, VideoSource
-from lamzoo.data.retrieval.factory import create_retrieval_dataset
+from lamzoo.data.retrieval.factory import VIDEO_KINDS, create_retrieval_dataset
 from lamzoo.data.retrieval.scan import find_bad_videos, leave_out_bad_videos, set_aside_bad_videos
 from lamzoo.data.retrieval.selection import select_videos
 
 __all__ = [
+    "VIDEO_KINDS",
     "CaptionedVideos",
     "VideoSource",
     "create_retrieval_dataset",

@@ -14,6 +14,9 @@ from lamzoo.data.retrieval.plain import PlainSource
 from lamzoo.data.retrieval.shards import ShardSource
 from lamzoo.errors import DataError
 
+#: What stands before the colon for layouts that are of videos alone; ``wds`` may be of images, too.
+VIDEO_KINDS = ("msrvtt", "msvd", "videos", "grid", "flickr8k")
+
 _GRAMMAR = "msrvtt:DIR[:9k|7k], msvd:DIR, videos:DIR, wds:SHARDS, grid:DIR[:mouth|face] or flickr8k:DIR"
 
 
@@ -80,4 +83,4 @@ def _option(rest: str, options: tuple[str, ...], what: str) -> tuple[Path, str]:
     return Path(folder), option
 
 
-_KINDS = frozenset({"msrvtt", "msvd", "videos", "wds", "grid", "flickr8k"})
+_KINDS = (*VIDEO_KINDS, "wds")

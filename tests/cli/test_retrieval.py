@@ -1,0 +1,76 @@
+import json
+from pathlib import Path
+
+import pytest
+
+import lamzoo
+from lamzoo.profiling.table import read_rows
+from tests.training.retrieval_data import retrieval_table, write_faces
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_faces(tmp_path_factory.mktemp("faces"), copies=2)
+
+
+@pytest.fixture(scope="module")
+def model(faces: Path) -> str:
+    towers = retrieval_table(faces, faces)["model"]["kwargs"]
+    built = lamzoo.create_model("lam_clip4clip_micro", **towers, max_frames=3, fps=0)
+    return f"local-dir:{lamzoo.save_pretrained(built, faces / 'model')}"
+
+
+def test_retrieval_is_scored_printed_and_written(run, faces: Path, model: str) -> None:
+    call = ("eval", model, "--task", "retrieval", "--data", f"grid:{faces}:face")
+    done = run(*call, "--dual-softmax", "--output", "scores.json")
+    assert done.code == 0, done.err
+    assert "12 texts, 12 videos" in done.out
+    assert done.out.count("text to video") == done.out.count("video to text") == 2
+    written = json.loads(Path("scores.json").read_text())
+    assert written["metrics"]["t2v"].keys() == {"R1", "R5", "R10", "R50", "MedianR", "MeanR"}
+    assert written["sampling"] == {"fps": None, "max_frames": 3, "slicing": "uniform"}
+    again = json.loads(run(*call, "--json", "--fps", "5", "--slicing", "head").out)
+    assert again["sampling"] == {"fps": 5.0, "max_frames": 3, "slicing": "head"}
+    assert again["dual"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("--task retrieval --limit 3", "--limit means nothing for --task retrieval"),
+        ("--task retrieval --class-map model", "--class-map means nothing for --task retrieval"),
+        ("--fps 2", "--fps means nothing for --task classification"),
+        ("--task retrieval --split absent", "no split 'absent'"),
+        ("--task retrieval --output nowhere/x.json", "the folder of nowhere/x.json does not exist"),
+    ],
+)
+def test_what_does_not_fit_the_task_is_refused(run, faces: Path, model: str, arguments: str, says: str) -> None:
+    done = run("eval", model, "--data", f"grid:{faces}:face", *arguments.split())
+    assert (done.code, done.out) == (2, "")
+    assert says in " ".join(done.err.split())
+
+
+def test_a_classifier_cannot_retrieve(run, faces: Path) -> None:
+    done = run("eval", "vit_micro", "--task", "retrieval", "--data", f"grid:{faces}:face")
+    assert done.code == 2
+    assert "does not compare texts with videos" in " ".join(done.err.split())
+
+
+def test_a_recipe_trains_and_prints_both_ways(run, faces: Path, tmp_path: Path) -> None:
+    table = retrieval_table(faces, tmp_path / "out")
+    table["schedule"]["epochs"] = 1
+    (tmp_path / "recipe.json").write_text(json.dumps(table))
+    done = run("train", "recipe.json")
+    assert done.code == 0, done.err
+    assert done.out.count("text to video") == 2  # validation and test
+    assert f"local-dir:{tmp_path / 'out' / 'model'}" in "".join(done.out.split("\n"))
+
+
+def test_a_benchmark_scores_retrieval(run, faces: Path, model: str) -> None:
+    done = run("bench", model, "--data", f"grid:{faces}:face", "--split", "test", "--max-batch", 1, "--repeats", 2,
+               "--out", "rows.csv")  # fmt: skip
+    assert done.code == 0, done.err
+    (row,) = [row for row in read_rows(Path("rows.csv")) if row.model == model]
+    assert (row.status, row.metric) == ("ok", "t2v_R1")
+    assert row.value is not None and 0 <= row.value <= 100
+    assert row.latency_ratio is not None and row.lam_gmacs
