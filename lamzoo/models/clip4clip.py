@@ -52,6 +52,7 @@ class Clip4Clip(nn.Module):
         max_frames: frames of a video at most.
         fps: frames a second that a video is sampled at; 0 for all.
         head_layers: transformer layers of the head.
+        head_mlp_ratio: width of their MLPs over that of the embeddings.
         tokenizer_name: open_clip's model name whose tokenizer the texts need; None takes the zoo's small one.
     """
 
@@ -67,6 +68,7 @@ class Clip4Clip(nn.Module):
         max_frames: int = 12,
         fps: float = 1.0,
         head_layers: int = 4,
+        head_mlp_ratio: float = 4.0,
         tokenizer_name: str | None = None,
     ) -> None:
         super().__init__()
@@ -85,7 +87,7 @@ class Clip4Clip(nn.Module):
         self.max_frames = max_frames
         self.sampling = FrameSampling(fps or None, max_frames)
         self.lam_config = None
-        self.head = _HEADS[similarity](self.num_features, max_frames, head_layers, _activation(clip))
+        self.head = _HEADS[similarity](self.num_features, max_frames, head_layers, head_mlp_ratio, _activation(clip))
         self._tokenizer_name = tokenizer_name
 
     @cached_property
@@ -225,6 +227,7 @@ def clip4clip(
     max_frames: int | None = None,
     fps: float | None = None,
     head_layers: int | None = None,
+    head_mlp_ratio: float | None = None,
     context_length: int | None = None,
     quick_gelu: bool | None = None,
     img_size: int | tuple[int, int] | None = None,
@@ -244,6 +247,8 @@ def clip4clip(
         max_frames: frames of a video at most.
         fps: frames a second that a video is sampled at; 0 for all.
         head_layers: transformer layers of the head.
+        head_mlp_ratio: width of their MLPs over that of the embeddings; a wider one is the control that has a mask's
+            parameters without the mask.
         context_length: tokens of a text; published weights give the first ones' positions.
         quick_gelu: OpenAI's activation, which its weights need; the tags say so by themselves.
         img_size: size of the frames, pixels.
@@ -260,7 +265,8 @@ def clip4clip(
         raise ConfigError("CLIP4Clip reads RGB frames and classifies nothing; leave in_chans and num_classes out.")
     given = {
         "clip": clip, "similarity": similarity, "lam_in": lam_in, "max_frames": max_frames, "fps": fps,
-        "head_layers": head_layers, "context_length": context_length, "quick_gelu": quick_gelu,
+        "head_layers": head_layers, "head_mlp_ratio": head_mlp_ratio, "context_length": context_length,
+        "quick_gelu": quick_gelu,
     }  # fmt: skip
     chosen = {**config, **{key: value for key, value in given.items() if value is not None}}
     model = Clip4Clip(
@@ -269,6 +275,7 @@ def clip4clip(
         max_frames=chosen.get("max_frames", 12),
         fps=chosen.get("fps", 1.0),
         head_layers=chosen.get("head_layers", 4),
+        head_mlp_ratio=chosen.get("head_mlp_ratio", 4.0),
         tokenizer_name=None if "clip" in chosen else chosen["open_clip"],
     )
     if lam is not None:

@@ -19,7 +19,7 @@ class MeanHead(nn.Module):
 
     length = None
 
-    def __init__(self, width: int, max_frames: int, layers: int, activation: type[nn.Module]) -> None:
+    def __init__(self, width: int, max_frames: int, layers: int, mlp_ratio: float, activation: type[nn.Module]) -> None:
         super().__init__()
 
     def forward(self, frames: Tensor, frame_mask: Tensor) -> Tensor:
@@ -38,14 +38,15 @@ class SequentialHead(nn.Module):
         width: of the embeddings.
         max_frames: positions.
         layers: of the transformer.
+        mlp_ratio: width of its MLPs over ``width``.
         activation: of its MLPs.
     """
 
-    def __init__(self, width: int, max_frames: int, layers: int, activation: type[nn.Module]) -> None:
+    def __init__(self, width: int, max_frames: int, layers: int, mlp_ratio: float, activation: type[nn.Module]) -> None:
         super().__init__()
         self.length = max_frames
         self.embedding = nn.Parameter(torch.empty(max_frames, width))
-        self.transformer = _transformer(width, layers, activation)
+        self.transformer = _transformer(width, layers, mlp_ratio, activation)
         _initialise(self.transformer, self.embedding)
 
     def forward(self, frames: Tensor, frame_mask: Tensor) -> Tensor:
@@ -69,13 +70,13 @@ class TightHead(nn.Module):
         max_pairs: pairs of text and video that are compared at a time where no gradient is needed; it bounds memory.
     """
 
-    def __init__(self, width: int, max_frames: int, layers: int, activation: type[nn.Module]) -> None:
+    def __init__(self, width: int, max_frames: int, layers: int, mlp_ratio: float, activation: type[nn.Module]) -> None:
         super().__init__()
         self.length = 1 + max_frames
         self.max_pairs = 4096
         self.embedding = nn.Parameter(torch.empty(self.length, width))
         self.embedding_type = nn.Parameter(torch.empty(2, width))  # of the text, of frames
-        self.transformer = _transformer(width, layers, activation)
+        self.transformer = _transformer(width, layers, mlp_ratio, activation)
         self.norm = nn.LayerNorm(width)
         self.pooler = nn.Linear(width, width)
         self.activation = activation()
@@ -116,8 +117,8 @@ def full_precision(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, enabled=False) if there else nullcontext()
 
 
-def _transformer(width: int, layers: int, activation: type[nn.Module]) -> Transformer:
-    return Transformer(width, layers, max(1, width // _HEAD_WIDTH), act_layer=activation)
+def _transformer(width: int, layers: int, mlp_ratio: float, activation: type[nn.Module]) -> Transformer:
+    return Transformer(width, layers, max(1, width // _HEAD_WIDTH), mlp_ratio, act_layer=activation)
 
 
 def _initialise(transformer: Transformer, *embeddings: nn.Parameter) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -21,7 +20,7 @@ from lamzoo.training.loaders import (
 )
 from lamzoo.training.recipe import Recipe
 from lamzoo.training.report import RunFacts, write_report
-from lamzoo.training.run import Progress, TrainingRun, TrainResult
+from lamzoo.training.run import TrainingRun, TrainResult
 from lamzoo.training.scoring import Score, score
 from lamzoo.training.tuning import Tuning
 from lamzoo.weights import save_pretrained
@@ -33,16 +32,7 @@ class ClassificationRun(TrainingRun):
     metric = "top1"
     recipe: Recipe
     splits: Splits
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        resume: bool,
-        progress: Callable[[Progress], None] | None,
-        scanning: ScanProgress | None,
-    ) -> None:
-        self.score: Score | None = None
-        super().__init__(recipe, resume, progress, scanning)
+    score: Score | None = None
 
     def open_data(self) -> None:
         self.splits = open_splits(self.recipe.data)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -35,7 +34,7 @@ from lamzoo.training.inputs import BadInputs, ScanProgress
 from lamzoo.training.loaders import SeededDataset, seed_everything
 from lamzoo.training.retrieval_recipe import RetrievalRecipe
 from lamzoo.training.retrieval_report import write_retrieval_report
-from lamzoo.training.run import Progress, TrainingRun, TrainResult
+from lamzoo.training.run import TrainingRun, TrainResult
 from lamzoo.weights import save_pretrained
 
 Metrics = dict[str, dict[str, float]]
@@ -48,16 +47,7 @@ class RetrievalRun(TrainingRun):
 
     metric = "t2v_R1"
     recipe: RetrievalRecipe
-
-    def __init__(
-        self,
-        recipe: RetrievalRecipe,
-        resume: bool,
-        progress: Callable[[Progress], None] | None,
-        scanning: ScanProgress | None,
-    ) -> None:
-        self.metrics: Metrics | None = None
-        super().__init__(recipe, resume, progress, scanning)
+    metrics: Metrics | None = None
 
     def open_data(self) -> None:
         data = self.recipe.data

@@ -24,6 +24,7 @@ TOWERS: dict[str, Any] = {
 }
 HEADS = ("mean", "seq", "tight")
 FRAMES = 5
+MATCHED: dict[str, Any] = {"head_mlp_ratio": 4.1328125}
 
 
 def build(similarity: str = "seq", lam: LamConfig | None = None, seed: int = 0, **kwargs: Any) -> Any:
@@ -285,6 +286,14 @@ def test_a_saved_model_comes_back(similarity: str, tmp_path: Path) -> None:
     assert isinstance(again, Clip4Clip)
     frames, text = model.example_inputs(2)
     torch.testing.assert_close(again(frames, text), model(frames, text), rtol=0, atol=0)
+
+
+def test_a_wider_mlp_has_the_masks_parameters_within_two_percent() -> None:
+    masked, plain, wider = (
+        sum(p.numel() for p in lamzoo.create_model(name, **kwargs).parameters())
+        for name, kwargs in (("lam_clip4clip_micro", {}), ("clip4clip_micro", {}), ("clip4clip_micro", MATCHED))
+    )
+    assert wider - plain == pytest.approx(masked - plain, rel=0.02)
 
 
 def test_a_saved_model_knows_its_frames(tmp_path: Path) -> None:
