@@ -1,10 +1,11 @@
-"""An empty matplotlib figure, drawn by Agg whatever the user's backend, or the word that matplotlib is missing."""
+"""Where pictures are drawn and written: an empty matplotlib figure by Agg, or the word that matplotlib is missing."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from lamzoo.errors import MissingExtraError
+from lamzoo.errors import DataError, MissingExtraError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,3 +39,21 @@ def new_figure(
     figure = Figure(figsize=size, dpi=dpi, layout=layout)
     FigureCanvasAgg(figure)
     return figure
+
+
+def check_target(path: Path, what: str) -> None:
+    """Checks that a PNG can be written to a path, before the work.
+
+    Args:
+        path: the file.
+        what: what to call the picture in an error.
+
+    Raises:
+        DataError: the name does not end in ``.png``, its folder does not exist, or it is a folder itself.
+    """
+    if path.suffix.lower() != ".png":
+        raise DataError(f"The {what} {path} would be a PNG; give it a name that ends in .png.")
+    if not path.absolute().parent.is_dir():
+        raise DataError(f"The folder {path.parent} of the {what} does not exist; make it first.")
+    if path.is_dir():
+        raise DataError(f"The {what} can't be written over the folder {path}; choose another name.")

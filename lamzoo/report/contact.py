@@ -15,7 +15,7 @@ from lamzoo.data.sampling import FrameSampling
 from lamzoo.data.video import read_video
 from lamzoo.errors import ConfigError, DataError
 from lamzoo.files import atomic_files
-from lamzoo.report.canvas import new_figure
+from lamzoo.report.canvas import check_target, new_figure
 
 if TYPE_CHECKING:
     from lamzoo.search import Match
@@ -89,13 +89,7 @@ def check_sheet(path: str | Path) -> None:
         DataError: the name does not end in ``.png``, its folder does not exist, or it is a folder itself.
         MissingExtraError: matplotlib is not installed.
     """
-    path = Path(path)
-    if path.suffix.lower() != ".png":
-        raise DataError(f"The contact sheet {path} would be a PNG; give it a name that ends in .png.")
-    if not path.absolute().parent.is_dir():
-        raise DataError(f"The folder {path.parent} of the contact sheet does not exist; make it first.")
-    if path.is_dir():
-        raise DataError(f"The contact sheet can't be written over the folder {path}; choose another name.")
+    check_target(Path(path), "contact sheet")
     new_figure((1, 1))
 
 

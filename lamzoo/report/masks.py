@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +16,10 @@ from lamzoo.adapters.state import masks_of
 from lamzoo.data import open_image
 from lamzoo.errors import ConfigError, DataError, UnsupportedHostError
 from lamzoo.evaluation import class_names
+from lamzoo.files import atomic_files
 from lamzoo.lam import LamConfig, MaskRecord
 from lamzoo.profiling.inputs import evaluating
+from lamzoo.report.canvas import check_target
 from lamzoo.report.figure import LayerPicture, draw
 from lamzoo.report.view import view
 
@@ -56,7 +55,7 @@ def explain(
         DataError: the image can't be read, or the file can't be written there.
     """
     path = Path(path)
-    _check_target(path)
+    check_target(path, "picture")
     config = next(iter(masks_of(model).values())).config
     photo = image.convert("RGB") if isinstance(image, Image.Image) else open_image(image)
     shown = view(model, photo)
@@ -71,9 +70,8 @@ def explain(
     subject = "image" if isinstance(image, Image.Image) else Path(image).name
     title = f"{_name(model)} on {subject}{_prediction(model, output)}\n{_caption(config, head, shown.images)}"
     figure = draw(layers, shown.seen.numpy(), shown.sharp.numpy(), neutral=_neutral(config), title=title)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png")
-    _write(path, picture.getvalue())
+    with atomic_files(DataError) as stage:
+        figure.savefig(stage(path), format="png")
 
 
 def _picture(
@@ -157,23 +155,3 @@ def _caption(config: LamConfig, head: int | None, images: Tensor) -> str:
         f"M {effect} the attention scores, {_neutral(config):g} is neutral; keys={config.keys}, rank={config.rank}, "
         f"sign={config.sign}; {heads}; input {images.shape[-2]} x {images.shape[-1]} px"
     )
-
-
-def _check_target(path: Path) -> None:
-    if path.suffix.lower() != ".png":
-        raise DataError(f"The picture {path} would be a PNG; give it a name that ends in .png.")
-    if not path.parent.is_dir():
-        raise DataError(f"The folder {path.parent} of the picture does not exist; make it first.")
-    if path.is_dir():
-        raise DataError(f"The picture can't be written over the folder {path}; choose another name.")
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all."""
-    try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-            temporary = Path(folder, path.name)
-            temporary.write_bytes(content)
-            os.replace(temporary, path)
-    except OSError as error:
-        raise DataError(f"The picture {path} can't be written: {error.strerror}; choose another folder.") from error

@@ -148,8 +148,8 @@ def test_failed_write_keeps_the_old_picture_and_leaves_nothing(build, photo, tmp
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lamzoo.report.masks.os.replace", full)
-    with pytest.raises(DataError, match=r"masks\.png can't be written: No space left"):
+    monkeypatch.setattr("lamzoo.files.os.fsync", full)
+    with pytest.raises(DataError, match=r"masks\.png cannot be written \(.*No space left"):
         explain(build(), photo, tmp_path / "masks.png", rows=[(0, 0)])
     assert os.listdir(tmp_path) == ["masks.png"]
     assert (tmp_path / "masks.png").read_bytes() == b"old"
