@@ -161,13 +161,14 @@ def find_card(name: str) -> ModelCard:
         return _cards[arch]
     if arch.startswith(TIMM_PREFIX) and is_model(arch.removeprefix(TIMM_PREFIX)):
         return timm_card(arch.removeprefix(TIMM_PREFIX))
-    if arch.startswith(OPEN_CLIP_PREFIX) and not open_clip_models():
+    towers = open_clip_models() if arch.startswith(OPEN_CLIP_PREFIX) else []
+    if arch.startswith(OPEN_CLIP_PREFIX) and not towers:
         raise MissingExtraError(f"{arch} needs open_clip, which is not installed; pip install 'lamzoo[clip]'.")
-    if arch.startswith(OPEN_CLIP_PREFIX) and arch in open_clip_models():
+    if arch in towers:
         return open_clip_card(arch.removeprefix(OPEN_CLIP_PREFIX))
     known = list(_cards)
     if arch.startswith(OPEN_CLIP_PREFIX):
-        known = open_clip_models()
+        known = towers
     elif "/" in arch:
         known += [TIMM_PREFIX + model for model in timm.list_models()]
     close = difflib.get_close_matches(arch, known, n=3)

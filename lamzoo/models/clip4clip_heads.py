@@ -57,8 +57,7 @@ class SequentialHead(nn.Module):
 
     def initial_state(self, clip: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns the state to begin with beside pretrained towers: the text tower's first layers and positions."""
-        state = {key: value.clone() for key, value in self.state_dict().items() if ".lam." not in key}
-        return state | _text_layers(state, clip, self.length)
+        return _begin(self, clip, self.length)
 
 
 class TightHead(nn.Module):
@@ -95,8 +94,7 @@ class TightHead(nn.Module):
 
     def initial_state(self, clip: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns the state to begin with beside pretrained towers: the text tower's first layers and positions."""
-        state = {key: value.clone() for key, value in self.state_dict().items() if ".lam." not in key}
-        return state | _text_layers(state, clip, self.length)
+        return _begin(self, clip, self.length)
 
     def _compare(self, text: Tensor, frames: Tensor, frame_mask: Tensor) -> Tensor:
         texts, videos, count = len(text), *frames.shape[:2]
@@ -140,12 +138,17 @@ def _mean(frames: Tensor, frame_mask: Tensor) -> Tensor:
     return units.sum(dim=1) / weights.sum(dim=1)
 
 
-def _padding_bias(allowed: Tensor, transformer: Transformer, dtype: torch.dtype) -> Tensor | None:
+def _padding_bias(allowed: Tensor, transformer: Transformer, dtype: torch.dtype) -> Tensor:
     """Turns ``(B, N)``, bool, into what open_clip's blocks add to the scores, ``(B * heads, N, N)``."""
     # open_clip 3.3 turns a boolean mask into ones and zeros, which it adds.
     heads, tokens = transformer.resblocks[0].attn.num_heads, allowed.shape[1]
     bias = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, float("-inf"))
     return bias[:, None, None].expand(-1, heads, tokens, -1).flatten(0, 1)
+
+
+def _begin(head: nn.Module, clip: Mapping[str, Tensor], length: int) -> dict[str, Tensor]:
+    state = {key: value.clone() for key, value in head.state_dict().items() if ".lam." not in key}
+    return state | _text_layers(state, clip, length)
 
 
 def _text_layers(own: Mapping[str, Tensor], clip: Mapping[str, Tensor], length: int) -> dict[str, Tensor]:
