@@ -170,12 +170,20 @@ def _check_length(container: InputContainer, stream: VideoStream, path: Path, go
     if "mov" in names and got < len(stream.index_entries):
         raise UnreadableVideo(f"it is cut short: {got} of its {len(stream.index_entries)} frames are there")
     size = path.stat().st_size
-    if "mpegts" in names and all(size % packet for packet in (188, 192, 204)):
+    if "mpegts" in names and size % _transport_packet(read_bytes(path, 4096)):
         raise UnreadableVideo(f"it is cut short after {got} frames: its last packet is not whole")
     if "matroska" in names and (end := _matroska_end(read_bytes(path, 4096))) > size:
         raise UnreadableVideo(f"it is cut short: {size} of its {end} bytes are there, with {got} frames")
     if "gif" in names and not read_bytes(path, 64, from_end=True).rstrip(b"\0").endswith(b";"):
         raise UnreadableVideo(f"it is cut short in or after its frame {got}")
+
+
+def _transport_packet(head: bytes) -> int:
+    """Returns how many bytes a packet of an MPEG transport stream has, by its sync bytes; 1 if they do not tell."""
+    for length, sync in ((188, 0), (192, 4), (204, 0)):  # plain, with a time before it, with a check sum behind it
+        if len(head) >= 4 * length and all(head[at] == 0x47 for at in range(sync, 4 * length, length)):
+            return length
+    return 1
 
 
 def _matroska_end(head: bytes) -> int:

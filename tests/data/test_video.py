@@ -328,12 +328,28 @@ def test_what_was_cut_short_is_named_whatever_is_read(
 ) -> None:
     path = clip(tmp_path, name, **more)
     content = path.read_bytes()
-    path.write_bytes(content[: int(len(content) * part)])
+    # An odd number of bytes: never whole packets of a transport stream, which alone would be no damage.
+    path.write_bytes(content[: int(len(content) * part) | 1])
     for threads in (1, 2):
         with pytest.raises(
             DataError, match=rf"{path.name}: it is (cut short|damaged|an MP4 without|no video in a format)"
         ):
             read_video(path, sampling, threads=threads)
+
+
+@pytest.mark.parametrize("options", [{}, {"mpegts_m2ts_mode": "1"}])
+def test_a_transport_stream_is_cut_short_by_its_own_packets(tmp_path: Path, options: dict) -> None:
+    path = clip(tmp_path, "h264.ts", container_options=options)
+    assert len(read_video(path, EVERY).frames) == 40
+    content, own = path.read_bytes(), 192 if options else 188
+    for other in {188, 192, 204} - {own}:
+        cuts = [size for size in range(other * 20, len(content), other) if size % own]
+        for size in cuts[:: len(cuts) // 5]:
+            path.write_bytes(content[:size])
+            with pytest.raises(
+                DataError, match=r"h264\.ts: it is cut short after .* frames: its last packet is not whole"
+            ):
+                read_video(path)
 
 
 def test_the_error_says_how_far_a_video_goes(tmp_path: Path) -> None:
