@@ -1,10 +1,12 @@
-"""Trains the rows of the ablation, one process a run, and notes each result; what was noted before is not run again.
+"""Trains the rows of an ablation, one process a run, and notes each result; what was noted before is not run again.
 
     python -m benchmarks.ablation.run --jobs 2
+    python -m benchmarks.ablation.run --ablation benchmarks/ablation/grid.toml --jobs 2
     python -m benchmarks.ablation.run --rows plain base --seeds 0 --set schedule.epochs=1 --results try.csv --out try
 
-Runs go seed by seed, so that every row has as many seeds as the time allowed. A run that was killed goes on from its
-last checkpoint; one that fails is reported at the end, with the path of its log, and the others go on.
+The results stand in ``benchmarks/results`` under the ablation's name. Runs go seed by seed, so that every row has as
+many seeds as the time allowed. A run that was killed goes on from its last checkpoint; one that fails is reported at
+the end, with the path of its log, and the others go on.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ import tomllib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +35,21 @@ import lamzoo
 from lamzoo.files import atomic_files
 from lamzoo.profiling.bench import checkout_commit
 from lamzoo.profiling.latency import device_label
-from lamzoo.training import Recipe, load_recipe
+from lamzoo.training import load_recipe
+from lamzoo.training.reading import read_recipe
+from lamzoo.training.recipe import AnyRecipe
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "ablation.csv"
+RESULTS = ROOT / "benchmarks" / "results"
+#: Of each task: the results' column of each score and where the run's report has it, for one split. The first counts.
+SCORES: dict[str, dict[str, tuple[str, ...]]] = {
+    "classification": {"top1": ("top1",), "eval_loss": ("loss",)},
+    "retrieval": {f"{way}_{key}": (way, key) for way in ("t2v", "v2t") for key in ("R1", "R5", "R10", "MedianR")},
+}
 COLUMNS = (
-    "row", "seed", "top1", "eval_loss", "train_loss", "params_m", "lam_params_m", "gmacs", "lam_gmacs", "epochs",
-    "train_seconds", "device", "precision", "threads", "torch", "timm", "data", "recipe_sha256", "commit",
+    "train_loss", "params_m", "lam_params_m", "gmacs", "lam_gmacs", "epochs", "train_seconds", "device", "precision",
+    "threads", "torch", "timm", "data", "recipe_sha256", "commit",
 )  # fmt: skip
 
 
@@ -48,20 +59,23 @@ class Run:
 
     Attributes:
         row: its name in the ablation's file.
-        recipe: the whole recipe, its output folder included.
+        recipe: the whole recipe, its output folder included; the scores are those of its test split, if it has one.
         overrides: what turns the ablation's recipe into this one.
         sha256: of the ablation's recipe and of the overrides, the output folder left out.
     """
 
     row: str
-    recipe: Recipe
+    recipe: AnyRecipe
     overrides: tuple[str, ...]
     sha256: str
 
 
 def read_ablation(path: Path) -> dict[str, Any]:
-    """Returns the ablation's tables: ``recipe``, ``rows``, ``seeds`` and ``reference``."""
-    return tomllib.loads(path.read_text(encoding="utf-8"))
+    """Returns the ablation's tables ``recipe``, ``rows``, ``seeds`` and ``reference``; the first may be in a file."""
+    tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    if isinstance(tables["recipe"], str):
+        tables["recipe"] = read_recipe(path.parent / tables["recipe"])
+    return tables
 
 
 def plan(ablation: Path, out: Path, rows: Sequence[str], seeds: Sequence[int], settings: Sequence[str]) -> list[Run]:
@@ -92,12 +106,12 @@ def train(run: Run, out: Path, threads: int) -> dict[str, Any]:
         subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT, env=environment)
     with (folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
         last = list(csv.DictReader(file))[-1]
+    report = json.loads((folder / "report" / "report.json").read_text(encoding="utf-8"))
     cost = lamzoo.profile(lamzoo.create_model(f"local-dir:{folder / 'model'}", pretrained=True))
     return {
         "row": run.row,
         "seed": run.recipe.run.seed,
-        "top1": round(float(last["eval_top1"]), 2),
-        "eval_loss": round(float(last["eval_loss"]), 4),
+        **final_scores(report, run.recipe.task),
         "train_loss": round(float(last["train_loss"]), 4),
         "params_m": round(cost.params_m, 6),
         "lam_params_m": round(cost.lam_params_m, 6),
@@ -116,6 +130,12 @@ def train(run: Run, out: Path, threads: int) -> dict[str, Any]:
     }
 
 
+def final_scores(report: dict[str, Any], task: str) -> dict[str, float]:
+    """Returns the scores of a run's report by column: of its last split, which is the test split where there is one."""
+    *_, scores = report["scores"].values()
+    return {column: round(reduce(getitem, way, scores), 4) for column, way in SCORES[task].items()}
+
+
 def read_results(path: Path) -> list[dict[str, str]]:
     """Returns the lines of a results file; none if there is no file."""
     if not path.exists():
@@ -128,7 +148,7 @@ def add_result(path: Path, line: dict[str, Any]) -> None:
     """Adds one line to a results file, which is replaced as a whole."""
     lines = [*read_results(path), line]
     with atomic_files(lamzoo.LamzooError) as stage, stage(path).open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, list(line), lineterminator="\n")
         writer.writeheader()
         writer.writerows(lines)
 
@@ -140,15 +160,16 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", help="only these (all)")
     parser.add_argument("--seeds", nargs="+", type=int, help="instead of the file's")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", dest="settings", help="for every row")
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "ablation", help="folder of the runs")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="CSV to add to")
+    parser.add_argument("--out", type=Path, help="folder of the runs (runs/NAME)")
+    parser.add_argument("--results", type=Path, help="CSV to add to (benchmarks/results/NAME.csv)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; they share the CPU's cores")
     args = parser.parse_args()
 
     tables = read_ablation(args.ablation)
-    out = args.out.resolve()
+    out = (args.out or ROOT / "runs" / args.ablation.stem).resolve()
+    results = args.results or RESULTS / f"{args.ablation.stem}.csv"
     runs = plan(args.ablation, out, args.rows or list(tables["rows"]), args.seeds or tables["seeds"], args.settings)
-    done = {line["recipe_sha256"] for line in read_results(args.results)}
+    done = {line["recipe_sha256"] for line in read_results(results)}
     missing = [run for run in runs if run.sha256 not in done]
     print(f"{len(runs)} runs, {len(runs) - len(missing)} of them done", flush=True)
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
@@ -163,8 +184,9 @@ def main() -> None:
             print(f"{name}: failed ({error}); see {run.recipe.run.output}.log", flush=True)
             return
         with lock:
-            add_result(args.results, line)
-        print(f"{name}: {line['top1']:.2f} % top-1 in {line['train_seconds']} s", flush=True)
+            add_result(results, line)
+        score = next(iter(SCORES[run.recipe.task]))
+        print(f"{name}: {score} {line[score]:.2f} in {line['train_seconds']} s", flush=True)
 
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(work, missing))
@@ -176,7 +198,7 @@ def _digest(recipe: dict[str, Any], changes: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps([recipe, changes], sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _device(recipe: Recipe) -> str:
+def _device(recipe: AnyRecipe) -> str:
     cpu = recipe.run.device == "cpu" or not torch.cuda.is_available()
     return device_label(torch.device("cpu" if cpu else "cuda"))
 

@@ -1,6 +1,6 @@
-"""Writes the ablation's results as a Markdown table: mean and standard deviation over the seeds of each row.
+"""Writes an ablation's results as a Markdown table: mean and standard deviation over the seeds of each row.
 
-python -m benchmarks.ablation.table [--results benchmarks/results/ablation.csv]
+python -m benchmarks.ablation.table [--ablation benchmarks/ablation/grid.toml] [--results FILE.csv]
 """
 
 from __future__ import annotations
@@ -12,46 +12,59 @@ from pathlib import Path
 
 from benchmarks.ablation.run import HERE, RESULTS, read_ablation, read_results
 
+HEADINGS = {
+    "top1": "top-1 (%)", "t2v_R1": "R@1", "t2v_R5": "R@5", "t2v_R10": "R@10", "t2v_MedianR": "MedR",
+    "v2t_R1": "video to text: R@1", "v2t_R10": "R@10",
+}  # fmt: skip
 
-def table(results: Path = RESULTS, ablation: Path = HERE / "ablation.toml") -> str:
+
+def table(ablation: Path = HERE / "ablation.toml", results: Path | None = None) -> str:
     """Returns the table, a line for each row of the ablation that has a result.
 
     The difference is taken seed by seed from the reference row; its spread is that of the differences. Standard
     deviations are those of a sample (n - 1).
 
     Args:
-        results: what ``run.py`` wrote.
         ablation: the rows.
+        results: what ``run.py`` wrote; by default where it does.
 
     Raises:
-        ValueError: two results of one row and seed, which are of different recipes.
+        ValueError: there are no results, or two of one row and seed, which are of different recipes.
     """
     tables = read_ablation(ablation)
-    scores: dict[str, dict[int, float]] = {}
-    costs: dict[str, dict[str, str]] = {}
+    results = results or RESULTS / f"{ablation.stem}.csv"
+    lines: dict[str, dict[int, dict[str, str]]] = {}
     for line in read_results(results):
-        of_row = scores.setdefault(line["row"], {})
-        seed = int(line["seed"])
+        of_row, seed = lines.setdefault(line["row"], {}), int(line["seed"])
         if seed in of_row:
             raise ValueError(f"{results} has row {line['row']}, seed {seed} twice; keep the one of today's recipe.")
-        of_row[seed] = float(line["top1"])
-        costs[line["row"]] = line
-    reference = scores.get(tables["reference"], {})
-    lines = [
-        f"| | parameters | GMACs | of them masks | top-1 (%) | against {tables['reference']} | seeds |",
-        "|---|---|---|---|---|---|---|",
-    ]
+        of_row[seed] = line
+    if not lines:
+        raise ValueError(f"{results} has no results; python -m benchmarks.ablation.run makes them.")
+    first, *others = [column for column in line if column in HEADINGS]
+    reference = lines.get(tables["reference"], {})
+    heads = ["parameters", "GMACs", "of them masks", HEADINGS[first], f"against {tables['reference']}"]
+    heads += [*(HEADINGS[column] for column in others), "seeds"]
+    page = [f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
     for row, entry in tables["rows"].items():
-        if row not in scores:
+        if row not in lines:
             continue
-        cost, of_row = costs[row], scores[row]
-        differences = [score - reference[seed] for seed, score in of_row.items() if seed in reference]
-        against = "" if row == tables["reference"] else _spread(differences, sign="+")
-        lines.append(
-            f"| {entry['about']} | {1e6 * float(cost['params_m']):,.0f} | {float(cost['gmacs']):.4f} "
-            f"| {float(cost['lam_gmacs']):.4f} | {_spread(list(of_row.values()))} | {against} | {len(of_row)} |"
-        )
-    return "\n".join(lines) + "\n"
+        of_row = lines[row]
+        cost = next(iter(of_row.values()))
+        common = of_row.keys() & reference.keys()
+        against = [float(of_row[seed][first]) - float(reference[seed][first]) for seed in sorted(common)]
+        cells = [
+            entry["about"],
+            f"{1e6 * float(cost['params_m']):,.0f}",
+            f"{float(cost['gmacs']):.4f}",
+            f"{float(cost['lam_gmacs']):.4f}",
+            _spread([float(line[first]) for line in of_row.values()]),
+            "" if row == tables["reference"] else _spread(against, sign="+"),
+            *(_spread([float(line[column]) for line in of_row.values()]) for column in others),
+            str(len(of_row)),
+        ]
+        page.append(f"| {' | '.join(cells)} |")
+    return "\n".join(page) + "\n"
 
 
 def _spread(values: Sequence[float], sign: str = "") -> str:
@@ -63,5 +76,7 @@ def _spread(values: Sequence[float], sign: str = "") -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    print(table(parser.parse_args().results), end="")
+    parser.add_argument("--ablation", type=Path, default=HERE / "ablation.toml")
+    parser.add_argument("--results", type=Path)
+    args = parser.parse_args()
+    print(table(args.ablation, args.results), end="")

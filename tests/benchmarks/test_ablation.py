@@ -79,9 +79,22 @@ def test_an_unknown_row_is_named(tmp_path: Path) -> None:
         ablation.plan(FILE, tmp_path, ["plian"], [0], [])
 
 
+def test_scores_are_those_of_the_last_split_that_a_report_names() -> None:
+    image = {"scores": {"test": {"images": 9, "top1": 70.96, "loss": 0.862491}}}
+    assert ablation.final_scores(image, "classification") == {"top1": 70.96, "eval_loss": 0.8625}
+    videos = {
+        split: {way: {"R1": value, "R5": 20.0, "R10": 30.0, "MedianR": 9.5, "R50": 80.0} for way in ("t2v", "v2t")}
+        for split, value in {"validation": 12.0, "test": 11.0}.items()
+    }
+    assert ablation.final_scores({"scores": videos}, "retrieval") == {
+        "t2v_R1": 11.0, "t2v_R5": 20.0, "t2v_R10": 30.0, "t2v_MedianR": 9.5,
+        "v2t_R1": 11.0, "v2t_R5": 20.0, "v2t_R10": 30.0, "v2t_MedianR": 9.5,
+    }  # fmt: skip
+
+
 def result(row: str, seed: int, top1: float) -> dict[str, Any]:
     cost = {"params_m": 0.3, "lam_params_m": 0.1, "gmacs": 0.02, "lam_gmacs": 0.003}
-    return dict.fromkeys(ablation.COLUMNS, "") | cost | {"row": row, "seed": seed, "top1": top1}
+    return {"row": row, "seed": seed, "top1": top1} | dict.fromkeys(ablation.COLUMNS, "") | cost
 
 
 def test_the_table_takes_differences_seed_by_seed(tmp_path: Path) -> None:
@@ -89,7 +102,7 @@ def test_the_table_takes_differences_seed_by_seed(tmp_path: Path) -> None:
     for row, scores in {"plain": (70.0, 72.0), "base": (71.0, 73.0)}.items():
         for seed, top1 in enumerate(scores):
             ablation.add_result(results, result(row, seed, top1))
-    lines = {line.split("|")[1].strip().partition(" ")[0]: line for line in table(results).splitlines()}
+    lines = {line.split("|")[1].strip().partition(" ")[0]: line for line in table(FILE, results).splitlines()}
     assert "| 71.00 ± 1.41 |  | 2 |" in lines["plain"]
     assert "| 72.00 ± 1.41 | +1.00 ± 0.00 | 2 |" in lines["base:"]
 
@@ -99,4 +112,4 @@ def test_two_results_of_one_run_are_refused(tmp_path: Path) -> None:
     ablation.add_result(results, result("plain", 0, 70.0))
     ablation.add_result(results, result("plain", 0, 71.0))
     with pytest.raises(ValueError, match="plain, seed 0 twice"):
-        table(results)
+        table(FILE, results)
