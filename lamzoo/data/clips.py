@@ -48,6 +48,7 @@ class Pairs(Dataset[tuple[Tensor, str]]):
             :mod:`random`.
         splice: probability, drawn from :mod:`random`, that a pair is made of pieces of several videos, where the data
             know how.
+        phrase: probability that such a pair has but a few neighbouring pieces.
     """
 
     def __init__(
@@ -57,16 +58,17 @@ class Pairs(Dataset[tuple[Tensor, str]]):
         transform: FramesTransform,
         captions: Literal["all", "one"] = "all",
         splice: float = 0.0,
+        phrase: float = 0.0,
     ) -> None:
         self.videos, self.sampling, self.transform = videos, sampling, transform
-        self.captions, self.splice = captions, splice
+        self.captions, self.splice, self.phrase = captions, splice, phrase
 
     def __len__(self) -> int:
         return len(self.videos.texts) if self.captions == "all" else len(self.videos)
 
     def __getitem__(self, index: int) -> tuple[Tensor, str]:
         if self.splice and random.random() < self.splice:
-            clip, caption = self.videos.splice(self.sampling)
+            clip, caption = self.videos.splice(self.sampling, random.random() < self.phrase)
             return self.transform(clip.frames), caption
         if self.captions == "all":
             video, text = self.videos.video_of_text[index], index

@@ -231,7 +231,8 @@ class RetrievalRun(TrainingRun):
 
     def _pairs(self, transform: Any) -> Pairs:
         data = self.recipe.data
-        return Pairs(self.splits["train"], data.sampling, transform, data.captions, self.recipe.augment.splice)
+        augment = self.recipe.augment
+        return Pairs(self.splits["train"], data.sampling, transform, data.captions, augment.splice, augment.phrase)
 
     def _scan(
         self, role: str, split: CaptionedVideos, bad: list[Any], progress: ScanProgress | None

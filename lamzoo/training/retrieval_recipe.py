@@ -86,6 +86,8 @@ class ClipAugmentSection:
         color_jitter: strength of changes in brightness, contrast and saturation.
         splice: probability that a video is put together from pieces of several, where the data know pieces (GRID's
             words).
+        phrase: probability that such a video has but a few neighbouring pieces: a part of a sentence is easier to find
+            the video of than a whole one, and shorter.
     """
 
     scale: tuple[float, float] = (1.0, 1.0)
@@ -93,6 +95,7 @@ class ClipAugmentSection:
     hflip: float = 0.0
     color_jitter: float = 0.0
     splice: float = 0.0
+    phrase: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,7 @@ def check_retrieval(recipe: RetrievalRecipe) -> None:
         raise RecipeError(f"Recipe key data.fps is {data.fps}; it must be positive, or 0 for every frame.")
     if data.max_frames < 1:
         raise RecipeError(f"Recipe key data.max_frames is {data.max_frames}; it must be at least 1.")
-    for key in ("hflip", "splice"):
+    for key in ("hflip", "splice", "phrase"):
         if not 0 <= getattr(augment, key) <= 1:
             raise RecipeError(f"Recipe key augment.{key} is {getattr(augment, key)}; it must lie between 0 and 1.")
     low, high = augment.scale

@@ -173,6 +173,7 @@ def test_one_caption_a_video_is_drawn_anew_each_epoch(faces: Path, table: dict[s
         ({"data": {"eval_split": "train"}}, "48 videos of .* would be trained and scored on"),
         ({"data": {"eval_split": "absent"}}, "absent"),
         ({"augment": {"splice": 2.0}}, "augment.splice is 2.0"),
+        ({"augment": {"phrase": -0.5}}, "augment.phrase is -0.5"),
         ({"augment": {"scale": [0.5, 0.1]}}, "augment.scale"),
         ({"optimizer": {"tower_lr": 0.0}}, "optimizer.tower_lr is 0.0"),
         ({"model": {"lock_image_tower": True, "freeze_layers": 1}}, "exclude each other"),

@@ -37,12 +37,15 @@ class VideoSource(ABC):
     def name(self, index: int) -> str:
         """Returns what a reader would call that video: its path, or its place in a file."""
 
-    def splice(self, among: Sequence[int], sampling: FrameSampling) -> tuple[VideoClip, str] | None:
+    def splice(
+        self, among: Sequence[int], sampling: FrameSampling, phrase: bool = False
+    ) -> tuple[VideoClip, str] | None:
         """Puts a new video and its caption together from pieces of others, drawn from :mod:`random`.
 
         Args:
             among: indices of the videos that pieces may come from.
             sampling: which frames of the new video.
+            phrase: take one or more neighbouring pieces, which is a shorter video, in place of all.
 
         Returns:
             The video and its caption; ``None`` where the layout knows no pieces.
@@ -102,13 +105,17 @@ class CaptionedVideos:
             raise IndexError(index)
         return self.source.read(index, sampling, self.threads)
 
-    def splice(self, sampling: FrameSampling) -> tuple[VideoClip, str]:
+    def splice(self, sampling: FrameSampling, phrase: bool = False) -> tuple[VideoClip, str]:
         """Returns a new video with its caption, put together from pieces of these by chance (:mod:`random`).
+
+        Args:
+            sampling: which frames of it.
+            phrase: take one or more neighbouring pieces, which is a shorter video, in place of all.
 
         Raises:
             DataError: the layout knows no pieces of its videos, or one cannot be read.
         """
-        made = self.source.splice(range(len(self)), sampling)
+        made = self.source.splice(range(len(self)), sampling, phrase)
         if made is None:
             raise DataError(f"{self.spec} knows no pieces of its videos to splice; only grid: does")
         return made

@@ -68,32 +68,38 @@ class GridSource(VideoSource):
         taken = self._pick(numbers, total, sampling)
         return VideoClip([frames[k] for k in taken], [numbers[k] / _RATE for k in taken], total / _RATE)
 
-    def splice(self, among: Sequence[int], sampling: FrameSampling) -> tuple[VideoClip, str]:
+    def splice(self, among: Sequence[int], sampling: FrameSampling, phrase: bool = False) -> tuple[VideoClip, str]:
         """Says each of a sentence's words as another clip does, with the pause before it; see the base class.
 
-        All of GRID's sentences have the same grammar, so the new one is a sentence of it too.
+        All of GRID's sentences have the same grammar, so the new one is a sentence of it too, or a part of one.
         """
         frames: list[Image.Image] = []
         numbers: list[int] = []
         words: list[str] = []
         shift = 0  # from a frame's number in its clip to that in the new one
         length = len(self._words(among[0]))
-        for slot in range(length):
+        slots = range(length)
+        if phrase:
+            count = random.randint(1, length)
+            first = random.randint(0, length - count)
+            slots = slots[first : first + count]
+        for slot in slots:
             index = random.choice(among)
             spoken = self._words(index)
             start = 0 if slot == 0 else round(spoken[slot - 1][2] * _RATE)
             last = slot == length - 1
-            end = self._clips.lines[index]["n_frames"] if last else round(spoken[slot][2] * _RATE)
+            end = self._clips.lines[index]["n_frames"] if last else max(start + 1, round(spoken[slot][2] * _RATE))
             words.append(spoken[slot][0])
             for frame, number in zip(*self._frames(index), strict=True):
                 if start <= number < end:
                     frames.append(frame)
                     numbers.append(number - start + shift)
             shift += end - start
+        if not frames:  # a word can be shorter than the face's time between two frames
+            return self.splice(among, sampling)
         taken = self._pick(numbers, shift, sampling)
-        return VideoClip([frames[k] for k in taken], [numbers[k] / _RATE for k in taken], shift / _RATE), " ".join(
-            words
-        )
+        clip = VideoClip([frames[k] for k in taken], [numbers[k] / _RATE for k in taken], shift / _RATE)
+        return clip, " ".join(words)
 
     def _words(self, index: int) -> list[tuple[str, float, float]]:
         words = self._clips.lines[index].get("words")

@@ -28,8 +28,10 @@ class SelectedVideos(VideoSource):
     def read(self, index: int, sampling: FrameSampling, threads: int = 1) -> VideoClip:
         return self._source.read(self._indices[index], sampling, threads)
 
-    def splice(self, among: Sequence[int], sampling: FrameSampling) -> tuple[VideoClip, str] | None:
-        return self._source.splice([self._indices[index] for index in among], sampling)
+    def splice(
+        self, among: Sequence[int], sampling: FrameSampling, phrase: bool = False
+    ) -> tuple[VideoClip, str] | None:
+        return self._source.splice([self._indices[index] for index in among], sampling, phrase)
 
     def name(self, index: int) -> str:
         return self._source.name(self._indices[index])

@@ -110,6 +110,35 @@ def test_a_spliced_clip_says_each_word_as_one_of_the_clips_does(grid: Path) -> N
     assert len(dataset.splice(FrameSampling(fps=None, max_frames=7))[0].frames) == 7
 
 
+def test_a_phrase_is_a_run_of_words_with_their_own_frames(grid: Path) -> None:
+    dataset = create_retrieval_dataset(f"grid:{grid}", "train")
+    lengths = set()
+    for seed in range(20):
+        random.seed(seed)
+        clip, text = dataset.splice(EVERY_FRAME, phrase=True)
+        words = text.split()
+        slots = next(
+            range(first, first + len(words))
+            for first in range(7 - len(words))
+            if all(word in {WORDS[k].split()[first + n] for k in (0, 2)} for n, word in enumerate(words))
+        )
+        expected: list[int] = []
+        for slot, word in zip(slots, words, strict=True):
+            number = next(number for number in (0, 2) if WORDS[number].split()[slot] == word)
+            end = 10 + 2 * number + 10 * (slot + 1)
+            expected += range(0 if slot == 0 else end - 10, 75 if slot == 5 else end)
+        assert levels(clip.frames) == expected
+        assert clip.times[0] == 0.0
+        lengths.add(len(words))
+    assert len(lengths) > 3
+
+
+def test_a_phrase_always_has_frames(grid: Path) -> None:
+    dataset = create_retrieval_dataset(f"grid:{grid}:face", "train")
+    random.seed(0)
+    assert all(dataset.splice(EVERY_FRAME, phrase=True)[0].frames for _ in range(50))
+
+
 def test_pieces_come_from_the_chosen_clips_alone(grid: Path) -> None:
     dataset = select_videos(create_retrieval_dataset(f"grid:{grid}:face", "train"), [1])
     clip, text = dataset.splice(EVERY_FRAME)
