@@ -13,6 +13,7 @@ import csv
 import json
 import tomllib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ import torch
 import lamzoo
 from lamzoo.cards import data_dir
 from lamzoo.data import create_dataset
+from lamzoo.data.retrieval import create_retrieval_dataset
 from lamzoo.evaluation import evaluate
+from lamzoo.evaluation.videos import evaluate_retrieval
 from lamzoo.training import load_recipe
 from lamzoo.weightfiles import write_state_dict
 
@@ -34,14 +37,13 @@ _CARD = """\
 | | |
 |---|---|
 | parameters | {params:,} |
-| GMACs | {gmacs:.4f} at {size} px, attention included |
+| GMACs | {gmacs:.4f} at {size}, attention included |
 | masks | {masks} |
 | training data | {dataset} |
 | licence of the weights | Apache-2.0 |
 | recipe | `{recipe}`, seed {seed}, {epochs} epochs, {precision} autocast on {device} |
-| top-1 | {top1:.2f} % |
-| top-5 | {top5:.2f} % |
-| measured on | {dataset}, {split} split, {samples:,} images, float32 |
+{scores}
+| measured on | {dataset}, {split} split, {samples}, float32 |
 | device, versions | {eval_device}, torch {torch}, timm {timm} |
 | sha256 | `{sha256}` |
 
@@ -60,16 +62,38 @@ rounds differently), the second wrote the weights and this card, the third gives
 
 {source}
 
-The {split} split was scored after {looks} to watch the run; the weights are those of the last epoch{ema},
+The {watched} split was scored after {looks} to watch the run; the weights are those of the last epoch{ema},
 not of the best. {chosen}
 
 ## Limits
 
-One seed and a short budget: a working example and a test of the whole path, not a claim about learnable masks. It sees
-{size} pixels and answers any picture at all with one of {num_classes} classes:
-{labels}.
-Predictions carry whatever biases the data set has.
+One seed and a short budget: a working example and a test of the whole path, not a claim about learnable masks. {limits}
+Its answers carry whatever biases the data set has.
 """
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the written weights are worth, in the words of their task.
+
+    Attributes:
+        rows: of the card's table: what, and its value.
+        metrics: for the registry.
+        samples: what was scored.
+        size: of the input.
+        command: gives the scores back.
+        limits: what the model can't do.
+        pretrained_cfg: what the tag says beyond the model's card.
+    """
+
+    rows: Mapping[str, str]
+    metrics: Mapping[str, float]
+    samples: str
+    size: str
+    command: str
+    limits: str
+    pretrained_cfg: Mapping[str, Any]
+
 
 _TEXTS = tomllib.loads((Path(__file__).parent / "cards.toml").read_text(encoding="utf-8"))
 
@@ -88,7 +112,7 @@ def main() -> None:
     rows = list(csv.DictReader((arguments.run / "metrics.csv").open(encoding="utf-8")))
     if len(rows) != recipe["schedule"]["epochs"]:
         parser.error(f"{arguments.run} has {len(rows)} of {recipe['schedule']['epochs']} epochs; finish it first")
-    name, source = recipe["model"]["name"], recipe["data"]["source"]
+    name = recipe["model"]["name"]
     trained = lamzoo.create_model(f"local-dir:{arguments.run / 'model'}", pretrained=True)
     weights = {
         key: value.bfloat16() if value.is_floating_point() else value for key, value in trained.state_dict().items()
@@ -96,15 +120,14 @@ def main() -> None:
     file = write_state_dict(weights, arguments.out / f"{name}.{arguments.tag}.safetensors")
 
     model = lamzoo.create_model(name, checkpoint_path=file.path)
-    result = evaluate(model, create_dataset(source, arguments.split), device="cpu")
+    measure = measure_retrieval if recipe["task"] == "retrieval" else measure_images
+    measured = measure(model, f"{name}.{arguments.tag}", recipe, arguments.split, trained.pretrained_cfg)
     profile = lamzoo.profile(model)
     data = _TEXTS["data"][arguments.tag]
     dataset = data["name"]
-    labels = trained.pretrained_cfg["label_names"]
     published = arguments.recipe.as_posix()
     recipe["run"]["output"] = run = f"runs/{name}.{arguments.tag}"
     overrides = "".join(f" {change}" for change in changes(load_recipe(arguments.recipe).to_dict(), recipe))
-    command = f"lamzoo eval {name}.{arguments.tag} --data {source} --split {arguments.split}"
     interval = recipe["run"].get("eval_interval", 1)
     card = _CARD.format(
         name=name,
@@ -112,7 +135,7 @@ def main() -> None:
         description=lamzoo.model_info(name).description,
         params=round(profile.params_m * 1e6),
         gmacs=profile.gmacs,
-        size=model.pretrained_cfg["input_size"][-1],
+        size=measured.size,
         masks="none" if model.lam_config is None else f"`{model.lam_config}`",
         dataset=dataset,
         recipe=published,
@@ -120,24 +143,23 @@ def main() -> None:
         epochs=recipe["schedule"]["epochs"],
         precision=recipe["run"]["precision"],
         device=recipe["run"]["device"],
-        top1=result.top1,
-        top5=result.top5,
+        scores="\n".join(f"| {what} | {value} |" for what, value in measured.rows.items()),
         split=arguments.split,
-        samples=result.samples,
+        watched=recipe["data"]["eval_split"],
+        samples=measured.samples,
         eval_device="cpu",
         torch=torch.__version__,
         timm=timm.__version__,
         sha256=file.sha256,
         train=f"lamzoo train {published}{overrides}",
         run=run,
-        command=command,
+        command=measured.command,
         minutes=float(rows[-1]["train_seconds"]) / 60,
         source=data["text"].strip(),
         chosen=_TEXTS["models"].get(f"{name}.{arguments.tag}", {"text": ""})["text"].strip(),
         looks="each epoch" if interval == 1 else f"every {interval} epochs",
         ema=", averaged (EMA)" if recipe["run"].get("ema_decay") else "",
-        num_classes=len(labels),
-        labels=", ".join(labels),
+        limits=measured.limits,
     )
     (arguments.out / f"{name}.{arguments.tag}.md").write_text(card, encoding="utf-8")
     print(
@@ -151,14 +173,58 @@ recipe = "{published}{overrides}"
 
 [models.{name}.tags.{arguments.tag}.metrics]
 dataset = "{dataset}, {arguments.split} split"
-top1 = {result.top1:.2f}
-top5 = {result.top5:.2f}
-command = "{command}"
-
-[models.{name}.tags.{arguments.tag}.pretrained_cfg]
-label_names = {json.dumps(labels)}
+{_toml(measured.metrics)}
+command = "{measured.command}"
 """
     )
+    if measured.pretrained_cfg:
+        print(f"[models.{name}.tags.{arguments.tag}.pretrained_cfg]\n{_toml(measured.pretrained_cfg)}")
+
+
+def measure_images(
+    model: Any, name: str, recipe: Mapping[str, Any], split: str, trained_cfg: Mapping[str, Any]
+) -> Measured:
+    """Scores a classifier on a split of the data that it was trained on."""
+    source, labels = recipe["data"]["source"], trained_cfg["label_names"]
+    result = evaluate(model, create_dataset(source, split), device="cpu")
+    size = model.pretrained_cfg["input_size"][-1]
+    return Measured(
+        rows={"top-1": f"{result.top1:.2f} %", "top-5": f"{result.top5:.2f} %"},
+        metrics={"top1": round(result.top1, 2), "top5": round(result.top5, 2)},
+        samples=f"{result.samples:,} images",
+        size=f"{size} px",
+        command=f"lamzoo eval {name} --data {source} --split {split}",
+        limits=(
+            f"It sees\n{size} pixels and answers any picture at all with one of {len(labels)} classes:\n"
+            f"{', '.join(labels)}."
+        ),
+        pretrained_cfg={"label_names": labels},
+    )
+
+
+def measure_retrieval(
+    model: Any, name: str, recipe: Mapping[str, Any], split: str, trained_cfg: Mapping[str, Any]
+) -> Measured:
+    """Scores a retrieval model on a split of the data that it was trained on."""
+    source = recipe["data"]["source"]
+    result = evaluate_retrieval(model, create_retrieval_dataset(source, split), device="cpu")
+    height, width = model.image_size
+    ways = {"t2v": "text to video", "v2t": "video to text"}
+    ranks = "R@1 {R1:.1f} %, R@5 {R5:.1f} %, R@10 {R10:.1f} %, median rank {MedianR:g}"
+    keys = ("R1", "R5", "R10", "MedianR")
+    return Measured(
+        rows={text: ranks.format(**result.metrics[way]) for way, text in ways.items()},
+        metrics={f"{way}_{key}": round(result.metrics[way][key], 2) for way in ways for key in keys},
+        samples=f"{result.texts:,} texts and {result.videos:,} videos",
+        size=f"{model.max_frames} frames of {width} x {height} px and one text",
+        command=f"lamzoo eval {name} --task retrieval --data {source} --split {split}",
+        limits="",
+        pretrained_cfg={},
+    )
+
+
+def _toml(table: Mapping[str, Any]) -> str:
+    return "\n".join(f"{key} = {json.dumps(value)}" for key, value in table.items())
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any], section: str = "") -> list[str]:

@@ -48,7 +48,7 @@ class Pairs(Dataset[tuple[Tensor, str]]):
             :mod:`random`.
         splice: probability, drawn from :mod:`random`, that a pair is made of pieces of several videos, where the data
             know how.
-        phrase: probability that such a pair has but a few neighbouring pieces.
+        phrase: probability that such a pair has but a few neighbouring pieces, mostly one.
     """
 
     def __init__(

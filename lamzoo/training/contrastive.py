@@ -12,9 +12,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def contrastive_loss(similarity: Tensor) -> Tensor:
-    """Symmetric cross-entropy of ``(B, B)`` similarities, the pairs on the diagonal (arXiv 2104.08860, equation 8)."""
-    labels = torch.arange(len(similarity), device=similarity.device)
+def contrastive_loss(similarity: Tensor, positives: Tensor | None = None) -> Tensor:
+    """Symmetric cross-entropy of ``(B, B)`` similarities, the pairs on the diagonal (arXiv 2104.08860, equation 8).
+
+    Args:
+        similarity: of texts (rows) and videos.
+        positives: ``(B, B)``, bool, symmetric: further pairs that fit as well; each row's share one target (as in
+            arXiv 2204.03610, equation 3). The diagonal must be among them.
+    """
+    if positives is None:
+        labels = torch.arange(len(similarity), device=similarity.device)
+    else:
+        labels = F.normalize(positives.to(similarity.dtype), p=1, dim=1)
     return (F.cross_entropy(similarity, labels) + F.cross_entropy(similarity.T, labels)) / 2
 
 
@@ -24,6 +33,7 @@ def contrastive_backward(
     batches: Sequence[Any],
     encode: Callable[[int, Any], tuple[Tensor, Tensor]],
     frame_masks: Sequence[Tensor],
+    captions: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """Adds the gradients of the loss over all pairs of all batches on all processes; returns that loss.
 
@@ -37,6 +47,8 @@ def contrastive_backward(
         batches: what ``encode`` gets, one after the other.
         encode: the embeddings of the texts and of the videos of batch ``i``; draws the same when called again.
         frame_masks: of each batch, ``(B, F)``, bool.
+        captions: of each batch, ``(B, L)``, tokens: where two captions are alike, the videos of both fit both. None
+            takes every other video for a wrong one, as CLIP4Clip does.
 
     Returns:
         The loss, a scalar, the same on each process.
@@ -53,7 +65,11 @@ def contrastive_backward(
     mask = _gathered(accelerator, torch.cat(list(frame_masks)))
     with accelerator.autocast():
         similarity = model.similarity(_with_own(accelerator, text_leaf), _with_own(accelerator, video_leaf), mask)
-    loss = contrastive_loss(similarity.float())
+    positives = None
+    if captions is not None:
+        tokens = _gathered(accelerator, torch.cat(list(captions)))
+        positives = (tokens[:, None] == tokens).all(-1)
+    loss = contrastive_loss(similarity.float(), positives)
     accelerator.backward(loss)
     # Each process has the gradient of the whole loss for its own embeddings; the mean below divides their sum.
     text_grads = (text_leaf.grad * accelerator.num_processes).split([len(text) for text in texts])

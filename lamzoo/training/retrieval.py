@@ -160,8 +160,9 @@ class RetrievalRun(TrainingRun):
                 return self.model.encode_text(text), self.model.encode_video(frames, mask)
 
         masks = [mask for _, mask, _ in batches]
+        captions = [text for *_, text in batches] if self.recipe.data.equal_captions == "positives" else None
         with nullcontext() if self.recipe.model.fused_attention else sdpa_kernel(SDPBackend.MATH):
-            return contrastive_backward(self.accelerator, self.model, batches, encode, masks)
+            return contrastive_backward(self.accelerator, self.model, batches, encode, masks, captions)
 
     @torch.no_grad()
     def after_update(self) -> None:

@@ -51,6 +51,8 @@ class RetrievalDataSection:
         max_frames: frames that a video gives at most.
         slicing: which ones, where there are more, as of :class:`lamzoo.data.sampling.FrameSampling`.
         captions: an epoch shows ``"all"`` captions of a video, or ``"one"`` of them, drawn anew.
+        equal_captions: what the videos of equal captions in a batch are to each other: ``"negatives"`` as in CLIP4Clip,
+            or ``"positives"``.
         workers: processes that read videos, for each training process; 0 reads in that one.
         scan: read every video of all these splits once before the first epoch.
         on_bad_input: what a scan does with videos that can't be read: ``"stop"``, or ``"skip"``, which leaves them out
@@ -65,6 +67,7 @@ class RetrievalDataSection:
     max_frames: int = 12
     slicing: Slicing = "uniform"
     captions: Literal["all", "one"] = "all"
+    equal_captions: Literal["negatives", "positives"] = "negatives"
     workers: int = 0
     scan: bool = True
     on_bad_input: OnBadInput = "stop"
@@ -86,8 +89,8 @@ class ClipAugmentSection:
         color_jitter: strength of changes in brightness, contrast and saturation.
         splice: probability that a video is put together from pieces of several, where the data know pieces (GRID's
             words).
-        phrase: probability that such a video has but a few neighbouring pieces: a part of a sentence is easier to find
-            the video of than a whole one, and shorter.
+        phrase: probability that such a video has but a few neighbouring pieces, mostly one: a word is easier to learn
+            than a sentence, and shorter.
     """
 
     scale: tuple[float, float] = (1.0, 1.0)

@@ -49,6 +49,20 @@ def test_the_loss_is_open_clips() -> None:
     torch.testing.assert_close(contrastive_loss(20.0 * text @ video.T), expected)
 
 
+def test_every_video_of_an_equal_caption_is_a_target() -> None:
+    similarity = torch.randn(4, 4, generator=torch.manual_seed(0))
+    captions = torch.tensor([0, 1, 0, 2])
+    positives = captions[:, None] == captions
+    expected = torch.zeros(())
+    for scores in (similarity, similarity.T):
+        logs = scores.log_softmax(1)
+        for row in range(4):
+            expected -= logs[row, positives[row]].mean() / 8
+    torch.testing.assert_close(contrastive_loss(similarity, positives), expected)
+    alone = torch.eye(4, dtype=torch.bool)
+    torch.testing.assert_close(contrastive_loss(similarity, alone), contrastive_loss(similarity))
+
+
 def test_it_learns_to_find_what_it_has_not_seen(table: dict[str, Any], tmp_path: Path) -> None:
     table["optimizer"]["lr"] = 1e-3
     table["schedule"]["epochs"] = 12
@@ -64,9 +78,12 @@ def test_it_learns_to_find_what_it_has_not_seen(table: dict[str, Any], tmp_path:
     assert model.max_frames == 3
 
 
-@pytest.mark.parametrize("similarity", ["mean", "seq", "tight"])
-def test_passes_in_parts_do_not_change_the_curve(table: dict[str, Any], tmp_path: Path, similarity: str) -> None:
+@pytest.mark.parametrize(("similarity", "equal"), [("mean", "positives"), ("seq", "negatives"), ("tight", "negatives")])
+def test_passes_in_parts_do_not_change_the_curve(
+    table: dict[str, Any], tmp_path: Path, similarity: str, equal: str
+) -> None:
     table["model"]["kwargs"] |= {"similarity": similarity, "lam_in": ["vision"]}
+    table["data"]["equal_captions"] = equal
     table["optimizer"]["lr"] = 1e-3
     whole = run(table, tmp_path / "whole")
     parts = run(table, tmp_path / "parts", accumulation=4)
@@ -117,9 +134,12 @@ def test_workers_do_not_change_the_curve(table: dict[str, Any], tmp_path: Path) 
     assert torch.equal(curve(run(table, tmp_path / "workers").history), curve(alone.history))
 
 
-@pytest.mark.parametrize("similarity", ["seq", "tight"])
-def test_two_processes_give_the_curve_of_one(table: dict[str, Any], tmp_path: Path, similarity: str) -> None:
+@pytest.mark.parametrize(("similarity", "equal"), [("seq", "positives"), ("tight", "negatives")])
+def test_two_processes_give_the_curve_of_one(
+    table: dict[str, Any], tmp_path: Path, similarity: str, equal: str
+) -> None:
     table["model"]["kwargs"]["similarity"] = similarity
+    table["data"]["equal_captions"] = equal
     table["optimizer"]["lr"] = 1e-3
     alone = run(table, tmp_path / "alone")
     table["run"] |= {"output": str(tmp_path / "two"), "accumulation": 2}

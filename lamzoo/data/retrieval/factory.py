@@ -17,7 +17,7 @@ from lamzoo.errors import DataError
 #: What stands before the colon for layouts that are of videos alone; ``wds`` may be of images, too.
 VIDEO_KINDS = ("msrvtt", "msvd", "videos", "grid", "flickr8k")
 
-_GRAMMAR = "msrvtt:DIR[:9k|7k], msvd:DIR, videos:DIR, wds:SHARDS, grid:DIR[:mouth|face] or flickr8k:DIR"
+_GRAMMAR = "msrvtt:DIR[:9k|7k], msvd:DIR, videos:DIR, wds:SHARDS, grid:DIR[:VIEW] or flickr8k:DIR"
 
 
 def create_retrieval_dataset(spec: str, split: str) -> CaptionedVideos:
@@ -33,7 +33,8 @@ def create_retrieval_dataset(spec: str, split: str) -> CaptionedVideos:
               and, if there are splits, ``split``.
             - ``wds:SHARDS``: local webdataset tar files, ``DIR/{split}-{000..012}.tar`` or with ``*``, of ``KEY.mp4``
               with ``KEY.txt`` or ``KEY.json``; where ``{split}`` is written, it is replaced.
-            - ``grid:DIR`` or ``grid:DIR:face``: clips of the GRID corpus, the talker's mouth or his face; see
+            - ``grid:DIR``, ``grid:DIR:lips``, ``:motion`` or ``:face``: clips of the GRID corpus, the talker's
+              mouth, the middle of that, how that moves, or his face; see
               :class:`lamzoo.data.retrieval.grid.GridSource`.
             - ``flickr8k:DIR``: Flickr8k's photographs as videos of one frame.
         split: ``train``, ``validation``, ``test`` or what the data calls it. ``val``, ``valid``, ... all mean

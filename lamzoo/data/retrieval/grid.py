@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+import numpy as np
 from PIL import Image
 
 from lamzoo.data.retrieval.base import VideoSource
@@ -16,38 +17,58 @@ from lamzoo.data.sampling import FrameSampling
 from lamzoo.data.video import VideoClip
 from lamzoo.errors import DataError
 
-GridView = Literal["mouth", "face"]
+GridView = Literal["mouth", "face", "lips", "motion"]
 
 _RATE = 25  # frames a second of the corpus
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """How the frames of a clip lie below each other in one image: their size, the first one's number, and the step."""
+    """How the frames of a clip lie below each other in one image of an archive.
 
+    Attributes:
+        archive: its name.
+        width: of a frame, in pixels.
+        height: likewise.
+        first: which of the clip's frames is the first one there.
+        step: from one frame to the next.
+        box: what is taken of a frame: left, upper, right and lower edge.
+        motion: how many times its difference from the clip's mean frame is shown, around a middle grey; 0 shows the
+            frame itself.
+    """
+
+    archive: str
     width: int
     height: int
     first: int
     step: int
+    box: tuple[int, int, int, int]
+    motion: float = 0.0
 
     def numbers(self, total: int) -> range:
         """Returns which of a clip's frames the image holds."""
         return range(self.first, total, self.step)
 
 
-_LAYOUTS: dict[str, _Layout] = {"mouth": _Layout(80, 48, 0, 1), "face": _Layout(64, 64, 2, 5)}
+_LAYOUTS: dict[str, _Layout] = {
+    "mouth": _Layout("mouth.npz", 80, 48, 0, 1, (0, 0, 80, 48)),
+    "lips": _Layout("mouth.npz", 80, 48, 0, 1, (24, 12, 72, 44)),
+    "motion": _Layout("mouth.npz", 80, 48, 0, 1, (24, 12, 72, 44), motion=3.0),
+    "face": _Layout("face.npz", 64, 64, 2, 5, (0, 0, 64, 64)),
+}
 
 
 class GridSource(VideoSource):
     """``captions.jsonl`` (``id``, ``n_frames``, ``text``, ``split``, ``words``) and ``mouth.npz`` or ``face.npz``.
 
-    The mouth is grey, 80 x 48 pixels at 25 frames a second; the face has colours, 64 x 64 pixels at 5 frames a second,
-    its first frame 0.08 s after the clip's. A frame's time is its number in the clip over 25.
+    The mouth is grey, 80 x 48 pixels at 25 frames a second; the lips are 48 x 32 pixels of its middle, and their motion
+    is each frame's difference from the clip's mean. The face has colours, 64 x 64 pixels at 5 frames a second, its
+    first frame 0.08 s after the clip's. A frame's time is its number in the clip over 25.
 
     Args:
         root: the folder.
         split: ``train``, ``validation`` or ``test``.
-        view: which archive.
+        view: what is seen.
 
     Raises:
         DataError: there is no such folder, file or split, or the files do not fit each other.
@@ -57,7 +78,7 @@ class GridSource(VideoSource):
         if view not in get_args(GridView):
             raise DataError(f"GRID has no view {view!r}; it has {', '.join(map(repr, get_args(GridView)))}")
         self._layout = _LAYOUTS[view]
-        self._clips = JpegLines(root, f"{view}.npz", {"id": str, "n_frames": int, "text": str}, split)
+        self._clips = JpegLines(root, self._layout.archive, {"id": str, "n_frames": int, "text": str}, split)
         self.split = self._clips.split
         self.videos = [line["id"] for line in self._clips.lines]
         self.captions = [[line["text"]] for line in self._clips.lines]
@@ -80,7 +101,7 @@ class GridSource(VideoSource):
         length = len(self._words(among[0]))
         slots = range(length)
         if phrase:
-            count = random.randint(1, length)
+            [count] = random.choices(range(1, length + 1), [1 / count**2 for count in range(1, length + 1)])
             first = random.randint(0, length - count)
             slots = slots[first : first + count]
         for slot in slots:
@@ -119,8 +140,18 @@ class GridSource(VideoSource):
                 f"{self.name(index)} is {strip.width} x {strip.height} pixels, not {len(numbers)} frames of "
                 f"{layout.width} x {layout.height}; the n_frames of its line in captions.jsonl do not fit it"
             )
-        boxes = ((0, k * layout.height, layout.width, (k + 1) * layout.height) for k in range(len(numbers)))
-        return [strip.crop(box) for box in boxes], numbers
+        left, upper, right, lower = layout.box
+        tops = range(0, strip.height, layout.height)
+        boxes = ((left, top + upper, right, top + lower) for top in tops)
+        frames = [strip.crop(box) for box in boxes]
+        return (_motion(frames, layout.motion) if layout.motion else frames), numbers
 
     def name(self, index: int) -> str:
         return self._clips.name(index)
+
+
+def _motion(frames: Sequence[Image.Image], times: float) -> list[Image.Image]:
+    """Returns by how much each frame differs from their mean, so many times, around a middle grey of 128."""
+    pixels = np.stack([np.asarray(frame) for frame in frames]).astype(np.float32)
+    moved = np.clip(128.5 + times * (pixels - pixels.mean(axis=0)), 0, 255).astype(np.uint8)
+    return [Image.fromarray(frame) for frame in moved]

@@ -240,7 +240,7 @@ def test_some_videos_keep_all_their_captions(folder: Path) -> None:
         ("grid:nowhere", "no such folder: nowhere"),
         ("flickr8k:nowhere", "no such folder: nowhere"),
         ("videos:EMPTY", r"has no captions\.csv; write one with the columns video,caption"),
-        ("grid:EMPTY:ear", "no view 'ear' of EMPTY; write 'mouth' or 'face'"),
+        ("grid:EMPTY:ear", "no view 'ear' of EMPTY; write 'mouth' or 'face' or 'lips' or 'motion'"),
         ("grid:EMPTY", r"cannot read EMPTY/captions\.jsonl: No such file"),
     ],
 )

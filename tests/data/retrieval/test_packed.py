@@ -72,6 +72,31 @@ def test_every_frame_of_a_mouth_is_at_its_number_over_25(grid: Path) -> None:
     assert dataset.filename(1) == f"{grid / 'mouth.npz'}[2]"
 
 
+def test_lips_are_the_middle_of_the_mouth(grid: Path) -> None:
+    pattern = np.broadcast_to(np.arange(80, dtype=np.uint8) * 3, (48, 80)).copy()
+    pattern[:12] = pattern[44:] = 255
+    strips = [jpeg(np.tile(pattern, (total, 1))) for total in (75, 74, 75)]
+    lines = [json.loads(line) for line in (grid / "captions.jsonl").read_text().splitlines()]
+    write_jpegs(grid, "mouth.npz", strips, lines)
+    frame = create_retrieval_dataset(f"grid:{grid}:lips", "train").read(1, EVERY_FRAME).frames[-1]
+    assert frame.size == (48, 32)
+    columns = np.asarray(frame)[2:-2, :, 0].mean(axis=0)
+    assert np.abs(columns - np.arange(24, 72) * 3).max() < 3
+
+
+def test_motion_is_the_difference_from_a_clips_own_mean(grid: Path) -> None:
+    dataset = create_retrieval_dataset(f"grid:{grid}:motion", "train")
+    lips = create_retrieval_dataset(f"grid:{grid}:lips", "train")
+    for index in range(2):
+        plain = np.stack([np.asarray(frame) for frame in lips.read(index, EVERY_FRAME).frames]).astype(float)
+        moved = np.stack([np.asarray(frame) for frame in dataset.read(index, EVERY_FRAME).frames])
+        expected = np.clip(128 + 3 * (plain - plain.mean(axis=0)), 0, 255)
+        assert np.abs(moved - expected).max() <= 1
+    random.seed(0)
+    clip, _ = dataset.splice(EVERY_FRAME, phrase=True)
+    assert {frame.size for frame in clip.frames} == {(48, 32)}
+
+
 def test_a_face_is_every_fifth_frame_from_the_third_on(grid: Path) -> None:
     dataset = create_retrieval_dataset(f"grid:{grid}:face", "test")
     for sampling in (EVERY_FRAME, FrameSampling(fps=5, max_frames=15)):
