@@ -13,6 +13,7 @@ from benchmarks.ablation import run as ablation
 from benchmarks.ablation.table import table
 from lamzoo.lam import LamConfig
 from lamzoo.training import Recipe
+from lamzoo.training.recipe import AnyRecipe
 
 FILE = ablation.HERE / "ablation.toml"
 ROWS = list(ablation.read_ablation(FILE)["rows"])
@@ -24,10 +25,10 @@ def recipes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Recipe]:
     return {run.row: run.recipe for run in runs}
 
 
-def parameters(recipe: Recipe) -> int:
+def parameters(recipe: AnyRecipe, **kwargs: int) -> int:
     lam = None if recipe.model.lam is None else LamConfig.from_dict(recipe.model.lam)
     with torch.device("meta"):
-        model = lamzoo.create_model(recipe.model.name, lam=lam, num_classes=10, **recipe.model.kwargs)
+        model = lamzoo.create_model(recipe.model.name, lam=lam, **kwargs, **recipe.model.kwargs)
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -40,7 +41,8 @@ def test_every_row_that_was_asked_for_is_there(recipes: dict[str, Recipe]) -> No
 
 
 def test_the_wider_mlp_has_the_base_masks_parameters_within_two_percent(recipes: dict[str, Recipe]) -> None:
-    assert parameters(recipes["mlp"]) == pytest.approx(parameters(recipes["base"]), rel=0.02)
+    wider, base = (parameters(recipes[row], num_classes=10) for row in ("mlp", "base"))
+    assert wider == pytest.approx(base, rel=0.02)
 
 
 ONE_FACTOR = [("base", row) for row in ("single", "position", "free", "shared", "rank-4", "rank-64")]
@@ -61,6 +63,20 @@ def test_rows_differ_in_nothing_but_the_model(recipes: dict[str, Recipe]) -> Non
         for section in ("data", "augment", "optimizer", "schedule"):
             assert getattr(recipe, section) == getattr(plain, section), row
         assert recipe.run.seed == plain.run.seed
+
+
+@pytest.mark.parametrize("name", ["grid", "flickr8k"])
+def test_retrieval_compares_plain_single_multi_and_as_many_parameters(tmp_path: Path, name: str) -> None:
+    file = ablation.HERE / f"{name}.toml"
+    rows = list(ablation.read_ablation(file)["rows"])
+    recipes = {run.row: run.recipe for run in ablation.plan(file, tmp_path, rows, [0], [])}
+    frames = {"max_frames": recipes["plain"].data.max_frames}
+    count = {row: parameters(recipe, **frames) for row, recipe in recipes.items()}
+    assert count["plain"] < count["single"] < count["multi"]
+    assert count["mlp"] == pytest.approx(count["multi"], rel=0.001)
+    for row, recipe in recipes.items():
+        for section in ("data", "augment", "optimizer", "schedule"):
+            assert getattr(recipe, section) == getattr(recipes["plain"], section), row
 
 
 def test_each_row_and_seed_has_a_digest_of_its_own(tmp_path: Path) -> None:
