@@ -63,12 +63,12 @@ rounds differently), the second wrote the weights and this card, the third gives
 {source}
 
 The {watched} split was scored after {looks} to watch the run; the weights are those of the last epoch{ema},
-not of the best. {chosen}
+not of the best.{chosen}
 
 ## Limits
 
-One seed and a short budget: a working example and a test of the whole path, not a claim about learnable masks. {limits}
-Its answers carry whatever biases the data set has.
+One seed and a short budget: a working example and a test of the whole path, not a claim about learnable masks.{limits}
+Predictions carry whatever biases the data set has.
 """
 
 
@@ -123,7 +123,7 @@ def main() -> None:
     measure = measure_retrieval if recipe["task"] == "retrieval" else measure_images
     measured = measure(model, f"{name}.{arguments.tag}", recipe, arguments.split, trained.pretrained_cfg)
     profile = lamzoo.profile(model)
-    data = _TEXTS["data"][arguments.tag]
+    data, chosen = _TEXTS["data"][arguments.tag], _TEXTS["models"].get(f"{name}.{arguments.tag}")
     dataset = data["name"]
     published = arguments.recipe.as_posix()
     recipe["run"]["output"] = run = f"runs/{name}.{arguments.tag}"
@@ -156,7 +156,7 @@ def main() -> None:
         command=measured.command,
         minutes=float(rows[-1]["train_seconds"]) / 60,
         source=data["text"].strip(),
-        chosen=_TEXTS["models"].get(f"{name}.{arguments.tag}", {"text": ""})["text"].strip(),
+        chosen=f" {chosen['text'].strip()}" if chosen else "",
         looks="each epoch" if interval == 1 else f"every {interval} epochs",
         ema=", averaged (EMA)" if recipe["run"].get("ema_decay") else "",
         limits=measured.limits,
@@ -188,6 +188,7 @@ def measure_images(
     source, labels = recipe["data"]["source"], trained_cfg["label_names"]
     result = evaluate(model, create_dataset(source, split), device="cpu")
     size = model.pretrained_cfg["input_size"][-1]
+    separator = "; " if any("," in label for label in labels) else ", "
     return Measured(
         rows={"top-1": f"{result.top1:.2f} %", "top-5": f"{result.top5:.2f} %"},
         metrics={"top1": round(result.top1, 2), "top5": round(result.top5, 2)},
@@ -195,8 +196,8 @@ def measure_images(
         size=f"{size} px",
         command=f"lamzoo eval {name} --data {source} --split {split}",
         limits=(
-            f"It sees\n{size} pixels and answers any picture at all with one of {len(labels)} classes:\n"
-            f"{', '.join(labels)}."
+            f" It sees\n{size} pixels and answers any picture at all with one of {len(labels)} classes:\n"
+            f"{separator.join(labels)}."
         ),
         pretrained_cfg={"label_names": labels},
     )
