@@ -25,6 +25,7 @@ from lamzoo.cards import data_dir
 from lamzoo.data import create_dataset
 from lamzoo.data.retrieval import create_retrieval_dataset
 from lamzoo.evaluation import evaluate
+from lamzoo.evaluation.retrieval import WAYS
 from lamzoo.evaluation.videos import evaluate_retrieval
 from lamzoo.training import load_recipe
 from lamzoo.weightfiles import write_state_dict
@@ -210,12 +211,11 @@ def measure_retrieval(
     source = recipe["data"]["source"]
     result = evaluate_retrieval(model, create_retrieval_dataset(source, split), device="cpu")
     height, width = model.image_size
-    ways = {"t2v": "text to video", "v2t": "video to text"}
     ranks = "R@1 {R1:.1f} %, R@5 {R5:.1f} %, R@10 {R10:.1f} %, median rank {MedianR:g}"
     keys = ("R1", "R5", "R10", "MedianR")
     return Measured(
-        rows={text: ranks.format(**result.metrics[way]) for way, text in ways.items()},
-        metrics={f"{way}_{key}": round(result.metrics[way][key], 2) for way in ways for key in keys},
+        rows={text: ranks.format(**result.metrics[way]) for way, text in WAYS.items()},
+        metrics={f"{way}_{key}": round(result.metrics[way][key], 2) for way in WAYS for key in keys},
         samples=f"{result.texts:,} texts and {result.videos:,} videos",
         size=f"{model.max_frames} frames of {width} x {height} px and one text",
         command=f"lamzoo eval {name} --task retrieval --data {source} --split {split}",

@@ -50,11 +50,14 @@ def print_table(
 
 def print_retrieval(scores: Mapping[str, Mapping[str, Mapping[str, float]]], title: str) -> None:
     """Prints the metrics of :func:`lamzoo.evaluation.retrieval_metrics`, by what they are of, as a table."""
-    names = {"t2v": "text to video", "v2t": "video to text"}
+    from lamzoo.evaluation.retrieval import WAYS
+
     columns = ("", "", "R@1", "R@5", "R@10", "R@50", "median rank", "mean rank")
     keys = ("R1", "R5", "R10", "R50", "MedianR", "MeanR")
     rows = [
-        (what, names[way], *(metrics[way][key] for key in keys)) for what, metrics in scores.items() for way in names
+        (what, name, *(metrics[way][key] for key in keys))
+        for what, metrics in scores.items()
+        for way, name in WAYS.items()
     ]
     print_table(columns, rows, title=title)
 

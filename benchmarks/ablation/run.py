@@ -47,10 +47,6 @@ SCORES: dict[str, dict[str, tuple[str, ...]]] = {
     "classification": {"top1": ("top1",), "eval_loss": ("loss",)},
     "retrieval": {f"{way}_{key}": (way, key) for way in ("t2v", "v2t") for key in ("R1", "R5", "R10", "MedianR")},
 }
-COLUMNS = (
-    "train_loss", "params_m", "lam_params_m", "gmacs", "lam_gmacs", "epochs", "train_seconds", "device", "precision",
-    "threads", "torch", "timm", "data", "recipe_sha256", "commit",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)

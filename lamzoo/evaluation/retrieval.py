@@ -12,6 +12,9 @@ from torch import Tensor
 
 from lamzoo.errors import ConfigError
 
+#: What the keys of :func:`retrieval_metrics` stand for.
+WAYS = {"t2v": "text to video", "v2t": "video to text"}
+
 _RECALLS = (1, 5, 10, 50)
 
 

@@ -12,11 +12,11 @@ import torch
 
 import lamzoo
 from lamzoo.errors import DataError, MissingExtraError
+from lamzoo.evaluation.retrieval import WAYS
 from lamzoo.files import atomic_files
 
 _logger = logging.getLogger(__name__)
 
-_WAYS = {"t2v": "text to video", "v2t": "video to text"}
 _COLUMNS = ("R1", "R5", "R10", "R50", "MedianR", "MeanR")
 
 
@@ -38,7 +38,7 @@ def write_retrieval_report(folder: Path, facts: dict[str, Any], history: list[di
     lines += [f"| {key.replace('_', ' ')} | {_cell(value)} |" for key, value in facts.items() if key != "scores"]
     lines += ["", f"| split | | {' | '.join(_COLUMNS)} |", f"|---|---|{'---:|' * len(_COLUMNS)}"]
     for split, metrics in facts["scores"].items():
-        for way, name in _WAYS.items():
+        for way, name in WAYS.items():
             lines.append(f"| {split} | {name} | {' | '.join(f'{metrics[way][key]:.1f}' for key in _COLUMNS)} |")
     lines += ["", "Recall in percent, ranks from 1. The weights are those of the last epoch, not of the best.", ""]
     with atomic_files(DataError) as stage:
