@@ -14,7 +14,7 @@ if TYPE_CHECKING:
         remove_lam,
     )
     from lamzoo.errors import LamzooError
-    from lamzoo.lam import FactoredMask, LamConfig, lam_attention
+    from lamzoo.lam import FactoredMask, LamConfig, attention_backend, lam_attention
     from lamzoo.names import get_pretrained_cfg, list_models, list_tags, model_info, register_model
     from lamzoo.profiling import profile
     from lamzoo.registry import create_model
@@ -29,6 +29,7 @@ _HOMES = {
     "LamConfig": "lamzoo.lam",
     "LamzooError": "lamzoo.errors",
     "add_lam": "lamzoo.adapters",
+    "attention_backend": "lamzoo.lam",
     "capture_masks": "lamzoo.adapters",
     "create_model": "lamzoo.registry",
     "get_pretrained_cfg": "lamzoo.names",
@@ -51,6 +52,7 @@ __all__ = [
     "LamConfig",
     "LamzooError",
     "add_lam",
+    "attention_backend",
     "capture_masks",
     "create_model",
     "get_pretrained_cfg",

@@ -2,7 +2,7 @@
 
 from lamzoo.lam.attention import lam_attention
 from lamzoo.lam.config import LamConfig
-from lamzoo.lam.kernels import available_backends
+from lamzoo.lam.kernels import attention_backend, available_backends
 from lamzoo.lam.layer import Lam, MaskRecord, SharedState
 from lamzoo.lam.masks import FactoredMask, MaskNetwork
 from lamzoo.lam.tables import resize_table
@@ -14,6 +14,7 @@ __all__ = [
     "MaskNetwork",
     "MaskRecord",
     "SharedState",
+    "attention_backend",
     "available_backends",
     "lam_attention",
     "resize_table",

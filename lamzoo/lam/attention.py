@@ -43,7 +43,8 @@ def lam_attention(
         is_causal: query ``i`` may attend to keys ``0..i`` only, as in ``F.scaled_dot_product_attention``.
         dropout_p: probability with which attention weights are dropped; pass 0 in evaluation.
         scale: of the scores before the mask, positive; ``d ** -0.5`` by default.
-        backend: ``"auto"`` picks by length, rank and op; see :func:`available_backends`.
+        backend: one of :func:`available_backends`; ``"auto"`` takes what :func:`attention_backend` pins, or picks by
+            device, op, rank and length.
 
     Returns:
         ``(B, H, Nq, dv)``, the dtype of ``query``.
@@ -51,10 +52,11 @@ def lam_attention(
     Raises:
         MaskShapeError: the factors do not fit the queries or keys, or are boolean; ``allowed`` or ``bias`` has the
             wrong dtype or a shape that doesn't broadcast. Names the shapes.
-        ConfigError: an unknown ``op`` or ``backend``, or a scale that isn't positive.
+        ConfigError: an unknown ``op`` or ``backend``, a backend that can't serve these inputs, or a scale that isn't
+            positive.
     """
     check_inputs(query, key, mask, op, allowed, bias, scale)
-    kernel = choose(backend, query, key, mask, op)
+    kernel = choose(backend, query, key, value, mask, op=op, bias=bias, dropout_p=dropout_p)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     out = kernel(
         query, key, value, mask,

@@ -13,7 +13,8 @@ from lamzoo.lam import FactoredMask
 from lamzoo.lam.config import Op
 
 OPS: tuple[Op, ...] = ("mul", "add")
-BACKENDS = ("eager", "sdpa", "auto")
+BACKENDS = ("eager", "sdpa", "chunked", "auto")  # those that a CPU runs in float64, uncompiled
+SERVE_EVERYTHING = ("eager", "sdpa", "auto")  # bias and dropout included
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,10 @@ class Case:
     @property
     def options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("op", "allowed", "bias", "is_causal", "scale")}
+
+    def for_backend(self, backend: str) -> Case:
+        """The case without what a backend doesn't serve."""
+        return self if backend in SERVE_EVERYTHING else replace(self, bias=None)
 
     def to(self, dtype: torch.dtype) -> Case:
         names = ("query", "key", "value", "left", "right") + (() if self.bias is None else ("bias",))

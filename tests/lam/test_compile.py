@@ -9,9 +9,9 @@ from torch.export import Dim
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lamzoo.lam import FactoredMask, LamConfig, MaskNetwork, available_backends, lam_attention
+from lamzoo.lam import FactoredMask, LamConfig, MaskNetwork, lam_attention
 from lamzoo.lam.config import Keys, Op
-from tests.lam.cases import OPS, make
+from tests.lam.cases import BACKENDS, OPS, make
 
 
 class SelfAttention(nn.Module):
@@ -29,7 +29,7 @@ class SelfAttention(nn.Module):
         return out.transpose(1, 2).flatten(2)
 
 
-@pytest.mark.parametrize("backend", available_backends())
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("op", OPS)
 def test_compiled_attention_equals_eager_with_gradients(op: Op, backend: str) -> None:
     case = make(op=op, allowed=torch.tensor([True, True, False, True, True]), is_causal=True)

@@ -10,7 +10,7 @@ from torch.autograd import gradcheck
 
 from lamzoo.lam import FactoredMask, lam_attention
 from lamzoo.lam.config import Op
-from tests.lam.cases import BACKENDS, OPS, Case, cases, make
+from tests.lam.cases import BACKENDS, OPS, SERVE_EVERYTHING, Case, cases, make
 
 
 def gradients(case: Case, backend: str) -> tuple[Tensor, ...]:
@@ -48,10 +48,12 @@ def test_gradcheck(op: Op, backend: str, masking: str, shared: bool) -> None:
     assert gradcheck(run, [tensor.requires_grad_() for tensor in case.tensors])
 
 
+@pytest.mark.parametrize("backend", ["sdpa", "chunked"])
 @settings(derandomize=True, max_examples=120)
 @given(case=cases())
-def test_gradients_of_eager_and_sdpa_are_equal_and_finite(case: Case) -> None:
-    for one, other in zip(gradients(case, "eager"), gradients(case, "sdpa"), strict=True):
+def test_gradients_are_those_of_eager_and_finite(backend: str, case: Case) -> None:
+    case = case.for_backend(backend)
+    for one, other in zip(gradients(case, "eager"), gradients(case, backend), strict=True):
         assert one.isfinite().all()
         torch.testing.assert_close(one, other, atol=1e-10, rtol=0)
 
@@ -65,12 +67,12 @@ def test_half_precision_gradients_are_finite_with_a_fully_masked_row(op: Op, bac
     bias = torch.zeros(2, 1, 4, 5)
     bias[0, 0, 2] = -torch.inf
     case = replace(make(op=op).to(dtype), allowed=allowed, bias=bias)
-    for gradient in gradients(case, backend):
+    for gradient in gradients(case.for_backend(backend), backend):
         assert gradient.isfinite().all()
         assert gradient.count_nonzero()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", SERVE_EVERYTHING)
 def test_bias_learns(backend: str) -> None:
     case = make(bias=torch.randn(1, 2, 4, 5, dtype=torch.float64))
     bias = gradients(case, backend)[-1]

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from lamzoo.errors import ConfigError, MaskShapeError
 from lamzoo.lam import Lam, LamConfig, MaskNetwork, MaskRecord, SharedState, lam_attention
 from lamzoo.lam.config import Op
-from tests.lam.cases import BACKENDS, Case, written_out
+from tests.lam.cases import SERVE_EVERYTHING, Case, written_out
 
 DIM, HEADS, LENGTH = 6, 2, 5
 
@@ -141,7 +141,7 @@ def test_copies_drop_the_shared_mask_and_share_a_state_of_their_own(config: LamC
 
 
 @pytest.mark.parametrize("op", ["mul", "add"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", SERVE_EVERYTHING)
 def test_recorder_sees_the_attention_and_changes_no_output(op: Op, backend: str) -> None:
     config = LamConfig(op=op, rank=2, init="paper", heads="per-head")
     lam = Lam(config, MaskNetwork(config, DIM, DIM, HEADS).double(), SharedState())

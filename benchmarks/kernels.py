@@ -1,0 +1,271 @@
+r"""Times an attention layer under every backend beside the plain layer, in turns, and tabulates the ratios.
+
+    python -m benchmarks.kernels                     the problems from which `lamzoo.lam.kernels.RULES` are taken
+    python -m benchmarks.kernels --lengths 4097 --ranks 1 9 17 --backends sdpa chunked
+    python -m benchmarks.kernels --device cuda --dtype bfloat16 --lengths 1024 4096 16384 --ranks 16 \
+        --backends sdpa flex triton eager --results benchmarks/results/kernels.gpu.csv
+
+The layer is ViT-B's (width 768, 12 heads) with its projections; the mask's factors are given, not computed, so that the
+kernels alone make the difference (`lamzoo bench` times whole models, mask networks included). ``forward`` is inference,
+``train`` a forward and a backward pass. Memory, by how much it grows at the peak of a pass, is measured from 2,049
+tokens on, in a fresh process for each layer. What is measured already is not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, astuple, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import lamzoo
+from lamzoo.files import atomic_files
+from lamzoo.lam import available_backends
+from lamzoo.lam.config import Heads, Op
+from lamzoo.profiling.latency import device_label
+from lamzoo.profiling.memory import free_bytes, peak_growth
+
+ROOT = Path(__file__).resolve().parents[1]
+_WIDTH, _HEADS = 768, 12
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One layer under one mask.
+
+    Attributes:
+        backend: of the masked layer.
+        op: how the mask acts.
+        rank: columns of the mask's factors: ``LamConfig.rank`` and the constant one.
+        heads: whether the heads share the mask.
+        tokens: of a sample.
+        batch: samples.
+        mode: ``"forward"`` or ``"train"``.
+        dtype: of tokens and weights.
+        device: ``"cpu"`` or ``"cuda"``.
+    """
+
+    backend: str
+    op: Op
+    rank: int
+    heads: Heads
+    tokens: int
+    batch: int
+    mode: str
+    dtype: str
+    device: str
+
+
+@dataclass(frozen=True)
+class Row(Problem):
+    """What was measured.
+
+    Attributes:
+        ratio: median of masked / plain over neighbouring runs.
+        first_quartile: of the ratios.
+        third_quartile: of the ratios.
+        ms: median of the masked layer.
+        peak_mib: growth of the memory at the peak of one pass of the masked layer; None for short sequences.
+        plain_peak_mib: likewise, of the plain layer.
+        hardware: name of the device.
+        threads: of PyTorch on the CPU.
+        torch: version.
+    """
+
+    ratio: float
+    first_quartile: float
+    third_quartile: float
+    ms: float
+    peak_mib: float | None
+    plain_peak_mib: float | None
+    hardware: str
+    threads: int
+    torch: str
+
+
+def measure(problem: Problem, seconds: float, peaks: tuple[float | None, float | None]) -> Row:
+    """Times one problem in this process.
+
+    Args:
+        problem: what to time.
+        seconds: about how long the timed pairs take; at least six run.
+        peaks: MiB of the masked and of the plain layer.
+    """
+    masked, plain = (_pass(problem, which) for which in (True, False))
+    for run in (masked, plain):
+        run()
+    pairs: list[tuple[float, float]] = []
+    begun = time.perf_counter()
+    while len(pairs) < 6 or (time.perf_counter() - begun < seconds and len(pairs) < 200):
+        if len(pairs) % 2:
+            first = _seconds(plain, problem.device)
+            pairs.append((_seconds(masked, problem.device), first))
+        else:
+            pairs.append((_seconds(masked, problem.device), _seconds(plain, problem.device)))
+    low, median, high = statistics.quantiles([mine / other for mine, other in pairs], n=4, method="inclusive")
+    return Row(
+        **asdict(problem),
+        ratio=round(median, 3),
+        first_quartile=round(low, 3),
+        third_quartile=round(high, 3),
+        ms=round(statistics.median(mine for mine, _ in pairs) * 1e3, 3),
+        peak_mib=peaks[0],
+        plain_peak_mib=peaks[1],
+        hardware=device_label(torch.device(problem.device)),
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+    )
+
+
+def peak_mib(problem: Problem, masked: bool) -> float:
+    """Returns by how much this process, a fresh one, grows at the peak of one pass of a layer, MiB."""
+    _pass(replace(problem, batch=1, tokens=32), masked)()  # loads what no layer's memory should be charged with
+    run = _pass(problem, masked)
+    if problem.device == "cpu":
+        return round(peak_growth(run)[1] / 2**20, 1)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+
+
+def fits(problem: Problem) -> bool:
+    """Returns whether the dense mask of the eager backend, with what a backward pass keeps of it, fits into memory."""
+    if problem.backend != "eager":
+        return True
+    copies = 8 if problem.mode == "train" else 4
+    itemsize = getattr(torch, problem.dtype).itemsize
+    need = copies * problem.batch * _HEADS * problem.tokens**2 * itemsize
+    have = torch.cuda.mem_get_info()[0] if problem.device == "cuda" else free_bytes()
+    return have is None or need < 0.8 * have
+
+
+class Layer(nn.Module):
+    """ViT-B's self-attention, plain or under the mask of a problem."""
+
+    def __init__(self, problem: Problem, masked: bool) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(_WIDTH, 3 * _WIDTH), nn.Linear(_WIDTH, _WIDTH)
+        self.problem = problem if masked else None
+        if masked:
+            shape = (problem.batch, _HEADS if problem.heads == "per-head" else 1, problem.tokens, problem.rank)
+            self.left, self.right = nn.Parameter(torch.rand(shape)), nn.Parameter(torch.rand(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Self-attention of ``x (B, N, 768)``."""
+        query, key, value = self.qkv(x).unflatten(-1, (3, _HEADS, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        if self.problem is None:
+            out = F.scaled_dot_product_attention(query, key, value)
+        else:
+            mask = lamzoo.FactoredMask(self.left, self.right)
+            out = lamzoo.lam_attention(query, key, value, mask, op=self.problem.op, backend=self.problem.backend)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+def _pass(problem: Problem, masked: bool) -> Callable[[], None]:
+    """Builds a layer and its tokens and returns one pass of it, to be called again and again."""
+    torch.manual_seed(0)
+    dtype = getattr(torch, problem.dtype)
+    layer = Layer(problem, masked).to(problem.device, dtype)
+    tokens = torch.randn(problem.batch, problem.tokens, _WIDTH).to(problem.device, dtype)
+
+    def run() -> None:
+        if problem.mode == "forward":
+            with torch.inference_mode():
+                layer(tokens)
+        else:
+            layer(tokens.detach().requires_grad_()).sum().backward()
+            layer.zero_grad(set_to_none=True)
+
+    return run
+
+
+def _seconds(run: Callable[[], None], device: str) -> float:
+    if device == "cpu":
+        begun = time.perf_counter()
+        run()
+        return time.perf_counter() - begun
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Returns the rows of a results file; none where there is no such file."""
+    if not path.exists():
+        return []
+    kinds: dict[str, Callable[[str], Any]] = {
+        "int": int,
+        "float": float,
+        "float | None": lambda text: float(text) if text else None,
+    }
+    with path.open(newline="", encoding="utf-8") as file:
+        return [
+            Row(**{field.name: kinds.get(str(field.type), str)(row[field.name]) for field in fields(Row)})
+            for row in csv.DictReader(file)
+        ]
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Writes a results file, whole or not at all."""
+    with atomic_files(lamzoo.LamzooError) as stage, stage(path).open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+
+
+def main() -> None:
+    """Measures what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--lengths", nargs="+", type=int, default=[65, 197, 577, 1025], help="tokens")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1])
+    parser.add_argument("--modes", nargs="+", default=["forward", "train"], choices=["forward", "train"])
+    parser.add_argument("--ops", nargs="+", default=["mul", "add"], choices=["mul", "add"])
+    parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 5, 9, 17, 33], help="columns of the factors")
+    parser.add_argument("--heads", nargs="+", default=["per-head"], choices=["per-head", "shared"])
+    parser.add_argument("--backends", nargs="+", default=["eager", "sdpa", "chunked"], choices=available_backends())
+    parser.add_argument("--seconds", type=float, default=1.5, help="of timed passes a problem")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "kernels.csv")
+    args = parser.parse_args()
+
+    rows = read_rows(args.results)
+    done = {Problem(*astuple(row)[: len(fields(Problem))]) for row in rows}
+    wanted = [
+        Problem(backend, op, rank, heads, tokens, batch, mode, args.dtype, args.device)
+        for tokens, batch, mode, op, rank, heads, backend in itertools.product(
+            args.lengths, args.batches, args.modes, args.ops, args.ranks, args.heads, args.backends
+        )
+    ]
+    todo = [problem for problem in wanted if problem not in done and fits(problem)]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context) as timing, ProcessPoolExecutor(1, context, max_tasks_per_child=1) as fresh:
+        for problem in track(todo, description="problems"):
+            peaks: tuple[float | None, float | None] = (None, None)
+            if problem.tokens > 2048:
+                mine, other = (fresh.submit(peak_mib, problem, masked).result() for masked in (True, False))
+                peaks = mine, other
+            rows.append(timing.submit(measure, problem, args.seconds, peaks).result())
+            write_rows(args.results, rows)
+
+
+if __name__ == "__main__":
+    main()

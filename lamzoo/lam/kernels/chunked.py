@@ -1,0 +1,214 @@
+"""Exact masked attention on the CPU that walks over blocks of queries, so that memory stays linear in the length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lamzoo.lam.config import Op
+from lamzoo.lam.kernels.flops import count_flops
+from lamzoo.lam.masks import FactoredMask
+
+_BLOCK_BYTES = 2**20  # of one block of scores: what stays in a core's cache is fastest
+
+
+def unsupported(
+    query: Tensor, key: Tensor, value: Tensor, mask: FactoredMask, *, bias: Tensor | None, dropout_p: float
+) -> str | None:
+    """Returns why the kernel can't serve these inputs, as a clause, or None where it can."""
+    if bias is not None:
+        return "it takes no bias"
+    if dropout_p:
+        return "it has no dropout"
+    return None
+
+
+def chunked(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: FactoredMask,
+    *,
+    op: Op,
+    allowed: Tensor | None,
+    bias: Tensor | None,
+    is_causal: bool,
+    dropout_p: float,
+    scale: float,
+) -> Tensor:
+    """Masked attention, one head and one block of queries at a time; shapes as in :func:`lamzoo.lam.lam_attention`.
+
+    The backward pass computes each block again instead of keeping it.
+    """
+    count_flops()
+    left, right = mask.left.to(query.dtype), mask.right.to(query.dtype)
+    out: Tensor = _forward(query, key, value, left, right, allowed, op, is_causal, scale)
+    return out
+
+
+@torch.library.custom_op("lamzoo::chunked_attention", mutates_args=())
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    left: Tensor,
+    right: Tensor,
+    allowed: Tensor | None,
+    op: str,
+    is_causal: bool,
+    scale: float,
+) -> Tensor:
+    out = query.new_empty(*query.shape[:-1], value.shape[-1])
+    blocks = _Blocks(query, key, left, right, allowed, op, is_causal, scale)
+    for (b, h), rows in blocks:
+        torch.mm(blocks.weights(b, h, rows), value[b, h], out=out[b, h, rows])
+    return out
+
+
+@torch.library.custom_op("lamzoo::chunked_attention_backward", mutates_args=())
+def _backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    left: Tensor,
+    right: Tensor,
+    allowed: Tensor | None,
+    out: Tensor,
+    op: str,
+    is_causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    # Sums over blocks, and over the heads or samples that share a factor, are kept in float32 at least.
+    precise = torch.promote_types(query.dtype, torch.float32)
+    grads = [torch.zeros_like(x, dtype=precise) for x in (query, key, value, left, right)]
+    grad_query, grad_key, grad_value, grad_left, grad_right = grads
+    delta = (grad * out).sum(-1, keepdim=True, dtype=precise).to(query.dtype)
+    blocks = _Blocks(query, key, left, right, allowed, op, is_causal, scale, count=4)
+    for (b, h), rows in blocks:
+        lb, rb = _at(left, b, h), _at(right, b, h)
+        weights = blocks.weights(b, h, rows)
+        grad_rows = grad[b, h, rows]
+        _add_product(grad_value[b, h], weights.mT, grad_rows)
+        # Of the modulated scores; the forbidden ones' are zero, as their weights are.
+        grad_scores = torch.mm(grad_rows, value[b, h].mT, out=blocks.buffer(3, rows))
+        grad_scores.sub_(delta[b, h, rows]).mul_(weights)
+        grad_mask = grad_scores
+        if op == "mul":
+            grad_mask = blocks.scores(b, h, rows).mul_(grad_scores)
+            grad_scores.mul_(blocks.mask(b, h, rows))
+        _add_product(grad_left[lb][rows], grad_mask, right[rb])
+        _add_product(grad_right[rb], grad_mask.mT, left[lb][rows])
+        _add_product(grad_query[b, h, rows], grad_scores, key[b, h])
+        _add_product(grad_key[b, h], grad_scores.mT, blocks.query[b, h, rows])
+    grad_query *= scale
+    return tuple(x.to(query.dtype) for x in grads)  # type: ignore[return-value]
+
+
+def _add_product(total: Tensor, one: Tensor, other: Tensor) -> None:
+    """Adds ``one @ other`` to ``total``, whose dtype may be wider."""
+    if total.dtype == one.dtype:
+        total.addmm_(one, other)
+    else:
+        total.add_(one @ other)
+
+
+class _Blocks:
+    """The blocks of rows of a problem, ``((sample, head), rows)`` each, and what is computed anew for each of them.
+
+    The results live in buffers that the next call of the same method overwrites: taking fresh memory for each block
+    costs more than what is computed in it.
+    """
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        left: Tensor,
+        right: Tensor,
+        allowed: Tensor | None,
+        op: str,
+        is_causal: bool,
+        scale: float,
+        count: int = 3,
+    ) -> None:
+        self.query, self.key, self.left, self.right = query * scale, key, left, right
+        self.op = op
+        self.allowed = None if allowed is None else allowed.expand(*query.shape[:3], key.shape[2])
+        self.keys = torch.arange(key.shape[2], device=key.device) if is_causal else None
+        size = max(16, _BLOCK_BYTES // max(1, key.shape[2] * query.element_size()) // 16 * 16)
+        self.rows = min(size, max(1, query.shape[2]))
+        self.buffers = query.new_empty(count, self.rows, key.shape[2])
+
+    def __iter__(self) -> Iterator[tuple[tuple[int, int], slice]]:
+        batch, heads, queries, _ = self.query.shape
+        for b in range(batch):
+            for h in range(heads):
+                for first in range(0, queries, self.rows):
+                    yield (b, h), slice(first, min(first + self.rows, queries))
+
+    def scores(self, b: int, h: int, rows: slice) -> Tensor:
+        """Returns the scaled scores without the mask, ``(rows, Nk)``."""
+        return torch.mm(self.query[b, h, rows], self.key[b, h].mT, out=self.buffer(0, rows))
+
+    def mask(self, b: int, h: int, rows: slice) -> Tensor:
+        """Returns the mask's values, ``(rows, Nk)``."""
+        left, right = self.left[_at(self.left, b, h)], self.right[_at(self.right, b, h)]
+        return torch.mm(left[rows], right.mT, out=self.buffer(1, rows))
+
+    def weights(self, b: int, h: int, rows: slice) -> Tensor:
+        """Returns the attention weights, ``(rows, Nk)``; rows with nothing allowed are zero."""
+        scores, mask = self.scores(b, h, rows), self.mask(b, h, rows)
+        if self.op == "mul":
+            scores *= mask
+        else:
+            scores += mask
+        forbidden = self._forbidden(b, h, rows)
+        if forbidden is not None:
+            scores.masked_fill_(forbidden, -torch.inf)
+        weights = torch.softmax(scores, dim=-1, out=self.buffer(2, rows))
+        if forbidden is not None:
+            weights.masked_fill_(forbidden, 0.0)  # the softmax of -inf alone is NaN
+        return weights
+
+    def _forbidden(self, b: int, h: int, rows: slice) -> Tensor | None:
+        forbidden = None if self.allowed is None else ~self.allowed[b, h, rows]
+        if self.keys is not None:
+            later = self.keys > torch.arange(rows.start, rows.stop, device=self.keys.device)[:, None]
+            forbidden = later if forbidden is None else forbidden | later
+        return forbidden
+
+    def buffer(self, index: int, rows: slice) -> Tensor:
+        """Returns one of the ``count`` buffers, ``(rows, Nk)``; the methods above use the first three."""
+        return self.buffers[index, : rows.stop - rows.start]
+
+
+def _at(factor: Tensor, b: int, h: int) -> tuple[int, int]:
+    """Returns where a factor that several samples or heads may share keeps its part for this one."""
+    return b if factor.shape[0] > 1 else 0, h if factor.shape[1] > 1 else 0
+
+
+@_forward.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
+    return query.new_empty(*query.shape[:-1], value.shape[-1])
+
+
+@_backward.register_fake
+def _(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(x) for x in inputs[:5])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.op, ctx.is_causal, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, output)
+
+
+def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grads = _backward(grad, *ctx.saved_tensors, ctx.op, ctx.is_causal, ctx.scale)
+    return *grads, None, None, None, None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -1,0 +1,89 @@
+"""The mask as a score modification of FlexAttention, compiled; for GPUs where the Triton kernel can't serve."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
+
+from lamzoo.lam.config import Op
+from lamzoo.lam.masks import FactoredMask
+
+
+def unsupported(
+    query: Tensor, key: Tensor, value: Tensor, mask: FactoredMask, *, bias: Tensor | None, dropout_p: float
+) -> str | None:
+    """Returns why FlexAttention can't serve these inputs, as a clause, or None where it can."""
+    if dropout_p:
+        return "it has no dropout"
+    if query.dtype == torch.float64:
+        return "it has no float64"
+    if 0 in (*query.shape, *key.shape):
+        return "it takes no empty tensors"
+    inputs = (query, key, value, *mask, bias)
+    if (
+        query.device.type == "cpu"
+        and torch.is_grad_enabled()
+        and any(x is not None and x.requires_grad for x in inputs)
+    ):
+        return "it has no gradients on the CPU"
+    return None
+
+
+def flex(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: FactoredMask,
+    *,
+    op: Op,
+    allowed: Tensor | None,
+    bias: Tensor | None,
+    is_causal: bool,
+    dropout_p: float,
+    scale: float,
+) -> Tensor:
+    """Masked attention through a compiled FlexAttention; shapes as in :func:`lamzoo.lam.lam_attention`."""
+    run: Any = _attend if torch.compiler.is_compiling() else _compiled()
+    out: Tensor = run(query, key, value, mask.left, mask.right, allowed, bias, op, is_causal, scale)
+    return out
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    left: Tensor,
+    right: Tensor,
+    allowed: Tensor | None,
+    bias: Tensor | None,
+    op: Op,
+    is_causal: bool,
+    scale: float,
+) -> Tensor:
+    left, right = left.float().expand(*query.shape[:3], -1), right.float().expand(*key.shape[:3], -1)
+    scores = (*query.shape[:3], key.shape[2])
+    bias = None if bias is None else bias.float().expand(scores)
+    allowed = None if allowed is None else allowed.expand(scores)
+
+    def modulate(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        value = left[b, h, i, 0] * right[b, h, j, 0]
+        for column in range(1, left.shape[-1]):  # a score modification knows no sums over a dimension
+            value = value + left[b, h, i, column] * right[b, h, j, column]
+        score = score * value if op == "mul" else score + value
+        if bias is not None:
+            score = score + bias[b, h, i, j]
+        if allowed is not None:
+            score = torch.where(allowed[b, h, i, j], score, -torch.inf)
+        return torch.where(i >= j, score, -torch.inf) if is_causal else score
+
+    out: Any = flex_attention(query, key, value, score_mod=modulate, scale=scale)
+    return out
+
+
+@cache
+def _compiled() -> Any:
+    return torch.compile(_attend, dynamic=None)

@@ -1,0 +1,44 @@
+"""The timing of attention layers: what a row says, and that a results file gives back its rows."""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.kernels import Layer, Problem, fits, measure, read_rows, write_rows
+
+PROBLEM = Problem("sdpa", "add", 3, "shared", tokens=5, batch=2, mode="train", dtype="float32", device="cpu")
+
+
+@pytest.mark.parametrize("mode", ["forward", "train"])
+@pytest.mark.parametrize("backend", ["eager", "sdpa", "chunked"])
+def test_a_row_says_what_was_timed(backend: str, mode: str) -> None:
+    problem = replace(PROBLEM, backend=backend, mode=mode)
+    row = measure(problem, 0.0, (2.5, None))
+    assert asdict(row).items() >= asdict(problem).items()
+    assert 0 < row.first_quartile <= row.ratio <= row.third_quartile
+    assert row.ms > 0
+    assert (row.peak_mib, row.plain_peak_mib, row.threads) == (2.5, None, torch.get_num_threads())
+
+
+def test_rows_survive_their_file(tmp_path: Path) -> None:
+    rows = [measure(PROBLEM, 0.0, peaks) for peaks in ((None, None), (1.5, 2.0))]
+    write_rows(tmp_path / "rows.csv", rows)
+    assert read_rows(tmp_path / "rows.csv") == rows
+    assert read_rows(tmp_path / "none.csv") == []
+
+
+def test_only_the_masked_layer_has_a_mask() -> None:
+    tokens = torch.randn(2, 5, 768)
+    plain, masked = Layer(PROBLEM, masked=False), Layer(PROBLEM, masked=True)
+    assert masked(tokens).shape == plain(tokens).shape == tokens.shape
+    extra = {name for name, _ in masked.named_parameters()} - {name for name, _ in plain.named_parameters()}
+    assert extra == {"left", "right"}
+
+
+def test_a_dense_mask_that_does_not_fit_is_left_out() -> None:
+    huge = replace(PROBLEM, tokens=10**7)
+    assert not fits(replace(huge, backend="eager"))
+    assert fits(huge)
+    assert fits(replace(PROBLEM, backend="eager"))

@@ -1,0 +1,196 @@
+"""Which backend serves a call: the crossovers of "auto", pins, refusals; and what chunked and flex promise alone."""
+
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from lamzoo.errors import ConfigError
+from lamzoo.lam import FactoredMask, attention_backend, available_backends, lam_attention
+from lamzoo.lam.config import Op
+from lamzoo.lam.kernels import BACKENDS, RULES, Rule, choose, chunked, flex
+from lamzoo.profiling.memory import peak_growth
+from tests.lam.cases import OPS, Case, make
+
+each_op = pytest.mark.parametrize("op", OPS)
+
+
+def chosen(case: Case, backend: str = "auto", dropout_p: float = 0.0) -> str:
+    kernel = choose(backend, *case.args, op=case.op, bias=case.bias, dropout_p=dropout_p)
+    (name,) = (name for name, entry in BACKENDS.items() if entry.kernel is kernel)
+    return name
+
+
+def of_length(length: int, rank: int, op: Op, device: str = "cpu") -> Case:
+    tokens, factor = (torch.empty(1, 1, length, width, device=device) for width in (8, rank))
+    return Case(tokens, tokens, tokens, factor, factor, op)
+
+
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule.device == "cpu"])
+def test_auto_follows_the_crossovers(rule: Rule) -> None:
+    length = math.isqrt(rule.min_scores)
+    assert chosen(of_length(max(1, length), rule.max_rank, rule.op)) == rule.backend
+    if length:
+        assert chosen(of_length(length - 1, rule.max_rank, rule.op)) != rule.backend
+
+
+def test_auto_takes_eager_where_no_rule_serves() -> None:
+    assert chosen(of_length(8, 2, "mul")) == "eager"
+    assert chosen(of_length(4096, 9, "add", device="meta")) == "eager"
+
+
+def test_auto_passes_over_what_cannot_serve() -> None:
+    case = of_length(4096, 9, "mul")
+    assert chosen(case) == "chunked"
+    assert chosen(replace(case, bias=torch.zeros(1))) != "chunked"
+    assert chosen(case, dropout_p=0.1) != "chunked"
+
+
+def test_a_pin_holds_where_no_backend_is_named_and_only_inside() -> None:
+    case = of_length(8, 2, "mul")
+    with attention_backend("sdpa"):
+        assert chosen(case) == "sdpa"
+        assert chosen(case, "eager") == "eager"
+        with attention_backend("auto"):
+            assert chosen(case) == "eager"
+        assert chosen(case) == "sdpa"
+    assert chosen(case) == "eager"
+
+
+def test_a_pin_ends_with_an_error() -> None:
+    with pytest.raises(RuntimeError), attention_backend("sdpa"):
+        raise RuntimeError
+    assert chosen(of_length(8, 2, "mul")) == "eager"
+
+
+def test_a_pin_of_an_unknown_name_raises_at_once() -> None:
+    with pytest.raises(ConfigError, match="'flash'; available: auto, eager"), attention_backend("flash"):
+        pytest.fail("the pin was taken")
+
+
+@pytest.mark.parametrize(("value", "said"), [("sdpa", "ran"), ("flash", "Unknown attention backend 'flash'")])
+def test_the_environment_pins_a_process(value: str, said: str) -> None:
+    code = """
+import torch, lamzoo
+from lamzoo.lam import kernels
+kernels.BACKENDS["eager"] = None
+x = torch.ones(1, 1, 2, 3)
+try:
+    lamzoo.lam_attention(x, x, x, lamzoo.FactoredMask(x, x))
+    print("ran")
+except lamzoo.LamzooError as error:
+    print(error)
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "LAMZOO_ATTENTION_BACKEND": value},
+        capture_output=True, text=True, timeout=300, check=True,
+    )  # fmt: skip
+    assert said in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("backend", "options", "reason"),
+    [
+        ("chunked", {"bias": torch.zeros(4, 5)}, "it takes no bias"),
+        ("chunked", {"dropout_p": 0.1}, "it has no dropout"),
+        ("flex", {"dropout_p": 0.1}, "it has no dropout"),
+        ("flex", {}, "it has no float64"),
+        ("triton", {"bias": torch.zeros(4, 5)}, "it takes no bias"),
+    ],
+)
+def test_a_backend_asked_for_by_name_says_what_it_cannot_do(backend: str, options: dict, reason: str) -> None:
+    with pytest.raises(ConfigError, match=f"The {backend} backend can't serve this attention: {reason}; use 'auto'"):
+        lam_attention(*make().args, backend=backend, **options)
+
+
+def test_flex_refuses_gradients_on_the_cpu() -> None:
+    case = make().to(torch.float32)
+    refused = {**dict(zip(("query", "key", "value"), case.args, strict=False)), "mask": case.args[3]}
+    case.left.requires_grad_()
+    assert flex.unsupported(**refused, bias=None, dropout_p=0.0) == "it has no gradients on the CPU"
+    with torch.no_grad():
+        assert flex.unsupported(**refused, bias=None, dropout_p=0.0) is None
+
+
+@pytest.mark.slow
+@each_op
+@pytest.mark.parametrize("what", ["all", "causal", "allowed", "bias", "shared"])
+def test_flex_equals_eager(op: Op, what: str) -> None:
+    torch._dynamo.reset()
+    allowed = torch.rand(2, 1, 40, 50) > 0.5
+    allowed[0, 0, 3] = False  # nothing
+    full = (what != "shared",) * 2
+    case = make(op=op, queries=40, keys=50, dim=16, value_dim=16, rank=9, left_shape=(True, full[0]), right_shape=full)
+    case = replace(
+        case.to(torch.float32),
+        is_causal=what == "causal",
+        allowed=allowed if what == "allowed" else None,
+        bias=torch.randn(1, 2, 40, 50) if what == "bias" else None,
+    )
+    with torch.no_grad():
+        found, expected = (lam_attention(*case.args, **case.options, backend=name) for name in ("flex", "eager"))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@each_op
+@pytest.mark.parametrize("rows", [16, 32, 48])
+def test_blocks_of_any_size_give_the_same(op: Op, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make(op=op, queries=50, keys=40, is_causal=True, allowed=torch.rand(2, 1, 50, 40) > 0.3)
+    whole = results(case)
+    monkeypatch.setattr(chunked, "_BLOCK_BYTES", rows * 40 * 8)
+    for one, other in zip(results(case), whole, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def results(case: Case) -> tuple[torch.Tensor, ...]:
+    leaves = [x.clone().requires_grad_() for x in case.tensors]
+    out = lam_attention(*leaves[:3], FactoredMask(*leaves[3:]), **case.options, backend="chunked")
+    return out, *torch.autograd.grad(out.square().sum(), leaves)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_chunked_memory_does_not_grow_with_the_square_of_the_length(backward: bool) -> None:
+    case = make(batch=1, heads=2, queries=3000, keys=3000, dim=32, value_dim=32, rank=9).to(torch.float32)
+    leaves = [x.requires_grad_(backward) for x in case.tensors]
+
+    def grown(backend: str) -> int:
+        def run() -> None:
+            out = lam_attention(*leaves[:3], FactoredMask(*leaves[3:]), backend=backend)
+            if backward:
+                out.sum().backward()
+
+        return peak_growth(run)[1]
+
+    dense = 2 * 3000**2 * 4
+    assert grown("chunked") < dense / 2
+    assert grown("eager") > dense  # or the meter sees nothing
+
+
+def test_chunked_counts_its_flops() -> None:
+    case = make(batch=2, heads=3, queries=7, keys=5, dim=4, value_dim=6, rank=9, left_shape=(True, False))
+    leaves = [x.requires_grad_() for x in case.tensors]
+    scores = 2 * 3 * 7 * 5
+    with FlopCounterMode(display=False) as counter:
+        out = lam_attention(*leaves[:3], FactoredMask(*leaves[3:]), backend="chunked")
+        assert counter.get_total_flops() == 2 * scores * (4 + 6 + 9)
+        out.sum().backward()
+    assert counter.get_total_flops() == 2 * scores * (4 + 6 + 9) + 2 * scores * (3 * 4 + 2 * 6 + 3 * 9)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_chunked_operators_pass_opcheck(is_causal: bool) -> None:
+    case = make(left_shape=(True, False), right_shape=(False, False), allowed=torch.rand(2, 1, 4, 5) > 0.5)
+    tensors = [x.requires_grad_() for x in case.tensors]
+    torch.library.opcheck(chunked._forward, (*tensors, case.allowed, "mul", is_causal, 0.5))
+
+
+def test_every_backend_is_listed() -> None:
+    assert available_backends() == ["eager", "sdpa", "chunked", "flex", "triton"]
