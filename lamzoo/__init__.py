@@ -14,9 +14,10 @@ if TYPE_CHECKING:
         remove_lam,
     )
     from lamzoo.errors import LamzooError
-    from lamzoo.lam import FactoredMask, LamConfig, attention_backend, lam_attention
+    from lamzoo.lam import FactoredMask, LamConfig, PruneConfig, attention_backend, lam_attention
     from lamzoo.names import get_pretrained_cfg, list_models, list_tags, model_info, register_model
     from lamzoo.profiling import profile
+    from lamzoo.pruning import prune_tokens, remove_pruning
     from lamzoo.registry import create_model
     from lamzoo.search import index_videos
     from lamzoo.weights import save_pretrained
@@ -28,6 +29,7 @@ _HOMES = {
     "FactoredMask": "lamzoo.lam",
     "LamConfig": "lamzoo.lam",
     "LamzooError": "lamzoo.errors",
+    "PruneConfig": "lamzoo.lam",
     "add_lam": "lamzoo.adapters",
     "attention_backend": "lamzoo.lam",
     "capture_masks": "lamzoo.adapters",
@@ -42,8 +44,10 @@ _HOMES = {
     "load_lam_state_dict": "lamzoo.adapters",
     "model_info": "lamzoo.names",
     "profile": "lamzoo.profiling",
+    "prune_tokens": "lamzoo.pruning",
     "register_model": "lamzoo.names",
     "remove_lam": "lamzoo.adapters",
+    "remove_pruning": "lamzoo.pruning",
     "save_pretrained": "lamzoo.weights",
 }
 
@@ -51,6 +55,7 @@ __all__ = [
     "FactoredMask",
     "LamConfig",
     "LamzooError",
+    "PruneConfig",
     "add_lam",
     "attention_backend",
     "capture_masks",
@@ -65,8 +70,10 @@ __all__ = [
     "load_lam_state_dict",
     "model_info",
     "profile",
+    "prune_tokens",
     "register_model",
     "remove_lam",
+    "remove_pruning",
     "save_pretrained",
 ]
 

@@ -49,7 +49,7 @@ class Slot:
 
 
 class SharedStateHook:
-    """A forward pre-hook that works for a stack's shared state; :func:`lamzoo.remove_lam` knows it by this class."""
+    """A hook that works for a stack's shared state; :func:`lamzoo.remove_lam` knows it by this class."""
 
     def __init__(self, shared: SharedState) -> None:
         self.shared = shared

@@ -94,7 +94,7 @@ def load_lam_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> list[s
 
 
 def remove_lam(model: Model) -> Model:
-    """Takes the masks out of a model again, in place: every attention layer gets its own class back.
+    """Takes masks, and pruning by them, out of a model again, in place: every attention layer gets its own class back.
 
     Args:
         model: a model that :func:`lamzoo.add_lam` gave masks.
@@ -113,10 +113,12 @@ def remove_lam(model: Model) -> Model:
                 released[module] = module.release()
             replace_module(model, path, released[module])
     for module in model.modules():
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, SharedStateHook):
-                del module._forward_pre_hooks[key]
-        vars(module).pop("lam_config", None)
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in list(hooks.items()):
+                if isinstance(hook, SharedStateHook):
+                    del hooks[key]
+        for name in ("lam_config", "prune_config"):
+            vars(module).pop(name, None)
     return model
 
 

@@ -5,6 +5,7 @@ from lamzoo.lam.config import LamConfig
 from lamzoo.lam.kernels import attention_backend, available_backends
 from lamzoo.lam.layer import Lam, MaskRecord, SharedState
 from lamzoo.lam.masks import FactoredMask, MaskNetwork
+from lamzoo.lam.pruning import PruneConfig
 from lamzoo.lam.tables import resize_table
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "LamConfig",
     "MaskNetwork",
     "MaskRecord",
+    "PruneConfig",
     "SharedState",
     "attention_backend",
     "available_backends",

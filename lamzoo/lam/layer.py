@@ -16,6 +16,7 @@ from lamzoo.lam.attention import check_inputs, lam_attention
 from lamzoo.lam.config import LamConfig
 from lamzoo.lam.kernels.eager import attention_weights
 from lamzoo.lam.masks import FactoredMask, MaskNetwork
+from lamzoo.lam.pruning import Reduction
 from lamzoo.lam.tables import Grid
 
 
@@ -36,16 +37,20 @@ class MaskRecord:
 
 @dataclass(frozen=True)
 class StackPass:
-    """What one forward pass of a stack knows: the patch grid of its input, and the mask that its layers share.
+    """What one forward pass of a stack knows: the patch grid of its input, a mask that layers share, tokens gone.
 
     Attributes:
         grid: ``(rows, columns)`` of the patches, where a host has them.
-        mask: the first layer's, with ``layers="single"``.
+        mask: the first layer's, with ``layers="single"``, reduced as the tokens are.
+        reductions: what tokens went through on their way to the current layer.
+        scores: of the current layer's tokens, ``(B, N)``, where tokens are to leave behind it.
         backward: id of the backward pass in which this pass ran (again), -1 outside of any.
     """
 
     grid: Grid | None = None
     mask: FactoredMask | None = None
+    reductions: tuple[Reduction, ...] = ()
+    scores: Tensor | None = None
     backward: int = -1
 
 
@@ -73,9 +78,15 @@ class SharedState:
         here = self._passes.get(_thread())
         return here if here is not None and here.backward == _backward() else StackPass()
 
-    def begin(self, grid: Grid | None = None, mask: FactoredMask | None = None) -> None:
+    def begin(
+        self,
+        grid: Grid | None = None,
+        mask: FactoredMask | None = None,
+        reductions: tuple[Reduction, ...] = (),
+        scores: Tensor | None = None,
+    ) -> None:
         """Starts a pass, or restates the current one."""
-        self._passes[_thread()] = StackPass(grid, mask, _backward())
+        self._passes[_thread()] = StackPass(grid, mask, reductions, scores, _backward())
 
     def end(self) -> None:
         """Forgets the current pass, and with it the graph that its mask holds."""
@@ -89,7 +100,7 @@ class SharedState:
             self._pass_of_input[tokens] = self.current
         elif tokens in self._pass_of_input:
             then = self._pass_of_input[tokens]
-            self.begin(then.grid, then.mask)
+            self.begin(then.grid, then.mask, then.reductions)
 
 
 @torch.compiler.assume_constant_result  # compiled code only ever keeps a pass while it runs in one thread
@@ -122,6 +133,7 @@ class Lam(nn.Module):
         self.is_last = is_last
         self.backend = "auto"
         self.recorder: Callable[[MaskRecord], None] | None = None
+        self.scorer: Callable[..., Tensor] | None = None
 
     def forward(self, query_tokens: Tensor, key_tokens: Tensor) -> FactoredMask:
         """Returns the mask of these tokens.
@@ -146,9 +158,9 @@ class Lam(nn.Module):
                 )
             mask = here.mask
         else:
-            mask = self.network(query_tokens, key_tokens, here.grid)
+            mask = self.network(query_tokens, key_tokens, here.grid, here.reductions)
             if self.config.layers == "single" and not self.is_last:
-                self.shared.begin(here.grid, mask)
+                self.shared.begin(here.grid, mask, here.reductions)
         if self.is_last:
             self.shared.end()
         return mask
@@ -180,8 +192,10 @@ class Lam(nn.Module):
                 query_tokens, key_tokens, query, key, value,
                 allowed=allowed, bias=bias, is_causal=is_causal, dropout_p=dropout_p, scale=scale,
             )[0]  # fmt: skip
+        mask = self(query_tokens, key_tokens)
+        self._score(query, key, value, mask, scale)
         return lam_attention(
-            query, key, value, self(query_tokens, key_tokens),
+            query, key, value, mask,
             op=self.config.op, allowed=allowed, bias=bias, is_causal=is_causal, dropout_p=dropout_p, scale=scale,
             backend=self.backend,
         )  # fmt: skip
@@ -208,6 +222,7 @@ class Lam(nn.Module):
         """
         mask = self(query_tokens, key_tokens)
         check_inputs(query, key, mask, self.config.op, allowed, bias, scale)
+        self._score(query, key, value, mask, scale)
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         weights = attention_weights(
             query, key, mask, op=self.config.op, allowed=allowed, bias=bias, is_causal=is_causal, scale=scale
@@ -217,6 +232,14 @@ class Lam(nn.Module):
             self.recorder(MaskRecord(detached, weights.detach(), detached.importance()))
         weights = torch.dropout(weights, dropout_p, dropout_p > 0)
         return (weights @ value).to(query.dtype), weights
+
+    def _score(self, query: Tensor, key: Tensor, value: Tensor, mask: FactoredMask, scale: float | None) -> None:
+        """Leaves the scores of the tokens for whoever prunes behind this layer's block."""
+        if self.scorer is not None:
+            here = self.shared.current
+            scale = query.shape[-1] ** -0.5 if scale is None else scale
+            scores = self.scorer(query, key, value, mask, op=self.config.op, scale=scale)
+            self.shared.begin(here.grid, here.mask, here.reductions, scores)
 
     def extra_repr(self) -> str:
         return "" if self.network is not None else "shares the first layer's mask"

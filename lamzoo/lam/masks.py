@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,9 @@ from torch.nn import functional as F
 from lamzoo.errors import ConfigError, MaskShapeError
 from lamzoo.lam.config import LamConfig
 from lamzoo.lam.tables import Grid, resize_table
+
+if TYPE_CHECKING:
+    from lamzoo.lam.pruning import Reduction
 
 _SOFTPLUS_ONE = math.log(math.e - 1)  # softplus of this is 1
 
@@ -185,13 +189,20 @@ class MaskNetwork(nn.Module):
         # A positive mask has its neutral value at raw zero, through the shift inside the softplus.
         return self.config.op == "mul" and self.config.sign == "free"
 
-    def forward(self, query_tokens: Tensor, key_tokens: Tensor, grid: Grid | None = None) -> FactoredMask:
+    def forward(
+        self,
+        query_tokens: Tensor,
+        key_tokens: Tensor,
+        grid: Grid | None = None,
+        reductions: Sequence[Reduction] = (),
+    ) -> FactoredMask:
         """Returns the mask's factors.
 
         Args:
             query_tokens: ``(B, Nq, query_dim)``.
             key_tokens: ``(B, Nk, key_dim)``; the same tensor in self-attention.
-            grid: the patch grid of the key tokens, where it may differ from the table's.
+            grid: the patch grid of the key tokens, where it may differ from the table's; before any reduction.
+            reductions: what the key tokens went through since they stood at all positions, in order.
 
         Returns:
             Factors ``(B, Hm, Nq, rank + 1)`` and ``(B | 1, Hm, Nk, rank + 1)``.
@@ -199,7 +210,9 @@ class MaskNetwork(nn.Module):
         hidden = self._split_heads(self.query(query_tokens))
         left = F.pad(hidden, (0, 1), value=1.0)
         if self.config.keys == "position":
-            right = self.table(key_tokens.shape[1], grid)
+            right = self.table(reductions[0].length if reductions else key_tokens.shape[1], grid)
+            for reduction in reductions:
+                right = reduction.factor(right)
         else:
             right = self._split_heads(self.key(key_tokens))
         if self.config.sign == "positive":

@@ -1,0 +1,175 @@
+"""Which tokens matter, and how a stack goes on with those alone: tensors in and out, knows no model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, Protocol, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lamzoo.errors import ConfigError
+from lamzoo.lam.config import Op
+from lamzoo.lam.kernels.eager import attention_weights
+from lamzoo.lam.masks import FactoredMask
+
+Score = Literal["mask", "attention", "attention-value"]
+Rest = Literal["drop", "merge"]
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """Where tokens leave, how many, and what becomes of them.
+
+    Attributes:
+        keep: the share of a layer's tokens, class and register tokens apart, that stays at each of ``at``, rounded up.
+        at: layers, counted from 0, whose attention scores the tokens; those that leave do so behind the layer's block.
+        score: what decides. ``"mask"``: the mean mask value of a key over the queries, from the factors alone, in
+            O(N R); ``"attention"``: what the class token (the mean query, where there is none) attends to under the
+            mask, in O(N (d + R)); ``"attention-value"``: that, times the norm of the value.
+        rest: ``"drop"`` the others, or ``"merge"`` them into one token, weighted by the softmax of their scores.
+
+    Raises:
+        ConfigError: a value that means nothing.
+    """
+
+    keep: float
+    at: tuple[int, ...]
+    score: Score = "mask"
+    rest: Rest = "drop"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep <= 1:
+            raise ConfigError(f"keep={self.keep}: the share of tokens that stay must be above 0 and at most 1.")
+        layers = tuple(self.at)
+        if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0:
+            raise ConfigError(f"at={layers}: name at least one layer, in ascending order, counted from 0.")
+        object.__setattr__(self, "at", layers)
+        for name, value, choices in (("score", self.score, get_args(Score)), ("rest", self.rest, get_args(Rest))):
+            if value not in choices:
+                raise ConfigError(f"{name}={value!r}: it must be one of {', '.join(map(repr, choices))}.")
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """How the tokens of one layer became fewer; applies to whatever there is one of for each token.
+
+    Attributes:
+        length: number of tokens before.
+        kept: int64 ``(B, K)``, the tokens that stay, ascending.
+        merged: float ``(B, length)``, rows that sum to one: the weights of the tokens that the last one is made of;
+            None where the others are dropped.
+    """
+
+    length: int
+    kept: Tensor
+    merged: Tensor | None = None
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Reduces ``(B, length, C)`` to ``(B, K, C)``, or ``(B, K + 1, C)`` with a merged token behind them."""
+        few = tokens.gather(1, self.kept.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+        if self.merged is None:
+            return few
+        return torch.cat([few, self.merged.unsqueeze(1).to(tokens.dtype) @ tokens], dim=1)
+
+    def factor(self, factor: Tensor) -> Tensor:
+        """Reduces a mask's factor, ``(1 | B, Hm, length, R)``, to ``(B, Hm, K | K + 1, R)``."""
+        heads = factor.shape[1]
+        rows = factor.transpose(1, 2).flatten(2).expand(self.kept.shape[0], -1, -1)
+        return self(rows).unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+class Scorer(Protocol):
+    """Scores the tokens that a layer attends to.
+
+    Args:
+        query: ``(B, H, N, d)``.
+        key: ``(B, H, N, d)``.
+        value: ``(B, H, N, dv)``.
+        mask: the layer's.
+        op: how it acts.
+        scale: of the attention scores.
+        has_class_token: whether token 0 stands for all.
+
+    Returns:
+        ``(B, N)``, float; the higher, the more important.
+    """
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: FactoredMask,
+        *,
+        op: Op,
+        scale: float,
+        has_class_token: bool,
+    ) -> Tensor: ...
+
+
+def mask_importance(
+    query: Tensor, key: Tensor, value: Tensor, mask: FactoredMask, *, op: Op, scale: float, has_class_token: bool
+) -> Tensor:
+    """The mean mask value of each key over queries and heads; a :class:`Scorer`."""
+    return mask.importance().mean(dim=1).expand(query.shape[0], -1)
+
+
+def summary_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: FactoredMask, *, op: Op, scale: float, has_class_token: bool
+) -> Tensor:
+    """Logarithm of what the class token, or the mean query, attends to, averaged over the heads; a :class:`Scorer`."""
+    return _summary_weights(query, key, mask, op, scale, has_class_token).mean(dim=1).log()
+
+
+def summary_contribution(
+    query: Tensor, key: Tensor, value: Tensor, mask: FactoredMask, *, op: Op, scale: float, has_class_token: bool
+) -> Tensor:
+    """As :func:`summary_attention`, each head's weights times the norms of its values; a :class:`Scorer`."""
+    weights = _summary_weights(query, key, mask, op, scale, has_class_token)
+    return (weights * value.norm(dim=-1)).mean(dim=1).log()
+
+
+SCORERS: dict[Score, Scorer] = {
+    "mask": mask_importance,
+    "attention": summary_attention,
+    "attention-value": summary_contribution,
+}
+
+
+def select(scores: Tensor, keep: float, rest: Rest, num_prefix_tokens: int) -> Reduction:
+    """Chooses the tokens that stay.
+
+    Args:
+        scores: ``(B, N)``, of all tokens.
+        keep: share of those behind the prefix that stays, rounded up; at least one does.
+        rest: what becomes of the others.
+        num_prefix_tokens: tokens at the start that always stay.
+
+    Returns:
+        The reduction, of the same size for each sample.
+    """
+    length = scores.shape[1]
+    scores = scores[:, num_prefix_tokens:]
+    size = max(1, math.ceil(round(keep * scores.shape[1], 6)))  # 0.7 * 10 is 7.000000000000001
+    order = scores.argsort(dim=1, descending=True, stable=True) + num_prefix_tokens
+    prefix = torch.arange(num_prefix_tokens, device=order.device).expand(order.shape[0], -1)
+    kept = torch.cat([prefix, order[:, :size].sort(dim=1).values], dim=1)
+    if rest == "drop" or size == scores.shape[1]:
+        return Reduction(length, kept)
+    inside = torch.zeros_like(scores, dtype=torch.bool).scatter(1, order[:, :size] - num_prefix_tokens, True)
+    weights = scores.float().masked_fill(inside, -torch.inf).softmax(dim=1)
+    return Reduction(length, kept, F.pad(weights, (num_prefix_tokens, 0)))
+
+
+def _summary_weights(
+    query: Tensor, key: Tensor, mask: FactoredMask, op: Op, scale: float, has_class_token: bool
+) -> Tensor:
+    """Returns the attention weights of one query that stands for all, ``(B, H, N)``."""
+    query, left = (x[:, :, :1] if has_class_token else x.mean(dim=2, keepdim=True) for x in (query, mask.left))
+    weights = attention_weights(
+        query, key, FactoredMask(left, mask.right), op=op, allowed=None, bias=None, is_causal=False, scale=scale
+    )
+    return weights.squeeze(2)

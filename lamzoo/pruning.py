@@ -1,0 +1,96 @@
+"""Pruning tokens by the mask: a share that stays, or a budget of GMACs; composes the adapters and the profile."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+from torch import nn
+
+from lamzoo.adapters import pruning as adapter
+from lamzoo.errors import ConfigError
+from lamzoo.lam.pruning import PruneConfig, Rest, Score
+from lamzoo.profiling import profile
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def prune_tokens(
+    model: Model,
+    keep: float | None = None,
+    at: Sequence[int] | None = None,
+    *,
+    target_gmacs: float | None = None,
+    score: Score = "mask",
+    rest: Rest = "drop",
+) -> Model:
+    """Lets a vision transformer with masks go on with the tokens that matter, in place.
+
+    Class and register tokens stay; of the others each sample keeps the same number, so that shapes are static and
+    batches, ``torch.compile`` and export work as before. ``forward_features`` returns the tokens that are left.
+
+    Args:
+        model: a timm ``VisionTransformer`` with masks.
+        keep: share of a layer's tokens that stays at each layer of ``at``; 0.7 by default.
+        at: layers, counted from 0, behind whose block tokens leave; by default three, at a quarter, half and three
+            quarters of the depth.
+        target_gmacs: instead of ``keep``, the largest share is taken with which one input of the model's own size costs
+            at most so many GMACs.
+        score: what decides, as in :class:`lamzoo.PruneConfig`.
+        rest: ``"drop"`` the others or ``"merge"`` them into one token.
+
+    Returns:
+        The same model, which now has the attribute ``prune_config``. Pruning it once more replaces what was there.
+
+    Raises:
+        UnsupportedHostError: the model has no masks, or they aren't on one timm ``VisionTransformer``.
+        ConfigError: values that mean nothing, layers that the model has not, ``keep`` beside ``target_gmacs``, or a
+            target that no share meets.
+    """
+    layers = adapter.depth(model)
+    where = tuple(at) if at is not None else tuple(sorted({layers * i // 4 for i in (1, 2, 3)} - {layers - 1}))
+    if target_gmacs is None:
+        _apply(model, PruneConfig(0.7 if keep is None else keep, where, score, rest))
+        return model
+    if keep is not None:
+        raise ConfigError(f"keep={keep} beside target_gmacs={target_gmacs}: give one of them.")
+    _apply(model, _largest(model, where, target_gmacs, score, rest))
+    return model
+
+
+def remove_pruning(model: Model) -> Model:
+    """Takes pruning out of a model, in place; returns it."""
+    adapter.remove_pruning(model)
+    if hasattr(model, "prune_config"):
+        del model.prune_config
+    return model
+
+
+def _apply(model: nn.Module, config: PruneConfig) -> None:
+    adapter.prune(model, config)
+    model.prune_config = config  # type: ignore[assignment]
+
+
+def _largest(model: nn.Module, at: tuple[int, ...], target: float, score: Score, rest: Rest) -> PruneConfig:
+    """Returns the pruning with the largest share, to a thousandth, that costs at most ``target`` GMACs."""
+    before = getattr(model, "prune_config", None)
+
+    def gmacs(thousandths: int) -> float:
+        adapter.prune(model, PruneConfig(thousandths / 1000, at, score, rest))
+        return profile(model).gmacs
+
+    try:
+        low, high = 1, 1000
+        if gmacs(low) > target:
+            raise ConfigError(
+                f"target_gmacs={target}: with a single token left behind {at} it is still {gmacs(low):.3f} GMACs; "
+                "prune at earlier layers."
+            )
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if gmacs(middle) <= target else (low, middle)
+        return PruneConfig((high if gmacs(high) <= target else low) / 1000, at, score, rest)
+    finally:
+        adapter.remove_pruning(model)
+        if before is not None:
+            adapter.prune(model, before)

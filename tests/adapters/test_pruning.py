@@ -1,0 +1,218 @@
+"""What prune_tokens promises of a timm vision transformer with masks."""
+
+import copy
+import itertools
+import pickle
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+import lamzoo
+from lamzoo import LamConfig, add_lam, capture_masks, prune_tokens, remove_lam, remove_pruning
+from lamzoo.errors import ConfigError, UnsupportedHostError
+
+CONFIGS = [
+    LamConfig(layers=layers, keys=keys, op=op, rank=3, init="paper")
+    for layers, keys, op in itertools.product(("multi", "single"), ("content", "position"), ("mul", "add"))
+]
+each_config = pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.layers}-{c.keys}-{c.op}")
+each_rest = pytest.mark.parametrize("rest", ["drop", "merge"])
+POSITION = LamConfig(keys="position", rank=3, init="paper")
+
+
+def host(**kwargs: object) -> nn.Module:
+    torch.manual_seed(0)
+    options = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 4, "num_heads": 2, "num_classes": 5, **kwargs}
+    return timm.models.VisionTransformer(**options).eval()
+
+
+def model(config: LamConfig = POSITION, **kwargs: object) -> nn.Module:
+    return add_lam(host(**kwargs), config)
+
+
+def images(batch: int = 3) -> Tensor:
+    return torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+@each_config
+@each_rest
+def test_keeping_all_changes_nothing(config: LamConfig, rest: str) -> None:
+    vit, x = model(config), images()
+    before = vit(x)
+    assert_close(prune_tokens(vit, 1.0, (0, 1, 2), rest=rest)(x), before)
+
+
+@each_config
+@each_rest
+def test_a_sample_is_pruned_as_if_it_were_alone(config: LamConfig, rest: str) -> None:
+    vit, x = prune_tokens(model(config), 0.5, (0, 2), rest=rest), images()
+    together = vit(x)
+    assert_close(torch.cat([vit(sample) for sample in x.split(1)]), together)
+
+
+@each_config
+def test_later_layers_see_the_tokens_that_are_left(config: LamConfig) -> None:
+    vit = prune_tokens(model(config), 0.5, (0, 2))
+    with capture_masks(vit) as masks:
+        features = vit.forward_features(images())
+    assert [record.attention.shape[-1] for record in masks.values()] == [17, 9, 9, 5]
+    assert [record.mask.right.shape[2] for record in masks.values()] == [17, 9, 9, 5]
+    assert features.shape == (3, 5, 16)
+    assert vit(images()).shape == (3, 5)
+
+
+def test_position_keys_stay_with_their_tokens() -> None:
+    vit = prune_tokens(model(), 0.5, (0,), score="mask")
+    with capture_masks(vit) as masks:
+        vit(images())
+    first, second = masks["blocks.0.attn"], masks["blocks.1.attn"]
+    best = first.importance.mean(1)[:, 1:].topk(8).indices.sort().values + 1
+    kept = torch.cat([torch.zeros(3, 1, dtype=torch.int64), best], dim=1)
+    table = vit.blocks[1].attn.lam.network.table(17)[0]
+    for sample in range(3):
+        assert_close(second.mask.right[sample], table[:, kept[sample]])
+
+
+@each_rest
+def test_a_shared_mask_loses_the_rows_and_columns_of_tokens_that_left(rest: str) -> None:
+    vit = prune_tokens(model(LamConfig(layers="single", rank=3, init="paper")), 0.5, (1,), rest=rest)
+    with capture_masks(vit) as masks:
+        vit(images())
+    first, third = masks["blocks.0.attn"].mask, masks["blocks.2.attn"].mask
+    assert third.dense().shape[-2:] == ((9, 9) if rest == "drop" else (10, 10))
+    rows = {tuple(row) for row in first.left[0, 0].round(decimals=4).tolist()}
+    assert {tuple(row) for row in third.left[0, 0, :9].round(decimals=4).tolist()} <= rows
+
+
+@each_config
+@each_rest
+def test_compiles_as_one_graph_and_agrees(config: LamConfig, rest: str) -> None:
+    vit, x = prune_tokens(model(config), 0.5, (0, 2), rest=rest), images()
+    torch._dynamo.reset()
+    compiled = torch.compile(vit, backend="aot_eager", fullgraph=True)
+    assert_close(compiled(x), vit(x))
+
+
+@each_rest
+def test_exports_with_any_batch(rest: str) -> None:
+    vit = prune_tokens(model(), 0.5, (0, 2), rest=rest)
+    program = torch.export.export(vit, (images(),), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    assert_close(program.module()(images(5)), vit(images(5)))
+
+
+@pytest.mark.parametrize("layers", ["multi", "single"])
+def test_gradient_checkpointing_changes_no_gradient(layers: str) -> None:
+    vit = prune_tokens(model(LamConfig(layers=layers, keys="position", rank=3, init="paper")), 0.5, (0, 2)).train()
+    gradients = []
+    for checkpointing in (False, True):
+        vit.set_grad_checkpointing(checkpointing)
+        vit.zero_grad()
+        loss = vit(images()).square().sum() + vit(images(2)).square().sum()  # two passes, then both backward
+        loss.backward()
+        gradients.append([None if p.grad is None else p.grad.clone() for p in vit.parameters()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        assert (plain is None) == (checkpointed is None)
+        if plain is not None:
+            assert_close(checkpointed, plain)
+
+
+def test_an_interrupted_pass_leaves_no_trace() -> None:
+    vit, x = prune_tokens(model(LamConfig(rank=3, init="paper")), 0.5, (0, 1)), images()
+    before = vit(x)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    handle = vit.blocks[2].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        vit(x)
+    handle.remove()
+    assert_close(vit(x), before)
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+def test_copies_are_pruned_too_and_on_their_own(clone: object) -> None:
+    vit, x = prune_tokens(model(), 0.5, (0, 2)), images()
+    before = vit(x)
+    copied = clone(vit)  # type: ignore[operator]
+    remove_pruning(vit)
+    assert_close(copied(x), before)
+
+
+def test_pruning_anew_replaces_and_removing_restores() -> None:
+    vit, x = model(), images()
+    before = vit(x)
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in vit.modules())
+    prune_tokens(vit, 0.5, (0, 1, 2), rest="merge")
+    prune_tokens(vit, 0.7, (1,))
+    assert vit.forward_features(x).shape[1] == 1 + 12
+    assert remove_pruning(vit) is vit and not hasattr(vit, "prune_config")
+    assert torch.equal(vit(x), before)
+    assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in vit.modules()) == hooks
+
+
+def test_removing_the_masks_removes_the_pruning() -> None:
+    vit = remove_lam(prune_tokens(add_lam(host()), 0.5, (0,)))
+    assert torch.equal(vit(images()), host()(images()))
+    assert not hasattr(vit, "prune_config")
+
+
+def test_the_defaults_are_three_stages_of_seven_tenths() -> None:
+    vit = prune_tokens(model(depth=12))
+    assert (vit.prune_config.keep, vit.prune_config.at) == (0.7, (3, 6, 9))
+    assert vit.forward_features(images()).shape[1] == 1 + 7  # 16, 12, 9, 7
+    assert prune_tokens(model(depth=4)).prune_config.at == (1, 2)
+
+
+@pytest.mark.parametrize("kwargs", [{"reg_tokens": 2}, {"class_token": False, "global_pool": "avg"}])
+def test_class_and_register_tokens_stay(kwargs: dict) -> None:
+    vit = model(**kwargs)
+    prefix = vit.num_prefix_tokens
+    prune_tokens(vit, 0.01, (0, 1))
+    tokens: list[Tensor] = []
+    vit.blocks[0].register_forward_hook(lambda block, args, output: tokens.append(output))
+    vit(images())
+    unpruned = vit.blocks[0](vit._pos_embed(vit.patch_embed(images())))
+    assert tokens[0].shape[1] == prefix + 1
+    assert_close(tokens[0][:, :prefix], unpruned[:, :prefix])
+
+
+@pytest.mark.parametrize("share", [0.5, 0.7, 0.9])
+def test_a_target_is_met_as_closely_as_whole_tokens_allow(share: float) -> None:
+    vit = model(embed_dim=64)
+    target = lamzoo.profile(vit).gmacs * share
+    prune_tokens(vit, at=(0, 1, 2), target_gmacs=target)
+    assert lamzoo.profile(vit).gmacs <= target
+    more = vit.prune_config.keep + 1 / 16
+    assert lamzoo.profile(prune_tokens(vit, min(1.0, more), (0, 1, 2))).gmacs > target
+
+
+def test_a_target_above_the_whole_keeps_everything() -> None:
+    vit = model()
+    assert prune_tokens(vit, target_gmacs=lamzoo.profile(vit).gmacs * 1.1).prune_config.keep == 1.0
+
+
+def test_a_target_out_of_reach_raises_and_leaves_the_model_as_it_was() -> None:
+    vit = prune_tokens(model(), 0.5, (0,))
+    before = vit(images())
+    with pytest.raises(ConfigError, match=r"target_gmacs=1e-06: with a single token left behind \(2,\)"):
+        prune_tokens(vit, at=(2,), target_gmacs=1e-6)
+    assert torch.equal(vit(images()), before)
+    with pytest.raises(ConfigError, match="keep=0.5 beside target_gmacs=1.0: give one of them"):
+        prune_tokens(vit, 0.5, target_gmacs=1.0)
+
+
+def test_the_last_layer_and_layers_beyond_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"at=\(1, 3\): behind layer 3, the last of blocks.* from 0 to 2"):
+        prune_tokens(model(), 0.5, (1, 3))
+
+
+def test_models_that_cannot_be_pruned_are_named() -> None:
+    with pytest.raises(UnsupportedHostError, match="no learnable masks"):
+        prune_tokens(host())
+    eva = timm.create_model("eva02_tiny_patch14_224", img_size=28, depth=2)
+    with pytest.raises(UnsupportedHostError, match="one timm VisionTransformer, and blocks belongs to a Eva"):
+        prune_tokens(add_lam(eva))

@@ -1,0 +1,129 @@
+"""Choosing tokens and reducing what belongs to them, in tensors."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lamzoo.errors import ConfigError
+from lamzoo.lam import FactoredMask
+from lamzoo.lam.config import Op
+from lamzoo.lam.kernels.eager import attention_weights
+from lamzoo.lam.pruning import (
+    SCORERS,
+    PruneConfig,
+    Rest,
+    Score,
+    mask_importance,
+    select,
+    summary_attention,
+    summary_contribution,
+)
+from tests.lam.cases import OPS, Case, make
+
+each_op = pytest.mark.parametrize("op", OPS)
+
+
+@settings(derandomize=True, max_examples=80)
+@given(
+    batch=st.integers(1, 3),
+    patches=st.integers(1, 12),
+    prefix=st.integers(0, 2),
+    keep=st.floats(0.01, 1.0),
+    rest=st.sampled_from(["drop", "merge"]),
+    seed=st.integers(0, 2**20),
+)
+def test_the_highest_scores_and_the_prefix_stay(
+    batch: int, patches: int, prefix: int, keep: float, rest: Rest, seed: int
+) -> None:
+    scores = torch.randn(batch, prefix + patches, generator=torch.Generator().manual_seed(seed))
+    reduction = select(scores, keep, rest, prefix)
+    size = max(1, math.ceil(round(keep * patches, 6)))
+    assert reduction.kept.shape == (batch, prefix + size)
+    for sample, kept in zip(scores, reduction.kept.tolist(), strict=True):
+        assert kept == sorted(set(kept)) and kept[:prefix] == list(range(prefix))
+        gone = [token for token in range(prefix + patches) if token not in kept]
+        if gone:
+            assert sample[kept[prefix:]].min() >= sample[gone].max()
+    if rest == "drop" or size == patches:
+        assert reduction.merged is None
+    else:
+        assert reduction.merged is not None
+        torch.testing.assert_close(reduction.merged.sum(1), torch.ones(batch))
+        assert not reduction.merged.gather(1, reduction.kept).any()
+
+
+def test_shares_round_up_but_not_by_rounding_errors() -> None:
+    assert select(torch.rand(1, 10), 0.7, "drop", 0).kept.shape[1] == 7  # 0.7 * 10 is 7.000000000000001
+    assert select(torch.rand(1, 10), 0.71, "drop", 0).kept.shape[1] == 8
+
+
+def test_merging_weighs_by_the_softmax_of_the_scores() -> None:
+    scores = torch.tensor([[0.0, 5.0, math.log(3.0), 4.0, 0.0]])
+    reduction = select(scores, 0.5, "merge", 1)
+    assert reduction.kept.tolist() == [[0, 1, 3]]
+    torch.testing.assert_close(reduction.merged, torch.tensor([[0.0, 0.0, 0.75, 0.0, 0.25]]))
+    tokens = torch.randn(1, 5, 7)
+    expected = torch.cat([tokens[:, [0, 1, 3]], 0.75 * tokens[:, 2:3] + 0.25 * tokens[:, 4:5]], dim=1)
+    torch.testing.assert_close(reduction(tokens), expected)
+
+
+@pytest.mark.parametrize("rest", ["drop", "merge"])
+def test_a_reduced_factor_gives_the_reduced_mask(rest: Rest) -> None:
+    case = make(queries=6, keys=6, right_shape=(False, True))
+    reduction = select(torch.randn(2, 6), 0.5, rest, 1)
+    mask = FactoredMask(case.left, case.right)
+    few = FactoredMask(reduction.factor(mask.left), reduction.factor(mask.right))
+    dense = mask.dense().flatten(0, 1)  # rows, then columns
+    both = type(reduction)(
+        6, *(x if x is None else x.repeat_interleave(2, 0) for x in (reduction.kept, reduction.merged))
+    )
+    torch.testing.assert_close(few.dense().flatten(0, 1), both(both(dense).mT).mT)
+
+
+def score(scorer: Score, case: Case, has_class_token: bool = True) -> Tensor:
+    return SCORERS[scorer](*case.args, op=case.op, scale=0.5, has_class_token=has_class_token)
+
+
+@each_op
+def test_the_scores_are_what_they_are_called(op: Op) -> None:
+    case = make(op=op, queries=6, keys=6, left_shape=(True, False))
+    mask = FactoredMask(case.left, case.right)
+    weights = attention_weights(
+        case.query, case.key, mask, op=op, allowed=None, bias=None, is_causal=False, scale=0.5
+    )[:, :, 0]  # fmt: skip
+    norms = case.value.square().sum(-1).sqrt()
+    torch.testing.assert_close(score("mask", case), mask.dense().mean(dim=(1, 2)))
+    torch.testing.assert_close(score("attention", case).exp(), weights.mean(1))
+    torch.testing.assert_close(score("attention-value", case).exp(), (weights * norms).mean(1))
+    assert set(SCORERS.values()) == {mask_importance, summary_attention, summary_contribution}
+
+
+def test_without_a_class_token_the_mean_query_asks() -> None:
+    case = make(queries=6, keys=6)
+    asked = make(queries=6, keys=6)
+    for name in ("query", "left"):
+        tokens = getattr(case, name)
+        getattr(asked, name).copy_(tokens.mean(2, keepdim=True).expand_as(tokens))
+    torch.testing.assert_close(score("attention", case, has_class_token=False), score("attention", asked))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"keep": 0.0}, r"keep=0\.0: .* above 0 and at most 1"),
+        ({"keep": 1.2}, r"keep=1\.2"),
+        ({"at": ()}, r"at=\(\): name at least one layer"),
+        ({"at": (3, 1)}, r"at=\(3, 1\): .* ascending"),
+        ({"at": (1, 1)}, r"at=\(1, 1\)"),
+        ({"at": (-1, 1)}, r"at=\(-1, 1\): .* from 0"),
+        ({"score": "norm"}, r"score='norm': it must be one of 'mask', 'attention', 'attention-value'"),
+        ({"rest": "average"}, r"rest='average': it must be one of 'drop', 'merge'"),
+    ],
+)
+def test_values_that_mean_nothing_are_named(fields: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        PruneConfig(**{"keep": 0.5, "at": (1, 2), **fields})
