@@ -153,7 +153,7 @@ def select(scores: Tensor, keep: float, rest: Rest, num_prefix_tokens: int) -> R
     """
     length = scores.shape[1]
     scores = scores[:, num_prefix_tokens:]
-    size = max(1, math.ceil(round(keep * scores.shape[1], 6)))  # 0.7 * 10 is 7.000000000000001
+    size = num_kept(scores.shape[1], keep)
     order = scores.argsort(dim=1, descending=True, stable=True) + num_prefix_tokens
     prefix = torch.arange(num_prefix_tokens, device=order.device).expand(order.shape[0], -1)
     kept = torch.cat([prefix, order[:, :size].sort(dim=1).values], dim=1)
@@ -162,6 +162,11 @@ def select(scores: Tensor, keep: float, rest: Rest, num_prefix_tokens: int) -> R
     inside = torch.zeros_like(scores, dtype=torch.bool).scatter(1, order[:, :size] - num_prefix_tokens, True)
     weights = scores.float().masked_fill(inside, -torch.inf).softmax(dim=1)
     return Reduction(length, kept, F.pad(weights, (num_prefix_tokens, 0)))
+
+
+def num_kept(tokens: int, keep: float) -> int:
+    """Returns how many of so many tokens stay: the share rounded up, at least one."""
+    return max(1, math.ceil(round(keep * tokens, 6)))  # 0.7 * 10 is 7.000000000000001
 
 
 def _summary_weights(

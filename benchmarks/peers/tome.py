@@ -1,0 +1,71 @@
+"""Token Merging (ToMe, arXiv 2210.09461), written from the paper."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.peers import Seen
+from lamzoo.lam.pruning import Reduction
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merge(Reduction):
+    """Tokens merged into others of the same sample, averaged by the patches that each stands for.
+
+    Attributes:
+        into: int64 ``(B, length)``, where each token goes: an index among those that are left.
+        sizes: float ``(B, length)``, how many patches each stands for.
+    """
+
+    into: Tensor
+    sizes: Tensor
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Averages ``(B, length, C)`` to ``(B, K, C)``."""
+        sizes = self.sizes.to(tokens.dtype).unsqueeze(-1)
+        return self._sum(tokens * sizes) / self._sum(sizes)
+
+    def new_sizes(self) -> Tensor:
+        """Returns how many patches each token that is left stands for, ``(B, K)``."""
+        return self._sum(self.sizes.unsqueeze(-1)).squeeze(-1)
+
+    def _sum(self, tokens: Tensor) -> Tensor:
+        total = tokens.new_zeros(tokens.shape[0], self.kept.shape[1], tokens.shape[2])
+        return total.scatter_add(1, self.into.unsqueeze(-1).expand_as(tokens), tokens)
+
+
+@dataclass(frozen=True)
+class ToMe:
+    """Merges the most similar pairs of tokens in each layer, and weighs tokens by the patches that they stand for.
+
+    Attributes:
+        r: tokens that leave in each layer; at most half of those that aren't class or register tokens do.
+    """
+
+    r: int
+
+    def __call__(self, seen: Seen) -> tuple[Merge, Tensor] | None:
+        """Bipartite soft matching by the cosine similarity of the keys (section 3); the bias is that of equation 1."""
+        batch, _, length, _ = seen.key.shape
+        prefix = seen.num_prefix_tokens
+        leave = min(self.r, (length - prefix) // 2)
+        if leave <= 0:
+            return None
+        metric = F.normalize(seen.key.mean(dim=1)[:, prefix:], dim=-1)
+        ours, theirs = metric[:, ::2], metric[:, 1::2]  # two sets of patches, taken in turns
+        similarity, partner = (ours @ theirs.mT).max(dim=-1)
+        closest = similarity.argsort(dim=-1, descending=True, stable=True)[:, :leave]
+        leaves = torch.zeros(batch, length, dtype=torch.bool, device=metric.device)
+        leaves.scatter_(1, prefix + 2 * closest, True)
+        into = (~leaves).cumsum(dim=1) - 1  # where those that stay will stand
+        into[:, prefix::2] = torch.where(
+            leaves[:, prefix::2], into.gather(1, prefix + 2 * partner + 1), into[:, prefix::2]
+        )
+        kept = leaves.to(torch.int8).argsort(dim=1, stable=True)[:, : length - leave]
+        sizes = metric.new_ones(batch, length) if seen.bias is None else seen.bias.exp()
+        merge = Merge(length, kept, into=into, sizes=sizes)
+        return merge, merge.new_sizes().log()
