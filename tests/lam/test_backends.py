@@ -121,8 +121,9 @@ def test_flex_refuses_gradients_on_the_cpu() -> None:
 
 
 @pytest.mark.slow
-@each_op
-@pytest.mark.parametrize("what", ["all", "causal", "allowed", "bias", "shared"])
+@pytest.mark.parametrize(
+    ("op", "what"), [("mul", "all"), ("add", "causal"), ("mul", "allowed"), ("mul", "bias"), ("add", "shared")]
+)
 def test_flex_equals_eager(op: Op, what: str) -> None:
     torch._dynamo.reset()
     allowed = torch.rand(2, 1, 40, 50) > 0.5

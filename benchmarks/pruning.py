@@ -1,0 +1,223 @@
+"""Accuracy against GMACs and latency of pruning by the mask and of its peers, on trained models, at equal budgets.
+
+    python -m benchmarks.pruning lam_vit_tiny_patch8_64.tinyimagenet100 vit_tiny_patch8_64.tinyimagenet100 \
+        --data npz:../shared/data/tinyimagenet100 --split val
+    python -m benchmarks.pruning --table      prints the table of what is there
+
+Pruning by the mask runs on the model with masks, and the peers on it and on its plain twin. A budget is a share of the
+plain twin's own GMACs, masks and scoring included in what is spent; every method has the largest setting that meets it.
+Latency is that of the reduced model beside the plain twin as it is, in turns. What is measured already is not measured
+again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+from torch import nn
+
+import lamzoo
+from benchmarks.peers import applied
+from benchmarks.peers.selection import EViT, Random, Stride
+from benchmarks.peers.tome import ToMe
+from lamzoo.data import create_dataset
+from lamzoo.evaluation import evaluate
+from lamzoo.files import atomic_files
+from lamzoo.lam.pruning import Rest, Score
+from lamzoo.profiling.inputs import as_arguments, default_input
+from lamzoo.profiling.latency import compare_latency
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "pruning.csv"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method at one budget.
+
+    Attributes:
+        model: what was reduced.
+        plain: the twin whose GMACs and time are one.
+        method: how.
+        share: the budget, of the twin's GMACs.
+        setting: of the method: the share that stays at each stage, or ToMe's r.
+        gmacs: spent.
+        top1: in percent, on ``split`` of ``data``.
+        latency_ratio: time of one image to the twin's.
+        latency_ratio_q1: first quartile.
+        latency_ratio_q3: third quartile.
+        throughput_ratio: time of 16 images to the twin's.
+        data: what was scored.
+        split: of it.
+        device: where.
+        threads: of PyTorch.
+        torch: version.
+    """
+
+    model: str
+    plain: str
+    method: str
+    share: float
+    setting: float
+    gmacs: float
+    top1: float
+    latency_ratio: float
+    latency_ratio_q1: float
+    latency_ratio_q3: float
+    throughput_ratio: float
+    data: str
+    split: str
+    device: str
+    threads: int
+    torch: str
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to reduce tokens.
+
+    Attributes:
+        settings: from the least work to all of it.
+        open: reduces a model's tokens by a setting while the context is open; given the stages.
+    """
+
+    settings: Sequence[float]
+    open: Callable[[nn.Module, float, tuple[int, ...]], AbstractContextManager[Any]]
+
+
+@contextmanager
+def _pruned(model: nn.Module, keep: float, at: tuple[int, ...], score: Score, rest: Rest) -> Iterator[nn.Module]:
+    lamzoo.prune_tokens(model, keep, at, score=score, rest=rest)
+    try:
+        yield model
+    finally:
+        lamzoo.remove_pruning(model)
+
+
+def _by_mask(score: Score, rest: Rest) -> Method:
+    return Method(_KEEPS, lambda model, keep, at: _pruned(model, keep, at, score, rest))
+
+
+_KEEPS = [thousandths / 1000 for thousandths in range(1, 1001)]
+_OURS = {f"{score}, {rest}": _by_mask(score, rest) for score in ("mask", "attention") for rest in ("drop", "merge")}
+_PEERS = {
+    "ToMe": Method(range(200, -1, -1), lambda model, r, at: applied(model, ToMe(int(r)))),
+    "EViT": Method(_KEEPS, lambda model, keep, at: applied(model, EViT(keep, at))),
+    "random": Method(_KEEPS, lambda model, keep, at: applied(model, Random(keep, at))),
+    "stride": Method(_KEEPS, lambda model, keep, at: applied(model, Stride(keep, at))),
+}
+METHODS = {**_OURS, **_PEERS}
+
+
+def largest(method: Method, model: nn.Module, at: tuple[int, ...], budget: float) -> float | None:
+    """Returns the largest setting that costs at most ``budget`` GMACs, or None where none does."""
+    low, high = -1, len(method.settings)
+    while high - low > 1:
+        middle = (low + high) // 2
+        with method.open(model, method.settings[middle], at):
+            fits = lamzoo.profile(model).gmacs <= budget
+        low, high = (middle, high) if fits else (low, middle)
+    return None if low < 0 else method.settings[low]
+
+
+def measure(name: str, plain_name: str, how: str, share: float, data: str, split: str, at: tuple[int, ...]) -> Row:
+    """Measures one method at one budget.
+
+    Raises:
+        ConfigError: no setting of the method meets the budget.
+    """
+    model, plain = (lamzoo.create_model(each, pretrained=True).eval() for each in (name, plain_name))
+    method, budget = METHODS[how], share * lamzoo.profile(plain).gmacs
+    setting = largest(method, model, at, budget)
+    if setting is None:
+        raise lamzoo.LamzooError(f"No setting of {how!r} on {name} meets {budget:.4f} GMACs.")
+    (image,) = as_arguments(default_input(model))
+    with method.open(model, setting, at):
+        gmacs = lamzoo.profile(model).gmacs
+        one = compare_latency(model, plain, image, repeats=40)
+        many = compare_latency(model, plain, image.repeat(16, 1, 1, 1), repeats=10, warmup=2)
+        score = evaluate(model, create_dataset(data, split), batch_size=100, workers=1)
+    return Row(
+        model=name, plain=plain_name, method=how, share=share, setting=setting, gmacs=round(gmacs, 4),
+        top1=round(score.top1, 2), latency_ratio=round(one.ratio, 3), latency_ratio_q1=round(one.ratio_quartiles[0], 3),
+        latency_ratio_q3=round(one.ratio_quartiles[1], 3), throughput_ratio=round(many.ratio, 3),
+        data=data.rpartition("/")[2], split=split, device=one.device, threads=one.threads, torch=torch.__version__,
+    )  # fmt: skip
+
+
+def read_rows(path: Path = RESULTS) -> list[Row]:
+    """Returns the rows of a results file; none where there is no such file."""
+    if not path.exists():
+        return []
+    kinds: dict[str, Callable[[str], Any]] = {"int": int, "float": float}
+    with path.open(newline="", encoding="utf-8") as file:
+        return [
+            Row(**{field.name: kinds.get(str(field.type), str)(row[field.name]) for field in fields(Row)})
+            for row in csv.DictReader(file)
+        ]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Returns the rows as Markdown: a line a method, a column a budget, top-1 (and the time of one image to plain)."""
+    shares = sorted({row.share for row in rows}, reverse=True)
+    lines = [
+        "| model | tokens | " + " | ".join(f"{share:.0%} of the GMACs" for share in shares) + " |",
+        "|---|---|" + "---|" * len(shares),
+    ]
+    for model, method in dict.fromkeys((row.model, row.method) for row in rows):
+        found = {row.share: row for row in rows if (row.model, row.method) == (model, method)}
+        cells = [
+            f"{found[share].top1:.2f} ({found[share].latency_ratio:.2f})" if share in found else "" for share in shares
+        ]
+        lines.append(f"| `{model}` | {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measures what is missing and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", help="with masks and weights")
+    parser.add_argument("plain", nargs="?", help="its twin without masks")
+    parser.add_argument("--data", help="as for `lamzoo eval`")
+    parser.add_argument("--split", default="val")
+    parser.add_argument("--shares", nargs="+", type=float, default=[0.9, 0.8, 0.7, 0.63, 0.5])
+    parser.add_argument("--at", nargs="+", type=int, default=[3, 6, 9], help="layers behind which tokens leave")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true", help="measure nothing")
+    args = parser.parse_args()
+    rows = read_rows(args.results)
+    if not args.table:
+        if not (args.model and args.plain and args.data):
+            parser.error("give a model, its plain twin and --data, or --table")
+        wanted = [
+            (name, how, share)
+            for share, how, name in itertools.product(args.shares, args.methods, (args.model, args.plain))
+            if name == args.model or how in _PEERS
+        ]
+        done = {(row.model, row.method, row.share) for row in rows}
+        for name, how, share in track([each for each in wanted if each not in done], description="points"):
+            rows.append(measure(name, args.plain, how, share, args.data, args.split, tuple(args.at)))
+            write_rows(args.results, rows)
+    print(table(rows))
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Writes a results file, whole or not at all."""
+    with atomic_files(lamzoo.LamzooError) as stage, stage(path).open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+
+
+if __name__ == "__main__":
+    main()
