@@ -14,16 +14,14 @@ tokens on, in a fresh process for each layer. What is measured already is not me
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, astuple, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.progress import track
@@ -31,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lamzoo
-from lamzoo.files import atomic_files
+from benchmarks.rows import read_rows, write_rows
 from lamzoo.lam import available_backends
 from lamzoo.lam.config import Heads, Op
 from lamzoo.profiling.latency import device_label
@@ -207,30 +205,6 @@ def _seconds(run: Callable[[], None], device: str) -> float:
     return start.elapsed_time(end) / 1e3
 
 
-def read_rows(path: Path) -> list[Row]:
-    """Returns the rows of a results file; none where there is no such file."""
-    if not path.exists():
-        return []
-    kinds: dict[str, Callable[[str], Any]] = {
-        "int": int,
-        "float": float,
-        "float | None": lambda text: float(text) if text else None,
-    }
-    with path.open(newline="", encoding="utf-8") as file:
-        return [
-            Row(**{field.name: kinds.get(str(field.type), str)(row[field.name]) for field in fields(Row)})
-            for row in csv.DictReader(file)
-        ]
-
-
-def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Writes a results file, whole or not at all."""
-    with atomic_files(lamzoo.LamzooError) as stage, stage(path).open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
-
-
 def main() -> None:
     """Measures what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -247,7 +221,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "kernels.csv")
     args = parser.parse_args()
 
-    rows = read_rows(args.results)
+    rows = read_rows(args.results, Row)
     done = {Problem(*astuple(row)[: len(fields(Problem))]) for row in rows}
     wanted = [
         Problem(backend, op, rank, heads, tokens, batch, mode, args.dtype, args.device)

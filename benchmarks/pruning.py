@@ -13,11 +13,10 @@ again.
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +28,9 @@ import lamzoo
 from benchmarks.peers import applied
 from benchmarks.peers.selection import EViT, Random, Stride
 from benchmarks.peers.tome import ToMe
+from benchmarks.rows import read_rows, write_rows
 from lamzoo.data import create_dataset
 from lamzoo.evaluation import evaluate
-from lamzoo.files import atomic_files
 from lamzoo.lam.pruning import Rest, Score
 from lamzoo.profiling.inputs import as_arguments, default_input
 from lamzoo.profiling.latency import compare_latency
@@ -154,18 +153,6 @@ def measure(name: str, plain_name: str, how: str, share: float, data: str, split
     )  # fmt: skip
 
 
-def read_rows(path: Path = RESULTS) -> list[Row]:
-    """Returns the rows of a results file; none where there is no such file."""
-    if not path.exists():
-        return []
-    kinds: dict[str, Callable[[str], Any]] = {"int": int, "float": float}
-    with path.open(newline="", encoding="utf-8") as file:
-        return [
-            Row(**{field.name: kinds.get(str(field.type), str)(row[field.name]) for field in fields(Row)})
-            for row in csv.DictReader(file)
-        ]
-
-
 def table(rows: Sequence[Row]) -> str:
     """Returns the rows as Markdown: a line a method, a column a budget, top-1 (and the time of one image to plain)."""
     shares = sorted({row.share for row in rows}, reverse=True)
@@ -195,7 +182,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="measure nothing")
     args = parser.parse_args()
-    rows = read_rows(args.results)
+    rows = read_rows(args.results, Row)
     if not args.table:
         if not (args.model and args.plain and args.data):
             parser.error("give a model, its plain twin and --data, or --table")
@@ -209,14 +196,6 @@ def main() -> None:
             rows.append(measure(name, args.plain, how, share, args.data, args.split, tuple(args.at)))
             write_rows(args.results, rows)
     print(table(rows))
-
-
-def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Writes a results file, whole or not at all."""
-    with atomic_files(lamzoo.LamzooError) as stage, stage(path).open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.kernels import Layer, Problem, fits, measure, read_rows, write_rows
+from benchmarks.kernels import Layer, Problem, Row, fits, measure
+from benchmarks.rows import read_rows, write_rows
 
 PROBLEM = Problem("sdpa", "add", 3, "shared", tokens=5, batch=2, mode="train", dtype="float32", device="cpu")
 
@@ -25,8 +26,8 @@ def test_a_row_says_what_was_timed(backend: str, mode: str) -> None:
 def test_rows_survive_their_file(tmp_path: Path) -> None:
     rows = [measure(PROBLEM, 0.0, peaks) for peaks in ((None, None), (1.5, 2.0))]
     write_rows(tmp_path / "rows.csv", rows)
-    assert read_rows(tmp_path / "rows.csv") == rows
-    assert read_rows(tmp_path / "none.csv") == []
+    assert read_rows(tmp_path / "rows.csv", Row) == rows
+    assert read_rows(tmp_path / "none.csv", Row) == []
 
 
 def test_only_the_masked_layer_has_a_mask() -> None:

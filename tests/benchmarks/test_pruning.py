@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import lamzoo
-from benchmarks.pruning import METHODS, Row, largest, read_rows, table, write_rows
+from benchmarks.pruning import METHODS, Row, largest, table
+from benchmarks.rows import read_rows, write_rows
 
 ROW = Row(
     model="lam", plain="vit", method="mask, drop", share=0.7, setting=0.625, gmacs=0.25, top1=40.1, latency_ratio=0.8,
@@ -47,7 +48,7 @@ def test_a_method_gets_the_largest_setting_within_the_budget(name: str) -> None:
 def test_rows_survive_their_file_and_fill_the_table(tmp_path: Path) -> None:
     rows = [ROW, replace(ROW, share=0.5, top1=30.0), replace(ROW, model="vit", method="ToMe", setting=3)]
     write_rows(tmp_path / "rows.csv", rows)
-    assert read_rows(tmp_path / "rows.csv") == rows
+    assert read_rows(tmp_path / "rows.csv", Row) == rows
     assert table(rows).splitlines() == [
         "| model | tokens | 70% of the GMACs | 50% of the GMACs |",
         "|---|---|---|---|",
