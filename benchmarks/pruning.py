@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -119,13 +120,13 @@ METHODS = {**_OURS, **_PEERS}
 
 def largest(method: Method, model: nn.Module, at: tuple[int, ...], budget: float) -> float | None:
     """Returns the largest setting that costs at most ``budget`` GMACs, or None where none does."""
-    low, high = -1, len(method.settings)
-    while high - low > 1:
-        middle = (low + high) // 2
-        with method.open(model, method.settings[middle], at):
-            fits = lamzoo.profile(model).gmacs <= budget
-        low, high = (middle, high) if fits else (low, middle)
-    return None if low < 0 else method.settings[low]
+
+    def gmacs(setting: float) -> float:
+        with method.open(model, setting, at):
+            return lamzoo.profile(model).gmacs
+
+    fitting = bisect_right(method.settings, budget, key=gmacs)
+    return method.settings[fitting - 1] if fitting else None
 
 
 def measure(name: str, plain_name: str, how: str, share: float, data: str, split: str, at: tuple[int, ...]) -> Row:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -80,16 +81,13 @@ def _largest(model: nn.Module, at: tuple[int, ...], target: float, score: Score,
         return profile(model).gmacs
 
     try:
-        low, high = 1, 1000
-        if gmacs(low) > target:
+        largest = bisect_right(range(1, 1001), target, key=gmacs)
+        if largest == 0:
             raise ConfigError(
-                f"target_gmacs={target}: with a single token left behind {at} it is still {gmacs(low):.3f} GMACs; "
+                f"target_gmacs={target}: with a single token left behind {at} it is still {gmacs(1):.3f} GMACs; "
                 "prune at earlier layers."
             )
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if gmacs(middle) <= target else (low, middle)
-        return PruneConfig((high if gmacs(high) <= target else low) / 1000, at, score, rest)
+        return PruneConfig(largest / 1000, at, score, rest)
     finally:
         adapter.remove_pruning(model)
         if before is not None:

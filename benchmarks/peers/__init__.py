@@ -106,7 +106,5 @@ class _Run:
             return tokens
         reduction, self.bias = answer
         if self.shared is not None:
-            here = self.shared.current
-            mask = here.mask and type(here.mask)(*map(reduction.factor, here.mask))
-            self.shared.begin(here.grid, mask, (*here.reductions, reduction))
+            self.shared.reduce(reduction)
         return reduction(tokens)

@@ -28,11 +28,10 @@ class _Prune(SharedStateHook):
         self.num_prefix_tokens = num_prefix_tokens
 
     def __call__(self, block: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        here = self.shared.current
-        assert here.scores is not None  # the block's attention left them
-        reduction = select(here.scores, self.config.keep, self.config.rest, self.num_prefix_tokens)
-        mask = here.mask and type(here.mask)(*map(reduction.factor, here.mask))
-        self.shared.begin(here.grid, mask, (*here.reductions, reduction))
+        scores = self.shared.current.scores
+        assert scores is not None  # the block's attention left them
+        reduction = select(scores, self.config.keep, self.config.rest, self.num_prefix_tokens)
+        self.shared.reduce(reduction)
         return reduction(output)
 
 

@@ -88,6 +88,12 @@ class SharedState:
         """Starts a pass, or restates the current one."""
         self._passes[_thread()] = StackPass(grid, mask, reductions, scores, _backward())
 
+    def reduce(self, reduction: Reduction) -> None:
+        """Notes that the tokens became fewer, and with them what the layers share of them; the scores are used up."""
+        here = self.current
+        mask = here.mask and FactoredMask(*map(reduction.factor, here.mask))
+        self.begin(here.grid, mask, (*here.reductions, reduction))
+
     def end(self) -> None:
         """Forgets the current pass, and with it the graph that its mask holds."""
         self._passes.pop(_thread(), None)

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -130,6 +131,22 @@ def compare_latency(
     )
 
 
+def time_call(run: Callable[[], object], device: torch.device) -> float:
+    """Returns the milliseconds of one call, on a CUDA device those between events around what it launched there."""
+    if device.type == "cpu":
+        begun = time.perf_counter()
+        run()
+        return (time.perf_counter() - begun) * 1e3
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    with torch.cuda.device(device):
+        torch.cuda.synchronize()
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+    return start.elapsed_time(end)
+
+
 def device_label(device: torch.device) -> str:
     """Returns what a table calls a device, so that two machines' figures are not mixed: ``"cuda (NVIDIA H100)"``."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
@@ -153,7 +170,7 @@ def _checked_timer(
             f"repeats={repeats}, warmup={warmup}: quartiles need at least 2 repeats and no negative warmup."
         )
     device = as_arguments(input)[0].device
-    if device.type not in _TIMERS:
+    if device.type not in ("cpu", "cuda"):
         raise ConfigError(
             f"Latency is measured on cpu and cuda devices, not on {device}; move the models and the input."
         )
@@ -161,29 +178,7 @@ def _checked_timer(
         where = next((parameter.device for parameter in model.parameters()), device)
         if where != device:
             raise ConfigError(f"The {role} is on {where} and the input on {device}; put them on one device.")
-    return _TIMERS[device.type]
-
-
-def _on_cpu(model: nn.Module, input: Inputs) -> float:
-    arguments = as_arguments(input)
-    start = time.perf_counter()
-    model(*arguments)
-    return (time.perf_counter() - start) * 1e3
-
-
-def _on_cuda(model: nn.Module, input: Inputs) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    arguments = as_arguments(input)
-    with torch.cuda.device(arguments[0].device):
-        torch.cuda.synchronize()
-        start.record()
-        model(*arguments)
-        end.record()
-        end.synchronize()
-    return start.elapsed_time(end)
-
-
-_TIMERS: dict[str, Callable[[nn.Module, Inputs], float]] = {"cpu": _on_cpu, "cuda": _on_cuda}
+    return lambda model, input: time_call(partial(model, *as_arguments(input)), device)
 
 
 def _spread(values: list[float]) -> tuple[float, tuple[float, float]]:

@@ -44,18 +44,24 @@ class Unsupported(Protocol):
     ) -> str | None: ...
 
 
+def _serves_everything(
+    query: Tensor, key: Tensor, value: Tensor, mask: FactoredMask, *, bias: Tensor | None, dropout_p: float
+) -> str | None:
+    return None
+
+
 @dataclass(frozen=True)
 class Backend:
     """A kernel, and what it can't do.
 
     Attributes:
         kernel: the function.
-        unsupported: asked before the kernel is called; None for one that serves everything.
+        unsupported: asked before the kernel is called.
         is_exportable: whether it consists of torch's own operators, which other runtimes know.
     """
 
     kernel: Kernel
-    unsupported: Unsupported | None = None
+    unsupported: Unsupported = _serves_everything
     is_exportable: bool = False
 
 
@@ -149,7 +155,7 @@ def choose(
     _check_name(name)
     if name != "auto":
         entry = BACKENDS[name]
-        reason = entry.unsupported and entry.unsupported(query, key, value, mask, bias=bias, dropout_p=dropout_p)
+        reason = entry.unsupported(query, key, value, mask, bias=bias, dropout_p=dropout_p)
         if reason:
             raise ConfigError(f"The {name} backend can't serve this attention: {reason}; use 'auto' or another one.")
         return entry.kernel
@@ -161,7 +167,7 @@ def choose(
             and rank <= rule.max_rank
             and _at_least(scores, rule.min_scores)
             and (entry.is_exportable or not torch.compiler.is_exporting())
-            and not (entry.unsupported and entry.unsupported(query, key, value, mask, bias=bias, dropout_p=dropout_p))
+            and not entry.unsupported(query, key, value, mask, bias=bias, dropout_p=dropout_p)
         ):
             return entry.kernel
     return BACKENDS["eager"].kernel
