@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         remove_lam,
     )
     from lamzoo.errors import LamzooError
+    from lamzoo.export import export_model, load_exported
     from lamzoo.lam import FactoredMask, LamConfig, PruneConfig, attention_backend, lam_attention
     from lamzoo.names import get_pretrained_cfg, list_models, list_tags, model_info, register_model
     from lamzoo.profiling import profile
@@ -34,6 +35,7 @@ _HOMES = {
     "attention_backend": "lamzoo.lam",
     "capture_masks": "lamzoo.adapters",
     "create_model": "lamzoo.registry",
+    "export_model": "lamzoo.export",
     "get_pretrained_cfg": "lamzoo.names",
     "index_videos": "lamzoo.search",
     "lam_attention": "lamzoo.lam",
@@ -41,6 +43,7 @@ _HOMES = {
     "lam_state_dict": "lamzoo.adapters",
     "list_models": "lamzoo.names",
     "list_tags": "lamzoo.names",
+    "load_exported": "lamzoo.export",
     "load_lam_state_dict": "lamzoo.adapters",
     "model_info": "lamzoo.names",
     "profile": "lamzoo.profiling",
@@ -60,6 +63,7 @@ __all__ = [
     "attention_backend",
     "capture_masks",
     "create_model",
+    "export_model",
     "get_pretrained_cfg",
     "index_videos",
     "lam_attention",
@@ -67,6 +71,7 @@ __all__ = [
     "lam_state_dict",
     "list_models",
     "list_tags",
+    "load_exported",
     "load_lam_state_dict",
     "model_info",
     "profile",

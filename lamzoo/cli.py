@@ -16,6 +16,7 @@ from lamzoo import cli_output as out
 from lamzoo.cli_bench import bench
 from lamzoo.cli_compare import compare
 from lamzoo.cli_eval import eval_command
+from lamzoo.cli_export import export
 from lamzoo.cli_options import BatchSize, Checkpoint, Device, Json, Name, load_model
 from lamzoo.cli_search import search
 from lamzoo.cli_train import train
@@ -185,6 +186,7 @@ def explain(
     out.print_line(out.printable(output))
 
 
+app.command()(export)
 app.command()(search)
 app.command()(train)
 

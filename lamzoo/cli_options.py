@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lamzoo.errors import ConfigError
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -20,9 +22,15 @@ BatchSize = Annotated[int, typer.Option(help="Images at a time.")]
 
 
 def load_model(name: str, checkpoint: Path | None) -> nn.Module:
-    """Creates a model with its published weights, or with those of a checkpoint."""
+    """Creates a model with its published weights, or with those of a checkpoint; reads one that was exported."""
     from lamzoo.registry import create_model
 
+    if name.endswith((".onnx", ".pt2")):
+        from lamzoo.export import load_exported
+
+        if checkpoint is not None:
+            raise ConfigError(f"{name} is an exported program and has its weights; leave --checkpoint out")
+        return load_exported(name)
     if checkpoint is not None:
         return create_model(name, checkpoint_path=checkpoint)
     return create_model(name, pretrained=True)

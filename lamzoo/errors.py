@@ -53,6 +53,10 @@ class StateDictError(WeightsError):
     """A state dict whose keys or shapes do not fit the model."""
 
 
+class ExportError(LamzooError):
+    """A model that can't be exported, or an exported program that can't be used."""
+
+
 class RecipeError(LamzooError, ValueError):
     """A training recipe with an unknown key, a wrong type or an impossible value."""
 

@@ -18,8 +18,8 @@ MODULES = sorted((ROOT / "lamzoo").rglob("*.py"))
 
 # What only some commands need: found when used, never when lamzoo is imported.
 OPTIONAL = {
-    "accelerate", "av", "datasets", "itables", "matplotlib", "open_clip", "plotly", "skimage", "tensorboard", "typer",
-    "webdataset",
+    "accelerate", "av", "datasets", "itables", "matplotlib", "onnx", "onnxruntime", "onnxscript", "open_clip", "plotly",
+    "skimage", "tensorboard", "typer", "webdataset",
 }  # fmt: skip
 
 

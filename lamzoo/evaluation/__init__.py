@@ -2,7 +2,7 @@
 
 from lamzoo.evaluation.classification import EvalProgress, evaluate
 from lamzoo.evaluation.partial import default_state_path
-from lamzoo.evaluation.prediction import Prediction, class_names, label_names, predict
+from lamzoo.evaluation.prediction import Prediction, class_names, label_names, predict, preprocess
 from lamzoo.evaluation.retrieval import dual_softmax, retrieval_metrics
 from lamzoo.evaluation.runtime import Precision, check_batches, resolve_device
 from lamzoo.evaluation.tally import EvalResult
@@ -19,6 +19,7 @@ __all__ = [
     "evaluate",
     "label_names",
     "predict",
+    "preprocess",
     "resolve_device",
     "retrieval_metrics",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 import timm.data
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from lamzoo.data import open_image
 from lamzoo.errors import ConfigError, DataError
@@ -58,13 +58,13 @@ def predict(
     if topk < 1:
         raise ConfigError(f"topk is {topk}; it must be 1 or more")
     device = resolve_device(device)
-    transform: Any = timm.data.create_transform(**data_config(model), is_training=False)
+    transform = _transform(model)
     model.to(device)
     results: list[list[Prediction]] = []
     rest = iter(images)
-    while batch := [_rgb(image) for image in islice(rest, batch_size)]:
+    while batch := [transform(image) for image in islice(rest, batch_size)]:
         with inference(model, device, precision, batch_size):
-            logits = model(torch.stack([transform(image) for image in batch]).to(device))
+            logits = model(torch.stack(batch).to(device))
             probabilities = logits.float().softmax(dim=1)
             top = probabilities.topk(min(topk, probabilities.shape[1]), dim=1)
         names = class_names(model, probabilities.shape[1])
@@ -73,6 +73,16 @@ def predict(
                 [Prediction(index, names[index], value) for index, value in zip(indices, values, strict=True)]
             )
     return results
+
+
+def preprocess(model: nn.Module, images: Iterable[Image.Image | str | Path]) -> Tensor:
+    """Turns images into a model's input, ``(B, 3, H, W)`` float32, as its ``pretrained_cfg`` says.
+
+    Raises:
+        DataError: an image cannot be read.
+        UnsupportedHostError: the model is no classifier of RGB images.
+    """
+    return torch.stack(list(map(_transform(model), images)))
 
 
 def class_names(model: nn.Module, num_classes: int) -> list[str]:
@@ -103,5 +113,6 @@ def label_names(model: nn.Module) -> list[str]:
     return names
 
 
-def _rgb(image: Image.Image | str | Path) -> Image.Image:
-    return image.convert("RGB") if isinstance(image, Image.Image) else open_image(image)
+def _transform(model: nn.Module) -> Callable[[Image.Image | str | Path], Tensor]:
+    transform: Any = timm.data.create_transform(**data_config(model), is_training=False)
+    return lambda image: transform(image.convert("RGB") if isinstance(image, Image.Image) else open_image(image))

@@ -8,7 +8,7 @@ import json
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from lamzoo.errors import ConfigError
 
@@ -18,6 +18,7 @@ Op = Literal["mul", "add"]
 Heads = Literal["shared", "per-head"]
 Sign = Literal["free", "positive"]
 Init = Literal["identity", "paper"]
+Config = TypeVar("Config")
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "layers": get_args(Layers),
@@ -107,15 +108,7 @@ class LamConfig:
         Raises:
             ConfigError: an unknown field, named with the closest known one, an impossible value, or no mapping at all.
         """
-        if not isinstance(fields, Mapping):
-            raise ConfigError(f"LamConfig needs a mapping of its fields, not a {type(fields).__name__}.")
-        known = [field.name for field in dataclasses.fields(cls)]
-        for name in fields:
-            if name not in known:
-                close = difflib.get_close_matches(str(name), known, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else f"the fields are {', '.join(known)}."
-                raise ConfigError(f"LamConfig has no field {name!r}; {hint}")
-        return cls(**fields)
+        return from_fields(cls, fields)
 
     def to_json(self) -> str:
         """Returns the configuration as a JSON object."""
@@ -156,3 +149,19 @@ class LamConfig:
 def _check_width(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigError(f"LamConfig.{name} has {value!r}; widths and lengths are whole numbers of at least 1.")
+
+
+def from_fields(cls: type[Config], fields: Mapping[str, Any]) -> Config:
+    """Builds a dataclass of a configuration from some of its fields; raises as :meth:`LamConfig.from_dict`."""
+    if not isinstance(fields, Mapping):
+        raise ConfigError(f"{cls.__name__} needs a mapping of its fields, not a {type(fields).__name__}.")
+    known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    for name in fields:
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"the fields are {', '.join(known)}."
+            raise ConfigError(f"{cls.__name__} has no field {name!r}; {hint}")
+    try:
+        return cls(**fields)
+    except TypeError as error:
+        raise ConfigError(f"{cls.__name__} cannot be made of {dict(fields)}: {error}.") from error

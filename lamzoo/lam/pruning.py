@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from lamzoo.errors import ConfigError
-from lamzoo.lam.config import Op
+from lamzoo.lam.config import Op, from_fields
 from lamzoo.lam.kernels.eager import attention_weights
 from lamzoo.lam.masks import FactoredMask
 
@@ -50,6 +52,15 @@ class PruneConfig:
         for name, value, choices in (("score", self.score, get_args(Score)), ("rest", self.rest, get_args(Rest))):
             if value not in choices:
                 raise ConfigError(f"{name}={value!r}: it must be one of {', '.join(map(repr, choices))}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields as plain TOML and JSON values."""
+        return dataclasses.asdict(self) | {"at": list(self.at)}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> PruneConfig:
+        """Builds a configuration from what :meth:`to_dict` returned; raises as :meth:`LamConfig.from_dict`."""
+        return from_fields(cls, fields)
 
 
 @dataclass(frozen=True)

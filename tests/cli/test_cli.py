@@ -36,7 +36,7 @@ def test_help_and_version(run) -> None:
     for arguments in ((), ("--help",)):
         done = run(*arguments)
         assert done.code == 0
-        for command in ("list", "info", "predict", "eval", "explain", "train", "demo", "download"):
+        for command in ("list", "info", "predict", "eval", "explain", "export", "train", "demo", "download"):
             assert f"\n  {command} " in done.out
     assert "--precision" in run("eval", "--help").out
 

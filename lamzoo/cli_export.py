@@ -1,0 +1,92 @@
+"""The command ``lamzoo export``: a model's name in, a program for other runtimes out, checked against the model."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from lamzoo import cli_output as out
+from lamzoo.cli_options import Checkpoint, Json, Name, load_model
+from lamzoo.errors import ConfigError
+
+
+def export(
+    name: Name,
+    output: Annotated[Path, typer.Option("--out", metavar="FILE", help="The program: *.onnx, or *.pt2 for torch.")],
+    format: Annotated[Literal["torch", "onnx"] | None, typer.Option(help="Of the file [by its suffix].")] = None,
+    checkpoint: Checkpoint = None,
+    images: Annotated[list[Path] | None, typer.Option(metavar="PATH", help=(
+        "Image files and folders to check the program on; may be given several times. Without them random images are "
+        "used."))] = None,
+    keep: Annotated[float | None, typer.Option(help="Prune tokens first: the share that stays.")] = None,
+    at: Annotated[str | None, typer.Option(metavar="LAYERS", help=(
+        "Where they leave, such as 3,6,9 [a quarter, half and three quarters of the depth]."))] = None,
+    target_gmacs: Annotated[float | None, typer.Option(help="Prune tokens first: to so many GMACs.")] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Merge pruned tokens into one instead of dropping them.")]
+    = False,
+    int8: Annotated[bool, typer.Option("--int8", help="Quantise an ONNX file's linear layers.")] = False,
+    repeats: Annotated[int, typer.Option(min=2, help="Timed passes of one image, in turns with the model.")] = 30,
+    json: Json = False,
+) -> None:  # fmt: skip
+    """Writes a model as a program that runs without lamzoo: a torch.export program or ONNX.
+
+    It takes batches of any size. A program that differs from the model by more than 1e-4 is not kept.
+    """
+    from lamzoo.data import find_images
+    from lamzoo.evaluation import preprocess
+    from lamzoo.export import export_model, load_exported
+    from lamzoo.profiling import profile
+    from lamzoo.profiling.inputs import default_input
+    from lamzoo.profiling.latency import compare_latency
+    from lamzoo.pruning import prune_tokens
+
+    prunes = keep is not None or target_gmacs is not None
+    if not prunes and (at is not None or merge):
+        raise ConfigError("--at and --merge say how tokens are pruned; say how many with --keep or --target-gmacs")
+    layers = None if at is None else _layers(at)
+    paths = find_images(images) if images else []
+    model = load_model(name, checkpoint)
+    if prunes:
+        prune_tokens(model, keep, layers, target_gmacs=target_gmacs, rest="merge" if merge else "drop")
+    batch = preprocess(model, paths) if paths else None
+    written = export_model(model, output, format=format, images=batch, int8=int8)
+    one = default_input(model) if batch is None else batch[:1]
+    times = compare_latency(load_exported(output), model, one, repeats=repeats)
+    facts: dict[str, Any] = dataclasses.asdict(written) | {
+        "path": out.printable(output),
+        "images": "given" if paths else "random",
+        "gmacs": profile(model).gmacs,
+        "latency_ms": times.model.median_ms,
+        "model_latency_ms": times.baseline.median_ms,
+        "ratio": times.ratio,
+        "ratio_quartiles": times.ratio_quartiles,
+        "device": times.device,
+        "threads": times.threads,
+    }
+    if json:
+        out.print_json(facts)
+        return
+    first, third = times.ratio_quartiles
+    rows = [
+        ("file", f"{facts['path']}, {written.mib:.1f} MiB"),
+        ("format", f"onnx, opset {written.opset}" if written.opset else written.format),
+        ("precision", written.precision),
+        ("GMACs", f"{facts['gmacs']:.4f}"),
+        ("checked on", f"{written.samples} {'images' if paths else 'random images'}"),
+        ("largest difference of a logit", f"{written.max_difference:.2g}"),
+        ("same likeliest class", f"{100 * written.same_top1:.1f} %"),
+        ("one image", f"{times.model.median_ms:.2f} ms, the model {times.baseline.median_ms:.2f} ms"),
+        ("ratio (quartiles)", f"{times.ratio:.2f} ({first:.2f}-{third:.2f})"),
+        ("measured on", f"{times.device}, {times.threads} threads"),
+    ]
+    out.print_table(("", name), rows)
+
+
+def _layers(at: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(layer) for layer in at.split(","))
+    except ValueError:
+        raise ConfigError(f"--at is {at!r}; give layers as numbers with commas between, such as 3,6,9") from None

@@ -1,0 +1,189 @@
+"""Models outside of lamzoo: as a program of torch.export or as ONNX, checked against the model before it is kept."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+import lamzoo
+from lamzoo.errors import ConfigError, ExportError
+from lamzoo.export.exported import FORMATS, ExportedModel, Format, load_exported
+from lamzoo.export.program import trace, write_program
+from lamzoo.files import atomic_files
+from lamzoo.profiling.inputs import default_input, evaluating
+
+__all__ = ["ExportedFile", "ExportedModel", "Format", "export_model", "load_exported"]
+
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class ExportedFile:
+    """A program on disk, and how near it comes to the model.
+
+    Attributes:
+        path: the file.
+        format: ``"torch"`` or ``"onnx"``.
+        opset: of ONNX; None for torch.
+        precision: ``"float32"``, or ``"int8"`` where the weights of the linear layers are.
+        mib: size of the file, MiB.
+        samples: images that it was checked on.
+        max_difference: largest absolute difference of any logit, on all of them at once and on the first alone.
+        same_top1: share of the images whose likeliest class is the model's.
+    """
+
+    path: Path
+    format: Format
+    opset: int | None
+    precision: Literal["float32", "int8"]
+    mib: float
+    samples: int
+    max_difference: float
+    same_top1: float
+
+
+def export_model(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    format: Format | None = None,
+    images: Tensor | None = None,
+    int8: bool = False,
+    tolerance: float = TOLERANCE,
+) -> ExportedFile:
+    """Writes a model, plain, masked or pruned, as a program that runs without lamzoo, for batches of any size.
+
+    The program is run before it gets its name: one that differs from the model leaves no file. What preprocessing,
+    class names, masks and pruning need to be known goes into the file, as JSON under ``lamzoo``.
+
+    Args:
+        model: an image model with float32 weights on the CPU; exported as in evaluation.
+        path: ``*.onnx``, or ``*.pt2`` for torch.
+        format: by default what the path's suffix says.
+        images: ``(B, 3, H, W)``, float32, preprocessed, to check the program on; random ones by default.
+        int8: quantise the weights of the linear layers of an ONNX file, and their inputs while it runs (dynamic
+            quantisation by onnxruntime). How far that is from the model is reported and not limited.
+        tolerance: largest absolute difference of a logit.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ConfigError: the path's suffix is not of the format, int8 for torch, images of another shape, or a model that is
+            not in float32 on the CPU.
+        ExportError: the model can't be exported, its program differs, or the file can't be written.
+        MissingExtraError: onnx, onnxscript or onnxruntime is not installed.
+    """
+    path = Path(path)
+    format = _format(path, format, int8)
+    images = _images(model, images)
+    with evaluating(model), torch.no_grad():
+        expected = model(images)
+        if not isinstance(expected, Tensor):
+            raise ExportError(
+                f"{type(model).__name__} returns a {type(expected).__name__}; only models that return one tensor "
+                "can be exported."
+            )
+        program = trace(model, images)
+        with atomic_files(ExportError) as stage:
+            staged = stage(path)
+            opset = write_program(program, staged, format, _facts(model), int8)
+            got = _run(load_exported(staged, format), images)
+            difference = float((got - torch.cat([expected, expected[:1]])).abs().max())
+            if not int8 and not difference <= tolerance:
+                raise ExportError(
+                    f"The {format} program of {type(model).__name__} differs from the model by {difference:.2g} "
+                    f"(tolerance {tolerance:g}); nothing was written to {path}."
+                )
+            size = staged.stat().st_size
+    same = got[:-1].argmax(dim=-1) == expected.argmax(dim=-1)
+    return ExportedFile(
+        path=path,
+        format=format,
+        opset=opset,
+        precision="int8" if int8 else "float32",
+        mib=size / 2**20,
+        samples=len(images),
+        max_difference=difference,
+        same_top1=float(same.float().mean()),
+    )
+
+
+def _format(path: Path, format: Format | None, int8: bool) -> Format:
+    of_suffix = {suffix: name for name, suffix in FORMATS.items()}
+    found = format or of_suffix.get(path.suffix)
+    if found not in FORMATS:
+        names = ", ".join(f"{name} (*{suffix})" for name, suffix in FORMATS.items())
+        what = f"The format {format!r}" if format else f"The suffix of {path}"
+        raise ConfigError(f"{what} is none of those that can be written: {names}.")
+    if path.suffix != FORMATS[found]:
+        raise ConfigError(f"{path} must end in {FORMATS[found]}, as {found} programs do.")
+    if int8 and found != "onnx":
+        raise ConfigError("int8 is for ONNX files alone; write an *.onnx, or leave it out.")
+    return found
+
+
+def _images(model: nn.Module, images: Tensor | None) -> Tensor:
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != torch.float32 or parameter.device.type != "cpu":
+            raise ConfigError(
+                f"{name} is {parameter.dtype} on {parameter.device}; models are exported in float32 from the CPU: "
+                "model.float().cpu()."
+            )
+    example = default_input(model, 2)
+    if not isinstance(example, Tensor):
+        raise ExportError(
+            f"{type(model).__name__} takes {len(example)} inputs; only models that take one batch of images can be "
+            "exported."
+        )
+    if images is None:
+        return example
+    if images.shape[1:] != example.shape[1:] or images.dtype != example.dtype or len(images) < 1:
+        raise ConfigError(
+            f"The images are {images.dtype} {tuple(images.shape)}; {type(model).__name__} takes {example.dtype} "
+            f"(B, {', '.join(map(str, example.shape[1:]))})."
+        )
+    return images
+
+
+def _run(program: ExportedModel, images: Tensor) -> Tensor:
+    """Returns the logits of all images together, and of the first by itself."""
+    try:
+        return torch.cat([program(images), program(images[:1])])
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise ExportError(f"The exported program was written and cannot be run, so it is not kept: {reason}") from error
+
+
+def _facts(model: nn.Module) -> str:
+    """Returns what the file says of itself, as JSON."""
+    cfg: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    kept = (
+        "architecture",
+        "tag",
+        "mean",
+        "std",
+        "interpolation",
+        "crop_pct",
+        "crop_mode",
+        "label_names",
+        "num_classes",
+    )
+    masks, pruning = getattr(model, "lam_config", None), getattr(model, "prune_config", None)
+    facts = {key: cfg[key] for key in kept if cfg.get(key) is not None}
+    facts["input_size"] = tuple(default_input(model).shape[1:])  # type: ignore[union-attr]
+    facts["num_classes"] = getattr(model, "num_classes", 0)
+    return json.dumps(
+        {
+            "lamzoo": lamzoo.__version__,
+            "torch": torch.__version__,
+            "pretrained_cfg": facts,
+            "lam_config": masks and masks.to_dict(),
+            "prune_config": pruning and pruning.to_dict(),
+        }
+    )

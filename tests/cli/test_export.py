@@ -1,0 +1,47 @@
+"""The command that exports models."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import skimage.data
+from PIL import Image
+
+import lamzoo
+from tests.images import CLASSES
+
+
+def test_command(tmp_path: Path, run: Any) -> None:
+    lamzoo.save_pretrained(lamzoo.create_model("lam_vit_micro", num_classes=3), tmp_path / "micro", label_names=CLASSES)
+    Image.fromarray(skimage.data.astronaut()).save(tmp_path / "photograph.png")
+    name, file = f"local-dir:{tmp_path / 'micro'}", tmp_path / "micro.onnx"
+    line = ("export", name, "--out", file, "--images", tmp_path / "photograph.png", "--repeats", "2")
+    done = run(*line, "--keep", "0.6", "--at", "0,1", "--merge", "--json")
+    facts = json.loads(done.out)
+    assert (facts["format"], facts["images"], facts["samples"]) == ("onnx", "given", 1)
+    assert facts["gmacs"] < lamzoo.profile(lamzoo.create_model("lam_vit_micro", num_classes=3)).gmacs
+    assert lamzoo.load_exported(file).facts["prune_config"]["at"] == [0, 1]
+    assert "opset 20" in run(*line).out
+    guesses = [
+        json.loads(run("predict", which, tmp_path / "photograph.png", "--json").out)[0]["predictions"]
+        for which in (name, file)
+    ]
+    assert [guess["label"] for guess in guesses[0]] == [guess["label"] for guess in guesses[1]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--at", "1"), "how many with --keep"),
+        (("--keep", "0.5", "--at", "one"), "numbers with commas"),
+        (("--keep", "1.5"), "keep=1.5"),
+        (("--images", "nowhere.jpg"), "nowhere.jpg"),
+        (("--format", "torch"), "must end in .pt2"),
+    ],
+)
+def test_wrong_arguments_of_the_command(arguments: tuple[str, ...], says: str, tmp_path: Path, run: Any) -> None:
+    done = run("export", "lam_vit_micro", "--out", tmp_path / "model.onnx", *arguments)
+    assert done.code == 2
+    assert says in done.err
+    assert list(tmp_path.glob("*")) == []

@@ -1,0 +1,245 @@
+"""What export_model promises: programs for batches of any size that agree with the model and run without lamzoo."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import skimage.data
+import timm
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+import lamzoo
+from lamzoo import LamConfig, add_lam, export_model, load_exported, prune_tokens
+from lamzoo.data import create_dataset
+from lamzoo.errors import ConfigError, ExportError, MissingExtraError, WeightsNotFoundError
+from lamzoo.evaluation import evaluate, predict, preprocess
+from tests.images import CLASSES, write_npz
+
+SUFFIXES = {"torch": ".pt2", "onnx": ".onnx"}
+VARIANTS: dict[str, dict[str, Any]] = {"plain": {}, "masked": {}, "drop": {"rest": "drop"}, "merge": {"rest": "merge"}}
+each_format = pytest.mark.parametrize("format", list(SUFFIXES))
+
+
+def vit(variant: str = "masked", **kwargs: object) -> nn.Module:
+    torch.manual_seed(0)
+    options = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2, "num_classes": 3, **kwargs}
+    model = timm.models.VisionTransformer(**options)
+    model.pretrained_cfg = {"architecture": "vit", "input_size": (3, 32, 32), "label_names": CLASSES}
+    if variant != "plain":
+        add_lam(model, LamConfig(keys="position", rank=3, init="paper"))
+    if VARIANTS[variant]:
+        prune_tokens(model, 0.5, (0, 1), **VARIANTS[variant])
+    return model.eval()
+
+
+def images(batch: int) -> Tensor:
+    return torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(batch))
+
+
+def photographs() -> list[Image.Image]:
+    return [Image.fromarray(getattr(skimage.data, name)()) for name in ("astronaut", "cat", "coffee")]
+
+
+def bundled() -> list[str]:
+    """Every image classifier whose weights come with lamzoo."""
+    tags = {name: lamzoo.model_info(name).tag for name in lamzoo.list_models(pretrained=True)}
+    return [name for name, tag in tags.items() if tag is not None and tag.file and "top1" in tag.metrics]
+
+
+@each_format
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_the_program_agrees_with_the_model_for_any_batch(variant: str, format: Any, tmp_path: Path) -> None:
+    model, path = vit(variant), tmp_path / f"model{SUFFIXES[format]}"
+    written = export_model(model, path, images=images(4))
+    assert (written.path, written.format, written.precision) == (path, format, "float32")
+    assert (written.samples, written.same_top1) == (4, 1.0)
+    assert written.max_difference <= 1e-4
+    assert written.mib == path.stat().st_size / 2**20
+    program = load_exported(path)
+    for batch in (1, 3, 7):
+        assert_close(program(images(batch)), model(images(batch)), atol=1e-4, rtol=0)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+@each_format
+def test_equal_scores_keep_the_same_tokens(format: Any, tmp_path: Path) -> None:
+    model = add_lam(vit("plain"), LamConfig())  # the identity: no token matters more than another
+    prune_tokens(model, 0.5, (0,))
+    export_model(model, tmp_path / f"model{SUFFIXES[format]}", images=images(2))
+
+
+@pytest.mark.slow
+@each_format
+@pytest.mark.parametrize("keep", [None, 0.7])
+@pytest.mark.parametrize(
+    "name", sorted(n for n in lamzoo.list_models(pretrained=True) if lamzoo.model_info(n).tag.file)
+)
+def test_the_bundled_models_are_exported_and_checked_on_photographs(
+    name: str, keep: float | None, format: Any, tmp_path: Path
+) -> None:
+    model = lamzoo.create_model(name, pretrained=True)
+    if keep is not None:
+        if model.lam_config is None:
+            pytest.skip("a plain model has no masks to prune by")
+        prune_tokens(model, keep)
+    batch = preprocess(model, photographs())
+    written = export_model(model, tmp_path / f"model{SUFFIXES[format]}", images=batch)
+    assert written.max_difference <= 1e-4
+    assert written.same_top1 == 1.0
+
+
+def test_the_programs_run_where_lamzoo_and_timm_are_not(tmp_path: Path) -> None:
+    model = vit("merge")
+    for suffix in SUFFIXES.values():
+        export_model(model, tmp_path / f"model{suffix}")
+    torch.save({"images": images(3), "logits": model(images(3))}, tmp_path / "expected.pt")
+    script = """
+import sys
+sys.modules["lamzoo"] = sys.modules["timm"] = None
+import onnxruntime
+import torch
+expected = torch.load("expected.pt")
+torch.testing.assert_close(torch.export.load("model.pt2").module()(expected["images"]), expected["logits"])
+session = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
+(logits,) = session.run(["logits"], {"images": expected["images"].numpy()})
+torch.testing.assert_close(torch.from_numpy(logits), expected["logits"], atol=1e-4, rtol=0)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)
+
+
+@each_format
+def test_a_program_is_scored_and_predicts_as_the_model_does(format: Any, tmp_path: Path) -> None:
+    model, path = vit(), tmp_path / f"model{SUFFIXES[format]}"
+    export_model(model, path)
+    program = load_exported(path)
+    dataset = create_dataset(f"npz:{write_npz(tmp_path / 'data')}", "test")
+    assert evaluate(program, dataset, batch_size=4).top1 == evaluate(model, dataset).top1
+    (mine,), (its) = predict(program, photographs()[:1]), predict(model, photographs()[:1])[0]
+    assert [guess.label for guess in mine] == [guess.label for guess in its]
+
+
+@each_format
+def test_the_file_says_what_is_needed_to_use_it(format: Any, tmp_path: Path) -> None:
+    model, path = vit("merge"), tmp_path / f"model{SUFFIXES[format]}"
+    export_model(model, path)
+    facts = load_exported(path).facts
+    assert facts["pretrained_cfg"]["label_names"] == CLASSES
+    assert facts["pretrained_cfg"]["input_size"] == [3, 32, 32]
+    assert LamConfig.from_dict(facts["lam_config"]) == model.lam_config
+    assert lamzoo.PruneConfig.from_dict(facts["prune_config"]) == model.prune_config
+    assert facts["lamzoo"] == lamzoo.__version__
+    assert str(Path(lamzoo.__file__).parent).encode() not in path.read_bytes()
+
+
+def test_onnx_has_the_opset_and_the_batch_that_are_promised(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    written = export_model(vit(), tmp_path / "model.onnx")
+    model = onnx.load(tmp_path / "model.onnx")
+    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", written.opset)]
+    (entry,) = model.graph.input
+    assert [dim.dim_param or dim.dim_value for dim in entry.type.tensor_type.shape.dim] == ["batch", 3, 32, 32]
+    onnx.checker.check_model(model, full_check=True)
+
+
+def test_int8_is_smaller_and_near(tmp_path: Path) -> None:
+    model = vit(embed_dim=64)
+    whole = export_model(model, tmp_path / "whole.onnx", images=images(8))
+    small = export_model(model, tmp_path / "small.onnx", images=images(8), int8=True)
+    assert small.precision == "int8"
+    assert small.mib < 0.5 * whole.mib
+    assert whole.max_difference < small.max_difference < 0.2
+
+
+def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
+    model = vit().train()
+    model.blocks[0].eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    export_model(model, tmp_path / "model.pt2")
+    assert model.training
+    assert not model.blocks[0].training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class Branches(nn.Module):
+    """Cannot be traced: it asks a tensor which way to go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(3, 3)
+        self.pretrained_cfg = {"input_size": (3, 4, 4)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.head(x.mean((2, 3)))
+        return logits if logits.sum() > 0 else -logits
+
+
+class Pair(Branches):
+    def forward(self, x: Tensor) -> Any:
+        return self.head(x.mean((2, 3))), x
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "arguments", "error", "says"),
+    [
+        (vit, "model.pb", {}, ConfigError, r"suffix of .*model.pb.*\*\.onnx"),
+        (vit, "model.onnx", {"format": "torch"}, ConfigError, r"must end in \.pt2"),
+        (vit, "model.pt2", {"format": "tflite"}, ConfigError, "'tflite' is none"),
+        (vit, "model.pt2", {"int8": True}, ConfigError, "ONNX files alone"),
+        (vit, "model.pt2", {"images": torch.rand(2, 3, 16, 16)}, ConfigError, r"\(2, 3, 16, 16\).*\(B, 3, 32, 32\)"),
+        (lambda: vit().bfloat16(), "model.pt2", {}, ConfigError, r"bfloat16 on cpu.*\.float\(\)"),
+        (Branches, "model.pt2", {}, ExportError, "Branches cannot be exported: "),
+        (Pair, "model.pt2", {}, ExportError, "returns a tuple"),
+        (vit, "model.onnx", {"tolerance": -1.0}, ExportError, "differs from the model"),
+    ],
+)
+def test_what_cannot_be_written_is_said_and_leaves_no_file(
+    model: Any, name: str, arguments: dict[str, Any], error: type[Exception], says: str, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=says) as caught:
+        export_model(model(), tmp_path / name, **arguments)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_of_two_inputs_is_refused(tmp_path: Path) -> None:
+    model = lamzoo.create_model("clip4clip_micro")
+    with pytest.raises(ExportError, match="takes 2 inputs"):
+        export_model(model, tmp_path / "model.pt2")
+
+
+def test_a_failed_export_leaves_the_file_that_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt2"
+    export_model(vit(), path)
+    before = path.read_bytes()
+    with pytest.raises(ExportError):
+        export_model(vit(), path, tolerance=-1.0)
+    assert path.read_bytes() == before
+
+
+def test_the_folder_must_be_writable(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(ExportError, match="cannot be written"):
+        export_model(vit(), tmp_path / "file" / "model.pt2")
+
+
+@each_format
+def test_a_missing_or_damaged_program_is_named(format: Any, tmp_path: Path) -> None:
+    path = tmp_path / f"model{SUFFIXES[format]}"
+    with pytest.raises(WeightsNotFoundError, match="no exported program"):
+        load_exported(path)
+    export_model(vit(), path)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ExportError, match="is not a program that lamzoo exported, or is damaged"):
+        load_exported(path)
+
+
+def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(MissingExtraError, match=r"onnxruntime.*lamzoo\[export\]"):
+        export_model(vit(), tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
