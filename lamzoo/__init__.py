@@ -11,14 +11,16 @@ if TYPE_CHECKING:
         lam_parameters,
         lam_state_dict,
         load_lam_state_dict,
+        pruning_loss,
         remove_lam,
+        remove_pruning,
     )
     from lamzoo.errors import LamzooError
     from lamzoo.export import export_model, load_exported
     from lamzoo.lam import FactoredMask, LamConfig, PruneConfig, attention_backend, lam_attention
     from lamzoo.names import get_pretrained_cfg, list_models, list_tags, model_info, register_model
     from lamzoo.profiling import profile
-    from lamzoo.pruning import prune_tokens, remove_pruning
+    from lamzoo.pruning import prune_tokens
     from lamzoo.registry import create_model
     from lamzoo.search import index_videos
     from lamzoo.weights import save_pretrained
@@ -48,9 +50,10 @@ _HOMES = {
     "model_info": "lamzoo.names",
     "profile": "lamzoo.profiling",
     "prune_tokens": "lamzoo.pruning",
+    "pruning_loss": "lamzoo.adapters",
     "register_model": "lamzoo.names",
     "remove_lam": "lamzoo.adapters",
-    "remove_pruning": "lamzoo.pruning",
+    "remove_pruning": "lamzoo.adapters",
     "save_pretrained": "lamzoo.weights",
 }
 
@@ -76,6 +79,7 @@ __all__ = [
     "model_info",
     "profile",
     "prune_tokens",
+    "pruning_loss",
     "register_model",
     "remove_lam",
     "remove_pruning",

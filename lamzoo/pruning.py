@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 from torch import nn
 
 from lamzoo.adapters import pruning as adapter
 from lamzoo.errors import ConfigError
-from lamzoo.lam.pruning import PruneConfig, Rest, Score
+from lamzoo.lam.pruning import PruneConfig, Rest, Score, Training
 from lamzoo.profiling import profile
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -24,6 +25,7 @@ def prune_tokens(
     target_gmacs: float | None = None,
     score: Score = "mask",
     rest: Rest = "drop",
+    training: Training = "straight-through",
 ) -> Model:
     """Lets a vision transformer with masks go on with the tokens that matter, in place.
 
@@ -39,55 +41,43 @@ def prune_tokens(
             at most so many GMACs.
         score: what decides, as in :class:`lamzoo.PruneConfig`.
         rest: ``"drop"`` the others or ``"merge"`` them into one token.
+        training: in training mode, hide what leaves by decisions that the scores learn from (add
+            :func:`lamzoo.pruning_loss` to the loss), or let ``"top-k"`` go on, as in evaluation.
 
     Returns:
         The same model, which now has the attribute ``prune_config``. Pruning it once more replaces what was there.
 
     Raises:
-        UnsupportedHostError: the model has no masks, or they aren't on one timm ``VisionTransformer``.
+        UnsupportedHostError: the model has no masks, or they aren't on one timm ``VisionTransformer``; in a forward
+            pass, that straight-through training can't hide tokens from its pooling.
         ConfigError: values that mean nothing, layers that the model has not, ``keep`` beside ``target_gmacs``, or a
             target that no share meets.
     """
     layers = adapter.depth(model)
     where = tuple(at) if at is not None else tuple(sorted({layers * i // 4 for i in (1, 2, 3)} - {layers - 1}))
-    if target_gmacs is None:
-        _apply(model, PruneConfig(0.7 if keep is None else keep, where, score, rest))
-        return model
-    if keep is not None:
+    if target_gmacs is not None and keep is not None:
         raise ConfigError(f"keep={keep} beside target_gmacs={target_gmacs}: give one of them.")
-    _apply(model, _largest(model, where, target_gmacs, score, rest))
+    config = PruneConfig(0.7 if keep is None else keep, where, score, rest, training)
+    adapter.prune(model, config if target_gmacs is None else _largest(model, config, target_gmacs))
     return model
 
 
-def remove_pruning(model: Model) -> Model:
-    """Takes pruning out of a model, in place; returns it."""
-    adapter.remove_pruning(model)
-    if hasattr(model, "prune_config"):
-        del model.prune_config
-    return model
-
-
-def _apply(model: nn.Module, config: PruneConfig) -> None:
-    adapter.prune(model, config)
-    model.prune_config = config  # type: ignore[assignment]
-
-
-def _largest(model: nn.Module, at: tuple[int, ...], target: float, score: Score, rest: Rest) -> PruneConfig:
+def _largest(model: nn.Module, config: PruneConfig, target: float) -> PruneConfig:
     """Returns the pruning with the largest share, to a thousandth, that costs at most ``target`` GMACs."""
     before = getattr(model, "prune_config", None)
 
     def gmacs(thousandths: int) -> float:
-        adapter.prune(model, PruneConfig(thousandths / 1000, at, score, rest))
+        adapter.prune(model, replace(config, keep=thousandths / 1000))
         return profile(model).gmacs
 
     try:
         largest = bisect_right(range(1, 1001), target, key=gmacs)
         if largest == 0:
             raise ConfigError(
-                f"target_gmacs={target}: with a single token left behind {at} it is still {gmacs(1):.3f} GMACs; "
+                f"target_gmacs={target}: with a single token left behind {config.at} it is still {gmacs(1):.3f} GMACs; "
                 "prune at earlier layers."
             )
-        return PruneConfig(largest / 1000, at, score, rest)
+        return replace(config, keep=largest / 1000)
     finally:
         adapter.remove_pruning(model)
         if before is not None:

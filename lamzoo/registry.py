@@ -15,10 +15,11 @@ from torch import nn
 
 from lamzoo import hub
 from lamzoo.adapters import add_lam, remove_lam
+from lamzoo.adapters.pruning import prune
 from lamzoo.cards import ModelCard, TagCard
 from lamzoo.errors import ConfigError, HashMismatchError, UnsafeWeightsError, WeightsError, WeightsNotFoundError
 from lamzoo.foreign import OPEN_CLIP_PREFIX
-from lamzoo.lam.config import LamConfig
+from lamzoo.lam import LamConfig, PruneConfig
 from lamzoo.names import (
     ModelInfo,
     builder_of,
@@ -65,6 +66,7 @@ class _Plan:
     lam: LamConfig | None
     weights: WeightsFile | None
     foreign: bool
+    prune: PruneConfig | None = None
 
 
 def create_model(
@@ -210,7 +212,9 @@ def _plan(name: str, pretrained: bool, cache_dir: str | Path | None, allow_pickl
     saved = read_saved(
         cast(_Source, source), place, with_weights=pretrained, cache_dir=cache_dir, allow_pickle=allow_pickle
     )
-    return _Plan(find_card(saved.name), None, saved.cfg, saved.args, saved.lam, saved.weights, saved.foreign)
+    return _Plan(
+        find_card(saved.name), None, saved.cfg, saved.args, saved.lam, saved.weights, saved.foreign, saved.prune
+    )
 
 
 def _build(plan: _Plan, lam: LamConfig | Literal[False] | None, given: Mapping[str, Any]) -> nn.Module:
@@ -234,6 +238,8 @@ def _build(plan: _Plan, lam: LamConfig | Literal[False] | None, given: Mapping[s
             base = getattr(model, "pretrained_cfg", None)
             cfg = pretrained_cfg_of(card, plan.tag, PretrainedCfg(**base) if base else None)
     _label(model, plan, cfg, arguments)
+    if plan.prune is not None and masks is not None:
+        prune(model, plan.prune)
     return model
 
 

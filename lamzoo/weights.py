@@ -20,7 +20,7 @@ from lamzoo.cards import ModelCard
 from lamzoo.errors import ConfigError, UnknownModelError, WeightsError, WeightsNotFoundError
 from lamzoo.files import atomic_files
 from lamzoo.foreign import TIMM_PREFIX
-from lamzoo.lam.config import LamConfig
+from lamzoo.lam import LamConfig, PruneConfig
 from lamzoo.names import find_card
 from lamzoo.statedict import load_into
 from lamzoo.weightfiles import (
@@ -65,6 +65,7 @@ class SavedModel:
         cfg: timm's record.
         args: the arguments that the model was built with.
         lam: its masks.
+        prune: how its tokens are pruned.
         weights: its weights, where they were asked for.
         foreign: whether timm, or its authors, wrote it rather than lamzoo.
     """
@@ -73,6 +74,7 @@ class SavedModel:
     cfg: PretrainedCfg
     args: dict[str, Any]
     lam: LamConfig | None
+    prune: PruneConfig | None
     weights: WeightsFile | None
     foreign: bool
 
@@ -87,9 +89,9 @@ def save_pretrained(
     """Writes a model to a folder, for ``create_model("local-dir:<folder>")`` or, uploaded, ``"hf-hub:<repo>"``.
 
     The folder gets ``model.safetensors`` (or shards and their index) and ``config.json`` in timm's hub format, so that
-    timm itself reads a plain model of an architecture that it knows. ``lam_config`` and ``lamzoo`` (registry name,
-    version, sha256 of the weights) stand beside timm's keys. Files of an earlier save are replaced when the new ones
-    are complete.
+    timm itself reads a plain model of an architecture that it knows. ``lam_config``, ``prune_config`` and ``lamzoo``
+    (registry name, version, sha256 of the weights) stand beside timm's keys. Files of an earlier save are replaced when
+    the new ones are complete.
 
     Args:
         model: a model of :func:`lamzoo.create_model`, or of timm, with or without masks.
@@ -162,6 +164,8 @@ def read_saved(
         cfg = PretrainedCfg(**_tuples({**cfg, "architecture": arch, "custom_load": False}))
         masks = raw.get("lam_config")
         lam = LamConfig.from_dict(masks) if masks else None
+        pruned = raw.get("prune_config")
+        prune = PruneConfig.from_dict(pruned) if pruned else None
         promised = dict(own.get("sha256", {}))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
         raise WeightsError(
@@ -179,7 +183,7 @@ def read_saved(
         )  # fmt: skip
     cfg.source, cfg.file = source, (str(folder) if source == "local-dir" else None)
     cfg.hf_hub_id = place if source == "hf-hub" else None
-    return SavedModel(own.get("name", TIMM_PREFIX + arch), cfg, _tuples(args), lam, weights, foreign="name" not in own)
+    return SavedModel(own.get("name", TIMM_PREFIX + arch), cfg, _tuples(args), lam, prune, weights, "name" not in own)
 
 
 def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -217,6 +221,8 @@ def _config(model: nn.Module, card: ModelCard, label_names: Sequence[str] | None
         raise WeightsError(f"The configuration of {card.name} cannot be written ({error}).") from error
     config["architecture"] = card.backbone.get("timm", card.name)
     config["lam_config"] = masks.to_dict() if masks is not None else None
+    if getattr(model, "prune_config", None) is not None:
+        config["prune_config"] = model.prune_config.to_dict()  # type: ignore[union-attr, operator]
     return config
 
 

@@ -10,12 +10,22 @@ from torch import nn
 
 from lamzoo.adapters import mha, timm
 from lamzoo.adapters.capture import capture_masks
+from lamzoo.adapters.pruning import pruning_loss, remove_pruning
 from lamzoo.adapters.slots import EnterBlock, Slot
 from lamzoo.adapters.state import lam_parameters, lam_state_dict, load_lam_state_dict, remove_lam
 from lamzoo.errors import ConfigError, UnsupportedHostError
 from lamzoo.lam import Lam, LamConfig, MaskNetwork, SharedState
 
-__all__ = ["add_lam", "capture_masks", "lam_parameters", "lam_state_dict", "load_lam_state_dict", "remove_lam"]
+__all__ = [
+    "add_lam",
+    "capture_masks",
+    "lam_parameters",
+    "lam_state_dict",
+    "load_lam_state_dict",
+    "pruning_loss",
+    "remove_lam",
+    "remove_pruning",
+]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -93,7 +103,8 @@ def _build_stack(model: nn.Module, slots: list[Slot], config: LamConfig) -> tupl
                 num_prefix_tokens=slot.num_prefix_tokens,
                 grid=slot.grid,
             ).to(slot.like)
-        lams.append(Lam(config, network, shared, is_last=used_once and index == len(slots) - 1))
+        lam = Lam(config, network, shared, is_last=used_once and index == len(slots) - 1)
+        lams.append(lam.train(model.get_submodule(slot.path).training))
     return shared, lams
 
 

@@ -2,37 +2,74 @@
 
 Modifications to the host: behind each block named, a forward hook leaves the tokens that its attention scored highest;
 a forward pre-hook on the first block starts the count anew, and one on each block lets gradient checkpointing find it.
+For training with all tokens in place, a forward hook on the last norm weights them for the mean over those that stay.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lamzoo.adapters.slots import EnterBlock, SharedStateHook
 from lamzoo.adapters.state import masks_of
 from lamzoo.errors import ConfigError, UnsupportedHostError
 from lamzoo.lam import Lam, SharedState
-from lamzoo.lam.pruning import SCORERS, PruneConfig, select
+from lamzoo.lam.pruning import SCORERS, PruneConfig, decide, select
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class _Prune(SharedStateHook):
     """Forward hook of a block: lets the tokens go that its attention scored lowest."""
 
-    def __init__(self, shared: SharedState, config: PruneConfig, num_prefix_tokens: int) -> None:
-        super().__init__(shared)
+    def __init__(self, lam: Lam, config: PruneConfig, num_prefix_tokens: int, share: float) -> None:
+        super().__init__(lam.shared)
+        self.lam = lam
         self.config = config
         self.num_prefix_tokens = num_prefix_tokens
+        self.share = share  # of the model's tokens that is left behind this block in evaluation
+        self.kept: Tensor | None = None  # and that was left of each sample's in the last training pass, (B,)
 
-    def __call__(self, block: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        scores = self.shared.current.scores
-        assert scores is not None  # the block's attention left them
-        reduction = select(scores, self.config.keep, self.config.rest, self.num_prefix_tokens)
-        self.shared.reduce(reduction)
-        return reduction(output)
+    def __call__(self, block: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        here = self.shared.current
+        assert here.scores is not None  # the block's attention left them
+        if not self.lam.training or self.config.training == "top-k":
+            reduction = select(here.scores, self.config.keep, self.config.rest, self.num_prefix_tokens)
+            self.shared.reduce(reduction)
+            return reduction(output)
+        kept = decide(here.scores, self.config.keep, self.num_prefix_tokens, here.kept)
+        self.shared.keep(kept)
+        if here.backward == -1:  # not again where gradient checkpointing runs the block once more
+            self.kept = kept[:, self.num_prefix_tokens :].mean(dim=1)
+        return None
+
+
+class _PoolKept(SharedStateHook):
+    """Forward hook of the last norm: makes the mean over all tokens that over those that stay, and ends the pass."""
+
+    def __init__(self, shared: SharedState, host: VisionTransformer) -> None:
+        super().__init__(shared)
+        self.num_prefix_tokens = 0 if host.pool_include_prefix else host.num_prefix_tokens  # that are not pooled
+        self.pool = "attention" if host.attn_pool is not None else host.global_pool
+
+    def __call__(self, norm: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        kept = self.shared.current.kept
+        if kept is None:
+            return None
+        self.shared.end()
+        if self.pool not in ("", "token", "avg"):
+            raise UnsupportedHostError(
+                f"Straight-through pruning hides tokens from a mean or a class token, and this model pools by "
+                f"{self.pool!r}; prune it with training='top-k'."
+            )
+        weights = kept[:, self.num_prefix_tokens :]
+        weights = weights * (weights.shape[1] / weights.sum(dim=1, keepdim=True).clamp_min(1))
+        return output * F.pad(weights, (self.num_prefix_tokens, 0), value=1.0).unsqueeze(-1).to(output.dtype)
 
 
 class _AllTokens(SharedStateHook):
@@ -61,29 +98,64 @@ def prune(model: nn.Module, config: PruneConfig) -> None:
         )
     remove_pruning(model)
     blocks, shared = model.get_submodule(stack), lams[0].shared
+    share = 1.0
     for index, (block, lam) in enumerate(zip(blocks.children(), lams, strict=True)):
         if not any(isinstance(hook, EnterBlock) for hook in block._forward_pre_hooks.values()):
             block.register_forward_pre_hook(_EnterPruned(shared))
         if index == 0:
             block.register_forward_pre_hook(_AllTokens(shared))
         if index in config.at:
+            share *= config.keep
             lam.scorer = partial(SCORERS[config.score], has_class_token=host.has_class_token)
-            block.register_forward_hook(_Prune(shared, config, host.num_prefix_tokens))
+            block.register_forward_hook(_Prune(lam, config, host.num_prefix_tokens, share))
+    host.norm.register_forward_hook(_PoolKept(shared, host))
+    model.prune_config = config  # type: ignore[assignment]
+
+
+def pruning_loss(model: nn.Module) -> Tensor:
+    """Returns how far each sample was from the share of tokens it is to keep, in the last training pass; squared.
+
+    The ratio loss of DynamicViT (arXiv 2106.02034, section 3.3), a mean over the pruned layers and the samples. With
+    ``training="straight-through"``, add it to the training loss, times 2 in that paper: decisions are taken over the
+    batch, and in evaluation each sample keeps the same number.
+
+    Args:
+        model: pruned, after a forward pass in training mode, or a wrapper around it (``DistributedDataParallel``).
+
+    Returns:
+        A scalar, float32. The pass is used up.
+
+    Raises:
+        ConfigError: the model isn't pruned with ``training="straight-through"``, or there was no such pass.
+    """
+    hooks = [hook for module in model.modules() for hook in module._forward_hooks.values() if isinstance(hook, _Prune)]
+    losses = [(hook.kept - hook.share).square().mean() for hook in hooks if hook.kept is not None]
+    if not hooks or len(losses) < len(hooks):
+        raise ConfigError(
+            "pruning_loss is that of a forward pass in training mode, of a model pruned with "
+            "training='straight-through'; there was none since the last call."
+        )
+    for hook in hooks:
+        hook.kept = None
+    return torch.stack(losses).mean()
 
 
 class _EnterPruned(EnterBlock):
     """An :class:`EnterBlock` that goes with the pruning."""
 
 
-def remove_pruning(model: nn.Module) -> None:
-    """Takes the hooks out again; a model without any is left as it is."""
+def remove_pruning(model: Model) -> Model:
+    """Takes pruning out of a model, in place; returns it. One without is left as it is."""
     for module in model.modules():
         if isinstance(module, Lam):
             module.scorer = None
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key, hook in list(hooks.items()):
-                if isinstance(hook, (_Prune, _AllTokens, _EnterPruned)):
+                if isinstance(hook, (_Prune, _PoolKept, _AllTokens, _EnterPruned)):
                     del hooks[key]
+    if hasattr(model, "prune_config"):
+        del model.prune_config
+    return model
 
 
 def depth(model: nn.Module) -> int:

@@ -16,7 +16,7 @@ from lamzoo.lam.attention import check_inputs, lam_attention
 from lamzoo.lam.config import LamConfig
 from lamzoo.lam.kernels.eager import attention_weights
 from lamzoo.lam.masks import FactoredMask, MaskNetwork
-from lamzoo.lam.pruning import Reduction
+from lamzoo.lam.pruning import TINY, Reduction, among_kept, with_decisions
 from lamzoo.lam.tables import Grid
 
 
@@ -43,6 +43,8 @@ class StackPass:
         grid: ``(rows, columns)`` of the patches, where a host has them.
         mask: the first layer's, with ``layers="single"``, reduced as the tokens are.
         reductions: what tokens went through on their way to the current layer.
+        kept: straight-through decisions over the tokens, ``(B, N)``, 1 for those that stay and 0 for those that left,
+            where training keeps them all in place.
         scores: of the current layer's tokens, ``(B, N)``, where tokens are to leave behind it.
         backward: id of the backward pass in which this pass ran (again), -1 outside of any.
     """
@@ -50,6 +52,7 @@ class StackPass:
     grid: Grid | None = None
     mask: FactoredMask | None = None
     reductions: tuple[Reduction, ...] = ()
+    kept: Tensor | None = None
     scores: Tensor | None = None
     backward: int = -1
 
@@ -83,16 +86,22 @@ class SharedState:
         grid: Grid | None = None,
         mask: FactoredMask | None = None,
         reductions: tuple[Reduction, ...] = (),
+        kept: Tensor | None = None,
         scores: Tensor | None = None,
     ) -> None:
         """Starts a pass, or restates the current one."""
-        self._passes[_thread()] = StackPass(grid, mask, reductions, scores, _backward())
+        self._passes[_thread()] = StackPass(grid, mask, reductions, kept, scores, _backward())
 
     def reduce(self, reduction: Reduction) -> None:
         """Notes that the tokens became fewer, and with them what the layers share of them; the scores are used up."""
         here = self.current
         mask = here.mask and FactoredMask(*map(reduction.factor, here.mask))
         self.begin(here.grid, mask, (*here.reductions, reduction))
+
+    def keep(self, kept: Tensor) -> None:
+        """Notes which tokens stay, where all of them remain in place; the scores are used up."""
+        here = self.current
+        self.begin(here.grid, here.mask, here.reductions, kept)
 
     def end(self) -> None:
         """Forgets the current pass, and with it the graph that its mask holds."""
@@ -106,7 +115,7 @@ class SharedState:
             self._pass_of_input[tokens] = self.current
         elif tokens in self._pass_of_input:
             then = self._pass_of_input[tokens]
-            self.begin(then.grid, then.mask, then.reductions)
+            self.begin(then.grid, then.mask, then.reductions, then.kept)
 
 
 @torch.compiler.assume_constant_result  # compiled code only ever keeps a pass while it runs in one thread
@@ -166,8 +175,8 @@ class Lam(nn.Module):
         else:
             mask = self.network(query_tokens, key_tokens, here.grid, here.reductions)
             if self.config.layers == "single" and not self.is_last:
-                self.shared.begin(here.grid, mask, here.reductions)
-        if self.is_last:
+                self.shared.begin(here.grid, mask, here.reductions, here.kept)
+        if self.is_last and (here.kept is None or here.backward != -1):  # else whoever pools the tokens ends the pass
             self.shared.end()
         return mask
 
@@ -198,13 +207,17 @@ class Lam(nn.Module):
                 query_tokens, key_tokens, query, key, value,
                 allowed=allowed, bias=bias, is_causal=is_causal, dropout_p=dropout_p, scale=scale,
             )[0]  # fmt: skip
+        kept = self.shared.current.kept
         mask = self(query_tokens, key_tokens)
         self._score(query, key, value, mask, scale)
-        return lam_attention(
+        if kept is not None:
+            value = with_decisions(value, kept)
+        out = lam_attention(
             query, key, value, mask,
             op=self.config.op, allowed=allowed, bias=bias, is_causal=is_causal, dropout_p=dropout_p, scale=scale,
             backend=self.backend,
         )  # fmt: skip
+        return out if kept is None else among_kept(out)
 
     def attend_with_weights(
         self,
@@ -226,6 +239,7 @@ class Lam(nn.Module):
             The output ``(B, H, Nq, dv)``, in the dtype of ``query``, and the weights ``(B, H, Nq, Nk)`` that made it,
             after dropout.
         """
+        kept = self.shared.current.kept
         mask = self(query_tokens, key_tokens)
         check_inputs(query, key, mask, self.config.op, allowed, bias, scale)
         self._score(query, key, value, mask, scale)
@@ -233,6 +247,9 @@ class Lam(nn.Module):
         weights = attention_weights(
             query, key, mask, op=self.config.op, allowed=allowed, bias=bias, is_causal=is_causal, scale=scale
         )
+        if kept is not None:
+            weights = weights * kept[:, None, None, :].to(weights.dtype)
+            weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(TINY)
         if self.recorder is not None:
             detached = FactoredMask(mask.left.detach(), mask.right.detach())
             self.recorder(MaskRecord(detached, weights.detach(), detached.importance()))
@@ -244,8 +261,9 @@ class Lam(nn.Module):
         if self.scorer is not None:
             here = self.shared.current
             scale = query.shape[-1] ** -0.5 if scale is None else scale
-            scores = self.scorer(query, key, value, mask, op=self.config.op, scale=scale)
-            self.shared.begin(here.grid, here.mask, here.reductions, scores)
+            present = None if here.kept is None else here.kept.detach() > 0
+            scores = self.scorer(query, key, value, mask, op=self.config.op, scale=scale, present=present)
+            self.shared.begin(here.grid, here.mask, here.reductions, here.kept, scores)
 
     def extra_repr(self) -> str:
         return "" if self.network is not None else "shares the first layer's mask"

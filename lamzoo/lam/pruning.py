@@ -19,6 +19,8 @@ from lamzoo.lam.masks import FactoredMask
 
 Score = Literal["mask", "attention", "attention-value"]
 Rest = Literal["drop", "merge"]
+Training = Literal["straight-through", "top-k"]
+TINY = 1e-6  # of the attention weights, what a query must have left for tokens that stay
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,11 @@ class PruneConfig:
             O(N R); ``"attention"``: what the class token (the mean query, where there is none) attends to under the
             mask, in O(N (d + R)); ``"attention-value"``: that, times the norm of the value.
         rest: ``"drop"`` the others, or ``"merge"`` them into one token, weighted by the softmax of their scores.
+        training: what happens in training mode. ``"straight-through"``: all tokens remain in place, and those that
+            would leave are hidden from the layers behind and from the pooling, by decisions whose gradient reaches the
+            scores (the principle of DynamicViT, arXiv 2106.02034), at the whole model's cost; add
+            :func:`lamzoo.pruning_loss` to the loss. ``"top-k"``: as in evaluation, at the pruned cost; no gradient
+            tells the scores which tokens would have been the better ones.
 
     Raises:
         ConfigError: a value that means nothing.
@@ -41,6 +48,7 @@ class PruneConfig:
     at: tuple[int, ...]
     score: Score = "mask"
     rest: Rest = "drop"
+    training: Training = "straight-through"
 
     def __post_init__(self) -> None:
         if not 0 < self.keep <= 1:
@@ -49,7 +57,8 @@ class PruneConfig:
         if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0:
             raise ConfigError(f"at={layers}: name at least one layer, in ascending order, counted from 0.")
         object.__setattr__(self, "at", layers)
-        for name, value, choices in (("score", self.score, get_args(Score)), ("rest", self.rest, get_args(Rest))):
+        for name, of in (("score", Score), ("rest", Rest), ("training", Training)):
+            value, choices = getattr(self, name), get_args(of)
             if value not in choices:
                 raise ConfigError(f"{name}={value!r}: it must be one of {', '.join(map(repr, choices))}.")
 
@@ -103,6 +112,8 @@ class Scorer(Protocol):
         op: how it acts.
         scale: of the attention scores.
         has_class_token: whether token 0 stands for all.
+        present: bool ``(B, N)``, where tokens that have left remain in place: those that have not. Others have no say,
+            and their own scores mean nothing.
 
     Returns:
         ``(B, N)``, float; the higher, the more important.
@@ -118,28 +129,53 @@ class Scorer(Protocol):
         op: Op,
         scale: float,
         has_class_token: bool,
+        present: Tensor | None,
     ) -> Tensor: ...
 
 
 def mask_importance(
-    query: Tensor, key: Tensor, value: Tensor, mask: FactoredMask, *, op: Op, scale: float, has_class_token: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: FactoredMask,
+    *,
+    op: Op,
+    scale: float,
+    has_class_token: bool,
+    present: Tensor | None,
 ) -> Tensor:
     """The mean mask value of each key over queries and heads; a :class:`Scorer`."""
-    return mask.importance().mean(dim=1).expand(query.shape[0], -1)
+    return mask.importance(present).mean(dim=1).expand(query.shape[0], -1)
 
 
 def summary_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: FactoredMask, *, op: Op, scale: float, has_class_token: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: FactoredMask,
+    *,
+    op: Op,
+    scale: float,
+    has_class_token: bool,
+    present: Tensor | None,
 ) -> Tensor:
     """Logarithm of what the class token, or the mean query, attends to, averaged over the heads; a :class:`Scorer`."""
-    return _summary_weights(query, key, mask, op, scale, has_class_token).mean(dim=1).log()
+    return _summary_weights(query, key, mask, op, scale, has_class_token, present).mean(dim=1).log()
 
 
 def summary_contribution(
-    query: Tensor, key: Tensor, value: Tensor, mask: FactoredMask, *, op: Op, scale: float, has_class_token: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: FactoredMask,
+    *,
+    op: Op,
+    scale: float,
+    has_class_token: bool,
+    present: Tensor | None,
 ) -> Tensor:
     """As :func:`summary_attention`, each head's weights times the norms of its values; a :class:`Scorer`."""
-    weights = _summary_weights(query, key, mask, op, scale, has_class_token)
+    weights = _summary_weights(query, key, mask, op, scale, has_class_token, present)
     return (weights * value.norm(dim=-1)).mean(dim=1).log()
 
 
@@ -175,17 +211,78 @@ def select(scores: Tensor, keep: float, rest: Rest, num_prefix_tokens: int) -> R
     return Reduction(length, kept, F.pad(weights, (num_prefix_tokens, 0)))
 
 
+def decide(scores: Tensor, keep: float, num_prefix_tokens: int, before: Tensor | None = None) -> Tensor:
+    """Decides, in place of :func:`select`, which tokens stay, so that the scores learn from it.
+
+    A token stays whose score reaches that of the batch's best ``keep`` among those still there: samples with more to
+    see keep more. The gradient is that of a sigmoid around this threshold, as wide as the scores spread.
+
+    Args:
+        scores: ``(B, N)``, of all tokens.
+        keep: share of those behind the prefix that stays, over the batch and rounded up.
+        num_prefix_tokens: tokens at the start that always stay.
+        before: ``(B, N)``, what was decided before; None at first.
+
+    Returns:
+        ``(B, N)``, float32: 1 for tokens that stay, 0 for those that leave or have left.
+    """
+    patches = scores[:, num_prefix_tokens:].float()
+    before = None if before is None else before[:, num_prefix_tokens:]
+    there = torch.ones_like(patches, dtype=torch.bool) if before is None else before.detach() > 0
+    known = patches.detach().masked_fill(~there, torch.nan)
+    last = (keep * there.sum() - 1e-6).ceil().clamp_min(1).long() - 1
+    ordered = known.nan_to_num(-torch.inf).flatten().sort(descending=True).values
+    threshold = ordered.take(last)  # not by an index, which would be a number that compiled graphs can't hold
+    spread = (known - known.nanmean()).square().nanmean().sqrt().clamp_min(1e-2)  # equal scores have none
+    soft = ((patches - threshold) / spread).sigmoid()
+    hard = (patches.detach() >= threshold).float()
+    decisions = hard + (soft - soft.detach())
+    decisions = decisions if before is None else decisions * before
+    return F.pad(decisions, (num_prefix_tokens, 0), value=1.0)
+
+
+def with_decisions(value: Tensor, kept: Tensor) -> Tensor:
+    """Weights values by decisions and puts the decisions beside them, for attention that sees only what stays.
+
+    Any backend then computes numerator and denominator of the attention among the tokens that stay, with no N x N
+    tensor of its own; :func:`among_kept` divides them.
+
+    Args:
+        value: ``(B, H, N, dv)``.
+        kept: ``(B, N)``.
+
+    Returns:
+        ``(B, H, N, dv + 1)``.
+    """
+    decisions = kept[:, None, :, None].to(value.dtype).expand(*value.shape[:3], 1)
+    return torch.cat([value * decisions, decisions], dim=-1)
+
+
+def among_kept(out: Tensor) -> Tensor:
+    """Makes the attention's output of :func:`with_decisions`, ``(B, H, Nq, dv + 1)``, one of ``dv`` columns."""
+    return out[..., :-1] / out[..., -1:].clamp_min(TINY)
+
+
 def num_kept(tokens: int, keep: float) -> int:
     """Returns how many of so many tokens stay: the share rounded up, at least one."""
     return max(1, math.ceil(round(keep * tokens, 6)))  # 0.7 * 10 is 7.000000000000001
 
 
 def _summary_weights(
-    query: Tensor, key: Tensor, mask: FactoredMask, op: Op, scale: float, has_class_token: bool
+    query: Tensor, key: Tensor, mask: FactoredMask, op: Op, scale: float, has_class_token: bool, present: Tensor | None
 ) -> Tensor:
     """Returns the attention weights of one query that stands for all, ``(B, H, N)``."""
-    query, left = (x[:, :, :1] if has_class_token else x.mean(dim=2, keepdim=True) for x in (query, mask.left))
+    query, left = (x[:, :, :1] if has_class_token else _mean_token(x, present) for x in (query, mask.left))
+    allowed = None if present is None else present[:, None, None, :]
     weights = attention_weights(
-        query, key, FactoredMask(left, mask.right), op=op, allowed=None, bias=None, is_causal=False, scale=scale
+        query, key, FactoredMask(left, mask.right), op=op, allowed=allowed, bias=None, is_causal=False, scale=scale
     )
-    return weights.squeeze(2)
+    return weights.squeeze(2).clamp_min(torch.finfo(weights.dtype).tiny)  # its logarithm is asked for
+
+
+def _mean_token(tokens: Tensor, present: Tensor | None) -> Tensor:
+    """Returns the mean over the tokens that are there, ``(B, H, 1, C)`` of ``(B, H, N, C)``."""
+    if present is None:
+        return tokens.mean(dim=2, keepdim=True)
+    weights = present / present.sum(dim=1, keepdim=True)
+    return weights.to(tokens.dtype)[:, None, None, :] @ tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from torch import nn
 
 from lamzoo.errors import RecipeError
 from lamzoo.lam import LamConfig
+from lamzoo.pruning import prune_tokens
 from lamzoo.registry import create_model
 from lamzoo.training.recipe import Recipe
 from lamzoo.training.sections import RunSection, ScheduleSection
@@ -51,6 +53,10 @@ def build_model(recipe: Recipe, classes: list[str] | None) -> Any:
     if classes is not None and _knows_others(model, classes):
         _logger.info("%s: a fresh classifier, since its weights are for other classes", section.name)
         model.reset_classifier(len(classes))
+    if recipe.prune is not None:
+        options = dataclasses.asdict(recipe.prune)
+        del options["loss_weight"]
+        prune_tokens(model, **options)
     if recipe.run.grad_checkpointing:
         model.set_grad_checkpointing(True)
     return model

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lamzoo.adapters import pruning_loss
 from lamzoo.training.build import build_model, build_optimizer
 from lamzoo.training.inputs import BadInputs, ScanProgress, Splits, open_splits, prepare_splits
 from lamzoo.training.loaders import (
@@ -18,7 +19,7 @@ from lamzoo.training.loaders import (
     create_train_loader,
     seed_everything,
 )
-from lamzoo.training.recipe import Recipe
+from lamzoo.training.recipe import PruneSection, Recipe
 from lamzoo.training.report import RunFacts, write_report
 from lamzoo.training.run import TrainingRun, TrainResult
 from lamzoo.training.scoring import Score, score
@@ -40,6 +41,9 @@ class ClassificationRun(TrainingRun):
     def build_model(self) -> nn.Module:
         model = build_model(self.recipe, self.splits.train.classes)
         self.tuning = Tuning(model, self.recipe.model.tune)
+        config = getattr(model, "prune_config", None)
+        learns = config is not None and config.training == "straight-through"
+        self.prune_weight = (self.recipe.prune or PruneSection()).loss_weight if learns else 0.0
         return model
 
     def scan_data(self, progress: ScanProgress | None) -> BadInputs:
@@ -77,7 +81,10 @@ class ClassificationRun(TrainingRun):
             with self.accelerator.no_sync(self.model) if index + 1 < len(batches) else nullcontext():
                 with self.accelerator.autocast():
                     logits = self.model(images)
-                loss: Tensor = self.loss(logits.float(), labels) / len(batches)
+                loss: Tensor = self.loss(logits.float(), labels)
+                if self.prune_weight:
+                    loss = loss + self.prune_weight * pruning_loss(self.model)
+                loss = loss / len(batches)
                 self.accelerator.backward(loss)
             losses.append(loss.detach())
         return self.accelerator.reduce(torch.stack(losses).sum(), "mean")

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias
 
 from lamzoo.data import OnBadInput
 from lamzoo.errors import RecipeError
+from lamzoo.lam.pruning import Rest, Score, Training
 from lamzoo.training.reading import build, override, read_recipe, without_none
 from lamzoo.training.retrieval_recipe import RetrievalRecipe, check_retrieval
 from lamzoo.training.sections import OptimizerSection, RunSection, ScheduleSection, check_common
@@ -87,6 +88,29 @@ class AugmentSection:
 
 
 @dataclass(frozen=True)
+class PruneSection:
+    """``[prune]``: tokens that leave the model, as :func:`lamzoo.prune_tokens` does it.
+
+    Attributes:
+        keep: share of a layer's tokens that stays; 0.7 where neither this nor ``target_gmacs`` is given.
+        target_gmacs: what one image may cost, instead.
+        at: layers behind which tokens leave.
+        score: what decides.
+        rest: what becomes of those that leave, in evaluation and with ``training = "top-k"``.
+        training: ``"straight-through"`` or ``"top-k"``; see :class:`lamzoo.PruneConfig`.
+        loss_weight: of :func:`lamzoo.pruning_loss`, with ``"straight-through"``.
+    """
+
+    keep: float | None = None
+    target_gmacs: float | None = None
+    at: list[int] | None = None
+    score: Score = "mask"
+    rest: Rest = "drop"
+    training: Training = "straight-through"
+    loss_weight: float = 2.0
+
+
+@dataclass(frozen=True)
 class Recipe:
     """One training run of an image classifier; see the sections for what each table holds."""
 
@@ -97,6 +121,7 @@ class Recipe:
     augment: AugmentSection = field(default_factory=AugmentSection)
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     schedule: ScheduleSection = field(default_factory=ScheduleSection)
+    prune: PruneSection | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the recipe as nested plain values, fields that are None left out."""
@@ -150,6 +175,8 @@ def _check(recipe: Recipe) -> None:
     if fraction is not None and not 0 < fraction < 1:
         raise RecipeError(f"Recipe key data.val_fraction is {fraction}; it must lie between 0 and 1.")
     _check_tune(recipe.model)
+    if recipe.prune is not None and recipe.prune.loss_weight < 0:
+        raise RecipeError(f"Recipe key prune.loss_weight is {recipe.prune.loss_weight}; it must not be negative.")
 
 
 def _check_tune(model: ModelSection) -> None:

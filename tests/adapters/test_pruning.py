@@ -3,6 +3,7 @@
 import copy
 import itertools
 import pickle
+from pathlib import Path
 
 import pytest
 import timm
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import lamzoo
-from lamzoo import LamConfig, add_lam, capture_masks, prune_tokens, remove_lam, remove_pruning
+from lamzoo import LamConfig, add_lam, capture_masks, prune_tokens, pruning_loss, remove_lam, remove_pruning
 from lamzoo.errors import ConfigError, UnsupportedHostError
 
 CONFIGS = [
@@ -117,6 +118,112 @@ def test_gradient_checkpointing_changes_no_gradient(layers: str) -> None:
         assert (plain is None) == (checkpointed is None)
         if plain is not None:
             assert_close(checkpointed, plain)
+
+
+POOLINGS = {
+    "class token": {},
+    "mean": {"class_token": False, "global_pool": "avg"},
+    "mean with the class token": {"global_pool": "avg", "pool_include_prefix": True},
+    "norm behind the mean": {"global_pool": "avg", "reg_tokens": 1},
+}
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("score", ["mask", "attention", "attention-value"])
+def test_hiding_tokens_in_training_is_dropping_them(pooling: str, score: str) -> None:
+    vit = prune_tokens(model(**POOLINGS[pooling]), 0.5, (0, 1, 2), score=score)
+    for x in images().split(1):  # of one sample alone, the batch's threshold lets the same tokens stay
+        dropped = vit.eval()(x)
+        assert_close(vit.train()(x), dropped)
+
+
+@each_config
+def test_hiding_tokens_in_training_is_dropping_them_for_every_mask(config: LamConfig) -> None:
+    vit = prune_tokens(model(config), 0.6, (0, 2))
+    for x in images().split(1):
+        dropped = vit.eval()(x)
+        assert_close(vit.train()(x), dropped)
+
+
+@each_config
+def test_the_masks_learn_what_to_keep(config: LamConfig) -> None:
+    gradients = {}
+    for training in ("straight-through", "top-k"):
+        vit = prune_tokens(model(config), 0.5, (1,), training=training).train()
+        hidden = vit.blocks[1].attn.lam.register_forward_hook(lambda lam, args, mask: mask)
+        vit(images()).square().sum().backward()
+        hidden.remove()
+        gradients[training] = lamzoo.lam_parameters(vit)
+    assert any(
+        not torch.allclose(a.grad, b.grad) for a, b in zip(*gradients.values(), strict=True) if a.grad is not None
+    )
+
+
+def test_the_loss_is_the_distance_of_each_sample_from_its_share() -> None:
+    vit = prune_tokens(model(), 0.5, (0, 1)).train()
+    shares = []
+    for index in (0, 1):
+        vit.blocks[index].register_forward_hook(
+            lambda block, args, output: shares.append(block.attn.lam.shared.current.kept[:, 1:].mean(1))
+        )
+    vit(images())
+    expected = torch.stack([(shares[0] - 0.5) ** 2, (shares[1] - 0.25) ** 2]).mean()
+    assert expected > 0
+    loss = pruning_loss(nn.DataParallel(vit))
+    assert_close(loss, expected)
+    loss.backward()
+    assert vit.blocks[0].attn.lam.network.table(17).shape[-1] == 4
+    assert all(p.grad is not None for p in vit.blocks[0].attn.lam.parameters())
+    with pytest.raises(ConfigError, match="none since the last call"):
+        pruning_loss(vit)
+
+
+def test_the_loss_of_what_was_not_trained_is_an_error() -> None:
+    for vit in (model(), prune_tokens(model(), 0.5, (0,)), prune_tokens(model(), 0.5, (0,), training="top-k").train()):
+        vit(images())
+        with pytest.raises(ConfigError, match="pruning_loss is that of a forward pass in training mode"):
+            pruning_loss(vit)
+
+
+def test_masks_alone_in_training_learn_too() -> None:
+    vit = prune_tokens(model(), 0.5, (0,))
+    for block in vit.blocks:
+        block.attn.lam.train()
+    vit(images())
+    assert pruning_loss(vit).requires_grad
+
+
+def test_training_pruned_is_one_graph() -> None:
+    vit, x = prune_tokens(model(), 0.5, (0, 2)).train(), images()
+    torch._dynamo.reset()
+    assert_close(torch.compile(vit, backend="aot_eager", fullgraph=True)(x), vit(x))
+
+
+def test_capturing_in_training_shows_what_is_hidden() -> None:
+    vit = prune_tokens(model(), 0.5, (0,)).train()
+    with capture_masks(vit) as masks:
+        captured = vit(images())
+    assert_close(captured, vit(images()))
+    attention = masks["blocks.1.attn"].attention
+    assert (attention.sum(dim=(1, 2)) > 0).float().sum() == 3 + 3 * 8  # class tokens, and half of the batch's patches
+    assert_close(attention.sum(-1), torch.ones(attention.shape[:-1]))
+
+
+def test_what_cannot_be_hidden_from_the_pooling_is_said() -> None:
+    vit = prune_tokens(model(class_token=False, global_pool="map"), 0.5, (0,))
+    vit(images())
+    with pytest.raises(UnsupportedHostError, match=r"pools by 'attention'.*training='top-k'"):
+        vit.train()(images())
+    assert prune_tokens(vit, 0.5, (0,), training="top-k")(images()).shape == (3, 5)
+
+
+def test_a_saved_model_is_pruned_when_it_comes_back(tmp_path: Path) -> None:
+    vit = prune_tokens(lamzoo.create_model("lam_vit_micro", num_classes=3), 0.6, (1,), rest="merge").eval()
+    lamzoo.save_pretrained(vit, tmp_path)
+    back = lamzoo.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert back.prune_config == vit.prune_config
+    assert_close(back(images()), vit(images()))
+    assert not hasattr(lamzoo.create_model(f"local-dir:{tmp_path}", lam=False), "prune_config")
 
 
 def test_an_interrupted_pass_leaves_no_trace() -> None:

@@ -1,5 +1,6 @@
 """Choosing tokens and reducing what belongs to them, in tensors."""
 
+import json
 import math
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lamzoo.errors import ConfigError
-from lamzoo.lam import FactoredMask
+from lamzoo.lam import FactoredMask, lam_attention
 from lamzoo.lam.config import Op
 from lamzoo.lam.kernels.eager import attention_weights
 from lamzoo.lam.pruning import (
@@ -17,10 +18,13 @@ from lamzoo.lam.pruning import (
     PruneConfig,
     Rest,
     Score,
+    among_kept,
+    decide,
     mask_importance,
     select,
     summary_attention,
     summary_contribution,
+    with_decisions,
 )
 from tests.lam.cases import OPS, Case, make
 
@@ -84,8 +88,8 @@ def test_a_reduced_factor_gives_the_reduced_mask(rest: Rest) -> None:
     torch.testing.assert_close(few.dense().flatten(0, 1), both(both(dense).mT).mT)
 
 
-def score(scorer: Score, case: Case, has_class_token: bool = True) -> Tensor:
-    return SCORERS[scorer](*case.args, op=case.op, scale=0.5, has_class_token=has_class_token)
+def score(scorer: Score, case: Case, has_class_token: bool = True, present: Tensor | None = None) -> Tensor:
+    return SCORERS[scorer](*case.args, op=case.op, scale=0.5, has_class_token=has_class_token, present=present)
 
 
 @each_op
@@ -111,6 +115,103 @@ def test_without_a_class_token_the_mean_query_asks() -> None:
     torch.testing.assert_close(score("attention", case, has_class_token=False), score("attention", asked))
 
 
+@pytest.mark.parametrize("scorer", SCORERS)
+@pytest.mark.parametrize("has_class_token", [True, False])
+def test_tokens_that_have_left_have_no_say(scorer: Score, has_class_token: bool) -> None:
+    whole, few = make(queries=6, keys=6), make(queries=6, keys=6)
+    present = torch.tensor([[1, 1, 0, 1, 0, 0]] * 2, dtype=torch.bool)
+    for name in ("query", "key", "value", "left", "right"):
+        tokens = getattr(few, name)
+        tokens[:, :, ~present[0]] = torch.randn_like(tokens[:, :, ~present[0]])
+    before, after = (score(scorer, case, has_class_token, present)[present] for case in (whole, few))
+    torch.testing.assert_close(before, after)
+
+
+@settings(derandomize=True, max_examples=80)
+@given(
+    batch=st.integers(1, 4),
+    patches=st.integers(1, 12),
+    prefix=st.integers(0, 2),
+    keep=st.floats(0.01, 1.0),
+    seed=st.integers(0, 2**20),
+)
+def test_decisions_keep_the_share_of_those_still_there(
+    batch: int, patches: int, prefix: int, keep: float, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    left = batch * patches
+    before = None
+    for _ in range(3):
+        scores = torch.randn(batch, prefix + patches, generator=generator)
+        decisions = decide(scores, keep, prefix, before)
+        assert set(decisions.unique().tolist()) <= {0.0, 1.0}
+        assert decisions[:, :prefix].all()
+        if before is not None:
+            assert not decisions[before == 0].any()
+        left = max(1, math.ceil(keep * left - 1e-6))
+        assert decisions[:, prefix:].sum() == left
+        before = decisions
+
+
+def test_for_one_sample_the_decisions_are_the_selection() -> None:
+    scores = torch.randn(1, 11)
+    kept = select(scores, 0.4, "drop", 1).kept
+    assert decide(scores, 0.4, 1).nonzero()[:, 1].tolist() == kept[0].tolist()
+
+
+def test_equal_scores_all_stay_and_have_finite_gradients() -> None:
+    scores = torch.zeros(2, 7, requires_grad=True)
+    decisions = decide(scores, 0.5, 1)
+    decisions.sum().backward()
+    assert decisions.all()
+    assert scores.grad is not None and scores.grad.isfinite().all()
+
+
+def test_the_gradient_of_a_decision_is_that_of_a_sigmoid_around_the_threshold() -> None:
+    scores = torch.tensor([[9.0, 1.0, 2.0, 3.0, 4.0]], requires_grad=True)
+    decide(scores, 0.5, 1)[0, 2].backward()
+    width = torch.tensor([1.0, 2.0, 3.0, 4.0]).std(correction=0)
+    soft = ((2.0 - 3.0) / width).sigmoid()  # 3.0 is the lowest that stays
+    torch.testing.assert_close(scores.grad, torch.tensor([[0, 0, float(soft * (1 - soft) / width), 0, 0]]))
+
+
+@each_op
+@pytest.mark.parametrize("backend", ["eager", "sdpa", "chunked"])
+def test_attention_among_what_stays_is_attention_with_the_others_forbidden(op: Op, backend: str) -> None:
+    case = make(op=op, queries=6, keys=6)
+    kept = torch.tensor([[1.0, 0, 1, 1, 0, 1], [1, 1, 0, 0, 0, 1]], dtype=case.query.dtype, requires_grad=True)
+    value = case.value.clone().requires_grad_()
+    mask = FactoredMask(case.left, case.right)
+    out = among_kept(
+        lam_attention(case.query, case.key, with_decisions(value, kept), mask, op=op, scale=0.5, backend=backend)
+    )
+    expected = lam_attention(
+        case.query, case.key, value, mask, op=op, scale=0.5, allowed=kept.detach()[:, None, None] > 0, backend="eager"
+    )
+    torch.testing.assert_close(out, expected)
+    # The gradient of a decision, by the definition: weights times decisions, normalised.
+    weights = attention_weights(
+        case.query, case.key, mask, op=op, allowed=None, bias=None, is_causal=False, scale=0.5
+    ) * kept[:, None, None, :]  # fmt: skip
+    written = (weights / weights.sum(-1, keepdim=True)) @ value
+    cotangent = torch.randn_like(out)
+    for mine, theirs in zip(
+        torch.autograd.grad(out, (kept, value), cotangent),
+        torch.autograd.grad(written, (kept, value), cotangent),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_a_configuration_survives_as_plain_values() -> None:
+    config = PruneConfig(0.6, (1, 3), "attention", "merge", "top-k")
+    assert PruneConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    with pytest.raises(ConfigError, match="PruneConfig has no field 'kept'; did you mean 'keep'"):
+        PruneConfig.from_dict({"kept": 0.5})
+    with pytest.raises(ConfigError, match="PruneConfig cannot be made of .*at"):
+        PruneConfig.from_dict({"keep": 0.5})
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -122,6 +223,7 @@ def test_without_a_class_token_the_mean_query_asks() -> None:
         ({"at": (-1, 1)}, r"at=\(-1, 1\): .* from 0"),
         ({"score": "norm"}, r"score='norm': it must be one of 'mask', 'attention', 'attention-value'"),
         ({"rest": "average"}, r"rest='average': it must be one of 'drop', 'merge'"),
+        ({"training": "soft"}, r"training='soft': it must be one of 'straight-through', 'top-k'"),
     ],
 )
 def test_values_that_mean_nothing_are_named(fields: dict, message: str) -> None:

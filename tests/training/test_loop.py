@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from timm.layers import use_fused_attn
 
 import lamzoo
-from lamzoo.errors import DataError, RecipeError
+from lamzoo.errors import DataError, RecipeError, UnsupportedHostError
 from lamzoo.training import Progress, TrainResult, parse_recipe, train
 
 HELD_BY_RECIPE = ("epoch", "update", "lr", "train_loss", "eval_loss", "eval_top1")
@@ -79,6 +79,54 @@ def test_killed_run_resumes_to_the_same_curve(recipe_table: dict[str, Any], tmp_
     assert curve(resumed.history) == curve(whole.history)
     expected, weights = (load_file(result.model / "model.safetensors") for result in (whole, resumed))
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+PRUNED = {"keep": 0.5, "at": [0]}
+
+
+def test_training_with_pruning_saves_a_pruned_model(recipe_table: dict[str, Any], tmp_path: Path) -> None:
+    result = run(recipe_table | {"prune": PRUNED}, tmp_path / "out")
+    pruned = lamzoo.create_model(f"local-dir:{result.model}", pretrained=True).eval()
+    assert (pruned.prune_config.keep, pruned.prune_config.at) == (0.5, (0,))
+    assert pruned.forward_features(torch.rand(1, 3, 32, 32)).shape[1] == pruned.num_prefix_tokens + 2
+
+
+def test_the_pruning_loss_moves_the_masks(recipe_table: dict[str, Any], tmp_path: Path) -> None:
+    light, heavy = (
+        load_file(
+            run(recipe_table | {"prune": PRUNED | {"loss_weight": weight}}, tmp_path / str(weight)).model
+            / "model.safetensors"
+        )
+        for weight in (0.0, 10.0)
+    )
+    masks = [name for name in light if name.startswith("blocks.0.attn.lam.")]
+    assert masks
+    assert any(not torch.allclose(light[name], heavy[name]) for name in masks)
+
+
+@pytest.mark.parametrize("training", ["straight-through", "top-k"])
+def test_killed_run_with_pruning_resumes_to_the_same_curve(
+    recipe_table: dict[str, Any], tmp_path: Path, training: str
+) -> None:
+    recipe_table |= {"prune": PRUNED | {"training": training}}
+    recipe_table["run"] |= {"ema_decay": 0.9, "checkpoint_interval": 2}
+    whole = run(recipe_table, tmp_path / "whole")
+
+    def kill(progress: Progress) -> None:
+        if progress.update == 7:
+            raise KeyboardInterrupt
+
+    recipe = parse_recipe({**recipe_table, "run": {**recipe_table["run"], "output": str(tmp_path / "killed")}})
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, progress=kill)
+    assert curve(train(recipe, resume=True).history) == curve(whole.history)
+
+
+def test_pruning_what_has_no_masks_is_refused_and_leaves_nothing(recipe_table: dict[str, Any], tmp_path: Path) -> None:
+    del recipe_table["model"]["lam"]
+    with pytest.raises(UnsupportedHostError, match="no learnable masks"):
+        run(recipe_table | {"prune": PRUNED}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_workers_do_not_change_the_curve(recipe_table: dict[str, Any], tmp_path: Path) -> None:

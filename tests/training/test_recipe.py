@@ -42,6 +42,19 @@ def test_bad_entry_is_named(recipe_table: dict[str, Any], section: str, key: str
         parse_recipe(recipe_table)
 
 
+@pytest.mark.parametrize(
+    ("prune", "message"),
+    [
+        ({"kept": 0.5}, "prune.kept is unknown; did you mean prune.keep"),
+        ({"training": "soft"}, "prune.training is 'soft'; it must be one of 'straight-through', 'top-k'"),
+        ({"loss_weight": -1}, "prune.loss_weight is -1.0; it must not be negative"),
+    ],
+)
+def test_bad_pruning_is_named(recipe_table: dict[str, Any], prune: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        parse_recipe(recipe_table | {"prune": prune})
+
+
 def test_missing_section_is_named(recipe_table: dict[str, Any]) -> None:
     del recipe_table["data"]
     with pytest.raises(RecipeError, match="data is missing"):
