@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.nn.attention.flex_attention import flex_attention
 
+from lamzoo.errors import ConfigError
 from lamzoo.lam.config import Op
 from lamzoo.lam.masks import FactoredMask
 
@@ -46,9 +48,20 @@ def flex(
     dropout_p: float,
     scale: float,
 ) -> Tensor:
-    """Masked attention through a compiled FlexAttention; shapes as in :func:`lamzoo.lam.lam_attention`."""
+    """Masked attention through a compiled FlexAttention; shapes as in :func:`lamzoo.lam.lam_attention`.
+
+    Raises:
+        ConfigError: torch has compiled it for as many kinds of inputs as it is allowed to. It would go on with the
+            unfused, dense attention, silently.
+    """
     run: Any = _attend if torch.compiler.is_compiling() else _compiled()
-    out: Tensor = run(query, key, value, mask.left, mask.right, allowed, bias, op, is_causal, scale)
+    try:
+        out: Tensor = run(query, key, value, mask.left, mask.right, allowed, bias, op, is_causal, scale)
+    except FailOnRecompileLimitHit as error:
+        raise ConfigError(
+            "The flex backend has been compiled for as many kinds of inputs as torch allows; raise "
+            "torch._dynamo.config.recompile_limit, or take another backend."
+        ) from error
     return out
 
 
@@ -86,4 +99,4 @@ def _attend(
 
 @cache
 def _compiled() -> Any:
-    return torch.compile(_attend, dynamic=None)
+    return torch.compile(_attend, dynamic=None, fullgraph=True)
