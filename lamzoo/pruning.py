@@ -29,11 +29,13 @@ def prune_tokens(
 ) -> Model:
     """Lets a vision transformer with masks go on with the tokens that matter, in place.
 
+    It may be a part of the model: the image tower of a CLIP model, whose text tower then stays as it is.
+
     Class and register tokens stay; of the others each sample keeps the same number, so that shapes are static and
     batches, ``torch.compile`` and export work as before. ``forward_features`` returns the tokens that are left.
 
     Args:
-        model: a timm ``VisionTransformer`` with masks.
+        model: with masks on a timm ``VisionTransformer``, or on an image tower of open_clip's own.
         keep: share of a layer's tokens that stays at each layer of ``at``; 0.7 by default.
         at: layers, counted from 0, behind whose block tokens leave; by default three, at a quarter, half and three
             quarters of the depth.
@@ -48,8 +50,8 @@ def prune_tokens(
         The same model, which now has the attribute ``prune_config``. Pruning it once more replaces what was there.
 
     Raises:
-        UnsupportedHostError: the model has no masks, or they aren't on one timm ``VisionTransformer``; in a forward
-            pass, that straight-through training can't hide tokens from its pooling.
+        UnsupportedHostError: the model has no masks, or they aren't on one such transformer; in a forward pass, that
+            straight-through training can't hide tokens from its pooling.
         ConfigError: values that mean nothing, layers that the model has not, ``keep`` beside ``target_gmacs``, or a
             target that no share meets.
     """

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lamzoo.adapters.mha import host_slot, read_attn_mask
-from lamzoo.adapters.slots import HostTakeover, Slot, replace_module
+from lamzoo.adapters.slots import HostTakeover, Slot, TokenHost, replace_module
 from lamzoo.errors import UnsupportedHostError
 
 _BLOCKS = (ResidualAttentionBlock, CustomResidualAttentionBlock)
@@ -70,6 +70,17 @@ class LamClipAttention(HostTakeover, Attention):
             out = out * host.head_scale
         out = host.ln_inner(out.transpose(1, 2).flatten(2))
         return host.out_drop(host.out_proj(out))
+
+
+def token_host(model: nn.Module, stack: str) -> TokenHost | None:
+    """Returns what is known of the tokens of a stack of open_clip's, if it is that of an image tower."""
+    transformer = stack.rpartition(".")[0]
+    tower = model.get_submodule(transformer.rpartition(".")[0]) if transformer else None
+    if not isinstance(tower, VisionTransformer):
+        return None
+    pool = "attention" if tower.attn_pool is not None else {"tok": "token", "none": ""}.get(tower.pool_type, "avg")
+    last = tower.transformer if tower.final_ln_after_pool or tower.attn_pool is not None else tower.ln_post
+    return TokenHost(num_prefix_tokens=1, has_class_token=True, pool=pool, num_unpooled=1, last=last)
 
 
 def slots(model: nn.Module) -> Iterator[Slot]:

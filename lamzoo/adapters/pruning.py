@@ -1,8 +1,8 @@
-"""Fewer tokens from layer to layer, in timm's vision transformers with masks.
+"""Fewer tokens from layer to layer, in hosts with masks whose adapters say how they pool their tokens.
 
 Modifications to the host: behind each block named, a forward hook leaves the tokens that its attention scored highest;
 a forward pre-hook on the first block starts the count anew, and one on each block lets gradient checkpointing find it.
-For training with all tokens in place, a forward hook on the last norm weights them for the mean over those that stay.
+For training with all tokens in place, a forward hook on what is pooled weights them for the mean over those that stay.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lamzoo.adapters.slots import EnterBlock, SharedStateHook
+from lamzoo.adapters import timm
+from lamzoo.adapters.slots import EnterBlock, SharedStateHook, TokenHost
 from lamzoo.adapters.state import masks_of
 from lamzoo.errors import ConfigError, UnsupportedHostError
 from lamzoo.lam import Lam, SharedState
@@ -50,14 +50,14 @@ class _Prune(SharedStateHook):
 
 
 class _PoolKept(SharedStateHook):
-    """Forward hook of the last norm: makes the mean over all tokens that over those that stay, and ends the pass."""
+    """Forward hook of what is pooled: makes the mean over all tokens that over those that stay, and ends the pass."""
 
-    def __init__(self, shared: SharedState, host: VisionTransformer) -> None:
+    def __init__(self, shared: SharedState, host: TokenHost) -> None:
         super().__init__(shared)
-        self.num_prefix_tokens = 0 if host.pool_include_prefix else host.num_prefix_tokens  # that are not pooled
-        self.pool = "attention" if host.attn_pool is not None else host.global_pool
+        self.pool = host.pool
+        self.num_unpooled = host.num_unpooled
 
-    def __call__(self, norm: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+    def __call__(self, last: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         kept = self.shared.current.kept
         if kept is None:
             return None
@@ -67,9 +67,9 @@ class _PoolKept(SharedStateHook):
                 f"Straight-through pruning hides tokens from a mean or a class token, and this model pools by "
                 f"{self.pool!r}; prune it with training='top-k'."
             )
-        weights = kept[:, self.num_prefix_tokens :]
+        weights = kept[:, self.num_unpooled :]
         weights = weights * (weights.shape[1] / weights.sum(dim=1, keepdim=True).clamp_min(1))
-        return output * F.pad(weights, (self.num_prefix_tokens, 0), value=1.0).unsqueeze(-1).to(output.dtype)
+        return output * F.pad(weights, (self.num_unpooled, 0), value=1.0).unsqueeze(-1).to(output.dtype)
 
 
 class _AllTokens(SharedStateHook):
@@ -83,7 +83,7 @@ def prune(model: nn.Module, config: PruneConfig) -> None:
     """Puts the hooks into a model, in place of those that may be there.
 
     Args:
-        model: with masks, on a timm ``VisionTransformer``, or a wrapper around one.
+        model: with masks, on a timm ``VisionTransformer`` or an image tower of open_clip's, or with one of these in it.
         config: where tokens leave and how many; the last block's can't.
 
     Raises:
@@ -108,7 +108,7 @@ def prune(model: nn.Module, config: PruneConfig) -> None:
             share *= config.keep
             lam.scorer = partial(SCORERS[config.score], has_class_token=host.has_class_token)
             block.register_forward_hook(_Prune(lam, config, host.num_prefix_tokens, share))
-    host.norm.register_forward_hook(_PoolKept(shared, host))
+    host.last.register_forward_hook(_PoolKept(shared, host))
     model.prune_config = config  # type: ignore[assignment]
 
 
@@ -167,14 +167,26 @@ def depth(model: nn.Module) -> int:
     return len(_stack(model)[2])
 
 
-def _stack(model: nn.Module) -> tuple[str, VisionTransformer, list[Lam]]:
-    """Returns the path of the one stack of blocks with masks, its host, and the masks."""
-    masks = masks_of(model)
-    stack, *others = dict.fromkeys(path.rsplit(".", 3)[0] for path in masks)
-    host = model.get_submodule(stack.rpartition(".")[0])
-    if not isinstance(host, VisionTransformer) or others:
+def _stack(model: nn.Module) -> tuple[str, TokenHost, list[Lam]]:
+    """Returns the path of the one stack of blocks whose tokens may become fewer, its host, and its masks."""
+    stacks: dict[str, list[Lam]] = {}
+    for path, lam in masks_of(model).items():
+        stacks.setdefault(path.rsplit(".", 3)[0], []).append(lam)
+    hosts = {stack: host for stack in stacks if (host := _token_host(model, stack)) is not None}
+    if len(hosts) != 1:
+        owners = (type(model.get_submodule(stack.rpartition(".")[0])).__name__ for stack in stacks)
+        found = ", ".join(f"{stack} of a {owner}" for stack, owner in zip(stacks, owners, strict=True))
         raise UnsupportedHostError(
-            f"Tokens can be pruned in one timm VisionTransformer, and {stack} belongs to a {type(host).__name__}"
-            f"{f', beside {len(others)} more stacks' if others else ''}."
+            "Tokens can be pruned in one timm VisionTransformer or one image tower of open_clip's own, and the masks "
+            f"are in {found}; give prune_tokens such a part of the model."
         )
-    return stack, host, list(masks.values())
+    (stack,) = hosts
+    return stack, hosts[stack], stacks[stack]
+
+
+def _token_host(model: nn.Module, stack: str) -> TokenHost | None:
+    if not type(model.get_submodule(stack.rpartition(".")[0])).__module__.startswith("open_clip."):
+        return timm.token_host(model, stack)
+    from lamzoo.adapters import open_clip
+
+    return open_clip.token_host(model, stack)

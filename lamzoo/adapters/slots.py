@@ -48,6 +48,25 @@ class Slot:
     no_positions: str | None = None
 
 
+@dataclass(frozen=True)
+class TokenHost:
+    """A stack of blocks whose tokens may become fewer on the way, and how the host pools those that are left.
+
+    Attributes:
+        num_prefix_tokens: class and register tokens at the start, which always stay.
+        has_class_token: whether the first of them stands for all tokens.
+        pool: ``"token"``, ``"avg"``, ``""`` for none, or another.
+        num_unpooled: tokens at the start that a mean leaves out.
+        last: the module whose output, ``(B, N, C)``, is pooled.
+    """
+
+    num_prefix_tokens: int
+    has_class_token: bool
+    pool: str
+    num_unpooled: int
+    last: nn.Module
+
+
 class SharedStateHook:
     """A hook that works for a stack's shared state; :func:`lamzoo.remove_lam` knows it by this class."""
 

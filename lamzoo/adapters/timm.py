@@ -32,10 +32,11 @@ from timm.layers import (
 from timm.models.csatv2 import SpatialTransformerBlock
 from timm.models.eva import EvaAttention
 from timm.models.naflexvit import NaFlexVit
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lamzoo.adapters.slots import HostTakeover, SharedStateHook, Slot, replace_module
+from lamzoo.adapters.slots import HostTakeover, SharedStateHook, Slot, TokenHost, replace_module
 from lamzoo.errors import MaskShapeError, UnsupportedHostError
 from lamzoo.lam import Lam, SharedState
 
@@ -122,6 +123,20 @@ _WAY_OUT = (
 
 # Where a block has its attention, and, of two layers a block, ParallelThingsBlock each of them.
 _LAYER = re.compile(r"(?P<stack>.+?)\.\d+\.(attn|attns\.\d+\.attn)")
+
+
+def token_host(model: nn.Module, stack: str) -> TokenHost | None:
+    """Returns what is known of the tokens of a stack of timm's, if it is that of a ``VisionTransformer``."""
+    host = model.get_submodule(stack.rpartition(".")[0])
+    if not isinstance(host, VisionTransformer):
+        return None
+    return TokenHost(
+        num_prefix_tokens=host.num_prefix_tokens,
+        has_class_token=host.has_class_token,
+        pool="attention" if host.attn_pool is not None else host.global_pool,
+        num_unpooled=0 if host.pool_include_prefix else host.num_prefix_tokens,
+        last=host.norm,
+    )
 
 
 def slots(model: nn.Module) -> Iterator[Slot]:

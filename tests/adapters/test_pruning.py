@@ -5,6 +5,7 @@ import itertools
 import pickle
 from pathlib import Path
 
+import open_clip
 import pytest
 import timm
 import torch
@@ -321,5 +322,51 @@ def test_models_that_cannot_be_pruned_are_named() -> None:
     with pytest.raises(UnsupportedHostError, match="no learnable masks"):
         prune_tokens(host())
     eva = timm.create_model("eva02_tiny_patch14_224", img_size=28, depth=2)
-    with pytest.raises(UnsupportedHostError, match="one timm VisionTransformer, and blocks belongs to a Eva"):
+    with pytest.raises(UnsupportedHostError, match="one timm VisionTransformer .* the masks are in blocks of a Eva"):
         prune_tokens(add_lam(eva))
+
+
+TOWERS = {
+    "class token": {},
+    "mean": {"pool_type": "avg"},
+    "norm behind the mean": {"pool_type": "avg", "final_ln_after_pool": True},
+    "custom blocks": {"block_type": "custom", "qk_norm": True},
+}
+
+
+def tower(**kwargs: object) -> nn.Module:
+    torch.manual_seed(0)
+    visual = open_clip.transformer.VisionTransformer(
+        image_size=32, patch_size=8, width=16, layers=4, heads=2, mlp_ratio=2.0, output_dim=8, **kwargs
+    )
+    return add_lam(visual.eval(), POSITION)
+
+
+@pytest.mark.parametrize("kind", TOWERS)
+@each_rest
+def test_open_clips_towers_are_pruned_in_evaluation_and_training(kind: str, rest: str) -> None:
+    visual = prune_tokens(tower(**TOWERS[kind]), 0.5, (0, 2), rest=rest)
+    with capture_masks(visual) as masks:
+        together = visual(images())
+    lengths = [record.attention.shape[-1] for record in masks.values()]
+    assert lengths == ([17, 9, 9, 5] if rest == "drop" else [17, 10, 10, 7])
+    assert_close(torch.cat([visual(sample) for sample in images().split(1)]), together)
+    if rest == "drop":
+        assert_close(torch.cat([visual.train()(sample) for sample in images().split(1)]), together)
+        assert pruning_loss(visual).requires_grad
+
+
+def test_a_clip_model_is_pruned_in_its_image_tower() -> None:
+    clip4clip = lamzoo.create_model("lam_clip4clip_micro", lam_in=("head", "vision", "text")).eval()
+    frames, text = clip4clip.example_inputs(2)
+    plain = lamzoo.profile(clip4clip).gmacs
+    words = clip4clip.encode_text(text)
+    prune_tokens(clip4clip, 0.5, (0,))
+    assert lamzoo.profile(clip4clip).gmacs < plain
+    assert torch.equal(clip4clip.encode_text(text), words)
+    assert clip4clip(frames, text).isfinite().all()
+
+
+def test_two_image_towers_are_not_guessed_between() -> None:
+    with pytest.raises(UnsupportedHostError, match=r"0\.blocks of a VisionTransformer, 1\.blocks of a Vision"):
+        prune_tokens(nn.Sequential(model(), model()))
