@@ -121,6 +121,10 @@ def main() -> None:
     file = write_state_dict(weights, arguments.out / f"{name}.{arguments.tag}.safetensors")
 
     model = lamzoo.create_model(name, checkpoint_path=file.path)
+    pruning = getattr(trained, "prune_config", None)
+    if pruning is not None:
+        options = pruning.to_dict()
+        lamzoo.prune_tokens(model, options.pop("keep"), options.pop("at"), **options)
     measure = measure_retrieval if recipe["task"] == "retrieval" else measure_images
     measured = measure(model, f"{name}.{arguments.tag}", recipe, arguments.split, trained.pretrained_cfg)
     profile = lamzoo.profile(model)
@@ -178,6 +182,8 @@ dataset = "{dataset}, {arguments.split} split"
 command = "{measured.command}"
 """
     )
+    if pruning is not None:
+        print(f"[models.{name}.tags.{arguments.tag}.prune]\n{_toml(pruning.to_dict())}\n")
     if measured.pretrained_cfg:
         print(f"[models.{name}.tags.{arguments.tag}.pretrained_cfg]\n{_toml(measured.pretrained_cfg)}")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lamzoo.errors import ConfigError, RegistryError
-from lamzoo.lam.config import LamConfig
+from lamzoo.lam import LamConfig, PruneConfig
 
 #: Keys of timm's ``PretrainedCfg`` that a card may set: what a model expects of its input and what its ends are called.
 CFG_KEYS = frozenset(
@@ -57,6 +57,7 @@ class TagCard:
         recipe: the training recipe, where the zoo trained the weights itself.
         args: the builder's arguments that the weights need.
         pretrained_cfg: keys of timm's ``PretrainedCfg``, over those of the model; ``label_names`` among them.
+        prune: how the tokens are pruned that the weights were trained for.
     """
 
     name: str
@@ -73,6 +74,7 @@ class TagCard:
     recipe: str | None = None
     args: Mapping[str, Any] = field(default_factory=dict)
     pretrained_cfg: Mapping[str, Any] = field(default_factory=dict)
+    prune: PruneConfig | None = None
 
     @property
     def foreign(self) -> bool:
@@ -174,13 +176,18 @@ def tag_card(name: str, table: Mapping[str, Any], where: str) -> TagCard:
     """
     known = {f.name for f in dataclasses.fields(TagCard)} - {"name"}
     _check_keys(table, known, where)
-    for key in known - {"metrics", "args", "pretrained_cfg"}:
+    tables = {"metrics", "args", "pretrained_cfg", "prune"}
+    for key in known - tables:
         if not isinstance(table.get(key, ""), str):
             raise RegistryError(f"{where}: {key} is {table[key]!r}; it must be a string.")
-    for key in ("metrics", "args", "pretrained_cfg"):
+    for key in tables:
         _table(table, key, where)
     _check_keys(table.get("pretrained_cfg", {}), CFG_KEYS, f"{where}.pretrained_cfg")
-    tag = TagCard(name, **table)
+    try:
+        prune = PruneConfig.from_dict(table["prune"]) if "prune" in table else None
+    except ConfigError as error:
+        raise RegistryError(f"{where}.prune: {error}") from error
+    tag = TagCard(name, **{**table, "prune": prune})
     sources = (tag.timm, tag.open_clip, tag.file or tag.hub)
     if sum(source is not None for source in sources) != 1:
         raise RegistryError(f"{where}: a tag needs timm, or open_clip, or file and/or hub, as its source.")

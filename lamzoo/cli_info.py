@@ -9,7 +9,7 @@ from timm.models import PretrainedCfg
 
 from lamzoo.cards import ModelCard, TagCard
 from lamzoo.errors import WeightsNotFoundError
-from lamzoo.lam import LamConfig
+from lamzoo.lam import LamConfig, PruneConfig
 from lamzoo.names import find_card, find_tag, get_pretrained_cfg, model_info
 from lamzoo.profiling import profile
 from lamzoo.registry import create_model, obtain
@@ -34,9 +34,10 @@ def describe(name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     if source is None:
         card: ModelCard = model_info(name)
         tags = [_tag(tag) for tag in card.tags.values()]
-        return _facts(name, card, get_pretrained_cfg(name), card.lam), tags
+        chosen = find_tag(card, name)
+        return _facts(name, card, get_pretrained_cfg(name), card.lam, chosen.prune if chosen else None), tags
     saved = read_saved(source, name.partition(":")[2], with_weights=False)
-    return _facts(name, find_card(saved.name), saved.cfg, saved.lam, changed=True), []
+    return _facts(name, find_card(saved.name), saved.cfg, saved.lam, saved.prune, changed=True), []
 
 
 def fetch(name: str) -> list[Path]:
@@ -66,10 +67,16 @@ def _source(name: str) -> Literal["local-dir", "hf-hub"] | None:
 
 
 def _facts(
-    name: str, card: ModelCard, cfg: PretrainedCfg, lam: LamConfig | None, *, changed: bool = False
+    name: str,
+    card: ModelCard,
+    cfg: PretrainedCfg,
+    lam: LamConfig | None,
+    pruning: PruneConfig | None,
+    *,
+    changed: bool = False,
 ) -> dict[str, Any]:
     params, gmacs = card.params, card.gmacs
-    if changed or params is None or gmacs is None:
+    if changed or pruning is not None or params is None or gmacs is None:
         measured = profile(create_model(name))
         params, gmacs = round(measured.params_m * 1e6), measured.gmacs
     record = cfg.to_dict()
@@ -80,6 +87,7 @@ def _facts(
         "parameters": params,
         "gmacs": round(gmacs, 4),
         "masks": None if lam is None else lam.to_dict(),
+        "pruning": None if pruning is None else pruning.to_dict(),
         "classes": record.get("num_classes"),
         "label names": record.get("label_names"),
     }

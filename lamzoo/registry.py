@@ -204,7 +204,8 @@ def _plan(name: str, pretrained: bool, cache_dir: str | Path | None, allow_pickl
         if pretrained:
             tag, weights = obtain(card, name, cache_dir=cache_dir, allow_pickle=allow_pickle)
         args = dict(tag.args) if tag is not None else {}
-        return _Plan(card, tag, pretrained_cfg_of(card, tag), args, card.lam, weights, bool(tag and tag.foreign))
+        foreign, pruning = (tag.foreign, tag.prune) if tag is not None else (False, None)
+        return _Plan(card, tag, pretrained_cfg_of(card, tag), args, card.lam, weights, foreign, pruning)
     if source not in get_args(_Source) or not place:
         raise ConfigError(
             f"{name!r} is no model name: before a colon stands one of {', '.join(get_args(_Source))}, after it a place."

@@ -93,6 +93,7 @@ def test_a_card_without_tags_is_valid(tmp_path: Path) -> None:
         (GOOD + '[models.a.tags.t]\nfile = "x"\nsha256 = "ABC"\n', "is not 64"),
         (GOOD + f'[models.a.tags.t]\nhub = "x/y"\nsha256 = "{"0" * 64}"\n', "needs a revision"),
         (GOOD + "[models.a.tags.t]\nfile = 3\n", "file is 3"),
+        (GOOD + "[models.a.tags.t]\nprune = { kep = 0.5 }\n", "PruneConfig has no field 'kep'; did you mean 'keep'"),
         ('[models."a.b"]\nbuilder = "x:y"\n', "may not contain"),
     ],
 )

@@ -117,6 +117,18 @@ def test_an_explicit_tag_loads_exactly_that(zoo: HubServer, tmp_path: Path) -> N
         create_model("tiny_zoo.nowhere", pretrained=True)
 
 
+def test_a_tag_for_fewer_tokens_comes_pruned_and_others_do_not(zoo: HubServer, tmp_path: Path) -> None:
+    card = (tmp_path / "zoo.toml").read_text()
+    tag = card[card.index("[models.tiny_zoo.tags.bundled]") : card.index("[models.tiny_zoo.tags.hub]")]
+    pruned = tag.replace("tags.bundled", "tags.pruned") + "prune = { keep = 0.5, at = [1] }\n"
+    (tmp_path / "pruned.toml").write_text((card + pruned).replace("tiny_zoo", "pruned_zoo"))
+    register_cards(tmp_path / "pruned.toml")
+    model = create_model("pruned_zoo.pruned", pretrained=True)
+    assert (model.prune_config.keep, model.prune_config.at) == (0.5, (1,))
+    assert not hasattr(create_model("pruned_zoo.bundled", pretrained=True), "prune_config")
+    assert not hasattr(create_model("pruned_zoo.pruned", lam=False), "prune_config")
+
+
 def test_a_bundled_tag_never_asks_the_hub(zoo: HubServer) -> None:
     create_model("tiny_zoo.bundled", pretrained=True)
     assert not zoo.seen
