@@ -2,7 +2,8 @@
 
     python -m benchmarks.pruning lam_vit_tiny_patch8_64.tinyimagenet100 vit_tiny_patch8_64.tinyimagenet100 \
         --data npz:../shared/data/tinyimagenet100 --split val
-    python -m benchmarks.pruning --table      prints the table of what is there
+    python -m benchmarks.pruning --table                   prints the table of what is there
+    python -m benchmarks.pruning --figure FILE.svg         draws it
 
 Pruning by the mask runs on the model with masks, and the peers on it and on its plain twin. A budget is a share of the
 plain twin's own GMACs, masks and scoring included in what is spent; every method has the largest setting that meets it.
@@ -14,12 +15,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.progress import track
@@ -35,6 +37,11 @@ from lamzoo.evaluation import evaluate
 from lamzoo.lam.pruning import Rest, Score
 from lamzoo.profiling.inputs import as_arguments, default_input
 from lamzoo.profiling.latency import compare_latency
+from lamzoo.report.canvas import new_figure
+from lamzoo.report.compare.plots import encode
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "pruning.csv"
@@ -115,7 +122,8 @@ _PEERS = {
     "random": Method(_KEEPS, lambda model, keep, at: applied(model, Random(keep, at))),
     "stride": Method(_KEEPS, lambda model, keep, at: applied(model, Stride(keep, at))),
 }
-METHODS = {**_OURS, **_PEERS}
+_WHOLE = "all tokens"
+METHODS = {_WHOLE: Method([1.0], lambda model, keep, at: nullcontext(model)), **_OURS, **_PEERS}
 
 
 def largest(method: Method, model: nn.Module, at: tuple[int, ...], budget: float) -> float | None:
@@ -136,7 +144,8 @@ def measure(name: str, plain_name: str, how: str, share: float, data: str, split
         ConfigError: no setting of the method meets the budget.
     """
     model, plain = (lamzoo.create_model(each, pretrained=True).eval() for each in (name, plain_name))
-    method, budget = METHODS[how], share * lamzoo.profile(plain).gmacs
+    lamzoo.remove_pruning(model)  # of weights that were trained for it, which has a setting of its own
+    method, budget = METHODS[how], math.inf if how == _WHOLE else share * lamzoo.profile(plain).gmacs
     setting = largest(method, model, at, budget)
     if setting is None:
         raise lamzoo.LamzooError(f"No setting of {how!r} on {name} meets {budget:.4f} GMACs.")
@@ -170,6 +179,26 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def figure(rows: Sequence[Row]) -> Figure:
+    """Draws accuracy against GMACs and against the time of one image, a line for each model and method."""
+    drawing = new_figure((12.5, 5.2))
+    left, right = drawing.subplots(1, 2, sharey=True)
+    styles = itertools.cycle(itertools.product(("-", "--", ":"), "osD^vPX"))
+    lines = dict.fromkeys((row.model, row.method) for row in rows)
+    for (model, method), (line, marker) in zip(lines, styles, strict=False):
+        found = sorted((row for row in rows if (row.model, row.method) == (model, method)), key=lambda row: row.gmacs)
+        for axis, of in ((left, "gmacs"), (right, "latency_ratio")):
+            axis.plot(
+                [getattr(row, of) for row in found], [row.top1 for row in found],
+                line, marker=marker, markersize=5, label=f"{model.partition('.')[0]}, {method}",
+            )  # fmt: skip
+    left.set_xlabel("GMACs of one image")
+    right.set_xlabel("time of one image, to the plain twin with all tokens")
+    left.set_ylabel(f"top-1 (%), {rows[0].data}, {rows[0].split} split")
+    drawing.legend(*left.get_legend_handles_labels(), loc="outside right center", fontsize=7)
+    return drawing
+
+
 def main() -> None:
     """Measures what is missing and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -182,16 +211,21 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="measure nothing")
+    parser.add_argument("--figure", type=Path, metavar="FILE.svg", help="measure nothing; draw what is there")
     args = parser.parse_args()
     rows = read_rows(args.results, Row)
+    if args.figure:
+        args.figure.write_bytes(encode(figure(rows), "svg"))
+        return
     if not args.table:
         if not (args.model and args.plain and args.data):
             parser.error("give a model, its plain twin and --data, or --table")
         wanted = [
             (name, how, share)
             for share, how, name in itertools.product(args.shares, args.methods, (args.model, args.plain))
-            if name == args.model or how in _PEERS
+            if how != _WHOLE and (name == args.model or how in _PEERS)
         ]
+        wanted = [(name, _WHOLE, 1.0) for name in (args.model, args.plain)] + wanted
         done = {(row.model, row.method, row.share) for row in rows}
         for name, how, share in track([each for each in wanted if each not in done], description="points"):
             rows.append(measure(name, args.plain, how, share, args.data, args.split, tuple(args.at)))
