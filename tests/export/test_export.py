@@ -76,9 +76,7 @@ def test_equal_scores_keep_the_same_tokens(format: Any, tmp_path: Path) -> None:
 @pytest.mark.slow
 @each_format
 @pytest.mark.parametrize("keep", [None, 0.7])
-@pytest.mark.parametrize(
-    "name", sorted(n for n in lamzoo.list_models(pretrained=True) if lamzoo.model_info(n).tag.file)
-)
+@pytest.mark.parametrize("name", bundled())
 def test_the_bundled_models_are_exported_and_checked_on_photographs(
     name: str, keep: float | None, format: Any, tmp_path: Path
 ) -> None:

@@ -1,0 +1,158 @@
+"""Accuracy and latency of exported programs beside the model that they come from: plain, masked and pruned; int8 too.
+
+    python -m benchmarks.exported lam_vit_tiny_patch8_64.tinyimagenet100 vit_tiny_patch8_64.tinyimagenet100 \
+        --data npz:../shared/data/tinyimagenet100 --split val
+    python -m benchmarks.exported --table      prints the table of what is there
+
+Pruning is by the mask, to a share of the plain twin's GMACs. Latency is that of one image, in turns with the same model
+in PyTorch. What is measured already is not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.progress import track
+from torch import nn
+
+import lamzoo
+from benchmarks.rows import read_rows, write_rows
+from lamzoo.data import create_dataset
+from lamzoo.evaluation import evaluate
+from lamzoo.profiling.inputs import default_input
+from lamzoo.profiling.latency import compare_latency, device_label
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "exported.csv"
+#: The programs, by what the table calls them: suffix, and whether the linear layers are quantised.
+PROGRAMS = {"PyTorch": None, "torch.export": (".pt2", False), "ONNX": (".onnx", False), "ONNX, int8": (".onnx", True)}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One program.
+
+    Attributes:
+        model: by name.
+        tokens: ``"all"``, or what they were pruned to.
+        program: one of :data:`PROGRAMS`.
+        gmacs: of one image.
+        mib: size of the file; of the weights in float32 for PyTorch.
+        max_difference: of a logit, to the model; None for PyTorch.
+        top1: in percent, on ``split`` of ``data``.
+        ratio: median time of one image, to the model in PyTorch; None for PyTorch.
+        ratio_q1: first quartile.
+        ratio_q3: third quartile.
+        ms: median.
+        data: what was scored.
+        split: of it.
+        device: where.
+        threads: of PyTorch and onnxruntime.
+        torch: version.
+    """
+
+    model: str
+    tokens: str
+    program: str
+    gmacs: float
+    mib: float
+    max_difference: float | None
+    top1: float
+    ratio: float | None
+    ratio_q1: float | None
+    ratio_q3: float | None
+    ms: float
+    data: str
+    split: str
+    device: str
+    threads: int
+    torch: str
+
+
+def measure(model: nn.Module, name: str, tokens: str, what: str, data: str, split: str, folder: Path) -> Row:
+    """Exports a model and measures the program.
+
+    Args:
+        model: pruned or not.
+        name: the row's.
+        tokens: the row's.
+        what: a key of :data:`PROGRAMS`.
+        data: as for ``lamzoo eval``.
+        split: of it.
+        folder: for the file.
+    """
+    program, image = PROGRAMS[what], default_input(model)
+    runs, mib, difference = model, sum(p.numel() * 4 for p in model.parameters()) / 2**20, None
+    if program is not None:
+        suffix, int8 = program
+        written = lamzoo.export_model(model, folder / f"model{suffix}", int8=int8)
+        runs, mib, difference = lamzoo.load_exported(written.path), written.mib, written.max_difference
+    times = compare_latency(runs, model, image, repeats=50)
+    low, high = times.ratio_quartiles
+    return Row(
+        model=name, tokens=tokens, program=what, gmacs=round(lamzoo.profile(model).gmacs, 4), mib=round(mib, 1),
+        max_difference=difference, top1=round(evaluate(runs, create_dataset(data, split), batch_size=100).top1, 2),
+        ratio=round(times.ratio, 3) if program else None, ratio_q1=round(low, 3) if program else None,
+        ratio_q3=round(high, 3) if program else None, ms=round(times.model.median_ms, 2),
+        data=data.rpartition("/")[2], split=split, device=device_label(torch.device("cpu")),
+        threads=torch.get_num_threads(), torch=torch.__version__,
+    )  # fmt: skip
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Returns the rows as Markdown."""
+    lines = [
+        "| model | tokens | program | GMACs | MiB | top-1 (%) | time of one image to PyTorch | largest difference |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        ratio = "" if row.ratio is None else f"{row.ratio:.2f} ({row.ratio_q1:.2f}-{row.ratio_q3:.2f})"
+        difference = "" if row.max_difference is None else f"{row.max_difference:.1g}"
+        lines.append(
+            f"| `{row.model.partition('.')[0]}` | {row.tokens} | {row.program} | {row.gmacs:.4f} | {row.mib:.1f} "
+            f"| {row.top1:.2f} | {ratio} | {difference} |"
+        )
+    conditions = {
+        f"{row.data}, {row.split} split; {row.device}, {row.threads} threads, torch {row.torch}" for row in rows
+    }
+    return "\n".join(lines) + "\n\nMeasured on: " + "; ".join(sorted(conditions)) + ".\n"
+
+
+def main() -> None:
+    """Measures what is missing and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", help="with masks and weights")
+    parser.add_argument("plain", nargs="?", help="its twin without masks")
+    parser.add_argument("--data", help="as for `lamzoo eval`")
+    parser.add_argument("--split", default="val")
+    parser.add_argument("--share", type=float, default=0.63, help="of the plain twin's GMACs, after pruning")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true", help="measure nothing")
+    args = parser.parse_args()
+    rows = read_rows(args.results, Row)
+    if not args.table:
+        if not (args.model and args.plain and args.data):
+            parser.error("give a model, its plain twin and --data, or --table")
+        few = f"{args.share:.0%} of the GMACs"
+        budget = args.share * lamzoo.profile(lamzoo.create_model(args.plain)).gmacs
+        models = [(args.plain, "all"), (args.model, "all"), (args.model, few)]
+        done = {(row.model, row.tokens, row.program) for row in rows}
+        wanted = [(*each, what) for each, what in itertools.product(models, PROGRAMS) if (*each, what) not in done]
+        with tempfile.TemporaryDirectory() as folder:
+            for name, tokens, what in track(wanted, description="programs"):
+                model = lamzoo.create_model(name, pretrained=True).eval()
+                if tokens == few:
+                    lamzoo.prune_tokens(model, target_gmacs=budget)
+                rows.append(measure(model, name, tokens, what, args.data, args.split, Path(folder)))
+                write_rows(args.results, rows)
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
