@@ -1,30 +1,49 @@
-"""The accuracies on the cards, measured again where the data is at hand."""
+"""The scores on the cards, measured again where the data is at hand."""
 
 from pathlib import Path
 
 import pytest
 
 from lamzoo.data import create_dataset
+from lamzoo.data.retrieval import create_retrieval_dataset
 from lamzoo.evaluation import evaluate
+from lamzoo.evaluation.retrieval import WAYS
+from lamzoo.evaluation.videos import evaluate_retrieval
 from lamzoo.names import list_models, model_info
 from lamzoo.registry import create_model
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 SPLITS = {"cifar10": "test", "tinyimagenet100": "val"}  # of what is bundled, by tag
+VIDEOS = {"grid": "grid:{data}/grid_s1:motion"}
 
 
-def scored_names() -> list[str]:
-    """Every ``arch.tag`` with a bundled file and a top-1."""
+def scored_names(metric: str) -> list[str]:
+    """Every ``arch.tag`` with a bundled file and this metric."""
     tags = {name: model_info(name).tag for name in list_models(pretrained=True)}
-    return [name for name, tag in tags.items() if tag is not None and tag.file is not None and "top1" in tag.metrics]
+    return [name for name, tag in tags.items() if tag is not None and tag.file is not None and metric in tag.metrics]
 
 
 def test_there_are_scores_to_measure_again() -> None:
-    assert {name.rpartition(".")[2] for name in scored_names()} == set(SPLITS)
+    images, videos = ({name.rpartition(".")[2] for name in scored_names(metric)} for metric in ("top1", "t2v_R1"))
+    assert (images, videos) == (set(SPLITS), set(VIDEOS))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", scored_names())
+@pytest.mark.parametrize("name", scored_names("t2v_R1"))
+def test_the_cards_ranks_are_measured_again(name: str) -> None:
+    tag = model_info(name).tag
+    assert f"--data {VIDEOS[tag.name].format(data='../shared/data')} --split test" in tag.metrics["command"]
+    if not DATA.is_dir():
+        pytest.skip(f"{DATA} is not here")
+    dataset = create_retrieval_dataset(VIDEOS[tag.name].format(data=DATA), "test")
+    result = evaluate_retrieval(create_model(name, pretrained=True), dataset)
+    for way in WAYS:
+        for key in ("R1", "R5", "R10", "MedianR"):
+            assert result.metrics[way][key] == pytest.approx(tag.metrics[f"{way}_{key}"], abs=0.5)  # one clip of 200
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", scored_names("top1"))
 def test_the_cards_accuracy_is_measured_again(name: str) -> None:
     tag = model_info(name).tag
     folder, split = DATA / tag.name, SPLITS[tag.name]

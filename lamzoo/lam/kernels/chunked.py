@@ -12,7 +12,7 @@ from lamzoo.lam.config import Op
 from lamzoo.lam.kernels.flops import count_flops
 from lamzoo.lam.masks import FactoredMask
 
-_BLOCK_BYTES = 2**20  # of one block of scores: what stays in a core's cache is fastest
+_BLOCK_BYTES = 2**21  # of one block of scores: smaller ones are dispatched too often, larger ones leave the cache
 
 
 def unsupported(
@@ -87,14 +87,14 @@ def _backward(
     grads = [torch.zeros_like(x, dtype=precise) for x in (query, key, value, left, right)]
     grad_query, grad_key, grad_value, grad_left, grad_right = grads
     delta = (grad * out).sum(-1, keepdim=True, dtype=precise).to(query.dtype)
-    blocks = _Blocks(query, key, left, right, allowed, op, is_causal, scale, count=4)
+    blocks = _Blocks(query, key, left, right, allowed, op, is_causal, scale, count=3)
     for (b, h), rows in blocks:
         lb, rb = _at(left, b, h), _at(right, b, h)
         weights = blocks.weights(b, h, rows)
         grad_rows = grad[b, h, rows]
         _add_product(grad_value[b, h], weights.mT, grad_rows)
         # Of the modulated scores; the forbidden ones' are zero, as their weights are.
-        grad_scores = torch.mm(grad_rows, value[b, h].mT, out=blocks.buffer(3, rows))
+        grad_scores = torch.mm(grad_rows, value[b, h].mT, out=blocks.buffer(2, rows))
         grad_scores.sub_(delta[b, h, rows]).mul_(weights)
         grad_mask = grad_scores
         if op == "mul":
@@ -133,7 +133,7 @@ class _Blocks:
         op: str,
         is_causal: bool,
         scale: float,
-        count: int = 3,
+        count: int = 2,
     ) -> None:
         self.query, self.key, self.left, self.right = query * scale, key, left, right
         self.op = op
@@ -169,7 +169,7 @@ class _Blocks:
         forbidden = self._forbidden(b, h, rows)
         if forbidden is not None:
             scores.masked_fill_(forbidden, -torch.inf)
-        weights = torch.softmax(scores, dim=-1, out=self.buffer(2, rows))
+        weights = torch.softmax(scores, dim=-1, out=mask)  # which is used up: a third buffer would cost cache
         if forbidden is not None:
             weights.masked_fill_(forbidden, 0.0)  # the softmax of -inf alone is NaN
         return weights
@@ -182,7 +182,7 @@ class _Blocks:
         return forbidden
 
     def buffer(self, index: int, rows: slice) -> Tensor:
-        """Returns one of the ``count`` buffers, ``(rows, Nk)``; the methods above use the first three."""
+        """Returns one of the ``count`` buffers, ``(rows, Nk)``; the methods above use the first two."""
         return self.buffers[index, : rows.stop - rows.start]
 
 
