@@ -35,6 +35,9 @@ class _Prune(SharedStateHook):
         self.share = share  # of the model's tokens that is left behind this block in evaluation
         self.kept: Tensor | None = None  # and that was left of each sample's in the last training pass, (B,)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"kept": None}  # a copy or pickle has no graph
+
     def __call__(self, block: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         here = self.shared.current
         assert here.scores is not None  # the block's attention left them
@@ -153,8 +156,7 @@ def remove_pruning(model: Model) -> Model:
             for key, hook in list(hooks.items()):
                 if isinstance(hook, (_Prune, _PoolKept, _AllTokens, _EnterPruned)):
                     del hooks[key]
-    if hasattr(model, "prune_config"):
-        del model.prune_config
+        vars(module).pop("prune_config", None)
     return model
 
 
