@@ -1,6 +1,7 @@
 """Scores and predictions: of image classifiers, and of text-video retrieval."""
 
 from lamzoo.evaluation.classification import EvalProgress, evaluate
+from lamzoo.evaluation.moments import moment_metrics
 from lamzoo.evaluation.partial import default_state_path
 from lamzoo.evaluation.prediction import Prediction, class_names, label_names, predict, preprocess
 from lamzoo.evaluation.retrieval import dual_softmax, retrieval_metrics
@@ -18,6 +19,7 @@ __all__ = [
     "dual_softmax",
     "evaluate",
     "label_names",
+    "moment_metrics",
     "predict",
     "preprocess",
     "resolve_device",

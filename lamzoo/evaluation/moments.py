@@ -1,0 +1,260 @@
+"""The official scores of QVHighlights, moments and highlights, of predictions and annotations; knows no model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lamzoo.errors import DataError
+
+Array: TypeAlias = NDArray[np.float64]
+Metrics: TypeAlias = dict[str, Any]
+
+CLIP_SECONDS = 2.0
+_THRESHOLDS = tuple(round(0.5 + 0.05 * step, 2) for step in range(10))
+_LENGTHS = {"short": (0, 10), "middle": (10, 30), "long": (30, 150), "full": None}
+_GRADES = {"Fair": 2, "Good": 3, "VeryGood": 4}
+_MOST_WINDOWS = 10  # of a query, that mean average precision looks at
+_MARGIN_CLIPS = 2  # published models' features end a clip or two before or behind their video
+
+
+def moment_metrics(predictions: Sequence[Mapping[str, Any]], annotations: Sequence[Mapping[str, Any]]) -> Metrics:
+    """Computes what QVHighlights' official tool does, to the printed digit (Lei et al., arXiv 2107.09609, section 4).
+
+    A window counts at a threshold if its intersection over union with a true one reaches it. ``R1`` looks at the first
+    window of a query and the true one nearest to it; ``mAP`` at the first ten, by their scores. ``short`` (up to 10 s),
+    ``middle`` (up to 30 s) and ``long`` (up to 150 s) are the true windows of that length and the queries that have
+    such. ``HL-min-...`` asks which clips at least one of three annotators, each by himself, gave that grade:
+    ``HL-mAP`` is the mean average precision of the clips' order, ``HL-Hit1`` whether the highest clip is such.
+
+    Args:
+        predictions: for each query once, in any order: ``qid``; ``pred_relevant_windows``, a list of ``[start, end,
+            score]`` in seconds, the best first; and ``pred_saliency_scores``, one number for each two-second clip.
+            Predictions without the one or the other are scored by what they have.
+        annotations: ``qid``, ``duration`` in seconds, ``relevant_windows``, ``relevant_clip_ids`` and
+            ``saliency_scores``, three grades from 0 to 4 for each of those clips. Without the last two, highlights are
+            not scored.
+
+    Returns:
+        The official tool's dictionary: ``brief``, ``HL-min-Fair``, ``HL-min-Good``, ``HL-min-VeryGood``, ``full``,
+        ``long``, ``middle`` and ``short``, in percent with two decimals.
+
+    Raises:
+        DataError: a query without a prediction or with two, a prediction for no query, no windows, a window or score
+            that isn't a number, a window that ends before it begins or lies outside of the video, or saliencies for
+            another number of clips. A window may end where the longest video does, and saliencies may be two clips
+            short or over, as in published submissions; what is missing counts as zero.
+    """
+    truth = {annotation["qid"]: annotation for annotation in annotations}
+    if len(truth) != len(annotations) or not truth:
+        raise DataError("The annotations are empty or have a qid twice; give each query once.")
+    for qid, annotation in truth.items():
+        if not annotation["relevant_windows"]:
+            raise DataError(f"The annotation of qid {qid} has no relevant_windows; leave the query out.")
+    found = _by_query(predictions, truth)
+    metrics: Metrics = {}
+    if all("pred_relevant_windows" in prediction for prediction in found.values()):
+        _check_windows(found, truth)
+        metrics |= {name: _moments(found, _of_length(truth, bounds)) for name, bounds in _LENGTHS.items()}
+    if all("pred_saliency_scores" in prediction for prediction in found.values()) and all(
+        "saliency_scores" in annotation for annotation in truth.values()
+    ):
+        _check_saliencies(found, truth)
+        metrics |= _highlights(found, truth)
+    if not metrics:
+        raise DataError(
+            "The predictions have neither pred_relevant_windows for every query nor pred_saliency_scores and grades to "
+            "compare them with; nothing can be scored."
+        )
+    return {"brief": _brief(metrics)} | dict(sorted(metrics.items()))
+
+
+def _by_query(predictions: Sequence[Mapping[str, Any]], truth: Mapping[Any, Any]) -> dict[Any, Mapping[str, Any]]:
+    found: dict[Any, Mapping[str, Any]] = {}
+    for number, prediction in enumerate(predictions):
+        if "qid" not in prediction:
+            raise DataError(f"Prediction {number} has no qid; give the query that it answers.")
+        qid = prediction["qid"]
+        if qid in found:
+            raise DataError(f"The predictions have qid {qid} twice; leave one out.")
+        if qid not in truth:
+            raise DataError(
+                f"The predictions have qid {qid}, which the annotations have not; are they of another split?"
+            )
+        found[qid] = prediction
+    missing = [qid for qid in truth if qid not in found]
+    if missing:
+        few = ", ".join(map(str, missing[:3]))
+        raise DataError(f"The predictions lack {len(missing)} of {len(truth)} queries, qid {few} among them.")
+    return found
+
+
+def _check_windows(found: Mapping[Any, Mapping[str, Any]], truth: Mapping[Any, Mapping[str, Any]]) -> None:
+    latest = max(annotation["duration"] for annotation in truth.values()) + CLIP_SECONDS
+    for qid, prediction in found.items():
+        windows = prediction["pred_relevant_windows"]
+        if not windows:
+            raise DataError(f"The prediction for qid {qid} has no windows; give at least one.")
+        for window in windows:
+            what = f"The prediction for qid {qid} has the window {list(window)}"
+            if len(window) != 3 or not all(_is_number(value) for value in window):
+                raise DataError(f"{what}; a window is [start, end, score], three finite numbers.")
+            start, end, _ = window
+            if start > end:
+                raise DataError(f"{what}, which ends before it begins.")
+            if end < 0 or start < -CLIP_SECONDS or end > latest:
+                duration = truth[qid]["duration"]
+                raise DataError(f"{what}, outside of its video of {duration:g} s; windows are in seconds.")
+
+
+def _check_saliencies(found: Mapping[Any, Mapping[str, Any]], truth: Mapping[Any, Mapping[str, Any]]) -> None:
+    longest = max(_num_clips(annotation) for annotation in truth.values())
+    for qid, prediction in found.items():
+        scores, clips = prediction["pred_saliency_scores"], _num_clips(truth[qid])
+        if not all(_is_number(score) for score in scores):
+            raise DataError(f"The prediction for qid {qid} has a saliency that is no finite number.")
+        # Some models answer for the longest video, whatever the length of this one.
+        if all(abs(len(scores) - right) > _MARGIN_CLIPS for right in (clips, longest)) or not scores:
+            raise DataError(
+                f"The prediction for qid {qid} has {len(scores)} saliencies, and its video has {clips} clips of "
+                f"{CLIP_SECONDS:g} s; give one for each."
+            )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _of_length(truth: Mapping[Any, Mapping[str, Any]], bounds: tuple[int, int] | None) -> dict[Any, Array]:
+    """Returns the true windows, ``(windows, 2)``, that are longer than the one bound and no longer than the other."""
+    windows = {qid: np.array(annotation["relevant_windows"], dtype=float) for qid, annotation in truth.items()}
+    if bounds is None:
+        return windows
+    shorter, longest = bounds
+    kept = {}
+    for qid, of_query in windows.items():
+        lengths = of_query[:, 1] - of_query[:, 0]
+        inside = (lengths > shorter) & (lengths <= longest)
+        if inside.any():
+            kept[qid] = of_query[inside]
+    return kept
+
+
+def _moments(found: Mapping[Any, Mapping[str, Any]], truth: Mapping[Any, Array]) -> Metrics:
+    precisions, hits = [], []
+    for qid, true_windows in truth.items():
+        windows = np.array(found[qid]["pred_relevant_windows"], dtype=float)
+        precisions.append(_window_precision(windows[:_MOST_WINDOWS], true_windows))
+        hits.append(_overlap(windows[:1, :2], true_windows).max() >= np.array(_THRESHOLDS))
+    if not truth:
+        precisions, hits = [np.zeros(len(_THRESHOLDS))], [np.zeros(len(_THRESHOLDS), dtype=bool)]
+    precision = np.array(precisions).mean(axis=0)
+    names = [str(threshold) for threshold in _THRESHOLDS]
+    return {
+        "MR-mAP": {**dict(zip(names, map(_percent, precision), strict=True)), "average": _percent(precision.mean())},
+        "MR-R1": dict(zip(names, map(_percent, np.array(hits).mean(axis=0)), strict=True)),
+    }
+
+
+def _window_precision(windows: Array, true_windows: Array) -> Array:
+    """Returns the interpolated average precision of windows ``(n, 3)`` at each threshold, as ActivityNet defines it."""
+    windows = windows[np.argsort(-windows[:, 2], kind="stable")]
+    overlaps = _overlap(windows[:, :2], true_windows)
+    right = np.zeros((len(_THRESHOLDS), len(windows)))
+    taken = np.zeros((len(_THRESHOLDS), len(true_windows)), dtype=bool)
+    for number, overlap in enumerate(overlaps):
+        nearest_first = overlap.argsort()[::-1]
+        for level, threshold in enumerate(_THRESHOLDS):
+            for which in nearest_first:
+                if overlap[which] < threshold:
+                    break
+                if not taken[level, which]:  # each true window is found once
+                    taken[level, which] = True
+                    right[level, number] = 1
+                    break
+    found = right.cumsum(axis=1)
+    precision = found / np.arange(1, len(windows) + 1)
+    recall = found / len(true_windows)
+    return np.array([_interpolated(*curve) for curve in zip(precision, recall, strict=True)])
+
+
+def _interpolated(precision: Array, recall: Array) -> float:
+    """Returns the area below the curve of the highest precision at each recall or a higher one."""
+    precision = np.concatenate([[0.0], precision, [0.0]])
+    recall = np.concatenate([[0.0], recall, [1.0]])
+    precision = np.maximum.accumulate(precision[::-1])[::-1]
+    steps = np.flatnonzero(np.diff(recall))
+    return float(np.sum((recall[steps + 1] - recall[steps]) * precision[steps + 1]))
+
+
+def _overlap(windows: Array, others: Array) -> Array:
+    """Returns the intersection over union of windows ``(n, 2)`` and ``(m, 2)``, ``(n, m)``; 0 where both are empty."""
+    (start, end), (other_start, other_end) = (x.T for x in (windows, others))
+    shared = np.clip(np.minimum.outer(end, other_end) - np.maximum.outer(start, other_start), 0, None)
+    union = np.add.outer(end - start, other_end - other_start) - shared
+    return np.divide(shared, union, out=np.zeros_like(shared), where=union != 0)
+
+
+def _highlights(found: Mapping[Any, Mapping[str, Any]], truth: Mapping[Any, Mapping[str, Any]]) -> Metrics:
+    grades = {qid: _clip_grades(annotation) for qid, annotation in truth.items()}
+    metrics = {}
+    for name, least in _GRADES.items():
+        hits, precisions = [], []
+        for qid, of_clips in grades.items():
+            scores = np.array(found[qid]["pred_saliency_scores"], dtype=float)
+            good = of_clips >= least
+            best = int(scores.argmax())
+            hits.append(bool(best < len(good) and good[best].any()))
+            fitted = np.zeros(len(good))
+            fitted[: len(scores)] = scores[: len(good)]
+            precisions += [_clip_precision(by_one, fitted) for by_one in good.T]
+        metrics[f"HL-min-{name}"] = {"HL-mAP": _percent(np.mean(precisions)), "HL-Hit1": _percent(np.mean(hits))}
+    return metrics
+
+
+def _clip_grades(annotation: Mapping[str, Any]) -> NDArray[np.int64]:
+    """Returns what three annotators gave each clip, ``(clips, 3)``, 0 where they saw nothing of what was asked."""
+    grades = np.zeros((_num_clips(annotation), 3), dtype=np.int64)
+    grades[annotation["relevant_clip_ids"]] = annotation["saliency_scores"]
+    return grades
+
+
+def _clip_precision(good: NDArray[np.bool_], scores: Array) -> float:
+    """Returns the official average precision of an order of clips.
+
+    It is the mean, over the steps of the recall, of the highest precision at that recall or a higher one.
+    """
+    if good.all() or not good.any():
+        return float(good.all())
+    order = np.argsort(-scores, kind="stable")
+    last_of_ties = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)
+    found = good[order].cumsum()[last_of_ties]
+    precision = np.maximum.accumulate((found / (last_of_ties + 1))[::-1])[::-1]
+    steps = np.flatnonzero(np.diff(found, prepend=0))
+    return float(precision[steps].mean())
+
+
+def _num_clips(annotation: Mapping[str, Any]) -> int:
+    return int(annotation["duration"] / CLIP_SECONDS)
+
+
+def _percent(share: float | np.floating[Any]) -> float:
+    return float(f"{100 * float(share):.2f}")
+
+
+def _brief(metrics: Metrics) -> dict[str, float]:
+    brief: dict[str, float] = {}
+    if "full" in metrics:
+        full = metrics["full"]
+        brief |= {f"MR-full-R1@{level}": full["MR-R1"][level] for level in ("0.5", "0.7")}
+        brief["MR-full-mAP"] = full["MR-mAP"]["average"]
+        brief |= {f"MR-full-mAP@{level}": full["MR-mAP"][level] for level in ("0.5", "0.75")}
+        brief |= {f"MR-{name}-mAP": metrics[name]["MR-mAP"]["average"] for name in ("long", "middle", "short")}
+    for grade in _GRADES:
+        scores: Mapping[str, float] = metrics.get(f"HL-min-{grade}", {})
+        brief |= {f"HL-min-{grade}-{key.removeprefix('HL-')}": value for key, value in scores.items()}
+    return brief
