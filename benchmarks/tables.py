@@ -19,7 +19,6 @@ from benchmarks.ablation.table import table as ablation
 from lamzoo.profiling.table import BenchRow, read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
-ABLATIONS = ROOT / "benchmarks" / "ablation"
 RESULTS = ROOT / "benchmarks" / "results"
 _BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
@@ -47,8 +46,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "zoo": zoo,
     "cost": cost,
     "ablation": ablation,
-    "grid": lambda: ablation(ABLATIONS / "grid.toml"),
-    "flickr8k": lambda: ablation(ABLATIONS / "flickr8k.toml"),
     "finetuning": lambda: finetuning.table(finetuning.read_results(RESULTS / "finetuning.csv")) + "\n",
 }
 
