@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from lamzoo.adapters import mha, timm
+from lamzoo.adapters import mha, native, timm
 from lamzoo.adapters.capture import capture_masks
 from lamzoo.adapters.pruning import pruning_loss, remove_pruning
 from lamzoo.adapters.slots import EnterBlock, Slot
@@ -38,7 +38,7 @@ def _open_clip_slots(model: nn.Module) -> Iterator[Slot]:
         yield from open_clip.slots(model)
 
 
-_ADAPTERS = (timm.slots, _open_clip_slots, mha.slots)
+_ADAPTERS = (timm.slots, _open_clip_slots, mha.slots, native.slots)
 
 
 def add_lam(model: Model, config: LamConfig | None = None) -> Model:

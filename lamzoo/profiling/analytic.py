@@ -29,6 +29,7 @@ class Stack:
         hidden: width inside the MLP.
         copies: token sequences that pass through them for one sample, such as the frames of a video.
         masked: whether they have masks, in a model that has any.
+        keys: tokens that they look at; their own by default.
     """
 
     tokens: int
@@ -38,12 +39,18 @@ class Stack:
     hidden: int
     copies: int = 1
     masked: bool = True
+    keys: int | None = None
+
+    @property
+    def seen(self) -> int:
+        """Tokens that a token looks at."""
+        return self.tokens if self.keys is None else self.keys
 
     @property
     def macs(self) -> int:
         """MACs of the blocks: four projections, two attention products and an MLP of two layers in each."""
-        projections = 4 * self.tokens * self.width**2
-        attention = 2 * self.tokens**2 * self.width
+        projections = 2 * (self.tokens + self.seen) * self.width**2
+        attention = 2 * self.tokens * self.seen * self.width
         mlp = 2 * self.tokens * self.width * self.hidden
         return self.copies * self.depth * (projections + attention + mlp)
 
@@ -54,9 +61,9 @@ class Stack:
         heads = self.heads if config.heads == "per-head" else 1
         network = _mlp_macs(self.tokens, (self.width, *config.hidden, heads * config.rank))
         if config.keys == "content":
-            network += _mlp_macs(self.tokens, (self.width, *config.hidden, heads * (config.rank + 1)))
+            network += _mlp_macs(self.seen, (self.width, *config.hidden, heads * (config.rank + 1)))
         networks = self.depth if config.layers == "multi" else 1
-        return self.copies * (networks * network + self.depth * heads * self.tokens**2 * (config.rank + 1))
+        return self.copies * (networks * network + self.depth * heads * self.tokens * self.seen * (config.rank + 1))
 
 
 @dataclass(frozen=True)
@@ -88,8 +95,9 @@ def analytic_macs(model: nn.Module) -> AnalyticMacs:
     """Computes the MACs of a model from its dimensions alone; nothing is run.
 
     Serves timm's ``VisionTransformer`` behind a patch embedding or a convolutional stem, open_clip's ``CLIP`` of two
-    transformers (one image and one text), and CLIP4Clip on such towers (one video of ``max_frames`` frames and one
-    text), each with or without masks of any configuration.
+    transformers (one image and one text), CLIP4Clip on such towers (one video of ``max_frames`` frames and one text),
+    Moment-DETR and QD-DETR (one video of ``max_clips`` clips and one sentence of ``max_words`` words), each with or
+    without masks of any configuration.
 
     Args:
         model: at the input size that it was built for.
@@ -106,6 +114,8 @@ def analytic_macs(model: nn.Module) -> AnalyticMacs:
         ends, stacks = _clip(model)
     elif hasattr(model, "clip") and type(model).__module__ == "lamzoo.models.clip4clip":
         ends, stacks = _clip4clip(model)
+    elif type(model).__name__ in ("MomentDetr", "QdDetr") and type(model).__module__.startswith("lamzoo.models."):
+        ends, stacks = _moments(model)
     else:
         raise _unknown(model)
     config: LamConfig | None = getattr(model, "lam_config", None)
@@ -168,6 +178,32 @@ def _clip4clip(model: Any) -> tuple[int, list[Stack]]:
     tight = model.similarity_type == "tight"
     head = replace(_clip_stack(model.head.transformer, frames + tight, width), masked=has_masks(model.head))
     return ends + (width**2 + width if tight else width), [image, text, head]
+
+
+def _moments(model: Any) -> tuple[int, list[Stack]]:
+    clips, words, width = model.max_clips, model.max_words, model.width
+    layer = model.encoder[0]
+    heads, hidden = layer.attention.attn.num_heads, layer.feed_forward.layers[0].out_features
+    encoder = Stack(clips + words, width, len(model.encoder), heads, hidden, masked=has_masks(model.encoder))
+    ends = _mlp_macs(clips, (model.video_dim, width, width)) + _mlp_macs(words, (model.text_dim, width, width))
+    if hasattr(model, "cross"):
+        crossing = Stack(clips, width, len(model.cross), heads, hidden, masked=has_masks(model.cross), keys=words)
+        encoder = replace(encoder, tokens=1 + clips)
+        queries, depth = model.decoder.spans.num_embeddings, len(model.decoder.layers)
+        ends += (clips + 1) * width**2  # saliency: clips, and the token that they are compared with
+        # In the decoder, positions come from spans, are projected apart and stand beside the content.
+        own, across = 2 * queries, clips + queries
+        ends += depth * ((own + across) * width**2 + queries * clips * width) + queries * width**2
+        ends += depth * _mlp_macs(queries, (width, width, width)) + (depth - 1) * _mlp_macs(queries, (width,) * 3)
+        ends += depth * (_mlp_macs(queries, (width, width, 1)) + _mlp_macs(queries, (width, width, width, 2)))
+        stacks, memory = [crossing, encoder], clips
+    else:
+        queries, depth = model.query_embedding.num_embeddings, len(model.decoder)
+        ends += clips * width
+        stacks, memory = [encoder], clips + words
+    ends += depth * (_mlp_macs(queries, (width, width, width, 2)) + 2 * queries * width)
+    looks = Stack(queries, width, depth, heads, 0, masked=has_masks(model.decoder))
+    return ends, [*stacks, looks, replace(looks, keys=memory, hidden=hidden)]
 
 
 def has_masks(module: nn.Module) -> bool:

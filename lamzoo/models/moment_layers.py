@@ -1,0 +1,178 @@
+"""The layers of Moment-DETR and QD-DETR; their attention is ``nn.MultiheadAttention``, which ``add_lam`` serves."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lamzoo.adapters.native import is_short, plain_attention
+
+
+class InputProjection(nn.Sequential):
+    """Features to tokens: twice a norm, dropout and a linear layer, with a ReLU between (``n_input_proj = 2``)."""
+
+    def __init__(self, features: int, width: int, dropout: float) -> None:
+        super().__init__(
+            nn.LayerNorm(features), nn.Dropout(dropout), nn.Linear(features, width), nn.ReLU(),
+            nn.LayerNorm(width), nn.Dropout(dropout), nn.Linear(width, width),
+        )  # fmt: skip
+
+
+class Mlp(nn.Sequential):
+    """Linear layers with ReLU between them."""
+
+    def __init__(self, width: int, hidden: int, out: int, layers: int) -> None:
+        widths = [width, *[hidden] * (layers - 1), out]
+        parts: list[nn.Module] = []
+        for number in range(layers):
+            parts += [nn.Linear(widths[number], widths[number + 1]), nn.ReLU()]
+        super().__init__(*parts[:-1])
+
+
+def sine_positions(mask: Tensor, width: int, temperature: float = 10_000.0) -> Tensor:
+    """Returns DETR's sine positions of a padded sequence, scaled to one turn over the sample's own length.
+
+    Args:
+        mask: bool ``(B, N)``, True where there is a token.
+        width: of the positions.
+        temperature: of the wave lengths.
+
+    Returns:
+        ``(B, N, width)``, float32.
+    """
+    index = mask.cumsum(dim=1, dtype=torch.float32)
+    return sine_features(index / (index[:, -1:] + 1e-6), width, temperature)
+
+
+def sine_features(values: Tensor, width: int, temperature: float = 10_000.0) -> Tensor:
+    """Returns sines and cosines of values ``(...)`` from 0 to 1, in turns, in ever longer waves: ``(..., width)``."""
+    step = torch.arange(width, dtype=torch.float32, device=values.device)
+    angles = 2 * math.pi * values.unsqueeze(-1) / temperature ** (2 * (step // 2) / width)
+    return torch.stack([angles[..., 0::2].sin(), angles[..., 1::2].cos()], dim=-1).flatten(-2)
+
+
+def attend(attention: Any, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None) -> Tensor:
+    """Calls an ``nn.MultiheadAttention`` with ``batch_first``, which may have a learnable mask.
+
+    Args:
+        attention: the module.
+        query: ``(B, Nq, C)``.
+        key: ``(B, Nk, C)``.
+        value: ``(B, Nk, C)``.
+        allowed: bool ``(B, Nk)``, True where there is a key; None for all.
+
+    Returns:
+        ``(B, Nq, C)``.
+    """
+    if hasattr(attention, "lam"):
+        padding = None if allowed is None else ~allowed
+        out: Tensor = attention(query, key, value, key_padding_mask=padding, need_weights=is_short(query, key))[0]
+        return out
+    # torch's own attention lays out the factors of its products otherwise, and so rounds otherwise.
+    weights, biases = attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)
+    projected = map(F.linear, (query, key, value), weights, biases)
+    q, k, v = (x.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for x in projected)
+    seen = None if allowed is None else allowed[:, None, None, :]
+    heads = plain_attention(q, k, v, seen, attention.dropout if attention.training else 0.0)
+    return attention.out_proj(heads.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """Linear, ReLU, dropout, linear, with dropout, residual and norm behind it."""
+
+    def __init__(self, width: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(width, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, width), nn.Dropout(dropout)
+        )
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Works on ``(B, N, C)``."""
+        return self.norm(tokens + self.layers(tokens))
+
+
+class Attention(nn.Module):
+    """``nn.MultiheadAttention`` with dropout, residual and norm behind it; positions go to queries and keys alone.
+
+    Args:
+        width: of the tokens.
+        heads: attention heads.
+        dropout: of the attention weights and of the output.
+    """
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(width, heads, dropout=dropout, batch_first=True)
+        self.dropout = nn.Dropout(dropout)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        context: Tensor | None = None,
+        context_positions: Tensor | None = None,
+        allowed: Tensor | None = None,
+    ) -> Tensor:
+        """Lets tokens look at themselves, or at a context.
+
+        Args:
+            tokens: ``(B, N, C)``.
+            positions: ``(B, N, C)``.
+            context: ``(B, M, C)``; the tokens themselves by default.
+            context_positions: ``(B, M, C)``.
+            allowed: bool ``(B, M)``, True where there is something to look at.
+
+        Returns:
+            ``(B, N, C)``.
+        """
+        query = tokens + positions
+        if context is None:
+            key, value = query, tokens
+        else:
+            key, value = context if context_positions is None else context + context_positions, context
+        return self.norm(tokens + self.dropout(attend(self.attn, query, key, value, allowed)))
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention, or attention to another modality, and a feed-forward network, each with its norm behind it."""
+
+    def __init__(self, width: int, heads: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.attention = Attention(width, heads, dropout)
+        self.feed_forward = FeedForward(width, hidden, dropout)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Arguments as of :class:`Attention`; returns ``(B, N, C)``."""
+        out: Tensor = self.feed_forward(self.attention(*args, **kwargs))
+        return out
+
+
+class DecoderLayer(nn.Module):
+    """Moment queries look at each other and at the memory (Moment-DETR)."""
+
+    def __init__(self, width: int, heads: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.self_attention = Attention(width, heads, dropout)
+        self.cross_attention = Attention(width, heads, dropout)
+        self.feed_forward = FeedForward(width, hidden, dropout)
+
+    def forward(
+        self, queries: Tensor, positions: Tensor, memory: Tensor, memory_positions: Tensor, allowed: Tensor
+    ) -> Tensor:
+        """Works on queries ``(B, Q, C)`` with their positions, beside a memory ``(B, N, C)`` with its own."""
+        queries = self.self_attention(queries, positions)
+        queries = self.cross_attention(queries, positions, memory, memory_positions, allowed)
+        return self.feed_forward(queries)
+
+
+def initialise(model: nn.Module) -> None:
+    """Draws every matrix of a transformer as DETR does (Glorot, uniform), its masks left as they are."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1 and ".lam." not in name:
+            nn.init.xavier_uniform_(parameter)

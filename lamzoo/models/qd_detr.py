@@ -1,0 +1,253 @@
+"""QD-DETR (arXiv 2303.13874): clips read the sentence by cross-attention, a saliency token, queries that are spans."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lamzoo.adapters.native import HeadAttention
+from lamzoo.lam import LamConfig
+from lamzoo.models.moment_detr import MomentNetwork, Moments, Place, build
+from lamzoo.models.moment_layers import Attention, EncoderLayer, Mlp, initialise, sine_features
+
+
+class QdDetr(MomentNetwork):
+    """Query-dependent DETR: sections 3.1 to 3.3 of its paper, with the decoder of DAB-DETR (arXiv 2201.12329).
+
+    In training, each video is scored for the sentence of another sample too (``Moments.unrelated``).
+
+    Args:
+        video_dim: features of a clip, its two temporal positions included.
+        text_dim: features of a word.
+        width: of the tokens (``hidden_dim``).
+        heads: attention heads.
+        hidden: width of the feed-forward networks.
+        cross_layers: in which clips look at words.
+        encoder_layers: of the encoder of what they have read.
+        decoder_layers: of the decoder.
+        queries: moments that it looks for.
+        dropout: of the transformer.
+        input_dropout: of the projections of the features.
+        max_clips: clips of a video that it is profiled with.
+        max_words: likewise, words of a sentence.
+    """
+
+    def __init__(
+        self,
+        *,
+        video_dim: int,
+        text_dim: int,
+        width: int = 256,
+        heads: int = 8,
+        hidden: int = 1024,
+        cross_layers: int = 2,
+        encoder_layers: int = 2,
+        decoder_layers: int = 2,
+        queries: int = 10,
+        dropout: float = 0.1,
+        input_dropout: float = 0.5,
+        max_clips: int = 75,
+        max_words: int = 32,
+    ) -> None:
+        super().__init__(video_dim, text_dim, width, input_dropout, max_clips, max_words)
+        self.cross = nn.ModuleList(CrossLayer(width, heads, hidden, dropout) for _ in range(cross_layers))
+        self.encoder = nn.ModuleList(EncoderLayer(width, heads, hidden, dropout) for _ in range(encoder_layers))
+        self.decoder = SpanDecoder(width, heads, hidden, dropout, decoder_layers, queries)
+        self.saliency_token = nn.Parameter(torch.randn(width))
+        self.saliency_position = nn.Parameter(torch.randn(width))
+        self.clip_saliency = nn.Linear(width, width)
+        self.token_saliency = nn.Linear(width, width)
+        initialise(self.cross)
+        initialise(self.encoder)
+
+    def find(self, clips: Tensor, words: Tensor, positions: Tensor, video_mask: Tensor, text_mask: Tensor) -> Moments:
+        """As :meth:`MomentNetwork.find`: clips read the words, and the decoder sees clips alone."""
+        memory, saliency = self._read(clips, words, positions, video_mask, text_mask)
+        found = self.decoder(memory, positions, video_mask)
+        *others, (spans, logits) = [(self._refined(*entry), self.class_head(entry[0])) for entry in found]
+        unrelated = None
+        if self.training and len(clips) > 1:
+            words, text_mask = words.roll(-1, dims=0), text_mask.roll(-1, dims=0)
+            unrelated = self._read(clips, words, positions, video_mask, text_mask)[1]
+        return Moments(spans, logits, saliency, tuple(others), unrelated)
+
+    def _read(
+        self, clips: Tensor, words: Tensor, positions: Tensor, video_mask: Tensor, text_mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the clips that have read the words, ``(B, N, C)``, and their saliency, ``(B, N)``."""
+        for layer in self.cross:
+            clips = layer(clips, positions, words, text_mask)
+        token = self.saliency_token.to(clips.dtype).expand(len(clips), 1, -1)
+        tokens = torch.cat([token, clips], dim=1)
+        first = self.saliency_position.to(positions.dtype).expand(len(clips), 1, -1)
+        positions = torch.cat([first, positions], dim=1)
+        allowed = torch.cat([torch.ones_like(video_mask[:, :1]), video_mask], dim=1)
+        for layer in self.encoder:
+            tokens = layer(tokens, positions, allowed=allowed)
+        token, memory = tokens[:, :1], tokens[:, 1:]
+        products = self.clip_saliency(memory) * self.token_saliency(token)
+        return memory, products.sum(dim=-1) / self.width**0.5
+
+    def _refined(self, queries: Tensor, spans: Tensor) -> Tensor:
+        return (self.span_head(queries) + spans.logit(eps=1e-3)).sigmoid()
+
+
+class CrossLayer(nn.Module):
+    """Clips look at the words of the sentence (section 3.1), and a feed-forward network."""
+
+    def __init__(self, width: int, heads: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.attention = Attention(width, heads, dropout)
+        self.layers = nn.Sequential(
+            nn.Linear(width, hidden), nn.PReLU(), nn.Dropout(dropout), nn.Linear(hidden, width), nn.Dropout(dropout)
+        )
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, clips: Tensor, positions: Tensor, words: Tensor, text_mask: Tensor) -> Tensor:
+        """Works on clips ``(B, N, C)`` with positions, beside words ``(B, W, C)`` and ``(B, W)``, bool."""
+        clips = self.attention(clips, positions, words, allowed=text_mask)
+        return self.norm(clips + self.layers(clips))
+
+
+class SpanDecoder(nn.Module):
+    """Queries that are spans, centre and width, refined layer by layer (section 3.3; DAB-DETR, section 4).
+
+    Args:
+        width: of the tokens.
+        heads: attention heads.
+        hidden: width of the feed-forward networks.
+        dropout: everywhere.
+        layers: of the decoder.
+        queries: spans.
+    """
+
+    def __init__(self, width: int, heads: int, hidden: int, dropout: float, layers: int, queries: int) -> None:
+        super().__init__()
+        self.width = width
+        self.layers = nn.ModuleList(SpanLayer(width, heads, hidden, dropout, number == 0) for number in range(layers))
+        self.spans = nn.Embedding(queries, 2)
+        self.position_head = Mlp(width, width, width, 2)
+        self.position_scale = Mlp(width, width, width, 2)
+        self.width_head = Mlp(width, width, 1, 2)
+        self.refinement = Mlp(width, width, 2, 3)
+        self.norm = nn.LayerNorm(width)
+        initialise(self)
+        for parameter in self.refinement[-1].parameters():  # at first, spans stay as they are
+            nn.init.zeros_(parameter)
+
+    def forward(self, memory: Tensor, positions: Tensor, allowed: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Decodes.
+
+        Args:
+            memory: ``(B, N, C)``.
+            positions: ``(B, N, C)``.
+            allowed: bool ``(B, N)``.
+
+        Returns:
+            For each layer the queries ``(B, Q, C)`` and the spans ``(B, Q, 2)`` that they began the layer with.
+        """
+        numbers = torch.arange(self.spans.num_embeddings, device=memory.device)
+        spans = self.spans(numbers).sigmoid().to(memory.dtype).expand(len(memory), -1, -1)
+        queries, found = memory.new_zeros(*spans.shape[:2], self.width), []
+        for number, layer in enumerate(self.layers):
+            begun_with = spans
+            if number:
+                spans = spans.detach()  # what a layer looks at is not there to be learned, what it begins with is
+            waves = sine_features(spans.float(), self.width // 2).flatten(-2).to(memory.dtype)
+            query_positions = self.position_head(waves)
+            if number:
+                waves = waves * self.position_scale(queries)
+            waves = waves * (self.width_head(queries).sigmoid() / spans[..., 1:])  # wide spans look farther
+            queries = layer(queries, query_positions, waves, memory, positions, allowed)
+            found.append((self.norm(queries), begun_with))
+            spans = (self.refinement(queries) + spans.logit(eps=1e-3)).sigmoid()
+        return found
+
+
+class SpanLayer(nn.Module):
+    """One layer of :class:`SpanDecoder`: self-attention, conditional cross-attention, feed-forward.
+
+    Args:
+        width: of the tokens.
+        heads: attention heads.
+        hidden: width of the feed-forward network.
+        dropout: everywhere.
+        is_first: whether content and position are added in the cross-attention too.
+    """
+
+    def __init__(self, width: int, heads: int, hidden: int, dropout: float, is_first: bool) -> None:
+        super().__init__()
+        self.num_heads = heads
+        self.self_projections = nn.ModuleDict({name: nn.Linear(width, width) for name in _SELF})
+        self.cross_projections = nn.ModuleDict(
+            {name: nn.Linear(width, width) for name in _CROSS if is_first or name != "query_position"}
+        )
+        self.self_attention = HeadAttention(width, heads, width, width, dropout)
+        self.cross_attention = HeadAttention(width, heads, width, width, dropout)
+        self.layers = nn.Sequential(
+            nn.Linear(width, hidden), nn.PReLU(), nn.Dropout(dropout), nn.Linear(hidden, width), nn.Dropout(dropout)
+        )
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        queries: Tensor,
+        query_positions: Tensor,
+        waves: Tensor,
+        memory: Tensor,
+        positions: Tensor,
+        allowed: Tensor,
+    ) -> Tensor:
+        """Works on queries ``(B, Q, C)``; ``waves (B, Q, C)`` are the sines of their spans."""
+        own, cross = self.self_projections, self.cross_projections
+        query = own["query"](queries) + own["query_position"](query_positions)
+        key = own["key"](queries) + own["key_position"](query_positions)
+        seen = self.self_attention(query, key, own["value"](queries), queries, queries)
+        queries = self.norms[0](queries + self.dropout(seen))
+        query, key, key_positions = cross["query"](queries), cross["key"](memory), cross["key_position"](positions)
+        if "query_position" in cross:
+            query, key = query + cross["query_position"](query_positions), key + key_positions
+        seen = self.cross_attention(
+            self._beside(query, cross["waves"](waves)), self._beside(key, key_positions), cross["value"](memory),
+            queries, memory, allowed,
+        )  # fmt: skip
+        queries = self.norms[1](queries + self.dropout(seen))
+        return self.norms[2](queries + self.layers(queries))
+
+    def _beside(self, content: Tensor, position: Tensor) -> Tensor:
+        """Puts content and position of each head beside each other: twice ``(B, N, C)`` to ``(B, N, 2 C)``."""
+        pair = [x.unflatten(-1, (self.num_heads, -1)) for x in (content, position)]
+        return torch.cat(pair, dim=-1).flatten(-2)
+
+
+_SELF = ("query", "query_position", "key", "key_position", "value")
+_CROSS = (*_SELF, "waves")
+
+
+def qd_detr(
+    config: Mapping[str, Any],
+    *,
+    lam: LamConfig | None,
+    lam_in: Sequence[Place] | None = None,
+    in_chans: int = 3,
+    num_classes: int = 0,
+    **overrides: Any,
+) -> nn.Module:
+    """Builds a :class:`QdDetr` without weights.
+
+    Args:
+        config: its arguments, and ``lam_in``.
+        lam: what the masks are made of; ``None`` leaves the plain model.
+        lam_in: where the masks go: the ``"cross"`` attention of clips to words, the ``"encoder"``, the ``"decoder"``.
+        in_chans: not read: the inputs are features.
+        num_classes: must be 0.
+        **overrides: further arguments, which win over the config's.
+
+    Raises:
+        ConfigError: a place without attention, or an argument that means nothing.
+    """
+    return build(QdDetr, config, lam, lam_in, num_classes, overrides)

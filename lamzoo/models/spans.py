@@ -1,0 +1,34 @@
+"""Spans of time as centre and width or as edges; torchvision's boxes, one unit high, do the arithmetic."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchvision.ops import box_iou, generalized_box_iou
+
+
+def to_edges(spans: Tensor) -> Tensor:
+    """Turns ``(..., 2)``, centre and width, into start and end."""
+    centre, width = spans.unbind(-1)
+    return torch.stack([centre - width / 2, centre + width / 2], dim=-1)
+
+
+def to_centres(spans: Tensor) -> Tensor:
+    """Turns ``(..., 2)``, start and end, into centre and width."""
+    start, end = spans.unbind(-1)
+    return torch.stack([(start + end) / 2, end - start], dim=-1)
+
+
+def span_iou(spans: Tensor, others: Tensor) -> Tensor:
+    """Returns the intersection over union of spans ``(N, 2)`` and ``(M, 2)``, start and end: ``(N, M)``."""
+    return box_iou(_boxes(spans), _boxes(others))
+
+
+def generalized_span_iou(spans: Tensor, others: Tensor) -> Tensor:
+    """Returns the generalised intersection over union (arXiv 1902.09630), -1 to 1, of spans as :func:`span_iou`."""
+    return generalized_box_iou(_boxes(spans), _boxes(others))
+
+
+def _boxes(spans: Tensor) -> Tensor:
+    start, end = spans.unbind(-1)
+    return torch.stack([start, torch.zeros_like(start), end, torch.ones_like(end)], dim=-1)
