@@ -1,0 +1,163 @@
+"""What Moment-DETR and QD-DETR learn by: matched spans and classes, and the order of the clips; tensors in and out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lamzoo.errors import MissingExtraError
+from lamzoo.models.moment_detr import Moments
+from lamzoo.models.spans import generalized_span_iou, to_edges
+
+if find_spec("scipy") is None:
+    raise MissingExtraError("Matching moments needs SciPy, which is not installed; pip install 'lamzoo[moments]'.")
+
+from scipy.optimize import linear_sum_assignment
+
+_MOMENT, _NOTHING = 0, 1
+_HIGHEST_GRADE = 12  # of three annotators together
+
+
+@dataclass(frozen=True)
+class MomentTargets:
+    """What is true of a batch.
+
+    Attributes:
+        spans: for each sample ``(moments, 2)``, centre and width as shares of the video.
+        better: int64 ``(B, P)``, clips that fit the sentence better than those of ``worse``.
+        worse: int64 ``(B, P)``.
+        grades: ``(B, N)``, each clip's, 0 where it doesn't fit: QVHighlights' three annotators together give up to 12.
+        video_mask: bool ``(B, N)``, True where there is a clip.
+    """
+
+    spans: tuple[Tensor, ...]
+    better: Tensor
+    worse: Tensor
+    grades: Tensor
+    video_mask: Tensor
+
+
+@dataclass(frozen=True)
+class MomentWeights:
+    """Weights of the losses, and of the costs by which queries are matched; the published ones.
+
+    Attributes:
+        span: of the L1 distance of centre and width.
+        giou: of one minus the generalised intersection over union.
+        label: of the cross-entropy.
+        nothing: of the class of queries that match no moment, in it.
+        saliency: of all that is said of clips.
+        margin: by which a better clip is to be ahead of a worse one.
+        temperature: of the contrast between grades.
+    """
+
+    span: float = 10.0
+    giou: float = 1.0
+    label: float = 4.0
+    nothing: float = 0.1
+    saliency: float = 1.0
+    margin: float = 0.2
+    temperature: float = 0.5
+
+
+def moment_losses(found: Moments, targets: MomentTargets, weights: MomentWeights) -> dict[str, Tensor]:
+    """Computes the weighted losses (arXiv 2107.09609, section 4.2; arXiv 2303.13874, section 3.4).
+
+    Args:
+        found: what the model says.
+        targets: what is true.
+        weights: of the terms.
+
+    Returns:
+        ``span``, ``giou`` and ``label``, each over all decoder layers, and ``saliency``; QD-DETR's ``negative`` and
+        ``contrast`` where the model scored the videos for other sentences. The loss is their sum.
+    """
+    losses = {key: found.spans.new_zeros((), dtype=torch.float32) for key in ("span", "giou", "label")}
+    for spans, logits in (*found.layers, (found.spans, found.logits)):
+        for key, value in _set_losses(spans.float(), logits.float(), targets, weights).items():
+            losses[key] = losses[key] + value
+    saliency = found.saliency.float()
+    losses["saliency"] = weights.saliency * margin_loss(saliency, targets, weights.margin)
+    if found.unrelated is not None:
+        unrelated = found.unrelated.float()
+        losses["negative"] = weights.saliency * negative_loss(unrelated, targets.video_mask)
+        losses["contrast"] = weights.saliency * contrast_loss(saliency, unrelated, targets, weights.temperature)
+    return losses
+
+
+def match(
+    spans: Tensor, logits: Tensor, targets: tuple[Tensor, ...], weights: MomentWeights
+) -> list[tuple[Tensor, Tensor]]:
+    """Assigns moments to queries, each moment to one query, at the lowest cost in all (the Hungarian algorithm).
+
+    Args:
+        spans: ``(B, Q, 2)``, centre and width.
+        logits: ``(B, Q, 2)``.
+        targets: for each sample ``(moments, 2)``, at most ``Q``.
+        weights: of the costs.
+
+    Returns:
+        For each sample the queries, and the moments that they are to find.
+    """
+    assigned = []
+    with torch.no_grad():
+        for of_sample, scores, truth in zip(spans, logits.softmax(dim=-1), targets, strict=True):
+            cost = weights.span * torch.cdist(of_sample, truth, p=1)
+            cost -= weights.giou * generalized_span_iou(to_edges(of_sample), to_edges(truth))
+            cost -= weights.label * scores[:, :1]
+            queries, moments = linear_sum_assignment(cost.cpu().numpy())
+            assigned.append((torch.as_tensor(queries), torch.as_tensor(moments)))
+    return assigned
+
+
+def _set_losses(spans: Tensor, logits: Tensor, targets: MomentTargets, weights: MomentWeights) -> dict[str, Tensor]:
+    assigned = match(spans, logits, targets.spans, weights)
+    classes = torch.full(logits.shape[:2], _NOTHING, device=logits.device)
+    for sample, (queries, _) in enumerate(assigned):
+        classes[sample, queries] = _MOMENT
+    of_class = logits.new_tensor([1.0, weights.nothing])
+    label = F.cross_entropy(logits.flatten(0, 1), classes.flatten(), of_class, reduction="none").mean()
+    mine = torch.cat([of_sample[queries] for of_sample, (queries, _) in zip(spans, assigned, strict=True)])
+    truth = torch.cat([of_sample[which] for of_sample, (_, which) in zip(targets.spans, assigned, strict=True)])
+    giou = generalized_span_iou(to_edges(mine), to_edges(truth)).diagonal()
+    return {
+        "span": weights.span * F.l1_loss(mine, truth, reduction="sum") / max(1, truth.numel()),
+        "giou": weights.giou * (1 - giou).sum() / max(1, len(truth)),
+        "label": weights.label * label,
+    }
+
+
+def margin_loss(saliency: Tensor, targets: MomentTargets, margin: float) -> Tensor:
+    """Returns by how much better clips ``(B, P)`` fail to be a margin ahead of worse ones, of saliencies ``(B, N)``."""
+    better, worse = saliency.gather(1, targets.better), saliency.gather(1, targets.worse)
+    return 2 * (margin + worse - better).clamp_min(0).mean()
+
+
+def negative_loss(unrelated: Tensor, video_mask: Tensor) -> Tensor:
+    """Returns how salient clips ``(B, N)`` are for a sentence that isn't theirs: a cross-entropy, summed by video."""
+    return (F.softplus(unrelated) * video_mask).sum(dim=1).mean()
+
+
+def contrast_loss(saliency: Tensor, unrelated: Tensor, targets: MomentTargets, temperature: float) -> Tensor:
+    """Contrasts, grade by grade, clips of this grade or a higher one with all others, and with unrelated sentences.
+
+    Args:
+        saliency: ``(B, N)``.
+        unrelated: ``(B, N)``, the same videos' for another sentence.
+        targets: with their grades.
+        temperature: of the softmax.
+    """
+    mask = targets.video_mask.repeat(1, 2)
+    grades = torch.cat([targets.grades, torch.zeros_like(targets.grades)], dim=1)
+    scores = torch.cat([saliency, unrelated], dim=1).masked_fill(~mask, -1e3) / temperature
+    chances = scores.log_softmax(dim=1)
+    total = scores.new_zeros(())
+    for grade in range(1, _HIGHEST_GRADE):
+        good = (grades >= grade) & mask
+        count = good.sum(dim=1)
+        total = total - ((chances * good).sum(dim=1) / count.clamp_min(1)).mean()
+    return total / _HIGHEST_GRADE
