@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from benchmarks import finetuning
+from benchmarks.ablation.run import HERE
 from benchmarks.ablation.table import table as ablation
 from lamzoo.profiling.table import BenchRow, read_rows
 
@@ -46,6 +47,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "zoo": zoo,
     "cost": cost,
     "ablation": ablation,
+    "grid": lambda: ablation(HERE / "grid.toml"),
     "finetuning": lambda: finetuning.table(finetuning.read_results(RESULTS / "finetuning.csv")) + "\n",
 }
 
