@@ -1,0 +1,6 @@
+"""Moments and highlights: queries about videos, and features of both, behind one interface."""
+
+from lamzoo.data.moments.base import MomentDataset, MomentFeatures, MomentQuery, MomentSource
+from lamzoo.data.moments.factory import create_moment_dataset
+
+__all__ = ["MomentDataset", "MomentFeatures", "MomentQuery", "MomentSource", "create_moment_dataset"]

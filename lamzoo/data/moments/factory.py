@@ -1,0 +1,53 @@
+"""From a one-line specification to moments: the grammar, and which function reads which layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lamzoo.data.moments.base import MomentDataset, MomentSource
+from lamzoo.data.moments.official import charades, qvhighlights, tvsum
+from lamzoo.errors import DataError
+
+_GRAMMAR = "qvhighlights:DIR, charades:DIR or tvsum:DIR[:DOMAIN]"
+
+
+def create_moment_dataset(spec: str, split: str) -> MomentDataset:
+    """Opens a split of queries about videos.
+
+    Args:
+        spec: one of
+
+            - ``qvhighlights:DIR``: QVHighlights' annotations; see :func:`lamzoo.data.moments.official.qvhighlights`.
+            - ``charades:DIR``: Charades-STA; see :func:`lamzoo.data.moments.official.charades`.
+            - ``tvsum:DIR`` or ``tvsum:DIR:BK``: TVSum's highlights, of all domains or one; see
+              :func:`lamzoo.data.moments.official.tvsum`.
+
+            The features lie in ``DIR/features``, ``DIR/moment_detr_features`` or ``DIR`` itself.
+        split: ``train``, ``validation``, ``test`` or what the data calls it.
+
+    Returns:
+        Queries, and their features to :meth:`~MomentDataset.read`.
+
+    Raises:
+        DataError: the specification, the folder or the split does not exist, or the files are not what they should be.
+    """
+    return MomentDataset(_source(spec, split), spec)
+
+
+def _source(spec: str, split: str) -> MomentSource:
+    if not split:
+        raise DataError(f"the split of {spec} is empty; name one, such as 'test'")
+    kind, _, rest = spec.partition(":")
+    if kind in ("qvhighlights", "charades", "tvsum") and not rest:
+        raise DataError(f"the data set {spec!r} says {kind}, but not which; write {_GRAMMAR}")
+    match kind:
+        case "qvhighlights":
+            return qvhighlights(Path(rest), split)
+        case "charades":
+            return charades(Path(rest), split)
+        case "tvsum":
+            folder, colon, domain = rest.rpartition(":")
+            if colon and not Path(rest).is_dir():
+                return tvsum(Path(folder), split, domain)
+            return tvsum(Path(rest), split)
+    raise DataError(f"{spec!r} is no data set of moments; write {_GRAMMAR}")

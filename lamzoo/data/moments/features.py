@@ -1,0 +1,90 @@
+"""Features in npz files, one for each video or query, as QVHighlights' models hand them out."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from lamzoo.data.moments.base import Features
+from lamzoo.errors import DataError
+
+VIDEO_FOLDERS = ("slowfast_features", "clip_features")
+TEXT_FOLDER = "clip_text_features"
+_WHERE = ("features", "moment_detr_features", ".")
+_MARGIN = 2  # clips by which a video's files may differ: each extractor rounds the video's end in its own way
+
+
+class FeatureFolder:
+    """``clip_features``, ``slowfast_features`` (if there are any) and ``clip_text_features`` below one folder.
+
+    Args:
+        root: the folder, or the one above ``features`` or ``moment_detr_features``.
+
+    Raises:
+        DataError: it has no features of videos, or none of texts.
+    """
+
+    def __init__(self, root: Path) -> None:
+        places = [root / name for name in _WHERE]
+        self.root = next((place for place in places if (place / "clip_features").is_dir()), None) or root
+        self._videos = [self.root / name for name in VIDEO_FOLDERS if (self.root / name).is_dir()]
+        self._texts = self.root / TEXT_FOLDER
+        for folder in (self.root / "clip_features", self._texts):
+            if not folder.is_dir():
+                raise DataError(
+                    f"{root} has no folder {folder.name}; `lamzoo extract-features` makes it of videos, or see the "
+                    "repository of Moment-DETR for the published ones"
+                )
+
+    def video(self, video: str) -> Features:
+        """Returns all features of a video's clips beside each other, each scaled to length 1, ``(N, D)``."""
+        paths = [folder / f"{video}.npz" for folder in self._videos]
+        parts = [read_features(path, "features") for path in paths]
+        lengths = [len(part) for part in parts]
+        if max(lengths) - min(lengths) > _MARGIN:
+            longest, shortest = (paths[lengths.index(end(lengths))] for end in (max, min))
+            raise DataError(
+                f"{longest} has {max(lengths)} clips and {shortest} has {min(lengths)}; extract both from one video"
+            )
+        return np.concatenate([unit(part[: min(lengths)]) for part in parts], axis=1)
+
+    def text(self, qid: int | str) -> Features:
+        """Returns the features of a query's words, each scaled to length 1, ``(W, D)``."""
+        return unit(read_features(self._texts / f"qid{qid}.npz", "last_hidden_state"))
+
+
+def read_features(path: Path, key: str) -> Features:
+    """Reads one array of an npz file.
+
+    Args:
+        path: the file.
+        key: name of the array.
+
+    Returns:
+        ``(N, D)``, float32, N at least 1.
+
+    Raises:
+        DataError: there is no such file, it is damaged, or the array is of another form; names it.
+    """
+    if not path.is_file():
+        raise DataError(f"{path.parent} has no {path.name}; extract it, or leave the query out")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            features = archive[key]
+    except KeyError as error:
+        raise DataError(f"{path} has no array {key!r}") from error
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{path} is no whole npz file: {error}") from error
+    if features.ndim != 2 or not len(features) or features.dtype.kind != "f":
+        raise DataError(f"{path}: {key} is {features.dtype} {features.shape}; it must be floats, a row a clip or word")
+    if not np.isfinite(features).all():
+        raise DataError(f"{path}: {key} has values that are not finite; extract it again")
+    return features.astype(np.float32)
+
+
+def unit(features: Features) -> Features:
+    """Scales rows to length 1; rows of zeros stay."""
+    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-5)

@@ -1,0 +1,189 @@
+"""QVHighlights, TVSum and Charades-STA in their official layouts, beside a folder of features."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lamzoo.data.moments.base import Features, MomentQuery, MomentSource
+from lamzoo.data.moments.features import FeatureFolder
+from lamzoo.data.retrieval.files import check_folder
+from lamzoo.data.splits import find_split
+from lamzoo.errors import DataError
+
+_CLIP_SECONDS = 2.0
+
+
+class FolderSource(MomentSource):
+    """Queries whose features are files of their own.
+
+    Args:
+        split: the split's own name.
+        queries: what is asked.
+        features: the folder.
+    """
+
+    clip_seconds = _CLIP_SECONDS
+
+    def __init__(self, split: str, queries: list[MomentQuery], features: FeatureFolder) -> None:
+        self.split, self.queries, self._features = split, queries, features
+
+    def video(self, index: int) -> Features:
+        return self._features.video(self.queries[index].video)
+
+    def text(self, index: int) -> Features:
+        return self._features.text(self.queries[index].qid)
+
+
+def qvhighlights(root: Path, split: str) -> FolderSource:
+    """Opens QVHighlights: ``highlight_{train,val,test}_release.jsonl`` (or ``.jsonl.gz``).
+
+    The test split's moments, released in 2026 as ``highlight_test_with_gt.jsonl``, are taken where that file is.
+
+    Args:
+        root: the folder with the annotations and, in ``features`` or beside them, the features.
+        split: ``train``, ``validation`` or ``test``.
+
+    Raises:
+        DataError: there is no such folder, file or split, or a line is not as it should be.
+    """
+    check_folder(root)
+    names = {
+        "train": ("highlight_train_release",),
+        "val": ("highlight_val_release",),
+        "test": ("highlight_test_with_gt", "highlight_test_release"),
+    }
+    there = {name: path for name, stems in names.items() if (path := _first(root, stems)) is not None}
+    found = find_split(split, there, str(root))
+    queries = [_qvhighlights_query(line, where) for line, where in _lines(there[found])]
+    return FolderSource(found, queries, FeatureFolder(root))
+
+
+def _qvhighlights_query(line: Mapping[str, Any], where: str) -> MomentQuery:
+    fields = {"qid": int, "query": str, "vid": str, "duration": (int, float)}
+    _check(line, fields, where)
+    windows = tuple((float(start), float(end)) for start, end in line.get("relevant_windows") or ())
+    grades = None
+    if line.get("relevant_clip_ids") and line.get("saliency_scores"):
+        clips, scores = line["relevant_clip_ids"], line["saliency_scores"]
+        total = int(line["duration"] / _CLIP_SECONDS)
+        if len(clips) != len(scores) or not all(0 <= clip < total for clip in clips):
+            raise DataError(
+                f"{where} grades {len(scores)} clips and lists {len(clips)}, of a video of {total}; they must agree"
+            )
+        grades = np.zeros((total, len(scores[0])), dtype=np.float32)
+        grades[clips] = scores
+    return MomentQuery(line["qid"], line["query"], line["vid"], float(line["duration"]), windows, grades)
+
+
+def tvsum(root: Path, split: str, domain: str | None = None) -> FolderSource:
+    """Opens TVSum in QD-DETR's form: ``tvsum_{train,val}.jsonl`` (or ``.jsonl.gz``), 20 annotators' grades a clip.
+
+    Args:
+        root: the folder with the labels and, in ``features`` or beside them, the features.
+        split: ``train`` or ``validation``.
+        domain: one of the ten, such as ``BK``; all by default.
+
+    Raises:
+        DataError: there is no such folder, file, split or domain, or a line is not as it should be.
+    """
+    check_folder(root)
+    there = {name: path for name in ("train", "val") if (path := _first(root, (f"tvsum_{name}",))) is not None}
+    found = find_split(split, there, str(root))
+    lines = list(_lines(there[found]))
+    for line, where in lines:
+        _check(
+            line, {"qid": str, "query": str, "vid": str, "duration": (int, float), "label": list, "domain": str}, where
+        )
+    domains = sorted({line["domain"] for line, _ in lines})
+    if domain is not None and domain not in domains:
+        raise DataError(f"{there[found]} has no domain {domain!r}; it has {', '.join(domains)}")
+    queries = [
+        MomentQuery(
+            line["qid"], line["query"], line["vid"], _CLIP_SECONDS * len(line["label"]), (),
+            np.array(line["label"], dtype=np.float32),
+        )
+        for line, _ in lines
+        if domain is None or line["domain"] == domain
+    ]  # fmt: skip
+    return FolderSource(found, queries, FeatureFolder(root))
+
+
+_CHARADES = re.compile(r"(\S+) (\d+(?:\.\d+)?) (\d+(?:\.\d+)?)##(.+)")
+
+
+def charades(root: Path, split: str) -> FolderSource:
+    """Opens Charades-STA: ``charades_sta_{train,test}.txt``, and ``Charades_v1_{train,test}.csv`` for the durations.
+
+    A query's id is ``<split><number of its line>``, from 0, and so its features are in ``qidtest0.npz`` and so on.
+
+    Args:
+        root: the folder with both and, in ``features`` or beside them, the features.
+        split: ``train`` or ``test``.
+
+    Raises:
+        DataError: there is no such folder, file or split, a line is not as it should be, or a video has no duration.
+    """
+    check_folder(root)
+    there = {name: path for name in ("train", "test") if (path := root / f"charades_sta_{name}.txt").is_file()}
+    found = find_split(split, there, str(root))
+    lengths = _charades_lengths(root / f"Charades_v1_{found}.csv")
+    queries = []
+    for number, text in enumerate(there[found].read_text(encoding="utf-8").splitlines()):
+        match = _CHARADES.fullmatch(text.strip())
+        where = f"line {number + 1} of {there[found]}"
+        if match is None:
+            raise DataError(f"{where} is not of the form 'VIDEO START END##SENTENCE'")
+        video, start, end, sentence = match.groups()
+        if video not in lengths:
+            raise DataError(f"{where} is about the video {video}, which Charades_v1_{found}.csv has not")
+        window = (float(start), min(float(end), lengths[video]))
+        if window[0] < window[1]:  # a few moments end before they begin, or begin behind the video's end
+            queries.append(MomentQuery(f"{found}{number}", sentence, video, lengths[video], (window,)))
+    return FolderSource(found, queries, FeatureFolder(root))
+
+
+def _charades_lengths(path: Path) -> dict[str, float]:
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return {row["id"]: float(row["length"]) for row in csv.DictReader(file)}
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path} gives no durations (columns id and length): {error}") from error
+
+
+def _first(root: Path, stems: tuple[str, ...]) -> Path | None:
+    paths = [root / f"{stem}{suffix}" for stem in stems for suffix in (".jsonl", ".jsonl.gz")]
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _lines(path: Path) -> list[tuple[dict[str, Any], str]]:
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rt", encoding="utf-8") as file:
+            texts = file.read().splitlines()
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    found = []
+    for number, text in enumerate(texts, start=1):
+        where = f"line {number} of {path}"
+        try:
+            line = json.loads(text)
+        except ValueError as error:
+            raise DataError(f"{where} is no JSON: {error}") from error
+        if not isinstance(line, dict):
+            raise DataError(f"{where} is no JSON object")
+        found.append((line, where))
+    return found
+
+
+def _check(line: Mapping[str, Any], fields: Mapping[str, Any], where: str) -> None:
+    for name, kind in fields.items():
+        if not isinstance(line.get(name), kind):
+            raise DataError(f"{where} has no {name!r} of the right type")
