@@ -16,7 +16,7 @@ from lamzoo.lam.attention import check_inputs, lam_attention
 from lamzoo.lam.config import LamConfig
 from lamzoo.lam.kernels.eager import attention_weights
 from lamzoo.lam.masks import FactoredMask, MaskNetwork
-from lamzoo.lam.pruning import TINY, Reduction, among_kept, with_decisions
+from lamzoo.lam.pruning import TINY, Attended, Reduction, among_kept, with_decisions
 from lamzoo.lam.tables import Grid
 
 
@@ -148,7 +148,7 @@ class Lam(nn.Module):
         self.is_last = is_last
         self.backend = "auto"
         self.recorder: Callable[[MaskRecord], None] | None = None
-        self.scorer: Callable[..., Tensor] | None = None
+        self.scorer: Callable[[Attended], Tensor] | None = None
 
     def forward(self, query_tokens: Tensor, key_tokens: Tensor) -> FactoredMask:
         """Returns the mask of these tokens.
@@ -262,7 +262,7 @@ class Lam(nn.Module):
             here = self.shared.current
             scale = query.shape[-1] ** -0.5 if scale is None else scale
             present = None if here.kept is None else here.kept.detach() > 0
-            scores = self.scorer(query, key, value, mask, op=self.config.op, scale=scale, present=present)
+            scores = self.scorer(Attended(query, key, value, mask, self.config.op, scale, present))
             self.shared.begin(here.grid, here.mask, here.reductions, here.kept, scores)
 
     def extra_repr(self) -> str:

@@ -101,82 +101,56 @@ class Reduction:
         return self(rows).unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-class Scorer(Protocol):
-    """Scores the tokens that a layer attends to.
+@dataclass(frozen=True)
+class Attended:
+    """What the attention of one layer works on.
 
-    Args:
+    Attributes:
         query: ``(B, H, N, d)``.
         key: ``(B, H, N, d)``.
         value: ``(B, H, N, dv)``.
         mask: the layer's.
         op: how it acts.
         scale: of the attention scores.
+        present: bool ``(B, N)``, where tokens that have left remain in place: those that have not.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: FactoredMask
+    op: Op
+    scale: float
+    present: Tensor | None = None
+
+
+class Scorer(Protocol):
+    """Scores the tokens that a layer attends to.
+
+    Args:
+        layer: what its attention works on. Tokens that have left have no say, and their own scores mean nothing.
         has_class_token: whether token 0 stands for all.
-        present: bool ``(B, N)``, where tokens that have left remain in place: those that have not. Others have no say,
-            and their own scores mean nothing.
 
     Returns:
         ``(B, N)``, float; the higher, the more important.
     """
 
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: FactoredMask,
-        *,
-        op: Op,
-        scale: float,
-        has_class_token: bool,
-        present: Tensor | None,
-    ) -> Tensor: ...
+    def __call__(self, layer: Attended, *, has_class_token: bool) -> Tensor: ...
 
 
-def mask_importance(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: FactoredMask,
-    *,
-    op: Op,
-    scale: float,
-    has_class_token: bool,
-    present: Tensor | None,
-) -> Tensor:
+def mask_importance(layer: Attended, *, has_class_token: bool) -> Tensor:
     """The mean mask value of each key over queries and heads; a :class:`Scorer`."""
-    return mask.importance(present).mean(dim=1).expand(query.shape[0], -1)
+    return layer.mask.importance(layer.present).mean(dim=1).expand(layer.query.shape[0], -1)
 
 
-def summary_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: FactoredMask,
-    *,
-    op: Op,
-    scale: float,
-    has_class_token: bool,
-    present: Tensor | None,
-) -> Tensor:
+def summary_attention(layer: Attended, *, has_class_token: bool) -> Tensor:
     """Logarithm of what the class token, or the mean query, attends to, averaged over the heads; a :class:`Scorer`."""
-    return _summary_weights(query, key, mask, op, scale, has_class_token, present).mean(dim=1).log()
+    return _summary_weights(layer, has_class_token).mean(dim=1).log()
 
 
-def summary_contribution(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: FactoredMask,
-    *,
-    op: Op,
-    scale: float,
-    has_class_token: bool,
-    present: Tensor | None,
-) -> Tensor:
+def summary_contribution(layer: Attended, *, has_class_token: bool) -> Tensor:
     """As :func:`summary_attention`, each head's weights times the norms of its values; a :class:`Scorer`."""
-    weights = _summary_weights(query, key, mask, op, scale, has_class_token, present)
-    return (weights * value.norm(dim=-1)).mean(dim=1).log()
+    return (_summary_weights(layer, has_class_token) * layer.value.norm(dim=-1)).mean(dim=1).log()
 
 
 SCORERS: dict[Score, Scorer] = {
@@ -268,15 +242,16 @@ def num_kept(tokens: int, keep: float) -> int:
     return max(1, math.ceil(round(keep * tokens, 6)))  # 0.7 * 10 is 7.000000000000001
 
 
-def _summary_weights(
-    query: Tensor, key: Tensor, mask: FactoredMask, op: Op, scale: float, has_class_token: bool, present: Tensor | None
-) -> Tensor:
+def _summary_weights(layer: Attended, has_class_token: bool) -> Tensor:
     """Returns the attention weights of one query that stands for all, ``(B, H, N)``."""
-    query, left = (x[:, :, :1] if has_class_token else _mean_token(x, present) for x in (query, mask.left))
-    allowed = None if present is None else present[:, None, None, :]
-    weights = attention_weights(
-        query, key, FactoredMask(left, mask.right), op=op, allowed=allowed, bias=None, is_causal=False, scale=scale
+    query, left = (
+        x[:, :, :1] if has_class_token else _mean_token(x, layer.present) for x in (layer.query, layer.mask.left)
     )
+    allowed = None if layer.present is None else layer.present[:, None, None, :]
+    weights = attention_weights(
+        query, layer.key, FactoredMask(left, layer.mask.right),
+        op=layer.op, allowed=allowed, bias=None, is_causal=False, scale=layer.scale,
+    )  # fmt: skip
     return weights.squeeze(2).clamp_min(torch.finfo(weights.dtype).tiny)  # its logarithm is asked for
 
 

@@ -15,6 +15,7 @@ from lamzoo.lam.config import Op
 from lamzoo.lam.kernels.eager import attention_weights
 from lamzoo.lam.pruning import (
     SCORERS,
+    Attended,
     PruneConfig,
     Rest,
     Score,
@@ -89,7 +90,8 @@ def test_a_reduced_factor_gives_the_reduced_mask(rest: Rest) -> None:
 
 
 def score(scorer: Score, case: Case, has_class_token: bool = True, present: Tensor | None = None) -> Tensor:
-    return SCORERS[scorer](*case.args, op=case.op, scale=0.5, has_class_token=has_class_token, present=present)
+    layer = Attended(*case.args, op=case.op, scale=0.5, present=present)
+    return SCORERS[scorer](layer, has_class_token=has_class_token)
 
 
 @each_op
