@@ -21,8 +21,8 @@ HEADINGS = {
 def table(ablation: Path = HERE / "ablation.toml", results: Path | None = None) -> str:
     """Returns the table, a line for each row of the ablation that has a result.
 
-    The difference is taken seed by seed from the reference row; its spread is that of the differences. Standard
-    deviations are those of a sample (n - 1).
+    The difference, of the ablation's ``score``, or of its first one, is taken seed by seed from the reference row; its
+    spread is that of the differences. Standard deviations are those of a sample (n - 1).
 
     Args:
         ablation: the rows.
@@ -41,7 +41,9 @@ def table(ablation: Path = HERE / "ablation.toml", results: Path | None = None) 
         of_row[seed] = line
     if not lines:
         raise ValueError(f"{results} has no results; python -m benchmarks.ablation.run makes them.")
-    first, *others = [column for column in line if column in HEADINGS]
+    columns = [column for column in line if column in HEADINGS]
+    first = tables.get("score", columns[0])
+    others = [column for column in columns if column != first]
     reference = lines.get(tables["reference"], {})
     heads = ["parameters", "GMACs", "of them masks", HEADINGS[first], f"against {tables['reference']}"]
     heads += [*(HEADINGS[column] for column in others), "seeds"]

@@ -123,6 +123,17 @@ def test_the_table_takes_differences_seed_by_seed(tmp_path: Path) -> None:
     assert "| 72.00 ± 1.41 | +1.00 ± 0.00 | 2 |" in lines["base:"]
 
 
+def test_an_ablation_may_say_in_which_score_rows_are_compared(tmp_path: Path) -> None:
+    flickr, results = ablation.HERE / "flickr8k.toml", tmp_path / "results.csv"
+    for row, found in {"plain": (2.0, 14.0), "multi": (1.5, 16.0)}.items():
+        scores = dict(zip(("t2v_R1", "t2v_R10"), found, strict=True))
+        ablation.add_result(results, {"row": row, "seed": 0, **scores, "params_m": 1, "gmacs": 1, "lam_gmacs": 0})
+    heads, _, plain, multi = table(flickr, results).splitlines()
+    assert "| R@10 | against plain | R@1 |" in heads
+    assert "| 14.00 |  | 2.00 |" in plain
+    assert "| 16.00 | +2.00 | 1.50 |" in multi
+
+
 def test_two_results_of_one_run_are_refused(tmp_path: Path) -> None:
     results = tmp_path / "results.csv"
     ablation.add_result(results, result("plain", 0, 70.0))
