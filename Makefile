@@ -63,6 +63,7 @@ tables: $(VENV)/.ready-dev  ## measure the zoo again, train what is missing in b
 	$(BIN)/lamzoo bench lam_vit_tiny lam_vit_small lam_vit_base --max-batch 16 --force --out benchmarks/results/cost.csv
 	$(BIN)/python -m benchmarks.ablation.run --jobs $(JOBS)
 	$(BIN)/python -m benchmarks.ablation.run --ablation benchmarks/ablation/grid.toml --jobs $(JOBS)
+	$(BIN)/python -m benchmarks.ablation.run --ablation benchmarks/ablation/flickr8k.toml --jobs $(JOBS)
 	$(BIN)/python -m benchmarks.finetuning lam_vit_micro vit_micro --data npz:$(SHARED)/clothing10
 	$(BIN)/python -m benchmarks.tables
 	$(BIN)/lamzoo compare benchmarks/results/zoo.csv --timm $(SHARED)/timm_results --out $(TABLES_OUT)

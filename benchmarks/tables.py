@@ -48,6 +48,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cost": cost,
     "ablation": ablation,
     "grid": lambda: ablation(HERE / "grid.toml"),
+    "flickr8k": lambda: ablation(HERE / "flickr8k.toml"),
     "finetuning": lambda: finetuning.table(finetuning.read_results(RESULTS / "finetuning.csv")) + "\n",
 }
 
