@@ -25,8 +25,9 @@ def eval_command(
     name: Name,
     data: Annotated[str, typer.Option(metavar="SPEC", help=(
         "imagefolder:DIR, imagelist:DIR:FILE, npz:DIR, torchvision:NAME:ROOT, hfds:NAME, wds:SHARDS, or a folder; for "
-        "retrieval msrvtt:DIR, msvd:DIR, videos:DIR, wds:SHARDS, grid:DIR or flickr8k:DIR."))],
-    task: Annotated[Literal["classification", "retrieval"], typer.Option(help="What the model does.")]
+        "retrieval msrvtt:DIR, msvd:DIR, videos:DIR, wds:SHARDS, grid:DIR or flickr8k:DIR; for moments "
+        "qvhighlights:DIR, charades:DIR or grid:DIR."))],
+    task: Annotated[Literal["classification", "retrieval", "moments"], typer.Option(help="What the model does.")]
     = "classification",
     split: Annotated[str, typer.Option(help="Which part of the data, where it has parts.")] = "test",
     class_map: Annotated[str | None, typer.Option(metavar="FILE", help=(
@@ -48,23 +49,38 @@ def eval_command(
         help="Retrieval: which frames of a video that has too many [the model's].")] = None,
     dual_softmax: Annotated[bool, typer.Option(
         "--dual-softmax", help="Retrieval: also score with dual softmax, which knows all queries.")] = False,
+    submission: Annotated[Path | None, typer.Option(metavar="FILE.jsonl", help=(
+        "Moments: also write the predictions here, in QVHighlights' form."))] = None,
     checkpoint: Checkpoint = None,
     json: Json = False,
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the JSON here.")] = None,
 ) -> None:  # fmt: skip
-    """Scores a model on a data set: accuracy, or for retrieval recall and rank, both ways."""
+    """Scores a model on a data set: accuracy; recall and rank, both ways, for retrieval; QVHighlights' for moments.
+
+    For moments, NAME may also be a submission, FILE.jsonl.
+    """
     if output is not None and not output.absolute().parent.is_dir():
         raise ConfigError(f"the folder of {output} does not exist; make it first")
+    of_retrieval = {"--fps": fps, "--slicing": slicing, "--dual-softmax": dual_softmax or None}
+    of_images = {"--class-map": class_map, "--real-labels": real_labels, "--limit": limit, "--state": state,
+                 "--resume": resume or None}  # fmt: skip
+    if task == "moments":
+        _refuse(of_images | of_retrieval, "moments")
+        record = _eval_moments(
+            name, data, split, batch_size, device, precision, workers, checkpoint, submission, hidden=json
+        )
+        _write(record, output, json, _print_moments)
+        return
+    _refuse({"--submission": submission}, task)
     if task == "retrieval":
-        foreign = {"--class-map": class_map, "--real-labels": real_labels, "--limit": limit, "--state": state}
-        _refuse(foreign | {"--resume": resume or None}, "retrieval")
+        _refuse(of_images, "retrieval")
         record = _eval_retrieval(
             name, data, split, fps, slicing, dual_softmax, on_bad_input, batch_size, device, precision, workers,
             checkpoint, hidden=json,
         )  # fmt: skip
         _write(record, output, json, _print_retrieval)
         return
-    _refuse({"--fps": fps, "--slicing": slicing, "--dual-softmax": dual_softmax or None}, "classification")
+    _refuse(of_retrieval, "classification")
     from lamzoo.data import create_dataset
     from lamzoo.evaluation import EvalProgress, check_batches, default_state_path, evaluate, resolve_device
 
@@ -144,6 +160,46 @@ def _eval_retrieval(
             **dataclasses.asdict(result)}  # fmt: skip
 
 
+def _eval_moments(
+    name: str,
+    data: str,
+    split: str,
+    batch_size: int,
+    device: str,
+    precision: Precision,
+    workers: int,
+    checkpoint: Path | None,
+    submission: Path | None,
+    *,
+    hidden: bool,
+) -> dict[str, Any]:
+    from lamzoo.data.moments import create_moment_dataset
+    from lamzoo.evaluation import check_batches, moment_metrics, resolve_device
+    from lamzoo.evaluation.finding import evaluate_moments
+    from lamzoo.evaluation.submissions import read_submission, write_submission
+
+    if name.endswith((".jsonl", ".jsonl.gz")):
+        _refuse({"--checkpoint": checkpoint, "--submission": submission}, "moments with a submission")
+        dataset = create_moment_dataset(data, split)
+        metrics = moment_metrics(read_submission(name), dataset.annotations())
+        return {"task": "moments", "submission": name, "data": data, "split": dataset.split, "queries": len(dataset),
+                "metrics": metrics}  # fmt: skip
+    target = resolve_device(device)
+    check_batches(batch_size, workers, precision)
+    dataset = create_moment_dataset(data, split)
+    model = load_model(name, checkpoint)
+    with out.progress_bar(f"{name} on {data}", hidden=hidden) as advance:
+        result = evaluate_moments(
+            model, dataset, batch_size=batch_size, device=target, precision=precision, workers=workers,
+            progress=advance,
+        )  # fmt: skip
+    if submission is not None:
+        write_submission(submission, result.predictions)
+    return {"task": "moments", "model": name, "data": data, "split": dataset.split, "device": str(target),
+            "precision": precision, "batch_size": batch_size, "queries": result.queries, "seconds": result.seconds,
+            "metrics": result.metrics}  # fmt: skip
+
+
 def _refuse(options: dict[str, Any], task: str) -> None:
     given = [option for option, value in options.items() if value is not None]
     if given:
@@ -167,6 +223,11 @@ def _print_retrieval(record: dict[str, Any]) -> None:
     out.print_retrieval(scores, title)
     if record["skipped"]:
         out.print_line(f"{record['skipped']} videos could not be read and were left out")
+
+
+def _print_moments(record: dict[str, Any]) -> None:
+    title = f"{record.get('model') or record['submission']} on {record['data']}: {record['queries']} queries"
+    out.print_moments({record["split"]: record["metrics"]}, title)
 
 
 def _relabelled(dataset: LabelledImages, class_map: str, model: nn.Module) -> LabelledImages:

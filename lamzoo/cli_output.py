@@ -62,6 +62,14 @@ def print_retrieval(scores: Mapping[str, Mapping[str, Mapping[str, float]]], tit
     print_table(columns, rows, title=title)
 
 
+def print_moments(scores: Mapping[str, Mapping[str, Any]], title: str) -> None:
+    """Prints metrics of :func:`lamzoo.evaluation.moment_metrics`, by split."""
+    briefs = {split: metrics["brief"] for split, metrics in scores.items()}
+    keys = list(dict.fromkeys(key for brief in briefs.values() for key in brief))
+    columns = ("split", *(key.removeprefix("MR-full-").removeprefix("MR-").removeprefix("HL-min-") for key in keys))
+    print_table(columns, [(split, *(brief.get(key) for key in keys)) for split, brief in briefs.items()], title=title)
+
+
 def terminal_width() -> int:
     """Returns how many characters of a table fit beside one another on stdout."""
     return _stdout().width

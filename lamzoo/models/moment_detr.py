@@ -53,6 +53,7 @@ class MomentNetwork(nn.Module):
         video_dim: features of a clip, its two temporal positions included.
         text_dim: features of a word.
         width: of the tokens.
+        position_turns: of the fastest wave of the sine positions over a video.
         max_clips: clips of a video that it is profiled with; it takes any number.
         max_words: likewise, words of a sentence.
     """
@@ -60,11 +61,19 @@ class MomentNetwork(nn.Module):
     lam_config: LamConfig | None
 
     def __init__(
-        self, video_dim: int, text_dim: int, width: int, input_dropout: float, max_clips: int, max_words: int
+        self,
+        video_dim: int,
+        text_dim: int,
+        width: int,
+        input_dropout: float,
+        position_turns: float,
+        max_clips: int,
+        max_words: int,
     ) -> None:
         super().__init__()
         self.video_dim, self.text_dim, self.width = video_dim, text_dim, width
-        self.max_clips, self.max_words, self.num_classes = max_clips, max_words, 0
+        self.position_turns, self.max_clips, self.max_words = position_turns, max_clips, max_words
+        self.num_features, self.num_classes = width, 0
         self.lam_config = None
         self.video_projection = InputProjection(video_dim, width, input_dropout)
         self.text_projection = InputProjection(text_dim, width, input_dropout)
@@ -88,7 +97,7 @@ class MomentNetwork(nn.Module):
             for tokens, mask in ((video, video_mask), (text, text_mask))
         )
         clips, words = self.video_projection(video), self.text_projection(text)
-        positions = sine_positions(video_mask, self.width).to(clips.dtype)
+        positions = sine_positions(video_mask, self.width, self.position_turns).to(clips.dtype)
         return self.find(clips, words, positions, video_mask, text_mask)
 
     def find(self, clips: Tensor, words: Tensor, positions: Tensor, video_mask: Tensor, text_mask: Tensor) -> Moments:
@@ -117,6 +126,8 @@ class MomentDetr(MomentNetwork):
         queries: moments that it looks for.
         dropout: of the transformer.
         input_dropout: of the projections of the features.
+        position_turns: of the fastest wave of the sine positions over a video. With the published one, neighbours among
+            hundreds of clips hardly differ.
         max_clips: clips of a video that it is profiled with.
         max_words: likewise, words of a sentence.
     """
@@ -134,10 +145,11 @@ class MomentDetr(MomentNetwork):
         queries: int = 10,
         dropout: float = 0.1,
         input_dropout: float = 0.5,
+        position_turns: float = 1.0,
         max_clips: int = 75,
         max_words: int = 32,
     ) -> None:
-        super().__init__(video_dim, text_dim, width, input_dropout, max_clips, max_words)
+        super().__init__(video_dim, text_dim, width, input_dropout, position_turns, max_clips, max_words)
         self.encoder = nn.ModuleList(EncoderLayer(width, heads, hidden, dropout) for _ in range(encoder_layers))
         self.decoder = nn.ModuleList(DecoderLayer(width, heads, hidden, dropout) for _ in range(decoder_layers))
         self.decoder_norm = nn.LayerNorm(width)

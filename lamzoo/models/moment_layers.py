@@ -33,25 +33,26 @@ class Mlp(nn.Sequential):
         super().__init__(*parts[:-1])
 
 
-def sine_positions(mask: Tensor, width: int, temperature: float = 10_000.0) -> Tensor:
-    """Returns DETR's sine positions of a padded sequence, scaled to one turn over the sample's own length.
+def sine_positions(mask: Tensor, width: int, turns: float = 1.0, temperature: float = 10_000.0) -> Tensor:
+    """Returns DETR's sine positions of a padded sequence, scaled to the sample's own length.
 
     Args:
         mask: bool ``(B, N)``, True where there is a token.
         width: of the positions.
+        turns: of the fastest wave over that length.
         temperature: of the wave lengths.
 
     Returns:
         ``(B, N, width)``, float32.
     """
     index = mask.cumsum(dim=1, dtype=torch.float32)
-    return sine_features(index / (index[:, -1:] + 1e-6), width, temperature)
+    return sine_features(index / (index[:, -1:] + 1e-6), width, turns, temperature)
 
 
-def sine_features(values: Tensor, width: int, temperature: float = 10_000.0) -> Tensor:
-    """Returns sines and cosines of values ``(...)`` from 0 to 1, in turns, in ever longer waves: ``(..., width)``."""
+def sine_features(values: Tensor, width: int, turns: float = 1.0, temperature: float = 10_000.0) -> Tensor:
+    """Returns sines and cosines of values ``(...)`` from 0 to 1, in ever longer waves, in turn: ``(..., width)``."""
     step = torch.arange(width, dtype=torch.float32, device=values.device)
-    angles = 2 * math.pi * values.unsqueeze(-1) / temperature ** (2 * (step // 2) / width)
+    angles = 2 * math.pi * turns * values.unsqueeze(-1) / temperature ** (2 * (step // 2) / width)
     return torch.stack([angles[..., 0::2].sin(), angles[..., 1::2].cos()], dim=-1).flatten(-2)
 
 

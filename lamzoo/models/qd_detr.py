@@ -31,6 +31,8 @@ class QdDetr(MomentNetwork):
         queries: moments that it looks for.
         dropout: of the transformer.
         input_dropout: of the projections of the features.
+        position_turns: of the fastest wave of the sine positions over a video. With the published one, neighbours among
+            hundreds of clips hardly differ.
         max_clips: clips of a video that it is profiled with.
         max_words: likewise, words of a sentence.
     """
@@ -49,13 +51,14 @@ class QdDetr(MomentNetwork):
         queries: int = 10,
         dropout: float = 0.1,
         input_dropout: float = 0.5,
+        position_turns: float = 1.0,
         max_clips: int = 75,
         max_words: int = 32,
     ) -> None:
-        super().__init__(video_dim, text_dim, width, input_dropout, max_clips, max_words)
+        super().__init__(video_dim, text_dim, width, input_dropout, position_turns, max_clips, max_words)
         self.cross = nn.ModuleList(CrossLayer(width, heads, hidden, dropout) for _ in range(cross_layers))
         self.encoder = nn.ModuleList(EncoderLayer(width, heads, hidden, dropout) for _ in range(encoder_layers))
-        self.decoder = SpanDecoder(width, heads, hidden, dropout, decoder_layers, queries)
+        self.decoder = SpanDecoder(width, heads, hidden, dropout, decoder_layers, queries, position_turns)
         self.saliency_token = nn.Parameter(torch.randn(width))
         self.saliency_position = nn.Parameter(torch.randn(width))
         self.clip_saliency = nn.Linear(width, width)
@@ -122,11 +125,14 @@ class SpanDecoder(nn.Module):
         dropout: everywhere.
         layers: of the decoder.
         queries: spans.
+        position_turns: as of the memory's positions.
     """
 
-    def __init__(self, width: int, heads: int, hidden: int, dropout: float, layers: int, queries: int) -> None:
+    def __init__(
+        self, width: int, heads: int, hidden: int, dropout: float, layers: int, queries: int, position_turns: float
+    ) -> None:
         super().__init__()
-        self.width = width
+        self.width, self.position_turns = width, position_turns
         self.layers = nn.ModuleList(SpanLayer(width, heads, hidden, dropout, number == 0) for number in range(layers))
         self.spans = nn.Embedding(queries, 2)
         self.position_head = Mlp(width, width, width, 2)
@@ -156,7 +162,7 @@ class SpanDecoder(nn.Module):
             begun_with = spans
             if number:
                 spans = spans.detach()  # what a layer looks at is not there to be learned, what it begins with is
-            waves = sine_features(spans.float(), self.width // 2).flatten(-2).to(memory.dtype)
+            waves = sine_features(spans.float(), self.width // 2, self.position_turns).flatten(-2).to(memory.dtype)
             query_positions = self.position_head(waves)
             if number:
                 waves = waves * self.position_scale(queries)

@@ -1,4 +1,4 @@
-"""Training from recipes: image classifiers and text-video retrieval; needs ``pip install "lamzoo[train]"``."""
+"""Training from recipes: of classifiers, of retrieval, of moment retrieval; needs ``pip install "lamzoo[train]"``."""
 
 from importlib.util import find_spec
 
@@ -9,6 +9,7 @@ if find_spec("accelerate") is None:
 
 from lamzoo.training.defaults import complete_recipe
 from lamzoo.training.loop import train
+from lamzoo.training.moment_recipe import MomentRecipe
 from lamzoo.training.recipe import AnyRecipe, Recipe, load_recipe, parse_recipe
 from lamzoo.training.retrieval_recipe import RetrievalRecipe
 from lamzoo.training.run import Progress, TrainResult
@@ -16,6 +17,7 @@ from lamzoo.training.scoring import Score
 
 __all__ = [
     "AnyRecipe",
+    "MomentRecipe",
     "Progress",
     "Recipe",
     "RetrievalRecipe",

@@ -20,7 +20,7 @@ from lamzoo.lam import LamConfig
 from lamzoo.pruning import prune_tokens
 from lamzoo.registry import create_model
 from lamzoo.training.recipe import Recipe
-from lamzoo.training.sections import RunSection, ScheduleSection
+from lamzoo.training.sections import OptimizerSection, RunSection, ScheduleSection
 
 _logger = logging.getLogger(__name__)
 
@@ -62,9 +62,8 @@ def build_model(recipe: Recipe, classes: list[str] | None) -> Any:
     return model
 
 
-def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(section: OptimizerSection, model: nn.Module) -> torch.optim.Optimizer:
     """Creates timm's optimiser over the parameters that are trained."""
-    section = recipe.optimizer
     try:
         return timm.optim.create_optimizer_v2(
             model,

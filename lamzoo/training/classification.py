@@ -62,7 +62,7 @@ class ClassificationRun(TrainingRun):
         return [create_eval_loader(self.recipe, split, model) for split in scored]
 
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        return build_optimizer(self.recipe, model)
+        return build_optimizer(self.recipe.optimizer, model)
 
     def prepare_model(self, model: nn.Module) -> Any:
         return self.accelerator.prepare(model)

@@ -8,6 +8,7 @@ from lamzoo.data import plain_worker_errors
 from lamzoo.training.classification import ClassificationRun
 from lamzoo.training.inputs import ScanProgress
 from lamzoo.training.recipe import AnyRecipe, Recipe
+from lamzoo.training.retrieval_recipe import RetrievalRecipe
 from lamzoo.training.run import Progress, TrainingRun, TrainResult
 
 
@@ -55,6 +56,10 @@ def _run(
 ) -> TrainingRun:
     if isinstance(recipe, Recipe):
         return ClassificationRun(recipe, resume, progress, scanning)
-    from lamzoo.training.retrieval import RetrievalRun  # needs open_clip
+    if isinstance(recipe, RetrievalRecipe):
+        from lamzoo.training.retrieval import RetrievalRun  # needs open_clip
 
-    return RetrievalRun(recipe, resume, progress, scanning)
+        return RetrievalRun(recipe, resume, progress, scanning)
+    from lamzoo.training.moments import MomentRun  # needs SciPy
+
+    return MomentRun(recipe, resume, progress, scanning)

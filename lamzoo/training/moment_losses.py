@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from lamzoo.errors import MissingExtraError
 from lamzoo.models.moment_detr import Moments
 from lamzoo.models.spans import generalized_span_iou, to_edges
+from lamzoo.training.moment_recipe import MomentWeights
 
 if find_spec("scipy") is None:
     raise MissingExtraError("Matching moments needs SciPy, which is not installed; pip install 'lamzoo[moments]'.")
@@ -39,29 +40,6 @@ class MomentTargets:
     worse: Tensor
     grades: Tensor
     video_mask: Tensor
-
-
-@dataclass(frozen=True)
-class MomentWeights:
-    """Weights of the losses, and of the costs by which queries are matched; the published ones.
-
-    Attributes:
-        span: of the L1 distance of centre and width.
-        giou: of one minus the generalised intersection over union.
-        label: of the cross-entropy.
-        nothing: of the class of queries that match no moment, in it.
-        saliency: of all that is said of clips.
-        margin: by which a better clip is to be ahead of a worse one.
-        temperature: of the contrast between grades.
-    """
-
-    span: float = 10.0
-    giou: float = 1.0
-    label: float = 4.0
-    nothing: float = 0.1
-    saliency: float = 1.0
-    margin: float = 0.2
-    temperature: float = 0.5
 
 
 def moment_losses(found: Moments, targets: MomentTargets, weights: MomentWeights) -> dict[str, Tensor]:

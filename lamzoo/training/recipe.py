@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias
 from lamzoo.data import OnBadInput
 from lamzoo.errors import RecipeError
 from lamzoo.lam.pruning import Rest, Score, Training
+from lamzoo.training.moment_recipe import MomentRecipe, check_moments
 from lamzoo.training.reading import build, override, read_recipe, without_none
 from lamzoo.training.retrieval_recipe import RetrievalRecipe, check_retrieval
 from lamzoo.training.sections import OptimizerSection, RunSection, ScheduleSection, check_common
@@ -128,9 +129,9 @@ class Recipe:
         return without_none(dataclasses.asdict(self))
 
 
-AnyRecipe: TypeAlias = Recipe | RetrievalRecipe
+AnyRecipe: TypeAlias = Recipe | RetrievalRecipe | MomentRecipe
 
-_TASKS: dict[str, type[AnyRecipe]] = {"classification": Recipe, "retrieval": RetrievalRecipe}
+_TASKS: dict[str, type[AnyRecipe]] = {"classification": Recipe, "retrieval": RetrievalRecipe, "moments": MomentRecipe}
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
@@ -165,8 +166,10 @@ def parse_recipe(table: Mapping[str, Any]) -> AnyRecipe:
     )
     if isinstance(recipe, Recipe):
         _check(recipe)
-    else:
+    elif isinstance(recipe, RetrievalRecipe):
         check_retrieval(recipe)
+    else:
+        check_moments(recipe)
     return recipe
 
 

@@ -33,12 +33,13 @@ from lamzoo.training.contrastive import contrastive_backward
 from lamzoo.training.inputs import BadInputs, ScanProgress
 from lamzoo.training.loaders import SeededDataset, seed_everything
 from lamzoo.training.retrieval_recipe import RetrievalRecipe
-from lamzoo.training.retrieval_report import write_retrieval_report
 from lamzoo.training.run import TrainingRun, TrainResult
+from lamzoo.training.score_report import retrieval_table, write_score_report
 from lamzoo.weights import save_pretrained
 
 Metrics = dict[str, dict[str, float]]
 
+_CURVE = ("eval_t2v_R1", "text to video R@1, validation (%)")
 _MAX_LOGIT_SCALE = 4.6052  # ln(100), CLIP's own limit
 
 
@@ -187,7 +188,8 @@ class RetrievalRun(TrainingRun):
         if self.recipe.run.report:
             report = self.checkpoints.output / "report" / "report.md"
             if main:
-                write_retrieval_report(report.parent, self._facts(scores, command), self.history)
+                facts = self._facts(command)
+                write_score_report(report.parent, facts, scores, retrieval_table(scores), self.history, _CURVE)
         return self.result(folder, scores, report)
 
     @torch.inference_mode()
@@ -204,31 +206,9 @@ class RetrievalRun(TrainingRun):
             similarity = compare(model, texts, *join_videos(videos, masks))
         return retrieval_metrics(similarity, split.video_of_text)
 
-    def _facts(self, scores: dict[str, Any], command: str | None) -> dict[str, Any]:
-        recipe, model = self.recipe, self.accelerator.unwrap_model(self.model)
-        lam = model.lam_config
-        return {
-            "model": recipe.model.name,
-            "weights": model.weights_source,
-            "masks": None if lam is None else str(lam),
-            "data": recipe.data.source,
-            "training_videos": len(self.splits["train"]),
-            "training_captions": len(self.splits["train"].texts),
-            "left_out": len(self.bad),
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-            "epochs": recipe.schedule.epochs,
-            "batch_size": recipe.run.batch_size,
-            "lr": recipe.optimizer.lr,
-            "seed": recipe.run.seed,
-            "precision": recipe.run.precision,
-            "train_seconds": round(self.seconds, 1),
-            "wall_seconds": round(self.wall(), 1),
-            "device": str(self.accelerator.device),
-            "processes": self.accelerator.num_processes,
-            "command": command,
-            "scores": scores,
-        }
+    def _facts(self, command: str | None) -> dict[str, Any]:
+        train = self.splits["train"]
+        return self.facts(command) | {"training_videos": len(train), "training_captions": len(train.texts)}
 
     def _pairs(self, transform: Any) -> Pairs:
         data = self.recipe.data

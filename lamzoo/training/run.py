@@ -62,7 +62,7 @@ class TrainResult:
         history: one record an epoch, as in ``metrics.csv``.
         scores: of the trained model, by split: the one scored during the run, and the recipe's ``test_split``. Of a
             classifier they are of :class:`lamzoo.training.Score`, of retrieval the metrics of
-            :func:`lamzoo.evaluation.retrieval_metrics`.
+            :func:`lamzoo.evaluation.retrieval_metrics`, of moments those of :func:`lamzoo.evaluation.moment_metrics`.
         report: ``report.md``; None where the recipe asks for none.
         left_out: inputs that were left out because they can't be read.
     """
@@ -197,6 +197,30 @@ class TrainingRun(ABC):
     def wall(self) -> float:
         """Seconds since the run began, its interruptions left out."""
         return self.wall_seconds + time.perf_counter() - self.started
+
+    def facts(self, command: str | None) -> dict[str, Any]:
+        """Returns what a report says of a run of any task, as plain values."""
+        recipe, model = self.recipe, self.accelerator.unwrap_model(self.model)
+        lam = getattr(model, "lam_config", None)
+        return {
+            "model": recipe.model.name,
+            "weights": model.weights_source,
+            "masks": None if lam is None else str(lam),
+            "data": recipe.data.source,
+            "left_out": len(self.bad),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "epochs": recipe.schedule.epochs,
+            "batch_size": recipe.run.batch_size,
+            "lr": recipe.optimizer.lr,
+            "seed": recipe.run.seed,
+            "precision": recipe.run.precision,
+            "train_seconds": round(self.seconds, 1),
+            "wall_seconds": round(self.wall(), 1),
+            "device": str(self.accelerator.device),
+            "processes": self.accelerator.num_processes,
+            "command": command,
+        }
 
     def result(self, model: Path, scores: dict[str, Any], report: Path | None) -> TrainResult:
         """Ends the run: waits for the other processes, closes the logs, and returns what it leaves."""

@@ -148,7 +148,12 @@ def test_a_missing_split_or_folder_is_named(qvhighlights: Path) -> None:
         opened(qvhighlights, "train")
     (qvhighlights / "features" / "clip_text_features").rename(qvhighlights / "away")
     with pytest.raises(DataError, match="has no folder clip_text_features; `lamzoo extract-features`"):
-        opened(qvhighlights)
+        opened(qvhighlights).read(0)
+
+
+def test_annotations_need_no_features(qvhighlights: Path) -> None:
+    (qvhighlights / "features").rename(qvhighlights / "away")
+    assert opened(qvhighlights).annotations() == [LINE]
 
 
 def test_tvsum_has_grades_by_domain(tmp_path: Path) -> None:

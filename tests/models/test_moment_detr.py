@@ -15,6 +15,7 @@ from lamzoo import LamConfig
 from lamzoo.adapters.native import DENSE_TOKENS
 from lamzoo.errors import ConfigError
 from lamzoo.models.moment_detr import Moments
+from lamzoo.models.moment_layers import sine_positions
 from lamzoo.models.spans import generalized_span_iou, span_iou, to_centres, to_edges
 from lamzoo.profiling.memory import peak_growth
 
@@ -24,7 +25,7 @@ each_model = pytest.mark.parametrize("name", PLACES)
 
 def model(name: str, **options: Any) -> Any:
     torch.manual_seed(0)
-    return lamzoo.create_model(name, **options).eval()
+    return lamzoo.create_model(name, **{"video_dim": 66, "text_dim": 64, **options}).eval()
 
 
 def batch(clips: int = 9, words: int = 5, size: int = 2, seed: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -215,3 +216,13 @@ def test_spans_are_boxes_one_unit_high() -> None:
             assert generalized[i, j].item() == pytest.approx(shared / union - (hull - union) / hull, abs=1e-5)
     boxes = [torch.stack([x[:, 0], x[:, 0] * 0, x[:, 1], x[:, 0] * 0 + 1], dim=1) for x in (edges, others)]
     assert_close(generalized, generalized_box_iou(*boxes))
+
+
+@each_model
+def test_faster_positions_tell_neighbours_among_hundreds_of_clips_apart(name: str) -> None:
+    slow, fast = (sine_positions(torch.ones(1, 250, dtype=torch.bool), 64, turns) for turns in (1.0, 32.0))
+    near, nearer = ((x[0, 1:] - x[0, :-1]).norm(dim=-1) for x in (fast, slow))
+    assert (near > 10 * nearer).all()
+    inputs = batch(40)
+    one, other = (model(name, position_turns=turns)(*inputs) for turns in (1.0, 32.0))
+    assert not torch.allclose(one.spans, other.spans)

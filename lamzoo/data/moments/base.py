@@ -71,6 +71,10 @@ class MomentSource(ABC):
     def text(self, index: int) -> Features:
         """Returns the features of a query's words, ``(W, D)``, W at least 1; a ``DataError`` names the file."""
 
+    def splice(self) -> tuple[MomentQuery, Features, Features]:
+        """Returns a query about a new video and the features of both; what :meth:`MomentDataset.splice` asks for."""
+        raise DataError(f"{type(self).__name__} can't splice videos, since it knows no pieces; set augment.splice to 0")
+
 
 class MomentDataset:
     """Queries about videos: a split of a data set of moments and highlights.
@@ -120,11 +124,16 @@ class MomentDataset:
         """
         if not 0 <= index < len(self):
             raise IndexError(index)
-        video = self._source.video(index)
-        edges = np.arange(len(video) + 1, dtype=np.float32) / len(video)
-        return MomentFeatures(
-            np.concatenate([video, edges[:-1, None], edges[1:, None]], axis=1), self._source.text(index)
-        )
+        return MomentFeatures(with_positions(self._source.video(index)), self._source.text(index))
+
+    def splice(self) -> tuple[MomentQuery, MomentFeatures]:
+        """Returns a query about a video that is put together of pieces of several, drawn from :mod:`random`.
+
+        Raises:
+            DataError: the data know of no pieces; or as :meth:`read`.
+        """
+        query, video, text = self._source.splice()
+        return query, MomentFeatures(with_positions(video), text)
 
     def annotations(self) -> list[dict[str, Any]]:
         """Returns the truth in the official form, for :func:`lamzoo.evaluation.moment_metrics`.
@@ -136,6 +145,12 @@ class MomentDataset:
         if hidden is not None:
             raise DataError(f"{self.spec} says nothing of the moments of query {hidden!r}; they can't be scored")
         return [_annotation(query) for query in self.queries]
+
+
+def with_positions(video: Features) -> Features:
+    """Appends each clip's start and end, as shares of the video, to its features: ``(N, D)`` to ``(N, D + 2)``."""
+    edges = np.arange(len(video) + 1, dtype=np.float32) / len(video)
+    return np.concatenate([video, edges[:-1, None], edges[1:, None]], axis=1)
 
 
 def _annotation(query: MomentQuery) -> dict[str, Any]:

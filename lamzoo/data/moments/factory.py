@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+from lamzoo.data.grid import Modalities
 from lamzoo.data.moments.base import MomentDataset, MomentSource
+from lamzoo.data.moments.grid import grid
 from lamzoo.data.moments.official import charades, qvhighlights, tvsum
 from lamzoo.errors import DataError
 
-_GRAMMAR = "qvhighlights:DIR, charades:DIR or tvsum:DIR[:DOMAIN]"
+_GRAMMAR = "qvhighlights:DIR, charades:DIR, tvsum:DIR[:DOMAIN] or grid:DIR[:MODALITIES[:SECONDS]]"
+
+_NUMBER = r"\d+(?:\.\d+)?"
+_GRID_OPTIONS = re.compile(
+    rf":(?P<modalities>both|video|audio)(?::(?P<shortest>{_NUMBER})(?:-(?P<longest>{_NUMBER}))?)?$"
+)
+_GRID_SECONDS = 10.0
 
 
 def create_moment_dataset(spec: str, split: str) -> MomentDataset:
@@ -21,8 +30,11 @@ def create_moment_dataset(spec: str, split: str) -> MomentDataset:
             - ``charades:DIR``: Charades-STA; see :func:`lamzoo.data.moments.official.charades`.
             - ``tvsum:DIR`` or ``tvsum:DIR:BK``: TVSum's highlights, of all domains or one; see
               :func:`lamzoo.data.moments.official.tvsum`.
+            - ``grid:DIR``, ``grid:DIR:audio`` or ``grid:DIR:both:10-60``: words in recordings of GRID's sentences, from
+              ``both`` modalities (the default), ``video`` or ``audio``, of 10 s (the default) or of 10 to 60; see
+              :class:`lamzoo.data.moments.grid.GridMoments`.
 
-            The features lie in ``DIR/features``, ``DIR/moment_detr_features`` or ``DIR`` itself.
+            The features of the first three lie in ``DIR/features``, ``DIR/moment_detr_features`` or ``DIR`` itself.
         split: ``train``, ``validation``, ``test`` or what the data calls it.
 
     Returns:
@@ -38,7 +50,7 @@ def _source(spec: str, split: str) -> MomentSource:
     if not split:
         raise DataError(f"the split of {spec} is empty; name one, such as 'test'")
     kind, _, rest = spec.partition(":")
-    if kind in ("qvhighlights", "charades", "tvsum") and not rest:
+    if kind in ("qvhighlights", "charades", "tvsum", "grid") and not rest:
         raise DataError(f"the data set {spec!r} says {kind}, but not which; write {_GRAMMAR}")
     match kind:
         case "qvhighlights":
@@ -50,4 +62,18 @@ def _source(spec: str, split: str) -> MomentSource:
             if colon and not Path(rest).is_dir():
                 return tvsum(Path(folder), split, domain)
             return tvsum(Path(rest), split)
+        case "grid":
+            return _grid(rest, split)
     raise DataError(f"{spec!r} is no data set of moments; write {_GRAMMAR}")
+
+
+def _grid(rest: str, split: str) -> MomentSource:
+    modalities: Modalities = "both"
+    shortest = longest = _GRID_SECONDS
+    found = _GRID_OPTIONS.search(rest)
+    if found is not None:
+        rest = rest[: found.start()]
+        modalities = found["modalities"]  # type: ignore[assignment]  # the pattern has no others
+        shortest = float(found["shortest"] or _GRID_SECONDS)
+        longest = float(found["longest"] or shortest)
+    return grid(Path(rest), split, modalities, (shortest, longest))

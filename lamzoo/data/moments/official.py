@@ -7,6 +7,7 @@ import gzip
 import json
 import re
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,17 @@ class FolderSource(MomentSource):
     Args:
         split: the split's own name.
         queries: what is asked.
-        features: the folder.
+        root: the folder of the features; it need not have any until one is read.
     """
 
     clip_seconds = _CLIP_SECONDS
 
-    def __init__(self, split: str, queries: list[MomentQuery], features: FeatureFolder) -> None:
-        self.split, self.queries, self._features = split, queries, features
+    def __init__(self, split: str, queries: list[MomentQuery], root: Path) -> None:
+        self.split, self.queries, self._root = split, queries, root
+
+    @cached_property
+    def _features(self) -> FeatureFolder:
+        return FeatureFolder(self._root)
 
     def video(self, index: int) -> Features:
         return self._features.video(self.queries[index].video)
@@ -62,8 +67,8 @@ def qvhighlights(root: Path, split: str) -> FolderSource:
     }
     there = {name: path for name, stems in names.items() if (path := _first(root, stems)) is not None}
     found = find_split(split, there, str(root))
-    queries = [_qvhighlights_query(line, where) for line, where in _lines(there[found])]
-    return FolderSource(found, queries, FeatureFolder(root))
+    queries = [_qvhighlights_query(line, where) for line, where in numbered_lines(there[found])]
+    return FolderSource(found, queries, root)
 
 
 def _qvhighlights_query(line: Mapping[str, Any], where: str) -> MomentQuery:
@@ -97,7 +102,7 @@ def tvsum(root: Path, split: str, domain: str | None = None) -> FolderSource:
     check_folder(root)
     there = {name: path for name in ("train", "val") if (path := _first(root, (f"tvsum_{name}",))) is not None}
     found = find_split(split, there, str(root))
-    lines = list(_lines(there[found]))
+    lines = list(numbered_lines(there[found]))
     for line, where in lines:
         _check(
             line, {"qid": str, "query": str, "vid": str, "duration": (int, float), "label": list, "domain": str}, where
@@ -113,7 +118,7 @@ def tvsum(root: Path, split: str, domain: str | None = None) -> FolderSource:
         for line, _ in lines
         if domain is None or line["domain"] == domain
     ]  # fmt: skip
-    return FolderSource(found, queries, FeatureFolder(root))
+    return FolderSource(found, queries, root)
 
 
 _CHARADES = re.compile(r"(\S+) (\d+(?:\.\d+)?) (\d+(?:\.\d+)?)##(.+)")
@@ -147,7 +152,7 @@ def charades(root: Path, split: str) -> FolderSource:
         window = (float(start), min(float(end), lengths[video]))
         if window[0] < window[1]:  # a few moments end before they begin, or begin behind the video's end
             queries.append(MomentQuery(f"{found}{number}", sentence, video, lengths[video], (window,)))
-    return FolderSource(found, queries, FeatureFolder(root))
+    return FolderSource(found, queries, root)
 
 
 def _charades_lengths(path: Path) -> dict[str, float]:
@@ -158,12 +163,37 @@ def _charades_lengths(path: Path) -> dict[str, float]:
         raise DataError(f"{path} gives no durations (columns id and length): {error}") from error
 
 
+def read_queries(path: Path) -> dict[int | str, str]:
+    """Reads the sentences of a file like QVHighlights': JSON lines with ``qid`` and ``query``, ``.gz`` or not.
+
+    Raises:
+        DataError: the file can't be read, has no query, a line is not as it should be, or one is listed twice.
+    """
+    found: dict[int | str, str] = {}
+    for line, where in numbered_lines(path):
+        _check(line, {"qid": (int, str), "query": str}, where)
+        qid, text = line["qid"], line["query"]
+        if not text.strip():
+            raise DataError(f"{where} has an empty query; write one, or remove the line")
+        if qid in found:
+            raise DataError(f"the query {qid!r} is listed twice in {path}; remove one of them")
+        found[qid] = text
+    if not found:
+        raise DataError(f"{path} holds no query")
+    return found
+
+
 def _first(root: Path, stems: tuple[str, ...]) -> Path | None:
     paths = [root / f"{stem}{suffix}" for stem in stems for suffix in (".jsonl", ".jsonl.gz")]
     return next((path for path in paths if path.is_file()), None)
 
 
-def _lines(path: Path) -> list[tuple[dict[str, Any], str]]:
+def numbered_lines(path: Path) -> list[tuple[dict[str, Any], str]]:
+    """Reads a JSON-lines file, gzipped or not: each object, and the line's number and file for an error.
+
+    Raises:
+        DataError: there is no such file, it is not whole, or a line is no JSON object.
+    """
     opener = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, "rt", encoding="utf-8") as file:

@@ -19,33 +19,51 @@ from lamzoo.data.splits import find_split
 from lamzoo.errors import DataError
 
 
-class JpegLines:
-    """The lines of ``captions.jsonl`` that belong to a split, and their JPEG files, which stay encoded in memory.
+class CaptionLines:
+    """The lines of ``captions.jsonl`` that belong to a split.
 
     Args:
-        root: the folder with ``captions.jsonl`` and the archive.
-        archive: the archive's name: an npz with ``jpeg`` (uint8, the files one after the other) and ``offsets``
-            (integers, N + 1), file i for line i.
+        root: the folder with it.
         fields: what each line must have besides ``split``, and of which type.
         split: by the lines' ``split``.
 
     Attributes:
         split: the split's own name.
         lines: the split's lines, in their order.
+        numbers: their places among all lines, from 0.
+        every: the lines of all splits.
+
+    Raises:
+        DataError: there is no such folder, file or split, or a line lacks a field.
+    """
+
+    def __init__(self, root: Path, fields: Mapping[str, type], split: str) -> None:
+        check_folder(root)
+        captions = root / "captions.jsonl"
+        self.every: list[dict[str, Any]] = read_json_lines(captions, {"split": str, **fields})
+        self.split = find_split(split, dict.fromkeys(line["split"] for line in self.every), str(captions))
+        self.numbers = [number for number, line in enumerate(self.every) if line["split"] == self.split]
+        self.lines = [self.every[number] for number in self.numbers]
+
+
+class JpegLines(CaptionLines):
+    """The lines of ``captions.jsonl`` that belong to a split, and their JPEG files, which stay encoded in memory.
+
+    Args:
+        root: the folder with ``captions.jsonl`` and the archive.
+        archive: the archive's name: an npz with ``jpeg`` (uint8, the files one after the other) and ``offsets``
+            (integers, N + 1), file i for line i.
+        fields: as of :class:`CaptionLines`.
+        split: likewise.
 
     Raises:
         DataError: there is no such folder, file or split, or the files do not fit each other.
     """
 
     def __init__(self, root: Path, archive: str, fields: Mapping[str, type], split: str) -> None:
-        check_folder(root)
-        captions = root / "captions.jsonl"
-        lines = read_json_lines(captions, {"split": str, **fields})
-        self.split = find_split(split, dict.fromkeys(line["split"] for line in lines), str(captions))
-        self._numbers = [number for number, line in enumerate(lines) if line["split"] == self.split]
-        self.lines: list[dict[str, Any]] = [lines[number] for number in self._numbers]
+        super().__init__(root, fields, split)
         self._path = root / archive
-        self._files = _read_jpegs(self._path, len(lines), self._numbers)
+        self._files = _read_jpegs(self._path, len(self.every), self.numbers)
 
     def decode(self, index: int) -> Image.Image:
         """Returns an RGB image of the split.
@@ -57,7 +75,7 @@ class JpegLines:
 
     def name(self, index: int) -> str:
         """Returns the place of an image in the archive."""
-        return f"{self._path}[{self._numbers[index]}]"
+        return f"{self._path}[{self.numbers[index]}]"
 
 
 def _read_jpegs(path: Path, count: int, wanted: Sequence[int]) -> list[bytes]:

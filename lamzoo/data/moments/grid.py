@@ -1,0 +1,101 @@
+"""GRID as a search for words: recordings of several sentences, a word as the query, where it is said as its moments."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from lamzoo.data.grid import RATE, GridTokens, Modalities, Speech, join
+from lamzoo.data.moments.base import Features, MomentQuery, MomentSource
+from lamzoo.errors import DataError
+
+LONGEST = 600.0  # seconds of a recording
+
+
+class GridMoments(MomentSource):
+    """Recordings of the split's clips, one behind the other, cut at their length; every word in one is a query.
+
+    Clips are shuffled by the split's name, and each is used once, so that a split always has the same recordings. The
+    moments of a query are all places at which its word is said, and its one text feature is one-hot over the corpus's
+    vocabulary. A "clip", in the sense of the models, is a token of 40 ms.
+
+    Args:
+        clips: the split's clips.
+        seconds: of a recording, or the shortest and the longest; lengths in between are drawn evenly.
+
+    Raises:
+        DataError: there is no such length, or the split is shorter than one recording.
+    """
+
+    clip_seconds = 1 / RATE
+
+    def __init__(self, clips: GridTokens, seconds: tuple[float, float]) -> None:
+        if not 1 <= seconds[0] <= seconds[1] <= LONGEST:
+            raise DataError(
+                f"GRID's recordings would last {seconds[0]:g} to {seconds[1]:g} s; give seconds from 1 to {LONGEST:g}"
+            )
+        self.split, self._clips, self._seconds = clips.split, clips, seconds
+        self._recordings = self._record()
+        self.queries = [
+            self._query(f"{self.split}{number}", word, speech)
+            for number, speech in enumerate(self._recordings)
+            for word in dict.fromkeys(word for word, *_ in speech.words)
+        ]
+        self._recording_of = [int(query.video.removeprefix(self.split)) for query in self.queries]
+
+    def video(self, index: int) -> Features:
+        return self._recordings[self._recording_of[index]].tokens
+
+    def text(self, index: int) -> Features:
+        return self._one_hot(self.queries[index].text)
+
+    def splice(self) -> tuple[MomentQuery, Features, Features]:
+        """Returns a recording of sentences whose words are exchanged, and one of its words; see the base class."""
+        pieces: list[Speech] = []
+        length = self._length(random.uniform)
+        while sum(len(piece.tokens) for piece in pieces) < length:
+            pieces.append(self._clips.splice())
+        speech = join(pieces)
+        start = random.randint(0, len(speech.tokens) - length)
+        speech = speech.cut(start, start + length)
+        words = list(dict.fromkeys(word for word, *_ in speech.words))
+        if not words:  # a second can pass between two words
+            return self.splice()
+        query = self._query("spliced", random.choice(words), speech)
+        return query, speech.tokens, self._one_hot(query.text)
+
+    def _record(self) -> list[Speech]:
+        rng = random.Random(self.split)
+        order = list(range(len(self._clips)))
+        rng.shuffle(order)
+        recordings: list[Speech] = []
+        pieces: list[Speech] = []
+        length = self._length(rng.uniform)
+        for index in order:
+            pieces.append(self._clips.read(index))
+            if sum(len(piece.tokens) for piece in pieces) >= length:
+                recordings.append(join(pieces).cut(0, length))
+                pieces, length = [], self._length(rng.uniform)
+        if not recordings:
+            raise DataError(
+                f"the {len(order)} clips of GRID's split {self.split!r} do not fill a recording; shorten it"
+            )
+        return recordings
+
+    def _length(self, uniform: Callable[[float, float], float]) -> int:
+        return round(uniform(*self._seconds) * RATE)
+
+    def _query(self, recording: str, word: str, speech: Speech) -> MomentQuery:
+        windows = tuple((first, last) for spoken, first, last in speech.words if spoken == word)
+        return MomentQuery(f"{recording}-{word}", word, recording, len(speech.tokens) / RATE, windows)
+
+    def _one_hot(self, word: str) -> Features:
+        return (np.array(self._clips.vocabulary) == word).astype(np.float32)[None]
+
+
+def grid(root: Path, split: str, modalities: Modalities, seconds: tuple[float, float]) -> GridMoments:
+    """Opens GRID's words as moments; arguments and errors as of :class:`GridTokens` and :class:`GridMoments`."""
+    return GridMoments(GridTokens(root, split, modalities), seconds)

@@ -1,0 +1,195 @@
+"""What a moment model says of queries about videos: windows in seconds and saliencies, scored or by themselves."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from lamzoo.data import plain_worker_errors
+from lamzoo.data.moments import MomentDataset, MomentFeatures
+from lamzoo.errors import UnsupportedHostError
+from lamzoo.evaluation.moments import moment_metrics
+from lamzoo.evaluation.runtime import Precision, check_batches, inference, resolve_device
+
+Batch = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a model says of one query.
+
+    Attributes:
+        windows: ``(Q, 3)``, float64: start and end in seconds, and score from 0 to 1, the best first.
+        saliency: ``(N,)``, float32, of each clip; the higher, the better it fits the sentence.
+    """
+
+    windows: NDArray[np.float64]
+    saliency: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class MomentResult:
+    """Scores of a moment model.
+
+    Attributes:
+        metrics: as of :func:`moment_metrics`.
+        predictions: the submission, as of :func:`submission`.
+        queries: their number.
+        seconds: in all, reading included.
+    """
+
+    metrics: dict[str, Any]
+    predictions: list[dict[str, Any]]
+    queries: int
+    seconds: float
+
+
+def find_moments(model: nn.Module, features: Sequence[MomentFeatures], durations: Sequence[float]) -> list[Finding]:
+    """Looks for sentences in videos, in one batch, without gradients.
+
+    Args:
+        model: of the family ``lam_moment_detr``, in evaluation mode, on its device.
+        features: of each query and its video.
+        durations: of the videos, seconds.
+
+    Raises:
+        UnsupportedHostError: the model finds no moments, or reads features of another width.
+    """
+    check_features(model, features[0])
+    device = next(model.parameters()).device
+    with torch.inference_mode():
+        video, text, video_mask, text_mask = (tensor.to(device) for tensor in pad_features(features))
+        found = model(video, text, video_mask, text_mask)
+        windows, saliency = found.windows().double().cpu(), found.saliency.float().cpu()
+    findings = []
+    for row, (of_sample, duration) in enumerate(zip(features, durations, strict=True)):
+        seconds = windows[row] * torch.tensor([duration, duration, 1.0], dtype=torch.float64)
+        findings.append(Finding(seconds.numpy(), saliency[row, : len(of_sample.video)].numpy()))
+    return findings
+
+
+def evaluate_moments(
+    model: nn.Module,
+    dataset: MomentDataset,
+    *,
+    batch_size: int = 32,
+    device: str | torch.device = "auto",
+    precision: Precision = "float32",
+    workers: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> MomentResult:
+    """Scores a model of the family ``lam_moment_detr`` on a split of queries.
+
+    Args:
+        model: left on the device.
+        dataset: the split; its moments must be known.
+        batch_size: queries at a time.
+        device: as torch writes it, or ``"auto"``.
+        precision: of the autocast.
+        workers: processes that read features; 0 reads in this one.
+        progress: called with the queries that are answered, and how many there are.
+
+    Returns:
+        The scores and the submission.
+
+    Raises:
+        ConfigError: a device, precision, batch size or number of workers that is not possible.
+        DataError: features can't be read, or the split keeps its moments to itself.
+        UnsupportedHostError: the model finds no moments, or reads features of another width.
+    """
+    truth = dataset.annotations()
+    start = time.perf_counter()
+    predictions = submission(
+        model, dataset, batch_size=batch_size, device=device, precision=precision, workers=workers, progress=progress
+    )
+    metrics = moment_metrics(predictions, truth)
+    return MomentResult(metrics, predictions, len(dataset), time.perf_counter() - start)
+
+
+def submission(
+    model: nn.Module,
+    dataset: MomentDataset,
+    indices: Sequence[int] | None = None,
+    *,
+    batch_size: int = 32,
+    device: str | torch.device = "auto",
+    precision: Precision = "float32",
+    workers: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Answers queries in QVHighlights' official form: ``qid``, ``query``, ``vid`` and both predictions.
+
+    Arguments and errors are those of :func:`evaluate_moments`, and ``indices`` says which queries, by default all; the
+    moments need not be known.
+    """
+    indices = range(len(dataset)) if indices is None else indices
+    check_batches(batch_size, workers, precision)
+    device = resolve_device(device)
+    loader = DataLoader(Subset(_Queries(dataset), indices), batch_size, collate_fn=list, num_workers=workers)
+    model.to(device)
+    predictions: list[dict[str, Any]] = []
+    with inference(model, device, precision, batch_size), plain_worker_errors():
+        for features in loader:
+            done = len(predictions)
+            queries = [dataset.queries[index] for index in indices[done : done + len(features)]]
+            findings = find_moments(model, features, [query.duration for query in queries])
+            for query, found in zip(queries, findings, strict=True):
+                predictions.append({
+                    "qid": query.qid, "query": query.text, "vid": query.video,
+                    "pred_relevant_windows": np.round(found.windows, 4).tolist(),
+                    "pred_saliency_scores": [round(float(score), 4) for score in found.saliency],
+                })  # fmt: skip
+            if progress is not None:
+                progress(len(predictions), len(indices))
+    return predictions
+
+
+def check_features(model: nn.Module, features: MomentFeatures) -> None:
+    """Raises an :class:`UnsupportedHostError` where a model does not read such features."""
+    wanted = getattr(model, "video_dim", None), getattr(model, "text_dim", None)
+    if None in wanted:
+        raise UnsupportedHostError(
+            f"{type(model).__name__} finds no moments; use a model of the family lam_moment_detr."
+        )
+    given = features.video.shape[1], features.text.shape[1]
+    if given != wanted:
+        raise UnsupportedHostError(
+            f"{type(model).__name__} reads {wanted[0]} features of a clip and {wanted[1]} of a word, and the data give "
+            f"{given[0]} and {given[1]}; create it with video_dim={given[0]}, text_dim={given[1]}, or give it others."
+        )
+
+
+def pad_features(features: Sequence[MomentFeatures]) -> Batch:
+    """Puts the features of several queries into one batch.
+
+    Returns:
+        Clips ``(B, N, D)`` and words ``(B, W, D)``, float32, zeros where there are no more, and the masks ``(B, N)``
+        and ``(B, W)``, bool, True where there are.
+    """
+    video, video_mask = _padded([torch.from_numpy(of_query.video) for of_query in features])
+    text, text_mask = _padded([torch.from_numpy(of_query.text) for of_query in features])
+    return video, text, video_mask, text_mask
+
+
+def _padded(tokens: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    mask = nn.utils.rnn.pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in tokens], batch_first=True)
+    return nn.utils.rnn.pad_sequence(list(tokens), batch_first=True), mask
+
+
+class _Queries(Dataset[MomentFeatures]):
+    def __init__(self, dataset: MomentDataset) -> None:
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> MomentFeatures:
+        return self._dataset.read(index)

@@ -1,0 +1,42 @@
+"""Submissions in the official form of QVHighlights: one JSON object a line and query."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lamzoo.data.moments.official import numbered_lines
+from lamzoo.errors import DataError
+from lamzoo.files import atomic_files
+
+_LISTS = ("pred_relevant_windows", "pred_saliency_scores")
+
+
+def read_submission(path: str | Path) -> list[dict[str, Any]]:
+    """Reads a submission, gzipped or not; :func:`lamzoo.evaluation.moment_metrics` checks what the lines say.
+
+    Raises:
+        DataError: there is no such file, or a line is no JSON object with a qid, or has no list where one belongs.
+    """
+    predictions = []
+    for line, where in numbered_lines(Path(path)):
+        if "qid" not in line:
+            raise DataError(f"{where} has no qid; give the query that it answers")
+        for key in _LISTS:
+            if not isinstance(line.get(key, []), list):
+                raise DataError(f"{where}: {key} is no list")
+        predictions.append(line)
+    return predictions
+
+
+def write_submission(path: str | Path, predictions: Sequence[Mapping[str, Any]]) -> None:
+    """Writes a submission, all of it or nothing.
+
+    Raises:
+        DataError: the file can't be written there.
+    """
+    text = "".join(json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in predictions)
+    with atomic_files(DataError) as stage:
+        stage(Path(path)).write_text(text, encoding="utf-8")

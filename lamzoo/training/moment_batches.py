@@ -1,0 +1,114 @@
+"""Batches of queries about videos for training: features, and what is true of them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lamzoo.data.moments import MomentDataset, MomentFeatures, MomentQuery
+from lamzoo.evaluation.finding import pad_features
+
+HIGHEST_GRADE = 12  # three annotators' fours: what a clip inside a moment is worth where nobody graded it
+_PAIRS = 2
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A query with its features, and what is true of it.
+
+    Attributes:
+        features: of the query and its video.
+        spans: ``(moments, 2)``, centre and width as shares of the video.
+        better: int64 ``(2,)``, clips that fit better than those of ``worse``.
+        worse: int64 ``(2,)``.
+        grades: ``(N,)``.
+    """
+
+    features: MomentFeatures
+    spans: Tensor
+    better: Tensor
+    worse: Tensor
+    grades: Tensor
+
+
+class Samples(Dataset[Sample]):
+    """The queries of a data set with what is true of them.
+
+    Args:
+        dataset: of which the moments are known.
+        splice: probability, drawn from :mod:`random`, that a query is about a video that is put together of pieces.
+    """
+
+    def __init__(self, dataset: MomentDataset, splice: float = 0.0) -> None:
+        self._dataset, self._splice = dataset, splice
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> Sample:
+        if self._splice and random.random() < self._splice:
+            query, features = self._dataset.splice()
+        else:
+            query, features = self._dataset.queries[index], self._dataset.read(index)
+        windows = np.array(query.windows).clip(0, query.duration) / query.duration
+        spans = np.stack([windows.mean(axis=1), windows[:, 1] - windows[:, 0]], axis=1).astype(np.float32)
+        grades = clip_grades(query, len(features.video))
+        better, worse = _draw_pairs(grades)
+        return Sample(features, *(torch.from_numpy(part) for part in (spans, better, worse, grades)))
+
+
+def clip_grades(query: MomentQuery, count: int) -> NDArray[np.float32]:
+    """Returns how well each clip fits a query, ``(count,)``, 0 where it doesn't.
+
+    These are the annotators' grades summed, 0 to 12 in QVHighlights; where there are none, 12 for the clips whose
+    middle lies in a moment, and for the one nearest to the middle of a moment shorter than that.
+    """
+    if query.grades is not None:
+        total = query.grades.sum(axis=1)[:count]
+        return np.pad(total, (0, count - len(total))).astype(np.float32)
+    middles = (np.arange(count) + 0.5) * query.duration / count
+    grades = np.zeros(count, dtype=np.float32)
+    for start, end in query.windows:
+        inside = (middles >= start) & (middles < end)
+        inside[np.abs(middles - (start + end) / 2).argmin()] = True
+        grades[inside] = HIGHEST_GRADE
+    return grades
+
+
+def _draw_pairs(grades: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Draws clips that fit with ones that don't, and the best graded with the worst (arXiv 2107.09609, section 4.2)."""
+    fits, rest = np.flatnonzero(grades > 0), np.flatnonzero(grades == 0)
+    if not len(fits) or not len(rest):
+        fits = rest = np.arange(len(grades))
+    best, worst = fits[grades[fits] == grades[fits].max()], fits[grades[fits] == grades[fits].min()]
+    if grades[best[0]] == grades[worst[0]]:
+        best, worst = fits, rest
+    better = [random.choice(fits), random.choice(best)]
+    worse = [random.choice(rest), random.choice(worst)]
+    return np.array(better, dtype=np.int64), np.array(worse, dtype=np.int64)
+
+
+def collate(samples: Sequence[Sample]) -> dict[str, Tensor]:
+    """Puts samples into one batch of tensors, padded: what a loader moves between devices.
+
+    Returns:
+        ``video`` and ``text`` with their masks, as :func:`pad_features`; ``spans (B, M, 2)`` with ``moments (B,)``, how
+        many of them there are; ``better`` and ``worse (B, 2)``; ``grades (B, N)``.
+    """
+    video, text, video_mask, text_mask = pad_features([sample.features for sample in samples])
+
+    def padded(name: str) -> Tensor:
+        return torch.nn.utils.rnn.pad_sequence([getattr(sample, name) for sample in samples], batch_first=True)
+
+    return {
+        "video": video, "text": text, "video_mask": video_mask, "text_mask": text_mask, "spans": padded("spans"),
+        "moments": torch.tensor([len(sample.spans) for sample in samples]), "better": padded("better"),
+        "worse": padded("worse"), "grades": padded("grades"),
+    }  # fmt: skip

@@ -1,0 +1,217 @@
+"""Training of moment retrieval: what is asked of a model, the curve of a run however it is cut, and what is refused."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import lamzoo
+from lamzoo.data.moments import MomentQuery, create_moment_dataset
+from lamzoo.errors import LamzooError
+from lamzoo.evaluation import evaluate_moments
+from lamzoo.training import Progress, TrainResult, parse_recipe, train
+from lamzoo.training.moment_batches import HIGHEST_GRADE, Samples, clip_grades, collate
+from tests.speech import write_speech
+from tests.training.moment_data import moment_recipe, write_qvhighlights
+
+HELD_BY_RECIPE = ("epoch", "update", "lr", "train_loss", "eval_R1@0.5", "eval_R1@0.7", "eval_mAP")
+
+
+@pytest.fixture(scope="module")
+def speech(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_speech(tmp_path_factory.mktemp("speech"))
+
+
+@pytest.fixture(scope="module")
+def qvhighlights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_qvhighlights(tmp_path_factory.mktemp("qvhighlights"), clip=8, slowfast=6, text=5)
+
+
+@pytest.fixture
+def table(speech: Path, tmp_path: Path) -> dict[str, Any]:
+    return moment_recipe(f"grid:{speech}:audio:3", tmp_path / "out")
+
+
+def run(table: dict[str, Any], output: Path, **changes: Any) -> TrainResult:
+    return train(parse_recipe({**table, "run": {**table["run"], "output": str(output), **changes}}))
+
+
+def curve(history: list[dict[str, float]]) -> torch.Tensor:
+    return torch.tensor([[float(record[key]) for key in HELD_BY_RECIPE] for record in history])
+
+
+def query(windows: list[tuple[float, float]], grades: Any = None) -> MomentQuery:
+    return MomentQuery(0, "a dog", "v", 20.0, tuple(windows), grades)
+
+
+def test_clips_in_a_moment_have_the_highest_grade_and_short_moments_their_nearest_clip() -> None:
+    grades = clip_grades(query([(4.0, 8.0), (13.1, 13.3)]), 10)
+    assert grades.tolist() == [0, 0, *[HIGHEST_GRADE] * 2, 0, 0, HIGHEST_GRADE, 0, 0, 0]
+
+
+def test_grades_are_the_annotators_sum_at_the_features_length() -> None:
+    given = np.zeros((10, 3), dtype=np.float32)
+    given[2:4] = [[4, 0, 1], [3, 2, 2]]
+    assert clip_grades(query([(4.0, 8.0)], given), 9).tolist() == [0, 0, 5, 7, 0, 0, 0, 0, 0]
+    assert clip_grades(query([(4.0, 8.0)], given), 11).tolist() == [0, 0, 5, 7, 0, 0, 0, 0, 0, 0, 0]
+
+
+def test_a_sample_says_what_is_true_of_it(qvhighlights: Path) -> None:
+    dataset = create_moment_dataset(f"qvhighlights:{qvhighlights}", "train")
+    samples = Samples(dataset)
+    for index, truth in enumerate(dataset.queries):
+        sample = samples[index]
+        [[start, end]] = np.array(truth.windows) / truth.duration
+        assert sample.spans.tolist() == [pytest.approx([(start + end) / 2, end - start])]
+        assert (sample.grades[sample.better] >= sample.grades[sample.worse]).all()
+        assert sample.grades[sample.better[0]] > 0
+        assert sample.grades[sample.worse[0]] == 0
+        assert sample.grades[sample.better[1]] == sample.grades.max()
+    batch = collate([samples[index] for index in range(5)])
+    lengths = [len(dataset.read(index).video) for index in range(5)]
+    assert batch["video_mask"].sum(1).tolist() == lengths
+    assert batch["video"].shape == (5, max(lengths), 8 + 6 + 2)
+    assert batch["grades"].shape == batch["video_mask"].shape
+    assert batch["moments"].tolist() == [1] * 5
+
+
+@pytest.mark.parametrize("name", ["lam_moment_detr_micro", "qd_detr_micro"])
+def test_it_learns_to_find_words_it_has_not_heard(table: dict[str, Any], tmp_path: Path, name: str) -> None:
+    table["model"] |= {"name": name}
+    table["model"]["kwargs"] |= {"width": 32}
+    if not name.startswith("lam_"):
+        del table["model"]["lam"]
+    table["schedule"]["epochs"] = 25
+    table["optimizer"] = {"lr": 2e-3, "clip_grad": 1.0}
+    result = run(table, tmp_path / "out", ema_decay=0.9, eval_interval=25, report=True)
+    assert result.scores["test"]["brief"]["MR-full-R1@0.5"] > 40
+    rows = list(csv.DictReader((result.output / "metrics.csv").open()))
+    assert float(rows[-1]["eval_mAP"]) == result.scores["val"]["brief"]["MR-full-mAP"]
+    assert result.report is not None
+    assert "MR-full-R1@0.7" in result.report.read_text()
+    model = lamzoo.create_model(f"local-dir:{result.model}", pretrained=True)
+    dataset = create_moment_dataset(table["data"]["source"], "test")
+    assert evaluate_moments(model, dataset, batch_size=5).metrics == result.scores["test"]
+
+
+def test_passes_in_parts_do_not_change_the_first_gradient_much(table: dict[str, Any], tmp_path: Path) -> None:
+    table["model"] |= {"name": "lam_moment_detr_micro"}  # QD-DETR's negatives are other sentences of its pass
+    table["schedule"]["epochs"] = 1
+    table["optimizer"] = {"name": "sgd", "lr": 1e-4}
+    whole = run(table, tmp_path / "whole")
+    parts = run(table, tmp_path / "parts", accumulation=2)
+    assert parts.history[0]["train_loss"] == pytest.approx(whole.history[0]["train_loss"], rel=0.05)
+
+
+@pytest.mark.parametrize("killed_at", [3, 8])
+def test_killed_run_resumes_to_the_same_curve(table: dict[str, Any], tmp_path: Path, killed_at: int) -> None:
+    table["model"]["kwargs"] |= {"dropout": 0.1}
+    table["run"] |= {"ema_decay": 0.9, "checkpoint_interval": 2}
+    whole = run(table, tmp_path / "whole")
+
+    def kill(progress: Progress) -> None:
+        if progress.update == killed_at:
+            raise KeyboardInterrupt
+
+    recipe = parse_recipe({**table, "run": {**table["run"], "output": str(tmp_path / "killed")}})
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, progress=kill)
+    resumed = train(recipe, resume=True)
+    assert torch.equal(curve(resumed.history), curve(whole.history))
+    expected, weights = (load_file(result.model / "model.safetensors") for result in (whole, resumed))
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_workers_do_not_change_the_curve(table: dict[str, Any], tmp_path: Path) -> None:
+    table["schedule"]["epochs"] = 1
+    alone = run(table, tmp_path / "alone")
+    table["data"]["workers"] = 1
+    assert torch.equal(curve(run(table, tmp_path / "workers").history), curve(alone.history))
+
+
+def test_two_processes_score_as_one(table: dict[str, Any], tmp_path: Path) -> None:
+    table["model"]["name"] = "lam_moment_detr_micro"
+    table["run"]["batch_size"] = 16
+    table["optimizer"] = {"name": "sgd", "lr": 1e-4}
+    alone = run(table, tmp_path / "alone")
+    table["run"] |= {"output": str(tmp_path / "two")}
+    (tmp_path / "recipe.json").write_text(json.dumps(table))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "lamzoo"]
+    done = subprocess.run(
+        [*launch, "train", str(tmp_path / "recipe.json")],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    rows: Any = list(csv.DictReader((tmp_path / "two" / "metrics.csv").open()))
+    torch.testing.assert_close(curve(rows)[:, 3], curve(alone.history)[:, 3], rtol=0.02, atol=0.0)
+
+
+@pytest.mark.parametrize("name", ["lam_moment_detr_micro", "lam_qd_detr_micro"])
+def test_qvhighlights_layout_trains_with_grades(qvhighlights: Path, tmp_path: Path, name: str) -> None:
+    result = run(moment_recipe(f"qvhighlights:{qvhighlights}", tmp_path, name), tmp_path / "out")
+    assert set(result.scores) == {"val", "test"}
+    assert "HL-min-VeryGood-mAP" in result.scores["test"]["brief"]
+    assert all(np.isfinite(record["train_loss"]) for record in result.history)
+
+
+def test_published_weights_must_fit_the_data(table: dict[str, Any], qvhighlights: Path, tmp_path: Path) -> None:
+    first = run(table, tmp_path / "first")
+    table["model"] = {"name": f"local-dir:{first.model}", "pretrained": True}
+    assert run(table, tmp_path / "second").history[0]["train_loss"] < first.history[0]["train_loss"]
+    table["data"] = {"source": f"qvhighlights:{qvhighlights}"}
+    table["augment"] = {}
+    with pytest.raises(LamzooError, match="reads 258 features of a clip and 6 of a word, and the data give 16 and 5"):
+        run(table, tmp_path / "third")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"task": "moment"}, "task is 'moment'"),
+        ({"data": {"sauce": "grid:x"}}, "data.sauce is unknown; did you mean data.source"),
+        ({"data": {"eval_split": "train"}}, "queries of .* would be trained and scored on"),
+        ({"data": {"eval_split": "absent"}}, "absent"),
+        ({"augment": {"splice": 2.0}}, "augment.splice is 2.0"),
+        ({"loss": {"giou": -1.0}}, "loss.giou is -1.0"),
+        ({"loss": {"temperature": 0.0}}, "loss.temperature is 0.0"),
+        ({"optimizer": {"layer_decay": 0.5}}, "optimizer.layer_decay is for classifiers"),
+        ({"model": {"name": "lam_vit_micro"}}, "lam_vit_micro.* no argument 'video_dim'|no argument"),
+        ({"run": {"batch_size": 4096}}, "batches of 4096 queries"),
+    ],
+)
+def test_a_recipe_that_cannot_be_is_refused_and_leaves_nothing(
+    table: dict[str, Any], tmp_path: Path, changes: dict[str, Any], says: str
+) -> None:
+    for section, values in changes.items():
+        table[section] = {**table.get(section, {}), **values} if isinstance(values, dict) else values
+    with pytest.raises(LamzooError, match=says):
+        train(parse_recipe(table))
+    assert not (tmp_path / "out").exists()
+
+
+def test_splicing_is_refused_where_the_data_know_no_pieces(qvhighlights: Path, tmp_path: Path) -> None:
+    table = moment_recipe(f"qvhighlights:{qvhighlights}", tmp_path / "out") | {"augment": {"splice": 0.5}}
+    with pytest.raises(LamzooError, match=r"can't splice videos.*augment\.splice"):
+        train(parse_recipe(table))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_feature_is_named_before_the_first_epoch(tmp_path: Path) -> None:
+    folder = write_qvhighlights(tmp_path / "data", clip=8, slowfast=6, text=5)
+    (folder / "features" / "clip_text_features" / "qid30.npz").unlink()
+    with pytest.raises(LamzooError, match=r"has no qid30\.npz"):
+        train(parse_recipe(moment_recipe(f"qvhighlights:{folder}", tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
