@@ -1,5 +1,6 @@
 """Pictures and tables of what a model does and what it costs."""
 
 from lamzoo.report.masks import explain
+from lamzoo.report.moments import explain_moments
 
-__all__ = ["explain"]
+__all__ = ["explain", "explain_moments"]

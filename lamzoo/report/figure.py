@@ -13,7 +13,7 @@ from lamzoo.report.canvas import new_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_COLOURS = "RdBu_r"
+COLOURS = "RdBu_r"
 _CELL = 1.3  # inches
 _LEAST_RANGE = 0.05  # half width of a colour scale: a mask nearer to neutral than 5 % stays pale
 
@@ -74,7 +74,7 @@ def draw(
 
     # Pale, so that a dark part of the photograph is not taken for a deep colour of the mask.
     grey = 0.4 + 0.6 * np.repeat(seen.mean(axis=2, keepdims=True), 3, axis=2)
-    scale = _scale([layer.importance for layer in layers], neutral)
+    scale = colour_scale([layer.importance for layer in layers], neutral)
     for axis, layer in zip(axes[0, 1:], layers, strict=True):
         axis.imshow(grey, extent=_extent(grid), interpolation="nearest")
         heat = _heat(axis, layer.importance, scale, alpha=0.7)
@@ -82,7 +82,7 @@ def draw(
     _colour_bar(figure, heat, axes[:1, :], "importance")
 
     if queries:
-        scale = _scale([layer.rows for layer in layers], neutral)
+        scale = colour_scale([layer.rows for layer in layers], neutral)
         for column, layer in enumerate(layers, start=1):
             for axis, values, query in zip(axes[1:, column], layer.rows, queries, strict=True):
                 heat = _heat(axis, values, scale)
@@ -94,7 +94,8 @@ def draw(
     return figure
 
 
-def _scale(values: list[NDArray[np.float32]], neutral: float) -> tuple[float, float]:
+def colour_scale(values: list[NDArray[np.float32]], neutral: float) -> tuple[float, float]:
+    """Returns the lowest and the highest value of a colour scale around the neutral one."""
     # The outermost percent may saturate, so that one patch can't wash out all others; the figures say how far it went.
     distance = np.abs(np.concatenate([value.ravel() for value in values]) - neutral)
     half = max(_LEAST_RANGE, float(np.quantile(distance, 0.99)))
@@ -104,7 +105,7 @@ def _scale(values: list[NDArray[np.float32]], neutral: float) -> tuple[float, fl
 def _heat(axis: Any, values: NDArray[np.float32], scale: tuple[float, float], alpha: float = 1.0) -> Any:
     heat = axis.imshow(
         values,
-        cmap=_COLOURS,
+        cmap=COLOURS,
         vmin=scale[0],
         vmax=scale[1],
         alpha=alpha,

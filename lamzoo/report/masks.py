@@ -68,8 +68,8 @@ def explain(
     if config.layers == "single":
         layers = [replace(layers[0], name="all layers")]
     subject = "image" if isinstance(image, Image.Image) else Path(image).name
-    title = f"{_name(model)} on {subject}{_prediction(model, output)}\n{_caption(config, head, shown.images)}"
-    figure = draw(layers, shown.seen.numpy(), shown.sharp.numpy(), neutral=_neutral(config), title=title)
+    title = f"{title_of(model)} on {subject}{_prediction(model, output)}\n{_caption(config, head, shown.images)}"
+    figure = draw(layers, shown.seen.numpy(), shown.sharp.numpy(), neutral=neutral_value(config), title=title)
     with atomic_files(DataError) as stage:
         figure.savefig(stage(path), format="png")
 
@@ -125,7 +125,8 @@ def _head(factor: Tensor, head: int | None) -> Tensor:
     return factor[0, head : head + 1]
 
 
-def _neutral(config: LamConfig) -> float:
+def neutral_value(config: LamConfig) -> float:
+    """Returns the value at which a mask changes nothing."""
     return 1.0 if config.op == "mul" else 0.0
 
 
@@ -138,7 +139,8 @@ def _prediction(model: nn.Module, output: Any) -> str:
     return ": " + ", ".join(f"{names[index].split(',')[0]} {probability:.0%}" for probability, index in guesses)
 
 
-def _name(model: nn.Module) -> str:
+def title_of(model: nn.Module) -> str:
+    """Returns a model's name and where its weights are from."""
     cfg: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     arch = getattr(model, "registry_name", None) or cfg.get("architecture") or type(model).__name__
     # The record's tag is there without its weights too, so that the title says what was loaded.
@@ -152,6 +154,6 @@ def _caption(config: LamConfig, head: int | None, images: Tensor) -> str:
         heads = "mean of the heads' masks" if head is None else f"mask of head {head}"
     effect = "multiplies" if config.op == "mul" else "is added to"
     return (
-        f"M {effect} the attention scores, {_neutral(config):g} is neutral; keys={config.keys}, rank={config.rank}, "
-        f"sign={config.sign}; {heads}; input {images.shape[-2]} x {images.shape[-1]} px"
+        f"M {effect} the attention scores, {neutral_value(config):g} is neutral; keys={config.keys}, "
+        f"rank={config.rank}, sign={config.sign}; {heads}; input {images.shape[-2]} x {images.shape[-1]} px"
     )

@@ -1,0 +1,119 @@
+"""Pictures of what a model finds in a video for a sentence; measures here, draws in :mod:`lamzoo.report.timeline`."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+from torch import nn
+
+from lamzoo.adapters.capture import capture_masks
+from lamzoo.data.moments import MomentDataset, MomentQuery
+from lamzoo.errors import ConfigError, DataError, UnsupportedHostError
+from lamzoo.evaluation.finding import find_moments
+from lamzoo.files import atomic_files
+from lamzoo.lam import Lam, LamConfig, MaskRecord
+from lamzoo.models.moment_detr import Place
+from lamzoo.models.qd_detr import QdDetr
+from lamzoo.profiling.inputs import evaluating
+from lamzoo.report.canvas import check_target
+from lamzoo.report.masks import neutral_value, title_of
+from lamzoo.report.timeline import LayerImportance, Timeline, draw_timeline
+
+_LINE, _LINES = 110, 3  # characters of a line of the title, and lines of its sentence
+
+
+def explain_moments(model: nn.Module, dataset: MomentDataset, index: int, path: str | Path, *, top: int = 5) -> None:
+    """Draws what a model finds for one query, and where its masks look, into a PNG file with a time axis in seconds.
+
+    From the top: the true spans where they are known, the best predicted ones with their scores, the saliency of the
+    clips, and each masked layer's importance ``mean_i M_ij``, averaged over the heads: of the clips over time, of the
+    words in a group of bars below, of QD-DETR's saliency token in numbers. Layers that share their mask are drawn
+    once. The decoder's self-attention is left out: its keys are moment queries, and those are at no time. A model
+    without masks gets spans and saliency alone. Colours are centred at the mask's neutral value (1 for ``op="mul"``,
+    0 for ``"add"``).
+
+    Args:
+        model: of the family ``lam_moment_detr``, with masks or without.
+        dataset: a split of queries.
+        index: of the query in it, from 0.
+        path: the PNG file to write, in a folder that exists; an older file is replaced.
+        top: how many predicted spans are drawn; all of them where there are fewer.
+
+    Raises:
+        UnsupportedHostError: the model finds no moments, reads features of another width, or masks attention that is
+            not the family's.
+        ConfigError: ``top`` is less than 1.
+        IndexError: there is no such query.
+        MissingExtraError: matplotlib is missing.
+        DataError: the features can't be read, or the file can't be written there.
+    """
+    path = Path(path)
+    check_target(path, "picture")
+    if top < 1:
+        raise ConfigError(f"top is {top}; a timeline shows at least 1 predicted span.")
+    masks = {name.removesuffix(".lam"): module for name, module in model.named_modules() if isinstance(module, Lam)}
+    timeline = _measure(model, masks, dataset, index, top)
+    config = next(iter(masks.values())).config if masks else None
+    title = _title(model, dataset.queries[index], config)
+    figure = draw_timeline(timeline, neutral=0.0 if config is None else neutral_value(config), title=title)
+    with atomic_files(DataError) as stage:
+        figure.savefig(stage(path), format="png")
+
+
+def _measure(model: nn.Module, masks: Mapping[str, Lam], dataset: MomentDataset, index: int, top: int) -> Timeline:
+    features = dataset.read(index)
+    query = dataset.queries[index]
+    capture: AbstractContextManager[Mapping[str, MaskRecord]] = capture_masks(model) if masks else nullcontext({})
+    with evaluating(model), capture as captured:
+        (found,) = find_moments(model, [features], [query.duration])
+    layers = (
+        _layer(model, path, record, masks[path].config, len(features.video), len(features.text))
+        for path, record in captured.items()
+        if masks[path].network is not None  # else an earlier layer's mask is this one's too
+        and "self_attention" not in path  # of the decoder: the encoder's is called attention
+    )
+    return Timeline(query.duration, query.windows, found.windows[:top], found.saliency, tuple(layers))
+
+
+def _layer(
+    model: nn.Module, path: str, record: MaskRecord, config: LamConfig, clips: int, words: int
+) -> LayerImportance:
+    importance = record.importance[0].float().mean(dim=0).cpu().numpy()
+    lengths = _lengths(model, path, clips, words)
+    if sum(lengths) != len(importance):
+        raise UnsupportedHostError(
+            f"{path} of {type(model).__name__} attends to {len(importance)} tokens that are not the video's {clips} "
+            f"clips and the sentence's {words} words; draw a model of the family lam_moment_detr, unwrapped."
+        )
+    token, of_clips, of_words = np.split(importance, np.cumsum(lengths[:2]))
+    parts = [part for part in path.split(".") if part.isdigit() or part in get_args(Place)]  # encoder.0.attention.attn
+    name = f"{parts[0]}\nall layers" if config.layers == "single" else ".".join(parts)
+    return LayerImportance(name, of_clips, of_words, float(token[0]) if token.size else None)
+
+
+def _lengths(model: nn.Module, path: str, clips: int, words: int) -> tuple[int, int, int]:
+    """Returns how many saliency tokens, clips and words a layer attends to, in this order."""
+    # By what the model is: with one word, Moment-DETR has as many keys as QD-DETR with its token.
+    if not isinstance(model, QdDetr):
+        return 0, clips, words
+    if path.startswith("cross."):
+        return 0, 0, words
+    return int(path.startswith("encoder.")), clips, 0
+
+
+def _title(model: nn.Module, query: MomentQuery, config: LamConfig | None) -> str:
+    lines = textwrap.wrap(f"{title_of(model)} on video {query.video}, query {query.qid}", _LINE)
+    lines += textwrap.wrap(f"“{query.text}”", _LINE, max_lines=_LINES, placeholder=" …”")
+    if config is not None:
+        heads = "one mask for all heads" if config.heads == "shared" else "mean of the heads' masks"
+        effect = "multiplies" if config.op == "mul" else "is added to"
+        lines.append(
+            f"M {effect} the attention scores, {neutral_value(config):g} is neutral; keys={config.keys}, "
+            f"rank={config.rank}, sign={config.sign}; {heads}"
+        )
+    return "\n".join(lines)

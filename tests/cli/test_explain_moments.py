@@ -1,0 +1,103 @@
+"""The timeline from the command line, of a model and a data set that lie in folders."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.torch import save_file
+
+import lamzoo
+from tests.images import encoded
+
+pytest.importorskip("matplotlib")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with weights of a model of moments and one of images, an image, and seven queries about one video."""
+    folder = tmp_path_factory.mktemp("moments")
+    models = {name: lamzoo.create_model(name) for name in ("lam_moment_detr_micro", "lam_vit_micro")}
+    for name, model in models.items():
+        save_file(model.state_dict(), folder / f"{name}.safetensors")
+    finder: Any = models["lam_moment_detr_micro"]
+    (folder / "photo.png").write_bytes(encoded(0, 0))
+    query = {"query": "A dog runs.", "vid": "v", "duration": 12, "relevant_windows": [[4, 8]]}
+    lines = [json.dumps({"qid": 10 + number, **query}) for number in range(7)]
+    (folder / "highlight_val_release.jsonl").write_text("\n".join(lines))
+    draw = np.random.default_rng(0).standard_normal
+    for part, names, key, shape in (
+        ("clip_features", ["v"], "features", (6, finder.video_dim - 2)),
+        ("clip_text_features", [f"qid{10 + number}" for number in range(7)], "last_hidden_state", (3, finder.text_dim)),
+    ):
+        (folder / part).mkdir()
+        for name in names:
+            np.savez(folder / part / f"{name}.npz", **{key: draw(shape).astype(np.float32)})
+    return folder
+
+
+@pytest.fixture
+def call(run: Callable[..., Any], place: Path) -> Callable[..., Any]:
+    """Explains one of the models; DATA and PHOTO stand for what lies in the folder."""
+
+    def call(model: str, arguments: str) -> Any:
+        arguments = arguments.replace("DATA", f"qvhighlights:{place}").replace("PHOTO", str(place / "photo.png"))
+        return run("explain", model, "--checkpoint", place / f"{model}.safetensors", *arguments.split())
+
+    return call
+
+
+@pytest.mark.parametrize(("query", "index"), [("", 0), ("--query 10", 0), ("--query 13", 3)])
+def test_a_query_is_drawn_by_its_id_or_the_first(
+    call: Callable[..., Any], query: str, index: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lamzoo.report import moments
+
+    seen = []
+    real = moments._measure
+    monkeypatch.setattr(moments, "_measure", lambda *args: (seen.append(args[3]), real(*args))[1])
+    done = call("lam_moment_detr_micro", f"--data DATA --split val {query} --out time.png")
+    assert (done.code, done.out) == (0, "time.png\n"), done.err
+    assert Path("time.png").read_bytes().startswith(b"\x89PNG")
+    assert seen == [index]
+
+
+def test_an_image_is_still_drawn(call: Callable[..., Any]) -> None:
+    done = call("lam_vit_micro", "PHOTO --out masks.png")
+    assert (done.code, done.out) == (0, "masks.png\n"), done.err
+    assert Path("masks.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "says"),
+    [
+        ("lam_moment_detr_micro", "", "nothing to explain; name an IMAGE, or with --data a data set of moments"),
+        ("lam_moment_detr_micro", "PHOTO --data DATA", "make two pictures; leave one of them out"),
+        ("lam_moment_detr_micro", "PHOTO", "looks at videos and sentences, not at images; give it --data instead"),
+        ("lam_vit_micro", "PHOTO --query 10", "--query means nothing for an image"),
+        ("lam_vit_micro", "PHOTO --split val", "--split means nothing for an image"),
+        ("lam_vit_micro", "--data DATA --split val", "finds no moments; use a model of the family lam_moment_detr"),
+        ("lam_moment_detr_micro", "--data DATA", "no split 'test'; it has 'val'"),
+        ("lam_moment_detr_micro", "--data moments:x", "is no data set of moments"),
+        (
+            "lam_moment_detr_micro",
+            "--data DATA --split val --query 99",
+            "has no query '99'; it has '10', '11', '12', '13', '14' and 2 more",
+        ),
+        ("lam_moment_detr_micro", "--data DATA --split val --device tpu9", "no device 'tpu9'"),
+    ],
+)
+def test_what_can_not_be_drawn_is_one_sentence(call: Callable[..., Any], model: str, arguments: str, says: str) -> None:
+    done = call(model, f"{arguments} --out x.png")
+    assert (done.code, done.out) == (2, "")
+    assert done.err.count("\n") == 1
+    assert says in done.err
+    assert not Path("x.png").exists()
+
+
+def test_a_picture_that_can_not_be_written_is_named(call: Callable[..., Any]) -> None:
+    done = call("lam_moment_detr_micro", "--data DATA --split val --out nowhere/x.png")
+    assert done.code == 2
+    assert "The folder nowhere of the picture does not exist" in done.err
