@@ -16,7 +16,10 @@ from lamzoo import cli_output as out
 from lamzoo.cli_bench import bench
 from lamzoo.cli_compare import compare
 from lamzoo.cli_eval import eval_command
+from lamzoo.cli_explain import explain
 from lamzoo.cli_export import export
+from lamzoo.cli_features import extract_features
+from lamzoo.cli_find import find
 from lamzoo.cli_options import BatchSize, Checkpoint, Device, Json, Name, load_model
 from lamzoo.cli_search import search
 from lamzoo.cli_train import train
@@ -165,28 +168,10 @@ def predict(
 
 
 app.command("eval")(eval_command)
-
-
-@app.command()
-def explain(
-    name: Name,
-    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="An image file.")],
-    output: Annotated[Path, typer.Option("--out", metavar="FILE.png", help="The picture to write.")],
-    checkpoint: Checkpoint = None,
-    device: Device = "auto",
-) -> None:
-    """Draws a model's masks over a photograph into a PNG."""
-    from lamzoo.data import open_image
-    from lamzoo.evaluation import resolve_device
-    from lamzoo.report import explain
-
-    target = resolve_device(device)
-    open_image(image)
-    explain(load_model(name, checkpoint).to(target), image, output)
-    out.print_line(out.printable(output))
-
-
+app.command()(explain)
 app.command()(export)
+app.command("extract-features")(extract_features)
+app.command()(find)
 app.command()(search)
 app.command()(train)
 

@@ -1,0 +1,69 @@
+"""The command ``lamzoo extract-features``: videos and queries in, the npz files that moment models read out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from lamzoo import cli_output as out
+from lamzoo.cli_options import Device, Json
+
+
+def extract_features(
+    videos: Annotated[list[Path], typer.Argument(metavar="VIDEOS...", help="Video files, and folders of them.")],
+    output: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the files.")],
+    model: Annotated[str, typer.Option(metavar="NAME", help=(
+        "CLIP's towers: open_clip/NAME:TAG, local-dir:DIR or hf-hub:REPO."))] = "open_clip/ViT-B-32:openai",
+    queries: Annotated[Path | None, typer.Option(metavar="FILE.jsonl", help=(
+        "Lines with qid and query, as QVHighlights has them; their words are embedded, too."))] = None,
+    clip_seconds: Annotated[float, typer.Option(help="Length of a clip.")] = 2.0,
+    device: Device = "auto",
+    precision: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the autocast.")] = "float32",
+    batch_size: Annotated[int, typer.Option(help="Frames, and queries, at a time.")] = 64,
+    workers: Annotated[int, typer.Option(help="Processes that read videos.")] = 0,
+    on_bad_input: Annotated[Literal["stop", "skip"], typer.Option(help=(
+        "At a video that cannot be read, or leave it out and say so."))] = "stop",
+    force: Annotated[bool, typer.Option("--force", help="Make all files anew.")] = False,
+    json: Json = False,
+) -> None:  # fmt: skip
+    """Makes the features that moment models read, of videos and queries, as npz files.
+
+    What is there and whole is not made again, so that a run that was stopped goes on where it was.
+    """
+    from lamzoo.features import extract_features
+
+    with out.progress_bar(f"{model} on {out.printable(videos[0])}", hidden=json) as advance:
+        made = extract_features(
+            videos,
+            output,
+            model,
+            queries=queries,
+            clip_seconds=clip_seconds,
+            device=device,
+            precision=precision,
+            batch_size=batch_size,
+            workers=workers,
+            on_bad_input=on_bad_input,
+            force=force,
+            progress=lambda what, done, total: advance(done, total, what),
+        )
+    record: dict[str, Any] = {
+        "model": model,
+        "out": out.printable(output),
+        "clip_seconds": clip_seconds,
+        "videos": made.videos,
+        "new_videos": made.new_videos,
+        "queries": made.queries,
+        "new_queries": made.new_queries,
+        "unreadable": [{"path": out.printable(path), "reason": reason} for path, reason in made.unreadable.items()],
+    }
+    if json:
+        out.print_json(record)
+        return
+    rows = [("videos", made.videos, made.new_videos, len(made.unreadable))]
+    if queries is not None:
+        rows.append(("queries", made.queries, made.new_queries, 0))
+    out.print_table(("features of", "there", "made now", "left out"), rows)
+    out.print_line(out.printable(output))

@@ -1,0 +1,126 @@
+"""The command ``lamzoo find``: a sentence and a video in, the moments of the video that show it out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lamzoo import cli_output as out
+from lamzoo.cli_options import Checkpoint, Device, Json, load_model
+from lamzoo.errors import ConfigError, DataError, MissingExtraError
+
+if TYPE_CHECKING:
+    from lamzoo.evaluation.finding import Finding
+    from lamzoo.extractor import FeatureExtractor, VideoFeatures
+    from lamzoo.report.strip import Span
+
+_STRIP = Path("lamzoo-find.png")
+_logger = logging.getLogger(__name__)
+
+
+def find(
+    query: Annotated[str, typer.Argument(metavar="QUERY", help="What the moment should show, in quotes.")],
+    video: Annotated[Path, typer.Argument(metavar="VIDEO", help="A video file.")],
+    model: Annotated[str, typer.Option(metavar="NAME", help=(
+        "Of the family lam_moment_detr, trained on such features: arch.tag, local-dir:DIR or hf-hub:REPO."))],
+    features: Annotated[str, typer.Option(metavar="NAME", help=(
+        "The towers that made the features: open_clip/NAME:TAG, local-dir:DIR or hf-hub:REPO."))]
+    = "open_clip/ViT-B-32:openai",
+    checkpoint: Checkpoint = None,
+    clip_seconds: Annotated[float, typer.Option(help="Length of a clip, as the model was trained.")] = 2.0,
+    top: Annotated[int, typer.Option(min=1, help="Moments.")] = 5,
+    strip: Annotated[Path | None, typer.Option(metavar="FILE.png", help=(
+        f"The preview: a row of frames for each moment [{_STRIP}]."))] = None,
+    no_strip: Annotated[bool, typer.Option("--no-strip", help="Draw no preview.")] = False,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:  # fmt: skip
+    """Finds the moments of a video that show what a sentence says."""
+    if not query.strip():
+        raise ConfigError("the query is empty; write what the moment should show")
+    if no_strip and strip is not None:
+        raise ConfigError("--strip and --no-strip contradict each other; leave one out")
+    picture = None if no_strip else _picture(strip)
+    if video.is_dir():
+        raise DataError(f"{video} is a folder; name a video, or look through all of them with `lamzoo search`")
+    if not video.exists():
+        raise DataError(f"no such video: {video}")
+    from lamzoo.evaluation import resolve_device
+    from lamzoo.extractor import FeatureExtractor, clip_middles
+    from lamzoo.report.strip import Span, write_strip
+
+    target = resolve_device(device)
+    clip_middles(clip_seconds)
+    network: Any = load_model(model, checkpoint).to(target).eval()
+    extractor = FeatureExtractor(load_model(features, None), clip_seconds=clip_seconds, device=target)
+    seen, found = _find(network, extractor, query, video)
+    spans = [Span(float(start), float(end), float(score)) for start, end, score in found.windows[:top]]
+    if not json:
+        _print(query, video, seen, spans)
+    if picture is not None:
+        write_strip(picture, query, video, spans)
+    if json:
+        out.print_json({"model": model, "features": features, **_record(query, video, seen, found, spans, picture)})
+    elif picture is not None:
+        out.print_line(out.printable(picture))
+
+
+def _find(network: Any, extractor: FeatureExtractor, query: str, video: Path) -> tuple[VideoFeatures, Finding]:
+    """Reads the video, if the model fits its features, and looks for the query."""
+    import numpy as np
+
+    from lamzoo.data.moments import MomentFeatures
+    from lamzoo.data.moments.base import with_positions
+    from lamzoo.data.moments.features import unit
+    from lamzoo.evaluation.finding import check_features, find_moments
+
+    text = unit(extractor.texts([query])[0])
+    blank = np.zeros((1, extractor.video_dim), dtype=np.float32)
+    check_features(network, MomentFeatures(with_positions(blank), text))  # before a long video is read for nothing
+    seen = extractor.video(video)
+    features = MomentFeatures(with_positions(unit(seen.clips)), text)
+    return seen, find_moments(network, [features], [seen.duration])[0]
+
+
+def _picture(strip: Path | None) -> Path | None:
+    """Returns what to call the preview, and checks that it can be drawn; None where nobody asked and it can't."""
+    from lamzoo.report.strip import check_strip
+
+    picture = _STRIP if strip is None else strip
+    try:
+        check_strip(picture)
+    except MissingExtraError as error:
+        if strip is not None:
+            raise
+        _logger.warning("no preview is drawn: %s", error)
+        return None
+    return picture
+
+
+def _print(query: str, video: Path, seen: VideoFeatures, spans: Sequence[Span]) -> None:
+    rows = [
+        (rank, f"{span.start:.1f}", f"{span.end:.1f}", f"{span.score:.3f}") for rank, span in enumerate(spans, start=1)
+    ]
+    # A line of its own: as the title of so narrow a table it would be folded.
+    out.print_line(f"{query}: {out.printable(video)}, {seen.duration:.1f} s in {len(seen.clips)} clips")
+    out.print_table(("rank", "start (s)", "end (s)", "score"), rows, numbers=(1, 2, 3))
+
+
+def _record(
+    query: str, video: Path, seen: VideoFeatures, found: Finding, spans: Sequence[Span], picture: Path | None
+) -> dict[str, Any]:
+    return {
+        "query": query,
+        "video": out.printable(video),
+        "duration": seen.duration,
+        "strip": None if picture is None else out.printable(picture),
+        "spans": [
+            {"rank": rank, "start": span.start, "end": span.end, "score": span.score}
+            for rank, span in enumerate(spans, start=1)
+        ],
+        "saliency": [round(float(score), 4) for score in found.saliency],
+    }

@@ -1,0 +1,185 @@
+"""CLIP's towers as extractors of features: of the clips of a video, and of the words of a sentence; writes no file."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm.data
+import torch
+from torch import Tensor, nn
+
+from lamzoo.data.clips import FramesTransform, each_frame
+from lamzoo.data.moments.base import Features
+from lamzoo.data.moments.frames import ClipMiddles
+from lamzoo.data.video import read_video
+from lamzoo.errors import ConfigError, UnsupportedHostError
+from lamzoo.evaluation.partial import weights_sha256
+from lamzoo.evaluation.runtime import Precision, check_batches, inference, resolve_device
+from lamzoo.evaluation.videos import frames_config
+from lamzoo.registry import create_model
+
+_AT_ONCE = 128  # frames of a video that are in memory at a time, 0.8 GB of full HD
+
+
+@dataclass(frozen=True)
+class VideoFeatures:
+    """What a tower sees in a video.
+
+    Attributes:
+        clips: ``(N, D)``, float32, of each clip, as the tower gives them: not of length 1.
+        duration: of the video, seconds.
+    """
+
+    clips: Features
+    duration: float
+
+
+class FeatureExtractor:
+    """CLIP's view of videos and sentences, as QVHighlights' models read it.
+
+    A clip's feature is the image embedding of one frame, the last that appears before the clip's middle (see
+    :class:`ClipMiddles`). A sentence's features are the states of its tokens, from the start of the text to its end,
+    behind the text tower's last norm and before its projection: 512 wide for ViT-B/32. Neither is scaled to length 1;
+    the readers of features do that.
+
+    Attributes:
+        model: the towers, on the device.
+        sampling: which frames of a video are looked at.
+        transform: from frames to the tensor that the model reads.
+        clip_seconds: length of a clip.
+
+    Args:
+        model: a name, ``open_clip/NAME:TAG``, which is created with its weights, or a model of the family
+            ``lam_clip4clip``, which all models of open_clip become by that name.
+        clip_seconds: length of a clip.
+        device: as torch writes it, or ``"auto"``.
+        precision: of the autocast.
+        batch_size: frames, and sentences, that pass through the towers at a time.
+
+    Raises:
+        ConfigError: an argument that is not possible.
+        UnsupportedHostError: the model has no towers for images and texts, or no token that ends a text.
+        WeightsError: the weights of the model cannot be had.
+    """
+
+    def __init__(
+        self,
+        model: str | nn.Module = "open_clip/ViT-B-32:openai",
+        *,
+        clip_seconds: float = 2.0,
+        device: str | torch.device = "auto",
+        precision: Precision = "float32",
+        batch_size: int = 64,
+    ) -> None:
+        check_batches(batch_size, precision=precision)
+        self.sampling, self.clip_seconds = clip_middles(clip_seconds), clip_seconds
+        self._device, self._precision, self._batch_size = resolve_device(device), precision, batch_size
+        self.model: Any = create_model(model, pretrained=True) if isinstance(model, str) else model
+        self.transform: FramesTransform = each_frame(timm.data.create_transform(**frames_config(self.model)))
+        self._end = getattr(self.model.tokenizer, "eot_token_id", None)
+        if self._end is None or not hasattr(self.model.clip, "forward_intermediates"):
+            raise UnsupportedHostError(
+                f"the text tower of {_name(self.model)} is not of CLIP's own form, so that its words have no features "
+                "here; take another, such as open_clip/ViT-B-32:openai."
+            )
+        self.model.to(self._device)
+
+    @property
+    def video_dim(self) -> int:
+        """Features of a clip, without its two positions."""
+        return self.model.num_features
+
+    @cached_property
+    def text_dim(self) -> int:
+        """Features of a word."""
+        return self.texts(["a"])[0].shape[1]
+
+    def video(self, path: str | Path) -> VideoFeatures:
+        """Reads a video, some of its frames at a time.
+
+        Raises:
+            ConfigError: the features are not finite in this precision, or a batch does not fit on the device.
+            DataError: the video can't be read.
+            MissingExtraError: PyAV is not installed.
+        """
+        pieces = read_pieces(Path(path), self.sampling, self.transform)
+        parts, durations = zip(*((self.frames(frames), duration) for frames, duration, _ in pieces), strict=True)
+        return VideoFeatures(self.finite(np.concatenate(parts), path), durations[-1])
+
+    def frames(self, frames: Tensor) -> Features:
+        """Returns the features ``(F, D)``, float32, of preprocessed frames ``(F, 3, H, W)``."""
+        with self._inference():
+            some = frames.split(self._batch_size)
+            parts = [self.model.encode_frames(part[None].to(self._device))[0].float().cpu() for part in some]
+        return torch.cat(parts).numpy()
+
+    def texts(self, texts: Sequence[str]) -> list[Features]:
+        """Returns the features ``(W, D)``, float32, of the tokens of each text.
+
+        Raises:
+            ConfigError: the features are not finite in this precision, or a batch does not fit on the device.
+        """
+        found: list[Features] = []
+        for start in range(0, len(texts), self._batch_size):
+            some = list(texts[start : start + self._batch_size])
+            tokens = self.model.tokenizer(some)
+            with self._inference():
+                states = self.model.clip.forward_intermediates(
+                    text=tokens.to(self._device), text_indices=1, normalize_intermediates=True, intermediates_only=True
+                )["text_intermediates"][0]
+            lengths = (tokens == self._end).int().argmax(dim=1) + 1
+            for text, of_text, length in zip(some, states.float().cpu(), lengths.tolist(), strict=True):
+                found.append(self.finite(of_text[:length].clone().numpy(), repr(text)))
+        return found
+
+    def finite(self, features: Features, what: str | Path) -> Features:
+        """Returns the features, or raises a :class:`ConfigError` that names what they are of, if one is not finite."""
+        if not np.isfinite(features).all():
+            raise ConfigError(
+                f"the features of {what} are not finite in {self._precision}; use float32, or other weights"
+            )
+        return features
+
+    def origin(self) -> dict[str, Any]:
+        """Returns what a file says of the model that made it, in values that JSON knows."""
+        return {
+            "model": _name(self.model),
+            "weights": weights_sha256(self.model),
+            "preprocessing": json.loads(json.dumps(frames_config(self.model))),  # as read back: tuples become lists
+        }
+
+    def _inference(self) -> AbstractContextManager[None]:
+        return inference(self.model, self._device, self._precision, self._batch_size)
+
+
+def read_pieces(path: Path, sampling: ClipMiddles, transform: FramesTransform) -> Iterator[tuple[Tensor, float, bool]]:
+    """Reads the frames of a video's clips, some at a time, so that long videos need no more memory than short ones.
+
+    Yields:
+        Frames ``(F, 3, H, W)``, the video's duration in seconds, and whether these are its last frames.
+    """
+    first, last = 0, False
+    while not last:
+        clip = read_video(path, replace(sampling, first=first, max_frames=_AT_ONCE))
+        first += len(clip.frames)
+        last = first >= sampling.clips(clip.duration)
+        yield transform(clip.frames), clip.duration, last
+
+
+def clip_middles(clip_seconds: float) -> ClipMiddles:
+    """Returns the sampling of clips of a length, or raises a :class:`ConfigError` where there are none such."""
+    if not (clip_seconds > 0 and math.isfinite(clip_seconds)):
+        raise ConfigError(f"a clip is {clip_seconds} s long; it must be more than 0")
+    return ClipMiddles(fps=1 / clip_seconds)
+
+
+def _name(model: Any) -> str:
+    return getattr(model, "registry_name", None) or type(model).__name__

@@ -1,0 +1,78 @@
+"""A preview of moments that were found in a video: a row of frames for each, spread over it; knows no model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lamzoo.data.moments.frames import Instants
+from lamzoo.data.video import read_video
+from lamzoo.errors import ConfigError
+from lamzoo.report.rows import FRAMES, check_rows, clock, draw_rows
+
+MAX_ROWS = 10
+
+
+@dataclass(frozen=True)
+class Span:
+    """A moment of a video.
+
+    Attributes:
+        start: seconds.
+        end: seconds.
+        score: how sure the model is, 0 to 1.
+    """
+
+    start: float
+    end: float
+    score: float
+
+
+def write_strip(path: str | Path, query: str, video: str | Path, spans: Sequence[Span]) -> None:
+    """Draws the best moments of a video for a query into a PNG file.
+
+    Each has a row of six frames, from the middles of its sixths, under its rank, score and times.
+
+    Args:
+        path: the PNG file to write, in a folder that exists; an older file is replaced.
+        query: the title.
+        video: the file.
+        spans: at least one, the best first; the first :data:`MAX_ROWS` are drawn.
+
+    Raises:
+        ConfigError: there is no span.
+        DataError: the video can't be read, or the file can't be written there.
+        MissingExtraError: matplotlib or PyAV is not installed.
+    """
+    path, spans = Path(path), spans[:MAX_ROWS]
+    check_strip(path)
+    if not spans:
+        raise ConfigError("a preview strip needs one span or more")
+    wanted = [_times(span) for span in spans]
+    # One pass through the file gives the frames of all spans, which may overlap.
+    times = sorted({time for row in wanted for time in row})
+    frames = dict(zip(times, read_video(video, Instants(at=tuple(times))).frames, strict=True))
+    rows = (
+        (_caption(rank, span), [frames[time] for time in row])
+        for rank, (span, row) in enumerate(zip(spans, wanted, strict=True), start=1)
+    )
+    draw_rows(path, query, rows, len(spans))
+
+
+def check_strip(path: str | Path) -> None:
+    """Checks that a preview strip can be drawn, and written there, before the work.
+
+    Raises:
+        DataError: the name does not end in ``.png``, its folder does not exist, or it is a folder itself.
+        MissingExtraError: matplotlib is not installed.
+    """
+    check_rows(path, "preview strip")
+
+
+def _times(span: Span) -> list[float]:
+    return [span.start + (span.end - span.start) * (number + 0.5) / FRAMES for number in range(FRAMES)]
+
+
+def _caption(rank: int, span: Span) -> str:
+    return f"{rank}    {span.score:.3f}    {clock(span.start)} – {clock(span.end)}"
