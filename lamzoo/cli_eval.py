@@ -59,8 +59,9 @@ def eval_command(
 
     For moments, NAME may also be a submission, FILE.jsonl.
     """
-    if output is not None and not output.absolute().parent.is_dir():
-        raise ConfigError(f"the folder of {output} does not exist; make it first")
+    for path in (output, submission):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise ConfigError(f"the folder of {path} does not exist; make it first")
     of_retrieval = {"--fps": fps, "--slicing": slicing, "--dual-softmax": dual_softmax or None}
     of_images = {"--class-map": class_map, "--real-labels": real_labels, "--limit": limit, "--state": state,
                  "--resume": resume or None}  # fmt: skip

@@ -46,6 +46,11 @@ RESULTS = ROOT / "benchmarks" / "results"
 SCORES: dict[str, dict[str, tuple[str, ...]]] = {
     "classification": {"top1": ("top1",), "eval_loss": ("loss",)},
     "retrieval": {f"{way}_{key}": (way, key) for way in ("t2v", "v2t") for key in ("R1", "R5", "R10", "MedianR")},
+    "moments": {
+        "R1_07": ("brief", "MR-full-R1@0.7"),
+        "R1_05": ("brief", "MR-full-R1@0.5"),
+        "mAP": ("brief", "MR-full-mAP"),
+    },
 }
 
 
@@ -67,7 +72,10 @@ class Run:
 
 
 def read_ablation(path: Path) -> dict[str, Any]:
-    """Returns the ablation's tables ``recipe``, ``rows``, ``seeds`` and ``reference``; the first may be in a file."""
+    """Returns the ablation's tables ``recipe``, ``rows``, ``seeds`` and ``reference``; the first may be in a file.
+
+    A row may have a ``reference`` of its own.
+    """
     tables = tomllib.loads(path.read_text(encoding="utf-8"))
     if isinstance(tables["recipe"], str):
         tables["recipe"] = read_recipe(path.parent / tables["recipe"])

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lamzoo.adapters.native import HeadAttention
+from lamzoo.errors import ConfigError
 from lamzoo.lam import LamConfig
 from lamzoo.models.moment_detr import MomentNetwork, Moments, Place, build
 from lamzoo.models.moment_layers import Attention, EncoderLayer, Mlp, initialise, sine_features
+
+Anchors = Literal["learned", "salient"]
 
 
 class QdDetr(MomentNetwork):
     """Query-dependent DETR: sections 3.1 to 3.3 of its paper, with the decoder of DAB-DETR (arXiv 2201.12329).
 
     In training, each video is scored for the sentence of another sample too (``Moments.unrelated``).
+
+    The published decoder begins with spans that it has learned, the same for each video, and takes tens of thousands of
+    updates to find short moments in long videos. With ``anchors="salient"`` it begins at the peaks of the saliency, as
+    two-stage detectors do (arXiv 2010.04159, section 4.2).
 
     Args:
         video_dim: features of a clip, its two temporal positions included.
@@ -29,6 +37,7 @@ class QdDetr(MomentNetwork):
         encoder_layers: of the encoder of what they have read.
         decoder_layers: of the decoder.
         queries: moments that it looks for.
+        anchors: where the decoder begins: at ``"learned"`` spans, or at ``"salient"`` clips.
         dropout: of the transformer.
         input_dropout: of the projections of the features.
         position_turns: of the fastest wave of the sine positions over a video. With the published one, neighbours among
@@ -49,6 +58,7 @@ class QdDetr(MomentNetwork):
         encoder_layers: int = 2,
         decoder_layers: int = 2,
         queries: int = 10,
+        anchors: Anchors = "learned",
         dropout: float = 0.1,
         input_dropout: float = 0.5,
         position_turns: float = 1.0,
@@ -56,9 +66,12 @@ class QdDetr(MomentNetwork):
         max_words: int = 32,
     ) -> None:
         super().__init__(video_dim, text_dim, width, input_dropout, position_turns, max_clips, max_words)
+        if anchors not in get_args(Anchors):
+            raise ConfigError(f"anchors is {anchors!r}; it must be one of {', '.join(map(repr, get_args(Anchors)))}.")
+        self.anchors = anchors
         self.cross = nn.ModuleList(CrossLayer(width, heads, hidden, dropout) for _ in range(cross_layers))
         self.encoder = nn.ModuleList(EncoderLayer(width, heads, hidden, dropout) for _ in range(encoder_layers))
-        self.decoder = SpanDecoder(width, heads, hidden, dropout, decoder_layers, queries, position_turns)
+        self.decoder = SpanDecoder(width, heads, hidden, dropout, decoder_layers, queries, anchors, position_turns)
         self.saliency_token = nn.Parameter(torch.randn(width))
         self.saliency_position = nn.Parameter(torch.randn(width))
         self.clip_saliency = nn.Linear(width, width)
@@ -69,7 +82,10 @@ class QdDetr(MomentNetwork):
     def find(self, clips: Tensor, words: Tensor, positions: Tensor, video_mask: Tensor, text_mask: Tensor) -> Moments:
         """As :meth:`MomentNetwork.find`: clips read the words, and the decoder sees clips alone."""
         memory, saliency = self._read(clips, words, positions, video_mask, text_mask)
-        found = self.decoder(memory, positions, video_mask)
+        centres = None
+        if self.anchors == "salient":
+            centres = peaks(saliency.detach(), video_mask, self.decoder.num_queries)
+        found = self.decoder(memory, positions, video_mask, centres)
         *others, (spans, logits) = [(self._refined(*entry), self.class_head(entry[0])) for entry in found]
         unrelated = None
         if self.training and len(clips) > 1:
@@ -96,6 +112,29 @@ class QdDetr(MomentNetwork):
 
     def _refined(self, queries: Tensor, spans: Tensor) -> Tensor:
         return (self.span_head(queries) + spans.logit(eps=1e-3)).sigmoid()
+
+
+def peaks(saliency: Tensor, video_mask: Tensor, count: int) -> Tensor:
+    """Returns where the highest peaks of a saliency are.
+
+    Args:
+        saliency: ``(B, N)``, of each clip.
+        video_mask: bool ``(B, N)``, True where there is a clip.
+        count: how many; where there are fewer peaks, or clips, the rest are the highest clips beside them, or repeated.
+
+    Returns:
+        ``(B, count)``, middles of clips as shares of the video, the highest first.
+    """
+    saliency = saliency.float().masked_fill(~video_mask, -torch.inf)
+    around = F.max_pool1d(saliency.unsqueeze(1), 2 * _PEAK + 1, stride=1, padding=_PEAK).squeeze(1)
+    lowest = saliency.masked_fill(~video_mask, torch.inf).amin(dim=1, keepdim=True)
+    highest = saliency.amax(dim=1, keepdim=True)
+    beside = saliency - (highest - lowest + 1)  # behind all peaks, in their own order
+    order = torch.where(saliency == around, saliency, beside)
+    chosen = order.topk(min(count, order.shape[1]), dim=1).indices
+    chosen = chosen[:, torch.arange(count, device=chosen.device) % chosen.shape[1]]
+    lengths = video_mask.sum(dim=1, keepdim=True)
+    return (chosen.minimum(lengths - 1) + 0.5) / lengths
 
 
 class CrossLayer(nn.Module):
@@ -125,16 +164,28 @@ class SpanDecoder(nn.Module):
         dropout: everywhere.
         layers: of the decoder.
         queries: spans.
+        anchors: whether the spans that it begins with are learned, or their widths alone.
         position_turns: as of the memory's positions.
     """
 
     def __init__(
-        self, width: int, heads: int, hidden: int, dropout: float, layers: int, queries: int, position_turns: float
+        self,
+        width: int,
+        heads: int,
+        hidden: int,
+        dropout: float,
+        layers: int,
+        queries: int,
+        anchors: Anchors,
+        position_turns: float,
     ) -> None:
         super().__init__()
-        self.width, self.position_turns = width, position_turns
+        self.width, self.num_queries, self.position_turns = width, queries, position_turns
         self.layers = nn.ModuleList(SpanLayer(width, heads, hidden, dropout, number == 0) for number in range(layers))
-        self.spans = nn.Embedding(queries, 2)
+        if anchors == "learned":
+            self.spans = nn.Embedding(queries, 2)
+        else:
+            self.widths = nn.Parameter(torch.full((queries, 1), _FIRST_WIDTH).logit())
         self.position_head = Mlp(width, width, width, 2)
         self.position_scale = Mlp(width, width, width, 2)
         self.width_head = Mlp(width, width, 1, 2)
@@ -144,19 +195,26 @@ class SpanDecoder(nn.Module):
         for parameter in self.refinement[-1].parameters():  # at first, spans stay as they are
             nn.init.zeros_(parameter)
 
-    def forward(self, memory: Tensor, positions: Tensor, allowed: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def forward(
+        self, memory: Tensor, positions: Tensor, allowed: Tensor, centres: Tensor | None = None
+    ) -> list[tuple[Tensor, Tensor]]:
         """Decodes.
 
         Args:
             memory: ``(B, N, C)``.
             positions: ``(B, N, C)``.
             allowed: bool ``(B, N)``.
+            centres: of the spans that it begins with, ``(B, Q)``; None for learned ones.
 
         Returns:
             For each layer the queries ``(B, Q, C)`` and the spans ``(B, Q, 2)`` that they began the layer with.
         """
-        numbers = torch.arange(self.spans.num_embeddings, device=memory.device)
-        spans = self.spans(numbers).sigmoid().to(memory.dtype).expand(len(memory), -1, -1)
+        if centres is None:
+            numbers = torch.arange(self.num_queries, device=memory.device)
+            spans = self.spans(numbers).sigmoid().to(memory.dtype).expand(len(memory), -1, -1)
+        else:
+            widths = self.widths.sigmoid().to(memory.dtype).expand(len(memory), -1, -1)
+            spans = torch.cat([centres.to(memory.dtype).unsqueeze(-1), widths], dim=-1)
         queries, found = memory.new_zeros(*spans.shape[:2], self.width), []
         for number, layer in enumerate(self.layers):
             begun_with = spans
@@ -230,6 +288,8 @@ class SpanLayer(nn.Module):
         return torch.cat(pair, dim=-1).flatten(-2)
 
 
+_FIRST_WIDTH = 0.05  # of a span that begins at a clip, as a share of the video
+_PEAK = 2  # clips on either side that a peak is higher than
 _SELF = ("query", "query_position", "key", "key_position", "value")
 _CROSS = (*_SELF, "waves")
 

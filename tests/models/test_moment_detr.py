@@ -16,6 +16,7 @@ from lamzoo.adapters.native import DENSE_TOKENS
 from lamzoo.errors import ConfigError
 from lamzoo.models.moment_detr import Moments
 from lamzoo.models.moment_layers import sine_positions
+from lamzoo.models.qd_detr import peaks
 from lamzoo.models.spans import generalized_span_iou, span_iou, to_centres, to_edges
 from lamzoo.profiling.memory import peak_growth
 
@@ -226,3 +227,40 @@ def test_faster_positions_tell_neighbours_among_hundreds_of_clips_apart(name: st
     inputs = batch(40)
     one, other = (model(name, position_turns=turns)(*inputs) for turns in (1.0, 32.0))
     assert not torch.allclose(one.spans, other.spans)
+
+
+def test_peaks_are_the_highest_clips_of_their_neighbourhood() -> None:
+    saliency = torch.zeros(2, 30)
+    saliency[0, [4, 5, 20]] = torch.tensor([3.0, 2.9, 1.0])
+    saliency[1, [2, 25]] = torch.tensor([1.0, 9.0])
+    mask = torch.ones(2, 30, dtype=torch.bool)
+    mask[1, 10:] = False  # and the highest of the second sample is padding
+    found = peaks(saliency, mask, 2)
+    assert_close(found[0], torch.tensor([4.5, 20.5]) / 30)
+    assert_close(found[1, 0], torch.tensor(2.5 / 10))
+    assert (found < 1).all()
+
+
+@pytest.mark.parametrize("clips", [1, 3, 40])
+def test_there_are_as_many_peaks_as_are_asked_for(clips: int) -> None:
+    saliency = torch.rand(2, clips, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(2, clips, dtype=torch.bool)
+    mask[1, 1:] = False
+    found = peaks(saliency, mask, 10)
+    assert found.shape == (2, 10)
+    assert_close(found[0].sort().values.unique(), found[0].unique())
+    assert_close(found[1], torch.full((10,), 0.5))
+    assert len(found[0].unique()) == min(clips, 10)
+
+
+def test_the_decoder_may_begin_at_salient_clips() -> None:
+    detr = model("qd_detr_micro", anchors="salient").train()
+    inputs = batch(60)
+    found = detr(*inputs)
+    assert found.spans.shape == (2, 10, 2)
+    (found.spans.sum() + found.logits.sum() + found.saliency.sum() + found.unrelated.sum()).backward()
+    assert all(p.grad is not None for name, p in detr.named_parameters())
+    begun = peaks(found.saliency.detach(), inputs[2], 10)
+    assert_close(found.layers[0][0][..., 0].detach(), begun, atol=0.1, rtol=0.0)
+    with pytest.raises(ConfigError, match="anchors is 'random'; it must be one of 'learned', 'salient'"):
+        model("qd_detr_micro", anchors="random")

@@ -19,11 +19,12 @@ import lamzoo
 from lamzoo.data.moments import MomentQuery, create_moment_dataset
 from lamzoo.errors import LamzooError
 from lamzoo.evaluation import evaluate_moments
-from lamzoo.training import Progress, TrainResult, parse_recipe, train
+from lamzoo.training import Progress, TrainResult, load_recipe, parse_recipe, train
 from lamzoo.training.moment_batches import HIGHEST_GRADE, Samples, clip_grades, collate
 from tests.speech import write_speech
 from tests.training.moment_data import moment_recipe, write_qvhighlights
 
+RECIPE = Path(__file__).resolve().parents[2] / "benchmarks" / "recipes" / "qvhighlights.toml"
 HELD_BY_RECIPE = ("epoch", "update", "lr", "train_loss", "eval_R1@0.5", "eval_R1@0.7", "eval_mAP")
 
 
@@ -215,3 +216,15 @@ def test_a_missing_feature_is_named_before_the_first_epoch(tmp_path: Path) -> No
     with pytest.raises(LamzooError, match=r"has no qid30\.npz"):
         train(parse_recipe(moment_recipe(f"qvhighlights:{folder}", tmp_path / "out")))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_the_qvhighlights_recipe_takes_twenty_updates_on_features_of_its_shape(tmp_path: Path) -> None:
+    folder = write_qvhighlights(tmp_path / "data")
+    output = tmp_path / "out"
+    changes = ("run.batch_size=6", "schedule.epochs=5", "data.workers=0", "run.device=cpu", "run.report=false")
+    recipe = load_recipe(RECIPE, (f"data.source=qvhighlights:{folder}", f"run.output={output}", *changes))
+    result = train(recipe)
+    assert result.history[-1]["update"] == 20
+    assert result.history[-1]["train_loss"] < result.history[0]["train_loss"]
+    assert "HL-min-VeryGood-Hit1" in result.scores["val"]["brief"]

@@ -94,13 +94,14 @@ class Rule:
 
 
 # The crossovers, in the order in which they are asked; what no rule serves goes to "eager". Those of the CPU are from
-# benchmarks/results/kernels.csv (benchmarks/kernels.py measures them). On CUDA nothing was measured yet: there, it is
+# benchmarks/results/kernels.csv (benchmarks/kernels.py measures them), and for 197 tokens, where one layer alone can't say,
+# of a whole ViT-B (benchmarks/speed.py with LAMZOO_ATTENTION_BACKEND set to each). On CUDA nothing was measured yet: there, it is
 # what PyTorch's own kernels do well, and "flex" and "triton" wait to be asked for by name.
 RULES = (
     Rule("cpu", "mul", max_rank=1, min_scores=0, backend="sdpa"),
     Rule("cpu", "mul", max_rank=2, min_scores=1024**2, backend="sdpa"),
     Rule("cpu", "mul", max_rank=65, min_scores=768**2, backend="chunked"),
-    Rule("cpu", "add", max_rank=33, min_scores=256**2, backend="sdpa"),
+    Rule("cpu", "add", max_rank=33, min_scores=160**2, backend="sdpa"),
     Rule("cpu", "add", max_rank=65, min_scores=768**2, backend="chunked"),
     Rule("cuda", "mul", max_rank=4, min_scores=1024**2, backend="sdpa"),
     Rule("cuda", "add", max_rank=65, min_scores=1024**2, backend="sdpa"),
