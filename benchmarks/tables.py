@@ -14,9 +14,10 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from benchmarks import finetuning
+from benchmarks import exported, finetuning, pruning, speed
 from benchmarks.ablation.run import HERE
 from benchmarks.ablation.table import table as ablation
+from benchmarks.rows import read_rows as read_lines
 from lamzoo.profiling.table import BenchRow, read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,6 +50,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "ablation": ablation,
     "grid": lambda: ablation(HERE / "grid.toml"),
     "flickr8k": lambda: ablation(HERE / "flickr8k.toml"),
+    "speed": lambda: speed.table(read_lines(RESULTS / "speed.csv", speed.Row)),
+    "exported": lambda: exported.table(read_lines(RESULTS / "exported.csv", exported.Row)),
+    "pruning": lambda: pruning.table(read_lines(RESULTS / "pruning.csv", pruning.Row)),
     "finetuning": lambda: finetuning.table(finetuning.read_results(RESULTS / "finetuning.csv")) + "\n",
 }
 
