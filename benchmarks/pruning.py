@@ -176,7 +176,10 @@ def table(rows: Sequence[Row]) -> str:
             f"{found[share].top1:.2f} ({found[share].latency_ratio:.2f})" if share in found else "" for share in shares
         ]
         lines.append(f"| `{model}` | {method} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    conditions = {
+        f"{row.data}, {row.split} split; {row.device}, {row.threads} threads, torch {row.torch}" for row in rows
+    }
+    return "\n".join(lines) + "\n\nMeasured on: " + "; ".join(sorted(conditions)) + ".\n"
 
 
 def figure(rows: Sequence[Row]) -> Figure:

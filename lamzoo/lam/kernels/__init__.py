@@ -94,9 +94,9 @@ class Rule:
 
 
 # The crossovers, in the order in which they are asked; what no rule serves goes to "eager". Those of the CPU are from
-# benchmarks/results/kernels.csv (benchmarks/kernels.py measures them); additive masks of some 200 tokens, where one layer
-# alone can't say, from a whole ViT-B (benchmarks/speed.py under LAMZOO_ATTENTION_BACKEND). On CUDA nothing was measured
-# yet: there, it is what PyTorch's own kernels do well, and "flex" and "triton" wait to be asked for by name.
+# benchmarks/results/kernels.csv (benchmarks/kernels.py measures them); additive masks of some 200 tokens, where one
+# layer alone can't say, from a whole ViT-B (benchmarks/speed.py under LAMZOO_ATTENTION_BACKEND). On CUDA nothing was
+# measured yet: there, it is what PyTorch's own kernels do well, and "flex" and "triton" wait to be asked for by name.
 RULES = (
     Rule("cpu", "mul", max_rank=1, min_scores=0, backend="sdpa"),
     Rule("cpu", "mul", max_rank=2, min_scores=1024**2, backend="sdpa"),
