@@ -23,8 +23,9 @@ import torch
 import lamzoo
 from lamzoo.cards import data_dir
 from lamzoo.data import create_dataset
+from lamzoo.data.moments import create_moment_dataset
 from lamzoo.data.retrieval import create_retrieval_dataset
-from lamzoo.evaluation import evaluate
+from lamzoo.evaluation import evaluate, evaluate_moments
 from lamzoo.evaluation.retrieval import WAYS
 from lamzoo.evaluation.videos import evaluate_retrieval
 from lamzoo.training import load_recipe
@@ -125,8 +126,9 @@ def main() -> None:
     if pruning is not None:
         options = pruning.to_dict()
         lamzoo.prune_tokens(model, options.pop("keep"), options.pop("at"), **options)
-    measure = measure_retrieval if recipe["task"] == "retrieval" else measure_images
-    measured = measure(model, f"{name}.{arguments.tag}", recipe, arguments.split, trained.pretrained_cfg)
+    measured = MEASURES[recipe["task"]](
+        model, f"{name}.{arguments.tag}", recipe, arguments.split, trained.pretrained_cfg
+    )
     profile = lamzoo.profile(model)
     data, chosen = _TEXTS["data"][arguments.tag], _TEXTS["models"].get(f"{name}.{arguments.tag}")
     dataset = data["name"]
@@ -228,6 +230,29 @@ def measure_retrieval(
         limits="",
         pretrained_cfg={},
     )
+
+
+def measure_moments(
+    model: Any, name: str, recipe: Mapping[str, Any], split: str, trained_cfg: Mapping[str, Any]
+) -> Measured:
+    """Scores a moment model on a split of the data that it was trained on."""
+    source = recipe["data"]["source"]
+    result = evaluate_moments(model, create_moment_dataset(source, split), device="cpu")
+    scores = {"R1@0.5": "MR-full-R1@0.5", "R1@0.7": "MR-full-R1@0.7", "mAP": "MR-full-mAP"}
+    found = {what: result.metrics["brief"][key] for what, key in scores.items()}
+    return Measured(
+        rows={what: f"{value:.2f} %" for what, value in found.items()},
+        metrics={what.replace("@0.", "_0"): value for what, value in found.items()},
+        samples=f"{result.queries:,} queries",
+        size=f"{model.max_clips} clips of {model.video_dim} features and {model.max_words} words of {model.text_dim}",
+        command=f"lamzoo eval {name} --task moments --data {source} --split {split}",
+        limits="",
+        pretrained_cfg={},
+    )
+
+
+#: By the recipe's task.
+MEASURES = {"classification": measure_images, "retrieval": measure_retrieval, "moments": measure_moments}
 
 
 def _toml(table: Mapping[str, Any]) -> str:
