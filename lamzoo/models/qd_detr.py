@@ -132,9 +132,9 @@ def peaks(saliency: Tensor, video_mask: Tensor, count: int) -> Tensor:
     beside = saliency - (highest - lowest + 1)  # behind all peaks, in their own order
     order = torch.where(saliency == around, saliency, beside)
     chosen = order.topk(min(count, order.shape[1]), dim=1).indices
-    chosen = chosen[:, torch.arange(count, device=chosen.device) % chosen.shape[1]]
     lengths = video_mask.sum(dim=1, keepdim=True)
-    return (chosen.minimum(lengths - 1) + 0.5) / lengths
+    chosen = chosen.gather(1, torch.arange(count, device=chosen.device) % lengths.clamp(max=count))
+    return (chosen + 0.5) / lengths
 
 
 class CrossLayer(nn.Module):

@@ -189,7 +189,7 @@ def _moments(model: Any) -> tuple[int, list[Stack]]:
     if hasattr(model, "cross"):
         crossing = Stack(clips, width, len(model.cross), heads, hidden, masked=has_masks(model.cross), keys=words)
         encoder = replace(encoder, tokens=1 + clips)
-        queries, depth = model.decoder.spans.num_embeddings, len(model.decoder.layers)
+        queries, depth = model.decoder.num_queries, len(model.decoder.layers)
         ends += (clips + 1) * width**2  # saliency: clips, and the token that they are compared with
         # In the decoder, positions come from spans, are projected apart and stand beside the content.
         own, across = 2 * queries, clips + queries

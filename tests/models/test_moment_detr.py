@@ -78,7 +78,7 @@ class Restated(nn.Module):
     def forward(self, video: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         detr, width = self.detr, self.detr.width
         clips, words = detr.video_projection(video), detr.text_projection(text)
-        places = 2 * math.pi * torch.arange(1, len(clips) + 1) / (len(clips) + 1e-6)
+        places = detr.position_turns * 2 * math.pi * torch.arange(1, len(clips) + 1) / (len(clips) + 1e-6)
         positions = torch.zeros(len(clips) + len(words), width)
         for wave in range(width // 2):
             angle = places / 10_000 ** (2 * wave / width)

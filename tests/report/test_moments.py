@@ -269,7 +269,7 @@ def test_model_and_pyplot_are_left_alone(tmp_path: Path) -> None:
 
 def test_more_spans_than_there_are_is_all_of_them(drawn: Any, tmp_path: Path) -> None:
     explain_moments(model("moment_detr_micro"), data(), 0, tmp_path / "a.png", top=99)
-    assert len(drawn.timeline.found) == 5
+    assert len(drawn.timeline.found) == 10
 
 
 @pytest.mark.parametrize(

@@ -152,7 +152,7 @@ def test_a_video_without_moments_is_no_obstacle() -> None:
 @pytest.mark.parametrize("name", ["lam_moment_detr_micro", "lam_qd_detr_micro"])
 def test_a_few_steps_lower_the_loss(name: str) -> None:
     torch.manual_seed(0)
-    model, truth = lamzoo.create_model(name).train(), targets()
+    model, truth = lamzoo.create_model(name, video_dim=66, text_dim=64).train(), targets()
     video, text = torch.randn(2, 8, 66), torch.randn(2, 4, 64)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     history = []
