@@ -4,6 +4,7 @@ r"""Times an attention layer under every backend beside the plain layer, in turn
     python -m benchmarks.kernels --lengths 4097 --ranks 1 9 17 --backends sdpa chunked
     python -m benchmarks.kernels --device cuda --dtype bfloat16 --lengths 1024 4096 16384 --ranks 16 \
         --backends sdpa flex triton eager --results benchmarks/results/kernels.gpu.csv
+    python -m benchmarks.kernels --table             prints the table of the long sequences that are there
 
 The layer is ViT-B's (width 768, 12 heads) with its projections; the mask's factors are given, not computed, so that the
 kernels alone make the difference (`lamzoo bench` times whole models, mask networks included). ``forward`` is inference,
@@ -18,7 +19,7 @@ import itertools
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, astuple, dataclass, fields, replace
 from pathlib import Path
@@ -192,6 +193,27 @@ def _pass(problem: Problem, masked: bool) -> Callable[[], None]:
     return run
 
 
+def table(rows: Sequence[Row]) -> str:
+    """Returns the rows whose memory was measured as Markdown: time to plain with its quartiles, and peak memory."""
+    rows = [row for row in rows if row.peak_mib is not None]
+    columns = sorted({(row.tokens, row.batch, row.mode) for row in rows})
+    heads = [f"{mode}, {tokens:,} tokens{f' x {batch}' if batch > 1 else ''}" for tokens, batch, mode in columns]
+    lines = [f"| mask | factors' columns | backend | {' | '.join(heads)} |", "|---" * (len(columns) + 3) + "|"]
+    plain = {(row.tokens, row.batch, row.mode): f"{row.plain_peak_mib:.0f} MiB" for row in rows}
+    lines.append(f"| none | | | {' | '.join(plain[column] for column in columns)} |")
+    for op, rank, heads_, backend in dict.fromkeys((row.op, row.rank, row.heads, row.backend) for row in rows):
+        of_line = [row for row in rows if (row.op, row.rank, row.heads, row.backend) == (op, rank, heads_, backend)]
+        found = {
+            (row.tokens, row.batch, row.mode): f"{row.ratio:.2f} ({row.first_quartile:.2f}-{row.third_quartile:.2f}), "
+            f"{row.peak_mib:.0f} MiB"
+            for row in of_line
+        }
+        cells = " | ".join(found.get(column, "") for column in columns)
+        lines.append(f"| {op}, {heads_} | {rank} | `{backend}` | {cells} |")
+    conditions = {f"{row.hardware}, {row.threads} threads, {row.dtype}, torch {row.torch}" for row in rows}
+    return "\n".join(lines) + "\n\nMeasured on: " + "; ".join(sorted(conditions)) + ".\n"
+
+
 def main() -> None:
     """Measures what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -206,9 +228,13 @@ def main() -> None:
     parser.add_argument("--backends", nargs="+", default=["eager", "sdpa", "chunked"], choices=available_backends())
     parser.add_argument("--seconds", type=float, default=0.7, help="of timed passes a problem")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "kernels.csv")
+    parser.add_argument("--table", action="store_true", help="measure nothing")
     args = parser.parse_args()
 
     rows = read_rows(args.results, Row)
+    if args.table:
+        print(table(rows))
+        return
     done = {Problem(*astuple(row)[: len(fields(Problem))]) for row in rows}
     wanted = [
         Problem(backend, op, rank, heads, tokens, batch, mode, args.dtype, args.device)

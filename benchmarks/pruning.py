@@ -115,7 +115,17 @@ def _by_mask(score: Score, rest: Rest) -> Method:
 
 
 _KEEPS = [thousandths / 1000 for thousandths in range(1, 1001)]
-_OURS = {f"{score}, {rest}": _by_mask(score, rest) for score in ("mask", "attention") for rest in ("drop", "merge")}
+_OURS: dict[str, Method] = {
+    f"{score}, {rest}": _by_mask(score, rest)
+    for score, rest in (
+        ("mask", "drop"),
+        ("mask", "merge"),
+        ("mask", "nearest"),
+        ("attention", "drop"),
+        ("attention", "merge"),
+        ("redundancy", "nearest"),
+    )
+}
 _PEERS = {
     "ToMe": Method(range(200, -1, -1), lambda model, r, at: applied(model, ToMe(int(r)))),
     "EViT": Method(_KEEPS, lambda model, keep, at: applied(model, EViT(keep, at))),
@@ -183,23 +193,33 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def figure(rows: Sequence[Row]) -> Figure:
-    """Draws accuracy against GMACs and against the time of one image, a line for each model and method."""
-    drawing = new_figure((12.5, 5.2))
-    left, right = drawing.subplots(1, 2, sharey=True)
-    styles = itertools.cycle(itertools.product(("-", "--", ":"), "osD^vPX"))
-    lines = dict.fromkeys((row.model, row.method) for row in rows)
-    for (model, method), (line, marker) in zip(lines, styles, strict=False):
-        found = sorted((row for row in rows if (row.model, row.method) == (model, method)), key=lambda row: row.gmacs)
-        for axis, of in ((left, "gmacs"), (right, "latency_ratio")):
-            axis.plot(
-                [getattr(row, of) for row in found], [row.top1 for row in found],
-                line, marker=marker, markersize=5, label=f"{model.partition('.')[0]}, {method}",
-            )  # fmt: skip
-    left.set_xlabel("GMACs of one image")
-    right.set_xlabel("time of one image, to the plain twin with all tokens")
-    left.set_ylabel(f"top-1 (%), {rows[0].data}, {rows[0].split} split")
-    drawing.legend(*left.get_legend_handles_labels(), loc="outside right center", fontsize=7)
+    """Draws accuracy against GMACs and against the time of one image, a line for each model and method, by data."""
+    scored = list(dict.fromkeys((row.data, row.split) for row in rows))
+    drawing = new_figure((12.5, 5.2 * len(scored)))
+    panels = drawing.subplots(len(scored), 2, sharey="row", squeeze=False)
+    for (left, right), (data, split) in zip(panels, scored, strict=True):
+        here = [row for row in rows if (row.data, row.split) == (data, split)]
+        styles = itertools.cycle(itertools.product(("-", "--", ":"), "osD^vPX"))
+        lines = dict.fromkeys((row.model, row.method) for row in here)
+        for (model, method), (line, marker) in zip(lines, styles, strict=False):
+            found = sorted(
+                (row for row in here if (row.model, row.method) == (model, method)), key=lambda row: row.gmacs
+            )
+            for axis, of in ((left, "gmacs"), (right, "latency_ratio")):
+                axis.plot(
+                    [getattr(row, of) for row in found], [row.top1 for row in found],
+                    line, marker=marker, markersize=5, label=f"{_short(model)}, {method}",
+                )  # fmt: skip
+        left.set_xlabel("GMACs of one image")
+        right.set_xlabel("time of one image, to the plain twin with all tokens")
+        left.set_ylabel(f"top-1 (%), {data}, {split} split")
+        right.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=7)
     return drawing
+
+
+def _short(model: str) -> str:
+    """Returns what a line is called: the model without its tag, or the run that a folder of weights is from."""
+    return model.removeprefix("local-dir:").removeprefix("runs/").partition("/" if ":" in model else ".")[0]
 
 
 def main() -> None:

@@ -115,6 +115,7 @@ VARIANTS: dict[str, Callable[[str, ExitStack], Any]] = {
         for name, method, masked in (
             ("mask, drop", "mask, drop", True),
             ("mask, merge", "mask, merge", True),
+            ("redundancy, nearest", "redundancy, nearest", True),
             ("ToMe", "ToMe", False),
         )
     },

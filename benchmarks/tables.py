@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from benchmarks import exported, finetuning, pruning, speed
+from benchmarks import exported, finetuning, kernels, pruning, speed
 from benchmarks.ablation.run import HERE
 from benchmarks.ablation.table import table as ablation
 from benchmarks.rows import read_rows as read_lines
@@ -51,6 +51,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "grid": lambda: ablation(HERE / "grid.toml"),
     "flickr8k": lambda: ablation(HERE / "flickr8k.toml"),
     "speed": lambda: speed.table(read_lines(RESULTS / "speed.csv", speed.Row)),
+    "kernels": lambda: kernels.table(read_lines(RESULTS / "kernels.csv", kernels.Row)),
     "exported": lambda: exported.table(read_lines(RESULTS / "exported.csv", exported.Row)),
     "pruning": lambda: pruning.table(read_lines(RESULTS / "pruning.csv", pruning.Row)),
     "finetuning": lambda: finetuning.table(finetuning.read_results(RESULTS / "finetuning.csv")) + "\n",

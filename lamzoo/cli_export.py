@@ -11,6 +11,7 @@ import typer
 from lamzoo import cli_output as out
 from lamzoo.cli_options import Checkpoint, Json, Name, load_model
 from lamzoo.errors import ConfigError
+from lamzoo.lam.pruning import Rest, Score
 
 
 def export(
@@ -25,8 +26,9 @@ def export(
     at: Annotated[str | None, typer.Option(metavar="LAYERS", help=(
         "Where they leave, such as 3,6,9 [a quarter, half and three quarters of the depth]."))] = None,
     target_gmacs: Annotated[float | None, typer.Option(help="Prune tokens first: to so many GMACs.")] = None,
-    merge: Annotated[bool, typer.Option("--merge", help="Merge pruned tokens into one instead of dropping them.")]
-    = False,
+    score: Annotated[Score, typer.Option(help="What decides which tokens stay.")] = "mask",
+    rest: Annotated[Rest, typer.Option(help=(
+        "Drop pruned tokens, merge them into one, or average each into the nearest that stays."))] = "drop",
     int8: Annotated[bool, typer.Option("--int8", help="Quantise an ONNX file's linear layers.")] = False,
     repeats: Annotated[int, typer.Option(min=2, help="Timed passes of one image, in turns with the model.")] = 30,
     json: Json = False,
@@ -44,13 +46,15 @@ def export(
     from lamzoo.pruning import prune_tokens
 
     prunes = keep is not None or target_gmacs is not None
-    if not prunes and (at is not None or merge):
-        raise ConfigError("--at and --merge say how tokens are pruned; say how many with --keep or --target-gmacs")
+    if not prunes and (at is not None or (score, rest) != ("mask", "drop")):
+        raise ConfigError(
+            "--at, --score and --rest say how tokens are pruned; say how many with --keep or --target-gmacs"
+        )
     layers = None if at is None else _layers(at)
     paths = find_images(images) if images else []
     model = load_model(name, checkpoint)
     if prunes:
-        prune_tokens(model, keep, layers, target_gmacs=target_gmacs, rest="merge" if merge else "drop")
+        prune_tokens(model, keep, layers, target_gmacs=target_gmacs, score=score, rest=rest)
     batch = preprocess(model, paths) if paths else None
     written = export_model(model, output, format=format, images=batch, int8=int8)
     one = default_input(model) if batch is None else batch[:1]

@@ -88,14 +88,17 @@ def _facts(
         "gmacs": round(gmacs, 4),
         "masks": None if lam is None else lam.to_dict(),
         "pruning": None if pruning is None else pruning.to_dict(),
-        "classes": record.get("num_classes"),
+        "classes": record.get("num_classes") or None,
         "label names": record.get("label_names"),
     }
+    if card.family == "lam_moment_detr":  # it reads features, and timm's defaults say nothing of them
+        return facts
     return facts | {key: record.get(key) for key in _PREPROCESSING}
 
 
 def _tag(tag: TagCard) -> dict[str, Any]:
-    source = tag.file or (f"hf-hub:{tag.hub}" if tag.hub else f"timm's {tag.timm}")
+    elsewhere = {"hf-hub": tag.hub, "timm": tag.timm, "open_clip": tag.open_clip}
+    source = tag.file or next(f"{where}:{what}" for where, what in elsewhere.items() if what)
     return {
         "tag": tag.name,
         "dataset": tag.dataset,

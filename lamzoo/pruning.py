@@ -42,7 +42,7 @@ def prune_tokens(
         target_gmacs: instead of ``keep``, the largest share is taken with which one input of the model's own size costs
             at most so many GMACs.
         score: what decides, as in :class:`lamzoo.PruneConfig`.
-        rest: ``"drop"`` the others or ``"merge"`` them into one token.
+        rest: ``"drop"`` the others, ``"merge"`` them into one token, or average each into the ``"nearest"``.
         training: in training mode, hide what leaves by decisions that the scores learn from (add
             :func:`lamzoo.pruning_loss` to the loss), or let ``"top-k"`` go on, as in evaluation.
 

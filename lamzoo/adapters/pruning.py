@@ -42,7 +42,7 @@ class _Prune(SharedStateHook):
         here = self.shared.current
         assert here.scores is not None  # the block's attention left them
         if not self.lam.training or self.config.training == "top-k":
-            reduction = select(here.scores, self.config.keep, self.config.rest, self.num_prefix_tokens)
+            reduction = select(here.scores, self.config.keep, self.config.rest, self.num_prefix_tokens, output)
             self.shared.reduce(reduction)
             return reduction(output)
         kept = decide(here.scores, self.config.keep, self.num_prefix_tokens, here.kept)

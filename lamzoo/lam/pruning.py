@@ -17,8 +17,8 @@ from lamzoo.lam.config import Op, from_fields
 from lamzoo.lam.kernels.eager import attention_weights
 from lamzoo.lam.masks import FactoredMask
 
-Score = Literal["mask", "attention", "attention-value"]
-Rest = Literal["drop", "merge"]
+Score = Literal["mask", "attention", "attention-value", "redundancy"]
+Rest = Literal["drop", "merge", "nearest"]
 Training = Literal["straight-through", "top-k"]
 TINY = 1e-6  # of the attention weights, what a query must have left for tokens that stay
 
@@ -32,8 +32,11 @@ class PruneConfig:
         at: layers, counted from 0, whose attention scores the tokens; those that leave do so behind the layer's block.
         score: what decides. ``"mask"``: the mean mask value of a key over the queries, from the factors alone, in
             O(N R); ``"attention"``: what the class token (the mean query, where there is none) attends to under the
-            mask, in O(N (d + R)); ``"attention-value"``: that, times the norm of the value.
-        rest: ``"drop"`` the others, or ``"merge"`` them into one token, weighted by the softmax of their scores.
+            mask, in O(N (d + R)); ``"attention-value"``: that, times the norm of the value; ``"redundancy"``:
+            every second token stays, and of the others those whose values are least like any of these, with a say of
+            the mask, in O(N^2 d); it goes with ``rest="nearest"``.
+        rest: ``"drop"`` the others, ``"merge"`` them into one token, weighted by the softmax of their scores, or let
+            each be averaged into the ``"nearest"`` token that stays, by the cosine between them.
         training: what happens in training mode. ``"straight-through"``: all tokens remain in place, and those that
             would leave are hidden from the layers behind and from the pooling, by decisions whose gradient reaches the
             scores (the principle of DynamicViT, arXiv 2106.02034), at the whole model's cost; add
@@ -80,25 +83,36 @@ class Reduction:
         length: number of tokens before.
         kept: int64 ``(B, K)``, the tokens that stay, ascending.
         merged: float ``(B, length)``, rows that sum to one: the weights of the tokens that the last one is made of;
-            None where the others are dropped.
+            None where there is no such token.
+        shares: float ``(B, K, length)``, rows that sum to one: the weights of the tokens that each is made of; None
+            where they stay as they are.
     """
 
     length: int
     kept: Tensor
     merged: Tensor | None = None
+    shares: Tensor | None = None
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Reduces ``(B, length, C)`` to ``(B, K, C)``, or ``(B, K + 1, C)`` with a merged token behind them."""
+        if self.shares is not None:
+            return self.shares.to(tokens.dtype) @ tokens
+        return self._chosen(tokens)
+
+    def factor(self, factor: Tensor) -> Tensor:
+        """Reduces a mask's factor, ``(1 | B, Hm, length, R)``, to ``(B, Hm, K | K + 1, R)``.
+
+        What others were averaged into keeps its own row, since that may say where it stands.
+        """
+        heads = factor.shape[1]
+        rows = factor.transpose(1, 2).flatten(2).expand(self.kept.shape[0], -1, -1)
+        return self._chosen(rows).unflatten(-1, (heads, -1)).transpose(1, 2)
+
+    def _chosen(self, tokens: Tensor) -> Tensor:
         few = tokens.gather(1, self.kept.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
         if self.merged is None:
             return few
         return torch.cat([few, self.merged.unsqueeze(1).to(tokens.dtype) @ tokens], dim=1)
-
-    def factor(self, factor: Tensor) -> Tensor:
-        """Reduces a mask's factor, ``(1 | B, Hm, length, R)``, to ``(B, Hm, K | K + 1, R)``."""
-        heads = factor.shape[1]
-        rows = factor.transpose(1, 2).flatten(2).expand(self.kept.shape[0], -1, -1)
-        return self(rows).unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 @dataclass(frozen=True)
@@ -153,14 +167,46 @@ def summary_contribution(layer: Attended, *, has_class_token: bool) -> Tensor:
     return (_summary_weights(layer, has_class_token) * layer.value.norm(dim=-1)).mean(dim=1).log()
 
 
+def redundancy(layer: Attended, *, has_class_token: bool) -> Tensor:
+    """How little each token's value is like that of any token that stays for certain; a :class:`Scorer`.
+
+    Every second token stays for certain, as in ToMe's matching (arXiv 2210.09461, section 3), which compares keys. Of
+    the others, the unlikeness and the mean mask value of :func:`mask_importance` are added up, each standardised over
+    the sample, the mask's at half its weight. Where fewer than half are to stay, the mask decides among the rest.
+    """
+    values = F.normalize(layer.value.transpose(1, 2).flatten(2).float(), dim=-1)
+    there = values.new_ones(values.shape[:2]) if layer.present is None else layer.present.float()
+    places = there.cumsum(dim=1) - 1 - int(has_class_token)  # of tokens that are there; below 0: the class token
+    others = there * (places.remainder(2) == 1) * (places > 0)
+    certain = there * (places.remainder(2) == 0) * (places >= 0)
+    alike = (values @ values.mT).masked_fill(certain.unsqueeze(1) == 0, -1.0).amax(dim=-1)
+    important = mask_importance(layer, has_class_token=has_class_token).float()
+    scores = _standardised(-alike, others) + _standardised(important, others) / 2
+    return torch.where(others > 0, scores, _CERTAIN + _standardised(important, certain))
+
+
+_CERTAIN = 1e3  # standard deviations
+
+
+def _standardised(scores: Tensor, among: Tensor) -> Tensor:
+    """Returns scores ``(B, N)`` less the mean of some, divided by their standard deviation; ``among`` is 1 there."""
+    count = among.sum(dim=1, keepdim=True).clamp_min(1)
+    centred = scores - (scores * among).sum(dim=1, keepdim=True) / count
+    spread = (
+        (centred.square() * among).sum(dim=1, keepdim=True) / count + 1e-12
+    ).sqrt()  # equal scores have a gradient, too
+    return (centred / spread).clamp(-_CERTAIN / 10, _CERTAIN / 10)
+
+
 SCORERS: dict[Score, Scorer] = {
     "mask": mask_importance,
     "attention": summary_attention,
     "attention-value": summary_contribution,
+    "redundancy": redundancy,
 }
 
 
-def select(scores: Tensor, keep: float, rest: Rest, num_prefix_tokens: int) -> Reduction:
+def select(scores: Tensor, keep: float, rest: Rest, num_prefix_tokens: int, tokens: Tensor | None = None) -> Reduction:
     """Chooses the tokens that stay.
 
     Args:
@@ -168,6 +214,7 @@ def select(scores: Tensor, keep: float, rest: Rest, num_prefix_tokens: int) -> R
         keep: share of those behind the prefix that stays, rounded up; at least one does.
         rest: what becomes of the others.
         num_prefix_tokens: tokens at the start that always stay.
+        tokens: ``(B, N, C)``, by which the nearest are found; read for ``rest="nearest"`` alone.
 
     Returns:
         The reduction, of the same size for each sample.
@@ -180,9 +227,23 @@ def select(scores: Tensor, keep: float, rest: Rest, num_prefix_tokens: int) -> R
     kept = torch.cat([prefix, order[:, :size].sort(dim=1).values], dim=1)
     if rest == "drop" or size == scores.shape[1]:
         return Reduction(length, kept)
+    if rest == "nearest":
+        assert tokens is not None
+        return Reduction(length, kept, shares=_shares(tokens.detach(), kept, num_prefix_tokens))
     inside = torch.zeros_like(scores, dtype=torch.bool).scatter(1, order[:, :size] - num_prefix_tokens, True)
     weights = scores.float().masked_fill(inside, -torch.inf).softmax(dim=1)
     return Reduction(length, kept, F.pad(weights, (num_prefix_tokens, 0)))
+
+
+def _shares(tokens: Tensor, kept: Tensor, num_prefix_tokens: int) -> Tensor:
+    """Returns the weights of averaging each token into the nearest one that stays, ``(B, K, N)``; see `Reduction`."""
+    unit = F.normalize(tokens.float(), dim=-1)
+    alike = unit @ unit.gather(1, kept.unsqueeze(-1).expand(-1, -1, unit.shape[-1])).mT  # (B, N, K)
+    places = torch.arange(kept.shape[1], device=kept.device)
+    alike = alike.masked_fill(places < num_prefix_tokens, -2.0)  # what stands for all takes nothing in
+    alike = alike.scatter(1, kept.unsqueeze(1), 2.0)  # and what stays goes to itself
+    members = (alike.argmax(dim=2).unsqueeze(1) == places.unsqueeze(1)).float()
+    return members / members.sum(dim=2, keepdim=True)
 
 
 def decide(scores: Tensor, keep: float, num_prefix_tokens: int, before: Tensor | None = None) -> Tensor:

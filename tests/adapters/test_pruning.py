@@ -21,7 +21,7 @@ CONFIGS = [
     for layers, keys, op in itertools.product(("multi", "single"), ("content", "position"), ("mul", "add"))
 ]
 each_config = pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.layers}-{c.keys}-{c.op}")
-each_rest = pytest.mark.parametrize("rest", ["drop", "merge"])
+each_rest = pytest.mark.parametrize("rest", ["drop", "merge", "nearest"])
 POSITION = LamConfig(keys="position", rank=3, init="paper")
 
 

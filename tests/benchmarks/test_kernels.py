@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.kernels import Layer, Problem, Row, fits, measure
+from benchmarks.kernels import Layer, Problem, Row, fits, measure, table
 from benchmarks.rows import read_rows, write_rows
 
 PROBLEM = Problem("sdpa", "add", 3, "shared", tokens=5, batch=2, mode="train", dtype="float32", device="cpu")
@@ -43,3 +43,18 @@ def test_a_dense_mask_that_does_not_fit_is_left_out() -> None:
     assert not fits(replace(huge, backend="eager"))
     assert fits(huge)
     assert fits(replace(PROBLEM, backend="eager"))
+
+
+def test_the_table_has_what_memory_was_measured_of() -> None:
+    row = Row(
+        **asdict(PROBLEM), ratio=1.25, first_quartile=1.2, third_quartile=1.3, ms=3.0, peak_mib=65.4,
+        plain_peak_mib=49.0, hardware="cpu", threads=2, torch="2.15",
+    )  # fmt: skip
+    assert table([row, replace(row, tokens=9, mode="forward"), replace(row, op="mul", peak_mib=None)]).splitlines() == [
+        "| mask | factors' columns | backend | train, 5 tokens x 2 | forward, 9 tokens x 2 |",
+        "|---|---|---|---|---|",
+        "| none | | | 49 MiB | 49 MiB |",
+        "| add, shared | 3 | `sdpa` | 1.25 (1.20-1.30), 65 MiB | 1.25 (1.20-1.30), 65 MiB |",
+        "",
+        "Measured on: cpu, 2 threads, float32, torch 2.15.",
+    ]

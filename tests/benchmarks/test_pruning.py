@@ -60,8 +60,11 @@ def test_rows_survive_their_file_and_fill_the_table(tmp_path: Path) -> None:
 
 
 def test_the_figure_has_a_line_for_each_model_and_method() -> None:
-    rows = [ROW, replace(ROW, share=0.5, gmacs=0.2), replace(ROW, model="vit", method="ToMe")]
-    drawing = figure(rows)
-    for axis in drawing.axes:
+    local = "local-dir:runs/lam.pruned/model"
+    rows = [ROW, replace(ROW, share=0.5, gmacs=0.2), replace(ROW, model="vit.tag", method="ToMe")]
+    drawing = figure([*rows, replace(ROW, model=local, data="large")])
+    assert len(drawing.axes) == 4  # data by what they are drawn against
+    for axis in drawing.axes[:2]:
         assert [line.get_label() for line in axis.lines] == ["lam, mask, drop", "vit, ToMe"]
+    assert [line.get_label() for line in drawing.axes[2].lines] == ["lam.pruned, mask, drop"]
     assert drawing.axes[0].lines[0].get_xdata().tolist() == [0.2, 0.25]

@@ -72,6 +72,13 @@ def test_info_tells_cost_masks_and_preprocessing(run, model: str) -> None:
     assert "lam_vit_micro" in run("info", "lam_vit_micro").out
 
 
+def test_info_tells_where_weights_come_from_and_what_is_read(run) -> None:
+    facts = json.loads(run("info", "lam_clip4clip", "--json").out)
+    assert {tag["source"] for tag in facts["tags"]} >= {"open_clip:ViT-B-32:openai"}
+    assert facts["classes"] is None
+    assert "input_size" not in json.loads(run("info", "lam_qd_detr", "--json").out)  # it reads features
+
+
 def test_predict_takes_files_and_folders_with_any_name(run, model: str, tmp_path: Path) -> None:
     folder = tmp_path / "Meine Bilder [red]"
     folder.mkdir()

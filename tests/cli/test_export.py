@@ -17,7 +17,7 @@ def test_command(tmp_path: Path, run: Any) -> None:
     Image.fromarray(skimage.data.astronaut()).save(tmp_path / "photograph.png")
     name, file = f"local-dir:{tmp_path / 'micro'}", tmp_path / "micro.onnx"
     line = ("export", name, "--out", file, "--images", tmp_path / "photograph.png", "--repeats", "2")
-    done = run(*line, "--keep", "0.6", "--at", "0,1", "--merge", "--json")
+    done = run(*line, "--keep", "0.6", "--at", "0,1", "--score", "redundancy", "--rest", "nearest", "--json")
     facts = json.loads(done.out)
     assert (facts["format"], facts["images"], facts["samples"]) == ("onnx", "given", 1)
     assert facts["gmacs"] < lamzoo.profile(lamzoo.create_model("lam_vit_micro", num_classes=3)).gmacs

@@ -21,7 +21,13 @@ from lamzoo.evaluation import evaluate, predict, preprocess
 from tests.images import CLASSES, write_npz
 
 SUFFIXES = {"torch": ".pt2", "onnx": ".onnx"}
-VARIANTS: dict[str, dict[str, Any]] = {"plain": {}, "masked": {}, "drop": {"rest": "drop"}, "merge": {"rest": "merge"}}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "masked": {},
+    "drop": {"rest": "drop"},
+    "merge": {"rest": "merge"},
+    "nearest": {"score": "redundancy", "rest": "nearest"},
+}
 each_format = pytest.mark.parametrize("format", list(SUFFIXES))
 
 

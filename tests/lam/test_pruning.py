@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from lamzoo.lam.pruning import (
     among_kept,
     decide,
     mask_importance,
+    redundancy,
     select,
     summary_attention,
     summary_contribution,
@@ -38,14 +40,14 @@ each_op = pytest.mark.parametrize("op", OPS)
     patches=st.integers(1, 12),
     prefix=st.integers(0, 2),
     keep=st.floats(0.01, 1.0),
-    rest=st.sampled_from(["drop", "merge"]),
+    rest=st.sampled_from(["drop", "merge", "nearest"]),
     seed=st.integers(0, 2**20),
 )
 def test_the_highest_scores_and_the_prefix_stay(
     batch: int, patches: int, prefix: int, keep: float, rest: Rest, seed: int
 ) -> None:
     scores = torch.randn(batch, prefix + patches, generator=torch.Generator().manual_seed(seed))
-    reduction = select(scores, keep, rest, prefix)
+    reduction = select(scores, keep, rest, prefix, torch.randn(batch, prefix + patches, 4))
     size = max(1, math.ceil(round(keep * patches, 6)))
     assert reduction.kept.shape == (batch, prefix + size)
     for sample, kept in zip(scores, reduction.kept.tolist(), strict=True):
@@ -53,7 +55,8 @@ def test_the_highest_scores_and_the_prefix_stay(
         gone = [token for token in range(prefix + patches) if token not in kept]
         if gone:
             assert sample[kept[prefix:]].min() >= sample[gone].max()
-    if rest == "drop" or size == patches:
+    assert (reduction.shares is not None) == (rest == "nearest" and size < patches)
+    if rest != "merge" or size == patches:
         assert reduction.merged is None
     else:
         assert reduction.merged is not None
@@ -74,6 +77,18 @@ def test_merging_weighs_by_the_softmax_of_the_scores() -> None:
     tokens = torch.randn(1, 5, 7)
     expected = torch.cat([tokens[:, [0, 1, 3]], 0.75 * tokens[:, 2:3] + 0.25 * tokens[:, 4:5]], dim=1)
     torch.testing.assert_close(reduction(tokens), expected)
+
+
+def test_tokens_are_averaged_into_the_nearest_that_stays() -> None:
+    tokens = torch.tensor([[9.0, 9.0], [1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.8], [1.1, 0.1]]).unsqueeze(0)
+    reduction = select(torch.tensor([[0.0, 5.0, 1.0, 4.0, 2.0, 3.0]]), 0.4, "nearest", 1, tokens)
+    assert reduction.kept.tolist() == [[0, 1, 3]]
+    (first, one, other) = reduction(tokens)[0]
+    torch.testing.assert_close(first, tokens[0, 0])  # takes nothing in, though it is as near
+    torch.testing.assert_close(one, tokens[0, [1, 2, 5]].mean(dim=0))
+    torch.testing.assert_close(other, tokens[0, [3, 4]].mean(dim=0))
+    factor = torch.randn(1, 2, 6, 3)
+    torch.testing.assert_close(reduction.factor(factor), factor[:, :, [0, 1, 3]])
 
 
 @pytest.mark.parametrize("rest", ["drop", "merge"])
@@ -105,7 +120,35 @@ def test_the_scores_are_what_they_are_called(op: Op) -> None:
     torch.testing.assert_close(score("mask", case), mask.dense().mean(dim=(1, 2)))
     torch.testing.assert_close(score("attention", case).exp(), weights.mean(1))
     torch.testing.assert_close(score("attention-value", case).exp(), (weights * norms).mean(1))
-    assert set(SCORERS.values()) == {mask_importance, summary_attention, summary_contribution}
+    assert set(SCORERS.values()) == {mask_importance, summary_attention, summary_contribution, redundancy}
+
+
+@pytest.mark.parametrize("has_class_token", [True, False])
+def test_redundant_tokens_leave_first_and_every_second_one_last(has_class_token: bool) -> None:
+    case, first = make(queries=9, keys=9), int(has_class_token)
+    case = replace(case, right=torch.zeros_like(case.right))  # a mask that has nothing to say
+    case.value[:, :, first + 3] = 2 * case.value[:, :, first + 4]  # the second of those that may leave has a double
+    scores = score("redundancy", case, has_class_token)
+    others = scores[:, first + 1 :: 2]
+    assert (others.argmin(dim=1) == 1).all()
+    assert others.max() < scores[:, first::2].min()
+    absent = torch.ones(2, 9)
+    absent[:, first + 4] = 0.0  # the double has left
+    assert (score("redundancy", case, has_class_token, absent)[:, first + 1 :: 2].argmin(dim=1) != 1).any()
+
+
+def test_equal_scores_have_a_gradient() -> None:
+    case = make(queries=9, keys=9)
+    silent = replace(case, right=torch.zeros_like(case.right).requires_grad_())
+    score("redundancy", silent).sum().backward()
+    assert silent.right.grad is not None
+    assert silent.right.grad.isfinite().all()
+
+
+def test_the_mask_has_a_say_in_what_is_redundant() -> None:
+    case = make(queries=9, keys=9)
+    silent = replace(case, right=torch.zeros_like(case.right))
+    assert not torch.equal(score("redundancy", case), score("redundancy", silent))
 
 
 def test_without_a_class_token_the_mean_query_asks() -> None:
