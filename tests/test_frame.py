@@ -19,7 +19,7 @@ MODULES = sorted((ROOT / "lamzoo").rglob("*.py"))
 # What only some commands need: found when used, never when lamzoo is imported.
 OPTIONAL = {
     "accelerate", "av", "datasets", "itables", "matplotlib", "onnx", "onnxruntime", "onnxscript", "open_clip", "plotly",
-    "skimage", "tensorboard", "typer", "webdataset",
+    "pycocoevalcap", "skimage", "tensorboard", "typer", "webdataset",
 }  # fmt: skip
 
 

@@ -1,5 +1,7 @@
-"""Scores and predictions: of image classifiers, of text-video retrieval, and of moments in videos."""
+"""Scores and predictions: of image classifiers, of text-video retrieval, of moments in videos, and of captions."""
 
+from lamzoo.evaluation.captionfiles import read_captions, write_captions
+from lamzoo.evaluation.captions import caption_metrics, neighbour_recall, word_error_rate, word_overlap
 from lamzoo.evaluation.classification import EvalProgress, evaluate
 from lamzoo.evaluation.finding import Finding, MomentResult, evaluate_moments, find_moments
 from lamzoo.evaluation.moments import moment_metrics
@@ -17,6 +19,7 @@ __all__ = [
     "MomentResult",
     "Precision",
     "Prediction",
+    "caption_metrics",
     "check_batches",
     "class_names",
     "default_state_path",
@@ -26,10 +29,15 @@ __all__ = [
     "find_moments",
     "label_names",
     "moment_metrics",
+    "neighbour_recall",
     "predict",
     "preprocess",
+    "read_captions",
     "read_submission",
     "resolve_device",
     "retrieval_metrics",
+    "word_error_rate",
+    "word_overlap",
+    "write_captions",
     "write_submission",
 ]

@@ -192,9 +192,8 @@ def _standardised(scores: Tensor, among: Tensor) -> Tensor:
     """Returns scores ``(B, N)`` less the mean of some, divided by their standard deviation; ``among`` is 1 there."""
     count = among.sum(dim=1, keepdim=True).clamp_min(1)
     centred = scores - (scores * among).sum(dim=1, keepdim=True) / count
-    spread = (
-        (centred.square() * among).sum(dim=1, keepdim=True) / count + 1e-12
-    ).sqrt()  # equal scores have a gradient, too
+    variance = (centred.square() * among).sum(dim=1, keepdim=True) / count
+    spread = (variance + 1e-6).sqrt()  # what is equal but for rounding stays so, with a gradient
     return (centred / spread).clamp(-_CERTAIN / 10, _CERTAIN / 10)
 
 
