@@ -147,18 +147,16 @@ def largest(method: Method, model: nn.Module, at: tuple[int, ...], budget: float
     return method.settings[fitting - 1] if fitting else None
 
 
-def measure(name: str, plain_name: str, how: str, share: float, data: str, split: str, at: tuple[int, ...]) -> Row:
-    """Measures one method at one budget.
-
-    Raises:
-        ConfigError: no setting of the method meets the budget.
-    """
+def measure(
+    name: str, plain_name: str, how: str, share: float, data: str, split: str, at: tuple[int, ...]
+) -> Row | None:
+    """Measures one method at one budget; returns None where no setting of the method meets it."""
     model, plain = (lamzoo.create_model(each, pretrained=True).eval() for each in (name, plain_name))
     lamzoo.remove_pruning(model)  # of weights that were trained for it, which has a setting of its own
     method, budget = METHODS[how], math.inf if how == _WHOLE else share * lamzoo.profile(plain).gmacs
     setting = largest(method, model, at, budget)
     if setting is None:
-        raise lamzoo.LamzooError(f"No setting of {how!r} on {name} meets {budget:.4f} GMACs.")
+        return None
     (image,) = as_arguments(default_input(model))
     with method.open(model, setting, at):
         gmacs = lamzoo.profile(model).gmacs
@@ -251,7 +249,11 @@ def main() -> None:
         wanted = [(name, _WHOLE, 1.0) for name in (args.model, args.plain)] + wanted
         done = {(row.model, row.method, row.share) for row in rows}
         for name, how, share in track([each for each in wanted if each not in done], description="points"):
-            rows.append(measure(name, args.plain, how, share, args.data, args.split, tuple(args.at)))
+            row = measure(name, args.plain, how, share, args.data, args.split, tuple(args.at))
+            if row is None:
+                print(f"no setting of {how} takes {name} down to {share:.0%} of the GMACs; its cell stays empty")
+                continue
+            rows.append(row)
             write_rows(args.results, rows)
     print(table(rows))
 

@@ -91,7 +91,7 @@ def _facts(
         "classes": record.get("num_classes") or None,
         "label names": record.get("label_names"),
     }
-    if card.family == "lam_moment_detr":  # it reads features, and timm's defaults say nothing of them
+    if card.family in ("lam_moment_detr", "lam_describer"):  # they read features: timm's defaults say nothing of them
         return facts
     return facts | {key: record.get(key) for key in _PREPROCESSING}
 

@@ -1,10 +1,14 @@
-"""A text tokenizer for small models: CLIP's byte pairs, the most frequent of them alone."""
+"""Text tokenizers for small models: the most frequent of CLIP's byte pairs, and the words of a closed vocabulary."""
 
 from __future__ import annotations
 
-from open_clip.tokenizer import SimpleTokenizer
+from collections.abc import Sequence
 
-from lamzoo.errors import ConfigError
+import torch
+from open_clip.tokenizer import SimpleTokenizer
+from torch import Tensor
+
+from lamzoo.errors import ConfigError, DataError
 
 _BYTES = 512  # each byte, inside a word and at its end
 _SPECIAL = ("<start_of_text>", "<end_of_text>")
@@ -43,3 +47,47 @@ class SmallTokenizer(SimpleTokenizer):
         self.vocab_size = vocab_size
         self.all_special_ids = [self.encoder[token] for token in _SPECIAL]
         self.sot_token_id, self.eot_token_id = self.all_special_ids
+
+
+class WordTokenizer:
+    """A tokenizer of a closed vocabulary, a token a word; called as open_clip's are.
+
+    The token 0 pads, the words follow in their order, then start and end.
+
+    Args:
+        words: the vocabulary, lower case, without blanks.
+        context_length: of the texts, start and end included.
+
+    Raises:
+        ConfigError: no words, or one is there twice or has a blank.
+    """
+
+    def __init__(self, words: Sequence[str], context_length: int) -> None:
+        if not words or len(set(words)) < len(words) or any(word.split() != [word] for word in words):
+            raise ConfigError(
+                f"The vocabulary {list(words)[:5]}... must name some words, each once and without blanks."
+            )
+        self.words, self.context_length = tuple(words), context_length
+        self.vocab_size = len(words) + 3
+        self.sot_token_id, self.eot_token_id = len(words) + 1, len(words) + 2
+        self._numbers = {word: number for number, word in enumerate(words, start=1)}
+
+    def __call__(self, texts: str | Sequence[str], context_length: int | None = None) -> Tensor:
+        """Returns int64 ``(B, context_length)``: start, words, end, zeros; a text that is too long loses words.
+
+        Raises:
+            DataError: a word is not in the vocabulary.
+        """
+        length = context_length or self.context_length
+        rows = torch.zeros([1 if isinstance(texts, str) else len(texts), length], dtype=torch.int64)
+        for row, text in zip(rows, [texts] if isinstance(texts, str) else texts, strict=True):
+            numbers = [self._numbers.get(word, 0) for word in text.lower().split()]
+            if 0 in numbers:
+                raise DataError(f"{text.split()[numbers.index(0)]!r} is not among the {len(self.words)} known words")
+            numbers = [self.sot_token_id, *numbers[: length - 2], self.eot_token_id]
+            row[: len(numbers)] = torch.tensor(numbers)
+        return rows
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Returns the words of tokens, those that are none left out."""
+        return " ".join(self.words[token - 1] for token in tokens if 0 < token <= len(self.words))

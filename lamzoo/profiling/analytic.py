@@ -96,8 +96,8 @@ def analytic_macs(model: nn.Module) -> AnalyticMacs:
 
     Serves timm's ``VisionTransformer`` behind a patch embedding or a convolutional stem, open_clip's ``CLIP`` of two
     transformers (one image and one text), CLIP4Clip on such towers (one video of ``max_frames`` frames and one text),
-    Moment-DETR and QD-DETR (one video of ``max_clips`` clips and one sentence of ``max_words`` words), each with or
-    without masks of any configuration.
+    Moment-DETR and QD-DETR (one video of ``max_clips`` clips and one sentence of ``max_words`` words), the describer
+    (one clip of its ``seconds`` and one sentence of its longest), each with or without masks of any configuration.
 
     Args:
         model: at the input size that it was built for.
@@ -116,6 +116,8 @@ def analytic_macs(model: nn.Module) -> AnalyticMacs:
         ends, stacks = _clip4clip(model)
     elif type(model).__name__ in ("MomentDetr", "QdDetr") and type(model).__module__.startswith("lamzoo.models."):
         ends, stacks = _moments(model)
+    elif type(model).__name__ == "Describer" and type(model).__module__.startswith("lamzoo.models."):
+        ends, stacks = _describer(model)
     else:
         raise _unknown(model)
     config: LamConfig | None = getattr(model, "lam_config", None)
@@ -204,6 +206,22 @@ def _moments(model: Any) -> tuple[int, list[Stack]]:
     ends += depth * (_mlp_macs(queries, (width, width, width, 2)) + 2 * queries * width)
     looks = Stack(queries, width, depth, heads, 0, masked=has_masks(model.decoder))
     return ends, [*stacks, looks, replace(looks, keys=memory, hidden=hidden)]
+
+
+def _describer(model: Any) -> tuple[int, list[Stack]]:
+    streams, text = model.example_inputs()
+    counts = {name: stream.mask.shape[1] for name, stream in streams.items()}
+    tokens, width, words, decoder = 1 + sum(counts.values()), model.width, text.shape[1], model.decoder
+    ends = sum(count * model.features[name] * width for name, count in counts.items())
+    ends += words * width * decoder.vocab_size
+    if model.word_head is not None:
+        ends += tokens * width * decoder.vocab_size
+    layers, heads = model.encoder.layers, decoder.num_heads
+    hidden = layers[0].feed_forward[0].out_features
+    encoder = Stack(tokens, width, len(layers), heads, hidden, masked=has_masks(model.encoder))
+    itself = Stack(words, width, len(decoder.transformer.resblocks), heads, 4 * width, masked=False)
+    across = replace(itself, depth=len(decoder.text_decoder.resblocks))
+    return ends, [encoder, itself, across, replace(across, keys=tokens)]
 
 
 def has_masks(module: nn.Module) -> bool:

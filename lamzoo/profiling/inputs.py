@@ -8,11 +8,12 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lamzoo.errors import ConfigError
 
-#: What a model is called with: one tensor, or its positional arguments.
-Inputs: TypeAlias = Tensor | Sequence[Tensor]
+#: What a model is called with: one tensor, or its positional arguments: tensors, or structures of them.
+Inputs: TypeAlias = Tensor | Sequence[Any]
 
 
 def image_size(model: nn.Module) -> tuple[int, int, int]:
@@ -49,9 +50,15 @@ def default_input(model: nn.Module, batch_size: int = 1) -> Inputs:
     return torch.rand(batch_size, *image_size(model), device=like.device).to(like.dtype)
 
 
-def as_arguments(input: Inputs) -> tuple[Tensor, ...]:
+def as_arguments(input: Inputs) -> tuple[Any, ...]:
     """Returns the positional arguments that a model is called with."""
     return (input,) if isinstance(input, Tensor) else tuple(input)
+
+
+def first_tensor(input: Inputs) -> Tensor:
+    """Returns the first tensor of an input, which is where the others are."""
+    tensor: Tensor = tree_leaves(input)[0]
+    return tensor
 
 
 @contextmanager

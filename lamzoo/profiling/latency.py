@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lamzoo.errors import ConfigError
-from lamzoo.profiling.inputs import Inputs, as_arguments, evaluating
+from lamzoo.profiling.inputs import Inputs, as_arguments, evaluating, first_tensor
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def compare_latency(
             if index >= warmup:
                 pairs.append(pair)
     ratio, ratio_quartiles = _spread([mine / other for mine, other in pairs])
-    first = as_arguments(input)[0]
+    first = first_tensor(input)
     return LatencyComparison(
         model=Latency(*_spread([first for first, _ in pairs])),
         baseline=Latency(*_spread([second for _, second in pairs])),
@@ -169,7 +169,7 @@ def _checked_timer(
         raise ConfigError(
             f"repeats={repeats}, warmup={warmup}: quartiles need at least 2 repeats and no negative warmup."
         )
-    device = as_arguments(input)[0].device
+    device = first_tensor(input).device
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(
             f"Latency is measured on cpu and cuda devices, not on {device}; move the models and the input."

@@ -7,15 +7,16 @@ import logging
 import statistics
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lamzoo.adapters import remove_lam
 from lamzoo.errors import ConfigError, UnsupportedHostError
 from lamzoo.lam import Lam
 from lamzoo.profiling.analytic import analytic_macs
-from lamzoo.profiling.inputs import as_arguments, default_input, evaluating
+from lamzoo.profiling.inputs import as_arguments, default_input, evaluating, first_tensor
 from lamzoo.profiling.latency import Latency, LatencyComparison, compare_latency, time_latency
 from lamzoo.profiling.macs import Profile, profile
 from lamzoo.profiling.memory import free_bytes, peak_growth
@@ -196,8 +197,8 @@ def _try_batch(model: nn.Module, batch: int) -> tuple[float, int] | None:
         raise
 
 
-def _pass(model: nn.Module, inputs: tuple[Tensor, ...]) -> float:
-    device = inputs[0].device
+def _pass(model: nn.Module, inputs: tuple[Any, ...]) -> float:
+    device = first_tensor(inputs).device
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()

@@ -47,7 +47,7 @@ def test_listing_filters_as_timm_does() -> None:
     assert all("." in name for name in list_models(pretrained=True))
     assert list_models("*.augreg2*", include_tags=True) == ["lam_vit_base.augreg2_in21k_ft_in1k"]
     assert list_models("no_such*") == []
-    assert list_models(family=["lam_vit", "lam_clip4clip", "lam_moment_detr"]) == list_models()
+    assert list_models(family=["lam_vit", "lam_clip4clip", "lam_moment_detr", "lam_describer"]) == list_models()
     assert "clip4clip" not in list_models(family="lam_vit")
 
 

@@ -1,0 +1,163 @@
+"""The text decoder of open_clip's CoCa (arXiv 2205.01917), over any memory, with a cache of keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from open_clip.transformer import MultimodalTransformer, ResidualAttentionBlock, Transformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+_Pair = tuple[Tensor, Tensor]
+
+
+@dataclass
+class DecoderCache:
+    """Keys and values of what a decoder has read: ``(B, H, N, d)`` each, by layer.
+
+    Attributes:
+        own: of the tokens so far, of each layer's self-attention.
+        across: of the memory, of each layer's cross-attention.
+        length: tokens so far.
+    """
+
+    own: dict[int, _Pair] = field(default_factory=dict)
+    across: dict[int, _Pair] = field(default_factory=dict)
+    length: int = 0
+
+    def select(self, rows: Tensor) -> DecoderCache:
+        """Returns the cache of some samples, in the order of ``rows``, int64 ``(B,)``; one may come several times."""
+        own, across = (
+            {number: (key[rows], value[rows]) for number, (key, value) in pairs.items()}
+            for pairs in (self.own, self.across)
+        )
+        return DecoderCache(own, across, self.length)
+
+
+class CaptionDecoder(nn.Module):
+    """CoCa's text decoder: causal layers that read the text alone, then causal layers that also attend to a memory.
+
+    Its modules are open_clip's own, so that published weights fit; what CoCa's class token and contrastive projection
+    need is left out. Unlike there, the memory may be padded.
+
+    Args:
+        vocab_size: tokens of the vocabulary.
+        context_length: of the longest text.
+        width: of the tokens and of the memory.
+        heads: attention heads.
+        text_layers: that read the text alone.
+        layers: that attend to the memory.
+    """
+
+    def __init__(
+        self, vocab_size: int, context_length: int, width: int, heads: int, text_layers: int, layers: int
+    ) -> None:
+        super().__init__()
+        self.vocab_size, self.context_length, self.num_heads = vocab_size, context_length, heads
+        self.token_embedding = nn.Embedding(vocab_size, width)
+        self.positional_embedding = nn.Parameter(torch.empty(context_length, width))
+        self.transformer = Transformer(width, text_layers, heads)
+        self.text_decoder = MultimodalTransformer(width, layers, heads, context_length, output_dim=vocab_size)
+        _initialise(self)
+
+    def forward(
+        self, tokens: Tensor, memory: Tensor, memory_mask: Tensor | None = None, cache: DecoderCache | None = None
+    ) -> Tensor:
+        """Predicts the next token behind each token.
+
+        Args:
+            tokens: int64 ``(B, L)``; with a cache those that are new.
+            memory: ``(B, M, C)``; not read where the cache knows it.
+            memory_mask: bool ``(B, M)``, True where there is something to attend to; None for all.
+            cache: of the tokens before; what is new is put into it.
+
+        Returns:
+            ``(B, L, vocab_size)``, logits.
+        """
+        start = 0 if cache is None else cache.length
+        positions = self.positional_embedding[start : start + tokens.shape[1]]
+        x = self.token_embedding(tokens) + positions
+        seen = None if memory_mask is None else memory_mask[:, None, None, :]
+        number = 0
+        for block in self.transformer.resblocks:
+            x = self._read_itself(block, x, number, cache)
+            number += 1
+        for block, cross in zip(self.text_decoder.resblocks, self.text_decoder.cross_attn, strict=True):
+            x = self._read_itself(block, x, number, cache)
+            x = self._read_memory(cross, x, memory, seen, number, cache)
+            number += 1
+        if cache is not None:
+            cache.length += tokens.shape[1]
+        logits: Tensor = self.text_decoder.ln_final(x) @ self.text_decoder.text_projection
+        return logits
+
+    def _read_itself(self, block: ResidualAttentionBlock, x: Tensor, number: int, cache: DecoderCache | None) -> Tensor:
+        normed = block.ln_1(x)
+        query, key, value = (self._heads(block.attn, normed, part) for part in range(3))
+        if cache is not None:
+            if number in cache.own:
+                key, value = (torch.cat(pair, dim=2) for pair in zip(cache.own[number], (key, value), strict=True))
+            cache.own[number] = key, value
+        new, every = query.shape[2], key.shape[2]
+        allowed = None
+        if 1 < new < every:  # several tokens behind others: torch's causal masks begin at the first key
+            allowed = torch.ones(new, every, dtype=torch.bool, device=x.device).tril(every - new)
+        out = F.scaled_dot_product_attention(query, key, value, allowed, is_causal=1 < new == every)
+        return self._finish(block, x, out)
+
+    def _read_memory(
+        self,
+        block: ResidualAttentionBlock,
+        x: Tensor,
+        memory: Tensor,
+        seen: Tensor | None,
+        number: int,
+        cache: DecoderCache | None,
+    ) -> Tensor:
+        query = self._heads(block.attn, block.ln_1(x), 0)
+        if cache is not None and number in cache.across:
+            key, value = cache.across[number]
+        else:
+            normed = block.ln_1_kv(memory)
+            key, value = (self._heads(block.attn, normed, part) for part in (1, 2))
+            if cache is not None:
+                cache.across[number] = key, value
+        return self._finish(block, x, F.scaled_dot_product_attention(query, key, value, seen))
+
+    def _heads(self, attention: nn.MultiheadAttention, x: Tensor, part: int) -> Tensor:
+        weight, bias = attention.in_proj_weight.chunk(3)[part], attention.in_proj_bias.chunk(3)[part]
+        return F.linear(x, weight, bias).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def _finish(self, block: ResidualAttentionBlock, x: Tensor, heads: Tensor) -> Tensor:
+        x = x + block.ls_1(block.attn.out_proj(heads.transpose(1, 2).flatten(2)))
+        out: Tensor = x + block.ls_2(block.mlp(block.ln_2(x)))
+        return out
+
+
+def from_coca(state: Mapping[str, Tensor], context_length: int) -> dict[str, Tensor]:
+    """Returns the part of an open_clip CoCa's state dict that a :class:`CaptionDecoder` has, under its names."""
+    found = {}
+    for name, value in state.items():
+        if name.startswith("text_decoder."):
+            found[name] = value
+        elif name.startswith(("text.token_embedding.", "text.transformer.")):
+            found[name.removeprefix("text.")] = value
+        elif name == "text.positional_embedding":  # the last one is the class token's
+            found["positional_embedding"] = value[:context_length]
+    return found
+
+
+def _initialise(decoder: CaptionDecoder) -> None:
+    """Draws the weights as open_clip does for a text tower; its own CoCa leaves its decoder to torch's defaults."""
+    nn.init.normal_(decoder.token_embedding.weight, std=0.02)
+    nn.init.normal_(decoder.positional_embedding, std=0.01)
+    width, projection = decoder.token_embedding.embedding_dim, decoder.text_decoder.text_projection
+    blocks = [*decoder.transformer.resblocks, *decoder.text_decoder.resblocks, *decoder.text_decoder.cross_attn]
+    for block in blocks:
+        nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
+        nn.init.normal_(block.attn.out_proj.weight, std=width**-0.5 * (2 * len(blocks)) ** -0.5)
+        nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+        nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * len(blocks)) ** -0.5)
+    nn.init.normal_(projection, std=width**-0.5)

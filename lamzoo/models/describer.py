@@ -1,0 +1,243 @@
+"""Audio description: a joint encoder over video and audio with learnable masks, and a decoder that writes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lamzoo.adapters import add_lam
+from lamzoo.errors import ConfigError, MissingExtraError
+from lamzoo.lam import LamConfig
+
+if find_spec("open_clip") is None:
+    raise MissingExtraError("The describer needs open_clip, which is not installed; pip install 'lamzoo[clip]'.")
+
+from open_clip.tokenizer import SimpleTokenizer
+
+from lamzoo.models.caption_decoder import CaptionDecoder, from_coca
+from lamzoo.models.generation import Generation, Text, generate
+from lamzoo.models.joint_encoder import Joint, JointEncoder, Stream
+from lamzoo.models.tokenizer import SmallTokenizer, WordTokenizer
+
+
+@dataclass(frozen=True)
+class Described:
+    """What a model says of a batch of clips and their sentences.
+
+    Attributes:
+        logits: ``(B, L, V)``, of the token behind each token of the sentence.
+        words: of the word that is said at each token of the encoder, ``(B, N, V)``, 0 standing for none; None where the
+            model was not built with ``align``.
+        joint: the encoder's tokens.
+    """
+
+    logits: Tensor
+    words: Tensor | None
+    joint: Joint
+
+
+class Describer(nn.Module):
+    """A BERT-like encoder over the tokens of several modalities, and CoCa's text decoder over what it has read.
+
+    The encoder is that of section 4.1 of the paper (arXiv 2406.02761), whose masks weigh tokens of unequal granularity
+    against each other; the decoder attends to all of the encoder's tokens.
+
+    Args:
+        features: width of each modality's features, by name.
+        width: of all tokens.
+        heads: attention heads, of encoder and decoder.
+        hidden: width of the encoder's feed-forward networks.
+        encoder_layers: how many.
+        text_layers: of the decoder, that read the text alone.
+        decoder_layers: of the decoder, that also attend to the encoder's tokens.
+        vocabulary: ``"clip"``, CLIP's byte pairs; a number, so many of them; or the words of a closed grammar.
+        context_length: tokens of a sentence, start and end included.
+        context_tokens: of the text context (previous descriptions) at most; 0 for models without.
+        dropout: of the encoder.
+        input_dropout: of the encoder's tokens.
+        modality_dropout: probability, in training, that a sample loses a modality.
+        align: whether the encoder's tokens say which word is being said (for speech, whose words have times).
+        seconds: of a clip that the model is profiled with.
+        rates: features a second of each modality of that clip; 25 where it isn't given.
+
+    Attributes:
+        encoder: its layers may have masks.
+        decoder: writes.
+    """
+
+    lam_config: LamConfig | None
+
+    def __init__(
+        self,
+        *,
+        features: Mapping[str, int],
+        width: int = 512,
+        heads: int = 8,
+        hidden: int = 2048,
+        encoder_layers: int = 6,
+        text_layers: int = 12,
+        decoder_layers: int = 12,
+        vocabulary: str | int | Sequence[str] = "clip",
+        context_length: int = 76,
+        context_tokens: int = 0,
+        dropout: float = 0.1,
+        input_dropout: float = 0.1,
+        modality_dropout: float = 0.0,
+        align: bool = False,
+        seconds: float = 10.0,
+        rates: Mapping[str, float] | None = None,
+    ) -> None:
+        super().__init__()
+        if not features:
+            raise ConfigError("features is empty; name at least one modality and the width of its features.")
+        if isinstance(vocabulary, str) and vocabulary != "clip":
+            raise ConfigError(f"vocabulary={vocabulary!r}: it must be 'clip', a number of tokens, or a list of words.")
+        if align and isinstance(vocabulary, (str, int)):
+            raise ConfigError("align needs a vocabulary of words, since byte pairs have no times; list the words.")
+        self.features, self.seconds, self.rates = dict(features), seconds, dict(rates or {})
+        self.width, self.context_length, self.context_tokens = width, context_length, context_tokens
+        self.num_features, self.num_classes = width, 0
+        self.lam_config = None
+        self._vocabulary = vocabulary
+        self.encoder = JointEncoder(
+            features, width, heads, hidden, encoder_layers, dropout, input_dropout, modality_dropout
+        )
+        vocab_size = int(self.tokenizer.vocab_size)
+        self.decoder = CaptionDecoder(vocab_size, context_length, width, heads, text_layers, decoder_layers)
+        self.word_head = nn.Linear(width, vocab_size) if align else None
+        if context_tokens:
+            self.context_positions = nn.Parameter(torch.randn(context_tokens, width) * 0.02)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """What turns a list of texts into token numbers ``(B, context_length)``, int64: start, text, end, zeros."""
+        if isinstance(self._vocabulary, str):
+            return SimpleTokenizer(context_length=self.context_length)
+        if isinstance(self._vocabulary, int):
+            return SmallTokenizer(self._vocabulary, self.context_length)
+        return WordTokenizer(self._vocabulary, self.context_length)
+
+    def forward(self, streams: Mapping[str, Stream], text: Tensor, context: Tensor | None = None) -> Described:
+        """Reads clips and, for training, what is to be said of them.
+
+        Args:
+            streams: by modality; those that are missing are left out.
+            text: token numbers, int64 ``(B, L)``, the start first.
+            context: of the text context, int64 ``(B, W)``, zeros behind its end; None for none.
+
+        Raises:
+            DataError: no stream at all, or one that the model was not built for.
+        """
+        joint = self.encode(streams, context)
+        words = None if self.word_head is None else self.word_head(joint.tokens)
+        return Described(self.decoder(text, joint.tokens, joint.mask), words, joint)
+
+    def encode(self, streams: Mapping[str, Stream], context: Tensor | None = None) -> Joint:
+        """Reads clips; arguments and errors as of :meth:`forward`.
+
+        Raises:
+            ConfigError: a context that the model has no room for.
+        """
+        if context is None:
+            joint: Joint = self.encoder(streams)
+            return joint
+        if context.shape[1] > self.context_tokens:
+            raise ConfigError(
+                f"The context has {context.shape[1]} tokens and the model room for {self.context_tokens}; cut it, or "
+                "build the model with a larger context_tokens."
+            )
+        tokens = self.decoder.token_embedding(context) + self.context_positions[: context.shape[1]]
+        joint = self.encoder(streams, (tokens, context != 0))
+        return joint
+
+    def generate(
+        self,
+        streams: Mapping[str, Stream],
+        context: Tensor | None = None,
+        how: Generation | None = None,
+        seeds: Sequence[int] | None = None,
+    ) -> list[Text]:
+        """Writes token numbers for each clip; arguments and errors as of :meth:`describe`."""
+        joint = self.encode(streams, context)
+        ends = self.tokenizer.sot_token_id, self.tokenizer.eot_token_id
+        return generate(self.decoder, joint.tokens, joint.mask, *ends, how or Generation(), seeds)
+
+    @torch.no_grad()
+    def describe(
+        self,
+        streams: Mapping[str, Stream],
+        context: Tensor | None = None,
+        how: Generation | None = None,
+        seeds: Sequence[int] | None = None,
+    ) -> list[str]:
+        """Writes a sentence for each clip.
+
+        Args:
+            streams: as of :meth:`forward`.
+            context: likewise.
+            how: greedily by default.
+            seeds: of each clip's draws, where there are any.
+
+        Raises:
+            DataError: as :meth:`forward`.
+            ConfigError: a context or length that the model has no room for.
+        """
+        written = self.generate(streams, context, how, seeds)
+        return [str(self.tokenizer.decode(text.tokens)).strip() for text in written]
+
+    def example_inputs(self, batch_size: int = 1) -> tuple[dict[str, Stream], Tensor]:
+        """Returns random features of a clip of ``seconds`` and the longest sentence, to measure the model on."""
+        like = next(self.parameters())
+        streams = {}
+        for name, size in self.features.items():
+            rate = self.rates.get(name, 25.0)
+            count = max(1, round(self.seconds * rate))
+            times = (torch.arange(count, device=like.device) + 0.5) / rate
+            values = torch.rand(batch_size, count, size, device=like.device).to(like.dtype)
+            mask = torch.ones(batch_size, count, dtype=torch.bool, device=like.device)
+            streams[name] = Stream(values, times.expand(batch_size, -1), mask)
+        return streams, torch.ones(batch_size, self.context_length, dtype=torch.int64, device=like.device)
+
+
+def describer(
+    config: Mapping[str, Any], *, lam: LamConfig | None, in_chans: int = 3, num_classes: int = 0, **overrides: Any
+) -> nn.Module:
+    """Builds a :class:`Describer` without weights.
+
+    Args:
+        config: its arguments.
+        lam: what the encoder's masks are made of; ``None`` leaves the plain model.
+        in_chans: not read: the inputs are features.
+        num_classes: must be 0.
+        **overrides: further arguments, which win over the config's.
+
+    Raises:
+        ConfigError: an argument that means nothing.
+    """
+    if num_classes != 0:
+        raise ConfigError("A describer classifies nothing; leave num_classes out.")
+    model = Describer(**{**config, **overrides})
+    if lam is not None:
+        if lam.keys == "position" and lam.max_length is None:
+            streams, _ = model.example_inputs()
+            lam = replace(lam, max_length=1 + sum(stream.mask.shape[1] for stream in streams.values()))
+        del add_lam(model.encoder, lam).lam_config  # the whole model has it
+        model.lam_config = lam
+    return model
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: Describer) -> dict[str, Tensor]:
+    """Makes an open_clip CoCa's decoder the model's, whose encoder stays fresh; own weights are returned as they are.
+
+    Named and called as timm's converters.
+    """
+    if not any(key.startswith("text_decoder.") for key in state_dict):
+        return state_dict
+    decoder = from_coca(state_dict, model.context_length)
+    return model.state_dict() | {f"decoder.{name}": value for name, value in decoder.items()}

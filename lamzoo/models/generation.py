@@ -1,0 +1,182 @@
+"""Writing text with a decoder that has a cache: greedy, beam search, nucleus sampling; a batch as one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lamzoo.errors import ConfigError
+from lamzoo.models.caption_decoder import DecoderCache
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How text is written.
+
+    Attributes:
+        beams: of the beam search; 1 is greedy.
+        length_penalty: a text's log-probability is divided by its number of tokens to this power; 0 leaves it alone.
+        max_length: tokens of the longest text, start and end included; None for what the decoder was built for.
+        top_p: share of the probability that tokens are drawn from (nucleus sampling, arXiv 1904.09751); None searches
+            instead of drawing.
+        temperature: by which logits are divided before drawing.
+
+    Raises:
+        ConfigError: a value that means nothing, or drawing with several beams.
+    """
+
+    beams: int = 1
+    length_penalty: float = 1.0
+    max_length: int | None = None
+    top_p: float | None = None
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.beams < 1 or self.length_penalty < 0 or self.temperature <= 0:
+            raise ConfigError(
+                f"beams={self.beams}, length_penalty={self.length_penalty:g}, temperature={self.temperature:g}: there "
+                "must be at least one beam, a penalty of at least 0 and a temperature above 0."
+            )
+        if self.max_length is not None and self.max_length < 2:
+            raise ConfigError(f"max_length={self.max_length}: a text has at least a start and an end.")
+        if self.top_p is not None and (not 0 < self.top_p <= 1 or self.beams > 1):
+            raise ConfigError(f"top_p={self.top_p:g} with beams={self.beams}: give 0 < top_p <= 1 and one beam.")
+
+
+class Text(NamedTuple):
+    """What was written.
+
+    Attributes:
+        tokens: without start and end.
+        score: log-probability, divided by the length as :class:`Generation` says; higher is better.
+    """
+
+    tokens: list[int]
+    score: float
+
+
+@torch.no_grad()
+def generate(
+    decoder: Any,
+    memory: Tensor,
+    memory_mask: Tensor | None,
+    start: int,
+    end: int,
+    how: Generation,
+    seeds: Sequence[int] | None = None,
+) -> list[Text]:
+    """Writes a text for each sample; the others of the batch change nothing but rounding.
+
+    Args:
+        decoder: a :class:`CaptionDecoder`, or what has its ``forward`` and ``context_length``.
+        memory: ``(B, M, C)``.
+        memory_mask: bool ``(B, M)``; None for all.
+        start: the token that texts begin with.
+        end: the token that texts end with.
+        how: which way.
+        seeds: of each sample's draws, for ``top_p``; by default the samples' numbers.
+
+    Raises:
+        ConfigError: ``max_length`` is more than the decoder was built for.
+    """
+    length = decoder.context_length if how.max_length is None else how.max_length
+    if length > decoder.context_length:
+        raise ConfigError(
+            f"max_length={length}: the decoder was built for texts of {decoder.context_length} tokens; ask for fewer."
+        )
+    if how.top_p is not None:
+        return _draw(decoder, memory, memory_mask, start, end, length, how, seeds or range(len(memory)))
+    return _search(decoder, memory, memory_mask, start, end, length, how)
+
+
+def _search(
+    decoder: Any, memory: Tensor, mask: Tensor | None, start: int, end: int, length: int, how: Generation
+) -> list[Text]:
+    size, beams = len(memory), how.beams
+    memory = memory.repeat_interleave(beams, dim=0)
+    mask = None if mask is None else mask.repeat_interleave(beams, dim=0)
+    cache = DecoderCache()
+    texts = torch.full((size, beams, 1), start, device=memory.device)
+    scores = torch.full((size, beams), -torch.inf, device=memory.device)
+    scores[:, 0] = 0.0  # beams are alike at first
+    finished: list[list[Text]] = [[] for _ in range(size)]
+    done = [False] * size
+    first = torch.arange(size, device=memory.device).unsqueeze(1) * beams
+    while texts.shape[2] < length and not all(done):
+        logits = decoder(texts[:, :, -1].reshape(-1, 1), memory, mask, cache)[:, -1]
+        chances = logits.float().log_softmax(dim=-1).unflatten(0, (size, beams))
+        best = (scores.unsqueeze(-1) + chances).flatten(1).topk(2 * beams, dim=1)  # of each beam one can end
+        parents, tokens = best.indices // chances.shape[2], best.indices % chances.shape[2]
+        ends = tokens == end
+        for sample, rank in ends[:, :beams].nonzero().tolist():
+            if not done[sample]:
+                written = texts[sample, parents[sample, rank], 1:].tolist()
+                finished[sample].append(_text(written, best.values[sample, rank].item(), len(written) + 1, how))
+        scores, order = best.values.masked_fill(ends, -torch.inf).topk(beams, dim=1)
+        parents, tokens = parents.gather(1, order), tokens.gather(1, order)
+        texts = texts.gather(1, parents.unsqueeze(-1).expand(-1, -1, texts.shape[2]))
+        texts = torch.cat([texts, tokens.unsqueeze(-1)], dim=2)
+        cache = cache.select((first + parents).flatten())
+        for sample, running in enumerate(scores[:, 0].tolist()):
+            done[sample] = done[sample] or _nothing_better(finished[sample], running, length, how)
+    for sample in range(size):
+        if not done[sample]:  # the longest texts have no end
+            running = zip(texts[sample, :, 1:].tolist(), scores[sample].tolist(), strict=True)
+            finished[sample] += [_text(text, score, len(text), how) for text, score in running if score > -torch.inf]
+    return [max(found, key=lambda text: text.score) for found in finished]
+
+
+def _text(tokens: list[int], chance: float, length: int, how: Generation) -> Text:
+    return Text(tokens, chance / max(1, length) ** how.length_penalty)
+
+
+def _nothing_better(finished: list[Text], running: float, length: int, how: Generation) -> bool:
+    """Says whether a sample is done: with one beam at its first end, with more when no beam can still win."""
+    if how.beams == 1 or len(finished) < how.beams:
+        return how.beams == 1 and bool(finished)
+    possible = running / (length - 1) ** how.length_penalty
+    return max(text.score for text in finished) >= possible
+
+
+def _draw(
+    decoder: Any,
+    memory: Tensor,
+    mask: Tensor | None,
+    start: int,
+    end: int,
+    length: int,
+    how: Generation,
+    seeds: Sequence[int],
+) -> list[Text]:
+    assert how.top_p is not None
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    cache = DecoderCache()
+    token = torch.full((len(memory), 1), start, device=memory.device)
+    texts: list[list[int]] = [[] for _ in generators]
+    chances = [0.0] * len(texts)
+    lengths = [0] * len(texts)
+    done = [False] * len(texts)
+    for _ in range(length - 1):
+        logits = decoder(token, memory, mask, cache)[:, -1].float() / how.temperature
+        shares, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
+        before = shares.cumsum(dim=-1) - shares
+        nucleus = shares.masked_fill(before >= how.top_p, 0.0)
+        nucleus = nucleus / nucleus.sum(dim=-1, keepdim=True)
+        thrown = torch.stack([torch.rand((), generator=generator) for generator in generators]).to(memory.device)
+        place = (nucleus.cumsum(dim=-1) <= thrown.unsqueeze(1)).sum(dim=-1, keepdim=True)
+        place = place.minimum((nucleus > 0).sum(dim=-1, keepdim=True) - 1)  # the sum may round to less than 1
+        token = order.gather(1, place)
+        for sample, (drawn, share) in enumerate(zip(token[:, 0].tolist(), shares.gather(1, place)[:, 0], strict=True)):
+            if not done[sample]:
+                chances[sample] += share.log().item()
+                lengths[sample] += 1
+                done[sample] = drawn == end
+                if not done[sample]:
+                    texts[sample].append(drawn)
+        if all(done):
+            break
+    return [_text(*each, how) for each in zip(texts, chances, lengths, strict=True)]

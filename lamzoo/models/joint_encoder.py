@@ -1,0 +1,172 @@
+"""A BERT-like encoder over one joint sequence of several modalities, each with its own clock."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lamzoo.errors import DataError
+from lamzoo.models.moment_layers import attend
+
+
+class Stream(NamedTuple):
+    """The features of one modality, of a batch of samples.
+
+    Attributes:
+        features: ``(B, N, D)``, float.
+        times: ``(B, N)``, float32, the middle of what each was taken from, seconds.
+        mask: bool ``(B, N)``, True where there are features; a sample may have none.
+    """
+
+    features: Tensor
+    times: Tensor
+    mask: Tensor
+
+
+class Joint(NamedTuple):
+    """A joint sequence: a first token that stands for the whole, then the modalities, one behind the other.
+
+    Attributes:
+        tokens: ``(B, N, C)``.
+        mask: bool ``(B, N)``, True where there is a token.
+        spans: first and last token (behind it) of each modality.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    spans: Mapping[str, tuple[int, int]]
+
+
+class JointEncoder(nn.Module):
+    """Projects modalities, marks each token with its time and modality, and lets all attend to all.
+
+    Tokens are what BERT's are (arXiv 1810.04805, section 3.2): features, plus a position, plus which segment they
+    belong to, under a norm. Positions are waves of the *time*, in seconds, so that 25 pictures and 100 spectra a second
+    line up.
+
+    Args:
+        features: width of each modality's features, by name.
+        width: of the tokens.
+        heads: attention heads.
+        hidden: width of the feed-forward networks.
+        layers: how many.
+        dropout: of attention weights and of every sub-layer's output.
+        input_dropout: of the projected features.
+        modality_dropout: probability, in training, that a sample loses a modality; one always stays.
+    """
+
+    def __init__(
+        self,
+        features: Mapping[str, int],
+        width: int,
+        heads: int,
+        hidden: int,
+        layers: int,
+        dropout: float,
+        input_dropout: float,
+        modality_dropout: float,
+    ) -> None:
+        super().__init__()
+        self.features, self.width, self.modality_dropout = dict(features), width, modality_dropout
+        self.projections = nn.ModuleDict(
+            {name: nn.Sequential(nn.LayerNorm(size), nn.Linear(size, width)) for name, size in features.items()}
+        )
+        self.modalities = nn.ParameterDict({name: nn.Parameter(torch.randn(width) * 0.02) for name in features})
+        self.first = nn.Parameter(torch.randn(width) * 0.02)
+        self.norm = nn.LayerNorm(width)
+        self.dropout = nn.Dropout(input_dropout)
+        self.layers = nn.ModuleList(BertLayer(width, heads, hidden, dropout) for _ in range(layers))
+
+    def forward(self, streams: Mapping[str, Stream], context: tuple[Tensor, Tensor] | None = None) -> Joint:
+        """Encodes a batch.
+
+        Args:
+            streams: by modality; those that are missing are left out.
+            context: tokens that stand behind the modalities, ``(B, W, C)``, and their mask, bool ``(B, W)``.
+
+        Raises:
+            DataError: no stream at all, one of an unknown modality, or of another width than the model was built for.
+        """
+        self._check(streams)
+        streams = {name: streams[name] for name in self.projections if name in streams}
+        if self.training and self.modality_dropout and len(streams) > 1:
+            streams = self._dropped(streams)
+        size = len(next(iter(streams.values())).mask)
+        parts, masks, spans = [self.first.expand(size, 1, -1)], [], {}
+        masks.append(next(iter(streams.values())).mask.new_ones(size, 1))
+        for name, stream in streams.items():
+            tokens = self.projections[name](stream.features)
+            tokens = tokens + time_waves(stream.times, self.width).to(tokens.dtype) + self.modalities[name]
+            start = sum(part.shape[1] for part in parts)
+            spans[name] = (start, start + tokens.shape[1])
+            parts.append(tokens)
+            masks.append(stream.mask)
+        if context is not None:
+            parts.append(context[0])
+            masks.append(context[1])
+        dtype = parts[1].dtype
+        tokens = self.dropout(self.norm(torch.cat([part.to(dtype) for part in parts], dim=1)))
+        mask = torch.cat(masks, dim=1)
+        for layer in self.layers:
+            tokens = layer(tokens, mask)
+        return Joint(tokens, mask, spans)
+
+    def _check(self, streams: Mapping[str, Stream]) -> None:
+        if not streams or not set(streams) <= set(self.projections):
+            raise DataError(
+                f"the streams are {', '.join(map(repr, streams)) or 'none'}; the model reads "
+                f"{', '.join(map(repr, self.projections))}, at least one of them"
+            )
+        for name, stream in streams.items():
+            width, shape = self.features[name], tuple(stream.features.shape)
+            if len(shape) != 3 or shape[2] != width or {stream.times.shape, stream.mask.shape} != {shape[:2]}:
+                raise DataError(
+                    f"the stream {name!r} has features {shape}, times {tuple(stream.times.shape)} and a mask "
+                    f"{tuple(stream.mask.shape)}; they must be (B, N, {width}), (B, N) and (B, N)"
+                )
+
+    def _dropped(self, streams: Mapping[str, Stream]) -> dict[str, Stream]:
+        """Hides one modality of some samples that have several."""
+        there = torch.stack([stream.mask.any(dim=1) for stream in streams.values()])
+        chance = torch.rand(there.shape, device=there.device).masked_fill(~there, -1.0)
+        loses = torch.rand(there.shape[1], device=there.device) < self.modality_dropout
+        loses &= there.sum(dim=0) > 1
+        victim = torch.zeros_like(there).scatter_(0, chance.argmax(dim=0, keepdim=True), True) & loses
+        return {
+            name: stream._replace(mask=stream.mask & ~victim[number, :, None])
+            for number, (name, stream) in enumerate(streams.items())
+        }
+
+
+class BertLayer(nn.Module):
+    """Self-attention and a GELU feed-forward network, each with dropout, residual and norm behind it (BERT)."""
+
+    def __init__(self, width: int, heads: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(width, heads, dropout=dropout, batch_first=True)
+        self.feed_forward = nn.Sequential(
+            nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, width)
+        )
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Works on ``(B, N, C)`` with a mask, bool ``(B, N)``, True where there is a token."""
+        tokens = self.norms[0](tokens + self.dropout(attend(self.attn, tokens, tokens, tokens, mask)))
+        out: Tensor = self.norms[1](tokens + self.dropout(self.feed_forward(tokens)))
+        return out
+
+
+_SHORTEST, _LONGEST = 0.04, 400.0  # seconds of the fastest and of the slowest wave
+
+
+def time_waves(times: Tensor, width: int) -> Tensor:
+    """Returns sines and cosines of times ``(B, N)`` in seconds, waves of 40 ms to 400 s: float32 ``(B, N, width)``."""
+    share = torch.arange(width // 2, dtype=torch.float32, device=times.device) / max(1, width // 2 - 1)
+    lengths = _SHORTEST * (_LONGEST / _SHORTEST) ** share
+    angles = 2 * math.pi * times.float().unsqueeze(-1) / lengths
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
