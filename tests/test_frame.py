@@ -18,8 +18,8 @@ MODULES = sorted((ROOT / "lamzoo").rglob("*.py"))
 
 # What only some commands need: found when used, never when lamzoo is imported.
 OPTIONAL = {
-    "accelerate", "av", "datasets", "itables", "matplotlib", "onnx", "onnxruntime", "onnxscript", "open_clip", "plotly",
-    "pycocoevalcap", "skimage", "tensorboard", "typer", "webdataset",
+    "accelerate", "av", "datasets", "h5py", "itables", "matplotlib", "onnx", "onnxruntime", "onnxscript", "open_clip",
+    "plotly", "pycocoevalcap", "skimage", "tensorboard", "typer", "webdataset",
 }  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -13,17 +13,19 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from lamzoo.data.audio import stack_spectra
 from lamzoo.data.retrieval.jpegs import CaptionLines, JpegLines
 from lamzoo.errors import DataError
 
 Modalities = Literal["both", "video", "audio"]
 Tokens = NDArray[np.float32]
+Words = tuple[tuple[str, float, float], ...]  # each with its start and end, seconds
 
 RATE = 25  # tokens a second, as the corpus has frames
+HOPS, BANDS = 4, 64  # spectra of 10 ms in a frame, and mel bands in a spectrum
 
 _FRAME = (48, 80)  # pixels around the mouth
 _LIPS = (slice(12, 44), slice(24, 72))  # of them
-_HOPS, _BANDS = 4, 64  # spectra of 10 ms in a token, and mel bands in a spectrum
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Speech:
     """
 
     tokens: Tokens
-    words: tuple[tuple[str, float, float], ...]
+    words: Words
 
     def cut(self, start: int, end: int) -> Speech:
         """Returns the tokens from one number up to another, and the words that are whole among them."""
@@ -56,6 +58,45 @@ def join(pieces: Sequence[Speech]) -> Speech:
         words += [(word, first + shift / RATE, last + shift / RATE) for word, first, last in piece.words]
         shift += len(piece.tokens)
     return Speech(np.concatenate([piece.tokens for piece in pieces]), tuple(words))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A word of a clip, with the pause before it, and the rest of the clip if it is the last.
+
+    Attributes:
+        clip: the clip's number.
+        start: the first of its frames.
+        end: the frame behind the last.
+        word: the word with its start and end, seconds from the piece's own start.
+    """
+
+    clip: int
+    start: int
+    end: int
+    word: tuple[str, float, float]
+
+
+def draw_pieces(count: int, clip: Callable[[int], tuple[Words, int]]) -> list[Piece]:
+    """Draws a sentence of which each word is said as in another clip, from :mod:`random`.
+
+    All of GRID's sentences have the same grammar, so the new one is a sentence of it too.
+
+    Args:
+        count: of the clips to draw from.
+        clip: returns a clip's words and how many frames it has.
+    """
+    slots = len(clip(0)[0])
+    pieces = []
+    for slot in range(slots):
+        index = random.randrange(count)
+        words, frames = clip(index)
+        start = round(words[slot - 1][2] * RATE) if slot else 0
+        end = frames if slot == slots - 1 else max(start + 1, round(words[slot][2] * RATE))
+        word, first, last = words[slot]
+        limits = np.clip([first, last], start / RATE, end / RATE) - start / RATE
+        pieces.append(Piece(index, start, end, (word, *limits.tolist())))
+    return pieces
 
 
 class GridTokens:
@@ -87,7 +128,7 @@ class GridTokens:
         captions = self._lips or CaptionLines(root, fields, split)
         self._sound = None
         if modalities != "video":
-            self._sound = _read_sound(root / "logmel.npz", len(captions.every))[captions.numbers]
+            self._sound = read_sound(root / "logmel.npz", len(captions.every))[captions.numbers]
         self.split, self._lines = captions.split, captions.lines
         self.vocabulary = tuple(sorted({word for line in captions.every for word, *_ in line["words"]}))
         self._kept: dict[int, Speech] = {}
@@ -106,59 +147,77 @@ class GridTokens:
         """
         if index not in self._kept:
             line = self._lines[index]
-            parts = [] if self._lips is None else [_lip_motion(self._lips, index, line["n_frames"])]
+            parts = [] if self._lips is None else [lip_motion(self._lips, index, line["n_frames"])]
             if self._sound is not None:
-                parts.append(_spectra(self._sound[index]))
+                parts.append(stack_spectra(self._sound[index].astype(np.float32), HOPS))
             length = min(line["n_frames"], *map(len, parts))
-            words = tuple((word, float(first), float(last)) for word, first, last in line["words"])
-            tokens = np.concatenate([_scaled(part[:length]) for part in parts], axis=1)
-            self._kept[index] = Speech(tokens, words)
+            tokens = np.concatenate([scaled(part[:length]) for part in parts], axis=1)
+            self._kept[index] = Speech(tokens, timed_words(line))
         return self._kept[index]
 
     def splice(self) -> Speech:
-        """Returns a sentence of which each word is said as in another clip, with the pause before it.
-
-        All of GRID's sentences have the same grammar, so the new one is a sentence of it too. Clips and words are drawn
-        from :mod:`random`.
-        """
-        slots = len(self._lines[0]["words"])
-        pieces = []
-        for slot in range(slots):
-            clip = self.read(random.randrange(len(self)))
-            start = round(clip.words[slot - 1][2] * RATE) if slot else 0
-            end = len(clip.tokens) if slot == slots - 1 else max(start + 1, round(clip.words[slot][2] * RATE))
-            word, first, last = clip.words[slot]
-            limits = np.clip([first, last], start / RATE, end / RATE) - start / RATE
-            pieces.append(Speech(clip.tokens[start:end], ((word, *limits.tolist()),)))
-        return join(pieces)
+        """Returns a sentence of which each word is said as in another clip; see :func:`draw_pieces`."""
+        pieces = draw_pieces(len(self), lambda index: (self.read(index).words, len(self.read(index).tokens)))
+        return join([Speech(self.read(piece.clip).tokens[piece.start : piece.end], (piece.word,)) for piece in pieces])
 
 
-def _lip_motion(clips: JpegLines, index: int, count: int) -> Tokens:
-    """Returns the lips of each frame, ``(N, 384)``, less their mean over the clip."""
+def lip_motion(clips: JpegLines, index: int, count: int) -> Tokens:
+    """Returns the lips of each frame, ``(count, 384)``, less their mean over the clip.
+
+    Args:
+        clips: of ``mouth.npz``.
+        index: of the clip.
+        count: of its frames.
+
+    Raises:
+        DataError: the image is broken or of another size; names it.
+    """
+    lips = grey_frames(clips, index, count, *_FRAME)[:, *_LIPS]
+    return less_mean(block_means(lips, 2))
+
+
+def grey_frames(clips: JpegLines, index: int, count: int, height: int, width: int) -> Tokens:
+    """Returns the frames of a clip that lie below each other in one image, grey, ``(count, height, width)``.
+
+    Raises:
+        DataError: the image is broken or of another size; names it.
+    """
     strip = clips.decode(index).convert("L")
-    height, width = _FRAME
     if strip.size != (width, height * count) or not count:
         raise DataError(
             f"{clips.name(index)} is {strip.width} x {strip.height} pixels, not {count} frames of {width} x {height}; "
             "the n_frames of its line in captions.jsonl do not fit it"
         )
-    lips = np.asarray(strip, dtype=np.float32).reshape(count, height, width)[:, *_LIPS]
-    halved = lips.reshape(count, lips.shape[1] // 2, 2, lips.shape[2] // 2, 2).mean(axis=(2, 4))
-    return (halved - halved.mean(axis=0)).reshape(count, -1)
+    return np.asarray(strip, dtype=np.float32).reshape(count, height, width)
 
 
-def _spectra(sound: NDArray[np.uint8]) -> Tokens:
-    """Returns the spectra of each frame, ``(N, 256)``, less their mean over the clip."""
-    spectra = sound.astype(np.float32)
-    return (spectra - spectra.mean(axis=0)).reshape(-1, _HOPS * _BANDS)
+def block_means(frames: Tokens, side: int) -> Tokens:
+    """Returns the means of blocks of ``side`` x ``side`` pixels, ``(N, H, W)`` to ``(N, H / side, W / side)``."""
+    count, height, width = frames.shape
+    return frames.reshape(count, height // side, side, width // side, side).mean(axis=(2, 4))
 
 
-def _scaled(features: Tokens) -> Tokens:
+def less_mean(frames: Tokens) -> Tokens:
+    """Takes the mean off frames, ``(N, H, W)``, and returns each as a row, ``(N, H * W)``."""
+    return (frames - frames.mean(axis=0)).reshape(len(frames), -1)
+
+
+def scaled(features: Tokens) -> Tokens:
+    """Divides features by their standard deviation; those that are all the same stay."""
     return features / max(float(features.std()), 1e-5)
 
 
-def _read_sound(path: Path, count: int) -> NDArray[np.uint8]:
-    """Returns the spectra of all clips, ``(count, hops, 64)``."""
+def timed_words(line: Mapping[str, Any]) -> Words:
+    """Returns the words of a line of ``captions.jsonl``."""
+    return tuple((word, float(first), float(last)) for word, first, last in line["words"])
+
+
+def read_sound(path: Path, count: int) -> NDArray[np.uint8]:
+    """Returns the spectra of all clips, ``(count, hops, 64)``; 25.5 is a power of ten, and 0 a power of 1e-8.
+
+    Raises:
+        DataError: there is no such file, it is not whole, or not of ``count`` clips.
+    """
     if not path.is_file():
         raise DataError(f"{path.parent} has no {path.name}")
     try:
@@ -166,9 +225,9 @@ def _read_sound(path: Path, count: int) -> NDArray[np.uint8]:
             sound: NDArray[np.uint8] = archive["logmel"]
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path} is no whole npz archive with the array logmel: {error}") from error
-    if sound.dtype != np.uint8 or sound.ndim != 3 or sound.shape[::2] != (count, _BANDS) or sound.shape[1] % _HOPS:
+    if sound.dtype != np.uint8 or sound.ndim != 3 or sound.shape[::2] != (count, BANDS) or sound.shape[1] % HOPS:
         raise DataError(
             f"{path}: logmel is {sound.dtype} {sound.shape}; the {count} lines of captions.jsonl need uint8 ({count}, "
-            f"a multiple of {_HOPS}, {_BANDS})"
+            f"a multiple of {HOPS}, {BANDS})"
         )
     return sound

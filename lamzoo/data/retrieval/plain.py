@@ -37,7 +37,7 @@ class PlainSource(FileSource):
         if "split" in rows[0]:
             own = find_split(split, dict.fromkeys(row["split"] for row in rows), str(table))
             rows = [row for row in rows if row["split"] == own]
-        files = _Files(root, table)
+        files = Files(root, table)
         captions: dict[Path, list[str]] = {}
         for row in rows:
             captions.setdefault(files.find(row["video"]), []).append(row["caption"])
@@ -45,7 +45,7 @@ class PlainSource(FileSource):
         super().__init__(videos, list(captions), list(captions.values()), own)
 
 
-class _Files:
+class Files:
     """The files below a folder, by their paths with and without extension."""
 
     def __init__(self, root: Path, table: Path) -> None:

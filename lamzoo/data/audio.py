@@ -1,0 +1,161 @@
+"""Sound as log-mel spectra: read from any file's audio track through PyAV, and made into tokens; knows no data set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lamzoo.data.videoindex import import_av
+from lamzoo.errors import DataError
+
+if TYPE_CHECKING:
+    from av.audio.frame import AudioFrame
+    from av.audio.stream import AudioStream
+    from av.container import InputContainer
+
+Spectra: TypeAlias = NDArray[np.float32]
+
+RATE = 16_000  # samples a second
+HOP = 0.01  # seconds from one spectrum to the next
+FLOOR = 1e-8  # power below which there is silence
+
+_WINDOW, _FFT = 400, 512  # samples: 25 ms, and with 400 the lowest of 64 bands would lie between two bins
+_LOWEST, _HIGHEST = 20.0, 7600.0  # Hz
+_WARM_UP = 0.5  # seconds that a decoder is given before what is wanted
+
+
+def read_log_mel(
+    path: str | Path, start: float = 0.0, end: float | None = None, *, bands: int = 64
+) -> tuple[Spectra, Spectra] | None:
+    """Reads the sound of a video or sound file, or of a span of it.
+
+    The mean of the channels is resampled to 16 kHz. A spectrum is what
+    ``torchaudio.transforms.MelSpectrogram(16000, n_fft=512, win_length=400, hop_length=160, f_min=20, f_max=7600,
+    n_mels=bands, mel_scale="htk", norm=None)`` gives: power in triangles on HTK's mel scale, of a periodic Hann window
+    of 25 ms, every 10 ms.
+
+    Args:
+        path: the file, of any extension: its content says what it is.
+        start: of the span, seconds from the video's first frame, or the sound's beginning in a file without video.
+        end: of the span; None for that of the track.
+        bands: of the mel scale, between 20 and 7600 Hz.
+
+    Returns:
+        The log10 of the powers, ``(N, bands)``, at least -8, and the middles of the spectra, ``(N,)``, seconds from
+        ``start``; both float32. None where the file has no sound track, or nothing but silence in the span.
+
+    Raises:
+        DataError: there is no such file, FFmpeg doesn't know it, or its sound is damaged; names it.
+        MissingExtraError: PyAV is not installed.
+    """
+    samples = _samples(path, start, end)
+    if not samples.any():
+        return None
+    spectra = log_mel(samples, bands=bands)
+    return spectra, np.arange(len(spectra), dtype=np.float32) * np.float32(HOP)
+
+
+def log_mel(samples: NDArray[np.float32], *, bands: int = 64) -> Spectra:
+    """Computes the spectra of :func:`read_log_mel`, ``(N // 160, bands)``, of samples ``(N,)`` at 16 kHz."""
+    count = len(samples) * 100 // RATE
+    padded = np.pad(samples, (0, max(0, _FFT - len(samples))))  # what is reflected at the ends must be there
+    transformed = torch.stft(
+        torch.from_numpy(padded), _FFT, round(RATE * HOP), _WINDOW, torch.hann_window(_WINDOW), return_complex=True
+    )
+    power = transformed.abs().square().T[:count] @ torch.from_numpy(mel_filters(bands)).float()
+    return power.clamp(min=FLOOR).log10().numpy()
+
+
+def mel_filters(bands: int = 64) -> NDArray[np.float64]:
+    """Returns the weight of each bin of the Fourier transform in each band, ``(257, bands)``, at most 1."""
+    edges = _from_mel(np.linspace(_to_mel(_LOWEST), _to_mel(_HIGHEST), bands + 2))
+    frequencies = np.linspace(0, RATE / 2, _FFT // 2 + 1)[:, None]
+    rising = (frequencies - edges[:-2]) / np.diff(edges)[:-1]
+    falling = (edges[2:] - frequencies) / np.diff(edges)[1:]
+    return np.clip(np.minimum(rising, falling), 0, None)
+
+
+def stack_spectra(spectra: Spectra, count: int) -> Spectra:
+    """Puts each ``count`` spectra ``(N, bands)``, less their mean, beside each other: ``(N // count, count * bands)``.
+
+    Spectra at the end that are fewer are left out.
+    """
+    centred = (spectra - spectra.mean(axis=0))[: len(spectra) // count * count]
+    return centred.reshape(-1, count * spectra.shape[1])
+
+
+def _to_mel(frequency: float) -> float:
+    return float(2595 * np.log10(1 + frequency / 700))
+
+
+def _from_mel(mel: NDArray[np.float64]) -> NDArray[np.float64]:
+    return 700 * (10 ** (mel / 2595) - 1)
+
+
+def _samples(path: str | Path, start: float, end: float | None) -> NDArray[np.float32]:
+    """Returns the span's samples, mono, in -1 to 1; none where the file has no sound track."""
+    av = import_av()
+    parts: list[NDArray[np.float32]] = []
+    with _opened(path) as container:
+        track: Any = container.streams.best("audio")
+        if track is None:
+            return np.zeros(0, np.float32)
+        video = container.streams.best("video")
+        shown = video if video is not None and video.start_time is not None else track
+        zero = (shown.start_time or 0) * float(shown.time_base or 1)
+        sought = start > _WARM_UP and track.time_base is not None
+        if sought:
+            container.seek(round((zero + start - _WARM_UP) / track.time_base), stream=track)
+        resampler = av.AudioResampler(format="fltp", rate=RATE)
+        behind = skipped = 0  # the place in the span behind the last sample that was read; samples before the span
+        last = None if end is None else round((end - start) * RATE)
+        for frame in _frames(container, track, sought):
+            if not parts:
+                behind = round(((frame.time or 0.0) - zero - start) * RATE)
+                parts.append(np.zeros(max(0, behind), np.float32))  # sound that begins later than the span
+                skipped = max(0, -behind)
+            pieces = [piece.to_ndarray().mean(axis=0) for piece in resampler.resample(frame)]
+            parts += pieces
+            behind += sum(map(len, pieces))
+            if last is not None and behind >= last:
+                break
+        else:
+            parts += [piece.to_ndarray().mean(axis=0) for piece in resampler.resample(None)] if parts else []
+    return np.concatenate(parts)[skipped:][:last] if parts else np.zeros(0, np.float32)
+
+
+def _frames(container: InputContainer, track: AudioStream, sought: bool) -> Iterator[AudioFrame]:
+    """Decodes from where the container stands, which, after a jump, may be within a frame."""
+    for packet in container.demux(track):
+        try:
+            frames = packet.decode()
+        except import_av().error.InvalidDataError:
+            if not sought:
+                raise
+            continue
+        for frame in frames:
+            sought = False
+            yield frame
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[InputContainer]:
+    """Opens a file; what turns out to be wrong with it becomes an error that names it."""
+    av = import_av()
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"no such file: {path}")
+    try:
+        # Whatever the file refers to, nothing but files is opened. Tags in unknown encodings do not matter here.
+        options = {"protocol_whitelist": "file"}
+        with av.open(f"file:{path}", container_options=options, metadata_errors="replace") as container:
+            yield container
+    except (av.FFmpegError, OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise DataError(f"cannot read the sound of {path}: {reason}; replace or remove it") from error

@@ -1,0 +1,142 @@
+"""Features that lie in files, npz or npy, one for each video or clip; and which rows of them belong to a span."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lamzoo.data.captions.base import Features, Stream
+from lamzoo.data.moments.features import read_features, unit
+from lamzoo.errors import DataError
+
+_FOLDERS = {"video": ("video", "clip_features"), "audio": ("audio",)}  # the first that holds any
+_SUFFIXES = (".npz", ".npy")
+_KEY, _ORIGIN = "features", "lamzoo"  # arrays of an npz file, as `lamzoo extract-features` writes them
+
+
+class FeatureFiles:
+    """``video/ID.npz`` and ``audio/ID.npz``, or ``.npy``, below one folder; either modality may be missing.
+
+    The videos' folder may be called ``clip_features``, as ``lamzoo extract-features`` calls it. An npz file holds
+    ``features``, ``(N, D)``, an npy file just that. Each row is scaled to length 1.
+
+    Args:
+        root: the folder; it need not exist.
+        rate: rows a second, of files that don't say it themselves; those that ``lamzoo extract-features`` made do.
+
+    Attributes:
+        modalities: width of the features by the modality's name; of those that have any file.
+
+    Raises:
+        DataError: the first file of a modality is damaged, or of another form.
+    """
+
+    def __init__(self, root: Path, rate: float | None = None) -> None:
+        self._rate = rate
+        self._folders: dict[str, Path] = {}
+        self.modalities: dict[str, int] = {}
+        for modality, names in _FOLDERS.items():
+            for folder in (root / name for name in names):
+                files = [name for name in os.listdir(folder) if name.endswith(_SUFFIXES)] if folder.is_dir() else []
+                if files:
+                    self._folders[modality] = folder
+                    self.modalities[modality] = _read(folder / min(files))[0].shape[1]
+                    break
+
+    def read(self, name: str, start: float, end: float, duration: float | None = None) -> dict[str, Stream]:
+        """Returns the features of a span, at least one row of each modality that has a file.
+
+        Args:
+            name: of the file, without its extension.
+            start: of the span, seconds from where the file's first row begins.
+            end: of the span.
+            duration: of all rows together, over which those of a file are spread that doesn't know their rate, where
+                none was given.
+
+        Raises:
+            DataError: a file is damaged, as wide as no other, or of an unknown rate; names it.
+        """
+        found = {}
+        for modality, folder in self._folders.items():
+            paths = [path for suffix in _SUFFIXES if (path := folder / f"{name}{suffix}").is_file()]
+            if not paths:
+                continue
+            rows, rate = _read(paths[0])
+            if rows.shape[1] != self.modalities[modality]:
+                raise DataError(
+                    f"{paths[0]} has {rows.shape[1]} features a row, and others of its folder have "
+                    f"{self.modalities[modality]}; make all with one model"
+                )
+            rate = rate or self._rate or (len(rows) / duration if duration else None)
+            if rate is None:
+                raise DataError(
+                    f"{paths[0]} doesn't say how many rows a second has; write it behind the folder, as in "
+                    "videos:DIR:FRAMES_PER_SECOND"
+                )
+            found[modality] = cut_rows(rows, rate, start, end)
+        return found
+
+
+def cut_rows(rows: Features, rate: float, start: float, end: float) -> Stream:
+    """Returns the rows of a span, scaled to length 1: see :func:`rows_within`."""
+    span = rows_within(len(rows), rate, start, end)
+    return Stream(unit(rows[span.start : span.stop]), row_times(span, rate, start))
+
+
+def rows_within(count: int, rate: float, start: float, end: float) -> range:
+    """Returns the rows whose middles lie in a span, or the one whose middle is nearest to that of the span.
+
+    Args:
+        count: of all rows; row k covers the time from k / rate to (k + 1) / rate.
+        rate: rows a second.
+        start: of the span, seconds.
+        end: likewise.
+    """
+    first = max(0, math.ceil(start * rate - 0.5))
+    last = count if end * rate >= count else min(count, math.floor(end * rate - 0.5) + 1)
+    if first < last:
+        return range(first, last)
+    nearest = min(count - 1, max(0, math.floor((start + end) / 2 * rate)))
+    return range(nearest, nearest + 1)
+
+
+def row_times(rows: range, rate: float, start: float) -> Features:
+    """Returns the middles of rows, seconds from ``start``."""
+    return ((np.array(rows) + 0.5) / rate - start).astype(np.float32)
+
+
+def check_rows(rows: NDArray, where: str) -> Features:
+    """Returns rows of features as float32, or raises a :class:`DataError` that says ``where`` they are none."""
+    if rows.ndim != 2 or not len(rows) or rows.dtype.kind != "f":
+        raise DataError(f"{where} is {rows.dtype} {rows.shape}; it must be floats, a row a frame")
+    if not np.isfinite(rows).all():
+        raise DataError(f"{where} has values that are not finite; extract it again")
+    return rows.astype(np.float32)
+
+
+def _read(path: Path) -> tuple[Features, float | None]:
+    """Returns the rows of a file and, where it says that, how many of them a second has."""
+    if path.suffix == ".npz":
+        return read_features(path, _KEY), _own_rate(path)
+    try:
+        rows = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path} is no whole npy file: {error}") from error
+    return check_rows(rows, str(path)), None
+
+
+def _own_rate(path: Path) -> float | None:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            origin = json.loads(str(archive[_ORIGIN])) if _ORIGIN in archive else {}
+        seconds = float(origin.get("clip_seconds", 0))
+    except (OSError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{path} doesn't say properly what made it ({error}); extract it again") from error
+    return 1 / seconds if seconds > 0 else None

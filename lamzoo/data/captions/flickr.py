@@ -1,0 +1,51 @@
+"""Flickr8k's photographs in patches, five captions each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from lamzoo.data.captions.base import CaptionItem, CaptionSource, Stream
+from lamzoo.data.retrieval.jpegs import JpegLines
+from lamzoo.errors import DataError
+
+_SIDE, _PATCH = 128, 8  # pixels
+
+
+class Flickr8kCaptions(CaptionSource):
+    """``captions.jsonl`` (``image``, ``captions``, ``split`` in each line) and ``images.npz``.
+
+    Its one modality is ``image``: the patches of 8 x 8 pixels of a photograph of 128 x 128, row by row, 256 of them; a
+    patch's 192 values are its pixels, row by row, in three colours each. All values of a photograph together have mean
+    0 and variance 1. All times are 0, and an item is taken to last a second.
+
+    Args:
+        root: the folder.
+        split: ``train``, ``validation`` or ``test``.
+
+    Raises:
+        DataError: there is no such folder, file or split, or the files do not fit each other.
+    """
+
+    def __init__(self, root: Path, split: str) -> None:
+        self._images = JpegLines(root, "images.npz", {"image": str, "captions": list}, split)
+        self.split = self._images.split
+        self.modalities = {"image": 3 * _PATCH**2}
+        self.items = []
+        for line in self._images.lines:
+            if not all(isinstance(caption, str) for caption in line["captions"]):
+                raise DataError(f"the captions of {line['image']!r} in {root / 'captions.jsonl'} are not all texts")
+            captions = tuple(caption.strip() for caption in line["captions"])
+            self.items.append(CaptionItem(line["image"], line["image"], 0.0, 1.0, captions))
+
+    def streams(self, index: int) -> dict[str, Stream]:
+        image = self._images.decode(index)
+        if image.size != (_SIDE, _SIDE):
+            image = image.resize((_SIDE, _SIDE), Image.Resampling.BICUBIC)
+        pixels = np.asarray(image, dtype=np.float32)
+        pixels = (pixels - pixels.mean()) / max(float(pixels.std()), 1e-5)
+        count = _SIDE // _PATCH
+        patches = pixels.reshape(count, _PATCH, count, _PATCH, 3).swapaxes(1, 2).reshape(count**2, -1)
+        return {"image": Stream(patches, np.zeros(len(patches), np.float32))}

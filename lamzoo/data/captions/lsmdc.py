@@ -1,0 +1,98 @@
+"""LSMDC and tables like its: clips of movies, a sentence each, with features in a file for each clip."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from lamzoo.data.captions.base import CaptionItem, CaptionSource, Stream
+from lamzoo.data.captions.features import FeatureFiles
+from lamzoo.data.retrieval.files import check_folder
+from lamzoo.data.splits import find_split
+from lamzoo.errors import DataError
+
+_TIME = r"(\d+)\.(\d\d)\.(\d\d)\.(\d{3})"
+_CLIP = re.compile(r"(?P<movie>.+)_[\d.]+-[\d.]+")
+
+
+class LsmdcSource(CaptionSource):
+    """``LSMDC16_annos_{training,val,test}.csv``, or ``{train,val,test}.csv``, and features of each clip.
+
+    The tables have no headings; tabs divide a clip's id, the start and end of what is described, the start and end of
+    the clip that was cut for it (these two may be left out), and the sentence. Times are written ``01.02.27.034``, or
+    in seconds. A clip of several lines has several captions. The movie is what comes before the times in a clip's id,
+    ``MOVIE_START-END``; otherwise a clip is a movie of its own.
+
+    Args:
+        root: the folder with the tables, and ``features``; see
+            :class:`lamzoo.data.captions.features.FeatureFiles`. Rows are spread over the clip where a file doesn't say
+            of what time they are.
+        split: what a table's name ends with.
+
+    Raises:
+        DataError: there is no such folder, table or split, a line is not as it should be, or there are no features.
+    """
+
+    def __init__(self, root: Path, split: str) -> None:
+        check_folder(root)
+        tables = {path.stem.rpartition("annos_")[2]: path for path in sorted(root.glob("*.csv"))}
+        self.split = find_split(split, tables, str(root))
+        self._features = FeatureFiles(root / "features")
+        if not self._features.modalities:
+            raise DataError(
+                f"{root / 'features'} has no features in video or audio; `lamzoo extract-features` makes the former"
+            )
+        self.modalities = self._features.modalities
+        self._durations: dict[str, float] = {}
+        items: dict[str, CaptionItem] = {}
+        path = tables[self.split]
+        for number, line in enumerate(_lines(path), start=1):
+            if not line.strip():
+                continue
+            item, duration = _read(line, f"line {number} of {path}")
+            if item.id in items:
+                first = items[item.id]
+                item = CaptionItem(first.id, first.video, first.start, first.end, first.captions + item.captions)
+            items[item.id] = item
+            self._durations.setdefault(item.id, duration)
+        self.items = list(items.values())
+
+    def streams(self, index: int) -> dict[str, Stream]:
+        clip = self.items[index].id
+        duration = self._durations[clip]
+        return self._features.read(clip, 0.0, float("inf"), duration)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text("utf-8-sig").split("\n")
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+
+
+def _read(line: str, where: str) -> tuple[CaptionItem, float]:
+    """Returns an item, and how long its clip is."""
+    fields = [field.strip() for field in line.split("\t")]
+    if len(fields) not in (4, 6) or not fields[0]:
+        raise DataError(
+            f"{where} has {len(fields)} fields between tabs; it must have a clip's id, a start and an end (or four "
+            "times), and a sentence"
+        )
+    clip, *times, sentence = fields
+    start, end, *cut = (_seconds(time, where) for time in times)
+    first, last = cut or (start, end)
+    if not first < last:
+        raise DataError(f"{where} has a clip from {first:g} to {last:g} s; its start must come before its end")
+    found = _CLIP.fullmatch(clip)
+    return CaptionItem(clip, clip if found is None else found["movie"], start, end, (sentence,)), last - first
+
+
+def _seconds(text: str, where: str) -> float:
+    found = re.fullmatch(_TIME, text)
+    if found is not None:
+        hours, minutes, seconds, thousandths = map(int, found.groups())
+        return 3600 * hours + 60 * minutes + seconds + thousandths / 1000
+    try:
+        return float(text)
+    except ValueError:
+        raise DataError(f"{where} has the time {text!r}; write it as 01.02.27.034, or in seconds") from None

@@ -1,0 +1,206 @@
+"""MAD and MADv2 in their official layouts: audio descriptions of movies, and CLIP features of five frames a second."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from lamzoo.data.captions.base import CaptionItem, CaptionSource, Stream
+from lamzoo.data.captions.features import check_rows, row_times, rows_within
+from lamzoo.data.moments.features import unit
+from lamzoo.data.retrieval.files import check_folder
+from lamzoo.data.retrieval.tables import read_json
+from lamzoo.data.splits import find_split
+from lamzoo.errors import DataError, MissingExtraError
+
+_logger = logging.getLogger(__name__)
+
+Line = tuple[str, str, float, float, str]  # id, movie, start, end, sentence
+
+_FRAME_RATE = 5.0
+_FRAMES = (
+    "CLIP_L14_frames_features_5fps.h5",
+    "CLIP_B32_frames_features_5fps.h5",
+    "CLIP_frames_features_5fps.h5",  # what that of B/32 was called at first
+)
+_SOUND = re.compile(r".*audio.*_(\d+(?:\.\d+)?)fps\.h5", re.IGNORECASE)
+_UNNAMED, _NAMED, _EVALUATION = "train-unnamed", "train-named", "mad-eval"
+# Movies that AutoAD evaluates on: of MAD's validation and test, and none that LSMDC trains on.
+_EVALUATED = frozenset(
+    {
+        "1005_Signs",
+        "1026_Legion",
+        "1027_Les_Miserables",
+        "1051_Harry_Potter_and_the_goblet_of_fire",
+        "3009_BATTLE_LOS_ANGELES",
+        "3015_CHARLIE_ST_CLOUD",
+        "3031_HANSEL_GRETEL_WITCH_HUNTERS",
+        "3032_HOW_DO_YOU_KNOW",
+        "3034_IDES_OF_MARCH",
+        "3074_THE_ROOMMATE",
+    }
+)
+
+
+class MadSource(CaptionSource):
+    """Sentences of audio descriptions, each with the frames that are shown while it describes them.
+
+    Files are looked for in the folder itself and as they are handed out:
+
+    - ``annotations/MAD_{train,val,test}.json``, or in ``annotations/MAD-v1``: the splits of MAD.
+    - ``annotations/MAD-v2/mad-v2-ad-{unnamed,named}.csv``, or in ``annotations``: MADv2's sentences for training, where
+      characters are called "someone" or by their names; the splits ``train-unnamed`` and ``train-named``.
+    - the split ``mad-eval``, on which MADv2's models are compared: the sentences of ten movies of MAD's validation and
+      test.
+    - ``features/CLIP_{L14,B32}_frames_features_5fps.h5``: a data set for each movie; of several files the larger
+      model's. This is the modality ``video``.
+    - ``features/*audio*_Rfps.h5``, R rows a second, likewise: the modality ``audio``, if there is one.
+
+    Each row is scaled to length 1. A few sentences of the data are empty, or end before they begin: these are left out,
+    which is logged. Some lie behind the last frame of their movie: these get that frame.
+
+    Args:
+        root: the folder.
+        split: one of those above.
+        seconds: the clip of a shorter item is this long, with the item in its middle. MAD's own extended times are
+            those of 2 seconds.
+
+    Raises:
+        DataError: there is no such folder, file or split, or a file is not as it should be.
+        MissingExtraError: h5py is not installed.
+    """
+
+    def __init__(self, root: Path, split: str, seconds: float) -> None:
+        check_folder(root)
+        _import_h5py()
+        self._seconds = seconds
+        self.split, lines = _annotations(root, split)
+        items = [
+            CaptionItem(name, movie, max(0.0, start), end, (text.strip(),)) for name, movie, start, end, text in lines
+        ]
+        self.items = [item for item in items if item.captions[0] and item.start < item.end]
+        if len(self.items) < len(items):
+            _logger.info(
+                "left out %d of the %d sentences of %s: they are empty, or end before they begin",
+                len(items) - len(self.items), len(items), root,
+            )  # fmt: skip
+        self._files = _features(root)
+        self.modalities = {name: _width(path) for name, (path, _) in self._files.items()}
+
+    def streams(self, index: int) -> dict[str, Stream]:
+        item = self.items[index]
+        middle = (item.start + item.end) / 2
+        start = max(0.0, min(item.start, middle - self._seconds / 2))
+        end = max(item.end, middle + self._seconds / 2)
+        found = {}
+        for modality, (path, rate) in self._files.items():
+            with _opened(path) as file:
+                if item.video in file:
+                    movie = file[item.video]
+                    span = rows_within(len(movie), rate, start, end)
+                    rows = check_rows(movie[span.start : span.stop], f"{item.video} in {path}")
+                    found[modality] = Stream(unit(rows), row_times(span, rate, start))
+        return found
+
+
+def _annotations(root: Path, split: str) -> tuple[str, list[Line]]:
+    """Returns the split's own name, and its lines."""
+    tables = {
+        **{name: f"MAD_{name}.json" for name in ("train", "val", "test")},
+        **{name: f"mad-v2-ad-{name.removeprefix('train-')}.csv" for name in (_UNNAMED, _NAMED)},
+    }
+    places = [root / "annotations" / "MAD-v1", root / "annotations" / "MAD-v2", root / "annotations", root]
+    there = {name: path for name, table in tables.items() if (path := _first(places, table)) is not None}
+    evaluation = [_EVALUATION] if {"val", "test"} <= set(there) else []
+    found = find_split(split, [*there, *evaluation], str(root))
+    if found in (_UNNAMED, _NAMED):
+        return found, list(_read_table(there[found], found))
+    if found != _EVALUATION:
+        return found, list(_read_json(there[found]))
+    lines = [*_read_json(there["val"]), *_read_json(there["test"])]
+    return found, [line for line in lines if line[1] in _EVALUATED]
+
+
+def _first(places: list[Path], name: str) -> Path | None:
+    return next((place / name for place in places if (place / name).is_file()), None)
+
+
+def _read_json(path: Path) -> Iterator[Line]:
+    lines = read_json(path)
+    if not isinstance(lines, dict):
+        raise DataError(f"{path} is no object of sentences by their ids")
+    for name, line in lines.items():
+        try:
+            start, end = map(float, line["timestamps"])
+            yield name, str(line["movie"]), start, end, str(line["sentence"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(
+                f"the sentence {name!r} of {path} has no movie, sentence and timestamps of a start and an end"
+            ) from error
+
+
+def _read_table(path: Path, split: str) -> Iterator[Line]:
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            columns = reader.fieldnames or []
+            # The table without names has the sentence with its names beside it.
+            text = "text_unnamed" if split == _UNNAMED and "text_unnamed" in columns else "text"
+            for column in ("movie", "start", "end", text):
+                if column not in columns:
+                    raise DataError(f"{path} has no column {column!r}; its first line names {', '.join(columns)}")
+            for number, row in enumerate(reader):
+                yield f"{split}{number}", row["movie"], float(row["start"]), float(row["end"]), row[text] or ""
+    except (OSError, ValueError, TypeError, csv.Error) as error:
+        raise DataError(f"{path} is no whole table of movies, times in seconds and texts: {error}") from error
+
+
+def _features(root: Path) -> dict[str, tuple[Path, float]]:
+    """Returns the file of each modality, and how many rows a second it has."""
+    places = [root / "features", root]
+    found: dict[str, tuple[Path, float]] = {}
+    frames = next((path for name in _FRAMES if (path := _first(places, name)) is not None), None)
+    if frames is not None:
+        found["video"] = (frames, _FRAME_RATE)
+    sounds = [path for place in places for path in sorted(place.glob("*.h5")) if _SOUND.fullmatch(path.name)]
+    if len(sounds) > 1:
+        raise DataError(f"{sounds[0]} and {sounds[1]} are both features of sound; move one of them away")
+    for path in sounds:
+        found["audio"] = (path, float(_SOUND.fullmatch(path.name)[1]))  # type: ignore[index]  # it was among these
+    if not found:
+        raise DataError(f"{root} has no {' or '.join(_FRAMES[:2])}, nor {root / 'features'}; put one there")
+    return found
+
+
+def _width(path: Path) -> int:
+    with _opened(path) as file:
+        shape: tuple[int, ...] = next((getattr(movie, "shape", ()) for movie in file.values()), ())
+        if len(shape) != 2:
+            raise DataError(f"{path} has no data sets of a row a frame, one for each movie")
+        return shape[1]
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """Opens a file for one reading: handles would not survive a fork."""
+    try:
+        with _import_h5py().File(path, "r") as file:
+            yield file
+    except OSError as error:
+        raise DataError(f"{path} is no whole HDF5 file: {error}") from error
+
+
+def _import_h5py() -> ModuleType:
+    try:
+        import h5py
+    except ImportError:
+        raise MissingExtraError(
+            "Reading MAD's features needs h5py, which is not installed; pip install 'lamzoo[captions]'."
+        ) from None
+    return h5py

@@ -1,0 +1,102 @@
+"""Anyone's folder of videos, with one table of captions: the sound of the videos, and features that lie beside them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from lamzoo.data.audio import read_log_mel
+from lamzoo.data.captions.base import CaptionItem, CaptionSource, Stream
+from lamzoo.data.captions.features import FeatureFiles
+from lamzoo.data.captions.sound import PAIR, sound_stream
+from lamzoo.data.grid import BANDS
+from lamzoo.data.retrieval.files import check_folder
+from lamzoo.data.retrieval.plain import Files
+from lamzoo.data.retrieval.tables import read_table
+from lamzoo.data.splits import find_split
+from lamzoo.errors import DataError
+
+
+class VideoFolder(CaptionSource):
+    """A folder of videos and ``captions.csv``, with the columns ``video``, ``caption`` and, as needed, others.
+
+    ``video`` is a path below the folder, with or without its extension. ``start`` and ``end``, seconds in the video,
+    say what is described; without these columns it is the whole video. What is described on several lines has several
+    captions. Without the column ``split`` there are no splits, and all of it is taken.
+
+    Features of the frames, ``video``, are files in ``features``, called as the video; see
+    :class:`lamzoo.data.captions.features.FeatureFiles`. So may be those of the sound, ``audio``; without such files it
+    is read from the videos: 50 tokens a second, each two spectra of 64 mel bands, less the mean of each band and
+    divided by their standard deviation in the clip, as GRID's. A video without sound, or silent, lacks it.
+
+    Args:
+        root: the folder.
+        rate: rows a second of files of features that don't say it; those of ``lamzoo extract-features`` do.
+        split: which lines, by the column ``split``.
+
+    Raises:
+        DataError: there is no such folder, table or split, a column is missing, a time is none, a video has no file or
+            several, two videos would have the same file of features, or the rate is 0.
+    """
+
+    def __init__(self, root: Path, rate: float | None, split: str) -> None:
+        check_folder(root)
+        if rate == 0:
+            raise DataError(f"features of {root} can't have 0 rows a second; write how many, or leave it out")
+        table = root / "captions.csv"
+        if not table.is_file():
+            raise DataError(
+                f"{root} has no captions.csv; write one with the columns video,caption or video,start,end,caption,split"
+            )
+        rows = read_table(table, ("video", "caption"), ("start", "end", "split"))
+        self.split = None
+        if "split" in rows[0]:
+            self.split = find_split(split, dict.fromkeys(row["split"] for row in rows), str(table))
+            rows = [row for row in rows if row["split"] == self.split]
+        if ("start" in rows[0]) != ("end" in rows[0]):
+            raise DataError(f"{table} has only one of the columns start and end; write both, or none")
+        self._features = FeatureFiles(root / "features", rate)
+        self.modalities = {**self._features.modalities}
+        self.modalities.setdefault("audio", PAIR * BANDS)
+        self._paths: list[Path] = []
+        self.items = self._list(rows, root, table)
+
+    def _list(self, rows: list[dict[str, str]], root: Path, table: Path) -> list[CaptionItem]:
+        files = Files(root, table)
+        captions: dict[tuple[Path, float, float], list[str]] = {}
+        for row in rows:
+            start, end = _span(row, table)
+            captions.setdefault((files.find(row["video"]), start, end), []).append(row["caption"])
+        by_stem: dict[str, Path] = {}
+        items = []
+        for (path, start, end), texts in captions.items():
+            if by_stem.setdefault(path.stem, path) != path and self._features.modalities:
+                raise DataError(f"{by_stem[path.stem]} and {path} would have the same features; rename one of them")
+            video = path.relative_to(root).as_posix()
+            name = video if math.isinf(end) else f"{video}[{start:g}-{end:g}]"
+            items.append(CaptionItem(name, video, start, end, tuple(texts)))
+            self._paths.append(path)
+        return items
+
+    def streams(self, index: int) -> dict[str, Stream]:
+        item, path = self.items[index], self._paths[index]
+        found = self._features.read(path.stem, item.start, item.end)
+        if "audio" not in self._features.modalities:
+            heard = read_log_mel(path, item.start, None if math.isinf(item.end) else item.end, bands=BANDS)
+            if heard is not None and len(heard[0]) >= PAIR:
+                found["audio"] = sound_stream(heard[0])
+        return found
+
+
+def _span(row: dict[str, str], table: Path) -> tuple[float, float]:
+    if "start" not in row:
+        return 0.0, math.inf
+    try:
+        start, end = float(row["start"]), float(row["end"])
+    except ValueError:
+        start = end = math.nan
+    if not 0 <= start < end < math.inf:
+        raise DataError(
+            f"{table} describes {row['video']!r} from {row['start']} to {row['end']}; write seconds, the start first"
+        )
+    return start, end
