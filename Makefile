@@ -15,6 +15,7 @@ CIFAR10 ?= $(wildcard ../shared/data/cifar10)
 DEMO_OUT ?= .demo
 SHARED ?= ../shared/data
 TABLES_OUT ?= .tables
+TINY := lam_vit_tiny_patch8_64.tinyimagenet100 vit_tiny_patch8_64.tinyimagenet100
 
 BIN := $(VENV)/bin
 export PYTHON VENV TORCH_INDEX
@@ -65,6 +66,14 @@ tables: $(VENV)/.ready-dev  ## measure the zoo again, train what is missing in b
 	$(BIN)/python -m benchmarks.ablation.run --ablation benchmarks/ablation/grid.toml --jobs $(JOBS)
 	$(BIN)/python -m benchmarks.ablation.run --ablation benchmarks/ablation/flickr8k.toml --jobs $(JOBS)
 	$(BIN)/python -m benchmarks.finetuning lam_vit_micro vit_micro --data npz:$(SHARED)/clothing10
+	$(BIN)/python -m benchmarks.speed
+	$(BIN)/python -m benchmarks.kernels
+	$(BIN)/python -m benchmarks.kernels --lengths 2049 4097 --ranks 1 9 17
+	$(BIN)/python -m benchmarks.exported $(TINY) --data npz:$(SHARED)/tinyimagenet100 --split val
+	$(BIN)/python -m benchmarks.pruning $(TINY) --data npz:$(SHARED)/tinyimagenet100 --split val
+	$(BIN)/python -m benchmarks.pruning lam_vit_micro.cifar10 vit_micro.cifar10 --at 0 1 2 --data npz:$(SHARED)/cifar10 \
+	  --split test --methods "all tokens" "mask, drop" "redundancy, nearest" ToMe random stride
+	$(BIN)/python -m benchmarks.pruning --figure benchmarks/results/pruning.svg
 	$(BIN)/python -m benchmarks.tables
 	$(BIN)/lamzoo compare benchmarks/results/zoo.csv --timm $(SHARED)/timm_results --out $(TABLES_OUT)
 

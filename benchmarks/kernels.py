@@ -22,7 +22,9 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, astuple, dataclass, fields, replace
+from multiprocessing.context import BaseContext
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import track
@@ -214,6 +216,11 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n\nMeasured on: " + "; ".join(sorted(conditions)) + ".\n"
 
 
+def _in_fresh_process(context: BaseContext, function: Callable[..., float], *args: Any) -> float:
+    with ProcessPoolExecutor(1, context) as pool:  # gone before anything is timed
+        return pool.submit(function, *args).result()
+
+
 def main() -> None:
     """Measures what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -244,11 +251,11 @@ def main() -> None:
     ]
     todo = [problem for problem in wanted if problem not in done and fits(problem)]
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context) as timing, ProcessPoolExecutor(1, context, max_tasks_per_child=1) as fresh:
+    with ProcessPoolExecutor(1, context) as timing:
         for problem in track(todo, description="problems"):
             peaks: tuple[float | None, float | None] = (None, None)
             if problem.tokens > 2048:
-                mine, other = (fresh.submit(peak_mib, problem, masked).result() for masked in (True, False))
+                mine, other = (_in_fresh_process(context, peak_mib, problem, masked) for masked in (True, False))
                 peaks = mine, other
             rows.append(timing.submit(measure, problem, args.seconds, peaks).result())
             write_rows(args.results, rows)

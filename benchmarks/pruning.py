@@ -2,6 +2,8 @@
 
     python -m benchmarks.pruning lam_vit_tiny_patch8_64.tinyimagenet100 vit_tiny_patch8_64.tinyimagenet100 \
         --data npz:../shared/data/tinyimagenet100 --split val
+    python -m benchmarks.pruning lam_vit_micro.cifar10 vit_micro.cifar10 --at 0 1 2 --data npz:../shared/data/cifar10 \
+        --split test --methods "all tokens" "mask, drop" "redundancy, nearest" ToMe random stride
     python -m benchmarks.pruning --table                   prints the table of what is there
     python -m benchmarks.pruning --figure FILE.svg         draws it
 
@@ -172,7 +174,7 @@ def measure(
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Returns the rows as Markdown: a line a method, a column a budget, top-1 (and the time of one image to plain)."""
+    """Returns the rows as Markdown: a line a method, a column a budget, top-1 (times of 1 and 16 images to plain)."""
     shares = sorted({row.share for row in rows}, reverse=True)
     lines = [
         "| model | tokens | " + " | ".join(f"{share:.0%} of the GMACs" for share in shares) + " |",
@@ -180,14 +182,16 @@ def table(rows: Sequence[Row]) -> str:
     ]
     for model, method in dict.fromkeys((row.model, row.method) for row in rows):
         found = {row.share: row for row in rows if (row.model, row.method) == (model, method)}
-        cells = [
-            f"{found[share].top1:.2f} ({found[share].latency_ratio:.2f})" if share in found else "" for share in shares
-        ]
+        cells = [_cell(found[share]) if share in found else "" for share in shares]
         lines.append(f"| `{model}` | {method} | " + " | ".join(cells) + " |")
     conditions = {
         f"{row.data}, {row.split} split; {row.device}, {row.threads} threads, torch {row.torch}" for row in rows
     }
     return "\n".join(lines) + "\n\nMeasured on: " + "; ".join(sorted(conditions)) + ".\n"
+
+
+def _cell(row: Row) -> str:
+    return f"{row.top1:.2f} ({row.latency_ratio:.2f}, {row.throughput_ratio:.2f})"
 
 
 def figure(rows: Sequence[Row]) -> Figure:

@@ -52,8 +52,8 @@ def test_rows_survive_their_file_and_fill_the_table(tmp_path: Path) -> None:
     assert table(rows).splitlines() == [
         "| model | tokens | 70% of the GMACs | 50% of the GMACs |",
         "|---|---|---|---|",
-        "| `lam` | mask, drop | 40.10 (0.80) | 30.00 (0.80) |",
-        "| `vit` | ToMe | 40.10 (0.80) |  |",
+        "| `lam` | mask, drop | 40.10 (0.80, 0.70) | 30.00 (0.80, 0.70) |",
+        "| `vit` | ToMe | 40.10 (0.80, 0.70) |  |",
         "",
         "Measured on: tiny, val split; cpu, 2 threads, torch 2.15.",
     ]
