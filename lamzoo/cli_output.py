@@ -70,6 +70,12 @@ def print_moments(scores: Mapping[str, Mapping[str, Any]], title: str) -> None:
     print_table(columns, [(split, *(brief.get(key) for key in keys)) for split, brief in briefs.items()], title=title)
 
 
+def print_captions(scores: Mapping[str, Mapping[str, float]], title: str) -> None:
+    """Prints metrics of :func:`lamzoo.evaluation.describing.caption_scores`, by split."""
+    keys = list(dict.fromkeys(key for metrics in scores.values() for key in metrics))
+    print_table(("split", *keys), [(split, *(m.get(key) for key in keys)) for split, m in scores.items()], title=title)
+
+
 def terminal_width() -> int:
     """Returns how many characters of a table fit beside one another on stdout."""
     return _stdout().width

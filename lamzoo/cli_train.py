@@ -125,6 +125,8 @@ def _print_result(recipe: AnyRecipe, result: TrainResult) -> None:
         out.print_retrieval(result.scores, recipe.model.name)
     elif recipe.task == "moments":
         out.print_moments(result.scores, recipe.model.name)
+    elif recipe.task == "captions":
+        out.print_captions(result.scores, recipe.model.name)
     else:
         rows = [(split, len(score.labels), score.top1, score.top5) for split, score in result.scores.items()]
         out.print_table(("split", "images", "top-1 (%)", "top-5 (%)"), rows, title=recipe.model.name)

@@ -1,4 +1,4 @@
-"""Training from recipes: of classifiers, of retrieval, of moment retrieval; needs ``pip install "lamzoo[train]"``."""
+"""Training from recipes: classification, retrieval, moments, captions; needs ``pip install "lamzoo[train]"``."""
 
 from importlib.util import find_spec
 
@@ -7,6 +7,7 @@ from lamzoo.errors import MissingExtraError
 if find_spec("accelerate") is None:
     raise MissingExtraError("Training needs accelerate, which is not installed; pip install 'lamzoo[train]'.")
 
+from lamzoo.training.caption_recipe import CaptionRecipe
 from lamzoo.training.defaults import complete_recipe
 from lamzoo.training.loop import train
 from lamzoo.training.moment_recipe import MomentRecipe
@@ -17,6 +18,7 @@ from lamzoo.training.scoring import Score
 
 __all__ = [
     "AnyRecipe",
+    "CaptionRecipe",
     "MomentRecipe",
     "Progress",
     "Recipe",

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from lamzoo.data import plain_worker_errors
 from lamzoo.training.classification import ClassificationRun
 from lamzoo.training.inputs import ScanProgress
+from lamzoo.training.moment_recipe import MomentRecipe
 from lamzoo.training.recipe import AnyRecipe, Recipe
 from lamzoo.training.retrieval_recipe import RetrievalRecipe
 from lamzoo.training.run import Progress, TrainingRun, TrainResult
@@ -60,6 +61,10 @@ def _run(
         from lamzoo.training.retrieval import RetrievalRun  # needs open_clip
 
         return RetrievalRun(recipe, resume, progress, scanning)
-    from lamzoo.training.moments import MomentRun  # needs SciPy
+    if isinstance(recipe, MomentRecipe):
+        from lamzoo.training.moments import MomentRun  # needs SciPy
 
-    return MomentRun(recipe, resume, progress, scanning)
+        return MomentRun(recipe, resume, progress, scanning)
+    from lamzoo.training.captions import CaptionRun  # needs open_clip
+
+    return CaptionRun(recipe, resume, progress, scanning)

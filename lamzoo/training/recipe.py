@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias
 from lamzoo.data import OnBadInput
 from lamzoo.errors import RecipeError
 from lamzoo.lam.pruning import Rest, Score, Training
+from lamzoo.training.caption_recipe import CaptionRecipe, check_captions
 from lamzoo.training.moment_recipe import MomentRecipe, check_moments
 from lamzoo.training.reading import build, override, read_recipe, without_none
 from lamzoo.training.retrieval_recipe import RetrievalRecipe, check_retrieval
@@ -129,9 +130,11 @@ class Recipe:
         return without_none(dataclasses.asdict(self))
 
 
-AnyRecipe: TypeAlias = Recipe | RetrievalRecipe | MomentRecipe
+AnyRecipe: TypeAlias = Recipe | RetrievalRecipe | MomentRecipe | CaptionRecipe
 
-_TASKS: dict[str, type[AnyRecipe]] = {"classification": Recipe, "retrieval": RetrievalRecipe, "moments": MomentRecipe}
+_TASKS: dict[str, type[AnyRecipe]] = {
+    "classification": Recipe, "retrieval": RetrievalRecipe, "moments": MomentRecipe, "captions": CaptionRecipe,
+}  # fmt: skip
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
@@ -168,8 +171,10 @@ def parse_recipe(table: Mapping[str, Any]) -> AnyRecipe:
         _check(recipe)
     elif isinstance(recipe, RetrievalRecipe):
         check_retrieval(recipe)
-    else:
+    elif isinstance(recipe, MomentRecipe):
         check_moments(recipe)
+    else:
+        check_captions(recipe)
     return recipe
 
 

@@ -1,4 +1,4 @@
-"""The report that a run of retrieval or of moments ends with: its scores in Markdown and JSON, and its curves."""
+"""The report that a run of retrieval, moments or captions ends with: scores in Markdown and JSON, and curves."""
 
 from __future__ import annotations
 
@@ -77,6 +77,15 @@ def moment_table(scores: Mapping[str, Mapping[str, Any]]) -> list[str]:
         brief = metrics["brief"]
         lines.append(f"| {split} | {' | '.join(f'{brief[key]:.2f}' for key in keys)} |")
     return [*lines, "", "All in percent, as QVHighlights' official tool computes it."]
+
+
+def caption_table(scores: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Writes metrics of :func:`lamzoo.evaluation.describing.caption_scores`, by split, as a table."""
+    keys = list(dict.fromkeys(key for metrics in scores.values() for key in metrics))
+    lines = [f"| split | {' | '.join(keys)} |", f"|---|{'---:|' * len(keys)}"]
+    for split, metrics in scores.items():
+        lines.append(f"| {split} | {' | '.join(f'{metrics[key]:.3f}' for key in keys)} |")
+    return [*lines, "", "Word error rate and sentence accuracy in percent, the others as COCO's tools give them."]
 
 
 def _cell(value: Any) -> str:

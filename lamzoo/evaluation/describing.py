@@ -1,0 +1,185 @@
+"""What a describer says of clips, one sentence each, and how it scores."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from lamzoo.data import plain_worker_errors
+from lamzoo.data.captions import CaptionDataset
+from lamzoo.data.captions.base import Stream as Features
+from lamzoo.errors import UnsupportedHostError
+from lamzoo.evaluation.captions import caption_metrics, word_error_rate
+from lamzoo.evaluation.runtime import Precision, check_batches, inference, resolve_device
+
+
+@dataclass(frozen=True)
+class CaptionResult:
+    """Scores of a describer.
+
+    Attributes:
+        metrics: as of :func:`caption_scores`.
+        captions: what it wrote, by the items' ids.
+        seconds: in all, reading included.
+    """
+
+    metrics: dict[str, float]
+    captions: dict[str, str]
+    seconds: float
+
+
+def evaluate_captions(
+    model: nn.Module,
+    dataset: CaptionDataset,
+    *,
+    how: Any = None,
+    context: int = 0,
+    batch_size: int = 32,
+    device: str | torch.device = "auto",
+    precision: Precision = "float32",
+    workers: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> CaptionResult:
+    """Lets a model of the family ``lam_describer`` describe every clip of a split, and scores the sentences.
+
+    Args:
+        model: left on the device.
+        dataset: the split.
+        how: a :class:`lamzoo.models.generation.Generation`; greedily by default.
+        context: earlier captions of the same video that are read, as the data have them.
+        batch_size: clips at a time.
+        device: as torch writes it, or ``"auto"``.
+        precision: of the autocast.
+        workers: processes that read features; 0 reads in this one.
+        progress: called with the clips that are described, and how many there are.
+
+    Raises:
+        ConfigError: a device, precision, batch size or number of workers that is not possible.
+        DataError: features can't be read.
+        UnsupportedHostError: the model describes nothing, or reads other features.
+    """
+    start = time.perf_counter()
+    captions = describe_clips(
+        model, dataset, how=how, context=context, batch_size=batch_size, device=device, precision=precision,
+        workers=workers, progress=progress,
+    )  # fmt: skip
+    return CaptionResult(caption_scores(dataset, captions), captions, time.perf_counter() - start)
+
+
+def describe_clips(
+    model: nn.Module,
+    dataset: CaptionDataset,
+    indices: Sequence[int] | None = None,
+    *,
+    how: Any = None,
+    context: int = 0,
+    batch_size: int = 32,
+    device: str | torch.device = "auto",
+    precision: Precision = "float32",
+    workers: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, str]:
+    """Writes a sentence for each clip; arguments and errors as of :func:`evaluate_captions`.
+
+    Returns:
+        The sentences by the items' ids, of ``indices``, by default of all.
+    """
+    indices = range(len(dataset)) if indices is None else indices
+    check_batches(batch_size, workers, precision)
+    check_streams(model, dataset.modalities)
+    device = resolve_device(device)
+    loader = DataLoader(Subset(_Clips(dataset), indices), batch_size, collate_fn=list, num_workers=workers)
+    described: Any = model.to(device)
+    captions: dict[str, str] = {}
+    with inference(model, device, precision, batch_size), plain_worker_errors():
+        for clips in loader:
+            numbers = indices[len(captions) : len(captions) + len(clips)]
+            before = context_tokens(described, [dataset.context(number, context) for number in numbers])
+            streams = {name: move(stream, device) for name, stream in pad_streams(clips).items()}
+            written = described.describe(
+                streams, None if before is None else before.to(device), how, seeds=list(numbers)
+            )
+            captions |= {dataset.items[number].id: text for number, text in zip(numbers, written, strict=True)}
+            if progress is not None:
+                progress(len(captions), len(indices))
+    return captions
+
+
+def caption_scores(dataset: CaptionDataset, captions: Mapping[str, str]) -> dict[str, float]:
+    """Returns COCO's scores, as fractions, and the word error rate and sentence accuracy, in percent.
+
+    Case and what is neither letter nor digit are put aside first, on both sides.
+    """
+    references = {key: [_plain(text) for text in texts] for key, texts in dataset.references().items()}
+    hypotheses = {key: _plain(text) for key, text in captions.items()}
+    return caption_metrics(references, hypotheses) | word_error_rate(references, hypotheses)
+
+
+def check_streams(model: nn.Module, modalities: Mapping[str, int]) -> None:
+    """Raises an :class:`UnsupportedHostError` where a model does not read such modalities."""
+    wanted = getattr(model, "features", None)
+    if not isinstance(wanted, dict) or not hasattr(model, "describe"):
+        raise UnsupportedHostError(
+            f"{type(model).__name__} describes nothing; use a model of the family lam_describer."
+        )
+    if any(wanted.get(name) != width for name, width in modalities.items()):
+        raise UnsupportedHostError(
+            f"{type(model).__name__} reads {wanted}, and the data give {dict(modalities)}; create it with "
+            f"features={dict(modalities)}, or give it others."
+        )
+
+
+def pad_streams(clips: Sequence[Mapping[str, Features]]) -> dict[str, Any]:
+    """Puts the streams of several clips into one batch.
+
+    Returns:
+        By modality a :class:`lamzoo.models.joint_encoder.Stream` of what any clip has, padded with zeros.
+    """
+    from lamzoo.models.joint_encoder import Stream
+
+    found = {}
+    for name in dict.fromkeys(name for clip in clips for name in clip):
+        width = next(clip[name].features.shape[1] for clip in clips if name in clip)
+        rows = [torch.from_numpy(clip[name].features) if name in clip else torch.zeros(0, width) for clip in clips]
+        times = [torch.from_numpy(clip[name].times) if name in clip else torch.zeros(0) for clip in clips]
+        masks = [torch.ones(len(row), dtype=torch.bool) for row in rows]
+        found[name] = Stream(*(nn.utils.rnn.pad_sequence(part, batch_first=True) for part in (rows, times, masks)))
+    return found
+
+
+def move(stream: Any, device: torch.device) -> Any:
+    """Returns a stream on a device."""
+    return type(stream)(*(part.to(device) for part in stream))
+
+
+def context_tokens(model: Any, captions: Sequence[Sequence[str]]) -> Tensor | None:
+    """Returns the tokens of earlier captions, ``(B, W)``, the last that fit; None where there are none."""
+    if not any(captions):
+        return None
+    room = model.context_tokens
+    rows = []
+    for texts in captions:
+        tokens = model.tokenizer([" ".join(texts)], context_length=room) if texts else torch.zeros(1, room).long()
+        rows.append(tokens[0])
+    return torch.stack(rows)
+
+
+def _plain(text: str) -> str:
+    return " ".join("".join(sign if sign.isalnum() else " " for sign in text.lower()).split()) or "_"
+
+
+class _Clips(Dataset[dict[str, Features]]):
+    def __init__(self, dataset: CaptionDataset) -> None:
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Features]:
+        return dict(self._dataset.read(index))

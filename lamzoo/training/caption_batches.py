@@ -1,0 +1,139 @@
+"""Batches of clips with captions for training, and the losses of description."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+from lamzoo.data.captions import CaptionDataset
+from lamzoo.data.captions.base import CaptionItem
+from lamzoo.data.captions.base import Stream as Features
+from lamzoo.evaluation.describing import context_tokens, pad_streams
+from lamzoo.training.caption_recipe import CaptionWeights
+
+_NOTHING = -100  # what no loss is computed for, as torch has it
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A clip, one of its captions, and those before it.
+
+    Attributes:
+        item: the clip.
+        streams: its features by modality.
+        caption: the one to learn.
+        context: earlier captions of the same video.
+    """
+
+    item: CaptionItem
+    streams: Mapping[str, Features]
+    caption: str
+    context: tuple[str, ...]
+
+
+class Samples(Dataset[Sample]):
+    """The clips of a data set, each with a caption that is drawn from :mod:`random` where it has several.
+
+    Args:
+        dataset: the split.
+        splice: probability that a clip is put together of pieces of several.
+        context: earlier captions at most.
+    """
+
+    def __init__(self, dataset: CaptionDataset, splice: float = 0.0, context: int = 0) -> None:
+        self._dataset, self._splice, self._context = dataset, splice, context
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> Sample:
+        if self._splice and random.random() < self._splice:
+            item, streams = self._dataset.splice()
+            return Sample(item, streams, random.choice(item.captions), ())
+        item = self._dataset.items[index]
+        context = self._dataset.context(index, self._context)
+        return Sample(item, self._dataset.read(index), random.choice(item.captions), context)
+
+
+class Collate:
+    """Puts samples into one batch of tensors, padded: what a loader moves between devices.
+
+    Called with samples, it returns ``streams``, as :func:`pad_streams`; ``text``, int64 ``(B, L)``, zeros behind the
+    end; ``context``, int64 ``(B, W)``, where there is any; and for models with ``align`` ``words``, by modality int64
+    ``(B, N)``, the word said at each token, 0 for none and -100 where there is no token or nobody knows.
+
+    Args:
+        model: whose vocabulary is used.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.tokenizer, self.context_tokens = model.tokenizer, model.context_tokens
+        self._align = model.word_head is not None
+
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        streams = pad_streams([sample.streams for sample in samples])
+        batch: dict[str, Any] = {"streams": streams, "text": self.tokenizer([sample.caption for sample in samples])}
+        context = context_tokens(self, [sample.context for sample in samples])
+        if context is not None:
+            batch["context"] = context
+        if self._align:
+            batch["words"] = {
+                name: torch.stack([
+                    self._said(sample.item, times, mask)
+                    for sample, times, mask in zip(samples, stream.times, stream.mask, strict=True)
+                ])
+                for name, stream in streams.items()
+            }  # fmt: skip
+        return batch
+
+    def _said(self, item: CaptionItem, times: Tensor, mask: Tensor) -> Tensor:
+        if not item.words:
+            return torch.full_like(mask, _NOTHING, dtype=torch.int64)
+        said = torch.zeros_like(mask, dtype=torch.int64)
+        for word, start, end in item.words:
+            said[(times >= start) & (times < end)] = self.tokenizer([word])[0, 1]
+        return said.masked_fill(~mask, _NOTHING)
+
+
+def caption_losses(found: Any, batch: Mapping[str, Any], weights: CaptionWeights) -> dict[str, Tensor]:
+    """Computes the weighted losses of a batch.
+
+    Args:
+        found: a :class:`lamzoo.models.describer.Described`.
+        batch: as of :class:`Collate`.
+        weights: of the losses.
+
+    Returns:
+        ``caption`` and, for models with ``align``, ``words`` and ``ctc``: scalars, float32.
+    """
+    text = batch["text"]
+    following = text[:, 1:].masked_fill(text[:, 1:] == 0, _NOTHING)
+    logits = found.logits[:, :-1].float().transpose(1, 2)
+    losses = {"caption": weights.caption * F.cross_entropy(logits, following, label_smoothing=weights.label_smoothing)}
+    if found.words is None:
+        return losses
+    labels, ctc = [], []
+    sentences = [row[1 : int(row.argmax())] for row in text]  # between start and end, the highest number
+    lengths = torch.tensor([len(sentence) for sentence in sentences], device=text.device)
+    for name, said in batch["words"].items():
+        start, end = found.joint.spans[name]
+        scores = found.words[:, start:end].float()
+        labels.append(F.cross_entropy(scores.flatten(0, 1), said.flatten(), reduction="sum"))
+        there = batch["streams"][name].mask.sum(dim=1)
+        enough = there >= 2 * lengths  # a modality that is missing says nothing
+        chances = scores.log_softmax(dim=-1).transpose(0, 1)
+        each = F.ctc_loss(
+            chances, torch.cat(sentences), there.clamp_min(1), lengths, reduction="none", zero_infinity=True
+        )
+        ctc.append((each / lengths.clamp_min(1) * enough).sum() / enough.sum().clamp_min(1))
+    known = sum(int((said != _NOTHING).sum()) for said in batch["words"].values())
+    losses["words"] = weights.words * torch.stack(labels).sum() / max(1, known)
+    losses["ctc"] = weights.ctc * torch.stack(ctc).mean()
+    return losses

@@ -1,0 +1,174 @@
+"""Training of description: batches and losses, the curve of a run however it is cut, and what is refused."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+import lamzoo
+from lamzoo.data.captions import create_caption_dataset
+from lamzoo.errors import LamzooError, UnsupportedHostError
+from lamzoo.evaluation.describing import caption_scores, describe_clips, evaluate_captions
+from lamzoo.training import Progress, TrainResult, parse_recipe, train
+from lamzoo.training.caption_batches import Collate, Samples, caption_losses
+from lamzoo.training.caption_recipe import CaptionWeights
+from tests.speech import ALL, write_speech
+
+SMALL = {
+    "width": 32, "heads": 2, "hidden": 64, "encoder_layers": 2, "text_layers": 1, "decoder_layers": 1,
+    "vocabulary": ALL, "context_length": 5, "dropout": 0.0, "input_dropout": 0.0,
+}  # fmt: skip
+HELD_BY_RECIPE = ("epoch", "update", "lr", "train_loss", "eval_WER", "eval_CIDEr")
+
+
+@pytest.fixture(scope="module")
+def speech(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_speech(tmp_path_factory.mktemp("speech"))
+
+
+@pytest.fixture
+def table(speech: Path, tmp_path: Path) -> dict[str, Any]:
+    return {
+        "task": "captions",
+        "model": {"name": "lam_describer_micro", "lam": {"rank": 2}, "kwargs": dict(SMALL)},
+        "data": {"source": f"grid:{speech}:audio", "test_split": "test"},
+        "augment": {"splice": 0.5},
+        "optimizer": {"lr": 1e-3},
+        "schedule": {"epochs": 2, "warmup_epochs": 0},
+        "run": {"output": str(tmp_path / "out"), "batch_size": 8, "device": "cpu", "report": False},
+    }
+
+
+def run(table: dict[str, Any], output: Path, **changes: Any) -> TrainResult:
+    return train(parse_recipe({**table, "run": {**table["run"], "output": str(output), **changes}}))
+
+
+def curve(history: list[dict[str, float]]) -> torch.Tensor:
+    return torch.tensor([[float(record[key]) for key in HELD_BY_RECIPE] for record in history])
+
+
+def model(**options: Any) -> Any:
+    torch.manual_seed(0)
+    features = {"mouth": 384, "audio": 128}
+    return lamzoo.create_model("describer_micro", **{**SMALL, "features": features, **options}).eval()
+
+
+def test_a_batch_says_what_is_said_at_each_token(speech: Path) -> None:
+    dataset, described = create_caption_dataset(f"grid:{speech}", "train"), model()
+    samples = Samples(dataset)
+    batch = Collate(described)([samples[0], samples[5]])
+    assert described.tokenizer.decode(batch["text"][0].tolist()) == dataset.items[0].captions[0]
+    for name, said in batch["words"].items():
+        stream = batch["streams"][name]
+        assert said.shape == stream.mask.shape
+        for word, start, end in dataset.items[0].words:
+            inside = (stream.times[0] >= start) & (stream.times[0] < end)
+            assert inside.any()
+            assert (said[0][inside] == described.tokenizer([word])[0, 1]).all()
+        assert (said[0] == 0).any()
+    assert "words" not in Collate(model(align=False))([samples[0]])
+
+
+def test_a_missing_modality_is_padding(speech: Path) -> None:
+    samples = Samples(create_caption_dataset(f"grid:{speech}", "train"))
+    first, second = samples[0], samples[1]
+    second = type(second)(second.item, {"audio": second.streams["audio"]}, second.caption, ())
+    batch = Collate(model())([first, second])
+    assert not batch["streams"]["mouth"].mask[1].any()
+    assert (batch["words"]["mouth"][1] == -100).all()
+    losses = caption_losses(model()(batch["streams"], batch["text"]), batch, CaptionWeights())
+    assert all(value.isfinite() for value in losses.values())
+
+
+def test_the_losses_are_those_written_out(speech: Path) -> None:
+    samples, described = Samples(create_caption_dataset(f"grid:{speech}", "train")), model()
+    batch = Collate(described)([samples[0], samples[5]])
+    found = described(batch["streams"], batch["text"])
+    losses = caption_losses(found, batch, CaptionWeights(caption=2.0, words=3.0, ctc=0.5))
+    following = batch["text"][:, 1:5]
+    chances = found.logits[:, :4].log_softmax(dim=-1).gather(2, following.unsqueeze(-1))
+    torch.testing.assert_close(losses["caption"], -2 * chances.mean())
+    labels, ctc = [], []
+    for name, (start, end) in found.joint.spans.items():
+        scores = found.words[:, start:end].log_softmax(dim=-1)
+        labels.append(-scores.gather(2, batch["words"][name].unsqueeze(-1)).flatten())
+        for row in range(2):
+            ctc.append(F.ctc_loss(scores[row], batch["text"][row, 1:4], (end - start,), (3,), reduction="sum") / 3)
+    torch.testing.assert_close(losses["words"], 3 * torch.cat(labels).mean())
+    torch.testing.assert_close(losses["ctc"], 0.5 * torch.stack(ctc).mean())
+
+
+def test_it_learns_to_write_what_it_has_not_heard(table: dict[str, Any], tmp_path: Path) -> None:
+    table["schedule"]["epochs"] = 25
+    table["optimizer"] = {"lr": 3e-3, "clip_grad": 1.0}
+    result = run(table, tmp_path / "out", ema_decay=0.9, eval_interval=25, report=True)
+    assert result.scores["test"]["WER"] < 30  # by chance 50: each word is one of two
+    rows = list(csv.DictReader((result.output / "metrics.csv").open()))
+    assert float(rows[-1]["eval_WER"]) == pytest.approx(result.scores["val"]["WER"])
+    assert result.report is not None
+    assert "sentence_accuracy" in result.report.read_text()
+    loaded = lamzoo.create_model(f"local-dir:{result.model}", pretrained=True)
+    dataset = create_caption_dataset(table["data"]["source"], "test")
+    found = evaluate_captions(loaded, dataset, batch_size=3, device="cpu")
+    assert found.metrics == pytest.approx(result.scores["test"])
+    assert found.captions.keys() == dataset.references().keys()
+    few = describe_clips(loaded, dataset, [5, 1], device="cpu")
+    assert few == {dataset.items[index].id: found.captions[dataset.items[index].id] for index in (5, 1)}
+    with pytest.raises(UnsupportedHostError, match="reads {'audio': 128}, and the data give {'mouth': 384}"):
+        describe_clips(loaded, create_caption_dataset(f"grid:{dataset.spec[5:-6]}:mouth", "test"))
+    with pytest.raises(UnsupportedHostError, match="describes nothing"):
+        describe_clips(torch.nn.Linear(2, 2), dataset)
+
+
+@pytest.mark.parametrize("killed_at", [2, 5])
+def test_killed_run_resumes_to_the_same_curve(table: dict[str, Any], tmp_path: Path, killed_at: int) -> None:
+    table["model"]["kwargs"] |= {"dropout": 0.1}
+    table["run"] |= {"ema_decay": 0.9, "checkpoint_interval": 2}
+    whole = run(table, tmp_path / "whole")
+
+    def kill(progress: Progress) -> None:
+        if progress.update == killed_at:
+            raise KeyboardInterrupt
+
+    recipe = parse_recipe({**table, "run": {**table["run"], "output": str(tmp_path / "killed")}})
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, progress=kill)
+    resumed = train(recipe, resume=True)
+    assert torch.equal(curve(resumed.history), curve(whole.history))
+    expected, weights = (load_file(result.model / "model.safetensors") for result in (whole, resumed))
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_case_and_punctuation_do_not_count(speech: Path) -> None:
+    dataset = create_caption_dataset(f"grid:{speech}", "test")
+    loud = {key: texts[0].upper() + "!" for key, texts in dataset.references().items()}
+    assert caption_scores(dataset, loud)["WER"] == 0.0
+    assert caption_scores(dataset, dict.fromkeys(loud, ""))["WER"] == 100.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"data": {"sauce": "grid:x"}}, "data.sauce is unknown; did you mean data.source"),
+        ({"data": {"eval_split": "train"}}, "clips of .* would be trained and scored on"),
+        ({"data": {"context": 2}}, "2 earlier captions and lam_describer_micro has no room"),
+        ({"augment": {"splice": 2.0}}, "augment.splice is 2.0"),
+        ({"loss": {"ctc": -1.0}}, "loss.ctc is -1.0"),
+        ({"optimizer": {"layer_decay": 0.5}}, "optimizer.layer_decay is for classifiers"),
+        ({"run": {"batch_size": 4096}}, "batches of 4096 clips"),
+    ],
+)
+def test_a_recipe_that_cannot_be_is_refused_and_leaves_nothing(
+    table: dict[str, Any], tmp_path: Path, changes: dict[str, Any], says: str
+) -> None:
+    for section, values in changes.items():
+        table[section] = {**table.get(section, {}), **values}
+    with pytest.raises(LamzooError, match=says):
+        train(parse_recipe(table))
+    assert not (tmp_path / "out").exists()
