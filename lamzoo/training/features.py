@@ -1,0 +1,147 @@
+"""Training on features that are read whole, spliced and scored by shares: what moments and captions have in common."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lamzoo.errors import RecipeError
+from lamzoo.training.build import build_optimizer
+from lamzoo.training.caption_recipe import CaptionRecipe
+from lamzoo.training.inputs import BadInputs, ScanProgress
+from lamzoo.training.loaders import SeededDataset, seed_everything
+from lamzoo.training.moment_recipe import MomentRecipe
+from lamzoo.training.run import TrainingRun, TrainResult
+from lamzoo.training.score_report import write_score_report
+from lamzoo.weights import save_pretrained
+
+
+class FeatureRun(TrainingRun):
+    """One run on features; arguments as of :class:`TrainingRun`."""
+
+    items: ClassVar[str]  # what the data hold, in messages
+    curve: ClassVar[tuple[str, str]]  # the score that the report draws, its key in the history and its name
+    recipe: MomentRecipe | CaptionRecipe
+    metrics: Mapping[str, Any] | None = None
+
+    @abstractmethod
+    def open_split(self, split: str) -> Any:
+        """Opens a split of the recipe's data."""
+
+    @abstractmethod
+    def names(self, split: Any) -> Collection[Any]:
+        """Returns what a split calls its items, to find those that stand in two splits."""
+
+    @abstractmethod
+    def samples(self) -> Any:
+        """Returns the training samples, spliced as the recipe says."""
+
+    @abstractmethod
+    def collate(self, model: nn.Module) -> Any:
+        """Returns what makes a batch of samples."""
+
+    @abstractmethod
+    def losses(self, batch: Any) -> Mapping[str, Tensor]:
+        """Returns the weighted losses of a batch; the autocast is this method's to enter."""
+
+    @abstractmethod
+    def score(self, role: str) -> Mapping[str, Any]:
+        """Scores :attr:`evaluated_model` on a split, each process on its own share."""
+
+    @abstractmethod
+    def table(self, scores: Mapping[str, Any]) -> Sequence[str]:
+        """Returns scores by split as lines of Markdown."""
+
+    def open_data(self) -> None:
+        data = self.recipe.data
+        roles = {"train": data.train_split, "validation": data.eval_split, "test": data.test_split}
+        self.splits = {role: self.open_split(split) for role, split in roles.items() if split is not None}
+        train = self.splits["train"]
+        known = set(self.names(train))
+        for role, split in self.splits.items():
+            common = known & set(self.names(split))
+            if role != "train" and common:
+                raise RecipeError(
+                    f"{len(common)} {self.items} of {data.source} would be trained and scored on, such as "
+                    f"{min(common)!r}, in {train.split} and {split.split}; name other splits in data.train_split and "
+                    "data.eval_split."
+                )
+        if len(train) < self.recipe.run.batch_size:
+            raise RecipeError(
+                f"run.batch_size asks for batches of {self.recipe.run.batch_size} {self.items} and {data.source} has "
+                f"{len(train)} in {train.split}; use a smaller batch."
+            )
+        if self.recipe.augment.splice:
+            train.splice()  # which says where the data can't
+
+    def scan_data(self, progress: ScanProgress | None) -> BadInputs:
+        if self.recipe.data.scan:
+            for role, split in self.splits.items():
+                share = self.share(role)
+                for done, index in enumerate(share, start=1):
+                    split.read(index)  # which names what is missing or damaged
+                    if progress is not None and self.accelerator.is_main_process:
+                        progress(role, done, len(share))
+        return ()
+
+    def train_loader(self, model: nn.Module) -> DataLoader[Any]:
+        recipe = self.recipe
+        dataset: Any = SeededDataset(self.samples(), recipe.run.seed)
+        return DataLoader(
+            dataset,
+            recipe.run.batch_size // recipe.run.accumulation,
+            shuffle=True,
+            collate_fn=self.collate(model),
+            num_workers=recipe.data.workers,
+            pin_memory=torch.cuda.is_available() and recipe.run.device != "cpu",
+            drop_last=True,
+        )
+
+    def eval_loaders(self, model: nn.Module) -> list[DataLoader[Any]]:
+        return []  # each process answers its own share
+
+    def share(self, role: str) -> range:
+        """Returns which items of a split are this process's to answer."""
+        return range(self.accelerator.process_index, len(self.splits[role]), self.accelerator.num_processes)
+
+    def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        return build_optimizer(self.recipe.optimizer, model)
+
+    def prepare_model(self, model: nn.Module) -> Any:
+        return self.accelerator.prepare(model)
+
+    def backward(self, epoch: int, update: int, batches: list[Any]) -> Tensor:
+        losses = []
+        for index, batch in enumerate(batches):
+            # Seeds of their own for each pass: dropout needs no states in the checkpoints.
+            step = update * len(batches) + index
+            seed_everything(self.recipe.run.seed, epoch, step, self.accelerator.process_index, 1)
+            with self.accelerator.no_sync(self.model) if index + 1 < len(batches) else nullcontext():
+                loss = torch.stack(list(self.losses(batch).values())).sum() / len(batches)
+                self.accelerator.backward(loss)
+            losses.append(loss.detach())
+        return self.accelerator.reduce(torch.stack(losses).sum(), "mean")
+
+    def finish(self, command: str | None) -> TrainResult:
+        folder, main = self.checkpoints.output / "model", self.accelerator.is_main_process
+        if main:
+            save_pretrained(self.evaluated_model, folder)
+        self.accelerator.wait_for_everyone()
+        if self.metrics is None:  # the run was complete before it was resumed
+            self.evaluate()
+        scores: dict[str, Any] = {str(self.splits["validation"].split): self.metrics}
+        if "test" in self.splits:
+            scores[str(self.splits["test"].split)] = self.score("test")
+        report = None
+        if self.recipe.run.report:
+            report = self.checkpoints.output / "report" / "report.md"
+            if main:
+                facts = self.facts(command) | {f"training_{self.items}": len(self.splits["train"])}
+                write_score_report(report.parent, facts, scores, self.table(scores), self.history, self.curve)
+        return self.result(folder, scores, report)
