@@ -28,12 +28,12 @@ class DecoderCache:
     length: int = 0
 
     def select(self, rows: Tensor) -> DecoderCache:
-        """Returns the cache of some samples, in the order of ``rows``, int64 ``(B,)``; one may come several times."""
-        own, across = (
-            {number: (key[rows], value[rows]) for number, (key, value) in pairs.items()}
-            for pairs in (self.own, self.across)
-        )
-        return DecoderCache(own, across, self.length)
+        """Returns the cache of other beams, int64 ``(B,)``, each of the same sample as the row that it replaces.
+
+        One may come several times. Beams of a sample have one memory, which stays as it is.
+        """
+        own = {number: (key[rows], value[rows]) for number, (key, value) in self.own.items()}
+        return DecoderCache(own, self.across, self.length)
 
 
 class CaptionDecoder(nn.Module):
