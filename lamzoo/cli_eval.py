@@ -1,4 +1,4 @@
-"""The command ``lamzoo eval``: a model and a data set in, its accuracy out."""
+"""The command ``lamzoo eval``: a model and a data set in, its scores out."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ def eval_command(
     data: Annotated[str, typer.Option(metavar="SPEC", help=(
         "imagefolder:DIR, imagelist:DIR:FILE, npz:DIR, torchvision:NAME:ROOT, hfds:NAME, wds:SHARDS, or a folder; for "
         "retrieval msrvtt:DIR, msvd:DIR, videos:DIR, wds:SHARDS, grid:DIR or flickr8k:DIR; for moments "
-        "qvhighlights:DIR, charades:DIR or grid:DIR."))],
-    task: Annotated[Literal["classification", "retrieval", "moments"], typer.Option(help="What the model does.")]
-    = "classification",
+        "qvhighlights:DIR, charades:DIR or grid:DIR; for captions mad:DIR, lsmdc:DIR, videos:DIR, grid:DIR or "
+        "flickr8k:DIR."))],
+    task: Annotated[Literal["classification", "retrieval", "moments", "captions"], typer.Option(
+        help="What the model does.")] = "classification",
     split: Annotated[str, typer.Option(help="Which part of the data, where it has parts.")] = "test",
     class_map: Annotated[str | None, typer.Option(metavar="FILE", help=(
         "Which class is which output, for data with a part of the classes: a file, imagenet-1k, or model."))] = None,
@@ -49,15 +50,19 @@ def eval_command(
         help="Retrieval: which frames of a video that has too many [the model's].")] = None,
     dual_softmax: Annotated[bool, typer.Option(
         "--dual-softmax", help="Retrieval: also score with dual softmax, which knows all queries.")] = False,
-    submission: Annotated[Path | None, typer.Option(metavar="FILE.jsonl", help=(
-        "Moments: also write the predictions here, in QVHighlights' form."))] = None,
+    submission: Annotated[Path | None, typer.Option(metavar="FILE", help=(
+        "Also write the predictions here: of moments in QVHighlights' form (.jsonl), of captions as COCO's results "
+        "(.json)."))] = None,
+    beams: Annotated[int | None, typer.Option(min=1, help="Captions: of the beam search [1, greedy].")] = None,
+    context: Annotated[int | None, typer.Option(
+        min=0, help="Captions: how many earlier captions of the same video are read [0].")] = None,
     checkpoint: Checkpoint = None,
     json: Json = False,
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the JSON here.")] = None,
 ) -> None:  # fmt: skip
-    """Scores a model on a data set: accuracy; recall and rank, both ways, for retrieval; QVHighlights' for moments.
+    """Scores a model: accuracy; recall and rank for retrieval; QVHighlights' scores for moments; COCO's for captions.
 
-    For moments, NAME may also be a submission, FILE.jsonl.
+    For moments, NAME may also be a submission, FILE.jsonl; for captions COCO's results, FILE.json.
     """
     for path in (output, submission):
         if path is not None and not path.absolute().parent.is_dir():
@@ -65,6 +70,16 @@ def eval_command(
     of_retrieval = {"--fps": fps, "--slicing": slicing, "--dual-softmax": dual_softmax or None}
     of_images = {"--class-map": class_map, "--real-labels": real_labels, "--limit": limit, "--state": state,
                  "--resume": resume or None}  # fmt: skip
+    of_captions = {"--beams": beams, "--context": context}
+    if task == "captions":
+        _refuse(of_images | of_retrieval, "captions")
+        record = _eval_captions(
+            name, data, split, beams, context, batch_size, device, precision, workers, checkpoint, submission,
+            hidden=json,
+        )  # fmt: skip
+        _write(record, output, json, _print_captions)
+        return
+    _refuse(of_captions, task)
     if task == "moments":
         _refuse(of_images | of_retrieval, "moments")
         record = _eval_moments(
@@ -201,6 +216,54 @@ def _eval_moments(
             "metrics": result.metrics}  # fmt: skip
 
 
+def _eval_captions(
+    name: str,
+    data: str,
+    split: str,
+    beams: int | None,
+    context: int | None,
+    batch_size: int,
+    device: str,
+    precision: Precision,
+    workers: int,
+    checkpoint: Path | None,
+    submission: Path | None,
+    *,
+    hidden: bool,
+) -> dict[str, Any]:
+    from lamzoo.data.captions import create_caption_dataset
+    from lamzoo.evaluation import check_batches, resolve_device
+    from lamzoo.evaluation.captionfiles import read_captions, write_captions
+    from lamzoo.evaluation.describing import caption_scores, evaluate_captions, java_scores
+
+    if name.endswith((".json", ".json.gz")):
+        given = {"--beams": beams, "--context": context, "--checkpoint": checkpoint, "--submission": submission}
+        _refuse(given, "captions with a file of them")
+        dataset = create_caption_dataset(data, split)
+        captions = {str(key): caption for key, caption in read_captions(name).items()}
+        metrics = caption_scores(dataset, captions) | java_scores(dataset, captions)
+        return {"task": "captions", "captions": name, "data": data, "split": dataset.split, "clips": len(dataset),
+                "metrics": metrics}  # fmt: skip
+    target = resolve_device(device)
+    check_batches(batch_size, workers, precision)
+    dataset = create_caption_dataset(data, split)
+    model = load_model(name, checkpoint)
+    from lamzoo.models.generation import Generation
+
+    how = Generation(beams=beams or 1)
+    with out.progress_bar(f"{name} on {data}", hidden=hidden) as advance:
+        result = evaluate_captions(
+            model, dataset, how=how, context=context or 0, batch_size=batch_size, device=target, precision=precision,
+            workers=workers, progress=advance,
+        )  # fmt: skip
+    if submission is not None:
+        write_captions(submission, result.captions)
+    metrics = result.metrics | java_scores(dataset, result.captions)
+    return {"task": "captions", "model": name, "data": data, "split": dataset.split, "device": str(target),
+            "precision": precision, "batch_size": batch_size, "beams": how.beams, "context": context or 0,
+            "clips": len(dataset), "seconds": result.seconds, "metrics": metrics}  # fmt: skip
+
+
 def _refuse(options: dict[str, Any], task: str) -> None:
     given = [option for option, value in options.items() if value is not None]
     if given:
@@ -229,6 +292,11 @@ def _print_retrieval(record: dict[str, Any]) -> None:
 def _print_moments(record: dict[str, Any]) -> None:
     title = f"{record.get('model') or record['submission']} on {record['data']}: {record['queries']} queries"
     out.print_moments({record["split"]: record["metrics"]}, title)
+
+
+def _print_captions(record: dict[str, Any]) -> None:
+    title = f"{record.get('model') or record['captions']} on {record['data']}: {record['clips']} clips"
+    out.print_captions({record["split"] or "all": record["metrics"]}, title)
 
 
 def _relabelled(dataset: LabelledImages, class_map: str, model: nn.Module) -> LabelledImages:
