@@ -23,9 +23,11 @@ import torch
 import lamzoo
 from lamzoo.cards import data_dir
 from lamzoo.data import create_dataset
+from lamzoo.data.captions import create_caption_dataset
 from lamzoo.data.moments import create_moment_dataset
 from lamzoo.data.retrieval import create_retrieval_dataset
 from lamzoo.evaluation import evaluate, evaluate_moments
+from lamzoo.evaluation.describing import evaluate_captions
 from lamzoo.evaluation.retrieval import WAYS
 from lamzoo.evaluation.videos import evaluate_retrieval
 from lamzoo.training import load_recipe
@@ -162,7 +164,7 @@ def main() -> None:
         run=run,
         command=measured.command,
         minutes=float(rows[-1]["train_seconds"]) / 60,
-        source=data["text"].strip(),
+        source="\n\n".join(data[part].strip() for part in ("text", recipe["task"]) if part in data),
         chosen=f" {chosen['text'].strip()}" if chosen else "",
         looks="each epoch" if interval == 1 else f"every {interval} epochs",
         ema=", averaged (EMA)" if recipe["run"].get("ema_decay") else "",
@@ -251,8 +253,36 @@ def measure_moments(
     )
 
 
+def measure_captions(
+    model: Any, name: str, recipe: Mapping[str, Any], split: str, trained_cfg: Mapping[str, Any]
+) -> Measured:
+    """Scores a describer on a split of the data that it was trained on; it writes greedily."""
+    source = recipe["data"]["source"]
+    result = evaluate_captions(model, create_caption_dataset(source, split), device="cpu")
+    found = result.metrics
+    inputs = [f"{rate:g} tokens of {name} ({model.features[name]} wide)" for name, rate in model.rates.items()]
+    return Measured(
+        rows={
+            "word error rate": f"{found['WER']:.2f} %",
+            "sentences right": f"{found['sentence_accuracy']:.2f} %",
+            "CIDEr": f"{found['CIDEr']:.3f}",
+        },
+        metrics={key: round(found[key], 4) for key in ("WER", "sentence_accuracy", "CIDEr")},
+        samples=f"{len(result.captions):,} clips",
+        size=f"{model.seconds:g} seconds of {' and '.join(inputs)} a second, and one sentence",
+        command=f"lamzoo eval {name} --task captions --data {source} --split {split}",
+        limits="",
+        pretrained_cfg={},
+    )
+
+
 #: By the recipe's task.
-MEASURES = {"classification": measure_images, "retrieval": measure_retrieval, "moments": measure_moments}
+MEASURES = {
+    "classification": measure_images,
+    "retrieval": measure_retrieval,
+    "moments": measure_moments,
+    "captions": measure_captions,
+}
 
 
 def _toml(table: Mapping[str, Any]) -> str:

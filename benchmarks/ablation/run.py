@@ -51,6 +51,7 @@ SCORES: dict[str, dict[str, tuple[str, ...]]] = {
         "R1_05": ("brief", "MR-full-R1@0.5"),
         "mAP": ("brief", "MR-full-mAP"),
     },
+    "captions": {"WER": ("WER",), "sentence_accuracy": ("sentence_accuracy",), "CIDEr": ("CIDEr",)},
 }
 
 

@@ -15,6 +15,7 @@ from benchmarks.ablation.run import HERE, RESULTS, read_ablation, read_results
 HEADINGS = {
     "top1": "top-1 (%)", "t2v_R1": "R@1", "t2v_R5": "R@5", "t2v_R10": "R@10", "t2v_MedianR": "MedR",
     "v2t_R1": "video to text: R@1", "v2t_R10": "R@10", "R1_07": "R1@0.7", "R1_05": "R1@0.5", "mAP": "mAP",
+    "WER": "word error rate (%)", "sentence_accuracy": "sentences right (%)", "CIDEr": "CIDEr",
 }  # fmt: skip
 
 

@@ -79,6 +79,22 @@ def test_retrieval_compares_plain_single_multi_and_as_many_parameters(tmp_path: 
             assert getattr(recipe, section) == getattr(recipes["plain"], section), row
 
 
+def test_captions_compare_masks_with_as_many_parameters_in_each_setting(tmp_path: Path) -> None:
+    file = ablation.HERE / "captions.toml"
+    tables = ablation.read_ablation(file)
+    recipes = {run.row: run.recipe for run in ablation.plan(file, tmp_path, list(tables["rows"]), [0], [])}
+    for setting in ("damaged", "both", "audio", "video"):
+        rows = {row.partition("_")[2]: recipe for row, recipe in recipes.items() if row.startswith(f"{setting}_")}
+        count = {row: parameters(recipe) for row, recipe in rows.items()}
+        assert count["plain"] < count["single"] < count["multi"] < count["layer"]
+        assert count["mlp"] == pytest.approx(count["multi"], rel=0.001)
+        for row, recipe in rows.items():
+            for section in ("data", "augment", "loss", "optimizer", "schedule"):
+                assert getattr(recipe, section) == getattr(rows["plain"], section), row
+            reference = tables["rows"][f"{setting}_{row}"].get("reference", tables["reference"])
+            assert reference == f"{setting}_plain"
+
+
 def test_each_row_and_seed_has_a_digest_of_its_own(tmp_path: Path) -> None:
     runs = ablation.plan(FILE, tmp_path, ROWS, [0, 1], [])
     assert [run.recipe.run.seed for run in runs] == [0] * len(ROWS) + [1] * len(ROWS)

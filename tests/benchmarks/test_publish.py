@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 
 import lamzoo
-from benchmarks.publish import changes, measure_retrieval
+from benchmarks.publish import changes, measure_captions, measure_retrieval
 from lamzoo.training import load_recipe
+from tests.speech import ALL, write_speech
 from tests.training.retrieval_data import retrieval_table, write_faces
 
 RECIPE = Path(__file__).resolve().parents[2] / "benchmarks" / "recipes" / "micro.cifar10.toml"
@@ -35,3 +36,16 @@ def test_a_retrieval_models_card_says_what_was_measured_and_by_which_command(tmp
     assert f"--task retrieval --data grid:{tmp_path}:face --split test" in measured.command
     assert set(measured.metrics) == {f"{way}_{key}" for way in ("t2v", "v2t") for key in ("R1", "R5", "R10", "MedianR")}
     assert f"R@10 {measured.metrics['t2v_R10']:.1f} %" in measured.rows["text to video"]
+
+
+def test_a_describers_card_says_what_was_measured_and_by_which_command(tmp_path: Path) -> None:
+    source = f"grid:{write_speech(tmp_path)}:audio"
+    model = lamzoo.create_model(
+        "lam_describer_micro", features={"audio": 128}, rates={"audio": 50.0}, vocabulary=ALL, width=32, heads=2,
+        context_length=5,
+    )  # fmt: skip
+    measured = measure_captions(model, "lam_describer_micro.speech", {"data": {"source": source}}, "test", {})
+    assert measured.samples == "8 clips"
+    assert measured.size == "3 seconds of 50 tokens of audio (128 wide) a second, and one sentence"
+    assert f"--task captions --data {source} --split test" in measured.command
+    assert measured.rows["word error rate"] == f"{measured.metrics['WER']:.2f} %"

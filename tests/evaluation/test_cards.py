@@ -5,8 +5,11 @@ from pathlib import Path
 import pytest
 
 from lamzoo.data import create_dataset
+from lamzoo.data.captions import create_caption_dataset
+from lamzoo.data.moments import create_moment_dataset
 from lamzoo.data.retrieval import create_retrieval_dataset
-from lamzoo.evaluation import evaluate
+from lamzoo.evaluation import evaluate, evaluate_moments
+from lamzoo.evaluation.describing import evaluate_captions
 from lamzoo.evaluation.retrieval import WAYS
 from lamzoo.evaluation.videos import evaluate_retrieval
 from lamzoo.names import list_models, model_info
@@ -15,6 +18,7 @@ from lamzoo.registry import create_model
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 SPLITS = {"cifar10": "test", "tinyimagenet100": "val"}  # of what is bundled, by tag
 VIDEOS = {"grid": "grid:{data}/grid_s1:motion"}
+SPEECH = {"grid": "grid:{data}/grid_s1"}
 
 
 def scored_names(metric: str) -> list[str]:
@@ -40,6 +44,26 @@ def test_the_cards_ranks_are_measured_again(name: str) -> None:
     for way in WAYS:
         for key in ("R1", "R5", "R10", "MedianR"):
             assert result.metrics[way][key] == pytest.approx(tag.metrics[f"{way}_{key}"], abs=0.5)  # one clip of 200
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*scored_names("WER"), *scored_names("R1_07")])
+def test_the_cards_words_and_moments_are_measured_again(name: str) -> None:
+    tag = model_info(name).tag
+    task = "captions" if "WER" in tag.metrics else "moments"
+    source = SPEECH[tag.name]
+    assert f"--task {task} --data {source.format(data='../shared/data')} --split test" in tag.metrics["command"]
+    if not DATA.is_dir():
+        pytest.skip(f"{DATA} is not here")
+    model, data = create_model(name, pretrained=True), source.format(data=DATA)
+    if task == "captions":
+        metrics = evaluate_captions(model, create_caption_dataset(data, "test")).metrics
+        for key, tolerance in {"WER": 0.1, "sentence_accuracy": 0.5, "CIDEr": 0.05}.items():  # a word, a clip
+            assert metrics[key] == pytest.approx(tag.metrics[key], abs=tolerance)
+        return
+    brief = evaluate_moments(model, create_moment_dataset(data, "test")).metrics["brief"]
+    for key in ("R1@0.5", "R1@0.7"):  # two queries of 769
+        assert brief[f"MR-full-{key}"] == pytest.approx(tag.metrics[key.replace("@0.", "_0")], abs=0.27)
 
 
 @pytest.mark.slow
