@@ -12,6 +12,7 @@ from lamzoo.data.retrieval.jpegs import JpegLines
 from lamzoo.errors import DataError
 
 _SIDE, _PATCH = 128, 8  # pixels
+_TIMES = (np.arange((_SIDE // _PATCH) ** 2, dtype=np.float32) + 0.5) / 25
 
 
 class Flickr8kCaptions(CaptionSource):
@@ -19,7 +20,7 @@ class Flickr8kCaptions(CaptionSource):
 
     Its one modality is ``image``: the patches of 8 x 8 pixels of a photograph of 128 x 128, row by row, 256 of them; a
     patch's 192 values are its pixels, row by row, in three colours each. All values of a photograph together have mean
-    0 and variance 1. All times are 0, and an item is taken to last a second.
+    0 and variance 1. Times say which patch is where: a photograph is taken to be scanned patch by patch, 25 a second.
 
     Args:
         root: the folder.
@@ -38,7 +39,7 @@ class Flickr8kCaptions(CaptionSource):
             if not all(isinstance(caption, str) for caption in line["captions"]):
                 raise DataError(f"the captions of {line['image']!r} in {root / 'captions.jsonl'} are not all texts")
             captions = tuple(caption.strip() for caption in line["captions"])
-            self.items.append(CaptionItem(line["image"], line["image"], 0.0, 1.0, captions))
+            self.items.append(CaptionItem(line["image"], line["image"], 0.0, len(_TIMES) / 25, captions))
 
     def streams(self, index: int) -> dict[str, Stream]:
         image = self._images.decode(index)
@@ -48,4 +49,4 @@ class Flickr8kCaptions(CaptionSource):
         pixels = (pixels - pixels.mean()) / max(float(pixels.std()), 1e-5)
         count = _SIDE // _PATCH
         patches = pixels.reshape(count, _PATCH, count, _PATCH, 3).swapaxes(1, 2).reshape(count**2, -1)
-        return {"image": Stream(patches, np.zeros(len(patches), np.float32))}
+        return {"image": Stream(patches, _TIMES)}
