@@ -61,7 +61,7 @@ def describe(
 
         write_webvtt(output, [Cue(each.start, each.end, each.text) for each in described])
     if explain is not None:
-        from lamzoo.report.descriptions import explain_windows
+        from lamzoo.report import explain_windows
 
         explain_windows(network, windows, described, explain)
     if json:

@@ -90,6 +90,7 @@ def draw_windows(windows: Sequence[WindowView], *, neutral: float, title: str) -
     masks = [view.importance for window in windows for view in window.modalities if view.importance is not None]
     scale = colour_scale(masks, neutral) if masks else (neutral - 1, neutral + 1)
     axes: list[Any] = []
+    first: list[Any] = []
     strips: list[Any] = []
     for window in windows:
         block: list[Any] = []
@@ -107,8 +108,11 @@ def draw_windows(windows: Sequence[WindowView], *, neutral: float, title: str) -
         if block:
             block[0].set_title(_heading(window), fontsize=8, loc="left", pad=4, parse_math=False)
         axes += block
+        if not first:
+            first = block
     if strips:
-        draw_colour_bar(figure, scale, axes)
+        draw_colour_bar(figure, scale, first)  # of its height: one beside all windows would be yards long
+    figure.align_ylabels(axes)
     return figure
 
 
@@ -145,6 +149,7 @@ def _over_time(axis: Any, window: WindowView, *, is_last: bool) -> None:
     axis.set_xlim(window.start, window.end)
     axis.tick_params(axis="both", labelsize=7, labelbottom=is_last)
     axis.spines[["top", "right"]].set_visible(False)
+    axis.yaxis.labelpad = 8  # apart from the words
     if is_last:
         axis.set_xlabel("time (s)", fontsize=8, labelpad=2)
 
