@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lamzoo.data.clips import FramesTransform, each_frame
 from lamzoo.data.moments.base import Features
 from lamzoo.data.moments.frames import ClipMiddles
-from lamzoo.data.video import read_video
+from lamzoo.data.video import read_video_pieces
 from lamzoo.errors import ConfigError, UnsupportedHostError
 from lamzoo.evaluation.partial import weights_sha256
 from lamzoo.evaluation.runtime import Precision, check_batches, inference, resolve_device
@@ -185,13 +185,10 @@ def read_pieces(path: Path, sampling: ClipMiddles, transform: FramesTransform) -
     Yields:
         Frames ``(F, 3, H, W)``, the video's duration in seconds, and whether these are its last frames.
     """
-    first, last = sampling.first, False
-    end = math.inf if sampling.max_frames is None else first + sampling.max_frames
-    while not last:
-        clip = read_video(path, replace(sampling, first=first, max_frames=int(min(_AT_ONCE, end - first))))
-        first += len(clip.frames)
-        last = first >= min(end, sampling.clips(clip.duration))
-        yield transform(clip.frames), clip.duration, last
+    done = 0
+    for clip in read_video_pieces(path, sampling, _AT_ONCE):
+        done += len(clip.frames)
+        yield transform(clip.frames), clip.duration, done >= len(sampling.times(clip.duration))
 
 
 def clip_middles(clip_seconds: float) -> ClipMiddles:
