@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         remove_pruning,
     )
     from lamzoo.errors import LamzooError
+    from lamzoo.evaluation.windows import describe_video
     from lamzoo.export import export_model, load_exported
     from lamzoo.lam import FactoredMask, LamConfig, PruneConfig, attention_backend, lam_attention
     from lamzoo.names import get_pretrained_cfg, list_models, list_tags, model_info, register_model
@@ -37,6 +38,7 @@ _HOMES = {
     "attention_backend": "lamzoo.lam",
     "capture_masks": "lamzoo.adapters",
     "create_model": "lamzoo.registry",
+    "describe_video": "lamzoo.evaluation.windows",
     "export_model": "lamzoo.export",
     "get_pretrained_cfg": "lamzoo.names",
     "index_videos": "lamzoo.search",
@@ -66,6 +68,7 @@ __all__ = [
     "attention_backend",
     "capture_masks",
     "create_model",
+    "describe_video",
     "export_model",
     "get_pretrained_cfg",
     "index_videos",

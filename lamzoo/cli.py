@@ -15,6 +15,7 @@ import typer
 from lamzoo import cli_output as out
 from lamzoo.cli_bench import bench
 from lamzoo.cli_compare import compare
+from lamzoo.cli_describe import describe
 from lamzoo.cli_eval import eval_command
 from lamzoo.cli_explain import explain
 from lamzoo.cli_export import export
@@ -123,9 +124,9 @@ def list_command(
 @app.command()
 def info(name: Name, json: Json = False) -> None:
     """Shows what is known of a model: its cost, masks, preprocessing and weights."""
-    from lamzoo.cli_info import describe
+    from lamzoo.cli_info import describe as facts_of
 
-    facts, tags = describe(name)
+    facts, tags = facts_of(name)
     if json:
         out.print_json({**facts, "tags": tags})
         return
@@ -167,6 +168,7 @@ def predict(
     out.print_table(("image", "class", "%"), rows)
 
 
+app.command()(describe)
 app.command("eval")(eval_command)
 app.command()(explain)
 app.command()(export)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lamzoo.data.clips import FramesTransform, each_frame
 from lamzoo.data.moments.base import Features
 from lamzoo.data.moments.frames import ClipMiddles
-from lamzoo.data.video import read_video
+from lamzoo.data.video import read_video_pieces
 from lamzoo.errors import ConfigError, UnsupportedHostError
 from lamzoo.evaluation.partial import weights_sha256
 from lamzoo.evaluation.runtime import Precision, check_batches, inference, resolve_device
@@ -102,17 +102,36 @@ class FeatureExtractor:
         """Features of a word."""
         return self.texts(["a"])[0].shape[1]
 
-    def video(self, path: str | Path) -> VideoFeatures:
+    def video(
+        self, path: str | Path, clips: range | None = None, progress: Callable[[int, int], None] | None = None
+    ) -> VideoFeatures:
         """Reads a video, some of its frames at a time.
+
+        Args:
+            path: the file.
+            clips: which of its clips, with a step of 1; by default all. Their features are to the last bit those that
+                they have among all, since the batches that they share with others are computed whole.
+            progress: called with the clips that are seen, and how many there are.
 
         Raises:
             ConfigError: the features are not finite in this precision, or a batch does not fit on the device.
             DataError: the video can't be read.
             MissingExtraError: PyAV is not installed.
         """
-        pieces = read_pieces(Path(path), self.sampling, self.transform)
-        parts, durations = zip(*((self.frames(frames), duration) for frames, duration, _ in pieces), strict=True)
-        return VideoFeatures(self.finite(np.concatenate(parts), path), durations[-1])
+        sampling, before = self.sampling, 0
+        if clips is not None:
+            before = clips.start % self._batch_size
+            whole = math.ceil((before + len(clips)) / self._batch_size) * self._batch_size
+            sampling = replace(sampling, first=clips.start - before, max_frames=whole)
+        parts, duration = [], 0.0
+        for frames, duration, _ in read_pieces(Path(path), sampling, self.transform):
+            parts.append(self.frames(frames))
+            if progress is not None:
+                progress(sum(map(len, parts)), len(sampling.times(duration)))
+        features = np.concatenate(parts)
+        if clips is not None:
+            features = features[before : before + len(clips)]
+        return VideoFeatures(self.finite(features, path), duration)
 
     def frames(self, frames: Tensor) -> Features:
         """Returns the features ``(F, D)``, float32, of preprocessed frames ``(F, 3, H, W)``."""
@@ -166,12 +185,10 @@ def read_pieces(path: Path, sampling: ClipMiddles, transform: FramesTransform) -
     Yields:
         Frames ``(F, 3, H, W)``, the video's duration in seconds, and whether these are its last frames.
     """
-    first, last = 0, False
-    while not last:
-        clip = read_video(path, replace(sampling, first=first, max_frames=_AT_ONCE))
-        first += len(clip.frames)
-        last = first >= sampling.clips(clip.duration)
-        yield transform(clip.frames), clip.duration, last
+    done = 0
+    for clip in read_video_pieces(path, sampling, _AT_ONCE):
+        done += len(clip.frames)
+        yield transform(clip.frames), clip.duration, done >= len(sampling.times(clip.duration))
 
 
 def clip_middles(clip_seconds: float) -> ClipMiddles:

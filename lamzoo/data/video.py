@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -104,19 +104,49 @@ def read_video(path: str | Path, sampling: FrameSampling = FrameSampling(), *, t
     """
     if threads < 0:
         raise ConfigError(f"the number of decoding threads is {threads}; it must be 0 or more")
+    return next(read_video_pieces(path, sampling, threads=threads))
+
+
+def read_video_pieces(
+    path: str | Path, sampling: FrameSampling, size: int | None = None, *, threads: int = 1
+) -> Iterator[VideoClip]:
+    """Reads chosen frames of a video, some at a time, so that a long one needs no more memory than a short one.
+
+    Where each frame lies is found out once; what is decoded twice lies between the key frame before a piece and the
+    piece.
+
+    Args:
+        path: as of :func:`read_video`, and so the rest.
+        sampling: which frames.
+        size: of a piece; None for all of them at once.
+        threads: for decoding.
+
+    Yields:
+        Their next frames; of none, one empty piece.
+
+    Raises:
+        DataError: as of :func:`read_video`, perhaps after some pieces.
+        MissingExtraError: PyAV is not installed.
+    """
     with _naming(path) as file:
         with _opened(file) as (container, stream):
             index = read_index(container, stream, file)
+        picked, done = sampling.pick(index.times, index.duration), 0
         try:
-            picked = sampling.pick(index.times, index.duration)
-            images = _read_by_stamp(file, index, set(picked), threads)
+            for piece in _pieces(picked, size):
+                images = _read_by_stamp(file, index, set(piece), threads)
+                done += len(piece)
+                yield _clip(index, piece, images)
+            return
         except (_Astray, UnreadableVideo):
             # Frames are not where their packets say, or a jump went wrong: decoding everything in turn decides.
             index = _decode_index(file, index)
-            picked = sampling.pick(index.times, index.duration)
-            images = _read_by_number(file, index, set(picked))
-    times = index.times
-    return VideoClip([images[number] for number in picked], [times[number] for number in picked], index.duration)
+        picked = sampling.pick(index.times, index.duration)[done:]
+        if done and not picked:
+            raise UnreadableVideo("it is damaged: its frames end sooner than its packets say")
+        pieces = _pieces(picked, size)
+        for piece, images in zip(pieces, _read_in_turn(file, index, pieces), strict=True):
+            yield _clip(index, piece, images)
 
 
 def probe_video(path: str | Path) -> VideoInfo:
@@ -316,16 +346,30 @@ def _decode_index(path: Path, index: PacketIndex) -> PacketIndex:
     return replace(index, stamps=stamps)
 
 
-def _read_by_number(path: Path, index: PacketIndex, chosen: set[int]) -> dict[int, Image.Image]:
-    """Decodes the video from its start to the last chosen frame."""
-    images = {}
+def _read_in_turn(path: Path, index: PacketIndex, pieces: Sequence[Sequence[int]]) -> Iterator[dict[int, Image.Image]]:
+    """Decodes the video once, from its start to the last chosen frame, and yields those of each piece."""
+    chosen, images = {number for piece in pieces for number in piece}, {}
+    left = list(pieces)
     with _opened(path) as (container, stream):
         for number, frame in enumerate(_frames(container, stream, index)):
             if number in chosen:
                 images[number] = _upright(frame)
-                if len(images) == len(chosen):
-                    break
-    return images
+            while left and (not left[0] or left[0][-1] <= number):
+                yield images
+                del left[0]
+                images = {known: image for known, image in images.items() if left and known >= left[0][0]}
+            if not left:
+                return
+
+
+def _pieces(picked: list[int], size: int | None) -> list[list[int]]:
+    size = size or max(1, len(picked))
+    return [picked[start : start + size] for start in range(0, max(1, len(picked)), size)]
+
+
+def _clip(index: PacketIndex, picked: Sequence[int], images: Mapping[int, Image.Image]) -> VideoClip:
+    times = index.times
+    return VideoClip([images[number] for number in picked], [times[number] for number in picked], index.duration)
 
 
 def _upright(frame: VideoFrame) -> Image.Image:

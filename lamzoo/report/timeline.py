@@ -91,7 +91,7 @@ def draw_timeline(timeline: Timeline, *, neutral: float, title: str) -> Figure:
     _spans(times[0], timeline)
     edges = np.linspace(0, timeline.duration, len(timeline.saliency) + 1)
     times[1].stairs(timeline.saliency, edges, baseline=None, color=_INK, linewidth=1.0)
-    _name(times[1], "saliency")
+    name_panel(times[1], "saliency")
     for axis in times:
         _over_time(axis, timeline, is_last=axis is times[-1])
     words = [
@@ -100,12 +100,59 @@ def draw_timeline(timeline: Timeline, *, neutral: float, title: str) -> Figure:
     if timeline.layers:
         scale = colour_scale([values for layer in timeline.layers for values in (layer.clips, layer.words)], neutral)
         for axis, layer in zip(times[2:], strips, strict=True):
-            _strip(axis, layer, edges, neutral, scale)
+            draw_strip(axis, layer.clips, edges, neutral, scale)
+            name_panel(axis, layer.name)
+            if layer.token is not None:
+                _beside(axis, 0.5, f"saliency\ntoken\n{layer.token:.3g}", axis.transAxes)
         for axis, layer in zip(words, groups, strict=True):
             _bars(axis, layer, neutral, scale)
-        _colour_bar(figure, scale, [*times[2:], *words])
+        draw_colour_bar(figure, scale, [*times[2:], *words])
     figure.align_ylabels(times)
     return figure
+
+
+def draw_strip(
+    axis: Any, values: NDArray[np.float32], edges: NDArray[np.float64], neutral: float, scale: tuple[float, float]
+) -> None:
+    """Draws a curve, and fills what lies between it and the neutral value with the colours of a heat strip.
+
+    Args:
+        axis: matplotlib's.
+        values: ``(N,)``, importances.
+        edges: ``(N + 1,)``, where each begins and the last ends.
+        neutral: the value that changes nothing.
+        scale: the lowest and the highest value of the colours.
+    """
+    low, high = _height(axis, values, neutral)
+    area = axis.stairs(values, edges, baseline=neutral, fill=True, facecolor="none", edgecolor="none")
+    heat = axis.imshow(
+        values[None],
+        cmap=COLOURS,
+        vmin=scale[0],
+        vmax=scale[1],
+        extent=(edges[0], edges[-1], low, high),
+        interpolation="nearest",
+        aspect="auto",
+        zorder=1.5,
+    )
+    heat.set_clip_path(area)
+    axis.stairs(values, edges, baseline=None, color=_INK, linewidth=0.7, zorder=2)
+
+
+def name_panel(axis: Any, name: str) -> None:
+    """Writes a name, of one or several lines, to the left of a panel."""
+    axis.set_ylabel(name, fontsize=8, rotation=0, ha="right", va="center")
+
+
+def draw_colour_bar(figure: Figure, scale: tuple[float, float], axes: list[Any]) -> None:
+    """Draws the scale of importances' colours to the right of panels."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    heat = ScalarMappable(Normalize(*scale), COLOURS)
+    bar = figure.colorbar(heat, ax=axes, extend="both", extendfrac=0.04, aspect=9 * len(axes), pad=0.01)
+    bar.set_label("importance", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
 
 
 def _spans(axis: Any, timeline: Timeline) -> None:
@@ -139,29 +186,6 @@ def _over_time(axis: Any, timeline: Timeline, *, is_last: bool) -> None:
         axis.set_xlabel("time (s)", fontsize=8, labelpad=2)
 
 
-def _strip(
-    axis: Any, layer: LayerImportance, edges: NDArray[np.float64], neutral: float, scale: tuple[float, float]
-) -> None:
-    """Draws a curve, and fills what lies between it and the neutral value with the colours of a heat strip."""
-    low, high = _height(axis, layer.clips, neutral)
-    area = axis.stairs(layer.clips, edges, baseline=neutral, fill=True, facecolor="none", edgecolor="none")
-    heat = axis.imshow(
-        layer.clips[None],
-        cmap=COLOURS,
-        vmin=scale[0],
-        vmax=scale[1],
-        extent=(edges[0], edges[-1], low, high),
-        interpolation="nearest",
-        aspect="auto",
-        zorder=1.5,
-    )
-    heat.set_clip_path(area)
-    axis.stairs(layer.clips, edges, baseline=None, color=_INK, linewidth=0.7, zorder=2)
-    _name(axis, layer.name)
-    if layer.token is not None:
-        _beside(axis, 0.5, f"saliency\ntoken\n{layer.token:.3g}", axis.transAxes)
-
-
 def _bars(axis: Any, layer: LayerImportance, neutral: float, scale: tuple[float, float]) -> None:
     from matplotlib import colormaps
     from matplotlib.colors import Normalize
@@ -193,19 +217,5 @@ def _height(axis: Any, values: NDArray[np.float32], neutral: float) -> tuple[flo
     return low, high
 
 
-def _name(axis: Any, name: str) -> None:
-    axis.set_ylabel(name, fontsize=8, rotation=0, ha="right", va="center")
-
-
 def _beside(axis: Any, height: float, text: str, transform: Any) -> None:
     axis.text(1.01, height, text, transform=transform, fontsize=7, va="center", ha="left", clip_on=False)
-
-
-def _colour_bar(figure: Figure, scale: tuple[float, float], axes: list[Any]) -> None:
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
-
-    heat = ScalarMappable(Normalize(*scale), COLOURS)
-    bar = figure.colorbar(heat, ax=axes, extend="both", extendfrac=0.04, aspect=9 * len(axes), pad=0.01)
-    bar.set_label("importance", fontsize=8)
-    bar.ax.tick_params(labelsize=7)

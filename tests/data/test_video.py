@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from lamzoo.data import video
 from lamzoo.data.images import unreadable_because
 from lamzoo.data.sampling import FrameSampling
-from lamzoo.data.video import find_videos, probe_video, read_video, videos_below
+from lamzoo.data.video import find_videos, probe_video, read_video, read_video_pieces, videos_below
 from lamzoo.errors import ConfigError, DataError, MissingExtraError
 from tests.images import encoded
 from tests.videos import SIZE, av, nearest, pictures, write_clip, write_sound
@@ -89,6 +89,37 @@ def test_jumping_to_key_frames_gives_the_frames_that_decoding_everything_does(
     for count in (2, 5, 7, 12):
         sampling = FrameSampling(fps=None, max_frames=count)
         assert (arrays(read_video(path, sampling)) == whole[sampling.keep(90)]).all(), count
+
+
+@pytest.mark.parametrize("name", ["h264.mp4", "open.ts", "h264.avi", "mpeg4b.avi", "vp9.webm"])
+def test_pieces_are_the_whole_and_the_packets_are_read_once(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = clip(tmp_path, name)
+    sampling = FrameSampling(fps=15, max_frames=None)  # of ten frames a second: some are taken twice
+    whole = read_video(path, sampling)
+    for function in ("read_index", "_decode_index"):
+        original, calls = getattr(video, function), []
+        monkeypatch.setattr(
+            video, function, lambda *args, original=original, calls=calls: calls.append(1) or original(*args)
+        )
+        for size in (1, 7, 100):
+            calls.clear()
+            parts = list(read_video_pieces(path, sampling, size))
+            assert len(calls) <= 1
+            assert all(len(part.frames) == size for part in parts[:-1])
+            assert [time for part in parts for time in part.times] == whole.times
+            assert (np.concatenate([arrays(part) for part in parts]) == arrays(whole)).all()
+            assert {part.duration for part in parts} == {whole.duration}
+
+
+def test_pieces_before_the_damage_are_read(tmp_path: Path) -> None:
+    path = clip(tmp_path, "h264.mkv", 90)
+    spoil(path, positions(path)[60] + 20, 2000)
+    pieces = read_video_pieces(path, EVERY, 10)
+    assert len(next(pieces).frames) == 10
+    with pytest.raises(DataError, match="h264.mkv"):
+        list(pieces)
 
 
 def test_a_variable_rate_is_read_by_its_own_times(tmp_path: Path) -> None:

@@ -1,0 +1,124 @@
+"""The command ``lamzoo describe``: a video in, a sentence for each window of it out, as a table or subtitles."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lamzoo import cli_output as out
+from lamzoo.cli_options import Checkpoint, Device, Json, load_model
+from lamzoo.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from lamzoo.evaluation.windows import DescribedWindow, VideoWindows
+
+
+def describe(
+    video: Annotated[Path, typer.Argument(metavar="VIDEO", help="A video file.")],
+    model: Annotated[str, typer.Option(metavar="NAME", help=(
+        "Of the family lam_describer, trained on such features: arch.tag, local-dir:DIR or hf-hub:REPO."))],
+    features: Annotated[str, typer.Option(metavar="NAME", help=(
+        "The towers that made the features of frames: open_clip/NAME:TAG, local-dir:DIR or hf-hub:REPO."))]
+    = "open_clip/ViT-B-32:openai",
+    checkpoint: Checkpoint = None,
+    rate: Annotated[float | None, typer.Option(help="Frames a second [the model's own, or 5].")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Length of a window [the model's own].")] = None,
+    start: Annotated[float, typer.Option(help="Where to begin, seconds.")] = 0.0,
+    end: Annotated[float | None, typer.Option(help="Where to stop, seconds [the video's end].")] = None,
+    beams: Annotated[int, typer.Option(help="Of the beam search; 1 is greedy.")] = 1,
+    top_p: Annotated[float | None, typer.Option(help="Draw from this share of the probability instead.")] = None,
+    length_penalty: Annotated[float, typer.Option(help="Above 0 favours longer sentences, with beams.")] = 1.0,
+    context: Annotated[bool | None, typer.Option("--context/--no-context", help=(
+        "Let the model read the sentences before [where it has room for them]."))] = None,
+    output: Annotated[Path | None, typer.Option("--out", metavar="FILE.vtt", help="Write subtitles, too.")] = None,
+    explain: Annotated[Path | None, typer.Option(metavar="FILE.png", help=(
+        "Draw where masks and words look, in the first windows."))] = None,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:  # fmt: skip
+    """Describes a video: a sentence for each window of it."""
+    _check_files(video, output, explain)
+    from lamzoo.evaluation import resolve_device
+    from lamzoo.evaluation.windows import VideoWindows, describe_windows
+
+    target = resolve_device(device)
+    network: Any = load_model(model, checkpoint).to(target).eval()
+    from lamzoo.models.generation import Generation
+
+    how = Generation(beams=beams, top_p=top_p, length_penalty=length_penalty)
+    windows = VideoWindows(
+        video, network, towers=features, rate=rate, seconds=seconds, start=start, end=end, device=target
+    )
+    with out.progress_bar(f"{model} on {out.printable(video)}", hidden=json) as advance:
+        described = describe_windows(network, windows, how=how, context=context, progress=advance)
+    if not json:
+        _print(windows, described)
+    if output is not None:
+        from lamzoo.report.webvtt import Cue, write_webvtt
+
+        write_webvtt(output, [Cue(each.start, each.end, each.text) for each in described])
+    if explain is not None:
+        from lamzoo.report import explain_windows
+
+        explain_windows(network, windows, described, explain)
+    if json:
+        towers = features if windows.rate is not None else None
+        out.print_json({"model": model, "features": towers, **_record(windows, described, output, explain)})
+        return
+    for path in (output, explain):
+        if path is not None:
+            out.print_line(out.printable(path))
+
+
+def _check_files(video: Path, output: Path | None, explain: Path | None) -> None:
+    """Checks what is read and written, before anything is loaded."""
+    if video.is_dir():
+        raise DataError(f"{video} is a folder; name a video, or write a loop over them")
+    if not video.exists():
+        raise DataError(f"no such video: {video}")
+    if output is not None:
+        from lamzoo.report.webvtt import check_webvtt
+
+        check_webvtt(output)
+        if output.exists() and output.samefile(video):
+            raise ConfigError(f"--out {output} would replace the video itself; name another file")
+    if explain is not None:
+        from lamzoo.report.rows import check_rows
+
+        check_rows(explain, "picture")
+
+
+def _print(windows: VideoWindows, described: Sequence[DescribedWindow]) -> None:
+    # A line of its own: as the title of so narrow a table it would be folded.
+    out.print_line(
+        f"{out.printable(windows.path)}, {windows.duration:.1f} s: {len(described)} of {len(windows)} windows, from "
+        f"{' and '.join(windows.modalities)}"
+    )
+    rows = [(f"{each.start:.1f}", f"{each.end:.1f}", each.text) for each in described]
+    out.print_table(("start (s)", "end (s)", "sentence"), rows, numbers=(0, 1))
+
+
+def _record(
+    windows: VideoWindows, described: Sequence[DescribedWindow], output: Path | None, explain: Path | None
+) -> dict[str, Any]:
+    there = {each.number for each in described}
+    return {
+        "video": out.printable(windows.path),
+        "duration": windows.duration,
+        "rate": windows.rate,
+        "seconds": windows.seconds,
+        "modalities": list(windows.modalities),
+        "missing": list(windows.missing),
+        "windows": [
+            {"start": each.start, "end": each.end, "text": each.text, "modalities": list(each.modalities)}
+            for each in described
+        ],
+        "skipped": [
+            {"start": start, "end": end} for number, (start, end) in enumerate(windows.spans) if number not in there
+        ],
+        "out": None if output is None else out.printable(output),
+        "explain": None if explain is None else out.printable(explain),
+    }

@@ -1,0 +1,158 @@
+"""Pictures of where a describer looks for each word; measures here, draws in :mod:`lamzoo.report.wordline`."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lamzoo.adapters.capture import capture_masks
+from lamzoo.errors import DataError, UnsupportedHostError
+from lamzoo.evaluation.describing import move, pad_streams
+from lamzoo.evaluation.windows import DescribedWindow, VideoWindows, context_of
+from lamzoo.files import atomic_files
+from lamzoo.lam import Lam, LamConfig, MaskRecord
+from lamzoo.models.joint_encoder import Joint
+from lamzoo.profiling.inputs import evaluating
+from lamzoo.report.canvas import check_target
+from lamzoo.report.masks import neutral_value, title_of
+from lamzoo.report.rows import clock, printable
+from lamzoo.report.wordline import ModalityView, WindowView, draw_windows
+
+MAX_WINDOWS = 6
+
+_LINE = 110  # characters of a line of the title
+
+
+def explain_windows(
+    model: nn.Module, windows: VideoWindows, described: Sequence[DescribedWindow], path: str | Path
+) -> None:
+    """Draws where a describer looked in the windows of a video, into a PNG file with a time axis in seconds.
+
+    Each window has a panel a modality. On top is what the encoder's masks raise or lower over time: the importance
+    ``mean_i M_ij`` of each token, averaged over heads and layers; nothing in models without masks. Below, each word of
+    the sentence has a row: the decoder's cross-attention while it chose the word, averaged over heads, layers and the
+    pieces that the word was written in. Beside a row stands which share of that attention is on the modality; what is
+    on none is on the encoder's first token, or on the sentences before.
+
+    Args:
+        model: the one that described.
+        windows: of the video.
+        described: what it wrote; the first :data:`MAX_WINDOWS` are drawn.
+        path: the PNG file to write, in a folder that exists; an older file is replaced.
+
+    Raises:
+        DataError: there is nothing to draw, the video can't be read, or the file can't be written there.
+        MissingExtraError: matplotlib is missing.
+    """
+    path = Path(path)
+    check_target(path, "picture")
+    masks = {name: module for name, module in model.named_modules() if isinstance(module, Lam)}
+    config = next(iter(masks.values())).config if masks else None
+    views = [_measure(model, windows, each, bool(masks)) for each in described[:MAX_WINDOWS]]
+    if not any(view.words or config for view in views):
+        raise DataError(f"of {windows.path} there is nothing to draw: the model has no masks, and wrote no words")
+    title = _title(model, windows, len(described), config)
+    figure = draw_windows(views, neutral=0.0 if config is None else neutral_value(config), title=title)
+    with atomic_files(DataError) as stage:
+        figure.savefig(stage(path), format="png")
+
+
+def word_attention(model: Any, joint: Joint, tokens: Sequence[int]) -> Tensor:
+    """Returns where a describer's decoder looks while it chooses each token, averaged over heads and layers.
+
+    Args:
+        model: of the family ``lam_describer``, in evaluation mode.
+        joint: the encoder's tokens of one clip.
+        tokens: of the sentence, without start and end.
+
+    Returns:
+        ``(len(tokens), N)``, float32 on the CPU: weights of the encoder's tokens, which sum to 1.
+    """
+    queries: list[Tensor] = []
+    keys: list[Tensor] = []
+    crosses = model.decoder.text_decoder.cross_attn
+    hooks = [block.ln_1.register_forward_hook(lambda _, __, normed: queries.append(normed)) for block in crosses]
+    hooks += [block.ln_1_kv.register_forward_hook(lambda _, __, normed: keys.append(normed)) for block in crosses]
+    text = torch.tensor([[model.tokenizer.sot_token_id, *tokens[:-1]]], device=joint.tokens.device)
+    try:
+        model.decoder(text, joint.tokens, joint.mask)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    weights = [
+        block.attn(query, key, key, key_padding_mask=~joint.mask, need_weights=True)[1][0]
+        for block, query, key in zip(crosses, queries, keys, strict=True)
+    ]
+    return torch.stack(weights).mean(dim=0).float().cpu()
+
+
+def words_of(tokenizer: Any, tokens: Sequence[int]) -> list[tuple[str, list[int]]]:
+    """Returns the words that tokens spell, each with the numbers of the tokens that it is written in."""
+    texts: list[str] = str(tokenizer.decode(list(tokens))).split()
+    pieces: list[list[int]] = [[] for _ in texts]
+    for number in range(len(tokens)):
+        so_far = len(str(tokenizer.decode(list(tokens[: number + 1]))).split())
+        if texts:
+            pieces[min(max(so_far, 1), len(texts)) - 1].append(number)
+    return [(text, numbers) for text, numbers in zip(texts, pieces, strict=True) if numbers]
+
+
+@torch.no_grad()
+def _measure(model: nn.Module, windows: VideoWindows, described: DescribedWindow, masked: bool) -> WindowView:
+    describer: Any = model
+    device = next(model.parameters()).device
+    streams = windows.streams(described.number)
+    batch = {name: move(stream, device) for name, stream in pad_streams([streams]).items()}
+    capture: AbstractContextManager[Mapping[str, MaskRecord]] = capture_masks(model) if masked else nullcontext({})
+    with evaluating(model), capture as captured:
+        joint = describer.encode(batch, context_of(describer, described.context, device))
+        words = words_of(describer.tokenizer, described.tokens)
+        attention = np.zeros((0, joint.tokens.shape[1]), np.float32)
+        if words:
+            of_tokens = word_attention(describer, joint, described.tokens)
+            attention = torch.stack([of_tokens[numbers].mean(dim=0) for _, numbers in words]).numpy()
+        importance = _importance(model, captured, joint)
+    views = [
+        ModalityView(
+            name,
+            streams[name].times + np.float32(described.start),
+            None if importance is None else importance[first:last],
+            attention[:, first:last],
+        )
+        for name, (first, last) in joint.spans.items()
+    ]
+    return WindowView(described.start, described.end, tuple(text for text, _ in words), tuple(views))
+
+
+def _importance(model: nn.Module, captured: Mapping[str, MaskRecord], joint: Joint) -> Any:
+    """Returns the mean mask value of each of the encoder's tokens, ``(N,)``; None without masks."""
+    if not captured:
+        return None
+    layers = [record.importance[0].float().mean(dim=0).cpu().numpy() for record in captured.values()]
+    if {len(layer) for layer in layers} != {joint.tokens.shape[1]}:
+        raise UnsupportedHostError(
+            f"{type(model).__name__} masks attention to other tokens than its encoder's; draw a model of the family "
+            "lam_describer, unwrapped."
+        )
+    return np.mean(layers, axis=0)
+
+
+def _title(model: nn.Module, windows: VideoWindows, count: int, config: LamConfig | None) -> str:
+    lines = textwrap.wrap(f"{title_of(model)} on {printable(windows.path)}", _LINE)
+    if count > MAX_WINDOWS:
+        lines.append(f"the first {MAX_WINDOWS} of {count} windows, of {clock(windows.duration)} in all")
+    if config is not None:
+        effect = "multiplies" if config.op == "mul" else "is added to"
+        lines.append(
+            f"curves: importance, what M does on average of heads and layers; M {effect} the attention scores, "
+            f"{neutral_value(config):g} is neutral"
+        )
+    lines.append("rows: where the decoder looked for a word (dark: most), and its share of attention on the modality")
+    return "\n".join(lines)

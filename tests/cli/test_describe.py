@@ -1,0 +1,278 @@
+"""``lamzoo describe`` writes a sentence for each window, from the numbers that a model was trained on."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import lamzoo
+from lamzoo.errors import ConfigError, DataError
+from tests.videos import write_clip
+
+pytest.importorskip("open_clip")
+pytest.importorskip("matplotlib")
+from lamzoo.data.captions import create_caption_dataset
+from lamzoo.evaluation.describing import move, pad_streams
+from lamzoo.evaluation.windows import VideoWindows, describe_windows
+from lamzoo.extractor import FeatureExtractor
+from lamzoo.features import extract_features
+from lamzoo.models.generation import Generation
+from tests.cli.test_find import TOWERS, saved
+
+SMALL: dict[str, Any] = {
+    "rates": {"video": 5.0}, "seconds": 2.0, "width": 32, "heads": 2, "hidden": 32, "encoder_layers": 2,
+    "decoder_layers": 1, "align": False, "lam": lamzoo.LamConfig(init="paper"),
+}  # fmt: skip
+CUE = re.compile(r"(\d\d+):(\d\d):(\d\d)\.(\d{3}) --> (\d\d+):(\d\d):(\d\d)\.(\d{3})\n(.+)\n")
+
+
+def cues(path: Path) -> list[tuple[float, float, str]]:
+    head, *blocks = path.read_text(encoding="utf-8").split("\n\n")
+    assert head.strip() == "WEBVTT"
+    found = []
+    for block in blocks:
+        match = CUE.fullmatch(block.rstrip("\n") + "\n")
+        assert match, block
+        h, m, s, ms, *end = map(int, match.groups()[:8])
+        stop = 3600 * end[0] + 60 * end[1] + end[2] + end[3] / 1000
+        found.append((3600 * h + 60 * m + s + ms / 1000, stop, html.unescape(match[9])))
+    return found
+
+
+@pytest.fixture(scope="module")
+def towers(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return saved(tmp_path_factory.mktemp("towers") / "clip", "lam_clip4clip_micro", clip=TOWERS, head_layers=1)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Reads frames and sound, and has room for the sentences before."""
+    folder = tmp_path_factory.mktemp("model") / "describer"
+    return saved(folder, "lam_describer_micro", features={"video": 24, "audio": 128}, context_tokens=20, **SMALL)
+
+
+@pytest.fixture(scope="module")
+def listener(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """As for GRID: lips, which no file gives, and sound."""
+    folder = tmp_path_factory.mktemp("model") / "listener"
+    return saved(folder, "lam_describer_micro", features={"mouth": 384, "audio": 128}, **SMALL)
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("clips")
+    write_clip(folder / "film.mp4", 85, fps=5, audio=17.0)
+    write_clip(folder / "half.mp4", 25, fps=5, audio=2.5)  # its sound ends after half of the time
+    write_clip(folder / "mute.mp4", 10, fps=5)
+    write_clip(folder / "whole.mp4", 20, fps=5, audio=4.0, container_options={"movflags": "faststart"})
+    return folder
+
+
+@pytest.fixture
+def film(clips: Path, tmp_path: Path) -> Path:
+    (tmp_path / "my вид[red]os").mkdir()
+    return Path(shutil.copy(clips / "film.mp4", tmp_path / "my вид[red]os" / "film.mp4"))
+
+
+def loaded(name: str) -> Any:
+    return lamzoo.create_model(name, pretrained=True).eval()
+
+
+@pytest.mark.parametrize("size", [4, 64])
+def test_some_clips_have_to_the_bit_the_features_that_they_have_among_all(towers: str, film: Path, size: int) -> None:
+    extractor = FeatureExtractor(loaded(towers), clip_seconds=0.2, device="cpu", batch_size=size)
+    whole = extractor.video(film).clips
+    seen: list[tuple[int, int]] = []
+    some = extractor.video(film, range(63, 66), lambda *done: seen.append(done))
+    assert np.array_equal(some.clips, whole[63:66])
+    assert seen[-1] == ((8, 8) if size == 4 else (85, 85))
+
+
+def test_a_window_has_the_numbers_that_the_data_have_for_its_span(
+    model: str, towers: str, film: Path, tmp_path: Path
+) -> None:
+    extract_features([film], film.parent / "features", towers, clip_seconds=0.2, device="cpu")
+    spans = [(13.0 + 2 * k, min(15.0 + 2 * k, 16.5)) for k in range(2)]
+    lines = [f"film.mp4,{start},{end},a tone\n" for start, end in spans]
+    (film.parent / "captions.csv").write_text("video,start,end,caption\n" + "".join(lines))
+    dataset = create_caption_dataset(f"videos:{film.parent}", "test")
+    windows = VideoWindows(film, loaded(model), towers=towers, start=13.0, end=16.5, device="cpu")
+    assert windows.spans == spans
+    for number in range(2):
+        here, there = windows.streams(number), dataset.read(number)
+        assert list(here) == list(there) == ["video", "audio"]
+        for name, stream in there.items():
+            assert np.array_equal(here[name].features, stream.features), name
+            assert np.array_equal(here[name].times, stream.times), name
+
+
+def test_frames_are_read_once_and_only_those_that_are_wanted(
+    model: str, towers: str, film: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    windows = VideoWindows(film, loaded(model), towers=towers, start=2.0, end=6.0, device="cpu")
+    asked: list[range] = []
+    extractor: Any = windows._extractor
+    whole = extractor.video
+    monkeypatch.setattr(extractor, "video", lambda *args: (asked.append(args[1]), whole(*args))[1])
+    described = describe_windows(loaded(model), windows)
+    assert [(each.start, each.end) for each in described] == [(2.0, 4.0), (4.0, 6.0)]
+    assert asked == [range(10, 30)]
+
+
+def test_describe_prints_a_table_and_writes_subtitles(run, model: str, towers: str, film: Path) -> None:
+    common = ("describe", film, "--model", model, "--features", towers, "--device", "cpu")
+    done = run(*common, "--out", "film.vtt", "--beams", 2)
+    assert (done.code, done.err) == (0, "")
+    assert done.out.splitlines()[0] == f"{film}, 17.0 s: 9 of 9 windows, from video and audio"
+    assert done.out.splitlines()[-1] == "film.vtt"
+    found = cues(Path("film.vtt"))
+    assert [start for start, *_ in found] == pytest.approx(np.arange(0, 17, 2))
+    assert [end for _, end, _ in found] == pytest.approx([*np.arange(2, 17, 2), 17])
+    assert sorted(path.name for path in Path().iterdir()) == ["film.vtt", film.parent.name]
+    described = lamzoo.describe_video(film, model, towers=towers, how=Generation(beams=2), device="cpu")
+    assert [each.text for each in described] == [text for *_, text in found]
+    assert all(each.text in done.out for each in described)
+
+
+def test_json_says_what_was_read_and_what_was_not(run, listener: str, clips: Path) -> None:
+    done = run("describe", clips / "half.mp4", "--model", listener, "--json", "--seconds", 1.5)
+    assert done.code == 0
+    said = " ".join(done.err.split())
+    assert "mouth can't be made of a video file: described from audio alone" in said
+    assert "for want of audio: 3.0 to 4.5 s, 4.5 to 5.0 s" in said
+    record = json.loads(done.out)
+    assert (record["features"], record["rate"], record["seconds"], record["duration"]) == (None, None, 1.5, 5.0)
+    assert (record["modalities"], record["missing"]) == (["audio"], ["mouth"])
+    assert [(each["start"], each["end"]) for each in record["windows"]] == [(0, 1.5), (1.5, 3)]
+    assert record["skipped"] == [{"start": 3.0, "end": 4.5}, {"start": 4.5, "end": 5.0}]
+
+
+def test_where_it_is_silent_the_frames_are_described(run, model: str, towers: str, clips: Path) -> None:
+    common = ("--model", model, "--features", towers, "--json", "--device", "cpu")
+    done = run("describe", clips / "half.mp4", *common)
+    assert "silent here, described from video alone: 4.0 to 5.0 s" in " ".join(done.err.split())
+    assert [each["modalities"] for each in json.loads(done.out)["windows"]] == [["video", "audio"]] * 2 + [["video"]]
+    done = run("describe", clips / "mute.mp4", *common, "--seconds", 10)
+    said = " ".join(done.err.split())
+    assert "has no sound: described from video alone" in said
+    assert "2.0 s to describe, less than a window of 10 s" in said
+    assert [(each["start"], each["end"]) for each in json.loads(done.out)["windows"]] == [(0.0, 2.0)]
+
+
+def test_the_model_reads_what_it_wrote_before_as_far_as_it_fits(model: str, towers: str, film: Path) -> None:
+    built = loaded(model)
+    windows = VideoWindows(film, built, towers=towers, end=8.0, device="cpu")
+    described = describe_windows(built, windows)
+    texts = [each.text for each in described]
+    assert {len(text.split()) for text in texts} == {7}  # and there is room for 18 words
+    assert [each.context for each in described] == [(), tuple(texts[:1]), tuple(texts[:2]), tuple(texts[1:3])]
+    alone = describe_windows(built, windows, context=False)
+    assert all(not each.context for each in alone)
+    batch = {name: move(stream, torch.device("cpu")) for name, stream in pad_streams([windows.streams(2)]).items()}
+    assert built.describe(batch) == [alone[2].text]
+
+
+def test_explain_draws_the_first_windows(run, model: str, towers: str, film: Path) -> None:
+    options = ("--model", model, "--features", towers, "--end", "3", "--explain", "words.png", "--top-p", 0.9)
+    done = run("describe", film, *options)
+    assert (done.code, done.out.splitlines()[-1]) == (0, "words.png")
+    with Image.open("words.png") as image:
+        assert image.format == "PNG" and image.width == 8 * 130
+    assert sorted(path.name for path in Path().iterdir()) == sorted(["words.png", film.parent.name])
+
+
+def test_without_matplotlib_only_the_picture_is_refused(
+    run, listener: str, film: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    options = ("describe", film, "--model", listener, "--end", 2)
+    done = run(*options, "--explain", "words.png")
+    assert done.code == 2 and "lamzoo[report]" in done.err
+    assert run(*options).code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ("nowhere.mp4", "no such video: nowhere.mp4"),
+        ("folder", "folder is a folder"),
+        ("broken.mp4", "broken.mp4"),
+        ("cut.mp4", "cut.mp4"),
+        ("sound.wav", "sound.wav"),
+        ("film.mp4 --out film.srt", "film.srt"),
+        ("film.mp4 --out nowhere/film.vtt", "nowhere"),
+        ("film.mp4 --explain film.jpg", "film.jpg"),
+        ("film.mp4 --seconds 0", "a window is 0 s long"),
+        ("film.mp4 --rate 0", "0 frames a second"),
+        ("film.mp4 --start 99", "from 99 to its end"),
+        ("film.mp4 --start 3 --end 2", "from 3 to 2 s"),
+        ("film.mp4 --start -1", "from -1 to its end"),
+        ("film.mp4 --beams 0", "beams=0"),
+        ("film.mp4 --beams 2 --top-p 0.5", "top_p=0.5"),
+        ("film.mp4 --device abacus", "abacus"),
+        ("film.mp4 --model lam_describer_micro", "no weights"),
+        ("film.mp4 --features lam_vit_micro", "lam_clip4clip"),
+        ("film.mp4 --model TOWERS", "describes nothing"),
+        ("", "VIDEO"),
+    ],
+)
+def test_a_mistake_in_describe_is_one_line(
+    run, model: str, towers: str, clips: Path, arguments: str, named: str
+) -> None:
+    Path("folder").mkdir()
+    shutil.copy(clips / "half.mp4", "film.mp4")
+    for name in ("broken.mp4", "sound.wav"):
+        Path(name).write_text("nothing")
+    Path("cut.mp4").write_bytes((clips / "whole.mp4").read_bytes()[:-3000])
+    before = sorted(Path().iterdir())
+    given = arguments.replace("TOWERS", towers).split()
+    given += [] if "--model" in given else ["--model", model]
+    given += [] if "--features" in given else ["--features", towers]
+    given += [] if "--out" in given else ["--out", "out.vtt"]
+    done = run("describe", *given)
+    assert (done.code, done.out) == (2, "")
+    assert named in done.err
+    assert len(done.err.strip().splitlines()) == 1
+    assert sorted(Path().iterdir()) == before
+
+
+def test_what_cannot_be_made_is_refused(run, listener: str, towers: str, clips: Path, tmp_path: Path) -> None:
+    done = run("describe", clips / "mute.mp4", "--model", listener)
+    assert done.code == 2 and "has no sound, and of what the model reads only that could be made" in done.err
+    done = run("describe", clips / "film.mp4", "--model", listener, "--context")
+    assert done.code == 2 and "no room for the sentences before" in done.err
+    done = run("describe", clips / "half.mp4", "--model", listener, "--start", 3.5)
+    assert done.code == 2 and "none of the 1 windows" in done.err
+    lips = saved(tmp_path / "lips", "lam_describer_micro", features={"mouth": 384}, **SMALL)
+    done = run("describe", clips / "film.mp4", "--model", lips)
+    assert done.code == 2 and "none of which can be made of a video file" in done.err
+    wide = saved(tmp_path / "wide", "lam_describer_micro", features={"video": 512}, **SMALL)
+    done = run("describe", clips / "film.mp4", "--model", wide, "--features", towers)
+    assert done.code == 2 and "reads 512 features of a frame, and the towers give 24" in done.err
+
+
+def test_a_damaged_video_leaves_nothing_behind(run, model: str, towers: str, film: Path) -> None:
+    data = bytearray(film.read_bytes())
+    place = data.index(b"mdat") + 40_000
+    data[place : place + 20_000] = bytes(20_000)
+    film.write_bytes(data)
+    done = run("describe", film, "--model", model, "--features", towers, "--out", "film.vtt", "--explain", "film.png")
+    assert done.code == 2 and "film.mp4" in done.err and len(done.err.strip().splitlines()) == 1
+    assert list(Path().iterdir()) == [Path(film.parent.name)]
+
+
+def test_errors_of_the_library_are_lamzoos_own(listener: str, clips: Path) -> None:
+    with pytest.raises(ConfigError, match="at least"):
+        lamzoo.describe_video(clips / "film.mp4", loaded(listener), seconds=float("nan"))
+    with pytest.raises(DataError, match="no such video"):
+        lamzoo.describe_video(clips / "none.mp4", loaded(listener))
