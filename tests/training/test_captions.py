@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import csv
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -15,7 +20,7 @@ import lamzoo
 from lamzoo.data.captions import create_caption_dataset
 from lamzoo.errors import LamzooError, UnsupportedHostError
 from lamzoo.evaluation.describing import caption_scores, describe_clips, evaluate_captions
-from lamzoo.training import Progress, TrainResult, parse_recipe, train
+from lamzoo.training import Progress, TrainResult, load_recipe, parse_recipe, train
 from lamzoo.training.caption_batches import Collate, Samples, caption_losses
 from lamzoo.training.caption_recipe import CaptionWeights
 from tests.speech import ALL, write_speech
@@ -24,6 +29,7 @@ SMALL = {
     "width": 32, "heads": 2, "hidden": 64, "encoder_layers": 2, "text_layers": 1, "decoder_layers": 1,
     "vocabulary": ALL, "context_length": 5, "dropout": 0.0, "input_dropout": 0.0,
 }  # fmt: skip
+RECIPES = Path(__file__).resolve().parents[2] / "benchmarks" / "recipes"
 HELD_BY_RECIPE = ("epoch", "update", "lr", "train_loss", "eval_WER", "eval_CIDEr")
 
 
@@ -143,6 +149,66 @@ def test_killed_run_resumes_to_the_same_curve(table: dict[str, Any], tmp_path: P
     assert torch.equal(curve(resumed.history), curve(whole.history))
     expected, weights = (load_file(result.model / "model.safetensors") for result in (whole, resumed))
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+@pytest.mark.slow
+def test_two_processes_score_as_one(table: dict[str, Any], tmp_path: Path) -> None:
+    table["augment"] = {"splice": 0.0}  # all sentences are as long, so that means of halves are those of the whole
+    table["optimizer"] = {"name": "sgd", "lr": 1e-3}
+    alone = run(table, tmp_path / "alone")
+    table["run"] |= {"output": str(tmp_path / "two")}
+    (tmp_path / "recipe.json").write_text(json.dumps(table))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "lamzoo"]
+    done = subprocess.run(
+        [*launch, "train", str(tmp_path / "recipe.json")],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    rows: Any = list(csv.DictReader((tmp_path / "two" / "metrics.csv").open()))
+    torch.testing.assert_close(curve(rows)[:, 3], curve(alone.history)[:, 3], rtol=0.02, atol=0.0)
+
+
+@pytest.mark.slow
+def test_the_madv2_recipe_trains_on_features_in_its_layout(tmp_path: Path) -> None:
+    h5py = pytest.importorskip("h5py", reason="MAD's features are HDF5 files")
+    generator = np.random.default_rng(0)
+    annotations, features = tmp_path / "mad" / "annotations", tmp_path / "mad" / "features"
+    (annotations / "MAD-v2").mkdir(parents=True)
+    features.mkdir()
+    columns = "movie,start,end,text"
+    lines = [f"film{n % 2},{3 * n},{3 * n + 2},Someone {('walks', 'waits')[n % 2]} by door {n}." for n in range(16)]
+    (annotations / "MAD-v2" / "mad-v2-ad-unnamed.csv").write_text("\n".join([columns, *lines]))
+    told = {
+        str(n): {
+            "movie": "1005_Signs", "sentence": f"SOMEONE waits {n}.", "timestamps": [2.0 * n, 2.0 * n + 1.5],
+            "ext_timestamps": [2.0 * n, 2.0 * n + 2.0], "movie_duration": 60.0, "tokens": [],
+        }
+        for n in range(8)
+    }  # fmt: skip
+    (annotations / "MAD_val.json").write_text(json.dumps(told))
+    (annotations / "MAD_test.json").write_text("{}")
+    for name, rate, width in (("CLIP_B32_frames_features_5fps.h5", 5, 512), ("audio_100fps.h5", 100, 128)):
+        with h5py.File(features / name, "w") as file:
+            for movie in ("film0", "film1", "1005_Signs"):
+                file[movie] = generator.standard_normal((60 * rate, width)).astype(np.float32)
+    small = "{width=32, heads=2, hidden=64, encoder_layers=2, text_layers=1, decoder_layers=1, vocabulary=600}"
+    changes = (
+        "model.pretrained=false",
+        f"model.kwargs={small}",
+        "data.workers=0",
+        "run.batch_size=8",
+        "run.device=cpu",
+        "run.precision=no",
+    )
+    source, output = f"data.source=mad:{tmp_path / 'mad'}", f"run.output={tmp_path / 'out'}"
+    result = train(load_recipe(RECIPES / "madv2.toml", (source, output, *changes, "run.report=false")))
+    assert result.history[-1]["update"] == 20
+    assert result.history[-1]["train_loss"] < result.history[0]["train_loss"]
+    assert {"CIDEr", "R@5/16"} <= result.scores["mad-eval"].keys()
+    assert lamzoo.create_model(f"local-dir:{result.model}", pretrained=True).features == {"video": 512, "audio": 128}
 
 
 def test_case_and_punctuation_do_not_count(speech: Path) -> None:
