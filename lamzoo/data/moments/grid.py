@@ -14,16 +14,13 @@ from lamzoo.errors import DataError
 
 LONGEST = 600.0  # seconds of a recording
 
-_START = "<start>"
-
 
 class GridMoments(MomentSource):
     """Recordings of the split's clips, one behind the other, cut at their length; every word in one is a query.
 
     Clips are shuffled by the split's name, and each is used once, so that a split always has the same recordings. The
-    moments of a query are all places at which its word is said. Its text features are those of a start token, alike for
-    all, and of the word, one-hot over both and the corpus's vocabulary: clips that look at one token alone can't tell
-    whether it fits them. A "clip", in the sense of the models, is a token of 40 ms.
+    moments of a query are all places at which its word is said, and its one text feature is one-hot over the corpus's
+    vocabulary. A "clip", in the sense of the models, is a token of 40 ms.
 
     Args:
         clips: the split's clips.
@@ -53,7 +50,7 @@ class GridMoments(MomentSource):
         return self._recordings[self._recording_of[index]].tokens
 
     def text(self, index: int) -> Features:
-        return self._tokens(self.queries[index].text)
+        return self._one_hot(self.queries[index].text)
 
     def splice(self) -> tuple[MomentQuery, Features, Features]:
         """Returns a recording of sentences whose words are exchanged, and one of its words; see the base class."""
@@ -68,7 +65,7 @@ class GridMoments(MomentSource):
         if not words:  # a second can pass between two words
             return self.splice()
         query = self._query("spliced", random.choice(words), speech)
-        return query, speech.tokens, self._tokens(query.text)
+        return query, speech.tokens, self._one_hot(query.text)
 
     def _record(self) -> list[Speech]:
         rng = random.Random(self.split)
@@ -95,8 +92,8 @@ class GridMoments(MomentSource):
         windows = tuple((first, last) for spoken, first, last in speech.words if spoken == word)
         return MomentQuery(f"{recording}-{word}", word, recording, len(speech.tokens) / RATE, windows)
 
-    def _tokens(self, word: str) -> Features:
-        return (np.array([[_START], [word]]) == np.array([_START, *self._clips.vocabulary])).astype(np.float32)
+    def _one_hot(self, word: str) -> Features:
+        return (np.array(self._clips.vocabulary) == word).astype(np.float32)[None]
 
 
 def grid(root: Path, split: str, modalities: Modalities, seconds: tuple[float, float]) -> GridMoments:
