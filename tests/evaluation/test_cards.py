@@ -18,7 +18,7 @@ from lamzoo.registry import create_model
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 SPLITS = {"cifar10": "test", "tinyimagenet100": "val"}  # of what is bundled, by tag
 VIDEOS = {"grid": "grid:{data}/grid_s1:motion"}
-SPEECH = {"grid": "grid:{data}/grid_s1"}
+SPEECH = {"captions": "grid:{data}/grid_s1:mouth+audio", "moments": "grid:{data}/grid_s1:audio"}
 
 
 def scored_names(metric: str) -> list[str]:
@@ -51,7 +51,7 @@ def test_the_cards_ranks_are_measured_again(name: str) -> None:
 def test_the_cards_words_and_moments_are_measured_again(name: str) -> None:
     tag = model_info(name).tag
     task = "captions" if "WER" in tag.metrics else "moments"
-    source = SPEECH[tag.name]
+    source = SPEECH[task]
     assert f"--task {task} --data {source.format(data='../shared/data')} --split test" in tag.metrics["command"]
     if not DATA.is_dir():
         pytest.skip(f"{DATA} is not here")
