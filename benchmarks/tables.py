@@ -50,6 +50,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ablation": ablation,
     "grid": lambda: ablation(HERE / "grid.toml"),
     "flickr8k": lambda: ablation(HERE / "flickr8k.toml"),
+    "captions": lambda: ablation(HERE / "captions.toml"),
     "speed": lambda: speed.table(read_lines(RESULTS / "speed.csv", speed.Row)),
     "kernels": lambda: kernels.table(read_lines(RESULTS / "kernels.csv", kernels.Row)),
     "exported": lambda: exported.table(read_lines(RESULTS / "exported.csv", exported.Row)),

@@ -12,7 +12,7 @@ from lamzoo.data.retrieval.jpegs import JpegLines
 from lamzoo.errors import DataError
 
 _SIDE, _PATCH = 128, 8  # pixels
-_TIMES = (np.arange((_SIDE // _PATCH) ** 2, dtype=np.float32) + 0.5) / 25
+_TIMES = ((np.arange((_SIDE // _PATCH) ** 2) + 0.5) / 25).astype(np.float32)
 
 
 class Flickr8kCaptions(CaptionSource):
