@@ -81,7 +81,12 @@ class MomentNetwork(nn.Module):
         self.class_head = nn.Linear(width, 2)
 
     def forward(
-        self, video: Tensor, text: Tensor, video_mask: Tensor | None = None, text_mask: Tensor | None = None
+        self,
+        video: Tensor,
+        text: Tensor,
+        video_mask: Tensor | None = None,
+        text_mask: Tensor | None = None,
+        unrelated: Tensor | None = None,
     ) -> Moments:
         """Looks for a sentence in a video.
 
@@ -91,6 +96,8 @@ class MomentNetwork(nn.Module):
             text: ``(B, W, text_dim)``, float.
             video_mask: bool ``(B, N)``, True where there is a clip; None for all.
             text_mask: bool ``(B, W)``, True where there is a word; None for all.
+            unrelated: int64 ``(B,)``, for each video the sample whose sentence does not fit it, on which QD-DETR
+                trains; None for the next one's.
         """
         video_mask, text_mask = (
             tokens.new_ones(tokens.shape[:2], dtype=torch.bool) if mask is None else mask
@@ -98,9 +105,17 @@ class MomentNetwork(nn.Module):
         )
         clips, words = self.video_projection(video), self.text_projection(text)
         positions = sine_positions(video_mask, self.width, self.position_turns).to(clips.dtype)
-        return self.find(clips, words, positions, video_mask, text_mask)
+        return self.find(clips, words, positions, video_mask, text_mask, unrelated)
 
-    def find(self, clips: Tensor, words: Tensor, positions: Tensor, video_mask: Tensor, text_mask: Tensor) -> Moments:
+    def find(
+        self,
+        clips: Tensor,
+        words: Tensor,
+        positions: Tensor,
+        video_mask: Tensor,
+        text_mask: Tensor,
+        unrelated: Tensor | None = None,
+    ) -> Moments:
         """Looks for a sentence, ``(B, W, C)``, in clips ``(B, N, C)`` with positions."""
         raise NotImplementedError
 
@@ -158,7 +173,15 @@ class MomentDetr(MomentNetwork):
         initialise(self.encoder)
         initialise(self.decoder)
 
-    def find(self, clips: Tensor, words: Tensor, positions: Tensor, video_mask: Tensor, text_mask: Tensor) -> Moments:
+    def find(
+        self,
+        clips: Tensor,
+        words: Tensor,
+        positions: Tensor,
+        video_mask: Tensor,
+        text_mask: Tensor,
+        unrelated: Tensor | None = None,
+    ) -> Moments:
         """As :meth:`MomentNetwork.find`: both modalities are one sequence."""
         memory = torch.cat([clips, words], dim=1)
         positions = torch.cat([positions, torch.zeros_like(words)], dim=1)

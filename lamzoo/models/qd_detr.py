@@ -79,7 +79,15 @@ class QdDetr(MomentNetwork):
         initialise(self.cross)
         initialise(self.encoder)
 
-    def find(self, clips: Tensor, words: Tensor, positions: Tensor, video_mask: Tensor, text_mask: Tensor) -> Moments:
+    def find(
+        self,
+        clips: Tensor,
+        words: Tensor,
+        positions: Tensor,
+        video_mask: Tensor,
+        text_mask: Tensor,
+        unrelated: Tensor | None = None,
+    ) -> Moments:
         """As :meth:`MomentNetwork.find`: clips read the words, and the decoder sees clips alone."""
         memory, saliency = self._read(clips, words, positions, video_mask, text_mask)
         centres = None
@@ -87,11 +95,11 @@ class QdDetr(MomentNetwork):
             centres = peaks(saliency.detach(), video_mask, self.decoder.num_queries)
         found = self.decoder(memory, positions, video_mask, centres)
         *others, (spans, logits) = [(self._refined(*entry), self.class_head(entry[0])) for entry in found]
-        unrelated = None
+        elsewhere = None
         if self.training and len(clips) > 1:
-            words, text_mask = words.roll(-1, dims=0), text_mask.roll(-1, dims=0)
-            unrelated = self._read(clips, words, positions, video_mask, text_mask)[1]
-        return Moments(spans, logits, saliency, tuple(others), unrelated)
+            rows = torch.arange(len(clips), device=clips.device).roll(-1) if unrelated is None else unrelated
+            elsewhere = self._read(clips, words[rows], positions, video_mask, text_mask[rows])[1]
+        return Moments(spans, logits, saliency, tuple(others), elsewhere)
 
     def _read(
         self, clips: Tensor, words: Tensor, positions: Tensor, video_mask: Tensor, text_mask: Tensor

@@ -24,6 +24,7 @@ class Sample:
     """A query with its features, and what is true of it.
 
     Attributes:
+        query: what is asked.
         features: of the query and its video.
         spans: ``(moments, 2)``, centre and width as shares of the video.
         better: int64 ``(2,)``, clips that fit better than those of ``worse``.
@@ -31,6 +32,7 @@ class Sample:
         grades: ``(N,)``.
     """
 
+    query: MomentQuery
     features: MomentFeatures
     spans: Tensor
     better: Tensor
@@ -61,7 +63,7 @@ class Samples(Dataset[Sample]):
         spans = np.stack([windows.mean(axis=1), windows[:, 1] - windows[:, 0]], axis=1).astype(np.float32)
         grades = clip_grades(query, len(features.video))
         better, worse = _draw_pairs(grades)
-        return Sample(features, *(torch.from_numpy(part) for part in (spans, better, worse, grades)))
+        return Sample(query, features, *(torch.from_numpy(part) for part in (spans, better, worse, grades)))
 
 
 def clip_grades(query: MomentQuery, count: int) -> NDArray[np.float32]:
@@ -100,7 +102,8 @@ def collate(samples: Sequence[Sample]) -> dict[str, Tensor]:
 
     Returns:
         ``video`` and ``text`` with their masks, as :func:`pad_features`; ``spans (B, M, 2)`` with ``moments (B,)``, how
-        many of them there are; ``better`` and ``worse (B, 2)``; ``grades (B, N)``.
+        many of them there are; ``better`` and ``worse (B, 2)``; ``grades (B, N)``; ``unrelated (B,)``, for each video
+        the sample whose sentence does not fit it.
     """
     video, text, video_mask, text_mask = pad_features([sample.features for sample in samples])
 
@@ -111,4 +114,15 @@ def collate(samples: Sequence[Sample]) -> dict[str, Tensor]:
         "video": video, "text": text, "video_mask": video_mask, "text_mask": text_mask, "spans": padded("spans"),
         "moments": torch.tensor([len(sample.spans) for sample in samples]), "better": padded("better"),
         "worse": padded("worse"), "grades": padded("grades"),
+        "unrelated": _unrelated([sample.query for sample in samples]),
     }  # fmt: skip
+
+
+def _unrelated(queries: Sequence[MomentQuery]) -> Tensor:
+    """Returns, for each query's video, the next sample whose sentence is not known to fit it; the next if all do."""
+    count, found = len(queries), []
+    for number, query in enumerate(queries):
+        behind = [(number + step) % count for step in range(1, count)] or [number]
+        fits = {query.text, *query.others}
+        found.append(next((other for other in behind if queries[other].text not in fits), behind[0]))
+    return torch.tensor(found)

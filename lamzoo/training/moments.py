@@ -22,6 +22,8 @@ from lamzoo.training.score_report import moment_table
 _WATCHED = {"MR-full-R1@0.5": "R1@0.5", "MR-full-R1@0.7": "R1@0.7", "MR-full-mAP": "mAP",
             "HL-min-VeryGood-mAP": "HL_mAP", "HL-min-VeryGood-Hit1": "HL_Hit1"}  # fmt: skip
 
+_READ = ("video", "text", "video_mask", "text_mask", "unrelated")
+
 
 class MomentRun(FeatureRun):
     """One run of a moment model; arguments as of :class:`TrainingRun`."""
@@ -61,7 +63,7 @@ class MomentRun(FeatureRun):
 
     def losses(self, batch: Any) -> Mapping[str, Tensor]:
         with self.accelerator.autocast():
-            found = self.model(batch["video"], batch["text"], batch["video_mask"], batch["text_mask"])
+            found = self.model(*(batch[key] for key in _READ))
         return moment_losses(found, _targets(batch), self.recipe.loss)
 
     def evaluate(self) -> dict[str, float]:

@@ -27,6 +27,8 @@ class MomentQuery:
         windows: start and end of its moments, seconds; none where the split keeps them to itself.
         grades: of each clip, by each annotator, ``(clips, annotators)``, 0 where it doesn't fit; None where nobody gave
             any.
+        others: further sentences that are known to have moments in the video, so that training does not take them for
+            unrelated ones.
     """
 
     qid: int | str
@@ -35,6 +37,7 @@ class MomentQuery:
     duration: float
     windows: tuple[tuple[float, float], ...]
     grades: NDArray[np.float32] | None = None
+    others: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

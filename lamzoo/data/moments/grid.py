@@ -90,7 +90,8 @@ class GridMoments(MomentSource):
 
     def _query(self, recording: str, word: str, speech: Speech) -> MomentQuery:
         windows = tuple((first, last) for spoken, first, last in speech.words if spoken == word)
-        return MomentQuery(f"{recording}-{word}", word, recording, len(speech.tokens) / RATE, windows)
+        others = frozenset(spoken for spoken, *_ in speech.words) - {word}
+        return MomentQuery(f"{recording}-{word}", word, recording, len(speech.tokens) / RATE, windows, others=others)
 
     def _one_hot(self, word: str) -> Features:
         return (np.array(self._clips.vocabulary) == word).astype(np.float32)[None]
