@@ -29,6 +29,8 @@ class Moments:
         saliency: ``(B, N)``, of each clip; the higher, the better it fits the sentence.
         layers: spans and logits behind each decoder layer but the last, for auxiliary losses.
         unrelated: saliency for the sentence of another sample, ``(B, N)``, where the model trains on it (QD-DETR).
+        words: of the word that is said in each clip, ``(B, N, words + 1)``, 0 standing for none; None but in training
+            of a model built with ``words``.
     """
 
     spans: Tensor
@@ -36,6 +38,7 @@ class Moments:
     saliency: Tensor
     layers: tuple[tuple[Tensor, Tensor], ...] = ()
     unrelated: Tensor | None = None
+    words: Tensor | None = None
 
     def windows(self) -> Tensor:
         """Returns ``(B, Q, 3)``: start and end as shares of the video, and score, the best first."""
@@ -56,6 +59,7 @@ class MomentNetwork(nn.Module):
         position_turns: of the fastest wave of the sine positions over a video.
         max_clips: clips of a video that it is profiled with; it takes any number.
         max_words: likewise, words of a sentence.
+        word_head: tells which word is said in a clip, where the model was built to; only training looks at it.
     """
 
     lam_config: LamConfig | None
@@ -69,6 +73,7 @@ class MomentNetwork(nn.Module):
         position_turns: float,
         max_clips: int,
         max_words: int,
+        words: int,
     ) -> None:
         super().__init__()
         self.video_dim, self.text_dim, self.width = video_dim, text_dim, width
@@ -79,6 +84,7 @@ class MomentNetwork(nn.Module):
         self.text_projection = InputProjection(text_dim, width, input_dropout)
         self.span_head = Mlp(width, width, 2, 3)
         self.class_head = nn.Linear(width, 2)
+        self.word_head = nn.Linear(width, words + 1) if words else None
 
     def forward(
         self,
@@ -119,6 +125,10 @@ class MomentNetwork(nn.Module):
         """Looks for a sentence, ``(B, W, C)``, in clips ``(B, N, C)`` with positions."""
         raise NotImplementedError
 
+    def said(self, memory: Tensor) -> Tensor | None:
+        """Returns, in training, what :attr:`word_head` makes of the encoder's clips ``(B, N, C)``."""
+        return None if self.word_head is None or not self.training else self.word_head(memory)
+
     def example_inputs(self, batch_size: int = 1) -> tuple[Tensor, Tensor]:
         """Returns random features of ``max_clips`` clips and ``max_words`` words, to measure the model on."""
         like = next(self.parameters())
@@ -145,6 +155,7 @@ class MomentDetr(MomentNetwork):
             hundreds of clips hardly differ.
         max_clips: clips of a video that it is profiled with.
         max_words: likewise, words of a sentence.
+        words: of a vocabulary, that its encoder learns to tell apart clip by clip, where they have times; 0 for none.
     """
 
     def __init__(
@@ -163,8 +174,9 @@ class MomentDetr(MomentNetwork):
         position_turns: float = 1.0,
         max_clips: int = 75,
         max_words: int = 32,
+        words: int = 0,
     ) -> None:
-        super().__init__(video_dim, text_dim, width, input_dropout, position_turns, max_clips, max_words)
+        super().__init__(video_dim, text_dim, width, input_dropout, position_turns, max_clips, max_words, words)
         self.encoder = nn.ModuleList(EncoderLayer(width, heads, hidden, dropout) for _ in range(encoder_layers))
         self.decoder = nn.ModuleList(DecoderLayer(width, heads, hidden, dropout) for _ in range(decoder_layers))
         self.decoder_norm = nn.LayerNorm(width)
@@ -189,8 +201,9 @@ class MomentDetr(MomentNetwork):
         for layer in self.encoder:
             memory = layer(memory, positions, allowed=allowed)
         *others, (spans, logits) = self._decode(memory, positions, allowed)
-        saliency = self.saliency_head(memory[:, : clips.shape[1]]).squeeze(-1)
-        return Moments(spans, logits, saliency, tuple(others))
+        memory = memory[:, : clips.shape[1]]
+        saliency = self.saliency_head(memory).squeeze(-1)
+        return Moments(spans, logits, saliency, tuple(others), words=self.said(memory))
 
     def _decode(self, memory: Tensor, positions: Tensor, allowed: Tensor) -> list[tuple[Tensor, Tensor]]:
         numbers = torch.arange(self.query_embedding.num_embeddings, device=memory.device)

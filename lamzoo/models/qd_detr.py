@@ -44,6 +44,7 @@ class QdDetr(MomentNetwork):
             hundreds of clips hardly differ.
         max_clips: clips of a video that it is profiled with.
         max_words: likewise, words of a sentence.
+        words: of a vocabulary, that its encoder learns to tell apart clip by clip, where they have times; 0 for none.
     """
 
     def __init__(
@@ -64,8 +65,9 @@ class QdDetr(MomentNetwork):
         position_turns: float = 1.0,
         max_clips: int = 75,
         max_words: int = 32,
+        words: int = 0,
     ) -> None:
-        super().__init__(video_dim, text_dim, width, input_dropout, position_turns, max_clips, max_words)
+        super().__init__(video_dim, text_dim, width, input_dropout, position_turns, max_clips, max_words, words)
         if anchors not in get_args(Anchors):
             raise ConfigError(f"anchors is {anchors!r}; it must be one of {', '.join(map(repr, get_args(Anchors)))}.")
         self.anchors = anchors
@@ -99,7 +101,7 @@ class QdDetr(MomentNetwork):
         if self.training and len(clips) > 1:
             rows = torch.arange(len(clips), device=clips.device).roll(-1) if unrelated is None else unrelated
             elsewhere = self._read(clips, words[rows], positions, video_mask, text_mask[rows])[1]
-        return Moments(spans, logits, saliency, tuple(others), elsewhere)
+        return Moments(spans, logits, saliency, tuple(others), elsewhere, self.said(memory))
 
     def _read(
         self, clips: Tensor, words: Tensor, positions: Tensor, video_mask: Tensor, text_mask: Tensor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +30,7 @@ class Sample:
         better: int64 ``(2,)``, clips that fit better than those of ``worse``.
         worse: int64 ``(2,)``.
         grades: ``(N,)``.
+        words: int64 ``(N,)``, the word that is said in each clip, 0 for none; None where the data don't know.
     """
 
     query: MomentQuery
@@ -38,6 +39,7 @@ class Sample:
     better: Tensor
     worse: Tensor
     grades: Tensor
+    words: Tensor | None = None
 
 
 class Samples(Dataset[Sample]):
@@ -50,6 +52,7 @@ class Samples(Dataset[Sample]):
 
     def __init__(self, dataset: MomentDataset, splice: float = 0.0) -> None:
         self._dataset, self._splice = dataset, splice
+        self._numbers = {word: number for number, word in enumerate(dataset.vocabulary, start=1)}
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -63,7 +66,9 @@ class Samples(Dataset[Sample]):
         spans = np.stack([windows.mean(axis=1), windows[:, 1] - windows[:, 0]], axis=1).astype(np.float32)
         grades = clip_grades(query, len(features.video))
         better, worse = _draw_pairs(grades)
-        return Sample(query, features, *(torch.from_numpy(part) for part in (spans, better, worse, grades)))
+        words = torch.from_numpy(_said(query, self._numbers, len(grades))) if self._numbers else None
+        tensor = torch.from_numpy
+        return Sample(query, features, tensor(spans), tensor(better), tensor(worse), tensor(grades), words)
 
 
 def clip_grades(query: MomentQuery, count: int) -> NDArray[np.float32]:
@@ -103,19 +108,32 @@ def collate(samples: Sequence[Sample]) -> dict[str, Tensor]:
     Returns:
         ``video`` and ``text`` with their masks, as :func:`pad_features`; ``spans (B, M, 2)`` with ``moments (B,)``, how
         many of them there are; ``better`` and ``worse (B, 2)``; ``grades (B, N)``; ``unrelated (B,)``, for each video
-        the sample whose sentence does not fit it.
+        the sample whose sentence does not fit it; and where the data know them ``words (B, N)``, -100 behind a video's
+        end.
     """
     video, text, video_mask, text_mask = pad_features([sample.features for sample in samples])
 
     def padded(name: str) -> Tensor:
         return torch.nn.utils.rnn.pad_sequence([getattr(sample, name) for sample in samples], batch_first=True)
 
-    return {
+    batch = {
         "video": video, "text": text, "video_mask": video_mask, "text_mask": text_mask, "spans": padded("spans"),
         "moments": torch.tensor([len(sample.spans) for sample in samples]), "better": padded("better"),
         "worse": padded("worse"), "grades": padded("grades"),
         "unrelated": _unrelated([sample.query for sample in samples]),
     }  # fmt: skip
+    words = [sample.words for sample in samples if sample.words is not None]
+    if len(words) == len(samples):
+        batch["words"] = torch.nn.utils.rnn.pad_sequence(words, batch_first=True, padding_value=-100)
+    return batch
+
+
+def _said(query: MomentQuery, numbers: Mapping[str, int], count: int) -> NDArray[np.int64]:
+    middles = (np.arange(count) + 0.5) * query.duration / count
+    said = np.zeros(count, dtype=np.int64)
+    for word, start, end in query.words:
+        said[(middles >= start) & (middles < end)] = numbers[word]
+    return said
 
 
 def _unrelated(queries: Sequence[MomentQuery]) -> Tensor:
@@ -123,6 +141,6 @@ def _unrelated(queries: Sequence[MomentQuery]) -> Tensor:
     count, found = len(queries), []
     for number, query in enumerate(queries):
         behind = [(number + step) % count for step in range(1, count)] or [number]
-        fits = {query.text, *query.others}
+        fits = {query.text, *(word for word, *_ in query.words)}
         found.append(next((other for other in behind if queries[other].text not in fits), behind[0]))
     return torch.tensor(found)

@@ -33,6 +33,8 @@ class MomentTargets:
         worse: int64 ``(B, P)``.
         grades: ``(B, N)``, each clip's, 0 where it doesn't fit: QVHighlights' three annotators together give up to 12.
         video_mask: bool ``(B, N)``, True where there is a clip.
+        words: int64 ``(B, N)``, the word that is said in each clip, 0 for none and -100 where there is no clip; None
+            where the data don't know.
     """
 
     spans: tuple[Tensor, ...]
@@ -40,6 +42,7 @@ class MomentTargets:
     worse: Tensor
     grades: Tensor
     video_mask: Tensor
+    words: Tensor | None = None
 
 
 def moment_losses(found: Moments, targets: MomentTargets, weights: MomentWeights) -> dict[str, Tensor]:
@@ -52,7 +55,8 @@ def moment_losses(found: Moments, targets: MomentTargets, weights: MomentWeights
 
     Returns:
         ``span``, ``giou`` and ``label``, each over all decoder layers, and ``saliency``; QD-DETR's ``negative`` and
-        ``contrast`` where the model scored the videos for other sentences. The loss is their sum.
+        ``contrast`` where the model scored the videos for other sentences; ``words`` where it tells words apart and the
+        data know them. The loss is their sum.
     """
     losses = {key: found.spans.new_zeros((), dtype=torch.float32) for key in ("span", "giou", "label")}
     for spans, logits in (*found.layers, (found.spans, found.logits)):
@@ -64,6 +68,8 @@ def moment_losses(found: Moments, targets: MomentTargets, weights: MomentWeights
         unrelated = found.unrelated.float()
         losses["negative"] = weights.saliency * negative_loss(unrelated, targets.video_mask)
         losses["contrast"] = weights.saliency * contrast_loss(saliency, unrelated, targets, weights.temperature)
+    if found.words is not None and targets.words is not None:
+        losses["words"] = weights.words * F.cross_entropy(found.words.float().mT, targets.words)
     return losses
 
 

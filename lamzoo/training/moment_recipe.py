@@ -19,8 +19,8 @@ class MomentModelSection:
         name: a model of the family ``lam_moment_detr``, ``local-dir:`` or ``hf-hub:``.
         pretrained: start from the published weights.
         lam: fields of a :class:`lamzoo.LamConfig` in place of the registered one.
-        kwargs: further arguments of ``create_model``, such as ``lam_in`` and ``queries``; ``video_dim`` and
-            ``text_dim`` are those of the data where they are left out and the model has no weights.
+        kwargs: further arguments of ``create_model``, such as ``lam_in`` and ``queries``; ``video_dim``,
+            ``text_dim`` and ``words`` are those of the data where they are left out and the model has no weights.
     """
 
     name: str
@@ -75,6 +75,7 @@ class MomentWeights:
         saliency: of all that is said of clips.
         margin: by which a better clip is to be ahead of a worse one.
         temperature: of the contrast between grades.
+        words: of the cross-entropy of the word said in each clip, for models built with ``words``.
     """
 
     span: float = 10.0
@@ -84,6 +85,7 @@ class MomentWeights:
     saliency: float = 1.0
     margin: float = 0.2
     temperature: float = 0.5
+    words: float = 1.0
 
 
 @dataclass(frozen=True)

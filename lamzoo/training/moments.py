@@ -9,6 +9,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from lamzoo.data.moments import MomentDataset, create_moment_dataset
+from lamzoo.errors import RecipeError
 from lamzoo.evaluation.finding import check_features, submission
 from lamzoo.evaluation.moments import moment_metrics
 from lamzoo.lam import LamConfig
@@ -48,12 +49,22 @@ class MomentRun(FeatureRun):
         kwargs = dict(section.kwargs)
         if ":" not in section.name and not section.pretrained:
             video, text = self.example.video.shape[1], self.example.text.shape[1]
-            kwargs = {"video_dim": video, "text_dim": text, **kwargs}
+            words = len(self.splits["train"].vocabulary)
+            kwargs = {"video_dim": video, "text_dim": text, "words": words, **kwargs}
         if section.lam is not None:
             kwargs["lam"] = LamConfig.from_dict(section.lam)
         model = create_model(section.name, pretrained=section.pretrained, **kwargs)
         check_features(model, self.example)
+        self._check_words(model)
         return model
+
+    def _check_words(self, model: nn.Module) -> None:
+        head, known = getattr(model, "word_head", None), len(self.splits["train"].vocabulary)
+        if head is not None and known and head.out_features != known + 1:
+            raise RecipeError(
+                f"{self.recipe.model.name} tells {head.out_features - 1} words apart, and {self.recipe.data.source} "
+                f"knows the times of {known}; set model.kwargs.words to {known}."
+            )
 
     def samples(self) -> Samples:
         return Samples(self.splits["train"], self.recipe.augment.splice)
@@ -88,4 +99,6 @@ class MomentRun(FeatureRun):
 
 def _targets(batch: Mapping[str, Tensor]) -> MomentTargets:
     spans = tuple(row[:count] for row, count in zip(batch["spans"], batch["moments"].tolist(), strict=True))
-    return MomentTargets(spans, batch["better"], batch["worse"], batch["grades"], batch["video_mask"])
+    return MomentTargets(
+        spans, batch["better"], batch["worse"], batch["grades"], batch["video_mask"], batch.get("words")
+    )

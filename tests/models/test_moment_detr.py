@@ -168,8 +168,7 @@ def test_everything_is_trained(name: str) -> None:
     masked = model(f"lam_{name}", lam_in=PLACES[name]).train()
     found = masked(*batch())
     parts = [found.spans, found.logits, found.saliency, *(x for layer in found.layers for x in layer)]
-    if found.unrelated is not None:
-        parts.append(found.unrelated)
+    parts += [part for part in (found.unrelated, found.words) if part is not None]
     sum(part.square().sum() for part in parts).backward()
     assert [key for key, parameter in masked.named_parameters() if parameter.grad is None] == []
     assert len(found.layers) == 1
@@ -187,6 +186,24 @@ def test_qd_detr_scores_videos_for_the_next_samples_sentence_in_training() -> No
     found = detr.train()(video, text, video_mask, text_mask)
     others = detr.eval()(video, text[[1, 2, 0]], video_mask, text_mask[[1, 2, 0]])
     assert_close(found.unrelated, others.saliency)
+
+
+def test_qd_detr_scores_videos_for_the_samples_that_it_is_told() -> None:
+    detr = model("qd_detr_micro", input_dropout=0.0, dropout=0.0)
+    video, text, video_mask, text_mask = batch(size=3)
+    rows = torch.tensor([2, 0, 0])
+    found = detr.train()(video, text, video_mask, text_mask, rows)
+    others = detr.eval()(video, text[rows], video_mask, text_mask[rows])
+    assert_close(found.unrelated, others.saliency)
+
+
+@each_model
+def test_words_are_told_apart_in_training_alone(name: str) -> None:
+    told = model(name, words=7)
+    video, text, video_mask, text_mask = batch()
+    assert told(video, text, video_mask, text_mask).words is None
+    assert told.train()(video, text, video_mask, text_mask).words.shape == (*video.shape[:2], 8)
+    assert model(name, words=0).train()(video, text, video_mask, text_mask).words is None
 
 
 def test_windows_are_sorted_and_inside_the_video() -> None:
@@ -258,7 +275,7 @@ def test_the_decoder_may_begin_at_salient_clips() -> None:
     inputs = batch(60)
     found = detr(*inputs)
     assert found.spans.shape == (2, 10, 2)
-    (found.spans.sum() + found.logits.sum() + found.saliency.sum() + found.unrelated.sum()).backward()
+    sum(part.sum() for part in (found.spans, found.logits, found.saliency, found.unrelated, found.words)).backward()
     assert all(p.grad is not None for name, p in detr.named_parameters())
     begun = peaks(found.saliency.detach(), inputs[2], 10)
     assert_close(found.layers[0][0][..., 0].detach(), begun, atol=0.1, rtol=0.0)

@@ -115,6 +115,17 @@ def test_the_saliency_losses_are_those_written_out() -> None:
     assert losses["contrast"].item() == pytest.approx(expected, abs=1e-5)
 
 
+def test_the_word_loss_is_the_cross_entropy_of_the_clips_that_are_there() -> None:
+    said, truth = replace(found(), words=torch.randn(2, 8, 5)), targets()
+    assert "words" not in moment_losses(said, truth, WEIGHTS)
+    words = torch.randint(0, 5, (2, 8)).masked_fill(~truth.video_mask, -100)
+    loss = moment_losses(said, replace(truth, words=words), WEIGHTS)["words"]
+    assert said.words is not None
+    chances = said.words.log_softmax(dim=-1)
+    wanted = [-chances[b, n, words[b, n]] for b, n in truth.video_mask.nonzero().tolist()]
+    assert_close(loss, torch.stack(wanted).mean())
+
+
 def test_clips_that_are_not_there_say_nothing() -> None:
     said, truth = found(unrelated=torch.randn(2, 8)), targets()
     assert said.unrelated is not None

@@ -86,6 +86,45 @@ def test_a_sample_says_what_is_true_of_it(qvhighlights: Path) -> None:
     assert batch["moments"].tolist() == [1] * 5
 
 
+def test_a_batch_pairs_videos_with_words_that_are_not_said_in_them(speech: Path) -> None:
+    samples = Samples(create_moment_dataset(f"grid:{speech}:audio:3", "train"), splice=0.5)
+    drawn = [samples[index] for index in range(12)]
+    batch = collate(drawn)
+    for sample, other in zip(drawn, batch["unrelated"].tolist(), strict=True):
+        assert drawn[other].query.text not in {word for word, *_ in sample.query.words}
+    alike = collate([drawn[0], drawn[0], drawn[0]])
+    assert alike["unrelated"].tolist() == [1, 2, 0]  # where all fit, the next
+
+
+def test_a_batch_says_which_word_is_said_in_each_clip(speech: Path) -> None:
+    dataset = create_moment_dataset(f"grid:{speech}:audio:2-3", "train")
+    samples = Samples(dataset)
+    drawn = [samples[index] for index in range(8)]
+    words = collate(drawn)["words"]
+    for sample, row in zip(drawn, words, strict=True):
+        count = len(sample.grades)
+        assert row[count:].eq(-100).all()
+        number = dataset.vocabulary.index(sample.query.text) + 1
+        assert row[:count].eq(number).tolist() == sample.grades.gt(0).tolist()
+        said = {word for word, *_ in sample.query.words}
+        assert {dataset.vocabulary[each - 1] for each in row[:count].tolist() if each} == said
+
+
+def test_data_whose_words_have_no_times_say_nothing_of_them(qvhighlights: Path) -> None:
+    samples = Samples(create_moment_dataset(f"qvhighlights:{qvhighlights}", "train"))
+    batch = collate([samples[0], samples[1]])
+    assert "words" not in batch
+    assert batch["unrelated"].tolist() == [1, 0]
+
+
+def test_a_model_of_another_vocabulary_is_refused(table: dict[str, Any], tmp_path: Path) -> None:
+    table["model"]["kwargs"]["words"] = 51
+    with pytest.raises(
+        LamzooError, match="tells 51 words apart, and .* knows the times of 6; set model.kwargs.words to 6"
+    ):
+        run(table, tmp_path / "out")
+
+
 @pytest.mark.parametrize("name", ["lam_moment_detr_micro", "qd_detr_micro"])
 def test_it_learns_to_find_words_it_has_not_heard(table: dict[str, Any], tmp_path: Path, name: str) -> None:
     table["model"] |= {"name": name}

@@ -27,8 +27,7 @@ class MomentQuery:
         windows: start and end of its moments, seconds; none where the split keeps them to itself.
         grades: of each clip, by each annotator, ``(clips, annotators)``, 0 where it doesn't fit; None where nobody gave
             any.
-        others: further sentences that are known to have moments in the video, so that training does not take them for
-            unrelated ones.
+        words: all that are known to be said in the video, each with its start and end, seconds; each could be a query.
     """
 
     qid: int | str
@@ -37,7 +36,7 @@ class MomentQuery:
     duration: float
     windows: tuple[tuple[float, float], ...]
     grades: NDArray[np.float32] | None = None
-    others: frozenset[str] = frozenset()
+    words: tuple[tuple[str, float, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,11 +59,13 @@ class MomentSource(ABC):
         split: the split's own name.
         clip_seconds: length of a clip.
         queries: what is asked.
+        vocabulary: the words that are said in the videos, where the data know when.
     """
 
     split: str
     clip_seconds: float
     queries: Sequence[MomentQuery]
+    vocabulary: tuple[str, ...] = ()
 
     @abstractmethod
     def video(self, index: int) -> Features:
@@ -89,6 +90,7 @@ class MomentDataset:
         split: the split's own name.
         clip_seconds: length of a clip.
         queries: what is asked.
+        vocabulary: the words that are said in the videos, where the data know when.
 
     Args:
         source: where queries and features come from.
@@ -100,7 +102,7 @@ class MomentDataset:
 
     def __init__(self, source: MomentSource, spec: str) -> None:
         self.spec, self.split, self.clip_seconds = spec, source.split, source.clip_seconds
-        self.queries = list(source.queries)
+        self.queries, self.vocabulary = list(source.queries), source.vocabulary
         self._source = source
         if not self.queries:
             raise DataError(f"{spec} holds no query")

@@ -38,6 +38,7 @@ class GridMoments(MomentSource):
                 f"GRID's recordings would last {seconds[0]:g} to {seconds[1]:g} s; give seconds from 1 to {LONGEST:g}"
             )
         self.split, self._clips, self._seconds = clips.split, clips, seconds
+        self.vocabulary = clips.vocabulary
         self._recordings = self._record()
         self.queries = [
             self._query(f"{self.split}{number}", word, speech)
@@ -90,8 +91,8 @@ class GridMoments(MomentSource):
 
     def _query(self, recording: str, word: str, speech: Speech) -> MomentQuery:
         windows = tuple((first, last) for spoken, first, last in speech.words if spoken == word)
-        others = frozenset(spoken for spoken, *_ in speech.words) - {word}
-        return MomentQuery(f"{recording}-{word}", word, recording, len(speech.tokens) / RATE, windows, others=others)
+        seconds = len(speech.tokens) / RATE
+        return MomentQuery(f"{recording}-{word}", word, recording, seconds, windows, words=speech.words)
 
     def _one_hot(self, word: str) -> Features:
         return (np.array(self._clips.vocabulary) == word).astype(np.float32)[None]
