@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -327,6 +328,7 @@ def _grouped(loader: Any, size: int) -> Iterator[list[Any]]:
 
 
 def _create_accelerator(run: RunSection) -> Accelerator:
+    AcceleratorState._reset_state()  # it is shared, and refuses another precision than that of the process's last run
     accelerator = Accelerator(
         mixed_precision=run.precision,
         cpu=run.device == "cpu",

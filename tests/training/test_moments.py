@@ -144,6 +144,12 @@ def test_it_learns_to_find_words_it_has_not_heard(table: dict[str, Any], tmp_pat
     assert evaluate_moments(model, dataset, batch_size=5).metrics == result.scores["test"]
 
 
+def test_runs_of_several_precisions_follow_each_other(table: dict[str, Any], tmp_path: Path) -> None:
+    for precision in ("no", "bf16", "no"):
+        result = run(table, tmp_path / f"{precision}{len(list(tmp_path.iterdir()))}", precision=precision)
+        assert len(result.history) == 2
+
+
 def test_passes_in_parts_do_not_change_the_first_gradient_much(table: dict[str, Any], tmp_path: Path) -> None:
     table["model"] |= {"name": "lam_moment_detr_micro"}  # QD-DETR's negatives are other sentences of its pass
     table["schedule"]["epochs"] = 1
