@@ -16,6 +16,7 @@ DEMO_OUT ?= .demo
 SHARED ?= ../shared/data
 TABLES_OUT ?= .tables
 TINY := lam_vit_tiny_patch8_64.tinyimagenet100 vit_tiny_patch8_64.tinyimagenet100
+SEQUENCES := lam_clip4clip_micro lam_single_clip4clip_micro lam_qd_detr_micro lam_moment_detr_micro lam_describer_micro
 
 BIN := $(VENV)/bin
 export PYTHON VENV TORCH_INDEX
@@ -62,12 +63,16 @@ tables: $(VENV)/.ready-dev  ## measure the zoo again, train what is missing in b
 	$(BIN)/lamzoo bench "*.cifar10" --data npz:$(SHARED)/cifar10 --split test --force --out benchmarks/results/zoo.csv
 	$(BIN)/lamzoo bench "*.tinyimagenet100" --data npz:$(SHARED)/tinyimagenet100 --split val --force --out benchmarks/results/zoo.csv
 	$(BIN)/lamzoo bench lam_vit_tiny lam_vit_small lam_vit_base --max-batch 16 --force --out benchmarks/results/cost.csv
+	$(BIN)/lamzoo bench $(SEQUENCES) --force --out benchmarks/results/sequences.csv
 	$(BIN)/python -m benchmarks.ablation.run --jobs $(JOBS)
 	$(BIN)/python -m benchmarks.ablation.run --ablation benchmarks/ablation/grid.toml --jobs $(JOBS)
 	$(BIN)/python -m benchmarks.ablation.run --ablation benchmarks/ablation/flickr8k.toml --jobs $(JOBS)
 	$(BIN)/python -m benchmarks.ablation.run --ablation benchmarks/ablation/captions.toml --jobs $(JOBS)
 	$(BIN)/python -m benchmarks.finetuning lam_vit_micro vit_micro --data npz:$(SHARED)/clothing10
 	$(BIN)/python -m benchmarks.speed
+	$(BIN)/python -m benchmarks.speed --modes compile --batches 1 --variants "zoo default" \
+	  "mask, drop to 0.59 of the GMACs" "redundancy, nearest to 0.59 of the GMACs"
+	$(BIN)/python -m benchmarks.breakdown
 	$(BIN)/python -m benchmarks.kernels
 	$(BIN)/python -m benchmarks.kernels --lengths 2049 4097 --ranks 1 9 17
 	$(BIN)/python -m benchmarks.exported $(TINY) --data npz:$(SHARED)/tinyimagenet100 --split val

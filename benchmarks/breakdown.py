@@ -3,8 +3,9 @@
     python -m benchmarks.breakdown                   what is missing in benchmarks/results/breakdown.csv
     python -m benchmarks.breakdown --table           prints the table of what is there
 
-torch's profiler times the operators of both models, in turns, on one batch of random images; a part's time is the
-median over the passes of its operators' own times. What is measured already is not measured again.
+torch's profiler times the operators of both models, in turns, on one batch of random images; a part's share is its
+operators' own time over that of the plain backbone's pass beside it, the median over the passes. What is measured
+already is not measured again.
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ class Row:
         variant: what was done to it; a key of :data:`benchmarks.speed.VARIANTS`.
         batch: images.
         part: of :data:`ORDER`.
-        ms: the variant's.
-        plain_ms: the plain backbone's.
+        share: of the plain backbone's whole time, that the variant spends on it.
+        plain_share: likewise, that the plain backbone does.
         gflops: a second, of the variant; 0 where the profiler counts none.
         plain_gflops: likewise, of the plain backbone.
         device: where.
@@ -70,8 +71,8 @@ class Row:
     variant: str
     batch: int
     part: str
-    ms: float
-    plain_ms: float
+    share: float
+    plain_share: float
     gflops: float
     plain_gflops: float
     device: str
@@ -95,11 +96,16 @@ def measure(name: str, variant: str, batch: int, passes: int) -> list[Row]:
                     found[which].append(spent)
     rows = []
     for part in ORDER:
-        times = [statistics.median(spent[part] for spent, _ in passed) for passed in found]
+        shares = [
+            statistics.median(
+                spent[part] / plain_spent.total() for (spent, _), (plain_spent, _) in zip(passed, found[1], strict=True)
+            )
+            for passed in found
+        ]
         rates = [statistics.median(_rate(spent, flops, part) for spent, flops in passed) for passed in found]
         rows.append(
             Row(
-                name, variant, batch, part, *(round(time / 1e3, 2) for time in times), *(round(rate) for rate in rates),
+                name, variant, batch, part, *(round(share, 4) for share in shares), *(round(rate) for rate in rates),
                 device_label(torch.device("cpu")), torch.get_num_threads(), torch.__version__,
             )
         )  # fmt: skip
@@ -170,11 +176,11 @@ def table(rows: Sequence[Row]) -> str:
     for part in ORDER:
         cells = []
         for found in of_column.values():
-            row, whole = next(row for row in found if row.part == part), sum(row.plain_ms for row in found)
+            row = next(row for row in found if row.part == part)
             rate = f", {row.gflops:.0f} for {row.plain_gflops:.0f} GFLOP/s" if row.part == "matrix products" else ""
-            cells.append(f"{row.ms / whole:.3f} for {row.plain_ms / whole:.3f}{rate}")
+            cells.append(f"{row.share:.3f} for {row.plain_share:.3f}{rate}")
         lines.append(f"| {part} | {' | '.join(cells)} |")
-    sums = [sum(row.ms for row in found) / sum(row.plain_ms for row in found) for found in of_column.values()]
+    sums = [sum(row.share for row in found) for found in of_column.values()]
     lines.append(f"| all | {' | '.join(f'{each:.3f}' for each in sums)} |")
     conditions = {f"{row.model}, {row.device}, {row.threads} threads, float32, torch {row.torch}" for row in rows}
     return "\n".join(lines) + "\n\nMeasured on: " + "; ".join(sorted(conditions)) + ".\n"

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from benchmarks import exported, finetuning, kernels, pruning, speed
+from benchmarks import breakdown, exported, finetuning, kernels, pruning, speed
 from benchmarks.ablation.run import HERE
 from benchmarks.ablation.table import table as ablation
 from benchmarks.rows import read_rows as read_lines
@@ -44,14 +44,24 @@ def cost(path: Path = RESULTS / "cost.csv") -> str:
     return "\n".join(lines) + "\n\n" + _conditions(_measured(path))
 
 
+def sequences(path: Path = RESULTS / "sequences.csv") -> str:
+    """Returns the table of the cost of models that read sequences of features, or frames and text."""
+    lines = _header("", "params (M)", "of them masks", "GMACs", "of them masks", "latency (ms)", "to plain",
+                    "inputs/s", "to plain", "peak (MiB)")  # fmt: skip
+    lines += [_line(f"`{row.name}`", *_cost(row)) for row in _measured(path)]
+    return "\n".join(lines) + "\n\n" + _conditions(_measured(path))
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "zoo": zoo,
     "cost": cost,
+    "sequences": sequences,
     "ablation": ablation,
     "grid": lambda: ablation(HERE / "grid.toml"),
     "flickr8k": lambda: ablation(HERE / "flickr8k.toml"),
     "captions": lambda: ablation(HERE / "captions.toml"),
     "speed": lambda: speed.table(read_lines(RESULTS / "speed.csv", speed.Row)),
+    "breakdown": lambda: breakdown.table(read_lines(RESULTS / "breakdown.csv", breakdown.Row)),
     "kernels": lambda: kernels.table(read_lines(RESULTS / "kernels.csv", kernels.Row)),
     "exported": lambda: exported.table(read_lines(RESULTS / "exported.csv", exported.Row)),
     "pruning": lambda: pruning.table(read_lines(RESULTS / "pruning.csv", pruning.Row)),

@@ -7,8 +7,8 @@ from benchmarks.breakdown import ORDER, Row, measure, table
 MODEL = "lam_vit_tiny_patch8_64"
 
 
-def row(part: str, ms: float, plain_ms: float) -> Row:
-    return Row("lam", "zoo default", 1, part, ms, plain_ms, 90, 100, "cpu", 2, "2.15")
+def row(part: str, share: float, plain_share: float) -> Row:
+    return Row("lam", "zoo default", 1, part, share, plain_share, 90, 100, "cpu", 2, "2.15")
 
 
 @pytest.mark.parametrize("variant", ["additive, rank 16", "ToMe to 0.59 of the GMACs"])
@@ -16,16 +16,20 @@ def test_a_pass_is_divided_into_its_parts(variant: str) -> None:
     rows = {row.part: row for row in measure(MODEL, variant, 1, passes=1)}
     assert tuple(rows) == ORDER
     for part in ("matrix products", "attention", "copies, gathers, sorting", "norms, activations, sums"):
-        assert rows[part].ms > 0
-        assert rows[part].plain_ms > 0
+        assert rows[part].share > 0
+        assert rows[part].plain_share > 0
     masks = rows["mask networks"]
-    assert (masks.ms > 0) == (variant == "additive, rank 16")
-    assert masks.plain_ms == 0
+    assert (masks.share > 0) == (variant == "additive, rank 16")
+    assert masks.plain_share == 0
     assert rows["matrix products"].plain_gflops > 0
+    assert sum(row.plain_share for row in rows.values()) == pytest.approx(1, abs=1e-3)
 
 
 def test_the_table_shows_parts_as_shares_of_plain() -> None:
-    rows = [row(part, ms, plain) for part, ms, plain in zip(ORDER, (6, 2, 1, 1, 2), (5, 2, 1, 2, 0), strict=True)]
+    rows = [
+        row(part, share, plain)
+        for part, share, plain in zip(ORDER, (0.6, 0.2, 0.1, 0.1, 0.2), (0.5, 0.2, 0.1, 0.2, 0.0), strict=True)
+    ]
     assert table(rows).splitlines() == [
         "| | zoo default, 1 image |",
         "|---|---|",

@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
 from torch.utils.flop_counter import FlopCounterMode
 
 from lamzoo.errors import ConfigError
 from lamzoo.lam import FactoredMask, attention_backend, available_backends, lam_attention
 from lamzoo.lam.config import Op
-from lamzoo.lam.kernels import BACKENDS, RULES, Rule, choose, chunked, flex
+from lamzoo.lam.kernels import BACKENDS, RULES, Rule, choose, chunked, flex, sdpa
 from lamzoo.profiling.memory import peak_growth
-from tests.lam.cases import OPS, Case, make
+from tests.lam.cases import OPS, Case, cases, make
 
 each_op = pytest.mark.parametrize("op", OPS)
 
@@ -151,6 +152,30 @@ def test_flex_equals_eager(op: Op, what: str) -> None:
     with torch.no_grad():
         found, expected = (lam_attention(*case.args, **case.options, backend=name) for name in ("flex", "eager"))
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@given(cases())
+def test_folding_half_of_the_heads_at_a_time_gives_the_same(case: Case) -> None:
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        whole = lam_attention(*case.args, **case.options, backend="sdpa")
+        patch.setattr(sdpa, "_LONG", 0)
+        halves = lam_attention(*case.args, **case.options, backend="sdpa")
+    torch.testing.assert_close(halves, whole)
+
+
+def test_long_sequences_are_folded_in_less_memory() -> None:
+    case = make(batch=1, heads=4, queries=10_000, keys=10_000, dim=64, value_dim=64, rank=8, op="add").to(torch.float32)
+
+    def grown(what: Case) -> int:
+        def run() -> None:
+            lam_attention(*what.args, op="add", backend="sdpa")
+
+        return peak_growth(run)[1]
+
+    folded = 3 * 4 * 10_000 * (64 + 8) * 4
+    with torch.no_grad():
+        assert grown(case) < 0.8 * folded
+    assert grown(replace(case, left=case.left.requires_grad_())) > folded
 
 
 @each_op
