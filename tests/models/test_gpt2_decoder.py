@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.testing import assert_close
 
 import lamzoo
 from lamzoo import LamConfig
-from lamzoo.errors import ConfigError, DataError, StateDictError, WeightsNotFoundError
+from lamzoo.errors import ConfigError, DataError, MissingExtraError, StateDictError, WeightsNotFoundError
 from lamzoo.evaluation.describing import context_tokens
 from lamzoo.models.generation import Generation
 from lamzoo.models.joint_encoder import Stream
@@ -293,6 +294,29 @@ def test_a_describer_begins_with_gpt2(reads: str, head: bool) -> None:
     assert all(torch.equal(begun.encoder.state_dict()[name], value) for name, value in encoder.items())
     with pytest.raises(StateDictError, match=r"wrong shapes decoder\.gpt2\.wpe\.weight"):
         load_into(model(reads, gpt2={"positions": 32}), state, source="gpt2")
+
+
+def test_a_file_that_transformers_wrote_is_a_beginning(tmp_path: Path) -> None:
+    theirs = published()
+    theirs.save_pretrained(tmp_path)
+    begun = model(checkpoint_path=tmp_path / "model.safetensors")
+    assert torch.equal(begun.decoder.gpt2.wte.weight, 3 * theirs.transformer.wte.weight)  # model() multiplies by 3
+
+
+def test_the_cards_weights_are_looked_for_on_the_hub(monkeypatch: Any, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(
+        WeightsNotFoundError, match=r"hf download openai-community/gpt2 model\.safetensors --revision 607a"
+    ):
+        model(pretrained=True, cache_dir=tmp_path)
+
+
+def test_without_transformers_the_extra_is_named(monkeypatch: Any) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, "lamzoo.models.gpt2_decoder")
+    with pytest.raises(MissingExtraError, match=r"lamzoo\[gpt2\]"):
+        model()
+    assert lamzoo.create_model("describer_micro") is not None
 
 
 # --- its tokens
