@@ -62,6 +62,15 @@ class CaptionDecoder(nn.Module):
         self.text_decoder = MultimodalTransformer(width, layers, heads, context_length, output_dim=vocab_size)
         _initialise(self)
 
+    @property
+    def width(self) -> int:
+        """Width of the tokens."""
+        return self.token_embedding.embedding_dim
+
+    def new_cache(self) -> DecoderCache:
+        """Returns a cache of nothing."""
+        return DecoderCache()
+
     def forward(
         self, tokens: Tensor, memory: Tensor, memory_mask: Tensor | None = None, cache: DecoderCache | None = None
     ) -> Tensor:
@@ -92,6 +101,33 @@ class CaptionDecoder(nn.Module):
             cache.length += tokens.shape[1]
         logits: Tensor = self.text_decoder.ln_final(x) @ self.text_decoder.text_projection
         return logits
+
+    def memory_attention(self, tokens: Tensor, memory: Tensor, memory_mask: Tensor) -> Tensor:
+        """Returns where in the memory each token looks, averaged over heads and layers.
+
+        Args:
+            tokens: as of :meth:`forward`, and so the rest.
+            memory: likewise.
+            memory_mask: likewise.
+
+        Returns:
+            ``(B, L, M)``: weights that sum to 1.
+        """
+        queries: list[Tensor] = []
+        keys: list[Tensor] = []
+        crosses = self.text_decoder.cross_attn
+        hooks = [block.ln_1.register_forward_hook(lambda _, __, normed: queries.append(normed)) for block in crosses]
+        hooks += [block.ln_1_kv.register_forward_hook(lambda _, __, normed: keys.append(normed)) for block in crosses]
+        try:
+            self(tokens, memory, memory_mask)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        weights = [
+            block.attn(query, key, key, key_padding_mask=~memory_mask, need_weights=True)[1]
+            for block, query, key in zip(crosses, queries, keys, strict=True)
+        ]
+        return torch.stack(weights).mean(dim=0)
 
     def _read_itself(self, block: ResidualAttentionBlock, x: Tensor, number: int, cache: DecoderCache | None) -> Tensor:
         normed = block.ln_1(x)

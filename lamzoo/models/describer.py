@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from importlib.util import find_spec
 from typing import Any
@@ -43,19 +43,21 @@ class Described:
 
 
 class Describer(nn.Module):
-    """A BERT-like encoder over the tokens of several modalities, and CoCa's text decoder over what it has read.
+    """A BERT-like encoder over the tokens of several modalities, and a text decoder over what it has read.
 
     The encoder is that of section 4.1 of the paper (arXiv 2406.02761), whose masks weigh tokens of unequal granularity
-    against each other; the decoder attends to all of the encoder's tokens.
+    against each other; the decoder, CoCa's or GPT-2, sees all of the encoder's tokens.
 
     Args:
         features: width of each modality's features, by name.
         width: of all tokens.
-        heads: attention heads, of encoder and decoder.
+        heads: attention heads, of the encoder and of CoCa's decoder.
         hidden: width of the encoder's feed-forward networks.
         encoder_layers: how many.
-        text_layers: of the decoder, that read the text alone.
-        decoder_layers: of the decoder, that also attend to the encoder's tokens.
+        text_layers: of CoCa's decoder, that read the text alone.
+        decoder_layers: of CoCa's decoder, that also attend to the encoder's tokens.
+        gpt2: lets GPT-2 write, with its own sizes and vocabulary: fields of
+            :class:`lamzoo.models.gpt2_decoder.Gpt2Settings`, of which there may be none; None for CoCa's decoder.
         vocabulary: ``"clip"``, CLIP's byte pairs; a number, so many of them; or the words of a closed grammar.
         context_length: tokens of a sentence, start and end included.
         context_tokens: of the text context (previous descriptions) at most; 0 for models without.
@@ -83,6 +85,7 @@ class Describer(nn.Module):
         encoder_layers: int = 6,
         text_layers: int = 12,
         decoder_layers: int = 12,
+        gpt2: Mapping[str, Any] | None = None,
         vocabulary: str | int | Sequence[str] = "clip",
         context_length: int = 76,
         context_tokens: int = 0,
@@ -100,23 +103,39 @@ class Describer(nn.Module):
             raise ConfigError(f"vocabulary={vocabulary!r}: it must be 'clip', a number of tokens, or a list of words.")
         if align and isinstance(vocabulary, (str, int)):
             raise ConfigError("align needs a vocabulary of words, since byte pairs have no times; list the words.")
+        if gpt2 is not None and vocabulary != "clip":
+            raise ConfigError("GPT-2 has its own vocabulary; leave vocabulary and align out, or gpt2.")
         self.features, self.seconds, self.rates = dict(features), seconds, dict(rates or {})
         self.width, self.context_length, self.context_tokens = width, context_length, context_tokens
         self.num_features, self.num_classes = width, 0
         self.lam_config = None
-        self._vocabulary = vocabulary
+        self._vocabulary, self._gpt2 = vocabulary, gpt2 is not None
         self.encoder = JointEncoder(
             features, width, heads, hidden, encoder_layers, dropout, input_dropout, modality_dropout
         )
-        vocab_size = int(self.tokenizer.vocab_size)
-        self.decoder = CaptionDecoder(vocab_size, context_length, width, heads, text_layers, decoder_layers)
-        self.word_head = nn.Linear(width, vocab_size) if align else None
+        self.decoder: Any
+        if gpt2 is None:
+            vocab_size = int(self.tokenizer.vocab_size)
+            self.decoder = CaptionDecoder(vocab_size, context_length, width, heads, text_layers, decoder_layers)
+        else:
+            self.decoder = _gpt2_decoder(gpt2, context_length, width)
+        self.word_head = nn.Linear(width, self.decoder.vocab_size) if align else None
         if context_tokens:
+            fits = self.decoder.width == width
+            self.context_projection = nn.Identity() if fits else nn.Linear(self.decoder.width, width)
             self.context_positions = nn.Parameter(torch.randn(context_tokens, width) * 0.02)
 
     @cached_property
     def tokenizer(self) -> Any:
-        """What turns a list of texts into token numbers ``(B, context_length)``, int64: start, text, end, zeros."""
+        """What turns a list of texts into token numbers ``(B, context_length)``, int64: start, text, end, zeros.
+
+        Raises:
+            WeightsNotFoundError: it is GPT-2's, whose file can't be had here.
+        """
+        if self._gpt2:
+            from lamzoo.models.gpt2_tokenizer import Gpt2Tokenizer  # needs transformers
+
+            return Gpt2Tokenizer(self.decoder.settings.tokenizer, self.context_length, self.decoder.vocab_size)
         if isinstance(self._vocabulary, str):
             return SimpleTokenizer(context_length=self.context_length)
         if isinstance(self._vocabulary, int):
@@ -152,7 +171,8 @@ class Describer(nn.Module):
                 f"The context has {context.shape[1]} tokens and the model room for {self.context_tokens}; cut it, or "
                 "build the model with a larger context_tokens."
             )
-        tokens = self.decoder.token_embedding(context) + self.context_positions[: context.shape[1]]
+        embedded = self.context_projection(self.decoder.token_embedding(context))
+        tokens = embedded + self.context_positions[: context.shape[1]]
         joint = self.encoder(streams, (tokens, context != 0))
         return joint
 
@@ -233,11 +253,26 @@ def describer(
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: Describer) -> dict[str, Tensor]:
-    """Makes an open_clip CoCa's decoder the model's, whose encoder stays fresh; own weights are returned as they are.
+    """Makes a published decoder the model's, an open_clip CoCa's or GPT-2; the encoder, and what a decoder reads it by
+    and GPT-2 has not, stay fresh. Own weights are returned as they are.
 
     Named and called as timm's converters.
     """
+    if "wte.weight" in state_dict or "transformer.wte.weight" in state_dict:
+        from lamzoo.models.gpt2_decoder import from_gpt2  # needs transformers
+
+        return model.state_dict() | {f"decoder.{name}": value for name, value in from_gpt2(state_dict).items()}
     if not any(key.startswith("text_decoder.") for key in state_dict):
         return state_dict
     decoder = from_coca(state_dict, model.context_length)
     return model.state_dict() | {f"decoder.{name}": value for name, value in decoder.items()}
+
+
+def _gpt2_decoder(options: Mapping[str, Any], context_length: int, width: int) -> nn.Module:
+    from lamzoo.models.gpt2_decoder import Gpt2Decoder, Gpt2Settings  # needs transformers
+
+    known = {field.name for field in fields(Gpt2Settings)}
+    for name in options:
+        if name not in known:
+            raise ConfigError(f"gpt2 has no field {name!r}; the fields are {', '.join(sorted(known))}.")
+    return Gpt2Decoder(Gpt2Settings(**options), context_length, width)

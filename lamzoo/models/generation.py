@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from lamzoo.errors import ConfigError
-from lamzoo.models.caption_decoder import DecoderCache
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ def generate(
     """Writes a text for each sample; the others of the batch change nothing but rounding.
 
     Args:
-        decoder: a :class:`CaptionDecoder`, or what has its ``forward`` and ``context_length``.
+        decoder: a :class:`CaptionDecoder`, or what has its ``forward``, ``new_cache`` and ``context_length``.
         memory: ``(B, M, C)``.
         memory_mask: bool ``(B, M)``; None for all.
         start: the token that texts begin with.
@@ -99,7 +98,7 @@ def _search(
     size, beams = len(memory), how.beams
     memory = memory.repeat_interleave(beams, dim=0)
     mask = None if mask is None else mask.repeat_interleave(beams, dim=0)
-    cache = DecoderCache()
+    cache = decoder.new_cache()
     texts = torch.full((size, beams, 1), start, device=memory.device)
     scores = torch.full((size, beams), -torch.inf, device=memory.device)
     scores[:, 0] = 0.0  # beams are alike at first
@@ -154,7 +153,7 @@ def _draw(
 ) -> list[Text]:
     assert how.top_p is not None
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    cache = DecoderCache()
+    cache = decoder.new_cache()
     token = torch.full((len(memory), 1), start, device=memory.device)
     texts: list[list[int]] = [[] for _ in generators]
     chances = [0.0] * len(texts)

@@ -213,15 +213,27 @@ def _describer(model: Any) -> tuple[int, list[Stack]]:
     counts = {name: stream.mask.shape[1] for name, stream in streams.items()}
     tokens, width, words, decoder = 1 + sum(counts.values()), model.width, text.shape[1], model.decoder
     ends = sum(count * model.features[name] * width for name, count in counts.items())
-    ends += words * width * decoder.vocab_size
     if model.word_head is not None:
         ends += tokens * width * decoder.vocab_size
-    layers, heads = model.encoder.layers, decoder.num_heads
+    layers = model.encoder.layers
     hidden = layers[0].feed_forward[0].out_features
-    encoder = Stack(tokens, width, len(layers), heads, hidden, masked=has_masks(model.encoder))
-    itself = Stack(words, width, len(decoder.transformer.resblocks), heads, 4 * width, masked=False)
+    encoder = Stack(tokens, width, len(layers), layers[0].attn.num_heads, hidden, masked=has_masks(model.encoder))
+    if type(decoder).__name__ == "Gpt2Decoder":
+        inside, stacks = _gpt2(decoder, tokens, width, words)
+        return ends + inside, [encoder, *stacks]
+    ends += words * width * decoder.vocab_size
+    itself = Stack(words, width, len(decoder.transformer.resblocks), decoder.num_heads, 4 * width, masked=False)
     across = replace(itself, depth=len(decoder.text_decoder.resblocks))
     return ends, [encoder, itself, across, replace(across, keys=tokens)]
+
+
+def _gpt2(decoder: Any, tokens: int, width: int, words: int) -> tuple[int, list[Stack]]:
+    settings = decoder.settings
+    ends = tokens * width * settings.width + words * settings.width * settings.vocab_size
+    itself = Stack(words, settings.width, settings.layers, settings.heads, 4 * settings.width, masked=False)
+    if settings.reads == "prefix":
+        return ends, [replace(itself, tokens=tokens + words)]
+    return ends, [itself, replace(itself, hidden=0, keys=tokens)]
 
 
 def has_masks(module: nn.Module) -> bool:

@@ -75,22 +75,9 @@ def word_attention(model: Any, joint: Joint, tokens: Sequence[int]) -> Tensor:
     Returns:
         ``(len(tokens), N)``, float32 on the CPU: weights of the encoder's tokens, which sum to 1.
     """
-    queries: list[Tensor] = []
-    keys: list[Tensor] = []
-    crosses = model.decoder.text_decoder.cross_attn
-    hooks = [block.ln_1.register_forward_hook(lambda _, __, normed: queries.append(normed)) for block in crosses]
-    hooks += [block.ln_1_kv.register_forward_hook(lambda _, __, normed: keys.append(normed)) for block in crosses]
     text = torch.tensor([[model.tokenizer.sot_token_id, *tokens[:-1]]], device=joint.tokens.device)
-    try:
-        model.decoder(text, joint.tokens, joint.mask)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    weights = [
-        block.attn(query, key, key, key_padding_mask=~joint.mask, need_weights=True)[1][0]
-        for block, query, key in zip(crosses, queries, keys, strict=True)
-    ]
-    return torch.stack(weights).mean(dim=0).float().cpu()
+    looks: Tensor = model.decoder.memory_attention(text, joint.tokens, joint.mask)
+    return looks[0].float().cpu()
 
 
 def words_of(tokenizer: Any, tokens: Sequence[int]) -> list[tuple[str, list[int]]]:

@@ -17,6 +17,7 @@ from PIL import Image
 
 import lamzoo
 from lamzoo.errors import ConfigError, DataError
+from tests.byte_pairs import write_byte_pairs
 from tests.videos import write_clip
 
 pytest.importorskip("open_clip")
@@ -189,6 +190,27 @@ def test_explain_draws_the_first_windows(run, model: str, towers: str, film: Pat
     with Image.open("words.png") as image:
         assert image.format == "PNG" and image.width == 8 * 130
     assert sorted(path.name for path in Path().iterdir()) == sorted(["words.png", film.parent.name])
+
+
+@pytest.mark.parametrize("reads", ["cross", "prefix"])
+def test_gpt2_describes_and_explains(run, towers: str, film: Path, tmp_path: Path, reads: str) -> None:
+    pytest.importorskip("transformers", reason="the extra gpt2")
+    small = {name: value for name, value in SMALL.items() if name not in ("align", "decoder_layers")}
+    gpt2 = {
+        "reads": reads, "tokenizer": str(write_byte_pairs(tmp_path)), "vocab_size": 300, "positions": 256, "width": 24,
+        "layers": 2, "heads": 2,
+    }  # fmt: skip
+    features = {"video": 24, "audio": 128}
+    name = saved(
+        tmp_path / "gpt2", "lam_describer_gpt2", features=features, gpt2=gpt2, context_length=12,
+        **{**small, "rates": {"video": 5.0, "audio": 50.0}},
+    )  # fmt: skip
+    options = ("--features", towers, "--end", 6, "--json", "--explain", "words.png", "--beams", 2)
+    done = run("describe", film, "--model", name, *options)
+    assert done.code == 0, done.err
+    assert len(json.loads(done.out)["windows"]) == 3
+    with Image.open("words.png") as image:
+        assert image.format == "PNG"
 
 
 def test_without_matplotlib_only_the_picture_is_refused(

@@ -20,9 +20,11 @@ import lamzoo
 from lamzoo.data.captions import create_caption_dataset
 from lamzoo.errors import LamzooError, UnsupportedHostError
 from lamzoo.evaluation.describing import caption_scores, describe_clips, evaluate_captions
+from lamzoo.models.generation import Generation
 from lamzoo.training import Progress, TrainResult, load_recipe, parse_recipe, train
 from lamzoo.training.caption_batches import Collate, Samples, caption_losses
 from lamzoo.training.caption_recipe import CaptionWeights
+from tests.byte_pairs import write_byte_pairs
 from tests.speech import ALL, write_speech
 
 SMALL = {
@@ -130,6 +132,29 @@ def test_it_learns_to_write_what_it_has_not_heard(table: dict[str, Any], tmp_pat
         describe_clips(loaded, create_caption_dataset(f"grid:{dataset.spec[5:-6]}:mouth", "test"))
     with pytest.raises(UnsupportedHostError, match="describes nothing"):
         describe_clips(torch.nn.Linear(2, 2), dataset)
+
+
+@pytest.mark.parametrize("reads", ["cross", "prefix"])
+def test_gpt2_learns_to_write_what_it_has_not_heard(table: dict[str, Any], tmp_path: Path, reads: str) -> None:
+    pytest.importorskip("transformers", reason="the extra gpt2")
+    gpt2 = {
+        "reads": reads, "tokenizer": str(write_byte_pairs(tmp_path)), "vocab_size": 300, "positions": 256, "width": 32,
+        "layers": 2, "heads": 2, "dropout": 0.0,
+    }  # fmt: skip
+    small = {name: SMALL[name] for name in ("width", "heads", "hidden", "encoder_layers", "dropout", "input_dropout")}
+    table["model"] = {"name": "lam_describer_gpt2", "kwargs": {**small, "gpt2": gpt2, "context_length": 12}}
+    table["data"] |= {"workers": 1}
+    table["augment"] = {"splice": 0.0}
+    table["schedule"]["epochs"] = 40
+    table["optimizer"] = {"lr": 5e-3, "clip_grad": 1.0}
+    table["loss"] = {"label_smoothing": 0.1}
+    result = run(table, tmp_path / "out", eval_interval=40)
+    assert result.history[-1]["train_loss"] < 0.5 * result.history[0]["train_loss"]
+    assert result.scores["test"]["WER"] < 30  # by chance 50: each word is one of two
+    loaded = lamzoo.create_model(f"local-dir:{result.model}", pretrained=True)
+    dataset = create_caption_dataset(table["data"]["source"], "test")
+    found = evaluate_captions(loaded, dataset, how=Generation(beams=2), batch_size=3, device="cpu")
+    assert {word for text in found.captions.values() for word in text.split()} <= set(ALL)
 
 
 @pytest.mark.parametrize("killed_at", [2, 5])

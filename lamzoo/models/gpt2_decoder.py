@@ -1,0 +1,276 @@
+"""GPT-2 (transformers') as a decoder over any memory, by cross-attention or behind a prefix; knows no vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lamzoo.errors import ConfigError, DataError, MissingExtraError
+
+if find_spec("transformers") is None:
+    raise MissingExtraError("GPT-2 needs transformers, which is not installed; pip install 'lamzoo[gpt2]'.")
+
+from transformers import DynamicCache, EncoderDecoderCache, GPT2Config, GPT2Model
+
+Reads = Literal["cross", "prefix"]
+
+# The logit of padding: out of reach of GPT-2's, which may lie around -100, and finite, so that smoothed labels, which
+# give every token a share, have a finite loss.
+_NEVER = -1e4
+
+
+@dataclass(frozen=True)
+class Gpt2Settings:
+    """Which GPT-2, and how it reads; the defaults are the published one of 124 million parameters.
+
+    Attributes:
+        reads: ``"cross"``, each layer attends to the memory, by weights that GPT-2 itself has not; or ``"prefix"``, the
+            memory stands in front of the text, as in ClipCap (arXiv 2111.09734), and takes up positions.
+        tokenizer: whose text the vocabulary is: a hub repository, or a folder with a ``tokenizer.json``.
+        vocab_size: tokens of the vocabulary, without padding.
+        positions: of prefix and text together.
+        width: of the tokens.
+        layers: how many.
+        heads: attention heads.
+        dropout: of embeddings, attention weights and every sub-layer's output.
+
+    Raises:
+        ConfigError: a value that means nothing.
+    """
+
+    reads: Reads = "cross"
+    tokenizer: str = "openai-community/gpt2"
+    vocab_size: int = 50257
+    positions: int = 1024
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.reads not in get_args(Reads):
+            raise ConfigError(f"gpt2.reads={self.reads!r}: it must be one of {', '.join(map(repr, get_args(Reads)))}.")
+        sizes = (self.vocab_size, self.positions, self.width, self.layers, self.heads)
+        if min(sizes) < 1 or self.width % self.heads:
+            raise ConfigError(
+                f"gpt2 has vocab_size={self.vocab_size}, positions={self.positions}, width={self.width}, "
+                f"layers={self.layers}, heads={self.heads}: there must be some of each, and width divisible by heads."
+            )
+
+
+@dataclass
+class Gpt2Cache:
+    """What a :class:`Gpt2Decoder` has read.
+
+    Attributes:
+        layers: keys and values of the tokens so far, those of the prefix included, and of the memory.
+        memory: projected, ``(B, M, width)``, where it is attended to; None before the first token.
+        mask: bool ``(B, M)``, where the prefix has something; None before the first token.
+        length: tokens of the text so far.
+    """
+
+    layers: EncoderDecoderCache = field(default_factory=lambda: EncoderDecoderCache(DynamicCache(), DynamicCache()))
+    memory: Tensor | None = None
+    mask: Tensor | None = None
+    length: int = 0
+
+    def select(self, rows: Tensor) -> Gpt2Cache:
+        """Returns the cache of other beams, int64 ``(B,)``, each of the same sample as the row that it replaces."""
+        read: Any = self.layers.self_attention_cache.layers
+        own = DynamicCache([(layer.keys[rows], layer.values[rows]) for layer in read])
+        across = self.layers.cross_attention_cache  # beams of a sample have one memory
+        return Gpt2Cache(EncoderDecoderCache(own, across), self.memory, self.mask, self.length)
+
+
+class Gpt2Decoder(nn.Module):
+    """GPT-2, which writes of a memory that is projected to its width; called as :class:`CaptionDecoder` is.
+
+    Tokens are GPT-2's numbers plus 1: elsewhere in the zoo 0 pads, and in GPT-2 it is a token (``!``) and none pads, so
+    that padding has to be a number of its own. Its logit is always the lowest. GPT-2 has one token for start and end.
+
+    Args:
+        settings: which GPT-2.
+        context_length: of the longest text.
+        memory_width: of the memory.
+
+    Attributes:
+        gpt2: transformers' model, its output tied to its embedding.
+        vocab_size: tokens, padding included.
+
+    Raises:
+        ConfigError: GPT-2 has fewer positions than such a text.
+    """
+
+    def __init__(self, settings: Gpt2Settings, context_length: int, memory_width: int) -> None:
+        super().__init__()
+        if context_length > settings.positions:
+            raise ConfigError(
+                f"context_length={context_length}: GPT-2 has {settings.positions} positions; ask for shorter texts."
+            )
+        self.settings, self.context_length, self.vocab_size = settings, context_length, settings.vocab_size + 1
+        config = GPT2Config(
+            vocab_size=settings.vocab_size, n_positions=settings.positions, n_embd=settings.width,
+            n_layer=settings.layers, n_head=settings.heads, resid_pdrop=settings.dropout, embd_pdrop=settings.dropout,
+            attn_pdrop=settings.dropout, add_cross_attention=settings.reads == "cross",
+            bos_token_id=None, eos_token_id=None,  # they are the tokenizer's business
+        )  # fmt: skip
+        self.gpt2: Any = GPT2Model(config)
+        self.gpt2.set_attn_implementation("sdpa")  # whose masks are boolean, as those here
+        self.projection = nn.Linear(memory_width, settings.width)
+        nn.init.normal_(self.projection.weight, std=config.initializer_range)
+        nn.init.zeros_(self.projection.bias)
+
+    @property
+    def width(self) -> int:
+        """Width of the tokens."""
+        return self.settings.width
+
+    def new_cache(self) -> Gpt2Cache:
+        """Returns a cache of nothing."""
+        return Gpt2Cache()
+
+    def token_embedding(self, tokens: Tensor) -> Tensor:
+        """Embeds tokens, int64 ``(B, L)``; padding, which GPT-2 has not, as its first one: ``(B, L, width)``."""
+        embedded: Tensor = self.gpt2.wte((tokens - 1).clamp_min(0))
+        return embedded
+
+    def forward(
+        self, tokens: Tensor, memory: Tensor, memory_mask: Tensor | None = None, cache: Gpt2Cache | None = None
+    ) -> Tensor:
+        """Predicts the next token behind each token.
+
+        Args:
+            tokens: int64 ``(B, L)``; with a cache those that are new.
+            memory: ``(B, M, C)``; not read where the cache knows it.
+            memory_mask: bool ``(B, M)``, True where there is something to attend to; None for all.
+            cache: of the tokens before; what is new is put into it.
+
+        Returns:
+            ``(B, L, vocab_size)``, logits.
+
+        Raises:
+            DataError: a prefix that leaves no room for the longest text.
+        """
+        words = self.token_embedding(tokens)
+        read = self._attend if self.settings.reads == "cross" else self._continue
+        hidden = read(words, memory, memory_mask, cache)
+        if cache is not None:
+            cache.length += tokens.shape[1]
+        return F.pad(F.linear(hidden, self.gpt2.wte.weight), (1, 0), value=_NEVER)
+
+    def memory_attention(self, tokens: Tensor, memory: Tensor, memory_mask: Tensor | None = None) -> Tensor:
+        """Returns where in the memory each token looks, averaged over heads and layers.
+
+        Args:
+            tokens: as of :meth:`forward`, and so the rest.
+            memory: likewise.
+            memory_mask: likewise.
+
+        Returns:
+            ``(B, L, M)``: weights that sum to 1; attention to the text, where there is any, is left out of them.
+        """
+        crosses, projected = self.settings.reads == "cross", []
+        blocks = [block.crossattention if crosses else block.attn for block in self.gpt2.h]
+        parts = [part for block in blocks for part in ([block.q_attn, block.c_attn] if crosses else [block.c_attn])]
+        hooks = [part.register_forward_hook(lambda _, __, out: projected.append(out)) for part in parts]
+        try:
+            self(tokens, memory, memory_mask)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if crosses:
+            queries, keys = projected[::2], [both.chunk(2, dim=-1)[0] for both in projected[1::2]]
+        else:
+            size = memory.shape[1]
+            queries = [every.chunk(3, dim=-1)[0][:, size:] for every in projected]
+            keys = [every.chunk(3, dim=-1)[1][:, :size] for every in projected]
+        layers = [self._weights(*pair, memory_mask) for pair in zip(queries, keys, strict=True)]
+        return torch.stack(layers).mean(dim=0)
+
+    def _weights(self, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
+        query, key = (x.unflatten(-1, (self.settings.heads, -1)).transpose(1, 2) for x in (query, key))
+        scores = query @ key.mT / query.shape[-1] ** 0.5
+        if mask is not None:
+            scores = scores.masked_fill(~mask[:, None, None, :], -torch.inf)
+        return scores.softmax(dim=-1).mean(dim=1)
+
+    def _attend(self, words: Tensor, memory: Tensor, mask: Tensor | None, cache: Gpt2Cache | None) -> Tensor:
+        """Runs GPT-2 over words ``(B, L, width)``, each layer attending to the memory; returns its states."""
+        seen = self.projection(memory) if cache is None or cache.memory is None else cache.memory
+        start, new = 0 if cache is None else cache.length, words.shape[1]
+        if cache is not None:
+            cache.memory = seen
+        found = self.gpt2(
+            inputs_embeds=words,
+            attention_mask=_causal(new, start + new, words.device),
+            encoder_hidden_states=seen,
+            encoder_attention_mask=None if mask is None else mask[:, None, None, :].expand(-1, -1, new, -1),
+            use_cache=cache is not None,
+            cache=None if cache is None else cache.layers,
+        )
+        hidden: Tensor = found.last_hidden_state
+        return hidden
+
+    def _continue(self, words: Tensor, memory: Tensor, mask: Tensor | None, cache: Gpt2Cache | None) -> Tensor:
+        """Runs GPT-2 over words ``(B, L, width)`` behind the memory; returns the words' states.
+
+        Positions count what is there, so that a padded prefix leaves no gap in front of the text.
+        """
+        size, new = words.shape[:2]
+        start = 0 if cache is None else cache.length
+        known = None if cache is None else cache.mask
+        if known is None:
+            known = torch.ones(memory.shape[:2], dtype=torch.bool, device=words.device) if mask is None else mask
+            self._check_room(known)
+            words = torch.cat([self.projection(memory), words], dim=1)
+            if cache is not None:
+                cache.mask = known
+        there = torch.cat([known, known.new_ones(size, start + new)], dim=1)
+        positions = (there.cumsum(dim=1) - 1).clamp_min(0)
+        found = self.gpt2(
+            inputs_embeds=words,
+            position_ids=positions[:, -words.shape[1] :],
+            attention_mask=_causal(words.shape[1], there.shape[1], words.device) & there[:, None, None, :],
+            use_cache=cache is not None,
+            cache=None if cache is None else cache.layers.self_attention_cache,
+        )
+        hidden: Tensor = found.last_hidden_state[:, -new:]
+        return hidden
+
+    def _check_room(self, mask: Tensor) -> None:
+        room = self.settings.positions - self.context_length
+        if mask.shape[1] <= room:
+            return
+        longest = int(mask.sum(dim=1).max())
+        if longest > room:
+            raise DataError(
+                f"a clip has {longest} tokens, and GPT-2's {self.settings.positions} positions have room for {room} in "
+                f"front of a text of {self.context_length}; take shorter clips or fewer features a second, build the "
+                "model with a smaller context_length, or let it read by gpt2.reads='cross', which has no such limit"
+            )
+
+
+def from_gpt2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns a published GPT-2's weights under a :class:`Gpt2Decoder`'s names.
+
+    Both of transformers' forms are read, with and without the language model's head, which is tied to the embedding.
+    """
+    bare = {name.removeprefix("transformer."): value for name, value in state.items()}
+    masks = (".attn.bias", ".attn.masked_bias")  # causal masks, which old files have among their weights
+    kept = {name: value for name, value in bare.items() if not name.endswith(masks) and name != "lm_head.weight"}
+    return {f"gpt2.{name}": value for name, value in kept.items()}
+
+
+def _causal(new: int, every: int, device: torch.device) -> Tensor:
+    """Returns what each of the last tokens may attend to, bool ``(1, 1, new, every)``.
+
+    Of four dimensions, so that transformers takes it as it is: of less, or none, it makes one itself, for which it
+    reads values of masks and positions (a wait for the device in each call, and nothing that the meta device has).
+    """
+    return torch.ones(1, 1, new, every, dtype=torch.bool, device=device).tril(every - new)

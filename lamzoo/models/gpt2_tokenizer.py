@@ -1,0 +1,84 @@
+"""GPT-2's byte pairs, called as the zoo's other tokenizers are; reads their file from a folder or the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from lamzoo import hub
+from lamzoo.errors import ConfigError, WeightsNotFoundError
+
+_FILE = "tokenizer.json"
+_END = "<|endoftext|>"
+
+
+class Gpt2Tokenizer:
+    """A tokenizer of any text whose numbers are those of GPT-2 plus 1, since 0 pads.
+
+    GPT-2 has one token for start and end, and so have its texts here.
+
+    Args:
+        source: a folder with a ``tokenizer.json``, or a hub repository, ``owner/name[@revision]``.
+        context_length: of the texts, start and end included.
+        vocab_size: the most that the model knows, padding included.
+
+    Raises:
+        WeightsNotFoundError: the file can't be had here; says how to bring it.
+        ConfigError: it is no tokenizer, has no end of a text, or more tokens than the model.
+    """
+
+    def __init__(self, source: str, context_length: int, vocab_size: int) -> None:
+        path = _find(source)
+        try:
+            self._pairs = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing more special
+            raise ConfigError(f"{path} is not the file of a tokenizer ({error}); get it again.") from error
+        self._pairs.no_truncation()
+        self._pairs.no_padding()
+        self.context_length, self.vocab_size = context_length, self._pairs.get_vocab_size() + 1
+        end = self._pairs.token_to_id(_END)
+        if end is None or self.vocab_size > vocab_size:
+            raise ConfigError(
+                f"{path} has {self.vocab_size - 1} tokens, {_END} {'not ' if end is None else ''}among them, and the "
+                f"model was built for {vocab_size - 1}; name the tokenizer of its GPT-2 by gpt2.tokenizer."
+            )
+        self.sot_token_id = self.eot_token_id = end + 1
+
+    def __call__(self, texts: str | Sequence[str], context_length: int | None = None) -> Tensor:
+        """Returns int64 ``(B, context_length)``: start, tokens, end, zeros; a text that is too long loses tokens."""
+        length = context_length or self.context_length
+        rows = torch.zeros([1 if isinstance(texts, str) else len(texts), length], dtype=torch.int64)
+        for row, text in zip(rows, [texts] if isinstance(texts, str) else texts, strict=True):
+            # One by one: a batch starts threads, about whose end the library warns when a loader forks.
+            numbers = [number + 1 for number in self._pairs.encode(text, add_special_tokens=False).ids]
+            numbers = [self.sot_token_id, *numbers[: length - 2], self.eot_token_id]
+            row[: len(numbers)] = torch.tensor(numbers)
+        return rows
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Returns the text of tokens, without start, end and padding."""
+        text: str = self._pairs.decode([int(token) - 1 for token in tokens if token not in (0, self.eot_token_id)])
+        return text
+
+
+def _find(source: str) -> Path:
+    folder = Path(source).expanduser()
+    if (folder / _FILE).is_file():
+        return folder / _FILE
+    if folder.is_dir():
+        raise WeightsNotFoundError(
+            f"The folder {folder} has no {_FILE}; transformers' AutoTokenizer.from_pretrained(...).save_pretrained "
+            "writes one."
+        )
+    repo, _, revision = source.partition("@")
+    try:
+        return hub.download(repo, _FILE, revision=revision or None)
+    except WeightsNotFoundError as error:
+        raise WeightsNotFoundError(
+            f"The vocabulary of GPT-2 can't be had: {error} Or name a folder that has a {_FILE}, as in "
+            "gpt2={'tokenizer': FOLDER}."
+        ) from error
