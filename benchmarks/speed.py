@@ -83,11 +83,13 @@ def _masked(change: Callable[[LamConfig], LamConfig]) -> Callable[[str, ExitStac
     return build
 
 
-def _reduced(method: Method, share: float, *, masked: bool) -> Callable[[str, ExitStack], Any]:
+def _reduced(
+    method: Method, share: float, *, masked: bool, quarters: Sequence[int] = (1, 2, 3)
+) -> Callable[[str, ExitStack], Any]:
     def build(name: str, stack: ExitStack) -> Any:
         model = lamzoo.create_model(name, **({} if masked else {"lam": False}))  # type: ignore[arg-type]
         depth = len(model.blocks)  # type: ignore[arg-type]
-        at = tuple(depth * i // 4 for i in (1, 2, 3))
+        at = tuple(depth * i // 4 for i in quarters)
         budget = share * lamzoo.profile(lamzoo.create_model(name, lam=False)).gmacs
         setting = largest(method, model, at, budget)
         if setting is None:
@@ -120,6 +122,7 @@ VARIANTS: dict[str, Callable[[str, ExitStack], Any]] = {
             ("ToMe", "ToMe", False),
         )
     },
+    "mask, drop once, to 0.59 of the GMACs": _reduced(METHODS["mask, drop"], 0.59, masked=True, quarters=(1,)),
     "ToMe, r = 13": _tome(13),
 }
 

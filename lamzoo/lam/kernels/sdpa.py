@@ -25,17 +25,12 @@ def sdpa(
     dropout_p: float,
     scale: float,
 ) -> Tensor:
-    """Masked attention through ``F.scaled_dot_product_attention``; shapes as in :func:`lamzoo.lam.lam_attention`.
-
-    Long sequences are read on the CPU half of the heads at a time, so that half of what is folded is there at once.
-    """
-    heads = query.shape[1]
-    halve = (
-        heads > 1 and not torch.is_grad_enabled() and query.device.type == "cpu" and not torch.compiler.is_compiling()
-    )
-    if not halve or query[0].numel() + key[0].numel() < _LONG:
+    """Masked attention through ``F.scaled_dot_product_attention``; shapes as in :func:`lamzoo.lam.lam_attention`."""
+    if op == "mul" or not _is_long(query, key):
         return _attend(query, key, value, mask, op, allowed, bias, is_causal, dropout_p, scale)
-    out = query.new_empty(query.shape[0], query.shape[2], heads, value.shape[-1]).transpose(1, 2)
+    # Half of the heads at a time, so that half of what is folded is there at once.
+    heads = query.shape[1]
+    out = value.new_empty(query.shape[0], query.shape[2], heads, value.shape[-1]).transpose(1, 2)
     for part in (slice(heads // 2), slice(heads // 2, None)):
         factors = FactoredMask(*(factor if factor.shape[1] == 1 else factor[:, part] for factor in mask))
         out[:, part] = _attend(
@@ -43,6 +38,13 @@ def sdpa(
             is_causal, dropout_p, scale,
         )  # fmt: skip
     return out
+
+
+def _is_long(query: Tensor, key: Tensor) -> bool:
+    """Says whether folding these, without gradients, takes memory that matters."""
+    if query.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return query.shape[1] > 1 and query[0].numel() + key[0].numel() >= _LONG
 
 
 def _of_heads(extra: Tensor | None, part: slice) -> Tensor | None:
