@@ -242,7 +242,7 @@ def test_without_matplotlib_only_the_picture_is_refused(
         ("film.mp4 --beams 0", "beams=0"),
         ("film.mp4 --beams 2 --top-p 0.5", "top_p=0.5"),
         ("film.mp4 --device abacus", "abacus"),
-        ("film.mp4 --model lam_describer_micro", "no weights"),
+        ("film.mp4 --model moment_detr_micro", "no weights"),
         ("film.mp4 --features lam_vit_micro", "lam_clip4clip"),
         ("film.mp4 --model TOWERS", "describes nothing"),
         ("", "VIDEO"),
