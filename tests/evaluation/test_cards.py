@@ -18,7 +18,7 @@ from lamzoo.registry import create_model
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 SPLITS = {"cifar10": "test", "tinyimagenet100": "val"}  # of what is bundled, by tag
 VIDEOS = {"grid": "grid:{data}/grid_s1:motion"}
-SPEECH = {"captions": "grid:{data}/grid_s1:mouth+audio", "moments": "grid:{data}/grid_s1:audio"}
+SPEECH = {"captions": "grid:{data}/grid_s1:mouth+audio", "moments": "grid:{data}/grid_s1"}
 
 
 def scored_names(metric: str) -> list[str]:
