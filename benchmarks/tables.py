@@ -59,6 +59,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ablation": ablation,
     "grid": lambda: ablation(HERE / "grid.toml"),
     "flickr8k": lambda: ablation(HERE / "flickr8k.toml"),
+    "moments": lambda: ablation(HERE / "moments.toml"),
     "captions": lambda: ablation(HERE / "captions.toml"),
     "speed": lambda: speed.table(read_lines(RESULTS / "speed.csv", speed.Row)),
     "breakdown": lambda: breakdown.table(read_lines(RESULTS / "breakdown.csv", breakdown.Row)),
