@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from benchmarks import breakdown, exported, finetuning, kernels, pruning, speed
@@ -27,29 +27,19 @@ _BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", r
 
 def zoo(path: Path = RESULTS / "zoo.csv") -> str:
     """Returns the table of the models that were trained here: each beside its plain twin, masks' cost apart."""
-    lines = _header("", "data", "top-1 (%)", "params (M)", "of them masks", "GMACs", "of them masks",
-                    "latency (ms)", "to plain", "images/s", "to plain", "peak (MiB)")  # fmt: skip
-    for row in _measured(path):
-        data = (row.data or "").rpartition("/")[2]
-        lines.append(_line(f"`{row.name}`", data, _number(row.value, 2), *_cost(row)))
-    return "\n".join(lines) + "\n\n" + _conditions(_measured(path))
+    return _benched(path, {
+        "data": lambda row: (row.data or "").rpartition("/")[2], "top-1 (%)": lambda row: _number(row.value, 2),
+    })  # fmt: skip
 
 
 def cost(path: Path = RESULTS / "cost.csv") -> str:
     """Returns the table of cost alone: the models whose weights are timm's, beside their plain backbones."""
-    lines = _header("", "pixels", "params (M)", "of them masks", "GMACs", "of them masks",
-                    "latency (ms)", "to plain", "images/s", "to plain", "peak (MiB)")  # fmt: skip
-    for row in _measured(path):
-        lines.append(_line(f"`{row.name}`", row.img_size or "", *_cost(row)))
-    return "\n".join(lines) + "\n\n" + _conditions(_measured(path))
+    return _benched(path, {"pixels": lambda row: str(row.img_size or "")})
 
 
 def sequences(path: Path = RESULTS / "sequences.csv") -> str:
     """Returns the table of the cost of models that read sequences of features, or frames and text."""
-    lines = _header("", "params (M)", "of them masks", "GMACs", "of them masks", "latency (ms)", "to plain",
-                    "inputs/s", "to plain", "peak (MiB)")  # fmt: skip
-    lines += [_line(f"`{row.name}`", *_cost(row)) for row in _measured(path)]
-    return "\n".join(lines) + "\n\n" + _conditions(_measured(path))
+    return _benched(path, {}, rate="inputs/s")
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -90,6 +80,15 @@ def main() -> None:
     if check and after != before:
         sys.exit("README.md's tables are not those of benchmarks/results; run `python -m benchmarks.tables`.")
     page.write_text(after, encoding="utf-8")
+
+
+def _benched(path: Path, more: Mapping[str, Callable[[BenchRow], str]], rate: str = "images/s") -> str:
+    """Returns what `lamzoo bench` wrote as a table, with more columns between the names and the cost."""
+    rows = _measured(path)
+    lines = _header("", *more, "params (M)", "of them masks", "GMACs", "of them masks",
+                    "latency (ms)", "to plain", rate, "to plain", "peak (MiB)")  # fmt: skip
+    lines += [_line(f"`{row.name}`", *(cell(row) for cell in more.values()), *_cost(row)) for row in rows]
+    return "\n".join(lines) + "\n\n" + _conditions(rows)
 
 
 def _measured(path: Path) -> list[BenchRow]:

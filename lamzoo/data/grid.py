@@ -207,6 +207,14 @@ def scaled(features: Tokens) -> Tokens:
     return features / max(float(features.std()), 1e-5)
 
 
+def said_at(words: Words, times: NDArray[np.floating], number: Callable[[str], int]) -> NDArray[np.int64]:
+    """Returns which word is said at each of some times ``(N,)``, in seconds: its number, ``(N,)``, 0 for none."""
+    said = np.zeros(len(times), dtype=np.int64)
+    for word, start, end in words:
+        said[(times >= start) & (times < end)] = number(word)
+    return said
+
+
 def timed_words(line: Mapping[str, Any]) -> Words:
     """Returns the words of a line of ``captions.jsonl``."""
     return tuple((word, float(first), float(last)) for word, first, last in line["words"])

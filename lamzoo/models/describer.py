@@ -261,10 +261,11 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: Describer) -> dic
     if "wte.weight" in state_dict or "transformer.wte.weight" in state_dict:
         from lamzoo.models.gpt2_decoder import from_gpt2  # needs transformers
 
-        return model.state_dict() | {f"decoder.{name}": value for name, value in from_gpt2(state_dict).items()}
-    if not any(key.startswith("text_decoder.") for key in state_dict):
+        decoder = from_gpt2(state_dict)
+    elif any(key.startswith("text_decoder.") for key in state_dict):
+        decoder = from_coca(state_dict, model.context_length)
+    else:
         return state_dict
-    decoder = from_coca(state_dict, model.context_length)
     return model.state_dict() | {f"decoder.{name}": value for name, value in decoder.items()}
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from lamzoo import hub
 from lamzoo.errors import ConfigError, WeightsNotFoundError
+from lamzoo.models.tokenizer import pack
 
 _FILE = "tokenizer.json"
 _END = "<|endoftext|>"
@@ -50,14 +50,12 @@ class Gpt2Tokenizer:
 
     def __call__(self, texts: str | Sequence[str], context_length: int | None = None) -> Tensor:
         """Returns int64 ``(B, context_length)``: start, tokens, end, zeros; a text that is too long loses tokens."""
-        length = context_length or self.context_length
-        rows = torch.zeros([1 if isinstance(texts, str) else len(texts), length], dtype=torch.int64)
-        for row, text in zip(rows, [texts] if isinstance(texts, str) else texts, strict=True):
-            # One by one: a batch starts threads, about whose end the library warns when a loader forks.
-            numbers = [number + 1 for number in self._pairs.encode(text, add_special_tokens=False).ids]
-            numbers = [self.sot_token_id, *numbers[: length - 2], self.eot_token_id]
-            row[: len(numbers)] = torch.tensor(numbers)
-        return rows
+        # One by one: a batch starts threads, about whose end the library warns when a loader forks.
+        rows = [
+            [number + 1 for number in self._pairs.encode(text, add_special_tokens=False).ids]
+            for text in ([texts] if isinstance(texts, str) else texts)
+        ]
+        return pack(rows, self.sot_token_id, self.eot_token_id, context_length or self.context_length)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Returns the text of tokens, without start, end and padding."""

@@ -49,6 +49,18 @@ class SmallTokenizer(SimpleTokenizer):
         self.sot_token_id, self.eot_token_id = self.all_special_ids
 
 
+def pack(texts: Sequence[Sequence[int]], start: int, end: int, length: int) -> Tensor:
+    """Returns texts as the zoo's tokenizers do, int64 ``(B, length)``: start, numbers, end, zeros.
+
+    A text that is too long loses its last numbers.
+    """
+    rows = torch.zeros(len(texts), length, dtype=torch.int64)
+    for row, text in zip(rows, texts, strict=True):
+        numbers = [start, *text[: length - 2], end]
+        row[: len(numbers)] = torch.tensor(numbers)
+    return rows
+
+
 class WordTokenizer:
     """A tokenizer of a closed vocabulary, a token a word; called as open_clip's are.
 
@@ -78,15 +90,12 @@ class WordTokenizer:
         Raises:
             DataError: a word is not in the vocabulary.
         """
-        length = context_length or self.context_length
-        rows = torch.zeros([1 if isinstance(texts, str) else len(texts), length], dtype=torch.int64)
-        for row, text in zip(rows, [texts] if isinstance(texts, str) else texts, strict=True):
-            numbers = [self._numbers.get(word, 0) for word in text.lower().split()]
-            if 0 in numbers:
-                raise DataError(f"{text.split()[numbers.index(0)]!r} is not among the {len(self.words)} known words")
-            numbers = [self.sot_token_id, *numbers[: length - 2], self.eot_token_id]
-            row[: len(numbers)] = torch.tensor(numbers)
-        return rows
+        rows = []
+        for text in [texts] if isinstance(texts, str) else texts:
+            rows.append([self._numbers.get(word, 0) for word in text.lower().split()])
+            if 0 in rows[-1]:
+                raise DataError(f"{text.split()[rows[-1].index(0)]!r} is not among the {len(self.words)} known words")
+        return pack(rows, self.sot_token_id, self.eot_token_id, context_length or self.context_length)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Returns the words of tokens, those that are none left out."""

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from lamzoo.data.captions import CaptionDataset
 from lamzoo.data.captions.base import CaptionItem
 from lamzoo.data.captions.base import Stream as Features
+from lamzoo.data.grid import said_at
 from lamzoo.evaluation.describing import context_tokens, pad_streams
 from lamzoo.training.caption_recipe import CaptionWeights
 
@@ -99,10 +100,8 @@ class Collate:
     def _said(self, item: CaptionItem, times: Tensor, mask: Tensor) -> Tensor:
         if not item.words:
             return torch.full_like(mask, _NOTHING, dtype=torch.int64)
-        said = torch.zeros_like(mask, dtype=torch.int64)
-        for word, start, end in item.words:
-            said[(times >= start) & (times < end)] = self.tokenizer([word])[0, 1]
-        return said.masked_fill(~mask, _NOTHING)
+        said = said_at(item.words, times.numpy(), lambda word: int(self.tokenizer([word])[0, 1]))
+        return torch.from_numpy(said).masked_fill(~mask, _NOTHING)
 
 
 def caption_losses(found: Any, batch: Mapping[str, Any], weights: CaptionWeights) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lamzoo.data.grid import said_at
 from lamzoo.data.moments import MomentDataset, MomentFeatures, MomentQuery
 from lamzoo.evaluation.finding import pad_features
 
@@ -66,8 +67,9 @@ class Samples(Dataset[Sample]):
         spans = np.stack([windows.mean(axis=1), windows[:, 1] - windows[:, 0]], axis=1).astype(np.float32)
         grades = clip_grades(query, len(features.video))
         better, worse = _draw_pairs(grades)
-        words = torch.from_numpy(_said(query, self._numbers, len(grades))) if self._numbers else None
-        tensor = torch.from_numpy
+        tensor, words = torch.from_numpy, None
+        if self._numbers:
+            words = tensor(said_at(query.words, _middles(query, len(grades)), self._numbers.__getitem__))
         return Sample(query, features, tensor(spans), tensor(better), tensor(worse), tensor(grades), words)
 
 
@@ -80,7 +82,7 @@ def clip_grades(query: MomentQuery, count: int) -> NDArray[np.float32]:
     if query.grades is not None:
         total = query.grades.sum(axis=1)[:count]
         return np.pad(total, (0, count - len(total))).astype(np.float32)
-    middles = (np.arange(count) + 0.5) * query.duration / count
+    middles = _middles(query, count)
     grades = np.zeros(count, dtype=np.float32)
     for start, end in query.windows:
         inside = (middles >= start) & (middles < end)
@@ -113,8 +115,9 @@ def collate(samples: Sequence[Sample]) -> dict[str, Tensor]:
     """
     video, text, video_mask, text_mask = pad_features([sample.features for sample in samples])
 
-    def padded(name: str) -> Tensor:
-        return torch.nn.utils.rnn.pad_sequence([getattr(sample, name) for sample in samples], batch_first=True)
+    def padded(name: str, behind: float = 0.0) -> Tensor:
+        rows = [getattr(sample, name) for sample in samples]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=behind)
 
     batch = {
         "video": video, "text": text, "video_mask": video_mask, "text_mask": text_mask, "spans": padded("spans"),
@@ -122,18 +125,13 @@ def collate(samples: Sequence[Sample]) -> dict[str, Tensor]:
         "worse": padded("worse"), "grades": padded("grades"),
         "unrelated": _unrelated([sample.query for sample in samples]),
     }  # fmt: skip
-    words = [sample.words for sample in samples if sample.words is not None]
-    if len(words) == len(samples):
-        batch["words"] = torch.nn.utils.rnn.pad_sequence(words, batch_first=True, padding_value=-100)
+    if samples[0].words is not None:  # all of one data set
+        batch["words"] = padded("words", -100)
     return batch
 
 
-def _said(query: MomentQuery, numbers: Mapping[str, int], count: int) -> NDArray[np.int64]:
-    middles = (np.arange(count) + 0.5) * query.duration / count
-    said = np.zeros(count, dtype=np.int64)
-    for word, start, end in query.words:
-        said[(middles >= start) & (middles < end)] = numbers[word]
-    return said
+def _middles(query: MomentQuery, count: int) -> NDArray[np.float64]:
+    return (np.arange(count) + 0.5) * query.duration / count
 
 
 def _unrelated(queries: Sequence[MomentQuery]) -> Tensor:

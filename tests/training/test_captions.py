@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +23,7 @@ from lamzoo.training.caption_batches import Collate, Samples, caption_losses
 from lamzoo.training.caption_recipe import CaptionWeights
 from tests.byte_pairs import write_byte_pairs
 from tests.speech import ALL, write_speech
+from tests.training.processes import train_in_two
 
 SMALL = {
     "width": 32, "heads": 2, "hidden": 64, "encoder_layers": 2, "text_layers": 1, "decoder_layers": 1,
@@ -192,18 +190,7 @@ def test_two_processes_score_as_one(table: dict[str, Any], tmp_path: Path) -> No
     table["augment"] = {"splice": 0.0}  # all sentences are as long, so that means of halves are those of the whole
     table["optimizer"] = {"name": "sgd", "lr": 1e-3}
     alone = run(table, tmp_path / "alone")
-    table["run"] |= {"output": str(tmp_path / "two")}
-    (tmp_path / "recipe.json").write_text(json.dumps(table))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "lamzoo"]
-    done = subprocess.run(
-        [*launch, "train", str(tmp_path / "recipe.json")],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    rows: Any = list(csv.DictReader((tmp_path / "two" / "metrics.csv").open()))
+    rows = train_in_two(table, tmp_path / "two")
     torch.testing.assert_close(curve(rows)[:, 3], curve(alone.history)[:, 3], rtol=0.02, atol=0.0)
 
 

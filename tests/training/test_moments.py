@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +19,7 @@ from lamzoo.training import Progress, TrainResult, load_recipe, parse_recipe, tr
 from lamzoo.training.moment_batches import HIGHEST_GRADE, Samples, clip_grades, collate
 from tests.speech import write_speech
 from tests.training.moment_data import moment_recipe, write_qvhighlights
+from tests.training.processes import train_in_two
 
 RECIPE = Path(__file__).resolve().parents[2] / "benchmarks" / "recipes" / "qvhighlights.toml"
 HELD_BY_RECIPE = ("epoch", "update", "lr", "train_loss", "eval_R1@0.5", "eval_R1@0.7", "eval_mAP")
@@ -190,18 +187,7 @@ def test_two_processes_score_as_one(table: dict[str, Any], tmp_path: Path) -> No
     table["run"]["batch_size"] = 16
     table["optimizer"] = {"name": "sgd", "lr": 1e-4}
     alone = run(table, tmp_path / "alone")
-    table["run"] |= {"output": str(tmp_path / "two")}
-    (tmp_path / "recipe.json").write_text(json.dumps(table))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "lamzoo"]
-    done = subprocess.run(
-        [*launch, "train", str(tmp_path / "recipe.json")],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    rows: Any = list(csv.DictReader((tmp_path / "two" / "metrics.csv").open()))
+    rows = train_in_two(table, tmp_path / "two")
     torch.testing.assert_close(curve(rows)[:, 3], curve(alone.history)[:, 3], rtol=0.02, atol=0.0)
 
 

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +16,7 @@ from lamzoo.errors import LamzooError
 from lamzoo.training import Progress, TrainResult, parse_recipe, train
 from lamzoo.training.contrastive import contrastive_loss
 from lamzoo.training.retrieval import RetrievalRun
+from tests.training.processes import train_in_two
 from tests.training.retrieval_data import retrieval_table, write_faces
 
 HELD_BY_RECIPE = ("epoch", "update", "lr", "train_loss", "eval_t2v_R1", "eval_t2v_MedianR", "eval_v2t_R1")
@@ -142,18 +139,8 @@ def test_two_processes_give_the_curve_of_one(
     table["data"]["equal_captions"] = equal
     table["optimizer"]["lr"] = 1e-3
     alone = run(table, tmp_path / "alone")
-    table["run"] |= {"output": str(tmp_path / "two"), "accumulation": 2}
-    (tmp_path / "recipe.json").write_text(json.dumps(table))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "lamzoo"]
-    done = subprocess.run(
-        [*launch, "train", str(tmp_path / "recipe.json")],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    rows: Any = list(csv.DictReader((tmp_path / "two" / "metrics.csv").open()))
+    table["run"] |= {"accumulation": 2}
+    rows = train_in_two(table, tmp_path / "two")
     torch.testing.assert_close(curve(rows), curve(alone.history), rtol=1e-4, atol=1e-4)
 
 

@@ -26,17 +26,34 @@ def sdpa(
     scale: float,
 ) -> Tensor:
     """Masked attention through ``F.scaled_dot_product_attention``; shapes as in :func:`lamzoo.lam.lam_attention`."""
+    attn_mask = _attn_mask(query, key, allowed, bias, is_causal)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, mask: FactoredMask, attn_mask: Tensor | None) -> Tensor:
+        wide_query, wide_key = fold(query, key, mask, op=op, scale=scale)
+        # On the CPU a value whose width isn't the query's silently leaves the fused kernel.
+        width = max(wide_query.shape[-1], value.shape[-1])
+        out = F.scaled_dot_product_attention(
+            _widen(wide_query, width),
+            _widen(wide_key, width),
+            _widen(value, width),
+            attn_mask=attn_mask,
+            dropout_p=dropout_p,
+            is_causal=is_causal and attn_mask is None,
+            scale=scale,
+        )
+        return out[..., : value.shape[-1]]
+
     if op == "mul" or not _is_long(query, key):
-        return _attend(query, key, value, mask, op, allowed, bias, is_causal, dropout_p, scale)
+        return attend(query, key, value, mask, attn_mask)
     # Half of the heads at a time, so that half of what is folded is there at once.
     heads = query.shape[1]
     out = value.new_empty(query.shape[0], query.shape[2], heads, value.shape[-1]).transpose(1, 2)
     for part in (slice(heads // 2), slice(heads // 2, None)):
         factors = FactoredMask(*(factor if factor.shape[1] == 1 else factor[:, part] for factor in mask))
-        out[:, part] = _attend(
-            query[:, part], key[:, part], value[:, part], factors, op, _of_heads(allowed, part), _of_heads(bias, part),
-            is_causal, dropout_p, scale,
-        )  # fmt: skip
+        of_heads = attn_mask
+        if attn_mask is not None and attn_mask.ndim > 2 and attn_mask.shape[-3] > 1:
+            of_heads = attn_mask[..., part, :, :]
+        out[:, part] = attend(query[:, part], key[:, part], value[:, part], factors, of_heads)
     return out
 
 
@@ -45,38 +62,6 @@ def _is_long(query: Tensor, key: Tensor) -> bool:
     if query.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     return query.shape[1] > 1 and query[0].numel() + key[0].numel() >= _LONG
-
-
-def _of_heads(extra: Tensor | None, part: slice) -> Tensor | None:
-    return extra if extra is None or extra.ndim < 3 or extra.shape[-3] == 1 else extra[..., part, :, :]
-
-
-def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: FactoredMask,
-    op: Op,
-    allowed: Tensor | None,
-    bias: Tensor | None,
-    is_causal: bool,
-    dropout_p: float,
-    scale: float,
-) -> Tensor:
-    wide_query, wide_key = fold(query, key, mask, op=op, scale=scale)
-    # On the CPU a value whose width isn't the query's silently leaves the fused kernel.
-    width = max(wide_query.shape[-1], value.shape[-1])
-    attn_mask = _attn_mask(query, key, allowed, bias, is_causal)
-    out = F.scaled_dot_product_attention(
-        _widen(wide_query, width),
-        _widen(wide_key, width),
-        _widen(value, width),
-        attn_mask=attn_mask,
-        dropout_p=dropout_p,
-        is_causal=is_causal and attn_mask is None,
-        scale=scale,
-    )
-    return out[..., : value.shape[-1]]
 
 
 def fold(query: Tensor, key: Tensor, mask: FactoredMask, *, op: Op, scale: float) -> tuple[Tensor, Tensor]:
