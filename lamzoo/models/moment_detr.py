@@ -31,6 +31,8 @@ class Moments:
         unrelated: saliency for the sentence of another sample, ``(B, N)``, where the model trains on it (QD-DETR).
         words: of the word that is said in each clip, ``(B, N, words + 1)``, 0 standing for none; None but in training
             of a model built with ``words``.
+        proposals: ``(B, N, 2)``, centre and width of the moment that each clip would lie in, as shares of the video;
+            None but in training of a model whose decoder begins with them (QD-DETR).
     """
 
     spans: Tensor
@@ -39,6 +41,7 @@ class Moments:
     layers: tuple[tuple[Tensor, Tensor], ...] = ()
     unrelated: Tensor | None = None
     words: Tensor | None = None
+    proposals: Tensor | None = None
 
     def windows(self) -> Tensor:
         """Returns ``(B, Q, 3)``: start and end as shares of the video, and score, the best first."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -14,6 +15,7 @@ from lamzoo.errors import ConfigError
 from lamzoo.lam import LamConfig
 from lamzoo.models.moment_detr import MomentNetwork, Moments, Place, build
 from lamzoo.models.moment_layers import Attention, EncoderLayer, Mlp, initialise, sine_features
+from lamzoo.models.spans import to_centres
 
 Anchors = Literal["learned", "salient"]
 
@@ -24,8 +26,9 @@ class QdDetr(MomentNetwork):
     In training, each video is scored for the sentence of another sample too (``Moments.unrelated``).
 
     The published decoder begins with spans that it has learned, the same for each video, and takes tens of thousands of
-    updates to find short moments in long videos. With ``anchors="salient"`` it begins at the peaks of the saliency, as
-    two-stage detectors do (arXiv 2010.04159, section 4.2).
+    updates to find short moments in long videos. With ``anchors="salient"`` each clip proposes the moment that it would
+    lie in, and the decoder begins with the clips at the peaks of the saliency and their proposals, as two-stage
+    detectors do (arXiv 2010.04159, section 4.2).
 
     Args:
         video_dim: features of a clip, its two temporal positions included.
@@ -37,7 +40,7 @@ class QdDetr(MomentNetwork):
         encoder_layers: of the encoder of what they have read.
         decoder_layers: of the decoder.
         queries: moments that it looks for.
-        anchors: where the decoder begins: at ``"learned"`` spans, or at ``"salient"`` clips.
+        anchors: where the decoder begins: at ``"learned"`` spans, or at those that ``"salient"`` clips propose.
         dropout: of the transformer.
         input_dropout: of the projections of the features.
         position_turns: of the fastest wave of the sine positions over a video. With the published one, neighbours among
@@ -78,6 +81,11 @@ class QdDetr(MomentNetwork):
         self.saliency_position = nn.Parameter(torch.randn(width))
         self.clip_saliency = nn.Linear(width, width)
         self.token_saliency = nn.Linear(width, width)
+        self.proposal_head = Mlp(width, width, 2, 3) if anchors == "salient" else None
+        if self.proposal_head is not None:  # at first, all proposals are equally wide
+            weight, bias = self.proposal_head[-1].parameters()
+            nn.init.zeros_(weight)
+            nn.init.constant_(bias, math.log(_FIRST_WIDTH / (2 - _FIRST_WIDTH)))
         initialise(self.cross)
         initialise(self.encoder)
 
@@ -92,16 +100,20 @@ class QdDetr(MomentNetwork):
     ) -> Moments:
         """As :meth:`MomentNetwork.find`: clips read the words, and the decoder sees clips alone."""
         memory, saliency = self._read(clips, words, positions, video_mask, text_mask)
-        centres = None
-        if self.anchors == "salient":
-            centres = peaks(saliency.detach(), video_mask, self.decoder.num_queries)
-        found = self.decoder(memory, positions, video_mask, centres)
+        proposals = begin = None
+        if self.proposal_head is not None:
+            proposals = propose(self.proposal_head(memory).float(), video_mask)
+            chosen = peaks(saliency.detach(), video_mask, self.decoder.num_queries).unsqueeze(-1)
+            spans = proposals.detach().take_along_dim(chosen, dim=1).to(memory.dtype)
+            begin = memory.take_along_dim(chosen, dim=1), spans
+        found = self.decoder(memory, positions, video_mask, begin)
         *others, (spans, logits) = [(self._refined(*entry), self.class_head(entry[0])) for entry in found]
         elsewhere = None
         if self.training and len(clips) > 1:
             rows = torch.arange(len(clips), device=clips.device).roll(-1) if unrelated is None else unrelated
             elsewhere = self._read(clips, words[rows], positions, video_mask, text_mask[rows])[1]
-        return Moments(spans, logits, saliency, tuple(others), elsewhere, self.said(memory))
+        proposals = proposals if self.training else None
+        return Moments(spans, logits, saliency, tuple(others), elsewhere, self.said(memory), proposals)
 
     def _read(
         self, clips: Tensor, words: Tensor, positions: Tensor, video_mask: Tensor, text_mask: Tensor
@@ -133,7 +145,7 @@ def peaks(saliency: Tensor, video_mask: Tensor, count: int) -> Tensor:
         count: how many; where there are fewer peaks, or clips, the rest are the highest clips beside them, or repeated.
 
     Returns:
-        ``(B, count)``, middles of clips as shares of the video, the highest first.
+        int64 ``(B, count)``, indices of clips, the highest first.
     """
     saliency = saliency.float().masked_fill(~video_mask, -torch.inf)
     around = F.max_pool1d(saliency.unsqueeze(1), 2 * _PEAK + 1, stride=1, padding=_PEAK).squeeze(1)
@@ -143,8 +155,23 @@ def peaks(saliency: Tensor, video_mask: Tensor, count: int) -> Tensor:
     order = torch.where(saliency == around, saliency, beside)
     chosen = order.topk(min(count, order.shape[1]), dim=1).indices
     lengths = video_mask.sum(dim=1, keepdim=True)
-    chosen = chosen.gather(1, torch.arange(count, device=chosen.device) % lengths.clamp(max=count))
-    return (chosen + 0.5) / lengths
+    return chosen.gather(1, torch.arange(count, device=chosen.device) % lengths.clamp(max=count))
+
+
+def propose(distances: Tensor, video_mask: Tensor) -> Tensor:
+    """Returns the spans around clips.
+
+    Args:
+        distances: ``(B, N, 2)``, logits of how far before the middle of each clip its span begins, and how far behind
+            it ends, as shares of the video.
+        video_mask: bool ``(B, N)``, True where there is a clip, at the start of each row.
+
+    Returns:
+        ``(B, N, 2)``, centre and width as shares of the video, inside it.
+    """
+    middles = (torch.arange(video_mask.shape[1], device=video_mask.device) + 0.5) / video_mask.sum(dim=1, keepdim=True)
+    before, behind = distances.sigmoid().unbind(-1)
+    return to_centres(torch.stack([(middles - before).clamp_min(0), (middles + behind).clamp_max(1)], dim=-1))
 
 
 class CrossLayer(nn.Module):
@@ -174,7 +201,7 @@ class SpanDecoder(nn.Module):
         dropout: everywhere.
         layers: of the decoder.
         queries: spans.
-        anchors: whether the spans that it begins with are learned, or their widths alone.
+        anchors: whether the spans that it begins with are learned, or told.
         position_turns: as of the memory's positions.
     """
 
@@ -194,8 +221,6 @@ class SpanDecoder(nn.Module):
         self.layers = nn.ModuleList(SpanLayer(width, heads, hidden, dropout, number == 0) for number in range(layers))
         if anchors == "learned":
             self.spans = nn.Embedding(queries, 2)
-        else:
-            self.widths = nn.Parameter(torch.full((queries, 1), _FIRST_WIDTH).logit())
         self.position_head = Mlp(width, width, width, 2)
         self.position_scale = Mlp(width, width, width, 2)
         self.width_head = Mlp(width, width, 1, 2)
@@ -206,7 +231,7 @@ class SpanDecoder(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(
-        self, memory: Tensor, positions: Tensor, allowed: Tensor, centres: Tensor | None = None
+        self, memory: Tensor, positions: Tensor, allowed: Tensor, begin: tuple[Tensor, Tensor] | None = None
     ) -> list[tuple[Tensor, Tensor]]:
         """Decodes.
 
@@ -214,18 +239,19 @@ class SpanDecoder(nn.Module):
             memory: ``(B, N, C)``.
             positions: ``(B, N, C)``.
             allowed: bool ``(B, N)``.
-            centres: of the spans that it begins with, ``(B, Q)``; None for learned ones.
+            begin: the queries ``(B, Q, C)`` and spans ``(B, Q, 2)`` that it begins with; None for zeros and learned
+                spans.
 
         Returns:
             For each layer the queries ``(B, Q, C)`` and the spans ``(B, Q, 2)`` that they began the layer with.
         """
-        if centres is None:
+        if begin is None:
             numbers = torch.arange(self.num_queries, device=memory.device)
             spans = self.spans(numbers).sigmoid().to(memory.dtype).expand(len(memory), -1, -1)
+            queries = memory.new_zeros(*spans.shape[:2], self.width)
         else:
-            widths = self.widths.sigmoid().to(memory.dtype).expand(len(memory), -1, -1)
-            spans = torch.cat([centres.to(memory.dtype).unsqueeze(-1), widths], dim=-1)
-        queries, found = memory.new_zeros(*spans.shape[:2], self.width), []
+            queries, spans = begin
+        found = []
         for number, layer in enumerate(self.layers):
             begun_with = spans
             if number:
@@ -298,7 +324,7 @@ class SpanLayer(nn.Module):
         return torch.cat(pair, dim=-1).flatten(-2)
 
 
-_FIRST_WIDTH = 0.05  # of a span that begins at a clip, as a share of the video
+_FIRST_WIDTH = 0.05  # of an untrained proposal, as a share of the video
 _PEAK = 2  # clips on either side that a peak is higher than
 _SELF = ("query", "query_position", "key", "key_position", "value")
 _CROSS = (*_SELF, "waves")

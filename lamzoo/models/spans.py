@@ -21,14 +21,15 @@ def to_centres(spans: Tensor) -> Tensor:
 
 def span_iou(spans: Tensor, others: Tensor) -> Tensor:
     """Returns the intersection over union of spans ``(N, 2)`` and ``(M, 2)``, start and end: ``(N, M)``."""
-    return box_iou(_boxes(spans), _boxes(others))
+    return box_iou(to_boxes(spans), to_boxes(others))
 
 
 def generalized_span_iou(spans: Tensor, others: Tensor) -> Tensor:
     """Returns the generalised intersection over union (arXiv 1902.09630), -1 to 1, of spans as :func:`span_iou`."""
-    return generalized_box_iou(_boxes(spans), _boxes(others))
+    return generalized_box_iou(to_boxes(spans), to_boxes(others))
 
 
-def _boxes(spans: Tensor) -> Tensor:
+def to_boxes(spans: Tensor) -> Tensor:
+    """Turns ``(..., 2)``, start and end, into torchvision's boxes, ``(..., 4)``."""
     start, end = spans.unbind(-1)
     return torch.stack([start, torch.zeros_like(start), end, torch.ones_like(end)], dim=-1)

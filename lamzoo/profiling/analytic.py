@@ -193,6 +193,7 @@ def _moments(model: Any) -> tuple[int, list[Stack]]:
         encoder = replace(encoder, tokens=1 + clips)
         queries, depth = model.decoder.num_queries, len(model.decoder.layers)
         ends += (clips + 1) * width**2  # saliency: clips, and the token that they are compared with
+        ends += 0 if model.proposal_head is None else _mlp_macs(clips, (width, width, width, 2))
         # In the decoder, positions come from spans, are projected apart and stand beside the content.
         own, across = 2 * queries, clips + queries
         ends += depth * ((own + across) * width**2 + queries * clips * width) + queries * width**2

@@ -8,10 +8,11 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.ops import generalized_box_iou_loss
 
 from lamzoo.errors import MissingExtraError
 from lamzoo.models.moment_detr import Moments
-from lamzoo.models.spans import generalized_span_iou, to_edges
+from lamzoo.models.spans import generalized_span_iou, to_boxes, to_edges
 from lamzoo.training.moment_recipe import MomentWeights
 
 if find_spec("scipy") is None:
@@ -56,7 +57,7 @@ def moment_losses(found: Moments, targets: MomentTargets, weights: MomentWeights
     Returns:
         ``span``, ``giou`` and ``label``, each over all decoder layers, and ``saliency``; QD-DETR's ``negative`` and
         ``contrast`` where the model scored the videos for other sentences; ``words`` where it tells words apart and the
-        data know them. The loss is their sum.
+        data know them; ``proposal`` where its clips propose moments. The loss is their sum.
     """
     losses = {key: found.spans.new_zeros((), dtype=torch.float32) for key in ("span", "giou", "label")}
     for spans, logits in (*found.layers, (found.spans, found.logits)):
@@ -70,6 +71,8 @@ def moment_losses(found: Moments, targets: MomentTargets, weights: MomentWeights
         losses["contrast"] = weights.saliency * contrast_loss(saliency, unrelated, targets, weights.temperature)
     if found.words is not None and targets.words is not None:
         losses["words"] = weights.words * F.cross_entropy(found.words.float().mT, targets.words)
+    if found.proposals is not None:
+        losses["proposal"] = proposal_loss(found.proposals, targets, weights)
     return losses
 
 
@@ -107,12 +110,28 @@ def _set_losses(spans: Tensor, logits: Tensor, targets: MomentTargets, weights: 
     label = F.cross_entropy(logits.flatten(0, 1), classes.flatten(), of_class, reduction="none").mean()
     mine = torch.cat([of_sample[queries] for of_sample, (queries, _) in zip(spans, assigned, strict=True)])
     truth = torch.cat([of_sample[which] for of_sample, (_, which) in zip(targets.spans, assigned, strict=True)])
-    giou = generalized_span_iou(to_edges(mine), to_edges(truth)).diagonal()
+    return {**_span_losses(mine, truth, weights), "label": weights.label * label}
+
+
+def _span_losses(spans: Tensor, truth: Tensor, weights: MomentWeights) -> dict[str, Tensor]:
+    """Returns the weighted losses of spans ``(n, 2)``, centre and width, each to be one of ``(n, 2)``."""
+    giou = generalized_box_iou_loss(to_boxes(to_edges(spans)), to_boxes(to_edges(truth)), reduction="sum")
     return {
-        "span": weights.span * F.l1_loss(mine, truth, reduction="sum") / max(1, truth.numel()),
-        "giou": weights.giou * (1 - giou).sum() / max(1, len(truth)),
-        "label": weights.label * label,
+        "span": weights.span * F.l1_loss(spans, truth, reduction="sum") / max(1, truth.numel()),
+        "giou": weights.giou * giou / max(1, len(truth)),
     }
+
+
+def proposal_loss(proposals: Tensor, targets: MomentTargets, weights: MomentWeights) -> Tensor:
+    """Returns how far the proposals ``(B, N, 2)`` of clips are from the moments that their middles lie in."""
+    mine, truth = [], []
+    for of_sample, moments, mask in zip(proposals.float(), targets.spans, targets.video_mask, strict=True):
+        middles = (torch.arange(len(mask), device=mask.device) + 0.5) / mask.sum()
+        start, end = to_edges(moments).unbind(-1)
+        clips, which = ((middles[:, None] >= start) & (middles[:, None] <= end) & mask[:, None]).nonzero(as_tuple=True)
+        mine.append(of_sample[clips])
+        truth.append(moments[which])
+    return torch.stack(list(_span_losses(torch.cat(mine), torch.cat(truth), weights).values())).sum()
 
 
 def margin_loss(saliency: Tensor, targets: MomentTargets, margin: float) -> Tensor:

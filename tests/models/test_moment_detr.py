@@ -16,7 +16,7 @@ from lamzoo.adapters.native import DENSE_TOKENS
 from lamzoo.errors import ConfigError
 from lamzoo.models.moment_detr import Moments
 from lamzoo.models.moment_layers import sine_positions
-from lamzoo.models.qd_detr import peaks
+from lamzoo.models.qd_detr import peaks, propose
 from lamzoo.models.spans import generalized_span_iou, span_iou, to_centres, to_edges
 from lamzoo.profiling.memory import peak_growth
 
@@ -168,7 +168,7 @@ def test_everything_is_trained(name: str) -> None:
     masked = model(f"lam_{name}", lam_in=PLACES[name]).train()
     found = masked(*batch())
     parts = [found.spans, found.logits, found.saliency, *(x for layer in found.layers for x in layer)]
-    parts += [part for part in (found.unrelated, found.words) if part is not None]
+    parts += [part for part in (found.unrelated, found.words, found.proposals) if part is not None]
     sum(part.square().sum() for part in parts).backward()
     assert [key for key, parameter in masked.named_parameters() if parameter.grad is None] == []
     assert len(found.layers) == 1
@@ -253,9 +253,9 @@ def test_peaks_are_the_highest_clips_of_their_neighbourhood() -> None:
     mask = torch.ones(2, 30, dtype=torch.bool)
     mask[1, 10:] = False  # and the highest of the second sample is padding
     found = peaks(saliency, mask, 2)
-    assert_close(found[0], torch.tensor([4.5, 20.5]) / 30)
-    assert_close(found[1, 0], torch.tensor(2.5 / 10))
-    assert (found < 1).all()
+    assert found[0].tolist() == [4, 20]
+    assert found[1, 0] == 2
+    assert mask.gather(1, found).all()
 
 
 @pytest.mark.parametrize("clips", [1, 3, 40])
@@ -265,9 +265,19 @@ def test_there_are_as_many_peaks_as_are_asked_for(clips: int) -> None:
     mask[1, 1:] = False
     found = peaks(saliency, mask, 10)
     assert found.shape == (2, 10)
-    assert_close(found[0].sort().values.unique(), found[0].unique())
-    assert_close(found[1], torch.full((10,), 0.5))
+    assert (found[1] == 0).all()
     assert len(found[0].unique()) == min(clips, 10)
+
+
+def test_proposals_are_around_their_clips_and_inside_the_video() -> None:
+    mask = torch.ones(2, 10, dtype=torch.bool)
+    mask[1, 4:] = False
+    distances = torch.tensor([0.1, 0.3]).logit().expand(2, 10, 2)
+    start, end = to_edges(propose(distances, mask)).unbind(-1)
+    for sample, clips in ((0, 10), (1, 4)):
+        middles = torch.arange(clips).add(0.5) / clips
+        assert_close(start[sample, :clips], (middles - 0.1).clamp_min(0), atol=1e-6, rtol=0.0)
+        assert_close(end[sample, :clips], (middles + 0.3).clamp_max(1), atol=1e-6, rtol=0.0)
 
 
 def test_the_decoder_may_begin_at_salient_clips() -> None:
@@ -275,9 +285,12 @@ def test_the_decoder_may_begin_at_salient_clips() -> None:
     inputs = batch(60)
     found = detr(*inputs)
     assert found.spans.shape == (2, 10, 2)
-    sum(part.sum() for part in (found.spans, found.logits, found.saliency, found.unrelated, found.words)).backward()
+    parts = (found.spans, found.logits, found.saliency, found.unrelated, found.words, found.proposals)
+    sum(part.sum() for part in parts).backward()
     assert all(p.grad is not None for name, p in detr.named_parameters())
-    begun = peaks(found.saliency.detach(), inputs[2], 10)
-    assert_close(found.layers[0][0][..., 0].detach(), begun, atol=0.1, rtol=0.0)
+    chosen = peaks(found.saliency.detach(), inputs[2], 10)
+    begun = found.proposals.detach().take_along_dim(chosen.unsqueeze(-1), dim=1)
+    assert_close(found.layers[0][0].detach(), begun, atol=0.1, rtol=0.0)
+    assert detr.eval()(*inputs).proposals is None
     with pytest.raises(ConfigError, match="anchors is 'random'; it must be one of 'learned', 'salient'"):
         model("qd_detr_micro", anchors="random")

@@ -126,6 +126,20 @@ def test_the_word_loss_is_the_cross_entropy_of_the_clips_that_are_there() -> Non
     assert_close(loss, torch.stack(wanted).mean())
 
 
+def test_clips_propose_the_moments_that_they_lie_in() -> None:
+    clips = torch.stack([centres(8), centres(8)])
+    spans = torch.tensor([[0.3, 0.2], [0.4, 0.3]]), torch.tensor([[0.5, 0.1]])
+    truth = replace(targets(), spans=spans)
+    assert "proposal" not in moment_losses(found(), truth, WEIGHTS)
+    loss = moment_losses(found(proposals=clips), truth, WEIGHTS)["proposal"]
+    # Sample, clip, moment: middles of the first sample's 8 clips are odd sixteenths, of the other's 5 odd tenths.
+    inside = [(0, 2, 0), (0, 2, 1), (0, 3, 1), (1, 2, 0)]
+    pairs = [(clips[sample, clip], spans[sample][moment]) for sample, clip, moment in inside]
+    distances = [(mine - wanted).abs().mean() for mine, wanted in pairs]
+    gious = [generalized_span_iou(to_edges(mine[None]), to_edges(wanted[None])).squeeze() for mine, wanted in pairs]
+    assert_close(loss, 10 * torch.stack(distances).mean() + 1 - torch.stack(gious).mean())
+
+
 def test_clips_that_are_not_there_say_nothing() -> None:
     said, truth = found(unrelated=torch.randn(2, 8)), targets()
     assert said.unrelated is not None
