@@ -85,7 +85,7 @@ class QdDetr(MomentNetwork):
         if self.proposal_head is not None:  # at first, all proposals are equally wide
             weight, bias = self.proposal_head[-1].parameters()
             nn.init.zeros_(weight)
-            nn.init.constant_(bias, math.log(_FIRST_WIDTH / (2 - _FIRST_WIDTH)))
+            nn.init.constant_(bias, math.log(_FIRST_DISTANCE / (1 - _FIRST_DISTANCE)))
         initialise(self.cross)
         initialise(self.encoder)
 
@@ -159,19 +159,20 @@ def peaks(saliency: Tensor, video_mask: Tensor, count: int) -> Tensor:
 
 
 def propose(distances: Tensor, video_mask: Tensor) -> Tensor:
-    """Returns the spans around clips.
+    """Returns spans around clips, which are never empty, since each holds its clip.
 
     Args:
-        distances: ``(B, N, 2)``, logits of how far before the middle of each clip its span begins, and how far behind
-            it ends, as shares of the video.
+        distances: ``(B, N, 2)``, logits of how far before each clip its span begins, and how far behind it ends, as
+            shares of the video.
         video_mask: bool ``(B, N)``, True where there is a clip, at the start of each row.
 
     Returns:
         ``(B, N, 2)``, centre and width as shares of the video, inside it.
     """
-    middles = (torch.arange(video_mask.shape[1], device=video_mask.device) + 0.5) / video_mask.sum(dim=1, keepdim=True)
+    numbers, count = torch.arange(video_mask.shape[1], device=video_mask.device), video_mask.sum(dim=1, keepdim=True)
     before, behind = distances.sigmoid().unbind(-1)
-    return to_centres(torch.stack([(middles - before).clamp_min(0), (middles + behind).clamp_max(1)], dim=-1))
+    start, end = (numbers / count - before).clamp_min(0), ((numbers + 1) / count + behind).clamp_max(1)
+    return to_centres(torch.stack([start, end], dim=-1))
 
 
 class CrossLayer(nn.Module):
@@ -324,7 +325,7 @@ class SpanLayer(nn.Module):
         return torch.cat(pair, dim=-1).flatten(-2)
 
 
-_FIRST_WIDTH = 0.05  # of an untrained proposal, as a share of the video
+_FIRST_DISTANCE = 0.02  # from a clip to both ends of its untrained proposal, as a share of the video
 _PEAK = 2  # clips on either side that a peak is higher than
 _SELF = ("query", "query_position", "key", "key_position", "value")
 _CROSS = (*_SELF, "waves")

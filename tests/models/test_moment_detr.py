@@ -275,9 +275,11 @@ def test_proposals_are_around_their_clips_and_inside_the_video() -> None:
     distances = torch.tensor([0.1, 0.3]).logit().expand(2, 10, 2)
     start, end = to_edges(propose(distances, mask)).unbind(-1)
     for sample, clips in ((0, 10), (1, 4)):
-        middles = torch.arange(clips).add(0.5) / clips
-        assert_close(start[sample, :clips], (middles - 0.1).clamp_min(0), atol=1e-6, rtol=0.0)
-        assert_close(end[sample, :clips], (middles + 0.3).clamp_max(1), atol=1e-6, rtol=0.0)
+        numbers = torch.arange(clips)
+        assert_close(start[sample, :clips], (numbers / clips - 0.1).clamp_min(0), atol=1e-6, rtol=0.0)
+        assert_close(end[sample, :clips], ((numbers + 1) / clips + 0.3).clamp_max(1), atol=1e-6, rtol=0.0)
+    nothing = propose(torch.full((2, 10, 2), -1e3), mask)
+    assert_close(nothing[0, :, 1], torch.full((10,), 0.1))  # a clip, where a decoder divides by the width
 
 
 def test_the_decoder_may_begin_at_salient_clips() -> None:
