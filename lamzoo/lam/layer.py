@@ -16,7 +16,7 @@ from lamzoo.lam.attention import check_inputs, lam_attention
 from lamzoo.lam.config import LamConfig
 from lamzoo.lam.kernels.eager import attention_weights
 from lamzoo.lam.masks import FactoredMask, MaskNetwork
-from lamzoo.lam.pruning import TINY, Attended, Reduction, among_kept, with_decisions
+from lamzoo.lam.pruning import Attended, Reduction, among_kept, learn_decisions, with_decisions
 from lamzoo.lam.tables import Grid
 
 
@@ -210,14 +210,16 @@ class Lam(nn.Module):
         kept = self.shared.current.kept
         mask = self(query_tokens, key_tokens)
         self._score(query, key, value, mask, scale)
-        if kept is not None:
-            value = with_decisions(value, kept)
-        out = lam_attention(
-            query, key, value, mask,
-            op=self.config.op, allowed=allowed, bias=bias, is_causal=is_causal, dropout_p=dropout_p, scale=scale,
-            backend=self.backend,
-        )  # fmt: skip
-        return out if kept is None else among_kept(out)
+        how: dict[str, Any] = {
+            "op": self.config.op, "bias": bias, "is_causal": is_causal, "scale": scale, "backend": self.backend
+        }  # fmt: skip
+        if kept is None:
+            return lam_attention(query, key, value, mask, allowed=allowed, dropout_p=dropout_p, **how)
+        seen = among_kept(kept, allowed)
+        out = lam_attention(query, key, value, mask, allowed=seen, dropout_p=dropout_p, **how)
+        query, key, mask = query.detach(), key.detach(), mask.detach()
+        attended = lam_attention(query, key, with_decisions(value, kept), mask, allowed=allowed, **how)
+        return learn_decisions(out, attended)
 
     def attend_with_weights(
         self,
@@ -244,17 +246,18 @@ class Lam(nn.Module):
         check_inputs(query, key, mask, self.config.op, allowed, bias, scale)
         self._score(query, key, value, mask, scale)
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        weights = attention_weights(
-            query, key, mask, op=self.config.op, allowed=allowed, bias=bias, is_causal=is_causal, scale=scale
-        )
-        if kept is not None:
-            weights = weights * kept[:, None, None, :].to(weights.dtype)
-            weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(TINY)
+        how: dict[str, Any] = {"op": self.config.op, "bias": bias, "is_causal": is_causal, "scale": scale}
+        seen = allowed if kept is None else among_kept(kept, allowed)
+        weights = attention_weights(query, key, mask, allowed=seen, **how)
         if self.recorder is not None:
-            detached = FactoredMask(mask.left.detach(), mask.right.detach())
+            detached = mask.detach()
             self.recorder(MaskRecord(detached, weights.detach(), detached.importance()))
         weights = torch.dropout(weights, dropout_p, dropout_p > 0)
-        return (weights @ value).to(query.dtype), weights
+        out = (weights @ value).to(query.dtype)
+        if kept is not None:
+            everywhere = attention_weights(query.detach(), key.detach(), mask.detach(), allowed=allowed, **how)
+            out = learn_decisions(out, (everywhere @ with_decisions(value, kept)).to(query.dtype))
+        return out, weights
 
     def _score(self, query: Tensor, key: Tensor, value: Tensor, mask: FactoredMask, scale: float | None) -> None:
         """Leaves the scores of the tokens for whoever prunes behind this layer's block."""

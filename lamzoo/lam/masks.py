@@ -36,6 +36,10 @@ class FactoredMask(NamedTuple):
         """Returns ``M``, ``(B, Hm, Nq, Nk)``."""
         return self.left @ self.right.mT
 
+    def detach(self) -> FactoredMask:
+        """Returns the mask outside the graph."""
+        return FactoredMask(self.left.detach(), self.right.detach())
+
     def importance(self, queries: Tensor | None = None) -> Tensor:
         """Returns each key's mean mask value over the queries in O(N R), without building ``M``.
 

@@ -20,7 +20,6 @@ from lamzoo.lam.masks import FactoredMask
 Score = Literal["mask", "attention", "attention-value", "redundancy"]
 Rest = Literal["drop", "merge", "nearest"]
 Training = Literal["straight-through", "top-k"]
-TINY = 1e-6  # of the attention weights, what a query must have left for tokens that stay
 
 
 @dataclass(frozen=True)
@@ -188,13 +187,15 @@ def redundancy(layer: Attended, *, has_class_token: bool) -> Tensor:
 _CERTAIN = 1e3  # standard deviations
 
 
-def _standardised(scores: Tensor, among: Tensor) -> Tensor:
-    """Returns scores ``(B, N)`` less the mean of some, divided by their standard deviation; ``among`` is 1 there."""
+def _standardised(scores: Tensor, among: Tensor, least: float = 1e-3) -> Tensor:
+    """Returns scores ``(B, N)`` less the mean of some, divided by their standard deviation; ``among`` is 1 there.
+
+    ``least`` is the smallest deviation that counts: what is equal but for rounding stays so, with a gradient.
+    """
     count = among.sum(dim=1, keepdim=True).clamp_min(1)
     centred = scores - (scores * among).sum(dim=1, keepdim=True) / count
     variance = (centred.square() * among).sum(dim=1, keepdim=True) / count
-    spread = (variance + 1e-6).sqrt()  # what is equal but for rounding stays so, with a gradient
-    return (centred / spread).clamp(-_CERTAIN / 10, _CERTAIN / 10)
+    return (centred / (variance + least**2).sqrt()).clamp(-_CERTAIN / 10, _CERTAIN / 10)
 
 
 SCORERS: dict[Score, Scorer] = {
@@ -248,8 +249,10 @@ def _shares(tokens: Tensor, kept: Tensor, num_prefix_tokens: int) -> Tensor:
 def decide(scores: Tensor, keep: float, num_prefix_tokens: int, before: Tensor | None = None) -> Tensor:
     """Decides, in place of :func:`select`, which tokens stay, so that the scores learn from it.
 
-    A token stays whose score reaches that of the batch's best ``keep`` among those still there: samples with more to
-    see keep more. The gradient is that of a sigmoid around this threshold, as wide as the scores spread.
+    A token stays whose score, standardised among the sample's tokens that are still there, is among the batch's best
+    ``keep``: samples in which more stand out keep more, and how high a sample's scores are as a whole, which decides
+    nothing in evaluation, decides nothing here. The gradient is that of a sigmoid around this threshold, one standard
+    deviation wide.
 
     Args:
         scores: ``(B, N)``, of all tokens.
@@ -263,23 +266,25 @@ def decide(scores: Tensor, keep: float, num_prefix_tokens: int, before: Tensor |
     patches = scores[:, num_prefix_tokens:].float()
     before = None if before is None else before[:, num_prefix_tokens:]
     there = torch.ones_like(patches, dtype=torch.bool) if before is None else before.detach() > 0
-    known = patches.detach().masked_fill(~there, torch.nan)
+    known = _standardised(patches, there, least=1e-2)  # of mask values: masks begin with equal ones
     last = (keep * there.sum() - 1e-6).ceil().clamp_min(1).long() - 1
-    ordered = known.nan_to_num(-torch.inf).flatten().sort(descending=True).values
+    ordered = known.detach().masked_fill(~there, -torch.inf).flatten().sort(descending=True).values
     threshold = ordered.take(last)  # not by an index, which would be a number that compiled graphs can't hold
-    spread = (known - known.nanmean()).square().nanmean().sqrt().clamp_min(1e-2)  # equal scores have none
-    soft = ((patches - threshold) / spread).sigmoid()
-    hard = (patches.detach() >= threshold).float()
+    soft = (known - threshold).sigmoid()
+    hard = (known.detach() >= threshold).float()
     decisions = hard + (soft - soft.detach())
     decisions = decisions if before is None else decisions * before
     return F.pad(decisions, (num_prefix_tokens, 0), value=1.0)
 
 
-def with_decisions(value: Tensor, kept: Tensor) -> Tensor:
-    """Weights values by decisions and puts the decisions beside them, for attention that sees only what stays.
+def among_kept(kept: Tensor, allowed: Tensor | None) -> Tensor:
+    """Returns where attention may look, bool ``(B, 1, 1 | Nq, N)``, tokens that decisions ``(B, N)`` hide left out."""
+    there = kept.detach()[:, None, None, :] > 0
+    return there if allowed is None else there & allowed
 
-    Any backend then computes numerator and denominator of the attention among the tokens that stay, with no N x N
-    tensor of its own; :func:`among_kept` divides them.
+
+def with_decisions(value: Tensor, kept: Tensor) -> Tensor:
+    """Weights values by decisions and puts the decisions beside them, for :func:`learn_decisions`.
 
     Args:
         value: ``(B, H, N, dv)``.
@@ -289,12 +294,25 @@ def with_decisions(value: Tensor, kept: Tensor) -> Tensor:
         ``(B, H, N, dv + 1)``.
     """
     decisions = kept[:, None, :, None].to(value.dtype).expand(*value.shape[:3], 1)
-    return torch.cat([value * decisions, decisions], dim=-1)
+    return torch.cat([value.detach() * decisions, decisions], dim=-1)
 
 
-def among_kept(out: Tensor) -> Tensor:
-    """Makes the attention's output of :func:`with_decisions`, ``(B, H, Nq, dv + 1)``, one of ``dv`` columns."""
-    return out[..., :-1] / out[..., -1:].clamp_min(TINY)
+def learn_decisions(out: Tensor, attended: Tensor) -> Tensor:
+    """Leaves what attention among the tokens that stay gave out as it is, and lets the decisions learn from it.
+
+    With weights ``w`` over all tokens, query ``i`` tells the decision on token ``j`` that more of it would change its
+    output by ``w_ij (v_j - out_i)``. The quotient's own gradient has this divided by the weights of the tokens that
+    stay, which may be next to nothing: it was tens of thousands of times as large as that of all else.
+
+    Args:
+        out: ``(B, H, Nq, dv)``.
+        attended: ``(B, H, Nq, dv + 1)``: attention over all tokens, with the values of :func:`with_decisions`.
+
+    Returns:
+        ``out``.
+    """
+    gain = attended[..., :-1] - out.detach() * attended[..., -1:]
+    return out + (gain - gain.detach())
 
 
 def num_kept(tokens: int, keep: float) -> int:
