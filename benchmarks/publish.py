@@ -135,6 +135,9 @@ def main() -> None:
     data, chosen = _TEXTS["data"][arguments.tag], _TEXTS["models"].get(f"{name}.{arguments.tag}")
     dataset = data["name"]
     published = arguments.recipe.as_posix()
+    masks = recipe["model"].get("lam")
+    if masks is not None and model.lam_config == lamzoo.LamConfig.from_dict(masks):  # an ablation's row names them too
+        del recipe["model"]["lam"]
     recipe["run"]["output"] = run = f"runs/{name}.{arguments.tag}"
     overrides = "".join(f" {change}" for change in changes(load_recipe(arguments.recipe).to_dict(), recipe))
     interval = recipe["run"].get("eval_interval", 1)
