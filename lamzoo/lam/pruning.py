@@ -38,9 +38,9 @@ class PruneConfig:
             each be averaged into the ``"nearest"`` token that stays, by the cosine between them.
         training: what happens in training mode. ``"straight-through"``: all tokens remain in place, and those that
             would leave are hidden from the layers behind and from the pooling, by decisions whose gradient reaches the
-            scores (the principle of DynamicViT, arXiv 2106.02034), at the whole model's cost; add
-            :func:`lamzoo.pruning_loss` to the loss. ``"top-k"``: as in evaluation, at the pruned cost; no gradient
-            tells the scores which tokens would have been the better ones.
+            scores (the principle of DynamicViT, arXiv 2106.02034), at the whole model's cost and a second attention
+            in each layer behind; add :func:`lamzoo.pruning_loss` to the loss. ``"top-k"``: as in evaluation, at the
+            pruned cost; no gradient tells the scores which tokens would have been the better ones.
 
     Raises:
         ConfigError: a value that means nothing.
