@@ -249,13 +249,13 @@ class Lam(nn.Module):
         how: dict[str, Any] = {"op": self.config.op, "bias": bias, "is_causal": is_causal, "scale": scale}
         seen = allowed if kept is None else among_kept(kept, allowed)
         weights = attention_weights(query, key, mask, allowed=seen, **how)
+        detached = mask.detach()
         if self.recorder is not None:
-            detached = mask.detach()
             self.recorder(MaskRecord(detached, weights.detach(), detached.importance()))
         weights = torch.dropout(weights, dropout_p, dropout_p > 0)
         out = (weights @ value).to(query.dtype)
         if kept is not None:
-            everywhere = attention_weights(query.detach(), key.detach(), mask.detach(), allowed=allowed, **how)
+            everywhere = attention_weights(query.detach(), key.detach(), detached, allowed=allowed, **how)
             out = learn_decisions(out, (everywhere @ with_decisions(value, kept)).to(query.dtype))
         return out, weights
 

@@ -73,7 +73,6 @@ class QdDetr(MomentNetwork):
         super().__init__(video_dim, text_dim, width, input_dropout, position_turns, max_clips, max_words, words)
         if anchors not in get_args(Anchors):
             raise ConfigError(f"anchors is {anchors!r}; it must be one of {', '.join(map(repr, get_args(Anchors)))}.")
-        self.anchors = anchors
         self.cross = nn.ModuleList(CrossLayer(width, heads, hidden, dropout) for _ in range(cross_layers))
         self.encoder = nn.ModuleList(EncoderLayer(width, heads, hidden, dropout) for _ in range(encoder_layers))
         self.decoder = SpanDecoder(width, heads, hidden, dropout, decoder_layers, queries, anchors, position_turns)

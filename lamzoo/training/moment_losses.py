@@ -131,7 +131,8 @@ def proposal_loss(proposals: Tensor, targets: MomentTargets, weights: MomentWeig
         clips, which = ((middles[:, None] >= start) & (middles[:, None] <= end) & mask[:, None]).nonzero(as_tuple=True)
         mine.append(of_sample[clips])
         truth.append(moments[which])
-    return torch.stack(list(_span_losses(torch.cat(mine), torch.cat(truth), weights).values())).sum()
+    losses = _span_losses(torch.cat(mine), torch.cat(truth), weights)
+    return losses["span"] + losses["giou"]
 
 
 def margin_loss(saliency: Tensor, targets: MomentTargets, margin: float) -> Tensor:
