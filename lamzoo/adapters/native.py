@@ -65,7 +65,7 @@ class HeadAttention(nn.Module):
         dropout_p: float,
     ) -> Tensor:
         """Attends head by head: ``(B, H, Nq, d)``, ``(B, H, Nk, d)`` and ``(B, H, Nk, dv)`` to ``(B, H, Nq, dv)``."""
-        return plain_attention(query, key, value, allowed, dropout_p)
+        return plain_attention(query, key, value, allowed, dropout_p, self.training)
 
 
 class LamHeadAttention(HostTakeover, HeadAttention):
@@ -82,7 +82,7 @@ class LamHeadAttention(HostTakeover, HeadAttention):
         dropout_p: float,
     ) -> Tensor:
         """As the host's, under the mask of ``tokens`` and ``context``."""
-        attend = self.lam.attend_with_weights if is_short(query, key) else self.lam.attend
+        attend = self.lam.attend_with_weights if is_written_out(query, key, self.training) else self.lam.attend
         out = attend(tokens, context, query, key, value, allowed=allowed, dropout_p=dropout_p)
         return out[0] if isinstance(out, tuple) else out
 
@@ -91,13 +91,15 @@ class LamHeadAttention(HostTakeover, HeadAttention):
 DENSE_TOKENS = 512
 
 
-def is_short(query: Tensor, key: Tensor) -> bool:
-    """Says whether attention of ``(..., N, d)`` is written out."""
-    return max(query.shape[-2], key.shape[-2]) <= DENSE_TOKENS
+def is_written_out(query: Tensor, key: Tensor, training: bool) -> bool:
+    """Says whether attention of ``(..., N, d)`` is: where it is short, except in training, which is faster fused."""
+    return not training and max(query.shape[-2], key.shape[-2]) <= DENSE_TOKENS
 
 
-def plain_attention(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, dropout_p: float) -> Tensor:
-    """Attention without a mask: where it is short, by the operations of masked attention, in their order.
+def plain_attention(
+    query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, dropout_p: float, training: bool
+) -> Tensor:
+    """Attention without a mask: where it is written out, by the operations of masked attention, in their order.
 
     Args:
         query: ``(B, H, Nq, d)``.
@@ -105,8 +107,9 @@ def plain_attention(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor |
         value: ``(B, H, Nk, dv)``.
         allowed: bool, broadcastable to ``(B, H, Nq, Nk)``; None for all.
         dropout_p: of the weights.
+        training: whether the module is.
     """
-    if not is_short(query, key):
+    if not is_written_out(query, key, training):
         return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, dropout_p=dropout_p)
     scores = (query * query.shape[-1] ** -0.5) @ key.mT
     if allowed is not None:

@@ -24,7 +24,7 @@ class Moments:
     """What a model says of a batch of videos and sentences.
 
     Attributes:
-        spans: ``(B, Q, 2)``, centre and width of each query's moment, as shares of the video.
+        spans: ``(B, Q, 2)``, float32, centre and width of each query's moment, as shares of the video.
         logits: ``(B, Q, 2)``, of "a moment" and "nothing".
         saliency: ``(B, N)``, of each clip; the higher, the better it fits the sentence.
         layers: spans and logits behind each decoder layer but the last, for auxiliary losses.
@@ -215,7 +215,7 @@ class MomentDetr(MomentNetwork):
         for layer in self.decoder:
             queries = layer(queries, query_positions, memory, positions, allowed)
             out = self.decoder_norm(queries)
-            found.append((self.span_head(out).sigmoid(), self.class_head(out)))
+            found.append((self.span_head(out).float().sigmoid(), self.class_head(out)))
         return found
 
 

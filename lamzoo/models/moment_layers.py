@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lamzoo.adapters.native import is_short, plain_attention
+from lamzoo.adapters.native import is_written_out, plain_attention
 
 
 class InputProjection(nn.Sequential):
@@ -71,14 +71,16 @@ def attend(attention: Any, query: Tensor, key: Tensor, value: Tensor, allowed: T
     """
     if hasattr(attention, "lam"):
         padding = None if allowed is None else ~allowed
-        out: Tensor = attention(query, key, value, key_padding_mask=padding, need_weights=is_short(query, key))[0]
+        written_out = is_written_out(query, key, attention.training)
+        out: Tensor = attention(query, key, value, key_padding_mask=padding, need_weights=written_out)[0]
         return out
     # torch's own attention lays out the factors of its products otherwise, and so rounds otherwise.
     weights, biases = attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)
     projected = map(F.linear, (query, key, value), weights, biases)
     q, k, v = (x.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for x in projected)
     seen = None if allowed is None else allowed[:, None, None, :]
-    heads = plain_attention(q, k, v, seen, attention.dropout if attention.training else 0.0)
+    dropout_p = attention.dropout if attention.training else 0.0
+    heads = plain_attention(q, k, v, seen, dropout_p, attention.training)
     return attention.out_proj(heads.transpose(1, 2).flatten(2))
 
 

@@ -103,8 +103,7 @@ class QdDetr(MomentNetwork):
         if self.proposal_head is not None:
             proposals = propose(self.proposal_head(memory).float(), video_mask)
             chosen = peaks(saliency.detach(), video_mask, self.decoder.num_queries).unsqueeze(-1)
-            spans = proposals.detach().take_along_dim(chosen, dim=1).to(memory.dtype)
-            begin = memory.take_along_dim(chosen, dim=1), spans
+            begin = memory.take_along_dim(chosen, dim=1), proposals.detach().take_along_dim(chosen, dim=1)
         found = self.decoder(memory, positions, video_mask, begin)
         *others, (spans, logits) = [(self._refined(*entry), self.class_head(entry[0])) for entry in found]
         elsewhere = None
@@ -132,7 +131,12 @@ class QdDetr(MomentNetwork):
         return memory, products.sum(dim=-1) / self.width**0.5
 
     def _refined(self, queries: Tensor, spans: Tensor) -> Tensor:
-        return (self.span_head(queries) + spans.logit(eps=1e-3)).sigmoid()
+        return refined(spans, self.span_head(queries))
+
+
+def refined(spans: Tensor, offsets: Tensor) -> Tensor:
+    """Moves spans ``(..., 2)``, float32, from 0 to 1, by offsets of their logits, in any precision (DAB-DETR)."""
+    return (offsets.float() + spans.logit(eps=_EPSILON)).sigmoid()
 
 
 def peaks(saliency: Tensor, video_mask: Tensor, count: int) -> Tensor:
@@ -239,15 +243,16 @@ class SpanDecoder(nn.Module):
             memory: ``(B, N, C)``.
             positions: ``(B, N, C)``.
             allowed: bool ``(B, N)``.
-            begin: the queries ``(B, Q, C)`` and spans ``(B, Q, 2)`` that it begins with; None for zeros and learned
-                spans.
+            begin: the queries ``(B, Q, C)`` and spans ``(B, Q, 2)``, float32, that it begins with; None for zeros and
+                learned spans.
 
         Returns:
-            For each layer the queries ``(B, Q, C)`` and the spans ``(B, Q, 2)`` that they began the layer with.
+            For each layer the queries ``(B, Q, C)`` and the spans ``(B, Q, 2)``, float32, that they began the layer
+            with: bfloat16 tells 256 places of a video's second half apart, and its logits of 1 are infinite.
         """
         if begin is None:
             numbers = torch.arange(self.num_queries, device=memory.device)
-            spans = self.spans(numbers).sigmoid().to(memory.dtype).expand(len(memory), -1, -1)
+            spans = self.spans(numbers).float().sigmoid().expand(len(memory), -1, -1)
             queries = memory.new_zeros(*spans.shape[:2], self.width)
         else:
             queries, spans = begin
@@ -256,14 +261,15 @@ class SpanDecoder(nn.Module):
             begun_with = spans
             if number:
                 spans = spans.detach()  # what a layer looks at is not there to be learned, what it begins with is
-            waves = sine_features(spans.float(), self.width // 2, self.position_turns).flatten(-2).to(memory.dtype)
+            waves = sine_features(spans, self.width // 2, self.position_turns).flatten(-2).to(memory.dtype)
             query_positions = self.position_head(waves)
             if number:
                 waves = waves * self.position_scale(queries)
-            waves = waves * (self.width_head(queries).sigmoid() / spans[..., 1:])  # wide spans look farther
+            narrow = self.width_head(queries).sigmoid() / spans[..., 1:].clamp_min(_EPSILON)  # wide spans look farther
+            waves = waves * narrow.to(memory.dtype)
             queries = layer(queries, query_positions, waves, memory, positions, allowed)
             found.append((self.norm(queries), begun_with))
-            spans = (self.refinement(queries) + spans.logit(eps=1e-3)).sigmoid()
+            spans = refined(spans, self.refinement(queries))
         return found
 
 
@@ -324,6 +330,7 @@ class SpanLayer(nn.Module):
         return torch.cat(pair, dim=-1).flatten(-2)
 
 
+_EPSILON = 1e-3  # shares of a video nearer to 0 or 1 count as this far from it
 _FIRST_DISTANCE = 0.02  # from a clip to both ends of its untrained proposal, as a share of the video
 _PEAK = 2  # clips on either side that a peak is higher than
 _SELF = ("query", "query_position", "key", "key_position", "value")
