@@ -149,6 +149,29 @@ def test_fused_and_written_out_agree(name: str, monkeypatch: pytest.MonkeyPatch)
     assert_close(plain(*inputs).spans, fused.spans, atol=1e-5, rtol=1e-5)
 
 
+@each_model
+def test_training_computes_what_evaluation_does(name: str) -> None:
+    for masks in ({}, {"lam": LamConfig(init="paper"), "lam_in": PLACES[name]}):
+        one, inputs = model(f"lam_{name}" if masks else name, dropout=0.0, input_dropout=0.0, **masks), batch(40)
+        evaluated, trained = one(*inputs), one.train()(*inputs)
+        assert_close(trained.spans, evaluated.spans, atol=1e-5, rtol=1e-5)
+        assert_close(trained.saliency, evaluated.saliency, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shift", [0.0, 200.0, -200.0])
+@each_model
+def test_spans_are_exact_in_bfloat16_and_learn_where_they_end(name: str, shift: float) -> None:
+    one = model(name).train()
+    refined = one.decoder.refinement if name == "qd_detr_micro" else one.span_head
+    nn.init.constant_(refined[-1].bias, shift)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = one(*batch())
+    assert found.spans.dtype == torch.float32
+    assert shift or not torch.equal(found.spans, found.spans.bfloat16().float())
+    (found.spans.square().sum() + found.logits.float().square().sum()).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in one.parameters() if parameter.grad is not None)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["lam_moment_detr", "lam_qd_detr"])
 def test_two_hours_of_video_fit_into_bounded_memory(name: str) -> None:
