@@ -61,6 +61,10 @@ class RecipeError(LamzooError, ValueError):
     """A training recipe with an unknown key, a wrong type or an impossible value."""
 
 
+class DivergedError(LamzooError, ArithmeticError):
+    """A training whose loss is not finite any more."""
+
+
 class DataError(LamzooError):
     """A data set, image or folder that cannot be read."""
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import generalized_box_iou_loss
 
-from lamzoo.errors import MissingExtraError
+from lamzoo.errors import DivergedError, MissingExtraError
 from lamzoo.models.moment_detr import Moments
 from lamzoo.models.spans import generalized_span_iou, to_boxes, to_edges
 from lamzoo.training.moment_recipe import MomentWeights
@@ -89,7 +89,15 @@ def match(
 
     Returns:
         For each sample the queries, and the moments that they are to find.
+
+    Raises:
+        DivergedError: spans or logits are not finite.
     """
+    if not (spans.isfinite().all() and logits.isfinite().all()):
+        raise DivergedError(
+            "The training diverged: the model's spans or their scores are not finite. Lower optimizer.lr, set "
+            "optimizer.clip_grad or train with run.precision=no."
+        )
     assigned = []
     with torch.no_grad():
         for of_sample, scores, truth in zip(spans, logits.softmax(dim=-1), targets, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lamzoo.errors import RecipeError
+from lamzoo.errors import DivergedError, RecipeError
 from lamzoo.training.build import build_ema, build_scheduler
 from lamzoo.training.checkpoints import Checkpoints
 from lamzoo.training.inputs import BadInputs, ScanProgress, write_bad_inputs
@@ -271,6 +272,7 @@ class TrainingRun(ABC):
         waited = time.perf_counter()
         loss = float(self.loss_sum) / self.updates_per_epoch  # waits for what a GPU has yet to do
         self.seconds += time.perf_counter() - waited
+        self._check_loss()
         record = {
             "epoch": epoch,
             "update": self.update,
@@ -291,7 +293,15 @@ class TrainingRun(ABC):
         self._save()
         self._report_progress(epoch, loss)
 
+    def _check_loss(self) -> None:
+        if not math.isfinite(total := float(self.loss_sum)):
+            raise DivergedError(
+                f"The training diverged: its loss is {total} by update {self.update}, and nothing of that is saved. "
+                "Lower optimizer.lr, set optimizer.clip_grad or train with run.precision=no."
+            )
+
     def _save(self) -> None:
+        self._check_loss()
         state = {"update": self.update, "loss_sum": float(self.loss_sum), "seconds": self.seconds}
         self.checkpoints.save(self.accelerator, {**state, "wall_seconds": self.wall(), "history": self.history})
 

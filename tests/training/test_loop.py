@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from timm.layers import use_fused_attn
 
 import lamzoo
-from lamzoo.errors import DataError, RecipeError, UnsupportedHostError
+from lamzoo.errors import DataError, DivergedError, RecipeError, UnsupportedHostError
 from lamzoo.training import Progress, TrainResult, parse_recipe, train
 
 HELD_BY_RECIPE = ("epoch", "update", "lr", "train_loss", "eval_loss", "eval_top1")
@@ -120,6 +120,13 @@ def test_killed_run_with_pruning_resumes_to_the_same_curve(
     with pytest.raises(KeyboardInterrupt):
         train(recipe, progress=kill)
     assert curve(train(recipe, resume=True).history) == curve(whole.history)
+
+
+def test_a_run_that_diverges_says_so_and_saves_nothing_of_it(recipe_table: dict[str, Any], tmp_path: Path) -> None:
+    recipe_table["optimizer"]["lr"] = 1e30
+    with pytest.raises(DivergedError, match=r"loss is (nan|inf).*Lower optimizer\.lr"):
+        run(recipe_table, tmp_path / "out")
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
 
 
 def test_pruning_what_has_no_masks_is_refused_and_leaves_nothing(recipe_table: dict[str, Any], tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import lamzoo
+from lamzoo.errors import DivergedError
 from lamzoo.models.moment_detr import Moments
 from lamzoo.models.spans import generalized_span_iou, to_centres, to_edges
 from lamzoo.training.moment_losses import (
@@ -64,6 +65,12 @@ def test_the_match_is_the_cheapest_of_all(seed: int) -> None:
         best = min(total(chosen) for chosen in permutations(range(5), len(wanted)))
         mine = tuple(queries[moments.argsort()].tolist())
         assert total(mine) == pytest.approx(best, abs=1e-5)
+
+
+def test_spans_that_are_no_numbers_are_named() -> None:
+    said = found()
+    with pytest.raises(DivergedError, match="spans or their scores are not finite"):
+        match(said.spans * torch.nan, said.logits, targets().spans, WEIGHTS)
 
 
 def test_the_losses_of_spans_and_classes_are_those_written_out() -> None:
