@@ -1,4 +1,4 @@
-"""Training in two processes on this machine, as a user starts it."""
+"""Training in two processes, and training that is killed and goes on, as a user starts them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,23 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+import pytest
+
+from lamzoo.training import Progress, TrainResult, parse_recipe, train
+
+
+def train_killed(table: dict[str, Any], output: Path, killed_at: int) -> TrainResult:
+    """Trains a recipe, given as nested values, kills the run behind an update, and resumes it to its end."""
+
+    def kill(progress: Progress) -> None:
+        if progress.update == killed_at:
+            raise KeyboardInterrupt
+
+    recipe = parse_recipe({**table, "run": {**table["run"], "output": str(output)}})
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, progress=kill)
+    return train(recipe, resume=True)
 
 
 def train_in_two(table: dict[str, Any], output: Path) -> list[dict[str, Any]]:

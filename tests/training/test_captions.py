@@ -18,12 +18,12 @@ from lamzoo.data.captions import create_caption_dataset
 from lamzoo.errors import LamzooError, UnsupportedHostError
 from lamzoo.evaluation.describing import caption_scores, describe_clips, evaluate_captions
 from lamzoo.models.generation import Generation
-from lamzoo.training import Progress, TrainResult, load_recipe, parse_recipe, train
+from lamzoo.training import TrainResult, load_recipe, parse_recipe, train
 from lamzoo.training.caption_batches import Collate, Samples, caption_losses
 from lamzoo.training.caption_recipe import CaptionWeights
 from tests.byte_pairs import write_byte_pairs
 from tests.speech import ALL, write_speech
-from tests.training.processes import train_in_two
+from tests.training.processes import train_in_two, train_killed
 
 SMALL = {
     "width": 32, "heads": 2, "hidden": 64, "encoder_layers": 2, "text_layers": 1, "decoder_layers": 1,
@@ -171,15 +171,7 @@ def test_killed_run_resumes_to_the_same_curve(table: dict[str, Any], tmp_path: P
     table["model"]["kwargs"] |= {"dropout": 0.1}
     table["run"] |= {"ema_decay": 0.9, "checkpoint_interval": 2}
     whole = run(table, tmp_path / "whole")
-
-    def kill(progress: Progress) -> None:
-        if progress.update == killed_at:
-            raise KeyboardInterrupt
-
-    recipe = parse_recipe({**table, "run": {**table["run"], "output": str(tmp_path / "killed")}})
-    with pytest.raises(KeyboardInterrupt):
-        train(recipe, progress=kill)
-    resumed = train(recipe, resume=True)
+    resumed = train_killed(table, tmp_path / "killed", killed_at)
     assert torch.equal(curve(resumed.history), curve(whole.history))
     expected, weights = (load_file(result.model / "model.safetensors") for result in (whole, resumed))
     assert all(torch.equal(weights[name], expected[name]) for name in expected)

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +14,8 @@ from timm.layers import use_fused_attn
 
 import lamzoo
 from lamzoo.errors import DataError, DivergedError, RecipeError, UnsupportedHostError
-from lamzoo.training import Progress, TrainResult, parse_recipe, train
+from lamzoo.training import TrainResult, parse_recipe, train
+from tests.training.processes import train_in_two, train_killed
 
 HELD_BY_RECIPE = ("epoch", "update", "lr", "train_loss", "eval_loss", "eval_top1")
 
@@ -67,15 +64,7 @@ def test_killed_run_resumes_to_the_same_curve(recipe_table: dict[str, Any], tmp_
     recipe_table["run"] |= {"ema_decay": 0.9, "checkpoint_interval": 2}
     recipe_table["model"]["kwargs"]["drop_path_rate"] = 0.2
     whole = run(recipe_table, tmp_path / "whole")
-
-    def kill(progress: Progress) -> None:
-        if progress.update == killed_at:
-            raise KeyboardInterrupt
-
-    recipe = parse_recipe({**recipe_table, "run": {**recipe_table["run"], "output": str(tmp_path / "killed")}})
-    with pytest.raises(KeyboardInterrupt):
-        train(recipe, progress=kill)
-    resumed = train(recipe, resume=True)
+    resumed = train_killed(recipe_table, tmp_path / "killed", killed_at)
     assert curve(resumed.history) == curve(whole.history)
     expected, weights = (load_file(result.model / "model.safetensors") for result in (whole, resumed))
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
@@ -111,15 +100,8 @@ def test_killed_run_with_pruning_resumes_to_the_same_curve(
     recipe_table |= {"prune": PRUNED | {"training": training}}
     recipe_table["run"] |= {"ema_decay": 0.9, "checkpoint_interval": 2}
     whole = run(recipe_table, tmp_path / "whole")
-
-    def kill(progress: Progress) -> None:
-        if progress.update == 7:
-            raise KeyboardInterrupt
-
-    recipe = parse_recipe({**recipe_table, "run": {**recipe_table["run"], "output": str(tmp_path / "killed")}})
-    with pytest.raises(KeyboardInterrupt):
-        train(recipe, progress=kill)
-    assert curve(train(recipe, resume=True).history) == curve(whole.history)
+    resumed = train_killed(recipe_table, tmp_path / "killed", 7)
+    assert curve(resumed.history) == curve(whole.history)
 
 
 def test_a_run_that_diverges_says_so_and_saves_nothing_of_it(recipe_table: dict[str, Any], tmp_path: Path) -> None:
@@ -154,24 +136,7 @@ def test_accumulation_does_not_change_the_curve(recipe_table: dict[str, Any], tm
 
 def test_two_processes_give_the_curve_of_one(recipe_table: dict[str, Any], tmp_path: Path) -> None:
     alone = run(recipe_table, tmp_path / "alone")
-    recipe_table["run"]["output"] = str(tmp_path / "two")
-    (tmp_path / "recipe.json").write_text(json.dumps(recipe_table))
-    script = tmp_path / "run.py"
-    script.write_text(
-        "import json, sys\nfrom lamzoo.training import parse_recipe, train\n"
-        "train(parse_recipe(json.load(open(sys.argv[1]))))\n"
-    )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*launch, str(script), str(tmp_path / "recipe.json")],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    rows = list(csv.DictReader((tmp_path / "two" / "metrics.csv").open()))
+    rows = train_in_two(recipe_table, tmp_path / "two")
     two = [tuple(float(row[key]) for key in HELD_BY_RECIPE) for row in rows]
     assert_close(two, curve(alone.history))
 

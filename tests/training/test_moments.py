@@ -15,11 +15,11 @@ import lamzoo
 from lamzoo.data.moments import MomentQuery, create_moment_dataset
 from lamzoo.errors import LamzooError
 from lamzoo.evaluation import evaluate_moments
-from lamzoo.training import Progress, TrainResult, load_recipe, parse_recipe, train
+from lamzoo.training import TrainResult, load_recipe, parse_recipe, train
 from lamzoo.training.moment_batches import HIGHEST_GRADE, Samples, clip_grades, collate
 from tests.speech import write_speech
 from tests.training.moment_data import moment_recipe, write_qvhighlights
-from tests.training.processes import train_in_two
+from tests.training.processes import train_in_two, train_killed
 
 RECIPE = Path(__file__).resolve().parents[2] / "benchmarks" / "recipes" / "qvhighlights.toml"
 HELD_BY_RECIPE = ("epoch", "update", "lr", "train_loss", "eval_R1@0.5", "eval_R1@0.7", "eval_mAP")
@@ -161,15 +161,7 @@ def test_killed_run_resumes_to_the_same_curve(table: dict[str, Any], tmp_path: P
     table["model"]["kwargs"] |= {"dropout": 0.1}
     table["run"] |= {"ema_decay": 0.9, "checkpoint_interval": 2}
     whole = run(table, tmp_path / "whole")
-
-    def kill(progress: Progress) -> None:
-        if progress.update == killed_at:
-            raise KeyboardInterrupt
-
-    recipe = parse_recipe({**table, "run": {**table["run"], "output": str(tmp_path / "killed")}})
-    with pytest.raises(KeyboardInterrupt):
-        train(recipe, progress=kill)
-    resumed = train(recipe, resume=True)
+    resumed = train_killed(table, tmp_path / "killed", killed_at)
     assert torch.equal(curve(resumed.history), curve(whole.history))
     expected, weights = (load_file(result.model / "model.safetensors") for result in (whole, resumed))
     assert all(torch.equal(weights[name], expected[name]) for name in expected)

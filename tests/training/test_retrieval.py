@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 
 import lamzoo
 from lamzoo.errors import LamzooError
-from lamzoo.training import Progress, TrainResult, parse_recipe, train
+from lamzoo.training import TrainResult, parse_recipe, train
 from lamzoo.training.contrastive import contrastive_loss
 from lamzoo.training.retrieval import RetrievalRun
-from tests.training.processes import train_in_two
+from tests.training.processes import train_in_two, train_killed
 from tests.training.retrieval_data import retrieval_table, write_faces
 
 HELD_BY_RECIPE = ("epoch", "update", "lr", "train_loss", "eval_t2v_R1", "eval_t2v_MedianR", "eval_v2t_R1")
@@ -109,15 +109,7 @@ def test_killed_run_resumes_to_the_same_curve(table: dict[str, Any], tmp_path: P
     table["augment"] = {"scale": [0.6, 1.0], "ratio": [0.8, 1.2], "hflip": 0.5, "color_jitter": 0.2}
     table["run"] |= {"ema_decay": 0.9, "checkpoint_interval": 2}
     whole = run(table, tmp_path / "whole")
-
-    def kill(progress: Progress) -> None:
-        if progress.update == killed_at:
-            raise KeyboardInterrupt
-
-    recipe = parse_recipe({**table, "run": {**table["run"], "output": str(tmp_path / "killed")}})
-    with pytest.raises(KeyboardInterrupt):
-        train(recipe, progress=kill)
-    resumed = train(recipe, resume=True)
+    resumed = train_killed(table, tmp_path / "killed", killed_at)
     assert torch.equal(curve(resumed.history), curve(whole.history))
     expected, weights = (load_file(result.model / "model.safetensors") for result in (whole, resumed))
     assert all(torch.equal(weights[name], expected[name]) for name in expected)

@@ -14,6 +14,7 @@ import lamzoo
 from lamzoo.errors import RecipeError
 from lamzoo.training import parse_recipe, train
 from lamzoo.training.tuning import Tuning
+from tests.training.processes import train_killed
 
 
 @pytest.fixture
@@ -80,17 +81,9 @@ def test_killed_run_resumes_to_the_same_weights(
     recipe_table: dict[str, Any], start: str, tmp_path: Path, tune: str
 ) -> None:
     _, whole = tuned(recipe_table, start, tune, output=str(tmp_path / "whole"))
-    recipe = parse_recipe(
-        {**recipe_table, "run": {**recipe_table["run"], "output": str(tmp_path / "killed"), "checkpoint_interval": 2}}
-    )
-
-    def kill(progress: Any) -> None:
-        if progress.update == 3:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(recipe, progress=kill)
-    resumed = load_file(train(recipe, resume=True).model / "model.safetensors")
+    recipe_table["run"]["checkpoint_interval"] = 2
+    killed = train_killed(recipe_table, tmp_path / "killed", killed_at=3)
+    resumed = load_file(killed.model / "model.safetensors")
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
