@@ -36,7 +36,7 @@ from lamzoo.files import atomic_files
 from lamzoo.profiling.bench import checkout_commit
 from lamzoo.profiling.latency import device_label
 from lamzoo.training import load_recipe
-from lamzoo.training.reading import read_recipe
+from lamzoo.training.reading import override, read_recipe
 from lamzoo.training.recipe import AnyRecipe
 
 HERE = Path(__file__).resolve().parent
@@ -75,11 +75,12 @@ class Run:
 def read_ablation(path: Path) -> dict[str, Any]:
     """Returns the ablation's tables ``recipe``, ``rows``, ``seeds`` and ``reference``; the first may be in a file.
 
-    A row may have a ``reference`` of its own.
+    What the ablation's own ``set`` changes is part of its recipe. A row may have a ``reference`` of its own.
     """
     tables = tomllib.loads(path.read_text(encoding="utf-8"))
     if isinstance(tables["recipe"], str):
         tables["recipe"] = read_recipe(path.parent / tables["recipe"])
+    override(tables["recipe"], tables.get("set", ()))
     return tables
 
 

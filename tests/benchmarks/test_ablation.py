@@ -95,6 +95,19 @@ def test_captions_compare_masks_with_as_many_parameters_in_each_setting(tmp_path
             assert reference == f"{setting}_plain"
 
 
+def test_moments_compare_masks_with_as_many_parameters_and_what_an_ablation_sets_is_its_recipe(tmp_path: Path) -> None:
+    file = ablation.HERE / "moments.toml"
+    rows = list(ablation.read_ablation(file)["rows"])
+    recipes = {run.row: run.recipe for run in ablation.plan(file, tmp_path, rows, [0], [])}
+    count = {row: parameters(recipe, video_dim=642, text_dim=51) for row, recipe in recipes.items()}
+    assert count["plain"] < count["single"] < count["multi"] < count["decoder"]
+    assert count["mlp"] == pytest.approx(count["multi"], rel=0.002)
+    for row, recipe in recipes.items():
+        assert recipe.schedule.epochs == 10, row
+        for section in ("augment", "loss", "optimizer", "schedule"):
+            assert getattr(recipe, section) == getattr(recipes["plain"], section), row
+
+
 def test_each_row_and_seed_has_a_digest_of_its_own(tmp_path: Path) -> None:
     runs = ablation.plan(FILE, tmp_path, ROWS, [0, 1], [])
     assert [run.recipe.run.seed for run in runs] == [0] * len(ROWS) + [1] * len(ROWS)
