@@ -64,6 +64,8 @@ class RecipeError(LamzooError, ValueError):
 class DivergedError(LamzooError, ArithmeticError):
     """A training whose loss is not finite any more."""
 
+    way_out = "Lower optimizer.lr, set optimizer.clip_grad or train with run.precision=no."
+
 
 class DataError(LamzooError):
     """A data set, image or folder that cannot be read."""

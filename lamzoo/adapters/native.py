@@ -87,7 +87,7 @@ class LamHeadAttention(HostTakeover, HeadAttention):
         return out[0] if isinstance(out, tuple) else out
 
 
-#: Tokens up to which attention is written out, so that a fresh mask changes no bit: fused, sums are ordered otherwise.
+#: Tokens up to which evaluation writes attention out, so that a fresh mask changes no bit: fused, sums round otherwise.
 DENSE_TOKENS = 512
 
 
@@ -106,7 +106,7 @@ def plain_attention(
         key: ``(B, H, Nk, d)``.
         value: ``(B, H, Nk, dv)``.
         allowed: bool, broadcastable to ``(B, H, Nq, Nk)``; None for all.
-        dropout_p: of the weights.
+        dropout_p: of the weights, in training.
         training: whether the module is.
     """
     if not is_written_out(query, key, training):
@@ -114,7 +114,7 @@ def plain_attention(
     scores = (query * query.shape[-1] ** -0.5) @ key.mT
     if allowed is not None:
         scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
-    return torch.dropout(scores.softmax(dim=-1), dropout_p, dropout_p > 0) @ value
+    return scores.softmax(dim=-1) @ value
 
 
 def slots(model: nn.Module) -> Iterator[Slot]:

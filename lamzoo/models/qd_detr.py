@@ -105,7 +105,9 @@ class QdDetr(MomentNetwork):
             chosen = peaks(saliency.detach(), video_mask, self.decoder.num_queries).unsqueeze(-1)
             begin = memory.take_along_dim(chosen, dim=1), proposals.detach().take_along_dim(chosen, dim=1)
         found = self.decoder(memory, positions, video_mask, begin)
-        *others, (spans, logits) = [(self._refined(*entry), self.class_head(entry[0])) for entry in found]
+        *others, (spans, logits) = [
+            (refined(begun_with, self.span_head(queries)), self.class_head(queries)) for queries, begun_with in found
+        ]
         elsewhere = None
         if self.training and len(clips) > 1:
             rows = torch.arange(len(clips), device=clips.device).roll(-1) if unrelated is None else unrelated
@@ -129,9 +131,6 @@ class QdDetr(MomentNetwork):
         token, memory = tokens[:, :1], tokens[:, 1:]
         products = self.clip_saliency(memory) * self.token_saliency(token)
         return memory, products.sum(dim=-1) / self.width**0.5
-
-    def _refined(self, queries: Tensor, spans: Tensor) -> Tensor:
-        return refined(spans, self.span_head(queries))
 
 
 def refined(spans: Tensor, offsets: Tensor) -> Tensor:

@@ -95,8 +95,7 @@ def match(
     """
     if not (spans.isfinite().all() and logits.isfinite().all()):
         raise DivergedError(
-            "The training diverged: the model's spans or their scores are not finite. Lower optimizer.lr, set "
-            "optimizer.clip_grad or train with run.precision=no."
+            f"The training diverged: the model's spans or their scores are not finite. {DivergedError.way_out}"
         )
     assigned = []
     with torch.no_grad():

@@ -270,9 +270,8 @@ class TrainingRun(ABC):
     def _end_epoch(self, epoch: int) -> None:
         recipe = self.recipe
         waited = time.perf_counter()
-        loss = float(self.loss_sum) / self.updates_per_epoch  # waits for what a GPU has yet to do
+        loss = self._total_loss() / self.updates_per_epoch  # waits for what a GPU has yet to do
         self.seconds += time.perf_counter() - waited
-        self._check_loss()
         record = {
             "epoch": epoch,
             "update": self.update,
@@ -293,16 +292,17 @@ class TrainingRun(ABC):
         self._save()
         self._report_progress(epoch, loss)
 
-    def _check_loss(self) -> None:
-        if not math.isfinite(total := float(self.loss_sum)):
+    def _total_loss(self) -> float:
+        total = float(self.loss_sum)
+        if not math.isfinite(total):
             raise DivergedError(
                 f"The training diverged: its loss is {total} by update {self.update}, and nothing of that is saved. "
-                "Lower optimizer.lr, set optimizer.clip_grad or train with run.precision=no."
+                f"{DivergedError.way_out}"
             )
+        return total
 
     def _save(self) -> None:
-        self._check_loss()
-        state = {"update": self.update, "loss_sum": float(self.loss_sum), "seconds": self.seconds}
+        state = {"update": self.update, "loss_sum": self._total_loss(), "seconds": self.seconds}
         self.checkpoints.save(self.accelerator, {**state, "wall_seconds": self.wall(), "history": self.history})
 
     def _loss_sum(self, value: float) -> Tensor:
