@@ -75,7 +75,7 @@ class Run:
 def read_ablation(path: Path) -> dict[str, Any]:
     """Returns the ablation's tables ``recipe``, ``rows``, ``seeds`` and ``reference``; the first may be in a file.
 
-    What the ablation's own ``set`` changes is part of its recipe. A row may have a ``reference`` of its own.
+    What the ablation's own ``set`` changes is part of its recipe. A row may have its own ``reference`` and ``seeds``.
     """
     tables = tomllib.loads(path.read_text(encoding="utf-8"))
     if isinstance(tables["recipe"], str):
@@ -84,8 +84,10 @@ def read_ablation(path: Path) -> dict[str, Any]:
     return tables
 
 
-def plan(ablation: Path, out: Path, rows: Sequence[str], seeds: Sequence[int], settings: Sequence[str]) -> list[Run]:
-    """Lists the runs, seed by seed, every recipe checked."""
+def plan(
+    ablation: Path, out: Path, rows: Sequence[str], seeds: Sequence[int] | None, settings: Sequence[str]
+) -> list[Run]:
+    """Lists the runs, seed by seed, every recipe checked; the seeds are the file's where none are given."""
     tables = read_ablation(ablation)
     unknown = set(rows) - set(tables["rows"])
     if unknown:
@@ -94,8 +96,9 @@ def plan(ablation: Path, out: Path, rows: Sequence[str], seeds: Sequence[int], s
     base = out / "recipe.json"
     base.write_text(json.dumps(tables["recipe"], indent=2) + "\n", encoding="utf-8")
     runs = []
-    for seed in seeds:
-        for row in rows:
+    own = {row: tables["rows"][row].get("seeds", tables["seeds"]) if seeds is None else seeds for row in rows}
+    for seed in sorted(set().union(*own.values())):
+        for row in (row for row in rows if seed in own[row]):
             folder = json.dumps(str(out / f"{row}.seed{seed}"))
             changes = (*tables["rows"][row].get("set", ()), *settings, f"run.seed={seed}")
             overrides = (*changes, f"run.output={folder}")
@@ -174,7 +177,7 @@ def main() -> None:
     tables = read_ablation(args.ablation)
     out = (args.out or ROOT / "runs" / args.ablation.stem).resolve()
     results = args.results or RESULTS / f"{args.ablation.stem}.csv"
-    runs = plan(args.ablation, out, args.rows or list(tables["rows"]), args.seeds or tables["seeds"], args.settings)
+    runs = plan(args.ablation, out, args.rows or list(tables["rows"]), args.seeds, args.settings)
     done = {line["recipe_sha256"] for line in read_results(results)}
     missing = [run for run in runs if run.sha256 not in done]
     print(f"{len(runs)} runs, {len(runs) - len(missing)} of them done", flush=True)

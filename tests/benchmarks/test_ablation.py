@@ -114,6 +114,14 @@ def test_each_row_and_seed_has_a_digest_of_its_own(tmp_path: Path) -> None:
     assert len({run.sha256 for run in runs}) == len(runs)
 
 
+def test_a_row_may_have_more_seeds_than_the_others(tmp_path: Path) -> None:
+    runs = ablation.plan(ablation.HERE / "moments.toml", tmp_path, ["plain", "mlp"], None, [])
+    assert [(run.recipe.run.seed, run.row) for run in runs] == [
+        (0, "plain"), (0, "mlp"), (1, "plain"), (1, "mlp"), (2, "plain"), (2, "mlp"),
+        (3, "plain"), (4, "plain"), (5, "plain"),
+    ]  # fmt: skip
+
+
 def test_the_digest_does_not_depend_on_where_the_run_is_kept(tmp_path: Path) -> None:
     here, there = (ablation.plan(FILE, tmp_path / name, ["plain"], [0], [])[0] for name in "ab")
     assert here.sha256 == there.sha256
