@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import reduce
+from itertools import chain
 from operator import getitem
 from pathlib import Path
 from typing import Any
@@ -96,8 +97,8 @@ def plan(
     base = out / "recipe.json"
     base.write_text(json.dumps(tables["recipe"], indent=2) + "\n", encoding="utf-8")
     runs = []
-    own = {row: tables["rows"][row].get("seeds", tables["seeds"]) if seeds is None else seeds for row in rows}
-    for seed in sorted(set().union(*own.values())):
+    own = {row: seeds or tables["rows"][row].get("seeds", tables["seeds"]) for row in rows}
+    for seed in dict.fromkeys(chain(*own.values())):  # each once, in the order given
         for row in (row for row in rows if seed in own[row]):
             folder = json.dumps(str(out / f"{row}.seed{seed}"))
             changes = (*tables["rows"][row].get("set", ()), *settings, f"run.seed={seed}")

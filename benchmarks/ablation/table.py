@@ -73,7 +73,7 @@ def table(ablation: Path = HERE / "ablation.toml", results: Path | None = None) 
 def _spread(values: Sequence[float], sign: str = "") -> str:
     if not values:
         return ""
-    mean = f"{statistics.mean(values):{sign}.2f}"
+    mean = f"{statistics.mean(values):{sign}z.2f}"  # z: no negative zero
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.2f}"
 
 

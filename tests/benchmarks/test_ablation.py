@@ -122,6 +122,11 @@ def test_a_row_may_have_more_seeds_than_the_others(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_seeds_run_in_the_order_given(tmp_path: Path) -> None:
+    runs = ablation.plan(ablation.HERE / "moments.toml", tmp_path, ["plain", "mlp"], [4, 0], [])
+    assert [(run.recipe.run.seed, run.row) for run in runs] == [(4, "plain"), (4, "mlp"), (0, "plain"), (0, "mlp")]
+
+
 def test_the_digest_does_not_depend_on_where_the_run_is_kept(tmp_path: Path) -> None:
     here, there = (ablation.plan(FILE, tmp_path / name, ["plain"], [0], [])[0] for name in "ab")
     assert here.sha256 == there.sha256
