@@ -52,7 +52,7 @@ SCORES: dict[str, dict[str, tuple[str, ...]]] = {
         "R1_05": ("brief", "MR-full-R1@0.5"),
         "mAP": ("brief", "MR-full-mAP"),
     },
-    "captions": {"WER": ("WER",), "sentence_accuracy": ("sentence_accuracy",), "CIDEr": ("CIDEr",)},
+    "captions": {name: (name,) for name in ("WER", "sentence_accuracy", "CIDEr", "Bleu_4", "ROUGE_L")},
 }
 
 

@@ -16,13 +16,15 @@ HEADINGS = {
     "top1": "top-1 (%)", "t2v_R1": "R@1", "t2v_R5": "R@5", "t2v_R10": "R@10", "t2v_MedianR": "MedR",
     "v2t_R1": "video to text: R@1", "v2t_R10": "R@10", "R1_07": "R1@0.7", "R1_05": "R1@0.5", "mAP": "mAP",
     "WER": "word error rate (%)", "sentence_accuracy": "sentences right (%)", "CIDEr": "CIDEr",
+    "Bleu_4": "BLEU-4", "ROUGE_L": "ROUGE-L",
 }  # fmt: skip
 
 
 def table(ablation: Path = HERE / "ablation.toml", results: Path | None = None) -> str:
     """Returns the table, a line for each row of the ablation that has a result.
 
-    The difference, of the ablation's ``score``, or of its first one, is taken seed by seed from a row's reference, a
+    The scores are those of the ablation's ``columns``, or all that the results have. The difference, of the ablation's
+    ``score``, or of the first one, is taken seed by seed from a row's reference, a
     plain model; its spread is that of the differences. Standard deviations are those of a sample (n - 1).
 
     Args:
@@ -42,7 +44,7 @@ def table(ablation: Path = HERE / "ablation.toml", results: Path | None = None) 
         of_row[seed] = line
     if not lines:
         raise ValueError(f"{results} has no results; python -m benchmarks.ablation.run makes them.")
-    columns = [column for column in line if column in HEADINGS]
+    columns = tables.get("columns", [column for column in line if column in HEADINGS])
     first = tables.get("score", columns[0])
     others = [column for column in columns if column != first]
     heads = ["parameters", "GMACs", "of them masks", HEADINGS[first], "against plain"]
