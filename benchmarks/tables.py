@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from benchmarks import breakdown, exported, finetuning, kernels, pruning, speed
+from benchmarks import breakdown, exported, finetuning, kernels, pruning, speed, tiles
 from benchmarks.ablation.run import HERE
 from benchmarks.ablation.table import table as ablation
 from benchmarks.rows import read_rows as read_lines
@@ -51,11 +51,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "flickr8k": lambda: ablation(HERE / "flickr8k.toml"),
     "moments": lambda: ablation(HERE / "moments.toml"),
     "captions": lambda: ablation(HERE / "captions.toml"),
-    "flickr8k_captions": lambda: ablation(HERE / "flickr8k_captions.toml"),
     "speed": lambda: speed.table(read_lines(RESULTS / "speed.csv", speed.Row)),
     "speed-xeon": lambda: speed.table(read_lines(RESULTS / "speed.xeon.csv", speed.Row)),
     "breakdown": lambda: breakdown.table(read_lines(RESULTS / "breakdown.csv", breakdown.Row)),
     "kernels": lambda: kernels.table(read_lines(RESULTS / "kernels.csv", kernels.Row)),
+    "tiles": lambda: tiles.table(read_lines(RESULTS / "tiles.csv", tiles.Row)),
     "exported": lambda: exported.table(read_lines(RESULTS / "exported.csv", exported.Row)),
     "pruning": lambda: pruning.table(read_lines(RESULTS / "pruning.csv", pruning.Row)),
     "finetuning": lambda: finetuning.table(finetuning.read_results(RESULTS / "finetuning.csv")) + "\n",

@@ -89,7 +89,7 @@ def test_what_is_not_served_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("capability", [86, 90])
 @pytest.mark.parametrize(
     ("dtype", "width", "rank"),
-    [("fp16", 128, 65), ("bf16", 64, 9), ("fp32", 128, 65)],
+    [("fp16", 128, 65), ("bf16", 64, 9), ("bf16", 64, 17), ("fp16", 64, 64), ("fp32", 128, 65)],
 )
 @pytest.mark.parametrize("name", ["forward", "queries", "keys"])
 def test_compiles_without_a_gpu_and_fits_its_shared_memory(

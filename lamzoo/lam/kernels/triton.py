@@ -234,17 +234,22 @@ class Tiles:
 def tiles(kernel: Literal["forward", "queries", "keys"], dim: int, rank: int, itemsize: int) -> Tiles:
     """Returns the tiles of a kernel for the larger of the head dims, a mask rank and the bytes of a number.
 
-    Not autotuned: that would spend minutes in the first call of every shape, and the choice is narrow. These are the
-    largest tiles for which the compiler, asked for compute capabilities 8.0 and 9.0, keeps (nearly) everything in
-    registers and under 99 KB of shared memory, which GPUs below the A100 and H100 end at.
+    Not autotuned: that would spend minutes in the first call of every shape, and the choice is narrow. Half precision
+    up to 64 wide has the fastest of ``benchmarks/tiles.py`` on an H200, less a stage where the mask's tiles are large;
+    the others are the largest tiles for which the compiler, asked for compute capabilities 8.0 and 9.0, keeps (nearly)
+    everything in registers. All stay under 99 KB of shared memory, which GPUs below the A100 and H100 end at.
     """
     wide = dim > 64 or rank > 64
     if itemsize == 4:  # no tensor cores, so operands fill the registers too
         return Tiles(16, 16, 8, 1) if wide else Tiles(32, 32, 8, 1)
-    if kernel == "forward":
-        return Tiles(128, 32 if wide else 64, 8, 2)
-    long = 64 if wide else 128
-    return Tiles(long, 32, 8, 2) if kernel == "queries" else Tiles(32, long, 8, 2)
+    if wide:
+        return {"forward": Tiles(128, 32, 8, 2), "queries": Tiles(64, 32, 8, 2), "keys": Tiles(32, 64, 8, 2)}[kernel]
+    stages = 3 if rank <= 32 else 2
+    return {
+        "forward": Tiles(128, 64, 8, stages),
+        "queries": Tiles(64, 64, 4, stages),
+        "keys": Tiles(64, 128, 8, 1),
+    }[kernel]
 
 
 @dataclass(frozen=True)
