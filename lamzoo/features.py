@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -104,25 +105,26 @@ def extract_features(
     device = resolve_device(device)
     import_av()
     paths, texts = _targets(videos, out, queries)
-    extractor = FeatureExtractor(
-        model, clip_seconds=clip_seconds, device=device, precision=precision, batch_size=batch_size
-    )
-    moved = progress or (lambda what, done, total: None)
-    origin = extractor.origin()  # once: it hashes all weights
-    new_queries = _make_texts(extractor, origin, texts, batch_size, force, partial(moved, "queries"))
-    new_videos, unreadable = _make_videos(
-        extractor, origin, paths, workers, on_bad_input, force, partial(moved, "videos")
-    )
-    if len(unreadable) == len(paths):
-        path, reason = next(iter(unreadable.items()))
-        raise DataError(f"none of the {len(paths)} videos can be read: {path} ({reason}); replace them")
-    return Extraction(len(paths) - len(unreadable), new_videos, len(texts), new_queries, unreadable)
+    with _folders_of((*paths, *texts)):
+        extractor = FeatureExtractor(
+            model, clip_seconds=clip_seconds, device=device, precision=precision, batch_size=batch_size
+        )
+        moved = progress or (lambda what, done, total: None)
+        origin = extractor.origin()  # once: it hashes all weights
+        new_queries = _make_texts(extractor, origin, texts, batch_size, force, partial(moved, "queries"))
+        new_videos, unreadable = _make_videos(
+            extractor, origin, paths, workers, on_bad_input, force, partial(moved, "videos")
+        )
+        if len(unreadable) == len(paths):
+            path, reason = next(iter(unreadable.items()))
+            raise DataError(f"none of the {len(paths)} videos can be read: {path} ({reason}); replace them")
+        return Extraction(len(paths) - len(unreadable), new_videos, len(texts), new_queries, unreadable)
 
 
 def _targets(
     videos: Sequence[str | Path], out: str | Path, queries: str | Path | None = None
 ) -> tuple[dict[Path, Path], dict[Path, str]]:
-    """Makes the folders, and returns what is to be made: by the file to write, each video and each query."""
+    """Returns what is to be made: by the file to write, each video and each query."""
     of_video: dict[Path, Path] = {}
     for path in find_videos(videos):
         target = Path(out) / _VIDEO_FOLDER / f"{path.stem}.npz"
@@ -137,12 +139,27 @@ def _targets(
         if (target := Path(out) / TEXT_FOLDER / name) in of_text:
             raise DataError(f"two queries of {queries} would both be {target}; call one of them otherwise")
         of_text[target] = text
-    for folder in {target.parent for target in (*of_video, *of_text)}:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise DataError(f"the folder {folder} can't be made ({error.strerror}); name another with --out") from error
     return of_video, of_text
+
+
+@contextmanager
+def _folders_of(targets: Iterable[Path]) -> Iterator[None]:
+    """Makes the folders of files, before anything slow begins; what stays empty is gone in the end."""
+    made: list[Path] = []
+    try:
+        for folder in {target.parent for target in targets}:
+            made += [path for path in (folder, *folder.parents) if not path.exists()]
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise DataError(
+                    f"the folder {folder} can't be made ({error.strerror}); name another with --out"
+                ) from error
+        yield
+    finally:
+        for path in sorted(made, key=lambda path: len(path.parts), reverse=True):
+            with suppress(OSError):  # it has something
+                path.rmdir()
 
 
 @dataclass(frozen=True)
