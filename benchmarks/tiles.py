@@ -22,7 +22,6 @@ from dataclasses import asdict, astuple, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -104,10 +103,10 @@ def launcher(case: Case) -> Callable[[], None]:
     arguments = (query, key, value, left, right, None, case.op, False, _DIM**-0.5)
     out, logsumexp = backend.lam_attention_forward(*arguments)
     delta = (grad_out.float() * out.float()).sum(-1).contiguous()
-    grads = [torch.empty_like(x) for x in (query, key, value, left, right)]
-    launch = backend._Problem.of(*arguments).launch
+    grads = backend._empty_grads(query, key, value, left, right)
     tile = backend.Tiles(case.queries, case.keys, case.warps, case.stages)
-    run = {
+    launch = partial(backend._Problem.of(*arguments).launch, tile=tile)
+    return {
         "forward": partial(launch, triton_kernels.forward_kernel, "forward", out, logsumexp),
         "queries": partial(
             launch, triton_kernels.backward_queries_kernel, "queries",
@@ -119,19 +118,13 @@ def launcher(case: Case) -> Callable[[], None]:
         ),
     }[case.kernel]  # fmt: skip
 
-    def pinned() -> None:
-        with mock.patch.object(backend, "tiles", return_value=tile):
-            run()
-
-    return pinned
-
 
 def table(rows: list[Row]) -> str:
     """Returns, for each kernel and mask, the tiles that lamzoo takes and their times to PyTorch's, and all three's."""
     lines = ["| pass | mask | columns | tiles | ms | to PyTorch's choice | to FlashAttention-2 |", "|---" * 7 + "|"]
     taken = {}
     for kernel, op, rank in dict.fromkeys((row.kernel, row.op, row.rank) for row in rows):
-        tile = backend.tiles(kernel, _DIM, max(16, 1 << (rank - 1).bit_length()), 2)
+        tile = backend.tiles(kernel, _DIM, backend._block(rank), 2)
         row = taken[kernel, op, rank] = next(
             row
             for row in rows

@@ -24,8 +24,8 @@ def table(ablation: Path = HERE / "ablation.toml", results: Path | None = None) 
     """Returns the table, a line for each row of the ablation that has a result.
 
     The scores are those of the ablation's ``columns``, or all that the results have. The difference, of the ablation's
-    ``score``, or of the first one, is taken seed by seed from a row's reference, a
-    plain model; its spread is that of the differences. Standard deviations are those of a sample (n - 1).
+    ``score``, or of the first one, is taken seed by seed from a row's reference, a plain model; its spread is that of
+    the differences. Standard deviations are those of a sample (n - 1).
 
     Args:
         ablation: the rows.

@@ -10,6 +10,7 @@ import importlib.util
 import os
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -231,6 +232,7 @@ class Tiles:
     stages: int
 
 
+@cache  # asked for in each call of a kernel
 def tiles(kernel: Literal["forward", "queries", "keys"], dim: int, rank: int, itemsize: int) -> Tiles:
     """Returns the tiles of a kernel for the larger of the head dims, a mask rank and the bytes of a number.
 
@@ -281,13 +283,22 @@ class _Problem:
             allowed = allowed.view(torch.uint8).expand(*query.shape[:3], key.shape[2])
         return cls(inputs, allowed, op, is_causal, scale)
 
-    def launch(self, kernel: Any, name: Literal["forward", "queries", "keys"], *others: Tensor) -> None:
-        """Runs a kernel, one program for each tile of each head; ``others`` are its further tensors, in its order."""
+    def launch(
+        self, kernel: Any, name: Literal["forward", "queries", "keys"], *others: Tensor, tile: Tiles | None = None
+    ) -> None:
+        """Runs a kernel, one program for each tile of each head.
+
+        Args:
+            kernel: the program.
+            name: which of the three it is.
+            *others: its further tensors, in its order.
+            tile: instead of those of :func:`tiles`.
+        """
         query, key, value, left, _ = self.inputs
         batch, heads, num_queries, dim = query.shape
         num_keys, value_dim, rank = key.shape[2], value.shape[3], left.shape[3]
         blocks = [_block(dim), _block(value_dim), _block(rank)]
-        tile = tiles(name, max(blocks[:2]), blocks[2], query.element_size())
+        tile = tile or tiles(name, max(blocks[:2]), blocks[2], query.element_size())
         rows, block = (num_keys, tile.keys) if name == "keys" else (num_queries, tile.queries)
         # Read as a row where it's the same for all queries (key padding), not as a matrix.
         kind = "all"
