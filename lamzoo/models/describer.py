@@ -58,6 +58,8 @@ class Describer(nn.Module):
         decoder_layers: of CoCa's decoder, that also attend to the encoder's tokens.
         gpt2: lets GPT-2 write, with its own sizes and vocabulary: fields of
             :class:`lamzoo.models.gpt2_decoder.Gpt2Settings`, of which there may be none; None for CoCa's decoder.
+        tokenizer_name: of GPT-2's vocabulary: a hub repository, or a folder with a ``tokenizer.json``; None is
+            ``openai-community/gpt2``.
         vocabulary: ``"clip"``, CLIP's byte pairs; a number, so many of them; or the words of a closed grammar.
         context_length: tokens of a sentence, start and end included.
         context_tokens: of the text context (previous descriptions) at most; 0 for models without.
@@ -86,6 +88,7 @@ class Describer(nn.Module):
         text_layers: int = 12,
         decoder_layers: int = 12,
         gpt2: Mapping[str, Any] | None = None,
+        tokenizer_name: str | None = None,
         vocabulary: str | int | Sequence[str] = "clip",
         context_length: int = 76,
         context_tokens: int = 0,
@@ -105,11 +108,14 @@ class Describer(nn.Module):
             raise ConfigError("align needs a vocabulary of words, since byte pairs have no times; list the words.")
         if gpt2 is not None and vocabulary != "clip":
             raise ConfigError("GPT-2 has its own vocabulary; leave vocabulary and align out, or gpt2.")
+        if gpt2 is None and tokenizer_name is not None:
+            raise ConfigError(f"tokenizer_name={tokenizer_name!r} is of GPT-2's; leave it out, or give gpt2.")
         self.features, self.seconds, self.rates = dict(features), seconds, dict(rates or {})
         self.width, self.context_length, self.context_tokens = width, context_length, context_tokens
         self.num_features, self.num_classes = width, 0
         self.lam_config = None
-        self._vocabulary, self._gpt2 = vocabulary, gpt2 is not None
+        self._vocabulary = vocabulary
+        self._gpt2_tokenizer = None if gpt2 is None else tokenizer_name or "openai-community/gpt2"
         self.encoder = JointEncoder(
             features, width, heads, hidden, encoder_layers, dropout, input_dropout, modality_dropout
         )
@@ -132,10 +138,10 @@ class Describer(nn.Module):
         Raises:
             WeightsNotFoundError: it is GPT-2's, whose file can't be had here.
         """
-        if self._gpt2:
+        if self._gpt2_tokenizer is not None:
             from lamzoo.models.gpt2_tokenizer import Gpt2Tokenizer  # needs transformers
 
-            return Gpt2Tokenizer(self.decoder.settings.tokenizer, self.context_length, self.decoder.vocab_size)
+            return Gpt2Tokenizer(self._gpt2_tokenizer, self.context_length, self.decoder.vocab_size)
         if isinstance(self._vocabulary, str):
             return SimpleTokenizer(context_length=self.context_length)
         if isinstance(self._vocabulary, int):

@@ -32,7 +32,6 @@ class Gpt2Settings:
     Attributes:
         reads: ``"cross"``, each layer attends to the memory, by weights that GPT-2 itself has not; or ``"prefix"``, the
             memory stands in front of the text, as in ClipCap (arXiv 2111.09734), and takes up positions.
-        tokenizer: whose text the vocabulary is: a hub repository, or a folder with a ``tokenizer.json``.
         vocab_size: tokens of the vocabulary, without padding.
         positions: of prefix and text together.
         width: of the tokens.
@@ -45,7 +44,6 @@ class Gpt2Settings:
     """
 
     reads: Reads = "cross"
-    tokenizer: str = "openai-community/gpt2"
     vocab_size: int = 50257
     positions: int = 1024
     width: int = 768

@@ -44,7 +44,7 @@ class Gpt2Tokenizer:
         if end is None or self.vocab_size > vocab_size:
             raise ConfigError(
                 f"{path} has {self.vocab_size - 1} tokens, {_END} {'not ' if end is None else ''}among them, and the "
-                f"model was built for {vocab_size - 1}; name the tokenizer of its GPT-2 by gpt2.tokenizer."
+                f"model was built for {vocab_size - 1}; name that of its GPT-2 by tokenizer_name."
             )
         self.sot_token_id = self.eot_token_id = end + 1
 
@@ -77,6 +77,5 @@ def _find(source: str) -> Path:
         return hub.download(repo, _FILE, revision=revision or None)
     except WeightsNotFoundError as error:
         raise WeightsNotFoundError(
-            f"The vocabulary of GPT-2 can't be had: {error} Or name a folder that has a {_FILE}, as in "
-            "gpt2={'tokenizer': FOLDER}."
+            f"The vocabulary of GPT-2 can't be had: {error} Or name a folder that has a {_FILE} by tokenizer_name."
         ) from error

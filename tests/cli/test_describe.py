@@ -196,13 +196,11 @@ def test_explain_draws_the_first_windows(run, model: str, towers: str, film: Pat
 def test_gpt2_describes_and_explains(run, towers: str, film: Path, tmp_path: Path, reads: str) -> None:
     pytest.importorskip("transformers", reason="the extra gpt2")
     small = {name: value for name, value in SMALL.items() if name not in ("align", "decoder_layers")}
-    gpt2 = {
-        "reads": reads, "tokenizer": str(write_byte_pairs(tmp_path)), "vocab_size": 300, "positions": 256, "width": 24,
-        "layers": 2, "heads": 2,
-    }  # fmt: skip
+    gpt2 = {"reads": reads, "vocab_size": 300, "positions": 256, "width": 24, "layers": 2, "heads": 2}
+    pairs = str(write_byte_pairs(tmp_path))
     features = {"video": 24, "audio": 128}
     name = saved(
-        tmp_path / "gpt2", "lam_describer_gpt2", features=features, gpt2=gpt2, context_length=12,
+        tmp_path / "gpt2", "lam_describer_gpt2", features=features, gpt2=gpt2, tokenizer_name=pairs, context_length=12,
         **{**small, "rates": {"video": 5.0, "audio": 50.0}},
     )  # fmt: skip
     options = ("--features", towers, "--end", 6, "--json", "--explain", "words.png", "--beams", 2)

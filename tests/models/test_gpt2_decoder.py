@@ -220,7 +220,7 @@ def test_a_fresh_mask_changes_no_bit_and_a_trained_one_does(reads: str) -> None:
 @READS
 @pytest.mark.parametrize("how", [Generation(), Generation(beams=3), Generation(top_p=0.8)])
 def test_a_batch_is_written_as_one_by_one(pairs: str, reads: str, how: Generation) -> None:
-    found, batch = model(reads, gpt2={"tokenizer": pairs}), streams()
+    found, batch = model(reads, tokenizer_name=pairs), streams()
     together = found.generate(batch, how=how, seeds=[7, 8, 9])
     assert len({tuple(each.tokens) for each in together}) > 1
     for row, each in enumerate(together):
@@ -231,7 +231,7 @@ def test_a_batch_is_written_as_one_by_one(pairs: str, reads: str, how: Generatio
 
 @READS
 def test_a_text_begins_and_ends_with_the_same_token(pairs: str, reads: str) -> None:
-    found, batch = model(reads, gpt2={"tokenizer": pairs}), streams(1)
+    found, batch = model(reads, tokenizer_name=pairs), streams(1)
     end = found.tokenizer.eot_token_id
     tokens = [found.tokenizer.sot_token_id]
     while len(tokens) < 9 and (len(tokens) == 1 or tokens[-1] != end):
@@ -247,7 +247,7 @@ def test_a_text_begins_and_ends_with_the_same_token(pairs: str, reads: str) -> N
 
 @READS
 def test_context_is_read_and_its_padding_is_not(pairs: str, reads: str) -> None:
-    found, batch = model(reads, gpt2={"tokenizer": pairs}), streams(2)
+    found, batch = model(reads, tokenizer_name=pairs), streams(2)
     context = context_tokens(found, [["she waits."], []])
     assert context is not None
     assert context[0, 0] == found.tokenizer.sot_token_id
@@ -258,7 +258,7 @@ def test_context_is_read_and_its_padding_is_not(pairs: str, reads: str) -> None:
 
 
 def test_the_loss_counts_the_end_and_no_padding(pairs: str) -> None:
-    found, batch = model(gpt2={"tokenizer": pairs}), streams(1)
+    found, batch = model(tokenizer_name=pairs), streams(1)
     tokens = found.tokenizer(["she"])
     logits = found(batch, tokens).logits
     ended = int((tokens[0] > 0).sum())
@@ -272,11 +272,23 @@ def test_the_loss_counts_the_end_and_no_padding(pairs: str) -> None:
 
 @READS
 def test_saved_models_come_back(pairs: str, tmp_path: Path, reads: str) -> None:
-    saved = model(reads, gpt2={"tokenizer": pairs}, lam=LamConfig(init="paper"))
+    saved = model(reads, tokenizer_name=pairs, lam=LamConfig(init="paper"))
     lamzoo.save_pretrained(saved, tmp_path / "m")
     loaded: Any = lamzoo.create_model(f"local-dir:{tmp_path / 'm'}", pretrained=True).eval()
     assert torch.equal(loaded(streams(), text()).logits, saved(streams(), text()).logits)
     assert loaded.describe(streams()) == saved.describe(streams())
+
+
+def test_a_saved_model_takes_its_vocabulary_from_another_folder(pairs: str, tmp_path: Path) -> None:
+    lamzoo.save_pretrained(model("prefix", tokenizer_name="gone"), tmp_path / "m")
+    loaded: Any = lamzoo.create_model(f"local-dir:{tmp_path / 'm'}", pretrained=True, tokenizer_name=pairs)
+    assert loaded.decoder.settings.reads == "prefix"
+    assert loaded.tokenizer.decode(loaded.tokenizer("she waits!")[0].tolist()) == "she waits!"
+
+
+def test_a_model_without_gpt2_has_no_use_for_its_tokenizer() -> None:
+    with pytest.raises(ConfigError, match="tokenizer_name='a' is of GPT-2's; leave it out"):
+        lamzoo.create_model("lam_describer_micro", tokenizer_name="a")
 
 
 @pytest.mark.parametrize("head", [True, False])
@@ -346,8 +358,8 @@ def test_the_first_token_of_gpt2_is_none_of_padding(pairs: str) -> None:
 
 def test_a_tokenizer_that_is_not_here_is_named(pairs: str, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(WeightsNotFoundError, match=r"hf download some/gpt tokenizer.json` .*{'tokenizer': FOLDER}"):
-        model(gpt2={"tokenizer": "some/gpt"}).describe(streams(1))
+    with pytest.raises(WeightsNotFoundError, match=r"hf download some/gpt tokenizer.json` .* by tokenizer_name"):
+        model(tokenizer_name="some/gpt").describe(streams(1))
     with pytest.raises(WeightsNotFoundError, match="has no tokenizer.json"):
         Gpt2Tokenizer(str(tmp_path), 9, 301)
     with pytest.raises(ConfigError, match="has 300 tokens, .*built for 200"):

@@ -146,12 +146,13 @@ def test_it_learns_to_write_what_it_has_not_heard(table: dict[str, Any], tmp_pat
 @pytest.mark.parametrize("reads", ["cross", "prefix"])
 def test_gpt2_learns_to_write_what_it_has_not_heard(table: dict[str, Any], tmp_path: Path, reads: str) -> None:
     pytest.importorskip("transformers", reason="the extra gpt2")
-    gpt2 = {
-        "reads": reads, "tokenizer": str(write_byte_pairs(tmp_path)), "vocab_size": 300, "positions": 256, "width": 32,
-        "layers": 2, "heads": 2, "dropout": 0.0,
-    }  # fmt: skip
+    gpt2 = {"reads": reads, "vocab_size": 300, "positions": 256, "width": 32, "layers": 2, "heads": 2, "dropout": 0.0}
+    pairs = str(write_byte_pairs(tmp_path))
     small = {name: SMALL[name] for name in ("width", "heads", "hidden", "encoder_layers", "dropout", "input_dropout")}
-    table["model"] = {"name": "lam_describer_gpt2", "kwargs": {**small, "gpt2": gpt2, "context_length": 12}}
+    table["model"] = {
+        "name": "lam_describer_gpt2",
+        "kwargs": {**small, "gpt2": gpt2, "tokenizer_name": pairs, "context_length": 12},
+    }
     table["data"] |= {"workers": 1}
     table["augment"] = {"splice": 0.0}
     table["schedule"]["epochs"] = 40
