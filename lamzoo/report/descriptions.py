@@ -115,7 +115,8 @@ def _measure(model: nn.Module, windows: VideoWindows, described: DescribedWindow
         )
         for name, (first, last) in joint.spans.items()
     ]
-    return WindowView(described.start, described.end, tuple(text for text, _ in words), tuple(views))
+    texts = tuple(printable(text, start=True) for text, _ in words)
+    return WindowView(described.start, described.end, texts, tuple(views))
 
 
 def _importance(model: nn.Module, captured: Mapping[str, MaskRecord], joint: Joint) -> Any:
