@@ -11,15 +11,15 @@ from lamzoo.data.captions.base import CaptionItem, CaptionSource, Stream
 from lamzoo.data.retrieval.jpegs import JpegLines
 from lamzoo.errors import DataError
 
-_SIDE, _PATCH = 128, 8  # pixels
+_SIDE, _PATCH = 128, 16  # pixels
 _TIMES = ((np.arange((_SIDE // _PATCH) ** 2) + 0.5) / 25).astype(np.float32)
 
 
 class Flickr8kCaptions(CaptionSource):
     """``captions.jsonl`` (``image``, ``captions``, ``split`` in each line) and ``images.npz``.
 
-    Its one modality is ``image``: the patches of 8 x 8 pixels of a photograph of 128 x 128, row by row, 256 of them; a
-    patch's 192 values are its pixels, row by row, in three colours each. All values of a photograph together have mean
+    Its one modality is ``image``: the patches of 16 x 16 pixels of a photograph of 128 x 128, row by row, 64 of them; a
+    patch's 768 values are its pixels, row by row, in three colours each. All values of a photograph together have mean
     0 and variance 1. Times say which patch is where: a photograph is taken to be scanned patch by patch, 25 a second.
 
     Args:
