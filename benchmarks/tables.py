@@ -51,6 +51,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "flickr8k": lambda: ablation(HERE / "flickr8k.toml"),
     "moments": lambda: ablation(HERE / "moments.toml"),
     "captions": lambda: ablation(HERE / "captions.toml"),
+    "flickr8k_captions": lambda: ablation(HERE / "flickr8k_captions.toml"),
     "speed": lambda: speed.table(read_lines(RESULTS / "speed.csv", speed.Row)),
     "speed-xeon": lambda: speed.table(read_lines(RESULTS / "speed.xeon.csv", speed.Row)),
     "breakdown": lambda: breakdown.table(read_lines(RESULTS / "breakdown.csv", breakdown.Row)),

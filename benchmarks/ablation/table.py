@@ -18,6 +18,7 @@ HEADINGS = {
     "WER": "word error rate (%)", "sentence_accuracy": "sentences right (%)", "CIDEr": "CIDEr",
     "Bleu_4": "BLEU-4", "ROUGE_L": "ROUGE-L",
 }  # fmt: skip
+_DECIMALS = {"CIDEr": 3, "Bleu_4": 3, "ROUGE_L": 3}  # these are fractions, not percent; of others 2
 
 
 def table(ablation: Path = HERE / "ablation.toml", results: Path | None = None) -> str:
@@ -47,6 +48,7 @@ def table(ablation: Path = HERE / "ablation.toml", results: Path | None = None) 
     columns = tables.get("columns", [column for column in line if column in HEADINGS])
     first = tables.get("score", columns[0])
     others = [column for column in columns if column != first]
+    decimals = {column: _DECIMALS.get(column, 2) for column in columns}
     heads = ["parameters", "GMACs", "of them masks", HEADINGS[first], "against plain"]
     heads += [*(HEADINGS[column] for column in others), "seeds"]
     page = [f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
@@ -63,20 +65,20 @@ def table(ablation: Path = HERE / "ablation.toml", results: Path | None = None) 
             f"{1e6 * float(cost['params_m']):,.0f}",
             f"{float(cost['gmacs']):.4f}",
             f"{float(cost['lam_gmacs']):.4f}",
-            _spread([float(line[first]) for line in of_row.values()]),
-            "" if row == its_reference else _spread(against, sign="+"),
-            *(_spread([float(line[column]) for line in of_row.values()]) for column in others),
+            _spread([float(line[first]) for line in of_row.values()], decimals[first]),
+            "" if row == its_reference else _spread(against, decimals[first], sign="+"),
+            *(_spread([float(line[column]) for line in of_row.values()], decimals[column]) for column in others),
             str(len(of_row)),
         ]
         page.append(f"| {' | '.join(cells)} |")
     return "\n".join(page) + "\n"
 
 
-def _spread(values: Sequence[float], sign: str = "") -> str:
+def _spread(values: Sequence[float], decimals: int, sign: str = "") -> str:
     if not values:
         return ""
-    mean = f"{statistics.mean(values):{sign}z.2f}"  # z: no negative zero
-    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.2f}"
+    mean = f"{statistics.mean(values):{sign}z.{decimals}f}"  # z: no negative zero
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{decimals}f}"
 
 
 if __name__ == "__main__":
