@@ -15,7 +15,7 @@ from tests.data.captions.test_flickr import write
 def test_a_photograph_is_nearest_to_itself(tmp_path: Path) -> None:
     dataset = create_caption_dataset(f"flickr8k:{write(tmp_path, 128, 64)}", "train")
     small = thumbnails(dataset)
-    assert small.shape == (2, 3 * 256)
+    assert small.shape == (2, 3 * 64)
     assert np.linalg.norm(small, axis=1) == pytest.approx(1)
     assert set(nearest_captions(dataset, dataset, 1)) == {"0.jpg", "1.jpg"}
     assert nearest_captions(dataset, dataset, 1)["0.jpg"] == "a dog."
