@@ -18,7 +18,7 @@ HEADINGS = {
     "WER": "word error rate (%)", "sentence_accuracy": "sentences right (%)", "CIDEr": "CIDEr",
     "Bleu_4": "BLEU-4", "ROUGE_L": "ROUGE-L",
 }  # fmt: skip
-_DECIMALS = {"CIDEr": 3, "Bleu_4": 3, "ROUGE_L": 3}  # these are fractions, not percent; of others 2
+_DECIMALS = {"CIDEr": 3, "Bleu_4": 3, "ROUGE_L": 3}  # not in percent, as the others are, which have 2
 
 
 def table(ablation: Path = HERE / "ablation.toml", results: Path | None = None) -> str:
@@ -48,7 +48,7 @@ def table(ablation: Path = HERE / "ablation.toml", results: Path | None = None) 
     columns = tables.get("columns", [column for column in line if column in HEADINGS])
     first = tables.get("score", columns[0])
     others = [column for column in columns if column != first]
-    decimals = {column: _DECIMALS.get(column, 2) for column in columns}
+    decimals = {column: _DECIMALS.get(column, 2) for column in [first, *others]}
     heads = ["parameters", "GMACs", "of them masks", HEADINGS[first], "against plain"]
     heads += [*(HEADINGS[column] for column in others), "seeds"]
     page = [f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
