@@ -48,7 +48,6 @@ def table(ablation: Path = HERE / "ablation.toml", results: Path | None = None) 
     columns = tables.get("columns", [column for column in line if column in HEADINGS])
     first = tables.get("score", columns[0])
     others = [column for column in columns if column != first]
-    decimals = {column: _DECIMALS.get(column, 2) for column in [first, *others]}
     heads = ["parameters", "GMACs", "of them masks", HEADINGS[first], "against plain"]
     heads += [*(HEADINGS[column] for column in others), "seeds"]
     page = [f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
@@ -65,18 +64,19 @@ def table(ablation: Path = HERE / "ablation.toml", results: Path | None = None) 
             f"{1e6 * float(cost['params_m']):,.0f}",
             f"{float(cost['gmacs']):.4f}",
             f"{float(cost['lam_gmacs']):.4f}",
-            _spread([float(line[first]) for line in of_row.values()], decimals[first]),
-            "" if row == its_reference else _spread(against, decimals[first], sign="+"),
-            *(_spread([float(line[column]) for line in of_row.values()], decimals[column]) for column in others),
+            _spread(first, [float(line[first]) for line in of_row.values()]),
+            "" if row == its_reference else _spread(first, against, sign="+"),
+            *(_spread(column, [float(line[column]) for line in of_row.values()]) for column in others),
             str(len(of_row)),
         ]
         page.append(f"| {' | '.join(cells)} |")
     return "\n".join(page) + "\n"
 
 
-def _spread(values: Sequence[float], decimals: int, sign: str = "") -> str:
+def _spread(column: str, values: Sequence[float], sign: str = "") -> str:
     if not values:
         return ""
+    decimals = _DECIMALS.get(column, 2)
     mean = f"{statistics.mean(values):{sign}z.{decimals}f}"  # z: no negative zero
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{decimals}f}"
 

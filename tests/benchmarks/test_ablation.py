@@ -176,6 +176,16 @@ def test_an_ablation_may_say_in_which_score_rows_are_compared(tmp_path: Path) ->
     assert "| 16.00 | +2.00 | 1.50 |" in multi
 
 
+def test_scores_that_are_not_in_percent_have_three_decimals(tmp_path: Path) -> None:
+    flickr, results = ablation.HERE / "flickr8k_captions.toml", tmp_path / "results.csv"
+    for row, found in {"plain": (0.15, 0.0816, 0.3), "multi": (0.156, 0.082, 0.3494)}.items():
+        scores = dict(zip(("CIDEr", "Bleu_4", "ROUGE_L"), found, strict=True))
+        ablation.add_result(results, {"row": row, "seed": 0, **scores, "params_m": 1, "gmacs": 1, "lam_gmacs": 0})
+    _, _, plain, multi = table(flickr, results).splitlines()
+    assert "| 0.150 |  | 0.082 | 0.300 |" in plain
+    assert "| 0.156 | +0.006 | 0.082 | 0.349 |" in multi
+
+
 def test_two_results_of_one_run_are_refused(tmp_path: Path) -> None:
     results = tmp_path / "results.csv"
     ablation.add_result(results, result("plain", 0, 70.0))
