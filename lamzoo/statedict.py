@@ -16,7 +16,7 @@ from timm.models import _builder, adapt_input_conv
 from torch import Tensor, nn
 
 from lamzoo.errors import StateDictError
-from lamzoo.lam.masks import PositionTable
+from lamzoo.lam.masks import PositionTable, drop_dead_biases
 from lamzoo.lam.tables import resize_table
 
 _logger = logging.getLogger(__name__)
@@ -138,6 +138,8 @@ def _adapt_lam(model: nn.Module, weights: StateDict, source: str, given: Collect
         for key in in_file:
             del weights[key]
         notes.append(f"{len(in_file)} mask tensors left out, since the masks were taken out by lam=False")
+    if dead := drop_dead_biases(model, weights):
+        notes.append(f"{len(dead)} biases of additive masks left out, which change nothing ({_some(dead)})")
     for name, module in model.named_modules():
         weight, bias = f"{name}.weight", f"{name}.bias"
         if not isinstance(module, PositionTable) or not {weight, bias} <= weights.keys():

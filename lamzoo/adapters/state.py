@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from typing import TypeVar
@@ -12,10 +13,12 @@ from torch import Tensor, nn
 from lamzoo.adapters.slots import HostTakeover, SharedStateHook, replace_module
 from lamzoo.errors import MaskShapeError, StateDictError, UnsupportedHostError
 from lamzoo.lam import Lam, resize_table
-from lamzoo.lam.masks import PositionTable
+from lamzoo.lam.masks import PositionTable, drop_dead_biases
 from lamzoo.lam.tables import Grid
 
 Model = TypeVar("Model", bound=nn.Module)
+
+_logger = logging.getLogger(__name__)
 
 
 def lam_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
@@ -65,7 +68,9 @@ def load_lam_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> list[s
         StateDictError: a key too many or too few, or a shape that doesn't fit; names the keys. Nothing is loaded.
         UnsupportedHostError: the model has no masks.
     """
-    own = lam_state_dict(model)
+    own, state = lam_state_dict(model), dict(state)
+    if dead := drop_dead_biases(model, state):
+        _logger.info("%d biases of additive masks left out, which change nothing (%s)", len(dead), _few(dead))
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or unexpected:
         wrong = [f"{name} {_few(keys)}" for name, keys in (("lacks", missing), ("has too", unexpected)) if keys]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,6 +18,8 @@ from lamzoo.lam.tables import Grid, resize_table
 
 if TYPE_CHECKING:
     from lamzoo.lam.pruning import Reduction
+
+_logger = logging.getLogger(__name__)
 
 _SOFTPLUS_ONE = math.log(math.e - 1)  # softplus of this is 1
 
@@ -123,7 +126,8 @@ class MaskNetwork(nn.Module):
     ``left`` is the last hidden layer of a Linear + ReLU stack on the query tokens, with a constant 1 appended.
     ``right`` is, with ``keys="position"``, the weight and bias of the paper's last Linear, so that
     ``left @ right.T`` is exactly the paper's dense mask; with ``keys="content"`` it is the output of a second
-    stack on the key tokens.
+    stack on the key tokens. Where such a mask is added to the scores, the last Linear of that stack has no bias: it
+    would shift all scores of a query by the same amount, which the softmax ignores.
 
     ``sign="positive"`` passes ``right`` through softplus and divides ``left``, non-negative already, by its sum:
     every mask value is then a convex mixture of the key side's values, and the constant column carries the
@@ -165,8 +169,10 @@ class MaskNetwork(nn.Module):
             self.table = PositionTable(self.heads, length, config.rank, num_prefix_tokens, grid)
         else:
             key = _linear_relu(key_dim, *config.hidden)
-            key.append(nn.Linear(config.hidden[-1] if config.hidden else key_dim, self.heads * (config.rank + 1)))
+            width = config.hidden[-1] if config.hidden else key_dim
+            key.append(nn.Linear(width, self.heads * (config.rank + 1), bias=config.op == "mul"))
             self.key = key
+        self.register_load_state_dict_pre_hook(_drop_dead_bias)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -179,7 +185,8 @@ class MaskNetwork(nn.Module):
         with torch.no_grad():
             if self.config.init == "identity":
                 last.weight.zero_()
-                last.bias.zero_()
+                if last.bias is not None:
+                    last.bias.zero_()
                 if self._starts_at_bias_one:  # where `right` meets the constant 1 in `left`
                     bias = last.bias if position else last.bias.unflatten(0, (self.heads, -1))[:, -1]
                     bias.fill_(1.0)
@@ -226,6 +233,40 @@ class MaskNetwork(nn.Module):
 
     def _split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+def drop_dead_biases(model: nn.Module, state_dict: MutableMapping[str, Tensor]) -> list[str]:
+    """Removes the biases that versions up to 0.1.0 had in additive content masks, in place, and returns their keys.
+
+    They do not change the attention: see :class:`MaskNetwork`.
+
+    Args:
+        model: the model that the weights are for.
+        state_dict: parameter name to tensor.
+    """
+    dead = [
+        key
+        for path, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, MaskNetwork) and (key := _dead_bias(module, f"{path}." if path else "")) in state_dict
+    ]
+    for key in dead:
+        del state_dict[key]
+    return dead
+
+
+def _dead_bias(network: MaskNetwork, prefix: str) -> str | None:
+    """Returns the key of the bias that the key side's last Linear would have, or None where it has one or is none."""
+    if network.config.keys == "position" or network.key[-1].bias is not None:
+        return None
+    return f"{prefix}key.{len(network.key) - 1}.bias"
+
+
+def _drop_dead_bias(network: nn.Module, state_dict: MutableMapping[str, Tensor], prefix: str, *_: Any) -> None:
+    assert isinstance(network, MaskNetwork)
+    key = _dead_bias(network, prefix)
+    if key in state_dict:
+        del state_dict[key]
+        _logger.info("%s left out: a bias that all keys of an additive mask share changes nothing", key)
 
 
 def _linear_relu(*widths: int) -> nn.Sequential:

@@ -86,6 +86,16 @@ def test_a_lam_saved_alone_can_be_put_back(layers: str, keys: str) -> None:
     assert torch.equal(again(x), model(x))
 
 
+def test_a_lam_saved_by_an_older_version_can_be_put_back(caplog: pytest.LogCaptureFixture) -> None:
+    model, again = shaken(add_lam(VIT.create())), add_lam(VIT.create())
+    state = {name: value.clone() for name, value in lam_state_dict(model).items()}
+    dead = {f"blocks.{index}.attn.lam.network.key.0.bias": torch.ones(27) for index in (0, 1)}
+    with caplog.at_level("INFO"):
+        load_lam_state_dict(again, state | dead)
+    assert all(torch.equal(value, state[name]) for name, value in lam_state_dict(again).items())
+    assert all(name in caplog.text for name in dead)
+
+
 def test_tables_of_another_image_size_are_resized_and_named() -> None:
     config = LamConfig(keys="position", heads="per-head")
     small = shaken(add_lam(VIT.create(dynamic_img_size=True).eval(), config))

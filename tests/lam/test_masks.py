@@ -150,6 +150,38 @@ def test_every_parameter_gets_a_gradient_after_one_step(config: LamConfig) -> No
         assert parameter.grad.count_nonzero(), name
 
 
+@each_variant
+def test_every_parameter_changes_the_attention(config: LamConfig) -> None:
+    # A parameter whose gradient is rounding alone would be moved by Adam as far as any other.
+    module = network(config).double()
+    perturb(module)
+    tokens = torch.randn(8, LENGTH, 4, dtype=torch.float64)
+    query, key, value = torch.randn(3, 8, HEADS, LENGTH, 5, dtype=torch.float64)
+    lam_attention(query, key, value, module(tokens, tokens), op=config.op).square().sum().backward()
+    for name, parameter in module.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().max() > 1e-6, name
+
+
+@pytest.mark.parametrize("hidden", [(), (6, 5)])
+def test_weights_with_the_bias_of_older_versions_load_and_attend_alike(
+    hidden: tuple[int, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    one, other = network(LamConfig(rank=3, hidden=hidden)), network(LamConfig(rank=3, hidden=hidden))
+    perturb(one)
+    key = f"key.{2 * len(hidden)}.bias"
+    old = {**one.state_dict(), key: torch.randn(HEADS * 4)}
+    with caplog.at_level("INFO"):
+        other.load_state_dict(old)
+    assert key in caplog.text
+    assert key in old, "the caller's own dictionary"
+    tokens, query = torch.randn(2, LENGTH, 4), torch.randn(2, HEADS, LENGTH, 5)
+    left, right = one(tokens, tokens)
+    biased = FactoredMask(left, right + old[key].view(1, HEADS, 1, 4))
+    expected = lam_attention(query, query, query, biased, op="add")
+    torch.testing.assert_close(lam_attention(query, query, query, other(tokens, tokens), op="add"), expected)
+
+
 # --- Signs, dtypes, lengths ---------------------------------------------------------------------------------------
 
 

@@ -95,6 +95,15 @@ def test_masks_of_another_shape_are_an_error_with_the_way_out(masked: dict[str, 
         load_into(create(), masked, source="file")
 
 
+def test_biases_of_older_additive_masks_are_left_out_and_listed(masked: dict[str, Tensor]) -> None:
+    model = create(lam=LamConfig(rank=2))
+    dead = {key.replace("weight", "bias"): value[:, 0] for key, value in masked.items() if ".key.0.weight" in key}
+    assert dead
+    (note,) = load_into(model, masked | dead, source="file")
+    assert f"{len(dead)} biases of additive masks left out" in note
+    assert all(torch.equal(value, masked[key]) for key, value in model.state_dict().items())
+
+
 def test_masks_taken_out_by_the_caller_are_left_out(masked: dict[str, Tensor]) -> None:
     (note,) = load_into(create(), masked, source="file", given=["lam"])
     assert "left out" in note
