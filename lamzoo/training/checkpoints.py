@@ -75,11 +75,23 @@ class Checkpoints:
         accelerator.wait_for_everyone()
 
     def load(self, accelerator: Accelerator) -> dict[str, Any] | None:
-        """Loads the latest finished checkpoint into what was prepared and returns its state; None without one."""
+        """Loads the latest finished checkpoint into what was prepared and returns its state; None without one.
+
+        Raises:
+            RecipeError: its optimiser has other parameters or groups.
+        """
         finished = self._finished()
         if not finished:
             return None
-        accelerator.load_state(str(finished[-1]))
+        try:
+            accelerator.load_state(str(finished[-1]))
+        except ValueError as error:
+            if "parameter group" not in str(error):
+                raise
+            raise RecipeError(
+                f"{finished[-1]} was written by another version of lamzoo, whose optimiser had other parameters "
+                f"({error}); resume it with that version, or train anew in another folder."
+            ) from error
         state: dict[str, Any] = json.loads((finished[-1] / "state.json").read_text(encoding="utf-8"))
         return state
 
