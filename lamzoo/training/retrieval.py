@@ -135,9 +135,10 @@ class RetrievalRun(TrainingRun):
             table = name in undecayed or "embedding" in name  # no matrix product: Muon leaves those to AdamW
             decay = 0.0 if parameter.ndim <= 1 or name in undecayed else section.weight_decay
             scale = tower_scale if name.startswith("clip.") and ".lam." not in name else 1.0
-            group = groups.setdefault((decay, scale, table), {
-                "params": [], "weight_decay": decay, "lr_scale": scale, "lr": section.lr * scale, "use_fallback": table,
-            })  # fmt: skip
+            # timm's schedulers multiply the learning rate by lr_scale, so the group must not have its own.
+            group = groups.setdefault(
+                (decay, scale, table), {"params": [], "weight_decay": decay, "lr_scale": scale, "use_fallback": table}
+            )
             group["params"].append(parameter)
         try:
             return timm.optim.create_optimizer_v2(

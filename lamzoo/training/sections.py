@@ -16,6 +16,7 @@ from lamzoo.lam import LamConfig
 from lamzoo.names import find_card
 
 Precision = Literal["no", "bf16", "fp16"]
+SCHEDULES = ("cosine", "tanh", "poly", "wsd", "rsqrt", "constant")
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def check_common(
     if run.ema_decay is not None and not 0 < run.ema_decay < 1:
         raise RecipeError(f"Recipe key run.ema_decay is {run.ema_decay}; it must lie between 0 and 1.")
     _check_name("optimizer.name", optimizer.name, [str(name) for name in list_optimizers()])
-    _check_name("schedule.name", schedule.name, ["cosine", "tanh", "poly", "wsd", "rsqrt", "constant"])
+    _check_name("schedule.name", schedule.name, SCHEDULES)
     if lam is not None:
         LamConfig.from_dict(lam)
     if ":" not in name or name.startswith(OPEN_CLIP_PREFIX):  # what stands before a colon says where else the model is
