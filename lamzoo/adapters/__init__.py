@@ -10,6 +10,7 @@ from torch import nn
 
 from lamzoo.adapters import mha, native, timm
 from lamzoo.adapters.capture import capture_masks
+from lamzoo.adapters.decay import exempt_from_weight_decay
 from lamzoo.adapters.pruning import pruning_loss, remove_pruning
 from lamzoo.adapters.slots import EnterBlock, Slot
 from lamzoo.adapters.state import lam_parameters, lam_state_dict, load_lam_state_dict, remove_lam
@@ -53,7 +54,8 @@ def add_lam(model: Model, config: LamConfig | None = None) -> Model:
         config: what the masks are made of; ``LamConfig()`` by default.
 
     Returns:
-        The same model, which now has the attribute ``lam_config``.
+        The same model, which now has the attribute ``lam_config``, and the masks' position tables and biases in its
+        ``no_weight_decay()``.
 
     Raises:
         UnsupportedHostError: the model has a block that can't carry a mask (named), no such block at all, or masks
@@ -79,6 +81,7 @@ def add_lam(model: Model, config: LamConfig | None = None) -> Model:
         for slot, lam in zip(stack, lams, strict=True):
             slot.attach(lam)
     model.lam_config = config  # type: ignore[assignment]
+    exempt_from_weight_decay(model)
     return model
 
 

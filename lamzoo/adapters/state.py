@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from lamzoo.adapters.decay import restore_no_weight_decay
 from lamzoo.adapters.slots import HostTakeover, SharedStateHook, replace_module
 from lamzoo.errors import MaskShapeError, StateDictError, UnsupportedHostError
 from lamzoo.lam import Lam, resize_table
@@ -95,6 +96,8 @@ def load_lam_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> list[s
     with torch.no_grad():
         for key, value in fitting.items():
             own[key].copy_(value)
+    for lam in masks_of(model).values():
+        lam.is_fresh = False
     return [key for key in tables if state[key].shape != own[key].shape]
 
 
@@ -124,6 +127,7 @@ def remove_lam(model: Model) -> Model:
                     del hooks[key]
         for name in ("lam_config", "prune_config"):
             vars(module).pop(name, None)
+        restore_no_weight_decay(module)
     return model
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,6 +136,9 @@ class Lam(nn.Module):
             (``layers="single"``).
         shared: the state of the stack that the layer belongs to.
         is_last: whether the stack ends here.
+
+    Attributes:
+        is_fresh: whether the mask was initialised and no state dict has been loaded into it since.
     """
 
     def __init__(
@@ -146,6 +149,7 @@ class Lam(nn.Module):
         self.network = network
         self.shared = shared
         self.is_last = is_last
+        self.is_fresh = True
         self.backend = "auto"
         self.recorder: Callable[[MaskRecord], None] | None = None
         self.scorer: Callable[[Attended], Tensor] | None = None
@@ -267,6 +271,10 @@ class Lam(nn.Module):
             present = None if here.kept is None else here.kept.detach() > 0
             scores = self.scorer(Attended(query, key, value, mask, self.config.op, scale, present))
             self.shared.begin(here.grid, here.mask, here.reductions, here.kept, scores)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.is_fresh = self.is_fresh and not any(key.startswith(prefix) for key in state_dict)
 
     def extra_repr(self) -> str:
         return "" if self.network is not None else "shares the first layer's mask"

@@ -106,7 +106,8 @@ class PositionTable(nn.Module):
         super().__init__()
         self.num_prefix_tokens = num_prefix_tokens
         self.grid = grid
-        # Two parameters rather than one: optimisers leave those named `bias` out of the weight decay.
+        # Optimisers decay neither (adapters/decay.py): a table of positions is an embedding, and decay would pull a
+        # multiplicative mask's identity, the bias 1, towards 0.
         self.weight = nn.Parameter(torch.empty(heads, length, rank))
         self.bias = nn.Parameter(torch.empty(heads, length))
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lamzoo.adapters import add_lam
+from lamzoo.adapters.decay import exempt_from_weight_decay
 from lamzoo.data.sampling import FrameSampling
 from lamzoo.errors import ConfigError, MissingExtraError
 from lamzoo.lam import LamConfig
@@ -347,6 +348,7 @@ def _add_masks(model: Clip4Clip, lam: LamConfig, places: Sequence[Place] | None)
         sized = replace(lam, max_length=length) if lam.keys == "position" and lam.max_length is None else lam
         del add_lam(host, sized).lam_config  # the whole model has it
     model.lam_config = lam
+    exempt_from_weight_decay(model)
 
 
 def _host(model: Clip4Clip, place: Place) -> tuple[nn.Module, int | None]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lamzoo.adapters import add_lam
+from lamzoo.adapters.decay import exempt_from_weight_decay
 from lamzoo.errors import ConfigError, MissingExtraError
 from lamzoo.lam import LamConfig
 
@@ -255,6 +256,7 @@ def describer(
             lam = replace(lam, max_length=1 + sum(stream.mask.shape[1] for stream in streams.values()))
         del add_lam(model.encoder, lam).lam_config  # the whole model has it
         model.lam_config = lam
+        exempt_from_weight_decay(model)
     return model
 
 

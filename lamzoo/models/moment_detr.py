@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lamzoo.adapters import add_lam
+from lamzoo.adapters.decay import exempt_from_weight_decay
 from lamzoo.errors import ConfigError
 from lamzoo.lam import LamConfig
 from lamzoo.models.moment_layers import DecoderLayer, EncoderLayer, InputProjection, Mlp, initialise, sine_positions
@@ -266,6 +267,7 @@ def build(
                 sized = replace(lam, max_length=model.max_clips + model.max_words)
             del add_lam(getattr(model, place), sized).lam_config  # the whole model has it
         model.lam_config = lam
+        exempt_from_weight_decay(model)
     return model
 
 

@@ -15,6 +15,7 @@ from timm.layers import set_fused_attn, use_fused_attn
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from lamzoo.adapters.decay import full_rate_parameters
 from lamzoo.errors import RecipeError
 from lamzoo.lam import LamConfig
 from lamzoo.pruning import prune_tokens
@@ -63,9 +64,12 @@ def build_model(recipe: Recipe, classes: list[str] | None) -> Any:
 
 
 def build_optimizer(section: OptimizerSection, model: nn.Module) -> torch.optim.Optimizer:
-    """Creates timm's optimiser over the parameters that are trained."""
+    """Creates timm's optimiser over the parameters that are trained.
+
+    Layer decay applies to the pretrained layers, and to masks only where they were loaded and belong to one layer.
+    """
     try:
-        return timm.optim.create_optimizer_v2(
+        optimizer = timm.optim.create_optimizer_v2(
             model,
             opt=section.name,
             lr=section.lr,
@@ -75,6 +79,9 @@ def build_optimizer(section: OptimizerSection, model: nn.Module) -> torch.optim.
         )
     except TypeError as error:
         raise RecipeError(f"optimizer.kwargs {section.kwargs} do not fit {section.name!r}: {error}.") from None
+    if section.layer_decay is not None:
+        _train_at_full_rate(optimizer, full_rate_parameters(model))
+    return optimizer
 
 
 def build_scheduler(section: ScheduleSection, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> Any:
@@ -102,6 +109,15 @@ def _knows_others(model: Any, classes: list[str]) -> bool:
     """Says whether a model came with a classifier for as many classes, and these are others."""
     known = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
     return model.weights_source is not None and known is not None and list(known) != classes
+
+
+def _train_at_full_rate(optimizer: torch.optim.Optimizer, parameters: set[nn.Parameter]) -> None:
+    for group in list(optimizer.param_groups):
+        chosen = [parameter for parameter in group["params"] if parameter in parameters]
+        if chosen:
+            group["params"] = [parameter for parameter in group["params"] if parameter not in parameters]
+            optimizer.add_param_group({**group, "params": chosen, "lr_scale": 1.0})
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
 
 
 @contextmanager

@@ -132,12 +132,15 @@ class RetrievalRun(TrainingRun):
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
                 continue
-            table = name in undecayed or "embedding" in name  # no matrix product: Muon leaves those to AdamW
+            mask = ".lam." in name
+            # No matrix product: Muon leaves the towers' embeddings to AdamW, and takes the masks' tables.
+            embedding = not mask and (name in undecayed or "embedding" in name)
             decay = 0.0 if parameter.ndim <= 1 or name in undecayed else section.weight_decay
-            scale = tower_scale if name.startswith("clip.") and ".lam." not in name else 1.0
+            scale = tower_scale if name.startswith("clip.") and not mask else 1.0
             # timm's schedulers multiply the learning rate by lr_scale, so the group must not have its own.
             group = groups.setdefault(
-                (decay, scale, table), {"params": [], "weight_decay": decay, "lr_scale": scale, "use_fallback": table}
+                (decay, scale, embedding),
+                {"params": [], "weight_decay": decay, "lr_scale": scale, "use_fallback": embedding},
             )
             group["params"].append(parameter)
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,10 +16,12 @@ from tests.training.retrieval_data import retrieval_table, write_faces
 
 @pytest.fixture(scope="module")
 def retrieval(tmp_path_factory: pytest.TempPathFactory) -> RetrievalRun:
-    """A retrieval run whose towers have a learning rate of their own."""
+    """A retrieval run whose towers have a learning rate of their own, and masks of every place tables of positions."""
     folder = tmp_path_factory.mktemp("retrieval")
     table = retrieval_table(write_faces(folder, copies=1), folder / "out")
-    table["optimizer"] |= {"lr": 1e-4, "tower_lr": 1e-7}
+    table["optimizer"] |= {"lr": 1e-4, "tower_lr": 1e-7, "weight_decay": 0.2}
+    table["model"]["lam"] |= {"keys": "position"}
+    table["model"]["kwargs"] |= {"lam_in": ["head", "vision", "text"]}
     return RetrievalRun(parse_recipe(table), False, None, None)
 
 
@@ -51,3 +52,20 @@ def test_towers_train_at_their_own_rate_after_warmup(retrieval: RetrievalRun, na
             assert found[update][parameter] == pytest.approx(lr / 1000 if tower else lr), (key, update)
     if name == "constant":
         assert found[10][retrieval.model.clip.visual.proj] == pytest.approx(1e-7)
+
+
+def test_retrieval_decays_no_table_or_bias_of_a_mask_and_gives_adamw_only_the_towers_embeddings(
+    retrieval: RetrievalRun,
+) -> None:
+    optimizer = retrieval.build_optimizer(retrieval.model)
+    groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+    masks = {name: p for name, p in retrieval.model.named_parameters() if ".lam." in name}
+    tables = {name for name in masks if ".table." in name}
+    assert {name.split(".lam.")[0].split(".")[0] for name in tables} == {"clip", "head"}
+    for name, parameter in masks.items():
+        exempt = name in tables or name.endswith(".bias")
+        assert groups[parameter]["weight_decay"] == (0.0 if exempt else 0.2), name
+        assert not groups[parameter]["use_fallback"], name
+    clip: Any = retrieval.model.clip
+    for parameter in (clip.token_embedding.weight, clip.positional_embedding, clip.visual.positional_embedding):
+        assert groups[parameter]["use_fallback"]

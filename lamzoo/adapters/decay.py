@@ -1,0 +1,66 @@
+"""Weight decay and layer-wise learning rates of masks, told to optimisers the way timm's models tell them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from lamzoo.lam import Lam
+from lamzoo.lam.masks import PositionTable
+
+
+class NoWeightDecay:
+    """``no_weight_decay()`` of a model with masks: the names that its own class exempts, and those of the masks."""
+
+    def __init__(self, names: frozenset[str]) -> None:
+        self._names = names
+
+    def __call__(self) -> set[str]:
+        return set(self._names)
+
+
+def exempt_from_weight_decay(model: nn.Module) -> None:
+    """Adds the position tables and biases of masks to ``no_weight_decay()``, where timm's optimisers look.
+
+    The method of the model itself is extended, or added where its class has none, and so is that of every submodule
+    with masks whose class has one.
+
+    Args:
+        model: with masks; those it had when it was last passed are still exempt.
+    """
+    exempt = set(_undecayed(model))
+    for module in model.modules():
+        own = getattr(type(module), "no_weight_decay", None)
+        if own is None and module is not model:
+            continue
+        names = {name for name, parameter in module.named_parameters() if parameter in exempt}
+        if names:
+            host = set() if own is None else set(own(module))
+            module.no_weight_decay = NoWeightDecay(frozenset(names | host))  # type: ignore[assignment]
+
+
+def restore_no_weight_decay(module: nn.Module) -> None:
+    """Gives a module its class's own ``no_weight_decay`` back, if it was extended."""
+    if isinstance(vars(module).get("no_weight_decay"), NoWeightDecay):
+        del module.no_weight_decay
+
+
+def full_rate_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """Returns the parameters of masks to which layer-wise learning-rate decay must not apply.
+
+    Layer decay spares pretrained layers. A mask without loaded weights is as new as a classifier, and a mask that all
+    layers share belongs to the first of them only by its name.
+    """
+    masks = (module for module in model.modules() if isinstance(module, Lam))
+    return {
+        parameter for lam in masks if lam.is_fresh or lam.config.layers == "single" for parameter in lam.parameters()
+    }
+
+
+def _undecayed(model: nn.Module) -> Iterator[nn.Parameter]:
+    for module in model.modules():
+        if isinstance(module, PositionTable):
+            yield from module.parameters()
+        elif isinstance(module, Lam):
+            yield from (parameter for name, parameter in module.named_parameters() if name.endswith(".bias"))
