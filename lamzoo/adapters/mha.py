@@ -88,18 +88,20 @@ class LamMultiheadAttention(HostTakeover, nn.MultiheadAttention):
             allowed, bias = read_attn_mask(attn_mask, q, k)
         if key_padding_mask is not None:
             allowed, bias = _add_padding(key_padding_mask, query, q, k, allowed, bias)
+        present = present_keys(self.lam, k, attn_mask, key_padding_mask)
         dropout_p = self.dropout if self.training else 0.0
         if need_weights:
             out, weights = self.lam.attend_with_weights(
-                queries, keys, q, k, v, allowed=allowed, bias=bias, dropout_p=dropout_p
+                queries, keys, q, k, v, allowed=allowed, bias=bias, dropout_p=dropout_p, present=present
             )
             weights = weights.mean(dim=1) if average_attn_weights else weights
             weights = weights.squeeze(0) if query.ndim == 2 else weights
         else:
             weights = None
             out = self.lam.attend(
-                queries, keys, q, k, v, allowed=allowed, bias=bias, is_causal=is_causal, dropout_p=dropout_p
-            )
+                queries, keys, q, k, v, allowed=allowed, bias=bias, is_causal=is_causal, dropout_p=dropout_p,
+                present=present,
+            )  # fmt: skip
         out = self.out_proj(out.transpose(1, 2).flatten(2))
         if query.ndim == 2:
             return out.squeeze(0), weights
@@ -169,6 +171,35 @@ def _add_padding(
     if shift is not None:
         bias = shift if bias is None else bias + shift
     return allowed, bias
+
+
+def present_keys(
+    lam: Lam, key: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None = None
+) -> Tensor | None:
+    """Returns which keys are there, bool ``(B, Nk)``, for a mask that counts their positions; None where all are.
+
+    Padding is what ``key_padding_mask`` hides, or a mask of each sample's own from all of its queries; a mask that all
+    samples share is a pattern.
+
+    Args:
+        lam: of the layer.
+        key: ``(B, H, Nk, d)``.
+        attn_mask: as of :func:`read_attn_mask`, which has checked it.
+        key_padding_mask: ``(B, Nk)`` or ``(Nk,)``, likewise.
+    """
+    present = None
+    if lam.config.keys != "position":
+        return present
+    if key_padding_mask is not None:
+        present = _unhidden(key_padding_mask).view(key.shape[0], key.shape[2])
+    if attn_mask is not None and attn_mask.ndim == 3:
+        seen = _unhidden(attn_mask).unflatten(0, (key.shape[0], -1)).any(dim=2).any(dim=1)
+        present = seen if present is None else present & seen
+    return present
+
+
+def _unhidden(mask: Tensor) -> Tensor:
+    return ~mask if mask.dtype == torch.bool else mask != -torch.inf
 
 
 def _split(mask: Tensor, name: str, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:

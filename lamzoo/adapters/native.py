@@ -64,7 +64,10 @@ class HeadAttention(nn.Module):
         allowed: Tensor | None,
         dropout_p: float,
     ) -> Tensor:
-        """Attends head by head: ``(B, H, Nq, d)``, ``(B, H, Nk, d)`` and ``(B, H, Nk, dv)`` to ``(B, H, Nq, dv)``."""
+        """Attends head by head: ``(B, H, Nq, d)``, ``(B, H, Nk, d)`` and ``(B, H, Nk, dv)`` to ``(B, H, Nq, dv)``.
+
+        ``allowed`` is ``(B, 1, 1, Nk)``.
+        """
         return plain_attention(query, key, value, allowed, dropout_p, self.training)
 
 
@@ -83,7 +86,8 @@ class LamHeadAttention(HostTakeover, HeadAttention):
     ) -> Tensor:
         """As the host's, under the mask of ``tokens`` and ``context``."""
         attend = self.lam.attend_with_weights if is_written_out(query, key, self.training) else self.lam.attend
-        out = attend(tokens, context, query, key, value, allowed=allowed, dropout_p=dropout_p)
+        present = None if allowed is None else allowed[:, 0, 0]
+        out = attend(tokens, context, query, key, value, allowed=allowed, dropout_p=dropout_p, present=present)
         return out[0] if isinstance(out, tuple) else out
 
 

@@ -28,7 +28,7 @@ from open_clip.transformer import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lamzoo.adapters.mha import host_slot, read_attn_mask
+from lamzoo.adapters.mha import host_slot, present_keys, read_attn_mask
 from lamzoo.adapters.slots import HostTakeover, Slot, TokenHost, replace_module
 from lamzoo.errors import UnsupportedHostError
 
@@ -60,12 +60,15 @@ class LamClipAttention(HostTakeover, Attention):
         else:
             temperature = host.logit_scale.clamp(max=host.logit_scale_max).exp()
             query, key, scale = F.normalize(query, dim=-1) * temperature, F.normalize(key, dim=-1), 1.0
-        allowed, bias = None, None
+        allowed, bias, flat = None, None, None
         if attn_mask is not None:
             flat = attn_mask.flatten(0, 1) if attn_mask.ndim == 4 else attn_mask
             allowed, bias = read_attn_mask(flat, query, key)
         dropout_p = host.attn_drop.p if host.training else 0.0
-        out = self.lam.attend(x, x, query, key, value, allowed=allowed, bias=bias, dropout_p=dropout_p, scale=scale)
+        out = self.lam.attend(
+            x, x, query, key, value, allowed=allowed, bias=bias, dropout_p=dropout_p, scale=scale,
+            present=present_keys(self.lam, key, flat),
+        )  # fmt: skip
         if host.head_scale is not None:
             out = out * host.head_scale
         out = host.ln_inner(out.transpose(1, 2).flatten(2))

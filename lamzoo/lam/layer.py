@@ -154,12 +154,13 @@ class Lam(nn.Module):
         self.recorder: Callable[[MaskRecord], None] | None = None
         self.scorer: Callable[[Attended], Tensor] | None = None
 
-    def forward(self, query_tokens: Tensor, key_tokens: Tensor) -> FactoredMask:
+    def forward(self, query_tokens: Tensor, key_tokens: Tensor, present: Tensor | None = None) -> FactoredMask:
         """Returns the mask of these tokens.
 
         Args:
             query_tokens: ``(B, Nq, C)``.
             key_tokens: ``(B, Nk, C)``; the same tensor in self-attention.
+            present: bool ``(B, Nk)``, False where a key is padding, which has no position; None where there is none.
 
         Returns:
             Factors ``(B, Hm, Nq, rank + 1)`` and ``(B | 1, Hm, Nk, rank + 1)``.
@@ -177,7 +178,7 @@ class Lam(nn.Module):
                 )
             mask = here.mask
         else:
-            mask = self.network(query_tokens, key_tokens, here.grid, here.reductions)
+            mask = self.network(query_tokens, key_tokens, here.grid, here.reductions, present)
             if self.config.layers == "single" and not self.is_last:
                 self.shared.begin(here.grid, mask, here.reductions, here.kept)
         if self.is_last and (here.kept is None or here.backward != -1):  # else whoever pools the tokens ends the pass
@@ -197,6 +198,7 @@ class Lam(nn.Module):
         is_causal: bool = False,
         dropout_p: float = 0.0,
         scale: float | None = None,
+        present: Tensor | None = None,
     ) -> Tensor:
         """Attention under this layer's mask; the arguments are those of :meth:`forward` and of ``lam_attention``.
 
@@ -209,10 +211,10 @@ class Lam(nn.Module):
         if self.recorder is not None:
             return self.attend_with_weights(
                 query_tokens, key_tokens, query, key, value,
-                allowed=allowed, bias=bias, is_causal=is_causal, dropout_p=dropout_p, scale=scale,
+                allowed=allowed, bias=bias, is_causal=is_causal, dropout_p=dropout_p, scale=scale, present=present,
             )[0]  # fmt: skip
         kept = self.shared.current.kept
-        mask = self(query_tokens, key_tokens)
+        mask = self(query_tokens, key_tokens, present)
         self._score(query, key, value, mask, scale)
         how: dict[str, Any] = {
             "op": self.config.op, "bias": bias, "is_causal": is_causal, "scale": scale, "backend": self.backend
@@ -238,6 +240,7 @@ class Lam(nn.Module):
         is_causal: bool = False,
         dropout_p: float = 0.0,
         scale: float | None = None,
+        present: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """As :meth:`attend`, written out, for hosts that ask for the attention weights too.
 
@@ -246,7 +249,7 @@ class Lam(nn.Module):
             after dropout.
         """
         kept = self.shared.current.kept
-        mask = self(query_tokens, key_tokens)
+        mask = self(query_tokens, key_tokens, present)
         check_inputs(query, key, mask, self.config.op, allowed, bias, scale)
         self._score(query, key, value, mask, scale)
         scale = query.shape[-1] ** -0.5 if scale is None else scale

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from lamzoo.errors import ConfigError, MaskShapeError
 from lamzoo.lam.config import LamConfig
-from lamzoo.lam.tables import Grid, resize_table
+from lamzoo.lam.tables import Grid, resize_table, rows_of_present
 
 if TYPE_CHECKING:
     from lamzoo.lam.pruning import Reduction
@@ -111,9 +111,18 @@ class PositionTable(nn.Module):
         self.weight = nn.Parameter(torch.empty(heads, length, rank))
         self.bias = nn.Parameter(torch.empty(heads, length))
 
-    def forward(self, length: int, grid: Grid | None = None) -> Tensor:
-        """Returns the weight with the bias as last column, ``(1, heads, length, rank + 1)``."""
+    def forward(self, length: int, grid: Grid | None = None, present: Tensor | None = None) -> Tensor:
+        """Returns the weight with the bias as last column, ``(B | 1, heads, length, rank + 1)``.
+
+        Args:
+            length: key positions wanted.
+            grid: ``(rows, columns)`` of their patches.
+            present: bool ``(B, length)``, True where there is a key; rows are counted over these alone. A grid of
+                patches is never padded.
+        """
         table = torch.cat([self.weight, self.bias.unsqueeze(-1)], dim=-1)
+        if present is not None and self.grid is None:
+            return rows_of_present(table, present, self.num_prefix_tokens)
         table = resize_table(table, length, num_prefix_tokens=self.num_prefix_tokens, old_grid=self.grid, new_grid=grid)
         return table.unsqueeze(0)
 
@@ -207,6 +216,7 @@ class MaskNetwork(nn.Module):
         key_tokens: Tensor,
         grid: Grid | None = None,
         reductions: Sequence[Reduction] = (),
+        present: Tensor | None = None,
     ) -> FactoredMask:
         """Returns the mask's factors.
 
@@ -215,6 +225,8 @@ class MaskNetwork(nn.Module):
             key_tokens: ``(B, Nk, key_dim)``; the same tensor in self-attention.
             grid: the patch grid of the key tokens, where it may differ from the table's; before any reduction.
             reductions: what the key tokens went through since they stood at all positions, in order.
+            present: bool ``(B, Nk)``, True where there is a key token and False where there is padding; None for all.
+                Only keys by position read it; reduced tokens have no padding.
 
         Returns:
             Factors ``(B, Hm, Nq, rank + 1)`` and ``(B | 1, Hm, Nk, rank + 1)``.
@@ -222,7 +234,10 @@ class MaskNetwork(nn.Module):
         hidden = self._split_heads(self.query(query_tokens))
         left = F.pad(hidden, (0, 1), value=1.0)
         if self.config.keys == "position":
-            right = self.table(reductions[0].length if reductions else key_tokens.shape[1], grid)
+            if reductions:
+                right = self.table(reductions[0].length, grid)
+            else:
+                right = self.table(key_tokens.shape[1], grid, present)
             for reduction in reductions:
                 right = reduction.factor(right)
         else:

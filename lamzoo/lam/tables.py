@@ -43,8 +43,7 @@ def resize_table(
         if length <= size:
             return table[:, :length]
         prefix, positions = table[:, :num_prefix_tokens], table[:, num_prefix_tokens:]
-        if positions.shape[1] == 0:
-            raise MaskShapeError(f"A mask table of {size} prefix tokens alone cannot be resized to {length} tokens.")
+        _check_positions(positions.shape[1], size, length)
         resized = F.interpolate(_wide(positions).mT, size=length - num_prefix_tokens, mode="linear")
         return torch.cat([prefix, resized.mT.to(table.dtype)], dim=1)
     if size != num_prefix_tokens + old_grid[0] * old_grid[1]:
@@ -64,6 +63,48 @@ def resize_table(
     image = _wide(patches).unflatten(1, old_grid).permute(0, 3, 1, 2)
     image = F.interpolate(image, size=new_grid, mode="bicubic", antialias=True)
     return torch.cat([prefix, image.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)], dim=1)
+
+
+def rows_of_present(table: Tensor, present: Tensor, num_prefix_tokens: int = 0) -> Tensor:
+    """Reads a table over a sequence for a padded batch, each sample by its own positions.
+
+    A sample's tokens are numbered without its padding, and its table is :func:`resize_table`'s for that many, so that a
+    sample reads the same rows alone and in any batch.
+
+    Args:
+        table: ``(H, N, R)``, any floating dtype; interpolated in float32 at least.
+        present: bool ``(B, L)``, True where there is a token, wherever the padding is.
+        num_prefix_tokens: rows at the start that are not positions.
+
+    Returns:
+        ``(B, H, L, R)``, the dtype of ``table``; rows of padding mean nothing.
+
+    Raises:
+        MaskShapeError: more tokens than rows, all of which are prefix tokens.
+    """
+    heads, size, _ = table.shape
+    numbers = present.cumsum(dim=1)
+    places = (numbers - 1).clamp_min(0)
+    rows = table.transpose(0, 1).flatten(1)  # (N, H R), an embedding
+    if present.shape[1] <= size:
+        found = F.embedding(places, rows)
+    else:
+        positions = size - num_prefix_tokens
+        _check_positions(positions, size, present.shape[1])
+        count = numbers[:, -1:]
+        stretch = positions / (count - num_prefix_tokens).clamp_min(1)
+        stretched = ((places - num_prefix_tokens + 0.5) * stretch - 0.5).clamp(0, positions - 1) + num_prefix_tokens
+        stretched = torch.where((count > size) & (places >= num_prefix_tokens), stretched, places.to(stretched.dtype))
+        low = stretched.long()
+        share = (stretched - low).unsqueeze(-1).to(_wide(rows).dtype)
+        pair = (F.embedding(at, _wide(rows)) for at in (low, (low + 1).clamp_max(size - 1)))
+        found = torch.lerp(*pair, share).to(table.dtype)
+    return found.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _check_positions(positions: int, size: int, length: int) -> None:
+    if positions == 0:
+        raise MaskShapeError(f"A mask table of {size} prefix tokens alone cannot be resized to {length} tokens.")
 
 
 def _wide(table: Tensor) -> Tensor:

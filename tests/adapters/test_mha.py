@@ -3,6 +3,7 @@
 import copy
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -270,6 +271,26 @@ def test_padded_tokens_change_nothing() -> None:
     torch.testing.assert_close(model(x, src_key_padding_mask=padding)[:, :5], short)
     with torch.no_grad():
         torch.testing.assert_close(model(x, src_key_padding_mask=padding)[:, :5], short)
+
+
+@pytest.mark.parametrize("form", ["bool", "float", "attn_mask", "both"])
+def test_position_keys_count_no_padding_wherever_it_is(form: str) -> None:
+    model = add_lam(Holder(batch_first=True), replace(PAPER, keys="position", max_length=7)).eval()
+    key = torch.randn(2, 7, WIDTH)
+    padding = torch.tensor([[True, True, False, False, False, True, False], [False] * 7])
+    hidden = torch.zeros(2, 7).masked_fill(padding, -torch.inf)
+    of_sample = hidden[:, None, None].expand(2, HEADS, 5, 7).flatten(0, 1)
+    masks: dict[str, Tensor] = {
+        "bool": {"key_padding_mask": padding},
+        "float": {"key_padding_mask": hidden},
+        "attn_mask": {"attn_mask": of_sample},
+        "both": {"key_padding_mask": hidden, "attn_mask": of_sample},
+    }[form]
+    query = torch.randn(2, 5, WIDTH)
+    out, _ = model(query, key, key, **masks)
+    alone = key[:1, ~padding[0]]
+    torch.testing.assert_close(out[:1], model(query[:1], alone, alone)[0])
+    torch.testing.assert_close(out[1:], model(query[1:], key[1:], key[1:])[0])
 
 
 @pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype:UserWarning")

@@ -8,6 +8,7 @@ from timm.layers import resample_abs_pos_embed
 
 from lamzoo.errors import MaskShapeError
 from lamzoo.lam import resize_table
+from lamzoo.lam.tables import rows_of_present
 
 sides = st.integers(1, 6)
 
@@ -35,6 +36,25 @@ def test_a_turned_image_gives_the_turned_table(old: tuple[int, int], new: tuple[
     upright = resize_table(image.flatten(1, 2), length, old_grid=old, new_grid=new).unflatten(1, new)
     turned = resize_table(image.transpose(1, 2).flatten(1, 2), length, old_grid=old[::-1], new_grid=new[::-1])
     torch.testing.assert_close(upright, turned.unflatten(1, new[::-1]).transpose(1, 2), atol=1e-5, rtol=1e-5)
+
+
+@settings(max_examples=40)
+@given(
+    size=st.integers(1, 6),
+    prefix=st.integers(0, 2),
+    present=st.lists(st.lists(st.booleans(), min_size=9, max_size=9), min_size=1, max_size=3),
+    width=st.integers(1, 9),
+)
+def test_a_padded_sample_reads_the_rows_of_its_own_length(
+    size: int, prefix: int, present: list[list[bool]], width: int
+) -> None:
+    table = torch.randn(2, prefix + size, 3, dtype=torch.float64)
+    there = torch.tensor(present)[:, :width]
+    rows = rows_of_present(table, there, prefix)
+    assert rows.shape == (len(there), 2, width, 3)
+    for sample, mask in zip(rows, there, strict=True):
+        own = resize_table(table, int(mask.sum()), num_prefix_tokens=prefix)
+        torch.testing.assert_close(sample[:, mask], own, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("grid", [None, (2, 3)])
@@ -94,3 +114,5 @@ def test_errors_name_the_sizes() -> None:
         resize_table(table, 6, num_prefix_tokens=1, old_grid=(2, 3), new_grid=(2, 3))
     with pytest.raises(MaskShapeError, match=r"2 prefix tokens alone cannot be resized to 4 tokens"):
         resize_table(table[:, :2], 4, num_prefix_tokens=2)
+    with pytest.raises(MaskShapeError, match="2 prefix tokens alone"):
+        rows_of_present(table[:, :2], torch.ones(1, 4, dtype=torch.bool), num_prefix_tokens=2)
