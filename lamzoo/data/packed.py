@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import glob
 import io
 import json
+import logging
 import re
 import tarfile
 import zipfile
 import zlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -16,8 +19,11 @@ import numpy as np
 
 from lamzoo.data.images import IMAGE_EXTENSIONS
 from lamzoo.data.labelled import ImageSource
+from lamzoo.data.paths import is_hidden
 from lamzoo.data.splits import SPLIT_NAMES, find_split, synonyms
 from lamzoo.errors import DataError, MissingSplitError
+
+_logger = logging.getLogger(__name__)
 
 
 def npz_splits(folder: Path) -> list[str]:
@@ -90,7 +96,7 @@ class NpzSource(ImageSource):
         return jpeg, offsets, labels
 
 
-class _Member(NamedTuple):
+class _Image(NamedTuple):
     shard: Path
     key: str
     start: int
@@ -98,11 +104,32 @@ class _Member(NamedTuple):
     label: int
 
 
+class ShardSample(NamedTuple):
+    """A sample of a webdataset shard.
+
+    Attributes:
+        shard: the tar file.
+        key: the sample's name, with its folder in the shard.
+        extension: of its image or video, in small letters, with the dot.
+        start: where the image or video begins in the shard, in bytes.
+        size: of the image or video, in bytes.
+        texts: the sample's other files by their extensions, in small letters, with the dot.
+    """
+
+    shard: Path
+    key: str
+    extension: str
+    start: int
+    size: int
+    texts: Mapping[str, bytes]
+
+
 class TarSource(ImageSource):
     """Local webdataset shards, read at random: every sample is ``KEY.jpg`` (or png, ...) with ``KEY.cls``.
 
     The shards' headers are read once, at the start, so that a data set has a length, an order and a place to resume
-    from. ``classes.json`` or ``classnames.txt`` beside the shards names the classes.
+    from. Keys may have dots, and extensions may be in capitals; see :func:`shard_samples`. ``classes.json`` or
+    ``classnames.txt`` beside the shards names the classes.
 
     Args:
         pattern: a path with ``*``, ``{000..012}``, ``{a,b}`` and ``{split}``; see :func:`create_dataset`.
@@ -117,25 +144,81 @@ class TarSource(ImageSource):
         beside = shards[0].parent
         self.classes, self.identifiers = read_classes(beside / "classes.json")
         self.classes = self.classes or _read_lines(beside / "classnames.txt")
-        self._members = [member for shard in shards for member in _index(shard)]
+        samples = shard_samples(shards, IMAGE_EXTENSIONS, (".cls",), "image", ".cls label")
+        self._images = [_Image(each.shard, each.key, each.start, each.size, _label(each)) for each in samples]
 
     def __len__(self) -> int:
-        return len(self._members)
+        return len(self._images)
 
     def read(self, index: int) -> tuple[BinaryIO, int]:
-        member = self._members[index]
+        image = self._images[index]
         try:
-            with member.shard.open("rb") as file:
-                file.seek(member.start)
-                return io.BytesIO(file.read(member.size)), member.label
+            with image.shard.open("rb") as file:
+                file.seek(image.start)
+                return io.BytesIO(file.read(image.size)), image.label
         except OSError as error:
-            raise DataError(f"cannot read {member.shard}: {error.strerror}") from error
+            raise DataError(f"cannot read {image.shard}: {error.strerror}") from error
 
     def name(self, index: int) -> str:
-        return f"{self._members[index].shard}[{self._members[index].key}]"
+        return f"{self._images[index].shard}[{self._images[index].key}]"
 
     def labels(self) -> list[int]:
-        return [member.label for member in self._members]
+        return [image.label for image in self._images]
+
+
+def shard_samples(
+    shards: Sequence[Path], media: Collection[str], texts: Sequence[str], what: str, text: str
+) -> Iterator[ShardSample]:
+    """Yields the samples of webdataset shards: files of one key, an image or video and at least one text.
+
+    The key ends at the last dot before a known extension, so that it may have dots itself; capitals in the extension
+    make no difference. A file is ignored if its extension is unknown, or if it is a further part of a sample, as
+    ``KEY.mask.png`` beside ``KEY.png``; how many are ignored is logged once, with the name of the first. Hidden files
+    are skipped.
+
+    Args:
+        shards: uncompressed tar files.
+        media: extensions of images or videos, in small letters, with the dot.
+        texts: extensions of the files that are read with the headers, likewise.
+        what: the medium, for messages.
+        text: likewise, what a sample without any text lacks.
+
+    Yields:
+        The samples, shard by shard, in the order of their images or videos.
+
+    Raises:
+        DataError: a shard is broken, a sample has no medium, two of them or no text, or a file is there twice.
+    """
+    ignored: list[str] = []
+    members = 0
+    for shard in shards:
+        samples = []
+        files, others, count = _read_shard(shard, media, texts)
+        whole = {key for key, parts in files.items() if len(parts) > 1 and not parts.keys() <= set(texts)}
+        for key, parts in files.items():
+            found = [extension for extension in parts if extension in media]
+            if key not in whole and _belongs_to(key, whole):
+                others += [f"{key}{extension}" for extension in parts]
+            elif not found:
+                raise DataError(f"{shard}: the sample {key!r} has no {what} ({', '.join(sorted(media))})")
+            elif len(found) > 1:
+                raise DataError(
+                    f"{shard} has the sample {key!r} twice, as {found[0]} and {found[1]}; rename one of them"
+                )
+            elif key not in whole:
+                raise DataError(f"{shard}: the sample {key!r} has no {text}")
+            else:
+                extension, place = found[0], parts[found[0]]
+                read = {other: part.text for other, part in parts.items() if other != extension}
+                samples.append(ShardSample(shard, key, extension, place.start, place.size, read))
+        yield from sorted(samples, key=lambda sample: sample.start)
+        ignored += [f"{shard}[{name}]" for name in others]
+        members += count
+    if ignored:
+        _warn_once(
+            f"{len(ignored)} of the {members} files in {_listed(shards)} are no {what} or text of a sample and are "
+            f"ignored, the first of them {ignored[0]}"
+        )
 
 
 def find_shards(pattern: str, split: str) -> tuple[list[Path], str | None]:
@@ -220,25 +303,72 @@ def _braces(pattern: str) -> list[str]:
     return [whole for part in parts for whole in _braces(pattern[: match.start()] + part + pattern[match.end() :])]
 
 
-def _index(shard: Path) -> list[_Member]:
-    images: dict[str, tuple[int, int]] = {}
-    labels: dict[str, int] = {}
+class _Part(NamedTuple):
+    start: int
+    size: int
+    text: bytes
+
+
+def _read_shard(
+    shard: Path, media: Collection[str], texts: Sequence[str]
+) -> tuple[dict[str, dict[str, _Part]], list[str], int]:
+    """Returns a shard's files by key and extension, the names of those that are ignored, and the number of all."""
+    files: dict[str, dict[str, _Part]] = {}
+    ignored: list[str] = []
+    count = 0
     try:
         with tarfile.open(shard, "r:") as archive:
             for entry in archive:
-                folder, _, name = entry.name.rpartition("/")
-                stem, dot, extension = name.partition(".")
-                key = f"{folder}/{stem}" if folder else stem
-                if not entry.isfile():
+                if entry.isdir() or is_hidden(entry.name):
                     continue
-                if f"{dot}{extension}".lower() in IMAGE_EXTENSIONS:
-                    images[key] = (entry.offset_data, entry.size)
-                elif extension == "cls":
-                    text = archive.extractfile(entry)
-                    labels[key] = int(text.read()) if text is not None else -1
+                count += 1
+                key, extension = split_member(entry.name, (*media, *texts))
+                if not extension or not entry.isfile():
+                    ignored.append(entry.name)
+                    continue
+                parts = files.setdefault(key, {})
+                if extension in parts:
+                    raise DataError(f"{shard} has {key}{extension} twice; rename one of them")
+                text = archive.extractfile(entry) if extension in texts else None
+                parts[extension] = _Part(entry.offset_data, entry.size, b"" if text is None else text.read())
     except (tarfile.TarError, OSError, ValueError, EOFError) as error:
         raise DataError(f"{shard} is no whole, uncompressed webdataset shard: {error}") from error
-    if images.keys() != labels.keys():
-        odd = sorted(images.keys() ^ labels.keys())[0]
-        raise DataError(f"{shard}: the sample {odd!r} has no {'.cls label' if odd in images else 'image'}")
-    return [_Member(shard, key, *place, labels[key]) for key, place in images.items()]
+    return files, ignored, count
+
+
+def split_member(name: str, extensions: Collection[str]) -> tuple[str, str]:
+    """Splits the name of a file into its key and its extension, in small letters and with the dot.
+
+    The extension is ``""`` if it is none of ``extensions``, or if no key is left before it.
+    """
+    key, dot, extension = name.rpartition(".")
+    extension = f"{dot}{extension}".lower()
+    if extension not in extensions or not key.rpartition("/")[2]:
+        return name, ""
+    return key, extension
+
+
+def _belongs_to(key: str, whole: Collection[str]) -> bool:
+    """Returns whether a key is that of a whole sample and more, behind a dot."""
+    folder, slash, name = key.rpartition("/")
+    ends = [index for index, letter in enumerate(name) if letter == "."]
+    return any(f"{folder}{slash}{name[:end]}" in whole for end in ends)
+
+
+def _label(sample: ShardSample) -> int:
+    text = sample.texts[".cls"]
+    try:
+        return int(text)
+    except ValueError:
+        raise DataError(
+            f"{sample.shard}: the label of the sample {sample.key!r} is {text[:20]!r}, not a class number"
+        ) from None
+
+
+def _listed(shards: Sequence[Path]) -> str:
+    return str(shards[0]) if len(shards) == 1 else f"{shards[0]} and {len(shards) - 1} more shards"
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    _logger.warning(message)

@@ -46,3 +46,16 @@ def files_below(folder: Path, extensions: Collection[str]) -> list[Path]:
 def natural_key(text: str) -> list[tuple[int, str]]:
     """Sorts names as timm does: numbers by value, capitals like small letters."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", text.lower())]
+
+
+def is_hidden(path: str) -> bool:
+    """Returns whether a relative path leads through a hidden file or folder.
+
+    Hidden are names that begin with a dot, and ``__MACOSX``: thumbnails, checkpoints of notebooks, and what macOS puts
+    into archives and on foreign drives.
+    """
+    return any(_hidden(part) for part in path.split("/"))
+
+
+def _hidden(name: str) -> bool:
+    return name == "__MACOSX" or (name.startswith(".") and name not in (".", ".."))

@@ -1,6 +1,4 @@
-import io
 import pickle
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -11,6 +9,7 @@ from lamzoo.data import plain_worker_errors
 from lamzoo.data.retrieval import CaptionedVideos, create_retrieval_dataset, select_videos
 from lamzoo.data.sampling import FrameSampling
 from lamzoo.errors import DataError
+from tests.shards import write_shard
 
 SAMPLING = FrameSampling(fps=2.0, max_frames=3)
 
@@ -37,15 +36,6 @@ def folder(tmp_path: Path, clip: bytes) -> Path:
         "dogs/b,a dog runs fast,train\n"
     )
     return tmp_path
-
-
-def write_shard(path: Path, samples: dict[str, bytes]) -> Path:
-    with tarfile.open(path, "w") as archive:
-        for name, content in samples.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(content)
-            archive.addfile(entry, io.BytesIO(content))
-    return path
 
 
 def test_a_plain_folder_gives_its_videos_and_captions(folder: Path) -> None:

@@ -1,0 +1,89 @@
+import logging
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lamzoo.data import create_dataset
+from lamzoo.data.images import IMAGE_EXTENSIONS
+from lamzoo.data.packed import split_member
+from lamzoo.data.retrieval import create_retrieval_dataset
+from lamzoo.errors import DataError
+from tests.images import encoded
+from tests.shards import write_shard
+
+JPEG = encoded(0, 0)
+
+
+def images(shard: Path) -> list[tuple[str, int]]:
+    dataset = create_dataset(f"wds:{shard}", "test")
+    names = [dataset.filename(index).removeprefix(f"{shard}[").removesuffix("]") for index in range(len(dataset))]
+    return list(zip(names, dataset.labels(), strict=True))
+
+
+@given(st.text(st.characters(exclude_characters="/", exclude_categories=["Cs"]), min_size=1), st.data())
+def test_a_member_is_split_at_the_last_dot_before_a_known_extension(key: str, data: st.DataObject) -> None:
+    extension = data.draw(st.sampled_from(sorted(IMAGE_EXTENSIONS)))
+    written = "".join(data.draw(st.sampled_from([letter, letter.upper()])) for letter in extension)
+    assert split_member(f"folder.v2/{key}{written}", IMAGE_EXTENSIONS) == (f"folder.v2/{key}", extension)
+    assert split_member(f"{key}{written}.bin", IMAGE_EXTENSIONS)[1] == ""
+
+
+def test_image_keys_may_have_dots_and_extensions_capitals(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    samples = {
+        "22.05.jpg": JPEG,
+        "22.05.cls": b"1",
+        "22.06.cls": b"0",
+        "22.06.PNG": JPEG,
+        "A.JPEG": JPEG,
+        "A.CLS": b"2",
+    }
+    assert images(write_shard(tmp_path / "a.tar", samples)) == [("22.05", 1), ("22.06", 0), ("A", 2)]
+    assert not caplog.records
+
+
+def test_video_keys_may_have_dots_and_extensions_capitals(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    samples = {
+        "v1.0.mp4": b"",
+        "v1.0.txt": b"a cat",
+        "v1.1.MKV": b"",
+        "v1.1.JSON": b'{"caption": "a dog"}',
+        "b.TXT": b"a",
+    }
+    dataset = create_retrieval_dataset(f"wds:{write_shard(tmp_path / 'a.tar', {**samples, 'b.mp4': b''})}", "test")
+    assert dict(zip(dataset.videos, dataset.texts, strict=True)) == {"v1.0": "a cat", "v1.1": "a dog", "b": "a"}
+    assert not caplog.records
+
+
+def test_ignored_images_are_counted_and_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    extra = {"a.mask.png": JPEG, "a.json": b"{}", "README": b""}
+    shard = write_shard(tmp_path / "a.tar", {"a.jpg": JPEG, "a.cls": b"1", **extra})
+    for _ in range(2):
+        assert images(shard) == [("a", 1)]
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "3 of the 5 files" in record.message and f"{shard}[a.json]" in record.message
+
+
+def test_ignored_videos_are_counted_and_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    samples = {"a.mp4": b"", "a.txt": b"a cat", "a.meta.json": b"[]", "a.jpg": JPEG}
+    shard = write_shard(tmp_path / "a.tar", samples)
+    assert create_retrieval_dataset(f"wds:{shard}", "test").texts == ["a cat"]
+    (record,) = caplog.records
+    assert "2 of the 4 files" in record.message and f"{shard}[a.jpg]" in record.message
+
+
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        ({"a.b.jpg": JPEG, "a.cls": b"1"}, r"'a\.b' has no \.cls label"),
+        ({"a.b.cls": b"1"}, r"'a\.b' has no image"),
+        ({"a.jpg": JPEG, "a.png": JPEG, "a.cls": b"1"}, "'a' twice, as .jpg and .png"),
+        ({"a.jpg": JPEG, "a.JPG": JPEG, "a.cls": b"1"}, r"has a\.jpg twice"),
+        ({"a.jpg": JPEG, "a.cls": b"cat"}, "the label of the sample 'a' is b'cat', not a class number"),
+    ],
+)
+def test_no_image_of_a_shard_is_lost_without_a_word(tmp_path: Path, samples: dict[str, bytes], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        images(write_shard(tmp_path / "a.tar", samples))
