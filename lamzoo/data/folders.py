@@ -7,13 +7,13 @@ from typing import BinaryIO
 
 from lamzoo.data.images import images_below
 from lamzoo.data.labelled import ImageSource
-from lamzoo.data.paths import natural_key
+from lamzoo.data.paths import natural_key, visible
 from lamzoo.data.splits import SPLIT_NAMES, find_split, synonyms
 from lamzoo.errors import DataError
 
 
 class FolderSource(ImageSource):
-    """``root/<split>/<class>/**`` or ``root/<class>/**``.
+    """``root/<split>/<class>/**`` or ``root/<class>/**``; hidden files and folders below ``root`` are skipped.
 
     The classes are those of all the splits, so that a class without a test image does not shift the labels of the
     others. A class without a training image is an error where the training split is asked for.
@@ -79,4 +79,4 @@ class FolderSource(ImageSource):
 
 
 def _folders(root: Path) -> list[str]:
-    return sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return [path.name for path in visible(root) if path.is_dir()]

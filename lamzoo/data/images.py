@@ -77,7 +77,8 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
     """Lists image files: each file as it is, each folder's images with all its subfolders', in natural order.
 
     Args:
-        paths: files and folders. A file is taken whatever its extension, in a folder the extension decides.
+        paths: files and folders. A file is taken whatever its name; in a folder the extension decides, and what is
+            hidden is skipped.
 
     Returns:
         The files, in the order of the arguments.

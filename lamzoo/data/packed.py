@@ -19,7 +19,7 @@ import numpy as np
 
 from lamzoo.data.images import IMAGE_EXTENSIONS
 from lamzoo.data.labelled import ImageSource
-from lamzoo.data.paths import is_hidden
+from lamzoo.data.paths import is_hidden, visible
 from lamzoo.data.splits import SPLIT_NAMES, find_split, synonyms
 from lamzoo.errors import DataError, MissingSplitError
 
@@ -28,7 +28,7 @@ _logger = logging.getLogger(__name__)
 
 def npz_splits(folder: Path) -> list[str]:
     """Returns the names of the npz files in a folder, without the extension."""
-    return sorted(path.stem for path in folder.glob("*.npz"))
+    return [path.stem for path in visible(folder, "*.npz")]
 
 
 class NpzSource(ImageSource):

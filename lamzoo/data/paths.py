@@ -14,7 +14,8 @@ def find_files(paths: Iterable[str | Path], extensions: Collection[str], what: s
     """Lists files: each file as it is, each folder's with all its subfolders', in natural order.
 
     Args:
-        paths: files and folders. A file is taken whatever its extension, in a folder the extension decides.
+        paths: files and folders. A file is taken whatever its name; in a folder the extension decides, and what is
+            hidden is skipped.
         extensions: in small letters, with the dot.
         what: ``"image"`` or ``"video"``, for messages.
 
@@ -36,11 +37,20 @@ def find_files(paths: Iterable[str | Path], extensions: Collection[str], what: s
 
 
 def files_below(folder: Path, extensions: Collection[str]) -> list[Path]:
-    """Lists the files of a folder and its subfolders by extension, in natural order; none is an empty list."""
-    inside = (Path(root, name) for root, _, names in os.walk(folder, followlinks=True) for name in names)
-    return sorted(
-        (path for path in inside if path.suffix.lower() in extensions), key=lambda path: natural_key(str(path))
-    )
+    """Lists the files of a folder and its subfolders by extension, in natural order; none is an empty list.
+
+    Hidden files and folders are skipped, but the folder itself may be hidden: see :func:`is_hidden`.
+    """
+    found = []
+    for root, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        found += [Path(root, name) for name in names if Path(name).suffix.lower() in extensions and not is_hidden(name)]
+    return sorted(found, key=lambda path: natural_key(str(path)))
+
+
+def visible(folder: Path, pattern: str = "*") -> list[Path]:
+    """Lists what lies directly in a folder and matches a wildcard, sorted, without hidden files and folders."""
+    return sorted(path for path in folder.glob(pattern) if not is_hidden(path.name))
 
 
 def natural_key(text: str) -> list[tuple[int, str]]:
@@ -49,10 +59,10 @@ def natural_key(text: str) -> list[tuple[int, str]]:
 
 
 def is_hidden(path: str) -> bool:
-    """Returns whether a relative path leads through a hidden file or folder.
+    """Returns whether a path below a data set's root is a hidden file or folder, or leads through one.
 
-    Hidden are names that begin with a dot, and ``__MACOSX``: thumbnails, checkpoints of notebooks, and what macOS puts
-    into archives and on foreign drives.
+    Hidden are names that begin with a dot, and ``__MACOSX``: checkpoints of notebooks, thumbnails, and what macOS adds
+    to archives and to other systems' drives.
     """
     return any(_hidden(part) for part in path.split("/"))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import zipfile
 import zlib
 from pathlib import Path
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 
 from lamzoo.data.captions.base import Features, Stream
 from lamzoo.data.moments.features import read_features, unit
+from lamzoo.data.paths import visible
 from lamzoo.errors import DataError
 
 _FOLDERS = {"video": ("video", "clip_features"), "audio": ("audio",)}  # the first that holds any
@@ -44,10 +44,10 @@ class FeatureFiles:
         self.modalities: dict[str, int] = {}
         for modality, names in _FOLDERS.items():
             for folder in (root / name for name in names):
-                files = [name for name in os.listdir(folder) if name.endswith(_SUFFIXES)] if folder.is_dir() else []
-                if files:
+                first = next((path for path in visible(folder) if path.suffix in _SUFFIXES), None)
+                if first is not None:
                     self._folders[modality] = folder
-                    self.modalities[modality] = _read(folder / min(files))[0].shape[1]
+                    self.modalities[modality] = _read(first)[0].shape[1]
                     break
 
     def read(self, name: str, start: float, end: float, duration: float | None = None) -> dict[str, Stream]:

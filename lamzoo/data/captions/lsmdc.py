@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lamzoo.data.captions.base import CaptionItem, CaptionSource, Stream
 from lamzoo.data.captions.features import FeatureFiles
+from lamzoo.data.paths import visible
 from lamzoo.data.retrieval.files import check_folder
 from lamzoo.data.splits import find_split
 from lamzoo.errors import DataError
@@ -35,7 +36,7 @@ class LsmdcSource(CaptionSource):
 
     def __init__(self, root: Path, split: str) -> None:
         check_folder(root)
-        tables = {path.stem.rpartition("annos_")[2]: path for path in sorted(root.glob("*.csv"))}
+        tables = {path.stem.rpartition("annos_")[2]: path for path in visible(root, "*.csv")}
         self.split = find_split(split, tables, str(root))
         self._features = FeatureFiles(root / "features")
         if not self._features.modalities:

@@ -14,6 +14,7 @@ from typing import Any
 from lamzoo.data.captions.base import CaptionItem, CaptionSource, Stream
 from lamzoo.data.captions.features import check_rows, row_times, rows_within
 from lamzoo.data.moments.features import unit
+from lamzoo.data.paths import visible
 from lamzoo.data.retrieval.files import check_folder
 from lamzoo.data.retrieval.tables import read_json
 from lamzoo.data.splits import find_split
@@ -168,7 +169,7 @@ def _features(root: Path) -> dict[str, tuple[Path, float]]:
     frames = next((path for name in _FRAMES if (path := _first(places, name)) is not None), None)
     if frames is not None:
         found["video"] = (frames, _FRAME_RATE)
-    sounds = [path for place in places for path in sorted(place.glob("*.h5")) if _SOUND.fullmatch(path.name)]
+    sounds = [path for place in places for path in visible(place, "*.h5") if _SOUND.fullmatch(path.name)]
     if len(sounds) > 1:
         raise DataError(f"{sounds[0]} and {sounds[1]} are both features of sound; move one of them away")
     for path in sounds:
