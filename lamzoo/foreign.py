@@ -14,7 +14,9 @@ from lamzoo.cards import ModelCard, TagCard
 TIMM_PREFIX = "timm/"
 OPEN_CLIP_PREFIX = "open_clip/"
 # timm's modules whose attention the adapters serve; other timm names can be created, but not listed.
-TIMM_MODULES = ("vision_transformer", "deit", "eva", "naflexvit", "vision_transformer_hybrid")
+TIMM_MODULES = (
+    "beit", "deit", "eva", "naflexvit", "vision_transformer", "vision_transformer_hybrid", "vision_transformer_relpos"
+)  # fmt: skip
 
 
 def timm_card(arch: str) -> ModelCard:

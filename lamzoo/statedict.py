@@ -49,6 +49,7 @@ def load_into(
     - ``img_size`` and its like: position embeddings and mask tables are resized;
     - ``global_pool``: the norm or pooling module that it adds or removes;
     - ``lam``: the masks' keys, where the caller took the masks out;
+    - buffers that the model computes and does not save;
     - the masks' keys, where the file is of a plain backbone and has none at all: the masks stay fresh.
 
     Args:
@@ -66,7 +67,8 @@ def load_into(
         StateDictError: any other missing, unexpected or misshapen key; the model is unchanged.
     """
     notes: list[str] = []
-    weights = _convert(model, dict(state_dict), source, given, arch, foreign, notes)
+    weights = _without_buffers(model, state_dict, notes)
+    weights = _convert(model, weights, source, given, arch, foreign, notes)
     _adapt_lam(model, weights, source, given, notes)
     _adapt_input(model, weights, given, notes)
     _adapt_head(model, weights, given, notes)
@@ -87,6 +89,15 @@ def timm_converter(arch: str) -> Converter | None:
     with _PROBE_LOCK, mock.patch.object(_builder, "load_pretrained") as loader, torch.device("meta"):
         timm.create_model(arch, pretrained=True)
     return loader.call_args.kwargs["filter_fn"]
+
+
+def _without_buffers(model: nn.Module, state_dict: Mapping[str, Tensor], notes: list[str]) -> StateDict:
+    """Copies a state dict without the buffers that older versions of a model saved and this one computes."""
+    computed = dict(model.named_buffers()).keys() - model.state_dict().keys()
+    found = sorted(computed & state_dict.keys())
+    if found:
+        notes.append(f"{_some(found)} left out, which the model computes")
+    return {key: value for key, value in state_dict.items() if key not in computed}
 
 
 def _convert(

@@ -1,14 +1,16 @@
 """Learnable masks in timm's vision transformers.
 
-Modifications to the host: each ``Attention``, ``AttentionRope`` or ``EvaAttention`` is replaced by a layer that takes
-over its submodules and parameter names and calls :func:`lamzoo.lam.lam_attention` where the host calls
-``F.scaled_dot_product_attention``; with position keys, ``patch_embed`` gets a hook that notes the patch grid.
+Modifications to the host: each ``Attention``, ``AttentionRope``, ``EvaAttention``, ``RelPosAttention`` or BEiT's
+``Attention`` is replaced by a layer that takes over its submodules and parameter names and calls
+:func:`lamzoo.lam.lam_attention` where the host calls ``F.scaled_dot_product_attention``; with position keys,
+``patch_embed`` gets a hook that notes the patch grid. A relative position bias is added to the scores after the mask.
 
 Tables over key positions keep the length they were made with: under ``dynamic_img_size`` and after ``set_input_size``
 they are resized in each forward pass, as timm resizes position embeddings under ``dynamic_img_size``.
 
-Served are the hosts of these attentions: VisionTransformer (DeiT, DINOv2, CLIP, SigLIP, hybrids, ViTamin, ...), Eva
-(EVA-02, RoPE-ViT, PE, DINOv3), NaFlexVit, PiT, MobileViT and the DeepSeek and Qwen3 encoders.
+Served are the hosts of these attentions: VisionTransformer (DeiT, DINOv2, CLIP, SigLIP, ViTamin, ...), its hybrids
+behind a convolutional stem, Eva (EVA-02, RoPE-ViT, PE, DINOv3), BEiT, VisionTransformerRelPos, NaFlexVit, PiT,
+MobileViT and the DeepSeek and Qwen3 encoders.
 """
 
 from __future__ import annotations
@@ -25,14 +27,19 @@ from timm.layers import (
     AttentionPoolLatent,
     AttentionPoolPrr,
     AttentionRope,
+    HybridEmbed,
+    RelPosBiasTf,
+    RelPosMlp,
     RotaryEmbeddingMixed,
     RotAttentionPool2d,
     apply_rot_embed_cat,
 )
+from timm.models.beit import Attention as BeitAttention
 from timm.models.csatv2 import SpatialTransformerBlock
 from timm.models.eva import EvaAttention
 from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer_relpos import RelPosAttention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -78,12 +85,7 @@ class LamEvaAttention(HostTakeover):
         if self.qkv is None:
             query, key, value = _separate_projections(self, x)
         else:
-            if self.q_bias is None:
-                qkv = self.qkv(x)
-            else:
-                bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))
-                qkv = self.qkv(x) + bias if self.qkv_bias_separate else F.linear(x, self.qkv.weight, bias)
-            query, key, value = _split_heads(self, qkv)
+            query, key, value = _split_heads(self, _biased_qkv(self, x))
         query, key = _rotate(self, self.q_norm(query), rope, value), _rotate(self, self.k_norm(key), rope, value)
         return _attend(self, x, query, key, value, attn_mask, is_causal)
 
@@ -100,10 +102,36 @@ class LamEvaAttention(HostTakeover):
             self.k_bias.zero_()
 
 
+class LamBeitAttention(HostTakeover, BeitAttention):
+    """BEiT's ``Attention`` under a learnable mask."""
+
+    def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
+        """Masked self-attention of ``x (B, N, C)``; arguments and result as BEiT's ``Attention``."""
+        query, key, value = _split_heads(self, _biased_qkv(self, x))
+        bias = shared_rel_pos_bias
+        if self.relative_position_bias_table is not None:
+            own = self._get_rel_pos_bias()
+            bias = own if bias is None else own + bias
+        return self.proj_drop(self.proj(_attend_heads(self, x, query, key, value, bias=bias)))
+
+
+class LamRelPosAttention(HostTakeover):
+    """timm's ``RelPosAttention`` under a learnable mask."""
+
+    def forward(self, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
+        """Masked self-attention of ``x (B, N, C)``; arguments and result as timm's ``RelPosAttention``."""
+        query, key, value = _split_heads(self, self.qkv(x))
+        bias = shared_rel_pos if self.rel_pos is None else self.rel_pos.get_bias()
+        out = _attend_heads(self, x, self.q_norm(query), self.k_norm(key), value, bias=bias)
+        return self.proj_drop(self.proj(out))
+
+
 _TAKEOVERS: dict[type[nn.Module], type[HostTakeover]] = {
     Attention: LamAttention,
     AttentionRope: LamAttentionRope,
     EvaAttention: LamEvaAttention,
+    BeitAttention: LamBeitAttention,
+    RelPosAttention: LamRelPosAttention,
 }
 
 # They know of heads and yet attend with no token as query: pooling in front of the classifier, and positions.
@@ -113,12 +141,14 @@ _NO_SELF_ATTENTION = (
     AttentionPool2d,
     RotAttentionPool2d,
     RotaryEmbeddingMixed,
+    RelPosMlp,
+    RelPosBiasTf,
 )
 
 _WAY_OUT = (
     "it can't carry a learnable mask, only blocks with timm's "
-    + ", ".join(cls.__name__ for cls in _TAKEOVERS)
-    + " can."
+    + ", ".join(cls.__name__ for cls in _TAKEOVERS if cls is not BeitAttention)
+    + " or BEiT's Attention can."
 )
 
 # Where a block has its attention, and, of two layers a block, ParallelThingsBlock each of them.
@@ -165,7 +195,8 @@ def _slots_of(model: nn.Module, root_path: str, root: nn.Module) -> list[Slot]:
                 raise UnsupportedHostError(f"{where} is an attention layer outside of any list of blocks; {_WAY_OUT}")
             found.append(_slot(model, path, match["stack"], module))
         elif _attends(module):
-            raise UnsupportedHostError(f"{path or 'The model'} is a {type(module).__name__}; {_WAY_OUT}")
+            what = f"{type(module).__name__} of {type(module).__module__}"
+            raise UnsupportedHostError(f"{path or 'The model'} is a {what}; {_WAY_OUT}")
     if found:
         _check_complete(root_path, root, found)
     return found
@@ -182,10 +213,15 @@ def _attends(module: nn.Module) -> bool:
 
 
 def _check_complete(root_path: str, root: nn.Module, found: list[Slot]) -> None:
-    """Makes sure that no block beside those found is left without a mask."""
+    """Makes sure that no block beside those found is left without a mask, but for those of a convolutional stem."""
     layers = [slot.path for slot in found]
     stacks = {slot.stack for slot in found}
+    stems = tuple(
+        f"{path}." for path, module in root.named_modules(prefix=root_path) if isinstance(module, HybridEmbed)
+    )
     for path, module in root.named_modules(prefix=root_path):
+        if path.startswith(stems):
+            continue
         named_blocks = path.rpartition(".")[2] == "blocks" and isinstance(module, (nn.Sequential, nn.ModuleList))
         if path in stacks or named_blocks:
             for name, block in module.named_children():
@@ -243,33 +279,48 @@ def _watch_grid(patch_embed: nn.Module, shared: SharedState) -> None:
 def _attend(
     attn: Any, x: Tensor, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool
 ) -> Tensor:
-    lam: Lam = attn.lam
     if attn_mask is not None and attn_mask.ndim == 3:
         raise MaskShapeError(
             f"attn_mask has shape {tuple(attn_mask.shape)}, which timm reads as one mask a head; "
             "pass (B, 1, N, N) for one a sample or (1, H, N, N) for one a head."
         )
     boolean = attn_mask is not None and attn_mask.dtype == torch.bool
-    out = lam.attend(
-        x,
-        x,
-        query,
-        key,
-        value,
-        allowed=attn_mask if boolean else None,
-        bias=None if boolean else attn_mask,
-        is_causal=is_causal,
-        dropout_p=attn.attn_drop.p if attn.training else 0.0,
-        scale=attn.scale,
-    )
-    out = attn.norm(out.transpose(1, 2).flatten(2))
+    allowed, bias = (attn_mask, None) if boolean else (None, attn_mask)
+    out = attn.norm(_attend_heads(attn, x, query, key, value, allowed=allowed, bias=bias, is_causal=is_causal))
     if attn.gate is not None:
         out = out * attn.gate(x).sigmoid()
     return attn.proj_drop(attn.proj(out))
 
 
+def _attend_heads(
+    attn: Any,
+    x: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    allowed: Tensor | None = None,
+    bias: Tensor | None = None,
+    is_causal: bool = False,
+) -> Tensor:
+    lam: Lam = attn.lam
+    dropout_p = attn.attn_drop.p if attn.training else 0.0
+    out = lam.attend(
+        x, x, query, key, value,
+        allowed=allowed, bias=bias, is_causal=is_causal, dropout_p=dropout_p, scale=attn.scale,
+    )  # fmt: skip
+    return out.transpose(1, 2).flatten(2)
+
+
 def _split_heads(attn: Any, qkv: Tensor) -> tuple[Tensor, ...]:
     return qkv.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def _biased_qkv(attn: Any, x: Tensor) -> Any:
+    if attn.q_bias is None:
+        return attn.qkv(x)
+    bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+    return attn.qkv(x) + bias if attn.qkv_bias_separate else F.linear(x, attn.qkv.weight, bias)
 
 
 def _separate_projections(attn: Any, x: Tensor) -> list[Tensor]:

@@ -2,13 +2,16 @@
 
 import copy
 import itertools
+from typing import Any
 
 import pytest
 import timm
 import torch
 from timm.layers import Attention, AttentionRope
+from timm.models.beit import Attention as BeitAttention
 from timm.models.eva import EvaAttention
 from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer_relpos import RelPosAttention
 from torch import nn
 from torch.testing import assert_close
 
@@ -41,7 +44,7 @@ def paper_lam(host: Host, layers: str = "multi", **fields: object) -> LamConfig:
 
 
 def attention_paths(model: nn.Module) -> list[str]:
-    served = (Attention, AttentionRope, EvaAttention)
+    served = (Attention, AttentionRope, EvaAttention, BeitAttention, RelPosAttention)
     return [path for path, module in model.named_modules() if isinstance(module, served)]
 
 
@@ -95,6 +98,33 @@ def test_host_keys_and_weights_stay_as_they_are(host: Host) -> None:
     assert [key for key in state if ".lam." not in key] == list(plain.state_dict())
     assert all(torch.equal(state[key], value) for key, value in plain.state_dict().items())
     assert masked.lam_config.rank == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("beit_base_patch16_224", {}),
+        ("beit_base_patch16_224", {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True}),
+        ("beit_base_patch16_224", {"use_rel_pos_bias": True, "use_shared_rel_pos_bias": True}),
+        ("vit_srelpos_small_patch16_224", {}),
+        ("vit_srelpos_small_patch16_224", {"shared_rel_pos": False}),
+        ("vit_srelpos_small_patch16_224", {"shared_rel_pos": False, "rel_pos_type": "bias", "class_token": True}),
+    ],
+)
+def test_relative_position_biases_act_and_learn_as_before(name: str, kwargs: dict[str, Any]) -> None:
+    plain, x = HOSTS[name].create(**kwargs).eval(), HOSTS[name].images()
+    without = copy.deepcopy(plain)
+    biases = {n: p for n, p in without.named_parameters() if "rel" in n and "pos" in n}
+    with torch.no_grad():
+        for bias in biases.values():
+            bias.zero_()
+        assert (without(x) - plain(x)).abs().max() > 1e-4
+    masked = add_lam(copy.deepcopy(plain))
+    assert_close(masked(x), plain(x), rtol=1e-5, atol=1e-5)
+    ours, theirs = (gradients(model, model(x).square().sum()) for model in (masked, plain))
+    for bias in biases:
+        assert_close(ours[bias], theirs[bias], rtol=1e-4, atol=1e-5, msg=bias)
+        assert theirs[bias].any()
 
 
 @hosts
@@ -166,7 +196,9 @@ def gradients(model: nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
 
 # Of those with a patch grid, Qwen's and DeepSeek's encoders take any size as they are.
 GRIDS = [name for name, host in HOSTS.items() if host.positions and not name.startswith(("qwen3", "deepseek"))]
-NOT_DYNAMIC = ("vit_tiny_r_s16_p8_224", "vit_pe_core_tiny_patch16_384")
+NOT_DYNAMIC = (
+    "vit_tiny_r_s16_p8_224", "vit_pe_core_tiny_patch16_384", "beit_base_patch16_224", "vit_srelpos_small_patch16_224",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [name for name in GRIDS if name not in NOT_DYNAMIC])
@@ -328,11 +360,16 @@ def subclassed() -> nn.Module:
     return VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, attn_layer=OwnAttention)
 
 
+def test_a_hybrid_with_residual_blocks_in_its_stem_gets_masks_in_its_transformer() -> None:
+    model = add_lam(timm.create_model("vit_base_r26_s32_224", device="meta"))
+    masked = [path for path, module in model.named_modules() if isinstance(module, Lam)]
+    assert masked == [f"blocks.{index}.attn.lam" for index in range(12)]
+
+
 REFUSED = {
     "vit_base_patch16_xp_224": r"blocks\.0 is a ParallelScalingBlock",
     "vit_dwee_patch16_reg1_gap_256": r"blocks\.0\.attn is a DiffAttention",
-    "beit_base_patch16_224": r"blocks\.0\.attn is a Attention",
-    "test_vit_relpos": r"blocks\.0\.attn is a RelPosAttention",
+    "samvit_base_patch16": r"blocks\.0\.attn is a Attention of timm\.models\.vision_transformer_sam",
     "swin_tiny_patch4_window7_224": "is a WindowAttention",
     "twins_svt_small": "is a LocallyGroupedAttn",
     "crossvit_9_240": "is a CrossAttention",

@@ -7,7 +7,15 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import HybridEmbed
+from timm.models.resnetv2 import ResNetV2
 from torch import Tensor, nn
+
+
+def _small_hybrid(**kwargs: Any) -> HybridEmbed:
+    """Returns the convolutional stem of timm's hybrids with two narrow stages, whose modules are named blocks too."""
+    return HybridEmbed(ResNetV2((1, 1), channels=(128, 128), stem_chs=32, num_classes=0, global_pool=""), **kwargs)
+
 
 _TINY = {"depth": 2, "embed_dim": 24, "num_heads": 3, "num_classes": 5}
 _ROPE = {"depth": 2, "embed_dim": 24, "num_heads": 2, "num_classes": 5}
@@ -38,7 +46,7 @@ class Host:
             for name, parameter in model.named_parameters():
                 if "gamma" in name or ".ls" in name:
                     parameter.fill_(0.5)
-                elif parameter.ndim == 2 and ("attn" in name or "head" in name):
+                elif parameter.ndim == 2 and ("attn" in name or "head" in name or "rel_pos" in name):
                     nn.init.normal_(parameter, std=0.2)
         return model
 
@@ -60,7 +68,7 @@ _ALL = [
         "vit_tiny_patch16_224",
         {**_TINY, "img_size": 32, "patch_size": 8, "qk_norm": True, "scale_attn_norm": True, "qkv_bias": False},
     ),
-    Host("vit_tiny_r_s16_p8_224", {**_TINY, "img_size": 64, "patch_size": 4}, size=64),  # convolutional stem
+    Host("vit_tiny_r_s16_p8_224", {**_TINY, "img_size": 32, "patch_size": 1, "embed_layer": _small_hybrid}),
     Host("vit_small_patch16_rope_224", {**_ROPE, "img_size": 32, "patch_size": 8}),
     Host("vit_small_patch16_rope_mixed_224", {**_ROPE, "img_size": 32, "patch_size": 8}),
     Host("vit_small_patch16_dinov3", {**_ROPE, "img_size": 32, "patch_size": 8}),
@@ -74,6 +82,8 @@ _ALL = [
     Host("vit_base_patch16_rope_reg1_gap_256", {**_ROPE, "img_size": 32, "patch_size": 8}),
     Host("qwen3_vit_88m", {**_ROPE, "img_size": 32, "patch_size": 8, "pos_embed_grid_size": 4}),
     Host("deepseek_vit_412m", {**_ROPE, "img_size": 32, "patch_size": 8}),
+    Host("beit_base_patch16_224", {**_TINY, "img_size": 32, "patch_size": 8}),  # a relative position bias a block
+    Host("vit_srelpos_small_patch16_224", {**_TINY, "img_size": 32, "patch_size": 8}),  # one for all blocks
     Host("naflexvit_base_patch16_gap", {**_TINY, "patch_size": 8}, positions=False),
     Host("naflexvit_base_patch16_siglip", {**_TINY, "patch_size": 8}, positions=False),
     Host(

@@ -75,6 +75,17 @@ def test_a_renamed_backbone_key_is_an_error_that_names_both(plain: dict[str, Ten
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+def test_buffers_that_the_model_computes_may_be_in_the_file() -> None:
+    size = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
+    plain = randomised(create_model("timm/beit_base_patch16_224", **size))
+    saved = {f"blocks.{index}.attn.relative_position_index": torch.zeros(17, 17, dtype=torch.long) for index in (0, 1)}
+    model = create_model("timm/beit_base_patch16_224", lam=LamConfig(), **size)
+    notes = load_into(model, plain.state_dict() | saved, source="file", arch="beit_base_patch16_224")
+    assert any("relative_position_index" in note and "computes" in note for note in notes)
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.allclose(model.eval()(x), plain.eval()(x), atol=1e-5)
+
+
 @pytest.mark.parametrize("key", ["mask_token", "extra.weight", "pre_logits.fc.weight"])
 def test_an_unexpected_key_is_an_error_even_where_timm_drops_it(plain: dict[str, Tensor], key: str) -> None:
     plain[key] = torch.zeros(1)
