@@ -8,6 +8,7 @@ from torch import Tensor
 from lamzoo.errors import ConfigError, MaskShapeError
 from lamzoo.lam.config import Op
 from lamzoo.lam.kernels import choose
+from lamzoo.lam.kernels.eager import compute_dtype
 from lamzoo.lam.masks import FactoredMask
 
 
@@ -32,8 +33,8 @@ def lam_attention(
 
     Args:
         query: ``(B, H, Nq, d)``, float.
-        key: ``(B, H, Nk, d)``.
-        value: ``(B, H, Nk, dv)``.
+        key: ``(B, H, Nk, d)``, the dtype of ``query``; inside ``torch.autocast`` the dtypes may differ.
+        value: ``(B, H, Nk, dv)``, likewise.
         mask: factors ``(B, 1|H, Nq, R)`` and ``(1|B, 1|H, Nk, R)``.
         op: ``"mul"`` scales the scores, ``"add"`` shifts them.
         allowed: bool, broadcastable to ``(B, H, Nq, Nk)``; True where attention may go. Applied last; a row
@@ -50,12 +51,13 @@ def lam_attention(
         ``(B, H, Nq, dv)``, the dtype of ``query``.
 
     Raises:
-        MaskShapeError: the factors do not fit the queries or keys, or are boolean; ``allowed`` or ``bias`` has the
-            wrong dtype or a shape that doesn't broadcast. Names the shapes.
+        MaskShapeError: the factors do not fit the queries or keys, or are boolean; ``query``, ``key`` and ``value``
+            have several dtypes outside of ``torch.autocast``; ``allowed`` or ``bias`` has the wrong dtype or a shape
+            that doesn't broadcast. Names the shapes or dtypes.
         ConfigError: an unknown ``op`` or ``backend``, a backend that can't serve these inputs, or a scale that isn't
             positive.
     """
-    check_inputs(query, key, mask, op, allowed, bias, scale)
+    check_inputs(query, key, value, mask, op, allowed, bias, scale)
     kernel = choose(backend, query, key, value, mask, op=op, bias=bias, dropout_p=dropout_p)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     out = kernel(
@@ -68,6 +70,7 @@ def lam_attention(
 def check_inputs(
     query: Tensor,
     key: Tensor,
+    value: Tensor,
     mask: FactoredMask,
     op: Op,
     allowed: Tensor | None,
@@ -85,6 +88,11 @@ def check_inputs(
             "padding and causal masks go into `allowed` (bool, True = may attend)."
         )
     mask.check(query, key)
+    if len({compute_dtype(x) for x in (query, key, value)}) > 1:
+        raise MaskShapeError(
+            f"query, key and value have the dtypes {query.dtype}, {key.dtype} and {value.dtype}; outside of "
+            "torch.autocast they need one."
+        )
     if allowed is not None and allowed.dtype != torch.bool:
         raise MaskShapeError(f"`allowed` is {allowed.dtype}; it must be torch.bool, True = may attend.")
     if bias is not None and not bias.is_floating_point():

@@ -250,7 +250,7 @@ class Lam(nn.Module):
         """
         kept = self.shared.current.kept
         mask = self(query_tokens, key_tokens, present)
-        check_inputs(query, key, mask, self.config.op, allowed, bias, scale)
+        check_inputs(query, key, value, mask, self.config.op, allowed, bias, scale)
         self._score(query, key, value, mask, scale)
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         how: dict[str, Any] = {"op": self.config.op, "bias": bias, "is_causal": is_causal, "scale": scale}

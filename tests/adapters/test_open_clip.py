@@ -302,6 +302,15 @@ def test_scaled_cosine_attention_equals_the_hosts_formula(monkeypatch: pytest.Mo
     torch.testing.assert_close(add_lam(nn.Sequential(block))(x), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_scaled_cosine_attention_under_autocast_serves_long_inputs() -> None:
+    model = nn.Sequential(CustomResidualAttentionBlock(16, 4, scale_cosine_attn=True))
+    model = add_lam(model, LamConfig(op="mul", init="paper"))  # from 768 tokens on in blocks of queries
+    x = torch.randn(1, 1000, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(x)  # the temperature makes the query float32, beside a key and value in bfloat16
+    assert (out.float() - model(x)).abs().mean() < 0.05
+
+
 def test_position_keys_know_grid_class_token_and_text_length() -> None:
     model = add_lam(_clip("coca_ViT-B-32", vision={"image_size": (32, 48)}), LamConfig(keys="position"))
     tables = {

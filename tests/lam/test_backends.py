@@ -12,12 +12,13 @@ import torch
 from hypothesis import given
 from torch.utils.flop_counter import FlopCounterMode
 
-from lamzoo.errors import ConfigError
+from lamzoo.errors import ConfigError, MaskShapeError
 from lamzoo.lam import FactoredMask, attention_backend, available_backends, lam_attention
 from lamzoo.lam.config import Op
 from lamzoo.lam.kernels import BACKENDS, RULES, Rule, choose, chunked, flex, sdpa
 from lamzoo.profiling.memory import peak_growth
-from tests.lam.cases import OPS, Case, cases, make
+from tests.lam.cases import BACKENDS as BACKENDS_OF_CPU
+from tests.lam.cases import OPS, Case, cases, make, written_out
 
 each_op = pytest.mark.parametrize("op", OPS)
 
@@ -230,6 +231,31 @@ def test_chunked_operators_pass_opcheck(is_causal: bool) -> None:
     case = make(left_shape=(True, False), right_shape=(False, False), allowed=torch.rand(2, 1, 4, 5) > 0.5)
     tensors = [x.requires_grad_() for x in case.tensors]
     torch.library.opcheck(chunked._forward, (*tensors, case.allowed, "mul", is_causal, 0.5))
+
+
+@each_op
+@pytest.mark.parametrize("backend", BACKENDS_OF_CPU)
+@pytest.mark.parametrize("narrow", ["query", "key", "value", "mask", "none", "all"])
+def test_autocast_serves_inputs_of_several_dtypes(op: Op, backend: str, narrow: str) -> None:
+    case = make(op=op, queries=30, keys=40, dim=8, value_dim=8, is_causal=True).to(torch.float32)
+    leaves = dict(zip(("query", "key", "value", "left", "right"), case.tensors, strict=True))
+    for name in {"mask": ("left", "right"), "none": (), "all": tuple(leaves)}.get(narrow, (narrow,)):
+        leaves[name] = leaves[name].bfloat16()
+    tensors = [x.requires_grad_() for x in leaves.values()]
+    args = (*tensors[:3], FactoredMask(*tensors[3:]))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = lam_attention(*args, **case.options, backend=backend)
+    assert out.dtype == tensors[0].dtype
+    torch.testing.assert_close(out.float(), written_out(case), atol=0.1, rtol=0.1)
+    for tensor, grad in zip(tensors, torch.autograd.grad(out.float().square().sum(), tensors), strict=True):
+        assert grad.dtype == tensor.dtype and grad.any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS_OF_CPU)
+def test_several_dtypes_outside_of_autocast_are_refused_by_name(backend: str) -> None:
+    query, key, value, mask = make().to(torch.float32).args
+    with pytest.raises(MaskShapeError, match=r"torch\.float32, torch\.float32 and torch\.bfloat16; outside of"):
+        lam_attention(query, key, value.bfloat16(), mask, backend=backend)
 
 
 def test_every_backend_is_listed() -> None:

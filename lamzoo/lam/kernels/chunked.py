@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lamzoo.lam.config import Op
+from lamzoo.lam.kernels.eager import compute_dtype
 from lamzoo.lam.kernels.flops import count_flops
 from lamzoo.lam.masks import FactoredMask
 
@@ -41,10 +42,12 @@ def chunked(
 ) -> Tensor:
     """Masked attention, one head and one block of queries at a time; shapes as in :func:`lamzoo.lam.lam_attention`.
 
-    The backward pass computes each block again instead of keeping it.
+    The backward pass computes each block again instead of keeping it. Inside ``torch.autocast`` it computes in the
+    dtype of the autocast, as torch's own fused attention does.
     """
     count_flops()
-    left, right = mask.left.to(query.dtype), mask.right.to(query.dtype)
+    dtype = compute_dtype(query)
+    query, key, value, left, right = (x.to(dtype) for x in (query, key, value, *mask))
     out: Tensor = _forward(query, key, value, left, right, allowed, op, is_causal, scale)
     return out
 

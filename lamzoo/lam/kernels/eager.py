@@ -65,3 +65,15 @@ def merge_allowed(scores: Tensor, allowed: Tensor | None, bias: Tensor | None, i
     for part in parts:
         merged = part if merged is None else merged & part
     return merged
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """Returns the dtype in which attention to a tensor is computed: its own, or that of ``torch.autocast`` inside it.
+
+    Float64 stays, as under autocast everywhere. Kernels of our own cast to it. ``torch.library.register_autocast``
+    would cast to one dtype fixed in advance, whatever the autocast's is.
+    """
+    device = tensor.device.type
+    if tensor.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return tensor.dtype

@@ -12,6 +12,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from lamzoo.errors import ConfigError
 from lamzoo.lam.config import Op
+from lamzoo.lam.kernels.eager import compute_dtype
 from lamzoo.lam.masks import FactoredMask
 
 
@@ -50,10 +51,14 @@ def flex(
 ) -> Tensor:
     """Masked attention through a compiled FlexAttention; shapes as in :func:`lamzoo.lam.lam_attention`.
 
+    Inside ``torch.autocast`` it computes in the dtype of the autocast.
+
     Raises:
         ConfigError: torch has compiled it for as many kinds of inputs as it is allowed to. It would go on with the
             unfused, dense attention, silently.
     """
+    dtype = compute_dtype(query)
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     run: Any = _attend if torch.compiler.is_compiling() else _compiled()
     try:
         out: Tensor = run(query, key, value, mask.left, mask.right, allowed, bias, op, is_causal, scale)

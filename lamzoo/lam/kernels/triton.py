@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from lamzoo.lam.config import Op
+from lamzoo.lam.kernels.eager import compute_dtype
 from lamzoo.lam.kernels.flops import count_flops
 from lamzoo.lam.masks import FactoredMask
 
@@ -48,7 +49,7 @@ def triton_attention(
     Serves what :func:`unsupported` lets through.
     """
     count_flops()
-    dtype = _compute_dtype(query)
+    dtype = compute_dtype(query)
     out, _ = lam_attention_forward(
         query.to(dtype), key.to(dtype), value.to(dtype), mask.left.to(dtype), mask.right.to(dtype),
         allowed, op, is_causal, float(scale),
@@ -66,14 +67,14 @@ def unsupported(
     dropout_p: float,
 ) -> str | None:
     """Returns why the fused kernel can't serve these inputs, as a clause, or None where it can."""
-    dtype, dims, rank = _compute_dtype(query), (query.shape[-1], value.shape[-1]), mask.left.shape[-1]
+    dtype, dims, rank = compute_dtype(query), (query.shape[-1], value.shape[-1]), mask.left.shape[-1]
     if bias is not None:
         return "it takes no bias"
     if dropout_p:
         return "it has no dropout"
     if dtype not in _DTYPES:
         return f"{dtype} is neither float32, float16 nor bfloat16"
-    if {_compute_dtype(key), _compute_dtype(value)} != {dtype}:
+    if {compute_dtype(key), compute_dtype(value)} != {dtype}:
         return f"query, key and value have the dtypes {query.dtype}, {key.dtype} and {value.dtype}"
     for name, size, largest in (
         ("head dim", dims[0], MAX_HEAD_DIM),
@@ -105,14 +106,6 @@ def _unsupported_device(device: torch.device, dtype: torch.dtype) -> str | None:
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "the GPU's compute capability is below 8.0"
     return None
-
-
-def _compute_dtype(tensor: Tensor) -> torch.dtype:
-    device = tensor.device.type
-    # Not torch.library.register_autocast, which casts to one dtype fixed in advance, whatever the autocast's is.
-    if tensor.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return tensor.dtype
 
 
 @custom_op("lamzoo::lam_attention_forward", mutates_args=())
