@@ -118,10 +118,7 @@ def main() -> None:
         parser.error(f"{arguments.run} has {len(rows)} of {recipe['schedule']['epochs']} epochs; finish it first")
     name = recipe["model"]["name"]
     trained = lamzoo.create_model(f"local-dir:{arguments.run / 'model'}", pretrained=True)
-    weights = {
-        key: value.bfloat16() if value.is_floating_point() else value for key, value in trained.state_dict().items()
-    }
-    file = write_state_dict(weights, arguments.out / f"{name}.{arguments.tag}.safetensors")
+    file = write_state_dict(trained.bfloat16().state_dict(), arguments.out / f"{name}.{arguments.tag}.safetensors")
 
     model = lamzoo.create_model(name, checkpoint_path=file.path)
     pruning = getattr(trained, "prune_config", None)

@@ -74,6 +74,7 @@ def create_model(
     pretrained: bool = False,
     *,
     lam: LamConfig | Literal[False] | None = None,
+    lam_weights: Literal["pretrained", "fresh"] = "pretrained",
     num_classes: int | None = None,
     in_chans: int | None = None,
     img_size: int | tuple[int, int] | None = None,
@@ -94,6 +95,8 @@ def create_model(
             be had here, those of the hub before the bundled ones; which one is logged, and is in
             ``model.pretrained_cfg["tag"]``.
         lam: the masks; None takes the card's (or the saved model's), False builds the plain backbone.
+        lam_weights: ``"fresh"`` leaves the masks of all weights out, which is needed where ``lam`` describes other
+            masks than those that were trained.
         num_classes: width of the head, which stays fresh where the weights have another; 0 for none.
         in_chans: input channels, to which the weights of the first convolution are adapted.
         img_size: input size, to which position embeddings and mask tables are resized.
@@ -111,8 +114,11 @@ def create_model(
     Raises:
         UnknownModelError: no such model or tag.
         ConfigError: an argument that the model's builder doesn't take, or an unknown source before the colon.
-        WeightsError: the weights cannot be had, are damaged, or do not fit.
+        WeightsError: the weights cannot be had, are damaged, or do not fit; masks of another ``LamConfig`` don't fit
+            either, whatever their shapes.
     """
+    if lam_weights not in ("pretrained", "fresh"):
+        raise ConfigError(f"lam_weights is {lam_weights!r}; it must be 'pretrained' or 'fresh'.")
     given = {
         "num_classes": num_classes, "in_chans": in_chans, "img_size": img_size, "global_pool": global_pool,
         "drop_path_rate": drop_path_rate, **timm_kwargs,
@@ -126,15 +132,17 @@ def create_model(
     plan = _plan(name, pretrained, cache_dir, allow_pickle)
     model: Any = _build(plan, lam, given)
     chosen = {*given, *(["lam"] if lam is False else [])}
-    arch = plan.card.backbone.get("timm")
+    how: dict[str, Any] = {
+        "given": chosen, "arch": plan.card.backbone.get("timm"), "fresh_lam": lam_weights == "fresh"
+    }  # fmt: skip
     if plan.weights is not None:
         file = plan.weights
         state_dict = read_state_dict(file.path, sha256=file.sha256, allow_pickle=allow_pickle)
-        load_into(model, state_dict, source=file.source, given=chosen, arch=arch, foreign=plan.foreign)
+        load_into(model, state_dict, source=file.source, foreign=plan.foreign, lam=plan.lam, **how)
         model.weights_source = f"{plan.card.name}.{plan.tag.name}" if plan.tag is not None else file.source
     if checkpoint_path is not None:
         state_dict = read_state_dict(checkpoint_path, allow_pickle=allow_pickle)
-        load_into(model, state_dict, source=str(checkpoint_path), given=chosen, arch=arch)
+        load_into(model, state_dict, source=str(checkpoint_path), **how)
         model.weights_source = str(checkpoint_path)
     return model
 

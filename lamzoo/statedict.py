@@ -15,7 +15,9 @@ import torch
 from timm.models import _builder, adapt_input_conv
 from torch import Tensor, nn
 
+from lamzoo.adapters.state import check_lam_config
 from lamzoo.errors import StateDictError
+from lamzoo.lam import Lam, LamConfig
 from lamzoo.lam.masks import PositionTable, drop_dead_biases
 from lamzoo.lam.tables import resize_table
 
@@ -29,6 +31,7 @@ _SIZE_ARGS = frozenset({"img_size", "patch_size", "dynamic_img_size", "class_tok
 # Modules that come and go with `global_pool`.
 _POOL_PREFIXES = ("norm.", "fc_norm.", "attn_pool.", "head.norm.")
 _PROBE_LOCK = threading.Lock()
+_FRESH = "start the masks anew with lam_weights='fresh' (in a recipe, model.kwargs.lam_weights)"
 
 
 def load_into(
@@ -39,6 +42,8 @@ def load_into(
     given: Collection[str] = (),
     arch: str | None = None,
     foreign: bool = False,
+    lam: LamConfig | None = None,
+    fresh_lam: bool = False,
 ) -> list[str]:
     """Loads weights into a model, strictly, and returns what had to be adapted.
 
@@ -50,7 +55,8 @@ def load_into(
     - ``global_pool``: the norm or pooling module that it adds or removes;
     - ``lam``: the masks' keys, where the caller took the masks out;
     - buffers that the model computes and does not save;
-    - the masks' keys, where the file is of a plain backbone and has none at all: the masks stay fresh.
+    - the masks' keys, where the file is of a plain backbone and has none at all, or with ``fresh_lam``: the masks stay
+      fresh.
 
     Args:
         model: a model with timm's ``pretrained_cfg`` (``classifier``, ``first_conv``, ``label_offset``) of the file.
@@ -59,15 +65,24 @@ def load_into(
         given: names of the model arguments that the caller chose.
         arch: timm's name of the architecture, for its own converter; without it that of the model's class is used.
         foreign: the file may be in its authors' own format, which timm's converter may rename and drop keys of.
+        lam: what its masks were trained with, where ``state_dict`` itself carries no ``LamConfig``; without either,
+            masks are loaded with a warning.
+        fresh_lam: leave the file's masks out.
 
     Returns:
         One line for each adaptation, as logged.
 
     Raises:
-        StateDictError: any other missing, unexpected or misshapen key; the model is unchanged.
+        StateDictError: masks of another ``LamConfig``, or any other missing, unexpected or misshapen key; the model is
+            unchanged.
     """
     notes: list[str] = []
     weights = _without_buffers(model, state_dict, notes)
+    if fresh_lam:
+        weights = _without_lam(weights, notes)
+    elif any(".lam." in key for key in state_dict) and any(isinstance(module, Lam) for module in model.modules()):
+        own = "pass lam={config}" if lam is None else "leave lam= out"
+        check_lam_config(model, state_dict, source, lam, f"{own}, or {_FRESH}")
     weights = _convert(model, weights, source, given, arch, foreign, notes)
     _adapt_lam(model, weights, source, given, notes)
     _adapt_input(model, weights, given, notes)
@@ -140,6 +155,13 @@ def _convert(
                 )
             notes.append(f"{key} resized from {before[key]} to {after[key]}")
     return converted
+
+
+def _without_lam(state_dict: Mapping[str, Tensor], notes: list[str]) -> StateDict:
+    kept = {key: value for key, value in state_dict.items() if ".lam." not in key}
+    if len(kept) < len(state_dict):
+        notes.append(f"{len(state_dict) - len(kept)} mask tensors left out, since lam_weights='fresh' was asked for")
+    return kept
 
 
 def _adapt_lam(model: nn.Module, weights: StateDict, source: str, given: Collection[str], notes: list[str]) -> None:
@@ -227,7 +249,9 @@ def _fresh(model: nn.Module, weights: StateDict, notes: list[str]) -> set[str]:
         return set()
     fresh = {key for key in model.state_dict() if ".lam." in key}
     if fresh:
-        notes.append(f"{len(fresh)} mask tensors stay fresh, since the file is of a plain backbone")
+        left_out = any("mask tensors left out" in note for note in notes)
+        why = "" if left_out else ", since the file is of a plain backbone"
+        notes.append(f"{len(fresh)} mask tensors stay fresh{why}")
     return fresh
 
 
@@ -251,7 +275,7 @@ def _check(model: nn.Module, weights: StateDict, source: str, may_miss: set[str]
     if unexpected and all(".lam." in key for key in unexpected):
         hint = "; the file has masks and the model none like them: leave lam= out, or pass the file's own LamConfig"
     elif all(".lam." in key for key in missing + misshapen) and not unexpected:
-        hint = "; the masks differ: leave lam= out, or pass the file's own LamConfig"
+        hint = f"; the masks differ: leave lam= out, pass the file's own LamConfig, or {_FRESH}"
     elif misshapen and not missing and not unexpected:
         hint = "; another head or input needs num_classes= or in_chans= given"
     raise StateDictError(f"{source} does not fit {_name(model)}: {'; '.join(faults)}{hint}.")

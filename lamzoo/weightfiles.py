@@ -6,24 +6,27 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import constants, split_torch_state_dict_into_shards
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from timm.models import get_pretrained_cfg, load_state_dict
 from torch import Tensor
 
 from lamzoo import hub
 from lamzoo.cards import TagCard
-from lamzoo.errors import HashMismatchError, UnsafeWeightsError, WeightsError, WeightsNotFoundError
+from lamzoo.errors import ConfigError, HashMismatchError, UnsafeWeightsError, WeightsError, WeightsNotFoundError
 from lamzoo.files import atomic_files
+from lamzoo.lam import LamConfig
+from lamzoo.lam.layer import carried_configs, carry_configs
 from lamzoo.statedict import StateDict
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_SUFFIX = ".index.json"
+_LAM_CONFIG = "lam_config"
 _OPEN_CLIP_NAME = "open_clip_pytorch_model.bin"
 _PICKLE_SUFFIXES = {".bin", ".pth", ".pt", ".ckpt", ".tar", ".pkl"}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -157,7 +160,8 @@ def read_state_dict(path: str | Path, *, sha256: str | None = None, allow_pickle
         allow_pickle: read a pickle, with ``weights_only=True``.
 
     Returns:
-        Parameter name to tensor, on the CPU.
+        Parameter name to tensor, on the CPU. It carries the ``LamConfig`` of its masks, where the file has it, as the
+        state dict of a model does.
 
     Raises:
         WeightsNotFoundError: there is no such file.
@@ -174,18 +178,22 @@ def read_state_dict(path: str | Path, *, sha256: str | None = None, allow_pickle
     if _is_pickle(path):
         return _read_pickle(path, allow_pickle)
     try:
-        return load_file(path)
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - the file is no mapping
     except (SafetensorError, OSError) as error:
         raise WeightsError(
             f"{path} is damaged or not a safetensors file ({error}); delete it and get it again."
         ) from error
+    return _with_lam_config(tensors, metadata, path)
 
 
 def write_state_dict(state_dict: Mapping[str, Tensor], path: str | Path, max_bytes: int | None = None) -> WeightsFile:
     """Writes tensors to a safetensors file, or to shards of it and their index.
 
     Args:
-        state_dict: names to tensors; those that share memory are written one by one.
+        state_dict: names to tensors; those that share memory are written one by one. The ``LamConfig`` that the state
+            dict of a masked model carries becomes metadata of the file, ``lam_config``, as JSON.
         path: ``NAME.safetensors``.
         max_bytes: size of the largest file, its header included; by default there is one file of any size.
 
@@ -236,7 +244,7 @@ def stage_state_dict(
     if max_bytes is not None and sum(t.nbytes for t in tensors.values()) + _header_bytes(tensors) > max_bytes:
         return _stage_shards(stage, tensors, path, max_bytes)
     staged = stage(path)
-    save_file(tensors, staged, metadata={"format": "pt"})
+    _save(tensors, staged)
     return WeightsFile(path, file_sha256(staged), str(path))
 
 
@@ -261,7 +269,7 @@ def _stage_shards(stage: Callable[[Path], Path], tensors: StateDict, path: Path,
             f"{path.name.removesuffix('.safetensors')}-{number:05d}-of-{len(split.filename_to_tensors):05d}.safetensors"
         )
         staged = stage(path.with_name(name))
-        save_file({key: tensors[key] for key in keys}, staged, metadata={"format": "pt"})
+        _save(carry_configs({key: tensors[key] for key in keys}, carried_configs(tensors)), staged)
         hashes[name] = (file_sha256(staged), keys)
     index = {
         "metadata": {**split.metadata, "sha256": {name: sha256 for name, (sha256, _) in hashes.items()}},
@@ -271,6 +279,35 @@ def _stage_shards(stage: Callable[[Path], Path], tensors: StateDict, path: Path,
     staged = stage(path)
     staged.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return WeightsFile(path, file_sha256(staged), str(path))
+
+
+def _save(tensors: StateDict, path: Path) -> None:
+    """Writes one file whose bytes depend on what is in it alone; safetensors shuffles the entries of its metadata."""
+    save_file(tensors, path, metadata={"format": "pt", **_lam_metadata(tensors)})
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        file.seek(8)
+        file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
+
+
+def _lam_metadata(tensors: StateDict) -> dict[str, str]:
+    configs = list(carried_configs(tensors).values())
+    if not configs or any(config.differences(configs[0]) for config in configs):  # one file, one kind of masks
+        return {}
+    one_length = len({config.max_length for config in configs}) == 1
+    return {_LAM_CONFIG: (configs[0] if one_length else replace(configs[0], max_length=None)).to_json()}
+
+
+def _with_lam_config(tensors: StateDict, metadata: Mapping[str, str], path: Path) -> StateDict:
+    if _LAM_CONFIG not in metadata:
+        return tensors
+    try:
+        config = LamConfig.from_json(metadata[_LAM_CONFIG])
+    except ConfigError as error:
+        raise WeightsError(f"The metadata {_LAM_CONFIG} of {path} is not a LamConfig: {error}") from error
+    return carry_configs(tensors, {key.rpartition(".lam.")[0] + ".lam": config for key in tensors if ".lam." in key})
 
 
 def _header_bytes(tensors: StateDict) -> int:
@@ -337,12 +374,15 @@ def _read_shards(path: Path) -> StateDict:
     index = _read_index(path)
     hashes = index.get("metadata", {}).get("sha256", {})
     tensors: StateDict = {}
+    configs: dict[str, LamConfig] = {}
     for part in sorted(set(index["weight_map"].values())):
-        tensors.update(read_state_dict(path.parent / part, sha256=hashes.get(part)))
+        read = read_state_dict(path.parent / part, sha256=hashes.get(part))
+        tensors.update(read)
+        configs.update(carried_configs(read))
     if tensors.keys() != index["weight_map"].keys():
         odd = sorted(tensors.keys() ^ index["weight_map"].keys())
         raise WeightsError(f"The shards of {path} and the index disagree about {odd[0]!r}; get them again.")
-    return tensors
+    return carry_configs(tensors, configs)
 
 
 def _is_pickle(path: Path) -> bool:
@@ -382,4 +422,4 @@ def _independent(state_dict: Mapping[str, Tensor]) -> StateDict:
             tensor = tensor.clone()
         seen.add(tensor.untyped_storage().data_ptr())
         result[key] = tensor
-    return result
+    return carry_configs(result, carried_configs(state_dict))

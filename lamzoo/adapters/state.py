@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 from collections.abc import Iterator, Mapping
@@ -13,13 +14,14 @@ from torch import Tensor, nn
 from lamzoo.adapters.decay import restore_no_weight_decay
 from lamzoo.adapters.slots import HostTakeover, SharedStateHook, replace_module
 from lamzoo.errors import MaskShapeError, StateDictError, UnsupportedHostError
-from lamzoo.lam import Lam, resize_table
+from lamzoo.lam import Lam, LamConfig, resize_table
+from lamzoo.lam.layer import carried_configs, carry_configs
 from lamzoo.lam.masks import PositionTable, drop_dead_biases
 from lamzoo.lam.tables import Grid
 
-Model = TypeVar("Model", bound=nn.Module)
-
 _logger = logging.getLogger(__name__)
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def lam_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
@@ -42,17 +44,22 @@ def lam_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 def lam_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Returns the part of ``model.state_dict()`` that belongs to the masks, under the same keys.
 
+    It carries the ``LamConfig`` in its ``_metadata``, as torch's state dicts carry the versions of modules;
+    ``torch.save`` keeps that, a copy into a plain dictionary doesn't.
+
     Args:
         model: a model that :func:`lamzoo.add_lam` gave masks, or a wrapper around one.
 
     Raises:
         UnsupportedHostError: the model has no masks.
     """
-    prefixes = tuple(f"{path}." for path in masks_of(model))
-    return {key: value for key, value in model.state_dict().items() if key.startswith(prefixes)}
+    masks = masks_of(model)
+    prefixes = tuple(f"{path}." for path in masks)
+    state = {key: value for key, value in model.state_dict().items() if key.startswith(prefixes)}
+    return carry_configs(state, {path: lam.config for path, lam in masks.items()})
 
 
-def load_lam_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
+def load_lam_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, config: LamConfig | None = None) -> list[str]:
     """Loads into a model's masks what :func:`lam_state_dict` gave; the host stays as it is.
 
     A position table of another length is resized to the model's, as :func:`lamzoo.lam.resize_table` does. A table
@@ -61,14 +68,18 @@ def load_lam_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> list[s
     Args:
         model: a model with masks of the same configuration.
         state: tensors by key, for every parameter of the masks and nothing else.
+        config: what they were trained with, for a state dict that carries no ``LamConfig``; without either, it is
+            loaded with a warning.
 
     Returns:
         The keys of the tables that were resized.
 
     Raises:
-        StateDictError: a key too many or too few, or a shape that doesn't fit; names the keys. Nothing is loaded.
+        StateDictError: another ``LamConfig``, a key too many or too few, or a shape that doesn't fit; names them.
+            Nothing is loaded.
         UnsupportedHostError: the model has no masks.
     """
+    check_lam_config(model, state, "The LAM state dict", config)
     own, state = lam_state_dict(model), dict(state)
     if dead := drop_dead_biases(model, state):
         _logger.info("%d biases of additive masks left out, which change nothing (%s)", len(dead), _few(dead))
@@ -99,6 +110,51 @@ def load_lam_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> list[s
     for lam in masks_of(model).values():
         lam.is_fresh = False
     return [key for key in tables if state[key].shape != own[key].shape]
+
+
+def check_lam_config(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    source: str,
+    config: LamConfig | None = None,
+    way_out: str = "give the model masks of {config}",
+) -> None:
+    """Compares the masks in a state dict with a model's by their meaning, which shapes don't tell.
+
+    Args:
+        model: with masks.
+        state: holds masks.
+        source: what to call it in messages.
+        config: that of its masks, where it carries none.
+        way_out: for the message; ``{config}`` in it becomes the configuration of the masks in ``state``.
+
+    Raises:
+        StateDictError: they differ; names the fields.
+    """
+    carried = carried_configs(state)
+    unplaced = config or next(iter(carried.values()), None)  # where a converter has renamed the layers
+    for path, lam in masks_of(model).items():
+        saved = carried.get(path, unplaced)
+        if saved is None:
+            _logger.warning(
+                "%s doesn't say which LamConfig its masks were trained with; they are loaded as masks of %s.",
+                source, lam.config,
+            )  # fmt: skip
+            return
+        different = lam.config.differences(saved)
+        if different:
+            theirs, ours = (
+                ", ".join(f"{name}={getattr(it, name)!r}" for name in different) for it in (saved, lam.config)
+            )
+            raise StateDictError(
+                f"{source} has masks of {theirs} and the model's are of {ours}; "
+                f"{way_out.format(config=_spelled(saved))}."
+            )
+
+
+def _spelled(config: LamConfig) -> str:
+    changed = (f for f in dataclasses.fields(config) if getattr(config, f.name) != f.default)
+    return f"LamConfig({', '.join(f'{f.name}={getattr(config, f.name)!r}' for f in changed)})"
 
 
 def remove_lam(model: Model) -> Model:

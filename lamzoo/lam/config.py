@@ -93,6 +93,14 @@ class LamConfig:
                 "use op='mul', or sign='free' with op='add'."
             )
 
+    def differences(self, other: LamConfig) -> list[str]:
+        """Returns the fields in which masks of ``other`` would mean something else, though their tensors may fit.
+
+        ``init`` matters before training only, and tables of another ``max_length`` are resized.
+        """
+        names = (field.name for field in dataclasses.fields(self) if field.name not in ("init", "max_length"))
+        return [name for name in names if getattr(self, name) != getattr(other, name)]
+
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as plain TOML and JSON values, ``max_length`` left out where it is None."""
         fields = dataclasses.asdict(self)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -275,9 +276,48 @@ class Lam(nn.Module):
             scores = self.scorer(Attended(query, key, value, mask, self.config.op, scale, present))
             self.shared.begin(here.grid, here.mask, here.reductions, here.kept, scores)
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        self.is_fresh = self.is_fresh and not any(key.startswith(prefix) for key in state_dict)
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):  # where torch keeps the versions of modules
+            destination._metadata[prefix[:-1]][_CONFIG] = self.config.to_dict()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        loads = any(key.startswith(prefix) for key in state_dict)
+        if loads and _CONFIG in local_metadata:
+            saved = LamConfig.from_dict(local_metadata[_CONFIG])
+            if self.config.differences(saved):
+                error_msgs.append(f"{prefix[:-1]} was saved with {saved} and the model has {self.config}.")
+                return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        self.is_fresh = self.is_fresh and not loads
 
     def extra_repr(self) -> str:
         return "" if self.network is not None else "shares the first layer's mask"
+
+
+_CONFIG = "lam_config"
+
+
+def carried_configs(state_dict: Mapping[str, Any]) -> dict[str, LamConfig]:
+    """Returns the configurations of masks by path, which the state dict of a masked model carries as metadata."""
+    metadata: Mapping[str, Mapping[str, Any]] = getattr(state_dict, "_metadata", {})
+    return {path: LamConfig.from_dict(entry[_CONFIG]) for path, entry in metadata.items() if _CONFIG in entry}
+
+
+def carry_configs(state_dict: Mapping[str, Tensor], configs: Mapping[str, LamConfig]) -> OrderedDict[str, Tensor]:
+    """Returns a state dict that carries configurations of masks by path, as that of a model does."""
+    carrier = OrderedDict(state_dict)
+    metadata = {path: {"version": Lam._version, _CONFIG: config.to_dict()} for path, config in configs.items()}
+    vars(carrier)["_metadata"] = OrderedDict(metadata)
+    return carrier

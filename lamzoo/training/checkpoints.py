@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import os
 import shutil
 from dataclasses import replace
@@ -15,7 +16,10 @@ from accelerate import Accelerator
 
 from lamzoo.errors import LamzooError, RecipeError
 from lamzoo.files import atomic_files
+from lamzoo.lam import LamConfig
 from lamzoo.training.recipe import AnyRecipe, parse_recipe
+
+_logger = logging.getLogger(__name__)
 
 
 class Checkpoints:
@@ -74,15 +78,24 @@ class Checkpoints:
                 shutil.rmtree(old)
         accelerator.wait_for_everyone()
 
-    def load(self, accelerator: Accelerator) -> dict[str, Any] | None:
+    def load(self, accelerator: Accelerator, lam: LamConfig | None) -> dict[str, Any] | None:
         """Loads the latest finished checkpoint into what was prepared and returns its state; None without one.
 
+        Args:
+            accelerator: prepared the model, the optimiser and the rest.
+            lam: the model's masks.
+
         Raises:
-            RecipeError: its optimiser has other parameters or groups.
+            RecipeError: the checkpoint is of other masks, or its optimiser has other parameters or groups.
         """
         finished = self._finished()
         if not finished:
             return None
+        state: dict[str, Any] = json.loads((finished[-1] / "state.json").read_text(encoding="utf-8"))
+        if "lam_config" in state:
+            self._check_masks(state["lam_config"], lam)
+        elif lam is not None:
+            _logger.warning("%s doesn't say which masks it is of; they are loaded as masks of %s", finished[-1], lam)
         try:
             accelerator.load_state(str(finished[-1]))
         except ValueError as error:
@@ -92,8 +105,19 @@ class Checkpoints:
                 f"{finished[-1]} was written by another version of lamzoo, whose optimiser had other parameters "
                 f"({error}); resume it with that version, or train anew in another folder."
             ) from error
-        state: dict[str, Any] = json.loads((finished[-1] / "state.json").read_text(encoding="utf-8"))
         return state
+
+    def _check_masks(self, fields: dict[str, Any] | None, lam: LamConfig | None) -> None:
+        saved = LamConfig.from_dict(fields) if fields is not None else None
+        if saved is None or lam is None:
+            same = saved is lam
+        else:
+            same = not saved.differences(lam)
+        if not same:
+            raise RecipeError(
+                f"run.output {self.output} holds a run of a model with masks of {saved}, and the recipe's model now "
+                f"has {lam}; choose another folder."
+            )
 
     def write_metrics(self, history: list[dict[str, float]]) -> None:
         """Rewrites ``metrics.csv`` from one record an epoch."""

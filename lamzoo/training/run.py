@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lamzoo.errors import DivergedError, RecipeError
+from lamzoo.lam import LamConfig
 from lamzoo.training.build import build_ema, build_scheduler
 from lamzoo.training.checkpoints import Checkpoints
 from lamzoo.training.inputs import BadInputs, ScanProgress, write_bad_inputs
@@ -112,7 +113,8 @@ class TrainingRun(ABC):
         self.fetched = (0.0, 0.0)  # when, and the epoch's mean loss then
         self.seconds = self.wall_seconds = 0.0
         self.history: list[dict[str, float]] = []
-        state = self.checkpoints.load(self.accelerator)
+        self.lam: LamConfig | None = getattr(model, "lam_config", None)
+        state = self.checkpoints.load(self.accelerator, self.lam)
         if state is not None:
             self.update, self.loss_sum = state["update"], self._loss_sum(state["loss_sum"])
             self.seconds, self.history = state["seconds"], state["history"]
@@ -303,7 +305,10 @@ class TrainingRun(ABC):
 
     def _save(self) -> None:
         state = {"update": self.update, "loss_sum": self._total_loss(), "seconds": self.seconds}
-        self.checkpoints.save(self.accelerator, {**state, "wall_seconds": self.wall(), "history": self.history})
+        lam = None if self.lam is None else self.lam.to_dict()
+        self.checkpoints.save(
+            self.accelerator, {**state, "wall_seconds": self.wall(), "lam_config": lam, "history": self.history}
+        )
 
     def _loss_sum(self, value: float) -> Tensor:
         device = self.accelerator.device

@@ -121,7 +121,7 @@ def test_wrong_keys_and_shapes_are_named_and_nothing_is_loaded() -> None:
         (good | {key: torch.zeros(2, 17, 8)}, re.escape(key)),
         (good | {key: torch.zeros(1, 12, 8)}, "square grid"),
         (good | {key: torch.zeros(17)}, re.escape(key)),
-        (lam_state_dict(add_lam(VIT.create())), "lacks"),
+        (dict(lam_state_dict(add_lam(VIT.create()))), "lacks"),
     ]
     for state, message in cases:
         with pytest.raises(StateDictError, match=message):

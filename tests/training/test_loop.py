@@ -210,3 +210,14 @@ def test_trains_and_reports_on_a_gpu(recipe_table: dict[str, Any], tmp_path: Pat
     result = run(recipe_table, tmp_path / "second", device="cuda", precision="bf16", ema_decay=0.9, report=True)
     assert result.report is not None and (result.report.parent / "masks-1.png").exists()
     assert all(torch.isfinite(torch.tensor(record["train_loss"])) for record in result.history)
+
+
+def test_a_run_is_not_resumed_with_masks_of_another_kind(recipe_table: dict[str, Any], tmp_path: Path) -> None:
+    folder, start = tmp_path / "m", {"embed_dim": 16, "depth": 1, "num_classes": 2}
+    lamzoo.save_pretrained(lamzoo.create_model("lam_vit_micro", lam=lamzoo.LamConfig(), **start), folder)
+    recipe_table |= {"model": {"name": f"local-dir:{folder}"}}
+    recipe_table["schedule"]["epochs"] = 1
+    train(parse_recipe(recipe_table))
+    lamzoo.save_pretrained(lamzoo.create_model("lam_vit_micro", lam=lamzoo.LamConfig(op="mul"), **start), folder)
+    with pytest.raises(RecipeError, match=r"masks of LamConfig\(.*op='add'.*op='mul'.*choose another folder"):
+        train(parse_recipe(recipe_table), resume=True)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import lamzoo
-from lamzoo.errors import RecipeError
+from lamzoo.errors import RecipeError, StateDictError
 from lamzoo.training import parse_recipe, train
 from lamzoo.training.tuning import Tuning
 from tests.training.processes import train_killed
@@ -95,3 +95,14 @@ def test_classifier_for_other_classes_is_made_anew(recipe_table: dict[str, Any],
     weight = lamzoo.create_model(start, pretrained=True).head.weight
     assert torch.equal(build_model(recipe, ["cat", "dog"]).head.weight, weight)
     assert not torch.equal(build_model(recipe, ["blue", "red"]).head.weight, weight)
+
+
+def test_tuning_masks_of_another_kind_is_refused_unless_they_start_anew(
+    recipe_table: dict[str, Any], start: str
+) -> None:
+    model = {"name": start, "pretrained": True, "tune": "lam", "lam": {"op": "mul"}}
+    recipe_table["schedule"]["epochs"] = 1
+    with pytest.raises(StateDictError, match=r"sign='positive'.*model\.kwargs\.lam_weights"):
+        train(parse_recipe(recipe_table | {"model": model}))
+    result = train(parse_recipe(recipe_table | {"model": model | {"kwargs": {"lam_weights": "fresh"}}}))
+    assert lamzoo.create_model(f"local-dir:{result.model}").lam_config == lamzoo.LamConfig(op="mul")

@@ -100,8 +100,10 @@ def test_a_missing_mask_key_among_others_is_an_error(masked: dict[str, Tensor]) 
 
 
 def test_masks_of_another_shape_are_an_error_with_the_way_out(masked: dict[str, Tensor]) -> None:
-    with pytest.raises(StateDictError, match="leave lam= out"):
+    with pytest.raises(StateDictError, match=r"rank=2.*rank=3; pass lam=LamConfig\(rank=2\)"):
         load_into(create(lam=LamConfig(rank=3)), masked, source="file")
+    with pytest.raises(StateDictError, match="leave lam= out"):
+        load_into(create(lam=LamConfig(rank=3)), dict(masked), source="file")
     with pytest.raises(StateDictError, match="leave lam= out"):
         load_into(create(), masked, source="file")
 
