@@ -53,6 +53,7 @@ __all__ = [
 ]
 
 
+_MASKED_TIMM = f"lamzoo/{TIMM_PREFIX}"  # in front of the architecture of a timm model with masks
 _OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
@@ -89,7 +90,7 @@ def save_pretrained(
     """Writes a model to a folder, for ``create_model("local-dir:<folder>")`` or, uploaded, ``"hf-hub:<repo>"``.
 
     The folder gets ``model.safetensors`` (or shards and their index) and ``config.json`` in timm's hub format, so that
-    timm itself reads a plain model of an architecture that it knows. ``lam_config``, ``prune_config`` and ``lamzoo``
+    timm itself reads a plain model of an architecture that it knows, and refuses one with masks. ``lam_config``, ``prune_config`` and ``lamzoo``
     (registry name, version, sha256 of the weights) stand beside timm's keys. Files of an earlier save are replaced when
     the new ones are complete.
 
@@ -161,6 +162,7 @@ def read_saved(
         cfg, arch, args = load_model_config_from_path(folder)
         if not isinstance(arch, str):
             raise TypeError(f"architecture is {arch!r}")
+        arch = arch.removeprefix(_MASKED_TIMM)
         cfg = PretrainedCfg(**_tuples({**cfg, "architecture": arch, "custom_load": False}))
         masks = raw.get("lam_config")
         lam = LamConfig.from_dict(masks) if masks else None
@@ -219,7 +221,9 @@ def _config(model: nn.Module, card: ModelCard, label_names: Sequence[str] | None
         ) from error
     except OSError as error:
         raise WeightsError(f"The configuration of {card.name} cannot be written ({error}).") from error
-    config["architecture"] = card.backbone.get("timm", card.name)
+    # timm builds the architecture that is named here without masks: a model with masks has a name that timm refuses.
+    masked = _MASKED_TIMM + card.name.removeprefix(TIMM_PREFIX) if card.source == "timm" else card.name
+    config["architecture"] = card.backbone.get("timm", card.name) if masks is None else masked
     config["lam_config"] = masks.to_dict() if masks is not None else None
     if getattr(model, "prune_config", None) is not None:
         config["prune_config"] = model.prune_config.to_dict()  # type: ignore[union-attr, operator]

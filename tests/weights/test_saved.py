@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -20,6 +21,7 @@ from lamzoo.registry import create_model
 from lamzoo.weights import save_pretrained
 from tests.weights.hub_server import COMMIT, HubServer
 
+TIMM = "timm/test_vit"
 IMAGE = torch.linspace(-1, 1, 3 * 32 * 32).reshape(1, 3, 32, 32)
 
 
@@ -84,6 +86,42 @@ def test_timm_reads_a_plain_model(tmp_path: Path) -> None:
     model = create_model("timm/test_vit", img_size=32, num_classes=3)
     save_pretrained(model, tmp_path)
     assert same_output(model, timm.create_model(f"local-dir:{tmp_path}", pretrained=True))
+
+
+SMALL = {"img_size": 32, "num_classes": 3, "depth": 1, "embed_dim": 16, "num_heads": 2}
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"name": "lam_vit_tiny"},
+        {"name": "vit_tiny_patch8_64", "lam": LamConfig(op="mul")},
+        {"name": TIMM, "lam": LamConfig()},
+    ],
+)
+def test_timm_refuses_a_masked_model_and_takes_it_without_masks(kwargs: dict[str, Any], tmp_path: Path) -> None:
+    save_pretrained(create_model(**kwargs, **SMALL), tmp_path / "masked")
+    for pretrained in (False, True):
+        with pytest.raises(RuntimeError, match="Unknown model"):
+            timm.create_model(f"local-dir:{tmp_path / 'masked'}", pretrained=pretrained)
+    loaded = create_model(f"local-dir:{tmp_path / 'masked'}", pretrained=True)
+    assert loaded.lam_config is not None
+    save_pretrained(loaded, tmp_path / "again")
+    assert files(tmp_path / "again") == files(tmp_path / "masked")
+    plain = create_model(f"local-dir:{tmp_path / 'masked'}", pretrained=True, lam=False)
+    save_pretrained(plain, tmp_path / "plain")
+    assert same_output(plain, timm.create_model(f"local-dir:{tmp_path / 'plain'}", pretrained=True))
+
+
+def test_a_masked_folder_of_an_earlier_version_still_loads(tmp_path: Path) -> None:
+    model = create_model("lam_vit_tiny", **SMALL)
+    save_pretrained(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["architecture"] = "vit_tiny_patch16_224"  # as lamzoo 0.1.0 wrote it
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert loaded.lam_config == model.lam_config
+    assert same_output(model, loaded)
 
 
 def test_what_timm_saved_is_read(tmp_path: Path) -> None:
