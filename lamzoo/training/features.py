@@ -15,7 +15,7 @@ from lamzoo.errors import RecipeError
 from lamzoo.training.build import build_optimizer
 from lamzoo.training.caption_recipe import CaptionRecipe
 from lamzoo.training.inputs import BadInputs, ScanProgress
-from lamzoo.training.loaders import SeededDataset, seed_everything
+from lamzoo.training.loaders import create_seeded_loader, seed_everything
 from lamzoo.training.moment_recipe import MomentRecipe
 from lamzoo.training.run import TrainingRun, TrainResult
 from lamzoo.training.score_report import write_score_report
@@ -91,17 +91,7 @@ class FeatureRun(TrainingRun):
         return ()
 
     def train_loader(self, model: nn.Module) -> DataLoader[Any]:
-        recipe = self.recipe
-        dataset: Any = SeededDataset(self.samples(), recipe.run.seed)
-        return DataLoader(
-            dataset,
-            recipe.run.batch_size // recipe.run.accumulation,
-            shuffle=True,
-            collate_fn=self.collate(model),
-            num_workers=recipe.data.workers,
-            pin_memory=torch.cuda.is_available() and recipe.run.device != "cpu",
-            drop_last=True,
-        )
+        return create_seeded_loader(self.recipe, self.samples(), self.collate(model))
 
     def eval_loaders(self, model: nn.Module) -> list[DataLoader[Any]]:
         return []  # each process answers its own share

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,11 +11,11 @@ import numpy as np
 import timm.data
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lamzoo.errors import RecipeError
 from lamzoo.evaluation.runtime import data_config
-from lamzoo.training.recipe import Recipe
+from lamzoo.training.recipe import AnyRecipe, Recipe
 
 
 class SeededDataset(Dataset[tuple[Tensor, int]]):
@@ -37,13 +37,38 @@ class SeededDataset(Dataset[tuple[Tensor, int]]):
             return self.dataset[index]
 
 
+class SeededSampler(Sampler[int]):
+    """Draws the order of a :class:`SeededDataset` anew for each epoch, from (seed, epoch) alone.
+
+    Accelerate's own sampler seeds with their sum, so that seed 1 begins with the second epoch of seed 0.
+    """
+
+    def __init__(self, dataset: SeededDataset) -> None:
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __iter__(self) -> Iterator[int]:
+        first, second = _words((self._dataset.seed, self._dataset.epoch, 0, 0, 2))  # dropout's keys end in 1
+        generator = torch.Generator().manual_seed(first << 32 | second)
+        order: list[int] = torch.randperm(len(self), generator=generator).tolist()
+        return iter(order)
+
+
 def seed_everything(*key: int) -> None:
-    """Seeds ``random``, NumPy and torch, on all devices, from non-negative integers."""
+    """Seeds ``random``, NumPy and torch, on all devices, from non-negative integers, the recipe's seed first."""
     torch.manual_seed(_seed_host(key))
 
 
+def _words(key: tuple[int, ...]) -> tuple[int, int]:
+    # As a spawn key, since SeedSequence pads plain entropy with zeros: (3,) and (3, 0, 0) would be the same.
+    first, second = np.random.SeedSequence(key[0], spawn_key=key[1:]).generate_state(2)
+    return int(first), int(second)
+
+
 def _seed_host(key: tuple[int, ...]) -> int:
-    first, second = (int(word) for word in np.random.SeedSequence(key).generate_state(2))
+    first, second = _words(key)
     random.seed(first)
     np.random.seed(first)
     return first << 32 | second
@@ -69,6 +94,32 @@ def check_batches(recipe: Recipe, train_set: Any) -> None:
         )
 
 
+def create_seeded_loader(
+    recipe: AnyRecipe, samples: Any, collate: Callable[[list[Any]], Any] | None = None
+) -> DataLoader[Any]:
+    """Returns a training loader of any task, not yet sharded over processes.
+
+    Args:
+        recipe: the whole recipe.
+        samples: a map-style data set.
+        collate: makes a batch of samples; torch's own by default.
+
+    Returns:
+        A loader of ``run.batch_size / run.accumulation`` samples, which drops the last incomplete batch. Its
+        ``dataset.epoch`` must be set before each epoch: order and samples depend on it.
+    """
+    dataset = SeededDataset(samples, recipe.run.seed)
+    return DataLoader(
+        dataset,
+        recipe.run.batch_size // recipe.run.accumulation,
+        sampler=SeededSampler(dataset),
+        collate_fn=collate,
+        num_workers=recipe.data.workers,
+        pin_memory=torch.cuda.is_available() and recipe.run.device != "cpu",
+        drop_last=True,
+    )
+
+
 def create_train_loader(recipe: Recipe, train_set: Any, model: nn.Module) -> DataLoader[Any]:
     """Returns the training loader, not yet sharded over processes.
 
@@ -78,8 +129,7 @@ def create_train_loader(recipe: Recipe, train_set: Any, model: nn.Module) -> Dat
         model: built for the input size, mean and standard deviation that the images get.
 
     Returns:
-        A loader of float images ``(B, C, H, W)`` and int labels ``(B,)``, which drops the last incomplete batch; its
-        ``dataset.epoch`` must be set before each epoch.
+        A loader of float images ``(B, C, H, W)`` and int labels ``(B,)``, as of :func:`create_seeded_loader`.
     """
     config = data_config(model)
     augment = recipe.augment
@@ -98,14 +148,7 @@ def create_train_loader(recipe: Recipe, train_set: Any, model: nn.Module) -> Dat
         mean=config["mean"],
         std=config["std"],
     )
-    return DataLoader(
-        SeededDataset(train_set, recipe.run.seed),
-        recipe.run.batch_size // recipe.run.accumulation,
-        shuffle=True,
-        num_workers=recipe.data.workers,
-        pin_memory=torch.cuda.is_available() and recipe.run.device != "cpu",
-        drop_last=True,
-    )
+    return create_seeded_loader(recipe, train_set)
 
 
 def create_eval_loader(recipe: Recipe, eval_set: Any, model: nn.Module) -> DataLoader[Any]:

@@ -31,7 +31,7 @@ from lamzoo.profiling.inputs import evaluating
 from lamzoo.registry import create_model
 from lamzoo.training.contrastive import contrastive_backward
 from lamzoo.training.inputs import BadInputs, ScanProgress
-from lamzoo.training.loaders import SeededDataset, seed_everything
+from lamzoo.training.loaders import create_seeded_loader, seed_everything
 from lamzoo.training.retrieval_recipe import RetrievalRecipe
 from lamzoo.training.run import TrainingRun, TrainResult
 from lamzoo.training.score_report import retrieval_table, write_score_report
@@ -99,16 +99,7 @@ class RetrievalRun(TrainingRun):
     def train_loader(self, model: nn.Module) -> DataLoader[Any]:
         recipe, augment = self.recipe, self.recipe.augment
         transform = ClipAugment(frames_config(model), augment.scale, augment.ratio, augment.hflip, augment.color_jitter)
-        dataset: Any = SeededDataset(self._pairs(transform), recipe.run.seed)
-        return DataLoader(
-            dataset,
-            recipe.run.batch_size // recipe.run.accumulation,
-            shuffle=True,
-            collate_fn=_Collate(model.tokenizer, recipe.data.max_frames),
-            num_workers=recipe.data.workers,
-            pin_memory=torch.cuda.is_available() and recipe.run.device != "cpu",
-            drop_last=True,
-        )
+        return create_seeded_loader(recipe, self._pairs(transform), _Collate(model.tokenizer, recipe.data.max_frames))
 
     def eval_loaders(self, model: nn.Module) -> list[DataLoader[Any]]:
         transform = each_frame(timm.data.create_transform(**frames_config(model)))

@@ -178,7 +178,6 @@ class TrainingRun(ABC):
     def epoch(self, epoch: int) -> None:
         """Trains and, where it is due, evaluates one epoch, from the update at which the run stands."""
         self.seeded.epoch = epoch
-        self.loader.set_epoch(epoch)
         done = self.update - epoch * self.updates_per_epoch
         accumulation, interval = self.recipe.run.accumulation, self.recipe.run.checkpoint_interval
         loader = skip_first_batches(self.loader, done * accumulation) if done else self.loader
@@ -347,8 +346,7 @@ def _create_accelerator(run: RunSection) -> Accelerator:
     accelerator = Accelerator(
         mixed_precision=run.precision,
         cpu=run.device == "cpu",
-        # Batches are the global ones, split over the processes, in an order that the seed fixes.
-        dataloader_config=DataLoaderConfiguration(split_batches=True, use_seedable_sampler=True, data_seed=run.seed),
+        dataloader_config=DataLoaderConfiguration(split_batches=True),  # batches are the global ones
         log_with="tensorboard" if run.tensorboard else None,
         project_dir=run.output,
         step_scheduler_with_optimizer=False,
