@@ -197,15 +197,42 @@ def move(stream: Any, device: torch.device) -> Any:
 
 
 def context_tokens(model: Any, captions: Sequence[Sequence[str]]) -> Tensor | None:
-    """Returns the tokens of earlier captions, ``(B, W)``, the last that fit; None where there are none."""
-    if not any(captions):
+    """Returns the tokens of earlier captions, ``(B, W)``, the last that fit; None where there are none.
+
+    The oldest captions are left out first, whole ones; a caption that is too long by itself loses its first tokens.
+    """
+    fitting = [last_that_fit(model, texts) for texts in captions]
+    if not any(fitting):
         return None
-    room = model.context_tokens
-    rows = []
-    for texts in captions:
-        tokens = model.tokenizer([" ".join(texts)], context_length=room) if texts else torch.zeros(1, room).long()
-        rows.append(tokens[0])
-    return torch.stack(rows)
+    return torch.stack([_context(model, " ".join(texts)) for texts in fitting])
+
+
+def last_that_fit(model: Any, texts: Sequence[str]) -> tuple[str, ...]:
+    """Returns the last texts that a model has room for together, at least one where there is room at all."""
+    room, said = model.context_tokens, [text for text in texts if text]
+    if not room or not said:
+        return ()
+    count = 1
+    while count < len(said) and len(_numbers(model, " ".join(said[-count - 1 :]))) <= room:
+        count += 1
+    return tuple(said[-count:])
+
+
+def _context(model: Any, text: str) -> Tensor:
+    """Returns a text's start, last tokens that fit, and end, behind them zeros: int64 ``(context_tokens,)``."""
+    row = torch.zeros(model.context_tokens, dtype=torch.int64)
+    if text:
+        numbers = _numbers(model, text)
+        if len(numbers) > len(row):
+            numbers = torch.cat([numbers[:1], numbers[len(numbers) - len(row) + 1 :]])
+        row[: len(numbers)] = numbers
+    return row
+
+
+def _numbers(model: Any, text: str) -> Tensor:
+    """Returns all tokens of a text, start and end included; none is shorter than a byte."""
+    tokens: Tensor = model.tokenizer([text], context_length=len(text.encode()) + 2)[0]
+    return tokens[: int(tokens.nonzero()[-1]) + 1]
 
 
 def _compared(dataset: CaptionDataset, captions: Mapping[str, str]) -> tuple[dict[str, list[str]], dict[str, str]]:

@@ -20,7 +20,7 @@ from lamzoo.data.grid import BANDS
 from lamzoo.data.moments.features import unit
 from lamzoo.data.video import probe_video
 from lamzoo.errors import ConfigError, DataError, UnsupportedHostError
-from lamzoo.evaluation.describing import check_streams, context_tokens, move, pad_streams
+from lamzoo.evaluation.describing import check_streams, context_tokens, last_that_fit, move, pad_streams
 from lamzoo.evaluation.runtime import inference, resolve_device
 from lamzoo.extractor import FeatureExtractor
 from lamzoo.registry import create_model
@@ -220,7 +220,7 @@ def describe_windows(
         for number, (start, end) in enumerate(windows.spans):
             streams = windows.streams(number)
             if streams:
-                before = () if context is False else _fitting(describer, [each.text for each in described])
+                before = () if context is False else last_that_fit(describer, [each.text for each in described])
                 batch = {name: move(stream, device) for name, stream in pad_streams([streams]).items()}
                 (written,) = describer.generate(batch, context_of(describer, before, device), how, [number])
                 text = str(describer.tokenizer.decode(written.tokens)).strip()
@@ -324,20 +324,6 @@ def _modalities(path: Path, model: Any, has_audio: bool) -> tuple[tuple[str, ...
     if "audio" in known and not has_audio:
         _logger.warning("%s has no sound: described from %s alone", path, " and ".join(found))
     return found, tuple(name for name in model.features if name not in found)
-
-
-def _fitting(model: Any, texts: Sequence[str]) -> tuple[str, ...]:
-    """Returns the last sentences that a model has room for together, at least one where there is room at all."""
-    room, said = model.context_tokens, [text for text in texts if text]
-    if not room or not said:
-        return ()
-    count = 1
-    while count < len(said):
-        tokens = model.tokenizer([" ".join(said[-count - 1 :])], context_length=room + 1)
-        if int(tokens.nonzero()[-1, 1]) >= room:
-            break
-        count += 1
-    return tuple(said[-count:])
 
 
 def _say_what_lacked(windows: VideoWindows, described: Sequence[DescribedWindow], left_out: Sequence[int]) -> None:

@@ -1,6 +1,7 @@
 """The describer: what it computes, what masks and missing modalities change, and how it writes."""
 
 from itertools import product
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,10 +15,11 @@ from torch.testing import assert_close
 import lamzoo
 from lamzoo import LamConfig
 from lamzoo.errors import ConfigError, DataError
+from lamzoo.evaluation.describing import context_tokens
 from lamzoo.models.caption_decoder import CaptionDecoder, DecoderCache, from_coca
 from lamzoo.models.generation import Generation
 from lamzoo.models.joint_encoder import JointEncoder, Stream, time_waves
-from lamzoo.models.tokenizer import WordTokenizer
+from lamzoo.models.tokenizer import SmallTokenizer, WordTokenizer
 from lamzoo.profiling.latency import compare_latency
 from lamzoo.statedict import load_into
 
@@ -126,6 +128,35 @@ def test_context_is_read_and_its_padding_is_not() -> None:
     assert_close(masked(batch, text(1), context[:, :3]).logits, expected, atol=1e-5, rtol=1e-5)
     with pytest.raises(ConfigError, match="5 tokens and the model room for 4"):
         masked(batch, text(1), torch.ones(1, 5, dtype=torch.int64))
+
+
+@given(st.lists(st.lists(st.sampled_from(WORDS), max_size=5), max_size=5), st.integers(3, 9))
+def test_the_context_is_the_last_captions_that_fit(captions: list[list[str]], room: int) -> None:
+    found: Any = SimpleNamespace(tokenizer=WordTokenizer(WORDS, 7), context_tokens=room)
+    texts = [" ".join(words) for words in captions]
+    tokens = context_tokens(found, [texts, []])
+    said = [words for words in captions if words]
+    if not said:
+        assert tokens is None
+        return
+    assert tokens is not None
+    assert tokens.shape == (2, room)
+    assert not tokens[1].any()
+    kept = [said.pop()]
+    while said and sum(map(len, [said[-1], *kept])) <= room - 2:  # start and end need a place too
+        kept.insert(0, said.pop())
+    words = [word for caption in kept for word in caption][-(room - 2) :]
+    start, end = found.tokenizer.sot_token_id, found.tokenizer.eot_token_id
+    numbers = [start, *(WORDS.index(word) + 1 for word in words), end]
+    assert tokens[0].tolist() == numbers + [0] * (room - len(numbers))
+
+
+def test_a_caption_that_is_too_long_keeps_its_end() -> None:
+    found: Any = SimpleNamespace(tokenizer=SmallTokenizer(600, 7), context_tokens=9)
+    (tokens,) = context_tokens(found, [["she opens the door", "he waits " * 20 + "and goes away"]])
+    assert tokens[0] == found.tokenizer.sot_token_id
+    assert tokens[-1] == found.tokenizer.eot_token_id
+    assert "he waits and goes away".endswith(found.tokenizer.decode(tokens[1:-1].tolist()).strip())
 
 
 def test_aligned_tokens_say_words() -> None:
