@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -25,7 +26,7 @@ def bench(
     data: Annotated[str | None, typer.Option(metavar="SPEC", help=(
         "Also score the models, with their weights, on this data set, given as for eval; "
         "without it they have random weights."))] = None,
-    split: Annotated[str, typer.Option(help="Which part of the data, where it has parts.")] = "test",
+    split: Annotated[str | None, typer.Option(help="Which part of the data [test, or all].")] = None,
     device: Device = "auto",
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(
         help="Of weights and input, and of the autocast of the score.")] = "float32",
@@ -96,16 +97,17 @@ def bench(
         raise typer.Exit(1)
 
 
-def _split(data: str | None, split: str) -> str | None:
+def _split(data: str | None, split: str | None) -> str | None:
     """Opens the data, so that what is wrong with it is said before anything is measured; returns its split's name."""
     if data is None:
         return None
     from lamzoo.data import create_dataset
     from lamzoo.data.retrieval import VIDEO_KINDS, create_retrieval_dataset
+    from lamzoo.data.splits import WHOLE, open_default
 
-    if data.partition(":")[0] in VIDEO_KINDS:
-        return create_retrieval_dataset(data, split).split or split
-    return create_dataset(data, split).split or split
+    create: Any = create_retrieval_dataset if data.partition(":")[0] in VIDEO_KINDS else create_dataset
+    opener = partial(create, data)
+    return (open_default(opener, "test") if split is None else opener(split)).split or WHOLE
 
 
 def _print(rows: Sequence[BenchRow], output: Path, kept: int) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
@@ -18,19 +19,24 @@ if TYPE_CHECKING:
 
     from lamzoo.data import LabelledImages, OnBadInput
     from lamzoo.data.sampling import Slicing
+    from lamzoo.data.trained import TrainedData
     from lamzoo.evaluation import Precision
+
+Data = TypeVar("Data")
 
 
 def eval_command(
     name: Name,
-    data: Annotated[str, typer.Option(metavar="SPEC", help=(
+    data: Annotated[str | None, typer.Option(metavar="SPEC", help=(
         "imagefolder:DIR, imagelist:DIR:FILE, npz:DIR, torchvision:NAME:ROOT, hfds:NAME, wds:SHARDS, or a folder; for "
         "retrieval msrvtt:DIR, msvd:DIR, videos:DIR, wds:SHARDS, grid:DIR or flickr8k:DIR; for moments "
         "qvhighlights:DIR, charades:DIR or grid:DIR; for captions mad:DIR, lsmdc:DIR, videos:DIR, grid:DIR or "
-        "flickr8k:DIR."))],
-    task: Annotated[Literal["classification", "retrieval", "moments", "captions"], typer.Option(
-        help="What the model does.")] = "classification",
-    split: Annotated[str, typer.Option(help="Which part of the data, where it has parts.")] = "test",
+        "flickr8k:DIR; may be left out for local-dir:RUN, the folder of a training run."))] = None,
+    task: Annotated[Literal["classification", "retrieval", "moments", "captions"] | None, typer.Option(
+        help="What the model does [classification, or the run's].")] = None,
+    split: Annotated[str | None, typer.Option(help=(
+        "Which part of the data [test; all of data without splits; where a run held images out for validation, "
+        "those]."))] = None,
     class_map: Annotated[str | None, typer.Option(metavar="FILE", help=(
         "Which class is which output, for data with a part of the classes: a file, imagenet-1k, or model."))] = None,
     real_labels: Annotated[str | None, typer.Option(metavar="FILE", help=(
@@ -67,6 +73,12 @@ def eval_command(
     for path in (output, submission):
         if path is not None and not path.absolute().parent.is_dir():
             raise ConfigError(f"the folder of {path} does not exist; make it first")
+    trained = _trained(name)
+    if data is None:
+        if trained is None:
+            raise ConfigError(f"--data is missing, and {name} is not the folder of a training run; add --data SPEC")
+        data = trained.source
+    task = task or _task(trained)
     of_retrieval = {"--fps": fps, "--slicing": slicing, "--dual-softmax": dual_softmax or None}
     of_images = {"--class-map": class_map, "--real-labels": real_labels, "--limit": limit, "--state": state,
                  "--resume": resume or None}  # fmt: skip
@@ -97,12 +109,12 @@ def eval_command(
         _write(record, output, json, _print_retrieval)
         return
     _refuse(of_retrieval, "classification")
-    from lamzoo.data import create_dataset
+    from lamzoo.data.trained import open_scored
     from lamzoo.evaluation import EvalProgress, check_batches, default_state_path, evaluate, resolve_device
 
     target = resolve_device(device)
     check_batches(batch_size, workers, precision)
-    dataset = create_dataset(data, split)
+    dataset = open_scored(data, split, trained)
     model = load_model(name, checkpoint)
     if class_map is not None:
         dataset = _relabelled(dataset, class_map, model)
@@ -122,7 +134,7 @@ def eval_command(
             limit=limit,
             on_bad_input=on_bad_input,
             real_labels=real_labels,
-            state=state or default_state_path(name, data, split, *choices),
+            state=state or default_state_path(name, data, dataset.split or "all", *choices),
             resume=resume,
             progress=moved,
         )
@@ -131,10 +143,29 @@ def eval_command(
     _write(record, output, json, _print)
 
 
+def _trained(name: str) -> TrainedData | None:
+    """Returns what a model was trained on, where its name is the folder of a run."""
+    from lamzoo.data.trained import TrainedData
+
+    source, _, place = name.partition(":")
+    return TrainedData.read(Path(place).expanduser()) if source == "local-dir" else None
+
+
+def _task(trained: TrainedData | None) -> Literal["classification", "retrieval", "moments", "captions"]:
+    task: Any = "classification" if trained is None else trained.task
+    return task
+
+
+def _open(create: Callable[[str, str], Data], data: str, split: str | None) -> Data:
+    from lamzoo.data.splits import open_default
+
+    return open_default(partial(create, data), "test") if split is None else create(data, split)
+
+
 def _eval_retrieval(
     name: str,
     data: str,
-    split: str,
+    split: str | None,
     fps: float | None,
     slicing: Slicing | None,
     dual: bool,
@@ -154,7 +185,7 @@ def _eval_retrieval(
 
     target = resolve_device(device)
     check_batches(batch_size, workers, precision)
-    dataset = create_retrieval_dataset(data, split)
+    dataset = _open(create_retrieval_dataset, data, split)
     model: Any = load_model(name, checkpoint)
     frames_config(model)
     sampling = adjusted(model.sampling, fps=fps, slicing=slicing)
@@ -179,7 +210,7 @@ def _eval_retrieval(
 def _eval_moments(
     name: str,
     data: str,
-    split: str,
+    split: str | None,
     batch_size: int,
     device: str,
     precision: Precision,
@@ -196,13 +227,13 @@ def _eval_moments(
 
     if name.endswith((".jsonl", ".jsonl.gz")):
         _refuse({"--checkpoint": checkpoint, "--submission": submission}, "moments with a submission")
-        dataset = create_moment_dataset(data, split)
+        dataset = _open(create_moment_dataset, data, split)
         metrics = moment_metrics(read_submission(name), dataset.annotations())
         return {"task": "moments", "submission": name, "data": data, "split": dataset.split, "queries": len(dataset),
                 "metrics": metrics}  # fmt: skip
     target = resolve_device(device)
     check_batches(batch_size, workers, precision)
-    dataset = create_moment_dataset(data, split)
+    dataset = _open(create_moment_dataset, data, split)
     model = load_model(name, checkpoint)
     with out.progress_bar(f"{name} on {data}", hidden=hidden) as advance:
         result = evaluate_moments(
@@ -219,7 +250,7 @@ def _eval_moments(
 def _eval_captions(
     name: str,
     data: str,
-    split: str,
+    split: str | None,
     beams: int | None,
     context: int | None,
     batch_size: int,
@@ -239,14 +270,14 @@ def _eval_captions(
     if name.endswith((".json", ".json.gz")):
         given = {"--beams": beams, "--context": context, "--checkpoint": checkpoint, "--submission": submission}
         _refuse(given, "captions with a file of them")
-        dataset = create_caption_dataset(data, split)
+        dataset = _open(create_caption_dataset, data, split)
         captions = {str(key): caption for key, caption in read_captions(name).items()}
         metrics = caption_scores(dataset, captions) | java_scores(dataset, captions)
         return {"task": "captions", "captions": name, "data": data, "split": dataset.split, "clips": len(dataset),
                 "metrics": metrics}  # fmt: skip
     target = resolve_device(device)
     check_batches(batch_size, workers, precision)
-    dataset = create_caption_dataset(data, split)
+    dataset = _open(create_caption_dataset, data, split)
     model = load_model(name, checkpoint)
     from lamzoo.models.generation import Generation
 

@@ -73,3 +73,7 @@ class DataError(LamzooError):
 
 class MissingSplitError(DataError):
     """A split that a data set has not; the message lists those that it has."""
+
+
+class UnsplitError(MissingSplitError):
+    """A split of data without splits, which can only be taken whole."""

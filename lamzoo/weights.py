@@ -140,7 +140,7 @@ def read_saved(
 
     Args:
         source: where it is.
-        place: the folder, or ``owner/name[@revision]``.
+        place: the folder, or that of the run that trained it, or ``owner/name[@revision]``.
         with_weights: also find the weights.
         cache_dir: in place of the hub's cache folder.
         allow_pickle: whether a hub repository may give its pickle.
@@ -152,7 +152,9 @@ def read_saved(
     if source == "local-dir":
         folder, repo, revision = Path(place).expanduser(), "", ""
         if not (folder / "config.json").is_file():
-            raise WeightsNotFoundError(f"There is no saved model in {folder}: it has no config.json.")
+            if not (folder / "model" / "config.json").is_file():  # where training leaves it
+                raise WeightsNotFoundError(f"There is no saved model in {folder}: it has no config.json.")
+            folder = folder / "model"
     else:
         repo, _, revision = place.partition("@")
         folder = hub.download(repo, "config.json", revision=revision or None, cache_dir=cache_dir).parent

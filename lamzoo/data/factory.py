@@ -9,6 +9,7 @@ from lamzoo.data.hubs import HuggingFaceSource, TorchvisionSource
 from lamzoo.data.labelled import ImageSource, LabelledImages
 from lamzoo.data.lists import ListedSource
 from lamzoo.data.packed import NpzSource, TarSource, npz_splits
+from lamzoo.data.splits import check_whole
 from lamzoo.errors import DataError
 
 _GRAMMAR = (
@@ -22,9 +23,9 @@ def create_dataset(spec: str, split: str) -> LabelledImages:
     Args:
         spec: one of
 
-            - ``imagefolder:DIR``: ``DIR/<split>/<class>/*.jpg``, or ``DIR/<class>/*.jpg``, which has no splits and is
-              taken whole whatever ``split`` says (``dataset.split`` is then ``None``). Labels follow timm's natural
-              order of the class names, over all the splits together. In a training split, each class needs an image.
+            - ``imagefolder:DIR``: ``DIR/<split>/<class>/*.jpg``, or ``DIR/<class>/*.jpg``, which has no splits. Labels
+              follow timm's natural order of the class names, over all the splits together. In a training split, each
+              class needs an image.
             - ``imagelist:DIR:FILE``: a flat folder, and a file of labels, such as ImageNet's validation split as it is
               handed out; see :class:`lamzoo.data.lists.ListedSource`. It has no splits.
             - ``npz:DIR``: ``DIR/<split>.npz`` with ``jpeg`` (uint8, the files one after the other), ``offsets``
@@ -32,18 +33,23 @@ def create_dataset(spec: str, split: str) -> LabelledImages:
             - ``torchvision:NAME:ROOT``: a data set of torchvision that lies in ``ROOT``, such as ``CIFAR10``.
             - ``hfds:NAME``: a Hugging Face data set, by its name on the hub or a local folder.
             - ``wds:SHARDS``: local webdataset tar files, ``DIR/{split}-{000..012}.tar`` or with ``*``; where
-              ``{split}`` is written, it is replaced, else the pattern alone says what is read.
+              ``{split}`` is written, it is replaced, else there are no splits.
             - a folder: ``npz`` if it holds npz files, else ``imagefolder``.
         split: ``train``, ``validation``, ``test`` or what the data calls it. ``val``, ``valid``, ... all mean
-            validation, but validation is never taken for test.
+            validation, but validation is never taken for test. Data without splits have one, ``"all"``, whose own name
+            (``dataset.split``) is ``None``.
 
     Returns:
         A data set of ``(RGB PIL image, int label)`` with ``transform`` to set and ``classes`` to read.
 
     Raises:
-        DataError: the specification, the folder or the split does not exist, or the files are not what they should be.
+        MissingSplitError: the data have no such split.
+        DataError: the specification or the folder does not exist, or the files are not what they should be.
     """
-    return LabelledImages(_source(spec, split), spec)
+    source = _source(spec, split)
+    dataset = LabelledImages(source, spec)
+    check_whole(source.split, split, spec, source.how_to_split)
+    return dataset
 
 
 def _source(spec: str, split: str) -> ImageSource:

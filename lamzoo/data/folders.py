@@ -8,7 +8,7 @@ from typing import BinaryIO
 from lamzoo.data.images import images_below
 from lamzoo.data.labelled import ImageSource
 from lamzoo.data.paths import natural_key, visible
-from lamzoo.data.splits import SPLIT_NAMES, find_split, synonyms
+from lamzoo.data.splits import SPLIT_NAMES, WHOLE, find_split, synonyms
 from lamzoo.errors import DataError
 
 
@@ -20,17 +20,19 @@ class FolderSource(ImageSource):
 
     Args:
         root: the folder.
-        split: which split; without meaning where ``root`` holds the classes themselves.
+        split: which split; ``"all"`` where ``root`` holds the classes themselves.
 
     Raises:
         DataError: no such folder, split or class, or an empty class in the training split.
     """
 
+    how_to_split = "make a folder for each split, with those of the classes in it"
+
     def __init__(self, root: Path, split: str) -> None:
         if not root.is_dir():
             raise DataError(f"no such folder: {root}")
         children = _folders(root)
-        split_folders = [name for name in children if name.lower() in SPLIT_NAMES or name == split]
+        split_folders = [name for name in children if name.lower() in SPLIT_NAMES or (name == split and split != WHOLE)]
         if split_folders:
             self.split = find_split(split, split_folders, str(root))
             names = {name for folder in split_folders for name in _folders(root / folder)}
@@ -43,13 +45,14 @@ class FolderSource(ImageSource):
             hint = f"; with a file of labels, write imagelist:{folder}:FILE" if flat else ""
             raise DataError(f"{folder} has no class folders; images belong in {folder}/<class>/{hint}")
         self.classes = sorted(names, key=lambda name: (natural_key(name), name))
+        self._folder = folder
         self._samples = [
             (path, label) for label, name in enumerate(self.classes) for path in images_below(folder / name)
         ]
         if not self._samples:
             raise DataError(f"the class folders of {folder} hold no image")
         if "train" in synonyms(split):
-            self._check_filled(folder)
+            self.check_classes()
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -67,13 +70,13 @@ class FolderSource(ImageSource):
     def labels(self) -> list[int]:
         return [label for _, label in self._samples]
 
-    def _check_filled(self, folder: Path) -> None:
+    def check_classes(self) -> None:
         filled = set(self.labels())
         empty = [name for label, name in enumerate(self.classes or ()) if label not in filled]
         if empty:
             more = f" (and {len(empty) - 3} more)" if len(empty) > 3 else ""
             raise DataError(
-                f"{folder} has no training image of the class {', '.join(map(repr, empty[:3]))}{more}; "
+                f"{self._folder} has no training image of the class {', '.join(map(repr, empty[:3]))}{more}; "
                 "add some, or remove the class folder from every split"
             )
 

@@ -22,11 +22,13 @@ class ImageSource(ABC):
         classes: the class names in label order, or ``None`` where the layout has none.
         identifiers: what the classes are called in catalogues, such as WordNet ids, where that is another name.
         split: the split's own name here, or ``None`` where the layout has no splits and all of it was taken.
+        how_to_split: what to do to such data to give it splits, for messages; ``None`` where the layout never has any.
     """
 
     classes: list[str] | None = None
     identifiers: list[str] | None = None
     split: str | None = None
+    how_to_split: str | None = None
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -42,6 +44,9 @@ class ImageSource(ABC):
     @abstractmethod
     def labels(self) -> Sequence[Any]:
         """Returns the labels of all images as :meth:`read` gives them, without decoding where the layout allows it."""
+
+    def check_classes(self) -> None:  # noqa: B027 - most layouts may have classes without images
+        """Raises a :class:`DataError` where the images can't be trained on, since a class of the layout has none."""
 
 
 class LabelledImages(Dataset):

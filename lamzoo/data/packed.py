@@ -139,6 +139,8 @@ class TarSource(ImageSource):
         DataError: no such shard, a remote one, a broken one, or a sample without image or label.
     """
 
+    how_to_split = "write {split} into the pattern, in place of the split's name"
+
     def __init__(self, pattern: str, split: str) -> None:
         shards, self.split = find_shards(pattern, split)
         beside = shards[0].parent

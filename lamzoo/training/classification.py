@@ -11,7 +11,14 @@ from torch.utils.data import DataLoader
 
 from lamzoo.adapters import pruning_loss
 from lamzoo.training.build import build_model, build_optimizer
-from lamzoo.training.inputs import BadInputs, ScanProgress, Splits, open_splits, prepare_splits
+from lamzoo.training.inputs import (
+    BadInputs,
+    ScanProgress,
+    Splits,
+    check_made_split,
+    open_splits,
+    prepare_splits,
+)
 from lamzoo.training.loaders import (
     check_batches,
     create_eval_loader,
@@ -50,7 +57,13 @@ class ClassificationRun(TrainingRun):
         recipe = self.recipe
         self.splits = prepare_splits(recipe.data, self.splits, recipe.run.seed, self.accelerator, progress)
         check_batches(recipe, self.splits.train)
+        check_made_split(self.checkpoints.output, self.splits.made)
         return self.splits.bad
+
+    def write_records(self) -> None:
+        super().write_records()
+        if self.splits.made is not None:
+            self.splits.made.write(self.checkpoints.output)
 
     def train_loader(self, model: nn.Module) -> DataLoader[Any]:
         self.mixup = create_mixup(self.recipe, int(model.num_classes))  # type: ignore[arg-type]

@@ -6,12 +6,15 @@ import csv
 import io
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from lamzoo.data import BadInput, LabelledImages, create_dataset, find_bad_images, leave_out_bad, select, split_off
+from lamzoo.data import BadInput, LabelledImages, create_dataset, find_bad_images, leave_out_bad, select
+from lamzoo.data.splits import open_default, synonyms
+from lamzoo.data.trained import MadeSplit
 from lamzoo.errors import DataError, MissingSplitError, RecipeError
 from lamzoo.files import atomic_files
 from lamzoo.training.recipe import DataSection
@@ -30,24 +33,26 @@ class Splits:
         evaluation: those scored during the run; None while they are still to be split off the training images.
         test: those scored once, at the end, if there are any.
         bad: what a scan left out, by split.
-        split_off: whether the evaluation images were taken from the training images.
+        made: how the evaluation images were taken from the training images, where the data have no such split.
     """
 
     train: LabelledImages
     evaluation: LabelledImages | None
     test: LabelledImages | None
     bad: BadInputs = ()
-    split_off: bool = False
+    made: MadeSplit | None = None
 
 
 def open_splits(data: DataSection) -> Splits:
     """Opens the splits that there are; reads no image.
 
+    Data without splits are all for training, as far as ``train_split`` means that.
+
     Raises:
         DataError: the data set or a split that is needed does not exist.
         RecipeError: a split that is scored is the training split.
     """
-    train = create_dataset(data.source, data.train_split)
+    train = _open_train(data)
     evaluation = None
     try:
         evaluation = create_dataset(data.source, data.eval_split)
@@ -67,7 +72,7 @@ def open_splits(data: DataSection) -> Splits:
 def has_split(data: DataSection, split: str) -> bool:
     """Says whether the data has a split of its own under this name, apart from those for training and evaluation."""
     try:
-        taken = {create_dataset(data.source, data.train_split).split, create_dataset(data.source, split).split}
+        taken = {_open_train(data).split, create_dataset(data.source, split).split}
     except MissingSplitError:
         return False
     return len(taken) == 2
@@ -92,15 +97,36 @@ def prepare_splits(
     """
     train, evaluation, test = splits.train, splits.evaluation, splits.test
     bad: list[tuple[str, BadInput]] = []
+    bad_train = 0
     if data.scan:
         train = _scan(train, "train", data, accelerator, bad, progress)
+        bad_train = len(bad)
         evaluation = evaluation and _scan(evaluation, "validation", data, accelerator, bad, progress)
         test = test and _scan(test, "test", data, accelerator, bad, progress)
     if evaluation is not None:
         return Splits(train, evaluation, test, tuple(bad))
     assert data.val_fraction is not None  # open_splits has made sure
-    train, evaluation = split_off(train, data.val_fraction, seed)
-    return Splits(train, evaluation, test, tuple(bad), split_off=True)
+    left_out = [image.index for _, image in bad[:bad_train]]
+    train, evaluation, made = MadeSplit.make(train, data.val_fraction, seed, left_out)
+    return Splits(train, evaluation, test, tuple(bad), made)
+
+
+def check_made_split(folder: Path, made: MadeSplit | None) -> None:
+    """Checks, where a run is resumed, that its validation split is the one that it began with.
+
+    Args:
+        folder: of the run.
+        made: the split that was made now, if one was.
+
+    Raises:
+        DataError: the images have changed since, so that some that were trained on would be held out now.
+    """
+    before = MadeSplit.read(folder)
+    if before is not None and before != made:
+        raise DataError(
+            f"the training images have changed since the run in {folder} split some off for validation; bring the same "
+            "images back, or start anew in another folder"
+        )
 
 
 def write_bad_inputs(path: Path, bad: BadInputs) -> None:
@@ -138,6 +164,14 @@ def _scan(
         found = sorted(gather_object(found), key=lambda image: image.index)
     bad += [(dataset.split or role, image) for image in found]
     return leave_out_bad(dataset, found, data.on_bad_input, every_class=role == "train")
+
+
+def _open_train(data: DataSection) -> LabelledImages:
+    opener, split = partial(create_dataset, data.source), data.train_split
+    train = open_default(opener, split) if "train" in synonyms(split) else opener(split)
+    if train.split is None:
+        train.source.check_classes()
+    return train
 
 
 def _same_images(data: DataSection, train: LabelledImages) -> RecipeError:

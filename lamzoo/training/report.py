@@ -113,7 +113,7 @@ def _content(facts: RunFacts, names: list[str]) -> dict[str, Any]:
         "classes": len(names),
         "training_images": len(facts.splits.train),
         "left_out": len(facts.splits.bad),
-        "validation_was_split_off": facts.splits.split_off,
+        "validation_was_split_off": facts.splits.made is not None,
         "parameters": {
             "all": sum(p.numel() for p in model.parameters()),
             "trained": facts.trained,

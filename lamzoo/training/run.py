@@ -168,6 +168,13 @@ class TrainingRun(ABC):
     def finish(self, command: str | None) -> TrainResult:
         """Saves the trained model beside the logs, scores it, writes the report and returns the run."""
 
+    def write_records(self) -> None:
+        """Writes what was decided about the data into the run's folder; called on the main process, once."""
+        if self.bad:
+            path = self.checkpoints.output / "bad-inputs.csv"
+            write_bad_inputs(path, self.bad)
+            _logger.warning("left out %d inputs that can't be read; %s lists them", len(self.bad), path)
+
     def train_mode(self) -> None:
         """Switches the model to training, as the task trains it."""
         self.model.train()
@@ -248,10 +255,8 @@ class TrainingRun(ABC):
         if self.ema is not None:
             self.accelerator.register_for_checkpointing(self.ema.module)
         self.checkpoints.make_folder()
-        if self.bad and self.accelerator.is_main_process:
-            path = self.checkpoints.output / "bad-inputs.csv"
-            write_bad_inputs(path, self.bad)
-            _logger.warning("left out %d inputs that can't be read; %s lists them", len(self.bad), path)
+        if self.accelerator.is_main_process:
+            self.write_records()
         if recipe.run.tensorboard:
             self.accelerator.init_trackers("tensorboard")
 

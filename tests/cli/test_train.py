@@ -106,6 +106,37 @@ def test_bad_images_stop_or_are_left_out(run, start: str, tmp_path: Path) -> Non
     assert "Bild ü 1.jpg" in Path("runs/start-photos/bad-inputs.csv").read_text("utf-8")
 
 
+def test_the_split_that_a_run_made_is_scored_again(run, start: str, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "photos", splits=(), each=10)
+    (folder / CLASSES[0] / "3.jpg").write_bytes(b"no image")
+    options = ("--model", start, "--pretrained", "--data", folder, "--epochs", 1, "--workers", 0, "--no-report")
+    assert run("train", *options, "--on-bad-input", "skip", "--val-fraction", 0.3, "--output", "out").code == 0
+    top1 = float(Path("out/metrics.csv").read_text("utf-8").split()[-1].split(",")[-1])
+    for arguments in (
+        ("local-dir:out", "--split", "val"),
+        ("local-dir:out/model",),
+        ("local-dir:out", "--data", f"imagefolder:{folder}", "--split", "val"),
+    ):
+        done = run("eval", *arguments, "--device", "cpu", "--json")
+        record = json.loads(done.out)
+        assert (record["split"], record["samples"], record["skipped"]) == ("validation", 9, 0)
+        assert record["top1"] == pytest.approx(top1, abs=1e-3)
+    assert json.loads(run("eval", "local-dir:out", "--split", "train", "--json").out)["samples"] == 20
+    refused = run("eval", start, "--data", folder, "--split", "val")
+    assert refused.code == 2
+    assert "has no split 'val', since it has no splits" in refused.err
+
+
+def test_a_run_whose_images_changed_is_not_resumed(run, start: str, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "photos", splits=(), each=5)
+    options = ("--model", start, "--pretrained", "--data", folder, "--epochs", 1, "--workers", 0, "--no-report")
+    assert run("train", *options, "--output", "out").code == 0
+    (folder / CLASSES[0] / "new.jpg").write_bytes((folder / CLASSES[0] / "0.jpg").read_bytes())
+    done = run("train", "--output", "out", "--resume")
+    assert done.code == 2
+    assert "the training images have changed since the run in out split some off" in done.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -55,7 +55,7 @@ def test_what_is_no_class_map_is_refused(tmp_path: Path, name: str, text: str | 
 
 def test_a_part_of_the_classes_gets_the_whole_lists_numbers(tmp_path: Path) -> None:
     names = ["violet", "red", "yellow", "blue", "green"]
-    part = relabel(create_dataset(str(write_folder(tmp_path / "p", splits=())), "test"), names)
+    part = relabel(create_dataset(str(write_folder(tmp_path / "p", splits=())), "all"), names)
     assert part.classes == names
     assert part.labels() == [label for _, label in part] == [3, 3, 3, 4, 4, 4, 1, 1, 1]
     assert part.filename(0).endswith("blue/0.jpg")
@@ -88,7 +88,7 @@ def flat(tmp_path: Path) -> Path:
 
 def labels_of(flat: Path, name: str, text: str) -> tuple[list[int], list[str] | None]:
     (flat / name).write_text(text)
-    dataset = create_dataset(f"imagelist:{flat / 'val'}:{flat / name}", "test")
+    dataset = create_dataset(f"imagelist:{flat / 'val'}:{flat / name}", "all")
     assert dataset[0][0].mode == "RGB"
     assert dataset.split is None
     return dataset.labels(), dataset.classes

@@ -1,6 +1,8 @@
 import io
 import json
 import pickle
+import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from lamzoo.data import create_dataset, plain_worker_errors
-from lamzoo.errors import DataError
+from lamzoo.errors import DataError, MissingSplitError
 from tests.images import CLASSES, COLOURS, encoded, image, write_folder, write_npz
 
 
@@ -72,16 +74,41 @@ def test_names_with_blanks_and_beyond_ascii_are_read(tmp_path: Path) -> None:
     folder = tmp_path / "Größe und Maß" / "été d'août"
     folder.mkdir(parents=True)
     (folder / "写真 1 (copy).jpg").write_bytes(encoded(0, 0))
-    dataset = create_dataset(f"imagefolder:{tmp_path / 'Größe und Maß'}", "test")
+    dataset = create_dataset(f"imagefolder:{tmp_path / 'Größe und Maß'}", "all")
     assert dataset.classes == ["été d'août"]
     assert dataset[0][1] == 0
     assert dataset.filename(0).endswith("写真 1 (copy).jpg")
 
 
 def test_image_folder_without_splits_is_taken_whole(tmp_path: Path) -> None:
-    dataset = create_dataset(str(write_folder(tmp_path / "p", splits=())), "test")
+    dataset = create_dataset(str(write_folder(tmp_path / "p", splits=())), "all")
     assert_colours(dataset)
     assert dataset.split is None
+
+
+def tar(root: Path) -> str:
+    with tarfile.open(root / "val-0.tar", "w") as archive:
+        for name, content in (("x.jpg", encoded(0, 0)), ("x.cls", b"0")):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    return f"wds:{root}/val-*.tar"
+
+
+def listed(root: Path) -> str:
+    (root / "val").mkdir()
+    (root / "val" / "a.jpg").write_bytes(encoded(0, 0))
+    (root / "labels.txt").write_text("a.jpg 0\n")
+    return f"imagelist:{root / 'val'}:{root / 'labels.txt'}"
+
+
+@pytest.mark.parametrize("write", [lambda root: str(write_folder(root, splits=())), tar, listed])
+@pytest.mark.parametrize("split", ["val", "train", "test"])
+def test_a_split_of_data_without_splits_is_an_error(tmp_path: Path, write: Callable[[Path], str], split: str) -> None:
+    spec = write(tmp_path)
+    with pytest.raises(MissingSplitError, match=f"no split '{split}', since it has no splits; name the split 'all'"):
+        create_dataset(spec, split)
+    assert create_dataset(spec, "all").split is None
 
 
 def test_npz_reads_the_layout_and_a_bare_folder_is_recognised(tmp_path: Path) -> None:
@@ -109,7 +136,7 @@ def test_webdataset_shards_as_webdataset_writes_them(tmp_path: Path, pattern: st
                 key = f"sample{shard}.{label}".replace(".", "_")
                 writer.write({"__key__": key, "png": image(label, shard), "cls": label})
     (tmp_path / "classnames.txt").write_text("\n".join(CLASSES))
-    dataset = create_dataset(f"wds:{tmp_path}/{pattern}", "validation")
+    dataset = create_dataset(f"wds:{tmp_path}/{pattern}", "validation" if "{split}" in pattern else "all")
     assert len(dataset) == 6
     assert dataset.labels() == [0, 1, 2] * 2
     assert_colours(dataset)
@@ -249,7 +276,6 @@ def test_a_cut_npz_is_refused(tmp_path: Path) -> None:
 
 
 def test_wrong_shards_are_refused(tmp_path: Path) -> None:
-    tarfile = pytest.importorskip("tarfile")
     with tarfile.open(tmp_path / "a-0.tar", "w") as archive:
         entry = tarfile.TarInfo("x.jpg")
         entry.size = len(encoded(0, 0))

@@ -61,7 +61,7 @@ def test_data_sets_leave_the_orientation_alone_as_timm_does(tmp_path: Path) -> N
     exif[0x0112] = 6
     (tmp_path / "class").mkdir()
     Image.new("RGB", (20, 10)).save(tmp_path / "class" / "a.jpg", exif=exif)
-    assert create_dataset(str(tmp_path), "test")[0][0].size == (20, 10)
+    assert create_dataset(str(tmp_path), "all")[0][0].size == (20, 10)
 
 
 def test_a_decompression_bomb_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

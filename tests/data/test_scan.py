@@ -20,7 +20,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_scan_names_each_bad_image_and_why(folder: Path, workers: int) -> None:
-    dataset = create_dataset(str(folder), "test")
+    dataset = create_dataset(str(folder), "all")
     dataset.transform = lambda picture: 1 / 0  # a scan does not use it
     seen: list[tuple[int, int]] = []
     bad = find_bad_images(dataset, workers=workers, progress=lambda done, total: seen.append((done, total)))
@@ -34,7 +34,7 @@ def test_a_scan_names_each_bad_image_and_why(folder: Path, workers: int) -> None
 
 
 def test_a_scan_finds_files_that_went_away_and_labels_that_are_none(folder: Path) -> None:
-    dataset = create_dataset(str(folder), "test")
+    dataset = create_dataset(str(folder), "all")
     dataset.classes = CLASSES[:2]
     (folder / "green" / "2.jpg").unlink()
     reasons = {image.index: image.reason for image in find_bad_images(dataset)}
@@ -45,23 +45,23 @@ def test_a_scan_finds_files_that_went_away_and_labels_that_are_none(folder: Path
 
 def test_a_scan_leaves_the_random_state_alone(folder: Path) -> None:
     before = torch.random.get_rng_state()
-    find_bad_images(create_dataset(str(folder), "test"), workers=1)
+    find_bad_images(create_dataset(str(folder), "all"), workers=1)
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_stop_names_the_first_files_and_how_many(folder: Path) -> None:
     with pytest.raises(DataError, match=r"2 of the 9 images of .* cannot be used: ") as caught:
-        set_aside_bad(create_dataset(str(folder), "test"), "stop")
+        set_aside_bad(create_dataset(str(folder), "all"), "stop")
     assert str(folder / "blue" / "0.jpg") in str(caught.value)
     assert "--on-bad-input skip" in str(caught.value)
     for path in folder.rglob("*.jpg"):
         path.write_text("nothing")
     with pytest.raises(DataError, match="and 6 more"):
-        set_aside_bad(create_dataset(str(folder), "test"), "stop")
+        set_aside_bad(create_dataset(str(folder), "all"), "stop")
 
 
 def test_skip_goes_on_with_the_rest(folder: Path) -> None:
-    kept, bad = set_aside_bad(create_dataset(str(folder), "test"), "skip")
+    kept, bad = set_aside_bad(create_dataset(str(folder), "all"), "skip")
     assert (len(kept), len(bad)) == (7, 2)
     assert kept.labels() == [0, 0, 1, 1, 1, 2, 2]
     assert find_bad_images(kept) == []
@@ -75,7 +75,7 @@ def test_whole_data_are_returned_as_they_are(tmp_path: Path) -> None:
 def test_a_class_that_would_lose_its_last_image_is_named(folder: Path) -> None:
     for path in (folder / "red").iterdir():
         path.write_text("nothing")
-    dataset = create_dataset(str(folder), "test")
+    dataset = create_dataset(str(folder), "all")
     with pytest.raises(DataError, match="no usable image is left of the class 'red'"):
         set_aside_bad(dataset, "skip")
     kept, bad = set_aside_bad(dataset, "skip", every_class=False)
@@ -87,11 +87,11 @@ def test_nothing_left_is_an_error(folder: Path) -> None:
     for path in folder.rglob("*.jpg"):
         path.write_text("nothing")
     with pytest.raises(DataError, match="none of the 9 images"):
-        set_aside_bad(create_dataset(str(folder), "test"), "skip", every_class=False)
+        set_aside_bad(create_dataset(str(folder), "all"), "skip", every_class=False)
 
 
 def test_impossible_arguments_are_named(folder: Path) -> None:
-    dataset = create_dataset(str(folder), "test")
+    dataset = create_dataset(str(folder), "all")
     with pytest.raises(ConfigError, match="on_bad is 'ignore'"):
         set_aside_bad(dataset, "ignore")
     with pytest.raises(ConfigError, match="workers is -1"):

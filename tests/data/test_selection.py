@@ -15,23 +15,23 @@ def folder(tmp_path: Path) -> Path:
 
 def test_labels_are_those_of_the_items_and_no_image_is_decoded(folder: Path, tmp_path: Path) -> None:
     packed = write_npz(tmp_path / "packed")
-    for dataset in (create_dataset(str(folder), "train"), create_dataset(str(packed), "test")):
+    for dataset in (create_dataset(str(folder), "all"), create_dataset(str(packed), "test")):
         assert dataset.labels() == [label for _, label in dataset]
-    dataset = create_dataset(str(folder), "train")
+    dataset = create_dataset(str(folder), "all")
     for path in folder.rglob("*.jpg"):
         path.write_text("no image any more")
     assert dataset.labels() == [0] * 10 + [1] * 10 + [2] * 10
 
 
 def test_labels_outside_the_classes_are_named(folder: Path) -> None:
-    dataset = create_dataset(str(folder), "train")
+    dataset = create_dataset(str(folder), "all")
     dataset.classes = CLASSES[:2]
     with pytest.raises(DataError, match=r"red/0\.jpg is 2, which is none of the 2 classes"):
         dataset.labels()
 
 
 def test_a_selection_keeps_names_classes_and_transforms(folder: Path) -> None:
-    dataset = create_dataset(str(folder), "train")
+    dataset = create_dataset(str(folder), "all")
     dataset.transform = lambda picture: picture.size
     part = select(select(dataset, [29, 3, 12]), [2, 0])
     assert [part.filename(index) for index in range(2)] == [dataset.filename(12), dataset.filename(29)]
@@ -44,7 +44,7 @@ def test_a_selection_keeps_names_classes_and_transforms(folder: Path) -> None:
 
 
 def test_a_split_takes_the_same_share_of_every_class_and_leaves_the_rest(folder: Path) -> None:
-    dataset = create_dataset(str(folder), "train")
+    dataset = create_dataset(str(folder), "all")
     train, validation = split_off(dataset, 0.2, seed=1)
     assert (train.split, validation.split) == ("train", "validation")
     assert validation.labels() == [0, 0, 1, 1, 2, 2]
@@ -54,7 +54,7 @@ def test_a_split_takes_the_same_share_of_every_class_and_leaves_the_rest(folder:
 
 def test_a_split_depends_on_its_seed_alone(folder: Path) -> None:
     def held_out(seed: int) -> list[str]:
-        _, part = split_off(create_dataset(str(folder), "train"), 0.3, seed)
+        _, part = split_off(create_dataset(str(folder), "all"), 0.3, seed)
         return [part.filename(index) for index in range(len(part))]
 
     assert held_out(5) == held_out(5)
@@ -66,15 +66,15 @@ def test_small_classes_give_one_image_and_a_single_image_stays_in_training(tmp_p
         (tmp_path / name).mkdir()
         for number in range(count):
             (tmp_path / name / f"{number}.jpg").write_bytes(encoded(0, number))
-    train, validation = split_off(create_dataset(str(tmp_path), "train"), 0.1)
+    train, validation = split_off(create_dataset(str(tmp_path), "all"), 0.1)
     assert train.labels() == [0, 1, 1, 2]
     assert validation.labels() == [1, 2]
-    _, most = split_off(create_dataset(str(tmp_path), "train"), 0.99)
+    _, most = split_off(create_dataset(str(tmp_path), "all"), 0.99)
     assert most.labels() == [1, 1, 2]
 
 
 def test_a_split_that_cannot_be_made_is_refused(tmp_path: Path, folder: Path) -> None:
-    dataset = create_dataset(str(folder), "train")
+    dataset = create_dataset(str(folder), "all")
     with pytest.raises(ConfigError, match=r"is 1\.0; it must be between 0 and 1"):
         split_off(dataset, 1.0)
     with pytest.raises(ConfigError, match="seed is -1"):
@@ -84,6 +84,6 @@ def test_a_split_that_cannot_be_made_is_refused(tmp_path: Path, folder: Path) ->
 
 
 def test_selected_images_are_read_as_stored(folder: Path) -> None:
-    picture, label = select(create_dataset(str(folder), "train"), [0]).decode(0)
+    picture, label = select(create_dataset(str(folder), "all"), [0]).decode(0)
     assert isinstance(picture, Image.Image)
     assert label == 0

@@ -57,7 +57,7 @@ def test_the_score_is_timms(tmp_path: Path) -> None:
     ((images, labels),) = list(loader)
     with torch.inference_mode():
         expected = accuracy(model(images), labels, topk=(1, 5))
-    ours = create_dataset(str(root), "test")
+    ours = create_dataset(str(root), "all")
     ours.classes = None  # ten outputs for three classes
     result = evaluate(model, ours, batch_size=8)
     assert [result.top1, result.top5] == pytest.approx([float(value) for value in expected], abs=1e-4)
@@ -264,7 +264,7 @@ def imagenet(tmp_path: Path):
         for number in range(4):
             name = f"ILSVRC2012_val_{next(numbers):08}.JPEG"
             (tmp_path / "val" / wnid / name).write_bytes(encoded(label, number))
-    return create_dataset(f"imagefolder:{tmp_path / 'val'}", "test")
+    return create_dataset(f"imagefolder:{tmp_path / 'val'}", "all")
 
 
 def test_real_labels_score_as_timms_evaluator_does(imagenet, tmp_path: Path) -> None:

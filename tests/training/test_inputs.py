@@ -31,7 +31,7 @@ def names(dataset: Any) -> list[str]:
 
 def test_a_folder_without_splits_is_split_by_class(tmp_path: Path) -> None:
     splits = prepared(write_folder(tmp_path / "data", splits=(), each=10), val_fraction=0.2)
-    assert splits.split_off
+    assert splits.made is not None
     assert sorted(splits.evaluation.labels()) == sorted([0, 1, 2] * 2)
     assert len(splits.train) == 24
     assert not set(names(splits.train)) & set(names(splits.evaluation))
@@ -45,7 +45,7 @@ def test_the_split_depends_on_the_seed_alone(tmp_path: Path) -> None:
 
 def test_a_validation_split_that_is_there_is_taken(tmp_path: Path) -> None:
     splits = prepared(write_folder(tmp_path / "data", splits=("train", "val")), val_fraction=0.5)
-    assert not splits.split_off
+    assert splits.made is None
     assert splits.evaluation.split == "val"
     assert len(splits.train) == 9
 
@@ -54,13 +54,15 @@ def test_without_a_fraction_a_missing_split_is_an_error(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "data", splits=("train", "test"))
     with pytest.raises(MissingSplitError, match="no split 'validation'"):
         open_splits(DataSection(str(folder)))
-    with pytest.raises(RecipeError, match="trained and scored on the same images"):
+    with pytest.raises(MissingSplitError, match="no split 'validation', since it has no splits"):
         open_splits(DataSection(str(write_folder(tmp_path / "flat", splits=()))))
 
 
 def test_testing_on_the_training_images_is_refused(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "data", splits=())
     with pytest.raises(RecipeError, match="trained and scored on the same images"):
+        open_splits(DataSection(str(folder), val_fraction=0.2, test_split="all"))
+    with pytest.raises(MissingSplitError, match="no split 'test'"):
         open_splits(DataSection(str(folder), val_fraction=0.2, test_split="test"))
 
 

@@ -58,11 +58,13 @@ class CaptionSource(ABC):
 
     Attributes:
         split: the split's own name, or ``None`` where the data have no splits.
+        how_to_split: what to do to such data to give it splits, for messages; ``None`` where the layout never has any.
         items: the clips, with stripped captions.
         modalities: width of the features by the modality's name, in their order.
     """
 
     split: str | None
+    how_to_split: str | None = None
     items: Sequence[CaptionItem]
     modalities: Mapping[str, int]
 

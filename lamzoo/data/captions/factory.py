@@ -13,6 +13,7 @@ from lamzoo.data.captions.lsmdc import LsmdcSource
 from lamzoo.data.captions.mad import MadSource
 from lamzoo.data.captions.sound import Damage
 from lamzoo.data.captions.videos import VideoFolder
+from lamzoo.data.splits import check_whole
 from lamzoo.errors import DataError
 
 _KINDS = ("mad", "lsmdc", "videos", "grid", "flickr8k")
@@ -47,7 +48,7 @@ def create_caption_dataset(spec: str, split: str) -> CaptionDataset:
               :class:`lamzoo.data.captions.grid.GridCaptions`.
             - ``flickr8k:DIR``: Flickr8k's photographs in patches; see
               :class:`lamzoo.data.captions.flickr.Flickr8kCaptions`.
-        split: ``train``, ``validation``, ``test`` or what the data calls it. Data without splits are taken whole.
+        split: ``train``, ``validation``, ``test`` or what the data calls it. Data without splits have one, ``"all"``.
 
     Returns:
         Clips with captions, and their features to :meth:`~CaptionDataset.read`.
@@ -56,7 +57,10 @@ def create_caption_dataset(spec: str, split: str) -> CaptionDataset:
         DataError: the specification, the folder or the split does not exist, or the files are not what they should be.
         MissingExtraError: the layout needs a package that is not installed; names the extra.
     """
-    return CaptionDataset(_source(spec, split), spec)
+    source = _source(spec, split)
+    dataset = CaptionDataset(source, spec)
+    check_whole(source.split, split, spec, source.how_to_split)
+    return dataset
 
 
 def _source(spec: str, split: str) -> CaptionSource:

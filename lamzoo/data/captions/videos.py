@@ -22,7 +22,7 @@ class VideoFolder(CaptionSource):
 
     ``video`` is a path below the folder, with or without its extension. ``start`` and ``end``, seconds in the video,
     say what is described; without these columns it is the whole video. What is described on several lines has several
-    captions. Without the column ``split`` there are no splits, and all of it is taken.
+    captions. Without the column ``split`` there are no splits.
 
     Features of the frames, ``video``, are files in ``features``, called as the video; see
     :class:`lamzoo.data.captions.features.FeatureFiles`. So may be those of the sound, ``audio``; without such files it
@@ -38,6 +38,8 @@ class VideoFolder(CaptionSource):
         DataError: there is no such folder, table or split, a column is missing, a time is none, a video has no file or
             several, two videos would have the same file of features, or the rate is 0.
     """
+
+    how_to_split = "give captions.csv a column split"
 
     def __init__(self, root: Path, rate: float | None, split: str) -> None:
         check_folder(root)

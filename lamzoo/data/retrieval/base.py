@@ -15,11 +15,13 @@ class VideoSource(ABC):
 
     Attributes:
         split: the split's own name here, or ``None`` where the layout has no splits and all of it was taken.
+        how_to_split: what to do to such data to give it splits, for messages; ``None`` where the layout never has any.
         videos: what the videos are called, each by a name of its own.
         captions: the captions of each video, in the order of the layout's own file.
     """
 
     split: str | None = None
+    how_to_split: str | None = None
     videos: Sequence[str]
     captions: Sequence[Sequence[str]]
 

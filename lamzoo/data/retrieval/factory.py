@@ -12,6 +12,7 @@ from lamzoo.data.retrieval.msrvtt import MsrvttSource, TrainingList
 from lamzoo.data.retrieval.msvd import MsvdSource
 from lamzoo.data.retrieval.plain import PlainSource
 from lamzoo.data.retrieval.shards import ShardSource
+from lamzoo.data.splits import check_whole
 from lamzoo.errors import DataError
 
 #: What stands before the colon for layouts that are of videos alone; ``wds`` may be of images, too.
@@ -32,13 +33,13 @@ def create_retrieval_dataset(spec: str, split: str) -> CaptionedVideos:
             - ``videos:DIR``: a folder of videos with ``DIR/captions.csv``, whose columns are ``video``, ``caption``
               and, if there are splits, ``split``.
             - ``wds:SHARDS``: local webdataset tar files, ``DIR/{split}-{000..012}.tar`` or with ``*``, of ``KEY.mp4``
-              with ``KEY.txt`` or ``KEY.json``; where ``{split}`` is written, it is replaced.
+              with ``KEY.txt`` or ``KEY.json``; where ``{split}`` is written, it is replaced, else there are no splits.
             - ``grid:DIR``, ``grid:DIR:lips``, ``:motion`` or ``:face``: clips of the GRID corpus, the talker's
               mouth, the middle of that, how that moves, or his face; see
               :class:`lamzoo.data.retrieval.grid.GridSource`.
             - ``flickr8k:DIR``: Flickr8k's photographs as videos of one frame.
         split: ``train``, ``validation``, ``test`` or what the data calls it. ``val``, ``valid``, ... all mean
-            validation, but validation is never taken for test. Data without splits are taken whole.
+            validation, but validation is never taken for test. Data without splits have one, ``"all"``.
 
     Returns:
         Videos to :meth:`~CaptionedVideos.read`, and their captions.
@@ -47,7 +48,10 @@ def create_retrieval_dataset(spec: str, split: str) -> CaptionedVideos:
         DataError: the specification, the folder or the split does not exist, the files are not what they should be, or
             a video is missing or has no caption.
     """
-    return CaptionedVideos(_source(spec, split), spec)
+    source = _source(spec, split)
+    dataset = CaptionedVideos(source, spec)
+    check_whole(source.split, split, spec, source.how_to_split)
+    return dataset
 
 
 def _source(spec: str, split: str) -> VideoSource:

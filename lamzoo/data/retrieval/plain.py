@@ -15,7 +15,7 @@ class PlainSource(FileSource):
     """A folder of videos and ``captions.csv``, whose first line names the columns ``video``, ``caption`` and ``split``.
 
     ``video`` is a path below the folder, with or without its extension. A video with several captions has several
-    lines. Without the column ``split`` there are no splits, and all of it is taken.
+    lines. Without the column ``split`` there are no splits.
 
     Args:
         root: the folder.
@@ -24,6 +24,8 @@ class PlainSource(FileSource):
     Raises:
         DataError: there is no such folder, table or split, a column is missing, or a video has no file, or several.
     """
+
+    how_to_split = "give captions.csv a column split"
 
     def __init__(self, root: Path, split: str) -> None:
         check_folder(root)

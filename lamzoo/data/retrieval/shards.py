@@ -32,6 +32,8 @@ class ShardSource(VideoSource):
         DataError: no such shard, a remote one, a broken one, or a sample without video or caption.
     """
 
+    how_to_split = "write {split} into the pattern, in place of the split's name"
+
     def __init__(self, pattern: str, split: str) -> None:
         shards, self.split = find_shards(pattern, split)
         self._samples = list(shard_samples(shards, VIDEO_EXTENSIONS, (".txt", ".json"), "video", _NO_CAPTION))

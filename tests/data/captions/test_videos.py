@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lamzoo.data.captions import CaptionDataset, create_caption_dataset
-from lamzoo.errors import DataError
+from lamzoo.errors import DataError, MissingSplitError
 from lamzoo.featurefiles import write_features
 from tests.videos import write_clip
 
@@ -66,7 +66,9 @@ def test_spans_of_a_video_are_items(videos: Path) -> None:
     (videos / "captions.csv").write_text(SPANS)
     (videos / "features" / "clip_features" / "a.npz").unlink()
     np.savez(videos / "features" / "clip_features" / "a.npz", features=rows(10))
-    dataset = opened(videos)
+    with pytest.raises(MissingSplitError, match="no split 'val', since it has no splits; .* give captions.csv"):
+        opened(videos, split="val")
+    dataset = opened(videos, split="all")
     assert dataset.split is None
     assert dataset.references() == {"sub/a.mp4[0.5-1.5]": ("first", "again"), "sub/a.mp4[1.5-2]": ("second",)}
     assert dataset.context(1, 1) == ("first",)
@@ -130,7 +132,7 @@ def broken(folder: Path) -> None:
         (table("video,caption\n../c.mp4,c\n"), ":5", "is not below"),
         (same_name, ":5", r"a\.mp4 and .*a\.mp4 would have the same features; rename one of them"),
         (broken, ":5", r"cannot read the sound of .*a\.mp4"),
-        (table("video,caption\nb.mp4,b\n"), "", r"b\.npy doesn't say how many rows a second has"),
+        (table("video,caption,split\nb.mp4,b,train\n"), "", r"b\.npy doesn't say how many rows a second has"),
         (table(TABLE), ":0", "can't have 0 rows a second"),
     ],
 )

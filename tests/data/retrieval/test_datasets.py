@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, Dataset
 from lamzoo.data import plain_worker_errors
 from lamzoo.data.retrieval import CaptionedVideos, create_retrieval_dataset, select_videos
 from lamzoo.data.sampling import FrameSampling
-from lamzoo.errors import DataError
+from lamzoo.errors import DataError, MissingSplitError
 from tests.shards import write_shard
 
 SAMPLING = FrameSampling(fps=2.0, max_frames=3)
@@ -64,9 +64,11 @@ def test_frames_are_read_as_they_are_sampled(folder: Path) -> None:
 
 def test_a_folder_without_splits_is_taken_whole(folder: Path) -> None:
     (folder / "captions.csv").write_text("\ufeffcaption,id, video\na,1,dogs/a\nb,2,cat\n", "utf-8")
-    dataset = create_retrieval_dataset(f"videos:{folder}", "test")
+    dataset = create_retrieval_dataset(f"videos:{folder}", "all")
     assert dataset.videos == ["dogs/a.mp4", "cat.mp4"]
     assert dataset.split is None
+    with pytest.raises(MissingSplitError, match=r"no split 'val', since it has no splits; .* give captions"):
+        create_retrieval_dataset(f"videos:{folder}", "val")
 
 
 @pytest.mark.parametrize(
@@ -130,7 +132,7 @@ def test_webdataset_shards_are_read_at_random(tmp_path: Path, clip: bytes, patte
     texts = {"a.mp4": clip, "a.txt": b"a dog runs\r\na dog plays \n", "a.json": b'{"caption": "not this"}'}
     write_shard(tmp_path / "val-00.tar", {**texts, "in/b.json": b'{"caption": "a cat"}', "in/b.MP4": clip})
     write_shard(tmp_path / "val-01.tar", {"c.mp4": clip, "c.json": b'{"captions": ["a cow", "a calf"], "fps": 3}'})
-    dataset = create_retrieval_dataset(f"wds:{tmp_path}/{pattern}", "validation")
+    dataset = create_retrieval_dataset(f"wds:{tmp_path}/{pattern}", "validation" if "{split}" in pattern else "all")
     assert dataset.videos == ["a", "in/b", "c"]
     assert dataset.texts == ["a dog runs", "a dog plays", "a cat", "a cow", "a calf"]
     assert dataset.video_of_text == [0, 0, 1, 2, 2]
@@ -152,12 +154,12 @@ def test_webdataset_writes_what_is_read(tmp_path: Path, clip: bytes) -> None:
 def test_keys_that_return_in_another_shard_are_told_apart(tmp_path: Path) -> None:
     for shard in range(2):
         write_shard(tmp_path / f"{shard}.tar", {"0.mp4": b"", "0.txt": b"a"})
-    assert create_retrieval_dataset(f"wds:{tmp_path}/*.tar", "test").videos == ["0.tar/0", "1.tar/0"]
+    assert create_retrieval_dataset(f"wds:{tmp_path}/*.tar", "all").videos == ["0.tar/0", "1.tar/0"]
 
 
 def test_a_broken_video_in_a_shard_is_named_by_its_key(tmp_path: Path, clip: bytes) -> None:
     shard = write_shard(tmp_path / "0.tar", {"x.mp4": clip[:200], "x.txt": b"a"})
-    dataset = create_retrieval_dataset(f"wds:{shard}", "test")
+    dataset = create_retrieval_dataset(f"wds:{shard}", "all")
     with pytest.raises(DataError) as caught:
         dataset.read(0, SAMPLING)
     assert f"{shard}[x]" in str(caught.value)

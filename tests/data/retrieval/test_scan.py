@@ -31,7 +31,7 @@ def dataset(tmp_path: Path, clip: bytes) -> CaptionedVideos:
         (tmp_path / f"{number}.avi").write_bytes(data)
     lines = [f"{number},caption {place} of {number}\n" for number in range(5) for place in range(2)]
     (tmp_path / "captions.csv").write_text("video,caption\n" + "".join(lines))
-    return create_retrieval_dataset(f"videos:{tmp_path}", "test")
+    return create_retrieval_dataset(f"videos:{tmp_path}", "all")
 
 
 @pytest.mark.parametrize("workers", [0, 2])

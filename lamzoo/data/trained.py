@@ -1,0 +1,175 @@
+"""The data of a training run, read back from its folder, with the validation split that the run itself made."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lamzoo.data.factory import create_dataset
+from lamzoo.data.labelled import LabelledImages
+from lamzoo.data.selection import select, split_off
+from lamzoo.data.splits import WHOLE, open_default, synonyms
+from lamzoo.errors import DataError, MissingSplitError
+from lamzoo.files import atomic_files
+
+RECIPE_NAME = "recipe.json"
+SPLIT_NAME = "split.json"
+MODEL_FOLDERS = ("model", "last")  # of a run, inside its folder
+
+
+@dataclass(frozen=True)
+class MadeSplit:
+    """How a run split its training images in two, and a digest of them by which they are known again.
+
+    Attributes:
+        split: the data's own name of what was split; None for data without splits.
+        fraction: of each class that was held out for validation; as of :func:`lamzoo.data.split_off`.
+        seed: of the choice.
+        left_out: indices of images that can't be read, which neither part has.
+        sha256: of the labels and file names of the others, in their order.
+    """
+
+    split: str | None
+    fraction: float
+    seed: int
+    left_out: tuple[int, ...]
+    sha256: str
+
+    @classmethod
+    def make(
+        cls, dataset: LabelledImages, fraction: float, seed: int, left_out: Collection[int] = ()
+    ) -> tuple[LabelledImages, LabelledImages, MadeSplit]:
+        """Splits a data set, from which ``left_out`` are gone already; returns both parts and the record."""
+        train, validation = split_off(dataset, fraction, seed)
+        record = cls(dataset.split, fraction, seed, tuple(sorted(left_out)), _digest(dataset))
+        return train, validation, record
+
+    def again(self, spec: str) -> tuple[LabelledImages, LabelledImages]:
+        """Opens the data set and makes the same two parts of it.
+
+        Raises:
+            DataError: it can't be opened, or its images are no longer those that were split.
+        """
+        dataset = create_dataset(spec, self.split or WHOLE)
+        if self.left_out and max(self.left_out) < len(dataset):
+            out = set(self.left_out)
+            dataset = select(dataset, (index for index in range(len(dataset)) if index not in out))
+        if _digest(dataset) != self.sha256:
+            raise DataError(
+                f"the images of {spec} have changed since the run split them, and its validation split can't be made "
+                "again; bring the same images back, or score another split"
+            )
+        return split_off(dataset, self.fraction, self.seed)
+
+    def write(self, folder: Path) -> None:
+        """Writes the record into a run's folder.
+
+        Raises:
+            DataError: it can't be written.
+        """
+        with atomic_files(DataError) as stage:
+            stage(folder / SPLIT_NAME).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", "utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> MadeSplit | None:
+        """Reads the record of a run's folder; None where there is none.
+
+        Raises:
+            DataError: it is damaged.
+        """
+        path = folder / SPLIT_NAME
+        if not path.is_file():
+            return None
+        try:
+            record = cls(**_read_json(path))
+            return dataclasses.replace(record, left_out=tuple(record.left_out))
+        except TypeError as error:
+            raise DataError(f"{path} is no record of a run's split ({error}); remove it") from None
+
+
+@dataclass(frozen=True)
+class TrainedData:
+    """What a run was trained on.
+
+    Attributes:
+        task: of its recipe.
+        source: specification of the data set.
+        made: the validation split that the run made; None where the data have one of their own.
+    """
+
+    task: str
+    source: str
+    made: MadeSplit | None
+
+    @classmethod
+    def read(cls, folder: Path) -> TrainedData | None:
+        """Reads the folder of a run, or that of its model inside; None for any other folder.
+
+        Raises:
+            DataError: a file of the run is damaged.
+        """
+        folder = folder.resolve()
+        places = [folder, folder.parent] if folder.name in MODEL_FOLDERS else [folder]
+        run = next((place for place in places if (place / RECIPE_NAME).is_file()), None)
+        if run is None:
+            return None
+        try:
+            recipe = _read_json(run / RECIPE_NAME)
+            return cls(recipe.get("task", "classification"), recipe["data"]["source"], MadeSplit.read(run))
+        except (KeyError, TypeError) as error:
+            raise DataError(f"{run / RECIPE_NAME} is no recipe of a run: it lacks {error}") from None
+
+
+def open_scored(spec: str, split: str | None, trained: TrainedData | None = None) -> LabelledImages:
+    """Opens the images that a model is scored on.
+
+    Args:
+        spec: the data set.
+        split: which split; None for ``test``, for the run's validation split where there is no such, and for all of
+            data without splits where there is no run.
+        trained: what the model was trained on. Where its run made a validation split of this data, ``validation`` and
+            ``train`` are those of the run.
+
+    Raises:
+        MissingSplitError: neither the data nor the run has such a split.
+        DataError: as of :func:`create_dataset`; or the run's images have changed.
+    """
+    made = None if trained is None else trained.made
+    opener = partial(create_dataset, spec)
+    if trained is None or made is None:
+        return opener(split) if split is not None else open_default(opener, "test")
+    part = _part("validation" if split is None else split)
+    if split is None or part is None or spec != trained.source:
+        try:
+            return opener(split or "test")
+        except MissingSplitError:
+            if part is None:
+                raise
+    return made.again(spec)[part == "validation"]
+
+
+def _part(split: str) -> str | None:
+    """Returns which part of a run's data a split's name means, if any."""
+    return next((name for name in ("train", "validation") if name in synonyms(split)), None)
+
+
+def _digest(dataset: LabelledImages) -> str:
+    """Hashes labels and file names; without folders, so that data may be moved."""
+    digest = hashlib.sha256()
+    for index, label in enumerate(dataset.labels()):
+        name = dataset.filename(index).replace("\\", "/").rpartition("/")[2]
+        digest.update(f"{label} {name}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is no readable JSON: {error}") from None

@@ -1,0 +1,69 @@
+"""A run's own validation split: stored, made again, and refused where its images have changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lamzoo.data import create_dataset, select
+from lamzoo.data.trained import MadeSplit, TrainedData, open_scored
+from lamzoo.errors import DataError, MissingSplitError
+from tests.images import CLASSES, encoded, write_folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_folder(tmp_path / "photos", splits=(), each=8)
+
+
+def stored(folder: Path, run: Path) -> tuple[list[str], list[str]]:
+    """Splits the folder without its third image as a run does, and returns the file names of both parts."""
+    whole = create_dataset(str(folder), "all")
+    usable = select(whole, [index for index in range(len(whole)) if index != 2])
+    *parts, made = MadeSplit.make(usable, 0.25, 7, [2])
+    made.write(run)
+    (run / "recipe.json").write_text(f'{{"data": {{"source": "{folder}"}}}}')
+    train, validation = ([part.filename(index) for index in range(len(part))] for part in parts)
+    return train, validation
+
+
+def names(spec: str, split: str | None, run: Path) -> list[str]:
+    dataset = open_scored(spec, split, TrainedData.read(run))
+    return [dataset.filename(index) for index in range(len(dataset))]
+
+
+def test_the_same_images_are_held_out_again(folder: Path, tmp_path: Path) -> None:
+    train, validation = stored(folder, tmp_path)
+    assert len(train) + len(validation) == 23
+    assert names(str(folder), "val", tmp_path) == names(str(folder), None, tmp_path) == validation
+    assert names(str(folder), "train", tmp_path) == train
+    assert names(f"imagefolder:{folder}", "validation", tmp_path / "model") == validation  # written in another way
+    with pytest.raises(MissingSplitError, match="no split 'test'"):
+        names(str(folder), "test", tmp_path)
+
+
+def test_data_that_moved_are_known_again(folder: Path, tmp_path: Path) -> None:
+    _, validation = stored(folder, tmp_path)
+    moved = folder.rename(tmp_path / "moved")
+    assert [Path(name).relative_to(moved) for name in names(str(moved), "val", tmp_path)] == [
+        Path(name).relative_to(folder) for name in validation
+    ]
+
+
+def test_other_images_are_refused(folder: Path, tmp_path: Path) -> None:
+    stored(folder, tmp_path)
+    (folder / CLASSES[0] / "new.jpg").write_bytes(encoded(0, 99))
+    with pytest.raises(DataError, match="have changed since the run split them"):
+        names(str(folder), "val", tmp_path)
+
+
+def test_splits_that_the_data_have_win_over_those_of_a_run_on_other_data(folder: Path, tmp_path: Path) -> None:
+    stored(folder, tmp_path)
+    other = write_folder(tmp_path / "other", splits=("val", "test"))
+    assert len(names(str(other), "val", tmp_path)) == 9
+    assert "other/test" in names(str(other), None, tmp_path)[0]
+
+
+def test_a_folder_that_is_no_runs_has_no_split(tmp_path: Path) -> None:
+    assert TrainedData.read(tmp_path) is None
