@@ -14,6 +14,7 @@ import timm.data
 from PIL import Image
 
 from lamzoo.data.labelled import ImageSource, LabelledImages
+from lamzoo.data.paths import nfc
 from lamzoo.errors import DataError
 
 #: The class lists of ImageNet that timm knows by name.
@@ -49,7 +50,7 @@ def read_class_map(source: str | Path) -> list[str]:
         names = _from_json(json.loads(text)) if path.suffix.lower() == ".json" else _from_lines(text)
     except (OSError, ValueError) as error:
         raise DataError(f"{path} is no readable class map: {error}") from error
-    twice = next((name for name, count in Counter(names).items() if count > 1), None)
+    twice = next((name for name, count in Counter(map(nfc, names)).items() if count > 1), None)
     if twice is not None:
         raise DataError(f"{path} is no class map: it has the class {twice!r} twice")
     return names
@@ -57,6 +58,8 @@ def read_class_map(source: str | Path) -> list[str]:
 
 def relabel(dataset: LabelledImages, names: Sequence[str], where: str = "the class map") -> LabelledImages:
     """Gives each image the number that its class has in a list; the data may have fewer classes than the list.
+
+    Names are compared in NFC.
 
     Args:
         dataset: left as it is; it must know its classes.
@@ -71,18 +74,18 @@ def relabel(dataset: LabelledImages, names: Sequence[str], where: str = "the cla
     """
     if dataset.classes is None:
         raise DataError(f"{dataset.spec} has no class names to look up in {where}; leave the class map out")
-    numbers = {name: number for number, name in enumerate(names)}
+    numbers = {nfc(name): number for number, name in enumerate(names)}
     classes = dataset.classes
-    missing = [name for name in classes if name not in numbers]
+    missing = [name for name in classes if nfc(name) not in numbers]
     if missing and dataset.source.identifiers is not None:
         classes = dataset.source.identifiers
-        missing = [name for name in classes if name not in numbers]
+        missing = [name for name in classes if nfc(name) not in numbers]
     if missing:
         raise DataError(
             f"{len(missing)} of the {len(classes)} classes of {dataset.spec} are not in {where}, such as "
             f"{missing[0]!r}, where classes are written like {names[0]!r}"
         )
-    source = _RelabelledSource(dataset.source, list(names), [numbers[name] for name in classes])
+    source = _RelabelledSource(dataset.source, list(names), [numbers[nfc(name)] for name in classes])
     mapped = LabelledImages(source, dataset.spec)
     mapped.transform, mapped.target_transform = dataset.transform, dataset.target_transform
     return mapped
@@ -120,7 +123,7 @@ class _RelabelledSource(ImageSource):
 
 def _from_lines(text: str) -> list[str]:
     names = []
-    for line in filter(None, map(str.strip, text.splitlines())):
+    for line in filter(None, map(str.strip, text.split("\n"))):
         found = _WORDNET_ID.match(line)
         names.append(found[0] if found else line)
     if not names:

@@ -7,7 +7,7 @@ from typing import BinaryIO
 
 from lamzoo.data.images import images_below
 from lamzoo.data.labelled import ImageSource
-from lamzoo.data.paths import natural_key, visible
+from lamzoo.data.paths import natural_key, nfc, visible
 from lamzoo.data.splits import SPLIT_NAMES, WHOLE, find_split, synonyms
 from lamzoo.errors import DataError
 
@@ -16,7 +16,8 @@ class FolderSource(ImageSource):
     """``root/<split>/<class>/**`` or ``root/<class>/**``; hidden files and folders below ``root`` are skipped.
 
     The classes are those of all the splits, so that a class without a test image does not shift the labels of the
-    others. A class without a training image is an error where the training split is asked for.
+    others. Their names are in NFC, so that they do not depend on the file system. A class without a training image is
+    an error where the training split is asked for.
 
     Args:
         root: the folder.
@@ -35,10 +36,10 @@ class FolderSource(ImageSource):
         split_folders = [name for name in children if name.lower() in SPLIT_NAMES or (name == split and split != WHOLE)]
         if split_folders:
             self.split = find_split(split, split_folders, str(root))
-            names = {name for folder in split_folders for name in _folders(root / folder)}
+            names = {nfc(name) for folder in split_folders for name in _folders(root / folder)}
             folder = root / self.split
         else:
-            names = set(children)
+            names = set(map(nfc, children))
             folder = root
         if not names:
             flat = images_below(folder)
@@ -46,9 +47,9 @@ class FolderSource(ImageSource):
             raise DataError(f"{folder} has no class folders; images belong in {folder}/<class>/{hint}")
         self.classes = sorted(names, key=lambda name: (natural_key(name), name))
         self._folder = folder
-        self._samples = [
-            (path, label) for label, name in enumerate(self.classes) for path in images_below(folder / name)
-        ]
+        numbers = {name: label for label, name in enumerate(self.classes)}
+        folders = sorted((numbers[nfc(name)], name) for name in _folders(folder))
+        self._samples = [(path, label) for label, name in folders for path in images_below(folder / name)]
         if not self._samples:
             raise DataError(f"the class folders of {folder} hold no image")
         if "train" in synonyms(split):

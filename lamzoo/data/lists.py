@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 from lamzoo.data.images import images_below
 from lamzoo.data.labelled import ImageSource
-from lamzoo.data.paths import natural_key
+from lamzoo.data.paths import natural_key, nfc
 from lamzoo.errors import DataError, MissingExtraError
 
 _HEADINGS = frozenset({"filename", "file", "image", "image_id", "imageid", "path", "name", "id"})
@@ -29,15 +29,15 @@ class ListedSource(ImageSource):
       alone would not do: they are not in the order in which every library numbers the classes.
 
     Classes named in the file are numbered in natural order, as those of an image folder are; numbers are taken as they
-    are, and then the data set has no class names. Images of the list that are not in the folder are left out, so that a
-    part of a split will do, but the other way round is an error.
+    are, and then the data set has no class names. Names are compared in NFC. Images of the list that are not in the
+    folder are left out, so that a part of a split will do, but the other way round is an error.
 
     Args:
         root: the folder.
         path: the file.
 
     Raises:
-        DataError: no such folder or file, an image without a label, or a file of another kind.
+        DataError: no such folder or file, an image without a label or with two, or a file of another kind.
         MissingExtraError: SciPy is missing, which reads ``meta.mat``.
     """
 
@@ -52,10 +52,10 @@ class ListedSource(ImageSource):
         if all(name.isdecimal() for name in names):
             self._labels = [int(name) for name in names]
             return
-        every = {row[-1] for row in rows}
+        every = {nfc(row[-1]) for row in rows}
         self.classes = sorted(every, key=lambda name: (natural_key(name), name))
         numbers = {name: number for number, name in enumerate(self.classes)}
-        self._labels = [numbers[name] for name in names]
+        self._labels = [numbers[nfc(name)] for name in names]
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -76,7 +76,7 @@ class ListedSource(ImageSource):
 def _read_rows(path: Path) -> list[tuple[str, ...]]:
     """Returns ``(image, label)`` of each line, or ``(label,)`` where it names no image."""
     try:
-        lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
+        lines = [line.strip() for line in path.read_text("utf-8-sig").split("\n") if line.strip()]
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read the labels in {path}: {error}") from error
     if not lines:
@@ -125,16 +125,19 @@ def _names_of(paths: Sequence[Path], rows: Sequence[tuple[str, ...]], root: Path
     """Returns what the file says of each image."""
     if len(rows[0]) == 1:
         return _names_in_order(paths, [row[0] for row in rows], where)
-    given = {Path(name).as_posix(): label for name, label in rows}
+    given: dict[str, str] = {}
     short: dict[str, str | None] = {}  # by the last part of the name; None for several images with different labels
-    for name, label in rows:
-        last = Path(name).name
-        short[last] = label if short.get(last, label) == label else None
+    for name, label in ((Path(nfc(name)), label) for name, label in rows):
+        if given.setdefault(name.as_posix(), label) != label:
+            raise DataError(
+                f"{where} gives {name.as_posix()} two labels, {given[name.as_posix()]!r} and {label!r}; remove one"
+            )
+        short[name.name] = label if short.get(name.name, label) == label else None
     names = []
     for path in paths:
-        inside = path.relative_to(root)
+        inside = Path(nfc(path.relative_to(root).as_posix()))
         long = given.get(inside.as_posix()) or given.get(inside.with_suffix("").as_posix())
-        found = long or short.get(path.name) or short.get(path.stem)
+        found = long or short.get(inside.name) or short.get(inside.stem)
         if found is None:
             raise DataError(f"{where} has no label of {path}, or several; write one, or remove the image")
         names.append(found)

@@ -276,7 +276,7 @@ def _as_list(value: object) -> list:
 
 
 def _read_lines(path: Path) -> list[str] | None:
-    return path.read_text("utf-8").splitlines() if path.exists() else None
+    return path.read_text("utf-8").removesuffix("\n").split("\n") if path.exists() else None
 
 
 def _expand(pattern: str) -> list[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
@@ -69,3 +70,23 @@ def is_hidden(path: str) -> bool:
 
 def _hidden(name: str) -> bool:
     return name == "__MACOSX" or (name.startswith(".") and name not in (".", ".."))
+
+
+def nfc(name: str) -> str:
+    """Returns a name in Unicode's composed form, NFC, in which names are compared.
+
+    The same name can be spelled in several ways: macOS takes an ``é`` apart into an ``e`` and an accent, and a table
+    written elsewhere does not.
+    """
+    return unicodedata.normalize("NFC", name)
+
+
+def spellings(name: str) -> tuple[str, ...]:
+    """Returns the spellings under which a name may be stored: as it is, composed, and taken apart."""
+    return tuple(dict.fromkeys((name, nfc(name), unicodedata.normalize("NFD", name))))
+
+
+def existing_file(folder: Path, name: str) -> Path | None:
+    """Returns the file of that name in a folder, in any of its :func:`spellings`; None where there is none."""
+    paths = (folder / spelling for spelling in spellings(name))
+    return next((path for path in paths if path.is_file()), None)

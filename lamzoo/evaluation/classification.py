@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from lamzoo.data import LabelledImages, OnBadInput, plain_worker_errors
+from lamzoo.data.paths import nfc
 from lamzoo.errors import ConfigError, DataError
 from lamzoo.evaluation.partial import Partial, StateFile, weights_sha256
 from lamzoo.evaluation.real import RealLabels
@@ -187,12 +188,13 @@ def _check_classes(model: nn.Module, dataset: LabelledImages) -> None:
             "the data have a part of the model's classes and a class map says which (--class-map)"
         )
     cfg: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
-    names = list(cfg.get("label_names") or ())
+    names = [nfc(name) for name in cfg.get("label_names") or ()]
+    classes = [nfc(name) for name in classes]
     if names != classes and sorted(names) == sorted(classes):
         where = next(index for index, name in enumerate(names) if name != classes[index])
         raise DataError(
             f"{dataset.spec} has the model's classes in another order (label {where} is {classes[where]!r} there and "
-            f"{names[where]!r} in the model); sort them alike"
+            f"{names[where]!r} in the model); give a class map that says which is which (--class-map model)"
         )
 
 

@@ -16,6 +16,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from lamzoo.adapters.decay import full_rate_parameters
+from lamzoo.data.paths import nfc
 from lamzoo.errors import RecipeError
 from lamzoo.lam import LamConfig
 from lamzoo.pruning import prune_tokens
@@ -108,7 +109,7 @@ def build_ema(run: RunSection, model: nn.Module, device: torch.device) -> ModelE
 def _knows_others(model: Any, classes: list[str]) -> bool:
     """Says whether a model came with a classifier for as many classes, and these are others."""
     known = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
-    return model.weights_source is not None and known is not None and list(known) != classes
+    return model.weights_source is not None and known is not None and [*map(nfc, known)] != [*map(nfc, classes)]
 
 
 def _train_at_full_rate(optimizer: torch.optim.Optimizer, parameters: set[nn.Parameter]) -> None:

@@ -1,4 +1,5 @@
 import json
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -139,6 +140,15 @@ def test_the_model_keeps_its_mode_and_the_data_its_transform(data) -> None:
     assert model.training
     assert not model.blocks[0].training
     assert data.transform is None
+
+
+def test_class_names_are_compared_in_one_spelling(data) -> None:
+    written = ["Café", "green", "zoo"]
+    stored = [unicodedata.normalize("NFD", name) for name in written]
+    data.classes = written
+    assert evaluate(Reads(stored), data, limit=3).samples == 3
+    with pytest.raises(DataError, match="another order"):
+        evaluate(Reads(stored[::-1]), data)
 
 
 def test_classes_that_do_not_fit_are_refused(data) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 import lamzoo
 from lamzoo.errors import RecipeError, StateDictError
 from lamzoo.training import parse_recipe, train
+from lamzoo.training.build import build_model
 from lamzoo.training.tuning import Tuning
 from tests.training.processes import train_killed
 
@@ -88,8 +89,6 @@ def test_killed_run_resumes_to_the_same_weights(
 
 
 def test_classifier_for_other_classes_is_made_anew(recipe_table: dict[str, Any], start: str) -> None:
-    from lamzoo.training.build import build_model
-
     recipe_table["model"] = {"name": start, "pretrained": True}
     recipe = parse_recipe(recipe_table)
     weight = lamzoo.create_model(start, pretrained=True).head.weight
@@ -106,3 +105,14 @@ def test_tuning_masks_of_another_kind_is_refused_unless_they_start_anew(
         train(parse_recipe(recipe_table | {"model": model}))
     result = train(parse_recipe(recipe_table | {"model": model | {"kwargs": {"lam_weights": "fresh"}}}))
     assert lamzoo.create_model(f"local-dir:{result.model}").lam_config == lamzoo.LamConfig(op="mul")
+
+
+def test_classifier_for_the_same_classes_in_another_spelling_is_kept(
+    recipe_table: dict[str, Any], tmp_path: Path
+) -> None:
+    model = lamzoo.create_model("lam_vit_micro", embed_dim=16, depth=1, num_classes=2)
+    lamzoo.save_pretrained(model, tmp_path / "start", label_names=["Cafe\u0301", "dog"])
+    recipe_table["model"] = {"name": f"local-dir:{tmp_path / 'start'}", "pretrained": True}
+    built = build_model(parse_recipe(recipe_table), ["Caf\u00e9", "dog"])
+    assert torch.equal(built.head.weight, model.head.weight)
+    assert not torch.equal(build_model(parse_recipe(recipe_table), ["cafe", "dog"]).head.weight, model.head.weight)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from lamzoo.data.captions.base import Features, Stream
 from lamzoo.data.moments.features import read_features, unit
-from lamzoo.data.paths import visible
+from lamzoo.data.paths import existing_file, visible
 from lamzoo.errors import DataError
 
 _FOLDERS = {"video": ("video", "clip_features"), "audio": ("audio",)}  # the first that holds any
@@ -65,19 +65,19 @@ class FeatureFiles:
         """
         found = {}
         for modality, folder in self._folders.items():
-            paths = [path for suffix in _SUFFIXES if (path := folder / f"{name}{suffix}").is_file()]
-            if not paths:
+            path = next(filter(None, (existing_file(folder, f"{name}{suffix}") for suffix in _SUFFIXES)), None)
+            if path is None:
                 continue
-            rows, rate = _read(paths[0])
+            rows, rate = _read(path)
             if rows.shape[1] != self.modalities[modality]:
                 raise DataError(
-                    f"{paths[0]} has {rows.shape[1]} features a row, and others of its folder have "
+                    f"{path} has {rows.shape[1]} features a row, and others of its folder have "
                     f"{self.modalities[modality]}; make all with one model"
                 )
             rate = rate or self._rate or (len(rows) / duration if duration else None)
             if rate is None:
                 raise DataError(
-                    f"{paths[0]} doesn't say how many rows a second has; write it behind the folder, as in "
+                    f"{path} doesn't say how many rows a second has; write it behind the folder, as in "
                     "videos:DIR:FRAMES_PER_SECOND"
                 )
             found[modality] = cut_rows(rows, rate, start, end)

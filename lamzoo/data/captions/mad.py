@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import logging
 import re
 from collections.abc import Iterator
@@ -14,9 +13,9 @@ from typing import Any
 from lamzoo.data.captions.base import CaptionItem, CaptionSource, Stream
 from lamzoo.data.captions.features import check_rows, row_times, rows_within
 from lamzoo.data.moments.features import unit
-from lamzoo.data.paths import visible
+from lamzoo.data.paths import spellings, visible
 from lamzoo.data.retrieval.files import check_folder
-from lamzoo.data.retrieval.tables import read_json
+from lamzoo.data.retrieval.tables import open_table, read_json
 from lamzoo.data.splits import find_split
 from lamzoo.errors import DataError, MissingExtraError
 
@@ -102,8 +101,8 @@ class MadSource(CaptionSource):
         found = {}
         for modality, (path, rate) in self._files.items():
             with _opened(path) as file:
-                if item.video in file:
-                    movie = file[item.video]
+                movie = next((file[name] for name in spellings(item.video) if name in file), None)
+                if movie is not None:
                     span = rows_within(len(movie), rate, start, end)
                     rows = check_rows(movie[span.start : span.stop], f"{item.video} in {path}")
                     found[modality] = Stream(unit(rows), row_times(span, rate, start))
@@ -147,19 +146,16 @@ def _read_json(path: Path) -> Iterator[Line]:
 
 
 def _read_table(path: Path, split: str) -> Iterator[Line]:
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            columns = reader.fieldnames or []
-            # The table without names has the sentence with its names beside it.
-            text = "text_unnamed" if split == _UNNAMED and "text_unnamed" in columns else "text"
-            for column in ("movie", "start", "end", text):
-                if column not in columns:
-                    raise DataError(f"{path} has no column {column!r}; its first line names {', '.join(columns)}")
-            for number, row in enumerate(reader):
-                yield f"{split}{number}", row["movie"], float(row["start"]), float(row["end"]), row[text] or ""
-    except (OSError, ValueError, TypeError, csv.Error) as error:
-        raise DataError(f"{path} is no whole table of movies, times in seconds and texts: {error}") from error
+    table = open_table(path)
+    # The table without names has the sentence with its names beside it.
+    text = "text_unnamed" if split == _UNNAMED and "text_unnamed" in table.headings else "text"
+    columns = ("movie", "start", "end", text)
+    table.check_columns(columns)
+    for index, (number, row) in enumerate(table.select(columns)):
+        try:
+            yield f"{split}{index}", row["movie"], float(row["start"]), float(row["end"]), row[text]
+        except ValueError as error:
+            raise DataError(f"line {number} of {path} has no start and end in seconds: {error}") from error
 
 
 def _features(root: Path) -> dict[str, tuple[Path, float]]:

@@ -10,6 +10,7 @@ from lamzoo.data.captions.base import CaptionItem, CaptionSource, Stream
 from lamzoo.data.captions.features import FeatureFiles
 from lamzoo.data.captions.sound import PAIR, sound_stream
 from lamzoo.data.grid import BANDS
+from lamzoo.data.paths import nfc
 from lamzoo.data.retrieval.files import check_folder
 from lamzoo.data.retrieval.plain import Files
 from lamzoo.data.retrieval.tables import read_table
@@ -20,9 +21,9 @@ from lamzoo.errors import DataError
 class VideoFolder(CaptionSource):
     """A folder of videos and ``captions.csv``, with the columns ``video``, ``caption`` and, as needed, others.
 
-    ``video`` is a path below the folder, with or without its extension. ``start`` and ``end``, seconds in the video,
-    say what is described; without these columns it is the whole video. What is described on several lines has several
-    captions. Without the column ``split`` there are no splits.
+    ``video`` is a path below the folder, with or without its extension; paths are compared in NFC. ``start`` and
+    ``end``, seconds in the video, say what is described; without these columns it is the whole video. What is described
+    on several lines has several captions. Without the column ``split`` there are no splits.
 
     Features of the frames, ``video``, are files in ``features``, called as the video; see
     :class:`lamzoo.data.captions.features.FeatureFiles`. So may be those of the sound, ``audio``; without such files it
@@ -72,8 +73,9 @@ class VideoFolder(CaptionSource):
         by_stem: dict[str, Path] = {}
         items = []
         for (path, start, end), texts in captions.items():
-            if by_stem.setdefault(path.stem, path) != path and self._features.modalities:
-                raise DataError(f"{by_stem[path.stem]} and {path} would have the same features; rename one of them")
+            first = by_stem.setdefault(nfc(path.stem), path)
+            if first != path and self._features.modalities:
+                raise DataError(f"{first} and {path} would have the same features; rename one of them")
             video = path.relative_to(root).as_posix()
             name = video if math.isinf(end) else f"{video}[{start:g}-{end:g}]"
             items.append(CaptionItem(name, video, start, end, tuple(texts)))

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from lamzoo.data.moments.base import Features
+from lamzoo.data.paths import existing_file
 from lamzoo.errors import DataError
 
 VIDEO_FOLDERS = ("slowfast_features", "clip_features")
@@ -41,7 +42,8 @@ class FeatureFolder:
 
     def video(self, video: str) -> Features:
         """Returns all features of a video's clips beside each other, each scaled to length 1, ``(N, D)``."""
-        paths = [folder / f"{video}.npz" for folder in self._videos]
+        name = f"{video}.npz"
+        paths = [existing_file(folder, name) or folder / name for folder in self._videos]
         parts = [read_features(path, "features") for path in paths]
         lengths = [len(part) for part in parts]
         if max(lengths) - min(lengths) > _MARGIN:
@@ -53,7 +55,8 @@ class FeatureFolder:
 
     def text(self, qid: int | str) -> Features:
         """Returns the features of a query's words, each scaled to length 1, ``(W, D)``."""
-        return unit(read_features(self._texts / f"qid{qid}.npz", "last_hidden_state"))
+        name = f"qid{qid}.npz"
+        return unit(read_features(existing_file(self._texts, name) or self._texts / name, "last_hidden_state"))
 
 
 def read_features(path: Path, key: str) -> Features:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import gzip
 import json
 import re
@@ -16,6 +15,7 @@ import numpy as np
 from lamzoo.data.moments.base import Features, MomentQuery, MomentSource
 from lamzoo.data.moments.features import FeatureFolder
 from lamzoo.data.retrieval.files import check_folder
+from lamzoo.data.retrieval.tables import read_table
 from lamzoo.data.splits import find_split
 from lamzoo.errors import DataError
 
@@ -157,9 +157,8 @@ def charades(root: Path, split: str) -> FolderSource:
 
 def _charades_lengths(path: Path) -> dict[str, float]:
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            return {row["id"]: float(row["length"]) for row in csv.DictReader(file)}
-    except (OSError, KeyError, TypeError, ValueError) as error:
+        return {row["id"]: float(row["length"]) for row in read_table(path, ("id", "length"))}
+    except ValueError as error:
         raise DataError(f"{path} gives no durations (columns id and length): {error}") from error
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from lamzoo.data.paths import nfc
 from lamzoo.data.retrieval.base import VideoSource
 from lamzoo.data.sampling import FrameSampling
 from lamzoo.data.video import VideoClip, read_video, videos_below
@@ -59,20 +60,20 @@ def locate(ids: Sequence[str], root: Path, folders: Sequence[str], listed: Path)
         files = index_files(folder)
         if files:
             break
-    missing = [video for video in ids if video not in files]
+    missing = [video for video in ids if nfc(video) not in files]
     if missing:
         raise DataError(
             f"{folder} has no video {missing[0]!r}{_and_more(len(missing) - 1, len(ids))}; put {missing[0]}.mp4, or "
             f"a file with another extension, there, or take it out of {listed}"
         )
-    return [only_file(files[video], video) for video in ids]
+    return [only_file(files[nfc(video)], video) for video in ids]
 
 
 def index_files(folder: Path) -> dict[str, list[Path]]:
-    """Returns the video files of a folder and its subfolders by their names without extension."""
+    """Returns the video files of a folder and its subfolders by their names without extension, in NFC."""
     found: dict[str, list[Path]] = {}
     for path in videos_below(folder):
-        found.setdefault(path.stem, []).append(path)
+        found.setdefault(nfc(path.stem), []).append(path)
     return found
 
 
@@ -101,13 +102,14 @@ def captions_of(
     Raises:
         DataError: a video has none.
     """
-    missing = [video for video in ids if not captions.get(video)]
+    known = {nfc(video): texts for video, texts in captions.items()}
+    missing = [video for video in ids if not known.get(nfc(video))]
     if missing:
         raise DataError(
             f"{described} has no caption of the video {missing[0]!r}{_and_more(len(missing) - 1, len(ids))}; "
             f"add one, or take the video out of {listed}"
         )
-    return [captions[video] for video in ids]
+    return [known[nfc(video)] for video in ids]
 
 
 def _and_more(more: int, total: int) -> str:

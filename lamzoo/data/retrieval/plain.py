@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lamzoo.data.paths import nfc
 from lamzoo.data.retrieval.files import FileSource, check_folder, only_file
 from lamzoo.data.retrieval.tables import read_table
 from lamzoo.data.splits import find_split
@@ -14,8 +15,8 @@ from lamzoo.errors import DataError
 class PlainSource(FileSource):
     """A folder of videos and ``captions.csv``, whose first line names the columns ``video``, ``caption`` and ``split``.
 
-    ``video`` is a path below the folder, with or without its extension. A video with several captions has several
-    lines. Without the column ``split`` there are no splits.
+    ``video`` is a path below the folder, with or without its extension; paths are compared in NFC. A video with several
+    captions has several lines. Without the column ``split`` there are no splits.
 
     Args:
         root: the folder.
@@ -48,13 +49,15 @@ class PlainSource(FileSource):
 
 
 class Files:
-    """The files below a folder, by their paths with and without extension."""
+    """The files below a folder, by their paths with and without extension, in NFC."""
 
     def __init__(self, root: Path, table: Path) -> None:
         self._root, self._table = root, table
         self._known: dict[str, list[Path]] = {}
         for path in videos_below(root):
-            self._known.setdefault(path.relative_to(root).with_suffix("").as_posix(), []).append(path)
+            inside = path.relative_to(root)
+            for name in (inside, inside.with_suffix("")):
+                self._known.setdefault(nfc(name.as_posix()), []).append(path)
 
     def find(self, video: str) -> Path:
         place = Path(video)
@@ -65,7 +68,7 @@ class Files:
         whole = self._root / place
         if whole.is_file():
             return whole
-        found = self._known.get(place.as_posix())
+        found = self._known.get(nfc(place.as_posix()))
         if found is None:
             extension = "" if place.suffix.lower() in VIDEO_EXTENSIONS else " with the extension of a video"
             raise DataError(

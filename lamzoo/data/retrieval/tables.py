@@ -4,11 +4,75 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lamzoo.data.paths import nfc
 from lamzoo.errors import DataError
+
+
+@dataclass(frozen=True)
+class Table:
+    """A CSV file that has a line of headings.
+
+    Attributes:
+        path: the file.
+        headings: the names of its columns, stripped and in NFC; ``""`` for a column without a name.
+        rows: the lines below them: the number of each and its stripped cells, as many as there are headings.
+    """
+
+    path: Path
+    headings: tuple[str, ...]
+    rows: Sequence[tuple[int, Sequence[str]]]
+
+    def check_columns(self, columns: Iterable[str]) -> None:
+        """Raises a :class:`DataError` if a column is missing."""
+        missing = next((column for column in columns if column not in self.headings), None)
+        if missing is not None:
+            found = ", ".join(repr(heading) for heading in self.headings if heading) or "none"
+            raise DataError(
+                f"{self.path} has no column {missing!r}; its first line must name the columns, and names {found}"
+            )
+
+    def select(self, columns: Iterable[str]) -> Iterator[tuple[int, dict[str, str]]]:
+        """Yields the number of each line and its cells by their headings, in the columns that the file has."""
+        places = {column: self.headings.index(column) for column in columns if column in self.headings}
+        for number, cells in self.rows:
+            yield number, {column: cells[place] for column, place in places.items()}
+
+
+def open_table(path: Path) -> Table:
+    """Reads a CSV file that has a line of headings.
+
+    Args:
+        path: the file, UTF-8. Empty lines are skipped; a line may end early.
+
+    Raises:
+        DataError: there is no such file, it is no CSV, two columns have the same name, or a line has more cells than
+            there are headings, as from a comma that is not quoted; names the line.
+    """
+    rows: list[tuple[int, list[str]]] = []
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, strict=True)
+            headings = [nfc(heading.strip()) for heading in next(reader, [])]
+            named = max((place for place, heading in enumerate(headings, 1) if heading), default=0)
+            for cells in map(_stripped, reader):
+                if len(cells) > len(headings) or any(cells[named:]):
+                    raise DataError(
+                        f"line {reader.line_num} of {path} has {len(cells)} cells, and the first line has {named} "
+                        "headings; put a text that has a comma into double quotes"
+                    )
+                if cells:
+                    rows.append((reader.line_num, cells + [""] * (len(headings) - len(cells))))
+    except (OSError, ValueError, csv.Error) as error:
+        raise DataError(f"cannot read {path}: {_reason(error)}") from error
+    twice = next((heading for heading in headings if heading and headings.count(heading) > 1), None)
+    if twice is not None:
+        raise DataError(f"{path} has the heading {twice!r} twice; rename or remove one of these columns")
+    return Table(path, tuple(headings), rows)
 
 
 def read_table(path: Path, columns: Sequence[str], optional: Sequence[str] = ()) -> list[dict[str, str]]:
@@ -23,22 +87,16 @@ def read_table(path: Path, columns: Sequence[str], optional: Sequence[str] = ())
         The stripped cells of each line by their heading; none of them is empty.
 
     Raises:
-        DataError: there is no such file, it is no CSV, a column is missing, or a cell of one is empty.
+        DataError: as of :func:`open_table`; or a column is missing, or a cell of one is empty.
     """
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            headings = {heading.strip(): heading for heading in reader.fieldnames or ()}
-            wanted = _wanted(path, columns, optional, headings)
-            rows = []
-            for cells in reader:
-                row = {heading: (cells[headings[heading]] or "").strip() for heading in wanted}
-                empty = [heading for heading, cell in row.items() if not cell]
-                if empty:
-                    raise DataError(f"line {reader.line_num} of {path} has no {empty[0]!r}; write one, or remove it")
-                rows.append(row)
-    except (OSError, ValueError, csv.Error) as error:
-        raise DataError(f"cannot read {path}: {_reason(error)}") from error
+    table = open_table(path)
+    table.check_columns(columns)
+    rows = []
+    for number, row in table.select([*columns, *optional]):
+        empty = next((heading for heading, cell in row.items() if not cell), None)
+        if empty is not None:
+            raise DataError(f"line {number} of {path} has no {empty!r}; write one, or remove it")
+        rows.append(row)
     if not rows:
         raise DataError(f"{path} has no line below its headings")
     return rows
@@ -85,12 +143,8 @@ def read_json_lines(path: Path, fields: Mapping[str, type]) -> list[dict[str, An
     return records
 
 
-def _wanted(path: Path, columns: Sequence[str], optional: Sequence[str], headings: Mapping[str, str]) -> list[str]:
-    missing = [column for column in columns if column not in headings]
-    if missing:
-        found = ", ".join(map(repr, headings)) or "none"
-        raise DataError(f"{path} has no column {missing[0]!r}; its first line must name the columns, and names {found}")
-    return [*columns, *(column for column in optional if column in headings)]
+def _stripped(cells: list[str]) -> list[str]:
+    return [cell.strip() for cell in cells]
 
 
 def _reason(error: Exception) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from lamzoo.data.retrieval.tables import open_table
 from lamzoo.errors import DataError
 
 _RESULTS = "results-imagenet.csv"
@@ -112,19 +112,15 @@ def is_imagenet1k(data: str) -> bool:
 
 
 def _read(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            lines = list(csv.DictReader(file, restval=""))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(
-            f"timm's results cannot be read from {path} ({error}); give the folder of its {_RESULTS}."
-        ) from error
-    missing = [column for column in columns if not lines or column not in lines[0]]
+    if not path.is_file():
+        raise DataError(f"timm's results cannot be read from {path}; give the folder of its {_RESULTS}.")
+    table = open_table(path)
+    missing = [column for column in columns if not table.rows or column not in table.headings]
     if missing:
         raise DataError(
             f"{path} has no column {missing[0]!r}, so it is not one of timm's files; give timm's {_RESULTS}."
         )
-    return lines
+    return [line for _, line in table.select(table.headings)]
 
 
 def _number(line: dict[str, str], column: str, path: Path) -> float:
