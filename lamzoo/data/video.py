@@ -341,6 +341,8 @@ def _decode_index(path: Path, index: PacketIndex) -> PacketIndex:
     if len(stamps) < len(found) or any(later <= stamp for stamp, later in pairwise(stamps)):
         stamps = index.stamps[: len(found)]
     total = len(index.stamps)
+    if index.suspect and len(found) < total:
+        raise UnreadableVideo(f"it is damaged: {total - len(found)} of its {total} frames cannot be decoded")
     there = bisect.bisect_right(index.stamps, stamps[-1])
     if there < total - 1:  # some codecs end with a packet that only repeats
         raise UnreadableVideo(f"it is cut short: the last {total - there} of its {total} frames cannot be decoded")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate, pairwise
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
 _SOUGHT_BY_DTS = ("mpegts", "mpeg")  # where a jump aims at the time of decoding; elsewhere at that of display
+_BACK = Fraction(1, 4)  # seconds that a decoding time may lie before the last, where some are interpolated
 _OPEN_ENDED = ("mpegts", "mpeg", "asf")  # that do not know where they should end
 
 
@@ -46,6 +49,7 @@ class PacketIndex:
             files, which decode from their first packet.
         trusted: each frame will carry one of the stamps; if not, only their order is that of the frames.
         open_ended: the container does not know where it should end, only the last frame's decoder does.
+        suspect: there may be damage, so that a frame which can't be decoded is no trifle.
     """
 
     stamps: list[int]
@@ -55,6 +59,7 @@ class PacketIndex:
     keys: list[KeyPacket]
     trusted: bool
     open_ended: bool
+    suspect: bool = False
 
     @property
     def times(self) -> list[float]:
@@ -99,7 +104,8 @@ def read_index(container: InputContainer, stream: VideoStream, path: Path) -> Pa
     lengths: list[int] = []
     starts: list[int] = []  # packets with a key frame
     hidden: set[int] = set()  # packets without a frame to show
-    whole: int | None = None  # packets before the first damaged one
+    places: list[int | None] = []  # in the file
+    suspect: list[int] = []  # packets that the demuxer takes for damaged
     try:
         for number, packet in enumerate(container.demux(stream)):
             if is_flush(packet):
@@ -111,10 +117,12 @@ def read_index(container: InputContainer, stream: VideoStream, path: Path) -> Pa
                 starts.append(number)
             if packet.is_discard or not packet.size:
                 hidden.add(number)
-            if packet.is_corrupt and starts and whole is None:
-                whole = number
+            places.append(packet.pos)
+            if packet.is_corrupt and starts:
+                suspect.append(number)
     except import_av().FFmpegError as error:
         raise UnreadableVideo(f"it cannot be read past {len(pts)} frames ({error.strerror})") from error
+    whole = next((number for number in suspect if not _is_joint(name, stream.id, path, places, number)), None)
     _check_length(container, stream, path, len(pts) if whole is None else whole)
     if whole is not None:
         raise UnreadableVideo(f"it is damaged or cut short after {whole} frames")
@@ -136,14 +144,18 @@ def read_index(container: InputContainer, stream: VideoStream, path: Path) -> Pa
         KeyPacket(number, stamps[number - first], dts[number] if name in _SOUGHT_BY_DTS else pts[number])
         for number in starts
     ]
-    if trusted and any(later.stamp <= key.stamp for key, later in pairwise(keys)):
-        raise UnreadableVideo("its times start again in the middle, as of files glued together; remux it")
+    back = _BACK / unit if name in _SOUGHT_BY_DTS else math.inf
+    if trusted and (
+        any(later.stamp <= key.stamp for key, later in pairwise(keys))
+        or any(stamp - later > back for stamp, later in pairwise(entry for entry in dts if entry is not None))
+    ):
+        raise UnreadableVideo("its times start again in the middle, as of joined files, which remuxing mends")
     if name == "apng":
         del keys[1:]  # all are marked, though each may draw on the picture before
     rising = sorted(numbers)
     steps = [later - stamp for stamp, later in pairwise(rising)] or [0]
     end = rising[-1] + (lengths[numbers[rising[-1]]] or median_low(steps))
-    return PacketIndex(rising, end, unit, numbers, keys, trusted, name in _OPEN_ENDED)
+    return PacketIndex(rising, end, unit, numbers, keys, trusted, name in _OPEN_ENDED, bool(suspect))
 
 
 def is_flush(packet: Packet) -> bool:
@@ -170,7 +182,7 @@ def _check_length(container: InputContainer, stream: VideoStream, path: Path, go
     if "mov" in names and got < len(stream.index_entries):
         raise UnreadableVideo(f"it is cut short: {got} of its {len(stream.index_entries)} frames are there")
     size = path.stat().st_size
-    if "mpegts" in names and size % _transport_packet(read_bytes(path, 4096)):
+    if "mpegts" in names and size % _transport_packet(read_bytes(path, 4096))[0]:
         raise UnreadableVideo(f"it is cut short after {got} frames: its last packet is not whole")
     if "matroska" in names and (end := _matroska_end(read_bytes(path, 4096))) > size:
         raise UnreadableVideo(f"it is cut short: {size} of its {end} bytes are there, with {got} frames")
@@ -178,12 +190,38 @@ def _check_length(container: InputContainer, stream: VideoStream, path: Path, go
         raise UnreadableVideo(f"it is cut short in or after its frame {got}")
 
 
-def _transport_packet(head: bytes) -> int:
-    """Returns how many bytes a packet of an MPEG transport stream has, by its sync bytes; 1 if they do not tell."""
+def _is_joint(name: str, pid: int, path: Path, places: Sequence[int | None], number: int) -> bool:
+    """Returns whether a packet that the demuxer takes for damaged may be whole, so that its frame has to decide.
+
+    In an MPEG transport stream the counter of a stream's packets jumps where something is lost, and where files were
+    joined. Within a frame only the former happens. FFmpeg marks the damaged frame or the one before.
+    """
+    first, last = (places[at] if at < len(places) else None for at in (number, number + 2))
+    if name != "mpegts" or first is None:
+        return False
+    length, sync = _transport_packet(read_bytes(path, 4096))
+    with path.open("rb") as file:
+        file.seek(first)
+        packets = file.read(-1 if last is None else max(0, last - first))
+    counter = None
+    for at in range(sync, len(packets), length):
+        header = packets[at : at + 4]
+        if len(header) < 4 or header[0] != 0x47 or header[1] & 0x80:  # out of step, or marked by the receiver
+            return False
+        if (header[1] & 0x1F) << 8 | header[2] == pid and header[3] & 0x10:  # a packet of the stream, with a payload
+            begins = bool(header[1] & 0x40)
+            if not begins and counter is not None and (header[3] - counter) % 16 > 1:  # 0 is a packet sent twice
+                return False
+            counter = header[3]
+    return True
+
+
+def _transport_packet(head: bytes) -> tuple[int, int]:
+    """Returns the length of a packet of an MPEG transport stream and the place of its sync byte; 1, 0 if unknown."""
     for length, sync in ((188, 0), (192, 4), (204, 0)):  # plain, with a time before it, with a check sum behind it
         if len(head) >= 4 * length and all(head[at] == 0x47 for at in range(sync, 4 * length, length)):
-            return length
-    return 1
+            return length, sync
+    return 1, 0
 
 
 def _matroska_end(head: bytes) -> int:

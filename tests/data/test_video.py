@@ -418,6 +418,51 @@ def test_a_video_whose_times_start_again_is_named(tmp_path: Path) -> None:
         read_video(tmp_path / "glued.mpg")
 
 
+def joined(folder: Path, name: str, start: float, **more: object) -> Path:
+    """Two transport streams, one behind the other, of 40 frames at 10 a second; the second begins ``start`` later."""
+    drawn, path = pictures(80), folder / "joined.ts"
+    parts = []
+    for begin, half in ((1.0, drawn[:40]), (1.0 + start, drawn[40:])):
+        times = [begin + number / 10 for number in range(40)]
+        parts.append(clip(folder, name, half, times=times, **more).read_bytes())
+    path.write_bytes(b"".join(parts))
+    return path
+
+
+@pytest.mark.parametrize("more", [{}, {"codec": "libx265"}, {"container_options": {"mpegts_m2ts_mode": "1"}}])
+def test_a_joint_between_transport_streams_is_no_damage(tmp_path: Path, more: dict) -> None:
+    path, drawn = joined(tmp_path, "h264.ts", 4.0, **more), pictures(80)
+    with av.open(str(path)) as file:
+        assert any(packet.is_corrupt for packet in file.demux(video=0))
+    read = read_video(path, EVERY)
+    assert [nearest(frame, drawn) for frame in read.frames] == list(range(80))
+    assert read.times == pytest.approx([number / 10 for number in range(80)], abs=1e-3)
+    assert probe_video(path).duration == pytest.approx(8.0, abs=0.1)
+
+
+@pytest.mark.parametrize("start", [0.0, 2.0])
+@pytest.mark.parametrize("gop", [12, 100])
+def test_joined_transport_streams_whose_times_start_again_are_named(tmp_path: Path, start: float, gop: int) -> None:
+    path = joined(tmp_path, "h264.ts", start, gop=gop)
+    with pytest.raises(
+        DataError,
+        match=r"joined\.ts: its times start again in the middle, as of joined files, which remuxing mends; replace",
+    ):
+        read_video(path)
+
+
+@pytest.mark.parametrize(
+    ("more", "number"), [({}, 1), ({"codec": "mpeg2video", "fps": 25}, 1), ({"codec": "mpeg2video", "fps": 25}, -1)]
+)
+def test_what_a_transport_stream_lost_within_a_frame_is_damage(tmp_path: Path, more: dict, number: int) -> None:
+    path = clip(tmp_path, "h264.ts", size=(192, 128), **{"b_frames": 0, **more})
+    content, (begin, end) = path.read_bytes(), positions(path)[12:14]  # a key frame
+    same = [at for at in range(begin, end, 188) if content[at + 2] == content[begin + 2]]
+    path.write_bytes(content[: same[number]] + content[same[number] + 188 :])
+    with pytest.raises(DataError, match=r"h264\.ts: it is damaged.* after \d+ "):
+        read_video(path, EVERY)
+
+
 @pytest.mark.parametrize("name", ["h264.mp4", "hevc.mp4", "h264.avi", "vp9.webm"])
 def test_the_number_of_threads_changes_nothing(tmp_path: Path, name: str) -> None:
     path = clip(tmp_path, name, 60)
