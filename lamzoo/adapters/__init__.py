@@ -39,7 +39,30 @@ def _open_clip_slots(model: nn.Module) -> Iterator[Slot]:
         yield from open_clip.slots(model)
 
 
-_ADAPTERS = (timm.slots, _open_clip_slots, mha.slots, native.slots)
+def _transformers_slots(model: nn.Module) -> Iterator[Slot]:
+    """Yields nothing: attention of Hugging Face transformers can't carry a mask.
+
+    Its models would otherwise get masks in the few ``nn.MultiheadAttention`` that some have beside their own attention,
+    such as SigLIP's pooling head. Its wrappers of timm models have no attention of their own.
+
+    Raises:
+        UnsupportedHostError: the model is, or contains, one of its models or a part of one with attention; names it.
+    """
+    for path, module in model.named_modules():
+        classes = [f"{cls.__module__}.{cls.__name__}" for cls in type(module).__mro__]
+        if not any(name.startswith("transformers.") for name in classes):
+            continue
+        attends = any(isinstance(child, nn.MultiheadAttention) for child in module.children())
+        wraps_timm = classes[0].startswith("transformers.models.timm_")
+        if attends or ("transformers.modeling_utils.PreTrainedModel" in classes and not wraps_timm):
+            raise UnsupportedHostError(
+                f"{path or 'The model'} is a {type(module).__name__} of Hugging Face transformers, whose attention "
+                "lamzoo can't mask; give add_lam a part of the model without it, or a model of timm or open_clip."
+            )
+    return iter(())
+
+
+_ADAPTERS = (timm.slots, _open_clip_slots, _transformers_slots, mha.slots, native.slots)
 
 
 def add_lam(model: Model, config: LamConfig | None = None) -> Model:
@@ -58,8 +81,8 @@ def add_lam(model: Model, config: LamConfig | None = None) -> Model:
         ``no_weight_decay()``.
 
     Raises:
-        UnsupportedHostError: the model has a block that can't carry a mask (named), no such block at all, or masks
-            already. The model is left as it was.
+        UnsupportedHostError: the model has a block that can't carry a mask (named), no such block at all, masks
+            already, or a part that is a model of Hugging Face transformers. The model is left as it was.
         ConfigError: position keys in a host of unknown length, or in one whose tokens have no fixed positions.
     """
     config = LamConfig() if config is None else config
