@@ -152,10 +152,13 @@ def create_train_loader(recipe: Recipe, train_set: Any, model: nn.Module) -> Dat
 
 
 def create_eval_loader(recipe: Recipe, eval_set: Any, model: nn.Module) -> DataLoader[Any]:
-    """Returns a loader of all images of a split in order, as the model's ``pretrained_cfg`` preprocesses them."""
+    """Returns a loader of all images of a split in order, as the model's ``pretrained_cfg`` preprocesses them.
+
+    Its batches, of about 256 images, are a multiple of the training batches, which divide by the number of processes.
+    """
     eval_set.transform = timm.data.create_transform(**data_config(model))
     batch = recipe.run.batch_size // recipe.run.accumulation
-    return DataLoader(eval_set, max(batch, 256), num_workers=recipe.data.workers)
+    return DataLoader(eval_set, max(256 // batch, 1) * batch, num_workers=recipe.data.workers)
 
 
 def create_mixup(recipe: Recipe, num_classes: int) -> timm.data.Mixup | None:

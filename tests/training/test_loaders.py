@@ -1,4 +1,4 @@
-"""The order and the augmentation of training data depend on the seed and the epoch, and on both apart."""
+"""Training data depend on seed and epoch apart, and every process gets its share of a split to score."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+import timm
 import torch
+from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import Dataset
 
 from lamzoo.training import parse_recipe
 from lamzoo.training.classification import ClassificationRun
-from lamzoo.training.loaders import SeededDataset, SeededSampler, seed_everything
+from lamzoo.training.loaders import SeededDataset, SeededSampler, create_eval_loader, seed_everything
 from lamzoo.training.retrieval import RetrievalRun
 from tests.training.retrieval_data import retrieval_table, write_faces
 
@@ -45,6 +48,38 @@ def test_no_two_seeds_and_epochs_share_an_order_or_a_draw() -> None:
 def test_the_initialisation_shares_no_random_state_with_an_image() -> None:
     seed_everything(3)
     assert (random.random(), float(np.random.rand()), float(torch.rand(()))) != seeded(3, 0)[0]
+
+
+@pytest.mark.parametrize("processes", range(1, 9))
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_any_number_of_processes_scores_every_image(
+    recipe_table: dict[str, Any], processes: int, accumulation: int
+) -> None:
+    model = timm.create_model("test_vit")
+    for share in (1, 30, 60):
+        batch = {"batch_size": share * processes * accumulation, "accumulation": accumulation}
+        recipe: Any = parse_recipe({**recipe_table, "run": {**recipe_table["run"], **batch}})
+        loader = create_eval_loader(recipe, Indices(), model)
+        assert loader.batch_size is not None and 128 < loader.batch_size <= max(256, share * processes)
+        scored: set[int] = set()
+        for rank in range(processes):
+            shard = prepare_data_loader(
+                loader, num_processes=processes, process_index=rank, split_batches=True, put_on_device=False
+            )
+            scored |= {int(index) for batch in shard for index in batch}
+        assert scored == set(range(300))
+
+
+class Indices(Dataset[int]):
+    """300 items that are their own indices."""
+
+    transform = None
+
+    def __len__(self) -> int:
+        return 300
+
+    def __getitem__(self, index: int) -> int:
+        return index
 
 
 def orders(run: Any, epochs: int) -> list[list[int]]:
