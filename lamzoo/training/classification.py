@@ -21,6 +21,7 @@ from lamzoo.training.inputs import (
 )
 from lamzoo.training.loaders import (
     check_batches,
+    check_mixup,
     create_eval_loader,
     create_mixup,
     create_train_loader,
@@ -46,6 +47,7 @@ class ClassificationRun(TrainingRun):
         self.splits = open_splits(self.recipe.data)
 
     def build_model(self) -> nn.Module:
+        check_mixup(self.recipe, self.accelerator.num_processes)
         model = build_model(self.recipe, self.splits.train.classes)
         self.tuning = Tuning(model, self.recipe.model.tune)
         config = getattr(model, "prune_config", None)

@@ -84,7 +84,7 @@ def complete_recipe(table: Mapping[str, Any]) -> Recipe:
             raise RecipeError(f"Recipe key {section}.{key} is missing; add it.")
     _fill(filled, "data", {"val_fraction": _VAL_FRACTION, "workers": _workers()})
     _fill(filled, "run", {"output": ""})
-    given = _classifiers(filled)  # what is wrong is said before the data is opened
+    given = _classifiers(_with_any_batch(filled))  # what is wrong is said before the data is opened
     images = _training_images(given)
     if "test_split" not in filled["data"] and given.data.eval_split != "test" and has_split(given.data, "test"):
         filled["data"]["test_split"] = "test"
@@ -105,6 +105,15 @@ def complete_recipe(table: Mapping[str, Any]) -> Recipe:
     _fill(filled, "run", {"batch_size": batch, "ema_decay": decay, "precision": _precision(given)})
     filled["run"]["output"] = given.run.output or str(Path("runs", _run_name(given)))
     return _classifiers(filled)
+
+
+def _with_any_batch(table: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns a table whose batch, where it is still to be chosen, fits the accumulation."""
+    run = table["run"]
+    accumulation = run.get("accumulation") if isinstance(run, dict) and "batch_size" not in run else None
+    if not isinstance(accumulation, int) or accumulation < 1:
+        return table
+    return {**table, "run": {**run, "batch_size": accumulation}}
 
 
 def _classifiers(table: Mapping[str, Any]) -> Recipe:
@@ -133,10 +142,15 @@ def _training_images(recipe: Recipe) -> int:
 
 
 def _batch(images: int, accumulation: int) -> int:
-    """A power of two that leaves enough updates in an epoch, at most half of the images, shared out evenly."""
+    """A power of two that leaves enough updates in an epoch, at most half of the images, shared out evenly.
+
+    Each share is even, as mixup needs it, where there are images enough for pairs.
+    """
     wanted = 2 ** math.floor(math.log2(max(images / _UPDATES_PER_EPOCH, 1)))
     batch = min(max(wanted, _LEAST_BATCH), _BATCH, math.ceil(images / 2))
     share = accumulation * int(os.environ.get("WORLD_SIZE", "1"))
+    if images >= 2 * share:
+        share *= 2
     return max(batch // share, 1) * share
 
 

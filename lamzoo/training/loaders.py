@@ -94,6 +94,18 @@ def check_batches(recipe: Recipe, train_set: Any) -> None:
         )
 
 
+def check_mixup(recipe: Recipe, processes: int) -> None:
+    """Raises a :class:`RecipeError` where mixup or cutmix would get batches that don't divide into pairs."""
+    run, augment = recipe.run, recipe.augment
+    share = processes * run.accumulation
+    if augment.mixes and run.batch_size // share % 2:
+        raise RecipeError(
+            f"augment.mixup and augment.cutmix mix images in pairs, and run.batch_size {run.batch_size} over "
+            f"{run.accumulation} accumulation steps and {processes} processes makes batches of "
+            f"{run.batch_size // share}; choose a multiple of {2 * share}, or set both to 0."
+        )
+
+
 def create_seeded_loader(
     recipe: AnyRecipe, samples: Any, collate: Callable[[list[Any]], Any] | None = None
 ) -> DataLoader[Any]:
@@ -164,7 +176,7 @@ def create_eval_loader(recipe: Recipe, eval_set: Any, model: nn.Module) -> DataL
 def create_mixup(recipe: Recipe, num_classes: int) -> timm.data.Mixup | None:
     """Returns timm's Mixup as the recipe asks for it, or None."""
     augment = recipe.augment
-    if not (augment.mixup or augment.cutmix):
+    if not augment.mixes:
         return None
     return timm.data.Mixup(
         mixup_alpha=augment.mixup,

@@ -88,6 +88,11 @@ class AugmentSection:
     mixup_prob: float = 1.0
     label_smoothing: float = 0.0
 
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed in pairs, which takes even batches."""
+        return self.mixup != 0 or self.cutmix != 0
+
 
 @dataclass(frozen=True)
 class PruneSection:

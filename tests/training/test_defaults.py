@@ -44,6 +44,22 @@ def test_small_data_get_small_batches_and_more_epochs(tmp_path: Path) -> None:
     assert few.optimizer.lr < many.optimizer.lr
 
 
+@pytest.mark.parametrize("each", [1, 2, 5, 8, 13])
+@pytest.mark.parametrize(("processes", "accumulation"), [(1, 1), (1, 3), (2, 1), (3, 2)])
+def test_chosen_batches_divide_into_pairs_on_every_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, each: int, processes: int, accumulation: int
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    folder = write_folder(tmp_path / "few", splits=("train", "val"), each=each)
+    recipe = complete("lam_vit_micro", folder, run={"accumulation": accumulation})
+    assert recipe.augment.mixup and recipe.augment.cutmix
+    images, share = 3 * each, processes * accumulation
+    assert recipe.run.batch_size % share == 0
+    if images >= 2 * share:
+        assert recipe.run.batch_size % (2 * share) == 0
+        assert recipe.run.batch_size <= images
+
+
 def test_a_test_split_is_scored_and_never_watched(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "data", splits=("train", "test"))
     data = complete("lam_vit_micro", folder, model={"pretrained": True}).data

@@ -15,6 +15,7 @@ from timm.layers import use_fused_attn
 import lamzoo
 from lamzoo.errors import DataError, DivergedError, RecipeError, UnsupportedHostError
 from lamzoo.training import TrainResult, parse_recipe, train
+from lamzoo.training.loaders import check_mixup
 from tests.training.processes import train_in_two, train_killed
 
 HELD_BY_RECIPE = ("epoch", "update", "lr", "train_loss", "eval_loss", "eval_top1")
@@ -173,6 +174,23 @@ def test_batch_larger_than_the_data_is_refused(recipe_table: dict[str, Any], tmp
 def test_update_larger_than_the_data_is_refused(recipe_table: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="batches of 64 images"):  # of two steps, each of which has images enough
         run(recipe_table, tmp_path / "out", batch_size=64, accumulation=2)
+
+
+@pytest.mark.parametrize(("key", "batch"), [("mixup", (7, 1, 1)), ("cutmix", (12, 4, 1)), ("mixup", (12, 2, 2))])
+def test_batches_that_mixup_cannot_pair_are_refused_before_the_data_is_read(
+    recipe_table: dict[str, Any], tmp_path: Path, key: str, batch: tuple[int, int, int]
+) -> None:
+    batch_size, accumulation, processes = batch
+    recipe_table["augment"] |= {key: 0.5}
+    recipe_table["run"] |= {"batch_size": batch_size, "accumulation": accumulation}
+    recipe: Any = parse_recipe(recipe_table)
+    scanned: list[Any] = []
+    with pytest.raises(RecipeError, match=f"choose a multiple of {2 * accumulation * processes}, or set both to 0"):
+        check_mixup(recipe, processes)
+    if processes == 1:
+        with pytest.raises(RecipeError, match="mix images in pairs"):
+            train(recipe, scanning=lambda *progress: scanned.append(progress))
+    assert not scanned
 
 
 def test_training_leaves_timms_switch_alone(recipe_table: dict[str, Any], tmp_path: Path) -> None:
