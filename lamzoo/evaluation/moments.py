@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from lamzoo.data.moments.base import MARGIN
 from lamzoo.errors import DataError
 
 Array: TypeAlias = NDArray[np.float64]
@@ -19,7 +20,6 @@ _THRESHOLDS = tuple(round(0.5 + 0.05 * step, 2) for step in range(10))
 _LENGTHS = {"short": (0, 10), "middle": (10, 30), "long": (30, 150), "full": None}
 _GRADES = {"Fair": 2, "Good": 3, "VeryGood": 4}
 _MOST_WINDOWS = 10  # of a query, that mean average precision looks at
-_MARGIN_CLIPS = 2  # published models' features end a clip or two before or behind their video
 
 
 def moment_metrics(predictions: Sequence[Mapping[str, Any]], annotations: Sequence[Mapping[str, Any]]) -> Metrics:
@@ -118,7 +118,7 @@ def _check_saliencies(found: Mapping[Any, Mapping[str, Any]], truth: Mapping[Any
         if not all(_is_number(score) for score in scores):
             raise DataError(f"The prediction for qid {qid} has a saliency that is no finite number.")
         # Some models answer for the longest video, whatever the length of this one.
-        if all(abs(len(scores) - right) > _MARGIN_CLIPS for right in (clips, longest)) or not scores:
+        if all(abs(len(scores) - right) > MARGIN for right in (clips, longest)) or not scores:
             raise DataError(
                 f"The prediction for qid {qid} has {len(scores)} saliencies, and its video has {clips} clips of "
                 f"{CLIP_SECONDS:g} s; give one for each."

@@ -64,7 +64,7 @@ class Checkpoints:
 
     def save(self, accelerator: Accelerator, state: dict[str, Any]) -> None:
         """Writes the model, optimiser and ``state`` (JSON values) as the latest checkpoint; call on every process."""
-        name = f"update-{state['update']:08d}"
+        name = _name(state)
         unfinished = self._folder / f".{name}"
         accelerator.save_state(str(unfinished))
         accelerator.wait_for_everyone()
@@ -76,6 +76,12 @@ class Checkpoints:
             _write_text(self.output / "recipe.json", self._recipe_text)
             for old in self._finished()[: -self._keep]:
                 shutil.rmtree(old)
+        accelerator.wait_for_everyone()
+
+    def amend(self, accelerator: Accelerator, state: dict[str, Any]) -> None:
+        """Replaces the ``state`` of a checkpoint that was written at the same update; call on every process."""
+        if accelerator.is_main_process:
+            _write_text(self._folder / _name(state) / "state.json", json.dumps(state))
         accelerator.wait_for_everyone()
 
     def load(self, accelerator: Accelerator, lam: LamConfig | None) -> dict[str, Any] | None:
@@ -130,6 +136,10 @@ class Checkpoints:
 
     def _finished(self) -> list[Path]:
         return sorted(self._folder.glob("update-*"))
+
+
+def _name(state: dict[str, Any]) -> str:
+    return f"update-{state['update']:08d}"
 
 
 def _same_run(path: Path, recipe: AnyRecipe) -> bool:

@@ -120,7 +120,7 @@ class TrainingRun(ABC):
             self.seconds, self.history = state["seconds"], state["history"]
             self.wall_seconds = state.get("wall_seconds", state["seconds"])
             _logger.info("resumed %s after %d updates", recipe.run.output, self.update)
-        self.first_epoch = self.update // self.updates_per_epoch
+        self.first_epoch = len(self.history)  # one record an epoch, written when it has been evaluated
 
     @abstractmethod
     def open_data(self) -> None:
@@ -189,7 +189,8 @@ class TrainingRun(ABC):
         accumulation, interval = self.recipe.run.accumulation, self.recipe.run.checkpoint_interval
         loader = skip_first_batches(self.loader, done * accumulation) if done else self.loader
         self.train_mode()
-        for batches in _grouped(loader, accumulation):
+        left = done < self.updates_per_epoch  # nothing where the run was stopped in the epoch's evaluation
+        for batches in _grouped(loader, accumulation) if left else ():
             started = time.perf_counter()
             loss = self._step(epoch, self.update - epoch * self.updates_per_epoch, batches)
             self.loss_sum += loss.to(self.loss_sum.dtype)
@@ -286,7 +287,9 @@ class TrainingRun(ABC):
             "train_seconds": round(self.seconds, 1),
         }
         last = epoch + 1 == recipe.schedule.epochs
-        if last or (epoch + 1) % recipe.run.eval_interval == 0:
+        evaluates = last or (epoch + 1) % recipe.run.eval_interval == 0
+        if evaluates:
+            self._save()  # first, so that an evaluation that fails doesn't cost the epoch
             record |= self.evaluate()
         _logger.info("epoch %d of %d: %s", epoch + 1, recipe.schedule.epochs, record)
         self.history.append(record)
@@ -295,7 +298,10 @@ class TrainingRun(ABC):
             self.checkpoints.write_metrics(self.history)
         if recipe.run.tensorboard:
             self.accelerator.log({k: v for k, v in record.items() if k not in ("epoch", "update")}, step=self.update)
-        self._save()
+        if evaluates:
+            self.checkpoints.amend(self.accelerator, self._state())
+        else:
+            self._save()
         self._report_progress(epoch, loss)
 
     def _total_loss(self) -> float:
@@ -308,11 +314,12 @@ class TrainingRun(ABC):
         return total
 
     def _save(self) -> None:
+        self.checkpoints.save(self.accelerator, self._state())
+
+    def _state(self) -> dict[str, Any]:
         state = {"update": self.update, "loss_sum": self._total_loss(), "seconds": self.seconds}
         lam = None if self.lam is None else self.lam.to_dict()
-        self.checkpoints.save(
-            self.accelerator, {**state, "wall_seconds": self.wall(), "lam_config": lam, "history": self.history}
-        )
+        return {**state, "wall_seconds": self.wall(), "lam_config": lam, "history": self.history}
 
     def _loss_sum(self, value: float) -> Tensor:
         device = self.accelerator.device

@@ -46,7 +46,7 @@ def test_image_folders_skip_hidden_images_and_classes(root: Path) -> None:
         folder = write_folder(root / f"{len(splits)} splits", splits)
         for place in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
             hide(place, ".jpg")
-        dataset = create_dataset(f"imagefolder:{folder}", "train")
+        dataset = create_dataset(f"imagefolder:{folder}", "train" if splits else "all")
         assert (len(dataset), dataset.classes) == (9, ["blue", "green", "red"])
         assert {dataset[index][1] for index in range(9)} == {0, 1, 2}
 
@@ -56,7 +56,7 @@ def test_image_lists_and_images_to_predict_skip_hidden_images(root: Path) -> Non
     hide(root, ".jpg")
     labels = root.parent / "labels.txt"
     labels.write_text("cat\n")
-    assert len(create_dataset(f"imagelist:{root}:{labels}", "val")) == 1
+    assert len(create_dataset(f"imagelist:{root}:{labels}", "all")) == 1
     assert find_images([root]) == [root / "a.jpg"]
     assert find_images([root / "._0.jpg"]) == [root / "._0.jpg"]  # it was asked for by its name
 
@@ -68,7 +68,7 @@ def test_archives_and_shards_skip_hidden_files(root: Path) -> None:
     samples = {"./a.jpg": encoded(0, 0), "./a.cls": b"1", **{f"./{name}.jpg": b"no data" for name in HIDDEN}}
     hide(root, ".tar")
     write_shard(root / "a.tar", samples)
-    assert create_dataset(f"wds:{root}/*.tar", "test").labels() == [1]
+    assert create_dataset(f"wds:{root}/*.tar", "all").labels() == [1]
 
 
 def test_folders_of_videos_skip_hidden_videos(root: Path) -> None:
@@ -76,8 +76,8 @@ def test_folders_of_videos_skip_hidden_videos(root: Path) -> None:
     (root / "captions.csv").write_text("video,caption\n0,a cat\n")
     hide(root, ".mp4")
     assert find_videos([root]) == [root / "0.mp4"]  # as search, find, describe and extract-features list them
-    assert create_retrieval_dataset(f"videos:{root}", "test").videos == ["0.mp4"]
-    assert [item.video for item in create_caption_dataset(f"videos:{root}", "test").items] == ["0.mp4"]
+    assert create_retrieval_dataset(f"videos:{root}", "all").videos == ["0.mp4"]
+    assert [item.video for item in create_caption_dataset(f"videos:{root}", "all").items] == ["0.mp4"]
 
 
 def test_folders_of_features_skip_hidden_files(root: Path) -> None:

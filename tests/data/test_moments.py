@@ -110,6 +110,18 @@ def test_features_that_are_wrong_are_named(qvhighlights: Path, change: Any, says
         dataset.read(0)
 
 
+@pytest.mark.parametrize(("rows", "read"), [(8, True), (12, True), (7, False), (13, False)])
+def test_graded_clips_need_a_row_of_features_each_but_for_two(qvhighlights: Path, rows: int, read: bool) -> None:
+    for folder in ("clip_features", "slowfast_features"):
+        save(qvhighlights / "features" / folder / "a_0.0_20.0.npz", rows, 8)
+    dataset = opened(qvhighlights)
+    if read:
+        assert len(dataset.read(0).video) == rows
+        return
+    with pytest.raises(DataError, match=rf"'a_0\.0_20\.0' of .* have {rows} rows, and its 20 s have 10 clips of 2 s"):
+        dataset.read(0)
+
+
 @pytest.mark.parametrize(
     ("lines", "says"),
     [

@@ -17,7 +17,7 @@ JPEG = encoded(0, 0)
 
 
 def images(shard: Path) -> list[tuple[str, int]]:
-    dataset = create_dataset(f"wds:{shard}", "test")
+    dataset = create_dataset(f"wds:{shard}", "all")
     names = [dataset.filename(index).removeprefix(f"{shard}[").removesuffix("]") for index in range(len(dataset))]
     return list(zip(names, dataset.labels(), strict=True))
 
@@ -51,7 +51,7 @@ def test_video_keys_may_have_dots_and_extensions_capitals(tmp_path: Path, caplog
         "v1.1.JSON": b'{"caption": "a dog"}',
         "b.TXT": b"a",
     }
-    dataset = create_retrieval_dataset(f"wds:{write_shard(tmp_path / 'a.tar', {**samples, 'b.mp4': b''})}", "test")
+    dataset = create_retrieval_dataset(f"wds:{write_shard(tmp_path / 'a.tar', {**samples, 'b.mp4': b''})}", "all")
     assert dict(zip(dataset.videos, dataset.texts, strict=True)) == {"v1.0": "a cat", "v1.1": "a dog", "b": "a"}
     assert not caplog.records
 
@@ -69,7 +69,7 @@ def test_ignored_images_are_counted_and_named_once(tmp_path: Path, caplog: pytes
 def test_ignored_videos_are_counted_and_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     samples = {"a.mp4": b"", "a.txt": b"a cat", "a.meta.json": b"[]", "a.jpg": JPEG}
     shard = write_shard(tmp_path / "a.tar", samples)
-    assert create_retrieval_dataset(f"wds:{shard}", "test").texts == ["a cat"]
+    assert create_retrieval_dataset(f"wds:{shard}", "all").texts == ["a cat"]
     (record,) = caplog.records
     assert "2 of the 4 files" in record.message and f"{shard}[a.jpg]" in record.message
 

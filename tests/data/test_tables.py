@@ -95,7 +95,7 @@ def test_a_repeated_heading_is_an_error(tmp_path: Path, read, headings: str) -> 
 def test_columns_without_a_name_may_be_empty_or_an_index(tmp_path: Path) -> None:
     (tmp_path / "cat.mp4").touch()
     (tmp_path / "captions.csv").write_text(",video,caption,,\n0,cat,a cat,,\n1,cat,a kitten\n")
-    assert create_retrieval_dataset(f"videos:{tmp_path}", "test").texts == ["a cat", "a kitten"]
+    assert create_retrieval_dataset(f"videos:{tmp_path}", "all").texts == ["a cat", "a kitten"]
 
 
 @pytest.mark.parametrize(("stored", "written"), [(NFD, NFC), (NFC, NFD)])
@@ -105,8 +105,8 @@ def test_videos_and_features_are_found_in_either_spelling(tmp_path: Path, stored
     (tmp_path / "captions.csv").write_text(f"video,caption\n{written}/{written},a\n{written}/{written}.mp4,b\n")
     (tmp_path / "features" / "video").mkdir(parents=True)
     np.save(tmp_path / "features" / "video" / f"{stored}.npy", np.ones((3, 4), np.float32))
-    assert create_retrieval_dataset(f"videos:{tmp_path}", "test").texts_of(0) == [0, 1]
-    assert create_caption_dataset(f"videos:{tmp_path}", "test").items[0].captions == ("a", "b")
+    assert create_retrieval_dataset(f"videos:{tmp_path}", "all").texts_of(0) == [0, 1]
+    assert create_caption_dataset(f"videos:{tmp_path}", "all").items[0].captions == ("a", "b")
     assert list(FeatureFiles(tmp_path / "features", 1.0).read(written, 0.0, 2.0)) == ["video"]
 
 
@@ -153,11 +153,11 @@ def test_a_list_of_labels_names_images_and_classes_in_either_spelling(tmp_path: 
     for name in (f"{NFD}.jpg", f"{NFC}2.jpg"):
         (tmp_path / "data" / name).write_bytes(encoded(0, 0))
     (tmp_path / "list.csv").write_text(f"{NFC}.jpg,{NFC}\n{NFD}2,{NFD}\n")
-    dataset = create_dataset(f"imagelist:{tmp_path / 'data'}:{tmp_path / 'list.csv'}", "val")
+    dataset = create_dataset(f"imagelist:{tmp_path / 'data'}:{tmp_path / 'list.csv'}", "all")
     assert (dataset.classes, dataset.labels()) == ([NFC], [0, 0])
     (tmp_path / "list.csv").write_text(f"{NFC}.jpg,cat\n{NFD}.jpg,dog\n{NFD}2,cat\n")
     with pytest.raises(DataError, match="two labels, 'cat' and 'dog'"):
-        create_dataset(dataset.spec, "val")
+        create_dataset(dataset.spec, "all")
 
 
 def test_a_class_list_keeps_what_only_unicode_calls_a_line_break(tmp_path: Path) -> None:

@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
+from lamzoo.errors import DataError
 from lamzoo.training import Progress, TrainResult, parse_recipe, train
+from lamzoo.training.run import TrainingRun
 
 
 def train_killed(table: dict[str, Any], output: Path, killed_at: int) -> TrainResult:
@@ -26,6 +28,26 @@ def train_killed(table: dict[str, Any], output: Path, killed_at: int) -> TrainRe
     with pytest.raises(KeyboardInterrupt):
         train(recipe, progress=kill)
     return train(recipe, resume=True)
+
+
+def train_failed(
+    table: dict[str, Any], output: Path, task: type[TrainingRun], monkeypatch: pytest.MonkeyPatch
+) -> TrainResult:
+    """Trains a recipe, given as nested values, whose first evaluation fails; resumes it and trains no update twice."""
+    updates: list[int] = []
+
+    def fail(_: TrainingRun) -> dict[str, float]:
+        raise DataError("no such file")
+
+    recipe = parse_recipe({**table, "run": {**table["run"], "output": str(output)}})
+    with monkeypatch.context() as patch:
+        patch.setattr(task, "evaluate", fail)
+        with pytest.raises(DataError, match="no such file"):
+            train(recipe, progress=lambda progress: updates.append(progress.update))
+    result = train(recipe, resume=True, progress=lambda progress: updates.append(progress.update))
+    assert updates == sorted(updates)
+    assert updates[-1] == result.history[-1]["update"]
+    return result
 
 
 def train_in_two(table: dict[str, Any], output: Path) -> list[dict[str, Any]]:

@@ -15,8 +15,9 @@ from timm.layers import use_fused_attn
 import lamzoo
 from lamzoo.errors import DataError, DivergedError, RecipeError, UnsupportedHostError
 from lamzoo.training import TrainResult, parse_recipe, train
+from lamzoo.training.classification import ClassificationRun
 from lamzoo.training.loaders import check_mixup
-from tests.training.processes import train_in_two, train_killed
+from tests.training.processes import train_failed, train_in_two, train_killed
 
 HELD_BY_RECIPE = ("epoch", "update", "lr", "train_loss", "eval_loss", "eval_top1")
 
@@ -83,6 +84,15 @@ def test_a_checkpoint_whose_optimiser_has_other_parameters_is_refused_with_a_way
     recipe_table["run"]["output"] = str(result.output)
     with pytest.raises(RecipeError, match="another version of lamzoo.*another folder"):
         train(parse_recipe(recipe_table), resume=True)
+
+
+def test_an_evaluation_that_fails_does_not_cost_the_epoch(
+    recipe_table: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe_table["run"]["ema_decay"] = 0.9
+    whole = run(recipe_table, tmp_path / "whole")
+    resumed = train_failed(recipe_table, tmp_path / "failed", ClassificationRun, monkeypatch)
+    assert curve(resumed.history) == curve(whole.history)
 
 
 PRUNED = {"keep": 0.5, "at": [0]}

@@ -17,9 +17,10 @@ from lamzoo.errors import LamzooError
 from lamzoo.evaluation import evaluate_moments
 from lamzoo.training import TrainResult, load_recipe, parse_recipe, train
 from lamzoo.training.moment_batches import HIGHEST_GRADE, Samples, clip_grades, collate
+from lamzoo.training.moments import MomentRun
 from tests.speech import write_speech
 from tests.training.moment_data import moment_recipe, write_qvhighlights
-from tests.training.processes import train_in_two, train_killed
+from tests.training.processes import train_failed, train_in_two, train_killed
 
 RECIPE = Path(__file__).resolve().parents[2] / "benchmarks" / "recipes" / "qvhighlights.toml"
 HELD_BY_RECIPE = ("epoch", "update", "lr", "train_loss", "eval_R1@0.5", "eval_R1@0.7", "eval_mAP")
@@ -239,6 +240,23 @@ def test_a_missing_feature_is_named_before_the_first_epoch(tmp_path: Path) -> No
     with pytest.raises(LamzooError, match=r"has no qid30\.npz"):
         train(parse_recipe(moment_recipe(f"qvhighlights:{folder}", tmp_path / "out")))
     assert not (tmp_path / "out").exists()
+
+
+def test_features_of_another_rate_are_named_before_the_first_epoch(tmp_path: Path) -> None:
+    folder = write_qvhighlights(tmp_path / "data", clip=8, slowfast=6, text=5)
+    for kind, width in (("clip_features", 8), ("slowfast_features", 6)):
+        np.savez(folder / "features" / kind / "v25.npz", features=np.ones((300, width), np.float32))
+    with pytest.raises(LamzooError, match=r"the video 'v25' of .* have 300 rows"):
+        train(parse_recipe(moment_recipe(f"qvhighlights:{folder}", tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_evaluation_that_fails_does_not_cost_the_epoch(
+    table: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(table, tmp_path / "whole")
+    resumed = train_failed(table, tmp_path / "failed", MomentRun, monkeypatch)
+    assert torch.equal(curve(resumed.history), curve(whole.history))
 
 
 @pytest.mark.slow

@@ -14,6 +14,9 @@ from lamzoo.errors import DataError
 
 Features: TypeAlias = NDArray[np.float32]
 
+#: Clips by which features may differ from their video, and from each other: each extractor rounds its end differently.
+MARGIN = 2
+
 
 @dataclass(frozen=True)
 class MomentQuery:
@@ -125,11 +128,19 @@ class MomentDataset:
         """Returns the features of a query and of its video.
 
         Raises:
-            DataError: a file is missing, damaged, or of another length than the others of its video; names it.
+            DataError: a file is missing, damaged, of another length than the others of its video, or, where clips are
+                graded, without a row for each; names it.
         """
         if not 0 <= index < len(self):
             raise IndexError(index)
-        return MomentFeatures(with_positions(self._source.video(index)), self._source.text(index))
+        video, query = self._source.video(index), self.queries[index]
+        if query.grades is not None and abs(len(video) - len(query.grades)) > MARGIN:
+            raise DataError(
+                f"the features of the video {query.video!r} of {self.spec} have {len(video)} rows, and its "
+                f"{query.duration:g} s have {len(query.grades)} clips of {self.clip_seconds:g} s, graded for the query "
+                f"{query.qid!r}; extract one row a clip"
+            )
+        return MomentFeatures(with_positions(video), self._source.text(index))
 
     def splice(self) -> tuple[MomentQuery, MomentFeatures]:
         """Returns a query about a video that is put together of pieces of several, drawn from :mod:`random`.

@@ -8,14 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from lamzoo.data.moments.base import Features
+from lamzoo.data.moments.base import MARGIN, Features
 from lamzoo.data.paths import existing_file
 from lamzoo.errors import DataError
 
 VIDEO_FOLDERS = ("slowfast_features", "clip_features")
 TEXT_FOLDER = "clip_text_features"
 _WHERE = ("features", "moment_detr_features", ".")
-_MARGIN = 2  # clips by which a video's files may differ: each extractor rounds the video's end in its own way
 
 
 class FeatureFolder:
@@ -46,7 +45,7 @@ class FeatureFolder:
         paths = [existing_file(folder, name) or folder / name for folder in self._videos]
         parts = [read_features(path, "features") for path in paths]
         lengths = [len(part) for part in parts]
-        if max(lengths) - min(lengths) > _MARGIN:
+        if max(lengths) - min(lengths) > MARGIN:
             longest, shortest = (paths[lengths.index(end(lengths))] for end in (max, min))
             raise DataError(
                 f"{longest} has {max(lengths)} clips and {shortest} has {min(lengths)}; extract both from one video"
