@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,7 @@ from lamzoo.errors import DataError
 
 if TYPE_CHECKING:
     from av.audio.frame import AudioFrame
+    from av.audio.resampler import AudioResampler
     from av.audio.stream import AudioStream
     from av.container import InputContainer
 
@@ -28,6 +31,11 @@ FLOOR = 1e-8  # power below which there is silence
 _WINDOW, _FFT = 400, 512  # samples: 25 ms, and with 400 the lowest of 64 bands would lie between two bins
 _LOWEST, _HIGHEST = 20.0, 7600.0  # Hz
 _WARM_UP = 0.5  # seconds that a decoder is given before what is wanted
+_JITTER = 0.02  # seconds by which a frame's time may differ from the end of the sound before it without a gap
+_OVERLAP = 0.5  # seconds of overlapping sound that are left out without a warning
+_TAG = b"ID3"
+
+_logger = logging.getLogger(__name__)
 
 
 def read_log_mel(
@@ -38,7 +46,8 @@ def read_log_mel(
     The mean of the channels is resampled to 16 kHz. A spectrum is what
     ``torchaudio.transforms.MelSpectrogram(16000, n_fft=512, win_length=400, hop_length=160, f_min=20, f_max=7600,
     n_mels=bands, mel_scale="htk", norm=None)`` gives: power in triangles on HTK's mel scale, of a periodic Hann window
-    of 25 ms, every 10 ms.
+    of 25 ms, every 10 ms. Sound is placed by the times of its frames: gaps are silence, and sound that overlaps other
+    sound is left out. Its format may change within a track.
 
     Args:
         path: the file, of any extension: its content says what it is.
@@ -51,7 +60,8 @@ def read_log_mel(
         ``start``; both float32. None where the file has no sound track, or nothing but silence in the span.
 
     Raises:
-        DataError: there is no such file, FFmpeg doesn't know it, or its sound is damaged; names it.
+        DataError: there is no such file, FFmpeg doesn't know it, its sound is damaged, or its times start again in the
+            middle; names it.
         MissingExtraError: PyAV is not installed.
     """
     samples = _samples(path, start, end)
@@ -100,8 +110,6 @@ def _from_mel(mel: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _samples(path: str | Path, start: float, end: float | None) -> NDArray[np.float32]:
     """Returns the span's samples, mono, in -1 to 1; none where the file has no sound track."""
-    av = import_av()
-    parts: list[NDArray[np.float32]] = []
     with _opened(path) as container:
         track: Any = container.streams.best("audio")
         if track is None:
@@ -112,27 +120,97 @@ def _samples(path: str | Path, start: float, end: float | None) -> NDArray[np.fl
         sought = start > _WARM_UP and track.time_base is not None
         if sought:
             container.seek(round((zero + start - _WARM_UP) / track.time_base), stream=track)
-        resampler = av.AudioResampler(format="fltp", rate=RATE)
-        behind = skipped = 0  # the place in the span behind the last sample that was read; samples before the span
-        last = None if end is None else round((end - start) * RATE)
+        span = _Span(path, zero + start, None if end is None else round((end - start) * RATE))
         for frame in _frames(container, track, sought):
-            if not parts:
-                behind = round(((frame.time or 0.0) - zero - start) * RATE)
-                parts.append(np.zeros(max(0, behind), np.float32))  # sound that begins later than the span
-                skipped = max(0, -behind)
-            pieces = [piece.to_ndarray().mean(axis=0) for piece in resampler.resample(frame)]
-            parts += pieces
-            behind += sum(map(len, pieces))
-            if last is not None and behind >= last:
+            span.add(frame)
+            if span.complete:
                 break
-        else:
-            parts += [piece.to_ndarray().mean(axis=0) for piece in resampler.resample(None)] if parts else []
-    return np.concatenate(parts)[skipped:][:last] if parts else np.zeros(0, np.float32)
+        return span.samples()
+
+
+class _Span:
+    """Samples of a span, placed by the times of the frames they come from.
+
+    Frames that follow each other without a gap go through one resampler. A new resampler starts where the sound format
+    changes, or where a frame's own time differs from the end of the sound before it. Gaps become silence; of sound that
+    overlaps, the part that was read first is kept.
+
+    Args:
+        path: the file, for messages.
+        start: of the span, in seconds of the track's own times.
+        count: samples of the span; None for the rest of the track.
+    """
+
+    def __init__(self, path: str | Path, start: float, count: int | None) -> None:
+        self._path, self._start, self._count = path, start, count
+        self._parts: list[NDArray[np.float32]] = []
+        self._length = 0  # samples of the span so far
+        self._cut = 0  # samples to drop from the current run: before the span, or overlapping
+        self._overlap = 0
+        self._resampler: AudioResampler | None = None
+        self._format: tuple[str, str, int] | None = None
+        self._first = self._last = -math.inf  # times of the first frame and the one before
+        self._due = 0.0  # time at which the current run's sound ends
+
+    @property
+    def complete(self) -> bool:
+        """True if further frames would lie behind the span."""
+        return self._count is not None and self._length >= self._count
+
+    def add(self, frame: AudioFrame) -> None:
+        """Appends a frame.
+
+        Raises:
+            DataError: its time goes back to that of the first frame.
+        """
+        sound_format = frame.format.name, frame.layout.name, frame.sample_rate
+        time = self._due if frame.time is None else frame.time - self._start
+        if time < self._last and time <= self._first + _JITTER:
+            raise DataError(
+                f"cannot read the sound of {self._path}: its times start again in the middle, as of joined files, "
+                "which remuxing mends; replace or remove it"
+            )
+        if self._resampler is None or sound_format != self._format or abs(time - self._due) > _JITTER:
+            self._first = time if self._resampler is None else self._first
+            self._append(None)
+            self._resampler = import_av().AudioResampler(format="fltp", rate=RATE)
+            self._format, self._due = sound_format, time
+            self._move_to(round(time * RATE))
+        self._last = time
+        self._due += frame.samples / frame.sample_rate
+        self._append(frame)
+
+    def samples(self) -> NDArray[np.float32]:
+        """Returns all samples, ``(N,)``, after the last frame."""
+        self._append(None)
+        if self._overlap > _OVERLAP * RATE:
+            _logger.warning("%.2f s of sound in %s overlap other sound; left out", self._overlap / RATE, self._path)
+        return np.concatenate(self._parts)[: self._count] if self._parts else np.zeros(0, np.float32)
+
+    def _move_to(self, place: int) -> None:
+        """Starts a run at a sample of the span, which is negative before it."""
+        gap = place - self._length
+        if gap > 0:
+            gap = gap if self._count is None else min(gap, max(0, self._count - self._length))
+            self._parts.append(np.zeros(gap, np.float32))
+            self._length += gap
+        self._cut = max(0, -gap)
+
+    def _append(self, frame: AudioFrame | None) -> None:
+        for piece in self._resampler.resample(frame) if self._resampler is not None else ():
+            samples = piece.to_ndarray().mean(axis=0)
+            cut = min(self._cut, len(samples))
+            self._cut -= cut
+            self._overlap += cut if self._length else 0
+            self._parts.append(samples[cut:])
+            self._length += len(samples) - cut
 
 
 def _frames(container: InputContainer, track: AudioStream, sought: bool) -> Iterator[AudioFrame]:
-    """Decodes from where the container stands, which, after a jump, may be within a frame."""
+    """Decodes from the container's position, which, after a jump, may be within a frame."""
     for packet in container.demux(track):
+        if container.format.name == "mp3" and bytes(packet)[: len(_TAG)] == _TAG:
+            continue  # of an MP3 file that was joined to another
         try:
             frames = packet.decode()
         except import_av().error.InvalidDataError:

@@ -29,6 +29,7 @@ from lamzoo.extractor import FeatureExtractor
 from lamzoo.features import extract_features
 from lamzoo.models.generation import Generation
 from tests.cli.test_find import TOWERS, saved
+from tests.data.test_audio import write_pieces
 
 SMALL: dict[str, Any] = {
     "rates": {"video": 5.0}, "seconds": 2.0, "width": 32, "heads": 2, "hidden": 32, "encoder_layers": 2,
@@ -168,6 +169,16 @@ def test_where_it_is_silent_the_frames_are_described(run, model: str, towers: st
     assert "has no sound: described from video alone" in said
     assert "2.0 s to describe, less than a window of 10 s" in said
     assert [(each["start"], each["end"]) for each in json.loads(done.out)["windows"]] == [(0.0, 2.0)]
+
+
+def test_no_sentence_is_written_for_a_gap_in_the_sound(
+    listener: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pieces = [(0.0, 44_100, "mono", 440.0), (4.1, 48_000, "stereo", 880.0)]  # of other formats, too
+    film = write_pieces(tmp_path / "film.mkv", "mp2", pieces, seconds=6.0)
+    described = lamzoo.describe_video(film, listener, seconds=1.0, device="cpu")
+    assert [window.start for window in described] == [0, 1, 2, 4, 5]  # the encoder's last frame reaches into the third
+    assert "for want of audio: 3.0 to 4.0 s" in caplog.text
 
 
 def test_the_model_reads_what_it_wrote_before_as_far_as_it_fits(model: str, towers: str, film: Path) -> None:

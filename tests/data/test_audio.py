@@ -47,6 +47,48 @@ def write(
     return path
 
 
+def write_pieces(path: Path, codec: str, pieces: list[tuple[float, int, str, float]], seconds: float = 0.0) -> Path:
+    """Writes tones into one track, each from its own encoder: start in seconds, sample rate, layout and pitch in Hz.
+
+    Each is 2 s long. ``seconds`` of pictures lie beside them; 0 for none.
+    """
+    with av.open(str(path), "w") as file:
+        packets = []
+        if seconds:
+            pictures = file.add_stream("libx264", rate=25)
+            pictures.width, pictures.height, pictures.pix_fmt = 64, 64, "yuv420p"
+            for number in range(round(seconds * 25)):
+                frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), number % 256, np.uint8), format="rgb24")
+                frame.pts, frame.time_base = number, Fraction(1, 25)
+                packets += pictures.encode(frame)
+            packets += pictures.encode(None)
+        track = file.add_stream(codec, rate=pieces[0][1], layout=pieces[0][2])
+        for number, (start, rate, layout, frequency) in enumerate(pieces):
+            sound = av.CodecContext.create(codec, "w") if number else track.codec_context
+            sound.sample_rate, sound.layout, sound.format = rate, layout, track.format
+            sound.time_base = Fraction(1, rate)
+            wave = (np.sin(2 * np.pi * frequency * np.arange(2 * rate) / rate) * 12_000).astype(np.int16)
+            frame = av.AudioFrame.from_ndarray(np.repeat(wave, sound.layout.nb_channels)[None], "s16", layout)
+            frame.sample_rate, frame.pts = rate, round(start * rate)
+            resampler = av.AudioResampler(sound.format, sound.layout, rate, frame_size=sound.frame_size or 1152)
+            for part in [*resampler.resample(frame), *resampler.resample(None), None]:
+                for packet in sound.encode(part):
+                    packet.stream = track
+                    packets.append(packet)
+        for packet in sorted(packets, key=lambda packet: float(packet.dts * packet.time_base)):
+            file.mux(packet)
+    return path
+
+
+def spans_of(spectra: np.ndarray, frequency: float) -> list[tuple[float, float]]:
+    """Start and end, in seconds, of the parts in which a tone is the loudest sound."""
+    tone = np.sin(2 * np.pi * frequency * np.arange(1600) / 16_000).astype(np.float32)
+    band = int(log_mel(tone)[5].argmax())
+    there = np.concatenate([[False], (spectra.max(axis=1) > 0) & (pitch(spectra) == band), [False]])
+    edges = np.flatnonzero(there[1:] != there[:-1]) * 0.01
+    return [(float(start), float(end)) for start, end in edges.reshape(-1, 2)]
+
+
 def pitch(spectra: np.ndarray) -> np.ndarray:
     """The loudest band of each spectrum."""
     return spectra.argmax(axis=1)
@@ -137,6 +179,77 @@ def test_sound_is_when_it_is_said_to_be(tmp_path: Path, name: str, codec: str) -
         loudness = heard[0].max(axis=1)
         onset = heard[1][int((loudness > 1).argmax())] + start
         assert onset == pytest.approx(1.0, abs=0.0201)  # a window begins before the middle of its spectrum
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"), [("a.mp4", "aac"), ("a.mkv", "pcm_s16le"), ("a.mkv", "mp2"), ("a.ts", "aac")]
+)
+def test_a_gap_between_frames_is_silence(tmp_path: Path, name: str, codec: str) -> None:
+    path = write_pieces(tmp_path / name, codec, [(0, 44_100, "mono", 440), (4, 44_100, "mono", 880)], seconds=6)
+    heard = read_log_mel(path)
+    assert heard is not None
+    assert spans_of(heard[0], 440) == [pytest.approx((0, 2), abs=0.06)]
+    assert spans_of(heard[0], 880) == [pytest.approx((4, 6), abs=0.06)]
+    assert (heard[0][210:390] == -8).all()
+    part = read_log_mel(path, 3.0, 5.0)
+    assert part is not None
+    assert part[0].shape == (200, 64)
+    assert spans_of(part[0], 880) == [pytest.approx((1, 2), abs=0.03)]
+    assert read_log_mel(path, 2.5, 3.5) is None
+    assert read_log_mel(path, 1.0, 2.0) is not None
+
+
+def test_of_overlapping_sound_the_first_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "a.ts"
+    pieces = [(1, 48_000, "mono", 440), (2, 48_000, "mono", 880)]
+    path.write_bytes(b"".join(write_pieces(path, "mp2", [piece]).read_bytes() for piece in pieces))
+    heard = read_log_mel(path)
+    assert heard is not None
+    assert len(heard[0]) == pytest.approx(300, abs=5)
+    assert spans_of(heard[0], 440) == [pytest.approx((0, 2), abs=0.06)]
+    assert spans_of(heard[0], 880) == [pytest.approx((2, 3), abs=0.06)]
+    assert "1.0" in caplog.text
+    assert f"s of sound in {path} overlap other sound" in caplog.text
+
+
+def test_sound_whose_times_start_again_is_named(tmp_path: Path) -> None:
+    path = write_pieces(tmp_path / "a.ts", "mp2", [(0, 48_000, "mono", 440)])
+    path.write_bytes(path.read_bytes() * 2)
+    with pytest.raises(DataError, match=r"sound of .*a\.ts: its times start again .*remuxing mends; replace or remove"):
+        read_log_mel(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "formats"),
+    [
+        ("a.mkv", "mp2", [(44_100, "mono"), (48_000, "mono")]),
+        ("a.mkv", "ac3", [(48_000, "5.1"), (48_000, "stereo"), (44_100, "mono")]),
+        ("a.ts", "mp2", [(32_000, "stereo"), (48_000, "mono")]),
+    ],
+)
+def test_the_format_of_sound_may_change(tmp_path: Path, name: str, codec: str, formats: list[tuple[int, str]]) -> None:
+    pieces = [(2.0 * number, *each, 440.0 * (number + 1)) for number, each in enumerate(formats)]
+    path = write_pieces(tmp_path / name, codec, pieces, seconds=2 * len(pieces))
+    for start in (0.0, 1.0):
+        heard = read_log_mel(path, start)
+        assert heard is not None
+        for begin, _, _, frequency in pieces:
+            place = pytest.approx((max(0, begin - start), begin + 2 - start), abs=0.08)
+            assert spans_of(heard[0], frequency) == [place]
+
+
+@pytest.mark.parametrize("tagged", [False, True])
+def test_joined_mp3_files_are_heard_one_after_the_other(tmp_path: Path, tagged: bool) -> None:
+    content = b""
+    for number, (rate, layout) in enumerate([(44_100, "mono"), (48_000, "stereo")]):
+        path = write_pieces(tmp_path / f"{number}.mp3", "libmp3lame", [(0, rate, layout, 440.0 * (number + 1))])
+        content += path.read_bytes() if tagged else path.read_bytes()[45:]
+    (tmp_path / "a.mp3").write_bytes(content)
+    heard = read_log_mel(tmp_path / "a.mp3")
+    assert heard is not None
+    assert spans_of(heard[0], 440)[0] == pytest.approx((0, 2), abs=0.1)
+    assert spans_of(heard[0], 880)[0][0] == pytest.approx(2, abs=0.15)
+    assert spans_of(heard[0], 880)[-1][1] == pytest.approx(4, abs=0.3)
 
 
 def test_channels_are_mixed(tmp_path: Path) -> None:
