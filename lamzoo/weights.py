@@ -91,8 +91,8 @@ def save_pretrained(
 
     The folder gets ``model.safetensors`` (or shards and their index) and ``config.json`` in timm's hub format, so that
     timm itself reads a plain model of an architecture that it knows, and refuses one with masks. ``lam_config``,
-    ``prune_config`` and ``lamzoo`` (registry name, version, sha256 of the weights) stand beside timm's keys. Files of an
-    earlier save are replaced when the new ones are complete.
+    ``prune_config`` and ``lamzoo`` (registry name, version, sha256 of the weights) stand beside timm's keys. Files of
+    an earlier save are replaced when the new ones are complete.
 
     Args:
         model: a model of :func:`lamzoo.create_model`, or of timm, with or without masks.
