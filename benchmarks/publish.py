@@ -30,7 +30,7 @@ from lamzoo.evaluation import evaluate, evaluate_moments
 from lamzoo.evaluation.describing import evaluate_captions
 from lamzoo.evaluation.retrieval import WAYS
 from lamzoo.evaluation.videos import evaluate_retrieval
-from lamzoo.training import load_recipe
+from lamzoo.training import load_recipe, parse_recipe
 from lamzoo.weightfiles import write_state_dict
 
 _CARD = """\
@@ -114,8 +114,9 @@ def main() -> None:
 
     recipe = json.loads((arguments.run / "recipe.json").read_text(encoding="utf-8"))
     rows = list(csv.DictReader((arguments.run / "metrics.csv").open(encoding="utf-8")))
-    if len(rows) != recipe["schedule"]["epochs"]:
-        parser.error(f"{arguments.run} has {len(rows)} of {recipe['schedule']['epochs']} epochs; finish it first")
+    epochs = parse_recipe(recipe).schedule.total_epochs
+    if len(rows) != epochs:
+        parser.error(f"{arguments.run} has {len(rows)} of {epochs} epochs; finish it first")
     name = recipe["model"]["name"]
     trained = lamzoo.create_model(f"local-dir:{arguments.run / 'model'}", pretrained=True)
     file = write_state_dict(trained.bfloat16().state_dict(), arguments.out / f"{name}.{arguments.tag}.safetensors")
@@ -149,7 +150,7 @@ def main() -> None:
         dataset=dataset,
         recipe=published,
         seed=recipe["run"]["seed"],
-        epochs=recipe["schedule"]["epochs"],
+        epochs=epochs,
         precision=recipe["run"]["precision"],
         device=recipe["run"]["device"],
         scores="\n".join(f"| {what} | {value} |" for what, value in measured.rows.items()),

@@ -127,7 +127,7 @@ def train(run: Run, out: Path, threads: int) -> dict[str, Any]:
         "lam_params_m": round(cost.lam_params_m, 6),
         "gmacs": round(cost.gmacs, 6),
         "lam_gmacs": round(cost.lam_gmacs, 6),
-        "epochs": run.recipe.schedule.epochs,
+        "epochs": run.recipe.schedule.total_epochs,
         "train_seconds": round(float(last["train_seconds"])),
         "device": _device(run.recipe),
         "precision": run.recipe.run.precision,

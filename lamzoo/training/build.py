@@ -86,18 +86,25 @@ def build_optimizer(section: OptimizerSection, model: nn.Module) -> torch.optim.
 
 
 def build_scheduler(section: ScheduleSection, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> Any:
-    """Creates timm's scheduler, to be stepped after each update."""
-    scheduler, _ = timm.scheduler.create_scheduler_v2(
-        optimizer,
-        sched=section.name,
-        num_epochs=section.epochs,
-        warmup_epochs=section.warmup_epochs,  # type: ignore[arg-type]  # counted in updates, so a fraction will do
-        warmup_lr=section.warmup_lr,
-        min_lr=section.min_lr,
-        cooldown_epochs=section.cooldown_epochs,
-        step_on_epochs=False,
-        updates_per_epoch=updates_per_epoch,
-    )
+    """Creates timm's scheduler, to be stepped after each update; past its end it stays at ``min_lr``.
+
+    Raises:
+        RecipeError: the lengths don't fit the schedule.
+    """
+    try:
+        scheduler, _ = timm.scheduler.create_scheduler_v2(
+            optimizer,
+            sched=section.name,
+            num_epochs=section.epochs,
+            warmup_epochs=section.warmup_epochs,  # type: ignore[arg-type]  # counted in updates, so a fraction will do
+            warmup_lr=section.warmup_lr,
+            min_lr=section.min_lr,
+            cooldown_epochs=section.cooldown_epochs,
+            step_on_epochs=False,
+            updates_per_epoch=updates_per_epoch,
+        )
+    except ValueError as error:
+        raise RecipeError(f"schedule.name {section.name!r} does not fit the rest of [schedule]: {error}") from None
     return scheduler
 
 

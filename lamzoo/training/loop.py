@@ -44,7 +44,7 @@ def train(
     """
     with plain_worker_errors():
         run = _run(recipe, resume, progress, scanning)
-        for epoch in range(run.first_epoch, recipe.schedule.epochs):
+        for epoch in range(run.first_epoch, recipe.schedule.total_epochs):
             run.epoch(epoch)
         return run.finish(command)
 

@@ -120,7 +120,7 @@ def _content(facts: RunFacts, names: list[str]) -> dict[str, Any]:
             "masks": masks,
         },
         "scores": {split: _score(score, names, training) for split, score in facts.scores.items()},
-        "epochs": recipe.schedule.epochs,
+        "epochs": recipe.schedule.total_epochs,
         "batch_size": recipe.run.batch_size,
         "lr": recipe.optimizer.lr,
         "seed": recipe.run.seed,

@@ -222,7 +222,7 @@ class TrainingRun(ABC):
             "left_out": len(self.bad),
             "parameters": sum(p.numel() for p in model.parameters()),
             "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-            "epochs": recipe.schedule.epochs,
+            "epochs": recipe.schedule.total_epochs,
             "batch_size": recipe.run.batch_size,
             "lr": recipe.optimizer.lr,
             "seed": recipe.run.seed,
@@ -286,12 +286,12 @@ class TrainingRun(ABC):
             "train_loss": loss,
             "train_seconds": round(self.seconds, 1),
         }
-        last = epoch + 1 == recipe.schedule.epochs
+        last = epoch + 1 == recipe.schedule.total_epochs
         evaluates = last or (epoch + 1) % recipe.run.eval_interval == 0
         if evaluates:
             self._save()  # first, so that an evaluation that fails doesn't cost the epoch
             record |= self.evaluate()
-        _logger.info("epoch %d of %d: %s", epoch + 1, recipe.schedule.epochs, record)
+        _logger.info("epoch %d of %d: %s", epoch + 1, recipe.schedule.total_epochs, record)
         self.history.append(record)
         self.loss_sum = self._loss_sum(0.0)
         if self.accelerator.is_main_process:
@@ -331,7 +331,7 @@ class TrainingRun(ABC):
         if loss is None and (now := time.perf_counter()) - self.fetched[0] > _FETCH_LOSS:
             loss = float(self.loss_sum) / max(1, self.update - epoch * self.updates_per_epoch)
             self.fetched = now, loss
-        epochs, column = self.recipe.schedule.epochs, f"eval_{self.metric}"
+        epochs, column = self.recipe.schedule.total_epochs, f"eval_{self.metric}"
         evaluated = [record[column] for record in self.history if column in record]
         self.progress(
             Progress(

@@ -33,7 +33,10 @@ class OptimizerSection:
 
 @dataclass(frozen=True)
 class ScheduleSection:
-    """``[schedule]``: arguments of ``timm.scheduler.create_scheduler_v2``, stepped every update; lengths in epochs."""
+    """``[schedule]``: arguments of ``timm.scheduler.create_scheduler_v2``, stepped every update; lengths in epochs.
+
+    As in timm's training script, ``cooldown_epochs`` follow the ``epochs``, at ``min_lr``.
+    """
 
     name: str = "cosine"
     epochs: int = 100
@@ -41,6 +44,11 @@ class ScheduleSection:
     warmup_lr: float = 1e-6
     min_lr: float = 0.0
     cooldown_epochs: int = 0
+
+    @property
+    def total_epochs(self) -> int:
+        """Epochs of the whole run."""
+        return self.epochs + self.cooldown_epochs
 
 
 @dataclass(frozen=True)
@@ -107,6 +115,15 @@ def check_common(
     for key, value in at_least_one.items():
         if value < 1:
             raise RecipeError(f"Recipe key {key} is {value}; it must be at least 1.")
+    if schedule.cooldown_epochs < 0:
+        raise RecipeError(
+            f"Recipe key schedule.cooldown_epochs is {schedule.cooldown_epochs}; it must not be negative."
+        )
+    if schedule.cooldown_epochs and schedule.name == "constant":
+        raise RecipeError(
+            "Recipe key schedule.cooldown_epochs adds epochs at min_lr, which schedule.name 'constant' never falls to; "
+            "leave it out and raise schedule.epochs."
+        )
     if workers < 0 or schedule.warmup_epochs < 0 or run.seed < 0:
         raise RecipeError("Recipe keys data.workers, schedule.warmup_epochs and run.seed must not be negative.")
     if run.batch_size % run.accumulation:

@@ -95,6 +95,14 @@ def test_an_evaluation_that_fails_does_not_cost_the_epoch(
     assert curve(resumed.history) == curve(whole.history)
 
 
+def test_a_run_goes_through_its_cooldown_epochs(recipe_table: dict[str, Any], tmp_path: Path) -> None:
+    recipe_table["schedule"] |= {"epochs": 1, "cooldown_epochs": 1, "min_lr": 1e-3}
+    result = train_killed(recipe_table, tmp_path / "out", 9)
+    assert [record["update"] for record in result.history] == [6, 12]
+    assert result.history[0]["lr"] > result.history[1]["lr"] == 1e-3
+    assert "eval_top1" in result.history[1]
+
+
 PRUNED = {"keep": 0.5, "at": [0]}
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from lamzoo.errors import RecipeError
 from lamzoo.training import parse_recipe
 from lamzoo.training.build import build_optimizer, build_scheduler
 from lamzoo.training.retrieval import RetrievalRun
@@ -33,7 +34,7 @@ def scheduled_rates(optimizer: torch.optim.Optimizer, schedule: ScheduleSection)
     """Returns every parameter's learning rate in each of ten updates an epoch."""
     scheduler = build_scheduler(schedule, optimizer, 10)
     found = []
-    for update in range(10 * schedule.epochs):
+    for update in range(10 * schedule.total_epochs):
         scheduler.step_update(update)
         found.append(rates(optimizer))
     return found
@@ -52,6 +53,22 @@ def test_towers_train_at_their_own_rate_after_warmup(retrieval: RetrievalRun, na
             assert found[update][parameter] == pytest.approx(lr / 1000 if tower else lr), (key, update)
     if name == "constant":
         assert found[10][retrieval.model.clip.visual.proj] == pytest.approx(1e-7)
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEDULES if name != "constant"])
+def test_cooldown_epochs_follow_the_schedule_at_its_lowest_rate(name: str) -> None:
+    model = torch.nn.Linear(1, 1)
+    schedule = ScheduleSection(name, epochs=3, warmup_epochs=1, min_lr=1e-5, cooldown_epochs=2)
+    found = [lrs[model.weight] for lrs in scheduled_rates(build_optimizer(OptimizerSection(), model), schedule)]
+    assert len(found) == 50
+    assert found[29] > 1e-5
+    assert found[30:] == pytest.approx([1e-5] * 20)
+
+
+def test_a_schedule_whose_lengths_do_not_fit_is_refused() -> None:
+    optimizer = build_optimizer(OptimizerSection(), torch.nn.Linear(1, 1))
+    with pytest.raises(RecipeError, match="schedule.name 'wsd' does not fit"):
+        build_scheduler(ScheduleSection("wsd", epochs=3, warmup_epochs=5), optimizer, 10)
 
 
 def test_retrieval_decays_no_table_or_bias_of_a_mask_and_gives_adamw_only_the_towers_embeddings(

@@ -34,6 +34,7 @@ MICRO = next(path for path in RECIPES if path.name == "micro.cifar10.toml")
         ("run", "precision", "fp16", "'fp16', which needs a GPU"),
         ("data", "workers", -1, "must not be negative"),
         ("run", "seed", -1, "must not be negative"),
+        ("schedule", "cooldown_epochs", -1, "schedule.cooldown_epochs is -1; it must not be negative"),
     ],
 )
 def test_bad_entry_is_named(recipe_table: dict[str, Any], section: str, key: str, value: Any, message: str) -> None:
@@ -53,6 +54,12 @@ def test_bad_entry_is_named(recipe_table: dict[str, Any], section: str, key: str
 def test_bad_pruning_is_named(recipe_table: dict[str, Any], prune: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=re.escape(message)):
         parse_recipe(recipe_table | {"prune": prune})
+
+
+def test_a_cooldown_of_a_schedule_that_never_falls_is_refused(recipe_table: dict[str, Any]) -> None:
+    recipe_table["schedule"] |= {"name": "constant", "cooldown_epochs": 2}
+    with pytest.raises(RecipeError, match="leave it out and raise schedule.epochs"):
+        parse_recipe(recipe_table)
 
 
 def test_missing_section_is_named(recipe_table: dict[str, Any]) -> None:
