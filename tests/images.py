@@ -23,6 +23,22 @@ def encoded(label: int, number: int, format: str = "JPEG") -> bytes:
     return file.getvalue()
 
 
+def sideways(orientation: int, format: str = "jpg") -> bytes:
+    """A photograph 10 pixels wide and 20 high, white above black, as a camera held in one of EXIF's ways stores it."""
+    upright = np.zeros((20, 10, 3), np.uint8)
+    upright[:10] = 255
+    stored = {
+        1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1], 5: upright.swapaxes(0, 1),
+        6: np.rot90(upright), 7: upright[::-1, ::-1].swapaxes(0, 1), 8: np.rot90(upright, 3),
+    }[orientation]  # fmt: skip
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = io.BytesIO()
+    kind = {"jpg": "JPEG", "tif": "TIFF"}.get(format, format.upper())
+    Image.fromarray(np.ascontiguousarray(stored)).save(file, kind, exif=exif)
+    return file.getvalue()
+
+
 def write_folder(root: Path, splits: tuple[str, ...] = ("train", "val"), each: int = 3) -> Path:
     """``root/<split>/<class>/<number>.jpg``; without splits ``root/<class>/<number>.jpg``."""
     for offset, folder in enumerate([root / split for split in splits] or [root]):

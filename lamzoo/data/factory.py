@@ -40,7 +40,7 @@ def create_dataset(spec: str, split: str) -> LabelledImages:
             (``dataset.split``) is ``None``.
 
     Returns:
-        A data set of ``(RGB PIL image, int label)`` with ``transform`` to set and ``classes`` to read.
+        A data set of ``(RGB PIL image, int label)``, upright, with ``transform`` to set and ``classes`` to read.
 
     Raises:
         MissingSplitError: the data have no such split.

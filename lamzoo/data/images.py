@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from lamzoo.data.paths import files_below, find_files
 from lamzoo.errors import DataError
@@ -21,38 +21,50 @@ BROKEN_IMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.e
 
 # Length over width. Transforms scale the shorter side up to some 250 pixels: a line of 50,000 would take gigabytes.
 _THINNEST = 1000
+_TURNS: dict[object, Image.Transpose] = {  # by the EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_METADATA = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
 
 
 def decode_image(file: BinaryIO | Image.Image, name: str) -> Image.Image:
-    """Decodes a whole image to RGB.
+    """Decodes a whole image to RGB, upright.
 
-    Grey, palette and CMYK images are converted, an alpha channel is dropped, and 16-bit grey is scaled to 8 bits, which
-    Pillow by itself would clip; of an animation the first frame counts.
+    It is turned as its EXIF orientation says, or left as it is where the EXIF data are damaged. Grey, palette and CMYK
+    images are converted, an alpha channel is dropped, and 16-bit grey is scaled to 8 bits, which Pillow by itself would
+    clip; of an animation the first frame counts.
 
     Args:
         file: the open file, or an image that Pillow has opened.
         name: what to call it in an error.
 
     Returns:
-        An RGB image that no longer needs the file.
+        An RGB image that no longer needs the file, and has no EXIF or XMP data.
 
     Raises:
         DataError: the bytes are no image that Pillow knows, it ends too early, has more pixels than Pillow's limit
             against decompression bombs, is over a thousand times as long as wide, or its pixels have no known range.
     """
     try:
-        return _to_rgb(file if isinstance(file, Image.Image) else Image.open(file))
+        image = _to_rgb(file if isinstance(file, Image.Image) else Image.open(file))
     except BROKEN_IMAGE as error:
         raise DataError(f"cannot read the image {name}: {_reason(error)}; replace or remove it") from error
+    for key in _METADATA:  # the orientation in it no longer holds
+        image.info.pop(key, None)
+    return image
 
 
-def open_image(path: str | Path) -> Image.Image:
-    """Reads a photograph from disk to RGB, turned upright as its EXIF orientation says.
-
-    Data sets use :func:`decode_image`, which leaves the orientation alone, as timm and torchvision do.
+def open_image(image: str | Path | Image.Image) -> Image.Image:
+    """Reads an image as :func:`decode_image` does: to RGB, upright.
 
     Args:
-        path: the file.
+        image: a file, or an image that Pillow has opened.
 
     Returns:
         An RGB image.
@@ -60,16 +72,17 @@ def open_image(path: str | Path) -> Image.Image:
     Raises:
         DataError: there is no such file, it may not be read, or it is not a whole image.
     """
-    path = Path(path)
+    if isinstance(image, Image.Image):
+        return decode_image(image, getattr(image, "filename", "") or "from memory")
+    path = Path(image)
     if not path.exists():
         raise DataError(f"no such image: {path}")
     if path.is_dir():
         raise DataError(f"{path} is a folder, not an image")
     try:
         with path.open("rb") as file:
-            image = Image.open(file)
-            return decode_image(ImageOps.exif_transpose(image), str(path))
-    except BROKEN_IMAGE as error:
+            return decode_image(file, str(path))
+    except OSError as error:
         raise DataError(f"cannot read the image {path}: {_reason(error)}; replace or remove it") from error
 
 
@@ -97,6 +110,7 @@ def images_below(folder: Path) -> list[Path]:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if max(image.size) > _THINNEST * min(image.size):
         raise ValueError(f"it is {image.width} x {image.height} pixels, too thin to be resized")
+    image = _upright(image)
     if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
         return image.convert("RGBA").convert("RGB")  # the direct way is the same, with a warning
     if image.mode == "F":
@@ -107,6 +121,20 @@ def _to_rgb(image: Image.Image) -> Image.Image:
             raise ValueError("its pixels have 32 bits and unknown range, store them as 8 or 16 bits")
         image = Image.fromarray((values >> 8).astype(np.uint8))  # the high byte, as Pillow takes of 16-bit colours
     return image.convert("RGB")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turns an image as its EXIF orientation says.
+
+    ``ImageOps.exif_transpose`` also writes the EXIF data anew, and so fails on data that are damaged anywhere.
+    """
+    image.load()  # TIFF images are turned by this
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except BROKEN_IMAGE:
+        return image
+    method = _TURNS.get(orientation)
+    return image if method is None else image.transpose(method)
 
 
 def unreadable_because(error: DataError) -> str:

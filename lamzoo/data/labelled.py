@@ -50,7 +50,7 @@ class ImageSource(ABC):
 
 
 class LabelledImages(Dataset):
-    """A map-style data set of ``(RGB PIL image, int label)``.
+    """A map-style data set of ``(RGB PIL image, int label)``; images are upright.
 
     Unlike timm's ``ImageDataset``, which puts the next image in a broken one's place, it raises: a score over other
     images than the test set's is no score.
@@ -94,7 +94,7 @@ class LabelledImages(Dataset):
         return image, label
 
     def decode(self, index: int) -> tuple[Image.Image, int]:
-        """Returns an RGB image and its label as they are stored, before any transform.
+        """Returns an RGB image, upright, and its label, before any transform.
 
         Raises:
             DataError: the image is broken, or the label is outside the classes.

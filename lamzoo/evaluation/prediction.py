@@ -40,7 +40,8 @@ def predict(
 
     Args:
         model: a timm model; it is moved to ``device``, and left in the mode that it was in.
-        images: RGB images or paths, read batch by batch.
+        images: paths, or images that Pillow has opened, read batch by batch and turned upright as their EXIF
+            orientation says.
         topk: guesses per image, at most one for each class.
         batch_size: images at a time.
         device: as torch writes it, or ``"auto"``.
@@ -115,4 +116,4 @@ def label_names(model: nn.Module) -> list[str]:
 
 def _transform(model: nn.Module) -> Callable[[Image.Image | str | Path], Tensor]:
     transform: Any = timm.data.create_transform(**data_config(model), is_training=False)
-    return lambda image: transform(image.convert("RGB") if isinstance(image, Image.Image) else open_image(image))
+    return lambda image: transform(open_image(image))

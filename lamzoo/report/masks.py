@@ -43,7 +43,7 @@ def explain(
 
     Args:
         model: a vision transformer with masks, whose host has a patch grid.
-        image: a file or an RGB image.
+        image: a file, or an image that Pillow has opened; it is turned upright as its EXIF orientation says.
         path: the PNG file to write, in a folder that exists; an older file is replaced.
         rows: ``(row, column)`` on the patch grid of the query patches; three on the diagonal by default.
         head: which head of per-head masks to draw; their mean by default.
@@ -57,8 +57,7 @@ def explain(
     path = Path(path)
     check_target(path, "picture")
     config = next(iter(masks_of(model).values())).config
-    photo = image.convert("RGB") if isinstance(image, Image.Image) else open_image(image)
-    shown = view(model, photo)
+    shown = view(model, open_image(image))
     with evaluating(model), torch.no_grad(), capture_masks(model) as captured:
         output = model(shown.images)
     records = list(captured.items())

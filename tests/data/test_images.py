@@ -1,3 +1,4 @@
+import json
 import warnings
 from pathlib import Path
 
@@ -7,19 +8,83 @@ import timm.data
 from PIL import Image
 
 from lamzoo.data import create_dataset, find_images, open_image
+from lamzoo.data.captions import create_caption_dataset
+from lamzoo.data.retrieval import create_retrieval_dataset
+from lamzoo.data.sampling import FrameSampling
 from lamzoo.errors import DataError
-from tests.images import encoded
+from tests.images import encoded, sideways
+from tests.shards import write_shard
 
 
-def test_photographs_are_turned_upright(tmp_path: Path) -> None:
-    pixels = np.zeros((10, 20, 3), np.uint8)
-    pixels[:, :10] = 255  # white on the left
+def assert_upright(picture: Image.Image) -> None:
+    pixels = np.asarray(picture).astype(int)
+    assert pixels.shape[:2] == (20, 10)
+    assert pixels[:8].min() > 200 and pixels[12:].max() < 50
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.tif"])
+def test_photographs_are_turned_upright(tmp_path: Path, orientation: int, name: str) -> None:
+    (tmp_path / name).write_bytes(sideways(orientation, name.partition(".")[2]))
+    assert_upright(open_image(tmp_path / name))
+    with Image.open(tmp_path / name) as image:
+        upright = open_image(image)
+    assert_upright(upright)
+    assert_upright(open_image(upright))  # and not turned twice
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("size", [4, 7, 10, 14])
+@pytest.mark.parametrize("name", ["a.png", "a.webp"])
+def test_damaged_exif_data_leave_an_image_as_it_is(tmp_path: Path, name: str, size: int) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was held upright: turn by 90 degrees clockwise
-    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
-    upright = np.asarray(open_image(tmp_path / "a.png"))
-    assert upright.shape == (20, 10, 3)
-    assert (upright[:10] == 255).all()
+    exif[0x0112] = 6
+    Image.new("RGB", (20, 10)).save(tmp_path / name, exif=exif.tobytes()[:size])
+    assert open_image(tmp_path / name).size == (20, 10)
+
+
+def layouts(root: Path) -> dict[str, str]:
+    """A sideways photograph in each of the layouts that images are read from; their specifications."""
+    photo, label = sideways(6), {"split": "test", "image": "a.jpg", "captions": ["white above black"]}
+    for folder in ("folder/test/class", "npz", "imagenette2/val/n01440764", "flickr"):
+        (root / folder).mkdir(parents=True)
+    (root / "folder/test/class/a.jpg").write_bytes(photo)
+    (root / "imagenette2/val/n01440764/a.jpeg").write_bytes(photo)
+    (root / "list.txt").write_text("class\n")
+    arrays = {"jpeg": np.frombuffer(photo, np.uint8), "offsets": np.array([0, len(photo)])}
+    np.savez(root / "npz/test.npz", **arrays, labels=np.array([0]))
+    write_shard(root / "a.tar", {"a.jpg": photo, "a.cls": b"0"})
+    np.savez(root / "flickr/images.npz", **arrays)
+    (root / "flickr/captions.jsonl").write_text(json.dumps(label))
+    return {
+        "imagefolder": f"imagefolder:{root}/folder",
+        "imagelist": f"imagelist:{root}/folder/test:{root}/list.txt",
+        "npz": f"npz:{root}/npz",
+        "wds": f"wds:{root}/a.tar",
+        "torchvision": f"torchvision:Imagenette:{root}",
+        "flickr8k": f"flickr8k:{root}/flickr",
+    }
+
+
+@pytest.mark.parametrize("layout", ["imagefolder", "imagelist", "npz", "wds", "torchvision"])
+def test_data_sets_give_images_upright(tmp_path: Path, layout: str) -> None:
+    split = "val" if layout == "torchvision" else "test"
+    assert_upright(create_dataset(layouts(tmp_path)[layout], split)[0][0])
+
+
+def test_hugging_face_data_sets_give_images_upright(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["class"])})
+    rows = {"image": [{"bytes": sideways(6), "path": None}], "label": [0]}
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "saved")
+    assert_upright(create_dataset(f"hfds:{tmp_path / 'saved'}", "test")[0][0])
+
+
+def test_photographs_with_captions_are_upright(tmp_path: Path) -> None:
+    spec = layouts(tmp_path)["flickr8k"]
+    assert_upright(create_retrieval_dataset(spec, "test").read(0, FrameSampling()).frames[0])
+    patches = create_caption_dataset(spec, "test").read(0)["image"].features
+    assert patches[:8].min() > 0 > patches[-8:].max()
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "1", "CMYK", "I;16"])
@@ -54,14 +119,6 @@ def test_colours_survive_every_way_of_storing_them(tmp_path: Path) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert np.asarray(open_image(tmp_path / name))[4, 4].tolist() == [255, 0, 0], name
-
-
-def test_data_sets_leave_the_orientation_alone_as_timm_does(tmp_path: Path) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    (tmp_path / "class").mkdir()
-    Image.new("RGB", (20, 10)).save(tmp_path / "class" / "a.jpg", exif=exif)
-    assert create_dataset(str(tmp_path), "all")[0][0].size == (20, 10)
 
 
 def test_a_decompression_bomb_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

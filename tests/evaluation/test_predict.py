@@ -2,12 +2,13 @@ from pathlib import Path
 
 import pytest
 import timm
+from PIL import Image
 from torch import nn
 
 from lamzoo.errors import ConfigError, DataError
-from lamzoo.evaluation import class_names, predict
+from lamzoo.evaluation import class_names, predict, preprocess
 from lamzoo.registry import create_model
-from tests.images import image
+from tests.images import image, sideways
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +35,15 @@ def test_batches_and_paths_change_nothing(model: nn.Module, tmp_path: Path) -> N
     assert [guess.index for (guess,) in together] == [guess.index for (guess,) in apart]
     for (one,), (other,) in zip(together, apart, strict=True):
         assert one.probability == pytest.approx(other.probability, abs=1e-5)
+
+
+def test_images_are_preprocessed_upright_from_files_and_from_memory(model: nn.Module, tmp_path: Path) -> None:
+    inputs = []
+    for orientation in (1, 6):
+        (tmp_path / "a.jpg").write_bytes(sideways(orientation))
+        with Image.open(tmp_path / "a.jpg") as opened:
+            inputs += [preprocess(model, [tmp_path / "a.jpg"]), preprocess(model, [opened])]
+    assert all((images - inputs[0]).abs().max() < 0.1 for images in inputs)  # JPEG is lossy
 
 
 def test_names_come_from_the_weights_else_from_imagenet(model: nn.Module) -> None:
