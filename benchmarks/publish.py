@@ -134,7 +134,8 @@ def main() -> None:
     dataset = data["name"]
     published = arguments.recipe.as_posix()
     masks = recipe["model"].get("lam")
-    if masks is not None and model.lam_config == lamzoo.LamConfig.from_dict(masks):  # an ablation's row names them too
+    # The row of an ablation names its masks too.
+    if isinstance(masks, dict) and model.lam_config == lamzoo.LamConfig.from_dict(masks):
         del recipe["model"]["lam"]
     recipe["run"]["output"] = run = f"runs/{name}.{arguments.tag}"
     overrides = "".join(f" {change}" for change in changes(load_recipe(arguments.recipe).to_dict(), recipe))

@@ -60,7 +60,7 @@ def register_model(
     fn: None = None,
     *,
     tags: Mapping[str, Mapping[str, Any]] | None = None,
-    lam: LamConfig | None = None,
+    lam: LamConfig | Mapping[str, Any] | bool | None = None,
     pretrained_cfg: Mapping[str, Any] | None = None,
     description: str = "",
 ) -> Callable[[_Function], _Function]: ...
@@ -68,7 +68,7 @@ def register_model(
     fn: _Function | None = None,
     *,
     tags: Mapping[str, Mapping[str, Any]] | None = None,
-    lam: LamConfig | None = None,
+    lam: LamConfig | Mapping[str, Any] | bool | None = None,
     pretrained_cfg: Mapping[str, Any] | None = None,
     description: str = "",
 ) -> _Function | Callable[[_Function], _Function]:
@@ -83,7 +83,7 @@ def register_model(
         fn: the function.
         tags: weights, ``{tag: {"file": ..., "sha256": ..., "dataset": ..., ...}}``, the first one the default; the
             keys are those of a card's tag table and ``file`` is looked for beside the module of the function.
-        lam: masks that the model has by default.
+        lam: masks that the model has by default, also as a dict of the fields of a LamConfig.
         pretrained_cfg: keys of timm's ``PretrainedCfg`` (``input_size``, ``mean``, ``classifier``, ...), over those
             of the ``pretrained_cfg`` that the built model may have already.
         description: one sentence; the function's docstring by default.
@@ -91,6 +91,7 @@ def register_model(
     Raises:
         DuplicateModelError: the name is taken.
         RegistryError: a tag or ``pretrained_cfg`` that means nothing.
+        ConfigError: masks that mean nothing.
     """
 
     def register(function: _Function) -> _Function:
@@ -108,7 +109,7 @@ def register_model(
                 name=name,
                 family=function.__module__.split(".", 1)[0],
                 builder=function,
-                lam=lam,
+                lam=None if lam is None or lam is False else LamConfig.of(lam),
                 description=description or doc,
                 pretrained_cfg=dict(pretrained_cfg or {}),
                 tags={tag: tag_card(tag, table, f"{where}: tag {tag}") for tag, table in (tags or {}).items()},

@@ -73,7 +73,7 @@ def create_model(
     name: str,
     pretrained: bool = False,
     *,
-    lam: LamConfig | Literal[False] | None = None,
+    lam: LamConfig | Mapping[str, Any] | bool | None = None,
     lam_weights: Literal["pretrained", "fresh"] = "pretrained",
     num_classes: int | None = None,
     in_chans: int | None = None,
@@ -94,7 +94,8 @@ def create_model(
         pretrained: load weights: exactly those of ``arch.tag``, or, for a bare name, the first of its tags that can
             be had here, those of the hub before the bundled ones; which one is logged, and is in
             ``model.pretrained_cfg["tag"]``.
-        lam: the masks; None takes the card's (or the saved model's), False builds the plain backbone.
+        lam: the masks, as a LamConfig or a dict of its fields; None takes the card's (or the saved model's), True
+            those or, where it has none, the default LamConfig, False builds the plain backbone.
         lam_weights: ``"fresh"`` leaves the masks of all weights out, which is needed where ``lam`` describes other
             masks than those that were trained.
         num_classes: width of the head, which stays fresh where the weights have another; 0 for none.
@@ -113,7 +114,8 @@ def create_model(
 
     Raises:
         UnknownModelError: no such model or tag.
-        ConfigError: an argument that the model's builder doesn't take, or an unknown source before the colon.
+        ConfigError: an argument that the model's builder doesn't take, masks that mean nothing, or an unknown source
+            before the colon.
         WeightsError: the weights cannot be had, are damaged, or do not fit; masks of another ``LamConfig`` don't fit
             either, whatever their shapes.
     """
@@ -129,6 +131,7 @@ def create_model(
             "features_only=True wraps the model, which the whole model's file does not fit; create the whole model "
             "and call its forward_intermediates."
         )
+    lam = lam if lam is None or isinstance(lam, bool) else LamConfig.of(lam)
     plan = _plan(name, pretrained, cache_dir, allow_pickle)
     model: Any = _build(plan, lam, given)
     chosen = {*given, *(["lam"] if lam is False else [])}
@@ -226,9 +229,13 @@ def _plan(name: str, pretrained: bool, cache_dir: str | Path | None, allow_pickl
     )
 
 
-def _build(plan: _Plan, lam: LamConfig | Literal[False] | None, given: Mapping[str, Any]) -> nn.Module:
+def _build(plan: _Plan, lam: LamConfig | bool | None, given: Mapping[str, Any]) -> nn.Module:
     card, cfg = plan.card, plan.cfg
-    masks = plan.lam if lam is None else (lam or None)
+    masks = lam if isinstance(lam, LamConfig) else plan.lam
+    if lam is False:
+        masks = None
+    elif lam is True and masks is None:
+        masks = LamConfig()
     arguments = {**plan.args, **given}
     if isinstance(card.builder, str):
         arguments = {**_defaults(cfg), **arguments}

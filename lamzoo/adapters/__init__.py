@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import groupby
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -65,7 +65,7 @@ def _transformers_slots(model: nn.Module) -> Iterator[Slot]:
 _ADAPTERS = (timm.slots, _open_clip_slots, _transformers_slots, mha.slots, native.slots)
 
 
-def add_lam(model: Model, config: LamConfig | None = None) -> Model:
+def add_lam(model: Model, config: LamConfig | Mapping[str, Any] | bool | None = None) -> Model:
     """Gives every attention layer of a model a learnable mask, in place.
 
     Serves timm's vision transformers, open_clip's towers and every ``torch.nn.MultiheadAttention``, those of torch's
@@ -74,7 +74,7 @@ def add_lam(model: Model, config: LamConfig | None = None) -> Model:
 
     Args:
         model: the host.
-        config: what the masks are made of; ``LamConfig()`` by default.
+        config: what the masks are made of, also as a dict of the fields; ``LamConfig()`` by default.
 
     Returns:
         The same model, which now has the attribute ``lam_config``, and the masks' position tables and biases in its
@@ -83,9 +83,10 @@ def add_lam(model: Model, config: LamConfig | None = None) -> Model:
     Raises:
         UnsupportedHostError: the model has a block that can't carry a mask (named), no such block at all, masks
             already, or a part that is a model of Hugging Face transformers. The model is left as it was.
-        ConfigError: position keys in a host of unknown length, or in one whose tokens have no fixed positions.
+        ConfigError: position keys in a host of unknown length, or in one whose tokens have no fixed positions; a
+            configuration that means nothing.
     """
-    config = LamConfig() if config is None else config
+    config = LamConfig() if config is None else LamConfig.of(config)
     if any(isinstance(module, Lam) for module in model.modules()):
         raise UnsupportedHostError(
             f"This {type(model).__name__} already has learnable masks; call lamzoo.remove_lam(model) first."

@@ -101,6 +101,23 @@ class LamConfig:
         names = (field.name for field in dataclasses.fields(self) if field.name not in ("init", "max_length"))
         return [name for name in names if getattr(self, name) != getattr(other, name)]
 
+    @classmethod
+    def of(cls, value: LamConfig | Mapping[str, Any] | bool) -> LamConfig:
+        """Returns a configuration that is given as one, as a mapping of its fields, or as True for the defaults.
+
+        Raises:
+            ConfigError: anything else, or as :meth:`from_dict`.
+        """
+        if isinstance(value, cls):
+            return value
+        if value is True:
+            return cls()
+        if isinstance(value, Mapping):
+            return cls.from_dict(value)
+        raise ConfigError(
+            f"{value!r} is not a LamConfig; pass one, a dict of its fields, or True for the default configuration."
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as plain TOML and JSON values, ``max_length`` left out where it is None."""
         fields = dataclasses.asdict(self)

@@ -18,7 +18,6 @@ from torch import nn
 from lamzoo.adapters.decay import full_rate_parameters
 from lamzoo.data.paths import nfc
 from lamzoo.errors import RecipeError
-from lamzoo.lam import LamConfig
 from lamzoo.pruning import prune_tokens
 from lamzoo.registry import create_model
 from lamzoo.training.recipe import Recipe
@@ -49,7 +48,7 @@ def build_model(recipe: Recipe, classes: list[str] | None) -> Any:
             "leave the number out of the recipe."
         )
     if section.lam is not None:
-        kwargs["lam"] = LamConfig.from_dict(section.lam)
+        kwargs["lam"] = section.lam
     with _fused_attention(section.fused_attention):
         model: Any = create_model(section.name, pretrained=section.pretrained, **kwargs)
     if classes is not None and _knows_others(model, classes):

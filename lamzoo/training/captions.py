@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from lamzoo.data.captions import CaptionDataset, create_caption_dataset
 from lamzoo.errors import RecipeError
 from lamzoo.evaluation.describing import caption_scores, check_streams, describe_clips
-from lamzoo.lam import LamConfig
 from lamzoo.registry import create_model
 from lamzoo.training.caption_batches import Collate, Samples, caption_losses
 from lamzoo.training.caption_recipe import CaptionRecipe
@@ -40,7 +39,7 @@ class CaptionRun(FeatureRun):
         if ":" not in section.name and not section.pretrained:
             kwargs = {"features": dict(self.splits["train"].modalities), **kwargs}
         if section.lam is not None:
-            kwargs["lam"] = LamConfig.from_dict(section.lam)
+            kwargs["lam"] = section.lam
         model: Any = create_model(section.name, pretrained=section.pretrained, **kwargs)
         check_streams(model, self.splits["train"].modalities)
         if self.recipe.data.context and not model.context_tokens:

@@ -18,14 +18,15 @@ class MomentModelSection:
     Attributes:
         name: a model of the family ``lam_moment_detr``, ``local-dir:`` or ``hf-hub:``.
         pretrained: start from the published weights.
-        lam: fields of a :class:`lamzoo.LamConfig` in place of the registered one.
+        lam: fields of a :class:`lamzoo.LamConfig` in place of the registered one; true for the registered one or, where
+            there is none, the default; false for none.
         kwargs: further arguments of ``create_model``, such as ``lam_in`` and ``queries``; ``video_dim``,
             ``text_dim`` and ``words`` are those of the data where they are left out and the model has no weights.
     """
 
     name: str
     pretrained: bool = False
-    lam: dict[str, Any] | None = None
+    lam: dict[str, Any] | bool | None = None
     kwargs: dict[str, Any] = field(default_factory=dict)
 
 

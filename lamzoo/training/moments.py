@@ -12,7 +12,6 @@ from lamzoo.data.moments import MomentDataset, create_moment_dataset
 from lamzoo.errors import RecipeError
 from lamzoo.evaluation.finding import check_features, submission
 from lamzoo.evaluation.moments import moment_metrics
-from lamzoo.lam import LamConfig
 from lamzoo.registry import create_model
 from lamzoo.training.features import FeatureRun
 from lamzoo.training.moment_batches import Samples, collate
@@ -52,7 +51,7 @@ class MomentRun(FeatureRun):
             words = len(self.splits["train"].vocabulary)
             kwargs = {"video_dim": video, "text_dim": text, "words": words, **kwargs}
         if section.lam is not None:
-            kwargs["lam"] = LamConfig.from_dict(section.lam)
+            kwargs["lam"] = section.lam
         model = create_model(section.name, pretrained=section.pretrained, **kwargs)
         check_features(model, self.example)
         self._check_words(model)

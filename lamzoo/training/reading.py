@@ -106,8 +106,8 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return build(hint, value, where)  # type: ignore[arg-type]
     origin, args = get_origin(hint), get_args(hint)
-    if origin in (types.UnionType, typing.Union):  # only `X | None` is used; TOML has no null
-        return _typed(value, args[0], where)
+    if origin in (types.UnionType, typing.Union):  # `X | None` or `X | bool | None`; TOML has no null
+        return value if isinstance(value, bool) and bool in args else _typed(value, args[0], where)
     if origin is Literal:
         if value in args:
             return value

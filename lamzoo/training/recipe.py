@@ -27,7 +27,8 @@ class ModelSection:
     Attributes:
         name: a registered name, ``timm/<name>``, ``local-dir:`` or ``hf-hub:``.
         pretrained: start from the published weights.
-        lam: fields of a :class:`lamzoo.LamConfig` in place of the registered one.
+        lam: fields of a :class:`lamzoo.LamConfig` in place of the registered one; true for the registered one or, where
+            there is none, the default; false for none.
         kwargs: further arguments of ``create_model``; ``num_classes`` comes from the data where it is left out.
         fused_attention: whether timm's own attention may use the fused kernel. On CPUs, bfloat16 training of short
             sequences is faster without it; both sides of a comparison should say the same.
@@ -37,7 +38,7 @@ class ModelSection:
 
     name: str
     pretrained: bool = False
-    lam: dict[str, Any] | None = None
+    lam: dict[str, Any] | bool | None = None
     kwargs: dict[str, Any] = field(default_factory=dict)
     fused_attention: bool = True
     tune: Tune = "all"

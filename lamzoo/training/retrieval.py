@@ -26,7 +26,6 @@ from lamzoo.data.retrieval import (
 from lamzoo.errors import RecipeError
 from lamzoo.evaluation.retrieval import retrieval_metrics
 from lamzoo.evaluation.videos import compare, encode_texts, frames_config, join_videos
-from lamzoo.lam import LamConfig
 from lamzoo.profiling.inputs import evaluating
 from lamzoo.registry import create_model
 from lamzoo.training.contrastive import contrastive_backward
@@ -72,7 +71,7 @@ class RetrievalRun(TrainingRun):
         section, data = self.recipe.model, self.recipe.data
         kwargs = {"max_frames": data.max_frames, "fps": data.fps, **section.kwargs}
         if section.lam is not None:
-            kwargs["lam"] = LamConfig.from_dict(section.lam)
+            kwargs["lam"] = section.lam
         model: Any = create_model(section.name, pretrained=section.pretrained, **kwargs)
         frames_config(model)  # which refuses other models
         if section.lock_image_tower:

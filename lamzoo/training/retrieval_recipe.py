@@ -20,7 +20,8 @@ class RetrievalModelSection:
     Attributes:
         name: a model of the family ``lam_clip4clip``, ``open_clip/<name>``, ``local-dir:`` or ``hf-hub:``.
         pretrained: start from the published weights.
-        lam: fields of a :class:`lamzoo.LamConfig` in place of the registered one.
+        lam: fields of a :class:`lamzoo.LamConfig` in place of the registered one; true for the registered one or, where
+            there is none, the default; false for none.
         kwargs: further arguments of ``create_model``, such as ``similarity``, ``lam_in`` and ``img_size``;
             ``max_frames`` and ``fps`` come from ``[data]`` where they are left out.
         fused_attention: whether PyTorch may use its fused kernels. On CPUs, bfloat16 training of short sequences is
@@ -31,7 +32,7 @@ class RetrievalModelSection:
 
     name: str
     pretrained: bool = False
-    lam: dict[str, Any] | None = None
+    lam: dict[str, Any] | bool | None = None
     kwargs: dict[str, Any] = field(default_factory=dict)
     fused_attention: bool = True
     lock_image_tower: bool = False

@@ -93,7 +93,7 @@ def check_common(
     optimizer: OptimizerSection,
     schedule: ScheduleSection,
     name: str,
-    lam: dict[str, Any] | None,
+    lam: dict[str, Any] | bool | None,
     workers: int,
 ) -> None:
     """Checks the values of the sections that all tasks share, and the model's name and masks.
@@ -136,7 +136,7 @@ def check_common(
         raise RecipeError(f"Recipe key run.ema_decay is {run.ema_decay}; it must lie between 0 and 1.")
     _check_name("optimizer.name", optimizer.name, [str(name) for name in list_optimizers()])
     _check_name("schedule.name", schedule.name, SCHEDULES)
-    if lam is not None:
+    if isinstance(lam, dict):
         LamConfig.from_dict(lam)
     if ":" not in name or name.startswith(OPEN_CLIP_PREFIX):  # what stands before a colon says where else the model is
         find_card(name)

@@ -414,6 +414,11 @@ def test_a_timm_model_inside_another_module_is_served() -> None:
         assert_close(masked(x), plain(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("given", "rank"), [({"rank": 3}, 3), (True, 8), (None, 8)])
+def test_add_lam_takes_a_dict_of_fields(given: Any, rank: int) -> None:
+    assert add_lam(HOSTS["vit_tiny_patch16_224"].create(), given).lam_config == LamConfig(rank=rank)
+
+
 def test_a_second_lam_is_refused_until_the_first_is_removed() -> None:
     model = add_lam(HOSTS["vit_tiny_patch16_224"].create())
     with pytest.raises(UnsupportedHostError, match="remove_lam"):

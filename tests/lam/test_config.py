@@ -91,6 +91,23 @@ def test_fields_that_contradict_each_other_are_refused() -> None:
         LamConfig(sign="positive", op="add")
 
 
+@settings(derandomize=True)
+@given(config=configs())
+def test_a_mapping_of_fields_is_taken_for_the_configuration(config: LamConfig) -> None:
+    assert LamConfig.of(config) is config
+    assert LamConfig.of(config.to_dict()) == config
+
+
+def test_true_is_the_default_configuration() -> None:
+    assert LamConfig.of(True) == LamConfig()
+
+
+@pytest.mark.parametrize("value", [False, None, 1, "rank=8", ["rank"]])
+def test_what_is_no_configuration_is_refused_with_what_is(value: Any) -> None:
+    with pytest.raises(ConfigError, match="is not a LamConfig; pass one, a dict of its fields, or True"):
+        LamConfig.of(value)
+
+
 def test_unknown_field_is_named_with_the_closest_one() -> None:
     with pytest.raises(ConfigError, match=r"no field 'ranks'; did you mean 'rank'\?"):
         LamConfig.from_dict({"ranks": 8})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -72,6 +73,32 @@ sha256 = "{"0" * 64}"
 
 def value(model: nn.Module) -> float:
     return model.norm.weight[0].item()
+
+
+@pytest.mark.parametrize(
+    ("name", "lam", "expected"),
+    [
+        ("timm/test_vit", {"rank": 3, "op": "mul"}, LamConfig(rank=3, op="mul")),
+        ("timm/test_vit", {}, LamConfig()),
+        ("timm/test_vit", True, LamConfig()),
+        ("timm/test_vit", False, None),
+        ("tiny_zoo", {"rank": 3}, LamConfig(rank=3)),
+        ("tiny_zoo", True, LamConfig(rank=2)),
+        ("tiny_zoo", False, None),
+    ],
+)
+def test_masks_are_given_as_fields_or_as_yes_and_no(
+    zoo: HubServer, name: str, lam: Any, expected: LamConfig | None
+) -> None:
+    assert create_model(name, lam=lam, img_size=32).lam_config == expected
+
+
+@pytest.mark.parametrize(
+    ("lam", "message"), [({"rnak": 3}, "did you mean 'rank'"), ("rank=3", "'rank=3' is not a Lam")]
+)
+def test_masks_that_mean_nothing_are_refused(lam: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        create_model("timm/test_vit", lam=lam)
 
 
 def test_the_records_of_timm_are_on_the_model() -> None:

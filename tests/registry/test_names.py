@@ -120,7 +120,7 @@ def test_a_registered_function_is_called_with_what_the_caller_gave() -> None:
 def test_registering_with_arguments_shows_in_the_record() -> None:
     tags = {"mine": {"file": "mine.safetensors", "sha256": "0" * 64, "dataset": "my photographs"}}
 
-    @register_model(tags=tags, lam=LamConfig(rank=1), description="One sentence.")
+    @register_model(tags=tags, lam={"rank": 1}, description="One sentence.")
     def another_model_of_mine() -> nn.Module:
         return timm.create_model("test_vit")
 

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from lamzoo.errors import LamzooError, RecipeError
+from lamzoo.lam import LamConfig
 from lamzoo.training import load_recipe, parse_recipe
+from lamzoo.training.build import build_model
 
 RECIPES = sorted((Path(__file__).parents[2] / "benchmarks" / "recipes").glob("*.toml"))
 MICRO = next(path for path in RECIPES if path.name == "micro.cifar10.toml")
@@ -60,6 +62,14 @@ def test_a_cooldown_of_a_schedule_that_never_falls_is_refused(recipe_table: dict
     recipe_table["schedule"] |= {"name": "constant", "cooldown_epochs": 2}
     with pytest.raises(RecipeError, match="leave it out and raise schedule.epochs"):
         parse_recipe(recipe_table)
+
+
+@pytest.mark.parametrize(("lam", "expected"), [({"rank": 2}, LamConfig(rank=2)), (True, LamConfig()), (False, None)])
+def test_masks_are_given_as_fields_or_as_yes_and_no(recipe_table: dict[str, Any], lam: Any, expected: Any) -> None:
+    recipe_table["model"]["lam"] = lam
+    recipe = parse_recipe(recipe_table)
+    assert parse_recipe(recipe.to_dict()) == recipe
+    assert build_model(recipe, ["a", "b"]).lam_config == expected
 
 
 def test_missing_section_is_named(recipe_table: dict[str, Any]) -> None:
