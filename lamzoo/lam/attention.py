@@ -18,7 +18,7 @@ def lam_attention(
     value: Tensor,
     mask: FactoredMask,
     *,
-    op: Op = "mul",
+    op: Op,
     allowed: Tensor | None = None,
     bias: Tensor | None = None,
     is_causal: bool = False,
@@ -36,7 +36,7 @@ def lam_attention(
         key: ``(B, H, Nk, d)``, the dtype of ``query``; inside ``torch.autocast`` the dtypes may differ.
         value: ``(B, H, Nk, dv)``, likewise.
         mask: factors ``(B, 1|H, Nq, R)`` and ``(1|B, 1|H, Nk, R)``.
-        op: ``"mul"`` scales the scores, ``"add"`` shifts them.
+        op: ``"mul"`` scales the scores, ``"add"`` shifts them; that of the mask's :class:`LamConfig`.
         allowed: bool, broadcastable to ``(B, H, Nq, Nk)``; True where attention may go. Applied last; a row
             in which nothing is allowed returns zeros.
         bias: float, broadcastable to ``(B, H, Nq, Nk)``, added after the mask: what a host adds by itself, such

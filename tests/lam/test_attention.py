@@ -144,14 +144,19 @@ def test_dropout_changes_the_output_and_keeps_its_mean(op: Op, backend: str) -> 
     torch.testing.assert_close(dropped.mean(0, keepdim=True), plain, atol=0.15, rtol=0)
 
 
+def test_the_op_has_no_default() -> None:
+    with pytest.raises(TypeError, match="'op'"):
+        lam_attention(*make().args)  # type: ignore[call-arg]
+
+
 def test_unknown_backend_unknown_op_and_bad_scale_are_named() -> None:
     case = make()
     with pytest.raises(ConfigError, match=r"'flash'; available: auto, eager, sdpa, chunked, flex, triton"):
-        lam_attention(*case.args, backend="flash")
+        lam_attention(*case.args, op="mul", backend="flash")
     with pytest.raises(ConfigError, match=r"'minus'; it must be 'mul' or 'add'"):
         lam_attention(*case.args, op="minus")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"scale is 0\.0; it must be positive"):
-        lam_attention(*case.args, scale=0.0)
+        lam_attention(*case.args, op="mul", scale=0.0)
 
 
 WRONG = {
@@ -184,4 +189,4 @@ def test_wrong_arguments_are_named(given_: dict[str, torch.Tensor], message: str
     left, right = options.pop("left", case.left), options.pop("right", case.right)
     mask = options.pop("mask", FactoredMask(left, right))
     with pytest.raises(MaskShapeError, match=message):
-        lam_attention(case.query, case.key, case.value, mask, **options, backend=backend)  # type: ignore[arg-type]
+        lam_attention(case.query, case.key, case.value, mask, op="mul", **options, backend=backend)  # type: ignore[arg-type]

@@ -84,7 +84,7 @@ from lamzoo.lam import kernels
 kernels.BACKENDS["eager"] = None
 x = torch.ones(1, 1, 2, 3)
 try:
-    lamzoo.lam_attention(x, x, x, lamzoo.FactoredMask(x, x))
+    lamzoo.lam_attention(x, x, x, lamzoo.FactoredMask(x, x), op="mul")
     print("ran")
 except lamzoo.LamzooError as error:
     print(error)
@@ -110,7 +110,7 @@ except lamzoo.LamzooError as error:
 )
 def test_a_backend_asked_for_by_name_says_what_it_cannot_do(backend: str, options: dict, reason: str) -> None:
     with pytest.raises(ConfigError, match=f"The {backend} backend can't serve this attention: {reason}; use 'auto'"):
-        lam_attention(*make().args, backend=backend, **options)
+        lam_attention(*make().args, op="mul", backend=backend, **options)
 
 
 def test_flex_never_goes_on_with_dense_attention(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,7 +204,7 @@ def test_chunked_memory_does_not_grow_with_the_square_of_the_length(backward: bo
 
     def grown(backend: str) -> int:
         def run() -> None:
-            out = lam_attention(*leaves[:3], FactoredMask(*leaves[3:]), backend=backend)
+            out = lam_attention(*leaves[:3], FactoredMask(*leaves[3:]), op="mul", backend=backend)
             if backward:
                 out.sum().backward()
 
@@ -220,7 +220,7 @@ def test_chunked_counts_its_flops() -> None:
     leaves = [x.requires_grad_() for x in case.tensors]
     scores = 2 * 3 * 7 * 5
     with FlopCounterMode(display=False) as counter:
-        out = lam_attention(*leaves[:3], FactoredMask(*leaves[3:]), backend="chunked")
+        out = lam_attention(*leaves[:3], FactoredMask(*leaves[3:]), op="mul", backend="chunked")
         assert counter.get_total_flops() == 2 * scores * (4 + 6 + 9)
         out.sum().backward()
     assert counter.get_total_flops() == 2 * scores * (4 + 6 + 9) + 2 * scores * (3 * 4 + 2 * 6 + 3 * 9)

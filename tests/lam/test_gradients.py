@@ -78,7 +78,7 @@ def test_bias_learns(backend: str) -> None:
     bias = gradients(case, backend)[-1]
 
     def run(bias: Tensor) -> Tensor:
-        return lam_attention(*case.args, bias=bias, backend=backend)
+        return lam_attention(*case.args, op=case.op, bias=bias, backend=backend)
 
     assert bias.count_nonzero() == bias.numel()
     assert case.bias is not None

@@ -169,7 +169,7 @@ def test_attend_is_lam_attention_under_the_networks_mask() -> None:
     lam = Lam(MULTI, MaskNetwork(MULTI, DIM, DIM, HEADS).double(), SharedState())
     x = tokens()
     query, key, value = torch.randn(3, 2, HEADS, LENGTH, 3, dtype=torch.float64)
-    expected = lam_attention(query, key, value, lam(x, x), backend="eager")
+    expected = lam_attention(query, key, value, lam(x, x), op=MULTI.op, backend="eager")
     out, weights = lam.attend_with_weights(x, x, query, key, value)
     torch.testing.assert_close(lam.attend(x, x, query, key, value), expected)
     torch.testing.assert_close(out, expected)
