@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -39,6 +40,11 @@ class _Prune(SharedStateHook):
         return vars(self) | {"kept": None}  # a copy or pickle has no graph
 
     def __call__(self, block: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        if isinstance(output, torch.fx.Proxy):
+            raise UnsupportedHostError(
+                "Symbolic tracing (torch.fx, create_feature_extractor) can't follow token pruning; trace the model "
+                "after lamzoo.remove_pruning(model), or export it with torch.export."
+            )
         here = self.shared.current
         assert here.scores is not None  # the block's attention left them
         if not self.lam.training or self.config.training == "top-k":

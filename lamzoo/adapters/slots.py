@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
+import torch.fx
 from torch import nn
 
+from lamzoo.errors import ExportError
 from lamzoo.lam import Lam, SharedState
 from lamzoo.lam.tables import Grid
 
@@ -85,11 +87,27 @@ class EnterBlock(SharedStateHook):
 class HostTakeover(nn.Module):
     """An attention layer that takes over the parameters, submodules, hooks and attributes of a host's own.
 
-    Parameter names stay those of the host, and :meth:`release` gives the original class back.
+    Parameter names stay those of the host, and :meth:`release` gives the original class back. In a symbolic trace
+    (``torch.fx``, torchvision's and timm's ``create_feature_extractor``) the layer is one node: what a mask does
+    depends on shapes and on the other layers.
     """
 
     lam: Lam
     host_class: type[nn.Module]
+
+    def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
+        proxy = next((arg for arg in (*args, *kwargs.values()) if isinstance(arg, torch.fx.Proxy)), None)
+        if proxy is None:
+            return super()._call_impl(*args, **kwargs)
+        tracer: Any = proxy.tracer
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Called by ``torch.jit.script``, which would fail in the middle of a mask."""
+        raise ExportError(
+            "torch.jit.script can't compile a model with learnable masks; use torch.jit.trace, torch.export or "
+            "lamzoo.export_model."
+        )
 
     if TYPE_CHECKING:  # the host's attributes are known at run time alone
 

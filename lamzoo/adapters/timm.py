@@ -268,6 +268,8 @@ class _NoteGrid(SharedStateHook):
     """Forward pre-hook of ``patch_embed``: begins a pass with the patch grid of the image at hand."""
 
     def __call__(self, patch_embed: Any, args: tuple[Tensor, ...]) -> None:
+        if not isinstance(args[0], Tensor):  # a symbolic trace, whose image has the model's own size
+            return
         rows, columns = patch_embed.dynamic_feat_size(args[0].shape[-2:])
         self.shared.begin(grid=(rows, columns))
 

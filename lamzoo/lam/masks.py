@@ -37,7 +37,7 @@ class FactoredMask(NamedTuple):
 
     def dense(self) -> Tensor:
         """Returns ``M``, ``(B, Hm, Nq, Nk)``."""
-        return self.left @ self.right.mT
+        return self.left @ self.right.transpose(-2, -1)
 
     def detach(self) -> FactoredMask:
         """Returns the mask outside the graph."""
@@ -58,7 +58,7 @@ class FactoredMask(NamedTuple):
             # Weights that sum to one, and a matmul: a plain sum over many queries could overflow in half precision.
             weights = queries / queries.sum(dim=1, keepdim=True).clamp(min=1)
             mean = weights[:, None, None, :].to(self.left.dtype) @ self.left
-        return (mean @ self.right.mT).squeeze(2)
+        return (mean @ self.right.transpose(-2, -1)).squeeze(2)
 
     def check(self, query: Tensor, key: Tensor) -> None:
         """Checks that the factors fit ``query (B, H, Nq, d)`` and ``key (B, H, Nk, d)``.
@@ -244,7 +244,8 @@ class MaskNetwork(nn.Module):
             right = self._split_heads(self.key(key_tokens))
         if self.config.sign == "positive":
             left = left / left.sum(dim=-1, keepdim=True)
-            right = F.softplus(right + _SOFTPLUS_ONE)
+            # softplus(x) = -logsigmoid(-x): torch 2.15 compiles the gradient of F.softplus with wrong strides.
+            right = -F.logsigmoid(-(right + _SOFTPLUS_ONE))
         return FactoredMask(left, right.to(left.dtype))
 
     def _split_heads(self, x: Tensor) -> Tensor:

@@ -178,7 +178,7 @@ def redundancy(layer: Attended, *, has_class_token: bool) -> Tensor:
     places = there.cumsum(dim=1) - 1 - int(has_class_token)  # of tokens that are there; below 0: the class token
     others = there * (places.remainder(2) == 1) * (places > 0)
     certain = there * (places.remainder(2) == 0) * (places >= 0)
-    alike = (values @ values.mT).masked_fill(certain.unsqueeze(1) == 0, -1.0).amax(dim=-1)
+    alike = (values @ values.transpose(-2, -1)).masked_fill(certain.unsqueeze(1) == 0, -1.0).amax(dim=-1)
     important = mask_importance(layer, has_class_token=has_class_token).float()
     scores = _standardised(-alike, others) + _standardised(important, others) / 2
     return torch.where(others > 0, scores, _CERTAIN + _standardised(important, certain))
@@ -238,7 +238,7 @@ def select(scores: Tensor, keep: float, rest: Rest, num_prefix_tokens: int, toke
 def _shares(tokens: Tensor, kept: Tensor, num_prefix_tokens: int) -> Tensor:
     """Returns the weights of averaging each token into the nearest one that stays, ``(B, K, N)``; see `Reduction`."""
     unit = F.normalize(tokens.float(), dim=-1)
-    alike = unit @ unit.gather(1, kept.unsqueeze(-1).expand(-1, -1, unit.shape[-1])).mT  # (B, N, K)
+    alike = unit @ unit.gather(1, kept.unsqueeze(-1).expand(-1, -1, unit.shape[-1])).transpose(-2, -1)  # (B, N, K)
     places = torch.arange(kept.shape[1], device=kept.device)
     alike = alike.masked_fill(places < num_prefix_tokens, -2.0)  # what stands for all takes nothing in
     alike = alike.scatter(1, kept.unsqueeze(1), 2.0)  # and what stays goes to itself

@@ -44,8 +44,8 @@ def resize_table(
             return table[:, :length]
         prefix, positions = table[:, :num_prefix_tokens], table[:, num_prefix_tokens:]
         _check_positions(positions.shape[1], size, length)
-        resized = F.interpolate(_wide(positions).mT, size=length - num_prefix_tokens, mode="linear")
-        return torch.cat([prefix, resized.mT.to(table.dtype)], dim=1)
+        resized = F.interpolate(_wide(positions).transpose(-2, -1), size=length - num_prefix_tokens, mode="linear")
+        return torch.cat([prefix, resized.transpose(-2, -1).to(table.dtype)], dim=1)
     if size != num_prefix_tokens + old_grid[0] * old_grid[1]:
         raise MaskShapeError(
             f"A mask table of {size} rows isn't {num_prefix_tokens} prefix tokens and a {old_grid} grid."

@@ -193,7 +193,7 @@ class Gpt2Decoder(nn.Module):
 
     def _weights(self, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
         query, key = (x.unflatten(-1, (self.settings.heads, -1)).transpose(1, 2) for x in (query, key))
-        scores = query @ key.mT / query.shape[-1] ** 0.5
+        scores = query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5
         if mask is not None:
             scores = scores.masked_fill(~mask[:, None, None, :], -torch.inf)
         return scores.softmax(dim=-1).mean(dim=1)

@@ -9,8 +9,12 @@ import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
+from torchvision.models.feature_extraction import create_feature_extractor
 
+import lamzoo
 from lamzoo.adapters import add_lam, capture_masks
+from lamzoo.adapters.native import HeadAttention
+from lamzoo.errors import ExportError, UnsupportedHostError
 from lamzoo.lam import LamConfig
 from tests.adapters.timm_hosts import FEW, HOSTS, Host
 
@@ -152,6 +156,61 @@ def test_export_keeps_outputs_for_any_batch(host: Host, layers: str) -> None:
         x = host.images(batch=2 if "naflex" in host.name else 3)
         assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-5)
         assert torch.isfinite(model(x)).all()  # and the model itself runs as before
+
+
+@layers
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_rope_224", "eva_giant_patch14_224"])
+def test_symbolic_traces_compute_what_the_model_does(name: str, layers: str) -> None:
+    model, x = masked(HOSTS[name], layers), HOSTS[name].images()
+    traced = create_feature_extractor(model, {"blocks.0.attn": "first", "head": "logits"})
+    head = create_feature_extractor(model, {"blocks.0.attn": "first"})  # a pass that ends in the middle of the stack
+    with torch.no_grad(), capture_masks(model) as masks:
+        assert torch.equal(head(x)["first"], traced(x)["first"])
+        assert list(masks) == ["blocks.0.attn", "blocks.1.attn"]
+        assert torch.equal(traced(x)["logits"], model(x))
+
+
+def test_symbolic_traces_serve_every_kind_of_masked_layer() -> None:
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.heads = HeadAttention(8, 2, 8, 8, 0.0)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out = self.attn(x, x, x, need_weights=False)[0]
+            return self.heads(x, out, out, x, out)
+
+    model, x = add_lam(Attends().eval(), LamConfig(init="paper")), torch.randn(2, 5, 8)
+    traced = torch.fx.symbolic_trace(model)
+    with torch.no_grad():
+        assert torch.equal(traced(x), model(x))
+    assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == ["attn", "heads"]
+
+
+def test_a_symbolic_trace_leaves_position_masks_as_they_were() -> None:
+    model, x = masked(HOSTS["vit_tiny_patch16_224"], "multi"), HOSTS["vit_tiny_patch16_224"].images()
+    expected = model(x)
+    traced = torch.fx.symbolic_trace(model)
+    assert torch.equal(traced(x), expected)
+    assert torch.equal(model(x), expected)
+
+
+def test_symbolic_traces_of_pruned_models_are_refused_with_a_way_out() -> None:
+    model = lamzoo.prune_tokens(masked(HOSTS["vit_tiny_patch16_224"], "multi"), keep=0.5, at=[0])
+    with pytest.raises(UnsupportedHostError, match="remove_pruning"):
+        torch.fx.symbolic_trace(model)
+
+
+@few_hosts
+@pytest.mark.filterwarnings("ignore")  # that both are deprecated, and that traces take shapes as constants
+def test_torch_script_is_refused_in_one_sentence_and_tracing_works(host: Host) -> None:
+    model, x = masked(host, "single"), host.images()
+    with pytest.raises(ExportError, match=r"torch\.jit\.trace"):
+        torch.jit.script(model)
+    with torch.no_grad():
+        traced = torch.jit.trace(model, x, check_trace=False)
+        assert_close(traced(x), model(x))
 
 
 @few_hosts

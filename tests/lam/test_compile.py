@@ -1,5 +1,6 @@
 """lam_attention and mask networks under torch.compile and torch.export, and the memory that folding saves."""
 
+import io
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lamzoo.lam import FactoredMask, LamConfig, MaskNetwork, lam_attention
-from lamzoo.lam.config import Keys, Op
+from lamzoo.lam.config import Heads, Keys, Op, Sign
 from tests.lam.cases import BACKENDS, OPS, make
 
 
@@ -48,6 +49,31 @@ def test_compiled_attention_equals_eager_with_gradients(op: Op, backend: str) ->
         strict=True,
     ):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("keys", ["content", "position"])
+@pytest.mark.parametrize("heads", ["shared", "per-head"])
+def test_compiled_positive_masks_equal_eager_with_gradients(keys: Keys, heads: Heads) -> None:
+    config = LamConfig(op="mul", sign="positive", rank=3, keys=keys, heads=heads, init="paper")
+    module, x = SelfAttention(config), torch.randn(2, 6, 8)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), module(x))
+    ours, theirs = (torch.autograd.grad(f(x).square().sum(), list(module.parameters())) for f in (compiled, module))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("op", "sign", "length"), [("mul", "positive", 6), ("add", "free", 6), ("mul", "free", 800)])
+@pytest.mark.filterwarnings("ignore")  # that it is the legacy exporter
+def test_the_legacy_onnx_exporter_serves_masks(op: Op, sign: Sign, length: int) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    module, x = SelfAttention(LamConfig(op=op, sign=sign, init="paper")).eval(), torch.randn(2, length, 8)
+    file = io.BytesIO()
+    torch.onnx.export(module, (x,), file, dynamo=False, opset_version=17, input_names=["x"])
+    (out,) = onnxruntime.InferenceSession(file.getvalue()).run(None, {"x": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(out), module(x), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("backend", "keys"), [("auto", "position"), ("sdpa", "content")])

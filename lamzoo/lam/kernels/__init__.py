@@ -167,7 +167,7 @@ def choose(
             (query.device.type, op) == (rule.device, rule.op)
             and rank <= rule.max_rank
             and _at_least(scores, rule.min_scores)
-            and (entry.is_exportable or not torch.compiler.is_exporting())
+            and (entry.is_exportable or not (torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()))
             and not entry.unsupported(query, key, value, mask, bias=bias, dropout_p=dropout_p)
         ):
             return entry.kernel

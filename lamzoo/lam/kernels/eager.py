@@ -40,7 +40,7 @@ def attention_weights(
     scale: float,
 ) -> Tensor:
     """Returns the softmax of the modulated scores, ``(B, H, Nq, Nk)``; rows with nothing allowed are zero."""
-    scores = (query * scale) @ key.mT
+    scores = (query * scale) @ key.transpose(-2, -1)
     dense = mask.dense().to(scores.dtype)
     scores = scores * dense if op == "mul" else scores + dense
     if bias is not None:
