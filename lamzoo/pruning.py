@@ -10,6 +10,7 @@ from typing import TypeVar
 from torch import nn
 
 from lamzoo.adapters import pruning as adapter
+from lamzoo.adapters.wrappers import unwrap
 from lamzoo.errors import ConfigError
 from lamzoo.lam.pruning import PruneConfig, Rest, Score, Training
 from lamzoo.profiling import profile
@@ -35,7 +36,8 @@ def prune_tokens(
     batches, ``torch.compile`` and export work as before. ``forward_features`` returns the tokens that are left.
 
     Args:
-        model: with masks on a timm ``VisionTransformer``, or on an image tower of open_clip's own.
+        model: with masks on a timm ``VisionTransformer``, or on an image tower of open_clip's own; wrappers of
+            ``torch.compile`` and data parallelism may be around it.
         keep: share of a layer's tokens that stays at each layer of ``at``; 0.7 by default.
         at: layers, counted from 0, behind whose block tokens leave; by default three, at a quarter, half and three
             quarters of the depth.
@@ -66,7 +68,7 @@ def prune_tokens(
 
 def _largest(model: nn.Module, config: PruneConfig, target: float) -> PruneConfig:
     """Returns the pruning with the largest share, to a thousandth, that costs at most ``target`` GMACs."""
-    before = getattr(model, "prune_config", None)
+    before = getattr(unwrap(model), "prune_config", None)
 
     def gmacs(thousandths: int) -> float:
         adapter.prune(model, replace(config, keep=thousandths / 1000))

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch.distributed
 from timm.models import PretrainedCfg, is_model
 from timm.models._hub import load_model_config_from_path, save_config_for_hf
 from torch import nn
 
 import lamzoo
 from lamzoo import hub
+from lamzoo.adapters.wrappers import full_state_dict, is_sharded, unwrap
 from lamzoo.cards import ModelCard
 from lamzoo.errors import ConfigError, UnknownModelError, WeightsError, WeightsNotFoundError
 from lamzoo.files import atomic_files
@@ -91,11 +93,12 @@ def save_pretrained(
 
     The folder gets ``model.safetensors`` (or shards and their index) and ``config.json`` in timm's hub format, so that
     timm itself reads a plain model of an architecture that it knows, and refuses one with masks. ``lam_config``,
-    ``prune_config`` and ``lamzoo`` (registry name, version, sha256 of the weights) stand beside timm's keys. Files of
-    an earlier save are replaced when the new ones are complete.
+    ``prune_config`` and ``lamzoo`` (registry name, version, sha256 of the weights) are further keys. Files of an
+    earlier save are replaced when the new ones are complete.
 
     Args:
-        model: a model of :func:`lamzoo.create_model`, or of timm, with or without masks.
+        model: a model of :func:`lamzoo.create_model`, or of timm, with or without masks; wrappers of ``torch.compile``
+            and data parallelism are left out. Under FSDP2 every process has to call this, and the first one writes.
         folder: made where it isn't there.
         label_names: class names, in the order of the head.
         max_shard_bytes: split the weights into files of at most this size.
@@ -106,18 +109,22 @@ def save_pretrained(
     Raises:
         ConfigError: the model has no ``pretrained_cfg`` of timm, its architecture is unknown, or the label names
             don't fit its head.
+        UnsupportedHostError: ``FullyShardedDataParallel`` (FSDP1) hides its parameters.
         WeightsError: a file cannot be written; what was there before is unchanged.
     """
-    folder = Path(folder)
+    folder, model = Path(folder), unwrap(model)
     card = _card_of(model)
     if label_names is not None and len(label_names) != getattr(model, "num_classes", None):
         raise ConfigError(
             f"{len(label_names)} label names were given for a head of {getattr(model, 'num_classes', 0)} classes."
         )
     config = _config(model, card, label_names)
+    state = full_state_dict(model)
+    if is_sharded(model) and torch.distributed.get_rank() > 0:
+        return folder
     with atomic_files() as stage:
         # The last files to appear are those that name and hash the others.
-        weights = stage_state_dict(stage, model.state_dict(), folder / WEIGHTS_NAME, max_shard_bytes)
+        weights = stage_state_dict(stage, state, folder / WEIGHTS_NAME, max_shard_bytes)
         config["lamzoo"] = {
             "name": card.name,
             "version": lamzoo.__version__,

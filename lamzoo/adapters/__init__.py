@@ -14,6 +14,7 @@ from lamzoo.adapters.decay import exempt_from_weight_decay
 from lamzoo.adapters.pruning import pruning_loss, remove_pruning
 from lamzoo.adapters.slots import EnterBlock, Slot
 from lamzoo.adapters.state import lam_parameters, lam_state_dict, load_lam_state_dict, remove_lam
+from lamzoo.adapters.wrappers import check_free, compiled_parts, unwrap
 from lamzoo.errors import ConfigError, UnsupportedHostError
 from lamzoo.lam import Lam, LamConfig, MaskNetwork, SharedState
 
@@ -73,7 +74,7 @@ def add_lam(model: Model, config: LamConfig | Mapping[str, Any] | bool | None = 
     ``.lam.``. With the default ``init="identity"`` the model's outputs don't change until the masks are trained.
 
     Args:
-        model: the host.
+        model: the host; ``torch.compile`` or ``nn.DataParallel`` may be around it, and compile it anew.
         config: what the masks are made of, also as a dict of the fields; ``LamConfig()`` by default.
 
     Returns:
@@ -82,7 +83,8 @@ def add_lam(model: Model, config: LamConfig | Mapping[str, Any] | bool | None = 
 
     Raises:
         UnsupportedHostError: the model has a block that can't carry a mask (named), no such block at all, masks
-            already, or a part that is a model of Hugging Face transformers. The model is left as it was.
+            already, or a part that is a model of Hugging Face transformers, or it is distributed (DDP, FSDP) or
+            compiled in parts. The model is left as it was.
         ConfigError: position keys in a host of unknown length, or in one whose tokens have no fixed positions; a
             configuration that means nothing.
     """
@@ -91,21 +93,25 @@ def add_lam(model: Model, config: LamConfig | Mapping[str, Any] | bool | None = 
         raise UnsupportedHostError(
             f"This {type(model).__name__} already has learnable masks; call lamzoo.remove_lam(model) first."
         )
-    slots = [slot for adapter in _ADAPTERS for slot in adapter(model)]
+    check_free(model)
+    host = unwrap(model)
+    if parts := compiled_parts(host):
+        raise UnsupportedHostError(f"{parts[0]} of this {type(host).__name__} is compiled; add masks before that.")
+    slots = [slot for adapter in _ADAPTERS for slot in adapter(host)]
     if not slots:
         raise UnsupportedHostError(
-            f"{type(model).__name__} has no attention layer that lamzoo knows; "
+            f"{type(host).__name__} has no attention layer that lamzoo knows; "
             "it serves timm's vision transformers, open_clip's towers and nn.MultiheadAttention."
         )
     stacks = [list(stack) for _, stack in groupby(slots, key=lambda slot: slot.stack)]
-    built = [(stack, *_build_stack(model, stack, config)) for stack in stacks]
+    built = [(stack, *_build_stack(host, stack, config)) for stack in stacks]
     # Nothing of the model is touched before every mask could be built.
     for stack, shared, lams in built:
-        _watch_passes(model, stack, config, shared)
+        _watch_passes(host, stack, config, shared)
         for slot, lam in zip(stack, lams, strict=True):
             slot.attach(lam)
-    model.lam_config = config  # type: ignore[assignment]
-    exempt_from_weight_decay(model)
+    host.lam_config = config  # type: ignore[assignment]
+    exempt_from_weight_decay(host)
     return model
 
 

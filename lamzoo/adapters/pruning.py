@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from lamzoo.adapters import timm
 from lamzoo.adapters.slots import EnterBlock, SharedStateHook, TokenHost
 from lamzoo.adapters.state import masks_of
+from lamzoo.adapters.wrappers import unwrap
 from lamzoo.errors import ConfigError, UnsupportedHostError
 from lamzoo.lam import Lam, SharedState
 from lamzoo.lam.pruning import SCORERS, PruneConfig, decide, select
@@ -99,6 +100,7 @@ def prune(model: nn.Module, config: PruneConfig) -> None:
         UnsupportedHostError: there are no masks, or they are on another host.
         ConfigError: a layer that the model has not.
     """
+    model = unwrap(model)
     stack, host, lams = _stack(model)
     if config.at[-1] >= len(lams) - 1:
         raise ConfigError(
@@ -172,7 +174,7 @@ def depth(model: nn.Module) -> int:
     Raises:
         UnsupportedHostError: as for :func:`prune`.
     """
-    return len(_stack(model)[2])
+    return len(_stack(unwrap(model))[2])
 
 
 def _stack(model: nn.Module) -> tuple[str, TokenHost, list[Lam]]:

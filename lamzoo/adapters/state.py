@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lamzoo.adapters.decay import restore_no_weight_decay
 from lamzoo.adapters.slots import HostTakeover, SharedStateHook, replace_module
+from lamzoo.adapters.wrappers import check_free, copy_into, full_state_dict, full_tensor, host_path, unwrap
 from lamzoo.errors import MaskShapeError, StateDictError, UnsupportedHostError
 from lamzoo.lam import Lam, LamConfig, resize_table
 from lamzoo.lam.layer import carried_configs, carry_configs
@@ -42,10 +43,11 @@ def lam_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def lam_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Returns the part of ``model.state_dict()`` that belongs to the masks, under the same keys.
+    """Returns the part of ``model.state_dict()`` that belongs to the masks, under the keys of the unwrapped model.
 
-    It carries the ``LamConfig`` in its ``_metadata``, as torch's state dicts carry the versions of modules;
-    ``torch.save`` keeps that, a copy into a plain dictionary doesn't.
+    Under FSDP2 it is gathered, so that every process has to call this. It carries the ``LamConfig`` in its
+    ``_metadata``, as torch's state dicts carry the versions of modules; ``torch.save`` keeps that, a copy into a plain
+    dictionary doesn't.
 
     Args:
         model: a model that :func:`lamzoo.add_lam` gave masks, or a wrapper around one.
@@ -55,7 +57,7 @@ def lam_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """
     masks = masks_of(model)
     prefixes = tuple(f"{path}." for path in masks)
-    state = {key: value for key, value in model.state_dict().items() if key.startswith(prefixes)}
+    state = {key: value for key, value in full_state_dict(model).items() if key.startswith(prefixes)}
     return carry_configs(state, {path: lam.config for path, lam in masks.items()})
 
 
@@ -66,7 +68,8 @@ def load_lam_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, config
     of patches is taken to be square where it isn't as long as the model's, like timm takes position embeddings.
 
     Args:
-        model: a model with masks of the same configuration.
+        model: a model with masks of the same configuration, or a wrapper around one; under FSDP2 too, where every
+            process has to call this with the same tensors.
         state: tensors by key, for every parameter of the masks and nothing else.
         config: what they were trained with, for a state dict that carries no ``LamConfig``; without either, it is
             loaded with a warning.
@@ -80,8 +83,14 @@ def load_lam_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, config
         UnsupportedHostError: the model has no masks.
     """
     check_lam_config(model, state, "The LAM state dict", config)
-    own, state = lam_state_dict(model), dict(state)
-    if dead := drop_dead_biases(model, state):
+    prefixes = tuple(f"{path}." for path in masks_of(model))
+    own = {host_path(key): value for key, value in unwrap(model).state_dict().items()}
+    own = {key: value for key, value in own.items() if key.startswith(prefixes)}
+    state = {host_path(key): full_tensor(value) for key, value in state.items()}
+    if all(key.startswith("module.") for key in state) and not own.keys() & state.keys():
+        state = {key.removeprefix("module."): value for key, value in state.items()}  # saved by 0.1.0 under DDP
+    dead = [key for path, lam in masks_of(model).items() for key in drop_dead_biases(lam, state, f"{path}.")]
+    if dead:
         _logger.info("%d biases of additive masks left out, which change nothing (%s)", len(dead), _few(dead))
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or unexpected:
@@ -91,8 +100,8 @@ def load_lam_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, config
             "it was saved with."
         )
     tables = {
-        f"{path}.{name}": table
-        for path, table in model.named_modules()
+        f"{host_path(path)}.{name}": table
+        for path, table in unwrap(model).named_modules()
         if isinstance(table, PositionTable)
         for name in ("weight", "bias")
     }
@@ -106,7 +115,7 @@ def load_lam_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, config
             )
     with torch.no_grad():
         for key, value in fitting.items():
-            own[key].copy_(value)
+            copy_into(own[key], value)
     for lam in masks_of(model).values():
         lam.is_fresh = False
     return [key for key in tables if state[key].shape != own[key].shape]
@@ -167,9 +176,10 @@ def remove_lam(model: Model) -> Model:
         The same model, which computes what it did before it had masks, with the weights it has now.
 
     Raises:
-        UnsupportedHostError: the model has no masks.
+        UnsupportedHostError: the model has no masks, or is distributed (DDP, FSDP).
     """
     masks_of(model)
+    check_free(model)
     released: dict[nn.Module, nn.Module] = {}  # a layer may be used in several places
     for path, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, HostTakeover):
@@ -188,12 +198,13 @@ def remove_lam(model: Model) -> Model:
 
 
 def masks_of(model: nn.Module) -> dict[str, Lam]:
-    """Returns a model's masks by path, such as ``"blocks.3.attn.lam"``.
+    """Returns a model's masks by their path in the unwrapped model, such as ``"blocks.3.attn.lam"``.
 
     Raises:
-        UnsupportedHostError: the model has none.
+        UnsupportedHostError: the model has none, or a wrapper that hides them.
     """
-    masks = {path: module for path, module in model.named_modules() if isinstance(module, Lam)}
+    model = unwrap(model)
+    masks = {host_path(path): module for path, module in model.named_modules() if isinstance(module, Lam)}
     if not masks:
         raise UnsupportedHostError(
             f"This {type(model).__name__} has no learnable masks; call lamzoo.add_lam(model) first."

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset
 
+from lamzoo.adapters.wrappers import unwrap
 from lamzoo.data import LabelledImages, OnBadInput, plain_worker_errors
 from lamzoo.data.paths import nfc
 from lamzoo.errors import ConfigError, DataError
@@ -187,7 +188,7 @@ def _check_classes(model: nn.Module, dataset: LabelledImages) -> None:
             f"{dataset.spec} has {len(classes)} classes and the model {num_classes}; their labels cannot match, unless "
             "the data have a part of the model's classes and a class map says which (--class-map)"
         )
-    cfg: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    cfg: dict[str, Any] = getattr(unwrap(model), "pretrained_cfg", None) or {}
     names = [nfc(name) for name in cfg.get("label_names") or ()]
     classes = [nfc(name) for name in classes]
     if names != classes and sorted(names) == sorted(classes):

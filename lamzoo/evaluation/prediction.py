@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from lamzoo.adapters.wrappers import unwrap
 from lamzoo.data import open_image
 from lamzoo.errors import ConfigError, DataError
 from lamzoo.evaluation.runtime import Precision, check_batches, class_count, data_config, inference, resolve_device
@@ -88,7 +89,7 @@ def preprocess(model: nn.Module, images: Iterable[Image.Image | str | Path]) -> 
 
 def class_names(model: nn.Module, num_classes: int) -> list[str]:
     """Returns the names of a classifier's classes: those of its weights, ImageNet's, or ``"class 0"`` and so on."""
-    cfg: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    cfg: dict[str, Any] = getattr(unwrap(model), "pretrained_cfg", None) or {}
     names = cfg.get("label_names")
     if names is not None and len(names) == num_classes:
         return list(names)
@@ -104,7 +105,7 @@ def label_names(model: nn.Module) -> list[str]:
     Raises:
         DataError: nothing says what the classes are.
     """
-    cfg: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    cfg: dict[str, Any] = getattr(unwrap(model), "pretrained_cfg", None) or {}
     names = list(cfg.get("label_names") or ())
     subset = timm.data.infer_imagenet_subset(cfg)
     if not names and subset is not None:

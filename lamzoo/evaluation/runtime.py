@@ -10,6 +10,7 @@ import timm.data
 import torch
 from torch import nn
 
+from lamzoo.adapters.wrappers import unwrap
 from lamzoo.errors import ConfigError, UnsupportedHostError
 from lamzoo.profiling.inputs import evaluating, image_size
 
@@ -53,6 +54,7 @@ def data_config(model: nn.Module) -> dict[str, Any]:
     Raises:
         UnsupportedHostError: the model takes other images than RGB, or classifies nothing.
     """
+    model = unwrap(model)
     channels, height, width = image_size(model)
     if channels != 3:
         raise UnsupportedHostError(f"{type(model).__name__} takes {channels} channels, and images here have 3 (RGB)")
@@ -66,6 +68,7 @@ def class_count(model: nn.Module) -> int:
     Raises:
         UnsupportedHostError: none: it is no classifier, or has lost its head.
     """
+    model = unwrap(model)
     count = getattr(model, "num_classes", 0)
     if not isinstance(count, int) or count < 1:
         raise UnsupportedHostError(f"{type(model).__name__} has no classes; create it with num_classes above 0")

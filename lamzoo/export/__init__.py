@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import lamzoo
+from lamzoo.adapters.wrappers import is_sharded, unwrap
 from lamzoo.errors import ConfigError, ExportError
 from lamzoo.export.exported import FORMATS, ExportedModel, Format, load_exported
 from lamzoo.export.program import trace, write_program
@@ -62,7 +63,8 @@ def export_model(
     class names, masks and pruning need to be known goes into the file, as JSON under ``lamzoo``.
 
     Args:
-        model: an image model with float32 weights on the CPU; exported as in evaluation.
+        model: an image model with float32 weights on the CPU, wrapped by ``torch.compile`` or data parallelism or not;
+            exported as in evaluation.
         path: ``*.onnx``, or ``*.pt2`` for torch.
         format: by default what the path's suffix says.
         images: ``(B, 3, H, W)``, float32, preprocessed, to check the program on; random ones by default.
@@ -75,12 +77,13 @@ def export_model(
 
     Raises:
         ConfigError: the path's suffix is not of the format, int8 for torch, images of another shape, or a model that is
-            not in float32 on the CPU.
+            sharded, or not in float32 on the CPU.
         ExportError: the model can't be exported, its program differs, or the file can't be written.
         MissingExtraError: onnx, onnxscript or onnxruntime is not installed.
     """
     path = Path(path)
     format = _format(path, format, int8)
+    model = unwrap(model)
     images = _images(model, images)
     with evaluating(model), torch.no_grad():
         expected = model(images)
@@ -129,6 +132,11 @@ def _format(path: Path, format: Format | None, int8: bool) -> Format:
 
 
 def _images(model: nn.Module, images: Tensor | None) -> Tensor:
+    if is_sharded(model):
+        raise ConfigError(
+            f"This {type(model).__name__} is sharded by FSDP; save it by save_pretrained on every process and export "
+            "what create_model makes of that."
+        )
     for name, parameter in model.named_parameters():
         if parameter.dtype != torch.float32 or parameter.device.type != "cpu":
             raise ConfigError(

@@ -252,29 +252,31 @@ class MaskNetwork(nn.Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
-def drop_dead_biases(model: nn.Module, state_dict: MutableMapping[str, Tensor]) -> list[str]:
+def drop_dead_biases(module: nn.Module, state_dict: MutableMapping[str, Tensor], prefix: str = "") -> list[str]:
     """Removes the biases that versions up to 0.1.0 had in additive content masks, in place, and returns their keys.
 
     They do not change the attention: see :class:`MaskNetwork`.
 
     Args:
-        model: the model that the weights are for.
+        module: the model, or a part of it, that the weights are for.
         state_dict: parameter name to tensor.
+        prefix: of the module's parameters in ``state_dict``, with the dot.
     """
-    dead = [
-        key
-        for path, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, MaskNetwork) and (key := _dead_bias(module, f"{path}." if path else "")) in state_dict
-    ]
+    networks = (
+        (f"{prefix}{path}." if path else prefix, part)
+        for path, part in module.named_modules(remove_duplicate=False)
+        if isinstance(part, MaskNetwork)
+    )
+    dead = [key for place, network in networks if (key := _dead_bias(network, place)) in state_dict]
     for key in dead:
         del state_dict[key]
     return dead
 
 
-def _dead_bias(network: MaskNetwork, prefix: str) -> str | None:
-    """Returns the key of the bias that the key side's last Linear would have, or None where it has one or is none."""
+def _dead_bias(network: MaskNetwork, prefix: str) -> str:
+    """Returns the key of the bias that the key side's last Linear would have; ``""`` where it has one or is none."""
     if network.config.keys == "position" or network.key[-1].bias is not None:
-        return None
+        return ""
     return f"{prefix}key.{len(network.key) - 1}.bias"
 
 

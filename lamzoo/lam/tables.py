@@ -97,8 +97,8 @@ def rows_of_present(table: Tensor, present: Tensor, num_prefix_tokens: int = 0) 
         stretched = torch.where((count > size) & (places >= num_prefix_tokens), stretched, places.to(stretched.dtype))
         low = stretched.long()
         share = (stretched - low).unsqueeze(-1).to(_wide(rows).dtype)
-        pair = (F.embedding(at, _wide(rows)) for at in (low, (low + 1).clamp_max(size - 1)))
-        found = torch.lerp(*pair, share).to(table.dtype)
+        below, above = (F.embedding(at, _wide(rows)) for at in (low, (low + 1).clamp_max(size - 1)))
+        found = torch.lerp(below, above, share).to(table.dtype)
     return found.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 

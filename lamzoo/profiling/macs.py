@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from lamzoo.adapters.wrappers import unwrap
 from lamzoo.errors import ConfigError
 from lamzoo.lam import FactoredMask, Lam
 from lamzoo.profiling.inputs import Inputs, as_arguments, default_input, evaluating
@@ -50,7 +51,7 @@ def profile(model: nn.Module, input: Inputs | None = None) -> Profile:
     The pass is really run, once, in evaluation mode and without gradients; the model is left as it was.
 
     Args:
-        model: any module; one that ``torch.compile`` returned is counted uncompiled.
+        model: any module; what wrappers of ``torch.compile`` and data parallelism hold is counted.
         input: what the model is called with, a tensor or a sequence of positional arguments. By default one image of
             the size that the model was built for, or one video and one text. The figures are those of the whole input,
             so pass a batch of one.
@@ -62,7 +63,7 @@ def profile(model: nn.Module, input: Inputs | None = None) -> Profile:
         ConfigError: the input size is unknown, an attention operation ran that this PyTorch can't count, or nothing at
             all was counted.
     """
-    model = getattr(model, "_orig_mod", model)
+    model = unwrap(model)
     inputs = as_arguments(default_input(model) if input is None else input)
     products: list[int] = []
     counter = FlopCounterMode(display=False)

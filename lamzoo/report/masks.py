@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lamzoo.adapters.capture import capture_masks
 from lamzoo.adapters.state import masks_of
+from lamzoo.adapters.wrappers import unwrap
 from lamzoo.data import open_image
 from lamzoo.errors import ConfigError, DataError, UnsupportedHostError
 from lamzoo.evaluation import class_names
@@ -54,7 +55,7 @@ def explain(
         MissingExtraError: matplotlib is missing.
         DataError: the image can't be read, or the file can't be written there.
     """
-    path = Path(path)
+    path, model = Path(path), unwrap(model)
     check_target(path, "picture")
     config = next(iter(masks_of(model).values())).config
     shown = view(model, open_image(image))

@@ -1,0 +1,185 @@
+"""Models in wrappers, of torch.compile, data parallelism and FSDP: looked through, or refused in a sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import lamzoo
+from lamzoo.adapters.wrappers import full_state_dict, unwrap
+from lamzoo.errors import ConfigError, UnsupportedHostError
+from lamzoo.evaluation.prediction import label_names
+from lamzoo.evaluation.runtime import data_config
+
+IMAGE = torch.linspace(-1, 1, 3 * 16 * 16).reshape(1, 3, 16, 16)
+Wrap = Callable[[nn.Module], nn.Module]
+
+
+def create(seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    model = lamzoo.create_model("lam_vit_micro", img_size=16, embed_dim=16, depth=2, num_heads=2, num_classes=10)
+    with torch.no_grad():
+        for parameter in lamzoo.lam_parameters(model):
+            parameter.normal_(std=0.1)
+    return model.eval()
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    return torch.compile(model, backend="eager")  # type: ignore[return-value]
+
+
+def compiled_blocks(model: Any) -> nn.Module:
+    for index, block in enumerate(model.blocks):
+        model.blocks[index] = compiled(block)
+    return model
+
+
+def ddp(model: nn.Module) -> nn.Module:
+    return DistributedDataParallel(model)
+
+
+def fsdp2(model: Any) -> Any:
+    from torch.distributed.fsdp import fully_shard
+
+    for block in model.blocks:
+        fully_shard(block)
+    return fully_shard(model)
+
+
+def fsdp1(model: nn.Module) -> nn.Module:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_process() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+every = pytest.mark.parametrize(
+    "wrap",
+    [compiled, compiled_blocks, nn.DataParallel, ddp, lambda model: compiled(ddp(model)), fsdp2],
+    ids=["compiled", "compiled blocks", "DataParallel", "DDP", "compiled DDP", "FSDP2"],
+)
+distributed = pytest.mark.parametrize("wrap", [ddp, fsdp2])
+
+
+@every
+def test_a_wrapped_model_is_saved_as_the_model_itself(wrap: Wrap, tmp_path: Path) -> None:
+    lamzoo.save_pretrained(create(), tmp_path / "bare")
+    lamzoo.save_pretrained(wrap(create()), tmp_path / "wrapped")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "wrapped" / name).read_bytes() == (tmp_path / "bare" / name).read_bytes()
+
+
+@every
+def test_masks_have_the_models_own_keys_and_load_from_and_into_a_wrapper(wrap: Wrap) -> None:
+    bare, wrapped = create(), wrap(create(seed=1))
+    state = lamzoo.lam_state_dict(bare)
+    lamzoo.load_lam_state_dict(wrapped, state)
+    got = lamzoo.lam_state_dict(wrapped)
+    assert got.keys() == state.keys()
+    assert all(torch.equal(got[key], value) for key, value in state.items())
+    again = create(seed=2)
+    lamzoo.load_lam_state_dict(again, got)
+    assert all(torch.equal(value, state[key]) for key, value in lamzoo.lam_state_dict(again).items())
+
+
+def test_masks_saved_with_the_keys_of_a_wrapper_still_load() -> None:
+    state = lamzoo.lam_state_dict(create())
+    for prefix in ("module.", "_orig_mod.", "_orig_mod.module."):
+        model = create(seed=1)
+        lamzoo.load_lam_state_dict(model, {prefix + key: value for key, value in state.items()})
+        assert all(torch.equal(value, state[key]) for key, value in lamzoo.lam_state_dict(model).items())
+
+
+@every
+def test_a_wrapped_model_costs_what_the_model_itself_does(wrap: Wrap) -> None:
+    assert lamzoo.profile(wrap(create())).gmacs == lamzoo.profile(create()).gmacs
+
+
+@pytest.mark.parametrize("wrap", [compiled, nn.DataParallel, ddp, fsdp2])
+def test_a_wrapped_model_is_pruned_and_captured_as_the_model_itself(wrap: Wrap) -> None:
+    bare, wrapped = create(), wrap(create())
+    assert lamzoo.prune_tokens(wrapped, 0.3, at=(0,)) is wrapped
+    lamzoo.prune_tokens(bare, 0.3, at=(0,))
+    assert unwrap(wrapped).prune_config == bare.prune_config
+    with torch.no_grad(), lamzoo.capture_masks(wrapped) as masks:
+        assert torch.allclose(wrapped(IMAGE), bare(IMAGE), atol=1e-6)
+    assert list(masks) == ["blocks.0.attn", "blocks.1.attn"]
+
+
+@pytest.mark.slow
+def test_a_wrapped_model_is_exported_as_the_model_itself(tmp_path: Path) -> None:
+    lamzoo.export_model(compiled(ddp(create())), tmp_path / "m.pt2", images=IMAGE)
+    with torch.no_grad():
+        assert torch.allclose(lamzoo.load_exported(tmp_path / "m.pt2")(IMAGE), create()(IMAGE), atol=1e-5)
+
+
+def test_a_sharded_model_is_not_exported(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="sharded by FSDP; save it by save_pretrained"):
+        lamzoo.export_model(fsdp2(create()), tmp_path / "m.pt2")
+
+
+@pytest.mark.parametrize("wrap", [pytest.param(compiled, marks=pytest.mark.slow), nn.DataParallel])
+def test_masks_come_into_a_wrapped_model_and_out_of_it(wrap: Wrap) -> None:
+    plain = lamzoo.remove_lam(create())
+    with torch.no_grad():
+        expected = plain(IMAGE)
+        wrapped = wrap(plain)
+        wrapped(IMAGE)
+        lamzoo.add_lam(wrapped, lamzoo.LamConfig(init="paper"))
+        assert plain.lam_config == lamzoo.LamConfig(init="paper")
+        assert not torch.allclose(wrapped(IMAGE), expected)
+        lamzoo.remove_lam(wrapped)
+        assert torch.equal(wrapped(IMAGE), expected)
+
+
+@distributed
+def test_a_distributed_model_gets_no_parameters_that_nothing_synchronises(wrap: Wrap) -> None:
+    with pytest.raises(UnsupportedHostError, match="add or remove masks before that"):
+        lamzoo.add_lam(wrap(lamzoo.remove_lam(create())))
+    with pytest.raises(UnsupportedHostError, match="add or remove masks before that"):
+        lamzoo.remove_lam(wrap(create()))
+
+
+def test_a_model_with_compiled_parts_gets_no_masks() -> None:
+    with pytest.raises(UnsupportedHostError, match=r"blocks\.0 of this VisionTransformer is compiled"):
+        lamzoo.add_lam(compiled_blocks(lamzoo.remove_lam(create())))
+
+
+def test_fsdp1_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    model = fsdp1(create())
+    uses: list[Callable[[nn.Module], object]] = [
+        lamzoo.lam_state_dict,
+        lamzoo.profile,
+        lambda it: list(lamzoo.lam_parameters(it)),
+        lambda it: lamzoo.save_pretrained(it, tmp_path / "m"),
+        lambda it: lamzoo.export_model(it, tmp_path / "m.pt2"),
+    ]
+    for use in uses:
+        with pytest.raises(UnsupportedHostError, match="fully_shard, or the model before it was wrapped"):
+            use(model)
+
+
+def test_the_metadata_of_a_state_dict_is_unwrapped_with_its_keys() -> None:
+    state = full_state_dict(compiled_blocks(create()))
+    assert "blocks.0.attn.lam" in state._metadata  # type: ignore[attr-defined]
+    assert state.keys() == create().state_dict().keys()
+
+
+@pytest.mark.parametrize("wrap", [compiled, nn.DataParallel])
+def test_a_wrapped_model_is_preprocessed_for_as_the_model_itself(wrap: Wrap) -> None:
+    model = lamzoo.create_model("lam_vit_micro.cifar10", pretrained=True)
+    assert data_config(wrap(model)) == data_config(model)
+    assert label_names(wrap(model)) == label_names(model)
