@@ -6,10 +6,15 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from lamzoo.errors import ConfigError, MaskShapeError
@@ -260,3 +265,39 @@ def test_several_dtypes_outside_of_autocast_are_refused_by_name(backend: str) ->
 
 def test_every_backend_is_listed() -> None:
     assert available_backends() == ["eager", "sdpa", "chunked", "flex", "triton"]
+
+
+class _FusedWidths(TorchFunctionMode):
+    """Notes the widths of query, key and value of each call of torch's fused attention, and answers for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.widths: list[tuple[int, ...]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        self.widths.append(tuple(x.shape[-1] for x in args))
+        return torch.empty_like(args[2])
+
+
+@pytest.mark.parametrize(
+    ("op", "device", "width"), [("add", "cpu", 73), ("add", "cuda", 80), ("mul", "cpu", 189), ("mul", "cuda", 192)]
+)
+def test_folded_widths_are_multiples_of_8_where_fused_kernels_ask_for_that(op: Op, device: str, width: int) -> None:
+    dim, rank = (64, 9) if op == "add" else (63, 3)
+    with FakeTensorMode(), _FusedWidths() as fused:  # tensors of a device that need not be there
+        x, factor = torch.empty(1, 2, 5, dim, device=device), torch.empty(1, 2, 5, rank, device=device)
+        out = lam_attention(x, x, x, FactoredMask(factor, factor), op=op, backend="sdpa")
+    assert fused.widths == [(width,) * 3]
+    assert out.shape == x.shape
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_folded_attention_runs_in_a_fused_kernel_on_cuda() -> None:
+    query, key, value = torch.randn(3, 2, 4, 50, 64, device="cuda")
+    mask = FactoredMask(*torch.randn(2, 2, 4, 50, 9, device="cuda"))
+    expected = lam_attention(query, key, value, mask, op="add", backend="eager")
+    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):  # which raises where it would be left
+        out = lam_attention(query, key, value, mask, op="add", backend="sdpa")
+    torch.testing.assert_close(out, expected, atol=1e-3, rtol=1e-3)

@@ -32,6 +32,8 @@ def sdpa(
         wide_query, wide_key = fold(query, key, mask, op=op, scale=scale)
         # On the CPU a value whose width isn't the query's silently leaves the fused kernel.
         width = max(wide_query.shape[-1], value.shape[-1])
+        if query.device.type == "cuda":  # so does, on CUDA, a width that isn't a multiple of 8
+            width = -(-width // 8) * 8
         out = F.scaled_dot_product_attention(
             _widen(wide_query, width),
             _widen(wide_key, width),
