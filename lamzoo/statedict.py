@@ -7,6 +7,7 @@ import logging
 import sys
 import threading
 from collections.abc import Callable, Collection, Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 from unittest import mock
 
@@ -88,7 +89,7 @@ def load_into(
     _adapt_input(model, weights, given, notes)
     _adapt_head(model, weights, given, notes)
     may_miss = _adapt_pool(model, weights, given, notes)
-    _check(model, weights, source, may_miss | _fresh(model, weights, notes))
+    _check(model, weights, source, given, may_miss | _fresh(model, weights, notes))
     model.load_state_dict(weights, strict=False)
     _logger.info("Loaded %s into %s%s", source, type(model).__name__, "".join(f"; {note}" for note in notes) + ".")
     return notes
@@ -180,6 +181,11 @@ def _adapt_lam(model: nn.Module, weights: StateDict, source: str, given: Collect
         old, new = weights[weight].shape[1], module.weight.shape[1]
         if old == new:
             continue
+        if module.grid is None and (argument := _sizing_argument(model, weight)):
+            raise StateDictError(
+                f"{source} does not fit {_name(model)}: {weight!r} is for {old} tokens and the model has {new}; "
+                f"{argument}= (or LamConfig.max_length, where it is set) must be what the weights were trained with."
+            )
         if not _SIZE_ARGS & set(given):
             raise StateDictError(
                 f"{source} does not fit {_name(model)}: {weight!r} is for {old} tokens and the model has {new}; pass "
@@ -255,18 +261,17 @@ def _fresh(model: nn.Module, weights: StateDict, notes: list[str]) -> set[str]:
     return fresh
 
 
-def _check(model: nn.Module, weights: StateDict, source: str, may_miss: set[str]) -> None:
+def _check(model: nn.Module, weights: StateDict, source: str, given: Collection[str], may_miss: set[str]) -> None:
     target = model.state_dict()
     missing = [key for key in target if key not in weights and key not in may_miss]
     unexpected = [key for key in weights if key not in target]
-    misshapen = [
-        f"{key} ({tuple(weights[key].shape)} in the file, {tuple(target[key].shape)} in the model)"
-        for key in target
-        if key in weights and weights[key].shape != target[key].shape
+    misshapen = [key for key in target if key in weights and weights[key].shape != target[key].shape]
+    shapes = [
+        f"{key} ({tuple(weights[key].shape)} in the file, {tuple(target[key].shape)} in the model)" for key in misshapen
     ]
     faults = [
         f"{what} {_some(keys)}"
-        for what, keys in (("missing keys", missing), ("unexpected keys", unexpected), ("wrong shapes", misshapen))
+        for what, keys in (("missing keys", missing), ("unexpected keys", unexpected), ("wrong shapes", shapes))
         if keys
     ]
     if not faults:
@@ -277,8 +282,30 @@ def _check(model: nn.Module, weights: StateDict, source: str, may_miss: set[str]
     elif all(".lam." in key for key in missing + misshapen) and not unexpected:
         hint = f"; the masks differ: leave lam= out, pass the file's own LamConfig, or {_FRESH}"
     elif misshapen and not missing and not unexpected:
-        hint = "; another head or input needs num_classes= or in_chans= given"
+        hint = f"; {_advice(model, misshapen, given)}"
     raise StateDictError(f"{source} does not fit {_name(model)}: {'; '.join(faults)}{hint}.")
+
+
+def _advice(model: nn.Module, misshapen: Collection[str], given: Collection[str]) -> str:
+    """Names the arguments behind tensors of other shapes than the weights'."""
+    names = {_sizing_argument(model, key) for key in misshapen}
+    known = sorted(name for name in names if name is not None)
+    if len(known) < len(names):  # a width, say, which sizes tensors everywhere
+        known = sorted(set(given) - {"lam"})
+    if not known:
+        return "it is of a model with other arguments: pass those that it was trained with"
+    adapted = [name for name in known if name in ("num_classes", "in_chans") and name not in given]
+    if adapted == known:
+        return f"another head or input needs {' and '.join(f'{name}=' for name in adapted)} given"
+    return f"{' and '.join(f'{name}=' for name in known)} must be what the weights were trained with"
+
+
+def _sizing_argument(model: nn.Module, key: str) -> str | None:
+    """Returns the argument of ``create_model`` that sizes a tensor, where the model or its record tells."""
+    patterns: dict[str, str] = {**getattr(model, "sized_by", {}), "pos_embed": "img_size"}
+    for end, argument in (("classifier", "num_classes"), ("first_conv", "in_chans")):
+        patterns |= {f"{name}.*": argument for name in _names(model, end)}
+    return next((argument for pattern, argument in patterns.items() if fnmatchcase(key, pattern)), None)
 
 
 def _old_grid(model: nn.Module, patches: int) -> tuple[int, int]:

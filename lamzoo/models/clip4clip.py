@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from importlib.util import find_spec
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,17 @@ class Clip4Clip(nn.Module):
     clip: Any
     head: Any
     lam_config: LamConfig | None
+    #: Which argument sizes which parameters, for messages about weights that don't fit.
+    sized_by: ClassVar[Mapping[str, str]] = {
+        "head.embedding": "max_frames",
+        "head.*.table.*": "max_frames",
+        "head.*.mlp.*": "head_mlp_ratio",
+        "clip.positional_embedding": "context_length",
+        "clip.text.positional_embedding": "context_length",
+        "clip.transformer.*.table.*": "context_length",
+        "clip.text.*.table.*": "context_length",
+        "clip.visual.positional_embedding": "img_size",
+    }
 
     def __init__(
         self,

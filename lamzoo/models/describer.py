@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +77,18 @@ class Describer(nn.Module):
     """
 
     lam_config: LamConfig | None
+    #: Which argument sizes which parameters, for messages about weights that don't fit.
+    sized_by: ClassVar[Mapping[str, str]] = {
+        "decoder.positional_embedding": "context_length",
+        "decoder.gpt2.wpe.weight": "gpt2",
+        "decoder.gpt2.wte.weight": "gpt2",
+        "context_positions": "context_tokens",
+        "encoder.projections.*": "features",
+        "*.table.*": "seconds",
+        "decoder.token_embedding.weight": "vocabulary",
+        "decoder.text_decoder.text_projection": "vocabulary",
+        "word_head.*": "vocabulary",
+    }
 
     def __init__(
         self,

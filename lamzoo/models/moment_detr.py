@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +67,15 @@ class MomentNetwork(nn.Module):
     """
 
     lam_config: LamConfig | None
+    #: Which argument sizes which parameters, for messages about weights that don't fit.
+    sized_by: ClassVar[Mapping[str, str]] = {
+        "video_projection.*": "video_dim",
+        "text_projection.*": "text_dim",
+        "query_embedding.weight": "queries",
+        "spans.weight": "queries",
+        "word_head.*": "words",
+        "*.table.*": "max_clips",
+    }
 
     def __init__(
         self,

@@ -125,12 +125,42 @@ def test_masks_taken_out_by_the_caller_are_left_out(masked: dict[str, Tensor]) -
 def test_a_new_head_needs_the_callers_num_classes(plain: dict[str, Tensor]) -> None:
     model = create(num_classes=7)
     fresh = model.head.weight.clone()
-    with pytest.raises(StateDictError, match=r"head\.weight .*needs num_classes= or in_chans= given"):
+    with pytest.raises(StateDictError, match=r"head\.weight .*needs num_classes= given"):
         load_into(model, plain, source="file")
     notes = load_into(model, plain, source="file", given=["num_classes"])
     assert ["head.weight" in note and "fresh" in note for note in notes] == [True, False]
     assert torch.equal(model.head.weight, fresh)
     assert torch.equal(model.blocks[0].attn.qkv.weight, plain["blocks.0.attn.qkv.weight"])
+
+
+POSITIONS = LamConfig(keys="position")
+FEATURES = {"features": {"mouth": 12, "audio": 10}, "vocabulary": ["a", "b"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "built", "asked", "advice"),
+    [
+        ("lam_clip4clip_micro", {}, {"max_frames": 5}, r"head\.embedding .*; max_frames= must be"),
+        ("lam_clip4clip_micro", {"lam": POSITIONS}, {"max_frames": 5}, r"table\.weight' is for 37 .*; max_frames= "),
+        ("lam_clip4clip_micro", {}, {"context_length": 9, "max_frames": 5}, "; context_length= and max_frames= must"),
+        ("lam_qd_detr_micro", {}, {"video_dim": 9}, "; video_dim= must be"),
+        ("lam_qd_detr_micro", {"lam": POSITIONS}, {"max_clips": 9}, r"table\.weight' is for .*; max_clips= "),
+        ("lam_describer_micro", FEATURES, {"context_length": 9}, "; context_length= must be"),
+        ("lam_describer_micro", FEATURES, {"width": 48, "heads": 4}, "; heads= and width= must be"),
+        ("timm/test_vit", SIZE, {"mlp_ratio": 2.0}, "; mlp_ratio= must be"),
+    ],
+)
+def test_a_shape_that_does_not_fit_names_the_argument_behind_it(
+    name: str, built: dict[str, Any], asked: dict[str, Any], advice: str
+) -> None:
+    state = create_model(name, **built).state_dict()
+    with pytest.raises(StateDictError, match=advice):
+        load_into(create_model(name, **{**built, **asked}), state, source="file", given=asked)
+
+
+def test_a_file_of_other_arguments_says_so_where_none_was_given(plain: dict[str, Tensor]) -> None:
+    with pytest.raises(StateDictError, match="model with other arguments: pass those that it was trained with"):
+        load_into(create(mlp_ratio=2.0), plain, source="file")
 
 
 def test_no_head_leaves_the_files_out(plain: dict[str, Tensor]) -> None:
