@@ -129,6 +129,8 @@ class Describer(nn.Module):
         self.lam_config = None
         self._vocabulary = vocabulary
         self._gpt2_tokenizer = None if gpt2 is None else tokenizer_name or "openai-community/gpt2"
+        if tokenizer_name is not None:
+            _check_tokenizer(tokenizer_name)
         self.encoder = JointEncoder(
             features, width, heads, hidden, encoder_layers, dropout, input_dropout, modality_dropout
         )
@@ -287,6 +289,12 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: Describer) -> dic
     else:
         return state_dict
     return model.state_dict() | {f"decoder.{name}": value for name, value in decoder.items()}
+
+
+def _check_tokenizer(name: str) -> None:
+    from lamzoo.models.gpt2_tokenizer import find_local  # needs tokenizers
+
+    find_local(name)
 
 
 def _gpt2_decoder(options: Mapping[str, Any], context_length: int, width: int) -> nn.Module:

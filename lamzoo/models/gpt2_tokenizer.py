@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -63,7 +65,12 @@ class Gpt2Tokenizer:
         return text
 
 
-def _find(source: str) -> Path:
+def find_local(source: str) -> Path | None:
+    """Returns the tokenizer's file in a folder, or None for a hub repository, of which nothing is read.
+
+    Raises:
+        WeightsNotFoundError: a folder without the file, or neither a folder nor the name of a repository.
+    """
     folder = Path(source).expanduser()
     if (folder / _FILE).is_file():
         return folder / _FILE
@@ -72,10 +79,27 @@ def _find(source: str) -> Path:
             f"The folder {folder} has no {_FILE}; transformers' AutoTokenizer.from_pretrained(...).save_pretrained "
             "writes one."
         )
+    repo = source.partition("@")[0]
+    try:
+        validate_repo_id(repo)
+        if repo.count("/") != 1:
+            raise HFValidationError(repo)
+    except HFValidationError:
+        raise WeightsNotFoundError(
+            f"tokenizer_name={source!r} is no folder here and no hub repository, owner/name; name a folder that has a "
+            f"{_FILE}."
+        ) from None
+    return None
+
+
+def _find(source: str) -> Path:
+    if (path := find_local(source)) is not None:
+        return path
     repo, _, revision = source.partition("@")
     try:
         return hub.download(repo, _FILE, revision=revision or None)
     except WeightsNotFoundError as error:
         raise WeightsNotFoundError(
-            f"The vocabulary of GPT-2 can't be had: {error} Or name a folder that has a {_FILE} by tokenizer_name."
+            f"There is no folder {source}, and of the hub: {error} Or name a folder that has a {_FILE} by "
+            "tokenizer_name."
         ) from error

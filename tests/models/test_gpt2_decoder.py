@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -280,10 +281,20 @@ def test_saved_models_come_back(pairs: str, tmp_path: Path, reads: str) -> None:
 
 
 def test_a_saved_model_takes_its_vocabulary_from_another_folder(pairs: str, tmp_path: Path) -> None:
-    lamzoo.save_pretrained(model("prefix", tokenizer_name="gone"), tmp_path / "m")
+    gone = shutil.copytree(pairs, tmp_path / "gone")
+    lamzoo.save_pretrained(model("prefix", tokenizer_name=str(gone)), tmp_path / "m")
+    shutil.rmtree(gone)
+    with pytest.raises(WeightsNotFoundError, match="gone' is no folder here"):
+        lamzoo.create_model(f"local-dir:{tmp_path / 'm'}", pretrained=True)
     loaded: Any = lamzoo.create_model(f"local-dir:{tmp_path / 'm'}", pretrained=True, tokenizer_name=pairs)
     assert loaded.decoder.settings.reads == "prefix"
     assert loaded.tokenizer.decode(loaded.tokenizer("she waits!")[0].tolist()) == "she waits!"
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./gpt2", "gone", "~/gpt2", "a/b/c"])
+def test_a_tokenizer_folder_that_is_not_there_is_refused_when_the_model_is_created(name: str) -> None:
+    with pytest.raises(WeightsNotFoundError, match=f"tokenizer_name='{name}' is no folder here and no hub repository"):
+        model(tokenizer_name=name)
 
 
 def test_a_model_without_gpt2_has_no_use_for_its_tokenizer() -> None:
