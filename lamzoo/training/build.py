@@ -6,6 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import timm.optim
@@ -81,6 +82,7 @@ def build_optimizer(section: OptimizerSection, model: nn.Module) -> torch.optim.
         raise RecipeError(f"optimizer.kwargs {section.kwargs} do not fit {section.name!r}: {error}.") from None
     if section.layer_decay is not None:
         _train_at_full_rate(optimizer, full_rate_parameters(model))
+    optimizer.register_load_state_dict_pre_hook(partial(_regroup_state, section, model))
     return optimizer
 
 
@@ -125,6 +127,29 @@ def _train_at_full_rate(optimizer: torch.optim.Optimizer, parameters: set[nn.Par
             group["params"] = [parameter for parameter in group["params"] if parameter not in parameters]
             optimizer.add_param_group({**group, "params": chosen, "lr_scale": 1.0})
     optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+
+
+def _regroup_state(
+    section: OptimizerSection, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+) -> dict[str, Any] | None:
+    """Maps a state whose parameters lamzoo 0.1.0 grouped, with mask tables decayed, to the groups of today."""
+    sizes = [len(group["params"]) for group in state["param_groups"]]
+    if sizes == [len(group["params"]) for group in optimizer.param_groups]:
+        return None
+    host = getattr(type(model), "no_weight_decay", None)
+    names = set() if host is None else host(model)
+    if section.layer_decay is None:
+        groups = timm.optim.param_groups_weight_decay(model, section.weight_decay, no_weight_decay_list=names)
+    else:
+        groups = timm.optim.param_groups_layer_decay(
+            model, section.weight_decay, no_weight_decay_list=names, layer_decay=section.layer_decay
+        )
+    if sizes != [len(group["params"]) for group in groups]:
+        return None  # torch says that the groups don't match
+    former = {parameter: index for index, parameter in enumerate(p for group in groups for p in group["params"])}
+    today = enumerate(p for group in optimizer.param_groups for p in group["params"])
+    moved = {index: state["state"][former[p]] for index, p in today if former[p] in state["state"]}
+    return {**state, "state": moved, "param_groups": optimizer.state_dict()["param_groups"]}
 
 
 @contextmanager

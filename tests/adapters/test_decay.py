@@ -115,7 +115,7 @@ def test_models_of_every_task_leave_tables_and_biases_undecayed(name: str, optio
 
 
 @pytest.mark.parametrize("layers", ["multi", "single"])
-@pytest.mark.parametrize("name", ["adamw", "lookahead_muon"])
+@pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_fresh_masks_are_not_layer_decayed(layers: Any, name: str) -> None:
     model = add_lam(VIT.create(), LamConfig(layers=layers, keys="position", rank=3))
     optimizer = build_optimizer(OptimizerSection(name, layer_decay=0.5), model)

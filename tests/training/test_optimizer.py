@@ -5,9 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import timm
+import timm.optim
 import torch
 
+from lamzoo.adapters import add_lam
 from lamzoo.errors import RecipeError
+from lamzoo.lam import LamConfig
 from lamzoo.training import parse_recipe
 from lamzoo.training.build import build_optimizer, build_scheduler
 from lamzoo.training.retrieval import RetrievalRun
@@ -86,3 +90,23 @@ def test_retrieval_decays_no_table_or_bias_of_a_mask_and_gives_adamw_only_the_to
     clip: Any = retrieval.model.clip
     for parameter in (clip.token_embedding.weight, clip.positional_embedding, clip.visual.positional_embedding):
         assert groups[parameter]["use_fallback"]
+
+
+@pytest.mark.parametrize("layer_decay", [None, 0.5])
+def test_the_state_of_an_optimizer_of_lamzoo_0_1_0_is_loaded_into_todays_groups(layer_decay: float | None) -> None:
+    model = add_lam(timm.create_model("test_vit", img_size=32), LamConfig(keys="position", rank=2))
+    host = model.no_weight_decay
+    del model.no_weight_decay
+    former = timm.optim.create_optimizer_v2(model, "adamw", lr=1e-3, weight_decay=0.1, layer_decay=layer_decay)
+    model.no_weight_decay = host
+    today = build_optimizer(OptimizerSection(weight_decay=0.1, layer_decay=layer_decay), model)
+    model(torch.randn(2, 3, 32, 32)).square().sum().backward()
+    former.step()
+    scales = [(group["weight_decay"], group.get("lr_scale")) for group in today.param_groups]
+    today.load_state_dict(former.state_dict())
+    assert [(group["weight_decay"], group.get("lr_scale")) for group in today.param_groups] == scales
+    moved = 0
+    for name, parameter in model.named_parameters():
+        assert torch.equal(today.state[parameter]["exp_avg"], former.state[parameter]["exp_avg"]), name
+        moved += bool(parameter.grad is not None and parameter.grad.any())
+    assert moved > 10
