@@ -59,6 +59,22 @@ def test_towers_train_at_their_own_rate_after_warmup(retrieval: RetrievalRun, na
         assert found[10][retrieval.model.clip.visual.proj] == pytest.approx(1e-7)
 
 
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_layer_decay_scales_each_blocks_rate_once(name: str) -> None:
+    schedule = ScheduleSection(name, epochs=2, warmup_epochs=1)
+    model: Any = add_lam(timm.create_model("test_vit", img_size=32, num_classes=2))
+    found = scheduled_rates(build_optimizer(OptimizerSection(layer_decay=0.5), model), schedule)
+    whole = torch.nn.Linear(1, 1)
+    reference = scheduled_rates(build_optimizer(OptimizerSection(), whole), schedule)
+    depth = len(model.blocks)
+    for update in range(10, 20):
+        lr = reference[update][whole.weight]
+        assert found[update][model.head.weight] == pytest.approx(lr)
+        for index, block in enumerate(model.blocks):
+            assert found[update][block.attn.qkv.weight] == pytest.approx(lr * 0.5 ** (depth - index))
+            assert found[update][block.attn.lam.network.query[0].weight] == pytest.approx(lr)
+
+
 @pytest.mark.parametrize("name", [name for name in SCHEDULES if name != "constant"])
 def test_cooldown_epochs_follow_the_schedule_at_its_lowest_rate(name: str) -> None:
     model = torch.nn.Linear(1, 1)
