@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import glob
 import io
-import json
 import logging
 import re
 import tarfile
@@ -18,6 +17,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from lamzoo.data.images import IMAGE_EXTENSIONS
+from lamzoo.data.jsonfiles import read_json
 from lamzoo.data.labelled import ImageSource
 from lamzoo.data.paths import is_hidden, visible
 from lamzoo.data.splits import SPLIT_NAMES, find_split, synonyms
@@ -259,10 +259,7 @@ def read_classes(path: Path) -> tuple[list[str] | None, list[str] | None]:
     """
     if not path.exists():
         return None, None
-    try:
-        entries = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} is no readable JSON: {error}") from error
+    entries = read_json(path)
     pairs = [entry if isinstance(entry, list) else [None, entry] for entry in _as_list(entries)]
     if not pairs or not all(len(pair) == 2 and isinstance(pair[1], str) for pair in pairs):
         raise DataError(f"{path} must be a list of class names or of [identifier, name]")
@@ -276,7 +273,7 @@ def _as_list(value: object) -> list:
 
 
 def _read_lines(path: Path) -> list[str] | None:
-    return path.read_text("utf-8").removesuffix("\n").split("\n") if path.exists() else None
+    return path.read_text("utf-8-sig").removesuffix("\n").split("\n") if path.exists() else None
 
 
 def _expand(pattern: str) -> list[Path]:

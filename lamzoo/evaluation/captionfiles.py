@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import gzip
 import json
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lamzoo.data.jsonfiles import read_json
 from lamzoo.errors import DataError
 from lamzoo.files import atomic_files
 
@@ -26,13 +26,7 @@ def read_captions(path: str | Path) -> dict[int | str, str]:
             type, or an id is there twice.
     """
     path = Path(path)
-    try:
-        data = path.read_bytes()
-        entries = json.loads(gzip.decompress(data) if path.suffix == ".gz" else data)
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-    except ValueError as error:
-        raise DataError(f"{path} is no JSON: {error}") from error
+    entries = read_json(path)
     if not isinstance(entries, list):
         raise DataError(f"{path} is no list of captions; it must be {_FORM}")
     captions: dict[int | str, str] = {}

@@ -45,9 +45,10 @@ def moment_metrics(predictions: Sequence[Mapping[str, Any]], annotations: Sequen
 
     Raises:
         DataError: a query without a prediction or with two, a prediction for no query, no windows, a window or score
-            that isn't a number, a window that ends before it begins or lies outside of the video, or saliencies for
-            another number of clips. A window may end where the longest video does, and saliencies may be two clips
-            short or over, as in published submissions; what is missing counts as zero.
+            that isn't a number, grades that are not three for each of the clips, a window that ends before it begins or
+            lies outside of the video, or saliencies for another number of clips. A window may end where the longest
+            video does, and saliencies may be two clips short or over, as in published submissions; what is missing
+            counts as zero.
     """
     truth = {annotation["qid"]: annotation for annotation in annotations}
     if len(truth) != len(annotations) or not truth:
@@ -63,6 +64,7 @@ def moment_metrics(predictions: Sequence[Mapping[str, Any]], annotations: Sequen
     if all("pred_saliency_scores" in prediction for prediction in found.values()) and all(
         "saliency_scores" in annotation for annotation in truth.values()
     ):
+        _check_grades(truth)
         _check_saliencies(found, truth)
         metrics |= _highlights(found, truth)
     if not metrics:
@@ -100,8 +102,9 @@ def _check_windows(found: Mapping[Any, Mapping[str, Any]], truth: Mapping[Any, M
         if not windows:
             raise DataError(f"The prediction for qid {qid} has no windows; give at least one.")
         for window in windows:
-            what = f"The prediction for qid {qid} has the window {list(window)}"
-            if len(window) != 3 or not all(_is_number(value) for value in window):
+            what = f"The prediction for qid {qid} has the window {window}"
+            whole = isinstance(window, (Sequence, np.ndarray)) and len(window) == 3
+            if not whole or not all(_is_number(value) for value in window):
                 raise DataError(f"{what}; a window is [start, end, score], three finite numbers.")
             start, end, _ = window
             if start > end:
@@ -109,6 +112,21 @@ def _check_windows(found: Mapping[Any, Mapping[str, Any]], truth: Mapping[Any, M
             if end < 0 or start < -CLIP_SECONDS or end > latest:
                 duration = truth[qid]["duration"]
                 raise DataError(f"{what}, outside of its video of {duration:g} s; windows are in seconds.")
+
+
+def _check_grades(truth: Mapping[Any, Mapping[str, Any]]) -> None:
+    for qid, annotation in truth.items():
+        clips, grades, total = annotation["relevant_clip_ids"], annotation["saliency_scores"], _num_clips(annotation)
+        if len(clips) != len(grades) or not all(isinstance(clip, int) and 0 <= clip < total for clip in clips):
+            raise DataError(
+                f"The annotation of qid {qid} has {len(grades)} saliency_scores for the relevant_clip_ids {clips}, of "
+                f"a video of {total} clips; they must agree."
+            )
+        if not all(len(each) == 3 and all(map(_is_number, each)) for each in grades):
+            raise DataError(
+                f"The annotation of qid {qid} has a clip without three grades in its saliency_scores; leave both out "
+                "to score moments alone."
+            )
 
 
 def _check_saliencies(found: Mapping[Any, Mapping[str, Any]], truth: Mapping[Any, Mapping[str, Any]]) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from timm.data import RealLabelsImagenet
 
+from lamzoo.data.jsonfiles import read_json
 from lamzoo.errors import DataError
 
 #: Says that the labels are those that timm ships with its package.
@@ -57,9 +57,9 @@ class RealLabels:
 def _count(path: Path) -> int:
     """Returns how many images the file is of, after checking that it is such a file."""
     try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read the ReaL labels in {path}: {error}; 'timm' names timm's copy") from error
+        content = read_json(path)
+    except DataError as error:
+        raise DataError(f"cannot read the ReaL labels: {error}; 'timm' names timm's copy") from error
     whole = isinstance(content, list) and all(
         isinstance(labels, list) and all(isinstance(label, int) and label >= 0 for label in labels)
         for labels in content

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lamzoo.data.moments.official import numbered_lines
+from lamzoo.data.jsonfiles import check_fields, read_json_lines
 from lamzoo.errors import DataError
 from lamzoo.files import atomic_files
 
@@ -21,9 +21,10 @@ def read_submission(path: str | Path) -> list[dict[str, Any]]:
         DataError: there is no such file, or a line is no JSON object with a qid, or has no list where one belongs.
     """
     predictions = []
-    for line, where in numbered_lines(Path(path)):
+    for line, where in read_json_lines(Path(path)):
         if "qid" not in line:
             raise DataError(f"{where} has no qid; give the query that it answers")
+        check_fields(line, {"qid": int | str}, where)
         for key in _LISTS:
             if not isinstance(line.get(key, []), list):
                 raise DataError(f"{where}: {key} is no list")

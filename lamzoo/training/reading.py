@@ -26,7 +26,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     kind = "JSON" if path.suffix.lower() == ".json" else "TOML"
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         table = json.loads(text) if kind == "JSON" else tomllib.loads(text)
     except OSError as error:
         raise RecipeError(f"Recipe {path} can't be read: {error.strerror}; give the path of a TOML file.") from None

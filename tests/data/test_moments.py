@@ -127,18 +127,40 @@ def test_graded_clips_need_a_row_of_features_each_but_for_two(qvhighlights: Path
     [
         (["{"], "line 1 of .* is no JSON"),
         (["[1]"], "is no JSON object"),
-        ([LINE | {"qid": "7"}], "has no 'qid' of the right type"),
+        ([LINE | {"qid": "7"}], "line 1 of .* has no 'qid' of type int, but '7'"),
         ([LINE, LINE], "query 7 is listed twice"),
         ([LINE | {"relevant_windows": [[8, 4]]}], r"the window \[8, 4\] in a video of 20 s"),
         ([LINE | {"relevant_windows": [[4, 40]]}], r"the window \[4, 40\]"),
         ([LINE | {"relevant_clip_ids": [2]}], "grades 2 clips and lists 1"),
         ([LINE | {"relevant_clip_ids": [2, 30]}], "of a video of 10"),
+        ([LINE | {"relevant_clip_ids": [2, 2]}], "of a video of 10"),
+        ([LINE | {"relevant_clip_ids": []}], "grades 2 clips and lists 0"),
+        ([LINE, "", LINE | {"relevant_windows": [[4, 8, 0.9]]}], r"line 3 of .* relevant_windows \[\[4, 8, 0.9\]\]"),
+        ([LINE | {"relevant_windows": [4, 8]}], r"line 1 of .* each is \[start, end\], in seconds"),
+        ([LINE | {"relevant_windows": 4}], "line 1 of .* has the relevant_windows 4"),
+        (['{"qid": 7, "query": "a", "vid": "a", "duration": NaN}'], "line 1 of .* no 'duration' .*, but nan"),
+        ([LINE | {"duration": True}], "line 1 of .* no 'duration' of type int | float, but True"),
+        ([LINE | {"duration": 0}], "line 1 of .* has a duration of 0 s"),
+        ([LINE | {"relevant_clip_ids": [2.0, 3.0]}], r"line 1 of .* relevant_clip_ids \[2.0, 3.0\]; they are whole"),
+        ([LINE | {"relevant_clip_ids": "23"}], "line 1 of .* has the relevant_clip_ids '23'"),
+        ([LINE | {"saliency_scores": [[4, 0, 1], [3, 2]]}], "line 1 of .* has as many grades as the others"),
+        ([LINE | {"saliency_scores": [[4, 0, 1], [3, 2, None]]}], "line 1 of .* saliency_scores"),
+        ([LINE | {"saliency_scores": [4, 3]}], "line 1 of .* saliency_scores"),
     ],
 )
 def test_lines_that_are_wrong_are_named(qvhighlights: Path, lines: list[Any], says: str) -> None:
     write(qvhighlights / "highlight_val_release.jsonl", *lines)
     with pytest.raises(DataError, match=says):
         opened(qvhighlights)
+
+
+@pytest.mark.parametrize("name", ["highlight_val_release.jsonl", "highlight_val_release.jsonl.gz"])
+def test_line_separators_in_a_sentence_a_mark_of_order_and_blank_lines_are_read(qvhighlights: Path, name: str) -> None:
+    (qvhighlights / "highlight_val_release.jsonl").unlink()
+    text = "a\u2028b\u2029c\x85d"
+    lines = [json.dumps(LINE | {"query": text}, ensure_ascii=False), "", " ", json.dumps(LINE | {"qid": 8}), ""]
+    write(qvhighlights / name, "\ufeff" + "\r\n".join(lines))
+    assert [(query.qid, query.text) for query in opened(qvhighlights).queries] == [(7, text), (8, "A dog runs.")]
 
 
 @pytest.mark.parametrize(
@@ -186,6 +208,10 @@ def test_tvsum_has_grades_by_domain(tmp_path: Path) -> None:
     assert one.read(0).video.shape == (3, 6)
     with pytest.raises(DataError, match="no domain 'ZZ'; it has BK, VT"):
         create_moment_dataset(f"tvsum:{tmp_path}:ZZ", "val")
+    for wrong in ([[1.0] * 20, [5.0] * 19], [1.0, 2.0], []):
+        write(tmp_path / "tvsum_val.jsonl.gz", *lines, "", lines[0] | {"qid": "z", "label": wrong})
+        with pytest.raises(DataError, match="line 4 of .* has a label that is no list of clips"):
+            create_moment_dataset(f"tvsum:{tmp_path}", "val")
 
 
 def test_charades_sta_is_read(tmp_path: Path) -> None:
@@ -200,6 +226,9 @@ def test_charades_sta_is_read(tmp_path: Path) -> None:
         ("test2", "sits", ((4.0, 20.5),)),
     ]
     assert dataset.read(1).text.shape == (2, 4)
+    write(tmp_path / "charades_sta_test.txt", "\ufeffAB1 1.5 9.0##a\u2028person", "", "AB1 4 8##sits")
+    separated = create_moment_dataset(f"charades:{tmp_path}", "test")
+    assert [(query.qid, query.text) for query in separated.queries] == [("test0", "a\u2028person"), ("test2", "sits")]
     write(tmp_path / "charades_sta_test.txt", "AB1 1.5##no end")
     with pytest.raises(DataError, match="line 1 of .* is not of the form"):
         create_moment_dataset(f"charades:{tmp_path}", "test")

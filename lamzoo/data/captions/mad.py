@@ -12,10 +12,11 @@ from typing import Any
 
 from lamzoo.data.captions.base import CaptionItem, CaptionSource, Stream
 from lamzoo.data.captions.features import check_rows, row_times, rows_within
+from lamzoo.data.jsonfiles import is_row, read_json
 from lamzoo.data.moments.features import unit
 from lamzoo.data.paths import spellings, visible
 from lamzoo.data.retrieval.files import check_folder
-from lamzoo.data.retrieval.tables import open_table, read_json
+from lamzoo.data.retrieval.tables import open_table
 from lamzoo.data.splits import find_split
 from lamzoo.errors import DataError, MissingExtraError
 
@@ -136,13 +137,13 @@ def _read_json(path: Path) -> Iterator[Line]:
     if not isinstance(lines, dict):
         raise DataError(f"{path} is no object of sentences by their ids")
     for name, line in lines.items():
-        try:
-            start, end = map(float, line["timestamps"])
-            yield name, str(line["movie"]), start, end, str(line["sentence"])
-        except (KeyError, TypeError, ValueError) as error:
+        fields = line if isinstance(line, dict) else {}
+        movie, sentence, times = (fields.get(key) for key in ("movie", "sentence", "timestamps"))
+        if not isinstance(movie, (str, int)) or not isinstance(sentence, str) or not is_row(times, 2):
             raise DataError(
                 f"the sentence {name!r} of {path} has no movie, sentence and timestamps of a start and an end"
-            ) from error
+            )
+        yield name, str(movie), float(times[0]), float(times[1]), sentence
 
 
 def _read_table(path: Path, split: str) -> Iterator[Line]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import re
 from collections.abc import Mapping
 from functools import cached_property
@@ -12,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from lamzoo.data.jsonfiles import check_fields, is_grid, is_row, read_json_lines
 from lamzoo.data.moments.base import Features, MomentQuery, MomentSource
 from lamzoo.data.moments.features import FeatureFolder
 from lamzoo.data.retrieval.files import check_folder
@@ -67,25 +66,38 @@ def qvhighlights(root: Path, split: str) -> FolderSource:
     }
     there = {name: path for name, stems in names.items() if (path := _first(root, stems)) is not None}
     found = find_split(split, there, str(root))
-    queries = [_qvhighlights_query(line, where) for line, where in numbered_lines(there[found])]
+    queries = [_qvhighlights_query(line, where) for line, where in read_json_lines(there[found])]
     return FolderSource(found, queries, root)
 
 
 def _qvhighlights_query(line: Mapping[str, Any], where: str) -> MomentQuery:
-    fields = {"qid": int, "query": str, "vid": str, "duration": (int, float)}
-    _check(line, fields, where)
-    windows = tuple((float(start), float(end)) for start, end in line.get("relevant_windows") or ())
-    grades = None
-    if line.get("relevant_clip_ids") and line.get("saliency_scores"):
-        clips, scores = line["relevant_clip_ids"], line["saliency_scores"]
-        total = int(line["duration"] / _CLIP_SECONDS)
-        if len(clips) != len(scores) or not all(0 <= clip < total for clip in clips):
-            raise DataError(
-                f"{where} grades {len(scores)} clips and lists {len(clips)}, of a video of {total}; they must agree"
-            )
-        grades = np.zeros((total, len(scores[0])), dtype=np.float32)
-        grades[clips] = scores
-    return MomentQuery(line["qid"], line["query"], line["vid"], float(line["duration"]), windows, grades)
+    check_fields(line, {"qid": int, "query": str, "vid": str, "duration": int | float}, where)
+    windows, duration = line.get("relevant_windows") or [], float(line["duration"])
+    if duration <= 0:
+        raise DataError(f"{where} has a duration of {duration:g} s; it must be more than 0")
+    if not isinstance(windows, list) or not all(is_row(window, 2) for window in windows):
+        raise DataError(f"{where} has the relevant_windows {windows!r:.60}; each is [start, end], in seconds")
+    spans = tuple((float(start), float(end)) for start, end in windows)
+    return MomentQuery(line["qid"], line["query"], line["vid"], duration, spans, _grades(line, duration, where))
+
+
+def _grades(line: Mapping[str, Any], duration: float, where: str) -> Features | None:
+    """Returns the grades of each clip, ``(clips, annotators)``; None where there are none."""
+    clips, scores = line.get("relevant_clip_ids"), line.get("saliency_scores")
+    if clips is None or scores is None or clips == scores == []:
+        return None
+    total = int(duration / _CLIP_SECONDS)
+    if not is_row(clips) or not all(isinstance(clip, int) for clip in clips):
+        raise DataError(f"{where} has the relevant_clip_ids {clips!r:.60}; they are whole numbers, from 0")
+    if not isinstance(scores, list) or (scores and not is_grid(scores)):
+        raise DataError(f"{where} has the saliency_scores {scores!r:.60}; each clip has as many grades as the others")
+    if len(clips) != len(scores) or len(set(clips)) < len(clips) or not all(0 <= clip < total for clip in clips):
+        raise DataError(
+            f"{where} grades {len(scores)} clips and lists {len(clips)}, of a video of {total}; they must agree"
+        )
+    grades = np.zeros((total, len(scores[0])), dtype=np.float32)
+    grades[clips] = scores
+    return grades
 
 
 def tvsum(root: Path, split: str, domain: str | None = None) -> FolderSource:
@@ -102,11 +114,12 @@ def tvsum(root: Path, split: str, domain: str | None = None) -> FolderSource:
     check_folder(root)
     there = {name: path for name in ("train", "val") if (path := _first(root, (f"tvsum_{name}",))) is not None}
     found = find_split(split, there, str(root))
-    lines = list(numbered_lines(there[found]))
+    lines = read_json_lines(there[found])
     for line, where in lines:
-        _check(
-            line, {"qid": str, "query": str, "vid": str, "duration": (int, float), "label": list, "domain": str}, where
-        )
+        fields = {"qid": str, "query": str, "vid": str, "duration": int | float, "label": list, "domain": str}
+        check_fields(line, fields, where)
+        if not is_grid(line["label"]):
+            raise DataError(f"{where} has a label that is no list of clips, each with as many grades as the others")
     domains = sorted({line["domain"] for line, _ in lines})
     if domain is not None and domain not in domains:
         raise DataError(f"{there[found]} has no domain {domain!r}; it has {', '.join(domains)}")
@@ -141,7 +154,9 @@ def charades(root: Path, split: str) -> FolderSource:
     found = find_split(split, there, str(root))
     lengths = _charades_lengths(root / f"Charades_v1_{found}.csv")
     queries = []
-    for number, text in enumerate(there[found].read_text(encoding="utf-8").splitlines()):
+    for number, text in enumerate(_read_lines(there[found])):
+        if not text.strip():
+            continue
         match = _CHARADES.fullmatch(text.strip())
         where = f"line {number + 1} of {there[found]}"
         if match is None:
@@ -153,6 +168,13 @@ def charades(root: Path, split: str) -> FolderSource:
         if window[0] < window[1]:  # a few moments end before they begin, or begin behind the video's end
             queries.append(MomentQuery(f"{found}{number}", sentence, video, lengths[video], (window,)))
     return FolderSource(found, queries, root)
+
+
+def _read_lines(path: Path) -> list[str]:
+    try:
+        return path.read_text("utf-8-sig").split("\n")
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
 
 
 def _charades_lengths(path: Path) -> dict[str, float]:
@@ -169,8 +191,8 @@ def read_queries(path: Path) -> dict[int | str, str]:
         DataError: the file can't be read, has no query, a line is not as it should be, or one is listed twice.
     """
     found: dict[int | str, str] = {}
-    for line, where in numbered_lines(path):
-        _check(line, {"qid": (int, str), "query": str}, where)
+    for line, where in read_json_lines(path):
+        check_fields(line, {"qid": int | str, "query": str}, where)
         qid, text = line["qid"], line["query"]
         if not text.strip():
             raise DataError(f"{where} has an empty query; write one, or remove the line")
@@ -185,34 +207,3 @@ def read_queries(path: Path) -> dict[int | str, str]:
 def _first(root: Path, stems: tuple[str, ...]) -> Path | None:
     paths = [root / f"{stem}{suffix}" for stem in stems for suffix in (".jsonl", ".jsonl.gz")]
     return next((path for path in paths if path.is_file()), None)
-
-
-def numbered_lines(path: Path) -> list[tuple[dict[str, Any], str]]:
-    """Reads a JSON-lines file, gzipped or not: each object, and the line's number and file for an error.
-
-    Raises:
-        DataError: there is no such file, it is not whole, or a line is no JSON object.
-    """
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rt", encoding="utf-8") as file:
-            texts = file.read().splitlines()
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-    found = []
-    for number, text in enumerate(texts, start=1):
-        where = f"line {number} of {path}"
-        try:
-            line = json.loads(text)
-        except ValueError as error:
-            raise DataError(f"{where} is no JSON: {error}") from error
-        if not isinstance(line, dict):
-            raise DataError(f"{where} is no JSON object")
-        found.append((line, where))
-    return found
-
-
-def _check(line: Mapping[str, Any], fields: Mapping[str, Any], where: str) -> None:
-    for name, kind in fields.items():
-        if not isinstance(line.get(name), kind):
-            raise DataError(f"{where} has no {name!r} of the right type")

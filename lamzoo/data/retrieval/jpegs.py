@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image
 
 from lamzoo.data.images import decode_image
+from lamzoo.data.jsonfiles import check_fields, is_row, read_json_lines
 from lamzoo.data.retrieval.files import check_folder
-from lamzoo.data.retrieval.tables import read_json_lines
 from lamzoo.data.splits import find_split
 from lamzoo.errors import DataError
 
@@ -34,13 +34,18 @@ class CaptionLines:
         every: the lines of all splits.
 
     Raises:
-        DataError: there is no such folder, file or split, or a line lacks a field.
+        DataError: there is no such folder, file or split, or a line lacks a field, or its ``words`` are not words with
+            their times.
     """
 
     def __init__(self, root: Path, fields: Mapping[str, type], split: str) -> None:
         check_folder(root)
         captions = root / "captions.jsonl"
-        self.every: list[dict[str, Any]] = read_json_lines(captions, {"split": str, **fields})
+        self.every: list[dict[str, Any]] = []
+        for line, where in read_json_lines(captions):
+            check_fields(line, {"split": str, **fields}, where)
+            _check_words(line.get("words", []) if "words" in fields else [], where)
+            self.every.append(line)
         self.split = find_split(split, dict.fromkeys(line["split"] for line in self.every), str(captions))
         self.numbers = [number for number, line in enumerate(self.every) if line["split"] == self.split]
         self.lines = [self.every[number] for number in self.numbers]
@@ -76,6 +81,12 @@ class JpegLines(CaptionLines):
     def name(self, index: int) -> str:
         """Returns the place of an image in the archive."""
         return f"{self._path}[{self.numbers[index]}]"
+
+
+def _check_words(words: list[Any], where: str) -> None:
+    for word in words:
+        if not (isinstance(word, list) and len(word) == 3 and isinstance(word[0], str) and is_row(word[1:])):
+            raise DataError(f"{where} has the word {word!r:.60}; it must be a text, its start and its end in seconds")
 
 
 def _read_jpegs(path: Path, count: int, wanted: Sequence[int]) -> list[bytes]:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from lamzoo.data.jsonfiles import read_json
 from lamzoo.data.retrieval.files import FileSource, captions_of, check_folder, locate
-from lamzoo.data.retrieval.tables import read_json, read_table
+from lamzoo.data.retrieval.tables import read_table
 from lamzoo.data.splits import find_split
 from lamzoo.errors import DataError
 

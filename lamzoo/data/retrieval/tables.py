@@ -1,13 +1,11 @@
-"""The small text files that say which caption belongs to which video: CSV tables, JSON and JSON lines."""
+"""CSV tables that have a line of headings."""
 
 from __future__ import annotations
 
 import csv
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lamzoo.data.paths import nfc
 from lamzoo.errors import DataError
@@ -100,47 +98,6 @@ def read_table(path: Path, columns: Sequence[str], optional: Sequence[str] = ())
     if not rows:
         raise DataError(f"{path} has no line below its headings")
     return rows
-
-
-def read_json(path: Path) -> Any:
-    """Reads a JSON file.
-
-    Raises:
-        DataError: there is no such file, or it is not whole.
-    """
-    try:
-        return json.loads(path.read_text("utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} is no readable JSON: {_reason(error)}") from error
-
-
-def read_json_lines(path: Path, fields: Mapping[str, type]) -> list[dict[str, Any]]:
-    """Reads a file with one JSON object a line.
-
-    Args:
-        path: the file, UTF-8; empty lines are passed over.
-        fields: what each object must have, and of which type.
-
-    Raises:
-        DataError: there is no such file, or a line is not as it should be; names the line.
-    """
-    try:
-        text = path.read_text("utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {path}: {_reason(error)}") from error
-    records = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"line {number} of {path} is no JSON: {error}") from error
-        for field, kind in fields.items():
-            if not isinstance(record, dict) or not isinstance(record.get(field), kind):
-                raise DataError(f"line {number} of {path} has no {field!r} of type {kind.__name__}")
-        records.append(record)
-    return records
 
 
 def _stripped(cells: list[str]) -> list[str]:

@@ -1,0 +1,97 @@
+"""Reading JSON and JSON-lines files, gzipped or not, and checks of the values in them."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from types import UnionType
+from typing import Any
+
+from lamzoo.errors import DataError
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file, UTF-8 with or without a byte order mark; gzipped where its name ends in ``.gz``.
+
+    Raises:
+        DataError: there is no such file, or it is not whole.
+    """
+    try:
+        return json.loads(_read_text(path))
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
+        raise DataError(f"{path} is no readable JSON: {_reason(error)}") from error
+
+
+def read_json_lines(path: Path) -> list[tuple[dict[str, Any], str]]:
+    """Reads a file with one JSON object a line, as of :func:`read_json`; blank lines are skipped.
+
+    Returns:
+        Each object, and its line for messages, such as ``"line 3 of data.jsonl"``.
+
+    Raises:
+        DataError: there is no such file, it is not whole, or a line is no JSON object; names the line.
+    """
+    try:
+        texts = _read_text(path).split("\n")
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise DataError(f"cannot read {path}: {_reason(error)}") from error
+    found = []
+    for number, text in enumerate(texts, start=1):
+        if not text.strip():
+            continue
+        where = f"line {number} of {path}"
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{where} is no JSON: {error}") from error
+        if not isinstance(line, dict):
+            raise DataError(f"{where} is no JSON object")
+        found.append((line, where))
+    return found
+
+
+def check_fields(line: Mapping[str, Any], fields: Mapping[str, type | UnionType], where: str) -> None:
+    """Checks that an object has fields of these types; true and false are no numbers, nor are NaN and infinity.
+
+    Raises:
+        DataError: a field is missing or of another type; names it.
+    """
+    for name, kind in fields.items():
+        value = line.get(name)
+        if not isinstance(value, kind) or (isinstance(value, (int, float)) and not is_number(value)):
+            found = f", but {value!r:.60}" if name in line else ""
+            raise DataError(f"{where} has no {name!r} of type {getattr(kind, '__name__', kind)}{found}")
+
+
+def is_number(value: Any) -> bool:
+    """Returns whether a value is a finite number, and neither True nor False."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def is_row(value: Any, length: int | None = None) -> bool:
+    """Returns whether a value is a list of finite numbers, so many if a length is given."""
+    return isinstance(value, list) and all(map(is_number, value)) and length in (None, len(value))
+
+
+def is_grid(value: Any) -> bool:
+    """Returns whether a value is a list of at least one list of finite numbers, all of one length, at least 1."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(is_row(row) and row for row in value)
+        and (len({len(row) for row in value}) == 1)
+    )
+
+
+def _read_text(path: Path) -> str:
+    data = path.read_bytes()
+    text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _reason(error: Exception) -> str:
+    return (isinstance(error, OSError) and error.strerror) or str(error)
