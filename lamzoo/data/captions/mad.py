@@ -137,7 +137,7 @@ def _read_json(path: Path) -> Iterator[Line]:
     if not isinstance(lines, dict):
         raise DataError(f"{path} is no object of sentences by their ids")
     for name, line in lines.items():
-        fields = line if isinstance(line, dict) else {}
+        fields: Any = line if isinstance(line, dict) else {}
         movie, sentence, times = (fields.get(key) for key in ("movie", "sentence", "timestamps"))
         if not isinstance(movie, (str, int)) or not isinstance(sentence, str) or not is_row(times, 2):
             raise DataError(
