@@ -117,6 +117,31 @@ def test_twin_timed_at_another_speed_than_in_turns_is_said(tmp_path: Path, in_tu
     assert any("the ratio says more" in note for note in all_notes(comparison)) is said
 
 
+@pytest.mark.parametrize(("latency", "ratio", "place"), [(1.6, 1.5, 3.0), (4.0, 0.9, 1.8), (2.5, None, 2.5)])
+def test_a_lam_is_placed_at_its_backbones_latency_times_its_ratio(
+    tmp_path: Path, latency: float, ratio: float | None, place: float
+) -> None:
+    rows = PLAIN, replace(LAM, latency_ms=latency, latency_ratio=ratio)
+    (panel,) = latency_panels(compare([table(tmp_path, *rows)]))
+    ((plain, lam),) = panel.joins
+    assert (plain.x, lam.x) == pytest.approx((2.0, place))
+    assert "latency of one image" in panel.x_label
+
+
+def test_a_faster_run_of_the_lam_does_not_take_its_backbone_off_the_front(tmp_path: Path) -> None:
+    rows = PLAIN, replace(LAM, value=79.0, latency_ms=1.0), replace(PLAIN, value=78.0, model="other", latency_ms=2.2)
+    comparison = compare([table(tmp_path, *rows)])
+    (panel,) = latency_panels(comparison)
+    assert [point.entry.row.model for point in panel.front] == ["vit_micro"]
+    best = {line["model"]: line["pareto_latency"] for line in csv.DictReader(to_csv(comparison).splitlines())}
+    assert best == {"vit_micro": "yes", "lam_vit_micro": "", "other": ""}
+
+
+def test_milliseconds_of_another_setting_give_no_place(tmp_path: Path) -> None:
+    comparison = compare([table(tmp_path, PLAIN, replace(LAM, threads=1, latency_ms=5.0))])
+    assert sorted(point.x for panel in latency_panels(comparison) for point in panel.points) == [2.0, 5.0]
+
+
 def test_row_without_a_score_is_in_a_table_and_in_no_panel_and_it_is_said(tmp_path: Path) -> None:
     comparison = compare([table(tmp_path, PLAIN, UNSCORED)])
     assert [group.scored for group in comparison.groups] == [True, False]

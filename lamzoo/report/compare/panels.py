@@ -85,7 +85,11 @@ def gmacs_panels(comparison: Comparison) -> tuple[Panel, ...]:
 
 
 def latency_panels(comparison: Comparison) -> tuple[Panel, ...]:
-    """Returns score against latency, a panel for each data set, metric, device, dtype, number of threads and mode."""
+    """Returns score against latency, a panel for each data set, metric, device, dtype, number of threads and mode.
+
+    Milliseconds of separate runs are not compared where there is a ratio: a LAM is placed at the latency of its plain
+    backbone times its own ratio, which was timed in turns; see :func:`comparable_latency`.
+    """
     panels = []
     for group in comparison.groups:
         if not group.scored:
@@ -94,10 +98,22 @@ def latency_panels(comparison: Comparison) -> tuple[Panel, ...]:
             device, dtype, threads, mode = setting
             counted = "" if threads is None else f", {threads} thread{'s' if threads != 1 else ''}"
             title = f"{group.title}\n{device or 'unknown device'}, {dtype or 'unknown dtype'}{counted}, {mode}"
-            label = "latency of one image (ms, median), masks included"
+            label = "latency of one image (ms, median); of a LAM: its backbone's, times the ratio timed in turns"
             entries = [entry for entry in group.entries if entry.setting == setting]
-            panels.append(_panel(title, label, group, entries, lambda entry: entry.row.latency_ms))
+            panels.append(_panel(title, label, group, entries, comparable_latency))
     return tuple(panels)
+
+
+def comparable_latency(entry: Entry) -> float | None:
+    """Returns milliseconds that can be compared with those of the plain backbone's row.
+
+    They are the backbone's times the ratio to the same model without masks, which was timed in turns on one machine.
+    Without a ratio, or a row of the backbone under the same setting, they are the row's own.
+    """
+    row, twin = entry.row, entry.twin
+    if row.latency_ratio is None or twin is None or twin.latency_ms is None or Entry(twin, "").setting != entry.setting:
+        return row.latency_ms
+    return twin.latency_ms * row.latency_ratio
 
 
 def plot_notes(comparison: Comparison) -> tuple[str, ...]:
@@ -126,7 +142,7 @@ def plot_notes(comparison: Comparison) -> tuple[str, ...]:
     if uneven:
         notes.append(
             f"The plain backbone's own row was timed more than {_UNEVEN:.0%} faster or slower than in turns with its "
-            f"LAM, so the ratio says more than the two latencies: {some(uneven)}."
+            f"LAM, so the ratio says more than the two latencies, and gives the place in the plot: {some(uneven)}."
         )
     if comparison.timm:
         without = [result.name for result in comparison.timm if result.gmacs is None]

@@ -16,11 +16,11 @@ from lamzoo.report.compare.rows import Comparison, Entry, Group
 
 #: What the tables' columns mean, for those who read no source.
 LEGEND = (
-    "Each LAM stands below its plain backbone. Parameters, GMACs (10⁹ multiply-accumulates of one image, attention "
+    "Each LAM is below its plain backbone. Parameters, GMACs (10⁹ multiply-accumulates of one image, attention "
     'included), latency and memory are those of the whole model; "of masks" is the masks\' share. Latency is the '
     'median (and quartiles) of one image, "ratio" the median ratio to the same model without its masks, timed in '
-    'turns. "vs plain" is the score less the plain backbone\'s. "Pareto" names the costs at which no other model of '
-    "the same panel is both cheaper and better."
+    'turns; the plots place a LAM at its backbone\'s latency times its ratio. "vs plain" is the score less the plain '
+    'backbone\'s. "Pareto" names the costs at which no other model of the same panel is both cheaper and better.'
 )
 
 
