@@ -27,16 +27,16 @@ def exempt_from_weight_decay(model: nn.Module) -> None:
     with masks whose class has one.
 
     Args:
-        model: with masks; those it had when it was last passed are still exempt.
+        model: with masks.
     """
     exempt = set(_undecayed(model))
     for module in model.modules():
-        own = getattr(type(module), "no_weight_decay", None)
-        if own is None and module is not model:
+        own = getattr(module, "no_weight_decay", None)
+        if module is not model and not callable(own):
             continue
         names = {name for name, parameter in module.named_parameters() if parameter in exempt}
         if names:
-            host = set() if own is None else set(own(module))
+            host = set(own()) if callable(own) else set()
             module.no_weight_decay = NoWeightDecay(frozenset(names | host))  # type: ignore[assignment]
 
 

@@ -6,6 +6,7 @@ import copy
 import pickle
 from typing import Any
 
+import open_clip
 import pytest
 import timm.optim
 import torch
@@ -92,6 +93,13 @@ _CLIP = {
     "vision_cfg": {"image_size": 32, "patch_size": 16, "width": 32, "head_width": 16, "layers": 1},
     "text_cfg": {"context_length": 16, "vocab_size": 600, "width": 32, "heads": 2, "layers": 1},
 }
+
+
+def test_a_method_made_of_the_towers_own_names_the_masks_of_both_towers() -> None:
+    model: Any = add_lam(open_clip.CLIP(**_CLIP), TABLES)
+    table = "transformer.resblocks.0.attn.lam.network.table.weight"
+    assert {"positional_embedding", "visual.class_embedding", table, f"visual.{table}"} <= model.no_weight_decay()
+    assert {"class_embedding", table} <= model.visual.no_weight_decay()
 
 
 @pytest.mark.parametrize(
