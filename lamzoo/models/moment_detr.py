@@ -63,9 +63,12 @@ class MomentNetwork(nn.Module):
         position_turns: of the fastest wave of the sine positions over a video.
         max_clips: clips of a video that it is profiled with; it takes any number.
         max_words: likewise, words of a sentence.
+        num_queries: moments that it looks for.
         word_head: tells which word is said in a clip, where the model was built to; only training looks at it.
+        reads_unrelated: whether it learns from sentences that do not fit, too.
     """
 
+    reads_unrelated: ClassVar[bool] = False
     lam_config: LamConfig | None
     #: Which argument sizes which parameters, for messages about weights that don't fit.
     sized_by: ClassVar[Mapping[str, str]] = {
@@ -82,6 +85,7 @@ class MomentNetwork(nn.Module):
         video_dim: int,
         text_dim: int,
         width: int,
+        queries: int,
         input_dropout: float,
         position_turns: float,
         max_clips: int,
@@ -89,7 +93,7 @@ class MomentNetwork(nn.Module):
         words: int,
     ) -> None:
         super().__init__()
-        self.video_dim, self.text_dim, self.width = video_dim, text_dim, width
+        self.video_dim, self.text_dim, self.width, self.num_queries = video_dim, text_dim, width, queries
         self.position_turns, self.max_clips, self.max_words = position_turns, max_clips, max_words
         self.num_features, self.num_classes = width, 0
         self.lam_config = None
@@ -112,11 +116,11 @@ class MomentNetwork(nn.Module):
         Args:
             video: ``(B, N, video_dim)``, float; the last two features of a clip are its start and end as shares of the
                 video.
-            text: ``(B, W, text_dim)``, float.
+            text: ``(B, W, text_dim)``, float; sentences behind the first ``B`` are there for ``unrelated`` alone.
             video_mask: bool ``(B, N)``, True where there is a clip; None for all.
-            text_mask: bool ``(B, W)``, True where there is a word; None for all.
-            unrelated: int64 ``(B,)``, for each video the sample whose sentence does not fit it, on which QD-DETR
-                trains; None for the next one's.
+            text_mask: bool ``(B, W)``, True where there is a word, as many rows as ``text``; None for all.
+            unrelated: int64 ``(B,)``, for each video the row of ``text`` that does not fit it, on which QD-DETR
+                trains; None for the next sample's.
         """
         video_mask, text_mask = (
             tokens.new_ones(tokens.shape[:2], dtype=torch.bool) if mask is None else mask
@@ -124,7 +128,12 @@ class MomentNetwork(nn.Module):
         )
         clips, words = self.video_projection(video), self.text_projection(text)
         positions = sine_positions(video_mask, self.width, self.position_turns).to(clips.dtype)
-        return self.find(clips, words, positions, video_mask, text_mask, unrelated)
+        count, others = len(clips), None
+        if self.training and self.reads_unrelated:
+            if unrelated is None and count > 1:
+                unrelated = torch.arange(count, device=clips.device).roll(-1)
+            others = None if unrelated is None else (words[unrelated], text_mask[unrelated])
+        return self.find(clips, words[:count], positions, video_mask, text_mask[:count], others)
 
     def find(
         self,
@@ -133,9 +142,12 @@ class MomentNetwork(nn.Module):
         positions: Tensor,
         video_mask: Tensor,
         text_mask: Tensor,
-        unrelated: Tensor | None = None,
+        unrelated: tuple[Tensor, Tensor] | None = None,
     ) -> Moments:
-        """Looks for a sentence, ``(B, W, C)``, in clips ``(B, N, C)`` with positions."""
+        """Looks for a sentence, ``(B, W, C)``, in clips ``(B, N, C)`` with positions.
+
+        ``unrelated`` is a sentence that does not fit, and its mask, where the model is to learn from one.
+        """
         raise NotImplementedError
 
     def said(self, memory: Tensor) -> Tensor | None:
@@ -189,7 +201,9 @@ class MomentDetr(MomentNetwork):
         max_words: int = 32,
         words: int = 0,
     ) -> None:
-        super().__init__(video_dim, text_dim, width, input_dropout, position_turns, max_clips, max_words, words)
+        super().__init__(
+            video_dim, text_dim, width, queries, input_dropout, position_turns, max_clips, max_words, words
+        )
         self.encoder = nn.ModuleList(EncoderLayer(width, heads, hidden, dropout) for _ in range(encoder_layers))
         self.decoder = nn.ModuleList(DecoderLayer(width, heads, hidden, dropout) for _ in range(decoder_layers))
         self.decoder_norm = nn.LayerNorm(width)
@@ -205,7 +219,7 @@ class MomentDetr(MomentNetwork):
         positions: Tensor,
         video_mask: Tensor,
         text_mask: Tensor,
-        unrelated: Tensor | None = None,
+        unrelated: tuple[Tensor, Tensor] | None = None,
     ) -> Moments:
         """As :meth:`MomentNetwork.find`: both modalities are one sequence."""
         memory = torch.cat([clips, words], dim=1)

@@ -50,6 +50,8 @@ class QdDetr(MomentNetwork):
         words: of a vocabulary, that its encoder learns to tell apart clip by clip, where they have times; 0 for none.
     """
 
+    reads_unrelated = True
+
     def __init__(
         self,
         *,
@@ -70,7 +72,9 @@ class QdDetr(MomentNetwork):
         max_words: int = 32,
         words: int = 0,
     ) -> None:
-        super().__init__(video_dim, text_dim, width, input_dropout, position_turns, max_clips, max_words, words)
+        super().__init__(
+            video_dim, text_dim, width, queries, input_dropout, position_turns, max_clips, max_words, words
+        )
         if anchors not in get_args(Anchors):
             raise ConfigError(f"anchors is {anchors!r}; it must be one of {', '.join(map(repr, get_args(Anchors)))}.")
         self.cross = nn.ModuleList(CrossLayer(width, heads, hidden, dropout) for _ in range(cross_layers))
@@ -95,7 +99,7 @@ class QdDetr(MomentNetwork):
         positions: Tensor,
         video_mask: Tensor,
         text_mask: Tensor,
-        unrelated: Tensor | None = None,
+        unrelated: tuple[Tensor, Tensor] | None = None,
     ) -> Moments:
         """As :meth:`MomentNetwork.find`: clips read the words, and the decoder sees clips alone."""
         memory, saliency = self._read(clips, words, positions, video_mask, text_mask)
@@ -109,9 +113,8 @@ class QdDetr(MomentNetwork):
             (refined(begun_with, self.span_head(queries)), self.class_head(queries)) for queries, begun_with in found
         ]
         elsewhere = None
-        if self.training and len(clips) > 1:
-            rows = torch.arange(len(clips), device=clips.device).roll(-1) if unrelated is None else unrelated
-            elsewhere = self._read(clips, words[rows], positions, video_mask, text_mask[rows])[1]
+        if unrelated is not None:
+            elsewhere = self._read(clips, unrelated[0], positions, video_mask, unrelated[1])[1]
         proposals = proposals if self.training else None
         return Moments(spans, logits, saliency, tuple(others), elsewhere, self.said(memory), proposals)
 

@@ -104,38 +104,70 @@ class Collate:
         return torch.from_numpy(said).masked_fill(~mask, _NOTHING)
 
 
-def caption_losses(found: Any, batch: Mapping[str, Any], weights: CaptionWeights) -> dict[str, Tensor]:
+def caption_counts(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Counts what the losses of a batch are means over.
+
+    Args:
+        batch: as of :class:`Collate`.
+
+    Returns:
+        ``tokens`` of the captions behind their starts and, for models with ``align``, ``words``, the encoder's tokens
+        of which is known what is said, and ``spoken``, the modalities of clips that are long enough to say their
+        sentence: int64 scalars.
+    """
+    counts = {"tokens": (batch["text"][:, 1:] != 0).sum()}
+    if "words" in batch:
+        counts["words"] = torch.stack([(said != _NOTHING).sum() for said in batch["words"].values()]).sum()
+        spoken = [_enough(batch, name).sum() for name in batch["words"]]
+        counts["spoken"] = torch.stack(spoken).sum()
+    return counts
+
+
+def caption_losses(
+    found: Any, batch: Mapping[str, Any], weights: CaptionWeights, counts: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """Computes the weighted losses of a batch.
 
     Args:
         found: a :class:`lamzoo.models.describer.Described`.
         batch: as of :class:`Collate`.
         weights: of the losses.
+        counts: as of :func:`caption_counts`, of a larger batch that this one is a part of; the losses of the parts then
+            add up to that batch's. None for this batch alone.
 
     Returns:
         ``caption`` and, for models with ``align``, ``words`` and ``ctc``: scalars, float32.
     """
+    counts = {name: count.clamp_min(1) for name, count in (counts or caption_counts(batch)).items()}
     text = batch["text"]
     following = text[:, 1:].masked_fill(text[:, 1:] == 0, _NOTHING)
     logits = found.logits[:, :-1].float().transpose(1, 2)
-    losses = {"caption": weights.caption * F.cross_entropy(logits, following, label_smoothing=weights.label_smoothing)}
+    caption = F.cross_entropy(logits, following, label_smoothing=weights.label_smoothing, reduction="sum")
+    losses = {"caption": weights.caption * caption / counts["tokens"]}
     if found.words is None:
         return losses
     labels, ctc = [], []
-    sentences = [row[1 : int(row.argmax())] for row in text]  # between start and end, the highest number
-    lengths = torch.tensor([len(sentence) for sentence in sentences], device=text.device)
+    lengths = _lengths(text)
+    sentences = torch.cat([row[1 : 1 + length] for row, length in zip(text, lengths.tolist(), strict=True)])
     for name, said in batch["words"].items():
         start, end = found.joint.spans[name]
         scores = found.words[:, start:end].float()
         labels.append(F.cross_entropy(scores.flatten(0, 1), said.flatten(), reduction="sum"))
         there = batch["streams"][name].mask.sum(dim=1)
-        enough = there >= 2 * lengths  # a modality that is missing says nothing
         chances = scores.log_softmax(dim=-1).transpose(0, 1)
-        each = F.ctc_loss(
-            chances, torch.cat(sentences), there.clamp_min(1), lengths, reduction="none", zero_infinity=True
-        )
-        ctc.append((each / lengths.clamp_min(1) * enough).sum() / enough.sum().clamp_min(1))
-    known = sum(int((said != _NOTHING).sum()) for said in batch["words"].values())
-    losses["words"] = weights.words * torch.stack(labels).sum() / max(1, known)
-    losses["ctc"] = weights.ctc * torch.stack(ctc).mean()
+        each = F.ctc_loss(chances, sentences, there.clamp_min(1), lengths, reduction="none", zero_infinity=True)
+        ctc.append((each / lengths.clamp_min(1) * _enough(batch, name)).sum())
+    losses["words"] = weights.words * torch.stack(labels).sum() / counts["words"]
+    losses["ctc"] = weights.ctc * torch.stack(ctc).sum() / counts["spoken"]
     return losses
+
+
+def _lengths(text: Tensor) -> Tensor:
+    """Returns the tokens of each sentence between its start and its end, which is the highest number."""
+    return text.argmax(dim=1) - 1
+
+
+def _enough(batch: Mapping[str, Any], name: str) -> Tensor:
+    """Returns of which clips, bool ``(B,)``, a modality is there and long enough for the sentence."""
+    there = batch["streams"][name].mask.sum(dim=1)
+    return (there >= 2 * _lengths(batch["text"])) & (there > 0)

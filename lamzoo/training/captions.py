@@ -12,7 +12,7 @@ from lamzoo.data.captions import CaptionDataset, create_caption_dataset
 from lamzoo.errors import RecipeError
 from lamzoo.evaluation.describing import caption_scores, check_streams, describe_clips
 from lamzoo.registry import create_model
-from lamzoo.training.caption_batches import Collate, Samples, caption_losses
+from lamzoo.training.caption_batches import Collate, Samples, caption_counts, caption_losses
 from lamzoo.training.caption_recipe import CaptionRecipe
 from lamzoo.training.features import FeatureRun
 from lamzoo.training.score_report import caption_table
@@ -55,10 +55,13 @@ class CaptionRun(FeatureRun):
     def collate(self, model: nn.Module) -> Any:
         return Collate(model)
 
-    def losses(self, batch: Any) -> Mapping[str, Tensor]:
+    def counts(self, batch: Any) -> Mapping[str, Tensor]:
+        return caption_counts(batch)
+
+    def losses(self, batch: Any, counts: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         with self.accelerator.autocast():
             found = self.model(batch["streams"], batch["text"], batch.get("context"))
-        return caption_losses(found, batch, self.recipe.loss)
+        return caption_losses(found, batch, self.recipe.loss, counts)
 
     def evaluate(self) -> dict[str, float]:
         self.metrics = self.score("validation")

@@ -9,10 +9,14 @@ import logging
 import os
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import SAFE_WEIGHTS_PATTERN_NAME
+from safetensors import safe_open
+from torch import nn
 
 from lamzoo.errors import LamzooError, RecipeError
 from lamzoo.files import atomic_files
@@ -103,7 +107,8 @@ class Checkpoints:
         elif lam is not None:
             _logger.warning("%s doesn't say which masks it is of; they are loaded as masks of %s", finished[-1], lam)
         try:
-            accelerator.load_state(str(finished[-1]))
+            with accelerator.register_load_state_pre_hook(partial(_as_saved, accelerator)):
+                accelerator.load_state(str(finished[-1]))
         except ValueError as error:
             if "parameter group" not in str(error):
                 raise
@@ -140,6 +145,19 @@ class Checkpoints:
 
 def _name(state: dict[str, Any]) -> str:
     return f"update-{state['update']:08d}"
+
+
+def _as_saved(accelerator: Accelerator, models: list[nn.Module], folder: str) -> None:
+    """Gives models the parameter names of a checkpoint, which may be of a run on several processes that wrapped them.
+
+    A hook of :meth:`accelerate.Accelerator.load_state`, which then loads into what it finds in ``models``.
+    """
+    for number, model in enumerate(models):
+        path = Path(folder) / SAFE_WEIGHTS_PATTERN_NAME.format(suffix=f"_{number}" if number else "")
+        with safe_open(path, "pt") as file:
+            wrapped = all(name.startswith("module.") for name in file.keys())  # noqa: SIM118 - no mapping
+        bare = accelerator.unwrap_model(model)
+        models[number] = nn.ModuleDict({"module": bare}) if wrapped else bare
 
 
 def _same_run(path: Path, recipe: AnyRecipe) -> bool:

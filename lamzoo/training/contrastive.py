@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
+
+from lamzoo.training.gradients import average_gradients
 
 
 def contrastive_loss(similarity: Tensor, positives: Tensor | None = None) -> Tensor:
@@ -79,7 +81,7 @@ def contrastive_backward(
         pairs = zip(outputs, (text_grads[index], video_grads[index]), strict=True)
         trained = [(output, grad) for output, grad in pairs if output.requires_grad]  # a tower may be frozen
         torch.autograd.backward([output for output, _ in trained], [grad for _, grad in trained])
-    _average_gradients(accelerator, model)
+    average_gradients(accelerator, model)
     return loss.detach()
 
 
@@ -94,11 +96,3 @@ def _with_own(accelerator: Accelerator, own: Tensor) -> Tensor:
     parts = list(accelerator.gather(own.detach()).split(len(own)))
     parts[accelerator.process_index] = own
     return torch.cat(parts)
-
-
-def _average_gradients(accelerator: Accelerator, model: nn.Module) -> None:
-    if accelerator.num_processes == 1:
-        return
-    for parameter in model.parameters():
-        if parameter.grad is not None:
-            parameter.grad = accelerator.reduce(parameter.grad, "mean")

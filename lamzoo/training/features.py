@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +13,7 @@ from torch.utils.data import DataLoader
 from lamzoo.errors import RecipeError
 from lamzoo.training.build import build_optimizer
 from lamzoo.training.caption_recipe import CaptionRecipe
+from lamzoo.training.gradients import average_gradients, global_counts
 from lamzoo.training.inputs import BadInputs, ScanProgress
 from lamzoo.training.loaders import create_seeded_loader, seed_everything
 from lamzoo.training.moment_recipe import MomentRecipe
@@ -47,12 +47,25 @@ class FeatureRun(TrainingRun):
         """Returns what makes a batch of samples."""
 
     @abstractmethod
-    def losses(self, batch: Any) -> Mapping[str, Tensor]:
-        """Returns the weighted losses of a batch; the autocast is this method's to enter."""
+    def counts(self, batch: Any) -> Mapping[str, Tensor]:
+        """Returns what the losses of a batch are divided by, int64 scalars; names as of every other batch."""
+
+    @abstractmethod
+    def losses(self, batch: Any, counts: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Returns a batch's part of the weighted losses of the global batch; the autocast is this method's to enter.
+
+        Args:
+            batch: one of the global batch's.
+            counts: as of :meth:`counts`, of all of them together.
+        """
 
     @abstractmethod
     def score(self, role: str) -> Mapping[str, Any]:
         """Scores :attr:`evaluated_model` on a split, each process on its own share."""
+
+    def complete(self, batches: list[Any]) -> list[Any]:
+        """Returns this process's batches of an update with what they need of the others; called on every process."""
+        return batches
 
     @abstractmethod
     def table(self, scores: Mapping[str, Any]) -> Sequence[str]:
@@ -104,19 +117,23 @@ class FeatureRun(TrainingRun):
         return build_optimizer(self.recipe.optimizer, model)
 
     def prepare_model(self, model: nn.Module) -> Any:
-        return self.accelerator.prepare(model)
+        # Not wrapped: a process whose clips all lack a modality has no gradient for its weights, which
+        # DistributedDataParallel would wait for.
+        return self.accelerator.prepare_model(model, evaluation_mode=True)
 
     def backward(self, epoch: int, update: int, batches: list[Any]) -> Tensor:
+        batches = self.complete(batches)
+        counts = global_counts(self.accelerator, [self.counts(batch) for batch in batches])
         losses = []
         for index, batch in enumerate(batches):
             # Seeds of their own for each pass: dropout needs no states in the checkpoints.
             step = update * len(batches) + index
             seed_everything(self.recipe.run.seed, epoch, step, self.accelerator.process_index, 1)
-            with self.accelerator.no_sync(self.model) if index + 1 < len(batches) else nullcontext():
-                loss = torch.stack(list(self.losses(batch).values())).sum() / len(batches)
-                self.accelerator.backward(loss)
+            loss = torch.stack(list(self.losses(batch, counts).values())).sum()
+            self.accelerator.backward(loss * self.accelerator.num_processes)  # the mean below divides their sum
             losses.append(loss.detach())
-        return self.accelerator.reduce(torch.stack(losses).sum(), "mean")
+        average_gradients(self.accelerator, self.model)
+        return self.accelerator.reduce(torch.stack(losses).sum(), "sum")
 
     def finish(self, command: str | None) -> TrainResult:
         folder, main = self.checkpoints.output / "model", self.accelerator.is_main_process

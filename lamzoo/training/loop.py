@@ -24,8 +24,9 @@ def train(
     """Trains a model; under ``torchrun`` or ``accelerate launch`` on all its processes.
 
     Order, augmentation and loss depend on the recipe alone: a run that was killed and resumed, or that is spread over
-    more processes or workers, follows the same curve. (Dropout, stochastic depth and mixup draw per process, so with
-    those the number of processes does matter.)
+    more processes, workers or accumulation steps, follows the same curve. (Batch normalisation, dropout, stochastic
+    depth, mixup, modality dropout and straight-through pruning work on each process's part of a batch, so with those
+    the number of parts does matter.)
 
     Args:
         recipe: what to do; see :func:`lamzoo.training.load_recipe` and :func:`lamzoo.training.complete_recipe`.

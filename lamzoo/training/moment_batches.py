@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -109,9 +111,9 @@ def collate(samples: Sequence[Sample]) -> dict[str, Tensor]:
 
     Returns:
         ``video`` and ``text`` with their masks, as :func:`pad_features`; ``spans (B, M, 2)`` with ``moments (B,)``, how
-        many of them there are; ``better`` and ``worse (B, 2)``; ``grades (B, N)``; ``unrelated (B,)``, for each video
-        the sample whose sentence does not fit it; and where the data know them ``words (B, N)``, -100 behind a video's
-        end.
+        many of them there are; ``better`` and ``worse (B, 2)``; ``grades (B, N)``; ``sentence (B,)`` and ``fits (B,
+        K)``, int64, numbers of the query's sentence and of all that are known to fit the video, the same for the same
+        sentence; and where the data know them ``words (B, N)``, -100 behind a video's end.
     """
     video, text, video_mask, text_mask = pad_features([sample.features for sample in samples])
 
@@ -123,7 +125,8 @@ def collate(samples: Sequence[Sample]) -> dict[str, Tensor]:
         "video": video, "text": text, "video_mask": video_mask, "text_mask": text_mask, "spans": padded("spans"),
         "moments": torch.tensor([len(sample.spans) for sample in samples]), "better": padded("better"),
         "worse": padded("worse"), "grades": padded("grades"),
-        "unrelated": _unrelated([sample.query for sample in samples]),
+        "sentence": torch.tensor([_number(sample.query.text) for sample in samples]),
+        "fits": torch.nn.utils.rnn.pad_sequence([_fitting(sample.query) for sample in samples], batch_first=True),
     }  # fmt: skip
     if samples[0].words is not None:  # all of one data set
         batch["words"] = padded("words", -100)
@@ -134,11 +137,70 @@ def _middles(query: MomentQuery, count: int) -> NDArray[np.float64]:
     return (np.arange(count) + 0.5) * query.duration / count
 
 
-def _unrelated(queries: Sequence[MomentQuery]) -> Tensor:
-    """Returns, for each query's video, the next sample whose sentence is not known to fit it; the next if all do."""
-    count, found = len(queries), []
-    for number, query in enumerate(queries):
-        behind = [(number + step) % count for step in range(1, count)] or [number]
-        fits = {query.text, *(word for word, *_ in query.words)}
-        found.append(next((other for other in behind if queries[other].text not in fits), behind[0]))
-    return torch.tensor(found)
+def unrelated(sentence: Tensor, fits: Tensor) -> Tensor:
+    """Chooses for each video the next sample whose sentence is not known to fit it; the next one if all do.
+
+    Args:
+        sentence: int64 ``(B,)``, as of :func:`collate`.
+        fits: int64 ``(B, K)``, likewise.
+
+    Returns:
+        int64 ``(B,)``, which sample; its own where there is no other.
+    """
+    count = len(sentence)
+    numbers = torch.arange(count, device=sentence.device)
+    behind = (numbers[:, None] + 1 + numbers[: max(1, count - 1)]) % count
+    strange = (sentence[behind].unsqueeze(-1) != fits.unsqueeze(1)).all(dim=-1)
+    return behind.gather(1, strange.int().argmax(dim=1, keepdim=True)).squeeze(1)
+
+
+def with_unrelated(accelerator: Accelerator, batches: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """Returns batches with a sentence for each video that does not fit it, from anywhere in the global batch.
+
+    Args:
+        accelerator: of all processes, each of which calls this.
+        batches: of this process, equally large, as of :func:`collate`.
+
+    Returns:
+        The same with ``unrelated (B,)``, int64, rows of ``text``, behind which other sentences stand where they may be
+        of another batch.
+    """
+    if accelerator.num_processes * len(batches) == 1:
+        return [batch | {"unrelated": unrelated(batch["sentence"], batch["fits"])} for batch in batches]
+    every = {name: _everywhere(accelerator, [batch[name] for batch in batches]) for name in _SENTENCES}
+    chosen = unrelated(every["sentence"], every["fits"]).unflatten(0, (len(batches), accelerator.num_processes, -1))
+    found = []
+    for batch, rows in zip(batches, chosen[:, accelerator.process_index], strict=True):
+        behind = {name: _longer(batch[name], every[name].shape[1]) for name in ("text", "text_mask")}
+        behind = {name: torch.cat([own, every[name][rows]]) for name, own in behind.items()}
+        found.append(batch | behind | {"unrelated": torch.arange(len(rows), 2 * len(rows), device=rows.device)})
+    return found
+
+
+_SENTENCES = ("sentence", "fits", "text", "text_mask")
+
+
+def _everywhere(accelerator: Accelerator, parts: Sequence[Tensor]) -> Tensor:
+    """Returns the rows of the batches of all processes in the order of the global batch, padded to one length."""
+    if parts[0].ndim > 1:
+        longest = torch.tensor([max(part.shape[1] for part in parts)], device=parts[0].device)
+        length = int(accelerator.gather(longest).max())
+        parts = [_longer(part, length) for part in parts]
+    rows = accelerator.gather(torch.cat(list(parts)))
+    rows = rows.unflatten(0, (accelerator.num_processes, len(parts), -1))
+    return rows.transpose(0, 1).flatten(0, 2)  # each batch is spread over the processes
+
+
+def _longer(rows: Tensor, length: int) -> Tensor:
+    """Pads ``(B, N, ...)`` with zeros to ``(B, length, ...)``."""
+    return torch.cat([rows, rows.new_zeros(len(rows), length - rows.shape[1], *rows.shape[2:])], dim=1)
+
+
+def _number(sentence: str) -> int:
+    """Returns a number of 64 bits that is the same in every process, and for no two sentences in practice."""
+    return int.from_bytes(hashlib.blake2b(sentence.encode(), digest_size=8).digest(), "big", signed=True)
+
+
+def _fitting(query: MomentQuery) -> Tensor:
+    """Returns the numbers of the sentences that fit a query's video, as far as it is known: its own, and words."""
+    return torch.tensor([_number(text) for text in {query.text, *(word for word, *_ in query.words)}])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -21,6 +22,7 @@ if find_spec("scipy") is None:
 from scipy.optimize import linear_sum_assignment
 
 _MOMENT, _NOTHING = 0, 1
+_UNKNOWN = -100  # a word that no loss is computed for, as torch has it
 _HIGHEST_GRADE = 12  # of three annotators together
 
 
@@ -46,33 +48,62 @@ class MomentTargets:
     words: Tensor | None = None
 
 
-def moment_losses(found: Moments, targets: MomentTargets, weights: MomentWeights) -> dict[str, Tensor]:
+def moment_counts(targets: MomentTargets, queries: int) -> dict[str, Tensor]:
+    """Counts what the losses of a batch are means over.
+
+    Args:
+        targets: of the batch.
+        queries: of the model, each of which finds one moment at most.
+
+    Returns:
+        ``samples``, ``moments`` that are matched, ``proposals``, pairs of a clip and a moment that it lies in, and
+        ``words``, clips of which is known what is said: int64 scalars.
+    """
+    device, words = targets.grades.device, targets.words
+    moments = sum(min(queries, len(spans)) for spans in targets.spans)
+    inside = [_inside(*pair).sum() for pair in zip(targets.spans, targets.video_mask, strict=True)]
+    known = 0 if words is None else (words != _UNKNOWN).sum()
+    counts = {"samples": len(inside), "moments": moments, "proposals": torch.stack(inside).sum(), "words": known}
+    return {name: torch.as_tensor(count, device=device) for name, count in counts.items()}
+
+
+def moment_losses(
+    found: Moments, targets: MomentTargets, weights: MomentWeights, counts: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """Computes the weighted losses (arXiv 2107.09609, section 4.2; arXiv 2303.13874, section 3.4).
 
     Args:
         found: what the model says.
         targets: what is true.
         weights: of the terms.
+        counts: as of :func:`moment_counts`, of a larger batch that this one is a part of; the losses of the parts then
+            add up to that batch's. None for this batch alone.
 
     Returns:
         ``span``, ``giou`` and ``label``, each over all decoder layers, and ``saliency``; QD-DETR's ``negative`` and
         ``contrast`` where the model scored the videos for other sentences; ``words`` where it tells words apart and the
         data know them; ``proposal`` where its clips propose moments. The loss is their sum.
     """
+    counts = moment_counts(targets, found.logits.shape[1]) if counts is None else counts
+    counts = {name: count.clamp_min(1) for name, count in counts.items()}
+    share = len(targets.spans) / counts["samples"]  # of the means over samples
     losses = {key: found.spans.new_zeros((), dtype=torch.float32) for key in ("span", "giou", "label")}
     for spans, logits in (*found.layers, (found.spans, found.logits)):
-        for key, value in _set_losses(spans.float(), logits.float(), targets, weights).items():
+        for key, value in _set_losses(spans.float(), logits.float(), targets, weights, counts["moments"]).items():
             losses[key] = losses[key] + value
+    losses["label"] = losses["label"] * share
     saliency = found.saliency.float()
-    losses["saliency"] = weights.saliency * margin_loss(saliency, targets, weights.margin)
+    losses["saliency"] = weights.saliency * margin_loss(saliency, targets, weights.margin) * share
     if found.unrelated is not None:
         unrelated = found.unrelated.float()
-        losses["negative"] = weights.saliency * negative_loss(unrelated, targets.video_mask)
-        losses["contrast"] = weights.saliency * contrast_loss(saliency, unrelated, targets, weights.temperature)
+        contrast = contrast_loss(saliency, unrelated, targets, weights.temperature)
+        losses["negative"] = weights.saliency * negative_loss(unrelated, targets.video_mask) * share
+        losses["contrast"] = weights.saliency * contrast * share
     if found.words is not None and targets.words is not None:
-        losses["words"] = weights.words * F.cross_entropy(found.words.float().mT, targets.words)
+        said = F.cross_entropy(found.words.float().mT, targets.words, ignore_index=_UNKNOWN, reduction="sum")
+        losses["words"] = weights.words * said / counts["words"]
     if found.proposals is not None:
-        losses["proposal"] = proposal_loss(found.proposals, targets, weights)
+        losses["proposal"] = _proposal_loss(found.proposals, targets, weights, counts["proposals"])
     return losses
 
 
@@ -108,7 +139,10 @@ def match(
     return assigned
 
 
-def _set_losses(spans: Tensor, logits: Tensor, targets: MomentTargets, weights: MomentWeights) -> dict[str, Tensor]:
+def _set_losses(
+    spans: Tensor, logits: Tensor, targets: MomentTargets, weights: MomentWeights, moments: Tensor
+) -> dict[str, Tensor]:
+    """Returns the weighted losses of one layer: of spans as a part of that many moments, of labels by themselves."""
     assigned = match(spans, logits, targets.spans, weights)
     classes = torch.full(logits.shape[:2], _NOTHING, device=logits.device)
     for sample, (queries, _) in enumerate(assigned):
@@ -117,28 +151,33 @@ def _set_losses(spans: Tensor, logits: Tensor, targets: MomentTargets, weights: 
     label = F.cross_entropy(logits.flatten(0, 1), classes.flatten(), of_class, reduction="none").mean()
     mine = torch.cat([of_sample[queries] for of_sample, (queries, _) in zip(spans, assigned, strict=True)])
     truth = torch.cat([of_sample[which] for of_sample, (_, which) in zip(targets.spans, assigned, strict=True)])
-    return {**_span_losses(mine, truth, weights), "label": weights.label * label}
+    return {**_span_losses(mine, truth, weights, moments), "label": weights.label * label}
 
 
-def _span_losses(spans: Tensor, truth: Tensor, weights: MomentWeights) -> dict[str, Tensor]:
-    """Returns the weighted losses of spans ``(n, 2)``, centre and width, each to be one of ``(n, 2)``."""
+def _span_losses(spans: Tensor, truth: Tensor, weights: MomentWeights, count: Tensor) -> dict[str, Tensor]:
+    """Returns the weighted losses of spans ``(n, 2)``, centre and width, each to be one of ``(n, 2)``, over a count."""
     giou = generalized_box_iou_loss(to_boxes(to_edges(spans)), to_boxes(to_edges(truth)), reduction="sum")
     return {
-        "span": weights.span * F.l1_loss(spans, truth, reduction="sum") / max(1, truth.numel()),
-        "giou": weights.giou * giou / max(1, len(truth)),
+        "span": weights.span * F.l1_loss(spans, truth, reduction="sum") / (2 * count),
+        "giou": weights.giou * giou / count,
     }
 
 
-def proposal_loss(proposals: Tensor, targets: MomentTargets, weights: MomentWeights) -> Tensor:
+def _inside(moments: Tensor, mask: Tensor) -> Tensor:
+    """Says which clips ``(N,)`` of a video have their middles in which of its moments: bool ``(N, moments)``."""
+    middles = (torch.arange(len(mask), device=mask.device) + 0.5) / mask.sum()
+    start, end = to_edges(moments).unbind(-1)
+    return (middles[:, None] >= start) & (middles[:, None] <= end) & mask[:, None]
+
+
+def _proposal_loss(proposals: Tensor, targets: MomentTargets, weights: MomentWeights, count: Tensor) -> Tensor:
     """Returns how far the proposals ``(B, N, 2)`` of clips are from the moments that their middles lie in."""
     mine, truth = [], []
     for of_sample, moments, mask in zip(proposals.float(), targets.spans, targets.video_mask, strict=True):
-        middles = (torch.arange(len(mask), device=mask.device) + 0.5) / mask.sum()
-        start, end = to_edges(moments).unbind(-1)
-        clips, which = ((middles[:, None] >= start) & (middles[:, None] <= end) & mask[:, None]).nonzero(as_tuple=True)
+        clips, which = _inside(moments, mask).nonzero(as_tuple=True)
         mine.append(of_sample[clips])
         truth.append(moments[which])
-    losses = _span_losses(torch.cat(mine), torch.cat(truth), weights)
+    losses = _span_losses(torch.cat(mine), torch.cat(truth), weights, count)
     return losses["span"] + losses["giou"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,15 +15,17 @@ from lamzoo.evaluation.finding import check_features, submission
 from lamzoo.evaluation.moments import moment_metrics
 from lamzoo.registry import create_model
 from lamzoo.training.features import FeatureRun
-from lamzoo.training.moment_batches import Samples, collate
-from lamzoo.training.moment_losses import MomentTargets, moment_losses
+from lamzoo.training.moment_batches import Samples, collate, with_unrelated
+from lamzoo.training.moment_losses import MomentTargets, moment_counts, moment_losses
 from lamzoo.training.moment_recipe import MomentRecipe
 from lamzoo.training.score_report import moment_table
+
+_logger = logging.getLogger(__name__)
 
 _WATCHED = {"MR-full-R1@0.5": "R1@0.5", "MR-full-R1@0.7": "R1@0.7", "MR-full-mAP": "mAP",
             "HL-min-VeryGood-mAP": "HL_mAP", "HL-min-VeryGood-Hit1": "HL_Hit1"}  # fmt: skip
 
-_READ = ("video", "text", "video_mask", "text_mask", "unrelated")
+_READ = ("video", "text", "video_mask", "text_mask")
 
 
 class MomentRun(FeatureRun):
@@ -52,9 +55,17 @@ class MomentRun(FeatureRun):
             kwargs = {"video_dim": video, "text_dim": text, "words": words, **kwargs}
         if section.lam is not None:
             kwargs["lam"] = section.lam
-        model = create_model(section.name, pretrained=section.pretrained, **kwargs)
+        model: Any = create_model(section.name, pretrained=section.pretrained, **kwargs)
         check_features(model, self.example)
         self._check_words(model)
+        # A batch of one has no other sentence to learn from.
+        self.reads_unrelated = model.reads_unrelated and self.recipe.run.batch_size > 1
+        if model.reads_unrelated and not self.reads_unrelated:
+            _logger.warning(
+                "run.batch_size is 1, so %s does not learn from sentences that do not fit a video (its losses negative "
+                "and contrast); use a larger batch, which run.accumulation may pass in parts",
+                section.name,
+            )
         return model
 
     def _check_words(self, model: nn.Module) -> None:
@@ -71,10 +82,16 @@ class MomentRun(FeatureRun):
     def collate(self, model: nn.Module) -> Any:
         return collate
 
-    def losses(self, batch: Any) -> Mapping[str, Tensor]:
+    def complete(self, batches: list[Any]) -> list[Any]:
+        return with_unrelated(self.accelerator, batches) if self.reads_unrelated else batches
+
+    def counts(self, batch: Any) -> Mapping[str, Tensor]:
+        return moment_counts(_targets(batch), self.model.num_queries)
+
+    def losses(self, batch: Any, counts: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         with self.accelerator.autocast():
-            found = self.model(*(batch[key] for key in _READ))
-        return moment_losses(found, _targets(batch), self.recipe.loss)
+            found = self.model(*(batch[key] for key in _READ), batch.get("unrelated"))
+        return moment_losses(found, _targets(batch), self.recipe.loss, counts)
 
     def evaluate(self) -> dict[str, float]:
         self.metrics = self.score("validation")

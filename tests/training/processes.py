@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,13 @@ from lamzoo.training import Progress, TrainResult, parse_recipe, train
 from lamzoo.training.run import TrainingRun
 
 
-def train_killed(table: dict[str, Any], output: Path, killed_at: int) -> TrainResult:
-    """Trains a recipe, given as nested values, kills the run behind an update, and resumes it to its end."""
+def train_killed(
+    table: dict[str, Any], output: Path, killed_at: int, between: Callable[[Path], None] | None = None
+) -> TrainResult:
+    """Trains a recipe, given as nested values, kills the run behind an update, and resumes it to its end.
+
+    ``between`` is called with the run's folder before it is resumed.
+    """
 
     def kill(progress: Progress) -> None:
         if progress.update == killed_at:
@@ -27,6 +33,8 @@ def train_killed(table: dict[str, Any], output: Path, killed_at: int) -> TrainRe
     recipe = parse_recipe({**table, "run": {**table["run"], "output": str(output)}})
     with pytest.raises(KeyboardInterrupt):
         train(recipe, progress=kill)
+    if between is not None:
+        between(output)
     return train(recipe, resume=True)
 
 

@@ -123,7 +123,9 @@ def test_workers_do_not_change_the_curve(table: dict[str, Any], tmp_path: Path) 
     assert torch.equal(curve(run(table, tmp_path / "workers").history), curve(alone.history))
 
 
-@pytest.mark.parametrize(("similarity", "equal"), [("seq", "positives"), ("tight", "negatives")])
+@pytest.mark.parametrize(
+    ("similarity", "equal"), [pytest.param("seq", "positives", marks=pytest.mark.slow), ("tight", "negatives")]
+)
 def test_two_processes_give_the_curve_of_one(
     table: dict[str, Any], tmp_path: Path, similarity: str, equal: str
 ) -> None:

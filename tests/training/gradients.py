@@ -1,0 +1,66 @@
+"""The gradients of the first global batch of a recipe, in this process or, as a script, in several."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lamzoo.training import parse_recipe
+from lamzoo.training.loop import _run
+
+Gradients = dict[str, Tensor]
+
+
+def gradients(table: dict[str, Any], output: Path, accumulation: int = 1) -> Gradients:
+    """Returns by parameter the gradients of the first update of a recipe, given as nested values, and its ``loss``."""
+    changes = {"output": str(output), "accumulation": accumulation}
+    run = _run(parse_recipe({**table, "run": {**table["run"], **changes}}), False, None, None)
+    run.loader.set_epoch(0)
+    run.train_mode()
+    loss = run.backward(0, 0, list(islice(run.loader, accumulation)))
+    model = run.accelerator.unwrap_model(run.model)
+    found = {name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None}
+    return found | {"loss": loss.float()}
+
+
+def gradients_in_two(tables: dict[str, dict[str, Any]], folder: Path, accumulation: int = 1) -> dict[str, Gradients]:
+    """Returns those of several recipes, each in two processes under one torchrun."""
+    job = folder / "job.json"
+    job.write_text(json.dumps({"tables": tables, "accumulation": accumulation}))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [*launch, "-m", "tests.training.gradients", str(job)],
+        cwd=root,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Gradients] = torch.load(job.with_suffix(".pt"), weights_only=True)
+    return found
+
+
+def _main(job: Path) -> None:
+    asked = json.loads(job.read_text())
+    found = {
+        name: gradients(table, job.parent / f"two-{name}", asked["accumulation"])
+        for name, table in asked["tables"].items()
+    }
+    if os.environ["RANK"] == "0":
+        torch.save(found, job.with_suffix(".pt"))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    _main(Path(sys.argv[1]))
