@@ -31,7 +31,8 @@ COLUMNS = (
 def train(model: str, tune: str, seed: int, data: str, out: Path, more: Sequence[str]) -> dict[str, Any]:
     """Runs one line, unless its report is there, and returns a row."""
     output = out / f"{re.sub(r'[^A-Za-z0-9.]+', '-', model).strip('-')}.{tune}.seed{seed}"
-    line = ["train", "--model", model, "--pretrained", "--data", data, "--tune", tune, "--seed", str(seed), *more]
+    line = ["train", "--model", model, "--pretrained", "--data", data, "--tune", tune, "--seed", str(seed)]
+    line += ["run.keep=last", *more]  # as of the rows that are there
     report = output / "report" / "report.json"
     if not report.exists():
         subprocess.run([sys.executable, "-m", "lamzoo", *line, "--output", str(output), "--resume"], check=True)

@@ -97,7 +97,11 @@ def _recipe(arguments: list[str], options: dict[str, Any], resume: bool) -> AnyR
         raise RecipeError(
             f"There is no recipe, and no {' and no '.join(missing)}: give a RECIPE.toml, or --model NAME --data SPEC."
         )
-    return complete_recipe(table)
+    recipe = complete_recipe(table)
+    stored = Path(recipe.run.output, "recipe.json")
+    if resume and stored.is_file():  # what the data decided then stays, such as what follows from the epochs
+        return parse_recipe(put(override(read_recipe(stored), arguments), options))
+    return recipe
 
 
 def _is_override(argument: str) -> bool:
@@ -133,6 +137,7 @@ def _print_result(recipe: AnyRecipe, result: TrainResult) -> None:
     if result.report is not None:
         out.print_line(f"the report is {out.printable(result.report)}")
     out.print_line(f"the model is local-dir:{out.printable(result.model)}")
+    out.print_line(result.about)
 
 
 def _command(context: typer.Context) -> str:

@@ -103,7 +103,7 @@ def plan(
             folder = json.dumps(str(out / f"{row}.seed{seed}"))
             changes = (*tables["rows"][row].get("set", ()), *settings, f"run.seed={seed}")
             overrides = (*changes, f"run.output={folder}")
-            runs.append(Run(row, load_recipe(base, overrides), overrides, _digest(tables["recipe"], changes)))
+            runs.append(Run(row, load_recipe(base, overrides), overrides, recipe_digest(tables["recipe"], changes)))
     return runs
 
 
@@ -204,7 +204,10 @@ def main() -> None:
         sys.exit(f"{len(failed)} runs failed: {'; '.join(failed)}.")
 
 
-def _digest(recipe: dict[str, Any], changes: Sequence[str]) -> str:
+def recipe_digest(recipe: dict[str, Any], changes: Sequence[str]) -> str:
+    """Returns what tells a run from others in the results: a hash of the recipe and of what changes it."""
+    if recipe["run"].get("keep") == "last":  # as every run did before a recipe could say so
+        recipe = {**recipe, "run": {key: value for key, value in recipe["run"].items() if key != "keep"}}
     return hashlib.sha256(json.dumps([recipe, changes], sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -23,7 +23,7 @@ _WATCHED = ("WER", "sentence_accuracy", "CIDEr", "Bleu_4", "ROUGE_L")
 class CaptionRun(FeatureRun):
     """One run of a describer; arguments as of :class:`TrainingRun`."""
 
-    metric, items = "WER", "clips"
+    metric, lower_is_better, items = "WER", True, "clips"
     curve = ("eval_WER", "word error rate, validation (%)")
     recipe: CaptionRecipe
 
@@ -32,6 +32,12 @@ class CaptionRun(FeatureRun):
 
     def names(self, split: CaptionDataset) -> set[str]:
         return {item.id for item in split.items}
+
+    def open_data(self) -> None:
+        super().open_data()
+        if not self.splits["train"].items[0].words:  # free descriptions, not words to be heard
+            self.metric, self.lower_is_better = "CIDEr", False
+            self.curve = ("eval_CIDEr", "CIDEr, validation")
 
     def build_model(self) -> nn.Module:
         section = self.recipe.model

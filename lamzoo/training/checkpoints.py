@@ -48,9 +48,11 @@ class Checkpoints:
                 raise RecipeError(
                     f"run.output {output} already holds a run; continue it with --resume, or choose another folder."
                 )
-            if not _same_run(written, recipe):
+            changed = _changed(written, recipe)
+            if changed:
                 raise RecipeError(
-                    f"run.output {output} holds a run of another recipe (see {written}); choose another folder."
+                    f"run.output {output} holds a run of another recipe: {changed}; leave it as it was, or choose "
+                    "another folder."
                 )
         self._recipe_text = json.dumps(recipe.to_dict(), indent=2, sort_keys=True) + "\n"
 
@@ -160,27 +162,40 @@ def _as_saved(accelerator: Accelerator, models: list[nn.Module], folder: str) ->
         models[number] = nn.ModuleDict({"module": bare}) if wrapped else bare
 
 
-def _same_run(path: Path, recipe: AnyRecipe) -> bool:
-    """Says whether the recipe in a file gives the same curve, whatever keys were added to recipes since."""
+def _changed(path: Path, recipe: AnyRecipe) -> str:
+    """Says which keys of the recipe in a file would give another curve, whatever keys were added to recipes since."""
     try:
         written = parse_recipe(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, LamzooError):
-        return False
-    return _curve(written) == _curve(recipe)
+    except (OSError, ValueError, LamzooError) as error:
+        return f"{path} can't be read ({error})"
+    before, now = (_flat(_curve(each).to_dict()) for each in (written, recipe))
+    keys = [key for key in {**now, **before} if before.get(key) != now.get(key)]
+    return " and ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in keys)
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns nested values by keys such as ``"run.seed"``."""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        nested = isinstance(value, dict) and value
+        flat |= _flat(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+    return flat
 
 
 def _curve(recipe: AnyRecipe) -> AnyRecipe:
-    """Returns a recipe without what may change between two parts of a run."""
+    """Returns a recipe without what may change between two parts of a run, the number of epochs among it."""
     neutral: dict[str, Any] = {
         "output": "",
         "device": "auto",
         "keep_checkpoints": 1,
+        "keep": "last",
         "checkpoint_interval": None,
         "tensorboard": False,
         "report": True,
     }
     data: Any = replace(recipe.data, workers=0)
-    return replace(recipe, data=data, run=replace(recipe.run, **neutral))
+    schedule = replace(recipe.schedule, epochs=1)
+    return replace(recipe, data=data, run=replace(recipe.run, **neutral), schedule=schedule)
 
 
 def _write_text(path: Path, text: str) -> None:

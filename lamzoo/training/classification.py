@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -32,7 +33,6 @@ from lamzoo.training.report import RunFacts, write_report
 from lamzoo.training.run import TrainingRun, TrainResult
 from lamzoo.training.scoring import Score, score
 from lamzoo.training.tuning import Tuning
-from lamzoo.weights import save_pretrained
 
 
 class ClassificationRun(TrainingRun):
@@ -45,6 +45,13 @@ class ClassificationRun(TrainingRun):
 
     def open_data(self) -> None:
         self.splits = open_splits(self.recipe.data)
+
+    def datasets(self) -> Mapping[str, Any]:
+        splits = {"train": self.splits.train, "validation": self.splits.evaluation, "test": self.splits.test}
+        return {role: split for role, split in splits.items() if split is not None}
+
+    def class_names(self) -> list[str] | None:
+        return self.splits.train.classes
 
     def build_model(self) -> nn.Module:
         check_mixup(self.recipe, self.accelerator.num_processes)
@@ -109,11 +116,7 @@ class ClassificationRun(TrainingRun):
         return {"eval_loss": self.score.loss, "eval_top1": self.score.top1}
 
     def finish(self, command: str | None) -> TrainResult:
-        folder, model = self.checkpoints.output / "model", self.evaluated_model
-        main = self.accelerator.is_main_process
-        if main:
-            save_pretrained(model, folder, label_names=self.splits.train.classes)
-        self.accelerator.wait_for_everyone()
+        folder, model = self.keep_model(), self.evaluated_model
         if self.score is None:  # the run was complete before it was resumed
             self.evaluate()
         assert self.splits.evaluation is not None and self.score is not None  # prepare_splits has made the first
@@ -123,7 +126,7 @@ class ClassificationRun(TrainingRun):
         report = None
         if self.recipe.run.report:
             report = self.checkpoints.output / "report" / "report.md"
-            if main:
+            if self.accelerator.is_main_process:
                 write_report(report.parent, self._facts(model, scores, command))
         return self.result(folder, scores, report)
 
@@ -140,4 +143,6 @@ class ClassificationRun(TrainingRun):
             device=str(self.accelerator.device),
             processes=self.accelerator.num_processes,
             command=command,
+            epoch_kept=self.kept_epoch,
+            about_weights=self.about_weights(),
         )

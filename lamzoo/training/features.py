@@ -19,14 +19,13 @@ from lamzoo.training.loaders import create_seeded_loader, seed_everything
 from lamzoo.training.moment_recipe import MomentRecipe
 from lamzoo.training.run import TrainingRun, TrainResult
 from lamzoo.training.score_report import write_score_report
-from lamzoo.weights import save_pretrained
 
 
 class FeatureRun(TrainingRun):
     """One run on features; arguments as of :class:`TrainingRun`."""
 
     items: ClassVar[str]  # what the data hold, in messages
-    curve: ClassVar[tuple[str, str]]  # the score that the report draws, its key in the history and its name
+    curve: tuple[str, str]  # the score that the report draws, its key in the history and its name
     recipe: MomentRecipe | CaptionRecipe
     metrics: Mapping[str, Any] | None = None
 
@@ -93,6 +92,9 @@ class FeatureRun(TrainingRun):
         if self.recipe.augment.splice:
             train.splice()  # which says where the data can't
 
+    def datasets(self) -> Mapping[str, Any]:
+        return self.splits
+
     def scan_data(self, progress: ScanProgress | None) -> BadInputs:
         if self.recipe.data.scan:
             for role, split in self.splits.items():
@@ -136,10 +138,7 @@ class FeatureRun(TrainingRun):
         return self.accelerator.reduce(torch.stack(losses).sum(), "sum")
 
     def finish(self, command: str | None) -> TrainResult:
-        folder, main = self.checkpoints.output / "model", self.accelerator.is_main_process
-        if main:
-            save_pretrained(self.evaluated_model, folder)
-        self.accelerator.wait_for_everyone()
+        folder, main = self.keep_model(), self.accelerator.is_main_process
         if self.metrics is None:  # the run was complete before it was resumed
             self.evaluate()
         scores: dict[str, Any] = {str(self.splits["validation"].split): self.metrics}
@@ -150,5 +149,7 @@ class FeatureRun(TrainingRun):
             report = self.checkpoints.output / "report" / "report.md"
             if main:
                 facts = self.facts(command) | {f"training_{self.items}": len(self.splits["train"])}
-                write_score_report(report.parent, facts, scores, self.table(scores), self.history, self.curve)
+                write_score_report(
+                    report.parent, facts, scores, self.table(scores), self.history, self.curve, self.about_weights()
+                )
         return self.result(folder, scores, report)

@@ -52,6 +52,8 @@ class RunFacts:
         device: as torch writes it.
         processes: how many trained together.
         command: what was typed; None where a program called.
+        epoch_kept: whose weights the model has, from 1.
+        about_weights: a sentence on why these.
     """
 
     recipe: Recipe
@@ -65,6 +67,8 @@ class RunFacts:
     device: str
     processes: int
     command: str | None
+    epoch_kept: int
+    about_weights: str
 
 
 def write_report(folder: Path, facts: RunFacts) -> None:
@@ -121,6 +125,8 @@ def _content(facts: RunFacts, names: list[str]) -> dict[str, Any]:
         },
         "scores": {split: _score(score, names, training) for split, score in facts.scores.items()},
         "epochs": recipe.schedule.total_epochs,
+        "epoch_kept": facts.epoch_kept,
+        "about_weights": facts.about_weights,
         "batch_size": recipe.run.batch_size,
         "lr": recipe.optimizer.lr,
         "seed": recipe.run.seed,
@@ -249,7 +255,7 @@ def _markdown(content: dict[str, Any], pictures: list[str]) -> str:
     for split, score in scores.items():
         cells = [f"{score['images']:,}", *(_shown(score[key]) for key in ("top1", "top5", "mean_recall"))]
         lines.append(f"| {_plain(split)} | {' | '.join(cells)} | {score['loss']:.4f} |")
-    lines += ["", "The weights are those of the last epoch, not of the best."]
+    lines += ["", content["about_weights"]]
     if content["validation_was_split_off"]:
         lines.append("The data has no validation split: it was split off the training images, class by class.")
     if content["left_out"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -34,7 +35,6 @@ from lamzoo.training.loaders import create_seeded_loader, seed_everything
 from lamzoo.training.retrieval_recipe import RetrievalRecipe
 from lamzoo.training.run import TrainingRun, TrainResult
 from lamzoo.training.score_report import retrieval_table, write_score_report
-from lamzoo.weights import save_pretrained
 
 Metrics = dict[str, dict[str, float]]
 
@@ -81,6 +81,9 @@ class RetrievalRun(TrainingRun):
         if self.recipe.run.grad_checkpointing:
             model.set_grad_checkpointing(True)
         return model
+
+    def datasets(self) -> Mapping[str, Any]:
+        return self.splits
 
     def scan_data(self, progress: ScanProgress | None) -> BadInputs:
         bad: list[Any] = []
@@ -169,10 +172,7 @@ class RetrievalRun(TrainingRun):
         return {f"eval_{way}_{key}": self.metrics[way][key] for way, key in kept}
 
     def finish(self, command: str | None) -> TrainResult:
-        folder, main = self.checkpoints.output / "model", self.accelerator.is_main_process
-        if main:
-            save_pretrained(self.evaluated_model, folder)
-        self.accelerator.wait_for_everyone()
+        folder, main = self.keep_model(), self.accelerator.is_main_process
         if self.metrics is None:  # the run was complete before it was resumed
             self.evaluate()
         scores: dict[str, Any] = {self.splits["validation"].split or "validation": self.metrics}
@@ -183,7 +183,8 @@ class RetrievalRun(TrainingRun):
             report = self.checkpoints.output / "report" / "report.md"
             if main:
                 facts = self._facts(command)
-                write_score_report(report.parent, facts, scores, retrieval_table(scores), self.history, _CURVE)
+                about = self.about_weights()
+                write_score_report(report.parent, facts, scores, retrieval_table(scores), self.history, _CURVE, about)
         return self.result(folder, scores, report)
 
     @torch.inference_mode()

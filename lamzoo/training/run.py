@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
@@ -18,6 +19,8 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lamzoo.data.splits import synonyms
+from lamzoo.data.trained import MODEL_FOLDERS
 from lamzoo.errors import DivergedError, RecipeError
 from lamzoo.lam import LamConfig
 from lamzoo.training.build import build_ema, build_scheduler
@@ -26,6 +29,8 @@ from lamzoo.training.inputs import BadInputs, ScanProgress, write_bad_inputs
 from lamzoo.training.loaders import seed_everything
 from lamzoo.training.recipe import AnyRecipe
 from lamzoo.training.sections import RunSection
+from lamzoo.weightfiles import read_state_dict
+from lamzoo.weights import read_saved, save_pretrained
 
 _logger = logging.getLogger(__name__)
 
@@ -69,6 +74,8 @@ class TrainResult:
             of captions those of :func:`lamzoo.evaluation.describing.caption_scores`.
         report: ``report.md``; None where the recipe asks for none.
         left_out: inputs that were left out because they can't be read.
+        epoch: whose weights the model has, from 1.
+        about: a sentence on why these.
     """
 
     output: Path
@@ -77,6 +84,8 @@ class TrainResult:
     scores: dict[str, Any] = field(default_factory=dict)
     report: Path | None = None
     left_out: int = 0
+    epoch: int = 0
+    about: str = ""
 
 
 class TrainingRun(ABC):
@@ -89,7 +98,8 @@ class TrainingRun(ABC):
         scanning: called on the main process while inputs are searched for bad ones.
     """
 
-    metric: ClassVar[str]  # the column of metrics.csv, without "eval_", that is shown while a run goes on
+    metric: str  # the column of metrics.csv, without "eval_", that is watched
+    lower_is_better: bool = False
 
     def __init__(
         self,
@@ -114,17 +124,28 @@ class TrainingRun(ABC):
         self.seconds = self.wall_seconds = 0.0
         self.history: list[dict[str, float]] = []
         self.lam: LamConfig | None = getattr(model, "lam_config", None)
+        self.best: dict[str, float] | None = None  # epoch, from 0, and score of the weights in model/
         state = self.checkpoints.load(self.accelerator, self.lam)
         if state is not None:
             self.update, self.loss_sum = state["update"], self._loss_sum(state["loss_sum"])
             self.seconds, self.history = state["seconds"], state["history"]
             self.wall_seconds = state.get("wall_seconds", state["seconds"])
+            self.best = state.get("best")
             _logger.info("resumed %s after %d updates", recipe.run.output, self.update)
+        if len(self.history) > recipe.schedule.total_epochs:
+            raise RecipeError(
+                f"[schedule] has {recipe.schedule.total_epochs} epochs and the run in {recipe.run.output} has had "
+                f"{len(self.history)}; give as many or more."
+            )
         self.first_epoch = len(self.history)  # one record an epoch, written when it has been evaluated
 
     @abstractmethod
     def open_data(self) -> None:
         """Opens the splits, so that a wrong name is said before anything is built; reads no input."""
+
+    @abstractmethod
+    def datasets(self) -> Mapping[str, Any]:
+        """Returns the splits that were opened by role: ``train``, ``validation`` and, if there is one, ``test``."""
 
     @abstractmethod
     def build_model(self) -> nn.Module:
@@ -179,6 +200,10 @@ class TrainingRun(ABC):
         """Switches the model to training, as the task trains it."""
         self.model.train()
 
+    def class_names(self) -> list[str] | None:
+        """Returns the names that are saved with the model, if it is a classifier."""
+        return None
+
     def after_update(self) -> None:  # noqa: B027 - a hook, which most tasks don't need
         """Called after each optimiser step."""
 
@@ -200,6 +225,39 @@ class TrainingRun(ABC):
             if interval and self.update % interval == 0 and self.update % self.updates_per_epoch:
                 self._save()
         self._end_epoch(epoch)
+
+    def keep_model(self) -> Path:
+        """Leaves the weights that the recipe keeps in ``model/`` and in :attr:`evaluated_model`; returns the folder.
+
+        Where these are not the last epoch's, those go to ``last/``, and the model is evaluated again.
+        """
+        folder, last = (self.checkpoints.output / name for name in MODEL_FOLDERS)
+        if self.kept_epoch == len(self.history):
+            if self.accelerator.is_main_process:
+                shutil.rmtree(last, ignore_errors=True)  # of a run that was shorter
+            self._save_model(folder)
+            return folder
+        self._save_model(last)
+        weights = read_saved("local-dir", str(folder), with_weights=True).weights
+        assert weights is not None  # they were asked for
+        self.evaluated_model.load_state_dict(read_state_dict(weights.path, sha256=weights.sha256))
+        self.evaluate()
+        return folder
+
+    @property
+    def kept_epoch(self) -> int:
+        """The epoch whose weights are kept, from 1."""
+        return len(self.history) if self.best is None or self._why_last() else int(self.best["epoch"]) + 1
+
+    def about_weights(self) -> str:
+        """Returns a sentence on which epoch's weights are kept, and why."""
+        epochs, why = len(self.history), self._why_last()
+        if why or self.best is None:
+            return f"The weights are those of the last epoch, not of the best{why and f': {why}'}."
+        chosen = f"the best by {self.metric} on {self.datasets()['validation'].split} ({self.best['value']:.2f})"
+        if self.kept_epoch == epochs:
+            return f"The weights are those of the last epoch, which is {chosen}."
+        return f"The weights are those of epoch {self.kept_epoch} of {epochs}, {chosen}; the last epoch's are in last/."
 
     @property
     def evaluated_model(self) -> Any:
@@ -223,6 +281,7 @@ class TrainingRun(ABC):
             "parameters": sum(p.numel() for p in model.parameters()),
             "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "epochs": recipe.schedule.total_epochs,
+            "epoch_kept": self.kept_epoch,
             "batch_size": recipe.run.batch_size,
             "lr": recipe.optimizer.lr,
             "seed": recipe.run.seed,
@@ -239,7 +298,36 @@ class TrainingRun(ABC):
         self.accelerator.wait_for_everyone()
         if self.recipe.run.tensorboard:
             self.accelerator.end_training()
-        return TrainResult(self.checkpoints.output, model, self.history, scores, report, len(self.bad))
+        about = self.about_weights()
+        return TrainResult(
+            self.checkpoints.output, model, self.history, scores, report, len(self.bad), self.kept_epoch, about
+        )
+
+    def _why_last(self) -> str:
+        """Says why nothing is chosen; empty where the best weights are."""
+        if self.recipe.run.keep == "last":
+            return 'run.keep is "last"'
+        splits = self.datasets()
+        watched, test = splits["validation"].split, splits.get("test")
+        if "test" in synonyms(watched or "") or (test is not None and test.split == watched):
+            return f"{watched} was watched, and nothing is chosen on a test split"
+        return ""
+
+    def _save_model(self, folder: Path) -> None:
+        if self.accelerator.is_main_process:
+            save_pretrained(self.evaluated_model, folder, label_names=self.class_names())
+        self.accelerator.wait_for_everyone()
+
+    def _keep_if_best(self, record: Mapping[str, float]) -> None:
+        value = record.get(f"eval_{self.metric}")
+        if value is None or not math.isfinite(value) or self._why_last():
+            return
+        if self.best is not None:
+            before = self.best["value"]
+            if not (value <= before if self.lower_is_better else value >= before):  # of equals the later
+                return
+        self._save_model(self.checkpoints.output / MODEL_FOLDERS[0])
+        self.best = {"epoch": record["epoch"], "value": value}
 
     def _build(self, model: nn.Module) -> None:
         recipe = self.recipe
@@ -291,6 +379,7 @@ class TrainingRun(ABC):
         if evaluates:
             self._save()  # first, so that an evaluation that fails doesn't cost the epoch
             record |= self.evaluate()
+            self._keep_if_best(record)
         _logger.info("epoch %d of %d: %s", epoch + 1, recipe.schedule.total_epochs, record)
         self.history.append(record)
         self.loss_sum = self._loss_sum(0.0)
@@ -319,7 +408,8 @@ class TrainingRun(ABC):
     def _state(self) -> dict[str, Any]:
         state = {"update": self.update, "loss_sum": self._total_loss(), "seconds": self.seconds}
         lam = None if self.lam is None else self.lam.to_dict()
-        return {**state, "wall_seconds": self.wall(), "lam_config": lam, "history": self.history}
+        history = {"history": self.history, "best": self.best}
+        return {**state, "wall_seconds": self.wall(), "lam_config": lam, **history}
 
     def _loss_sum(self, value: float) -> Tensor:
         device = self.accelerator.device

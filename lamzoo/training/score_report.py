@@ -28,6 +28,7 @@ def write_score_report(
     table: Sequence[str],
     history: list[dict[str, float]],
     curve: tuple[str, str],
+    about_weights: str,
 ) -> None:
     """Writes ``report.md``, ``report.json`` and, where matplotlib is installed, ``curves.png`` into a folder.
 
@@ -38,6 +39,7 @@ def write_score_report(
         table: the same as lines of Markdown.
         history: one record an epoch.
         curve: the score that is drawn, its key in the history and its name.
+        about_weights: a sentence on which epoch's weights the model has.
 
     Raises:
         DataError: a file can't be written there.
@@ -48,7 +50,7 @@ def write_score_report(
     facts = {**facts, "versions": versions}
     lines = ["# Training report", "", "| | |", "|---|---|"]
     lines += [f"| {key.replace('_', ' ')} | {_cell(value)} |" for key, value in facts.items()]
-    lines += ["", *table, "", "The weights are those of the last epoch, not of the best.", ""]
+    lines += ["", *table, "", about_weights, ""]
     with atomic_files(DataError) as stage:
         try:
             draw_curves(history, *curve).savefig(stage(folder / "curves.png"), format="png")

@@ -17,6 +17,7 @@ from lamzoo.names import find_card
 
 Precision = Literal["no", "bf16", "fp16"]
 SCHEDULES = ("cosine", "tanh", "poly", "wsd", "rsqrt", "constant")
+Keep = Literal["best", "last"]
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ class RunSection:
         grad_checkpointing: trade time for memory.
         checkpoint_interval: updates between checkpoints inside an epoch; None for one at the end of each epoch alone.
         keep_checkpoints: how many of the latest stay.
+        keep: the epoch whose weights go to ``model/``: ``"best"``, by the watched score on the validation split, with
+            those of the last epoch in ``last/``; or ``"last"``. Where a test split is watched, it is the last.
         eval_interval: epochs between evaluations; the last one is always evaluated.
         tensorboard: write TensorBoard logs beside the CSV.
         report: write ``report/`` at the end: scores by class, confusion matrix, curves and masks.
@@ -82,6 +85,7 @@ class RunSection:
     grad_checkpointing: bool = False
     checkpoint_interval: int | None = None
     keep_checkpoints: int = 2
+    keep: Keep = "best"
     eval_interval: int = 1
     tensorboard: bool = False
     report: bool = True

@@ -13,6 +13,7 @@ from benchmarks.ablation import run as ablation
 from benchmarks.ablation.table import table
 from lamzoo.lam import LamConfig
 from lamzoo.training import Recipe
+from lamzoo.training.reading import read_recipe
 from lamzoo.training.recipe import AnyRecipe
 
 FILE = ablation.HERE / "ablation.toml"
@@ -112,6 +113,22 @@ def test_each_row_and_seed_has_a_digest_of_its_own(tmp_path: Path) -> None:
     runs = ablation.plan(FILE, tmp_path, ROWS, [0, 1], [])
     assert [run.recipe.run.seed for run in runs] == [0] * len(ROWS) + [1] * len(ROWS)
     assert len({run.sha256 for run in runs}) == len(runs)
+
+
+@pytest.mark.parametrize("file", sorted(ablation.HERE.glob("*.toml")), ids=lambda file: file.stem)
+def test_stored_results_are_known_as_done_and_keep_the_last_weights(file: Path) -> None:
+    tables = ablation.read_ablation(file)
+    assert tables["recipe"]["run"]["keep"] == "last"
+    lines = ablation.read_results(ablation.RESULTS / f"{file.stem}.csv")
+    assert lines
+    for line in lines:
+        changes = (*tables["rows"][line["row"]].get("set", ()), f"run.seed={line['seed']}")
+        assert ablation.recipe_digest(tables["recipe"], changes) == line["recipe_sha256"], (line["row"], line["seed"])
+
+
+def test_recipes_keep_the_last_weights() -> None:
+    for file in (ablation.ROOT / "benchmarks" / "recipes").glob("*.toml"):
+        assert read_recipe(file)["run"]["keep"] == "last", file.name
 
 
 def test_a_row_may_have_more_seeds_than_the_others(tmp_path: Path) -> None:

@@ -55,7 +55,9 @@ def test_a_killed_run_goes_on_by_its_folder_alone(run, start: str, tmp_path: Pat
     assert recipe_of(Path("out")) == before
     other = run("train", *options, "--resume", "--seed", 3)
     assert other.code == 2
-    assert "another recipe" in other.err
+    assert "another recipe: run.seed was 0 and is 3" in other.err
+    assert run("train", *options, "--epochs", 2, "--resume").code == 0
+    assert recipe_of(Path("out")) == before | {"schedule": before["schedule"] | {"epochs": 2}}
 
 
 @pytest.mark.parametrize("tune", ["lam", "head"])

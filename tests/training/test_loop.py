@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,92 @@ def test_a_run_goes_through_its_cooldown_epochs(recipe_table: dict[str, Any], tm
     assert "eval_top1" in result.history[1]
 
 
+def held_out(table: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """The recipe with three epochs, watched on images that it holds out of the training images."""
+    table["data"] = {"source": table["data"]["source"], "val_fraction": 0.25}
+    table["schedule"]["epochs"] = 3
+    table["run"] |= changes
+    return table
+
+
+def watch(monkeypatch: pytest.MonkeyPatch, scores: tuple[float, ...]) -> list[dict[str, torch.Tensor]]:
+    """Lets the epochs of a run have these scores; returns the list that gets their weights."""
+    weights: list[dict[str, torch.Tensor]] = []
+    real = ClassificationRun.evaluate
+
+    def evaluate(self: ClassificationRun) -> dict[str, float]:
+        found = real(self)
+        if len(weights) < len(scores):
+            weights.append({name: value.clone() for name, value in self.evaluated_model.state_dict().items()})
+            found["eval_top1"] = scores[len(weights) - 1]
+        return found
+
+    monkeypatch.setattr(ClassificationRun, "evaluate", evaluate)
+    return weights
+
+
+def same(folder: Path, weights: dict[str, torch.Tensor]) -> bool:
+    stored = load_file(folder / "model.safetensors")
+    return all(torch.equal(stored[name], value) for name, value in weights.items())
+
+
+@pytest.mark.parametrize(("scores", "lower"), [((70.0, 70.0, 60.0), False), ((50.0, 40.0, 60.0), True)])
+def test_the_best_weights_by_validation_are_kept_beside_the_last(
+    recipe_table: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    scores: tuple[float, ...], lower: bool,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(ClassificationRun, "lower_is_better", lower)
+    weights = watch(monkeypatch, scores)
+    result = run(held_out(recipe_table, report=True), tmp_path / "out", ema_decay=0.5)
+    assert result.epoch == 2  # of equals the later
+    assert same(result.model, weights[1]) and same(result.output / "last", weights[-1])
+    assert not same(result.model, weights[-1])
+    assert result.report is not None
+    text = result.report.read_text("utf-8")
+    assert f"those of epoch 2 of 3, the best by top1 on validation ({scores[1]:.2f}); the last epoch's" in text
+
+
+def test_a_run_that_was_killed_keeps_its_best(
+    recipe_table: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = watch(monkeypatch, (70.0, 50.0, 60.0))
+    result = train_killed(held_out(recipe_table), tmp_path / "out", 7)
+    assert result.epoch == 1
+    assert same(result.model, weights[0]) and same(result.output / "last", weights[-1])
+
+
+@pytest.mark.parametrize(
+    ("data", "changes", "why"),
+    [
+        ({"eval_split": "test"}, {}, "test was watched, and nothing is chosen on a test split"),
+        ({"val_fraction": 0.25}, {"keep": "last"}, 'run.keep is "last"'),
+    ],
+)
+def test_the_last_weights_are_kept_where_nothing_may_be_chosen(
+    recipe_table: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    data: dict[str, Any], changes: dict[str, Any], why: str,
+) -> None:  # fmt: skip
+    recipe_table["data"] = {"source": recipe_table["data"]["source"], **data}
+    weights = watch(monkeypatch, (70.0, 50.0))
+    result = run(recipe_table, tmp_path / "out", **changes)
+    assert why in result.about
+    assert result.epoch == 2 and same(result.model, weights[1])
+    assert not (result.output / "last").exists()
+
+
+def test_a_resumed_run_may_be_longer(recipe_table: dict[str, Any], tmp_path: Path) -> None:
+    recipe_table["schedule"]["epochs"] = 1
+    first = run(recipe_table, tmp_path / "run")
+    recipe_table["schedule"]["epochs"] = 3
+    longer = train(parse_recipe(recipe_table), resume=True)
+    assert [record["update"] for record in longer.history] == [6, 12, 18]
+    assert curve(longer.history)[:1] == curve(first.history)
+    assert longer.history[1]["lr"] == pytest.approx(1e-2 * (1 + math.cos(math.pi * 11 / 18)) / 2)  # of the new schedule
+    recipe_table["schedule"]["epochs"] = 2
+    with pytest.raises(RecipeError, match=r"schedule\.epochs is 2 and the run in .* has had 3 epochs"):
+        train(parse_recipe(recipe_table), resume=True)
+
+
 PRUNED = {"keep": 0.5, "at": [0]}
 
 
@@ -180,7 +267,7 @@ def test_other_run_in_the_folder_is_refused(recipe_table: dict[str, Any], tmp_pa
     with pytest.raises(RecipeError, match="already holds a run"):
         run(recipe_table, tmp_path / "out")
     recipe_table["run"] |= {"output": str(tmp_path / "out"), "seed": 7}
-    with pytest.raises(RecipeError, match="holds a run of another recipe"):
+    with pytest.raises(RecipeError, match="holds a run of another recipe: run.seed was 0 and is 7; leave it"):
         train(parse_recipe(recipe_table), resume=True)
 
 
