@@ -135,7 +135,7 @@ class TrainingRun(ABC):
         if len(self.history) > recipe.schedule.total_epochs:
             raise RecipeError(
                 f"[schedule] has {recipe.schedule.total_epochs} epochs and the run in {recipe.run.output} has had "
-                f"{len(self.history)}; give as many or more."
+                f"{len(self.history)}; raise schedule.epochs, or choose another folder."
             )
         self.first_epoch = len(self.history)  # one record an epoch, written when it has been evaluated
 

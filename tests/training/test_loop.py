@@ -186,7 +186,7 @@ def test_a_resumed_run_may_be_longer(recipe_table: dict[str, Any], tmp_path: Pat
     assert curve(longer.history)[:1] == curve(first.history)
     assert longer.history[1]["lr"] == pytest.approx(1e-2 * (1 + math.cos(math.pi * 11 / 18)) / 2)  # of the new schedule
     recipe_table["schedule"]["epochs"] = 2
-    with pytest.raises(RecipeError, match=r"schedule\.epochs is 2 and the run in .* has had 3 epochs"):
+    with pytest.raises(RecipeError, match=r"has 2 epochs and the run in .* has had 3; raise schedule\.epochs"):
         train(parse_recipe(recipe_table), resume=True)
 
 
