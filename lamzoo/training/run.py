@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from lamzoo.data.splits import synonyms
 from lamzoo.data.trained import MODEL_FOLDERS
 from lamzoo.errors import DivergedError, RecipeError
+from lamzoo.foreign import OPEN_CLIP_PREFIX, TIMM_PREFIX
 from lamzoo.lam import LamConfig
 from lamzoo.training.build import build_ema, build_scheduler
 from lamzoo.training.checkpoints import Checkpoints
@@ -125,6 +126,11 @@ class TrainingRun(ABC):
         self.history: list[dict[str, float]] = []
         self.lam: LamConfig | None = getattr(model, "lam_config", None)
         self.best: dict[str, float] | None = None  # epoch, from 0, and score of the weights in model/
+        external = recipe.model.name.startswith((TIMM_PREFIX, OPEN_CLIP_PREFIX))
+        if self.lam is None and external and self.accelerator.is_main_process:
+            _logger.warning(
+                "%s has no masks, and none are trained; model.lam=true gives it the default ones", recipe.model.name
+            )
         state = self.checkpoints.load(self.accelerator, self.lam)
         if state is not None:
             self.update, self.loss_sum = state["update"], self._loss_sum(state["loss_sum"])

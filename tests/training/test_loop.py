@@ -344,3 +344,15 @@ def test_a_run_is_not_resumed_with_masks_of_another_kind(recipe_table: dict[str,
     lamzoo.save_pretrained(lamzoo.create_model("lam_vit_micro", lam=lamzoo.LamConfig(op="mul"), **start), folder)
     with pytest.raises(RecipeError, match=r"masks of LamConfig\(.*op='add'.*op='mul'.*choose another folder"):
         train(parse_recipe(recipe_table), resume=True)
+
+
+@pytest.mark.parametrize(("lam", "said"), [(None, True), (True, False)])
+def test_a_model_of_timms_without_masks_is_trained_with_a_word_about_it(
+    recipe_table: dict[str, Any], lam: bool | None, said: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    del recipe_table["model"]["lam"]
+    recipe_table["model"] |= {} if lam is None else {"lam": lam}
+    recipe_table["schedule"]["epochs"] = 1
+    result = train(parse_recipe(recipe_table))
+    assert ("timm/test_vit has no masks, and none are trained; model.lam=true gives" in caplog.text) == said
+    assert (lamzoo.create_model(f"local-dir:{result.model}").lam_config is None) == said
