@@ -53,6 +53,7 @@ __all__ = [
 _logger = logging.getLogger(__name__)
 
 _Source = Literal["local-dir", "hf-hub"]
+_FEATURE_ARGS = ("features_only", "out_indices", "feature_cls")  # of timm, which wraps a model that is built already
 
 
 @dataclass(frozen=True)
@@ -126,14 +127,11 @@ def create_model(
         "drop_path_rate": drop_path_rate, **timm_kwargs,
     }  # fmt: skip
     given = {key: value for key, value in given.items() if value is not None}
-    if given.get("features_only") and (pretrained or checkpoint_path is not None):
-        raise ConfigError(
-            "features_only=True wraps the model, which the whole model's file does not fit; create the whole model "
-            "and call its forward_intermediates."
-        )
     lam = lam if lam is None or isinstance(lam, bool) else LamConfig.of(lam)
     plan = _plan(name, pretrained, cache_dir, allow_pickle)
-    model: Any = _build(plan, lam, given)
+    whole = {key: value for key, value in given.items() if key not in _FEATURE_ARGS}
+    features = given.get("features_only") and (pretrained or checkpoint_path is not None)
+    model: Any = _build(plan, lam, whole if features else given)
     chosen = {*given, *(["lam"] if lam is False else [])}
     how: dict[str, Any] = {
         "given": chosen, "arch": plan.card.backbone.get("timm"), "fresh_lam": lam_weights == "fresh"
@@ -147,7 +145,7 @@ def create_model(
         state_dict = read_state_dict(checkpoint_path, allow_pickle=allow_pickle)
         load_into(model, state_dict, source=str(checkpoint_path), **how)
         model.weights_source = str(checkpoint_path)
-    return model
+    return _features(model, _build(plan, lam, given)) if features else model
 
 
 def obtain(
@@ -192,6 +190,21 @@ def obtain(
     raise WeightsNotFoundError(
         f"None of the weights of {card.name} ({', '.join(tag.name for tag in order)}) can be had here: {errors[0]}"
     ) from errors[0]
+
+
+def _features(whole: Any, features: Any) -> nn.Module:
+    """Moves the weights of a whole model into the part of it that ``features_only=True`` made."""
+    weights = whole.state_dict()
+    found = {key: weights.get(key, weights.get(key.removeprefix("model."))) for key in features.state_dict()}
+    missing = next((key for key, value in found.items() if value is None), None)
+    if missing is not None:
+        raise ConfigError(
+            f"features_only=True renames the weights of {whole.registry_name} ({missing}); create the whole model and "
+            "call its forward_intermediates."
+        )
+    features.load_state_dict(found)
+    features.weights_source = whole.weights_source
+    return features
 
 
 def _resolve(card: ModelCard, tag: TagCard, cache_dir: str | Path | None, allow_pickle: bool) -> WeightsFile:

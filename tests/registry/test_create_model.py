@@ -13,7 +13,12 @@ import torch
 from torch import nn
 
 from lamzoo import names
-from lamzoo.errors import ConfigError, HashMismatchError, StateDictError, WeightsNotFoundError
+from lamzoo.errors import (
+    ConfigError,
+    HashMismatchError,
+    StateDictError,
+    WeightsNotFoundError,
+)
 from lamzoo.lam import LamConfig
 from lamzoo.registry import create_model, get_pretrained_cfg, list_models, register_cards, register_model
 from lamzoo.weights import file_sha256, write_state_dict
@@ -128,9 +133,35 @@ def test_an_unknown_argument_is_named(name: str) -> None:
         create_model("ftp:somewhere")
 
 
-def test_features_with_weights_are_refused_before_anything_is_loaded() -> None:
-    with pytest.raises(ConfigError, match="forward_intermediates"):
-        create_model("timm/test_vit", pretrained=True, features_only=True)
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("lam_vit_tiny_patch8_64.tinyimagenet100", {"out_indices": (1, 5)}),
+        ("lam_single_vit_tiny_patch8_64.tinyimagenet100", {}),
+        ("vit_tiny_patch8_64.tinyimagenet100", {"in_chans": 1, "img_size": 32}),
+    ],
+)
+def test_features_come_with_the_weights_of_the_whole_model(name: str, kwargs: dict[str, Any]) -> None:
+    features = create_model(name, pretrained=True, features_only=True, **kwargs).eval()
+    indices = kwargs.pop("out_indices", 3)
+    whole = create_model(name, pretrained=True, **kwargs).eval()
+    x = torch.rand(1, kwargs.get("in_chans", 3), *[kwargs.get("img_size", 64)] * 2)
+    with torch.no_grad():
+        expected = whole.forward_intermediates(x, indices=indices, norm=False, intermediates_only=True)
+        found = features(x)
+    assert features.weights_source == name
+    assert features.feature_info.channels() == [192] * len(expected)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-5)
+
+
+def test_features_whose_weights_have_other_names_are_refused(tmp_path: Path) -> None:
+    write_state_dict(timm.create_model("resnet10t").state_dict(), tmp_path / "r.safetensors")
+    args: dict[str, Any] = {"features_only": True, "checkpoint_path": tmp_path / "r.safetensors"}
+    assert len(create_model("timm/resnet10t", **args)(torch.rand(1, 3, 64, 64))) == 5
+    write_state_dict(timm.create_model("test_convnext").state_dict(), tmp_path / "r.safetensors")
+    with pytest.raises(ConfigError, match="renames the weights of timm/test_convnext"):
+        create_model("timm/test_convnext", **args)
 
 
 def test_an_explicit_tag_loads_exactly_that(zoo: HubServer, tmp_path: Path) -> None:
