@@ -24,7 +24,7 @@ from lamzoo.cli_find import find
 from lamzoo.cli_options import BatchSize, Checkpoint, Device, Json, Name, load_model
 from lamzoo.cli_search import search
 from lamzoo.cli_train import train
-from lamzoo.errors import LamzooError, UnknownModelError
+from lamzoo.errors import HubUnreachableError, LamzooError, UnknownModelError
 
 app = typer.Typer(help="Transformers with learnable attention masks.", add_completion=False, rich_markup_mode=None)
 app.command()(bench)
@@ -34,8 +34,8 @@ app.command()(compare)
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line and exits.
 
-    The exit code is 0, 2 for what the user can put right (one line on stderr), 130 after Ctrl-C, and 1 for what
-    nobody expected (one line, and with ``--debug`` the traceback).
+    The exit code is 0, 2 for what the user can put right (one line on stderr, three where the hub is out of reach),
+    130 after Ctrl-C, and 1 for what nobody expected (one line, and with ``--debug`` the traceback).
 
     Args:
         args: the arguments; those of the process by default.
@@ -60,7 +60,10 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _report(error: Exception) -> int:
-    """Prints an error as one line and returns the exit code."""
+    """Prints an error, as one line but for that of a hub out of reach, and returns the exit code."""
+    if isinstance(error, HubUnreachableError):
+        out.print_error(error.missing, error.works, error.bring)
+        return 2
     if isinstance(error, LamzooError):
         out.print_error(str(error))
         return 2

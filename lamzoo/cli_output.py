@@ -108,9 +108,10 @@ def print_line(text: str) -> None:
     _stdout().print(Text(text), soft_wrap=True)
 
 
-def print_error(text: str) -> None:
-    """Prints one red line to stderr, unwrapped, whatever line breaks the text has."""
-    _stderr().print(Text(f"lamzoo: {' '.join(text.split())}", style="red"), soft_wrap=True)
+def print_error(*lines: str) -> None:
+    """Prints red lines to stderr, unwrapped, whatever line breaks each text has."""
+    text = "\n".join(" ".join(line.split()) for line in lines)
+    _stderr().print(Text(f"lamzoo: {text}", style="red"), soft_wrap=True)
 
 
 def flush() -> None:

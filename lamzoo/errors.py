@@ -41,6 +41,25 @@ class WeightsNotFoundError(WeightsError, FileNotFoundError):
     """Weights that are neither bundled, cached nor to be downloaded from here."""
 
 
+class HubUnreachableError(WeightsNotFoundError):
+    """A file of the hub that is not in the cache, where the hub was not asked (offline mode) or did not answer.
+
+    The message has three lines, which are its arguments.
+
+    Args:
+        missing: what is not here, and why it doesn't come.
+        works: what works without it.
+        bring: how to bring it to this machine.
+    """
+
+    def __init__(self, missing: str, works: str, bring: str) -> None:
+        super().__init__(missing, works, bring)
+        self.missing, self.works, self.bring = missing, works, bring
+
+    def __str__(self) -> str:
+        return "\n".join((self.missing, self.works, self.bring))
+
+
 class HashMismatchError(WeightsError):
     """A file whose sha256 is not the one its card promises."""
 

@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils.tqdm import tqdm as hub_tqdm
 
-from lamzoo.errors import WeightsError, WeightsNotFoundError
+from lamzoo.errors import HubUnreachableError, WeightsError, WeightsNotFoundError
 
 _Result = TypeVar("_Result")
 
@@ -30,10 +30,6 @@ ANSWER_SECONDS = 8.0
 # The exceptions of whichever HTTP library huggingface_hub is built on (requests, httpx, httpx2).
 _TransportError: type[Exception] = HfHubHTTPError.__bases__[0]
 _MAX_RESTARTS = 2
-
-
-class HubUnreachableError(WeightsNotFoundError):
-    """The hub was not asked (offline mode) or did not answer."""
 
 
 class HubEntryMissingError(WeightsNotFoundError):
@@ -83,11 +79,11 @@ def download(repo: str, filename: str, *, revision: str | None = None, cache_dir
     folder = Path(cache_dir or constants.HF_HUB_CACHE)
     what = f"{repo}/{filename}" + (f" at revision {revision}" if revision else "")
     bring = (
-        f"To bring it here, run `hf download {repo} {filename}{f' --revision {revision}' if revision else ''}` on a "
-        f"machine with network and copy its hub cache folder models--{repo.replace('/', '--')} into {folder}"
+        f"To bring it here: `hf download {repo} {filename}{f' --revision {revision}' if revision else ''}` on a "
+        f"machine with network, then copy its hub cache folder models--{repo.replace('/', '--')} into {folder}"
     )
     if offline():
-        raise HubUnreachableError(f"{what} is not in the cache {folder} and HF_HUB_OFFLINE forbids the hub. {bring}.")
+        raise _unreachable(what, folder, "HF_HUB_OFFLINE forbids the hub", bring)
     endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or None
     url = hf_hub_url(repo, filename, revision=revision, endpoint=endpoint)
     try:
@@ -121,14 +117,10 @@ def download(repo: str, filename: str, *, revision: str | None = None, cache_dir
             f"The download of {what} stopped halfway {_MAX_RESTARTS + 1} times; try again. {bring}."
         ) from error
     except (TimeoutError, ConnectionError) as error:
-        raise HubUnreachableError(
-            f"{what} is not in the cache {folder} and {_host(url)} does not answer. {bring}."
-        ) from error
+        raise _unreachable(what, folder, f"{_host(url)} does not answer", bring) from error
     except _TransportError as error:
         if type(error).__name__ in {"ConnectError", "ConnectTimeout", "ReadTimeout", "ProxyError", "ConnectionError"}:
-            raise HubUnreachableError(
-                f"{what} is not in the cache {folder} and {_host(url)} cannot be reached ({error}). {bring}."
-            ) from error
+            raise _unreachable(what, folder, f"{_host(url)} cannot be reached ({error})", bring) from error
         raise WeightsError(f"The download of {what} broke off ({error}); try again. {bring}.") from error
     except OSError as error:
         if "Consistency check failed" in str(error):
@@ -137,6 +129,11 @@ def download(repo: str, filename: str, *, revision: str | None = None, cache_dir
             f"{what} cannot be stored in the cache {folder} ({error.strerror or error}); free or unlock it, or name "
             "another folder by cache_dir= or HF_HUB_CACHE."
         ) from error
+
+
+def _unreachable(what: str, folder: Path, why: str, bring: str) -> HubUnreachableError:
+    works = "Works without it: what needs no file of the hub: bundled models, local-dir: folders, checkpoint_path=."
+    return HubUnreachableError(f"{what} is not in the cache {folder}, and {why}.", works, f"{bring}.")
 
 
 class _CutOffError(Exception):

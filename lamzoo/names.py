@@ -235,6 +235,17 @@ def list_models(
     return sorted((name for name in names if not _matches(name, exclude)), key=_natural)
 
 
+def bundled_models() -> list[str]:
+    """Lists the ``arch.tag`` names whose weights came with their registration, in its order; they need no network."""
+    _load()
+    return [
+        f"{card.name}.{tag.name}"
+        for card in _cards.values()
+        for tag in card.tags.values()
+        if tag.file is not None and card.weights_dir is not None and (card.weights_dir / tag.file).is_file()
+    ]
+
+
 def list_tags(name: str) -> list[str]:
     """Lists the tags of a model, the default one first.
 

@@ -17,12 +17,20 @@ from lamzoo import hub
 from lamzoo.adapters import add_lam, remove_lam
 from lamzoo.adapters.pruning import prune
 from lamzoo.cards import ModelCard, TagCard
-from lamzoo.errors import ConfigError, HashMismatchError, UnsafeWeightsError, WeightsError, WeightsNotFoundError
+from lamzoo.errors import (
+    ConfigError,
+    HashMismatchError,
+    HubUnreachableError,
+    UnsafeWeightsError,
+    WeightsError,
+    WeightsNotFoundError,
+)
 from lamzoo.foreign import OPEN_CLIP_PREFIX
 from lamzoo.lam import LamConfig, PruneConfig
 from lamzoo.names import (
     ModelInfo,
     builder_of,
+    bundled_models,
     find_card,
     find_tag,
     get_pretrained_cfg,
@@ -160,7 +168,10 @@ def obtain(
     if split_name(name)[1] is not None:
         tag = find_tag(card, name)
         assert tag is not None  # find_tag raises for a tag that isn't there
-        return tag, _resolve(card, tag, cache_dir, allow_pickle)
+        try:
+            return tag, _resolve(card, tag, cache_dir, allow_pickle)
+        except HubUnreachableError as error:
+            raise _unreachable(card, error) from error
     order = sorted(card.tags.values(), key=lambda tag: not tag.on_hub)  # stable: the card's order within each
     if not order:
         raise WeightsNotFoundError(
@@ -177,16 +188,19 @@ def obtain(
             raise  # the file is there and wrong: no reason to take another quietly
         except WeightsError as error:
             errors.append(error)
-            unreachable = unreachable or isinstance(error, hub.HubUnreachableError)
+            unreachable = unreachable or isinstance(error, HubUnreachableError)
             continue
         if tag is order[0]:
             _logger.info("%s: using the weights %s.%s", card.name, card.name, tag.name)
         else:
             _logger.warning(
                 "%s: using the weights %s.%s, because %s.%s cannot be had here: %s",
-                card.name, card.name, tag.name, card.name, order[0].name, errors[0],
+                card.name, card.name, tag.name, card.name, order[0].name, str(errors[0]).partition("\n")[0],
             )  # fmt: skip
         return tag, file
+    for failure in errors:
+        if isinstance(failure, HubUnreachableError):
+            raise _unreachable(card, failure) from failure
     raise WeightsNotFoundError(
         f"None of the weights of {card.name} ({', '.join(tag.name for tag in order)}) can be had here: {errors[0]}"
     ) from errors[0]
@@ -205,6 +219,19 @@ def _features(whole: Any, features: Any) -> nn.Module:
     features.load_state_dict(found)
     features.weights_source = whole.weights_source
     return features
+
+
+def _unreachable(card: ModelCard, error: HubUnreachableError) -> HubUnreachableError:
+    def of_another_kind(name: str) -> bool:
+        return str(find_card(name).builder).partition(":")[0] != str(card.builder).partition(":")[0]
+
+    here = sorted(bundled_models(), key=of_another_kind)[:3]
+    bundled = f", or a bundled model ({', '.join(here)}, ...)" if here else ""
+    works = (
+        f"Works without it: {card.name} with pretrained=False, or with your own file as checkpoint_path= "
+        f"(--checkpoint){bundled}."
+    )
+    return HubUnreachableError(f"{card.name}: {error.missing}", works, error.bring)
 
 
 def _resolve(card: ModelCard, tag: TagCard, cache_dir: str | Path | None, allow_pickle: bool) -> WeightsFile:

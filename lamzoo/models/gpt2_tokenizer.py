@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from lamzoo import hub
-from lamzoo.errors import ConfigError, WeightsNotFoundError
+from lamzoo.errors import ConfigError, HubUnreachableError, WeightsNotFoundError
 from lamzoo.models.tokenizer import pack
 
 _FILE = "tokenizer.json"
@@ -98,8 +98,9 @@ def _find(source: str) -> Path:
     repo, _, revision = source.partition("@")
     try:
         return hub.download(repo, _FILE, revision=revision or None)
-    except WeightsNotFoundError as error:
-        raise WeightsNotFoundError(
-            f"There is no folder {source}, and of the hub: {error} Or name a folder that has a {_FILE} by "
-            "tokenizer_name."
-        ) from error
+    except HubUnreachableError as error:
+        missing = f"There is no folder {source}, and {error.missing}"
+        works = f"Works without it: a folder that has a {_FILE}, named by tokenizer_name=."
+        raise HubUnreachableError(missing, works, error.bring) from error
+    except hub.HubEntryMissingError as error:
+        raise WeightsNotFoundError(f"There is no folder {source} here, and no such repository: {error}") from error

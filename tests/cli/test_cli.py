@@ -249,6 +249,19 @@ def test_what_nobody_expected_is_said_and_not_swallowed(run, monkeypatch: pytest
     assert "Traceback" in run("list", "--debug").err
 
 
+def test_a_hub_out_of_reach_is_three_lines(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    done = run("download", "lam_vit_base")
+    assert done.code == 2
+    starts = (
+        "lamzoo: lam_vit_base: timm/",
+        "Works without it: lam_vit_base with pretrained=False",
+        "To bring it here: ",
+    )
+    for line, start in zip(done.err.splitlines(), starts, strict=True):
+        assert line.startswith(start)
+
+
 def test_the_command_in_its_own_process_reports_bad_input() -> None:
     command = [sys.executable, "-c", "from lamzoo.cli import main; main()", "predict", "lam_vit_micro", "nö.jpg"]
     done = subprocess.run(command, capture_output=True, encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from lamzoo import names
 from lamzoo.errors import (
     ConfigError,
     HashMismatchError,
+    HubUnreachableError,
     StateDictError,
     WeightsNotFoundError,
 )
@@ -162,6 +164,24 @@ def test_features_whose_weights_have_other_names_are_refused(tmp_path: Path) -> 
     write_state_dict(timm.create_model("test_convnext").state_dict(), tmp_path / "r.safetensors")
     with pytest.raises(ConfigError, match="renames the weights of timm/test_convnext"):
         create_model("timm/test_convnext", **args)
+
+
+def test_no_network_is_said_in_three_short_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name in ("lam_vit_base", "lam_vit_base.augreg_in1k", "timm/test_vit"):
+        with pytest.raises(HubUnreachableError) as raised:
+            create_model(name, pretrained=True, cache_dir=tmp_path)
+        missing, works, bring = str(raised.value).split("\n")
+        assert missing.startswith(f"{name.partition('.')[0]}: timm/") and "is not in the cache" in missing
+        assert re.search(r"pretrained=False, .*checkpoint_path= .*bundled model \(lam_vit_micro\.cifar10, ", works)
+        assert re.search(r"hf download timm/.* model\.safetensors.*copy .*models--timm--", bring)
+
+
+def test_the_bundled_models_need_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    models = names.bundled_models()
+    assert {"lam_vit_micro.cifar10", "lam_clip4clip_micro.grid"} <= set(models)
+    assert not [name for name in models if name.startswith("lam_vit_base")]
 
 
 def test_an_explicit_tag_loads_exactly_that(zoo: HubServer, tmp_path: Path) -> None:
