@@ -75,11 +75,10 @@ class CaptionRun(FeatureRun):
 
     def score(self, role: str) -> dict[str, float]:
         accelerator, split = self.accelerator, self.splits[role]
-        with accelerator.autocast():
-            captions = describe_clips(
-                self.evaluated_model, split, self.share(role), context=self.recipe.data.context,
-                batch_size=self.recipe.run.batch_size, device=accelerator.device, workers=self.recipe.data.workers,
-            )  # fmt: skip
+        captions = describe_clips(
+            self.evaluated_model, split, self.share(role), context=self.recipe.data.context,
+            batch_size=self.recipe.run.batch_size, device=accelerator.device, workers=self.recipe.data.workers,
+        )  # fmt: skip
         if accelerator.num_processes > 1:
             captions = dict(gather_object(list(captions.items())))
         return caption_scores(split, captions)

@@ -25,6 +25,7 @@ class FeatureRun(TrainingRun):
     """One run on features; arguments as of :class:`TrainingRun`."""
 
     items: ClassVar[str]  # what the data hold, in messages
+    scoring_precision = "float32"
     curve: tuple[str, str]  # the score that the report draws, its key in the history and its name
     recipe: MomentRecipe | CaptionRecipe
     metrics: Mapping[str, Any] | None = None
@@ -60,7 +61,7 @@ class FeatureRun(TrainingRun):
 
     @abstractmethod
     def score(self, role: str) -> Mapping[str, Any]:
-        """Scores :attr:`evaluated_model` on a split, each process on its own share."""
+        """Scores :attr:`evaluated_model` on a split, each process on its own share, in float32."""
 
     def complete(self, batches: list[Any]) -> list[Any]:
         """Returns this process's batches of an update with what they need of the others; called on every process."""
@@ -120,8 +121,10 @@ class FeatureRun(TrainingRun):
 
     def prepare_model(self, model: nn.Module) -> Any:
         # Not wrapped: a process whose clips all lack a modality has no gradient for its weights, which
-        # DistributedDataParallel would wait for.
-        return self.accelerator.prepare_model(model, evaluation_mode=True)
+        # DistributedDataParallel would wait for. The autocast that Accelerate puts around forward is taken off again,
+        # since losses enters it and scores are float32.
+        model = self.accelerator.prepare_model(model, evaluation_mode=True)
+        return self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
 
     def backward(self, epoch: int, update: int, batches: list[Any]) -> Tensor:
         batches = self.complete(batches)

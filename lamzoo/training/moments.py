@@ -100,11 +100,10 @@ class MomentRun(FeatureRun):
 
     def score(self, role: str) -> dict[str, Any]:
         accelerator = self.accelerator
-        with accelerator.autocast():
-            predictions = submission(
-                self.evaluated_model, self.splits[role], self.share(role), batch_size=self.recipe.run.batch_size,
-                device=accelerator.device, workers=self.recipe.data.workers,
-            )  # fmt: skip
+        predictions = submission(
+            self.evaluated_model, self.splits[role], self.share(role), batch_size=self.recipe.run.batch_size,
+            device=accelerator.device, workers=self.recipe.data.workers,
+        )  # fmt: skip
         if accelerator.num_processes > 1:
             predictions = gather_object(predictions)
         return moment_metrics(predictions, self.truth[role])

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
@@ -101,6 +101,7 @@ class TrainingRun(ABC):
 
     metric: str  # the column of metrics.csv, without "eval_", that is watched
     lower_is_better: bool = False
+    scoring_precision: ClassVar[str | None] = None  # of the scores, where it is not that of the training
 
     def __init__(
         self,
@@ -292,6 +293,7 @@ class TrainingRun(ABC):
             "lr": recipe.optimizer.lr,
             "seed": recipe.run.seed,
             "precision": recipe.run.precision,
+            "scoring_precision": self.scoring_precision or recipe.run.precision,
             "train_seconds": round(self.seconds, 1),
             "wall_seconds": round(self.wall(), 1),
             "device": str(self.accelerator.device),

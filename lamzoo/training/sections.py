@@ -61,7 +61,8 @@ class RunSection:
         batch_size: inputs of one optimiser update, over all processes and accumulation steps together.
         accumulation: forward passes of one update.
         seed: of the initialisation, the order of the inputs, every augmentation, dropout and mixup.
-        precision: autocast, as Accelerate names it.
+        precision: autocast, as Accelerate names it, of training and of the scores of images and videos. Moments and
+            captions are scored in float32, as ``lamzoo eval`` does by default.
         device: ``"auto"`` takes the GPU where there is one.
         ema_decay: of ``timm.utils.ModelEmaV3`` with its warm-up; None for none. With it, the averaged weights are
             those that are evaluated and saved.

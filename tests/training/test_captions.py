@@ -21,6 +21,7 @@ from lamzoo.models.generation import Generation
 from lamzoo.training import TrainResult, load_recipe, parse_recipe, train
 from lamzoo.training.caption_batches import Collate, Samples, caption_losses
 from lamzoo.training.caption_recipe import CaptionWeights
+from lamzoo.training.captions import CaptionRun
 from tests.byte_pairs import write_byte_pairs
 from tests.speech import ALL, write_speech
 from tests.training.processes import train_in_two, train_killed
@@ -141,6 +142,18 @@ def test_it_learns_to_write_what_it_has_not_heard(table: dict[str, Any], tmp_pat
         describe_clips(loaded, create_caption_dataset(f"grid:{dataset.spec[5:-6]}:mouth", "test"))
     with pytest.raises(UnsupportedHostError, match="describes nothing"):
         describe_clips(torch.nn.Linear(2, 2), dataset)
+
+
+def test_a_run_in_bfloat16_is_scored_in_float32(table: dict[str, Any]) -> None:
+    table["run"]["precision"] = "bf16"
+    trained = CaptionRun(parse_recipe(table), False, None, None)
+    dtypes = set()
+    layer = trained.evaluated_model.encoder.layers[0].feed_forward
+    layer.register_forward_hook(lambda _, __, tokens: dtypes.add(tokens.dtype))
+    trained.score("validation")
+    assert dtypes == {torch.float32}
+    trained.backward(0, 0, [next(iter(trained.loader))])
+    assert dtypes == {torch.float32, torch.bfloat16}
 
 
 @pytest.mark.parametrize("reads", ["cross", "prefix"])

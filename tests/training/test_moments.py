@@ -143,6 +143,20 @@ def test_it_learns_to_find_words_it_has_not_heard(table: dict[str, Any], tmp_pat
     assert evaluate_moments(model, dataset, batch_size=5).metrics == result.scores["test"]
 
 
+def test_a_run_in_bfloat16_is_scored_in_float32(table: dict[str, Any]) -> None:
+    table["run"]["precision"] = "bf16"
+    trained = MomentRun(parse_recipe(table), False, None, None)
+    dtypes = set()
+    layers = trained.evaluated_model.encoder[0].feed_forward.layers
+    layers.register_forward_hook(lambda _, __, tokens: dtypes.add(tokens.dtype))
+    trained.score("validation")
+    assert dtypes == {torch.float32}
+    facts = trained.facts(None)
+    assert (facts["precision"], facts["scoring_precision"]) == ("bf16", "float32")
+    trained.backward(0, 0, [next(iter(trained.loader))])
+    assert dtypes == {torch.float32, torch.bfloat16}
+
+
 def test_runs_of_several_precisions_follow_each_other(table: dict[str, Any], tmp_path: Path) -> None:
     for precision in ("no", "bf16", "no"):
         result = run(table, tmp_path / f"{precision}{len(list(tmp_path.iterdir()))}", precision=precision)
