@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lamzoo.adapters.state import check_lam_config
 from lamzoo.errors import StateDictError
 from lamzoo.lam import Lam, LamConfig
+from lamzoo.lam.layer import carried_configs
 from lamzoo.lam.masks import PositionTable, drop_dead_biases
 from lamzoo.lam.tables import resize_table
 
@@ -82,7 +83,9 @@ def load_into(
     if fresh_lam:
         weights = _without_lam(weights, notes)
     elif any(".lam." in key for key in state_dict) and any(isinstance(module, Lam) for module in model.modules()):
-        own = "pass lam={config}" if lam is None else "leave lam= out"
+        carried = next(iter(carried_configs(state_dict).values()), lam)
+        known = lam is not None and carried is not None and not carried.differences(lam)  # by the card or the folder
+        own = "leave lam= out" if known else "pass lam={config}"
         check_lam_config(model, state_dict, source, lam, f"{own}, or {_FRESH}")
     weights = _convert(model, weights, source, given, arch, foreign, notes)
     _adapt_lam(model, weights, source, given, notes)

@@ -15,7 +15,14 @@ import torch
 from torch import nn
 
 from lamzoo import weightfiles
-from lamzoo.errors import ConfigError, HashMismatchError, UnsafeWeightsError, WeightsError, WeightsNotFoundError
+from lamzoo.errors import (
+    ConfigError,
+    HashMismatchError,
+    StateDictError,
+    UnsafeWeightsError,
+    WeightsError,
+    WeightsNotFoundError,
+)
 from lamzoo.lam import LamConfig
 from lamzoo.registry import create_model
 from lamzoo.weights import save_pretrained
@@ -217,6 +224,24 @@ def test_the_hub_gives_the_model_back(
     assert loaded.pretrained_cfg["source"] == "hf-hub"
     server.status = 500
     assert same_output(model, create_model(name, pretrained=True, cache_dir=tmp_path / "cache"))
+
+
+def test_the_hub_gives_no_masks_of_one_kind_to_another(server: HubServer, model: nn.Module, tmp_path: Path) -> None:
+    save_pretrained(model, tmp_path / "m")
+    server.repos["zoo/micro"] = files(tmp_path / "m")
+    args: dict[str, Any] = {"pretrained": True, "cache_dir": tmp_path / "cache", "lam": LamConfig()}
+    with pytest.raises(StateDictError, match=r"op='mul', sign='positive'.*op='add', sign='free'; leave lam= out"):
+        create_model("hf-hub:zoo/micro", **args)
+    assert create_model("hf-hub:zoo/micro", **args, lam_weights="fresh").lam_config == LamConfig()
+
+
+def test_a_configuration_that_is_not_of_its_file_is_refused(model: nn.Module, tmp_path: Path) -> None:
+    save_pretrained(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["lam_config"]["sign"] = "free"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(StateDictError, match=r"sign='positive'.*sign='free'; pass lam=LamConfig"):
+        create_model(f"local-dir:{tmp_path}", pretrained=True)
 
 
 def test_a_repository_with_a_pickle_only_needs_leave(server: HubServer, tmp_path: Path) -> None:
