@@ -119,7 +119,7 @@ def eval_command(
     if class_map is not None:
         dataset = _relabelled(dataset, class_map, model)
     choices = (str(checkpoint), str(limit), str(class_map), str(real_labels), on_bad_input)
-    with out.progress_bar(f"{name} on {data}", hidden=json) as advance:
+    with out.progress_bar(f"{name} on {data}", hidden=json, ends=True) as advance:
 
         def moved(progress: EvalProgress) -> None:
             advance(progress.seen, progress.total, f"top-1 {progress.top1:.2f} %")
@@ -189,7 +189,7 @@ def _eval_retrieval(
     model: Any = load_model(name, checkpoint)
     frames_config(model)
     sampling = adjusted(model.sampling, fps=fps, slicing=slicing)
-    with out.progress_bar(f"{name} on {data}", hidden=hidden) as advance:
+    with out.progress_bar(f"{name} on {data}", hidden=hidden, ends=True) as advance:
         result = evaluate_retrieval(
             model,
             dataset,
@@ -235,7 +235,7 @@ def _eval_moments(
     check_batches(batch_size, workers, precision)
     dataset = _open(create_moment_dataset, data, split)
     model = load_model(name, checkpoint)
-    with out.progress_bar(f"{name} on {data}", hidden=hidden) as advance:
+    with out.progress_bar(f"{name} on {data}", hidden=hidden, ends=True) as advance:
         result = evaluate_moments(
             model, dataset, batch_size=batch_size, device=target, precision=precision, workers=workers,
             progress=advance,
@@ -282,7 +282,7 @@ def _eval_captions(
     from lamzoo.models.generation import Generation
 
     how = Generation(beams=beams or 1)
-    with out.progress_bar(f"{name} on {data}", hidden=hidden) as advance:
+    with out.progress_bar(f"{name} on {data}", hidden=hidden, ends=True) as advance:
         result = evaluate_captions(
             model, dataset, how=how, context=context or 0, batch_size=batch_size, device=target, precision=precision,
             workers=workers, progress=advance,

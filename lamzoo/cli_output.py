@@ -6,18 +6,20 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 _PIPE_WIDTH = 200  # of a table that goes into a file or another program
+_LINE_SECONDS = 15.0  # between two lines of progress, where there is no terminal, at first
+_LINE_SHARE = 0.1  # and later: of the time since the start
 
 
 class Advance(Protocol):
@@ -128,8 +130,17 @@ def printable(path: str | os.PathLike[str]) -> str:
 
 
 @contextmanager
-def progress_bar(title: str, *, hidden: bool = False) -> Iterator[Advance]:
-    """Shows a progress bar on stderr, on a terminal only; yields the function that moves it."""
+def progress_bar(title: str, *, hidden: bool = False, ends: bool = False) -> Iterator[Advance]:
+    """Shows progress on stderr: a bar on a terminal, elsewhere a line from time to time.
+
+    Args:
+        title: before it.
+        hidden: show nothing.
+        ends: where there is no terminal, also write a line when all is done.
+
+    Yields:
+        The function that moves it.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -138,7 +149,10 @@ def progress_bar(title: str, *, hidden: bool = False) -> Iterator[Advance]:
         TimeRemainingColumn(),
     )
     console = _stderr()
-    with Progress(*columns, console=console, disable=hidden or not console.is_terminal, transient=True) as progress:
+    if not console.is_terminal:
+        yield _lines(title, hidden, ends)
+        return
+    with Progress(*columns, console=console, disable=hidden, transient=True) as progress:
         task = progress.add_task(title, total=None, note="")
 
         def advance(done: int, total: int, note: str = "") -> None:
@@ -148,12 +162,41 @@ def progress_bar(title: str, *, hidden: bool = False) -> Iterator[Advance]:
 
 
 def log_to_stderr(verbose: bool) -> None:
-    """Sends the library's log to stderr: warnings, or everything from INFO on."""
+    """Sends the library's log to stderr, a line a record: warnings, or everything from INFO on."""
     logger = logging.getLogger("lamzoo")
-    for handler in [handler for handler in logger.handlers if isinstance(handler, RichHandler)]:
+    for handler in [handler for handler in logger.handlers if isinstance(handler, _LogLines)]:
         logger.removeHandler(handler)
-    logger.addHandler(RichHandler(console=_stderr(), show_time=False, show_path=False, markup=False))
+    logger.addHandler(_LogLines())
     logger.setLevel(logging.INFO if verbose else logging.WARNING)
+
+
+def show_log(name: str) -> None:
+    """Shows a part of the library's log from INFO on, however little is shown of the rest."""
+    logging.getLogger(name).setLevel(logging.INFO)
+
+
+class _LogLines(logging.Handler):
+    """Writes log records to stderr, unwrapped, and above a progress bar that is there."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        style = "yellow" if level else ""
+        _stderr().print(Text(f"{level}{' '.join(record.getMessage().split())}", style=style), soft_wrap=True)
+
+
+def _lines(title: str, hidden: bool, ends: bool) -> Advance:
+    started = last = time.monotonic()
+
+    def advance(done: int, total: int, note: str = "") -> None:
+        nonlocal last
+        now = time.monotonic()
+        due = now - last >= max(_LINE_SECONDS, _LINE_SHARE * (now - started))
+        if hidden or not (due or (ends and done == total)):
+            return
+        last = now
+        _stderr().print(Text(f"{title}: {done:,} of {total:,}{note and f', {note}'}"), soft_wrap=True)
+
+    return advance
 
 
 def _cell(value: Any) -> str:

@@ -111,14 +111,15 @@ def _is_override(argument: str) -> bool:
 def _run(recipe: AnyRecipe, resume: bool, command: str) -> TrainResult:
     from lamzoo.training import Progress, train
 
+    out.show_log("lamzoo.training.run")  # what is trained, and a line an epoch
     with out.progress_bar(recipe.model.name) as advance:
 
         def scanning(split: str, done: int, total: int) -> None:
             advance(done, total, f"looking through {split}")
 
         def moved(progress: Progress) -> None:
-            score = "" if progress.value is None else f", {progress.metric} {progress.value:.2f} %"
-            note = f"epoch {progress.epoch + 1}/{progress.epochs}, loss {progress.loss:.3f}{score}"
+            scores = "".join(f", {name} {value:.4g}" for name, value in progress.scores.items())
+            note = f"epoch {progress.epoch + 1} of {progress.epochs}, training loss {progress.loss:.4g}{scores}"
             advance(progress.update, progress.updates, note)
 
         return train(recipe, resume=resume, progress=moved, scanning=scanning, command=command)

@@ -38,7 +38,7 @@ from lamzoo.training.tuning import Tuning
 class ClassificationRun(TrainingRun):
     """One run of an image classifier; arguments as of :class:`TrainingRun`."""
 
-    metric = "top1"
+    metric, items = "top1", "images"
     recipe: Recipe
     splits: Splits
     score: Score | None = None
@@ -49,6 +49,10 @@ class ClassificationRun(TrainingRun):
     def datasets(self) -> Mapping[str, Any]:
         splits = {"train": self.splits.train, "validation": self.splits.evaluation, "test": self.splits.test}
         return {role: split for role, split in splits.items() if split is not None}
+
+    def held_out(self) -> str:
+        made = self.splits.made
+        return "" if made is None else f" (held out: {made.fraction:g} of each class, by seed {made.seed})"
 
     def class_names(self) -> list[str] | None:
         return self.splits.train.classes

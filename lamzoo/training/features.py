@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,6 @@ from lamzoo.training.score_report import write_score_report
 class FeatureRun(TrainingRun):
     """One run on features; arguments as of :class:`TrainingRun`."""
 
-    items: ClassVar[str]  # what the data hold, in messages
     scoring_precision = "float32"
     curve: tuple[str, str]  # the score that the report draws, its key in the history and its name
     recipe: MomentRecipe | CaptionRecipe

@@ -45,7 +45,7 @@ _MAX_LOGIT_SCALE = 4.6052  # ln(100), CLIP's own limit
 class RetrievalRun(TrainingRun):
     """One run of a retrieval model; arguments as of :class:`TrainingRun`."""
 
-    metric = "t2v_R1"
+    metric, items = "t2v_R1", "videos"
     recipe: RetrievalRecipe
     metrics: Metrics | None = None
 

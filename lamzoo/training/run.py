@@ -49,7 +49,8 @@ class Progress:
         updates: in the whole run.
         loss: mean training loss of the epoch, at most half a second old.
         metric: what is watched, such as ``"top1"``.
-        value: of the last evaluation, percent; None before the first.
+        value: of the last evaluation; None before the first.
+        scores: all that the last evaluation found, by name; empty before the first.
     """
 
     epoch: int
@@ -59,6 +60,7 @@ class Progress:
     loss: float
     metric: str
     value: float | None
+    scores: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,7 @@ class TrainingRun(ABC):
     metric: str  # the column of metrics.csv, without "eval_", that is watched
     lower_is_better: bool = False
     scoring_precision: ClassVar[str | None] = None  # of the scores, where it is not that of the training
+    items: ClassVar[str]  # what the data hold, in messages
 
     def __init__(
         self,
@@ -138,12 +141,12 @@ class TrainingRun(ABC):
             self.seconds, self.history = state["seconds"], state["history"]
             self.wall_seconds = state.get("wall_seconds", state["seconds"])
             self.best = state.get("best")
-            _logger.info("resumed %s after %d updates", recipe.run.output, self.update)
         if len(self.history) > recipe.schedule.total_epochs:
             raise RecipeError(
                 f"[schedule] has {recipe.schedule.total_epochs} epochs and the run in {recipe.run.output} has had "
                 f"{len(self.history)}; raise schedule.epochs, or choose another folder."
             )
+        self._log_plan()
         self.first_epoch = len(self.history)  # one record an epoch, written when it has been evaluated
 
     @abstractmethod
@@ -206,6 +209,10 @@ class TrainingRun(ABC):
     def train_mode(self) -> None:
         """Switches the model to training, as the task trains it."""
         self.model.train()
+
+    def held_out(self) -> str:
+        """Returns how validation data were taken from the training data, in words, if they were."""
+        return ""
 
     def class_names(self) -> list[str] | None:
         """Returns the names that are saved with the model, if it is a classifier."""
@@ -311,6 +318,41 @@ class TrainingRun(ABC):
             self.checkpoints.output, model, self.history, scores, report, len(self.bad), self.kept_epoch, about
         )
 
+    def _log_plan(self) -> None:
+        """Logs what was chosen, by the recipe or for it, before the first update."""
+        if not self.accelerator.is_main_process:
+            return
+        recipe, run = self.recipe, self.recipe.run
+        uses = {"train": f"{self.items} to train on", "validation": "to validate on", "test": "to test on"}
+        counts = ", ".join(f"{len(split):,} {uses[role]}" for role, split in self.datasets().items())
+        _logger.info("%s on %s: %s%s", recipe.model.name, recipe.data.source, counts, self.held_out())
+        parts = f" in {run.accumulation} parts" if run.accumulation > 1 else ""
+        _logger.info(
+            "%d epochs of %d updates, batches of %d%s; %s, learning rate %.3g, %s schedule; seed %d",
+            recipe.schedule.total_epochs, self.updates_per_epoch, run.batch_size, parts, recipe.optimizer.name,
+            recipe.optimizer.lr, recipe.schedule.name, run.seed,
+        )  # fmt: skip
+        parameters = list(self.accelerator.unwrap_model(self.model).parameters())
+        trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+        _logger.info(
+            "%s of %s parameters trained, on %s in %d process(es), precision %s; the run goes to %s",
+            f"{trained:,}", f"{sum(parameter.numel() for parameter in parameters):,}", self.accelerator.device,
+            self.accelerator.num_processes, run.precision, run.output,
+        )  # fmt: skip
+        if self.update:
+            _logger.info("continued after %d updates, %d epochs of them whole", self.update, len(self.history))
+
+    def _log_epoch(self, record: Mapping[str, float], best: bool) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        scores = ", ".join(f"{name} {value:.4g}" for name, value in _scores(record).items())
+        _logger.info(
+            "epoch %d of %d: training loss %.4g%s%s; learning rate %.3g, %.0f s",
+            record["epoch"] + 1, self.recipe.schedule.total_epochs, record["train_loss"],
+            f"; {self.datasets()['validation'].split or 'validation'}: {scores}" if scores else "",
+            " (the best so far)" if best else "", record["lr"], self.wall(),
+        )  # fmt: skip
+
     def _why_last(self) -> str:
         """Says why nothing is chosen; empty where the best weights are."""
         if self.recipe.run.keep == "last":
@@ -326,16 +368,18 @@ class TrainingRun(ABC):
             save_pretrained(self.evaluated_model, folder, label_names=self.class_names())
         self.accelerator.wait_for_everyone()
 
-    def _keep_if_best(self, record: Mapping[str, float]) -> None:
+    def _keep_if_best(self, record: Mapping[str, float]) -> bool:
+        """Writes ``model/`` where an evaluation was the best so far and the best is kept; says whether it was."""
         value = record.get(f"eval_{self.metric}")
         if value is None or not math.isfinite(value) or self._why_last():
-            return
+            return False
         if self.best is not None:
             before = self.best["value"]
             if not (value <= before if self.lower_is_better else value >= before):  # of equals the later
-                return
+                return False
         self._save_model(self.checkpoints.output / MODEL_FOLDERS[0])
         self.best = {"epoch": record["epoch"], "value": value}
+        return True
 
     def _build(self, model: nn.Module) -> None:
         recipe = self.recipe
@@ -383,12 +427,12 @@ class TrainingRun(ABC):
             "train_seconds": round(self.seconds, 1),
         }
         last = epoch + 1 == recipe.schedule.total_epochs
-        evaluates = last or (epoch + 1) % recipe.run.eval_interval == 0
+        evaluates, best = last or (epoch + 1) % recipe.run.eval_interval == 0, False
         if evaluates:
             self._save()  # first, so that an evaluation that fails doesn't cost the epoch
             record |= self.evaluate()
-            self._keep_if_best(record)
-        _logger.info("epoch %d of %d: %s", epoch + 1, recipe.schedule.total_epochs, record)
+            best = self._keep_if_best(record)
+        self._log_epoch(record, best)
         self.history.append(record)
         self.loss_sum = self._loss_sum(0.0)
         if self.accelerator.is_main_process:
@@ -429,8 +473,8 @@ class TrainingRun(ABC):
         if loss is None and (now := time.perf_counter()) - self.fetched[0] > _FETCH_LOSS:
             loss = float(self.loss_sum) / max(1, self.update - epoch * self.updates_per_epoch)
             self.fetched = now, loss
-        epochs, column = self.recipe.schedule.total_epochs, f"eval_{self.metric}"
-        evaluated = [record[column] for record in self.history if column in record]
+        epochs = self.recipe.schedule.total_epochs
+        scores = next((found for record in reversed(self.history) if (found := _scores(record))), {})
         self.progress(
             Progress(
                 epoch=epoch,
@@ -439,9 +483,14 @@ class TrainingRun(ABC):
                 updates=epochs * self.updates_per_epoch,
                 loss=self.fetched[1] if loss is None else loss,
                 metric=self.metric,
-                value=evaluated[-1] if evaluated else None,
+                value=scores.get(self.metric),
+                scores=scores,
             )
         )
+
+
+def _scores(record: Mapping[str, float]) -> dict[str, float]:
+    return {key.removeprefix("eval_"): value for key, value in record.items() if key.startswith("eval_")}
 
 
 def _grouped(loader: Any, size: int) -> Iterator[list[Any]]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-from lamzoo import cli
+from lamzoo import cli, cli_output
 
 
 class Run(NamedTuple):
@@ -37,6 +38,7 @@ def _own_place(
     """``tmp_path`` to work in, an empty cache elsewhere, and the log's handlers as they were."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli_output, "_LINE_SECONDS", math.inf)  # a slow machine adds no lines
     logger = logging.getLogger("lamzoo")
     handlers, level = list(logger.handlers), logger.level
     yield

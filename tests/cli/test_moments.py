@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ def test_a_model_and_its_submission_score_alike(run, data: Path, model: str) -> 
     done = run("eval", model, *options, "--submission", "val.jsonl", "--output", "scores.json")
     assert done.code == 0, done.err
     assert all(name in done.out for name in ("8 queries", "R1@0.7", "VeryGood-Hit1"))
+    assert done.err == f"{model} on qvhighlights:{data}: 8 of 8\n"
     written = json.loads(Path("scores.json").read_text())
     lines = [json.loads(line) for line in Path("val.jsonl").read_text().splitlines()]
     assert written["queries"] == len(lines) == 8
@@ -82,8 +84,10 @@ def test_a_recipe_trains_and_prints_the_scores(run, data: Path, tmp_path: Path) 
     Path("recipe.json").write_text(json.dumps(table))
     done = run("train", "recipe.json", "schedule.epochs=1", "run.report=true")
     assert done.code == 0, done.err
+    assert ": 24 queries to train on, 8 to validate on, 8 to test on\n" in done.err
+    assert re.search(r"^epoch 1 of 1: training loss .*; val: R1@0.5 .*, R1@0.7 .*, mAP ", done.err, re.MULTILINE)
     assert "R1@0.7" in done.out
     assert "MR-full-mAP" in (tmp_path / "out" / "report" / "report.md").read_text()
-    assert (
-        run("eval", f"local-dir:{tmp_path}/out/model", "--task", "moments", "--data", table["data"]["source"]).code == 0
-    )
+    done = run("eval", f"local-dir:{tmp_path}/out", "--split", "val")  # task and data are the run's
+    assert done.code == 0, done.err
+    assert "R1@0.7" in done.out

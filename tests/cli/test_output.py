@@ -1,0 +1,48 @@
+"""What is seen while a command works: lines in a pipe, a bar on a terminal, and a log of one line a record."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from lamzoo import cli_output as out
+
+
+def test_without_a_terminal_progress_is_a_line_from_time_to_time(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(out.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(out, "_LINE_SECONDS", 15.0)
+    with out.progress_bar("a model", ends=True) as advance:
+        for done in range(1, 1001):
+            now[0] += 1.0
+            advance(done, 1000, "top-1 5 %")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "a model: 15 of 1,000, top-1 5 %"
+    assert lines[-1] == "a model: 1,000 of 1,000, top-1 5 %"
+    assert 20 < len(lines) < 40  # rarer the longer it takes
+
+
+def test_hidden_progress_writes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with out.progress_bar("a model", hidden=True, ends=True) as advance:
+        advance(3, 3)
+    assert capsys.readouterr().err == ""
+
+
+def test_on_a_terminal_progress_is_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    with out.progress_bar("a model", ends=True) as advance:
+        advance(1, 2, "half")
+    shown = capsys.readouterr().err
+    assert "\x1b[" in shown and "1/2" in shown and "half" in shown
+    assert "1 of 2" not in shown
+
+
+@pytest.mark.parametrize(("level", "prefix"), [(logging.INFO, ""), (logging.WARNING, "warning: ")])
+def test_a_log_record_is_one_line_however_long(capsys: pytest.CaptureFixture[str], level: int, prefix: str) -> None:
+    out.log_to_stderr(verbose=True)
+    text = "loaded " + ", ".join(f"blocks.{number}.attn [dropped]" for number in range(20))
+    logging.getLogger("lamzoo.weights").log(level, "%s", text)
+    assert capsys.readouterr().err == f"{prefix}{text}\n"
