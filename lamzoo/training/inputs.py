@@ -56,9 +56,9 @@ def open_splits(data: DataSection) -> Splits:
     evaluation = None
     try:
         evaluation = create_dataset(data.source, data.eval_split)
-    except MissingSplitError:
+    except MissingSplitError as error:
         if data.val_fraction is None:
-            raise
+            raise (_same_images(data, train) if train.split is None else error) from None
     if evaluation is not None and evaluation.split == train.split:
         if data.val_fraction is None:
             raise _same_images(data, train)

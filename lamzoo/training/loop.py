@@ -30,7 +30,8 @@ def train(
 
     Args:
         recipe: what to do; see :func:`lamzoo.training.load_recipe` and :func:`lamzoo.training.complete_recipe`.
-        resume: go on from the latest checkpoint in ``recipe.run.output``, if there is one.
+        resume: continue from the latest checkpoint in ``recipe.run.output``, if there is one; the recipe may have more
+            epochs than the run has had.
         progress: called on the main process after every update.
         scanning: called on the main process while inputs are searched for bad ones: split, inputs read, inputs.
         command: what was typed, for the report.

@@ -54,7 +54,7 @@ def test_without_a_fraction_a_missing_split_is_an_error(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "data", splits=("train", "test"))
     with pytest.raises(MissingSplitError, match="no split 'validation'"):
         open_splits(DataSection(str(folder)))
-    with pytest.raises(MissingSplitError, match="no split 'validation', since it has no splits"):
+    with pytest.raises(RecipeError, match="trained and scored on the same images .* or set data.val_fraction"):
         open_splits(DataSection(str(write_folder(tmp_path / "flat", splits=()))))
 
 
