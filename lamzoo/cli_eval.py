@@ -122,7 +122,8 @@ def eval_command(
     with out.progress_bar(f"{name} on {data}", hidden=json, ends=True) as advance:
 
         def moved(progress: EvalProgress) -> None:
-            advance(progress.seen, progress.total, f"top-1 {progress.top1:.2f} %")
+            top5 = "" if progress.top5 is None else f", top-5 {progress.top5:.2f} %"
+            advance(progress.seen, progress.total, f"top-1 {progress.top1:.2f} %{top5}")
 
         result = evaluate(
             model,

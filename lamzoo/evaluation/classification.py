@@ -28,11 +28,12 @@ from lamzoo.evaluation.tally import BAD_LABEL, EvalResult, Tally
 
 @dataclass(frozen=True)
 class EvalProgress:
-    """Where an evaluation stands; ``top1`` is the percentage of the ``seen`` images that could be read."""
+    """Progress of an evaluation: percentages of the ``seen`` images that could be read; no top-5 below five classes."""
 
     seen: int
     total: int
     top1: float
+    top5: float | None = None
 
 
 def evaluate(
@@ -112,7 +113,7 @@ def evaluate(
             if file is not None and number % save_every == 0:
                 file.save(done)
             if progress is not None:
-                progress(EvalProgress(done.seen, len(indices), done.top1))
+                progress(EvalProgress(done.seen, len(indices), done.top1, tally.top5(done)))
     if file is not None:
         file.remove()
     return tally.result(done)

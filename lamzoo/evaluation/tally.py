@@ -101,6 +101,10 @@ class Tally:
             seconds=seconds,
         )
 
+    def top5(self, done: Partial) -> float | None:
+        """Returns the percentage right among the first five guesses so far; None below five classes."""
+        return 100 * done.correct5 / done.scored if self._num_classes >= 5 and done.scored else None
+
     def result(self, done: Partial) -> EvalResult:
         """Returns the score of all that was counted.
 
@@ -109,18 +113,17 @@ class Tally:
         """
         if not done.scored:
             raise DataError(f"none of the {done.seen} images of {self._dataset.spec} can be read; give others")
-        top5 = self._num_classes >= 5
         real_seen = done.real_seen
         return EvalResult(
             top1=done.top1,
-            top5=100 * done.correct5 / done.scored if top5 else None,
+            top5=self.top5(done),
             samples=done.scored,
             seconds=done.seconds,
             images_per_s=done.scored / done.seconds,
             skipped=len(done.bad),
             bad_images=tuple(map(self._bad_image, done.bad)),
             real_top1=100 * done.real_correct1 / real_seen if real_seen else None,
-            real_top5=100 * done.real_correct5 / real_seen if real_seen and top5 else None,
+            real_top5=100 * done.real_correct5 / real_seen if real_seen and self._num_classes >= 5 else None,
             real_samples=None if self._real is None else real_seen,
         )
 

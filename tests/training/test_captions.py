@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,22 @@ def test_two_processes_give_the_curve_of_one(table: dict[str, Any], tmp_path: Pa
     table["run"]["accumulation"] = 2
     rows = train_in_two(table, tmp_path / "two")
     torch.testing.assert_close(curve(rows), curve(alone.history), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("spoken", "metric"), [(True, "WER"), (False, "CIDEr")])
+def test_the_best_is_chosen_by_the_words_that_are_said_or_by_what_people_wrote(
+    table: dict[str, Any], speech: Path, tmp_path: Path, spoken: bool, metric: str
+) -> None:
+    if not spoken:
+        folder = Path(shutil.copytree(speech, tmp_path / "silent"))
+        lines = [json.loads(line) | {"words": []} for line in (folder / "captions.jsonl").read_text().splitlines()]
+        (folder / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        table |= {"data": {"source": f"grid:{folder}:audio"}, "augment": {}}
+    result = run(table, tmp_path / "chosen")
+    scores = [record[f"eval_{metric}"] for record in result.history]
+    best = (min if spoken else max)(scores)
+    assert scores[result.epoch - 1] == best
+    assert f"the best by {metric} on val ({best:.2f})" in result.about
 
 
 @pytest.mark.slow
