@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -17,6 +17,7 @@ from lamzoo import hub
 from lamzoo.adapters import add_lam, remove_lam
 from lamzoo.adapters.pruning import prune
 from lamzoo.cards import ModelCard, TagCard
+from lamzoo.data.images import of_channels
 from lamzoo.errors import (
     ConfigError,
     HashMismatchError,
@@ -108,7 +109,7 @@ def create_model(
         lam_weights: ``"fresh"`` leaves the masks of all weights out, which is needed where ``lam`` describes other
             masks than those that were trained.
         num_classes: width of the head, which stays fresh where the weights have another; 0 for none.
-        in_chans: input channels, to which the weights of the first convolution are adapted.
+        in_chans: input channels, to which the weights of the first convolution and the preprocessing are adapted.
         img_size: input size, to which position embeddings and mask tables are resized.
         global_pool: how tokens become one vector.
         drop_path_rate: stochastic depth.
@@ -321,11 +322,22 @@ def _defaults(cfg: PretrainedCfg) -> dict[str, Any]:
     return defaults
 
 
+def _of_channels(cfg: PretrainedCfg, channels: int) -> PretrainedCfg:
+    """Fits timm's record of the preprocessing to the input channels that a model was built with."""
+    fitted: dict[str, Any] = {
+        key: (channels, *size[1:])
+        for key in ("input_size", "test_input_size", "min_input_size")
+        if (size := getattr(cfg, key)) is not None
+    }
+    fitted |= {key: of_channels(getattr(cfg, key), channels) for key in ("mean", "std")}
+    return replace(cfg, **fitted)
+
+
 _CFG_KEY = {"in_chans": "input_size", "num_classes": "num_classes", "img_size": "input_size"}
 
 
 def _label(model: Any, plan: _Plan, cfg: PretrainedCfg, arguments: Mapping[str, Any]) -> None:
-    model.pretrained_cfg = cfg.to_dict()
+    model.pretrained_cfg = _of_channels(cfg, arguments.get("in_chans", cfg.input_size[0])).to_dict()
     model.default_cfg = model.pretrained_cfg
     model.pretrained_model_args = dict(plan.args)
     model.registry_name = plan.card.name

@@ -87,6 +87,7 @@ def relabel(dataset: LabelledImages, names: Sequence[str], where: str = "the cla
         )
     source = _RelabelledSource(dataset.source, list(names), [numbers[nfc(name)] for name in classes])
     mapped = LabelledImages(source, dataset.spec)
+    mapped.mode = dataset.mode
     mapped.transform, mapped.target_transform = dataset.transform, dataset.target_transform
     return mapped
 

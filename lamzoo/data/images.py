@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from statistics import fmean
+from typing import BinaryIO, Literal
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -33,26 +34,37 @@ _TURNS: dict[object, Image.Transpose] = {  # by the EXIF orientation
 _METADATA = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
 
 
-def decode_image(file: BinaryIO | Image.Image, name: str) -> Image.Image:
-    """Decodes a whole image to RGB, upright.
+Mode = Literal["L", "RGB", "RGBA"]
+#: Pillow's modes by the number of a model's input channels.
+MODES: dict[int, Mode] = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
+def of_channels(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """Fits a mean or standard deviation to other channels as timm does: all get the average of what there is."""
+    return tuple(values) if len(values) == channels else (fmean(values),) * channels
+
+
+def decode_image(file: BinaryIO | Image.Image, name: str, mode: Mode = "RGB") -> Image.Image:
+    """Decodes a whole image to RGB, or another mode, upright.
 
     It is turned as its EXIF orientation says, or left as it is where the EXIF data are damaged. Grey, palette and CMYK
-    images are converted, an alpha channel is dropped, and 16-bit grey is scaled to 8 bits, which Pillow by itself would
-    clip; of an animation the first frame counts.
+    images are converted, an alpha channel is dropped (``"RGBA"`` keeps it, or adds an opaque one), and 16-bit grey is
+    scaled to 8 bits, which Pillow by itself would clip; of an animation the first frame counts.
 
     Args:
         file: the open file, or an image that Pillow has opened.
         name: what to call it in an error.
+        mode: of the result; ``"L"`` is grey.
 
     Returns:
-        An RGB image that no longer needs the file, and has no EXIF or XMP data.
+        An image that no longer needs the file, and has no EXIF or XMP data.
 
     Raises:
         DataError: the bytes are no image that Pillow knows, it ends too early, has more pixels than Pillow's limit
             against decompression bombs, is over a thousand times as long as wide, or its pixels have no known range.
     """
     try:
-        image = _to_rgb(file if isinstance(file, Image.Image) else Image.open(file))
+        image = _convert(file if isinstance(file, Image.Image) else Image.open(file), mode)
     except BROKEN_IMAGE as error:
         raise DataError(f"cannot read the image {name}: {_reason(error)}; replace or remove it") from error
     for key in _METADATA:  # the orientation in it no longer holds
@@ -60,20 +72,18 @@ def decode_image(file: BinaryIO | Image.Image, name: str) -> Image.Image:
     return image
 
 
-def open_image(image: str | Path | Image.Image) -> Image.Image:
-    """Reads an image as :func:`decode_image` does: to RGB, upright.
+def open_image(image: str | Path | Image.Image, mode: Mode = "RGB") -> Image.Image:
+    """Reads an image as :func:`decode_image` does: to RGB, or another mode, upright.
 
     Args:
         image: a file, or an image that Pillow has opened.
-
-    Returns:
-        An RGB image.
+        mode: of the result.
 
     Raises:
         DataError: there is no such file, it may not be read, or it is not a whole image.
     """
     if isinstance(image, Image.Image):
-        return decode_image(image, getattr(image, "filename", "") or "from memory")
+        return decode_image(image, getattr(image, "filename", "") or "from memory", mode)
     path = Path(image)
     if not path.exists():
         raise DataError(f"no such image: {path}")
@@ -81,7 +91,7 @@ def open_image(image: str | Path | Image.Image) -> Image.Image:
         raise DataError(f"{path} is a folder, not an image")
     try:
         with path.open("rb") as file:
-            return decode_image(file, str(path))
+            return decode_image(file, str(path), mode)
     except OSError as error:
         raise DataError(f"cannot read the image {path}: {_reason(error)}; replace or remove it") from error
 
@@ -107,12 +117,12 @@ def images_below(folder: Path) -> list[Path]:
     return files_below(folder, IMAGE_EXTENSIONS)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _convert(image: Image.Image, mode: Mode) -> Image.Image:
     if max(image.size) > _THINNEST * min(image.size):
         raise ValueError(f"it is {image.width} x {image.height} pixels, too thin to be resized")
     image = _upright(image)
     if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
-        return image.convert("RGBA").convert("RGB")  # the direct way is the same, with a warning
+        return image.convert("RGBA").convert(mode)  # the direct way is the same, with a warning
     if image.mode == "F":
         raise ValueError("its pixels are floats of unknown range, store them as 8 or 16 bits")
     if image.mode == "I" or image.mode.startswith("I;16"):
@@ -120,7 +130,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         if values.min() < 0 or values.max() > 0xFFFF:
             raise ValueError("its pixels have 32 bits and unknown range, store them as 8 or 16 bits")
         image = Image.fromarray((values >> 8).astype(np.uint8))  # the high byte, as Pillow takes of 16-bit colours
-    return image.convert("RGB")
+    return image.convert(mode)
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 from PIL import Image
 from torch.utils.data import Dataset
 
-from lamzoo.data.images import decode_image
+from lamzoo.data.images import Mode, decode_image
 from lamzoo.errors import DataError
 
 
@@ -50,12 +50,13 @@ class ImageSource(ABC):
 
 
 class LabelledImages(Dataset):
-    """A map-style data set of ``(RGB PIL image, int label)``; images are upright.
+    """A map-style data set of ``(PIL image, int label)``; images are upright, and RGB by default.
 
     Unlike timm's ``ImageDataset``, which puts the next image in a broken one's place, it raises: a score over other
     images than the test set's is no score.
 
     Attributes:
+        mode: Pillow's mode of the images; set it to ``"L"`` or ``"RGBA"`` for models of 1 or 4 channels.
         transform: applied to the image; set it as with any timm or torchvision data set.
         target_transform: applied to the label.
         classes: the class names in label order, or ``None``.
@@ -77,6 +78,7 @@ class LabelledImages(Dataset):
         self.spec = spec
         self.classes = source.classes
         self.split = source.split
+        self.mode: Mode = "RGB"
         self.transform: Callable[[Image.Image], Any] | None = None
         self.target_transform: Callable[[int], Any] | None = None
 
@@ -94,17 +96,17 @@ class LabelledImages(Dataset):
         return image, label
 
     def decode(self, index: int) -> tuple[Image.Image, int]:
-        """Returns an RGB image, upright, and its label, before any transform.
+        """Returns an image in the data set's mode, upright, and its label, before any transform.
 
         Raises:
             DataError: the image is broken, or the label is outside the classes.
         """
         file, given = self.source.read(index)
         if isinstance(file, Image.Image):
-            image = decode_image(file, self.filename(index))
+            image = decode_image(file, self.filename(index), self.mode)
         else:
             with file:
-                image = decode_image(file, self.filename(index))
+                image = decode_image(file, self.filename(index), self.mode)
         return image, self._label(given, index)
 
     def labels(self) -> list[int]:

@@ -42,7 +42,7 @@ class SelectedSource(ImageSource):
 
 
 def select(dataset: LabelledImages, indices: Iterable[int], *, split: str | None = None) -> LabelledImages:
-    """Returns a data set of some images of another, with its classes, specification, file names and transforms.
+    """Returns a data set of some images of another, with its classes, specification, file names, mode and transforms.
 
     Args:
         dataset: left as it is.
@@ -57,6 +57,7 @@ def select(dataset: LabelledImages, indices: Iterable[int], *, split: str | None
         if not 0 <= index < len(dataset):
             raise DataError(f"{dataset.spec} has no image {index}; it has {len(dataset)}")
     part = LabelledImages(SelectedSource(dataset.source, chosen, split), dataset.spec)
+    part.mode = dataset.mode
     part.transform, part.target_transform = dataset.transform, dataset.target_transform
     return part
 

@@ -18,12 +18,14 @@ from torch.utils.data import Dataset
 
 from lamzoo.adapters.wrappers import unwrap
 from lamzoo.data import LabelledImages, OnBadInput, plain_worker_errors
+from lamzoo.data.images import Mode
 from lamzoo.data.paths import nfc
 from lamzoo.errors import ConfigError, DataError
 from lamzoo.evaluation.partial import Partial, StateFile, weights_sha256
 from lamzoo.evaluation.real import RealLabels
 from lamzoo.evaluation.runtime import Precision, check_batches, class_count, data_config, inference, resolve_device
 from lamzoo.evaluation.tally import BAD_LABEL, EvalResult, Tally
+from lamzoo.profiling.inputs import image_mode
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def evaluate(
         ConfigError: a device, precision, batch size, limit or number of workers that is not possible.
         DataError: the classes of data and model do not fit, an image is broken (or all are), ``state`` is of another
             run, or the ReaL labels are not of these images.
-        UnsupportedHostError: the model is no classifier of RGB images.
+        UnsupportedHostError: the model is no classifier of images that Pillow has a mode for.
     """
     check_batches(batch_size, workers, precision)
     if limit is not None and limit < 1:
@@ -101,7 +103,7 @@ def evaluate(
         key = _key(model, dataset, config, len(indices), batch_size, device, precision) | choices
         file = StateFile(state, key)
         done = file.load() if resume else done
-    chosen = _Chosen(dataset, indices[done.seen :], skip=on_bad_input == "skip")
+    chosen = _Chosen(dataset, indices[done.seen :], image_mode(config), skip=on_bad_input == "skip")
     loader = _loader(chosen, config, batch_size, workers, device)
     model.to(device)
     start = time.perf_counter() - done.seconds
@@ -120,13 +122,14 @@ def evaluate(
 
 
 class _Chosen(Dataset):
-    """Some images of a data set, under a transform of their own, which timm's loader sets.
+    """Some images of a data set, in a mode and under a transform of their own, which timm's loader sets.
 
     With ``skip``, an unreadable image is a black one with :data:`BAD_LABEL`: batches keep their place and shape.
     """
 
-    def __init__(self, dataset: LabelledImages, indices: Sequence[int], *, skip: bool) -> None:
+    def __init__(self, dataset: LabelledImages, indices: Sequence[int], mode: Mode, *, skip: bool) -> None:
         self._dataset = copy.copy(dataset)
+        self._dataset.mode = mode
         self._indices = indices
         self._skip = skip
 
@@ -139,7 +142,7 @@ class _Chosen(Dataset):
         except DataError:
             if not self._skip or self.transform is None:
                 raise
-        return self.transform(Image.new("RGB", (64, 64))), BAD_LABEL
+        return self.transform(Image.new(self._dataset.mode, (64, 64))), BAD_LABEL
 
     @property
     def transform(self) -> Callable[..., Any] | None:

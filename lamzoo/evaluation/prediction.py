@@ -17,6 +17,7 @@ from lamzoo.adapters.wrappers import unwrap
 from lamzoo.data import open_image
 from lamzoo.errors import ConfigError, DataError
 from lamzoo.evaluation.runtime import Precision, check_batches, class_count, data_config, inference, resolve_device
+from lamzoo.profiling.inputs import image_mode
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def predict(
     Raises:
         ConfigError: a device, precision, batch size or ``topk`` that is not possible.
         DataError: an image cannot be read.
-        UnsupportedHostError: the model is no classifier of RGB images.
+        UnsupportedHostError: the model is no classifier of images that Pillow has a mode for.
     """
     check_batches(batch_size, precision=precision)
     if topk < 1:
@@ -78,11 +79,11 @@ def predict(
 
 
 def preprocess(model: nn.Module, images: Iterable[Image.Image | str | Path]) -> Tensor:
-    """Turns images into a model's input, ``(B, 3, H, W)`` float32, as its ``pretrained_cfg`` says.
+    """Turns images into a model's input, ``(B, C, H, W)`` float32, as its ``pretrained_cfg`` says.
 
     Raises:
         DataError: an image cannot be read.
-        UnsupportedHostError: the model is no classifier of RGB images.
+        UnsupportedHostError: the model is no classifier of images that Pillow has a mode for.
     """
     return torch.stack(list(map(_transform(model), images)))
 
@@ -116,5 +117,6 @@ def label_names(model: nn.Module) -> list[str]:
 
 
 def _transform(model: nn.Module) -> Callable[[Image.Image | str | Path], Tensor]:
-    transform: Any = timm.data.create_transform(**data_config(model), is_training=False)
-    return lambda image: transform(open_image(image))
+    config = data_config(model)
+    transform: Any = timm.data.create_transform(**config, is_training=False)
+    return lambda image: transform(open_image(image, image_mode(config)))

@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
-import timm.data
 import torch
 from torch import nn
 
 from lamzoo.adapters.wrappers import unwrap
 from lamzoo.errors import ConfigError, UnsupportedHostError
-from lamzoo.profiling.inputs import evaluating, image_size
+from lamzoo.profiling.inputs import evaluating, image_config
 
 Precision = Literal["float32", "bfloat16", "float16"]
 
@@ -52,14 +51,12 @@ def data_config(model: nn.Module) -> dict[str, Any]:
     """Returns timm's preprocessing for a model, at the input size that the model was built with.
 
     Raises:
-        UnsupportedHostError: the model takes other images than RGB, or classifies nothing.
+        UnsupportedHostError: the model takes images that Pillow has no mode for, or classifies nothing.
     """
     model = unwrap(model)
-    channels, height, width = image_size(model)
-    if channels != 3:
-        raise UnsupportedHostError(f"{type(model).__name__} takes {channels} channels, and images here have 3 (RGB)")
+    config = image_config(model)
     class_count(model)
-    return timm.data.resolve_model_data_config(model, {"input_size": (3, height, width)})
+    return config
 
 
 def class_count(model: nn.Module) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import lamzoo
 from lamzoo.adapters.wrappers import is_sharded, unwrap
+from lamzoo.data.images import of_channels
 from lamzoo.errors import ConfigError, ExportError
 from lamzoo.export.exported import FORMATS, ExportedModel, Format, load_exported
 from lamzoo.export.program import trace, write_program
@@ -67,7 +68,7 @@ def export_model(
             exported as in evaluation.
         path: ``*.onnx``, or ``*.pt2`` for torch.
         format: by default what the path's suffix says.
-        images: ``(B, 3, H, W)``, float32, preprocessed, to check the program on; random ones by default.
+        images: ``(B, C, H, W)``, float32, preprocessed, to check the program on; random ones by default.
         int8: quantise the weights of the linear layers of an ONNX file, and their inputs while it runs (dynamic
             quantisation by onnxruntime). How far that is from the model is reported and not limited.
         tolerance: largest absolute difference of a logit.
@@ -185,6 +186,7 @@ def _facts(model: nn.Module) -> str:
     masks, pruning = getattr(model, "lam_config", None), getattr(model, "prune_config", None)
     facts = {key: cfg[key] for key in kept if cfg.get(key) is not None}
     facts["input_size"] = tuple(default_input(model).shape[1:])  # type: ignore[union-attr]
+    facts |= {key: of_channels(facts[key], facts["input_size"][0]) for key in ("mean", "std") if key in facts}
     facts["num_classes"] = getattr(model, "num_classes", 0)
     return json.dumps(
         {

@@ -38,7 +38,7 @@ class ExportedModel(nn.Module):
         self.num_classes: int = self.pretrained_cfg["num_classes"]
 
     def forward(self, images: Tensor) -> Tensor:
-        """Computes ``(B, num_classes)`` logits of ``(B, 3, H, W)`` float32 images."""
+        """Computes ``(B, num_classes)`` logits of ``(B, C, H, W)`` float32 images."""
         return self._run[0](images.cpu()).to(images.device)
 
 

@@ -25,7 +25,7 @@ def trace(model: nn.Module, images: Tensor) -> ExportedProgram:
 
     Args:
         model: in evaluation mode.
-        images: ``(B, 3, H, W)``, an example.
+        images: ``(B, C, H, W)``, an example.
 
     Raises:
         ExportError: torch.export can't follow the model.

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
+import timm.data
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lamzoo.errors import ConfigError
+from lamzoo.data.images import MODES, Mode, of_channels
+from lamzoo.errors import ConfigError, UnsupportedHostError
 
 #: What a model is called with: one tensor, or its positional arguments: tensors, or structures of them.
 Inputs: TypeAlias = Tensor | Sequence[Any]
@@ -36,6 +38,28 @@ def image_size(model: nn.Module) -> tuple[int, int, int]:
     first = next(convolutions, None)
     channels = known[0] if first is None and known else 3 if first is None else first.in_channels
     return int(channels), int(size[0]), int(size[1])
+
+
+def image_config(model: nn.Module) -> dict[str, Any]:
+    """Returns timm's preprocessing for a model, at the size and with the channels that the model was built with.
+
+    Raises:
+        UnsupportedHostError: Pillow has no such channels.
+        ConfigError: as of :func:`image_size`.
+    """
+    channels, height, width = image_size(model)
+    if channels not in MODES:
+        raise UnsupportedHostError(
+            f"{type(model).__name__} takes images of {channels} channels, and images here have 1 (grey), 3 (RGB) or 4 "
+            "(RGBA); create it with such an in_chans."
+        )
+    config = timm.data.resolve_model_data_config(model, {"input_size": (channels, height, width)})
+    return config | {key: of_channels(config[key], channels) for key in ("mean", "std")}
+
+
+def image_mode(config: Mapping[str, Any]) -> Mode:
+    """Returns Pillow's mode of the images that :func:`image_config` preprocesses."""
+    return MODES[config["input_size"][0]]
 
 
 def default_input(model: nn.Module, batch_size: int = 1) -> Inputs:

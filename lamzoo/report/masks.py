@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from lamzoo.adapters.capture import capture_masks
 from lamzoo.adapters.state import masks_of
 from lamzoo.adapters.wrappers import unwrap
-from lamzoo.data import open_image
 from lamzoo.errors import ConfigError, DataError, UnsupportedHostError
 from lamzoo.evaluation import class_names
 from lamzoo.files import atomic_files
@@ -58,7 +57,7 @@ def explain(
     path, model = Path(path), unwrap(model)
     check_target(path, "picture")
     config = next(iter(masks_of(model).values())).config
-    shown = view(model, open_image(image))
+    shown = view(model, image)
     with evaluating(model), torch.no_grad(), capture_masks(model) as captured:
         output = model(shown.images)
     records = list(captured.items())

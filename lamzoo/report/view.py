@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import torch
 from PIL import Image
-from timm.data import create_transform, resolve_model_data_config
+from timm.data import create_transform
 from torch import Tensor, nn
 
-from lamzoo.errors import UnsupportedHostError
-from lamzoo.profiling.inputs import image_size
+from lamzoo.data import open_image
+from lamzoo.profiling.inputs import image_config, image_mode
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class View:
     """A photograph as a model gets it.
 
     Attributes:
-        images: the model's input, ``(1, 3, H, W)``, in its dtype and on its device.
+        images: the model's input, ``(1, C, H, W)``, in its dtype and on its device.
         seen: the same, unnormalised for drawing: ``(H, W, 3)``, float32 on the CPU, 0 to 1.
         sharp: the same crop at a higher resolution, ``(kH, kW, 3)``.
     """
@@ -30,38 +30,36 @@ class View:
     sharp: Tensor
 
 
-def view(model: nn.Module, photo: Image.Image, sharp_side: int = 320) -> View:
-    """Preprocesses an RGB photograph the way the model is evaluated.
+def view(model: nn.Module, photo: str | Path | Image.Image, sharp_side: int = 320) -> View:
+    """Preprocesses a photograph the way the model is evaluated.
 
     Args:
         model: one with timm's ``pretrained_cfg``; timm's defaults stand in for what it leaves out.
-        photo: an RGB image.
+        photo: a file, or an image that Pillow has opened.
         sharp_side: the shorter side, in pixels, that ``sharp`` has at least.
 
     Raises:
-        UnsupportedHostError: the model takes other images than RGB.
+        UnsupportedHostError: the model takes images that Pillow has no mode for.
         ConfigError: the model does not say what size its images have.
+        DataError: the photograph can't be read.
     """
-    channels, height, width = image_size(model)
-    if channels != 3:
-        raise UnsupportedHostError(
-            f"{type(model).__name__} takes images of {channels} channels and a photograph has 3; "
-            "use a model with in_chans=3."
-        )
-    config: dict[str, Any] = resolve_model_data_config(model, {"input_size": (3, height, width)})
+    config = image_config(model)
+    channels, height, width = config["input_size"]
+    image = open_image(photo, image_mode(config))
 
     def crop(scale: int) -> Tensor:
-        size = (3, height * scale, width * scale)
-        return create_transform(**{**config, "input_size": size}, is_training=False)(photo)
+        size = (channels, height * scale, width * scale)
+        return create_transform(**{**config, "input_size": size}, is_training=False)(image)
 
-    def drawable(image: Tensor) -> Tensor:
+    def drawable(pixels: Tensor) -> Tensor:
         mean, std = torch.tensor(config["mean"]), torch.tensor(config["std"])
-        return (image.permute(1, 2, 0) * std + mean).clamp(0, 1)
+        values = (pixels.permute(1, 2, 0) * std + mean).clamp(0, 1)
+        return values.expand(-1, -1, 3) if channels == 1 else values[..., :3]
 
-    image = crop(1)
+    pixels = crop(1)
     like = next(model.parameters())
     return View(
-        images=image[None].to(like.device, like.dtype),
-        seen=drawable(image),
+        images=pixels[None].to(like.device, like.dtype),
+        seen=drawable(pixels),
         sharp=drawable(crop(math.ceil(sharp_side / min(height, width)))),
     )

@@ -96,7 +96,10 @@ def complete_recipe(table: Mapping[str, Any]) -> Recipe:
     _fill(filled, "schedule", {"epochs": min(max(math.ceil(style.updates / updates), fewest), most)})
     epochs = filled["schedule"]["epochs"]
     _fill(filled, "schedule", {"warmup_epochs": math.ceil(epochs / 20) if epochs > 1 else 0})
-    _fill(filled, "augment", style.augment)
+    augment = dict(style.augment)
+    if given.model.kwargs.get("in_chans") == 4:
+        augment.pop("auto_augment", None)  # timm's policies can't change images of 4 channels
+    _fill(filled, "augment", augment)
     _fill(filled, "optimizer", {"lr": style.lr * math.sqrt(batch / _BATCH), "clip_grad": 1.0})
     if style.layer_decay is not None:
         _fill(filled, "optimizer", {"layer_decay": style.layer_decay})

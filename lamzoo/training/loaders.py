@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lamzoo.errors import RecipeError
 from lamzoo.evaluation.runtime import data_config
+from lamzoo.profiling.inputs import image_mode
 from lamzoo.training.recipe import AnyRecipe, Recipe
 
 
@@ -145,6 +146,12 @@ def create_train_loader(recipe: Recipe, train_set: Any, model: nn.Module) -> Dat
     """
     config = data_config(model)
     augment = recipe.augment
+    train_set.mode = image_mode(config)
+    if train_set.mode == "RGBA" and augment.auto_augment:
+        raise RecipeError(
+            f"augment.auto_augment is {augment.auto_augment!r}, and timm's policies can't change images of 4 channels; "
+            "set it to ''."
+        )
     train_set.transform = timm.data.create_transform(
         input_size=config["input_size"],
         is_training=True,
@@ -168,7 +175,9 @@ def create_eval_loader(recipe: Recipe, eval_set: Any, model: nn.Module) -> DataL
 
     Its batches, of about 256 images, are a multiple of the training batches, which divide by the number of processes.
     """
-    eval_set.transform = timm.data.create_transform(**data_config(model))
+    config = data_config(model)
+    eval_set.mode = image_mode(config)
+    eval_set.transform = timm.data.create_transform(**config)
     batch = recipe.run.batch_size // recipe.run.accumulation
     return DataLoader(eval_set, max(256 // batch, 1) * batch, num_workers=recipe.data.workers)
 

@@ -9,6 +9,7 @@ from PIL import Image
 
 from lamzoo.data import create_dataset, find_images, open_image
 from lamzoo.data.captions import create_caption_dataset
+from lamzoo.data.images import Mode
 from lamzoo.data.retrieval import create_retrieval_dataset
 from lamzoo.data.sampling import FrameSampling
 from lamzoo.errors import DataError
@@ -92,6 +93,23 @@ def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
     path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
     Image.new(mode, (4, 4)).save(path)
     assert open_image(path).mode == "RGB"
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA"])
+@pytest.mark.parametrize("stored", ["L", "LA", "P", "RGBA", "1", "CMYK", "I;16", "RGB"])
+def test_every_mode_becomes_grey_or_rgba(tmp_path: Path, stored: str, mode: Mode) -> None:
+    path = tmp_path / ("a.tif" if stored == "CMYK" else "a.png")
+    Image.new(stored, (4, 4)).save(path)
+    assert open_image(path, mode).mode == mode
+
+
+def test_grey_and_alpha_are_kept_as_they_are(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 4), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    assert (np.asarray(open_image(tmp_path / "a.png", "RGBA")) == pixels).all()
+    Image.fromarray(pixels[..., 0]).save(tmp_path / "b.png")
+    assert (np.asarray(open_image(tmp_path / "b.png", "L")) == pixels[..., 0]).all()
+    assert (np.asarray(open_image(tmp_path / "b.png", "RGBA"))[..., 3] == 255).all()
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I;16B", "I"])

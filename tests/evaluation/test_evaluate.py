@@ -179,11 +179,11 @@ def test_impossible_arguments_are_named(data, arguments: dict, message: str) -> 
         evaluate(Reads(), data, **arguments)
 
 
-def test_a_model_without_classes_or_rgb_is_refused(data) -> None:
+def test_a_model_without_classes_or_of_five_channels_is_refused(data) -> None:
     with pytest.raises(UnsupportedHostError, match="no classes"):
         evaluate(small(0), data)
-    with pytest.raises(UnsupportedHostError, match="1 channels"):
-        evaluate(create_model("lam_vit_micro", in_chans=1, num_classes=3), data)
+    with pytest.raises(UnsupportedHostError, match="5 channels"):
+        evaluate(create_model("lam_vit_micro", in_chans=5, num_classes=3), data)
 
 
 def test_outputs_that_are_not_finite_are_no_score(data) -> None:

@@ -168,6 +168,12 @@ def test_missing_matplotlib_names_the_extra(build, photo, tmp_path, monkeypatch)
         explain(build(), photo, tmp_path / "masks.png")
 
 
-def test_grey_models_are_refused(build, photo, tmp_path):
-    with pytest.raises(UnsupportedHostError, match="1 channels"):
-        explain(build(in_chans=1), photo, tmp_path / "masks.png")
+def test_masks_of_grey_models_are_drawn(build, photo, drawn, tmp_path):
+    explain(build(in_chans=1), photo, tmp_path / "masks.png")
+    assert len(drawn.layers) == 2
+    assert (tmp_path / "masks.png").is_file()
+
+
+def test_models_of_five_channels_are_refused(build, photo, tmp_path):
+    with pytest.raises(UnsupportedHostError, match="5 channels"):
+        explain(build(in_chans=5), photo, tmp_path / "masks.png")
