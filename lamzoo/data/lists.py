@@ -10,6 +10,7 @@ from typing import BinaryIO
 from lamzoo.data.images import images_below
 from lamzoo.data.labelled import ImageSource
 from lamzoo.data.paths import natural_key, nfc
+from lamzoo.data.retrieval.tables import open_table
 from lamzoo.errors import DataError, MissingExtraError
 
 _HEADINGS = frozenset({"filename", "file", "image", "image_id", "imageid", "path", "name", "id"})
@@ -22,7 +23,8 @@ class ListedSource(ImageSource):
     The file may be
 
     - a list ``NAME LABEL``, one image a line, separated by a comma, tab or blank, with or without the extension, such
-      as ImageNet's ``LOC_val_solution.csv`` (whose boxes are not read) or Caffe's ``val.txt``;
+      as ImageNet's ``LOC_val_solution.csv`` (whose boxes are not read) or Caffe's ``val.txt``; with headings, such as
+      ``filename,label``, it is CSV;
     - one class name a line for the images in natural order, such as TensorFlow's
       ``imagenet_2012_validation_synset_labels.txt``;
     - ``ILSVRC2012_validation_ground_truth.txt`` of ImageNet's development kit, beside its ``meta.mat``. Its numbers
@@ -83,6 +85,8 @@ def _read_rows(path: Path) -> list[tuple[str, ...]]:
         raise DataError(f"the file of labels {path} is empty")
     if lines[0].startswith("ImageId,"):  # LOC_val_solution.csv: the label, then boxes and labels in turn
         lines = [",".join(line.replace(",", " ").split()[:2]) for line in lines]
+    elif "," in lines[0] and _fields(lines[0])[0].lower() in _HEADINGS:
+        return _read_table(path)
     rows = [_fields(line) for line in lines]
     if len({len(row) for row in rows}) > 1:
         odd = next(number for number, row in enumerate(rows, 1) if len(row) != len(rows[0]))
@@ -90,6 +94,15 @@ def _read_rows(path: Path) -> list[tuple[str, ...]]:
     if len(rows[0]) == 1 and all(row[0].isdecimal() for row in rows):
         return _from_devkit(rows, path)
     return rows[1:] if rows[0][0].lower() in _HEADINGS and len(rows[0]) == 2 else rows
+
+
+def _read_table(path: Path) -> list[tuple[str, ...]]:
+    """Reads a CSV file of two columns with headings, in which a name with a comma is quoted."""
+    table = open_table(path)
+    for number, cells in table.rows:
+        if not all(cells):
+            raise DataError(f"line {number} of {path} has no image or no label; write both, or remove it")
+    return [tuple(cells) for _, cells in table.rows]
 
 
 def _fields(line: str) -> tuple[str, ...]:
