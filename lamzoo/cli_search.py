@@ -32,7 +32,7 @@ def search(
     = "lam_clip4clip",
     checkpoint: Checkpoint = None,
     index: Annotated[Path | None, typer.Option(metavar="FILE.safetensors", help=(
-        "Where the embeddings are kept [lamzoo-index.<model>.safetensors in DIR]."))] = None,
+        "Where the embeddings are kept [a file in the user's cache, for DIR and the model's weights]."))] = None,
     top: Annotated[int, typer.Option(min=1, help="Matches a query.")] = 10,
     sheet: Annotated[Path | None, typer.Option(metavar="FILE.png", help=(
         f"The contact sheet; of several queries they are numbered [{_SHEET}]."))] = None,

@@ -1,4 +1,4 @@
-"""Writing files whole or not at all."""
+"""Writing files whole or not at all, and the user's cache folder."""
 
 from __future__ import annotations
 
@@ -56,3 +56,8 @@ def atomic_files(failure: type[LamzooError] = WeightsError) -> Iterator[Callable
     finally:
         for temporary, _ in staged:
             temporary.unlink(missing_ok=True)
+
+
+def cache_folder() -> Path:
+    """Returns lamzoo's folder in the user's cache: ``$XDG_CACHE_HOME/lamzoo``, or ``~/.cache/lamzoo``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lamzoo"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +29,7 @@ from lamzoo.errors import ConfigError, DataError
 from lamzoo.evaluation.partial import weights_sha256
 from lamzoo.evaluation.runtime import Precision, check_batches, inference, resolve_device
 from lamzoo.evaluation.videos import compare, encode_texts, frames_config
+from lamzoo.files import cache_folder
 from lamzoo.registry import create_model
 from lamzoo.searchindex import (
     SUFFIX,
@@ -42,6 +45,8 @@ from lamzoo.searchindex import (
 
 _logger = logging.getLogger(__name__)
 
+_ODD = r"[^\w.-]+"  # in the name of a file
+_NAMED = 48  # letters of a folder's, and of a model's, name that an index has in its own
 _SAVE_EVERY = 64  # videos; a large index is written again after a twentieth more, so that writing stays cheap
 
 
@@ -136,7 +141,9 @@ def index_videos(
         folder: with videos, which are told by their extension.
         model: of the family ``lam_clip4clip``: a name, which is then created with its weights, or the model itself,
             which is left on the device.
-        index: the file, a ``.safetensors``; by default ``lamzoo-index.<model>.safetensors`` in the folder.
+        index: the file, a ``.safetensors``; by default one in the user's cache folder, which belongs to this folder
+            and to the weights, masks, head and preprocessing of this model. What an earlier release left in the folder,
+            ``lamzoo-index.<model>.safetensors``, is taken over if it was made with them.
         sampling: which frames are looked at; by default those of the index that is there, or else those that the model
             is made for.
         batch_size: videos that pass through the model at a time.
@@ -168,14 +175,18 @@ def index_videos(
     import_av()
     network: Any = create_model(model, pretrained=True) if isinstance(model, str) else model
     frames_config(network)
-    path = folder / f"lamzoo-index.{_slug(_name(network))}{SUFFIX}" if index is None else Path(index)
+    origin = _origin(network, network.sampling)
+    path = _default_path(folder, origin) if index is None else Path(index)
     if path.suffix != SUFFIX:
         raise ConfigError(f"the index {path} would be a safetensors file; give it a name that ends in {SUFFIX}")
     check_replaceable(path)
-    stored = read_index(path) if path.exists() and not force else None
+    stored = None
+    if not force:
+        earlier = _earlier(folder, origin, sampling) if index is None else None
+        stored = read_index(path) if path.exists() else earlier
     if sampling is None:
         sampling = network.sampling if stored is None else stored.origin.sampling
-    content = GrowingIndex(path, folder, found, _origin(network, sampling))
+    content = GrowingIndex(path, folder, found, replace(origin, sampling=sampling))
     if stored is not None:
         content.take_over(stored, unreadable=on_bad_input == "skip")
     if network.similarity_type != "mean" and (sampling.max_frames or sys.maxsize) > network.max_frames:
@@ -184,7 +195,7 @@ def index_videos(
             f"{network.max_frames}; set max_frames (--max-frames) to that, or less"
         )
     todo = content.missing()
-    if todo or stored is None or content.size < len(stored.videos) + len(stored.unreadable):
+    if todo or not path.exists() or stored is None or content.size < len(stored.videos) + len(stored.unreadable):
         content.save()  # at once, so that a folder that can't be written to is found out before the work
     network.to(device)
     _embed(network, content, todo, device, precision, batch_size, workers, on_bad_input, progress)
@@ -335,6 +346,31 @@ def _opened(
     )
 
 
+def _default_path(folder: Path, origin: Origin) -> Path:
+    """Returns where the index of a folder lies by default: one for each model, by all that determines embeddings.
+
+    The sampling is not part of it: without another, a later run takes that of the index.
+    """
+    place = folder.resolve()
+    made = json.dumps([origin.weights, origin.similarity, origin.preprocessing, origin.masks], sort_keys=True)
+    key = hashlib.sha256(os.fsencode(place) + b"\0" + made.encode()).hexdigest()
+    return cache_folder() / "search" / f"{_slug(place.name)}.{_slug(origin.model)}.{key[:16]}{SUFFIX}"
+
+
+def _earlier(folder: Path, origin: Origin, sampling: FrameSampling | None) -> StoredIndex | None:
+    """Returns the index that an earlier release wrote into the folder, if it was made in the same way."""
+    path = folder / f"lamzoo-index.{re.sub(_ODD, '-', origin.model)}{SUFFIX}"
+    if not path.is_file():
+        return None
+    try:
+        stored = read_index(path)
+        check_origin(path, stored.origin, replace(origin, sampling=sampling or stored.origin.sampling))
+    except DataError as error:
+        _logger.info("%s, of an earlier release, is not used: %s", path, error)
+        return None
+    return replace(stored, folder=str(folder.absolute()))
+
+
 def _listed(folder: Path) -> list[IndexedVideo]:
     """Lists the videos of a folder as they are now."""
     if folder.is_file():
@@ -353,7 +389,8 @@ def _listed(folder: Path) -> list[IndexedVideo]:
 
 def _origin(model: Any, sampling: FrameSampling) -> Origin:
     preprocessing = json.loads(json.dumps(frames_config(model)))  # as it will be read back: tuples become lists
-    return Origin(_name(model), weights_sha256(model), model.similarity_type, sampling, preprocessing)
+    masks = {} if model.lam_config is None else model.lam_config.to_dict()
+    return Origin(_name(model), weights_sha256(model), model.similarity_type, sampling, preprocessing, masks)
 
 
 def _name(model: Any) -> str:
@@ -364,4 +401,4 @@ def _name(model: Any) -> str:
 
 
 def _slug(name: str) -> str:
-    return re.sub(r"[^\w.-]+", "-", name)
+    return re.sub(_ODD, "-", name, flags=re.ASCII)[:_NAMED]

@@ -56,6 +56,7 @@ class Origin:
         similarity: its head.
         sampling: which frames were looked at.
         preprocessing: of each frame, timm's data configuration.
+        masks: the model's LamConfig as plain values, empty without masks; None in files of 0.1.0, which don't say it.
     """
 
     model: str
@@ -63,6 +64,7 @@ class Origin:
     similarity: str
     sampling: FrameSampling
     preprocessing: dict[str, Any]
+    masks: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -265,6 +267,8 @@ def check_origin(path: Path, there: Origin, here: Origin) -> None:
         difference = f"with {model}"
     elif (there.similarity, there.preprocessing) != (here.similarity, here.preprocessing):
         difference = f"with another head or preprocessing of {there.model}"
+    elif there.masks is not None and there.masks != here.masks:
+        difference = f"with masks of another LamConfig of {there.model}"
     elif there.sampling != here.sampling:
         difference = f"with {_words(there.sampling)}, not {_words(here.sampling)}"
     else:
@@ -293,7 +297,8 @@ def _facts(path: Path) -> dict[str, Any] | None:
 
 def _parse(facts: dict[str, Any], tensors: dict[str, Tensor]) -> StoredIndex:
     names = [field.name for field in dataclasses.fields(Origin)]
-    origin = Origin(**{**{name: facts[name] for name in names}, "sampling": FrameSampling(**facts["sampling"])})
+    known = {name: facts[name] for name in names if name in facts}
+    origin = Origin(**{**known, "sampling": FrameSampling(**facts["sampling"])})
     listed = [IndexedVideo(*values) for values in json.loads(tensors["videos"].numpy().tobytes())]
     videos = [video for video in listed if video.reason is None]
     unreadable = [video for video in listed if video.reason is not None]

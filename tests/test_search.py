@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
@@ -77,9 +78,17 @@ def model(monkeypatch: pytest.MonkeyPatch) -> Any:
     return built
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The test's own folder for indexes; matplotlib keeps its cache of fonts."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setattr(search, "cache_folder", lambda: folder)
+    return folder / "search"
+
+
 def index(folder: Path, model: Any, **options: Any) -> VideoIndex:
     model.seen = 0
-    return lamzoo.index_videos(folder, model, device="cpu", **{"batch_size": 2, **options})
+    return lamzoo.index_videos(folder, model, device="cpu", **{"batch_size": 2, "index": file_of(folder), **options})
 
 
 def names(found: VideoIndex) -> list[str]:
@@ -87,7 +96,7 @@ def names(found: VideoIndex) -> list[str]:
 
 
 def file_of(folder: Path) -> Path:
-    return folder / "lamzoo-index.lam_clip4clip_micro.safetensors"
+    return folder / "index.safetensors"
 
 
 def brute_force(model: Any, paths: list[Path], query: str, sampling: FrameSampling) -> list[float]:
@@ -337,6 +346,78 @@ def test_the_index_may_lie_elsewhere_and_move_with_its_folder(folder: Path, mode
     moved = folder.rename(tmp_path / "moved")
     assert len(index(moved, model, index=path)) == 5
     assert model.seen == 0
+
+
+def test_the_index_lies_in_the_cache_one_for_each_folder_and_weights(folder: Path, cache: Path) -> None:
+    before = sorted(folder.rglob("*"))
+    first, other = build(), build(seed=1)
+    found = lamzoo.index_videos(folder, first, device="cpu")
+    assert found.path.parent == cache
+    assert found.path.name.startswith("videos.lam_clip4clip_micro.")
+    assert sorted(folder.rglob("*")) == before, "nothing is written beside the videos"
+    again = lamzoo.index_videos(folder / "more" / "..", first, device="cpu")
+    assert (again.path, again.embedded) == (found.path, 0)
+    elsewhere = lamzoo.index_videos(folder, other, device="cpu")
+    assert (elsewhere.embedded, len(elsewhere)) == (5, 5)
+    assert lamzoo.index_videos(folder, first, device="cpu").search(QUERIES[0]) == found.search(QUERIES[0])
+    inside = lamzoo.index_videos(folder / "more", first, device="cpu")
+    assert (inside.embedded, len(inside)) == (2, 2)
+    assert len({found.path, elsewhere.path, inside.path}) == len(list(cache.iterdir())) == 3
+
+
+def test_another_preprocessing_or_head_has_an_index_of_its_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("mean")
+    first = lamzoo.index_videos(folder, model, device="cpu")
+    monkeypatch.setattr(search, "frames_config", lambda model: frames_config(model) | {"crop_pct": 0.5})
+    assert lamzoo.index_videos(folder, model, device="cpu").embedded == 5
+    monkeypatch.undo()
+    monkeypatch.setattr(model, "similarity_type", "seq")
+    with pytest.raises(DataError, match="with another head or preprocessing"):
+        load_index(first.path, model, device="cpu")
+
+
+def test_the_same_weights_under_other_masks_have_an_index_of_their_own(folder: Path) -> None:
+    added, multiplied = (
+        lamzoo.create_model(
+            "lam_clip4clip_micro",
+            clip=TOWERS,
+            head_layers=1,
+            max_frames=4,
+            lam=lamzoo.LamConfig(op=op, keys="position"),
+        )
+        for op in ("add", "mul")
+    )
+    with torch.no_grad():
+        for mine, theirs in zip(multiplied.parameters(), added.parameters(), strict=True):
+            mine.copy_(theirs)
+    first = lamzoo.index_videos(folder, added, device="cpu")
+    assert lamzoo.index_videos(folder, multiplied, device="cpu").embedded == 5
+    with pytest.raises(DataError, match="with masks of another LamConfig of lam_clip4clip_micro"):
+        index(folder, multiplied, index=first.path)
+
+
+def test_an_index_of_0_1_0_says_nothing_of_masks_and_is_read(folder: Path, model: Any) -> None:
+    index(folder, model)
+    with safe_open(file_of(folder), "pt") as file:
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - it is no dict
+        metadata = file.metadata()
+    facts = json.loads(metadata["lamzoo.video-index"])
+    del facts["masks"]
+    save_file(tensors, file_of(folder), metadata | {"lamzoo.video-index": json.dumps(facts)})
+    assert index(folder, model).embedded == 0
+
+
+def test_an_index_that_an_earlier_release_left_in_the_folder_is_taken_over(folder: Path, model: Any) -> None:
+    old = folder / "lamzoo-index.lam_clip4clip_micro.safetensors"
+    sampling = FrameSampling(fps=2.0, max_frames=3)
+    made = index(folder, model, index=old, sampling=sampling)
+    found = index(folder, model, index=None)
+    assert (model.seen, found.embedded, found.path.parent != folder) == (0, 0, True)
+    assert found.search(QUERIES[0]) == made.search(QUERIES[0])
+    old.unlink()
+    assert index(folder, model, index=None).embedded == 0
+    index(folder, model, index=old, sampling=sampling)
+    assert lamzoo.index_videos(folder, build(seed=1), device="cpu").embedded == 5, "never of other weights"
 
 
 def test_an_index_that_cannot_be_written_is_found_out_before_the_work(folder: Path, model: Any, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lamzoo.errors import DataError
-from lamzoo.files import atomic_files
+from lamzoo.files import atomic_files, cache_folder
 
 _KIND = "lamzoo evaluation"
 
@@ -121,9 +121,8 @@ def default_state_path(*parts: str) -> Path:
     Args:
         *parts: what tells this evaluation from others, such as model, data and split.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     name = hashlib.sha256("\0".join((os.getcwd(), *parts)).encode()).hexdigest()[:16]
-    return cache / "lamzoo" / "eval" / f"{name}.json"
+    return cache_folder() / "eval" / f"{name}.json"
 
 
 def weights_sha256(model: nn.Module) -> str:

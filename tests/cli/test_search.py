@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -55,7 +56,9 @@ def test_search_prints_a_table_and_writes_a_contact_sheet(run, model: str, video
     assert done.out.splitlines()[-1] == "lamzoo-search.png"
     with Image.open("lamzoo-search.png") as image:
         assert image.width > image.height > 300
-    assert (videos / "lamzoo-index.lam_clip4clip_micro.safetensors").is_file()
+    (index,) = Path(os.environ["XDG_CACHE_HOME"]).rglob("*.safetensors")
+    assert index.name.startswith("my-red-os.lam_clip4clip_micro.")
+    assert len(list(videos.iterdir())) == 3
     Path("lamzoo-search.png").unlink()
     done = run(*common, "--top", 1, "--no-sheet")
     assert "1 of 3 videos" in done.out
