@@ -4,6 +4,8 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from lamzoo.lazy import submodules_of
+
 if TYPE_CHECKING:
     from lamzoo.adapters import (
         add_lam,
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from lamzoo.weights import save_pretrained
 
 __version__ = version("lamzoo")
+
+_find_submodule = submodules_of(__name__)
 
 # Imported when first asked for: torch and timm take seconds, and the command line's --help needs neither.
 _HOMES = {
@@ -92,7 +96,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
-        raise AttributeError(f"module 'lamzoo' has no attribute {name!r}")
+        return _find_submodule(name)
     value = getattr(import_module(_HOMES[name]), name)
     globals()[name] = value
     return value

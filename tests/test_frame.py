@@ -3,6 +3,7 @@
 import ast
 import importlib.metadata
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -53,6 +54,27 @@ print(json.dumps({"seconds": seconds, "loaded": sorted({name.split(".")[0] for n
     assert done.stderr == ""
     assert not OPTIONAL & set(report["loaded"])
     assert report["seconds"] < 2, "import lamzoo costs this much on top of torch and timm"
+
+
+def test_submodules_are_found_after_importing_lamzoo_alone() -> None:
+    packages = [".".join(path.parent.relative_to(ROOT).parts) for path in MODULES if path.name == "__init__.py"]
+    documented = set(re.findall(r"lamzoo(?:\.[a-z_]+)+(?=\.[A-Za-z_]+|\b)", (ROOT / "README.md").read_text()))
+    assert {"lamzoo.evaluation.moment_metrics", "lamzoo.data.captions.create_caption_dataset"} <= documented
+    probe = f"""
+import operator
+import lamzoo
+assert lamzoo.models.generation.__name__ == "lamzoo.models.generation"
+for name in {sorted({*packages, *documented} - {"lamzoo"})}:
+    operator.attrgetter(name.removeprefix("lamzoo."))(lamzoo)
+for wrong in ("evaluations", "data.caption", "__main__"):
+    try:
+        operator.attrgetter(wrong)(lamzoo)
+    except AttributeError as error:
+        assert "has no attribute" in str(error)
+    else:
+        raise AssertionError(wrong)
+"""
+    subprocess.run([sys.executable, "-c", probe], check=True)
 
 
 def test_public_names_exist_and_are_documented() -> None:

@@ -17,6 +17,7 @@ from lamzoo.adapters.state import lam_parameters, lam_state_dict, load_lam_state
 from lamzoo.adapters.wrappers import check_free, compiled_parts, unwrap
 from lamzoo.errors import ConfigError, UnsupportedHostError
 from lamzoo.lam import Lam, LamConfig, MaskNetwork, SharedState
+from lamzoo.lazy import submodules_of
 
 __all__ = [
     "add_lam",
@@ -28,6 +29,8 @@ __all__ = [
     "remove_lam",
     "remove_pruning",
 ]
+
+__getattr__ = submodules_of(__name__)
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -7,6 +7,7 @@ from lamzoo.data.images import decode_image, find_images, open_image
 from lamzoo.data.labelled import ImageSource, LabelledImages, plain_worker_errors
 from lamzoo.data.scan import find_bad_images, leave_out_bad, set_aside_bad
 from lamzoo.data.selection import select, split_off
+from lamzoo.lazy import submodules_of
 
 __all__ = [
     "BadInput",
@@ -26,3 +27,5 @@ __all__ = [
     "set_aside_bad",
     "split_off",
 ]
+
+__getattr__ = submodules_of(__name__)

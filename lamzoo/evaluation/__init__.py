@@ -11,6 +11,7 @@ from lamzoo.evaluation.retrieval import dual_softmax, retrieval_metrics
 from lamzoo.evaluation.runtime import Precision, check_batches, resolve_device
 from lamzoo.evaluation.submissions import read_submission, write_submission
 from lamzoo.evaluation.tally import EvalResult
+from lamzoo.lazy import submodules_of
 
 __all__ = [
     "EvalProgress",
@@ -41,3 +42,5 @@ __all__ = [
     "write_captions",
     "write_submission",
 ]
+
+__getattr__ = submodules_of(__name__)

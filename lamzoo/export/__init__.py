@@ -17,9 +17,12 @@ from lamzoo.errors import ConfigError, ExportError
 from lamzoo.export.exported import FORMATS, ExportedModel, Format, load_exported
 from lamzoo.export.program import trace, write_program
 from lamzoo.files import atomic_files
+from lamzoo.lazy import submodules_of
 from lamzoo.profiling.inputs import default_input, evaluating
 
 __all__ = ["ExportedFile", "ExportedModel", "Format", "export_model", "load_exported"]
+
+__getattr__ = submodules_of(__name__)
 
 TOLERANCE = 1e-4
 

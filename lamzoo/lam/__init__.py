@@ -7,6 +7,7 @@ from lamzoo.lam.layer import Lam, MaskRecord, SharedState
 from lamzoo.lam.masks import FactoredMask, MaskNetwork
 from lamzoo.lam.pruning import PruneConfig
 from lamzoo.lam.tables import resize_table
+from lamzoo.lazy import submodules_of
 
 __all__ = [
     "FactoredMask",
@@ -21,3 +22,5 @@ __all__ = [
     "lam_attention",
     "resize_table",
 ]
+
+__getattr__ = submodules_of(__name__)

@@ -1,5 +1,6 @@
 """What a model costs: multiply-accumulates, parameters, latency and memory, side by side with its unmasked backbone."""
 
+from lamzoo.lazy import submodules_of
 from lamzoo.profiling.analytic import AnalyticMacs, analytic_macs
 from lamzoo.profiling.inputs import image_size
 from lamzoo.profiling.latency import Latency, LatencyComparison, compare_latency, time_latency
@@ -26,3 +27,5 @@ __all__ = [
     "time_latency",
     "write_rows",
 ]
+
+__getattr__ = submodules_of(__name__)

@@ -3,6 +3,7 @@
 from importlib.util import find_spec
 
 from lamzoo.errors import MissingExtraError
+from lamzoo.lazy import submodules_of
 
 if find_spec("accelerate") is None:
     raise MissingExtraError("Training needs accelerate, which is not installed; pip install 'lamzoo[train]'.")
@@ -30,3 +31,5 @@ __all__ = [
     "parse_recipe",
     "train",
 ]
+
+__getattr__ = submodules_of(__name__)

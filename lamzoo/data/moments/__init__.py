@@ -2,5 +2,8 @@
 
 from lamzoo.data.moments.base import MomentDataset, MomentFeatures, MomentQuery, MomentSource
 from lamzoo.data.moments.factory import create_moment_dataset
+from lamzoo.lazy import submodules_of
 
 __all__ = ["MomentDataset", "MomentFeatures", "MomentQuery", "MomentSource", "create_moment_dataset"]
+
+__getattr__ = submodules_of(__name__)

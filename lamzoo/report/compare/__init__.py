@@ -1,5 +1,6 @@
 """The comparison of measured models: results tables in, tables, plots and a page out; measures nothing."""
 
+from lamzoo.lazy import submodules_of
 from lamzoo.report.compare.files import write_comparison
 from lamzoo.report.compare.panels import Panel, Point, gmacs_panels, latency_panels
 from lamzoo.report.compare.rows import Comparison, Entry, Group, compare
@@ -21,3 +22,5 @@ __all__ = [
     "to_markdown",
     "write_comparison",
 ]
+
+__getattr__ = submodules_of(__name__)
