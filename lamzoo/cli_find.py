@@ -50,12 +50,14 @@ def find(
     if not video.exists():
         raise DataError(f"no such video: {video}")
     from lamzoo.evaluation import resolve_device
-    from lamzoo.extractor import FeatureExtractor, clip_middles
+    from lamzoo.extractor import FeatureExtractor, clip_middles, feature_widths
     from lamzoo.report.strip import Span, write_strip
 
     target = resolve_device(device)
     clip_middles(clip_seconds)
     network: Any = load_model(model, checkpoint).to(target).eval()
+    if (widths := feature_widths(features)) is not None:
+        _check_widths(network, *widths)  # before weights of towers that do not fit are asked for
     extractor = FeatureExtractor(load_model(features, None), clip_seconds=clip_seconds, device=target)
     seen, found = _find(network, extractor, query, video)
     spans = [Span(float(start), float(end), float(score)) for start, end, score in found.windows[:top]]
@@ -71,19 +73,28 @@ def find(
 
 def _find(network: Any, extractor: FeatureExtractor, query: str, video: Path) -> tuple[VideoFeatures, Finding]:
     """Reads the video, if the model fits its features, and looks for the query."""
+    from lamzoo.data.moments import MomentFeatures
+    from lamzoo.data.moments.base import with_positions
+    from lamzoo.data.moments.features import unit
+    from lamzoo.evaluation.finding import find_moments
+
+    text = unit(extractor.texts([query])[0])
+    _check_widths(network, extractor.video_dim, text.shape[1])  # before a long video is read for nothing
+    seen = extractor.video(video)
+    features = MomentFeatures(with_positions(unit(seen.clips)), text)
+    return seen, find_moments(network, [features], [seen.duration])[0]
+
+
+def _check_widths(network: Any, video_dim: int, text_dim: int) -> None:
+    """Raises an error where a model does not read features of a clip, without positions, and of a word so wide."""
     import numpy as np
 
     from lamzoo.data.moments import MomentFeatures
     from lamzoo.data.moments.base import with_positions
-    from lamzoo.data.moments.features import unit
-    from lamzoo.evaluation.finding import check_features, find_moments
+    from lamzoo.evaluation.finding import check_features
 
-    text = unit(extractor.texts([query])[0])
-    blank = np.zeros((1, extractor.video_dim), dtype=np.float32)
-    check_features(network, MomentFeatures(with_positions(blank), text))  # before a long video is read for nothing
-    seen = extractor.video(video)
-    features = MomentFeatures(with_positions(unit(seen.clips)), text)
-    return seen, find_moments(network, [features], [seen.duration])[0]
+    clip, word = (np.zeros((1, width), dtype=np.float32) for width in (video_dim, text_dim))
+    check_features(network, MomentFeatures(with_positions(clip), word))
 
 
 def _picture(strip: Path | None) -> Path | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -25,6 +26,8 @@ from lamzoo.evaluation.partial import weights_sha256
 from lamzoo.evaluation.runtime import Precision, check_batches, inference, resolve_device
 from lamzoo.evaluation.videos import frames_config
 from lamzoo.registry import create_model
+
+_logger = logging.getLogger(__name__)
 
 _AT_ONCE = 128  # frames of a video that are in memory at a time, 0.8 GB of full HD
 
@@ -151,9 +154,7 @@ class FeatureExtractor:
             some = list(texts[start : start + self._batch_size])
             tokens = self.model.tokenizer(some)
             with self._inference():
-                states = self.model.clip.forward_intermediates(
-                    text=tokens.to(self._device), text_indices=1, normalize_intermediates=True, intermediates_only=True
-                )["text_intermediates"][0]
+                states = _text_states(self.model, tokens.to(self._device))
             lengths = (tokens == self._end).int().argmax(dim=1) + 1
             for text, of_text, length in zip(some, states.float().cpu(), lengths.tolist(), strict=True):
                 found.append(self.finite(of_text[:length].clone().numpy(), repr(text)))
@@ -177,6 +178,40 @@ class FeatureExtractor:
 
     def _inference(self) -> AbstractContextManager[None]:
         return inference(self.model, self._device, self._precision, self._batch_size)
+
+
+def feature_widths(model: str) -> tuple[int, int] | None:
+    """Returns how many features of a clip and of a word towers give, without their weights.
+
+    Args:
+        model: a name, as of :class:`FeatureExtractor`.
+
+    Returns:
+        Both; None where this can't be told before the towers are loaded.
+
+    Raises:
+        UnsupportedHostError: the model has no towers for images and texts.
+        UnknownModelError: there is no such model.
+    """
+    try:
+        with torch.device("meta"):
+            towers: Any = create_model(model)
+            frames_config(towers)
+            if not hasattr(towers.clip, "forward_intermediates"):
+                return None  # which making an extractor refuses
+            states = _text_states(towers, towers.tokenizer(["a"]).to("meta"))
+    except (OSError, RuntimeError) as error:  # files from a hub, or sizes that depend on values
+        _logger.debug("how many features %s gives is not known before its weights are loaded: %s", model, error)
+        return None
+    return towers.num_features, states.shape[-1]
+
+
+def _text_states(model: Any, tokens: Tensor) -> Tensor:
+    """Returns the states ``(B, W, D)`` of tokens ``(B, W)`` behind the text tower's last norm."""
+    states: Tensor = model.clip.forward_intermediates(
+        text=tokens, text_indices=1, normalize_intermediates=True, intermediates_only=True
+    )["text_intermediates"][0]
+    return states
 
 
 def read_pieces(path: Path, sampling: ClipMiddles, transform: FramesTransform) -> Iterator[tuple[Tensor, float, bool]]:

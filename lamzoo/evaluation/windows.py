@@ -22,7 +22,7 @@ from lamzoo.data.video import probe_video
 from lamzoo.errors import ConfigError, DataError, UnsupportedHostError
 from lamzoo.evaluation.describing import check_streams, context_tokens, last_that_fit, move, pad_streams
 from lamzoo.evaluation.runtime import inference, resolve_device
-from lamzoo.extractor import FeatureExtractor
+from lamzoo.extractor import FeatureExtractor, feature_widths
 from lamzoo.registry import create_model
 
 _logger = logging.getLogger(__name__)
@@ -127,9 +127,12 @@ class VideoWindows:
         self._first = self._count = 0
         self.rate: float | None = None
         if "video" in self.modalities:
+            widths = feature_widths(towers) if isinstance(towers, str) else None
+            if widths is not None:
+                _check_width(describer, widths[0])  # before weights of towers that do not fit are asked for
             self._extractor = FeatureExtractor(towers, clip_seconds=1 / rate, device=device)
             self.rate = 1 / self._extractor.clip_seconds  # rounded as readers of its files do
-            self._check_width(describer)
+            _check_width(describer, self._extractor.video_dim)
 
     def __len__(self) -> int:
         return len(self.spans)
@@ -173,14 +176,6 @@ class VideoWindows:
             if heard is not None and len(heard[0]) >= PAIR:
                 found["audio"] = sound_stream(heard[0])
         return {name: found[name] for name in self.modalities if name in found}
-
-    def _check_width(self, model: Any) -> None:
-        given = 0 if self._extractor is None else self._extractor.video_dim
-        if model.features["video"] != given:
-            raise UnsupportedHostError(
-                f"{type(model).__name__} reads {model.features['video']} features of a frame, and the towers give "
-                f"{given}; name those that made the features that it was trained on."
-            )
 
 
 def describe_windows(
@@ -286,6 +281,14 @@ def context_of(model: Any, texts: Sequence[str], device: torch.device) -> Tensor
     """Returns the tokens of sentences before, ``(1, W)``, on a device; None where there are none."""
     tokens = context_tokens(model, [texts])
     return None if tokens is None else tokens.to(device)
+
+
+def _check_width(model: Any, given: int) -> None:
+    if model.features["video"] != given:
+        raise UnsupportedHostError(
+            f"{type(model).__name__} reads {model.features['video']} features of a frame, and the towers give "
+            f"{given}; name those that made the features that it was trained on."
+        )
 
 
 def _cut(path: Path, duration: float, seconds: float, start: float, end: float | None) -> list[tuple[float, float]]:

@@ -171,6 +171,14 @@ def test_where_it_is_silent_the_frames_are_described(run, model: str, towers: st
     assert [(each["start"], each["end"]) for each in json.loads(done.out)["windows"]] == [(0.0, 2.0)]
 
 
+def test_a_describer_of_other_features_is_refused_before_weights_of_the_towers_are_asked_for(
+    run, model: str, film: Path
+) -> None:
+    done = run("describe", film, "--model", model, "--device", "cpu")
+    assert done.code == 2
+    assert "reads 24 features of a frame, and the towers give 512" in done.err
+
+
 def test_no_sentence_is_written_for_a_gap_in_the_sound(
     listener: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

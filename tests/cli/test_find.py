@@ -168,6 +168,18 @@ def test_a_model_of_other_features_is_refused_before_the_video_is_read(
     assert "finds no moments" in done.err
 
 
+def test_a_model_of_other_features_is_refused_before_weights_of_the_towers_are_asked_for(
+    run, model: str, video: Path
+) -> None:
+    done = run("find", "a smile", video, "--model", model)
+    assert done.code == 2
+    assert "26 features of a clip and 32 of a word, and the data give 514 and 512" in done.err
+    fitting = saved(Path("fitting"), "lam_moment_detr_micro", video_dim=514, text_dim=512)
+    done = run("find", "a smile", video, "--model", fitting)
+    assert done.code == 2
+    assert "vit_base_patch32_clip_224.openai" in done.err and "is not in the cache" in done.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
