@@ -167,14 +167,15 @@ class Clip4Clip(nn.Module):
         Args:
             text: ``(T, D)``, of :meth:`encode_text`.
             video: ``(V, D)`` or ``(V, F, D)``, of :meth:`encode_video`.
-            frame_mask: ``(V, F)``, bool, as given there; read by ``similarity="tight"`` alone.
+            frame_mask: ``(V, F)``, bool, as given there; read by ``similarity="tight"`` alone. None takes the frames
+                that :meth:`encode_video` did not leave zero.
 
         Returns:
             ``(T, V)``, float32 also under autocast, since bfloat16 would make many videos equally similar: cosines
             times the learned temperature, or the tight head's logits.
         """
         if isinstance(self.head, TightHead):
-            return self.head(text, video, _whole(video) if frame_mask is None else frame_mask)
+            return self.head(text, video, _seen(video) if frame_mask is None else frame_mask)
         with full_precision(text.device):
             scale = self.clip.logit_scale.float().exp()
             return scale * F.normalize(text.float(), dim=-1) @ F.normalize(video.float(), dim=-1).T
@@ -383,6 +384,12 @@ def _embed_dim(clip: Any) -> int:
 def _activation(clip: Any) -> type[nn.Module]:
     quick = any(isinstance(module, open_clip.transformer.QuickGELU) for module in clip.modules())
     return open_clip.transformer.QuickGELU if quick else nn.GELU
+
+
+def _seen(video: Tensor) -> Tensor:
+    """Returns which frames ``(V, F)`` of ``(V, F, D)`` are none of the zeros of padding; all, of a video of zeros."""
+    seen = video.any(dim=-1)
+    return seen | ~seen.any(dim=-1, keepdim=True)
 
 
 def _whole(tokens: Tensor) -> Tensor:

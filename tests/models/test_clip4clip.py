@@ -150,6 +150,16 @@ def test_what_stands_behind_a_texts_end_never_counts(keys: Any) -> None:
     torch.testing.assert_close(model.encode_text(other), model.encode_text(text), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("similarity", HEADS)
+def test_padding_is_no_frame_though_similarity_gets_no_mask(similarity: str, normalize: bool) -> None:
+    model = build(similarity)
+    frames, text, mask = inputs()
+    assert not mask.all()
+    texts, videos = model.encode_text(text), model.encode_video(frames, mask, normalize=normalize)
+    torch.testing.assert_close(model.similarity(texts, videos), model.similarity(texts, videos, mask))
+
+
 @pytest.mark.parametrize("max_pairs", [1, 2, 7])
 def test_the_tight_head_in_blocks_is_the_tight_head_at_once(max_pairs: int) -> None:
     model = trained(build("tight", LamConfig()))
