@@ -107,7 +107,7 @@ def test_a_window_has_the_numbers_that_the_data_have_for_its_span(
     spans = [(13.0 + 2 * k, min(15.0 + 2 * k, 16.5)) for k in range(2)]
     lines = [f"film.mp4,{start},{end},a tone\n" for start, end in spans]
     (film.parent / "captions.csv").write_text("video,start,end,caption\n" + "".join(lines))
-    dataset = create_caption_dataset(f"videos:{film.parent}", "test")
+    dataset = create_caption_dataset(f"videos:{film.parent}", "all")
     windows = VideoWindows(film, loaded(model), towers=towers, start=13.0, end=16.5, device="cpu")
     assert windows.spans == spans
     for number in range(2):
