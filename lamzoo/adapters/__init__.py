@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import groupby
 from typing import Any, TypeVar
@@ -12,7 +13,7 @@ from lamzoo.adapters import mha, native, timm
 from lamzoo.adapters.capture import capture_masks
 from lamzoo.adapters.decay import exempt_from_weight_decay
 from lamzoo.adapters.pruning import pruning_loss, remove_pruning
-from lamzoo.adapters.slots import EnterBlock, Slot
+from lamzoo.adapters.slots import EnterBlock, LeaveBlock, Slot, watch_block
 from lamzoo.adapters.state import lam_parameters, lam_state_dict, load_lam_state_dict, remove_lam
 from lamzoo.adapters.wrappers import check_free, compiled_parts, unwrap
 from lamzoo.errors import ConfigError, UnsupportedHostError
@@ -120,8 +121,8 @@ def add_lam(model: Model, config: LamConfig | Mapping[str, Any] | bool | None = 
 
 def _build_stack(model: nn.Module, slots: list[Slot], config: LamConfig) -> tuple[SharedState, list[Lam]]:
     shared = SharedState()
-    last = model.get_submodule(slots[-1].path)
-    used_once = sum(module is last for _, module in model.named_modules(remove_duplicate=False)) == 1
+    uses = Counter(module for _, module in model.named_modules(remove_duplicate=False))
+    used_once = all(uses[model.get_submodule(slot.path)] == 1 for slot in slots)
     lams = []
     for index, slot in enumerate(slots):
         if config.keys == "position" and slot.no_positions is not None:
@@ -141,6 +142,8 @@ def _build_stack(model: nn.Module, slots: list[Slot], config: LamConfig) -> tupl
             ).to(slot.like)
         lam = Lam(config, network, shared, is_last=used_once and index == len(slots) - 1)
         lams.append(lam.train(model.get_submodule(slot.path).training))
+        if used_once:
+            shared.join(lam)
     return shared, lams
 
 
@@ -149,5 +152,6 @@ def _watch_passes(model: nn.Module, slots: list[Slot], config: LamConfig, shared
     if watch_grid is not None:
         watch_grid(shared)
     if watch_grid is not None or config.layers == "single":
-        for slot in slots:
-            model.get_submodule(slot.path.rpartition(".")[0]).register_forward_pre_hook(EnterBlock(shared))
+        for index, slot in enumerate(slots):
+            block = model.get_submodule(slot.path.rpartition(".")[0])
+            watch_block(block, EnterBlock(shared, watch_grid is not None or index > 0), LeaveBlock(shared))

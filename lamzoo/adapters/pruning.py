@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lamzoo.adapters import timm
-from lamzoo.adapters.slots import EnterBlock, SharedStateHook, TokenHost
+from lamzoo.adapters.slots import EnterBlock, LeaveBlock, SharedStateHook, TokenHost, remove_hooks, watch_block
 from lamzoo.adapters.state import masks_of
 from lamzoo.adapters.wrappers import unwrap
 from lamzoo.errors import ConfigError, UnsupportedHostError
@@ -51,10 +51,13 @@ class _Prune(SharedStateHook):
         if not self.lam.training or self.config.training == "top-k":
             reduction = select(here.scores, self.config.keep, self.config.rest, self.num_prefix_tokens, output)
             self.shared.reduce(reduction)
-            return reduction(output)
+            reduced = reduction(output)
+            self.shared.leave(reduced)
+            return reduced
         kept = decide(here.scores, self.config.keep, self.num_prefix_tokens, here.kept)
         self.shared.keep(kept)
-        if here.backward == -1:  # not again where gradient checkpointing runs the block once more
+        self.shared.leave(output)
+        if here.rerun is None:  # not again where gradient checkpointing runs the block once more
             self.kept = kept[:, self.num_prefix_tokens :].mean(dim=1)
         return None
 
@@ -112,7 +115,7 @@ def prune(model: nn.Module, config: PruneConfig) -> None:
     share = 1.0
     for index, (block, lam) in enumerate(zip(blocks.children(), lams, strict=True)):
         if not any(isinstance(hook, EnterBlock) for hook in block._forward_pre_hooks.values()):
-            block.register_forward_pre_hook(_EnterPruned(shared))
+            watch_block(block, _EnterPruned(shared, needs_pass=index > 0), _LeavePruned(shared))
         if index == 0:
             block.register_forward_pre_hook(_AllTokens(shared))
         if index in config.at:
@@ -155,15 +158,16 @@ class _EnterPruned(EnterBlock):
     """An :class:`EnterBlock` that goes with the pruning."""
 
 
+class _LeavePruned(LeaveBlock):
+    """A :class:`LeaveBlock` that goes with the pruning."""
+
+
 def remove_pruning(model: Model) -> Model:
     """Takes pruning out of a model, in place; returns it. One without is left as it is."""
     for module in model.modules():
         if isinstance(module, Lam):
             module.scorer = None
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key, hook in list(hooks.items()):
-                if isinstance(hook, (_Prune, _PoolKept, _AllTokens, _EnterPruned)):
-                    del hooks[key]
+        remove_hooks(module, (_Prune, _PoolKept, _AllTokens, _EnterPruned, _LeavePruned))
         vars(module).pop("prune_config", None)
     return model
 

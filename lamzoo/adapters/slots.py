@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -77,11 +77,51 @@ class SharedStateHook:
 
 
 class EnterBlock(SharedStateHook):
-    """Forward pre-hook of a block: lets a recomputation of the block find the pass that it belongs to."""
+    """Forward pre-hook of a block: finds the pass that its input belongs to, also when checkpointing reruns it.
 
-    def __call__(self, block: nn.Module, args: tuple[Any, ...]) -> None:
-        if args and isinstance(args[0], torch.Tensor):
-            self.shared.enter(args[0])
+    Args:
+        shared: the stack's state.
+        needs_pass: whether the block can't be rerun without its pass.
+    """
+
+    def __init__(self, shared: SharedState, needs_pass: bool) -> None:
+        super().__init__(shared)
+        self.needs_pass = needs_pass
+
+    def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tokens = _first_tensor((*args, *kwargs.values()))
+        if tokens is not None:
+            self.shared.enter(tokens, id(self), needs_pass=self.needs_pass)
+
+
+class LeaveBlock(SharedStateHook):
+    """Forward hook of a block: notes the pass with its output, or ends the pass where the block raised."""
+
+    def __call__(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        tokens = _first_tensor(output if isinstance(output, (tuple, list)) else (output,))
+        if tokens is not None:
+            self.shared.leave(tokens)
+        elif output is None:
+            self.shared.end()
+
+
+def watch_block(block: nn.Module, enter: EnterBlock, leave: LeaveBlock) -> None:
+    """Registers the hooks that keep a block's pass apart from others."""
+    block.register_forward_pre_hook(enter, with_kwargs=True)
+    block.register_forward_hook(leave, always_call=True)
+
+
+def remove_hooks(module: nn.Module, kinds: tuple[type[SharedStateHook], ...]) -> None:
+    """Removes a module's forward hooks and pre-hooks of some kinds."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key in [key for key, hook in hooks.items() if isinstance(hook, kinds)]:
+            del hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
+            module._forward_hooks_always_called.pop(key, None)
+
+
+def _first_tensor(values: Iterable[Any]) -> torch.Tensor | None:
+    return next((value for value in values if isinstance(value, torch.Tensor)), None)
 
 
 class HostTakeover(nn.Module):

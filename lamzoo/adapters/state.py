@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lamzoo.adapters.decay import restore_no_weight_decay
-from lamzoo.adapters.slots import HostTakeover, SharedStateHook, replace_module
+from lamzoo.adapters.slots import HostTakeover, SharedStateHook, remove_hooks, replace_module
 from lamzoo.adapters.wrappers import check_free, copy_into, full_state_dict, full_tensor, host_path, unwrap
 from lamzoo.errors import MaskShapeError, StateDictError, UnsupportedHostError
 from lamzoo.lam import Lam, LamConfig, resize_table
@@ -187,10 +187,7 @@ def remove_lam(model: Model) -> Model:
                 released[module] = module.release()
             replace_module(model, path, released[module])
     for module in model.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key, hook in list(hooks.items()):
-                if isinstance(hook, SharedStateHook):
-                    del hooks[key]
+        remove_hooks(module, (SharedStateHook,))
         for name in ("lam_config", "prune_config"):
             vars(module).pop(name, None)
         restore_no_weight_decay(module)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+import weakref
+from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Variable
+from torch.autograd.graph import Node
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lamzoo.errors import ConfigError
@@ -36,7 +40,10 @@ class MaskRecord:
     importance: Tensor
 
 
-@dataclass(frozen=True)
+Rerun = tuple[int, int]
+
+
+@dataclass(frozen=True, eq=False)
 class StackPass:
     """What one forward pass of a stack knows: the patch grid of its input, a mask that layers share, tokens gone.
 
@@ -47,7 +54,7 @@ class StackPass:
         kept: straight-through decisions over the tokens, ``(B, N)``, 1 for those that stay and 0 for those that left,
             where training keeps them all in place.
         scores: of the current layer's tokens, ``(B, N)``, where tokens are to leave behind it.
-        backward: id of the backward pass in which this pass ran (again), -1 outside of any.
+        rerun: the backward pass, and the autograd node in it, that run this pass again; None in a forward pass.
     """
 
     grid: Grid | None = None
@@ -55,20 +62,27 @@ class StackPass:
     reductions: tuple[Reduction, ...] = ()
     kept: Tensor | None = None
     scores: Tensor | None = None
-    backward: int = -1
+    rerun: Rerun | None = None
 
 
 class SharedState:
-    """What the layers of one stack hand each other during a forward pass.
+    """The forward passes of one stack, and what its layers hand each other during each of them.
 
-    Each thread has a pass of its own, because ``nn.DataParallel`` runs its replicas in threads over one such object.
-    Gradient checkpointing runs a block once more during the backward pass, perhaps after other inputs went through
-    the model; :meth:`enter` recognises the block's input and brings its pass back. Copies and pickles start empty.
+    Each thread has a current pass of its own, because ``nn.DataParallel`` runs replicas in threads over one such
+    object. A block's output is noted with its pass, so that passes may take turns: a block that gets a noted tensor
+    goes on with that pass, and with the current one otherwise. Gradient checkpointing runs blocks once more during the
+    backward pass, on inputs that a wrapper such as FSDP may have put into other tensors. There the pass is found in the
+    autograd graph: it is noted at the node that made the block's input, to which the node that asks for the rerun
+    leads back.
+
+    Notes are kept in the graph, or, for tensors without one, beside the tensor, and live no longer than these. Copies
+    and pickles start empty.
     """
 
     def __init__(self) -> None:
         self._passes: dict[int, StackPass] = {}
-        self._pass_of_input = WeakTensorKeyDictionary()
+        self._notes = WeakTensorKeyDictionary()
+        self._layers: list[weakref.ref[Lam]] = []
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
@@ -80,7 +94,7 @@ class SharedState:
     def current(self) -> StackPass:
         """The pass that this thread is in; an empty one where none began."""
         here = self._passes.get(_thread())
-        return here if here is not None and here.backward == _backward() else StackPass()
+        return here if here is not None and here.rerun == _rerun() else StackPass()
 
     def begin(
         self,
@@ -91,7 +105,7 @@ class SharedState:
         scores: Tensor | None = None,
     ) -> None:
         """Starts a pass, or restates the current one."""
-        self._passes[_thread()] = StackPass(grid, mask, reductions, kept, scores, _backward())
+        self._passes[_thread()] = StackPass(grid, mask, reductions, kept, scores, _rerun())
 
     def reduce(self, reduction: Reduction) -> None:
         """Notes that the tokens became fewer, and with them what the layers share of them; the scores are used up."""
@@ -108,15 +122,76 @@ class SharedState:
         """Forgets the current pass, and with it the graph that its mask holds."""
         self._passes.pop(_thread(), None)
 
-    def enter(self, tokens: Tensor) -> None:
-        """Notes that a block begins to work on ``tokens``, and when recomputing returns to the pass they belong to."""
+    def enter(self, tokens: Tensor, block: int, *, needs_pass: bool = False) -> None:
+        """Goes on with the pass that a block's input belongs to; in a backward pass, with the one it had before.
+
+        Args:
+            tokens: the block's input, ``(B, N, C)``.
+            block: a number that no other block has.
+            needs_pass: whether the block can't run again without knowing its pass.
+
+        Raises:
+            ConfigError: gradient checkpointing runs a block again whose pass is unknown and needed.
+        """
         if torch.compiler.is_compiling():  # the compiler recomputes in its own graph
             return
-        if _backward() == -1:
-            self._pass_of_input[tokens] = self.current
-        elif tokens in self._pass_of_input:
-            then = self._pass_of_input[tokens]
-            self.begin(then.grid, then.mask, then.reductions, then.kept)
+        rerun, here, thread = _rerun(), self._passes.get(_thread()), _thread()
+        begun = here is not None and here.rerun == rerun
+        if rerun is None:
+            then = _alive(self._notes_of(tokens).get(id(self)))
+        else:
+            # Where the node isn't behind the block's input but behind what layers share, the input itself leads there.
+            then = _nearest(torch._C._current_autograd_node(), block)
+            then = then or _nearest(tokens.grad_fn, block, id(self))
+            then = then or _alive(self._notes_of(tokens).get(block)) or _alive(self._notes_of(tokens).get(id(self)))
+        if then is not None:
+            self._passes[thread] = then if rerun is None else replace(then, rerun=rerun)
+        elif rerun is not None and not begun and needs_pass:
+            raise ConfigError(
+                "Gradient checkpointing reruns a block whose forward pass is unknown: it is reentrant, which cuts the "
+                "gradient of what layers share, or the block's frozen input was put into another tensor; checkpoint "
+                "with use_reentrant=False, or use layers='multi' with keys='content'."
+            )
+        if rerun is not None and not begun:
+            forget: Any = partial(self._passes.pop, thread, None)
+            Variable._execution_engine.queue_callback(forget)
+        self._note_input(tokens, block)
+
+    def leave(self, tokens: Tensor) -> None:
+        """Notes the current pass with a block's output, ``(B, N, C)``, for as long as it or its graph lives."""
+        here = self._passes.get(_thread())
+        if not torch.compiler.is_compiling() and here is not None and here.rerun == _rerun():
+            # No cycle of references: the output comes from the mask, so that the mask's graph doesn't lead back to it.
+            self._notes_of(tokens)[id(self)] = here
+
+    def _note_input(self, tokens: Tensor, block: int) -> None:
+        here, notes = self._passes.get(_thread()), self._notes_of(tokens)
+        if here is None or here.rerun != _rerun():
+            return
+        if here.rerun is not None and _alive(notes.get(block)) is not None:
+            return  # the first run's, which a second backward pass looks for
+        shares = here.mask is not None or here.kept is not None
+        # Without gradients, what layers share is noted nowhere in a graph: a rerun would cut its gradient.
+        if tokens.grad_fn is None or torch.is_grad_enabled() or not shares:
+            # Two blocks may have one input, from which the first of them made the mask: then it is held by the outputs
+            # before, and here weakly, as what has a graph that leads to where it is noted would never go.
+            notes[block] = weakref.ref(here) if shares or here.reductions else here
+
+    def _notes_of(self, tokens: Tensor) -> dict[int, Any]:
+        node: Any = tokens.grad_fn
+        notes: dict[int, Any] = self._notes.setdefault(tokens, {}) if node is None else node.metadata
+        return notes
+
+    def join(self, layer: Lam) -> None:
+        """Adds a layer behind those that are there; the last one that is left in the model ends a pass."""
+        layer.joined = True
+        self._layers.append(weakref.ref(layer, self._drop))
+
+    def _drop(self, gone: weakref.ref[Lam]) -> None:
+        self._layers.remove(gone)
+        last = self._layers[-1]() if self._layers else None
+        if last is not None:
+            vars(last)["is_last"] = True  # past nn.Module's own setter, which is gone when the interpreter ends
 
 
 @torch.compiler.assume_constant_result  # compiled code only ever keeps a pass while it runs in one thread
@@ -124,8 +199,31 @@ def _thread() -> int:
     return threading.get_ident()
 
 
-def _backward() -> int:
-    return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
+def _rerun() -> Rerun | None:
+    """Returns the backward pass and the node of it that are at work in this thread; None outside of any."""
+    if torch.compiler.is_compiling():
+        return None
+    node = torch._C._current_autograd_node()
+    return None if node is None else (torch._C._current_graph_task_id(), id(node))
+
+
+def _alive(note: StackPass | weakref.ref[StackPass] | None) -> StackPass | None:
+    return note() if isinstance(note, weakref.ref) else note
+
+
+def _nearest(node: Node | None, *keys: int) -> StackPass | None:
+    """Returns the pass noted under one of the keys at a node, or at the nearest one from which its inputs came."""
+    queue: deque[Any] = deque([] if node is None else [node])
+    seen = {None, *queue}
+    while queue:
+        nearest = queue.popleft()
+        for key in keys:
+            if (found := _alive(nearest.metadata.get(key))) is not None:
+                return found
+        inputs = {before for before, _ in nearest.next_functions} - seen
+        seen |= inputs
+        queue.extend(inputs)
+    return None
 
 
 class Lam(nn.Module):
@@ -136,7 +234,8 @@ class Lam(nn.Module):
         network: this layer's mask network; ``None`` for a layer that uses the first layer's mask
             (``layers="single"``).
         shared: the state of the stack that the layer belongs to.
-        is_last: whether the stack ends here.
+        is_last: whether the stack ends here. A layer also becomes the last one when those behind it, which joined
+            ``shared`` too, leave the model (``prune_intermediate_layers``).
 
     Attributes:
         is_fresh: whether the mask was initialised and no state dict has been loaded into it since.
@@ -151,6 +250,7 @@ class Lam(nn.Module):
         self.shared = shared
         self.is_last = is_last
         self.is_fresh = True
+        self.joined = False
         self.backend = "auto"
         self.recorder: Callable[[MaskRecord], None] | None = None
         self.scorer: Callable[[Attended], Tensor] | None = None
@@ -173,16 +273,16 @@ class Lam(nn.Module):
         if self.network is None:
             if here.mask is None:
                 raise ConfigError(
-                    "A layer with layers='single' has no mask to share: either the stack did not run from its first "
-                    "masked layer on, or reentrant gradient checkpointing, which cuts the mask's gradient, reran it; "
-                    "use layers='multi'."
+                    "A layer with layers='single' has no mask to share, because the stack did not run from its first "
+                    "masked layer on; run it from there, or use layers='multi'."
                 )
             mask = here.mask
         else:
             mask = self.network(query_tokens, key_tokens, here.grid, here.reductions, present)
             if self.config.layers == "single" and not self.is_last:
                 self.shared.begin(here.grid, mask, here.reductions, here.kept)
-        if self.is_last and (here.kept is None or here.backward != -1):  # else whoever pools the tokens ends the pass
+        pooled = here.kept is not None and here.rerun is None  # whoever pools the tokens ends the pass
+        if self.is_last and not pooled:
             self.shared.end()
         return mask
 
@@ -275,6 +375,11 @@ class Lam(nn.Module):
             present = None if here.kept is None else here.kept.detach() > 0
             scores = self.scorer(Attended(query, key, value, mask, self.config.op, scale, present))
             self.shared.begin(here.grid, here.mask, here.reductions, here.kept, scores)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.joined:  # of copies and pickles, the layers come in the order of the stack
+            self.shared.join(self)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -25,9 +25,11 @@ class Block(nn.Module):
         self.lam = lam
 
     def forward(self, x: Tensor) -> Tensor:
-        self.lam.shared.enter(x)
+        self.lam.shared.enter(x, id(self), needs_pass=self.lam.network is None)
         heads = x.unflatten(-1, (HEADS, -1)).transpose(1, 2)
-        return x + self.lam.attend(x, x, heads, heads, heads).transpose(1, 2).flatten(2)
+        out = x + self.lam.attend(x, x, heads, heads, heads).transpose(1, 2).flatten(2)
+        self.lam.shared.leave(out)
+        return out
 
 
 def stack(config: LamConfig, depth: int = 3) -> nn.ModuleList:

@@ -1,0 +1,210 @@
+"""Which forward pass a block belongs to: checkpointing, wrappers, turns, stacks cut short, and nothing left behind."""
+
+import copy
+import gc
+import pickle
+import weakref
+from collections.abc import Callable, Iterator
+
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
+
+import lamzoo
+from lamzoo.adapters import add_lam, remove_lam
+from lamzoo.lam import LamConfig, SharedState
+from lamzoo.lam.layer import StackPass
+from tests.adapters.timm_hosts import HOSTS
+
+SIZES = ((32, 32), (16, 64), (64, 16))  # as many patches, in other grids
+CASES = [("single", "content"), ("single", "position"), ("multi", "position")]
+cases = pytest.mark.parametrize(("layers", "keys"), CASES)
+
+
+def masked(layers: str, keys: str, name: str = "vit_tiny_patch16_224", **kwargs: object) -> nn.Module:
+    return add_lam(HOSTS[name].create(**kwargs), LamConfig(layers=layers, keys=keys, init="paper", rank=3))
+
+
+def state_of(model: nn.Module) -> SharedState:
+    return next(module.shared for module in model.modules() if hasattr(module, "shared"))
+
+
+def views() -> list[Tensor]:
+    return [torch.randn(1, 3, *size) for size in SIZES]
+
+
+def gradients(model: nn.Module, run: Callable[[Tensor], Tensor], images: list[Tensor]) -> dict[str, Tensor]:
+    """Gradients of several passes whose backward passes come after all of them."""
+    model.zero_grad()
+    sum(run(image).square().sum() for image in images).backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {name: (g.full_tensor() if hasattr(g, "full_tensor") else g).clone() for name, g in grads.items()}
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, grad in expected.items():
+        assert_close(found[name], grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize(("layers", "keys"), [*CASES, ("pruned", "position")])
+def test_fully_sharded_blocks_with_checkpointing_keep_gradients(layers: str, keys: str) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = masked("single" if layers == "pruned" else layers, keys, dynamic_img_size=True).train()
+    if layers == "pruned":
+        lamzoo.prune_tokens(model, keep=0.5, at=[0])
+    sharded, images = copy.deepcopy(model), views()
+    mesh = init_device_mesh("cpu", (1,))
+    for block in sharded.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    sharded.set_grad_checkpointing(True)
+    assert_same(gradients(sharded, sharded, images), gradients(model, model, images))
+
+
+@cases
+@pytest.mark.parametrize("every", [2, 3])
+def test_reruns_of_several_blocks_find_each_blocks_pass(layers: str, keys: str, every: int) -> None:
+    model, images = masked(layers, keys, depth=4, dynamic_img_size=True), views()
+    lamzoo.prune_tokens(model, keep=0.5, at=[0, 2], training="top-k").train()
+
+    def run(image: Tensor, every: int | None = None) -> Tensor:
+        x = model.norm_pre(model._pos_embed(model.patch_embed(image)))
+        x = model.blocks(x) if every is None else timm.models.checkpoint_seq(model.blocks, x, every=every)
+        return model.forward_head(model.norm(x))
+
+    expected = gradients(model, run, images)
+    assert_same(gradients(model, lambda image: run(image, every), images), expected)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_of_the_whole_model_around_that_of_its_blocks(reentrant: bool) -> None:
+    model, images = masked("single", "position", dynamic_img_size=True), [x.requires_grad_() for x in views()]
+    expected = gradients(model, model, images)
+    model.set_grad_checkpointing(True)
+    assert_same(gradients(model, lambda x: checkpoint(model, x, use_reentrant=reentrant), images), expected)
+
+
+def test_reentrant_checkpointing_finds_the_patch_grid() -> None:
+    model, images = masked("multi", "position", dynamic_img_size=True), views()
+    expected = gradients(model, model, images)
+    timm.layers.set_reentrant_ckpt(True)
+    try:
+        model.set_grad_checkpointing(True)
+        assert_same(gradients(model, model, images), expected)
+    finally:
+        timm.layers.set_reentrant_ckpt(False)
+
+
+@cases
+@pytest.mark.parametrize("trained", [".lam.", "blocks.1.mlp"])
+def test_checkpointing_of_a_frozen_model_keeps_gradients(layers: str, keys: str, trained: str) -> None:
+    model, images = masked(layers, keys, dynamic_img_size=True), views()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained in name)
+    expected = gradients(model, model, images)
+    model.set_grad_checkpointing(True)
+    assert_same(gradients(model, model, images), expected)
+
+
+def test_a_graph_can_go_backward_twice() -> None:
+    model, x = masked("single", "position"), views()[0]
+    model.set_grad_checkpointing(True)
+    loss = model(x).square().sum()
+    first, second = (torch.autograd.grad(loss, list(model.parameters()), retain_graph=True) for _ in range(2))
+    for one, other in zip(first, second, strict=True):
+        assert_close(one, other)
+
+
+@cases
+@pytest.mark.parametrize("grad", [True, False])
+def test_passes_that_take_turns_keep_their_own_mask_and_grid(layers: str, keys: str, grad: bool) -> None:
+    model, images = masked(layers, keys, dynamic_img_size=True).eval(), views()
+    with torch.set_grad_enabled(grad):
+        expected = [model.blocks(model._pos_embed(model.patch_embed(image))) for image in images]
+        tokens = [model._pos_embed(model.patch_embed(image)) for image in images]
+        # Blocks begin one image after the other, each where it last was.
+        model.patch_embed(images[0])
+        tokens[0] = model.blocks[0](tokens[0])
+        model.patch_embed(images[1])
+        tokens[1] = model.blocks[0](tokens[1])
+        assert_close(model.blocks[1](tokens[0]), expected[0])
+        assert_close(model.blocks[1](tokens[1]), expected[1])
+
+
+@pytest.mark.parametrize("clone", [None, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_stack_that_lost_its_last_layers_ends_its_pass(clone: Callable | None, grad: bool) -> None:
+    model, x = masked("single", "content", depth=4).eval(), views()[0]
+    model = model if clone is None else clone(model)
+    expected = model.forward_intermediates(x, indices=[1], intermediates_only=True)
+    model.prune_intermediate_layers([1])
+    with torch.set_grad_enabled(grad):
+        (out,) = model.forward_intermediates(x, indices=[1], intermediates_only=True)
+    assert_close(out, expected[0])
+    assert state_of(model).current.mask is None and not state_of(model)._passes
+    del model.blocks[1]  # and once more
+    model(x)
+    assert state_of(model).current.mask is None
+
+
+def test_a_pass_that_raises_midway_leaves_nothing_behind() -> None:
+    model, x = masked("single", "position").eval(), views()[0]
+    expected = model(x)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    handle = model.blocks[1].mlp.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        model(x)
+    handle.remove()
+    assert not state_of(model)._passes
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_base_patch16_18x2_224"])  # one or two attentions a block
+def test_no_pass_outlives_its_graph(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: weakref.WeakSet[StackPass] = weakref.WeakSet()
+    init = StackPass.__init__
+
+    def noting_init(self: StackPass, *args: object, **kwargs: object) -> None:
+        init(self, *args, **kwargs)
+        alive.add(self)
+
+    monkeypatch.setattr(StackPass, "__init__", noting_init)
+    model = masked("single", "position", name)
+    for checkpointing in (True, False):
+        model.set_grad_checkpointing(checkpointing)
+        loss = model(views()[0]).sum()
+        assert alive or not checkpointing  # the graph holds them
+        loss.backward()
+        del loss
+    with torch.no_grad():
+        model(views()[0])
+    gc.collect()
+    assert not alive
+
+
+def test_remove_lam_removes_every_hook() -> None:
+    model = masked("single", "position")
+    lamzoo.prune_tokens(model, keep=0.5, at=[0])
+    remove_lam(model)
+    for module in model.modules():
+        hooks = (module._forward_hooks, module._forward_pre_hooks)
+        flags = (module._forward_hooks_always_called, module._forward_pre_hooks_with_kwargs)
+        assert not any((*hooks, *flags))
