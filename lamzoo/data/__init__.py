@@ -1,5 +1,7 @@
 """Labelled images from any of the layouts people keep them in, as one kind of data set; knows no model."""
 
+from typing import TYPE_CHECKING
+
 from lamzoo.data.bad import BadInput, OnBadInput
 from lamzoo.data.classmap import read_class_map, relabel
 from lamzoo.data.factory import create_dataset
@@ -28,4 +30,5 @@ __all__ = [
     "split_off",
 ]
 
-__getattr__ = submodules_of(__name__)
+if not TYPE_CHECKING:  # a type checker would believe any name
+    __getattr__ = submodules_of(__name__)

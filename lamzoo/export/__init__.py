@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,8 @@ from lamzoo.profiling.inputs import default_input, evaluating
 
 __all__ = ["ExportedFile", "ExportedModel", "Format", "export_model", "load_exported"]
 
-__getattr__ = submodules_of(__name__)
+if not TYPE_CHECKING:  # a type checker would believe any name
+    __getattr__ = submodules_of(__name__)
 
 TOLERANCE = 1e-4
 

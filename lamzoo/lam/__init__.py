@@ -1,5 +1,7 @@
 """Learnable attention masks: configuration, factored masks, mask networks and attention; knows torch and no model."""
 
+from typing import TYPE_CHECKING
+
 from lamzoo.lam.attention import lam_attention
 from lamzoo.lam.config import LamConfig
 from lamzoo.lam.kernels import attention_backend, available_backends
@@ -23,4 +25,5 @@ __all__ = [
     "resize_table",
 ]
 
-__getattr__ = submodules_of(__name__)
+if not TYPE_CHECKING:  # a type checker would believe any name
+    __getattr__ = submodules_of(__name__)

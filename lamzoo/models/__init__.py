@@ -1,5 +1,8 @@
 """The zoo's own models: a builder for each family, and what several families share."""
 
+from typing import TYPE_CHECKING
+
 from lamzoo.lazy import submodules_of
 
-__getattr__ = submodules_of(__name__)
+if not TYPE_CHECKING:  # a type checker would believe any name
+    __getattr__ = submodules_of(__name__)

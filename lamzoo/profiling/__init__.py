@@ -1,5 +1,7 @@
 """What a model costs: multiply-accumulates, parameters, latency and memory, side by side with its unmasked backbone."""
 
+from typing import TYPE_CHECKING
+
 from lamzoo.lazy import submodules_of
 from lamzoo.profiling.analytic import AnalyticMacs, analytic_macs
 from lamzoo.profiling.inputs import image_size
@@ -28,4 +30,5 @@ __all__ = [
     "write_rows",
 ]
 
-__getattr__ = submodules_of(__name__)
+if not TYPE_CHECKING:  # a type checker would believe any name
+    __getattr__ = submodules_of(__name__)

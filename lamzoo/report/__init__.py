@@ -1,5 +1,7 @@
 """Pictures and tables of what a model does and what it costs."""
 
+from typing import TYPE_CHECKING
+
 from lamzoo.lazy import submodules_of
 from lamzoo.report.descriptions import explain_windows
 from lamzoo.report.masks import explain
@@ -7,4 +9,5 @@ from lamzoo.report.moments import explain_moments
 
 __all__ = ["explain", "explain_moments", "explain_windows"]
 
-__getattr__ = submodules_of(__name__)
+if not TYPE_CHECKING:  # a type checker would believe any name
+    __getattr__ = submodules_of(__name__)

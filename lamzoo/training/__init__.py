@@ -1,6 +1,7 @@
 """Training from recipes: classification, retrieval, moments, captions; needs ``pip install "lamzoo[train]"``."""
 
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 from lamzoo.errors import MissingExtraError
 from lamzoo.lazy import submodules_of
@@ -32,4 +33,5 @@ __all__ = [
     "train",
 ]
 
-__getattr__ = submodules_of(__name__)
+if not TYPE_CHECKING:  # a type checker would believe any name
+    __getattr__ = submodules_of(__name__)

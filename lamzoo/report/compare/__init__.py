@@ -1,5 +1,7 @@
 """The comparison of measured models: results tables in, tables, plots and a page out; measures nothing."""
 
+from typing import TYPE_CHECKING
+
 from lamzoo.lazy import submodules_of
 from lamzoo.report.compare.files import write_comparison
 from lamzoo.report.compare.panels import Panel, Point, gmacs_panels, latency_panels
@@ -23,4 +25,5 @@ __all__ = [
     "write_comparison",
 ]
 
-__getattr__ = submodules_of(__name__)
+if not TYPE_CHECKING:  # a type checker would believe any name
+    __getattr__ = submodules_of(__name__)
