@@ -138,23 +138,29 @@ def create_model(
     given = {key: value for key, value in given.items() if value is not None}
     lam = lam if lam is None or isinstance(lam, bool) else LamConfig.of(lam)
     plan = _plan(name, pretrained, cache_dir, allow_pickle)
-    whole = {key: value for key, value in given.items() if key not in _FEATURE_ARGS}
-    features = given.get("features_only") and (pretrained or checkpoint_path is not None)
-    model: Any = _build(plan, lam, whole if features else given)
-    chosen = {*given, *(["lam"] if lam is False else [])}
+    model: Any = _build(plan, lam, given)
+    part = None
+    if given.get("features_only") and (pretrained or checkpoint_path is not None):
+        whole = {key: value for key, value in given.items() if key not in _FEATURE_ARGS}
+        part, model = model, _build(plan, lam, whole)
+    checkpoint = None if checkpoint_path is None else read_state_dict(checkpoint_path, allow_pickle=allow_pickle)
     how: dict[str, Any] = {
-        "given": chosen, "arch": plan.card.backbone.get("timm"), "fresh_lam": lam_weights == "fresh"
+        "given": {*given, *(["lam"] if lam is False else [])}, "arch": plan.card.backbone.get("timm")
     }  # fmt: skip
+    fresh = "lam_weights='fresh' was asked for" if lam_weights == "fresh" else ""
     if plan.weights is not None:
         file = plan.weights
         state_dict = read_state_dict(file.path, sha256=file.sha256, allow_pickle=allow_pickle)
-        load_into(model, state_dict, source=file.source, foreign=plan.foreign, lam=plan.lam, **how)
+        replaced = "those of checkpoint_path follow" if any(".lam." in key for key in checkpoint or ()) else ""
+        load_into(
+            model, state_dict, source=file.source, foreign=plan.foreign, lam=plan.lam,
+            fresh_lam=fresh or replaced, **how,
+        )  # fmt: skip
         model.weights_source = f"{plan.card.name}.{plan.tag.name}" if plan.tag is not None else file.source
-    if checkpoint_path is not None:
-        state_dict = read_state_dict(checkpoint_path, allow_pickle=allow_pickle)
-        load_into(model, state_dict, source=str(checkpoint_path), **how)
+    if checkpoint is not None:
+        load_into(model, checkpoint, source=str(checkpoint_path), fresh_lam=fresh, **how)
         model.weights_source = str(checkpoint_path)
-    return _features(model, _build(plan, lam, given)) if features else model
+    return model if part is None else _features(model, part)
 
 
 def obtain(

@@ -16,7 +16,7 @@ import torch
 from timm.models import _builder, adapt_input_conv
 from torch import Tensor, nn
 
-from lamzoo.adapters.state import check_lam_config
+from lamzoo.adapters.state import check_lam_config, few
 from lamzoo.errors import StateDictError
 from lamzoo.lam import Lam, LamConfig
 from lamzoo.lam.layer import carried_configs
@@ -45,7 +45,7 @@ def load_into(
     arch: str | None = None,
     foreign: bool = False,
     lam: LamConfig | None = None,
-    fresh_lam: bool = False,
+    fresh_lam: str = "",
 ) -> list[str]:
     """Loads weights into a model, strictly, and returns what had to be adapted.
 
@@ -69,7 +69,7 @@ def load_into(
         foreign: the file may be in its authors' own format, which timm's converter may rename and drop keys of.
         lam: what its masks were trained with, where ``state_dict`` itself carries no ``LamConfig``; without either,
             masks are loaded with a warning.
-        fresh_lam: leave the file's masks out.
+        fresh_lam: why the file's masks are left out, for the log; empty to load them.
 
     Returns:
         One line for each adaptation, as logged.
@@ -81,7 +81,7 @@ def load_into(
     notes: list[str] = []
     weights = _without_buffers(model, state_dict, notes)
     if fresh_lam:
-        weights = _without_lam(weights, notes)
+        weights = _without_lam(weights, fresh_lam, notes)
     elif any(".lam." in key for key in state_dict) and any(isinstance(module, Lam) for module in model.modules()):
         carried = next(iter(carried_configs(state_dict).values()), lam)
         known = lam is not None and carried is not None and not carried.differences(lam)  # by the card or the folder
@@ -92,7 +92,7 @@ def load_into(
     _adapt_input(model, weights, given, notes)
     _adapt_head(model, weights, given, notes)
     may_miss = _adapt_pool(model, weights, given, notes)
-    _check(model, weights, source, given, may_miss | _fresh(model, weights, notes))
+    _check(model, weights, source, given, may_miss | _fresh(model, weights, bool(fresh_lam), notes))
     model.load_state_dict(weights, strict=False)
     _logger.info("Loaded %s into %s%s", source, type(model).__name__, "".join(f"; {note}" for note in notes) + ".")
     return notes
@@ -115,7 +115,7 @@ def _without_buffers(model: nn.Module, state_dict: Mapping[str, Tensor], notes: 
     computed = dict(model.named_buffers()).keys() - model.state_dict().keys()
     found = sorted(computed & state_dict.keys())
     if found:
-        notes.append(f"{_some(found)} left out, which the model computes")
+        notes.append(f"{few(found)} left out, which the model computes")
     return {key: value for key, value in state_dict.items() if key not in computed}
 
 
@@ -146,10 +146,10 @@ def _convert(
         ours = arch is None and type(model).__module__.startswith("lamzoo.")  # this converter drops no key of a model
         if not foreign and not ours:
             raise StateDictError(
-                f"{source} does not fit {_name(model)}: its keys {_some(lost)} are of another format or unexpected."
+                f"{source} does not fit {_name(model)}: its keys {few(lost)} are of another format or unexpected."
             )
         whose = "the" if ours else "timm's"
-        notes.append(f"{whose} converter replaced the keys {_some(lost)} by {_some(new) if new else 'nothing'}")
+        notes.append(f"{whose} converter replaced the keys {few(lost)} by {few(new) if new else 'nothing'}")
     for key in before.keys() & after.keys():
         if before[key] != after[key]:
             if not foreign and not _SIZE_ARGS & set(given):
@@ -161,10 +161,10 @@ def _convert(
     return converted
 
 
-def _without_lam(state_dict: Mapping[str, Tensor], notes: list[str]) -> StateDict:
+def _without_lam(state_dict: Mapping[str, Tensor], why: str, notes: list[str]) -> StateDict:
     kept = {key: value for key, value in state_dict.items() if ".lam." not in key}
     if len(kept) < len(state_dict):
-        notes.append(f"{len(state_dict) - len(kept)} mask tensors left out, since lam_weights='fresh' was asked for")
+        notes.append(f"{len(state_dict) - len(kept)} mask tensors left out, since {why}")
     return kept
 
 
@@ -176,7 +176,7 @@ def _adapt_lam(model: nn.Module, weights: StateDict, source: str, given: Collect
             del weights[key]
         notes.append(f"{len(in_file)} mask tensors left out, since the masks were taken out by lam=False")
     if dead := drop_dead_biases(model, weights):
-        notes.append(f"{len(dead)} biases of additive masks left out, which change nothing ({_some(dead)})")
+        notes.append(f"key-side biases left out, which change nothing in additive masks: {few(dead)}")
     for name, module in model.named_modules():
         weight, bias = f"{name}.weight", f"{name}.bias"
         if not isinstance(module, PositionTable) or not {weight, bias} <= weights.keys():
@@ -247,18 +247,17 @@ def _adapt_pool(model: nn.Module, weights: StateDict, given: Collection[str], no
     for key in extra:
         del weights[key]
     if extra:
-        notes.append(f"{_some(extra)} left out, since another global_pool was asked for")
+        notes.append(f"{few(extra)} left out, since another global_pool was asked for")
     if fresh:
-        notes.append(f"{_some(sorted(fresh))} fresh, since another global_pool was asked for")
+        notes.append(f"{few(sorted(fresh))} fresh, since another global_pool was asked for")
     return fresh
 
 
-def _fresh(model: nn.Module, weights: StateDict, notes: list[str]) -> set[str]:
+def _fresh(model: nn.Module, weights: StateDict, left_out: bool, notes: list[str]) -> set[str]:
     if any(".lam." in key for key in weights):
         return set()
     fresh = {key for key in model.state_dict() if ".lam." in key}
     if fresh:
-        left_out = any("mask tensors left out" in note for note in notes)
         why = "" if left_out else ", since the file is of a plain backbone"
         notes.append(f"{len(fresh)} mask tensors stay fresh{why}")
     return fresh
@@ -273,7 +272,7 @@ def _check(model: nn.Module, weights: StateDict, source: str, given: Collection[
         f"{key} ({tuple(weights[key].shape)} in the file, {tuple(target[key].shape)} in the model)" for key in misshapen
     ]
     faults = [
-        f"{what} {_some(keys)}"
+        f"{what} {few(keys)}"
         for what, keys in (("missing keys", missing), ("unexpected keys", unexpected), ("wrong shapes", shapes))
         if keys
     ]
@@ -333,8 +332,3 @@ def _names(model: nn.Module, key: str) -> tuple[str, ...]:
 
 def _name(model: nn.Module) -> str:
     return _cfg(model).get("architecture") or type(model).__name__
-
-
-def _some(keys: Collection[str]) -> str:
-    shown = ", ".join(list(keys)[:3])
-    return shown if len(keys) <= 3 else f"{shown} and {len(keys) - 3} more"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TypeVar
 
 import torch
@@ -91,10 +91,10 @@ def load_lam_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, config
         state = {key.removeprefix("module."): value for key, value in state.items()}  # saved by 0.1.0 under DDP
     dead = [key for path, lam in masks_of(model).items() for key in drop_dead_biases(lam, state, f"{path}.")]
     if dead:
-        _logger.info("%d biases of additive masks left out, which change nothing (%s)", len(dead), _few(dead))
+        _logger.info("key-side biases left out, which change nothing in additive masks: %s", few(dead))
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or unexpected:
-        wrong = [f"{name} {_few(keys)}" for name, keys in (("lacks", missing), ("has too", unexpected)) if keys]
+        wrong = [f"{name} {few(keys)}" for name, keys in (("lacks", missing), ("has too", unexpected)) if keys]
         raise StateDictError(
             f"The LAM state dict {' and '.join(wrong)}; load it into a model with the same host and the LamConfig that "
             "it was saved with."
@@ -233,6 +233,7 @@ def _resized(key: str, value: Tensor, table: PositionTable) -> Tensor:
     return flat.squeeze(-1) if value.ndim == 2 else flat
 
 
-def _few(keys: list[str]) -> str:
-    shown = ", ".join(keys[:3])
+def few(keys: Collection[str]) -> str:
+    """Returns the first names of many, for messages."""
+    shown = ", ".join(list(keys)[:3])
     return shown if len(keys) <= 3 else f"{shown} and {len(keys) - 3} more"

@@ -109,6 +109,12 @@ def test_fresh_masks_leave_the_files_out_and_say_so(caplog: pytest.LogCaptureFix
         create_model("lam_vit_micro", lam_weights="new")
 
 
+def test_a_checkpoint_brings_masks_of_another_kind_than_the_tag(tmp_path: Path) -> None:
+    model = create_model("lam_vit_micro", lam=ADD)
+    file = write_state_dict(model.state_dict(), tmp_path / "m.safetensors")
+    assert masks_equal(create_model("lam_vit_micro", pretrained=True, lam=ADD, checkpoint_path=file.path), model)
+
+
 def test_shards_and_what_is_joined_of_them_carry_the_kind(tmp_path: Path) -> None:
     file = write_state_dict(trained_model(KINDS[2]).state_dict(), tmp_path / "m.safetensors")
     index = shard(file.path, 400_000, tmp_path / "shards")
@@ -142,6 +148,7 @@ def test_a_state_dict_in_memory_carries_the_kind_too(
     assert all(torch.equal(value, before[key]) for key, value in lam_state_dict(other).items())
     with pytest.raises(RuntimeError, match=r"blocks\.0\.attn\.lam was saved with LamConfig"):
         other.load_state_dict(model.state_dict(), strict=False)
+    assert all(torch.equal(value, before[key]) for key, value in lam_state_dict(other).items())
     assert not caplog.records
 
 
