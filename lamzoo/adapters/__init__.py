@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import groupby
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
@@ -31,7 +31,8 @@ __all__ = [
     "remove_pruning",
 ]
 
-__getattr__ = submodules_of(__name__)
+if not TYPE_CHECKING:  # a type checker would believe any name
+    __getattr__ = submodules_of(__name__)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -82,8 +83,8 @@ def add_lam(model: Model, config: LamConfig | Mapping[str, Any] | bool | None = 
         config: what the masks are made of, also as a dict of the fields; ``LamConfig()`` by default.
 
     Returns:
-        The same model, which now has the attribute ``lam_config``, and the masks' position tables and biases in its
-        ``no_weight_decay()``.
+        The same object. The model in it now has the attribute ``lam_config``, and the masks' position tables and biases
+        in its ``no_weight_decay()``.
 
     Raises:
         UnsupportedHostError: the model has a block that can't carry a mask (named), no such block at all, masks
@@ -122,7 +123,7 @@ def add_lam(model: Model, config: LamConfig | Mapping[str, Any] | bool | None = 
 def _build_stack(model: nn.Module, slots: list[Slot], config: LamConfig) -> tuple[SharedState, list[Lam]]:
     shared = SharedState()
     uses = Counter(module for _, module in model.named_modules(remove_duplicate=False))
-    used_once = all(uses[model.get_submodule(slot.path)] == 1 for slot in slots)
+    places = [uses[model.get_submodule(slot.path)] for slot in slots]
     lams = []
     for index, slot in enumerate(slots):
         if config.keys == "position" and slot.no_positions is not None:
@@ -140,10 +141,10 @@ def _build_stack(model: nn.Module, slots: list[Slot], config: LamConfig) -> tupl
                 num_prefix_tokens=slot.num_prefix_tokens,
                 grid=slot.grid,
             ).to(slot.like)
-        lam = Lam(config, network, shared, is_last=used_once and index == len(slots) - 1)
+        lam = Lam(config, network, shared, is_last=places[-1] == 1 and index == len(slots) - 1)
         lams.append(lam.train(model.get_submodule(slot.path).training))
-        if used_once:
-            shared.join(lam)
+        if all(count == 1 for count in places):
+            shared.join(lam, index)
     return shared, lams
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
@@ -88,7 +89,12 @@ class EnterBlock(SharedStateHook):
         super().__init__(shared)
         self.needs_pass = needs_pass
 
-    def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    # Pickles of 0.1.0 have the hook without needs_pass, and registered it without keyword arguments.
+    needs_pass: bool = False
+
+    def __call__(
+        self, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = MappingProxyType({})
+    ) -> None:
         tokens = _first_tensor((*args, *kwargs.values()))
         if tokens is not None:
             self.shared.enter(tokens, id(self), needs_pass=self.needs_pass)

@@ -82,7 +82,7 @@ class SharedState:
     def __init__(self) -> None:
         self._passes: dict[int, StackPass] = {}
         self._notes = WeakTensorKeyDictionary()
-        self._layers: list[weakref.ref[Lam]] = []
+        self._layers: dict[int, weakref.ref[Lam]] = {}  # by their places in the stack
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
@@ -137,13 +137,14 @@ class SharedState:
             return
         rerun, here, thread = _rerun(), self._passes.get(_thread()), _thread()
         begun = here is not None and here.rerun == rerun
+        notes = self._notes_of(tokens)
         if rerun is None:
-            then = _alive(self._notes_of(tokens).get(id(self)))
+            then = _alive(notes.get(id(self)))
         else:
             # Where the node isn't behind the block's input but behind what layers share, the input itself leads there.
             then = _nearest(torch._C._current_autograd_node(), block)
             then = then or _nearest(tokens.grad_fn, block, id(self))
-            then = then or _alive(self._notes_of(tokens).get(block)) or _alive(self._notes_of(tokens).get(id(self)))
+            then = then or _alive(notes.get(block)) or _alive(notes.get(id(self)))
         if then is not None:
             self._passes[thread] = then if rerun is None else replace(then, rerun=rerun)
         elif rerun is not None and not begun and needs_pass:
@@ -155,7 +156,7 @@ class SharedState:
         if rerun is not None and not begun:
             forget: Any = partial(self._passes.pop, thread, None)
             Variable._execution_engine.queue_callback(forget)
-        self._note_input(tokens, block)
+        self._note_input(tokens, notes, block)
 
     def leave(self, tokens: Tensor) -> None:
         """Notes the current pass with a block's output, ``(B, N, C)``, for as long as it or its graph lives."""
@@ -164,8 +165,8 @@ class SharedState:
             # No cycle of references: the output comes from the mask, so that the mask's graph doesn't lead back to it.
             self._notes_of(tokens)[id(self)] = here
 
-    def _note_input(self, tokens: Tensor, block: int) -> None:
-        here, notes = self._passes.get(_thread()), self._notes_of(tokens)
+    def _note_input(self, tokens: Tensor, notes: dict[int, Any], block: int) -> None:
+        here = self._passes.get(_thread())
         if here is None or here.rerun != _rerun():
             return
         if here.rerun is not None and _alive(notes.get(block)) is not None:
@@ -182,14 +183,19 @@ class SharedState:
         notes: dict[int, Any] = self._notes.setdefault(tokens, {}) if node is None else node.metadata
         return notes
 
-    def join(self, layer: Lam) -> None:
-        """Adds a layer behind those that are there; the last one that is left in the model ends a pass."""
-        layer.joined = True
-        self._layers.append(weakref.ref(layer, self._drop))
+    def join(self, layer: Lam, place: int) -> None:
+        """Adds a layer at its place in the stack; the last one that is left in the model ends a pass.
+
+        A shallow copy of a layer that is there is not added.
+        """
+        layer.place = place
+        there = self._layers.get(place)
+        if there is None or there() is None:
+            self._layers[place] = weakref.ref(layer, self._drop)
 
     def _drop(self, gone: weakref.ref[Lam]) -> None:
-        self._layers.remove(gone)
-        last = self._layers[-1]() if self._layers else None
+        self._layers = {place: layer for place, layer in self._layers.items() if layer is not gone}
+        last = self._layers[max(self._layers)]() if self._layers else None
         if last is not None:
             vars(last)["is_last"] = True  # past nn.Module's own setter, which is gone when the interpreter ends
 
@@ -250,7 +256,7 @@ class Lam(nn.Module):
         self.shared = shared
         self.is_last = is_last
         self.is_fresh = True
-        self.joined = False
+        self.place: int | None = None
         self.backend = "auto"
         self.recorder: Callable[[MaskRecord], None] | None = None
         self.scorer: Callable[[Attended], Tensor] | None = None
@@ -377,9 +383,9 @@ class Lam(nn.Module):
             self.shared.begin(here.grid, here.mask, here.reductions, here.kept, scores)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if self.joined:  # of copies and pickles, the layers come in the order of the stack
-            self.shared.join(self)
+        super().__setstate__({"is_fresh": False, "place": None} | state)  # pickles of 0.1.0 lack these
+        if self.place is not None:
+            self.shared.join(self, self.place)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -401,6 +407,8 @@ class Lam(nn.Module):
             saved = LamConfig.from_dict(local_metadata[_CONFIG])
             if self.config.differences(saved):
                 error_msgs.append(f"{prefix[:-1]} was saved with {saved} and the model has {self.config}.")
+                for key in [key for key in state_dict if key.startswith(prefix)]:
+                    del state_dict[key]  # torch's own copy, from which it would go on to load the network
                 return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs

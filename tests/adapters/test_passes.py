@@ -162,6 +162,26 @@ def test_a_stack_that_lost_its_last_layers_ends_its_pass(clone: Callable | None,
     assert state_of(model).current.mask is None
 
 
+def test_a_stack_whose_layers_have_further_names_ends_its_pass() -> None:
+    model = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 3, enable_nested_tensor=False
+    )
+    model.alias = model.layers[0]
+    add_lam(model, LamConfig(layers="single"))
+    model(torch.randn(2, 5, 16)).sum().backward()
+    assert not state_of(model)._passes
+
+
+def test_a_shallow_copy_of_a_layer_does_not_join_its_stack() -> None:
+    model, x = masked("single", "content").eval(), views()[0]
+    expected = model(x)
+    for block in model.blocks:
+        copied = copy.copy(block.attn.lam)
+        assert copied.shared is block.attn.lam.shared
+        del copied
+    assert torch.equal(model(x), expected) and not state_of(model)._passes
+
+
 def test_a_pass_that_raises_midway_leaves_nothing_behind() -> None:
     model, x = masked("single", "position").eval(), views()[0]
     expected = model(x)
