@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.torch import save_file
 
 import lamzoo
+from lamzoo.weights import write_state_dict
 from tests.images import encoded
 
 pytest.importorskip("matplotlib")
@@ -21,7 +21,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("moments")
     models = {name: lamzoo.create_model(name) for name in ("lam_moment_detr_micro", "lam_vit_micro")}
     for name, model in models.items():
-        save_file(model.state_dict(), folder / f"{name}.safetensors")
+        write_state_dict(model.state_dict(), folder / f"{name}.safetensors")
     finder: Any = models["lam_moment_detr_micro"]
     (folder / "photo.png").write_bytes(encoded(0, 0))
     query = {"query": "A dog runs.", "vid": "v", "duration": 12, "relevant_windows": [[4, 8]]}

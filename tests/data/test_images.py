@@ -69,7 +69,7 @@ def layouts(root: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("layout", ["imagefolder", "imagelist", "npz", "wds", "torchvision"])
 def test_data_sets_give_images_upright(tmp_path: Path, layout: str) -> None:
-    split = "val" if layout == "torchvision" else "test"
+    split = {"torchvision": "val", "imagelist": "all", "wds": "all"}.get(layout, "test")
     assert_upright(create_dataset(layouts(tmp_path)[layout], split)[0][0])
 
 
@@ -78,7 +78,7 @@ def test_hugging_face_data_sets_give_images_upright(tmp_path: Path) -> None:
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["class"])})
     rows = {"image": [{"bytes": sideways(6), "path": None}], "label": [0]}
     datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "saved")
-    assert_upright(create_dataset(f"hfds:{tmp_path / 'saved'}", "test")[0][0])
+    assert_upright(create_dataset(f"hfds:{tmp_path / 'saved'}", "all")[0][0])
 
 
 def test_photographs_with_captions_are_upright(tmp_path: Path) -> None:

@@ -165,12 +165,12 @@ def test_a_list_of_labels_with_headings_is_csv(tmp_path: Path) -> None:
     (tmp_path / "data" / "a, b.jpg").write_bytes(encoded(0, 0))
     spec, table = f"imagelist:{tmp_path / 'data'}:{tmp_path / 'list.csv'}", tmp_path / "list.csv"
     table.write_text('filename,label\n"a, b.jpg","tench, Tinca tinca"\n')
-    dataset = create_dataset(spec, "val")
+    dataset = create_dataset(spec, "all")
     assert (dataset.classes, dataset.labels()) == (["tench, Tinca tinca"], [0])
     for line, message in {"absent.jpg,tench, Tinca": "3 cells", "c.jpg,": "no image or no label"}.items():
         table.write_text(f'filename,label\n"a, b.jpg",cat\n{line}\n')
         with pytest.raises(DataError, match=f"line 3 of .*{message}"):
-            create_dataset(spec, "val")
+            create_dataset(spec, "all")
 
 
 def test_a_class_list_keeps_what_only_unicode_calls_a_line_break(tmp_path: Path) -> None:

@@ -260,7 +260,7 @@ def test_autocast_serves_inputs_of_several_dtypes(op: Op, backend: str, narrow: 
 def test_several_dtypes_outside_of_autocast_are_refused_by_name(backend: str) -> None:
     query, key, value, mask = make().to(torch.float32).args
     with pytest.raises(MaskShapeError, match=r"torch\.float32, torch\.float32 and torch\.bfloat16; outside of"):
-        lam_attention(query, key, value.bfloat16(), mask, backend=backend)
+        lam_attention(query, key, value.bfloat16(), mask, op="mul", backend=backend)
 
 
 def test_every_backend_is_listed() -> None:
