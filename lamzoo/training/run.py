@@ -249,6 +249,9 @@ class TrainingRun(ABC):
         if self.kept_epoch == len(self.history):
             if self.accelerator.is_main_process:
                 shutil.rmtree(last, ignore_errors=True)  # of a run that was shorter
+            if self.best is not None and self._why_last():
+                self.best = None  # model/ loses its weights, and a later part of the run may look for the best again
+                self.checkpoints.amend(self.accelerator, self._state())
             self._save_model(folder)
             return folder
         self._save_model(last)

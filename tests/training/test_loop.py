@@ -177,6 +177,20 @@ def test_the_last_weights_are_kept_where_nothing_may_be_chosen(
     assert not (result.output / "last").exists()
 
 
+def test_weights_that_were_overwritten_are_not_named_as_the_best(
+    recipe_table: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = watch(monkeypatch, (70.0, 50.0))
+    table = held_out(recipe_table, output=str(tmp_path / "out"), keep="best")
+    table["schedule"]["epochs"] = 2
+    assert train(parse_recipe(table)).epoch == 1
+    for keep in ("last", "best"):
+        table["run"]["keep"] = keep
+        result = train(parse_recipe(table), resume=True)
+        assert result.epoch == 2 and "those of the last epoch, not of the best" in result.about
+        assert same(result.model, weights[1])
+
+
 def test_a_resumed_run_may_be_longer(recipe_table: dict[str, Any], tmp_path: Path) -> None:
     recipe_table["schedule"]["epochs"] = 1
     first = run(recipe_table, tmp_path / "run")
