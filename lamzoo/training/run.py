@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
 from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -272,6 +273,9 @@ class TrainingRun(ABC):
         if why or self.best is None:
             return f"The weights are those of the last epoch, not of the best{why and f': {why}'}."
         chosen = f"the best by {self.metric} on {self.datasets()['validation'].split} ({self.best['value']:.2f})"
+        better = [int(record["epoch"]) + 1 for record in self.history if self._gain(record) > 0]
+        if better:  # while run.keep was "last", or in a version that kept no best weights
+            chosen += f" of the epochs whose weights could be kept (epoch {better[-1]} scored better)"
         if self.kept_epoch == epochs:
             return f"The weights are those of the last epoch, which is {chosen}."
         return f"The weights are those of epoch {self.kept_epoch} of {epochs}, {chosen}; the last epoch's are in last/."
@@ -373,16 +377,21 @@ class TrainingRun(ABC):
 
     def _keep_if_best(self, record: Mapping[str, float]) -> bool:
         """Writes ``model/`` where an evaluation was the best so far and the best is kept; says whether it was."""
-        value = record.get(f"eval_{self.metric}")
-        if value is None or not math.isfinite(value) or self._why_last():
+        value = record.get(f"eval_{self.metric}", math.nan)
+        better = math.isfinite(value) and (self.best is None or self._gain(record) >= 0)  # of equals the later
+        # One process decides: the last digits of a score may differ, and all processes wait for the saved model.
+        better, value = broadcast_object_list([better, value])
+        if self._why_last() or not better:
             return False
-        if self.best is not None:
-            before = self.best["value"]
-            if not (value <= before if self.lower_is_better else value >= before):  # of equals the later
-                return False
         self._save_model(self.checkpoints.output / MODEL_FOLDERS[0])
         self.best = {"epoch": record["epoch"], "value": value}
         return True
+
+    def _gain(self, record: Mapping[str, float]) -> float:
+        """Returns how much better than the best a record's score is; 0 without one."""
+        assert self.best is not None
+        gain = record.get(f"eval_{self.metric}", math.nan) - self.best["value"]
+        return 0.0 if not math.isfinite(gain) else -gain if self.lower_is_better else gain
 
     def _build(self, model: nn.Module) -> None:
         recipe = self.recipe

@@ -191,6 +191,24 @@ def test_weights_that_were_overwritten_are_not_named_as_the_best(
         assert same(result.model, weights[1])
 
 
+@pytest.mark.parametrize(
+    ("scores", "lower", "said"),
+    [((80.0, 70.0), False, "could be kept (epoch 1 scored better)."), ((80.0, 70.0), True, "(70.00).")],
+)
+def test_the_best_is_of_the_epochs_that_could_be_kept(
+    recipe_table: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    scores: tuple[float, ...], lower: bool, said: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(ClassificationRun, "lower_is_better", lower)
+    watch(monkeypatch, scores)
+    table = held_out(recipe_table, output=str(tmp_path / "out"), keep="last")
+    table["schedule"]["epochs"] = 1
+    train(parse_recipe(table))
+    table["run"]["keep"], table["schedule"]["epochs"] = "best", 2
+    result = train(parse_recipe(table), resume=True)
+    assert result.epoch == 2 and result.about.endswith(said)
+
+
 def test_a_resumed_run_may_be_longer(recipe_table: dict[str, Any], tmp_path: Path) -> None:
     recipe_table["schedule"]["epochs"] = 1
     first = run(recipe_table, tmp_path / "run")
