@@ -15,7 +15,7 @@ from lamzoo.data.factory import create_dataset
 from lamzoo.data.labelled import LabelledImages
 from lamzoo.data.selection import select, split_off
 from lamzoo.data.splits import WHOLE, open_default, synonyms
-from lamzoo.errors import DataError, MissingSplitError
+from lamzoo.errors import DataError, MissingSplitError, UnsplitError
 from lamzoo.files import atomic_files
 
 RECIPE_NAME = "recipe.json"
@@ -131,8 +131,8 @@ def open_scored(spec: str, split: str | None, trained: TrainedData | None = None
 
     Args:
         spec: the data set.
-        split: which split; None for ``test``, for the run's validation split where there is no such, and for all of
-            data without splits where there is no run.
+        split: which split; None for ``test``, for the run's validation split where the run's own data have no such,
+            and for all of other data without splits.
         trained: what the model was trained on. Where its run made a validation split of this data, ``validation`` and
             ``train`` are those of the run.
 
@@ -142,13 +142,19 @@ def open_scored(spec: str, split: str | None, trained: TrainedData | None = None
     """
     made = None if trained is None else trained.made
     opener = partial(create_dataset, spec)
-    if trained is None or made is None:
+    own = trained is not None and _place(spec) == _place(trained.source)
+    if made is None or (split is None and not own):
         return opener(split) if split is not None else open_default(opener, "test")
     part = _part("validation" if split is None else split)
-    if split is None or part is None or spec != trained.source:
+    if split is None or part is None or not own:
         try:
             return opener(split or "test")
-        except MissingSplitError:
+        except MissingSplitError as error:
+            if part is None and own and isinstance(error, UnsplitError):
+                raise MissingSplitError(
+                    f"{spec} has no split {split!r}: the run split it in 'train' and 'validation'; name one of these, "
+                    f"or '{WHOLE}' for both together"
+                ) from None
             if part is None:
                 raise
     return made.again(spec)[part == "validation"]
@@ -157,6 +163,12 @@ def open_scored(spec: str, split: str | None, trained: TrainedData | None = None
 def _part(split: str) -> str | None:
     """Returns which part of a run's data a split's name means, if any."""
     return next((name for name in ("train", "validation") if name in synonyms(split)), None)
+
+
+def _place(spec: str) -> Path:
+    """Returns what is the same for each way to write a data set's folder."""
+    kind, _, rest = spec.partition(":")
+    return Path(rest if kind in ("imagefolder", "npz") else spec).resolve()
 
 
 def _digest(dataset: LabelledImages) -> str:

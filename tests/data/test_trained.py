@@ -39,8 +39,24 @@ def test_the_same_images_are_held_out_again(folder: Path, tmp_path: Path) -> Non
     assert names(str(folder), "val", tmp_path) == names(str(folder), None, tmp_path) == validation
     assert names(str(folder), "train", tmp_path) == train
     assert names(f"imagefolder:{folder}", "validation", tmp_path / "model") == validation  # written in another way
-    with pytest.raises(MissingSplitError, match="no split 'test'"):
-        names(str(folder), "test", tmp_path)
+
+
+@pytest.mark.parametrize("split", ["test", "bogus"])
+def test_the_parts_of_a_run_are_named_where_there_is_no_such_split(folder: Path, tmp_path: Path, split: str) -> None:
+    stored(folder, tmp_path)
+    way_out = f"no split '{split}': the run split it in 'train' and 'validation'; name one of these, or 'all' for both"
+    with pytest.raises(MissingSplitError, match=way_out):
+        names(str(folder), split, tmp_path)
+    assert len(names(str(folder), "all", tmp_path)) == 24
+
+
+def test_other_data_without_splits_are_scored_whole(folder: Path, tmp_path: Path) -> None:
+    _, validation = stored(folder, tmp_path)
+    other = write_folder(tmp_path / "other", splits=(), each=8)  # its files have the same names
+    assert len(names(f"imagefolder:{other}", None, tmp_path)) == 24
+    assert names(f"imagefolder:{folder}/../photos", None, tmp_path) == [
+        name.replace("photos", "photos/../photos") for name in validation
+    ]
 
 
 def test_data_that_moved_are_known_again(folder: Path, tmp_path: Path) -> None:
