@@ -9,9 +9,9 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from lamzoo.data.factory import create_dataset
+from lamzoo.data.jsonfiles import read_json
 from lamzoo.data.labelled import LabelledImages
 from lamzoo.data.selection import select, split_off
 from lamzoo.data.splits import WHOLE, open_default, synonyms
@@ -87,7 +87,7 @@ class MadeSplit:
         if not path.is_file():
             return None
         try:
-            record = cls(**_read_json(path))
+            record = cls(**read_json(path))
             return dataclasses.replace(record, left_out=tuple(record.left_out))
         except TypeError as error:
             raise DataError(f"{path} is no record of a run's split ({error}); remove it") from None
@@ -120,7 +120,7 @@ class TrainedData:
         if run is None:
             return None
         try:
-            recipe = _read_json(run / RECIPE_NAME)
+            recipe = read_json(run / RECIPE_NAME)
             return cls(recipe.get("task", "classification"), recipe["data"]["source"], MadeSplit.read(run))
         except (KeyError, TypeError) as error:
             raise DataError(f"{run / RECIPE_NAME} is no recipe of a run: it lacks {error}") from None
@@ -178,10 +178,3 @@ def _digest(dataset: LabelledImages) -> str:
         name = dataset.filename(index).replace("\\", "/").rpartition("/")[2]
         digest.update(f"{label} {name}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} is no readable JSON: {error}") from None
