@@ -18,6 +18,7 @@ from accelerate.utils import SAFE_WEIGHTS_PATTERN_NAME
 from safetensors import safe_open
 from torch import nn
 
+from lamzoo.data.trained import RECIPE_NAME
 from lamzoo.errors import LamzooError, RecipeError
 from lamzoo.files import atomic_files
 from lamzoo.lam import LamConfig
@@ -42,7 +43,7 @@ class Checkpoints:
         self.output = output
         self._folder = output / "checkpoints"
         self._keep = recipe.run.keep_checkpoints
-        written = output / "recipe.json"
+        written = output / RECIPE_NAME
         if written.exists():
             if not resume:
                 raise RecipeError(
@@ -79,7 +80,7 @@ class Checkpoints:
             target = self._folder / name
             shutil.rmtree(target, ignore_errors=True)
             os.replace(unfinished, target)
-            _write_text(self.output / "recipe.json", self._recipe_text)
+            _write_text(self.output / RECIPE_NAME, self._recipe_text)
             for old in self._finished()[: -self._keep]:
                 shutil.rmtree(old)
         accelerator.wait_for_everyone()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lamzoo.adapters import pruning_loss
+from lamzoo.data.trained import SPLIT_NAME
 from lamzoo.training.build import build_model, build_optimizer
 from lamzoo.training.inputs import (
     BadInputs,
@@ -77,6 +78,8 @@ class ClassificationRun(TrainingRun):
         super().write_records()
         if self.splits.made is not None:
             self.splits.made.write(self.checkpoints.output)
+        else:
+            (self.checkpoints.output / SPLIT_NAME).unlink(missing_ok=True)  # of a run without a checkpoint
 
     def train_loader(self, model: nn.Module) -> DataLoader[Any]:
         self.mixup = create_mixup(self.recipe, int(model.num_classes))  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 
 from lamzoo.data import BadInput, LabelledImages, create_dataset, find_bad_images, leave_out_bad, select
 from lamzoo.data.splits import open_default, synonyms
-from lamzoo.data.trained import MadeSplit
+from lamzoo.data.trained import RECIPE_NAME, MadeSplit
 from lamzoo.errors import DataError, MissingSplitError, RecipeError
 from lamzoo.files import atomic_files
 from lamzoo.training.recipe import DataSection
@@ -121,6 +121,8 @@ def check_made_split(folder: Path, made: MadeSplit | None) -> None:
     Raises:
         DataError: the images have changed since, so that some that were trained on would be held out now.
     """
+    if not (folder / RECIPE_NAME).exists():
+        return  # what a run that was stopped before its first checkpoint left
     before = MadeSplit.read(folder)
     if before is not None and before != made:
         raise DataError(

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 from accelerate import Accelerator
 
+from lamzoo.data.trained import MadeSplit
 from lamzoo.errors import DataError, MissingSplitError, RecipeError
-from lamzoo.training import parse_recipe, train
+from lamzoo.training import Progress, parse_recipe, train
 from lamzoo.training.inputs import Splits, open_splits, prepare_splits
 from lamzoo.training.recipe import DataSection
 from tests.images import CLASSES, write_folder
@@ -105,6 +106,19 @@ def test_without_a_scan_nothing_is_read_beforehand(recipe_table: dict[str, Any],
     with pytest.raises(DataError, match=r"\.jpg"):  # from the loader, in the middle of the epoch
         train(parse_recipe(table(recipe_table, broken, scan=False)), scanning=lambda *args: seen.append(args))
     assert not seen
+
+
+def test_a_run_that_left_no_checkpoint_does_not_hold_its_folder(recipe_table: dict[str, Any], tmp_path: Path) -> None:
+    def kill(progress: Progress) -> None:
+        raise KeyboardInterrupt
+
+    recipe_table = table(recipe_table, write_folder(tmp_path / "data", splits=(), each=8), val_fraction=0.25)
+    with pytest.raises(KeyboardInterrupt):
+        train(parse_recipe(recipe_table), progress=kill)
+    recipe_table["run"]["seed"] = 1
+    result = train(parse_recipe(recipe_table))
+    made = MadeSplit.read(result.output)
+    assert made is not None and made.seed == 1
 
 
 @pytest.mark.slow
