@@ -9,17 +9,21 @@ import sys
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 _PIPE_WIDTH = 200  # of a table that goes into a file or another program
 _LINE_SECONDS = 15.0  # between two lines of progress, where there is no terminal, at first
 _LINE_SHARE = 0.1  # and later: of the time since the start
+_BAR_WIDTH = 20
+
+_bar_console: Console | None = None  # of the progress bar that is shown now
 
 
 class Advance(Protocol):
@@ -141,24 +145,31 @@ def progress_bar(title: str, *, hidden: bool = False, ends: bool = False) -> Ite
     Yields:
         The function that moves it.
     """
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
-        TimeRemainingColumn(),
-    )
+    global _bar_console
     console = _stderr()
-    if not console.is_terminal:
+    if hidden or not console.is_terminal:
         yield _lines(title, hidden, ends)
         return
-    with Progress(*columns, console=console, disable=hidden, transient=True) as progress:
+    uncut = partial(Column, no_wrap=True)
+    cut = partial(uncut, overflow="ellipsis")
+    columns = (
+        TextColumn("{task.description}", markup=False, table_column=cut(max_width=console.width // 3)),
+        BarColumn(bar_width=_BAR_WIDTH),
+        MofNCompleteColumn(table_column=uncut()),
+        TextColumn("{task.fields[note]}", markup=False, table_column=cut(ratio=1)),
+        TimeRemainingColumn(table_column=uncut()),
+    )
+    with Progress(*columns, console=console, transient=True, expand=True) as progress:
         task = progress.add_task(title, total=None, note="")
 
         def advance(done: int, total: int, note: str = "") -> None:
             progress.update(task, completed=done, total=total, note=note)
 
-        yield advance
+        _bar_console, outer = console, _bar_console
+        try:
+            yield advance
+        finally:
+            _bar_console = outer
 
 
 def log_to_stderr(verbose: bool) -> None:
@@ -211,4 +222,5 @@ def _stdout() -> Console:
 
 
 def _stderr() -> Console:
-    return Console(stderr=True, highlight=False, emoji=False)
+    """Returns the console that stderr is written to: only that of a progress bar erases the bar before a line."""
+    return _bar_console or Console(stderr=True, highlight=False, emoji=False)

@@ -118,8 +118,7 @@ def _run(recipe: AnyRecipe, resume: bool, command: str) -> TrainResult:
             advance(done, total, f"looking through {split}")
 
         def moved(progress: Progress) -> None:
-            scores = "".join(f", {name} {value:.4g}" for name, value in progress.scores.items())
-            note = f"epoch {progress.epoch + 1} of {progress.epochs}, training loss {progress.loss:.4g}{scores}"
+            note = f"epoch {progress.epoch + 1} of {progress.epochs}, loss {progress.loss:.4g}"  # scores are in the log
             advance(progress.update, progress.updates, note)
 
         return train(recipe, resume=resume, progress=moved, scanning=scanning, command=command)

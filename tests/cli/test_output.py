@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+from collections.abc import Callable
 
 import pytest
 
@@ -38,6 +40,35 @@ def test_on_a_terminal_progress_is_a_bar(monkeypatch: pytest.MonkeyPatch, capsys
     shown = capsys.readouterr().err
     assert "\x1b[" in shown and "1/2" in shown and "half" in shown
     assert "1 of 2" not in shown
+
+
+@pytest.mark.parametrize("write", [logging.getLogger("lamzoo.weights").warning, out.print_error])
+def test_a_line_during_progress_replaces_the_bar_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], write: Callable[[str], None]
+) -> None:
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    out.log_to_stderr(verbose=False)
+    with out.progress_bar("a model") as advance:
+        advance(1, 2)
+        write("a line")
+        shown = capsys.readouterr().err
+        before, _, after = shown.partition("a line")
+        assert re.search(r"\r(\x1b\[2K)(\x1b\[[\d;]*m|warning: |lamzoo: )*$", before)  # the bar is erased
+        assert after.startswith(("\n", "\x1b[0m\n")) and "a model" in after  # and drawn again below the line
+    write("a last line")
+    assert "\x1b[2K" not in capsys.readouterr().err.partition("a last line")[2]
+
+
+def test_at_80_columns_count_note_and_time_are_beside_the_bar(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    with out.progress_bar("lam_clip4clip_tiny on grid:/a/long/path/to/some/videos") as advance:
+        advance(5, 2000, "epoch 1 of 10, loss 2.345, t2v_R1 12.34, v2t_R1 12.34, t2v_R5 45.67")
+    line = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", capsys.readouterr().err).rstrip().splitlines()[-1]
+    assert len(line) <= 80
+    assert re.search(r"^lam_clip4clip_tiny on.*… [━╸╺ -]{20} +5/2000 epoch 1 of.*… -:--:--$", line)
 
 
 @pytest.mark.parametrize(("level", "prefix"), [(logging.INFO, ""), (logging.WARNING, "warning: ")])
