@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import timm
 from timm.layers import Attention, RelPosBias
+from timm.models._features import FeatureGetterNet
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_hybrid import ConvStem, HybridEmbed
 from torch import nn
@@ -32,7 +34,13 @@ def lam_vit(config: dict[str, Any], *, lam: LamConfig | None, **overrides: Any) 
 
 
 def micro_vit(
-    config: dict[str, Any], *, lam: LamConfig | None, rel_pos_bias: bool = False, **overrides: Any
+    config: dict[str, Any],
+    *,
+    lam: LamConfig | None,
+    rel_pos_bias: bool = False,
+    features_only: bool = False,
+    out_indices: int | Sequence[int] = 3,
+    **overrides: Any,
 ) -> nn.Module:
     """Builds a small vision transformer for small images behind timm's convolutional stem.
 
@@ -41,10 +49,13 @@ def micro_vit(
         lam: what the masks are made of; ``None`` leaves the plain backbone.
         rel_pos_bias: add a learned relative position bias (timm's ``RelPosBias``) to the scores of each layer. A
             control of the ablation: what a mask of positions has to beat.
+        features_only: return the feature maps of blocks instead of logits, as timm's transformers do.
+        out_indices: the blocks of ``features_only``: their indices, or how many of the last.
         **overrides: further arguments of the transformer, which win over the config's.
 
     Returns:
-        A ``VisionTransformer`` whose ``patch_embed`` is a four-layer ``ConvStem``.
+        A ``VisionTransformer`` whose ``patch_embed`` is a four-layer ``ConvStem``, in a ``FeatureGetterNet`` for
+        ``features_only``.
 
     Raises:
         ConfigError: a relative position bias and masks at once.
@@ -54,7 +65,8 @@ def micro_vit(
         raise ConfigError("rel_pos_bias is a control without masks; leave it out or say lam=None.")
     if rel_pos_bias:
         _add_rel_pos_bias(model)
-    return model if lam is None else add_lam(model, lam)
+    built = FeatureGetterNet(model, out_indices=out_indices) if features_only else model
+    return built if lam is None else add_lam(built, lam)
 
 
 def _add_rel_pos_bias(model: VisionTransformer) -> None:

@@ -22,6 +22,7 @@ from lamzoo.errors import (
     WeightsNotFoundError,
 )
 from lamzoo.lam import LamConfig
+from lamzoo.profiling.inputs import image_size
 from lamzoo.registry import create_model, get_pretrained_cfg, list_models, register_cards, register_model
 from lamzoo.weights import file_sha256, write_state_dict
 from tests.weights.hub_server import COMMIT, HubServer
@@ -141,18 +142,20 @@ def test_an_unknown_argument_is_named(name: str) -> None:
         ("lam_vit_tiny_patch8_64.tinyimagenet100", {"out_indices": (1, 5)}),
         ("lam_single_vit_tiny_patch8_64.tinyimagenet100", {}),
         ("vit_tiny_patch8_64.tinyimagenet100", {"in_chans": 1, "img_size": 32}),
+        ("lam_vit_micro.cifar10", {"out_indices": (0, 2)}),
+        ("vit_micro.cifar10", {"img_size": 64}),
     ],
 )
 def test_features_come_with_the_weights_of_the_whole_model(name: str, kwargs: dict[str, Any]) -> None:
     features = create_model(name, pretrained=True, features_only=True, **kwargs).eval()
     indices = kwargs.pop("out_indices", 3)
     whole = create_model(name, pretrained=True, **kwargs).eval()
-    x = torch.rand(1, kwargs.get("in_chans", 3), *[kwargs.get("img_size", 64)] * 2)
+    x = torch.rand(1, *image_size(whole))
     with torch.no_grad():
         expected = whole.forward_intermediates(x, indices=indices, norm=False, intermediates_only=True)
         found = features(x)
     assert features.weights_source == name
-    assert features.feature_info.channels() == [192] * len(expected)
+    assert features.feature_info.channels() == [whole.embed_dim] * len(expected)
     for mine, theirs in zip(found, expected, strict=True):
         assert torch.allclose(mine, theirs, atol=1e-5)
 
