@@ -13,6 +13,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from timm.models.vision_transformer_hybrid import ConvStem, HybridEmbed
 from torch import nn
 
+from lamzoo.adapters.wrappers import unwrap
 from lamzoo.errors import UnsupportedHostError
 from lamzoo.lam import Lam, LamConfig
 
@@ -100,7 +101,8 @@ def analytic_macs(model: nn.Module) -> AnalyticMacs:
     (one clip of its ``seconds`` and one sentence of its longest), each with or without masks of any configuration.
 
     Args:
-        model: at the input size that it was built for.
+        model: at the input size that it was built for; what wrappers of ``torch.compile`` and data parallelism hold is
+            counted.
 
     Returns:
         The MACs by their origin.
@@ -108,6 +110,7 @@ def analytic_macs(model: nn.Module) -> AnalyticMacs:
     Raises:
         UnsupportedHostError: the model is of another family, or has a part that the formulas leave out; names it.
     """
+    model = unwrap(model)
     if type(model) is VisionTransformer:
         ends, stacks = _vision_transformer(model)
     elif type(model).__module__ == "open_clip.model" and type(model).__name__ == "CLIP":

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from lamzoo.adapters.wrappers import unwrap
 from lamzoo.data.images import MODES, Mode, of_channels
 from lamzoo.errors import ConfigError, UnsupportedHostError
 
@@ -19,13 +20,14 @@ Inputs: TypeAlias = Tensor | Sequence[Any]
 
 
 def image_size(model: nn.Module) -> tuple[int, int, int]:
-    """Returns ``(channels, height, width)`` of the images that a model was built for.
+    """Returns ``(channels, height, width)`` of the images that a model was built for, or the model in a wrapper.
 
     The size of the patch embedding comes first, since ``img_size=`` changes it and not timm's ``pretrained_cfg``.
 
     Raises:
         ConfigError: neither the model's patch embedding nor its ``pretrained_cfg`` says.
     """
+    model = unwrap(model)
     cfg: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     known = cfg.get("input_size")
     size = getattr(getattr(model, "patch_embed", None), "img_size", None) or (known and known[1:])
@@ -47,6 +49,7 @@ def image_config(model: nn.Module) -> dict[str, Any]:
         UnsupportedHostError: Pillow has no such channels.
         ConfigError: as of :func:`image_size`.
     """
+    model = unwrap(model)
     channels, height, width = image_size(model)
     if channels not in MODES:
         raise UnsupportedHostError(
@@ -67,6 +70,7 @@ def default_input(model: nn.Module, batch_size: int = 1) -> Inputs:
 
     They are images ``(batch_size, C, H, W)``, or what the model's own ``example_inputs(batch_size)`` gives.
     """
+    model = unwrap(model)
     own: Any = getattr(model, "example_inputs", None)
     if own is not None:
         return own(batch_size)

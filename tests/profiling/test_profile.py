@@ -6,11 +6,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import lamzoo
 from lamzoo.adapters import add_lam
 from lamzoo.errors import ConfigError
 from lamzoo.lam import LamConfig
 from lamzoo.models.vit import micro_vit
-from lamzoo.profiling import image_size, profile
+from lamzoo.profiling import analytic_macs, image_size, profile
+from lamzoo.profiling.inputs import default_input, image_config
 
 MICRO = {"img_size": 32, "patch_size": 4, "embed_dim": 64, "depth": 2, "num_heads": 4, "num_classes": 10}
 CONFIGS = [
@@ -54,6 +56,22 @@ def test_lam_share_is_the_difference_to_the_plain_backbone(config):
     assert masked.gmacs > plain.gmacs
     assert masked.gmacs - masked.lam_gmacs == pytest.approx(plain.gmacs, rel=1e-12)
     assert masked.params_m - masked.lam_params_m == pytest.approx(plain.params_m, rel=1e-12)
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel])
+def test_a_wrapped_model_has_the_inputs_and_figures_of_the_model_in_it(wrap):
+    model = lamzoo.create_model("lam_vit_micro", img_size=48, in_chans=1)
+    wrapped = wrap(model)
+    assert image_size(wrapped) == image_size(model) == (1, 48, 48)
+    assert image_config(wrapped) == image_config(model)
+    assert default_input(wrapped, 2).shape == default_input(model, 2).shape
+    assert analytic_macs(wrapped) == analytic_macs(model)
+
+
+def test_a_wrapped_model_s_own_example_inputs_are_its_default_input():
+    model = lamzoo.create_model("lam_moment_detr_micro")
+    assert len(default_input(nn.DataParallel(model))) == len(default_input(model)) > 1
+    assert analytic_macs(nn.DataParallel(model)) == analytic_macs(model)
 
 
 def test_figures_do_not_depend_on_the_backend():
