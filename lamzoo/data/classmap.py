@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 import timm.data
 from PIL import Image
 
+from lamzoo.data.jsonfiles import reason
 from lamzoo.data.labelled import ImageSource, LabelledImages
 from lamzoo.data.paths import nfc
 from lamzoo.errors import DataError
@@ -49,7 +50,7 @@ def read_class_map(source: str | Path) -> list[str]:
         text = path.read_text("utf-8-sig")
         names = _from_json(json.loads(text)) if path.suffix.lower() == ".json" else _from_lines(text)
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} is no readable class map: {error}") from error
+        raise DataError(f"{path} is no readable class map: {reason(error)}") from error
     twice = next((name for name, count in Counter(map(nfc, names)).items() if count > 1), None)
     if twice is not None:
         raise DataError(f"{path} is no class map: it has the class {twice!r} twice")

@@ -1,4 +1,4 @@
-"""Reading JSON and JSON-lines files, gzipped or not, and checks of the values in them."""
+"""Reading JSON, JSON-lines and other text files, gzipped or not, and checks of the values in them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(_read_text(path))
     except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
-        raise DataError(f"{path} is no readable JSON: {_reason(error)}") from error
+        raise DataError(f"{path} is no readable JSON: {reason(error)}") from error
 
 
 def read_json_lines(path: Path) -> list[tuple[dict[str, Any], str]]:
@@ -35,12 +35,8 @@ def read_json_lines(path: Path) -> list[tuple[dict[str, Any], str]]:
     Raises:
         DataError: there is no such file, it is not whole, or a line is no JSON object; names the line.
     """
-    try:
-        texts = _read_text(path).split("\n")
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise DataError(f"cannot read {path}: {_reason(error)}") from error
     found = []
-    for number, text in enumerate(texts, start=1):
+    for number, text in enumerate(read_lines(path), start=1):
         if not text.strip():
             continue
         where = f"line {number} of {path}"
@@ -52,6 +48,18 @@ def read_json_lines(path: Path) -> list[tuple[dict[str, Any], str]]:
             raise DataError(f"{where} is no JSON object")
         found.append((line, where))
     return found
+
+
+def read_lines(path: Path) -> list[str]:
+    """Reads the lines of a text file, UTF-8 with or without a byte order mark; gzipped where its name ends in ``.gz``.
+
+    Raises:
+        DataError: there is no such file, it is not whole, or not UTF-8.
+    """
+    try:
+        return _read_text(path).removesuffix("\n").split("\n")
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise DataError(f"cannot read {path}: {reason(error)}") from error
 
 
 def check_fields(line: Mapping[str, Any], fields: Mapping[str, type | UnionType], where: str) -> None:
@@ -87,11 +95,14 @@ def is_grid(value: Any) -> bool:
     )
 
 
+def reason(error: Exception) -> str:
+    """Says in a few words why a text file cannot be read, from the error."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"{error}; save it as UTF-8"
+    return (isinstance(error, OSError) and error.strerror) or str(error)
+
+
 def _read_text(path: Path) -> str:
     data = path.read_bytes()
     text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
     return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def _reason(error: Exception) -> str:
-    return (isinstance(error, OSError) and error.strerror) or str(error)

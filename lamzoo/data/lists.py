@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from lamzoo.data.images import images_below
+from lamzoo.data.jsonfiles import read_lines
 from lamzoo.data.labelled import ImageSource
 from lamzoo.data.paths import natural_key, nfc
 from lamzoo.data.retrieval.tables import open_table
@@ -77,10 +78,7 @@ class ListedSource(ImageSource):
 
 def _read_rows(path: Path) -> list[tuple[str, ...]]:
     """Returns ``(image, label)`` of each line, or ``(label,)`` where it names no image."""
-    try:
-        lines = [line.strip() for line in path.read_text("utf-8-sig").split("\n") if line.strip()]
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read the labels in {path}: {error}") from error
+    lines = [line.strip() for line in read_lines(path) if line.strip()]
     if not lines:
         raise DataError(f"the file of labels {path} is empty")
     if lines[0].startswith("ImageId,"):  # LOC_val_solution.csv: the label, then boxes and labels in turn

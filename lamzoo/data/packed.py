@@ -17,7 +17,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from lamzoo.data.images import IMAGE_EXTENSIONS
-from lamzoo.data.jsonfiles import read_json
+from lamzoo.data.jsonfiles import read_json, read_lines
 from lamzoo.data.labelled import ImageSource
 from lamzoo.data.paths import is_hidden, visible
 from lamzoo.data.splits import SPLIT_NAMES, find_split, synonyms
@@ -145,7 +145,9 @@ class TarSource(ImageSource):
         shards, self.split = find_shards(pattern, split)
         beside = shards[0].parent
         self.classes, self.identifiers = read_classes(beside / "classes.json")
-        self.classes = self.classes or _read_lines(beside / "classnames.txt")
+        names = beside / "classnames.txt"
+        if not self.classes and names.exists():
+            self.classes = read_lines(names)
         samples = shard_samples(shards, IMAGE_EXTENSIONS, (".cls",), "image", ".cls label")
         self._images = [_Image(each.shard, each.key, each.start, each.size, _label(each)) for each in samples]
 
@@ -270,10 +272,6 @@ def read_classes(path: Path) -> tuple[list[str] | None, list[str] | None]:
 
 def _as_list(value: object) -> list:
     return value if isinstance(value, list) else []
-
-
-def _read_lines(path: Path) -> list[str] | None:
-    return path.read_text("utf-8-sig").removesuffix("\n").split("\n") if path.exists() else None
 
 
 def _expand(pattern: str) -> list[Path]:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,22 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lamzoo.data import create_dataset
 from lamzoo.data.captions import create_caption_dataset
+from lamzoo.data.classmap import read_class_map
 from lamzoo.data.jsonfiles import check_fields, is_grid, is_number, is_row, read_json, read_json_lines
+from lamzoo.data.moments import create_moment_dataset
 from lamzoo.data.packed import read_classes
+from lamzoo.data.retrieval.tables import open_table
 from lamzoo.errors import DataError
 from lamzoo.evaluation import moment_metrics
 from lamzoo.evaluation.captionfiles import read_captions
 from lamzoo.evaluation.submissions import read_submission
+from tests.images import encoded
+from tests.shards import write_shard
 from tests.speech import write_speech
 
+SAMPLES = {"a.jpg": encoded(0, 0), "a.cls": b"0"}
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 
 
@@ -54,6 +62,25 @@ def test_damage_is_named(tmp_path: Path) -> None:
     deep.write_text("{}\n" + "[" * 100_000)
     with pytest.raises(DataError, match="line 2 of .* is no JSON"):
         read_json_lines(deep)
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("classnames.txt", lambda folder: create_dataset(f"wds:{write_shard(folder / 'a.tar', SAMPLES)}", "all")),
+        ("charades_sta_test.txt", lambda folder: create_moment_dataset(f"charades:{folder}", "test")),
+        ("classes.txt", lambda folder: read_class_map(folder / "classes.txt")),
+        ("classes.json", lambda folder: read_json(folder / "classes.json")),
+        ("table.csv", lambda folder: open_table(folder / "table.csv")),
+    ],
+)
+def test_a_text_file_in_another_encoding_is_to_be_saved_as_utf_8(
+    tmp_path: Path, name: str, read: Callable[[Path], object]
+) -> None:
+    (tmp_path / "Charades_v1_test.csv").write_text("id,length\nAB1,20.5\n")
+    (tmp_path / name).write_bytes("caf\u00e9\n".encode("latin-1"))
+    with pytest.raises(DataError, match=rf"{name}.*: 'utf-8' codec can't decode .*; save it as UTF-8"):
+        read(tmp_path)
 
 
 @pytest.mark.parametrize(

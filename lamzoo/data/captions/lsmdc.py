@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lamzoo.data.captions.base import CaptionItem, CaptionSource, Stream
 from lamzoo.data.captions.features import FeatureFiles
+from lamzoo.data.jsonfiles import read_lines
 from lamzoo.data.paths import visible
 from lamzoo.data.retrieval.files import check_folder
 from lamzoo.data.splits import find_split
@@ -47,7 +48,7 @@ class LsmdcSource(CaptionSource):
         self._durations: dict[str, float] = {}
         items: dict[str, CaptionItem] = {}
         path = tables[self.split]
-        for number, line in enumerate(_lines(path), start=1):
+        for number, line in enumerate(read_lines(path), start=1):
             if not line.strip():
                 continue
             item, duration = _read(line, f"line {number} of {path}")
@@ -62,13 +63,6 @@ class LsmdcSource(CaptionSource):
         clip = self.items[index].id
         duration = self._durations[clip]
         return self._features.read(clip, 0.0, float("inf"), duration)
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text("utf-8-sig").split("\n")
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {path}: {error}") from error
 
 
 def _read(line: str, where: str) -> tuple[CaptionItem, float]:

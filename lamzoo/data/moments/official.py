@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lamzoo.data.jsonfiles import check_fields, is_grid, is_row, read_json_lines
+from lamzoo.data.jsonfiles import check_fields, is_grid, is_row, read_json_lines, read_lines
 from lamzoo.data.moments.base import Features, MomentQuery, MomentSource
 from lamzoo.data.moments.features import FeatureFolder
 from lamzoo.data.retrieval.files import check_folder
@@ -154,7 +154,7 @@ def charades(root: Path, split: str) -> FolderSource:
     found = find_split(split, there, str(root))
     lengths = _charades_lengths(root / f"Charades_v1_{found}.csv")
     queries = []
-    for number, text in enumerate(_read_lines(there[found])):
+    for number, text in enumerate(read_lines(there[found])):
         if not text.strip():
             continue
         match = _CHARADES.fullmatch(text.strip())
@@ -168,13 +168,6 @@ def charades(root: Path, split: str) -> FolderSource:
         if window[0] < window[1]:  # a few moments end before they begin, or begin behind the video's end
             queries.append(MomentQuery(f"{found}{number}", sentence, video, lengths[video], (window,)))
     return FolderSource(found, queries, root)
-
-
-def _read_lines(path: Path) -> list[str]:
-    try:
-        return path.read_text("utf-8-sig").split("\n")
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {path}: {error}") from error
 
 
 def _charades_lengths(path: Path) -> dict[str, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from lamzoo.data.jsonfiles import read_json
+from lamzoo.data.jsonfiles import read_json, read_lines
 from lamzoo.data.retrieval.files import FileSource, captions_of, check_folder, locate
 from lamzoo.data.splits import find_split
 from lamzoo.errors import DataError
@@ -50,10 +50,7 @@ class MsvdSource(FileSource):
 def _read_list(path: Path) -> list[str]:
     if not path.is_file():
         raise DataError(f"{path.parent} has no {path.name}; {_HANDED_OUT} has it")
-    try:
-        ids = [line.strip() for line in path.read_text("utf-8-sig").split("\n") if line.strip()]
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {path}: {error}") from error
+    ids = [line.strip() for line in read_lines(path) if line.strip()]
     if not ids:
         raise DataError(f"{path} lists no video")
     return ids

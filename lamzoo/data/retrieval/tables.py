@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lamzoo.data.jsonfiles import reason
 from lamzoo.data.paths import nfc
 from lamzoo.errors import DataError
 
@@ -66,7 +67,7 @@ def open_table(path: Path) -> Table:
                 if cells:
                     rows.append((reader.line_num, cells + [""] * (len(headings) - len(cells))))
     except (OSError, ValueError, csv.Error) as error:
-        raise DataError(f"cannot read {path}: {_reason(error)}") from error
+        raise DataError(f"cannot read {path}: {reason(error)}") from error
     twice = next((heading for heading in headings if heading and headings.count(heading) > 1), None)
     if twice is not None:
         raise DataError(f"{path} has the heading {twice!r} twice; rename or remove one of these columns")
@@ -102,7 +103,3 @@ def read_table(path: Path, columns: Sequence[str], optional: Sequence[str] = ())
 
 def _stripped(cells: list[str]) -> list[str]:
     return [cell.strip() for cell in cells]
-
-
-def _reason(error: Exception) -> str:
-    return (isinstance(error, OSError) and error.strerror) or str(error)
