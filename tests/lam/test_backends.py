@@ -160,6 +160,20 @@ def test_flex_equals_eager(op: Op, what: str) -> None:
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
+@each_op
+def test_flex_serves_autocast_on_the_cpu(op: Op) -> None:
+    torch._dynamo.reset()
+    bias = torch.randn(1, 2, 40, 50, dtype=torch.bfloat16)
+    case = replace(make(op=op, queries=40, keys=50, dim=16, value_dim=16).to(torch.float32), bias=bias)
+    left, right = (factor.bfloat16() for factor in (case.left, case.right))  # as a mask's linear layers give them
+    args = (*case.args[:3], FactoredMask(left, right))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found, expected = (lam_attention(*args, **case.options, backend=name) for name in ("flex", "eager"))
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(found, expected, atol=0.05, rtol=0.05)
+
+
 @given(cases())
 def test_folding_half_of_the_heads_at_a_time_gives_the_same(case: Case) -> None:
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:

@@ -26,6 +26,8 @@ def unsupported(
         return "it has no float64"
     if 0 in (*query.shape, *key.shape):
         return "it takes no empty tensors"
+    if query.device.type == "cpu" and torch.compiler.is_compiling():
+        return "it can't be compiled with the rest of a model on the CPU"
     inputs = (query, key, value, *mask, bias)
     if (
         query.device.type == "cpu"
@@ -59,9 +61,12 @@ def flex(
     """
     dtype = compute_dtype(query)
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    # Cast here: on the CPU, Inductor fails on a score modification that reads a tensor computed in the same graph.
+    left, right = mask.left.float(), mask.right.float()
+    bias = None if bias is None else bias.float()
     run: Any = _attend if torch.compiler.is_compiling() else _compiled()
     try:
-        out: Tensor = run(query, key, value, mask.left, mask.right, allowed, bias, op, is_causal, scale)
+        out: Tensor = run(query, key, value, left, right, allowed, bias, op, is_causal, scale)
     except FailOnRecompileLimitHit as error:
         raise ConfigError(
             "The flex backend has been compiled for as many kinds of inputs as torch allows; raise "
@@ -82,9 +87,9 @@ def _attend(
     is_causal: bool,
     scale: float,
 ) -> Tensor:
-    left, right = left.float().expand(*query.shape[:3], -1), right.float().expand(*key.shape[:3], -1)
+    left, right = left.expand(*query.shape[:3], -1), right.expand(*key.shape[:3], -1)
     scores = (*query.shape[:3], key.shape[2])
-    bias = None if bias is None else bias.float().expand(scores)
+    bias = None if bias is None else bias.expand(scores)
     allowed = None if allowed is None else allowed.expand(scores)
 
     def modulate(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
