@@ -14,7 +14,9 @@ from lamzoo.data.paths import natural_key, nfc
 from lamzoo.data.retrieval.tables import open_table
 from lamzoo.errors import DataError, MissingExtraError
 
-_HEADINGS = frozenset({"filename", "file", "image", "image_id", "imageid", "path", "name", "id"})
+# How a column is called; of several the first counts.
+_HEADINGS = ("filename", "file", "image", "path", "image_id", "imageid", "name", "id")
+_LABELS = ("label", "class", "category", "target", "class_name", "class_id")
 _OFFICIAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})")
 
 
@@ -25,7 +27,7 @@ class ListedSource(ImageSource):
 
     - a list ``NAME LABEL``, one image a line, separated by a comma, tab or blank, with or without the extension, such
       as ImageNet's ``LOC_val_solution.csv`` (whose boxes are not read) or Caffe's ``val.txt``; with headings, such as
-      ``filename,label``, it is CSV;
+      ``filename,label``, it is CSV, and of more columns those that are called so are read;
     - one class name a line for the images in natural order, such as TensorFlow's
       ``imagenet_2012_validation_synset_labels.txt``;
     - ``ILSVRC2012_validation_ground_truth.txt`` of ImageNet's development kit, beside its ``meta.mat``. Its numbers
@@ -83,7 +85,7 @@ def _read_rows(path: Path) -> list[tuple[str, ...]]:
         raise DataError(f"the file of labels {path} is empty")
     if lines[0].startswith("ImageId,"):  # LOC_val_solution.csv: the label, then boxes and labels in turn
         lines = [",".join(line.replace(",", " ").split()[:2]) for line in lines]
-    elif "," in lines[0] and _fields(lines[0])[0].lower() in _HEADINGS:
+    elif "," in lines[0] and lines[0].split(",")[0].strip(' "').lower() in _HEADINGS:
         return _read_table(path)
     rows = [_fields(line) for line in lines]
     if len({len(row) for row in rows}) > 1:
@@ -95,12 +97,24 @@ def _read_rows(path: Path) -> list[tuple[str, ...]]:
 
 
 def _read_table(path: Path) -> list[tuple[str, ...]]:
-    """Reads a CSV file of two columns with headings, in which a name with a comma is quoted."""
+    """Reads two columns of a CSV file with headings, in which a name with a comma is quoted."""
     table = open_table(path)
-    for number, cells in table.rows:
-        if not all(cells):
-            raise DataError(f"line {number} of {path} has no image or no label; write both, or remove it")
-    return [tuple(cells) for _, cells in table.rows]
+    names = [heading.lower() for heading in table.headings]
+    if sum(map(bool, names)) == 2:
+        columns = [place for place, name in enumerate(names) if name]
+    else:
+        found = (next((name for name in known if name in names), None) for known in (_HEADINGS, _LABELS))
+        columns = [names.index(name) for name in found if name is not None]
+    if len(columns) < 2:
+        raise DataError(
+            f"{path} has the columns {', '.join(filter(None, table.headings))}; call that of the labels "
+            f"{' or '.join(map(repr, _LABELS[:2]))}"
+        )
+    rows = [(number, tuple(cells[place] for place in columns)) for number, cells in table.rows]
+    empty = next((number for number, row in rows if not all(row)), None)
+    if empty is not None:
+        raise DataError(f"line {empty} of {path} has no image or no label; write both, or remove it")
+    return [row for _, row in rows]
 
 
 def _fields(line: str) -> tuple[str, ...]:

@@ -176,3 +176,26 @@ def test_a_list_of_labels_with_headings_is_csv(tmp_path: Path) -> None:
 def test_a_class_list_keeps_what_only_unicode_calls_a_line_break(tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_text("a\u2028b\nc\r\nd\x85e\n", newline="")
     assert read_class_map(tmp_path / "classes.txt") == ["a\u2028b", "c", "d\x85e"]
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("image,label,split\na.jpg,cat,train\n", ["cat"]),
+        ("id,filename,label\n7,a.jpg,cat\n", ["cat"]),
+        ("filename,breed,\na.jpg,cat,\n", ["cat"]),
+        ("image,label,label\na.jpg,cat,dog\n", "has the heading 'label' twice"),
+        ("image,breed,age\na.jpg,cat,3\n", "has the columns image, breed, age; call that of the labels 'label' or"),
+        ("image,label,age\na.jpg,,3\n", "line 2 of .* has no image or no label"),
+    ],
+)
+def test_the_image_and_label_of_a_wider_table_are_read(tmp_path: Path, text: str, found: list[str] | str) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.jpg").write_bytes(encoded(0, 0))
+    (tmp_path / "list.csv").write_text(text)
+    spec = f"imagelist:{tmp_path / 'data'}:{tmp_path / 'list.csv'}"
+    if isinstance(found, list):
+        assert create_dataset(spec, "all").classes == found
+        return
+    with pytest.raises(DataError, match=found):
+        create_dataset(spec, "all")
