@@ -66,13 +66,15 @@ def check_fields(line: Mapping[str, Any], fields: Mapping[str, type | UnionType]
     """Checks that an object has fields of these types; true and false are no numbers, nor are NaN and infinity.
 
     Raises:
-        DataError: a field is missing or of another type; names it.
+        DataError: a field is missing, of another type or not finite; names it.
     """
     for name, kind in fields.items():
         value = line.get(name)
-        if not isinstance(value, kind) or (isinstance(value, (int, float)) and not is_number(value)):
+        if not isinstance(value, kind) or isinstance(value, bool):
             found = f", but {value!r:.60}" if name in line else ""
             raise DataError(f"{where} has no {name!r} of type {getattr(kind, '__name__', kind)}{found}")
+        if isinstance(value, (int, float)) and not is_number(value):
+            raise DataError(f"{where} has the {name} {value!r:.60}; it must be a finite number")
 
 
 def is_number(value: Any) -> bool:

@@ -138,7 +138,12 @@ def test_graded_clips_need_a_row_of_features_each_but_for_two(qvhighlights: Path
         ([LINE, "", LINE | {"relevant_windows": [[4, 8, 0.9]]}], r"line 3 of .* relevant_windows \[\[4, 8, 0.9\]\]"),
         ([LINE | {"relevant_windows": [4, 8]}], r"line 1 of .* each is \[start, end\], in seconds"),
         ([LINE | {"relevant_windows": 4}], "line 1 of .* has the relevant_windows 4"),
-        (['{"qid": 7, "query": "a", "vid": "a", "duration": NaN}'], "line 1 of .* no 'duration' .*, but nan"),
+        (
+            ['{"qid": 7, "query": "a", "vid": "a", "duration": NaN}'],
+            "line 1 of .* has the duration nan; it must be a finite number",
+        ),
+        ([LINE | {"duration": float("inf")}], "line 1 of .* has the duration inf; it must be a finite number"),
+        ([LINE | {"duration": 10**400}], "line 1 of .* has the duration 1000.*; it must be a finite number"),
         ([LINE | {"duration": True}], "line 1 of .* no 'duration' of type int | float, but True"),
         ([LINE | {"duration": 0}], "line 1 of .* has a duration of 0 s"),
         ([LINE | {"relevant_clip_ids": [2.0, 3.0]}], r"line 1 of .* relevant_clip_ids \[2.0, 3.0\]; they are whole"),
