@@ -146,6 +146,7 @@ def test_graded_clips_need_a_row_of_features_each_but_for_two(qvhighlights: Path
         ([LINE | {"duration": 10**400}], "line 1 of .* has the duration 1000.*; it must be a finite number"),
         ([LINE | {"duration": True}], "line 1 of .* no 'duration' of type int | float, but True"),
         ([LINE | {"duration": 0}], "line 1 of .* has a duration of 0 s"),
+        ([LINE | {"duration": 1e18}], r"line 1 of .* has a duration of 1e\+18 s; .* at most 604800 \(a week\)"),
         ([LINE | {"relevant_clip_ids": [2.0, 3.0]}], r"line 1 of .* relevant_clip_ids \[2.0, 3.0\]; they are whole"),
         ([LINE | {"relevant_clip_ids": "23"}], "line 1 of .* has the relevant_clip_ids '23'"),
         ([LINE | {"saliency_scores": [[4, 0, 1], [3, 2]]}], "line 1 of .* has as many grades as the others"),

@@ -199,3 +199,29 @@ def test_the_image_and_label_of_a_wider_table_are_read(tmp_path: Path, text: str
         return
     with pytest.raises(DataError, match=found):
         create_dataset(spec, "all")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('a,b\n1,"2\n3"\n4,"5\n6,7\n', "line 4 of .* opens a double quote that is never closed; close it"),
+        ('a,"b\n', "line 1 of .* opens a double quote that is never closed; close it"),
+        ('a,b\n1,2\n3,"4" 5\n', "cannot read line 3 of"),
+    ],
+)
+def test_a_quote_that_is_wrong_is_named_by_its_line(tmp_path: Path, text: str, says: str) -> None:
+    (tmp_path / "table.csv").write_text(text)
+    with pytest.raises(DataError, match=says):
+        open_table(tmp_path / "table.csv")
+
+
+@pytest.mark.parametrize("length", ["inf", "nan", "-3", "0", "abc", "1e18"])
+def test_a_duration_that_is_none_is_named_by_its_line(tmp_path: Path, length: str) -> None:
+    with pytest.raises(DataError, match=rf"line 2 of .*Charades_v1_test\.csv has a duration of {length} s; it must"):
+        durations(tmp_path, f"id,length\na,{length}\n")
+
+
+def test_a_time_of_mad_that_is_not_finite_is_named_by_its_line(tmp_path: Path) -> None:
+    pytest.importorskip("h5py")
+    with pytest.raises(DataError, match="line 3 of .* has no start and end in seconds: 'nan' is not finite"):
+        mad(tmp_path, "movie,start,end,text\nm,0,1,A cat.\nm,nan,1,A cat.\n")

@@ -10,6 +10,7 @@ from lamzoo.data.captions.features import FeatureFiles
 from lamzoo.data.jsonfiles import read_lines
 from lamzoo.data.paths import visible
 from lamzoo.data.retrieval.files import check_folder
+from lamzoo.data.retrieval.tables import finite_seconds
 from lamzoo.data.splits import find_split
 from lamzoo.errors import DataError
 
@@ -88,6 +89,6 @@ def _seconds(text: str, where: str) -> float:
         hours, minutes, seconds, thousandths = map(int, found.groups())
         return 3600 * hours + 60 * minutes + seconds + thousandths / 1000
     try:
-        return float(text)
+        return finite_seconds(text)
     except ValueError:
         raise DataError(f"{where} has the time {text!r}; write it as 01.02.27.034, or in seconds") from None

@@ -16,7 +16,7 @@ from lamzoo.data.jsonfiles import is_row, read_json
 from lamzoo.data.moments.features import unit
 from lamzoo.data.paths import spellings, visible
 from lamzoo.data.retrieval.files import check_folder
-from lamzoo.data.retrieval.tables import open_table
+from lamzoo.data.retrieval.tables import finite_seconds, open_table
 from lamzoo.data.splits import find_split
 from lamzoo.errors import DataError, MissingExtraError
 
@@ -154,9 +154,10 @@ def _read_table(path: Path, split: str) -> Iterator[Line]:
     table.check_columns(columns)
     for index, (number, row) in enumerate(table.select(columns)):
         try:
-            yield f"{split}{index}", row["movie"], float(row["start"]), float(row["end"]), row[text]
+            start, end = finite_seconds(row["start"]), finite_seconds(row["end"])
         except ValueError as error:
             raise DataError(f"line {number} of {path} has no start and end in seconds: {error}") from error
+        yield f"{split}{index}", row["movie"], start, end, row[text]
 
 
 def _features(root: Path) -> dict[str, tuple[Path, float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from functools import cached_property
@@ -14,11 +15,12 @@ from lamzoo.data.jsonfiles import check_fields, is_grid, is_row, read_json_lines
 from lamzoo.data.moments.base import Features, MomentQuery, MomentSource
 from lamzoo.data.moments.features import FeatureFolder
 from lamzoo.data.retrieval.files import check_folder
-from lamzoo.data.retrieval.tables import read_table
+from lamzoo.data.retrieval.tables import open_table
 from lamzoo.data.splits import find_split
 from lamzoo.errors import DataError
 
 _CLIP_SECONDS = 2.0
+_LONGEST = 7 * 24 * 3600.0  # seconds of a video: a week
 
 
 class FolderSource(MomentSource):
@@ -72,9 +74,7 @@ def qvhighlights(root: Path, split: str) -> FolderSource:
 
 def _qvhighlights_query(line: Mapping[str, Any], where: str) -> MomentQuery:
     check_fields(line, {"qid": int, "query": str, "vid": str, "duration": int | float}, where)
-    windows, duration = line.get("relevant_windows") or [], float(line["duration"])
-    if duration <= 0:
-        raise DataError(f"{where} has a duration of {duration:g} s; it must be more than 0")
+    windows, duration = line.get("relevant_windows") or [], _duration(line["duration"], where)
     if not isinstance(windows, list) or not all(is_row(window, 2) for window in windows):
         raise DataError(f"{where} has the relevant_windows {windows!r:.60}; each is [start, end], in seconds")
     spans = tuple((float(start), float(end)) for start, end in windows)
@@ -171,10 +171,25 @@ def charades(root: Path, split: str) -> FolderSource:
 
 
 def _charades_lengths(path: Path) -> dict[str, float]:
+    table = open_table(path)
+    columns = ("id", "length")
+    table.check_columns(columns)
+    return {
+        row["id"]: _duration(row["length"], f"line {number} of {path}") for number, row in table.select_filled(columns)
+    }
+
+
+def _duration(value: float | str, where: str) -> float:
     try:
-        return {row["id"]: float(row["length"]) for row in read_table(path, ("id", "length"))}
-    except ValueError as error:
-        raise DataError(f"{path} gives no durations (columns id and length): {error}") from error
+        seconds = float(value)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds <= _LONGEST:
+        raise DataError(
+            f"{where} has a duration of {value} s; it must be a number of seconds, more than 0 and at most "
+            f"{_LONGEST:g} (a week)"
+        )
+    return seconds
 
 
 def read_queries(path: Path) -> dict[int | str, str]:

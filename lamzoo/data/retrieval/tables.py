@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 from lamzoo.data.jsonfiles import reason
 from lamzoo.data.paths import nfc
 from lamzoo.errors import DataError
+
+_UNCLOSED = "unexpected end of data"  # how csv calls it
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,16 @@ class Table:
         for number, cells in self.rows:
             yield number, {column: cells[place] for column, place in places.items()}
 
+    def select_filled(self, columns: Iterable[str]) -> Iterator[tuple[int, dict[str, str]]]:
+        """Yields as :meth:`select`; raises a :class:`DataError` if there is no line, or a cell is empty."""
+        for number, row in self.select(columns):
+            empty = next((heading for heading, cell in row.items() if not cell), None)
+            if empty is not None:
+                raise DataError(f"line {number} of {self.path} has no {empty!r}; write one, or remove it")
+            yield number, row
+        if not self.rows:
+            raise DataError(f"{self.path} has no line below its headings")
+
 
 def open_table(path: Path) -> Table:
     """Reads a CSV file that has a line of headings.
@@ -50,14 +63,16 @@ def open_table(path: Path) -> Table:
 
     Raises:
         DataError: there is no such file, it is no CSV, two columns have the same name, or a line has more cells than
-            there are headings, as from a comma that is not quoted; names the line.
+            there are headings, as from a comma that is not quoted, or a quote that is not closed; names the line.
     """
     rows: list[tuple[int, list[str]]] = []
+    begin = 1  # line of the record that is being read, which may have several
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, strict=True)
             headings = [nfc(heading.strip()) for heading in next(reader, [])]
             named = max((place for place, heading in enumerate(headings, 1) if heading), default=0)
+            begin = reader.line_num + 1
             for cells in map(_stripped, reader):
                 if len(cells) > len(headings) or any(cells[named:]):
                     raise DataError(
@@ -66,7 +81,12 @@ def open_table(path: Path) -> Table:
                     )
                 if cells:
                     rows.append((reader.line_num, cells + [""] * (len(headings) - len(cells))))
-    except (OSError, ValueError, csv.Error) as error:
+                begin = reader.line_num + 1
+    except csv.Error as error:
+        if str(error) == _UNCLOSED:
+            raise DataError(f"line {begin} of {path} opens a double quote that is never closed; close it") from error
+        raise DataError(f"cannot read line {begin} of {path}: {error}") from error
+    except (OSError, ValueError) as error:
         raise DataError(f"cannot read {path}: {reason(error)}") from error
     twice = next((heading for heading in headings if heading and headings.count(heading) > 1), None)
     if twice is not None:
@@ -90,15 +110,15 @@ def read_table(path: Path, columns: Sequence[str], optional: Sequence[str] = ())
     """
     table = open_table(path)
     table.check_columns(columns)
-    rows = []
-    for number, row in table.select([*columns, *optional]):
-        empty = next((heading for heading, cell in row.items() if not cell), None)
-        if empty is not None:
-            raise DataError(f"line {number} of {path} has no {empty!r}; write one, or remove it")
-        rows.append(row)
-    if not rows:
-        raise DataError(f"{path} has no line below its headings")
-    return rows
+    return [row for _, row in table.select_filled([*columns, *optional])]
+
+
+def finite_seconds(text: str) -> float:
+    """Returns a cell's time, seconds; raises a ValueError if it is no finite number."""
+    seconds = float(text)
+    if not math.isfinite(seconds):
+        raise ValueError(f"{text!r} is not finite")
+    return seconds
 
 
 def _stripped(cells: list[str]) -> list[str]:

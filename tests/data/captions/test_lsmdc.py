@@ -90,6 +90,8 @@ def one_less(folder: Path) -> None:
         (table("a\t0\t1\t0\t1\n"), r"line 1 of .*training\.csv has 5 fields between tabs"),
         (table("A dog.\n"), "has 1 fields between tabs"),
         (table("a\t0\tlater\tA dog.\n"), r"line 1 of .* has the time 'later'; write it as 01\.02\.27\.034"),
+        (table("a\t0\tinf\tA dog.\n"), "line 1 of .* has the time 'inf'; write it as"),
+        (table("a\tnan\t1\t0\t3\tA dog.\n"), "line 1 of .* has the time 'nan'; write it as"),
         (table("a\t2\t1\tA dog.\n"), "line 1 of .* has a clip from 2 to 1 s"),
         (table("a\t0\t1\t \n"), "item 'a' of lsmdc:.* has an empty caption"),
         (table("a\t2\t1\t0\t3\tA dog.\n"), "item 'a' of .* is from 2 to 1 s"),
