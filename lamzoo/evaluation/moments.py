@@ -64,7 +64,7 @@ def moment_metrics(predictions: Sequence[Mapping[str, Any]], annotations: Sequen
     if all("pred_saliency_scores" in prediction for prediction in found.values()) and all(
         "saliency_scores" in annotation for annotation in truth.values()
     ):
-        _check_grades(truth)
+        check_grades(annotations)
         _check_saliencies(found, truth)
         metrics |= _highlights(found, truth)
     if not metrics:
@@ -73,6 +73,30 @@ def moment_metrics(predictions: Sequence[Mapping[str, Any]], annotations: Sequen
             "compare them with; nothing can be scored."
         )
     return {"brief": _brief(metrics)} | dict(sorted(metrics.items()))
+
+
+def check_grades(annotations: Sequence[Mapping[str, Any]]) -> None:
+    """Checks the grades that highlights are scored by.
+
+    Args:
+        annotations: as of :func:`moment_metrics`; where one has no ``saliency_scores``, none are looked at.
+
+    Raises:
+        DataError: grades that are not three for each of the relevant clips, or clips that the video doesn't have.
+    """
+    for annotation in annotations if all("saliency_scores" in each for each in annotations) else ():
+        qid, clips, grades = (annotation[key] for key in ("qid", "relevant_clip_ids", "saliency_scores"))
+        total = _num_clips(annotation)
+        if len(clips) != len(grades) or not all(isinstance(clip, int) and 0 <= clip < total for clip in clips):
+            raise DataError(
+                f"The annotation of qid {qid} has {len(grades)} saliency_scores for the relevant_clip_ids {clips}, of "
+                f"a video of {total} clips; they must agree."
+            )
+        if not all(len(each) == 3 and all(map(_is_number, each)) for each in grades):
+            raise DataError(
+                f"The annotation of qid {qid} has a clip without three grades in its saliency_scores; leave both out "
+                "to score moments alone."
+            )
 
 
 def _by_query(predictions: Sequence[Mapping[str, Any]], truth: Mapping[Any, Any]) -> dict[Any, Mapping[str, Any]]:
@@ -112,21 +136,6 @@ def _check_windows(found: Mapping[Any, Mapping[str, Any]], truth: Mapping[Any, M
             if end < 0 or start < -CLIP_SECONDS or end > latest:
                 duration = truth[qid]["duration"]
                 raise DataError(f"{what}, outside of its video of {duration:g} s; windows are in seconds.")
-
-
-def _check_grades(truth: Mapping[Any, Mapping[str, Any]]) -> None:
-    for qid, annotation in truth.items():
-        clips, grades, total = annotation["relevant_clip_ids"], annotation["saliency_scores"], _num_clips(annotation)
-        if len(clips) != len(grades) or not all(isinstance(clip, int) and 0 <= clip < total for clip in clips):
-            raise DataError(
-                f"The annotation of qid {qid} has {len(grades)} saliency_scores for the relevant_clip_ids {clips}, of "
-                f"a video of {total} clips; they must agree."
-            )
-        if not all(len(each) == 3 and all(map(_is_number, each)) for each in grades):
-            raise DataError(
-                f"The annotation of qid {qid} has a clip without three grades in its saliency_scores; leave both out "
-                "to score moments alone."
-            )
 
 
 def _check_saliencies(found: Mapping[Any, Mapping[str, Any]], truth: Mapping[Any, Mapping[str, Any]]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lamzoo.data.moments import MomentDataset, create_moment_dataset
 from lamzoo.errors import RecipeError
 from lamzoo.evaluation.finding import check_features, submission
-from lamzoo.evaluation.moments import moment_metrics
+from lamzoo.evaluation.moments import check_grades, moment_metrics
 from lamzoo.registry import create_model
 from lamzoo.training.features import FeatureRun
 from lamzoo.training.moment_batches import Samples, collate, with_unrelated
@@ -44,6 +44,8 @@ class MomentRun(FeatureRun):
     def open_data(self) -> None:
         super().open_data()
         self.truth = {role: split.annotations() for role, split in self.splits.items()}
+        for role in self.truth.keys() - {"train"}:
+            check_grades(self.truth[role])  # which would be found after the first epoch
         self.example = self.splits["train"].read(0)
 
     def build_model(self) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 
 import lamzoo
 from lamzoo.data.moments import MomentQuery, create_moment_dataset
-from lamzoo.errors import LamzooError
+from lamzoo.errors import DataError, LamzooError
 from lamzoo.evaluation import evaluate_moments
 from lamzoo.training import TrainResult, load_recipe, parse_recipe, train
 from lamzoo.training.moment_batches import HIGHEST_GRADE, Samples, clip_grades, collate, unrelated
@@ -48,6 +49,19 @@ def run(table: dict[str, Any], output: Path, **changes: Any) -> TrainResult:
 
 def curve(history: list[dict[str, float]]) -> torch.Tensor:
     return torch.tensor([[float(record[key]) for key in HELD_BY_RECIPE] for record in history])
+
+
+@pytest.mark.parametrize("role", ["val_release", "test_with_gt"])
+def test_wrong_grades_are_found_before_anything_is_trained(tmp_path: Path, role: str) -> None:
+    folder = write_qvhighlights(tmp_path / "data", clip=8, slowfast=6, text=5)
+    file = folder / f"highlight_{role}.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    for grades in lines[-1]["saliency_scores"]:
+        grades.pop()
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(DataError, match=f"qid {lines[-1]['qid']} has a clip without three grades"):
+        run(moment_recipe(f"qvhighlights:{folder}", tmp_path), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def query(windows: list[tuple[float, float]], grades: Any = None) -> MomentQuery:
