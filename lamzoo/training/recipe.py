@@ -187,7 +187,10 @@ def parse_recipe(table: Mapping[str, Any]) -> AnyRecipe:
 def _check(recipe: Recipe) -> None:
     fraction = recipe.data.val_fraction
     if fraction is not None and not 0 < fraction < 1:
-        raise RecipeError(f"Recipe key data.val_fraction is {fraction}; it must lie between 0 and 1.")
+        raise RecipeError(
+            f"Recipe key data.val_fraction is {fraction}; it must lie between 0 and 1. To train on all of "
+            "train_split, name another split to score on in data.eval_split (--val-split); nothing is held out then."
+        )
     _check_tune(recipe.model)
     if recipe.prune is not None and recipe.prune.loss_weight < 0:
         raise RecipeError(f"Recipe key prune.loss_weight is {recipe.prune.loss_weight}; it must not be negative.")

@@ -102,7 +102,10 @@ def test_training_from_scratch_takes_longer_than_fine_tuning(tmp_path: Path) -> 
         ({"model": 3, "data": {"source": "here"}}, "model.name is missing"),
         ({"model": {"name": "lam_vit_micro"}, "data": {"source": "here"}, "run": 3}, "must be a table"),
         ({"model": {"name": "lam_vit_micro"}, "data": {"source": "nowhere"}}, "neither a data set nor a folder"),
-        ({"model": {"name": "lam_vit_micro"}, "data": {"source": "x", "val_fraction": 1.0}}, "between 0 and 1"),
+        (
+            {"model": {"name": "lam_vit_micro"}, "data": {"source": "x", "val_fraction": 0.0}},
+            "between 0 and 1.*eval_split",
+        ),
     ],
 )
 def test_what_is_wrong_is_named(table: dict[str, Any], message: str) -> None:
