@@ -335,9 +335,9 @@ class TrainingRun(ABC):
         _logger.info("%s on %s: %s%s", recipe.model.name, recipe.data.source, counts, self.held_out())
         parts = f" in {run.accumulation} parts" if run.accumulation > 1 else ""
         _logger.info(
-            "%d epochs of %d updates, batches of %d%s; %s, learning rate %.3g, %s schedule; seed %d",
-            recipe.schedule.total_epochs, self.updates_per_epoch, run.batch_size, parts, recipe.optimizer.name,
-            recipe.optimizer.lr, recipe.schedule.name, run.seed,
+            "%s of %s, batches of %d%s; %s, learning rate %.3g, %s schedule; seed %d",
+            _counted(recipe.schedule.total_epochs, "epoch"), _counted(self.updates_per_epoch, "update"),
+            run.batch_size, parts, recipe.optimizer.name, recipe.optimizer.lr, recipe.schedule.name, run.seed,
         )  # fmt: skip
         parameters = list(self.accelerator.unwrap_model(self.model).parameters())
         trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
@@ -347,7 +347,8 @@ class TrainingRun(ABC):
             self.accelerator.num_processes, run.precision, run.output,
         )  # fmt: skip
         if self.update:
-            _logger.info("continued after %d updates, %d epochs of them whole", self.update, len(self.history))
+            whole = _counted(len(self.history), "epoch")
+            _logger.info("continued after %s, %s of them whole", _counted(self.update, "update"), whole)
 
     def _log_epoch(self, record: Mapping[str, float], best: bool) -> None:
         if not self.accelerator.is_main_process:
@@ -510,6 +511,10 @@ def _grouped(loader: Any, size: int) -> Iterator[list[Any]]:
     batches = iter(loader)
     while len(group := list(islice(batches, size))) == size:
         yield group
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
 
 
 def _create_accelerator(run: RunSection) -> Accelerator:

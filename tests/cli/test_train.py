@@ -33,7 +33,7 @@ def test_one_line_fine_tunes_on_a_folder(run, start: str, tmp_path: Path) -> Non
     assert done.code == 0
     data, schedule, parameters, epoch = done.err.splitlines()
     assert data.endswith(": 12 images to train on, 3 to validate on (held out: 0.1 of each class, by seed 0)")
-    assert schedule.startswith("1 epochs of 2 updates, batches of 6; adamw, learning rate 0.00")
+    assert schedule.startswith("1 epoch of 2 updates, batches of 6; adamw, learning rate 0.00")
     assert parameters.endswith("on cpu in 1 process(es), precision no; the run goes to runs/start-my-photos")
     assert re.match(r"epoch 1 of 1: training loss [\d.]+; validation: loss .*, top1 .* \(the best so far\);", epoch)
     output = Path("runs/start-my-photos")
@@ -57,7 +57,7 @@ def test_a_killed_run_goes_on_by_its_folder_alone(run, start: str, tmp_path: Pat
     for again in (options, ("--output", "out")):
         done = run("train", *again, "--resume")
         assert done.code == 0
-        assert done.err.endswith("\ncontinued after 2 updates, 1 epochs of them whole\n")
+        assert done.err.endswith("\ncontinued after 2 updates, 1 epoch of them whole\n")
         assert "the model is local-dir:out/model" in done.out
     assert recipe_of(Path("out")) == before
     other = run("train", *options, "--resume", "--seed", 3)
