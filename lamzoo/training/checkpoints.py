@@ -89,6 +89,7 @@ class Checkpoints:
         """Replaces the ``state`` of a checkpoint that was written at the same update; call on every process."""
         if accelerator.is_main_process:
             _write_text(self._folder / _name(state) / "state.json", json.dumps(state))
+            _write_text(self.output / RECIPE_NAME, self._recipe_text)
         accelerator.wait_for_everyone()
 
     def load(self, accelerator: Accelerator, lam: LamConfig | None) -> dict[str, Any] | None:

@@ -125,6 +125,7 @@ class TrainingRun(ABC):
         self.bad: BadInputs = self.scan_data(scanning)
         self._build(model)
         self.update = 0
+        self.saved: int | None = None  # the update of the latest checkpoint
         self.loss_sum: Tensor = self._loss_sum(0.0)
         self.fetched = (0.0, 0.0)  # when, and the epoch's mean loss then
         self.seconds = self.wall_seconds = 0.0
@@ -138,7 +139,8 @@ class TrainingRun(ABC):
             )
         state = self.checkpoints.load(self.accelerator, self.lam)
         if state is not None:
-            self.update, self.loss_sum = state["update"], self._loss_sum(state["loss_sum"])
+            self.update = self.saved = state["update"]
+            self.loss_sum = self._loss_sum(state["loss_sum"])
             self.seconds, self.history = state["seconds"], state["history"]
             self.wall_seconds = state.get("wall_seconds", state["seconds"])
             self.best = state.get("best")
@@ -468,7 +470,11 @@ class TrainingRun(ABC):
         return total
 
     def _save(self) -> None:
-        self.checkpoints.save(self.accelerator, self._state())
+        if self.saved == self.update:  # the run was stopped after this checkpoint, and its weights are these
+            self.checkpoints.amend(self.accelerator, self._state())
+        else:
+            self.checkpoints.save(self.accelerator, self._state())
+            self.saved = self.update
 
     def _state(self) -> dict[str, Any]:
         state = {"update": self.update, "loss_sum": self._total_loss(), "seconds": self.seconds}

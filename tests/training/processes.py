@@ -41,7 +41,7 @@ def train_killed(
 def train_failed(
     table: dict[str, Any], output: Path, task: type[TrainingRun], monkeypatch: pytest.MonkeyPatch
 ) -> TrainResult:
-    """Trains a recipe, given as nested values, whose first evaluation fails; resumes it and trains no update twice."""
+    """Trains a recipe, given as nested values, whose first evaluation fails; resumes it and does no update twice."""
     updates: list[int] = []
 
     def fail(_: TrainingRun) -> dict[str, float]:
@@ -52,7 +52,10 @@ def train_failed(
         patch.setattr(task, "evaluate", fail)
         with pytest.raises(DataError, match="no such file"):
             train(recipe, progress=lambda progress: updates.append(progress.update))
+    weights = {file: file.stat().st_mtime_ns for file in output.glob("checkpoints/*/model.safetensors")}
+    assert weights
     result = train(recipe, resume=True, progress=lambda progress: updates.append(progress.update))
+    assert all(file.stat().st_mtime_ns == written for file, written in weights.items())
     assert updates == sorted(updates)
     assert updates[-1] == result.history[-1]["update"]
     return result
