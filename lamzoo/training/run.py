@@ -133,7 +133,7 @@ class TrainingRun(ABC):
         self.lam: LamConfig | None = getattr(model, "lam_config", None)
         self.best: dict[str, float] | None = None  # epoch, from 0, and score of the weights in model/
         external = recipe.model.name.startswith((TIMM_PREFIX, OPEN_CLIP_PREFIX))
-        if self.lam is None and external and self.accelerator.is_main_process:
+        if recipe.model.lam is None and self.lam is None and external and self.accelerator.is_main_process:
             _logger.warning(
                 "%s has no masks, and none are trained; model.lam=true gives it the default ones", recipe.model.name
             )
