@@ -59,7 +59,7 @@ class ClassificationRun(TrainingRun):
         return self.splits.train.classes
 
     def build_model(self) -> nn.Module:
-        check_mixup(self.recipe, self.accelerator.num_processes)
+        check_mixup(self.recipe, self.accelerator.num_processes, len(self.splits.train))
         model = build_model(self.recipe, self.splits.train.classes)
         self.tuning = Tuning(model, self.recipe.model.tune)
         config = getattr(model, "prune_config", None)

@@ -95,15 +95,17 @@ def check_batches(recipe: Recipe, train_set: Any) -> None:
         )
 
 
-def check_mixup(recipe: Recipe, processes: int) -> None:
+def check_mixup(recipe: Recipe, processes: int, images: int) -> None:
     """Raises a :class:`RecipeError` where mixup or cutmix would get batches that don't divide into pairs."""
     run, augment = recipe.run, recipe.augment
     share = processes * run.accumulation
     if augment.mixes and run.batch_size // share % 2:
+        ways = [f"choose a multiple of {2 * share}"] if 2 * share <= images else []
+        ways += ["lower run.accumulation"] if run.accumulation > 1 else []
         raise RecipeError(
             f"augment.mixup and augment.cutmix mix images in pairs, and run.batch_size {run.batch_size} over "
             f"{run.accumulation} accumulation steps and {processes} processes makes batches of "
-            f"{run.batch_size // share}; choose a multiple of {2 * share}, or set both to 0."
+            f"{run.batch_size // share}; {', or '.join([*ways, 'set both to 0'])}."
         )
 
 

@@ -322,12 +322,20 @@ def test_batches_that_mixup_cannot_pair_are_refused_before_the_data_is_read(
     recipe_table["run"] |= {"batch_size": batch_size, "accumulation": accumulation}
     recipe: Any = parse_recipe(recipe_table)
     scanned: list[Any] = []
-    with pytest.raises(RecipeError, match=f"choose a multiple of {2 * accumulation * processes}, or set both to 0"):
-        check_mixup(recipe, processes)
+    with pytest.raises(RecipeError, match=f"choose a multiple of {2 * accumulation * processes}, or .*set both to 0"):
+        check_mixup(recipe, processes, 48)
     if processes == 1:
         with pytest.raises(RecipeError, match="mix images in pairs"):
             train(recipe, scanning=lambda *progress: scanned.append(progress))
     assert not scanned
+
+
+def test_an_accumulation_that_the_images_are_too_few_for_is_what_to_lower(recipe_table: dict[str, Any]) -> None:
+    recipe_table["augment"] |= {"mixup": 0.5}
+    recipe_table["run"] |= {"batch_size": 8, "accumulation": 8}
+    recipe: Any = parse_recipe(recipe_table)
+    with pytest.raises(RecipeError, match="makes batches of 1; lower run.accumulation, or set both to 0"):
+        check_mixup(recipe, 1, 14)
 
 
 def test_training_leaves_timms_switch_alone(recipe_table: dict[str, Any], tmp_path: Path) -> None:
