@@ -108,7 +108,7 @@ class Checkpoints:
         state: dict[str, Any] = json.loads((finished[-1] / "state.json").read_text(encoding="utf-8"))
         if "lam_config" in state:
             self._check_masks(state["lam_config"], lam)
-        elif lam is not None:
+        elif lam is not None and accelerator.is_main_process:
             _logger.warning("%s doesn't say which masks it is of; they are loaded as masks of %s", finished[-1], lam)
         try:
             with accelerator.register_load_state_pre_hook(partial(_as_saved, accelerator)):
