@@ -186,7 +186,7 @@ class TrainingRun(ABC):
 
     @abstractmethod
     def backward(self, epoch: int, update: int, batches: list[Any]) -> Tensor:
-        """Computes the gradients of one update and returns its loss, a scalar, the mean over all processes.
+        """Computes the gradients of one update and returns the loss of the global batch, a scalar.
 
         Args:
             epoch: from 0.
@@ -512,15 +512,15 @@ def _scores(record: Mapping[str, float]) -> dict[str, float]:
     return {key.removeprefix("eval_"): value for key, value in record.items() if key.startswith("eval_")}
 
 
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def _grouped(loader: Any, size: int) -> Iterator[list[Any]]:
     """Yields the batches of one update after the other; the last ones, where they don't fill one, are dropped."""
     batches = iter(loader)
     while len(group := list(islice(batches, size))) == size:
         yield group
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
 
 
 def _create_accelerator(run: RunSection) -> Accelerator:
