@@ -67,8 +67,9 @@ class Collate:
     """Puts samples into one batch of tensors, padded: what a loader moves between devices.
 
     Called with samples, it returns ``streams``, as :func:`pad_streams`; ``text``, int64 ``(B, L)``, zeros behind the
-    end; ``context``, int64 ``(B, W)``, for models with room for any; and for models with ``align`` ``words``, by
-    modality int64 ``(B, N)``, the word said at each token, 0 for none and -100 where there is no token or nobody knows.
+    end; ``context``, int64 ``(B, W)``, where a sample has one that the model has room for; and for models with
+    ``align`` ``words``, by modality int64 ``(B, N)``, the word said at each token, 0 for none and -100 where there is
+    no token or nobody knows.
 
     Args:
         model: whose vocabulary is used.
@@ -82,9 +83,6 @@ class Collate:
         streams = pad_streams([sample.streams for sample in samples])
         batch: dict[str, Any] = {"streams": streams, "text": self.tokenizer([sample.caption for sample in samples])}
         context = context_tokens(self, [sample.context for sample in samples])
-        if context is None and self.context_tokens:
-            # Padding alone, so that every weight has a gradient: several processes wait for all of them.
-            context = torch.zeros(len(samples), 1, dtype=torch.int64)
         if context is not None:
             batch["context"] = context
         if self._align:
