@@ -22,6 +22,7 @@ Tokens = NDArray[np.float32]
 Words = tuple[tuple[str, float, float], ...]  # each with its start and end, seconds
 
 RATE = 25  # tokens a second, as the corpus has frames
+IGNORED = -100  # the label of a token that has none: torch's cross_entropy leaves it out
 HOPS, BANDS = 4, 64  # spectra of 10 ms in a frame, and mel bands in a spectrum
 
 _FRAME = (48, 80)  # pixels around the mouth

@@ -15,11 +15,9 @@ from torch.utils.data import Dataset
 from lamzoo.data.captions import CaptionDataset
 from lamzoo.data.captions.base import CaptionItem
 from lamzoo.data.captions.base import Stream as Features
-from lamzoo.data.grid import said_at
+from lamzoo.data.grid import IGNORED, said_at
 from lamzoo.evaluation.describing import context_tokens, pad_streams
 from lamzoo.training.caption_recipe import CaptionWeights
-
-_NOTHING = -100  # what no loss is computed for, as torch has it
 
 
 @dataclass(frozen=True)
@@ -97,9 +95,9 @@ class Collate:
 
     def _said(self, item: CaptionItem, times: Tensor, mask: Tensor) -> Tensor:
         if not item.words:
-            return torch.full_like(mask, _NOTHING, dtype=torch.int64)
+            return torch.full_like(mask, IGNORED, dtype=torch.int64)
         said = said_at(item.words, times.numpy(), lambda word: int(self.tokenizer([word])[0, 1]))
-        return torch.from_numpy(said).masked_fill(~mask, _NOTHING)
+        return torch.from_numpy(said).masked_fill(~mask, IGNORED)
 
 
 def caption_counts(batch: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -115,7 +113,7 @@ def caption_counts(batch: Mapping[str, Any]) -> dict[str, Tensor]:
     """
     counts = {"tokens": (batch["text"][:, 1:] != 0).sum()}
     if "words" in batch:
-        counts["words"] = torch.stack([(said != _NOTHING).sum() for said in batch["words"].values()]).sum()
+        counts["words"] = torch.stack([(said != IGNORED).sum() for said in batch["words"].values()]).sum()
         spoken = [_enough(batch, name).sum() for name in batch["words"]]
         counts["spoken"] = torch.stack(spoken).sum()
     return counts
@@ -138,7 +136,7 @@ def caption_losses(
     """
     counts = {name: count.clamp_min(1) for name, count in (counts or caption_counts(batch)).items()}
     text = batch["text"]
-    following = text[:, 1:].masked_fill(text[:, 1:] == 0, _NOTHING)
+    following = text[:, 1:].masked_fill(text[:, 1:] == 0, IGNORED)
     logits = found.logits[:, :-1].float().transpose(1, 2)
     caption = F.cross_entropy(logits, following, label_smoothing=weights.label_smoothing, reduction="sum")
     losses = {"caption": weights.caption * caption / counts["tokens"]}

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lamzoo.data.grid import said_at
+from lamzoo.data.grid import IGNORED, said_at
 from lamzoo.data.moments import MomentDataset, MomentFeatures, MomentQuery
+from lamzoo.data.moments.base import HIGHEST_GRADE
 from lamzoo.evaluation.finding import pad_features
 
-HIGHEST_GRADE = 12  # three annotators' fours: what a clip inside a moment is worth where nobody graded it
 _PAIRS = 2
 
 
@@ -129,7 +129,7 @@ def collate(samples: Sequence[Sample]) -> dict[str, Tensor]:
         "fits": torch.nn.utils.rnn.pad_sequence([_fitting(sample.query) for sample in samples], batch_first=True),
     }  # fmt: skip
     if samples[0].words is not None:  # all of one data set
-        batch["words"] = padded("words", -100)
+        batch["words"] = padded("words", IGNORED)
     return batch
 
 

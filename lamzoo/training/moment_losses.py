@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import generalized_box_iou_loss
 
+from lamzoo.data.grid import IGNORED
+from lamzoo.data.moments.base import HIGHEST_GRADE
 from lamzoo.errors import DivergedError, MissingExtraError
 from lamzoo.models.moment_detr import Moments
 from lamzoo.models.spans import generalized_span_iou, to_boxes, to_edges
@@ -22,8 +24,6 @@ if find_spec("scipy") is None:
 from scipy.optimize import linear_sum_assignment
 
 _MOMENT, _NOTHING = 0, 1
-_UNKNOWN = -100  # a word that no loss is computed for, as torch has it
-_HIGHEST_GRADE = 12  # of three annotators together
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def moment_counts(targets: MomentTargets, queries: int) -> dict[str, Tensor]:
     device, words = targets.grades.device, targets.words
     moments = sum(min(queries, len(spans)) for spans in targets.spans)
     inside = [_inside(*pair).sum() for pair in zip(targets.spans, targets.video_mask, strict=True)]
-    known = 0 if words is None else (words != _UNKNOWN).sum()
+    known = 0 if words is None else (words != IGNORED).sum()
     counts = {"samples": len(inside), "moments": moments, "proposals": torch.stack(inside).sum(), "words": known}
     return {name: torch.as_tensor(count, device=device) for name, count in counts.items()}
 
@@ -100,7 +100,7 @@ def moment_losses(
         losses["negative"] = weights.saliency * negative_loss(unrelated, targets.video_mask) * share
         losses["contrast"] = weights.saliency * contrast * share
     if found.words is not None and targets.words is not None:
-        said = F.cross_entropy(found.words.float().mT, targets.words, ignore_index=_UNKNOWN, reduction="sum")
+        said = F.cross_entropy(found.words.float().mT, targets.words, ignore_index=IGNORED, reduction="sum")
         losses["words"] = weights.words * said / counts["words"]
     if found.proposals is not None:
         losses["proposal"] = _proposal_loss(found.proposals, targets, weights, counts["proposals"])
@@ -206,8 +206,8 @@ def contrast_loss(saliency: Tensor, unrelated: Tensor, targets: MomentTargets, t
     scores = torch.cat([saliency, unrelated], dim=1).masked_fill(~mask, -1e3) / temperature
     chances = scores.log_softmax(dim=1)
     total = scores.new_zeros(())
-    for grade in range(1, _HIGHEST_GRADE):
+    for grade in range(1, HIGHEST_GRADE):
         good = (grades >= grade) & mask
         count = good.sum(dim=1)
         total = total - ((chances * good).sum(dim=1) / count.clamp_min(1)).mean()
-    return total / _HIGHEST_GRADE
+    return total / HIGHEST_GRADE

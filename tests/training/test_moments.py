@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 
 import lamzoo
 from lamzoo.data.moments import MomentQuery, create_moment_dataset
+from lamzoo.data.moments.base import HIGHEST_GRADE
 from lamzoo.errors import DataError, LamzooError
 from lamzoo.evaluation import evaluate_moments
 from lamzoo.training import TrainResult, load_recipe, parse_recipe, train
-from lamzoo.training.moment_batches import HIGHEST_GRADE, Samples, clip_grades, collate, unrelated
+from lamzoo.training.moment_batches import Samples, clip_grades, collate, unrelated
 from lamzoo.training.moments import MomentRun
 from tests.speech import write_speech
 from tests.training.gradients import gradients

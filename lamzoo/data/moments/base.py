@@ -17,6 +17,9 @@ Features: TypeAlias = NDArray[np.float32]
 #: Clips by which features may differ from their video, and from each other: each extractor rounds its end differently.
 MARGIN = 2
 
+#: The sum of three annotators' highest grades, and the grade of a clip inside a moment where nobody graded it.
+HIGHEST_GRADE = 12
+
 
 @dataclass(frozen=True)
 class MomentQuery:
