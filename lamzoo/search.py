@@ -182,8 +182,10 @@ def index_videos(
     check_replaceable(path)
     stored = None
     if not force:
-        earlier = _earlier(folder, origin, sampling) if index is None else None
-        stored = read_index(path) if path.exists() else earlier
+        if path.exists():
+            stored = read_index(path)
+        elif index is None:
+            stored = _earlier(folder, origin, sampling)
     if sampling is None:
         sampling = network.sampling if stored is None else stored.origin.sampling
     content = GrowingIndex(path, folder, found, replace(origin, sampling=sampling))

@@ -407,13 +407,19 @@ def test_an_index_of_0_1_0_says_nothing_of_masks_and_is_read(folder: Path, model
     assert index(folder, model).embedded == 0
 
 
-def test_an_index_that_an_earlier_release_left_in_the_folder_is_taken_over(folder: Path, model: Any) -> None:
+def test_an_index_that_an_earlier_release_left_in_the_folder_is_taken_over(
+    folder: Path, model: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     old = folder / "lamzoo-index.lam_clip4clip_micro.safetensors"
     sampling = FrameSampling(fps=2.0, max_frames=3)
     made = index(folder, model, index=old, sampling=sampling)
     found = index(folder, model, index=None)
     assert (model.seen, found.embedded, found.path.parent != folder) == (0, 0, True)
     assert found.search(QUERIES[0]) == made.search(QUERIES[0])
+    caplog.set_level("INFO", logger="lamzoo.search")
+    old.write_bytes(b"damaged")
+    assert index(folder, model, index=None).embedded == 0
+    assert not caplog.records, "it is not read again"
     old.unlink()
     assert index(folder, model, index=None).embedded == 0
     index(folder, model, index=old, sampling=sampling)
