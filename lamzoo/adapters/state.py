@@ -146,7 +146,9 @@ def check_lam_config(
         saved = carried.get(path, unplaced)
         if saved is None:
             _logger.warning(
-                "%s doesn't say which LamConfig its masks were trained with; they are loaded as masks of %s.",
+                "%s doesn't say which LamConfig its masks were trained with; they are loaded as masks of %s. If they "
+                "are others, pass theirs as lam= or leave them out with lam_weights='fresh' in create_model, or pass "
+                "config= to load_lam_state_dict; a file saved again with lamzoo carries it.",
                 source, lam.config,
             )  # fmt: skip
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,7 @@ def test_a_bare_file_that_does_not_say_its_kind_is_loaded_with_a_warning(
     assert masks_equal(create(ADD, checkpoint_path=tmp_path / "old.safetensors"), model)
     (warning,) = caplog.records
     assert "old.safetensors doesn't say which LamConfig" in warning.getMessage()
+    assert "lam_weights='fresh' in create_model" in warning.getMessage()
 
 
 def test_a_bundled_tag_loads_silently_and_refuses_other_masks(caplog: pytest.LogCaptureFixture) -> None:
@@ -162,7 +164,7 @@ def test_a_plain_dictionary_of_masks_needs_its_config_or_is_warned_of(caplog: py
     assert masks_equal(again, model)
     assert not caplog.records
     load_lam_state_dict(again, state)
-    assert "doesn't say which LamConfig" in caplog.text
+    assert re.search("doesn't say which LamConfig.*config= to load_lam_state_dict", caplog.text)
 
 
 def test_tables_of_another_length_are_no_other_kind() -> None:
