@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import timm
@@ -39,7 +38,7 @@ def micro_vit(
     lam: LamConfig | None,
     rel_pos_bias: bool = False,
     features_only: bool = False,
-    out_indices: int | Sequence[int] = 3,
+    out_indices: int | tuple[int, ...] = 3,
     **overrides: Any,
 ) -> nn.Module:
     """Builds a small vision transformer for small images behind timm's convolutional stem.
