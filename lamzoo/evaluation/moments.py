@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lamzoo.data.jsonfiles import is_number
 from lamzoo.data.moments.base import MARGIN
 from lamzoo.errors import DataError
 
@@ -92,7 +92,7 @@ def check_grades(annotations: Sequence[Mapping[str, Any]]) -> None:
                 f"The annotation of qid {qid} has {len(grades)} saliency_scores for the relevant_clip_ids {clips}, of "
                 f"a video of {total} clips; they must agree."
             )
-        if not all(len(each) == 3 and all(map(_is_number, each)) for each in grades):
+        if not all(len(each) == 3 and all(map(is_number, each)) for each in grades):
             raise DataError(
                 f"The annotation of qid {qid} has a clip without three grades in its saliency_scores; leave both out "
                 "to score moments alone."
@@ -109,7 +109,7 @@ def _by_query(predictions: Sequence[Mapping[str, Any]], truth: Mapping[Any, Any]
             raise DataError(f"The predictions have qid {qid} twice; leave one out.")
         if qid not in truth:
             raise DataError(
-                f"The predictions have qid {qid}, which the annotations have not; are they of another split?"
+                f"The predictions have qid {qid!r}, which the annotations have not; are they of another split?"
             )
         found[qid] = prediction
     missing = [qid for qid in truth if qid not in found]
@@ -128,7 +128,7 @@ def _check_windows(found: Mapping[Any, Mapping[str, Any]], truth: Mapping[Any, M
         for window in windows:
             what = f"The prediction for qid {qid} has the window {window}"
             whole = isinstance(window, (Sequence, np.ndarray)) and len(window) == 3
-            if not whole or not all(_is_number(value) for value in window):
+            if not whole or not all(is_number(value) for value in window):
                 raise DataError(f"{what}; a window is [start, end, score], three finite numbers.")
             start, end, _ = window
             if start > end:
@@ -142,7 +142,7 @@ def _check_saliencies(found: Mapping[Any, Mapping[str, Any]], truth: Mapping[Any
     longest = max(_num_clips(annotation) for annotation in truth.values())
     for qid, prediction in found.items():
         scores, clips = prediction["pred_saliency_scores"], _num_clips(truth[qid])
-        if not all(_is_number(score) for score in scores):
+        if not all(is_number(score) for score in scores):
             raise DataError(f"The prediction for qid {qid} has a saliency that is no finite number.")
         # Some models answer for the longest video, whatever the length of this one.
         if all(abs(len(scores) - right) > MARGIN for right in (clips, longest)) or not scores:
@@ -150,10 +150,6 @@ def _check_saliencies(found: Mapping[Any, Mapping[str, Any]], truth: Mapping[Any
                 f"The prediction for qid {qid} has {len(scores)} saliencies, and its video has {clips} clips of "
                 f"{CLIP_SECONDS:g} s; give one for each."
             )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _of_length(truth: Mapping[Any, Mapping[str, Any]], bounds: tuple[int, int] | None) -> dict[Any, Array]:

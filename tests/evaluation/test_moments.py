@@ -161,7 +161,9 @@ def changed(**changes: Any) -> list[dict[str, Any]]:
         (changed(pred_relevant_windows=[[-9, 4, 1]]), "outside of its video of 20 s"),
         (changed(pred_saliency_scores=[0.0] * 5), r"qid 1 has 5 saliencies, and its video has 10 clips of 2 s"),
         (changed(pred_saliency_scores=[]), "has 0 saliencies"),
+        (changed(qid="7"), "qid '7', which the annotations have not"),
         (changed(pred_saliency_scores=[float("inf")] * 10), "a saliency that is no finite number"),
+        (changed(pred_saliency_scores=[10**400] * 10), "a saliency that is no finite number"),
     ],
 )
 def test_a_malformed_submission_is_named(predictions: list[dict[str, Any]], says: str) -> None:
