@@ -288,8 +288,10 @@ def _save(tensors: StateDict, path: Path) -> None:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= size  # the order of the entries is all that changes; tensors follow at once
         file.seek(8)
-        file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
+        file.write(text.ljust(size))
 
 
 def _lam_metadata(tensors: StateDict) -> dict[str, str]:

@@ -380,11 +380,13 @@ class TrainingRun(ABC):
 
     def _keep_if_best(self, record: Mapping[str, float]) -> bool:
         """Writes ``model/`` where an evaluation was the best so far and the best is kept; says whether it was."""
+        if self._why_last():
+            return False
         value = record.get(f"eval_{self.metric}", math.nan)
         better = math.isfinite(value) and (self.best is None or self._gain(record) >= 0)  # of equals the later
         # One process decides: the last digits of a score may differ, and all processes wait for the saved model.
         better, value = broadcast_object_list([better, value])
-        if self._why_last() or not better:
+        if not better:
             return False
         self._save_model(self.checkpoints.output / MODEL_FOLDERS[0])
         self.best = {"epoch": record["epoch"], "value": value}
