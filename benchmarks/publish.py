@@ -21,7 +21,6 @@ import timm
 import torch
 
 import lamzoo
-from lamzoo.cards import data_dir
 from lamzoo.data import create_dataset
 from lamzoo.data.captions import create_caption_dataset
 from lamzoo.data.moments import create_moment_dataset
@@ -30,8 +29,9 @@ from lamzoo.evaluation import evaluate, evaluate_moments
 from lamzoo.evaluation.describing import evaluate_captions
 from lamzoo.evaluation.retrieval import WAYS
 from lamzoo.evaluation.videos import evaluate_retrieval
+from lamzoo.registry.cards import data_dir
 from lamzoo.training import load_recipe, parse_recipe
-from lamzoo.weightfiles import write_state_dict
+from lamzoo.weights.files import write_state_dict
 
 _CARD = """\
 # {name}.{tag}

@@ -1,10 +1,9 @@
 """lamzoo: a model zoo of learnable attention masks (LAM, arXiv 2406.02761)."""
 
-from importlib import import_module
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from lamzoo.lazy import submodules_of
+from lamzoo.lazy import install_aliases, submodules_of
 
 if TYPE_CHECKING:
     from lamzoo.adapters import (
@@ -21,16 +20,16 @@ if TYPE_CHECKING:
     from lamzoo.evaluation.windows import describe_video
     from lamzoo.export import export_model, load_exported
     from lamzoo.lam import FactoredMask, LamConfig, PruneConfig, attention_backend, lam_attention
-    from lamzoo.names import get_pretrained_cfg, list_models, list_tags, model_info, register_model
     from lamzoo.profiling import profile
     from lamzoo.pruning import prune_tokens
-    from lamzoo.registry import create_model
+    from lamzoo.registry.catalog import get_pretrained_cfg, list_models, list_tags, model_info, register_model
+    from lamzoo.registry.factory import create_model
+    from lamzoo.registry.saving import save_pretrained
     from lamzoo.search import index_videos
-    from lamzoo.weights import save_pretrained
 
 __version__ = version("lamzoo")
 
-_find_submodule = submodules_of(__name__)
+install_aliases()
 
 # Imported when first asked for: torch and timm take seconds, and the command line's --help needs neither.
 _HOMES = {
@@ -41,26 +40,26 @@ _HOMES = {
     "add_lam": "lamzoo.adapters",
     "attention_backend": "lamzoo.lam",
     "capture_masks": "lamzoo.adapters",
-    "create_model": "lamzoo.registry",
+    "create_model": "lamzoo.registry.factory",
     "describe_video": "lamzoo.evaluation.windows",
     "export_model": "lamzoo.export",
-    "get_pretrained_cfg": "lamzoo.names",
+    "get_pretrained_cfg": "lamzoo.registry.catalog",
     "index_videos": "lamzoo.search",
     "lam_attention": "lamzoo.lam",
     "lam_parameters": "lamzoo.adapters",
     "lam_state_dict": "lamzoo.adapters",
-    "list_models": "lamzoo.names",
-    "list_tags": "lamzoo.names",
+    "list_models": "lamzoo.registry.catalog",
+    "list_tags": "lamzoo.registry.catalog",
     "load_exported": "lamzoo.export",
     "load_lam_state_dict": "lamzoo.adapters",
-    "model_info": "lamzoo.names",
+    "model_info": "lamzoo.registry.catalog",
     "profile": "lamzoo.profiling",
     "prune_tokens": "lamzoo.pruning",
     "pruning_loss": "lamzoo.adapters",
-    "register_model": "lamzoo.names",
+    "register_model": "lamzoo.registry.catalog",
     "remove_lam": "lamzoo.adapters",
     "remove_pruning": "lamzoo.adapters",
-    "save_pretrained": "lamzoo.weights",
+    "save_pretrained": "lamzoo.registry.saving",
 }
 
 __all__ = [
@@ -95,13 +94,7 @@ __all__ = [
 
 
 if not TYPE_CHECKING:  # a type checker would believe any name
-
-    def __getattr__(name: str) -> Any:
-        if name not in _HOMES:
-            return _find_submodule(name)
-        value = getattr(import_module(_HOMES[name]), name)
-        globals()[name] = value
-        return value
+    __getattr__ = submodules_of(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

@@ -104,7 +104,7 @@ def list_command(
     json: Json = False,
 ) -> None:
     """Lists the models that there are."""
-    from lamzoo.names import list_models, model_info
+    from lamzoo.registry.catalog import list_models, model_info
 
     wildcard = pattern
     if pattern and not set(pattern) & set("*?["):

@@ -7,13 +7,14 @@ from typing import Any, Literal
 
 from timm.models import PretrainedCfg
 
-from lamzoo.cards import ModelCard, TagCard
 from lamzoo.errors import WeightsNotFoundError
 from lamzoo.lam import LamConfig, PruneConfig
-from lamzoo.names import find_card, find_tag, get_pretrained_cfg, model_info
 from lamzoo.profiling import profile
-from lamzoo.registry import create_model, obtain
-from lamzoo.weights import WeightsFile, read_saved, read_state_dict
+from lamzoo.registry.cards import ModelCard, TagCard
+from lamzoo.registry.catalog import find_card, find_tag, get_pretrained_cfg, model_info
+from lamzoo.registry.factory import create_model, obtain
+from lamzoo.registry.saving import read_saved
+from lamzoo.weights.files import WeightsFile, read_state_dict
 
 _PREPROCESSING = ("input_size", "interpolation", "crop_pct", "mean", "std")
 

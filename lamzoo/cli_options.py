@@ -23,7 +23,7 @@ BatchSize = Annotated[int, typer.Option(help="Images at a time.")]
 
 def load_model(name: str, checkpoint: Path | None) -> nn.Module:
     """Creates a model with its published weights, or with those of a checkpoint; reads one that was exported."""
-    from lamzoo.registry import create_model
+    from lamzoo.registry.factory import create_model
 
     if name.endswith((".onnx", ".pt2")):
         from lamzoo.export import load_exported

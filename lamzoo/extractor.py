@@ -25,7 +25,7 @@ from lamzoo.errors import ConfigError, UnsupportedHostError
 from lamzoo.evaluation.partial import weights_sha256
 from lamzoo.evaluation.runtime import Precision, check_batches, inference, resolve_device
 from lamzoo.evaluation.videos import frames_config
-from lamzoo.registry import create_model
+from lamzoo.registry.factory import create_model
 
 _logger = logging.getLogger(__name__)
 

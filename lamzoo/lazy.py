@@ -1,21 +1,76 @@
-"""Submodules that are imported when they are first asked for, so that ``import lamzoo`` is enough for all of them."""
+"""Attributes of packages that are imported on first use, and the names of lamzoo 0.1 that are deprecated."""
 
-from collections.abc import Callable
+import sys
+import warnings
+from collections.abc import Callable, Mapping
 from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
+
+from lamzoo._aliases import ALIASES
 
 
-def submodules_of(package: str) -> Callable[[str], ModuleType]:
-    """Returns the ``__getattr__`` of a package that finds its submodules, as in ``lamzoo.data.captions``.
+def submodules_of(package: str, homes: Mapping[str, str] | None = None) -> Callable[[str], Any]:
+    """Returns the ``__getattr__`` of a package whose names and submodules are imported on first use.
 
     Args:
         package: its ``__name__``.
+        homes: public name to the module that defines it.
     """
+    names = homes or {}
 
-    def find(name: str) -> ModuleType:
-        if name.startswith("_") or find_spec(f"{package}.{name}") is None:
-            raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return import_module(f"{package}.{name}")
+    def find(name: str) -> Any:
+        full = f"{package}.{name}"
+        if name in names:
+            value = getattr(import_module(names[name]), name)
+            setattr(sys.modules[package], name, value)
+            return value
+        if not name.startswith("__"):
+            if ":" in ALIASES.get(full, "") or (full not in ALIASES and _moved(package, name)):
+                return _deprecated(package, name)
+            if not name.startswith("_") and find_spec(full) is not None:
+                return import_module(full)
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
     return find
+
+
+def install_aliases() -> None:
+    """Makes ``import`` find the modules of :data:`lamzoo._aliases.ALIASES` that no longer exist."""
+    if not any(isinstance(finder, _AliasFinder) for finder in sys.meta_path):
+        sys.meta_path.append(_AliasFinder())
+
+
+class _AliasFinder(MetaPathFinder, Loader):
+    """Stands last in ``sys.meta_path``, so that it sees only modules that don't exist."""
+
+    def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if ":" in ALIASES.get(fullname, ":"):
+            return None
+        return ModuleSpec(fullname, self)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        module = ModuleType(spec.name, f"Deprecated; its names are in {ALIASES[spec.name]}.")
+        module.__getattr__ = lambda name: _deprecated(spec.name, name)  # type: ignore[method-assign]
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Does nothing: attributes are found on first use."""
+
+
+def _moved(module: str, name: str) -> bool:
+    """Returns whether a name is now in the module that a package of the same name has taken the place of."""
+    return module in ALIASES and find_spec(f"{module}.{name}") is None and hasattr(import_module(ALIASES[module]), name)
+
+
+def _deprecated(module: str, name: str) -> Any:
+    home, _, new = ALIASES.get(f"{module}.{name}", f"{ALIASES.get(module, '')}:{name}").partition(":")
+    if name.startswith("__") or not home or not hasattr(import_module(home), new):
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    warnings.warn(
+        f"{module}.{name} is deprecated and goes in lamzoo 0.3; use {home}.{new}.", DeprecationWarning, stacklevel=3
+    )
+    return getattr(import_module(home), new)

@@ -30,7 +30,7 @@ from lamzoo.evaluation.partial import weights_sha256
 from lamzoo.evaluation.runtime import Precision, check_batches, inference, resolve_device
 from lamzoo.evaluation.videos import compare, encode_texts, frames_config
 from lamzoo.files import cache_folder
-from lamzoo.registry import create_model
+from lamzoo.registry.factory import create_model
 from lamzoo.searchindex import (
     SUFFIX,
     GrowingIndex,

@@ -29,7 +29,8 @@ from tests.videos import nearest, pictures, write_clip
 
 pytest.importorskip("open_clip")
 from lamzoo.data.video import read_video
-from lamzoo.features import FeatureExtractor, extract_features
+from lamzoo.extractor import FeatureExtractor
+from lamzoo.features import extract_features
 
 QUERIES = {3: "a cup of coffee", 11: "A rocket starts!"}
 TOWERS: dict[str, Any] = {

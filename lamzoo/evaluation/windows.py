@@ -23,7 +23,7 @@ from lamzoo.errors import ConfigError, DataError, UnsupportedHostError
 from lamzoo.evaluation.describing import check_streams, context_tokens, last_that_fit, move, pad_streams
 from lamzoo.evaluation.runtime import inference, resolve_device
 from lamzoo.extractor import FeatureExtractor, feature_widths
-from lamzoo.registry import create_model
+from lamzoo.registry.factory import create_model
 
 _logger = logging.getLogger(__name__)
 

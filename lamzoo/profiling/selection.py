@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lamzoo.cards import ModelCard
 from lamzoo.errors import UnknownModelError
-from lamzoo.foreign import TIMM_PREFIX
-from lamzoo.names import find_card, find_tag, list_models, pretrained_cfg_of, split_name
-from lamzoo.weights import read_saved
+from lamzoo.registry.cards import ModelCard
+from lamzoo.registry.catalog import find_card, find_tag, list_models, pretrained_cfg_of, split_name
+from lamzoo.registry.external import TIMM_PREFIX
+from lamzoo.registry.saving import read_saved
 
 
 @dataclass(frozen=True)

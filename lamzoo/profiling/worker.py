@@ -14,15 +14,16 @@ import torch
 from torch import nn
 
 from lamzoo.errors import LamzooError
-from lamzoo.names import find_card
 from lamzoo.profiling.inputs import default_input, evaluating, image_size
 from lamzoo.profiling.job import BenchJob
 from lamzoo.profiling.measurement import Measurement, measure
 from lamzoo.profiling.memory import MemoryMeter
 from lamzoo.profiling.selection import size_text
 from lamzoo.profiling.table import BenchRow
-from lamzoo.registry import create_model, obtain
-from lamzoo.weights import file_sha256, read_saved
+from lamzoo.registry.catalog import find_card
+from lamzoo.registry.factory import create_model, obtain
+from lamzoo.registry.saving import read_saved
+from lamzoo.weights.files import file_sha256
 
 
 def main() -> None:

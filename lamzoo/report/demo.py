@@ -19,7 +19,7 @@ from lamzoo.evaluation import Prediction, class_names, evaluate, predict, resolv
 from lamzoo.evaluation.runtime import class_count
 from lamzoo.profiling import Latency, LatencyComparison, compare_latency, profile
 from lamzoo.profiling.inputs import default_input
-from lamzoo.registry import create_model
+from lamzoo.registry.factory import create_model
 from lamzoo.report.masks import explain
 
 MODEL = "lam_vit_micro"

@@ -20,7 +20,7 @@ from lamzoo.adapters.decay import full_rate_parameters
 from lamzoo.data.paths import nfc
 from lamzoo.errors import RecipeError
 from lamzoo.pruning import prune_tokens
-from lamzoo.registry import create_model
+from lamzoo.registry.factory import create_model
 from lamzoo.training.recipe import Recipe
 from lamzoo.training.sections import OptimizerSection, RunSection, ScheduleSection
 

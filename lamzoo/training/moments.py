@@ -13,7 +13,7 @@ from lamzoo.data.moments import MomentDataset, create_moment_dataset
 from lamzoo.errors import RecipeError
 from lamzoo.evaluation.finding import check_features, submission
 from lamzoo.evaluation.moments import check_grades, moment_metrics
-from lamzoo.registry import create_model
+from lamzoo.registry.factory import create_model
 from lamzoo.training.features import FeatureRun
 from lamzoo.training.moment_batches import Samples, collate, with_unrelated
 from lamzoo.training.moment_losses import MomentTargets, moment_counts, moment_losses

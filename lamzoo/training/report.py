@@ -20,7 +20,7 @@ import lamzoo
 from lamzoo.adapters import lam_parameters
 from lamzoo.errors import DataError, LamzooError, UnsupportedHostError
 from lamzoo.files import atomic_files
-from lamzoo.registry import create_model
+from lamzoo.registry.factory import create_model
 from lamzoo.training.inputs import Splits
 from lamzoo.training.recipe import Recipe
 from lamzoo.training.scoring import Score

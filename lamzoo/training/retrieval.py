@@ -28,7 +28,7 @@ from lamzoo.errors import RecipeError
 from lamzoo.evaluation.retrieval import retrieval_metrics
 from lamzoo.evaluation.videos import compare, encode_texts, frames_config, join_videos
 from lamzoo.profiling.inputs import evaluating
-from lamzoo.registry import create_model
+from lamzoo.registry.factory import create_model
 from lamzoo.training.contrastive import contrastive_backward
 from lamzoo.training.inputs import BadInputs, ScanProgress
 from lamzoo.training.loaders import create_seeded_loader, seed_everything

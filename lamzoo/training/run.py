@@ -23,16 +23,16 @@ from torch.utils.data import DataLoader
 from lamzoo.data.splits import synonyms
 from lamzoo.data.trained import MODEL_FOLDERS
 from lamzoo.errors import DivergedError, RecipeError
-from lamzoo.foreign import OPEN_CLIP_PREFIX, TIMM_PREFIX
 from lamzoo.lam import LamConfig
+from lamzoo.registry.external import OPEN_CLIP_PREFIX, TIMM_PREFIX
+from lamzoo.registry.saving import read_saved, save_pretrained
 from lamzoo.training.build import build_ema, build_scheduler
 from lamzoo.training.checkpoints import Checkpoints
 from lamzoo.training.inputs import BadInputs, ScanProgress, write_bad_inputs
 from lamzoo.training.loaders import seed_everything
 from lamzoo.training.recipe import AnyRecipe
 from lamzoo.training.sections import RunSection
-from lamzoo.weightfiles import read_state_dict
-from lamzoo.weights import read_saved, save_pretrained
+from lamzoo.weights.files import read_state_dict
 
 _logger = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ import torch
 from timm.optim import list_optimizers
 
 from lamzoo.errors import RecipeError
-from lamzoo.foreign import OPEN_CLIP_PREFIX
 from lamzoo.lam import LamConfig
-from lamzoo.names import find_card
+from lamzoo.registry.catalog import find_card
+from lamzoo.registry.external import OPEN_CLIP_PREFIX
 
 Precision = Literal["no", "bf16", "fp16"]
 SCHEDULES = ("cosine", "tanh", "poly", "wsd", "rsqrt", "constant")

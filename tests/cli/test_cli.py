@@ -7,8 +7,8 @@ import pytest
 from typer.testing import CliRunner
 
 from lamzoo import __version__, cli
-from lamzoo.registry import create_model
-from lamzoo.weights import save_pretrained
+from lamzoo.registry.factory import create_model
+from lamzoo.registry.saving import save_pretrained
 from tests.images import CLASSES, encoded, write_folder, write_npz
 
 
@@ -237,12 +237,12 @@ def test_debug_shows_the_traceback_wherever_it_stands(run) -> None:
 
 
 def test_what_nobody_expected_is_said_and_not_swallowed(run, monkeypatch: pytest.MonkeyPatch) -> None:
-    import lamzoo.names
+    import lamzoo.registry.catalog
 
     def broken(*args: object, **kwargs: object) -> None:
         raise ZeroDivisionError("one by\nnothing")
 
-    monkeypatch.setattr(lamzoo.names, "list_models", broken)
+    monkeypatch.setattr(lamzoo.registry.catalog, "list_models", broken)
     done = run("list")
     assert done.code == 1
     assert done.err == "lamzoo: ZeroDivisionError: one by nothing (unexpected; --debug shows where)\n"

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from lamzoo.registry import create_model
-from lamzoo.weights import save_pretrained
+from lamzoo.registry.factory import create_model
+from lamzoo.registry.saving import save_pretrained
 from tests.images import CLASSES, encoded, write_folder, write_npz
 
 WNIDS = ["n01440764", "n01443537", "n01484850"]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import lamzoo
-from lamzoo.weights import write_state_dict
+from lamzoo.weights.files import write_state_dict
 from tests.images import encoded
 
 pytest.importorskip("matplotlib")

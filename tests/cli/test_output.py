@@ -42,7 +42,7 @@ def test_on_a_terminal_progress_is_a_bar(monkeypatch: pytest.MonkeyPatch, capsys
     assert "1 of 2" not in shown
 
 
-@pytest.mark.parametrize("write", [logging.getLogger("lamzoo.weights").warning, out.print_error])
+@pytest.mark.parametrize("write", [logging.getLogger("lamzoo.registry.saving").warning, out.print_error])
 def test_a_line_during_progress_replaces_the_bar_on_a_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], write: Callable[[str], None]
 ) -> None:
@@ -75,5 +75,5 @@ def test_at_80_columns_count_note_and_time_are_beside_the_bar(
 def test_a_log_record_is_one_line_however_long(capsys: pytest.CaptureFixture[str], level: int, prefix: str) -> None:
     out.log_to_stderr(verbose=True)
     text = "loaded " + ", ".join(f"blocks.{number}.attn [dropped]" for number in range(20))
-    logging.getLogger("lamzoo.weights").log(level, "%s", text)
+    logging.getLogger("lamzoo.registry.saving").log(level, "%s", text)
     assert capsys.readouterr().err == f"{prefix}{text}\n"

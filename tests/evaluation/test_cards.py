@@ -12,8 +12,8 @@ from lamzoo.evaluation import evaluate, evaluate_moments
 from lamzoo.evaluation.describing import evaluate_captions
 from lamzoo.evaluation.retrieval import WAYS
 from lamzoo.evaluation.videos import evaluate_retrieval
-from lamzoo.names import list_models, model_info
-from lamzoo.registry import create_model
+from lamzoo.registry.catalog import list_models, model_info
+from lamzoo.registry.factory import create_model
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 SPLITS = {"cifar10": "test", "tinyimagenet100": "val"}  # of what is bundled, by tag

@@ -12,7 +12,7 @@ from torch import nn
 from lamzoo.data import create_dataset, relabel
 from lamzoo.errors import ConfigError, DataError, UnsupportedHostError
 from lamzoo.evaluation import EvalProgress, evaluate, label_names
-from lamzoo.registry import create_model
+from lamzoo.registry.factory import create_model
 from tests.images import CLASSES, encoded, write_folder, write_npz
 
 

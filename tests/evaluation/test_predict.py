@@ -7,7 +7,7 @@ from torch import nn
 
 from lamzoo.errors import ConfigError, DataError
 from lamzoo.evaluation import class_names, predict, preprocess
-from lamzoo.registry import create_model
+from lamzoo.registry.factory import create_model
 from tests.images import image, sideways
 
 

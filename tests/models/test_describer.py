@@ -21,7 +21,7 @@ from lamzoo.models.generation import Generation
 from lamzoo.models.joint_encoder import JointEncoder, Stream, time_waves
 from lamzoo.models.tokenizer import SmallTokenizer, WordTokenizer
 from lamzoo.profiling.latency import compare_latency
-from lamzoo.statedict import load_into
+from lamzoo.weights.loading import load_into
 
 WORDS = ["bin", "blue", "now", "set"]
 SMALL = {

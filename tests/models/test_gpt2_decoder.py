@@ -19,9 +19,9 @@ from lamzoo.evaluation.describing import context_tokens
 from lamzoo.models.generation import Generation
 from lamzoo.models.joint_encoder import Stream
 from lamzoo.profiling import analytic_macs, profile
-from lamzoo.statedict import load_into
 from lamzoo.training.caption_batches import caption_losses
 from lamzoo.training.caption_recipe import CaptionWeights
+from lamzoo.weights.loading import load_into
 
 transformers = pytest.importorskip("transformers", reason="the extra gpt2")
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from lamzoo.cards import data_dir
 from lamzoo.profiling.job import BenchJob, run_job
 from lamzoo.profiling.worker import measured_row
-from lamzoo.weights import file_sha256
+from lamzoo.registry.cards import data_dir
+from lamzoo.weights.files import file_sha256
 from tests.images import write_npz
 
 JOB = BenchJob("lam_vit_micro", plain="vit_micro", img_size="32", batch=2, repeats=2)

@@ -9,7 +9,7 @@ from torch import nn
 
 from lamzoo.errors import ConfigError
 from lamzoo.profiling import MemoryMeter, best_batch, measure, measurement, time_latency
-from lamzoo.registry import create_model
+from lamzoo.registry.factory import create_model
 
 
 def tiny(**arguments):

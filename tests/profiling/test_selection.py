@@ -4,8 +4,8 @@ import pytest
 
 from lamzoo.errors import UnknownModelError, WeightsNotFoundError
 from lamzoo.profiling.selection import Candidate, select_models
-from lamzoo.registry import create_model
-from lamzoo.weights import save_pretrained
+from lamzoo.registry.factory import create_model
+from lamzoo.registry.saving import save_pretrained
 
 
 def names(*patterns, weights=False, plain=True):

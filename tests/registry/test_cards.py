@@ -8,11 +8,12 @@ import pytest
 import timm
 import torch
 
-from lamzoo.cards import data_dir, read_card
 from lamzoo.errors import RegistryError
 from lamzoo.profiling import profile
-from lamzoo.registry import create_model, list_models, model_info
-from lamzoo.weights import file_sha256
+from lamzoo.registry.cards import data_dir, read_card
+from lamzoo.registry.catalog import list_models, model_info
+from lamzoo.registry.factory import create_model
+from lamzoo.weights.files import file_sha256
 
 NAMES = [card.name for path in data_dir("registry").glob("*.toml") for card in read_card(path, weights_dir=Path())]
 GOOD = '[models.a]\nbuilder = "lamzoo.models.vit:lam_vit"\n'

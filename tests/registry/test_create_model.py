@@ -13,7 +13,6 @@ import timm
 import torch
 from torch import nn
 
-from lamzoo import names
 from lamzoo.errors import (
     ConfigError,
     HashMismatchError,
@@ -23,8 +22,10 @@ from lamzoo.errors import (
 )
 from lamzoo.lam import LamConfig
 from lamzoo.profiling.inputs import image_size
-from lamzoo.registry import create_model, get_pretrained_cfg, list_models, register_cards, register_model
-from lamzoo.weights import file_sha256, write_state_dict
+from lamzoo.registry import catalog
+from lamzoo.registry.catalog import get_pretrained_cfg, list_models, register_cards, register_model
+from lamzoo.registry.factory import create_model
+from lamzoo.weights.files import file_sha256, write_state_dict
 from tests.weights.hub_server import COMMIT, HubServer
 
 
@@ -41,7 +42,7 @@ def saved(path: Path, fill: float, **kwargs: object) -> nn.Module:
 def zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """A model ``tiny_zoo`` with the tags bundled (parameters 1.0), hub (2.0) and nowhere; timm's test_vit is 3.0."""
     list_models()
-    monkeypatch.setattr(names, "_cards", dict(names._cards))
+    monkeypatch.setattr(catalog, "_cards", dict(catalog._cards))
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     saved(tmp_path / "bundled.safetensors", 1.0)
     saved(tmp_path / "hub.safetensors", 2.0)
@@ -182,7 +183,7 @@ def test_no_network_is_said_in_three_short_lines(tmp_path: Path, monkeypatch: py
 
 def test_the_bundled_models_need_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    models = names.bundled_models()
+    models = catalog.bundled_models()
     assert {"lam_vit_micro.cifar10", "lam_clip4clip_micro.grid"} <= set(models)
     assert not [name for name in models if name.startswith("lam_vit_base")]
 

@@ -11,11 +11,10 @@ import pytest
 import timm
 from torch import nn
 
-from lamzoo import names
 from lamzoo.errors import DuplicateModelError, RegistryError, UnknownModelError
 from lamzoo.lam import LamConfig
-from lamzoo.registry import (
-    create_model,
+from lamzoo.registry import catalog
+from lamzoo.registry.catalog import (
     get_pretrained_cfg,
     list_models,
     list_tags,
@@ -23,19 +22,20 @@ from lamzoo.registry import (
     register_cards,
     register_model,
 )
+from lamzoo.registry.factory import create_model
 
 
 @pytest.fixture(autouse=True)
 def _own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     list_models()
-    monkeypatch.setattr(names, "_cards", dict(names._cards))
-    monkeypatch.setattr(names, "_broken", {})
+    monkeypatch.setattr(catalog, "_cards", dict(catalog._cards))
+    monkeypatch.setattr(catalog, "_broken", {})
 
 
 def plugins(monkeypatch: pytest.MonkeyPatch, **values: str) -> None:
-    found = [EntryPoint(name, value, names.ENTRY_POINT_GROUP) for name, value in values.items()]
-    monkeypatch.setattr(names, "entry_points", lambda group: found)
-    monkeypatch.setattr(names, "_loaded", False)
+    found = [EntryPoint(name, value, catalog.ENTRY_POINT_GROUP) for name, value in values.items()]
+    monkeypatch.setattr(catalog, "entry_points", lambda group: found)
+    monkeypatch.setattr(catalog, "_loaded", False)
 
 
 def test_listing_filters_as_timm_does() -> None:
@@ -180,7 +180,7 @@ def test_a_plugin_that_fails_is_named_and_leaves_the_rest_usable(
 
 def test_a_plugin_that_takes_a_name_is_an_error_that_names_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     (tmp_path / "a_greedy_plugin.py").write_text(
-        "from lamzoo.registry import register_model\n"
+        "from lamzoo.registry.factory import register_model\n"
         "@register_model\ndef greedy_new():\n    pass\n"
         "@register_model\ndef vit_micro():\n    pass\n"
     )
@@ -189,4 +189,4 @@ def test_a_plugin_that_takes_a_name_is_an_error_that_names_it(monkeypatch: pytes
     for _ in range(2):
         with pytest.raises(DuplicateModelError, match=r"'greedy'.*vit_micro"):
             list_models()
-    assert "greedy_new" not in names._cards
+    assert "greedy_new" not in catalog._cards

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from lamzoo import names
 from lamzoo.lam import LamConfig
-from lamzoo.registry import create_model, list_models, model_info
+from lamzoo.registry import catalog
+from lamzoo.registry.catalog import list_models, model_info
+from lamzoo.registry.factory import create_model
 
 EXAMPLE = Path(__file__).parents[1] / "plugin_example"
 
@@ -23,8 +24,8 @@ def test_an_installed_plugin_is_found_by_name(tmp_path: Path, monkeypatch: pytes
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
     subprocess.run([*install, "--target", str(tmp_path), str(EXAMPLE)], check=True, timeout=240)
     list_models()
-    monkeypatch.setattr(names, "_cards", dict(names._cards))
-    monkeypatch.setattr(names, "_loaded", False)  # as in a fresh interpreter
+    monkeypatch.setattr(catalog, "_cards", dict(catalog._cards))
+    monkeypatch.setattr(catalog, "_loaded", False)  # as in a fresh interpreter
     monkeypatch.syspath_prepend(tmp_path)
     importlib.invalidate_caches()
     assert "example_vit" in list_models("example*")

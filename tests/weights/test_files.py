@@ -18,9 +18,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lamzoo import weightfiles
 from lamzoo.errors import HashMismatchError, UnsafeWeightsError, WeightsError, WeightsNotFoundError
-from lamzoo.weights import file_sha256, join, read_state_dict, shard, write_state_dict
+from lamzoo.weights.files import file_sha256, join, read_state_dict, shard, write_state_dict
 
 
 def tensors() -> dict[str, Tensor]:
@@ -129,7 +128,7 @@ def test_no_space_halfway_through_the_shards_leaves_nothing(file: Path, monkeypa
         saved.append(path)
         save_file(contents, path, metadata)
 
-    monkeypatch.setattr(weightfiles, "save_file", full)
+    monkeypatch.setattr("lamzoo.weights.files.save_file", full)
     with pytest.raises(WeightsError, match="No space left on device"):
         shard(file, 4000)
     assert saved

@@ -16,8 +16,9 @@ from torch import nn
 from lamzoo.adapters import add_lam, lam_parameters, lam_state_dict, load_lam_state_dict
 from lamzoo.errors import ConfigError, StateDictError, WeightsError
 from lamzoo.lam import LamConfig
-from lamzoo.registry import create_model
-from lamzoo.weights import file_sha256, join, read_state_dict, save_pretrained, shard, write_state_dict
+from lamzoo.registry.factory import create_model
+from lamzoo.registry.saving import save_pretrained
+from lamzoo.weights.files import file_sha256, join, read_state_dict, shard, write_state_dict
 
 ADD = LamConfig(rank=2)
 #: Each has tensors of the same shapes as one of the others, and means something else.

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from lamzoo.errors import StateDictError, UnsafeWeightsError
 from lamzoo.lam import LamConfig
-from lamzoo.registry import create_model
-from lamzoo.statedict import load_into, timm_converter
+from lamzoo.registry.factory import create_model
+from lamzoo.weights.loading import load_into, timm_converter
 
 NAME = "timm/test_vit"
 SIZE = {"img_size": 32}

@@ -14,7 +14,6 @@ import timm
 import torch
 from torch import nn
 
-from lamzoo import weightfiles
 from lamzoo.errors import (
     ConfigError,
     HashMismatchError,
@@ -24,8 +23,8 @@ from lamzoo.errors import (
     WeightsNotFoundError,
 )
 from lamzoo.lam import LamConfig
-from lamzoo.registry import create_model
-from lamzoo.weights import save_pretrained
+from lamzoo.registry.factory import create_model
+from lamzoo.registry.saving import save_pretrained
 from tests.weights.hub_server import COMMIT, HubServer
 
 TIMM = "timm/test_vit"
@@ -168,7 +167,7 @@ def test_a_full_disk_keeps_the_earlier_save(model: nn.Module, tmp_path: Path, mo
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(weightfiles, "save_file", full)
+    monkeypatch.setattr("lamzoo.weights.files.save_file", full)
     with pytest.raises(WeightsError, match="No space left on device"):
         save_pretrained(create_model("lam_vit_micro"), tmp_path)
     assert files(tmp_path) == before

@@ -19,9 +19,10 @@ import timm
 from timm.models import PretrainedCfg, is_model
 from torch import nn
 
-from lamzoo.cards import CFG_KEYS, ModelCard, TagCard, data_dir, read_card, tag_card
 from lamzoo.errors import DuplicateModelError, MissingExtraError, RegistryError, UnknownModelError
-from lamzoo.foreign import (
+from lamzoo.lam.config import LamConfig
+from lamzoo.registry.cards import CFG_KEYS, ModelCard, TagCard, data_dir, read_card, tag_card
+from lamzoo.registry.external import (
     OPEN_CLIP_PREFIX,
     TIMM_MODULES,
     TIMM_PREFIX,
@@ -29,7 +30,6 @@ from lamzoo.foreign import (
     open_clip_models,
     timm_card,
 )
-from lamzoo.lam.config import LamConfig
 
 _logger = logging.getLogger(__name__)
 _Function = TypeVar("_Function", bound=Callable[..., nn.Module])
@@ -286,7 +286,7 @@ def pretrained_cfg_of(card: ModelCard, tag: TagCard | None, base: PretrainedCfg 
     values: dict[str, Any] = {**card.pretrained_cfg, **(tag.pretrained_cfg if tag else {})}
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     values |= {"architecture": arch if card.source == "timm" else card.name, "tag": tag.name if tag else None}
-    values |= {"url": None, "custom_load": False}  # neither is ever read here: weights come from lamzoo.weights
+    values |= {"url": None, "custom_load": False}  # neither is ever read here: weights come from lamzoo.registry.saving
     if tag is not None and tag.timm is None:
         values |= {"file": tag.file, "hf_hub_id": tag.hub, "hf_hub_filename": tag.hub_file if tag.hub else None}
     if tag is not None and tag.licence is not None:

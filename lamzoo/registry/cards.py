@@ -131,7 +131,7 @@ def data_dir(kind: Literal["registry", "weights"]) -> Path:
     Raises:
         RegistryError: the installation has neither.
     """
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     for folder in (package / "_data" / kind, package.parent / kind):
         if folder.is_dir():
             return folder

@@ -16,7 +16,6 @@ from torch import nn
 from lamzoo import hub
 from lamzoo.adapters import add_lam, remove_lam
 from lamzoo.adapters.pruning import prune
-from lamzoo.cards import ModelCard, TagCard
 from lamzoo.data.images import of_channels
 from lamzoo.errors import (
     ConfigError,
@@ -26,38 +25,22 @@ from lamzoo.errors import (
     WeightsError,
     WeightsNotFoundError,
 )
-from lamzoo.foreign import OPEN_CLIP_PREFIX
 from lamzoo.lam import LamConfig, PruneConfig
-from lamzoo.names import (
-    ModelInfo,
+from lamzoo.registry.cards import ModelCard, TagCard
+from lamzoo.registry.catalog import (
     builder_of,
     bundled_models,
     find_card,
     find_tag,
-    get_pretrained_cfg,
-    list_models,
-    list_tags,
-    model_info,
     pretrained_cfg_of,
-    register_cards,
-    register_model,
     split_name,
 )
-from lamzoo.statedict import load_into
-from lamzoo.weightfiles import WeightsFile, read_state_dict, resolve
-from lamzoo.weights import read_saved
+from lamzoo.registry.external import OPEN_CLIP_PREFIX
+from lamzoo.registry.saving import read_saved
+from lamzoo.weights.files import WeightsFile, read_state_dict, resolve
+from lamzoo.weights.loading import load_into
 
-__all__ = [
-    "ModelInfo",
-    "create_model",
-    "get_pretrained_cfg",
-    "list_models",
-    "list_tags",
-    "model_info",
-    "obtain",
-    "register_cards",
-    "register_model",
-]
+__all__ = ["create_model", "obtain"]
 
 _logger = logging.getLogger(__name__)
 

@@ -17,12 +17,12 @@ from timm.models import get_pretrained_cfg, load_state_dict
 from torch import Tensor
 
 from lamzoo import hub
-from lamzoo.cards import TagCard
 from lamzoo.errors import ConfigError, HashMismatchError, UnsafeWeightsError, WeightsError, WeightsNotFoundError
 from lamzoo.files import atomic_files
 from lamzoo.lam import LamConfig
 from lamzoo.lam.layer import carried_configs, carry_configs
-from lamzoo.statedict import StateDict
+from lamzoo.registry.cards import TagCard
+from lamzoo.weights.loading import StateDict
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_SUFFIX = ".index.json"

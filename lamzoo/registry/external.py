@@ -9,7 +9,7 @@ from typing import Any
 from timm.data.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from timm.models import get_arch_pretrained_cfgs
 
-from lamzoo.cards import ModelCard, TagCard
+from lamzoo.registry.cards import ModelCard, TagCard
 
 TIMM_PREFIX = "timm/"
 OPEN_CLIP_PREFIX = "open_clip/"

@@ -18,41 +18,22 @@ from torch import nn
 import lamzoo
 from lamzoo import hub
 from lamzoo.adapters.wrappers import full_state_dict, is_sharded, unwrap
-from lamzoo.cards import ModelCard
 from lamzoo.errors import ConfigError, UnknownModelError, WeightsError, WeightsNotFoundError
 from lamzoo.files import atomic_files
-from lamzoo.foreign import TIMM_PREFIX
 from lamzoo.lam import LamConfig, PruneConfig
-from lamzoo.names import find_card
-from lamzoo.statedict import load_into
-from lamzoo.weightfiles import (
+from lamzoo.registry.cards import ModelCard
+from lamzoo.registry.catalog import find_card
+from lamzoo.registry.external import TIMM_PREFIX
+from lamzoo.weights.files import (
     INDEX_SUFFIX,
     WEIGHTS_NAME,
     WeightsFile,
-    file_sha256,
     find_in_folder,
-    join,
-    read_state_dict,
-    resolve,
     resolve_repo,
-    shard,
     stage_state_dict,
-    write_state_dict,
 )
 
-__all__ = [
-    "SavedModel",
-    "WeightsFile",
-    "file_sha256",
-    "join",
-    "load_into",
-    "read_saved",
-    "read_state_dict",
-    "resolve",
-    "save_pretrained",
-    "shard",
-    "write_state_dict",
-]
+__all__ = ["SavedModel", "read_saved", "save_pretrained"]
 
 
 _MASKED_TIMM = f"lamzoo/{TIMM_PREFIX}"  # in front of the architecture of a timm model with masks
