@@ -12,16 +12,14 @@ if TYPE_CHECKING:
         lam_parameters,
         lam_state_dict,
         load_lam_state_dict,
-        pruning_loss,
         remove_lam,
-        remove_pruning,
     )
     from lamzoo.errors import LamzooError
     from lamzoo.evaluation.windows import describe_video
     from lamzoo.export import export_model, load_exported
     from lamzoo.lam import FactoredMask, LamConfig, PruneConfig, attention_backend, lam_attention
     from lamzoo.profiling import profile
-    from lamzoo.pruning import prune_tokens
+    from lamzoo.reduction import prune_tokens, pruning_loss, remove_pruning
     from lamzoo.registry.catalog import get_pretrained_cfg, list_models, list_tags, model_info, register_model
     from lamzoo.registry.factory import create_model
     from lamzoo.registry.saving import save_pretrained
@@ -40,25 +38,25 @@ _HOMES = {
     "add_lam": "lamzoo.adapters",
     "attention_backend": "lamzoo.lam",
     "capture_masks": "lamzoo.adapters",
-    "create_model": "lamzoo.registry.factory",
+    "create_model": "lamzoo.registry",
     "describe_video": "lamzoo.evaluation.windows",
     "export_model": "lamzoo.export",
-    "get_pretrained_cfg": "lamzoo.registry.catalog",
+    "get_pretrained_cfg": "lamzoo.registry",
     "index_videos": "lamzoo.search",
     "lam_attention": "lamzoo.lam",
     "lam_parameters": "lamzoo.adapters",
     "lam_state_dict": "lamzoo.adapters",
-    "list_models": "lamzoo.registry.catalog",
-    "list_tags": "lamzoo.registry.catalog",
+    "list_models": "lamzoo.registry",
+    "list_tags": "lamzoo.registry",
     "load_exported": "lamzoo.export",
     "load_lam_state_dict": "lamzoo.adapters",
-    "model_info": "lamzoo.registry.catalog",
+    "model_info": "lamzoo.registry",
     "profile": "lamzoo.profiling",
-    "prune_tokens": "lamzoo.pruning",
-    "pruning_loss": "lamzoo.adapters",
-    "register_model": "lamzoo.registry.catalog",
+    "prune_tokens": "lamzoo.reduction",
+    "pruning_loss": "lamzoo.reduction",
+    "register_model": "lamzoo.registry",
     "remove_lam": "lamzoo.adapters",
-    "remove_pruning": "lamzoo.adapters",
+    "remove_pruning": "lamzoo.reduction",
     "save_pretrained": "lamzoo.registry.saving",
 }
 

@@ -46,7 +46,7 @@ def describe(
 
     target = resolve_device(device)
     network: Any = load_model(model, checkpoint).to(target).eval()
-    from lamzoo.models.generation import Generation
+    from lamzoo.models.describer.generation import Generation
 
     how = Generation(beams=beams, top_p=top_p, length_penalty=length_penalty)
     windows = VideoWindows(

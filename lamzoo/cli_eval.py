@@ -280,7 +280,7 @@ def _eval_captions(
     check_batches(batch_size, workers, precision)
     dataset = _open(create_caption_dataset, data, split)
     model = load_model(name, checkpoint)
-    from lamzoo.models.generation import Generation
+    from lamzoo.models.describer.generation import Generation
 
     how = Generation(beams=beams or 1)
     with out.progress_bar(f"{name} on {data}", hidden=hidden, ends=True) as advance:

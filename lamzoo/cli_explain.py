@@ -46,7 +46,7 @@ def explain(
 def _explain_image(name: str, image: Path, output: Path, checkpoint: Path | None, device: str) -> None:
     from lamzoo.data import open_image
     from lamzoo.evaluation import resolve_device
-    from lamzoo.models.moment_detr import MomentNetwork
+    from lamzoo.models.moment_detr.model import MomentNetwork
     from lamzoo.report import explain
 
     target = resolve_device(device)

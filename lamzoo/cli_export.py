@@ -43,7 +43,7 @@ def export(
     from lamzoo.profiling import profile
     from lamzoo.profiling.inputs import default_input
     from lamzoo.profiling.latency import compare_latency
-    from lamzoo.pruning import prune_tokens
+    from lamzoo.reduction.budget import prune_tokens
 
     prunes = keep is not None or target_gmacs is not None
     if not prunes and (at is not None or (score, rest) != ("mask", "drop")):

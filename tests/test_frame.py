@@ -63,7 +63,7 @@ def test_submodules_are_found_after_importing_lamzoo_alone() -> None:
     probe = f"""
 import operator
 import lamzoo
-assert lamzoo.models.generation.__name__ == "lamzoo.models.generation"
+assert lamzoo.models.describer.generation.__name__ == "lamzoo.models.describer.generation"
 for name in {sorted({*packages, *documented} - {"lamzoo"})}:
     operator.attrgetter(name.removeprefix("lamzoo."))(lamzoo)
 for wrong in ("evaluations", "data.caption", "__main__"):

@@ -12,8 +12,7 @@ from torch import nn
 from lamzoo.adapters import mha, native, timm
 from lamzoo.adapters.capture import capture_masks
 from lamzoo.adapters.decay import exempt_from_weight_decay
-from lamzoo.adapters.pruning import pruning_loss, remove_pruning
-from lamzoo.adapters.slots import EnterBlock, LeaveBlock, Slot, watch_block
+from lamzoo.adapters.hosts import EnterBlock, LeaveBlock, Slot, watch_block
 from lamzoo.adapters.state import lam_parameters, lam_state_dict, load_lam_state_dict, remove_lam
 from lamzoo.adapters.wrappers import check_free, compiled_parts, unwrap
 from lamzoo.errors import ConfigError, UnsupportedHostError
@@ -26,9 +25,7 @@ __all__ = [
     "lam_parameters",
     "lam_state_dict",
     "load_lam_state_dict",
-    "pruning_loss",
     "remove_lam",
-    "remove_pruning",
 ]
 
 if not TYPE_CHECKING:  # a type checker would believe any name

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lamzoo.adapters.slots import HostTakeover, Slot, replace_module
+from lamzoo.adapters.hosts import HostTakeover, Slot, replace_module
 
 
 class HeadAttention(nn.Module):

@@ -28,8 +28,8 @@ from open_clip.transformer import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lamzoo.adapters.hosts import HostTakeover, Slot, TokenHost, replace_module
 from lamzoo.adapters.mha import host_slot, present_keys, read_attn_mask
-from lamzoo.adapters.slots import HostTakeover, Slot, TokenHost, replace_module
 from lamzoo.errors import UnsupportedHostError
 
 _BLOCKS = (ResidualAttentionBlock, CustomResidualAttentionBlock)

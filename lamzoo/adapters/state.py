@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from lamzoo.adapters.decay import restore_no_weight_decay
-from lamzoo.adapters.slots import HostTakeover, SharedStateHook, remove_hooks, replace_module
+from lamzoo.adapters.hosts import HostTakeover, SharedStateHook, remove_hooks, replace_module
 from lamzoo.adapters.wrappers import check_free, copy_into, full_state_dict, full_tensor, host_path, unwrap
 from lamzoo.errors import MaskShapeError, StateDictError, UnsupportedHostError
 from lamzoo.lam import Lam, LamConfig, resize_table
 from lamzoo.lam.layer import carried_configs, carry_configs
 from lamzoo.lam.masks import PositionTable, drop_dead_biases
-from lamzoo.lam.tables import Grid
+from lamzoo.lam.resize import Grid
 
 _logger = logging.getLogger(__name__)
 

@@ -43,7 +43,7 @@ from timm.models.vision_transformer_relpos import RelPosAttention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lamzoo.adapters.slots import HostTakeover, SharedStateHook, Slot, TokenHost, replace_module
+from lamzoo.adapters.hosts import HostTakeover, SharedStateHook, Slot, TokenHost, replace_module
 from lamzoo.errors import MaskShapeError, UnsupportedHostError
 from lamzoo.lam import Lam, SharedState
 

@@ -56,7 +56,7 @@ def evaluate_captions(
     Args:
         model: left on the device.
         dataset: the split.
-        how: a :class:`lamzoo.models.generation.Generation`; greedily by default.
+        how: a :class:`lamzoo.models.describer.generation.Generation`; greedily by default.
         context: earlier captions of the same video that are read, as the data have them.
         batch_size: clips at a time.
         device: as torch writes it, or ``"auto"``.
@@ -177,9 +177,9 @@ def pad_streams(clips: Sequence[Mapping[str, Features]]) -> dict[str, Any]:
     """Puts the streams of several clips into one batch.
 
     Returns:
-        By modality a :class:`lamzoo.models.joint_encoder.Stream` of what any clip has, padded with zeros.
+        By modality a :class:`lamzoo.models.describer.encoder.Stream` of what any clip has, padded with zeros.
     """
-    from lamzoo.models.joint_encoder import Stream
+    from lamzoo.models.describer.encoder import Stream
 
     found = {}
     for name in dict.fromkeys(name for clip in clips for name in clip):

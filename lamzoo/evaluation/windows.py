@@ -191,7 +191,7 @@ def describe_windows(
     Args:
         model: of the family ``lam_describer``, on its device.
         windows: made for this model.
-        how: a :class:`lamzoo.models.generation.Generation`; greedily by default.
+        how: a :class:`lamzoo.models.describer.generation.Generation`; greedily by default.
         context: whether the model reads the sentences that it wrote before, the last that fit; by default where it has
             room for them.
         progress: called with what is done (``"frames"``, ``"windows"``), behind how much of it, and of how much.

@@ -8,7 +8,7 @@ from lamzoo.lam.kernels import attention_backend, available_backends
 from lamzoo.lam.layer import Lam, MaskRecord, SharedState
 from lamzoo.lam.masks import FactoredMask, MaskNetwork
 from lamzoo.lam.pruning import PruneConfig
-from lamzoo.lam.tables import resize_table
+from lamzoo.lam.resize import resize_table
 from lamzoo.lazy import submodules_of
 
 __all__ = [

@@ -22,7 +22,7 @@ from lamzoo.lam.config import LamConfig
 from lamzoo.lam.kernels.eager import attention_weights
 from lamzoo.lam.masks import FactoredMask, MaskNetwork
 from lamzoo.lam.pruning import Attended, Reduction, among_kept, learn_decisions, with_decisions
-from lamzoo.lam.tables import Grid
+from lamzoo.lam.resize import Grid
 
 
 @dataclass

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from lamzoo.errors import ConfigError, MaskShapeError
 from lamzoo.lam.config import LamConfig
-from lamzoo.lam.tables import Grid, resize_table, rows_of_present
+from lamzoo.lam.resize import Grid, resize_table, rows_of_present
 
 if TYPE_CHECKING:
     from lamzoo.lam.pruning import Reduction

@@ -115,7 +115,7 @@ def analytic_macs(model: nn.Module) -> AnalyticMacs:
         ends, stacks = _vision_transformer(model)
     elif type(model).__module__ == "open_clip.model" and type(model).__name__ == "CLIP":
         ends, stacks = _clip(model)
-    elif hasattr(model, "clip") and type(model).__module__ == "lamzoo.models.clip4clip":
+    elif hasattr(model, "clip") and type(model).__module__ == "lamzoo.models.clip4clip.model":
         ends, stacks = _clip4clip(model)
     elif type(model).__name__ in ("MomentDetr", "QdDetr") and type(model).__module__.startswith("lamzoo.models."):
         ends, stacks = _moments(model)

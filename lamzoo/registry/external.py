@@ -61,7 +61,7 @@ def open_clip_card(arch: str) -> ModelCard:
     return ModelCard(
         name=OPEN_CLIP_PREFIX + arch,
         family="open_clip",
-        builder="lamzoo.models.clip4clip:clip4clip",
+        builder="lamzoo.models.clip4clip.model:clip4clip",
         backbone={"open_clip": arch, "similarity": "mean"},
         description=f"CLIP4Clip on the towers of open_clip's {arch}, with masks where lam= is given.",
         pretrained_cfg={"input_size": (3, height, width), "num_classes": 0, "crop_pct": 1.0} | _open_clip_ends({}),

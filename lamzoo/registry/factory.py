@@ -15,7 +15,6 @@ from torch import nn
 
 from lamzoo import hub
 from lamzoo.adapters import add_lam, remove_lam
-from lamzoo.adapters.pruning import prune
 from lamzoo.data.images import of_channels
 from lamzoo.errors import (
     ConfigError,
@@ -26,6 +25,7 @@ from lamzoo.errors import (
     WeightsNotFoundError,
 )
 from lamzoo.lam import LamConfig, PruneConfig
+from lamzoo.reduction.hooks import prune
 from lamzoo.registry.cards import ModelCard, TagCard
 from lamzoo.registry.catalog import (
     builder_of,

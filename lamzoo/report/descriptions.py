@@ -18,7 +18,7 @@ from lamzoo.evaluation.describing import move, pad_streams
 from lamzoo.evaluation.windows import DescribedWindow, VideoWindows, context_of
 from lamzoo.files import atomic_files
 from lamzoo.lam import Lam, LamConfig, MaskRecord
-from lamzoo.models.joint_encoder import Joint
+from lamzoo.models.describer.encoder import Joint
 from lamzoo.profiling.inputs import evaluating
 from lamzoo.report.canvas import check_target
 from lamzoo.report.masks import neutral_value, title_of

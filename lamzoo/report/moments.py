@@ -17,8 +17,8 @@ from lamzoo.errors import ConfigError, DataError, UnsupportedHostError
 from lamzoo.evaluation.finding import find_moments
 from lamzoo.files import atomic_files
 from lamzoo.lam import Lam, LamConfig, MaskRecord
-from lamzoo.models.moment_detr import Place
-from lamzoo.models.qd_detr import QdDetr
+from lamzoo.models.moment_detr.model import Place
+from lamzoo.models.moment_detr.qd_detr import QdDetr
 from lamzoo.profiling.inputs import evaluating
 from lamzoo.report.canvas import check_target
 from lamzoo.report.masks import neutral_value, title_of

@@ -19,7 +19,7 @@ from torch import nn
 from lamzoo.adapters.decay import full_rate_parameters
 from lamzoo.data.paths import nfc
 from lamzoo.errors import RecipeError
-from lamzoo.pruning import prune_tokens
+from lamzoo.reduction.budget import prune_tokens
 from lamzoo.registry.factory import create_model
 from lamzoo.training.recipe import Recipe
 from lamzoo.training.sections import OptimizerSection, RunSection, ScheduleSection

@@ -14,8 +14,8 @@ from torchvision.ops import generalized_box_iou_loss
 from lamzoo.data.grid import IGNORED
 from lamzoo.data.moments.base import HIGHEST_GRADE
 from lamzoo.errors import DivergedError, MissingExtraError
-from lamzoo.models.moment_detr import Moments
-from lamzoo.models.spans import generalized_span_iou, to_boxes, to_edges
+from lamzoo.models.moment_detr.model import Moments
+from lamzoo.models.moment_detr.spans import generalized_span_iou, to_boxes, to_edges
 from lamzoo.training.moment_recipe import MomentWeights
 
 if find_spec("scipy") is None:

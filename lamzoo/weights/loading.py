@@ -21,7 +21,7 @@ from lamzoo.errors import StateDictError
 from lamzoo.lam import Lam, LamConfig
 from lamzoo.lam.layer import carried_configs
 from lamzoo.lam.masks import PositionTable, drop_dead_biases
-from lamzoo.lam.tables import resize_table
+from lamzoo.lam.resize import resize_table
 
 _logger = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ from lamzoo.evaluation.describing import move, pad_streams
 from lamzoo.evaluation.windows import VideoWindows, describe_windows
 from lamzoo.extractor import FeatureExtractor
 from lamzoo.features import extract_features
-from lamzoo.models.generation import Generation
+from lamzoo.models.describer.generation import Generation
 from tests.cli.test_find import TOWERS, saved
 from tests.data.test_audio import write_pieces
 

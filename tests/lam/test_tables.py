@@ -8,7 +8,7 @@ from timm.layers import resample_abs_pos_embed
 
 from lamzoo.errors import MaskShapeError
 from lamzoo.lam import resize_table
-from lamzoo.lam.tables import rows_of_present
+from lamzoo.lam.resize import rows_of_present
 
 sides = st.integers(1, 6)
 

@@ -11,8 +11,8 @@ from torch.testing import assert_close
 
 import lamzoo
 from lamzoo import LamConfig
-from lamzoo.models.clip4clip_heads import SequentialHead, TightHead
-from lamzoo.models.joint_encoder import Stream
+from lamzoo.models.clip4clip.heads import SequentialHead, TightHead
+from lamzoo.models.describer.encoder import Stream
 
 PLACES = {"lam_moment_detr_micro": ("encoder", "decoder"), "lam_qd_detr_micro": ("cross", "encoder", "decoder")}
 ROWS = 9  # of a table; some clips have fewer tokens, others more

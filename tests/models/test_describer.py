@@ -16,9 +16,9 @@ import lamzoo
 from lamzoo import LamConfig
 from lamzoo.errors import ConfigError, DataError
 from lamzoo.evaluation.describing import context_tokens
-from lamzoo.models.caption_decoder import CaptionDecoder, DecoderCache, from_coca
-from lamzoo.models.generation import Generation
-from lamzoo.models.joint_encoder import JointEncoder, Stream, time_waves
+from lamzoo.models.describer.decoder import CaptionDecoder, DecoderCache, from_coca
+from lamzoo.models.describer.encoder import JointEncoder, Stream, time_waves
+from lamzoo.models.describer.generation import Generation
 from lamzoo.models.tokenizer import SmallTokenizer, WordTokenizer
 from lamzoo.profiling.latency import compare_latency
 from lamzoo.weights.loading import load_into

@@ -16,8 +16,8 @@ import lamzoo
 from lamzoo import LamConfig
 from lamzoo.errors import ConfigError, DataError, MissingExtraError, StateDictError, WeightsNotFoundError
 from lamzoo.evaluation.describing import context_tokens
-from lamzoo.models.generation import Generation
-from lamzoo.models.joint_encoder import Stream
+from lamzoo.models.describer.encoder import Stream
+from lamzoo.models.describer.generation import Generation
 from lamzoo.profiling import analytic_macs, profile
 from lamzoo.training.caption_batches import caption_losses
 from lamzoo.training.caption_recipe import CaptionWeights
@@ -25,7 +25,7 @@ from lamzoo.weights.loading import load_into
 
 transformers = pytest.importorskip("transformers", reason="the extra gpt2")
 
-from lamzoo.models.gpt2_decoder import Gpt2Decoder, Gpt2Settings, from_gpt2  # noqa: E402
+from lamzoo.models.describer.gpt2 import Gpt2Decoder, Gpt2Settings, from_gpt2  # noqa: E402
 from lamzoo.models.gpt2_tokenizer import Gpt2Tokenizer  # noqa: E402
 from tests.byte_pairs import write_byte_pairs  # noqa: E402
 
@@ -336,7 +336,7 @@ def test_the_cards_weights_are_looked_for_on_the_hub(monkeypatch: Any, tmp_path:
 
 def test_without_transformers_the_extra_is_named(monkeypatch: Any) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    monkeypatch.delitem(sys.modules, "lamzoo.models.gpt2_decoder")
+    monkeypatch.delitem(sys.modules, "lamzoo.models.describer.gpt2")
     with pytest.raises(MissingExtraError, match=r"lamzoo\[gpt2\]"):
         model()
     assert lamzoo.create_model("describer_micro") is not None

@@ -14,10 +14,10 @@ import lamzoo
 from lamzoo import LamConfig
 from lamzoo.adapters.native import DENSE_TOKENS
 from lamzoo.errors import ConfigError
-from lamzoo.models.moment_detr import Moments
-from lamzoo.models.moment_layers import sine_positions
-from lamzoo.models.qd_detr import peaks, propose
-from lamzoo.models.spans import generalized_span_iou, span_iou, to_centres, to_edges
+from lamzoo.models.moment_detr.layers import sine_positions
+from lamzoo.models.moment_detr.model import Moments
+from lamzoo.models.moment_detr.qd_detr import peaks, propose
+from lamzoo.models.moment_detr.spans import generalized_span_iou, span_iou, to_centres, to_edges
 from lamzoo.profiling.memory import peak_growth
 
 PLACES = {"moment_detr_micro": ("encoder", "decoder"), "qd_detr_micro": ("cross", "encoder", "decoder")}

@@ -180,7 +180,7 @@ def test_a_plugin_that_fails_is_named_and_leaves_the_rest_usable(
 
 def test_a_plugin_that_takes_a_name_is_an_error_that_names_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     (tmp_path / "a_greedy_plugin.py").write_text(
-        "from lamzoo.registry.factory import register_model\n"
+        "from lamzoo.registry import register_model\n"
         "@register_model\ndef greedy_new():\n    pass\n"
         "@register_model\ndef vit_micro():\n    pass\n"
     )

@@ -14,7 +14,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("open_clip")
 from matplotlib.text import Text
 
-from lamzoo.models.joint_encoder import Stream
+from lamzoo.models.describer.encoder import Stream
 from lamzoo.models.tokenizer import SmallTokenizer, WordTokenizer
 from lamzoo.report.descriptions import word_attention, words_of
 from lamzoo.report.wordline import MAX_WORDS, ModalityView, WindowView, draw_windows

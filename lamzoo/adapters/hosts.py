@@ -13,7 +13,7 @@ from torch import nn
 
 from lamzoo.errors import ExportError
 from lamzoo.lam import Lam, SharedState
-from lamzoo.lam.tables import Grid
+from lamzoo.lam.resize import Grid
 
 HostModule = TypeVar("HostModule", bound=nn.Module)
 

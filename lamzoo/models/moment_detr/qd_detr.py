@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from lamzoo.adapters.native import HeadAttention
 from lamzoo.errors import ConfigError
 from lamzoo.lam import LamConfig
-from lamzoo.models.moment_detr import MomentNetwork, Moments, Place, build
-from lamzoo.models.moment_layers import Attention, EncoderLayer, Mlp, initialise, sine_features
-from lamzoo.models.spans import to_centres
+from lamzoo.models.moment_detr.layers import Attention, EncoderLayer, Mlp, initialise, sine_features
+from lamzoo.models.moment_detr.model import MomentNetwork, Moments, Place, build
+from lamzoo.models.moment_detr.spans import to_centres
 
 Anchors = Literal["learned", "salient"]
 

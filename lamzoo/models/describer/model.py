@@ -21,9 +21,9 @@ if find_spec("open_clip") is None:
 
 from open_clip.tokenizer import SimpleTokenizer
 
-from lamzoo.models.caption_decoder import CaptionDecoder, from_coca
-from lamzoo.models.generation import Generation, Text, generate
-from lamzoo.models.joint_encoder import Joint, JointEncoder, Stream
+from lamzoo.models.describer.decoder import CaptionDecoder, from_coca
+from lamzoo.models.describer.encoder import Joint, JointEncoder, Stream
+from lamzoo.models.describer.generation import Generation, Text, generate
 from lamzoo.models.tokenizer import SmallTokenizer, WordTokenizer
 
 
@@ -58,7 +58,7 @@ class Describer(nn.Module):
         text_layers: of CoCa's decoder, that read the text alone.
         decoder_layers: of CoCa's decoder, that also attend to the encoder's tokens.
         gpt2: lets GPT-2 write, with its own sizes and vocabulary: fields of
-            :class:`lamzoo.models.gpt2_decoder.Gpt2Settings`, of which there may be none; None for CoCa's decoder.
+            :class:`lamzoo.models.describer.gpt2.Gpt2Settings`, of which there may be none; None for CoCa's decoder.
         tokenizer_name: of GPT-2's vocabulary: a hub repository, or a folder with a ``tokenizer.json``; None is
             ``openai-community/gpt2``.
         vocabulary: ``"clip"``, CLIP's byte pairs; a number, so many of them; or the words of a closed grammar.
@@ -281,7 +281,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: Describer) -> dic
     Named and called as timm's converters.
     """
     if "wte.weight" in state_dict or "transformer.wte.weight" in state_dict:
-        from lamzoo.models.gpt2_decoder import from_gpt2  # needs transformers
+        from lamzoo.models.describer.gpt2 import from_gpt2  # needs transformers
 
         decoder = from_gpt2(state_dict)
     elif any(key.startswith("text_decoder.") for key in state_dict):
@@ -298,7 +298,7 @@ def _check_tokenizer(name: str) -> None:
 
 
 def _gpt2_decoder(options: Mapping[str, Any], context_length: int, width: int) -> nn.Module:
-    from lamzoo.models.gpt2_decoder import Gpt2Decoder, Gpt2Settings  # needs transformers
+    from lamzoo.models.describer.gpt2 import Gpt2Decoder, Gpt2Settings  # needs transformers
 
     known = {field.name for field in fields(Gpt2Settings)}
     for name in options:

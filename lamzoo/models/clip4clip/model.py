@@ -27,7 +27,7 @@ import open_clip
 from open_clip.convert import convert_state_dict
 from open_clip.model import CLIP, resize_pos_embed, resize_text_pos_embed
 
-from lamzoo.models.clip4clip_heads import MeanHead, SequentialHead, TightHead, full_precision
+from lamzoo.models.clip4clip.heads import MeanHead, SequentialHead, TightHead, full_precision
 from lamzoo.models.tokenizer import SmallTokenizer
 
 Similarity = Literal["mean", "seq", "tight"]

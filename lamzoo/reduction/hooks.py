@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lamzoo.adapters import timm
-from lamzoo.adapters.slots import EnterBlock, LeaveBlock, SharedStateHook, TokenHost, remove_hooks, watch_block
+from lamzoo.adapters.hosts import EnterBlock, LeaveBlock, SharedStateHook, TokenHost, remove_hooks, watch_block
 from lamzoo.adapters.state import masks_of
 from lamzoo.adapters.wrappers import unwrap
 from lamzoo.errors import ConfigError, UnsupportedHostError

@@ -9,11 +9,11 @@ from typing import TypeVar
 
 from torch import nn
 
-from lamzoo.adapters import pruning as adapter
 from lamzoo.adapters.wrappers import unwrap
 from lamzoo.errors import ConfigError
 from lamzoo.lam.pruning import PruneConfig, Rest, Score, Training
 from lamzoo.profiling import profile
+from lamzoo.reduction import hooks
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -57,12 +57,12 @@ def prune_tokens(
         ConfigError: values that mean nothing, layers that the model has not, ``keep`` beside ``target_gmacs``, or a
             target that no share meets.
     """
-    layers = adapter.depth(model)
+    layers = hooks.depth(model)
     where = tuple(at) if at is not None else tuple(sorted({layers * i // 4 for i in (1, 2, 3)} - {layers - 1}))
     if target_gmacs is not None and keep is not None:
         raise ConfigError(f"keep={keep} beside target_gmacs={target_gmacs}: give one of them.")
     config = PruneConfig(0.7 if keep is None else keep, where, score, rest, training)
-    adapter.prune(model, config if target_gmacs is None else _largest(model, config, target_gmacs))
+    hooks.prune(model, config if target_gmacs is None else _largest(model, config, target_gmacs))
     return model
 
 
@@ -71,7 +71,7 @@ def _largest(model: nn.Module, config: PruneConfig, target: float) -> PruneConfi
     before = getattr(unwrap(model), "prune_config", None)
 
     def gmacs(thousandths: int) -> float:
-        adapter.prune(model, replace(config, keep=thousandths / 1000))
+        hooks.prune(model, replace(config, keep=thousandths / 1000))
         return profile(model).gmacs
 
     try:
@@ -83,6 +83,6 @@ def _largest(model: nn.Module, config: PruneConfig, target: float) -> PruneConfi
             )
         return replace(config, keep=largest / 1000)
     finally:
-        adapter.remove_pruning(model)
+        hooks.remove_pruning(model)
         if before is not None:
-            adapter.prune(model, before)
+            hooks.prune(model, before)

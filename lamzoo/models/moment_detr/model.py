@@ -13,8 +13,15 @@ from lamzoo.adapters import add_lam
 from lamzoo.adapters.decay import exempt_from_weight_decay
 from lamzoo.errors import ConfigError
 from lamzoo.lam import LamConfig
-from lamzoo.models.moment_layers import DecoderLayer, EncoderLayer, InputProjection, Mlp, initialise, sine_positions
-from lamzoo.models.spans import to_edges
+from lamzoo.models.moment_detr.layers import (
+    DecoderLayer,
+    EncoderLayer,
+    InputProjection,
+    Mlp,
+    initialise,
+    sine_positions,
+)
+from lamzoo.models.moment_detr.spans import to_edges
 
 Place = Literal["encoder", "cross", "decoder"]
 Model = TypeVar("Model", bound="MomentNetwork")
