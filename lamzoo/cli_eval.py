@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from lamzoo.data import LabelledImages, OnBadInput
-    from lamzoo.data.sampling import Slicing
-    from lamzoo.data.trained import TrainedData
+    from lamzoo.data.images.trained import TrainedData
+    from lamzoo.data.video.sampling import Slicing
     from lamzoo.evaluation import Precision
 
 Data = TypeVar("Data")
@@ -109,7 +109,7 @@ def eval_command(
         _write(record, output, json, _print_retrieval)
         return
     _refuse(of_retrieval, "classification")
-    from lamzoo.data.trained import open_scored
+    from lamzoo.data.images.trained import open_scored
     from lamzoo.evaluation import EvalProgress, check_batches, default_state_path, evaluate, resolve_device
 
     target = resolve_device(device)
@@ -146,7 +146,7 @@ def eval_command(
 
 def _trained(name: str) -> TrainedData | None:
     """Returns what a model was trained on, where its name is the folder of a run."""
-    from lamzoo.data.trained import TrainedData
+    from lamzoo.data.images.trained import TrainedData
 
     source, _, place = name.partition(":")
     return TrainedData.read(Path(place).expanduser()) if source == "local-dir" else None
@@ -180,7 +180,7 @@ def _eval_retrieval(
     hidden: bool,
 ) -> dict[str, Any]:
     from lamzoo.data.retrieval import create_retrieval_dataset
-    from lamzoo.data.sampling import adjusted
+    from lamzoo.data.video.sampling import adjusted
     from lamzoo.evaluation import check_batches, resolve_device
     from lamzoo.evaluation.videos import evaluate_retrieval, frames_config
 

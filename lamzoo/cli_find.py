@@ -75,7 +75,7 @@ def _find(network: Any, extractor: FeatureExtractor, query: str, video: Path) ->
     """Reads the video, if the model fits its features, and looks for the query."""
     from lamzoo.data.moments import MomentFeatures
     from lamzoo.data.moments.base import with_positions
-    from lamzoo.data.moments.features import unit
+    from lamzoo.data.moments.feature_folder import unit
     from lamzoo.evaluation.finding import find_moments
 
     text = unit(extractor.texts([query])[0])

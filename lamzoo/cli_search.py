@@ -15,7 +15,7 @@ from lamzoo.cli_options import Checkpoint, Device, Json, load_model
 from lamzoo.errors import ConfigError, MissingExtraError
 
 if TYPE_CHECKING:
-    from lamzoo.data.sampling import FrameSampling, Slicing
+    from lamzoo.data.video.sampling import FrameSampling, Slicing
     from lamzoo.search import Match, VideoIndex
 
     _Answer = tuple[str, list[Match], float]  # a query, its matches, seconds
@@ -62,7 +62,7 @@ def search(
     if no_sheet and sheet is not None:
         raise ConfigError("--sheet and --no-sheet contradict each other; leave one out")
     sheets = [] if no_sheet else _sheets(sheet, len(queries))
-    from lamzoo.data.video import find_videos
+    from lamzoo.data.video.reader import find_videos
     from lamzoo.evaluation import check_batches, resolve_device
     from lamzoo.evaluation.videos import frames_config
     from lamzoo.report.contact import write_contact_sheet
@@ -122,7 +122,7 @@ def _sheets(sheet: Path | None, count: int) -> list[Path]:
 
 
 def _sampling(model: Any, fps: float | None, max_frames: int | None, slicing: Slicing | None) -> FrameSampling | None:
-    from lamzoo.data.sampling import adjusted
+    from lamzoo.data.video.sampling import adjusted
 
     if fps is None and max_frames is None and slicing is None:
         return None

@@ -17,10 +17,10 @@ import timm.data
 import torch
 from torch import Tensor, nn
 
-from lamzoo.data.clips import FramesTransform, each_frame
 from lamzoo.data.moments.base import Features
-from lamzoo.data.moments.frames import ClipMiddles
-from lamzoo.data.video import read_video_pieces
+from lamzoo.data.retrieval.clips import FramesTransform, each_frame
+from lamzoo.data.video.instants import ClipMiddles
+from lamzoo.data.video.reader import read_video_pieces
 from lamzoo.errors import ConfigError, UnsupportedHostError
 from lamzoo.evaluation.partial import weights_sha256
 from lamzoo.evaluation.runtime import Precision, check_batches, inference, resolve_device

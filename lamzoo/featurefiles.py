@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lamzoo.data.moments.base import Features
-from lamzoo.data.moments.features import read_features
+from lamzoo.data.moments.feature_folder import read_features
 from lamzoo.errors import DataError
 from lamzoo.files import atomic_files
 

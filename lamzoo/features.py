@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from lamzoo.data import OnBadInput, plain_worker_errors
-from lamzoo.data.images import unreadable_because
+from lamzoo.data.images.decode import unreadable_because
 from lamzoo.data.moments.base import Features
-from lamzoo.data.moments.features import TEXT_FOLDER
-from lamzoo.data.moments.official import read_queries
-from lamzoo.data.video import find_videos
-from lamzoo.data.videoindex import import_av
+from lamzoo.data.moments.feature_folder import TEXT_FOLDER
+from lamzoo.data.moments.qvhighlights import read_queries
+from lamzoo.data.video.packets import import_av
+from lamzoo.data.video.reader import find_videos
 from lamzoo.errors import ConfigError, DataError
 from lamzoo.evaluation.runtime import Precision, check_batches, resolve_device
 from lamzoo.extractor import FeatureExtractor, VideoFeatures, clip_middles, read_pieces

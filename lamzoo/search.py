@@ -20,11 +20,11 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from lamzoo.data import OnBadInput
-from lamzoo.data.clips import FramesTransform, each_frame, pad_clips
-from lamzoo.data.images import unreadable_because
-from lamzoo.data.sampling import FrameSampling
-from lamzoo.data.video import find_videos, read_video
-from lamzoo.data.videoindex import UnreadableVideo, import_av
+from lamzoo.data.images.decode import unreadable_because
+from lamzoo.data.retrieval.clips import FramesTransform, each_frame, pad_clips
+from lamzoo.data.video.packets import UnreadableVideo, import_av
+from lamzoo.data.video.reader import find_videos, read_video
+from lamzoo.data.video.sampling import FrameSampling
 from lamzoo.errors import ConfigError, DataError
 from lamzoo.evaluation.partial import weights_sha256
 from lamzoo.evaluation.runtime import Precision, check_batches, inference, resolve_device

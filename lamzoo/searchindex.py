@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 import lamzoo
-from lamzoo.data.sampling import FrameSampling
+from lamzoo.data.video.sampling import FrameSampling
 from lamzoo.errors import DataError
 from lamzoo.files import atomic_files
 

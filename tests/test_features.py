@@ -20,15 +20,15 @@ from torch import Tensor
 import lamzoo
 from lamzoo import LamConfig, extractor
 from lamzoo.data import moments
-from lamzoo.data.moments.features import FeatureFolder, read_features, unit
-from lamzoo.data.moments.frames import ClipMiddles, Instants
-from lamzoo.data.sampling import FrameSampling
+from lamzoo.data.moments.feature_folder import FeatureFolder, read_features, unit
+from lamzoo.data.video.instants import ClipMiddles, Instants
+from lamzoo.data.video.sampling import FrameSampling
 from lamzoo.errors import ConfigError, DataError, UnsupportedHostError
 from lamzoo.evaluation.videos import frames_config
 from tests.videos import nearest, pictures, write_clip
 
 pytest.importorskip("open_clip")
-from lamzoo.data.video import read_video
+from lamzoo.data.video.reader import read_video
 from lamzoo.extractor import FeatureExtractor
 from lamzoo.features import extract_features
 

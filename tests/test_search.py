@@ -21,15 +21,15 @@ from torch.nn import functional as F
 
 import lamzoo
 from lamzoo import search
-from lamzoo.data.clips import each_frame
-from lamzoo.data.sampling import FrameSampling
+from lamzoo.data.retrieval.clips import each_frame
+from lamzoo.data.video.sampling import FrameSampling
 from lamzoo.errors import ConfigError, DataError, UnsupportedHostError
 from lamzoo.evaluation.videos import frames_config
 from lamzoo.search import Match, VideoIndex, load_index
 from tests.videos import pictures, write_clip
 
 pytest.importorskip("open_clip")
-from lamzoo.data.video import read_video
+from lamzoo.data.video.reader import read_video
 
 QUERIES = ("a cup of coffee", "a rocket starts", "a woman in front of a flag")
 TOWERS: dict[str, Any] = {

@@ -2,13 +2,13 @@
 
 from typing import TYPE_CHECKING
 
-from lamzoo.data.bad import BadInput, OnBadInput
-from lamzoo.data.classmap import read_class_map, relabel
-from lamzoo.data.factory import create_dataset
-from lamzoo.data.images import decode_image, find_images, open_image
-from lamzoo.data.labelled import ImageSource, LabelledImages, plain_worker_errors
-from lamzoo.data.scan import find_bad_images, leave_out_bad, set_aside_bad
-from lamzoo.data.selection import select, split_off
+from lamzoo.data.images.class_map import read_class_map, relabel
+from lamzoo.data.images.decode import decode_image, find_images, open_image
+from lamzoo.data.images.factory import create_dataset
+from lamzoo.data.images.image_dataset import ImageSource, LabelledImages, plain_worker_errors
+from lamzoo.data.images.selection import select, split_off
+from lamzoo.data.images.validation import find_bad_images, leave_out_bad, set_aside_bad
+from lamzoo.data.validation import BadInput, OnBadInput
 from lamzoo.lazy import submodules_of
 
 __all__ = [

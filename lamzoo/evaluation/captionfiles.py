@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lamzoo.data.jsonfiles import read_json
+from lamzoo.data.json_files import read_json
 from lamzoo.errors import DataError
 from lamzoo.files import atomic_files
 

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from lamzoo.adapters.wrappers import unwrap
 from lamzoo.data import LabelledImages, OnBadInput, plain_worker_errors
-from lamzoo.data.images import Mode
+from lamzoo.data.images.decode import Mode
 from lamzoo.data.paths import nfc
 from lamzoo.errors import ConfigError, DataError
 from lamzoo.evaluation.partial import Partial, StateFile, weights_sha256

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from lamzoo.data.jsonfiles import is_number
+from lamzoo.data.json_files import is_number
 from lamzoo.data.moments.base import MARGIN
 from lamzoo.errors import DataError
 

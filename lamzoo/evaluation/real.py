@@ -8,7 +8,7 @@ from pathlib import Path
 
 from timm.data import RealLabelsImagenet
 
-from lamzoo.data.jsonfiles import read_json
+from lamzoo.data.json_files import read_json
 from lamzoo.errors import DataError
 
 #: Says that the labels are those that timm ships with its package.

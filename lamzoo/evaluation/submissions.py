@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lamzoo.data.jsonfiles import check_fields, read_json_lines
+from lamzoo.data.json_files import check_fields, read_json_lines
 from lamzoo.errors import DataError
 from lamzoo.files import atomic_files
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lamzoo.data import BadInput, LabelledImages
-from lamzoo.data.scan import why_bad
+from lamzoo.data.images.validation import why_bad
 from lamzoo.errors import ConfigError, DataError
 from lamzoo.evaluation.partial import Partial
 from lamzoo.evaluation.real import RealLabels

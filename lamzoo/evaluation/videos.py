@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lamzoo.data import BadInput, OnBadInput, plain_worker_errors
-from lamzoo.data.clips import Clips, each_frame, pad_clips
 from lamzoo.data.retrieval import CaptionedVideos, set_aside_bad_videos
-from lamzoo.data.sampling import FrameSampling
+from lamzoo.data.retrieval.clips import Clips, each_frame, pad_clips
+from lamzoo.data.video.sampling import FrameSampling
 from lamzoo.errors import ConfigError, UnsupportedHostError
 from lamzoo.evaluation.retrieval import dual_softmax, retrieval_metrics
 from lamzoo.evaluation.runtime import Precision, check_batches, inference, resolve_device

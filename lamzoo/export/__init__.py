@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import lamzoo
 from lamzoo.adapters.wrappers import is_sharded, unwrap
-from lamzoo.data.images import of_channels
+from lamzoo.data.images.decode import of_channels
 from lamzoo.errors import ConfigError, ExportError
 from lamzoo.export.exported import FORMATS, ExportedModel, Format, load_exported
 from lamzoo.export.program import trace, write_program

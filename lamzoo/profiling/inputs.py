@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lamzoo.adapters.wrappers import unwrap
-from lamzoo.data.images import MODES, Mode, of_channels
+from lamzoo.data.images.decode import MODES, Mode, of_channels
 from lamzoo.errors import ConfigError, UnsupportedHostError
 
 #: What a model is called with: one tensor, or its positional arguments: tensors, or structures of them.

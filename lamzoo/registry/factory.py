@@ -15,7 +15,7 @@ from torch import nn
 
 from lamzoo import hub
 from lamzoo.adapters import add_lam, remove_lam
-from lamzoo.data.images import of_channels
+from lamzoo.data.images.decode import of_channels
 from lamzoo.errors import (
     ConfigError,
     HashMismatchError,

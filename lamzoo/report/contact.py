@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from lamzoo.data.sampling import FrameSampling
-from lamzoo.data.video import read_video
+from lamzoo.data.video.reader import read_video
+from lamzoo.data.video.sampling import FrameSampling
 from lamzoo.errors import ConfigError
 from lamzoo.report.rows import FRAMES, check_rows, clock, draw_rows, printable
 

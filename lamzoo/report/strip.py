@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lamzoo.data.moments.frames import Instants
-from lamzoo.data.video import read_video
+from lamzoo.data.video.instants import Instants
+from lamzoo.data.video.reader import read_video
 from lamzoo.errors import ConfigError
 from lamzoo.report.rows import FRAMES, check_rows, clock, draw_rows
 

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from lamzoo.data.captions import CaptionDataset
 from lamzoo.data.captions.base import CaptionItem
 from lamzoo.data.captions.base import Stream as Features
-from lamzoo.data.grid import IGNORED, said_at
+from lamzoo.data.grid_tokens import IGNORED, said_at
 from lamzoo.evaluation.describing import context_tokens, pad_streams
 from lamzoo.training.caption_recipe import CaptionWeights
 

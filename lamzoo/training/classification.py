@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lamzoo.data.trained import SPLIT_NAME
+from lamzoo.data.images.trained import SPLIT_NAME
 from lamzoo.reduction import pruning_loss
 from lamzoo.training.build import build_model, build_optimizer
 from lamzoo.training.inputs import (

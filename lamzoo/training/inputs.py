@@ -13,8 +13,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from lamzoo.data import BadInput, LabelledImages, create_dataset, find_bad_images, leave_out_bad, select
+from lamzoo.data.images.trained import RECIPE_NAME, MadeSplit
 from lamzoo.data.splits import open_default, synonyms
-from lamzoo.data.trained import RECIPE_NAME, MadeSplit
 from lamzoo.errors import DataError, MissingSplitError, RecipeError
 from lamzoo.files import atomic_files
 from lamzoo.training.recipe import DataSection

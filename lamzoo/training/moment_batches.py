@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lamzoo.data.grid import IGNORED, said_at
+from lamzoo.data.grid_tokens import IGNORED, said_at
 from lamzoo.data.moments import MomentDataset, MomentFeatures, MomentQuery
 from lamzoo.data.moments.base import HIGHEST_GRADE
 from lamzoo.evaluation.finding import pad_features

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import generalized_box_iou_loss
 
-from lamzoo.data.grid import IGNORED
+from lamzoo.data.grid_tokens import IGNORED
 from lamzoo.data.moments.base import HIGHEST_GRADE
 from lamzoo.errors import DivergedError, MissingExtraError
 from lamzoo.models.moment_detr.model import Moments

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 
-from lamzoo.data.clips import ClipAugment, Clips, Pairs, each_frame, pad_clips
 from lamzoo.data.retrieval import (
     CaptionedVideos,
     create_retrieval_dataset,
@@ -24,6 +23,7 @@ from lamzoo.data.retrieval import (
     leave_out_bad_videos,
     select_videos,
 )
+from lamzoo.data.retrieval.clips import ClipAugment, Clips, Pairs, each_frame, pad_clips
 from lamzoo.errors import RecipeError
 from lamzoo.evaluation.retrieval import retrieval_metrics
 from lamzoo.evaluation.videos import compare, encode_texts, frames_config, join_videos

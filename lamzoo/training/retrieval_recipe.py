@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lamzoo.data import OnBadInput
-from lamzoo.data.sampling import FrameSampling, Slicing
+from lamzoo.data.video.sampling import FrameSampling, Slicing
 from lamzoo.errors import RecipeError
 from lamzoo.training.reading import without_none
 from lamzoo.training.sections import OptimizerSection, RunSection, ScheduleSection
@@ -50,7 +50,7 @@ class RetrievalDataSection:
         test_split: scored once, at the end; None for none.
         fps: frames a second that are candidates; 0 takes every frame of a video.
         max_frames: frames that a video gives at most.
-        slicing: which ones, where there are more, as of :class:`lamzoo.data.sampling.FrameSampling`.
+        slicing: which ones, where there are more, as of :class:`lamzoo.data.video.sampling.FrameSampling`.
         captions: an epoch shows ``"all"`` captions of a video, or ``"one"`` of them, drawn anew.
         equal_captions: what the videos of equal captions in a batch are to each other: ``"negatives"`` as in CLIP4Clip,
             or ``"positives"``.

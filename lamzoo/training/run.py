@@ -20,8 +20,8 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lamzoo.data.images.trained import MODEL_FOLDERS
 from lamzoo.data.splits import synonyms
-from lamzoo.data.trained import MODEL_FOLDERS
 from lamzoo.errors import DivergedError, RecipeError
 from lamzoo.lam import LamConfig
 from lamzoo.registry.external import OPEN_CLIP_PREFIX, TIMM_PREFIX

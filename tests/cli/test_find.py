@@ -21,7 +21,7 @@ pytest.importorskip("open_clip")
 pytest.importorskip("matplotlib")
 from lamzoo.data.moments import MomentFeatures
 from lamzoo.data.moments.base import with_positions
-from lamzoo.data.moments.features import FeatureFolder
+from lamzoo.data.moments.feature_folder import FeatureFolder
 from lamzoo.evaluation.finding import find_moments
 from lamzoo.report import strip as drawing
 from lamzoo.report.strip import Span, write_strip

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lamzoo.data.audio import log_mel, mel_filters, read_log_mel, stack_spectra
+from lamzoo.data.audio.spectra import log_mel, mel_filters, read_log_mel, stack_spectra
 from lamzoo.errors import DataError
 from tests.videos import av, write_clip, write_sound
 

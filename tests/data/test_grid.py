@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lamzoo.data.grid import GridTokens, Modalities, Speech, join
+from lamzoo.data.grid_tokens import GridTokens, Modalities, Speech, join
 from lamzoo.data.moments import create_moment_dataset
 from lamzoo.errors import DataError
 from tests.speech import ALL, write_speech

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from lamzoo.data import create_dataset, find_images
 from lamzoo.data.captions import create_caption_dataset
-from lamzoo.data.captions.features import FeatureFiles
+from lamzoo.data.captions.feature_files import FeatureFiles
 from lamzoo.data.paths import is_hidden
 from lamzoo.data.retrieval import create_retrieval_dataset
-from lamzoo.data.video import find_videos
+from lamzoo.data.video.reader import find_videos
 from tests.images import encoded, write_folder, write_npz
 from tests.shards import write_shard
 

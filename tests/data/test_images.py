@@ -9,9 +9,9 @@ from PIL import Image
 
 from lamzoo.data import create_dataset, find_images, open_image
 from lamzoo.data.captions import create_caption_dataset
-from lamzoo.data.images import Mode
+from lamzoo.data.images.decode import Mode
 from lamzoo.data.retrieval import create_retrieval_dataset
-from lamzoo.data.sampling import FrameSampling
+from lamzoo.data.video.sampling import FrameSampling
 from lamzoo.errors import DataError
 from tests.images import encoded, sideways
 from tests.shards import write_shard

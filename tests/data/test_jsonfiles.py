@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from lamzoo.data import create_dataset
 from lamzoo.data.captions import create_caption_dataset
-from lamzoo.data.classmap import read_class_map
-from lamzoo.data.jsonfiles import check_fields, is_grid, is_number, is_row, read_json, read_json_lines
+from lamzoo.data.csv_tables import open_table
+from lamzoo.data.images.archives import read_classes
+from lamzoo.data.images.class_map import read_class_map
+from lamzoo.data.json_files import check_fields, is_grid, is_number, is_row, read_json, read_json_lines
 from lamzoo.data.moments import create_moment_dataset
-from lamzoo.data.packed import read_classes
-from lamzoo.data.retrieval.tables import open_table
 from lamzoo.errors import DataError
 from lamzoo.evaluation import moment_metrics
 from lamzoo.evaluation.captionfiles import read_captions

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lamzoo.data.sampling import FrameSampling, Slicing
+from lamzoo.data.video.sampling import FrameSampling, Slicing
 from lamzoo.errors import ConfigError
 
 SLICINGS = ("head", "middle", "tail", "uniform")

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lamzoo.data import create_dataset
-from lamzoo.data.images import IMAGE_EXTENSIONS
-from lamzoo.data.packed import split_member
+from lamzoo.data.images.archives import split_member
+from lamzoo.data.images.decode import IMAGE_EXTENSIONS
 from lamzoo.data.retrieval import create_retrieval_dataset
 from lamzoo.errors import DataError
 from tests.images import encoded

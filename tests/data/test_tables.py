@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from lamzoo.data import create_dataset, read_class_map, relabel
 from lamzoo.data.captions import create_caption_dataset
-from lamzoo.data.captions.features import FeatureFiles
-from lamzoo.data.moments.features import FeatureFolder
-from lamzoo.data.moments.official import charades
+from lamzoo.data.captions.feature_files import FeatureFiles
+from lamzoo.data.csv_tables import open_table
+from lamzoo.data.moments.feature_folder import FeatureFolder
+from lamzoo.data.moments.qvhighlights import charades
 from lamzoo.data.retrieval import create_retrieval_dataset
 from lamzoo.data.retrieval.msrvtt import read_test_pairs
-from lamzoo.data.retrieval.tables import open_table
 from lamzoo.errors import DataError
 from lamzoo.report.compare.timm import read_timm
 from tests.images import encoded

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from lamzoo.data import video
-from lamzoo.data.images import unreadable_because
-from lamzoo.data.sampling import FrameSampling
-from lamzoo.data.video import find_videos, probe_video, read_video, read_video_pieces, videos_below
+from lamzoo.data.images.decode import unreadable_because
+from lamzoo.data.video import reader
+from lamzoo.data.video.reader import find_videos, probe_video, read_video, read_video_pieces, videos_below
+from lamzoo.data.video.sampling import FrameSampling
 from lamzoo.errors import ConfigError, DataError, MissingExtraError
 from tests.images import encoded
 from tests.videos import SIZE, av, nearest, pictures, write_clip, write_sound
@@ -50,7 +50,7 @@ def clip(folder: Path, name: str, count: int = 40, **more: object) -> Path:
     return write_clip(folder / name, count, **{**CLIPS[name], **more})
 
 
-def arrays(read: video.VideoClip) -> np.ndarray:
+def arrays(read: reader.VideoClip) -> np.ndarray:
     return np.stack([np.asarray(frame) for frame in read.frames])
 
 
@@ -85,7 +85,7 @@ def test_jumping_to_key_frames_gives_the_frames_that_decoding_everything_does(
     path = clip(tmp_path, name, 90)
     whole = arrays(read_video(path, EVERY))
     assert len(whole) == 90
-    monkeypatch.setattr(video, "_WORTH_A_SEEK", 0)
+    monkeypatch.setattr(reader, "_WORTH_A_SEEK", 0)
     for count in (2, 5, 7, 12):
         sampling = FrameSampling(fps=None, max_frames=count)
         assert (arrays(read_video(path, sampling)) == whole[sampling.keep(90)]).all(), count
@@ -99,9 +99,9 @@ def test_pieces_are_the_whole_and_the_packets_are_read_once(
     sampling = FrameSampling(fps=15, max_frames=None)  # of ten frames a second: some are taken twice
     whole = read_video(path, sampling)
     for function in ("read_index", "_decode_index"):
-        original, calls = getattr(video, function), []
+        original, calls = getattr(reader, function), []
         monkeypatch.setattr(
-            video, function, lambda *args, original=original, calls=calls: calls.append(1) or original(*args)
+            reader, function, lambda *args, original=original, calls=calls: calls.append(1) or original(*args)
         )
         for size in (1, 7, 100):
             calls.clear()
@@ -162,7 +162,7 @@ def test_the_default_is_a_frame_a_second_from_the_first_on(tmp_path: Path) -> No
 
 def test_only_the_frames_that_are_kept_are_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    monkeypatch.setattr(video, "_upright", lambda frame, convert=video._upright: made.append(1) or convert(frame))
+    monkeypatch.setattr(reader, "_upright", lambda frame, convert=reader._upright: made.append(1) or convert(frame))
     read_video(write_clip(tmp_path / "a.mp4", 60), FrameSampling(fps=None, max_frames=4))
     assert len(made) == 4
     read_video(write_clip(tmp_path / "b.avi", 60, b_frames=3), FrameSampling(fps=None, max_frames=4))
@@ -525,7 +525,7 @@ def test_ffmpegs_own_words_do_not_reach_the_terminal(tmp_path: Path, capfd: pyte
 def test_without_pyav_only_reading_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_clip(tmp_path / "a.mp4", 3)
     monkeypatch.setitem(sys.modules, "av", None)
-    spec = importlib.util.find_spec("lamzoo.data.video")
+    spec = importlib.util.find_spec("lamzoo.data.video.reader")
     anew = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "anew", anew)
     spec.loader.exec_module(anew)
@@ -539,8 +539,8 @@ def test_without_pyav_only_reading_says_so(tmp_path: Path, monkeypatch: pytest.M
 
 def test_probing_decodes_one_frame(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     frames: list[object] = []
-    decode: Callable = video._frames
-    monkeypatch.setattr(video, "_frames", lambda *args: (frames.append(1) or frame for frame in decode(*args)))
+    decode: Callable = reader._frames
+    monkeypatch.setattr(reader, "_frames", lambda *args: (frames.append(1) or frame for frame in decode(*args)))
     path = write_clip(tmp_path / "a.mp4", 50, fps=25, b_frames=3, rotation=90, audio=1.0)
     info = probe_video(path)
     assert (info.duration, info.frame_rate, info.has_audio) == (2.0, 25.0, True)

@@ -12,7 +12,7 @@ import torch
 
 import lamzoo
 from lamzoo.data.retrieval import create_retrieval_dataset
-from lamzoo.data.sampling import FrameSampling
+from lamzoo.data.video.sampling import FrameSampling
 from lamzoo.errors import ConfigError, DataError, UnsupportedHostError
 from lamzoo.evaluation import retrieval_metrics
 from lamzoo.evaluation.videos import evaluate_retrieval, frames_config

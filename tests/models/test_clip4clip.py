@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lamzoo
-from lamzoo.data.sampling import FrameSampling
+from lamzoo.data.video.sampling import FrameSampling
 from lamzoo.errors import ConfigError, StateDictError
 from lamzoo.lam import LamConfig
 from lamzoo.models.clip4clip.model import Clip4Clip, checkpoint_filter_fn, clip4clip

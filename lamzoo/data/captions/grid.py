@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lamzoo.data.audio import HOP, Spectra
+from lamzoo.data.audio.spectra import HOP, Spectra
 from lamzoo.data.captions.base import CaptionItem, CaptionSource, Features, Stream
 from lamzoo.data.captions.sound import PAIR, Damage, damage, sound_stream
-from lamzoo.data.grid import (
+from lamzoo.data.grid_tokens import (
     BANDS,
     HOPS,
     RATE,
@@ -29,7 +29,7 @@ from lamzoo.data.grid import (
     scaled,
     timed_words,
 )
-from lamzoo.data.retrieval.jpegs import CaptionLines, JpegLines
+from lamzoo.data.retrieval.jpeg_archive import CaptionLines, JpegLines
 from lamzoo.errors import DataError
 
 _FACE = 64  # pixels, either way

@@ -6,11 +6,11 @@ import re
 from pathlib import Path
 
 from lamzoo.data.captions.base import CaptionItem, CaptionSource, Stream
-from lamzoo.data.captions.features import FeatureFiles
-from lamzoo.data.jsonfiles import read_lines
+from lamzoo.data.captions.feature_files import FeatureFiles
+from lamzoo.data.csv_tables import finite_seconds
+from lamzoo.data.json_files import read_lines
 from lamzoo.data.paths import visible
-from lamzoo.data.retrieval.files import check_folder
-from lamzoo.data.retrieval.tables import finite_seconds
+from lamzoo.data.retrieval.video_files import check_folder
 from lamzoo.data.splits import find_split
 from lamzoo.errors import DataError
 
@@ -28,7 +28,7 @@ class LsmdcSource(CaptionSource):
 
     Args:
         root: the folder with the tables, and ``features``; see
-            :class:`lamzoo.data.captions.features.FeatureFiles`. Rows are spread over the clip where a file doesn't say
+            :class:`FeatureFiles`. Rows are spread over the clip where a file doesn't say
             of what time they are.
         split: what a table's name ends with.
 

@@ -11,12 +11,12 @@ from types import ModuleType
 from typing import Any
 
 from lamzoo.data.captions.base import CaptionItem, CaptionSource, Stream
-from lamzoo.data.captions.features import check_rows, row_times, rows_within
-from lamzoo.data.jsonfiles import is_row, read_json
-from lamzoo.data.moments.features import unit
+from lamzoo.data.captions.feature_files import check_rows, row_times, rows_within
+from lamzoo.data.csv_tables import finite_seconds, open_table
+from lamzoo.data.json_files import is_row, read_json
+from lamzoo.data.moments.feature_folder import unit
 from lamzoo.data.paths import spellings, visible
-from lamzoo.data.retrieval.files import check_folder
-from lamzoo.data.retrieval.tables import finite_seconds, open_table
+from lamzoo.data.retrieval.video_files import check_folder
 from lamzoo.data.splits import find_split
 from lamzoo.errors import DataError, MissingExtraError
 

@@ -6,9 +6,9 @@ from typing import Literal
 
 import numpy as np
 
-from lamzoo.data.audio import FLOOR, HOP, Spectra, mel_filters, stack_spectra
+from lamzoo.data.audio.spectra import FLOOR, HOP, Spectra, mel_filters, stack_spectra
 from lamzoo.data.captions.base import Stream
-from lamzoo.data.grid import scaled
+from lamzoo.data.grid_tokens import scaled
 
 Damage = Literal["noise", "gaps", "damaged"]
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from lamzoo.data.audio import read_log_mel
+from lamzoo.data.audio.spectra import read_log_mel
 from lamzoo.data.captions.base import CaptionItem, CaptionSource, Stream
-from lamzoo.data.captions.features import FeatureFiles
+from lamzoo.data.captions.feature_files import FeatureFiles
 from lamzoo.data.captions.sound import PAIR, sound_stream
-from lamzoo.data.grid import BANDS
+from lamzoo.data.csv_tables import read_table
+from lamzoo.data.grid_tokens import BANDS
 from lamzoo.data.paths import nfc
-from lamzoo.data.retrieval.files import check_folder
-from lamzoo.data.retrieval.plain import Files
-from lamzoo.data.retrieval.tables import read_table
+from lamzoo.data.retrieval.caption_folder import Files
+from lamzoo.data.retrieval.video_files import check_folder
 from lamzoo.data.splits import find_split
 from lamzoo.errors import DataError
 
@@ -26,7 +26,7 @@ class VideoFolder(CaptionSource):
     on several lines has several captions. Without the column ``split`` there are no splits.
 
     Features of the frames, ``video``, are files in ``features``, called as the video; see
-    :class:`lamzoo.data.captions.features.FeatureFiles`. So may be those of the sound, ``audio``; without such files it
+    :class:`FeatureFiles`. So may be those of the sound, ``audio``; without such files it
     is read from the videos: 50 tokens a second, each two spectra of 64 mel bands, less the mean of each band and
     divided by their standard deviation in the clip, as GRID's. A video without sound, or silent, lacks it.
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from lamzoo.data.grid import Modalities
+from lamzoo.data.grid_tokens import Modalities
 from lamzoo.data.moments.base import MomentDataset, MomentSource
 from lamzoo.data.moments.grid import grid
-from lamzoo.data.moments.official import charades, qvhighlights, tvsum
+from lamzoo.data.moments.qvhighlights import charades, qvhighlights, tvsum
 from lamzoo.errors import DataError
 
 _GRAMMAR = "qvhighlights:DIR, charades:DIR, tvsum:DIR[:DOMAIN] or grid:DIR[:MODALITIES[:SECONDS]]"
@@ -26,10 +26,10 @@ def create_moment_dataset(spec: str, split: str) -> MomentDataset:
     Args:
         spec: one of
 
-            - ``qvhighlights:DIR``: QVHighlights' annotations; see :func:`lamzoo.data.moments.official.qvhighlights`.
-            - ``charades:DIR``: Charades-STA; see :func:`lamzoo.data.moments.official.charades`.
+            - ``qvhighlights:DIR``: QVHighlights' annotations; see :func:`qvhighlights`.
+            - ``charades:DIR``: Charades-STA; see :func:`lamzoo.data.moments.qvhighlights.charades`.
             - ``tvsum:DIR`` or ``tvsum:DIR:BK``: TVSum's highlights, of all domains or one; see
-              :func:`lamzoo.data.moments.official.tvsum`.
+              :func:`lamzoo.data.moments.qvhighlights.tvsum`.
             - ``grid:DIR``, ``grid:DIR:audio`` or ``grid:DIR:both:10-60``: words in recordings of GRID's sentences, from
               ``both`` modalities (the default), ``video`` or ``audio``, of 10 s (the default) or of 10 to 60; see
               :class:`lamzoo.data.moments.grid.GridMoments`.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lamzoo.data.grid import RATE, GridTokens, Modalities, Speech, join
+from lamzoo.data.grid_tokens import RATE, GridTokens, Modalities, Speech, join
 from lamzoo.data.moments.base import Features, MomentQuery, MomentSource
 from lamzoo.errors import DataError
 

@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING
 
 from lamzoo.data.retrieval.base import CaptionedVideos, VideoSource
 from lamzoo.data.retrieval.factory import VIDEO_KINDS, create_retrieval_dataset
-from lamzoo.data.retrieval.scan import find_bad_videos, leave_out_bad_videos, set_aside_bad_videos
 from lamzoo.data.retrieval.selection import select_videos
+from lamzoo.data.retrieval.validation import find_bad_videos, leave_out_bad_videos, set_aside_bad_videos
 from lamzoo.lazy import submodules_of
 
 __all__ = [

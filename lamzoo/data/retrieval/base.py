@@ -5,8 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
-from lamzoo.data.sampling import FrameSampling
-from lamzoo.data.video import VideoClip
+from lamzoo.data.video.reader import VideoClip
+from lamzoo.data.video.sampling import FrameSampling
 from lamzoo.errors import DataError
 
 
@@ -32,7 +32,7 @@ class VideoSource(ABC):
         Args:
             index: into ``videos``.
             sampling: which frames.
-            threads: for decoding, where that has threads; as of :func:`lamzoo.data.video.read_video`.
+            threads: for decoding, where that has threads; as of :func:`lamzoo.data.video.reader.read_video`.
         """
 
     @abstractmethod
@@ -67,7 +67,7 @@ class CaptionedVideos:
         texts: the captions of all videos, stripped; those of one video stand together, in the order of the videos.
         video_of_text: for each text the index of its video.
         source: where the videos are.
-        threads: for decoding a video, as of :func:`lamzoo.data.video.read_video`; 1 unless it is set.
+        threads: for decoding a video, as of :func:`lamzoo.data.video.reader.read_video`; 1 unless it is set.
 
     Args:
         source: where videos and captions come from.

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import cast, get_args
 
 from lamzoo.data.retrieval.base import CaptionedVideos, VideoSource
+from lamzoo.data.retrieval.caption_folder import PlainSource
 from lamzoo.data.retrieval.flickr import Flickr8kSource
 from lamzoo.data.retrieval.grid import GridSource, GridView
 from lamzoo.data.retrieval.msrvtt import MsrvttSource, TrainingList
 from lamzoo.data.retrieval.msvd import MsvdSource
-from lamzoo.data.retrieval.plain import PlainSource
 from lamzoo.data.retrieval.shards import ShardSource
 from lamzoo.data.splits import check_whole
 from lamzoo.errors import DataError

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lamzoo.data.retrieval.base import VideoSource
-from lamzoo.data.retrieval.jpegs import JpegLines
-from lamzoo.data.sampling import FrameSampling
-from lamzoo.data.video import VideoClip
+from lamzoo.data.retrieval.jpeg_archive import JpegLines
+from lamzoo.data.video.reader import VideoClip
+from lamzoo.data.video.sampling import FrameSampling
 from lamzoo.errors import DataError
 
 GridView = Literal["mouth", "face", "lips", "motion"]

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from lamzoo.data.jsonfiles import read_json
-from lamzoo.data.retrieval.files import FileSource, captions_of, check_folder, locate
-from lamzoo.data.retrieval.tables import read_table
+from lamzoo.data.csv_tables import read_table
+from lamzoo.data.json_files import read_json
+from lamzoo.data.retrieval.video_files import FileSource, captions_of, check_folder, locate
 from lamzoo.data.splits import find_split
 from lamzoo.errors import DataError
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from lamzoo.data.jsonfiles import read_json, read_lines
-from lamzoo.data.retrieval.files import FileSource, captions_of, check_folder, locate
+from lamzoo.data.json_files import read_json, read_lines
+from lamzoo.data.retrieval.video_files import FileSource, captions_of, check_folder, locate
 from lamzoo.data.splits import find_split
 from lamzoo.errors import DataError
 

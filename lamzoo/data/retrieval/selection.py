@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from lamzoo.data.retrieval.base import CaptionedVideos, VideoSource
-from lamzoo.data.sampling import FrameSampling
-from lamzoo.data.video import VideoClip
+from lamzoo.data.video.reader import VideoClip
+from lamzoo.data.video.sampling import FrameSampling
 from lamzoo.errors import DataError
 
 

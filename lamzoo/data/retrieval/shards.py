@@ -7,10 +7,10 @@ import tempfile
 from pathlib import Path
 from typing import IO
 
-from lamzoo.data.packed import ShardSample, find_shards, shard_samples
+from lamzoo.data.images.archives import ShardSample, find_shards, shard_samples
 from lamzoo.data.retrieval.base import VideoSource
-from lamzoo.data.sampling import FrameSampling
-from lamzoo.data.video import VIDEO_EXTENSIONS, VideoClip, read_video
+from lamzoo.data.video.reader import VIDEO_EXTENSIONS, VideoClip, read_video
+from lamzoo.data.video.sampling import FrameSampling
 from lamzoo.errors import DataError
 
 _NO_CAPTION = "caption, in a .txt or as the 'caption' of a .json"
@@ -21,7 +21,7 @@ class ShardSource(VideoSource):
 
     The text file has one caption a line; the JSON an object whose ``captions`` or ``caption`` is a text or a list of
     them, and it is read where there is no text file. Keys may have dots, and extensions may be in capitals; see
-    :func:`lamzoo.data.packed.shard_samples`. The shards' headers and captions are read once, at the start. A video is
+    :func:`shard_samples`. The shards' headers and captions are read once, at the start. A video is
     called by its key, or, where two shards have the same, by ``SHARD/KEY``.
 
     Args:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from lamzoo.adapters import add_lam
 from lamzoo.adapters.decay import exempt_from_weight_decay
-from lamzoo.data.sampling import FrameSampling
+from lamzoo.data.video.sampling import FrameSampling
 from lamzoo.errors import ConfigError, MissingExtraError
 from lamzoo.lam import LamConfig
 

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from lamzoo.data.retrieval.tables import open_table
+from lamzoo.data.csv_tables import open_table
 from lamzoo.errors import DataError
 
 _RESULTS = "results-imagenet.csv"

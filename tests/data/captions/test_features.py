@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lamzoo.data.captions.features import FeatureFiles, row_times, rows_within
+from lamzoo.data.captions.feature_files import FeatureFiles, row_times, rows_within
 from lamzoo.errors import DataError
 from lamzoo.featurefiles import write_features
 

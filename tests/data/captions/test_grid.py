@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lamzoo.data.audio import mel_filters
+from lamzoo.data.audio.spectra import mel_filters
 from lamzoo.data.captions import CaptionDataset, Stream, create_caption_dataset
 from lamzoo.data.captions.sound import add_noise, cut_gaps, damage, sound_stream
-from lamzoo.data.grid import GridTokens
+from lamzoo.data.grid_tokens import GridTokens
 from lamzoo.errors import DataError
 from tests.speech import ALL, FRAMES, write_speech
 

@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lamzoo.data import plain_worker_errors
 from lamzoo.data.retrieval import CaptionedVideos, create_retrieval_dataset, select_videos
-from lamzoo.data.sampling import FrameSampling
+from lamzoo.data.video.sampling import FrameSampling
 from lamzoo.errors import DataError, MissingSplitError
 from tests.shards import write_shard
 

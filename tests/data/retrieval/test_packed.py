@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from lamzoo.data.retrieval import create_retrieval_dataset, select_videos
-from lamzoo.data.sampling import FrameSampling
+from lamzoo.data.video.sampling import FrameSampling
 from lamzoo.errors import DataError
 from tests.images import encoded
 

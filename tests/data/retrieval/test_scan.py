@@ -10,7 +10,7 @@ from lamzoo.data.retrieval import (
     find_bad_videos,
     set_aside_bad_videos,
 )
-from lamzoo.data.sampling import FrameSampling
+from lamzoo.data.video.sampling import FrameSampling
 from lamzoo.errors import ConfigError, DataError
 
 SAMPLING = FrameSampling(fps=5)

@@ -14,8 +14,16 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from lamzoo.data.paths import files_below, find_files
-from lamzoo.data.sampling import FrameSampling
-from lamzoo.data.videoindex import KeyPacket, PacketIndex, UnreadableVideo, import_av, is_flush, read_bytes, read_index
+from lamzoo.data.video.packets import (
+    KeyPacket,
+    PacketIndex,
+    UnreadableVideo,
+    import_av,
+    is_flush,
+    read_bytes,
+    read_index,
+)
+from lamzoo.data.video.sampling import FrameSampling
 from lamzoo.errors import ConfigError, DataError
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lamzoo.data.images import decode_image
-from lamzoo.data.jsonfiles import check_fields, is_row, read_json_lines
-from lamzoo.data.retrieval.files import check_folder
+from lamzoo.data.images.decode import decode_image
+from lamzoo.data.json_files import check_fields, is_row, read_json_lines
+from lamzoo.data.retrieval.video_files import check_folder
 from lamzoo.data.splits import find_split
 from lamzoo.errors import DataError
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import BinaryIO
 
-from lamzoo.data.images import images_below
-from lamzoo.data.labelled import ImageSource
+from lamzoo.data.images.decode import images_below
+from lamzoo.data.images.image_dataset import ImageSource
 from lamzoo.data.paths import natural_key, nfc, visible
 from lamzoo.data.splits import SPLIT_NAMES, WHOLE, find_split, synonyms
 from lamzoo.errors import DataError

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from lamzoo.data.jsonfiles import check_fields, is_grid, is_row, read_json_lines, read_lines
+from lamzoo.data.csv_tables import open_table
+from lamzoo.data.json_files import check_fields, is_grid, is_row, read_json_lines, read_lines
 from lamzoo.data.moments.base import Features, MomentQuery, MomentSource
-from lamzoo.data.moments.features import FeatureFolder
-from lamzoo.data.retrieval.files import check_folder
-from lamzoo.data.retrieval.tables import open_table
+from lamzoo.data.moments.feature_folder import FeatureFolder
+from lamzoo.data.retrieval.video_files import check_folder
 from lamzoo.data.splits import find_split
 from lamzoo.errors import DataError
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lamzoo.data.captions.base import Features, Stream
-from lamzoo.data.moments.features import read_features, unit
+from lamzoo.data.moments.feature_folder import read_features, unit
 from lamzoo.data.paths import existing_file, visible
 from lamzoo.errors import DataError
 

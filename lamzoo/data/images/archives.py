@@ -16,9 +16,9 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from lamzoo.data.images import IMAGE_EXTENSIONS
-from lamzoo.data.jsonfiles import read_json, read_lines
-from lamzoo.data.labelled import ImageSource
+from lamzoo.data.images.decode import IMAGE_EXTENSIONS
+from lamzoo.data.images.image_dataset import ImageSource
+from lamzoo.data.json_files import read_json, read_lines
 from lamzoo.data.paths import is_hidden, visible
 from lamzoo.data.splits import SPLIT_NAMES, find_split, synonyms
 from lamzoo.errors import DataError, MissingSplitError

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lamzoo.data.csv_tables import read_table
 from lamzoo.data.paths import nfc
-from lamzoo.data.retrieval.files import FileSource, check_folder, only_file
-from lamzoo.data.retrieval.tables import read_table
+from lamzoo.data.retrieval.video_files import FileSource, check_folder, only_file
 from lamzoo.data.splits import find_split
-from lamzoo.data.video import VIDEO_EXTENSIONS, videos_below
+from lamzoo.data.video.reader import VIDEO_EXTENSIONS, videos_below
 from lamzoo.errors import DataError
 
 

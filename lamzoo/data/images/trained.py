@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from lamzoo.data.factory import create_dataset
-from lamzoo.data.jsonfiles import read_json
-from lamzoo.data.labelled import LabelledImages
-from lamzoo.data.selection import select, split_off
+from lamzoo.data.images.factory import create_dataset
+from lamzoo.data.images.image_dataset import LabelledImages
+from lamzoo.data.images.selection import select, split_off
+from lamzoo.data.json_files import read_json
 from lamzoo.data.splits import WHOLE, open_default, synonyms
 from lamzoo.errors import DataError, MissingSplitError, UnsplitError
 from lamzoo.files import atomic_files

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lamzoo.data.sampling import FrameSampling
+from lamzoo.data.video.sampling import FrameSampling
 from lamzoo.errors import ConfigError
 
 _ROUNDING = 1e-6  # seconds: a frame's time is a ratio of whole numbers, a clip's middle a float

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 from PIL import Image
 from torch.utils.data import Dataset
 
-from lamzoo.data.images import Mode, decode_image
+from lamzoo.data.images.decode import Mode, decode_image
 from lamzoo.errors import DataError
 
 

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from lamzoo.data.retrieval import CaptionedVideos
-from lamzoo.data.sampling import FrameSampling
+from lamzoo.data.video.sampling import FrameSampling
 
 FramesTransform = Callable[[list[Image.Image]], Tensor]
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from lamzoo.data.bad import BadInput, OnBadInput, check_on_bad, find_bad, place, usable
-from lamzoo.data.images import unreadable_because
-from lamzoo.data.labelled import LabelledImages
-from lamzoo.data.selection import select
+from lamzoo.data.images.decode import unreadable_because
+from lamzoo.data.images.image_dataset import LabelledImages
+from lamzoo.data.images.selection import select
+from lamzoo.data.validation import BadInput, OnBadInput, check_on_bad, find_bad, place, usable
 from lamzoo.errors import DataError
 
 _CHUNK = 32  # images from one report of a worker to the next

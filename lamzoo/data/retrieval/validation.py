@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from lamzoo.data.bad import BadInput, OnBadInput, check_on_bad, find_bad, usable
-from lamzoo.data.images import unreadable_because
+from lamzoo.data.images.decode import unreadable_because
 from lamzoo.data.retrieval.base import CaptionedVideos, VideoSource
 from lamzoo.data.retrieval.selection import select_videos
-from lamzoo.data.sampling import FrameSampling
+from lamzoo.data.validation import BadInput, OnBadInput, check_on_bad, find_bad, usable
+from lamzoo.data.video.sampling import FrameSampling
 from lamzoo.errors import DataError
 
 _CHUNK = 4  # videos from one report of a worker to the next

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lamzoo.data.folders import FolderSource
-from lamzoo.data.hubs import HuggingFaceSource, TorchvisionSource
-from lamzoo.data.labelled import ImageSource, LabelledImages
-from lamzoo.data.lists import ListedSource
-from lamzoo.data.packed import NpzSource, TarSource, npz_splits
+from lamzoo.data.images.archives import NpzSource, TarSource, npz_splits
+from lamzoo.data.images.folders import FolderSource
+from lamzoo.data.images.image_dataset import ImageSource, LabelledImages
+from lamzoo.data.images.label_file import ListedSource
+from lamzoo.data.images.library_datasets import HuggingFaceSource, TorchvisionSource
 from lamzoo.data.splits import check_whole
 from lamzoo.errors import DataError
 
@@ -27,7 +27,7 @@ def create_dataset(spec: str, split: str) -> LabelledImages:
               follow timm's natural order of the class names, over all the splits together. In a training split, each
               class needs an image.
             - ``imagelist:DIR:FILE``: a flat folder, and a file of labels, such as ImageNet's validation split as it is
-              handed out; see :class:`lamzoo.data.lists.ListedSource`. It has no splits.
+              handed out; see :class:`lamzoo.data.images.label_file.ListedSource`. It has no splits.
             - ``npz:DIR``: ``DIR/<split>.npz`` with ``jpeg`` (uint8, the files one after the other), ``offsets``
               (int64, N + 1) and ``labels`` (integer, N), and optionally ``DIR/classes.json``.
             - ``torchvision:NAME:ROOT``: a data set of torchvision that lies in ``ROOT``, such as ``CIFAR10``.

@@ -11,8 +11,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
-from lamzoo.data.images import BROKEN_IMAGE
-from lamzoo.data.labelled import ImageSource
+from lamzoo.data.images.decode import BROKEN_IMAGE
+from lamzoo.data.images.image_dataset import ImageSource
 from lamzoo.data.splits import find_split, synonyms
 from lamzoo.errors import DataError, MissingExtraError, MissingSplitError
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lamzoo.data.videoindex import import_av
+from lamzoo.data.video.packets import import_av
 from lamzoo.errors import DataError
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
-from lamzoo.data.labelled import ImageSource, LabelledImages
+from lamzoo.data.images.image_dataset import ImageSource, LabelledImages
 from lamzoo.errors import ConfigError, DataError
 
 

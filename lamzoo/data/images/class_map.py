@@ -13,8 +13,8 @@ from typing import Any, BinaryIO
 import timm.data
 from PIL import Image
 
-from lamzoo.data.jsonfiles import reason
-from lamzoo.data.labelled import ImageSource, LabelledImages
+from lamzoo.data.images.image_dataset import ImageSource, LabelledImages
+from lamzoo.data.json_files import reason
 from lamzoo.data.paths import nfc
 from lamzoo.errors import DataError
 

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from lamzoo.data.images import images_below
-from lamzoo.data.jsonfiles import read_lines
-from lamzoo.data.labelled import ImageSource
+from lamzoo.data.csv_tables import open_table
+from lamzoo.data.images.decode import images_below
+from lamzoo.data.images.image_dataset import ImageSource
+from lamzoo.data.json_files import read_lines
 from lamzoo.data.paths import natural_key, nfc
-from lamzoo.data.retrieval.tables import open_table
 from lamzoo.errors import DataError, MissingExtraError
 
 # How a column is called; of several the first counts.

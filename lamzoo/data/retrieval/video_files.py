@@ -7,8 +7,8 @@ from pathlib import Path
 
 from lamzoo.data.paths import nfc
 from lamzoo.data.retrieval.base import VideoSource
-from lamzoo.data.sampling import FrameSampling
-from lamzoo.data.video import VideoClip, read_video, videos_below
+from lamzoo.data.video.reader import VideoClip, read_video, videos_below
+from lamzoo.data.video.sampling import FrameSampling
 from lamzoo.errors import DataError
 
 

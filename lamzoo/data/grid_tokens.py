@@ -13,8 +13,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from lamzoo.data.audio import stack_spectra
-from lamzoo.data.retrieval.jpegs import CaptionLines, JpegLines
+from lamzoo.data.audio.spectra import stack_spectra
+from lamzoo.data.retrieval.jpeg_archive import CaptionLines, JpegLines
 from lamzoo.errors import DataError
 
 Modalities = Literal["both", "video", "audio"]
