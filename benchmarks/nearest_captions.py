@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from lamzoo.data.captions import CaptionDataset, create_caption_dataset
 from lamzoo.evaluation import word_overlap
-from lamzoo.evaluation.captionfiles import write_captions
-from lamzoo.evaluation.describing import caption_scores
+from lamzoo.evaluation.captions.coco_results import write_captions
+from lamzoo.evaluation.captions.evaluate import caption_scores
 
 
 def thumbnails(dataset: CaptionDataset) -> NDArray[np.float32]:

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
         remove_lam,
     )
     from lamzoo.errors import LamzooError
-    from lamzoo.evaluation.windows import describe_video
     from lamzoo.export import export_model, load_exported
     from lamzoo.lam import FactoredMask, LamConfig, PruneConfig, attention_backend, lam_attention
     from lamzoo.profiling import profile
@@ -23,7 +22,8 @@ if TYPE_CHECKING:
     from lamzoo.registry.catalog import get_pretrained_cfg, list_models, list_tags, model_info, register_model
     from lamzoo.registry.factory import create_model
     from lamzoo.registry.saving import save_pretrained
-    from lamzoo.search import index_videos
+    from lamzoo.video.describe import describe_video
+    from lamzoo.video.search import index_videos
 
 __version__ = version("lamzoo")
 
@@ -39,10 +39,10 @@ _HOMES = {
     "attention_backend": "lamzoo.lam",
     "capture_masks": "lamzoo.adapters",
     "create_model": "lamzoo.registry",
-    "describe_video": "lamzoo.evaluation.windows",
+    "describe_video": "lamzoo.video.describe",
     "export_model": "lamzoo.export",
     "get_pretrained_cfg": "lamzoo.registry",
-    "index_videos": "lamzoo.search",
+    "index_videos": "lamzoo.video.search",
     "lam_attention": "lamzoo.lam",
     "lam_parameters": "lamzoo.adapters",
     "lam_state_dict": "lamzoo.adapters",

@@ -13,7 +13,7 @@ from lamzoo.cli_options import Checkpoint, Device, Json, load_model
 from lamzoo.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from lamzoo.evaluation.windows import DescribedWindow, VideoWindows
+    from lamzoo.video.describe import DescribedWindow, VideoWindows
 
 
 def describe(
@@ -42,7 +42,7 @@ def describe(
     """Describes a video: a sentence for each window of it."""
     _check_files(video, output, explain)
     from lamzoo.evaluation import resolve_device
-    from lamzoo.evaluation.windows import VideoWindows, describe_windows
+    from lamzoo.video.describe import VideoWindows, describe_windows
 
     target = resolve_device(device)
     network: Any = load_model(model, checkpoint).to(target).eval()

@@ -182,7 +182,7 @@ def _eval_retrieval(
     from lamzoo.data.retrieval import create_retrieval_dataset
     from lamzoo.data.video.sampling import adjusted
     from lamzoo.evaluation import check_batches, resolve_device
-    from lamzoo.evaluation.videos import evaluate_retrieval, frames_config
+    from lamzoo.evaluation.retrieval.evaluate import evaluate_retrieval, frames_config
 
     target = resolve_device(device)
     check_batches(batch_size, workers, precision)
@@ -223,8 +223,8 @@ def _eval_moments(
 ) -> dict[str, Any]:
     from lamzoo.data.moments import create_moment_dataset
     from lamzoo.evaluation import check_batches, moment_metrics, resolve_device
-    from lamzoo.evaluation.finding import evaluate_moments
-    from lamzoo.evaluation.submissions import read_submission, write_submission
+    from lamzoo.evaluation.moments.evaluate import evaluate_moments
+    from lamzoo.evaluation.moments.submissions import read_submission, write_submission
 
     if name.endswith((".jsonl", ".jsonl.gz")):
         _refuse({"--checkpoint": checkpoint, "--submission": submission}, "moments with a submission")
@@ -265,8 +265,8 @@ def _eval_captions(
 ) -> dict[str, Any]:
     from lamzoo.data.captions import create_caption_dataset
     from lamzoo.evaluation import check_batches, resolve_device
-    from lamzoo.evaluation.captionfiles import read_captions, write_captions
-    from lamzoo.evaluation.describing import caption_scores, evaluate_captions, java_scores
+    from lamzoo.evaluation.captions.coco_results import read_captions, write_captions
+    from lamzoo.evaluation.captions.evaluate import caption_scores, evaluate_captions, java_scores
 
     if name.endswith((".json", ".json.gz")):
         given = {"--beams": beams, "--context": context, "--checkpoint": checkpoint, "--submission": submission}

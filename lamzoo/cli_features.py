@@ -32,7 +32,7 @@ def extract_features(
 
     What is there and whole is not made again, so that a run that was stopped goes on where it was.
     """
-    from lamzoo.features import extract_features
+    from lamzoo.video.features import extract_features
 
     with out.progress_bar(f"{model} on {out.printable(videos[0])}", hidden=json) as advance:
         made = extract_features(

@@ -14,9 +14,9 @@ from lamzoo.cli_options import Checkpoint, Device, Json, load_model
 from lamzoo.errors import ConfigError, DataError, MissingExtraError
 
 if TYPE_CHECKING:
-    from lamzoo.evaluation.finding import Finding
-    from lamzoo.extractor import FeatureExtractor, VideoFeatures
+    from lamzoo.evaluation.moments.evaluate import Finding
     from lamzoo.report.strip import Span
+    from lamzoo.video.extractor import FeatureExtractor, VideoFeatures
 
 _STRIP = Path("lamzoo-find.png")
 _logger = logging.getLogger(__name__)
@@ -50,8 +50,8 @@ def find(
     if not video.exists():
         raise DataError(f"no such video: {video}")
     from lamzoo.evaluation import resolve_device
-    from lamzoo.extractor import FeatureExtractor, clip_middles, feature_widths
     from lamzoo.report.strip import Span, write_strip
+    from lamzoo.video.extractor import FeatureExtractor, clip_middles, feature_widths
 
     target = resolve_device(device)
     clip_middles(clip_seconds)
@@ -76,7 +76,7 @@ def _find(network: Any, extractor: FeatureExtractor, query: str, video: Path) ->
     from lamzoo.data.moments import MomentFeatures
     from lamzoo.data.moments.base import with_positions
     from lamzoo.data.moments.feature_folder import unit
-    from lamzoo.evaluation.finding import find_moments
+    from lamzoo.evaluation.moments.evaluate import find_moments
 
     text = unit(extractor.texts([query])[0])
     _check_widths(network, extractor.video_dim, text.shape[1])  # before a long video is read for nothing
@@ -91,7 +91,7 @@ def _check_widths(network: Any, video_dim: int, text_dim: int) -> None:
 
     from lamzoo.data.moments import MomentFeatures
     from lamzoo.data.moments.base import with_positions
-    from lamzoo.evaluation.finding import check_features
+    from lamzoo.evaluation.moments.evaluate import check_features
 
     clip, word = (np.zeros((1, width), dtype=np.float32) for width in (video_dim, text_dim))
     check_features(network, MomentFeatures(with_positions(clip), word))

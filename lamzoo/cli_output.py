@@ -56,7 +56,7 @@ def print_table(
 
 def print_retrieval(scores: Mapping[str, Mapping[str, Mapping[str, float]]], title: str) -> None:
     """Prints the metrics of :func:`lamzoo.evaluation.retrieval_metrics`, by what they are of, as a table."""
-    from lamzoo.evaluation.retrieval import WAYS
+    from lamzoo.evaluation.retrieval.metrics import WAYS
 
     columns = ("", "", "R@1", "R@5", "R@10", "R@50", "median rank", "mean rank")
     keys = ("R1", "R5", "R10", "R50", "MedianR", "MeanR")
@@ -77,7 +77,7 @@ def print_moments(scores: Mapping[str, Mapping[str, Any]], title: str) -> None:
 
 
 def print_captions(scores: Mapping[str, Mapping[str, float]], title: str) -> None:
-    """Prints metrics of :func:`lamzoo.evaluation.describing.caption_scores`, by split."""
+    """Prints metrics of :func:`lamzoo.evaluation.captions.evaluate.caption_scores`, by split."""
     keys = list(dict.fromkeys(key for metrics in scores.values() for key in metrics))
     print_table(("split", *keys), [(split, *(m.get(key) for key in keys)) for split, m in scores.items()], title=title)
 

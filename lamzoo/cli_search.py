@@ -16,7 +16,7 @@ from lamzoo.errors import ConfigError, MissingExtraError
 
 if TYPE_CHECKING:
     from lamzoo.data.video.sampling import FrameSampling, Slicing
-    from lamzoo.search import Match, VideoIndex
+    from lamzoo.video.search import Match, VideoIndex
 
     _Answer = tuple[str, list[Match], float]  # a query, its matches, seconds
 
@@ -64,9 +64,9 @@ def search(
     sheets = [] if no_sheet else _sheets(sheet, len(queries))
     from lamzoo.data.video.reader import find_videos
     from lamzoo.evaluation import check_batches, resolve_device
-    from lamzoo.evaluation.videos import frames_config
+    from lamzoo.evaluation.retrieval.evaluate import frames_config
     from lamzoo.report.contact import write_contact_sheet
-    from lamzoo.search import index_videos
+    from lamzoo.video.search import index_videos
 
     target = resolve_device(device)
     check_batches(batch_size, workers, precision)

@@ -18,19 +18,20 @@ from PIL import Image
 from torch import Tensor
 
 import lamzoo
-from lamzoo import LamConfig, extractor
+from lamzoo import LamConfig
 from lamzoo.data import moments
 from lamzoo.data.moments.feature_folder import FeatureFolder, read_features, unit
 from lamzoo.data.video.instants import ClipMiddles, Instants
 from lamzoo.data.video.sampling import FrameSampling
 from lamzoo.errors import ConfigError, DataError, UnsupportedHostError
-from lamzoo.evaluation.videos import frames_config
+from lamzoo.evaluation.retrieval.evaluate import frames_config
+from lamzoo.video import extractor
 from tests.videos import nearest, pictures, write_clip
 
 pytest.importorskip("open_clip")
 from lamzoo.data.video.reader import read_video
-from lamzoo.extractor import FeatureExtractor
-from lamzoo.features import extract_features
+from lamzoo.video.extractor import FeatureExtractor
+from lamzoo.video.features import extract_features
 
 QUERIES = {3: "a cup of coffee", 11: "A rocket starts!"}
 TOWERS: dict[str, Any] = {

@@ -20,12 +20,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import lamzoo
-from lamzoo import search
 from lamzoo.data.retrieval.clips import each_frame
 from lamzoo.data.video.sampling import FrameSampling
 from lamzoo.errors import ConfigError, DataError, UnsupportedHostError
-from lamzoo.evaluation.videos import frames_config
-from lamzoo.search import Match, VideoIndex, load_index
+from lamzoo.evaluation.retrieval.evaluate import frames_config
+from lamzoo.video import search
+from lamzoo.video.search import Match, VideoIndex, load_index
 from tests.videos import pictures, write_clip
 
 pytest.importorskip("open_clip")
@@ -416,7 +416,7 @@ def test_an_index_that_an_earlier_release_left_in_the_folder_is_taken_over(
     found = index(folder, model, index=None)
     assert (model.seen, found.embedded, found.path.parent != folder) == (0, 0, True)
     assert found.search(QUERIES[0]) == made.search(QUERIES[0])
-    caplog.set_level("INFO", logger="lamzoo.search")
+    caplog.set_level("INFO", logger="lamzoo.video.search")
     old.write_bytes(b"damaged")
     assert index(folder, model, index=None).embedded == 0
     assert not caplog.records, "it is not read again"

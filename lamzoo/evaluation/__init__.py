@@ -2,17 +2,17 @@
 
 from typing import TYPE_CHECKING
 
-from lamzoo.evaluation.captionfiles import read_captions, write_captions
-from lamzoo.evaluation.captions import caption_metrics, neighbour_recall, word_error_rate, word_overlap
-from lamzoo.evaluation.classification import EvalProgress, evaluate
-from lamzoo.evaluation.finding import Finding, MomentResult, evaluate_moments, find_moments
-from lamzoo.evaluation.moments import moment_metrics
-from lamzoo.evaluation.partial import default_state_path
-from lamzoo.evaluation.prediction import Prediction, class_names, label_names, predict, preprocess
-from lamzoo.evaluation.retrieval import dual_softmax, retrieval_metrics
+from lamzoo.evaluation.accuracy import EvalResult
+from lamzoo.evaluation.captions.coco_results import read_captions, write_captions
+from lamzoo.evaluation.captions.metrics import caption_metrics, neighbour_recall, word_error_rate, word_overlap
+from lamzoo.evaluation.classification.evaluate import EvalProgress, evaluate
+from lamzoo.evaluation.classification.prediction import Prediction, class_names, label_names, predict, preprocess
+from lamzoo.evaluation.moments.evaluate import Finding, MomentResult, evaluate_moments, find_moments
+from lamzoo.evaluation.moments.metrics import moment_metrics
+from lamzoo.evaluation.moments.submissions import read_submission, write_submission
+from lamzoo.evaluation.resume import default_state_path
+from lamzoo.evaluation.retrieval.metrics import dual_softmax, retrieval_metrics
 from lamzoo.evaluation.runtime import Precision, check_batches, resolve_device
-from lamzoo.evaluation.submissions import read_submission, write_submission
-from lamzoo.evaluation.tally import EvalResult
 from lamzoo.lazy import submodules_of
 
 __all__ = [

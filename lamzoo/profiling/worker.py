@@ -105,7 +105,7 @@ def _score(job: BenchJob, model: nn.Module, device: torch.device) -> tuple[str, 
     how: Any = {"batch_size": job.eval_batch, "device": device, "precision": job.dtype, "workers": job.workers}
     if hasattr(model, "encode_video"):
         from lamzoo.data.retrieval import create_retrieval_dataset
-        from lamzoo.evaluation.videos import evaluate_retrieval
+        from lamzoo.evaluation.retrieval.evaluate import evaluate_retrieval
 
         metrics = evaluate_retrieval(exact, create_retrieval_dataset(job.data, split), **how).metrics
         return "t2v_R1", metrics["t2v"]["R1"]

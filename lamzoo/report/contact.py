@@ -14,7 +14,7 @@ from lamzoo.errors import ConfigError
 from lamzoo.report.rows import FRAMES, check_rows, clock, draw_rows, printable
 
 if TYPE_CHECKING:
-    from lamzoo.search import Match
+    from lamzoo.video.search import Match
 
 MAX_ROWS = 20
 

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from lamzoo.adapters.capture import capture_masks
 from lamzoo.errors import DataError, UnsupportedHostError
-from lamzoo.evaluation.describing import move, pad_streams
-from lamzoo.evaluation.windows import DescribedWindow, VideoWindows, context_of
+from lamzoo.evaluation.captions.evaluate import move, pad_streams
 from lamzoo.files import atomic_files
 from lamzoo.lam import Lam, LamConfig, MaskRecord
 from lamzoo.models.describer.encoder import Joint
@@ -24,6 +23,7 @@ from lamzoo.report.canvas import check_target
 from lamzoo.report.masks import neutral_value, title_of
 from lamzoo.report.rows import clock, printable
 from lamzoo.report.wordline import ModalityView, WindowView, draw_windows
+from lamzoo.video.describe import DescribedWindow, VideoWindows, context_of
 
 MAX_WINDOWS = 6
 

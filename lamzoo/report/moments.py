@@ -14,7 +14,7 @@ from torch import nn
 from lamzoo.adapters.capture import capture_masks
 from lamzoo.data.moments import MomentDataset, MomentQuery
 from lamzoo.errors import ConfigError, DataError, UnsupportedHostError
-from lamzoo.evaluation.finding import find_moments
+from lamzoo.evaluation.moments.evaluate import find_moments
 from lamzoo.files import atomic_files
 from lamzoo.lam import Lam, LamConfig, MaskRecord
 from lamzoo.models.moment_detr.model import Place

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lamzoo.data.captions import CaptionDataset, create_caption_dataset
 from lamzoo.errors import RecipeError
-from lamzoo.evaluation.describing import caption_scores, check_streams, describe_clips
+from lamzoo.evaluation.captions.evaluate import caption_scores, check_streams, describe_clips
 from lamzoo.registry.factory import create_model
 from lamzoo.training.caption_batches import Collate, Samples, caption_counts, caption_losses
 from lamzoo.training.caption_recipe import CaptionRecipe

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from lamzoo.data.grid_tokens import IGNORED, said_at
 from lamzoo.data.moments import MomentDataset, MomentFeatures, MomentQuery
 from lamzoo.data.moments.base import HIGHEST_GRADE
-from lamzoo.evaluation.finding import pad_features
+from lamzoo.evaluation.moments.evaluate import pad_features
 
 _PAIRS = 2
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from lamzoo.data.moments import MomentDataset, create_moment_dataset
 from lamzoo.errors import RecipeError
-from lamzoo.evaluation.finding import check_features, submission
-from lamzoo.evaluation.moments import check_grades, moment_metrics
+from lamzoo.evaluation.moments.evaluate import check_features, submission
+from lamzoo.evaluation.moments.metrics import check_grades, moment_metrics
 from lamzoo.registry.factory import create_model
 from lamzoo.training.features import FeatureRun
 from lamzoo.training.moment_batches import Samples, collate, with_unrelated

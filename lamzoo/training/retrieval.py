@@ -25,8 +25,8 @@ from lamzoo.data.retrieval import (
 )
 from lamzoo.data.retrieval.clips import ClipAugment, Clips, Pairs, each_frame, pad_clips
 from lamzoo.errors import RecipeError
-from lamzoo.evaluation.retrieval import retrieval_metrics
-from lamzoo.evaluation.videos import compare, encode_texts, frames_config, join_videos
+from lamzoo.evaluation.retrieval.evaluate import compare, encode_texts, frames_config, join_videos
+from lamzoo.evaluation.retrieval.metrics import retrieval_metrics
 from lamzoo.profiling.inputs import evaluating
 from lamzoo.registry.factory import create_model
 from lamzoo.training.contrastive import contrastive_backward

@@ -75,7 +75,7 @@ class TrainResult:
         scores: of the trained model, by split: the one scored during the run, and the recipe's ``test_split``. Of a
             classifier they are of :class:`lamzoo.training.Score`, of retrieval the metrics of
             :func:`lamzoo.evaluation.retrieval_metrics`, of moments those of :func:`lamzoo.evaluation.moment_metrics`,
-            of captions those of :func:`lamzoo.evaluation.describing.caption_scores`.
+            of captions those of :func:`lamzoo.evaluation.captions.evaluate.caption_scores`.
         report: ``report.md``; None where the recipe asks for none.
         left_out: inputs that were left out because they can't be read.
         epoch: whose weights the model has, from 1.

@@ -13,7 +13,7 @@ import torch
 
 import lamzoo
 from lamzoo.errors import DataError, MissingExtraError
-from lamzoo.evaluation.retrieval import WAYS
+from lamzoo.evaluation.retrieval.metrics import WAYS
 from lamzoo.files import atomic_files
 
 _logger = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ def moment_table(scores: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def caption_table(scores: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """Writes metrics of :func:`lamzoo.evaluation.describing.caption_scores`, by split, as a table."""
+    """Writes metrics of :func:`lamzoo.evaluation.captions.evaluate.caption_scores`, by split, as a table."""
     keys = list(dict.fromkeys(key for metrics in scores.values() for key in metrics))
     lines = [f"| split | {' | '.join(keys)} |", f"|---|{'---:|' * len(keys)}"]
     for split, metrics in scores.items():

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 import lamzoo
 from lamzoo.adapters.wrappers import full_state_dict, unwrap
 from lamzoo.errors import ConfigError, UnsupportedHostError
-from lamzoo.evaluation.prediction import label_names
+from lamzoo.evaluation.classification.prediction import label_names
 from lamzoo.evaluation.runtime import data_config
 
 IMAGE = torch.linspace(-1, 1, 3 * 16 * 16).reshape(1, 3, 16, 16)

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 import lamzoo
-from lamzoo.evaluation import captions as scores
+from lamzoo.evaluation.captions import metrics as scores
 from tests.speech import ALL, write_speech
 
 

@@ -23,11 +23,11 @@ from tests.videos import write_clip
 pytest.importorskip("open_clip")
 pytest.importorskip("matplotlib")
 from lamzoo.data.captions import create_caption_dataset
-from lamzoo.evaluation.describing import move, pad_streams
-from lamzoo.evaluation.windows import VideoWindows, describe_windows
-from lamzoo.extractor import FeatureExtractor
-from lamzoo.features import extract_features
+from lamzoo.evaluation.captions.evaluate import move, pad_streams
 from lamzoo.models.describer.generation import Generation
+from lamzoo.video.describe import VideoWindows, describe_windows
+from lamzoo.video.extractor import FeatureExtractor
+from lamzoo.video.features import extract_features
 from tests.cli.test_find import TOWERS, saved
 from tests.data.test_audio import write_pieces
 

@@ -22,7 +22,7 @@ pytest.importorskip("matplotlib")
 from lamzoo.data.moments import MomentFeatures
 from lamzoo.data.moments.base import with_positions
 from lamzoo.data.moments.feature_folder import FeatureFolder
-from lamzoo.evaluation.finding import find_moments
+from lamzoo.evaluation.moments.evaluate import find_moments
 from lamzoo.report import strip as drawing
 from lamzoo.report.strip import Span, write_strip
 

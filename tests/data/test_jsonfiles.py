@@ -20,8 +20,8 @@ from lamzoo.data.json_files import check_fields, is_grid, is_number, is_row, rea
 from lamzoo.data.moments import create_moment_dataset
 from lamzoo.errors import DataError
 from lamzoo.evaluation import moment_metrics
-from lamzoo.evaluation.captionfiles import read_captions
-from lamzoo.evaluation.submissions import read_submission
+from lamzoo.evaluation.captions.coco_results import read_captions
+from lamzoo.evaluation.moments.submissions import read_submission
 from tests.images import encoded
 from tests.shards import write_shard
 from tests.speech import write_speech

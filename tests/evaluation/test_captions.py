@@ -24,7 +24,7 @@ from lamzoo.evaluation import (
     word_overlap,
     write_captions,
 )
-from lamzoo.evaluation.captions import _edits, _tokenized
+from lamzoo.evaluation.captions.metrics import _edits, _tokenized
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "caption_metrics"
 NEEDS_JAVA = pytest.mark.skipif(shutil.which("java") is None, reason="there is no Java on the PATH")

@@ -9,9 +9,9 @@ from lamzoo.data.captions import create_caption_dataset
 from lamzoo.data.moments import create_moment_dataset
 from lamzoo.data.retrieval import create_retrieval_dataset
 from lamzoo.evaluation import evaluate, evaluate_moments
-from lamzoo.evaluation.describing import evaluate_captions
-from lamzoo.evaluation.retrieval import WAYS
-from lamzoo.evaluation.videos import evaluate_retrieval
+from lamzoo.evaluation.captions.evaluate import evaluate_captions
+from lamzoo.evaluation.retrieval.evaluate import evaluate_retrieval
+from lamzoo.evaluation.retrieval.metrics import WAYS
 from lamzoo.registry.catalog import list_models, model_info
 from lamzoo.registry.factory import create_model
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from lamzoo.errors import DataError
 from lamzoo.evaluation import moment_metrics
-from lamzoo.evaluation.moments import _clip_precision, _window_precision
+from lamzoo.evaluation.moments.metrics import _clip_precision, _window_precision
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "qvhighlights"
 STORED = ["moment_detr_sample.val", "moment_detr_clip.val", "qd_detr_clip.val"]

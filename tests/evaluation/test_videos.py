@@ -15,7 +15,7 @@ from lamzoo.data.retrieval import create_retrieval_dataset
 from lamzoo.data.video.sampling import FrameSampling
 from lamzoo.errors import ConfigError, DataError, UnsupportedHostError
 from lamzoo.evaluation import retrieval_metrics
-from lamzoo.evaluation.videos import evaluate_retrieval, frames_config
+from lamzoo.evaluation.retrieval.evaluate import evaluate_retrieval, frames_config
 from tests.training.retrieval_data import retrieval_table, write_faces
 
 

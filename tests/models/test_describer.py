@@ -15,7 +15,7 @@ from torch.testing import assert_close
 import lamzoo
 from lamzoo import LamConfig
 from lamzoo.errors import ConfigError, DataError
-from lamzoo.evaluation.describing import context_tokens
+from lamzoo.evaluation.captions.evaluate import context_tokens
 from lamzoo.models.describer.decoder import CaptionDecoder, DecoderCache, from_coca
 from lamzoo.models.describer.encoder import JointEncoder, Stream, time_waves
 from lamzoo.models.describer.generation import Generation

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 import lamzoo
 from lamzoo import LamConfig
 from lamzoo.errors import ConfigError, DataError, MissingExtraError, StateDictError, WeightsNotFoundError
-from lamzoo.evaluation.describing import context_tokens
+from lamzoo.evaluation.captions.evaluate import context_tokens
 from lamzoo.models.describer.encoder import Stream
 from lamzoo.models.describer.generation import Generation
 from lamzoo.profiling import analytic_macs, profile

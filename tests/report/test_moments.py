@@ -17,7 +17,7 @@ from lamzoo import LamConfig
 from lamzoo.adapters.capture import capture_masks
 from lamzoo.data.moments import MomentDataset, MomentQuery, MomentSource
 from lamzoo.errors import ConfigError, DataError, MissingExtraError, UnsupportedHostError
-from lamzoo.evaluation.finding import pad_features
+from lamzoo.evaluation.moments.evaluate import pad_features
 from lamzoo.report import explain_moments, moments
 from lamzoo.report.canvas import new_figure
 from lamzoo.report.timeline import LayerImportance, Timeline, draw_timeline

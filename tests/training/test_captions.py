@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import lamzoo
 from lamzoo.data.captions import create_caption_dataset
 from lamzoo.errors import LamzooError, UnsupportedHostError
-from lamzoo.evaluation.describing import caption_scores, describe_clips, evaluate_captions
+from lamzoo.evaluation.captions.evaluate import caption_scores, describe_clips, evaluate_captions
 from lamzoo.models.describer.generation import Generation
 from lamzoo.training import TrainResult, load_recipe, parse_recipe, train
 from lamzoo.training.caption_batches import Collate, Samples, caption_losses

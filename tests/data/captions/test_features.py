@@ -9,7 +9,7 @@ import pytest
 
 from lamzoo.data.captions.feature_files import FeatureFiles, row_times, rows_within
 from lamzoo.errors import DataError
-from lamzoo.featurefiles import write_features
+from lamzoo.video.feature_files import write_features
 
 
 def rows(count: int, width: int = 4) -> np.ndarray:

@@ -9,7 +9,7 @@ import pytest
 
 from lamzoo.data.captions import CaptionDataset, create_caption_dataset
 from lamzoo.errors import DataError, MissingSplitError
-from lamzoo.featurefiles import write_features
+from lamzoo.video.feature_files import write_features
 
 FIRST = "1006_Slumdog_Millionaire_01.25.49.077-01.25.54.718"
 SECOND = "1006_Slumdog_Millionaire_01.25.55.000-01.25.56.000"

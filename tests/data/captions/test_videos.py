@@ -10,7 +10,7 @@ import pytest
 
 from lamzoo.data.captions import CaptionDataset, create_caption_dataset
 from lamzoo.errors import DataError, MissingSplitError
-from lamzoo.featurefiles import write_features
+from lamzoo.video.feature_files import write_features
 from tests.videos import write_clip
 
 TABLE = "video,caption,split\nsub/a.mp4,a tone,train\nsub/a,another,train\nb.mp4,silence,train\nb.mp4,tested,test\n"

@@ -26,12 +26,12 @@ from lamzoo.data.video.packets import UnreadableVideo, import_av
 from lamzoo.data.video.reader import find_videos, read_video
 from lamzoo.data.video.sampling import FrameSampling
 from lamzoo.errors import ConfigError, DataError
-from lamzoo.evaluation.partial import weights_sha256
+from lamzoo.evaluation.resume import weights_sha256
+from lamzoo.evaluation.retrieval.evaluate import compare, encode_texts, frames_config
 from lamzoo.evaluation.runtime import Precision, check_batches, inference, resolve_device
-from lamzoo.evaluation.videos import compare, encode_texts, frames_config
 from lamzoo.files import cache_folder
 from lamzoo.registry.factory import create_model
-from lamzoo.searchindex import (
+from lamzoo.video.index import (
     SUFFIX,
     GrowingIndex,
     IndexedVideo,

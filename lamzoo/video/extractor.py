@@ -22,9 +22,9 @@ from lamzoo.data.retrieval.clips import FramesTransform, each_frame
 from lamzoo.data.video.instants import ClipMiddles
 from lamzoo.data.video.reader import read_video_pieces
 from lamzoo.errors import ConfigError, UnsupportedHostError
-from lamzoo.evaluation.partial import weights_sha256
+from lamzoo.evaluation.resume import weights_sha256
+from lamzoo.evaluation.retrieval.evaluate import frames_config
 from lamzoo.evaluation.runtime import Precision, check_batches, inference, resolve_device
-from lamzoo.evaluation.videos import frames_config
 from lamzoo.registry.factory import create_model
 
 _logger = logging.getLogger(__name__)

@@ -21,10 +21,10 @@ from lamzoo.data import LabelledImages, OnBadInput, plain_worker_errors
 from lamzoo.data.images.decode import Mode
 from lamzoo.data.paths import nfc
 from lamzoo.errors import ConfigError, DataError
-from lamzoo.evaluation.partial import Partial, StateFile, weights_sha256
-from lamzoo.evaluation.real import RealLabels
+from lamzoo.evaluation.accuracy import BAD_LABEL, EvalResult, Tally
+from lamzoo.evaluation.classification.imagenet_real import RealLabels
+from lamzoo.evaluation.resume import Partial, StateFile, weights_sha256
 from lamzoo.evaluation.runtime import Precision, check_batches, class_count, data_config, inference, resolve_device
-from lamzoo.evaluation.tally import BAD_LABEL, EvalResult, Tally
 from lamzoo.profiling.inputs import image_mode
 
 

@@ -18,7 +18,7 @@ from lamzoo.data.retrieval import CaptionedVideos, set_aside_bad_videos
 from lamzoo.data.retrieval.clips import Clips, each_frame, pad_clips
 from lamzoo.data.video.sampling import FrameSampling
 from lamzoo.errors import ConfigError, UnsupportedHostError
-from lamzoo.evaluation.retrieval import dual_softmax, retrieval_metrics
+from lamzoo.evaluation.retrieval.metrics import dual_softmax, retrieval_metrics
 from lamzoo.evaluation.runtime import Precision, check_batches, inference, resolve_device
 
 _TEXTS = 1024  # texts that are compared with all videos at a time

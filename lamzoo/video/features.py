@@ -24,8 +24,8 @@ from lamzoo.data.video.packets import import_av
 from lamzoo.data.video.reader import find_videos
 from lamzoo.errors import ConfigError, DataError
 from lamzoo.evaluation.runtime import Precision, check_batches, resolve_device
-from lamzoo.extractor import FeatureExtractor, VideoFeatures, clip_middles, read_pieces
-from lamzoo.featurefiles import Origin, is_there, write_features
+from lamzoo.video.extractor import FeatureExtractor, VideoFeatures, clip_middles, read_pieces
+from lamzoo.video.feature_files import Origin, is_there, write_features
 
 __all__ = ["Extraction", "FeatureExtractor", "VideoFeatures", "extract_features"]
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from lamzoo.data import plain_worker_errors
 from lamzoo.data.moments import MomentDataset, MomentFeatures
 from lamzoo.errors import UnsupportedHostError
-from lamzoo.evaluation.moments import moment_metrics
+from lamzoo.evaluation.moments.metrics import moment_metrics
 from lamzoo.evaluation.runtime import Precision, check_batches, inference, resolve_device
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]

@@ -11,8 +11,8 @@ from torch import Tensor
 from lamzoo.data import BadInput, LabelledImages
 from lamzoo.data.images.validation import why_bad
 from lamzoo.errors import ConfigError, DataError
-from lamzoo.evaluation.partial import Partial
-from lamzoo.evaluation.real import RealLabels
+from lamzoo.evaluation.classification.imagenet_real import RealLabels
+from lamzoo.evaluation.resume import Partial
 
 _logger = logging.getLogger(__name__)
 #: The label that stands for an image that could not be read.

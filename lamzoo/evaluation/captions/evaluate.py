@@ -16,7 +16,7 @@ from lamzoo.data import plain_worker_errors
 from lamzoo.data.captions import CaptionDataset
 from lamzoo.data.captions.base import Stream as Features
 from lamzoo.errors import ConfigError, MissingExtraError, UnsupportedHostError
-from lamzoo.evaluation.captions import caption_metrics, neighbour_recall, word_error_rate
+from lamzoo.evaluation.captions.metrics import caption_metrics, neighbour_recall, word_error_rate
 from lamzoo.evaluation.runtime import Precision, check_batches, inference, resolve_device
 
 _logger = logging.getLogger(__name__)

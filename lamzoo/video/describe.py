@@ -20,10 +20,10 @@ from lamzoo.data.grid_tokens import BANDS
 from lamzoo.data.moments.feature_folder import unit
 from lamzoo.data.video.reader import probe_video
 from lamzoo.errors import ConfigError, DataError, UnsupportedHostError
-from lamzoo.evaluation.describing import check_streams, context_tokens, last_that_fit, move, pad_streams
+from lamzoo.evaluation.captions.evaluate import check_streams, context_tokens, last_that_fit, move, pad_streams
 from lamzoo.evaluation.runtime import inference, resolve_device
-from lamzoo.extractor import FeatureExtractor, feature_widths
 from lamzoo.registry.factory import create_model
+from lamzoo.video.extractor import FeatureExtractor, feature_widths
 
 _logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class VideoWindows:
     Args:
         path: the video file.
         model: of the family ``lam_describer``; says which modalities, and how wide.
-        towers: a name, or model, as of :class:`lamzoo.extractor.FeatureExtractor`; nothing is created where the model
+        towers: a name, or model, as of :class:`FeatureExtractor`; nothing is created where the model
             reads no ``video``.
         rate: frames a second; the model's own by default, 5 where it has none.
         seconds: length of a window, at least 0.1; the model's own by default. The last one is what is left.

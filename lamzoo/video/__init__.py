@@ -1,0 +1,8 @@
+"""From video files to answers: features, search, and descriptions window by window."""
+
+from typing import TYPE_CHECKING
+
+from lamzoo.lazy import submodules_of
+
+if not TYPE_CHECKING:  # a type checker would believe any name
+    __getattr__ = submodules_of(__name__)
