@@ -78,8 +78,8 @@ def train(
 
 def _recipe(arguments: list[str], options: dict[str, Any], resume: bool) -> AnyRecipe:
     """Makes the recipe: of the file, of the options, or of the run to go on with; options win over the file."""
+    from lamzoo.training.config_reader import override, put, read_recipe
     from lamzoo.training.defaults import complete_recipe
-    from lamzoo.training.reading import override, put, read_recipe
     from lamzoo.training.recipe import parse_recipe
 
     file = Path(arguments.pop(0)) if arguments and not _is_override(arguments[0]) else None
@@ -111,7 +111,7 @@ def _is_override(argument: str) -> bool:
 def _run(recipe: AnyRecipe, resume: bool, command: str) -> TrainResult:
     from lamzoo.training import Progress, train
 
-    out.show_log("lamzoo.training.run")  # what is trained, and a line an epoch
+    out.show_log("lamzoo.training.trainer")  # what is trained, and a line an epoch
     with out.progress_bar(recipe.model.name) as advance:
 
         def scanning(split: str, done: int, total: int) -> None:

@@ -37,7 +37,7 @@ from lamzoo.files import atomic_files
 from lamzoo.profiling.bench import checkout_commit
 from lamzoo.profiling.latency import device_label
 from lamzoo.training import load_recipe
-from lamzoo.training.reading import override, read_recipe
+from lamzoo.training.config_reader import override, read_recipe
 from lamzoo.training.recipe import AnyRecipe
 
 HERE = Path(__file__).resolve().parent

@@ -9,14 +9,14 @@ from lamzoo.lazy import submodules_of
 if find_spec("accelerate") is None:
     raise MissingExtraError("Training needs accelerate, which is not installed; pip install 'lamzoo[train]'.")
 
-from lamzoo.training.caption_recipe import CaptionRecipe
+from lamzoo.training.captions.recipe import CaptionRecipe
+from lamzoo.training.classification.scoring import Score
 from lamzoo.training.defaults import complete_recipe
 from lamzoo.training.loop import train
-from lamzoo.training.moment_recipe import MomentRecipe
+from lamzoo.training.moments.recipe import MomentRecipe
 from lamzoo.training.recipe import AnyRecipe, Recipe, load_recipe, parse_recipe
-from lamzoo.training.retrieval_recipe import RetrievalRecipe
-from lamzoo.training.run import Progress, TrainResult
-from lamzoo.training.scoring import Score
+from lamzoo.training.retrieval.recipe import RetrievalRecipe
+from lamzoo.training.trainer import Progress, TrainResult
 
 __all__ = [
     "AnyRecipe",

@@ -22,7 +22,7 @@ from lamzoo.errors import RecipeError
 from lamzoo.reduction.budget import prune_tokens
 from lamzoo.registry.factory import create_model
 from lamzoo.training.recipe import Recipe
-from lamzoo.training.sections import OptimizerSection, RunSection, ScheduleSection
+from lamzoo.training.recipe_common import OptimizerSection, RunSection, ScheduleSection
 
 _logger = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ import torch
 
 from lamzoo.data import select, split_off
 from lamzoo.errors import RecipeError
-from lamzoo.training.inputs import has_split, open_splits
 from lamzoo.training.recipe import Recipe, parse_recipe
-from lamzoo.training.sections import Precision
+from lamzoo.training.recipe_common import Precision
+from lamzoo.training.splits import has_split, open_splits
 
 _VAL_FRACTION = 0.1
 _BATCH = 64  # the largest that is chosen, and the one that the learning rates below are for

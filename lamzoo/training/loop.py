@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from lamzoo.data import plain_worker_errors
-from lamzoo.training.classification import ClassificationRun
-from lamzoo.training.inputs import ScanProgress
-from lamzoo.training.moment_recipe import MomentRecipe
+from lamzoo.training.classification.run import ClassificationRun
+from lamzoo.training.moments.recipe import MomentRecipe
 from lamzoo.training.recipe import AnyRecipe, Recipe
-from lamzoo.training.retrieval_recipe import RetrievalRecipe
-from lamzoo.training.run import Progress, TrainingRun, TrainResult
+from lamzoo.training.retrieval.recipe import RetrievalRecipe
+from lamzoo.training.splits import ScanProgress
+from lamzoo.training.trainer import Progress, TrainingRun, TrainResult
 
 
 def train(
@@ -60,13 +60,13 @@ def _run(
     if isinstance(recipe, Recipe):
         return ClassificationRun(recipe, resume, progress, scanning)
     if isinstance(recipe, RetrievalRecipe):
-        from lamzoo.training.retrieval import RetrievalRun  # needs open_clip
+        from lamzoo.training.retrieval.run import RetrievalRun  # needs open_clip
 
         return RetrievalRun(recipe, resume, progress, scanning)
     if isinstance(recipe, MomentRecipe):
-        from lamzoo.training.moments import MomentRun  # needs SciPy
+        from lamzoo.training.moments.run import MomentRun  # needs SciPy
 
         return MomentRun(recipe, resume, progress, scanning)
-    from lamzoo.training.captions import CaptionRun  # needs open_clip
+    from lamzoo.training.captions.run import CaptionRun  # needs open_clip
 
     return CaptionRun(recipe, resume, progress, scanning)

@@ -11,11 +11,11 @@ from typing import Any, Literal, TypeAlias
 from lamzoo.data import OnBadInput
 from lamzoo.errors import RecipeError
 from lamzoo.lam.pruning import Rest, Score, Training
-from lamzoo.training.caption_recipe import CaptionRecipe, check_captions
-from lamzoo.training.moment_recipe import MomentRecipe, check_moments
-from lamzoo.training.reading import build, override, read_recipe, without_none
-from lamzoo.training.retrieval_recipe import RetrievalRecipe, check_retrieval
-from lamzoo.training.sections import OptimizerSection, RunSection, ScheduleSection, check_common
+from lamzoo.training.captions.recipe import CaptionRecipe, check_captions
+from lamzoo.training.config_reader import build, override, read_recipe, without_none
+from lamzoo.training.moments.recipe import MomentRecipe, check_moments
+from lamzoo.training.recipe_common import OptimizerSection, RunSection, ScheduleSection, check_common
+from lamzoo.training.retrieval.recipe import RetrievalRecipe, check_retrieval
 
 Tune = Literal["all", "lam", "head"]
 

@@ -16,7 +16,7 @@ import lamzoo
 from lamzoo.adapters import add_lam, load_lam_state_dict, remove_lam
 from lamzoo.lam import LamConfig
 from lamzoo.training.build import build_optimizer
-from lamzoo.training.sections import OptimizerSection
+from lamzoo.training.recipe_common import OptimizerSection
 from tests.adapters.timm_hosts import HOSTS, Host
 
 hosts = pytest.mark.parametrize("host", HOSTS.values(), ids=HOSTS)

@@ -13,7 +13,7 @@ from benchmarks.ablation import run as ablation
 from benchmarks.ablation.table import table
 from lamzoo.lam import LamConfig
 from lamzoo.training import Recipe
-from lamzoo.training.reading import read_recipe
+from lamzoo.training.config_reader import read_recipe
 from lamzoo.training.recipe import AnyRecipe
 
 FILE = ablation.HERE / "ablation.toml"

@@ -19,8 +19,8 @@ from lamzoo.evaluation.captions.evaluate import context_tokens
 from lamzoo.models.describer.encoder import Stream
 from lamzoo.models.describer.generation import Generation
 from lamzoo.profiling import analytic_macs, profile
-from lamzoo.training.caption_batches import caption_losses
-from lamzoo.training.caption_recipe import CaptionWeights
+from lamzoo.training.captions.batches import caption_losses
+from lamzoo.training.captions.recipe import CaptionWeights
 from lamzoo.weights.loading import load_into
 
 transformers = pytest.importorskip("transformers", reason="the extra gpt2")

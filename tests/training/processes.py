@@ -15,7 +15,7 @@ import pytest
 
 from lamzoo.errors import DataError
 from lamzoo.training import Progress, TrainResult, parse_recipe, train
-from lamzoo.training.run import TrainingRun
+from lamzoo.training.trainer import TrainingRun
 
 
 def train_killed(

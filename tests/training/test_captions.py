@@ -20,9 +20,9 @@ from lamzoo.errors import LamzooError, UnsupportedHostError
 from lamzoo.evaluation.captions.evaluate import caption_scores, describe_clips, evaluate_captions
 from lamzoo.models.describer.generation import Generation
 from lamzoo.training import TrainResult, load_recipe, parse_recipe, train
-from lamzoo.training.caption_batches import Collate, Samples, caption_losses
-from lamzoo.training.caption_recipe import CaptionWeights
-from lamzoo.training.captions import CaptionRun
+from lamzoo.training.captions.batches import Collate, Samples, caption_losses
+from lamzoo.training.captions.recipe import CaptionWeights
+from lamzoo.training.captions.run import CaptionRun
 from tests.byte_pairs import write_byte_pairs
 from tests.speech import ALL, write_speech
 from tests.training.processes import train_in_two, train_killed

@@ -16,8 +16,8 @@ from accelerate import Accelerator
 from lamzoo.data.images.trained import MadeSplit
 from lamzoo.errors import DataError, MissingSplitError, RecipeError
 from lamzoo.training import Progress, parse_recipe, train
-from lamzoo.training.inputs import Splits, open_splits, prepare_splits
 from lamzoo.training.recipe import DataSection
+from lamzoo.training.splits import Splits, open_splits, prepare_splits
 from tests.images import CLASSES, write_folder
 
 

@@ -14,9 +14,9 @@ from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import Dataset
 
 from lamzoo.training import parse_recipe
-from lamzoo.training.classification import ClassificationRun
+from lamzoo.training.classification.run import ClassificationRun
 from lamzoo.training.loaders import SeededDataset, SeededSampler, create_eval_loader, seed_everything
-from lamzoo.training.retrieval import RetrievalRun
+from lamzoo.training.retrieval.run import RetrievalRun
 from tests.training.retrieval_data import retrieval_table, write_faces
 
 

@@ -16,7 +16,7 @@ from timm.layers import use_fused_attn
 import lamzoo
 from lamzoo.errors import DataError, DivergedError, RecipeError, UnsupportedHostError
 from lamzoo.training import TrainResult, parse_recipe, train
-from lamzoo.training.classification import ClassificationRun
+from lamzoo.training.classification.run import ClassificationRun
 from lamzoo.training.loaders import check_mixup
 from tests.training.processes import train_failed, train_in_two, train_killed
 

@@ -12,8 +12,15 @@ import lamzoo
 from lamzoo.errors import DivergedError
 from lamzoo.models.moment_detr.model import Moments
 from lamzoo.models.moment_detr.spans import generalized_span_iou, to_centres, to_edges
-from lamzoo.training.moment_losses import MomentTargets, contrast_loss, margin_loss, match, moment_losses, negative_loss
-from lamzoo.training.moment_recipe import MomentWeights
+from lamzoo.training.moments.losses import (
+    MomentTargets,
+    contrast_loss,
+    margin_loss,
+    match,
+    moment_losses,
+    negative_loss,
+)
+from lamzoo.training.moments.recipe import MomentWeights
 
 WEIGHTS = MomentWeights()
 

@@ -18,8 +18,8 @@ from lamzoo.data.moments.base import HIGHEST_GRADE
 from lamzoo.errors import DataError, LamzooError
 from lamzoo.evaluation import evaluate_moments
 from lamzoo.training import TrainResult, load_recipe, parse_recipe, train
-from lamzoo.training.moment_batches import Samples, clip_grades, collate, unrelated
-from lamzoo.training.moments import MomentRun
+from lamzoo.training.moments.batches import Samples, clip_grades, collate, unrelated
+from lamzoo.training.moments.run import MomentRun
 from tests.speech import write_speech
 from tests.training.gradients import gradients
 from tests.training.moment_data import moment_recipe, write_qvhighlights

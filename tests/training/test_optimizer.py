@@ -14,8 +14,8 @@ from lamzoo.errors import RecipeError
 from lamzoo.lam import LamConfig
 from lamzoo.training import parse_recipe
 from lamzoo.training.build import build_optimizer, build_scheduler
-from lamzoo.training.retrieval import RetrievalRun
-from lamzoo.training.sections import SCHEDULES, OptimizerSection, ScheduleSection
+from lamzoo.training.recipe_common import SCHEDULES, OptimizerSection, ScheduleSection
+from lamzoo.training.retrieval.run import RetrievalRun
 from tests.training.retrieval_data import retrieval_table, write_faces
 
 

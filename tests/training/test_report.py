@@ -12,7 +12,7 @@ import torch
 import lamzoo.report.curves
 from lamzoo.errors import MissingExtraError
 from lamzoo.training import Score, TrainResult, parse_recipe, train
-from lamzoo.training.report import confusion
+from lamzoo.training.classification.report import confusion
 from tests.images import write_folder
 
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 import lamzoo
 from lamzoo.errors import LamzooError
 from lamzoo.training import TrainResult, parse_recipe, train
-from lamzoo.training.contrastive import contrastive_loss
-from lamzoo.training.retrieval import RetrievalRun
+from lamzoo.training.retrieval.contrastive import contrastive_loss
+from lamzoo.training.retrieval.run import RetrievalRun
 from tests.training.processes import train_in_two, train_killed
 from tests.training.retrieval_data import retrieval_table, write_faces
 

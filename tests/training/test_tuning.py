@@ -14,7 +14,7 @@ import lamzoo
 from lamzoo.errors import RecipeError, StateDictError
 from lamzoo.training import parse_recipe, train
 from lamzoo.training.build import build_model
-from lamzoo.training.tuning import Tuning
+from lamzoo.training.freezing import Tuning
 from tests.training.processes import train_killed
 
 

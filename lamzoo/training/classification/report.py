@@ -21,9 +21,9 @@ from lamzoo.adapters import lam_parameters
 from lamzoo.errors import DataError, LamzooError, UnsupportedHostError
 from lamzoo.files import atomic_files
 from lamzoo.registry.factory import create_model
-from lamzoo.training.inputs import Splits
+from lamzoo.training.classification.scoring import Score
 from lamzoo.training.recipe import Recipe
-from lamzoo.training.scoring import Score
+from lamzoo.training.splits import Splits
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -28,10 +28,10 @@ from lamzoo.registry.external import OPEN_CLIP_PREFIX, TIMM_PREFIX
 from lamzoo.registry.saving import read_saved, save_pretrained
 from lamzoo.training.build import build_ema, build_scheduler
 from lamzoo.training.checkpoints import Checkpoints
-from lamzoo.training.inputs import BadInputs, ScanProgress, write_bad_inputs
 from lamzoo.training.loaders import seed_everything
 from lamzoo.training.recipe import AnyRecipe
-from lamzoo.training.sections import RunSection
+from lamzoo.training.recipe_common import RunSection
+from lamzoo.training.splits import BadInputs, ScanProgress, write_bad_inputs
 from lamzoo.weights.files import read_state_dict
 
 _logger = logging.getLogger(__name__)

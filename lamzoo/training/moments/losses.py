@@ -16,7 +16,7 @@ from lamzoo.data.moments.base import HIGHEST_GRADE
 from lamzoo.errors import DivergedError, MissingExtraError
 from lamzoo.models.moment_detr.model import Moments
 from lamzoo.models.moment_detr.spans import generalized_span_iou, to_boxes, to_edges
-from lamzoo.training.moment_recipe import MomentWeights
+from lamzoo.training.moments.recipe import MomentWeights
 
 if find_spec("scipy") is None:
     raise MissingExtraError("Matching moments needs SciPy, which is not installed; pip install 'lamzoo[moments]'.")

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lamzoo.errors import RecipeError
-from lamzoo.training.moment_recipe import SpliceSection
-from lamzoo.training.reading import without_none
-from lamzoo.training.sections import OptimizerSection, RunSection, ScheduleSection
+from lamzoo.training.config_reader import without_none
+from lamzoo.training.moments.recipe import SpliceSection
+from lamzoo.training.recipe_common import OptimizerSection, RunSection, ScheduleSection
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from lamzoo.data.captions import CaptionDataset, create_caption_dataset
 from lamzoo.errors import RecipeError
 from lamzoo.evaluation.captions.evaluate import caption_scores, check_streams, describe_clips
 from lamzoo.registry.factory import create_model
-from lamzoo.training.caption_batches import Collate, Samples, caption_counts, caption_losses
-from lamzoo.training.caption_recipe import CaptionRecipe
-from lamzoo.training.features import FeatureRun
+from lamzoo.training.captions.batches import Collate, Samples, caption_counts, caption_losses
+from lamzoo.training.captions.recipe import CaptionRecipe
+from lamzoo.training.feature_run import FeatureRun
 from lamzoo.training.score_report import caption_table
 
 _WATCHED = ("WER", "sentence_accuracy", "CIDEr", "Bleu_4", "ROUGE_L")

@@ -13,14 +13,9 @@ from torch.utils.data import DataLoader
 from lamzoo.data.images.trained import SPLIT_NAME
 from lamzoo.reduction import pruning_loss
 from lamzoo.training.build import build_model, build_optimizer
-from lamzoo.training.inputs import (
-    BadInputs,
-    ScanProgress,
-    Splits,
-    check_made_split,
-    open_splits,
-    prepare_splits,
-)
+from lamzoo.training.classification.report import RunFacts, write_report
+from lamzoo.training.classification.scoring import Score, score
+from lamzoo.training.freezing import Tuning
 from lamzoo.training.loaders import (
     check_batches,
     check_mixup,
@@ -30,10 +25,15 @@ from lamzoo.training.loaders import (
     seed_everything,
 )
 from lamzoo.training.recipe import PruneSection, Recipe
-from lamzoo.training.report import RunFacts, write_report
-from lamzoo.training.run import TrainingRun, TrainResult
-from lamzoo.training.scoring import Score, score
-from lamzoo.training.tuning import Tuning
+from lamzoo.training.splits import (
+    BadInputs,
+    ScanProgress,
+    Splits,
+    check_made_split,
+    open_splits,
+    prepare_splits,
+)
+from lamzoo.training.trainer import TrainingRun, TrainResult
 
 
 class ClassificationRun(TrainingRun):

@@ -9,8 +9,8 @@ from typing import Any, Literal
 from lamzoo.data import OnBadInput
 from lamzoo.data.video.sampling import FrameSampling, Slicing
 from lamzoo.errors import RecipeError
-from lamzoo.training.reading import without_none
-from lamzoo.training.sections import OptimizerSection, RunSection, ScheduleSection
+from lamzoo.training.config_reader import without_none
+from lamzoo.training.recipe_common import OptimizerSection, RunSection, ScheduleSection
 
 
 @dataclass(frozen=True)

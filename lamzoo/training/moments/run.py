@@ -14,10 +14,10 @@ from lamzoo.errors import RecipeError
 from lamzoo.evaluation.moments.evaluate import check_features, submission
 from lamzoo.evaluation.moments.metrics import check_grades, moment_metrics
 from lamzoo.registry.factory import create_model
-from lamzoo.training.features import FeatureRun
-from lamzoo.training.moment_batches import Samples, collate, with_unrelated
-from lamzoo.training.moment_losses import MomentTargets, moment_counts, moment_losses
-from lamzoo.training.moment_recipe import MomentRecipe
+from lamzoo.training.feature_run import FeatureRun
+from lamzoo.training.moments.batches import Samples, collate, with_unrelated
+from lamzoo.training.moments.losses import MomentTargets, moment_counts, moment_losses
+from lamzoo.training.moments.recipe import MomentRecipe
 from lamzoo.training.score_report import moment_table
 
 _logger = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from lamzoo.data.captions.base import CaptionItem
 from lamzoo.data.captions.base import Stream as Features
 from lamzoo.data.grid_tokens import IGNORED, said_at
 from lamzoo.evaluation.captions.evaluate import context_tokens, pad_streams
-from lamzoo.training.caption_recipe import CaptionWeights
+from lamzoo.training.captions.recipe import CaptionWeights
 
 
 @dataclass(frozen=True)

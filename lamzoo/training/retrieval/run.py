@@ -29,12 +29,12 @@ from lamzoo.evaluation.retrieval.evaluate import compare, encode_texts, frames_c
 from lamzoo.evaluation.retrieval.metrics import retrieval_metrics
 from lamzoo.profiling.inputs import evaluating
 from lamzoo.registry.factory import create_model
-from lamzoo.training.contrastive import contrastive_backward
-from lamzoo.training.inputs import BadInputs, ScanProgress
 from lamzoo.training.loaders import create_seeded_loader, seed_everything
-from lamzoo.training.retrieval_recipe import RetrievalRecipe
-from lamzoo.training.run import TrainingRun, TrainResult
+from lamzoo.training.retrieval.contrastive import contrastive_backward
+from lamzoo.training.retrieval.recipe import RetrievalRecipe
 from lamzoo.training.score_report import retrieval_table, write_score_report
+from lamzoo.training.splits import BadInputs, ScanProgress
+from lamzoo.training.trainer import TrainingRun, TrainResult
 
 Metrics = dict[str, dict[str, float]]
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lamzoo.errors import RecipeError
-from lamzoo.training.reading import without_none
-from lamzoo.training.sections import OptimizerSection, RunSection, ScheduleSection
+from lamzoo.training.config_reader import without_none
+from lamzoo.training.recipe_common import OptimizerSection, RunSection, ScheduleSection
 
 
 @dataclass(frozen=True)

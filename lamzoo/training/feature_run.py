@@ -12,13 +12,13 @@ from torch.utils.data import DataLoader
 
 from lamzoo.errors import RecipeError
 from lamzoo.training.build import build_optimizer
-from lamzoo.training.caption_recipe import CaptionRecipe
+from lamzoo.training.captions.recipe import CaptionRecipe
 from lamzoo.training.gradients import average_gradients, global_counts
-from lamzoo.training.inputs import BadInputs, ScanProgress
 from lamzoo.training.loaders import create_seeded_loader, seed_everything
-from lamzoo.training.moment_recipe import MomentRecipe
-from lamzoo.training.run import TrainingRun, TrainResult
+from lamzoo.training.moments.recipe import MomentRecipe
 from lamzoo.training.score_report import write_score_report
+from lamzoo.training.splits import BadInputs, ScanProgress
+from lamzoo.training.trainer import TrainingRun, TrainResult
 
 
 class FeatureRun(TrainingRun):
