@@ -39,8 +39,8 @@ from lamzoo.evaluation import evaluate
 from lamzoo.lam.pruning import Rest, Score
 from lamzoo.profiling.inputs import as_arguments, default_input
 from lamzoo.profiling.latency import compare_latency
-from lamzoo.report.canvas import new_figure
 from lamzoo.report.compare.plots import encode
+from lamzoo.report.mpl import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

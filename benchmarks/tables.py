@@ -18,7 +18,7 @@ from benchmarks import breakdown, exported, finetuning, kernels, pruning, speed,
 from benchmarks.ablation.run import HERE
 from benchmarks.ablation.table import table as ablation
 from benchmarks.rows import read_rows as read_lines
-from lamzoo.profiling.table import BenchRow, read_rows
+from lamzoo.profiling.results import BenchRow, read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -15,7 +15,7 @@ from lamzoo.cli_options import Device, Json
 from lamzoo.errors import ConfigError
 
 if TYPE_CHECKING:
-    from lamzoo.profiling.table import BenchRow
+    from lamzoo.profiling.results import BenchRow
 
 
 def bench(
@@ -56,9 +56,9 @@ def bench(
 
     from lamzoo.evaluation import resolve_device
     from lamzoo.profiling.bench import bench, checkout_commit
+    from lamzoo.profiling.candidates import select_models
     from lamzoo.profiling.job import BenchJob
     from lamzoo.profiling.latency import device_label
-    from lamzoo.profiling.selection import select_models
 
     target = resolve_device(device)
     if target.type not in ("cpu", "cuda"):

@@ -12,7 +12,7 @@ from lamzoo import cli_output as out
 
 if TYPE_CHECKING:
     from lamzoo.report.compare import Comparison, Entry
-    from lamzoo.report.compare.tables import Column
+    from lamzoo.report.compare.text import Column
 
 
 def compare(
@@ -41,7 +41,7 @@ def compare(
 
 
 def _print(comparison: Comparison) -> None:
-    from lamzoo.report.compare.tables import all_notes, caption, columns_of
+    from lamzoo.report.compare.text import all_notes, caption, columns_of
 
     for group in comparison.groups:
         columns = columns_of(comparison, group)

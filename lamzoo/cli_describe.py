@@ -86,7 +86,7 @@ def _check_files(video: Path, output: Path | None, explain: Path | None) -> None
         if output.exists() and output.samefile(video):
             raise ConfigError(f"--out {output} would replace the video itself; name another file")
     if explain is not None:
-        from lamzoo.report.rows import check_rows
+        from lamzoo.report.frame_rows import check_rows
 
         check_rows(explain, "picture")
 

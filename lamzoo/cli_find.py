@@ -15,7 +15,7 @@ from lamzoo.errors import ConfigError, DataError, MissingExtraError
 
 if TYPE_CHECKING:
     from lamzoo.evaluation.moments.evaluate import Finding
-    from lamzoo.report.strip import Span
+    from lamzoo.report.moment_strip import Span
     from lamzoo.video.extractor import FeatureExtractor, VideoFeatures
 
 _STRIP = Path("lamzoo-find.png")
@@ -50,7 +50,7 @@ def find(
     if not video.exists():
         raise DataError(f"no such video: {video}")
     from lamzoo.evaluation import resolve_device
-    from lamzoo.report.strip import Span, write_strip
+    from lamzoo.report.moment_strip import Span, write_strip
     from lamzoo.video.extractor import FeatureExtractor, clip_middles, feature_widths
 
     target = resolve_device(device)
@@ -99,7 +99,7 @@ def _check_widths(network: Any, video_dim: int, text_dim: int) -> None:
 
 def _picture(strip: Path | None) -> Path | None:
     """Returns what to call the preview, and checks that it can be drawn; None where nobody asked and it can't."""
-    from lamzoo.report.strip import check_strip
+    from lamzoo.report.moment_strip import check_strip
 
     picture = _STRIP if strip is None else strip
     try:

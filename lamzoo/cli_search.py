@@ -65,7 +65,7 @@ def search(
     from lamzoo.data.video.reader import find_videos
     from lamzoo.evaluation import check_batches, resolve_device
     from lamzoo.evaluation.retrieval.evaluate import frames_config
-    from lamzoo.report.contact import write_contact_sheet
+    from lamzoo.report.contact_sheet import write_contact_sheet
     from lamzoo.video.search import index_videos
 
     target = resolve_device(device)
@@ -106,7 +106,7 @@ def search(
 
 def _sheets(sheet: Path | None, count: int) -> list[Path]:
     """Returns what to call the contact sheets, and checks that they can be drawn; none where nobody asked for them."""
-    from lamzoo.report.contact import check_sheet
+    from lamzoo.report.contact_sheet import check_sheet
 
     first = _SHEET if sheet is None else sheet
     try:

@@ -490,9 +490,9 @@ def test_the_contact_sheet_shows_the_best_matches_whatever_their_names(
     folder: Path, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("matplotlib")
-    from lamzoo.report import contact
+    from lamzoo.report import contact_sheet
 
-    monkeypatch.setattr(contact, "MAX_ROWS", 6)
+    monkeypatch.setattr(contact_sheet, "MAX_ROWS", 6)
     (folder / "rocket.mp4").rename(folder / os.fsdecode(b"caf\xe9 \n $_ \xff.mp4"))
     query = "$x_{$ 月 \n — \N{GRINNING FACE} שלום " + "and so on " * 60
     matches = index(folder, model).search(query)
@@ -500,7 +500,7 @@ def test_the_contact_sheet_shows_the_best_matches_whatever_their_names(
     for count in (1, 5, 9):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            contact.write_contact_sheet(tmp_path / "sheet.png", query, (matches * 2)[:count])
+            contact_sheet.write_contact_sheet(tmp_path / "sheet.png", query, (matches * 2)[:count])
         with Image.open(tmp_path / "sheet.png") as image:
             image.load()
             heights.append(image.height)
@@ -512,7 +512,7 @@ def test_the_contact_sheet_shows_the_best_matches_whatever_their_names(
 
 def test_a_contact_sheet_that_cannot_be_drawn_is_one_sentence(folder: Path, model: Any, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    from lamzoo.report.contact import write_contact_sheet
+    from lamzoo.report.contact_sheet import write_contact_sheet
 
     matches = index(folder, model).search(QUERIES[0])
     (tmp_path / "folder.png").mkdir()

@@ -9,7 +9,7 @@ from lamzoo.profiling.latency import Latency, LatencyComparison, compare_latency
 from lamzoo.profiling.macs import Profile, profile
 from lamzoo.profiling.measurement import Measurement, best_batch, measure
 from lamzoo.profiling.memory import MemoryMeter
-from lamzoo.profiling.table import BenchRow, read_rows, write_rows
+from lamzoo.profiling.results import BenchRow, read_rows, write_rows
 
 __all__ = [
     "AnalyticMacs",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lamzoo.profiling.job import BenchJob, run_job
-from lamzoo.profiling.table import BenchRow, read_rows, write_rows
+from lamzoo.profiling.results import BenchRow, read_rows, write_rows
 
 _logger = logging.getLogger(__name__)
 

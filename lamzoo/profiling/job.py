@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
-from lamzoo.profiling.table import BenchRow, Mode
+from lamzoo.profiling.results import BenchRow, Mode
 
 _WORKER = (sys.executable, "-m", "lamzoo.profiling.worker")
 

@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 from lamzoo.errors import LamzooError
+from lamzoo.profiling.candidates import size_text
 from lamzoo.profiling.inputs import default_input, evaluating, image_size
 from lamzoo.profiling.job import BenchJob
 from lamzoo.profiling.measurement import Measurement, measure
 from lamzoo.profiling.memory import MemoryMeter
-from lamzoo.profiling.selection import size_text
-from lamzoo.profiling.table import BenchRow
+from lamzoo.profiling.results import BenchRow
 from lamzoo.registry.catalog import find_card
 from lamzoo.registry.factory import create_model, obtain
 from lamzoo.registry.saving import read_saved

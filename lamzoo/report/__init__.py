@@ -3,9 +3,9 @@
 from typing import TYPE_CHECKING
 
 from lamzoo.lazy import submodules_of
-from lamzoo.report.descriptions import explain_windows
-from lamzoo.report.masks import explain
-from lamzoo.report.moments import explain_moments
+from lamzoo.report.mask_pictures import explain
+from lamzoo.report.moment_pictures import explain_moments
+from lamzoo.report.window_pictures import explain_windows
 
 __all__ = ["explain", "explain_moments", "explain_windows"]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lamzoo.report.canvas import new_figure
+from lamzoo.report.mpl import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

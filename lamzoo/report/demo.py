@@ -20,7 +20,7 @@ from lamzoo.evaluation.runtime import class_count
 from lamzoo.profiling import Latency, LatencyComparison, compare_latency, profile
 from lamzoo.profiling.inputs import default_input
 from lamzoo.registry.factory import create_model
-from lamzoo.report.masks import explain
+from lamzoo.report.mask_pictures import explain
 
 MODEL = "lam_vit_micro"
 BASELINE = "vit_micro"

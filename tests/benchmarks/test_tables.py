@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import tables
-from lamzoo.profiling.table import BenchRow, read_rows, write_rows
+from lamzoo.profiling.results import BenchRow, read_rows, write_rows
 
 README = tables.ROOT / "README.md"
 

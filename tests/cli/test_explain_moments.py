@@ -53,11 +53,11 @@ def call(run: Callable[..., Any], place: Path) -> Callable[..., Any]:
 def test_a_query_is_drawn_by_its_id_or_the_first(
     call: Callable[..., Any], query: str, index: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lamzoo.report import moments
+    from lamzoo.report import moment_pictures
 
     seen = []
-    real = moments._measure
-    monkeypatch.setattr(moments, "_measure", lambda *args: (seen.append(args[3]), real(*args))[1])
+    real = moment_pictures._measure
+    monkeypatch.setattr(moment_pictures, "_measure", lambda *args: (seen.append(args[3]), real(*args))[1])
     done = call("lam_moment_detr_micro", f"--data DATA --split val {query} --out time.png")
     assert (done.code, done.out) == (0, "time.png\n"), done.err
     assert Path("time.png").read_bytes().startswith(b"\x89PNG")

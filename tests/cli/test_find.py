@@ -23,8 +23,8 @@ from lamzoo.data.moments import MomentFeatures
 from lamzoo.data.moments.base import with_positions
 from lamzoo.data.moments.feature_folder import FeatureFolder
 from lamzoo.evaluation.moments.evaluate import find_moments
-from lamzoo.report import strip as drawing
-from lamzoo.report.strip import Span, write_strip
+from lamzoo.report import moment_strip as drawing
+from lamzoo.report.moment_strip import Span, write_strip
 
 TOWERS: dict[str, Any] = {
     "embed_dim": 24,

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import lamzoo
-from lamzoo.profiling.table import read_rows
+from lamzoo.profiling.results import read_rows
 from tests.training.retrieval_data import retrieval_table, write_faces
 
 

@@ -19,7 +19,7 @@ from lamzoo.data.moments.qvhighlights import charades
 from lamzoo.data.retrieval import create_retrieval_dataset
 from lamzoo.data.retrieval.msrvtt import read_test_pairs
 from lamzoo.errors import DataError
-from lamzoo.report.compare.timm import read_timm
+from lamzoo.report.compare.timm_results import read_timm
 from tests.images import encoded
 
 NFC, NFD = (unicodedata.normalize(form, "Café") for form in ("NFC", "NFD"))

@@ -16,7 +16,7 @@ import lamzoo
 from lamzoo.data import LabelledImages, create_dataset, relabel, select
 from lamzoo.errors import RecipeError, UnsupportedHostError
 from lamzoo.evaluation import evaluate, predict, preprocess
-from lamzoo.report.view import view
+from lamzoo.report.model_view import view
 from lamzoo.training import complete_recipe, parse_recipe, train
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from lamzoo.errors import UnknownModelError, WeightsNotFoundError
-from lamzoo.profiling.selection import Candidate, select_models
+from lamzoo.profiling.candidates import Candidate, select_models
 from lamzoo.registry.factory import create_model
 from lamzoo.registry.saving import save_pretrained
 

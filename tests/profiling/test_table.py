@@ -5,7 +5,7 @@ import pytest
 
 from lamzoo.errors import DataError
 from lamzoo.profiling import BenchRow, read_rows, write_rows
-from lamzoo.profiling.table import COLUMNS
+from lamzoo.profiling.results import COLUMNS
 
 ROWS = [
     BenchRow("lam_vit_micro", "cifar10", params_m=1.07897, lam_params_m=0.035088, batch=64, plain="vit_micro.cifar10"),

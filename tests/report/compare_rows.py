@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from lamzoo.profiling.table import BenchRow, write_rows
+from lamzoo.profiling.results import BenchRow, write_rows
 
 PLAIN = BenchRow(
     model="vit_micro",

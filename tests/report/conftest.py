@@ -34,14 +34,14 @@ def photo():
 @pytest.fixture
 def drawn(monkeypatch):
     """Stands between `explain` and the drawing, and keeps what was to be drawn."""
-    from lamzoo.report import masks
+    from lamzoo.report import mask_pictures
 
     seen = SimpleNamespace()
-    real = masks.draw
+    real = mask_pictures.draw
 
     def draw(layers, *args, **kwargs):
         seen.layers, seen.title, seen.neutral = layers, kwargs["title"], kwargs["neutral"]
         return real(layers, *args, **kwargs)
 
-    monkeypatch.setattr(masks, "draw", draw)
+    monkeypatch.setattr(mask_pictures, "draw", draw)
     return seen

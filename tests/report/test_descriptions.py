@@ -16,8 +16,8 @@ from matplotlib.text import Text
 
 from lamzoo.models.describer.encoder import Stream
 from lamzoo.models.tokenizer import SmallTokenizer, WordTokenizer
-from lamzoo.report.descriptions import word_attention, words_of
-from lamzoo.report.wordline import MAX_WORDS, ModalityView, WindowView, draw_windows
+from lamzoo.report.window_pictures import word_attention, words_of
+from lamzoo.report.word_attention import MAX_WORDS, ModalityView, WindowView, draw_windows
 
 WORDS = ("a", "woman", "pays", "a", "$5", "bill", "and", "$10", "incomprehensibilities", "sits", "on", "a", "chair")
 

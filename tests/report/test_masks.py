@@ -12,8 +12,8 @@ from lamzoo.adapters.capture import capture_masks
 from lamzoo.errors import ConfigError, DataError, MissingExtraError, UnsupportedHostError
 from lamzoo.lam import LamConfig
 from lamzoo.report import explain
-from lamzoo.report.figure import LayerPicture, draw
-from lamzoo.report.view import view
+from lamzoo.report.mask_figure import LayerPicture, draw
+from lamzoo.report.model_view import view
 
 
 def _pixels(path):

@@ -18,8 +18,8 @@ from lamzoo.adapters.capture import capture_masks
 from lamzoo.data.moments import MomentDataset, MomentQuery, MomentSource
 from lamzoo.errors import ConfigError, DataError, MissingExtraError, UnsupportedHostError
 from lamzoo.evaluation.moments.evaluate import pad_features
-from lamzoo.report import explain_moments, moments
-from lamzoo.report.canvas import new_figure
+from lamzoo.report import explain_moments, moment_pictures
+from lamzoo.report.mpl import new_figure
 from lamzoo.report.timeline import LayerImportance, Timeline, draw_timeline
 
 pytest.importorskip("matplotlib")
@@ -65,7 +65,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Any:
         seen.timeline, seen.neutral, seen.title = timeline, neutral, title
         return new_figure((1, 1))
 
-    monkeypatch.setattr(moments, "draw_timeline", keep)
+    monkeypatch.setattr(moment_pictures, "draw_timeline", keep)
     return seen
 
 

@@ -87,7 +87,7 @@ def test_without_matplotlib_the_report_says_how_to_get_pictures(
         raise MissingExtraError("Drawing needs matplotlib; pip install 'lamzoo[report]'")
 
     monkeypatch.setattr(lamzoo.report.curves, "new_figure", missing)
-    monkeypatch.setattr("lamzoo.report.masks.draw", missing)
+    monkeypatch.setattr("lamzoo.report.mask_pictures.draw", missing)
     result, content, text = reported(folder_table)
     assert content["scores"]
     assert text.count("pip install 'lamzoo[report]'") == 2

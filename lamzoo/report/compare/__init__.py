@@ -3,11 +3,11 @@
 from typing import TYPE_CHECKING
 
 from lamzoo.lazy import submodules_of
-from lamzoo.report.compare.files import write_comparison
+from lamzoo.report.compare.entries import Comparison, Entry, Group, compare
 from lamzoo.report.compare.panels import Panel, Point, gmacs_panels, latency_panels
-from lamzoo.report.compare.rows import Comparison, Entry, Group, compare
-from lamzoo.report.compare.tables import to_csv, to_markdown
-from lamzoo.report.compare.timm import TimmResult, read_timm
+from lamzoo.report.compare.text import to_csv, to_markdown
+from lamzoo.report.compare.timm_results import TimmResult, read_timm
+from lamzoo.report.compare.writing import write_comparison
 
 __all__ = [
     "Comparison",

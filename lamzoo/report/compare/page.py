@@ -14,11 +14,11 @@ from string import Template
 from typing import TYPE_CHECKING, Any, Literal
 
 from lamzoo.errors import MissingExtraError
+from lamzoo.report.compare.entries import Comparison, Entry
 from lamzoo.report.compare.panels import Panel, Point, gmacs_panels, latency_panels
 from lamzoo.report.compare.plots import FRONT, LAM, PLAIN, TIMM, short_name, shortened
-from lamzoo.report.compare.rows import Comparison, Entry
-from lamzoo.report.compare.tables import LEGEND, all_notes, number, pareto_costs, setting_text
-from lamzoo.report.compare.timm import TimmResult
+from lamzoo.report.compare.text import LEGEND, all_notes, number, pareto_costs, setting_text
+from lamzoo.report.compare.timm_results import TimmResult
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

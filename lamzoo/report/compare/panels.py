@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from lamzoo.report.compare.rows import Comparison, Entry, Group, some
-from lamzoo.report.compare.timm import TimmResult
+from lamzoo.report.compare.entries import Comparison, Entry, Group, some
+from lamzoo.report.compare.timm_results import TimmResult
 
 _LOGARITHMIC_FROM = 6  # times the smallest x: below this a linear axis reads better
 _UNEVEN = 0.15  # of a latency: from here on a reader should know

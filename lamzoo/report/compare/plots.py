@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, Literal
 
-from lamzoo.report.canvas import new_figure
 from lamzoo.report.compare.panels import Panel, Point
+from lamzoo.report.mpl import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

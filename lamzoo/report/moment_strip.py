@@ -9,7 +9,7 @@ from pathlib import Path
 from lamzoo.data.video.instants import Instants
 from lamzoo.data.video.reader import read_video
 from lamzoo.errors import ConfigError
-from lamzoo.report.rows import FRAMES, check_rows, clock, draw_rows
+from lamzoo.report.frame_rows import FRAMES, check_rows, clock, draw_rows
 
 MAX_ROWS = 10
 

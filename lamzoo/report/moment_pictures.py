@@ -20,8 +20,8 @@ from lamzoo.lam import Lam, LamConfig, MaskRecord
 from lamzoo.models.moment_detr.model import Place
 from lamzoo.models.moment_detr.qd_detr import QdDetr
 from lamzoo.profiling.inputs import evaluating
-from lamzoo.report.canvas import check_target
-from lamzoo.report.masks import neutral_value, title_of
+from lamzoo.report.mask_pictures import neutral_value, title_of
+from lamzoo.report.mpl import check_target
 from lamzoo.report.timeline import LayerImportance, Timeline, draw_timeline
 
 _LINE, _LINES = 110, 3  # characters of a line of the title, and lines of its sentence

@@ -11,7 +11,7 @@ from PIL import Image
 from lamzoo.data.video.reader import read_video
 from lamzoo.data.video.sampling import FrameSampling
 from lamzoo.errors import ConfigError
-from lamzoo.report.rows import FRAMES, check_rows, clock, draw_rows, printable
+from lamzoo.report.frame_rows import FRAMES, check_rows, clock, draw_rows, printable
 
 if TYPE_CHECKING:
     from lamzoo.video.search import Match

@@ -1,4 +1,4 @@
-"""Pictures of where a describer looks for each word; measures here, draws in :mod:`lamzoo.report.wordline`."""
+"""Pictures of where a describer looks for each word; measures here, draws in :mod:`lamzoo.report.word_attention`."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from lamzoo.files import atomic_files
 from lamzoo.lam import Lam, LamConfig, MaskRecord
 from lamzoo.models.describer.encoder import Joint
 from lamzoo.profiling.inputs import evaluating
-from lamzoo.report.canvas import check_target
-from lamzoo.report.masks import neutral_value, title_of
-from lamzoo.report.rows import clock, printable
-from lamzoo.report.wordline import ModalityView, WindowView, draw_windows
+from lamzoo.report.frame_rows import clock, printable
+from lamzoo.report.mask_pictures import neutral_value, title_of
+from lamzoo.report.mpl import check_target
+from lamzoo.report.word_attention import ModalityView, WindowView, draw_windows
 from lamzoo.video.describe import DescribedWindow, VideoWindows, context_of
 
 MAX_WINDOWS = 6

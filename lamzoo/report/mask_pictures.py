@@ -1,4 +1,4 @@
-"""Pictures of a model's learnable masks over a photograph; measures here, draws in :mod:`lamzoo.report.figure`."""
+"""Pictures of a model's learnable masks over a photograph; measures here, draws in :mod:`lamzoo.report.mask_figure`."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from lamzoo.evaluation import class_names
 from lamzoo.files import atomic_files
 from lamzoo.lam import LamConfig, MaskRecord
 from lamzoo.profiling.inputs import evaluating
-from lamzoo.report.canvas import check_target
-from lamzoo.report.figure import LayerPicture, draw
-from lamzoo.report.view import view
+from lamzoo.report.mask_figure import LayerPicture, draw
+from lamzoo.report.model_view import view
+from lamzoo.report.mpl import check_target
 
 Patch = tuple[int, int]
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from lamzoo.errors import DataError
 from lamzoo.files import atomic_files
+from lamzoo.report.compare.entries import Comparison
 from lamzoo.report.compare.page import to_html
 from lamzoo.report.compare.panels import gmacs_panels, latency_panels
 from lamzoo.report.compare.plots import draw_panels, encode
-from lamzoo.report.compare.rows import Comparison
-from lamzoo.report.compare.tables import to_csv, to_markdown
+from lamzoo.report.compare.text import to_csv, to_markdown
 
 
 def write_comparison(comparison: Comparison, folder: str | Path) -> list[Path]:

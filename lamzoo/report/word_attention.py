@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lamzoo.report.canvas import new_figure
-from lamzoo.report.figure import colour_scale
-from lamzoo.report.rows import clock
+from lamzoo.report.frame_rows import clock
+from lamzoo.report.mask_figure import colour_scale
+from lamzoo.report.mpl import new_figure
 from lamzoo.report.timeline import draw_colour_bar, draw_strip, name_panel
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from lamzoo.errors import DataError
-from lamzoo.profiling.table import BenchRow, read_rows
-from lamzoo.report.compare.timm import TimmResult, is_imagenet1k, read_timm
+from lamzoo.profiling.results import BenchRow, read_rows
+from lamzoo.report.compare.timm_results import TimmResult, is_imagenet1k, read_timm
 
 Setting = tuple[str | None, str | None, int | None, str]
 

@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lamzoo.profiling.table import COLUMNS as ROW_COLUMNS
-from lamzoo.profiling.table import BenchRow
+from lamzoo.profiling.results import COLUMNS as ROW_COLUMNS
+from lamzoo.profiling.results import BenchRow
+from lamzoo.report.compare.entries import Comparison, Entry, Group
 from lamzoo.report.compare.panels import gmacs_panels, latency_panels, plot_notes
-from lamzoo.report.compare.rows import Comparison, Entry, Group
 
 #: What the tables' columns mean, for those who read no source.
 LEGEND = (

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 
 from lamzoo.errors import DataError
 from lamzoo.files import atomic_files
-from lamzoo.report.canvas import check_target, new_figure
+from lamzoo.report.mpl import check_target, new_figure
 
 FRAMES = 6  # of a row, at most
 
