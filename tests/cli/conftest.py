@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import pytest
 
-from lamzoo import cli, cli_output
+from lamzoo.cli import _output
+from lamzoo.cli import app as cli
 
 
 class Run(NamedTuple):
@@ -38,7 +39,7 @@ def _own_place(
     """``tmp_path`` to work in, an empty cache elsewhere, and the log's handlers as they were."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli_output, "_LINE_SECONDS", math.inf)  # a slow machine adds no lines
+    monkeypatch.setattr(_output, "_LINE_SECONDS", math.inf)  # a slow machine adds no lines
     logger = logging.getLogger("lamzoo")
     handlers, level = list(logger.handlers), logger.level
     yield

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from lamzoo import __version__, cli
+from lamzoo import __version__
+from lamzoo.cli import app as cli
 from lamzoo.registry.factory import create_model
 from lamzoo.registry.saving import save_pretrained
 from tests.images import CLASSES, encoded, write_folder, write_npz
@@ -272,7 +273,7 @@ def test_the_command_in_its_own_process_reports_bad_input() -> None:
 @pytest.mark.parametrize("argument", ["flood", "--version"])
 def test_a_reader_that_has_gone_is_no_error(argument: str) -> None:
     code = f"""
-from lamzoo import cli
+from lamzoo.cli import app as cli
 cli.app.command("flood")(lambda: cli.out.print_json([1] * 99999))
 cli.main([{argument!r}])
 """

@@ -29,7 +29,7 @@ from lamzoo.video.describe import VideoWindows, describe_windows
 from lamzoo.video.extractor import FeatureExtractor
 from lamzoo.video.features import extract_features
 from tests.cli.test_find import TOWERS, saved
-from tests.data.test_audio import write_pieces
+from tests.data.audio.test_spectra import write_pieces
 
 SMALL: dict[str, Any] = {
     "rates": {"video": 5.0}, "seconds": 2.0, "width": 32, "heads": 2, "hidden": 32, "encoder_layers": 2,

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from lamzoo import cli_output as out
+from lamzoo.cli import _output as out
 
 
 def test_without_a_terminal_progress_is_a_line_from_time_to_time(

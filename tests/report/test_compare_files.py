@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from lamzoo import cli
+from lamzoo.cli import app as cli
 from lamzoo.errors import DataError, MissingExtraError
 from lamzoo.report.compare import compare, latency_panels, write_comparison
 from lamzoo.report.compare.plots import draw_panels, encode
@@ -114,7 +114,7 @@ def test_command_prints_a_table_with_costs_notes_and_failures(run, tmp_path: Pat
 
 
 def test_command_cuts_no_number_on_a_narrow_terminal(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lamzoo.cli_output._PIPE_WIDTH", 80)
+    monkeypatch.setattr("lamzoo.cli._output._PIPE_WIDTH", 80)
     _, out, _ = run(table(tmp_path, PLAIN, LAM))
     assert max(len(line) for line in out.splitlines() if line.startswith("│")) <= 80
     for text in ("81.50", "0.0200", "2.50", "(2.40-2.80)", "(1.20-1.30)", "1000", "20.00"):

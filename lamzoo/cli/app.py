@@ -12,18 +12,18 @@ from typing import Annotated, Any
 
 import typer
 
-from lamzoo import cli_output as out
-from lamzoo.cli_bench import bench
-from lamzoo.cli_compare import compare
-from lamzoo.cli_describe import describe
-from lamzoo.cli_eval import eval_command
-from lamzoo.cli_explain import explain
-from lamzoo.cli_export import export
-from lamzoo.cli_features import extract_features
-from lamzoo.cli_find import find
-from lamzoo.cli_options import BatchSize, Checkpoint, Device, Json, Name, load_model
-from lamzoo.cli_search import search
-from lamzoo.cli_train import train
+from lamzoo.cli import _output as out
+from lamzoo.cli._options import BatchSize, Checkpoint, Device, Json, Name, load_model
+from lamzoo.cli.bench import bench
+from lamzoo.cli.compare import compare
+from lamzoo.cli.describe import describe
+from lamzoo.cli.eval import eval_command
+from lamzoo.cli.explain import explain
+from lamzoo.cli.export import export
+from lamzoo.cli.extract_features import extract_features
+from lamzoo.cli.find import find
+from lamzoo.cli.search import search
+from lamzoo.cli.train import train
 from lamzoo.errors import HubUnreachableError, LamzooError, UnknownModelError
 
 app = typer.Typer(help="Transformers with learnable attention masks.", add_completion=False, rich_markup_mode=None)
@@ -127,7 +127,7 @@ def list_command(
 @app.command()
 def info(name: Name, json: Json = False) -> None:
     """Shows what is known of a model: its cost, masks, preprocessing and weights."""
-    from lamzoo.cli_info import describe as facts_of
+    from lamzoo.cli.info import describe as facts_of
 
     facts, tags = facts_of(name)
     if json:
@@ -195,7 +195,7 @@ def demo(
 @app.command()
 def download(name: Name) -> None:
     """Brings a model's weights into the local cache, and checks them."""
-    from lamzoo.cli_info import fetch
+    from lamzoo.cli.info import fetch
 
     for path in fetch(name):
         out.print_line(out.printable(path))

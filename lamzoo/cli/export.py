@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from lamzoo import cli_output as out
-from lamzoo.cli_options import Checkpoint, Json, Name, load_model
+from lamzoo.cli import _output as out
+from lamzoo.cli._options import Checkpoint, Json, Name, load_model
 from lamzoo.errors import ConfigError
 from lamzoo.lam.pruning import Rest, Score
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from lamzoo.training import load_recipe
 
-RECIPES = Path(__file__).parents[2] / "benchmarks" / "recipes"
+RECIPES = Path(__file__).parents[3] / "benchmarks" / "recipes"
 NAMES = ("imagenet1k_lam_vit_small.toml", "imagenet1k_lam_vit_small.finetune.toml")
 LABELS = (0, 7, 389, 999)  # four of the thousand classes
 

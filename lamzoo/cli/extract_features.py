@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from lamzoo import cli_output as out
-from lamzoo.cli_options import Device, Json
+from lamzoo.cli import _output as out
+from lamzoo.cli._options import Device, Json
 
 
 def extract_features(

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from lamzoo import cli_output as out
-from lamzoo.cli_options import Device, Json
+from lamzoo.cli import _output as out
+from lamzoo.cli._options import Device, Json
 from lamzoo.errors import ConfigError
 
 if TYPE_CHECKING:

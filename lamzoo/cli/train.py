@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from lamzoo import cli_output as out
+from lamzoo.cli import _output as out
 from lamzoo.errors import RecipeError
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lamzoo import cli_output as out
-from lamzoo.cli_options import Checkpoint, Device, Name, load_model
+from lamzoo.cli import _output as out
+from lamzoo.cli._options import Checkpoint, Device, Name, load_model
 from lamzoo.errors import ConfigError, DataError, UnsupportedHostError
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
-from lamzoo import cli_output as out
-from lamzoo.cli_options import BatchSize, Checkpoint, Device, Json, Name, load_model
+from lamzoo.cli import _output as out
+from lamzoo.cli._options import BatchSize, Checkpoint, Device, Json, Name, load_model
 from lamzoo.errors import ConfigError
 
 if TYPE_CHECKING:

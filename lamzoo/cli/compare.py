@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from lamzoo import cli_output as out
+from lamzoo.cli import _output as out
 
 if TYPE_CHECKING:
     from lamzoo.report.compare import Comparison, Entry
