@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -34,3 +34,10 @@ def load_model(name: str, checkpoint: Path | None) -> nn.Module:
     if checkpoint is not None:
         return create_model(name, checkpoint_path=checkpoint)
     return create_model(name, pretrained=True)
+
+
+def saved_source(name: str) -> Literal["local-dir", "hf-hub"] | None:
+    """Returns where a saved model named with a prefix lies; None for a registered name."""
+    if name.startswith("local-dir:"):
+        return "local-dir"
+    return "hf-hub" if name.startswith("hf-hub:") else None

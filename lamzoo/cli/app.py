@@ -2,33 +2,64 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import sys
 import traceback
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from lamzoo.cli import _output as out
-from lamzoo.cli._options import BatchSize, Checkpoint, Device, Json, Name, load_model
 from lamzoo.cli.bench import bench
 from lamzoo.cli.compare import compare
+from lamzoo.cli.demo import demo
 from lamzoo.cli.describe import describe
+from lamzoo.cli.download import download
 from lamzoo.cli.eval import eval_command
 from lamzoo.cli.explain import explain
 from lamzoo.cli.export import export
 from lamzoo.cli.extract_features import extract_features
 from lamzoo.cli.find import find
+from lamzoo.cli.info import info
+from lamzoo.cli.list import list_command
+from lamzoo.cli.predict import predict_command
 from lamzoo.cli.search import search
 from lamzoo.cli.train import train
-from lamzoo.errors import HubUnreachableError, LamzooError, UnknownModelError
+from lamzoo.errors import HubUnreachableError, LamzooError
 
-app = typer.Typer(help="Transformers with learnable attention masks.", add_completion=False, rich_markup_mode=None)
-app.command()(bench)
-app.command()(compare)
+# The sections of --help. The modules of the commands import nothing heavy: --help builds all of them.
+_COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
+    "Models": {"list": list_command, "info": info, "download": download, "export": export},
+    "Images": {"predict": predict_command, "explain": explain, "demo": demo},
+    "Videos": {"search": search, "find": find, "describe": describe, "extract-features": extract_features},
+    "Training and evaluation": {"train": train, "eval": eval_command},
+    "Benchmarks": {"bench": bench, "compare": compare},
+}
+
+
+class _Sections(TyperGroup):
+    """Lists the commands in --help under the headings of :data:`_COMMANDS`."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        width = max(map(len, self.commands))
+        for heading, commands in _COMMANDS.items():
+            rows = [(name, self.commands[name].get_short_help_str(formatter.width - width - 6)) for name in commands]
+            with formatter.section(heading):
+                formatter.write_dl([(name.ljust(width), text) for name, text in rows])
+
+
+app = typer.Typer(
+    cls=_Sections,
+    help="Transformers with learnable attention masks.",
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for _commands in _COMMANDS.values():
+    for _name, _command in _commands.items():
+        app.command(_name)(_command)
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -95,121 +126,3 @@ def _lamzoo(
         typer.echo(context.get_help())
         raise typer.Exit
     out.log_to_stderr(verbose)
-
-
-@app.command("list")
-def list_command(
-    pattern: Annotated[str, typer.Argument(metavar="[PATTERN]", help="Wildcard or part of a name; timm/... too.")] = "",
-    pretrained: Annotated[bool, typer.Option("--pretrained", help="Only names with weights, as arch.tag.")] = False,
-    json: Json = False,
-) -> None:
-    """Lists the models that there are."""
-    from lamzoo.registry.catalog import list_models, model_info
-
-    wildcard = pattern
-    if pattern and not set(pattern) & set("*?["):
-        wildcard = f"{pattern}*" if pattern.startswith("timm/") else f"*{pattern}*"
-    names = list_models(wildcard, pretrained=pretrained)
-    if not names:
-        weights = " with weights" if pretrained else ""
-        raise UnknownModelError(
-            f"no model{weights} matches {pattern!r}; `lamzoo list` shows all, `lamzoo list timm/` timm's"
-        )
-    infos = [(name, model_info(name)) for name in names]
-    if json:
-        keys = ("family", "description", "params", "gmacs")
-        out.print_json([{"name": n, **{k: getattr(i, k) for k in keys}, "tags": list(i.tags)} for n, i in infos])
-        return
-    rows = [(n, _millions(i.params), i.gmacs, "yes" if i.lam else "no", ", ".join(i.tags)) for n, i in infos]
-    out.print_table(("model", "params (M)", "GMACs", "masks", "weights"), rows)
-
-
-@app.command()
-def info(name: Name, json: Json = False) -> None:
-    """Shows what is known of a model: its cost, masks, preprocessing and weights."""
-    from lamzoo.cli.info import describe as facts_of
-
-    facts, tags = facts_of(name)
-    if json:
-        out.print_json({**facts, "tags": tags})
-        return
-    out.print_table(("property", "value"), [(key, _brief(value)) for key, value in facts.items() if value is not None])
-    if tags:
-        columns = ("tag", "dataset", "licence", "source", "metrics")
-        out.print_table(columns, [[_brief(tag[column]) for column in columns] for tag in tags], title="weights")
-
-
-@app.command()
-def predict(
-    name: Name,
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files and folders.")],
-    topk: Annotated[int, typer.Option(help="Guesses per image.")] = 5,
-    checkpoint: Checkpoint = None,
-    device: Device = "auto",
-    batch_size: BatchSize = 64,
-    json: Json = False,
-) -> None:
-    """Classifies photographs."""
-    from lamzoo.data import find_images
-
-    paths = find_images(images)
-    from lamzoo.evaluation import check_batches, predict, resolve_device
-
-    resolve_device(device)
-    check_batches(batch_size)
-    model = load_model(name, checkpoint)
-    results = predict(model, paths, topk=topk, batch_size=batch_size, device=device)
-    pairs = [(out.printable(path), guesses) for path, guesses in zip(paths, results, strict=True)]
-    if json:
-        out.print_json([{"image": path, "predictions": [dataclasses.asdict(g) for g in gs]} for path, gs in pairs])
-        return
-    rows = [
-        (path if rank == 0 else "", guess.label, 100 * guess.probability)
-        for path, guesses in pairs
-        for rank, guess in enumerate(guesses)
-    ]
-    out.print_table(("image", "class", "%"), rows)
-
-
-app.command()(describe)
-app.command("eval")(eval_command)
-app.command()(explain)
-app.command()(export)
-app.command("extract-features")(extract_features)
-app.command()(find)
-app.command()(search)
-app.command()(train)
-
-
-@app.command()
-def demo(
-    output: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the pictures.")] = Path(".demo"),
-    cifar10: Annotated[Path | None, typer.Option(metavar="DIR", help="A CIFAR-10 copy to score on.")] = None,
-) -> None:
-    """Shows the zoo at work on real photographs: predictions, cost, masks and accuracy."""
-    from lamzoo.report.demo import run
-
-    run(output, cifar10=cifar10)
-
-
-@app.command()
-def download(name: Name) -> None:
-    """Brings a model's weights into the local cache, and checks them."""
-    from lamzoo.cli.info import fetch
-
-    for path in fetch(name):
-        out.print_line(out.printable(path))
-
-
-def _millions(count: int | None) -> float | None:
-    return None if count is None else count / 1e6
-
-
-def _brief(value: Any) -> str:
-    """Writes a value for a table cell: tables as ``key value`` pairs, long lists cut."""
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_brief(inner)}" for key, inner in value.items())
-    if isinstance(value, (list, tuple)):
-        shown = ", ".join(map(_brief, value[:10]))
-        return shown if len(value) <= 10 else f"{shown}, ... ({len(value)})"
-    return "" if value is None else str(value)

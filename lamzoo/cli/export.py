@@ -11,7 +11,9 @@ import typer
 from lamzoo.cli import _output as out
 from lamzoo.cli._options import Checkpoint, Json, Name, load_model
 from lamzoo.errors import ConfigError
-from lamzoo.lam.pruning import Rest, Score
+
+_Score = Literal["mask", "attention", "attention-value", "redundancy"]
+_Rest = Literal["drop", "merge", "nearest"]
 
 
 def export(
@@ -26,8 +28,8 @@ def export(
     at: Annotated[str | None, typer.Option(metavar="LAYERS", help=(
         "Where they leave, such as 3,6,9 [a quarter, half and three quarters of the depth]."))] = None,
     target_gmacs: Annotated[float | None, typer.Option(help="Prune tokens first: to so many GMACs.")] = None,
-    score: Annotated[Score, typer.Option(help="What decides which tokens stay.")] = "mask",
-    rest: Annotated[Rest, typer.Option(help=(
+    score: Annotated[_Score, typer.Option(help="What decides which tokens stay.")] = "mask",
+    rest: Annotated[_Rest, typer.Option(help=(
         "Drop pruned tokens, merge them into one, or average each into the nearest that stays."))] = "drop",
     int8: Annotated[bool, typer.Option("--int8", help="Quantise an ONNX file's linear layers.")] = False,
     repeats: Annotated[int, typer.Option(min=2, help="Timed passes of one image, in turns with the model.")] = 30,

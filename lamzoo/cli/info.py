@@ -1,22 +1,31 @@
-"""What ``lamzoo info`` says of a model, and how ``lamzoo download`` brings its weights; prints nothing."""
+"""``lamzoo info``: a model's cost, masks, preprocessing and weights."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from timm.models import PretrainedCfg
+from lamzoo.cli import _output as out
+from lamzoo.cli._options import Json, Name, saved_source
 
-from lamzoo.errors import WeightsNotFoundError
-from lamzoo.lam import LamConfig, PruneConfig
-from lamzoo.profiling import profile
-from lamzoo.registry.cards import ModelCard, TagCard
-from lamzoo.registry.catalog import find_card, find_tag, get_pretrained_cfg, model_info
-from lamzoo.registry.factory import create_model, obtain
-from lamzoo.registry.saving import read_saved
-from lamzoo.weights.files import WeightsFile, read_state_dict
+if TYPE_CHECKING:
+    from timm.models import PretrainedCfg
+
+    from lamzoo.lam import LamConfig, PruneConfig
+    from lamzoo.registry.cards import ModelCard, TagCard
 
 _PREPROCESSING = ("input_size", "interpolation", "crop_pct", "mean", "std")
+
+
+def info(name: Name, json: Json = False) -> None:
+    """Shows what is known of a model: its cost, masks, preprocessing and weights."""
+    facts, tags = describe(name)
+    if json:
+        out.print_json({**facts, "tags": tags})
+        return
+    out.print_table(("property", "value"), [(key, _brief(value)) for key, value in facts.items() if value is not None])
+    if tags:
+        columns = ("tag", "dataset", "licence", "source", "metrics")
+        out.print_table(columns, [[_brief(tag[column]) for column in columns] for tag in tags], title="weights")
 
 
 def describe(name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -31,7 +40,10 @@ def describe(name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         UnknownModelError: no such model or tag.
         WeightsError: a ``local-dir:`` or ``hf-hub:`` that cannot be read.
     """
-    source = _source(name)
+    from lamzoo.registry.catalog import find_card, find_tag, get_pretrained_cfg, model_info
+    from lamzoo.registry.saving import read_saved
+
+    source = saved_source(name)
     if source is None:
         card: ModelCard = model_info(name)
         tags = [_tag(tag) for tag in card.tags.values()]
@@ -39,32 +51,6 @@ def describe(name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         return _facts(name, card, get_pretrained_cfg(name), card.lam, chosen.prune if chosen else None), tags
     saved = read_saved(source, name.partition(":")[2], with_weights=False)
     return _facts(name, find_card(saved.name), saved.cfg, saved.lam, saved.prune, changed=True), []
-
-
-def fetch(name: str) -> list[Path]:
-    """Brings the weights of a model here, reads them once to check them, and returns their files.
-
-    Raises:
-        UnknownModelError: no such model or tag.
-        WeightsError: they cannot be had here, or are damaged.
-    """
-    source = _source(name)
-    if source is None:
-        card = find_card(name)
-        find_tag(card, name)
-        file: WeightsFile | None = obtain(card, name)[1]
-    else:
-        file = read_saved(source, name.partition(":")[2], with_weights=True).weights
-    if file is None:
-        raise WeightsNotFoundError(f"{name} has no weights")
-    read_state_dict(file.path, sha256=file.sha256)
-    return [file.path]
-
-
-def _source(name: str) -> Literal["local-dir", "hf-hub"] | None:
-    if name.startswith("local-dir:"):
-        return "local-dir"
-    return "hf-hub" if name.startswith("hf-hub:") else None
 
 
 def _facts(
@@ -78,6 +64,9 @@ def _facts(
 ) -> dict[str, Any]:
     params, gmacs = card.params, card.gmacs
     if changed or pruning is not None or params is None or gmacs is None:
+        from lamzoo.profiling import profile
+        from lamzoo.registry.factory import create_model
+
         measured = profile(create_model(name))
         params, gmacs = round(measured.params_m * 1e6), measured.gmacs
     record = cfg.to_dict()
@@ -108,3 +97,13 @@ def _tag(tag: TagCard) -> dict[str, Any]:
         "sha256": tag.sha256,
         "metrics": dict(tag.metrics),
     }
+
+
+def _brief(value: Any) -> str:
+    """Writes a value for a table cell: tables as ``key value`` pairs, long lists cut."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_brief(inner)}" for key, inner in value.items())
+    if isinstance(value, (list, tuple)):
+        shown = ", ".join(map(_brief, value[:10]))
+        return shown if len(value) <= 10 else f"{shown}, ... ({len(value)})"
+    return "" if value is None else str(value)

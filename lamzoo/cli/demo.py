@@ -1,0 +1,18 @@
+"""``lamzoo demo``: predictions, cost, masks and accuracy on real photographs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def demo(
+    output: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the pictures.")] = Path(".demo"),
+    cifar10: Annotated[Path | None, typer.Option(metavar="DIR", help="A CIFAR-10 copy to score on.")] = None,
+) -> None:
+    """Shows the zoo at work on real photographs: predictions, cost, masks and accuracy."""
+    from lamzoo.report.demo import run
+
+    run(output, cifar10=cifar10)
