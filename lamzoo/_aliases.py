@@ -3,6 +3,8 @@
 # Module to module, or dotted name to ``module:name``. A package that has taken the place of a module of the same name
 # points to the file in which that module's names are now.
 ALIASES: dict[str, str] = {
+    "lamzoo.adapters.native": "lamzoo.layers.attention",
+    "lamzoo.adapters.native.LamHeadAttention": "lamzoo.adapters.zoo:LamHeadAttention",
     "lamzoo.adapters.pruning": "lamzoo.reduction.hooks",
     "lamzoo.adapters.pruning_loss": "lamzoo.reduction.hooks:pruning_loss",
     "lamzoo.adapters.remove_pruning": "lamzoo.reduction.hooks:remove_pruning",
@@ -63,6 +65,7 @@ ALIASES: dict[str, str] = {
     "lamzoo.models.gpt2_decoder": "lamzoo.models.describer.gpt2",
     "lamzoo.models.joint_encoder": "lamzoo.models.describer.encoder",
     "lamzoo.models.moment_detr": "lamzoo.models.moment_detr.model",
+    "lamzoo.models.moment_layers.attend": "lamzoo.layers.attention:attend",
     "lamzoo.models.moment_layers": "lamzoo.models.moment_detr.layers",
     "lamzoo.models.qd_detr": "lamzoo.models.moment_detr.qd_detr",
     "lamzoo.models.spans": "lamzoo.models.moment_detr.spans",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
-from lamzoo.adapters import mha, native, timm
+from lamzoo.adapters import mha, timm, zoo
 from lamzoo.adapters.capture import capture_masks
 from lamzoo.adapters.decay import exempt_from_weight_decay
 from lamzoo.adapters.hosts import EnterBlock, LeaveBlock, Slot, watch_block
@@ -65,7 +65,7 @@ def _transformers_slots(model: nn.Module) -> Iterator[Slot]:
     return iter(())
 
 
-_ADAPTERS = (timm.slots, _open_clip_slots, _transformers_slots, mha.slots, native.slots)
+_ADAPTERS = (timm.slots, _open_clip_slots, _transformers_slots, mha.slots, zoo.slots)
 
 
 def add_lam(model: Model, config: LamConfig | Mapping[str, Any] | bool | None = None) -> Model:

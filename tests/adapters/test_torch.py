@@ -13,9 +13,9 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 import lamzoo
 from lamzoo.adapters import add_lam, capture_masks
-from lamzoo.adapters.native import HeadAttention
 from lamzoo.errors import ExportError, UnsupportedHostError
 from lamzoo.lam import LamConfig
+from lamzoo.layers.attention import HeadAttention
 from tests.adapters.timm_hosts import FEW, HOSTS, Host
 
 few_hosts = pytest.mark.parametrize("host", [HOSTS[name] for name in FEW], ids=FEW)

@@ -12,8 +12,8 @@ from torchvision.ops import generalized_box_iou
 
 import lamzoo
 from lamzoo import LamConfig
-from lamzoo.adapters.native import DENSE_TOKENS
 from lamzoo.errors import ConfigError
+from lamzoo.layers.attention import DENSE_TOKENS
 from lamzoo.models.moment_detr.layers import sine_positions
 from lamzoo.models.moment_detr.model import Moments
 from lamzoo.models.moment_detr.qd_detr import peaks, propose
@@ -141,7 +141,7 @@ def test_any_length_works(name: str, keys: Any, clips: int) -> None:
 def test_fused_and_written_out_agree(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     masked, inputs = model(f"lam_{name}", lam=LamConfig(init="paper"), lam_in=PLACES[name]), batch(40)
     dense = masked(*inputs)
-    monkeypatch.setattr("lamzoo.adapters.native.DENSE_TOKENS", 0)
+    monkeypatch.setattr("lamzoo.layers.attention.DENSE_TOKENS", 0)
     assert_close(masked(*inputs).spans, dense.spans, atol=1e-5, rtol=1e-5)
     plain = model(name)
     fused = plain(*inputs)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lamzoo.errors import DataError
-from lamzoo.models.moment_detr.layers import attend
+from lamzoo.layers.attention import attend
 
 
 class Stream(NamedTuple):

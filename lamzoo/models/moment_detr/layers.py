@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from lamzoo.adapters.native import is_written_out, plain_attention
+from lamzoo.layers.attention import attend
 
 
 class InputProjection(nn.Sequential):
@@ -54,34 +53,6 @@ def sine_features(values: Tensor, width: int, turns: float = 1.0, temperature: f
     step = torch.arange(width, dtype=torch.float32, device=values.device)
     angles = 2 * math.pi * turns * values.unsqueeze(-1) / temperature ** (2 * (step // 2) / width)
     return torch.stack([angles[..., 0::2].sin(), angles[..., 1::2].cos()], dim=-1).flatten(-2)
-
-
-def attend(attention: Any, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None) -> Tensor:
-    """Calls an ``nn.MultiheadAttention`` with ``batch_first``, which may have a learnable mask.
-
-    Args:
-        attention: the module.
-        query: ``(B, Nq, C)``.
-        key: ``(B, Nk, C)``.
-        value: ``(B, Nk, C)``.
-        allowed: bool ``(B, Nk)``, True where there is a key; None for all.
-
-    Returns:
-        ``(B, Nq, C)``.
-    """
-    if hasattr(attention, "lam"):
-        padding = None if allowed is None else ~allowed
-        written_out = is_written_out(query, key, attention.training)
-        out: Tensor = attention(query, key, value, key_padding_mask=padding, need_weights=written_out)[0]
-        return out
-    # torch's own attention lays out the factors of its products otherwise, and so rounds otherwise.
-    weights, biases = attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)
-    projected = map(F.linear, (query, key, value), weights, biases)
-    q, k, v = (x.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for x in projected)
-    seen = None if allowed is None else allowed[:, None, None, :]
-    dropout_p = attention.dropout if attention.training else 0.0
-    heads = plain_attention(q, k, v, seen, dropout_p, attention.training)
-    return attention.out_proj(heads.transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lamzoo.adapters.native import HeadAttention
 from lamzoo.errors import ConfigError
 from lamzoo.lam import LamConfig
+from lamzoo.layers.attention import HeadAttention
 from lamzoo.models.moment_detr.layers import Attention, EncoderLayer, Mlp, initialise, sine_features
 from lamzoo.models.moment_detr.model import MomentNetwork, Moments, Place, build
 from lamzoo.models.moment_detr.spans import to_centres

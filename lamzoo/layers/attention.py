@@ -1,18 +1,12 @@
-"""Learnable masks in attention without projections, which models of the zoo have where no host library has a layer.
-
-Modifications to the host: each :class:`HeadAttention` is replaced by a subclass that takes over its parameters and
-calls :func:`lamzoo.lam.lam_attention`.
-"""
+"""Attention layers of the zoo's own models, which compute the same bits without a mask and with a fresh one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from lamzoo.adapters.hosts import HostTakeover, Slot, replace_module
 
 
 class HeadAttention(nn.Module):
@@ -71,26 +65,6 @@ class HeadAttention(nn.Module):
         return plain_attention(query, key, value, allowed, dropout_p, self.training)
 
 
-class LamHeadAttention(HostTakeover, HeadAttention):
-    """:class:`HeadAttention` under a learnable mask."""
-
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        tokens: Tensor,
-        context: Tensor,
-        allowed: Tensor | None,
-        dropout_p: float,
-    ) -> Tensor:
-        """As the host's, under the mask of ``tokens`` and ``context``."""
-        attend = self.lam.attend_with_weights if is_written_out(query, key, self.training) else self.lam.attend
-        present = None if allowed is None else allowed[:, 0, 0]
-        out = attend(tokens, context, query, key, value, allowed=allowed, dropout_p=dropout_p, present=present)
-        return out[0] if isinstance(out, tuple) else out
-
-
 #: Tokens up to which evaluation writes attention out, so that a fresh mask changes no bit: fused, sums round otherwise.
 DENSE_TOKENS = 512
 
@@ -121,24 +95,29 @@ def plain_attention(
     return scores.softmax(dim=-1) @ value
 
 
-def slots(model: nn.Module) -> Iterator[Slot]:
-    """Yields every :class:`HeadAttention` of a model, stack by stack: layers whose paths differ in one number alone."""
-    stacks: dict[str, list[Slot]] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, HeadAttention):
-            stack = ".".join("*" if part.isdigit() else part for part in path.split("."))
-            stacks.setdefault(stack, []).append(_slot(model, path, stack, module))
-    for stack_slots in stacks.values():
-        yield from stack_slots
+def attend(attention: Any, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None) -> Tensor:
+    """Calls an ``nn.MultiheadAttention`` with ``batch_first``, which may have a learnable mask.
 
+    Args:
+        attention: the module.
+        query: ``(B, Nq, C)``.
+        key: ``(B, Nk, C)``.
+        value: ``(B, Nk, C)``.
+        allowed: bool ``(B, Nk)``, True where there is a key; None for all.
 
-def _slot(model: nn.Module, path: str, stack: str, module: HeadAttention) -> Slot:
-    return Slot(
-        path=path,
-        stack=stack,
-        query_dim=module.token_dim,
-        key_dim=module.context_dim,
-        num_heads=module.num_heads,
-        like=module.out_proj.weight,
-        attach=lambda lam: replace_module(model, path, LamHeadAttention.take_over(module, lam)),
-    )
+    Returns:
+        ``(B, Nq, C)``.
+    """
+    if hasattr(attention, "lam"):
+        padding = None if allowed is None else ~allowed
+        written_out = is_written_out(query, key, attention.training)
+        out: Tensor = attention(query, key, value, key_padding_mask=padding, need_weights=written_out)[0]
+        return out
+    # torch's own attention lays out the factors of its products otherwise, and so rounds otherwise.
+    weights, biases = attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)
+    projected = map(F.linear, (query, key, value), weights, biases)
+    q, k, v = (x.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for x in projected)
+    seen = None if allowed is None else allowed[:, None, None, :]
+    dropout_p = attention.dropout if attention.training else 0.0
+    heads = plain_attention(q, k, v, seen, dropout_p, attention.training)
+    return attention.out_proj(heads.transpose(1, 2).flatten(2))
