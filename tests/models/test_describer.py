@@ -19,7 +19,7 @@ from lamzoo.evaluation.captions.evaluate import context_tokens
 from lamzoo.models.describer.decoder import CaptionDecoder, DecoderCache, from_coca
 from lamzoo.models.describer.encoder import JointEncoder, Stream, time_waves
 from lamzoo.models.describer.generation import Generation
-from lamzoo.models.tokenizer import SmallTokenizer, WordTokenizer
+from lamzoo.models.tokenizers import SmallTokenizer, WordTokenizer
 from lamzoo.profiling.latency import compare_latency
 from lamzoo.weights.loading import load_into
 

@@ -15,7 +15,7 @@ pytest.importorskip("open_clip")
 from matplotlib.text import Text
 
 from lamzoo.models.describer.encoder import Stream
-from lamzoo.models.tokenizer import SmallTokenizer, WordTokenizer
+from lamzoo.models.tokenizers import SmallTokenizer, WordTokenizer
 from lamzoo.report.window_pictures import word_attention, words_of
 from lamzoo.report.word_attention import MAX_WORDS, ModalityView, WindowView, draw_windows
 

@@ -28,7 +28,7 @@ from open_clip.convert import convert_state_dict
 from open_clip.model import CLIP, resize_pos_embed, resize_text_pos_embed
 
 from lamzoo.models.clip4clip.heads import MeanHead, SequentialHead, TightHead, full_precision
-from lamzoo.models.tokenizer import SmallTokenizer
+from lamzoo.models.tokenizers import SmallTokenizer
 
 Similarity = Literal["mean", "seq", "tight"]
 Place = Literal["head", "vision", "text"]

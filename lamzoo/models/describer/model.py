@@ -24,7 +24,7 @@ from open_clip.tokenizer import SimpleTokenizer
 from lamzoo.models.describer.decoder import CaptionDecoder, from_coca
 from lamzoo.models.describer.encoder import Joint, JointEncoder, Stream
 from lamzoo.models.describer.generation import Generation, Text, generate
-from lamzoo.models.tokenizer import SmallTokenizer, WordTokenizer
+from lamzoo.models.tokenizers import Gpt2Tokenizer, SmallTokenizer, WordTokenizer, find_local
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class Describer(nn.Module):
         self._vocabulary = vocabulary
         self._gpt2_tokenizer = None if gpt2 is None else tokenizer_name or "openai-community/gpt2"
         if tokenizer_name is not None:
-            _check_tokenizer(tokenizer_name)
+            find_local(tokenizer_name)  # fails early
         self.encoder = JointEncoder(
             features, width, heads, hidden, encoder_layers, dropout, input_dropout, modality_dropout
         )
@@ -154,8 +154,6 @@ class Describer(nn.Module):
             WeightsNotFoundError: it is GPT-2's, whose file can't be had here.
         """
         if self._gpt2_tokenizer is not None:
-            from lamzoo.models.gpt2_tokenizer import Gpt2Tokenizer  # needs transformers
-
             return Gpt2Tokenizer(self._gpt2_tokenizer, self.context_length, self.decoder.vocab_size)
         if isinstance(self._vocabulary, str):
             return SimpleTokenizer(context_length=self.context_length)
@@ -289,12 +287,6 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: Describer) -> dic
     else:
         return state_dict
     return model.state_dict() | {f"decoder.{name}": value for name, value in decoder.items()}
-
-
-def _check_tokenizer(name: str) -> None:
-    from lamzoo.models.gpt2_tokenizer import find_local  # needs tokenizers
-
-    find_local(name)
 
 
 def _gpt2_decoder(options: Mapping[str, Any], context_length: int, width: int) -> nn.Module:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from open_clip.tokenizer import SimpleTokenizer
 
 from lamzoo.errors import ConfigError
-from lamzoo.models.tokenizer import SmallTokenizer
+from lamzoo.models.tokenizers import SmallTokenizer
 
 SMALL = SmallTokenizer(1024, 24)
 FULL = SimpleTokenizer(context_length=24)
