@@ -26,15 +26,15 @@ def fetch(name: str) -> Path:
         UnknownModelError: no such model or tag.
         WeightsError: the weights are not available or are damaged.
     """
-    from lamzoo.registry.catalog import find_card, find_tag
+    from lamzoo.registry.catalog import find_spec, find_weights
     from lamzoo.registry.factory import obtain
     from lamzoo.registry.saving import read_saved
     from lamzoo.weights.files import read_state_dict
 
     source = saved_source(name)
     if source is None:
-        card = find_card(name)
-        find_tag(card, name)
+        card = find_spec(name)
+        find_weights(card, name)
         file: WeightsFile | None = obtain(card, name)[1]
     else:
         file = read_saved(source, name.partition(":")[2], with_weights=True).weights

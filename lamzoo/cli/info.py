@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from timm.models import PretrainedCfg
 
     from lamzoo.lam import LamConfig, PruneConfig
-    from lamzoo.registry.cards import ModelCard, TagCard
+    from lamzoo.registry.cards import ModelSpec, PretrainedWeights
 
 _PREPROCESSING = ("input_size", "interpolation", "crop_pct", "mean", "std")
 
@@ -40,22 +40,22 @@ def describe(name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         UnknownModelError: no such model or tag.
         WeightsError: a ``local-dir:`` or ``hf-hub:`` that cannot be read.
     """
-    from lamzoo.registry.catalog import find_card, find_tag, get_pretrained_cfg, model_info
+    from lamzoo.registry.catalog import find_spec, find_weights, get_pretrained_cfg, model_info
     from lamzoo.registry.saving import read_saved
 
     source = saved_source(name)
     if source is None:
-        card: ModelCard = model_info(name)
+        card: ModelSpec = model_info(name)
         tags = [_tag(tag) for tag in card.tags.values()]
-        chosen = find_tag(card, name)
+        chosen = find_weights(card, name)
         return _facts(name, card, get_pretrained_cfg(name), card.lam, chosen.prune if chosen else None), tags
     saved = read_saved(source, name.partition(":")[2], with_weights=False)
-    return _facts(name, find_card(saved.name), saved.cfg, saved.lam, saved.prune, changed=True), []
+    return _facts(name, find_spec(saved.name), saved.cfg, saved.lam, saved.prune, changed=True), []
 
 
 def _facts(
     name: str,
-    card: ModelCard,
+    card: ModelSpec,
     cfg: PretrainedCfg,
     lam: LamConfig | None,
     pruning: PruneConfig | None,
@@ -86,7 +86,7 @@ def _facts(
     return facts | {key: record.get(key) for key in _PREPROCESSING}
 
 
-def _tag(tag: TagCard) -> dict[str, Any]:
+def _tag(tag: PretrainedWeights) -> dict[str, Any]:
     elsewhere = {"hf-hub": tag.hub, "timm": tag.timm, "open_clip": tag.open_clip}
     source = tag.file or next(f"{where}:{what}" for where, what in elsewhere.items() if what)
     return {

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lamzoo.errors import UnknownModelError
-from lamzoo.registry.cards import ModelCard
-from lamzoo.registry.catalog import find_card, find_tag, list_models, pretrained_cfg_of, split_name
+from lamzoo.registry.cards import ModelSpec
+from lamzoo.registry.catalog import find_spec, find_weights, list_models, pretrained_cfg_of, split_name
 from lamzoo.registry.external import TIMM_PREFIX
 from lamzoo.registry.saving import read_saved
 
@@ -74,8 +74,8 @@ def candidate_of(name: str, *, weights: bool) -> Candidate:
             raise UnknownModelError(f"{name!r} is no model name; before a colon stands local-dir or hf-hub")
         saved = read_saved("local-dir" if source == "local-dir" else "hf-hub", place, with_weights=False)
         return Candidate(name, None, None, size_text(saved.args.get("img_size") or saved.cfg.input_size[1:]))
-    card = find_card(name)
-    tag = find_tag(card, name)
+    card = find_spec(name)
+    tag = find_weights(card, name)
     cfg = pretrained_cfg_of(card, tag)
     keep = weights or split_name(name)[1] is not None
     return Candidate(
@@ -86,7 +86,7 @@ def candidate_of(name: str, *, weights: bool) -> Candidate:
     )
 
 
-def _plain_twin(card: ModelCard, tag: str | None) -> str | None:
+def _plain_twin(card: ModelSpec, tag: str | None) -> str | None:
     """Names the same backbone without masks: the one with weights of the same making where there is a tag."""
     if card.lam is None:
         return None
@@ -95,7 +95,7 @@ def _plain_twin(card: ModelCard, tag: str | None) -> str | None:
     if card.plain is not None:
         if tag is None:
             return card.plain
-        return f"{card.plain}.{tag}" if tag in find_card(card.plain).tags else None
+        return f"{card.plain}.{tag}" if tag in find_spec(card.plain).tags else None
     backbone = card.backbone.get("timm")
     return f"{TIMM_PREFIX}{backbone}" if tag is None and backbone and "kwargs" not in card.backbone else None
 
@@ -105,7 +105,7 @@ def _names(pattern: str, weights: bool) -> list[str]:
         return [pattern]
     if not set(pattern) & set("*?["):
         try:
-            find_card(pattern)
+            find_spec(pattern)
         except UnknownModelError:
             pattern = f"{pattern}*" if pattern.startswith(TIMM_PREFIX) else f"*{pattern}*"
         else:

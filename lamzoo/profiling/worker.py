@@ -20,7 +20,7 @@ from lamzoo.profiling.job import BenchJob
 from lamzoo.profiling.measurement import Measurement, measure
 from lamzoo.profiling.memory import MemoryMeter
 from lamzoo.profiling.results import BenchRow
-from lamzoo.registry.catalog import find_card
+from lamzoo.registry.catalog import find_spec
 from lamzoo.registry.factory import create_model, obtain
 from lamzoo.registry.saving import read_saved
 from lamzoo.weights.files import file_sha256
@@ -123,7 +123,7 @@ def _weights_sha256(job: BenchJob) -> str:
         assert file is not None  # it was loaded from there
         path: Path = file.path
     else:
-        path = obtain(find_card(job.name), job.name)[1].path
+        path = obtain(find_spec(job.name), job.name)[1].path
     return file_sha256(path)
 
 

@@ -36,7 +36,7 @@ CFG_KEYS = frozenset(
 
 
 @dataclass(frozen=True)
-class TagCard:
+class PretrainedWeights:
     """One set of weights of a model.
 
     Exactly one of ``file``, ``hub``, ``timm`` and ``open_clip`` is the primary source; a ``file`` may have a ``hub``
@@ -77,7 +77,7 @@ class TagCard:
     prune: PruneConfig | None = None
 
     @property
-    def foreign(self) -> bool:
+    def external(self) -> bool:
         """Whether the file is in another project's format and holds the plain backbone alone."""
         return self.timm is not None or self.open_clip is not None
 
@@ -88,7 +88,7 @@ class TagCard:
 
 
 @dataclass(frozen=True)
-class ModelCard:
+class ModelSpec:
     """One model of the registry: how to build it and which weights it has.
 
     Attributes:
@@ -118,7 +118,7 @@ class ModelCard:
     params: int | None = None
     gmacs: float | None = None
     pretrained_cfg: Mapping[str, Any] = field(default_factory=dict)
-    tags: Mapping[str, TagCard] = field(default_factory=dict)
+    tags: Mapping[str, PretrainedWeights] = field(default_factory=dict)
     weights_dir: Path | None = None
     source: Literal["card", "plug-in", "timm", "open_clip"] = "card"
 
@@ -140,7 +140,7 @@ def data_dir(kind: Literal["registry", "weights"]) -> Path:
     )
 
 
-def read_card(path: str | Path, *, weights_dir: Path, source: Literal["card", "plug-in"] = "card") -> list[ModelCard]:
+def read_card(path: str | Path, *, weights_dir: Path, source: Literal["card", "plug-in"] = "card") -> list[ModelSpec]:
     """Reads one family's card.
 
     Args:
@@ -168,13 +168,13 @@ def read_card(path: str | Path, *, weights_dir: Path, source: Literal["card", "p
     ]
 
 
-def tag_card(name: str, table: Mapping[str, Any], where: str) -> TagCard:
+def read_weights(name: str, table: Mapping[str, Any], where: str) -> PretrainedWeights:
     """Checks one tag's table and returns it as a record.
 
     Raises:
         RegistryError: an unknown key, a wrong type, no source or two; ``where`` and the key are named.
     """
-    known = {f.name for f in dataclasses.fields(TagCard)} - {"name"}
+    known = {f.name for f in dataclasses.fields(PretrainedWeights)} - {"name"}
     _check_keys(table, known, where)
     tables = {"metrics", "args", "pretrained_cfg", "prune"}
     for key in known - tables:
@@ -187,13 +187,13 @@ def tag_card(name: str, table: Mapping[str, Any], where: str) -> TagCard:
         prune = PruneConfig.from_dict(table["prune"]) if "prune" in table else None
     except ConfigError as error:
         raise RegistryError(f"{where}.prune: {error}") from error
-    tag = TagCard(name, **{**table, "prune": prune})
+    tag = PretrainedWeights(name, **{**table, "prune": prune})
     sources = (tag.timm, tag.open_clip, tag.file or tag.hub)
     if sum(source is not None for source in sources) != 1:
         raise RegistryError(f"{where}: a tag needs timm, or open_clip, or file and/or hub, as its source.")
     if tag.hub is not None and tag.revision is None:
         raise RegistryError(f"{where}: hub = {tag.hub!r} needs a revision, the commit that the sha256 belongs to.")
-    if not tag.foreign and tag.sha256 is None:
+    if not tag.external and tag.sha256 is None:
         raise RegistryError(f"{where}: the tag's file needs its sha256.")
     if tag.sha256 is not None and (len(tag.sha256) != 64 or set(tag.sha256) - set("0123456789abcdef")):
         raise RegistryError(f"{where}: sha256 = {tag.sha256!r} is not 64 lower-case hexadecimal digits.")
@@ -202,7 +202,7 @@ def tag_card(name: str, table: Mapping[str, Any], where: str) -> TagCard:
 
 def _model(
     name: str, table: Mapping[str, Any], family: str, weights_dir: Path, source: Literal["card", "plug-in"], where: str
-) -> ModelCard:
+) -> ModelSpec:
     known = {"builder", "backbone", "lam", "plain", "description", "params", "gmacs", "pretrained_cfg", "tags"}
     _check_keys(table, known, where)
     if "." in name or "/" in name or ":" in name:
@@ -224,7 +224,7 @@ def _model(
     if gmacs is not None and not isinstance(gmacs, (int, float)):
         raise RegistryError(f"{where}: gmacs is {gmacs!r}; it must be a number.")
     tags = _table(table, "tags", where)
-    return ModelCard(
+    return ModelSpec(
         name=name,
         family=family,
         builder=builder,
@@ -235,7 +235,7 @@ def _model(
         params=params,
         gmacs=gmacs,
         pretrained_cfg=_table(table, "pretrained_cfg", where),
-        tags={tag: tag_card(tag, _table(tags, tag, f"{where}.tags"), f"{where}.tags.{tag}") for tag in tags},
+        tags={tag: read_weights(tag, _table(tags, tag, f"{where}.tags"), f"{where}.tags.{tag}") for tag in tags},
         weights_dir=weights_dir,
         source=source,
     )

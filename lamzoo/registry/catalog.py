@@ -21,14 +21,14 @@ from torch import nn
 
 from lamzoo.errors import DuplicateModelError, MissingExtraError, RegistryError, UnknownModelError
 from lamzoo.lam.config import LamConfig
-from lamzoo.registry.cards import CFG_KEYS, ModelCard, TagCard, data_dir, read_card, tag_card
+from lamzoo.registry.cards import CFG_KEYS, ModelSpec, PretrainedWeights, data_dir, read_card, read_weights
 from lamzoo.registry.external import (
     OPEN_CLIP_PREFIX,
     TIMM_MODULES,
     TIMM_PREFIX,
-    open_clip_card,
     open_clip_models,
-    timm_card,
+    open_clip_spec,
+    timm_spec,
 )
 
 _logger = logging.getLogger(__name__)
@@ -36,21 +36,21 @@ _Function = TypeVar("_Function", bound=Callable[..., nn.Module])
 
 ENTRY_POINT_GROUP = "lamzoo.models"
 
-_cards: dict[str, ModelCard] = {}
+_cards: dict[str, ModelSpec] = {}
 _broken: dict[str, str] = {}  # plug-in -> what went wrong
 _lock = threading.RLock()
 _loaded = False
 
 
 @dataclass(frozen=True)
-class ModelInfo(ModelCard):
+class ModelInfo(ModelSpec):
     """What the registry knows of a model: its card, and the tag asked for.
 
     Attributes:
         tag: the tag of ``arch.tag``, or the first one of a bare name; None where the model has no weights.
     """
 
-    tag: TagCard | None = None
+    tag: PretrainedWeights | None = None
 
 
 @overload
@@ -105,14 +105,14 @@ def register_model(
         doc = (inspect.getdoc(function) or "").split("\n", 1)[0]
         path = inspect.getsourcefile(function)
         _add(
-            ModelCard(
+            ModelSpec(
                 name=name,
                 family=function.__module__.split(".", 1)[0],
                 builder=function,
                 lam=None if lam is None or lam is False else LamConfig.of(lam),
                 description=description or doc,
                 pretrained_cfg=dict(pretrained_cfg or {}),
-                tags={tag: tag_card(tag, table, f"{where}: tag {tag}") for tag, table in (tags or {}).items()},
+                tags={tag: read_weights(tag, table, f"{where}: tag {tag}") for tag, table in (tags or {}).items()},
                 weights_dir=Path(path).parent if path else None,
                 source="plug-in",
             )
@@ -149,7 +149,7 @@ def split_name(name: str) -> tuple[str, str | None]:
     return arch, tag or None
 
 
-def find_card(name: str) -> ModelCard:
+def find_spec(name: str) -> ModelSpec:
     """Returns the card of a name, its tag ignored; plug-ins are loaded first.
 
     Raises:
@@ -161,12 +161,12 @@ def find_card(name: str) -> ModelCard:
     if arch in _cards:
         return _cards[arch]
     if arch.startswith(TIMM_PREFIX) and is_model(arch.removeprefix(TIMM_PREFIX)):
-        return timm_card(arch.removeprefix(TIMM_PREFIX))
+        return timm_spec(arch.removeprefix(TIMM_PREFIX))
     towers = open_clip_models() if arch.startswith(OPEN_CLIP_PREFIX) else []
     if arch.startswith(OPEN_CLIP_PREFIX) and not towers:
         raise MissingExtraError(f"{arch} needs open_clip, which is not installed; pip install 'lamzoo[clip]'.")
     if arch in towers:
-        return open_clip_card(arch.removeprefix(OPEN_CLIP_PREFIX))
+        return open_clip_spec(arch.removeprefix(OPEN_CLIP_PREFIX))
     known = list(_cards)
     if arch.startswith(OPEN_CLIP_PREFIX):
         known = towers
@@ -180,7 +180,7 @@ def find_card(name: str) -> ModelCard:
     raise UnknownModelError(f"There is no model {arch!r}; {hint}{broken}")
 
 
-def find_tag(card: ModelCard, name: str) -> TagCard | None:
+def find_weights(card: ModelSpec, name: str) -> PretrainedWeights | None:
     """Returns the tag that a name asks for: that of ``arch.tag``, else the card's first; None where it has none.
 
     Raises:
@@ -220,9 +220,9 @@ def list_models(
     tagged = pretrained if include_tags is None else include_tags
     cards = list(_cards.values())
     if any(pattern.startswith(TIMM_PREFIX) for pattern in include) or "timm" in families:
-        cards += [timm_card(arch) for arch in timm.list_models(module=TIMM_MODULES)]
+        cards += [timm_spec(arch) for arch in timm.list_models(module=TIMM_MODULES)]
     if any(pattern.startswith(OPEN_CLIP_PREFIX) for pattern in include) or "open_clip" in families:
-        cards += [open_clip_card(arch.removeprefix(OPEN_CLIP_PREFIX)) for arch in open_clip_models()]
+        cards += [open_clip_spec(arch.removeprefix(OPEN_CLIP_PREFIX)) for arch in open_clip_models()]
     names = []
     for card in cards:
         if (families and card.family not in families) or (pretrained and not card.tags):
@@ -252,7 +252,7 @@ def list_tags(name: str) -> list[str]:
     Raises:
         UnknownModelError: no such model.
     """
-    return list(find_card(name).tags)
+    return list(find_spec(name).tags)
 
 
 def model_info(name: str) -> ModelInfo:
@@ -261,8 +261,8 @@ def model_info(name: str) -> ModelInfo:
     Raises:
         UnknownModelError: no such model or tag.
     """
-    card = find_card(name)
-    return ModelInfo(**vars(card), tag=find_tag(card, name))
+    card = find_spec(name)
+    return ModelInfo(**vars(card), tag=find_weights(card, name))
 
 
 def get_pretrained_cfg(name: str) -> PretrainedCfg:
@@ -271,11 +271,13 @@ def get_pretrained_cfg(name: str) -> PretrainedCfg:
     Raises:
         UnknownModelError: no such model or tag.
     """
-    card = find_card(name)
-    return pretrained_cfg_of(card, find_tag(card, name))
+    card = find_spec(name)
+    return pretrained_cfg_of(card, find_weights(card, name))
 
 
-def pretrained_cfg_of(card: ModelCard, tag: TagCard | None, base: PretrainedCfg | None = None) -> PretrainedCfg:
+def pretrained_cfg_of(
+    card: ModelSpec, tag: PretrainedWeights | None, base: PretrainedCfg | None = None
+) -> PretrainedCfg:
     """Puts a tag's ``PretrainedCfg`` together: timm's for the backbone (or ``base``), the card's, then the tag's."""
     arch = card.backbone.get("timm")
     cfg = base or PretrainedCfg()
@@ -294,7 +296,7 @@ def pretrained_cfg_of(card: ModelCard, tag: TagCard | None, base: PretrainedCfg 
     return replace(cfg, **values)
 
 
-def builder_of(card: ModelCard) -> Callable[..., nn.Module]:
+def builder_of(card: ModelSpec) -> Callable[..., nn.Module]:
     """Returns the function that a card names.
 
     Raises:
@@ -309,13 +311,13 @@ def builder_of(card: ModelCard) -> Callable[..., nn.Module]:
         raise RegistryError(f"The builder {card.builder!r} of {card.name} cannot be imported: {error}.") from error
 
 
-def _add(card: ModelCard) -> None:
+def _add(card: ModelSpec) -> None:
     with _lock:
         _refuse_duplicate(card)
         _cards[card.name] = card
 
 
-def _refuse_duplicate(card: ModelCard) -> None:
+def _refuse_duplicate(card: ModelSpec) -> None:
     _load_own()
     if card.name in _cards:
         there = _cards[card.name]
@@ -324,7 +326,7 @@ def _refuse_duplicate(card: ModelCard) -> None:
         )
 
 
-def _origin(card: ModelCard) -> str:
+def _origin(card: ModelSpec) -> str:
     if isinstance(card.builder, str):
         return f"the {card.source} {card.family}"
     return f"{card.builder.__module__}.{card.builder.__name__}"
@@ -369,7 +371,7 @@ def _load() -> None:
         _loaded = True
 
 
-def _restore(cards: dict[str, ModelCard]) -> None:
+def _restore(cards: dict[str, ModelSpec]) -> None:
     _cards.clear()
     _cards.update(cards)
 

@@ -9,7 +9,7 @@ from typing import Any
 from timm.data.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from timm.models import get_arch_pretrained_cfgs
 
-from lamzoo.registry.cards import ModelCard, TagCard
+from lamzoo.registry.cards import ModelSpec, PretrainedWeights
 
 TIMM_PREFIX = "timm/"
 OPEN_CLIP_PREFIX = "open_clip/"
@@ -19,13 +19,13 @@ TIMM_MODULES = (
 )  # fmt: skip
 
 
-def timm_card(arch: str) -> ModelCard:
+def timm_spec(arch: str) -> ModelSpec:
     """Returns the card of an architecture of timm, its tags those with weights."""
     tags = {}
     for name, cfg in get_arch_pretrained_cfgs(arch).items():
         if cfg.has_weights and cfg.tag:
-            tags[cfg.tag] = TagCard(cfg.tag, timm=name, licence=cfg.license)
-    return ModelCard(
+            tags[cfg.tag] = PretrainedWeights(cfg.tag, timm=name, licence=cfg.license)
+    return ModelSpec(
         name=TIMM_PREFIX + arch,
         family="timm",
         builder="lamzoo.models.vit:lam_vit",
@@ -45,7 +45,7 @@ def open_clip_models() -> list[str]:
     return [OPEN_CLIP_PREFIX + arch for arch in open_clip.list_models()]
 
 
-def open_clip_card(arch: str) -> ModelCard:
+def open_clip_spec(arch: str) -> ModelSpec:
     """Returns the card of CLIP4Clip on a model of open_clip, its tags those with weights on the hub."""
     import open_clip
 
@@ -54,11 +54,13 @@ def open_clip_card(arch: str) -> ModelCard:
         cfg = open_clip.get_pretrained_cfg(arch, name)
         if cfg.get("hf_hub"):
             args = {"quick_gelu": True} if cfg.get("quick_gelu") else {}
-            tags[name] = TagCard(name, open_clip=f"{arch}:{name}", args=args, pretrained_cfg=_open_clip_ends(cfg))
+            tags[name] = PretrainedWeights(
+                name, open_clip=f"{arch}:{name}", args=args, pretrained_cfg=_open_clip_ends(cfg)
+            )
     config = open_clip.get_model_config(arch)
     size = config["vision_cfg"].get("image_size", 224)
     height, width = (size, size) if isinstance(size, int) else size
-    return ModelCard(
+    return ModelSpec(
         name=OPEN_CLIP_PREFIX + arch,
         family="open_clip",
         builder="lamzoo.models.clip4clip.model:clip4clip",

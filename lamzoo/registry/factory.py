@@ -26,12 +26,12 @@ from lamzoo.errors import (
 )
 from lamzoo.lam import LamConfig, PruneConfig
 from lamzoo.reduction.hooks import prune
-from lamzoo.registry.cards import ModelCard, TagCard
+from lamzoo.registry.cards import ModelSpec, PretrainedWeights
 from lamzoo.registry.catalog import (
     builder_of,
     bundled_models,
-    find_card,
-    find_tag,
+    find_spec,
+    find_weights,
     pretrained_cfg_of,
     split_name,
 )
@@ -52,13 +52,13 @@ _FEATURE_ARGS = ("features_only", "out_indices", "feature_cls")  # of timm, whic
 class _Plan:
     """What is to be built: the card, timm's record, the arguments that come with the weights, and the weights."""
 
-    card: ModelCard
-    tag: TagCard | None
+    card: ModelSpec
+    tag: PretrainedWeights | None
     cfg: PretrainedCfg
     args: Mapping[str, Any]
     lam: LamConfig | None
     weights: WeightsFile | None
-    foreign: bool
+    external: bool
     prune: PruneConfig | None = None
 
 
@@ -136,7 +136,7 @@ def create_model(
         state_dict = read_state_dict(file.path, sha256=file.sha256, allow_pickle=allow_pickle)
         replaced = "those of checkpoint_path follow" if any(".lam." in key for key in checkpoint or ()) else ""
         load_into(
-            model, state_dict, source=file.source, foreign=plan.foreign, lam=plan.lam,
+            model, state_dict, source=file.source, external=plan.external, lam=plan.lam,
             fresh_lam=fresh or replaced, **how,
         )  # fmt: skip
         model.weights_source = f"{plan.card.name}.{plan.tag.name}" if plan.tag is not None else file.source
@@ -147,8 +147,8 @@ def create_model(
 
 
 def obtain(
-    card: ModelCard, name: str, *, cache_dir: str | Path | None = None, allow_pickle: bool = False
-) -> tuple[TagCard, WeightsFile]:
+    card: ModelSpec, name: str, *, cache_dir: str | Path | None = None, allow_pickle: bool = False
+) -> tuple[PretrainedWeights, WeightsFile]:
     """Finds the weights that a name asks for: those of its tag, or of a bare name's first tag that can be had here.
 
     Raises:
@@ -156,8 +156,8 @@ def obtain(
         UnsafeWeightsError: the only file is a pickle, and not allowed.
     """
     if split_name(name)[1] is not None:
-        tag = find_tag(card, name)
-        assert tag is not None  # find_tag raises for a tag that isn't there
+        tag = find_weights(card, name)
+        assert tag is not None  # find_weights raises for a tag that isn't there
         try:
             return tag, _resolve(card, tag, cache_dir, allow_pickle)
         except HubUnreachableError as error:
@@ -211,9 +211,9 @@ def _features(whole: Any, features: Any) -> nn.Module:
     return features
 
 
-def _unreachable(card: ModelCard, error: HubUnreachableError) -> HubUnreachableError:
+def _unreachable(card: ModelSpec, error: HubUnreachableError) -> HubUnreachableError:
     def of_another_kind(name: str) -> bool:
-        return str(find_card(name).builder).partition(":")[0] != str(card.builder).partition(":")[0]
+        return str(find_spec(name).builder).partition(":")[0] != str(card.builder).partition(":")[0]
 
     here = sorted(bundled_models(), key=of_another_kind)[:3]
     bundled = f", or a bundled model ({', '.join(here)}, ...)" if here else ""
@@ -224,13 +224,13 @@ def _unreachable(card: ModelCard, error: HubUnreachableError) -> HubUnreachableE
     return HubUnreachableError(f"{card.name}: {error.missing}", works, error.bring)
 
 
-def _resolve(card: ModelCard, tag: TagCard, cache_dir: str | Path | None, allow_pickle: bool) -> WeightsFile:
+def _resolve(card: ModelSpec, tag: PretrainedWeights, cache_dir: str | Path | None, allow_pickle: bool) -> WeightsFile:
     return resolve(
         f"{card.name}.{tag.name}", tag, weights_dir=card.weights_dir, cache_dir=cache_dir, allow_pickle=allow_pickle
     )
 
 
-def _on_disk(card: ModelCard, tag: TagCard, cache_dir: str | Path | None) -> bool:
+def _on_disk(card: ModelSpec, tag: PretrainedWeights, cache_dir: str | Path | None) -> bool:
     if tag.file is not None and card.weights_dir is not None and (card.weights_dir / tag.file).is_file():
         return True
     repo = pretrained_cfg_of(card, tag).hf_hub_id
@@ -240,13 +240,13 @@ def _on_disk(card: ModelCard, tag: TagCard, cache_dir: str | Path | None) -> boo
 def _plan(name: str, pretrained: bool, cache_dir: str | Path | None, allow_pickle: bool) -> _Plan:
     source, colon, place = name.partition(":")
     if not colon or name.startswith(OPEN_CLIP_PREFIX):
-        card = find_card(name)
-        tag, weights = find_tag(card, name), None
+        card = find_spec(name)
+        tag, weights = find_weights(card, name), None
         if pretrained:
             tag, weights = obtain(card, name, cache_dir=cache_dir, allow_pickle=allow_pickle)
         args = dict(tag.args) if tag is not None else {}
-        foreign, pruning = (tag.foreign, tag.prune) if tag is not None else (False, None)
-        return _Plan(card, tag, pretrained_cfg_of(card, tag), args, card.lam, weights, foreign, pruning)
+        external, pruning = (tag.external, tag.prune) if tag is not None else (False, None)
+        return _Plan(card, tag, pretrained_cfg_of(card, tag), args, card.lam, weights, external, pruning)
     if source not in get_args(_Source) or not place:
         raise ConfigError(
             f"{name!r} is no model name: before a colon stands one of {', '.join(get_args(_Source))}, after it a place."
@@ -255,7 +255,7 @@ def _plan(name: str, pretrained: bool, cache_dir: str | Path | None, allow_pickl
         cast(_Source, source), place, with_weights=pretrained, cache_dir=cache_dir, allow_pickle=allow_pickle
     )
     return _Plan(
-        find_card(saved.name), None, saved.cfg, saved.args, saved.lam, saved.weights, saved.foreign, saved.prune
+        find_spec(saved.name), None, saved.cfg, saved.args, saved.lam, saved.weights, saved.external, saved.prune
     )
 
 
@@ -289,7 +289,7 @@ def _build(plan: _Plan, lam: LamConfig | bool | None, given: Mapping[str, Any]) 
     return model
 
 
-def _call(card: ModelCard, config: tuple[dict[str, Any], ...], arguments: Mapping[str, Any]) -> nn.Module:
+def _call(card: ModelSpec, config: tuple[dict[str, Any], ...], arguments: Mapping[str, Any]) -> nn.Module:
     build = builder_of(card)
     try:
         inspect.signature(build).bind(*config, **arguments)

@@ -21,8 +21,8 @@ from lamzoo.adapters.wrappers import full_state_dict, is_sharded, unwrap
 from lamzoo.errors import ConfigError, UnknownModelError, WeightsError, WeightsNotFoundError
 from lamzoo.files import atomic_files
 from lamzoo.lam import LamConfig, PruneConfig
-from lamzoo.registry.cards import ModelCard
-from lamzoo.registry.catalog import find_card
+from lamzoo.registry.cards import ModelSpec
+from lamzoo.registry.catalog import find_spec
 from lamzoo.registry.external import TIMM_PREFIX
 from lamzoo.weights.files import (
     INDEX_SUFFIX,
@@ -51,7 +51,7 @@ class SavedModel:
         lam: its masks.
         prune: how its tokens are pruned.
         weights: its weights, where they were asked for.
-        foreign: whether timm, or its authors, wrote it rather than lamzoo.
+        external: whether timm, or its authors, wrote it rather than lamzoo.
     """
 
     name: str
@@ -60,7 +60,7 @@ class SavedModel:
     lam: LamConfig | None
     prune: PruneConfig | None
     weights: WeightsFile | None
-    foreign: bool
+    external: bool
 
 
 def save_pretrained(
@@ -182,12 +182,12 @@ def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
-def _card_of(model: nn.Module) -> ModelCard:
+def _card_of(model: nn.Module) -> ModelSpec:
     cfg = getattr(model, "pretrained_cfg", None) or {}
     arch = cfg.get("architecture") or ""
     name = getattr(model, "registry_name", None) or (TIMM_PREFIX + arch if is_model(arch) else arch)
     try:
-        return find_card(name)
+        return find_spec(name)
     except UnknownModelError as error:
         raise ConfigError(
             f"This {type(model).__name__} cannot be saved, since nothing says how to build it again: create it by "
@@ -195,7 +195,7 @@ def _card_of(model: nn.Module) -> ModelCard:
         ) from error
 
 
-def _config(model: nn.Module, card: ModelCard, label_names: Sequence[str] | None) -> dict[str, Any]:
+def _config(model: nn.Module, card: ModelSpec, label_names: Sequence[str] | None) -> dict[str, Any]:
     extra = {"label_names": list(label_names)} if label_names is not None else {}
     masks = getattr(model, "lam_config", None)
     # A callable (a stem, a norm) has no place in a file; the card's builder, or timm's, chooses it again.

@@ -12,7 +12,7 @@ from timm.optim import list_optimizers
 
 from lamzoo.errors import RecipeError
 from lamzoo.lam import LamConfig
-from lamzoo.registry.catalog import find_card
+from lamzoo.registry.catalog import find_spec
 from lamzoo.registry.external import OPEN_CLIP_PREFIX
 
 Precision = Literal["no", "bf16", "fp16"]
@@ -144,7 +144,7 @@ def check_common(
     if isinstance(lam, dict):
         LamConfig.from_dict(lam)
     if ":" not in name or name.startswith(OPEN_CLIP_PREFIX):  # what stands before a colon says where else the model is
-        find_card(name)
+        find_spec(name)
     if run.device == "cuda" and not torch.cuda.is_available():
         raise RecipeError("Recipe key run.device is 'cuda', and there is no such GPU here; use 'auto' or 'cpu'.")
     if run.precision == "fp16" and (run.device == "cpu" or not torch.cuda.is_available()):

@@ -21,7 +21,7 @@ from lamzoo.errors import ConfigError, HashMismatchError, UnsafeWeightsError, We
 from lamzoo.files import atomic_files
 from lamzoo.lam import LamConfig
 from lamzoo.lam.layer import carried_configs, carry_configs
-from lamzoo.registry.cards import TagCard
+from lamzoo.registry.cards import PretrainedWeights
 from lamzoo.weights.loading import StateDict
 
 WEIGHTS_NAME = "model.safetensors"
@@ -49,7 +49,7 @@ class WeightsFile:
 
 def resolve(
     name: str,
-    tag: TagCard,
+    tag: PretrainedWeights,
     *,
     weights_dir: Path | None,
     cache_dir: str | Path | None = None,
@@ -316,7 +316,7 @@ def _header_bytes(tensors: StateDict) -> int:
     return 1024 + sum(len(key) + 128 for key in tensors)  # no shard's header is longer than all of theirs
 
 
-def _resolve_open_clip(tag: TagCard, cache_dir: str | Path | None, allow_pickle: bool) -> WeightsFile:
+def _resolve_open_clip(tag: PretrainedWeights, cache_dir: str | Path | None, allow_pickle: bool) -> WeightsFile:
     from open_clip import get_pretrained_cfg as open_clip_cfg  # needed for its own tags alone
 
     place = open_clip_cfg(*(tag.open_clip or "").split(":")).get("hf_hub") or ""

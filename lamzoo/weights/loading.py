@@ -43,7 +43,7 @@ def load_into(
     source: str,
     given: Collection[str] = (),
     arch: str | None = None,
-    foreign: bool = False,
+    external: bool = False,
     lam: LamConfig | None = None,
     fresh_lam: str = "",
 ) -> list[str]:
@@ -66,7 +66,7 @@ def load_into(
         source: what to call the weights in messages.
         given: names of the model arguments that the caller chose.
         arch: timm's name of the architecture, for its own converter; without it that of the model's class is used.
-        foreign: the file may be in its authors' own format, which timm's converter may rename and drop keys of.
+        external: the file may be in its authors' own format, which timm's converter may rename and drop keys of.
         lam: what its masks were trained with, where ``state_dict`` itself carries no ``LamConfig``; without either,
             masks are loaded with a warning.
         fresh_lam: why the file's masks are left out, for the log; empty to load them.
@@ -87,7 +87,7 @@ def load_into(
         known = lam is not None and carried is not None and not carried.differences(lam)  # by the card or the folder
         own = "leave lam= out" if known else "pass lam={config}"
         check_lam_config(model, state_dict, source, lam, f"{own}, or {_FRESH}")
-    weights = _convert(model, weights, source, given, arch, foreign, notes)
+    weights = _convert(model, weights, source, given, arch, external, notes)
     _adapt_lam(model, weights, source, given, notes)
     _adapt_input(model, weights, given, notes)
     _adapt_head(model, weights, given, notes)
@@ -125,7 +125,7 @@ def _convert(
     source: str,
     given: Collection[str],
     arch: str | None,
-    foreign: bool,
+    external: bool,
     notes: list[str],
 ) -> StateDict:
     convert = (
@@ -144,7 +144,7 @@ def _convert(
     if before.keys() != after.keys():
         lost, new = sorted(before.keys() - after.keys()), sorted(after.keys() - before.keys())
         ours = arch is None and type(model).__module__.startswith("lamzoo.")  # this converter drops no key of a model
-        if not foreign and not ours:
+        if not external and not ours:
             raise StateDictError(
                 f"{source} does not fit {_name(model)}: its keys {few(lost)} are of another format or unexpected."
             )
@@ -152,7 +152,7 @@ def _convert(
         notes.append(f"{whose} converter replaced the keys {few(lost)} by {few(new) if new else 'nothing'}")
     for key in before.keys() & after.keys():
         if before[key] != after[key]:
-            if not foreign and not _SIZE_ARGS & set(given):
+            if not external and not _SIZE_ARGS & set(given):
                 raise StateDictError(
                     f"{source} does not fit {_name(model)}: {key!r} has shape {before[key]} and the model's is "
                     f"{after[key]}; pass the img_size that you want, or leave it out to get the file's."

@@ -237,7 +237,7 @@ def test_the_decoder_is_cocas_with_its_weights() -> None:
 def test_a_describer_begins_with_cocas_decoder() -> None:
     begun = model(width=16, text_layers=2, decoder_layers=2, context_length=9, vocabulary=[f"w{n}" for n in range(37)])
     theirs = coca().state_dict()
-    load_into(begun, theirs, source="coca", foreign=True)
+    load_into(begun, theirs, source="coca", external=True)
     for name, value in from_coca(theirs, 9).items():
         assert torch.equal(begun.decoder.state_dict()[name], value), name
 

@@ -206,13 +206,13 @@ def test_another_pooling_brings_its_own_norm(plain: dict[str, Tensor]) -> None:
     assert any("fc_norm.weight" in note for note in notes)
 
 
-def test_a_foreign_format_goes_through_timms_converter() -> None:
+def test_an_external_format_goes_through_timms_converter() -> None:
     reference = randomised(timm.create_model("test_vit", img_size=32))
-    foreign = {f"module.visual.trunk.{key}": value for key, value in reference.state_dict().items()}
+    external = {f"module.visual.trunk.{key}": value for key, value in reference.state_dict().items()}
     model = create()
     with pytest.raises(StateDictError, match="another format"):
-        load_into(model, foreign, source="file", arch="test_vit")
-    (note,) = load_into(model, foreign, source="file", arch="test_vit", foreign=True)
+        load_into(model, external, source="file", arch="test_vit")
+    (note,) = load_into(model, external, source="file", arch="test_vit", external=True)
     assert "converter" in note
     assert torch.equal(model.head.weight, reference.head.weight)
 
