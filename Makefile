@@ -22,7 +22,7 @@ BIN := $(VENV)/bin
 export PYTHON VENV TORCH_INDEX
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu test-browser lint format typecheck wheel wheel-test tables clean
+.PHONY: help demo test test-slow test-gpu test-browser lint format typecheck docs wheel wheel-test tables clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,13 +53,16 @@ format: $(VENV)/.ready-dev  ## ruff: mend what can be mended
 typecheck: $(VENV)/.ready-dev  ## mypy on the package
 	$(BIN)/mypy
 
+docs: $(VENV)/.ready-dev  ## the documentation, into .site/; warnings and broken links are errors
+	$(BIN)/python -m mkdocs build --quiet --strict
+
 wheel: $(VENV)/.ready-dev  ## source distribution and wheel, into dist/
 	$(BIN)/python -m hatchling build -d dist
 
 wheel-test: $(VENV)/.ready-dev  ## the wheel, installed into an empty environment, away from this checkout
 	$(BIN)/python tests/wheel/check_wheel.py
 
-tables: $(VENV)/.ready-dev  ## measure the zoo again, train what is missing in benchmarks/results, rewrite README's tables
+tables: $(VENV)/.ready-dev  ## measure the zoo again, train what is missing in benchmarks/results, rewrite the tables of README and docs
 	$(BIN)/lamzoo bench "*.cifar10" --data npz:$(SHARED)/cifar10 --split test --force --out benchmarks/results/zoo.csv
 	$(BIN)/lamzoo bench "*.tinyimagenet100" --data npz:$(SHARED)/tinyimagenet100 --split val --force --out benchmarks/results/zoo.csv
 	$(BIN)/lamzoo bench lam_vit_tiny lam_vit_small lam_vit_base --max-batch 16 --force --out benchmarks/results/cost.csv
@@ -86,7 +89,7 @@ tables: $(VENV)/.ready-dev  ## measure the zoo again, train what is missing in b
 	$(BIN)/lamzoo compare benchmarks/results/zoo.csv --timm $(SHARED)/timm_results --out $(TABLES_OUT)
 
 clean:  ## remove the environment and everything that was made here
-	rm -rf $(VENV) $(DEMO_OUT) $(TABLES_OUT) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DEMO_OUT) $(TABLES_OUT) .site dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/.ready-demo: pyproject.toml
 	sh .ci/install --editable '.[demo]'

@@ -1,9 +1,9 @@
-"""Writes README's tables from the measured results in ``benchmarks/results``; measures nothing itself.
+"""Fills the tables of the README and the docs from the stored results in ``benchmarks/results`` and from the registry.
 
-    python -m benchmarks.tables            rewrite the tables in README.md
-    python -m benchmarks.tables --check    exit with 1 if they are not those of the results
+    python -m benchmarks.tables            rewrite the tables in README.md and docs/
+    python -m benchmarks.tables --check    exit with 1 if a table is out of date
 
-A table stands between ``<!-- table: NAME -->`` and ``<!-- end of table -->``. `make tables` measures first.
+A table goes between ``<!-- table: NAME -->`` and ``<!-- end of table -->``. `make tables` measures first.
 """
 
 from __future__ import annotations
@@ -14,14 +14,17 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+import lamzoo
 from benchmarks import breakdown, exported, finetuning, kernels, pruning, speed, tiles
 from benchmarks.ablation.run import HERE
+from benchmarks.ablation.table import HEADINGS
 from benchmarks.ablation.table import table as ablation
 from benchmarks.rows import read_rows as read_lines
 from lamzoo.profiling.results import BenchRow, read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 _BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
@@ -37,12 +40,45 @@ def cost(path: Path = RESULTS / "cost.csv") -> str:
     return _benched(path, {"pixels": lambda row: str(row.img_size or "")})
 
 
+# The rows of the README's overview: the task, a model with masks, and the score that its card records.
+_OVERVIEW = (
+    ("images, CIFAR-10", "lam_vit_micro.cifar10", "top1"),
+    ("images, Tiny-ImageNet-100", "lam_vit_tiny_patch8_64.tinyimagenet100", "top1"),
+    ("images, ImageNet-1k", "lam_vit_base.augreg2_in21k_ft_in1k", "top1"),
+    ("text-video retrieval, GRID", "lam_single_clip4clip_micro.grid", "t2v_R1"),
+    ("text-video retrieval", "lam_clip4clip.openai", None),
+    ("moments, GRID", "lam_qd_detr_micro.grid", "R1_07"),
+    ("moments", "lam_qd_detr", None),
+    ("audio description, GRID", "lam_describer_micro.grid", "WER"),
+    ("audio description", "lam_describer.coca_laion2b_s13b_b90k", None),
+)
+
+
+def overview() -> str:
+    """Returns the README's table of models: a masked model a task, its score beside its plain twin's, cost, weights."""
+    lines = _header("task", "model", "score", "plain twin", "GMACs", "weights")
+    for task, name, metric in _OVERVIEW:
+        info = lamzoo.model_info(name)
+        score, twin, weights = "", "", "none, to be trained"
+        if info.tag is not None:
+            weights = "bundled" if info.tag.file else "download"
+            plain = lamzoo.model_info(f"{info.plain}.{info.tag.name}") if info.plain and metric else None
+            if metric and metric in info.tag.metrics:
+                score = f"{HEADINGS[metric].removesuffix(' (%)')} {info.tag.metrics[metric]:.2f} %"
+                # A timm backbone with identity masks scores as it does without them.
+                of_twin = plain.tag if plain is not None else info.tag
+                twin = f"{of_twin.metrics[metric]:.2f} %"
+        lines.append(_line(task, f"`{name}`", score, twin, _number(info.gmacs, 4), weights))
+    return "\n".join(lines) + "\n"
+
+
 def sequences(path: Path = RESULTS / "sequences.csv") -> str:
     """Returns the table of the cost of models that read sequences of features, or frames and text."""
     return _benched(path, {}, rate="inputs/s")
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "overview": overview,
     "zoo": zoo,
     "cost": cost,
     "sequences": sequences,
@@ -73,16 +109,17 @@ def fill(text: str) -> str:
 
 
 def main() -> None:
-    """Rewrites README.md, or checks it."""
+    """Rewrites the pages, or checks them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; fail where a table is out of date")
     check = parser.parse_args().check
-    page = ROOT / "README.md"
-    before = page.read_text(encoding="utf-8")
-    after = fill(before)
-    if check and after != before:
-        sys.exit("README.md's tables are not those of benchmarks/results; run `python -m benchmarks.tables`.")
-    page.write_text(after, encoding="utf-8")
+    for page in PAGES:
+        before = page.read_text(encoding="utf-8")
+        after = fill(before)
+        if check and after != before:
+            sys.exit(f"A table of {page.relative_to(ROOT)} is out of date; run `python -m benchmarks.tables`.")
+        if after != before:
+            page.write_text(after, encoding="utf-8")
 
 
 def _benched(path: Path, more: Mapping[str, Callable[[BenchRow], str]], rate: str = "images/s") -> str:

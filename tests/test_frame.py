@@ -58,7 +58,8 @@ print(json.dumps({"seconds": seconds, "loaded": sorted({name.split(".")[0] for n
 
 def test_submodules_are_found_after_importing_lamzoo_alone() -> None:
     packages = [".".join(path.parent.relative_to(ROOT).parts) for path in MODULES if path.name == "__init__.py"]
-    documented = set(re.findall(r"lamzoo(?:\.[a-z_]+)+(?=\.[A-Za-z_]+|\b)", (ROOT / "README.md").read_text()))
+    pages = "\n".join(page.read_text() for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")))
+    documented = set(re.findall(r"(?<![/.\w])lamzoo(?:\.[a-z_]+)+(?=\.[A-Za-z_]+|\b)", pages))
     assert {"lamzoo.evaluation.moment_metrics", "lamzoo.data.captions.create_caption_dataset"} <= documented
     probe = f"""
 import operator

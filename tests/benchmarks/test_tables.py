@@ -1,4 +1,4 @@
-"""README's tables: filled from the results, up to date, and never without the masks' cost."""
+"""Tables of the README and the docs: filled from the results, up to date, and never without the masks' cost."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import pytest
 from benchmarks import tables
 from lamzoo.profiling.results import BenchRow, read_rows, write_rows
 
-README = tables.ROOT / "README.md"
+PAGES = {page.relative_to(tables.ROOT).as_posix(): page.read_text(encoding="utf-8") for page in tables.PAGES}
 
 
-def test_readme_has_the_results_tables() -> None:
-    text = README.read_text(encoding="utf-8")
-    assert tables.fill(text) == text, "run `python -m benchmarks.tables`"
+@pytest.mark.parametrize("page", [page for page, text in PAGES.items() if "<!-- table: " in text])
+def test_a_page_has_the_tables_of_the_results(page: str) -> None:
+    assert tables.fill(PAGES[page]) == PAGES[page], "run `python -m benchmarks.tables`"
 
 
 @pytest.mark.parametrize("name", sorted(tables.TABLES))
-def test_every_table_stands_in_readme(name: str) -> None:
-    assert f"<!-- table: {name} -->\n| " in README.read_text(encoding="utf-8")
+def test_every_table_is_shown_once(name: str) -> None:
+    assert "\n".join(PAGES.values()).count(f"<!-- table: {name} -->\n| ") == 1
 
 
 @pytest.mark.parametrize("name", ["zoo.csv", "cost.csv"])
@@ -41,6 +41,12 @@ def test_a_table_shows_masks_cost_apart_and_leaves_failed_rows_out(tmp_path: Pat
     text = tables.zoo(tmp_path / "zoo.csv")
     assert "| `lam_a.t` | cifar10 | 90.00 | 1.500 | 0.250 | 0.5000 | 0.1250 |" in text
     assert "lam_b" not in text
+
+
+def test_the_overview_has_a_models_score_beside_its_twins() -> None:
+    text = tables.overview()
+    assert "| images, CIFAR-10 | `lam_vit_micro.cifar10` | top-1 85.39 % | 85.96 % | 0.0771 | bundled |" in text
+    assert "| `lam_qd_detr` |  |  | 0.3752 | none, to be trained |" in text
 
 
 def test_an_unknown_table_is_named() -> None:

@@ -1,18 +1,16 @@
 """The module that the entry point names: importing it registers its models."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import timm
 from torch import nn
 
-from lamzoo.lam import LamConfig
-from lamzoo.registry import register_model
+import lamzoo
 
 
-@register_model(
-    lam=LamConfig(rank=2), pretrained_cfg={"input_size": (3, 32, 32), "num_classes": 5, "classifier": "head"}
+@lamzoo.register_model(
+    lam=lamzoo.LamConfig(rank=2),
+    pretrained_cfg={"input_size": (3, 32, 32), "num_classes": 5, "classifier": "head"},
 )
 def example_vit(num_classes: int = 5, img_size: int = 32, **kwargs: Any) -> nn.Module:
     """A very small vision transformer with masks."""

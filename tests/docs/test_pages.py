@@ -1,0 +1,48 @@
+"""Pages of the documentation: links lead to files, the README is short, the API reference is complete."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import lamzoo
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+REPOSITORY = PROJECT["urls"]["Repository"]
+RAW = REPOSITORY.replace("github.com", "raw.githubusercontent.com")
+
+
+def test_links_into_the_repository_lead_to_files() -> None:
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for path in re.findall(rf"(?:{REPOSITORY}/(?:blob|tree)|{RAW})/main(?:/([^)\s#\"]+))?", text):
+            assert (ROOT / path).exists(), f"{page.name}: {path}"
+
+
+def test_links_of_the_readme_are_absolute() -> None:
+    links = re.findall(r"\]\(([^)]+)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert links
+    assert not [link for link in links if not link.startswith("https://")]
+
+
+def test_readme_fits_on_a_screen_or_three() -> None:
+    assert (ROOT / "README.md").read_text(encoding="utf-8").count("\n") <= 200
+
+
+def test_links_between_anchors_of_the_repository_exist() -> None:
+    for target, anchor in re.findall(rf"{REPOSITORY}/blob/main/([^)\s#]+)#([\w-]+)", (ROOT / "README.md").read_text()):
+        headings = re.findall(r"^#+ (.*)$", (ROOT / target).read_text(encoding="utf-8"), re.MULTILINE)
+        assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_api_reference_has_every_public_name() -> None:
+    shown = set(re.findall(r"^::: lamzoo\.(\w+)$", (ROOT / "docs/reference/api.md").read_text(), re.MULTILINE))
+    assert shown >= set(lamzoo.__all__)
+
+
+def test_pictures_are_small() -> None:
+    for picture in (ROOT / "docs" / "images").iterdir():
+        assert picture.stat().st_size < 150_000, picture.name
