@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal
 
-from lamzoo.errors import DataError
-from lamzoo.files import atomic_files
+from lamzoo import records
 
 Status = Literal["ok", "failed"]
 Mode = Literal["eager", "compiled"]
@@ -122,43 +119,22 @@ COLUMNS = tuple(field.name for field in dataclasses.fields(BenchRow))
 
 # The decimals that a measurement of that kind is good for; the rest of a float is noise in a diff.
 _DECIMALS = {"value": 3, "params_m": 6, "lam_params_m": 6, "gmacs": 6, "lam_gmacs": 6, "peak_mib": 1}
-_HINTS = get_type_hints(BenchRow)
-_OPTIONAL = {column for column in COLUMNS if type(None) in get_args(_HINTS[column])}
-_TYPES = {column: next((kind for kind in (int, float) if kind in get_args(_HINTS[column])), str) for column in COLUMNS}
-_CHOICES = {"mode": get_args(Mode), "status": get_args(Status)}
 
 
 def read_rows(path: str | Path) -> list[BenchRow]:
     """Reads a results table.
 
     Args:
-        path: a CSV that :func:`write_rows` wrote; columns may stand in any order.
+        path: a CSV that :func:`write_rows` wrote; its columns may have any order.
 
     Returns:
         Its rows, in the order of the file.
 
     Raises:
-        DataError: the file cannot be read, lacks a column or has an unknown one, or a cell is of another type; names
-            file, line and column.
+        DataError: the file cannot be read, a column is missing or unknown, or a cell has another type; names file, line
+            and column.
     """
-    path = Path(path)
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            lines = list(csv.reader(file, strict=True))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"The results table {path} cannot be read: {error}.") from error
-    if not lines:
-        raise DataError(f"The results table {path} is empty; `lamzoo bench` writes one.")
-    columns = lines[0]
-    _check_columns(path, columns)
-    rows = []
-    for number, cells in enumerate(lines[1:], 2):
-        if len(cells) != len(columns):
-            raise DataError(f"{path}, row {number}: {len(cells)} cells instead of {len(columns)}; mend or remove it.")
-        where = f"{path}, row {number}"
-        values = {column: _parse(cell, column, where) for column, cell in zip(columns, cells, strict=True)}
-        rows.append(BenchRow(**values))
-    return rows
+    return records.read_csv(path, BenchRow)
 
 
 def write_rows(path: str | Path, rows: Iterable[BenchRow]) -> None:
@@ -166,45 +142,13 @@ def write_rows(path: str | Path, rows: Iterable[BenchRow]) -> None:
 
     Args:
         path: the CSV.
-        rows: in the order in which they shall stand.
+        rows: in the order of the file.
 
     Raises:
         DataError: the file cannot be written there.
     """
-    with atomic_files(DataError) as stage, stage(Path(path)).open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        for row in rows:
-            writer.writerow([_format(getattr(row, column), column) for column in COLUMNS])
+    records.write_csv(path, COLUMNS, rows, cell=_cell)
 
 
-def _check_columns(path: Path, columns: list[str]) -> None:
-    missing = [column for column in COLUMNS if column not in columns]
-    unknown = [column for column in columns if column not in COLUMNS]
-    if unknown:
-        close = difflib.get_close_matches(unknown[0], COLUMNS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"the columns are {', '.join(COLUMNS)}."
-        raise DataError(f"{path} has an unknown column {unknown[0]!r}; {hint}")
-    if missing:
-        raise DataError(f"{path} has no column {missing[0]!r}; measure again with `lamzoo bench`, or add it.")
-    if len(set(columns)) != len(columns):
-        twice = next(column for column in columns if columns.count(column) > 1)
-        raise DataError(f"{path} has the column {twice!r} twice; remove one.")
-
-
-def _parse(cell: str, column: str, where: str) -> Any:
-    if not cell and column in _OPTIONAL:
-        return None
-    choices = _CHOICES.get(column)
-    if not cell or (choices and cell not in choices):
-        raise DataError(f"{where}: {column} is {cell!r}; it must be {' or '.join(choices or ('a name',))}.")
-    try:
-        return _TYPES[column](cell)
-    except ValueError as error:
-        raise DataError(f"{where}: {column} is {cell!r}, which is no number; mend or remove the row.") from error
-
-
-def _format(value: Any, column: str) -> str:
-    if value is None:
-        return ""
+def _cell(column: str, value: Any) -> str:
     return f"{value:.{_DECIMALS.get(column, 4)}f}" if isinstance(value, float) else str(value)

@@ -11,8 +11,9 @@ from typing import Any, Literal, TypeAlias
 from lamzoo.data import OnBadInput
 from lamzoo.errors import RecipeError
 from lamzoo.lam.pruning import Rest, Score, Training
+from lamzoo.records import build
 from lamzoo.training.captions.recipe import CaptionRecipe, check_captions
-from lamzoo.training.config_reader import build, override, read_recipe, without_none
+from lamzoo.training.config_reader import override, read_recipe, without_none
 from lamzoo.training.moments.recipe import MomentRecipe, check_moments
 from lamzoo.training.recipe_common import OptimizerSection, RunSection, ScheduleSection, check_common
 from lamzoo.training.retrieval.recipe import RetrievalRecipe, check_retrieval
@@ -164,7 +165,7 @@ def parse_recipe(table: Mapping[str, Any]) -> AnyRecipe:
     task = table.get("task", "classification")
     if task not in _TASKS:
         raise RecipeError(f"Recipe key task is {task!r}; it must be one of {', '.join(map(repr, _TASKS))}.")
-    recipe = build(_TASKS[task], table, "")
+    recipe = build(_TASKS[task], table, source="Recipe", error=RecipeError)
     check_common(
         run=recipe.run,
         optimizer=recipe.optimizer,

@@ -22,8 +22,8 @@ MICRO = next(path for path in RECIPES if path.name == "micro.cifar10.toml")
     [
         ("run", "batchsize", 8, "run.batchsize is unknown; did you mean run.batch_size"),
         ("run", "batch_size", 0, "run.batch_size is 0; it must be at least 1"),
-        ("run", "batch_size", "8", 'run.batch_size is "8"; it must be a int'),
-        ("run", "batch_size", True, "run.batch_size is true; it must be a int"),
+        ("run", "batch_size", "8", 'run.batch_size is "8"; it must be an int'),
+        ("run", "batch_size", True, "run.batch_size is true; it must be an int"),
         ("run", "accumulation", 3, "not a multiple of run.accumulation"),
         ("run", "precision", "int8", "it must be one of 'no', 'bf16', 'fp16'"),
         ("run", "ema_decay", 1.5, "run.ema_decay is 1.5; it must lie between 0 and 1"),

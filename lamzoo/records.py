@@ -1,0 +1,243 @@
+"""Dataclasses out of TOML, JSON and CSV, each value checked against its annotation, and CSV out of dataclasses."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import difflib
+import json
+import tomllib
+import types
+import typing
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from lamzoo.errors import DataError, LamzooError
+from lamzoo.files import atomic_files
+
+Record = TypeVar("Record")
+
+
+def read_table(path: str | Path, *, what: str, error: type[LamzooError] = DataError) -> dict[str, Any]:
+    """Reads the nested values of a TOML file, or of a JSON file where the name ends in ``.json``; checks none of them.
+
+    Args:
+        path: the file, UTF-8.
+        what: the kind of file, for messages: ``"Recipe"``.
+        error: the exception to raise.
+
+    Raises:
+        LamzooError: ``error``: there is no such file, or it is not TOML (JSON), or it holds no table.
+    """
+    path = Path(path)
+    kind = "JSON" if path.suffix.lower() == ".json" else "TOML"
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        table = json.loads(text) if kind == "JSON" else tomllib.loads(text)
+    except OSError as cause:
+        raise error(f"{what} {path} can't be read: {cause.strerror}; give the path of a {kind} file.") from None
+    except ValueError as cause:  # of tomllib, of json, and of the decoding
+        raise error(f"{what} {path} is not valid {kind}: {cause}.") from None
+    if not isinstance(table, dict):
+        raise error(f"{what} {path} is not valid: it holds no table.")
+    return table
+
+
+def build(
+    cls: type[Record], table: Any, where: str = "", *, source: str, error: type[LamzooError] = DataError
+) -> Record:
+    """Makes a dataclass of nested values.
+
+    Args:
+        cls: a dataclass whose fields are plain values, ``Literal``, ``X | None``, tuples, lists and dictionaries of
+            these, or dataclasses.
+        table: the values, as TOML or JSON give them: whole numbers may stand for floats, lists for tuples.
+        where: the keys that lead to the table, for messages: ``"model.kwargs"``.
+        source: the origin of the values, for messages: ``"Recipe"``, or the file with a colon.
+        error: the exception to raise.
+
+    Raises:
+        LamzooError: ``error``: an unknown, missing or mistyped key; names it, and the closest one or the allowed ones.
+    """
+    if not isinstance(table, Mapping):
+        raise error(f"{source} entry [{where}] must be a table, not {table!r}.")
+    hints = get_type_hints(cls)
+    entries = dataclasses.fields(cls)  # type: ignore[arg-type]
+    names = [entry.name for entry in entries]
+    dot = f"{where}." if where else ""
+    for key in table:
+        if key not in names:
+            raise error(f"{source} key {dot}{key} is unknown; {_closest(key, names, dot)}")
+    for entry in entries:
+        if entry.name not in table and not _has_default(entry):
+            raise error(f"{source} key {dot}{entry.name} is missing; add it.")
+    return cls(**{key: _typed(value, hints[key], dot + key, source, error) for key, value in table.items()})
+
+
+def _typed(value: Any, hint: Any, where: str, source: str, error: type[LamzooError]) -> Any:
+    def each(item: Any, kind: Any) -> Any:
+        return _typed(item, kind, where, source, error)
+
+    if hint is Any:
+        return value
+    if dataclasses.is_dataclass(hint):
+        return build(hint, value, where, source=source, error=error)  # type: ignore[arg-type]
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (types.UnionType, typing.Union):  # `X | None` or `X | bool | None`; TOML has no null
+        if value is None and type(None) in args:
+            return None
+        return value if isinstance(value, bool) and bool in args else each(value, args[0])
+    if origin is Literal:
+        if value in args:
+            return value
+        raise error(f"{source} key {where} is {value!r}; it must be one of {', '.join(map(repr, args))}.")
+    if origin is tuple and args[-1] is not Ellipsis:
+        if isinstance(value, (list, tuple)) and len(value) == len(args):
+            return tuple(map(each, value, args))
+        raise error(f"{source} key {where} is {value!r}; it must be {len(args)} numbers.")
+    kind = origin or hint
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    allowed = (list, tuple) if kind in (list, tuple) else kind
+    if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
+        name = {list: "list", tuple: "list", Mapping: "table", dict: "table"}.get(kind) or kind.__name__
+        shown = json.dumps(value, default=str)
+        raise error(f"{source} key {where} is {shown}; it must be {'an' if name[0] in 'aeiou' else 'a'} {name}.")
+    if kind in (list, tuple) and args:
+        return kind(each(item, args[0]) for item in value)
+    if isinstance(value, Mapping) and args and args[1] is not Any:
+        return {key: _typed(item, args[1], f"{where}.{key}", source, error) for key, item in value.items()}
+    return value
+
+
+def read_lines(
+    path: str | Path, *, what: str, error: type[LamzooError] = DataError
+) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """Reads a CSV file whose first line names its columns.
+
+    Args:
+        path: the file, UTF-8.
+        what: the kind of file, for messages: ``"results table"``.
+        error: the exception to raise.
+
+    Returns:
+        The columns, and for each further record the number of its last line in the file and its cells.
+
+    Raises:
+        LamzooError: ``error``: the file can't be read, is empty or no CSV, names a column twice, or has a record with
+            more or fewer cells than columns; names file and line.
+    """
+    try:
+        with Path(path).open(newline="", encoding="utf-8") as file:
+            reader = csv.reader(file, strict=True)
+            lines = [(reader.line_num, cells) for cells in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as cause:
+        raise error(f"The {what} {path} cannot be read: {cause}.") from cause
+    if not lines:
+        raise error(f"The {what} {path} is empty; its first line must name the columns.")
+    (_, columns), *records = lines
+    twice = next((column for column in columns if columns.count(column) > 1), None)
+    if twice is not None:
+        raise error(f"{path} has the column {twice!r} twice; remove one.")
+    for number, cells in records:
+        if len(cells) != len(columns):
+            raise error(f"{path}, line {number}: {len(cells)} cells instead of {len(columns)}; fix or remove it.")
+    return columns, records
+
+
+def read_csv(
+    path: str | Path,
+    cls: type[Record],
+    *,
+    what: str = "results table",
+    optional: Collection[str] = (),
+    error: type[LamzooError] = DataError,
+) -> list[Record]:
+    """Reads a CSV file of one dataclass, a record a line.
+
+    Args:
+        path: the file; its columns are the fields, in any order. An empty cell is None, or "" for a ``str`` that has
+            a default.
+        cls: a dataclass whose fields are ``str``, ``int``, ``float``, ``bool``, ``Literal`` of strings or one of
+            these ``| None``.
+        what: the kind of file, for messages.
+        optional: columns that older files lack; they get the field's default.
+        error: the exception to raise.
+
+    Raises:
+        LamzooError: ``error``: as of :func:`read_lines`; a column is missing or unknown, or a cell has another type;
+            names file, line and column.
+    """
+    columns, records = read_lines(path, what=what, error=error)
+    hints = get_type_hints(cls)
+    entries = {entry.name: entry for entry in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for column in columns:
+        if column not in entries:
+            raise error(f"{path} has an unknown column {column!r}; {_closest(column, list(entries), quote=True)}")
+    for name in entries:
+        if name not in columns and name not in optional:
+            raise error(f"{path} has no column {name!r}; add it, or write the {what} again.")
+
+    def parse(cell: str, column: str, number: int) -> Any:
+        args = get_args(hints[column])
+        kinds = [kind for kind in args if kind is not type(None)] if args else [hints[column]]
+        if not cell and (type(None) in args or (kinds == [str] and _has_default(entries[column]))):
+            return None if type(None) in args else ""
+        place = f"{path}, line {number}: {column} is {cell!r}"
+        if get_origin(hints[column]) is Literal or kinds == [bool]:
+            choices = {str(choice): choice for choice in (args or (False, True))}
+            if cell in choices:
+                return choices[cell]
+            raise error(f"{place}; it must be {' or '.join(choices)}.")
+        if not cell:
+            raise error(f"{place}; it must be a {'name' if kinds == [str] else 'number'}.")
+        try:
+            return kinds[0](cell)
+        except ValueError as cause:
+            raise error(f"{place}, which is no number; fix or remove the line.") from cause
+
+    return [
+        cls(**{column: parse(cell, column, number) for column, cell in zip(columns, cells, strict=True)})
+        for number, cells in records
+    ]
+
+
+def write_csv(
+    path: str | Path,
+    columns: Sequence[str],
+    rows: Iterable[Mapping[str, Any] | Any],
+    *,
+    cell: Callable[[str, Any], Any] = lambda column, value: value,
+    error: type[LamzooError] = DataError,
+) -> None:
+    """Writes a CSV file, all of it or nothing; a file that was there is replaced.
+
+    Args:
+        path: the file.
+        columns: its first line.
+        rows: dataclasses or mappings; what has no value is an empty cell.
+        cell: writes a value other than None, given its column.
+        error: the exception to raise.
+
+    Raises:
+        LamzooError: ``error``: the file cannot be written there.
+    """
+    with atomic_files(error) as stage, stage(Path(path)).open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        for row in rows:
+            values = row if isinstance(row, Mapping) else vars(row)
+            found = ((column, values.get(column)) for column in columns)
+            writer.writerow(["" if value is None else cell(column, value) for column, value in found])
+
+
+def _has_default(entry: dataclasses.Field[Any]) -> bool:
+    return entry.default is not dataclasses.MISSING or entry.default_factory is not dataclasses.MISSING
+
+
+def _closest(key: str, known: Sequence[str], dot: str = "", *, quote: bool = False) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    if close:
+        return f"did you mean {repr(close[0]) if quote else dot + close[0]}?"
+    return f"known are {', '.join(known)}."
