@@ -125,8 +125,8 @@ def main() -> None:
 def _benched(path: Path, more: Mapping[str, Callable[[BenchRow], str]], rate: str = "images/s") -> str:
     """Returns what `lamzoo bench` wrote as a table, with more columns between the names and the cost."""
     rows = _measured(path)
-    lines = _header("", *more, "params (M)", "of them masks", "GMACs", "of them masks",
-                    "latency (ms)", "to plain", rate, "to plain", "peak (MiB)")  # fmt: skip
+    lines = _header("", *more, "params (M)", "mask params (M)", "GMACs", "mask GMACs",
+                    "latency (ms)", "vs. plain", rate, "vs. plain", "peak (MiB)")  # fmt: skip
     lines += [_line(f"`{row.name}`", *(cell(row) for cell in more.values()), *_cost(row)) for row in rows]
     return "\n".join(lines) + "\n\n" + _conditions(rows)
 

@@ -48,7 +48,7 @@ def table(ablation: Path = HERE / "ablation.toml", results: Path | None = None) 
     columns = tables.get("columns", [column for column in line if column in HEADINGS])
     first = tables.get("score", columns[0])
     others = [column for column in columns if column != first]
-    heads = ["parameters", "GMACs", "of them masks", HEADINGS[first], "against plain"]
+    heads = ["parameters", "GMACs", "mask GMACs", HEADINGS[first], "vs. plain"]
     heads += [*(HEADINGS[column] for column in others), "seeds"]
     page = [f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
     for row, entry in tables["rows"].items():

@@ -21,8 +21,8 @@ _MARKER = re.compile(r"<!-- generated: ([\w-]+) -->")
 
 
 def on_page_markdown(markdown: str, **kwargs: Any) -> str:
-    """Fills in a page; mkdocs calls it for each of them before rendering."""
-    return _MARKER.sub(lambda match: GENERATED[match[1]](), markdown)
+    """Fills in a page, and keeps numbers with their deviations on one line; mkdocs calls it before rendering."""
+    return _MARKER.sub(lambda match: GENERATED[match[1]](), markdown).replace(" ± ", "\u00a0±\u00a0")
 
 
 def command_line() -> str:
@@ -35,7 +35,7 @@ def command_line() -> str:
         with command.make_context(name, [], parent=context, resilient_parsing=True) as inner:
             usage = " ".join(command.collect_usage_pieces(inner))
             records = filter(None, [parameter.get_help_record(inner) for parameter in command.params])
-            rows = [(f"`{option}`", text) for option, text in records]
+            rows = [(f"`{option}`", text.replace("|", "&#124;")) for option, text in records]
         sections += [f"## `lamzoo {name}`", _unwrapped(command.help or ""), f"```text\nlamzoo {name} {usage}\n```"]
         sections.append(_table(("argument or option", ""), rows))
     return "\n\n".join(sections)
@@ -167,7 +167,7 @@ def _unwrapped(text: str) -> str:
 def _table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     lines = [list(heads), *map(list, rows)]
     lines.insert(1, ["---"] * len(lines[0]))
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 GENERATED: dict[str, Callable[[], str]] = {"command-line": command_line, "recipes": recipes, "models": models}

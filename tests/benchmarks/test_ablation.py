@@ -188,7 +188,7 @@ def test_an_ablation_may_say_in_which_score_rows_are_compared(tmp_path: Path) ->
         scores = dict(zip(("t2v_R1", "t2v_R10"), found, strict=True))
         ablation.add_result(results, {"row": row, "seed": 0, **scores, "params_m": 1, "gmacs": 1, "lam_gmacs": 0})
     heads, _, plain, multi = table(flickr, results).splitlines()
-    assert "| R@10 | against plain | R@1 |" in heads
+    assert "| R@10 | vs. plain | R@1 |" in heads
     assert "| 14.00 |  | 2.00 |" in plain
     assert "| 16.00 | +2.00 | 1.50 |" in multi
 
