@@ -14,7 +14,7 @@ import typer
 
 import lamzoo
 from lamzoo import training
-from lamzoo.cli import app
+from lamzoo.cli.app import app
 
 ROOT = Path(__file__).resolve().parents[2]
 _MARKER = re.compile(r"<!-- generated: ([\w-]+) -->")
