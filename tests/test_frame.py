@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import lamzoo
+from tests.forked import run_code
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -48,7 +49,8 @@ import lamzoo
 seconds = time.process_time() - start
 print(json.dumps({"seconds": seconds, "loaded": sorted({name.split(".")[0] for name in set(sys.modules) - before})}))
 """
-    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    done = run_code(probe)
+    assert done.returncode == 0, done.stderr
     (line,) = done.stdout.splitlines()
     report = json.loads(line)
     assert done.stderr == ""
@@ -75,7 +77,8 @@ for wrong in ("evaluations", "data.caption", "__main__"):
     else:
         raise AssertionError(wrong)
 """
-    subprocess.run([sys.executable, "-c", probe], check=True)
+    done = run_code(probe)
+    assert done.returncode == 0, done.stderr
 
 
 def test_public_names_exist_and_are_documented() -> None:

@@ -1,11 +1,7 @@
 """Which backend serves a call: the crossovers of "auto", pins, refusals; and what chunked and flex promise alone."""
 
 import math
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +18,7 @@ from lamzoo.lam import FactoredMask, attention_backend, available_backends, lam_
 from lamzoo.lam.config import Op
 from lamzoo.lam.kernels import BACKENDS, RULES, Rule, choose, chunked, flex, sdpa
 from lamzoo.profiling.memory import peak_growth
+from tests.forked import run_code
 from tests.lam.cases import BACKENDS as BACKENDS_OF_CPU
 from tests.lam.cases import OPS, Case, cases, make, written_out
 
@@ -94,12 +91,8 @@ try:
 except lamzoo.LamzooError as error:
     print(error)
 """
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "LAMZOO_ATTENTION_BACKEND": value},
-        capture_output=True, text=True, timeout=300, check=True,
-    )  # fmt: skip
+    run = run_code(code, env={"LAMZOO_ATTENTION_BACKEND": value})
+    assert run.returncode == 0, run.stderr
     assert said in run.stdout
 
 

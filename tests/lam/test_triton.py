@@ -15,6 +15,7 @@ import lamzoo.lam.kernels.triton as backend
 from lamzoo.lam import FactoredMask
 from lamzoo.lam.config import Op
 from lamzoo.lam.kernels.triton import tiles, triton_attention, unsupported
+from tests.forked import run_code
 from tests.lam.cases import OPS, Case, make
 from tests.lam.triton_interpreted import check_equals_eager
 
@@ -48,7 +49,7 @@ from lamzoo.lam.kernels.triton import unsupported
 x = torch.ones(1, 1, 2, 3)
 assert unsupported(x, x, x, FactoredMask(x, x), bias=None, dropout_p=0.0) == "triton is not installed"
 """
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    run = run_code(code)
     assert run.returncode == 0, run.stderr
     assert not run.stderr
 

@@ -1,7 +1,5 @@
 import copy
 import dataclasses
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -10,6 +8,7 @@ from torch import nn
 from lamzoo.errors import ConfigError
 from lamzoo.profiling import MemoryMeter, best_batch, measure, measurement, time_latency
 from lamzoo.registry.factory import create_model
+from tests.forked import run_code
 
 
 def tiny(**arguments):
@@ -157,8 +156,8 @@ print(meter.peak_mib(Wide(), torch.zeros(1)))
 
 @pytest.mark.parametrize("ballast_mib", [0, 64])
 def test_peak_memory_is_that_of_weights_and_activations_whatever_was_there_before(ballast_mib):
-    command = [sys.executable, "-c", _METER, str(ballast_mib)]
-    run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    run = run_code(_METER, str(ballast_mib))
+    assert run.returncode == 0, run.stderr
     assert float(run.stdout) == pytest.approx(32 + 64, abs=8)
 
 

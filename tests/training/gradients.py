@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from itertools import islice
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from lamzoo.training import parse_recipe
 from lamzoo.training.loop import _run
+from tests.forked import run_module_in_two
 
 Gradients = dict[str, Tensor]
 
@@ -32,20 +32,11 @@ def gradients(table: dict[str, Any], output: Path, accumulation: int = 1) -> Gra
 
 
 def gradients_in_two(tables: dict[str, dict[str, Any]], folder: Path, accumulation: int = 1) -> dict[str, Gradients]:
-    """Returns those of several recipes, each in two processes under one torchrun."""
+    """Returns those of several recipes, each in the same two processes."""
     job = folder / "job.json"
     job.write_text(json.dumps({"tables": tables, "accumulation": accumulation}))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(
-        [*launch, "-m", "tests.training.gradients", str(job)],
-        cwd=root,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    for done in run_module_in_two("tests.training.gradients", str(job)):
+        assert done.returncode == 0, done.stderr
     found: dict[str, Gradients] = torch.load(job.with_suffix(".pt"), weights_only=True)
     return found
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ import pytest
 from lamzoo.errors import DataError
 from lamzoo.training import Progress, TrainResult, parse_recipe, train
 from lamzoo.training.trainer import TrainingRun
+from tests.forked import run_module_in_two
 
 
 def train_killed(
@@ -62,16 +60,9 @@ def train_failed(
 
 
 def train_in_two(table: dict[str, Any], output: Path) -> list[dict[str, Any]]:
-    """Trains a recipe, given as nested values, under torchrun, and returns the rows of its ``metrics.csv``."""
+    """Trains a recipe, given as nested values, in two processes; returns the rows of its ``metrics.csv``."""
     recipe = output.with_suffix(".json")
     recipe.write_text(json.dumps({**table, "run": {**table["run"], "output": str(output)}}))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "lamzoo"]
-    done = subprocess.run(
-        [*launch, "train", str(recipe)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    for done in run_module_in_two("lamzoo", "train", str(recipe)):
+        assert done.returncode == 0, done.stderr
     return list(csv.DictReader((output / "metrics.csv").open()))
