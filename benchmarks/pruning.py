@@ -36,9 +36,9 @@ from benchmarks.peers.tome import ToMe
 from benchmarks.rows import read_rows, write_rows
 from lamzoo.data import create_dataset
 from lamzoo.evaluation import evaluate
-from lamzoo.lam.pruning import Rest, Score
 from lamzoo.profiling.inputs import as_arguments, default_input
 from lamzoo.profiling.latency import compare_latency
+from lamzoo.reduction.config import Rest, Score
 from lamzoo.report.compare.plots import encode
 from lamzoo.report.mpl import new_figure
 

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     )
     from lamzoo.errors import LamzooError
     from lamzoo.export import export_model, load_exported
-    from lamzoo.lam import FactoredMask, LamConfig, PruneConfig, attention_backend, lam_attention
+    from lamzoo.lam import FactoredMask, LamConfig, attention_backend, lam_attention
     from lamzoo.profiling import profile
-    from lamzoo.reduction import prune_tokens, pruning_loss, remove_pruning
+    from lamzoo.reduction import PruneConfig, prune_tokens, pruning_loss, remove_pruning
     from lamzoo.registry.catalog import get_pretrained_cfg, list_models, list_tags, model_info, register_model
     from lamzoo.registry.factory import create_model
     from lamzoo.registry.saving import save_pretrained
@@ -34,7 +34,7 @@ _HOMES = {
     "FactoredMask": "lamzoo.lam",
     "LamConfig": "lamzoo.lam",
     "LamzooError": "lamzoo.errors",
-    "PruneConfig": "lamzoo.lam",
+    "PruneConfig": "lamzoo.reduction",
     "add_lam": "lamzoo.adapters",
     "attention_backend": "lamzoo.lam",
     "capture_masks": "lamzoo.adapters",

@@ -1,6 +1,6 @@
 """Token reduction by other people's methods, training-free, behind one interface: what pruning by the mask must beat.
 
-A peer says, layer by layer, which :class:`Reduction` the tokens go through behind the layer's block, the place where
+A peer says, layer by layer, which :class:`TokenMap` the tokens go through behind the layer's block, the place where
 :func:`lamzoo.prune_tokens` lets tokens go, too: equal counts cost equal GMACs. Each is written from its paper. They run
 on plain timm ``VisionTransformer`` models and on those with masks.
 """
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lamzoo.lam import Lam, SharedState
-from lamzoo.lam.pruning import Reduction
+from lamzoo.lam.token_map import TokenMap
 
 __all__ = ["Peer", "Seen", "applied"]
 
@@ -46,7 +46,7 @@ class Seen:
 class Peer(Protocol):
     """A method of reduction."""
 
-    def __call__(self, seen: Seen) -> tuple[Reduction, Tensor | None] | None:
+    def __call__(self, seen: Seen) -> tuple[TokenMap, Tensor | None] | None:
         """Returns what the layer's tokens go through and what is then added to the scores of the next layers' keys.
 
         Args:

@@ -8,7 +8,8 @@ import torch
 
 from benchmarks.peers import Seen
 from lamzoo.errors import ConfigError
-from lamzoo.lam.pruning import Reduction, num_kept, select
+from lamzoo.lam.token_map import TokenMap
+from lamzoo.reduction.selection import num_kept, select
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class EViT:
     keep: float
     at: tuple[int, ...]
 
-    def __call__(self, seen: Seen) -> tuple[Reduction, None] | None:
+    def __call__(self, seen: Seen) -> tuple[TokenMap, None] | None:
         """The class token's attention, averaged over the heads, chooses; the rest is averaged by it (equation 3)."""
         if seen.index not in self.at:
             return None
@@ -48,7 +49,7 @@ class Random:
     at: tuple[int, ...]
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
 
-    def __call__(self, seen: Seen) -> tuple[Reduction, None] | None:
+    def __call__(self, seen: Seen) -> tuple[TokenMap, None] | None:
         """Scores by uniform noise."""
         if seen.index not in self.at:
             return None
@@ -68,7 +69,7 @@ class Stride:
     keep: float
     at: tuple[int, ...]
 
-    def __call__(self, seen: Seen) -> tuple[Reduction, None] | None:
+    def __call__(self, seen: Seen) -> tuple[TokenMap, None] | None:
         """Takes every n-th token, ``n`` a fraction."""
         if seen.index not in self.at:
             return None
@@ -77,4 +78,4 @@ class Stride:
         size = num_kept(patches, self.keep)
         chosen = torch.arange(size) * patches // size + seen.num_prefix_tokens
         kept = torch.cat([torch.arange(seen.num_prefix_tokens), chosen]).to(seen.key.device)
-        return Reduction(length, kept.expand(batch, -1)), None
+        return TokenMap(length, kept.expand(batch, -1)), None

@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.peers import Seen
-from lamzoo.lam.pruning import Reduction
+from lamzoo.lam.token_map import TokenMap
 
 
 @dataclass(frozen=True, kw_only=True)
-class Merge(Reduction):
+class Merge(TokenMap):
     """Tokens merged into others of the same sample, averaged by the patches that each stands for.
 
     Attributes:

@@ -10,7 +10,8 @@ from lamzoo.cli._options import Json, Name, saved_source
 if TYPE_CHECKING:
     from timm.models import PretrainedCfg
 
-    from lamzoo.lam import LamConfig, PruneConfig
+    from lamzoo.lam import LamConfig
+    from lamzoo.reduction import PruneConfig
     from lamzoo.registry.cards import ModelSpec, PretrainedWeights
 
 _PREPROCESSING = ("input_size", "interpolation", "crop_pct", "mean", "std")

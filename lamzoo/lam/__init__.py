@@ -8,9 +8,9 @@ if TYPE_CHECKING:
     from lamzoo.lam.attention import lam_attention
     from lamzoo.lam.config import LamConfig
     from lamzoo.lam.kernels import attention_backend, available_backends
-    from lamzoo.lam.layer import Lam, MaskRecord, SharedState
+    from lamzoo.lam.layer import Lam, MaskRecord
     from lamzoo.lam.masks import FactoredMask, MaskNetwork
-    from lamzoo.lam.pruning import PruneConfig
+    from lamzoo.lam.passes import SharedState
     from lamzoo.lam.resize import resize_table
 
 __all__ = [
@@ -19,7 +19,6 @@ __all__ = [
     "LamConfig",
     "MaskNetwork",
     "MaskRecord",
-    "PruneConfig",
     "SharedState",
     "attention_backend",
     "available_backends",
@@ -27,15 +26,14 @@ __all__ = [
     "resize_table",
 ]
 
-# Imported on first use, so that reading a LamConfig needs no torch.
+# Imported on first use: the configuration alone needs no torch.
 _HOMES = {
     "FactoredMask": "lamzoo.lam.masks",
     "Lam": "lamzoo.lam.layer",
     "LamConfig": "lamzoo.lam.config",
     "MaskNetwork": "lamzoo.lam.masks",
     "MaskRecord": "lamzoo.lam.layer",
-    "PruneConfig": "lamzoo.lam.pruning",
-    "SharedState": "lamzoo.lam.layer",
+    "SharedState": "lamzoo.lam.passes",
     "attention_backend": "lamzoo.lam.kernels",
     "available_backends": "lamzoo.lam.kernels",
     "lam_attention": "lamzoo.lam.attention",

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import MutableMapping, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,7 @@ from torch.nn import functional as F
 from lamzoo.errors import ConfigError, MaskShapeError
 from lamzoo.lam.config import LamConfig
 from lamzoo.lam.resize import Grid, resize_table, rows_of_present
-
-if TYPE_CHECKING:
-    from lamzoo.lam.pruning import Reduction
+from lamzoo.lam.token_map import TokenMap
 
 _logger = logging.getLogger(__name__)
 
@@ -215,7 +213,7 @@ class MaskNetwork(nn.Module):
         query_tokens: Tensor,
         key_tokens: Tensor,
         grid: Grid | None = None,
-        reductions: Sequence[Reduction] = (),
+        token_maps: Sequence[TokenMap] = (),
         present: Tensor | None = None,
     ) -> FactoredMask:
         """Returns the mask's factors.
@@ -223,10 +221,10 @@ class MaskNetwork(nn.Module):
         Args:
             query_tokens: ``(B, Nq, query_dim)``.
             key_tokens: ``(B, Nk, key_dim)``; the same tensor in self-attention.
-            grid: the patch grid of the key tokens, where it may differ from the table's; before any reduction.
-            reductions: what the key tokens went through since they stood at all positions, in order.
-            present: bool ``(B, Nk)``, True where there is a key token and False where there is padding; None for all.
-                Only keys by position read it; reduced tokens have no padding.
+            grid: patch grid of the key tokens before any reduction, where it may differ from the table's.
+            token_maps: the reductions of the key tokens so far, in order.
+            present: bool ``(B, Nk)``, False for padding; None without padding. Read by position keys only; not
+                supported together with ``token_maps``.
 
         Returns:
             Factors ``(B, Hm, Nq, rank + 1)`` and ``(B | 1, Hm, Nk, rank + 1)``.
@@ -234,12 +232,12 @@ class MaskNetwork(nn.Module):
         hidden = self._split_heads(self.query(query_tokens))
         left = F.pad(hidden, (0, 1), value=1.0)
         if self.config.keys == "position":
-            if reductions:
-                right = self.table(reductions[0].length, grid)
+            if token_maps:
+                right = self.table(token_maps[0].length, grid)
             else:
                 right = self.table(key_tokens.shape[1], grid, present)
-            for reduction in reductions:
-                right = reduction.factor(right)
+            for token_map in token_maps:
+                right = token_map.factor(right)
         else:
             right = self._split_heads(self.key(key_tokens))
         if self.config.sign == "positive":

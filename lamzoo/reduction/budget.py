@@ -1,21 +1,23 @@
-"""Pruning tokens by the mask: a share that stays, or a budget of GMACs; composes the adapters and the profile."""
+"""Token pruning to a share of the tokens or to a budget of GMACs."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pkgutil import resolve_name
 from typing import TypeVar
 
 from torch import nn
 
 from lamzoo.adapters.wrappers import unwrap
 from lamzoo.errors import ConfigError
-from lamzoo.lam.pruning import PruneConfig, Rest, Score, Training
-from lamzoo.profiling import profile
 from lamzoo.reduction import hooks
+from lamzoo.reduction.config import PruneConfig, Rest, Score, Training
 
 Model = TypeVar("Model", bound=nn.Module)
+
+_PROFILE = "lamzoo.profiling:profile"  # a name, because profiling is built on this package
 
 
 def prune_tokens(
@@ -27,34 +29,36 @@ def prune_tokens(
     score: Score = "mask",
     rest: Rest = "drop",
     training: Training = "straight-through",
+    count_gmacs: Callable[[nn.Module], float] | None = None,
 ) -> Model:
-    """Lets a vision transformer with masks go on with the tokens that matter, in place.
+    """Prunes tokens of a masked vision transformer, in place.
 
-    It may be a part of the model: the image tower of a CLIP model, whose text tower then stays as it is.
-
-    Class and register tokens stay; of the others each sample keeps the same number, so that shapes are static and
-    batches, ``torch.compile`` and export work as before. ``forward_features`` returns the tokens that are left.
+    Class and register tokens are kept. Of the other tokens each sample keeps the same number, so that shapes are static
+    and batching, ``torch.compile`` and export work as before. ``forward_features`` returns the remaining tokens. In a
+    CLIP model the image tower is pruned and the text tower is not.
 
     Args:
-        model: with masks on a timm ``VisionTransformer``, or on an image tower of open_clip's own; wrappers of
-            ``torch.compile`` and data parallelism may be around it.
-        keep: share of a layer's tokens that stays at each layer of ``at``; 0.7 by default.
-        at: layers, counted from 0, behind whose block tokens leave; by default three, at a quarter, half and three
+        model: has masks, and is or contains one timm ``VisionTransformer`` or image tower of open_clip; may be wrapped
+            by ``torch.compile`` or data parallelism.
+        keep: share of a layer's tokens to keep at each layer of ``at``; 0.7 by default.
+        at: layers, counted from 0, after whose block tokens are pruned; by default three, at a quarter, half and three
             quarters of the depth.
-        target_gmacs: instead of ``keep``, the largest share is taken with which one input of the model's own size costs
-            at most so many GMACs.
-        score: what decides, as in :class:`lamzoo.PruneConfig`.
-        rest: ``"drop"`` the others, ``"merge"`` them into one token, or average each into the ``"nearest"``.
-        training: in training mode, hide what leaves by decisions that the scores learn from (add
-            :func:`lamzoo.pruning_loss` to the loss), or let ``"top-k"`` go on, as in evaluation.
+        target_gmacs: instead of ``keep``, an upper limit on the GMACs of one input of the model's own size; the largest
+            share within it is taken.
+        score: how tokens are scored, as in :class:`lamzoo.PruneConfig`.
+        rest: what to do with pruned tokens: ``"drop"`` them, ``"merge"`` them into one token, or average each into the
+            ``"nearest"`` kept one.
+        training: ``"straight-through"`` hides pruned tokens in training mode by decisions that the scores learn from
+            (add :func:`lamzoo.pruning_loss` to the loss); ``"top-k"`` prunes as in evaluation.
+        count_gmacs: counts the GMACs of one input for ``target_gmacs``; :func:`lamzoo.profile` by default.
 
     Returns:
-        The same model, which now has the attribute ``prune_config``. Pruning it once more replaces what was there.
+        The same model, with the attribute ``prune_config``. Pruning a model again replaces the earlier pruning.
 
     Raises:
-        UnsupportedHostError: the model has no masks, or they aren't on one such transformer; in a forward pass, that
-            straight-through training can't hide tokens from its pooling.
-        ConfigError: values that mean nothing, layers that the model has not, ``keep`` beside ``target_gmacs``, or a
+        UnsupportedHostError: the model has no masks, or has them in another host, or in several; in a forward pass,
+            that straight-through training doesn't support the model's pooling.
+        ConfigError: an invalid value, a layer that the model doesn't have, both ``keep`` and ``target_gmacs``, or a
             target that no share meets.
     """
     layers = hooks.depth(model)
@@ -62,23 +66,32 @@ def prune_tokens(
     if target_gmacs is not None and keep is not None:
         raise ConfigError(f"keep={keep} beside target_gmacs={target_gmacs}: give one of them.")
     config = PruneConfig(0.7 if keep is None else keep, where, score, rest, training)
-    hooks.prune(model, config if target_gmacs is None else _largest(model, config, target_gmacs))
+    if target_gmacs is not None:
+        config = _largest(model, config, target_gmacs, count_gmacs or _profiled_gmacs)
+    hooks.prune(model, config)
     return model
 
 
-def _largest(model: nn.Module, config: PruneConfig, target: float) -> PruneConfig:
-    """Returns the pruning with the largest share, to a thousandth, that costs at most ``target`` GMACs."""
+def _profiled_gmacs(model: nn.Module) -> float:
+    gmacs: float = resolve_name(_PROFILE)(model).gmacs
+    return gmacs
+
+
+def _largest(
+    model: nn.Module, config: PruneConfig, target: float, count_gmacs: Callable[[nn.Module], float]
+) -> PruneConfig:
+    """Returns the pruning with the largest share, in steps of a thousandth, that costs at most ``target`` GMACs."""
     before = getattr(unwrap(model), "prune_config", None)
 
     def gmacs(thousandths: int) -> float:
         hooks.prune(model, replace(config, keep=thousandths / 1000))
-        return profile(model).gmacs
+        return count_gmacs(model)
 
     try:
         largest = bisect_right(range(1, 1001), target, key=gmacs)
         if largest == 0:
             raise ConfigError(
-                f"target_gmacs={target}: with a single token left behind {config.at} it is still {gmacs(1):.3f} GMACs; "
+                f"target_gmacs={target}: even a single token after layers {config.at} costs {gmacs(1):.3f} GMACs; "
                 "prune at earlier layers."
             )
         return replace(config, keep=largest / 1000)

@@ -1,14 +1,18 @@
-"""Fewer tokens from layer to layer, in hosts with masks whose adapters say how they pool their tokens.
+"""Token pruning as hooks in a model with masks.
 
-Modifications to the host: behind each block named, a forward hook leaves the tokens that its attention scored highest;
-a forward pre-hook on the first block starts the count anew, and one on each block lets gradient checkpointing find it.
-For training with all tokens in place, a forward hook on what is pooled weights them for the mean over those that stay.
+Modifications to the host: a forward hook on each block named prunes its tokens by the scores of its attention, which an
+attention hook of the mask computes; a forward pre-hook on the first block starts each pass with all tokens, and one on
+each block lets gradient checkpointing find its pass. For straight-through training, which leaves all tokens in place,
+attention hooks hide pruned tokens from later layers, and a forward hook on the module before the pooling weights the
+tokens so that their mean is that of the kept ones.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Unpack
 
 import torch
 import torch.fx
@@ -20,22 +24,56 @@ from lamzoo.adapters.hosts import EnterBlock, LeaveBlock, SharedStateHook, Token
 from lamzoo.adapters.state import masks_of
 from lamzoo.adapters.wrappers import unwrap
 from lamzoo.errors import ConfigError, UnsupportedHostError
-from lamzoo.lam import Lam, SharedState
-from lamzoo.lam.pruning import SCORERS, PruneConfig, decide, select
+from lamzoo.lam import FactoredMask, Lam, SharedState
+from lamzoo.lam.config import Op
+from lamzoo.lam.layer import AttentionOptions
+from lamzoo.lam.passes import StackPass
+from lamzoo.reduction.config import PruneConfig
+from lamzoo.reduction.scores import SCORERS, AttentionInputs
+from lamzoo.reduction.selection import attend_to_kept, decide, select
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
+@dataclass
+class _ReducedAttention:
+    """Attention hook of a layer: scores its tokens, and hides those that straight-through training has pruned."""
+
+    shared: SharedState
+    score: Callable[[AttentionInputs], Tensor] | None = None  # None where no tokens leave after the layer
+
+    def __call__(
+        self,
+        attention: Callable[..., Tensor],
+        begun: StackPass,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: FactoredMask,
+        *,
+        op: Op,
+        **options: Unpack[AttentionOptions],
+    ) -> Tensor:
+        if self.score is not None:
+            scale = options.get("scale")
+            scale = query.shape[-1] ** -0.5 if scale is None else scale
+            present = None if begun.kept is None else begun.kept.detach() > 0
+            self.shared.score(self.score(AttentionInputs(query, key, value, mask, op, scale, present)))
+        if begun.kept is None:
+            return attention(query, key, value, mask, op=op, **options)
+        return attend_to_kept(attention, begun.kept, query, key, value, mask, op=op, **options)
+
+
 class _Prune(SharedStateHook):
-    """Forward hook of a block: lets the tokens go that its attention scored lowest."""
+    """Forward hook of a block: prunes the tokens with the lowest scores."""
 
     def __init__(self, lam: Lam, config: PruneConfig, num_prefix_tokens: int, share: float) -> None:
         super().__init__(lam.shared)
         self.lam = lam
         self.config = config
         self.num_prefix_tokens = num_prefix_tokens
-        self.share = share  # of the model's tokens that is left behind this block in evaluation
-        self.kept: Tensor | None = None  # and that was left of each sample's in the last training pass, (B,)
+        self.share = share  # of the model's tokens that remain after this block in evaluation
+        self.kept: Tensor | None = None  # the share that remained of each sample in the last training pass, (B,)
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"kept": None}  # a copy or pickle has no graph
@@ -47,23 +85,23 @@ class _Prune(SharedStateHook):
                 "after lamzoo.remove_pruning(model), or export it with torch.export."
             )
         here = self.shared.current
-        assert here.scores is not None  # the block's attention left them
+        assert here.scores is not None  # noted by the block's attention hook
         if not self.lam.training or self.config.training == "top-k":
-            reduction = select(here.scores, self.config.keep, self.config.rest, self.num_prefix_tokens, output)
-            self.shared.reduce(reduction)
-            reduced = reduction(output)
+            token_map = select(here.scores, self.config.keep, self.config.rest, self.num_prefix_tokens, output)
+            self.shared.reduce(token_map)
+            reduced = token_map(output)
             self.shared.leave(reduced)
             return reduced
         kept = decide(here.scores, self.config.keep, self.num_prefix_tokens, here.kept)
         self.shared.keep(kept)
         self.shared.leave(output)
-        if here.rerun is None:  # not again where gradient checkpointing runs the block once more
+        if here.rerun is None:  # not again when gradient checkpointing reruns the block
             self.kept = kept[:, self.num_prefix_tokens :].mean(dim=1)
         return None
 
 
 class _PoolKept(SharedStateHook):
-    """Forward hook of what is pooled: makes the mean over all tokens that over those that stay, and ends the pass."""
+    """Forward hook before the pooling: makes the mean over all tokens that over the kept ones, and ends the pass."""
 
     def __init__(self, shared: SharedState, host: TokenHost) -> None:
         super().__init__(shared)
@@ -77,7 +115,7 @@ class _PoolKept(SharedStateHook):
         self.shared.end()
         if self.pool not in ("", "token", "avg"):
             raise UnsupportedHostError(
-                f"Straight-through pruning hides tokens from a mean or a class token, and this model pools by "
+                f"Straight-through pruning supports mean and class-token pooling, and this model pools by "
                 f"{self.pool!r}; prune it with training='top-k'."
             )
         weights = kept[:, self.num_unpooled :]
@@ -86,28 +124,28 @@ class _PoolKept(SharedStateHook):
 
 
 class _AllTokens(SharedStateHook):
-    """Forward pre-hook of the first block: nothing has left yet, whatever an earlier pass, cut short, left behind."""
+    """Forward pre-hook of the first block: drops the state of an earlier pass that was interrupted."""
 
     def __call__(self, block: nn.Module, args: tuple[Any, ...]) -> None:
         self.shared.begin(self.shared.current.grid)
 
 
 def prune(model: nn.Module, config: PruneConfig) -> None:
-    """Puts the hooks into a model, in place of those that may be there.
+    """Registers the hooks in a model, in place of those of an earlier pruning.
 
     Args:
-        model: with masks, on a timm ``VisionTransformer`` or an image tower of open_clip's, or with one of these in it.
-        config: where tokens leave and how many; the last block's can't.
+        model: has masks, and is or contains one timm ``VisionTransformer`` or image tower of open_clip.
+        config: the pruning; ``at`` must not name the last layer.
 
     Raises:
-        UnsupportedHostError: there are no masks, or they are on another host.
-        ConfigError: a layer that the model has not.
+        UnsupportedHostError: the model has no masks, or has them in another host.
+        ConfigError: ``at`` names the last layer, or one that the model doesn't have.
     """
     model = unwrap(model)
     stack, host, lams = _stack(model)
     if config.at[-1] >= len(lams) - 1:
         raise ConfigError(
-            f"at={config.at}: behind layer {len(lams) - 1}, the last of {stack}, no tokens are left to spare work on; "
+            f"at={config.at}: pruning after layer {len(lams) - 1}, the last of {stack}, or beyond saves nothing; "
             f"name layers from 0 to {len(lams) - 2}."
         )
     remove_pruning(model)
@@ -118,26 +156,27 @@ def prune(model: nn.Module, config: PruneConfig) -> None:
             watch_block(block, _EnterPruned(shared, needs_pass=index > 0), _LeavePruned(shared))
         if index == 0:
             block.register_forward_pre_hook(_AllTokens(shared))
+        hook = lam.attention_hook = _ReducedAttention(shared)
         if index in config.at:
             share *= config.keep
-            lam.scorer = partial(SCORERS[config.score], has_class_token=host.has_class_token)
+            hook.score = partial(SCORERS[config.score], has_class_token=host.has_class_token)
             block.register_forward_hook(_Prune(lam, config, host.num_prefix_tokens, share))
     host.last.register_forward_hook(_PoolKept(shared, host))
     model.prune_config = config  # type: ignore[assignment]
 
 
 def pruning_loss(model: nn.Module) -> Tensor:
-    """Returns how far each sample was from the share of tokens it is to keep, in the last training pass; squared.
+    """Mean squared difference between the share of tokens that each sample kept and the share to keep.
 
-    The ratio loss of DynamicViT (arXiv 2106.02034, section 3.3), a mean over the pruned layers and the samples. With
-    ``training="straight-through"``, add it to the training loss, times 2 in that paper: decisions are taken over the
-    batch, and in evaluation each sample keeps the same number.
+    The ratio loss of DynamicViT (arXiv 2106.02034, section 3.3), averaged over the pruned layers and the samples. With
+    ``training="straight-through"``, add it to the training loss (times 2 in that paper): training decides over the
+    batch, while evaluation keeps the same number of tokens of each sample.
 
     Args:
         model: pruned, after a forward pass in training mode, or a wrapper around it (``DistributedDataParallel``).
 
     Returns:
-        A scalar, float32. The pass is used up.
+        A scalar, float32, of the last forward pass in training mode; it can be computed once for each pass.
 
     Raises:
         ConfigError: the model isn't pruned with ``training="straight-through"``, or there was no such pass.
@@ -146,8 +185,8 @@ def pruning_loss(model: nn.Module) -> Tensor:
     losses = [(hook.kept - hook.share).square().mean() for hook in hooks if hook.kept is not None]
     if not hooks or len(losses) < len(hooks):
         raise ConfigError(
-            "pruning_loss is that of a forward pass in training mode, of a model pruned with "
-            "training='straight-through'; there was none since the last call."
+            "pruning_loss needs a forward pass in training mode of a model pruned with training='straight-through'; "
+            "there was none since the last call."
         )
     for hook in hooks:
         hook.kept = None
@@ -155,25 +194,32 @@ def pruning_loss(model: nn.Module) -> Tensor:
 
 
 class _EnterPruned(EnterBlock):
-    """An :class:`EnterBlock` that goes with the pruning."""
+    """An :class:`EnterBlock` that is removed with the pruning."""
 
 
 class _LeavePruned(LeaveBlock):
-    """A :class:`LeaveBlock` that goes with the pruning."""
+    """A :class:`LeaveBlock` that is removed with the pruning."""
 
 
 def remove_pruning(model: Model) -> Model:
-    """Takes pruning out of a model, in place; returns it. One without is left as it is."""
+    """Removes token pruning from a model, in place.
+
+    Args:
+        model: pruned or not.
+
+    Returns:
+        The same model.
+    """
     for module in model.modules():
         if isinstance(module, Lam):
-            module.scorer = None
+            module.attention_hook = None
         remove_hooks(module, (_Prune, _PoolKept, _AllTokens, _EnterPruned, _LeavePruned))
         vars(module).pop("prune_config", None)
     return model
 
 
 def depth(model: nn.Module) -> int:
-    """Returns the number of layers that :func:`prune` may name, the last one included.
+    """Returns the number of layers in the stack that :func:`prune` would prune.
 
     Raises:
         UnsupportedHostError: as for :func:`prune`.
@@ -182,7 +228,7 @@ def depth(model: nn.Module) -> int:
 
 
 def _stack(model: nn.Module) -> tuple[str, TokenHost, list[Lam]]:
-    """Returns the path of the one stack of blocks whose tokens may become fewer, its host, and its masks."""
+    """Returns the path of the one stack of blocks whose tokens can be pruned, its host, and its masks."""
     stacks: dict[str, list[Lam]] = {}
     for path, lam in masks_of(model).items():
         stacks.setdefault(path.rsplit(".", 3)[0], []).append(lam)

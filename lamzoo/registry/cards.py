@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lamzoo.errors import ConfigError, RegistryError
-from lamzoo.lam import LamConfig, PruneConfig
+from lamzoo.lam import LamConfig
+from lamzoo.reduction import PruneConfig
 
 #: Keys of timm's ``PretrainedCfg`` that a card may set: what a model expects of its input and what its ends are called.
 CFG_KEYS = frozenset(

@@ -24,7 +24,8 @@ from lamzoo.errors import (
     WeightsError,
     WeightsNotFoundError,
 )
-from lamzoo.lam import LamConfig, PruneConfig
+from lamzoo.lam import LamConfig
+from lamzoo.reduction import PruneConfig
 from lamzoo.reduction.hooks import prune
 from lamzoo.registry.cards import ModelSpec, PretrainedWeights
 from lamzoo.registry.catalog import (

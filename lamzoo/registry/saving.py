@@ -20,7 +20,8 @@ from lamzoo import hub
 from lamzoo.adapters.wrappers import full_state_dict, is_sharded, unwrap
 from lamzoo.errors import ConfigError, UnknownModelError, WeightsError, WeightsNotFoundError
 from lamzoo.files import atomic_files
-from lamzoo.lam import LamConfig, PruneConfig
+from lamzoo.lam import LamConfig
+from lamzoo.reduction.config import PruneConfig
 from lamzoo.registry.cards import ModelSpec
 from lamzoo.registry.catalog import find_spec
 from lamzoo.registry.external import TIMM_PREFIX

@@ -10,8 +10,8 @@ from typing import Any, Literal, TypeAlias
 
 from lamzoo.data import OnBadInput
 from lamzoo.errors import RecipeError
-from lamzoo.lam.pruning import Rest, Score, Training
 from lamzoo.records import build
+from lamzoo.reduction.config import Rest, Score, Training
 from lamzoo.training.captions.recipe import CaptionRecipe, check_captions
 from lamzoo.training.config_reader import override, read_recipe, without_none
 from lamzoo.training.moments.recipe import MomentRecipe, check_moments

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import lamzoo
 from lamzoo.adapters import add_lam, remove_lam
 from lamzoo.lam import LamConfig, SharedState
-from lamzoo.lam.layer import StackPass
+from lamzoo.lam.passes import StackPass
 from tests.adapters.timm_hosts import HOSTS
 
 SIZES = ((32, 32), (16, 64), (64, 16))  # as many patches, in other grids

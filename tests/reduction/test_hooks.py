@@ -187,7 +187,7 @@ def test_the_loss_is_the_distance_of_each_sample_from_its_share() -> None:
 def test_the_loss_of_what_was_not_trained_is_an_error() -> None:
     for vit in (model(), prune_tokens(model(), 0.5, (0,)), prune_tokens(model(), 0.5, (0,), training="top-k").train()):
         vit(images())
-        with pytest.raises(ConfigError, match="pruning_loss is that of a forward pass in training mode"):
+        with pytest.raises(ConfigError, match="pruning_loss needs a forward pass in training mode"):
             pruning_loss(vit)
 
 
@@ -312,7 +312,7 @@ def test_a_target_above_the_whole_keeps_everything() -> None:
 def test_a_target_out_of_reach_raises_and_leaves_the_model_as_it_was() -> None:
     vit = prune_tokens(model(), 0.5, (0,))
     before = vit(images())
-    with pytest.raises(ConfigError, match=r"target_gmacs=1e-06: with a single token left behind \(2,\)"):
+    with pytest.raises(ConfigError, match=r"target_gmacs=1e-06: even a single token after layers \(2,\)"):
         prune_tokens(vit, at=(2,), target_gmacs=1e-6)
     assert torch.equal(vit(images()), before)
     with pytest.raises(ConfigError, match="keep=0.5 beside target_gmacs=1.0: give one of them"):
@@ -320,7 +320,7 @@ def test_a_target_out_of_reach_raises_and_leaves_the_model_as_it_was() -> None:
 
 
 def test_the_last_layer_and_layers_beyond_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"at=\(1, 3\): behind layer 3, the last of blocks.* from 0 to 2"):
+    with pytest.raises(ConfigError, match=r"at=\(1, 3\): pruning after layer 3, the last of blocks.* from 0 to 2"):
         prune_tokens(model(), 0.5, (1, 3))
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -14,22 +15,16 @@ from lamzoo.errors import ConfigError
 from lamzoo.lam import FactoredMask, lam_attention
 from lamzoo.lam.config import Op
 from lamzoo.lam.kernels.eager import attention_weights
-from lamzoo.lam.pruning import (
+from lamzoo.reduction.config import PruneConfig, Rest, Score
+from lamzoo.reduction.scores import (
     SCORERS,
-    Attended,
-    PruneConfig,
-    Rest,
-    Score,
-    among_kept,
-    decide,
-    learn_decisions,
+    AttentionInputs,
     mask_importance,
     redundancy,
-    select,
     summary_attention,
     summary_contribution,
-    with_decisions,
 )
+from lamzoo.reduction.selection import attend_to_kept, decide, select
 from tests.lam.cases import OPS, Case, make
 
 each_op = pytest.mark.parametrize("op", OPS)
@@ -106,7 +101,7 @@ def test_a_reduced_factor_gives_the_reduced_mask(rest: Rest) -> None:
 
 
 def score(scorer: Score, case: Case, has_class_token: bool = True, present: Tensor | None = None) -> Tensor:
-    layer = Attended(*case.args, op=case.op, scale=0.5, present=present)
+    layer = AttentionInputs(*case.args, op=case.op, scale=0.5, present=present)
     return SCORERS[scorer](layer, has_class_token=has_class_token)
 
 
@@ -248,12 +243,10 @@ def test_attention_among_what_stays_is_attention_with_the_others_forbidden(op: O
     kept = torch.tensor([[1.0, 0, 1, 1, 0, 1], [1, 1, 0, 0, 0, 1]], dtype=case.query.dtype, requires_grad=True)
     value = case.value.clone().requires_grad_()
     mask = FactoredMask(case.left, case.right)
-    seen = among_kept(kept, None)
-    assert torch.equal(seen[:, 0, 0], kept > 0)
-    assert torch.equal(among_kept(kept, torch.tensor([True] * 5 + [False]))[:, 0, 0, 5], torch.tensor([False, False]))
-    among = lam_attention(case.query, case.key, value, mask, op=op, scale=0.5, allowed=seen, backend=backend)
-    attended = lam_attention(case.query, case.key, with_decisions(value, kept), mask, op=op, scale=0.5, backend=backend)
-    out = learn_decisions(among, attended)
+    seen = kept[:, None, None, :] > 0
+    attention = partial(lam_attention, op=op, scale=0.5, backend=backend)
+    out = attend_to_kept(attention, kept, case.query, case.key, value, mask)
+    among = attention(case.query, case.key, value, mask, allowed=seen)
     torch.testing.assert_close(out, among)
     cotangent = torch.randn_like(out)
     mine, of_values = torch.autograd.grad(out, (kept, value), cotangent)
@@ -262,8 +255,10 @@ def test_attention_among_what_stays_is_attention_with_the_others_forbidden(op: O
     )  # fmt: skip
     changes = value.unsqueeze(2) - out.unsqueeze(3)  # (B, H, Nq, Nk, dv)
     torch.testing.assert_close(mine, torch.einsum("bhqk,bhqkd,bhqd->bk", weights, changes, cotangent))
-    again = lam_attention(case.query, case.key, value, mask, op=op, scale=0.5, allowed=seen, backend=backend)
-    torch.testing.assert_close(of_values, torch.autograd.grad(again, value, cotangent)[0])
+    torch.testing.assert_close(of_values, torch.autograd.grad(among, value, cotangent)[0])
+    first = torch.tensor([True] * 5 + [False])
+    both = attention(case.query, case.key, value, mask, allowed=seen & first)
+    torch.testing.assert_close(attend_to_kept(attention, kept, case.query, case.key, value, mask, allowed=first), both)
 
 
 def test_a_configuration_survives_as_plain_values() -> None:

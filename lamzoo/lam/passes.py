@@ -1,0 +1,223 @@
+"""Forward passes of a stack of layers: what its layers share during a pass, and which pass a block belongs to."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import deque
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd import Variable
+from torch.autograd.graph import Node
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from lamzoo.errors import ConfigError
+from lamzoo.lam.masks import FactoredMask
+from lamzoo.lam.resize import Grid
+from lamzoo.lam.token_map import TokenMap
+
+Rerun = tuple[int, int]
+
+
+class Layer(Protocol):
+    """A layer with a place in a stack; see :class:`lamzoo.lam.Lam`."""
+
+    place: int | None
+    is_last: bool
+
+
+@dataclass(frozen=True, eq=False)
+class StackPass:
+    """State of one forward pass of a stack: patch grid, shared mask, token reductions so far.
+
+    Attributes:
+        grid: ``(rows, columns)`` of the input's patches, for hosts that have them.
+        mask: the first layer's, with ``layers="single"``, reduced with the tokens.
+        token_maps: the reductions of the tokens up to the current layer, in order.
+        kept: straight-through decisions, ``(B, N)``: 1 for kept tokens, 0 for pruned ones that training leaves in
+            place; None without such decisions.
+        scores: of the current layer's tokens, ``(B, N)``, if tokens are reduced after it.
+        rerun: the backward pass and the autograd node that rerun this pass; None in a forward pass.
+    """
+
+    grid: Grid | None = None
+    mask: FactoredMask | None = None
+    token_maps: tuple[TokenMap, ...] = ()
+    kept: Tensor | None = None
+    scores: Tensor | None = None
+    rerun: Rerun | None = None
+
+
+class SharedState:
+    """State shared by the layers of one stack: its forward passes.
+
+    Each thread has its own current pass, because ``nn.DataParallel`` runs replicas in threads over one such object. A
+    block's output is noted with its pass, so that passes may alternate: a block whose input is noted continues that
+    pass, any other block continues the current one. Gradient checkpointing reruns blocks during the backward pass, on
+    inputs that a wrapper such as FSDP may have copied into new tensors. The pass is then found in the autograd graph:
+    it is noted at the node that made the block's input, which is reachable from the node that triggers the rerun.
+
+    Notes live in the graph or, for tensors without one, beside the tensor, and no longer than these. Copies and pickles
+    start empty.
+    """
+
+    def __init__(self) -> None:
+        self._passes: dict[int, StackPass] = {}
+        self._notes = WeakTensorKeyDictionary()
+        self._layers: dict[int, weakref.ref[Any]] = {}  # by their places in the stack
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]
+
+    @property
+    def current(self) -> StackPass:
+        """The current pass of this thread; an empty one if none has begun."""
+        here = self._passes.get(_thread())
+        return here if here is not None and here.rerun == _rerun() else StackPass()
+
+    def begin(
+        self,
+        grid: Grid | None = None,
+        mask: FactoredMask | None = None,
+        token_maps: tuple[TokenMap, ...] = (),
+        kept: Tensor | None = None,
+        scores: Tensor | None = None,
+    ) -> None:
+        """Begins a pass, or replaces the state of the current one."""
+        self._passes[_thread()] = StackPass(grid, mask, token_maps, kept, scores, _rerun())
+
+    def score(self, scores: Tensor) -> None:
+        """Notes the scores ``(B, N)`` of the current layer's tokens, for the reduction after its block."""
+        here = self.current
+        self.begin(here.grid, here.mask, here.token_maps, here.kept, scores)
+
+    def reduce(self, token_map: TokenMap) -> None:
+        """Notes a reduction of the tokens, applies it to the shared mask, and clears the scores."""
+        here = self.current
+        mask = here.mask and FactoredMask(*map(token_map.factor, here.mask))
+        self.begin(here.grid, mask, (*here.token_maps, token_map))
+
+    def keep(self, kept: Tensor) -> None:
+        """Notes straight-through decisions ``(B, N)``, which leave all tokens in place, and clears the scores."""
+        here = self.current
+        self.begin(here.grid, here.mask, here.token_maps, kept)
+
+    def end(self) -> None:
+        """Drops the current pass, and with it the graph that its mask holds."""
+        self._passes.pop(_thread(), None)
+
+    def enter(self, tokens: Tensor, block: int, *, needs_pass: bool = False) -> None:
+        """Continues the pass of a block's input; in a rerun, the pass of the block's first run.
+
+        Args:
+            tokens: the block's input, ``(B, N, C)``.
+            block: unique number of the block.
+            needs_pass: whether the block can't be rerun without its pass.
+
+        Raises:
+            ConfigError: gradient checkpointing reruns a block that needs its pass, and the pass is unknown.
+        """
+        if torch.compiler.is_compiling():  # the compiler recomputes in its own graph
+            return
+        rerun, here, thread = _rerun(), self._passes.get(_thread()), _thread()
+        begun = here is not None and here.rerun == rerun
+        notes = self._notes_of(tokens)
+        if rerun is None:
+            then = _alive(notes.get(id(self)))
+        else:
+            # Where the node isn't behind the block's input but behind what layers share, the input itself leads there.
+            then = _nearest(torch._C._current_autograd_node(), block)
+            then = then or _nearest(tokens.grad_fn, block, id(self))
+            then = then or _alive(notes.get(block)) or _alive(notes.get(id(self)))
+        if then is not None:
+            self._passes[thread] = then if rerun is None else replace(then, rerun=rerun)
+        elif rerun is not None and not begun and needs_pass:
+            raise ConfigError(
+                "Gradient checkpointing reruns a block whose forward pass is unknown: it is reentrant, which cuts the "
+                "gradient of what layers share, or the block's frozen input was copied into another tensor; checkpoint "
+                "with use_reentrant=False, or use layers='multi' with keys='content'."
+            )
+        if rerun is not None and not begun:
+            forget: Any = partial(self._passes.pop, thread, None)
+            Variable._execution_engine.queue_callback(forget)
+        self._note_input(tokens, notes, block)
+
+    def leave(self, tokens: Tensor) -> None:
+        """Notes the current pass with a block's output, ``(B, N, C)``, for the lifetime of the output or its graph."""
+        here = self._passes.get(_thread())
+        if not torch.compiler.is_compiling() and here is not None and here.rerun == _rerun():
+            # No cycle of references: the output comes from the mask, so that the mask's graph doesn't lead back to it.
+            self._notes_of(tokens)[id(self)] = here
+
+    def _note_input(self, tokens: Tensor, notes: dict[int, Any], block: int) -> None:
+        here = self._passes.get(_thread())
+        if here is None or here.rerun != _rerun():
+            return
+        if here.rerun is not None and _alive(notes.get(block)) is not None:
+            return  # the first run's, which a second backward pass looks for
+        shares = here.mask is not None or here.kept is not None
+        # Without gradients, what layers share is noted nowhere in a graph: a rerun would cut its gradient.
+        if tokens.grad_fn is None or torch.is_grad_enabled() or not shares:
+            # Two blocks may have one input, from which the first of them made the mask: then it is held by the outputs
+            # before, and here weakly, as what has a graph that leads to where it is noted would never go.
+            notes[block] = weakref.ref(here) if shares or here.token_maps else here
+
+    def _notes_of(self, tokens: Tensor) -> dict[int, Any]:
+        node: Any = tokens.grad_fn
+        notes: dict[int, Any] = self._notes.setdefault(tokens, {}) if node is None else node.metadata
+        return notes
+
+    def join(self, layer: Layer, place: int) -> None:
+        """Adds a layer at its place in the stack; the last layer that remains in the model ends a pass.
+
+        A shallow copy of a layer that has joined is not added.
+        """
+        layer.place = place
+        there = self._layers.get(place)
+        if there is None or there() is None:
+            self._layers[place] = weakref.ref(layer, self._drop)
+
+    def _drop(self, gone: weakref.ref[Any]) -> None:
+        self._layers = {place: layer for place, layer in self._layers.items() if layer is not gone}
+        last = self._layers[max(self._layers)]() if self._layers else None
+        if last is not None:
+            vars(last)["is_last"] = True  # not by nn.Module's setter, which is gone when the interpreter exits
+
+
+@torch.compiler.assume_constant_result  # a compiled graph runs in one thread
+def _thread() -> int:
+    return threading.get_ident()
+
+
+def _rerun() -> Rerun | None:
+    """Returns the backward pass and the node of it that this thread is executing; None outside of any."""
+    if torch.compiler.is_compiling():
+        return None
+    node = torch._C._current_autograd_node()
+    return None if node is None else (torch._C._current_graph_task_id(), id(node))
+
+
+def _alive(note: StackPass | weakref.ref[StackPass] | None) -> StackPass | None:
+    return note() if isinstance(note, weakref.ref) else note
+
+
+def _nearest(node: Node | None, *keys: int) -> StackPass | None:
+    """Returns the pass noted under one of the keys at a node, or at the nearest node upstream."""
+    queue: deque[Any] = deque([] if node is None else [node])
+    seen = {None, *queue}
+    while queue:
+        nearest = queue.popleft()
+        for key in keys:
+            if (found := _alive(nearest.metadata.get(key))) is not None:
+                return found
+        inputs = {before for before, _ in nearest.next_functions} - seen
+        seen |= inputs
+        queue.extend(inputs)
+    return None
