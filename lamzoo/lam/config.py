@@ -35,7 +35,7 @@ class LamConfig:
     """What a learnable attention mask (LAM) is made of; arXiv 2406.02761, section 3.
 
     The paper's own mask is ``LamConfig(keys="position", op="mul", heads="shared", init="paper")``, with ``hidden`` and
-    ``rank`` as the widths of its Linear + ReLU stack. The defaults are what the ablation (README) found best among
+    ``rank`` as the widths of its Linear + ReLU stack. The defaults are what the ablation (docs) found best among
     the masks that need no fixed length; where the length is fixed, as in the zoo's image models, ``keys="position"``
     was better still.
 
