@@ -40,7 +40,6 @@ RUN = {
     "lamzoo info lam_vit_micro",
     "lamzoo predict lam_vit_micro photo.jpg",
     "lamzoo predict lam_vit_micro photo.jpg photos/",
-    "lamzoo explain lam_vit_micro photo.jpg --out masks.png",
 }
 
 
@@ -106,5 +105,4 @@ def test_cheap_commands_run(workplace: Path, capsys: pytest.CaptureFixture[str])
         with pytest.raises(SystemExit) as end:
             main(shlex.split(command)[1:])
         assert end.value.code == 0, command
-        assert capsys.readouterr().out or "--out" in command, command
-    assert (workplace / "masks.png").is_file()
+        assert capsys.readouterr().out, command
