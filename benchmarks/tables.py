@@ -17,7 +17,6 @@ from pathlib import Path
 import lamzoo
 from benchmarks import breakdown, exported, finetuning, kernels, pruning, speed, tiles
 from benchmarks.ablation.run import HERE
-from benchmarks.ablation.table import HEADINGS
 from benchmarks.ablation.table import table as ablation
 from benchmarks.rows import read_rows as read_lines
 from lamzoo.profiling.results import BenchRow, read_rows
@@ -40,33 +39,32 @@ def cost(path: Path = RESULTS / "cost.csv") -> str:
     return _benched(path, {"pixels": lambda row: str(row.img_size or "")})
 
 
-# The rows of the README's overview: the task, a model with masks, and the score that its card records.
+# The rows of the README's overview: the task, a model with masks, and the score in its card with its name.
 _OVERVIEW = (
-    ("images, CIFAR-10", "lam_vit_micro.cifar10", "top1"),
-    ("images, Tiny-ImageNet-100", "lam_vit_tiny_patch8_64.tinyimagenet100", "top1"),
-    ("images, ImageNet-1k", "lam_vit_base.augreg2_in21k_ft_in1k", "top1"),
-    ("text-video retrieval, GRID", "lam_single_clip4clip_micro.grid", "t2v_R1"),
-    ("text-video retrieval", "lam_clip4clip.openai", None),
-    ("moments, GRID", "lam_qd_detr_micro.grid", "R1_07"),
-    ("moments", "lam_qd_detr", None),
-    ("audio description, GRID", "lam_describer_micro.grid", "WER"),
-    ("audio description", "lam_describer.coca_laion2b_s13b_b90k", None),
+    ("images, CIFAR-10", "lam_vit_micro.cifar10", "top1", "top-1"),
+    ("images, Tiny-ImageNet-100", "lam_vit_tiny_patch8_64.tinyimagenet100", "top1", "top-1"),
+    ("images, ImageNet-1k", "lam_vit_base.augreg2_in21k_ft_in1k", "top1", "top-1"),
+    ("text-video retrieval, GRID", "lam_single_clip4clip_micro.grid", "t2v_R1", "R@1"),
+    ("text-video retrieval", "lam_clip4clip.openai", "t2v_R1", "R@1"),
+    ("moments, GRID", "lam_qd_detr_micro.grid", "R1_07", "R1@0.7"),
+    ("moments", "lam_qd_detr", "R1_07", "R1@0.7"),
+    ("audio description, GRID", "lam_describer_micro.grid", "WER", "word error rate"),
+    ("audio description", "lam_describer.coca_laion2b_s13b_b90k", "WER", "word error rate"),
 )
 
 
 def overview() -> str:
     """Returns the README's table of models: a masked model a task, its score beside its plain twin's, cost, weights."""
     lines = _header("task", "model", "score", "plain twin", "GMACs", "weights")
-    for task, name, metric in _OVERVIEW:
+    for task, name, metric, heading in _OVERVIEW:
         info = lamzoo.model_info(name)
         score, twin, weights = "", "", "none, to be trained"
         if info.tag is not None:
             weights = "bundled" if info.tag.file else "download"
-            plain = lamzoo.model_info(f"{info.plain}.{info.tag.name}") if info.plain and metric else None
-            if metric and metric in info.tag.metrics:
-                score = f"{HEADINGS[metric].removesuffix(' (%)')} {info.tag.metrics[metric]:.2f} %"
+            if metric in info.tag.metrics:
                 # A timm backbone with identity masks scores as it does without them.
-                of_twin = plain.tag if plain is not None else info.tag
+                of_twin = lamzoo.model_info(f"{info.plain}.{info.tag.name}").tag if info.plain else info.tag
+                score = f"{heading} {info.tag.metrics[metric]:.2f} %"
                 twin = f"{of_twin.metrics[metric]:.2f} %"
         lines.append(_line(task, f"`{name}`", score, twin, _number(info.gmacs, 4), weights))
     return "\n".join(lines) + "\n"
