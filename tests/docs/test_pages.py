@@ -46,3 +46,22 @@ def test_the_api_reference_has_every_public_name() -> None:
 def test_pictures_are_small() -> None:
     for picture in (ROOT / "docs" / "images").iterdir():
         assert picture.stat().st_size < 150_000, picture.name
+
+
+def test_the_installation_page_lists_the_extras() -> None:
+    shown = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs/start/install.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(shown) == PROJECT["optional-dependencies"].keys() - {"demo", "docs", "test", "dev"}
+
+
+def test_the_data_page_lists_the_specifications() -> None:
+    page = (ROOT / "docs/reference/data.md").read_text(encoding="utf-8")
+    factories = (
+        lamzoo.data.create_dataset,
+        lamzoo.data.retrieval.create_retrieval_dataset,
+        lamzoo.data.moments.create_moment_dataset,
+        lamzoo.data.captions.create_caption_dataset,
+    )
+    for factory in factories:
+        kinds = set(re.findall(r"``(\w+):", factory.__doc__ or ""))
+        assert kinds
+        assert not [kind for kind in kinds if f"| `{kind}:" not in page], factory
