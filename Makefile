@@ -54,7 +54,7 @@ typecheck: $(VENV)/.ready-dev  ## mypy on the package
 	$(BIN)/mypy
 
 docs: $(VENV)/.ready-dev  ## the documentation, into .site/; warnings and broken links are errors
-	$(BIN)/python -m mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 wheel: $(VENV)/.ready-dev  ## source distribution and wheel, into dist/
 	$(BIN)/python -m hatchling build -d dist
