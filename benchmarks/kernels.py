@@ -33,7 +33,8 @@ from torch.nn import functional as F
 import lamzoo
 from benchmarks.rows import read_rows, write_rows
 from lamzoo.lam import available_backends
-from lamzoo.lam.config import Heads, Op
+from lamzoo.lam.config import Heads
+from lamzoo.lam.ops import OPS, Op
 from lamzoo.profiling.latency import device_label, time_call
 from lamzoo.profiling.memory import free_bytes, peak_growth
 
@@ -228,7 +229,7 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="+", type=int, default=[197, 577, 1025], help="tokens")
     parser.add_argument("--batches", nargs="+", type=int, default=[1])
     parser.add_argument("--modes", nargs="+", default=["forward", "train"], choices=["forward", "train"])
-    parser.add_argument("--ops", nargs="+", default=["mul", "add"], choices=["mul", "add"])
+    parser.add_argument("--ops", nargs="+", default=list(OPS), choices=list(OPS))
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 9, 17, 33], help="columns of the factors")
     parser.add_argument("--heads", nargs="+", default=["per-head"], choices=["per-head", "shared"])
     parser.add_argument("--backends", nargs="+", default=["eager", "sdpa", "chunked"], choices=available_backends())

@@ -30,7 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import lamzoo.lam.kernels.triton as backend
 from benchmarks.rows import read_rows, write_rows
-from lamzoo.lam.config import Op
+from lamzoo.lam.ops import Op
 from lamzoo.profiling.latency import device_label
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "tiles.csv"

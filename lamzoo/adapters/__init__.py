@@ -123,7 +123,7 @@ def _build_stack(model: nn.Module, slots: list[Slot], config: LamConfig) -> tupl
     places = [uses[model.get_submodule(slot.path)] for slot in slots]
     lams = []
     for index, slot in enumerate(slots):
-        if config.keys == "position" and slot.no_positions is not None:
+        if config.has_positions and slot.no_positions is not None:
             raise ConfigError(
                 f"{slot.path} can't have a mask with keys='position': {slot.no_positions}; use keys='content'."
             )
@@ -146,7 +146,7 @@ def _build_stack(model: nn.Module, slots: list[Slot], config: LamConfig) -> tupl
 
 
 def _watch_passes(model: nn.Module, slots: list[Slot], config: LamConfig, shared: SharedState) -> None:
-    watch_grid = slots[0].watch_grid if config.keys == "position" else None
+    watch_grid = slots[0].watch_grid if config.has_positions else None
     if watch_grid is not None:
         watch_grid(shared)
     if watch_grid is not None or config.layers == "single":

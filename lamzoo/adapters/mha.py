@@ -188,7 +188,7 @@ def present_keys(
         key_padding_mask: ``(B, Nk)`` or ``(Nk,)``, likewise.
     """
     present = None
-    if lam.config.keys != "position":
+    if not lam.config.has_positions:
         return present
     if key_padding_mask is not None:
         present = _unhidden(key_padding_mask).view(key.shape[0], key.shape[2])

@@ -1,4 +1,4 @@
-"""Attention under a factored mask: one function, the backends behind it."""
+"""Attention under a factored mask, by one of several backends."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from lamzoo.errors import ConfigError, MaskShapeError
-from lamzoo.lam.config import Op
 from lamzoo.lam.kernels import choose
 from lamzoo.lam.kernels.eager import compute_dtype
 from lamzoo.lam.masks import FactoredMask
+from lamzoo.lam.ops import OPS, Op
 
 
 def lam_attention(
@@ -39,23 +39,23 @@ def lam_attention(
         op: ``"mul"`` scales the scores, ``"add"`` shifts them; that of the mask's :class:`LamConfig`.
         allowed: bool, broadcastable to ``(B, H, Nq, Nk)``; True where attention may go. Applied last; a row
             in which nothing is allowed returns zeros.
-        bias: float, broadcastable to ``(B, H, Nq, Nk)``, added after the mask: what a host adds by itself, such
-            as a relative position bias. ``-inf`` forbids.
+        bias: float, broadcastable to ``(B, H, Nq, Nk)``, added after the mask, such as a host's relative position
+            bias. ``-inf`` forbids attention.
         is_causal: query ``i`` may attend to keys ``0..i`` only, as in ``F.scaled_dot_product_attention``.
         dropout_p: probability with which attention weights are dropped; pass 0 in evaluation.
         scale: of the scores before the mask, positive; ``d ** -0.5`` by default.
-        backend: one of :func:`available_backends`; ``"auto"`` takes what :func:`attention_backend` pins, or picks by
-            device, op, rank and length.
+        backend: one of :func:`available_backends`; ``"auto"`` takes the one pinned by :func:`attention_backend`, or
+            picks by device, op, rank and length.
 
     Returns:
         ``(B, H, Nq, dv)``, the dtype of ``query``.
 
     Raises:
-        MaskShapeError: the factors do not fit the queries or keys, or are boolean; ``query``, ``key`` and ``value``
-            have several dtypes outside of ``torch.autocast``; ``allowed`` or ``bias`` has the wrong dtype or a shape
-            that doesn't broadcast. Names the shapes or dtypes.
-        ConfigError: an unknown ``op`` or ``backend``, a backend that can't serve these inputs, or a scale that isn't
-            positive.
+        MaskShapeError: the factors don't fit the queries or keys, or are boolean; ``query``, ``key`` and ``value``
+            differ in dtype outside of ``torch.autocast``; ``allowed`` or ``bias`` has the wrong dtype or a shape that
+            doesn't broadcast. Names the shapes or dtypes.
+        ConfigError: an unknown ``op`` or ``backend``, a backend that doesn't support these inputs, or a scale that
+            isn't positive.
     """
     check_inputs(query, key, value, mask, op, allowed, bias, scale)
     kernel = choose(backend, query, key, value, mask, op=op, bias=bias, dropout_p=dropout_p)
@@ -77,9 +77,9 @@ def check_inputs(
     bias: Tensor | None,
     scale: float | None,
 ) -> None:
-    """Checks what every backend relies on; raises as :func:`lam_attention` says."""
-    if op not in ("mul", "add"):
-        raise ConfigError(f"Unknown mask op {op!r}; it must be 'mul' or 'add'.")
+    """Checks the inputs of every backend; raises as :func:`lam_attention`."""
+    if op not in OPS:
+        raise ConfigError(f"Unknown mask op {op!r}; it must be {' or '.join(map(repr, OPS))}.")
     if scale is not None and scale <= 0:  # torch's own fused attention returns NaN for causal attention and scale < 0
         raise ConfigError(f"The attention scale is {scale}; it must be positive.")
     if isinstance(mask, Tensor):
@@ -91,7 +91,7 @@ def check_inputs(
     if len({compute_dtype(x) for x in (query, key, value)}) > 1:
         raise MaskShapeError(
             f"query, key and value have the dtypes {query.dtype}, {key.dtype} and {value.dtype}; outside of "
-            "torch.autocast they need one."
+            "torch.autocast they must have the same one."
         )
     if allowed is not None and allowed.dtype != torch.bool:
         raise MaskShapeError(f"`allowed` is {allowed.dtype}; it must be torch.bool, True = may attend.")
@@ -102,7 +102,7 @@ def check_inputs(
         if tensor is not None and not _broadcasts(tuple(tensor.shape), scores):
             raise MaskShapeError(
                 f"`{name}` has shape {tuple(tensor.shape)}, which doesn't broadcast to the scores' (B, H, Nq, Nk) = "
-                f"{scores}; key padding (B, Nk) goes in as (B, 1, 1, Nk)."
+                f"{scores}; pass key padding (B, Nk) as (B, 1, 1, Nk)."
             )
 
 

@@ -1,4 +1,4 @@
-"""The description of a learnable attention mask, as data; knows nothing of tensors or models."""
+"""The configuration of a learnable attention mask, as data; needs no torch."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ import dataclasses
 import difflib
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args
 
 from lamzoo.errors import ConfigError
+from lamzoo.lam.ops import OPS, MaskOp, Op
 
 Layers = Literal["multi", "single"]
 Keys = Literal["content", "position"]
-Op = Literal["mul", "add"]
 Heads = Literal["shared", "per-head"]
 Sign = Literal["free", "positive"]
 Init = Literal["identity", "paper"]
 Config = TypeVar("Config")
 
-_CHOICES: dict[str, tuple[str, ...]] = {
+_CHOICES: dict[str, Collection[str]] = {
     "layers": get_args(Layers),
     "keys": get_args(Keys),
-    "op": get_args(Op),
+    "op": OPS,
     "heads": get_args(Heads),
     "sign": get_args(Sign),
     "init": get_args(Init),
@@ -32,31 +32,30 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class LamConfig:
-    """What a learnable attention mask (LAM) is made of; arXiv 2406.02761, section 3.
+    """Configuration of a learnable attention mask (LAM); arXiv 2406.02761, section 3.
 
-    The paper's own mask is ``LamConfig(keys="position", op="mul", heads="shared", init="paper")``, with ``hidden`` and
-    ``rank`` as the widths of its Linear + ReLU stack. The defaults are what the ablation (docs) found best among
-    the masks that need no fixed length; where the length is fixed, as in the zoo's image models, ``keys="position"``
-    was better still.
+    The paper's mask is ``LamConfig(keys="position", op="mul", heads="shared", init="paper")``, with ``hidden`` and
+    ``rank`` as the widths of its Linear + ReLU stack. The defaults were the best in the ablation among masks without a
+    fixed length; with a fixed length, as in the zoo's image models, ``keys="position"`` was better.
 
     Attributes:
         layers: ``"multi"``: every layer has its own mask network, run on that layer's tokens;
             ``"single"``: one network, run on the first layer's tokens, its mask shared by all layers.
-        keys: ``"content"``: the key factor is computed from the key tokens, so that any length works;
-            ``"position"``: it is a learned table over key positions (the paper's).
+        keys: ``"content"``: the key factor is computed from the key tokens, for any length; ``"position"``: the key
+            factor is a learned table over key positions (the paper's).
         op: ``"add"`` adds the mask to the scaled scores, ``"mul"`` multiplies them by it (the paper's).
-        rank: width of the last hidden layer. The mask's factors have one column more, the bias.
+        rank: width of the last hidden layer. The mask's factors have one more column, the bias.
         hidden: widths of the Linear + ReLU layers before the last one.
-        heads: ``"per-head"``: one mask for each head; ``"shared"``: one for all of them (the paper's).
-        sign: ``"free"``: the mask may be negative and flip a score (the paper's); ``"positive"``: both
-            factors are non-negative, so that it never does.
+        heads: ``"per-head"``: one mask for each head; ``"shared"``: one mask for all heads (the paper's).
+        sign: ``"free"``: the mask may be negative and flip a score (the paper's); ``"positive"``: both factors are
+            non-negative, and with them the mask.
         init: ``"identity"``: the mask starts as the neutral element (1 for ``"mul"``, 0 for ``"add"``) and a
             fresh LAM changes nothing; ``"paper"``: torch's default initialisation throughout.
         max_length: number of key positions of a ``"position"`` table. ``None`` takes it from the host;
-            hosts that don't know their length (text, ``nn.MultiheadAttention``) need it.
+            it is required for hosts of unknown length (text, ``nn.MultiheadAttention``).
 
     Raises:
-        ConfigError: a field has a value, type or companion that means nothing.
+        ConfigError: a field has an invalid value or type, or two fields contradict each other.
     """
 
     layers: Layers = "multi"
@@ -84,17 +83,31 @@ class LamConfig:
             _check_width("max_length", self.max_length)
             if self.keys == "content":
                 raise ConfigError(
-                    "LamConfig.max_length sizes a table of key positions and keys='content' has none; "
+                    "LamConfig.max_length sizes a table of key positions, and keys='content' has no table; "
                     "leave it out or use keys='position'."
                 )
-        if self.sign == "positive" and self.op == "add":
+        if self.sign == "positive" and not self.mask_op.flips:
             raise ConfigError(
-                "LamConfig.sign='positive' keeps a factor from flipping a score and op='add' has no factor; "
-                "use op='mul', or sign='free' with op='add'."
+                f"LamConfig.sign='positive' keeps the mask from flipping scores, and a mask with op={self.op!r} flips "
+                f"none; use op='mul', or sign='free' with op={self.op!r}."
             )
 
+    @property
+    def mask_op(self) -> MaskOp:
+        """How the mask acts on the scores."""
+        return OPS[self.op]
+
+    @property
+    def has_positions(self) -> bool:
+        """Whether the key factor is a table over key positions."""
+        return self.keys == "position"
+
+    def with_length(self, length: int | None) -> LamConfig:
+        """Returns the configuration with ``max_length`` set, if it has positions and no ``max_length`` of its own."""
+        return dataclasses.replace(self, max_length=length) if self.has_positions and self.max_length is None else self
+
     def differences(self, other: LamConfig) -> list[str]:
-        """Returns the fields in which masks of ``other`` would mean something else, though their tensors may fit.
+        """Returns the fields that make masks of ``other`` incompatible, even where their tensors fit.
 
         ``init`` matters before training only, and tables of another ``max_length`` are resized.
         """
@@ -103,10 +116,10 @@ class LamConfig:
 
     @classmethod
     def of(cls, value: LamConfig | Mapping[str, Any] | bool) -> LamConfig:
-        """Returns a configuration that is given as one, as a mapping of its fields, or as True for the defaults.
+        """Returns a configuration given as one, as a mapping of its fields, or as True for the defaults.
 
         Raises:
-            ConfigError: anything else, or as :meth:`from_dict`.
+            ConfigError: ``value`` is none of these, or as for :meth:`from_dict`.
         """
         if isinstance(value, cls):
             return value
@@ -119,7 +132,7 @@ class LamConfig:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the fields as plain TOML and JSON values, ``max_length`` left out where it is None."""
+        """Returns the fields as plain TOML and JSON values, without ``max_length`` where it is None."""
         fields = dataclasses.asdict(self)
         fields["hidden"] = list(self.hidden)
         if self.max_length is None:
@@ -131,7 +144,8 @@ class LamConfig:
         """Builds a configuration from the fields given; the others keep their defaults.
 
         Raises:
-            ConfigError: an unknown field, named with the closest known one, an impossible value, or no mapping at all.
+            ConfigError: an unknown field (the message suggests the closest known one), an invalid value, or
+                ``fields`` is no mapping.
         """
         return from_fields(cls, fields)
 
@@ -141,7 +155,7 @@ class LamConfig:
 
     @classmethod
     def from_json(cls, text: str) -> LamConfig:
-        """Reads what :meth:`to_json` wrote.
+        """Reads the output of :meth:`to_json`.
 
         Raises:
             ConfigError: the text is not a JSON object, or not a valid configuration.
@@ -159,7 +173,7 @@ class LamConfig:
 
     @classmethod
     def from_toml(cls, text: str) -> LamConfig:
-        """Reads what :meth:`to_toml` wrote.
+        """Reads the output of :meth:`to_toml`.
 
         Raises:
             ConfigError: the text is not TOML, or not a valid configuration.
@@ -173,11 +187,11 @@ class LamConfig:
 
 def _check_width(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"LamConfig.{name} has {value!r}; widths and lengths are whole numbers of at least 1.")
+        raise ConfigError(f"LamConfig.{name} has {value!r}; widths and lengths must be whole numbers of at least 1.")
 
 
 def from_fields(cls: type[Config], fields: Mapping[str, Any]) -> Config:
-    """Builds a dataclass of a configuration from some of its fields; raises as :meth:`LamConfig.from_dict`."""
+    """Builds a configuration dataclass from some of its fields; raises as :meth:`LamConfig.from_dict`."""
     if not isinstance(fields, Mapping):
         raise ConfigError(f"{cls.__name__} needs a mapping of its fields, not a {type(fields).__name__}.")
     known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]

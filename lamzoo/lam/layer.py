@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from lamzoo.errors import ConfigError
 from lamzoo.lam.attention import check_inputs, lam_attention
-from lamzoo.lam.config import LamConfig, Op
+from lamzoo.lam.config import LamConfig
 from lamzoo.lam.kernels.eager import attention_weights
 from lamzoo.lam.masks import FactoredMask, MaskNetwork
+from lamzoo.lam.ops import Op
 from lamzoo.lam.passes import SharedState, StackPass
 
 

@@ -1,4 +1,4 @@
-"""The mask as two thin factors, and the networks that read tokens and return it; knows no model."""
+"""Masks as two thin factors, and the networks that compute them from tokens."""
 
 from __future__ import annotations
 
@@ -34,26 +34,26 @@ class FactoredMask(NamedTuple):
     right: Tensor
 
     def dense(self) -> Tensor:
-        """Returns ``M``, ``(B, Hm, Nq, Nk)``."""
+        """Returns the dense mask ``M``, ``(B, Hm, Nq, Nk)``."""
         return self.left @ self.right.transpose(-2, -1)
 
     def detach(self) -> FactoredMask:
-        """Returns the mask outside the graph."""
+        """Returns the mask with detached factors."""
         return FactoredMask(self.left.detach(), self.right.detach())
 
     def importance(self, queries: Tensor | None = None) -> Tensor:
-        """Returns each key's mean mask value over the queries in O(N R), without building ``M``.
+        """Computes each key's mean mask value over the queries in O(N R), without building ``M``.
 
         Args:
-            queries: bool ``(B, Nq)``, True for the queries that count; all of them by default.
+            queries: bool ``(B, Nq)``, True for the queries to average over; all of them by default.
 
         Returns:
-            ``(B, Hm, Nk)``; zero for a sample in which no query counts.
+            ``(B, Hm, Nk)``; zero for a sample without such queries.
         """
         if queries is None:
             mean = self.left.mean(dim=2, keepdim=True)
         else:
-            # Weights that sum to one, and a matmul: a plain sum over many queries could overflow in half precision.
+            # A matmul with weights that sum to one: a plain sum over many queries could overflow in half precision.
             weights = queries / queries.sum(dim=1, keepdim=True).clamp(min=1)
             mean = weights[:, None, None, :].to(self.left.dtype) @ self.left
         return (mean @ self.right.transpose(-2, -1)).squeeze(2)
@@ -62,20 +62,22 @@ class FactoredMask(NamedTuple):
         """Checks that the factors fit ``query (B, H, Nq, d)`` and ``key (B, H, Nk, d)``.
 
         Raises:
-            MaskShapeError: boolean factors, factors of two dtypes, or shapes that do not fit; names both.
+            MaskShapeError: the factors are boolean or integer, differ in dtype, or don't fit; names both shapes.
         """
         for name, factor in zip(self._fields, self, strict=True):
             if not factor.is_floating_point():
                 raise MaskShapeError(
-                    f"The {name} factor of a learnable mask is {factor.dtype}; a boolean or integer mask is none, "
-                    "pass it as `allowed` (True = may attend)."
+                    f"The {name} factor of a learnable mask is {factor.dtype}; it must be floating point, pass boolean "
+                    "masks as `allowed` (True = may attend)."
                 )
             if factor.ndim != 4:
                 raise MaskShapeError(
-                    f"The {name} factor of a learnable mask has shape {tuple(factor.shape)}, not 4 dims."
+                    f"The {name} factor of a learnable mask has shape {tuple(factor.shape)}; it must have 4 dimensions."
                 )
         if self.left.dtype != self.right.dtype:
-            raise MaskShapeError(f"Mask factors left {self.left.dtype} and right {self.right.dtype} need one dtype.")
+            raise MaskShapeError(
+                f"Mask factors left {self.left.dtype} and right {self.right.dtype} must have the same dtype."
+            )
         batch, heads, num_queries, _ = query.shape
         (lb, lh, lq, lr), (rb, rh, rk, rr) = self.left.shape, self.right.shape
         fits = lb in (1, batch) and rb in (1, batch) and lh in (1, heads) and rh in (1, heads) and lr == rr
@@ -129,29 +131,29 @@ class PositionTable(nn.Module):
 
 
 class MaskNetwork(nn.Module):
-    """Reads tokens and returns the factors of their mask (arXiv 2406.02761, section 3).
+    """Computes the factors of a mask from tokens (arXiv 2406.02761, section 3).
 
-    ``left`` is the last hidden layer of a Linear + ReLU stack on the query tokens, with a constant 1 appended.
-    ``right`` is, with ``keys="position"``, the weight and bias of the paper's last Linear, so that
-    ``left @ right.T`` is exactly the paper's dense mask; with ``keys="content"`` it is the output of a second
-    stack on the key tokens. Where such a mask is added to the scores, the last Linear of that stack has no bias: it
-    would shift all scores of a query by the same amount, which the softmax ignores.
+    ``left`` is the last hidden layer of a Linear + ReLU stack on the query tokens, with a constant 1 appended. With
+    ``keys="position"``, ``right`` is the weight and bias of the paper's last Linear, so that ``left @ right.T`` is
+    exactly the paper's dense mask; with ``keys="content"``, it is the output of a second stack on the key tokens. The
+    last Linear of that stack has no bias in additive masks, where it would shift all scores of a query by the same
+    amount, which the softmax ignores.
 
-    ``sign="positive"`` passes ``right`` through softplus and divides ``left``, non-negative already, by its sum:
-    every mask value is then a convex mixture of the key side's values, and the constant column carries the
-    identity through any hidden activations.
+    ``sign="positive"`` applies softplus to ``right`` and divides ``left``, which is non-negative already, by its sum:
+    every mask value is then a convex combination of the key side's values, and the constant column keeps the identity
+    for any hidden activations.
 
     Args:
-        config: what to build.
+        config: of the mask.
         query_dim: width of the query tokens.
         key_dim: width of the key tokens.
-        num_heads: heads of the attention it serves.
-        length: key positions of a ``"position"`` table; ``config.max_length`` where that is given.
+        num_heads: attention heads.
+        length: key positions of a ``"position"`` table; ``config.max_length`` takes precedence.
         num_prefix_tokens: class and register tokens among them, at the start.
         grid: ``(rows, columns)`` of the patches behind them; ``None`` for a sequence.
 
     Raises:
-        ConfigError: ``keys="position"`` and neither ``length`` nor ``config.max_length`` is known.
+        ConfigError: ``keys="position"`` with neither ``length`` nor ``config.max_length``.
     """
 
     def __init__(
@@ -169,44 +171,42 @@ class MaskNetwork(nn.Module):
         self.config = config
         self.heads = num_heads if config.heads == "per-head" else 1
         self.query = _linear_relu(query_dim, *config.hidden, self.heads * config.rank)
-        if config.keys == "position":
+        if config.has_positions:
             if config.max_length is not None:
                 length, grid = config.max_length, (grid if length == config.max_length else None)
             if length is None:
-                raise ConfigError("keys='position' needs a length and this model has none; set LamConfig.max_length.")
+                raise ConfigError(
+                    "keys='position' needs a length, and this model has no fixed one; set LamConfig.max_length."
+                )
             self.table = PositionTable(self.heads, length, config.rank, num_prefix_tokens, grid)
         else:
             key = _linear_relu(key_dim, *config.hidden)
             width = config.hidden[-1] if config.hidden else key_dim
-            key.append(nn.Linear(width, self.heads * (config.rank + 1), bias=config.op == "mul"))
+            key.append(nn.Linear(width, self.heads * (config.rank + 1), bias=config.mask_op.sees_constants))
             self.key = key
         self.register_load_state_dict_pre_hook(_drop_dead_bias)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialises as ``config.init`` says: the neutral mask, or torch's default throughout."""
+        """Initialises by ``config.init``: as the identity mask, or with torch's defaults throughout."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 module.reset_parameters()
-        position = self.config.keys == "position"
-        last: Any = self.table if position else self.key[-1]
+        positions = self.config.has_positions
+        last: Any = self.table if positions else self.key[-1]
         with torch.no_grad():
             if self.config.init == "identity":
                 last.weight.zero_()
                 if last.bias is not None:
                     last.bias.zero_()
-                if self._starts_at_bias_one:  # where `right` meets the constant 1 in `left`
-                    bias = last.bias if position else last.bias.unflatten(0, (self.heads, -1))[:, -1]
-                    bias.fill_(1.0)
-            elif position:  # nn.Linear's own default
+                    # The column that is multiplied by the constant 1 in `left`.
+                    bias = last.bias if positions else last.bias.unflatten(0, (self.heads, -1))[:, -1]
+                    if self.config.sign == "free":  # a positive mask is 1 at zero, by the shift inside its softplus
+                        bias.fill_(self.config.mask_op.identity)
+            elif positions:  # nn.Linear's own default
                 bound = self.config.rank**-0.5
                 last.weight.uniform_(-bound, bound)
                 last.bias.uniform_(-bound, bound)
-
-    @property
-    def _starts_at_bias_one(self) -> bool:
-        # A positive mask has its neutral value at raw zero, through the shift inside the softplus.
-        return self.config.op == "mul" and self.config.sign == "free"
 
     def forward(
         self,
@@ -216,7 +216,7 @@ class MaskNetwork(nn.Module):
         token_maps: Sequence[TokenMap] = (),
         present: Tensor | None = None,
     ) -> FactoredMask:
-        """Returns the mask's factors.
+        """Computes the factors of the mask.
 
         Args:
             query_tokens: ``(B, Nq, query_dim)``.
@@ -231,7 +231,7 @@ class MaskNetwork(nn.Module):
         """
         hidden = self._split_heads(self.query(query_tokens))
         left = F.pad(hidden, (0, 1), value=1.0)
-        if self.config.keys == "position":
+        if self.config.has_positions:
             if token_maps:
                 right = self.table(token_maps[0].length, grid)
             else:
@@ -251,14 +251,17 @@ class MaskNetwork(nn.Module):
 
 
 def drop_dead_biases(module: nn.Module, state_dict: MutableMapping[str, Tensor], prefix: str = "") -> list[str]:
-    """Removes the biases that versions up to 0.1.0 had in additive content masks, in place, and returns their keys.
+    """Removes the biases that additive content masks had up to version 0.1.0 from a state dict, in place.
 
     They do not change the attention: see :class:`MaskNetwork`.
 
     Args:
-        module: the model, or a part of it, that the weights are for.
+        module: model or submodule that the weights are for.
         state_dict: parameter name to tensor.
         prefix: of the module's parameters in ``state_dict``, with the dot.
+
+    Returns:
+        The removed keys.
     """
     networks = (
         (f"{prefix}{path}." if path else prefix, part)
@@ -272,8 +275,8 @@ def drop_dead_biases(module: nn.Module, state_dict: MutableMapping[str, Tensor],
 
 
 def _dead_bias(network: MaskNetwork, prefix: str) -> str:
-    """Returns the key of the bias that the key side's last Linear would have; ``""`` where it has one or is none."""
-    if network.config.keys == "position" or network.key[-1].bias is not None:
+    """Returns the key of the removed bias of the key side's last Linear; ``""`` for other masks."""
+    if network.config.has_positions or network.key[-1].bias is not None:
         return ""
     return f"{prefix}key.{len(network.key) - 1}.bias"
 

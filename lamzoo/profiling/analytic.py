@@ -61,7 +61,7 @@ class Stack:
             return 0
         heads = self.heads if config.heads == "per-head" else 1
         network = _mlp_macs(self.tokens, (self.width, *config.hidden, heads * config.rank))
-        if config.keys == "content":
+        if not config.has_positions:
             network += _mlp_macs(self.seen, (self.width, *config.hidden, heads * (config.rank + 1)))
         networks = self.depth if config.layers == "multi" else 1
         return self.copies * (networks * network + self.depth * heads * self.tokens * self.seen * (config.rank + 1))

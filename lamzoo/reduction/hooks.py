@@ -25,8 +25,8 @@ from lamzoo.adapters.state import masks_of
 from lamzoo.adapters.wrappers import unwrap
 from lamzoo.errors import ConfigError, UnsupportedHostError
 from lamzoo.lam import FactoredMask, Lam, SharedState
-from lamzoo.lam.config import Op
 from lamzoo.lam.layer import AttentionOptions
+from lamzoo.lam.ops import Op
 from lamzoo.lam.passes import StackPass
 from lamzoo.reduction.config import PruneConfig
 from lamzoo.reduction.scores import SCORERS, AttentionInputs

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lamzoo.lam.config import Op
 from lamzoo.lam.kernels.eager import attention_weights
 from lamzoo.lam.masks import FactoredMask
+from lamzoo.lam.ops import Op
 from lamzoo.reduction.config import Score
 
 

@@ -126,7 +126,7 @@ def _head(factor: Tensor, head: int | None) -> Tensor:
 
 def neutral_value(config: LamConfig) -> float:
     """Returns the value at which a mask changes nothing."""
-    return 1.0 if config.op == "mul" else 0.0
+    return config.mask_op.identity
 
 
 def _prediction(model: nn.Module, output: Any) -> str:
@@ -151,8 +151,7 @@ def _caption(config: LamConfig, head: int | None, images: Tensor) -> str:
     heads = "one mask for all heads"
     if config.heads == "per-head":
         heads = "mean of the heads' masks" if head is None else f"mask of head {head}"
-    effect = "multiplies" if config.op == "mul" else "is added to"
     return (
-        f"M {effect} the attention scores, {neutral_value(config):g} is neutral; keys={config.keys}, "
+        f"M {config.mask_op.effect} the attention scores, {neutral_value(config):g} is neutral; keys={config.keys}, "
         f"rank={config.rank}, sign={config.sign}; {heads}; input {images.shape[-2]} x {images.shape[-1]} px"
     )

@@ -111,9 +111,8 @@ def _title(model: nn.Module, query: MomentQuery, config: LamConfig | None) -> st
     lines += textwrap.wrap(f"“{query.text}”", _LINE, max_lines=_LINES, placeholder=" …”")
     if config is not None:
         heads = "one mask for all heads" if config.heads == "shared" else "mean of the heads' masks"
-        effect = "multiplies" if config.op == "mul" else "is added to"
         lines.append(
-            f"M {effect} the attention scores, {neutral_value(config):g} is neutral; keys={config.keys}, "
-            f"rank={config.rank}, sign={config.sign}; {heads}"
+            f"M {config.mask_op.effect} the attention scores, {neutral_value(config):g} is neutral; "
+            f"keys={config.keys}, rank={config.rank}, sign={config.sign}; {heads}"
         )
     return "\n".join(lines)

@@ -137,10 +137,9 @@ def _title(model: nn.Module, windows: VideoWindows, count: int, config: LamConfi
     if count > MAX_WINDOWS:
         lines.append(f"the first {MAX_WINDOWS} of {count} windows, of {clock(windows.duration)} in all")
     if config is not None:
-        effect = "multiplies" if config.op == "mul" else "is added to"
         lines.append(
-            f"curves: importance, what M does on average of heads and layers; M {effect} the attention scores, "
-            f"{neutral_value(config):g} is neutral"
+            f"curves: importance, what M does on average of heads and layers; M {config.mask_op.effect} the attention "
+            f"scores, {neutral_value(config):g} is neutral"
         )
     lines.append("rows: where the decoder looked for a word (dark: most), and its share of attention on the modality")
     return "\n".join(lines)

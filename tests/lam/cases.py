@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lamzoo.lam import FactoredMask
-from lamzoo.lam.config import Op
+from lamzoo.lam.ops import Op
 
 OPS: tuple[Op, ...] = ("mul", "add")
 BACKENDS = ("eager", "sdpa", "chunked", "auto")  # those that a CPU runs in float64, uncompiled

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 
 from lamzoo.errors import ConfigError, MaskShapeError
 from lamzoo.lam import FactoredMask, available_backends, lam_attention
-from lamzoo.lam.config import Op
 from lamzoo.lam.kernels.eager import attention_weights
 from lamzoo.lam.kernels.sdpa import fold
+from lamzoo.lam.ops import Op
 from tests.lam.cases import BACKENDS, OPS, SERVE_EVERYTHING, Case, cases, make, written_out
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -165,7 +165,7 @@ WRONG = {
     "boolean factor": ({"left": torch.ones(2, 2, 4, 2, dtype=torch.bool)}, r"left factor .* torch\.bool.*`allowed`"),
     "integer factor": ({"right": torch.ones(2, 2, 5, 2, dtype=torch.int64)}, r"right factor .* torch\.int64"),
     "two dtypes": ({"right": torch.ones(2, 2, 5, 2)}, r"left torch\.float64 and right torch\.float32"),
-    "three dims": ({"left": torch.ones(2, 4, 2)}, r"left factor .* \(2, 4, 2\), not 4 dims"),
+    "three dims": ({"left": torch.ones(2, 4, 2)}, r"left factor .* \(2, 4, 2\), must have 4 dimensions"),
     "ranks": ({"left": torch.ones(2, 2, 4, 3).double()}, r"left \(2, 2, 4, 3\) and right \(2, 2, 5, 2\)"),
     "queries": ({"left": torch.ones(2, 2, 5, 2).double()}, r"left \(2, 2, 5, 2\).*queries \(2, 2, 4, 3\)"),
     "keys": ({"right": torch.ones(2, 2, 4, 2).double()}, r"right \(2, 2, 4, 2\).*keys \(2, 2, 5, 3\)"),

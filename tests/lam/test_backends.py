@@ -1,6 +1,10 @@
 """Which backend serves a call: the crossovers of "auto", pins, refusals; and what chunked and flex promise alone."""
 
 import math
+import operator import import operator
+import os import import os
+import subprocess import import subprocess
+import sys import import sys
 from dataclasses import replace
 from typing import Any
 
@@ -14,9 +18,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from lamzoo.errors import ConfigError, MaskShapeError
-from lamzoo.lam import FactoredMask, attention_backend, available_backends, lam_attention
-from lamzoo.lam.config import Op
+from lamzoo.lam import FactoredMask, LamConfig, attention_backend, available_backends, lam_attention
 from lamzoo.lam.kernels import BACKENDS, RULES, Rule, choose, chunked, flex, sdpa
+from lamzoo.lam.ops import OPS as RECORDS
+from lamzoo.lam.ops import Op
 from lamzoo.profiling.memory import peak_growth
 from tests.forked import run_code
 from tests.lam.cases import BACKENDS as BACKENDS_OF_CPU
@@ -107,7 +112,9 @@ except lamzoo.LamzooError as error:
     ],
 )
 def test_a_backend_asked_for_by_name_says_what_it_cannot_do(backend: str, options: dict, reason: str) -> None:
-    with pytest.raises(ConfigError, match=f"The {backend} backend can't serve this attention: {reason}; use 'auto'"):
+    with pytest.raises(
+        ConfigError, match=f"The {backend} backend doesn't support this attention: {reason}; use 'auto'"
+    ):
         lam_attention(*make().args, op="mul", backend=backend, **options)
 
 
@@ -127,9 +134,9 @@ def test_flex_refuses_gradients_on_the_cpu() -> None:
     case = make().to(torch.float32)
     refused = {**dict(zip(("query", "key", "value"), case.args, strict=False)), "mask": case.args[3]}
     case.left.requires_grad_()
-    assert flex.unsupported(**refused, bias=None, dropout_p=0.0) == "it has no gradients on the CPU"
+    assert flex.unsupported(**refused, op="mul", bias=None, dropout_p=0.0) == "it has no gradients on the CPU"
     with torch.no_grad():
-        assert flex.unsupported(**refused, bias=None, dropout_p=0.0) is None
+        assert flex.unsupported(**refused, op="mul", bias=None, dropout_p=0.0) is None
 
 
 @pytest.mark.slow
@@ -308,3 +315,22 @@ def test_folded_attention_runs_in_a_fused_kernel_on_cuda() -> None:
     with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):  # which raises where it would be left
         out = lam_attention(query, key, value, mask, op="add", backend="sdpa")
     torch.testing.assert_close(out, expected, atol=1e-3, rtol=1e-3)
+
+
+def test_a_new_op_is_one_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    functions = {"apply": operator.sub, "apply_": operator.isub, "gradients": lambda grad, *_: (grad, -grad)}
+    sub = replace(RECORDS["add"], **functions, fold=None)
+    monkeypatch.setitem(RECORDS, "sub", sub)
+    case = make()
+    case.left.requires_grad_()
+    negated = FactoredMask(-case.left, case.right)
+    expected = lam_attention(*case.args[:3], negated, op="add", backend="eager")
+    (gradient,) = torch.autograd.grad(expected.square().sum(), case.left)
+    for backend in ("auto", "eager", "chunked"):
+        found = lam_attention(*case.args, op="sub", backend=backend)  # type: ignore[arg-type]
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(torch.autograd.grad(found.square().sum(), case.left)[0], gradient)
+    for backend, reason in (("sdpa", "op='sub' can't be folded"), ("triton", "it has no op='sub'")):
+        with pytest.raises(ConfigError, match=f"The {backend} backend doesn't support this attention: {reason}"):
+            lam_attention(*case.args, op="sub", backend=backend)  # type: ignore[arg-type]
+    assert LamConfig(op="sub").mask_op is sub  # type: ignore[arg-type]

@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lamzoo.lam import FactoredMask, LamConfig, MaskNetwork, lam_attention
-from lamzoo.lam.config import Heads, Keys, Op, Sign
+from lamzoo.lam.config import Heads, Keys, Sign
+from lamzoo.lam.ops import Op
 from tests.lam.cases import BACKENDS, OPS, make
 
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from lamzoo.errors import ConfigError
 from lamzoo.lam import LamConfig
-from lamzoo.lam.config import Keys, Op
+from lamzoo.lam.config import Keys
+from lamzoo.lam.ops import Op
 
 widths = st.integers(1, 10**6)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from lamzoo.lam import FactoredMask, lam_attention
-from lamzoo.lam.config import Op
+from lamzoo.lam.ops import Op
 from tests.lam.cases import BACKENDS, OPS, SERVE_EVERYTHING, Case, cases, make
 
 

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lamzoo.errors import ConfigError, MaskShapeError
 from lamzoo.lam import Lam, LamConfig, MaskNetwork, MaskRecord, SharedState, lam_attention
-from lamzoo.lam.config import Op
+from lamzoo.lam.ops import Op
 from tests.lam.cases import SERVE_EVERYTHING, Case, written_out
 
 DIM, HEADS, LENGTH = 6, 2, 5

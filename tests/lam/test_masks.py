@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lamzoo.errors import ConfigError, MaskShapeError
 from lamzoo.lam import FactoredMask, LamConfig, MaskNetwork, lam_attention
-from lamzoo.lam.config import Keys, Op, Sign
+from lamzoo.lam.config import Keys, Sign
+from lamzoo.lam.ops import Op
 
 VARIANTS = [
     LamConfig(rank=3, hidden=hidden, keys=keys, op=op, heads=heads, sign=sign)  # type: ignore[arg-type]

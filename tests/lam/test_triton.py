@@ -13,8 +13,8 @@ import torch
 
 import lamzoo.lam.kernels.triton as backend
 from lamzoo.lam import FactoredMask
-from lamzoo.lam.config import Op
 from lamzoo.lam.kernels.triton import tiles, triton_attention, unsupported
+from lamzoo.lam.ops import Op
 from tests.forked import run_code
 from tests.lam.cases import OPS, Case, make
 from tests.lam.triton_interpreted import check_equals_eager
@@ -47,7 +47,7 @@ import torch
 from lamzoo.lam import FactoredMask
 from lamzoo.lam.kernels.triton import unsupported
 x = torch.ones(1, 1, 2, 3)
-assert unsupported(x, x, x, FactoredMask(x, x), bias=None, dropout_p=0.0) == "triton is not installed"
+assert unsupported(x, x, x, FactoredMask(x, x), op="mul", bias=None, dropout_p=0.0) == "triton is not installed"
 """
     run = run_code(code)
     assert run.returncode == 0, run.stderr
@@ -55,7 +55,7 @@ assert unsupported(x, x, x, FactoredMask(x, x), bias=None, dropout_p=0.0) == "tr
 
 
 def reason(case: Case, **options: Any) -> str | None:
-    return unsupported(*case.args, **{"bias": None, "dropout_p": 0.0, **options})
+    return unsupported(*case.args, **{"op": case.op, "bias": None, "dropout_p": 0.0, **options})
 
 
 def test_what_is_not_served_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lamzoo.lam import FactoredMask
-from lamzoo.lam.config import Op
 from lamzoo.lam.kernels import Kernel
 from lamzoo.lam.kernels.eager import eager
 from lamzoo.lam.kernels.triton import lam_attention_backward, lam_attention_forward, triton_attention
+from lamzoo.lam.ops import Op
 from tests.lam.cases import OPS, Case, cases, make
 
 each_op = pytest.mark.parametrize("op", OPS)

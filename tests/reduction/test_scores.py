@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lamzoo.errors import ConfigError
 from lamzoo.lam import FactoredMask, lam_attention
-from lamzoo.lam.config import Op
 from lamzoo.lam.kernels.eager import attention_weights
+from lamzoo.lam.ops import Op
 from lamzoo.reduction.config import PruneConfig, Rest, Score
 from lamzoo.reduction.scores import (
     SCORERS,

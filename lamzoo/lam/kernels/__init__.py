@@ -1,4 +1,4 @@
-"""The backends of :func:`lamzoo.lam.lam_attention`, and which of them serves a call: the one place to add another."""
+"""The backends of :func:`lamzoo.lam.lam_attention` and the choice between them: the one place to add another."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from lamzoo.errors import ConfigError
-from lamzoo.lam.config import Op
 from lamzoo.lam.kernels import chunked, eager, flex, sdpa, triton
 from lamzoo.lam.masks import FactoredMask
+from lamzoo.lam.ops import Op
 
 
 class Kernel(Protocol):
@@ -37,37 +37,55 @@ class Kernel(Protocol):
 
 
 class Unsupported(Protocol):
-    """Says why a kernel can't serve these inputs, as a clause, or None where it can."""
+    """Returns why a kernel doesn't support these inputs, as a clause, or None if it does."""
 
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: FactoredMask, *, bias: Tensor | None, dropout_p: float
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: FactoredMask,
+        *,
+        op: Op,
+        bias: Tensor | None,
+        dropout_p: float,
     ) -> str | None: ...
-
-
-def _serves_everything(
-    query: Tensor, key: Tensor, value: Tensor, mask: FactoredMask, *, bias: Tensor | None, dropout_p: float
-) -> str | None:
-    return None
 
 
 @dataclass(frozen=True)
 class Backend:
-    """A kernel, and what it can't do.
+    """A kernel and its limits.
 
     Attributes:
         kernel: the function.
-        unsupported: asked before the kernel is called.
-        is_exportable: whether it consists of torch's own operators, which other runtimes know.
+        unsupported: called before the kernel; None for a kernel that supports all inputs.
+        is_exportable: whether it consists of torch's own operators, which other runtimes implement.
     """
 
     kernel: Kernel
-    unsupported: Unsupported = _serves_everything
+    unsupported: Unsupported | None = None
     is_exportable: bool = False
+
+    def refusal(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: FactoredMask,
+        *,
+        op: Op,
+        bias: Tensor | None,
+        dropout_p: float,
+    ) -> str | None:
+        """Returns why the kernel doesn't support these inputs, as a clause, or None if it does."""
+        if self.unsupported is None:
+            return None
+        return self.unsupported(query, key, value, mask, op=op, bias=bias, dropout_p=dropout_p)
 
 
 BACKENDS: dict[str, Backend] = {
     "eager": Backend(eager.eager, is_exportable=True),
-    "sdpa": Backend(sdpa.sdpa, is_exportable=True),
+    "sdpa": Backend(sdpa.sdpa, sdpa.unsupported, is_exportable=True),
     "chunked": Backend(chunked.chunked, chunked.unsupported),
     "flex": Backend(flex.flex, flex.unsupported),
     "triton": Backend(triton.triton_attention, triton.unsupported),
@@ -76,14 +94,14 @@ BACKENDS: dict[str, Backend] = {
 
 @dataclass(frozen=True)
 class Rule:
-    """Where ``"auto"`` takes a backend.
+    """A range of inputs for which ``"auto"`` picks a backend.
 
     Attributes:
         device: ``"cpu"`` or ``"cuda"``.
         op: how the mask acts.
-        max_rank: columns of the factors, up to which it is the fastest.
-        min_scores: ``Nq * Nk``, from which on it is.
-        backend: its name.
+        max_rank: largest number of columns of the factors.
+        min_scores: smallest ``Nq * Nk``.
+        backend: name of the backend.
     """
 
     device: str
@@ -93,10 +111,10 @@ class Rule:
     backend: str
 
 
-# The crossovers, in the order in which they are asked; what no rule serves goes to "eager". Those of the CPU are from
-# benchmarks/results/kernels.csv (benchmarks/kernels.py measures them); additive masks of some 200 tokens, where one
-# layer alone can't say, from a whole ViT-B (benchmarks/speed.py under LAMZOO_ATTENTION_BACKEND). On CUDA nothing was
-# measured yet: there, it is what PyTorch's own kernels do well, and "flex" and "triton" wait to be asked for by name.
+# The first rule that matches is taken; without one, "eager". Those of the CPU are from benchmarks/results/kernels.csv
+# (measured by benchmarks/kernels.py); additive masks of some 200 tokens, for which a single layer is not conclusive,
+# from a whole ViT-B (benchmarks/speed.py under LAMZOO_ATTENTION_BACKEND). CUDA has not been measured yet: its rules
+# are the ranges in which PyTorch's own kernels are known to be fast, and "flex" and "triton" are opt-in.
 RULES = (
     Rule("cpu", "mul", max_rank=1, min_scores=0, backend="sdpa"),
     Rule("cpu", "mul", max_rank=2, min_scores=1024**2, backend="sdpa"),
@@ -112,9 +130,9 @@ _pinned = os.environ.get("LAMZOO_ATTENTION_BACKEND", "auto")
 
 @contextmanager
 def attention_backend(name: str) -> Iterator[None]:
-    """Pins the backend of every masked attention that doesn't name one itself, in all threads.
+    """Pins the backend of every masked attention that doesn't name one, in all threads; a context manager.
 
-    The environment variable ``LAMZOO_ATTENTION_BACKEND``, read when lamzoo is imported, does the same for a process.
+    The environment variable ``LAMZOO_ATTENTION_BACKEND`` does the same for a process; it is read at import.
 
     Args:
         name: one of :func:`available_backends`, or ``"auto"``.
@@ -132,7 +150,7 @@ def attention_backend(name: str) -> Iterator[None]:
 
 
 def available_backends() -> list[str]:
-    """Returns the names that ``backend=`` accepts beside ``"auto"``."""
+    """Returns the names that ``backend=`` accepts besides ``"auto"``."""
     return list(BACKENDS)
 
 
@@ -147,18 +165,18 @@ def choose(
     bias: Tensor | None,
     dropout_p: float,
 ) -> Kernel:
-    """Returns the kernel of that name; for ``"auto"`` the pinned one, or the one that the crossovers name.
+    """Returns the kernel of a backend; for ``"auto"`` that of the pinned backend, or of the first rule that matches.
 
     Raises:
-        ConfigError: an unknown name, or a backend that was asked for by name and can't serve these inputs.
+        ConfigError: an unknown name, or a named backend that doesn't support these inputs.
     """
     name = _pinned if backend == "auto" else backend
     _check_name(name)
     if name != "auto":
         entry = BACKENDS[name]
-        reason = entry.unsupported(query, key, value, mask, bias=bias, dropout_p=dropout_p)
+        reason = entry.refusal(query, key, value, mask, op=op, bias=bias, dropout_p=dropout_p)
         if reason:
-            raise ConfigError(f"The {name} backend can't serve this attention: {reason}; use 'auto' or another one.")
+            raise ConfigError(f"The {name} backend doesn't support this attention: {reason}; use 'auto' or another.")
         return entry.kernel
     rank, scores = mask.left.shape[-1], query.shape[2] * key.shape[2]
     for rule in RULES:
@@ -168,7 +186,7 @@ def choose(
             and rank <= rule.max_rank
             and _at_least(scores, rule.min_scores)
             and (entry.is_exportable or not (torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()))
-            and not entry.unsupported(query, key, value, mask, bias=bias, dropout_p=dropout_p)
+            and not entry.refusal(query, key, value, mask, op=op, bias=bias, dropout_p=dropout_p)
         ):
             return entry.kernel
     return BACKENDS["eager"].kernel
@@ -176,7 +194,7 @@ def choose(
 
 def _at_least(scores: int | torch.SymInt, bound: int) -> bool:
     if isinstance(scores, torch.SymInt) and torch.compiler.is_exporting():
-        return True  # a comparison would limit the exported program to lengths on this side of it
+        return True  # a comparison would limit the exported program to lengths on one side of it
     return bool(scores >= bound)
 
 

@@ -1,25 +1,33 @@
-"""Exact masked attention on the CPU that walks over blocks of queries, so that memory stays linear in the length."""
+"""The chunked backend: exact attention on the CPU by blocks of queries, with memory linear in the length."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lamzoo.lam.config import Op
 from lamzoo.lam.kernels.eager import compute_dtype
 from lamzoo.lam.kernels.flops import count_flops
 from lamzoo.lam.masks import FactoredMask
+from lamzoo.lam.ops import OPS, Op
 
-_BLOCK_BYTES = 2**21  # of one block of scores: smaller ones are dispatched too often, larger ones leave the cache
+_BLOCK_BYTES = 2**21  # of one block of scores: smaller ones add overhead, larger ones don't fit the cache
 
 
 def unsupported(
-    query: Tensor, key: Tensor, value: Tensor, mask: FactoredMask, *, bias: Tensor | None, dropout_p: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: FactoredMask,
+    *,
+    op: Op,
+    bias: Tensor | None,
+    dropout_p: float,
 ) -> str | None:
-    """Returns why the kernel can't serve these inputs, as a clause, or None where it can."""
+    """Returns why the backend doesn't support these inputs, as a clause, or None if it does."""
     if bias is not None:
         return "it takes no bias"
     if dropout_p:
@@ -42,7 +50,7 @@ def chunked(
 ) -> Tensor:
     """Masked attention, one head and one block of queries at a time; shapes as in :func:`lamzoo.lam.lam_attention`.
 
-    The backward pass computes each block again instead of keeping it. Inside ``torch.autocast`` it computes in the
+    The backward pass recomputes each block. Inside ``torch.autocast`` it computes in the
     dtype of the autocast, as torch's own fused attention does.
     """
     count_flops()
@@ -96,13 +104,12 @@ def _backward(
         weights = blocks.weights(b, h, rows)
         grad_rows = grad[b, h, rows]
         _add_product(grad_value[b, h], weights.mT, grad_rows)
-        # Of the modulated scores; the forbidden ones' are zero, as their weights are.
+        # Of the modulated scores; zero where attention is forbidden, like the weights.
         grad_scores = torch.mm(grad_rows, value[b, h].mT, out=blocks.buffer(2, rows))
         grad_scores.sub_(delta[b, h, rows]).mul_(weights)
-        grad_mask = grad_scores
-        if op == "mul":
-            grad_mask = blocks.scores(b, h, rows).mul_(grad_scores)
-            grad_scores.mul_(blocks.mask(b, h, rows))
+        grad_scores, grad_mask = OPS[op].gradients(
+            grad_scores, partial(blocks.scores, b, h, rows), partial(blocks.mask, b, h, rows)
+        )
         _add_product(grad_left[lb][rows], grad_mask, right[rb])
         _add_product(grad_right[rb], grad_mask.mT, left[lb][rows])
         _add_product(grad_query[b, h, rows], grad_scores, key[b, h])
@@ -120,10 +127,10 @@ def _add_product(total: Tensor, one: Tensor, other: Tensor) -> None:
 
 
 class _Blocks:
-    """The blocks of rows of a problem, ``((sample, head), rows)`` each, and what is computed anew for each of them.
+    """The blocks of a problem, ``((sample, head), rows)`` each, and the tensors computed for each of them.
 
-    The results live in buffers that the next call of the same method overwrites: taking fresh memory for each block
-    costs more than what is computed in it.
+    Results are in buffers that the next call of the same method overwrites: allocating memory for each block costs more
+    than the computation in it.
     """
 
     def __init__(
@@ -165,14 +172,11 @@ class _Blocks:
     def weights(self, b: int, h: int, rows: slice) -> Tensor:
         """Returns the attention weights, ``(rows, Nk)``; rows with nothing allowed are zero."""
         scores, mask = self.scores(b, h, rows), self.mask(b, h, rows)
-        if self.op == "mul":
-            scores *= mask
-        else:
-            scores += mask
+        scores = OPS[self.op].apply_(scores, mask)
         forbidden = self._forbidden(b, h, rows)
         if forbidden is not None:
             scores.masked_fill_(forbidden, -torch.inf)
-        weights = torch.softmax(scores, dim=-1, out=mask)  # which is used up: a third buffer would cost cache
+        weights = torch.softmax(scores, dim=-1, out=mask)  # no longer needed; a third buffer would cost cache
         if forbidden is not None:
             weights.masked_fill_(forbidden, 0.0)  # the softmax of -inf alone is NaN
         return weights
@@ -190,7 +194,7 @@ class _Blocks:
 
 
 def _at(factor: Tensor, b: int, h: int) -> tuple[int, int]:
-    """Returns where a factor that several samples or heads may share keeps its part for this one."""
+    """Returns the indices of a sample and head in a factor that samples or heads may share."""
     return b if factor.shape[0] > 1 else 0, h if factor.shape[1] > 1 else 0
 
 

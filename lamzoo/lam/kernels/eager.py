@@ -1,4 +1,4 @@
-"""The readable reference: masked attention written out, with the dense mask and the attention weights in memory."""
+"""The reference backend: masked attention written out, with the dense mask and the attention weights in memory."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lamzoo.lam.config import Op
 from lamzoo.lam.masks import FactoredMask
+from lamzoo.lam.ops import OPS, Op
 
 
 def eager(
@@ -41,21 +41,20 @@ def attention_weights(
 ) -> Tensor:
     """Returns the softmax of the modulated scores, ``(B, H, Nq, Nk)``; rows with nothing allowed are zero."""
     scores = (query * scale) @ key.transpose(-2, -1)
-    dense = mask.dense().to(scores.dtype)
-    scores = scores * dense if op == "mul" else scores + dense
+    scores = OPS[op].apply(scores, mask.dense().to(scores.dtype))
     if bias is not None:
         bias = bias.to(scores.dtype)  # first, because float32's lowest numbers, used to forbid, become -inf in half
         scores = scores + bias
     allowed = merge_allowed(scores, allowed, bias, is_causal)
     if allowed is None:
         return scores.softmax(dim=-1)
-    # The lowest finite number rather than -inf: a row with nothing allowed would become NaN, and so its gradient.
+    # The lowest finite number, because -inf would turn a row with nothing allowed, and its gradient, into NaN.
     weights = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min).softmax(dim=-1)
     return weights.masked_fill(~allowed, 0.0)
 
 
 def merge_allowed(scores: Tensor, allowed: Tensor | None, bias: Tensor | None, is_causal: bool) -> Tensor | None:
-    """Joins the three ways of forbidding attention into one boolean tensor, or None where nothing is forbidden."""
+    """Combines the three ways of forbidding attention into one boolean tensor; None if nothing is forbidden."""
     parts = [] if allowed is None else [allowed]
     if bias is not None:
         parts.append(bias != -torch.inf)
@@ -68,10 +67,10 @@ def merge_allowed(scores: Tensor, allowed: Tensor | None, bias: Tensor | None, i
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """Returns the dtype in which attention to a tensor is computed: its own, or that of ``torch.autocast`` inside it.
+    """Returns the dtype in which attention to a tensor is computed: its own, or that of ``torch.autocast``.
 
-    Float64 stays, as under autocast everywhere. Kernels of our own cast to it. ``torch.library.register_autocast``
-    would cast to one dtype fixed in advance, whatever the autocast's is.
+    Float64 is kept, as autocast does. lamzoo's own kernels cast to this dtype themselves, because
+    ``torch.library.register_autocast`` casts to one dtype that is fixed in advance.
     """
     device = tensor.device.type
     if tensor.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):

@@ -1,4 +1,4 @@
-"""The mask as a score modification of FlexAttention, compiled; for GPUs where the Triton kernel can't serve."""
+"""The flex backend: the mask as a score modification of a compiled FlexAttention; an alternative to Triton."""
 
 from __future__ import annotations
 
@@ -11,15 +11,22 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.nn.attention.flex_attention import flex_attention
 
 from lamzoo.errors import ConfigError
-from lamzoo.lam.config import Op
 from lamzoo.lam.kernels.eager import compute_dtype
 from lamzoo.lam.masks import FactoredMask
+from lamzoo.lam.ops import OPS, Op
 
 
 def unsupported(
-    query: Tensor, key: Tensor, value: Tensor, mask: FactoredMask, *, bias: Tensor | None, dropout_p: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: FactoredMask,
+    *,
+    op: Op,
+    bias: Tensor | None,
+    dropout_p: float,
 ) -> str | None:
-    """Returns why FlexAttention can't serve these inputs, as a clause, or None where it can."""
+    """Returns why the backend doesn't support these inputs, as a clause, or None if it does."""
     if dropout_p:
         return "it has no dropout"
     if query.dtype == torch.float64:
@@ -56,12 +63,12 @@ def flex(
     Inside ``torch.autocast`` it computes in the dtype of the autocast.
 
     Raises:
-        ConfigError: torch has compiled it for as many kinds of inputs as it is allowed to. It would go on with the
-            unfused, dense attention, silently.
+        ConfigError: torch has reached its limit of recompilations. It would fall back to unfused, dense attention
+            silently.
     """
     dtype = compute_dtype(query)
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    # Cast here: on the CPU, Inductor fails on a score modification that reads a tensor computed in the same graph.
+    # Outside of the graph: on the CPU, Inductor fails on a score modification that reads a tensor computed in it.
     left, right = mask.left.float(), mask.right.float()
     bias = None if bias is None else bias.float()
     run: Any = _attend if torch.compiler.is_compiling() else _compiled()
@@ -70,7 +77,7 @@ def flex(
     except FailOnRecompileLimitHit as error:
         raise ConfigError(
             "The flex backend has been compiled for as many kinds of inputs as torch allows; raise "
-            "torch._dynamo.config.recompile_limit, or take another backend."
+            "torch._dynamo.config.recompile_limit, or use another backend."
         ) from error
     return out
 
@@ -91,12 +98,13 @@ def _attend(
     scores = (*query.shape[:3], key.shape[2])
     bias = None if bias is None else bias.expand(scores)
     allowed = None if allowed is None else allowed.expand(scores)
+    apply = OPS[op].apply
 
     def modulate(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         value = left[b, h, i, 0] * right[b, h, j, 0]
-        for column in range(1, left.shape[-1]):  # a score modification knows no sums over a dimension
+        for column in range(1, left.shape[-1]):  # a score modification can't sum over a dimension
             value = value + left[b, h, i, column] * right[b, h, j, column]
-        score = score * value if op == "mul" else score + value
+        score = apply(score, value)
         if bias is not None:
             score = score + bias[b, h, i, j]
         if allowed is not None:

@@ -1,4 +1,4 @@
-"""What the operators of lamzoo's own kernels compute, for ``torch.utils.flop_counter.FlopCounterMode``."""
+"""FLOPs of lamzoo's own operators, for ``torch.utils.flop_counter.FlopCounterMode``."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ _BACKWARD = ("lam_attention_backward", "chunked_attention_backward")
 
 
 def forward_flops(query: Any, key: Any, value: Any, left: Any, *args: Any, **kwargs: Any) -> int:
-    """FLOPs of a forward pass from the shapes of its inputs, a multiply-add as two, masking not deducted."""
+    """FLOPs of a forward pass from the shapes of its inputs; a multiply-add counts as two, masking isn't deducted."""
     return 2 * _scores(query, key) * (query[-1] + value[-1] + left[-1])
 
 
 def backward_flops(grad_out: Any, query: Any, key: Any, value: Any, left: Any, *args: Any, **kwargs: Any) -> int:
-    """FLOPs of a backward pass: scores and mask once more, then five gradients and that of the weights."""
+    """FLOPs of a backward pass: scores and mask again, then five gradients and that of the weights."""
     return 2 * _scores(query, key) * (3 * query[-1] + 2 * value[-1] + 3 * left[-1])
 
 
 def count_flops() -> None:
-    """Makes ``FlopCounterMode`` know the operators, counters that are running already included.
+    """Registers the operators with ``FlopCounterMode``, including counters that are already running.
 
-    Called with each call of an operator, not once and for all at import, since torch's counter imports triton, or warns
-    that there is none. Does nothing as long as nobody has imported the counter.
+    Called with each call of an operator rather than at import, because torch's counter imports triton, or warns if it
+    is missing. Does nothing until the counter has been imported.
     """
     if torch.compiler.is_compiling() or (module := sys.modules.get("torch.utils.flop_counter")) is None:
         return

@@ -1,4 +1,4 @@
-"""The mask folded exactly into queries and keys, so that torch's fused attention serves it unchanged."""
+"""The SDPA backend: the mask is folded exactly into queries and keys, and torch's fused attention does the rest."""
 
 from __future__ import annotations
 
@@ -6,10 +6,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lamzoo.lam.config import Op
 from lamzoo.lam.masks import FactoredMask
+from lamzoo.lam.ops import OPS, Op
 
-_LONG = 2**22  # numbers in a sample's queries and keys: of a ViT-B's, at 2,731 tokens
+_LONG = 2**22  # elements of a sample's queries and keys: those of a ViT-B at 2,731 tokens
+
+
+def unsupported(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: FactoredMask,
+    *,
+    op: Op,
+    bias: Tensor | None,
+    dropout_p: float,
+) -> str | None:
+    """Returns why the backend doesn't support these inputs, as a clause, or None if it does."""
+    return None if OPS[op].fold is not None else f"op={op!r} can't be folded into queries and keys"
 
 
 def sdpa(
@@ -45,9 +59,9 @@ def sdpa(
         )
         return out[..., : value.shape[-1]]
 
-    if op == "mul" or not _is_long(query, key):
+    if not (OPS[op].fold_in_halves and _is_long(query, key)):
         return attend(query, key, value, mask, attn_mask)
-    # Half of the heads at a time, so that half of what is folded is there at once.
+    # Half of the heads at a time, so that half of the folded queries and keys are in memory at once.
     heads = query.shape[1]
     out = value.new_empty(query.shape[0], query.shape[2], heads, value.shape[-1]).transpose(1, 2)
     for part in (slice(heads // 2), slice(heads // 2, None)):
@@ -60,14 +74,14 @@ def sdpa(
 
 
 def _is_long(query: Tensor, key: Tensor) -> bool:
-    """Says whether folding these, without gradients, takes memory that matters."""
+    """Returns whether folding these, without gradients, takes a relevant amount of memory."""
     if query.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     return query.shape[1] > 1 and query[0].numel() + key[0].numel() >= _LONG
 
 
 def fold(query: Tensor, key: Tensor, mask: FactoredMask, *, op: Op, scale: float) -> tuple[Tensor, Tensor]:
-    """Returns a wider query and key whose scaled product is the modulated score.
+    """Folds a mask into a wider query and key, whose scaled product is the modulated score.
 
     Multiplicative, ``(q . k) (l . r) = sum_i (l_i q) . (r_i k)``: the head dim grows to ``d R``.
     Additive, ``scale (q . k) + l . r = scale [q, l / scale] . [k, r]``: it grows to ``d + R``.
@@ -82,15 +96,9 @@ def fold(query: Tensor, key: Tensor, mask: FactoredMask, *, op: Op, scale: float
     Returns:
         Query and key, ``(B, H, Nq | Nk, d R | d + R)``, in the dtypes of the inputs.
     """
-    left, right = mask.left.to(query.dtype), mask.right.to(key.dtype)
-    if op == "mul":
-        return (
-            (query.unsqueeze(-2) * left.unsqueeze(-1)).flatten(-2),
-            (key.unsqueeze(-2) * right.unsqueeze(-1)).flatten(-2),
-        )
-    left = (left / scale).expand(*query.shape[:-1], -1)
-    right = right.expand(*key.shape[:-1], -1)
-    return torch.cat([query, left], dim=-1), torch.cat([key, right], dim=-1)
+    folded = OPS[op].fold
+    assert folded is not None  # see unsupported
+    return folded(query, key, mask.left.to(query.dtype), mask.right.to(key.dtype), scale)
 
 
 def _widen(x: Tensor, width: int) -> Tensor:

@@ -1,7 +1,7 @@
-"""The fused backend: a Triton operator that rebuilds the mask tile by tile, so that no N x N tensor is ever stored.
+"""The Triton backend: a fused operator that rebuilds the mask tile by tile and never stores an N x N tensor.
 
-What stands here is the operator as torch sees it: shapes, gradients, FLOPs and what it can't serve. The programs that
-run on the GPU are in ``triton_kernels``, imported with triton itself at the first call.
+This file has the operator as torch sees it: shapes, gradients, FLOPs and unsupported inputs. The GPU programs are in
+``triton_kernels``, which is imported with triton itself at the first call.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from lamzoo.lam.config import Op
 from lamzoo.lam.kernels.eager import compute_dtype
 from lamzoo.lam.kernels.flops import count_flops
 from lamzoo.lam.masks import FactoredMask
+from lamzoo.lam.ops import Op
 
 MAX_HEAD_DIM = 128
 MAX_RANK = 128
 
+_MUL = {"mul": True, "add": False}  # the programs' branch of each op
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _INSTALLED = importlib.util.find_spec("triton") is not None
 
@@ -46,7 +47,6 @@ def triton_attention(
 
     Differentiable once, in query, key, value and both factors. Inside ``torch.autocast`` it computes in the dtype of
     the autocast, as torch's own fused attention does. Float32 is computed as float32, never as TF32.
-    Serves what :func:`unsupported` lets through.
     """
     count_flops()
     dtype = compute_dtype(query)
@@ -63,11 +63,14 @@ def unsupported(
     value: Tensor,
     mask: FactoredMask,
     *,
+    op: Op,
     bias: Tensor | None,
     dropout_p: float,
 ) -> str | None:
-    """Returns why the fused kernel can't serve these inputs, as a clause, or None where it can."""
+    """Returns why the backend doesn't support these inputs, as a clause, or None if it does."""
     dtype, dims, rank = compute_dtype(query), (query.shape[-1], value.shape[-1]), mask.left.shape[-1]
+    if op not in _MUL:
+        return f"it has no op={op!r}"
     if bias is not None:
         return "it takes no bias"
     if dropout_p:
@@ -90,7 +93,7 @@ def unsupported(
     return _unsupported_device(query.device, dtype)
 
 
-@torch.compiler.assume_constant_result  # a graph has no place for what is asked of the driver
+@torch.compiler.assume_constant_result  # a graph can't hold calls of the driver
 def _unsupported_device(device: torch.device, dtype: torch.dtype) -> str | None:
     if not _INSTALLED:
         return "triton is not installed"
@@ -100,9 +103,9 @@ def _unsupported_device(device: torch.device, dtype: torch.dtype) -> str | None:
         # Triton 3.9's interpreter multiplies the bits of bfloat16 as if they were integers.
         return "Triton's interpreter can't multiply bfloat16" if dtype == torch.bfloat16 else None
     if device.type != "cuda":
-        return f"its inputs are on {device.type!r} and it needs CUDA"
+        return f"its inputs are on {device.type!r}, and it needs CUDA"
     if torch.version.hip is not None:
-        return "its tiles are made for the shared memory of NVIDIA GPUs"
+        return "its tiles are sized for the shared memory of NVIDIA GPUs"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "the GPU's compute capability is below 8.0"
     return None
@@ -210,13 +213,13 @@ lam_attention_forward.register_autograd(_backward, setup_context=_setup_context)
 
 @dataclass(frozen=True)
 class Tiles:
-    """How a kernel cuts its problem.
+    """Tile sizes of a kernel.
 
     Attributes:
         queries: rows of a tile of queries, a power of two, at least 16.
         keys: rows of a tile of keys, likewise.
-        warps: groups of 32 threads that work on a tile.
-        stages: tiles in flight between memory and the multipliers.
+        warps: groups of 32 threads for each tile.
+        stages: tiles in flight between memory and the tensor cores.
     """
 
     queries: int
@@ -225,14 +228,14 @@ class Tiles:
     stages: int
 
 
-@cache  # asked for in each call of a kernel
+@cache  # called with each launch
 def tiles(kernel: Literal["forward", "queries", "keys"], dim: int, rank: int, itemsize: int) -> Tiles:
-    """Returns the tiles of a kernel for the larger of the head dims, a mask rank and the bytes of a number.
+    """Returns the tiles of a kernel for the larger of the head dims, a mask rank and the bytes of an element.
 
-    Not autotuned: that would spend minutes in the first call of every shape, and the choice is narrow. Half precision
-    up to 64 wide has the fastest of ``benchmarks/tiles.py`` on an H200, less a stage where the mask's tiles are large;
-    the others are the largest tiles for which the compiler, asked for compute capabilities 8.0 and 9.0, keeps (nearly)
-    everything in registers. All stay under 99 KB of shared memory, which GPUs below the A100 and H100 end at.
+    Not autotuned: that would take minutes at the first call of every shape, and the choice is narrow. Half precision up
+    to 64 wide uses the fastest tiles of ``benchmarks/tiles.py`` on an H200, minus a stage where the mask's tiles are
+    large; the others are the largest tiles that the compiler, for compute capabilities 8.0 and 9.0, keeps (nearly)
+    entirely in registers. All need less than 99 KB of shared memory, the limit of GPUs below the A100 and H100.
     """
     wide = dim > 64 or rank > 64
     if itemsize == 4:  # no tensor cores, so operands fill the registers too
@@ -249,7 +252,7 @@ def tiles(kernel: Literal["forward", "queries", "keys"], dim: int, rank: int, it
 
 @dataclass(frozen=True)
 class _Problem:
-    """What the three kernels have in common: inputs as ``(B, H, N, width)`` with zero strides where they broadcast."""
+    """Inputs of the three kernels, as ``(B, H, N, width)`` with zero strides where they broadcast."""
 
     inputs: tuple[Tensor, ...]
     allowed: Tensor | None
@@ -283,9 +286,9 @@ class _Problem:
 
         Args:
             kernel: the program.
-            name: which of the three it is.
+            name: of the kernel.
             *others: its further tensors, in its order.
-            tile: instead of those of :func:`tiles`.
+            tile: tile sizes; those of :func:`tiles` by default.
         """
         query, key, value, left, _ = self.inputs
         batch, heads, num_queries, dim = query.shape
@@ -293,7 +296,7 @@ class _Problem:
         blocks = [_block(dim), _block(value_dim), _block(rank)]
         tile = tile or tiles(name, max(blocks[:2]), blocks[2], query.element_size())
         rows, block = (num_keys, tile.keys) if name == "keys" else (num_queries, tile.queries)
-        # Read as a row where it's the same for all queries (key padding), not as a matrix.
+        # Key padding, the same for all queries, is read as a row.
         kind = "all"
         strides: tuple[int, ...] = (0, 0, 0, 0)
         if self.allowed is not None:
@@ -305,7 +308,7 @@ class _Problem:
                 *_strides(*self.inputs), *strides, *_strides(*others),
                 heads, num_queries, num_keys, self.scale,
                 DIM=dim, VALUE_DIM=value_dim, RANK=rank,
-                MUL=self.op == "mul", CAUSAL=self.is_causal, ALLOWED=kind,
+                MUL=_MUL[self.op], CAUSAL=self.is_causal, ALLOWED=kind,
                 BLOCK_Q=tile.queries, BLOCK_K=tile.keys,
                 BLOCK_DIM=blocks[0], BLOCK_VALUE=blocks[1], BLOCK_RANK=blocks[2],
                 num_warps=tile.warps, num_stages=tile.stages,
@@ -313,7 +316,7 @@ class _Problem:
 
 
 def _block(width: int) -> int:
-    return max(16, 1 << (width - 1).bit_length())  # the multipliers take powers of two from 16 on
+    return max(16, 1 << (width - 1).bit_length())  # tl.dot takes powers of two from 16 on
 
 
 def _strides(*tensors: Tensor) -> list[int]:
@@ -336,6 +339,6 @@ def _empty_grads(*inputs: Tensor) -> Any:
 
 
 def _empty(like: Tensor, lead: torch.Size, dtype: torch.dtype, width: int | None = None) -> Tensor:
-    # Tokens outside heads in memory, as the layers before and after have them: their transposes stay free.
+    # Tokens before heads in memory, as in the layers before and after: their transposes are then free.
     shape = (lead[0], like.shape[2], lead[1], like.shape[3] if width is None else width)
     return like.new_empty(shape, dtype=dtype).transpose(1, 2)
