@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 from collections.abc import Collection, Iterator, Mapping
 from typing import TypeVar
 
@@ -15,10 +14,9 @@ from lamzoo.adapters.decay import restore_no_weight_decay
 from lamzoo.adapters.hosts import HostTakeover, SharedStateHook, remove_hooks, replace_module
 from lamzoo.adapters.wrappers import check_free, copy_into, full_state_dict, full_tensor, host_path, unwrap
 from lamzoo.errors import MaskShapeError, StateDictError, UnsupportedHostError
-from lamzoo.lam import Lam, LamConfig, resize_table
+from lamzoo.lam import Lam, LamConfig
 from lamzoo.lam.layer import carried_configs, carry_configs
 from lamzoo.lam.masks import PositionTable, drop_dead_biases
-from lamzoo.lam.resize import Grid
 
 _logger = logging.getLogger(__name__)
 
@@ -99,15 +97,14 @@ def load_lam_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, config
             f"The LAM state dict {' and '.join(wrong)}; load it into a model with the same host and the LamConfig that "
             "it was saved with."
         )
-    tables = {
-        f"{host_path(path)}.{name}": table
-        for path, table in unwrap(model).named_modules()
-        if isinstance(table, PositionTable)
-        for name in ("weight", "bias")
-    }
-    fitting = {}
+    fitting, resized = dict(state), list[str]()
+    for path, table in unwrap(model).named_modules():
+        if isinstance(table, PositionTable):
+            weight, bias = (f"{host_path(path)}.{name}" for name in ("weight", "bias"))
+            if state[weight].shape[1:2] != table.weight.shape[1:2] and _is_table(state[weight], state[bias], table):
+                fitting[weight], fitting[bias] = _adapted(weight, state[weight], state[bias], table)
+                resized += [weight, bias]
     for key, value in state.items():
-        fitting[key] = _resized(key, value, tables[key]) if key in tables else value
         if fitting[key].shape != own[key].shape:
             raise StateDictError(
                 f"{key} has shape {tuple(value.shape)} in the LAM state dict and {tuple(own[key].shape)} in the model; "
@@ -118,7 +115,7 @@ def load_lam_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, config
             copy_into(own[key], value)
     for lam in masks_of(model).values():
         lam.is_fresh = False
-    return [key for key in tables if state[key].shape != own[key].shape]
+    return resized
 
 
 def check_lam_config(
@@ -211,28 +208,19 @@ def masks_of(model: nn.Module) -> dict[str, Lam]:
     return masks
 
 
-def _resized(key: str, value: Tensor, table: PositionTable) -> Tensor:
-    heads, length, _ = table.weight.shape
-    flat = value.unsqueeze(-1) if value.ndim == 2 else value  # a bias is a table of width 1
-    if value.ndim != 2 + key.endswith("weight") or flat.shape[0] != heads or flat.shape[1] == length:
-        return value
-    num_patches = flat.shape[1] - table.num_prefix_tokens
-    old_grid: Grid | None = None
-    if table.grid is not None:
-        side = math.isqrt(max(num_patches, 0))
-        if side == 0 or side * side != num_patches:
-            raise StateDictError(
-                f"{key} has {flat.shape[1]} positions, which are not {table.num_prefix_tokens} prefix tokens and a "
-                "square grid of patches; create the model with the image size that it was saved with."
-            )
-        old_grid = (side, side)
+def _is_table(weight: Tensor, bias: Tensor, table: PositionTable) -> bool:
+    """Returns whether these are the parameters of a table like this one, of whatever length."""
+    return weight.ndim == 3 and bias.shape == weight.shape[:2] and weight.shape[0] == table.weight.shape[0]
+
+
+def _adapted(key: str, weight: Tensor, bias: Tensor, table: PositionTable) -> tuple[Tensor, Tensor]:
     try:
-        flat = resize_table(
-            flat, length, num_prefix_tokens=table.num_prefix_tokens, old_grid=old_grid, new_grid=table.grid
-        )
+        return table.adapt(weight, bias)
     except MaskShapeError as error:
-        raise StateDictError(f"{key} can't be resized to {length} positions: {error}") from None
-    return flat.squeeze(-1) if value.ndim == 2 else flat
+        raise StateDictError(
+            f"{key} can't be resized to {table.weight.shape[1]} positions: {error} Create the model with the image "
+            "size that it was saved with."
+        ) from None
 
 
 def few(keys: Collection[str]) -> str:

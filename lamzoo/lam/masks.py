@@ -90,14 +90,14 @@ class FactoredMask(NamedTuple):
 
 
 class PositionTable(nn.Module):
-    """The paper's last Linear, ``rank`` inputs and one output per key position, as a resizable table.
+    """Resizable table over key positions: the paper's last Linear, ``rank`` inputs and one output per key position.
 
     Args:
         heads: number of masks, 1 or one per attention head.
         length: key positions, prefix tokens included.
         rank: inputs of the Linear.
         num_prefix_tokens: class and register tokens at the start, never interpolated.
-        grid: ``(rows, columns)`` of the patches behind the prefix; ``None`` for a sequence.
+        grid: ``(rows, columns)`` of the patches after the prefix; ``None`` for a sequence.
     """
 
     def __init__(
@@ -106,8 +106,8 @@ class PositionTable(nn.Module):
         super().__init__()
         self.num_prefix_tokens = num_prefix_tokens
         self.grid = grid
-        # Optimisers decay neither (adapters/decay.py): a table of positions is an embedding, and decay would pull a
-        # multiplicative mask's identity, the bias 1, towards 0.
+        # Both are exempt from weight decay (adapters/decay.py): position embeddings usually are, and decay would pull
+        # the identity of a multiplicative mask, the bias 1, towards 0.
         self.weight = nn.Parameter(torch.empty(heads, length, rank))
         self.bias = nn.Parameter(torch.empty(heads, length))
 
@@ -115,16 +115,51 @@ class PositionTable(nn.Module):
         """Returns the weight with the bias as last column, ``(B | 1, heads, length, rank + 1)``.
 
         Args:
-            length: key positions wanted.
+            length: number of key positions.
             grid: ``(rows, columns)`` of their patches.
-            present: bool ``(B, length)``, True where there is a key; rows are counted over these alone. A grid of
-                patches is never padded.
+            present: bool ``(B, length)``, False for padding, which has no position; not read by tables with a grid,
+                whose patches are never padded.
         """
         table = torch.cat([self.weight, self.bias.unsqueeze(-1)], dim=-1)
         if present is not None and self.grid is None:
             return rows_of_present(table, present, self.num_prefix_tokens)
         table = resize_table(table, length, num_prefix_tokens=self.num_prefix_tokens, old_grid=self.grid, new_grid=grid)
         return table.unsqueeze(0)
+
+    def adapt(self, weight: Tensor, bias: Tensor, grid: Grid | None = None) -> tuple[Tensor, Tensor]:
+        """Resizes the parameters of another table to the length of this one.
+
+        Args:
+            weight: ``(H, N, R)``.
+            bias: ``(H, N)``.
+            grid: ``(rows, columns)`` of their patches; a square by default. Not read by tables without a grid.
+
+        Returns:
+            Weight ``(H, length, R)`` and bias ``(H, length)``.
+
+        Raises:
+            MaskShapeError: the grid doesn't make up ``N`` positions, or the patches are not a square.
+        """
+        length, patches = weight.shape[1], weight.shape[1] - self.num_prefix_tokens
+        if self.grid is None:
+            grid = None
+        elif grid is None:
+            side = math.isqrt(max(patches, 0))
+            if side == 0 or side * side != patches:
+                raise MaskShapeError(
+                    f"A mask table of {length} rows isn't {self.num_prefix_tokens} prefix tokens and a square grid of "
+                    "patches."
+                )
+            grid = (side, side)
+        table = torch.cat([weight, bias.unsqueeze(-1)], dim=-1)
+        table = resize_table(
+            table,
+            self.weight.shape[1],
+            num_prefix_tokens=self.num_prefix_tokens,
+            old_grid=grid,
+            new_grid=self.grid,
+        )
+        return table[..., :-1].contiguous(), table[..., -1].contiguous()
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, num_prefix_tokens={self.num_prefix_tokens}, grid={self.grid}"

@@ -1,4 +1,4 @@
-"""Resizing of tables over positions, the way timm resizes position embeddings; pure tensors in and out."""
+"""Resizing of tables over token positions, as timm resizes position embeddings; pure functions of tensors."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ def resize_table(
 ) -> Tensor:
     """Resizes a table over token positions to another number of positions.
 
-    The first ``num_prefix_tokens`` rows (class and register tokens) are kept as they are. The others are a
-    patch grid, resampled bicubically with antialiasing, or, without a grid, a sequence: a shorter one takes
-    its first rows, a longer one is interpolated linearly.
+    The first ``num_prefix_tokens`` rows (class and register tokens) are kept as they are. The others are a patch grid,
+    which is resampled bicubically with antialiasing, or, without a grid, a sequence: for fewer positions the first rows
+    are taken, for more the rows are interpolated linearly.
 
     Args:
         table: ``(H, N, R)``, any floating dtype; interpolated in float32 at least.
-        length: positions wanted, prefix tokens included.
+        length: new number of positions, prefix tokens included.
         num_prefix_tokens: rows at the start that are not positions.
         old_grid: ``(rows, columns)`` of the table's patches; ``None`` for a sequence.
-        new_grid: ``(rows, columns)`` wanted; needed where ``old_grid`` is given and ``length`` differs.
+        new_grid: new ``(rows, columns)``; required if ``old_grid`` is given and ``length`` differs.
 
     Returns:
         ``(H, length, R)``, the dtype of ``table``.
 
     Raises:
-        MaskShapeError: the grids do not make up the lengths, or the new grid is unknown.
+        MaskShapeError: the grids don't make up the lengths, or the new grid is required and missing.
     """
     size = table.shape[1]
     if old_grid is None:
@@ -54,33 +54,33 @@ def resize_table(
         return table
     if new_grid is None or length != num_prefix_tokens + new_grid[0] * new_grid[1]:
         raise MaskShapeError(
-            f"A mask over key positions made for {size} tokens ({num_prefix_tokens} prefix, grid {old_grid}) met "
+            f"A mask over key positions made for {size} tokens ({num_prefix_tokens} prefix, grid {old_grid}) got "
             f"{length} tokens, grid {new_grid}; use keys='content' where tokens are dropped or the grid is unknown."
         )
     prefix, patches = table[:, :num_prefix_tokens], table[:, num_prefix_tokens:]
-    # (H, R, rows, columns) in channels-last order, as timm has it: in the other order torch's antialiasing on the CPU
-    # repeats the first row when there is but one column (R, the rank and the bias, is 2 at least).
+    # (H, R, rows, columns) in channels-last order, as in timm: in the other order torch's antialiasing on the CPU
+    # repeats the first row of a grid with a single column (R, the rank and the bias, is at least 2).
     image = _wide(patches).unflatten(1, old_grid).permute(0, 3, 1, 2)
     image = F.interpolate(image, size=new_grid, mode="bicubic", antialias=True)
     return torch.cat([prefix, image.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)], dim=1)
 
 
 def rows_of_present(table: Tensor, present: Tensor, num_prefix_tokens: int = 0) -> Tensor:
-    """Reads a table over a sequence for a padded batch, each sample by its own positions.
+    """Looks up a table over a sequence for a padded batch, each sample by its own positions.
 
-    A sample's tokens are numbered without its padding, and its table is :func:`resize_table`'s for that many, so that a
-    sample reads the same rows alone and in any batch.
+    A sample's tokens are numbered without its padding, and its table is that of :func:`resize_table` for their number,
+    so that a sample gets the same rows alone and in any batch.
 
     Args:
         table: ``(H, N, R)``, any floating dtype; interpolated in float32 at least.
-        present: bool ``(B, L)``, True where there is a token, wherever the padding is.
+        present: bool ``(B, L)``, False for padding, which may be anywhere.
         num_prefix_tokens: rows at the start that are not positions.
 
     Returns:
-        ``(B, H, L, R)``, the dtype of ``table``; rows of padding mean nothing.
+        ``(B, H, L, R)``, the dtype of ``table``; rows of padding are undefined.
 
     Raises:
-        MaskShapeError: more tokens than rows, all of which are prefix tokens.
+        MaskShapeError: more tokens than rows, and all rows are prefix tokens.
     """
     heads, size, _ = table.shape
     numbers = present.cumsum(dim=1)
@@ -104,7 +104,10 @@ def rows_of_present(table: Tensor, present: Tensor, num_prefix_tokens: int = 0) 
 
 def _check_positions(positions: int, size: int, length: int) -> None:
     if positions == 0:
-        raise MaskShapeError(f"A mask table of {size} prefix tokens alone cannot be resized to {length} tokens.")
+        raise MaskShapeError(
+            f"A mask table of {size} prefix tokens alone cannot be resized to {length} tokens; build the model for "
+            "longer inputs, or use keys='content'."
+        )
 
 
 def _wide(table: Tensor) -> Tensor:

@@ -21,7 +21,6 @@ from lamzoo.errors import StateDictError
 from lamzoo.lam import Lam, LamConfig
 from lamzoo.lam.layer import carried_configs
 from lamzoo.lam.masks import PositionTable, drop_dead_biases
-from lamzoo.lam.resize import resize_table
 
 _logger = logging.getLogger(__name__)
 
@@ -194,11 +193,8 @@ def _adapt_lam(model: nn.Module, weights: StateDict, source: str, given: Collect
                 f"{source} does not fit {_name(model)}: {weight!r} is for {old} tokens and the model has {new}; pass "
                 "the img_size that you want, or leave it out to get the file's."
             )
-        prefix = module.num_prefix_tokens
-        table = torch.cat([weights[weight], weights[bias].unsqueeze(-1)], dim=-1)
-        grid = _old_grid(model, old - prefix) if module.grid else None
-        table = resize_table(table, new, num_prefix_tokens=prefix, old_grid=grid, new_grid=module.grid)
-        weights[weight], weights[bias] = table[..., :-1].contiguous(), table[..., -1].contiguous()
+        grid = _old_grid(model, old - module.num_prefix_tokens) if module.grid else None
+        weights[weight], weights[bias] = module.adapt(weights[weight], weights[bias], grid)
         notes.append(f"{name} resized from {old} to {new} tokens")
 
 

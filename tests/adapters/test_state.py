@@ -119,7 +119,8 @@ def test_wrong_keys_and_shapes_are_named_and_nothing_is_loaded() -> None:
         (good | {"blocks.1.attn.qkv.weight": torch.zeros(1)}, r"blocks\.1\.attn\.qkv\.weight"),
         (good | {key: torch.zeros(1, 17, 3)}, re.escape(key)),
         (good | {key: torch.zeros(2, 17, 8)}, re.escape(key)),
-        (good | {key: torch.zeros(1, 12, 8)}, "square grid"),
+        (good | {key: torch.zeros(1, 12, 8)}, re.escape(key)),
+        (good | {key: torch.zeros(1, 12, 8), key.replace("weight", "bias"): torch.zeros(1, 12)}, "square grid"),
         (good | {key: torch.zeros(17)}, re.escape(key)),
         (dict(lam_state_dict(add_lam(VIT.create()))), "lacks"),
     ]

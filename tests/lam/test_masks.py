@@ -276,7 +276,7 @@ def test_position_table_follows_the_grid() -> None:
     assert mask.right.shape == (1, 1, 13, 4)
     table: Tensor = torch.cat([module.table.weight, module.table.bias[..., None]], dim=-1)
     torch.testing.assert_close(mask.right[0, :, 0], table[:, 0])
-    with pytest.raises(MaskShapeError, match=r"made for 7 tokens .* met 13 tokens, grid None"):
+    with pytest.raises(MaskShapeError, match=r"made for 7 tokens .* got 13 tokens, grid None"):
         module(tokens, tokens)
 
 
@@ -292,7 +292,7 @@ def test_max_length_wins_over_the_hosts_length() -> None:
 
 
 def test_position_keys_without_a_length_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"keys='position' needs a length .* LamConfig\.max_length"):
+    with pytest.raises(ConfigError, match=r"keys='position' needs a length, .* LamConfig\.max_length"):
         MaskNetwork(LamConfig(keys="position"), 4, 4, HEADS)
 
 

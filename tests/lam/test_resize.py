@@ -108,9 +108,9 @@ def test_errors_name_the_sizes() -> None:
     table = torch.randn(1, 7, 3)
     with pytest.raises(MaskShapeError, match=r"7 rows isn't 1 prefix tokens and a \(2, 2\) grid"):
         resize_table(table, 5, num_prefix_tokens=1, old_grid=(2, 2), new_grid=(2, 2))
-    with pytest.raises(MaskShapeError, match=r"7 tokens \(1 prefix, grid \(2, 3\)\) met 6 tokens, grid None"):
+    with pytest.raises(MaskShapeError, match=r"7 tokens \(1 prefix, grid \(2, 3\)\) got 6 tokens, grid None"):
         resize_table(table, 6, num_prefix_tokens=1, old_grid=(2, 3))
-    with pytest.raises(MaskShapeError, match=r"met 6 tokens, grid \(2, 3\)"):
+    with pytest.raises(MaskShapeError, match=r"got 6 tokens, grid \(2, 3\)"):
         resize_table(table, 6, num_prefix_tokens=1, old_grid=(2, 3), new_grid=(2, 3))
     with pytest.raises(MaskShapeError, match=r"2 prefix tokens alone cannot be resized to 4 tokens"):
         resize_table(table[:, :2], 4, num_prefix_tokens=2)
