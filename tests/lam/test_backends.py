@@ -1,10 +1,7 @@
 """Which backend serves a call: the crossovers of "auto", pins, refusals; and what chunked and flex promise alone."""
 
 import math
-import operator import import operator
-import os import import os
-import subprocess import import subprocess
-import sys import import sys
+import operator
 from dataclasses import replace
 from typing import Any
 
