@@ -93,6 +93,7 @@ ALIASES: dict[str, str] = {
     "lamzoo.names": "lamzoo.registry.catalog",
     "lamzoo.names.find_card": "lamzoo.registry.catalog:find_spec",
     "lamzoo.names.find_tag": "lamzoo.registry.catalog:find_weights",
+    "lamzoo.names.split_name": "lamzoo.registry.refs:split_name",
     "lamzoo.profiling.selection": "lamzoo.profiling.candidates",
     "lamzoo.profiling.table": "lamzoo.profiling.results",
     "lamzoo.pruning": "lamzoo.reduction.budget",
@@ -133,5 +134,8 @@ ALIASES: dict[str, str] = {
     "lamzoo.training.sections": "lamzoo.training.recipe_common",
     "lamzoo.training.tuning": "lamzoo.training.freezing",
     "lamzoo.weightfiles": "lamzoo.weights.files",
+    "lamzoo.weightfiles.find_in_folder": "lamzoo.weights.sources:find_in_folder",
+    "lamzoo.weightfiles.resolve": "lamzoo.weights.sources:resolve",
+    "lamzoo.weightfiles.resolve_repo": "lamzoo.weights.sources:resolve_repo",
     "lamzoo.weights": "lamzoo.registry.saving",
 }

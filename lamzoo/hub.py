@@ -1,4 +1,4 @@
-"""Downloads from the Hugging Face Hub: the cache first, a hard limit on waiting, one error; knows no model."""
+"""Downloads from the Hugging Face Hub: cache first, a hard time limit, and one kind of error."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lamzoo.errors import HubUnreachableError, WeightsError, WeightsNotFoundErro
 
 _Result = TypeVar("_Result")
 
-#: Seconds that the hub has to answer before it counts as unreachable; name resolution and every address together.
+#: Seconds until the hub counts as unreachable, including name resolution and all addresses.
 ANSWER_SECONDS = 8.0
 # The exceptions of whichever HTTP library huggingface_hub is built on (requests, httpx, httpx2).
 _TransportError: type[Exception] = HfHubHTTPError.__bases__[0]
@@ -33,11 +33,11 @@ _MAX_RESTARTS = 2
 
 
 class HubEntryMissingError(WeightsNotFoundError):
-    """The hub answered that it has no such repository, revision or file."""
+    """The hub has no such repository, revision or file."""
 
 
 def offline() -> bool:
-    """Whether ``HF_HUB_OFFLINE`` (or ``TRANSFORMERS_OFFLINE``) forbids the network, now or when it was imported."""
+    """Whether ``HF_HUB_OFFLINE`` or ``TRANSFORMERS_OFFLINE`` is set, now or when huggingface_hub was imported."""
     names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
     return constants.HF_HUB_OFFLINE or any(os.environ.get(n, "").upper() in {"1", "ON", "YES", "TRUE"} for n in names)
 
@@ -47,29 +47,31 @@ def cached(
 ) -> Path | None:
     """Returns the file's path in the local cache, or None.
 
-    A branch name stands for the commit that was downloaded last: a cached file is used without asking the hub.
+    A branch name refers to the commit downloaded last; the hub is not contacted.
     """
     try:
         found = try_to_load_from_cache(repo, filename, cache_dir=cache_dir, revision=revision or "main")
     except HFValidationError as error:
-        raise WeightsNotFoundError(f"{repo!r} is not the name of a hub repository, owner/name: {error}") from error
+        raise WeightsNotFoundError(
+            f"{repo!r} is not the name of a hub repository, which is OWNER/NAME: {error}"
+        ) from error
     return Path(found) if isinstance(found, str) else None
 
 
 def download(repo: str, filename: str, *, revision: str | None = None, cache_dir: str | Path | None = None) -> Path:
-    """Returns a hub file's path in the local cache, downloading it first where it isn't there.
+    """Returns the path of a hub file in the local cache, downloading it if necessary.
 
-    The file is downloaded under another name and renamed when complete; a second process that wants the same file
-    waits. ``HF_ENDPOINT``, ``HF_HUB_CACHE`` and ``HF_HUB_OFFLINE`` mean what they mean to ``huggingface_hub``.
+    The file is downloaded under a temporary name and renamed when complete; a second process that needs the same file
+    waits. ``HF_ENDPOINT``, ``HF_HUB_CACHE`` and ``HF_HUB_OFFLINE`` have their usual meaning.
 
     Args:
         repo: ``owner/name``.
         filename: path in the repository.
         revision: commit, tag or branch; ``main`` by default.
-        cache_dir: in place of the hub's own cache folder.
+        cache_dir: replaces the hub's cache folder.
 
     Raises:
-        HubEntryMissingError: the hub has no such repository, revision or file, or does not show it to this user.
+        HubEntryMissingError: the hub has no such repository, revision or file, or this user has no access to it.
         HubUnreachableError: offline, or no answer within :data:`ANSWER_SECONDS`.
         WeightsError: any other failure: a server error, a broken connection, a cache that cannot be written.
     """
@@ -83,11 +85,11 @@ def download(repo: str, filename: str, *, revision: str | None = None, cache_dir
         f"machine with network, then copy its hub cache folder models--{repo.replace('/', '--')} into {folder}"
     )
     if offline():
-        raise _unreachable(what, folder, "HF_HUB_OFFLINE forbids the hub", bring)
+        raise _unreachable(what, folder, "HF_HUB_OFFLINE disables downloads", bring)
     endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or None
     url = hf_hub_url(repo, filename, revision=revision, endpoint=endpoint)
     try:
-        # Asked before hf_hub_download, which retries for half a minute where there is no network.
+        # Checked before hf_hub_download, which retries for half a minute without network.
         _within(ANSWER_SECONDS, lambda: get_hf_file_metadata(url, timeout=ANSWER_SECONDS / 2, endpoint=endpoint))
         return Path(
             hf_hub_download(
@@ -103,13 +105,13 @@ def download(repo: str, filename: str, *, revision: str | None = None, cache_dir
         raise HubEntryMissingError(f"The hub repository {repo!r} has no revision {revision!r}.") from error
     except RemoteEntryNotFoundError as error:
         raise HubEntryMissingError(f"The hub has no file {what}.") from error
-    except LocalEntryNotFoundError as error:  # hf_hub_download's word for an answer that it can't use
+    except LocalEntryNotFoundError as error:  # raised by hf_hub_download for an unusable answer
         raise WeightsError(
             f"The hub gave no usable answer for {what} ({error.__cause__ or error}). {bring}."
         ) from error
     except HfHubHTTPError as error:
         status = error.response.status_code
-        if status == 404:  # a mirror that gives no reason
+        if status == 404:  # a mirror that states no reason
             raise HubEntryMissingError(f"The hub has no {what} ({url}).") from error
         raise WeightsError(f"The hub answered {status} for {what} ({url}); try again later. {bring}.") from error
     except _CutOffError as error:
@@ -126,25 +128,25 @@ def download(repo: str, filename: str, *, revision: str | None = None, cache_dir
         if "Consistency check failed" in str(error):
             raise WeightsError(f"The download of {what} is incomplete; try again. {bring}.") from error
         raise WeightsError(
-            f"{what} cannot be stored in the cache {folder} ({error.strerror or error}); free or unlock it, or name "
-            "another folder by cache_dir= or HF_HUB_CACHE."
+            f"{what} cannot be stored in the cache {folder} ({error.strerror or error}); free some space, make "
+            "it writable, or choose another folder with cache_dir= or HF_HUB_CACHE."
         ) from error
 
 
 def _unreachable(what: str, folder: Path, why: str, bring: str) -> HubUnreachableError:
-    works = "Works without it: what needs no file of the hub: bundled models, local-dir: folders, checkpoint_path=."
+    works = "Works without it: bundled models, folders of saved models, and files passed as checkpoint_path=."
     return HubUnreachableError(f"{what} is not in the cache {folder}, and {why}.", works, f"{bring}.")
 
 
 class _CutOffError(Exception):
-    """A download was cut off more often than it is worth trying."""
+    """A download was interrupted too often."""
 
 
 class _Progress(hub_tqdm):
-    """The hub's own progress bar, which also ends a download that a server keeps cutting off at the same place.
+    """The hub's progress bar; it also ends a download that the server keeps interrupting at the same place.
 
-    huggingface_hub starts again without end while each attempt brings some bytes; it tells its progress bar about
-    each fresh start by a negative update.
+    huggingface_hub restarts a download endlessly as long as each attempt transfers some bytes, and updates its progress
+    bar by a negative amount at each restart.
     """
 
     _restarts = 0
@@ -158,13 +160,13 @@ class _Progress(hub_tqdm):
 
 
 def _within(seconds: float, call: Callable[[], _Result]) -> _Result:
-    """Runs a call in a thread of its own, since neither name resolution nor a list of addresses has a timeout."""
+    """Runs a call in its own thread, because neither name resolution nor a list of addresses has a timeout."""
     future: Future[_Result] = Future()
 
     def run() -> None:
         try:
             future.set_result(call())
-        except BaseException as error:  # noqa: BLE001 - raised again in the thread that waits
+        except BaseException as error:  # noqa: BLE001 - raised again in the waiting thread
             future.set_exception(error)
 
     threading.Thread(target=run, daemon=True, name="lamzoo-hub").start()

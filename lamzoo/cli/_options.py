@@ -1,9 +1,9 @@
-"""Arguments that several commands share, and the model that they name."""
+"""Arguments that several commands share, and loading the model that one of them names."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,9 +12,11 @@ from lamzoo.errors import ConfigError
 if TYPE_CHECKING:
     from torch import nn
 
-Name = Annotated[str, typer.Argument(metavar="NAME", help="arch, arch.tag, timm/NAME, local-dir:DIR or hf-hub:REPO.")]
+#: Forms of a model name, for the help of every command.
+FORMS = "arch, arch.tag, timm/NAME, open_clip/NAME:TAG, hf-hub:REPO, or the folder of a saved model or a run"
+Name = Annotated[str, typer.Argument(metavar="NAME", help=f"{FORMS}.")]
 Checkpoint = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Safetensors to load in place of the pretrained weights.")
+    Path | None, typer.Option(metavar="FILE", help="Safetensors file that replaces the pretrained weights.")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to stdout.")]
@@ -22,22 +24,18 @@ BatchSize = Annotated[int, typer.Option(help="Images at a time.")]
 
 
 def load_model(name: str, checkpoint: Path | None) -> nn.Module:
-    """Creates a model with its published weights, or with those of a checkpoint; reads one that was exported."""
-    from lamzoo.registry.factory import create_model
+    """Creates a model with its published weights or those of a checkpoint, or opens an exported program."""
+    from lamzoo.registry.catalog import model_ref
 
-    if name.endswith((".onnx", ".pt2")):
+    ref = model_ref(name)
+    if ref.kind == "program" and ref.path is not None:
         from lamzoo.export import load_exported
 
         if checkpoint is not None:
-            raise ConfigError(f"{name} is an exported program and has its weights; leave --checkpoint out")
-        return load_exported(name)
+            raise ConfigError(f"{name} is an exported program and includes its weights; omit --checkpoint")
+        return load_exported(ref.path)
+    from lamzoo.registry.factory import create_model
+
     if checkpoint is not None:
         return create_model(name, checkpoint_path=checkpoint)
     return create_model(name, pretrained=True)
-
-
-def saved_source(name: str) -> Literal["local-dir", "hf-hub"] | None:
-    """Returns where a saved model named with a prefix lies; None for a registered name."""
-    if name.startswith("local-dir:"):
-        return "local-dir"
-    return "hf-hub" if name.startswith("hf-hub:") else None

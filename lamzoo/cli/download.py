@@ -5,13 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lamzoo.cli import _output as out
-from lamzoo.cli._options import Name, saved_source
-from lamzoo.errors import WeightsNotFoundError
+from lamzoo.cli._options import Name
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from lamzoo.weights.files import WeightsFile
 
 
 def download(name: Name) -> None:
@@ -26,19 +23,9 @@ def fetch(name: str) -> Path:
         UnknownModelError: no such model or tag.
         WeightsError: the weights are not available or are damaged.
     """
-    from lamzoo.registry.catalog import find_spec, find_weights
-    from lamzoo.registry.factory import obtain
-    from lamzoo.registry.saving import read_saved
+    from lamzoo.registry.factory import find_weights_file
     from lamzoo.weights.files import read_state_dict
 
-    source = saved_source(name)
-    if source is None:
-        card = find_spec(name)
-        find_weights(card, name)
-        file: WeightsFile | None = obtain(card, name)[1]
-    else:
-        file = read_saved(source, name.partition(":")[2], with_weights=True).weights
-    if file is None:
-        raise WeightsNotFoundError(f"{name} has no weights")
+    file = find_weights_file(name)
     read_state_dict(file.path, sha256=file.sha256)
     return file.path

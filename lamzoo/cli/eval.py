@@ -145,11 +145,12 @@ def eval_command(
 
 
 def _trained(name: str) -> TrainedData | None:
-    """Returns what a model was trained on, where its name is the folder of a run."""
+    """Returns what a model was trained on, if its name is the folder of a run."""
     from lamzoo.data.images.trained import TrainedData
+    from lamzoo.registry.catalog import model_ref
 
-    source, _, place = name.partition(":")
-    return TrainedData.read(Path(place).expanduser()) if source == "local-dir" else None
+    folder = model_ref(name).path
+    return TrainedData.read(folder) if folder is not None else None
 
 
 def _task(trained: TrainedData | None) -> Literal["classification", "retrieval", "moments", "captions"]:

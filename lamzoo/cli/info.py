@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lamzoo.cli import _output as out
-from lamzoo.cli._options import Json, Name, saved_source
-
-if TYPE_CHECKING:
-    from timm.models import PretrainedCfg
-
-    from lamzoo.lam import LamConfig
-    from lamzoo.reduction import PruneConfig
-    from lamzoo.registry.cards import ModelSpec, PretrainedWeights
+from lamzoo.cli._options import Json, Name
+from lamzoo.registry.cards import PretrainedWeights
+from lamzoo.registry.catalog import ModelInfo, find_spec, get_pretrained_cfg, model_info, model_ref
 
 _PREPROCESSING = ("input_size", "interpolation", "crop_pct", "mean", "std")
 
@@ -32,63 +27,57 @@ def info(name: Name, json: Json = False) -> None:
 def describe(name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Returns the facts about a model and its sets of weights, both ready for JSON.
 
-    Parameters and GMACs are the card's; where no card has them, the model is built and measured.
+    Parameters and GMACs come from the card; if it has none, the model is built and measured. A model of the zoo's own
+    cards is described without importing torch or timm.
 
     Args:
         name: as for :func:`lamzoo.create_model`.
 
     Raises:
         UnknownModelError: no such model or tag.
-        WeightsError: a ``local-dir:`` or ``hf-hub:`` that cannot be read.
+        WeightsError: the configuration of a saved model cannot be read.
     """
-    from lamzoo.registry.catalog import find_spec, find_weights, get_pretrained_cfg, model_info
-    from lamzoo.registry.saving import read_saved
-
-    source = saved_source(name)
-    if source is None:
-        card: ModelSpec = model_info(name)
-        tags = [_tag(tag) for tag in card.tags.values()]
-        chosen = find_weights(card, name)
-        return _facts(name, card, get_pretrained_cfg(name), card.lam, chosen.prune if chosen else None), tags
-    saved = read_saved(source, name.partition(":")[2], with_weights=False)
-    return _facts(name, find_spec(saved.name), saved.cfg, saved.lam, saved.prune, changed=True), []
-
-
-def _facts(
-    name: str,
-    card: ModelSpec,
-    cfg: PretrainedCfg,
-    lam: LamConfig | None,
-    pruning: PruneConfig | None,
-    *,
-    changed: bool = False,
-) -> dict[str, Any]:
-    params, gmacs = card.params, card.gmacs
-    if changed or pruning is not None or params is None or gmacs is None:
+    info = model_info(name)
+    params, gmacs = info.params, info.gmacs
+    if info.prune is not None or params is None or gmacs is None:
         from lamzoo.profiling import profile
         from lamzoo.registry.factory import create_model
 
         measured = profile(create_model(name))
         params, gmacs = round(measured.params_m * 1e6), measured.gmacs
-    record = cfg.to_dict()
+    record = _record(name, info)
     facts: dict[str, Any] = {
         "name": name,
-        "family": card.family,
-        "description": card.description or None,
+        "family": info.family,
+        "description": info.description or None,
         "parameters": params,
         "gmacs": round(gmacs, 4),
-        "masks": None if lam is None else lam.to_dict(),
-        "pruning": None if pruning is None else pruning.to_dict(),
+        "masks": None if info.lam is None else info.lam.to_dict(),
+        "pruning": None if info.prune is None else info.prune.to_dict(),
         "classes": record.get("num_classes") or None,
         "label names": record.get("label_names"),
     }
-    if card.family in ("lam_moment_detr", "lam_describer"):  # they read features: timm's defaults say nothing of them
-        return facts
-    return facts | {key: record.get(key) for key in _PREPROCESSING}
+    facts |= {key: record.get(key) for key in _PREPROCESSING if _reads_images(info)}
+    return facts, [_tag(tag) for tag in info.tags.values()]
+
+
+def _record(name: str, info: ModelInfo) -> dict[str, Any]:
+    """Returns the keys of timm's ``PretrainedCfg``: from the card if it states them, otherwise from timm."""
+    stated = info.cfg(info.tag)
+    if model_ref(name).is_saved or not _reads_images(info) or set(_PREPROCESSING) <= stated.keys():
+        return stated
+    return get_pretrained_cfg(name).to_dict()
+
+
+def _reads_images(info: ModelInfo) -> bool:
+    """Whether the model has an image input; the alternative is features, whose builders state no input size."""
+    spec = find_spec(info.name)
+    backbones = {"timm", "open_clip"} & spec.backbone.keys()
+    return not isinstance(spec.builder, str) or bool(backbones) or "input_size" in spec.pretrained_cfg
 
 
 def _tag(tag: PretrainedWeights) -> dict[str, Any]:
-    elsewhere = {"hf-hub": tag.hub, "timm": tag.timm, "open_clip": tag.open_clip}
+    elsewhere = {"timm": tag.timm, "open_clip": tag.open_clip, "hf-hub": tag.hub}
     source = tag.file or next(f"{where}:{what}" for where, what in elsewhere.items() if what)
     return {
         "tag": tag.name,

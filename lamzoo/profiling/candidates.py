@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from lamzoo.errors import UnknownModelError
 from lamzoo.registry.cards import ModelSpec
-from lamzoo.registry.catalog import find_spec, find_weights, list_models, pretrained_cfg_of, split_name
-from lamzoo.registry.external import TIMM_PREFIX
-from lamzoo.registry.saving import read_saved
+from lamzoo.registry.catalog import find_spec, find_weights, list_models, model_ref, pretrained_cfg_of
+from lamzoo.registry.refs import TIMM_PREFIX
+from lamzoo.weights.saved import read_saved
 
 
 @dataclass(frozen=True)
@@ -68,16 +68,14 @@ def candidate_of(name: str, *, weights: bool) -> Candidate:
         UnknownModelError: no such model or tag.
         WeightsError: a saved model whose configuration cannot be read.
     """
-    source, colon, place = name.partition(":")
-    if colon:
-        if source not in ("local-dir", "hf-hub"):
-            raise UnknownModelError(f"{name!r} is no model name; before a colon stands local-dir or hf-hub")
-        saved = read_saved("local-dir" if source == "local-dir" else "hf-hub", place, with_weights=False)
-        return Candidate(name, None, None, size_text(saved.args.get("img_size") or saved.cfg.input_size[1:]))
-    card = find_spec(name)
-    tag = find_weights(card, name)
+    ref = model_ref(name)
+    if ref.is_saved:
+        saved = read_saved(ref, with_weights=False)
+        return Candidate(ref.name, None, None, size_text(saved.args.get("img_size") or saved.cfg.input_size[1:]))
+    card = find_spec(ref)
+    tag = find_weights(card, ref)
     cfg = pretrained_cfg_of(card, tag)
-    keep = weights or split_name(name)[1] is not None
+    keep = weights or ref.tag is not None
     return Candidate(
         model=card.name,
         tag=tag.name if keep and tag is not None else None,
@@ -101,12 +99,14 @@ def _plain_twin(card: ModelSpec, tag: str | None) -> str | None:
 
 
 def _names(pattern: str, weights: bool) -> list[str]:
-    if ":" in pattern:
-        return [pattern]
     if not set(pattern) & set("*?["):
         try:
-            find_spec(pattern)
+            ref = model_ref(pattern)
+            if not ref.is_saved:
+                find_spec(ref)
         except UnknownModelError:
+            if ":" in pattern or "/" in pattern.removeprefix(TIMM_PREFIX):
+                raise
             pattern = f"{pattern}*" if pattern.startswith(TIMM_PREFIX) else f"*{pattern}*"
         else:
             return [pattern]

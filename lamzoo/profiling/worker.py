@@ -7,7 +7,6 @@ import json
 import os
 import sys
 import threading
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,9 +19,7 @@ from lamzoo.profiling.job import BenchJob
 from lamzoo.profiling.measurement import Measurement, measure
 from lamzoo.profiling.memory import MemoryMeter
 from lamzoo.profiling.results import BenchRow
-from lamzoo.registry.catalog import find_spec
-from lamzoo.registry.factory import create_model, obtain
-from lamzoo.registry.saving import read_saved
+from lamzoo.registry.factory import create_model, find_weights_file
 from lamzoo.weights.files import file_sha256
 
 
@@ -116,15 +113,8 @@ def _score(job: BenchJob, model: nn.Module, device: torch.device) -> tuple[str, 
 
 
 def _weights_sha256(job: BenchJob) -> str:
-    """Hashes the file, or the index of a sharded one, that the model's weights are from."""
-    source, colon, place = job.model.partition(":")
-    if colon:
-        file = read_saved("local-dir" if source == "local-dir" else "hf-hub", place, with_weights=True).weights
-        assert file is not None  # it was loaded from there
-        path: Path = file.path
-    else:
-        path = obtain(find_spec(job.name), job.name)[1].path
-    return file_sha256(path)
+    """Hashes the weights file of the model, or its index if it is sharded."""
+    return file_sha256(find_weights_file(job.name).path)
 
 
 def _columns(result: Measurement) -> dict[str, Any]:

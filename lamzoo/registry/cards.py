@@ -1,4 +1,4 @@
-"""The registry's cards: TOML files read into frozen records; knows no model code and no weights."""
+"""The records of models and their weights, and the TOML cards that they are read from; needs neither torch nor timm."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 from lamzoo.errors import ConfigError, RegistryError
 from lamzoo.lam import LamConfig
-from lamzoo.reduction import PruneConfig
+from lamzoo.reduction.config import PruneConfig
 
-#: Keys of timm's ``PretrainedCfg`` that a card may set: what a model expects of its input and what its ends are called.
+#: Keys of timm's ``PretrainedCfg`` that a card may set: preprocessing, classes, names of the first and last layers.
 CFG_KEYS = frozenset(
     {
         "input_size",
@@ -38,33 +38,33 @@ CFG_KEYS = frozenset(
 
 @dataclass(frozen=True)
 class PretrainedWeights:
-    """One set of weights of a model.
+    """One set of weights of a model: a tag.
 
     Exactly one of ``file``, ``hub``, ``timm`` and ``open_clip`` is the primary source; a ``file`` may have a ``hub``
-    beside it, for installations that don't carry the file.
+    as well, for installations without the file, and ``timm`` or ``open_clip`` the repository that their tag means.
 
     Attributes:
         name: the tag, the part after the dot in ``arch.tag``.
-        file: name of a safetensors file (or of its ``.index.json``, where sharded) in the weights folder.
+        file: name of a safetensors file (or of the ``.index.json`` of a sharded one) in the weights folder.
         hub: Hugging Face Hub repository, ``owner/name``.
-        hub_file: file in that repository.
+        hub_file: file in that repository; by default ``model.safetensors``, or what timm and open_clip call theirs.
         revision: commit of that repository.
-        timm: timm's ``arch.tag``, whose hub file holds the plain backbone.
-        open_clip: open_clip's ``model:tag``, whose hub file holds the towers.
-        sha256: of the file, or of its index where sharded; None where the publisher's own etag is all there is.
-        dataset: what the weights were trained on.
+        timm: timm's ``arch.tag``, weights of the plain backbone.
+        open_clip: open_clip's ``model:tag``, weights of the towers.
+        sha256: hash of the file, or of its index if sharded; None to rely on the hub's etag.
+        dataset: training data.
         licence: SPDX identifier of the weights.
         metrics: measured values, with ``dataset`` and the ``command`` that measured them.
-        recipe: the training recipe, where the zoo trained the weights itself.
-        args: the builder's arguments that the weights need.
-        pretrained_cfg: keys of timm's ``PretrainedCfg``, over those of the model; ``label_names`` among them.
-        prune: how the tokens are pruned that the weights were trained for.
+        recipe: training recipe, for weights trained here.
+        args: arguments of the builder that the weights need.
+        pretrained_cfg: keys of timm's ``PretrainedCfg``, overriding the model's; includes ``label_names``.
+        prune: token pruning that the weights were trained with.
     """
 
     name: str
     file: str | None = None
     hub: str | None = None
-    hub_file: str = "model.safetensors"
+    hub_file: str | None = None
     revision: str | None = None
     timm: str | None = None
     open_clip: str | None = None
@@ -79,7 +79,7 @@ class PretrainedWeights:
 
     @property
     def external(self) -> bool:
-        """Whether the file is in another project's format and holds the plain backbone alone."""
+        """Whether the file is in another project's format and holds the plain backbone only."""
         return self.timm is not None or self.open_clip is not None
 
     @property
@@ -90,23 +90,23 @@ class PretrainedWeights:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """One model of the registry: how to build it and which weights it has.
+    """One model of the registry: how to build it, and its sets of weights.
 
     Attributes:
         name: as given to ``create_model``.
-        family: the card's name, or the plug-in's package.
+        family: name of the card, or package of the plug-in.
         builder: ``"module:function"``, or the function itself for models registered in code.
         backbone: the builder's ``config``; ``timm`` in it names a timm architecture.
-        lam: the masks it has unless the caller says otherwise; None for a plain model.
-        plain: name of the registered model that is the same backbone without masks, trained alike: what this one is
-            to be compared with. Its tags are called like this one's.
+        lam: default masks; None for a plain model.
+        plain: name of the registered model to compare with: the same backbone without masks, trained alike, with the
+            same tags.
         description: one sentence.
         params: number of parameters, with the default head.
         gmacs: 10^9 multiply-accumulates of one image at the default input size, attention included.
-        pretrained_cfg: keys of timm's ``PretrainedCfg`` that all its tags share.
+        pretrained_cfg: keys of timm's ``PretrainedCfg`` shared by all tags.
         tags: in order of preference.
         weights_dir: folder of the tags' files.
-        source: where the registration comes from.
+        source: origin of the registration.
     """
 
     name: str
@@ -123,14 +123,17 @@ class ModelSpec:
     weights_dir: Path | None = None
     source: Literal["card", "plug-in", "timm", "open_clip"] = "card"
 
+    def cfg(self, tag: PretrainedWeights | None) -> dict[str, Any]:
+        """Returns the keys of timm's ``PretrainedCfg`` that the card states for a tag, lists as tuples."""
+        values = {**self.pretrained_cfg, **(tag.pretrained_cfg if tag is not None else {})}
+        return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+
 
 def data_dir(kind: Literal["registry", "weights"]) -> Path:
-    """Returns the folder of the cards or of the bundled weights.
-
-    They lie inside the package in an installed wheel, and beside it in a source checkout.
+    """Returns the folder of the cards or of the bundled weights: in the package of a wheel, beside it in a checkout.
 
     Raises:
-        RegistryError: the installation has neither.
+        RegistryError: the installation lacks the folder.
     """
     package = Path(__file__).resolve().parents[1]
     for folder in (package / "_data" / kind, package.parent / kind):
@@ -146,11 +149,11 @@ def read_card(path: str | Path, *, weights_dir: Path, source: Literal["card", "p
 
     Args:
         path: the TOML file.
-        weights_dir: folder of the files that its tags name.
-        source: where the card comes from.
+        weights_dir: folder of the tags' files.
+        source: origin of the card.
 
     Returns:
-        Its models, in the order of the file.
+        The models of the card, in the order of the file.
 
     Raises:
         RegistryError: the file is not TOML, or has an unknown, missing or mistyped key; names file and key.
@@ -170,10 +173,15 @@ def read_card(path: str | Path, *, weights_dir: Path, source: Literal["card", "p
 
 
 def read_weights(name: str, table: Mapping[str, Any], where: str) -> PretrainedWeights:
-    """Checks one tag's table and returns it as a record.
+    """Reads the table of one tag.
+
+    Args:
+        name: the tag.
+        table: the keys of :class:`PretrainedWeights`.
+        where: place of the table, for messages.
 
     Raises:
-        RegistryError: an unknown key, a wrong type, no source or two; ``where`` and the key are named.
+        RegistryError: an unknown key, a wrong type, no source or two; names ``where`` and the key.
     """
     known = {f.name for f in dataclasses.fields(PretrainedWeights)} - {"name"}
     _check_keys(table, known, where)
@@ -184,15 +192,12 @@ def read_weights(name: str, table: Mapping[str, Any], where: str) -> PretrainedW
     for key in tables:
         _table(table, key, where)
     _check_keys(table.get("pretrained_cfg", {}), CFG_KEYS, f"{where}.pretrained_cfg")
-    try:
-        prune = PruneConfig.from_dict(table["prune"]) if "prune" in table else None
-    except ConfigError as error:
-        raise RegistryError(f"{where}.prune: {error}") from error
+    prune = _prune_config(table["prune"], where) if "prune" in table else None
     tag = PretrainedWeights(name, **{**table, "prune": prune})
-    sources = (tag.timm, tag.open_clip, tag.file or tag.hub)
+    sources = (tag.timm, tag.open_clip, tag.file or (None if tag.external else tag.hub))
     if sum(source is not None for source in sources) != 1:
         raise RegistryError(f"{where}: a tag needs timm, or open_clip, or file and/or hub, as its source.")
-    if tag.hub is not None and tag.revision is None:
+    if tag.hub is not None and not tag.external and tag.revision is None:
         raise RegistryError(f"{where}: hub = {tag.hub!r} needs a revision, the commit that the sha256 belongs to.")
     if not tag.external and tag.sha256 is None:
         raise RegistryError(f"{where}: the tag's file needs its sha256.")
@@ -218,7 +223,7 @@ def _model(
         raise RegistryError(f"{where}.lam: {error}") from error
     plain = table.get("plain")
     if plain is not None and (not isinstance(plain, str) or lam is None):
-        raise RegistryError(f"{where}: plain is {plain!r}; it must be the name of a model, and this one have masks.")
+        raise RegistryError(f"{where}: plain is {plain!r}; it must be the name of a model, on a model with masks.")
     params, gmacs = table.get("params"), table.get("gmacs")
     if params is not None and not isinstance(params, int):
         raise RegistryError(f"{where}: params is {params!r}; it must be a whole number.")
@@ -240,6 +245,13 @@ def _model(
         weights_dir=weights_dir,
         source=source,
     )
+
+
+def _prune_config(table: Mapping[str, Any], where: str) -> PruneConfig:
+    try:
+        return PruneConfig.from_dict(table)
+    except ConfigError as error:
+        raise RegistryError(f"{where}.prune: {error}") from error
 
 
 def _table(table: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:

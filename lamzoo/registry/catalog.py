@@ -1,4 +1,4 @@
-"""The names that lamzoo knows: cards, models registered in code, plug-ins and timm's own; builds nothing."""
+"""The registered models: cards, models registered in code, plug-ins, and those of timm and open_clip on request."""
 
 from __future__ import annotations
 
@@ -7,32 +7,29 @@ import fnmatch
 import importlib
 import inspect
 import logging
+import os
 import re
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, TypeVar, overload
-
-import timm
-from timm.models import PretrainedCfg, is_model
-from torch import nn
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from lamzoo.errors import DuplicateModelError, MissingExtraError, RegistryError, UnknownModelError
 from lamzoo.lam.config import LamConfig
 from lamzoo.registry.cards import CFG_KEYS, ModelSpec, PretrainedWeights, data_dir, read_card, read_weights
-from lamzoo.registry.external import (
-    OPEN_CLIP_PREFIX,
-    TIMM_MODULES,
-    TIMM_PREFIX,
-    open_clip_models,
-    open_clip_spec,
-    timm_spec,
-)
+from lamzoo.registry.external import open_clip_models, open_clip_spec, timm_models, timm_spec
+from lamzoo.registry.refs import OPEN_CLIP_PREFIX, TIMM_PREFIX, ModelRef
+
+if TYPE_CHECKING:  # torch and timm are imported only for models of timm and for records in timm's form
+    from timm.models import PretrainedCfg
+    from torch import nn
+
+    from lamzoo.reduction.config import PruneConfig
 
 _logger = logging.getLogger(__name__)
-_Function = TypeVar("_Function", bound=Callable[..., nn.Module])
+_Function = TypeVar("_Function", bound="Callable[..., nn.Module]")
 
 ENTRY_POINT_GROUP = "lamzoo.models"
 
@@ -44,13 +41,18 @@ _loaded = False
 
 @dataclass(frozen=True)
 class ModelInfo(ModelSpec):
-    """What the registry knows of a model: its card, and the tag asked for.
+    """A model's spec and the weights that its name refers to.
+
+    For a saved model, ``lam`` and ``pretrained_cfg`` are those of its ``config.json``; ``params``, ``gmacs`` and
+    ``tags`` are unknown.
 
     Attributes:
-        tag: the tag of ``arch.tag``, or the first one of a bare name; None where the model has no weights.
+        tag: the tag of ``arch.tag``, or the default tag of a bare name; None if there are no tags.
+        prune: token pruning of the weights.
     """
 
     tag: PretrainedWeights | None = None
+    prune: PruneConfig | None = None
 
 
 @overload
@@ -72,26 +74,26 @@ def register_model(
     pretrained_cfg: Mapping[str, Any] | None = None,
     description: str = "",
 ) -> _Function | Callable[[_Function], _Function]:
-    """Registers a function that builds a model, under the function's own name; a decorator, bare or with arguments.
+    """Registers a function that builds a model under the function's name; a decorator, with or without arguments.
 
-    ``create_model(name, ...)`` calls the function with the model arguments that its caller gave (``num_classes``,
-    ``in_chans``, ``img_size``, ...; never ``None``), and with ``num_classes``, ``in_chans`` of a tag whose weights
-    are to be loaded. It returns the model **without** weights: lamzoo finds, checks and loads those, and adds the
-    masks, so that ``pretrained``, ``checkpoint_path``, ``lam`` and ``cache_dir`` are not passed on.
+    ``create_model(name, ...)`` calls the function with the model arguments given by the caller (``num_classes``,
+    ``in_chans``, ``img_size``, ...; never ``None``), and with ``num_classes`` and ``in_chans`` of the tag whose weights
+    are loaded. The function returns the model **without** weights: lamzoo finds, checks and loads them and adds the
+    masks, so ``pretrained``, ``checkpoint_path``, ``lam`` and ``cache_dir`` are not passed on.
 
     Args:
         fn: the function.
-        tags: weights, ``{tag: {"file": ..., "sha256": ..., "dataset": ..., ...}}``, the first one the default; the
-            keys are those of a card's tag table and ``file`` is looked for beside the module of the function.
-        lam: masks that the model has by default, also as a dict of the fields of a LamConfig.
-        pretrained_cfg: keys of timm's ``PretrainedCfg`` (``input_size``, ``mean``, ``classifier``, ...), over those
-            of the ``pretrained_cfg`` that the built model may have already.
-        description: one sentence; the function's docstring by default.
+        tags: weights, ``{tag: {"file": ..., "sha256": ..., "dataset": ..., ...}}``, the default first; the keys are
+            those of a card's tag table, and ``file`` is relative to the folder of the function's module.
+        lam: default masks, a LamConfig or a dict of its fields.
+        pretrained_cfg: keys of timm's ``PretrainedCfg`` (``input_size``, ``mean``, ``classifier``, ...); they override
+            the ``pretrained_cfg`` of the built model.
+        description: one sentence; the first line of the function's docstring by default.
 
     Raises:
         DuplicateModelError: the name is taken.
-        RegistryError: a tag or ``pretrained_cfg`` that means nothing.
-        ConfigError: masks that mean nothing.
+        RegistryError: an invalid tag or ``pretrained_cfg``.
+        ConfigError: invalid masks.
     """
 
     def register(function: _Function) -> _Function:
@@ -123,77 +125,103 @@ def register_model(
 
 
 def register_cards(path: str | Path, weights_dir: str | Path | None = None) -> None:
-    """Registers the models of a card of one's own, a TOML file as those in lamzoo's ``registry/``.
+    """Registers the models of your own card, a TOML file like those in lamzoo's ``registry/``.
 
     Args:
         path: the card.
-        weights_dir: folder of its tags' files; that of the card by default.
+        weights_dir: folder of the tags' files; the folder of the card by default.
 
     Raises:
         RegistryError: the card cannot be read.
-        DuplicateModelError: one of its names is taken; none of them is registered.
+        DuplicateModelError: one of its names is taken; none of its models is registered.
     """
-    cards = read_card(path, weights_dir=Path(weights_dir or Path(path).parent), source="plug-in")
+    specs = read_card(path, weights_dir=Path(weights_dir or Path(path).parent), source="plug-in")
     with _lock:
-        for card in cards:
-            _refuse_duplicate(card)
-        for card in cards:
-            _add(card)
+        for spec in specs:
+            _refuse_duplicate(spec)
+        for spec in specs:
+            _add(spec)
 
 
-def split_name(name: str) -> tuple[str, str | None]:
-    """Splits ``arch.tag``, or ``open_clip/arch:tag``, into its parts; the tag of a bare name is None."""
-    if name.startswith(OPEN_CLIP_PREFIX):
-        name = name.replace(":", ".", 1)
-    arch, _, tag = name.partition(".")
-    return arch, tag or None
-
-
-def find_spec(name: str) -> ModelSpec:
-    """Returns the card of a name, its tag ignored; plug-ins are loaded first.
+def model_ref(name: str | os.PathLike[str]) -> ModelRef:
+    """Parses a model name, of any form that :class:`~lamzoo.registry.refs.ModelRef` lists.
 
     Raises:
-        UnknownModelError: no such model; the closest names are listed.
+        UnknownModelError: an unknown prefix, or a path that doesn't exist.
+    """
+    return ModelRef.parse(name, is_registered=lambda arch: arch in _registered())
+
+
+def find_spec(name: str | ModelRef) -> ModelSpec:
+    """Returns the spec of a registered, timm or open_clip model; its tag is ignored.
+
+    Raises:
+        UnknownModelError: no such model, with the closest names; or a name of another form.
         MissingExtraError: a model of open_clip, which is not installed.
     """
-    _load()
-    arch, _ = split_name(name)
-    if arch in _cards:
-        return _cards[arch]
-    if arch.startswith(TIMM_PREFIX) and is_model(arch.removeprefix(TIMM_PREFIX)):
-        return timm_spec(arch.removeprefix(TIMM_PREFIX))
-    towers = open_clip_models() if arch.startswith(OPEN_CLIP_PREFIX) else []
-    if arch.startswith(OPEN_CLIP_PREFIX) and not towers:
-        raise MissingExtraError(f"{arch} needs open_clip, which is not installed; pip install 'lamzoo[clip]'.")
-    if arch in towers:
-        return open_clip_spec(arch.removeprefix(OPEN_CLIP_PREFIX))
-    known = list(_cards)
-    if arch.startswith(OPEN_CLIP_PREFIX):
-        known = towers
-    elif "/" in arch:
-        known += [TIMM_PREFIX + model for model in timm.list_models()]
-    close = difflib.get_close_matches(arch, known, n=3)
-    if is_model(arch):
-        close = [TIMM_PREFIX + arch]
-    hint = f"did you mean {' or '.join(close)}?" if close else "lamzoo.list_models() lists the names."
-    broken = "".join(f" The plug-in {plugin} failed to load: {why}." for plugin, why in _broken.items())
-    raise UnknownModelError(f"There is no model {arch!r}; {hint}{broken}")
+    ref = name if isinstance(name, ModelRef) else model_ref(name)
+    specs = _registered()
+    if ref.arch in specs:
+        return specs[ref.arch]
+    if ref.kind == "checkpoint":
+        problem = (
+            "a weights file does not state its architecture" if ref.path and ref.path.is_file() else "no such file"
+        )
+        raise UnknownModelError(
+            f"There is no model {ref.text!r}: {problem}; name the architecture and pass the file as checkpoint_path= "
+            "(--checkpoint)."
+        )
+    if ref.kind == "program":
+        raise UnknownModelError(
+            f"{ref.text!r} is an exported program, which can only be run: open it with lamzoo.load_exported, or name "
+            "the model that it was exported from."
+        )
+    if ref.is_saved:
+        raise UnknownModelError(f"{ref.text!r} is a saved model, and the name of a registered one is needed.")
+    spec = timm_spec(ref.arch.removeprefix(TIMM_PREFIX)) if ref.kind == "timm" else None
+    if ref.kind == "open_clip":
+        towers = open_clip_models()
+        if not towers:
+            raise MissingExtraError(f"{ref.arch} needs open_clip, which is not installed; pip install 'lamzoo[clip]'.")
+        spec = open_clip_spec(ref.arch.removeprefix(OPEN_CLIP_PREFIX)) if ref.arch in towers else None
+    if spec is None:
+        raise _unknown(ref)
+    return spec
 
 
-def find_weights(card: ModelSpec, name: str) -> PretrainedWeights | None:
-    """Returns the tag that a name asks for: that of ``arch.tag``, else the card's first; None where it has none.
+def find_weights(spec: ModelSpec, name: str | ModelRef) -> PretrainedWeights | None:
+    """Returns the tag that a name refers to: that of ``arch.tag``, or the default one; None if there are no tags.
 
     Raises:
-        UnknownModelError: the card has no such tag; its tags are listed.
+        UnknownModelError: the model has no such tag; lists its tags.
     """
-    _, tag = split_name(name)
+    tag = (name if isinstance(name, ModelRef) else model_ref(name)).tag
     if tag is None:
-        return next(iter(card.tags.values()), None)
-    if tag not in card.tags:
-        close = difflib.get_close_matches(tag, card.tags, n=1)
-        hint = f"did you mean {card.name}.{close[0]}?" if close else f"its tags are {', '.join(card.tags) or 'none'}."
-        raise UnknownModelError(f"{card.name} has no weights {tag!r}; {hint}")
-    return card.tags[tag]
+        return next(iter(spec.tags.values()), None)
+    if tag not in spec.tags:
+        close = difflib.get_close_matches(tag, spec.tags, n=1)
+        separator = ":" if spec.source == "open_clip" else "."
+        hint = (
+            f"did you mean {spec.name}{separator}{close[0]}?"
+            if close
+            else f"its tags are {', '.join(spec.tags) or 'none'}."
+        )
+        raise UnknownModelError(f"{spec.name} has no weights {tag!r}; {hint}")
+    return spec.tags[tag]
+
+
+def _unknown(ref: ModelRef) -> UnknownModelError:
+    known = list(_registered())
+    if ref.kind == "open_clip":
+        known = open_clip_models()
+    elif ref.kind == "timm":
+        known += [TIMM_PREFIX + arch for arch in timm_models(every=True)]
+    close = difflib.get_close_matches(ref.arch, known, n=3)
+    if ref.kind == "registered" and timm_spec(ref.arch) is not None:
+        close = [TIMM_PREFIX + ref.arch]
+    hint = f"did you mean {' or '.join(close)}?" if close else "lamzoo.list_models() lists the names."
+    broken = "".join(f" The plug-in {plugin} failed to load: {why}." for plugin, why in _broken.items())
+    return UnknownModelError(f"There is no model {ref.arch!r}; {hint}{broken}")
 
 
 def list_models(
@@ -204,30 +232,29 @@ def list_models(
     family: str | Iterable[str] = "",
     include_tags: bool | None = None,
 ) -> list[str]:
-    """Lists the registered names, sorted naturally; the arguments are those of timm's ``list_models``.
+    """Lists the registered names in natural order; the arguments are those of timm's ``list_models``.
 
-    timm's own names (``timm/...``) and open_clip's (``open_clip/...``) are many, and listed where a filter begins so.
+    The models of timm and open_clip are included only if a filter starts with ``timm/`` or ``open_clip/``.
 
     Args:
         filter: wildcard(s).
         pretrained: only names with weights, as ``arch.tag``.
-        exclude_filters: wildcard(s) of names to leave out.
+        exclude_filters: wildcard(s) of names to exclude.
         family: only models of these families.
-        include_tags: ``arch.tag`` names; the value of ``pretrained`` by default.
+        include_tags: list ``arch.tag`` names; the value of ``pretrained`` by default.
     """
-    _load()
     include, exclude, families = _strings(filter), _strings(exclude_filters), _strings(family)
     tagged = pretrained if include_tags is None else include_tags
-    cards = list(_cards.values())
+    specs = list(_registered().values())
     if any(pattern.startswith(TIMM_PREFIX) for pattern in include) or "timm" in families:
-        cards += [timm_spec(arch) for arch in timm.list_models(module=TIMM_MODULES)]
+        specs += [spec for arch in timm_models() if (spec := timm_spec(arch)) is not None]
     if any(pattern.startswith(OPEN_CLIP_PREFIX) for pattern in include) or "open_clip" in families:
-        cards += [open_clip_spec(arch.removeprefix(OPEN_CLIP_PREFIX)) for arch in open_clip_models()]
+        specs += [open_clip_spec(arch.removeprefix(OPEN_CLIP_PREFIX)) for arch in open_clip_models()]
     names = []
-    for card in cards:
-        if (families and card.family not in families) or (pretrained and not card.tags):
+    for spec in specs:
+        if (families and spec.family not in families) or (pretrained and not spec.tags):
             continue
-        names += [f"{card.name}.{tag}" for tag in card.tags] if tagged and card.tags else [card.name]
+        names += [f"{spec.name}.{tag}" for tag in spec.tags] if tagged and spec.tags else [spec.name]
     if tagged:
         include = [p for pattern in include for p in ([pattern] if "." in pattern else [pattern, f"{pattern}.*"])]
         exclude = [p for pattern in exclude for p in ([pattern] if "." in pattern else [pattern, f"{pattern}.*"])]
@@ -236,114 +263,143 @@ def list_models(
 
 
 def bundled_models() -> list[str]:
-    """Lists the ``arch.tag`` names whose weights came with their registration, in its order; they need no network."""
-    _load()
+    """Lists the ``arch.tag`` names whose weights came with their registration and need no network."""
     return [
-        f"{card.name}.{tag.name}"
-        for card in _cards.values()
-        for tag in card.tags.values()
-        if tag.file is not None and card.weights_dir is not None and (card.weights_dir / tag.file).is_file()
+        f"{spec.name}.{tag.name}"
+        for spec in _registered().values()
+        for tag in spec.tags.values()
+        if tag.file is not None and spec.weights_dir is not None and (spec.weights_dir / tag.file).is_file()
     ]
 
 
 def list_tags(name: str) -> list[str]:
-    """Lists the tags of a model, the default one first.
+    """Lists the tags of a model, the default one first; a saved model has none.
 
     Raises:
         UnknownModelError: no such model.
     """
-    return list(find_spec(name).tags)
+    return list(model_info(name).tags)
 
 
-def model_info(name: str) -> ModelInfo:
-    """Returns what the registry knows of ``arch`` or ``arch.tag``.
+def model_info(name: str | os.PathLike[str]) -> ModelInfo:
+    """Returns what is known of a model before it is built.
 
-    Raises:
-        UnknownModelError: no such model or tag.
-    """
-    card = find_spec(name)
-    return ModelInfo(**vars(card), tag=find_weights(card, name))
-
-
-def get_pretrained_cfg(name: str) -> PretrainedCfg:
-    """Returns timm's record of ``arch.tag`` (or of a bare name's default tag): preprocessing, classes, sources.
+    Args:
+        name: any name that :func:`lamzoo.create_model` takes.
 
     Raises:
         UnknownModelError: no such model or tag.
+        WeightsError: the configuration of a saved model cannot be read.
     """
-    card = find_spec(name)
-    return pretrained_cfg_of(card, find_weights(card, name))
+    ref = model_ref(name)
+    if not ref.is_saved:
+        spec = find_spec(ref)
+        tag = find_weights(spec, ref)
+        return ModelInfo(**vars(spec), tag=tag, prune=tag.prune if tag is not None else None)
+    from lamzoo.weights.saved import read_saved
+
+    saved = read_saved(ref, with_weights=False)
+    cfg = {key: value for key, value in saved.cfg.to_dict().items() if key in CFG_KEYS}
+    spec = replace(find_spec(saved.name), lam=saved.lam, params=None, gmacs=None, pretrained_cfg=cfg, tags={})
+    return ModelInfo(**vars(spec), prune=saved.prune)
+
+
+def get_pretrained_cfg(name: str | os.PathLike[str]) -> PretrainedCfg:
+    """Returns timm's record of a set of weights: preprocessing, classes and sources.
+
+    Args:
+        name: any name that :func:`lamzoo.create_model` takes; a bare ``arch`` means its default tag.
+
+    Raises:
+        UnknownModelError: no such model or tag.
+        WeightsError: the configuration of a saved model cannot be read.
+    """
+    ref = model_ref(name)
+    if ref.is_saved:
+        from lamzoo.weights.saved import read_saved
+
+        return read_saved(ref, with_weights=False).cfg
+    spec = find_spec(ref)
+    return pretrained_cfg_of(spec, find_weights(spec, ref))
 
 
 def pretrained_cfg_of(
-    card: ModelSpec, tag: PretrainedWeights | None, base: PretrainedCfg | None = None
+    spec: ModelSpec, tag: PretrainedWeights | None, base: PretrainedCfg | None = None
 ) -> PretrainedCfg:
-    """Puts a tag's ``PretrainedCfg`` together: timm's for the backbone (or ``base``), the card's, then the tag's."""
-    arch = card.backbone.get("timm")
+    """Merges timm's record of a tag: timm's own for the backbone (or ``base``), then the model's, then the tag's."""
+    import timm
+    from timm.models import PretrainedCfg
+
+    arch = spec.backbone.get("timm")
     cfg = base or PretrainedCfg()
     if tag is not None and tag.timm is not None:
         cfg = timm.get_pretrained_cfg(tag.timm) or cfg
     elif arch is not None:
         cfg = replace(timm.get_pretrained_cfg(arch) or cfg, hf_hub_id=None, hf_hub_filename=None, license=None)
-    values: dict[str, Any] = {**card.pretrained_cfg, **(tag.pretrained_cfg if tag else {})}
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-    values |= {"architecture": arch if card.source == "timm" else card.name, "tag": tag.name if tag else None}
-    values |= {"url": None, "custom_load": False}  # neither is ever read here: weights come from lamzoo.registry.saving
-    if tag is not None and tag.timm is None:
-        values |= {"file": tag.file, "hf_hub_id": tag.hub, "hf_hub_filename": tag.hub_file if tag.hub else None}
+    values = spec.cfg(tag)
+    values |= {"architecture": arch if spec.source == "timm" else spec.name, "tag": tag.name if tag else None}
+    values |= {"url": None, "custom_load": False}  # unused: the weights come from the tag
+    if tag is not None and not tag.external:
+        filename = tag.hub_file or "model.safetensors"
+        values |= {"file": tag.file, "hf_hub_id": tag.hub, "hf_hub_filename": filename if tag.hub else None}
     if tag is not None and tag.licence is not None:
         values["license"] = tag.licence
     return replace(cfg, **values)
 
 
-def builder_of(card: ModelSpec) -> Callable[..., nn.Module]:
-    """Returns the function that a card names.
+def builder_of(spec: ModelSpec) -> Callable[..., nn.Module]:
+    """Returns the function that builds a model.
 
     Raises:
         RegistryError: its module or function does not exist.
     """
-    if not isinstance(card.builder, str):
-        return card.builder
-    module, _, function = card.builder.partition(":")
+    if not isinstance(spec.builder, str):
+        return spec.builder
+    module, _, function = spec.builder.partition(":")
     try:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise RegistryError(f"The builder {card.builder!r} of {card.name} cannot be imported: {error}.") from error
+        raise RegistryError(f"The builder {spec.builder!r} of {spec.name} cannot be imported: {error}.") from error
 
 
-def _add(card: ModelSpec) -> None:
+def _registered() -> dict[str, ModelSpec]:
+    _load()
+    return _cards
+
+
+def _add(spec: ModelSpec) -> None:
     with _lock:
-        _refuse_duplicate(card)
-        _cards[card.name] = card
+        _refuse_duplicate(spec)
+        _cards[spec.name] = spec
 
 
-def _refuse_duplicate(card: ModelSpec) -> None:
+def _refuse_duplicate(spec: ModelSpec) -> None:
     _load_own()
-    if card.name in _cards:
-        there = _cards[card.name]
+    if spec.name in _cards:
+        there = _cards[spec.name]
         raise DuplicateModelError(
-            f"The model name {card.name!r} of {_origin(card)} is taken by {_origin(there)}; rename one of them."
+            f"The model name {spec.name!r} of {_origin(spec)} is taken by {_origin(there)}; rename one of them."
         )
 
 
-def _origin(card: ModelSpec) -> str:
-    if isinstance(card.builder, str):
-        return f"the {card.source} {card.family}"
-    return f"{card.builder.__module__}.{card.builder.__name__}"
+def _origin(spec: ModelSpec) -> str:
+    if isinstance(spec.builder, str):
+        return f"the {spec.source} {spec.family}"
+    return f"{spec.builder.__module__}.{spec.builder.__name__}"
 
 
 def _load_own() -> None:
     """Reads lamzoo's own cards, once."""
     with _lock:
-        if any(card.source == "card" for card in _cards.values()):
+        if any(spec.source == "card" for spec in _cards.values()):
             return
         weights_dir = data_dir("weights")
-        cards = [
-            c for path in sorted(data_dir("registry").glob("*.toml")) for c in read_card(path, weights_dir=weights_dir)
+        specs = [
+            s for path in sorted(data_dir("registry").glob("*.toml")) for s in read_card(path, weights_dir=weights_dir)
         ]
-        own = {card.name: card for card in cards}
-        if len(own) != len(cards):
-            names = [card.name for card in cards]
+        own = {spec.name: spec for spec in specs}
+        if len(own) != len(specs):
+            names = [spec.name for spec in specs]
             twice = next(name for name in own if names.count(name) > 1)
             raise DuplicateModelError(f"Two of lamzoo's cards have a model {twice!r}; rename one of them.")
         _cards.update(own)
@@ -364,16 +420,16 @@ def _load() -> None:
             except DuplicateModelError as error:
                 _restore(before)
                 raise DuplicateModelError(f"The plug-in {origin} cannot be used: {error}") from error
-            except Exception as error:  # noqa: BLE001 - code of strangers; lamzoo's own models must stay usable
+            except Exception as error:  # noqa: BLE001 - third-party code; lamzoo's own models must stay usable
                 _restore(before)
                 _broken[origin] = f"{type(error).__name__}: {error}"
                 _logger.warning("The lamzoo plug-in %s failed to load, its models are missing: %r", origin, error)
         _loaded = True
 
 
-def _restore(cards: dict[str, ModelSpec]) -> None:
+def _restore(specs: dict[str, ModelSpec]) -> None:
     _cards.clear()
-    _cards.update(cards)
+    _cards.update(specs)
 
 
 def _strings(value: str | Iterable[str]) -> list[str]:

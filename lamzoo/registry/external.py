@@ -1,4 +1,4 @@
-"""Cards of models that other libraries name, timm's and open_clip's, made of what those libraries say of them."""
+"""Specs of the models of timm and open_clip, made from what these libraries state; imports them on use."""
 
 from __future__ import annotations
 
@@ -6,21 +6,28 @@ import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
-from timm.data.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-from timm.models import get_arch_pretrained_cfgs
-
 from lamzoo.registry.cards import ModelSpec, PretrainedWeights
+from lamzoo.registry.refs import OPEN_CLIP_PREFIX, TIMM_PREFIX
 
-TIMM_PREFIX = "timm/"
-OPEN_CLIP_PREFIX = "open_clip/"
-# timm's modules whose attention the adapters serve; other timm names can be created, but not listed.
+# timm's modules whose attention has an adapter; other timm models can be created, but are not listed.
 TIMM_MODULES = (
     "beit", "deit", "eva", "naflexvit", "vision_transformer", "vision_transformer_hybrid", "vision_transformer_relpos"
 )  # fmt: skip
 
 
-def timm_spec(arch: str) -> ModelSpec:
-    """Returns the card of an architecture of timm, its tags those with weights."""
+def timm_models(every: bool = False) -> list[str]:
+    """Lists timm's architectures with an adapter, or all of them, without the prefix ``timm/``."""
+    import timm
+
+    return [str(arch) for arch in (timm.list_models() if every else timm.list_models(module=TIMM_MODULES))]
+
+
+def timm_spec(arch: str) -> ModelSpec | None:
+    """Returns the spec of a timm architecture, with a tag for each set of weights; None if timm has no such model."""
+    from timm.models import get_arch_pretrained_cfgs, is_model
+
+    if not is_model(arch):
+        return None
     tags = {}
     for name, cfg in get_arch_pretrained_cfgs(arch).items():
         if cfg.has_weights and cfg.tag:
@@ -30,14 +37,14 @@ def timm_spec(arch: str) -> ModelSpec:
         family="timm",
         builder="lamzoo.models.vit:lam_vit",
         backbone={"timm": arch},
-        description=f"timm's {arch}, with masks where lam= is given.",
+        description=f"timm's {arch}, with masks if lam= is given.",
         tags=tags,
         source="timm",
     )
 
 
 def open_clip_models() -> list[str]:
-    """Lists ``open_clip/<name>`` for all models of open_clip; none where it is not installed."""
+    """Lists open_clip's models as ``open_clip/<name>``; empty if open_clip is not installed."""
     if importlib.util.find_spec("open_clip") is None:
         return []
     import open_clip
@@ -46,7 +53,7 @@ def open_clip_models() -> list[str]:
 
 
 def open_clip_spec(arch: str) -> ModelSpec:
-    """Returns the card of CLIP4Clip on a model of open_clip, its tags those with weights on the hub."""
+    """Returns the spec of CLIP4Clip on an open_clip model, with a tag for each set of weights on the hub."""
     import open_clip
 
     tags = {}
@@ -55,7 +62,7 @@ def open_clip_spec(arch: str) -> ModelSpec:
         if cfg.get("hf_hub"):
             args = {"quick_gelu": True} if cfg.get("quick_gelu") else {}
             tags[name] = PretrainedWeights(
-                name, open_clip=f"{arch}:{name}", args=args, pretrained_cfg=_open_clip_ends(cfg)
+                name, open_clip=f"{arch}:{name}", args=args, pretrained_cfg=_open_clip_preprocessing(cfg)
             )
     config = open_clip.get_model_config(arch)
     size = config["vision_cfg"].get("image_size", 224)
@@ -65,15 +72,18 @@ def open_clip_spec(arch: str) -> ModelSpec:
         family="open_clip",
         builder="lamzoo.models.clip4clip.model:clip4clip",
         backbone={"open_clip": arch, "similarity": "mean"},
-        description=f"CLIP4Clip on the towers of open_clip's {arch}, with masks where lam= is given.",
-        pretrained_cfg={"input_size": (3, height, width), "num_classes": 0, "crop_pct": 1.0} | _open_clip_ends({}),
+        description=f"CLIP4Clip on the towers of open_clip's {arch}, with masks if lam= is given.",
+        pretrained_cfg={"input_size": (3, height, width), "num_classes": 0, "crop_pct": 1.0}
+        | _open_clip_preprocessing({}),
         tags=tags,
         source="open_clip",
     )
 
 
-def _open_clip_ends(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """Says in timm's words how open_clip preprocesses images for a set of weights."""
+def _open_clip_preprocessing(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """Translates open_clip's preprocessing of a set of weights into keys of timm's ``PretrainedCfg``."""
+    from timm.data.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
     return {
         "mean": cfg.get("mean") or OPENAI_CLIP_MEAN,
         "std": cfg.get("std") or OPENAI_CLIP_STD,

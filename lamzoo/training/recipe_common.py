@@ -12,8 +12,7 @@ from timm.optim import list_optimizers
 
 from lamzoo.errors import RecipeError
 from lamzoo.lam import LamConfig
-from lamzoo.registry.catalog import find_spec
-from lamzoo.registry.external import OPEN_CLIP_PREFIX
+from lamzoo.registry.catalog import find_spec, model_ref
 
 Precision = Literal["no", "bf16", "fp16"]
 SCHEDULES = ("cosine", "tanh", "poly", "wsd", "rsqrt", "constant")
@@ -143,8 +142,9 @@ def check_common(
     _check_name("schedule.name", schedule.name, SCHEDULES)
     if isinstance(lam, dict):
         LamConfig.from_dict(lam)
-    if ":" not in name or name.startswith(OPEN_CLIP_PREFIX):  # what stands before a colon says where else the model is
-        find_spec(name)
+    ref = model_ref(name)
+    if not ref.is_saved:
+        find_spec(ref)
     if run.device == "cuda" and not torch.cuda.is_available():
         raise RecipeError("Recipe key run.device is 'cuda', and there is no such GPU here; use 'auto' or 'cpu'.")
     if run.precision == "fp16" and (run.device == "cpu" or not torch.cuda.is_available()):

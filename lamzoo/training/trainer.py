@@ -24,8 +24,9 @@ from lamzoo.data.images.trained import MODEL_FOLDERS
 from lamzoo.data.splits import synonyms
 from lamzoo.errors import DivergedError, RecipeError
 from lamzoo.lam import LamConfig
-from lamzoo.registry.external import OPEN_CLIP_PREFIX, TIMM_PREFIX
-from lamzoo.registry.saving import read_saved, save_pretrained
+from lamzoo.registry.catalog import model_ref
+from lamzoo.registry.refs import ModelRef
+from lamzoo.registry.saving import save_pretrained
 from lamzoo.training.build import build_ema, build_scheduler
 from lamzoo.training.checkpoints import Checkpoints
 from lamzoo.training.loaders import seed_everything
@@ -33,6 +34,7 @@ from lamzoo.training.recipe import AnyRecipe
 from lamzoo.training.recipe_common import RunSection
 from lamzoo.training.splits import BadInputs, ScanProgress, write_bad_inputs
 from lamzoo.weights.files import read_state_dict
+from lamzoo.weights.saved import read_saved
 
 _logger = logging.getLogger(__name__)
 
@@ -132,7 +134,7 @@ class TrainingRun(ABC):
         self.history: list[dict[str, float]] = []
         self.lam: LamConfig | None = getattr(model, "lam_config", None)
         self.best: dict[str, float] | None = None  # epoch, from 0, and score of the weights in model/
-        external = recipe.model.name.startswith((TIMM_PREFIX, OPEN_CLIP_PREFIX))
+        external = model_ref(recipe.model.name).kind in ("timm", "open_clip")
         if recipe.model.lam is None and self.lam is None and external and self.accelerator.is_main_process:
             _logger.warning(
                 "%s has no masks, and none are trained; model.lam=true gives it the default ones", recipe.model.name
@@ -258,7 +260,7 @@ class TrainingRun(ABC):
             self._save_model(folder)
             return folder
         self._save_model(last)
-        weights = read_saved("local-dir", str(folder), with_weights=True).weights
+        weights = read_saved(ModelRef.of_folder(folder), with_weights=True).weights
         assert weights is not None  # they were asked for
         self.evaluated_model.load_state_dict(read_state_dict(weights.path, sha256=weights.sha256))
         self.evaluate()

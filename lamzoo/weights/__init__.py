@@ -5,21 +5,31 @@ from typing import TYPE_CHECKING
 from lamzoo.lazy import submodules_of
 
 if TYPE_CHECKING:
-    from lamzoo.weights.files import WeightsFile, file_sha256, join, read_state_dict, resolve, shard, write_state_dict
+    from lamzoo.weights.files import file_sha256, join, read_state_dict, shard, write_state_dict
     from lamzoo.weights.loading import load_into
+    from lamzoo.weights.saved import SavedModel, read_saved
+    from lamzoo.weights.sources import WeightsFile, resolve
 
 __all__ = [
+    "SavedModel",
     "WeightsFile",
     "file_sha256",
     "join",
     "load_into",
+    "read_saved",
     "read_state_dict",
     "resolve",
     "shard",
     "write_state_dict",
 ]
 
-_HOMES = dict.fromkeys(__all__, "lamzoo.weights.files") | {"load_into": "lamzoo.weights.loading"}
+_HOMES = dict.fromkeys(__all__, "lamzoo.weights.files") | {
+    "SavedModel": "lamzoo.weights.saved",
+    "WeightsFile": "lamzoo.weights.sources",
+    "load_into": "lamzoo.weights.loading",
+    "read_saved": "lamzoo.weights.saved",
+    "resolve": "lamzoo.weights.sources",
+}
 
 if not TYPE_CHECKING:  # a type checker would believe any name
     __getattr__ = submodules_of(__name__, _HOMES)

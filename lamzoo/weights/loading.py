@@ -1,24 +1,21 @@
-"""Strict loading: puts a state dict into a model, adapts what the caller's own arguments changed, refuses the rest."""
+"""Strict loading of a state dict: adapts what the caller's arguments changed and refuses everything else."""
 
 from __future__ import annotations
 
 import functools
 import logging
 import sys
-import threading
 from collections.abc import Callable, Collection, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
-from unittest import mock
 
-import timm
-import torch
-from timm.models import _builder, adapt_input_conv
+from timm.models import adapt_input_conv, model_entrypoint
 from torch import Tensor, nn
 
 from lamzoo.adapters.state import check_lam_config, few
 from lamzoo.errors import StateDictError
-from lamzoo.lam import Lam, LamConfig
+from lamzoo.lam import Lam
+from lamzoo.lam.config import LamConfig
 from lamzoo.lam.layer import carried_configs
 from lamzoo.lam.masks import PositionTable, drop_dead_biases
 
@@ -29,10 +26,10 @@ Converter = Callable[[StateDict, nn.Module], StateDict]
 
 # Arguments of timm's constructors that change the number of tokens, and with it the tables over positions.
 _SIZE_ARGS = frozenset({"img_size", "patch_size", "dynamic_img_size", "class_token", "reg_tokens", "no_embed_class"})
-# Modules that come and go with `global_pool`.
+# Modules that depend on `global_pool`.
 _POOL_PREFIXES = ("norm.", "fc_norm.", "attn_pool.", "head.norm.")
-_PROBE_LOCK = threading.Lock()
-_FRESH = "start the masks anew with lam_weights='fresh' (in a recipe, model.kwargs.lam_weights)"
+_RADIO_ALIGN_CORNERS = ("base_patch16_radio_v3", "huge_patch16_radio_v3")
+_FRESH = "start with new masks by lam_weights='fresh' (in a recipe, model.kwargs.lam_weights)"
 
 
 def load_into(
@@ -46,36 +43,35 @@ def load_into(
     lam: LamConfig | None = None,
     fresh_lam: str = "",
 ) -> list[str]:
-    """Loads weights into a model, strictly, and returns what had to be adapted.
+    """Loads weights into a model, strictly, and returns the adaptations.
 
-    Nothing is written to the model before every key has been checked. What may differ:
+    The model is changed only after every key has been checked. The following may differ:
 
     - ``num_classes`` in ``given``: a head of another width stays fresh;
-    - ``in_chans``: the input convolution's channels are summed or repeated, as timm does it;
-    - ``img_size`` and its like: position embeddings and mask tables are resized;
+    - ``in_chans``: the input convolution's channels are summed or repeated, as in timm;
+    - ``img_size`` and other sizes: position embeddings and mask tables are resized;
     - ``global_pool``: the norm or pooling module that it adds or removes;
-    - ``lam``: the masks' keys, where the caller took the masks out;
-    - buffers that the model computes and does not save;
-    - the masks' keys, where the file is of a plain backbone and has none at all, or with ``fresh_lam``: the masks stay
-      fresh.
+    - ``lam``: the masks' keys, if the caller removed the masks;
+    - non-persistent buffers;
+    - the masks' keys, if the file is of a plain backbone without any, or with ``fresh_lam``: the masks stay fresh.
 
     Args:
         model: a model with timm's ``pretrained_cfg`` (``classifier``, ``first_conv``, ``label_offset``) of the file.
         state_dict: parameter name to tensor.
-        source: what to call the weights in messages.
-        given: names of the model arguments that the caller chose.
-        arch: timm's name of the architecture, for its own converter; without it that of the model's class is used.
-        external: the file may be in its authors' own format, which timm's converter may rename and drop keys of.
-        lam: what its masks were trained with, where ``state_dict`` itself carries no ``LamConfig``; without either,
-            masks are loaded with a warning.
-        fresh_lam: why the file's masks are left out, for the log; empty to load them.
+        source: name of the weights in messages.
+        given: names of the model arguments that the caller passed.
+        arch: timm's name of the architecture, which selects its converter; by default that of the model's module.
+        external: the file may be in its authors' own format: timm's converter may rename and drop keys.
+        lam: configuration of the file's masks, if ``state_dict`` carries no ``LamConfig``; without either, masks are
+            loaded with a warning.
+        fresh_lam: reason to ignore the file's masks, for the log; empty to load them.
 
     Returns:
         One line for each adaptation, as logged.
 
     Raises:
-        StateDictError: masks of another ``LamConfig``, or any other missing, unexpected or misshapen key; the model is
-            unchanged.
+        StateDictError: masks of another ``LamConfig``, or any other missing or unexpected key or wrong shape; the
+            model is unchanged.
     """
     notes: list[str] = []
     weights = _without_buffers(model, state_dict, notes)
@@ -84,7 +80,7 @@ def load_into(
     elif any(".lam." in key for key in state_dict) and any(isinstance(module, Lam) for module in model.modules()):
         carried = next(iter(carried_configs(state_dict).values()), lam)
         known = lam is not None and carried is not None and not carried.differences(lam)  # by the card or the folder
-        own = "leave lam= out" if known else "pass lam={config}"
+        own = "omit lam=" if known else "pass lam={config}"
         check_lam_config(model, state_dict, source, lam, f"{own}, or {_FRESH}")
     weights = _convert(model, weights, source, given, arch, external, notes)
     _adapt_lam(model, weights, source, given, notes)
@@ -97,24 +93,30 @@ def load_into(
     return notes
 
 
-@functools.cache
 def timm_converter(arch: str) -> Converter | None:
-    """Returns the function by which timm converts checkpoints of an architecture, its options bound; None without one.
+    """Returns the function with which timm converts checkpoints of an architecture; None if there is none.
 
-    The options (interpolation of FlexiViT, LayerScale names of DeiT-III, ...) are written down only inside timm's
-    entry points, so one is run, without memory for the weights, up to the point where it would load them.
+    timm's entry points bind options to the ``checkpoint_filter_fn`` of their module and don't publish them, so the
+    options are repeated here; a test compares them with timm's.
     """
-    with _PROBE_LOCK, mock.patch.object(_builder, "load_pretrained") as loader, torch.device("meta"):
-        timm.create_model(arch, pretrained=True)
-    return loader.call_args.kwargs["filter_fn"]
+    module = model_entrypoint(arch).__module__
+    convert: Converter | None = getattr(sys.modules[module], "checkpoint_filter_fn", None)
+    options: dict[str, Any] = {}
+    if module == "timm.models.deit":
+        options = {"adapt_layer_scale": True}
+    elif module == "timm.models.vision_transformer" and ("flexi" in arch or "radio" in arch):
+        options = {"interpolation": "bilinear", "antialias": False}
+        if "radio" in arch and "flexi" not in arch:
+            options["align_corners"] = any(name in arch for name in _RADIO_ALIGN_CORNERS)
+    return functools.partial(convert, **options) if convert is not None and options else convert
 
 
 def _without_buffers(model: nn.Module, state_dict: Mapping[str, Tensor], notes: list[str]) -> StateDict:
-    """Copies a state dict without the buffers that older versions of a model saved and this one computes."""
+    """Copies a state dict without buffers that older versions of the model saved and this one computes."""
     computed = dict(model.named_buffers()).keys() - model.state_dict().keys()
     found = sorted(computed & state_dict.keys())
     if found:
-        notes.append(f"{few(found)} left out, which the model computes")
+        notes.append(f"{few(found)} ignored: the model computes these buffers")
     return {key: value for key, value in state_dict.items() if key not in computed}
 
 
@@ -142,7 +144,7 @@ def _convert(
     after = {key: tuple(value.shape) for key, value in converted.items()}
     if before.keys() != after.keys():
         lost, new = sorted(before.keys() - after.keys()), sorted(after.keys() - before.keys())
-        ours = arch is None and type(model).__module__.startswith("lamzoo.")  # this converter drops no key of a model
+        ours = arch is None and type(model).__module__.startswith("lamzoo.")  # our own converters drop no key
         if not external and not ours:
             raise StateDictError(
                 f"{source} does not fit {_name(model)}: its keys {few(lost)} are of another format or unexpected."
@@ -154,7 +156,7 @@ def _convert(
             if not external and not _SIZE_ARGS & set(given):
                 raise StateDictError(
                     f"{source} does not fit {_name(model)}: {key!r} has shape {before[key]} and the model's is "
-                    f"{after[key]}; pass the img_size that you want, or leave it out to get the file's."
+                    f"{after[key]}; pass img_size= to resize it, or omit img_size= to use the file's."
                 )
             notes.append(f"{key} resized from {before[key]} to {after[key]}")
     return converted
@@ -163,7 +165,7 @@ def _convert(
 def _without_lam(state_dict: Mapping[str, Tensor], why: str, notes: list[str]) -> StateDict:
     kept = {key: value for key, value in state_dict.items() if ".lam." not in key}
     if len(kept) < len(state_dict):
-        notes.append(f"{len(state_dict) - len(kept)} mask tensors left out, since {why}")
+        notes.append(f"{len(state_dict) - len(kept)} mask tensors ignored, because {why}")
     return kept
 
 
@@ -173,9 +175,9 @@ def _adapt_lam(model: nn.Module, weights: StateDict, source: str, given: Collect
     if in_file and not has_lam and "lam" in given:
         for key in in_file:
             del weights[key]
-        notes.append(f"{len(in_file)} mask tensors left out, since the masks were taken out by lam=False")
+        notes.append(f"{len(in_file)} mask tensors ignored, because of lam=False")
     if dead := drop_dead_biases(model, weights):
-        notes.append(f"key-side biases left out, which change nothing in additive masks: {few(dead)}")
+        notes.append(f"key-side biases ignored, which have no effect in additive masks: {few(dead)}")
     for name, module in model.named_modules():
         weight, bias = f"{name}.weight", f"{name}.bias"
         if not isinstance(module, PositionTable) or not {weight, bias} <= weights.keys():
@@ -191,7 +193,7 @@ def _adapt_lam(model: nn.Module, weights: StateDict, source: str, given: Collect
         if not _SIZE_ARGS & set(given):
             raise StateDictError(
                 f"{source} does not fit {_name(model)}: {weight!r} is for {old} tokens and the model has {new}; pass "
-                "the img_size that you want, or leave it out to get the file's."
+                "img_size= to resize it, or omit img_size= to use the file's."
             )
         grid = _old_grid(model, old - module.num_prefix_tokens) if module.grid else None
         weights[weight], weights[bias] = module.adapt(weights[weight], weights[bias], grid)
@@ -229,9 +231,9 @@ def _adapt_head(model: nn.Module, weights: StateDict, given: Collection[str], no
                 old = weights.pop(key).shape[0]
                 if key in target:
                     weights[key] = target[key]
-                    notes.append(f"{key} stays fresh: {old} classes in the file, {target[key].shape[0]} asked for")
+                    notes.append(f"{key} stays fresh: {old} classes in the file, {target[key].shape[0]} requested")
                 else:
-                    notes.append(f"{key} left out, since num_classes=0 was asked for")
+                    notes.append(f"{key} ignored, because of num_classes=0")
 
 
 def _adapt_pool(model: nn.Module, weights: StateDict, given: Collection[str], notes: list[str]) -> set[str]:
@@ -243,9 +245,9 @@ def _adapt_pool(model: nn.Module, weights: StateDict, given: Collection[str], no
     for key in extra:
         del weights[key]
     if extra:
-        notes.append(f"{few(extra)} left out, since another global_pool was asked for")
+        notes.append(f"{few(extra)} ignored, because another global_pool was requested")
     if fresh:
-        notes.append(f"{few(sorted(fresh))} fresh, since another global_pool was asked for")
+        notes.append(f"{few(sorted(fresh))} fresh, because another global_pool was requested")
     return fresh
 
 
@@ -254,7 +256,7 @@ def _fresh(model: nn.Module, weights: StateDict, left_out: bool, notes: list[str
         return set()
     fresh = {key for key in model.state_dict() if ".lam." in key}
     if fresh:
-        why = "" if left_out else ", since the file is of a plain backbone"
+        why = "" if left_out else ", because the file is of a plain backbone"
         notes.append(f"{len(fresh)} mask tensors stay fresh{why}")
     return fresh
 
@@ -276,30 +278,30 @@ def _check(model: nn.Module, weights: StateDict, source: str, given: Collection[
         return
     hint = ""
     if unexpected and all(".lam." in key for key in unexpected):
-        hint = "; the file has masks and the model none like them: leave lam= out, or pass the file's own LamConfig"
+        hint = "; the file has masks that the model lacks: omit lam=, or pass the file's own LamConfig"
     elif all(".lam." in key for key in missing + misshapen) and not unexpected:
-        hint = f"; the masks differ: leave lam= out, pass the file's own LamConfig, or {_FRESH}"
+        hint = f"; the masks differ: omit lam=, pass the file's own LamConfig, or {_FRESH}"
     elif misshapen and not missing and not unexpected:
         hint = f"; {_advice(model, misshapen, given)}"
     raise StateDictError(f"{source} does not fit {_name(model)}: {'; '.join(faults)}{hint}.")
 
 
 def _advice(model: nn.Module, misshapen: Collection[str], given: Collection[str]) -> str:
-    """Names the arguments behind tensors of other shapes than the weights'."""
+    """Suggests the arguments that explain the shapes that differ."""
     names = {_sizing_argument(model, key) for key in misshapen}
     known = sorted(name for name in names if name is not None)
-    if len(known) < len(names):  # a width, say, which sizes tensors everywhere
+    if len(known) < len(names):  # such as a width, which sizes tensors everywhere
         known = sorted(set(given) - {"lam"})
     if not known:
-        return "it is of a model with other arguments: pass those that it was trained with"
+        return "the weights are of a model with other arguments: pass those that it was trained with"
     adapted = [name for name in known if name in ("num_classes", "in_chans") and name not in given]
     if adapted == known:
-        return f"another head or input needs {' and '.join(f'{name}=' for name in adapted)} given"
+        return f"for another head or input, pass {' and '.join(f'{name}=' for name in adapted)}"
     return f"{' and '.join(f'{name}=' for name in known)} must be what the weights were trained with"
 
 
 def _sizing_argument(model: nn.Module, key: str) -> str | None:
-    """Returns the argument of ``create_model`` that sizes a tensor, where the model or its record tells."""
+    """Returns the argument of ``create_model`` that sizes a tensor, if the model or its record states it."""
     patterns: dict[str, str] = {**getattr(model, "sized_by", {}), "pos_embed": "img_size"}
     for end, argument in (("classifier", "num_classes"), ("first_conv", "in_chans")):
         patterns |= {f"{name}.*": argument for name in _names(model, end)}
@@ -307,7 +309,7 @@ def _sizing_argument(model: nn.Module, key: str) -> str | None:
 
 
 def _old_grid(model: nn.Module, patches: int) -> tuple[int, int]:
-    """The patch grid of the file: that of the image size it was made for, or else a square."""
+    """Returns the patch grid of the file: that of its image size, or a square."""
     embed: Any = model.patch_embed
     args: Mapping[str, Any] = getattr(model, "pretrained_model_args", {})
     size = args.get("img_size") or _cfg(model).get("input_size", (3, 0, 0))[-2:]

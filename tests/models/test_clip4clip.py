@@ -283,7 +283,7 @@ def test_a_missing_key_of_a_tower_is_an_error(tmp_path: Path) -> None:
     state = {key.removeprefix("clip."): value for key, value in model.clip.state_dict().items()}
     del state["visual.proj"]
     file = tmp_path / "towers.safetensors"
-    lamzoo.registry.saving.write_state_dict(state, file)
+    lamzoo.weights.write_state_dict(state, file)
     with pytest.raises(StateDictError, match=r"missing keys clip\.visual\.proj"):
         lamzoo.create_model("clip4clip_micro", checkpoint_path=file)
 

@@ -58,6 +58,25 @@ def test_each_tag_says_where_it_is_from_and_what_it_scores(name: str) -> None:
         assert timm.models.is_model_pretrained(tag.timm)
 
 
+@pytest.mark.parametrize("name", [name for name in list_models(pretrained=True) if model_info(name).tag.timm])
+def test_preprocessing_and_repository_in_the_card_are_those_of_timm(name: str) -> None:
+    info = model_info(name)
+    assert info.tag is not None
+    theirs = timm.get_pretrained_cfg(str(info.tag.timm))
+    stated = info.cfg(info.tag)
+    assert {"input_size", "interpolation", "crop_pct", "mean", "std", "num_classes", "classifier"} <= stated.keys()
+    assert stated == {key: getattr(theirs, key) for key in stated}
+    assert (info.tag.hub, None) == (theirs.hf_hub_id, theirs.hf_hub_filename)
+
+
+@pytest.mark.parametrize("name", [name for name in list_models(pretrained=True) if model_info(name).tag.open_clip])
+def test_repository_in_the_card_is_that_of_open_clip(name: str) -> None:
+    open_clip = pytest.importorskip("open_clip")
+    tag = model_info(name).tag
+    assert tag is not None
+    assert f"{tag.hub}/" == open_clip.get_pretrained_cfg(*str(tag.open_clip).split(":"))["hf_hub"]
+
+
 @pytest.mark.parametrize("name", [name for name in NAMES if model_info(name).plain])
 def test_a_plain_twin_is_registered_has_no_masks_and_the_same_backbone(name: str) -> None:
     info = model_info(name)

@@ -1,0 +1,166 @@
+"""Model names: the one parser of every form that Python, the command line, recipes and plug-ins accept."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from lamzoo.errors import UnknownModelError
+
+TIMM_PREFIX = "timm/"
+OPEN_CLIP_PREFIX = "open_clip/"
+_PREFIXES = ("local-dir:", "hf-hub:", TIMM_PREFIX, OPEN_CLIP_PREFIX)
+_PROGRAM_SUFFIXES = (".onnx", ".pt2")
+_WEIGHTS_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".pth", ".pt", ".ckpt")
+#: Names of the files that ``save_pretrained`` writes its weights to.
+SAVED_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+
+Kind = Literal["registered", "timm", "open_clip", "local-dir", "hf-hub", "checkpoint", "program"]
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """A parsed model name.
+
+    ============================================  =================================================================
+    form                                          kind
+    ============================================  =================================================================
+    ``arch``, ``arch.tag``                        ``"registered"``: a card or a plug-in
+    ``timm/NAME``, ``timm/NAME.tag``              ``"timm"``
+    ``open_clip/NAME``, ``open_clip/NAME:tag``    ``"open_clip"``
+    ``hf-hub:OWNER/NAME``, ``...@revision``       ``"hf-hub"``
+    ``local-dir:DIR``, ``DIR``                    ``"local-dir"``: a folder of ``save_pretrained``, or of a training run
+    ``DIR/model.safetensors``                     ``"local-dir"``, if ``DIR`` is a saved model
+    any other weights file                        ``"checkpoint"``: weights of an unknown architecture
+    ``FILE.onnx``, ``FILE.pt2``                   ``"program"``: written by ``export_model``
+    ============================================  =================================================================
+
+    A registered name has priority over a folder of the same name, which ``./NAME`` refers to.
+
+    Attributes:
+        text: the name as given.
+        kind: its form.
+        arch: name in the registry, without tag: ``lam_vit_base``, ``timm/vit_base_patch16_224``,
+            ``open_clip/ViT-B-32``; empty for folders, repositories and files.
+        tag: the tag, if the name has one.
+        path: the saved model's folder, or the file; None for names and repositories.
+        repo: hub repository.
+        revision: commit, tag or branch of the repository; None for the default branch.
+    """
+
+    text: str
+    kind: Kind
+    arch: str = ""
+    tag: str | None = None
+    path: Path | None = None
+    repo: str = ""
+    revision: str | None = None
+
+    @classmethod
+    def parse(
+        cls, name: str | os.PathLike[str], *, is_registered: Callable[[str], bool] = lambda arch: False
+    ) -> ModelRef:
+        """Parses a name; only :func:`lamzoo.registry.catalog.model_ref` knows what is registered, and is to be used.
+
+        Args:
+            name: any of the forms above.
+            is_registered: whether a name without tag is a registered one; asked only if a saved folder has that name.
+
+        Raises:
+            UnknownModelError: an unknown prefix, nothing behind a prefix, or a path that doesn't exist.
+        """
+        text = os.fspath(name)
+        head, colon, place = text.partition(":")
+        if text in _PREFIXES:
+            raise UnknownModelError(f"There is no model {text!r}: nothing follows the prefix.")
+        if text.startswith("local-dir:"):
+            return cls.of_folder(place, text)
+        if text.startswith("hf-hub:"):
+            repo, _, revision = place.partition("@")
+            return cls(text, "hf-hub", repo=repo, revision=revision or None)
+        if text.startswith(OPEN_CLIP_PREFIX):
+            arch, _, tag = text.partition(":" if colon else ".")
+            return cls(text, "open_clip", arch=arch, tag=tag or None)
+        arch, _, tag = text.partition(".")
+        if text.startswith(TIMM_PREFIX):
+            return cls(text, "timm", arch=arch, tag=tag or None)
+        if colon and not Path(text).exists() and not Path(text).drive:
+            close = difflib.get_close_matches(head, ("local-dir", "hf-hub"), n=1)
+            hint = f"did you mean {close[0]}:{place}?" if close else "the prefixes are local-dir: and hf-hub:."
+            raise UnknownModelError(f"There is no model {text!r}: {head!r} is not a known prefix; {hint}")
+        if _is_path(text):
+            return _of_path(text)
+        if _is_saved(Path(text)) and not is_registered(arch):
+            return cls.of_folder(text)
+        return cls(text, "registered", arch=arch, tag=tag or None)
+
+    @classmethod
+    def of_folder(cls, folder: str | os.PathLike[str], text: str | None = None) -> ModelRef:
+        """Returns the reference to a saved model, given its folder or that of the run that trained it.
+
+        Args:
+            folder: the folder; whether it holds a model is checked when it is read.
+            text: the name as given; ``local-dir:<folder>`` by default.
+        """
+        path = Path(folder).expanduser()
+        if not (path / "config.json").is_file() and (path / "model" / "config.json").is_file():
+            path = path / "model"
+        return cls(f"local-dir:{os.fspath(folder)}" if text is None else text, "local-dir", path=path)
+
+    @property
+    def name(self) -> str:
+        """The name in one form for each model: ``arch.tag``, or with its prefix."""
+        if self.arch:
+            return f"{self.arch}.{self.tag}" if self.tag else self.arch
+        if self.kind == "local-dir" and not self.text.startswith("local-dir:"):
+            return f"local-dir:{self.path}"
+        return self.text
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether the model is described by a ``config.json``, in a folder or a hub repository."""
+        return self.kind in ("local-dir", "hf-hub")
+
+
+def split_name(name: str) -> tuple[str, str | None]:
+    """Splits ``arch.tag``, or ``open_clip/arch:tag``, into its parts; the tag of a bare name is None."""
+    ref = ModelRef.parse(name)
+    return ref.arch, ref.tag
+
+
+def _is_path(text: str) -> bool:
+    separators = "/" if os.altsep is None else os.sep + os.altsep
+    return (
+        text.startswith((".", "~"))
+        or text.endswith(_PROGRAM_SUFFIXES + _WEIGHTS_SUFFIXES)
+        or any(separator in text for separator in separators)
+    )
+
+
+def _is_saved(folder: Path) -> bool:
+    return (folder / "config.json").is_file() or (folder / "model" / "config.json").is_file()
+
+
+def _of_path(text: str) -> ModelRef:
+    path = Path(text).expanduser()
+    if text.endswith(_PROGRAM_SUFFIXES):
+        return ModelRef(text, "program", path=path)
+    if text.endswith(_WEIGHTS_SUFFIXES):
+        if SAVED_WEIGHTS.fullmatch(path.name) and _is_saved(path.parent):
+            return ModelRef.of_folder(path.parent, text)
+        return ModelRef(text, "checkpoint", path=path)
+    if path.is_dir():
+        return ModelRef.of_folder(path, text)
+    if path.exists():
+        raise UnknownModelError(f"There is no model {text!r}: a file of this kind is neither weights nor a program.")
+    siblings = [str(p) for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+    head, _, rest = text.partition("/")
+    close = difflib.get_close_matches(str(path), siblings, n=1)
+    close += [f"{prefix}/{rest}" for prefix in difflib.get_close_matches(head, ("timm", "open_clip"), n=1)]
+    hint = f"did you mean {' or '.join(close)}?" if close else "a hub repository is written hf-hub:OWNER/NAME."
+    raise UnknownModelError(f"There is no model {text!r}: no such folder; {hint}")
