@@ -100,14 +100,15 @@ def _plain_twin(card: ModelSpec, tag: str | None) -> str | None:
 
 def _names(pattern: str, weights: bool) -> list[str]:
     if not set(pattern) & set("*?["):
+        ref = model_ref(pattern)
+        if ref.is_saved:
+            return [pattern]
         try:
-            ref = model_ref(pattern)
-            if not ref.is_saved:
-                find_spec(ref)
+            find_spec(ref)
         except UnknownModelError:
-            if ":" in pattern or "/" in pattern.removeprefix(TIMM_PREFIX):
+            if ref.kind not in ("registered", "timm"):
                 raise
-            pattern = f"{pattern}*" if pattern.startswith(TIMM_PREFIX) else f"*{pattern}*"
+            pattern = f"{pattern}*" if ref.kind == "timm" else f"*{pattern}*"
         else:
             return [pattern]
     names = list_models(pattern, pretrained=weights, include_tags=weights or "." in pattern)

@@ -14,7 +14,6 @@ from lamzoo.errors import UnknownModelError
 
 TIMM_PREFIX = "timm/"
 OPEN_CLIP_PREFIX = "open_clip/"
-_PREFIXES = ("local-dir:", "hf-hub:", TIMM_PREFIX, OPEN_CLIP_PREFIX)
 _PROGRAM_SUFFIXES = (".onnx", ".pt2")
 _WEIGHTS_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".pth", ".pt", ".ckpt")
 #: Names of the files that ``save_pretrained`` writes its weights to.
@@ -76,7 +75,7 @@ class ModelRef:
         """
         text = os.fspath(name)
         head, colon, place = text.partition(":")
-        if text in _PREFIXES:
+        if text in ("local-dir:", "hf-hub:"):
             raise UnknownModelError(f"There is no model {text!r}: nothing follows the prefix.")
         if text.startswith("local-dir:"):
             return cls.of_folder(place, text)
@@ -96,7 +95,7 @@ class ModelRef:
         if _is_path(text):
             return _of_path(text)
         if _is_saved(Path(text)) and not is_registered(arch):
-            return cls.of_folder(text)
+            return cls.of_folder(text, text)
         return cls(text, "registered", arch=arch, tag=tag or None)
 
     @classmethod

@@ -1,0 +1,107 @@
+"""Every command that takes a model understands every form of a name, and refuses the same ones in one sentence."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from lamzoo.profiling.candidates import select_models
+from lamzoo.registry.factory import create_model
+from lamzoo.registry.saving import save_pretrained
+from tests.images import write_folder
+from tests.videos import write_clip
+
+COMMANDS = {
+    "predict": "predict {name} data/val",
+    "eval": "eval {name} --data data --split val",
+    "explain": "explain {name} data/val/red/0.jpg --out x.png",
+    "export": "export {name} --out x.pt2",
+    "download": "download {name}",
+    "train": "train --model {name} --pretrained --data data --output run --no-scan",
+    "describe": "describe clip.mp4 --model {name}",
+    "find": "find query clip.mp4 --model {name}",
+    "search": "search query --videos . --model {name}",
+    "extract-features": "extract-features clip.mp4 --out features --model {name}",
+}
+# The weights of the saved model are damaged and the hub is unreachable: a command that has understood the name ends
+# with an error about those weights, at once.
+DAMAGED = r"runs/x/model/model\.safetensors has sha256"
+UNDERSTOOD = {
+    "lam_vit_base": r"timm/vit_base_patch16_224\.augreg2_in21k_ft_in1k/",
+    "lam_vit_base.augreg_in1k": r"timm/vit_base_patch16_224\.augreg_in1k/",
+    "timm/vit_tiny_patch16_224.augreg_in21k": r"timm/vit_tiny_patch16_224\.augreg_in21k/",
+    "open_clip/ViT-B-32:openai": r"timm/vit_base_patch32_clip_224\.openai/",
+    "hf-hub:nobody/nothing@v1": "nobody/nothing/config.json at revision v1",
+    "local-dir:runs/x": DAMAGED,
+    "runs/x": DAMAGED,
+    "./runs/x/model": DAMAGED,
+    "runs/x/model/model.safetensors": DAMAGED,
+}
+REFUSED = {
+    "lam_vit_mikro": "did you mean lam_vit_micro",
+    "ftp:x": "'ftp' is not a known prefix",
+    "runs/y": r"no such folder; did you mean runs/x\?",
+    "local-dir:runs/y": "no such folder",
+    "x.safetensors": r"pass the file as checkpoint_path= \(--checkpoint\)",
+    "x.onnx": "exported program",
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("place")
+    model = create_model("lam_vit_micro", num_classes=3, img_size=16, embed_dim=16, depth=1, num_heads=2)
+    save_pretrained(model, folder / "runs" / "x" / "model")
+    with (folder / "runs/x/model/model.safetensors").open("ab") as file:
+        file.write(b"damage")
+    write_folder(folder / "data", each=1)
+    write_clip(folder / "clip.mp4", 3)
+    (folder / "x.safetensors").touch()
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _offline(place: Path, _own_place: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(place)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_take_and_refuse_the_same_names(command: str, run) -> None:
+    for name, says in (UNDERSTOOD | REFUSED).items():
+        done = run(*COMMANDS[command].format(name=name).split())
+        assert done.code == 2, (name, done)
+        assert re.search(says, done.err), (name, done)
+        assert done.err.count("lamzoo: ") == 1, (name, done)
+
+
+@pytest.mark.parametrize("name", UNDERSTOOD)
+def test_bench_takes_every_name(name: str) -> None:
+    if name.startswith("hf-hub:"):
+        pytest.skip("needs the hub")
+    (candidate, *_) = select_models([name], weights=True, plain=True)
+    assert candidate.img_size == ("16" if "runs/x" in name else "224")
+
+
+@pytest.mark.parametrize(("name", "says"), REFUSED.items())
+def test_bench_refuses_the_same_names(name: str, says: str, run) -> None:
+    done = run("bench", name, "--out", "bench.csv")
+    assert done.code == 2
+    assert re.search(says, done.err) or (name == "lam_vit_mikro" and "matches" in done.err)
+
+
+@pytest.mark.parametrize("name", ["lam_vit_base.augreg_in1k", "timm/test_vit.r160_in1k", "local-dir:runs/x", "runs/x"])
+def test_info_takes_every_name(name: str, run) -> None:
+    facts = json.loads(run("info", name, "--json").out)
+    assert facts["parameters"] > 0
+    assert facts["input_size"][0] == 3
+
+
+@pytest.mark.parametrize(("name", "says"), REFUSED.items())
+def test_info_refuses_the_same_names(name: str, says: str, run) -> None:
+    done = run("info", name)
+    assert done.code == 2
+    assert re.search(says, done.err)
