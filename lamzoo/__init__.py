@@ -1,9 +1,9 @@
 """lamzoo: a model zoo of learnable attention masks (LAM, arXiv 2406.02761)."""
 
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from lamzoo.lazy import install_aliases, submodules_of
+from lamzoo.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from lamzoo.adapters import (
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from lamzoo.registry.saving import save_pretrained
     from lamzoo.video.describe import describe_video
     from lamzoo.video.search import index_videos
-
-__version__ = version("lamzoo")
 
 install_aliases()
 

@@ -26,9 +26,8 @@ OPTIONAL = {
 
 
 def test_version_is_the_same_everywhere() -> None:
-    version = PROJECT["project"]["version"]
-    assert lamzoo.__version__ == version
-    assert importlib.metadata.version("lamzoo") == version
+    version = lamzoo.__version__
+    assert importlib.metadata.version("lamzoo") == version, "install lamzoo again: pip install --editable ."
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
     assert f"\n## [{version}]" in (ROOT / "CHANGELOG.md").read_text()
 

@@ -6,6 +6,7 @@ import io
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from importlib.metadata import version as installed
 from typing import Annotated, Any
 
 import typer
@@ -28,6 +29,7 @@ from lamzoo.cli.predict import predict_command
 from lamzoo.cli.search import search
 from lamzoo.cli.train import train
 from lamzoo.errors import HubUnreachableError, LamzooError
+from lamzoo.version import __version__
 
 # The sections of --help. The modules of the commands import nothing heavy: --help builds all of them.
 _COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
@@ -113,14 +115,13 @@ def _report(error: Exception) -> int:
 @app.callback(invoke_without_command=True)
 def _lamzoo(
     context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the versions of lamzoo, torch and timm.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what is done, not only warnings.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     if version:
-        from lamzoo import __version__
-
-        out.print_line(f"lamzoo {__version__}")
+        hosts = ", ".join(f"{name} {installed(name)}" for name in ("torch", "timm"))
+        out.print_line(f"lamzoo {__version__} ({hosts})")
         raise typer.Exit
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())

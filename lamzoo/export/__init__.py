@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-import lamzoo
 from lamzoo.adapters.wrappers import is_sharded, unwrap
 from lamzoo.data.images.decode import of_channels
 from lamzoo.errors import ConfigError, ExportError
@@ -19,6 +18,7 @@ from lamzoo.export.program import trace, write_program
 from lamzoo.files import atomic_files
 from lamzoo.lazy import submodules_of
 from lamzoo.profiling.inputs import default_input, evaluating
+from lamzoo.version import __version__
 
 __all__ = ["ExportedFile", "ExportedModel", "Format", "export_model", "load_exported"]
 
@@ -194,7 +194,7 @@ def _facts(model: nn.Module) -> str:
     facts["num_classes"] = getattr(model, "num_classes", 0)
     return json.dumps(
         {
-            "lamzoo": lamzoo.__version__,
+            "lamzoo": __version__,
             "torch": torch.__version__,
             "pretrained_cfg": facts,
             "lam_config": masks and masks.to_dict(),

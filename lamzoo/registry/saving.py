@@ -13,13 +13,13 @@ from timm.models import is_model
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
-import lamzoo
 from lamzoo.adapters.wrappers import full_state_dict, is_sharded, unwrap
 from lamzoo.errors import ConfigError, UnknownModelError, WeightsError
 from lamzoo.files import atomic_files
 from lamzoo.registry.cards import ModelSpec
 from lamzoo.registry.catalog import find_spec
 from lamzoo.registry.refs import SAVED_WEIGHTS, TIMM_PREFIX
+from lamzoo.version import __version__
 from lamzoo.weights.files import stage_state_dict
 from lamzoo.weights.saved import MASKED_TIMM
 from lamzoo.weights.sources import INDEX_SUFFIX, WEIGHTS_NAME
@@ -72,7 +72,7 @@ def save_pretrained(
         weights = stage_state_dict(stage, state, folder / WEIGHTS_NAME, max_shard_bytes)
         config["lamzoo"] = {
             "name": spec.name,
-            "version": lamzoo.__version__,
+            "version": __version__,
             "sha256": {weights.path.name: weights.sha256},
         }
         stage(folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -11,10 +11,10 @@ from typing import Any
 import timm
 import torch
 
-import lamzoo
 from lamzoo.errors import DataError, MissingExtraError
 from lamzoo.evaluation.retrieval.metrics import WAYS
 from lamzoo.files import atomic_files
+from lamzoo.version import __version__
 
 _logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def write_score_report(
     """
     from lamzoo.report.curves import draw_curves
 
-    versions = {"lamzoo": lamzoo.__version__, "torch": torch.__version__, "timm": timm.__version__}
+    versions = {"lamzoo": __version__, "torch": torch.__version__, "timm": timm.__version__}
     facts = {**facts, "versions": versions}
     lines = ["# Training report", "", "| | |", "|---|---|"]
     lines += [f"| {key.replace('_', ' ')} | {_cell(value)} |" for key, value in facts.items()]

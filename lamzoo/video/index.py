@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-import lamzoo
 from lamzoo.data.video.sampling import FrameSampling
 from lamzoo.errors import DataError
 from lamzoo.files import atomic_files
+from lamzoo.version import __version__
 
 SUFFIX = ".safetensors"
 
@@ -205,7 +205,7 @@ def write_index(path: Path, index: StoredIndex) -> None:
     Raises:
         DataError: it can't be written there.
     """
-    facts = {"lamzoo": lamzoo.__version__, "folder": index.folder, **dataclasses.asdict(index.origin)}
+    facts = {"lamzoo": __version__, "folder": index.folder, **dataclasses.asdict(index.origin)}
     listed = json.dumps([dataclasses.astuple(video) for video in (*index.videos, *index.unreadable)])
     # The list is a tensor of bytes, since the header that holds the metadata has an upper limit.
     tensors = {"videos": torch.frombuffer(bytearray(listed.encode()), dtype=torch.uint8)}

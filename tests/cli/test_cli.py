@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -33,13 +34,14 @@ def files(folder: Path) -> list[str]:
 
 
 def test_help_and_version(run) -> None:
-    assert run("--version").out == f"lamzoo {__version__}\n"
-    for arguments in ((), ("--help",)):
+    assert run("--version").out == f"lamzoo {__version__} (torch {version('torch')}, timm {version('timm')})\n"
+    for arguments in ((), ("--help",), ("-h",)):
         done = run(*arguments)
         assert done.code == 0
         for command in ("list", "info", "predict", "eval", "explain", "export", "train", "demo", "download"):
             assert f"\n  {command} " in done.out
-    assert "--precision" in run("eval", "--help").out
+    assert "\nVideos:\n" in done.out
+    assert "--precision" in run("eval", "-h").out
 
 
 def test_typers_own_runner_works() -> None:

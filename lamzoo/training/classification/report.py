@@ -16,7 +16,6 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-import lamzoo
 from lamzoo.adapters import lam_parameters
 from lamzoo.errors import DataError, LamzooError, UnsupportedHostError
 from lamzoo.files import atomic_files
@@ -24,6 +23,7 @@ from lamzoo.registry.factory import create_model
 from lamzoo.training.classification.scoring import Score
 from lamzoo.training.recipe import Recipe
 from lamzoo.training.splits import Splits
+from lamzoo.version import __version__
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -138,7 +138,7 @@ def _content(facts: RunFacts, names: list[str]) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "command": facts.command or f"lamzoo train {shlex.quote(str(Path(recipe.run.output) / 'recipe.json'))}",
         "output": recipe.run.output,
-        "versions": {"lamzoo": lamzoo.__version__, "torch": torch.__version__, "timm": timm.__version__},
+        "versions": {"lamzoo": __version__, "torch": torch.__version__, "timm": timm.__version__},
     }
 
 
