@@ -21,7 +21,8 @@ _SPEC = "imagefolder:DIR, imagelist:DIR:FILE, npz:DIR, torchvision:NAME:ROOT, hf
 def train(
     context: typer.Context,
     arguments: Annotated[list[str] | None, typer.Argument(
-        metavar="[RECIPE.toml] [KEY=VALUE]...", help="What to train and how; changes to it, such as run.seed=1.",
+        metavar="[RECIPE] [KEY=VALUE]...", help=(
+            "A TOML file, or lamzoo:NAME for a recipe that comes with lamzoo; changes to it, such as run.seed=1."),
     )] = None,
     model: Annotated[str | None, typer.Option(
         metavar="NAME", help="arch, arch.tag, timm/NAME, local-dir:DIR or hf-hub:REPO.")] = None,

@@ -129,14 +129,14 @@ class ModelSpec:
         return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
-def data_dir(kind: Literal["registry", "weights"]) -> Path:
-    """Returns the folder of the cards or of the bundled weights: in the package of a wheel, beside it in a checkout.
+def data_dir(kind: Literal["recipes", "registry", "weights"]) -> Path:
+    """Returns the folder of the cards, the bundled weights or the recipes: in a wheel's package, or in a checkout.
 
     Raises:
         RegistryError: the installation lacks the folder.
     """
     package = Path(__file__).resolve().parents[1]
-    for folder in (package / "_data" / kind, package.parent / kind):
+    for folder in (package / "_data" / kind, package.parent / "benchmarks" / kind, package.parent / kind):
         if folder.is_dir():
             return folder
     raise RegistryError(

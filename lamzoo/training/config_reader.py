@@ -9,15 +9,19 @@ from typing import Any
 
 from lamzoo.errors import RecipeError
 from lamzoo.records import read_table
+from lamzoo.training.bundled_recipes import recipe_file
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
     """Returns a recipe file's nested values, not yet checked.
 
+    Args:
+        path: a TOML or JSON file, or ``lamzoo:NAME`` for a recipe that comes with lamzoo.
+
     Raises:
         RecipeError: there is no such file, or it is not TOML (or, for a ``.json``, not JSON).
     """
-    return read_table(path, what="Recipe", error=RecipeError)
+    return read_table(recipe_file(path), what="Recipe", error=RecipeError)
 
 
 def override(table: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

@@ -36,14 +36,15 @@ def build(dist: Path) -> Path:
 
 
 def check_contents(wheel: Path) -> None:
-    """Every module, card and weight of the checkout is in the wheel, and nothing that was compiled or cached."""
+    """Every module, card, weight and recipe is in the wheel, and nothing that was compiled or cached."""
     inside = set(zipfile.ZipFile(wheel).namelist())
-    wanted = {str(path.relative_to(ROOT)) for path in (ROOT / "lamzoo").rglob("*.py")} | {"lamzoo/py.typed"}
-    for kind, suffix in {"registry": ".toml", "weights": ".safetensors"}.items():
-        files = [path for path in (ROOT / kind).rglob("*") if path.is_file()]
+    wanted = {path.relative_to(ROOT).as_posix() for path in (ROOT / "lamzoo").rglob("*.py")} | {"lamzoo/py.typed"}
+    for folder, suffix in {"registry": ".toml", "weights": ".safetensors", "benchmarks/recipes": ".toml"}.items():
+        files = [path for path in (ROOT / folder).rglob("*") if path.is_file()]
         if not any(path.suffix == suffix for path in files):
-            sys.exit(f"{kind}/ holds no {suffix} to ship")
-        wanted |= {f"lamzoo/_data/{kind}/{path.relative_to(ROOT / kind)}" for path in files}
+            sys.exit(f"{folder}/ holds no {suffix} to ship")
+        data = f"lamzoo/_data/{Path(folder).name}"
+        wanted |= {f"{data}/{path.relative_to(ROOT / folder).as_posix()}" for path in files}
     if missing := sorted(wanted - inside):
         sys.exit(f"the wheel lacks {', '.join(missing)}")
     if not any(name.endswith("licenses/LICENSE") for name in inside):
