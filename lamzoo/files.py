@@ -41,9 +41,9 @@ def atomic_files(failure: type[LamzooError] = WeightsError) -> Iterator[Callable
         umask = os.umask(0)
         os.umask(umask)
         for temporary, _ in staged:
-            temporary.chmod(0o666 & ~umask)  # mkstemp's 0600 would keep others from reading the weights
-            with temporary.open("rb") as file:
+            with temporary.open("r+b") as file:  # Windows flushes only what is open for writing
                 os.fsync(file.fileno())
+            temporary.chmod(0o666 & ~umask)  # mkstemp's 0600 would keep others from reading the file
         for temporary, path in staged:
             temporary.replace(path)
     except (OSError, SafetensorError) as error:

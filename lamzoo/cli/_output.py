@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -101,7 +102,7 @@ def write_json(path: Path, value: Any) -> None:
     from lamzoo.files import atomic_files
 
     with atomic_files() as stage:
-        stage(path).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        stage(path).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
 
 
 def is_main_process() -> bool:
@@ -124,7 +125,9 @@ def flush() -> None:
     """Writes out what is left; a reader that has gone, as ``head`` does, is no error."""
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EINVAL):  # the latter on Windows
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

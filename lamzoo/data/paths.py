@@ -90,3 +90,18 @@ def existing_file(folder: Path, name: str) -> Path | None:
     """Returns the file of that name in a folder, in any of its :func:`spellings`; None where there is none."""
     paths = (folder / spelling for spelling in spellings(name))
     return next((path for path in paths if path.is_file()), None)
+
+
+def split_last(text: str) -> tuple[str, str | None]:
+    r"""Splits ``DIR:REST`` at its last colon; returns ``text, None`` if it has none.
+
+    The colon of a Windows drive, as in ``C:\photos``, separates nothing.
+    """
+    head, colon, tail = text.rpartition(":")
+    if _DRIVE.search(head) and tail.startswith(("\\", "/") if os.name == "nt" else "\\"):
+        tail = f"{head[-1]}:{tail}"
+        head, colon = head[:-2], head[-2:-1]
+    return (head, tail) if colon else (text, None)
+
+
+_DRIVE = re.compile(r"(^|:)[A-Za-z]$")

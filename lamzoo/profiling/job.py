@@ -133,7 +133,10 @@ def _tell(stdin: IO[str] | None, line: str) -> None:
 def _end(process: subprocess.Popen[str]) -> None:
     if process.poll() is None:  # else its process group may be somebody else's by now
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+            if hasattr(os, "killpg"):
+                os.killpg(process.pid, signal.SIGKILL)
+            else:  # Windows, which has no process groups to end
+                process.kill()
     with contextlib.suppress(BrokenPipeError):
         if process.stdin is not None:
             process.stdin.close()

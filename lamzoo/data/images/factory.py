@@ -9,6 +9,7 @@ from lamzoo.data.images.folders import FolderSource
 from lamzoo.data.images.image_dataset import ImageSource, LabelledImages
 from lamzoo.data.images.label_file import ListedSource
 from lamzoo.data.images.library_datasets import HuggingFaceSource, TorchvisionSource
+from lamzoo.data.paths import split_last
 from lamzoo.data.splits import check_whole
 from lamzoo.errors import DataError
 
@@ -62,7 +63,7 @@ def _source(spec: str, split: str) -> ImageSource:
         case "imagefolder":
             return FolderSource(Path(rest), split)
         case "imagelist":
-            images, _, file = rest.rpartition(":")
+            images, file = split_last(rest)
             if not images or not file:
                 raise DataError(f"the data set {spec!r} has no file of labels; write imagelist:{rest.strip(':')}:FILE")
             return ListedSource(Path(images), Path(file))

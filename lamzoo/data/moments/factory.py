@@ -9,6 +9,7 @@ from lamzoo.data.grid_tokens import Modalities
 from lamzoo.data.moments.base import MomentDataset, MomentSource
 from lamzoo.data.moments.grid import grid
 from lamzoo.data.moments.qvhighlights import charades, qvhighlights, tvsum
+from lamzoo.data.paths import split_last
 from lamzoo.errors import DataError
 
 _GRAMMAR = "qvhighlights:DIR, charades:DIR, tvsum:DIR[:DOMAIN] or grid:DIR[:MODALITIES[:SECONDS]]"
@@ -58,8 +59,8 @@ def _source(spec: str, split: str) -> MomentSource:
         case "charades":
             return charades(Path(rest), split)
         case "tvsum":
-            folder, colon, domain = rest.rpartition(":")
-            if colon and not Path(rest).is_dir():
+            folder, domain = split_last(rest)
+            if domain is not None and not Path(rest).is_dir():
                 return tvsum(Path(folder), split, domain)
             return tvsum(Path(rest), split)
         case "grid":

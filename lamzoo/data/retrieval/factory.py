@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import cast, get_args
 
+from lamzoo.data.paths import split_last
 from lamzoo.data.retrieval.base import CaptionedVideos, VideoSource
 from lamzoo.data.retrieval.caption_folder import PlainSource
 from lamzoo.data.retrieval.flickr import Flickr8kSource
@@ -80,8 +81,8 @@ def _source(spec: str, split: str) -> VideoSource:
 
 def _option(rest: str, options: tuple[str, ...], what: str) -> tuple[Path, str]:
     """Splits ``DIR:OPTION``; without an option it is the first one. A folder may have a colon in its name."""
-    folder, colon, option = rest.rpartition(":")
-    if not colon or Path(rest).is_dir():
+    folder, option = split_last(rest)
+    if option is None or Path(rest).is_dir():
         return Path(rest), options[0]
     if option not in options:
         raise DataError(f"there is no {what} {option!r} of {folder}; write {' or '.join(map(repr, options))}")

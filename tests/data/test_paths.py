@@ -1,0 +1,46 @@
+"""Data specifications whose folders are on a Windows drive."""
+
+import pytest
+
+from lamzoo.data import create_dataset
+from lamzoo.data.moments import create_moment_dataset
+from lamzoo.data.paths import split_last
+from lamzoo.data.retrieval import create_retrieval_dataset
+from lamzoo.errors import DataError
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("photos", ("photos", None)),
+        ("photos:labels.csv", ("photos", "labels.csv")),
+        ("a:b:c", ("a:b", "c")),
+        (r"C:\photos", (r"C:\photos", None)),
+        (r"C:\photos:labels.csv", (r"C:\photos", "labels.csv")),
+        (r"C:\photos:D:\labels.csv", (r"C:\photos", r"D:\labels.csv")),
+        (r"photos:D:\labels.csv", ("photos", r"D:\labels.csv")),
+    ],
+)
+def test_the_colon_of_a_drive_separates_nothing(text: str, parts: tuple[str, str | None]) -> None:
+    assert split_last(text) == parts
+
+
+@pytest.mark.parametrize(
+    ("create", "spec"),
+    [
+        (create_dataset, r"imagefolder:C:\photos"),
+        (create_dataset, r"imagelist:C:\photos:D:\labels.csv"),
+        (create_dataset, r"npz:C:\photos"),
+        (create_dataset, r"wds:C:\shards\{split}.tar"),
+        (create_dataset, r"C:\photos"),
+        (create_retrieval_dataset, r"msrvtt:C:\videos"),
+        (create_retrieval_dataset, r"grid:C:\videos:mouth"),
+        (create_moment_dataset, r"tvsum:C:\videos"),
+        (create_moment_dataset, r"grid:C:\videos:both"),
+    ],
+)
+def test_a_missing_folder_on_a_drive_is_named_whole(create, spec: str) -> None:
+    folder = r"C:\shards" if "shards" in spec else r"C:\photos" if "photos" in spec else r"C:\videos"
+    with pytest.raises(DataError) as caught:
+        create(spec, "test")
+    assert folder in str(caught.value).replace(r"\\", "\\")
