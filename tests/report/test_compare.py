@@ -7,8 +7,9 @@ import pytest
 from lamzoo.errors import DataError
 from lamzoo.profiling.results import COLUMNS
 from lamzoo.report.compare import compare, gmacs_panels, latency_panels, read_timm, to_csv, to_markdown
+from lamzoo.report.compare.entries import number
 from lamzoo.report.compare.panels import pareto
-from lamzoo.report.compare.text import all_notes, number
+from lamzoo.report.compare.text import all_notes
 from lamzoo.report.compare.timm_results import is_imagenet1k
 from tests.report.compare_rows import FAILED, LAM, PLAIN, UNSCORED, WORSE, table, timm_results
 

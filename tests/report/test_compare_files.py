@@ -11,7 +11,8 @@ from PIL import Image
 
 from lamzoo.cli import app as cli
 from lamzoo.errors import DataError, MissingExtraError
-from lamzoo.report.compare import compare, latency_panels, write_comparison
+from lamzoo.report.compare import compare, gmacs_panels, latency_panels, write_comparison
+from lamzoo.report.compare.page import draw_interactive
 from lamzoo.report.compare.plots import draw_panels, encode
 from tests.report.compare_rows import FAILED, LAM, PLAIN, UNSCORED, WORSE, table, timm_results
 
@@ -63,6 +64,16 @@ def test_pictures_of_the_same_rows_are_the_same_to_the_byte(written: Path, tmp_p
     for kind in ("svg", "png"):
         again = encode(draw_panels(panels, "Accuracy against latency"), kind)
         assert again == (written / f"accuracy-vs-latency.{kind}").read_bytes()
+
+
+def test_page_and_pictures_show_the_same_series(tmp_path: Path) -> None:
+    pytest.importorskip("plotly")
+    rows = table(tmp_path, PLAIN, LAM, WORSE)
+    panels = gmacs_panels(compare([rows], timm=timm_results(tmp_path / "timm"), timm_data=PLAIN.data))
+    for axis, panel in zip(draw_panels(panels, "Accuracy against GMACs").axes, panels, strict=True):
+        names = [trace.name for trace in draw_interactive(panel).data if trace.showlegend]
+        assert axis.get_legend_handles_labels()[1] == names
+        assert {"plain backbone", "with LAM", "Pareto front"} <= set(names)
 
 
 def test_page_asks_for_nothing_and_takes_no_name_for_markup(written: Path) -> None:

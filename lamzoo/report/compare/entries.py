@@ -148,6 +148,29 @@ def some(names: Iterable[str]) -> str:
     return ", ".join(unique[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
+def setting_text(entry: Entry) -> str:
+    """Writes out what a row was measured on: ``"cpu, float32, 2 threads, eager"``."""
+    device, dtype, threads, mode = entry.setting
+    counted = None if threads is None else f"{threads} thread{'s' if threads != 1 else ''}"
+    return ", ".join(part for part in (device, dtype, counted, mode) if part)
+
+
+def number(value: float | None, *, digits: int | None = None) -> str:
+    """Writes a number for a table.
+
+    Args:
+        value: None gives an empty cell.
+        digits: after the point; by default as many as make four significant ones, at most four, but two significant
+            ones in any case, so that a small cost never reads as none.
+    """
+    if value is None:
+        return ""
+    if digits is None:
+        magnitude = 0 if value == 0 else math.floor(math.log10(abs(value)))
+        digits = 0 if value == 0 else max(0, min(3 - magnitude, max(4, 1 - magnitude)))
+    return f"{value:.{digits}f}"
+
+
 def _read(paths: Sequence[str | Path], notes: list[str]) -> list[Entry]:
     entries: dict[BenchRow, Entry] = {}
     repeated = 0

@@ -11,17 +11,15 @@ from html import escape
 from importlib import resources
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from lamzoo.errors import MissingExtraError
-from lamzoo.report.compare.entries import Comparison, Entry
-from lamzoo.report.compare.panels import Panel, Point, gmacs_panels, latency_panels
-from lamzoo.report.compare.plots import FRONT, LAM, PLAIN, TIMM, short_name, shortened
-from lamzoo.report.compare.text import LEGEND, all_notes, number, pareto_costs, setting_text
-from lamzoo.report.compare.timm_results import TimmResult
+from lamzoo.report.compare.entries import Comparison, Entry, number, setting_text
+from lamzoo.report.compare.panels import LAM, PLAIN, Panel, Series, gmacs_panels, latency_panels
+from lamzoo.report.compare.text import LEGEND, all_notes, pareto_costs
 
 if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
+    from plotly.graph_objects import Figure, Scatter
 
 _PLOTLY = {
     "displaylogo": False,
@@ -107,40 +105,26 @@ def _sections(comparison: Comparison) -> list[str]:
 
 
 def draw_interactive(panel: Panel) -> Figure:
-    """Draws one panel with plotly: timm's results behind, the joins, the front, and the models, each with its facts."""
-    from plotly.graph_objects import Figure, Scatter
+    """Draws one panel with plotly; each model shows its facts on hovering."""
+    from plotly.graph_objects import Figure
 
     figure = Figure()
-    if panel.timm:
-        front = [(result.gmacs, result.top1) for result in panel.timm_front]
-        places = [(result.gmacs, result.top1) for result in panel.timm]
-        figure.add_trace(_markers("timm's published results", places, list(map(_timm_hover, panel.timm)), TIMM, size=5))
-        figure.add_trace(_line("their Pareto front", front, color="#8b919c", dash="dot", shape="hv"))
-    joined: list[tuple[float | None, float | None]] = []
-    for plain, lam in panel.joins:
-        joined += [(plain.x, plain.y), (lam.x, lam.y), (None, None)]
-    if joined:
-        figure.add_trace(_line("LAM and its backbone", joined, color="#6b7280"))
-    if panel.front:
-        places = [(point.x, point.y) for point in panel.front]
-        figure.add_trace(_line("Pareto front", places, color=FRONT, dash="dash", shape="hv"))
-        figure.add_trace(_markers("on the front", places, None, FRONT, size=16, symbol="circle-open"))
     labelled = len(panel.points) <= _MOST_LABELS
-    for name, masked, color, symbol in (("plain backbone", False, PLAIN, "square"), ("with LAM", True, LAM, "circle")):
-        points = [point for point in panel.points if point.entry.row.has_lam == masked]
-        if points:
-            places, facts = [(point.x, point.y) for point in points], [_hover(point, panel) for point in points]
-            trace: Scatter = _markers(name, places, facts, color, size=10, symbol=symbol)
-            if labelled:
-                names = [f"\u2002{escape(short_name(point))}\u2002" for point in points]  # a space off the marker
-                sides = [f"{'top' if masked else 'bottom'} {_side(point, panel)}" for point in points]
-                trace.update(
-                    mode="markers+text", text=names, textposition=sides, textfont={"size": 11}, cliponaxis=False
-                )
-            figure.add_trace(trace)
+    for series in panel.series:
+        trace = _trace(series)
+        if labelled and series.labels:
+            height = "top" if series.style == "circle" else "bottom"
+            trace.update(
+                mode="markers+text",
+                text=[f"\u2002{escape(label)}\u2002" for label in series.labels],  # a space off the marker
+                textposition=[f"{height} {_side(x, panel)}" for x, _ in series.places],
+                textfont={"size": 11},
+                cliponaxis=False,
+            )
+        figure.add_trace(trace)
     figure.update_layout(
         template="plotly_white",
-        title={"text": escape(shortened(panel.title)).replace("\n", "<br>"), "font": {"size": 14}, "x": 0.02},
+        title={"text": escape(panel.heading).replace("\n", "<br>"), "font": {"size": 14}, "x": 0.02},
         xaxis={"title": {"text": panel.x_label}, "type": "log" if panel.logarithmic else "linear"},
         yaxis={"title": {"text": panel.y_label}},
         legend={"orientation": "h", "y": -0.2},
@@ -154,64 +138,33 @@ def draw_interactive(panel: Panel) -> Figure:
     return figure
 
 
-def _side(point: Point, panel: Panel) -> Literal["left", "right"]:
+def _side(x: float | None, panel: Panel) -> Literal["left", "right"]:
     """Says on which side of its point a name stays within the plot."""
-    xs = [other.x for other in panel.points] + [result.gmacs or 0.0 for result in panel.timm]
+    xs = [other for series in panel.series for other in series.xs if other is not None]
     scale = math.log if panel.logarithmic else float
-    return "left" if scale(point.x) > (scale(min(xs)) + scale(max(xs))) / 2 else "right"
+    return "left" if scale(x or 0.0) > (scale(min(xs)) + scale(max(xs))) / 2 else "right"
 
 
-def _line(
-    name: str, places: Sequence[tuple[Any, Any]], *, color: str, dash: str = "solid", shape: str = "linear"
-) -> Any:
+_DASHES = {"solid": "solid", "dashed": "dash", "dotted": "dot"}
+_MARKERS = {"dot": ("circle", 5), "square": ("square", 10), "circle": ("circle", 10), "ring": ("circle-open", 16)}
+
+
+def _trace(series: Series) -> Scatter:
     from plotly.graph_objects import Scatter
 
-    xs, ys = zip(*places, strict=True)
-    line = {"color": color, "dash": dash, "shape": shape, "width": 1.5}
-    return Scatter(x=xs, y=ys, name=name, mode="lines", line=line, hoverinfo="skip")
-
-
-def _markers(
-    name: str,
-    places: Sequence[tuple[Any, Any]],
-    facts: list[str] | None,
-    color: str,
-    *,
-    size: int,
-    symbol: str = "circle",
-) -> Any:
-    from plotly.graph_objects import Scatter
-
-    xs, ys = zip(*places, strict=True)
-    marker: dict[str, Any] = {"color": color, "size": size, "symbol": symbol, "line": {"color": "white", "width": 1}}
-    if symbol.endswith("-open"):
-        marker["line"] = {"color": color, "width": 2}
-    if facts is None:
-        return Scatter(x=xs, y=ys, name=name, mode="markers", marker=marker, hoverinfo="skip", showlegend=False)
-    return Scatter(x=xs, y=ys, name=name, mode="markers", marker=marker, hovertext=facts, hoverinfo="text")
-
-
-def _hover(point: Point, panel: Panel) -> str:
-    row = point.entry.row
-    lines = [f"<b>{escape(row.name)}</b>", f"{escape(panel.y_label)}: {number(row.value, digits=2)}"]
-    if point.entry.difference is not None:
-        lines[-1] += f" ({point.entry.difference:+.2f} against its backbone)"
-    facts = [("GMACs", row.gmacs, row.lam_gmacs), ("params (M)", row.params_m, row.lam_params_m)]
-    for label, whole, part in facts:
-        lines.append(f"{label}: {number(whole)}" + (f", {number(part)} of them the masks'" if part else ""))
-    if row.latency_ms is not None:
-        ratio = "" if row.latency_ratio is None else f", {row.latency_ratio:.2f} × without masks"
-        lines.append(f"latency: {row.latency_ms:.2f} ms{ratio}")
-        lines.append(escape(setting_text(point.entry)))
-    return "<br>".join(lines)
-
-
-def _timm_hover(result: TimmResult) -> str:
-    lines = [f"<b>{escape(result.name)}</b> (timm)", f"top-1: {result.top1:.2f} %", f"GMACs: {number(result.gmacs)}"]
-    lines.append(f"{number(result.params_m)} M parameters, {result.img_size} px")
-    for speed in result.speeds:
-        lines.append(f"{speed.images_per_s:,.0f} images/s, batch {speed.batch}: {escape(speed.machine)}")
-    return "<br>".join(lines)
+    trace = Scatter(x=series.xs, y=series.ys, name=series.name, showlegend=series.in_legend, hoverinfo="skip")
+    if series.is_line:
+        shape = "hv" if series.steps else "linear"
+        return trace.update(
+            mode="lines", line={"color": series.color, "dash": _DASHES[series.style], "shape": shape, "width": 1.5}
+        )
+    symbol, size = _MARKERS[series.style]
+    edge = {"color": series.color, "width": 2} if series.style == "ring" else {"color": "white", "width": 1}
+    trace.update(mode="markers", marker={"color": series.color, "size": size, "symbol": symbol, "line": edge})
+    if series.facts:
+        texts = ["<br>".join([f"<b>{escape(name)}</b>", *map(escape, lines)]) for name, *lines in series.facts]
+        trace.update(hovertext=texts, hoverinfo="text")
+    return trace
 
 
 def _columns(comparison: Comparison) -> tuple[_Column, ...]:

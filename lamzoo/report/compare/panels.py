@@ -1,15 +1,21 @@
-"""What the plots show, before anything draws it: points, twins that a line joins, and Pareto fronts."""
+"""The figures of a comparison, described once for both renderers: panels, their series, labels and Pareto fronts."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from pathlib import PurePath
+from typing import Literal, TypeVar
 
-from lamzoo.report.compare.entries import Comparison, Entry, Group, some
+from lamzoo.report.compare.entries import Comparison, Entry, Group, number, setting_text, some
 from lamzoo.report.compare.timm_results import TimmResult
 
+#: Colours of models with masks, of plain ones, and of what is in the background.
+LAM, PLAIN = "#c2410c", "#1d4ed8"
+_FRONT, _JOIN, _TIMM, _TIMM_FRONT = "#15803d", "#6b7280", "#b8bcc4", "#8b919c"
+
+_TITLE = 62  # characters of a title that fit above a panel
 _LOGARITHMIC_FROM = 6  # times the smallest x: below this a linear axis reads better
 _UNEVEN = 0.15  # of a latency: from here on a reader should know
 
@@ -32,6 +38,51 @@ class Point:
     y: float
     best: bool = False
 
+    @property
+    def label(self) -> str:
+        """The model's name inside a plot: of a folder, its last part."""
+        name = self.entry.row.name
+        return PurePath(name.partition(":")[2]).name if name.startswith("local-dir:") else name
+
+
+@dataclass(frozen=True)
+class Series:
+    """Markers or a line that are drawn alike and share an entry in the legend; a panel draws its series in order.
+
+    Attributes:
+        name: in the legend.
+        places: x and y; ``(None, None)`` interrupts a line.
+        style: how it is drawn: markers (``"dot"``, ``"square"``, ``"circle"``, ``"ring"``) or a line.
+        color: as ``#rrggbb``.
+        steps: whether a line goes right first and then up.
+        labels: of each marker, to be written beside it.
+        facts: what is known of each marker, as lines of text, the name first; shown on hovering.
+        in_legend: False for markers on a line that is in the legend already.
+    """
+
+    name: str
+    places: tuple[tuple[float | None, float | None], ...]
+    style: Literal["dot", "square", "circle", "ring", "solid", "dashed", "dotted"]
+    color: str
+    steps: bool = False
+    labels: tuple[str, ...] = ()
+    facts: tuple[tuple[str, ...], ...] = ()
+    in_legend: bool = True
+
+    @property
+    def is_line(self) -> bool:
+        return self.style in ("solid", "dashed", "dotted")
+
+    @property
+    def xs(self) -> tuple[float | None, ...]:
+        """The costs."""
+        return tuple(x for x, _ in self.places)
+
+    @property
+    def ys(self) -> tuple[float | None, ...]:
+        """The scores."""
+        return tuple(y for _, y in self.places)
+
 
 @dataclass(frozen=True)
 class Panel:
@@ -43,7 +94,7 @@ class Panel:
         y_label: of the score.
         points: the zoo's models.
         joins: plain backbone and LAM, to be joined by a line.
-        timm: timm's published results, to stand behind; their GMACs are known.
+        timm: timm's published results, drawn in the background; their GMACs are known.
         timm_front: the Pareto front of those, by increasing GMACs.
     """
 
@@ -65,6 +116,39 @@ class Panel:
         """Whether the costs are so far apart that their axis should be logarithmic."""
         xs = [point.x for point in self.points] + [result.gmacs or 0.0 for result in self.timm]
         return bool(xs) and min(xs) > 0 and max(xs) > _LOGARITHMIC_FROM * min(xs)
+
+    @property
+    def heading(self) -> str:
+        """The title with its lines cut at the front, the least telling part of a path, to fit above the panel."""
+        lines = (line if len(line) <= _TITLE else f"…{line[1 - _TITLE :]}" for line in self.title.split("\n"))
+        return "\n".join(lines)
+
+    @property
+    def series(self) -> tuple[Series, ...]:
+        """Everything drawn in the panel, the background first; the labels of its points come on top."""
+        timm = tuple((result.gmacs, result.top1) for result in self.timm)
+        timm_front = tuple((result.gmacs, result.top1) for result in self.timm_front)
+        joins = tuple(
+            place for plain, lam in self.joins for place in ((plain.x, plain.y), (lam.x, lam.y), (None, None))
+        )
+        front = tuple((point.x, point.y) for point in self.front)
+        found = [
+            Series("timm's published results", timm, "dot", _TIMM, facts=tuple(map(_timm_facts, self.timm))),
+            Series("their Pareto front", timm_front, "dotted", _TIMM_FRONT, steps=True),
+            Series("LAM and its backbone", joins, "solid", _JOIN),
+            Series("Pareto front", front, "dashed", _FRONT, steps=True),
+            Series("on the front", front, "ring", _FRONT, in_legend=False),
+            self._models("plain backbone", "square", PLAIN, masked=False),
+            self._models("with LAM", "circle", LAM, masked=True),
+        ]
+        return tuple(series for series in found if series.places)
+
+    def _models(self, name: str, style: Literal["square", "circle"], color: str, *, masked: bool) -> Series:
+        points = [point for point in self.points if point.entry.row.has_lam == masked]
+        places = tuple((point.x, point.y) for point in points)
+        labels = tuple(point.label for point in points)
+        facts = tuple(_facts(point, self.y_label) for point in points)
+        return Series(name, places, style, color, labels=labels, facts=facts)
 
 
 def gmacs_panels(comparison: Comparison) -> tuple[Panel, ...]:
@@ -199,3 +283,31 @@ def _panel(
         if point.entry.twin is not None and point.entry.twin in by_row
     )
     return Panel(title, x_label, group.metric_label, tuple(points), joins)
+
+
+def _facts(point: Point, y_label: str) -> tuple[str, ...]:
+    row = point.entry.row
+    score = f"{y_label}: {number(row.value, digits=2)}"
+    if point.entry.difference is not None:
+        score += f" ({point.entry.difference:+.2f} against its backbone)"
+    lines = [row.name, score]
+    for label, whole, part in (
+        ("GMACs", row.gmacs, row.lam_gmacs),
+        ("params (M)", row.params_m, row.lam_params_m),
+    ):
+        lines.append(f"{label}: {number(whole)}" + (f", {number(part)} of them the masks'" if part else ""))
+    if row.latency_ms is not None:
+        ratio = "" if row.latency_ratio is None else f", {row.latency_ratio:.2f} × without masks"
+        lines += [f"latency: {row.latency_ms:.2f} ms{ratio}", setting_text(point.entry)]
+    return tuple(lines)
+
+
+def _timm_facts(result: TimmResult) -> tuple[str, ...]:
+    speeds = (f"{speed.images_per_s:,.0f} images/s, batch {speed.batch}: {speed.machine}" for speed in result.speeds)
+    return (
+        f"{result.name} (timm)",
+        f"top-1: {result.top1:.2f} %",
+        f"GMACs: {number(result.gmacs)}",
+        f"{number(result.params_m)} M parameters, {result.img_size} px",
+        *speeds,
+    )

@@ -6,10 +6,9 @@ import io
 import itertools
 import math
 from collections.abc import Sequence
-from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, Literal
 
-from lamzoo.report.compare.panels import Panel, Point
+from lamzoo.report.compare.panels import Panel, Point, Series
 from lamzoo.report.mpl import new_figure
 
 if TYPE_CHECKING:
@@ -17,12 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.transforms import Bbox
 
-#: Colours that the page's plots share: the models with masks, the plain ones, the front, timm's.
-LAM, PLAIN, FRONT, TIMM = "#c2410c", "#1d4ed8", "#15803d", "#b8bcc4"
-
 _WIDTH, _HEIGHT = 7.2, 5.0  # inches a panel
 _MOST_COLUMNS = 2
-_TITLE = 62  # characters of a title that fit above a panel
 _OFFSETS = (
     (7, 6), (7, -12), (-7, 6), (-7, -12), (0, 11), (0, -18), (12, -3), (-12, -3),
     (16, 18), (16, -24), (-16, 18), (-16, -24), (30, 30), (-30, 30), (30, -36), (-30, -36),
@@ -73,20 +68,8 @@ def encode(figure: Figure, kind: Literal["png", "svg"]) -> bytes:
     return content.getvalue()
 
 
-def shortened(title: str) -> str:
-    """Cuts what is too long for a panel's title from the front, where a path is least telling."""
-    lines = (line if len(line) <= _TITLE else f"…{line[1 - _TITLE :]}" for line in title.split("\n"))
-    return "\n".join(lines)
-
-
-def short_name(point: Point) -> str:
-    """Returns a model's name for the inside of a plot: of a folder its last part."""
-    name = point.entry.row.name
-    return PurePath(name.partition(":")[2]).name if name.startswith("local-dir:") else name
-
-
 def _draw_panel(axis: Axes, panel: Panel) -> None:
-    axis.set_title(shortened(panel.title), fontsize=9.5)
+    axis.set_title(panel.heading, fontsize=9.5)
     axis.set_xlabel(panel.x_label, fontsize=8.5)
     axis.set_ylabel(panel.y_label, fontsize=8.5)
     axis.tick_params(labelsize=8)
@@ -96,49 +79,36 @@ def _draw_panel(axis: Axes, panel: Panel) -> None:
     if panel.logarithmic:
         axis.set_xscale("log")
         _plain_ticks(axis)
-    if panel.timm:
-        axis.scatter(
-            [result.gmacs or 0.0 for result in panel.timm],
-            [result.top1 for result in panel.timm],
-            s=9, color=TIMM, linewidths=0, alpha=0.7, label="timm's published results", zorder=1,
-        )  # fmt: skip
-        front = panel.timm_front
-        axis.plot(
-            [result.gmacs or 0.0 for result in front],
-            [result.top1 for result in front],
-            color="#8b919c", linewidth=1, linestyle=":", drawstyle="steps-post", label="their Pareto front", zorder=1,
-        )  # fmt: skip
-    for plain, lam in panel.joins:
-        axis.plot([plain.x, lam.x], [plain.y, lam.y], color="#6b7280", linewidth=1.1, zorder=2)
-    _draw_front(axis, panel)
-    plain_points = [point for point in panel.points if not point.entry.row.has_lam]
-    lam_points = [point for point in panel.points if point.entry.row.has_lam]
-    _scatter(axis, plain_points, "plain backbone", marker="s", color=PLAIN)
-    _scatter(axis, lam_points, "with LAM, joined to its backbone", marker="o", color=LAM)
+    for height, series in enumerate(panel.series, start=1):
+        _draw(axis, series, height)
     axis.margins(x=0.03 if panel.timm else 0.14, y=0.12)
     if axis.get_legend_handles_labels()[0]:
         axis.legend(fontsize=7.5, loc="best", framealpha=0.9)
 
 
-def _draw_front(axis: Axes, panel: Panel) -> None:
-    front = panel.front
-    if not front:
+_LINES: dict[str, dict[str, Any]] = {
+    "solid": {"linestyle": "-", "linewidth": 1.1},
+    "dashed": {"linestyle": "--", "linewidth": 1.3},
+    "dotted": {"linestyle": ":", "linewidth": 1.0},
+}
+_MARKERS: dict[str, dict[str, Any]] = {
+    "dot": {"s": 9, "linewidths": 0, "alpha": 0.7},
+    "square": {"s": 38, "marker": "s", "edgecolors": "white", "linewidths": 0.7},
+    "circle": {"s": 38, "marker": "o", "edgecolors": "white", "linewidths": 0.7},
+    "ring": {"s": 120, "linewidths": 1.4},
+}
+
+
+def _draw(axis: Axes, series: Series, height: int) -> None:
+    label = series.name if series.in_legend else None
+    xs, ys = ([math.nan if value is None else value for value in values] for values in (series.xs, series.ys))
+    if series.is_line:
+        steps = "steps-post" if series.steps else "default"
+        style = _LINES[series.style]
+        axis.plot(xs, ys, color=series.color, drawstyle=steps, label=label, zorder=height, **style)
         return
-    style: dict[str, Any] = {"color": FRONT, "linewidth": 1.3, "linestyle": "--", "drawstyle": "steps-post"}
-    axis.plot([point.x for point in front], [point.y for point in front], zorder=3, **style)
-    axis.scatter(
-        [point.x for point in front],
-        [point.y for point in front],
-        s=120, facecolors="none", edgecolors=FRONT, linewidths=1.4, label="Pareto front", zorder=4,
-    )  # fmt: skip
-
-
-def _scatter(axis: Axes, points: Sequence[Point], label: str, *, marker: str, color: str) -> None:
-    if points:
-        xs, ys = [point.x for point in points], [point.y for point in points]
-        axis.scatter(
-            xs, ys, s=38, marker=marker, color=color, edgecolors="white", linewidths=0.7, label=label, zorder=5
-        )
+    fill = {"facecolors": "none", "edgecolors": series.color} if series.style == "ring" else {"color": series.color}
+    axis.scatter(xs, ys, label=label, zorder=height, **fill, **_MARKERS[series.style])
 
 
 def _plain_ticks(axis: Axes) -> None:
@@ -155,13 +125,13 @@ def _label(axis: Axes, panel: Panel) -> None:
     taken = _taken(axis, panel)
     named = set()
     for point in sorted(panel.points, key=lambda point: not point.best):
-        name = short_name(point)
+        name = point.label
         if (name, point.y) in named:
             continue
         named.add((name, point.y))
         for right, up in _OFFSETS:
             text = axis.annotate(
-                name, (point.x, point.y), xytext=(right, up), textcoords="offset points", fontsize=7, zorder=6,
+                name, (point.x, point.y), xytext=(right, up), textcoords="offset points", fontsize=7, zorder=10,
                 bbox={"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.7},
                 ha="left" if right > 0 else "right" if right < 0 else "center",
                 arrowprops={"arrowstyle": "-", "color": "#9ca3af", "linewidth": 0.5} if abs(up) > 15 else None,

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lamzoo.profiling.results import COLUMNS as ROW_COLUMNS
 from lamzoo.profiling.results import BenchRow
-from lamzoo.report.compare.entries import Comparison, Entry, Group
+from lamzoo.report.compare.entries import Comparison, Entry, Group, number, setting_text
 from lamzoo.report.compare.panels import gmacs_panels, latency_panels, plot_notes
 
 #: What the tables' columns mean, for those who read no source.
@@ -97,13 +96,6 @@ def caption(group: Group) -> str:
     return ", ".join(facts)
 
 
-def setting_text(entry: Entry) -> str:
-    """Writes out what a row was measured on: ``"cpu, float32, 2 threads, eager"``."""
-    device, dtype, threads, mode = entry.setting
-    counted = None if threads is None else f"{threads} thread{'s' if threads != 1 else ''}"
-    return ", ".join(part for part in (device, dtype, counted, mode) if part)
-
-
 def all_notes(comparison: Comparison) -> tuple[str, ...]:
     """Returns what a reader must know of what is and what is not shown, a sentence each."""
     failed = len(comparison.failed)
@@ -157,22 +149,6 @@ def to_csv(comparison: Comparison) -> str:
         cells: list[Any] = [*(getattr(entry.row, column) for column in ROW_COLUMNS), entry.source, *derived]
         writer.writerow(["" if cell is None else cell for cell in cells])
     return text.getvalue()
-
-
-def number(value: float | None, *, digits: int | None = None) -> str:
-    """Writes a number for a table.
-
-    Args:
-        value: None gives an empty cell.
-        digits: after the point; by default as many as make four significant ones, at most four, but two significant
-            ones in any case, so that a small cost never reads as none.
-    """
-    if value is None:
-        return ""
-    if digits is None:
-        magnitude = 0 if value == 0 else math.floor(math.log10(abs(value)))
-        digits = 0 if value == 0 else max(0, min(3 - magnitude, max(4, 1 - magnitude)))
-    return f"{value:.{digits}f}"
 
 
 def _latency(row: BenchRow) -> str:
