@@ -7,7 +7,7 @@ from lamzoo.data.images.decode import decode_image, find_images, open_image
 from lamzoo.data.images.factory import create_dataset
 from lamzoo.data.images.image_dataset import ImageSource, LabelledImages, plain_worker_errors
 from lamzoo.data.images.selection import select, split_off
-from lamzoo.data.images.validation import find_bad_images, leave_out_bad, set_aside_bad
+from lamzoo.data.images.validation import find_invalid_images, leave_out_invalid, set_aside_invalid
 from lamzoo.data.validation import BadInput, OnBadInput
 from lamzoo.lazy import submodules_of
 
@@ -18,15 +18,15 @@ __all__ = [
     "OnBadInput",
     "create_dataset",
     "decode_image",
-    "find_bad_images",
     "find_images",
-    "leave_out_bad",
+    "find_invalid_images",
+    "leave_out_invalid",
     "open_image",
     "plain_worker_errors",
     "read_class_map",
     "relabel",
     "select",
-    "set_aside_bad",
+    "set_aside_invalid",
     "split_off",
 ]
 

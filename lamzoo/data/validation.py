@@ -1,4 +1,4 @@
-"""Finding what of a data set cannot be used, before a long run stumbles over it; knows neither images nor videos."""
+"""Finding the invalid inputs of a data set before a long run; what the checks of images and of videos share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lamzoo.errors import ConfigError, DataError
 
 OnBadInput = Literal["stop", "skip"]
 
-_NAMED = 3  # files that one error names; a list is what find_bad_images and find_bad_videos are for
+_NAMED = 3  # files that one error names; a list is what find_invalid_images and find_invalid_videos are for
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,9 @@ class BadInput:
     """An image or a video that cannot be used.
 
     Attributes:
-        index: in the data set that was searched.
+        index: in the data set that was checked.
         filename: its path, or its place in the file that holds it.
-        reason: what is wrong, in a few words.
+        reason: the reason, in a few words.
     """
 
     index: int
@@ -31,25 +31,25 @@ class BadInput:
     reason: str
 
 
-def find_bad(
+def find_invalid(
     dataset: Any,
-    why_bad: Callable[[int], str | None],
+    check: Callable[[int], str | None],
     *,
     chunk: int,
     workers: int,
     progress: Callable[[int, int], None] | None,
 ) -> list[BadInput]:
-    """Asks of every input of a data set what is wrong with it, and lists those with which something is.
+    """Returns the invalid inputs of a data set.
 
     Args:
         dataset: has a length and ``filename(index)``.
-        why_bad: what is wrong with an input, or ``None``; it can be pickled where there are workers.
-        chunk: inputs from one report of a worker to the next.
-        workers: processes that ask; 0 asks in this one.
-        progress: called with the inputs asked of and their total, from time to time.
+        check: returns why an input is invalid, or ``None``; must be picklable if there are workers.
+        chunk: number of inputs that a worker reports at once.
+        workers: worker processes; 0 runs in the main process.
+        progress: called with the number of inputs checked and their total.
 
     Returns:
-        The bad ones, in the data set's order.
+        The invalid inputs, in the data set's order.
 
     Raises:
         ConfigError: a negative number of workers.
@@ -58,7 +58,7 @@ def find_bad(
         raise ConfigError(f"the number of workers is {workers}; it must be 0 or more")
     # The loader draws a seed for its workers, which are deterministic here: the caller's random state is left alone.
     loader = DataLoader(
-        _Reasons(why_bad, len(dataset)),
+        _Reasons(check, len(dataset)),
         chunk,
         collate_fn=list,
         num_workers=workers,
@@ -77,18 +77,18 @@ def find_bad(
 
 
 def check_on_bad(on_bad: str) -> None:
-    """Raises a :class:`ConfigError` for what is no :data:`OnBadInput`."""
+    """Raises a :class:`ConfigError` unless the argument is an :data:`OnBadInput`."""
     if on_bad not in get_args(OnBadInput):
         raise ConfigError(f"on_bad is {on_bad!r}; it must be 'stop' or 'skip'")
 
 
-def usable(dataset: Any, bad: Sequence[BadInput], on_bad: OnBadInput, what: str) -> list[int]:
-    """Returns the indices of what can be used, or refuses the data set.
+def valid_indices(dataset: Any, bad: Sequence[BadInput], on_bad: OnBadInput, what: str) -> list[int]:
+    """Returns the indices of the valid inputs, or refuses the data set.
 
     Args:
         dataset: has a length, ``spec`` and ``split``.
-        bad: at least one.
-        on_bad: ``"stop"`` refuses; ``"skip"`` goes on without the bad ones.
+        bad: the invalid inputs, at least one.
+        on_bad: ``"stop"`` refuses the data set; ``"skip"`` leaves out the invalid inputs.
         what: ``"images"`` or ``"videos"``, for the message.
 
     Raises:
@@ -101,7 +101,7 @@ def usable(dataset: Any, bad: Sequence[BadInput], on_bad: OnBadInput, what: str)
     if on_bad == "stop":
         raise DataError(
             f"{len(bad)} of the {len(dataset)} {what} of {where} cannot be used: {files}; replace or remove them, "
-            "or go on without them with --on-bad-input skip"
+            "or leave them out with --on-bad-input skip"
         )
     wrong = {one.index for one in bad}
     left = [index for index in range(len(dataset)) if index not in wrong]
@@ -111,18 +111,18 @@ def usable(dataset: Any, bad: Sequence[BadInput], on_bad: OnBadInput, what: str)
 
 
 def place(dataset: Any) -> str:
-    """Returns what to call a split in a message."""
+    """Returns the name of a split for messages."""
     return dataset.spec if dataset.split is None else f"{dataset.spec} ({dataset.split})"
 
 
 class _Reasons(Dataset):
-    """What is wrong with each input, item by item."""
+    """Why each input is invalid, as items of a dataset."""
 
-    def __init__(self, why_bad: Callable[[int], str | None], length: int) -> None:
-        self._why_bad, self._length = why_bad, length
+    def __init__(self, check: Callable[[int], str | None], length: int) -> None:
+        self._check, self._length = check, length
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, index: int) -> str | None:
-        return self._why_bad(index)
+        return self._check(index)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lamzoo.data import BadInput, LabelledImages
-from lamzoo.data.images.validation import why_bad
+from lamzoo.data.images.validation import check_image
 from lamzoo.errors import ConfigError, DataError
 from lamzoo.evaluation.classification.imagenet_real import RealLabels
 from lamzoo.evaluation.resume import Partial
@@ -149,5 +149,5 @@ class Tally:
         return ranks
 
     def _bad_image(self, index: int) -> BadInput:
-        reason = why_bad(self._dataset, index) or "it could not be read at first"
+        reason = check_image(self._dataset, index) or "it could not be read at first"
         return BadInput(index, self._dataset.filename(index), reason)

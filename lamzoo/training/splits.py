@@ -12,7 +12,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from lamzoo.data import BadInput, LabelledImages, create_dataset, find_bad_images, leave_out_bad, select
+from lamzoo.data import BadInput, LabelledImages, create_dataset, find_invalid_images, leave_out_invalid, select
 from lamzoo.data.images.trained import RECIPE_NAME, MadeSplit
 from lamzoo.data.splits import open_default, synonyms
 from lamzoo.errors import DataError, MissingSplitError, RecipeError
@@ -160,12 +160,12 @@ def _scan(
         if progress is not None and accelerator.is_main_process:
             progress(role, done, total)
 
-    own = find_bad_images(select(dataset, share), workers=data.workers, progress=moved) if len(share) else []
+    own = find_invalid_images(select(dataset, share), workers=data.workers, progress=moved) if len(share) else []
     found = [replace(image, index=share[image.index]) for image in own]
     if processes > 1:
         found = sorted(gather_object(found), key=lambda image: image.index)
     bad += [(dataset.split or role, image) for image in found]
-    return leave_out_bad(dataset, found, data.on_bad_input, every_class=role == "train")
+    return leave_out_invalid(dataset, found, data.on_bad_input, every_class=role == "train")
 
 
 def _open_train(data: DataSection) -> LabelledImages:

@@ -1,4 +1,4 @@
-"""Finding the images of a data set that cannot be used, before a long run stumbles over them."""
+"""Finding the invalid images of a data set before a long run."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from functools import partial
 from lamzoo.data.images.decode import unreadable_because
 from lamzoo.data.images.image_dataset import LabelledImages
 from lamzoo.data.images.selection import select
-from lamzoo.data.validation import BadInput, OnBadInput, check_on_bad, find_bad, place, usable
+from lamzoo.data.validation import BadInput, OnBadInput, check_on_bad, find_invalid, place, valid_indices
 from lamzoo.errors import DataError
 
 _CHUNK = 32  # images from one report of a worker to the next
 
 
-def why_bad(dataset: LabelledImages, index: int) -> str | None:
-    """Reads one image whole, without the data set's transforms; returns what is wrong with it, or ``None``."""
+def check_image(dataset: LabelledImages, index: int) -> str | None:
+    """Decodes one image, without the data set's transforms; returns why it is invalid, or ``None``."""
     try:
         dataset.decode(index)
     except DataError as error:
@@ -23,26 +23,26 @@ def why_bad(dataset: LabelledImages, index: int) -> str | None:
     return None
 
 
-def find_bad_images(
+def find_invalid_images(
     dataset: LabelledImages, *, workers: int = 0, progress: Callable[[int, int], None] | None = None
 ) -> list[BadInput]:
-    """Reads every image of a data set and lists those that are broken or have no valid label.
+    """Decodes every image of a data set and returns those that are broken or have no valid label.
 
     Args:
         dataset: its transforms are neither used nor changed.
-        workers: processes that read images; 0 reads in this one.
-        progress: called with the images read and their total, from time to time.
+        workers: worker processes; 0 runs in the main process.
+        progress: called with the number of images read and their total.
 
     Returns:
-        The bad ones, in the data set's order.
+        The invalid images, in the data set's order.
 
     Raises:
         ConfigError: a negative number of workers.
     """
-    return find_bad(dataset, partial(why_bad, dataset), chunk=_CHUNK, workers=workers, progress=progress)
+    return find_invalid(dataset, partial(check_image, dataset), chunk=_CHUNK, workers=workers, progress=progress)
 
 
-def set_aside_bad(
+def set_aside_invalid(
     dataset: LabelledImages,
     on_bad: OnBadInput,
     *,
@@ -50,43 +50,42 @@ def set_aside_bad(
     every_class: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[LabelledImages, list[BadInput]]:
-    """Searches a data set for bad images, and either leaves them out or refuses the data set.
+    """Checks every image of a data set, and leaves out the invalid ones or refuses the data set.
 
     Args:
-        dataset: left as it is.
-        on_bad: ``"stop"`` raises if there is any; ``"skip"`` goes on without them.
-        workers: as of :func:`find_bad_images`.
-        every_class: refuse to lose the last image of a class, as training must; a split that is only scored can do
-            without.
-        progress: as of :func:`find_bad_images`.
+        dataset: is not changed.
+        on_bad: ``"stop"`` raises an error if an image is invalid; ``"skip"`` leaves out the invalid images.
+        workers: see :func:`find_invalid_images`.
+        every_class: raise an error if a class loses its last image; required for training, not for evaluation.
+        progress: see :func:`find_invalid_images`.
 
     Returns:
-        The data set without its bad images, itself where there are none, and the bad ones.
+        The data set without its invalid images, or ``dataset`` itself if there are none; and the invalid images.
 
     Raises:
-        ConfigError: ``on_bad`` or ``workers`` is not possible.
-        DataError: there are bad images and ``on_bad`` is ``"stop"`` (names the first, and says how many); or no image
-            is left, or none of a class that had some.
+        ConfigError: an invalid ``on_bad`` or ``workers``.
+        DataError: images are invalid and ``on_bad`` is ``"stop"`` (with their number and the first of them), no image
+            is left, or a class loses its last image.
     """
     check_on_bad(on_bad)
-    bad = find_bad_images(dataset, workers=workers, progress=progress)
-    return leave_out_bad(dataset, bad, on_bad, every_class=every_class), bad
+    bad = find_invalid_images(dataset, workers=workers, progress=progress)
+    return leave_out_invalid(dataset, bad, on_bad, every_class=every_class), bad
 
 
-def leave_out_bad(
+def leave_out_invalid(
     dataset: LabelledImages, bad: Sequence[BadInput], on_bad: OnBadInput, *, every_class: bool = True
 ) -> LabelledImages:
-    """Does what :func:`set_aside_bad` does once the bad images are known; arguments and errors as there."""
+    """Leaves out known invalid images; arguments and errors as for :func:`set_aside_invalid`."""
     if not bad:
         return dataset
-    kept = select(dataset, usable(dataset, bad, on_bad, "images"))
+    kept = select(dataset, valid_indices(dataset, bad, on_bad, "images"))
     if every_class:
         _check_classes(dataset, {image.index for image in bad}, place(dataset))
     return kept
 
 
 def _check_classes(dataset: LabelledImages, wrong: set[int], where: str) -> None:
-    """Raises if a class loses its last image; labels that are no class numbers are among the wrong ones."""
+    """Raises if a class loses its last image; images whose label is not a class number are in ``wrong``."""
     given = dataset.source.labels()
     left = {int(label) for index, label in enumerate(given) if index not in wrong}
     lost: dict[int, str] = {}

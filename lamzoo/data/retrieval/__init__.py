@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from lamzoo.data.retrieval.base import CaptionedVideos, VideoSource
 from lamzoo.data.retrieval.factory import VIDEO_KINDS, create_retrieval_dataset
 from lamzoo.data.retrieval.selection import select_videos
-from lamzoo.data.retrieval.validation import find_bad_videos, leave_out_bad_videos, set_aside_bad_videos
+from lamzoo.data.retrieval.validation import find_invalid_videos, leave_out_invalid_videos, set_aside_invalid_videos
 from lamzoo.lazy import submodules_of
 
 __all__ = [
@@ -13,10 +13,10 @@ __all__ = [
     "CaptionedVideos",
     "VideoSource",
     "create_retrieval_dataset",
-    "find_bad_videos",
-    "leave_out_bad_videos",
+    "find_invalid_videos",
+    "leave_out_invalid_videos",
     "select_videos",
-    "set_aside_bad_videos",
+    "set_aside_invalid_videos",
 ]
 
 if not TYPE_CHECKING:  # a type checker would believe any name

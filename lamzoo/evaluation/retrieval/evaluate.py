@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lamzoo.data import BadInput, OnBadInput, plain_worker_errors
-from lamzoo.data.retrieval import CaptionedVideos, set_aside_bad_videos
+from lamzoo.data.retrieval import CaptionedVideos, set_aside_invalid_videos
 from lamzoo.data.retrieval.clips import Clips, each_frame, pad_clips
 from lamzoo.data.video.sampling import FrameSampling
 from lamzoo.errors import ConfigError, UnsupportedHostError
@@ -89,7 +89,9 @@ def evaluate_retrieval(
     start = time.perf_counter()
     bad: list[BadInput] = []
     if on_bad_input == "skip":
-        dataset, bad = set_aside_bad_videos(dataset, chosen, "skip", workers=workers, progress=partial(moved, "scan"))
+        dataset, bad = set_aside_invalid_videos(
+            dataset, chosen, "skip", workers=workers, progress=partial(moved, "scan")
+        )
     loader = DataLoader(
         Clips(dataset, chosen, each_frame(timm.data.create_transform(**config))),
         batch_size,

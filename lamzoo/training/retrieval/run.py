@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader
 from lamzoo.data.retrieval import (
     CaptionedVideos,
     create_retrieval_dataset,
-    find_bad_videos,
-    leave_out_bad_videos,
+    find_invalid_videos,
+    leave_out_invalid_videos,
     select_videos,
 )
 from lamzoo.data.retrieval.clips import ClipAugment, Clips, Pairs, each_frame, pad_clips
@@ -223,12 +223,12 @@ class RetrievalRun(TrainingRun):
         own = []
         if len(share):
             part = select_videos(split, share)
-            own = find_bad_videos(part, data.sampling, workers=data.workers, progress=moved)
+            own = find_invalid_videos(part, data.sampling, workers=data.workers, progress=moved)
         found = [replace(video, index=share[video.index]) for video in own]
         if accelerator.num_processes > 1:
             found = sorted(gather_object(found), key=lambda video: video.index)
         bad += [(split.split or role, video) for video in found]
-        return leave_out_bad_videos(split, found, data.on_bad_input)
+        return leave_out_invalid_videos(split, found, data.on_bad_input)
 
 
 class _Collate:
