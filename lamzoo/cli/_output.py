@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -34,7 +33,12 @@ class Advance(Protocol):
 
 
 def print_table(
-    columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title: str | None = None, numbers: Collection[int] = ()
+    columns: Sequence[str],
+    rows: Sequence[Sequence[Any]],
+    *,
+    title: str | None = None,
+    numbers: Collection[int] = (),
+    compact: bool = False,
 ) -> None:
     """Prints a table to stdout; a column whose every value is a number is flushed right.
 
@@ -42,9 +46,11 @@ def print_table(
         columns: headings.
         rows: values; None prints as an empty cell. Strings are taken literally, not as rich markup.
         title: above the table.
-        numbers: indices of columns that hold numbers written as text, to be flushed right too and not cut in two.
+        numbers: indices of columns of numbers written as text, which are flushed right too and never wrapped.
+        compact: without lines, columns one space apart.
     """
-    table = Table(title=Text(title) if title else None, title_justify="left", header_style="bold")
+    lines: dict[str, Any] = {"box": None, "padding": (0, 1, 0, 0), "pad_edge": False} if compact else {}
+    table = Table(title=Text(title) if title else None, title_justify="left", header_style="bold", **lines)
     for index, heading in enumerate(columns):
         values = [row[index] for row in rows if row[index] is not None]
         numeric = index in numbers or (bool(values) and all(isinstance(value, (int, float)) for value in values))
@@ -153,6 +159,8 @@ def progress_bar(title: str, *, hidden: bool = False, ends: bool = False) -> Ite
     if hidden or not console.is_terminal:
         yield _lines(title, hidden, ends)
         return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # 0.1 s
+
     uncut = partial(Column, no_wrap=True)
     cut = partial(uncut, overflow="ellipsis")
     columns = (

@@ -1,8 +1,8 @@
-"""``lamzoo list``: the models, with their cost and their weights."""
+"""``lamzoo list``: the models, with their task, input, size, score, and where their weights are."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -10,13 +10,24 @@ from lamzoo.cli import _output as out
 from lamzoo.cli._options import Json
 from lamzoo.errors import UnknownModelError
 
+if TYPE_CHECKING:
+    from lamzoo.registry.catalog import ModelInfo
+
+_PLACES = {"hub": "download", "missing": "none"}
+
 
 def list_command(
-    pattern: Annotated[str, typer.Argument(metavar="[PATTERN]", help="Wildcard or part of a name; timm/... too.")] = "",
-    pretrained: Annotated[bool, typer.Option("--pretrained", help="Only names with weights, as arch.tag.")] = False,
+    pattern: Annotated[str, typer.Argument(
+        metavar="[PATTERN]", help="A wildcard or a part of a name; timm/... lists models of timm.")] = "",
+    pretrained: Annotated[bool, typer.Option(
+        "--pretrained", help="Only models with weights, a line for each arch.tag.")] = False,
     json: Json = False,
-) -> None:
-    """Lists the models that there are."""
+) -> None:  # fmt: skip
+    """Lists the models.
+
+    Score and weights are those of the default tag. Weights are bundled with lamzoo, cached on this machine, or have to
+    be downloaded; lamzoo info NAME shows all tags.
+    """
     from lamzoo.registry.catalog import list_models, model_info
 
     wildcard = pattern
@@ -28,14 +39,67 @@ def list_command(
         raise UnknownModelError(
             f"no model{weights} matches {pattern!r}; `lamzoo list` shows all, `lamzoo list timm/` timm's"
         )
-    infos = [(name, model_info(name)) for name in names]
+    infos = [model_info(name) for name in names]
+    facts = [_facts(name, info) for name, info in zip(names, infos, strict=True)]
     if json:
-        keys = ("family", "description", "params", "gmacs")
-        out.print_json([{"name": n, **{k: getattr(i, k) for k in keys}, "tags": list(i.tags)} for n, i in infos])
+        out.print_json(facts)
         return
-    rows = [(n, _millions(i.params), i.gmacs, "yes" if i.lam else "no", ", ".join(i.tags)) for n, i in infos]
-    out.print_table(("model", "params (M)", "GMACs", "masks", "weights"), rows)
+    rows = [
+        (
+            each["name"],
+            each["task"],
+            _size(each["input_size"], info),
+            None if each["params"] is None else f"{each['params'] / 1e6:.1f}M",
+            "" if each["score"] is None else f"{each['score']['metric']} {each['score']['value']:.1f}",
+            each["weights"],
+        )
+        for each, info in zip(facts, infos, strict=True)
+    ]
+    out.print_table(("model", "task", "input", "params", "score", "weights"), rows, numbers={3}, compact=True)
 
 
-def _millions(count: int | None) -> float | None:
-    return None if count is None else count / 1e6
+def _facts(name: str, info: ModelInfo) -> dict[str, Any]:
+    from lamzoo.registry.catalog import get_pretrained_cfg
+    from lamzoo.weights.sources import location
+
+    cfg = get_pretrained_cfg(name).to_dict() if info.source == "timm" else info.cfg(info.tag)
+    place = "none" if info.tag is None else location(info.tag, weights_dir=info.weights_dir)
+    return {
+        "name": name,
+        "family": info.family,
+        "description": info.description,
+        "params": info.params,
+        "gmacs": info.gmacs,
+        "tags": list(info.tags),
+        "task": _task(info),
+        "input_size": cfg.get("input_size"),
+        "score": _score(info),
+        "weights": _PLACES.get(place, place),
+    }
+
+
+# Family to task, and the metric of a card that stands for it in the list, with its heading.
+_TASKS = {
+    "lam_clip4clip": ("retrieval", "t2v_R1", "R@1"),
+    "open_clip": ("retrieval", "t2v_R1", "R@1"),
+    "lam_moment_detr": ("moments", "mAP", "mAP"),
+    "lam_describer": ("captions", "CIDEr", "CIDEr"),
+}
+_CLASSIFICATION = ("classification", "top1", "top-1")
+
+
+def _task(info: ModelInfo) -> str:
+    return _TASKS.get(info.family, _CLASSIFICATION)[0]
+
+
+def _score(info: ModelInfo) -> dict[str, Any] | None:
+    _, key, heading = _TASKS.get(info.family, _CLASSIFICATION)
+    value = None if info.tag is None else info.tag.metrics.get(key)
+    return None if value is None else {"metric": heading, "value": value, "dataset": info.tag.metrics.get("dataset")}
+
+
+def _size(input_size: tuple[int, int, int] | None, info: ModelInfo) -> str:
+    if input_size is None:  # a card states the size of images; what a plug-in's function builds is unknown here
+        return "features" if info.source == "card" else ""
+    _, height, width = input_size
+    return f"{height}px" if height == width else f"{height}x{width}"

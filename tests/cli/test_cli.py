@@ -8,9 +8,12 @@ import pytest
 from typer.testing import CliRunner
 
 from lamzoo import __version__
+from lamzoo.cli import _output as out
 from lamzoo.cli import app as cli
+from lamzoo.registry.catalog import model_info
 from lamzoo.registry.factory import create_model
 from lamzoo.registry.saving import save_pretrained
+from lamzoo.weights.sources import hub_file_of
 from tests.images import CLASSES, encoded, write_folder, write_npz
 
 
@@ -42,6 +45,50 @@ def test_help_and_version(run) -> None:
             assert f"\n  {command} " in done.out
     assert "\nVideos:\n" in done.out
     assert "--precision" in run("eval", "-h").out
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["list"], ["info", "lam_vit_base"]], ids=" ".join)
+def test_what_needs_no_model_imports_no_torch_and_is_quick(arguments: list[str]) -> None:
+    probe = f"""
+import json, sys, time
+from lamzoo.cli import main
+try:
+    main({arguments!r})
+except SystemExit as end:
+    heavy = sorted({{"torch", "timm", "torchvision", "open_clip", "transformers"}} & set(sys.modules))
+    sys.stderr.write(json.dumps([end.code, heavy, time.process_time()]))
+"""
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    code, heavy, seconds = json.loads(done.stderr)
+    assert (code, heavy) == (0, [])
+    assert seconds < 1.5, "0.4 to 0.6 on a machine at rest"
+
+
+def test_list_fits_a_terminal_and_tells_task_input_score_and_weights(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(out, "_PIPE_WIDTH", 80)
+    lines = run("list").out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[0].split() == ["model", "task", "input", "params", "score", "weights"]
+    rows = {line.split()[0]: line.split() for line in lines}
+    assert len(rows) == len(lines), "no name is wrapped"
+    assert rows["lam_vit_micro"][1:] == ["classification", "32px", "1.1M", "top-1", "85.4", "bundled"]
+    assert rows["lam_qd_detr"][1:] == ["moments", "features", "7.6M", "none"]
+
+
+def test_list_tells_where_the_weights_are(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    (before,) = json.loads(run("list", "lam_vit_large", "--json").out)
+    repo = hub_file_of(model_info("lam_vit_large").tag)
+    assert repo is not None
+    folder = tmp_path / "hub" / f"models--{repo.repo.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("abc")
+    (folder / "snapshots" / (repo.revision or "abc")).mkdir(parents=True)
+    (folder / "snapshots" / (repo.revision or "abc") / "model.safetensors").touch()
+    (after,) = json.loads(run("list", "lam_vit_large", "--json").out)
+    assert (before["weights"], after["weights"]) == ("download", "cached")
+    assert {"name", "family", "description", "params", "gmacs", "tags"} <= set(after)
+    assert after["score"]["metric"] == "top-1"
 
 
 def test_typers_own_runner_works() -> None:
