@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import shlex
+import tomllib
 import unittest
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 
 from lamzoo.cli.app import app, main
+from lamzoo.training import parse_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -70,6 +72,13 @@ def test_python_snippets_run_from_top_to_bottom(page: Path, workplace: Path) -> 
 @pytest.mark.parametrize("page", PYTHON, ids=name)
 def test_skipped_snippets_are_listed(page: Path) -> None:
     assert re.findall(r'<!-- skip: next "(.*)" -->', page.read_text(encoding="utf-8")) == NOT_RUN.get(name(page), [])
+
+
+def test_recipes_are_valid() -> None:
+    pages = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    tables = [tomllib.loads(block) for block in re.findall(r"^```toml\n(.*?)^```", pages, re.DOTALL | re.MULTILINE)]
+    recipes = [table for table in tables if "run" in table]
+    assert {parse_recipe(recipe).task for recipe in recipes} == {"classification", "retrieval"}
 
 
 @pytest.mark.parametrize("file", ["pyproject.toml", "src/lamzoo_example/models.py"])
