@@ -185,7 +185,7 @@ class MaskNetwork(nn.Module):
         num_heads: attention heads.
         length: key positions of a ``"position"`` table; ``config.max_length`` takes precedence.
         num_prefix_tokens: class and register tokens among them, at the start.
-        grid: ``(rows, columns)`` of the patches behind them; ``None`` for a sequence.
+        grid: ``(rows, columns)`` of the patches after them; ``None`` for a sequence.
 
     Raises:
         ConfigError: ``keys="position"`` with neither ``length`` nor ``config.max_length``.

@@ -132,7 +132,7 @@ class SharedState:
         if rerun is None:
             then = _alive(notes.get(id(self)))
         else:
-            # Where the node isn't behind the block's input but behind what layers share, the input itself leads there.
+            # If the node descends from what layers share rather than from the block's input, search from the input.
             then = _nearest(torch._C._current_autograd_node(), block)
             then = then or _nearest(tokens.grad_fn, block, id(self))
             then = then or _alive(notes.get(block)) or _alive(notes.get(id(self)))
@@ -153,7 +153,7 @@ class SharedState:
         """Notes the current pass with a block's output, ``(B, N, C)``, for the lifetime of the output or its graph."""
         here = self._passes.get(_thread())
         if not torch.compiler.is_compiling() and here is not None and here.rerun == _rerun():
-            # No cycle of references: the output comes from the mask, so that the mask's graph doesn't lead back to it.
+            # No reference cycle: the output is computed from the mask, so the mask's graph doesn't lead back to it.
             self._notes_of(tokens)[id(self)] = here
 
     def _note_input(self, tokens: Tensor, notes: dict[int, Any], block: int) -> None:
@@ -161,12 +161,12 @@ class SharedState:
         if here is None or here.rerun != _rerun():
             return
         if here.rerun is not None and _alive(notes.get(block)) is not None:
-            return  # the first run's, which a second backward pass looks for
+            return  # keep the first run's note for a second backward pass
         shares = here.mask is not None or here.kept is not None
-        # Without gradients, what layers share is noted nowhere in a graph: a rerun would cut its gradient.
+        # Without a graph, what layers share is not noted at all: a rerun from such a note would cut its gradient.
         if tokens.grad_fn is None or torch.is_grad_enabled() or not shares:
-            # Two blocks may have one input, from which the first of them made the mask: then it is held by the outputs
-            # before, and here weakly, as what has a graph that leads to where it is noted would never go.
+            # Two blocks may have the same input, from which the first one made the mask. Earlier outputs hold that
+            # pass; the note here is weak, because a graph noted at one of its own nodes would never be freed.
             notes[block] = weakref.ref(here) if shares or here.token_maps else here
 
     def _notes_of(self, tokens: Tensor) -> dict[int, Any]:

@@ -1,4 +1,4 @@
-"""Token maps: which of a layer's tokens each token behind it is made of."""
+"""Token maps: which tokens of a layer each token of the next one is made of."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def prune_tokens(
         UnsupportedHostError: the model has no masks, or has them in another host, or in several; in a forward pass,
             that straight-through training doesn't support the model's pooling.
         ConfigError: an invalid value, a layer that the model doesn't have, both ``keep`` and ``target_gmacs``, or a
-            target that no share meets.
+            target below the cost of a single token.
     """
     layers = hooks.depth(model)
     where = tuple(at) if at is not None else tuple(sorted({layers * i // 4 for i in (1, 2, 3)} - {layers - 1}))

@@ -1,9 +1,9 @@
 """Token pruning as hooks in a model with masks.
 
-Modifications to the host: a forward hook on each block named prunes its tokens by the scores of its attention, which an
-attention hook of the mask computes; a forward pre-hook on the first block starts each pass with all tokens, and one on
-each block lets gradient checkpointing find its pass. For straight-through training, which leaves all tokens in place,
-attention hooks hide pruned tokens from later layers, and a forward hook on the module before the pooling weights the
+Modifications to the host: an attention hook in each mask scores the tokens, and a forward hook on each block of
+``PruneConfig.at`` prunes those with the lowest scores; a forward pre-hook on the first block begins each pass with all
+tokens, and one on each block lets gradient checkpointing find its pass. Straight-through training leaves all tokens in
+place: the attention hooks hide pruned tokens from later layers, and a forward hook before the pooling weights the
 tokens so that their mean is that of the kept ones.
 """
 

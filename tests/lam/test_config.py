@@ -1,6 +1,8 @@
 """LamConfig: every field is checked, and every configuration survives TOML, JSON and dict."""
 
 import pickle
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -134,3 +136,21 @@ def test_json_that_is_no_object_is_refused(text: str, kind: str) -> None:
 def test_text_that_is_not_toml_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="not TOML"):
         LamConfig.from_toml(text)
+
+
+def test_only_position_keys_without_a_length_are_given_one() -> None:
+    positions = LamConfig(keys="position")
+    assert positions.has_positions and positions.with_length(7) == LamConfig(keys="position", max_length=7)
+    for config in (LamConfig(), LamConfig(keys="position", max_length=3)):
+        assert config.with_length(7) is config
+
+
+def test_configurations_are_read_without_torch() -> None:
+    code = """
+import sys
+from lamzoo.lam import LamConfig
+from lamzoo.reduction import PruneConfig
+assert LamConfig().mask_op.identity == 0 and PruneConfig(0.5, (1,)).at == (1,)
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -304,6 +304,18 @@ def test_a_target_is_met_as_closely_as_whole_tokens_allow(share: float) -> None:
     assert lamzoo.profile(prune_tokens(vit, min(1.0, more), (0, 1, 2))).gmacs > target
 
 
+def test_a_target_is_met_by_the_counter_that_is_given() -> None:
+    tokens = {}
+
+    def count(vit: nn.Module) -> float:
+        tokens[vit.prune_config.keep] = vit.forward_features(images(1)).shape[1]
+        return float(tokens[vit.prune_config.keep])
+
+    vit = prune_tokens(model(), at=(0,), target_gmacs=9, count_gmacs=count)
+    assert vit.prune_config.keep == 0.5  # 8 of 16, and the class token
+    assert tokens[0.5] == 9 and tokens[0.501] == 10
+
+
 def test_a_target_above_the_whole_keeps_everything() -> None:
     vit = model()
     assert prune_tokens(vit, target_gmacs=lamzoo.profile(vit).gmacs * 1.1).prune_config.keep == 1.0

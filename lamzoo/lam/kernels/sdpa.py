@@ -44,9 +44,9 @@ def sdpa(
 
     def attend(query: Tensor, key: Tensor, value: Tensor, mask: FactoredMask, attn_mask: Tensor | None) -> Tensor:
         wide_query, wide_key = fold(query, key, mask, op=op, scale=scale)
-        # On the CPU a value whose width isn't the query's silently leaves the fused kernel.
+        # On the CPU a value of another width than the query silently disables the fused kernel.
         width = max(wide_query.shape[-1], value.shape[-1])
-        if query.device.type == "cuda":  # so does, on CUDA, a width that isn't a multiple of 8
+        if query.device.type == "cuda":  # as does, on CUDA, a width that isn't a multiple of 8
             width = -(-width // 8) * 8
         out = F.scaled_dot_product_attention(
             _widen(wide_query, width),

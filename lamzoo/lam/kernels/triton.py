@@ -123,7 +123,7 @@ def lam_attention_forward(
     is_causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """The operator behind :func:`triton_attention`.
+    """The operator of :func:`triton_attention`.
 
     Args:
         query: ``(B, H, Nq, d)``, float32, float16 or bfloat16, any strides.

@@ -1,10 +1,11 @@
-"""The Triton programs of masked attention: one forward, two backward; importing this file needs triton.
+"""The Triton programs of masked attention, one forward and two backward; importing this file requires triton.
 
-Each works on tiles: a tile of the mask is ``left_tile @ right_tile.T``, made on chip beside the tile of scores that it
-modulates, and neither leaves the chip. Scores are kept in base 2, since the hardware's exponential is ``exp2``.
+Each works on tiles: a tile of the mask, ``left_tile @ right_tile.T``, is computed on chip beside the tile of scores
+that it modulates, and neither is written to memory. Scores are in base 2, because the hardware's exponential is
+``exp2``.
 """
 
-# Arguments without an annotation are pointers or integers of the launch, which Python has no types for; triton itself
+# Arguments without an annotation are pointers or integers of the launch, for which Python has no types; triton itself
 # is untyped, or missing.
 # mypy: disable-error-code="no-untyped-def, import-untyped, import-not-found"
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Lengths and heads differ between calls: compiling again for those that 16 divides would buy nothing.
+# Lengths and heads vary between calls: recompiling for those divisible by 16 would gain nothing.
 _ANY = ["heads", "num_queries", "num_keys"]
 
 
@@ -27,7 +28,7 @@ def _load(base, stride, rows, num_rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr
 
 @triton.jit
 def _store(base, stride, rows, num_rows, tile, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Stores what :func:`_load` loads, in the dtype of the matrix."""
+    """Stores a tile as :func:`_load` loads it, in the dtype of the matrix."""
     columns = tl.arange(0, BLOCK)
     pointers = base + rows.to(tl.int64)[:, None] * stride + columns[None, :]
     tile = tile.to(base.dtype.element_ty)
@@ -56,7 +57,7 @@ def _permitted(
 ):
     """Where attention may go; ``queries`` and ``keys`` are ``(n, 1)`` and ``(1, m)``, or the other way round."""
     permitted = keys < num_keys
-    if ALLOWED == "keys":  # key padding: one vector serves every query
+    if ALLOWED == "keys":  # key padding: the same vector for every query
         permitted = permitted & (tl.load(allowed + keys.to(tl.int64) * stride_k, mask=permitted, other=0) != 0)
     if ALLOWED == "full":
         pointers = allowed + queries.to(tl.int64) * stride_q + keys.to(tl.int64) * stride_k
@@ -81,7 +82,7 @@ def forward_kernel(
 ):  # fmt: skip
     """One tile of queries over all keys, with an online softmax; writes ``out`` and the base-2 log-sum-exp."""
     tiles = tl.cdiv(num_queries, BLOCK_Q)
-    head_index = tl.program_id(0) // tiles  # tiles of one head run side by side and share its keys in the cache
+    head_index = tl.program_id(0) // tiles  # tiles of one head run concurrently and share its keys in the cache
     first = tl.program_id(0) % tiles * BLOCK_Q
     b = (head_index // heads).to(tl.int64)
     h = (head_index % heads).to(tl.int64)
@@ -109,7 +110,7 @@ def forward_kernel(
         )
         logits = tl.where(permitted, _modulated(scores, mask, MUL), float("-inf"))
         new_largest = tl.maximum(largest, tl.max(logits, 1))
-        # Until a row has met a permitted key its maximum is -inf, and -inf - -inf would be NaN.
+        # Until the first permitted key of a row its maximum is -inf, and -inf - -inf would be NaN.
         pivot = tl.where(new_largest == float("-inf"), 0.0, new_largest)
         weights = tl.exp2(logits - pivot[:, None])
         shrink = tl.exp2(largest - pivot)
@@ -210,7 +211,7 @@ def backward_keys_kernel(
 ):  # fmt: skip
     """One tile of keys over all queries: gradients of ``key``, ``value`` and ``right``.
 
-    All tiles of scores are transposed, keys by queries, so that no tile of weights has to be turned on chip.
+    All tiles of scores are transposed, keys by queries, so that no tile of weights needs transposing on chip.
     """
     tiles = tl.cdiv(num_keys, BLOCK_K)
     head_index = tl.program_id(0) // tiles
