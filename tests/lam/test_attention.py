@@ -165,7 +165,7 @@ WRONG = {
     "boolean factor": ({"left": torch.ones(2, 2, 4, 2, dtype=torch.bool)}, r"left factor .* torch\.bool.*`allowed`"),
     "integer factor": ({"right": torch.ones(2, 2, 5, 2, dtype=torch.int64)}, r"right factor .* torch\.int64"),
     "two dtypes": ({"right": torch.ones(2, 2, 5, 2)}, r"left torch\.float64 and right torch\.float32"),
-    "three dims": ({"left": torch.ones(2, 4, 2)}, r"left factor .* \(2, 4, 2\), must have 4 dimensions"),
+    "three dims": ({"left": torch.ones(2, 4, 2)}, r"left factor .* \(2, 4, 2\); it must have 4 dimensions"),
     "ranks": ({"left": torch.ones(2, 2, 4, 3).double()}, r"left \(2, 2, 4, 3\) and right \(2, 2, 5, 2\)"),
     "queries": ({"left": torch.ones(2, 2, 5, 2).double()}, r"left \(2, 2, 5, 2\).*queries \(2, 2, 4, 3\)"),
     "keys": ({"right": torch.ones(2, 2, 4, 2).double()}, r"right \(2, 2, 4, 2\).*keys \(2, 2, 5, 3\)"),
