@@ -94,8 +94,9 @@ def _task(info: ModelInfo) -> str:
 
 def _score(info: ModelInfo) -> dict[str, Any] | None:
     _, key, heading = _TASKS.get(info.family, _CLASSIFICATION)
-    value = None if info.tag is None else info.tag.metrics.get(key)
-    return None if value is None else {"metric": heading, "value": value, "dataset": info.tag.metrics.get("dataset")}
+    if info.tag is None or (value := info.tag.metrics.get(key)) is None:
+        return None
+    return {"metric": heading, "value": value, "dataset": info.tag.metrics.get("dataset")}
 
 
 def _size(input_size: tuple[int, int, int] | None, info: ModelInfo) -> str:

@@ -107,7 +107,9 @@ def _draw(axis: Axes, series: Series, height: int) -> None:
         style = _LINES[series.style]
         axis.plot(xs, ys, color=series.color, drawstyle=steps, label=label, zorder=height, **style)
         return
-    fill = {"facecolors": "none", "edgecolors": series.color} if series.style == "ring" else {"color": series.color}
+    fill: dict[str, Any] = (
+        {"facecolors": "none", "edgecolors": series.color} if series.style == "ring" else {"color": series.color}
+    )
     axis.scatter(xs, ys, label=label, zorder=height, **fill, **_MARKERS[series.style])
 
 
