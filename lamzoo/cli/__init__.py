@@ -1,4 +1,4 @@
-"""The command ``lamzoo``: one file a command."""
+"""The command line: one file for each command of ``lamzoo``."""
 
 from lamzoo.cli.app import main
 

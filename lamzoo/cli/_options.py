@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -19,8 +19,9 @@ Checkpoint = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Safetensors file that replaces the pretrained weights.")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to stdout.")]
-BatchSize = Annotated[int, typer.Option(help="Images at a time.")]
+Precision = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Precision of the autocast.")]
+Json = Annotated[bool, typer.Option("--json", help="Print only JSON to stdout.")]
+BatchSize = Annotated[int, typer.Option(help="Images per batch.")]
 
 
 def load_model(name: str, checkpoint: Path | None) -> nn.Module:

@@ -1,4 +1,4 @@
-"""How the command line prints: tables, JSON, progress bars and one-line errors; knows no model and no command."""
+"""Printing on the command line: tables, JSON, progress bars, log lines and one-line errors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _bar_console: Console | None = None  # of the progress bar that is shown now
 
 
 class Advance(Protocol):
-    """Moves a progress bar to ``done`` of ``total`` and says ``note`` beside it."""
+    """Moves a progress bar to ``done`` of ``total`` and shows ``note`` beside it."""
 
     def __call__(self, done: int, total: int, note: str = "") -> None: ...
 
@@ -40,14 +40,14 @@ def print_table(
     numbers: Collection[int] = (),
     compact: bool = False,
 ) -> None:
-    """Prints a table to stdout; a column whose every value is a number is flushed right.
+    """Prints a table to stdout; columns of numbers are right-aligned.
 
     Args:
         columns: headings.
-        rows: values; None prints as an empty cell. Strings are taken literally, not as rich markup.
+        rows: values; None prints as an empty cell. Strings are not parsed as rich markup.
         title: above the table.
-        numbers: indices of columns of numbers written as text, which are flushed right too and never wrapped.
-        compact: without lines, columns one space apart.
+        numbers: indices of columns of numbers written as text, which are right-aligned too and never wrapped.
+        compact: draw no lines and separate columns by one space.
     """
     lines: dict[str, Any] = {"box": None, "padding": (0, 1, 0, 0), "pad_edge": False} if compact else {}
     table = Table(title=Text(title) if title else None, title_justify="left", header_style="bold", **lines)
@@ -62,7 +62,7 @@ def print_table(
 
 
 def print_retrieval(scores: Mapping[str, Mapping[str, Mapping[str, float]]], title: str) -> None:
-    """Prints the metrics of :func:`lamzoo.evaluation.retrieval_metrics`, by what they are of, as a table."""
+    """Prints metrics of :func:`lamzoo.evaluation.retrieval_metrics` as a table, two rows for each set of metrics."""
     from lamzoo.evaluation.retrieval.metrics import WAYS
 
     columns = ("", "", "R@1", "R@5", "R@10", "R@50", "median rank", "mean rank")
@@ -90,20 +90,20 @@ def print_captions(scores: Mapping[str, Mapping[str, float]], title: str) -> Non
 
 
 def terminal_width() -> int:
-    """Returns how many characters of a table fit beside one another on stdout."""
+    """Returns the width of stdout in characters."""
     return _stdout().width
 
 
 def print_json(value: Any) -> None:
-    """Prints one JSON document to stdout, and nothing else."""
+    """Prints one JSON document to stdout."""
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes one JSON document to a file, all of it or nothing.
+    """Writes one JSON document to a file, atomically.
 
     Raises:
-        WeightsError: the file cannot be written there.
+        WeightsError: the file cannot be written.
     """
     from lamzoo.files import atomic_files
 
@@ -112,7 +112,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def is_main_process() -> bool:
-    """Says whether this is the process that prints, of those that ``torchrun`` or ``accelerate launch`` started."""
+    """Returns whether this is the main process of ``torchrun`` or ``accelerate launch``, the one that prints."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -122,13 +122,13 @@ def print_line(text: str) -> None:
 
 
 def print_error(*lines: str) -> None:
-    """Prints red lines to stderr, unwrapped, whatever line breaks each text has."""
+    """Prints red lines to stderr, each text on one line, unwrapped."""
     text = "\n".join(" ".join(line.split()) for line in lines)
     _stderr().print(Text(f"lamzoo: {text}", style="red"), soft_wrap=True)
 
 
 def flush() -> None:
-    """Writes out what is left; a reader that has gone, as ``head`` does, is no error."""
+    """Flushes stdout; a closed pipe, as after ``head``, is not an error."""
     try:
         sys.stdout.flush()
     except OSError as error:
@@ -138,21 +138,21 @@ def flush() -> None:
 
 
 def printable(path: str | os.PathLike[str]) -> str:
-    """Returns a file name as text that can be printed, also where its bytes are no UTF-8."""
+    """Returns a file name as printable text, even if its bytes are not UTF-8."""
     return os.fsencode(path).decode("utf-8", "replace")
 
 
 @contextmanager
 def progress_bar(title: str, *, hidden: bool = False, ends: bool = False) -> Iterator[Advance]:
-    """Shows progress on stderr: a bar on a terminal, elsewhere a line from time to time.
+    """Shows progress on stderr: a bar on a terminal, otherwise a line from time to time.
 
     Args:
-        title: before it.
+        title: text before the bar.
         hidden: show nothing.
-        ends: where there is no terminal, also write a line when all is done.
+        ends: without a terminal, also write a line at the end.
 
     Yields:
-        The function that moves it.
+        The function that updates the progress.
     """
     global _bar_console
     console = _stderr()
@@ -184,7 +184,7 @@ def progress_bar(title: str, *, hidden: bool = False, ends: bool = False) -> Ite
 
 
 def log_to_stderr(verbose: bool) -> None:
-    """Sends the library's log to stderr, a line a record: warnings, or everything from INFO on."""
+    """Sends the library's log to stderr, one line per record, from WARNING or, if ``verbose``, from INFO on."""
     logger = logging.getLogger("lamzoo")
     for handler in [handler for handler in logger.handlers if isinstance(handler, _LogLines)]:
         logger.removeHandler(handler)
@@ -193,12 +193,12 @@ def log_to_stderr(verbose: bool) -> None:
 
 
 def show_log(name: str) -> None:
-    """Shows a part of the library's log from INFO on, however little is shown of the rest."""
+    """Shows the log of one module from INFO on, whatever the level of the others."""
     logging.getLogger(name).setLevel(logging.INFO)
 
 
 class _LogLines(logging.Handler):
-    """Writes log records to stderr, unwrapped, and above a progress bar that is there."""
+    """Writes log records to stderr, unwrapped, above the progress bar if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
         level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
@@ -233,5 +233,5 @@ def _stdout() -> Console:
 
 
 def _stderr() -> Console:
-    """Returns the console that stderr is written to: only that of a progress bar erases the bar before a line."""
+    """Returns the console for stderr: that of the progress bar, which redraws the bar below a line, if there is one."""
     return _bar_console or Console(stderr=True, highlight=False, emoji=False)

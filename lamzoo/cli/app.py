@@ -1,4 +1,4 @@
-"""The command ``lamzoo``: parses, calls the library, prints; every command imports what it needs when it runs."""
+"""The command ``lamzoo``: its commands, the exit codes and the report of errors."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from lamzoo.cli.train import train
 from lamzoo.errors import HubUnreachableError, LamzooError
 from lamzoo.version import __version__
 
-# The sections of --help. The modules of the commands import nothing heavy: --help builds all of them.
+# The sections of --help, which imports all of these modules: they import torch and timm inside functions only.
 _COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
     "Models": {"list": list_command, "info": info, "download": download, "export": export},
     "Images": {"predict": predict_command, "explain": explain, "demo": demo},
@@ -67,22 +67,22 @@ for _commands in _COMMANDS.values():
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line and exits.
 
-    The exit code is 0, 2 for what the user can put right (one line on stderr, three where the hub is out of reach),
-    130 after Ctrl-C, and 1 for what nobody expected (one line, and with ``--debug`` the traceback).
+    The exit code is 0 on success, 2 for errors that the user can fix (one line on stderr, three if the hub cannot be
+    reached), 130 after Ctrl-C and 1 for unexpected errors (one line; ``--debug`` prints the traceback).
 
     Args:
-        args: the arguments; those of the process by default.
+        args: the arguments; ``sys.argv[1:]`` by default.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # for file names that the terminal's encoding has not
+            stream.reconfigure(errors="backslashreplace")  # for file names outside the terminal's encoding
     rest = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in rest[: rest.index("--") if "--" in rest else None]
     if debug:
         rest.remove("--debug")
     try:
         code = typer.main.get_command(app).main(rest, prog_name="lamzoo", standalone_mode=False, obj=rest)
-    except Exception as error:  # noqa: BLE001 - the last line of defence: says what it was and never hides it
+    except Exception as error:  # noqa: BLE001 - the outermost handler: reports the error and exits
         if debug:
             traceback.print_exc()
         code = _report(error)
@@ -93,7 +93,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _report(error: Exception) -> int:
-    """Prints an error, as one line but for that of a hub out of reach, and returns the exit code."""
+    """Prints an error and returns the exit code."""
     if isinstance(error, HubUnreachableError):
         out.print_error(error.missing, error.works, error.bring)
         return 2
@@ -116,8 +116,8 @@ def _report(error: Exception) -> int:
 def _lamzoo(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the versions of lamzoo, torch and timm.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what is done, not only warnings.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log progress, not only warnings.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Print the traceback of an error.")] = False,
 ) -> None:
     if version:
         hosts = ", ".join(f"{name} {installed(name)}" for name in ("torch", "timm"))

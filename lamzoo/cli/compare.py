@@ -1,4 +1,4 @@
-"""The command ``lamzoo compare``: results tables in; a table, Markdown, CSV, plots and a page out."""
+"""``lamzoo compare``: results tables as one table, Markdown, CSV, plots and an interactive page."""
 
 from __future__ import annotations
 
@@ -16,16 +16,19 @@ if TYPE_CHECKING:
 
 
 def compare(
-    results: Annotated[list[Path], typer.Argument(metavar="RESULTS.csv...", help="Tables that lamzoo bench wrote.")],
+    results: Annotated[list[Path], typer.Argument(metavar="RESULTS.csv...", help="Results tables of lamzoo bench.")],
     timm: Annotated[Path | None, typer.Option(metavar="PATH", help=(
-        "Folder of timm's results-imagenet.csv and benchmark-infer-*.csv, to place the models among timm's."))] = None,
+        "Folder with timm's results-imagenet.csv and benchmark-infer-*.csv, to compare with timm's models."))] = None,
     timm_data: Annotated[str | None, typer.Option(metavar="SPEC", help=(
-        "The `data` that is ImageNet-1k's validation split; guessed from its name by default."))] = None,
+        "Which `data` is ImageNet-1k's validation split [guessed from the name]."))] = None,
     output: Annotated[Path | None, typer.Option("--out", metavar="DIR", help=(
-        "Also write compare.md, .csv and .html, and the plots, here."))] = None,
-    format: Annotated[Literal["table", "markdown", "csv"], typer.Option(help="Of what is printed.")] = "table",
+        "Also write compare.md, .csv, .html and the plots to this folder."))] = None,
+    format: Annotated[Literal["table", "markdown", "csv"], typer.Option(help="Format of the output.")] = "table",
 ) -> None:  # fmt: skip
-    """Compares measured models: accuracy against cost, each LAM beside its plain backbone."""
+    """Compares measured models: accuracy against cost.
+
+    Each model with masks is listed below its plain backbone.
+    """
     from lamzoo.report.compare import compare, to_csv, to_markdown, write_comparison
 
     comparison = compare(results, timm=timm, timm_data=timm_data)
@@ -62,7 +65,7 @@ def _print(comparison: Comparison) -> None:
 def _print_group(
     columns: Sequence[Column], entries: Sequence[Entry], title: str | None, *, narrow: bool = False
 ) -> None:
-    """Prints one table; a narrow one has the headings' words and the quartiles below one another."""
+    """Prints one table; on a narrow terminal, headings and quartiles are wrapped."""
 
     def fitted(text: str, column: Column) -> str:
         return text.replace(" ", "\n") if narrow and column.numeric else text
@@ -73,6 +76,6 @@ def _print_group(
 
 
 def _width(columns: Sequence[Column], entries: Sequence[Entry]) -> int:
-    """Returns how many characters a table needs to show each cell on one line, frame included."""
+    """Returns the width of the table with every cell on one line, in characters, frame included."""
     cells = (max(map(len, (column.heading, *map(column.cell, entries)))) for column in columns)
     return 1 + sum(3 + width for width in cells)

@@ -10,9 +10,12 @@ import typer
 
 def demo(
     output: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the pictures.")] = Path(".demo"),
-    cifar10: Annotated[Path | None, typer.Option(metavar="DIR", help="A CIFAR-10 copy to score on.")] = None,
+    cifar10: Annotated[Path | None, typer.Option(metavar="DIR", help="A copy of CIFAR-10 to evaluate on.")] = None,
 ) -> None:
-    """Shows the zoo at work on real photographs: predictions, cost, masks and accuracy."""
+    """Runs a demo on real photographs.
+
+    It shows predictions, cost, masks and accuracy, and writes pictures.
+    """
     from lamzoo.report.demo import run
 
     run(output, cifar10=cifar10)

@@ -1,4 +1,4 @@
-"""The command ``lamzoo describe``: a video in, a sentence for each window of it out, as a table or subtitles."""
+"""``lamzoo describe``: a sentence for each window of a video, as a table or subtitles."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ if TYPE_CHECKING:
 def describe(
     video: Annotated[Path, typer.Argument(metavar="VIDEO", help="A video file.")],
     model: Annotated[str, typer.Option(metavar="NAME", help=(
-        "Of the family lam_describer, trained on such features: arch.tag, local-dir:DIR or hf-hub:REPO."))],
+        "Of the family lam_describer, trained on the same features: arch.tag, local-dir:DIR or hf-hub:REPO."))],
     features: Annotated[str, typer.Option(metavar="NAME", help=(
-        "The towers that made the features of frames: open_clip/NAME:TAG, local-dir:DIR or hf-hub:REPO."))]
+        "The towers that compute the features of frames: open_clip/NAME:TAG, local-dir:DIR or hf-hub:REPO."))]
     = "open_clip/ViT-B-32:openai",
     checkpoint: Checkpoint = None,
-    rate: Annotated[float | None, typer.Option(help="Frames a second [the model's own, or 5].")] = None,
-    seconds: Annotated[float | None, typer.Option(help="Length of a window [the model's own].")] = None,
-    start: Annotated[float, typer.Option(help="Where to begin, seconds.")] = 0.0,
-    end: Annotated[float | None, typer.Option(help="Where to stop, seconds [the video's end].")] = None,
-    beams: Annotated[int, typer.Option(help="Of the beam search; 1 is greedy.")] = 1,
-    top_p: Annotated[float | None, typer.Option(help="Draw from this share of the probability instead.")] = None,
-    length_penalty: Annotated[float, typer.Option(help="Above 0 favours longer sentences, with beams.")] = 1.0,
+    rate: Annotated[float | None, typer.Option(help="Frames per second [the model's, or 5].")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Length of a window in seconds [the model's].")] = None,
+    start: Annotated[float, typer.Option(help="Start in seconds.")] = 0.0,
+    end: Annotated[float | None, typer.Option(help="End in seconds [the end of the video].")] = None,
+    beams: Annotated[int, typer.Option(help="Beams of the search; 1 is greedy.")] = 1,
+    top_p: Annotated[float | None, typer.Option(help="Sample from the nucleus of this probability instead.")] = None,
+    length_penalty: Annotated[float, typer.Option(help="Above 0, beam search favours longer sentences.")] = 1.0,
     context: Annotated[bool | None, typer.Option("--context/--no-context", help=(
-        "Let the model read the sentences before [where it has room for them]."))] = None,
-    output: Annotated[Path | None, typer.Option("--out", metavar="FILE.vtt", help="Write subtitles, too.")] = None,
+        "Condition on the previous sentences [if the model supports it]."))] = None,
+    output: Annotated[Path | None, typer.Option("--out", metavar="FILE.vtt", help="Also write subtitles.")] = None,
     explain: Annotated[Path | None, typer.Option(metavar="FILE.png", help=(
-        "Draw where masks and words look, in the first windows."))] = None,
+        "Draw the masks and the attention of words in the first windows."))] = None,
     device: Device = "auto",
     json: Json = False,
 ) -> None:  # fmt: skip
-    """Describes a video: a sentence for each window of it."""
+    """Describes a video, one sentence per window."""
     _check_files(video, output, explain)
     from lamzoo.evaluation import resolve_device
     from lamzoo.video.describe import VideoWindows, describe_windows
@@ -74,7 +74,7 @@ def describe(
 
 
 def _check_files(video: Path, output: Path | None, explain: Path | None) -> None:
-    """Checks what is read and written, before anything is loaded."""
+    """Checks the paths before anything is loaded."""
     if video.is_dir():
         raise DataError(f"{video} is a folder; name a video, or write a loop over them")
     if not video.exists():

@@ -1,4 +1,4 @@
-"""The command ``lamzoo export``: a model's name in, a program for other runtimes out, checked against the model."""
+"""``lamzoo export``: a model as a program for other runtimes, checked against the model."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ _Rest = Literal["drop", "merge", "nearest"]
 
 def export(
     name: Name,
-    output: Annotated[Path, typer.Option("--out", metavar="FILE", help="The program: *.onnx, or *.pt2 for torch.")],
-    format: Annotated[Literal["torch", "onnx"] | None, typer.Option(help="Of the file [by its suffix].")] = None,
+    output: Annotated[Path, typer.Option("--out", metavar="FILE", help="The program, *.onnx or *.pt2.")],
+    format: Annotated[Literal["torch", "onnx"] | None, typer.Option(help="Format of the file [by suffix].")] = None,
     checkpoint: Checkpoint = None,
     images: Annotated[list[Path] | None, typer.Option(metavar="PATH", help=(
-        "Image files and folders to check the program on; may be given several times. Without them random images are "
-        "used."))] = None,
-    keep: Annotated[float | None, typer.Option(help="Prune tokens first: the share that stays.")] = None,
+        "Image files or folders to check the program on, instead of random images; may be repeated."))] = None,
+    keep: Annotated[float | None, typer.Option(help="Prune tokens first, keeping this share.")] = None,
     at: Annotated[str | None, typer.Option(metavar="LAYERS", help=(
-        "Where they leave, such as 3,6,9 [a quarter, half and three quarters of the depth]."))] = None,
-    target_gmacs: Annotated[float | None, typer.Option(help="Prune tokens first: to so many GMACs.")] = None,
-    score: Annotated[_Score, typer.Option(help="What decides which tokens stay.")] = "mask",
+        "Layers that prune, such as 3,6,9 [at a quarter, half and three quarters of the depth]."))] = None,
+    target_gmacs: Annotated[float | None, typer.Option(help="Prune tokens first, to this many GMACs.")] = None,
+    score: Annotated[_Score, typer.Option(help="Score that selects the tokens to keep.")] = "mask",
     rest: Annotated[_Rest, typer.Option(help=(
-        "Drop pruned tokens, merge them into one, or average each into the nearest that stays."))] = "drop",
-    int8: Annotated[bool, typer.Option("--int8", help="Quantise an ONNX file's linear layers.")] = False,
-    repeats: Annotated[int, typer.Option(min=2, help="Timed passes of one image, in turns with the model.")] = 30,
+        "Drop pruned tokens, merge them into one, or average each with the most similar kept token."))] = "drop",
+    int8: Annotated[bool, typer.Option("--int8", help="Quantise the linear layers of an ONNX file.")] = False,
+    repeats: Annotated[int, typer.Option(min=2, help="Timed passes of one image, alternating with the model.")] = 30,
     json: Json = False,
 ) -> None:  # fmt: skip
-    """Writes a model as a program that runs without lamzoo: a torch.export program or ONNX.
+    """Exports a model to ONNX or a torch.export program.
 
-    It takes batches of any size. A program that differs from the model by more than 1e-4 is not kept.
+    The program runs without lamzoo and accepts any batch size. It is discarded if its outputs differ from the model's
+    by more than 1e-4.
     """
     from lamzoo.data import find_images
     from lamzoo.evaluation import preprocess

@@ -1,4 +1,4 @@
-"""The command ``lamzoo extract-features``: videos and queries in, the npz files that moment models read out."""
+"""``lamzoo extract-features``: the features of videos and queries that moment models read, as npz files."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from typing import Annotated, Any, Literal
 import typer
 
 from lamzoo.cli import _output as out
-from lamzoo.cli._options import Device, Json
+from lamzoo.cli._options import Device, Json, Precision
 
 
 def extract_features(
-    videos: Annotated[list[Path], typer.Argument(metavar="VIDEOS...", help="Video files, and folders of them.")],
-    output: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the files.")],
+    videos: Annotated[list[Path], typer.Argument(metavar="VIDEOS...", help="Video files and folders.")],
+    output: Annotated[Path, typer.Option("--out", metavar="DIR", help="Output folder.")],
     model: Annotated[str, typer.Option(metavar="NAME", help=(
         "CLIP's towers: open_clip/NAME:TAG, local-dir:DIR or hf-hub:REPO."))] = "open_clip/ViT-B-32:openai",
     queries: Annotated[Path | None, typer.Option(metavar="FILE.jsonl", help=(
-        "Lines with qid and query, as QVHighlights has them; their words are embedded, too."))] = None,
-    clip_seconds: Annotated[float, typer.Option(help="Length of a clip.")] = 2.0,
+        "Queries with qid and query, in QVHighlights' format; their words are embedded too."))] = None,
+    clip_seconds: Annotated[float, typer.Option(help="Length of a clip in seconds.")] = 2.0,
     device: Device = "auto",
-    precision: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the autocast.")] = "float32",
-    batch_size: Annotated[int, typer.Option(help="Frames, and queries, at a time.")] = 64,
-    workers: Annotated[int, typer.Option(help="Processes that read videos.")] = 0,
+    precision: Precision = "float32",
+    batch_size: Annotated[int, typer.Option(help="Frames or queries per batch.")] = 64,
+    workers: Annotated[int, typer.Option(help="Worker processes that read videos.")] = 0,
     on_bad_input: Annotated[Literal["stop", "skip"], typer.Option(help=(
-        "At a video that cannot be read, or leave it out and say so."))] = "stop",
-    force: Annotated[bool, typer.Option("--force", help="Make all files anew.")] = False,
+        "Stop at a video that cannot be read, or skip it with a warning."))] = "stop",
+    force: Annotated[bool, typer.Option("--force", help="Compute all files again.")] = False,
     json: Json = False,
 ) -> None:  # fmt: skip
-    """Makes the features that moment models read, of videos and queries, as npz files.
+    """Computes the features that moment models read.
 
-    What is there and whole is not made again, so that a run that was stopped goes on where it was.
+    One npz file for each video and query. Complete files are kept, so an interrupted run resumes.
     """
     from lamzoo.video.features import extract_features
 

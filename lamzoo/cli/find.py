@@ -1,4 +1,4 @@
-"""The command ``lamzoo find``: a sentence and a video in, the moments of the video that show it out."""
+"""``lamzoo find``: the moments of a video that match a sentence."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ _logger = logging.getLogger(__name__)
 
 
 def find(
-    query: Annotated[str, typer.Argument(metavar="QUERY", help="What the moment should show, in quotes.")],
+    query: Annotated[str, typer.Argument(metavar="QUERY", help="Description of the moment, in quotes.")],
     video: Annotated[Path, typer.Argument(metavar="VIDEO", help="A video file.")],
     model: Annotated[str, typer.Option(metavar="NAME", help=(
-        "Of the family lam_moment_detr, trained on such features: arch.tag, local-dir:DIR or hf-hub:REPO."))],
+        "Of the family lam_moment_detr, trained on the same features: arch.tag, local-dir:DIR or hf-hub:REPO."))],
     features: Annotated[str, typer.Option(metavar="NAME", help=(
-        "The towers that made the features: open_clip/NAME:TAG, local-dir:DIR or hf-hub:REPO."))]
+        "The towers that compute the features: open_clip/NAME:TAG, local-dir:DIR or hf-hub:REPO."))]
     = "open_clip/ViT-B-32:openai",
     checkpoint: Checkpoint = None,
-    clip_seconds: Annotated[float, typer.Option(help="Length of a clip, as the model was trained.")] = 2.0,
-    top: Annotated[int, typer.Option(min=1, help="Moments.")] = 5,
+    clip_seconds: Annotated[float, typer.Option(help="Length of a clip in seconds, as in training.")] = 2.0,
+    top: Annotated[int, typer.Option(min=1, help="Number of moments.")] = 5,
     strip: Annotated[Path | None, typer.Option(metavar="FILE.png", help=(
         f"The preview: a row of frames for each moment [{_STRIP}]."))] = None,
     no_strip: Annotated[bool, typer.Option("--no-strip", help="Draw no preview.")] = False,
     device: Device = "auto",
     json: Json = False,
 ) -> None:  # fmt: skip
-    """Finds the moments of a video that show what a sentence says."""
+    """Finds the moments of a video that match a sentence."""
     if not query.strip():
         raise ConfigError("the query is empty; write what the moment should show")
     if no_strip and strip is not None:
@@ -72,7 +72,7 @@ def find(
 
 
 def _find(network: Any, extractor: FeatureExtractor, query: str, video: Path) -> tuple[VideoFeatures, Finding]:
-    """Reads the video, if the model fits its features, and looks for the query."""
+    """Reads the video and finds the query, after a check that the model fits the features."""
     from lamzoo.data.moments import MomentFeatures
     from lamzoo.data.moments.base import with_positions
     from lamzoo.data.moments.feature_folder import unit
@@ -98,7 +98,7 @@ def _check_widths(network: Any, video_dim: int, text_dim: int) -> None:
 
 
 def _picture(strip: Path | None) -> Path | None:
-    """Returns what to call the preview, and checks that it can be drawn; None where nobody asked and it can't."""
+    """Returns the path of the preview after a check that it can be drawn; None if it can't and was not requested."""
     from lamzoo.report.moment_strip import check_strip
 
     picture = _STRIP if strip is None else strip

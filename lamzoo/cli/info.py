@@ -13,7 +13,7 @@ _PREPROCESSING = ("input_size", "interpolation", "crop_pct", "mean", "std")
 
 
 def info(name: Name, json: Json = False) -> None:
-    """Shows what is known of a model: its cost, masks, preprocessing and weights."""
+    """Shows a model's cost, masks, preprocessing and weights."""
     facts, tags = describe(name)
     if json:
         out.print_json({**facts, "tags": tags})

@@ -1,4 +1,4 @@
-"""``lamzoo predict``: classes of photographs."""
+"""``lamzoo predict``: the most probable classes of images."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from lamzoo.cli._options import BatchSize, Checkpoint, Device, Json, Name, load_
 def predict_command(
     name: Name,
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files and folders.")],
-    topk: Annotated[int, typer.Option(help="Guesses per image.")] = 5,
+    topk: Annotated[int, typer.Option(help="Number of classes per image.")] = 5,
     checkpoint: Checkpoint = None,
     device: Device = "auto",
     batch_size: BatchSize = 64,
     json: Json = False,
 ) -> None:
-    """Classifies photographs."""
+    """Classifies images."""
     from lamzoo.data import find_images
 
     paths = find_images(images)

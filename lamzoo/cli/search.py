@@ -1,4 +1,4 @@
-"""The command ``lamzoo search``: words and a folder of videos in, the videos that show it out."""
+"""``lamzoo search``: the videos of a folder that match a text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from lamzoo.cli import _output as out
-from lamzoo.cli._options import Checkpoint, Device, Json, load_model
+from lamzoo.cli._options import Checkpoint, Device, Json, Precision, load_model
 from lamzoo.errors import ConfigError, MissingExtraError
 
 if TYPE_CHECKING:
@@ -25,37 +25,37 @@ _logger = logging.getLogger(__name__)
 
 
 def search(
-    queries: Annotated[list[str], typer.Argument(metavar="QUERY...", help="What the video should show, in quotes.")],
-    videos: Annotated[Path, typer.Option(metavar="DIR", help="Folder of videos, with its subfolders.")],
+    queries: Annotated[list[str], typer.Argument(metavar="QUERY...", help="Description of the video, in quotes.")],
+    videos: Annotated[Path, typer.Option(metavar="DIR", help="Folder of videos, including subfolders.")],
     model: Annotated[str, typer.Option(metavar="NAME", help=(
-        "Of the family lam_clip4clip: arch, arch.tag, open_clip/NAME:TAG, local-dir:DIR or hf-hub:REPO."))]
+        "A model of the family lam_clip4clip: arch, arch.tag, open_clip/NAME:TAG, local-dir:DIR or hf-hub:REPO."))]
     = "lam_clip4clip",
     checkpoint: Checkpoint = None,
     index: Annotated[Path | None, typer.Option(metavar="FILE.safetensors", help=(
-        "Where the embeddings are kept [a file in the user's cache, for DIR and the model's weights]."))] = None,
-    top: Annotated[int, typer.Option(min=1, help="Matches a query.")] = 10,
+        "File of the embeddings [in the user's cache, one for each DIR and weights]."))] = None,
+    top: Annotated[int, typer.Option(min=1, help="Matches per query.")] = 10,
     sheet: Annotated[Path | None, typer.Option(metavar="FILE.png", help=(
         f"The contact sheet; of several queries they are numbered [{_SHEET}]."))] = None,
     no_sheet: Annotated[bool, typer.Option("--no-sheet", help="Draw no contact sheet.")] = False,
     fps: Annotated[float | None, typer.Option(help=(
-        "Frames a second that are looked at; 0 for all [1; without this and the next two, as the index has it]."))]
+        "Frames per second; 0 for all [1; by default, this and the next two are those of the index]."))]
     = None,
     max_frames: Annotated[int | None, typer.Option(min=1, help=(
-        "How many of a video at most [what the model has positions for]."))] = None,
+        "Maximum number of frames [the model's number of positions]."))] = None,
     slicing: Annotated[Literal["head", "middle", "tail", "uniform"] | None, typer.Option(
-        help="Which frames of a video that has too many [uniform].")] = None,
+        help="Selection of frames in longer videos [uniform].")] = None,
     device: Device = "auto",
-    precision: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the autocast.")] = "float32",
-    batch_size: Annotated[int, typer.Option(help="Videos at a time.")] = 16,
-    workers: Annotated[int, typer.Option(help="Processes that read videos.")] = 0,
+    precision: Precision = "float32",
+    batch_size: Annotated[int, typer.Option(help="Videos per batch.")] = 16,
+    workers: Annotated[int, typer.Option(help="Worker processes that read videos.")] = 0,
     on_bad_input: Annotated[Literal["stop", "skip"], typer.Option(help=(
-        "At a video that cannot be read, or leave it out and say so."))] = "skip",
-    force: Annotated[bool, typer.Option("--force", help="Embed all videos anew.")] = False,
+        "Stop at a video that cannot be read, or skip it with a warning."))] = "skip",
+    force: Annotated[bool, typer.Option("--force", help="Embed all videos again.")] = False,
     json: Json = False,
 ) -> None:  # fmt: skip
-    """Finds the videos of a folder that show what a text says.
+    """Finds the videos of a folder that match a text.
 
-    The first time, the videos are embedded into an index; later only those that are new or have changed.
+    The first call embeds the videos into an index; later calls embed only new and changed videos.
     """
     if not all(query.strip() for query in queries):
         raise ConfigError("the query is empty; write what the video should show")
@@ -105,7 +105,7 @@ def search(
 
 
 def _sheets(sheet: Path | None, count: int) -> list[Path]:
-    """Returns what to call the contact sheets, and checks that they can be drawn; none where nobody asked for them."""
+    """Returns the paths of the contact sheets after a check that they can be drawn; none if not requested."""
     from lamzoo.report.contact_sheet import check_sheet
 
     first = _SHEET if sheet is None else sheet
