@@ -163,7 +163,7 @@ class SharedState:
         if here.rerun is not None and _alive(notes.get(block)) is not None:
             return  # keep the first run's note for a second backward pass
         shares = here.mask is not None or here.kept is not None
-        # Without a graph, what layers share is not noted at all: a rerun from such a note would cut its gradient.
+        # Without gradients, what layers share has no graph: a rerun with it would cut its gradient.
         if tokens.grad_fn is None or torch.is_grad_enabled() or not shares:
             # Two blocks may have the same input, from which the first one made the mask. Earlier outputs hold that
             # pass; the note here is weak, because a graph noted at one of its own nodes would never be freed.

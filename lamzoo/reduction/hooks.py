@@ -85,7 +85,11 @@ class _Prune(SharedStateHook):
                 "after lamzoo.remove_pruning(model), or export it with torch.export."
             )
         here = self.shared.current
-        assert here.scores is not None  # noted by the block's attention hook
+        if here.scores is None:  # no attention hook, which 0.1.0 did not have
+            raise ConfigError(
+                "A pruned block has no scores of its tokens, because the model was pickled as a whole by lamzoo 0.1.0; "
+                "prune it again with lamzoo.prune_tokens."
+            )
         if not self.lam.training or self.config.training == "top-k":
             token_map = select(here.scores, self.config.keep, self.config.rest, self.num_prefix_tokens, output)
             self.shared.reduce(token_map)
