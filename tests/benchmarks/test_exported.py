@@ -13,7 +13,7 @@ from tests.images import CLASSES, write_npz
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_a_program_is_measured_and_survives_its_file(program: str, tmp_path: Path) -> None:
     data = write_npz(tmp_path / "data")
-    model = lamzoo.create_model("lam_vit_micro", num_classes=len(CLASSES)).eval()
+    model = lamzoo.create_model("lam_vit_micro", num_classes=len(CLASSES), depth=2, embed_dim=32, num_heads=2).eval()
     lamzoo.prune_tokens(model, 0.5, (0,))
     row = measure(model, "lam_vit_micro.x", "few", program, f"npz:{data}", "test", tmp_path)
     assert (row.program, row.data, row.split) == (program, "data", "test")

@@ -14,10 +14,13 @@ ROW = Row(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+# A setting is searched for by counting pass after pass: by default at one of the two budgets.
+@pytest.mark.parametrize(
+    "variant", [pytest.param(name, marks=[pytest.mark.slow] if "0.47" in name else []) for name in VARIANTS]
+)
 def test_a_row_says_what_was_timed(variant: str) -> None:
-    row = measure(MODEL, variant, "forward", 2, seconds=0.0, device=torch.device("cpu"))
-    assert (row.model, row.variant, row.mode, row.batch, row.pairs) == (MODEL, variant, "forward", 2, 6)
+    row = measure(MODEL, variant, "forward", 1, seconds=0.0, device=torch.device("cpu"))
+    assert (row.model, row.variant, row.mode, row.batch, row.pairs) == (MODEL, variant, "forward", 1, 6)
     assert 0 < row.ratio_q1 <= row.ratio <= row.ratio_q3
     budget = next((share for share in (0.59, 0.47) if str(share) in variant), None)
     if budget is not None:

@@ -137,7 +137,7 @@ def test_half_precision_is_close_with_all_gradients(op: Op) -> None:  # float16:
     check_equals_eager(case, torch.float16, tolerance=2e-3)
 
 
-@settings(derandomize=True, max_examples=12)
+@settings(derandomize=True, max_examples=6)
 @given(case=cases())
 def test_any_small_problem_equals_eager(case: Case) -> None:
     check_equals_eager(replace(case, bias=None))

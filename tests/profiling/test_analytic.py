@@ -10,6 +10,7 @@ from lamzoo.models.vit import micro_vit
 from lamzoo.profiling import analytic_macs, profile
 from lamzoo.registry.catalog import list_models, model_info
 from lamzoo.registry.factory import create_model
+from tests.zoo import on_meta, profiled
 
 MICRO = {"img_size": 32, "patch_size": 4, "embed_dim": 64, "depth": 2, "num_heads": 4, "num_classes": 10}
 CONFIGS = [
@@ -21,11 +22,6 @@ CONFIGS = [
 ]
 # docs/model_profile.csv of open_clip at 3b37473b7178479e2494f60392442648ed262e8a; its GFLOPs are twice the GMACs
 VIT_B_32 = {"gflops": 14.78, "image": 8.82, "text": 5.96, "mparams": 151.28}
-
-
-def on_meta(name, **arguments):
-    with torch.device("meta"):  # nothing is computed, so that a ViT-L takes no longer than a micro model
-        return create_model(name, **arguments)
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +37,7 @@ def clip_inputs():
 
 @pytest.mark.parametrize("name", list_models())
 def test_formula_and_counter_agree_for_every_registered_model(name):
-    model = on_meta(name)
-    counted, formula = profile(model), analytic_macs(model)
+    counted, formula = profiled(name), analytic_macs(on_meta(name))
     assert counted.gmacs == pytest.approx(formula.gmacs, rel=0.01)
     assert counted.lam_gmacs == pytest.approx(formula.lam_gmacs, rel=0.01)
 
@@ -50,7 +45,7 @@ def test_formula_and_counter_agree_for_every_registered_model(name):
 @pytest.mark.parametrize("name", [name for name in list_models() if model_info(name).lam])
 def test_no_registered_model_has_masks_for_nothing(name):
     masked, plain = on_meta(name), on_meta(name, lam=False)
-    costs, base = profile(masked), profile(plain)
+    costs, base = profiled(name), profiled(name, lam=False)
     assert masked.lam_config is not None
     assert plain.lam_config is None
     assert costs.lam_gmacs > 0
@@ -82,7 +77,7 @@ def test_formula_and_counter_agree_for_images_that_are_not_square():
 
 def test_attention_is_counted():
     # Linears alone are quadratic in the width and linear in the tokens, so only attention tells these two apart.
-    layers = profile(on_meta("vit_micro")).by_layer
+    layers = profiled("vit_micro").by_layer
     linears = sum(layers[f"blocks.0.{name}"] for name in ("attn.qkv", "attn.proj", "mlp"))
     assert layers["blocks.0"] - linears == pytest.approx(2 * 64**2 * 128 / 1e9)
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import timm
-import torch
 
 from lamzoo.errors import RegistryError
 from lamzoo.profiling import profile
@@ -14,6 +13,7 @@ from lamzoo.registry.cards import data_dir, read_card
 from lamzoo.registry.catalog import list_models, model_info
 from lamzoo.registry.factory import create_model
 from lamzoo.weights.files import file_sha256
+from tests.zoo import on_meta, profiled
 
 NAMES = [card.name for path in data_dir("registry").glob("*.toml") for card in read_card(path, weights_dir=Path())]
 GOOD = '[models.a]\nbuilder = "lamzoo.models.vit:lam_vit"\n'
@@ -28,10 +28,8 @@ def test_there_are_the_families_of_the_ground_floor() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_parameters_and_macs_are_those_of_the_card(name: str) -> None:
     info = model_info(name)
-    with torch.device("meta"):  # nothing is computed, so that a ViT-L takes no longer than a micro model
-        model = create_model(name)
-    assert sum(parameter.numel() for parameter in model.parameters()) == info.params
-    assert profile(model).gmacs == pytest.approx(info.gmacs, abs=5e-5)
+    assert sum(parameter.numel() for parameter in on_meta(name).parameters()) == info.params
+    assert profiled(name).gmacs == pytest.approx(info.gmacs, abs=5e-5)
 
 
 @pytest.mark.parametrize("name", [name for name in list_models(pretrained=True) if model_info(name).tag.file])

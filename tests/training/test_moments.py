@@ -139,7 +139,7 @@ def test_a_model_of_another_vocabulary_is_refused(table: dict[str, Any], tmp_pat
         run(table, tmp_path / "out")
 
 
-@pytest.mark.parametrize("name", ["lam_moment_detr_micro", "qd_detr_micro"])
+@pytest.mark.parametrize("name", ["lam_moment_detr_micro", pytest.param("qd_detr_micro", marks=pytest.mark.slow)])
 def test_it_learns_to_find_words_it_has_not_heard(table: dict[str, Any], tmp_path: Path, name: str) -> None:
     table["model"] |= {"name": name}
     table["model"]["kwargs"] |= {"width": 32}
