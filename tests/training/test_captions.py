@@ -169,11 +169,11 @@ def test_gpt2_learns_to_write_what_it_has_not_heard(table: dict[str, Any], tmp_p
     }
     table["data"] |= {"workers": 1}
     table["augment"] = {"splice": 0.0}
-    table["schedule"]["epochs"] = 28
+    table["schedule"]["epochs"] = 40
     table["optimizer"] = {"lr": 5e-3, "clip_grad": 1.0}
     table["loss"] = {"label_smoothing": 0.1}
-    result = run(table, tmp_path / "out", eval_interval=28)
-    assert result.history[-1]["train_loss"] < 0.55 * result.history[0]["train_loss"]  # smoothed, so never near 0
+    result = run(table, tmp_path / "out", eval_interval=40)
+    assert result.history[-1]["train_loss"] < 0.5 * result.history[0]["train_loss"]
     assert result.scores["test"]["WER"] < 30  # by chance 50: each word is one of two
     loaded = lamzoo.create_model(f"local-dir:{result.model}", pretrained=True)
     dataset = create_caption_dataset(table["data"]["source"], "test")
