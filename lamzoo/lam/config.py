@@ -71,7 +71,7 @@ class LamConfig:
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
-            if value not in choices:
+            if value not in tuple(choices):  # the value may be unhashable
                 raise ConfigError(f"LamConfig.{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}.")
         _check_width("rank", self.rank)
         if not isinstance(self.hidden, (tuple, list)):

@@ -76,7 +76,7 @@ def test_what_is_not_served_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reason(make(rank=0).to(torch.float32)) == "mask rank is 0"
     assert reason(replace(case, key=case.key.to("meta"))) == "its inputs are on several devices"
     meta = Case(*(x.to("meta") for x in case.tensors))
-    assert reason(meta) == "its inputs are on 'meta' and it needs CUDA"
+    assert reason(meta) == "its inputs are on 'meta', and it needs CUDA"
     assert reason(case.to(torch.bfloat16)) == "Triton's interpreter can't multiply bfloat16"
     monkeypatch.delenv("TRITON_INTERPRET")
     assert reason(case) == "its inputs are on the CPU, and TRITON_INTERPRET is not set"
