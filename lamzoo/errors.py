@@ -1,6 +1,12 @@
 """The exceptions that lamzoo raises on purpose; each message is one sentence that names the culprit and the way out."""
 
 
+def class_name(thing: object) -> str:
+    """Returns the full name of a class, or of an object's class, for messages: ``timm.models.beit.Attention``."""
+    cls = thing if isinstance(thing, type) else type(thing)
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
 class LamzooError(Exception):
     """Base of all errors that a user can put right; the command line prints it as one line and exits with 2."""
 

@@ -1,4 +1,4 @@
-"""Looking at the masks while a model runs."""
+"""Recording masks and attention while a model runs."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from lamzoo.lam import MaskRecord
 def capture_masks(model: nn.Module) -> Iterator[Mapping[str, MaskRecord]]:
     """Records mask, attention and importance of each layer while the context is open.
 
-    The model computes with the eager backend meanwhile, since fused attention has no weights to show, and goes back
-    to its own on leaving, also after an exception. Contexts may be nested.
+    Meanwhile the model uses the eager backend, since fused attention returns no weights; its own backend is restored
+    on exit, also after an exception. Contexts may be nested.
 
     Args:
-        model: a model that :func:`lamzoo.add_lam` gave masks, or a wrapper around one.
+        model: a model with masks, or a wrapper around one.
 
     Yields:
-        The last forward pass's :class:`~lamzoo.lam.MaskRecord` by layer, such as ``"blocks.3.attn"``, in the order
-        in which the layers ran first; empty until the model runs.
+        The :class:`~lamzoo.lam.MaskRecord` of the last forward pass by layer, such as ``"blocks.3.attn"``, in the order
+        in which the layers first ran; empty until the model runs.
 
     Raises:
         UnsupportedHostError: the model has no masks.
@@ -42,7 +42,7 @@ def capture_masks(model: nn.Module) -> Iterator[Mapping[str, MaskRecord]]:
 
 
 class _Recorder:
-    """Keeps the last record of one layer, and hands it to the recorder of the context around, if there is one."""
+    """Keeps the last record of one layer, and passes it on to the recorder of an outer context."""
 
     def __init__(self, records: dict[str, MaskRecord], path: str, outer: Callable[[MaskRecord], None] | None) -> None:
         self.records, self.path, self.outer = records, path, outer

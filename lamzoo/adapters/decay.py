@@ -1,4 +1,4 @@
-"""Weight decay and layer-wise learning rates of masks, told to optimisers the way timm's models tell them."""
+"""Weight decay and layer-wise learning rates of masks, where timm's optimisers look for them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lamzoo.lam.masks import PositionTable
 
 
 class NoWeightDecay:
-    """``no_weight_decay()`` of a model with masks: the names that its own class exempts, and those of the masks."""
+    """``no_weight_decay()`` of a model with masks: the names that its class exempts, and those of the masks."""
 
     def __init__(self, names: frozenset[str]) -> None:
         self._names = names
@@ -21,13 +21,13 @@ class NoWeightDecay:
 
 
 def exempt_from_weight_decay(model: nn.Module) -> None:
-    """Adds the position tables and biases of masks to ``no_weight_decay()``, where timm's optimisers look.
+    """Adds the position tables and biases of masks to ``no_weight_decay()``, which timm's optimisers call.
 
-    The method of the model itself is extended, or added where its class has none, and so is that of every submodule
-    with masks whose class has one.
+    The method of the model is extended, or added if its class has none; the methods of submodules with masks are
+    extended.
 
     Args:
-        model: with masks.
+        model: a model with masks.
     """
     exempt = set(_undecayed(model))
     for module in model.modules():
@@ -41,16 +41,16 @@ def exempt_from_weight_decay(model: nn.Module) -> None:
 
 
 def restore_no_weight_decay(module: nn.Module) -> None:
-    """Gives a module its class's own ``no_weight_decay`` back, if it was extended."""
+    """Restores the ``no_weight_decay`` of a module's class, if it was extended."""
     if isinstance(vars(module).get("no_weight_decay"), NoWeightDecay):
         del module.no_weight_decay
 
 
 def full_rate_parameters(model: nn.Module) -> set[nn.Parameter]:
-    """Returns the parameters of masks to which layer-wise learning-rate decay must not apply.
+    """Returns the parameters of masks that layer-wise learning-rate decay must not apply to.
 
-    Layer decay spares pretrained layers. A mask without loaded weights is as new as a classifier, and a mask that all
-    layers share belongs to the first of them only by its name.
+    Layer decay protects pretrained layers. A mask without loaded weights is as new as a classifier, and a mask that
+    all layers share belongs to the first layer only by name.
     """
     masks = (module for module in model.modules() if isinstance(module, Lam))
     return {

@@ -1,11 +1,15 @@
-"""What every adapter tells of its host: the attention layers that can carry a mask; knows no host library."""
+"""How masks get into a model of another library: the adapter protocol, its records, and what adapters share.
+
+To support another library, write a :class:`HostAdapter` in a file of this folder and add it to :data:`ADAPTERS`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Protocol, TypeVar
 
 import torch
 import torch.fx
@@ -17,24 +21,29 @@ from lamzoo.lam.resize import Grid
 
 HostModule = TypeVar("HostModule", bound=nn.Module)
 
+#: Library (top-level package of a host's classes) to its adapter, in the order in which they are consulted. An adapter
+#: is imported when a model has a class of its library.
+ADAPTERS: dict[str, str] = {
+    "timm": "lamzoo.adapters.timm:TimmAdapter",
+    "open_clip": "lamzoo.adapters.open_clip:OpenClipAdapter",
+    "transformers": "lamzoo.adapters.transformers:TransformersAdapter",
+    "torch": "lamzoo.adapters.mha:MultiheadAttentionAdapter",
+    "lamzoo": "lamzoo.adapters.zoo:ZooAdapter",
+}
 
-@dataclass(frozen=True)
-class Slot:
+
+@dataclass(frozen=True, eq=False)
+class AttentionSite:
     """One attention layer of a host that can carry a mask.
 
     Attributes:
-        path: of the attention module in the model, such as ``"blocks.3.attn"``.
-        stack: layers with the same value belong together: with ``layers="single"`` they share one mask.
-        query_dim: width of the tokens that ask.
-        key_dim: width of the tokens that are attended to.
+        path: of the attention layer in the model, such as ``"blocks.3.attn"``.
+        stack: layers with the same value form a stack; with ``layers="single"`` they share one mask.
+        query_dim: width of the query tokens.
+        key_dim: width of the key tokens.
         num_heads: attention heads.
-        like: a parameter whose device and dtype the mask network takes.
-        attach: puts the mask into the host.
-        length: key positions, prefix tokens included, where the host knows them.
-        num_prefix_tokens: class and register tokens at the start.
-        grid: ``(rows, columns)`` of the patches behind them; ``None`` for a sequence.
-        watch_grid: registers the hook that begins a pass with its patch grid; given the stack's state.
-        no_positions: why the layer can't have a mask over key positions, where that is so.
+        like: a parameter with the device and dtype of the mask network.
+        other_paths: further places of the same layer in the model.
     """
 
     path: str
@@ -43,53 +52,135 @@ class Slot:
     key_dim: int
     num_heads: int
     like: torch.Tensor
-    attach: Callable[[Lam], None]
-    length: int | None = None
-    num_prefix_tokens: int = 0
-    grid: Grid | None = None
-    watch_grid: Callable[[SharedState], None] | None = None
-    no_positions: str | None = None
+    other_paths: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class TokenHost:
-    """A stack of blocks whose tokens may become fewer on the way, and how the host pools those that are left.
+class TokenLayout:
+    """The order of the key tokens of an attention layer, as far as the host defines it.
 
     Attributes:
-        num_prefix_tokens: class and register tokens at the start, which always stay.
-        has_class_token: whether the first of them stands for all tokens.
-        pool: ``"token"``, ``"avg"``, ``""`` for none, or another.
-        num_unpooled: tokens at the start that a mean leaves out.
+        length: number of tokens, prefix tokens included.
+        num_prefix_tokens: class and register tokens at the start.
+        grid: ``(rows, columns)`` of the patches behind them, at the input size that the model was built for; None for
+            a sequence.
+        grid_at: the patch grid for an image of ``(height, width)`` pixels.
+        watch_grid: registers the hook that begins each forward pass with the patch grid of its image, where the grid
+            may change; takes the state of the stack.
+        no_positions: the reason why the layer can't have a mask with ``keys="position"``; None if it can.
+        pooling: how the host pools the tokens; None where tokens can't be reduced.
+    """
+
+    length: int | None = None
+    num_prefix_tokens: int = 0
+    grid: Grid | None = None
+    grid_at: Callable[[tuple[int, int]], Grid] | None = None
+    watch_grid: Callable[[SharedState], None] | None = None
+    no_positions: str | None = None
+    pooling: Pooling | None = None
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """How a host pools the tokens of a stack of blocks, between which tokens may be removed.
+
+    Attributes:
+        blocks: path of the list of blocks, each with one attention layer.
+        kind: ``"token"``, ``"avg"``, ``""`` for none, or another.
+        has_class_token: whether the first prefix token is a class token.
+        num_unpooled: tokens at the start that the mean leaves out.
         last: the module whose output, ``(B, N, C)``, is pooled.
     """
 
-    num_prefix_tokens: int
+    blocks: str
+    kind: str
     has_class_token: bool
-    pool: str
     num_unpooled: int
     last: nn.Module
 
 
+class HostAdapter(Protocol):
+    """Puts masks into the models of one library, and takes them out again.
+
+    A mask is a submodule named ``lam`` of the attention layer. The state-dict keys of the host never change.
+
+    Attributes:
+        owns_multihead_attention: whether every ``nn.MultiheadAttention`` that a module of the library holds is left to
+            this adapter, to mask or to leave alone; if False, the adapter of torch masks it.
+    """
+
+    owns_multihead_attention: ClassVar[bool]
+
+    def sites(self, model: nn.Module) -> Iterable[AttentionSite]:
+        """Finds the attention layers that will carry masks, stack by stack, in order of the forward pass.
+
+        Raises:
+            UnsupportedHostError: the model, or a part of it, has attention that can't carry a mask; names it.
+        """
+        ...
+
+    def token_layout(self, model: nn.Module, path: str) -> TokenLayout | None:
+        """Returns the token layout of the attention layer at ``path``, with or without a mask.
+
+        None if the layer doesn't belong to the library, or its layout is unknown.
+        """
+        ...
+
+    def wrap(self, model: nn.Module, lams: Mapping[AttentionSite, Lam]) -> None:
+        """Puts masks into the attention layers at the sites, in place."""
+        ...
+
+    def unwrap(self, model: nn.Module) -> None:
+        """Removes the masks that :meth:`wrap` put in, in place; a model without them is left unchanged."""
+        ...
+
+
+def adapters_of(model: nn.Module) -> dict[str, HostAdapter]:
+    """Returns the adapters of the libraries that the classes of a model come from, by library."""
+    found = {library for module in model.modules() for library in libraries_of(module)}
+    return {library: _load(home) for library, home in ADAPTERS.items() if library in found}
+
+
+def libraries_of(module: nn.Module) -> set[str]:
+    """Returns the top-level packages of a module's class and its bases; for a masked layer, its host's too."""
+    classes = type(module).__mro__
+    if isinstance(module, HostTakeover):
+        classes += module.host_class.__mro__
+    return {cls.__module__.partition(".")[0] for cls in classes}
+
+
+def token_layout(model: nn.Module, path: str) -> TokenLayout:
+    """Returns the token layout of the attention layer at ``path``, with or without a mask; empty where unknown."""
+    layouts = (adapter.token_layout(model, path) for adapter in adapters_of(model).values())
+    return next((layout for layout in layouts if layout is not None), TokenLayout())
+
+
+def _load(home: str) -> HostAdapter:
+    module, _, name = home.partition(":")
+    adapter: HostAdapter = getattr(import_module(module), name)()
+    return adapter
+
+
 class SharedStateHook:
-    """A hook that works for a stack's shared state; :func:`lamzoo.remove_lam` knows it by this class."""
+    """A hook that updates the shared state of a stack; :func:`lamzoo.remove_lam` removes every hook of this class."""
 
     def __init__(self, shared: SharedState) -> None:
         self.shared = shared
 
 
 class EnterBlock(SharedStateHook):
-    """Forward pre-hook of a block: finds the pass that its input belongs to, also when checkpointing reruns it.
+    """Forward pre-hook of a block: finds the forward pass of its input, also when gradient checkpointing reruns it.
 
     Args:
-        shared: the stack's state.
-        needs_pass: whether the block can't be rerun without its pass.
+        shared: state of the stack.
+        needs_pass: whether rerunning the block without its pass is an error.
     """
 
     def __init__(self, shared: SharedState, needs_pass: bool) -> None:
         super().__init__(shared)
         self.needs_pass = needs_pass
 
-    # Pickles of 0.1.0 have the hook without needs_pass, and registered it without keyword arguments.
+    # Pickles of 0.1.0 lack needs_pass, and their hook is registered without keyword arguments.
     needs_pass: bool = False
 
     def __call__(
@@ -101,7 +192,7 @@ class EnterBlock(SharedStateHook):
 
 
 class LeaveBlock(SharedStateHook):
-    """Forward hook of a block: notes the pass with its output, or ends the pass where the block raised."""
+    """Forward hook of a block: attaches the pass to its output, or ends the pass if the block raised."""
 
     def __call__(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         tokens = _first_tensor(output if isinstance(output, (tuple, list)) else (output,))
@@ -112,13 +203,13 @@ class LeaveBlock(SharedStateHook):
 
 
 def watch_block(block: nn.Module, enter: EnterBlock, leave: LeaveBlock) -> None:
-    """Registers the hooks that keep a block's pass apart from others."""
+    """Registers the hooks that tell the forward passes of a block apart."""
     block.register_forward_pre_hook(enter, with_kwargs=True)
     block.register_forward_hook(leave, always_call=True)
 
 
 def remove_hooks(module: nn.Module, kinds: tuple[type[SharedStateHook], ...]) -> None:
-    """Removes a module's forward hooks and pre-hooks of some kinds."""
+    """Removes the forward hooks and pre-hooks of the given classes."""
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         for key in [key for key, hook in hooks.items() if isinstance(hook, kinds)]:
             del hooks[key]
@@ -131,11 +222,11 @@ def _first_tensor(values: Iterable[Any]) -> torch.Tensor | None:
 
 
 class HostTakeover(nn.Module):
-    """An attention layer that takes over the parameters, submodules, hooks and attributes of a host's own.
+    """A masked attention layer that takes over the parameters, submodules, hooks and attributes of the host's layer.
 
-    Parameter names stay those of the host, and :meth:`release` gives the original class back. In a symbolic trace
-    (``torch.fx``, torchvision's and timm's ``create_feature_extractor``) the layer is one node: what a mask does
-    depends on shapes and on the other layers.
+    Parameter names stay those of the host, and :meth:`unwrap` restores the original class. A symbolic trace
+    (``torch.fx``, torchvision's and timm's ``create_feature_extractor``) records the layer as one node, since the mask
+    depends on shapes and on other layers.
     """
 
     lam: Lam
@@ -149,40 +240,75 @@ class HostTakeover(nn.Module):
         return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
 
     def __prepare_scriptable__(self) -> NoReturn:
-        """Called by ``torch.jit.script``, which would fail in the middle of a mask."""
+        """Called by ``torch.jit.script``, which can't compile the mask."""
         raise ExportError(
             "torch.jit.script can't compile a model with learnable masks; use torch.jit.trace, torch.export or "
             "lamzoo.export_model."
         )
 
-    if TYPE_CHECKING:  # the host's attributes are known at run time alone
+    if TYPE_CHECKING:  # the attributes of the host are only known at run time
 
         def __getattr__(self, name: str) -> Any: ...
 
     @classmethod
     def take_over(cls, host: nn.Module, lam: Lam) -> HostTakeover:
-        """Returns a new module that shares the host's parameters and carries ``lam``; the host is left as it is."""
+        """Returns a masked layer that shares the parameters of ``host``, which itself stays unchanged."""
         module = _with_state_of(cls, host)
         module.host_class = type(host)
         module.lam = lam
         return module
 
-    def release(self) -> nn.Module:
-        """Returns a module of the host's own class that shares the parameters, without the mask."""
+    def unwrap(self) -> nn.Module:
+        """Returns a layer of the host's class that shares the parameters, without the mask."""
         host = _with_state_of(self.host_class, self)
         del host.host_class, host.lam
         return host
 
 
+class TakeoverAdapter:
+    """Base of adapters that replace attention layers by masked ones of their own class.
+
+    Attributes:
+        takeovers: class of a host's attention layer to the class that replaces it.
+    """
+
+    owns_multihead_attention: ClassVar[bool] = False
+    takeovers: ClassVar[Mapping[type[nn.Module], type[HostTakeover]]]
+
+    def token_layout(self, model: nn.Module, path: str) -> TokenLayout | None:
+        """Returns None: the layout is unknown."""
+        return None
+
+    def wrap(self, model: nn.Module, lams: Mapping[AttentionSite, Lam]) -> None:
+        """Replaces the attention layer of each site by one that carries its mask."""
+        for site, lam in lams.items():
+            host = model.get_submodule(site.path)
+            masked = self.takeovers[type(host)].take_over(host, lam)
+            for path in (site.path, *site.other_paths):
+                replace_module(model, path, masked)
+
+    def unwrap(self, model: nn.Module) -> None:
+        """Replaces each masked attention layer by one of the host's class."""
+        plain: dict[nn.Module, nn.Module] = {}  # a layer may be used in several places
+        for path, module in list(model.named_modules(remove_duplicate=False)):
+            if isinstance(module, HostTakeover) and isinstance(module, tuple(self.takeovers.values())):
+                if module not in plain:
+                    plain[module] = module.unwrap()
+                replace_module(model, path, plain[module])
+
+    def _serves(self, module: nn.Module) -> bool:
+        return isinstance(module, tuple(self.takeovers.values())) or type(module) in self.takeovers
+
+
 def _with_state_of(cls: type[HostModule], source: nn.Module) -> HostModule:
-    # The dictionaries of parameters, submodules and hooks are copied, so that neither module sees later changes
-    # of the other; the tensors and submodules in them are shared.
+    # The dictionaries of parameters, submodules and hooks are copied, so that later changes of one module don't reach
+    # the other; the tensors and submodules in them are shared.
     module = cls.__new__(cls)
     module.__dict__.update({k: v.copy() if isinstance(v, dict) else v for k, v in source.__dict__.items()})
     return module
 
 
 def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
-    """Puts ``new`` where ``model.get_submodule(path)`` is now."""
+    """Replaces the submodule at ``path``."""
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, new)

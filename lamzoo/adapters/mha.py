@@ -1,40 +1,41 @@
-"""Learnable masks in ``torch.nn.MultiheadAttention``, wherever a model has one; knows no library but torch.
+"""Learnable masks in ``torch.nn.MultiheadAttention``, in any model.
 
 Modifications to the host: each ``nn.MultiheadAttention`` is replaced by a subclass that takes over its parameters and
-calls :func:`lamzoo.lam.lam_attention`. It tells the fast path of ``nn.TransformerEncoderLayer`` to keep away, which
-would read the weights and pass it by.
+calls :func:`lamzoo.lam.lam_attention`. It switches off the fast path of ``nn.TransformerEncoderLayer``, which would
+use the weights without calling the layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lamzoo.adapters.hosts import HostTakeover, Slot, replace_module
-from lamzoo.errors import MaskShapeError, UnsupportedHostError
+from lamzoo.adapters.hosts import AttentionSite, HostTakeover, TakeoverAdapter, adapters_of, libraries_of
+from lamzoo.errors import MaskShapeError, UnsupportedHostError, class_name
 from lamzoo.lam import Lam
 
 
 class LamMultiheadAttention(HostTakeover, nn.MultiheadAttention):
     """``torch.nn.MultiheadAttention`` under a learnable mask.
 
-    Still a ``nn.MultiheadAttention``, so that code which looks for one (precision conversion, weight initialisation)
-    finds it. A row in which every key is masked returns the bias of the output projection; torch returns NaN.
+    It stays an ``nn.MultiheadAttention`` for code that looks for one (precision conversion, weight initialisation). A
+    row in which every key is masked returns the bias of the output projection, where torch returns NaN.
     """
 
     @property
     def _qkv_same_embed_dim(self) -> bool:
-        # In evaluation nn.TransformerEncoderLayer hands a self-attention's weights to a fused kernel and never calls
-        # the module, unless this is False. The host's own value stays in __dict__, for release().
+        # Unless this is False, nn.TransformerEncoderLayer in evaluation passes the weights to a fused kernel and never
+        # calls the module. The host's value stays in __dict__, for unwrap().
         return False
 
     def _reset_parameters(self) -> None:
-        released = self.release()  # which shares the parameters, and knows which of them it has
-        assert isinstance(released, nn.MultiheadAttention)
-        released._reset_parameters()
+        plain = self.unwrap()  # shares the parameters
+        assert isinstance(plain, nn.MultiheadAttention)
+        plain._reset_parameters()
 
     def forward(
         self,
@@ -54,10 +55,10 @@ class LamMultiheadAttention(HostTakeover, nn.MultiheadAttention):
             key: likewise with ``Nk`` and ``kdim``. The mask network reads ``query`` and ``key``.
             value: likewise with ``Nk`` and ``vdim``.
             key_padding_mask: ``(B, Nk)`` or ``(Nk,)``, bool or float (added to the scores).
-            need_weights: return the attention weights too.
+            need_weights: also return the attention weights.
             attn_mask: ``(Nq, Nk)`` or ``(B * heads, Nq, Nk)``, bool or float (added to the scores).
-            average_attn_weights: return their mean over the heads.
-            is_causal: says that ``attn_mask``, which must be given, is causal.
+            average_attn_weights: average them over the heads.
+            is_causal: hint that ``attn_mask``, which must be given, is causal.
 
         Returns:
             The output, in the layout of ``query``, and the weights ``(B, Nq, Nk)`` or ``(B, heads, Nq, Nk)`` or None.
@@ -68,13 +69,13 @@ class LamMultiheadAttention(HostTakeover, nn.MultiheadAttention):
         if query.is_nested:
             if not (query is key is value and self.batch_first and key_padding_mask is None and attn_mask is None):
                 raise MaskShapeError(
-                    "nn.MultiheadAttention takes nested tensors in self-attention with batch_first=True and without "
-                    "masks only; pad them and pass key_padding_mask."
+                    "nn.MultiheadAttention takes nested tensors only in self-attention with batch_first=True and "
+                    "without masks; pad them and pass key_padding_mask."
                 )
             return self._forward_nested(query, need_weights, average_attn_weights)
         if is_causal and attn_mask is None:
             raise MaskShapeError(
-                "is_causal=True is a hint about attn_mask and none was given; "
+                "is_causal=True is a hint about attn_mask, which was not given; "
                 "pass nn.Transformer.generate_square_subsequent_mask(length)."
             )
         queries = self._to_batch_first(query)
@@ -82,7 +83,7 @@ class LamMultiheadAttention(HostTakeover, nn.MultiheadAttention):
         values = keys if value is key else self._to_batch_first(value)
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in self._project(queries, keys, values))
         allowed, bias = None, None
-        # As torch: the hint replaces the mask where nothing else has to be merged with it.
+        # As in torch, the hint replaces the mask where nothing else has to be merged with it.
         is_causal = is_causal and key_padding_mask is None and not need_weights
         if attn_mask is not None and not is_causal:
             allowed, bias = read_attn_mask(attn_mask, q, k)
@@ -123,7 +124,7 @@ class LamMultiheadAttention(HostTakeover, nn.MultiheadAttention):
         return tuple(map(F.linear, (queries, keys, values), weights, biases))
 
     def _forward_nested(self, x: Tensor, need_weights: bool, average: bool) -> tuple[Tensor, Tensor | None]:
-        # nn.TransformerEncoder makes nested tensors of padded batches in evaluation, for its fast path alone.
+        # In evaluation nn.TransformerEncoder turns padded batches into nested tensors, for its fast path.
         lengths = [len(sample) for sample in x.unbind()]
         padded = x.to_padded_tensor(0.0)
         padding = torch.arange(padded.shape[1], device=x.device) >= torch.tensor(lengths, device=x.device)[:, None]
@@ -133,7 +134,7 @@ class LamMultiheadAttention(HostTakeover, nn.MultiheadAttention):
 
 
 def read_attn_mask(attn_mask: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Translates an ``attn_mask`` of ``nn.MultiheadAttention`` to what :func:`lamzoo.lam.lam_attention` takes.
+    """Translates an ``attn_mask`` of ``nn.MultiheadAttention`` to arguments of :func:`lamzoo.lam.lam_attention`.
 
     Args:
         attn_mask: ``(Nq, Nk)`` or ``(B * H, Nq, Nk)``; bool with True = not allowed, or float, added to the scores.
@@ -144,7 +145,7 @@ def read_attn_mask(attn_mask: Tensor, query: Tensor, key: Tensor) -> tuple[Tenso
         ``allowed`` and ``bias``, one of them None, broadcastable to ``(B, H, Nq, Nk)``.
 
     Raises:
-        MaskShapeError: another shape, or an integer tensor.
+        MaskShapeError: the mask has another shape, or is an integer tensor.
     """
     batch, heads, num_queries, _ = query.shape
     num_keys = key.shape[2]
@@ -176,16 +177,16 @@ def _add_padding(
 def present_keys(
     lam: Lam, key: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None = None
 ) -> Tensor | None:
-    """Returns which keys are there, bool ``(B, Nk)``, for a mask that counts their positions; None where all are.
+    """Returns which keys aren't padding, bool ``(B, Nk)``, for masks with ``keys="position"``; None if all are tokens.
 
-    Padding is what ``key_padding_mask`` hides, or a mask of each sample's own from all of its queries; a mask that all
-    samples share is a pattern.
+    A key is padding if ``key_padding_mask`` hides it, or if a per-sample ``attn_mask`` hides it from every query; an
+    ``attn_mask`` that all samples share is an attention pattern.
 
     Args:
-        lam: of the layer.
+        lam: the mask of the layer.
         key: ``(B, H, Nk, d)``.
-        attn_mask: as of :func:`read_attn_mask`, which has checked it.
-        key_padding_mask: ``(B, Nk)`` or ``(Nk,)``, likewise.
+        attn_mask: as checked by :func:`read_attn_mask`.
+        key_padding_mask: ``(B, Nk)`` or ``(Nk,)``, bool with True = padding, or float.
     """
     present = None
     if not lam.config.has_positions:
@@ -210,68 +211,65 @@ def _split(mask: Tensor, name: str, dtype: torch.dtype) -> tuple[Tensor | None, 
     return None, mask.to(dtype)
 
 
-def slots(model: nn.Module) -> Iterator[Slot]:
-    """Yields every ``nn.MultiheadAttention`` of a model but open_clip's, stack by stack.
+class MultiheadAttentionAdapter(TakeoverAdapter):
+    """Masks every ``nn.MultiheadAttention``, except where another adapter owns it."""
 
-    Layers whose paths differ in the last number alone make up a stack (``decoder.layers.*.self_attn``), so that an
-    encoder's self-attention, a decoder's and its cross-attention are three.
+    takeovers: ClassVar[Mapping[type[nn.Module], type[HostTakeover]]] = {nn.MultiheadAttention: LamMultiheadAttention}
 
-    Raises:
-        UnsupportedHostError: an attention with ``add_bias_kv`` or ``add_zero_attn``, a subclass that may compute
-            something else, or a model that is itself one.
-    """
-    paths: dict[nn.MultiheadAttention, list[str]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):  # a layer may be used in several places
-        if isinstance(module, nn.MultiheadAttention) and not _is_open_clip(model, path):
+    def sites(self, model: nn.Module) -> Iterator[AttentionSite]:
+        """Yields every ``nn.MultiheadAttention`` of a model, stack by stack.
+
+        Layers whose paths differ only in the last number form a stack (``decoder.layers.*.self_attn``): an encoder's
+        self-attention, a decoder's self-attention and its cross-attention are three stacks.
+
+        Raises:
+            UnsupportedHostError: a layer has ``add_bias_kv`` or ``add_zero_attn``, is a subclass, which may compute
+                something else, or is the model itself.
+        """
+        adapters = adapters_of(model).items()
+        owners = {library for library, adapter in adapters if adapter.owns_multihead_attention}
+        paths: dict[nn.MultiheadAttention, list[str]] = {}
+        for path, module in model.named_modules(remove_duplicate=False):  # a layer may be used in several places
+            if not isinstance(module, nn.MultiheadAttention):
+                continue
+            if owners & libraries_of(model.get_submodule(path.rpartition(".")[0])):
+                continue
             _check_host(path, module)
             paths.setdefault(module, []).append(path)
-    stacks: dict[str, list[Slot]] = {}
-    for module, places in paths.items():
-        slot = host_slot(model, module, places, _stack(places[0]))
-        stacks.setdefault(slot.stack, []).append(slot)
-    for stack in stacks.values():
-        yield from stack
+        stacks: dict[str, list[AttentionSite]] = {}
+        for module, places in paths.items():
+            stacks.setdefault(_stack(places[0]), []).append(mha_site(module, places, _stack(places[0])))
+        for stack in stacks.values():
+            yield from stack
 
 
-def host_slot(model: nn.Module, attn: nn.MultiheadAttention, paths: list[str], stack: str) -> Slot:
-    """Describes one ``nn.MultiheadAttention``, which lies at each of ``paths``."""
-
-    def attach(lam: Lam) -> None:
-        served = LamMultiheadAttention.take_over(attn, lam)
-        for path in paths:
-            replace_module(model, path, served)
-
-    return Slot(
+def mha_site(attn: nn.MultiheadAttention, paths: Sequence[str], stack: str) -> AttentionSite:
+    """Describes one ``nn.MultiheadAttention``, which is used at each of ``paths``."""
+    return AttentionSite(
         path=paths[0],
         stack=stack,
         query_dim=attn.embed_dim,
         key_dim=attn.kdim,
         num_heads=attn.num_heads,
         like=attn.out_proj.weight,
-        attach=attach,
+        other_paths=tuple(paths[1:]),
     )
 
 
 def _check_host(path: str, attn: nn.MultiheadAttention) -> None:
+    where = f"{path or 'The model'} ({class_name(attn)})"
     if type(attn) is not nn.MultiheadAttention:
         raise UnsupportedHostError(
-            f"{path or 'The model'} is a {type(attn).__name__}, a subclass of nn.MultiheadAttention that lamzoo "
-            "doesn't know; put a plain one there, or call add_lam on the parts of the model without it."
+            f"{where} is an unknown subclass of nn.MultiheadAttention; use nn.MultiheadAttention itself, or call "
+            "add_lam on the parts of the model without it."
         )
     if attn.bias_k is not None or attn.add_zero_attn:
         raise UnsupportedHostError(
-            f"{path or 'The model'} is an nn.MultiheadAttention with add_bias_kv or add_zero_attn, whose extra key is "
-            "no token that a mask network could read; build it without them."
+            f"{where} has add_bias_kv or add_zero_attn, whose extra key is not a token that a mask network could read; "
+            "build it without them."
         )
     if not path:
-        raise UnsupportedHostError(
-            "The model is itself an nn.MultiheadAttention, which can't be replaced in place; put it into a module."
-        )
-
-
-def _is_open_clip(model: nn.Module, path: str) -> bool:
-    owner = model.get_submodule(path.rpartition(".")[0])
-    return any(cls.__module__.partition(".")[0] == "open_clip" for cls in type(owner).__mro__)
+        raise UnsupportedHostError(f"{where} can't be replaced in place; put it into a module and pass that.")
 
 
 def _stack(path: str) -> str:

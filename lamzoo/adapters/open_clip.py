@@ -1,19 +1,18 @@
-"""Learnable masks in open_clip's image and text towers; needs open_clip, and is imported for its models alone.
+"""Learnable masks in open_clip's image and text towers.
 
 Modifications to the host: in each ``ResidualAttentionBlock`` the ``nn.MultiheadAttention``, and in each
 ``CustomResidualAttentionBlock`` the ``Attention``, is replaced by a subclass that takes over its parameters.
-A timm trunk (``visual.trunk``) is served by the timm adapter.
+The timm adapter masks a timm trunk (``visual.trunk``).
 
-Left as they are, without a mask: the cross-attention blocks of CoCa's decoder (its self-attention has masks), the
-pooling heads, whose queries are learned and no tokens, and the convolutional ResNets.
+Not masked: the cross-attention blocks of CoCa's decoder (its self-attention is), the pooling heads, whose queries are
+learned parameters and not tokens, and the convolutional ResNets.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from dataclasses import replace
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, TypeGuard
 
 from open_clip.hf_model import HFTextEncoder
 from open_clip.model import CLIP
@@ -28,9 +27,9 @@ from open_clip.transformer import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lamzoo.adapters.hosts import HostTakeover, Slot, TokenHost, replace_module
-from lamzoo.adapters.mha import host_slot, present_keys, read_attn_mask
-from lamzoo.errors import UnsupportedHostError
+from lamzoo.adapters.hosts import AttentionSite, HostTakeover, Pooling, TakeoverAdapter, TokenLayout
+from lamzoo.adapters.mha import LamMultiheadAttention, mha_site, present_keys, read_attn_mask
+from lamzoo.errors import UnsupportedHostError, class_name
 
 _BLOCKS = (ResidualAttentionBlock, CustomResidualAttentionBlock)
 
@@ -75,83 +74,99 @@ class LamClipAttention(HostTakeover, Attention):
         return host.out_drop(host.out_proj(out))
 
 
-def token_host(model: nn.Module, stack: str) -> TokenHost | None:
-    """Returns what is known of the tokens of a stack of open_clip's, if it is that of an image tower."""
-    transformer = stack.rpartition(".")[0]
-    tower = model.get_submodule(transformer.rpartition(".")[0]) if transformer else None
-    if not isinstance(tower, VisionTransformer):
-        return None
-    pool = "attention" if tower.attn_pool is not None else {"tok": "token", "none": ""}.get(tower.pool_type, "avg")
-    last = tower.transformer if tower.final_ln_after_pool or tower.attn_pool is not None else tower.ln_post
-    return TokenHost(num_prefix_tokens=1, has_class_token=True, pool=pool, num_unpooled=1, last=last)
+class OpenClipAdapter(TakeoverAdapter):
+    """Masks the self-attention of open_clip's residual attention blocks."""
+
+    owns_multihead_attention = True
+    takeovers: ClassVar[Mapping[type[nn.Module], type[HostTakeover]]] = {
+        nn.MultiheadAttention: LamMultiheadAttention,
+        Attention: LamClipAttention,
+    }
+
+    def sites(self, model: nn.Module) -> Iterator[AttentionSite]:
+        """Yields the self-attention layers of open_clip's blocks, in the order in which they are registered.
+
+        Raises:
+            UnsupportedHostError: the model has a text tower of Hugging Face transformers, an unknown block, or a block
+                with an unknown attention layer; names it.
+        """
+        for path, module in model.named_modules():
+            if isinstance(module, HFTextEncoder):
+                raise UnsupportedHostError(
+                    f"{path or 'The model'} ({class_name(module)}) is a text tower of Hugging Face transformers, whose "
+                    "attention can't carry a learnable mask; give add_lam the image tower alone, model.visual."
+                )
+            if type(module).__module__.startswith("open_clip."):
+                _check_blocks(path, module)
+            if _is_self_attending(module):
+                yield _site(f"{path}.attn" if path else "attn", module.attn)
+
+    def token_layout(self, model: nn.Module, path: str) -> TokenLayout | None:
+        """Returns the layout of class token and patches in an image tower, and of tokens in a text tower."""
+        block, _, name = path.rpartition(".")
+        if name != "attn" or not _is_self_attending(model.get_submodule(block)):
+            return None
+        blocks = block.rpartition(".")[0]  # such as visual.transformer.resblocks
+        transformer = blocks.rpartition(".")[0]
+        host = model.get_submodule(transformer)
+        tower = model.get_submodule(transformer.rpartition(".")[0])
+        if isinstance(host, MultimodalTransformer):
+            return TokenLayout(length=host.context_length)
+        if isinstance(tower, VisionTransformer):
+            return _image_layout(tower, blocks)
+        if isinstance(tower, TextTransformer):
+            return TokenLayout(length=tower.num_pos)  # with CoCa's class token, at the end
+        if isinstance(tower, CLIP):
+            return TokenLayout(length=tower.context_length)
+        return TokenLayout()
 
 
-def slots(model: nn.Module) -> Iterator[Slot]:
-    """Yields the self-attention layers of a model's open_clip blocks, in the order in which they are registered.
-
-    Raises:
-        UnsupportedHostError: a tower of Hugging Face ``transformers``, an unknown block, or one with an unknown
-            attention; names it.
-    """
-    for path, module in model.named_modules():
-        if isinstance(module, HFTextEncoder):
-            raise UnsupportedHostError(
-                f"{path or 'The model'} is an HFTextEncoder, whose attention lamzoo can't mask; "
-                "give add_lam the image tower alone, model.visual."
-            )
-        if type(module).__module__.startswith("open_clip."):
-            _check_blocks(path, module)
-        if isinstance(module, _BLOCKS) and not hasattr(module, "ln_1_kv"):  # which cross-attention has
-            yield _slot(model, f"{path}.attn" if path else "attn", module.attn)
+def _is_self_attending(block: nn.Module) -> TypeGuard[ResidualAttentionBlock | CustomResidualAttentionBlock]:
+    return isinstance(block, _BLOCKS) and not hasattr(block, "ln_1_kv")  # of cross-attention
 
 
 def _check_blocks(path: str, host: nn.Module) -> None:
     for index, block in enumerate(getattr(host, "resblocks", ())):
         if not isinstance(block, _BLOCKS):
-            served = ", ".join(cls.__name__ for cls in _BLOCKS)
             raise UnsupportedHostError(
-                f"{path}.resblocks.{index} is a {type(block).__name__}, which can't carry a learnable mask; "
-                f"open_clip's {served} can."
+                f"{path}.resblocks.{index} ({class_name(block)}) can't carry a learnable mask; in open_clip's models, "
+                f"add_lam serves {' and '.join(map(class_name, _BLOCKS))}."
             )
 
 
-def _slot(model: nn.Module, path: str, attn: Any) -> Slot:
-    stack, _, _ = path.removesuffix(".attn").rpartition(".")  # such as visual.transformer.resblocks
-    geometry = _geometry(model, stack.rpartition(".")[0])
+def _site(path: str, attn: Any) -> AttentionSite:
+    stack = path.removesuffix(".attn").rpartition(".")[0]
     if type(attn) is nn.MultiheadAttention:
-        return replace(host_slot(model, attn, [path], stack), **geometry)
-    # open_clip's development branch has an Attention of more arguments, whose boolean masks mean the opposite.
+        return mha_site(attn, [path], stack)
+    # open_clip's development branch has an Attention with more arguments, whose boolean masks mean the opposite.
     known = ["self", "x", "attn_mask"]
     if type(attn) is not Attention or list(inspect.signature(Attention.forward).parameters) != known:
         raise UnsupportedHostError(
-            f"{path} is a {type(attn).__name__} of a kind that can't carry a learnable mask; "
-            "nn.MultiheadAttention and the Attention of open_clip 3.3 can."
+            f"{path} ({class_name(attn)}) can't carry a learnable mask; nn.MultiheadAttention and the Attention of "
+            "open_clip 3.3 can."
         )
     width = attn.in_proj_weight.shape[1]
-    return Slot(
-        path=path,
-        stack=stack,
-        query_dim=width,
-        key_dim=width,
-        num_heads=attn.num_heads,
-        like=attn.in_proj_weight,
-        attach=lambda lam: replace_module(model, path, LamClipAttention.take_over(attn, lam)),
-        **geometry,
+    return AttentionSite(
+        path=path, stack=stack, query_dim=width, key_dim=width, num_heads=attn.num_heads, like=attn.in_proj_weight
     )
 
 
-def _geometry(model: nn.Module, transformer: str) -> dict[str, Any]:
-    host = model.get_submodule(transformer)
-    tower = model.get_submodule(transformer.rpartition(".")[0])
-    if isinstance(host, MultimodalTransformer):
-        return {"length": host.context_length}
-    if isinstance(tower, VisionTransformer):
-        if getattr(tower.patch_dropout, "prob", 0.0) > 0:  # nn.Identity without
-            return {"no_positions": "patch_dropout > 0 removes patches in training, and their positions with them"}
-        rows, columns = tower.grid_size
-        return {"length": 1 + rows * columns, "num_prefix_tokens": 1, "grid": (rows, columns)}
-    if isinstance(tower, TextTransformer):
-        return {"length": tower.num_pos}  # CoCa's class token, at the end, included
-    if isinstance(tower, CLIP):
-        return {"length": tower.context_length}
-    return {}
+def _image_layout(tower: VisionTransformer, blocks: str) -> TokenLayout:
+    rows, columns = tower.grid_size
+    drops = getattr(tower.patch_dropout, "prob", 0.0) > 0  # nn.Identity without
+    pools = tower.attn_pool is not None
+    pooling = Pooling(
+        blocks=blocks,
+        kind="attention" if pools else {"tok": "token", "none": ""}.get(tower.pool_type, "avg"),
+        has_class_token=True,
+        num_unpooled=1,
+        last=tower.transformer if tower.final_ln_after_pool or pools else tower.ln_post,
+    )
+    return TokenLayout(
+        length=1 + rows * columns,
+        num_prefix_tokens=1,
+        grid=(rows, columns),
+        grid_at=lambda size: (rows, columns),
+        no_positions="patch_dropout > 0 removes patches in training, and their positions with them" if drops else None,
+        pooling=pooling,
+    )

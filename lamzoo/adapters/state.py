@@ -1,4 +1,4 @@
-"""The masks of a model as something of its own: their parameters, their state dict, and taking them out again."""
+"""The masks of a model on their own: their parameters, their state dict, and removing them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lamzoo.adapters.decay import restore_no_weight_decay
-from lamzoo.adapters.hosts import HostTakeover, SharedStateHook, remove_hooks, replace_module
+from lamzoo.adapters.hosts import SharedStateHook, adapters_of, remove_hooks
 from lamzoo.adapters.wrappers import check_free, copy_into, full_state_dict, full_tensor, host_path, unwrap
-from lamzoo.errors import MaskShapeError, StateDictError, UnsupportedHostError
+from lamzoo.errors import MaskShapeError, StateDictError, UnsupportedHostError, class_name
 from lamzoo.lam import Lam, LamConfig
 from lamzoo.lam.layer import carried_configs, carry_configs
 from lamzoo.lam.masks import PositionTable, drop_dead_biases
@@ -24,10 +24,10 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def lam_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Yields the parameters of a model's masks and none of its host's, each once.
+    """Yields the parameters of a model's masks, each once, and none of its host.
 
     Args:
-        model: a model that :func:`lamzoo.add_lam` gave masks, or a wrapper around one.
+        model: a model with masks, or a wrapper around one.
 
     Raises:
         UnsupportedHostError: the model has no masks.
@@ -41,14 +41,14 @@ def lam_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def lam_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Returns the part of ``model.state_dict()`` that belongs to the masks, under the keys of the unwrapped model.
+    """Returns the part of ``model.state_dict()`` that belongs to the masks, with the keys of the unwrapped model.
 
-    Under FSDP2 it is gathered, so that every process has to call this. It carries the ``LamConfig`` in its
-    ``_metadata``, as torch's state dicts carry the versions of modules; ``torch.save`` keeps that, a copy into a plain
-    dictionary doesn't.
+    Under FSDP2 the tensors are gathered, so every process has to call this. The ``LamConfig`` is stored in the
+    ``_metadata`` of the result, where torch's state dicts keep the versions of modules; ``torch.save`` preserves it, a
+    copy into a plain dictionary doesn't.
 
     Args:
-        model: a model that :func:`lamzoo.add_lam` gave masks, or a wrapper around one.
+        model: a model with masks, or a wrapper around one.
 
     Raises:
         UnsupportedHostError: the model has no masks.
@@ -60,23 +60,23 @@ def lam_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_lam_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, config: LamConfig | None = None) -> list[str]:
-    """Loads into a model's masks what :func:`lam_state_dict` gave; the host stays as it is.
+    """Loads the result of :func:`lam_state_dict` into the masks of a model; the host doesn't change.
 
-    A position table of another length is resized to the model's, as :func:`lamzoo.lam.resize_table` does. A table
-    of patches is taken to be square where it isn't as long as the model's, like timm takes position embeddings.
+    A position table of another length is resized by :func:`lamzoo.lam.resize_table`. A table of patches with another
+    length than the model's is assumed to be a square grid, as timm assumes of position embeddings.
 
     Args:
-        model: a model with masks of the same configuration, or a wrapper around one; under FSDP2 too, where every
-            process has to call this with the same tensors.
+        model: a model with masks of the same configuration, or a wrapper around one. Under FSDP2 every process has to
+            call this with the same tensors.
         state: tensors by key, for every parameter of the masks and nothing else.
-        config: what they were trained with, for a state dict that carries no ``LamConfig``; without either, it is
-            loaded with a warning.
+        config: the configuration that they were trained with, for a state dict without a ``LamConfig``; with neither,
+            the state dict is loaded with a warning.
 
     Returns:
-        The keys of the tables that were resized.
+        The keys of the resized tables.
 
     Raises:
-        StateDictError: another ``LamConfig``, a key too many or too few, or a shape that doesn't fit; names them.
+        StateDictError: the ``LamConfig`` differs, keys are missing or unexpected, or a shape doesn't fit; names them.
             Nothing is loaded.
         UnsupportedHostError: the model has no masks.
     """
@@ -89,10 +89,10 @@ def load_lam_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, config
         state = {key.removeprefix("module."): value for key, value in state.items()}  # saved by 0.1.0 under DDP
     dead = [key for path, lam in masks_of(model).items() for key in drop_dead_biases(lam, state, f"{path}.")]
     if dead:
-        _logger.info("key-side biases left out, which change nothing in additive masks: %s", few(dead))
+        _logger.info("dropped key-side biases, which have no effect in additive masks: %s", few(dead))
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or unexpected:
-        wrong = [f"{name} {few(keys)}" for name, keys in (("lacks", missing), ("has too", unexpected)) if keys]
+        wrong = [f"{name} {few(keys)}" for name, keys in (("lacks", missing), ("has unexpected", unexpected)) if keys]
         raise StateDictError(
             f"The LAM state dict {' and '.join(wrong)}; load it into a model with the same host and the LamConfig that "
             "it was saved with."
@@ -108,7 +108,7 @@ def load_lam_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, config
         if fitting[key].shape != own[key].shape:
             raise StateDictError(
                 f"{key} has shape {tuple(value.shape)} in the LAM state dict and {tuple(own[key].shape)} in the model; "
-                "the LamConfig must be the one it was saved with."
+                "use the LamConfig that it was saved with."
             )
     with torch.no_grad():
         for key, value in fitting.items():
@@ -125,27 +125,27 @@ def check_lam_config(
     config: LamConfig | None = None,
     way_out: str = "give the model masks of {config}",
 ) -> None:
-    """Compares the masks in a state dict with a model's by their meaning, which shapes don't tell.
+    """Compares the ``LamConfig`` in a state dict with the model's, since shapes alone don't tell masks apart.
 
     Args:
-        model: with masks.
-        state: holds masks.
-        source: what to call it in messages.
-        config: that of its masks, where it carries none.
-        way_out: for the message; ``{config}`` in it becomes the configuration of the masks in ``state``.
+        model: a model with masks.
+        state: a state dict with masks.
+        source: name of the state dict, for messages.
+        config: the configuration of its masks, if it carries none.
+        way_out: ends the error message; ``{config}`` in it is replaced by the configuration of the masks in ``state``.
 
     Raises:
-        StateDictError: they differ; names the fields.
+        StateDictError: the configurations differ; names the fields.
     """
     carried = carried_configs(state)
-    unplaced = config or next(iter(carried.values()), None)  # where a converter has renamed the layers
+    unplaced = config or next(iter(carried.values()), None)  # if a converter renamed the layers
     for path, lam in masks_of(model).items():
         saved = carried.get(path, unplaced)
         if saved is None:
             _logger.warning(
-                "%s doesn't say which LamConfig its masks were trained with; they are loaded as masks of %s. If they "
-                "are others, pass theirs as lam= or leave them out with lam_weights='fresh' in create_model, or pass "
-                "config= to load_lam_state_dict; a file saved again with lamzoo carries it.",
+                "%s doesn't contain the LamConfig that its masks were trained with; they are loaded as %s. If they had "
+                "another one, pass it as lam=, or leave the masks out with lam_weights='fresh' in create_model, or "
+                "pass config= to load_lam_state_dict; a file saved again with lamzoo contains it.",
                 source, lam.config,
             )  # fmt: skip
             return
@@ -155,8 +155,7 @@ def check_lam_config(
                 ", ".join(f"{name}={getattr(it, name)!r}" for name in different) for it in (saved, lam.config)
             )
             raise StateDictError(
-                f"{source} has masks of {theirs} and the model's are of {ours}; "
-                f"{way_out.format(config=_spelled(saved))}."
+                f"{source} has masks with {theirs} and the model has {ours}; {way_out.format(config=_spelled(saved))}."
             )
 
 
@@ -166,25 +165,21 @@ def _spelled(config: LamConfig) -> str:
 
 
 def remove_lam(model: Model) -> Model:
-    """Takes masks, and pruning by them, out of a model again, in place: every attention layer gets its own class back.
+    """Removes the masks of a model, and pruning by them, in place; attention layers get their original class back.
 
     Args:
-        model: a model that :func:`lamzoo.add_lam` gave masks.
+        model: a model with masks, or a wrapper around one.
 
     Returns:
-        The same model, which computes what it did before it had masks, with the weights it has now.
+        The same model. With its current weights, it computes the host's function without masks.
 
     Raises:
         UnsupportedHostError: the model has no masks, or is distributed (DDP, FSDP).
     """
     masks_of(model)
     check_free(model)
-    released: dict[nn.Module, nn.Module] = {}  # a layer may be used in several places
-    for path, module in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(module, HostTakeover):
-            if module not in released:
-                released[module] = module.release()
-            replace_module(model, path, released[module])
+    for adapter in adapters_of(model).values():
+        adapter.unwrap(model)
     for module in model.modules():
         remove_hooks(module, (SharedStateHook,))
         for name in ("lam_config", "prune_config"):
@@ -194,16 +189,16 @@ def remove_lam(model: Model) -> Model:
 
 
 def masks_of(model: nn.Module) -> dict[str, Lam]:
-    """Returns a model's masks by their path in the unwrapped model, such as ``"blocks.3.attn.lam"``.
+    """Returns the masks of a model by their path in the unwrapped model, such as ``"blocks.3.attn.lam"``.
 
     Raises:
-        UnsupportedHostError: the model has none, or a wrapper that hides them.
+        UnsupportedHostError: the model has no masks, or has a wrapper that hides them.
     """
     model = unwrap(model)
     masks = {host_path(path): module for path, module in model.named_modules() if isinstance(module, Lam)}
     if not masks:
         raise UnsupportedHostError(
-            f"This {type(model).__name__} has no learnable masks; call lamzoo.add_lam(model) first."
+            f"The model ({class_name(model)}) has no learnable masks; call lamzoo.add_lam(model) first."
         )
     return masks
 
@@ -224,6 +219,6 @@ def _adapted(key: str, weight: Tensor, bias: Tensor, table: PositionTable) -> tu
 
 
 def few(keys: Collection[str]) -> str:
-    """Returns the first names of many, for messages."""
+    """Joins the first three names, for messages, and counts the others."""
     shown = ", ".join(list(keys)[:3])
     return shown if len(keys) <= 3 else f"{shown} and {len(keys) - 3} more"

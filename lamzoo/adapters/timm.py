@@ -3,22 +3,22 @@
 Modifications to the host: each ``Attention``, ``AttentionRope``, ``EvaAttention``, ``RelPosAttention`` or BEiT's
 ``Attention`` is replaced by a layer that takes over its submodules and parameter names and calls
 :func:`lamzoo.lam.lam_attention` where the host calls ``F.scaled_dot_product_attention``; with position keys,
-``patch_embed`` gets a hook that notes the patch grid. A relative position bias is added to the scores after the mask.
+``patch_embed`` gets a hook that records the patch grid. A relative position bias is added to the scores after the mask.
 
-Tables over key positions keep the length they were made with: under ``dynamic_img_size`` and after ``set_input_size``
-they are resized in each forward pass, as timm resizes position embeddings under ``dynamic_img_size``.
+Position tables keep their initial length: under ``dynamic_img_size`` and after ``set_input_size`` they are resized in
+each forward pass, as timm resizes position embeddings under ``dynamic_img_size``.
 
-Served are the hosts of these attentions: VisionTransformer (DeiT, DINOv2, CLIP, SigLIP, ViTamin, ...), its hybrids
-behind a convolutional stem, Eva (EVA-02, RoPE-ViT, PE, DINOv3), BEiT, VisionTransformerRelPos, NaFlexVit, PiT,
-MobileViT and the DeepSeek and Qwen3 encoders.
+Supported models: VisionTransformer (DeiT, DINOv2, CLIP, SigLIP, ViTamin, ...), its hybrids with a convolutional stem,
+Eva (EVA-02, RoPE-ViT, PE, DINOv3), BEiT, VisionTransformerRelPos, NaFlexVit, PiT, MobileViT and the DeepSeek and Qwen3
+encoders.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from timm.layers import (
@@ -43,9 +43,10 @@ from timm.models.vision_transformer_relpos import RelPosAttention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lamzoo.adapters.hosts import HostTakeover, SharedStateHook, Slot, TokenHost, replace_module
-from lamzoo.errors import MaskShapeError, UnsupportedHostError
+from lamzoo.adapters.hosts import AttentionSite, HostTakeover, Pooling, SharedStateHook, TakeoverAdapter, TokenLayout
+from lamzoo.errors import MaskShapeError, UnsupportedHostError, class_name
 from lamzoo.lam import Lam, SharedState
+from lamzoo.lam.resize import Grid
 
 
 class LamAttention(HostTakeover):
@@ -90,14 +91,14 @@ class LamEvaAttention(HostTakeover):
         return _attend(self, x, query, key, value, attn_mask, is_causal)
 
     def reset_parameters(self) -> None:
-        """Sets the biases to zero, as timm's does; called when weights are initialised anew."""
+        """Sets the biases to zero, as timm's ``EvaAttention`` does; called when weights are reinitialised."""
         if self.q_bias is not None:
             nn.init.zeros_(self.q_bias)
             nn.init.zeros_(self.v_bias)
         self.init_non_persistent_buffers()
 
     def init_non_persistent_buffers(self) -> None:
-        """Fills the buffer that checkpoints leave out; timm calls it after materialising a model from ``meta``."""
+        """Fills the buffer that is not in checkpoints; timm calls it after materialising a model from ``meta``."""
         if self.k_bias is not None:
             self.k_bias.zero_()
 
@@ -126,15 +127,7 @@ class LamRelPosAttention(HostTakeover):
         return self.proj_drop(self.proj(out))
 
 
-_TAKEOVERS: dict[type[nn.Module], type[HostTakeover]] = {
-    Attention: LamAttention,
-    AttentionRope: LamAttentionRope,
-    EvaAttention: LamEvaAttention,
-    BeitAttention: LamBeitAttention,
-    RelPosAttention: LamRelPosAttention,
-}
-
-# They know of heads and yet attend with no token as query: pooling in front of the classifier, and positions.
+# Modules with heads that aren't self-attention of tokens: pooling in front of the classifier, and positions.
 _NO_SELF_ATTENTION = (
     AttentionPoolLatent,
     AttentionPoolPrr,
@@ -145,61 +138,68 @@ _NO_SELF_ATTENTION = (
     RelPosBiasTf,
 )
 
-_WAY_OUT = (
-    "it can't carry a learnable mask, only blocks with timm's "
-    + ", ".join(cls.__name__ for cls in _TAKEOVERS if cls is not BeitAttention)
-    + " or BEiT's Attention can."
-)
-
-# Where a block has its attention, and, of two layers a block, ParallelThingsBlock each of them.
-_LAYER = re.compile(r"(?P<stack>.+?)\.\d+\.(attn|attns\.\d+\.attn)")
+# Where the attention layer of a block is, and the two of a ParallelThingsBlock.
+_LAYER = re.compile(r"(?P<stack>.+?)\.\d+\.(?P<name>attn|attns\.\d+\.attn)")
 
 
-def token_host(model: nn.Module, stack: str) -> TokenHost | None:
-    """Returns what is known of the tokens of a stack of timm's, if it is that of a ``VisionTransformer``."""
-    host = model.get_submodule(stack.rpartition(".")[0])
-    if not isinstance(host, VisionTransformer):
-        return None
-    return TokenHost(
-        num_prefix_tokens=host.num_prefix_tokens,
-        has_class_token=host.has_class_token,
-        pool="attention" if host.attn_pool is not None else host.global_pool,
-        num_unpooled=0 if host.pool_include_prefix else host.num_prefix_tokens,
-        last=host.norm,
-    )
+class TimmAdapter(TakeoverAdapter):
+    """Masks timm's vision transformers."""
+
+    takeovers: ClassVar[Mapping[type[nn.Module], type[HostTakeover]]] = {
+        Attention: LamAttention,
+        AttentionRope: LamAttentionRope,
+        EvaAttention: LamEvaAttention,
+        BeitAttention: LamBeitAttention,
+        RelPosAttention: LamRelPosAttention,
+    }
+
+    def sites(self, model: nn.Module) -> Iterator[AttentionSite]:
+        """Yields the timm attention layers of a model, in order of the forward pass.
+
+        Pooling heads get no mask, since their queries are learned parameters and not tokens.
+
+        Raises:
+            UnsupportedHostError: a timm model has attention that can't carry a mask, or a block without the attention
+                of the other blocks; names it.
+        """
+        roots: list[str] = []
+        for path, module in model.named_modules():
+            if _is_timm(module) and not any(path.startswith(f"{root}.") or not root for root in roots):
+                roots.append(path)
+                yield from self._sites_of(path, module)
+
+    def token_layout(self, model: nn.Module, path: str) -> TokenLayout | None:
+        """Returns the layout of class token, registers and patches, where the layer is in a list of timm's blocks."""
+        match = _LAYER.fullmatch(path)
+        if match is None or not self._serves(model.get_submodule(path)):
+            return None
+        host: Any = model.get_submodule(match["stack"].rpartition(".")[0])
+        pooling = _pooling(host, match["stack"]) if match["name"] == "attn" else None
+        return _layout(host, pooling)
+
+    def _sites_of(self, root_path: str, root: nn.Module) -> list[AttentionSite]:
+        found = []
+        for path, module in root.named_modules(prefix=root_path):
+            if type(module) in self.takeovers:
+                match = _LAYER.fullmatch(path)
+                if match is None:
+                    raise UnsupportedHostError(
+                        f"{_named(path, module)} is an attention layer outside of any list of blocks; put it into a "
+                        "model of timm's, or call add_lam on that model."
+                    )
+                found.append(_site(path, match["stack"], module))
+            elif _attends(module):
+                raise UnsupportedHostError(f"{_named(path, module)} can't carry a learnable mask; {_SERVED}")
+        if found:
+            _check_complete(root_path, root, found)
+        return found
 
 
-def slots(model: nn.Module) -> Iterator[Slot]:
-    """Yields the timm attention layers of a model, in order of the forward pass.
-
-    Pooling heads, whose queries are learned and no tokens, have no mask.
-
-    Raises:
-        UnsupportedHostError: a timm model has an attention that takes no mask, or a block without the attention that
-            the other blocks have; names it.
-    """
-    roots: list[str] = []
-    for path, module in model.named_modules():
-        if _is_timm(module) and not any(path.startswith(f"{root}.") or not root for root in roots):
-            roots.append(path)
-            yield from _slots_of(model, path, module)
+_SERVED = f"in timm's models, add_lam serves blocks with {', '.join(map(class_name, TimmAdapter.takeovers))}."
 
 
-def _slots_of(model: nn.Module, root_path: str, root: nn.Module) -> list[Slot]:
-    found = []
-    for path, module in root.named_modules(prefix=root_path):
-        if type(module) in _TAKEOVERS:
-            match = _LAYER.fullmatch(path)
-            if match is None:
-                where = path or "The model"
-                raise UnsupportedHostError(f"{where} is an attention layer outside of any list of blocks; {_WAY_OUT}")
-            found.append(_slot(model, path, match["stack"], module))
-        elif _attends(module):
-            what = f"{type(module).__name__} of {type(module).__module__}"
-            raise UnsupportedHostError(f"{path or 'The model'} is a {what}; {_WAY_OUT}")
-    if found:
-        _check_complete(root_path, root, found)
-    return found
+def _named(path: str, module: nn.Module) -> str:
+    return f"{path or 'The model'} ({class_name(module)})"
 
 
 def _is_timm(module: nn.Module) -> bool:
@@ -207,15 +207,15 @@ def _is_timm(module: nn.Module) -> bool:
 
 
 def _attends(module: nn.Module) -> bool:
-    if isinstance(module, SpatialTransformerBlock):  # CSATv2's, which has one head and doesn't say so
+    if isinstance(module, SpatialTransformerBlock):  # CSATv2's, which has a single head and no num_heads
         return True
     return _is_timm(module) and hasattr(module, "num_heads") and not isinstance(module, _NO_SELF_ATTENTION)
 
 
-def _check_complete(root_path: str, root: nn.Module, found: list[Slot]) -> None:
-    """Makes sure that no block beside those found is left without a mask, but for those of a convolutional stem."""
-    layers = [slot.path for slot in found]
-    stacks = {slot.stack for slot in found}
+def _check_complete(root_path: str, root: nn.Module, found: list[AttentionSite]) -> None:
+    """Checks that every block has a mask, except for the blocks of a convolutional stem."""
+    layers = [site.path for site in found]
+    stacks = {site.stack for site in found}
     stems = tuple(
         f"{path}." for path, module in root.named_modules(prefix=root_path) if isinstance(module, HybridEmbed)
     )
@@ -227,48 +227,55 @@ def _check_complete(root_path: str, root: nn.Module, found: list[Slot]) -> None:
             for name, block in module.named_children():
                 if not any(layer.startswith(f"{path}.{name}.") for layer in layers):
                     attn = getattr(block, "attn", None)
-                    what = "without an `attn` of its own" if attn is None else f"with a {type(attn).__name__}"
-                    raise UnsupportedHostError(f"{path}.{name} is a {type(block).__name__} {what}; {_WAY_OUT}")
+                    what = "has no `attn`" if attn is None else f"has an `attn` of {class_name(attn)}"
+                    raise UnsupportedHostError(f"{_named(f'{path}.{name}', block)} {what}; {_SERVED}")
 
 
-def _slot(model: nn.Module, path: str, stack: str, attn: Any) -> Slot:
-    host = model.get_submodule(stack.rpartition(".")[0])
+def _site(path: str, stack: str, attn: Any) -> AttentionSite:
     dim = (attn.qkv if attn.qkv is not None else attn.q_proj).in_features
-    takeover = _TAKEOVERS[type(attn)]
-    return Slot(
-        path=path,
-        stack=stack,
-        query_dim=dim,
-        key_dim=dim,
-        num_heads=attn.num_heads,
-        like=attn.proj.weight,
-        attach=lambda lam: replace_module(model, path, takeover.take_over(attn, lam)),
-        **_geometry(host),
+    return AttentionSite(
+        path=path, stack=stack, query_dim=dim, key_dim=dim, num_heads=attn.num_heads, like=attn.proj.weight
     )
 
 
-def _geometry(host: Any) -> dict[str, Any]:
-    if isinstance(host, NaFlexVit):
-        return {"no_positions": "each sample of a NaFlexVit has a patch grid of its own"}
+def _pooling(host: Any, blocks: str) -> Pooling | None:
+    if not isinstance(host, VisionTransformer):
+        return None
+    return Pooling(
+        blocks=blocks,
+        kind="attention" if host.attn_pool is not None else host.global_pool,
+        has_class_token=host.has_class_token,
+        num_unpooled=0 if host.pool_include_prefix else host.num_prefix_tokens,
+        last=host.norm,
+    )
+
+
+def _layout(host: Any, pooling: Pooling | None) -> TokenLayout:
     patch_embed: Any = getattr(host, "patch_embed", None)
-    if not hasattr(patch_embed, "dynamic_feat_size"):
-        return {"no_positions": f"a {type(host).__name__} doesn't tell the patch grid of its tokens"}
-    if getattr(getattr(host, "patch_drop", None), "prob", 0.0) > 0:
-        return {"no_positions": "patch_drop_rate > 0 removes patches in training, and their positions with them"}
-    grid = tuple(patch_embed.grid_size)
-    return {
-        "grid": grid,
-        "num_prefix_tokens": host.num_prefix_tokens,
-        "length": host.num_prefix_tokens + grid[0] * grid[1],
-        "watch_grid": partial(_watch_grid, patch_embed),
-    }
+    prefix: int = getattr(host, "num_prefix_tokens", 0)
+    if isinstance(host, NaFlexVit) or not hasattr(patch_embed, "dynamic_feat_size"):
+        per_sample = isinstance(host, NaFlexVit)
+        reason = f"{class_name(host)} has {'a patch grid for each sample' if per_sample else 'no known patch grid'}"
+        return TokenLayout(num_prefix_tokens=prefix, no_positions=reason, pooling=pooling)
+    grid: Grid = tuple(patch_embed.grid_size)
+    drops = getattr(getattr(host, "patch_drop", None), "prob", 0.0) > 0
+    reason = "patch_drop_rate > 0 removes patches in training, and their positions with them"
+    return TokenLayout(
+        length=prefix + grid[0] * grid[1],
+        num_prefix_tokens=prefix,
+        grid=grid,
+        grid_at=patch_embed.dynamic_feat_size,
+        watch_grid=partial(_watch_grid, patch_embed),
+        no_positions=reason if drops else None,
+        pooling=pooling,
+    )
 
 
 class _NoteGrid(SharedStateHook):
-    """Forward pre-hook of ``patch_embed``: begins a pass with the patch grid of the image at hand."""
+    """Forward pre-hook of ``patch_embed``: begins a pass with the patch grid of its image."""
 
     def __call__(self, patch_embed: Any, args: tuple[Tensor, ...]) -> None:
-        if not isinstance(args[0], Tensor):  # a symbolic trace, whose image has the model's own size
+        if not isinstance(args[0], Tensor):  # a symbolic trace, at the image size of the model
             return
         rows, columns = patch_embed.dynamic_feat_size(args[0].shape[-2:])
         self.shared.begin(grid=(rows, columns))
@@ -283,8 +290,8 @@ def _attend(
 ) -> Tensor:
     if attn_mask is not None and attn_mask.ndim == 3:
         raise MaskShapeError(
-            f"attn_mask has shape {tuple(attn_mask.shape)}, which timm reads as one mask a head; "
-            "pass (B, 1, N, N) for one a sample or (1, H, N, N) for one a head."
+            f"attn_mask has shape {tuple(attn_mask.shape)}, which timm reads as one mask per head; "
+            "pass (B, 1, N, N) for one per sample or (1, H, N, N) for one per head."
         )
     boolean = attn_mask is not None and attn_mask.dtype == torch.bool
     allowed, bias = (attn_mask, None) if boolean else (None, attn_mask)
@@ -327,7 +334,7 @@ def _biased_qkv(attn: Any, x: Tensor) -> Any:
 
 def _separate_projections(attn: Any, x: Tensor) -> list[Tensor]:
     projections = (attn.q_proj, attn.k_proj, attn.v_proj)
-    # The head dim is fixed and the number of heads isn't: grouped-query attention has fewer for keys and values.
+    # Split by head dim, not by number of heads: grouped-query attention has fewer heads for keys and values.
     return [projection(x).unflatten(-1, (-1, attn.head_dim)).transpose(1, 2) for projection in projections]
 
 

@@ -1,73 +1,79 @@
-"""Wrappers around a model, of torch.compile, data parallelism and FSDP: the model inside, and its state dict."""
+"""Models wrapped by torch.compile, data parallelism or FSDP: the model inside, and its state dict."""
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lamzoo.errors import UnsupportedHostError
+from lamzoo.errors import UnsupportedHostError, class_name
 
-_COMPILED = "_orig_mod"  # torch.compile's name for what it wraps, also within a model
+_COMPILED = "_orig_mod"  # the name that torch.compile gives the wrapped module
 
 
 def unwrap(model: nn.Module) -> nn.Module:
     """Returns the model inside ``torch.compile``, ``nn.DataParallel`` and ``DistributedDataParallel``, in any order.
 
-    A model under FSDP2 (``fully_shard``) has no wrapper, and is returned as it is.
+    A model under FSDP2 (``fully_shard``) has no wrapper and is returned unchanged.
 
     Raises:
-        UnsupportedHostError: ``FullyShardedDataParallel`` (FSDP1), which hides the parameters.
+        UnsupportedHostError: the model is wrapped by ``FullyShardedDataParallel`` (FSDP1), which hides the parameters.
     """
     *_, innermost = _layers(model)
     if any("_fsdp_wrapped_module" in module._modules for module in innermost.modules()):
         raise UnsupportedHostError(
-            "FullyShardedDataParallel hides the parameters of the model in it; use torch.distributed.fsdp.fully_shard, "
-            "or the model before it was wrapped."
+            "FullyShardedDataParallel hides the parameters of the model inside; use "
+            "torch.distributed.fsdp.fully_shard, or the model before it was wrapped."
         )
     return innermost
 
 
 def check_free(model: nn.Module) -> None:
-    """Checks that parameters may still be added to a model, or taken out of it.
+    """Checks that parameters can still be added to a model, or removed from it.
 
     Raises:
-        UnsupportedHostError: the model is distributed, by DDP or FSDP.
+        UnsupportedHostError: the model is distributed (DDP, FSDP).
     """
-    way_out = "add or remove masks before that"
     inner = unwrap(model)
     if any(isinstance(layer, DistributedDataParallel) for layer in _layers(model)):
         raise UnsupportedHostError(
-            f"DistributedDataParallel synchronises the parameters that this {type(inner).__name__} had when it was "
-            f"wrapped, and no others; {way_out}."
+            f"DistributedDataParallel only synchronises the parameters that the model ({class_name(inner)}) had when "
+            "it was wrapped; add or remove masks before that."
         )
     if is_sharded(inner):
-        raise UnsupportedHostError(f"This {type(inner).__name__} is sharded by FSDP; {way_out}.")
+        raise UnsupportedHostError(
+            f"The model ({class_name(inner)}) is sharded by FSDP; add or remove masks before that."
+        )
 
 
 def compiled_parts(model: nn.Module) -> list[str]:
-    """Returns the paths of the submodules that ``torch.compile`` has wrapped."""
+    """Returns the paths of the submodules that ``torch.compile`` wraps."""
     return [path for path, module in unwrap(model).named_modules() if _COMPILED in module._modules]
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Returns whether parameters of a model are distributed tensors, as under FSDP2."""
-    # Not model.parameters(), some of which are whole after a forward pass.
-    return any(hasattr(value, "full_tensor") for value in model.state_dict().values())
+    """Returns whether a model is sharded by FSDP2, or has distributed tensors among its parameters and buffers."""
+    # The tensors alone don't tell: those of FSDP2's root module are gathered after a forward pass.
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # seconds to import, and imported where a model is sharded
+    if fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in model.modules()):
+        return True
+    return any(hasattr(tensor, "full_tensor") for tensor in chain(model.parameters(), model.buffers()))
 
 
 def host_path(path: str) -> str:
-    """Returns the path that a module or parameter has in an uncompiled model."""
+    """Returns the path of a module or parameter in the uncompiled model."""
     return path.replace(f"{_COMPILED}.", "")
 
 
 def full_state_dict(model: nn.Module) -> OrderedDict[str, Tensor]:
-    """Returns the state dict that a model has without its wrappers, its metadata too.
+    """Returns the state dict of a model without its wrappers, with its metadata.
 
-    Distributed tensors are gathered: under FSDP2 every process has to call this.
+    Distributed tensors are gathered, so under FSDP2 every process has to call this.
 
     Raises:
         UnsupportedHostError: as for :func:`unwrap`.
@@ -80,16 +86,16 @@ def full_state_dict(model: nn.Module) -> OrderedDict[str, Tensor]:
 
 
 def full_tensor(value: Tensor) -> Tensor:
-    """Gathers a distributed tensor, on every process; returns another one as it is."""
+    """Gathers a distributed tensor on every process; returns any other tensor unchanged."""
     gather: Any = getattr(value, "full_tensor", None)
     return value if gather is None else gather()
 
 
 def copy_into(parameter: Tensor, value: Tensor) -> None:
-    """Copies a tensor into one of the same shape, of which this process may hold a shard."""
+    """Copies a tensor into a parameter of the same shape, which may be a distributed tensor."""
     mesh: Any = getattr(parameter, "device_mesh", None)
     if mesh is not None:
-        from torch.distributed.tensor import distribute_tensor  # seconds to import, and there where a mesh is
+        from torch.distributed.tensor import distribute_tensor  # seconds to import, and imported where there is a mesh
 
         placements: Any = parameter.placements  # type: ignore[attr-defined]
         value = distribute_tensor(value.to(parameter.device), mesh, placements, src_data_rank=None)
@@ -97,7 +103,7 @@ def copy_into(parameter: Tensor, value: Tensor) -> None:
 
 
 def _layers(model: nn.Module) -> Iterator[nn.Module]:
-    """Yields a model and what it wraps, the innermost last."""
+    """Yields a model and the models that it wraps, the innermost last."""
     yield model
     if _COMPILED in model._modules:
         yield from _layers(model.get_submodule(_COMPILED))

@@ -6,11 +6,13 @@ over its parameters and calls :func:`lamzoo.lam.lam_attention`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import ClassVar
 
 from torch import Tensor, nn
 
-from lamzoo.adapters.hosts import HostTakeover, Slot, replace_module
+from lamzoo.adapters.hosts import AttentionSite, HostTakeover, TakeoverAdapter
+from lamzoo.errors import UnsupportedHostError, class_name
 from lamzoo.layers.attention import HeadAttention, is_written_out
 
 
@@ -27,31 +29,44 @@ class LamHeadAttention(HostTakeover, HeadAttention):
         allowed: Tensor | None,
         dropout_p: float,
     ) -> Tensor:
-        """As the host's, under the mask of ``tokens`` and ``context``."""
+        """Attends as :meth:`HeadAttention.attend`, under the mask of ``tokens`` and ``context``."""
         attend = self.lam.attend_with_weights if is_written_out(query, key, self.training) else self.lam.attend
         present = None if allowed is None else allowed[:, 0, 0]
         out = attend(tokens, context, query, key, value, allowed=allowed, dropout_p=dropout_p, present=present)
         return out[0] if isinstance(out, tuple) else out
 
 
-def slots(model: nn.Module) -> Iterator[Slot]:
-    """Yields every :class:`HeadAttention` of a model, stack by stack: layers whose paths differ in one number alone."""
-    stacks: dict[str, list[Slot]] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, HeadAttention):
-            stack = ".".join("*" if part.isdigit() else part for part in path.split("."))
-            stacks.setdefault(stack, []).append(_slot(model, path, stack, module))
-    for stack_slots in stacks.values():
-        yield from stack_slots
+class ZooAdapter(TakeoverAdapter):
+    """Masks :class:`~lamzoo.layers.attention.HeadAttention`, in any model."""
+
+    takeovers: ClassVar[Mapping[type[nn.Module], type[HostTakeover]]] = {HeadAttention: LamHeadAttention}
+
+    def sites(self, model: nn.Module) -> Iterator[AttentionSite]:
+        """Yields every ``HeadAttention``, stack by stack: layers whose paths differ only in their numbers.
+
+        Raises:
+            UnsupportedHostError: a layer is a subclass, which may compute something else; names it.
+        """
+        stacks: dict[str, list[AttentionSite]] = {}
+        for path, module in model.named_modules():
+            if isinstance(module, HeadAttention):
+                if type(module) is not HeadAttention:
+                    raise UnsupportedHostError(
+                        f"{path or 'The model'} ({class_name(module)}) is an unknown subclass of HeadAttention; use "
+                        "HeadAttention itself, or call add_lam on the parts of the model without it."
+                    )
+                stack = ".".join("*" if part.isdigit() else part for part in path.split("."))
+                stacks.setdefault(stack, []).append(_site(path, stack, module))
+        for sites in stacks.values():
+            yield from sites
 
 
-def _slot(model: nn.Module, path: str, stack: str, module: HeadAttention) -> Slot:
-    return Slot(
+def _site(path: str, stack: str, module: HeadAttention) -> AttentionSite:
+    return AttentionSite(
         path=path,
         stack=stack,
         query_dim=module.token_dim,
         key_dim=module.context_dim,
         num_heads=module.num_heads,
         like=module.out_proj.weight,
-        attach=lambda lam: replace_module(model, path, LamHeadAttention.take_over(module, lam)),
     )

@@ -19,11 +19,19 @@ import torch.fx
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lamzoo.adapters import timm
-from lamzoo.adapters.hosts import EnterBlock, LeaveBlock, SharedStateHook, TokenHost, remove_hooks, watch_block
+from lamzoo.adapters.hosts import (
+    EnterBlock,
+    LeaveBlock,
+    Pooling,
+    SharedStateHook,
+    TokenLayout,
+    remove_hooks,
+    token_layout,
+    watch_block,
+)
 from lamzoo.adapters.state import masks_of
 from lamzoo.adapters.wrappers import unwrap
-from lamzoo.errors import ConfigError, UnsupportedHostError
+from lamzoo.errors import ConfigError, UnsupportedHostError, class_name
 from lamzoo.lam import FactoredMask, Lam, SharedState
 from lamzoo.lam.layer import AttentionOptions
 from lamzoo.lam.ops import Op
@@ -107,10 +115,10 @@ class _Prune(SharedStateHook):
 class _PoolKept(SharedStateHook):
     """Forward hook before the pooling: makes the mean over all tokens that over the kept ones, and ends the pass."""
 
-    def __init__(self, shared: SharedState, host: TokenHost) -> None:
+    def __init__(self, shared: SharedState, pooling: Pooling) -> None:
         super().__init__(shared)
-        self.pool = host.pool
-        self.num_unpooled = host.num_unpooled
+        self.pool = pooling.kind
+        self.num_unpooled = pooling.num_unpooled
 
     def __call__(self, last: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         kept = self.shared.current.kept
@@ -146,14 +154,14 @@ def prune(model: nn.Module, config: PruneConfig) -> None:
         ConfigError: ``at`` names the last layer, or one that the model doesn't have.
     """
     model = unwrap(model)
-    stack, host, lams = _stack(model)
+    layout, pooling, lams = _stack(model)
     if config.at[-1] >= len(lams) - 1:
         raise ConfigError(
-            f"at={config.at}: pruning after layer {len(lams) - 1}, the last of {stack}, or beyond saves nothing; "
-            f"name layers from 0 to {len(lams) - 2}."
+            f"at={config.at}: pruning after layer {len(lams) - 1}, the last of {pooling.blocks}, or beyond saves "
+            f"nothing; name layers from 0 to {len(lams) - 2}."
         )
     remove_pruning(model)
-    blocks, shared = model.get_submodule(stack), lams[0].shared
+    blocks, shared = model.get_submodule(pooling.blocks), lams[0].shared
     share = 1.0
     for index, (block, lam) in enumerate(zip(blocks.children(), lams, strict=True)):
         if not any(isinstance(hook, EnterBlock) for hook in block._forward_pre_hooks.values()):
@@ -163,9 +171,9 @@ def prune(model: nn.Module, config: PruneConfig) -> None:
         hook = lam.attention_hook = _ReducedAttention(shared)
         if index in config.at:
             share *= config.keep
-            hook.score = partial(SCORERS[config.score], has_class_token=host.has_class_token)
-            block.register_forward_hook(_Prune(lam, config, host.num_prefix_tokens, share))
-    host.last.register_forward_hook(_PoolKept(shared, host))
+            hook.score = partial(SCORERS[config.score], has_class_token=pooling.has_class_token)
+            block.register_forward_hook(_Prune(lam, config, layout.num_prefix_tokens, share))
+    pooling.last.register_forward_hook(_PoolKept(shared, pooling))
     model.prune_config = config  # type: ignore[assignment]
 
 
@@ -231,26 +239,21 @@ def depth(model: nn.Module) -> int:
     return len(_stack(unwrap(model))[2])
 
 
-def _stack(model: nn.Module) -> tuple[str, TokenHost, list[Lam]]:
-    """Returns the path of the one stack of blocks whose tokens can be pruned, its host, and its masks."""
-    stacks: dict[str, list[Lam]] = {}
+def _stack(model: nn.Module) -> tuple[TokenLayout, Pooling, list[Lam]]:
+    """Returns the layout, pooling and masks of the one stack of blocks whose tokens can be pruned."""
+    prunable: dict[str, tuple[TokenLayout, Pooling, list[Lam]]] = {}
+    parts: dict[str, str] = {}
     for path, lam in masks_of(model).items():
-        stacks.setdefault(path.rsplit(".", 3)[0], []).append(lam)
-    hosts = {stack: host for stack in stacks if (host := _token_host(model, stack)) is not None}
-    if len(hosts) != 1:
-        owners = (type(model.get_submodule(stack.rpartition(".")[0])).__name__ for stack in stacks)
-        found = ", ".join(f"{stack} of a {owner}" for stack, owner in zip(stacks, owners, strict=True))
+        layer = path.removesuffix(".lam")
+        layout = token_layout(model, layer)
+        blocks = layer.rsplit(".", 2)[0] if layout.pooling is None else layout.pooling.blocks
+        parts[blocks] = class_name(model.get_submodule(blocks.rpartition(".")[0]))
+        if layout.pooling is not None:
+            prunable.setdefault(blocks, (layout, layout.pooling, []))[2].append(lam)
+    if len(prunable) != 1:
+        found = ", ".join(f"{blocks} of {owner}" for blocks, owner in parts.items())
         raise UnsupportedHostError(
-            "Tokens can be pruned in one timm VisionTransformer or one image tower of open_clip's own, and the masks "
-            f"are in {found}; give prune_tokens such a part of the model."
+            "Tokens can be pruned in one VisionTransformer of timm or one image tower of open_clip, and the masks are "
+            f"in {found}; give prune_tokens such a part of the model."
         )
-    (stack,) = hosts
-    return stack, hosts[stack], stacks[stack]
-
-
-def _token_host(model: nn.Module, stack: str) -> TokenHost | None:
-    if not type(model.get_submodule(stack.rpartition(".")[0])).__module__.startswith("open_clip."):
-        return timm.token_host(model, stack)
-    from lamzoo.adapters import open_clip
-
-    return open_clip.token_host(model, stack)
+    return next(iter(prunable.values()))

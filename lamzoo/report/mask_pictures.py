@@ -12,9 +12,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from lamzoo.adapters.capture import capture_masks
+from lamzoo.adapters.hosts import token_layout
 from lamzoo.adapters.state import masks_of
 from lamzoo.adapters.wrappers import unwrap
-from lamzoo.errors import ConfigError, DataError, UnsupportedHostError
+from lamzoo.errors import ConfigError, DataError, UnsupportedHostError, class_name
 from lamzoo.evaluation import class_names
 from lamzoo.files import atomic_files
 from lamzoo.lam import LamConfig, MaskRecord
@@ -91,17 +92,15 @@ def _picture(
 
 
 def _patches(model: nn.Module, path: str, images: Tensor, keys: int) -> tuple[int, Patch]:
-    """Returns the number of prefix tokens and the patch grid of the host that the layer at ``path`` belongs to."""
-    parts = path.split(".")
-    hosts = (model.get_submodule(".".join(parts[:end])) for end in range(len(parts) - 1, -1, -1))
-    host: Any = next((host for host in hosts if hasattr(host, "patch_embed")), None)
-    if host is not None and hasattr(host.patch_embed, "dynamic_feat_size"):
-        rows, columns = host.patch_embed.dynamic_feat_size(images.shape[-2:])
-        if host.num_prefix_tokens + rows * columns == keys:
-            return host.num_prefix_tokens, (rows, columns)
+    """Returns the number of prefix tokens and the patch grid of the tokens that the layer at ``path`` attends to."""
+    layout = token_layout(model, path)
+    if layout.grid_at is not None:
+        rows, columns = layout.grid_at((images.shape[-2], images.shape[-1]))
+        if layout.num_prefix_tokens + rows * columns == keys:
+            return layout.num_prefix_tokens, (rows, columns)
     raise UnsupportedHostError(
-        f"{path} of {type(model).__name__} attends to {keys} tokens that are no patch grid; explain draws vision "
-        "transformers with a patch_embed, unpruned."
+        f"{path} of {class_name(model)} attends to {keys} tokens that aren't a patch grid; explain draws unpruned "
+        "vision transformers of timm and open_clip."
     )
 
 

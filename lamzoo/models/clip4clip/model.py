@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cached_property
 from importlib.util import find_spec
 from typing import Any, ClassVar, Literal, get_args
@@ -14,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lamzoo.adapters import add_lam
-from lamzoo.adapters.decay import exempt_from_weight_decay
+from lamzoo.adapters import add_lam_to
 from lamzoo.data.video.sampling import FrameSampling
 from lamzoo.errors import ConfigError, MissingExtraError
 from lamzoo.lam import LamConfig
@@ -355,23 +353,9 @@ def _add_masks(model: Clip4Clip, lam: LamConfig, places: Sequence[Place] | None)
         raise ConfigError(f"lam_in is {tuple(places)}; it must name some of {', '.join(get_args(Place))}.")
     if "head" in places and model.similarity_type == "mean":
         raise ConfigError("similarity='mean' has no transformer in its head; put the masks into 'vision' or 'text'.")
-    for place in places:
-        host, length = _host(model, place)
-        sized = replace(lam, max_length=length) if lam.keys == "position" and lam.max_length is None else lam
-        del add_lam(host, sized).lam_config  # the whole model has it
-    model.lam_config = lam
-    exempt_from_weight_decay(model)
-
-
-def _host(model: Clip4Clip, place: Place) -> tuple[nn.Module, int | None]:
-    """Returns where masks go, and how many positions it has, where its adapter can't tell."""
-    if place == "head":
-        return model.head, model.head.length
-    if place == "vision":
-        return model.clip.visual, None
-    if isinstance(model.clip, CLIP):
-        return model.clip.transformer, model.context_length
-    return model.clip.text, None
+    text = ("clip.transformer", model.context_length) if isinstance(model.clip, CLIP) else ("clip.text", None)
+    parts = {"head": ("head", model.head.length), "vision": ("clip.visual", None), "text": text}
+    add_lam_to(model, dict(parts[place] for place in places), lam)
 
 
 def _embed_dim(clip: Any) -> int:

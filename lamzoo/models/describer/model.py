@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import cached_property
 from importlib.util import find_spec
 from typing import Any, ClassVar
@@ -11,8 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lamzoo.adapters import add_lam
-from lamzoo.adapters.decay import exempt_from_weight_decay
+from lamzoo.adapters import add_lam_to
 from lamzoo.errors import ConfigError, MissingExtraError
 from lamzoo.lam import LamConfig
 
@@ -25,6 +24,8 @@ from lamzoo.models.describer.decoder import CaptionDecoder, from_coca
 from lamzoo.models.describer.encoder import Joint, JointEncoder, Stream
 from lamzoo.models.describer.generation import Generation, Text, generate
 from lamzoo.models.tokenizers import Gpt2Tokenizer, SmallTokenizer, WordTokenizer, find_local
+
+_RATE = 25.0  # features a second, where none is given
 
 
 @dataclass(frozen=True)
@@ -230,15 +231,17 @@ class Describer(nn.Module):
         written = self.generate(streams, context, how, seeds)
         return [str(self.tokenizer.decode(text.tokens)).strip() for text in written]
 
+    def example_lengths(self) -> dict[str, int]:
+        """Returns the number of features of each modality in a clip of ``seconds``."""
+        return {name: max(1, round(self.seconds * self.rates.get(name, _RATE))) for name in self.features}
+
     def example_inputs(self, batch_size: int = 1) -> tuple[dict[str, Stream], Tensor]:
-        """Returns random features of a clip of ``seconds`` and the longest sentence, to measure the model on."""
+        """Returns random features of a clip of ``seconds`` and the longest sentence, for profiling."""
         like = next(self.parameters())
         streams = {}
-        for name, size in self.features.items():
-            rate = self.rates.get(name, 25.0)
-            count = max(1, round(self.seconds * rate))
-            times = (torch.arange(count, device=like.device) + 0.5) / rate
-            values = torch.rand(batch_size, count, size, device=like.device).to(like.dtype)
+        for name, count in self.example_lengths().items():
+            times = (torch.arange(count, device=like.device) + 0.5) / self.rates.get(name, _RATE)
+            values = torch.rand(batch_size, count, self.features[name], device=like.device).to(like.dtype)
             mask = torch.ones(batch_size, count, dtype=torch.bool, device=like.device)
             streams[name] = Stream(values, times.expand(batch_size, -1), mask)
         return streams, torch.ones(batch_size, self.context_length, dtype=torch.int64, device=like.device)
@@ -263,12 +266,7 @@ def describer(
         raise ConfigError("A describer classifies nothing; leave num_classes out.")
     model = Describer(**{**config, **overrides})
     if lam is not None:
-        if lam.keys == "position" and lam.max_length is None:
-            streams, _ = model.example_inputs()
-            lam = replace(lam, max_length=1 + sum(stream.mask.shape[1] for stream in streams.values()))
-        del add_lam(model.encoder, lam).lam_config  # the whole model has it
-        model.lam_config = lam
-        exempt_from_weight_decay(model)
+        add_lam_to(model, {"encoder": 1 + sum(model.example_lengths().values())}, lam)
     return model
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 
-from lamzoo.adapters import add_lam
-from lamzoo.adapters.decay import exempt_from_weight_decay
+from lamzoo.adapters import add_lam_to
 from lamzoo.errors import ConfigError
 from lamzoo.lam import LamConfig
 from lamzoo.models.moment_detr.layers import (
@@ -291,13 +290,8 @@ def build(
     default: Sequence[Place] = chosen.pop("lam_in", ("encoder",))
     model = cls(**chosen)
     if lam is not None:
-        for place in _places(model, default if lam_in is None else lam_in):
-            sized = lam
-            if lam.keys == "position" and lam.max_length is None:
-                sized = replace(lam, max_length=model.max_clips + model.max_words)
-            del add_lam(getattr(model, place), sized).lam_config  # the whole model has it
-        model.lam_config = lam
-        exempt_from_weight_decay(model)
+        places = _places(model, default if lam_in is None else lam_in)
+        add_lam_to(model, dict.fromkeys(places, model.max_clips + model.max_words), lam)
     return model
 
 

@@ -1,0 +1,152 @@
+"""Adding learnable masks to existing models: :func:`add_lam`, and :func:`add_lam_to` for parts of a model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import groupby
+from typing import Any, TypeVar
+
+from torch import nn
+
+from lamzoo.adapters.decay import exempt_from_weight_decay
+from lamzoo.adapters.hosts import (
+    AttentionSite,
+    EnterBlock,
+    HostAdapter,
+    LeaveBlock,
+    TokenLayout,
+    adapters_of,
+    watch_block,
+)
+from lamzoo.adapters.wrappers import check_free, compiled_parts, unwrap
+from lamzoo.errors import ConfigError, UnsupportedHostError, class_name
+from lamzoo.lam import Lam, LamConfig, MaskNetwork, SharedState
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def add_lam(model: Model, config: LamConfig | Mapping[str, Any] | bool | None = None) -> Model:
+    """Adds a learnable mask to every attention layer of a model, in place.
+
+    Supports timm's vision transformers, open_clip's towers and every ``torch.nn.MultiheadAttention``, those of torch's
+    own transformer layers included. The state-dict keys of the host don't change; those of the masks contain
+    ``.lam.``. With the default ``init="identity"`` the outputs of the model don't change until the masks are trained.
+
+    Args:
+        model: the host, possibly wrapped by ``torch.compile``, which recompiles it, or ``nn.DataParallel``.
+        config: configuration of the masks, also as a dict of its fields; ``LamConfig()`` by default.
+
+    Returns:
+        The same object. The model in it gets the attribute ``lam_config``, and its ``no_weight_decay()`` includes the
+        position tables and biases of the masks.
+
+    Raises:
+        UnsupportedHostError: the model has an attention layer that can't carry a mask (named), no attention layer,
+            masks already, or a part from Hugging Face transformers; or it is distributed (DDP, FSDP) or compiled in
+            parts. The model is left unchanged.
+        ConfigError: the configuration is invalid, or has position keys for a host of unknown length or without fixed
+            token positions.
+    """
+    config = LamConfig() if config is None else LamConfig.of(config)
+    if any(isinstance(module, Lam) for module in model.modules()):
+        raise UnsupportedHostError(
+            f"The model ({class_name(model)}) already has learnable masks; call lamzoo.remove_lam(model) first."
+        )
+    check_free(model)
+    host = unwrap(model)
+    if parts := compiled_parts(host):
+        raise UnsupportedHostError(
+            f"{parts[0]} of the model ({class_name(host)}) is compiled; add masks before compiling."
+        )
+    found = {site: adapter for adapter in adapters_of(host).values() for site in adapter.sites(host)}
+    if not found:
+        raise UnsupportedHostError(
+            f"The model ({class_name(host)}) has no attention layer that can carry a mask; add_lam supports timm's "
+            "vision transformers, open_clip's towers and nn.MultiheadAttention."
+        )
+    # Every mask is built before the model is changed.
+    stacks = [
+        _Stack(host, {site: found[site] for site in stack}, config)
+        for _, stack in groupby(found, key=lambda site: site.stack)
+    ]
+    for stack in stacks:
+        stack.watch_passes(host, config)
+    for adapter in dict.fromkeys(found.values()):
+        lams = {site: lam for stack in stacks for site, lam in stack.lams.items() if found[site] is adapter}
+        adapter.wrap(host, lams)
+    host.lam_config = config  # type: ignore[assignment]
+    exempt_from_weight_decay(host)
+    return model
+
+
+def add_lam_to(model: Model, lengths: Mapping[str, int | None], config: LamConfig) -> Model:
+    """Adds learnable masks to parts of a model, in place; the model itself gets the ``lam_config``.
+
+    Args:
+        model: the host.
+        lengths: path of each part to the number of its key positions, for masks with ``keys="position"`` and no
+            ``max_length``; None where the part's adapter knows it.
+        config: configuration of the masks.
+
+    Returns:
+        The same object.
+
+    Raises:
+        UnsupportedHostError: as for :func:`add_lam`.
+        ConfigError: as for :func:`add_lam`.
+    """
+    for path, length in lengths.items():
+        sized = replace(config, max_length=length) if config.has_positions and config.max_length is None else config
+        part = add_lam(model.get_submodule(path), sized)
+        del part.lam_config
+    model.lam_config = config  # type: ignore[assignment]
+    exempt_from_weight_decay(model)
+    return model
+
+
+class _Stack:
+    """The masks of a stack of attention layers, before they are put into the model."""
+
+    def __init__(self, model: nn.Module, sites: Mapping[AttentionSite, HostAdapter], config: LamConfig) -> None:
+        self.shared = SharedState()
+        self.lams: dict[AttentionSite, Lam] = {}
+        self.layout = TokenLayout()  # of the first layer
+        uses = Counter(module for _, module in model.named_modules(remove_duplicate=False))
+        uses_here = [uses[model.get_submodule(site.path)] for site in sites]
+        for index, (site, adapter) in enumerate(sites.items()):
+            layout = adapter.token_layout(model, site.path) or TokenLayout()
+            if config.has_positions and layout.no_positions is not None:
+                raise ConfigError(
+                    f"{site.path} can't have a mask with keys='position': {layout.no_positions}; use keys='content'."
+                )
+            network = None
+            if config.layers == "multi" or index == 0:
+                network = MaskNetwork(
+                    config,
+                    site.query_dim,
+                    site.key_dim,
+                    site.num_heads,
+                    length=layout.length,
+                    num_prefix_tokens=layout.num_prefix_tokens,
+                    grid=layout.grid,
+                ).to(site.like)
+            is_last = uses_here[-1] == 1 and index == len(sites) - 1
+            lam = Lam(config, network, self.shared, is_last=is_last)
+            self.lams[site] = lam.train(model.get_submodule(site.path).training)
+            if all(count == 1 for count in uses_here):
+                self.shared.join(lam, index)
+            if index == 0:
+                self.layout = layout
+
+    def watch_passes(self, model: nn.Module, config: LamConfig) -> None:
+        """Registers the hooks that tell forward passes apart, where layers share something during a pass."""
+        watch_grid = self.layout.watch_grid if config.has_positions else None
+        if watch_grid is not None:
+            watch_grid(self.shared)
+        if watch_grid is not None or config.layers == "single":
+            for index, site in enumerate(self.lams):
+                block = model.get_submodule(site.path.rpartition(".")[0])
+                needs_pass = watch_grid is not None or index > 0
+                watch_block(block, EnterBlock(self.shared, needs_pass), LeaveBlock(self.shared))
