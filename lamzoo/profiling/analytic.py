@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import prod
@@ -14,7 +14,7 @@ from timm.models.vision_transformer_hybrid import ConvStem, HybridEmbed
 from torch import nn
 
 from lamzoo.adapters.wrappers import unwrap
-from lamzoo.errors import UnsupportedHostError
+from lamzoo.errors import UnsupportedHostError, class_name
 from lamzoo.lam import Lam, LamConfig
 
 
@@ -111,18 +111,10 @@ def analytic_macs(model: nn.Module) -> AnalyticMacs:
         UnsupportedHostError: the model is of another family, or has a part that the formulas leave out; names it.
     """
     model = unwrap(model)
-    if type(model) is VisionTransformer:
-        ends, stacks = _vision_transformer(model)
-    elif type(model).__module__ == "open_clip.model" and type(model).__name__ == "CLIP":
-        ends, stacks = _clip(model)
-    elif hasattr(model, "clip") and type(model).__module__ == "lamzoo.models.clip4clip.model":
-        ends, stacks = _clip4clip(model)
-    elif type(model).__name__ in ("MomentDetr", "QdDetr") and type(model).__module__.startswith("lamzoo.models."):
-        ends, stacks = _moments(model)
-    elif type(model).__name__ == "Describer" and type(model).__module__.startswith("lamzoo.models."):
-        ends, stacks = _describer(model)
-    else:
+    formula = _FORMULAS.get(class_name(model))
+    if formula is None:
         raise _unknown(model)
+    ends, stacks = formula(model)
     config: LamConfig | None = getattr(model, "lam_config", None)
     lam = 0 if config is None else sum(stack.lam_macs(config) for stack in stacks)
     return AnalyticMacs(ends=ends, blocks=sum(stack.macs for stack in stacks), lam=lam)
@@ -170,7 +162,7 @@ def _clip(model: Any) -> tuple[int, list[Stack]]:
 
 
 def _clip4clip(model: Any) -> tuple[int, list[Stack]]:
-    if type(model.clip).__name__ != "CLIP":
+    if class_name(model.clip) != "open_clip.model.CLIP":
         raise _unknown(model.clip)
     frames, width = model.max_frames, model.num_features
     ends, (image, text) = _clip(model.clip)
@@ -222,7 +214,7 @@ def _describer(model: Any) -> tuple[int, list[Stack]]:
     layers = model.encoder.layers
     hidden = layers[0].feed_forward[0].out_features
     encoder = Stack(tokens, width, len(layers), layers[0].attn.num_heads, hidden, masked=has_masks(model.encoder))
-    if type(decoder).__name__ == "Gpt2Decoder":
+    if class_name(decoder) == "lamzoo.models.describer.gpt2.Gpt2Decoder":
         inside, stacks = _gpt2(decoder, tokens, width, words)
         return ends + inside, [encoder, *stacks]
     ends += words * width * decoder.vocab_size
@@ -238,6 +230,17 @@ def _gpt2(decoder: Any, tokens: int, width: int, words: int) -> tuple[int, list[
     if settings.reads == "prefix":
         return ends, [replace(itself, tokens=tokens + words)]
     return ends, [itself, replace(itself, hidden=0, keys=tokens)]
+
+
+# By the name of a model's class, since open_clip is optional and models of the zoo take long to import.
+_FORMULAS: dict[str, Callable[[Any], tuple[int, list[Stack]]]] = {
+    class_name(VisionTransformer): _vision_transformer,
+    "open_clip.model.CLIP": _clip,
+    "lamzoo.models.clip4clip.model.Clip4Clip": _clip4clip,
+    "lamzoo.models.moment_detr.model.MomentDetr": _moments,
+    "lamzoo.models.moment_detr.qd_detr.QdDetr": _moments,
+    "lamzoo.models.describer.model.Describer": _describer,
+}
 
 
 def has_masks(module: nn.Module) -> bool:
@@ -260,5 +263,5 @@ def _mlp_macs(tokens: int, widths: Sequence[int]) -> int:
 
 def _unknown(part: nn.Module) -> UnsupportedHostError:
     return UnsupportedHostError(
-        f"There is no formula for the MACs of a {type(part).__name__}; lamzoo.profile counts what really runs."
+        f"There is no formula for the MACs of {class_name(part)}; lamzoo.profile counts a forward pass instead."
     )

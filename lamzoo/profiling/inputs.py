@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from lamzoo.adapters.wrappers import unwrap
 from lamzoo.data.images.decode import MODES, Mode, of_channels
-from lamzoo.errors import ConfigError, UnsupportedHostError
+from lamzoo.errors import ConfigError, UnsupportedHostError, class_name
 
 #: What a model is called with: one tensor, or its positional arguments: tensors, or structures of them.
 Inputs: TypeAlias = Tensor | Sequence[Any]
@@ -33,8 +33,8 @@ def image_size(model: nn.Module) -> tuple[int, int, int]:
     size = getattr(getattr(model, "patch_embed", None), "img_size", None) or (known and known[1:])
     if not size:
         raise ConfigError(
-            f"{type(model).__name__} does not say what size its images have (no patch_embed.img_size, no "
-            "pretrained_cfg); pass an input."
+            f"The image size of {class_name(model)} is unknown (no patch_embed.img_size, no pretrained_cfg); pass an "
+            "input."
         )
     convolutions = (module for module in model.modules() if isinstance(module, nn.Conv2d))
     first = next(convolutions, None)
@@ -53,8 +53,8 @@ def image_config(model: nn.Module) -> dict[str, Any]:
     channels, height, width = image_size(model)
     if channels not in MODES:
         raise UnsupportedHostError(
-            f"{type(model).__name__} takes images of {channels} channels, and images here have 1 (grey), 3 (RGB) or 4 "
-            "(RGBA); create it with such an in_chans."
+            f"{class_name(model)} takes images of {channels} channels, and images have 1 (grey), 3 (RGB) or 4 (RGBA); "
+            "create it with such an in_chans."
         )
     config = timm.data.resolve_model_data_config(model, {"input_size": (channels, height, width)})
     return config | {key: of_channels(config[key], channels) for key in ("mean", "std")}

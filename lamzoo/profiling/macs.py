@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from lamzoo.adapters.wrappers import unwrap
-from lamzoo.errors import ConfigError
+from lamzoo.errors import ConfigError, class_name
 from lamzoo.lam import FactoredMask, Lam
 from lamzoo.profiling.inputs import Inputs, as_arguments, default_input, evaluating
 
@@ -78,7 +78,7 @@ def profile(model: nn.Module, input: Inputs | None = None) -> Profile:
     by_layer = _by_layer(model, counter)
     total = counter.get_total_flops() / 2
     if not total:
-        raise ConfigError(f"Nothing in {type(model).__name__}'s forward pass could be counted; profile it uncompiled.")
+        raise ConfigError(f"No operation of {class_name(model)} could be counted; profile the model uncompiled.")
     lams = {path: module for path, module in model.named_modules() if isinstance(module, Lam)}
     lam_params = {id(p): p.numel() for lam in lams.values() for p in lam.parameters()}
     return Profile(

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lamzoo.adapters import remove_lam
-from lamzoo.errors import ConfigError, UnsupportedHostError
+from lamzoo.errors import ConfigError, UnsupportedHostError, class_name
 from lamzoo.lam import Lam
 from lamzoo.profiling.analytic import analytic_macs
 from lamzoo.profiling.inputs import as_arguments, default_input, evaluating, first_tensor
@@ -116,8 +116,8 @@ def checked_profile(model: nn.Module, plain: nn.Module | None) -> Profile:
         base = profile(plain)
         if cost.gmacs <= base.gmacs or cost.lam_gmacs <= 0 or cost.params_m <= base.params_m or cost.lam_params_m <= 0:
             raise ConfigError(
-                f"The masks of this {type(model).__name__} seem to cost nothing ({cost.gmacs:.6g} GMACs with them, "
-                f"{base.gmacs:.6g} without), which cannot be right; profile it on the eager backend."
+                f"The masks of {class_name(model)} seem to cost nothing ({cost.gmacs:.6g} GMACs with them, "
+                f"{base.gmacs:.6g} without), which can't be right; profile the model with the eager backend."
             )
     try:
         formula = analytic_macs(model)
@@ -130,8 +130,8 @@ def checked_profile(model: nn.Module, plain: nn.Module | None) -> Profile:
     ):
         if abs(counted - expected) > _TOLERANCE * expected:
             raise ConfigError(
-                f"{counted:.6g} {what} were counted in this {type(model).__name__} and its formula gives "
-                f"{expected:.6g}; one of them is wrong, please report it."
+                f"{counted:.6g} {what} were counted in {class_name(model)} and its formula gives {expected:.6g}; one "
+                "of them is wrong, please report it."
             )
     return cost
 

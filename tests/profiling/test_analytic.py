@@ -106,7 +106,7 @@ def test_clips_figures_are_those_that_open_clip_publishes(clip):
 def test_a_family_without_a_formula_is_refused_by_name(name):
     with torch.device("meta"):
         model = timm.create_model(name)
-    with pytest.raises(UnsupportedHostError, match="no formula for the MACs of a"):
+    with pytest.raises(UnsupportedHostError, match="no formula for the MACs of"):
         analytic_macs(model)
     with pytest.raises(UnsupportedHostError, match="Linear"):
         analytic_macs(nn.Linear(1, 1))
