@@ -3,14 +3,18 @@
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from functools import wraps
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from lamzoo._aliases import ALIASES
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 
 
 def submodules_of(package: str, homes: Mapping[str, str] | None = None) -> Callable[[str], Any]:
@@ -42,6 +46,23 @@ def install_aliases() -> None:
     """Makes ``import`` find the modules of :data:`lamzoo._aliases.ALIASES` that no longer exist."""
     if not any(isinstance(finder, _AliasFinder) for finder in sys.meta_path):
         sys.meta_path.append(_AliasFinder())
+
+
+def renamed_argument(old: str, new: str) -> Callable[[Callable[_Arguments, _Result]], Callable[_Arguments, _Result]]:
+    """Returns a decorator of functions that still take the keyword ``old`` for ``new``, with a DeprecationWarning."""
+
+    def decorate(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+        @wraps(function)
+        def call(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+            if old in kwargs:
+                message = f"The argument {old}= is deprecated and goes in lamzoo 0.3; use {new}=."
+                warnings.warn(message, DeprecationWarning, stacklevel=2)
+                kwargs[new] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        return call
+
+    return decorate
 
 
 class _AliasFinder(MetaPathFinder, Loader):

@@ -46,14 +46,14 @@ def describe(
 
     target = resolve_device(device)
     network: Any = load_model(model, checkpoint).to(target).eval()
-    from lamzoo.models.describer.generation import Generation
+    from lamzoo.models.describer.generation import GenerationConfig
 
-    how = Generation(beams=beams, top_p=top_p, length_penalty=length_penalty)
+    generation = GenerationConfig(beams=beams, top_p=top_p, length_penalty=length_penalty)
     windows = VideoWindows(
         video, network, towers=features, rate=rate, seconds=seconds, start=start, end=end, device=target
     )
     with out.progress_bar(f"{model} on {out.printable(video)}", hidden=json) as advance:
-        described = describe_windows(network, windows, how=how, context=context, progress=advance)
+        described = describe_windows(network, windows, generation=generation, context=context, progress=advance)
     if not json:
         _print(windows, described)
     if output is not None:

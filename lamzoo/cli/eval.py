@@ -281,19 +281,19 @@ def _eval_captions(
     check_batches(batch_size, workers, precision)
     dataset = _open(create_caption_dataset, data, split)
     model = load_model(name, checkpoint)
-    from lamzoo.models.describer.generation import Generation
+    from lamzoo.models.describer.generation import GenerationConfig
 
-    how = Generation(beams=beams or 1)
+    generation = GenerationConfig(beams=beams or 1)
     with out.progress_bar(f"{name} on {data}", hidden=hidden, ends=True) as advance:
         result = evaluate_captions(
-            model, dataset, how=how, context=context or 0, batch_size=batch_size, device=target, precision=precision,
-            workers=workers, progress=advance,
+            model, dataset, generation=generation, context=context or 0, batch_size=batch_size, device=target,
+            precision=precision, workers=workers, progress=advance,
         )  # fmt: skip
     if submission is not None:
         write_captions(submission, result.captions)
     metrics = result.metrics | java_scores(dataset, result.captions)
     return {"task": "captions", "model": name, "data": data, "split": dataset.split, "device": str(target),
-            "precision": precision, "batch_size": batch_size, "beams": how.beams, "context": context or 0,
+            "precision": precision, "batch_size": batch_size, "beams": generation.beams, "context": context or 0,
             "clips": len(dataset), "seconds": result.seconds, "metrics": metrics}  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Attention layers of the zoo's own models, which compute the same bits without a mask and with a fresh one."""
+"""Attention layers of the zoo's own models; a mask at its identity initialisation doesn't change their output bits."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch.nn import functional as F
 
 
 class HeadAttention(nn.Module):
-    """Attention of queries, keys and values that are projected already, and a projection of its output.
+    """Attention of already projected queries, keys and values, and an output projection.
 
     Args:
-        width: of the values and of the output.
+        width: width of the values and of the output.
         heads: attention heads.
-        token_dim: of the tokens that a mask network may read.
-        context_dim: likewise, of those that are attended to.
-        dropout: of the attention weights.
+        token_dim: width of the query tokens that a mask network reads.
+        context_dim: width of the key tokens that a mask network reads.
+        dropout: dropout of the attention weights.
     """
 
     def __init__(self, width: int, heads: int, token_dim: int, context_dim: int, dropout: float) -> None:
@@ -35,8 +35,8 @@ class HeadAttention(nn.Module):
             query: ``(B, Nq, D)``.
             key: ``(B, Nk, D)``.
             value: ``(B, Nk, width)``.
-            tokens: ``(B, Nq, token_dim)``, what a mask network reads.
-            context: ``(B, Nk, context_dim)``, likewise.
+            tokens: ``(B, Nq, token_dim)``, the query tokens for a mask network.
+            context: ``(B, Nk, context_dim)``, the key tokens for a mask network.
             allowed: bool ``(B, Nk)``, True where there is a key; None for all.
 
         Returns:
@@ -58,34 +58,35 @@ class HeadAttention(nn.Module):
         allowed: Tensor | None,
         dropout_p: float,
     ) -> Tensor:
-        """Attends head by head: ``(B, H, Nq, d)``, ``(B, H, Nk, d)`` and ``(B, H, Nk, dv)`` to ``(B, H, Nq, dv)``.
+        """Attends per head: ``(B, H, Nq, d)``, ``(B, H, Nk, d)`` and ``(B, H, Nk, dv)`` to ``(B, H, Nq, dv)``.
 
         ``allowed`` is ``(B, 1, 1, Nk)``.
         """
         return plain_attention(query, key, value, allowed, dropout_p, self.training)
 
 
-#: Tokens up to which evaluation writes attention out, so that a fresh mask changes no bit: fused, sums round otherwise.
+#: Up to this many tokens, evaluation uses unfused attention, so that a fresh mask doesn't change the output bits: fused
+#: kernels round sums differently.
 DENSE_TOKENS = 512
 
 
 def is_written_out(query: Tensor, key: Tensor, training: bool) -> bool:
-    """Says whether attention of ``(..., N, d)`` is: where it is short, except in training, which is faster fused."""
+    """Returns whether attention of ``(..., N, d)`` is unfused: for short sequences, except in training, for speed."""
     return not training and max(query.shape[-2], key.shape[-2]) <= DENSE_TOKENS
 
 
 def plain_attention(
     query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, dropout_p: float, training: bool
 ) -> Tensor:
-    """Attention without a mask: where it is written out, by the operations of masked attention, in their order.
+    """Attention without a mask; where it is unfused, with the operations of masked attention in the same order.
 
     Args:
         query: ``(B, H, Nq, d)``.
         key: ``(B, H, Nk, d)``.
         value: ``(B, H, Nk, dv)``.
         allowed: bool, broadcastable to ``(B, H, Nq, Nk)``; None for all.
-        dropout_p: of the weights, in training.
-        training: whether the module is.
+        dropout_p: dropout probability of the weights, in training.
+        training: whether the module is in training mode.
     """
     if not is_written_out(query, key, training):
         return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, dropout_p=dropout_p)
@@ -96,7 +97,7 @@ def plain_attention(
 
 
 def attend(attention: Any, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None) -> Tensor:
-    """Calls an ``nn.MultiheadAttention`` with ``batch_first``, which may have a learnable mask.
+    """Calls an ``nn.MultiheadAttention`` with ``batch_first``, with or without a learnable mask.
 
     Args:
         attention: the module.
@@ -113,7 +114,7 @@ def attend(attention: Any, query: Tensor, key: Tensor, value: Tensor, allowed: T
         written_out = is_written_out(query, key, attention.training)
         out: Tensor = attention(query, key, value, key_padding_mask=padding, need_weights=written_out)[0]
         return out
-    # torch's own attention lays out the factors of its products otherwise, and so rounds otherwise.
+    # torch's own attention arranges the factors of its products differently, and so rounds differently.
     weights, biases = attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)
     projected = map(F.linear, (query, key, value), weights, biases)
     q, k, v = (x.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for x in projected)

@@ -1,4 +1,4 @@
-"""Vision transformers: timm's backbones with learnable masks, and the micro stem that timm has no name for."""
+"""Vision transformers: timm's backbones with learnable masks, and a small ViT with a convolutional stem."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from lamzoo.lam import LamConfig
 
 
 def lam_vit(config: dict[str, Any], *, lam: LamConfig | None, **overrides: Any) -> nn.Module:
-    """Builds a timm transformer, without weights, and gives it masks.
+    """Builds a timm transformer with masks, without weights.
 
     Args:
-        config: ``timm``: the name of a timm architecture; ``kwargs``: arguments for it.
-        lam: what the masks are made of; ``None`` leaves the plain backbone.
-        **overrides: timm model arguments (``num_classes``, ``img_size``, ``drop_path_rate``, ...), which win over
-            the config's.
+        config: ``timm``: the name of a timm architecture; ``kwargs``: its arguments.
+        lam: configuration of the masks; ``None`` for the plain backbone.
+        **overrides: timm model arguments (``num_classes``, ``img_size``, ``drop_path_rate``, ...) that override
+            ``config``.
 
     Returns:
         The timm model.
@@ -41,27 +41,27 @@ def micro_vit(
     out_indices: int | tuple[int, ...] = 3,
     **overrides: Any,
 ) -> nn.Module:
-    """Builds a small vision transformer for small images behind timm's convolutional stem.
+    """Builds a small vision transformer for small images, with timm's convolutional stem.
 
     Args:
         config: arguments of timm's ``VisionTransformer``; ``patch_size`` must be 4, the stride of the stem.
-        lam: what the masks are made of; ``None`` leaves the plain backbone.
-        rel_pos_bias: add a learned relative position bias (timm's ``RelPosBias``) to the scores of each layer. A
-            control of the ablation: what a mask of positions has to beat.
-        features_only: return the feature maps of blocks instead of logits, as timm's transformers do.
-        out_indices: the blocks of ``features_only``: their indices, or how many of the last.
-        **overrides: further arguments of the transformer, which win over the config's.
+        lam: configuration of the masks; ``None`` for the plain backbone.
+        rel_pos_bias: add a learned relative position bias (timm's ``RelPosBias``) to the scores of each layer: the
+            ablation's control for masks with position keys.
+        features_only: return the feature maps of blocks instead of logits, as in timm.
+        out_indices: the blocks of ``features_only``: their indices, or the number of last blocks.
+        **overrides: arguments of the transformer that override ``config``.
 
     Returns:
-        A ``VisionTransformer`` whose ``patch_embed`` is a four-layer ``ConvStem``, in a ``FeatureGetterNet`` for
-        ``features_only``.
+        A ``VisionTransformer`` whose ``patch_embed`` is a four-layer ``ConvStem``; with ``features_only``, wrapped in a
+        ``FeatureGetterNet``.
 
     Raises:
-        ConfigError: a relative position bias and masks at once.
+        ConfigError: ``rel_pos_bias`` is combined with masks.
     """
     model = VisionTransformer(embed_layer=_stem, **{**config, **overrides})
     if rel_pos_bias and lam is not None:
-        raise ConfigError("rel_pos_bias is a control without masks; leave it out or say lam=None.")
+        raise ConfigError("rel_pos_bias is a control without masks; leave it out or pass lam=None.")
     if rel_pos_bias:
         _add_rel_pos_bias(model)
     built = FeatureGetterNet(model, out_indices=out_indices) if features_only else model

@@ -22,6 +22,7 @@ from lamzoo.data.video.reader import probe_video
 from lamzoo.errors import ConfigError, DataError, UnsupportedHostError
 from lamzoo.evaluation.captions.evaluate import check_streams, context_tokens, last_that_fit, move, pad_streams
 from lamzoo.evaluation.runtime import inference, resolve_device
+from lamzoo.lazy import renamed_argument
 from lamzoo.registry.factory import create_model
 from lamzoo.video.extractor import FeatureExtractor, feature_widths
 
@@ -178,11 +179,12 @@ class VideoWindows:
         return {name: found[name] for name in self.modalities if name in found}
 
 
+@renamed_argument("how", "generation")
 def describe_windows(
     model: nn.Module,
     windows: VideoWindows,
     *,
-    how: Any = None,
+    generation: Any = None,
     context: bool | None = None,
     progress: Progress | None = None,
 ) -> list[DescribedWindow]:
@@ -191,7 +193,7 @@ def describe_windows(
     Args:
         model: of the family ``lam_describer``, on its device.
         windows: made for this model.
-        how: a :class:`lamzoo.models.describer.generation.Generation`; greedily by default.
+        generation: a :class:`lamzoo.models.describer.generation.GenerationConfig`; greedily by default.
         context: whether the model reads the sentences that it wrote before, the last that fit; by default where it has
             room for them.
         progress: called with what is done (``"frames"``, ``"windows"``), behind how much of it, and of how much.
@@ -217,7 +219,7 @@ def describe_windows(
             if streams:
                 before = () if context is False else last_that_fit(describer, [each.text for each in described])
                 batch = {name: move(stream, device) for name, stream in pad_streams([streams]).items()}
-                (written,) = describer.generate(batch, context_of(describer, before, device), how, [number])
+                (written,) = describer.generate(batch, context_of(describer, before, device), generation, [number])
                 text = str(describer.tokenizer.decode(written.tokens)).strip()
                 described.append(
                     DescribedWindow(number, start, end, text, tuple(written.tokens), before, tuple(streams))
@@ -229,6 +231,7 @@ def describe_windows(
     return described
 
 
+@renamed_argument("how", "generation")
 def describe_video(
     path: str | Path,
     model: str | nn.Module,
@@ -238,7 +241,7 @@ def describe_video(
     seconds: float | None = None,
     start: float = 0.0,
     end: float | None = None,
-    how: Any = None,
+    generation: Any = None,
     context: bool | None = None,
     device: str | torch.device = "auto",
     progress: Progress | None = None,
@@ -253,7 +256,7 @@ def describe_video(
         seconds: length of a window.
         start: of the part that is described, seconds.
         end: likewise.
-        how: as of :func:`describe_windows`, and so the rest.
+        generation: as of :func:`describe_windows`, and so the rest.
         context: whether the model reads what it wrote before.
         device: as torch writes it, or ``"auto"``.
         progress: called as there.
@@ -274,7 +277,7 @@ def describe_video(
     windows = VideoWindows(
         path, network, towers=towers, rate=rate, seconds=seconds, start=start, end=end, device=device
     )  # fmt: skip
-    return describe_windows(network, windows, how=how, context=context, progress=progress)
+    return describe_windows(network, windows, generation=generation, context=context, progress=progress)
 
 
 def context_of(model: Any, texts: Sequence[str], device: torch.device) -> Tensor | None:

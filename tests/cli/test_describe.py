@@ -24,7 +24,7 @@ pytest.importorskip("open_clip")
 pytest.importorskip("matplotlib")
 from lamzoo.data.captions import create_caption_dataset
 from lamzoo.evaluation.captions.evaluate import move, pad_streams
-from lamzoo.models.describer.generation import Generation
+from lamzoo.models.describer.generation import GenerationConfig
 from lamzoo.video.describe import VideoWindows, describe_windows
 from lamzoo.video.extractor import FeatureExtractor
 from lamzoo.video.features import extract_features
@@ -141,7 +141,7 @@ def test_describe_prints_a_table_and_writes_subtitles(run, model: str, towers: s
     assert [start for start, *_ in found] == pytest.approx(np.arange(0, 17, 2))
     assert [end for _, end, _ in found] == pytest.approx([*np.arange(2, 17, 2), 17])
     assert sorted(path.name for path in Path().iterdir()) == ["film.vtt", film.parent.name]
-    described = lamzoo.describe_video(film, model, towers=towers, how=Generation(beams=2), device="cpu")
+    described = lamzoo.describe_video(film, model, towers=towers, generation=GenerationConfig(beams=2), device="cpu")
     assert [each.text for each in described] == [text for *_, text in found]
     assert all(each.text in done.out for each in described)
 

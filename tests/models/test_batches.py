@@ -12,7 +12,7 @@ from torch.testing import assert_close
 import lamzoo
 from lamzoo import LamConfig
 from lamzoo.models.clip4clip.heads import SequentialHead, TightHead
-from lamzoo.models.describer.encoder import Stream
+from lamzoo.models.describer.encoder import StreamBatch
 
 PLACES = {"lam_moment_detr_micro": ("encoder", "decoder"), "lam_qd_detr_micro": ("cross", "encoder", "decoder")}
 ROWS = 9  # of a table; some clips have fewer tokens, others more
@@ -65,7 +65,7 @@ def test_the_description_of_a_clip(lam: LamConfig, sizes: list[tuple[int, int, i
     ).eval()  # fmt: skip
     video, audio, context = ([size[part] for size in sizes] for part in range(3))
     batch = {
-        name: Stream(features, torch.arange(mask.shape[1]).expand(mask.shape) / 25, mask)
+        name: StreamBatch(features, torch.arange(mask.shape[1]).expand(mask.shape) / 25, mask)
         for name, (features, mask) in (("video", padded(video, 5)), ("audio", padded(audio, 3)))
     }
     before = torch.where(padded(context, 1)[1], torch.randint(1, 5, (len(sizes), max(context))), 0)
@@ -73,7 +73,7 @@ def test_the_description_of_a_clip(lam: LamConfig, sizes: list[tuple[int, int, i
     together = model(batch, text, before).logits
     for row, counts in enumerate(zip(video, audio, strict=True)):
         parts = zip(batch.items(), counts, strict=True)
-        own = {name: Stream(*(x[row : row + 1, :n] for x in stream)) for (name, stream), n in parts if n}
+        own = {name: StreamBatch(*(x[row : row + 1, :n] for x in stream)) for (name, stream), n in parts if n}
         alone = model(own, text[row : row + 1], before[row : row + 1, : context[row]]).logits
         assert_close(alone[0], together[row])
 

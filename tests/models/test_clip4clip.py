@@ -339,7 +339,7 @@ def test_any_model_of_open_clip_is_a_base(name: str) -> None:
         ({"similarity": "sum"}, "similarity of CLIP4Clip is 'sum'"),
         ({"lam_in": ("heads",)}, r"lam_in is \('heads',\)"),
         ({"similarity": "mean", "lam_in": ("head",)}, "no transformer in its head"),
-        ({"num_classes": 3}, "classifies nothing"),
+        ({"num_classes": 3}, "has no classes"),
         ({"max_frames": 0}, "has 0 frames"),
     ],
 )

@@ -17,8 +17,8 @@ from lamzoo import LamConfig
 from lamzoo.errors import ConfigError, DataError
 from lamzoo.evaluation.captions.evaluate import context_tokens
 from lamzoo.models.describer.decoder import CaptionDecoder, DecoderCache, from_coca
-from lamzoo.models.describer.encoder import JointEncoder, Stream, time_waves
-from lamzoo.models.describer.generation import Generation
+from lamzoo.models.describer.encoder import JointEncoder, StreamBatch, time_waves
+from lamzoo.models.describer.generation import GenerationConfig
 from lamzoo.models.tokenizers import SmallTokenizer, WordTokenizer
 from lamzoo.profiling.latency import compare_latency
 from lamzoo.weights.loading import load_into
@@ -35,19 +35,19 @@ def model(name: str = "lam_describer_micro", **options: Any) -> Any:
     return lamzoo.create_model(name, **{**SMALL, **options}).eval()
 
 
-def streams(size: int = 3, seed: int = 0) -> dict[str, Stream]:
+def streams(size: int = 3, seed: int = 0) -> dict[str, StreamBatch]:
     """Clips of two modalities; but for the first sample, the last features are padding."""
     generator, found = torch.Generator().manual_seed(seed), {}
     for name, count, width in (("video", 10, 12), ("audio", 20, 6)):
         mask = torch.ones(size, count, dtype=torch.bool)
         mask[1:, count - 3 :] = False
         times = torch.arange(count).expand(size, -1) * 0.4 / count
-        found[name] = Stream(torch.randn(size, count, width, generator=generator), times, mask)
+        found[name] = StreamBatch(torch.randn(size, count, width, generator=generator), times, mask)
     return found
 
 
-def rows(batch: dict[str, Stream], *which: int) -> dict[str, Stream]:
-    return {name: Stream(*(part[list(which)] for part in stream)) for name, stream in batch.items()}
+def rows(batch: dict[str, StreamBatch], *which: int) -> dict[str, StreamBatch]:
+    return {name: StreamBatch(*(part[list(which)] for part in stream)) for name, stream in batch.items()}
 
 
 def text(size: int = 3, length: int = 7) -> Tensor:
@@ -76,7 +76,7 @@ def test_padding_is_not_seen() -> None:
         stream.features[~stream.mask] = 1e3
         stream.times[~stream.mask] = -50.0
     assert_close(masked(batch, text()).logits, before)
-    cut = {name: Stream(*(part[1:2, :-3] for part in stream)) for name, stream in batch.items()}
+    cut = {name: StreamBatch(*(part[1:2, :-3] for part in stream)) for name, stream in batch.items()}
     assert_close(masked(cut, text()[1:2]).logits, before[1:2], atol=1e-5, rtol=1e-5)
 
 
@@ -94,7 +94,7 @@ def test_time_and_modality_are_what_marks_a_token() -> None:
     plain, batch = model("describer_micro"), rows(streams(), 0)
     expected = plain(batch, text(1)).logits
     order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
-    audio = Stream(*(part[:, order] for part in batch["audio"]))
+    audio = StreamBatch(*(part[:, order] for part in batch["audio"]))
     assert_close(plain(batch | {"audio": audio}, text(1)).logits, expected, atol=1e-5, rtol=1e-5)
     later = batch["audio"]._replace(times=batch["audio"].times + 0.1)
     assert not torch.allclose(plain(batch | {"audio": later}, text(1)).logits, expected)
@@ -126,7 +126,7 @@ def test_context_is_read_and_its_padding_is_not() -> None:
     expected = masked(batch, text(1), context).logits
     assert not torch.allclose(masked(batch, text(1)).logits, expected)
     assert_close(masked(batch, text(1), context[:, :3]).logits, expected, atol=1e-5, rtol=1e-5)
-    with pytest.raises(ConfigError, match="5 tokens and the model room for 4"):
+    with pytest.raises(ConfigError, match="5 tokens and the model takes 4"):
         masked(batch, text(1), torch.ones(1, 5, dtype=torch.int64))
 
 
@@ -185,7 +185,7 @@ def test_streams_that_do_not_fit_are_named(change: Any, says: str) -> None:
         ({"features": {}}, "features is empty"),
         ({"vocabulary": "german"}, "vocabulary='german'"),
         ({"vocabulary": 514, "align": True}, "align needs a vocabulary of words"),
-        ({"vocabulary": ["a", "a"]}, "each once and without blanks"),
+        ({"vocabulary": ["a", "a"]}, "distinct words without spaces"),
         ({"num_classes": 3}, "leave num_classes out"),
     ],
 )
@@ -259,22 +259,30 @@ def test_the_cache_changes_nothing(steps: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    "how", [Generation(), Generation(beams=3), Generation(beams=4, length_penalty=0.0), Generation(top_p=0.8)]
+    "generation",
+    [
+        GenerationConfig(),
+        GenerationConfig(beams=3),
+        GenerationConfig(beams=4, length_penalty=0.0),
+        GenerationConfig(top_p=0.8),
+    ],
 )
-def test_a_batch_is_written_as_one_by_one(how: Generation) -> None:
+def test_a_batch_is_written_as_one_by_one(generation: GenerationConfig) -> None:
     masked, batch = model(lam=LamConfig(init="paper")), streams(5)
-    together = masked.generate(batch, how=how, seeds=[7, 8, 9, 10, 11])
+    together = masked.generate(batch, generation=generation, seeds=[7, 8, 9, 10, 11])
     for sample, found in enumerate(together):
-        (alone,) = masked.generate(rows(batch, sample), how=how, seeds=[7 + sample])
+        (alone,) = masked.generate(rows(batch, sample), generation=generation, seeds=[7 + sample])
         assert alone.tokens == found.tokens
         assert alone.score == pytest.approx(found.score, abs=1e-4)
 
 
-def score(described: Any, batch: dict[str, Stream], tokens: tuple[int, ...], how: Generation) -> float:
+def score(
+    described: Any, batch: dict[str, StreamBatch], tokens: tuple[int, ...], generation: GenerationConfig
+) -> float:
     tokenizer = described.tokenizer
     row = torch.tensor([[tokenizer.sot_token_id, *tokens]])
     chances = described(batch, row[:, :-1]).logits.log_softmax(dim=-1)[0]
-    return sum(chances[i, token].item() for i, token in enumerate(tokens)) / len(tokens) ** how.length_penalty
+    return sum(chances[i, token].item() for i, token in enumerate(tokens)) / len(tokens) ** generation.length_penalty
 
 
 @settings(derandomize=True, max_examples=8, deadline=None)
@@ -286,12 +294,16 @@ def test_enough_beams_find_the_best_of_all_texts(seed: int, penalty: float) -> N
     ).eval()
     with torch.no_grad():
         described.decoder.text_decoder.text_projection.mul_(4)  # chances that differ
-    how, batch, end = Generation(beams=60, length_penalty=penalty), streams(1), described.tokenizer.eot_token_id
+    generation, batch, end = (
+        GenerationConfig(beams=60, length_penalty=penalty),
+        streams(1),
+        described.tokenizer.eot_token_id,
+    )
     others = [token for token in range(5) if token != end]
     ended = [(*body, end) for length in range(3) for body in product(others, repeat=length)]
     cut = list(product(others, repeat=3))
-    best = max(score(described, batch, tokens, how) for tokens in [*ended, *cut])
-    (found,) = described.generate(batch, how=how)
+    best = max(score(described, batch, tokens, generation) for tokens in [*ended, *cut])
+    (found,) = described.generate(batch, generation=generation)
     assert found.score == pytest.approx(best, abs=1e-4)
 
 
@@ -306,11 +318,11 @@ def test_greedy_takes_the_likeliest_token_each_time() -> None:
 
 def test_a_small_nucleus_is_greedy_and_seeds_decide_a_large_one() -> None:
     described, batch = model("describer_micro"), streams(2)
-    assert [t.tokens for t in described.generate(batch, how=Generation(top_p=1e-6))] == [
+    assert [t.tokens for t in described.generate(batch, generation=GenerationConfig(top_p=1e-6))] == [
         t.tokens for t in described.generate(batch)
     ]
     drawn = [
-        [t.tokens for t in described.generate(batch, how=Generation(top_p=1.0), seeds=[seed, seed + 1])]
+        [t.tokens for t in described.generate(batch, generation=GenerationConfig(top_p=1.0), seeds=[seed, seed + 1])]
         for seed in (0, 0, 5)
     ]
     assert drawn[0] == drawn[1] != drawn[2]
@@ -319,17 +331,17 @@ def test_a_small_nucleus_is_greedy_and_seeds_decide_a_large_one() -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"beams": 0}, "at least one beam"),
-        ({"temperature": 0.0}, "a temperature above 0"),
+        ({"beams": 0}, "beams must be at least 1"),
+        ({"temperature": 0.0}, "temperature above 0"),
         ({"top_p": 1.5}, "0 < top_p <= 1"),
         ({"top_p": 0.5, "beams": 2}, "one beam"),
         ({"max_length": 1}, "a start and an end"),
-        ({"max_length": 99}, "texts of 7 tokens"),
+        ({"max_length": 99}, "built for 7 tokens"),
     ],
 )
 def test_impossible_ways_of_writing_are_named(options: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
-        model().generate(streams(1), how=Generation(**options))
+        model().generate(streams(1), generation=GenerationConfig(**options))
 
 
 def test_words_are_tokens() -> None:

@@ -16,8 +16,8 @@ import lamzoo
 from lamzoo import LamConfig
 from lamzoo.errors import ConfigError, DataError, MissingExtraError, StateDictError, WeightsNotFoundError
 from lamzoo.evaluation.captions.evaluate import context_tokens
-from lamzoo.models.describer.encoder import Stream
-from lamzoo.models.describer.generation import Generation
+from lamzoo.models.describer.encoder import StreamBatch
+from lamzoo.models.describer.generation import GenerationConfig
 from lamzoo.profiling import analytic_macs, profile
 from lamzoo.training.captions.batches import caption_losses
 from lamzoo.training.captions.recipe import CaptionWeights
@@ -59,19 +59,21 @@ def model(reads: str = "cross", name: str = "lam_describer_gpt2", **options: Any
     return found
 
 
-def streams(size: int = 3) -> dict[str, Stream]:
+def streams(size: int = 3) -> dict[str, StreamBatch]:
     """Clips of two modalities; but for the first sample, the last features are padding, more in each sample."""
     generator, found = torch.Generator().manual_seed(0), {}
     for name, count, width in (("video", 10, 12), ("audio", 20, 6)):
         mask = torch.arange(count).expand(size, -1) < count - 2 * torch.arange(size).unsqueeze(1)
         times = torch.arange(count).expand(size, -1) * 0.4 / count
-        found[name] = Stream(torch.randn(size, count, width, generator=generator), times, mask)
+        found[name] = StreamBatch(torch.randn(size, count, width, generator=generator), times, mask)
     return found
 
 
-def alone(batch: dict[str, Stream], row: int) -> dict[str, Stream]:
+def alone(batch: dict[str, StreamBatch], row: int) -> dict[str, StreamBatch]:
     """One sample of a batch without its padding."""
-    return {name: Stream(*(part[row : row + 1, stream.mask[row]] for part in stream)) for name, stream in batch.items()}
+    return {
+        name: StreamBatch(*(part[row : row + 1, stream.mask[row]] for part in stream)) for name, stream in batch.items()
+    }
 
 
 def text(size: int = 3, length: int = 9) -> Tensor:
@@ -187,7 +189,7 @@ def test_a_prefix_that_leaves_no_room_for_the_text_is_refused_by_number() -> Non
     [
         ({"gpt2": {"reads": "aloud"}}, "gpt2.reads='aloud'"),
         ({"gpt2": {"heads": 5}}, "width divisible by heads"),
-        ({"gpt2": {"layer": 5}}, "gpt2 has no field 'layer'; the fields are dropout, heads"),
+        ({"gpt2": {"layer": 5}}, "gpt2 has no field 'layer'; its fields are dropout, heads"),
         ({"context_length": 65}, "context_length=65: GPT-2 has 64 positions"),
         ({"vocabulary": ["a", "b"]}, "GPT-2 has its own vocabulary"),
         ({"align": True}, "align needs a vocabulary of words"),
@@ -219,13 +221,13 @@ def test_a_fresh_mask_changes_no_bit_and_a_trained_one_does(reads: str) -> None:
 
 
 @READS
-@pytest.mark.parametrize("how", [Generation(), Generation(beams=3), Generation(top_p=0.8)])
-def test_a_batch_is_written_as_one_by_one(pairs: str, reads: str, how: Generation) -> None:
+@pytest.mark.parametrize("generation", [GenerationConfig(), GenerationConfig(beams=3), GenerationConfig(top_p=0.8)])
+def test_a_batch_is_written_as_one_by_one(pairs: str, reads: str, generation: GenerationConfig) -> None:
     found, batch = model(reads, tokenizer_name=pairs), streams()
-    together = found.generate(batch, how=how, seeds=[7, 8, 9])
+    together = found.generate(batch, generation=generation, seeds=[7, 8, 9])
     assert len({tuple(each.tokens) for each in together}) > 1
     for row, each in enumerate(together):
-        (single,) = found.generate(alone(batch, row), how=how, seeds=[7 + row])
+        (single,) = found.generate(alone(batch, row), generation=generation, seeds=[7 + row])
         assert single.tokens == each.tokens
         assert single.score == pytest.approx(each.score, abs=1e-4)
 
@@ -298,7 +300,7 @@ def test_a_tokenizer_folder_that_is_not_there_is_refused_when_the_model_is_creat
 
 
 def test_a_model_without_gpt2_has_no_use_for_its_tokenizer() -> None:
-    with pytest.raises(ConfigError, match="tokenizer_name='a' is of GPT-2's; leave it out"):
+    with pytest.raises(ConfigError, match="tokenizer_name='a' is an option of GPT-2; leave it out"):
         lamzoo.create_model("lam_describer_micro", tokenizer_name="a")
 
 

@@ -15,7 +15,7 @@ from lamzoo import LamConfig
 from lamzoo.errors import ConfigError
 from lamzoo.layers.attention import DENSE_TOKENS
 from lamzoo.models.moment_detr.layers import sine_positions
-from lamzoo.models.moment_detr.model import Moments
+from lamzoo.models.moment_detr.model import MomentOutput
 from lamzoo.models.moment_detr.qd_detr import peaks, propose
 from lamzoo.models.moment_detr.spans import generalized_span_iou, span_iou, to_centres, to_edges
 from lamzoo.profiling.memory import peak_growth
@@ -39,7 +39,7 @@ def batch(clips: int = 9, words: int = 5, size: int = 2, seed: int = 1) -> tuple
     return video, text, video_mask, text_mask
 
 
-def equal(one: Moments, other: Moments, mask: Tensor) -> bool:
+def equal(one: MomentOutput, other: MomentOutput, mask: Tensor) -> bool:
     pairs = [(one.spans, other.spans), (one.logits, other.logits), (one.saliency[mask], other.saliency[mask])]
     return all(torch.equal(a, b) for a, b in pairs)
 
@@ -232,7 +232,7 @@ def test_words_are_told_apart_in_training_alone(name: str) -> None:
 def test_windows_are_sorted_and_inside_the_video() -> None:
     spans = torch.tensor([[[0.5, 0.2], [0.1, 0.4], [0.9, 0.6]]])
     logits = torch.tensor([[[0.0, 1.0], [2.0, 0.0], [1.0, 0.0]]])
-    windows = Moments(spans, logits, torch.zeros(1, 4)).windows()
+    windows = MomentOutput(spans, logits, torch.zeros(1, 4)).windows()
     assert_close(windows[0, :, :2], torch.tensor([[0.0, 0.3], [0.6, 1.0], [0.4, 0.6]]))
     assert windows[0, :, 2].tolist() == sorted(windows[0, :, 2].tolist(), reverse=True)
     assert_close(windows[0, 0, 2], torch.tensor(2.0).sigmoid())
@@ -240,7 +240,7 @@ def test_windows_are_sorted_and_inside_the_video() -> None:
 
 @pytest.mark.parametrize("places", [(), ("cross",), ("head",)])
 def test_masks_go_where_there_is_attention(places: Any) -> None:
-    with pytest.raises(ConfigError, match="in a MomentDetr it must name some of encoder, decoder"):
+    with pytest.raises(ConfigError, match=r"for lamzoo\.[a-z_.]+\.MomentDetr it must name some of encoder, decoder"):
         lamzoo.create_model("lam_moment_detr_micro", lam_in=places)
 
 

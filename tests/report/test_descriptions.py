@@ -14,7 +14,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("open_clip")
 from matplotlib.text import Text
 
-from lamzoo.models.describer.encoder import Stream
+from lamzoo.models.describer.encoder import StreamBatch
 from lamzoo.models.tokenizers import SmallTokenizer, WordTokenizer
 from lamzoo.report.window_pictures import word_attention, words_of
 from lamzoo.report.word_attention import MAX_WORDS, ModalityView, WindowView, draw_windows
@@ -27,7 +27,7 @@ def test_the_attention_of_a_word_is_that_of_the_token_before_it() -> None:
     options: dict[str, Any] = {"features": {"video": 12}, "decoder_layers": 1, "text_layers": 0, "heads": 1}
     model: Any = lamzoo.create_model("lam_describer_micro", **options).eval()
     mask = torch.tensor([[True] * 8 + [False] * 2])
-    batch = {"video": Stream(torch.randn(1, 10, 12), torch.arange(10.0)[None] / 5, mask)}
+    batch = {"video": StreamBatch(torch.randn(1, 10, 12), torch.arange(10.0)[None] / 5, mask)}
     with torch.no_grad():
         joint = model.encode(batch)
         found = word_attention(model, joint, [3, 4, 5])

@@ -18,7 +18,7 @@ import lamzoo
 from lamzoo.data.captions import create_caption_dataset
 from lamzoo.errors import LamzooError, UnsupportedHostError
 from lamzoo.evaluation.captions.evaluate import caption_scores, describe_clips, evaluate_captions
-from lamzoo.models.describer.generation import Generation
+from lamzoo.models.describer.generation import GenerationConfig
 from lamzoo.training import TrainResult, load_recipe, parse_recipe, train
 from lamzoo.training.captions.batches import Collate, Samples, caption_losses
 from lamzoo.training.captions.recipe import CaptionWeights
@@ -177,7 +177,7 @@ def test_gpt2_learns_to_write_what_it_has_not_heard(table: dict[str, Any], tmp_p
     assert result.scores["test"]["WER"] < 30  # by chance 50: each word is one of two
     loaded = lamzoo.create_model(f"local-dir:{result.model}", pretrained=True)
     dataset = create_caption_dataset(table["data"]["source"], "test")
-    found = evaluate_captions(loaded, dataset, how=Generation(beams=2), batch_size=3, device="cpu")
+    found = evaluate_captions(loaded, dataset, generation=GenerationConfig(beams=2), batch_size=3, device="cpu")
     assert {word for text in found.captions.values() for word in text.split()} <= set(ALL)
 
 

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 import lamzoo
 from lamzoo.errors import DivergedError
-from lamzoo.models.moment_detr.model import Moments
+from lamzoo.models.moment_detr.model import MomentOutput
 from lamzoo.models.moment_detr.spans import generalized_span_iou, to_centres, to_edges
 from lamzoo.training.moments.losses import (
     MomentTargets,
@@ -41,9 +41,9 @@ def targets(clips: int = 8) -> MomentTargets:
     )
 
 
-def found(queries: int = 5, clips: int = 8, **changes: object) -> Moments:
+def found(queries: int = 5, clips: int = 8, **changes: object) -> MomentOutput:
     spans = torch.stack([centres(queries), centres(queries)])
-    return Moments(spans, torch.randn(2, queries, 2), torch.randn(2, clips), **changes)
+    return MomentOutput(spans, torch.randn(2, queries, 2), torch.randn(2, clips), **changes)
 
 
 def cost(span: Tensor, score: Tensor, truth: Tensor) -> float:
@@ -169,7 +169,7 @@ def test_the_right_answer_costs_least() -> None:
         logits[sample, : len(of_sample), 1] = -20.0
     saliency = truth.grades.clone()
     saliency.scatter_(1, truth.better, 9.0).scatter_(1, truth.worse, -9.0)
-    losses = moment_losses(Moments(spans, logits, saliency), truth, WEIGHTS)
+    losses = moment_losses(MomentOutput(spans, logits, saliency), truth, WEIGHTS)
     for value in losses.values():
         assert value.item() == pytest.approx(0.0, abs=1e-5)
 

@@ -18,6 +18,7 @@ from lamzoo.data.captions.base import Stream as Features
 from lamzoo.errors import ConfigError, MissingExtraError, UnsupportedHostError
 from lamzoo.evaluation.captions.metrics import caption_metrics, neighbour_recall, word_error_rate
 from lamzoo.evaluation.runtime import Precision, check_batches, inference, resolve_device
+from lamzoo.lazy import renamed_argument
 
 _logger = logging.getLogger(__name__)
 
@@ -39,11 +40,12 @@ class CaptionResult:
     seconds: float
 
 
+@renamed_argument("how", "generation")
 def evaluate_captions(
     model: nn.Module,
     dataset: CaptionDataset,
     *,
-    how: Any = None,
+    generation: Any = None,
     context: int = 0,
     batch_size: int = 32,
     device: str | torch.device = "auto",
@@ -56,7 +58,7 @@ def evaluate_captions(
     Args:
         model: left on the device.
         dataset: the split.
-        how: a :class:`lamzoo.models.describer.generation.Generation`; greedily by default.
+        generation: a :class:`lamzoo.models.describer.generation.GenerationConfig`; greedily by default.
         context: earlier captions of the same video that are read, as the data have them.
         batch_size: clips at a time.
         device: as torch writes it, or ``"auto"``.
@@ -72,18 +74,19 @@ def evaluate_captions(
     """
     start = time.perf_counter()
     captions = describe_clips(
-        model, dataset, how=how, context=context, batch_size=batch_size, device=device, precision=precision,
-        workers=workers, progress=progress,
+        model, dataset, generation=generation, context=context, batch_size=batch_size, device=device,
+        precision=precision, workers=workers, progress=progress,
     )  # fmt: skip
     return CaptionResult(caption_scores(dataset, captions), captions, time.perf_counter() - start)
 
 
+@renamed_argument("how", "generation")
 def describe_clips(
     model: nn.Module,
     dataset: CaptionDataset,
     indices: Sequence[int] | None = None,
     *,
-    how: Any = None,
+    generation: Any = None,
     context: int = 0,
     batch_size: int = 32,
     device: str | torch.device = "auto",
@@ -112,7 +115,7 @@ def describe_clips(
             before = context_tokens(described, [dataset.context(number, context) for number in numbers])
             streams = {name: move(stream, device) for name, stream in pad_streams(clips).items()}
             written = described.describe(
-                streams, None if before is None else before.to(device), how, seeds=list(numbers)
+                streams, None if before is None else before.to(device), generation, seeds=list(numbers)
             )
             captions |= {dataset.items[number].id: text for number, text in zip(numbers, written, strict=True)}
             if progress is not None:
@@ -177,9 +180,9 @@ def pad_streams(clips: Sequence[Mapping[str, Features]]) -> dict[str, Any]:
     """Puts the streams of several clips into one batch.
 
     Returns:
-        By modality a :class:`lamzoo.models.describer.encoder.Stream` of what any clip has, padded with zeros.
+        By modality a :class:`lamzoo.models.describer.encoder.StreamBatch` of what any clip has, padded with zeros.
     """
-    from lamzoo.models.describer.encoder import Stream
+    from lamzoo.models.describer.encoder import StreamBatch
 
     found = {}
     for name in dict.fromkeys(name for clip in clips for name in clip):
@@ -187,7 +190,7 @@ def pad_streams(clips: Sequence[Mapping[str, Features]]) -> dict[str, Any]:
         rows = [torch.from_numpy(clip[name].features) if name in clip else torch.zeros(0, width) for clip in clips]
         times = [torch.from_numpy(clip[name].times) if name in clip else torch.zeros(0) for clip in clips]
         masks = [torch.ones(len(row), dtype=torch.bool) for row in rows]
-        found[name] = Stream(*(nn.utils.rnn.pad_sequence(part, batch_first=True) for part in (rows, times, masks)))
+        found[name] = StreamBatch(*(nn.utils.rnn.pad_sequence(part, batch_first=True) for part in (rows, times, masks)))
     return found
 
 

@@ -1,4 +1,4 @@
-"""CLIP4Clip's three ways to compare a text with frames (arXiv 2104.08860, section 3.3); they know no tower."""
+"""CLIP4Clip's three heads, which compare a text with the frames of a video (arXiv 2104.08860, section 3.3)."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class MeanHead(nn.Module):
         super().__init__()
 
     def forward(self, frames: Tensor, frame_mask: Tensor) -> Tensor:
-        """Returns ``(B, D)`` of ``(B, F, D)`` and ``(B, F)``, bool."""
+        """Returns the video embeddings ``(B, D)`` of frames ``(B, F, D)`` and their mask ``(B, F)``, bool."""
         return _mean(frames, frame_mask)
 
     def initial_state(self, clip: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns the state to begin with beside pretrained towers: none."""
+        """Returns the initial state for pretrained towers: empty."""
         return {}
 
 
@@ -35,11 +35,11 @@ class SequentialHead(nn.Module):
     """A transformer over the frames with positions and a residual, then the mean ("sequential type", section 3.3.2).
 
     Args:
-        width: of the embeddings.
-        max_frames: positions.
-        layers: of the transformer.
-        mlp_ratio: width of its MLPs over ``width``.
-        activation: of its MLPs.
+        width: width of the embeddings.
+        max_frames: number of positions.
+        layers: layers of the transformer.
+        mlp_ratio: hidden width of its MLPs, relative to ``width``.
+        activation: activation of its MLPs.
     """
 
     def __init__(self, width: int, max_frames: int, layers: int, mlp_ratio: float, activation: type[nn.Module]) -> None:
@@ -50,23 +50,23 @@ class SequentialHead(nn.Module):
         _initialise(self.transformer, self.embedding)
 
     def forward(self, frames: Tensor, frame_mask: Tensor) -> Tensor:
-        """Returns ``(B, D)`` of ``(B, F, D)``, at most ``max_frames`` of them, and ``(B, F)``, bool."""
+        """Returns video embeddings ``(B, D)`` of ``max_frames`` frames ``(B, F, D)`` or fewer and their mask ``(B, F)``."""
         tokens = frames + self.embedding[: frames.shape[1]].to(frames.dtype)
         tokens = self.transformer(tokens, attn_mask=_padding_bias(frame_mask, self.transformer, tokens.dtype))
         return _mean(frames + tokens, frame_mask)
 
     def initial_state(self, clip: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns the state to begin with beside pretrained towers: the text tower's first layers and positions."""
+        """Returns the initial state for pretrained towers: the text tower's first layers and positions."""
         return _begin(self, clip, self.length)
 
 
 class TightHead(nn.Module):
     """A transformer over the text's embedding and the frames together ("tight type", section 3.3.3).
 
-    Arguments as of :class:`SequentialHead`.
+    Arguments as for :class:`SequentialHead`.
 
     Attributes:
-        max_pairs: pairs of text and video that are compared at a time where no gradient is needed; it bounds memory.
+        max_pairs: text-video pairs that are compared at a time without gradients; bounds memory.
     """
 
     def __init__(self, width: int, max_frames: int, layers: int, mlp_ratio: float, activation: type[nn.Module]) -> None:
@@ -83,7 +83,7 @@ class TightHead(nn.Module):
         _initialise(self.transformer, self.embedding, self.embedding_type)
 
     def forward(self, text: Tensor, frames: Tensor, frame_mask: Tensor) -> Tensor:
-        """Returns logits ``(T, V)`` of texts ``(T, D)``, frames ``(V, F, D)`` and ``(V, F)``, bool."""
+        """Returns logits ``(T, V)`` of texts ``(T, D)``, frames ``(V, F, D)`` and their mask ``(V, F)``, bool."""
         if torch.is_grad_enabled():
             return self._compare(text, frames, frame_mask)
         rows = []
@@ -93,7 +93,7 @@ class TightHead(nn.Module):
         return torch.cat(rows)
 
     def initial_state(self, clip: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns the state to begin with beside pretrained towers: the text tower's first layers and positions."""
+        """Returns the initial state for pretrained towers: the text tower's first layers and positions."""
         return _begin(self, clip, self.length)
 
     def _compare(self, text: Tensor, frames: Tensor, frame_mask: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ class TightHead(nn.Module):
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """Switches autocast off where there is one; the meta device has none."""
+    """Disables autocast on a device; a no-op on devices without autocast, such as meta."""
     there = torch.amp.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if there else nullcontext()
 
@@ -120,7 +120,7 @@ def _transformer(width: int, layers: int, mlp_ratio: float, activation: type[nn.
 
 
 def _initialise(transformer: Transformer, *embeddings: nn.Parameter) -> None:
-    """CLIP's initialisation of its text tower: small outputs of the residual branches, the deeper the smaller."""
+    """Initialises the weights as CLIP's text tower: the more layers, the smaller the outputs of residual branches."""
     for embedding in embeddings:
         nn.init.normal_(embedding, std=0.01)
     width, layers = transformer.width, transformer.layers
@@ -133,14 +133,14 @@ def _initialise(transformer: Transformer, *embeddings: nn.Parameter) -> None:
 
 def _mean(frames: Tensor, frame_mask: Tensor) -> Tensor:
     weights = frame_mask[..., None].to(frames.dtype)
-    # masked_fill: 0 * nan of a frame that is not there would be nan
+    # masked_fill, since 0 * nan of a missing frame is nan
     units = F.normalize(frames, dim=-1).masked_fill(~frame_mask[..., None], 0.0)
     return units.sum(dim=1) / weights.sum(dim=1)
 
 
 def _padding_bias(allowed: Tensor, transformer: Transformer, dtype: torch.dtype) -> Tensor:
-    """Turns ``(B, N)``, bool, into what open_clip's blocks add to the scores, ``(B * heads, N, N)``."""
-    # open_clip 3.3 turns a boolean mask into ones and zeros, which it adds.
+    """Converts a mask ``(B, N)``, bool, to the bias of the scores in open_clip's blocks, ``(B * heads, N, N)``."""
+    # open_clip 3.3 casts a boolean mask to ones and zeros and adds them.
     heads, tokens = transformer.resblocks[0].attn.num_heads, allowed.shape[1]
     bias = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, float("-inf"))
     return bias[:, None, None].expand(-1, heads, tokens, -1).flatten(0, 1)
@@ -152,7 +152,7 @@ def _begin(head: nn.Module, clip: Mapping[str, Tensor], length: int) -> dict[str
 
 
 def _text_layers(own: Mapping[str, Tensor], clip: Mapping[str, Tensor], length: int) -> dict[str, Tensor]:
-    """What a head can take over of CLIP's text tower: all of its layers, or, of another width, nothing."""
+    """Returns the weights of CLIP's text tower that fit a head: all layers, or nothing if the widths differ."""
     prefix = "text." if any(key.startswith("text.") for key in clip) else ""
     wanted = {key: f"{prefix}{key}" for key in own if key.startswith("transformer.")}
     if any(theirs not in clip or clip[theirs].shape != own[key].shape for key, theirs in wanted.items()):

@@ -1,4 +1,4 @@
-"""Text-video retrieval: CLIP4Clip on open_clip's towers, with learnable masks where they are asked for."""
+"""Text-video retrieval: CLIP4Clip on open_clip's towers, with optional learnable masks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from lamzoo.adapters import add_lam_to
 from lamzoo.data.video.sampling import FrameSampling
-from lamzoo.errors import ConfigError, MissingExtraError
+from lamzoo.errors import ConfigError, MissingExtraError, class_name
 from lamzoo.lam import LamConfig
 
 if find_spec("open_clip") is None:
@@ -38,27 +38,27 @@ class Clip4Clip(nn.Module):
     """Two towers of open_clip and a head that compares a text with the frames of a video (arXiv 2104.08860).
 
     Attributes:
-        clip: open_clip's model; its vision tower reads each frame for itself.
+        clip: the model of open_clip; its vision tower encodes each frame separately.
         head: ``mean``, ``seq`` or ``tight``, sections 3.3.1 to 3.3.3 of the paper.
-        max_frames: frames of a video that the head has positions for.
-        sampling: which frames of a video the model is made for.
-        context_length: tokens of a text.
+        max_frames: number of frames that the head has positions for.
+        sampling: frame sampling that the model expects.
+        context_length: maximum tokens of a text.
         num_features: width of the embeddings.
 
     Args:
-        clip: the towers, as ``open_clip.create_model`` makes them.
-        similarity: which head.
-        max_frames: frames of a video at most.
-        fps: frames a second that a video is sampled at; 0 for all.
+        clip: the towers, as created by ``open_clip.create_model``.
+        similarity: the head.
+        max_frames: maximum frames of a video.
+        fps: frames per second that a video is sampled at; 0 for all frames.
         head_layers: transformer layers of the head.
-        head_mlp_ratio: width of their MLPs over that of the embeddings.
-        tokenizer_name: open_clip's model name whose tokenizer the texts need; None takes the zoo's small one.
+        head_mlp_ratio: hidden width of their MLPs, relative to that of the embeddings.
+        tokenizer_name: open_clip model whose tokenizer is used; None for the zoo's small tokenizer.
     """
 
     clip: Any
     head: Any
     lam_config: LamConfig | None
-    #: Which argument sizes which parameters, for messages about weights that don't fit.
+    #: Parameters (patterns) to the argument that determines their size, for error messages.
     sized_by: ClassVar[Mapping[str, str]] = {
         "head.embedding": "max_frames",
         "head.*.table.*": "max_frames",
@@ -102,7 +102,7 @@ class Clip4Clip(nn.Module):
 
     @cached_property
     def tokenizer(self) -> Any:
-        """What turns a list of texts into token numbers ``(B, context_length)``, int64."""
+        """Encodes a list of texts to token ids ``(B, context_length)``, int64."""
         if self._tokenizer_name is None:
             return SmallTokenizer(self.clip.vocab_size, self.context_length)
         return open_clip.get_tokenizer(self._tokenizer_name, context_length=self.context_length)
@@ -118,29 +118,29 @@ class Clip4Clip(nn.Module):
         return self.similarity(self.encode_text(text), self.encode_video(frames, frame_mask), frame_mask)
 
     def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
-        """Returns embeddings ``(B, D)`` of texts ``(B, context_length)``; what stands behind a text's end is ignored.
+        """Returns embeddings ``(B, D)`` of texts ``(B, context_length)``; tokens after the end of a text are ignored.
 
         Args:
-            text: token numbers, int64, of :attr:`tokenizer`.
-            normalize: to length 1, as in open_clip.
+            text: token ids, int64, of :attr:`tokenizer`.
+            normalize: normalise to length 1, as in open_clip.
         """
         return self.clip.encode_text(text, normalize=normalize)
 
     def encode_video(self, frames: Tensor, frame_mask: Tensor | None = None, normalize: bool = False) -> Tensor:
-        """Returns what :meth:`similarity` needs of videos: ``(B, D)``, or ``(B, F, D)`` for ``similarity="tight"``.
+        """Returns video embeddings for :meth:`similarity`: ``(B, D)``, or ``(B, F, D)`` with ``similarity="tight"``.
 
         Args:
-            frames: ``(B, F, 3, H, W)``, float, preprocessed; ``F`` at most ``max_frames``, but for ``"mean"``.
-            frame_mask: ``(B, F)``, bool, True where there is a frame, at least one of each video; None for all.
-            normalize: to length 1.
+            frames: ``(B, F, 3, H, W)``, float, preprocessed; ``F`` is at most ``max_frames``, except for ``"mean"``.
+            frame_mask: ``(B, F)``, bool, True where there is a frame, at least one per video; None for all.
+            normalize: normalise to length 1.
 
         Raises:
-            ConfigError: more frames than the head has positions for.
+            ConfigError: there are more frames than the head has positions for.
         """
         if frames.shape[1] > self.max_frames and self.similarity_type != "mean":
             raise ConfigError(
                 f"The videos have {frames.shape[1]} frames and this CLIP4Clip has positions for {self.max_frames}; "
-                "sample fewer, or create the model with a larger max_frames."
+                "sample fewer frames, or create the model with a larger max_frames."
             )
         video = self.encode_frames(frames, frame_mask)
         if not isinstance(self.head, TightHead):
@@ -148,7 +148,7 @@ class Clip4Clip(nn.Module):
         return F.normalize(video, dim=-1) if normalize else video
 
     def encode_frames(self, frames: Tensor, frame_mask: Tensor | None = None) -> Tensor:
-        """Returns the vision tower's embedding of each frame ``(B, F, D)``, zeros where there is none.
+        """Returns the vision tower's embedding of each frame, ``(B, F, D)``; zeros for missing frames.
 
         Args:
             frames: ``(B, F, 3, H, W)``, float.
@@ -156,21 +156,21 @@ class Clip4Clip(nn.Module):
         """
         if frame_mask is None or bool(frame_mask.all()):
             return self.clip.encode_image(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
-        seen = self.clip.encode_image(frames[frame_mask])  # the towers need not look at padding
+        seen = self.clip.encode_image(frames[frame_mask])  # padding isn't encoded
         return seen.new_zeros(*frames.shape[:2], seen.shape[-1]).masked_scatter(frame_mask[..., None], seen)
 
     def similarity(self, text: Tensor, video: Tensor, frame_mask: Tensor | None = None) -> Tensor:
         """Compares every text with every video.
 
         Args:
-            text: ``(T, D)``, of :meth:`encode_text`.
-            video: ``(V, D)`` or ``(V, F, D)``, of :meth:`encode_video`.
-            frame_mask: ``(V, F)``, bool, as given there; read by ``similarity="tight"`` alone. None takes the frames
-                that :meth:`encode_video` did not leave zero.
+            text: ``(T, D)``, from :meth:`encode_text`.
+            video: ``(V, D)`` or ``(V, F, D)``, from :meth:`encode_video`.
+            frame_mask: ``(V, F)``, bool, as for :meth:`encode_video`; only used with ``similarity="tight"``. None for
+                all frames with a non-zero embedding.
 
         Returns:
-            ``(T, V)``, float32 also under autocast, since bfloat16 would make many videos equally similar: cosines
-            times the learned temperature, or the tight head's logits.
+            ``(T, V)``: cosines times the learned temperature, or the logits of the tight head. Float32 also under
+            autocast, since many videos would have equal scores in bfloat16.
         """
         if isinstance(self.head, TightHead):
             return self.head(text, video, _seen(video) if frame_mask is None else frame_mask)
@@ -179,22 +179,22 @@ class Clip4Clip(nn.Module):
             return scale * F.normalize(text.float(), dim=-1) @ F.normalize(video.float(), dim=-1).T
 
     def example_inputs(self, batch_size: int = 1) -> tuple[Tensor, Tensor]:
-        """Returns random videos of ``max_frames`` frames and as many texts, to measure the model on."""
+        """Returns random videos of ``max_frames`` frames and as many texts, for profiling."""
         like = next(self.parameters())
         frames = torch.rand(batch_size, self.max_frames, 3, *self.image_size, device=like.device)
         text = torch.ones(batch_size, self.context_length, dtype=torch.int64, device=like.device)
-        text[:, -1] = self.clip.vocab_size - 1  # the end of the text
+        text[:, -1] = self.clip.vocab_size - 1  # the end token
         return frames.to(like.dtype), text
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trades time for memory in the towers and the head."""
+        """Switches gradient checkpointing on or off, in the towers and the head."""
         self.clip.set_grad_checkpointing(enable)
         for module in self.head.modules():
             if hasattr(module, "grad_checkpointing"):
                 module.grad_checkpointing = enable
 
     def lock_image_tower(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
-        """Freezes the vision tower but for its last groups of layers, as open_clip does; masks stay trainable."""
+        """Freezes the vision tower except its last groups of layers, as in open_clip; masks stay trainable."""
         self.clip.lock_image_tower(unlocked_groups=unlocked_groups, freeze_bn_stats=freeze_bn_stats)
         for name, parameter in self.clip.visual.named_parameters():
             if ".lam." in name:
@@ -203,15 +203,15 @@ class Clip4Clip(nn.Module):
     def freeze_layers(self, count: int) -> None:
         """Freezes the embeddings and the first ``count`` blocks of both towers (the paper's ``freeze_layer_num``).
 
-        What stands behind the blocks, the masks and the head stay trainable.
+        The layers after the blocks, the masks and the head stay trainable.
 
         Raises:
-            ConfigError: the towers are not open_clip's own transformers, or have fewer blocks.
+            ConfigError: the towers aren't open_clip's own transformers, or have fewer blocks.
         """
         if not isinstance(self.clip, CLIP) or not hasattr(self.clip.visual, "transformer"):
             raise ConfigError(
-                f"freeze_layers knows open_clip's own transformers and not {type(self.clip.visual).__name__}; "
-                "use lock_image_tower."
+                f"freeze_layers needs open_clip's own transformers, and the vision tower is "
+                f"{class_name(self.clip.visual)}; use lock_image_tower."
             )
         depth = min(len(self.clip.visual.transformer.resblocks), len(self.clip.transformer.resblocks))
         if not 0 <= count <= depth:
@@ -223,7 +223,7 @@ class Clip4Clip(nn.Module):
             parameter.requires_grad = late or ".lam." in name
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that timm's optimisers are to leave undecayed."""
+        """Returns the names of parameters without weight decay, for timm's optimisers."""
         towers = {f"clip.{name}" for name in self.clip.no_weight_decay()}
         return towers | {name for name, _ in self.named_parameters() if name.startswith("head.embedding")}
 
@@ -248,20 +248,20 @@ def clip4clip(
     """Builds a :class:`Clip4Clip` without weights.
 
     Args:
-        config: ``open_clip``: a model name of open_clip, or ``clip``: arguments of ``open_clip.CLIP`` for towers that
-            have no name there; and defaults of the arguments below.
-        lam: what the masks are made of; ``None`` leaves plain CLIP4Clip.
-        clip: towers of one's own: arguments of ``open_clip.CLIP``.
+        config: ``open_clip``: a model name of open_clip, or ``clip``: arguments of ``open_clip.CLIP``, for towers
+            without a name; and defaults of the arguments below.
+        lam: configuration of the masks; ``None`` for plain CLIP4Clip.
+        clip: arguments of ``open_clip.CLIP``, for custom towers.
         similarity: the head: ``"mean"``, ``"seq"`` or ``"tight"``.
-        lam_in: where the masks go: the ``"head"``, which ``"mean"`` has none of, the ``"vision"`` and the ``"text"``
-            tower. By default the head, or for ``"mean"`` the vision tower.
-        max_frames: frames of a video at most.
-        fps: frames a second that a video is sampled at; 0 for all.
+        lam_in: the parts that get masks: ``"head"`` (not with ``"mean"``), ``"vision"`` and ``"text"`` tower. By
+            default the head, or with ``"mean"`` the vision tower.
+        max_frames: maximum frames of a video.
+        fps: frames per second that a video is sampled at; 0 for all frames.
         head_layers: transformer layers of the head.
-        head_mlp_ratio: width of their MLPs over that of the embeddings; a wider one is the control that has a mask's
-            parameters without the mask.
-        context_length: tokens of a text; published weights give the first ones' positions.
-        quick_gelu: OpenAI's activation, which its weights need; the tags say so by themselves.
+        head_mlp_ratio: hidden width of their MLPs, relative to that of the embeddings; a larger one is the
+            parameter-matched control without a mask.
+        context_length: maximum tokens of a text; positions of published weights are truncated to it.
+        quick_gelu: use OpenAI's activation, which its weights need; tags set it themselves.
         img_size: size of the frames, pixels.
         in_chans: must be 3.
         num_classes: must be 0.
@@ -270,10 +270,10 @@ def clip4clip(
         The model.
 
     Raises:
-        ConfigError: an argument, or a combination, that is not possible.
+        ConfigError: an argument, or a combination of arguments, is invalid.
     """
     if in_chans != 3 or num_classes != 0:
-        raise ConfigError("CLIP4Clip reads RGB frames and classifies nothing; leave in_chans and num_classes out.")
+        raise ConfigError("CLIP4Clip takes RGB frames and has no classes; leave in_chans and num_classes out.")
     given = {
         "clip": clip, "similarity": similarity, "lam_in": lam_in, "max_frames": max_frames, "fps": fps,
         "head_layers": head_layers, "head_mlp_ratio": head_mlp_ratio, "context_length": context_length,
@@ -295,9 +295,9 @@ def clip4clip(
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: Clip4Clip) -> dict[str, Tensor]:
-    """Fits open_clip's weights to the model; the head begins as CLIP4Clip's does, with the text tower's first layers.
+    """Converts weights of open_clip to a state dict of the model; the head is initialised from the text tower.
 
-    Named and called as timm's converters. A state dict of this model's own is returned as it is.
+    A state dict of the model itself is returned unchanged. Name and arguments are those of timm's converters.
     """
     if any(key.startswith(("clip.", "head.")) for key in state_dict):
         return state_dict
@@ -324,7 +324,7 @@ def _towers(config: Mapping[str, Any], img_size: int | tuple[int, int] | None) -
     name = config["open_clip"]
     if name not in open_clip.list_models():
         raise ConfigError(f"open_clip has no model {name!r}; open_clip.list_models() lists its names.")
-    with _without_warnings():  # that there are no weights: those come later
+    with _without_warnings():  # about missing weights, which are loaded later
         return open_clip.create_model(
             name,
             load_weights=False,
@@ -352,7 +352,7 @@ def _add_masks(model: Clip4Clip, lam: LamConfig, places: Sequence[Place] | None)
     if not places or not set(places) <= set(get_args(Place)):
         raise ConfigError(f"lam_in is {tuple(places)}; it must name some of {', '.join(get_args(Place))}.")
     if "head" in places and model.similarity_type == "mean":
-        raise ConfigError("similarity='mean' has no transformer in its head; put the masks into 'vision' or 'text'.")
+        raise ConfigError("similarity='mean' has no transformer in its head; set lam_in to 'vision' or 'text'.")
     text = ("clip.transformer", model.context_length) if isinstance(model.clip, CLIP) else ("clip.text", None)
     parts = {"head": ("head", model.head.length), "vision": ("clip.visual", None), "text": text}
     add_lam_to(model, dict(parts[place] for place in places), lam)
@@ -371,7 +371,7 @@ def _activation(clip: Any) -> type[nn.Module]:
 
 
 def _seen(video: Tensor) -> Tensor:
-    """Returns which frames ``(V, F)`` of ``(V, F, D)`` are none of the zeros of padding; all, of a video of zeros."""
+    """Returns which frames of ``(V, F, D)`` aren't zero padding, bool ``(V, F)``; all frames of an all-zero video."""
     seen = video.any(dim=-1)
     return seen | ~seen.any(dim=-1, keepdim=True)
 

@@ -1,4 +1,4 @@
-"""The text decoder of open_clip's CoCa (arXiv 2205.01917), over any memory, with a cache of keys and values."""
+"""The text decoder of open_clip's CoCa (arXiv 2205.01917), with any memory and a key-value cache."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _Pair = tuple[Tensor, Tensor]
 
 @dataclass
 class DecoderCache:
-    """Keys and values of what a decoder has read: ``(B, H, N, d)`` each, by layer.
+    """Key-value cache of a decoder: ``(B, H, N, d)`` each, by layer.
 
     Attributes:
-        own: of the tokens so far, of each layer's self-attention.
-        across: of the memory, of each layer's cross-attention.
-        length: tokens so far.
+        own: keys and values of the tokens so far, in self-attention.
+        across: keys and values of the memory, in cross-attention.
+        length: number of tokens so far.
     """
 
     own: dict[int, _Pair] = field(default_factory=dict)
@@ -28,27 +28,27 @@ class DecoderCache:
     length: int = 0
 
     def select(self, rows: Tensor) -> DecoderCache:
-        """Returns the cache of other beams, int64 ``(B,)``, each of the same sample as the row that it replaces.
+        """Returns the cache of selected rows, int64 ``(B,)``; each is a beam of the same sample as the row it replaces.
 
-        One may come several times. Beams of a sample have one memory, which stays as it is.
+        Rows may repeat. All beams of a sample share its memory, so the cross-attention cache doesn't change.
         """
         own = {number: (key[rows], value[rows]) for number, (key, value) in self.own.items()}
         return DecoderCache(own, self.across, self.length)
 
 
 class CaptionDecoder(nn.Module):
-    """CoCa's text decoder: causal layers that read the text alone, then causal layers that also attend to a memory.
+    """CoCa's text decoder: causal layers over the text, then causal layers that also attend to a memory.
 
-    Its modules are open_clip's own, so that published weights fit; what CoCa's class token and contrastive projection
-    need is left out. Unlike there, the memory may be padded.
+    It is built of open_clip's modules, so that published weights fit, without CoCa's class token and contrastive
+    projection. Unlike in open_clip, the memory may be padded.
 
     Args:
-        vocab_size: tokens of the vocabulary.
-        context_length: of the longest text.
-        width: of the tokens and of the memory.
+        vocab_size: size of the vocabulary.
+        context_length: maximum tokens of a text.
+        width: width of the tokens and of the memory.
         heads: attention heads.
-        text_layers: that read the text alone.
-        layers: that attend to the memory.
+        text_layers: layers that only attend to the text.
+        layers: layers that also attend to the memory.
     """
 
     def __init__(
@@ -68,19 +68,19 @@ class CaptionDecoder(nn.Module):
         return self.token_embedding.embedding_dim
 
     def new_cache(self) -> DecoderCache:
-        """Returns a cache of nothing."""
+        """Returns an empty cache."""
         return DecoderCache()
 
     def forward(
         self, tokens: Tensor, memory: Tensor, memory_mask: Tensor | None = None, cache: DecoderCache | None = None
     ) -> Tensor:
-        """Predicts the next token behind each token.
+        """Predicts the next token after each token.
 
         Args:
-            tokens: int64 ``(B, L)``; with a cache those that are new.
-            memory: ``(B, M, C)``; not read where the cache knows it.
-            memory_mask: bool ``(B, M)``, True where there is something to attend to; None for all.
-            cache: of the tokens before; what is new is put into it.
+            tokens: int64 ``(B, L)``; with a cache, only the new tokens.
+            memory: ``(B, M, C)``; ignored if it is in the cache.
+            memory_mask: bool ``(B, M)``, True where there is memory; None for all.
+            cache: cache of the previous tokens, which is updated.
 
         Returns:
             ``(B, L, vocab_size)``, logits.
@@ -103,12 +103,12 @@ class CaptionDecoder(nn.Module):
         return logits
 
     def memory_attention(self, tokens: Tensor, memory: Tensor, memory_mask: Tensor) -> Tensor:
-        """Returns where in the memory each token looks, averaged over heads and layers.
+        """Returns the attention of each token to the memory, averaged over heads and layers.
 
         Args:
-            tokens: as of :meth:`forward`, and so the rest.
-            memory: likewise.
-            memory_mask: likewise.
+            tokens: as for :meth:`forward`.
+            memory: as for :meth:`forward`.
+            memory_mask: as for :meth:`forward`.
 
         Returns:
             ``(B, L, M)``: weights that sum to 1.
@@ -138,7 +138,7 @@ class CaptionDecoder(nn.Module):
             cache.own[number] = key, value
         new, every = query.shape[2], key.shape[2]
         allowed = None
-        if 1 < new < every:  # several tokens behind others: torch's causal masks begin at the first key
+        if 1 < new < every:  # torch aligns causal masks with the first key, not with the last
             allowed = torch.ones(new, every, dtype=torch.bool, device=x.device).tril(every - new)
         out = F.scaled_dot_product_attention(query, key, value, allowed, is_causal=1 < new == every)
         return self._finish(block, x, out)
@@ -173,20 +173,20 @@ class CaptionDecoder(nn.Module):
 
 
 def from_coca(state: Mapping[str, Tensor], context_length: int) -> dict[str, Tensor]:
-    """Returns the part of an open_clip CoCa's state dict that a :class:`CaptionDecoder` has, under its names."""
+    """Converts the state dict of open_clip's CoCa to the keys of a :class:`CaptionDecoder`; other keys are left out."""
     found = {}
     for name, value in state.items():
         if name.startswith("text_decoder."):
             found[name] = value
         elif name.startswith(("text.token_embedding.", "text.transformer.")):
             found[name.removeprefix("text.")] = value
-        elif name == "text.positional_embedding":  # the last one is the class token's
+        elif name == "text.positional_embedding":  # the last position is the class token's
             found["positional_embedding"] = value[:context_length]
     return found
 
 
 def _initialise(decoder: CaptionDecoder) -> None:
-    """Draws the weights as open_clip does for a text tower; its own CoCa leaves its decoder to torch's defaults."""
+    """Initialises the weights as open_clip's text towers; its CoCa leaves the decoder at torch's defaults."""
     nn.init.normal_(decoder.token_embedding.weight, std=0.02)
     nn.init.normal_(decoder.positional_embedding, std=0.01)
     width, projection = decoder.token_embedding.embedding_dim, decoder.text_decoder.text_projection

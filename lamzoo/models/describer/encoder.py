@@ -1,4 +1,4 @@
-"""A BERT-like encoder over one joint sequence of several modalities, each with its own clock."""
+"""A BERT-like encoder of one joint sequence of several modalities with different frame rates."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from lamzoo.errors import DataError
 from lamzoo.layers.attention import attend
 
 
-class Stream(NamedTuple):
-    """The features of one modality, of a batch of samples.
+class StreamBatch(NamedTuple):
+    """Features of one modality for a batch of samples.
 
     Attributes:
         features: ``(B, N, D)``, float.
-        times: ``(B, N)``, float32, the middle of what each was taken from, seconds.
-        mask: bool ``(B, N)``, True where there are features; a sample may have none.
+        times: ``(B, N)``, float32, seconds: the middle of the interval of each feature.
+        mask: bool ``(B, N)``, True where there is a feature; a sample may have none.
     """
 
     features: Tensor
@@ -28,12 +28,12 @@ class Stream(NamedTuple):
 
 
 class Joint(NamedTuple):
-    """A joint sequence: a first token that stands for the whole, then the modalities, one behind the other.
+    """A joint sequence: a class token, then the tokens of each modality in turn.
 
     Attributes:
         tokens: ``(B, N, C)``.
         mask: bool ``(B, N)``, True where there is a token.
-        spans: first and last token (behind it) of each modality.
+        spans: half-open token range ``(start, end)`` of each modality.
     """
 
     tokens: Tensor
@@ -42,21 +42,20 @@ class Joint(NamedTuple):
 
 
 class JointEncoder(nn.Module):
-    """Projects modalities, marks each token with its time and modality, and lets all attend to all.
+    """Projects modalities, adds time and modality embeddings, and applies self-attention to the joint sequence.
 
-    Tokens are what BERT's are (arXiv 1810.04805, section 3.2): features, plus a position, plus which segment they
-    belong to, under a norm. Positions are waves of the *time*, in seconds, so that 25 pictures and 100 spectra a second
-    line up.
+    Tokens are built as BERT's (arXiv 1810.04805, section 3.2): features plus position plus segment embedding, under a
+    norm. Positions are sinusoids of the *time* in seconds, so that 25 frames and 100 spectra a second are aligned.
 
     Args:
-        features: width of each modality's features, by name.
-        width: of the tokens.
+        features: feature width of each modality, by name.
+        width: width of the tokens.
         heads: attention heads.
         hidden: width of the feed-forward networks.
-        layers: how many.
-        dropout: of attention weights and of every sub-layer's output.
-        input_dropout: of the projected features.
-        modality_dropout: probability, in training, that a sample loses a modality; one always stays.
+        layers: number of layers.
+        dropout: dropout of attention weights and of the output of each sub-layer.
+        input_dropout: dropout of the projected features.
+        modality_dropout: probability, in training, of dropping one modality of a sample that has several.
     """
 
     def __init__(
@@ -81,15 +80,15 @@ class JointEncoder(nn.Module):
         self.dropout = nn.Dropout(input_dropout)
         self.layers = nn.ModuleList(BertLayer(width, heads, hidden, dropout) for _ in range(layers))
 
-    def forward(self, streams: Mapping[str, Stream], context: tuple[Tensor, Tensor] | None = None) -> Joint:
+    def forward(self, streams: Mapping[str, StreamBatch], context: tuple[Tensor, Tensor] | None = None) -> Joint:
         """Encodes a batch.
 
         Args:
-            streams: by modality; those that are missing are left out.
-            context: tokens that stand behind the modalities, ``(B, W, C)``, and their mask, bool ``(B, W)``.
+            streams: features by modality; missing modalities are left out.
+            context: tokens to append, ``(B, W, C)``, and their mask, bool ``(B, W)``.
 
         Raises:
-            DataError: no stream at all, one of an unknown modality, or of another width than the model was built for.
+            DataError: there is no stream, or one of a modality or width that the model was not built for.
         """
         self._check(streams)
         streams = {name: streams[name] for name in self.projections if name in streams}
@@ -115,7 +114,7 @@ class JointEncoder(nn.Module):
             tokens = layer(tokens, mask)
         return Joint(tokens, mask, spans)
 
-    def _check(self, streams: Mapping[str, Stream]) -> None:
+    def _check(self, streams: Mapping[str, StreamBatch]) -> None:
         if not streams or not set(streams) <= set(self.projections):
             raise DataError(
                 f"the streams are {', '.join(map(repr, streams)) or 'none'}; the model reads "
@@ -129,8 +128,8 @@ class JointEncoder(nn.Module):
                     f"{tuple(stream.mask.shape)}; they must be (B, N, {width}), (B, N) and (B, N)"
                 )
 
-    def _dropped(self, streams: Mapping[str, Stream]) -> dict[str, Stream]:
-        """Hides one modality of some samples that have several."""
+    def _dropped(self, streams: Mapping[str, StreamBatch]) -> dict[str, StreamBatch]:
+        """Drops one modality of some samples that have several."""
         there = torch.stack([stream.mask.any(dim=1) for stream in streams.values()])
         chance = torch.rand(there.shape, device=there.device).masked_fill(~there, -1.0)
         loses = torch.rand(there.shape[1], device=there.device) < self.modality_dropout
@@ -143,7 +142,7 @@ class JointEncoder(nn.Module):
 
 
 class BertLayer(nn.Module):
-    """Self-attention and a GELU feed-forward network, each with dropout, residual and norm behind it (BERT)."""
+    """Self-attention and a GELU feed-forward network, each followed by dropout, residual and norm (BERT)."""
 
     def __init__(self, width: int, heads: int, hidden: int, dropout: float) -> None:
         super().__init__()
@@ -155,17 +154,17 @@ class BertLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """Works on ``(B, N, C)`` with a mask, bool ``(B, N)``, True where there is a token."""
+        """Returns ``(B, N, C)`` for tokens ``(B, N, C)`` and a mask, bool ``(B, N)``, True where there is a token."""
         tokens = self.norms[0](tokens + self.dropout(attend(self.attn, tokens, tokens, tokens, mask)))
         out: Tensor = self.norms[1](tokens + self.dropout(self.feed_forward(tokens)))
         return out
 
 
-_SHORTEST, _LONGEST = 0.04, 400.0  # seconds of the fastest and of the slowest wave
+_SHORTEST, _LONGEST = 0.04, 400.0  # periods of the fastest and slowest sinusoid, seconds
 
 
 def time_waves(times: Tensor, width: int) -> Tensor:
-    """Returns sines and cosines of times ``(B, N)`` in seconds, waves of 40 ms to 400 s: float32 ``(B, N, width)``."""
+    """Returns sinusoids of times ``(B, N)`` in seconds, with periods of 40 ms to 400 s: float32 ``(B, N, width)``."""
     share = torch.arange(width // 2, dtype=torch.float32, device=times.device) / max(1, width // 2 - 1)
     lengths = _SHORTEST * (_LONGEST / _SHORTEST) ** share
     angles = 2 * math.pi * times.float().unsqueeze(-1) / lengths

@@ -1,4 +1,4 @@
-"""GPT-2 (transformers') as a decoder over any memory, by cross-attention or behind a prefix; knows no vocabulary."""
+"""GPT-2 of transformers as a decoder with any memory, by cross-attention or as a prefix."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from transformers import DynamicCache, EncoderDecoderCache, GPT2Config, GPT2Mode
 
 Reads = Literal["cross", "prefix"]
 
-# The logit of padding: out of reach of GPT-2's, which may lie around -100, and finite, so that smoothed labels, which
-# give every token a share, have a finite loss.
+# The logit of padding: far below GPT-2's logits, which may be around -100, and finite, so that the loss with smoothed
+# labels is finite.
 _NEVER = -1e4
 
 
 @dataclass(frozen=True)
 class Gpt2Settings:
-    """Which GPT-2, and how it reads; the defaults are the published one of 124 million parameters.
+    """Size of GPT-2 and its access to the memory; the defaults are the published model of 124 million parameters.
 
     Attributes:
-        reads: ``"cross"``, each layer attends to the memory, by weights that GPT-2 itself has not; or ``"prefix"``, the
-            memory stands in front of the text, as in ClipCap (arXiv 2111.09734), and takes up positions.
-        vocab_size: tokens of the vocabulary, without padding.
-        positions: of prefix and text together.
-        width: of the tokens.
-        layers: how many.
+        reads: ``"cross"``: each layer attends to the memory with new cross-attention weights; ``"prefix"``: the memory
+            precedes the text, as in ClipCap (arXiv 2111.09734), and uses up positions.
+        vocab_size: size of the vocabulary, without padding.
+        positions: maximum length of prefix and text together.
+        width: width of the tokens.
+        layers: number of layers.
         heads: attention heads.
-        dropout: of embeddings, attention weights and every sub-layer's output.
+        dropout: dropout of embeddings, attention weights and the output of each sub-layer.
 
     Raises:
-        ConfigError: a value that means nothing.
+        ConfigError: a value is out of range.
     """
 
     reads: Reads = "cross"
@@ -58,19 +58,19 @@ class Gpt2Settings:
         if min(sizes) < 1 or self.width % self.heads:
             raise ConfigError(
                 f"gpt2 has vocab_size={self.vocab_size}, positions={self.positions}, width={self.width}, "
-                f"layers={self.layers}, heads={self.heads}: there must be some of each, and width divisible by heads."
+                f"layers={self.layers}, heads={self.heads}: each must be at least 1, and width divisible by heads."
             )
 
 
 @dataclass
 class Gpt2Cache:
-    """What a :class:`Gpt2Decoder` has read.
+    """Key-value cache of a :class:`Gpt2Decoder`.
 
     Attributes:
-        layers: keys and values of the tokens so far, those of the prefix included, and of the memory.
-        memory: projected, ``(B, M, width)``, where it is attended to; None before the first token.
-        mask: bool ``(B, M)``, where the prefix has something; None before the first token.
-        length: tokens of the text so far.
+        layers: keys and values of the tokens so far, prefix included, and of the memory.
+        memory: the projected memory, ``(B, M, width)``, with ``reads="cross"``; None before the first token.
+        mask: bool ``(B, M)``, mask of the prefix; None before the first token.
+        length: number of text tokens so far.
     """
 
     layers: EncoderDecoderCache = field(default_factory=lambda: EncoderDecoderCache(DynamicCache(), DynamicCache()))
@@ -79,47 +79,47 @@ class Gpt2Cache:
     length: int = 0
 
     def select(self, rows: Tensor) -> Gpt2Cache:
-        """Returns the cache of other beams, int64 ``(B,)``, each of the same sample as the row that it replaces."""
+        """Returns the cache of selected rows, int64 ``(B,)``; each is of the same sample as the row it replaces."""
         read: Any = self.layers.self_attention_cache.layers
         own = DynamicCache([(layer.keys[rows], layer.values[rows]) for layer in read])
-        across = self.layers.cross_attention_cache  # beams of a sample have one memory
+        across = self.layers.cross_attention_cache  # all beams of a sample share its memory
         return Gpt2Cache(EncoderDecoderCache(own, across), self.memory, self.mask, self.length)
 
 
 class Gpt2Decoder(nn.Module):
-    """GPT-2, which writes of a memory that is projected to its width; called as :class:`CaptionDecoder` is.
+    """GPT-2 conditioned on a memory that is projected to its width; it is called as :class:`CaptionDecoder` is.
 
-    Tokens are GPT-2's numbers plus 1: elsewhere in the zoo 0 pads, and in GPT-2 it is a token (``!``) and none pads, so
-    that padding has to be a number of its own. Its logit is always the lowest. GPT-2 has one token for start and end.
+    Token ids are GPT-2's plus 1, since 0 is padding in the zoo, while GPT-2 has no padding and its 0 is a token
+    (``!``). The logit of padding is always the lowest. GPT-2 has a single token for start and end.
 
     Args:
-        settings: which GPT-2.
-        context_length: of the longest text.
-        memory_width: of the memory.
+        settings: size of GPT-2, and its access to the memory.
+        context_length: maximum tokens of a text.
+        memory_width: width of the memory.
 
     Attributes:
-        gpt2: transformers' model, its output tied to its embedding.
-        vocab_size: tokens, padding included.
+        gpt2: the model of transformers, its output tied to its embedding.
+        vocab_size: size of the vocabulary, padding included.
 
     Raises:
-        ConfigError: GPT-2 has fewer positions than such a text.
+        ConfigError: ``context_length`` exceeds the positions of GPT-2.
     """
 
     def __init__(self, settings: Gpt2Settings, context_length: int, memory_width: int) -> None:
         super().__init__()
         if context_length > settings.positions:
             raise ConfigError(
-                f"context_length={context_length}: GPT-2 has {settings.positions} positions; ask for shorter texts."
+                f"context_length={context_length}: GPT-2 has {settings.positions} positions; set a smaller one."
             )
         self.settings, self.context_length, self.vocab_size = settings, context_length, settings.vocab_size + 1
         config = GPT2Config(
             vocab_size=settings.vocab_size, n_positions=settings.positions, n_embd=settings.width,
             n_layer=settings.layers, n_head=settings.heads, resid_pdrop=settings.dropout, embd_pdrop=settings.dropout,
             attn_pdrop=settings.dropout, add_cross_attention=settings.reads == "cross",
-            bos_token_id=None, eos_token_id=None,  # they are the tokenizer's business
+            bos_token_id=None, eos_token_id=None,  # the tokenizer defines them
         )  # fmt: skip
         self.gpt2: Any = GPT2Model(config)
-        self.gpt2.set_attn_implementation("sdpa")  # whose masks are boolean, as those here
+        self.gpt2.set_attn_implementation("sdpa")  # which takes boolean masks
         self.projection = nn.Linear(memory_width, settings.width)
         nn.init.normal_(self.projection.weight, std=config.initializer_range)
         nn.init.zeros_(self.projection.bias)
@@ -134,26 +134,26 @@ class Gpt2Decoder(nn.Module):
         return Gpt2Cache()
 
     def token_embedding(self, tokens: Tensor) -> Tensor:
-        """Embeds tokens, int64 ``(B, L)``; padding, which GPT-2 has not, as its first one: ``(B, L, width)``."""
+        """Embeds tokens, int64 ``(B, L)``, as ``(B, L, width)``; padding gets the embedding of GPT-2's first token."""
         embedded: Tensor = self.gpt2.wte((tokens - 1).clamp_min(0))
         return embedded
 
     def forward(
         self, tokens: Tensor, memory: Tensor, memory_mask: Tensor | None = None, cache: Gpt2Cache | None = None
     ) -> Tensor:
-        """Predicts the next token behind each token.
+        """Predicts the next token after each token.
 
         Args:
-            tokens: int64 ``(B, L)``; with a cache those that are new.
-            memory: ``(B, M, C)``; not read where the cache knows it.
-            memory_mask: bool ``(B, M)``, True where there is something to attend to; None for all.
-            cache: of the tokens before; what is new is put into it.
+            tokens: int64 ``(B, L)``; with a cache, only the new tokens.
+            memory: ``(B, M, C)``; ignored if it is in the cache.
+            memory_mask: bool ``(B, M)``, True where there is memory; None for all.
+            cache: cache of the previous tokens, which is updated.
 
         Returns:
             ``(B, L, vocab_size)``, logits.
 
         Raises:
-            DataError: a prefix that leaves no room for the longest text.
+            DataError: the prefix leaves fewer than ``context_length`` positions.
         """
         words = self.token_embedding(tokens)
         read = self._attend if self.settings.reads == "cross" else self._continue
@@ -163,15 +163,15 @@ class Gpt2Decoder(nn.Module):
         return F.pad(F.linear(hidden, self.gpt2.wte.weight), (1, 0), value=_NEVER)
 
     def memory_attention(self, tokens: Tensor, memory: Tensor, memory_mask: Tensor | None = None) -> Tensor:
-        """Returns where in the memory each token looks, averaged over heads and layers.
+        """Returns the attention of each token to the memory, averaged over heads and layers.
 
         Args:
-            tokens: as of :meth:`forward`, and so the rest.
-            memory: likewise.
-            memory_mask: likewise.
+            tokens: as for :meth:`forward`.
+            memory: as for :meth:`forward`.
+            memory_mask: as for :meth:`forward`.
 
         Returns:
-            ``(B, L, M)``: weights that sum to 1; attention to the text, where there is any, is left out of them.
+            ``(B, L, M)``: weights that sum to 1, normalised over the memory alone.
         """
         crosses, projected = self.settings.reads == "cross", []
         blocks = [block.crossattention if crosses else block.attn for block in self.gpt2.h]
@@ -199,7 +199,7 @@ class Gpt2Decoder(nn.Module):
         return scores.softmax(dim=-1).mean(dim=1)
 
     def _attend(self, words: Tensor, memory: Tensor, mask: Tensor | None, cache: Gpt2Cache | None) -> Tensor:
-        """Runs GPT-2 over words ``(B, L, width)``, each layer attending to the memory; returns its states."""
+        """Runs GPT-2 over words ``(B, L, width)`` with cross-attention to the memory; returns the hidden states."""
         seen = self.projection(memory) if cache is None or cache.memory is None else cache.memory
         start, new = 0 if cache is None else cache.length, words.shape[1]
         if cache is not None:
@@ -216,9 +216,9 @@ class Gpt2Decoder(nn.Module):
         return hidden
 
     def _continue(self, words: Tensor, memory: Tensor, mask: Tensor | None, cache: Gpt2Cache | None) -> Tensor:
-        """Runs GPT-2 over words ``(B, L, width)`` behind the memory; returns the words' states.
+        """Runs GPT-2 over words ``(B, L, width)`` after the memory; returns the hidden states of the words.
 
-        Positions count what is there, so that a padded prefix leaves no gap in front of the text.
+        Positions skip padding, so that a padded prefix leaves no gap before the text.
         """
         size, new = words.shape[:2]
         start = 0 if cache is None else cache.length
@@ -248,27 +248,27 @@ class Gpt2Decoder(nn.Module):
         longest = int(mask.sum(dim=1).max())
         if longest > room:
             raise DataError(
-                f"a clip has {longest} tokens, and GPT-2's {self.settings.positions} positions have room for {room} in "
-                f"front of a text of {self.context_length}; take shorter clips or fewer features a second, build the "
-                "model with a smaller context_length, or let it read by gpt2.reads='cross', which has no such limit"
+                f"a clip has {longest} tokens, and GPT-2's {self.settings.positions} positions have room for {room} "
+                f"before a text of {self.context_length}; use shorter clips or fewer features a second, create the "
+                "model with a smaller context_length, or with gpt2.reads='cross', which has no such limit"
             )
 
 
 def from_gpt2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns a published GPT-2's weights under a :class:`Gpt2Decoder`'s names.
+    """Converts the state dict of a published GPT-2 to the keys of a :class:`Gpt2Decoder`.
 
-    Both of transformers' forms are read, with and without the language model's head, which is tied to the embedding.
+    Accepts both forms of transformers, with and without the language-modelling head, which is tied to the embedding.
     """
     bare = {name.removeprefix("transformer."): value for name, value in state.items()}
-    masks = (".attn.bias", ".attn.masked_bias")  # causal masks, which old files have among their weights
+    masks = (".attn.bias", ".attn.masked_bias")  # causal masks, which old files contain
     kept = {name: value for name, value in bare.items() if not name.endswith(masks) and name != "lm_head.weight"}
     return {f"gpt2.{name}": value for name, value in kept.items()}
 
 
 def _causal(new: int, every: int, device: torch.device) -> Tensor:
-    """Returns what each of the last tokens may attend to, bool ``(1, 1, new, every)``.
+    """Returns the causal mask of the last tokens, bool ``(1, 1, new, every)``, True where they may attend.
 
-    Of four dimensions, so that transformers takes it as it is: of less, or none, it makes one itself, for which it
-    reads values of masks and positions (a wait for the device in each call, and nothing that the meta device has).
+    A mask of four dimensions is used by transformers as it is. From other masks it builds its own, which reads tensor
+    values: a device synchronisation in each call, and impossible on the meta device.
     """
     return torch.ones(1, 1, new, every, dtype=torch.bool, device=device).tril(every - new)

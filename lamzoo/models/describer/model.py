@@ -1,4 +1,4 @@
-"""Audio description: a joint encoder over video and audio with learnable masks, and a decoder that writes."""
+"""Audio description: a joint encoder of video and audio with learnable masks, and a text decoder."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lamzoo.adapters import add_lam_to
 from lamzoo.errors import ConfigError, MissingExtraError
 from lamzoo.lam import LamConfig
+from lamzoo.lazy import renamed_argument
 
 if find_spec("open_clip") is None:
     raise MissingExtraError("The describer needs open_clip, which is not installed; pip install 'lamzoo[clip]'.")
@@ -21,22 +22,22 @@ if find_spec("open_clip") is None:
 from open_clip.tokenizer import SimpleTokenizer
 
 from lamzoo.models.describer.decoder import CaptionDecoder, from_coca
-from lamzoo.models.describer.encoder import Joint, JointEncoder, Stream
-from lamzoo.models.describer.generation import Generation, Text, generate
+from lamzoo.models.describer.encoder import Joint, JointEncoder, StreamBatch
+from lamzoo.models.describer.generation import GenerationConfig, Text, generate
 from lamzoo.models.tokenizers import Gpt2Tokenizer, SmallTokenizer, WordTokenizer, find_local
 
 _RATE = 25.0  # features a second, where none is given
 
 
 @dataclass(frozen=True)
-class Described:
-    """What a model says of a batch of clips and their sentences.
+class DescriberOutput:
+    """Output of a :class:`Describer` for a batch of clips and their sentences.
 
     Attributes:
-        logits: ``(B, L, V)``, of the token behind each token of the sentence.
-        words: of the word that is said at each token of the encoder, ``(B, N, V)``, 0 standing for none; None where the
-            model was not built with ``align``.
-        joint: the encoder's tokens.
+        logits: ``(B, L, V)``, of the token after each token of the sentence.
+        words: ``(B, N, V)``, logits of the word spoken at each token of the encoder, where 0 is no word; None if the
+            model was built without ``align``.
+        joint: the encoder's output.
     """
 
     logits: Tensor
@@ -45,40 +46,40 @@ class Described:
 
 
 class Describer(nn.Module):
-    """A BERT-like encoder over the tokens of several modalities, and a text decoder over what it has read.
+    """A BERT-like encoder over the tokens of several modalities, and a text decoder that attends to its output.
 
     The encoder is that of section 4.1 of the paper (arXiv 2406.02761), whose masks weigh tokens of unequal granularity
-    against each other; the decoder, CoCa's or GPT-2, sees all of the encoder's tokens.
+    against each other. The decoder is CoCa's or GPT-2.
 
     Args:
-        features: width of each modality's features, by name.
-        width: of all tokens.
-        heads: attention heads, of the encoder and of CoCa's decoder.
+        features: feature width of each modality, by name.
+        width: width of the tokens.
+        heads: attention heads of the encoder and of CoCa's decoder.
         hidden: width of the encoder's feed-forward networks.
-        encoder_layers: how many.
-        text_layers: of CoCa's decoder, that read the text alone.
-        decoder_layers: of CoCa's decoder, that also attend to the encoder's tokens.
-        gpt2: lets GPT-2 write, with its own sizes and vocabulary: fields of
-            :class:`lamzoo.models.describer.gpt2.Gpt2Settings`, of which there may be none; None for CoCa's decoder.
-        tokenizer_name: of GPT-2's vocabulary: a hub repository, or a folder with a ``tokenizer.json``; None is
+        encoder_layers: number of layers of the encoder.
+        text_layers: layers of CoCa's decoder that only attend to the text.
+        decoder_layers: layers of CoCa's decoder that also attend to the encoder's tokens.
+        gpt2: decode with GPT-2, which has its own sizes and vocabulary: fields of
+            :class:`lamzoo.models.describer.gpt2.Gpt2Settings`, possibly empty; None for CoCa's decoder.
+        tokenizer_name: tokenizer of GPT-2: a hub repository, or a folder with a ``tokenizer.json``; None for
             ``openai-community/gpt2``.
-        vocabulary: ``"clip"``, CLIP's byte pairs; a number, so many of them; or the words of a closed grammar.
-        context_length: tokens of a sentence, start and end included.
-        context_tokens: of the text context (previous descriptions) at most; 0 for models without.
-        dropout: of the encoder.
-        input_dropout: of the encoder's tokens.
-        modality_dropout: probability, in training, that a sample loses a modality.
-        align: whether the encoder's tokens say which word is being said (for speech, whose words have times).
-        seconds: of a clip that the model is profiled with.
-        rates: features a second of each modality of that clip; 25 where it isn't given.
+        vocabulary: ``"clip"`` for CLIP's byte pairs, a number for the most frequent of them, or a list of words.
+        context_length: maximum tokens of a sentence, start and end included.
+        context_tokens: maximum tokens of the text context (previous descriptions); 0 for no context.
+        dropout: dropout of the encoder.
+        input_dropout: dropout of the encoder's tokens.
+        modality_dropout: probability, in training, of dropping one modality of a sample.
+        align: whether the encoder's tokens also predict the spoken word (for speech with word times).
+        seconds: clip length that the model is profiled with.
+        rates: features per second of each modality in that clip; 25 by default.
 
     Attributes:
-        encoder: its layers may have masks.
-        decoder: writes.
+        encoder: the joint encoder, whose layers may have masks.
+        decoder: the text decoder.
     """
 
     lam_config: LamConfig | None
-    #: Which argument sizes which parameters, for messages about weights that don't fit.
+    #: Parameters (patterns) to the argument that determines their size, for error messages.
     sized_by: ClassVar[Mapping[str, str]] = {
         "decoder.positional_embedding": "context_length",
         "decoder.gpt2.wpe.weight": "gpt2",
@@ -115,15 +116,15 @@ class Describer(nn.Module):
     ) -> None:
         super().__init__()
         if not features:
-            raise ConfigError("features is empty; name at least one modality and the width of its features.")
+            raise ConfigError("features is empty; pass at least one modality with the width of its features.")
         if isinstance(vocabulary, str) and vocabulary != "clip":
             raise ConfigError(f"vocabulary={vocabulary!r}: it must be 'clip', a number of tokens, or a list of words.")
         if align and isinstance(vocabulary, (str, int)):
-            raise ConfigError("align needs a vocabulary of words, since byte pairs have no times; list the words.")
+            raise ConfigError("align needs a vocabulary of words, as byte pairs have no times; pass a list of words.")
         if gpt2 is not None and vocabulary != "clip":
-            raise ConfigError("GPT-2 has its own vocabulary; leave vocabulary and align out, or gpt2.")
+            raise ConfigError("GPT-2 has its own vocabulary; pass either gpt2, or vocabulary and align.")
         if gpt2 is None and tokenizer_name is not None:
-            raise ConfigError(f"tokenizer_name={tokenizer_name!r} is of GPT-2's; leave it out, or give gpt2.")
+            raise ConfigError(f"tokenizer_name={tokenizer_name!r} is an option of GPT-2; leave it out, or pass gpt2.")
         self.features, self.seconds, self.rates = dict(features), seconds, dict(rates or {})
         self.width, self.context_length, self.context_tokens = width, context_length, context_tokens
         self.num_features, self.num_classes = width, 0
@@ -149,10 +150,10 @@ class Describer(nn.Module):
 
     @cached_property
     def tokenizer(self) -> Any:
-        """What turns a list of texts into token numbers ``(B, context_length)``, int64: start, text, end, zeros.
+        """Encodes a list of texts to token ids ``(B, context_length)``, int64: start, text, end, zeros.
 
         Raises:
-            WeightsNotFoundError: it is GPT-2's, whose file can't be had here.
+            WeightsNotFoundError: the file of GPT-2's tokenizer is not on this machine and can't be downloaded.
         """
         if self._gpt2_tokenizer is not None:
             return Gpt2Tokenizer(self._gpt2_tokenizer, self.context_length, self.decoder.vocab_size)
@@ -162,7 +163,9 @@ class Describer(nn.Module):
             return SmallTokenizer(self._vocabulary, self.context_length)
         return WordTokenizer(self._vocabulary, self.context_length)
 
-    def forward(self, streams: Mapping[str, Stream], text: Tensor, context: Tensor | None = None) -> Described:
+    def forward(
+        self, streams: Mapping[str, StreamBatch], text: Tensor, context: Tensor | None = None
+    ) -> DescriberOutput:
         """Reads clips and, for training, what is to be said of them.
 
         Args:
@@ -175,67 +178,69 @@ class Describer(nn.Module):
         """
         joint = self.encode(streams, context)
         words = None if self.word_head is None else self.word_head(joint.tokens)
-        return Described(self.decoder(text, joint.tokens, joint.mask), words, joint)
+        return DescriberOutput(self.decoder(text, joint.tokens, joint.mask), words, joint)
 
-    def encode(self, streams: Mapping[str, Stream], context: Tensor | None = None) -> Joint:
-        """Reads clips; arguments and errors as of :meth:`forward`.
+    def encode(self, streams: Mapping[str, StreamBatch], context: Tensor | None = None) -> Joint:
+        """Encodes clips; arguments and errors as for :meth:`forward`.
 
         Raises:
-            ConfigError: a context that the model has no room for.
+            ConfigError: the context is longer than ``context_tokens``.
         """
         if context is None:
             joint: Joint = self.encoder(streams)
             return joint
         if context.shape[1] > self.context_tokens:
             raise ConfigError(
-                f"The context has {context.shape[1]} tokens and the model room for {self.context_tokens}; cut it, or "
-                "build the model with a larger context_tokens."
+                f"The context has {context.shape[1]} tokens and the model takes {self.context_tokens}; truncate it, or "
+                "create the model with a larger context_tokens."
             )
         embedded = self.context_projection(self.decoder.token_embedding(context))
         tokens = embedded + self.context_positions[: context.shape[1]]
         joint = self.encoder(streams, (tokens, context != 0))
         return joint
 
+    @renamed_argument("how", "generation")
     def generate(
         self,
-        streams: Mapping[str, Stream],
+        streams: Mapping[str, StreamBatch],
         context: Tensor | None = None,
-        how: Generation | None = None,
+        generation: GenerationConfig | None = None,
         seeds: Sequence[int] | None = None,
     ) -> list[Text]:
-        """Writes token numbers for each clip; arguments and errors as of :meth:`describe`."""
+        """Generates token ids for each clip; arguments and errors as for :meth:`describe`."""
         joint = self.encode(streams, context)
         ends = self.tokenizer.sot_token_id, self.tokenizer.eot_token_id
-        return generate(self.decoder, joint.tokens, joint.mask, *ends, how or Generation(), seeds)
+        return generate(self.decoder, joint.tokens, joint.mask, *ends, generation or GenerationConfig(), seeds)
 
+    @renamed_argument("how", "generation")
     @torch.no_grad()
     def describe(
         self,
-        streams: Mapping[str, Stream],
+        streams: Mapping[str, StreamBatch],
         context: Tensor | None = None,
-        how: Generation | None = None,
+        generation: GenerationConfig | None = None,
         seeds: Sequence[int] | None = None,
     ) -> list[str]:
-        """Writes a sentence for each clip.
+        """Generates a sentence for each clip.
 
         Args:
-            streams: as of :meth:`forward`.
-            context: likewise.
-            how: greedily by default.
-            seeds: of each clip's draws, where there are any.
+            streams: as for :meth:`forward`.
+            context: as for :meth:`forward`.
+            generation: decoding settings; greedy search by default.
+            seeds: one per clip, for sampling.
 
         Raises:
-            DataError: as :meth:`forward`.
-            ConfigError: a context or length that the model has no room for.
+            DataError: as for :meth:`forward`.
+            ConfigError: the context or ``max_length`` is longer than the model allows.
         """
-        written = self.generate(streams, context, how, seeds)
+        written = self.generate(streams, context, generation, seeds)
         return [str(self.tokenizer.decode(text.tokens)).strip() for text in written]
 
     def example_lengths(self) -> dict[str, int]:
         """Returns the number of features of each modality in a clip of ``seconds``."""
         return {name: max(1, round(self.seconds * self.rates.get(name, _RATE))) for name in self.features}
 
-    def example_inputs(self, batch_size: int = 1) -> tuple[dict[str, Stream], Tensor]:
+    def example_inputs(self, batch_size: int = 1) -> tuple[dict[str, StreamBatch], Tensor]:
         """Returns random features of a clip of ``seconds`` and the longest sentence, for profiling."""
         like = next(self.parameters())
         streams = {}
@@ -243,7 +248,7 @@ class Describer(nn.Module):
             times = (torch.arange(count, device=like.device) + 0.5) / self.rates.get(name, _RATE)
             values = torch.rand(batch_size, count, self.features[name], device=like.device).to(like.dtype)
             mask = torch.ones(batch_size, count, dtype=torch.bool, device=like.device)
-            streams[name] = Stream(values, times.expand(batch_size, -1), mask)
+            streams[name] = StreamBatch(values, times.expand(batch_size, -1), mask)
         return streams, torch.ones(batch_size, self.context_length, dtype=torch.int64, device=like.device)
 
 
@@ -253,17 +258,17 @@ def describer(
     """Builds a :class:`Describer` without weights.
 
     Args:
-        config: its arguments.
-        lam: what the encoder's masks are made of; ``None`` leaves the plain model.
-        in_chans: not read: the inputs are features.
+        config: arguments of :class:`Describer`.
+        lam: configuration of the encoder's masks; ``None`` for the plain model.
+        in_chans: ignored, since the inputs are features.
         num_classes: must be 0.
-        **overrides: further arguments, which win over the config's.
+        **overrides: arguments of :class:`Describer` that override ``config``.
 
     Raises:
-        ConfigError: an argument that means nothing.
+        ConfigError: an argument is invalid.
     """
     if num_classes != 0:
-        raise ConfigError("A describer classifies nothing; leave num_classes out.")
+        raise ConfigError("A describer has no classes; leave num_classes out.")
     model = Describer(**{**config, **overrides})
     if lam is not None:
         add_lam_to(model, {"encoder": 1 + sum(model.example_lengths().values())}, lam)
@@ -271,10 +276,10 @@ def describer(
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: Describer) -> dict[str, Tensor]:
-    """Makes a published decoder the model's, an open_clip CoCa's or GPT-2; the encoder, and what a decoder reads it by
-    and GPT-2 has not, stay fresh. Own weights are returned as they are.
+    """Converts published weights of a decoder, open_clip's CoCa or GPT-2, to a full state dict of the model.
 
-    Named and called as timm's converters.
+    The encoder, and the layers that connect it to GPT-2, keep their initial weights. A state dict of the model itself
+    is returned unchanged. Name and arguments are those of timm's converters.
     """
     if "wte.weight" in state_dict or "transformer.wte.weight" in state_dict:
         from lamzoo.models.describer.gpt2 import from_gpt2  # needs transformers
@@ -293,5 +298,5 @@ def _gpt2_decoder(options: Mapping[str, Any], context_length: int, width: int) -
     known = {field.name for field in fields(Gpt2Settings)}
     for name in options:
         if name not in known:
-            raise ConfigError(f"gpt2 has no field {name!r}; the fields are {', '.join(sorted(known))}.")
+            raise ConfigError(f"gpt2 has no field {name!r}; its fields are {', '.join(sorted(known))}.")
     return Gpt2Decoder(Gpt2Settings(**options), context_length, width)

@@ -1,4 +1,4 @@
-"""The layers of Moment-DETR and QD-DETR; their attention is ``nn.MultiheadAttention``, which ``add_lam`` serves."""
+"""The layers of Moment-DETR and QD-DETR; their attention is ``nn.MultiheadAttention``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lamzoo.layers.attention import attend
 
 
 class InputProjection(nn.Sequential):
-    """Features to tokens: twice a norm, dropout and a linear layer, with a ReLU between (``n_input_proj = 2``)."""
+    """Projects features to tokens: twice norm, dropout and linear, with a ReLU in between (``n_input_proj = 2``)."""
 
     def __init__(self, features: int, width: int, dropout: float) -> None:
         super().__init__(
@@ -22,7 +22,7 @@ class InputProjection(nn.Sequential):
 
 
 class Mlp(nn.Sequential):
-    """Linear layers with ReLU between them."""
+    """Linear layers with ReLU in between."""
 
     def __init__(self, width: int, hidden: int, out: int, layers: int) -> None:
         widths = [width, *[hidden] * (layers - 1), out]
@@ -33,13 +33,13 @@ class Mlp(nn.Sequential):
 
 
 def sine_positions(mask: Tensor, width: int, turns: float = 1.0, temperature: float = 10_000.0) -> Tensor:
-    """Returns DETR's sine positions of a padded sequence, scaled to the sample's own length.
+    """Returns DETR's sine position embeddings of a padded sequence, scaled to the length of each sample.
 
     Args:
         mask: bool ``(B, N)``, True where there is a token.
-        width: of the positions.
-        turns: of the fastest wave over that length.
-        temperature: of the wave lengths.
+        width: width of the embeddings.
+        turns: periods of the fastest sinusoid over that length.
+        temperature: base of the geometric series of periods.
 
     Returns:
         ``(B, N, width)``, float32.
@@ -49,14 +49,14 @@ def sine_positions(mask: Tensor, width: int, turns: float = 1.0, temperature: fl
 
 
 def sine_features(values: Tensor, width: int, turns: float = 1.0, temperature: float = 10_000.0) -> Tensor:
-    """Returns sines and cosines of values ``(...)`` from 0 to 1, in ever longer waves, in turn: ``(..., width)``."""
+    """Returns alternating sines and cosines of values ``(...)`` from 0 to 1, with growing periods: ``(..., width)``."""
     step = torch.arange(width, dtype=torch.float32, device=values.device)
     angles = 2 * math.pi * turns * values.unsqueeze(-1) / temperature ** (2 * (step // 2) / width)
     return torch.stack([angles[..., 0::2].sin(), angles[..., 1::2].cos()], dim=-1).flatten(-2)
 
 
 class FeedForward(nn.Module):
-    """Linear, ReLU, dropout, linear, with dropout, residual and norm behind it."""
+    """Linear, ReLU, dropout, linear, followed by dropout, residual and norm."""
 
     def __init__(self, width: int, hidden: int, dropout: float) -> None:
         super().__init__()
@@ -66,17 +66,17 @@ class FeedForward(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Works on ``(B, N, C)``."""
+        """Returns ``(B, N, C)`` for tokens ``(B, N, C)``."""
         return self.norm(tokens + self.layers(tokens))
 
 
 class Attention(nn.Module):
-    """``nn.MultiheadAttention`` with dropout, residual and norm behind it; positions go to queries and keys alone.
+    """``nn.MultiheadAttention`` followed by dropout, residual and norm; positions are added to queries and keys.
 
     Args:
-        width: of the tokens.
+        width: width of the tokens.
         heads: attention heads.
-        dropout: of the attention weights and of the output.
+        dropout: dropout of the attention weights and of the output.
     """
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
@@ -93,14 +93,14 @@ class Attention(nn.Module):
         context_positions: Tensor | None = None,
         allowed: Tensor | None = None,
     ) -> Tensor:
-        """Lets tokens look at themselves, or at a context.
+        """Applies self-attention, or cross-attention to a context.
 
         Args:
             tokens: ``(B, N, C)``.
             positions: ``(B, N, C)``.
-            context: ``(B, M, C)``; the tokens themselves by default.
+            context: ``(B, M, C)``; None for self-attention.
             context_positions: ``(B, M, C)``.
-            allowed: bool ``(B, M)``, True where there is something to look at.
+            allowed: bool ``(B, M)``, True where there is a key.
 
         Returns:
             ``(B, N, C)``.
@@ -114,7 +114,7 @@ class Attention(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """Self-attention, or attention to another modality, and a feed-forward network, each with its norm behind it."""
+    """Self-attention, or attention to another modality, and a feed-forward network, each followed by a norm."""
 
     def __init__(self, width: int, heads: int, hidden: int, dropout: float) -> None:
         super().__init__()
@@ -122,13 +122,13 @@ class EncoderLayer(nn.Module):
         self.feed_forward = FeedForward(width, hidden, dropout)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Arguments as of :class:`Attention`; returns ``(B, N, C)``."""
+        """Arguments as for :class:`Attention`; returns ``(B, N, C)``."""
         out: Tensor = self.feed_forward(self.attention(*args, **kwargs))
         return out
 
 
 class DecoderLayer(nn.Module):
-    """Moment queries look at each other and at the memory (Moment-DETR)."""
+    """Moment queries attend to each other and to the memory (Moment-DETR)."""
 
     def __init__(self, width: int, heads: int, hidden: int, dropout: float) -> None:
         super().__init__()
@@ -139,14 +139,14 @@ class DecoderLayer(nn.Module):
     def forward(
         self, queries: Tensor, positions: Tensor, memory: Tensor, memory_positions: Tensor, allowed: Tensor
     ) -> Tensor:
-        """Works on queries ``(B, Q, C)`` with their positions, beside a memory ``(B, N, C)`` with its own."""
+        """Returns queries ``(B, Q, C)``, given their positions and a memory ``(B, N, C)`` with its positions."""
         queries = self.self_attention(queries, positions)
         queries = self.cross_attention(queries, positions, memory, memory_positions, allowed)
         return self.feed_forward(queries)
 
 
 def initialise(model: nn.Module) -> None:
-    """Draws every matrix of a transformer as DETR does (Glorot, uniform), its masks left as they are."""
+    """Initialises every matrix of a transformer as DETR (Glorot, uniform), except those of masks."""
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1 and ".lam." not in name:
             nn.init.xavier_uniform_(parameter)

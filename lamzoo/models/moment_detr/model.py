@@ -1,4 +1,4 @@
-"""Moment-DETR (arXiv 2107.09609): moments and highlights of a video for a sentence, with learnable attention masks."""
+"""Moment-DETR (arXiv 2107.09609), with learnable masks: moments and highlights of a video for a sentence."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lamzoo.adapters import add_lam_to
-from lamzoo.errors import ConfigError
+from lamzoo.errors import ConfigError, class_name
 from lamzoo.lam import LamConfig
 from lamzoo.models.moment_detr.layers import (
     DecoderLayer,
@@ -27,19 +27,19 @@ Model = TypeVar("Model", bound="MomentNetwork")
 
 
 @dataclass(frozen=True)
-class Moments:
-    """What a model says of a batch of videos and sentences.
+class MomentOutput:
+    """Output of a :class:`MomentNetwork` for a batch of videos and sentences.
 
     Attributes:
-        spans: ``(B, Q, 2)``, float32, centre and width of each query's moment, as shares of the video.
-        logits: ``(B, Q, 2)``, of "a moment" and "nothing".
-        saliency: ``(B, N)``, of each clip; the higher, the better it fits the sentence.
-        layers: spans and logits behind each decoder layer but the last, for auxiliary losses.
-        unrelated: saliency for the sentence of another sample, ``(B, N)``, where the model trains on it (QD-DETR).
-        words: of the word that is said in each clip, ``(B, N, words + 1)``, 0 standing for none; None but in training
-            of a model built with ``words``.
-        proposals: ``(B, N, 2)``, centre and width of the moment that each clip would lie in, as shares of the video;
-            None but in training of a model whose decoder begins with them (QD-DETR).
+        spans: ``(B, Q, 2)``, float32, centre and width of each query's moment, as fractions of the video.
+        logits: ``(B, Q, 2)``, of "moment" and "no moment".
+        saliency: ``(B, N)``, score of each clip; the higher, the better it fits the sentence.
+        layers: spans and logits after each decoder layer but the last, for auxiliary losses.
+        unrelated: ``(B, N)``, saliency for the sentence of another sample; None except in training of QD-DETR.
+        words: ``(B, N, words + 1)``, logits of the word spoken in each clip, where 0 is no word; None except in
+            training of a model with ``words``.
+        proposals: ``(B, N, 2)``, centre and width of the moment proposed by each clip, as fractions of the video; None
+            except in training of a QD-DETR with ``anchors="salient"``.
     """
 
     spans: Tensor
@@ -51,7 +51,7 @@ class Moments:
     proposals: Tensor | None = None
 
     def windows(self) -> Tensor:
-        """Returns ``(B, Q, 3)``: start and end as shares of the video, and score, the best first."""
+        """Returns ``(B, Q, 3)``: start and end as fractions of the video, and score, the best first."""
         edges = to_edges(self.spans).clamp(0, 1)
         score = self.logits.softmax(dim=-1)[..., :1]
         windows = torch.cat([edges, score], dim=-1)
@@ -60,23 +60,23 @@ class Moments:
 
 
 class MomentNetwork(nn.Module):
-    """What Moment-DETR and QD-DETR have in common: features in, spans and classes out.
+    """Base of Moment-DETR and QD-DETR: projections of the features, and heads for spans and classes.
 
     Attributes:
-        video_dim: features of a clip, its two temporal positions included.
-        text_dim: features of a word.
-        width: of the tokens.
-        position_turns: of the fastest wave of the sine positions over a video.
-        max_clips: clips of a video that it is profiled with; it takes any number.
-        max_words: likewise, words of a sentence.
-        num_queries: moments that it looks for.
-        word_head: tells which word is said in a clip, where the model was built to; only training looks at it.
-        reads_unrelated: whether it learns from sentences that do not fit, too.
+        video_dim: feature width of a clip, its two temporal positions included.
+        text_dim: feature width of a word.
+        width: width of the tokens.
+        position_turns: periods of the fastest sinusoid of the position embeddings over a video.
+        max_clips: number of clips that the model is profiled with; it takes any number.
+        max_words: number of words that the model is profiled with.
+        num_queries: number of moment queries.
+        word_head: predicts the word spoken in a clip, in training; None without ``words``.
+        reads_unrelated: whether training also uses sentences that don't match the video.
     """
 
     reads_unrelated: ClassVar[bool] = False
     lam_config: LamConfig | None
-    #: Which argument sizes which parameters, for messages about weights that don't fit.
+    #: Parameters (patterns) to the argument that determines their size, for error messages.
     sized_by: ClassVar[Mapping[str, str]] = {
         "video_projection.*": "video_dim",
         "text_projection.*": "text_dim",
@@ -116,17 +116,17 @@ class MomentNetwork(nn.Module):
         video_mask: Tensor | None = None,
         text_mask: Tensor | None = None,
         unrelated: Tensor | None = None,
-    ) -> Moments:
-        """Looks for a sentence in a video.
+    ) -> MomentOutput:
+        """Finds the moments of a video that match a sentence.
 
         Args:
-            video: ``(B, N, video_dim)``, float; the last two features of a clip are its start and end as shares of the
-                video.
-            text: ``(B, W, text_dim)``, float; sentences behind the first ``B`` are there for ``unrelated`` alone.
+            video: ``(B, N, video_dim)``, float; the last two features of a clip are its start and end as fractions of
+                the video.
+            text: ``(B, W, text_dim)``, float; further rows are only used for ``unrelated``.
             video_mask: bool ``(B, N)``, True where there is a clip; None for all.
-            text_mask: bool ``(B, W)``, True where there is a word, as many rows as ``text``; None for all.
-            unrelated: int64 ``(B,)``, for each video the row of ``text`` that does not fit it, on which QD-DETR
-                trains; None for the next sample's.
+            text_mask: bool ``(B, W)``, True where there is a word, with as many rows as ``text``; None for all.
+            unrelated: int64 ``(B,)``, for each video a row of ``text`` that doesn't match it, for training QD-DETR;
+                None for the sentence of the next sample.
         """
         video_mask, text_mask = (
             tokens.new_ones(tokens.shape[:2], dtype=torch.bool) if mask is None else mask
@@ -149,19 +149,19 @@ class MomentNetwork(nn.Module):
         video_mask: Tensor,
         text_mask: Tensor,
         unrelated: tuple[Tensor, Tensor] | None = None,
-    ) -> Moments:
-        """Looks for a sentence, ``(B, W, C)``, in clips ``(B, N, C)`` with positions.
+    ) -> MomentOutput:
+        """Finds the moments of clips ``(B, N, C)`` with positions that match a sentence ``(B, W, C)``.
 
-        ``unrelated`` is a sentence that does not fit, and its mask, where the model is to learn from one.
+        ``unrelated`` is a sentence that doesn't match, and its mask, for training.
         """
         raise NotImplementedError
 
-    def said(self, memory: Tensor) -> Tensor | None:
-        """Returns, in training, what :attr:`word_head` makes of the encoder's clips ``(B, N, C)``."""
+    def word_logits(self, memory: Tensor) -> Tensor | None:
+        """Returns, in training, the logits of :attr:`word_head` for the encoder's clips ``(B, N, C)``."""
         return None if self.word_head is None or not self.training else self.word_head(memory)
 
     def example_inputs(self, batch_size: int = 1) -> tuple[Tensor, Tensor]:
-        """Returns random features of ``max_clips`` clips and ``max_words`` words, to measure the model on."""
+        """Returns random features of ``max_clips`` clips and ``max_words`` words, for profiling."""
         like = next(self.parameters())
         video = torch.rand(batch_size, self.max_clips, self.video_dim, device=like.device)
         text = torch.rand(batch_size, self.max_words, self.text_dim, device=like.device)
@@ -169,24 +169,25 @@ class MomentNetwork(nn.Module):
 
 
 class MomentDetr(MomentNetwork):
-    """A joint encoder over the clips of a video and the words of a sentence, and a decoder with moment queries.
+    """A joint encoder of the clips of a video and the words of a sentence, and a decoder with moment queries.
 
     Args:
-        video_dim: features of a clip, its two temporal positions included.
-        text_dim: features of a word.
-        width: of the tokens (``hidden_dim``).
+        video_dim: feature width of a clip, its two temporal positions included.
+        text_dim: feature width of a word.
+        width: width of the tokens (``hidden_dim``).
         heads: attention heads.
-        hidden: width of the feed-forward networks.
-        encoder_layers: of the joint encoder.
-        decoder_layers: of the decoder.
-        queries: moments that it looks for.
-        dropout: of the transformer.
-        input_dropout: of the projections of the features.
-        position_turns: of the fastest wave of the sine positions over a video. With the published one, neighbours among
-            hundreds of clips hardly differ.
-        max_clips: clips of a video that it is profiled with.
-        max_words: likewise, words of a sentence.
-        words: of a vocabulary, that its encoder learns to tell apart clip by clip, where they have times; 0 for none.
+        hidden: hidden width of the feed-forward networks.
+        encoder_layers: layers of the joint encoder.
+        decoder_layers: layers of the decoder.
+        queries: number of moment queries.
+        dropout: dropout of the transformer.
+        input_dropout: dropout of the feature projections.
+        position_turns: periods of the fastest sinusoid of the position embeddings over a video. With the published
+            value of 1, neighbours among hundreds of clips hardly differ.
+        max_clips: number of clips that the model is profiled with.
+        max_words: number of words that the model is profiled with.
+        words: size of a vocabulary of spoken words with times, which the encoder learns to predict clip by clip; 0 for
+            none.
     """
 
     def __init__(
@@ -226,8 +227,8 @@ class MomentDetr(MomentNetwork):
         video_mask: Tensor,
         text_mask: Tensor,
         unrelated: tuple[Tensor, Tensor] | None = None,
-    ) -> Moments:
-        """As :meth:`MomentNetwork.find`: both modalities are one sequence."""
+    ) -> MomentOutput:
+        """As :meth:`MomentNetwork.find`, with clips and words in one sequence."""
         memory = torch.cat([clips, words], dim=1)
         positions = torch.cat([positions, torch.zeros_like(words)], dim=1)
         allowed = torch.cat([video_mask, text_mask], dim=1)
@@ -236,7 +237,7 @@ class MomentDetr(MomentNetwork):
         *others, (spans, logits) = self._decode(memory, positions, allowed)
         memory = memory[:, : clips.shape[1]]
         saliency = self.saliency_head(memory).squeeze(-1)
-        return Moments(spans, logits, saliency, tuple(others), words=self.said(memory))
+        return MomentOutput(spans, logits, saliency, tuple(others), words=self.word_logits(memory))
 
     def _decode(self, memory: Tensor, positions: Tensor, allowed: Tensor) -> list[tuple[Tensor, Tensor]]:
         numbers = torch.arange(self.query_embedding.num_embeddings, device=memory.device)
@@ -261,16 +262,16 @@ def moment_detr(
     """Builds a :class:`MomentDetr` without weights.
 
     Args:
-        config: its arguments, and ``lam_in``.
-        lam: what the masks are made of; ``None`` leaves the plain model.
-        lam_in: where the masks go: the ``"encoder"``, the ``"decoder"`` (its queries' attention to each other and to
-            the memory); by default the encoder.
-        in_chans: not read: the inputs are features.
+        config: arguments of :class:`MomentDetr`, and ``lam_in``.
+        lam: configuration of the masks; ``None`` for the plain model.
+        lam_in: the parts that get masks: ``"encoder"`` and ``"decoder"`` (the queries' self- and cross-attention); by
+            default the encoder.
+        in_chans: ignored, since the inputs are features.
         num_classes: must be 0.
-        **overrides: further arguments, which win over the config's.
+        **overrides: arguments of :class:`MomentDetr` that override ``config``.
 
     Raises:
-        ConfigError: a place without attention, or an argument that means nothing.
+        ConfigError: ``lam_in`` names a part that the model doesn't have, or an argument is invalid.
     """
     return build(MomentDetr, config, lam, lam_in, num_classes, overrides)
 
@@ -283,9 +284,9 @@ def build(
     num_classes: int,
     overrides: Mapping[str, Any],
 ) -> Model:
-    """Builds a model of the family and puts masks into the places asked for; raises as :func:`moment_detr`."""
+    """Builds a model of the family with masks in the chosen parts; raises as :func:`moment_detr`."""
     if num_classes != 0:
-        raise ConfigError(f"{cls.__name__} classifies nothing; leave num_classes out.")
+        raise ConfigError(f"{class_name(cls)} has no classes; leave num_classes out.")
     chosen = {**config, **overrides}
     default: Sequence[Place] = chosen.pop("lam_in", ("encoder",))
     model = cls(**chosen)
@@ -299,6 +300,6 @@ def _places(model: MomentNetwork, places: Sequence[Place]) -> Sequence[Place]:
     there = [place for place in get_args(Place) if hasattr(model, place)]
     if not places or not set(places) <= set(there):
         raise ConfigError(
-            f"lam_in is {tuple(places)}; in a {type(model).__name__} it must name some of {', '.join(there)}."
+            f"lam_in is {tuple(places)}; for {class_name(model)} it must name some of {', '.join(there)}."
         )
     return places

@@ -1,4 +1,4 @@
-"""QD-DETR (arXiv 2303.13874): clips read the sentence by cross-attention, a saliency token, queries that are spans."""
+"""QD-DETR (arXiv 2303.13874): cross-attention of clips to words, a saliency token, and queries that are spans."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lamzoo.errors import ConfigError
 from lamzoo.lam import LamConfig
 from lamzoo.layers.attention import HeadAttention
 from lamzoo.models.moment_detr.layers import Attention, EncoderLayer, Mlp, initialise, sine_features
-from lamzoo.models.moment_detr.model import MomentNetwork, Moments, Place, build
+from lamzoo.models.moment_detr.model import MomentNetwork, MomentOutput, Place, build
 from lamzoo.models.moment_detr.spans import to_centres
 
 Anchors = Literal["learned", "salient"]
@@ -23,31 +23,32 @@ Anchors = Literal["learned", "salient"]
 class QdDetr(MomentNetwork):
     """Query-dependent DETR: sections 3.1 to 3.3 of its paper, with the decoder of DAB-DETR (arXiv 2201.12329).
 
-    In training, each video is scored for the sentence of another sample too (``Moments.unrelated``).
+    In training, each video is also scored for the sentence of another sample (``MomentOutput.unrelated``).
 
-    The published decoder begins with spans that it has learned, the same for each video, and takes tens of thousands of
-    updates to find short moments in long videos. With ``anchors="salient"`` each clip proposes the moment that it would
-    lie in, and the decoder begins with the clips at the peaks of the saliency and their proposals, as two-stage
-    detectors do (arXiv 2010.04159, section 4.2).
+    The published decoder starts from learned spans, the same for every video, and needs tens of thousands of updates to
+    find short moments in long videos. With ``anchors="salient"`` each clip proposes a moment that contains it, and the
+    decoder starts from the clips at the peaks of the saliency and their proposals, as two-stage detectors do (arXiv
+    2010.04159, section 4.2).
 
     Args:
-        video_dim: features of a clip, its two temporal positions included.
-        text_dim: features of a word.
-        width: of the tokens (``hidden_dim``).
+        video_dim: feature width of a clip, its two temporal positions included.
+        text_dim: feature width of a word.
+        width: width of the tokens (``hidden_dim``).
         heads: attention heads.
-        hidden: width of the feed-forward networks.
-        cross_layers: in which clips look at words.
-        encoder_layers: of the encoder of what they have read.
-        decoder_layers: of the decoder.
-        queries: moments that it looks for.
-        anchors: where the decoder begins: at ``"learned"`` spans, or at those that ``"salient"`` clips propose.
-        dropout: of the transformer.
-        input_dropout: of the projections of the features.
-        position_turns: of the fastest wave of the sine positions over a video. With the published one, neighbours among
-            hundreds of clips hardly differ.
-        max_clips: clips of a video that it is profiled with.
-        max_words: likewise, words of a sentence.
-        words: of a vocabulary, that its encoder learns to tell apart clip by clip, where they have times; 0 for none.
+        hidden: hidden width of the feed-forward networks.
+        cross_layers: layers in which clips attend to words.
+        encoder_layers: layers of the encoder of these clips.
+        decoder_layers: layers of the decoder.
+        queries: number of moment queries.
+        anchors: initial spans of the decoder: ``"learned"``, or the proposals of ``"salient"`` clips.
+        dropout: dropout of the transformer.
+        input_dropout: dropout of the feature projections.
+        position_turns: periods of the fastest sinusoid of the position embeddings over a video. With the published
+            value of 1, neighbours among hundreds of clips hardly differ.
+        max_clips: number of clips that the model is profiled with.
+        max_words: number of words that the model is profiled with.
+        words: size of a vocabulary of spoken words with times, which the encoder learns to predict clip by clip; 0 for
+            none.
     """
 
     reads_unrelated = True
@@ -85,7 +86,7 @@ class QdDetr(MomentNetwork):
         self.clip_saliency = nn.Linear(width, width)
         self.token_saliency = nn.Linear(width, width)
         self.proposal_head = Mlp(width, width, 2, 3) if anchors == "salient" else None
-        if self.proposal_head is not None:  # at first, all proposals are equally wide
+        if self.proposal_head is not None:  # initially, all proposals are equally wide
             weight, bias = self.proposal_head[-1].parameters()
             nn.init.zeros_(weight)
             nn.init.constant_(bias, math.log(_FIRST_DISTANCE / (1 - _FIRST_DISTANCE)))
@@ -100,8 +101,8 @@ class QdDetr(MomentNetwork):
         video_mask: Tensor,
         text_mask: Tensor,
         unrelated: tuple[Tensor, Tensor] | None = None,
-    ) -> Moments:
-        """As :meth:`MomentNetwork.find`: clips read the words, and the decoder sees clips alone."""
+    ) -> MomentOutput:
+        """As :meth:`MomentNetwork.find`: clips attend to the words, and the decoder only to the clips."""
         memory, saliency = self._read(clips, words, positions, video_mask, text_mask)
         proposals = begin = None
         if self.proposal_head is not None:
@@ -116,12 +117,12 @@ class QdDetr(MomentNetwork):
         if unrelated is not None:
             elsewhere = self._read(clips, unrelated[0], positions, video_mask, unrelated[1])[1]
         proposals = proposals if self.training else None
-        return Moments(spans, logits, saliency, tuple(others), elsewhere, self.said(memory), proposals)
+        return MomentOutput(spans, logits, saliency, tuple(others), elsewhere, self.word_logits(memory), proposals)
 
     def _read(
         self, clips: Tensor, words: Tensor, positions: Tensor, video_mask: Tensor, text_mask: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Returns the clips that have read the words, ``(B, N, C)``, and their saliency, ``(B, N)``."""
+        """Returns the encoded clips, ``(B, N, C)``, and their saliency, ``(B, N)``."""
         for layer in self.cross:
             clips = layer(clips, positions, words, text_mask)
         token = self.saliency_token.to(clips.dtype).expand(len(clips), 1, -1)
@@ -137,17 +138,18 @@ class QdDetr(MomentNetwork):
 
 
 def refined(spans: Tensor, offsets: Tensor) -> Tensor:
-    """Moves spans ``(..., 2)``, float32, from 0 to 1, by offsets of their logits, in any precision (DAB-DETR)."""
+    """Adds offsets, in any precision, to the logits of spans ``(..., 2)``, float32, 0 to 1 (DAB-DETR)."""
     return (offsets.float() + spans.logit(eps=_EPSILON)).sigmoid()
 
 
 def peaks(saliency: Tensor, video_mask: Tensor, count: int) -> Tensor:
-    """Returns where the highest peaks of a saliency are.
+    """Returns the clips at the highest peaks of the saliency.
 
     Args:
         saliency: ``(B, N)``, of each clip.
         video_mask: bool ``(B, N)``, True where there is a clip.
-        count: how many; where there are fewer peaks, or clips, the rest are the highest clips beside them, or repeated.
+        count: number of clips. If there are fewer peaks, the highest other clips follow; if there are fewer clips, they
+            repeat.
 
     Returns:
         int64 ``(B, count)``, indices of clips, the highest first.
@@ -156,7 +158,7 @@ def peaks(saliency: Tensor, video_mask: Tensor, count: int) -> Tensor:
     around = F.max_pool1d(saliency.unsqueeze(1), 2 * _PEAK + 1, stride=1, padding=_PEAK).squeeze(1)
     lowest = saliency.masked_fill(~video_mask, torch.inf).amin(dim=1, keepdim=True)
     highest = saliency.amax(dim=1, keepdim=True)
-    beside = saliency - (highest - lowest + 1)  # behind all peaks, in their own order
+    beside = saliency - (highest - lowest + 1)  # after all peaks, in their own order
     order = torch.where(saliency == around, saliency, beside)
     chosen = order.topk(min(count, order.shape[1]), dim=1).indices
     lengths = video_mask.sum(dim=1, keepdim=True)
@@ -164,15 +166,15 @@ def peaks(saliency: Tensor, video_mask: Tensor, count: int) -> Tensor:
 
 
 def propose(distances: Tensor, video_mask: Tensor) -> Tensor:
-    """Returns spans around clips, which are never empty, since each holds its clip.
+    """Returns one span per clip, which contains the clip and so is never empty.
 
     Args:
-        distances: ``(B, N, 2)``, logits of how far before each clip its span begins, and how far behind it ends, as
-            shares of the video.
-        video_mask: bool ``(B, N)``, True where there is a clip, at the start of each row.
+        distances: ``(B, N, 2)``, logits of the distances from the clip to the start and to the end of its span, as
+            fractions of the video.
+        video_mask: bool ``(B, N)``, True where there is a clip; clips come first in each row.
 
     Returns:
-        ``(B, N, 2)``, centre and width as shares of the video, inside it.
+        ``(B, N, 2)``, centre and width as fractions of the video, clipped to it.
     """
     numbers, count = torch.arange(video_mask.shape[1], device=video_mask.device), video_mask.sum(dim=1, keepdim=True)
     before, behind = distances.sigmoid().unbind(-1)
@@ -181,7 +183,7 @@ def propose(distances: Tensor, video_mask: Tensor) -> Tensor:
 
 
 class CrossLayer(nn.Module):
-    """Clips look at the words of the sentence (section 3.1), and a feed-forward network."""
+    """Cross-attention of clips to the words of the sentence (section 3.1), and a feed-forward network."""
 
     def __init__(self, width: int, heads: int, hidden: int, dropout: float) -> None:
         super().__init__()
@@ -192,23 +194,23 @@ class CrossLayer(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, clips: Tensor, positions: Tensor, words: Tensor, text_mask: Tensor) -> Tensor:
-        """Works on clips ``(B, N, C)`` with positions, beside words ``(B, W, C)`` and ``(B, W)``, bool."""
+        """Returns clips ``(B, N, C)``, given their positions, words ``(B, W, C)`` and their mask ``(B, W)``, bool."""
         clips = self.attention(clips, positions, words, allowed=text_mask)
         return self.norm(clips + self.layers(clips))
 
 
 class SpanDecoder(nn.Module):
-    """Queries that are spans, centre and width, refined layer by layer (section 3.3; DAB-DETR, section 4).
+    """A decoder whose queries are spans, refined layer by layer (section 3.3; DAB-DETR, section 4).
 
     Args:
-        width: of the tokens.
+        width: width of the tokens.
         heads: attention heads.
-        hidden: width of the feed-forward networks.
-        dropout: everywhere.
-        layers: of the decoder.
-        queries: spans.
-        anchors: whether the spans that it begins with are learned, or told.
-        position_turns: as of the memory's positions.
+        hidden: hidden width of the feed-forward networks.
+        dropout: dropout of attention weights and sub-layers.
+        layers: number of layers.
+        queries: number of spans.
+        anchors: whether the initial spans are learned, or passed to :meth:`forward`.
+        position_turns: as for the positions of the memory.
     """
 
     def __init__(
@@ -233,7 +235,7 @@ class SpanDecoder(nn.Module):
         self.refinement = Mlp(width, width, 2, 3)
         self.norm = nn.LayerNorm(width)
         initialise(self)
-        for parameter in self.refinement[-1].parameters():  # at first, spans stay as they are
+        for parameter in self.refinement[-1].parameters():  # initially, spans don't change
             nn.init.zeros_(parameter)
 
     def forward(
@@ -245,12 +247,12 @@ class SpanDecoder(nn.Module):
             memory: ``(B, N, C)``.
             positions: ``(B, N, C)``.
             allowed: bool ``(B, N)``.
-            begin: the queries ``(B, Q, C)`` and spans ``(B, Q, 2)``, float32, that it begins with; None for zeros and
-                learned spans.
+            begin: the initial queries ``(B, Q, C)`` and spans ``(B, Q, 2)``, float32; None for zeros and the learned
+                spans.
 
         Returns:
-            For each layer the queries ``(B, Q, C)`` and the spans ``(B, Q, 2)``, float32, that they began the layer
-            with: bfloat16 tells 256 places of a video's second half apart, and its logits of 1 are infinite.
+            For each layer its output queries ``(B, Q, C)`` and input spans ``(B, Q, 2)``. Spans are float32, since
+            bfloat16 only distinguishes 256 positions in the second half of a video, and its logit of 1 is infinite.
         """
         if begin is None:
             numbers = torch.arange(self.num_queries, device=memory.device)
@@ -262,12 +264,13 @@ class SpanDecoder(nn.Module):
         for number, layer in enumerate(self.layers):
             begun_with = spans
             if number:
-                spans = spans.detach()  # what a layer looks at is not there to be learned, what it begins with is
+                spans = spans.detach()  # not learned through attention; begun_with keeps its gradient
             waves = sine_features(spans, self.width // 2, self.position_turns).flatten(-2).to(memory.dtype)
             query_positions = self.position_head(waves)
             if number:
                 waves = waves * self.position_scale(queries)
-            narrow = self.width_head(queries).sigmoid() / spans[..., 1:].clamp_min(_EPSILON)  # wide spans look farther
+            # Wider spans attend more broadly.
+            narrow = self.width_head(queries).sigmoid() / spans[..., 1:].clamp_min(_EPSILON)
             waves = waves * narrow.to(memory.dtype)
             queries = layer(queries, query_positions, waves, memory, positions, allowed)
             found.append((self.norm(queries), begun_with))
@@ -279,11 +282,11 @@ class SpanLayer(nn.Module):
     """One layer of :class:`SpanDecoder`: self-attention, conditional cross-attention, feed-forward.
 
     Args:
-        width: of the tokens.
+        width: width of the tokens.
         heads: attention heads.
-        hidden: width of the feed-forward network.
-        dropout: everywhere.
-        is_first: whether content and position are added in the cross-attention too.
+        hidden: hidden width of the feed-forward network.
+        dropout: dropout of attention weights and sub-layers.
+        is_first: whether positions are also added to the content in cross-attention.
     """
 
     def __init__(self, width: int, heads: int, hidden: int, dropout: float, is_first: bool) -> None:
@@ -310,7 +313,7 @@ class SpanLayer(nn.Module):
         positions: Tensor,
         allowed: Tensor,
     ) -> Tensor:
-        """Works on queries ``(B, Q, C)``; ``waves (B, Q, C)`` are the sines of their spans."""
+        """Returns queries ``(B, Q, C)``; ``waves (B, Q, C)`` are the sine features of their spans."""
         own, cross = self.self_projections, self.cross_projections
         query = own["query"](queries) + own["query_position"](query_positions)
         key = own["key"](queries) + own["key_position"](query_positions)
@@ -327,14 +330,14 @@ class SpanLayer(nn.Module):
         return self.norms[2](queries + self.layers(queries))
 
     def _beside(self, content: Tensor, position: Tensor) -> Tensor:
-        """Puts content and position of each head beside each other: twice ``(B, N, C)`` to ``(B, N, 2 C)``."""
+        """Concatenates content and position head by head: ``(B, N, C)`` each to ``(B, N, 2 C)``."""
         pair = [x.unflatten(-1, (self.num_heads, -1)) for x in (content, position)]
         return torch.cat(pair, dim=-1).flatten(-2)
 
 
-_EPSILON = 1e-3  # shares of a video nearer to 0 or 1 count as this far from it
-_FIRST_DISTANCE = 0.02  # from a clip to both ends of its untrained proposal, as a share of the video
-_PEAK = 2  # clips on either side that a peak is higher than
+_EPSILON = 1e-3  # fractions of a video are clamped to this distance from 0 and 1
+_FIRST_DISTANCE = 0.02  # from a clip to both ends of its untrained proposal, as a fraction of the video
+_PEAK = 2  # a peak is the maximum of this many clips on either side
 _SELF = ("query", "query_position", "key", "key_position", "value")
 _CROSS = (*_SELF, "waves")
 
@@ -351,14 +354,15 @@ def qd_detr(
     """Builds a :class:`QdDetr` without weights.
 
     Args:
-        config: its arguments, and ``lam_in``.
-        lam: what the masks are made of; ``None`` leaves the plain model.
-        lam_in: where the masks go: the ``"cross"`` attention of clips to words, the ``"encoder"``, the ``"decoder"``.
-        in_chans: not read: the inputs are features.
+        config: arguments of :class:`QdDetr`, and ``lam_in``.
+        lam: configuration of the masks; ``None`` for the plain model.
+        lam_in: the parts that get masks: ``"cross"`` (attention of clips to words), ``"encoder"`` and ``"decoder"``; by
+            default the encoder.
+        in_chans: ignored, since the inputs are features.
         num_classes: must be 0.
-        **overrides: further arguments, which win over the config's.
+        **overrides: arguments of :class:`QdDetr` that override ``config``.
 
     Raises:
-        ConfigError: a place without attention, or an argument that means nothing.
+        ConfigError: ``lam_in`` names a part that the model doesn't have, or an argument is invalid.
     """
     return build(QdDetr, config, lam, lam_in, num_classes, overrides)

@@ -1,4 +1,4 @@
-"""Spans of time as centre and width or as edges; torchvision's boxes, one unit high, do the arithmetic."""
+"""Time spans as (centre, width) or (start, end), and their overlaps, computed as torchvision boxes of height 1."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from torchvision.ops import box_iou, generalized_box_iou
 
 
 def to_edges(spans: Tensor) -> Tensor:
-    """Turns ``(..., 2)``, centre and width, into start and end."""
+    """Converts ``(..., 2)``, centre and width, to start and end."""
     centre, width = spans.unbind(-1)
     return torch.stack([centre - width / 2, centre + width / 2], dim=-1)
 
 
 def to_centres(spans: Tensor) -> Tensor:
-    """Turns ``(..., 2)``, start and end, into centre and width."""
+    """Converts ``(..., 2)``, start and end, to centre and width."""
     start, end = spans.unbind(-1)
     return torch.stack([(start + end) / 2, end - start], dim=-1)
 
@@ -25,11 +25,11 @@ def span_iou(spans: Tensor, others: Tensor) -> Tensor:
 
 
 def generalized_span_iou(spans: Tensor, others: Tensor) -> Tensor:
-    """Returns the generalised intersection over union (arXiv 1902.09630), -1 to 1, of spans as :func:`span_iou`."""
+    """Returns the generalised intersection over union (arXiv 1902.09630), -1 to 1, of spans as for :func:`span_iou`."""
     return generalized_box_iou(to_boxes(spans), to_boxes(others))
 
 
 def to_boxes(spans: Tensor) -> Tensor:
-    """Turns ``(..., 2)``, start and end, into torchvision's boxes, ``(..., 4)``."""
+    """Converts ``(..., 2)``, start and end, to torchvision boxes, ``(..., 4)``."""
     start, end = spans.unbind(-1)
     return torch.stack([start, torch.zeros_like(start), end, torch.ones_like(end)], dim=-1)

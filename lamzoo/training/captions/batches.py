@@ -125,7 +125,7 @@ def caption_losses(
     """Computes the weighted losses of a batch.
 
     Args:
-        found: a :class:`lamzoo.models.describer.model.Described`.
+        found: a :class:`lamzoo.models.describer.model.DescriberOutput`.
         batch: as of :class:`Collate`.
         weights: of the losses.
         counts: as of :func:`caption_counts`, of a larger batch that this one is a part of; the losses of the parts then

@@ -14,7 +14,7 @@ from torchvision.ops import generalized_box_iou_loss
 from lamzoo.data.grid_tokens import IGNORED
 from lamzoo.data.moments.base import HIGHEST_GRADE
 from lamzoo.errors import DivergedError, MissingExtraError
-from lamzoo.models.moment_detr.model import Moments
+from lamzoo.models.moment_detr.model import MomentOutput
 from lamzoo.models.moment_detr.spans import generalized_span_iou, to_boxes, to_edges
 from lamzoo.training.moments.recipe import MomentWeights
 
@@ -68,7 +68,7 @@ def moment_counts(targets: MomentTargets, queries: int) -> dict[str, Tensor]:
 
 
 def moment_losses(
-    found: Moments, targets: MomentTargets, weights: MomentWeights, counts: Mapping[str, Tensor] | None = None
+    found: MomentOutput, targets: MomentTargets, weights: MomentWeights, counts: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
     """Computes the weighted losses (arXiv 2107.09609, section 4.2; arXiv 2303.13874, section 3.4).
 
