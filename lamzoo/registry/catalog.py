@@ -176,6 +176,8 @@ def find_spec(name: str | ModelRef) -> ModelSpec:
             f"{ref.text!r} is an exported program, which can only be run: open it with lamzoo.load_exported, or name "
             "the model that it was exported from."
         )
+    if ref.kind == "predictions":
+        raise UnknownModelError(f"There is no model {ref.text!r}: files of predictions are for `lamzoo eval` only.")
     if ref.is_saved:
         raise UnknownModelError(f"{ref.text!r} is a saved model, and the name of a registered one is needed.")
     spec = timm_spec(ref.arch.removeprefix(TIMM_PREFIX)) if ref.kind == "timm" else None

@@ -14,12 +14,25 @@ from lamzoo.errors import UnknownModelError
 
 TIMM_PREFIX = "timm/"
 OPEN_CLIP_PREFIX = "open_clip/"
-_PROGRAM_SUFFIXES = (".onnx", ".pt2")
-_WEIGHTS_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".pth", ".pt", ".ckpt")
+
+Kind = Literal["registered", "timm", "open_clip", "local-dir", "hf-hub", "checkpoint", "program", "predictions"]
+
+_FILE_KINDS: dict[str, Kind] = {
+    ".onnx": "program",
+    ".pt2": "program",
+    ".jsonl": "predictions",
+    ".jsonl.gz": "predictions",
+    ".json": "predictions",
+    ".json.gz": "predictions",
+    ".safetensors": "checkpoint",
+    ".safetensors.index.json": "checkpoint",
+    ".bin": "checkpoint",
+    ".pth": "checkpoint",
+    ".pt": "checkpoint",
+    ".ckpt": "checkpoint",
+}
 #: Names of the files that ``save_pretrained`` writes its weights to.
 SAVED_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
-
-Kind = Literal["registered", "timm", "open_clip", "local-dir", "hf-hub", "checkpoint", "program"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +50,7 @@ class ModelRef:
     ``DIR/model.safetensors``                     ``"local-dir"``, if ``DIR`` is a saved model
     any other weights file                        ``"checkpoint"``: weights of an unknown architecture
     ``FILE.onnx``, ``FILE.pt2``                   ``"program"``: written by ``export_model``
+    ``FILE.jsonl[.gz]``, ``FILE.json``            ``"predictions"``: stored ones, which ``lamzoo eval`` scores
     ============================================  =================================================================
 
     A registered name has priority over a folder of the same name, which ``./NAME`` refers to.
@@ -134,11 +148,12 @@ def split_name(name: str) -> tuple[str, str | None]:
 
 def _is_path(text: str) -> bool:
     separators = "/" if os.altsep is None else os.sep + os.altsep
-    return (
-        text.startswith((".", "~"))
-        or text.endswith(_PROGRAM_SUFFIXES + _WEIGHTS_SUFFIXES)
-        or any(separator in text for separator in separators)
-    )
+    return text.startswith((".", "~")) or _kind_of_file(text) is not None or any(s in text for s in separators)
+
+
+def _kind_of_file(text: str) -> Kind | None:
+    suffix = max((suffix for suffix in _FILE_KINDS if text.endswith(suffix)), key=len, default="")
+    return _FILE_KINDS.get(suffix)
 
 
 def _is_saved(folder: Path) -> bool:
@@ -147,12 +162,11 @@ def _is_saved(folder: Path) -> bool:
 
 def _of_path(text: str) -> ModelRef:
     path = Path(text).expanduser()
-    if text.endswith(_PROGRAM_SUFFIXES):
-        return ModelRef(text, "program", path=path)
-    if text.endswith(_WEIGHTS_SUFFIXES):
-        if SAVED_WEIGHTS.fullmatch(path.name) and _is_saved(path.parent):
-            return ModelRef.of_folder(path.parent, text)
-        return ModelRef(text, "checkpoint", path=path)
+    kind = _kind_of_file(text)
+    if kind == "checkpoint" and SAVED_WEIGHTS.fullmatch(path.name) and _is_saved(path.parent):
+        return ModelRef.of_folder(path.parent, text)
+    if kind is not None:
+        return ModelRef(text, kind, path=path)
     if path.is_dir():
         return ModelRef.of_folder(path, text)
     if path.exists():

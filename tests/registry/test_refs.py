@@ -52,6 +52,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("runs/x/model/other.safetensors", {"kind": "checkpoint", "path": Path("runs/x/model/other.safetensors")}),
         ("other.safetensors", {"kind": "checkpoint", "path": Path("other.safetensors")}),
         ("out/program.onnx", {"kind": "program", "path": Path("out/program.onnx")}),
+        ("moments.jsonl", {"kind": "predictions", "path": Path("moments.jsonl")}),
         ("program.pt2", {"kind": "program", "path": Path("program.pt2")}),
     ],
 )
@@ -92,6 +93,7 @@ def test_the_canonical_name_is_parsed_to_the_same_model(name: str) -> None:
         ),
         ("nothing.safetensors", "no such file"),
         ("program.onnx", "lamzoo.load_exported"),
+        ("captions.json", "files of predictions are for `lamzoo eval` only"),
         ("open_clip/ViT-B-23:openai", "did you mean open_clip/ViT-B-"),
         ("open_clip/ViT-B-32:opnai", "did you mean open_clip/ViT-B-32:openai?"),
     ],
