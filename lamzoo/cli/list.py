@@ -8,7 +8,6 @@ import typer
 
 from lamzoo.cli import _output as out
 from lamzoo.cli._options import Json
-from lamzoo.errors import UnknownModelError
 
 if TYPE_CHECKING:
     from lamzoo.registry.catalog import ModelInfo
@@ -28,17 +27,9 @@ def list_command(
     Score and weights are those of the default tag. Weights are bundled with lamzoo, cached on this machine, or have to
     be downloaded; lamzoo info NAME shows all tags.
     """
-    from lamzoo.registry.catalog import list_models, model_info
+    from lamzoo.registry.catalog import match_models, model_info
 
-    wildcard = pattern
-    if pattern and not set(pattern) & set("*?["):
-        wildcard = f"{pattern}*" if pattern.startswith("timm/") else f"*{pattern}*"
-    names = list_models(wildcard, pretrained=pretrained)
-    if not names:
-        weights = " with weights" if pretrained else ""
-        raise UnknownModelError(
-            f"no model{weights} matches {pattern!r}; `lamzoo list` shows all, `lamzoo list timm/` timm's"
-        )
+    names = match_models(pattern, pretrained=pretrained)
     infos = [model_info(name) for name in names]
     facts = [_facts(name, info) for name, info in zip(names, infos, strict=True)]
     if json:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from lamzoo.errors import UnknownModelError
 from lamzoo.registry.cards import ModelSpec
-from lamzoo.registry.catalog import find_spec, find_weights, list_models, model_ref, pretrained_cfg_of
+from lamzoo.registry.catalog import find_spec, find_weights, match_models, model_ref, pretrained_cfg_of
 from lamzoo.registry.refs import TIMM_PREFIX
 from lamzoo.weights.saved import read_saved
 
@@ -108,16 +108,9 @@ def _names(pattern: str, weights: bool) -> list[str]:
         except UnknownModelError:
             if ref.kind not in ("registered", "timm"):
                 raise
-            pattern = f"{pattern}*" if ref.kind == "timm" else f"*{pattern}*"
         else:
             return [pattern]
-    names = list_models(pattern, pretrained=weights, include_tags=weights or "." in pattern)
-    if not names:
-        which = " with weights" if weights else ""
-        raise UnknownModelError(
-            f"no model{which} matches {pattern!r}; `lamzoo list` shows all, `lamzoo list timm/` timm's"
-        )
-    return names
+    return match_models(pattern, pretrained=weights, include_tags=weights or "." in pattern)
 
 
 def size_text(size: int | Sequence[int]) -> str:

@@ -33,7 +33,7 @@ _Function = TypeVar("_Function", bound="Callable[..., nn.Module]")
 
 ENTRY_POINT_GROUP = "lamzoo.models"
 
-_cards: dict[str, ModelSpec] = {}
+_specs: dict[str, ModelSpec] = {}
 _broken: dict[str, str] = {}  # plug-in -> what went wrong
 _lock = threading.RLock()
 _loaded = False
@@ -264,6 +264,28 @@ def list_models(
     return sorted((name for name in names if not _matches(name, exclude)), key=_natural)
 
 
+def match_models(pattern: str, *, pretrained: bool = False, include_tags: bool | None = None) -> list[str]:
+    """Lists the models that match a wildcard or, for a pattern without wildcards, contain it.
+
+    Args:
+        pattern: a wildcard or a part of a name; models of timm and open_clip match only with their prefix.
+        pretrained: only names with weights, as ``arch.tag``.
+        include_tags: list ``arch.tag`` names; the value of ``pretrained`` by default.
+
+    Raises:
+        UnknownModelError: nothing matches; lists the closest names.
+    """
+    wildcard = pattern
+    if pattern and not set(pattern) & set("*?["):
+        wildcard = f"{pattern}*" if pattern.startswith((TIMM_PREFIX, OPEN_CLIP_PREFIX)) else f"*{pattern}*"
+    names = list_models(wildcard, pretrained=pretrained, include_tags=include_tags)
+    if not names:
+        close = difflib.get_close_matches(pattern, list_models(pretrained=pretrained), n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else "`lamzoo list` and `lamzoo list timm/` list all."
+        raise UnknownModelError(f"no model{' with weights' if pretrained else ''} matches {pattern!r}; {hint}")
+    return names
+
+
 def bundled_models() -> list[str]:
     """Lists the ``arch.tag`` names whose weights came with their registration and need no network."""
     return [
@@ -366,19 +388,19 @@ def builder_of(spec: ModelSpec) -> Callable[..., nn.Module]:
 
 def _registered() -> dict[str, ModelSpec]:
     _load()
-    return _cards
+    return _specs
 
 
 def _add(spec: ModelSpec) -> None:
     with _lock:
         _refuse_duplicate(spec)
-        _cards[spec.name] = spec
+        _specs[spec.name] = spec
 
 
 def _refuse_duplicate(spec: ModelSpec) -> None:
     _load_own()
-    if spec.name in _cards:
-        there = _cards[spec.name]
+    if spec.name in _specs:
+        there = _specs[spec.name]
         raise DuplicateModelError(
             f"The model name {spec.name!r} of {_origin(spec)} is taken by {_origin(there)}; rename one of them."
         )
@@ -393,7 +415,7 @@ def _origin(spec: ModelSpec) -> str:
 def _load_own() -> None:
     """Reads lamzoo's own cards, once."""
     with _lock:
-        if any(spec.source == "card" for spec in _cards.values()):
+        if any(spec.source == "card" for spec in _specs.values()):
             return
         weights_dir = data_dir("weights")
         specs = [
@@ -404,7 +426,7 @@ def _load_own() -> None:
             names = [spec.name for spec in specs]
             twice = next(name for name in own if names.count(name) > 1)
             raise DuplicateModelError(f"Two of lamzoo's cards have a model {twice!r}; rename one of them.")
-        _cards.update(own)
+        _specs.update(own)
 
 
 def _load() -> None:
@@ -415,7 +437,7 @@ def _load() -> None:
             return
         _load_own()
         for plugin in entry_points(group=ENTRY_POINT_GROUP):
-            before = dict(_cards)
+            before = dict(_specs)
             origin = f"{plugin.name!r} ({plugin.dist.name if plugin.dist else 'unknown package'}: {plugin.value})"
             try:
                 plugin.load()
@@ -430,8 +452,8 @@ def _load() -> None:
 
 
 def _restore(specs: dict[str, ModelSpec]) -> None:
-    _cards.clear()
-    _cards.update(specs)
+    _specs.clear()
+    _specs.update(specs)
 
 
 def _strings(value: str | Iterable[str]) -> list[str]:

@@ -140,6 +140,11 @@ class ModelRef:
         return self.kind in ("local-dir", "hf-hub")
 
 
+def display_name(name: str) -> str:
+    """Returns a short form of a name for plots: the last part of a saved model's path, otherwise the name."""
+    return Path(name.removeprefix("local-dir:")).name if name.startswith("local-dir:") else name
+
+
 def split_name(name: str) -> tuple[str, str | None]:
     """Splits ``arch.tag``, or ``open_clip/arch:tag``, into its parts; the tag of a bare name is None."""
     ref = ModelRef.parse(name)

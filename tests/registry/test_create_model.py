@@ -42,7 +42,7 @@ def saved(path: Path, fill: float, **kwargs: object) -> nn.Module:
 def zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """A model ``tiny_zoo`` with the tags bundled (parameters 1.0), hub (2.0) and nowhere; timm's test_vit is 3.0."""
     list_models()
-    monkeypatch.setattr(catalog, "_cards", dict(catalog._cards))
+    monkeypatch.setattr(catalog, "_specs", dict(catalog._specs))
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     saved(tmp_path / "bundled.safetensors", 1.0)
     saved(tmp_path / "hub.safetensors", 2.0)

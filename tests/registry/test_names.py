@@ -28,7 +28,7 @@ from lamzoo.registry.factory import create_model
 @pytest.fixture(autouse=True)
 def _own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     list_models()
-    monkeypatch.setattr(catalog, "_cards", dict(catalog._cards))
+    monkeypatch.setattr(catalog, "_specs", dict(catalog._specs))
     monkeypatch.setattr(catalog, "_broken", {})
 
 
@@ -189,4 +189,4 @@ def test_a_plugin_that_takes_a_name_is_an_error_that_names_it(monkeypatch: pytes
     for _ in range(2):
         with pytest.raises(DuplicateModelError, match=r"'greedy'.*vit_micro"):
             list_models()
-    assert "greedy_new" not in catalog._cards
+    assert "greedy_new" not in catalog._specs

@@ -24,7 +24,7 @@ def test_an_installed_plugin_is_found_by_name(tmp_path: Path, monkeypatch: pytes
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
     subprocess.run([*install, "--target", str(tmp_path), str(EXAMPLE)], check=True, timeout=240)
     list_models()
-    monkeypatch.setattr(catalog, "_cards", dict(catalog._cards))
+    monkeypatch.setattr(catalog, "_specs", dict(catalog._specs))
     monkeypatch.setattr(catalog, "_loaded", False)  # as in a fresh interpreter
     monkeypatch.syspath_prepend(tmp_path)
     importlib.invalidate_caches()

@@ -11,7 +11,7 @@ import pytest
 from lamzoo.errors import UnknownModelError
 from lamzoo.registry.catalog import get_pretrained_cfg, list_tags, model_info, model_ref
 from lamzoo.registry.factory import create_model
-from lamzoo.registry.refs import ModelRef
+from lamzoo.registry.refs import ModelRef, display_name
 from lamzoo.registry.saving import save_pretrained
 
 
@@ -105,6 +105,13 @@ def test_what_is_no_model_is_refused_in_one_sentence(name: str, says: str) -> No
         create_model(name)
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "short"), [("local-dir:a/b", "b"), ("local-dir:mine", "mine"), ("timm/vit.tag", "timm/vit.tag")]
+)
+def test_plots_show_the_last_part_of_a_folder(name: str, short: str) -> None:
+    assert display_name(name) == short
 
 
 def test_a_saved_model_is_known_by_its_folder(tmp_path: Path) -> None:

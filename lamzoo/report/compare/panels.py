@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import PurePath
 from typing import Literal, TypeVar
 
+from lamzoo.registry.refs import display_name
 from lamzoo.report.compare.entries import Comparison, Entry, Group, number, setting_text, some
 from lamzoo.report.compare.timm_results import TimmResult
 
@@ -41,8 +41,7 @@ class Point:
     @property
     def label(self) -> str:
         """The model's name inside a plot: of a folder, its last part."""
-        name = self.entry.row.name
-        return PurePath(name.partition(":")[2]).name if name.startswith("local-dir:") else name
+        return display_name(self.entry.row.name)
 
 
 @dataclass(frozen=True)
