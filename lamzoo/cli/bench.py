@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def bench(
     patterns: Annotated[list[str], typer.Argument(metavar="PATTERN...", help=(
-        "Wildcards, parts of names, arch, arch.tag, timm/NAME, local-dir:DIR or hf-hub:REPO."))],
+        "Wildcards, parts of names, arch, arch.tag, timm/NAME, hf-hub:REPO or a folder."))],
     output: Annotated[Path, typer.Option("--out", metavar="FILE.csv", help=(
         "The table; rows that are there are kept, so that a stopped run goes on."))],
     data: Annotated[str | None, typer.Option(metavar="SPEC", help=(

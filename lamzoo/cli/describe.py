@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 def describe(
     video: Annotated[Path, typer.Argument(metavar="VIDEO", help="A video file.")],
     model: Annotated[str, typer.Option(metavar="NAME", help=(
-        "Of the family lam_describer, trained on the same features: arch.tag, local-dir:DIR or hf-hub:REPO."))],
+        "Of the family lam_describer, trained on the same features: arch.tag, hf-hub:REPO or a folder."))],
     features: Annotated[str, typer.Option(metavar="NAME", help=(
-        "The towers that compute the features of frames: open_clip/NAME:TAG, local-dir:DIR or hf-hub:REPO."))]
+        "The towers that compute the features of frames: open_clip/NAME:TAG, hf-hub:REPO or a folder."))]
     = "open_clip/ViT-B-32:openai",
     checkpoint: Checkpoint = None,
     rate: Annotated[float | None, typer.Option(help="Frames per second [the model's, or 5].")] = None,

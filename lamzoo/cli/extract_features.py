@@ -15,7 +15,7 @@ def extract_features(
     videos: Annotated[list[Path], typer.Argument(metavar="VIDEOS...", help="Video files and folders.")],
     output: Annotated[Path, typer.Option("--out", metavar="DIR", help="Output folder.")],
     model: Annotated[str, typer.Option(metavar="NAME", help=(
-        "CLIP's towers: open_clip/NAME:TAG, local-dir:DIR or hf-hub:REPO."))] = "open_clip/ViT-B-32:openai",
+        "CLIP's towers: open_clip/NAME:TAG, hf-hub:REPO or a folder."))] = "open_clip/ViT-B-32:openai",
     queries: Annotated[Path | None, typer.Option(metavar="FILE.jsonl", help=(
         "Queries with qid and query, in QVHighlights' format; their words are embedded too."))] = None,
     clip_seconds: Annotated[float, typer.Option(help="Length of a clip in seconds.")] = 2.0,

@@ -26,9 +26,9 @@ def find(
     query: Annotated[str, typer.Argument(metavar="QUERY", help="Description of the moment, in quotes.")],
     video: Annotated[Path, typer.Argument(metavar="VIDEO", help="A video file.")],
     model: Annotated[str, typer.Option(metavar="NAME", help=(
-        "Of the family lam_moment_detr, trained on the same features: arch.tag, local-dir:DIR or hf-hub:REPO."))],
+        "Of the family lam_moment_detr, trained on the same features: arch.tag, hf-hub:REPO or a folder."))],
     features: Annotated[str, typer.Option(metavar="NAME", help=(
-        "The towers that compute the features: open_clip/NAME:TAG, local-dir:DIR or hf-hub:REPO."))]
+        "The towers that compute the features: open_clip/NAME:TAG, hf-hub:REPO or a folder."))]
     = "open_clip/ViT-B-32:openai",
     checkpoint: Checkpoint = None,
     clip_seconds: Annotated[float, typer.Option(help="Length of a clip in seconds, as in training.")] = 2.0,

@@ -28,7 +28,7 @@ def search(
     queries: Annotated[list[str], typer.Argument(metavar="QUERY...", help="Description of the video, in quotes.")],
     videos: Annotated[Path, typer.Option(metavar="DIR", help="Folder of videos, including subfolders.")],
     model: Annotated[str, typer.Option(metavar="NAME", help=(
-        "A model of the family lam_clip4clip: arch, arch.tag, open_clip/NAME:TAG, local-dir:DIR or hf-hub:REPO."))]
+        "A model of the family lam_clip4clip: arch, arch.tag, open_clip/NAME:TAG, hf-hub:REPO or a folder."))]
     = "lam_clip4clip",
     checkpoint: Checkpoint = None,
     index: Annotated[Path | None, typer.Option(metavar="FILE.safetensors", help=(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from lamzoo.cli import _output as out
+from lamzoo.cli._options import FORMS
 from lamzoo.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def train(
             "A TOML file, or lamzoo:NAME for a recipe that comes with lamzoo; changes to it, such as run.seed=1."),
     )] = None,
     model: Annotated[str | None, typer.Option(
-        metavar="NAME", help="arch, arch.tag, timm/NAME, local-dir:DIR or hf-hub:REPO.")] = None,
+        metavar="NAME", help=f"{FORMS}.")] = None,
     data: Annotated[str | None, typer.Option(metavar="SPEC", help=_SPEC)] = None,
     pretrained: Annotated[bool | None, typer.Option(
         "--pretrained/--no-pretrained", help="Start from the published weights.")] = None,
