@@ -1,4 +1,4 @@
-"""The exceptions that lamzoo raises on purpose; each message is one sentence that names the culprit and the way out."""
+"""Exceptions; each message is one sentence that names the cause and a way out."""
 
 
 def class_name(thing: object) -> str:
@@ -8,15 +8,15 @@ def class_name(thing: object) -> str:
 
 
 class LamzooError(Exception):
-    """Base of all errors that a user can put right; the command line prints it as one line and exits with 2."""
+    """Base of all errors that a user can fix; the command line prints one line and exits with 2."""
 
 
 class ConfigError(LamzooError, ValueError):
-    """A :class:`~lamzoo.LamConfig` field, or a combination of fields, that means nothing."""
+    """Invalid settings, such as a :class:`~lamzoo.LamConfig` field or a combination of arguments."""
 
 
 class MissingExtraError(LamzooError, ImportError):
-    """An optional dependency that is needed and not installed; the message names the extra to install."""
+    """A required optional dependency is not installed; the message names the extra to install."""
 
 
 class MaskShapeError(LamzooError, ValueError):
@@ -24,7 +24,7 @@ class MaskShapeError(LamzooError, ValueError):
 
 
 class UnsupportedHostError(LamzooError, TypeError):
-    """A model, or a block of it, that no adapter can serve."""
+    """A model, or a block of it, without an adapter."""
 
 
 class RegistryError(LamzooError):
@@ -44,18 +44,18 @@ class WeightsError(LamzooError):
 
 
 class WeightsNotFoundError(WeightsError, FileNotFoundError):
-    """Weights that are neither bundled, cached nor to be downloaded from here."""
+    """Weights that are neither bundled nor cached and cannot be downloaded."""
 
 
 class HubUnreachableError(WeightsNotFoundError):
-    """A file of the hub that is not in the cache, where the hub was not asked (offline mode) or did not answer.
+    """A hub file that is not in the cache, in offline mode or with an unreachable hub.
 
-    The message has three lines, which are its arguments.
+    The message has three lines, the arguments.
 
     Args:
-        missing: what is not here, and why it doesn't come.
-        works: what works without it.
-        bring: how to bring it to this machine.
+        missing: the missing file, and why it cannot be downloaded.
+        works: alternatives that need no download.
+        bring: how to copy the file to this machine.
     """
 
     def __init__(self, missing: str, works: str, bring: str) -> None:
@@ -67,7 +67,7 @@ class HubUnreachableError(WeightsNotFoundError):
 
 
 class HashMismatchError(WeightsError):
-    """A file whose sha256 is not the one its card promises."""
+    """A file with another sha256 than the card states."""
 
 
 class UnsafeWeightsError(WeightsError):
@@ -87,7 +87,7 @@ class RecipeError(LamzooError, ValueError):
 
 
 class DivergedError(LamzooError, ArithmeticError):
-    """A training whose loss is not finite any more."""
+    """The loss of a training run is no longer finite."""
 
     way_out = "Lower optimizer.lr, set optimizer.clip_grad or train with run.precision=no."
 
@@ -97,8 +97,8 @@ class DataError(LamzooError):
 
 
 class MissingSplitError(DataError):
-    """A split that a data set has not; the message lists those that it has."""
+    """The dataset has no such split; the message lists the available ones."""
 
 
 class UnsplitError(MissingSplitError):
-    """A split of data without splits, which can only be taken whole."""
+    """A split was requested of a dataset without splits."""

@@ -1,4 +1,4 @@
-"""Model names and what is behind them: cards, plug-ins, and models made by name, with their weights."""
+"""The registry: model names, cards and plug-ins, creating models by name, and saving them."""
 
 from typing import TYPE_CHECKING
 

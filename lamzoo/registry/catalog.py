@@ -306,7 +306,7 @@ def list_tags(name: str) -> list[str]:
 
 
 def model_info(name: str | os.PathLike[str]) -> ModelInfo:
-    """Returns what is known of a model before it is built.
+    """Returns the facts about a model without building it.
 
     Args:
         name: any name that :func:`lamzoo.create_model` takes.

@@ -78,7 +78,7 @@ class ModelRef:
     def parse(
         cls, name: str | os.PathLike[str], *, is_registered: Callable[[str], bool] = lambda arch: False
     ) -> ModelRef:
-        """Parses a name; only :func:`lamzoo.registry.catalog.model_ref` knows what is registered, and is to be used.
+        """Parses a name; use :func:`lamzoo.registry.catalog.model_ref`, which passes ``is_registered``.
 
         Args:
             name: any of the forms above.

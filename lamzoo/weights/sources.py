@@ -106,7 +106,7 @@ def resolve(
         allow_pickle: accept the pickle of a hub repository without safetensors.
 
     Raises:
-        WeightsNotFoundError: the file is not available; the message lists where it was looked for and how to get it.
+        WeightsNotFoundError: the file is not available; the message lists the places searched and how to get it.
         WeightsError: the download failed otherwise.
     """
     bundled = weights_dir / tag.file if weights_dir and tag.file else None
