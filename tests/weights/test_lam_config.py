@@ -90,7 +90,7 @@ def test_a_bare_file_that_does_not_say_its_kind_is_loaded_with_a_warning(
     save_file(dict(model.state_dict()), tmp_path / "old.safetensors")
     assert masks_equal(create(ADD, checkpoint_path=tmp_path / "old.safetensors"), model)
     (warning,) = caplog.records
-    assert "old.safetensors doesn't say which LamConfig" in warning.getMessage()
+    assert "old.safetensors doesn't contain the LamConfig" in warning.getMessage()
     assert "lam_weights='fresh' in create_model" in warning.getMessage()
 
 
@@ -165,7 +165,7 @@ def test_a_plain_dictionary_of_masks_needs_its_config_or_is_warned_of(caplog: py
     assert masks_equal(again, model)
     assert not caplog.records
     load_lam_state_dict(again, state)
-    assert re.search("doesn't say which LamConfig.*config= to load_lam_state_dict", caplog.text)
+    assert re.search("doesn't contain the LamConfig.*config= to load_lam_state_dict", caplog.text)
 
 
 def test_tables_of_another_length_are_no_other_kind() -> None:
