@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import lamzoo
-from lamzoo.profiling.results import read_rows
 from lamzoo.profiling import bench
+from lamzoo.profiling.results import read_rows
 from lamzoo.profiling.worker import measured_row
 from tests.training.retrieval_data import retrieval_table, write_faces
 

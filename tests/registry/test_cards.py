@@ -8,7 +8,6 @@ import pytest
 import timm
 
 from lamzoo.errors import RegistryError
-from lamzoo.profiling import profile
 from lamzoo.registry.cards import data_dir, read_card
 from lamzoo.registry.catalog import list_models, model_info
 from lamzoo.registry.factory import create_model
