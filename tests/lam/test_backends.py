@@ -3,11 +3,13 @@
 import math
 import operator
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -249,20 +251,26 @@ def test_chunked_operators_pass_opcheck(is_causal: bool) -> None:
     torch.library.opcheck(chunked._forward, (*tensors, case.allowed, "mul", is_causal, 0.5))
 
 
+@cache
+def causal_and_written_out(op: Op) -> tuple[Case, Tensor]:
+    case = make(op=op, queries=30, keys=40, dim=8, value_dim=8, is_causal=True).to(torch.float32)
+    return case, written_out(case)
+
+
 @each_op
 @pytest.mark.parametrize("backend", BACKENDS_OF_CPU)
 @pytest.mark.parametrize("narrow", ["query", "key", "value", "mask", "none", "all"])
 def test_autocast_serves_inputs_of_several_dtypes(op: Op, backend: str, narrow: str) -> None:
-    case = make(op=op, queries=30, keys=40, dim=8, value_dim=8, is_causal=True).to(torch.float32)
+    case, expected = causal_and_written_out(op)
     leaves = dict(zip(("query", "key", "value", "left", "right"), case.tensors, strict=True))
     for name in {"mask": ("left", "right"), "none": (), "all": tuple(leaves)}.get(narrow, (narrow,)):
         leaves[name] = leaves[name].bfloat16()
-    tensors = [x.requires_grad_() for x in leaves.values()]
+    tensors = [x.detach().clone().requires_grad_() for x in leaves.values()]
     args = (*tensors[:3], FactoredMask(*tensors[3:]))
     with torch.autocast("cpu", torch.bfloat16):
         out = lam_attention(*args, **case.options, backend=backend)
     assert out.dtype == tensors[0].dtype
-    torch.testing.assert_close(out.float(), written_out(case), atol=0.1, rtol=0.1)
+    torch.testing.assert_close(out.float(), expected, atol=0.1, rtol=0.1)
     for tensor, grad in zip(tensors, torch.autograd.grad(out.float().square().sum(), tensors), strict=True):
         assert grad.dtype == tensor.dtype and grad.any()
 
