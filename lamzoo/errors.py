@@ -20,7 +20,7 @@ class MissingExtraError(LamzooError, ImportError):
 
 
 class MaskShapeError(LamzooError, ValueError):
-    """Mask factors whose shapes or dtypes do not fit the queries and keys."""
+    """Mask factors whose shapes or dtypes do not match the queries and keys."""
 
 
 class UnsupportedHostError(LamzooError, TypeError):
@@ -40,7 +40,7 @@ class DuplicateModelError(RegistryError, ValueError):
 
 
 class WeightsError(LamzooError):
-    """Weights that cannot be used."""
+    """Weights that cannot be loaded or saved."""
 
 
 class WeightsNotFoundError(WeightsError, FileNotFoundError):
@@ -71,11 +71,11 @@ class HashMismatchError(WeightsError):
 
 
 class UnsafeWeightsError(WeightsError):
-    """A pickle where only safetensors are accepted."""
+    """A pickle file; only safetensors are read by default."""
 
 
 class StateDictError(WeightsError):
-    """A state dict whose keys or shapes do not fit the model."""
+    """A state dict whose keys or shapes do not match the model."""
 
 
 class ExportError(LamzooError):
@@ -93,7 +93,7 @@ class DivergedError(LamzooError, ArithmeticError):
 
 
 class DataError(LamzooError):
-    """A data set, image or folder that cannot be read."""
+    """A data set, image, video or folder that cannot be read."""
 
 
 class MissingSplitError(DataError):

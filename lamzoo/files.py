@@ -1,4 +1,4 @@
-"""Writing files whole or not at all, and the user's cache folder."""
+"""Atomic writing of files, and the user's cache folder."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from lamzoo.errors import LamzooError, WeightsError
 
 @contextlib.contextmanager
 def atomic_files(failure: type[LamzooError] = WeightsError) -> Iterator[Callable[[Path], Path]]:
-    """Writes one or several files so that all of them appear complete or none does.
+    """Writes one or several files atomically.
 
     Args:
-        failure: what to raise.
+        failure: class of the error to raise.
 
     Yields:
-        A function from a file's path to the temporary path, in the same folder, to write it to. At the end the files
-        are renamed in the order of the calls; on an exception they are removed.
+        A function that returns a temporary path for a file's path, in the same folder. On exit the temporary files
+        are renamed in the order of the calls; after an exception they are removed.
 
     Raises:
-        LamzooError: ``failure``, for an ``OSError`` while writing: no space, no rights, no folder.
+        LamzooError: ``failure``, after an ``OSError`` such as a full disk, missing permissions or a missing folder.
     """
     staged: list[tuple[Path, Path]] = []
 

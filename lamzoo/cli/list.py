@@ -69,7 +69,7 @@ def _facts(name: str, info: ModelInfo) -> dict[str, Any]:
     }
 
 
-# Family to task, and the metric of a card that stands for it in the list, with its heading.
+# Family to task, and the metric of its cards to list, with the heading.
 _TASKS = {
     "lam_clip4clip": ("retrieval", "t2v_R1", "R@1"),
     "open_clip": ("retrieval", "t2v_R1", "R@1"),

@@ -1,4 +1,4 @@
-"""Labelled images from any of the layouts people keep them in, as one kind of data set; knows no model."""
+"""Labelled images from any of the layouts people keep them in, as one kind of data set."""
 
 from typing import TYPE_CHECKING
 

@@ -62,7 +62,7 @@ def open_table(path: Path) -> Table:
         path: the file, UTF-8. Empty lines are skipped; a line may end early.
 
     Raises:
-        DataError: there is no such file, it is no CSV, two columns have the same name, or a line has more cells than
+        DataError: the file does not exist or is not CSV, two columns have the same name, or a line has more cells than
             there are headings, as from a comma that is not quoted, or a quote that is not closed; names the line.
     """
     rows: list[tuple[int, list[str]]] = []
@@ -106,7 +106,7 @@ def read_table(path: Path, columns: Sequence[str], optional: Sequence[str] = ())
         The stripped cells of each line by their heading; none of them is empty.
 
     Raises:
-        DataError: as of :func:`open_table`; or a column is missing, or a cell of one is empty.
+        DataError: see :func:`open_table`; or a column is missing, or a cell of one is empty.
     """
     table = open_table(path)
     table.check_columns(columns)

@@ -118,7 +118,7 @@ class GridTokens:
         vocabulary: all words of the corpus, sorted.
 
     Raises:
-        DataError: there is no such folder, file, split or modality, or the files do not fit each other.
+        DataError: there is no such folder, file, split or modality, or the files are inconsistent.
     """
 
     def __init__(self, root: Path, split: str, modalities: Modalities = "both") -> None:

@@ -27,13 +27,13 @@ def read_json(path: Path) -> Any:
 
 
 def read_json_lines(path: Path) -> list[tuple[dict[str, Any], str]]:
-    """Reads a file with one JSON object a line, as of :func:`read_json`; blank lines are skipped.
+    """Reads a file with one JSON object a line, as for :func:`read_json`; blank lines are skipped.
 
     Returns:
         Each object, and its line for messages, such as ``"line 3 of data.jsonl"``.
 
     Raises:
-        DataError: there is no such file, it is not whole, or a line is no JSON object; names the line.
+        DataError: there is no such file, it is not whole, or a line is not a JSON object; names the line.
     """
     found = []
     for number, text in enumerate(read_lines(path), start=1):
@@ -43,9 +43,9 @@ def read_json_lines(path: Path) -> list[tuple[dict[str, Any], str]]:
         try:
             line = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{where} is no JSON: {error}") from error
+            raise DataError(f"{where} is not JSON: {error}") from error
         if not isinstance(line, dict):
-            raise DataError(f"{where} is no JSON object")
+            raise DataError(f"{where} is not a JSON object")
         found.append((line, where))
     return found
 

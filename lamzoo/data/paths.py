@@ -1,4 +1,4 @@
-"""Finding files in folders by their extensions, in natural order; opens none of them."""
+"""Finding files in folders by their extensions, in natural order."""
 
 from __future__ import annotations
 

@@ -32,14 +32,14 @@ def find_split(split: str, available: Iterable[str], where: str) -> str:
 
     Args:
         split: as asked for.
-        available: the splits that there are.
+        available: the available splits.
         where: the data set, for the error.
 
     Returns:
         One of ``available``.
 
     Raises:
-        MissingSplitError: none of them is meant by ``split``; lists those that there are.
+        MissingSplitError: none of them matches ``split``; lists those available.
     """
     names = list(available)
     for name in synonyms(split):

@@ -1,4 +1,4 @@
-"""A contact sheet of videos that answer a query: one row each, of frames spread over it; knows no model."""
+"""A contact sheet of videos that answer a query: one row each, of frames spread over it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def write_contact_sheet(path: str | Path, query: str, matches: Sequence[Match]) 
 
     Raises:
         ConfigError: there is no match.
-        DataError: a video can't be read, or the file can't be written there.
+        DataError: a video can't be read, or the file can't be written.
         MissingExtraError: matplotlib or PyAV is not installed.
     """
     path, matches = Path(path), matches[:MAX_ROWS]
@@ -43,7 +43,7 @@ def write_contact_sheet(path: str | Path, query: str, matches: Sequence[Match]) 
 
 
 def check_sheet(path: str | Path) -> None:
-    """Checks that a contact sheet can be drawn, and written there, before the work.
+    """Checks that a contact sheet can be drawn, and written, before any work.
 
     Raises:
         DataError: the name does not end in ``.png``, its folder does not exist, or it is a folder itself.

@@ -1,4 +1,4 @@
-"""Draws a training run's curves and its confusion matrix with matplotlib, without pyplot; knows no model."""
+"""Draws a training run's curves and its confusion matrix with matplotlib, without pyplot."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def run(out: Path, cifar10: Path | None = None, *, console: Console | None = Non
     second run replaces them.
 
     Args:
-        out: folder of the pictures; made where it is missing.
+        out: folder of the pictures; created if missing.
         cifar10: a folder that :func:`lamzoo.data.create_dataset` reads, with a ``test`` split; None leaves it out.
         console: where to print; the terminal by default.
 

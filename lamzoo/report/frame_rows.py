@@ -1,4 +1,4 @@
-"""A PNG of rows of frames, each under a line of text, all under a title; knows neither models nor video files."""
+"""A PNG of rows of frames, each under a line of text, all under a title."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _WIDTH = FRAMES * _CELL[0] + (FRAMES - 1) * _GAP
 _LETTERS = 110  # of a file name or query that fit beside one another
 _DPI = 100
 _GREY, _INK = (238, 238, 238), "#1b3a57"
-# Tried in turn for the letters that those before have not, as far as they are installed.
+# Tried in turn for letters that the previous ones lack, if installed.
 _FONTS = (
     "DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Micro Hei", "PingFang SC",
     "Hiragino Sans", "Microsoft YaHei", "Malgun Gothic", "Noto Sans Arabic", "Noto Sans Devanagari", "Nirmala UI",
@@ -43,7 +43,7 @@ def draw_rows(path: Path, title: str, rows: Iterable[tuple[str, Sequence[Image.I
         count: how many rows there are.
 
     Raises:
-        DataError: the file can't be written there.
+        DataError: the file can't be written.
         MissingExtraError: matplotlib is not installed.
     """
     row = _CAPTION + _CELL[1] + _MARGIN
@@ -69,11 +69,11 @@ def draw_rows(path: Path, title: str, rows: Iterable[tuple[str, Sequence[Image.I
 
 
 def check_rows(path: str | Path, what: str) -> None:
-    """Checks that rows can be drawn, and written there, before the work.
+    """Checks that rows can be drawn, and written, before any work.
 
     Args:
         path: the PNG file.
-        what: what to call the picture in an error.
+        what: name of the picture for errors.
 
     Raises:
         DataError: the name does not end in ``.png``, its folder does not exist, or it is a folder itself.

@@ -1,4 +1,4 @@
-"""Lays out masks and a photograph in one matplotlib figure, without pyplot and its global state; knows no model."""
+"""Lays out masks and a photograph in one matplotlib figure, without pyplot and its global state."""
 
 from __future__ import annotations
 

@@ -51,9 +51,9 @@ def explain(
 
     Raises:
         UnsupportedHostError: the model has no mask, or no patch grid to draw one on.
-        ConfigError: a query patch outside the grid, or a head that the mask has not.
+        ConfigError: a query patch outside the grid, or a head that the mask does not have.
         MissingExtraError: matplotlib is missing.
-        DataError: the image can't be read, or the file can't be written there.
+        DataError: the image can't be read, or the file can't be written.
     """
     path, model = Path(path), unwrap(model)
     check_target(path, "picture")

@@ -34,7 +34,7 @@ def view(model: nn.Module, photo: str | Path | Image.Image, sharp_side: int = 32
     """Preprocesses a photograph the way the model is evaluated.
 
     Args:
-        model: one with timm's ``pretrained_cfg``; timm's defaults stand in for what it leaves out.
+        model: one with timm's ``pretrained_cfg``; timm's defaults replace missing values.
         photo: a file, or an image that Pillow has opened.
         sharp_side: the shorter side, in pixels, that ``sharp`` has at least.
 

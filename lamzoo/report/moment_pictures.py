@@ -50,7 +50,7 @@ def explain_moments(model: nn.Module, dataset: MomentDataset, index: int, path: 
         ConfigError: ``top`` is less than 1.
         IndexError: there is no such query.
         MissingExtraError: matplotlib is missing.
-        DataError: the features can't be read, or the file can't be written there.
+        DataError: the features can't be read, or the file can't be written.
     """
     path = Path(path)
     check_target(path, "picture")

@@ -1,4 +1,4 @@
-"""A preview of moments that were found in a video: a row of frames for each, spread over it; knows no model."""
+"""A preview of moments that were found in a video: a row of frames for each, spread over it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def write_strip(path: str | Path, query: str, video: str | Path, spans: Sequence
 
     Raises:
         ConfigError: there is no span.
-        DataError: the video can't be read, or the file can't be written there.
+        DataError: the video can't be read, or the file can't be written.
         MissingExtraError: matplotlib or PyAV is not installed.
     """
     path, spans = Path(path), spans[:MAX_ROWS]
@@ -61,7 +61,7 @@ def write_strip(path: str | Path, query: str, video: str | Path, spans: Sequence
 
 
 def check_strip(path: str | Path) -> None:
-    """Checks that a preview strip can be drawn, and written there, before the work.
+    """Checks that a preview strip can be drawn, and written, before any work.
 
     Raises:
         DataError: the name does not end in ``.png``, its folder does not exist, or it is a folder itself.

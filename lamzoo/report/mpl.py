@@ -42,11 +42,11 @@ def new_figure(
 
 
 def check_target(path: Path, what: str) -> None:
-    """Checks that a PNG can be written to a path, before the work.
+    """Checks that a PNG can be written to a path, before any work.
 
     Args:
         path: the file.
-        what: what to call the picture in an error.
+        what: name of the picture for errors.
 
     Raises:
         DataError: the name does not end in ``.png``, its folder does not exist, or it is a folder itself.

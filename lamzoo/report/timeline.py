@@ -1,4 +1,4 @@
-"""Lays out one query's spans, saliency and masks over time in a matplotlib figure, without pyplot; knows no model."""
+"""Lays out one query's spans, saliency and masks over time in a matplotlib figure, without pyplot."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""WebVTT, the subtitles of the web: sentences with their times as a file that players read; knows no model."""
+"""WebVTT, the subtitles of the web: sentences with their times as a file that players read."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def write_webvtt(path: str | Path, cues: Sequence[Cue]) -> None:
 
     Raises:
         ConfigError: a cue ends before it starts, or overlaps another, in milliseconds.
-        DataError: the file can't be written there.
+        DataError: the file can't be written.
     """
     check_webvtt(path)
     text = format_webvtt(cues)
@@ -50,7 +50,7 @@ def format_webvtt(cues: Sequence[Cue]) -> str:
         start, end = _milliseconds(cue.start), _milliseconds(cue.end)
         if not before <= start < end:
             raise ConfigError(
-                f"the cue from {cue.start:g} to {cue.end:g} s can't stand behind one that ends at {before / 1000:g} s; "
+                f"the cue from {cue.start:g} to {cue.end:g} s can't follow one that ends at {before / 1000:g} s; "
                 "cues must be in order, apart from each other, and of a millisecond or more"
             )
         before = end
@@ -61,7 +61,7 @@ def format_webvtt(cues: Sequence[Cue]) -> str:
 
 
 def check_webvtt(path: str | Path) -> None:
-    """Checks that such a file can be written to a path, before the work.
+    """Checks that such a file can be written to a path, before any work.
 
     Raises:
         DataError: the name does not end in ``.vtt``, its folder does not exist, or it is a folder itself.

@@ -48,7 +48,7 @@ def explain_windows(
         path: the PNG file to write, in a folder that exists; an older file is replaced.
 
     Raises:
-        DataError: there is nothing to draw, the video can't be read, or the file can't be written there.
+        DataError: there is nothing to draw, the video can't be read, or the file can't be written.
         MissingExtraError: matplotlib is missing.
     """
     path = Path(path)

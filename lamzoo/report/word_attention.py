@@ -1,4 +1,4 @@
-"""Lays out what windows' words attend to over time in a matplotlib figure, without pyplot; knows no model."""
+"""Lays out what windows' words attend to over time in a matplotlib figure, without pyplot."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def test_a_broken_image_stops_or_is_skipped_and_counted(run, of_colours: str, tm
     common = ("eval", of_colours, "--data", root, "--class-map", "model")
     code, _, error = run(*common)
     assert code == 2
-    assert "1.jpg: it is no image" in error
+    assert "1.jpg: it is not an image" in error
     code, printed, error = run(*common, "--on-bad-input", "skip", "--json")
     assert code == 0
     assert "1.jpg" in error

@@ -80,7 +80,7 @@ def test_an_image_is_still_drawn(call: Callable[..., Any]) -> None:
         ("lam_vit_micro", "PHOTO --split val", "--split means nothing for an image"),
         ("lam_vit_micro", "--data DATA --split val", "finds no moments; use a model of the family lam_moment_detr"),
         ("lam_moment_detr_micro", "--data DATA", "no split 'test'; it has 'val'"),
-        ("lam_moment_detr_micro", "--data moments:x", "is no data set of moments"),
+        ("lam_moment_detr_micro", "--data moments:x", "is not a data set of moments"),
         (
             "lam_moment_detr_micro",
             "--data DATA --split val --query 99",

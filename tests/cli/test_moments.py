@@ -65,8 +65,8 @@ def test_a_classifier_finds_no_moments(run, data: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("[]", "line 1 of broken.jsonl is no JSON object"),
-        ('{"qid": 24', "line 1 of broken.jsonl is no JSON"),
+        ("[]", "line 1 of broken.jsonl is not a JSON object"),
+        ('{"qid": 24', "line 1 of broken.jsonl is not JSON"),
         ('{"query": "a"}', "line 1 of broken.jsonl has no qid"),
         ('{"qid": 24, "pred_relevant_windows": 3}', "pred_relevant_windows is no list"),
         ('{"qid": 999, "pred_relevant_windows": [[0, 2, 1]]}', "have qid 999, which the annotations have not"),

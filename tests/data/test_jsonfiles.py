@@ -60,7 +60,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
             read_json(path)
     deep = tmp_path / "deep.jsonl"
     deep.write_text("{}\n" + "[" * 100_000)
-    with pytest.raises(DataError, match="line 2 of .* is no JSON"):
+    with pytest.raises(DataError, match="line 2 of .* is not JSON"):
         read_json_lines(deep)
 
 

@@ -125,8 +125,8 @@ def test_graded_clips_need_a_row_of_features_each_but_for_two(qvhighlights: Path
 @pytest.mark.parametrize(
     ("lines", "says"),
     [
-        (["{"], "line 1 of .* is no JSON"),
-        (["[1]"], "is no JSON object"),
+        (["{"], "line 1 of .* is not JSON"),
+        (["[1]"], "is not a JSON object"),
         ([LINE | {"qid": "7"}], "line 1 of .* has no 'qid' of type int, but '7'"),
         ([LINE, LINE], "query 7 is listed twice"),
         ([LINE | {"relevant_windows": [[8, 4]]}], r"the window \[8, 4\] in a video of 20 s"),
@@ -173,7 +173,7 @@ def test_line_separators_in_a_sentence_a_mark_of_order_and_blank_lines_are_read(
     ("spec", "split", "says"),
     [
         ("qvhighlights:", "val", "says qvhighlights, but not which"),
-        ("moments:x", "val", "is no data set of moments; write qvhighlights:DIR"),
+        ("moments:x", "val", "is not a data set of moments; write qvhighlights:DIR"),
         ("qvhighlights:nowhere", "val", "no such folder"),
         ("qvhighlights:{}", "", "is empty"),
     ],
@@ -216,7 +216,7 @@ def test_tvsum_has_grades_by_domain(tmp_path: Path) -> None:
         create_moment_dataset(f"tvsum:{tmp_path}:ZZ", "val")
     for wrong in ([[1.0] * 20, [5.0] * 19], [1.0, 2.0], []):
         write(tmp_path / "tvsum_val.jsonl.gz", *lines, "", lines[0] | {"qid": "z", "label": wrong})
-        with pytest.raises(DataError, match="line 4 of .* has a label that is no list of clips"):
+        with pytest.raises(DataError, match="line 4 of .* has a label that is not a list of clips"):
             create_moment_dataset(f"tvsum:{tmp_path}", "val")
 
 

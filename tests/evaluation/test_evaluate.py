@@ -197,7 +197,7 @@ def test_a_broken_image_ends_the_evaluation(tmp_path: Path) -> None:
     root = write_folder(tmp_path / "pictures", splits=("test",))
     (root / "test" / "red" / "1.jpg").write_text("nothing")
     for workers in (0, 1):
-        with pytest.raises(DataError, match=r"1\.jpg: it is no image") as caught:
+        with pytest.raises(DataError, match=r"1\.jpg: it is not an image") as caught:
             evaluate(Reads(), create_dataset(str(root), "test"), workers=workers)
         assert "\n" not in str(caught.value)
 
@@ -219,7 +219,7 @@ def test_skip_leaves_broken_images_out_and_names_them(damaged, caplog: pytest.Lo
         (1, "blue"),
         (5, "green"),
     ]
-    assert "1.jpg: it is no image" in caplog.text
+    assert "1.jpg: it is not an image" in caplog.text
     with pytest.raises(ConfigError, match="on_bad_input is 'ignore'"):
         evaluate(Reads(), damaged, on_bad_input="ignore")
 

@@ -9,7 +9,6 @@ from lamzoo.lam import LamConfig
 from lamzoo.models.vit import micro_vit
 from lamzoo.profiling import analytic_macs, profile
 from lamzoo.registry.catalog import list_models, model_info
-from lamzoo.registry.factory import create_model
 from tests.zoo import on_meta, profiled
 
 MICRO = {"img_size": 32, "patch_size": 4, "embed_dim": 64, "depth": 2, "num_heads": 4, "num_classes": 10}

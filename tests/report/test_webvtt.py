@@ -41,7 +41,7 @@ def test_times_that_mean_nothing_are_refused(times: tuple[float, float]) -> None
 
 
 def test_cues_must_not_overlap() -> None:
-    with pytest.raises(ConfigError, match="from 1.5 to 3 s can't stand behind one that ends at 2 s"):
+    with pytest.raises(ConfigError, match="from 1.5 to 3 s can't follow one that ends at 2 s"):
         format_webvtt([Cue(0, 2, "a"), Cue(1.5, 3, "b")])
 
 

@@ -345,7 +345,7 @@ def test_what_can_be_told_without_a_model_is_told_before_the_work(folder: Path, 
             extract_features([videos], **{"out": tmp_path / "out", "model": missing, **options})
     for text, message in (
         ("", "holds no query"),
-        ("{", "line 1 of .* is no JSON"),
+        ("{", "line 1 of .* is not JSON"),
         ('{"qid": 1}', "has no 'query'"),
         ('{"qid": 1, "query": " "}', "empty query"),
         ('{"qid": 1, "query": "a"}\n{"qid": 1, "query": "b"}', "query 1 is listed twice"),
@@ -361,7 +361,7 @@ def test_no_readable_video_at_all_is_one_sentence(tmp_path: Path, model: Any) ->
     (tmp_path / "videos").mkdir()
     for name in ("a.mp4", "b.mp4"):
         (tmp_path / "videos" / name).write_text("nothing")
-    with pytest.raises(DataError, match=r"none of the 2 videos can be read: .*a.mp4 \(it is no video"):
+    with pytest.raises(DataError, match=r"none of the 2 videos can be read: .*a.mp4 \(it is not a video"):
         extract(tmp_path / "videos", model, tmp_path / "out", on_bad_input="skip")
 
 

@@ -257,7 +257,7 @@ def test_a_folder_without_a_usable_video_is_one_sentence(tmp_path: Path, model: 
     (tmp_path / "a.mp4").write_text("nothing")
     (tmp_path / "b.mp4").write_text("nothing")
     for _ in range(2):
-        with pytest.raises(DataError, match=r"none of the 2 videos in .* can be read: .*a.mp4 \(it is no video"):
+        with pytest.raises(DataError, match=r"none of the 2 videos in .* can be read: .*a.mp4 \(it is not a video"):
             index(tmp_path, model)
     with pytest.raises(DataError, match="holds no video yet"):
         load_index(file_of(tmp_path), model)

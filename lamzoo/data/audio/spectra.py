@@ -1,4 +1,4 @@
-"""Sound as log-mel spectra: read from any file's audio track through PyAV, and made into tokens; knows no data set."""
+"""Sound as log-mel spectra: read from any file's audio track through PyAV, and made into tokens."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def read_log_mel(
         ``start``; both float32. None where the file has no sound track, or nothing but silence in the span.
 
     Raises:
-        DataError: there is no such file, FFmpeg doesn't know it, its sound is damaged, or its times start again in the
+        DataError: there is no such file, FFmpeg can't read it, its sound is damaged, or its times start again in the
             middle; names it.
         MissingExtraError: PyAV is not installed.
     """

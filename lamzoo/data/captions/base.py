@@ -74,7 +74,7 @@ class CaptionSource(ABC):
 
     def splice(self) -> tuple[CaptionItem, dict[str, Stream]]:
         """Returns a new item and its features; what :meth:`CaptionDataset.splice` asks for."""
-        raise DataError(f"{type(self).__name__} can't splice clips, since it knows no pieces; set augment.splice to 0")
+        raise DataError(f"{type(self).__name__} can't splice clips, since it has no pieces; set augment.splice to 0")
 
 
 class CaptionDataset:

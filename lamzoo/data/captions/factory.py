@@ -54,7 +54,7 @@ def create_caption_dataset(spec: str, split: str) -> CaptionDataset:
         Clips with captions, and their features to :meth:`~CaptionDataset.read`.
 
     Raises:
-        DataError: the specification, the folder or the split does not exist, or the files are not what they should be.
+        DataError: the specification, the folder or the split does not exist, or the files are invalid.
         MissingExtraError: the layout needs a package that is not installed; names the extra.
     """
     source = _source(spec, split)
@@ -81,7 +81,7 @@ def _source(spec: str, split: str) -> CaptionSource:
             return _grid(rest, split)
         case "flickr8k":
             return Flickr8kCaptions(Path(rest), split)
-    raise DataError(f"{spec!r} is no data set of captions; write {_GRAMMAR}")
+    raise DataError(f"{spec!r} is not a data set of captions; write {_GRAMMAR}")
 
 
 def _number(rest: str) -> tuple[Path, float | None]:

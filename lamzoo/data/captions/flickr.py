@@ -27,7 +27,7 @@ class Flickr8kCaptions(CaptionSource):
         split: ``train``, ``validation`` or ``test``.
 
     Raises:
-        DataError: there is no such folder, file or split, or the files do not fit each other.
+        DataError: there is no such folder, file or split, or the files are inconsistent.
     """
 
     def __init__(self, root: Path, split: str) -> None:

@@ -60,7 +60,7 @@ class GridCaptions(CaptionSource):
 
     Raises:
         DataError: there is no such folder, file, split or modality, one is named twice, sound is to be damaged that is
-            not asked for, or the files do not fit each other.
+            not asked for, or the files are inconsistent.
     """
 
     def __init__(

@@ -33,7 +33,7 @@ class LsmdcSource(CaptionSource):
         split: what a table's name ends with.
 
     Raises:
-        DataError: there is no such folder, table or split, a line is not as it should be, or there are no features.
+        DataError: there is no such folder, table or split, a line is invalid, or there are no features.
     """
 
     def __init__(self, root: Path, split: str) -> None:

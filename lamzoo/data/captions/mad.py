@@ -1,4 +1,4 @@
-"""MAD and MADv2 in their official layouts: audio descriptions of movies, and CLIP features of five frames a second."""
+"""MAD and MADv2 in their official layouts: audio descriptions of movies, and CLIP features at 5 frames per second."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class MadSource(CaptionSource):
             those of 2 seconds.
 
     Raises:
-        DataError: there is no such folder, file or split, or a file is not as it should be.
+        DataError: there is no such folder, file or split, or a file is invalid.
         MissingExtraError: h5py is not installed.
     """
 

@@ -39,7 +39,7 @@ class NpzSource(ImageSource):
         split: which file.
 
     Raises:
-        DataError: no such folder or split, or the arrays do not fit each other or the classes.
+        DataError: no such folder or split, or the arrays are inconsistent or the classes.
     """
 
     def __init__(self, root: Path, split: str) -> None:

@@ -53,7 +53,7 @@ def read_class_map(source: str | Path) -> list[str]:
         raise DataError(f"{path} is no readable class map: {reason(error)}") from error
     twice = next((name for name, count in Counter(map(nfc, names)).items() if count > 1), None)
     if twice is not None:
-        raise DataError(f"{path} is no class map: it has the class {twice!r} twice")
+        raise DataError(f"{path} is not a class map: it has the class {twice!r} twice")
     return names
 
 
@@ -65,7 +65,7 @@ def relabel(dataset: LabelledImages, names: Sequence[str], where: str = "the cla
     Args:
         dataset: left as it is; it must know its classes.
         names: the classes in the order of the model's outputs, as :func:`read_class_map` returns them.
-        where: what to call the list in an error.
+        where: name of the list for errors.
 
     Returns:
         A data set of the same images, with ``names`` as its classes.

@@ -1,4 +1,4 @@
-"""Reading single images: from bytes, from a path, and finding them in folders; knows no data set."""
+"""Reading single images: from bytes, from a path, and finding them in folders."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def unreadable_because(error: DataError) -> str:
-    """Says what is wrong with an image in a few words, without its name, from the error that named it."""
+    """Returns why an image is invalid, in a few words and without its name, from the error that named it."""
     return _reason(error.__cause__ or error)
 
 
@@ -157,5 +157,5 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if type(error).__name__ == "UnidentifiedImageError":
-        return "it is no image in a format that Pillow knows"
+        return "it is not an image in a format that Pillow knows"
     return " ".join(str(error).split()) or type(error).__name__

@@ -45,7 +45,7 @@ def create_dataset(spec: str, split: str) -> LabelledImages:
 
     Raises:
         MissingSplitError: the data have no such split.
-        DataError: the specification or the folder does not exist, or the files are not what they should be.
+        DataError: the specification or the folder does not exist, or the files are invalid.
     """
     source = _source(spec, split)
     dataset = LabelledImages(source, spec)

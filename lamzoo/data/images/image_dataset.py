@@ -120,7 +120,7 @@ class LabelledImages(Dataset):
         return [self._label(given, index) for index, given in enumerate(self.source.labels())]
 
     def is_label(self, given: Any) -> bool:
-        """Says whether a value is the number of a class here."""
+        """Returns whether a value is the number of a class here."""
         try:
             label = operator.index(given)
         except TypeError:

@@ -1,4 +1,4 @@
-"""A flat folder of images whose labels stand in a file of their own, as ImageNet's validation split is handed out."""
+"""A flat folder of images whose labels are in a separate file, as ImageNet's validation split is distributed."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ class MadeSplit:
 
     Attributes:
         split: the data's own name of what was split; None for data without splits.
-        fraction: of each class that was held out for validation; as of :func:`lamzoo.data.split_off`.
+        fraction: of each class that was held out for validation; see :func:`lamzoo.data.split_off`.
         seed: of the choice.
         left_out: indices of images that can't be read, which neither part has.
         sha256: of the labels and file names of the others, in their order.
@@ -138,7 +138,7 @@ def open_scored(spec: str, split: str | None, trained: TrainedData | None = None
 
     Raises:
         MissingSplitError: neither the data nor the run has such a split.
-        DataError: as of :func:`create_dataset`; or the run's images have changed.
+        DataError: see :func:`create_dataset`; or the run's images have changed.
     """
     made = None if trained is None else trained.made
     opener = partial(create_dataset, spec)

@@ -83,7 +83,7 @@ class MomentSource(ABC):
 
     def splice(self) -> tuple[MomentQuery, Features, Features]:
         """Returns a query about a new video and the features of both; what :meth:`MomentDataset.splice` asks for."""
-        raise DataError(f"{type(self).__name__} can't splice videos, since it knows no pieces; set augment.splice to 0")
+        raise DataError(f"{type(self).__name__} can't splice videos, since it has no pieces; set augment.splice to 0")
 
 
 class MomentDataset:

@@ -42,7 +42,7 @@ def create_moment_dataset(spec: str, split: str) -> MomentDataset:
         Queries, and their features to :meth:`~MomentDataset.read`.
 
     Raises:
-        DataError: the specification, the folder or the split does not exist, or the files are not what they should be.
+        DataError: the specification, the folder or the split does not exist, or the files are invalid.
     """
     return MomentDataset(_source(spec, split), spec)
 
@@ -65,7 +65,7 @@ def _source(spec: str, split: str) -> MomentSource:
             return tvsum(Path(rest), split)
         case "grid":
             return _grid(rest, split)
-    raise DataError(f"{spec!r} is no data set of moments; write {_GRAMMAR}")
+    raise DataError(f"{spec!r} is not a data set of moments; write {_GRAMMAR}")
 
 
 def _grid(rest: str, split: str) -> MomentSource:

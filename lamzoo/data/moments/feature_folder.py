@@ -1,4 +1,4 @@
-"""Features in npz files, one for each video or query, as QVHighlights' models hand them out."""
+"""Features in npz files, one for each video or query, as QVHighlights' models distribute them."""
 
 from __future__ import annotations
 

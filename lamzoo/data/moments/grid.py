@@ -99,5 +99,5 @@ class GridMoments(MomentSource):
 
 
 def grid(root: Path, split: str, modalities: Modalities, seconds: tuple[float, float]) -> GridMoments:
-    """Opens GRID's words as moments; arguments and errors as of :class:`GridTokens` and :class:`GridMoments`."""
+    """Opens GRID's words as moments; arguments and errors as for :class:`GridTokens` and :class:`GridMoments`."""
     return GridMoments(GridTokens(root, split, modalities), seconds)

@@ -58,7 +58,7 @@ def qvhighlights(root: Path, split: str) -> FolderSource:
         split: ``train``, ``validation`` or ``test``.
 
     Raises:
-        DataError: there is no such folder, file or split, or a line is not as it should be.
+        DataError: there is no such folder, file or split, or a line is invalid.
     """
     check_folder(root)
     names = {
@@ -109,7 +109,7 @@ def tvsum(root: Path, split: str, domain: str | None = None) -> FolderSource:
         domain: one of the ten, such as ``BK``; all by default.
 
     Raises:
-        DataError: there is no such folder, file, split or domain, or a line is not as it should be.
+        DataError: there is no such folder, file, split or domain, or a line is invalid.
     """
     check_folder(root)
     there = {name: path for name in ("train", "val") if (path := _first(root, (f"tvsum_{name}",))) is not None}
@@ -119,7 +119,7 @@ def tvsum(root: Path, split: str, domain: str | None = None) -> FolderSource:
         fields = {"qid": str, "query": str, "vid": str, "duration": int | float, "label": list, "domain": str}
         check_fields(line, fields, where)
         if not is_grid(line["label"]):
-            raise DataError(f"{where} has a label that is no list of clips, each with as many grades as the others")
+            raise DataError(f"{where} has a label that is not a list of clips, each with as many grades as the others")
     domains = sorted({line["domain"] for line, _ in lines})
     if domain is not None and domain not in domains:
         raise DataError(f"{there[found]} has no domain {domain!r}; it has {', '.join(domains)}")
@@ -147,7 +147,7 @@ def charades(root: Path, split: str) -> FolderSource:
         split: ``train`` or ``test``.
 
     Raises:
-        DataError: there is no such folder, file or split, a line is not as it should be, or a video has no duration.
+        DataError: there is no such folder, file or split, a line is invalid, or a video has no duration.
     """
     check_folder(root)
     there = {name: path for name in ("train", "test") if (path := root / f"charades_sta_{name}.txt").is_file()}
@@ -196,7 +196,7 @@ def read_queries(path: Path) -> dict[int | str, str]:
     """Reads the sentences of a file like QVHighlights': JSON lines with ``qid`` and ``query``, ``.gz`` or not.
 
     Raises:
-        DataError: the file can't be read, has no query, a line is not as it should be, or one is listed twice.
+        DataError: the file can't be read, has no query, a line is invalid, or one is listed twice.
     """
     found: dict[int | str, str] = {}
     for line, where in read_json_lines(path):

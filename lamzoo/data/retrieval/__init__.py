@@ -1,4 +1,4 @@
-"""Videos with captions from any of the layouts people keep them in, as one kind of data set; knows no model."""
+"""Videos with captions from any of the layouts people keep them in, as one kind of data set."""
 
 from typing import TYPE_CHECKING
 

@@ -32,7 +32,7 @@ class VideoSource(ABC):
         Args:
             index: into ``videos``.
             sampling: which frames.
-            threads: for decoding, where that has threads; as of :func:`lamzoo.data.video.reader.read_video`.
+            threads: for decoding, where that has threads; see :func:`lamzoo.data.video.reader.read_video`.
         """
 
     @abstractmethod
@@ -50,7 +50,7 @@ class VideoSource(ABC):
             phrase: take one or more neighbouring pieces, which is a shorter video, in place of all.
 
         Returns:
-            The video and its caption; ``None`` where the layout knows no pieces.
+            The video and its caption; ``None`` where the layout has no pieces.
         """
         return None
 
@@ -67,7 +67,7 @@ class CaptionedVideos:
         texts: the captions of all videos, stripped; those of one video stand together, in the order of the videos.
         video_of_text: for each text the index of its video.
         source: where the videos are.
-        threads: for decoding a video, as of :func:`lamzoo.data.video.reader.read_video`; 1 unless it is set.
+        threads: for decoding a video, as for :func:`lamzoo.data.video.reader.read_video`; 1 unless it is set.
 
     Args:
         source: where videos and captions come from.
@@ -115,11 +115,11 @@ class CaptionedVideos:
             phrase: take one or more neighbouring pieces, which is a shorter video, in place of all.
 
         Raises:
-            DataError: the layout knows no pieces of its videos, or one cannot be read.
+            DataError: the layout has no pieces of its videos, or one cannot be read.
         """
         made = self.source.splice(range(len(self)), sampling, phrase)
         if made is None:
-            raise DataError(f"{self.spec} knows no pieces of its videos to splice; only grid: does")
+            raise DataError(f"{self.spec} has no pieces of its videos to splice; only grid: does")
         return made
 
     def texts_of(self, index: int) -> list[int]:

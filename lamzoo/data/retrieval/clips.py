@@ -85,7 +85,7 @@ def pad_clips(clips: Sequence[Tensor], frames: int | None = None) -> tuple[Tenso
         frames: length of the batch; by default that of the longest video.
 
     Returns:
-        ``(B, F, 3, H, W)``, zeros where a video has ended, and ``(B, F)``, bool, True where it has not.
+        ``(B, F, 3, H, W)``, zeros after the end of a video, and ``(B, F)``, bool, True for frames of the video.
     """
     longest = max(map(len, clips)) if frames is None else frames
     batch = clips[0].new_zeros(len(clips), longest, *clips[0].shape[1:])

@@ -16,7 +16,7 @@ from lamzoo.data.retrieval.shards import ShardSource
 from lamzoo.data.splits import check_whole
 from lamzoo.errors import DataError
 
-#: What stands before the colon for layouts that are of videos alone; ``wds`` may be of images, too.
+#: Kinds of data specifications that are of videos only; ``wds`` may be of images too.
 VIDEO_KINDS = ("msrvtt", "msvd", "videos", "grid", "flickr8k")
 
 _GRAMMAR = "msrvtt:DIR[:9k|7k], msvd:DIR, videos:DIR, wds:SHARDS, grid:DIR[:VIEW] or flickr8k:DIR"
@@ -28,7 +28,7 @@ def create_retrieval_dataset(spec: str, split: str) -> CaptionedVideos:
     Args:
         spec: one of
 
-            - ``msrvtt:DIR`` or ``msrvtt:DIR:7k``: MSR-VTT as it is handed out, trained on the list of 9,000 or of 7,010
+            - ``msrvtt:DIR`` or ``msrvtt:DIR:7k``: MSR-VTT's official layout, trained on the list of 9,000 or of 7,010
               videos; see :class:`lamzoo.data.retrieval.msrvtt.MsrvttSource`, also for what its validation split is.
             - ``msvd:DIR``: MSVD in CLIP4Clip's layout; see :class:`lamzoo.data.retrieval.msvd.MsvdSource`.
             - ``videos:DIR``: a folder of videos with ``DIR/captions.csv``, whose columns are ``video``, ``caption``
@@ -46,7 +46,7 @@ def create_retrieval_dataset(spec: str, split: str) -> CaptionedVideos:
         Videos to :meth:`~CaptionedVideos.read`, and their captions.
 
     Raises:
-        DataError: the specification, the folder or the split does not exist, the files are not what they should be, or
+        DataError: the specification, the folder or the split does not exist, the files are invalid, or
             a video is missing or has no caption.
     """
     source = _source(spec, split)
@@ -76,7 +76,7 @@ def _source(spec: str, split: str) -> VideoSource:
             return GridSource(folder, split, cast(GridView, view))
         case "flickr8k":
             return Flickr8kSource(Path(rest), split)
-    raise DataError(f"{spec!r} is no data set of videos with captions; write {_GRAMMAR}")
+    raise DataError(f"{spec!r} is not a data set of videos with captions; write {_GRAMMAR}")
 
 
 def _option(rest: str, options: tuple[str, ...], what: str) -> tuple[Path, str]:

@@ -20,7 +20,7 @@ from lamzoo.errors import DataError
 
 GridView = Literal["mouth", "face", "lips", "motion"]
 
-_RATE = 25  # frames a second of the corpus
+_RATE = 25  # frames per second of the corpus
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ _LAYOUTS: dict[str, _Layout] = {
 class GridSource(VideoSource):
     """``captions.jsonl`` (``id``, ``n_frames``, ``text``, ``split``, ``words``) and ``mouth.npz`` or ``face.npz``.
 
-    The mouth is grey, 80 x 48 pixels at 25 frames a second; the lips are 48 x 32 pixels of its middle, and their motion
-    is each frame's difference from the clip's mean. The face has colours, 64 x 64 pixels at 5 frames a second, its
+    The mouth is grey, 80 x 48 pixels at 25 fps; the lips are 48 x 32 pixels of its middle, and their motion
+    is each frame's difference from the clip's mean. The face has colours, 64 x 64 pixels at 5 frames per second, its
     first frame 0.08 s after the clip's. A frame's time is its number in the clip over 25.
 
     Args:
@@ -74,7 +74,7 @@ class GridSource(VideoSource):
         view: what is seen.
 
     Raises:
-        DataError: there is no such folder, file or split, or the files do not fit each other.
+        DataError: there is no such folder, file or split, or the files are inconsistent.
     """
 
     def __init__(self, root: Path, split: str, view: GridView = "mouth") -> None:

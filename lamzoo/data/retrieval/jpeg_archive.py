@@ -58,11 +58,11 @@ class JpegLines(CaptionLines):
         root: the folder with ``captions.jsonl`` and the archive.
         archive: the archive's name: an npz with ``jpeg`` (uint8, the files one after the other) and ``offsets``
             (integers, N + 1), file i for line i.
-        fields: as of :class:`CaptionLines`.
+        fields: see :class:`CaptionLines`.
         split: likewise.
 
     Raises:
-        DataError: there is no such folder, file or split, or the files do not fit each other.
+        DataError: there is no such folder, file or split, or the files are inconsistent.
     """
 
     def __init__(self, root: Path, archive: str, fields: Mapping[str, type], split: str) -> None:

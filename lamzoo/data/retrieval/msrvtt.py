@@ -1,4 +1,4 @@
-"""MSR-VTT as it is handed out, with the split files of CLIP4Clip and JSFusion."""
+"""MSR-VTT in its official layout, with the split files of CLIP4Clip and JSFusion."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class MsrvttSource(FileSource):
         training: which list says what belongs to ``train``.
 
     Raises:
-        DataError: there is no such folder, split or file, a file is not as it should be, or a video has no caption or
+        DataError: there is no such folder, split or file, a file is invalid, or a video has no caption or
             no file, or several.
     """
 
@@ -65,7 +65,7 @@ def read_test_pairs(path: Path) -> list[tuple[str, str]]:
     """Reads ``MSRVTT_JSFUSION_test.csv``: the id of a video and a sentence in each line.
 
     Raises:
-        DataError: it is no CSV with the columns ``video_id`` and ``sentence``, or a cell of them is empty.
+        DataError: it is not a CSV file with the columns ``video_id`` and ``sentence``, or a cell of them is empty.
     """
     return [(row["video_id"], row["sentence"]) for row in read_table(path, ("video_id", "sentence"))]
 
@@ -74,7 +74,7 @@ def read_video_ids(path: Path) -> list[str]:
     """Reads ``MSRVTT_train.9k.csv`` or its like: the id of a video in each line.
 
     Raises:
-        DataError: it is no CSV with the column ``video_id``, or one is empty.
+        DataError: it is not a CSV file with the column ``video_id``, or one is empty.
     """
     return [row["video_id"] for row in read_table(path, ("video_id",))]
 

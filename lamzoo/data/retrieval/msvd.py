@@ -24,7 +24,7 @@ class MsvdSource(FileSource):
 
     The lists are ``train_list.txt`` (1,200 videos), ``val_list.txt`` (100) and ``test_list.txt`` (670), one id a line.
     ``raw-captions.json`` holds the captions, some 40 of a video: ``{id: [caption, ...]}``, each a text or a list of
-    words. CLIP4Clip hands them out as the pickle ``raw-captions.pkl``, which lamzoo never opens, as a pickle may run
+    words. CLIP4Clip distributes them as the pickle ``raw-captions.pkl``, which lamzoo never opens, as a pickle may run
     any code; the error about the missing JSON has the line that converts it. Videos are ``ID.avi``, or with another
     extension, in ``YouTubeClips``, ``MSVD_Videos``, ``videos`` or anywhere else below the folder.
 
@@ -33,7 +33,7 @@ class MsvdSource(FileSource):
         split: ``train``, ``validation`` or ``test``.
 
     Raises:
-        DataError: there is no such folder, split or file, a file is not as it should be, or a video has no caption or
+        DataError: there is no such folder, split or file, a file is invalid, or a video has no caption or
             no file, or several.
     """
 

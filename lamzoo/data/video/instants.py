@@ -1,4 +1,4 @@
-"""Which frames of a video stand for its clips, and which for spans of it: pure arithmetic; knows no file format."""
+"""The frames that represent the clips of a video, or spans of it: pure arithmetic."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ClipMiddles(FrameSampling):
     ``fps=0.5``: a frame for each clip of 2 seconds. A last clip of which the video has less than half is none.
 
     Attributes:
-        fps: clips a second.
+        fps: clips per second.
         max_frames: how many clips at most, from ``first`` on; None for all.
         first: the clip to begin with, from 0.
 

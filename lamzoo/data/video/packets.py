@@ -1,4 +1,4 @@
-"""What the packets of a video say: when its frames appear and where decoding can start; decodes nothing."""
+"""What the packets of a video say: when its frames appear and where decoding can start."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _OPEN_ENDED = ("mpegts", "mpeg", "asf")  # that do not know where they should en
 
 
 class UnreadableVideo(Exception):
-    """What is wrong with a video, in a few words."""
+    """Why a video is unreadable, in a few words."""
 
 
 class KeyPacket(NamedTuple):
@@ -159,7 +159,7 @@ def read_index(container: InputContainer, stream: VideoStream, path: Path) -> Pa
 
 
 def is_flush(packet: Packet) -> bool:
-    """Says whether a packet is none of the file's: PyAV adds one to empty the decoder."""
+    """Returns whether a packet is none of the file's: PyAV adds one to empty the decoder."""
     return packet.size == 0 and packet.dts is None
 
 

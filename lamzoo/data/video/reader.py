@@ -75,7 +75,7 @@ class VideoInfo:
         duration: seconds from the first frame's appearance to the last one's end.
         width: of the upright picture, in pixels.
         height: likewise.
-        frame_rate: frames a second, on average; 0 for a video without duration.
+        frame_rate: frames per second, on average; 0 for a video without duration.
         has_audio: there is sound beside the pictures.
     """
 
@@ -104,7 +104,7 @@ def read_video(path: str | Path, sampling: FrameSampling = FrameSampling(), *, t
         The frames, their times and the video's duration.
 
     Raises:
-        DataError: there is no such file; it is no video but a still image, sound or something else; it has no frames;
+        DataError: no such file; it is not a video but a still image, sound or something else; it has no frames;
             it is cut short, or damaged in what was decoded, as far as its container or the decoder can tell: an MPEG
             transport stream that was cut between two frames is only a shorter one.
         ConfigError: a negative number of threads.
@@ -124,7 +124,7 @@ def read_video_pieces(
     piece.
 
     Args:
-        path: as of :func:`read_video`, and so the rest.
+        path: see :func:`read_video`, and so the rest.
         sampling: which frames.
         size: of a piece; None for all of them at once.
         threads: for decoding.
@@ -133,7 +133,7 @@ def read_video_pieces(
         Their next frames; of none, one empty piece.
 
     Raises:
-        DataError: as of :func:`read_video`, perhaps after some pieces.
+        DataError: see :func:`read_video`, perhaps after some pieces.
         MissingExtraError: PyAV is not installed.
     """
     with _naming(path) as file:
@@ -161,7 +161,7 @@ def probe_video(path: str | Path) -> VideoInfo:
     """Says what a video file holds: reads it through, but decodes its first frame only.
 
     Raises:
-        DataError: as of :func:`read_video`, for as much as it looks at.
+        DataError: see :func:`read_video`, for as much as it looks at.
         MissingExtraError: PyAV is not installed.
     """
     with _naming(path) as file:
@@ -228,13 +228,13 @@ def _opened(path: Path, threads: int = 1) -> Iterator[tuple[InputContainer, Vide
     except (av.error.InvalidDataError, av.error.EOFError) as error:
         is_mp4 = read_bytes(path, 8)[4:] == b"ftyp"
         no_index = "it is an MP4 without its index (moov), as of a recording or download that broke off"
-        raise UnreadableVideo(no_index if is_mp4 else "it is no video in a format that FFmpeg knows") from error
+        raise UnreadableVideo(no_index if is_mp4 else "it is not a video in a format that FFmpeg knows") from error
     with container:
         name = container.format.name
         if name == "image2" or name.endswith("_pipe"):
             raise UnreadableVideo("it is an image file")
         if name in _OTHER_FORMATS:
-            raise UnreadableVideo(f"it is no video ({container.format.long_name})")
+            raise UnreadableVideo(f"it is not a video ({container.format.long_name})")
         stream = container.streams.best("video")
         if stream is None or av.stream.Disposition.attached_pic in stream.disposition:
             raise UnreadableVideo("it holds no video stream")  # the cover of a piece of music is none
@@ -287,7 +287,7 @@ def _read_by_stamp(path: Path, index: PacketIndex, chosen: set[int], threads: in
 
     Raises:
         _Astray: the file does not keep to its index.
-        UnreadableVideo: as of :func:`_frames`; with several threads it may only be a trifle.
+        UnreadableVideo: see :func:`_frames`; with several threads it may only be a trifle.
     """
     if not index.trusted:
         raise _Astray

@@ -1,4 +1,4 @@
-"""Which frames of a video are looked at: pure arithmetic on times; knows no file format."""
+"""Selection of a video's frames: pure arithmetic on times."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class FrameSampling:
     """How a video becomes a few frames, as CLIP4Clip does it (Luo et al., arXiv 2104.08860, section 4.2).
 
     Attributes:
-        fps: frames a second that are candidates, the first one at the start; None takes every frame of the video.
+        fps: frames per second that are candidates, the first one at the start; None takes every frame of the video.
         max_frames: how many of them are kept; None keeps all.
         slicing: which ones, where there are more: the ``"head"``, the ``"middle"`` or the ``"tail"`` of the video in
             one run, or ``"uniform"``, spread over all of it.
@@ -91,7 +91,7 @@ def adjusted(
     """Returns a sampling with what is given in place of its own; ``fps=0`` means every frame.
 
     Raises:
-        ConfigError: as of :class:`FrameSampling`.
+        ConfigError: see :class:`FrameSampling`.
     """
     given: dict[str, Any] = {"max_frames": max_frames, "slicing": slicing}
     changes = {key: value for key, value in given.items() if value is not None}

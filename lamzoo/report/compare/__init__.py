@@ -1,4 +1,4 @@
-"""The comparison of measured models: results tables in, tables, plots and a page out; measures nothing."""
+"""The comparison of measured models: results tables in, tables, plots and a page out."""
 
 from typing import TYPE_CHECKING
 

@@ -23,7 +23,7 @@ class Entry:
 
     Attributes:
         row: what was measured.
-        source: the file that it stands in.
+        source: the file that contains it.
         twin: the row of its plain backbone at the same image size, scored on the same data; None for a plain model,
             and where there is no such row. One measured under the same setting comes first.
     """
@@ -183,7 +183,7 @@ def _read(paths: Sequence[str | Path], notes: list[str]) -> list[Entry]:
     if not entries:
         raise DataError(f"There is no row in {some(map(str, paths))}; `lamzoo bench` measures models into one.")
     if repeated:
-        notes.append(f"{repeated} row(s) stand in the tables twice, cell by cell, and are shown once.")
+        notes.append(f"{repeated} row(s) are in the tables twice, cell by cell, and are shown once.")
     return list(entries.values())
 
 

@@ -256,7 +256,7 @@ def pareto(items: Iterable[T], place: Callable[[T], tuple[float, float]]) -> tup
 
 
 def _uneven(entry: Entry) -> bool:
-    """Says whether the machine ran at another speed when the twin's own row was timed."""
+    """Returns whether the machine ran at another speed when the twin's own row was timed."""
     in_turns, twin = entry.row.plain_latency_ms, entry.twin
     if in_turns is None or twin is None or not twin.latency_ms or entry.setting != Entry(twin, "").setting:
         return False
@@ -294,7 +294,7 @@ def _facts(point: Point, y_label: str) -> tuple[str, ...]:
         ("GMACs", row.gmacs, row.lam_gmacs),
         ("params (M)", row.params_m, row.lam_params_m),
     ):
-        lines.append(f"{label}: {number(whole)}" + (f", {number(part)} of them the masks'" if part else ""))
+        lines.append(f"{label}: {number(whole)}" + (f", {number(part)} in masks" if part else ""))
     if row.latency_ms is not None:
         ratio = "" if row.latency_ratio is None else f", {row.latency_ratio:.2f} × without masks"
         lines += [f"latency: {row.latency_ms:.2f} ms{ratio}", setting_text(point.entry)]

@@ -1,4 +1,4 @@
-"""Draws the comparison's panels with matplotlib, without pyplot and its global state; knows no results table."""
+"""Draws the comparison's panels with matplotlib, without pyplot and its global state."""
 
 from __future__ import annotations
 

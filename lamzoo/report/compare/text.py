@@ -1,4 +1,4 @@
-"""The comparison as text: the columns of every table, Markdown and CSV; draws nothing."""
+"""The comparison as text: the columns of every table, Markdown and CSV."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Column:
     Attributes:
         heading: above it.
         cell: writes an entry's cell; empty where there is nothing to say.
-        numeric: flush right.
+        numeric: right-aligned.
         speed: belongs to the second table where one with all columns would be too wide.
     """
 
@@ -81,7 +81,7 @@ def pareto_costs(comparison: Comparison) -> dict[BenchRow, tuple[str, ...]]:
 
 
 def caption(group: Group) -> str:
-    """Says how a group was measured, as far as its rows agree."""
+    """Returns how a group was measured, as far as its rows agree."""
     facts = []
     settings = {setting_text(entry) for entry in group.entries}
     if len(settings) == 1:

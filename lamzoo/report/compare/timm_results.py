@@ -1,4 +1,4 @@
-"""timm's published results on ImageNet-1k, read from its own CSV files; knows nothing of the zoo's results."""
+"""timm's published results on ImageNet-1k, read from its own CSV files."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def read_timm(path: str | Path) -> tuple[TimmResult, ...]:
 
 
 def is_imagenet1k(data: str) -> bool:
-    """Says whether a data set's name, as ``lamzoo eval --data`` takes it, looks like ImageNet-1k.
+    """Returns whether a data set's name, as ``lamzoo eval --data`` takes it, looks like ImageNet-1k.
 
     ``imagefolder:/data/imagenet/val`` and ``hfds:ILSVRC/imagenet-1k`` do; Tiny ImageNet, Imagenette, ImageNet-100,
     ImageNet-21k and the variants (-V2, -A, -R, -C) do not.
@@ -128,5 +128,5 @@ def _number(line: dict[str, str], column: str, path: Path) -> float:
         return float(line[column].replace(",", ""))  # timm writes "1,013.01"
     except ValueError as error:
         raise DataError(
-            f"{path}: {column} of {line['model']} is {line[column]!r}, which is no number; get the file again."
+            f"{path}: {column} of {line['model']} is {line[column]!r}, which is not a number; get the file again."
         ) from error

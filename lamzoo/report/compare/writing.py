@@ -20,7 +20,7 @@ def write_comparison(comparison: Comparison, folder: str | Path) -> list[Path]:
 
     Args:
         comparison: from :func:`compare`.
-        folder: made where it is missing.
+        folder: created if missing.
 
     Returns:
         The files.

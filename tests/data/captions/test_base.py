@@ -87,9 +87,7 @@ def test_features_that_are_wrong_are_named(found: dict[str, Stream], says: str) 
 
 
 def test_a_layout_without_pieces_can_t_be_spliced() -> None:
-    with pytest.raises(
-        DataError, match=r"Source can't splice clips, since it knows no pieces; set augment\.splice to 0"
-    ):
+    with pytest.raises(DataError, match=r"Source can't splice clips, since it has no pieces; set augment\.splice to 0"):
         CaptionDataset(Source(item("a")), "x").splice()
 
 
@@ -97,7 +95,7 @@ def test_a_layout_without_pieces_can_t_be_spliced() -> None:
     ("spec", "split", "says"),
     [
         ("mad:", "val", "says mad, but not which; write mad:DIR"),
-        ("captions:x", "val", "'captions:x' is no data set of captions; write mad:DIR"),
+        ("captions:x", "val", "'captions:x' is not a data set of captions; write mad:DIR"),
         ("lsmdc:nowhere", "val", "no such folder: nowhere"),
         ("mad:nowhere:3", "val", "no such folder: nowhere"),
         ("videos:nowhere:3", "val", "no such folder: nowhere"),

@@ -174,7 +174,7 @@ def test_what_is_no_image_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_text("text")
     (tmp_path / "empty").mkdir()
     (tmp_path / "cut.jpg").write_bytes(encoded(0, 0)[:600])
-    with pytest.raises(DataError, match=r"a\.png: it is no image"):
+    with pytest.raises(DataError, match=r"a\.png: it is not an image"):
         open_image(tmp_path / "a.png")
     with pytest.raises(DataError, match=r"(?i)cut\.jpg: .*truncated"):
         open_image(tmp_path / "cut.jpg")

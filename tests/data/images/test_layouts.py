@@ -217,8 +217,8 @@ def test_transforms_are_applied(folder: Path) -> None:
     ("damage", "reason"),
     [
         (lambda path: path.write_bytes(path.read_bytes()[:500]), "(?i)truncated"),
-        (lambda path: path.write_text("I am a text"), "no image in a format"),
-        (lambda path: path.write_bytes(b""), "no image in a format"),
+        (lambda path: path.write_text("I am a text"), "not an image in a format"),
+        (lambda path: path.write_bytes(b""), "not an image in a format"),
         (lambda path: path.unlink(), "No such file"),
     ],
     ids=["truncated", "text", "empty", "gone"],

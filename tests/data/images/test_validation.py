@@ -28,7 +28,7 @@ def test_a_scan_names_each_bad_image_and_why(folder: Path, workers: int) -> None
         (0, str(folder / "blue" / "0.jpg")),
         (7, str(folder / "red" / "1.jpg")),
     ]
-    assert bad[0].reason == "it is no image in a format that Pillow knows"
+    assert bad[0].reason == "it is not an image in a format that Pillow knows"
     assert "truncated" in bad[1].reason.lower()
     assert seen[-1] == (9, 9)
 

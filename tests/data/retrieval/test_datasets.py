@@ -222,8 +222,8 @@ def test_some_videos_keep_all_their_captions(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("nowhere", "is no data set of videos with captions; write msrvtt:DIR"),
-        ("imagefolder:EMPTY", "is no data set of videos with captions"),
+        ("nowhere", "is not a data set of videos with captions; write msrvtt:DIR"),
+        ("imagefolder:EMPTY", "is not a data set of videos with captions"),
         ("msvd:", "says msvd, but not which"),
         ("grid", "says grid, but not which"),
         ("msrvtt:nowhere", "no such folder: nowhere"),

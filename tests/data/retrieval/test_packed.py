@@ -222,8 +222,8 @@ def test_flickr8k_is_videos_of_one_frame_with_five_captions(flickr: Path) -> Non
         ('{"image": "a", "split": "test", "captions": [3]}', "captions of 'a' in .* are not all texts"),
         ('{"image": "a", "split": "test", "captions": [" "]}', "caption 1 of the video 'a' of .* is empty"),
         ('{"image": "a", "split": "train", "captions": ["b"]}', "no split 'test'; it has 'train'"),
-        ('{"image": "a"', "line 1 of .* is no JSON"),
-        ("3", "line 1 of .* is no JSON object"),
+        ('{"image": "a"', "line 1 of .* is not JSON"),
+        ("3", "line 1 of .* is not a JSON object"),
         ('{"image": "a", "split": "test", "captions": ["b"]}\n' * 2, "in 2 steps for the 2 lines"),
     ],
 )

@@ -298,11 +298,11 @@ def test_a_relative_path_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_what_is_no_video_is_named(tmp_path: Path) -> None:
     contents: dict[str, tuple[bytes, str]] = {
         "empty.mp4": (b"", "it is empty"),
-        "page.mp4": (b"<!DOCTYPE html><html>404 not found</html>", "no video in a format that FFmpeg knows"),
-        "noise.mkv": (np.random.default_rng(0).bytes(20_000), "no video in a format that FFmpeg knows"),
-        "notes.txt": (b"some notes\n" * 50, "it is no video"),
+        "page.mp4": (b"<!DOCTYPE html><html>404 not found</html>", "not a video in a format that FFmpeg knows"),
+        "noise.mkv": (np.random.default_rng(0).bytes(20_000), "not a video in a format that FFmpeg knows"),
+        "notes.txt": (b"some notes\n" * 50, "it is not a video"),
         "list.m3u8": (b"#EXTM3U\n#EXTINF:9,\nhttp://127.0.0.1:9/a.ts\n#EXT-X-ENDLIST\n", "cannot read the video"),
-        "list.mp4": (b"ffconcat version 1.0\nfile notes.txt\n", "it is no video"),
+        "list.mp4": (b"ffconcat version 1.0\nfile notes.txt\n", "it is not a video"),
         "photo.jpg": (encoded(0, 0), "it is an image file"),
         "photo.mp4": (encoded(0, 0), "it is an image file"),
         "photo.png": (encoded(0, 0, "PNG"), "it is an image file"),
@@ -363,7 +363,7 @@ def test_what_was_cut_short_is_named_whatever_is_read(
     path.write_bytes(content[: int(len(content) * part) | 1])
     for threads in (1, 2):
         with pytest.raises(
-            DataError, match=rf"{path.name}: it is (cut short|damaged|an MP4 without|no video in a format)"
+            DataError, match=rf"{path.name}: it is (cut short|damaged|an MP4 without|not a video in a format)"
         ):
             read_video(path, sampling, threads=threads)
 
@@ -506,7 +506,7 @@ def test_workers_read_what_the_main_process_reads(tmp_path: Path, context: str) 
     loader = DataLoader(clips, batch_size=None, num_workers=1, multiprocessing_context=context)
     *there, bad = [item if isinstance(item, str) else np.asarray(item) for item in loader]
     assert all((one == other).all() for one, other in zip(here, there, strict=True))
-    assert bad == "it is no video in a format that FFmpeg knows"
+    assert bad == "it is not a video in a format that FFmpeg knows"
 
 
 def test_ffmpegs_own_words_do_not_reach_the_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
