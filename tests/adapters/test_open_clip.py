@@ -29,6 +29,7 @@ from open_clip.transformer import (  # noqa: E402
 
 from lamzoo import adapters  # noqa: E402
 from lamzoo.adapters import add_lam, capture_masks, lam_state_dict, load_lam_state_dict, remove_lam  # noqa: E402
+from lamzoo.adapters.hosts import token_layout  # noqa: E402
 from lamzoo.adapters.mha import LamMultiheadAttention  # noqa: E402
 from lamzoo.errors import ConfigError, UnsupportedHostError  # noqa: E402
 from lamzoo.lam import Lam, LamConfig  # noqa: E402
@@ -463,6 +464,16 @@ def test_mask_multiplies_the_scores() -> None:
     scores = q @ k.mT / 2 * attn.lam(x, x).dense()
     expected = attn.out_proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
     torch.testing.assert_close(block.attention(x), expected)
+
+
+def test_token_layouts_are_those_of_the_towers() -> None:
+    model = add_lam(_clip("ViT-B-32"))
+    image = token_layout(model, "visual.transformer.resblocks.1.attn")
+    assert (image.length, image.num_prefix_tokens, image.grid) == (17, 1, (4, 4))
+    assert image.pooling is not None
+    assert (image.pooling.blocks, image.pooling.kind) == ("visual.transformer.resblocks", "token")
+    text = token_layout(model, "transformer.resblocks.0.attn")
+    assert (text.length, text.grid, text.pooling) == (9, None, None)
 
 
 def test_multimodal_decoder_alone_is_served() -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import lamzoo
-from lamzoo.adapters.wrappers import full_state_dict, unwrap
+from lamzoo.adapters.wrappers import full_state_dict, is_sharded, unwrap
 from lamzoo.errors import ConfigError, UnsupportedHostError
 from lamzoo.evaluation.classification.prediction import label_names
 from lamzoo.evaluation.runtime import data_config
@@ -159,6 +159,18 @@ def test_a_model_with_compiled_parts_gets_no_masks() -> None:
         match=r"blocks\.0 of the model \(timm\..*\.VisionTransformer\) is compiled",
     ):
         lamzoo.add_lam(compiled_blocks(lamzoo.remove_lam(create())))
+
+
+def test_a_sharded_model_is_recognised_without_its_state_dict() -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError("a state dict was built")
+
+    models = {wrap: wrap(create()) for wrap in (fsdp2, ddp, nn.DataParallel)}
+    for model in models.values():
+        model.register_state_dict_pre_hook(fail)
+        with torch.no_grad():
+            model(IMAGE)  # after which the parameters of FSDP2's root module are gathered
+    assert [is_sharded(unwrap(model)) for model in models.values()] == [True, False, False]
 
 
 def test_fsdp1_is_refused_in_one_sentence(tmp_path: Path) -> None:

@@ -316,6 +316,13 @@ def test_greedy_takes_the_likeliest_token_each_time() -> None:
     assert found.tokens == [token for token in tokens[1:] if token != described.tokenizer.eot_token_id]
 
 
+def test_the_old_name_of_the_decoding_settings_still_works() -> None:
+    described, batch = model("describer_micro"), streams(1)
+    with pytest.warns(DeprecationWarning, match="use generation="):
+        found = described.generate(batch, how=GenerationConfig(max_length=4))
+    assert found == described.generate(batch, generation=GenerationConfig(max_length=4))
+
+
 def test_a_small_nucleus_is_greedy_and_seeds_decide_a_large_one() -> None:
     described, batch = model("describer_micro"), streams(2)
     assert [t.tokens for t in described.generate(batch, generation=GenerationConfig(top_p=1e-6))] == [

@@ -50,7 +50,7 @@ class SequentialHead(nn.Module):
         _initialise(self.transformer, self.embedding)
 
     def forward(self, frames: Tensor, frame_mask: Tensor) -> Tensor:
-        """Returns video embeddings ``(B, D)`` of ``max_frames`` frames ``(B, F, D)`` or fewer and their mask ``(B, F)``."""
+        """Returns video embeddings ``(B, D)`` for up to ``max_frames`` frames ``(B, F, D)`` and a mask ``(B, F)``."""
         tokens = frames + self.embedding[: frames.shape[1]].to(frames.dtype)
         tokens = self.transformer(tokens, attn_mask=_padding_bias(frame_mask, self.transformer, tokens.dtype))
         return _mean(frames + tokens, frame_mask)
