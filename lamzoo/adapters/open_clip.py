@@ -130,7 +130,7 @@ def _check_blocks(path: str, host: nn.Module) -> None:
         if not isinstance(block, _BLOCKS):
             raise UnsupportedHostError(
                 f"{path}.resblocks.{index} ({class_name(block)}) can't carry a learnable mask; in open_clip's models, "
-                f"add_lam serves {' and '.join(map(class_name, _BLOCKS))}."
+                f"add_lam supports {' and '.join(map(class_name, _BLOCKS))}."
             )
 
 

@@ -195,7 +195,7 @@ class TimmAdapter(TakeoverAdapter):
         return found
 
 
-_SERVED = f"in timm's models, add_lam serves blocks with {', '.join(map(class_name, TimmAdapter.takeovers))}."
+_SERVED = f"in timm's models, add_lam supports blocks with {', '.join(map(class_name, TimmAdapter.takeovers))}."
 
 
 def _named(path: str, module: nn.Module) -> str:
