@@ -9,9 +9,7 @@ file. The registry entry is printed, for ``registry/*.toml``.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,15 +19,10 @@ import timm
 import torch
 
 import lamzoo
-from lamzoo.data import create_dataset
-from lamzoo.data.captions import create_caption_dataset
-from lamzoo.data.moments import create_moment_dataset
-from lamzoo.data.retrieval import create_retrieval_dataset
-from lamzoo.evaluation import evaluate, evaluate_moments
-from lamzoo.evaluation.captions.evaluate import evaluate_captions
-from lamzoo.evaluation.retrieval.evaluate import evaluate_retrieval
-from lamzoo.evaluation.retrieval.metrics import WAYS
+from lamzoo import records
+from lamzoo.errors import DataError
 from lamzoo.registry.cards import data_dir
+from lamzoo.tasks import EvalRequest, find_task
 from lamzoo.training import load_recipe, parse_recipe
 from lamzoo.weights.files import write_state_dict
 
@@ -66,8 +59,8 @@ rounds differently), the second wrote the weights and this card, the third gives
 
 {source}
 
-The {watched} split was scored after {looks} to watch the run; the weights are those of the last epoch{ema},
-not of the best.{chosen}
+The {watched} split was scored after {looks} to watch the run; the weights are
+{kept}{ema}.{chosen}
 
 ## Limits
 
@@ -78,7 +71,7 @@ Predictions carry whatever biases the data set has.
 
 @dataclass(frozen=True)
 class Measured:
-    """What the written weights are worth, in the words of their task.
+    """The scores of the written weights, as a model card says them.
 
     Attributes:
         rows: of the card's table: what, and its value.
@@ -86,8 +79,8 @@ class Measured:
         samples: what was scored.
         size: of the input.
         command: gives the scores back.
-        limits: what the model can't do.
-        pretrained_cfg: what the tag says beyond the model's card.
+        limits: of the model.
+        pretrained_cfg: keys that the tag adds to the model's card.
     """
 
     rows: Mapping[str, str]
@@ -99,7 +92,7 @@ class Measured:
     pretrained_cfg: Mapping[str, Any]
 
 
-_TEXTS = tomllib.loads((Path(__file__).parent / "cards.toml").read_text(encoding="utf-8"))
+_TEXTS = records.read_table(Path(__file__).parent / "cards.toml", what="Cards")
 
 
 def main() -> None:
@@ -113,7 +106,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     recipe = json.loads((arguments.run / "recipe.json").read_text(encoding="utf-8"))
-    rows = list(csv.DictReader((arguments.run / "metrics.csv").open(encoding="utf-8")))
+    columns, rows = records.read_lines(arguments.run / "metrics.csv", what="log")
     epochs = parse_recipe(recipe).schedule.total_epochs
     if len(rows) != epochs:
         parser.error(f"{arguments.run} has {len(rows)} of {epochs} epochs; finish it first")
@@ -126,9 +119,7 @@ def main() -> None:
     if pruning is not None:
         options = pruning.to_dict()
         lamzoo.prune_tokens(model, options.pop("keep"), options.pop("at"), **options)
-    measured = MEASURES[recipe["task"]](
-        model, f"{name}.{arguments.tag}", recipe, arguments.split, trained.pretrained_cfg
-    )
+    measured = measure(model, f"{name}.{arguments.tag}", recipe, arguments.split, trained.pretrained_cfg)
     profile = lamzoo.profile(model)
     data, chosen = _TEXTS["data"][arguments.tag], _TEXTS["models"].get(f"{name}.{arguments.tag}")
     dataset = data["name"]
@@ -165,9 +156,10 @@ def main() -> None:
         train=f"lamzoo train {published}{overrides}",
         run=run,
         command=measured.command,
-        minutes=float(rows[-1]["train_seconds"]) / 60,
+        minutes=float(rows[-1][1][columns.index("train_seconds")]) / 60,
         source="\n\n".join(data[part].strip() for part in ("text", recipe["task"]) if part in data),
         chosen=f" {chosen['text'].strip()}" if chosen else "",
+        kept=_kept(arguments.run, epochs),
         looks="each epoch" if interval == 1 else f"every {interval} epochs",
         ema=", averaged (EMA)" if recipe["run"].get("ema_decay") else "",
         limits=measured.limits,
@@ -184,111 +176,54 @@ recipe = "{published}{overrides}"
 
 [models.{name}.tags.{arguments.tag}.metrics]
 dataset = "{dataset}, {arguments.split} split"
-{_toml(measured.metrics)}
+{records.to_toml(measured.metrics).rstrip()}
 command = "{measured.command}"
 """
     )
     if pruning is not None:
-        print(f"[models.{name}.tags.{arguments.tag}.prune]\n{_toml(pruning.to_dict())}\n")
+        print(f"[models.{name}.tags.{arguments.tag}.prune]\n{records.to_toml(pruning.to_dict())}")
     if measured.pretrained_cfg:
-        print(f"[models.{name}.tags.{arguments.tag}.pretrained_cfg]\n{_toml(measured.pretrained_cfg)}")
+        print(f"[models.{name}.tags.{arguments.tag}.pretrained_cfg]\n{records.to_toml(measured.pretrained_cfg)}")
 
 
-def measure_images(
-    model: Any, name: str, recipe: Mapping[str, Any], split: str, trained_cfg: Mapping[str, Any]
-) -> Measured:
-    """Scores a classifier on a split of the data that it was trained on."""
-    source, labels = recipe["data"]["source"], trained_cfg["label_names"]
-    result = evaluate(model, create_dataset(source, split), device="cpu")
-    size = model.pretrained_cfg["input_size"][-1]
-    separator = "; " if any("," in label for label in labels) else ", "
+def measure(model: Any, name: str, recipe: Mapping[str, Any], split: str, trained_cfg: Mapping[str, Any]) -> Measured:
+    """Scores a model on a split of the data that it was trained on.
+
+    Args:
+        model: of the written weights.
+        name: its ``arch.tag``.
+        recipe: that trained it, as nested values.
+        split: of the recipe's data.
+        trained_cfg: the ``pretrained_cfg`` of the trained model; a classifier's has ``label_names``.
+    """
+    task, source = find_task(recipe["task"]), recipe["data"]["source"]
+    found = task.load("evaluate")(model, task.open_split(source, split), EvalRequest(batch_size=32, device="cpu"))
+    scores = {metric: value for metric in task.metrics if (value := metric.of(found.scores)) is not None}
+    size, limits, labels = task.load("describe_input")(model), "", trained_cfg.get("label_names")
+    if labels:
+        separator = "; " if any("," in label for label in labels) else ", "
+        limits = (
+            f" It sees\n{size.removesuffix(' px')} pixels and answers any picture at all with one of {len(labels)} "
+            f"classes:\n{separator.join(labels)}."
+        )
     return Measured(
-        rows={"top-1": f"{result.top1:.2f} %", "top-5": f"{result.top5:.2f} %"},
-        metrics={"top1": round(result.top1, 2), "top5": round(result.top5, 2)},
-        samples=f"{result.samples:,} images",
-        size=f"{size} px",
+        rows={metric.heading: metric.text(value) for metric, value in scores.items()},
+        metrics={metric.column: round(value, max(2, metric.decimals)) for metric, value in scores.items()},
+        samples=found.samples,
+        size=size,
         command=f"lamzoo eval {name} --data {source} --split {split}",
-        limits=(
-            f" It sees\n{size} pixels and answers any picture at all with one of {len(labels)} classes:\n"
-            f"{separator.join(labels)}."
-        ),
-        pretrained_cfg={"label_names": labels},
+        limits=limits,
+        pretrained_cfg={"label_names": labels} if labels else {},
     )
 
 
-def measure_retrieval(
-    model: Any, name: str, recipe: Mapping[str, Any], split: str, trained_cfg: Mapping[str, Any]
-) -> Measured:
-    """Scores a retrieval model on a split of the data that it was trained on."""
-    source = recipe["data"]["source"]
-    result = evaluate_retrieval(model, create_retrieval_dataset(source, split), device="cpu")
-    height, width = model.image_size
-    ranks = "R@1 {R1:.1f} %, R@5 {R5:.1f} %, R@10 {R10:.1f} %, median rank {MedianR:g}"
-    keys = ("R1", "R5", "R10", "MedianR")
-    return Measured(
-        rows={text: ranks.format(**result.metrics[way]) for way, text in WAYS.items()},
-        metrics={f"{way}_{key}": round(result.metrics[way][key], 2) for way in WAYS for key in keys},
-        samples=f"{result.texts:,} texts and {result.videos:,} videos",
-        size=f"{model.max_frames} frames of {width} x {height} px and one text",
-        command=f"lamzoo eval {name} --task retrieval --data {source} --split {split}",
-        limits="",
-        pretrained_cfg={},
-    )
-
-
-def measure_moments(
-    model: Any, name: str, recipe: Mapping[str, Any], split: str, trained_cfg: Mapping[str, Any]
-) -> Measured:
-    """Scores a moment model on a split of the data that it was trained on."""
-    source = recipe["data"]["source"]
-    result = evaluate_moments(model, create_moment_dataset(source, split), device="cpu")
-    scores = {"R1@0.5": "MR-full-R1@0.5", "R1@0.7": "MR-full-R1@0.7", "mAP": "MR-full-mAP"}
-    found = {what: result.metrics["brief"][key] for what, key in scores.items()}
-    return Measured(
-        rows={what: f"{value:.2f} %" for what, value in found.items()},
-        metrics={what.replace("@0.", "_0"): value for what, value in found.items()},
-        samples=f"{result.queries:,} queries",
-        size=f"{model.max_clips} clips of {model.video_dim} features and {model.max_words} words of {model.text_dim}",
-        command=f"lamzoo eval {name} --task moments --data {source} --split {split}",
-        limits="",
-        pretrained_cfg={},
-    )
-
-
-def measure_captions(
-    model: Any, name: str, recipe: Mapping[str, Any], split: str, trained_cfg: Mapping[str, Any]
-) -> Measured:
-    """Scores a describer on a split of the data that it was trained on; it writes greedily."""
-    source = recipe["data"]["source"]
-    result = evaluate_captions(model, create_caption_dataset(source, split), device="cpu")
-    found = result.metrics
-    inputs = [f"{rate:g} tokens of {name} ({model.features[name]} wide)" for name, rate in model.rates.items()]
-    return Measured(
-        rows={
-            "word error rate": f"{found['WER']:.2f} %",
-            "sentences right": f"{found['sentence_accuracy']:.2f} %",
-            "CIDEr": f"{found['CIDEr']:.3f}",
-        },
-        metrics={key: round(found[key], 4) for key in ("WER", "sentence_accuracy", "CIDEr")},
-        samples=f"{len(result.captions):,} clips",
-        size=f"{model.seconds:g} seconds of {' and '.join(inputs)} a second, and one sentence",
-        command=f"lamzoo eval {name} --task captions --data {source} --split {split}",
-        limits="",
-        pretrained_cfg={},
-    )
-
-
-#: By the recipe's task.
-MEASURES = {
-    "classification": measure_images,
-    "retrieval": measure_retrieval,
-    "moments": measure_moments,
-    "captions": measure_captions,
-}
-
-
-def _toml(table: Mapping[str, Any]) -> str:
-    return "\n".join(f"{key} = {json.dumps(value)}" for key, value in table.items())
+def _kept(run: Path, epochs: int) -> str:
+    """Returns a clause on which epoch's weights a run has kept, of its report."""
+    report = run / "report" / "report.json"
+    if not report.is_file():
+        raise DataError(f"{report} is missing, which says which epoch's weights were kept; train with run.report=true.")
+    kept = json.loads(report.read_text(encoding="utf-8"))["epoch_kept"]
+    return "those of the last epoch" if kept == epochs else f"those of epoch {kept} of {epochs}, chosen by that split"
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any], section: str = "") -> list[str]:

@@ -35,8 +35,12 @@ class UnknownModelError(RegistryError, LookupError):
     """A model name or tag that is not registered; the message lists the closest ones."""
 
 
+class UnknownTaskError(RegistryError, LookupError):
+    """A task name that is not registered; the message lists the tasks."""
+
+
 class DuplicateModelError(RegistryError, ValueError):
-    """Two registrations of one model name."""
+    """Two registrations of one name of a model or task."""
 
 
 class WeightsError(LamzooError):
@@ -101,4 +105,13 @@ class MissingSplitError(DataError):
 
 
 class UnsplitError(MissingSplitError):
-    """A split was requested of a dataset without splits."""
+    """A split of data without splits, which can only be taken whole.
+
+    Args:
+        message: the sentence.
+        whole: the data, all of it.
+    """
+
+    def __init__(self, message: str, whole: object = None) -> None:
+        super().__init__(message)
+        self.whole = whole

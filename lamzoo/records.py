@@ -1,4 +1,4 @@
-"""Dataclasses out of TOML, JSON and CSV, each value checked against its annotation, and CSV out of dataclasses."""
+"""Dataclasses out of TOML, JSON and CSV, each value checked against its annotation, and back into CSV and TOML."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import difflib
 import json
+import re
 import tomllib
 import types
 import typing
@@ -230,6 +231,36 @@ def write_csv(
             values = row if isinstance(row, Mapping) else vars(row)
             found = ((column, values.get(column)) for column in columns)
             writer.writerow(["" if value is None else cell(column, value) for column, value in found])
+
+
+def to_toml(table: Mapping[str, Any], prefix: str = "") -> str:
+    """Writes nested plain values as TOML, a table for each mapping; entries that are None are left out.
+
+    Args:
+        table: the values; mappings inside lists are written inline.
+        prefix: the keys that lead to the table.
+    """
+    plain = {key: value for key, value in table.items() if not isinstance(value, Mapping) and value is not None}
+    tables = {key: value for key, value in table.items() if isinstance(value, Mapping)}
+    lines = [f"[{prefix}]\n"] if prefix and (plain or not tables) else []
+    lines += [f"{_key(key)} = {_toml_value(value)}\n" for key, value in plain.items()]
+    parts = ["".join(lines)] if lines else []
+    parts += [to_toml(value, f"{prefix}.{_key(key)}" if prefix else _key(key)) for key, value in tables.items()]
+    return "\n".join(parts)
+
+
+def _key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key, ensure_ascii=False)
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"{{ {', '.join(f'{_key(key)} = {_toml_value(inner)}' for key, inner in value.items())} }}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_toml_value, value))}]"
+    if isinstance(value, str):  # TOML's escapes are JSON's, but for the delete character
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return str(value).lower() if isinstance(value, bool) else repr(value)
 
 
 def _has_default(entry: dataclasses.Field[Any]) -> bool:

@@ -4,28 +4,24 @@
     python -m benchmarks.ablation.run --ablation benchmarks/ablation/grid.toml --jobs 2
     python -m benchmarks.ablation.run --rows plain base --seeds 0 --set schedule.epochs=1 --results try.csv --out try
 
-The results stand in ``benchmarks/results`` under the ablation's name. Runs go seed by seed, so that every row has as
-many seeds as the time allowed. A run that was killed goes on from its last checkpoint; one that fails is reported at
-the end, with the path of its log, and the others go on.
+The results are in ``benchmarks/results`` under the ablation's name. Runs go seed by seed, so that every row has as
+many seeds as the time allowed. A run that was killed continues from its last checkpoint; one that fails is reported at
+the end, with the path of its log, and the others continue.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import hashlib
 import json
 import os
 import subprocess
 import sys
 import threading
-import tomllib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import reduce
+from dataclasses import dataclass, field, replace
 from itertools import chain
-from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +29,10 @@ import timm
 import torch
 
 import lamzoo
-from lamzoo.files import atomic_files
+from lamzoo import records
 from lamzoo.profiling.bench import checkout_commit
 from lamzoo.profiling.latency import device_label
+from lamzoo.tasks import find_task
 from lamzoo.training import load_recipe
 from lamzoo.training.config_reader import override, read_recipe
 from lamzoo.training.recipe import AnyRecipe
@@ -43,17 +40,46 @@ from lamzoo.training.recipe import AnyRecipe
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-#: Of each task: the results' column of each score and where the run's report has it, for one split. The first counts.
-SCORES: dict[str, dict[str, tuple[str, ...]]] = {
-    "classification": {"top1": ("top1",), "eval_loss": ("loss",)},
-    "retrieval": {f"{way}_{key}": (way, key) for way in ("t2v", "v2t") for key in ("R1", "R5", "R10", "MedianR")},
-    "moments": {
-        "R1_07": ("brief", "MR-full-R1@0.7"),
-        "R1_05": ("brief", "MR-full-R1@0.5"),
-        "mAP": ("brief", "MR-full-mAP"),
-    },
-    "captions": {name: (name,) for name in ("WER", "sentence_accuracy", "CIDEr", "Bleu_4", "ROUGE_L")},
-}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of an ablation.
+
+    Attributes:
+        about: its first cell in the table.
+        set: overrides of the ablation's recipe.
+        seeds: in place of the ablation's.
+        reference: the row that it is compared with, in place of the ablation's.
+    """
+
+    about: str
+    set: list[str] = field(default_factory=list)
+    seeds: list[int] | None = None
+    reference: str | None = None
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """An ablation's file.
+
+    Attributes:
+        recipe: nested values, or the path of a recipe file beside this one.
+        rows: by name.
+        seeds: of each row.
+        reference: the row that others are compared with.
+        set: overrides that are part of the recipe.
+        columns: scores of the table, by their columns in the results; the first one counts. None for all.
+        score: the one that is compared, in place of the first.
+    """
+
+    recipe: Any
+    rows: dict[str, Row]
+    seeds: list[int]
+    reference: str
+    set: list[str] = field(default_factory=list)
+    columns: list[str] | None = None
+    score: str | None = None
 
 
 @dataclass(frozen=True)
@@ -73,16 +99,17 @@ class Run:
     sha256: str
 
 
-def read_ablation(path: Path) -> dict[str, Any]:
-    """Returns the ablation's tables ``recipe``, ``rows``, ``seeds`` and ``reference``; the first may be in a file.
+def read_ablation(path: Path) -> Ablation:
+    """Reads an ablation's file; its recipe is then nested values, with the overrides of ``set``.
 
-    What the ablation's own ``set`` changes is part of its recipe. A row may have its own ``reference`` and ``seeds``.
+    Raises:
+        DataError: the file can't be read, or a key is unknown, missing or mistyped.
     """
-    tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    if isinstance(tables["recipe"], str):
-        tables["recipe"] = read_recipe(path.parent / tables["recipe"])
-    override(tables["recipe"], tables.get("set", ()))
-    return tables
+    ablation = records.build(Ablation, records.read_table(path, what="Ablation"), source=f"{path}:")
+    if isinstance(ablation.recipe, str):
+        ablation = replace(ablation, recipe=read_recipe(path.parent / ablation.recipe))
+    override(ablation.recipe, ablation.set)
+    return ablation
 
 
 def plan(
@@ -90,20 +117,20 @@ def plan(
 ) -> list[Run]:
     """Lists the runs, seed by seed, every recipe checked; the seeds are the file's where none are given."""
     tables = read_ablation(ablation)
-    unknown = set(rows) - set(tables["rows"])
+    unknown = set(rows) - set(tables.rows)
     if unknown:
-        sys.exit(f"{ablation} has no rows {', '.join(sorted(unknown))}; it has {', '.join(tables['rows'])}.")
+        sys.exit(f"{ablation} has no rows {', '.join(sorted(unknown))}; it has {', '.join(tables.rows)}.")
     out.mkdir(parents=True, exist_ok=True)
     base = out / "recipe.json"
-    base.write_text(json.dumps(tables["recipe"], indent=2) + "\n", encoding="utf-8")
+    base.write_text(json.dumps(tables.recipe, indent=2) + "\n", encoding="utf-8")
     runs = []
-    own = {row: seeds or tables["rows"][row].get("seeds", tables["seeds"]) for row in rows}
+    own = {row: seeds or tables.rows[row].seeds or tables.seeds for row in rows}
     for seed in dict.fromkeys(chain(*own.values())):  # each once, in the order given
         for row in (row for row in rows if seed in own[row]):
             folder = json.dumps(str(out / f"{row}.seed{seed}"))
-            changes = (*tables["rows"][row].get("set", ()), *settings, f"run.seed={seed}")
+            changes = (*tables.rows[row].set, *settings, f"run.seed={seed}")
             overrides = (*changes, f"run.output={folder}")
-            runs.append(Run(row, load_recipe(base, overrides), overrides, recipe_digest(tables["recipe"], changes)))
+            runs.append(Run(row, load_recipe(base, overrides), overrides, recipe_digest(tables.recipe, changes)))
     return runs
 
 
@@ -114,8 +141,7 @@ def train(run: Run, out: Path, threads: int) -> dict[str, Any]:
     with folder.with_suffix(f"{folder.suffix}.log").open("a", encoding="utf-8") as log:
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "COLUMNS": "120"}
         subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT, env=environment)
-    with (folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
-        last = list(csv.DictReader(file))[-1]
+    *_, last = read_results(folder / "metrics.csv")
     report = json.loads((folder / "report" / "report.json").read_text(encoding="utf-8"))
     cost = lamzoo.profile(lamzoo.create_model(f"local-dir:{folder / 'model'}", pretrained=True))
     return {
@@ -143,24 +169,22 @@ def train(run: Run, out: Path, threads: int) -> dict[str, Any]:
 def final_scores(report: dict[str, Any], task: str) -> dict[str, float]:
     """Returns the scores of a run's report by column: of its last split, which is the test split where there is one."""
     *_, scores = report["scores"].values()
-    return {column: round(reduce(getitem, way, scores), 4) for column, way in SCORES[task].items()}
+    found = {metric.column: metric.of(scores) for metric in find_task(task).metrics}
+    return {column: round(value, 4) for column, value in found.items() if value is not None}
 
 
 def read_results(path: Path) -> list[dict[str, str]]:
     """Returns the lines of a results file; none if there is no file."""
     if not path.exists():
         return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    columns, lines = records.read_lines(path, what="results file")
+    return [dict(zip(columns, cells, strict=True)) for _, cells in lines]
 
 
 def add_result(path: Path, line: dict[str, Any]) -> None:
-    """Adds one line to a results file, which is replaced as a whole."""
+    """Adds one line to a results file, which is replaced as a whole; a column that is new is empty in other lines."""
     lines = [*read_results(path), line]
-    with atomic_files(lamzoo.LamzooError) as stage, stage(path).open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(line), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
+    records.write_csv(path, list(dict.fromkeys(column for each in lines for column in each)), lines)
 
 
 def main() -> None:
@@ -178,7 +202,7 @@ def main() -> None:
     tables = read_ablation(args.ablation)
     out = (args.out or ROOT / "runs" / args.ablation.stem).resolve()
     results = args.results or RESULTS / f"{args.ablation.stem}.csv"
-    runs = plan(args.ablation, out, args.rows or list(tables["rows"]), args.seeds, args.settings)
+    runs = plan(args.ablation, out, args.rows or list(tables.rows), args.seeds, args.settings)
     done = {line["recipe_sha256"] for line in read_results(results)}
     missing = [run for run in runs if run.sha256 not in done]
     print(f"{len(runs)} runs, {len(runs) - len(missing)} of them done", flush=True)
@@ -195,7 +219,7 @@ def main() -> None:
             return
         with lock:
             add_result(results, line)
-        score = next(iter(SCORES[run.recipe.task]))
+        score = tables.score or (tables.columns or [find_task(run.recipe.task).metrics[0].column])[0]
         print(f"{name}: {score} {line[score]:.2f} in {line['train_seconds']} s", flush=True)
 
     with ThreadPoolExecutor(args.jobs) as pool:

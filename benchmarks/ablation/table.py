@@ -10,15 +10,8 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.ablation.run import HERE, RESULTS, read_ablation, read_results
-
-HEADINGS = {
-    "top1": "top-1 (%)", "t2v_R1": "R@1", "t2v_R5": "R@5", "t2v_R10": "R@10", "t2v_MedianR": "MedR",
-    "v2t_R1": "video to text: R@1", "v2t_R10": "R@10", "R1_07": "R1@0.7", "R1_05": "R1@0.5", "mAP": "mAP",
-    "WER": "word error rate (%)", "sentence_accuracy": "sentences right (%)", "CIDEr": "CIDEr",
-    "Bleu_4": "BLEU-4", "ROUGE_L": "ROUGE-L",
-}  # fmt: skip
-_DECIMALS = {"CIDEr": 3, "Bleu_4": 3, "ROUGE_L": 3}  # not in percent, as the others are, which have 2
+from benchmarks.ablation.run import HERE, RESULTS, Ablation, read_ablation, read_results
+from lamzoo.tasks import MetricSpec, find_task
 
 
 def table(ablation: Path = HERE / "ablation.toml", results: Path | None = None) -> str:
@@ -36,6 +29,7 @@ def table(ablation: Path = HERE / "ablation.toml", results: Path | None = None) 
         ValueError: there are no results, or two of one row and seed, which are of different recipes.
     """
     tables = read_ablation(ablation)
+    metrics = {metric.column: metric for metric in find_task(_task(tables)).metrics}
     results = results or RESULTS / f"{ablation.stem}.csv"
     lines: dict[str, dict[int, dict[str, str]]] = {}
     for line in read_results(results):
@@ -45,40 +39,46 @@ def table(ablation: Path = HERE / "ablation.toml", results: Path | None = None) 
         of_row[seed] = line
     if not lines:
         raise ValueError(f"{results} has no results; python -m benchmarks.ablation.run makes them.")
-    columns = tables.get("columns", [column for column in line if column in HEADINGS])
-    first = tables.get("score", columns[0])
+    every = [each for of_row in lines.values() for each in of_row.values()]
+    there = [column for column in line if column in metrics and all(each[column] for each in every)]
+    columns = [column for column in tables.columns or there if column in there]
+    first = tables.score or columns[0]
     others = [column for column in columns if column != first]
-    heads = ["parameters", "GMACs", "mask GMACs", HEADINGS[first], "vs. plain"]
-    heads += [*(HEADINGS[column] for column in others), "seeds"]
+    heads = ["parameters", "GMACs", "mask GMACs", metrics[first].short, "vs. plain"]
+    heads += [*(metrics[column].short for column in others), "seeds"]
     page = [f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
-    for row, entry in tables["rows"].items():
+    for row, entry in tables.rows.items():
         if row not in lines:
             continue
-        of_row, its_reference = lines[row], entry.get("reference", tables["reference"])
+        of_row, its_reference = lines[row], entry.reference or tables.reference
         reference = lines.get(its_reference, {})
         cost = next(iter(of_row.values()))
         common = of_row.keys() & reference.keys()
         against = [float(of_row[seed][first]) - float(reference[seed][first]) for seed in sorted(common)]
         cells = [
-            entry["about"],
+            entry.about,
             f"{1e6 * float(cost['params_m']):,.0f}",
             f"{float(cost['gmacs']):.4f}",
             f"{float(cost['lam_gmacs']):.4f}",
-            _spread(first, [float(line[first]) for line in of_row.values()]),
-            "" if row == its_reference else _spread(first, against, sign="+"),
-            *(_spread(column, [float(line[column]) for line in of_row.values()]) for column in others),
+            _spread(metrics[first], [float(line[first]) for line in of_row.values()]),
+            "" if row == its_reference else _spread(metrics[first], against, sign="+"),
+            *(_spread(metrics[column], [float(line[column]) for line in of_row.values()]) for column in others),
             str(len(of_row)),
         ]
         page.append(f"| {' | '.join(cells)} |")
     return "\n".join(page) + "\n"
 
 
-def _spread(column: str, values: Sequence[float], sign: str = "") -> str:
+def _task(ablation: Ablation) -> str:
+    task: str = ablation.recipe.get("task", "classification")
+    return task
+
+
+def _spread(metric: MetricSpec, values: Sequence[float], sign: str = "") -> str:
     if not values:
         return ""
-    decimals = _DECIMALS.get(column, 2)
-    mean = f"{statistics.mean(values):{sign}z.{decimals}f}"  # z: no negative zero
-    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{decimals}f}"
+    mean = f"{statistics.mean(values):{sign}z.{metric.decimals}f}"  # z: no negative zero
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{metric.decimals}f}"
 
 
 if __name__ == "__main__":

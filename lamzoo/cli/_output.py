@@ -8,15 +8,18 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from lamzoo.tasks import ScoreTable
 
 _PIPE_WIDTH = 200  # of a table that goes into a file or another program
 _LINE_SECONDS = 15.0  # between two lines of progress, where there is no terminal, at first
@@ -61,37 +64,22 @@ def print_table(
     _stdout().print(table)
 
 
-def print_retrieval(scores: Mapping[str, Mapping[str, Mapping[str, float]]], title: str) -> None:
-    """Prints metrics of :func:`lamzoo.evaluation.retrieval_metrics` as a table, two rows for each set of metrics."""
-    from lamzoo.evaluation.retrieval.metrics import WAYS
-
-    columns = ("", "", "R@1", "R@5", "R@10", "R@50", "median rank", "mean rank")
-    keys = ("R1", "R5", "R10", "R50", "MedianR", "MeanR")
-    rows = [
-        (what, name, *(metrics[way][key] for key in keys))
-        for what, metrics in scores.items()
-        for way, name in WAYS.items()
-    ]
-    print_table(columns, rows, title=title)
-
-
-def print_moments(scores: Mapping[str, Mapping[str, Any]], title: str) -> None:
-    """Prints metrics of :func:`lamzoo.evaluation.moment_metrics`, by split."""
-    briefs = {split: metrics["brief"] for split, metrics in scores.items()}
-    keys = list(dict.fromkeys(key for brief in briefs.values() for key in brief))
-    columns = ("split", *(key.removeprefix("MR-full-").removeprefix("MR-").removeprefix("HL-min-") for key in keys))
-    print_table(columns, [(split, *(brief.get(key) for key in keys)) for split, brief in briefs.items()], title=title)
-
-
-def print_captions(scores: Mapping[str, Mapping[str, float]], title: str) -> None:
-    """Prints metrics of :func:`lamzoo.evaluation.captions.evaluate.caption_scores`, by split."""
-    keys = list(dict.fromkeys(key for metrics in scores.values() for key in metrics))
-    print_table(("split", *keys), [(split, *(m.get(key) for key in keys)) for split, m in scores.items()], title=title)
+def print_scores(table: ScoreTable, title: str) -> None:
+    """Prints scores, as of :meth:`lamzoo.tasks.Task.score_table`, below a title."""
+    print_line(title)  # as the title of so narrow a table it would be folded
+    texts = {0, *(index for index, heading in enumerate(table.columns) if not heading)}
+    numbers = [index for index in range(len(table.columns)) if index not in texts]
+    print_table(table.columns, table.rows, numbers=numbers)
 
 
 def terminal_width() -> int:
     """Returns the width of stdout in characters."""
     return _stdout().width
+
+
+def print_text(text: str) -> None:
+    """Writes text to stdout as it is."""
+    sys.stdout.write(text)
 
 
 def print_json(value: Any) -> None:

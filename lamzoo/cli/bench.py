@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -16,6 +16,7 @@ from lamzoo.errors import ConfigError
 
 if TYPE_CHECKING:
     from lamzoo.profiling.results import BenchRow
+    from lamzoo.tasks import MetricSpec
 
 
 def bench(
@@ -47,7 +48,7 @@ def bench(
     timeout: Annotated[float | None, typer.Option(min=0, help="Seconds for each model; no limit by default.")] = None,
     json: Json = False,
 ) -> None:  # fmt: skip
-    """Measures models, each in a process of its own: accuracy, GMACs, parameters, latency, throughput and memory.
+    """Measures models, each in a process of its own: score, GMACs, parameters, latency, throughput and memory.
 
     A model with masks is timed in turns with itself without them; latency_ratio is the median of those pairs. The exit
     code is 1 where a row failed; the row says why.
@@ -60,13 +61,13 @@ def bench(
     from lamzoo.profiling.job import BenchJob
     from lamzoo.profiling.latency import device_label
 
+    found = select_models(patterns, weights=data is not None, plain=plain)
     target = resolve_device(device)
     if target.type not in ("cpu", "cuda"):
         raise ConfigError(f"models are timed on cpu and cuda devices, not on {target}; say --device cpu")
     job = BenchJob(
         "",
         data=data,
-        split=_split(data, split),
         resize=img_size,
         dtype=dtype,
         device=str(target),
@@ -81,12 +82,14 @@ def bench(
         workers=workers,
         commit=checkout_commit(),
     )
+    splits = _splits(data, split, dict.fromkeys(candidate.task for candidate in found))
     jobs = [
         dataclasses.replace(
-            job, model=c.model, tag=c.tag, plain=c.plain, img_size=str(img_size) if img_size else c.img_size
+            job, model=c.model, tag=c.tag, plain=c.plain, img_size=str(img_size) if img_size else c.img_size,
+            task=c.task, split=splits[c.task],
         )
-        for c in select_models(patterns, weights=data is not None, plain=plain)
-    ]
+        for c in found
+    ]  # fmt: skip
     with out.progress_bar("bench", hidden=json) as advance:
         result = bench(jobs, output, retry_failed=retry_failed, force=force, timeout=timeout, progress=advance)
     if json:
@@ -97,35 +100,32 @@ def bench(
         raise typer.Exit(1)
 
 
-def _split(data: str | None, split: str | None) -> str | None:
-    """Opens the data, so that what is wrong with it is said before anything is measured; returns its split's name."""
-    if data is None:
-        return None
-    from lamzoo.data import create_dataset
-    from lamzoo.data.retrieval import VIDEO_KINDS, create_retrieval_dataset
-    from lamzoo.data.splits import WHOLE, open_default
+def _splits(data: str | None, split: str | None, tasks: Iterable[str]) -> dict[str, str | None]:
+    """Opens the data for each task, so that an error ends the command early; returns the split's name by task."""
+    from lamzoo.data.splits import WHOLE
+    from lamzoo.tasks import find_task
 
-    create: Any = create_retrieval_dataset if data.partition(":")[0] in VIDEO_KINDS else create_dataset
-    opener = partial(create, data)
-    return (open_default(opener, "test") if split is None else opener(split)).split or WHOLE
+    if data is None:
+        return dict.fromkeys(tasks)
+    return {task: find_task(task).open_for_scoring(data, split).split or WHOLE for task in tasks}
 
 
 def _print(rows: Sequence[BenchRow], output: Path, kept: int) -> None:
-    columns: dict[str, Any] = {
-        "model": lambda row: row.name,
-        "top-1 (%)": lambda row: row.value,
+    columns: dict[str, Any] = {"model": lambda row: row.name}
+    for metric in dict.fromkeys(row.spec for row in rows if row.ok and row.value is not None):
+        heading = "score" if metric is None else metric.heading
+        columns[heading] = partial(_value, metric)
+    columns |= {
         "params (M)": lambda row: row.params_m,
         "GMACs": lambda row: _decimals(row.gmacs, 4),
         "masks' GMACs": lambda row: _decimals(row.lam_gmacs, 4),
         "ms": lambda row: row.latency_ms,
         "ratio to plain": lambda row: _decimals(row.latency_ratio, 3),
-        "images/s": lambda row: row.images_per_s,
+        f"{_items(rows)}/s": lambda row: row.images_per_s,
         "batch": lambda row: row.batch,
         "peak MiB": lambda row: row.peak_mib,
     }
     good = [row for row in rows if row.ok]
-    if not any(row.value is not None for row in good):
-        del columns["top-1 (%)"]
     if good:
         row = good[0]
         title = f"{row.device}, {row.threads} threads, {row.dtype}, {row.mode}"
@@ -135,6 +135,20 @@ def _print(rows: Sequence[BenchRow], output: Path, kept: int) -> None:
     if failed:
         out.print_table(("model", "reason"), failed, title="failed")
     out.print_line(f"{out.printable(output)}: {len(rows) - kept} measured, {kept} kept, {len(failed)} failed")
+
+
+def _value(metric: MetricSpec | None, row: BenchRow) -> str | None:
+    if row.value is None or row.spec != metric:
+        return None
+    return f"{row.value:g}" if metric is None else metric.text(row.value)
+
+
+def _items(rows: Sequence[BenchRow]) -> str:
+    """Returns what a batch holds: what the task of all rows calls it, or images in tables of lamzoo 0.1."""
+    from lamzoo.tasks import TASKS
+
+    items = {TASKS[row.task].items if row.task in TASKS else "images" for row in rows}
+    return items.pop() if len(items) == 1 else "inputs"
 
 
 def _decimals(value: float | None, digits: int) -> str | None:

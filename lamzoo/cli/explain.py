@@ -1,4 +1,4 @@
-"""The command ``lamzoo explain``: a model and an image, or a query about a video, in; a picture of its masks out."""
+"""The command ``lamzoo explain``: a picture of a model's masks over an image, or over a video."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ import typer
 
 from lamzoo.cli import _output as out
 from lamzoo.cli._options import Checkpoint, Device, Name, load_model
-from lamzoo.errors import ConfigError, DataError, UnsupportedHostError
+from lamzoo.errors import ConfigError, UnsupportedHostError
 
 if TYPE_CHECKING:
-    from lamzoo.data.moments import MomentDataset
-
-_NAMED = 5  # queries in an error
+    from lamzoo.tasks import Task
 
 
 def explain(
@@ -33,47 +31,33 @@ def explain(
         raise ConfigError("there is nothing to explain; name an IMAGE, or with --data a data set of moments")
     if image is not None and data is not None:
         raise ConfigError(f"the image {image} and --data {data} make two pictures; leave one of them out")
-    if data is not None:
-        _explain_moments(name, data, split or "test", query, output, checkpoint, device)
-    elif image is not None:
+    if image is not None:
         given = next((option for option, value in (("--split", split), ("--query", query)) if value is not None), None)
         if given is not None:
-            raise ConfigError(f"{given} means nothing for an image; leave it out, or give --data in the image's place")
-        _explain_image(name, image, output, checkpoint, device)
+            raise ConfigError(f"{given} does not apply to an image; leave it out, or give --data in place of the image")
+    from lamzoo.evaluation import resolve_device
+    from lamzoo.registry.catalog import task_of
+
+    target = resolve_device(device)
+    task = task_of(name)
+    _check(name, task, image is not None)
+    if image is not None:
+        from lamzoo.data import open_image
+
+        open_image(image)
+        task.load("explain")(load_model(name, checkpoint).to(target), image, output)
+    elif data is not None:
+        dataset = task.open_split(data, split or "test")
+        task.load("explain")(load_model(name, checkpoint).to(target), dataset, query, output)
     out.print_line(out.printable(output))
 
 
-def _explain_image(name: str, image: Path, output: Path, checkpoint: Path | None, device: str) -> None:
-    from lamzoo.data import open_image
-    from lamzoo.evaluation import resolve_device
-    from lamzoo.models.moment_detr.model import MomentNetwork
-    from lamzoo.report import explain
-
-    target = resolve_device(device)
-    open_image(image)
-    model = load_model(name, checkpoint)
-    if isinstance(model, MomentNetwork):
-        raise UnsupportedHostError(f"{name} looks at videos and sentences, not at images; give it --data instead")
-    explain(model.to(target), image, output)
-
-
-def _explain_moments(
-    name: str, data: str, split: str, query: str | None, output: Path, checkpoint: Path | None, device: str
-) -> None:
-    from lamzoo.data.moments import create_moment_dataset
-    from lamzoo.evaluation import resolve_device
-    from lamzoo.report import explain_moments
-
-    target = resolve_device(device)
-    dataset = create_moment_dataset(data, split)
-    index = 0 if query is None else _find(dataset, query)
-    explain_moments(load_model(name, checkpoint).to(target), dataset, index, output)
-
-
-def _find(dataset: MomentDataset, qid: str) -> int:
-    qids = [str(query.qid) for query in dataset.queries]  # QVHighlights' are numbers, others' are not
-    if qid in qids:
-        return qids.index(qid)
-    few = ", ".join(map(repr, qids[:_NAMED]))
-    more = f" and {len(qids) - _NAMED} more" if len(qids) > _NAMED else ""
-    raise DataError(f"the split {dataset.split!r} of {dataset.spec} has no query {qid!r}; it has {few}{more}")
+def _check(name: str, task: Task, of_image: bool) -> None:
+    """Raises an :class:`UnsupportedHostError` where there is no picture of such a model and such an input."""
+    if task.explain is None:
+        hint = f"; {task.explain_hint}" if task.explain_hint else ""
+        raise UnsupportedHostError(f"{name} is {task.model_kind}, which `lamzoo explain` can't draw{hint}")
+    if of_image and task.explains != "image":
+        raise UnsupportedHostError(f"{name} is {task.model_kind}, which reads no images; give --data instead")
+    if not of_image and task.explains == "image":
+        raise UnsupportedHostError(f"{name} is {task.model_kind}, which is drawn over an image; give IMAGE instead")

@@ -14,7 +14,7 @@ from lamzoo.cli._options import Checkpoint, Device, Json, load_model
 from lamzoo.errors import ConfigError, DataError, MissingExtraError
 
 if TYPE_CHECKING:
-    from lamzoo.evaluation.moments.evaluate import Finding
+    from lamzoo.evaluation.moments.evaluate import MomentPrediction
     from lamzoo.report.moment_strip import Span
     from lamzoo.video.extractor import FeatureExtractor, VideoFeatures
 
@@ -71,7 +71,7 @@ def find(
         out.print_line(out.printable(picture))
 
 
-def _find(network: Any, extractor: FeatureExtractor, query: str, video: Path) -> tuple[VideoFeatures, Finding]:
+def _find(network: Any, extractor: FeatureExtractor, query: str, video: Path) -> tuple[VideoFeatures, MomentPrediction]:
     """Reads the video and finds the query, after a check that the model fits the features."""
     from lamzoo.data.moments import MomentFeatures
     from lamzoo.data.moments.base import with_positions
@@ -122,7 +122,7 @@ def _print(query: str, video: Path, seen: VideoFeatures, spans: Sequence[Span]) 
 
 
 def _record(
-    query: str, video: Path, seen: VideoFeatures, found: Finding, spans: Sequence[Span], picture: Path | None
+    query: str, video: Path, seen: VideoFeatures, found: MomentPrediction, spans: Sequence[Span], picture: Path | None
 ) -> dict[str, Any]:
     return {
         "query": query,

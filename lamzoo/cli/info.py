@@ -7,7 +7,8 @@ from typing import Any
 from lamzoo.cli import _output as out
 from lamzoo.cli._options import Json, Name
 from lamzoo.registry.cards import PretrainedWeights
-from lamzoo.registry.catalog import ModelInfo, find_spec, get_pretrained_cfg, model_info, model_ref
+from lamzoo.registry.catalog import ModelInfo, get_pretrained_cfg, model_info, model_ref
+from lamzoo.tasks import find_task
 
 _PREPROCESSING = ("input_size", "interpolation", "crop_pct", "mean", "std")
 
@@ -49,6 +50,7 @@ def describe(name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     facts: dict[str, Any] = {
         "name": name,
         "family": info.family,
+        "task": info.task,
         "description": info.description or None,
         "parameters": params,
         "gmacs": round(gmacs, 4),
@@ -57,23 +59,16 @@ def describe(name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         "classes": record.get("num_classes") or None,
         "label names": record.get("label_names"),
     }
-    facts |= {key: record.get(key) for key in _PREPROCESSING if _reads_images(info)}
+    facts |= {key: record.get(key) for key in _PREPROCESSING if find_task(info.task).reads_images}
     return facts, [_tag(tag) for tag in info.tags.values()]
 
 
 def _record(name: str, info: ModelInfo) -> dict[str, Any]:
     """Returns the keys of timm's ``PretrainedCfg``: from the card if it states them, otherwise from timm."""
     stated = info.cfg(info.tag)
-    if model_ref(name).is_saved or not _reads_images(info) or set(_PREPROCESSING) <= stated.keys():
+    if model_ref(name).is_saved or not find_task(info.task).reads_images or set(_PREPROCESSING) <= stated.keys():
         return stated
     return get_pretrained_cfg(name).to_dict()
-
-
-def _reads_images(info: ModelInfo) -> bool:
-    """Whether the model has an image input; the alternative is features, whose builders state no input size."""
-    spec = find_spec(info.name)
-    backbones = {"timm", "open_clip"} & spec.backbone.keys()
-    return not isinstance(spec.builder, str) or bool(backbones) or "input_size" in spec.pretrained_cfg
 
 
 def _tag(tag: PretrainedWeights) -> dict[str, Any]:

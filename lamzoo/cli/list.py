@@ -62,31 +62,20 @@ def _facts(name: str, info: ModelInfo) -> dict[str, Any]:
         "params": info.params,
         "gmacs": info.gmacs,
         "tags": list(info.tags),
-        "task": _task(info),
+        "task": info.task,
         "input_size": cfg.get("input_size"),
         "score": _score(info),
         "weights": _PLACES.get(place, place),
     }
 
 
-# Family to task, and the metric of its cards to list, with the heading.
-_TASKS = {
-    "lam_clip4clip": ("retrieval", "t2v_R1", "R@1"),
-    "open_clip": ("retrieval", "t2v_R1", "R@1"),
-    "lam_moment_detr": ("moments", "mAP", "mAP"),
-    "lam_describer": ("captions", "CIDEr", "CIDEr"),
-}
-_CLASSIFICATION = ("classification", "top1", "top-1")
-
-
-def _task(info: ModelInfo) -> str:
-    return _TASKS.get(info.family, _CLASSIFICATION)[0]
-
-
 def _score(info: ModelInfo) -> dict[str, Any] | None:
-    _, key, heading = _TASKS.get(info.family, _CLASSIFICATION)
-    if info.tag is None or (value := info.tag.metrics.get(key)) is None:
+    from lamzoo.tasks import find_task
+
+    metric = find_task(info.task).listed_metric
+    if info.tag is None or (value := info.tag.metrics.get(metric.column)) is None:
         return None
+    heading = metric.short.removesuffix(" (%)")
     return {"metric": heading, "value": value, "dataset": info.tag.metrics.get("dataset")}
 
 

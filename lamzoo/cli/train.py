@@ -1,4 +1,4 @@
-"""The command ``lamzoo train``: from a recipe, or from a model and a folder of images with nothing else given."""
+"""The command ``lamzoo train``: by a recipe, or by a model and a data set with nothing else given."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lamzoo.errors import RecipeError
 if TYPE_CHECKING:
     from lamzoo.training import AnyRecipe, TrainResult
 
-_SPEC = "imagefolder:DIR, imagelist:DIR:FILE, npz:DIR, torchvision:NAME:ROOT, hfds:NAME, wds:SHARDS, or a folder."
+_SPEC = "A folder of images, videos:DIR, or another data set, as for eval."
 
 
 def train(
@@ -33,33 +33,35 @@ def train(
     checkpoint: Annotated[Path | None, typer.Option(metavar="FILE", help="Safetensors to start from.")] = None,
     tune: Annotated[Literal["all", "lam", "head"] | None, typer.Option(
         help="Train all [default], the masks and the classifier, or the classifier alone.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Times through the training images.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Times through the training data.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images of one update, over all processes.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Inputs of one update, over all processes.")] = None,
     img_size: Annotated[int | None, typer.Option(help="Height and width of the images.")] = None,
     train_split: Annotated[str | None, typer.Option(metavar="NAME", help="What to train on [train].")] = None,
     val_split: Annotated[str | None, typer.Option(metavar="NAME", help="What to watch [validation].")] = None,
     test_split: Annotated[str | None, typer.Option(metavar="NAME", help="What to score once, at the end.")] = None,
     val_fraction: Annotated[float | None, typer.Option(
-        help="Share of the training images that is split off if there is no validation split [0.1].")] = None,
+        help="Share of the training images or videos that is held out if there is no validation split [0.1].")] = None,
     on_bad_input: Annotated[Literal["stop", "skip"] | None, typer.Option(
-        help="What to do about images that can't be read [stop].")] = None,
+        help="What to do about inputs that can't be read [stop].")] = None,
     scan: Annotated[bool | None, typer.Option(
-        "--scan/--no-scan", help="Read all images once before the first epoch.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of everything that is drawn [0].")] = None,
+        "--scan/--no-scan", help="Read all inputs once before the first epoch.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of all random choices [0].")] = None,
     output: Annotated[Path | None, typer.Option(
         metavar="DIR", help="Where the run goes [runs/MODEL-DATA].")] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"] | None, typer.Option(help="Where to train.")] = None,
     precision: Annotated[Literal["no", "bf16", "fp16"] | None, typer.Option(help="Of the autocast.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes that read images.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that read inputs.")] = None,
     report: Annotated[bool | None, typer.Option("--report/--no-report", help="Write OUTPUT/report/.")] = None,
     resume: Annotated[bool, typer.Option(
-        "--resume", help="Go on from the latest checkpoint, if there is one.")] = False,
+        "--resume", help="Continue from the latest checkpoint, if there is one.")] = False,
+    print_recipe: Annotated[bool, typer.Option(
+        "--print-recipe", help="Print the whole recipe as TOML, and train nothing.")] = False,
 ) -> None:  # fmt: skip
     """Trains or fine-tunes a model; torchrun and accelerate launch work too.
 
-    Either by a recipe, or, for classifiers, by --model and --data, with everything else chosen by the data. A report
-    is left in OUTPUT/report/, and the model in OUTPUT/model/.
+    Either by a recipe, or by --model and --data, with everything else chosen for the data and the weights. A report
+    is written to OUTPUT/report/, and the model to OUTPUT/model/.
     """
     options = {
         "model.name": model, "model.pretrained": pretrained, "model.tune": tune,
@@ -73,13 +75,18 @@ def train(
     }  # fmt: skip
     given = {key: value for key, value in options.items() if value is not None}
     recipe = _recipe(list(arguments or ()), given, resume)
+    if print_recipe:
+        from lamzoo.records import to_toml
+
+        out.print_text(to_toml(recipe.to_dict()))
+        return
     result = _run(recipe, resume, _command(context))
     if out.is_main_process():
         _print_result(recipe, result)
 
 
 def _recipe(arguments: list[str], options: dict[str, Any], resume: bool) -> AnyRecipe:
-    """Makes the recipe: of the file, of the options, or of the run to go on with; options win over the file."""
+    """Makes the recipe: of the file, of the options, or of the run to continue; options win over the file."""
     from lamzoo.training.config_reader import override, put, read_recipe
     from lamzoo.training.defaults import complete_recipe
     from lamzoo.training.recipe import parse_recipe
@@ -127,15 +134,9 @@ def _run(recipe: AnyRecipe, resume: bool, command: str) -> TrainResult:
 
 
 def _print_result(recipe: AnyRecipe, result: TrainResult) -> None:
-    if recipe.task == "retrieval":
-        out.print_retrieval(result.scores, recipe.model.name)
-    elif recipe.task == "moments":
-        out.print_moments(result.scores, recipe.model.name)
-    elif recipe.task == "captions":
-        out.print_captions(result.scores, recipe.model.name)
-    else:
-        rows = [(split, len(score.labels), score.top1, score.top5) for split, score in result.scores.items()]
-        out.print_table(("split", "images", "top-1 (%)", "top-5 (%)"), rows, title=recipe.model.name)
+    from lamzoo.tasks import find_task
+
+    out.print_scores(find_task(recipe.task).score_table(result.scores), recipe.model.name)
     if result.report is not None:
         out.print_line(f"the report is {out.printable(result.report)}")
     out.print_line(f"the model is local-dir:{out.printable(result.model)}")

@@ -1,15 +1,22 @@
-"""The names that data sets give to their splits, and which of them mean the same."""
+"""Names of splits, which of them mean the same, and what is done about data without splits."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import Protocol, TypeVar, cast
 
-from lamzoo.errors import MissingSplitError, UnsplitError
+from lamzoo.errors import DataError, MissingSplitError, UnsplitError
 
 WHOLE = "all"  #: the one split of data without splits
 
 Data = TypeVar("Data")
+
+
+class _Dataset(Protocol):
+    spec: str
+    split: str | None
+
 
 _SYNONYMS = (
     ("train", "training"),
@@ -48,28 +55,28 @@ def find_split(split: str, available: Iterable[str], where: str) -> str:
     raise MissingSplitError(f"{where} has no split {split!r}; it has {', '.join(map(repr, names)) or 'none'}")
 
 
-def check_whole(own: str | None, split: str, where: str, way_out: str | None) -> None:
-    """Checks that data without splits are asked for as a whole.
+def check_whole(dataset: _Dataset, split: str, way_out: str | None) -> None:
+    """Checks that data without splits is asked for as a whole.
 
     Args:
-        own: the split's own name; None for data without splits.
+        dataset: as opened; its own ``split`` is None for data without splits.
         split: as asked for.
-        where: the data set, for the error.
         way_out: how to give data of this layout splits, for the error; None where the layout never has any.
 
     Raises:
-        UnsplitError: the data have no splits, and something else than ``"all"`` is asked for.
+        UnsplitError: the data has no splits, and another one than ``"all"`` is asked for.
     """
-    if own is None and split.lower() != WHOLE:
+    if dataset.split is None and split.lower() != WHOLE:
         way_out = "" if way_out is None else f", or {way_out}"
         raise UnsplitError(
-            f"{where} has no split {split!r}, since it has no splits; name the split '{WHOLE}' to take all of it"
-            f"{way_out}"
+            f"{dataset.spec} has no split {split!r}, since it has no splits; name the split '{WHOLE}' to take all of "
+            f"it{way_out}",
+            dataset,
         )
 
 
 def open_default(opener: Callable[[str], Data], split: str) -> Data:
-    """Opens the split that is taken where nobody named one: of data without splits, all of it.
+    """Opens the split that is taken where none is named: of data without splits, all of it.
 
     Args:
         opener: opens a split by its name.
@@ -80,5 +87,33 @@ def open_default(opener: Callable[[str], Data], split: str) -> Data:
     """
     try:
         return opener(split)
-    except UnsplitError:
-        return opener(WHOLE)
+    except UnsplitError as error:  # which has opened the data already
+        return cast(Data, error.whole) if error.whole is not None else opener(WHOLE)
+
+
+def hold_out(names: Iterable[str], fraction: float, seed: int, spec: str) -> frozenset[str]:
+    """Chooses the videos that are held out for validation, where the data has no such split.
+
+    Args:
+        names: of the videos.
+        fraction: of them that is held out; at least one is, and at least one stays.
+        seed: of the choice.
+        spec: the data set, for the error.
+
+    Raises:
+        DataError: there are fewer than two videos.
+    """
+    known = sorted(set(names))
+    if len(known) < 2:
+        raise DataError(f"{spec} has {len(known)} video, and none can be held out for validation; add more")
+    count = min(max(1, round(fraction * len(known))), len(known) - 1)
+    return frozenset(random.Random(seed).sample(known, count))
+
+
+def check_videos(names: Iterable[str], known: Iterable[str], spec: str) -> None:
+    """Raises a :class:`DataError` where a video that is named is not there."""
+    missing = sorted(set(names) - set(known))
+    if missing:
+        raise DataError(
+            f"{spec} has no video {missing[0]!r} any more, which a run has held out for validation; bring it back"
+        )

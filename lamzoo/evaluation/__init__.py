@@ -7,7 +7,7 @@ from lamzoo.evaluation.captions.coco_results import read_captions, write_caption
 from lamzoo.evaluation.captions.metrics import caption_metrics, neighbour_recall, word_error_rate, word_overlap
 from lamzoo.evaluation.classification.evaluate import EvalProgress, evaluate
 from lamzoo.evaluation.classification.prediction import Prediction, class_names, label_names, predict, preprocess
-from lamzoo.evaluation.moments.evaluate import Finding, MomentResult, evaluate_moments, find_moments
+from lamzoo.evaluation.moments.evaluate import MomentPrediction, MomentResult, evaluate_moments, find_moments
 from lamzoo.evaluation.moments.metrics import moment_metrics
 from lamzoo.evaluation.moments.submissions import read_submission, write_submission
 from lamzoo.evaluation.resume import default_state_path
@@ -18,7 +18,7 @@ from lamzoo.lazy import submodules_of
 __all__ = [
     "EvalProgress",
     "EvalResult",
-    "Finding",
+    "MomentPrediction",
     "MomentResult",
     "Precision",
     "Prediction",

@@ -1,4 +1,4 @@
-"""Counting right guesses batch by batch; knows neither a model nor a loader."""
+"""Top-1 and top-5 accuracy, counted batch by batch."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from lamzoo.data import BadInput, LabelledImages
 from lamzoo.data.images.validation import check_image
 from lamzoo.errors import ConfigError, DataError
 from lamzoo.evaluation.classification.imagenet_real import RealLabels
-from lamzoo.evaluation.resume import Partial
+from lamzoo.evaluation.resume import EvalState
 
 _logger = logging.getLogger(__name__)
-#: The label that stands for an image that could not be read.
+#: The label of an image that could not be read.
 BAD_LABEL = -1
 
 
@@ -48,14 +48,14 @@ class EvalResult:
     real_samples: int | None = None
 
 
-class Tally:
-    """Adds up the guesses for the images of one data set.
+class AccuracyCounter:
+    """Counts correct predictions on one data set.
 
     Args:
         dataset: names the images.
         num_classes: of the model.
         real: ReaL labels to score by too.
-        skip: images with :data:`BAD_LABEL` are left out rather than refused.
+        skip: leave out images with :data:`BAD_LABEL`, in place of an error.
     """
 
     def __init__(self, dataset: LabelledImages, num_classes: int, *, real: RealLabels | None, skip: bool) -> None:
@@ -64,18 +64,18 @@ class Tally:
         self._real = real
         self._skip = skip
 
-    def add(self, done: Partial, batch: Sequence[int], logits: Tensor, labels: Tensor, seconds: float) -> Partial:
-        """Counts a batch.
+    def add(self, done: EvalState, batch: Sequence[int], logits: Tensor, labels: Tensor, seconds: float) -> EvalState:
+        """Adds a batch to the counts.
 
         Args:
-            done: what was counted before.
+            done: the counts before.
             batch: the images' indices in the data set.
             logits: ``(B, num_classes)``.
             labels: ``(B,)``, on the same device.
             seconds: since the start.
 
         Returns:
-            Both together.
+            The counts after.
 
         Raises:
             ConfigError: a logit is infinite or not a number.
@@ -90,7 +90,7 @@ class Tally:
         for image in map(self._bad_image, bad):
             _logger.warning("left out %s: %s", image.filename, image.reason)
         ranks = self._real_ranks(batch, guesses, bad)
-        return Partial(
+        return EvalState(
             seen=done.seen + len(labels),
             correct1=done.correct1 + int(hits[:, 0].sum()),
             correct5=done.correct5 + int(hits.sum()),
@@ -101,12 +101,12 @@ class Tally:
             seconds=seconds,
         )
 
-    def top5(self, done: Partial) -> float | None:
+    def top5(self, done: EvalState) -> float | None:
         """Returns the percentage right among the first five guesses so far; None below five classes."""
         return 100 * done.correct5 / done.scored if self._num_classes >= 5 and done.scored else None
 
-    def result(self, done: Partial) -> EvalResult:
-        """Returns the score of all that was counted.
+    def result(self, done: EvalState) -> EvalResult:
+        """Returns the score.
 
         Raises:
             DataError: no image could be read.

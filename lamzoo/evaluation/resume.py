@@ -1,4 +1,4 @@
-"""The part of a score that is already known, kept in a file so that a killed evaluation goes on from there."""
+"""Resumable evaluation state, kept in a file."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ _KIND = "lamzoo evaluation"
 
 
 @dataclass(frozen=True)
-class Partial:
-    """What the first ``seen`` images gave.
+class EvalState:
+    """The counts of the first ``seen`` images.
 
     Attributes:
-        seen: images passed, those that could not be read among them.
-        correct1: of them, right at first guess.
+        seen: images so far, including those that could not be read.
+        correct1: of these, right at first guess.
         correct5: right among the first five.
-        bad: indices of those that could not be read.
+        bad: indices of images that could not be read.
         real_seen: images with ReaL labels.
-        real_correct1: of them, with a first guess among the labels.
+        real_correct1: of these, with a first guess among the labels.
         real_correct5: with one of five guesses among the labels.
         seconds: spent on them.
     """
@@ -56,7 +56,7 @@ class Partial:
 
 
 class StateFile:
-    """A JSON file that holds a :class:`Partial` and the run that it belongs to.
+    """A JSON file with an :class:`EvalState` and the key of the evaluation that it belongs to.
 
     Args:
         path: the file; it need not exist.
@@ -71,14 +71,14 @@ class StateFile:
         self.key = json.loads(json.dumps(key))  # as it will be read back: tuples become lists
         self._found = self._read()
 
-    def load(self) -> Partial:
-        """Returns what is known so far, nothing where there is no file.
+    def load(self) -> EvalState:
+        """Returns the state so far; an empty one where there is no file.
 
         Raises:
             DataError: the file belongs to another run; names what differs.
         """
         if self._found is None:
-            return Partial()
+            return EvalState()
         there = self._found["key"]
         differing = [key for key in {**there, **self.key} if there.get(key) != self.key.get(key)]
         if differing:
@@ -87,10 +87,10 @@ class StateFile:
                 f"{self.path} belongs to another evaluation ({key} was {there.get(key)!r}, now {self.key.get(key)!r}); "
                 "start without resuming, or name another state file"
             )
-        partial = Partial(**self._found["partial"])
+        partial = EvalState(**self._found["partial"])
         return dataclasses.replace(partial, bad=tuple(partial.bad))  # JSON made it a list
 
-    def save(self, partial: Partial) -> None:
+    def save(self, partial: EvalState) -> None:
         """Replaces the file in one step."""
         content = {"kind": _KIND, "key": self.key, "partial": dataclasses.asdict(partial)}
         with atomic_files() as stage:
@@ -106,7 +106,7 @@ class StateFile:
         try:
             content = json.loads(self.path.read_text(encoding="utf-8"))
             whole = (
-                content["kind"] == _KIND and isinstance(content["key"], dict) and bool(Partial(**content["partial"]))
+                content["kind"] == _KIND and isinstance(content["key"], dict) and bool(EvalState(**content["partial"]))
             )
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise DataError(f"{self.path} is no state of an evaluation; name another file, or remove it") from error
@@ -116,10 +116,10 @@ class StateFile:
 
 
 def default_state_path(*parts: str) -> Path:
-    """Returns where the state of an evaluation lies unless the caller says otherwise: in the user's cache folder.
+    """Returns the default file of an evaluation's state, in the user's cache folder.
 
     Args:
-        *parts: what tells this evaluation from others, such as model, data and split.
+        *parts: identify the evaluation: model, data, split.
     """
     name = hashlib.sha256("\0".join((os.getcwd(), *parts)).encode()).hexdigest()[:16]
     return cache_folder() / "eval" / f"{name}.json"

@@ -1,4 +1,4 @@
-"""Where and in which precision a model runs, checked before anything is loaded."""
+"""Device, precision and batches of an evaluation, checked before anything is loaded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Precision = Literal["float32", "bfloat16", "float16"]
 
 
 def resolve_device(name: str | torch.device = "auto") -> torch.device:
-    """Returns a device that is there.
+    """Returns an available device.
 
     Args:
         name: as torch writes it, or ``"auto"``: CUDA where there is one, else the CPU.

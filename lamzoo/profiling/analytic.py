@@ -1,4 +1,4 @@
-"""Multiply-accumulates by closed formulas, one family at a time: what the counter of ``profile`` is checked against."""
+"""Multiply-accumulates by closed formulas, a function a family; the counts of ``profile`` are checked against them."""
 
 from __future__ import annotations
 
@@ -244,7 +244,7 @@ _FORMULAS: dict[str, Callable[[Any], tuple[int, list[Stack]]]] = {
 
 
 def has_masks(module: nn.Module) -> bool:
-    """Says whether any layer of a module has a learnable mask."""
+    """Returns whether any layer of a module has a learnable mask."""
     return any(isinstance(child, Lam) for child in module.modules())
 
 

@@ -1,4 +1,4 @@
-"""Which models a benchmark measures: patterns into names, and each model with masks beside its plain twin."""
+"""The models of a benchmark: names that match patterns, and each plain twin of a model with masks."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from lamzoo.errors import UnknownModelError
 from lamzoo.registry.cards import ModelSpec
 from lamzoo.registry.catalog import find_spec, find_weights, match_models, model_ref, pretrained_cfg_of
 from lamzoo.registry.refs import TIMM_PREFIX
+from lamzoo.tasks import find_task
 from lamzoo.weights.saved import read_saved
 
 
@@ -20,13 +21,15 @@ class Candidate:
         model: architecture, or ``local-dir:`` and ``hf-hub:`` with their place.
         tag: its set of weights.
         plain: name of its plain twin; None for a plain model, or one without a twin.
-        img_size: ``"224"`` or ``"HxW"``, what the model takes unless told otherwise; None where its card doesn't say.
+        img_size: ``"224"`` or ``"HxW"``, the model's own; None for models that read no images.
+        task: the name of its task.
     """
 
     model: str
     tag: str | None
     plain: str | None = None
     img_size: str | None = None
+    task: str = "classification"
 
     @property
     def name(self) -> str:
@@ -71,7 +74,9 @@ def candidate_of(name: str, *, weights: bool) -> Candidate:
     ref = model_ref(name)
     if ref.is_saved:
         saved = read_saved(ref, with_weights=False)
-        return Candidate(ref.name, None, None, size_text(saved.args.get("img_size") or saved.cfg.input_size[1:]))
+        task = find_task(find_spec(saved.name).task)
+        size = size_text(saved.args.get("img_size") or saved.cfg.input_size[1:]) if task.reads_images else None
+        return Candidate(ref.name, None, None, size, task.name)
     card = find_spec(ref)
     tag = find_weights(card, ref)
     cfg = pretrained_cfg_of(card, tag)
@@ -80,7 +85,8 @@ def candidate_of(name: str, *, weights: bool) -> Candidate:
         model=card.name,
         tag=tag.name if keep and tag is not None else None,
         plain=_plain_twin(card, tag.name if keep and tag is not None else None),
-        img_size=size_text(cfg.input_size[1:]),
+        img_size=size_text(cfg.input_size[1:]) if find_task(card.task).reads_images else None,
+        task=card.task,
     )
 
 

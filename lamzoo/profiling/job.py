@@ -1,4 +1,4 @@
-"""One model's measurement as a process of its own: what it is told, and what becomes of it when it crashes."""
+"""One model's measurement as a process of its own: the job, and the row of a process that crashed."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ class BenchJob:
         plain: name of the plain twin's row.
         data: what to score the model on, with its weights; None for random weights and no score.
         split: of the data.
+        task: the name of the model's task.
         img_size: size of the images in the row, ``"224"`` or ``"HxW"``; None where it is not known beforehand.
         resize: input size to build the model with; None for its own.
         dtype: of weights and input for the timing, and of the autocast for the score.
@@ -50,6 +51,7 @@ class BenchJob:
     plain: str | None = None
     data: str | None = None
     split: str | None = None
+    task: str = "classification"
     img_size: str | None = None
     resize: int | None = None
     dtype: str = "float32"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lamzoo import records
+from lamzoo.tasks import MetricSpec, find_metric
 
 Status = Literal["ok", "failed"]
 Mode = Literal["eager", "compiled"]
@@ -24,7 +25,7 @@ class BenchRow:
         tag: its set of weights; None for random weights that no tag was asked for.
         data: the data set that ``value`` was measured on, as given; None where none was.
         split: of that data.
-        metric: what ``value`` is: ``"top1"``, in percent.
+        metric: what ``value`` is, the name of a metric of the task: ``"top1"``.
         value: the score.
         params_m: 10^6 parameters.
         lam_params_m: the masks' part of them.
@@ -56,6 +57,7 @@ class BenchRow:
         mode: run eagerly or through ``torch.compile``.
         status: whether the measurement succeeded.
         error: why it did not, in one line.
+        task: the name of the model's task; None in tables of lamzoo 0.1.
     """
 
     model: str
@@ -92,11 +94,17 @@ class BenchRow:
     mode: Mode = "eager"
     status: Status = "ok"
     error: str | None = None
+    task: str | None = None
 
     @property
     def name(self) -> str:
         """``arch.tag``, or the bare ``arch`` where there is no tag; what ``plain`` of a row with masks refers to."""
         return f"{self.model}.{self.tag}" if self.tag else self.model
+
+    @property
+    def spec(self) -> MetricSpec | None:
+        """The metric that ``value`` is of; None where the model was not scored, or the metric is unknown here."""
+        return None if self.metric is None else find_metric(self.metric, self.task)
 
     @property
     def ok(self) -> bool:
@@ -134,7 +142,7 @@ def read_rows(path: str | Path) -> list[BenchRow]:
         DataError: the file cannot be read, a column is missing or unknown, or a cell has another type; names file, line
             and column.
     """
-    return records.read_csv(path, BenchRow)
+    return records.read_csv(path, BenchRow, optional=("task",))
 
 
 def write_rows(path: str | Path, rows: Iterable[BenchRow]) -> None:

@@ -1,4 +1,4 @@
-"""The process that measures one model: ``python -m lamzoo.profiling.worker``, a job in, a row out, both as JSON."""
+"""The process that measures one model: ``python -m lamzoo.profiling.worker`` reads a job and writes a row, as JSON."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lamzoo.errors import LamzooError
+from lamzoo.errors import DataError, LamzooError
 from lamzoo.profiling.candidates import size_text
 from lamzoo.profiling.inputs import default_input, evaluating, image_size
 from lamzoo.profiling.job import BenchJob
@@ -20,6 +20,7 @@ from lamzoo.profiling.measurement import Measurement, measure
 from lamzoo.profiling.memory import MemoryMeter
 from lamzoo.profiling.results import BenchRow
 from lamzoo.registry.factory import create_model, find_weights_file
+from lamzoo.tasks import EvalRequest, find_task
 from lamzoo.weights.files import file_sha256
 
 
@@ -71,7 +72,7 @@ def _measure(job: BenchJob) -> BenchRow:
     result = measure(
         model, compiled=job.mode == "compiled", batch=job.batch, max_batch=job.max_batch, repeats=job.repeats
     )
-    size = size_text(image_size(model)[1:])
+    size = size_text(image_size(model)[1:]) if find_task(job.task).reads_images else None
     return job.row(img_size=size, peak_mib=peak, **_columns(result), **scored)
 
 
@@ -96,20 +97,17 @@ def _peak_mib(job: BenchJob, model: nn.Module, meter: MemoryMeter) -> float | No
 
 
 def _score(job: BenchJob, model: nn.Module, device: torch.device) -> tuple[str, float]:
-    assert job.data is not None
-    split = job.split or "test"
+    """Returns the name of the metric that the task watches on such data, and the model's score."""
+    assert job.data is not None and job.split is not None
+    task = find_task(job.task)
     exact = model if job.dtype == "float32" else _build(job)  # autocast wants the weights in full precision
-    how: Any = {"batch_size": job.eval_batch, "device": device, "precision": job.dtype, "workers": job.workers}
-    if hasattr(model, "encode_video"):
-        from lamzoo.data.retrieval import create_retrieval_dataset
-        from lamzoo.evaluation.retrieval.evaluate import evaluate_retrieval
-
-        metrics = evaluate_retrieval(exact, create_retrieval_dataset(job.data, split), **how).metrics
-        return "t2v_R1", metrics["t2v"]["R1"]
-    from lamzoo.data import create_dataset
-    from lamzoo.evaluation import evaluate
-
-    return "top1", evaluate(exact, create_dataset(job.data, split), **how).top1
+    dataset = task.open_split(job.data, job.split)
+    request = EvalRequest(job.eval_batch, device, job.dtype, job.workers)
+    metric = task.watched_metric(dataset)
+    value = metric.of(task.load("evaluate")(exact, dataset, request).scores)
+    if value is None:
+        raise DataError(f"{job.data} gives no {metric.heading}; score {job.name} on data that does.")
+    return metric.name, value
 
 
 def _weights_sha256(job: BenchJob) -> str:

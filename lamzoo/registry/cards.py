@@ -96,6 +96,7 @@ class ModelSpec:
         name: as given to ``create_model``.
         family: name of the card, or package of the plug-in.
         builder: ``"module:function"``, or the function itself for models registered in code.
+        task: name of one of :data:`lamzoo.tasks.TASKS`.
         backbone: the builder's ``config``; ``timm`` in it names a timm architecture.
         lam: default masks; None for a plain model.
         plain: name of the registered model to compare with: the same backbone without masks, trained alike, with the
@@ -112,6 +113,7 @@ class ModelSpec:
     name: str
     family: str
     builder: str | Callable[..., Any]
+    task: str = "classification"
     backbone: Mapping[str, Any] = field(default_factory=dict)
     lam: LamConfig | None = None
     plain: str | None = None
@@ -163,11 +165,15 @@ def read_card(path: str | Path, *, weights_dir: Path, source: Literal["card", "p
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise RegistryError(f"The registry card {path} cannot be read: {error}.") from error
-    _check_keys(table, {"family", "description", "models"}, f"{path}")
-    family = table.get("family", path.stem)
+    _check_keys(table, {"family", "task", "description", "models"}, f"{path}")
+    family, task = table.get("family", path.stem), table.get("task", "classification")
+    if not isinstance(task, str):
+        raise RegistryError(f"{path}: task is {task!r}; it must be the name of a task.")
     models = _table(table, "models", f"{path}")
     return [
-        _model(name, _table(models, name, f"{path}: models"), family, weights_dir, source, f"{path}: models.{name}")
+        _model(
+            name, _table(models, name, f"{path}: models"), family, task, weights_dir, source, f"{path}: models.{name}"
+        )
         for name in models
     ]
 
@@ -207,7 +213,13 @@ def read_weights(name: str, table: Mapping[str, Any], where: str) -> PretrainedW
 
 
 def _model(
-    name: str, table: Mapping[str, Any], family: str, weights_dir: Path, source: Literal["card", "plug-in"], where: str
+    name: str,
+    table: Mapping[str, Any],
+    family: str,
+    task: str,
+    weights_dir: Path,
+    source: Literal["card", "plug-in"],
+    where: str,
 ) -> ModelSpec:
     known = {"builder", "backbone", "lam", "plain", "description", "params", "gmacs", "pretrained_cfg", "tags"}
     _check_keys(table, known, where)
@@ -234,6 +246,7 @@ def _model(
         name=name,
         family=family,
         builder=builder,
+        task=task,
         backbone=_table(table, "backbone", where),
         lam=lam,
         plain=plain,

@@ -21,6 +21,8 @@ from lamzoo.lam.config import LamConfig
 from lamzoo.registry.cards import CFG_KEYS, ModelSpec, PretrainedWeights, data_dir, read_card, read_weights
 from lamzoo.registry.external import open_clip_models, open_clip_spec, timm_models, timm_spec
 from lamzoo.registry.refs import OPEN_CLIP_PREFIX, TIMM_PREFIX, ModelRef
+from lamzoo.tasks import Task, find_task
+from lamzoo.tasks.classification import CLASSIFICATION
 
 if TYPE_CHECKING:  # torch and timm are imported only for models of timm and for records in timm's form
     from timm.models import PretrainedCfg
@@ -65,6 +67,7 @@ def register_model(
     lam: LamConfig | Mapping[str, Any] | bool | None = None,
     pretrained_cfg: Mapping[str, Any] | None = None,
     description: str = "",
+    task: str = "classification",
 ) -> Callable[[_Function], _Function]: ...
 def register_model(
     fn: _Function | None = None,
@@ -73,6 +76,7 @@ def register_model(
     lam: LamConfig | Mapping[str, Any] | bool | None = None,
     pretrained_cfg: Mapping[str, Any] | None = None,
     description: str = "",
+    task: str = "classification",
 ) -> _Function | Callable[[_Function], _Function]:
     """Registers a function that builds a model under the function's name; a decorator, with or without arguments.
 
@@ -89,6 +93,7 @@ def register_model(
         pretrained_cfg: keys of timm's ``PretrainedCfg`` (``input_size``, ``mean``, ``classifier``, ...); they override
             the ``pretrained_cfg`` of the built model.
         description: one sentence; the first line of the function's docstring by default.
+        task: name of the model's task.
 
     Raises:
         DuplicateModelError: the name is taken.
@@ -111,6 +116,7 @@ def register_model(
                 name=name,
                 family=function.__module__.split(".", 1)[0],
                 builder=function,
+                task=task,
                 lam=None if lam is None or lam is False else LamConfig.of(lam),
                 description=description or doc,
                 pretrained_cfg=dict(pretrained_cfg or {}),
@@ -326,6 +332,19 @@ def model_info(name: str | os.PathLike[str]) -> ModelInfo:
     cfg = {key: value for key, value in saved.cfg.to_dict().items() if key in CFG_KEYS}
     spec = replace(find_spec(saved.name), lam=saved.lam, params=None, gmacs=None, pretrained_cfg=cfg, tags={})
     return ModelInfo(**vars(spec), prune=saved.prune)
+
+
+def task_of(name: str | os.PathLike[str]) -> Task:
+    """Returns the task of a model, as its card says; builds nothing.
+
+    Args:
+        name: any name that :func:`lamzoo.create_model` takes, or an exported program, which is a classifier.
+
+    Raises:
+        UnknownModelError: no such model or tag.
+        WeightsError: the configuration of a saved model cannot be read.
+    """
+    return CLASSIFICATION if model_ref(name).kind == "program" else find_task(model_info(name).task)
 
 
 def get_pretrained_cfg(name: str | os.PathLike[str]) -> PretrainedCfg:

@@ -71,6 +71,7 @@ def open_clip_spec(arch: str) -> ModelSpec:
         name=OPEN_CLIP_PREFIX + arch,
         family="open_clip",
         builder="lamzoo.models.clip4clip.model:clip4clip",
+        task="retrieval",
         backbone={"open_clip": arch, "similarity": "mean"},
         description=f"CLIP4Clip on the towers of open_clip's {arch}, with masks if lam= is given.",
         pretrained_cfg={"input_size": (3, height, width), "num_classes": 0, "crop_pct": 1.0}

@@ -339,6 +339,7 @@ def _label(model: Any, plan: _Plan, cfg: PretrainedCfg, arguments: Mapping[str, 
     model.default_cfg = model.pretrained_cfg
     model.pretrained_model_args = dict(plan.args)
     model.registry_name = plan.spec.name
+    model.task = plan.spec.task
     model.weights_source = None
     if getattr(model, "lam_config", None) is None:
         model.lam_config = None

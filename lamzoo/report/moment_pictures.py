@@ -18,12 +18,12 @@ from lamzoo.evaluation.moments.evaluate import find_moments
 from lamzoo.files import atomic_files
 from lamzoo.lam import Lam, LamConfig, MaskRecord
 from lamzoo.models.moment_detr.model import Place
-from lamzoo.models.moment_detr.qd_detr import QdDetr
 from lamzoo.profiling.inputs import evaluating
 from lamzoo.report.mask_pictures import neutral_value, title_of
 from lamzoo.report.mpl import check_target
 from lamzoo.report.timeline import LayerImportance, Timeline, draw_timeline
 
+_NAMED = 5  # queries in an error
 _LINE, _LINES = 110, 3  # characters of a line of the title, and lines of its sentence
 
 
@@ -65,6 +65,20 @@ def explain_moments(model: nn.Module, dataset: MomentDataset, index: int, path: 
         figure.savefig(stage(path), format="png")
 
 
+def explain_query(model: nn.Module, dataset: MomentDataset, qid: str | None, path: str | Path) -> None:
+    """Draws one query as :func:`explain_moments`, found by its id; the first one for None.
+
+    Raises:
+        DataError: the split has no such query; or as of :func:`explain_moments`.
+    """
+    qids = [str(query.qid) for query in dataset.queries]  # QVHighlights' are numbers, others' are not
+    if qid is not None and qid not in qids:
+        few = ", ".join(map(repr, qids[:_NAMED]))
+        more = f" and {len(qids) - _NAMED} more" if len(qids) > _NAMED else ""
+        raise DataError(f"the split {dataset.split!r} of {dataset.spec} has no query {qid!r}; it has {few}{more}")
+    explain_moments(model, dataset, 0 if qid is None else qids.index(qid), path)
+
+
 def _measure(model: nn.Module, masks: Mapping[str, Lam], dataset: MomentDataset, index: int, top: int) -> Timeline:
     features = dataset.read(index)
     query = dataset.queries[index]
@@ -84,7 +98,8 @@ def _layer(
     model: nn.Module, path: str, record: MaskRecord, config: LamConfig, clips: int, words: int
 ) -> LayerImportance:
     importance = record.importance[0].float().mean(dim=0).cpu().numpy()
-    lengths = _lengths(model, path, clips, words)
+    # The model says so: with one word, Moment-DETR has as many keys as QD-DETR with its token.
+    lengths: tuple[int, int, int] = model.attended(path, clips, words)  # type: ignore[operator]
     if sum(lengths) != len(importance):
         raise UnsupportedHostError(
             f"{path} of {type(model).__name__} attends to {len(importance)} tokens that are not the video's {clips} "
@@ -94,16 +109,6 @@ def _layer(
     parts = [part for part in path.split(".") if part.isdigit() or part in get_args(Place)]  # encoder.0.attention.attn
     name = f"{parts[0]}\nall layers" if config.layers == "single" else ".".join(parts)
     return LayerImportance(name, of_clips, of_words, float(token[0]) if token.size else None)
-
-
-def _lengths(model: nn.Module, path: str, clips: int, words: int) -> tuple[int, int, int]:
-    """Returns how many saliency tokens, clips and words a layer attends to, in this order."""
-    # By what the model is: with one word, Moment-DETR has as many keys as QD-DETR with its token.
-    if not isinstance(model, QdDetr):
-        return 0, clips, words
-    if path.startswith("cross."):
-        return 0, 0, words
-    return int(path.startswith("encoder.")), clips, 0
 
 
 def _title(model: nn.Module, query: MomentQuery, config: LamConfig | None) -> str:

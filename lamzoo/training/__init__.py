@@ -1,4 +1,4 @@
-"""Training from recipes: classification, retrieval, moments, captions; needs ``pip install "lamzoo[train]"``."""
+"""Training by recipes, of all tasks; needs ``pip install "lamzoo[train]"``."""
 
 from importlib.util import find_spec
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""From a recipe's sections to the objects that they describe: model, optimiser, scheduler, averaged weights."""
+"""Model, optimiser, scheduler and averaged weights, built from a recipe's sections."""
 
 from __future__ import annotations
 

@@ -165,7 +165,7 @@ def _as_saved(accelerator: Accelerator, models: list[nn.Module], folder: str) ->
 
 
 def _changed(path: Path, recipe: AnyRecipe) -> str:
-    """Says which keys of the recipe in a file would give another curve, whatever keys were added to recipes since."""
+    """Returns which keys of the recipe in a file would give another curve; keys that are newer have their defaults."""
     try:
         written = parse_recipe(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, LamzooError) as error:
@@ -185,7 +185,7 @@ def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _curve(recipe: AnyRecipe) -> AnyRecipe:
-    """Returns a recipe without what may change between two parts of a run, the number of epochs among it."""
+    """Returns a recipe without the settings that may change between two parts of a run, such as its epochs."""
     neutral: dict[str, Any] = {
         "output": "",
         "device": "auto",
@@ -195,9 +195,10 @@ def _curve(recipe: AnyRecipe) -> AnyRecipe:
         "tensorboard": False,
         "report": True,
     }
-    data: Any = replace(recipe.data, workers=0)
-    schedule = replace(recipe.schedule, epochs=1)
-    return replace(recipe, data=data, run=replace(recipe.run, **neutral), schedule=schedule)
+    settings: Any = recipe  # a dataclass, as each task's is
+    changes = {"data": replace(recipe.data, workers=0), "schedule": replace(recipe.schedule, epochs=1)}
+    curve: AnyRecipe = replace(settings, run=replace(recipe.run, **neutral), **changes)
+    return curve
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -1,4 +1,4 @@
-"""Fills in what a recipe leaves open, by the size of the data and what of the model is trained."""
+"""Fills in what a recipe leaves open: by the data's size, the weights, and the part of the model that is trained."""
 
 from __future__ import annotations
 
@@ -7,17 +7,23 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lamzoo.data import select, split_off
-from lamzoo.errors import RecipeError
+from lamzoo.data.splits import synonyms
+from lamzoo.errors import MissingSplitError, RecipeError
+from lamzoo.registry.factory import create_model
+from lamzoo.tasks import find_task
+from lamzoo.training.captions.recipe import CaptionRecipe
+from lamzoo.training.moments.recipe import MomentRecipe
 from lamzoo.training.recipe import Recipe, parse_recipe
-from lamzoo.training.recipe_common import Precision
-from lamzoo.training.splits import has_split, open_splits
+from lamzoo.training.recipe_common import Precision, TaskRecipe
+from lamzoo.training.retrieval.recipe import RetrievalRecipe
+from lamzoo.training.splits import has_split, open_roles, open_splits
 
 _VAL_FRACTION = 0.1
 _BATCH = 64  # the largest that is chosen, and the one that the learning rates below are for
@@ -26,22 +32,35 @@ _UPDATES_PER_EPOCH = 40
 
 
 @dataclass(frozen=True)
-class _Style:
-    """How one kind of run is trained.
+class Style:
+    """How one kind of run is trained, with AdamW and a cosine schedule.
 
     Attributes:
         lr: at batches of 64; scaled with the square root of the batch, as suits AdamW.
-        layer_decay: factor of the learning rate from one layer to the one below it.
-        updates: what the number of epochs aims at.
+        updates: that the number of epochs aims at.
         epochs: the fewest and the most of them.
-        augment: entries of ``[augment]``.
+        sections: further entries of the recipe, by section.
     """
 
     lr: float
-    layer_decay: float | None
     updates: int
     epochs: tuple[int, int]
-    augment: Mapping[str, Any]
+    sections: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a task chooses for a recipe: what :attr:`lamzoo.tasks.Task.defaults` returns.
+
+    Attributes:
+        inputs: number of training inputs.
+        style: how they are trained on.
+        data: entries of ``[data]``.
+    """
+
+    inputs: int
+    style: Style
+    data: Mapping[str, Any] = field(default_factory=dict)
 
 
 _GENTLE = {"scale": (0.5, 1.0), "color_jitter": 0.1, "label_smoothing": 0.1}
@@ -52,21 +71,35 @@ _STRONG = {
     "random_erasing": 0.1,
     "label_smoothing": 0.1,
 }
-_STYLES = {
-    "scratch": _Style(1e-3, None, 5000, (50, 300), {**_STRONG, "mixup": 0.2, "cutmix": 0.5, "mixup_prob": 0.5}),
-    "all": _Style(1.5e-3, 0.75, 1200, (10, 50), _STRONG),
-    "lam": _Style(6e-3, None, 1200, (10, 50), _GENTLE),
-    "head": _Style(1e-2, None, 1200, (10, 50), _GENTLE),
+_IMAGE_STYLES = {
+    "scratch": Style(1e-3, 5000, (50, 300), {"augment": {**_STRONG, "mixup": 0.2, "cutmix": 0.5, "mixup_prob": 0.5}}),
+    "all": Style(1.5e-3, 1200, (10, 50), {"optimizer": {"layer_decay": 0.75}, "augment": _STRONG}),
+    "lam": Style(6e-3, 1200, (10, 50), {"augment": _GENTLE}),
+    "head": Style(1e-2, 1200, (10, 50), {"augment": _GENTLE}),
+}
+# The rates of the published recipes (CLIP4Clip, QD-DETR), from scratch higher, as the zoo's own recipes have them.
+_VIDEO_STYLES = {
+    "scratch": Style(1e-3, 5000, (50, 300)),
+    "tuned": Style(1e-4, 1200, (5, 50), {"optimizer": {"weight_decay": 0.2, "tower_lr": 1e-5}}),
+}
+_MOMENT_STYLES = {
+    "scratch": Style(2e-4, 8000, (50, 200), {"optimizer": {"weight_decay": 1e-4, "clip_grad": 0.1}}),
+    "tuned": Style(1e-4, 1200, (5, 50), {"optimizer": {"weight_decay": 1e-4, "clip_grad": 0.1}}),
+}
+_CAPTION_STYLES = {
+    "scratch": Style(1e-3, 5000, (30, 200), {"optimizer": {"weight_decay": 0.01}}),
+    "tuned": Style(3e-4, 1200, (5, 50), {"optimizer": {"weight_decay": 0.01}}),
 }
 
 
-def complete_recipe(table: Mapping[str, Any]) -> Recipe:
+def complete_recipe(table: Mapping[str, Any]) -> TaskRecipe:
     """Makes a recipe of a table that says as little as ``model.name`` and ``data.source``.
 
-    What is left open is chosen for AdamW with a cosine schedule and averaged weights: epochs, batch and learning rate
-    by the number of training images and by what is trained (``model.tune``; from scratch without weights). Where the
-    data has no validation split, a tenth of the training images becomes one; a ``test`` split is scored at the end.
-    What the table says stays as it is.
+    The task is that of the model, unless ``task`` says otherwise. What is left open is chosen for AdamW with a cosine
+    schedule and averaged weights: epochs, batch and learning rate by the number of training inputs and by what is
+    trained (``model.tune``; from scratch without weights). Frames a video are those that the weights are made for.
+    Where the data has no validation split, a tenth of the training images or videos becomes one; a ``test`` split is
+    scored at the end. What the table says stays as it is.
 
     Args:
         table: nested values as in a recipe file; ``run.output`` may be missing too.
@@ -82,32 +115,94 @@ def complete_recipe(table: Mapping[str, Any]) -> Recipe:
     for section, key in (("model", "name"), ("data", "source")):
         if not isinstance(filled.setdefault(section, {}), dict) or key not in filled[section]:
             raise RecipeError(f"Recipe key {section}.{key} is missing; add it.")
-    _fill(filled, "data", {"val_fraction": _VAL_FRACTION, "workers": _workers()})
+    _fill(filled, "data", {"workers": _workers()})
     _fill(filled, "run", {"output": ""})
-    given = _classifiers(_with_any_batch(filled))  # what is wrong is said before the data is opened
-    images = _training_images(given)
-    if "test_split" not in filled["data"] and given.data.eval_split != "test" and has_split(given.data, "test"):
-        filled["data"]["test_split"] = "test"
+    given = parse_recipe(_with_any_batch(filled))  # what is wrong is said before the data is opened
+    filled["task"] = given.task
+    task = find_task(given.task)
+    if task.defaults is None:
+        raise RecipeError(f"The settings for {task.about} are not chosen by the data; give a whole RECIPE.toml.")
+    choice: Choice = task.load("defaults")(given)
+    _fill(filled, "data", choice.data)
 
-    batch = given.run.batch_size if "batch_size" in filled["run"] else _batch(images, given.run.accumulation)
-    updates = max(1, images // batch)
-    style = _STYLES["scratch" if _from_scratch(given) else given.model.tune]
+    inputs, style = choice.inputs, choice.style
+    batch = given.run.batch_size if "batch_size" in filled["run"] else _batch(inputs, given.run.accumulation)
+    updates = max(1, inputs // batch)
     fewest, most = style.epochs
     _fill(filled, "schedule", {"epochs": min(max(math.ceil(style.updates / updates), fewest), most)})
     epochs = filled["schedule"]["epochs"]
     _fill(filled, "schedule", {"warmup_epochs": math.ceil(epochs / 20) if epochs > 1 else 0})
-    augment = dict(style.augment)
-    if given.model.kwargs.get("in_chans") == 4:
-        augment.pop("auto_augment", None)  # timm's policies can't change images of 4 channels
-    _fill(filled, "augment", augment)
+    for section, values in style.sections.items():
+        _fill(filled, section, values)
     _fill(filled, "optimizer", {"lr": style.lr * math.sqrt(batch / _BATCH), "clip_grad": 1.0})
-    if style.layer_decay is not None:
-        _fill(filled, "optimizer", {"layer_decay": style.layer_decay})
     # The average of the weights reaches back over the last tenth of the run.
     decay = round(min(max(1 - 10 / (updates * epochs), 0.5), 0.9998), 6)
     _fill(filled, "run", {"batch_size": batch, "ema_decay": decay, "precision": _precision(given)})
     filled["run"]["output"] = given.run.output or str(Path("runs", _run_name(given)))
-    return _classifiers(filled)
+    return parse_recipe(filled)
+
+
+def for_images(recipe: Recipe) -> Choice:
+    """Chooses for image classification; opens the data."""
+    fraction = _VAL_FRACTION if recipe.data.val_fraction is None else recipe.data.val_fraction
+    data = replace(recipe.data, val_fraction=fraction)
+    splits = open_splits(data)
+    images = len(splits.train)
+    if splits.evaluation is None:
+        train = splits.train  # without the images whose labels a scan would find wrong
+        usable = select(train, [i for i, label in enumerate(train.source.labels()) if train.is_label(label)])
+        images = len(split_off(usable, fraction, recipe.run.seed)[0])
+    chosen: dict[str, Any] = {"val_fraction": fraction}
+    if data.test_split is None and data.eval_split != "test" and has_split(data, "test"):
+        chosen["test_split"] = "test"
+    style = _IMAGE_STYLES["scratch" if _from_scratch(recipe) else recipe.model.tune]
+    if recipe.model.kwargs.get("in_chans") == 4:  # timm's policies can't change images of 4 channels
+        augment = {key: value for key, value in style.sections["augment"].items() if key != "auto_augment"}
+        style = replace(style, sections={**style.sections, "augment": augment})
+    return Choice(images, style, chosen)
+
+
+def for_videos(recipe: RetrievalRecipe) -> Choice:
+    """Chooses for text-video retrieval, also the frames of a video; opens the data, and builds the model."""
+    with torch.device("meta"):
+        model: Any = create_model(recipe.model.name, **recipe.model.kwargs)
+    train, data = _open_videos(recipe, val_fraction=True)
+    frames = {"max_frames": model.max_frames, "fps": model.sampling.fps or 0.0}
+    pairs = len(train.texts) if recipe.data.captions == "all" else len(train)
+    return Choice(pairs, _style(_VIDEO_STYLES, recipe), {**frames, **data})
+
+
+def for_moments(recipe: MomentRecipe) -> Choice:
+    """Chooses for moment retrieval; opens the data."""
+    train, data = _open_videos(recipe, val_fraction=False)
+    return Choice(len(train), _style(_MOMENT_STYLES, recipe), data)
+
+
+def for_captions(recipe: CaptionRecipe) -> Choice:
+    """Chooses for captions; opens the data."""
+    train, data = _open_videos(recipe, val_fraction=True)
+    return Choice(len(train), _style(_CAPTION_STYLES, recipe), data)
+
+
+def _style(styles: Mapping[str, Style], recipe: TaskRecipe) -> Style:
+    return styles["scratch" if _from_scratch(recipe) else "tuned"]
+
+
+def _open_videos(recipe: TaskRecipe, *, val_fraction: bool) -> tuple[Any, dict[str, Any]]:
+    """Opens the training split; returns it, without what is held out, and entries of ``[data]``."""
+    data, chosen = recipe.data, {}
+    if val_fraction:
+        chosen["val_fraction"] = _VAL_FRACTION if data.val_fraction is None else data.val_fraction
+        data = replace(data, **chosen)
+    splits, _ = open_roles(find_task(recipe.task), data, recipe.run.seed, roles=("train", "validation"))
+    if data.test_split is None and "test" not in synonyms(data.eval_split):
+        try:
+            test = find_task(recipe.task).open_split(data.source, "test")
+        except MissingSplitError:
+            return splits["train"], chosen
+        if test.split not in (splits["train"].split, splits["validation"].split):
+            chosen["test_split"] = "test"
+    return splits["train"], chosen
 
 
 def _with_any_batch(table: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -119,15 +214,6 @@ def _with_any_batch(table: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**table, "run": {**run, "batch_size": accumulation}}
 
 
-def _classifiers(table: Mapping[str, Any]) -> Recipe:
-    recipe = parse_recipe(table)
-    if isinstance(recipe, Recipe):
-        return recipe
-    raise RecipeError(
-        f"Recipe key task is {recipe.task!r}, whose settings are not chosen by the data yet; give a whole RECIPE.toml."
-    )
-
-
 def _fill(table: dict[str, Any], section: str, values: Mapping[str, Any]) -> None:
     entries = table.setdefault(section, {})
     if isinstance(entries, dict):  # parse_recipe refuses anything else
@@ -135,33 +221,24 @@ def _fill(table: dict[str, Any], section: str, values: Mapping[str, Any]) -> Non
             entries.setdefault(key, value)
 
 
-def _training_images(recipe: Recipe) -> int:
-    splits = open_splits(recipe.data)
-    if splits.evaluation is not None or recipe.data.val_fraction is None:
-        return len(splits.train)
-    train = splits.train  # without the images whose labels a scan would find wrong
-    usable = select(train, [i for i, label in enumerate(train.source.labels()) if train.is_label(label)])
-    return len(split_off(usable, recipe.data.val_fraction, recipe.run.seed)[0])
+def _batch(inputs: int, accumulation: int) -> int:
+    """Returns a power of two that leaves enough updates in an epoch, at most half of the inputs, shared out evenly.
 
-
-def _batch(images: int, accumulation: int) -> int:
-    """A power of two that leaves enough updates in an epoch, at most half of the images, shared out evenly.
-
-    Each share is even, as mixup needs it, where there are images enough for pairs.
+    Each share is even, as mixup needs it, where there are enough inputs for pairs.
     """
-    wanted = 2 ** math.floor(math.log2(max(images / _UPDATES_PER_EPOCH, 1)))
-    batch = min(max(wanted, _LEAST_BATCH), _BATCH, math.ceil(images / 2))
+    wanted = 2 ** math.floor(math.log2(max(inputs / _UPDATES_PER_EPOCH, 1)))
+    batch = min(max(wanted, _LEAST_BATCH), _BATCH, math.ceil(inputs / 2))
     share = accumulation * int(os.environ.get("WORLD_SIZE", "1"))
-    if images >= 2 * share:
+    if inputs >= 2 * share:
         share *= 2
     return max(batch // share, 1) * share
 
 
-def _from_scratch(recipe: Recipe) -> bool:
+def _from_scratch(recipe: TaskRecipe) -> bool:
     return not recipe.model.pretrained and recipe.model.kwargs.get("checkpoint_path") is None
 
 
-def _precision(recipe: Recipe) -> Precision:
+def _precision(recipe: TaskRecipe) -> Precision:
     if recipe.run.device == "cpu" or not torch.cuda.is_available():
         return "no"
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
@@ -174,10 +251,10 @@ def _workers() -> int:
     return min(share // 2, 8)
 
 
-def _run_name(recipe: Recipe) -> str:
-    """``<model>-<data>``, and what is tuned where it isn't all."""
-    tune = "" if recipe.model.tune == "all" else f"-{recipe.model.tune}"
-    return f"{_short(recipe.model.name)}-{_short(recipe.data.source)}{tune}"
+def _run_name(recipe: TaskRecipe) -> str:
+    """Returns ``<model>-<data>``, and what is tuned where that isn't all."""
+    tune = getattr(recipe.model, "tune", "all")
+    return f"{_short(recipe.model.name)}-{_short(recipe.data.source)}{'' if tune == 'all' else f'-{tune}'}"
 
 
 def _short(name: str) -> str:

@@ -1,9 +1,9 @@
-"""Training on features that are read whole, spliced and scored by shares: what moments and captions have in common."""
+"""Training on features, the base of moments and captions; each process scores a share of the inputs."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -11,27 +11,17 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lamzoo.errors import RecipeError
-from lamzoo.training.build import build_optimizer
-from lamzoo.training.captions.recipe import CaptionRecipe
 from lamzoo.training.gradients import average_gradients, global_counts
 from lamzoo.training.loaders import create_seeded_loader, seed_everything
-from lamzoo.training.moments.recipe import MomentRecipe
-from lamzoo.training.score_report import write_score_report
-from lamzoo.training.splits import BadInputs, ScanProgress
-from lamzoo.training.trainer import TrainingRun, TrainResult
+from lamzoo.training.splits import BadInputs, ScanProgress, open_roles
+from lamzoo.training.trainer import TrainingRun
 
 
 class FeatureRun(TrainingRun):
     """One run on features; arguments as of :class:`TrainingRun`."""
 
     scoring_precision = "float32"
-    curve: tuple[str, str]  # the score that the report draws, its key in the history and its name
-    recipe: MomentRecipe | CaptionRecipe
-    metrics: Mapping[str, Any] | None = None
-
-    @abstractmethod
-    def open_split(self, split: str) -> Any:
-        """Opens a split of the recipe's data."""
+    splits: Mapping[str, Any]
 
     @abstractmethod
     def names(self, split: Any) -> Collection[Any]:
@@ -58,36 +48,27 @@ class FeatureRun(TrainingRun):
             counts: as of :meth:`counts`, of all of them together.
         """
 
-    @abstractmethod
-    def score(self, role: str) -> Mapping[str, Any]:
-        """Scores :attr:`evaluated_model` on a split, each process on its own share, in float32."""
-
     def complete(self, batches: list[Any]) -> list[Any]:
         """Returns this process's batches of an update with what they need of the others; called on every process."""
         return batches
 
-    @abstractmethod
-    def table(self, scores: Mapping[str, Any]) -> Sequence[str]:
-        """Returns scores by split as lines of Markdown."""
-
     def open_data(self) -> None:
         data = self.recipe.data
-        roles = {"train": data.train_split, "validation": data.eval_split, "test": data.test_split}
-        self.splits = {role: self.open_split(split) for role, split in roles.items() if split is not None}
+        self.splits, self.videos_held_out = open_roles(self.task, data, self.recipe.run.seed)
         train = self.splits["train"]
         known = set(self.names(train))
         for role, split in self.splits.items():
             common = known & set(self.names(split))
             if role != "train" and common:
                 raise RecipeError(
-                    f"{len(common)} {self.items} of {data.source} would be trained and scored on, such as "
+                    f"{len(common)} {self.task.items} of {data.source} would be trained and scored on, such as "
                     f"{min(common)!r}, in {train.split} and {split.split}; name other splits in data.train_split and "
                     "data.eval_split."
                 )
         if len(train) < self.recipe.run.batch_size:
             raise RecipeError(
-                f"run.batch_size asks for batches of {self.recipe.run.batch_size} {self.items} and {data.source} has "
-                f"{len(train)} in {train.split}; use a smaller batch."
+                f"run.batch_size asks for batches of {self.recipe.run.batch_size} {self.task.items} and {data.source} "
+                f"has {len(train)} in {train.split}; use a smaller batch."
             )
         if self.recipe.augment.splice:
             train.splice()  # which says where the data can't
@@ -108,15 +89,9 @@ class FeatureRun(TrainingRun):
     def train_loader(self, model: nn.Module) -> DataLoader[Any]:
         return create_seeded_loader(self.recipe, self.samples(), self.collate(model))
 
-    def eval_loaders(self, model: nn.Module) -> list[DataLoader[Any]]:
-        return []  # each process answers its own share
-
     def share(self, role: str) -> range:
         """Returns which items of a split are this process's to answer."""
         return range(self.accelerator.process_index, len(self.splits[role]), self.accelerator.num_processes)
-
-    def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        return build_optimizer(self.recipe.optimizer, model)
 
     def prepare_model(self, model: nn.Module) -> Any:
         # Not wrapped: a process whose clips all lack a modality has no gradient for its weights, which
@@ -138,20 +113,3 @@ class FeatureRun(TrainingRun):
             losses.append(loss.detach())
         average_gradients(self.accelerator, self.model)
         return self.accelerator.reduce(torch.stack(losses).sum(), "sum")
-
-    def finish(self, command: str | None) -> TrainResult:
-        folder, main = self.keep_model(), self.accelerator.is_main_process
-        if self.metrics is None:  # the run was complete before it was resumed
-            self.evaluate()
-        scores: dict[str, Any] = {str(self.splits["validation"].split): self.metrics}
-        if "test" in self.splits:
-            scores[str(self.splits["test"].split)] = self.score("test")
-        report = None
-        if self.recipe.run.report:
-            report = self.checkpoints.output / "report" / "report.md"
-            if main:
-                facts = self.facts(command) | {f"training_{self.items}": len(self.splits["train"])}
-                write_score_report(
-                    report.parent, facts, scores, self.table(scores), self.history, self.curve, self.about_weights()
-                )
-        return self.result(folder, scores, report)

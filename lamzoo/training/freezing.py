@@ -1,4 +1,4 @@
-"""Which part of a model a run trains, and how the rest behaves meanwhile."""
+"""Freezing: the part of a model that a run trains, and the mode of the rest."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lamzoo.training.recipe import Tune
 
 
 class Tuning:
-    """Freezes what a run does not train.
+    """Freezes the part of a model that a run does not train.
 
     Args:
         model: a timm classifier, with or without masks; ``requires_grad`` of its parameters is set.

@@ -1,22 +1,21 @@
-"""A training recipe: what a TOML file may say, checked before anything is loaded."""
+"""Training recipes: reading, and the recipe of image classification; all is checked before anything is loaded."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from lamzoo.data import OnBadInput
-from lamzoo.errors import RecipeError
+from lamzoo.errors import RecipeError, UnknownTaskError
 from lamzoo.records import build
 from lamzoo.reduction.config import Rest, Score, Training
-from lamzoo.training.captions.recipe import CaptionRecipe, check_captions
-from lamzoo.training.config_reader import override, read_recipe, without_none
-from lamzoo.training.moments.recipe import MomentRecipe, check_moments
-from lamzoo.training.recipe_common import OptimizerSection, RunSection, ScheduleSection, check_common
-from lamzoo.training.retrieval.recipe import RetrievalRecipe, check_retrieval
+from lamzoo.registry.catalog import task_of
+from lamzoo.tasks import Task, find_task
+from lamzoo.tasks.classification import CLASSIFICATION
+from lamzoo.training.config_reader import override, read_recipe
+from lamzoo.training.recipe_common import OptimizerSection, RunSection, ScheduleSection, TaskRecipe, check_common
 
 Tune = Literal["all", "lam", "head"]
 
@@ -120,7 +119,7 @@ class PruneSection:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(TaskRecipe):
     """One training run of an image classifier; see the sections for what each table holds."""
 
     model: ModelSection
@@ -132,16 +131,25 @@ class Recipe:
     schedule: ScheduleSection = field(default_factory=ScheduleSection)
     prune: PruneSection | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the recipe as nested plain values, fields that are None left out."""
-        return without_none(dataclasses.asdict(self))
+    def check(self) -> None:
+        fraction = self.data.val_fraction
+        if fraction is not None and not 0 < fraction < 1:
+            raise RecipeError(
+                f"Recipe key data.val_fraction is {fraction}; it must lie between 0 and 1. To train on all of "
+                "train_split, name another split to score on in data.eval_split (--val-split); nothing is held out "
+                "then."
+            )
+        model = self.model
+        if model.tune != "all" and not model.pretrained and model.kwargs.get("checkpoint_path") is None:
+            raise RecipeError(
+                f"Recipe key model.tune is {model.tune!r}, which keeps the backbone as it is, and this backbone has no "
+                "weights; start from the published ones (model.pretrained, --pretrained) or tune all."
+            )
+        if self.prune is not None and self.prune.loss_weight < 0:
+            raise RecipeError(f"Recipe key prune.loss_weight is {self.prune.loss_weight}; it must not be negative.")
 
 
-AnyRecipe: TypeAlias = Recipe | RetrievalRecipe | MomentRecipe | CaptionRecipe
-
-_TASKS: dict[str, type[AnyRecipe]] = {
-    "classification": Recipe, "retrieval": RetrievalRecipe, "moments": MomentRecipe, "captions": CaptionRecipe,
-}  # fmt: skip
+AnyRecipe: TypeAlias = TaskRecipe
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
@@ -161,45 +169,21 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
 
 
 def parse_recipe(table: Mapping[str, Any]) -> AnyRecipe:
-    """Builds a recipe from nested plain values, of the task that they name; raises as :func:`load_recipe`."""
-    task = table.get("task", "classification")
-    if task not in _TASKS:
-        raise RecipeError(f"Recipe key task is {task!r}; it must be one of {', '.join(map(repr, _TASKS))}.")
-    recipe = build(_TASKS[task], table, source="Recipe", error=RecipeError)
-    check_common(
-        run=recipe.run,
-        optimizer=recipe.optimizer,
-        schedule=recipe.schedule,
-        name=recipe.model.name,
-        lam=recipe.model.lam,
-        workers=recipe.data.workers,
-    )
-    if isinstance(recipe, Recipe):
-        _check(recipe)
-    elif isinstance(recipe, RetrievalRecipe):
-        check_retrieval(recipe)
-    elif isinstance(recipe, MomentRecipe):
-        check_moments(recipe)
-    else:
-        check_captions(recipe)
+    """Builds a recipe from nested plain values; raises as :func:`load_recipe`.
+
+    Its task is the one that ``task`` names, or else that of the model.
+    """
+    try:
+        task = find_task(table["task"]) if "task" in table else _task_of_model(table)
+    except UnknownTaskError as error:
+        raise RecipeError(f"Recipe key task: {error}") from None
+    recipe: AnyRecipe = build(task.load("recipe"), table, source="Recipe", error=RecipeError)
+    check_common(recipe)
+    recipe.check()
     return recipe
 
 
-def _check(recipe: Recipe) -> None:
-    fraction = recipe.data.val_fraction
-    if fraction is not None and not 0 < fraction < 1:
-        raise RecipeError(
-            f"Recipe key data.val_fraction is {fraction}; it must lie between 0 and 1. To train on all of "
-            "train_split, name another split to score on in data.eval_split (--val-split); nothing is held out then."
-        )
-    _check_tune(recipe.model)
-    if recipe.prune is not None and recipe.prune.loss_weight < 0:
-        raise RecipeError(f"Recipe key prune.loss_weight is {recipe.prune.loss_weight}; it must not be negative.")
-
-
-def _check_tune(model: ModelSection) -> None:
-    if model.tune != "all" and not model.pretrained and model.kwargs.get("checkpoint_path") is None:
-        raise RecipeError(
-            f"Recipe key model.tune is {model.tune!r}, which keeps the backbone as it is, and this backbone has no "
-            "weights; start from the published ones (model.pretrained, --pretrained) or tune all."
-        )
+def _task_of_model(table: Mapping[str, Any]) -> Task:
+    model = table.get("model")
+    name = model.get("name") if isinstance(model, Mapping) else None
+    return task_of(name) if isinstance(name, str) else CLASSIFICATION  # the recipe class says what is missing

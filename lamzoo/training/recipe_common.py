@@ -1,7 +1,8 @@
-"""What recipes of every task have in common: the optimiser, the schedule and the run."""
+"""The sections and checks that recipes of all tasks share."""
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from timm.optim import list_optimizers
 from lamzoo.errors import RecipeError
 from lamzoo.lam import LamConfig
 from lamzoo.registry.catalog import find_spec, model_ref
+from lamzoo.training.config_reader import without_none
 
 Precision = Literal["no", "bf16", "fp16"]
 SCHEDULES = ("cosine", "tanh", "poly", "wsd", "rsqrt", "constant")
@@ -91,15 +93,80 @@ class RunSection:
     report: bool = True
 
 
-def check_common(
-    *,
-    run: RunSection,
-    optimizer: OptimizerSection,
-    schedule: ScheduleSection,
-    name: str,
-    lam: dict[str, Any] | bool | None,
-    workers: int,
-) -> None:
+@dataclass(frozen=True)
+class ModelSectionBase:
+    """``[model]`` of most tasks: arguments of :func:`lamzoo.create_model`.
+
+    Attributes:
+        name: a registered name, ``local-dir:`` or ``hf-hub:``.
+        pretrained: start from the published weights.
+        lam: fields of a :class:`lamzoo.LamConfig` in place of the registered one; true for the registered one or, where
+            there is none, the default; false for none.
+        kwargs: further arguments of ``create_model``.
+    """
+
+    name: str
+    pretrained: bool = False
+    lam: dict[str, Any] | bool | None = None
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DataSectionBase:
+    """``[data]`` of most tasks.
+
+    Attributes:
+        source: the data set's specification.
+        train_split: the split to train on.
+        eval_split: the split to score during the run.
+        test_split: scored once, at the end; None for none.
+        workers: processes that read inputs, for each training process; 0 reads in that one.
+        scan: read the inputs of all these splits once before the first epoch, so that one that is missing is named
+            early.
+    """
+
+    source: str
+    train_split: str = "train"
+    eval_split: str = "validation"
+    test_split: str | None = None
+    workers: int = 0
+    scan: bool = True
+
+
+class TaskRecipe:
+    """Base of the recipes of all tasks; a task's is a frozen dataclass of these fields, and others of its own.
+
+    Attributes:
+        model: ``[model]``; it has at least ``name``, ``pretrained``, ``lam`` and ``kwargs``.
+        data: ``[data]``; it has at least ``source``, ``train_split``, ``eval_split``, ``test_split`` and ``workers``.
+        run: ``[run]``.
+        task: its name.
+        augment: ``[augment]``.
+        optimizer: ``[optimizer]``.
+        schedule: ``[schedule]``.
+    """
+
+    model: Any
+    data: Any
+    run: RunSection
+    task: str
+    augment: Any
+    optimizer: OptimizerSection
+    schedule: ScheduleSection
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the recipe as nested plain values, without the fields that are None."""
+        return without_none(dataclasses.asdict(self))  # type: ignore[call-overload]  # each subclass is a dataclass
+
+    def check(self) -> None:
+        """Checks what only this task's sections say.
+
+        Raises:
+            RecipeError: an impossible value; names its key.
+        """
+
+
+def check_common(recipe: TaskRecipe) -> None:
     """Checks the values of the sections that all tasks share, and the model's name and masks.
 
     Raises:
@@ -107,6 +174,8 @@ def check_common(
         UnknownModelError: no such model.
         ConfigError: masks that mean nothing.
     """
+    run, optimizer, schedule = recipe.run, recipe.optimizer, recipe.schedule
+    name, lam, workers = recipe.model.name, recipe.model.lam, recipe.data.workers
     at_least_one = {
         "run.batch_size": run.batch_size,
         "run.accumulation": run.accumulation,

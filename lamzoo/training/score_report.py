@@ -1,10 +1,10 @@
-"""The report that a run of retrieval, moments or captions ends with: scores in Markdown and JSON, and curves."""
+"""The report of a run: scores in Markdown and JSON, and curves."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,33 +12,31 @@ import timm
 import torch
 
 from lamzoo.errors import DataError, MissingExtraError
-from lamzoo.evaluation.retrieval.metrics import WAYS
 from lamzoo.files import atomic_files
+from lamzoo.tasks import MetricSpec, ScoreTable, Task
 from lamzoo.version import __version__
 
 _logger = logging.getLogger(__name__)
-
-_RANKS = ("R1", "R5", "R10", "R50", "MedianR", "MeanR")
 
 
 def write_score_report(
     folder: Path,
     facts: Mapping[str, Any],
     scores: Mapping[str, Any],
-    table: Sequence[str],
+    task: Task,
+    metric: MetricSpec,
     history: list[dict[str, float]],
-    curve: tuple[str, str],
     about_weights: str,
 ) -> None:
     """Writes ``report.md``, ``report.json`` and, where matplotlib is installed, ``curves.png`` into a folder.
 
     Args:
-        folder: made where it isn't there.
+        folder: made where it is missing.
         facts: about the run, as plain values.
-        scores: by split, as plain values, for the JSON.
-        table: the same as lines of Markdown.
+        scores: by split, as plain values.
+        task: of the run.
+        metric: the watched one, whose curve is drawn.
         history: one record an epoch.
-        curve: the score that is drawn, its key in the history and its name.
         about_weights: a sentence on which epoch's weights the model has.
 
     Raises:
@@ -50,10 +48,12 @@ def write_score_report(
     facts = {**facts, "versions": versions}
     lines = ["# Training report", "", "| | |", "|---|---|"]
     lines += [f"| {key.replace('_', ' ')} | {_cell(value)} |" for key, value in facts.items()]
-    lines += ["", *table, "", about_weights, ""]
+    lines += ["", *_table(task.score_table(scores)), "", about_weights, ""]
     with atomic_files(DataError) as stage:
         try:
-            draw_curves(history, *curve).savefig(stage(folder / "curves.png"), format="png")
+            draw_curves(history, f"eval_{metric.name}", f"{metric.heading}, validation").savefig(
+                stage(folder / "curves.png"), format="png"
+            )
             lines += ["![curves](curves.png)", ""]
         except MissingExtraError as error:
             _logger.warning("the report has no curves: %s", error)
@@ -62,32 +62,11 @@ def write_score_report(
         stage(folder / "report.md").write_text("\n".join(lines), "utf-8")
 
 
-def retrieval_table(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[str]:
-    """Writes metrics of :func:`lamzoo.evaluation.retrieval_metrics`, by split, as a table."""
-    lines = [f"| split | | {' | '.join(_RANKS)} |", f"|---|---|{'---:|' * len(_RANKS)}"]
-    for split, metrics in scores.items():
-        for way, name in WAYS.items():
-            lines.append(f"| {split} | {name} | {' | '.join(f'{metrics[way][key]:.1f}' for key in _RANKS)} |")
-    return [*lines, "", "Recall in percent, ranks from 1."]
-
-
-def moment_table(scores: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Writes metrics of :func:`lamzoo.evaluation.moment_metrics`, by split, as a table of what is brief in them."""
-    keys = list(dict.fromkeys(key for metrics in scores.values() for key in metrics["brief"]))
-    lines = [f"| split | {' | '.join(keys)} |", f"|---|{'---:|' * len(keys)}"]
-    for split, metrics in scores.items():
-        brief = metrics["brief"]
-        lines.append(f"| {split} | {' | '.join(f'{brief[key]:.2f}' for key in keys)} |")
-    return [*lines, "", "All in percent, as QVHighlights' official tool computes it."]
-
-
-def caption_table(scores: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """Writes metrics of :func:`lamzoo.evaluation.captions.evaluate.caption_scores`, by split, as a table."""
-    keys = list(dict.fromkeys(key for metrics in scores.values() for key in metrics))
-    lines = [f"| split | {' | '.join(keys)} |", f"|---|{'---:|' * len(keys)}"]
-    for split, metrics in scores.items():
-        lines.append(f"| {split} | {' | '.join(f'{metrics[key]:.3f}' for key in keys)} |")
-    return [*lines, "", "Word error rate and sentence accuracy in percent, the others as COCO's tools give them."]
+def _table(table: ScoreTable) -> list[str]:
+    texts = [index == 0 or not heading for index, heading in enumerate(table.columns)]
+    rule = "".join("---|" if text else "---:|" for text in texts)
+    lines = [f"| {' | '.join(cells)} |" for cells in (table.columns, *table.rows)]
+    return [lines[0], f"|{rule}", *lines[1:], *(["", table.note] if table.note else [])]
 
 
 def _cell(value: Any) -> str:

@@ -1,22 +1,26 @@
-"""The images of a run: its splits opened or made, searched for what can't be read; the same on every process."""
+"""The data of a run: splits opened or made, and searched for invalid inputs; the same on every process."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from lamzoo.data import BadInput, LabelledImages, create_dataset, find_invalid_images, leave_out_invalid, select
-from lamzoo.data.images.trained import RECIPE_NAME, MadeSplit
-from lamzoo.data.splits import open_default, synonyms
+from lamzoo.data.images.trained import HELD_OUT_NAME, RECIPE_NAME, MadeSplit
+from lamzoo.data.json_files import read_json
+from lamzoo.data.splits import hold_out, open_default, synonyms
 from lamzoo.errors import DataError, MissingSplitError, RecipeError
 from lamzoo.files import atomic_files
+from lamzoo.tasks import Task
 from lamzoo.training.recipe import DataSection
 
 ScanProgress = Callable[[str, int, int], None]
@@ -67,6 +71,66 @@ def open_splits(data: DataSection) -> Splits:
     if test is not None and test.split == train.split:
         raise _same_images(data, train)
     return Splits(train, evaluation, test)
+
+
+def open_roles(
+    task: Task, data: Any, seed: int, roles: Collection[str] = ("train", "validation", "test")
+) -> tuple[dict[str, Any], frozenset[str]]:
+    """Opens the splits that a recipe names; reads no input.
+
+    Args:
+        task: of the recipe.
+        data: the recipe's ``[data]``. Where it has a ``val_fraction`` and the data no validation split, this share of
+            the training videos takes its place.
+        seed: of the choice of these videos.
+        roles: those to open; a test split only where the recipe names one.
+
+    Returns:
+        The splits by role, and the names of the videos that were held out.
+
+    Raises:
+        DataError: the data set or a split that is needed does not exist.
+    """
+    names = {"train": data.train_split, "validation": data.eval_split, "test": data.test_split}
+    opener, fraction = partial(task.open_split, data.source), getattr(data, "val_fraction", None)
+    splits = {}
+    for role in roles:
+        if names[role] is None:
+            continue
+        if role == "train" and fraction is not None and "train" in synonyms(names[role]):
+            splits[role] = open_default(opener, names[role])
+            continue
+        try:
+            splits[role] = opener(names[role])
+        except MissingSplitError:
+            if role != "validation" or fraction is None:
+                raise
+    if "validation" in splits or "validation" not in roles or fraction is None:
+        return splits, frozenset()
+    train = splits["train"]
+    known = train.video_names()
+    held_out = hold_out(known, fraction, seed, data.source)
+    rest = {role: split for role, split in splits.items() if role == "test"}
+    return {"train": train.of_videos(known - held_out), "validation": train.of_videos(held_out), **rest}, held_out
+
+
+def keep_held_out(folder: Path, held_out: Collection[str]) -> None:
+    """Writes the names of the videos that a run holds out into its folder, or compares them with those there.
+
+    Raises:
+        DataError: a run that is resumed held others out; or the file can't be written.
+    """
+    path, names = folder / HELD_OUT_NAME, sorted(held_out)
+    if (folder / RECIPE_NAME).exists() and path.exists() and read_json(path) != names:
+        raise DataError(
+            f"the training videos have changed since the run in {folder} held some out for validation; bring the same "
+            "videos back, or start anew in another folder"
+        )
+    if names:
+        with atomic_files(DataError) as stage:
+            stage(path).write_text(json.dumps(names, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    else:
+        path.unlink(missing_ok=True)  # of a run without a checkpoint
 
 
 def has_split(data: DataSection, split: str) -> bool:

@@ -1,4 +1,4 @@
-"""What all training runs have in common: updates, checkpoints, logs, averaged weights, evaluation; knows no task."""
+"""The training run of any task: updates, checkpoints, logs, averaged weights, evaluation."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import shutil
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -27,12 +27,14 @@ from lamzoo.lam import LamConfig
 from lamzoo.registry.catalog import model_ref
 from lamzoo.registry.refs import ModelRef
 from lamzoo.registry.saving import save_pretrained
-from lamzoo.training.build import build_ema, build_scheduler
+from lamzoo.tasks import find_task
+from lamzoo.training.build import build_ema, build_optimizer, build_scheduler
 from lamzoo.training.checkpoints import Checkpoints
 from lamzoo.training.loaders import seed_everything
 from lamzoo.training.recipe import AnyRecipe
 from lamzoo.training.recipe_common import RunSection
-from lamzoo.training.splits import BadInputs, ScanProgress, write_bad_inputs
+from lamzoo.training.score_report import write_score_report
+from lamzoo.training.splits import BadInputs, ScanProgress, keep_held_out, write_bad_inputs
 from lamzoo.weights.files import read_state_dict
 from lamzoo.weights.saved import read_saved
 
@@ -43,7 +45,7 @@ _FETCH_LOSS = 0.5  # seconds between two looks at the loss, each of which waits 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands; passed to the progress callback after each update and each evaluation.
+    """Progress of a run; passed to the callback after each update and each evaluation.
 
     Attributes:
         epoch: from 0.
@@ -51,9 +53,9 @@ class Progress:
         update: optimiser updates so far.
         updates: in the whole run.
         loss: mean training loss of the epoch, at most half a second old.
-        metric: what is watched, such as ``"top1"``.
+        metric: name of the watched one, such as ``"top1"``.
         value: of the last evaluation; None before the first.
-        scores: all that the last evaluation found, by name; empty before the first.
+        scores: of the last evaluation, by name; empty before the first.
     """
 
     epoch: int
@@ -68,20 +70,20 @@ class Progress:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a finished run leaves.
+    """A finished run.
 
     Attributes:
         output: the folder.
         model: the trained model's folder, which ``create_model("local-dir:...")`` loads.
         history: one record an epoch, as in ``metrics.csv``.
-        scores: of the trained model, by split: the one scored during the run, and the recipe's ``test_split``. Of a
-            classifier they are of :class:`lamzoo.training.Score`, of retrieval the metrics of
-            :func:`lamzoo.evaluation.retrieval_metrics`, of moments those of :func:`lamzoo.evaluation.moment_metrics`,
-            of captions those of :func:`lamzoo.evaluation.captions.evaluate.caption_scores`.
-        report: ``report.md``; None where the recipe asks for none.
+        scores: of the trained model, by split: the one scored during the run, and the recipe's ``test_split``. Those of
+            a classifier are a :class:`lamzoo.training.Score`, of retrieval :func:`lamzoo.evaluation.retrieval_metrics`,
+            of moments :func:`lamzoo.evaluation.moment_metrics`, of captions
+            :func:`lamzoo.evaluation.captions.evaluate.caption_scores`.
+        report: path of ``report.md``; None where the recipe asks for none.
         left_out: inputs that were left out because they can't be read.
         epoch: whose weights the model has, from 1.
-        about: a sentence on why these.
+        about: a sentence on which weights were kept, and why.
     """
 
     output: Path
@@ -95,19 +97,23 @@ class TrainResult:
 
 
 class TrainingRun(ABC):
-    """The state of one run between its updates; a task fills in data, model, loss and score.
+    """The state of one run between its updates; a task's subclass gives data, model, loss and scores.
 
     Args:
-        recipe: what to do.
-        resume: go on from the latest checkpoint, if there is one.
+        recipe: the settings.
+        resume: continue from the latest checkpoint, if there is one.
         progress: called on the main process after every update.
-        scanning: called on the main process while inputs are searched for bad ones.
+        scanning: called on the main process while the data is searched for invalid inputs.
+
+    Attributes:
+        task: the record of the recipe's task.
+        metric: the watched metric.
+        scores: of the validation split, by the latest evaluation; None before the first.
     """
 
-    metric: str  # the column of metrics.csv, without "eval_", that is watched
-    lower_is_better: bool = False
     scoring_precision: ClassVar[str | None] = None  # of the scores, where it is not that of the training
-    items: ClassVar[str]  # what the data hold, in messages
+    scores: Any = None
+    videos_held_out: Collection[str] = ()  # for validation, by their names
 
     def __init__(
         self,
@@ -118,9 +124,11 @@ class TrainingRun(ABC):
     ) -> None:
         self.started = time.perf_counter()
         self.recipe = recipe
+        self.task = find_task(recipe.task)
         self.progress = progress
         self.checkpoints = Checkpoints(Path(recipe.run.output), recipe, resume)
         self.open_data()
+        self.metric = self.task.watched_metric(self.datasets()["train"])
         self.accelerator = _create_accelerator(recipe.run)
         seed_everything(recipe.run.seed)
         model = self.build_model()
@@ -156,7 +164,7 @@ class TrainingRun(ABC):
 
     @abstractmethod
     def open_data(self) -> None:
-        """Opens the splits, so that a wrong name is said before anything is built; reads no input."""
+        """Opens the splits, so that a wrong name is reported before anything is built; reads no input."""
 
     @abstractmethod
     def datasets(self) -> Mapping[str, Any]:
@@ -167,24 +175,8 @@ class TrainingRun(ABC):
         """Returns the model, on the CPU, in training mode; the random state is that of ``run.seed``."""
 
     @abstractmethod
-    def scan_data(self, progress: ScanProgress | None) -> BadInputs:
-        """Searches the splits for what can't be read, as the recipe says, and returns what was left out."""
-
-    @abstractmethod
     def train_loader(self, model: nn.Module) -> DataLoader[Any]:
         """Returns the loader of ``run.batch_size / run.accumulation`` inputs; ``dataset.epoch`` is set each epoch."""
-
-    @abstractmethod
-    def eval_loaders(self, model: nn.Module) -> list[DataLoader[Any]]:
-        """Returns what :meth:`evaluate` and :meth:`finish` need, for the accelerator to prepare."""
-
-    @abstractmethod
-    def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """Returns the optimiser over the parameters that are trained."""
-
-    @abstractmethod
-    def prepare_model(self, model: nn.Module) -> Any:
-        """Returns the model on its device, wrapped for several processes where the task needs it."""
 
     @abstractmethod
     def backward(self, epoch: int, update: int, batches: list[Any]) -> Tensor:
@@ -197,15 +189,64 @@ class TrainingRun(ABC):
         """
 
     @abstractmethod
-    def evaluate(self) -> dict[str, float]:
-        """Scores :attr:`evaluated_model` on the evaluation split; returns the columns for ``metrics.csv``."""
+    def score(self, role: str) -> Any:
+        """Scores :attr:`evaluated_model` on a split, ``"validation"`` or ``"test"``; called on every process.
 
-    @abstractmethod
+        Returns:
+            What the paths of the task's metrics lead through.
+        """
+
+    def scan_data(self, progress: ScanProgress | None) -> BadInputs:
+        """Searches the splits for inputs that can't be read, as the recipe says, and returns those left out."""
+        return ()
+
+    def eval_loaders(self, model: nn.Module) -> list[DataLoader[Any]]:
+        """Returns the loaders that :meth:`score` needs, for the accelerator to prepare."""
+        return []
+
+    def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """Returns the optimiser over the parameters that are trained."""
+        return build_optimizer(self.recipe.optimizer, model)
+
+    def prepare_model(self, model: nn.Module) -> Any:
+        """Returns the model on its device, wrapped for several processes where the task needs it."""
+        return self.accelerator.prepare(model)
+
+    def evaluate(self) -> dict[str, float]:
+        """Scores :attr:`evaluated_model` on the validation split; returns the columns for ``metrics.csv``."""
+        self.scores = self.score("validation")
+        found = {f"eval_{metric.name}": metric.of(self.scores) for metric in self.task.metrics}
+        return {column: value for column, value in found.items() if value is not None}
+
+    def write_report(self, folder: Path, scores: Mapping[str, Any], command: str | None) -> None:
+        """Writes ``report.md`` and what belongs to it into a folder; called on the main process.
+
+        Args:
+            folder: made where it is missing.
+            scores: of the trained model, by split.
+            command: the command line; None where a program called.
+        """
+        facts = self.facts(command) | {f"training_{self.task.items}": len(self.datasets()["train"])}
+        write_score_report(folder, facts, scores, self.task, self.metric, self.history, self.about_weights())
+
     def finish(self, command: str | None) -> TrainResult:
         """Saves the trained model beside the logs, scores it, writes the report and returns the run."""
+        folder, splits = self.keep_model(), self.datasets()
+        if self.scores is None:  # the run was complete before it was resumed
+            self.evaluate()
+        scores = {splits["validation"].split or "validation": self.scores}
+        if "test" in splits:
+            scores[splits["test"].split or "test"] = self.score("test")
+        report = None
+        if self.recipe.run.report:
+            report = self.checkpoints.output / "report" / "report.md"
+            if self.accelerator.is_main_process:
+                self.write_report(report.parent, scores, command)
+        return self._result(folder, scores, report)
 
     def write_records(self) -> None:
         """Writes what was decided about the data into the run's folder; called on the main process, once."""
+        keep_held_out(self.checkpoints.output, self.videos_held_out)
         if self.bad:
             path = self.checkpoints.output / "bad-inputs.csv"
             write_bad_inputs(path, self.bad)
@@ -216,8 +257,9 @@ class TrainingRun(ABC):
         self.model.train()
 
     def held_out(self) -> str:
-        """Returns how validation data were taken from the training data, in words, if they were."""
-        return ""
+        """Returns how validation data was taken from the training data, in words; empty where it was not."""
+        count = len(self.videos_held_out)
+        return f" (held out: {_counted(count, 'video')}, by seed {self.recipe.run.seed})" if count else ""
 
     def class_names(self) -> list[str] | None:
         """Returns the names that are saved with the model, if it is a classifier."""
@@ -276,7 +318,7 @@ class TrainingRun(ABC):
         epochs, why = len(self.history), self._why_last()
         if why or self.best is None:
             return f"The weights are those of the last epoch, not of the best{why and f': {why}'}."
-        chosen = f"the best by {self.metric} on {self.datasets()['validation'].split} ({self.best['value']:.2f})"
+        chosen = f"the best by {self.metric.name} on {self.datasets()['validation'].split} ({self.best['value']:.2f})"
         better = [int(record["epoch"]) + 1 for record in self.history if self._gain(record) > 0]
         if better:  # while run.keep was "last", or in a version that kept no best weights
             chosen += f" of the epochs whose weights could be kept (epoch {better[-1]} scored better)"
@@ -319,7 +361,7 @@ class TrainingRun(ABC):
             "command": command,
         }
 
-    def result(self, model: Path, scores: dict[str, Any], report: Path | None) -> TrainResult:
+    def _result(self, model: Path, scores: dict[str, Any], report: Path | None) -> TrainResult:
         """Ends the run: waits for the other processes, closes the logs, and returns what it leaves."""
         self.accelerator.wait_for_everyone()
         if self.recipe.run.tensorboard:
@@ -334,7 +376,7 @@ class TrainingRun(ABC):
         if not self.accelerator.is_main_process:
             return
         recipe, run = self.recipe, self.recipe.run
-        uses = {"train": f"{self.items} to train on", "validation": "to validate on", "test": "to test on"}
+        uses = {"train": f"{self.task.items} to train on", "validation": "to validate on", "test": "to test on"}
         counts = ", ".join(f"{len(split):,} {uses[role]}" for role, split in self.datasets().items())
         _logger.info("%s on %s: %s%s", recipe.model.name, recipe.data.source, counts, self.held_out())
         parts = f" in {run.accumulation} parts" if run.accumulation > 1 else ""
@@ -384,7 +426,7 @@ class TrainingRun(ABC):
         """Writes ``model/`` where an evaluation was the best so far and the best is kept; says whether it was."""
         if self._why_last():
             return False
-        value = record.get(f"eval_{self.metric}", math.nan)
+        value = record.get(f"eval_{self.metric.name}", math.nan)
         better = math.isfinite(value) and (self.best is None or self._gain(record) >= 0)  # of equals the later
         # One process decides: the last digits of a score may differ, and all processes wait for the saved model.
         better, value = broadcast_object_list([better, value])
@@ -397,8 +439,8 @@ class TrainingRun(ABC):
     def _gain(self, record: Mapping[str, float]) -> float:
         """Returns how much better than the best a record's score is; 0 without one."""
         assert self.best is not None
-        gain = record.get(f"eval_{self.metric}", math.nan) - self.best["value"]
-        return 0.0 if not math.isfinite(gain) else -gain if self.lower_is_better else gain
+        gain = record.get(f"eval_{self.metric.name}", math.nan) - self.best["value"]
+        return 0.0 if not math.isfinite(gain) else gain if self.metric.higher_is_better else -gain
 
     def _build(self, model: nn.Module) -> None:
         recipe = self.recipe
@@ -505,8 +547,8 @@ class TrainingRun(ABC):
                 update=self.update,
                 updates=epochs * self.updates_per_epoch,
                 loss=self.fetched[1] if loss is None else loss,
-                metric=self.metric,
-                value=scores.get(self.metric),
+                metric=self.metric.name,
+                value=scores.get(self.metric.name),
                 scores=scores,
             )
         )

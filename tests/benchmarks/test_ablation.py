@@ -17,7 +17,7 @@ from lamzoo.training.config_reader import read_recipe
 from lamzoo.training.recipe import AnyRecipe
 
 FILE = ablation.HERE / "ablation.toml"
-ROWS = list(ablation.read_ablation(FILE)["rows"])
+ROWS = list(ablation.read_ablation(FILE).rows)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_rows_differ_in_nothing_but_the_model(recipes: dict[str, Recipe]) -> Non
 @pytest.mark.parametrize("name", ["grid", "flickr8k"])
 def test_retrieval_compares_plain_single_multi_and_as_many_parameters(tmp_path: Path, name: str) -> None:
     file = ablation.HERE / f"{name}.toml"
-    rows = list(ablation.read_ablation(file)["rows"])
+    rows = list(ablation.read_ablation(file).rows)
     recipes = {run.row: run.recipe for run in ablation.plan(file, tmp_path, rows, [0], [])}
     frames = {"max_frames": recipes["plain"].data.max_frames}
     count = {row: parameters(recipe, **frames) for row, recipe in recipes.items()}
@@ -83,7 +83,7 @@ def test_retrieval_compares_plain_single_multi_and_as_many_parameters(tmp_path: 
 def test_captions_compare_masks_with_as_many_parameters_in_each_setting(tmp_path: Path) -> None:
     file = ablation.HERE / "captions.toml"
     tables = ablation.read_ablation(file)
-    recipes = {run.row: run.recipe for run in ablation.plan(file, tmp_path, list(tables["rows"]), [0], [])}
+    recipes = {run.row: run.recipe for run in ablation.plan(file, tmp_path, list(tables.rows), [0], [])}
     for setting in ("damaged", "both", "audio", "video"):
         rows = {row.partition("_")[2]: recipe for row, recipe in recipes.items() if row.startswith(f"{setting}_")}
         count = {row: parameters(recipe) for row, recipe in rows.items()}
@@ -92,13 +92,13 @@ def test_captions_compare_masks_with_as_many_parameters_in_each_setting(tmp_path
         for row, recipe in rows.items():
             for section in ("data", "augment", "loss", "optimizer", "schedule"):
                 assert getattr(recipe, section) == getattr(rows["plain"], section), row
-            reference = tables["rows"][f"{setting}_{row}"].get("reference", tables["reference"])
+            reference = tables.rows[f"{setting}_{row}"].reference or tables.reference
             assert reference == f"{setting}_plain"
 
 
 def test_moments_compare_masks_with_as_many_parameters_and_what_an_ablation_sets_is_its_recipe(tmp_path: Path) -> None:
     file = ablation.HERE / "moments.toml"
-    rows = list(ablation.read_ablation(file)["rows"])
+    rows = list(ablation.read_ablation(file).rows)
     recipes = {run.row: run.recipe for run in ablation.plan(file, tmp_path, rows, [0], [])}
     count = {row: parameters(recipe, video_dim=642, text_dim=51) for row, recipe in recipes.items()}
     assert count["plain"] < count["single"] < count["multi"] < count["decoder"]
@@ -118,12 +118,12 @@ def test_each_row_and_seed_has_a_digest_of_its_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize("file", sorted(ablation.HERE.glob("*.toml")), ids=lambda file: file.stem)
 def test_stored_results_are_known_as_done_and_keep_the_last_weights(file: Path) -> None:
     tables = ablation.read_ablation(file)
-    assert tables["recipe"]["run"]["keep"] == "last"
+    assert tables.recipe["run"]["keep"] == "last"
     lines = ablation.read_results(ablation.RESULTS / f"{file.stem}.csv")
     assert lines
     for line in lines:
-        changes = (*tables["rows"][line["row"]].get("set", ()), f"run.seed={line['seed']}")
-        assert ablation.recipe_digest(tables["recipe"], changes) == line["recipe_sha256"], (line["row"], line["seed"])
+        changes = (*tables.rows[line["row"]].set, f"run.seed={line['seed']}")
+        assert ablation.recipe_digest(tables.recipe, changes) == line["recipe_sha256"], (line["row"], line["seed"])
 
 
 def test_recipes_keep_the_last_weights() -> None:

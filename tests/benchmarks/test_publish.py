@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 import lamzoo
-from benchmarks.publish import changes, measure_captions, measure_retrieval
+from benchmarks.publish import _kept, changes, measure
 from lamzoo.training import load_recipe
 from tests.speech import ALL, write_speech
 from tests.training.retrieval_data import retrieval_table, write_faces
@@ -30,12 +32,12 @@ def test_the_recipe_itself_needs_no_override() -> None:
 def test_a_retrieval_models_card_says_what_was_measured_and_by_which_command(tmp_path: Path) -> None:
     table = retrieval_table(write_faces(tmp_path, copies=1), tmp_path / "out")
     model = lamzoo.create_model("lam_clip4clip_micro", **table["model"]["kwargs"], max_frames=3, fps=0)
-    measured = measure_retrieval(model, "lam_clip4clip_micro.faces", table, "test", {})
-    assert measured.samples == "12 texts and 12 videos"
+    measured = measure(model, "lam_clip4clip_micro.faces", table, "test", {})
+    assert measured.samples == "12 texts, 12 videos"
     assert measured.size == "3 frames of 32 x 32 px and one text"
-    assert f"--task retrieval --data grid:{tmp_path}:face --split test" in measured.command
+    assert f"eval lam_clip4clip_micro.faces --data grid:{tmp_path}:face --split test" in measured.command
     assert set(measured.metrics) == {f"{way}_{key}" for way in ("t2v", "v2t") for key in ("R1", "R5", "R10", "MedianR")}
-    assert f"R@10 {measured.metrics['t2v_R10']:.1f} %" in measured.rows["text to video"]
+    assert measured.rows["text to video R@10 (%)"] == f"{measured.metrics['t2v_R10']:.2f}"
 
 
 def test_a_describers_card_says_what_was_measured_and_by_which_command(tmp_path: Path) -> None:
@@ -44,8 +46,16 @@ def test_a_describers_card_says_what_was_measured_and_by_which_command(tmp_path:
         "lam_describer_micro", features={"audio": 128}, rates={"audio": 50.0}, vocabulary=ALL, width=32, heads=2,
         context_length=5,
     )  # fmt: skip
-    measured = measure_captions(model, "lam_describer_micro.speech", {"data": {"source": source}}, "test", {})
+    recipe = {"task": "captions", "data": {"source": source}}
+    measured = measure(model, "lam_describer_micro.speech", recipe, "test", {})
     assert measured.samples == "8 clips"
     assert measured.size == "3 seconds of 50 tokens of audio (128 wide) a second, and one sentence"
-    assert f"--task captions --data {source} --split test" in measured.command
-    assert measured.rows["word error rate"] == f"{measured.metrics['WER']:.2f} %"
+    assert f"eval lam_describer_micro.speech --data {source} --split test" in measured.command
+    assert measured.rows["word error rate (%)"] == f"{measured.metrics['WER']:.2f}"
+
+
+@pytest.mark.parametrize(("epoch", "says"), [(3, "the last epoch"), (2, "epoch 2 of 3, chosen by that split")])
+def test_a_card_says_which_epochs_weights_it_is_of(tmp_path: Path, epoch: int, says: str) -> None:
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "report.json").write_text(json.dumps({"epoch_kept": epoch}))
+    assert _kept(tmp_path, 3) == f"those of {says}"

@@ -74,8 +74,8 @@ def test_captions_of_a_film_are_looked_for_among_their_neighbours(run) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ("--limit 3", "--limit means nothing for --task captions"),
-        ("--dual-softmax", "--dual-softmax means nothing for --task captions"),
+        ("--limit 3", "--limit does not apply to the task captions"),
+        ("--dual-softmax", "--dual-softmax does not apply to the task captions"),
         ("--split absent", "absent"),
         ("--submission nowhere/test.json", "the folder of nowhere/test.json does not exist"),
         ("--beams 0", "'--beams'"),
@@ -93,7 +93,7 @@ def test_beams_are_for_captions_and_classifiers_describe_nothing(run, data: Path
     assert done.code == 2
     assert "describes nothing; use a model of the family lam_describer" in " ".join(done.err.split())
     done = run("eval", "vit_micro", "--data", "npz:x", "--beams", "2")
-    assert "--beams means nothing for --task classification" in " ".join(done.err.split())
+    assert "--beams does not apply to the task classification" in " ".join(done.err.split())
 
 
 @pytest.mark.parametrize(

@@ -48,14 +48,14 @@ def test_a_broken_image_stops_or_is_skipped_and_counted(run, of_colours: str, tm
     assert (record["samples"], record["skipped"]) == (8, 1)
     assert record["bad_images"][0]["filename"] == str(root / "red" / "1.jpg")
     code, printed, _ = run(*common, "--on-bad-input", "skip")
-    assert "skipped" in printed
+    assert "1 images could not be read and were left out" in printed
 
 
-def test_whole_data_have_no_column_for_what_was_skipped(run, of_colours: str, tmp_path: Path) -> None:
+def test_whole_data_have_no_line_about_what_was_left_out(run, of_colours: str, tmp_path: Path) -> None:
     data = write_npz(tmp_path / "data")
     code, printed, _ = run("eval", of_colours, "--data", data, "--class-map", "model")
     assert code == 0
-    assert "skipped" not in printed
+    assert "left out" not in printed
     assert "ReaL" not in printed
 
 

@@ -75,10 +75,14 @@ def test_an_image_is_still_drawn(call: Callable[..., Any]) -> None:
     [
         ("lam_moment_detr_micro", "", "nothing to explain; name an IMAGE, or with --data a data set of moments"),
         ("lam_moment_detr_micro", "PHOTO --data DATA", "make two pictures; leave one of them out"),
-        ("lam_moment_detr_micro", "PHOTO", "looks at videos and sentences, not at images; give it --data instead"),
-        ("lam_vit_micro", "PHOTO --query 10", "--query means nothing for an image"),
-        ("lam_vit_micro", "PHOTO --split val", "--split means nothing for an image"),
-        ("lam_vit_micro", "--data DATA --split val", "finds no moments; use a model of the family lam_moment_detr"),
+        (
+            "lam_moment_detr_micro",
+            "PHOTO",
+            "a model of the family lam_moment_detr, which reads no images; give --data instead",
+        ),
+        ("lam_vit_micro", "PHOTO --query 10", "--query does not apply to an image"),
+        ("lam_vit_micro", "PHOTO --split val", "--split does not apply to an image"),
+        ("lam_vit_micro", "--data DATA --split val", "a classifier, which is drawn over an image; give IMAGE instead"),
         ("lam_moment_detr_micro", "--data DATA", "no split 'test'; it has 'val'"),
         ("lam_moment_detr_micro", "--data moments:x", "is not a data set of moments"),
         (

@@ -41,8 +41,8 @@ def test_a_model_and_its_submission_score_alike(run, data: Path, model: str) -> 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ("--limit 3", "--limit means nothing for --task moments"),
-        ("--fps 2", "--fps means nothing for --task moments"),
+        ("--limit 3", "--limit does not apply to the task moments"),
+        ("--fps 2", "--fps does not apply to the task moments"),
         ("--split absent", "no split 'absent'"),
         ("--submission nowhere/val.jsonl", "the folder of nowhere/val.jsonl does not exist"),
     ],
@@ -59,7 +59,7 @@ def test_a_classifier_finds_no_moments(run, data: Path) -> None:
     assert done.code == 2
     assert "finds no moments; use a model of the family lam_moment_detr" in " ".join(done.err.split())
     done = run("eval", "vit_micro", "--data", "npz:x", "--submission", "x.jsonl")
-    assert "--submission means nothing for --task classification" in " ".join(done.err.split())
+    assert "--submission does not apply to the task classification" in " ".join(done.err.split())
 
 
 @pytest.mark.parametrize(
@@ -85,9 +85,9 @@ def test_a_recipe_trains_and_prints_the_scores(run, data: Path, tmp_path: Path) 
     done = run("train", "recipe.json", "schedule.epochs=1", "run.report=true")
     assert done.code == 0, done.err
     assert ": 24 queries to train on, 8 to validate on, 8 to test on\n" in done.err
-    assert re.search(r"^epoch 1 of 1: training loss .*; val: R1@0.5 .*, R1@0.7 .*, mAP ", done.err, re.MULTILINE)
+    assert re.search(r"^epoch 1 of 1: training loss .*; val: R1@0.7 .*, R1@0.5 .*, mAP ", done.err, re.MULTILINE)
     assert "R1@0.7" in done.out
-    assert "MR-full-mAP" in (tmp_path / "out" / "report" / "report.md").read_text()
+    assert "| R1@0.5 | R1@0.7 | mAP |" in (tmp_path / "out" / "report" / "report.md").read_text()
     done = run("eval", f"local-dir:{tmp_path}/out", "--split", "val")  # task and data are the run's
     assert done.code == 0, done.err
     assert "R1@0.7" in done.out

@@ -9,6 +9,7 @@ import lamzoo
 from lamzoo.profiling import bench
 from lamzoo.profiling.results import read_rows
 from lamzoo.profiling.worker import measured_row
+from lamzoo.training import load_recipe
 from tests.training.retrieval_data import retrieval_table, write_faces
 
 
@@ -41,9 +42,9 @@ def test_retrieval_is_scored_printed_and_written(run, faces: Path, model: str) -
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ("--task retrieval --limit 3", "--limit means nothing for --task retrieval"),
-        ("--task retrieval --class-map model", "--class-map means nothing for --task retrieval"),
-        ("--fps 2", "--fps means nothing for --task classification"),
+        ("--task retrieval --limit 3", "--limit does not apply to the task retrieval"),
+        ("--task retrieval --class-map model", "--class-map does not apply to the task retrieval"),
+        ("--limit 3", "--limit does not apply to the task retrieval"),
         ("--task retrieval --split absent", "no split 'absent'"),
         ("--task retrieval --output nowhere/x.json", "the folder of nowhere/x.json does not exist"),
     ],
@@ -58,6 +59,48 @@ def test_a_classifier_cannot_retrieve(run, faces: Path) -> None:
     done = run("eval", "vit_micro", "--task", "retrieval", "--data", f"grid:{faces}:face")
     assert done.code == 2
     assert "does not compare texts with videos" in " ".join(done.err.split())
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of eight clips with captions, without splits."""
+    from tests.videos import write_clip
+
+    folder = tmp_path_factory.mktemp("videos") / "clips"
+    folder.mkdir()
+    for number in range(8):
+        write_clip(folder / f"{number}.mp4", 3 + number % 2)
+    rows = [f"{number}.mp4,clip number {number}" for number in range(8)]
+    (folder / "captions.csv").write_text("\n".join(["video,caption", *rows]))
+    return folder
+
+
+def test_weights_and_a_folder_of_videos_are_enough(run, model: str, videos: Path) -> None:
+    options = ("--model", model, "--pretrained", "--data", f"videos:{videos}", "--epochs", 1, "--device", "cpu",
+               "--workers", 0, "--output", "out", "--no-report")  # fmt: skip
+    printed = run("train", *options, "--print-recipe")
+    assert (printed.code, printed.err) == (0, "")
+    assert not Path("out").exists()
+    Path("recipe.toml").write_text(printed.out)
+
+    done = run("train", *options)
+    assert done.code == 0, done.err
+    assert "7 videos to train on, 1 to validate on (held out: 1 video, by seed 0)" in done.err
+    recipe = json.loads(Path("out/recipe.json").read_text())
+    assert recipe["task"] == "retrieval"
+    assert (recipe["data"]["max_frames"], recipe["data"]["fps"]) == (3, 0)  # as the weights have it
+    assert json.loads(json.dumps(load_recipe("recipe.toml").to_dict())) == recipe
+
+    (held_out,) = json.loads(Path("out/held-out.json").read_text())
+    scored = json.loads(run("eval", "local-dir:out", "--json").out)
+    assert (scored["videos"], scored["texts"]) == (1, 1)
+    assert held_out in {f"{number}.mp4" for number in range(8)}
+    assert json.loads(run("eval", "local-dir:out", "--split", "all", "--json").out)["videos"] == 8
+    (videos / "captions.csv").write_text((videos / "captions.csv").read_text().replace(held_out, "x.mp4"))
+    (videos / held_out).rename(videos / "x.mp4")
+    refused = run("eval", "local-dir:out")
+    assert refused.code == 2
+    assert f"has no video '{held_out}' any more, which a run has held out for validation" in refused.err
 
 
 def test_a_recipe_trains_and_prints_both_ways(run, faces: Path, tmp_path: Path) -> None:

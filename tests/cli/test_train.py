@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from pathlib import Path
@@ -35,7 +36,7 @@ def test_one_line_fine_tunes_on_a_folder(run, start: str, tmp_path: Path) -> Non
     assert data.endswith(": 12 images to train on, 3 to validate on (held out: 0.1 of each class, by seed 0)")
     assert schedule.startswith("1 epoch of 2 updates, batches of 6; adamw, learning rate 0.00")
     assert parameters.endswith("on cpu in 1 process(es), precision no; the run goes to runs/start-my-photos")
-    assert re.match(r"epoch 1 of 1: training loss [\d.]+; validation: loss .*, top1 .* \(the best so far\);", epoch)
+    assert re.match(r"epoch 1 of 1: training loss [\d.]+; validation: top1 .*, loss .* \(the best so far\);", epoch)
     output = Path("runs/start-my-photos")
     assert f"the report is {output / 'report' / 'report.md'}\nthe model is local-dir:{output / 'model'}\n" in done.out
     assert "validation" in done.out
@@ -120,7 +121,8 @@ def test_the_split_that_a_run_made_is_scored_again(run, start: str, tmp_path: Pa
     (folder / CLASSES[0] / "3.jpg").write_bytes(b"no image")
     options = ("--model", start, "--pretrained", "--data", folder, "--epochs", 1, "--workers", 0, "--no-report")
     assert run("train", *options, "--on-bad-input", "skip", "--val-fraction", 0.3, "--output", "out").code == 0
-    top1 = float(Path("out/metrics.csv").read_text("utf-8").split()[-1].split(",")[-1])
+    with Path("out/metrics.csv").open(newline="") as file:
+        top1 = float(list(csv.DictReader(file))[-1]["eval_top1"])
     for arguments in (
         ("local-dir:out", "--split", "val"),
         ("local-dir:out/model",),

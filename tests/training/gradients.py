@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lamzoo.training import parse_recipe
-from lamzoo.training.loop import _run
+from lamzoo.training.loop import create_run
 from tests.forked import run_module_in_two
 
 Gradients = dict[str, Tensor]
@@ -22,7 +22,7 @@ Gradients = dict[str, Tensor]
 def gradients(table: dict[str, Any], output: Path, accumulation: int = 1) -> Gradients:
     """Returns by parameter the gradients of the first update of a recipe, given as nested values, and its ``loss``."""
     changes = {"output": str(output), "accumulation": accumulation}
-    run = _run(parse_recipe({**table, "run": {**table["run"], **changes}}), False, None, None)
+    run = create_run(parse_recipe({**table, "run": {**table["run"], **changes}}), False, None, None)
     run.loader.set_epoch(0)
     run.train_mode()
     loss = run.backward(0, 0, list(islice(run.loader, accumulation)))

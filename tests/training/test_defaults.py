@@ -5,12 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import lamzoo
 from lamzoo.errors import LamzooError, UnknownModelError
-from lamzoo.training import Recipe, complete_recipe, parse_recipe, train
+from lamzoo.tasks import find_task
+from lamzoo.training import complete_recipe, parse_recipe, train
+from lamzoo.training.splits import open_roles
 from tests.images import write_folder
+from tests.speech import write_speech
 
 
 @pytest.fixture
@@ -20,7 +24,7 @@ def start(tmp_path: Path) -> str:
     return f"local-dir:{tmp_path / 'mine' / 'model'}"
 
 
-def complete(name: str, source: Path, **sections: Any) -> Recipe:
+def complete(name: str, source: Path, **sections: Any) -> Any:
     model = {"name": name, **sections.pop("model", {})}
     return complete_recipe({"model": model, "data": {"source": f"imagefolder:{source}"}, **sections})
 
@@ -92,6 +96,38 @@ def test_training_from_scratch_takes_longer_than_fine_tuning(tmp_path: Path) -> 
     scratch, tuned = (complete("lam_vit_micro", folder, model={"pretrained": value}) for value in (False, True))
     assert scratch.schedule.epochs > tuned.schedule.epochs
     assert scratch.optimizer.layer_decay is None
+
+
+def test_the_task_and_its_settings_are_those_of_the_model(tmp_path: Path) -> None:
+    speech = write_speech(tmp_path, copies=1)
+    captions = complete_recipe({"model": {"name": "lam_describer_micro"}, "data": {"source": f"grid:{speech}:audio"}})
+    assert (captions.task, captions.data.eval_split, captions.data.test_split) == ("captions", "validation", "test")
+    assert parse_recipe(captions.to_dict()) == captions
+    table = {"model": {"name": "lam_qd_detr_micro"}, "data": {"source": f"grid:{speech}:audio:2-4"}}
+    scratch = complete_recipe(table)
+    tuned = complete_recipe({**table, "model": {"name": "lam_qd_detr_micro", "pretrained": True}})
+    assert (scratch.task, scratch.optimizer.weight_decay, scratch.data.test_split) == ("moments", 1e-4, "test")
+    assert scratch.schedule.epochs > tuned.schedule.epochs
+    assert scratch.optimizer.lr > tuned.optimizer.lr
+
+
+def test_clips_of_a_folder_without_splits_are_held_out_by_video(tmp_path: Path) -> None:
+    (tmp_path / "features" / "audio").mkdir(parents=True)
+    rows = ["video,start,end,caption"]
+    for number in range(10):
+        (tmp_path / f"v{number}.mp4").touch()
+        np.save(tmp_path / "features" / "audio" / f"v{number}.npy", np.ones((10, 4), np.float32))
+        rows += [f"v{number},{start},{start + 1},word" for start in (0, 1)]
+    (tmp_path / "captions.csv").write_text("\n".join(rows))
+    model = {"name": "lam_describer_micro"}
+    recipe = complete_recipe({"model": model, "data": {"source": f"videos:{tmp_path}:5", "val_fraction": 0.3}})
+    splits, held_out = open_roles(find_task(recipe.task), recipe.data, recipe.run.seed)
+    train, validation = (splits[role].video_names() for role in ("train", "validation"))
+    assert (len(splits["train"]), len(splits["validation"])) == (14, 6)
+    assert validation == held_out and not train & validation
+    assert splits["validation"].read(0)["audio"].features.shape == (5, 4)
+    again, _ = open_roles(find_task(recipe.task), recipe.data, recipe.run.seed)
+    assert again["validation"].video_names() == held_out
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from timm.layers import use_fused_attn
 
 import lamzoo
 from lamzoo.errors import DataError, DivergedError, RecipeError, UnsupportedHostError
+from lamzoo.tasks import TASKS
+from lamzoo.tasks.classification import CLASSIFICATION
 from lamzoo.training import TrainResult, parse_recipe, train
 from lamzoo.training.classification.run import ClassificationRun
 from lamzoo.training.loaders import check_mixup
@@ -128,6 +131,13 @@ def watch(monkeypatch: pytest.MonkeyPatch, scores: tuple[float, ...]) -> list[di
     return weights
 
 
+def watch_lower(monkeypatch: pytest.MonkeyPatch, lower: bool) -> None:
+    """Has the watched metric be better where it is lower."""
+    top1, *others = CLASSIFICATION.metrics
+    metrics = (replace(top1, higher_is_better=not lower), *others)
+    monkeypatch.setitem(TASKS, "classification", replace(CLASSIFICATION, metrics=metrics))
+
+
 def same(folder: Path, weights: dict[str, torch.Tensor]) -> bool:
     stored = load_file(folder / "model.safetensors")
     return all(torch.equal(stored[name], value) for name, value in weights.items())
@@ -138,7 +148,7 @@ def test_the_best_weights_by_validation_are_kept_beside_the_last(
     recipe_table: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     scores: tuple[float, ...], lower: bool,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(ClassificationRun, "lower_is_better", lower)
+    watch_lower(monkeypatch, lower)
     weights = watch(monkeypatch, scores)
     result = run(held_out(recipe_table, report=True), tmp_path / "out", ema_decay=0.5)
     assert result.epoch == 2  # of equals the later
@@ -199,7 +209,7 @@ def test_the_best_is_of_the_epochs_that_could_be_kept(
     recipe_table: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     scores: tuple[float, ...], lower: bool, said: str,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(ClassificationRun, "lower_is_better", lower)
+    watch_lower(monkeypatch, lower)
     watch(monkeypatch, scores)
     table = held_out(recipe_table, output=str(tmp_path / "out"), keep="last")
     table["schedule"]["epochs"] = 1

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lamzoo.data.splits import check_videos
 from lamzoo.errors import DataError
 
 Features: TypeAlias = NDArray[np.float32]
@@ -77,6 +78,18 @@ class CaptionSource(ABC):
         raise DataError(f"{type(self).__name__} can't splice clips, since it has no pieces; set augment.splice to 0")
 
 
+class _Part(CaptionSource):
+    """Some clips of another source, in the order given; it cannot splice."""
+
+    def __init__(self, source: CaptionSource, indices: Sequence[int]) -> None:
+        self.split, self.modalities = source.split, source.modalities
+        self.items = [source.items[index] for index in indices]
+        self._source, self._indices = source, list(indices)
+
+    def streams(self, index: int) -> dict[str, Stream]:
+        return self._source.streams(self._indices[index])
+
+
 class CaptionDataset:
     """Clips with captions: a split of a data set of descriptions.
 
@@ -134,6 +147,20 @@ class CaptionDataset:
         """
         item, streams = self._source.splice()
         return item, self._checked(streams, item.id)
+
+    def video_names(self) -> set[str]:
+        """Returns the names of the videos that the clips belong to."""
+        return {item.video for item in self.items}
+
+    def of_videos(self, names: Collection[str]) -> CaptionDataset:
+        """Returns the clips of some videos, in their order here.
+
+        Raises:
+            DataError: one of the videos is not here, or none is named.
+        """
+        check_videos(names, (item.video for item in self.items), self.spec)
+        chosen = [index for index, item in enumerate(self.items) if item.video in names]
+        return CaptionDataset(_Part(self._source, chosen), self.spec)
 
     def references(self) -> dict[str, tuple[str, ...]]:
         """Returns what people wrote about each item, by its id, for the scores of :mod:`lamzoo.evaluation`."""

@@ -59,7 +59,7 @@ def create_caption_dataset(spec: str, split: str) -> CaptionDataset:
     """
     source = _source(spec, split)
     dataset = CaptionDataset(source, spec)
-    check_whole(source.split, split, spec, source.how_to_split)
+    check_whole(dataset, split, source.how_to_split)
     return dataset
 
 

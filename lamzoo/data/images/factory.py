@@ -49,7 +49,7 @@ def create_dataset(spec: str, split: str) -> LabelledImages:
     """
     source = _source(spec, split)
     dataset = LabelledImages(source, spec)
-    check_whole(source.split, split, spec, source.how_to_split)
+    check_whole(dataset, split, source.how_to_split)
     return dataset
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from lamzoo.data.images.factory import create_dataset
 from lamzoo.data.images.image_dataset import LabelledImages
@@ -20,6 +21,7 @@ from lamzoo.files import atomic_files
 
 RECIPE_NAME = "recipe.json"
 SPLIT_NAME = "split.json"
+HELD_OUT_NAME = "held-out.json"
 MODEL_FOLDERS = ("model", "last")  # of a run, inside its folder
 
 
@@ -100,12 +102,14 @@ class TrainedData:
     Attributes:
         task: of its recipe.
         source: specification of the data set.
-        made: the validation split that the run made; None where the data have one of their own.
+        made: the validation split that the run made of images; None where the data has its own.
+        held_out: the videos that the run held out for validation; none where the data has a split of its own.
     """
 
     task: str
     source: str
     made: MadeSplit | None
+    held_out: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, folder: Path) -> TrainedData | None:
@@ -121,9 +125,31 @@ class TrainedData:
             return None
         try:
             recipe = read_json(run / RECIPE_NAME)
-            return cls(recipe.get("task", "classification"), recipe["data"]["source"], MadeSplit.read(run))
+            task, source = recipe.get("task", "classification"), recipe["data"]["source"]
+            videos = read_json(run / HELD_OUT_NAME) if (run / HELD_OUT_NAME).is_file() else []
+            return cls(task, source, MadeSplit.read(run), tuple(videos))
         except (KeyError, TypeError) as error:
             raise DataError(f"{run / RECIPE_NAME} is no recipe of a run: it lacks {error}") from None
+
+
+def open_videos(opener: Callable[[str], Any], spec: str, split: str | None, trained: TrainedData | None = None) -> Any:
+    """Opens the videos that a model is scored on; errors are those of ``opener``.
+
+    Args:
+        opener: opens a split of the data set by its name.
+        spec: the data set.
+        split: None for ``test``, and for all of data without splits.
+        trained: what the model was trained on. Where its run held videos of this data out, ``validation``, which is
+            then the default, and ``train`` are those of the run.
+    """
+    part = _part("validation" if split is None else split)
+    if trained is None or not trained.held_out or part is None or _place(spec) != _place(trained.source):
+        return open_default(opener, "test") if split is None else opener(split)
+    whole = open_default(opener, part)
+    if whole.split is not None:  # the data has got splits since
+        return opener(split or "test")
+    held = set(trained.held_out)
+    return whole.of_videos(held if part == "validation" else whole.video_names() - held)
 
 
 def open_scored(spec: str, split: str | None, trained: TrainedData | None = None) -> LabelledImages:

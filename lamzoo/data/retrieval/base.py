@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
+from lamzoo.data.splits import check_videos
 from lamzoo.data.video.reader import VideoClip
 from lamzoo.data.video.sampling import FrameSampling
 from lamzoo.errors import DataError
@@ -121,6 +122,21 @@ class CaptionedVideos:
         if made is None:
             raise DataError(f"{self.spec} has no pieces of its videos to splice; only grid: does")
         return made
+
+    def video_names(self) -> set[str]:
+        """Returns the names of the videos."""
+        return set(self.videos)
+
+    def of_videos(self, names: Collection[str]) -> CaptionedVideos:
+        """Returns the part of the data set that is of some videos, in their order here.
+
+        Raises:
+            DataError: one of the videos is not here, or none is named.
+        """
+        from lamzoo.data.retrieval.selection import select_videos
+
+        check_videos(names, self.videos, self.spec)
+        return select_videos(self, [index for index, video in enumerate(self.videos) if video in names])
 
     def texts_of(self, index: int) -> list[int]:
         """Returns the indices of a video's texts, rising; at least one."""

@@ -51,7 +51,7 @@ def create_retrieval_dataset(spec: str, split: str) -> CaptionedVideos:
     """
     source = _source(spec, split)
     dataset = CaptionedVideos(source, spec)
-    check_whole(source.split, split, spec, source.how_to_split)
+    check_whole(dataset, split, source.how_to_split)
     return dataset
 
 

@@ -1,4 +1,4 @@
-"""What a describer says of clips, one sentence each, and how it scores."""
+"""Captions of clips by a describer, and their scores."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -16,9 +17,11 @@ from lamzoo.data import plain_worker_errors
 from lamzoo.data.captions import CaptionDataset
 from lamzoo.data.captions.base import Stream as Features
 from lamzoo.errors import ConfigError, MissingExtraError, UnsupportedHostError
+from lamzoo.evaluation.captions.coco_results import read_captions
 from lamzoo.evaluation.captions.metrics import caption_metrics, neighbour_recall, word_error_rate
 from lamzoo.evaluation.runtime import Precision, check_batches, inference, resolve_device
 from lamzoo.lazy import renamed_argument
+from lamzoo.tasks.base import EvalRequest, Evaluation, MetricSpec, ScoreTable, metric_table
 
 _logger = logging.getLogger(__name__)
 
@@ -31,7 +34,7 @@ class CaptionResult:
 
     Attributes:
         metrics: as of :func:`caption_scores`.
-        captions: what it wrote, by the items' ids.
+        captions: the sentences, by the items' ids.
         seconds: in all, reading included.
     """
 
@@ -53,7 +56,7 @@ def evaluate_captions(
     workers: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> CaptionResult:
-    """Lets a model of the family ``lam_describer`` describe every clip of a split, and scores the sentences.
+    """Scores a model of the family ``lam_describer`` on a split: it describes each clip.
 
     Args:
         model: left on the device.
@@ -78,6 +81,60 @@ def evaluate_captions(
         precision=precision, workers=workers, progress=progress,
     )  # fmt: skip
     return CaptionResult(caption_scores(dataset, captions), captions, time.perf_counter() - start)
+
+
+def score_captions(model: Any, dataset: CaptionDataset, request: EvalRequest) -> Evaluation:
+    """Scores a describer as ``lamzoo eval`` and ``lamzoo bench`` do; errors as of :func:`evaluate_captions`.
+
+    Args:
+        model: of the family ``lam_describer``.
+        dataset: the split.
+        request: how; its options are ``beams`` and ``context``.
+    """
+    from lamzoo.models.describer.generation import GenerationConfig  # needs open_clip
+
+    generation = GenerationConfig(beams=request.options.get("beams") or 1)
+    context = request.options.get("context") or 0
+    result = evaluate_captions(
+        model, dataset, generation=generation, context=context, batch_size=request.batch_size, device=request.device,
+        precision=request.precision, workers=request.workers,
+        progress=lambda done, total: request.progress(done, total, ""),
+    )  # fmt: skip
+    metrics = result.metrics | java_scores(dataset, result.captions)
+    record = {"beams": generation.beams, "context": context, "clips": len(dataset), "seconds": result.seconds}
+    return Evaluation(metrics, f"{len(dataset):,} clips", record | {"metrics": metrics}, predictions=result.captions)
+
+
+def score_file(path: str | Path, dataset: CaptionDataset) -> Evaluation:
+    """Scores captions in COCO's form of results, as ``lamzoo eval FILE.json`` does.
+
+    Raises:
+        DataError: as of :func:`lamzoo.evaluation.read_captions`, or the ids are not the split's.
+    """
+    captions = {str(key): caption for key, caption in read_captions(path).items()}
+    metrics = caption_scores(dataset, captions) | java_scores(dataset, captions)
+    record = {"captions": str(path), "clips": len(dataset), "metrics": metrics}
+    return Evaluation(metrics, f"{len(dataset):,} clips", record)
+
+
+def score_table(scores: Mapping[str, Mapping[str, float]]) -> ScoreTable:
+    """Returns metrics of :func:`caption_scores` as a table, a row for each split."""
+    keys = list(dict.fromkeys(key for of_split in scores.values() for key in of_split))
+    percent = ("WER", "sentence_accuracy", f"R@{_NEAREST}/{_NEIGHBOURS}")
+    specs = [MetricSpec(key, (key,), key, decimals=2 if key in percent else 3) for key in keys]
+    note = "Word error rate and sentence accuracy in percent, the others as COCO's tools give them."
+    return metric_table(specs, scores, note=note)
+
+
+def watched_metric(dataset: CaptionDataset) -> str:
+    """Returns the metric that is watched: the word error rate of speech, whose words have times, and else CIDEr."""
+    return "WER" if dataset.items[0].words else "CIDEr"
+
+
+def describe_input(model: Any) -> str:
+    """Returns the size of a describer's input, for a model card."""
+    inputs = [f"{rate:g} tokens of {name} ({model.features[name]} wide)" for name, rate in model.rates.items()]
+    return f"{model.seconds:g} seconds of {' and '.join(inputs)} a second, and one sentence"
 
 
 @renamed_argument("how", "generation")
@@ -204,32 +261,35 @@ def context_tokens(model: Any, captions: Sequence[Sequence[str]]) -> Tensor | No
 
     The oldest captions are left out first, whole ones; a caption that is too long by itself loses its first tokens.
     """
-    fitting = [last_that_fit(model, texts) for texts in captions]
-    if not any(fitting):
+    fitting = [_fitting(model, texts)[1] for texts in captions]
+    if all(numbers is None for numbers in fitting):
         return None
-    return torch.stack([_context(model, " ".join(texts)) for texts in fitting])
+    rows = torch.zeros(len(fitting), model.context_tokens, dtype=torch.int64)
+    for row, numbers in zip(rows, fitting, strict=True):
+        if numbers is not None:
+            if len(numbers) > len(row):  # one caption alone
+                numbers = torch.cat([numbers[:1], numbers[len(numbers) - len(row) + 1 :]])
+            row[: len(numbers)] = numbers
+    return rows
 
 
 def last_that_fit(model: Any, texts: Sequence[str]) -> tuple[str, ...]:
     """Returns the last texts that a model has room for together, at least one where there is room at all."""
+    return _fitting(model, texts)[0]
+
+
+def _fitting(model: Any, texts: Sequence[str]) -> tuple[tuple[str, ...], Tensor | None]:
+    """Returns the last texts that fit together, and the tokens of the whole, start and end included; () and None."""
     room, said = model.context_tokens, [text for text in texts if text]
     if not room or not said:
-        return ()
-    count = 1
-    while count < len(said) and len(_numbers(model, " ".join(said[-count - 1 :]))) <= room:
-        count += 1
-    return tuple(said[-count:])
-
-
-def _context(model: Any, text: str) -> Tensor:
-    """Returns a text's start, last tokens that fit, and end, behind them zeros: int64 ``(context_tokens,)``."""
-    row = torch.zeros(model.context_tokens, dtype=torch.int64)
-    if text:
-        numbers = _numbers(model, text)
-        if len(numbers) > len(row):
-            numbers = torch.cat([numbers[:1], numbers[len(numbers) - len(row) + 1 :]])
-        row[: len(numbers)] = numbers
-    return row
+        return (), None
+    count, numbers = 1, _numbers(model, said[-1])
+    while count < len(said):
+        longer = _numbers(model, " ".join(said[-count - 1 :]))
+        if len(longer) > room:
+            break
+        count, numbers = count + 1, longer
+    return tuple(said[-count:]), numbers
 
 
 def _numbers(model: Any, text: str) -> Tensor:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -17,15 +18,18 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from lamzoo.adapters.wrappers import unwrap
-from lamzoo.data import LabelledImages, OnBadInput, plain_worker_errors
+from lamzoo.data import LabelledImages, OnBadInput, plain_worker_errors, read_class_map, relabel
 from lamzoo.data.images.decode import Mode
 from lamzoo.data.paths import nfc
 from lamzoo.errors import ConfigError, DataError
-from lamzoo.evaluation.accuracy import BAD_LABEL, EvalResult, Tally
+from lamzoo.evaluation.accuracy import BAD_LABEL, AccuracyCounter, EvalResult
 from lamzoo.evaluation.classification.imagenet_real import RealLabels
-from lamzoo.evaluation.resume import Partial, StateFile, weights_sha256
+from lamzoo.evaluation.classification.prediction import label_names
+from lamzoo.evaluation.resume import EvalState, StateFile, weights_sha256
 from lamzoo.evaluation.runtime import Precision, check_batches, class_count, data_config, inference, resolve_device
-from lamzoo.profiling.inputs import image_mode
+from lamzoo.profiling.inputs import image_mode, image_size
+from lamzoo.tasks.base import EvalRequest, Evaluation, MetricSpec, ScoreTable, metric_table
+from lamzoo.tasks.classification import CLASSIFICATION
 
 
 @dataclass(frozen=True)
@@ -95,9 +99,9 @@ def evaluate(
     config = data_config(model)
     _check_classes(model, dataset)
     real = None if real_labels is None else _read_real_labels(real_labels, model)
-    tally = Tally(dataset, class_count(model), real=real, skip=on_bad_input == "skip")
+    tally = AccuracyCounter(dataset, class_count(model), real=real, skip=on_bad_input == "skip")
     indices = _spread(len(dataset), limit)
-    file, done = None, Partial()
+    file, done = None, EvalState()
     if state is not None:
         choices = {"on bad input": on_bad_input, "ReaL labels": None if real_labels is None else str(real_labels)}
         key = _key(model, dataset, config, len(indices), batch_size, device, precision) | choices
@@ -119,6 +123,54 @@ def evaluate(
     if file is not None:
         file.remove()
     return tally.result(done)
+
+
+def score_classifier(model: nn.Module, dataset: LabelledImages, request: EvalRequest) -> Evaluation:
+    """Scores a classifier as ``lamzoo eval`` and ``lamzoo bench`` do; arguments and errors as of :func:`evaluate`.
+
+    Args:
+        model: a timm model.
+        dataset: its images.
+        request: how; its options are ``class_map``, ``real_labels``, ``on_bad_input``, ``limit``, ``state`` and
+            ``resume``.
+    """
+    options = dict(request.options)
+    class_map = options.pop("class_map", None)
+    if class_map == "model":
+        dataset = relabel(dataset, label_names(model), "the model's classes")
+    elif class_map is not None:
+        dataset = relabel(dataset, read_class_map(class_map), class_map)
+
+    def moved(progress: EvalProgress) -> None:
+        top5 = "" if progress.top5 is None else f", top-5 {progress.top5:.2f} %"
+        request.progress(progress.seen, progress.total, f"top-1 {progress.top1:.2f} %{top5}")
+
+    result = evaluate(
+        model, dataset, batch_size=request.batch_size, device=request.device, precision=request.precision,
+        workers=request.workers, progress=moved, **options,
+    )  # fmt: skip
+    notes = (f"{result.skipped} images could not be read and were left out",) if result.skipped else ()
+    samples = f"{result.samples:,} images"
+    return Evaluation(result, samples, dataclasses.asdict(result), notes=notes)
+
+
+def score_table(scores: Mapping[str, Any]) -> ScoreTable:
+    """Returns scores as a table: top-1 and top-5, and of ReaL labels where they were measured.
+
+    Args:
+        scores: by split an :class:`EvalResult` or a :class:`lamzoo.training.Score`.
+    """
+    real = [MetricSpec(f"real_top{k}", (f"real_top{k}",), f"ReaL top-{k} (%)") for k in (1, 5)]
+    samples = MetricSpec("samples", ("samples",), "images", decimals=0)
+    seen = MetricSpec("real_samples", ("real_samples",), "ReaL images", decimals=0)
+    speed = MetricSpec("images_per_s", ("images_per_s",), "images/s")
+    return metric_table((samples, *CLASSIFICATION.metrics[:2], seen, *real, speed), scores)
+
+
+def describe_input(model: nn.Module) -> str:
+    """Returns the size of a classifier's images, for a model card."""
+    _, height, width = image_size(model)
+    return f"{width} px" if height == width else f"{height} x {width} px"
 
 
 class _Chosen(Dataset):

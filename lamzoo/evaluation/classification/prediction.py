@@ -1,4 +1,4 @@
-"""What a classifier says of single images, with the names of its classes."""
+"""Predictions of a classifier for single images, with the names of its classes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a moment model says of queries about videos: windows in seconds and saliencies, scored or by themselves."""
+"""Predictions of moment models, windows in seconds and saliencies, and their scores."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ from lamzoo.data.moments import MomentDataset, MomentFeatures
 from lamzoo.errors import UnsupportedHostError
 from lamzoo.evaluation.moments.metrics import moment_metrics
 from lamzoo.evaluation.runtime import Precision, check_batches, inference, resolve_device
+from lamzoo.tasks.base import EvalRequest, Evaluation
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class Finding:
-    """What a model says of one query.
+class MomentPrediction:
+    """A model's prediction for one query.
 
     Attributes:
         windows: ``(Q, 3)``, float64: start and end in seconds, and score from 0 to 1, the best first.
-        saliency: ``(N,)``, float32, of each clip; the higher, the better it fits the sentence.
+        saliency: ``(N,)``, float32, of each clip; higher for clips that fit the sentence better.
     """
 
     windows: NDArray[np.float64]
@@ -52,7 +53,9 @@ class MomentResult:
     seconds: float
 
 
-def find_moments(model: nn.Module, features: Sequence[MomentFeatures], durations: Sequence[float]) -> list[Finding]:
+def find_moments(
+    model: nn.Module, features: Sequence[MomentFeatures], durations: Sequence[float]
+) -> list[MomentPrediction]:
     """Looks for sentences in videos, in one batch, without gradients.
 
     Args:
@@ -72,7 +75,7 @@ def find_moments(model: nn.Module, features: Sequence[MomentFeatures], durations
     findings = []
     for row, (of_sample, duration) in enumerate(zip(features, durations, strict=True)):
         seconds = windows[row] * torch.tensor([duration, duration, 1.0], dtype=torch.float64)
-        findings.append(Finding(seconds.numpy(), saliency[row, : len(of_sample.video)].numpy()))
+        findings.append(MomentPrediction(seconds.numpy(), saliency[row, : len(of_sample.video)].numpy()))
     return findings
 
 
@@ -112,6 +115,27 @@ def evaluate_moments(
     )
     metrics = moment_metrics(predictions, truth)
     return MomentResult(metrics, predictions, len(dataset), time.perf_counter() - start)
+
+
+def score_moments(model: Any, dataset: MomentDataset, request: EvalRequest) -> Evaluation:
+    """Scores a moment model as ``lamzoo eval`` and ``lamzoo bench`` do; errors as of :func:`evaluate_moments`.
+
+    Args:
+        model: of the family ``lam_moment_detr``.
+        dataset: the split.
+        request: how; it has no options.
+    """
+    result = evaluate_moments(
+        model, dataset, batch_size=request.batch_size, device=request.device, precision=request.precision,
+        workers=request.workers, progress=lambda done, total: request.progress(done, total, ""),
+    )  # fmt: skip
+    record = {"queries": result.queries, "seconds": result.seconds, "metrics": result.metrics}
+    return Evaluation(result.metrics, f"{result.queries:,} queries", record, predictions=result.predictions)
+
+
+def describe_input(model: Any) -> str:
+    """Returns the size of a moment model's input, for a model card."""
+    return f"{model.max_clips} clips of {model.video_dim} features and {model.max_words} words of {model.text_dim}"
 
 
 def submission(

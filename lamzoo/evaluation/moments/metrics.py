@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from lamzoo.data.json_files import is_number
 from lamzoo.data.moments.base import MARGIN
 from lamzoo.errors import DataError
+from lamzoo.tasks.base import MetricSpec, ScoreTable, metric_table
 
 Array: TypeAlias = NDArray[np.float64]
 Metrics: TypeAlias = dict[str, Any]
@@ -73,6 +74,14 @@ def moment_metrics(predictions: Sequence[Mapping[str, Any]], annotations: Sequen
             "compare them with; nothing can be scored."
         )
     return {"brief": _brief(metrics)} | dict(sorted(metrics.items()))
+
+
+def score_table(scores: Mapping[str, Mapping[str, Any]]) -> ScoreTable:
+    """Returns what is brief in metrics of :func:`moment_metrics` as a table, a row for each split."""
+    keys = list(dict.fromkeys(key for of_split in scores.values() for key in of_split["brief"]))
+    columns = (key.removeprefix("MR-full-").removeprefix("MR-").removeprefix("HL-min-") for key in keys)
+    specs = [MetricSpec(key, ("brief", key), heading) for key, heading in zip(keys, columns, strict=True)]
+    return metric_table(specs, scores, note="All in percent, as QVHighlights' official tool computes it.")
 
 
 def check_grades(annotations: Sequence[Mapping[str, Any]]) -> None:

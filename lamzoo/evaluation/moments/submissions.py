@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from lamzoo.data.json_files import check_fields, read_json_lines
+from lamzoo.data.moments import MomentDataset
 from lamzoo.errors import DataError
+from lamzoo.evaluation.moments.metrics import moment_metrics
 from lamzoo.files import atomic_files
+from lamzoo.tasks.base import Evaluation
 
 _LISTS = ("pred_relevant_windows", "pred_saliency_scores")
 
@@ -30,6 +33,17 @@ def read_submission(path: str | Path) -> list[dict[str, Any]]:
                 raise DataError(f"{where}: {key} is no list")
         predictions.append(line)
     return predictions
+
+
+def score_submission(path: str | Path, dataset: MomentDataset) -> Evaluation:
+    """Scores a submission as ``lamzoo eval FILE.jsonl`` does.
+
+    Raises:
+        DataError: as of :func:`read_submission` and :func:`lamzoo.evaluation.moment_metrics`.
+    """
+    metrics = moment_metrics(read_submission(path), dataset.annotations())
+    record = {"submission": str(path), "queries": len(dataset), "metrics": metrics}
+    return Evaluation(metrics, f"{len(dataset):,} queries", record)
 
 
 def write_submission(path: str | Path, predictions: Sequence[Mapping[str, Any]]) -> None:

@@ -1,10 +1,10 @@
-"""Scores of a retrieval model on videos with captions: embeddings first, then all pairs in blocks."""
+"""Scores of a retrieval model on videos with captions: embeddings first, then all pairs block by block."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -16,10 +16,11 @@ from torch.utils.data import DataLoader
 from lamzoo.data import BadInput, OnBadInput, plain_worker_errors
 from lamzoo.data.retrieval import CaptionedVideos, set_aside_invalid_videos
 from lamzoo.data.retrieval.clips import Clips, each_frame, pad_clips
-from lamzoo.data.video.sampling import FrameSampling
+from lamzoo.data.video.sampling import FrameSampling, adjusted
 from lamzoo.errors import ConfigError, UnsupportedHostError
 from lamzoo.evaluation.retrieval.metrics import dual_softmax, retrieval_metrics
 from lamzoo.evaluation.runtime import Precision, check_batches, inference, resolve_device
+from lamzoo.tasks.base import EvalRequest, Evaluation
 
 _TEXTS = 1024  # texts that are compared with all videos at a time
 
@@ -118,6 +119,39 @@ def evaluate_retrieval(
     metrics = retrieval_metrics(similarity, dataset.video_of_text)
     seconds = time.perf_counter() - start
     return RetrievalResult(metrics, weighed, len(dataset.texts), len(dataset), len(bad), seconds)
+
+
+def score_retrieval(model: Any, dataset: CaptionedVideos, request: EvalRequest) -> Evaluation:
+    """Scores a retrieval model as ``lamzoo eval`` and ``lamzoo bench`` do; errors as of :func:`evaluate_retrieval`.
+
+    Args:
+        model: of the family ``lam_clip4clip``.
+        dataset: its videos and texts.
+        request: how; its options are ``fps``, ``slicing``, ``dual_softmax`` and ``on_bad_input``.
+    """
+    frames_config(model)  # which refuses other models
+    options = request.options
+    sampling = adjusted(model.sampling, fps=options.get("fps"), slicing=options.get("slicing"))
+    result = evaluate_retrieval(
+        model, dataset, sampling, batch_size=request.batch_size, device=request.device, precision=request.precision,
+        workers=request.workers, dual=options.get("dual_softmax", False),
+        on_bad_input=options.get("on_bad_input", "stop"),
+        progress=lambda what, done, total: request.progress(done, total, what),
+    )  # fmt: skip
+    notes = (f"{result.skipped} videos could not be read and were left out",) if result.skipped else ()
+    return Evaluation(
+        result.metrics,
+        f"{result.texts:,} texts, {result.videos:,} videos",
+        {"sampling": asdict(sampling), **asdict(result)},
+        variants={} if result.dual is None else {"with dual softmax": result.dual},
+        notes=notes,
+    )
+
+
+def describe_input(model: Any) -> str:
+    """Returns the size of a retrieval model's input, for a model card."""
+    height, width = model.image_size
+    return f"{model.max_frames} frames of {width} x {height} px and one text"
 
 
 def frames_config(model: nn.Module) -> dict[str, Any]:

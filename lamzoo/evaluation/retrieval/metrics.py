@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lamzoo.errors import ConfigError
+from lamzoo.tasks.base import ScoreTable
+from lamzoo.tasks.retrieval import DIRECTIONS
 
-#: What the keys of :func:`retrieval_metrics` stand for.
-WAYS = {"t2v": "text to video", "v2t": "video to text"}
+#: Headings of the keys of :func:`retrieval_metrics`.
+WAYS = DIRECTIONS
 
 _RECALLS = (1, 5, 10, 50)
 
@@ -67,6 +69,18 @@ def dual_softmax(similarity: NDArray[Any] | Tensor) -> tuple[NDArray[np.float64]
     """
     scores = torch.from_numpy(_matrix(similarity))
     return (scores * scores.softmax(dim=0)).numpy(), (scores * scores.softmax(dim=1)).numpy()
+
+
+def score_table(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> ScoreTable:
+    """Returns metrics of :func:`retrieval_metrics` as a table, a row for each split and direction."""
+    columns = ("split", "", *(f"R@{k}" for k in _RECALLS), "median rank", "mean rank")
+    keys = (*(f"R{k}" for k in _RECALLS), "MedianR", "MeanR")
+    rows = tuple(
+        (row, heading, *(f"{of_split[way][key]:.1f}" for key in keys))
+        for row, of_split in scores.items()
+        for way, heading in WAYS.items()
+    )
+    return ScoreTable(columns, rows, "Recall in percent, ranks from 1.")
 
 
 def _matrix(similarity: NDArray[Any] | Tensor) -> NDArray[np.float64]:

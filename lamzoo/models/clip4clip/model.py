@@ -55,6 +55,7 @@ class Clip4Clip(nn.Module):
         tokenizer_name: open_clip model whose tokenizer is used; None for the zoo's small tokenizer.
     """
 
+    task: ClassVar[str] = "retrieval"
     clip: Any
     head: Any
     lam_config: LamConfig | None

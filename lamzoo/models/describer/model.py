@@ -78,6 +78,7 @@ class Describer(nn.Module):
         decoder: the text decoder.
     """
 
+    task: ClassVar[str] = "captions"
     lam_config: LamConfig | None
     #: Parameters (patterns) to the argument that determines their size, for error messages.
     sized_by: ClassVar[Mapping[str, str]] = {

@@ -74,6 +74,7 @@ class MomentNetwork(nn.Module):
         reads_unrelated: whether training also uses sentences that don't match the video.
     """
 
+    task: ClassVar[str] = "moments"
     reads_unrelated: ClassVar[bool] = False
     lam_config: LamConfig | None
     #: Parameters (patterns) to the argument that determines their size, for error messages.
@@ -159,6 +160,16 @@ class MomentNetwork(nn.Module):
     def word_logits(self, memory: Tensor) -> Tensor | None:
         """Returns, in training, the logits of :attr:`word_head` for the encoder's clips ``(B, N, C)``."""
         return None if self.word_head is None or not self.training else self.word_head(memory)
+
+    def attended(self, path: str, clips: int, words: int) -> tuple[int, int, int]:
+        """Returns how many saliency tokens, clips and words a masked layer attends to, in this order.
+
+        Args:
+            path: of the layer in the model.
+            clips: of the video.
+            words: of the sentence.
+        """
+        return 0, clips, words
 
     def example_inputs(self, batch_size: int = 1) -> tuple[Tensor, Tensor]:
         """Returns random features of ``max_clips`` clips and ``max_words`` words, for profiling."""

@@ -119,6 +119,12 @@ class QdDetr(MomentNetwork):
         proposals = proposals if self.training else None
         return MomentOutput(spans, logits, saliency, tuple(others), elsewhere, self.word_logits(memory), proposals)
 
+    def attended(self, path: str, clips: int, words: int) -> tuple[int, int, int]:
+        """As :meth:`MomentNetwork.attended`: clips attend to words, and then to clips and the saliency token."""
+        if path.startswith("cross."):
+            return 0, 0, words
+        return int(path.startswith("encoder.")), clips, 0
+
     def _read(
         self, clips: Tensor, words: Tensor, positions: Tensor, video_mask: Tensor, text_mask: Tensor
     ) -> tuple[Tensor, Tensor]:

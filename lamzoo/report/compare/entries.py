@@ -10,10 +10,10 @@ from pathlib import Path
 from lamzoo.errors import DataError
 from lamzoo.profiling.results import BenchRow, read_rows
 from lamzoo.report.compare.timm_results import TimmResult, is_imagenet1k, read_timm
+from lamzoo.tasks import find_metric
 
 Setting = tuple[str | None, str | None, int | None, str]
 
-_METRICS = {"top1": "top-1 (%)", "top5": "top-5 (%)", "t2v_R1": "text to video R@1 (%)"}
 _NAMED = 3  # as many names as a note lists
 
 
@@ -62,7 +62,7 @@ class Group:
     Attributes:
         data: the data set; None, like the next two, for models that were not scored.
         split: of it.
-        metric: what was measured, higher being better.
+        metric: what was measured.
         entries: each plain model before the LAMs that have it for a backbone, smaller models first.
     """
 
@@ -84,9 +84,16 @@ class Group:
         return f"{self.data}, {self.split}" if self.split else self.data
 
     @property
+    def sign(self) -> int:
+        """1 where a higher score is better, -1 for errors and ranks."""
+        spec = None if self.metric is None else find_metric(self.metric, self.entries[0].row.task)
+        return 1 if spec is None or spec.higher_is_better else -1
+
+    @property
     def metric_label(self) -> str:
         """The metric as a heading, with its unit."""
-        return _METRICS.get(self.metric or "", self.metric or "score")
+        spec = None if self.metric is None else find_metric(self.metric, self.entries[0].row.task)
+        return spec.heading if spec is not None else self.metric or "score"
 
 
 @dataclass(frozen=True)

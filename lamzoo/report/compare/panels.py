@@ -273,7 +273,7 @@ def _panel(
     placed = [
         (entry, x, y) for entry in entries if (x := cost(entry)) is not None and (y := entry.row.value) is not None
     ]
-    best = {id(item[0]) for item in pareto(placed, lambda item: item[1:])}
+    best = {id(item[0]) for item in pareto(placed, lambda item: (item[1], group.sign * item[2]))}
     points = [Point(entry, x, y, best=id(entry) in best) for entry, x, y in placed]
     by_row = {point.entry.row: point for point in points}
     joins = tuple(

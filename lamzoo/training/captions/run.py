@@ -1,43 +1,29 @@
-"""Training of description: what a run does with clips and what people wrote about them."""
+"""Training runs of captions."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from lamzoo.data.captions import CaptionDataset, create_caption_dataset
+from lamzoo.data.captions import CaptionDataset
 from lamzoo.errors import RecipeError
 from lamzoo.evaluation.captions.evaluate import caption_scores, check_streams, describe_clips
 from lamzoo.registry.factory import create_model
 from lamzoo.training.captions.batches import Collate, Samples, caption_counts, caption_losses
 from lamzoo.training.captions.recipe import CaptionRecipe
 from lamzoo.training.feature_run import FeatureRun
-from lamzoo.training.score_report import caption_table
-
-_WATCHED = ("WER", "sentence_accuracy", "CIDEr", "Bleu_4", "ROUGE_L")
 
 
 class CaptionRun(FeatureRun):
     """One run of a describer; arguments as of :class:`TrainingRun`."""
 
-    metric, lower_is_better, items = "WER", True, "clips"
-    curve = ("eval_WER", "word error rate, validation (%)")
     recipe: CaptionRecipe
-
-    def open_split(self, split: str) -> CaptionDataset:
-        return create_caption_dataset(self.recipe.data.source, split)
 
     def names(self, split: CaptionDataset) -> set[str]:
         return {item.id for item in split.items}
-
-    def open_data(self) -> None:
-        super().open_data()
-        if not self.splits["train"].items[0].words:  # free descriptions, not words to be heard
-            self.metric, self.lower_is_better = "CIDEr", False
-            self.curve = ("eval_CIDEr", "CIDEr, validation")
 
     def build_model(self) -> nn.Module:
         section = self.recipe.model
@@ -69,10 +55,6 @@ class CaptionRun(FeatureRun):
             found = self.model(batch["streams"], batch["text"], batch.get("context"))
         return caption_losses(found, batch, self.recipe.loss, counts)
 
-    def evaluate(self) -> dict[str, float]:
-        self.metrics = self.score("validation")
-        return {f"eval_{name}": self.metrics[name] for name in _WATCHED}
-
     def score(self, role: str) -> dict[str, float]:
         accelerator, split = self.accelerator, self.splits[role]
         captions = describe_clips(
@@ -82,6 +64,3 @@ class CaptionRun(FeatureRun):
         if accelerator.num_processes > 1:
             captions = dict(gather_object(list(captions.items())))
         return caption_scores(split, captions)
-
-    def table(self, scores: Mapping[str, Any]) -> Sequence[str]:
-        return caption_table(scores)

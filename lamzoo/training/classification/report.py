@@ -1,4 +1,4 @@
-"""The report that a run ends with: Markdown and JSON about the trained model, and pictures where they can be drawn."""
+"""The report of an image classifier's run: Markdown and JSON, and pictures where they can be drawn."""
 
 from __future__ import annotations
 

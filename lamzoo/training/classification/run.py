@@ -1,9 +1,10 @@
-"""Training of image classifiers: what a run does with images and labels."""
+"""Training runs of image classification."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from lamzoo.data.images.trained import SPLIT_NAME
 from lamzoo.reduction import pruning_loss
-from lamzoo.training.build import build_model, build_optimizer
+from lamzoo.training.build import build_model
 from lamzoo.training.classification.report import RunFacts, write_report
 from lamzoo.training.classification.scoring import Score, score
 from lamzoo.training.freezing import Tuning
@@ -33,16 +34,14 @@ from lamzoo.training.splits import (
     open_splits,
     prepare_splits,
 )
-from lamzoo.training.trainer import TrainingRun, TrainResult
+from lamzoo.training.trainer import TrainingRun
 
 
 class ClassificationRun(TrainingRun):
     """One run of an image classifier; arguments as of :class:`TrainingRun`."""
 
-    metric, items = "top1", "images"
     recipe: Recipe
     splits: Splits
-    score: Score | None = None
 
     def open_data(self) -> None:
         self.splits = open_splits(self.recipe.data)
@@ -90,12 +89,6 @@ class ClassificationRun(TrainingRun):
         scored = [split for split in (self.splits.evaluation, self.splits.test) if split is not None]
         return [create_eval_loader(self.recipe, split, model) for split in scored]
 
-    def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        return build_optimizer(self.recipe.optimizer, model)
-
-    def prepare_model(self, model: nn.Module) -> Any:
-        return self.accelerator.prepare(model)
-
     def train_mode(self) -> None:
         self.tuning.train_mode(self.model)
 
@@ -118,24 +111,12 @@ class ClassificationRun(TrainingRun):
             losses.append(loss.detach())
         return self.accelerator.reduce(torch.stack(losses).sum(), "mean")
 
-    def evaluate(self) -> dict[str, float]:
-        self.score = score(self.accelerator, self.evaluated_model, self.prepared_eval_loaders[0])
-        return {"eval_loss": self.score.loss, "eval_top1": self.score.top1}
+    def score(self, role: str) -> Score:
+        loader = self.prepared_eval_loaders[0 if role == "validation" else 1]
+        return score(self.accelerator, self.evaluated_model, loader)
 
-    def finish(self, command: str | None) -> TrainResult:
-        folder, model = self.keep_model(), self.evaluated_model
-        if self.score is None:  # the run was complete before it was resumed
-            self.evaluate()
-        assert self.splits.evaluation is not None and self.score is not None  # prepare_splits has made the first
-        scores = {self.splits.evaluation.split or "validation": self.score}
-        if self.splits.test is not None:
-            scores[self.splits.test.split or "test"] = score(self.accelerator, model, self.prepared_eval_loaders[1])
-        report = None
-        if self.recipe.run.report:
-            report = self.checkpoints.output / "report" / "report.md"
-            if self.accelerator.is_main_process:
-                write_report(report.parent, self._facts(model, scores, command))
-        return self.result(folder, scores, report)
+    def write_report(self, folder: Path, scores: Mapping[str, Any], command: str | None) -> None:
+        write_report(folder, self._facts(self.evaluated_model, dict(scores), command))
 
     def _facts(self, model: nn.Module, scores: dict[str, Score], command: str | None) -> RunFacts:
         return RunFacts(

@@ -1,4 +1,4 @@
-"""What a model says of a whole split, gathered from all processes."""
+"""Predictions of a classifier on a whole split, gathered from all processes."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from lamzoo.profiling.inputs import evaluating
 
 @dataclass(frozen=True)
 class Score:
-    """The answers to a split's images, in no particular order.
+    """The predictions for a split's images, in no particular order.
 
     Attributes:
         labels: ``(N,)``, int64, on the CPU.
-        guesses: the likeliest class of each image, ``(N,)``, int64.
+        guesses: the most likely class of each image, ``(N,)``, int64.
         loss: mean cross-entropy.
         top5: percent right among the first five guesses; None below five classes, where it says nothing.
     """
@@ -27,6 +27,11 @@ class Score:
     guesses: Tensor
     loss: float
     top5: float | None
+
+    @property
+    def samples(self) -> int:
+        """Images scored."""
+        return len(self.labels)
 
     @property
     def top1(self) -> float:

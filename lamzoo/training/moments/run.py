@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from lamzoo.data.moments import MomentDataset, create_moment_dataset
+from lamzoo.data.moments import MomentDataset
 from lamzoo.errors import RecipeError
 from lamzoo.evaluation.moments.evaluate import check_features, submission
 from lamzoo.evaluation.moments.metrics import check_grades, moment_metrics
@@ -18,12 +18,8 @@ from lamzoo.training.feature_run import FeatureRun
 from lamzoo.training.moments.batches import Samples, collate, with_unrelated
 from lamzoo.training.moments.losses import MomentTargets, moment_counts, moment_losses
 from lamzoo.training.moments.recipe import MomentRecipe
-from lamzoo.training.score_report import moment_table
 
 _logger = logging.getLogger(__name__)
-
-_WATCHED = {"MR-full-R1@0.5": "R1@0.5", "MR-full-R1@0.7": "R1@0.7", "MR-full-mAP": "mAP",
-            "HL-min-VeryGood-mAP": "HL_mAP", "HL-min-VeryGood-Hit1": "HL_Hit1"}  # fmt: skip
 
 _READ = ("video", "text", "video_mask", "text_mask")
 
@@ -31,12 +27,7 @@ _READ = ("video", "text", "video_mask", "text_mask")
 class MomentRun(FeatureRun):
     """One run of a moment model; arguments as of :class:`TrainingRun`."""
 
-    metric, items = "R1@0.7", "queries"
-    curve = ("eval_R1@0.7", "R1@0.7, validation (%)")
     recipe: MomentRecipe
-
-    def open_split(self, split: str) -> MomentDataset:
-        return create_moment_dataset(self.recipe.data.source, split)
 
     def names(self, split: MomentDataset) -> set[int | str]:
         return {query.qid for query in split.queries}
@@ -95,11 +86,6 @@ class MomentRun(FeatureRun):
             found = self.model(*(batch[key] for key in _READ), batch.get("unrelated"))
         return moment_losses(found, _targets(batch), self.recipe.loss, counts)
 
-    def evaluate(self) -> dict[str, float]:
-        self.metrics = self.score("validation")
-        brief = self.metrics["brief"]
-        return {f"eval_{name}": brief[key] for key, name in _WATCHED.items() if key in brief}
-
     def score(self, role: str) -> dict[str, Any]:
         accelerator = self.accelerator
         predictions = submission(
@@ -109,9 +95,6 @@ class MomentRun(FeatureRun):
         if accelerator.num_processes > 1:
             predictions = gather_object(predictions)
         return moment_metrics(predictions, self.truth[role])
-
-    def table(self, scores: Mapping[str, Any]) -> Sequence[str]:
-        return moment_table(scores)
 
 
 def _targets(batch: Mapping[str, Tensor]) -> MomentTargets:

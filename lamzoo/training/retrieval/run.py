@@ -1,4 +1,4 @@
-"""Training of text-video retrieval: what a run does with videos and captions."""
+"""Training runs of text-video retrieval."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader
 
 from lamzoo.data.retrieval import (
     CaptionedVideos,
-    create_retrieval_dataset,
     find_invalid_videos,
     leave_out_invalid_videos,
     select_videos,
@@ -32,29 +31,20 @@ from lamzoo.registry.factory import create_model
 from lamzoo.training.loaders import create_seeded_loader, seed_everything
 from lamzoo.training.retrieval.contrastive import contrastive_backward
 from lamzoo.training.retrieval.recipe import RetrievalRecipe
-from lamzoo.training.score_report import retrieval_table, write_score_report
-from lamzoo.training.splits import BadInputs, ScanProgress
-from lamzoo.training.trainer import TrainingRun, TrainResult
+from lamzoo.training.splits import BadInputs, ScanProgress, open_roles
+from lamzoo.training.trainer import TrainingRun
 
-Metrics = dict[str, dict[str, float]]
-
-_CURVE = ("eval_t2v_R1", "text to video R@1, validation (%)")
 _MAX_LOGIT_SCALE = 4.6052  # ln(100), CLIP's own limit
 
 
 class RetrievalRun(TrainingRun):
     """One run of a retrieval model; arguments as of :class:`TrainingRun`."""
 
-    metric, items = "t2v_R1", "videos"
     recipe: RetrievalRecipe
-    metrics: Metrics | None = None
 
     def open_data(self) -> None:
         data = self.recipe.data
-        roles = {"train": data.train_split, "validation": data.eval_split, "test": data.test_split}
-        self.splits = {
-            role: create_retrieval_dataset(data.source, split) for role, split in roles.items() if split is not None
-        }
+        self.splits, self.videos_held_out = open_roles(self.task, data, self.recipe.run.seed)
         train = self.splits["train"]
         for role, split in self.splits.items():
             common = set(split.videos) & set(train.videos)
@@ -166,30 +156,10 @@ class RetrievalRun(TrainingRun):
     def after_update(self) -> None:
         self.model.clip.logit_scale.clamp_(0, _MAX_LOGIT_SCALE)
 
-    def evaluate(self) -> dict[str, float]:
-        self.metrics = self._score("validation", self.prepared_eval_loaders[0])
-        kept = [("t2v", "R1"), ("t2v", "R5"), ("t2v", "R10"), ("t2v", "MedianR"), ("v2t", "R1")]
-        return {f"eval_{way}_{key}": self.metrics[way][key] for way, key in kept}
-
-    def finish(self, command: str | None) -> TrainResult:
-        folder, main = self.keep_model(), self.accelerator.is_main_process
-        if self.metrics is None:  # the run was complete before it was resumed
-            self.evaluate()
-        scores: dict[str, Any] = {self.splits["validation"].split or "validation": self.metrics}
-        if "test" in self.splits:
-            scores[self.splits["test"].split or "test"] = self._score("test", self.prepared_eval_loaders[1])
-        report = None
-        if self.recipe.run.report:
-            report = self.checkpoints.output / "report" / "report.md"
-            if main:
-                facts = self._facts(command)
-                about = self.about_weights()
-                write_score_report(report.parent, facts, scores, retrieval_table(scores), self.history, _CURVE, about)
-        return self.result(folder, scores, report)
-
     @torch.inference_mode()
-    def _score(self, role: str, loader: Any) -> Metrics:
+    def score(self, role: str) -> dict[str, dict[str, float]]:
         split, model = self.splits[role], self.evaluated_model
+        loader = self.prepared_eval_loaders[0 if role == "validation" else 1]
         videos, masks = [], []
         with evaluating(model), self.accelerator.autocast():
             for frames, mask in loader:
@@ -201,9 +171,8 @@ class RetrievalRun(TrainingRun):
             similarity = compare(model, texts, *join_videos(videos, masks))
         return retrieval_metrics(similarity, split.video_of_text)
 
-    def _facts(self, command: str | None) -> dict[str, Any]:
-        train = self.splits["train"]
-        return self.facts(command) | {"training_videos": len(train), "training_captions": len(train.texts)}
+    def facts(self, command: str | None) -> dict[str, Any]:
+        return super().facts(command) | {"training_captions": len(self.splits["train"].texts)}
 
     def _pairs(self, transform: Any) -> Pairs:
         data = self.recipe.data

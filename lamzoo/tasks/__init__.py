@@ -1,0 +1,75 @@
+"""The tasks of the zoo, as records: one file a task, and one list of them."""
+
+from __future__ import annotations
+
+import difflib
+from importlib import import_module
+
+from lamzoo.errors import DuplicateModelError, UnknownTaskError
+from lamzoo.tasks.base import EvalRequest, Evaluation, MetricSpec, ScoreTable, Task, metric_table
+from lamzoo.tasks.captions import CAPTIONS
+from lamzoo.tasks.classification import CLASSIFICATION
+from lamzoo.tasks.moments import MOMENTS
+from lamzoo.tasks.retrieval import RETRIEVAL
+
+__all__ = [
+    "TASKS",
+    "EvalRequest",
+    "Evaluation",
+    "MetricSpec",
+    "ScoreTable",
+    "Task",
+    "find_metric",
+    "find_task",
+    "metric_table",
+    "register_task",
+    "task_of_predictions",
+]
+
+#: By name; :func:`register_task` adds those of plug-ins.
+TASKS: dict[str, Task] = {task.name: task for task in (CLASSIFICATION, RETRIEVAL, MOMENTS, CAPTIONS)}
+
+_LOADS_PLUGINS = "lamzoo.registry.catalog:list_models"
+
+
+def register_task(task: Task) -> Task:
+    """Adds a task of a plug-in, and returns it; call it in the module that the entry point names.
+
+    Raises:
+        DuplicateModelError: another task has this name.
+    """
+    if TASKS.setdefault(task.name, task) != task:
+        raise DuplicateModelError(f"The task name {task.name!r} is taken by {TASKS[task.name].about}; choose another.")
+    return task
+
+
+def find_task(name: str) -> Task:
+    """Returns a task by its name; plug-ins are loaded where lamzoo has no such task itself.
+
+    Raises:
+        UnknownTaskError: there is no such task; the message lists those that there are.
+    """
+    if name not in TASKS:
+        module, _, function = _LOADS_PLUGINS.partition(":")
+        getattr(import_module(module), function)()
+    if name in TASKS:
+        return TASKS[name]
+    close = difflib.get_close_matches(str(name), TASKS, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"it must be one of {', '.join(map(repr, TASKS))}."
+    raise UnknownTaskError(f"There is no task {name!r}; {hint}")
+
+
+def find_metric(name: str, task: str | None = None) -> MetricSpec | None:
+    """Returns the metric of a results table.
+
+    Args:
+        name: of the metric.
+        task: of the row; None in tables of lamzoo 0.1, whose metrics are told apart by their names alone.
+    """
+    tasks = [TASKS[task]] if task in TASKS else TASKS.values()
+    return next((metric for each in tasks for metric in each.metrics if metric.name == name), None)
+
+
+def task_of_predictions(path: str) -> Task | None:
+    """Returns the task whose predictions a file holds, by its suffix; None for anything else."""
+    return next((task for task in TASKS.values() if task.predictions and path.endswith(task.predictions)), None)
