@@ -6,7 +6,7 @@ import difflib
 from importlib import import_module
 
 from lamzoo.errors import DuplicateModelError, UnknownTaskError
-from lamzoo.tasks.base import EvalRequest, Evaluation, MetricSpec, ScoreTable, Task, metric_table
+from lamzoo.tasks.base import TASKS, EvalRequest, Evaluation, MetricSpec, ScoreTable, Task, metric_table
 from lamzoo.tasks.captions import CAPTIONS
 from lamzoo.tasks.classification import CLASSIFICATION
 from lamzoo.tasks.moments import MOMENTS
@@ -26,8 +26,7 @@ __all__ = [
     "task_of_predictions",
 ]
 
-#: By name; :func:`register_task` adds those of plug-ins.
-TASKS: dict[str, Task] = {task.name: task for task in (CLASSIFICATION, RETRIEVAL, MOMENTS, CAPTIONS)}
+TASKS.update({task.name: task for task in (CLASSIFICATION, RETRIEVAL, MOMENTS, CAPTIONS)})
 
 _LOADS_PLUGINS = "lamzoo.registry.catalog:list_models"
 

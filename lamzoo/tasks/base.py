@@ -239,8 +239,6 @@ class Task:
         return metric_table(self.metrics, scores)
 
     def _check_kind(self, spec: str) -> None:
-        from lamzoo.tasks import TASKS
-
         kind, colon, _ = spec.partition(":")
         others = [task for task in TASKS.values() if kind in task.kinds]
         if colon and others and self.name not in [task.name for task in others]:
@@ -249,6 +247,10 @@ class Task:
                 f"{' or '.join(f'{name}:...' for name in self.kinds)}, or choose {others[0].model_kind} "
                 f"(--task {others[0].name})"
             )
+
+
+#: By name; :mod:`lamzoo.tasks` lists those of the zoo, and plug-ins register theirs.
+TASKS: dict[str, Task] = {}
 
 
 def metric_table(

@@ -2,9 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from lamzoo.data.retrieval.base import CaptionedVideos, VideoSource
+from lamzoo.data.retrieval.base import CaptionedVideos, VideoSource, select_videos
 from lamzoo.data.retrieval.factory import VIDEO_KINDS, create_retrieval_dataset
-from lamzoo.data.retrieval.selection import select_videos
 from lamzoo.data.retrieval.validation import find_invalid_videos, leave_out_invalid_videos, set_aside_invalid_videos
 from lamzoo.lazy import submodules_of
 

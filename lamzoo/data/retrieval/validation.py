@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from lamzoo.data.images.decode import unreadable_because
-from lamzoo.data.retrieval.base import CaptionedVideos, VideoSource
-from lamzoo.data.retrieval.selection import select_videos
+from lamzoo.data.retrieval.base import CaptionedVideos, VideoSource, select_videos
 from lamzoo.data.validation import BadInput, OnBadInput, check_on_bad, find_invalid, valid_indices
 from lamzoo.data.video.sampling import FrameSampling
 from lamzoo.errors import DataError
