@@ -186,7 +186,7 @@ def test_a_killed_eval_resumes(run, model: str, tmp_path: Path, monkeypatch: pyt
         return real(*args, **{**kwargs, "save_every": 1, "progress": progress})
 
     with monkeypatch.context() as patch:
-        patch.setattr(lamzoo.evaluation, "evaluate", killed)
+        patch.setattr("lamzoo.evaluation.classification.evaluate.evaluate", killed)
         done = run(*common)
     assert (done.code, done.out) == (130, "")
     assert json.loads(Path("state.json").read_text())["partial"]["seen"] == 6
