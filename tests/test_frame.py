@@ -95,3 +95,8 @@ def test_core_dependencies_are_few_and_no_extra_repeats_them() -> None:
 @pytest.mark.slow
 def test_wheel_works_in_an_empty_environment() -> None:
     subprocess.run([sys.executable, ROOT / "tests" / "wheel" / "check_wheel.py"], check=True, stdin=subprocess.DEVNULL)
+
+
+@pytest.mark.slow
+def test_the_lowest_stated_versions_work() -> None:
+    subprocess.run([sys.executable, ROOT / "tests" / "wheel" / "check_lowest.py"], check=True, stdin=subprocess.DEVNULL)

@@ -1,4 +1,4 @@
-"""Builds the wheel, installs it into an empty environment, and uses it there; knows nothing of how lamzoo works inside.
+"""Builds the wheel, installs it into an empty environment, and uses it there.
 
 Run as a script (``make wheel-test``); exits non-zero with the reason when anything is missing.
 """
