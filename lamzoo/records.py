@@ -53,7 +53,7 @@ def build(
     Args:
         cls: a dataclass whose fields are plain values, ``Literal``, ``X | None``, tuples, lists and dictionaries of
             these, or dataclasses.
-        table: the values, as TOML or JSON give them: whole numbers may stand for floats, lists for tuples.
+        table: the values, as TOML or JSON give them: integers are accepted as floats, lists as tuples.
         where: the keys that lead to the table, for messages: ``"model.kwargs"``.
         source: the origin of the values, for messages: ``"Recipe"``, or the file with a colon.
         error: the exception to raise.

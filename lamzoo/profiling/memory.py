@@ -1,4 +1,4 @@
-"""How much memory a model and one forward pass of it occupy, and how much this machine has left; knows no model."""
+"""Memory: the peak of a model and one forward pass, and what this machine has left."""
 
 from __future__ import annotations
 

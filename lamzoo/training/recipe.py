@@ -97,14 +97,14 @@ class AugmentSection:
 
 @dataclass(frozen=True)
 class PruneSection:
-    """``[prune]``: tokens that leave the model, as :func:`lamzoo.prune_tokens` does it.
+    """``[prune]``: token pruning, as of :func:`lamzoo.prune_tokens`.
 
     Attributes:
-        keep: share of a layer's tokens that stays; 0.7 where neither this nor ``target_gmacs`` is given.
-        target_gmacs: what one image may cost, instead.
-        at: layers behind which tokens leave.
-        score: what decides.
-        rest: what becomes of those that leave, in evaluation and with ``training = "top-k"``.
+        keep: share of a layer's tokens that is kept; 0.7 where neither this nor ``target_gmacs`` is given.
+        target_gmacs: cost of one image to aim at, in place of ``keep``.
+        at: layers after which tokens are removed.
+        score: criterion of the selection.
+        rest: handling of the removed tokens, in evaluation and with ``training = "top-k"``.
         training: ``"straight-through"`` or ``"top-k"``; see :class:`lamzoo.PruneConfig`.
         loss_weight: of :func:`lamzoo.pruning_loss`, with ``"straight-through"``.
     """
@@ -163,7 +163,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
         RecipeError: no such file, not TOML, an unknown key (named, with the closest one), a wrong type, an unknown
             optimiser or scheduler, or an impossible value.
         UnknownModelError: no such model.
-        ConfigError: masks that mean nothing.
+        ConfigError: invalid masks.
     """
     return parse_recipe(override(read_recipe(path), overrides))
 

@@ -172,7 +172,7 @@ def check_common(recipe: TaskRecipe) -> None:
     Raises:
         RecipeError: an impossible value; names its key.
         UnknownModelError: no such model.
-        ConfigError: masks that mean nothing.
+        ConfigError: invalid masks.
     """
     run, optimizer, schedule = recipe.run, recipe.optimizer, recipe.schedule
     name, lam, workers = recipe.model.name, recipe.model.lam, recipe.data.workers

@@ -300,7 +300,7 @@ def test_captions_are_written_as_coco_has_them(tmp_path: Path) -> None:
     [
         ("[{", r"captions\.json is no readable JSON"),
         (b"\xff", "is no readable JSON"),
-        ('{"annotations": []}', "is no list of captions; it must be"),
+        ('{"annotations": []}', "is not a list of captions; it must be"),
         ('[{"image_id": 1, "caption": "a"}, 2]', "entry 1 of .* has no image_id or no caption"),
         ('[{"image_id": 1}]', "entry 0 of .* has no image_id or no caption"),
         ('[{"image_id": 1.5, "caption": "a"}]', "an image_id of type float; it must be an int or a string"),

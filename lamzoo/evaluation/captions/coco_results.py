@@ -28,7 +28,7 @@ def read_captions(path: str | Path) -> dict[int | str, str]:
     path = Path(path)
     entries = read_json(path)
     if not isinstance(entries, list):
-        raise DataError(f"{path} is no list of captions; it must be {_FORM}")
+        raise DataError(f"{path} is not a list of captions; it must be {_FORM}")
     captions: dict[int | str, str] = {}
     for number, entry in enumerate(entries):
         where = f"entry {number} of {path}"

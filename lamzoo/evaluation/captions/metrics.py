@@ -1,4 +1,4 @@
-"""Scores of captions, sentences and descriptions against what people wrote; knows no model and no data set."""
+"""Scores of captions, sentences and descriptions against human references."""
 
 from __future__ import annotations
 

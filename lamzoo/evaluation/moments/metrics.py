@@ -1,4 +1,4 @@
-"""The official scores of QVHighlights, moments and highlights, of predictions and annotations; knows no model."""
+"""QVHighlights' official scores of moments and highlights, computed from predictions and annotations."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def read_submission(path: str | Path) -> list[dict[str, Any]]:
         check_fields(line, {"qid": int | str}, where)
         for key in _LISTS:
             if not isinstance(line.get(key, []), list):
-                raise DataError(f"{where}: {key} is no list")
+                raise DataError(f"{where}: {key} is not a list")
         predictions.append(line)
     return predictions
 

@@ -1,4 +1,4 @@
-"""Scores of text-video retrieval from a matrix of similarities; knows no model and no data set."""
+"""Scores of text-video retrieval from a matrix of similarities."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def retrieval_metrics(
         ``MeanR``, ranks from 1.
 
     Raises:
-        ConfigError: a matrix of another shape, with NaN, or an index that is no video.
+        ConfigError: a matrix of another shape, with NaN, or an index outside the videos.
     """
     scores = _matrix(similarity)
     owners = _owners(scores, video_of_text)
