@@ -23,9 +23,9 @@ def bench(
     patterns: Annotated[list[str], typer.Argument(metavar="PATTERN...", help=(
         "Wildcards, parts of names, arch, arch.tag, timm/NAME, hf-hub:REPO or a folder."))],
     output: Annotated[Path, typer.Option("--out", metavar="FILE.csv", help=(
-        "The table; rows that are there are kept, so that a stopped run goes on."))],
+        "The table; rows already there are kept, so that a stopped run continues."))],
     data: Annotated[str | None, typer.Option(metavar="SPEC", help=(
-        "Also score the models, with their weights, on this data set, given as for eval; "
+        "Also score the models, with their weights, on this data set, as for eval; "
         "without it they have random weights."))] = None,
     split: Annotated[str | None, typer.Option(help="Which part of the data [test, or all].")] = None,
     device: Device = "auto",

@@ -46,7 +46,7 @@ def eval_command(
     slicing: Annotated[Literal["head", "middle", "tail", "uniform"] | None, typer.Option(
         help="Retrieval: which frames of a video that has too many [the model's].")] = None,
     dual_softmax: Annotated[bool, typer.Option(
-        "--dual-softmax", help="Retrieval: also score with dual softmax, which knows all queries.")] = False,
+        "--dual-softmax", help="Retrieval: also score with dual softmax, which uses all queries at once.")] = False,
     submission: Annotated[Path | None, typer.Option(metavar="FILE", help=(
         "Also write the predictions here: of moments in QVHighlights' form (.jsonl), of captions as COCO's results "
         "(.json)."))] = None,
@@ -148,7 +148,7 @@ def _score(
     *,
     hidden: bool,
 ) -> tuple[Evaluation, dict[str, Any]]:
-    """Scores a model; returns the scores, and what ``--json`` says of how they were measured."""
+    """Scores a model; returns the scores, and the settings for ``--json``."""
     from lamzoo.evaluation import check_batches, default_state_path, resolve_device
     from lamzoo.tasks import EvalRequest
 

@@ -21,7 +21,7 @@ _WORKER = (sys.executable, "-m", "lamzoo.profiling.worker")
 
 @dataclass(frozen=True)
 class BenchJob:
-    """What to measure, and how; the fields that :class:`BenchRow` has too mean there what they mean here.
+    """A measurement: model and settings; fields shared with :class:`BenchRow` have the same meaning.
 
     Attributes:
         model: architecture.
@@ -73,7 +73,7 @@ class BenchJob:
         return f"{self.model}.{self.tag}" if self.tag else self.model
 
     def row(self, **measured: Any) -> BenchRow:
-        """Returns the row of this job, with what was measured over what is known beforehand."""
+        """Returns the row of this job: the settings, overridden by the measured values."""
         import timm
         import torch
 

@@ -67,7 +67,7 @@ def build_model(recipe: Recipe, classes: list[str] | None) -> Any:
 def build_optimizer(section: OptimizerSection, model: nn.Module) -> torch.optim.Optimizer:
     """Creates timm's optimiser over the parameters that are trained.
 
-    Layer decay applies to the pretrained layers, and to masks only where they were loaded and belong to one layer.
+    Layer decay applies to pretrained layers, and to masks only if they were loaded and belong to one layer.
     """
     try:
         optimizer = timm.optim.create_optimizer_v2(

@@ -25,7 +25,7 @@ class FeatureRun(TrainingRun):
 
     @abstractmethod
     def names(self, split: Any) -> Collection[Any]:
-        """Returns what a split calls its items, to find those that stand in two splits."""
+        """Returns the identifiers of a split's items, to detect items that two splits share."""
 
     @abstractmethod
     def samples(self) -> Any:
@@ -33,15 +33,15 @@ class FeatureRun(TrainingRun):
 
     @abstractmethod
     def collate(self, model: nn.Module) -> Any:
-        """Returns what makes a batch of samples."""
+        """Returns the function that collates samples into a batch."""
 
     @abstractmethod
     def counts(self, batch: Any) -> Mapping[str, Tensor]:
-        """Returns what the losses of a batch are divided by, int64 scalars; names as of every other batch."""
+        """Returns the divisors of a batch's losses, int64 scalars, with the same names for every batch."""
 
     @abstractmethod
     def losses(self, batch: Any, counts: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Returns a batch's part of the weighted losses of the global batch; the autocast is this method's to enter.
+        """Returns a batch's part of the weighted losses of the global batch; enters the autocast itself.
 
         Args:
             batch: one of the global batch's.
@@ -49,7 +49,7 @@ class FeatureRun(TrainingRun):
         """
 
     def complete(self, batches: list[Any]) -> list[Any]:
-        """Returns this process's batches of an update with what they need of the others; called on every process."""
+        """Returns this process's batches of an update with data from the other processes; called on every process."""
         return batches
 
     def open_data(self) -> None:
@@ -90,7 +90,7 @@ class FeatureRun(TrainingRun):
         return create_seeded_loader(self.recipe, self.samples(), self.collate(model))
 
     def share(self, role: str) -> range:
-        """Returns which items of a split are this process's to answer."""
+        """Returns the indices of a split's items that this process scores."""
         return range(self.accelerator.process_index, len(self.splits[role]), self.accelerator.num_processes)
 
     def prepare_model(self, model: nn.Module) -> Any:

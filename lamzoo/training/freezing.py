@@ -45,7 +45,7 @@ class Tuning:
         self._trained = [*trained, *(module for module in [getattr(model, "head_drop", None)] if module is not None)]
 
     def train_mode(self, model: nn.Module) -> None:
-        """Switches to training what is trained, and the rest of the model to evaluation.
+        """Switches the trained modules to training mode, and the rest of the model to evaluation mode.
 
         Args:
             model: the one that was given, or a wrapper around it.

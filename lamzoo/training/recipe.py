@@ -32,8 +32,8 @@ class ModelSection:
         kwargs: further arguments of ``create_model``; ``num_classes`` comes from the data where it is left out.
         fused_attention: whether timm's own attention may use the fused kernel. On CPUs, bfloat16 training of short
             sequences is faster without it; both sides of a comparison should say the same.
-        tune: what is trained: ``"all"``, ``"lam"`` (the masks and the classifier) or ``"head"`` (the classifier alone).
-            What is not trained computes as in evaluation, without dropout and with the norms' stored statistics.
+        tune: the trained part: ``"all"``, ``"lam"`` (masks and classifier) or ``"head"`` (the classifier alone).
+            What is not trained runs as in evaluation, without dropout and with the stored statistics of norms.
     """
 
     name: str

@@ -269,7 +269,7 @@ class TrainingRun(ABC):
         """Called after each optimiser step."""
 
     def epoch(self, epoch: int) -> None:
-        """Trains and, where it is due, evaluates one epoch, from the update at which the run stands."""
+        """Trains one epoch from the current update on, and evaluates where an evaluation is due."""
         self.seeded.epoch = epoch
         done = self.update - epoch * self.updates_per_epoch
         accumulation, interval = self.recipe.run.accumulation, self.recipe.run.checkpoint_interval
@@ -336,7 +336,7 @@ class TrainingRun(ABC):
         return self.wall_seconds + time.perf_counter() - self.started
 
     def facts(self, command: str | None) -> dict[str, Any]:
-        """Returns what a report says of a run of any task, as plain values."""
+        """Returns the facts about the run for its report, as plain values."""
         recipe, model = self.recipe, self.accelerator.unwrap_model(self.model)
         lam = getattr(model, "lam_config", None)
         return {

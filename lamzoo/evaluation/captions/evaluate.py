@@ -183,7 +183,7 @@ def describe_clips(
 def caption_scores(dataset: CaptionDataset, captions: Mapping[str, str]) -> dict[str, float]:
     """Returns COCO's scores, as fractions, and the word error rate and sentence accuracy, in percent.
 
-    Case and what is neither letter nor digit are put aside first, on both sides. Where some video has more than five
+    Case and punctuation are ignored on both sides. Where some video has more than five
     descriptions, and each clip just one, AutoAD's R@5/16 is among the scores, in percent, by words in common: see
     :func:`lamzoo.evaluation.neighbour_recall`.
 

@@ -77,7 +77,7 @@ def moment_metrics(predictions: Sequence[Mapping[str, Any]], annotations: Sequen
 
 
 def score_table(scores: Mapping[str, Mapping[str, Any]]) -> ScoreTable:
-    """Returns what is brief in metrics of :func:`moment_metrics` as a table, a row for each split."""
+    """Returns the ``brief`` part of :func:`moment_metrics` as a table, a row for each split."""
     keys = list(dict.fromkeys(key for of_split in scores.values() for key in of_split["brief"]))
     columns = (key.removeprefix("MR-full-").removeprefix("MR-").removeprefix("HL-min-") for key in keys)
     specs = [MetricSpec(key, ("brief", key), heading) for key, heading in zip(keys, columns, strict=True)]

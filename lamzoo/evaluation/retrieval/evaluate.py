@@ -71,7 +71,7 @@ def evaluate_retrieval(
         workers: processes that read videos; 0 reads in this one.
         dual: also score similarities weighed by dual softmax.
         on_bad_input: ``"stop"`` at a video that can't be read, or ``"skip"``: search all beforehand and leave it out.
-        progress: called with what is done (``"scan"``, ``"videos"``, ``"texts"``), how many of it, and of how many.
+        progress: called with the phase (``"scan"``, ``"videos"``, ``"texts"``), the inputs done, and their number.
 
     Returns:
         The scores.
@@ -80,7 +80,7 @@ def evaluate_retrieval(
         ConfigError: a device, precision, batch size or number of workers that is not possible, or more frames than the
             model has positions for.
         DataError: a video can't be read.
-        UnsupportedHostError: the model compares no texts with videos.
+        UnsupportedHostError: the model is not a retrieval model.
     """
     check_batches(batch_size, workers, precision)
     device = resolve_device(device)
@@ -158,7 +158,7 @@ def frames_config(model: nn.Module) -> dict[str, Any]:
     """Returns timm's preprocessing of frames for a retrieval model, at the size that it was built for.
 
     Raises:
-        UnsupportedHostError: the model compares no texts with videos.
+        UnsupportedHostError: the model is not a retrieval model.
     """
     size: Any = getattr(model, "image_size", None)
     if size is None or not hasattr(model, "encode_video"):

@@ -1,4 +1,4 @@
-"""Batches of clips with captions for training, and the losses of description."""
+"""Training batches of clips with captions, and the losses."""
 
 from __future__ import annotations
 

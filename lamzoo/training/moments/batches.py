@@ -1,4 +1,4 @@
-"""Batches of queries about videos for training: features, and what is true of them."""
+"""Training batches of queries about videos: features and targets."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _PAIRS = 2
 
 @dataclass(frozen=True)
 class Sample:
-    """A query with its features, and what is true of it.
+    """A query with its features and targets.
 
     Attributes:
-        query: what is asked.
+        query: the query.
         features: of the query and its video.
         spans: ``(moments, 2)``, centre and width as shares of the video.
         better: int64 ``(2,)``, clips that fit better than those of ``worse``.
@@ -46,7 +46,7 @@ class Sample:
 
 
 class Samples(Dataset[Sample]):
-    """The queries of a data set with what is true of them.
+    """The queries of a data set with their targets.
 
     Args:
         dataset: of which the moments are known.

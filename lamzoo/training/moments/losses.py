@@ -57,7 +57,7 @@ def moment_counts(targets: MomentTargets, queries: int) -> dict[str, Tensor]:
 
     Returns:
         ``samples``, ``moments`` that are matched, ``proposals``, pairs of a clip and a moment that it lies in, and
-        ``words``, clips of which is known what is said: int64 scalars.
+        ``words``, clips with a known word: int64 scalars.
     """
     device, words = targets.grades.device, targets.words
     moments = sum(min(queries, len(spans)) for spans in targets.spans)
@@ -74,7 +74,7 @@ def moment_losses(
 
     Args:
         found: what the model says.
-        targets: what is true.
+        targets: ground truth.
         weights: of the terms.
         counts: as of :func:`moment_counts`, of a larger batch that this one is a part of; the losses of the parts then
             add up to that batch's. None for this batch alone.

@@ -47,8 +47,8 @@ class RetrievalDataSection(DataSectionBase):
         max_frames: frames of a video at most.
         slicing: which ones, where there are more, as of :class:`lamzoo.data.video.sampling.FrameSampling`.
         captions: an epoch shows ``"all"`` captions of a video, or ``"one"`` of them, drawn anew.
-        equal_captions: what the videos of equal captions in a batch are to each other: ``"negatives"`` as in CLIP4Clip,
-            or ``"positives"``.
+        equal_captions: whether videos with equal captions in a batch count as ``"negatives"``, as in CLIP4Clip, or as
+            ``"positives"``.
         on_bad_input: what a scan does with videos that can't be read: ``"stop"``, or ``"skip"``, which leaves them out
             and lists them in ``bad-inputs.csv``.
     """
@@ -95,7 +95,7 @@ class RetrievalOptimizerSection(OptimizerSection):
     """``[optimizer]``: as for every task, and CLIP4Clip's second learning rate.
 
     Attributes:
-        tower_lr: of the pretrained towers; ``lr`` is that of what is new, the head and the masks. None for ``lr``.
+        tower_lr: of the pretrained towers; ``lr`` is for new parts, the head and the masks. None for ``lr``.
     """
 
     tower_lr: float | None = None
