@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, Literal
 
 from lamzoo.errors import ConfigError, RegistryError
 from lamzoo.lam import LamConfig
+from lamzoo.records import build, read_table
 from lamzoo.reduction.config import PruneConfig
 
 #: Keys of timm's ``PretrainedCfg`` that a card may set: preprocessing, classes, names of the first and last layers.
@@ -146,6 +146,31 @@ def data_dir(kind: Literal["recipes", "registry", "weights"]) -> Path:
     )
 
 
+@dataclass(frozen=True)
+class _Model:
+    """The table of one model in a card, before its masks and tags are read."""
+
+    builder: str
+    backbone: Mapping[str, Any] = field(default_factory=dict)
+    lam: Mapping[str, Any] | None = None
+    plain: str | None = None
+    description: str = ""
+    params: int | None = None
+    gmacs: float | None = None
+    pretrained_cfg: Mapping[str, Any] = field(default_factory=dict)
+    tags: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Card:
+    """The keys of a card."""
+
+    models: Mapping[str, _Model]
+    family: str | None = None
+    task: str = "classification"
+    description: str = ""
+
+
 def read_card(path: str | Path, *, weights_dir: Path, source: Literal["card", "plug-in"] = "card") -> list[ModelSpec]:
     """Reads one family's card.
 
@@ -161,20 +186,22 @@ def read_card(path: str | Path, *, weights_dir: Path, source: Literal["card", "p
         RegistryError: the file is not TOML, or has an unknown, missing or mistyped key; names file and key.
     """
     path = Path(path)
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise RegistryError(f"The registry card {path} cannot be read: {error}.") from error
-    _check_keys(table, {"family", "task", "description", "models"}, f"{path}")
-    family, task = table.get("family", path.stem), table.get("task", "classification")
-    if not isinstance(task, str):
-        raise RegistryError(f"{path}: task is {task!r}; it must be the name of a task.")
-    models = _table(table, "models", f"{path}")
+    table = read_table(path, what="Registry card", error=RegistryError)
+    card = build(_Card, table, source=f"{path}:", error=RegistryError)
     return [
-        _model(
-            name, _table(models, name, f"{path}: models"), family, task, weights_dir, source, f"{path}: models.{name}"
+        ModelSpec(
+            name=name,
+            family=card.family or path.stem,
+            task=card.task,
+            lam=_lam(name, model, f"{path}: models.{name}"),
+            tags={
+                tag: read_weights(tag, tags, f"{path}: models.{name}.tags.{tag}") for tag, tags in model.tags.items()
+            },
+            weights_dir=weights_dir,
+            source=source,
+            **{key: value for key, value in vars(model).items() if key not in ("lam", "tags")},
         )
-        for name in models
+        for name, model in card.models.items()
     ]
 
 
@@ -189,17 +216,16 @@ def read_weights(name: str, table: Mapping[str, Any], where: str) -> PretrainedW
     Raises:
         RegistryError: an unknown key, a wrong type, no source or two; names ``where`` and the key.
     """
-    known = {f.name for f in dataclasses.fields(PretrainedWeights)} - {"name"}
-    _check_keys(table, known, where)
-    tables = {"metrics", "args", "pretrained_cfg", "prune"}
-    for key in known - tables:
-        if not isinstance(table.get(key, ""), str):
-            raise RegistryError(f"{where}: {key} is {table[key]!r}; it must be a string.")
-    for key in tables:
-        _table(table, key, where)
-    _check_keys(table.get("pretrained_cfg", {}), CFG_KEYS, f"{where}.pretrained_cfg")
-    prune = _prune_config(table["prune"], where) if "prune" in table else None
-    tag = PretrainedWeights(name, **{**table, "prune": prune})
+    if "name" in table:
+        raise RegistryError(f"{where}: key name is unknown; the tag's name is the key of its table.")
+    plain = {key: value for key, value in table.items() if key != "prune"}
+    tag = build(PretrainedWeights, {"name": name, **plain}, source=f"{where}:", error=RegistryError)
+    _check_cfg(tag.pretrained_cfg, where)
+    if "prune" in table:
+        try:
+            tag = dataclasses.replace(tag, prune=PruneConfig.from_dict(table["prune"]))
+        except ConfigError as error:
+            raise RegistryError(f"{where}.prune: {error}") from error
     sources = (tag.timm, tag.open_clip, tag.file or (None if tag.external else tag.hub))
     if sum(source is not None for source in sources) != 1:
         raise RegistryError(f"{where}: a tag needs timm, or open_clip, or file and/or hub, as its source.")
@@ -212,69 +238,24 @@ def read_weights(name: str, table: Mapping[str, Any], where: str) -> PretrainedW
     return tag
 
 
-def _model(
-    name: str,
-    table: Mapping[str, Any],
-    family: str,
-    task: str,
-    weights_dir: Path,
-    source: Literal["card", "plug-in"],
-    where: str,
-) -> ModelSpec:
-    known = {"builder", "backbone", "lam", "plain", "description", "params", "gmacs", "pretrained_cfg", "tags"}
-    _check_keys(table, known, where)
+def _lam(name: str, model: _Model, where: str) -> LamConfig | None:
+    """Checks what the types of a model's table don't say, and returns its masks."""
     if "." in name or "/" in name or ":" in name:
         raise RegistryError(f"{where}: a model's name may not contain '.', '/' or ':'.")
-    builder = table.get("builder")
-    if not isinstance(builder, str) or builder.count(":") != 1:
-        raise RegistryError(f"{where}: builder is {builder!r}; it must be 'module:function'.")
-    _check_keys(_table(table, "pretrained_cfg", where), CFG_KEYS, f"{where}.pretrained_cfg")
+    if model.builder.count(":") != 1:
+        raise RegistryError(f"{where}: builder is {model.builder!r}; it must be 'module:function'.")
+    _check_cfg(model.pretrained_cfg, where)
+    if model.plain is not None and model.lam is None:
+        raise RegistryError(f"{where}: plain is {model.plain!r}; it is only for a model with masks.")
     try:
-        lam = LamConfig.from_dict(_table(table, "lam", where)) if "lam" in table else None
+        return None if model.lam is None else LamConfig.from_dict(model.lam)
     except ConfigError as error:
         raise RegistryError(f"{where}.lam: {error}") from error
-    plain = table.get("plain")
-    if plain is not None and (not isinstance(plain, str) or lam is None):
-        raise RegistryError(f"{where}: plain is {plain!r}; it must be the name of a model, on a model with masks.")
-    params, gmacs = table.get("params"), table.get("gmacs")
-    if params is not None and not isinstance(params, int):
-        raise RegistryError(f"{where}: params is {params!r}; it must be a whole number.")
-    if gmacs is not None and not isinstance(gmacs, (int, float)):
-        raise RegistryError(f"{where}: gmacs is {gmacs!r}; it must be a number.")
-    tags = _table(table, "tags", where)
-    return ModelSpec(
-        name=name,
-        family=family,
-        builder=builder,
-        task=task,
-        backbone=_table(table, "backbone", where),
-        lam=lam,
-        plain=plain,
-        description=table.get("description", ""),
-        params=params,
-        gmacs=gmacs,
-        pretrained_cfg=_table(table, "pretrained_cfg", where),
-        tags={tag: read_weights(tag, _table(tags, tag, f"{where}.tags"), f"{where}.tags.{tag}") for tag in tags},
-        weights_dir=weights_dir,
-        source=source,
-    )
 
 
-def _prune_config(table: Mapping[str, Any], where: str) -> PruneConfig:
-    try:
-        return PruneConfig.from_dict(table)
-    except ConfigError as error:
-        raise RegistryError(f"{where}.prune: {error}") from error
-
-
-def _table(table: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
-    value = table.get(key, {})
-    if not isinstance(value, Mapping):
-        raise RegistryError(f"{where}: {key} is {value!r}; it must be a table.")
-    return value
-
-
-def _check_keys(table: Mapping[str, Any], known: set[str] | frozenset[str], where: str) -> None:
-    for key in table:
-        if key not in known:
-            raise RegistryError(f"{where}: unknown key {key!r}; the keys are {', '.join(sorted(known))}.")
+def _check_cfg(cfg: Mapping[str, Any], where: str) -> None:
+    for key in cfg:
+        if key not in CFG_KEYS:
+            raise RegistryError(
+                f"{where}.pretrained_cfg: unknown key {key!r}; the keys are {', '.join(sorted(CFG_KEYS))}."
+            )
