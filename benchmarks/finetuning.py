@@ -8,27 +8,43 @@ A run that is finished is not run again; one that was killed goes on. What follo
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import re
 import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import lamzoo
-from lamzoo.files import atomic_files
+from benchmarks.rows import read_rows, write_rows
 
 ROOT = Path(__file__).resolve().parents[1]
-COLUMNS = (
-    "model", "tune", "seed", "data", "split", "top1", "trained_params", "params", "train_seconds", "epochs",
-    "device", "threads", "torch", "timm", "command",
-)  # fmt: skip
+RESULTS = ROOT / "benchmarks" / "results" / "finetuning.csv"
 
 
-def train(model: str, tune: str, seed: int, data: str, out: Path, more: Sequence[str]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Row:
+    """One fine-tuned model; ``top1`` is in percent, on the last split that was scored."""
+
+    model: str
+    tune: str
+    seed: int
+    data: str
+    split: str
+    top1: float
+    trained_params: int
+    params: int
+    train_seconds: int
+    epochs: int
+    device: str
+    threads: int
+    torch: str
+    timm: str
+    command: str
+
+
+def train(model: str, tune: str, seed: int, data: str, out: Path, more: Sequence[str]) -> Row:
     """Runs one line, unless its report is there, and returns a row."""
     output = out / f"{re.sub(r'[^A-Za-z0-9.]+', '-', model).strip('-')}.{tune}.seed{seed}"
     line = ["train", "--model", model, "--pretrained", "--data", data, "--tune", tune, "--seed", str(seed)]
@@ -38,42 +54,40 @@ def train(model: str, tune: str, seed: int, data: str, out: Path, more: Sequence
         subprocess.run([sys.executable, "-m", "lamzoo", *line, "--output", str(output), "--resume"], check=True)
     content = json.loads(report.read_text(encoding="utf-8"))
     split, score = list(content["scores"].items())[-1]
-    return {
-        "model": model,
-        "tune": tune,
-        "seed": seed,
-        "data": data.rpartition("/")[2],
-        "split": split,
-        "top1": round(score["top1"], 2),
-        "trained_params": content["parameters"]["trained"],
-        "params": content["parameters"]["all"],
-        "train_seconds": round(content["train_seconds"]),
-        "epochs": content["epochs"],
-        "device": content["device"],
-        "threads": content["threads"],
-        "torch": content["versions"]["torch"],
-        "timm": content["versions"]["timm"],
-        "command": " ".join(["lamzoo", *line]),
-    }
+    return Row(
+        model=model,
+        tune=tune,
+        seed=seed,
+        data=data.rpartition("/")[2],
+        split=split,
+        top1=round(score["top1"], 2),
+        trained_params=content["parameters"]["trained"],
+        params=content["parameters"]["all"],
+        train_seconds=round(content["train_seconds"]),
+        epochs=content["epochs"],
+        device=content["device"],
+        threads=content["threads"],
+        torch=content["versions"]["torch"],
+        timm=content["versions"]["timm"],
+        command=" ".join(["lamzoo", *line]),
+    )
 
 
-def read_results(path: Path) -> list[dict[str, Any]]:
-    """Returns the rows of a results file, numbers as numbers."""
-    with path.open(newline="", encoding="utf-8") as file:
-        numbers = {"top1": float, "trained_params": int, "train_seconds": int}
-        return [{**row, **{key: kind(row[key]) for key, kind in numbers.items()}} for row in csv.DictReader(file)]
+def read_results(path: Path = RESULTS) -> list[Row]:
+    """Returns the rows of a results file."""
+    return read_rows(path, Row)
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
+def table(rows: Sequence[Row]) -> str:
     """Returns the rows as Markdown, the seeds of a line averaged."""
     lines = ["| model | tuned | trained parameters (M) | top-1 (%) | minutes |", "|---|---|---|---|---|"]
-    for model, tune in dict.fromkeys((row["model"], row["tune"]) for row in rows):
-        group = [row for row in rows if (row["model"], row["tune"]) == (model, tune)]
-        scores = [row["top1"] for row in group]
+    for model, tune in dict.fromkeys((row.model, row.tune) for row in rows):
+        group = [row for row in rows if (row.model, row.tune) == (model, tune)]
+        scores = [row.top1 for row in group]
         spread = f" ± {statistics.stdev(scores):.2f} ({len(scores)} seeds)" if len(scores) > 1 else ""
-        minutes = statistics.mean(row["train_seconds"] for row in group) / 60
+        minutes = statistics.mean(row.train_seconds for row in group) / 60
         lines.append(
-            f"| `{model}` | {tune} | {group[0]['trained_params'] / 1e6:.3f} | {statistics.mean(scores):.2f}{spread} | "
+            f"| `{model}` | {tune} | {group[0].trained_params / 1e6:.3f} | {statistics.mean(scores):.2f}{spread} | "
             f"{minutes:.1f} |"
         )
     return "\n".join(lines)
@@ -87,17 +101,14 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="as for `lamzoo train`; the test split is scored if there is one")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "finetuning", help="folder of the runs")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "finetuning.csv")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     given = sys.argv[1:]
     end = given.index("--") if "--" in given else len(given)
     args, more = parser.parse_args(given[:end]), given[end + 1 :]
 
     lines = [(args.model, tune) for tune in ("all", "lam", "head")] + [(args.plain, tune) for tune in ("all", "head")]
     rows = [train(name, tune, seed, args.data, args.out, more) for name, tune in lines for seed in args.seeds]
-    with atomic_files(lamzoo.LamzooError) as stage, stage(args.results).open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(args.results, rows)
     print(table(rows))
 
 

@@ -93,7 +93,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tiles": lambda: tiles.table(read_lines(RESULTS / "tiles.csv", tiles.Row)),
     "exported": lambda: exported.table(read_lines(RESULTS / "exported.csv", exported.Row)),
     "pruning": lambda: pruning.table(read_lines(RESULTS / "pruning.csv", pruning.Row)),
-    "finetuning": lambda: finetuning.table(finetuning.read_results(RESULTS / "finetuning.csv")) + "\n",
+    "finetuning": lambda: finetuning.table(finetuning.read_results()) + "\n",
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,8 @@ from tests.images import write_folder
 
 
 def test_seeds_of_a_line_are_averaged() -> None:
-    row = {"model": "m", "tune": "head", "trained_params": 2570, "train_seconds": 90}
-    text = finetuning.table([{**row, "top1": 80.0}, {**row, "top1": 82.0}, {**row, "tune": "all", "top1": 9.0}])
+    row = finetuning.Row("m", "head", 0, "d", "test", 80.0, 2570, 9999, 90, 1, "cpu", 1, "2", "1", "lamzoo train")
+    text = finetuning.table([row, replace(row, seed=1, top1=82.0), replace(row, tune="all", top1=9.0)])
     assert "| `m` | head | 0.003 | 81.00 ± 1.41 (2 seeds) | 1.5 |" in text
     assert "| `m` | all | 0.003 | 9.00 | 1.5 |" in text
 
