@@ -1,4 +1,4 @@
-"""Dataclasses out of TOML, JSON and CSV, each value checked against its annotation, and back into CSV and TOML."""
+"""Dataclasses from TOML, JSON and CSV, with each value checked against its annotation, and back to CSV and TOML."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Record = TypeVar("Record")
 
 
 def read_table(path: str | Path, *, what: str, error: type[LamzooError] = DataError) -> dict[str, Any]:
-    """Reads the nested values of a TOML file, or of a JSON file where the name ends in ``.json``; checks none of them.
+    """Reads nested values from a TOML file, or from JSON if the name ends in ``.json``, without checking them.
 
     Args:
         path: the file, UTF-8.
@@ -29,7 +29,7 @@ def read_table(path: str | Path, *, what: str, error: type[LamzooError] = DataEr
         error: the exception to raise.
 
     Raises:
-        LamzooError: ``error``: there is no such file, or it is not TOML (JSON), or it holds no table.
+        LamzooError: ``error``: the file does not exist, is not valid TOML (JSON), or does not hold a table.
     """
     path = Path(path)
     kind = "JSON" if path.suffix.lower() == ".json" else "TOML"
@@ -38,28 +38,28 @@ def read_table(path: str | Path, *, what: str, error: type[LamzooError] = DataEr
         table = json.loads(text) if kind == "JSON" else tomllib.loads(text)
     except OSError as cause:
         raise error(f"{what} {path} can't be read: {cause.strerror}; give the path of a {kind} file.") from None
-    except ValueError as cause:  # of tomllib, of json, and of the decoding
+    except ValueError as cause:  # from tomllib, json or decoding
         raise error(f"{what} {path} is not valid {kind}: {cause}.") from None
     if not isinstance(table, dict):
-        raise error(f"{what} {path} is not valid: it holds no table.")
+        raise error(f"{what} {path} is not valid: it must hold a table.")
     return table
 
 
 def build(
     cls: type[Record], table: Any, where: str = "", *, source: str, error: type[LamzooError] = DataError
 ) -> Record:
-    """Makes a dataclass of nested values.
+    """Builds a dataclass from nested values.
 
     Args:
         cls: a dataclass whose fields are plain values, ``Literal``, ``X | None``, tuples, lists and dictionaries of
             these, or dataclasses.
-        table: the values, as TOML or JSON give them: integers are accepted as floats, lists as tuples.
+        table: the values as TOML or JSON represent them: integers are accepted for floats, lists for tuples.
         where: the keys that lead to the table, for messages: ``"model.kwargs"``.
-        source: the origin of the values, for messages: ``"Recipe"``, or the file with a colon.
+        source: the origin of the values, for messages: ``"Recipe"``, or the file name with a colon.
         error: the exception to raise.
 
     Raises:
-        LamzooError: ``error``: an unknown, missing or mistyped key; names it, and the closest one or the allowed ones.
+        LamzooError: ``error``: a key is unknown, missing or mistyped; names it, and the closest or the allowed ones.
     """
     if not isinstance(table, Mapping):
         raise error(f"{source} entry [{where}] must be a table, not {table!r}.")
@@ -115,7 +115,7 @@ def _typed(value: Any, hint: Any, where: str, source: str, error: type[LamzooErr
 def read_lines(
     path: str | Path, *, what: str, error: type[LamzooError] = DataError
 ) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """Reads a CSV file whose first line names its columns.
+    """Reads a CSV file with a header.
 
     Args:
         path: the file, UTF-8.
@@ -123,11 +123,11 @@ def read_lines(
         error: the exception to raise.
 
     Returns:
-        The columns, and for each further record the number of its last line in the file and its cells.
+        The column names, and for each record the number of its last line in the file and its cells.
 
     Raises:
-        LamzooError: ``error``: the file can't be read, is empty or no CSV, names a column twice, or has a record with
-            more or fewer cells than columns; names file and line.
+        LamzooError: ``error``: the file can't be read, is empty or not CSV, repeats a column, or has a record with more
+            or fewer cells than columns; names file and line.
     """
     try:
         with Path(path).open(newline="", encoding="utf-8") as file:
@@ -155,11 +155,11 @@ def read_csv(
     optional: Collection[str] = (),
     error: type[LamzooError] = DataError,
 ) -> list[Record]:
-    """Reads a CSV file of one dataclass, a record a line.
+    """Reads a CSV file into a list of dataclasses, one per record.
 
     Args:
-        path: the file; its columns are the fields, in any order. An empty cell is None, or "" for a ``str`` that has
-            a default.
+        path: the file; its columns are the fields, in any order. An empty cell is None, or "" for a ``str`` with a
+            default.
         cls: a dataclass whose fields are ``str``, ``int``, ``float``, ``bool``, ``Literal`` of strings or one of
             these ``| None``.
         what: the kind of file, for messages.
@@ -167,7 +167,7 @@ def read_csv(
         error: the exception to raise.
 
     Raises:
-        LamzooError: ``error``: as of :func:`read_lines`; a column is missing or unknown, or a cell has another type;
+        LamzooError: ``error``: as of :func:`read_lines`; a column is missing or unknown, or a cell has the wrong type;
             names file, line and column.
     """
     columns, records = read_lines(path, what=what, error=error)
@@ -196,7 +196,7 @@ def read_csv(
         try:
             return kinds[0](cell)
         except ValueError as cause:
-            raise error(f"{place}, which is no number; fix or remove the line.") from cause
+            raise error(f"{place}, which is not a number; fix or remove the line.") from cause
 
     return [
         cls(**{column: parse(cell, column, number) for column, cell in zip(columns, cells, strict=True)})
@@ -212,17 +212,17 @@ def write_csv(
     cell: Callable[[str, Any], Any] = lambda column, value: value,
     error: type[LamzooError] = DataError,
 ) -> None:
-    """Writes a CSV file, all of it or nothing; a file that was there is replaced.
+    """Writes a CSV file atomically; an existing file is replaced.
 
     Args:
         path: the file.
-        columns: its first line.
-        rows: dataclasses or mappings; what has no value is an empty cell.
-        cell: writes a value other than None, given its column.
+        columns: names of the columns, the header.
+        rows: dataclasses or mappings; missing and None values become empty cells.
+        cell: formats a value other than None, given its column.
         error: the exception to raise.
 
     Raises:
-        LamzooError: ``error``: the file cannot be written there.
+        LamzooError: ``error``: the file cannot be written.
     """
     with atomic_files(error) as stage, stage(Path(path)).open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -234,7 +234,7 @@ def write_csv(
 
 
 def to_toml(table: Mapping[str, Any], prefix: str = "") -> str:
-    """Writes nested plain values as TOML, a table for each mapping; entries that are None are left out.
+    """Writes nested plain values as TOML, one table per mapping; None entries are left out.
 
     Args:
         table: the values; mappings inside lists are written inline.
@@ -258,7 +258,7 @@ def _toml_value(value: Any) -> str:
         return f"{{ {', '.join(f'{_key(key)} = {_toml_value(inner)}' for key, inner in value.items())} }}"
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(_toml_value, value))}]"
-    if isinstance(value, str):  # TOML's escapes are JSON's, but for the delete character
+    if isinstance(value, str):  # TOML and JSON escapes agree, except for the delete character
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return str(value).lower() if isinstance(value, bool) else repr(value)
 
@@ -271,4 +271,4 @@ def _closest(key: str, known: Sequence[str], dot: str = "", *, quote: bool = Fal
     close = difflib.get_close_matches(key, known, n=1)
     if close:
         return f"did you mean {repr(close[0]) if quote else dot + close[0]}?"
-    return f"known are {', '.join(known)}."
+    return f"use one of {', '.join(known)}."

@@ -40,7 +40,7 @@ def test_nested_values_become_the_annotated_types() -> None:
     ("table", "says"),
     [
         ({"nam": "x"}, "key nam is unknown; did you mean name?"),
-        ({"name": "x", "zzz": 1}, "key zzz is unknown; known are name, share, parts, at, on."),
+        ({"name": "x", "zzz": 1}, "key zzz is unknown; use one of name, share, parts, at, on."),
         ({}, "key name is missing; add it."),
         ({"name": 3}, "key name is 3; it must be a str."),
         ({"name": "x", "on": 1}, "key on is 1; it must be a bool."),
@@ -62,7 +62,7 @@ def test_a_wrong_key_is_named_with_what_is_allowed(table: dict[str, Any], says: 
     ("name", "text", "says"),
     [
         ("x.toml", "a = ", "is not valid TOML"),
-        ("x.json", "[1]", "it holds no table"),
+        ("x.json", "[1]", "it must hold a table"),
         ("x.json", "{", "not valid JSON"),
     ],
 )
@@ -93,7 +93,7 @@ def test_lines_are_read_back_and_new_columns_are_optional(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("a,x,True,", "line 2: count is 'x', which is no number"),
+        ("a,x,True,", "line 2: count is 'x', which is not a number"),
         ("a,1,yes,", "line 2: fast is 'yes'; it must be False or True"),
         (",1,True,", "line 2: name is ''; it must be a name"),
         ("a,1", "line 2: 2 cells instead of 4"),

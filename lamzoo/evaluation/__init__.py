@@ -1,4 +1,4 @@
-"""Scores and predictions: of image classifiers, of text-video retrieval, of moments in videos, and of captions."""
+"""Evaluation and prediction: image classification, text-video retrieval, moment retrieval and captioning."""
 
 from typing import TYPE_CHECKING
 
@@ -45,5 +45,5 @@ __all__ = [
     "write_submission",
 ]
 
-if not TYPE_CHECKING:  # a type checker would believe any name
+if not TYPE_CHECKING:  # hidden from type checkers, which would accept any name
     __getattr__ = submodules_of(__name__)

@@ -1,4 +1,4 @@
-"""Top-1 and top-5 accuracy, counted batch by batch."""
+"""Top-1 and top-5 accuracy, accumulated batch by batch."""
 
 from __future__ import annotations
 
@@ -21,19 +21,20 @@ BAD_LABEL = -1
 
 @dataclass(frozen=True)
 class EvalResult:
-    """A score.
+    """Accuracy of a classifier on a data set.
 
     Attributes:
-        top1: percent right at first guess.
-        top5: percent right among the first five guesses; None below five classes, where it says nothing.
-        samples: images scored.
-        seconds: what that took, reading and decoding included, and what was done before a resumption.
+        top1: top-1 accuracy in percent.
+        top5: top-5 accuracy in percent; None below five classes, where it is trivial.
+        samples: number of images scored.
+        seconds: wall time, including reading, decoding and the time before a resumption.
         images_per_s: ``samples / seconds``.
-        skipped: images left out because they could not be read; not among ``samples``.
-        bad_images: which those are, and why.
-        real_top1: as ``top1``, of the ``real_samples``, where any of an image's ReaL labels is right; None without.
-        real_top5: as ``top5``, likewise.
-        real_samples: images scored that have a ReaL label at all.
+        skipped: number of unreadable images that were left out; not counted in ``samples``.
+        bad_images: the skipped images, with reasons.
+        real_top1: top-1 accuracy on ReaL labels in percent: a guess is correct if it is any of an image's labels; None
+            without ReaL labels.
+        real_top5: top-5 accuracy on ReaL labels, likewise.
+        real_samples: number of scored images with at least one ReaL label.
     """
 
     top1: float
@@ -49,13 +50,13 @@ class EvalResult:
 
 
 class AccuracyCounter:
-    """Counts correct predictions on one data set.
+    """Counts correct predictions on a data set.
 
     Args:
-        dataset: names the images.
-        num_classes: of the model.
-        real: ReaL labels to score by too.
-        skip: leave out images with :data:`BAD_LABEL`, in place of an error.
+        dataset: the images.
+        num_classes: number of classes of the model.
+        real: ReaL labels to score against as well.
+        skip: leave out images labelled :data:`BAD_LABEL` instead of raising an error.
     """
 
     def __init__(self, dataset: LabelledImages, num_classes: int, *, real: RealLabels | None, skip: bool) -> None:
@@ -68,24 +69,24 @@ class AccuracyCounter:
         """Adds a batch to the counts.
 
         Args:
-            done: the counts before.
-            batch: the images' indices in the data set.
+            done: the counts so far.
+            batch: indices of the images in the data set.
             logits: ``(B, num_classes)``.
-            labels: ``(B,)``, on the same device.
-            seconds: since the start.
+            labels: ``(B,)``, on the same device as the logits.
+            seconds: time since the start.
 
         Returns:
-            The counts after.
+            The updated counts.
 
         Raises:
             ConfigError: a logit is infinite or not a number.
-            DataError: a label is no class of the model, or an image is none of those with ReaL labels.
+            DataError: a label is not a class of the model, or an image has no entry among the ReaL labels.
         """
         if not logits.isfinite().all():
             raise ConfigError("the model's outputs are not finite; use another precision, or check the weights")
         self._check(labels)
         guesses = logits.topk(min(5, logits.shape[1]), dim=1).indices
-        hits = guesses == labels[:, None]  # no guess is BAD_LABEL
+        hits = guesses == labels[:, None]  # BAD_LABEL never matches
         bad = [index for index, label in zip(batch, labels.tolist(), strict=True) if label == BAD_LABEL]
         for image in map(self._bad_image, bad):
             _logger.warning("left out %s: %s", image.filename, image.reason)
@@ -102,17 +103,17 @@ class AccuracyCounter:
         )
 
     def top5(self, done: EvalState) -> float | None:
-        """Returns the percentage right among the first five guesses so far; None below five classes."""
+        """Returns the top-5 accuracy so far, in percent; None below five classes."""
         return 100 * done.correct5 / done.scored if self._num_classes >= 5 and done.scored else None
 
     def result(self, done: EvalState) -> EvalResult:
-        """Returns the score.
+        """Returns the final scores.
 
         Raises:
             DataError: no image could be read.
         """
         if not done.scored:
-            raise DataError(f"none of the {done.seen} images of {self._dataset.spec} can be read; give others")
+            raise DataError(f"none of the {done.seen} images of {self._dataset.spec} can be read; use another data set")
         real_seen = done.real_seen
         return EvalResult(
             top1=done.top1,
@@ -131,14 +132,14 @@ class AccuracyCounter:
         highest, lowest = int(labels.max()), int(labels.min())
         if highest >= self._num_classes:
             raise DataError(
-                f"{self._dataset.spec} has a label {highest} and the model {self._num_classes} classes; "
+                f"{self._dataset.spec} has a label {highest} and the model has {self._num_classes} classes; "
                 "they do not match"
             )
         if lowest < 0 and not (self._skip and lowest == BAD_LABEL):
-            raise DataError(f"{self._dataset.spec} has a label {lowest}; labels are class numbers from 0")
+            raise DataError(f"{self._dataset.spec} has the label {lowest}; labels must be class indices from 0")
 
     def _real_ranks(self, batch: Sequence[int], guesses: Tensor, skipped: Sequence[int]) -> list[int | None]:
-        """Returns for each image that has ReaL labels which of its guesses, from 0, is the first right one."""
+        """Returns the rank, from 0, of the first correct guess for each image with ReaL labels; None without one."""
         ranks: list[int | None] = []
         if self._real is None:
             return ranks
@@ -149,5 +150,5 @@ class AccuracyCounter:
         return ranks
 
     def _bad_image(self, index: int) -> BadInput:
-        reason = check_image(self._dataset, index) or "it could not be read at first"
+        reason = check_image(self._dataset, index) or "the first attempt to read it failed"
         return BadInput(index, self._dataset.filename(index), reason)

@@ -22,17 +22,17 @@ _KIND = "lamzoo evaluation"
 
 @dataclass(frozen=True)
 class EvalState:
-    """The counts of the first ``seen`` images.
+    """Counts over the first ``seen`` images.
 
     Attributes:
-        seen: images so far, including those that could not be read.
-        correct1: of these, right at first guess.
-        correct5: right among the first five.
-        bad: indices of images that could not be read.
+        seen: images processed so far, including unreadable ones.
+        correct1: images with a correct first guess.
+        correct5: images with a correct guess among the first five.
+        bad: indices of unreadable images.
         real_seen: images with ReaL labels.
-        real_correct1: of these, with a first guess among the labels.
-        real_correct5: with one of five guesses among the labels.
-        seconds: spent on them.
+        real_correct1: images whose first guess is among their ReaL labels.
+        real_correct5: images with one of five guesses among their ReaL labels.
+        seconds: time spent.
     """
 
     seen: int = 0
@@ -46,36 +46,36 @@ class EvalState:
 
     @property
     def scored(self) -> int:
-        """Images that count."""
+        """Number of readable images."""
         return self.seen - len(self.bad)
 
     @property
     def top1(self) -> float:
-        """Percent of ``scored`` that is right at first guess; 0 of nothing."""
+        """Top-1 accuracy on the readable images, in percent; 0 without images."""
         return 100 * self.correct1 / max(1, self.scored)
 
 
 class StateFile:
-    """A JSON file with an :class:`EvalState` and the key of the evaluation that it belongs to.
+    """A JSON file with an :class:`EvalState` and the key that identifies its evaluation.
 
     Args:
         path: the file; it need not exist.
-        key: what must be the same for the numbers to be the same: model, weights, data, batches, precision.
+        key: everything that the scores depend on: model, weights, data, batches, precision.
 
     Raises:
-        DataError: the file exists and is something else; it is left alone.
+        DataError: the file exists and is not an evaluation state; it is left unchanged.
     """
 
     def __init__(self, path: str | Path, key: Mapping[str, Any]) -> None:
         self.path = Path(path)
-        self.key = json.loads(json.dumps(key))  # as it will be read back: tuples become lists
+        self.key = json.loads(json.dumps(key))  # as read back: tuples become lists
         self._found = self._read()
 
     def load(self) -> EvalState:
-        """Returns the state so far; an empty one where there is no file.
+        """Returns the stored state; an empty one if the file does not exist.
 
         Raises:
-            DataError: the file belongs to another run; names what differs.
+            DataError: the file belongs to another evaluation; names the difference.
         """
         if self._found is None:
             return EvalState()
@@ -85,19 +85,19 @@ class StateFile:
             key = differing[0]
             raise DataError(
                 f"{self.path} belongs to another evaluation ({key} was {there.get(key)!r}, now {self.key.get(key)!r}); "
-                "start without resuming, or name another state file"
+                "start without resuming, or use another state file"
             )
         partial = EvalState(**self._found["partial"])
         return dataclasses.replace(partial, bad=tuple(partial.bad))  # JSON made it a list
 
     def save(self, partial: EvalState) -> None:
-        """Replaces the file in one step."""
+        """Replaces the file atomically."""
         content = {"kind": _KIND, "key": self.key, "partial": dataclasses.asdict(partial)}
         with atomic_files() as stage:
             stage(self.path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
     def remove(self) -> None:
-        """Removes the file: the evaluation is complete."""
+        """Removes the file, once the evaluation is complete."""
         self.path.unlink(missing_ok=True)
 
     def _read(self) -> dict[str, Any] | None:
@@ -109,24 +109,24 @@ class StateFile:
                 content["kind"] == _KIND and isinstance(content["key"], dict) and bool(EvalState(**content["partial"]))
             )
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise DataError(f"{self.path} is no state of an evaluation; name another file, or remove it") from error
+            raise DataError(f"{self.path} is not an evaluation state; use another file, or remove it") from error
         if not whole:
-            raise DataError(f"{self.path} is no state of an evaluation; name another file, or remove it")
+            raise DataError(f"{self.path} is not an evaluation state; use another file, or remove it")
         return content
 
 
 def default_state_path(*parts: str) -> Path:
-    """Returns the default file of an evaluation's state, in the user's cache folder.
+    """Returns the default path of an evaluation's state file, in the user's cache folder.
 
     Args:
-        *parts: identify the evaluation: model, data, split.
+        *parts: strings that identify the evaluation: model, data, split.
     """
     name = hashlib.sha256("\0".join((os.getcwd(), *parts)).encode()).hexdigest()[:16]
     return cache_folder() / "eval" / f"{name}.json"
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """Hashes the names, dtypes, shapes and values of all that a model's state dict holds."""
+    """Hashes the names, dtypes, shapes and values of a model's state dict."""
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
         if isinstance(value, torch.Tensor):

@@ -1,4 +1,4 @@
-"""Device, precision and batches of an evaluation, checked before anything is loaded."""
+"""Device, precision and batch settings of an evaluation, checked before loading."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def resolve_device(name: str | torch.device = "auto") -> torch.device:
     """Returns an available device.
 
     Args:
-        name: as torch writes it, or ``"auto"``: CUDA where there is one, else the CPU.
+        name: a torch device, or ``"auto"``: CUDA if available, else the CPU.
 
     Raises:
-        ConfigError: no such kind of device, or none of it here.
+        ConfigError: an unknown or unavailable device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -31,14 +31,14 @@ def resolve_device(name: str | torch.device = "auto") -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
-        raise ConfigError(f"there is no device {str(name)!r} here; use 'auto', 'cpu', or 'cuda' with a GPU") from error
+        raise ConfigError(f"there is no device {str(name)!r}; use 'auto', 'cpu', or 'cuda' with a GPU") from error
     if device.type == "meta":
         raise ConfigError("the device 'meta' computes nothing; use 'auto', 'cpu' or 'cuda'")
     return device
 
 
 def check_batches(batch_size: int, workers: int = 0, precision: Precision = "float32") -> None:
-    """Raises a :class:`ConfigError` for a batch size below 1, workers below 0 or a precision that does not exist."""
+    """Raises a :class:`ConfigError` for a batch size below 1, negative workers or an unknown precision."""
     if batch_size < 1:
         raise ConfigError(f"the batch size is {batch_size}; it must be 1 or more")
     if workers < 0:
@@ -48,10 +48,10 @@ def check_batches(batch_size: int, workers: int = 0, precision: Precision = "flo
 
 
 def data_config(model: nn.Module) -> dict[str, Any]:
-    """Returns timm's preprocessing for a model, at the input size that the model was built with.
+    """Returns timm's preprocessing configuration for a model, at the input size that it was built for.
 
     Raises:
-        UnsupportedHostError: the model takes images that Pillow has no mode for, or classifies nothing.
+        UnsupportedHostError: the model does not classify, or its number of input channels has no Pillow mode.
     """
     model = unwrap(model)
     config = image_config(model)
@@ -60,10 +60,10 @@ def data_config(model: nn.Module) -> dict[str, Any]:
 
 
 def class_count(model: nn.Module) -> int:
-    """Returns how many classes a model tells apart.
+    """Returns the number of classes of a model.
 
     Raises:
-        UnsupportedHostError: none: it is no classifier, or has lost its head.
+        UnsupportedHostError: the model is not a classifier, or has no head.
     """
     model = unwrap(model)
     count = getattr(model, "num_classes", 0)
@@ -77,7 +77,7 @@ def inference(model: nn.Module, device: torch.device, precision: Precision, batc
     """Runs a model in evaluation mode, without gradients, under autocast.
 
     Raises:
-        ConfigError: the device's memory does not hold the batch.
+        ConfigError: the batch does not fit into the device's memory.
     """
     dtype = getattr(torch, precision)
     try:

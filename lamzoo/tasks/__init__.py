@@ -1,4 +1,4 @@
-"""The tasks of the zoo, as records: one file a task, and one list of them."""
+"""The tasks of the zoo as records: one file per task, and one list."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ _LOADS_PLUGINS = "lamzoo.registry.catalog:list_models"
 
 
 def register_task(task: Task) -> Task:
-    """Adds a task of a plug-in, and returns it; call it in the module that the entry point names.
+    """Registers a task of a plug-in and returns it; call it in the module that the entry point names.
 
     Raises:
-        DuplicateModelError: another task has this name.
+        DuplicateModelError: the name is taken by another task.
     """
     if TASKS.setdefault(task.name, task) != task:
         raise DuplicateModelError(f"The task name {task.name!r} is taken by {TASKS[task.name].about}; choose another.")
@@ -43,10 +43,10 @@ def register_task(task: Task) -> Task:
 
 
 def find_task(name: str) -> Task:
-    """Returns a task by its name; plug-ins are loaded where lamzoo has no such task itself.
+    """Returns a task by name; loads plug-ins if lamzoo itself has no such task.
 
     Raises:
-        UnknownTaskError: there is no such task; the message lists those that there are.
+        UnknownTaskError: there is no such task; the message suggests a name or lists the known ones.
     """
     if name not in TASKS:
         module, _, function = _LOADS_PLUGINS.partition(":")
@@ -55,20 +55,20 @@ def find_task(name: str) -> Task:
         return TASKS[name]
     close = difflib.get_close_matches(str(name), TASKS, n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"it must be one of {', '.join(map(repr, TASKS))}."
-    raise UnknownTaskError(f"There is no task {name!r}; {hint}")
+    raise UnknownTaskError(f"The task {name!r} is unknown; {hint}")
 
 
 def find_metric(name: str, task: str | None = None) -> MetricSpec | None:
     """Returns the metric of a results table.
 
     Args:
-        name: of the metric.
-        task: of the row; None in tables of lamzoo 0.1, whose metrics are told apart by their names alone.
+        name: name of the metric.
+        task: the row's task; None in tables of lamzoo 0.1, whose metrics are identified by name alone.
     """
     tasks = [TASKS[task]] if task in TASKS else TASKS.values()
     return next((metric for each in tasks for metric in each.metrics if metric.name == name), None)
 
 
 def task_of_predictions(path: str) -> Task | None:
-    """Returns the task whose predictions a file holds, by its suffix; None for anything else."""
+    """Returns the task whose predictions a file holds, by the file's suffix; None for other files."""
     return next((task for task in TASKS.values() if task.predictions and path.endswith(task.predictions)), None)

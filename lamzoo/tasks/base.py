@@ -1,4 +1,4 @@
-"""``Task`` and ``MetricSpec``: plain records of what the zoo has to know about a task; importing them is cheap."""
+"""``Task`` and ``MetricSpec``: plain records that describe a task; cheap to import."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from lamzoo.errors import DataError
 
 @dataclass(frozen=True)
 class MetricSpec:
-    """A score of a task.
+    """A metric of a task.
 
     Attributes:
-        name: in logs, in ``metrics.csv`` (behind ``eval_``) and in the results tables of ``lamzoo bench``.
-        path: keys, or attributes, that lead to it in the scores of a split.
-        heading: of a table's column, with its unit.
-        short: likewise, beside other scores of the task; ``heading`` by default.
-        decimals: worth printing.
+        name: name in logs, in ``metrics.csv`` (after ``eval_``) and in the results tables of ``lamzoo bench``.
+        path: keys or attributes that lead to it in the scores of a split.
+        heading: heading of a table column, with its unit.
+        short: shorter heading next to other metrics of the task; ``heading`` by default.
+        decimals: number of decimals to print.
         higher_is_better: False for errors and ranks.
-        column: in the registry's cards and the results of ablations; ``name`` by default.
+        column: column in the registry's cards and the results of ablations; ``name`` by default.
     """
 
     name: str
@@ -38,27 +38,27 @@ class MetricSpec:
         object.__setattr__(self, "short", self.short or self.heading)
 
     def of(self, scores: Any) -> float | None:
-        """Returns the score of a split; None where it was not measured."""
+        """Returns the metric's value in the scores of a split; None if not measured."""
         for key in self.path:
             scores = scores.get(key) if isinstance(scores, Mapping) else getattr(scores, key, None)
         return None if scores is None else float(scores)
 
     def text(self, value: float | None) -> str:
-        """Writes the score for a table; ``""`` for None."""
+        """Formats a value for a table; ``""`` for None."""
         return "" if value is None else f"{value:.{self.decimals}f}"
 
 
 @dataclass(frozen=True)
 class EvalRequest:
-    """How a model is scored: what :attr:`Task.evaluate` gets beside the model and the data.
+    """Evaluation settings that :attr:`Task.evaluate` receives besides the model and the data.
 
     Attributes:
-        batch_size: inputs at a time.
-        device: as torch writes it, or ``"auto"``.
-        precision: of the autocast: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
-        workers: processes that read inputs; 0 reads in this one.
-        progress: called with inputs done, inputs in all, and a note.
-        options: the task's own options of ``lamzoo eval`` that were given, by their names in Python.
+        batch_size: inputs per batch.
+        device: a torch device, or ``"auto"``.
+        precision: autocast precision: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+        workers: worker processes that read inputs; 0 reads in the main process.
+        progress: called with the number of inputs done, the total, and a note.
+        options: the given task-specific options of ``lamzoo eval``, by Python name.
     """
 
     batch_size: int = 64
@@ -71,14 +71,14 @@ class EvalRequest:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The scores of a model on a split: what :attr:`Task.evaluate` returns.
+    """The scores of a model on a split, as returned by :attr:`Task.evaluate`.
 
     Attributes:
-        scores: what the paths of the task's metrics lead through.
-        samples: what was scored, in words: ``"20 images"``.
-        record: the whole as JSON values, for ``lamzoo eval --json``.
-        variants: further scores of the same split, by what is different about them.
-        predictions: what the model answered, for :attr:`Task.write_predictions`; None where that is not kept.
+        scores: the scores that the metrics' paths refer to.
+        samples: a description of the inputs scored: ``"20 images"``.
+        record: all results as JSON values, for ``lamzoo eval --json``.
+        variants: further scores of the same split, by a description of the difference.
+        predictions: the model's predictions, for :attr:`Task.write_predictions`; None if not kept.
         notes: sentences to print below the scores.
     """
 
@@ -92,12 +92,12 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """Scores ready to be printed.
+    """A table of formatted scores.
 
     Attributes:
-        columns: the headings; the first one's cells are text.
-        rows: the cells, all as text.
-        note: a sentence below the table of a report; empty for none.
+        columns: column headings; the first column holds text.
+        rows: the cells, as text.
+        note: a sentence below the table in reports; may be empty.
     """
 
     columns: tuple[str, ...]
@@ -107,39 +107,39 @@ class ScoreTable:
 
 @dataclass(frozen=True)
 class Task:
-    """A task: everything that commands, training and reports have to know about it.
+    """A task: everything that commands, training and reports need to know about it.
 
-    A field that says "function" or "class" holds ``"module:name"``, which :meth:`load` imports when it is needed.
+    Fields described as "function" or "class" hold ``"module:name"``, which :meth:`load` imports on demand.
 
     Attributes:
-        name: in recipes, cards and ``--task``.
+        name: name in recipes, cards and ``--task``.
         about: a noun phrase: ``"image classification"``.
-        items: what a data set holds, in messages: ``"images"``.
+        items: the plural of a data set's inputs, for messages: ``"images"``.
         model_kind: a noun phrase for messages: ``"a model of the family lam_clip4clip"``.
-        kinds: what may precede the colon of a data specification.
-        metrics: the scores that are logged and kept in results; the first one is watched.
-        open: function ``(spec, split) -> dataset``; the data set has ``split`` and a length.
+        kinds: prefixes of its data specifications, before the colon.
+        metrics: the metrics that are logged and stored in results; the first one is watched.
+        open: function ``(spec, split) -> dataset``; the data set has an attribute ``split`` and a length.
         evaluate: function ``(model, dataset, request: EvalRequest) -> Evaluation``.
         recipe: class, a :class:`lamzoo.training.recipe_common.TaskRecipe`.
         run: class, a :class:`lamzoo.training.trainer.TrainingRun`.
-        defaults: function that chooses a recipe's settings for the data, as
-            :func:`lamzoo.training.defaults.complete_recipe` says; None where a recipe must say them.
-        open_scored: function ``(spec, split | None, trained | None) -> dataset`` for the data that a model is scored
-            on; None for :attr:`open` with ``test`` by default.
-        watched: function ``(dataset) -> name`` of the watched metric, where that depends on the data; None for the
-            first one.
-        table: function ``(scores by row) -> ScoreTable``; None for a column for each metric.
-        options: options of ``lamzoo eval`` that the task takes, by their names in Python.
-        predictions: suffixes of files of predictions that ``lamzoo eval`` scores in place of a model.
+        defaults: function that chooses a recipe's settings for the data, as documented in
+            :func:`lamzoo.training.defaults.complete_recipe`; None if recipes must set everything.
+        open_scored: function ``(spec, split | None, trained | None) -> dataset`` that opens the data to score; None for
+            :attr:`open` with ``test`` by default.
+        watched: function ``(dataset) -> name`` of the watched metric, if it depends on the data; None for the first
+            one.
+        table: function ``(scores by row) -> ScoreTable``; None for one column per metric.
+        options: task-specific options of ``lamzoo eval``, by Python name.
+        predictions: suffixes of prediction files that ``lamzoo eval`` scores in place of a model.
         score_predictions: function ``(path, dataset) -> Evaluation``.
         write_predictions: function ``(path, predictions)``.
-        explain: function that draws a model: ``(model, image, path)``, or ``(model, dataset, query, path)`` where
-            ``explains`` is ``"queries"``; None where ``lamzoo explain`` draws nothing.
-        explains: what ``explain`` draws: ``"image"`` or ``"queries"`` of a data set.
-        explain_hint: a way out where ``explain`` is None.
-        describe_input: function ``(model) -> str``: the size of its input, for a model card.
-        listed: name of the metric that ``lamzoo list`` shows; the first one by default.
-        reads_images: whether a model has an image size and timm's preprocessing.
+        explain: function that draws a model: ``(model, image, path)``, or ``(model, dataset, query, path)`` if
+            ``explains`` is ``"queries"``; None if ``lamzoo explain`` does not support the task.
+        explains: input of ``explain``: an ``"image"``, or the ``"queries"`` of a data set.
+        explain_hint: an alternative to suggest if ``explain`` is None.
+        describe_input: function ``(model) -> str`` that describes the input size, for a model card.
+        listed: name of the metric in ``lamzoo list``; the first one by default.
+        reads_images: whether models have an image size and timm's preprocessing.
     """
 
     name: str
@@ -168,10 +168,10 @@ class Task:
     reads_images: bool = False
 
     def load(self, attribute: str) -> Any:
-        """Imports what a field names: ``load("run")`` returns the class.
+        """Imports the object that a field refers to: ``load("run")`` returns the class.
 
         Raises:
-            LookupError: the task has none.
+            LookupError: the field is None.
         """
         name = getattr(self, attribute)
         if name is None:
@@ -183,19 +183,19 @@ class Task:
         """Opens a split of a data set.
 
         Raises:
-            DataError: the data is of another task, which is named; or whatever :attr:`open` raises.
+            DataError: the data belongs to another task, which is named; or as raised by :attr:`open`.
         """
         self._check_kind(spec)
         return self.load("open")(spec, split)
 
     def open_for_scoring(self, spec: str, split: str | None = None, trained: Any = None) -> Any:
-        """Opens the split that a model is scored on.
+        """Opens the split to score a model on.
 
         Args:
-            spec: the data set.
-            split: None for ``test``, and for all of data without splits.
-            trained: a :class:`lamzoo.data.images.trained.TrainedData`, what the model was trained on, where it is the
-                model of a run.
+            spec: specification of the data set.
+            split: name of the split; None for ``test``, or for everything in data without splits.
+            trained: the :class:`lamzoo.data.images.trained.TrainedData` of a trained run's model; None for other
+                models.
 
         Raises:
             DataError: as of :meth:`open_split`.
@@ -208,7 +208,7 @@ class Task:
         return open_videos(partial(self.load("open"), spec), spec, split, trained)
 
     def metric(self, name: str) -> MetricSpec:
-        """Returns a metric by its name.
+        """Returns a metric by name.
 
         Raises:
             LookupError: the task has no such metric.
@@ -220,18 +220,18 @@ class Task:
 
     @property
     def listed_metric(self) -> MetricSpec:
-        """The metric that ``lamzoo list`` shows."""
+        """The metric in ``lamzoo list``."""
         return self.metric(self.listed) if self.listed else self.metrics[0]
 
     def watched_metric(self, dataset: Any) -> MetricSpec:
-        """Returns the metric that is watched in training and that ``lamzoo bench`` measures, for such data."""
+        """Returns the metric that training watches and ``lamzoo bench`` measures on a data set."""
         return self.metrics[0] if self.watched is None else self.metric(self.load("watched")(dataset))
 
     def score_table(self, scores: Mapping[str, Any]) -> ScoreTable:
-        """Returns scores as a table.
+        """Formats scores as a table.
 
         Args:
-            scores: those of splits, by the name of the split, or by what else tells them apart.
+            scores: scores of splits, by name of the split or another row label.
         """
         if self.table is not None:
             table: ScoreTable = self.load("table")(scores)
@@ -243,20 +243,20 @@ class Task:
         others = [task for task in TASKS.values() if kind in task.kinds]
         if colon and others and self.name not in [task.name for task in others]:
             raise DataError(
-                f"{spec!r} is data for {' or '.join(task.about for task in others)}, and not for {self.about}; give "
+                f"{spec!r} is data for {' or '.join(task.about for task in others)}, not for {self.about}; use "
                 f"{' or '.join(f'{name}:...' for name in self.kinds)}, or choose {others[0].model_kind} "
                 f"(--task {others[0].name})"
             )
 
 
-#: By name; :mod:`lamzoo.tasks` lists those of the zoo, and plug-ins register theirs.
+#: All tasks by name: :mod:`lamzoo.tasks` registers those of the zoo, and plug-ins add theirs.
 TASKS: dict[str, Task] = {}
 
 
 def metric_table(
     metrics: Sequence[MetricSpec], scores: Mapping[str, Any], *, heading: str = "split", note: str = ""
 ) -> ScoreTable:
-    """Returns a row for each split and a column for each metric that any of them has.
+    """Returns a table with one row per split and one column per metric that any of them has.
 
     Args:
         metrics: the columns.

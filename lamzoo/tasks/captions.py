@@ -1,4 +1,4 @@
-"""Captions and descriptions of clips."""
+"""Captioning and audio description of clips."""
 
 from lamzoo.tasks.base import MetricSpec, Task
 

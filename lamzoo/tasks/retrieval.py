@@ -2,7 +2,7 @@
 
 from lamzoo.tasks.base import MetricSpec, Task
 
-#: Headings of the keys of :func:`lamzoo.evaluation.retrieval_metrics`.
+#: Headings of the directions in :func:`lamzoo.evaluation.retrieval_metrics`.
 DIRECTIONS = {"t2v": "text to video", "v2t": "video to text"}
 
 _METRICS = (

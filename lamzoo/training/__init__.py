@@ -1,4 +1,4 @@
-"""Training by recipes, of all tasks; needs ``pip install "lamzoo[train]"``."""
+"""Training from recipes, for all tasks; needs ``pip install "lamzoo[train]"``."""
 
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -33,5 +33,5 @@ __all__ = [
     "train",
 ]
 
-if not TYPE_CHECKING:  # a type checker would believe any name
+if not TYPE_CHECKING:  # hidden from type checkers, which would accept any name
     __getattr__ = submodules_of(__name__)

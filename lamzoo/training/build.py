@@ -32,12 +32,12 @@ def build_model(recipe: Recipe, classes: list[str] | None) -> Any:
 
     Args:
         recipe: the whole recipe.
-        classes: of the data; their number is the classifier's width. One that comes with the weights is kept if it
-            knows the same classes in the same order, or does not say which it knows.
+        classes: class names of the data; their number is the width of the classifier. A pretrained classifier is kept
+            if its label names are the same in the same order, or unknown.
 
     Raises:
-        RecipeError: neither the data nor the recipe says how many classes there are, or they say different numbers.
-        LamzooError: whatever the model's name, arguments or weights are at fault for.
+        RecipeError: the number of classes is unknown, or data and recipe contradict each other.
+        LamzooError: the model's name, arguments or weights are invalid.
     """
     section = recipe.model
     kwargs = dict(section.kwargs)
@@ -53,7 +53,7 @@ def build_model(recipe: Recipe, classes: list[str] | None) -> Any:
     with _fused_attention(section.fused_attention):
         model: Any = create_model(section.name, pretrained=section.pretrained, **kwargs)
     if classes is not None and _knows_others(model, classes):
-        _logger.info("%s: a fresh classifier, since its weights are for other classes", section.name)
+        _logger.info("%s: new classifier, since the weights are for other classes", section.name)
         model.reset_classifier(len(classes))
     if recipe.prune is not None:
         options = dataclasses.asdict(recipe.prune)
@@ -65,7 +65,7 @@ def build_model(recipe: Recipe, classes: list[str] | None) -> Any:
 
 
 def build_optimizer(section: OptimizerSection, model: nn.Module) -> torch.optim.Optimizer:
-    """Creates timm's optimiser over the parameters that are trained.
+    """Creates timm's optimiser over the trainable parameters.
 
     Layer decay applies to pretrained layers, and to masks only if they were loaded and belong to one layer.
     """
@@ -87,10 +87,10 @@ def build_optimizer(section: OptimizerSection, model: nn.Module) -> torch.optim.
 
 
 def build_scheduler(section: ScheduleSection, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> Any:
-    """Creates timm's scheduler, to be stepped after each update; past its end it stays at ``min_lr``.
+    """Creates timm's scheduler, to be stepped after each update; after its last epoch it stays at ``min_lr``.
 
     Raises:
-        RecipeError: the lengths don't fit the schedule.
+        RecipeError: the lengths do not fit the schedule.
     """
     try:
         scheduler, _ = timm.scheduler.create_scheduler_v2(
@@ -110,12 +110,12 @@ def build_scheduler(section: ScheduleSection, optimizer: torch.optim.Optimizer, 
 
 
 def build_ema(run: RunSection, model: nn.Module, device: torch.device) -> ModelEmaV3 | None:
-    """Creates the averaged copy of the weights, where the recipe asks for one."""
+    """Creates an averaged copy of the weights; None without ``run.ema_decay``."""
     return None if run.ema_decay is None else ModelEmaV3(model.to(device), decay=run.ema_decay, use_warmup=True)
 
 
 def _knows_others(model: Any, classes: list[str]) -> bool:
-    """Says whether a model came with a classifier for as many classes, and these are others."""
+    """Returns whether a model has a pretrained classifier with label names other than ``classes``."""
     known = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
     return model.weights_source is not None and known is not None and [*map(nfc, known)] != [*map(nfc, classes)]
 
@@ -132,7 +132,7 @@ def _train_at_full_rate(optimizer: torch.optim.Optimizer, parameters: set[nn.Par
 def _regroup_state(
     section: OptimizerSection, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
 ) -> dict[str, Any] | None:
-    """Maps a state whose parameters lamzoo 0.1.0 grouped, with mask tables decayed, to the groups of today."""
+    """Maps an optimiser state of lamzoo 0.1.0, which decayed mask tables, to the current parameter groups."""
     sizes = [len(group["params"]) for group in state["param_groups"]]
     if sizes == [len(group["params"]) for group in optimizer.param_groups]:
         return None
@@ -145,7 +145,7 @@ def _regroup_state(
             model, section.weight_decay, no_weight_decay_list=names, layer_decay=section.layer_decay
         )
     if sizes != [len(group["params"]) for group in groups]:
-        return None  # torch says that the groups don't match
+        return None  # torch reports that the groups don't match
     former = {parameter: index for index, parameter in enumerate(p for group in groups for p in group["params"])}
     today = enumerate(p for group in optimizer.param_groups for p in group["params"])
     moved = {index: state["state"][former[p]] for index, p in today if former[p] in state["state"]}
@@ -154,7 +154,7 @@ def _regroup_state(
 
 @contextmanager
 def _fused_attention(enable: bool) -> Iterator[None]:
-    # timm's layers read the global switch when they are built.
+    # timm's layers read the global switch at construction.
     before, experimental = use_fused_attn(), use_fused_attn(experimental=True)
     set_fused_attn(enable)
     try:

@@ -1,4 +1,4 @@
-"""The recipes that come with lamzoo, which are named ``lamzoo:NAME``."""
+"""The recipes bundled with lamzoo, referred to as ``lamzoo:NAME``."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _PREFIX = "lamzoo:"
 
 
 def recipe_file(path: str | Path) -> Path:
-    """Returns the file of a recipe: of ``lamzoo:NAME``, the one that comes with lamzoo; of anything else, itself.
+    """Returns the path of a recipe: the bundled file for ``lamzoo:NAME``, any other path unchanged.
 
     Raises:
-        RecipeError: lamzoo has no recipe of that name; the message lists the closest ones.
+        RecipeError: no bundled recipe has this name; the message lists the closest ones.
     """
     name = str(path)
     if not name.startswith(_PREFIX):

@@ -1,4 +1,4 @@
-"""Checkpoints and logs of a run on disk: written whole or not at all, the latest few kept."""
+"""Checkpoints and logs of a run, written atomically; only the latest checkpoints are kept."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class Checkpoints:
     """The folder of one run: ``recipe.json``, ``metrics.csv`` and ``checkpoints/update-NNNNNNNN/``.
 
     Args:
-        output: the folder.
-        recipe: the run's recipe. A folder that holds another recipe's run is refused.
-        resume: whether a run that is there may be continued.
+        output: the run's folder.
+        recipe: the run's recipe. A folder that holds a run of another recipe is rejected.
+        resume: whether an existing run may be continued.
 
     Raises:
-        RecipeError: the folder holds a run that ``resume`` was not asked for, or another one.
+        RecipeError: the folder holds a run of another recipe, or any run without ``resume``.
     """
 
     def __init__(self, output: Path, recipe: AnyRecipe, resume: bool) -> None:
@@ -52,25 +52,25 @@ class Checkpoints:
             changed = _changed(written, recipe)
             if changed:
                 raise RecipeError(
-                    f"run.output {output} holds a run of another recipe: {changed}; leave it as it was, or choose "
+                    f"run.output {output} holds a run of another recipe: {changed}; restore it, or choose "
                     "another folder."
                 )
         self._recipe_text = json.dumps(recipe.to_dict(), indent=2, sort_keys=True) + "\n"
 
     def make_folder(self) -> None:
-        """Makes the folder, where it is missing; call it when nothing else can be refused any more.
+        """Creates the folder; call it after all other checks.
 
         Raises:
-            RecipeError: it can't be made.
+            RecipeError: the folder can't be created.
         """
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            reason = f"run.output {self.output} can't be made: {error.strerror}"
+            reason = f"run.output {self.output} can't be created: {error.strerror}"
             raise RecipeError(f"{reason}; choose another folder.") from None
 
     def save(self, accelerator: Accelerator, state: dict[str, Any]) -> None:
-        """Writes the model, optimiser and ``state`` (JSON values) as the latest checkpoint; call on every process."""
+        """Writes model, optimiser and ``state`` (JSON values) as the latest checkpoint; call on every process."""
         name = _name(state)
         unfinished = self._folder / f".{name}"
         accelerator.save_state(str(unfinished))
@@ -86,21 +86,21 @@ class Checkpoints:
         accelerator.wait_for_everyone()
 
     def amend(self, accelerator: Accelerator, state: dict[str, Any]) -> None:
-        """Replaces the ``state`` of a checkpoint that was written at the same update; call on every process."""
+        """Replaces the ``state`` of the checkpoint written at the same update; call on every process."""
         if accelerator.is_main_process:
             _write_text(self._folder / _name(state) / "state.json", json.dumps(state))
             _write_text(self.output / RECIPE_NAME, self._recipe_text)
         accelerator.wait_for_everyone()
 
     def load(self, accelerator: Accelerator, lam: LamConfig | None) -> dict[str, Any] | None:
-        """Loads the latest finished checkpoint into what was prepared and returns its state; None without one.
+        """Loads the latest complete checkpoint into the prepared objects and returns its state; None without one.
 
         Args:
-            accelerator: prepared the model, the optimiser and the rest.
-            lam: the model's masks.
+            accelerator: the accelerator that prepared model, optimiser and loaders.
+            lam: mask configuration of the model.
 
         Raises:
-            RecipeError: the checkpoint is of other masks, or its optimiser has other parameters or groups.
+            RecipeError: the checkpoint has other masks, or its optimiser has other parameters or groups.
         """
         finished = self._finished()
         if not finished:
@@ -109,7 +109,7 @@ class Checkpoints:
         if "lam_config" in state:
             self._check_masks(state["lam_config"], lam)
         elif lam is not None and accelerator.is_main_process:
-            _logger.warning("%s doesn't say which masks it is of; they are loaded as masks of %s", finished[-1], lam)
+            _logger.warning("%s does not record its mask configuration; its masks are loaded as %s", finished[-1], lam)
         try:
             with accelerator.register_load_state_pre_hook(partial(_as_saved, accelerator)):
                 accelerator.load_state(str(finished[-1]))
@@ -118,7 +118,7 @@ class Checkpoints:
                 raise
             raise RecipeError(
                 f"{finished[-1]} was written by another version of lamzoo, whose optimiser had other parameters "
-                f"({error}); resume it with that version, or train anew in another folder."
+                f"({error}); resume it with that version, or start a new run in another folder."
             ) from error
         return state
 
@@ -130,12 +130,12 @@ class Checkpoints:
             same = not saved.differences(lam)
         if not same:
             raise RecipeError(
-                f"run.output {self.output} holds a run of a model with masks of {saved}, and the recipe's model now "
+                f"run.output {self.output} holds a run of a model with masks of {saved}, but the recipe's model now "
                 f"has {lam}; choose another folder."
             )
 
     def write_metrics(self, history: list[dict[str, float]]) -> None:
-        """Rewrites ``metrics.csv`` from one record an epoch."""
+        """Rewrites ``metrics.csv`` with one line per epoch."""
         columns = list(dict.fromkeys(key for record in history for key in record))
         buffer = io.StringIO()
         writer = csv.DictWriter(buffer, columns, lineterminator="\n")
@@ -152,9 +152,9 @@ def _name(state: dict[str, Any]) -> str:
 
 
 def _as_saved(accelerator: Accelerator, models: list[nn.Module], folder: str) -> None:
-    """Gives models the parameter names of a checkpoint, which may be of a run on several processes that wrapped them.
+    """Renames the parameters of unwrapped models as in a checkpoint, which may come from wrapped models.
 
-    A hook of :meth:`accelerate.Accelerator.load_state`, which then loads into what it finds in ``models``.
+    A pre-hook of :meth:`accelerate.Accelerator.load_state`, which then loads into the contents of ``models``.
     """
     for number, model in enumerate(models):
         path = Path(folder) / SAFE_WEIGHTS_PATTERN_NAME.format(suffix=f"_{number}" if number else "")
@@ -165,7 +165,7 @@ def _as_saved(accelerator: Accelerator, models: list[nn.Module], folder: str) ->
 
 
 def _changed(path: Path, recipe: AnyRecipe) -> str:
-    """Returns which keys of the recipe in a file would give another curve; keys that are newer have their defaults."""
+    """Returns how a stored recipe differs in settings that change the curve; newer keys have their defaults."""
     try:
         written = parse_recipe(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, LamzooError) as error:
@@ -176,7 +176,7 @@ def _changed(path: Path, recipe: AnyRecipe) -> str:
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns nested values by keys such as ``"run.seed"``."""
+    """Flattens nested values to keys such as ``"run.seed"``."""
     flat: dict[str, Any] = {}
     for key, value in table.items():
         nested = isinstance(value, dict) and value
@@ -185,7 +185,7 @@ def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _curve(recipe: AnyRecipe) -> AnyRecipe:
-    """Returns a recipe without the settings that may change between two parts of a run, such as its epochs."""
+    """Returns a recipe without the settings that may change when a run is resumed, such as its epochs."""
     neutral: dict[str, Any] = {
         "output": "",
         "device": "auto",

@@ -1,4 +1,4 @@
-"""Recipes as nested plain values: read from a file, and changed by ``section.key=value`` entries."""
+"""Recipes as nested plain values, read from a file and modified by ``section.key=value`` overrides."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from lamzoo.training.bundled_recipes import recipe_file
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
-    """Returns a recipe file's nested values, not yet checked.
+    """Reads a recipe file into nested values, without checking them.
 
     Args:
-        path: a TOML or JSON file, or ``lamzoo:NAME`` for a recipe that comes with lamzoo.
+        path: a TOML or JSON file, or ``lamzoo:NAME`` for a bundled recipe.
 
     Raises:
-        RecipeError: there is no such file, or it is not TOML (or, for a ``.json``, not JSON).
+        RecipeError: the file does not exist or is not valid TOML (JSON).
     """
     return read_table(recipe_file(path), what="Recipe", error=RecipeError)
 
 
 def override(table: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Applies ``"section.key=value"`` entries to nested values, in place, and returns them.
+    """Applies ``"section.key=value"`` overrides to nested values in place, and returns the values.
 
     Args:
         table: nested values.
-        overrides: entries as of :func:`lamzoo.training.load_recipe`.
+        overrides: overrides as of :func:`lamzoo.training.load_recipe`.
 
     Raises:
-        RecipeError: an entry has another form, or its section is a value.
+        RecipeError: an override has another form, or its section is a value.
     """
     for entry in overrides:
         _override(table, entry)
@@ -40,7 +40,7 @@ def override(table: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def put(table: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Sets nested values by keys such as ``"run.seed"``, in place, and returns them; raises as :func:`override`."""
+    """Sets nested values by keys such as ``"run.seed"`` in place, and returns them; raises as :func:`override`."""
     for key, value in values.items():
         _put(table, key, value, key)
     return table
@@ -62,12 +62,12 @@ def _put(table: dict[str, Any], keys: str, value: Any, what: str) -> None:
     for section in sections:
         table = table.setdefault(section, {})
         if not isinstance(table, dict):
-            raise RecipeError(f"Override {what!r} reaches into {section!r}, which is a value and not a table.")
+            raise RecipeError(f"Override {what!r} needs a table, but {section!r} is a value.")
     table[key] = value
 
 
 def without_none(table: dict[str, Any]) -> dict[str, Any]:
-    """Returns nested values without the entries that are None, which TOML cannot express."""
+    """Removes None entries from nested values, because TOML has no null."""
     return {
         key: without_none(value) if isinstance(value, dict) else value
         for key, value in table.items()

@@ -1,4 +1,4 @@
-"""Fills in what a recipe leaves open: by the data's size, the weights, and the part of the model that is trained."""
+"""Default settings of a recipe, chosen by the size of the data, the weights, and the trained part of the model."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from lamzoo.training.retrieval.recipe import RetrievalRecipe
 from lamzoo.training.splits import has_split, open_roles, open_splits
 
 _VAL_FRACTION = 0.1
-_BATCH = 64  # the largest that is chosen, and the one that the learning rates below are for
+_BATCH = 64  # the largest default; the learning rates below are for this batch size
 _LEAST_BATCH = 8
 _UPDATES_PER_EPOCH = 40
 
 
 @dataclass(frozen=True)
 class Style:
-    """How one kind of run is trained, with AdamW and a cosine schedule.
+    """Training settings of one kind of run, for AdamW and a cosine schedule.
 
     Attributes:
-        lr: at batches of 64; scaled with the square root of the batch, as suits AdamW.
-        updates: that the number of epochs aims at.
-        epochs: the fewest and the most of them.
+        lr: learning rate for batches of 64; scaled with the square root of the batch size, as is usual for AdamW.
+        updates: target number of updates, which determines the number of epochs.
+        epochs: minimum and maximum number of epochs.
         sections: further entries of the recipe, by section.
     """
 
@@ -50,11 +50,11 @@ class Style:
 
 @dataclass(frozen=True)
 class Choice:
-    """What a task chooses for a recipe: what :attr:`lamzoo.tasks.Task.defaults` returns.
+    """Default settings of a task, as returned by :attr:`lamzoo.tasks.Task.defaults`.
 
     Attributes:
         inputs: number of training inputs.
-        style: how they are trained on.
+        style: training settings.
         data: entries of ``[data]``.
     """
 
@@ -77,7 +77,7 @@ _IMAGE_STYLES = {
     "lam": Style(6e-3, 1200, (10, 50), {"augment": _GENTLE}),
     "head": Style(1e-2, 1200, (10, 50), {"augment": _GENTLE}),
 }
-# The rates of the published recipes (CLIP4Clip, QD-DETR), from scratch higher, as the zoo's own recipes have them.
+# The learning rates of the published recipes (CLIP4Clip, QD-DETR); from scratch higher, as in the zoo's own recipes.
 _VIDEO_STYLES = {
     "scratch": Style(1e-3, 5000, (50, 300)),
     "tuned": Style(1e-4, 1200, (5, 50), {"optimizer": {"weight_decay": 0.2, "tower_lr": 1e-5}}),
@@ -93,22 +93,22 @@ _CAPTION_STYLES = {
 
 
 def complete_recipe(table: Mapping[str, Any]) -> TaskRecipe:
-    """Makes a recipe of a table that says as little as ``model.name`` and ``data.source``.
+    """Completes a recipe from as little as ``model.name`` and ``data.source``.
 
-    The task is that of the model, unless ``task`` says otherwise. What is left open is chosen for AdamW with a cosine
-    schedule and averaged weights: epochs, batch and learning rate by the number of training inputs and by what is
-    trained (``model.tune``; from scratch without weights). Frames a video are those that the weights are made for.
-    Where the data has no validation split, a tenth of the training images or videos becomes one; a ``test`` split is
-    scored at the end. What the table says stays as it is.
+    The task is that of the model, unless ``task`` is given. Defaults are AdamW with a cosine schedule and averaged
+    weights; epochs, batch size and learning rate depend on the number of training inputs and on the trained part of the
+    model (``model.tune``; without weights, training from scratch). The number of frames per video is that of the
+    weights. If the data has no validation split, a tenth of the training images or videos is held out; a ``test`` split
+    is scored once at the end. Given values are never changed.
 
     Args:
-        table: nested values as in a recipe file; ``run.output`` may be missing too.
+        table: nested values as in a recipe file; ``run.output`` is optional.
 
     Returns:
-        The recipe, as :func:`lamzoo.training.train` takes it.
+        The recipe, for :func:`lamzoo.training.train`.
 
     Raises:
-        RecipeError: an entry that is missing, unknown or impossible, as of :func:`lamzoo.training.parse_recipe`.
+        RecipeError: an entry is missing, unknown or invalid, as of :func:`lamzoo.training.parse_recipe`.
         DataError: the data set can't be opened.
     """
     filled: dict[str, Any] = copy.deepcopy(dict(table))
@@ -117,11 +117,11 @@ def complete_recipe(table: Mapping[str, Any]) -> TaskRecipe:
             raise RecipeError(f"Recipe key {section}.{key} is missing; add it.")
     _fill(filled, "data", {"workers": _workers()})
     _fill(filled, "run", {"output": ""})
-    given = parse_recipe(_with_any_batch(filled))  # what is wrong is said before the data is opened
+    given = parse_recipe(_with_any_batch(filled))  # errors are reported before the data is opened
     filled["task"] = given.task
     task = find_task(given.task)
     if task.defaults is None:
-        raise RecipeError(f"The settings for {task.about} are not chosen by the data; give a whole RECIPE.toml.")
+        raise RecipeError(f"{task.about} has no default settings; give a complete RECIPE.toml.")
     choice: Choice = task.load("defaults")(given)
     _fill(filled, "data", choice.data)
 
@@ -135,7 +135,7 @@ def complete_recipe(table: Mapping[str, Any]) -> TaskRecipe:
     for section, values in style.sections.items():
         _fill(filled, section, values)
     _fill(filled, "optimizer", {"lr": style.lr * math.sqrt(batch / _BATCH), "clip_grad": 1.0})
-    # The average of the weights reaches back over the last tenth of the run.
+    # The average of the weights covers about the last tenth of the run.
     decay = round(min(max(1 - 10 / (updates * epochs), 0.5), 0.9998), 6)
     _fill(filled, "run", {"batch_size": batch, "ema_decay": decay, "precision": _precision(given)})
     filled["run"]["output"] = given.run.output or str(Path("runs", _run_name(given)))
@@ -143,27 +143,27 @@ def complete_recipe(table: Mapping[str, Any]) -> TaskRecipe:
 
 
 def for_images(recipe: Recipe) -> Choice:
-    """Chooses for image classification; opens the data."""
+    """Chooses defaults for image classification; opens the data."""
     fraction = _VAL_FRACTION if recipe.data.val_fraction is None else recipe.data.val_fraction
     data = replace(recipe.data, val_fraction=fraction)
     splits = open_splits(data)
     images = len(splits.train)
     if splits.evaluation is None:
-        train = splits.train  # without the images whose labels a scan would find wrong
+        train = splits.train  # without images with invalid labels
         usable = select(train, [i for i, label in enumerate(train.source.labels()) if train.is_label(label)])
         images = len(split_off(usable, fraction, recipe.run.seed)[0])
     chosen: dict[str, Any] = {"val_fraction": fraction}
     if data.test_split is None and data.eval_split != "test" and has_split(data, "test"):
         chosen["test_split"] = "test"
     style = _IMAGE_STYLES["scratch" if _from_scratch(recipe) else recipe.model.tune]
-    if recipe.model.kwargs.get("in_chans") == 4:  # timm's policies can't change images of 4 channels
+    if recipe.model.kwargs.get("in_chans") == 4:  # timm's policies do not support 4 channels
         augment = {key: value for key, value in style.sections["augment"].items() if key != "auto_augment"}
         style = replace(style, sections={**style.sections, "augment": augment})
     return Choice(images, style, chosen)
 
 
 def for_videos(recipe: RetrievalRecipe) -> Choice:
-    """Chooses for text-video retrieval, also the frames of a video; opens the data, and builds the model."""
+    """Chooses defaults for text-video retrieval, including the frames; opens the data and builds the model."""
     with torch.device("meta"):
         model: Any = create_model(recipe.model.name, **recipe.model.kwargs)
     train, data = _open_videos(recipe, val_fraction=True)
@@ -173,13 +173,13 @@ def for_videos(recipe: RetrievalRecipe) -> Choice:
 
 
 def for_moments(recipe: MomentRecipe) -> Choice:
-    """Chooses for moment retrieval; opens the data."""
+    """Chooses defaults for moment retrieval; opens the data."""
     train, data = _open_videos(recipe, val_fraction=False)
     return Choice(len(train), _style(_MOMENT_STYLES, recipe), data)
 
 
 def for_captions(recipe: CaptionRecipe) -> Choice:
-    """Chooses for captions; opens the data."""
+    """Chooses defaults for captioning; opens the data."""
     train, data = _open_videos(recipe, val_fraction=True)
     return Choice(len(train), _style(_CAPTION_STYLES, recipe), data)
 
@@ -189,7 +189,7 @@ def _style(styles: Mapping[str, Style], recipe: TaskRecipe) -> Style:
 
 
 def _open_videos(recipe: TaskRecipe, *, val_fraction: bool) -> tuple[Any, dict[str, Any]]:
-    """Opens the training split; returns it, without what is held out, and entries of ``[data]``."""
+    """Opens the training split; returns it without held-out items, and entries of ``[data]``."""
     data, chosen = recipe.data, {}
     if val_fraction:
         chosen["val_fraction"] = _VAL_FRACTION if data.val_fraction is None else data.val_fraction
@@ -206,7 +206,7 @@ def _open_videos(recipe: TaskRecipe, *, val_fraction: bool) -> tuple[Any, dict[s
 
 
 def _with_any_batch(table: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns a table whose batch, where it is still to be chosen, fits the accumulation."""
+    """Returns a table whose batch size, if not yet chosen, is a multiple of the accumulation steps."""
     run = table["run"]
     accumulation = run.get("accumulation") if isinstance(run, dict) and "batch_size" not in run else None
     if not isinstance(accumulation, int) or accumulation < 1:
@@ -216,15 +216,15 @@ def _with_any_batch(table: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _fill(table: dict[str, Any], section: str, values: Mapping[str, Any]) -> None:
     entries = table.setdefault(section, {})
-    if isinstance(entries, dict):  # parse_recipe refuses anything else
+    if isinstance(entries, dict):  # parse_recipe rejects anything else
         for key, value in values.items():
             entries.setdefault(key, value)
 
 
 def _batch(inputs: int, accumulation: int) -> int:
-    """Returns a power of two that leaves enough updates in an epoch, at most half of the inputs, shared out evenly.
+    """Returns a power of two that leaves enough updates per epoch, up to half of the inputs, divided evenly.
 
-    Each share is even, as mixup needs it, where there are enough inputs for pairs.
+    Each process's part is even if there are enough inputs, as mixup requires.
     """
     wanted = 2 ** math.floor(math.log2(max(inputs / _UPDATES_PER_EPOCH, 1)))
     batch = min(max(wanted, _LEAST_BATCH), _BATCH, math.ceil(inputs / 2))
@@ -245,20 +245,20 @@ def _precision(recipe: TaskRecipe) -> Precision:
 
 
 def _workers() -> int:
-    """A few processes that read images, and the cores shared with those that train beside this one."""
+    """Returns a small number of worker processes, given the cores and the training processes on this machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return min(share // 2, 8)
 
 
 def _run_name(recipe: TaskRecipe) -> str:
-    """Returns ``<model>-<data>``, and what is tuned where that isn't all."""
+    """Returns ``<model>-<data>``, followed by the tuned part unless all is trained."""
     tune = getattr(recipe.model, "tune", "all")
     return f"{_short(recipe.model.name)}-{_short(recipe.data.source)}{'' if tune == 'all' else f'-{tune}'}"
 
 
 def _short(name: str) -> str:
-    """The last part of a name or path that tells anything: the folder above ``model``, no wildcards."""
+    """Returns the last distinctive part of a name or path: the folder above ``model``, without wildcards."""
     parts = [part for part in re.split(r"[/\\:]", name) if part not in ("", ".", "..") and not set(part) & set("*{}?")]
     if len(parts) > 1 and parts[-1] in ("model", "data"):
         parts.pop()

@@ -1,4 +1,4 @@
-"""Training on features, the base of moments and captions; each process scores a share of the inputs."""
+"""Training on features, the base of moment retrieval and captioning; scoring is distributed over processes."""
 
 from __future__ import annotations
 
@@ -18,38 +18,38 @@ from lamzoo.training.trainer import TrainingRun
 
 
 class FeatureRun(TrainingRun):
-    """One run on features; arguments as of :class:`TrainingRun`."""
+    """A training run on features; arguments as of :class:`TrainingRun`."""
 
     scoring_precision = "float32"
     splits: Mapping[str, Any]
 
     @abstractmethod
     def names(self, split: Any) -> Collection[Any]:
-        """Returns the identifiers of a split's items, to detect items that two splits share."""
+        """Returns the identifiers of a split's items, to detect items in two splits."""
 
     @abstractmethod
     def samples(self) -> Any:
-        """Returns the training samples, spliced as the recipe says."""
+        """Returns the training samples, spliced according to the recipe."""
 
     @abstractmethod
     def collate(self, model: nn.Module) -> Any:
-        """Returns the function that collates samples into a batch."""
+        """Returns the collate function for samples."""
 
     @abstractmethod
     def counts(self, batch: Any) -> Mapping[str, Tensor]:
-        """Returns the divisors of a batch's losses, int64 scalars, with the same names for every batch."""
+        """Returns the denominators of a batch's losses, int64 scalars, with the same names for every batch."""
 
     @abstractmethod
     def losses(self, batch: Any, counts: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Returns a batch's part of the weighted losses of the global batch; enters the autocast itself.
+        """Returns a batch's share of the weighted losses of the global batch; this method enters the autocast itself.
 
         Args:
-            batch: one of the global batch's.
-            counts: as of :meth:`counts`, of all of them together.
+            batch: one batch of the global batch.
+            counts: as of :meth:`counts`, summed over the global batch.
         """
 
     def complete(self, batches: list[Any]) -> list[Any]:
-        """Returns this process's batches of an update with data from the other processes; called on every process."""
+        """Adds to this process's batches of an update the data they need from others; called on every process."""
         return batches
 
     def open_data(self) -> None:
@@ -61,17 +61,17 @@ class FeatureRun(TrainingRun):
             common = known & set(self.names(split))
             if role != "train" and common:
                 raise RecipeError(
-                    f"{len(common)} {self.task.items} of {data.source} would be trained and scored on, such as "
-                    f"{min(common)!r}, in {train.split} and {split.split}; name other splits in data.train_split and "
-                    "data.eval_split."
+                    f"{len(common)} {self.task.items} of {data.source}, such as {min(common)!r}, are in both "
+                    f"{train.split} and {split.split}, so they would be used for training and scoring; name other "
+                    "splits in data.train_split and data.eval_split."
                 )
         if len(train) < self.recipe.run.batch_size:
             raise RecipeError(
-                f"run.batch_size asks for batches of {self.recipe.run.batch_size} {self.task.items} and {data.source} "
-                f"has {len(train)} in {train.split}; use a smaller batch."
+                f"run.batch_size is {self.recipe.run.batch_size}, but {data.source} has only {len(train)} "
+                f"{self.task.items} in {train.split}; use a smaller batch."
             )
         if self.recipe.augment.splice:
-            train.splice()  # which says where the data can't
+            train.splice()  # raises if the data does not support it
 
     def datasets(self) -> Mapping[str, Any]:
         return self.splits
@@ -81,7 +81,7 @@ class FeatureRun(TrainingRun):
             for role, split in self.splits.items():
                 share = self.share(role)
                 for done, index in enumerate(share, start=1):
-                    split.read(index)  # which names what is missing or damaged
+                    split.read(index)  # raises for missing or damaged features
                     if progress is not None and self.accelerator.is_main_process:
                         progress(role, done, len(share))
         return ()
@@ -95,8 +95,8 @@ class FeatureRun(TrainingRun):
 
     def prepare_model(self, model: nn.Module) -> Any:
         # Not wrapped: a process whose clips all lack a modality has no gradient for its weights, which
-        # DistributedDataParallel would wait for. The autocast that Accelerate puts around forward is taken off again,
-        # since losses enters it and scores are float32.
+        # DistributedDataParallel would wait for. Accelerate's autocast around forward is removed, because losses enters
+        # autocast itself and scores are computed in float32.
         model = self.accelerator.prepare_model(model, evaluation_mode=True)
         return self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
 
@@ -105,11 +105,11 @@ class FeatureRun(TrainingRun):
         counts = global_counts(self.accelerator, [self.counts(batch) for batch in batches])
         losses = []
         for index, batch in enumerate(batches):
-            # Seeds of their own for each pass: dropout needs no states in the checkpoints.
+            # Separate seeds for each pass: dropout needs no states in the checkpoints.
             step = update * len(batches) + index
             seed_everything(self.recipe.run.seed, epoch, step, self.accelerator.process_index, 1)
             loss = torch.stack(list(self.losses(batch, counts).values())).sum()
-            self.accelerator.backward(loss * self.accelerator.num_processes)  # the mean below divides their sum
+            self.accelerator.backward(loss * self.accelerator.num_processes)  # offsets the mean over processes below
             losses.append(loss.detach())
         average_gradients(self.accelerator, self.model)
         return self.accelerator.reduce(torch.stack(losses).sum(), "sum")

@@ -1,4 +1,4 @@
-"""Freezing: the part of a model that a run trains, and the mode of the rest."""
+"""Freezing of model parts that a run does not train."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from lamzoo.training.recipe import Tune
 
 
 class Tuning:
-    """Freezes the part of a model that a run does not train.
+    """Freezes the parts of a model that a run does not train.
 
     Args:
         model: a timm classifier, with or without masks; ``requires_grad`` of its parameters is set.
-        tune: ``"all"``; ``"lam"``: the masks and the classifier; ``"head"``: the classifier alone.
+        tune: ``"all"``; ``"lam"``: the masks and the classifier; ``"head"``: only the classifier.
 
     Raises:
-        RecipeError: there are no masks to train, or no classifier; the model is unchanged.
+        RecipeError: the model lacks masks or a classifier to train; the model is unchanged.
     """
 
     def __init__(self, model: nn.Module, tune: Tune) -> None:
@@ -29,26 +29,26 @@ class Tuning:
         name = getattr(model, "registry_name", None) or type(model).__name__
         trained = _classifier(model)
         if not any(True for module in trained for _ in module.parameters()):
-            raise RecipeError(f"model.tune is {tune!r}, and {name} has no classifier to train; tune all of it.")
+            raise RecipeError(f"model.tune is {tune!r}, but {name} has no classifier to train; use 'all'.")
         if tune == "lam":
             masks = [module for module in model.modules() if isinstance(module, Lam)]
             if not masks:
                 raise RecipeError(
-                    f"model.tune is 'lam', and {name} has no learnable masks; choose a model with masks (model.lam "
-                    "gives it some), or tune 'head' or 'all'."
+                    f"model.tune is 'lam', but {name} has no learnable masks; choose a model with masks (model.lam "
+                    "adds them), or tune 'head' or 'all'."
                 )
             trained += masks
         model.requires_grad_(False)
         for module in trained:
             module.requires_grad_(True)
-        # The dropout in front of the classifier is a part of it in all but name.
+        # The dropout before the classifier belongs to it.
         self._trained = [*trained, *(module for module in [getattr(model, "head_drop", None)] if module is not None)]
 
     def train_mode(self, model: nn.Module) -> None:
-        """Switches the trained modules to training mode, and the rest of the model to evaluation mode.
+        """Sets trained modules to training mode, and the rest of the model to evaluation mode.
 
         Args:
-            model: the one that was given, or a wrapper around it.
+            model: the given model, or a wrapper around it.
         """
         model.train(self._trained is None)
         for module in self._trained or ():

@@ -1,4 +1,4 @@
-"""Sums and gradients of a global batch, which passes through the model in parts and is spread over processes."""
+"""Sums and gradients of a global batch, split over forward passes and processes."""
 
 from __future__ import annotations
 
@@ -10,29 +10,28 @@ from torch import Tensor, nn
 
 
 def global_counts(accelerator: Accelerator, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Adds up what the losses of a global batch are divided by.
+    """Sums the denominators of the losses over a global batch.
 
     Args:
-        accelerator: of all processes, each of which calls this.
-        parts: of each of this process's batches the same names, int64 scalars.
+        accelerator: the accelerator; every process must call this.
+        parts: counts of each of this process's batches: int64 scalars with the same names.
 
     Returns:
-        The sums over the batches of all processes, by name.
+        The sums over all batches and processes, by name.
     """
     sums = torch.stack([torch.stack(list(part.values())) for part in parts]).sum(dim=0)
     return dict(zip(parts[0], accelerator.reduce(sums, "sum"), strict=True))
 
 
 def average_gradients(accelerator: Accelerator, model: nn.Module) -> None:
-    """Replaces the gradients of a model that is not wrapped by their mean over the processes.
+    """Averages the gradients of an unwrapped model over the processes.
 
-    A parameter that takes part in the batches of some processes alone, such as the projection of a modality that few
-    clips have, has a gradient of zero on the others. One that takes part on none keeps its lack of a gradient, as it
-    would in a single process.
+    A parameter used in the batches of only some processes, such as the projection of a rare modality, gets a zero
+    gradient on the others. A parameter used on none keeps ``grad = None``, as in a single process.
 
     Args:
-        accelerator: of all processes, each of which calls this.
-        model: the same on each process.
+        accelerator: the accelerator; every process must call this.
+        model: the same model on every process.
     """
     if accelerator.num_processes == 1:
         return

@@ -1,4 +1,4 @@
-"""Batches for training: timm's transforms under seeds that depend on the recipe, the epoch and the image alone."""
+"""Training batches: timm's transforms, seeded by recipe, epoch and image only."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from lamzoo.training.recipe import AnyRecipe, Recipe
 
 
 class SeededDataset(Dataset[tuple[Tensor, int]]):
-    """Reads each item under random states of its own, so that an augmentation depends on (seed, epoch, index) alone.
+    """Reads each item under its own random state, so that augmentation depends on (seed, epoch, index) only.
 
-    The curve of a run is then the same for any number of workers and processes, and after a resumption.
+    The training curve is then independent of the number of workers and processes, and of interruptions.
     """
 
     def __init__(self, dataset: Any, seed: int) -> None:
@@ -39,9 +39,9 @@ class SeededDataset(Dataset[tuple[Tensor, int]]):
 
 
 class SeededSampler(Sampler[int]):
-    """Draws the order of a :class:`SeededDataset` anew for each epoch, from (seed, epoch) alone.
+    """Shuffles a :class:`SeededDataset` for each epoch, depending on (seed, epoch) only.
 
-    Accelerate's own sampler seeds with their sum, so that seed 1 begins with the second epoch of seed 0.
+    Accelerate's own sampler seeds with their sum, so seed 1 would start with the second epoch of seed 0.
     """
 
     def __init__(self, dataset: SeededDataset) -> None:
@@ -51,19 +51,19 @@ class SeededSampler(Sampler[int]):
         return len(self._dataset)
 
     def __iter__(self) -> Iterator[int]:
-        first, second = _words((self._dataset.seed, self._dataset.epoch, 0, 0, 2))  # dropout's keys end in 1
+        first, second = _words((self._dataset.seed, self._dataset.epoch, 0, 0, 2))  # keys of dropout end in 1
         generator = torch.Generator().manual_seed(first << 32 | second)
         order: list[int] = torch.randperm(len(self), generator=generator).tolist()
         return iter(order)
 
 
 def seed_everything(*key: int) -> None:
-    """Seeds ``random``, NumPy and torch, on all devices, from non-negative integers, the recipe's seed first."""
+    """Seeds ``random``, NumPy and torch on all devices with non-negative integers, starting with the recipe's seed."""
     torch.manual_seed(_seed_host(key))
 
 
 def _words(key: tuple[int, ...]) -> tuple[int, int]:
-    # As a spawn key, since SeedSequence pads plain entropy with zeros: (3,) and (3, 0, 0) would be the same.
+    # A spawn key, because SeedSequence pads plain entropy with zeros: (3,) and (3, 0, 0) would be equal.
     first, second = np.random.SeedSequence(key[0], spawn_key=key[1:]).generate_state(2)
     return int(first), int(second)
 
@@ -79,7 +79,7 @@ def _seed_host(key: tuple[int, ...]) -> int:
 def _own_random_states(*key: int) -> Iterator[None]:
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
-        # torch.manual_seed also visits every accelerator, which takes longer than to decode a small image.
+        # torch.manual_seed also seeds every accelerator, which takes longer than decoding a small image.
         torch.default_generator.manual_seed(_seed_host(key))
         yield
     random.setstate(python)
@@ -87,16 +87,16 @@ def _own_random_states(*key: int) -> Iterator[None]:
 
 
 def check_batches(recipe: Recipe, train_set: Any) -> None:
-    """Raises a :class:`RecipeError` where the training images don't fill one update."""
+    """Raises a :class:`RecipeError` if there are fewer training images than in one batch."""
     if len(train_set) < recipe.run.batch_size:
         raise RecipeError(
-            f"run.batch_size asks for batches of {recipe.run.batch_size} images and {recipe.data.source} has "
-            f"{len(train_set)} in {recipe.data.train_split}; use a smaller batch."
+            f"run.batch_size is {recipe.run.batch_size}, but {recipe.data.source} has only {len(train_set)} images in "
+            f"{recipe.data.train_split}; use a smaller batch."
         )
 
 
 def check_mixup(recipe: Recipe, processes: int, images: int) -> None:
-    """Raises a :class:`RecipeError` where mixup or cutmix would get batches that don't divide into pairs."""
+    """Raises a :class:`RecipeError` if mixup or cutmix would receive batches of odd size."""
     run, augment = recipe.run, recipe.augment
     share = processes * run.accumulation
     if augment.mixes and run.batch_size // share % 2:
@@ -112,16 +112,16 @@ def check_mixup(recipe: Recipe, processes: int, images: int) -> None:
 def create_seeded_loader(
     recipe: AnyRecipe, samples: Any, collate: Callable[[list[Any]], Any] | None = None
 ) -> DataLoader[Any]:
-    """Returns a training loader of any task, not yet sharded over processes.
+    """Returns a training loader for any task, before sharding over processes.
 
     Args:
         recipe: the whole recipe.
         samples: a map-style data set.
-        collate: makes a batch of samples; torch's own by default.
+        collate: collate function; torch's default if None.
 
     Returns:
-        A loader of ``run.batch_size / run.accumulation`` samples, which drops the last incomplete batch. Its
-        ``dataset.epoch`` must be set before each epoch: order and samples depend on it.
+        A loader of batches of ``run.batch_size / run.accumulation`` samples, without the last incomplete one. Set its
+        ``dataset.epoch`` before each epoch: order and samples depend on it.
     """
     dataset = SeededDataset(samples, recipe.run.seed)
     return DataLoader(
@@ -136,12 +136,12 @@ def create_seeded_loader(
 
 
 def create_train_loader(recipe: Recipe, train_set: Any, model: nn.Module) -> DataLoader[Any]:
-    """Returns the training loader, not yet sharded over processes.
+    """Returns the training loader, before sharding over processes.
 
     Args:
         recipe: the whole recipe.
-        train_set: the training images; their transform is set.
-        model: built for the input size, mean and standard deviation that the images get.
+        train_set: the training images; their transform is replaced.
+        model: the model, which defines input size, mean and standard deviation.
 
     Returns:
         A loader of float images ``(B, C, H, W)`` and int labels ``(B,)``, as of :func:`create_seeded_loader`.
@@ -151,7 +151,7 @@ def create_train_loader(recipe: Recipe, train_set: Any, model: nn.Module) -> Dat
     train_set.mode = image_mode(config)
     if train_set.mode == "RGBA" and augment.auto_augment:
         raise RecipeError(
-            f"augment.auto_augment is {augment.auto_augment!r}, and timm's policies can't change images of 4 channels; "
+            f"augment.auto_augment is {augment.auto_augment!r}, but timm's policies do not support 4 channels; "
             "set it to ''."
         )
     train_set.transform = timm.data.create_transform(
@@ -173,9 +173,9 @@ def create_train_loader(recipe: Recipe, train_set: Any, model: nn.Module) -> Dat
 
 
 def create_eval_loader(recipe: Recipe, eval_set: Any, model: nn.Module) -> DataLoader[Any]:
-    """Returns a loader of all images of a split in order, as the model's ``pretrained_cfg`` preprocesses them.
+    """Returns a loader of all images of a split in order, preprocessed according to the model's ``pretrained_cfg``.
 
-    Its batches, of about 256 images, are a multiple of the training batches, which divide by the number of processes.
+    Its batch size, about 256, is a multiple of the training batch size, which is divisible by the number of processes.
     """
     config = data_config(model)
     eval_set.mode = image_mode(config)
@@ -185,7 +185,7 @@ def create_eval_loader(recipe: Recipe, eval_set: Any, model: nn.Module) -> DataL
 
 
 def create_mixup(recipe: Recipe, num_classes: int) -> timm.data.Mixup | None:
-    """Returns timm's Mixup as the recipe asks for it, or None."""
+    """Returns timm's Mixup as configured by the recipe, or None."""
     augment = recipe.augment
     if not augment.mixes:
         return None

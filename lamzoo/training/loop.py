@@ -1,4 +1,4 @@
-"""Training by a recipe: the run leaves a folder with checkpoints, logs, the trained model and its report."""
+"""Training from a recipe; a run writes checkpoints, logs, the trained model and a report to its folder."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ def train(
     scanning: ScanProgress | None = None,
     command: str | None = None,
 ) -> TrainResult:
-    """Trains a model; under ``torchrun`` or ``accelerate launch`` on all its processes.
+    """Trains a model; under ``torchrun`` or ``accelerate launch`` on all processes.
 
-    Order, augmentation and loss depend on the recipe alone: a run that was killed and resumed, or that is spread over
-    more processes, workers or accumulation steps, follows the same curve. (Batch normalisation, dropout, stochastic
-    depth, mixup, modality dropout and straight-through pruning work on each process's part of a batch, so with those
-    the number of parts does matter.)
+    Data order, augmentation and loss depend on the recipe only: a run follows the same curve if it is interrupted and
+    resumed, or uses more processes, workers or accumulation steps. (Exceptions are batch normalisation, dropout,
+    stochastic depth, mixup, modality dropout and straight-through pruning, which work on each process's part of a
+    batch, so their results depend on the number of parts.)
 
     Args:
-        recipe: the settings; see :func:`lamzoo.training.load_recipe` and :func:`lamzoo.training.complete_recipe`.
-        resume: continue from the latest checkpoint in ``recipe.run.output``, if there is one; the recipe may have more
-            epochs than the run has had.
-        progress: called on the main process after every update.
-        scanning: called on the main process while the data is searched for invalid inputs: split, inputs read, inputs.
+        recipe: the recipe; see :func:`lamzoo.training.load_recipe` and :func:`lamzoo.training.complete_recipe`.
+        resume: continue from the latest checkpoint in ``recipe.run.output``, if any; the recipe may have more epochs
+            than before.
+        progress: called on the main process after each update.
+        scanning: called on the main process during the search for invalid inputs, with split, inputs read and total.
         command: the command line, for the report.
 
     Returns:
-        The finished run; its report is written by the main process.
+        The finished run; the main process has written its report.
 
     Raises:
         RecipeError: the output folder holds another run, or the recipe doesn't fit the data.
-        DataError: inputs can't be read, and the recipe stops for them.
-        LamzooError: whatever the model's name or the data's files are at fault for.
+        DataError: inputs can't be read, and the recipe does not skip them.
+        LamzooError: the model's name or the data's files are invalid.
     """
     with plain_worker_errors():
         run = create_run(recipe, resume, progress, scanning)
@@ -55,6 +55,6 @@ def create_run(
     progress: Callable[[Progress], None] | None = None,
     scanning: ScanProgress | None = None,
 ) -> TrainingRun:
-    """Opens the data and builds the model of a run, or loads its latest checkpoint; arguments as of :func:`train`."""
+    """Opens data and model of a run, and loads its latest checkpoint if any; arguments as of :func:`train`."""
     run: TrainingRun = find_task(recipe.task).load("run")(recipe, resume, progress, scanning)
     return run

@@ -1,4 +1,4 @@
-"""Training recipes: reading, and the recipe of image classification; all is checked before anything is loaded."""
+"""Training recipes: reading and validation before anything is loaded, and the image classification recipe."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ Tune = Literal["all", "lam", "head"]
 
 @dataclass(frozen=True)
 class ModelSection:
-    """``[model]``: what :func:`lamzoo.create_model` gets.
+    """``[model]``: arguments of :func:`lamzoo.create_model`.
 
     Attributes:
         name: a registered name, ``timm/<name>``, ``local-dir:`` or ``hf-hub:``.
         pretrained: start from the published weights.
-        lam: fields of a :class:`lamzoo.LamConfig` in place of the registered one; true for the registered one or, where
-            there is none, the default; false for none.
-        kwargs: further arguments of ``create_model``; ``num_classes`` comes from the data where it is left out.
+        lam: fields of a :class:`lamzoo.LamConfig` that replaces the registered one; true for the registered one or, if
+            there is none, the default; false for a plain model.
+        kwargs: further arguments of ``create_model``; ``num_classes`` defaults to that of the data.
         fused_attention: whether timm's own attention may use the fused kernel. On CPUs, bfloat16 training of short
-            sequences is faster without it; both sides of a comparison should say the same.
-        tune: the trained part: ``"all"``, ``"lam"`` (masks and classifier) or ``"head"`` (the classifier alone).
-            What is not trained runs as in evaluation, without dropout and with the stored statistics of norms.
+            sequences is faster without it; use the same value on both sides of a comparison.
+        tune: the trained part: ``"all"``, ``"lam"`` (the masks and the classifier) or ``"head"`` (only the classifier).
+            The rest stays in evaluation mode, without dropout and with the stored statistics of norms.
     """
 
     name: str
@@ -46,19 +46,19 @@ class ModelSection:
 
 @dataclass(frozen=True)
 class DataSection:
-    """``[data]``: the data set, as :func:`lamzoo.data.create_dataset` reads it.
+    """``[data]``: the data set, as opened by :func:`lamzoo.data.create_dataset`.
 
     Attributes:
-        source: the data set's specification.
-        train_split: the images to train on.
-        eval_split: the images to score on during the run.
-        test_split: scored once, at the end, for the report; None for none.
-        val_fraction: where the data has no ``eval_split``, this share of the training images, by class and drawn with
-            ``run.seed``, takes its place; None makes that an error.
-        workers: processes that read images, for each training process; 0 reads in that one.
-        scan: read every image of all these splits once before the first epoch.
-        on_bad_input: what a scan does with images that can't be read: ``"stop"``, or ``"skip"``, which leaves them out
-            and lists them in ``bad-inputs.csv``.
+        source: specification of the data set.
+        train_split: the training split.
+        eval_split: the split scored during the run.
+        test_split: the split scored once at the end, for the report; None for none.
+        val_fraction: share of the training images, drawn by class with ``run.seed``, that is held out if the data has
+            no ``eval_split``; None makes a missing split an error.
+        workers: worker processes per training process; 0 reads images in the main process.
+        scan: read every image of these splits once before the first epoch.
+        on_bad_input: treatment of unreadable images in the scan: ``"stop"``, or ``"skip"``, which leaves them out and
+            lists them in ``bad-inputs.csv``.
     """
 
     source: str
@@ -91,22 +91,22 @@ class AugmentSection:
 
     @property
     def mixes(self) -> bool:
-        """Whether images are mixed in pairs, which takes even batches."""
+        """Whether images are mixed in pairs, which requires an even batch size."""
         return self.mixup != 0 or self.cutmix != 0
 
 
 @dataclass(frozen=True)
 class PruneSection:
-    """``[prune]``: token pruning, as of :func:`lamzoo.prune_tokens`.
+    """``[prune]``: token pruning with :func:`lamzoo.prune_tokens`.
 
     Attributes:
-        keep: share of a layer's tokens that is kept; 0.7 where neither this nor ``target_gmacs`` is given.
-        target_gmacs: cost of one image to aim at, in place of ``keep``.
-        at: layers after which tokens are removed.
-        score: criterion of the selection.
-        rest: handling of the removed tokens, in evaluation and with ``training = "top-k"``.
+        keep: share of a layer's tokens to keep; 0.7 if neither this nor ``target_gmacs`` is given.
+        target_gmacs: GMACs per image to reach instead.
+        at: layers after which tokens are pruned.
+        score: criterion by which tokens are selected.
+        rest: treatment of pruned tokens, in evaluation and with ``training = "top-k"``.
         training: ``"straight-through"`` or ``"top-k"``; see :class:`lamzoo.PruneConfig`.
-        loss_weight: of :func:`lamzoo.pruning_loss`, with ``"straight-through"``.
+        loss_weight: weight of :func:`lamzoo.pruning_loss`, with ``"straight-through"``.
     """
 
     keep: float | None = None
@@ -120,7 +120,7 @@ class PruneSection:
 
 @dataclass(frozen=True)
 class Recipe(TaskRecipe):
-    """One training run of an image classifier; see the sections for what each table holds."""
+    """A training run of an image classifier; see the sections for the contents of each table."""
 
     model: ModelSection
     data: DataSection
@@ -142,7 +142,7 @@ class Recipe(TaskRecipe):
         model = self.model
         if model.tune != "all" and not model.pretrained and model.kwargs.get("checkpoint_path") is None:
             raise RecipeError(
-                f"Recipe key model.tune is {model.tune!r}, which keeps the backbone as it is, and this backbone has no "
+                f"Recipe key model.tune is {model.tune!r}, which freezes the backbone, but this backbone has no "
                 "weights; start from the published ones (model.pretrained, --pretrained) or tune all."
             )
         if self.prune is not None and self.prune.loss_weight < 0:
@@ -153,17 +153,17 @@ AnyRecipe: TypeAlias = TaskRecipe
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
-    """Reads a recipe and checks everything that can be known without loading a model or data.
+    """Reads a recipe and validates everything that does not require loading a model or data.
 
     Args:
-        path: a TOML file, or the ``recipe.json`` that a run leaves.
-        overrides: ``"section.key=value"``, the value in TOML notation; a bare word is a string.
+        path: a TOML file, or the ``recipe.json`` of a run.
+        overrides: ``"section.key=value"``, with the value in TOML notation; a bare word is a string.
 
     Raises:
-        RecipeError: no such file, not TOML, an unknown key (named, with the closest one), a wrong type, an unknown
-            optimiser or scheduler, or an impossible value.
-        UnknownModelError: no such model.
-        ConfigError: invalid masks.
+        RecipeError: the file does not exist or is not TOML, or a key is unknown (the message names the closest one),
+            has the wrong type or an invalid value.
+        UnknownModelError: the model is unknown.
+        ConfigError: the mask configuration is invalid.
     """
     return parse_recipe(override(read_recipe(path), overrides))
 
@@ -171,7 +171,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
 def parse_recipe(table: Mapping[str, Any]) -> AnyRecipe:
     """Builds a recipe from nested plain values; raises as :func:`load_recipe`.
 
-    Its task is the one that ``task`` names, or else that of the model.
+    The task defaults to that of the model.
     """
     try:
         task = find_task(table["task"]) if "task" in table else _task_of_model(table)
@@ -186,4 +186,4 @@ def parse_recipe(table: Mapping[str, Any]) -> AnyRecipe:
 def _task_of_model(table: Mapping[str, Any]) -> Task:
     model = table.get("model")
     name = model.get("name") if isinstance(model, Mapping) else None
-    return task_of(name) if isinstance(name, str) else CLASSIFICATION  # the recipe class says what is missing
+    return task_of(name) if isinstance(name, str) else CLASSIFICATION  # the recipe class reports the missing key

@@ -1,4 +1,4 @@
-"""The sections and checks that recipes of all tasks share."""
+"""Sections and checks common to the recipes of all tasks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Keep = Literal["best", "last"]
 
 @dataclass(frozen=True)
 class OptimizerSection:
-    """``[optimizer]``: arguments of ``timm.optim.create_optimizer_v2``; ``kwargs`` goes to the optimiser itself."""
+    """``[optimizer]``: arguments of ``timm.optim.create_optimizer_v2``; ``kwargs`` go to the optimiser itself."""
 
     name: str = "adamw"
     lr: float = 1e-3
@@ -35,9 +35,9 @@ class OptimizerSection:
 
 @dataclass(frozen=True)
 class ScheduleSection:
-    """``[schedule]``: arguments of ``timm.scheduler.create_scheduler_v2``, stepped every update; lengths in epochs.
+    """``[schedule]``: arguments of ``timm.scheduler.create_scheduler_v2``, stepped each update; lengths in epochs.
 
-    As in timm's training script, ``cooldown_epochs`` follow the ``epochs``, at ``min_lr``.
+    As in timm's training script, ``cooldown_epochs`` at ``min_lr`` follow the ``epochs``.
     """
 
     name: str = "cosine"
@@ -49,31 +49,31 @@ class ScheduleSection:
 
     @property
     def total_epochs(self) -> int:
-        """Epochs of the whole run."""
+        """Total number of epochs, cooldown included."""
         return self.epochs + self.cooldown_epochs
 
 
 @dataclass(frozen=True)
 class RunSection:
-    """``[run]``: where and how.
+    """``[run]``: output, batches, precision, checkpoints and evaluation.
 
     Attributes:
         output: folder for checkpoints, logs and the trained model.
-        batch_size: inputs of one optimiser update, over all processes and accumulation steps together.
-        accumulation: forward passes of one update.
-        seed: of the initialisation, the order of the inputs, every augmentation, dropout and mixup.
-        precision: autocast, as Accelerate names it, of training and of the scores of images and videos. Moments and
-            captions are scored in float32, as ``lamzoo eval`` does by default.
-        device: ``"auto"`` takes the GPU where there is one.
-        ema_decay: of ``timm.utils.ModelEmaV3`` with its warm-up; None for none. With it, the averaged weights are
-            those that are evaluated and saved.
-        grad_checkpointing: trade time for memory.
-        checkpoint_interval: updates between checkpoints inside an epoch; None for one at the end of each epoch alone.
-        keep_checkpoints: how many of the latest stay.
-        keep: the epoch whose weights go to ``model/``: ``"best"``, by the watched score on the validation split, with
-            those of the last epoch in ``last/``; or ``"last"``. Where a test split is watched, it is the last.
-        eval_interval: epochs between evaluations; the last one is always evaluated.
-        tensorboard: write TensorBoard logs beside the CSV.
+        batch_size: inputs per optimiser update, over all processes and accumulation steps.
+        accumulation: forward passes per update.
+        seed: seed of initialisation, data order, augmentation, dropout and mixup.
+        precision: autocast precision in Accelerate's notation, for training and for scoring images and videos. Moments
+            and captions are scored in float32, the default of ``lamzoo eval``.
+        device: ``"auto"`` uses the GPU if available.
+        ema_decay: decay of ``timm.utils.ModelEmaV3`` with its warm-up; None for no averaging. If set, the averaged
+            weights are evaluated and saved.
+        grad_checkpointing: recompute activations in the backward pass to save memory.
+        checkpoint_interval: updates between checkpoints within an epoch; None saves only at the end of each epoch.
+        keep_checkpoints: number of latest checkpoints to keep.
+        keep: the weights saved in ``model/``: ``"best"``, by the watched metric on the validation split, with those of
+            the last epoch in ``last/``; or ``"last"``. If the watched split is a test split, the last ones are saved.
+        eval_interval: epochs between evaluations; the last epoch is always evaluated.
+        tensorboard: write TensorBoard logs in addition to the CSV file.
         report: write ``report/`` at the end: scores by class, confusion matrix, curves and masks.
     """
 
@@ -100,8 +100,8 @@ class ModelSectionBase:
     Attributes:
         name: a registered name, ``local-dir:`` or ``hf-hub:``.
         pretrained: start from the published weights.
-        lam: fields of a :class:`lamzoo.LamConfig` in place of the registered one; true for the registered one or, where
-            there is none, the default; false for none.
+        lam: fields of a :class:`lamzoo.LamConfig` that replaces the registered one; true for the registered one or, if
+            there is none, the default; false for a plain model.
         kwargs: further arguments of ``create_model``.
     """
 
@@ -116,13 +116,12 @@ class DataSectionBase:
     """``[data]`` of most tasks.
 
     Attributes:
-        source: the data set's specification.
-        train_split: the split to train on.
-        eval_split: the split to score during the run.
-        test_split: scored once, at the end; None for none.
-        workers: processes that read inputs, for each training process; 0 reads in that one.
-        scan: read the inputs of all these splits once before the first epoch, so that one that is missing is named
-            early.
+        source: specification of the data set.
+        train_split: the training split.
+        eval_split: the split scored during the run.
+        test_split: the split scored once at the end; None for none.
+        workers: worker processes per training process; 0 reads inputs in the main process.
+        scan: read the inputs of these splits once before the first epoch, to report missing ones early.
     """
 
     source: str
@@ -134,13 +133,13 @@ class DataSectionBase:
 
 
 class TaskRecipe:
-    """Base of the recipes of all tasks; a task's is a frozen dataclass of these fields, and others of its own.
+    """Base of the recipes of all tasks; each task defines a frozen dataclass with these fields and its own.
 
     Attributes:
         model: ``[model]``; it has at least ``name``, ``pretrained``, ``lam`` and ``kwargs``.
         data: ``[data]``; it has at least ``source``, ``train_split``, ``eval_split``, ``test_split`` and ``workers``.
         run: ``[run]``.
-        task: its name.
+        task: name of the task.
         augment: ``[augment]``.
         optimizer: ``[optimizer]``.
         schedule: ``[schedule]``.
@@ -155,24 +154,24 @@ class TaskRecipe:
     schedule: ScheduleSection
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the recipe as nested plain values, without the fields that are None."""
+        """Returns the recipe as nested plain values, without None fields."""
         return without_none(dataclasses.asdict(self))  # type: ignore[call-overload]  # each subclass is a dataclass
 
     def check(self) -> None:
-        """Checks what only this task's sections say.
+        """Validates the task-specific sections.
 
         Raises:
-            RecipeError: an impossible value; names its key.
+            RecipeError: an invalid value; names its key.
         """
 
 
 def check_common(recipe: TaskRecipe) -> None:
-    """Checks the values of the sections that all tasks share, and the model's name and masks.
+    """Validates the common sections, and the model's name and mask configuration.
 
     Raises:
-        RecipeError: an impossible value; names its key.
-        UnknownModelError: no such model.
-        ConfigError: invalid masks.
+        RecipeError: an invalid value; names its key.
+        UnknownModelError: the model is unknown.
+        ConfigError: the mask configuration is invalid.
     """
     run, optimizer, schedule = recipe.run, recipe.optimizer, recipe.schedule
     name, lam, workers = recipe.model.name, recipe.model.lam, recipe.data.workers
@@ -194,7 +193,7 @@ def check_common(recipe: TaskRecipe) -> None:
         )
     if schedule.cooldown_epochs and schedule.name == "constant":
         raise RecipeError(
-            "Recipe key schedule.cooldown_epochs adds epochs at min_lr, which schedule.name 'constant' never falls to; "
+            "Recipe key schedule.cooldown_epochs adds epochs at min_lr, which schedule.name 'constant' never reaches; "
             "leave it out and raise schedule.epochs."
         )
     if workers < 0 or schedule.warmup_epochs < 0 or run.seed < 0:
@@ -215,7 +214,7 @@ def check_common(recipe: TaskRecipe) -> None:
     if not ref.is_saved:
         find_spec(ref)
     if run.device == "cuda" and not torch.cuda.is_available():
-        raise RecipeError("Recipe key run.device is 'cuda', and there is no such GPU here; use 'auto' or 'cpu'.")
+        raise RecipeError("Recipe key run.device is 'cuda', but no GPU is available; use 'auto' or 'cpu'.")
     if run.precision == "fp16" and (run.device == "cpu" or not torch.cuda.is_available()):
         raise RecipeError("Recipe key run.precision is 'fp16', which needs a GPU; use 'bf16' or 'no' on a CPU.")
 

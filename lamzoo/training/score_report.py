@@ -1,4 +1,4 @@
-"""The report of a run: scores in Markdown and JSON, and curves."""
+"""The report of a run: scores in Markdown and JSON, and training curves."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def write_score_report(
     """Writes ``report.md``, ``report.json`` and, where matplotlib is installed, ``curves.png`` into a folder.
 
     Args:
-        folder: made where it is missing.
-        facts: about the run, as plain values.
-        scores: by split, as plain values.
-        task: of the run.
-        metric: the watched one, whose curve is drawn.
-        history: one record an epoch.
-        about_weights: a sentence on which epoch's weights the model has.
+        folder: output folder; created if needed.
+        facts: facts about the run, as plain values.
+        scores: scores by split, as plain values.
+        task: the run's task.
+        metric: the watched metric, whose curve is drawn.
+        history: one record per epoch.
+        about_weights: a sentence on the epoch of the model's weights.
 
     Raises:
         DataError: a file can't be written there.

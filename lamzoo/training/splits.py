@@ -1,4 +1,4 @@
-"""The data of a run: splits opened or made, and searched for invalid inputs; the same on every process."""
+"""The data of a run: splits opened or created, and validated; identical on every process."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from lamzoo.tasks import Task
 from lamzoo.training.recipe import DataSection
 
 ScanProgress = Callable[[str, int, int], None]
-#: What a scan left out, by split.
+#: Inputs left out by a scan, by split.
 BadInputs = tuple[tuple[str, BadInput], ...]
 
 
 @dataclass(frozen=True)
 class Splits:
-    """What a run trains on and is scored on.
+    """Training and evaluation data of a run.
 
     Attributes:
         train: the training images.
-        evaluation: those scored during the run; None while they are still to be split off the training images.
-        test: those scored once, at the end, if there are any.
-        bad: what a scan left out, by split.
-        made: how the evaluation images were taken from the training images, where the data have no such split.
+        evaluation: images scored during the run; None until they are held out of the training images.
+        test: images scored once at the end, if any.
+        bad: images left out by a scan, by split.
+        made: description of the held-out split, if the data has no evaluation split.
     """
 
     train: LabelledImages
@@ -48,13 +48,13 @@ class Splits:
 
 
 def open_splits(data: DataSection) -> Splits:
-    """Opens the splits that there are; reads no image.
+    """Opens the existing splits without reading images.
 
-    Data without splits are all for training, as far as ``train_split`` means that.
+    Data without splits are used for training entirely, provided that ``train_split`` is a name of the training split.
 
     Raises:
-        DataError: the data set or a split that is needed does not exist.
-        RecipeError: a split that is scored is the training split.
+        DataError: the data set or a required split does not exist.
+        RecipeError: a scored split equals the training split.
     """
     train = _open_train(data)
     evaluation = None
@@ -76,20 +76,20 @@ def open_splits(data: DataSection) -> Splits:
 def open_roles(
     task: Task, data: Any, seed: int, roles: Collection[str] = ("train", "validation", "test")
 ) -> tuple[dict[str, Any], frozenset[str]]:
-    """Opens the splits that a recipe names; reads no input.
+    """Opens the splits of a recipe without reading inputs.
 
     Args:
         task: of the recipe.
-        data: the recipe's ``[data]``. Where it has a ``val_fraction`` and the data no validation split, this share of
-            the training videos takes its place.
-        seed: of the choice of these videos.
-        roles: those to open; a test split only where the recipe names one.
+        data: the recipe's ``[data]``. If it has a ``val_fraction`` and the data no validation split, this share of the
+            training videos is held out.
+        seed: seed for drawing these videos.
+        roles: roles of the splits to open; a test split is opened only if the recipe names one.
 
     Returns:
-        The splits by role, and the names of the videos that were held out.
+        The splits by role, and the names of the held-out videos.
 
     Raises:
-        DataError: the data set or a split that is needed does not exist.
+        DataError: the data set or a required split does not exist.
     """
     names = {"train": data.train_split, "validation": data.eval_split, "test": data.test_split}
     opener, fraction = partial(task.open_split, data.source), getattr(data, "val_fraction", None)
@@ -115,26 +115,26 @@ def open_roles(
 
 
 def keep_held_out(folder: Path, held_out: Collection[str]) -> None:
-    """Writes the names of the videos that a run holds out into its folder, or compares them with those there.
+    """Writes the names of the held-out videos to the run's folder, or compares them with those already there.
 
     Raises:
-        DataError: a run that is resumed held others out; or the file can't be written.
+        DataError: the held-out videos of a resumed run differ, or the file can't be written.
     """
     path, names = folder / HELD_OUT_NAME, sorted(held_out)
     if (folder / RECIPE_NAME).exists() and path.exists() and read_json(path) != names:
         raise DataError(
-            f"the training videos have changed since the run in {folder} held some out for validation; bring the same "
-            "videos back, or start anew in another folder"
+            f"the training videos have changed since the run in {folder} held some out for validation; restore the "
+            "same videos, or start a new run in another folder"
         )
     if names:
         with atomic_files(DataError) as stage:
             stage(path).write_text(json.dumps(names, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     else:
-        path.unlink(missing_ok=True)  # of a run without a checkpoint
+        path.unlink(missing_ok=True)  # left by a run without a checkpoint
 
 
 def has_split(data: DataSection, split: str) -> bool:
-    """Says whether the data has a split of its own under this name, apart from those for training and evaluation."""
+    """Returns whether the data has a separate split of this name, other than those for training and evaluation."""
     try:
         taken = {_open_train(data).split, create_dataset(data.source, split).split}
     except MissingSplitError:
@@ -145,19 +145,19 @@ def has_split(data: DataSection, split: str) -> bool:
 def prepare_splits(
     data: DataSection, splits: Splits, seed: int, accelerator: Accelerator, progress: ScanProgress | None = None
 ) -> Splits:
-    """Searches the splits for bad images, as the recipe says, and makes the evaluation split where there is none.
+    """Searches the splits for invalid images, and holds out an evaluation split if there is none.
 
-    Each process reads its share of the images, and all of them come to the same result.
+    Each process reads its share of the images; all processes return the same result.
 
     Args:
         data: the recipe's section.
-        splits: as opened.
-        seed: of the split that is made.
-        accelerator: knows the processes.
-        progress: called on the main process with the split, the images read of its share and their number.
+        splits: the opened splits.
+        seed: seed of the held-out split.
+        accelerator: defines the processes.
+        progress: called on the main process with the split, the number of images read of its share, and their total.
 
     Raises:
-        DataError: bad images, where the recipe stops for them; or too few images are left.
+        DataError: there are invalid images and the recipe does not skip them, or too few images are left.
     """
     train, evaluation, test = splits.train, splits.evaluation, splits.test
     bad: list[tuple[str, BadInput]] = []
@@ -169,34 +169,34 @@ def prepare_splits(
         test = test and _scan(test, "test", data, accelerator, bad, progress)
     if evaluation is not None:
         return Splits(train, evaluation, test, tuple(bad))
-    assert data.val_fraction is not None  # open_splits has made sure
+    assert data.val_fraction is not None  # ensured by open_splits
     left_out = [image.index for _, image in bad[:bad_train]]
     train, evaluation, made = MadeSplit.make(train, data.val_fraction, seed, left_out)
     return Splits(train, evaluation, test, tuple(bad), made)
 
 
 def check_made_split(folder: Path, made: MadeSplit | None) -> None:
-    """Checks, where a run is resumed, that its validation split is the one that it began with.
+    """Checks that a resumed run still has the validation split that it started with.
 
     Args:
-        folder: of the run.
-        made: the split that was made now, if one was.
+        folder: the run's folder.
+        made: the split held out now, if any.
 
     Raises:
-        DataError: the images have changed since, so that some that were trained on would be held out now.
+        DataError: the images have changed, so that some training images would now be held out.
     """
     if not (folder / RECIPE_NAME).exists():
-        return  # what a run that was stopped before its first checkpoint left
+        return  # left by a run that was stopped before its first checkpoint
     before = MadeSplit.read(folder)
     if before is not None and before != made:
         raise DataError(
-            f"the training images have changed since the run in {folder} split some off for validation; bring the same "
-            "images back, or start anew in another folder"
+            f"the training images have changed since the run in {folder} held some out for validation; restore the "
+            "same images, or start a new run in another folder"
         )
 
 
 def write_bad_inputs(path: Path, bad: BadInputs) -> None:
-    """Writes what was left out as CSV: split, index in it, file, reason.
+    """Writes the inputs left out to a CSV file: split, index in the split, file, reason.
 
     Raises:
         DataError: the file can't be written.
@@ -242,6 +242,6 @@ def _open_train(data: DataSection) -> LabelledImages:
 
 def _same_images(data: DataSection, train: LabelledImages) -> RecipeError:
     return RecipeError(
-        f"{data.source} would be trained and scored on the same images ({train.split or 'no splits'}); give it a "
+        f"{data.source} would use the same images for training and scoring ({train.split or 'no splits'}); use a "
         "folder for each split, and name them in data.train_split and data.eval_split, or set data.val_fraction."
     )

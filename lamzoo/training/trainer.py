@@ -1,4 +1,4 @@
-"""The training run of any task: updates, checkpoints, logs, averaged weights, evaluation."""
+"""Training runs of any task: updates, checkpoints, logs, averaged weights, evaluation."""
 
 from __future__ import annotations
 
@@ -40,22 +40,22 @@ from lamzoo.weights.saved import read_saved
 
 _logger = logging.getLogger(__name__)
 
-_FETCH_LOSS = 0.5  # seconds between two looks at the loss, each of which waits for the GPU
+_FETCH_LOSS = 0.5  # seconds between two reads of the loss, each of which waits for the GPU
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Progress of a run; passed to the callback after each update and each evaluation.
+    """Progress of a run, passed to the callback after each update and each evaluation.
 
     Attributes:
-        epoch: from 0.
-        epochs: in the whole run.
-        update: optimiser updates so far.
-        updates: in the whole run.
-        loss: mean training loss of the epoch, at most half a second old.
-        metric: name of the watched one, such as ``"top1"``.
-        value: of the last evaluation; None before the first.
-        scores: of the last evaluation, by name; empty before the first.
+        epoch: current epoch, from 0.
+        epochs: total number of epochs.
+        update: number of optimiser updates so far.
+        updates: total number of updates.
+        loss: mean training loss of the epoch, updated at least twice a second.
+        metric: name of the watched metric, such as ``"top1"``.
+        value: its value in the last evaluation; None before the first one.
+        scores: scores of the last evaluation by name; empty before the first one.
     """
 
     epoch: int
@@ -70,20 +70,20 @@ class Progress:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """A finished run.
+    """The result of a training run.
 
     Attributes:
-        output: the folder.
-        model: the trained model's folder, which ``create_model("local-dir:...")`` loads.
-        history: one record an epoch, as in ``metrics.csv``.
-        scores: of the trained model, by split: the one scored during the run, and the recipe's ``test_split``. Those of
-            a classifier are a :class:`lamzoo.training.Score`, of retrieval :func:`lamzoo.evaluation.retrieval_metrics`,
-            of moments :func:`lamzoo.evaluation.moment_metrics`, of captions
+        output: the run's folder.
+        model: folder of the trained model, for ``create_model("local-dir:...")``.
+        history: one record per epoch, as in ``metrics.csv``.
+        scores: scores of the trained model by split: the one scored during the run, and the recipe's ``test_split``; a
+            :class:`lamzoo.training.Score` for classification, else the result of
+            :func:`lamzoo.evaluation.retrieval_metrics`, :func:`lamzoo.evaluation.moment_metrics` or
             :func:`lamzoo.evaluation.captions.evaluate.caption_scores`.
-        report: path of ``report.md``; None where the recipe asks for none.
-        left_out: inputs that were left out because they can't be read.
-        epoch: whose weights the model has, from 1.
-        about: a sentence on which weights were kept, and why.
+        report: path of ``report.md``; None without a report.
+        left_out: number of unreadable inputs that were left out.
+        epoch: epoch of the model's weights, from 1.
+        about: a sentence on the choice of these weights.
     """
 
     output: Path
@@ -97,23 +97,23 @@ class TrainResult:
 
 
 class TrainingRun(ABC):
-    """The state of one run between its updates; a task's subclass gives data, model, loss and scores.
+    """State and loop of a run; each task's subclass defines data, model, loss and scores.
 
     Args:
-        recipe: the settings.
-        resume: continue from the latest checkpoint, if there is one.
-        progress: called on the main process after every update.
-        scanning: called on the main process while the data is searched for invalid inputs.
+        recipe: the recipe.
+        resume: continue from the latest checkpoint, if any.
+        progress: called on the main process after each update.
+        scanning: called on the main process during the search for invalid inputs.
 
     Attributes:
-        task: the record of the recipe's task.
+        task: the recipe's task.
         metric: the watched metric.
-        scores: of the validation split, by the latest evaluation; None before the first.
+        scores: scores of the validation split in the latest evaluation; None before the first one.
     """
 
-    scoring_precision: ClassVar[str | None] = None  # of the scores, where it is not that of the training
+    scoring_precision: ClassVar[str | None] = None  # of scoring, if it differs from training
     scores: Any = None
-    videos_held_out: Collection[str] = ()  # for validation, by their names
+    videos_held_out: Collection[str] = ()  # names of the videos held out for validation
 
     def __init__(
         self,
@@ -135,18 +135,16 @@ class TrainingRun(ABC):
         self.bad: BadInputs = self.scan_data(scanning)
         self._build(model)
         self.update = 0
-        self.saved: int | None = None  # the update of the latest checkpoint
+        self.saved: int | None = None  # update of the latest checkpoint
         self.loss_sum: Tensor = self._loss_sum(0.0)
-        self.fetched = (0.0, 0.0)  # when, and the epoch's mean loss then
+        self.fetched = (0.0, 0.0)  # time of the last read, and the epoch's mean loss
         self.seconds = self.wall_seconds = 0.0
         self.history: list[dict[str, float]] = []
         self.lam: LamConfig | None = getattr(model, "lam_config", None)
         self.best: dict[str, float] | None = None  # epoch, from 0, and score of the weights in model/
         external = model_ref(recipe.model.name).kind in ("timm", "open_clip")
         if recipe.model.lam is None and self.lam is None and external and self.accelerator.is_main_process:
-            _logger.warning(
-                "%s has no masks, and none are trained; model.lam=true gives it the default ones", recipe.model.name
-            )
+            _logger.warning("%s has no masks to train; add the default ones with model.lam=true", recipe.model.name)
         state = self.checkpoints.load(self.accelerator, self.lam)
         if state is not None:
             self.update = self.saved = state["update"]
@@ -156,36 +154,36 @@ class TrainingRun(ABC):
             self.best = state.get("best")
         if len(self.history) > recipe.schedule.total_epochs:
             raise RecipeError(
-                f"[schedule] has {recipe.schedule.total_epochs} epochs and the run in {recipe.run.output} has had "
+                f"[schedule] has {recipe.schedule.total_epochs} epochs, but the run in {recipe.run.output} already has "
                 f"{len(self.history)}; raise schedule.epochs, or choose another folder."
             )
         self._log_plan()
-        self.first_epoch = len(self.history)  # one record an epoch, written when it has been evaluated
+        self.first_epoch = len(self.history)  # one record per epoch, added after its evaluation
 
     @abstractmethod
     def open_data(self) -> None:
-        """Opens the splits, so that a wrong name is reported before anything is built; reads no input."""
+        """Opens the splits without reading inputs, so that a wrong name is reported before anything is built."""
 
     @abstractmethod
     def datasets(self) -> Mapping[str, Any]:
-        """Returns the splits that were opened by role: ``train``, ``validation`` and, if there is one, ``test``."""
+        """Returns the opened splits by role: ``train``, ``validation`` and optionally ``test``."""
 
     @abstractmethod
     def build_model(self) -> nn.Module:
-        """Returns the model, on the CPU, in training mode; the random state is that of ``run.seed``."""
+        """Returns the model on the CPU in training mode; random states are seeded with ``run.seed`` before."""
 
     @abstractmethod
     def train_loader(self, model: nn.Module) -> DataLoader[Any]:
-        """Returns the loader of ``run.batch_size / run.accumulation`` inputs; ``dataset.epoch`` is set each epoch."""
+        """Returns a loader of batches of ``run.batch_size / run.accumulation``; ``dataset.epoch`` is set each epoch."""
 
     @abstractmethod
     def backward(self, epoch: int, update: int, batches: list[Any]) -> Tensor:
-        """Computes the gradients of one update and returns the loss of the global batch, a scalar.
+        """Computes the gradients of one update; returns the loss of the global batch, a scalar.
 
         Args:
-            epoch: from 0.
-            update: from 0 in this epoch.
-            batches: ``run.accumulation`` of them, on the device.
+            epoch: current epoch, from 0.
+            update: update within the epoch, from 0.
+            batches: ``run.accumulation`` batches on the device.
         """
 
     @abstractmethod
@@ -193,44 +191,44 @@ class TrainingRun(ABC):
         """Scores :attr:`evaluated_model` on a split, ``"validation"`` or ``"test"``; called on every process.
 
         Returns:
-            What the paths of the task's metrics lead through.
+            The scores that the paths of the task's metrics refer to.
         """
 
     def scan_data(self, progress: ScanProgress | None) -> BadInputs:
-        """Searches the splits for inputs that can't be read, as the recipe says, and returns those left out."""
+        """Searches the splits for unreadable inputs, according to the recipe, and returns those left out."""
         return ()
 
     def eval_loaders(self, model: nn.Module) -> list[DataLoader[Any]]:
-        """Returns the loaders that :meth:`score` needs, for the accelerator to prepare."""
+        """Returns the loaders used by :meth:`score`, to be prepared by the accelerator."""
         return []
 
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """Returns the optimiser over the parameters that are trained."""
+        """Returns the optimiser over the trainable parameters."""
         return build_optimizer(self.recipe.optimizer, model)
 
     def prepare_model(self, model: nn.Module) -> Any:
-        """Returns the model on its device, wrapped for several processes where the task needs it."""
+        """Returns the model on its device, wrapped for several processes if the task needs it."""
         return self.accelerator.prepare(model)
 
     def evaluate(self) -> dict[str, float]:
-        """Scores :attr:`evaluated_model` on the validation split; returns the columns for ``metrics.csv``."""
+        """Scores :attr:`evaluated_model` on the validation split; returns columns for ``metrics.csv``."""
         self.scores = self.score("validation")
         found = {f"eval_{metric.name}": metric.of(self.scores) for metric in self.task.metrics}
         return {column: value for column, value in found.items() if value is not None}
 
     def write_report(self, folder: Path, scores: Mapping[str, Any], command: str | None) -> None:
-        """Writes ``report.md`` and what belongs to it into a folder; called on the main process.
+        """Writes ``report.md`` and its companion files into a folder; called on the main process.
 
         Args:
-            folder: made where it is missing.
-            scores: of the trained model, by split.
-            command: the command line; None where a program called.
+            folder: output folder; created if needed.
+            scores: scores of the trained model by split.
+            command: the command line; None if called from Python.
         """
         facts = self.facts(command) | {f"training_{self.task.items}": len(self.datasets()["train"])}
         write_score_report(folder, facts, scores, self.task, self.metric, self.history, self.about_weights())
 
     def finish(self, command: str | None) -> TrainResult:
-        """Saves the trained model beside the logs, scores it, writes the report and returns the run."""
+        """Saves the trained model, scores it, writes the report and returns the result."""
         folder, splits = self.keep_model(), self.datasets()
         if self.scores is None:  # the run was complete before it was resumed
             self.evaluate()
@@ -245,37 +243,37 @@ class TrainingRun(ABC):
         return self._result(folder, scores, report)
 
     def write_records(self) -> None:
-        """Writes what was decided about the data into the run's folder; called on the main process, once."""
+        """Writes the decisions about the data to the run's folder; called once on the main process."""
         keep_held_out(self.checkpoints.output, self.videos_held_out)
         if self.bad:
             path = self.checkpoints.output / "bad-inputs.csv"
             write_bad_inputs(path, self.bad)
-            _logger.warning("left out %d inputs that can't be read; %s lists them", len(self.bad), path)
+            _logger.warning("left out %d unreadable inputs; %s lists them", len(self.bad), path)
 
     def train_mode(self) -> None:
-        """Switches the model to training, as the task trains it."""
+        """Sets the modules that the task trains to training mode."""
         self.model.train()
 
     def held_out(self) -> str:
-        """Returns how validation data was taken from the training data, in words; empty where it was not."""
+        """Describes how validation data was held out of the training data; empty if it was not."""
         count = len(self.videos_held_out)
         return f" (held out: {_counted(count, 'video')}, by seed {self.recipe.run.seed})" if count else ""
 
     def class_names(self) -> list[str] | None:
-        """Returns the names that are saved with the model, if it is a classifier."""
+        """Returns the class names to save with the model; None for other tasks."""
         return None
 
     def after_update(self) -> None:  # noqa: B027 - a hook, which most tasks don't need
-        """Called after each optimiser step."""
+        """Hook called after each optimiser step."""
 
     def epoch(self, epoch: int) -> None:
-        """Trains one epoch from the current update on, and evaluates where an evaluation is due."""
+        """Trains one epoch from the current update on, and evaluates it if due."""
         self.seeded.epoch = epoch
         done = self.update - epoch * self.updates_per_epoch
         accumulation, interval = self.recipe.run.accumulation, self.recipe.run.checkpoint_interval
         loader = skip_first_batches(self.loader, done * accumulation) if done else self.loader
         self.train_mode()
-        left = done < self.updates_per_epoch  # nothing where the run was stopped in the epoch's evaluation
+        left = done < self.updates_per_epoch  # False if the run was stopped in the epoch's evaluation
         for batches in _grouped(loader, accumulation) if left else ():
             started = time.perf_counter()
             loss = self._step(epoch, self.update - epoch * self.updates_per_epoch, batches)
@@ -288,22 +286,22 @@ class TrainingRun(ABC):
         self._end_epoch(epoch)
 
     def keep_model(self) -> Path:
-        """Leaves the weights that the recipe keeps in ``model/`` and in :attr:`evaluated_model`; returns the folder.
+        """Saves the weights that the recipe keeps in ``model/``, loads them, and returns the folder.
 
-        Where these are not the last epoch's, those go to ``last/``, and the model is evaluated again.
+        If they are not the last epoch's, those are saved in ``last/``, and the model is evaluated again.
         """
         folder, last = (self.checkpoints.output / name for name in MODEL_FOLDERS)
         if self.kept_epoch == len(self.history):
             if self.accelerator.is_main_process:
-                shutil.rmtree(last, ignore_errors=True)  # of a run that was shorter
+                shutil.rmtree(last, ignore_errors=True)  # left by a shorter run
             if self.best is not None and self._why_last():
-                self.best = None  # model/ loses its weights, and a later part of the run may look for the best again
+                self.best = None  # model/ is overwritten; a later resumption may select the best again
                 self.checkpoints.amend(self.accelerator, self._state())
             self._save_model(folder)
             return folder
         self._save_model(last)
         weights = read_saved(ModelRef.of_folder(folder), with_weights=True).weights
-        assert weights is not None  # they were asked for
+        assert weights is not None  # requested by with_weights
         self.evaluated_model.load_state_dict(read_state_dict(weights.path, sha256=weights.sha256))
         self.evaluate()
         return folder
@@ -320,7 +318,7 @@ class TrainingRun(ABC):
             return f"The weights are those of the last epoch, not of the best{why and f': {why}'}."
         chosen = f"the best by {self.metric.name} on {self.datasets()['validation'].split} ({self.best['value']:.2f})"
         better = [int(record["epoch"]) + 1 for record in self.history if self._gain(record) > 0]
-        if better:  # while run.keep was "last", or in a version that kept no best weights
+        if better:  # trained while run.keep was "last", or by a version without best weights
             chosen += f" of the epochs whose weights could be kept (epoch {better[-1]} scored better)"
         if self.kept_epoch == epochs:
             return f"The weights are those of the last epoch, which is {chosen}."
@@ -328,15 +326,15 @@ class TrainingRun(ABC):
 
     @property
     def evaluated_model(self) -> Any:
-        """The averaged weights where there are any, else the model itself."""
+        """The averaged weights if enabled, else the model itself."""
         return self.accelerator.unwrap_model(self.model) if self.ema is None else self.ema.module
 
     def wall(self) -> float:
-        """Seconds since the run began, its interruptions left out."""
+        """Seconds since the run began, without interruptions."""
         return self.wall_seconds + time.perf_counter() - self.started
 
     def facts(self, command: str | None) -> dict[str, Any]:
-        """Returns the facts about the run for its report, as plain values."""
+        """Returns the facts common to the reports of all tasks, as plain values."""
         recipe, model = self.recipe, self.accelerator.unwrap_model(self.model)
         lam = getattr(model, "lam_config", None)
         return {
@@ -362,7 +360,7 @@ class TrainingRun(ABC):
         }
 
     def _result(self, model: Path, scores: dict[str, Any], report: Path | None) -> TrainResult:
-        """Ends the run: waits for the other processes, closes the logs, and returns what it leaves."""
+        """Finishes the run: waits for the other processes, closes the logs, and returns the result."""
         self.accelerator.wait_for_everyone()
         if self.recipe.run.tensorboard:
             self.accelerator.end_training()
@@ -372,7 +370,7 @@ class TrainingRun(ABC):
         )
 
     def _log_plan(self) -> None:
-        """Logs what was chosen, by the recipe or for it, before the first update."""
+        """Logs the settings of the run before the first update."""
         if not self.accelerator.is_main_process:
             return
         recipe, run = self.recipe, self.recipe.run
@@ -388,7 +386,7 @@ class TrainingRun(ABC):
         parameters = list(self.accelerator.unwrap_model(self.model).parameters())
         trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
         _logger.info(
-            "%s of %s parameters trained, on %s in %d process(es), precision %s; the run goes to %s",
+            "%s of %s parameters trained, on %s in %d process(es), precision %s; output folder %s",
             f"{trained:,}", f"{sum(parameter.numel() for parameter in parameters):,}", self.accelerator.device,
             self.accelerator.num_processes, run.precision, run.output,
         )  # fmt: skip
@@ -408,13 +406,13 @@ class TrainingRun(ABC):
         )  # fmt: skip
 
     def _why_last(self) -> str:
-        """Says why nothing is chosen; empty where the best weights are."""
+        """Returns the reason for keeping the last weights; empty if the best ones are kept."""
         if self.recipe.run.keep == "last":
             return 'run.keep is "last"'
         splits = self.datasets()
         watched, test = splits["validation"].split, splits.get("test")
         if "test" in synonyms(watched or "") or (test is not None and test.split == watched):
-            return f"{watched} was watched, and nothing is chosen on a test split"
+            return f"{watched} was watched, and weights are not selected on a test split"
         return ""
 
     def _save_model(self, folder: Path) -> None:
@@ -423,12 +421,12 @@ class TrainingRun(ABC):
         self.accelerator.wait_for_everyone()
 
     def _keep_if_best(self, record: Mapping[str, float]) -> bool:
-        """Writes ``model/`` where an evaluation was the best so far and the best is kept; says whether it was."""
+        """Saves ``model/`` if the best weights are kept and this score is the best so far; returns whether it did."""
         if self._why_last():
             return False
         value = record.get(f"eval_{self.metric.name}", math.nan)
-        better = math.isfinite(value) and (self.best is None or self._gain(record) >= 0)  # of equals the later
-        # One process decides: the last digits of a score may differ, and all processes wait for the saved model.
+        better = math.isfinite(value) and (self.best is None or self._gain(record) >= 0)  # the later one of equals
+        # One process decides: the last digits of a score may differ, and all processes must agree on saving.
         better, value = broadcast_object_list([better, value])
         if not better:
             return False
@@ -437,7 +435,7 @@ class TrainingRun(ABC):
         return True
 
     def _gain(self, record: Mapping[str, float]) -> float:
-        """Returns how much better than the best a record's score is; 0 without one."""
+        """Returns the improvement of a record's score over the best; 0 without a score."""
         assert self.best is not None
         gain = record.get(f"eval_{self.metric.name}", math.nan) - self.best["value"]
         return 0.0 if not math.isfinite(gain) else gain if self.metric.higher_is_better else -gain
@@ -478,7 +476,7 @@ class TrainingRun(ABC):
     def _end_epoch(self, epoch: int) -> None:
         recipe = self.recipe
         waited = time.perf_counter()
-        loss = self._total_loss() / self.updates_per_epoch  # waits for what a GPU has yet to do
+        loss = self._total_loss() / self.updates_per_epoch  # waits for the GPU
         self.seconds += time.perf_counter() - waited
         record = {
             "epoch": epoch,
@@ -490,7 +488,7 @@ class TrainingRun(ABC):
         last = epoch + 1 == recipe.schedule.total_epochs
         evaluates, best = last or (epoch + 1) % recipe.run.eval_interval == 0, False
         if evaluates:
-            self._save()  # first, so that an evaluation that fails doesn't cost the epoch
+            self._save()  # before the evaluation, which may fail
             record |= self.evaluate()
             best = self._keep_if_best(record)
         self._log_epoch(record, best)
@@ -510,13 +508,13 @@ class TrainingRun(ABC):
         total = float(self.loss_sum)
         if not math.isfinite(total):
             raise DivergedError(
-                f"The training diverged: its loss is {total} by update {self.update}, and nothing of that is saved. "
+                f"The training diverged: its loss is {total} at update {self.update}; these weights are not saved. "
                 f"{DivergedError.way_out}"
             )
         return total
 
     def _save(self) -> None:
-        if self.saved == self.update:  # the run was stopped after this checkpoint, and its weights are these
+        if self.saved == self.update:  # the run was stopped after this checkpoint
             self.checkpoints.amend(self.accelerator, self._state())
         else:
             self.checkpoints.save(self.accelerator, self._state())
@@ -563,25 +561,25 @@ def _counted(number: int, noun: str) -> str:
 
 
 def _grouped(loader: Any, size: int) -> Iterator[list[Any]]:
-    """Yields the batches of one update after the other; the last ones, where they don't fill one, are dropped."""
+    """Groups batches by update; the last incomplete group is dropped."""
     batches = iter(loader)
     while len(group := list(islice(batches, size))) == size:
         yield group
 
 
 def _create_accelerator(run: RunSection) -> Accelerator:
-    AcceleratorState._reset_state()  # it is shared, and refuses another precision than that of the process's last run
+    AcceleratorState._reset_state()  # shared in the process; rejects another precision than that of the last run
     accelerator = Accelerator(
         mixed_precision=run.precision,
         cpu=run.device == "cpu",
-        dataloader_config=DataLoaderConfiguration(split_batches=True),  # batches are the global ones
+        dataloader_config=DataLoaderConfiguration(split_batches=True),  # loaders yield global batches
         log_with="tensorboard" if run.tensorboard else None,
         project_dir=run.output,
         step_scheduler_with_optimizer=False,
     )
     if run.batch_size // run.accumulation % accelerator.num_processes:
         raise RecipeError(
-            f"run.batch_size {run.batch_size} over {run.accumulation} accumulation steps does not divide by "
+            f"run.batch_size {run.batch_size} over {run.accumulation} accumulation steps is not divisible by "
             f"{accelerator.num_processes} processes; choose a multiple."
         )
     return accelerator

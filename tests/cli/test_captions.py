@@ -33,7 +33,7 @@ def test_a_model_and_its_captions_score_alike(run, data: Path, model: str) -> No
     done = run("eval", model, *options, "--submission", "test.json", "--output", "scores.json", "--beams", "2")
     assert done.code == 0, done.err
     assert all(name in done.out for name in ("8 clips", "CIDEr", "WER"))
-    assert "METEOR is not among the scores: METEOR runs Java" in " ".join(done.err.split())
+    assert "METEOR is left out: METEOR runs Java" in " ".join(done.err.split())
     written = json.loads(Path("scores.json").read_text())
     entries = json.loads(Path("test.json").read_text())
     assert (written["clips"], written["beams"], len(entries)) == (8, 2, 8)
@@ -91,7 +91,7 @@ def test_what_does_not_fit_the_task_is_refused(run, data: Path, model: str, argu
 def test_beams_are_for_captions_and_classifiers_describe_nothing(run, data: Path, model: str) -> None:
     done = run("eval", "vit_micro", "--task", "captions", "--data", f"grid:{data}:audio")
     assert done.code == 2
-    assert "describes nothing; use a model of the family lam_describer" in " ".join(done.err.split())
+    assert "does not generate captions; use a model of the family lam_describer" in " ".join(done.err.split())
     done = run("eval", "vit_micro", "--data", "npz:x", "--beams", "2")
     assert "--beams does not apply to the task classification" in " ".join(done.err.split())
 
@@ -99,8 +99,8 @@ def test_beams_are_for_captions_and_classifiers_describe_nothing(run, data: Path
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("{}", "is not a list of captions"),
-        ('[{"image_id": 1}]', "entry 0 of broken.json has no image_id or no caption"),
+        ("{}", "is no list of captions"),
+        ('[{"image_id": 1}]', "entry 0 of broken.json lacks an image_id or a caption"),
         ('[{"image_id": 1, "caption": "a"}]', "have no hypothesis"),
     ],
 )
@@ -114,4 +114,4 @@ def test_malformed_captions_are_named(run, data: Path, text: str, says: str) -> 
 def test_context_needs_a_model_with_room(run, data: Path, model: str) -> None:
     done = run("eval", model, "--task", "captions", "--data", f"grid:{data}:audio", "--context", "2")
     assert done.code == 2
-    assert "context=2: the model has no room for earlier captions" in " ".join(done.err.split())
+    assert "context=2: the model does not support earlier captions" in " ".join(done.err.split())

@@ -257,7 +257,7 @@ def inputs(tmp_path: Path) -> Path:
         ("eval MODEL --data packed --workers -1", "workers is -1"),
         ("eval MODEL --data packed --precision int4", "int4"),
         ("eval MODEL --data packed --output nowhere/score.json", "nowhere"),
-        ("eval MODEL --data packed --state text.png", "no state of an evaluation"),
+        ("eval MODEL --data packed --state text.png", "is not an evaluation state"),
         ("eval MODEL", "--data"),
         ("train none.toml", "none.toml"),
         ("train bad.toml", "sauce"),

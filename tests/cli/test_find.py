@@ -162,7 +162,7 @@ def test_a_model_of_other_features_is_refused_before_the_video_is_read(
     video.write_text("nothing")
     done = run("find", "a smile", video, "--model", other, "--features", towers)
     assert done.code == 2
-    assert "514 features of a clip and 512 of a word, and the data give 26 and 32" in done.err
+    assert "514 features per clip and 512 per word, but the data have 26 and 32" in done.err
     done = run("find", "a smile", video, "--model", towers, "--features", towers)
     assert done.code == 2
     assert "finds no moments" in done.err
@@ -173,7 +173,7 @@ def test_a_model_of_other_features_is_refused_before_weights_of_the_towers_are_a
 ) -> None:
     done = run("find", "a smile", video, "--model", model)
     assert done.code == 2
-    assert "26 features of a clip and 32 of a word, and the data give 514 and 512" in done.err
+    assert "26 features per clip and 32 per word, but the data have 514 and 512" in done.err
     fitting = saved(Path("fitting"), "lam_moment_detr_micro", video_dim=514, text_dim=512)
     done = run("find", "a smile", video, "--model", fitting)
     assert done.code == 2

@@ -57,7 +57,7 @@ def test_what_does_not_fit_the_task_is_refused(run, data: Path, model: str, argu
 def test_a_classifier_finds_no_moments(run, data: Path) -> None:
     done = run("eval", "vit_micro", "--task", "moments", "--data", f"qvhighlights:{data}")
     assert done.code == 2
-    assert "finds no moments; use a model of the family lam_moment_detr" in " ".join(done.err.split())
+    assert "does not predict moments; use a model of the family lam_moment_detr" in " ".join(done.err.split())
     done = run("eval", "vit_micro", "--data", "npz:x", "--submission", "x.jsonl")
     assert "--submission does not apply to the task classification" in " ".join(done.err.split())
 
@@ -68,8 +68,8 @@ def test_a_classifier_finds_no_moments(run, data: Path) -> None:
         ("[]", "line 1 of broken.jsonl is not a JSON object"),
         ('{"qid": 24', "line 1 of broken.jsonl is not JSON"),
         ('{"query": "a"}', "line 1 of broken.jsonl has no qid"),
-        ('{"qid": 24, "pred_relevant_windows": 3}', "pred_relevant_windows is not a list"),
-        ('{"qid": 999, "pred_relevant_windows": [[0, 2, 1]]}', "have qid 999, which the annotations have not"),
+        ('{"qid": 24, "pred_relevant_windows": 3}', "pred_relevant_windows is no list"),
+        ('{"qid": 999, "pred_relevant_windows": [[0, 2, 1]]}', "have qid 999, which is not annotated"),
     ],
 )
 def test_a_malformed_submission_is_named(run, data: Path, line: str, says: str) -> None:

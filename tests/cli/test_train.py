@@ -35,7 +35,7 @@ def test_one_line_fine_tunes_on_a_folder(run, start: str, tmp_path: Path) -> Non
     data, schedule, parameters, epoch = done.err.splitlines()
     assert data.endswith(": 12 images to train on, 3 to validate on (held out: 0.1 of each class, by seed 0)")
     assert schedule.startswith("1 epoch of 2 updates, batches of 6; adamw, learning rate 0.00")
-    assert parameters.endswith("on cpu in 1 process(es), precision no; the run goes to runs/start-my-photos")
+    assert parameters.endswith("on cpu in 1 process(es), precision no; output folder runs/start-my-photos")
     assert re.match(r"epoch 1 of 1: training loss [\d.]+; validation: top1 .*, loss .* \(the best so far\);", epoch)
     output = Path("runs/start-my-photos")
     assert f"the report is {output / 'report' / 'report.md'}\nthe model is local-dir:{output / 'model'}\n" in done.out
@@ -145,7 +145,7 @@ def test_a_run_whose_images_changed_is_not_resumed(run, start: str, tmp_path: Pa
     (folder / CLASSES[0] / "new.jpg").write_bytes((folder / CLASSES[0] / "0.jpg").read_bytes())
     done = run("train", "--output", "out", "--resume")
     assert done.code == 2
-    assert "the training images have changed since the run in out split some off" in done.err
+    assert "the training images have changed since the run in out held some out" in done.err
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ def test_raw_captions_are_tokenized_on_demand() -> None:
     raw = {1: "A dog runs.", 2: "A cat\nis asleep!"}
     assert caption_metrics(REFERENCES, raw, tokenize=True) == caption_metrics(REFERENCES, HYPOTHESES)
     assert caption_metrics(REFERENCES, raw)["Bleu_1"] < caption_metrics(REFERENCES, HYPOTHESES)["Bleu_1"]
-    with pytest.raises(DataError, match="reference of id 2 is punctuation only"):
+    with pytest.raises(DataError, match="reference of id 2 has only punctuation"):
         caption_metrics(REFERENCES | {2: ["a cat", "..."]}, raw, tokenize=True)
 
 
@@ -160,8 +160,8 @@ def test_without_pycocoevalcap_the_extra_is_named(monkeypatch: pytest.MonkeyPatc
     ("references", "hypotheses", "says"),
     [
         ({}, {}, "The references are empty"),
-        (REFERENCES, {}, "The hypotheses are empty, or no mapping"),
-        (REFERENCES, [{"image_id": 1, "caption": "a dog"}], "The hypotheses are empty, or no mapping"),
+        (REFERENCES, {}, "The hypotheses are empty or not a mapping"),
+        (REFERENCES, [{"image_id": 1, "caption": "a dog"}], "The hypotheses are empty or not a mapping"),
         (REFERENCES, {1: "a dog"}, "1 of 2 ids have no hypothesis, 2 among them"),
         ({1: ["a dog"]}, HYPOTHESES, "1 of 2 ids have no reference, 2 among them"),
         (REFERENCES, {"1": "a dog", "2": "a cat"}, "have no hypothesis, 1, 2 among them.*numbers or strings"),
@@ -254,7 +254,7 @@ def test_saying_the_same_everywhere_gains_nothing() -> None:
     [
         ({"groups": {"film": [1]}}, DataError, "Id 2 is in no movie of groups"),
         ({"groups": {"film": [1, 2], "sequel": [2]}}, DataError, "Id 2 is in the movie 'film' and again in 'sequel'"),
-        ({"groups": {"film": [1, 2, 3]}}, DataError, "movie 'film' has the id 3, which has no reference"),
+        ({"groups": {"film": [1, 2, 3]}}, DataError, "movie 'film' lists the id 3, which has no reference"),
         ({"groups": {"film": [1, 2], "sequel": []}}, DataError, "movie 'sequel' has no descriptions"),
         ({"references": REFERENCES}, DataError, "Id 1 has 2 references"),
         ({"hypotheses": {1: "a dog"}}, DataError, "have no hypothesis"),
@@ -300,14 +300,14 @@ def test_captions_are_written_as_coco_has_them(tmp_path: Path) -> None:
     [
         ("[{", r"captions\.json is no readable JSON"),
         (b"\xff", "is no readable JSON"),
-        ('{"annotations": []}', "is not a list of captions; it must be"),
-        ('[{"image_id": 1, "caption": "a"}, 2]', "entry 1 of .* has no image_id or no caption"),
-        ('[{"image_id": 1}]', "entry 0 of .* has no image_id or no caption"),
+        ('{"annotations": []}', "is no list of captions; it must be"),
+        ('[{"image_id": 1, "caption": "a"}, 2]', "entry 1 of .* lacks an image_id or a caption"),
+        ('[{"image_id": 1}]', "entry 0 of .* lacks an image_id or a caption"),
         ('[{"image_id": 1.5, "caption": "a"}]', "an image_id of type float; it must be an int or a string"),
         ('[{"image_id": 1, "caption": ["a"]}]', r"entry 0 of .* has the caption \['a'\]; it must be one string"),
         (
             '[{"image_id": 1, "caption": "a"}, {"image_id": 1, "caption": "b"}]',
-            "entry 1 of .* has the image_id 1 again",
+            "entry 1 of .* repeats the image_id 1",
         ),
     ],
 )

@@ -111,7 +111,7 @@ def test_policies_that_cannot_change_rgba_are_refused(data: Path, in_chans: int,
         "run": {"output": str(tmp_path / "run"), "batch_size": 4, "device": "cpu", "report": False},
     }
     if in_chans == 4:
-        with pytest.raises(RecipeError, match="can't change images of 4 channels; set it to ''"):
+        with pytest.raises(RecipeError, match="do not support 4 channels; set it to ''"):
             train(parse_recipe(table))
         table["augment"]["auto_augment"] = ""
     assert len(train(parse_recipe(table)).history) == 1

@@ -114,7 +114,7 @@ def test_a_state_of_another_run_is_refused_and_left_alone(data, tmp_path: Path) 
 def test_a_file_that_is_no_state_is_never_overwritten(data, tmp_path: Path, text: str) -> None:
     state = tmp_path / "notes.md"
     state.write_text(text)
-    with pytest.raises(DataError, match="no state of an evaluation"):
+    with pytest.raises(DataError, match="is not an evaluation state"):
         evaluate(Reads(), data, state=state)
     assert state.read_text() == text
 
@@ -245,7 +245,7 @@ def test_a_score_of_no_image_is_none(tmp_path: Path) -> None:
 
 def test_a_part_of_the_classes_is_scored_by_a_class_map(data) -> None:
     names = ["violet", *CLASSES, "yellow"]
-    with pytest.raises(DataError, match="a class map says which"):
+    with pytest.raises(DataError, match="a class map assigns them"):
         evaluate(small(5), data)
 
     class Shifted(Reads):
@@ -261,7 +261,7 @@ def test_a_part_of_the_classes_is_scored_by_a_class_map(data) -> None:
 
 def test_the_classes_are_those_of_the_weights_or_imagenets() -> None:
     assert label_names(timm.create_model("vit_tiny_patch16_224"))[:2] == ["n01440764", "n01443537"]
-    with pytest.raises(DataError, match="nothing says what the 7 classes"):
+    with pytest.raises(DataError, match="the model's 7 classes are unknown"):
         label_names(small(7))
 
 

@@ -150,7 +150,7 @@ def changed(**changes: Any) -> list[dict[str, Any]]:
     [
         ([], "lack 1 of 1 queries, qid 1 among them"),
         ([{}], "Prediction 0 has no qid"),
-        (changed(qid=7), "qid 7, which the annotations have not"),
+        (changed(qid=7), "qid 7, which is not annotated"),
         ([prediction(), prediction()], "qid 1 twice"),
         (changed(pred_relevant_windows=[]), "qid 1 has no windows"),
         (changed(pred_relevant_windows=[[0, 8]]), r"window \[0, 8\]; a window is \[start, end, score\]"),
@@ -161,7 +161,7 @@ def changed(**changes: Any) -> list[dict[str, Any]]:
         (changed(pred_relevant_windows=[[-9, 4, 1]]), "outside of its video of 20 s"),
         (changed(pred_saliency_scores=[0.0] * 5), r"qid 1 has 5 saliencies, and its video has 10 clips of 2 s"),
         (changed(pred_saliency_scores=[]), "has 0 saliencies"),
-        (changed(qid="7"), "qid '7', which the annotations have not"),
+        (changed(qid="7"), "qid '7', which is not annotated"),
         (changed(pred_saliency_scores=[float("inf")] * 10), "a saliency that is no finite number"),
         (changed(pred_saliency_scores=[10**400] * 10), "a saliency that is no finite number"),
     ],

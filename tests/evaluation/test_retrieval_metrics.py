@@ -101,8 +101,8 @@ def test_dual_softmax_puts_right_a_video_that_every_text_likes() -> None:
         (np.array([[0.0, np.nan]]), [0], "text 0 and video 1 is NaN"),
         (np.zeros((2, 2)), [0], "2 whole numbers"),
         (np.zeros((2, 2)), [0.0, 1.0], "2 whole numbers"),
-        (np.zeros((2, 2)), [0, 2], "names the video 2; there are 2"),
-        (np.zeros((2, 2)), [0, -1], "names the video -1"),
+        (np.zeros((2, 2)), [0, 2], "has the index 2; it must be from 0 to 1"),
+        (np.zeros((2, 2)), [0, -1], "has the index -1"),
     ],
 )
 def test_what_is_no_similarity_is_refused(similarity: np.ndarray, owners: list[int] | None, says: str) -> None:

@@ -275,7 +275,12 @@ def test_more_spans_than_there_are_is_all_of_them(drawn: Any, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("name", "options", "error", "says"),
     [
-        ("lam_vit_micro", {}, UnsupportedHostError, "finds no moments; use a model of the family lam_moment_detr"),
+        (
+            "lam_vit_micro",
+            {},
+            UnsupportedHostError,
+            "does not predict moments; use a model of the family lam_moment_detr",
+        ),
         (
             "moment_detr_micro",
             {"video_dim": 12, "text_dim": 64},

@@ -139,7 +139,7 @@ def test_it_learns_to_write_what_it_has_not_heard(table: dict[str, Any], tmp_pat
     assert found.captions.keys() == dataset.references().keys()
     few = describe_clips(loaded, dataset, [5, 1], device="cpu")
     assert few == {dataset.items[index].id: found.captions[dataset.items[index].id] for index in (5, 1)}
-    with pytest.raises(UnsupportedHostError, match="reads {'audio': 128}, and the data give {'mouth': 384}"):
+    with pytest.raises(UnsupportedHostError, match="reads {'audio': 128}, but the data have {'mouth': 384}"):
         describe_clips(loaded, create_caption_dataset(f"grid:{dataset.spec[5:-6]}:mouth", "test"))
     with pytest.raises(UnsupportedHostError, match="describes nothing"):
         describe_clips(torch.nn.Linear(2, 2), dataset)
@@ -281,7 +281,7 @@ def test_case_and_punctuation_do_not_count(speech: Path) -> None:
     ("changes", "says"),
     [
         ({"data": {"sauce": "grid:x"}}, "data.sauce is unknown; did you mean data.source"),
-        ({"data": {"eval_split": "train"}}, "clips of .* would be trained and scored on"),
+        ({"data": {"eval_split": "train"}}, "clips of .* would be used for training and scoring"),
         ({"data": {"context": 2}}, "2 earlier captions and lam_describer_micro has no room"),
         ({"augment": {"splice": 2.0}}, "augment.splice is 2.0"),
         ({"loss": {"ctc": -1.0}}, "loss.ctc is -1.0"),

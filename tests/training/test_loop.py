@@ -171,7 +171,7 @@ def test_a_run_that_was_killed_keeps_its_best(
 @pytest.mark.parametrize(
     ("data", "changes", "why"),
     [
-        ({"eval_split": "test"}, {}, "test was watched, and nothing is chosen on a test split"),
+        ({"eval_split": "test"}, {}, "test was watched, and weights are not selected on a test split"),
         ({"val_fraction": 0.25}, {"keep": "last"}, 'run.keep is "last"'),
     ],
 )
@@ -228,7 +228,7 @@ def test_a_resumed_run_may_be_longer(recipe_table: dict[str, Any], tmp_path: Pat
     assert curve(longer.history)[:1] == curve(first.history)
     assert longer.history[1]["lr"] == pytest.approx(1e-2 * (1 + math.cos(math.pi * 11 / 18)) / 2)  # of the new schedule
     recipe_table["schedule"]["epochs"] = 2
-    with pytest.raises(RecipeError, match=r"has 2 epochs and the run in .* has had 3; raise schedule\.epochs"):
+    with pytest.raises(RecipeError, match=r"has 2 epochs, but the run in .* already has 3; raise schedule\.epochs"):
         train(parse_recipe(recipe_table), resume=True)
 
 
@@ -358,7 +358,7 @@ def test_training_leaves_timms_switch_alone(recipe_table: dict[str, Any], tmp_pa
 
 def test_scoring_on_the_training_images_is_refused(recipe_table: dict[str, Any], tmp_path: Path) -> None:
     recipe_table["data"]["eval_split"] = "train"
-    with pytest.raises(RecipeError, match="trained and scored on the same images"):
+    with pytest.raises(RecipeError, match="use the same images for training and scoring"):
         run(recipe_table, tmp_path / "out")
 
 
@@ -404,5 +404,5 @@ def test_a_model_of_timms_without_masks_is_trained_with_a_word_about_it(
     recipe_table["model"] |= {} if lam is None else {"lam": lam}
     recipe_table["schedule"]["epochs"] = 1
     result = train(parse_recipe(recipe_table))
-    assert ("timm/test_vit has no masks, and none are trained; model.lam=true gives" in caplog.text) == said
+    assert ("timm/test_vit has no masks to train; add the default ones with model.lam=true" in caplog.text) == said
     assert (lamzoo.create_model(f"local-dir:{result.model}").lam_config is None) == (lam is not True)

@@ -134,7 +134,7 @@ def test_data_whose_words_have_no_times_say_nothing_of_them(qvhighlights: Path) 
 def test_a_model_of_another_vocabulary_is_refused(table: dict[str, Any], tmp_path: Path) -> None:
     table["model"]["kwargs"]["words"] = 51
     with pytest.raises(
-        LamzooError, match="tells 51 words apart, and .* knows the times of 6; set model.kwargs.words to 6"
+        LamzooError, match="classifies 51 words, but .* has the times of 6; set model.kwargs.words to 6"
     ):
         run(table, tmp_path / "out")
 
@@ -210,7 +210,7 @@ def test_a_batch_of_one_says_that_no_sentence_can_be_unrelated(
 ) -> None:
     table["run"]["batch_size"] = 1
     assert gradients(table, tmp_path / "out")["loss"].isfinite()
-    assert "run.batch_size is 1, so lam_qd_detr_micro does not learn from sentences that do not fit" in caplog.text
+    assert "run.batch_size is 1, so lam_qd_detr_micro is trained without negative sentences" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["lam_moment_detr_micro", "lam_qd_detr_micro"])
@@ -227,16 +227,16 @@ def test_published_weights_must_fit_the_data(table: dict[str, Any], qvhighlights
     assert run(table, tmp_path / "second").history[0]["train_loss"] < first.history[0]["train_loss"]
     table["data"] = {"source": f"qvhighlights:{qvhighlights}"}
     table["augment"] = {}
-    with pytest.raises(LamzooError, match="reads 258 features of a clip and 6 of a word, and the data give 16 and 5"):
+    with pytest.raises(LamzooError, match="expects 258 features per clip and 6 per word, but the data have 16 and 5"):
         run(table, tmp_path / "third")
 
 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"task": "moment"}, "There is no task 'moment'"),
+        ({"task": "moment"}, "The task 'moment' is unknown"),
         ({"data": {"sauce": "grid:x"}}, "data.sauce is unknown; did you mean data.source"),
-        ({"data": {"eval_split": "train"}}, "queries of .* would be trained and scored on"),
+        ({"data": {"eval_split": "train"}}, "queries of .* would be used for training and scoring"),
         ({"data": {"eval_split": "absent"}}, "absent"),
         ({"augment": {"splice": 2.0}}, "augment.splice is 2.0"),
         ({"loss": {"giou": -1.0}}, "loss.giou is -1.0"),

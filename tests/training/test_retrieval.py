@@ -171,7 +171,7 @@ def test_one_caption_a_video_is_drawn_anew_each_epoch(faces: Path, table: dict[s
         ({"data": {"fpz": 3}}, "data.fpz is unknown; did you mean data.fps"),
         ({"data": {"fps": -1.0}}, "data.fps is -1.0"),
         ({"data": {"max_frames": 0}}, "data.max_frames is 0"),
-        ({"data": {"eval_split": "train"}}, "48 videos of .* would be trained and scored on"),
+        ({"data": {"eval_split": "train"}}, "48 videos of .* would be used for training and scoring"),
         ({"data": {"eval_split": "absent"}}, "absent"),
         ({"augment": {"splice": 2.0}}, "augment.splice is 2.0"),
         ({"augment": {"phrase": -0.5}}, "augment.phrase is -0.5"),

@@ -55,13 +55,13 @@ def test_without_a_fraction_a_missing_split_is_an_error(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "data", splits=("train", "test"))
     with pytest.raises(MissingSplitError, match="no split 'validation'"):
         open_splits(DataSection(str(folder)))
-    with pytest.raises(RecipeError, match="trained and scored on the same images .* or set data.val_fraction"):
+    with pytest.raises(RecipeError, match="use the same images for training and scoring .* or set data.val_fraction"):
         open_splits(DataSection(str(write_folder(tmp_path / "flat", splits=()))))
 
 
 def test_testing_on_the_training_images_is_refused(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "data", splits=())
-    with pytest.raises(RecipeError, match="trained and scored on the same images"):
+    with pytest.raises(RecipeError, match="use the same images for training and scoring"):
         open_splits(DataSection(str(folder), val_fraction=0.2, test_split="all"))
     with pytest.raises(MissingSplitError, match="no split 'test'"):
         open_splits(DataSection(str(folder), val_fraction=0.2, test_split="test"))

@@ -1,4 +1,4 @@
-"""Captions in COCO's form of results: a JSON list of objects with an image_id and a caption."""
+"""Captions in COCO's results format: a JSON list of objects with an image_id and a caption."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _FORM = '[{"image_id": ..., "caption": ...}, ...]'
 
 
 def read_captions(path: str | Path) -> dict[int | str, str]:
-    """Reads captions, gzipped (``.gz``) or not, as :func:`lamzoo.evaluation.caption_metrics` takes them.
+    """Reads captions from a JSON file, optionally gzipped (``.gz``), for :func:`lamzoo.evaluation.caption_metrics`.
 
     Returns:
-        For each image_id its caption, in the file's order; other keys are passed over.
+        The caption of each image_id, in the file's order; other keys are ignored.
 
     Raises:
-        DataError: there is no such file, it is no JSON or not of that form, an id or a caption is missing or of a wrong
-            type, or an id is there twice.
+        DataError: the file does not exist, is not JSON or not in this format, an id or a caption is missing or has the
+            wrong type, or an id occurs twice.
     """
     path = Path(path)
     entries = read_json(path)
@@ -33,24 +33,24 @@ def read_captions(path: str | Path) -> dict[int | str, str]:
     for number, entry in enumerate(entries):
         where = f"entry {number} of {path}"
         if not isinstance(entry, dict) or "image_id" not in entry or "caption" not in entry:
-            raise DataError(f"{where} has no image_id or no caption; the file must be {_FORM}")
+            raise DataError(f"{where} lacks an image_id or a caption; the file must be {_FORM}")
         key, caption = entry["image_id"], entry["caption"]
         _check(key, caption, where)
         if key in captions:
-            raise DataError(f"{where} has the image_id {key!r} again; leave one out")
+            raise DataError(f"{where} repeats the image_id {key!r}; remove one of the two")
         captions[key] = caption
     return captions
 
 
 def write_captions(path: str | Path, hypotheses: Mapping[Any, str]) -> None:
-    """Writes captions, gzipped where the name ends in ``.gz``, all of them or nothing.
+    """Writes captions atomically, gzipped if the name ends in ``.gz``.
 
     Args:
-        path: the file; its folder is made.
-        hypotheses: for each id, a number or a string, its caption.
+        path: the file; its folder is created if needed.
+        hypotheses: maps each id, an int or a string, to its caption.
 
     Raises:
-        DataError: an id or caption of another type, or the file can't be written there.
+        DataError: an id or caption has another type, or the file can't be written.
     """
     for key, caption in hypotheses.items():
         _check(key, caption, f"{path} can't be written: the entry of {key!r}")

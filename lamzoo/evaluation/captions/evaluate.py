@@ -1,4 +1,4 @@
-"""Captions of clips by a describer, and their scores."""
+"""Generation and scoring of captions with a describer."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class CaptionResult:
     """Scores of a describer.
 
     Attributes:
-        metrics: as of :func:`caption_scores`.
-        captions: the sentences, by the items' ids.
-        seconds: in all, reading included.
+        metrics: as returned by :func:`caption_scores`.
+        captions: the generated captions by item id.
+        seconds: total time, including reading.
     """
 
     metrics: dict[str, float]
@@ -56,24 +56,24 @@ def evaluate_captions(
     workers: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> CaptionResult:
-    """Scores a model of the family ``lam_describer`` on a split: it describes each clip.
+    """Scores a model of the family ``lam_describer`` on a split, with one generated caption per clip.
 
     Args:
-        model: left on the device.
+        model: the model; it stays on the device.
         dataset: the split.
-        generation: a :class:`lamzoo.models.describer.generation.GenerationConfig`; greedily by default.
-        context: earlier captions of the same video that are read, as the data have them.
-        batch_size: clips at a time.
-        device: as torch writes it, or ``"auto"``.
-        precision: of the autocast.
-        workers: processes that read features; 0 reads in this one.
-        progress: called with the clips that are described, and how many there are.
+        generation: a :class:`lamzoo.models.describer.generation.GenerationConfig`; greedy decoding by default.
+        context: number of earlier captions of the same video to condition on, taken from the data.
+        batch_size: clips per batch.
+        device: a torch device, or ``"auto"``.
+        precision: autocast precision.
+        workers: worker processes that read features; 0 reads in the main process.
+        progress: called with the number of clips described and the total.
 
     Raises:
-        ConfigError: a device, precision, batch size or number of workers that is not possible, or a context that the
-            model has no room for.
+        ConfigError: an invalid device, precision, batch size or number of workers, or a context that the model does not
+            support.
         DataError: features can't be read.
-        UnsupportedHostError: the model describes nothing, or reads other features.
+        UnsupportedHostError: the model does not generate captions, or expects other features.
     """
     start = time.perf_counter()
     captions = describe_clips(
@@ -87,9 +87,9 @@ def score_captions(model: Any, dataset: CaptionDataset, request: EvalRequest) ->
     """Scores a describer as ``lamzoo eval`` and ``lamzoo bench`` do; errors as of :func:`evaluate_captions`.
 
     Args:
-        model: of the family ``lam_describer``.
+        model: a model of the family ``lam_describer``.
         dataset: the split.
-        request: how; its options are ``beams`` and ``context``.
+        request: evaluation settings; its options are ``beams`` and ``context``.
     """
     from lamzoo.models.describer.generation import GenerationConfig  # needs open_clip
 
@@ -106,10 +106,10 @@ def score_captions(model: Any, dataset: CaptionDataset, request: EvalRequest) ->
 
 
 def score_file(path: str | Path, dataset: CaptionDataset) -> Evaluation:
-    """Scores captions in COCO's form of results, as ``lamzoo eval FILE.json`` does.
+    """Scores captions in COCO's results format, as ``lamzoo eval FILE.json`` does.
 
     Raises:
-        DataError: as of :func:`lamzoo.evaluation.read_captions`, or the ids are not the split's.
+        DataError: as of :func:`lamzoo.evaluation.read_captions`, or the ids differ from the split's.
     """
     captions = {str(key): caption for key, caption in read_captions(path).items()}
     metrics = caption_scores(dataset, captions) | java_scores(dataset, captions)
@@ -118,21 +118,21 @@ def score_file(path: str | Path, dataset: CaptionDataset) -> Evaluation:
 
 
 def score_table(scores: Mapping[str, Mapping[str, float]]) -> ScoreTable:
-    """Returns metrics of :func:`caption_scores` as a table, a row for each split."""
+    """Returns metrics of :func:`caption_scores` as a table with one row per split."""
     keys = list(dict.fromkeys(key for of_split in scores.values() for key in of_split))
     percent = ("WER", "sentence_accuracy", f"R@{_NEAREST}/{_NEIGHBOURS}")
     specs = [MetricSpec(key, (key,), key, decimals=2 if key in percent else 3) for key in keys]
-    note = "Word error rate and sentence accuracy in percent, the others as COCO's tools give them."
+    note = "Word error rate and sentence accuracy in percent, the others as computed by COCO's tools."
     return metric_table(specs, scores, note=note)
 
 
 def watched_metric(dataset: CaptionDataset) -> str:
-    """Returns the metric that is watched: the word error rate of speech, whose words have times, and else CIDEr."""
+    """Returns the watched metric: word error rate if the words have times (speech), CIDEr otherwise."""
     return "WER" if dataset.items[0].words else "CIDEr"
 
 
 def describe_input(model: Any) -> str:
-    """Returns the size of a describer's input, for a model card."""
+    """Returns the input size of a describer, for a model card."""
     inputs = [f"{rate:g} tokens of {name} ({model.features[name]} wide)" for name, rate in model.rates.items()]
     return f"{model.seconds:g} seconds of {' and '.join(inputs)} a second, and one sentence"
 
@@ -151,17 +151,17 @@ def describe_clips(
     workers: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, str]:
-    """Writes a sentence for each clip; arguments and errors as of :func:`evaluate_captions`.
+    """Generates a caption for each clip; arguments and errors as of :func:`evaluate_captions`.
 
     Returns:
-        The sentences by the items' ids, of ``indices``, by default of all.
+        The captions by item id, for ``indices`` or for all clips by default.
     """
     indices = range(len(dataset)) if indices is None else indices
     check_batches(batch_size, workers, precision)
     check_streams(model, dataset.modalities)
     described: Any = model
     if context and not described.context_tokens:
-        raise ConfigError(f"context={context}: the model has no room for earlier captions; leave it at 0.")
+        raise ConfigError(f"context={context}: the model does not support earlier captions; use 0.")
     device = resolve_device(device)
     loader = DataLoader(Subset(_Clips(dataset), indices), batch_size, collate_fn=list, num_workers=workers)
     model.to(device)
@@ -181,18 +181,18 @@ def describe_clips(
 
 
 def caption_scores(dataset: CaptionDataset, captions: Mapping[str, str]) -> dict[str, float]:
-    """Returns COCO's scores, as fractions, and the word error rate and sentence accuracy, in percent.
+    """Returns COCO's scores as fractions, and word error rate and sentence accuracy in percent.
 
-    Case and punctuation are ignored on both sides. Where some video has more than five
-    descriptions, and each clip just one, AutoAD's R@5/16 is among the scores, in percent, by words in common: see
+    Both sides are lowercased and stripped of punctuation first. If some video has more than five descriptions and each
+    clip has exactly one, the scores include AutoAD's R@5/16 in percent, ranked by word overlap; see
     :func:`lamzoo.evaluation.neighbour_recall`.
 
     Args:
         dataset: the split.
-        captions: by the items' ids, of all.
+        captions: by item id, for all items.
 
     Raises:
-        DataError: the ids are not the split's.
+        DataError: the ids differ from the split's.
     """
     references, hypotheses = _compared(dataset, captions)
     scores = caption_metrics(references, hypotheses) | word_error_rate(references, hypotheses)
@@ -207,7 +207,7 @@ def caption_scores(dataset: CaptionDataset, captions: Mapping[str, str]) -> dict
 
 
 def java_scores(dataset: CaptionDataset, captions: Mapping[str, str]) -> dict[str, float]:
-    """Returns METEOR and SPICE, as fractions, of those whose Java tools are here; the log says why one is left out."""
+    """Returns METEOR and SPICE as fractions if their Java tools are installed; logs why one is left out."""
     references, hypotheses = _compared(dataset, captions)
     scores: dict[str, float] = {}
     metrics: tuple[Literal["METEOR", "SPICE"], ...] = ("METEOR", "SPICE")
@@ -215,29 +215,29 @@ def java_scores(dataset: CaptionDataset, captions: Mapping[str, str]) -> dict[st
         try:
             scores |= caption_metrics(references, hypotheses, metrics=(metric,))
         except MissingExtraError as error:
-            _logger.warning("%s is not among the scores: %s", metric, error)
+            _logger.warning("%s is left out: %s", metric, error)
     return scores
 
 
 def check_streams(model: nn.Module, modalities: Mapping[str, int]) -> None:
-    """Raises an :class:`UnsupportedHostError` where a model does not read such modalities."""
+    """Raises an :class:`UnsupportedHostError` if a model does not accept these modalities."""
     wanted = getattr(model, "features", None)
     if not isinstance(wanted, dict) or not hasattr(model, "describe"):
         raise UnsupportedHostError(
-            f"{type(model).__name__} describes nothing; use a model of the family lam_describer."
+            f"{type(model).__name__} does not generate captions; use a model of the family lam_describer."
         )
     if any(wanted.get(name) != width for name, width in modalities.items()):
         raise UnsupportedHostError(
-            f"{type(model).__name__} reads {wanted}, and the data give {dict(modalities)}; create it with "
-            f"features={dict(modalities)}, or give it others."
+            f"{type(model).__name__} reads {wanted}, but the data have {dict(modalities)}; create it with "
+            f"features={dict(modalities)}, or use other data."
         )
 
 
 def pad_streams(clips: Sequence[Mapping[str, Features]]) -> dict[str, Any]:
-    """Puts the streams of several clips into one batch.
+    """Collates the streams of several clips into one batch.
 
     Returns:
-        By modality a :class:`lamzoo.models.describer.encoder.StreamBatch` of what any clip has, padded with zeros.
+        A :class:`lamzoo.models.describer.encoder.StreamBatch` per modality that any clip has, padded with zeros.
     """
     from lamzoo.models.describer.encoder import StreamBatch
 
@@ -252,14 +252,14 @@ def pad_streams(clips: Sequence[Mapping[str, Features]]) -> dict[str, Any]:
 
 
 def move(stream: Any, device: torch.device) -> Any:
-    """Returns a stream on a device."""
+    """Moves a stream to a device."""
     return type(stream)(*(part.to(device) for part in stream))
 
 
 def context_tokens(model: Any, captions: Sequence[Sequence[str]]) -> Tensor | None:
-    """Returns the tokens of earlier captions, ``(B, W)``, the last that fit; None where there are none.
+    """Returns the tokens ``(B, W)`` of the latest earlier captions that fit; None if there are none.
 
-    The oldest captions are left out first, whole ones; a caption that is too long by itself loses its first tokens.
+    The oldest captions are dropped first, as a whole; a single caption that is too long loses its first tokens.
     """
     fitting = [_fitting(model, texts)[1] for texts in captions]
     if all(numbers is None for numbers in fitting):
@@ -267,19 +267,19 @@ def context_tokens(model: Any, captions: Sequence[Sequence[str]]) -> Tensor | No
     rows = torch.zeros(len(fitting), model.context_tokens, dtype=torch.int64)
     for row, numbers in zip(rows, fitting, strict=True):
         if numbers is not None:
-            if len(numbers) > len(row):  # one caption alone
+            if len(numbers) > len(row):  # a single caption that is too long
                 numbers = torch.cat([numbers[:1], numbers[len(numbers) - len(row) + 1 :]])
             row[: len(numbers)] = numbers
     return rows
 
 
 def last_that_fit(model: Any, texts: Sequence[str]) -> tuple[str, ...]:
-    """Returns the last texts that a model has room for together, at least one where there is room at all."""
+    """Returns the latest texts that fit into the model's context together, at least one if it has any context."""
     return _fitting(model, texts)[0]
 
 
 def _fitting(model: Any, texts: Sequence[str]) -> tuple[tuple[str, ...], Tensor | None]:
-    """Returns the last texts that fit together, and the tokens of the whole, start and end included; () and None."""
+    """Returns the latest texts that fit and their tokens, with start and end tokens; () and None if none fits."""
     room, said = model.context_tokens, [text for text in texts if text]
     if not room or not said:
         return (), None
@@ -293,13 +293,13 @@ def _fitting(model: Any, texts: Sequence[str]) -> tuple[tuple[str, ...], Tensor 
 
 
 def _numbers(model: Any, text: str) -> Tensor:
-    """Returns all tokens of a text, start and end included; none is shorter than a byte."""
+    """Returns all tokens of a text, with start and end tokens; every token covers at least one byte."""
     tokens: Tensor = model.tokenizer([text], context_length=len(text.encode()) + 2)[0]
     return tokens[: int(tokens.nonzero()[-1]) + 1]
 
 
 def _compared(dataset: CaptionDataset, captions: Mapping[str, str]) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """Returns references and hypotheses by id, as they are compared."""
+    """Returns normalised references and hypotheses by id."""
     references = {key: [_plain(text) for text in texts] for key, texts in dataset.references().items()}
     return references, {key: _plain(text) for key, text in captions.items()}
 

@@ -1,4 +1,4 @@
-"""Scores of captions, sentences and descriptions against human references."""
+"""Caption metrics: COCO's scores, word error rate and neighbour recall, from references and hypotheses."""
 
 from __future__ import annotations
 
@@ -30,32 +30,32 @@ def caption_metrics(
     metrics: Sequence[CaptionMetric] = ("Bleu", "ROUGE_L", "CIDEr"),
     tokenize: bool = False,
 ) -> dict[str, float]:
-    """Computes the scores of COCO's caption evaluation, by the tools themselves (the package pycocoevalcap).
+    """Computes COCO's caption metrics with the original tools (package pycocoevalcap).
 
-    CIDEr's document frequencies are those of the references given here, so that a part of a set has other values than
-    the whole, and a single id always 0.
+    CIDEr takes its document frequencies from the given references, so a subset of a data set has other values than the
+    whole, and a single id always scores 0.
 
     Args:
-        references: for each id what people wrote, one sentence or several.
-        hypotheses: for each of these ids one sentence; an empty one scores 0.
-        metrics: what to compute. ``"METEOR"`` and ``"SPICE"`` run Java; SPICE also needs Stanford CoreNLP, which
-            pycocoevalcap fetches in a step of its own, and it prints what it does.
-        tokenize: whether to lower the case and to take off punctuation as COCO does, by Stanford's PTBTokenizer, which
-            runs Java. Without it, text is taken as it is and split at blanks.
+        references: one or more reference sentences for each id.
+        hypotheses: one sentence for each of these ids; an empty one scores 0.
+        metrics: the metrics to compute. ``"METEOR"`` and ``"SPICE"`` run Java; SPICE also needs Stanford CoreNLP, which
+            is downloaded separately by pycocoevalcap, and prints its progress.
+        tokenize: lowercase and strip punctuation as COCO does, with Stanford's PTBTokenizer, which runs Java.
+            Otherwise the text is split at spaces unchanged.
 
     Returns:
         In the order of ``metrics``: ``Bleu_1`` to ``Bleu_4``, ``ROUGE_L``, ``CIDEr``, ``METEOR``, ``SPICE``; fractions
-        as the tools give them, CIDEr from 0 to 10.
+        as computed by the tools, CIDEr from 0 to 10.
 
     Raises:
-        DataError: no ids, an id that only one of the two has, an id without references, a reference without words, or
-            anything else than a string where a sentence belongs.
-        ConfigError: there is no such metric.
-        MissingExtraError: pycocoevalcap, Java or CoreNLP is missing, or Java doesn't work.
+        DataError: there are no ids, an id occurs on one side only, an id has no references, a reference has no words,
+            or a sentence is not a string.
+        ConfigError: an unknown metric.
+        MissingExtraError: pycocoevalcap, Java or CoreNLP is missing, or Java fails.
     """
     unknown = [metric for metric in metrics if metric not in _SCORERS]
     if unknown:
-        raise ConfigError(f"There is no metric {unknown[0]!r}; there are {', '.join(_SCORERS)}.")
+        raise ConfigError(f"The metric {unknown[0]!r} is unknown; use one of {', '.join(_SCORERS)}.")
     _check(references, hypotheses)
     lines = [" ".join(text.split()) for key in references for text in (hypotheses[key], *references[key])]
     if tokenize:
@@ -67,7 +67,7 @@ def caption_metrics(
         found[number] = [next(rest)]
         truth[number] = [next(rest) for _ in texts]
         if not all(truth[number]):
-            raise DataError(f"A reference of id {key!r} is punctuation only; leave it out.")
+            raise DataError(f"A reference of id {key!r} has only punctuation; remove it.")
     scores: dict[str, float] = {}
     for metric in metrics:
         scores |= _SCORERS[metric](truth, found)
@@ -75,16 +75,16 @@ def caption_metrics(
 
 
 def word_error_rate(references: References, hypotheses: Hypotheses) -> dict[str, float]:
-    """Computes how many words are wrong, for speech and other sentences that can be said in one way only.
+    """Computes the word error rate, for speech and other text with a single correct transcription.
 
     Args:
-        references: for each id one sentence, split at blanks, or several, of which the one with the fewest errors
-            counts, and of several such the longest.
-        hypotheses: for each of these ids one sentence.
+        references: for each id one sentence, split at spaces, or several, of which the one with the fewest errors
+            counts, and among ties the longest.
+        hypotheses: one sentence for each of these ids.
 
     Returns:
-        ``WER``: words put in, left out or replaced, in percent of the references' words, over all ids together, so
-        that it may exceed 100; and ``sentence_accuracy``: sentences without an error, in percent.
+        ``WER``: insertions, deletions and substitutions in percent of the references' words, over all ids together, so
+        it may exceed 100; and ``sentence_accuracy``: the percentage of sentences without an error.
 
     Raises:
         DataError: as of :func:`caption_metrics`.
@@ -99,7 +99,7 @@ def word_error_rate(references: References, hypotheses: Hypotheses) -> dict[str,
 
 
 def word_overlap(hypotheses: Sequence[str], references: Sequence[str]) -> NDArray[np.float64]:
-    """Returns the F1 of the words, split at blanks, that two sentences share, ``(hypotheses, references)``."""
+    """Returns the F1 of the words, split at spaces, shared by each pair of sentences, ``(hypotheses, references)``."""
     ours, theirs = ([Counter(text.split()) for text in texts] for texts in (hypotheses, references))
     return np.array([[2 * (a & b).total() / max(1, a.total() + b.total()) for b in theirs] for a in ours])
 
@@ -113,15 +113,16 @@ def neighbour_recall(
     window: int,
     similarity: Similarity = word_overlap,
 ) -> float:
-    """Computes R@k/N of audio descriptions (AutoAD II, arXiv 2310.06838): are they of this moment, or of any?
+    """Computes R@k/N of audio descriptions (AutoAD II, arXiv 2310.06838): do they match their own moment best?
 
-    Of ``N = window`` successive descriptions of a movie, each hypothesis should have its own reference among the ``k``
-    most similar. As in AutoAD's code, windows begin every ``N // 2`` descriptions and are full, so that fewer than
-    half a window at a movie's end may not be looked at; recall is averaged over a movie's windows, then over movies.
-    A reference counts behind all that are as similar, so that a model which says the same everywhere gains nothing.
+    Among ``N = window`` successive descriptions of a movie, a hypothesis is correct if its own reference is among the
+    ``k`` most similar. As in AutoAD's code, windows start every ``N // 2`` descriptions and are always full, so up to
+    half a window at the end of a movie may be ignored; recall is averaged over the windows of a movie, then over
+    movies. A reference ranks behind all equally similar ones, so a model that repeats the same text scores no better
+    than chance.
 
-    Published figures (R@5/16) rank by BERTScore, which downloads a model; they can't be compared with those of
-    another similarity. With the package bert-score it is::
+    Published figures (R@5/16) rank by BERTScore, which downloads a model; scores of another similarity are not
+    comparable. With the package bert-score it is::
 
         scorer = bert_score.BERTScorer(lang="en", rescale_with_baseline=True)
 
@@ -130,26 +131,26 @@ def neighbour_recall(
             return scorer.score(*pairs)[2].reshape(len(hypotheses), len(references))
 
     Args:
-        references: for each id the one true description.
-        hypotheses: for each of these ids the predicted one.
-        groups: for each movie the ids of its descriptions in the order of time, each id in one movie. A movie with
-            fewer than ``window`` is one window of its own.
-        k: how many of the most similar count.
-        window: how many descriptions are compared.
-        similarity: from lists of hypotheses and references to ``(hypotheses, references)``, more being more similar.
-            By default the words in common, which needs no download.
+        references: for each id a list with its reference description.
+        hypotheses: the predicted description of each of these ids.
+        groups: for each movie the ids of its descriptions in temporal order; each id belongs to one movie. A movie with
+            fewer than ``window`` descriptions forms a single window.
+        k: number of most similar references that count.
+        window: number of descriptions per window.
+        similarity: maps lists of hypotheses and references to ``(hypotheses, references)``; higher is more similar.
+            Word overlap by default, which needs no download.
 
     Returns:
-        Percent.
+        The recall in percent.
 
     Raises:
-        DataError: as of :func:`caption_metrics`; or an id with two references, or in no or in two movies.
-        ConfigError: ``k`` is below 1 or above ``window``, or ``similarity`` gives another shape, or NaN.
+        DataError: as of :func:`caption_metrics`; or an id has two references, or belongs to no movie or to two.
+        ConfigError: ``k`` is below 1 or above ``window``, or ``similarity`` returns another shape or NaN.
     """
     _check(references, hypotheses)
     _check_groups(references, groups)
     if not 1 <= k <= window:
-        raise ConfigError(f"k is {k} of a window of {window}; it must be from 1 to {window}.")
+        raise ConfigError(f"k is {k}; it must be from 1 to the window, {window}.")
     recalls = []
     for movie in groups.values():
         size = min(window, len(movie))
@@ -162,23 +163,21 @@ def neighbour_recall(
 def _check(references: References, hypotheses: Hypotheses) -> None:
     for name, given in (("references", references), ("hypotheses", hypotheses)):
         if not isinstance(given, Mapping) or not given:
-            raise DataError(f"The {name} are empty, or no mapping; give them as {{id: ...}}.")
+            raise DataError(f"The {name} are empty or not a mapping; give them as {{id: ...}}.")
     for name, given, other in (("hypothesis", references, hypotheses), ("reference", hypotheses, references)):
         missing = [key for key in given if key not in other]
         if missing:
             few = ", ".join(map(repr, missing[:3]))
             raise DataError(
-                f"{len(missing)} of {len(given)} ids have no {name}, {few} among them; give both of the same ids, and "
-                "numbers or strings in both."
+                f"{len(missing)} of {len(given)} ids have no {name}, such as {few}; use the same ids on both sides, "
+                "all int or all str."
             )
     for key, texts in references.items():
         if isinstance(texts, str) or not isinstance(texts, Sequence) or not texts:
             raise DataError(f"The references of id {key!r} are {texts!r:.60}; give a list of at least one string.")
         for text in texts:
             if not isinstance(text, str) or not text.split():
-                raise DataError(
-                    f"A reference of id {key!r} is {text!r:.60}; give a string with words, or leave it out."
-                )
+                raise DataError(f"A reference of id {key!r} is {text!r:.60}; give a string with words, or remove it.")
         if not isinstance(hypotheses[key], str):
             raise DataError(f"The hypothesis of id {key!r} is {hypotheses[key]!r:.60}; give one string.")
 
@@ -187,22 +186,22 @@ def _check_groups(references: References, groups: Mapping[Any, Sequence[Any]]) -
     movie_of: dict[Any, Any] = {}
     for movie, keys in groups.items():
         if not keys:
-            raise DataError(f"The movie {movie!r} has no descriptions; leave it out.")
+            raise DataError(f"The movie {movie!r} has no descriptions; remove it.")
         for key in keys:
             if key in movie_of:
-                raise DataError(f"Id {key!r} is in the movie {movie_of[key]!r} and again in {movie!r}; name it once.")
+                raise DataError(f"Id {key!r} is in the movie {movie_of[key]!r} and again in {movie!r}; list it once.")
             if key not in references:
-                raise DataError(f"The movie {movie!r} has the id {key!r}, which has no reference.")
+                raise DataError(f"The movie {movie!r} lists the id {key!r}, which has no reference.")
             movie_of[key] = movie
     for key, texts in references.items():
         if key not in movie_of:
-            raise DataError(f"Id {key!r} is in no movie of groups; name it in one, or leave it out.")
+            raise DataError(f"Id {key!r} is in no movie of groups; add it to one, or remove it.")
         if len(texts) > 1:
-            raise DataError(f"Id {key!r} has {len(texts)} references; a description is compared with one.")
+            raise DataError(f"Id {key!r} has {len(texts)} references; neighbour recall needs exactly one.")
 
 
 def _edits(words: Sequence[str], others: Sequence[str]) -> int:
-    """Returns how many words have to be put in, left out or replaced to make one sequence from the other."""
+    """Returns the word-level edit distance of two sequences."""
     above = list(range(len(others) + 1))
     for row, word in enumerate(words, start=1):
         left = row
@@ -218,15 +217,15 @@ def _hits(hypotheses: list[str], references: list[str], k: int, similarity: Simi
     scores = np.asarray(similarity(hypotheses, references), dtype=np.float64)
     if scores.shape != (len(hypotheses), len(references)) or np.isnan(scores).any():
         raise ConfigError(
-            f"The similarity gave shape {scores.shape}, or NaN, for {len(hypotheses)} hypotheses and as many "
-            "references; it must give a number for each pair."
+            f"The similarity returned shape {scores.shape}, or NaN, for {len(hypotheses)} hypotheses and as many "
+            "references; it must return a number for each pair."
         )
     ranks = (scores >= scores.diagonal()[:, None]).sum(axis=1)
     return float((ranks <= k).mean())
 
 
 def _bleu(references: _Sentences, hypotheses: _Sentences) -> dict[str, float]:
-    scores, _ = _tool("bleu.bleu").Bleu(4).compute_score(references, hypotheses, verbose=0)  # else it prints
+    scores, _ = _tool("bleu.bleu").Bleu(4).compute_score(references, hypotheses, verbose=0)  # prints otherwise
     return {f"Bleu_{n}": float(score) for n, score in enumerate(scores, start=1)}
 
 
@@ -249,7 +248,7 @@ def _meteor(references: _Sentences, hypotheses: _Sentences) -> dict[str, float]:
             scorer.meteor_p.stdin.close()
         raise _broken("METEOR", error) from error
     finally:
-        if scorer.lock.locked():  # left so by an exception, and its __del__ would wait for it forever
+        if scorer.lock.locked():  # left locked by an exception; __del__ would wait forever
             scorer.lock.release()
 
 
@@ -259,7 +258,7 @@ def _spice(references: _Sentences, hypotheses: _Sentences) -> dict[str, float]:
     folder = Path(tool.__file__).parent / "lib"
     if not all((folder / f"stanford-corenlp-3.6.0{part}.jar").exists() for part in ("", "-models")):
         raise MissingExtraError(
-            f"SPICE needs Stanford CoreNLP 3.6.0, which is not in {folder}; where there is a network, get it by: "
+            f"SPICE needs Stanford CoreNLP 3.6.0, which is not in {folder}; download it with "
             "python -m pycocoevalcap.spice.get_stanford_models"
         )
     try:
@@ -269,7 +268,7 @@ def _spice(references: _Sentences, hypotheses: _Sentences) -> dict[str, float]:
 
 
 def _tokenized(lines: Sequence[str]) -> list[str]:
-    """Does what pycocoevalcap's PTBTokenizer does, without its writing to the package's folder and to stderr."""
+    """Tokenises as pycocoevalcap's PTBTokenizer does, without writing to the package's folder or to stderr."""
     tool = _tool("tokenizer.ptbtokenizer")
     _java("tokenize=True")
     jar = str(Path(tool.__file__).parent / tool.STANFORD_CORENLP_3_4_1_JAR)
@@ -281,7 +280,7 @@ def _tokenized(lines: Sequence[str]) -> list[str]:
     found = done.stdout.decode().split("\n")[:-1]
     if done.returncode or len(found) != len(lines):
         raise _broken("tokenize=True", f"{len(found)} sentences of {len(lines)}, exit status {done.returncode}")
-    # Only at true blanks: a token may have a no-break one within it.
+    # Split at plain spaces only: a token may contain a no-break space.
     return [" ".join(word for word in line.rstrip().split(" ") if word not in tool.PUNCTUATIONS) for line in found]
 
 
@@ -296,11 +295,11 @@ def _tool(name: str) -> Any:
 
 def _java(what: str) -> None:
     if shutil.which("java") is None:
-        raise MissingExtraError(f"{what} runs Java, which is not on the PATH; install a Java runtime, or do without.")
+        raise MissingExtraError(f"{what} runs Java, which is not on the PATH; install a Java runtime, or leave it out.")
 
 
 def _broken(what: str, why: object) -> MissingExtraError:
-    return MissingExtraError(f"{what} runs Java, which failed ({why}); see that `java -version` works, or do without.")
+    return MissingExtraError(f"{what} runs Java, which failed ({why}); check `java -version`, or leave it out.")
 
 
 _SCORERS: dict[str, Callable[[_Sentences, _Sentences], dict[str, float]]] = {

@@ -1,8 +1,8 @@
-"""Accuracy and predictions of image classifiers."""
+"""Evaluation of image classifiers, and predictions for single images."""
 
 from typing import TYPE_CHECKING
 
 from lamzoo.lazy import submodules_of
 
-if not TYPE_CHECKING:  # a type checker would believe any name
+if not TYPE_CHECKING:  # hidden from type checkers, which would accept any name
     __getattr__ = submodules_of(__name__)

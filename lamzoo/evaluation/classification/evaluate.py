@@ -1,4 +1,4 @@
-"""Top-1 and top-5 accuracy of an image classifier, through timm's transforms and loader."""
+"""Top-1 and top-5 accuracy of an image classifier, with timm's transforms and loader."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from lamzoo.tasks.classification import CLASSIFICATION
 
 @dataclass(frozen=True)
 class EvalProgress:
-    """Progress of an evaluation: percentages of the ``seen`` images that could be read; no top-5 below five classes."""
+    """Progress of an evaluation; accuracies are percentages of the readable images, top-5 is None below 5 classes."""
 
     seen: int
     total: int
@@ -60,33 +60,33 @@ def evaluate(
 ) -> EvalResult:
     """Scores a classifier on a data set.
 
-    Every image counts once, also those of the last, smaller batch. A broken image ends the evaluation, unless
-    ``on_bad_input`` says otherwise: a score over other images than the data set's is another score.
+    Every image counts exactly once, including those of the last, smaller batch. A broken image stops the evaluation by
+    default, because a score without it would not be comparable.
 
     Args:
-        model: a timm model; it is moved to ``device``, and left in the mode that it was in.
-        dataset: what :func:`lamzoo.data.create_dataset` returns; its own transform is neither used nor changed.
-        batch_size: images at a time.
-        device: as torch writes it, or ``"auto"``.
-        precision: of the autocast; ``"float32"`` for none.
-        workers: processes that read images; 0 reads in this one.
-        limit: score this many images only, spread evenly over the data set.
-        on_bad_input: ``"skip"`` leaves out images that cannot be read, warns of each, and says how many.
-        real_labels: score by ImageNet's reassessed labels too: ``real.json``, or ``"timm"`` for timm's copy; the
+        model: a timm model; it is moved to ``device`` and keeps its training or evaluation mode.
+        dataset: a data set of :func:`lamzoo.data.create_dataset`; its own transform is ignored and unchanged.
+        batch_size: images per batch.
+        device: a torch device, or ``"auto"``.
+        precision: autocast precision; ``"float32"`` disables autocast.
+        workers: worker processes that read images; 0 reads in the main process.
+        limit: score only this many images, spread evenly over the data set.
+        on_bad_input: ``"skip"`` leaves out unreadable images with a warning each, and reports their number.
+        real_labels: also score against ImageNet's reassessed labels: ``real.json``, or ``"timm"`` for timm's copy; the
             model's classes must be ImageNet-1k's in their usual order.
-        state: file for partial results, removed at the end.
-        resume: go on from ``state``, if it is there; the result is the same as without the interruption.
-        save_every: batches from one writing of ``state`` to the next.
+        state: file for partial results; removed at the end.
+        resume: continue from ``state`` if it exists; the result equals that of an uninterrupted evaluation.
+        save_every: batches between updates of ``state``.
         progress: called after each batch.
 
     Returns:
         The score.
 
     Raises:
-        ConfigError: a device, precision, batch size, limit or number of workers that is not possible.
-        DataError: the classes of data and model do not fit, an image is broken (or all are), ``state`` is of another
-            run, or the ReaL labels are not of these images.
-        UnsupportedHostError: the model is no classifier of images that Pillow has a mode for.
+        ConfigError: an invalid device, precision, batch size, limit or number of workers.
+        DataError: the classes of data and model do not match, an image (or every image) is unreadable, ``state``
+            belongs to another evaluation, or the ReaL labels do not cover these images.
+        UnsupportedHostError: the model does not classify, or its number of input channels has no Pillow mode.
     """
     check_batches(batch_size, workers, precision)
     if limit is not None and limit < 1:
@@ -131,8 +131,8 @@ def score_classifier(model: nn.Module, dataset: LabelledImages, request: EvalReq
     Args:
         model: a timm model.
         dataset: its images.
-        request: how; its options are ``class_map``, ``real_labels``, ``on_bad_input``, ``limit``, ``state`` and
-            ``resume``.
+        request: evaluation settings; its options are ``class_map``, ``real_labels``, ``on_bad_input``, ``limit``,
+            ``state`` and ``resume``.
     """
     options = dict(request.options)
     class_map = options.pop("class_map", None)
@@ -155,10 +155,10 @@ def score_classifier(model: nn.Module, dataset: LabelledImages, request: EvalReq
 
 
 def score_table(scores: Mapping[str, Any]) -> ScoreTable:
-    """Returns scores as a table: top-1 and top-5, and of ReaL labels where they were measured.
+    """Returns scores as a table: top-1 and top-5, and those of ReaL labels if measured.
 
     Args:
-        scores: by split an :class:`EvalResult` or a :class:`lamzoo.training.Score`.
+        scores: an :class:`EvalResult` or a :class:`lamzoo.training.Score` by split.
     """
     real = [MetricSpec(f"real_top{k}", (f"real_top{k}",), f"ReaL top-{k} (%)") for k in (1, 5)]
     samples = MetricSpec("samples", ("samples",), "images", decimals=0)
@@ -168,15 +168,15 @@ def score_table(scores: Mapping[str, Any]) -> ScoreTable:
 
 
 def describe_input(model: nn.Module) -> str:
-    """Returns the size of a classifier's images, for a model card."""
+    """Returns the input size of a classifier, for a model card."""
     _, height, width = image_size(model)
     return f"{width} px" if height == width else f"{height} x {width} px"
 
 
 class _Chosen(Dataset):
-    """Some images of a data set, in a mode and under a transform of their own, which timm's loader sets.
+    """A subset of the images of a data set, with its own mode and transform, which timm's loader sets.
 
-    With ``skip``, an unreadable image is a black one with :data:`BAD_LABEL`: batches keep their place and shape.
+    With ``skip``, an unreadable image becomes a black one with :data:`BAD_LABEL`, so batches keep their shape.
     """
 
     def __init__(self, dataset: LabelledImages, indices: Sequence[int], mode: Mode, *, skip: bool) -> None:
@@ -206,7 +206,7 @@ class _Chosen(Dataset):
 
 
 def _loader(
-    chosen: Any,  # timm's annotation knows its own classes alone
+    chosen: Any,  # timm annotates its own classes only
     config: dict[str, Any],
     batch_size: int,
     workers: int,
@@ -230,7 +230,7 @@ def _read_real_labels(source: str | Path, model: nn.Module) -> RealLabels:
     if real.highest >= class_count(model):
         raise DataError(
             f"the ReaL labels go up to {real.highest} and the model has {class_count(model)} classes; "
-            "they score models of ImageNet-1k alone"
+            "use them with ImageNet-1k models only"
         )
     return real
 
@@ -242,7 +242,7 @@ def _check_classes(model: nn.Module, dataset: LabelledImages) -> None:
     if len(classes) != num_classes:
         raise DataError(
             f"{dataset.spec} has {len(classes)} classes and the model {num_classes}; their labels cannot match, unless "
-            "the data have a part of the model's classes and a class map says which (--class-map)"
+            "the data have a subset of the model's classes and a class map assigns them (--class-map)"
         )
     cfg: dict[str, Any] = getattr(unwrap(model), "pretrained_cfg", None) or {}
     names = [nfc(name) for name in cfg.get("label_names") or ()]
@@ -250,8 +250,8 @@ def _check_classes(model: nn.Module, dataset: LabelledImages) -> None:
     if names != classes and sorted(names) == sorted(classes):
         where = next(index for index, name in enumerate(names) if name != classes[index])
         raise DataError(
-            f"{dataset.spec} has the model's classes in another order (label {where} is {classes[where]!r} there and "
-            f"{names[where]!r} in the model); give a class map that says which is which (--class-map model)"
+            f"{dataset.spec} has the model's classes in another order (label {where} is {classes[where]!r} in the data "
+            f"and {names[where]!r} in the model); give a class map (--class-map model)"
         )
 
 

@@ -1,4 +1,4 @@
-"""Predictions of a classifier for single images, with the names of its classes."""
+"""Predictions of a classifier for single images, with class names."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lamzoo.profiling.inputs import image_mode
 
 @dataclass(frozen=True)
 class Prediction:
-    """One guess: the class number, its name, and the softmax probability, 0 to 1."""
+    """One prediction: the class index, its name, and the softmax probability from 0 to 1."""
 
     index: int
     label: str
@@ -38,24 +38,23 @@ def predict(
     device: str | torch.device = "auto",
     precision: Precision = "float32",
 ) -> list[list[Prediction]]:
-    """Classifies images, preprocessed as the model's ``pretrained_cfg`` says.
+    """Classifies images, preprocessed according to the model's ``pretrained_cfg``.
 
     Args:
-        model: a timm model; it is moved to ``device``, and left in the mode that it was in.
-        images: paths, or images that Pillow has opened, read batch by batch and turned upright as their EXIF
-            orientation says.
-        topk: guesses per image, at most one for each class.
-        batch_size: images at a time.
-        device: as torch writes it, or ``"auto"``.
-        precision: of the autocast.
+        model: a timm model; it is moved to ``device`` and keeps its training or evaluation mode.
+        images: paths or Pillow images, read batch by batch and rotated according to their EXIF orientation.
+        topk: predictions per image, at most the number of classes.
+        batch_size: images per batch.
+        device: a torch device, or ``"auto"``.
+        precision: autocast precision.
 
     Returns:
-        For each image its likeliest classes, the likeliest first.
+        For each image its most likely classes, the most likely first.
 
     Raises:
-        ConfigError: a device, precision, batch size or ``topk`` that is not possible.
+        ConfigError: an invalid device, precision, batch size or ``topk``.
         DataError: an image cannot be read.
-        UnsupportedHostError: the model is no classifier of images that Pillow has a mode for.
+        UnsupportedHostError: the model does not classify, or its number of input channels has no Pillow mode.
     """
     check_batches(batch_size, precision=precision)
     if topk < 1:
@@ -79,17 +78,17 @@ def predict(
 
 
 def preprocess(model: nn.Module, images: Iterable[Image.Image | str | Path]) -> Tensor:
-    """Turns images into a model's input, ``(B, C, H, W)`` float32, as its ``pretrained_cfg`` says.
+    """Preprocesses images into a model's input, ``(B, C, H, W)`` float32, according to its ``pretrained_cfg``.
 
     Raises:
         DataError: an image cannot be read.
-        UnsupportedHostError: the model is no classifier of images that Pillow has a mode for.
+        UnsupportedHostError: the model does not classify, or its number of input channels has no Pillow mode.
     """
     return torch.stack(list(map(_transform(model), images)))
 
 
 def class_names(model: nn.Module, num_classes: int) -> list[str]:
-    """Returns the names of a classifier's classes: those of its weights, ImageNet's, or ``"class 0"`` and so on."""
+    """Returns the class names of a classifier: those of its weights, ImageNet's, or ``"class 0"`` and so on."""
     cfg: dict[str, Any] = getattr(unwrap(model), "pretrained_cfg", None) or {}
     names = cfg.get("label_names")
     if names is not None and len(names) == num_classes:
@@ -101,10 +100,10 @@ def class_names(model: nn.Module, num_classes: int) -> list[str]:
 
 
 def label_names(model: nn.Module) -> list[str]:
-    """Returns what the folders of a classifier's classes are called: names of its weights, or ImageNet's WordNet ids.
+    """Returns the folder names of a classifier's classes: label names of its weights, or ImageNet's WordNet ids.
 
     Raises:
-        DataError: nothing says what the classes are.
+        DataError: the model's classes are unknown.
     """
     cfg: dict[str, Any] = getattr(unwrap(model), "pretrained_cfg", None) or {}
     names = list(cfg.get("label_names") or ())
@@ -112,7 +111,7 @@ def label_names(model: nn.Module) -> list[str]:
     if not names and subset is not None:
         names = list(timm.data.ImageNetInfo(subset).label_names())
     if len(names) != class_count(model):
-        raise DataError(f"nothing says what the {class_count(model)} classes of the model are; give a class map's file")
+        raise DataError(f"the names of the model's {class_count(model)} classes are unknown; give a class map file")
     return names
 
 

@@ -1,4 +1,4 @@
-"""Predictions of moment models, windows in seconds and saliencies, and their scores."""
+"""Predictions of moment models (windows in seconds, saliencies) and their scores."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class MomentPrediction:
     """A model's prediction for one query.
 
     Attributes:
-        windows: ``(Q, 3)``, float64: start and end in seconds, and score from 0 to 1, the best first.
-        saliency: ``(N,)``, float32, of each clip; higher for clips that fit the sentence better.
+        windows: ``(Q, 3)``, float64: start and end in seconds and score from 0 to 1, sorted by score, best first.
+        saliency: ``(N,)``, float32, one per clip; higher for clips that match the query better.
     """
 
     windows: NDArray[np.float64]
@@ -41,10 +41,10 @@ class MomentResult:
     """Scores of a moment model.
 
     Attributes:
-        metrics: as of :func:`moment_metrics`.
-        predictions: the submission, as of :func:`submission`.
-        queries: their number.
-        seconds: in all, reading included.
+        metrics: as returned by :func:`moment_metrics`.
+        predictions: the submission, as returned by :func:`submission`.
+        queries: number of queries.
+        seconds: total time, including reading.
     """
 
     metrics: dict[str, Any]
@@ -56,15 +56,15 @@ class MomentResult:
 def find_moments(
     model: nn.Module, features: Sequence[MomentFeatures], durations: Sequence[float]
 ) -> list[MomentPrediction]:
-    """Looks for sentences in videos, in one batch, without gradients.
+    """Predicts the moments of a batch of queries, without gradients.
 
     Args:
-        model: of the family ``lam_moment_detr``, in evaluation mode, on its device.
-        features: of each query and its video.
-        durations: of the videos, seconds.
+        model: a model of the family ``lam_moment_detr``, in evaluation mode, on its device.
+        features: features of each query and its video.
+        durations: durations of the videos in seconds.
 
     Raises:
-        UnsupportedHostError: the model finds no moments, or reads features of another width.
+        UnsupportedHostError: the model does not predict moments, or expects features of another width.
     """
     check_features(model, features[0])
     device = next(model.parameters()).device
@@ -92,21 +92,21 @@ def evaluate_moments(
     """Scores a model of the family ``lam_moment_detr`` on a split of queries.
 
     Args:
-        model: left on the device.
-        dataset: the split; its moments must be known.
-        batch_size: queries at a time.
-        device: as torch writes it, or ``"auto"``.
-        precision: of the autocast.
-        workers: processes that read features; 0 reads in this one.
-        progress: called with the queries that are answered, and how many there are.
+        model: the model; it stays on the device.
+        dataset: the split; its moments must be annotated.
+        batch_size: queries per batch.
+        device: a torch device, or ``"auto"``.
+        precision: autocast precision.
+        workers: worker processes that read features; 0 reads in the main process.
+        progress: called with the number of queries answered and the total.
 
     Returns:
         The scores and the submission.
 
     Raises:
-        ConfigError: a device, precision, batch size or number of workers that is not possible.
-        DataError: features can't be read, or the split keeps its moments to itself.
-        UnsupportedHostError: the model finds no moments, or reads features of another width.
+        ConfigError: an invalid device, precision, batch size or number of workers.
+        DataError: features can't be read, or the split has no moment annotations.
+        UnsupportedHostError: the model does not predict moments, or expects features of another width.
     """
     truth = dataset.annotations()
     start = time.perf_counter()
@@ -121,9 +121,9 @@ def score_moments(model: Any, dataset: MomentDataset, request: EvalRequest) -> E
     """Scores a moment model as ``lamzoo eval`` and ``lamzoo bench`` do; errors as of :func:`evaluate_moments`.
 
     Args:
-        model: of the family ``lam_moment_detr``.
+        model: a model of the family ``lam_moment_detr``.
         dataset: the split.
-        request: how; it has no options.
+        request: evaluation settings; there are no options.
     """
     result = evaluate_moments(
         model, dataset, batch_size=request.batch_size, device=request.device, precision=request.precision,
@@ -134,7 +134,7 @@ def score_moments(model: Any, dataset: MomentDataset, request: EvalRequest) -> E
 
 
 def describe_input(model: Any) -> str:
-    """Returns the size of a moment model's input, for a model card."""
+    """Returns the input size of a moment model, for a model card."""
     return f"{model.max_clips} clips of {model.video_dim} features and {model.max_words} words of {model.text_dim}"
 
 
@@ -149,10 +149,10 @@ def submission(
     workers: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Answers queries in QVHighlights' official form: ``qid``, ``query``, ``vid`` and both predictions.
+    """Predicts in QVHighlights' submission format: ``qid``, ``query``, ``vid``, windows and saliencies.
 
-    Arguments and errors are those of :func:`evaluate_moments`, and ``indices`` says which queries, by default all; the
-    moments need not be known.
+    Arguments and errors as of :func:`evaluate_moments`; ``indices`` selects queries, all by default. Moments need not
+    be annotated.
     """
     indices = range(len(dataset)) if indices is None else indices
     check_batches(batch_size, workers, precision)
@@ -177,26 +177,26 @@ def submission(
 
 
 def check_features(model: nn.Module, features: MomentFeatures) -> None:
-    """Raises an :class:`UnsupportedHostError` where a model does not read such features."""
+    """Raises an :class:`UnsupportedHostError` if a model does not accept such features."""
     wanted = getattr(model, "video_dim", None), getattr(model, "text_dim", None)
     if None in wanted:
         raise UnsupportedHostError(
-            f"{type(model).__name__} finds no moments; use a model of the family lam_moment_detr."
+            f"{type(model).__name__} does not predict moments; use a model of the family lam_moment_detr."
         )
     given = features.video.shape[1], features.text.shape[1]
     if given != wanted:
         raise UnsupportedHostError(
-            f"{type(model).__name__} reads {wanted[0]} features of a clip and {wanted[1]} of a word, and the data give "
-            f"{given[0]} and {given[1]}; create it with video_dim={given[0]}, text_dim={given[1]}, or give it others."
+            f"{type(model).__name__} expects {wanted[0]} features per clip and {wanted[1]} per word, but the data have "
+            f"{given[0]} and {given[1]}; create it with video_dim={given[0]}, text_dim={given[1]}, or use other data."
         )
 
 
 def pad_features(features: Sequence[MomentFeatures]) -> Batch:
-    """Puts the features of several queries into one batch.
+    """Collates the features of several queries into one batch.
 
     Returns:
-        Clips ``(B, N, D)`` and words ``(B, W, D)``, float32, zeros where there are no more, and the masks ``(B, N)``
-        and ``(B, W)``, bool, True where there are.
+        Clips ``(B, N, D)`` and words ``(B, W, D)``, float32, padded with zeros, and the masks ``(B, N)`` and ``(B,
+        W)``, bool, False at padding.
     """
     video, video_mask = _padded([torch.from_numpy(of_query.video) for of_query in features])
     text, text_mask = _padded([torch.from_numpy(of_query.text) for of_query in features])

@@ -1,4 +1,4 @@
-"""QVHighlights' official scores of moments and highlights, computed from predictions and annotations."""
+"""QVHighlights' official metrics for moments and highlights, from predictions and annotations."""
 
 from __future__ import annotations
 
@@ -20,22 +20,23 @@ CLIP_SECONDS = 2.0
 _THRESHOLDS = tuple(round(0.5 + 0.05 * step, 2) for step in range(10))
 _LENGTHS = {"short": (0, 10), "middle": (10, 30), "long": (30, 150), "full": None}
 _GRADES = {"Fair": 2, "Good": 3, "VeryGood": 4}
-_MOST_WINDOWS = 10  # of a query, that mean average precision looks at
+_MOST_WINDOWS = 10  # per query, evaluated by mean average precision
 
 
 def moment_metrics(predictions: Sequence[Mapping[str, Any]], annotations: Sequence[Mapping[str, Any]]) -> Metrics:
-    """Computes what QVHighlights' official tool does, to the printed digit (Lei et al., arXiv 2107.09609, section 4).
+    """Computes the metrics of QVHighlights' official tool, digit for digit (Lei et al., arXiv 2107.09609, section 4).
 
-    A window counts at a threshold if its intersection over union with a true one reaches it. ``R1`` looks at the first
-    window of a query and the true one nearest to it; ``mAP`` at the first ten, by their scores. ``short`` (up to 10 s),
-    ``middle`` (up to 30 s) and ``long`` (up to 150 s) are the true windows of that length and the queries that have
-    such. ``HL-min-...`` asks which clips at least one of three annotators, each by himself, gave that grade:
-    ``HL-mAP`` is the mean average precision of the clips' order, ``HL-Hit1`` whether the highest clip is such.
+    A window is correct at a threshold if its intersection over union with a ground-truth window reaches it. ``R1``
+    compares the first window of a query with the ground-truth window nearest to it; ``mAP`` evaluates the ten windows
+    with the highest scores. ``short`` (up to 10 s), ``middle`` (up to 30 s) and ``long`` (up to 150 s) restrict the
+    evaluation to ground-truth windows of that length and their queries. ``HL-min-...`` treats a clip as positive if an
+    annotator gave it at least that grade, for each of the three annotators separately: ``HL-mAP`` is the mean average
+    precision of the clip ranking, ``HL-Hit1`` whether the highest ranked clip is positive.
 
     Args:
-        predictions: for each query once, in any order: ``qid``; ``pred_relevant_windows``, a list of ``[start, end,
-            score]`` in seconds, the best first; and ``pred_saliency_scores``, one number for each two-second clip.
-            Predictions without the one or the other are scored by what they have.
+        predictions: one per query, in any order: ``qid``; ``pred_relevant_windows``, a list of ``[start, end, score]``
+            in seconds, best first; and ``pred_saliency_scores``, one number per two-second clip. Predictions with only
+            one of the two are scored on that one.
         annotations: ``qid``, ``duration`` in seconds, ``relevant_windows``, ``relevant_clip_ids`` and
             ``saliency_scores``, three grades from 0 to 4 for each of those clips. Without the last two, highlights are
             not scored.
@@ -45,18 +46,17 @@ def moment_metrics(predictions: Sequence[Mapping[str, Any]], annotations: Sequen
         ``long``, ``middle`` and ``short``, in percent with two decimals.
 
     Raises:
-        DataError: a query without a prediction or with two, a prediction for no query, no windows, a window or score
-            that isn't a number, grades that are not three for each of the clips, a window that ends before it begins or
-            lies outside of the video, or saliencies for another number of clips. A window may end where the longest
-            video does, and saliencies may be two clips short or over, as in published submissions; what is missing
-            counts as zero.
+        DataError: a query has no prediction or two, a prediction matches no query, there are no windows, a window or
+            score is not a number, a clip does not have three grades, a window ends before it begins or lies outside the
+            video, or the number of saliencies is wrong. A window may extend to the end of the longest video, and the
+            number of saliencies may be off by two, as in published submissions; missing ones count as zero.
     """
     truth = {annotation["qid"]: annotation for annotation in annotations}
     if len(truth) != len(annotations) or not truth:
         raise DataError("The annotations are empty or have a qid twice; give each query once.")
     for qid, annotation in truth.items():
         if not annotation["relevant_windows"]:
-            raise DataError(f"The annotation of qid {qid} has no relevant_windows; leave the query out.")
+            raise DataError(f"The annotation of qid {qid} has no relevant_windows; remove the query.")
     found = _by_query(predictions, truth)
     metrics: Metrics = {}
     if all("pred_relevant_windows" in prediction for prediction in found.values()):
@@ -70,14 +70,14 @@ def moment_metrics(predictions: Sequence[Mapping[str, Any]], annotations: Sequen
         metrics |= _highlights(found, truth)
     if not metrics:
         raise DataError(
-            "The predictions have neither pred_relevant_windows for every query nor pred_saliency_scores and grades to "
-            "compare them with; nothing can be scored."
+            "The predictions have neither pred_relevant_windows for every query nor pred_saliency_scores with "
+            "annotated grades; nothing can be scored."
         )
     return {"brief": _brief(metrics)} | dict(sorted(metrics.items()))
 
 
 def score_table(scores: Mapping[str, Mapping[str, Any]]) -> ScoreTable:
-    """Returns the ``brief`` part of :func:`moment_metrics` as a table, a row for each split."""
+    """Returns the brief metrics of :func:`moment_metrics` as a table with one row per split."""
     keys = list(dict.fromkeys(key for of_split in scores.values() for key in of_split["brief"]))
     columns = (key.removeprefix("MR-full-").removeprefix("MR-").removeprefix("HL-min-") for key in keys)
     specs = [MetricSpec(key, ("brief", key), heading) for key, heading in zip(keys, columns, strict=True)]
@@ -85,13 +85,13 @@ def score_table(scores: Mapping[str, Mapping[str, Any]]) -> ScoreTable:
 
 
 def check_grades(annotations: Sequence[Mapping[str, Any]]) -> None:
-    """Checks the grades that highlights are scored by.
+    """Validates the grades that highlights are scored against.
 
     Args:
-        annotations: as of :func:`moment_metrics`; where one has no ``saliency_scores``, none are looked at.
+        annotations: as of :func:`moment_metrics`; skipped if one has no ``saliency_scores``.
 
     Raises:
-        DataError: grades that are not three for each of the relevant clips, or clips that the video doesn't have.
+        DataError: a relevant clip does not have three grades, or lies outside the video.
     """
     for annotation in annotations if all("saliency_scores" in each for each in annotations) else ():
         qid, clips, grades = (annotation[key] for key in ("qid", "relevant_clip_ids", "saliency_scores"))
@@ -103,8 +103,8 @@ def check_grades(annotations: Sequence[Mapping[str, Any]]) -> None:
             )
         if not all(len(each) == 3 and all(map(is_number, each)) for each in grades):
             raise DataError(
-                f"The annotation of qid {qid} has a clip without three grades in its saliency_scores; leave both out "
-                "to score moments alone."
+                f"The annotation of qid {qid} has a clip without three grades in its saliency_scores; remove both "
+                "to score moments only."
             )
 
 
@@ -115,16 +115,16 @@ def _by_query(predictions: Sequence[Mapping[str, Any]], truth: Mapping[Any, Any]
             raise DataError(f"Prediction {number} has no qid; give the query that it answers.")
         qid = prediction["qid"]
         if qid in found:
-            raise DataError(f"The predictions have qid {qid} twice; leave one out.")
+            raise DataError(f"The predictions have qid {qid} twice; remove one.")
         if qid not in truth:
             raise DataError(
-                f"The predictions have qid {qid!r}, which the annotations have not; are they of another split?"
+                f"The predictions have qid {qid!r}, which is not annotated; do they belong to another split?"
             )
         found[qid] = prediction
     missing = [qid for qid in truth if qid not in found]
     if missing:
         few = ", ".join(map(str, missing[:3]))
-        raise DataError(f"The predictions lack {len(missing)} of {len(truth)} queries, qid {few} among them.")
+        raise DataError(f"The predictions lack {len(missing)} of {len(truth)} queries, such as qid {few}.")
     return found
 
 
@@ -144,7 +144,7 @@ def _check_windows(found: Mapping[Any, Mapping[str, Any]], truth: Mapping[Any, M
                 raise DataError(f"{what}, which ends before it begins.")
             if end < 0 or start < -CLIP_SECONDS or end > latest:
                 duration = truth[qid]["duration"]
-                raise DataError(f"{what}, outside of its video of {duration:g} s; windows are in seconds.")
+                raise DataError(f"{what}, outside its video of {duration:g} s; windows are in seconds.")
 
 
 def _check_saliencies(found: Mapping[Any, Mapping[str, Any]], truth: Mapping[Any, Mapping[str, Any]]) -> None:
@@ -152,17 +152,17 @@ def _check_saliencies(found: Mapping[Any, Mapping[str, Any]], truth: Mapping[Any
     for qid, prediction in found.items():
         scores, clips = prediction["pred_saliency_scores"], _num_clips(truth[qid])
         if not all(is_number(score) for score in scores):
-            raise DataError(f"The prediction for qid {qid} has a saliency that is no finite number.")
-        # Some models answer for the longest video, whatever the length of this one.
+            raise DataError(f"The prediction for qid {qid} has a saliency that is not a finite number.")
+        # Some models predict for the longest video, regardless of this one's length.
         if all(abs(len(scores) - right) > MARGIN for right in (clips, longest)) or not scores:
             raise DataError(
                 f"The prediction for qid {qid} has {len(scores)} saliencies, and its video has {clips} clips of "
-                f"{CLIP_SECONDS:g} s; give one for each."
+                f"{CLIP_SECONDS:g} s; give one per clip."
             )
 
 
 def _of_length(truth: Mapping[Any, Mapping[str, Any]], bounds: tuple[int, int] | None) -> dict[Any, Array]:
-    """Returns the true windows, ``(windows, 2)``, that are longer than the one bound and no longer than the other."""
+    """Returns the ground-truth windows ``(windows, 2)`` with lengths above the lower and up to the upper bound."""
     windows = {qid: np.array(annotation["relevant_windows"], dtype=float) for qid, annotation in truth.items()}
     if bounds is None:
         return windows
@@ -193,7 +193,7 @@ def _moments(found: Mapping[Any, Mapping[str, Any]], truth: Mapping[Any, Array])
 
 
 def _window_precision(windows: Array, true_windows: Array) -> Array:
-    """Returns the interpolated average precision of windows ``(n, 3)`` at each threshold, as ActivityNet defines it."""
+    """Returns ActivityNet's interpolated average precision of windows ``(n, 3)`` at each threshold."""
     windows = windows[np.argsort(-windows[:, 2], kind="stable")]
     overlaps = _overlap(windows[:, :2], true_windows)
     right = np.zeros((len(_THRESHOLDS), len(windows)))
@@ -204,7 +204,7 @@ def _window_precision(windows: Array, true_windows: Array) -> Array:
             for which in nearest_first:
                 if overlap[which] < threshold:
                     break
-                if not taken[level, which]:  # each true window is found once
+                if not taken[level, which]:  # each true window is matched once
                     taken[level, which] = True
                     right[level, number] = 1
                     break
@@ -215,7 +215,7 @@ def _window_precision(windows: Array, true_windows: Array) -> Array:
 
 
 def _interpolated(precision: Array, recall: Array) -> float:
-    """Returns the area below the curve of the highest precision at each recall or a higher one."""
+    """Returns the area under the interpolated precision-recall curve."""
     precision = np.concatenate([[0.0], precision, [0.0]])
     recall = np.concatenate([[0.0], recall, [1.0]])
     precision = np.maximum.accumulate(precision[::-1])[::-1]
@@ -224,7 +224,7 @@ def _interpolated(precision: Array, recall: Array) -> float:
 
 
 def _overlap(windows: Array, others: Array) -> Array:
-    """Returns the intersection over union of windows ``(n, 2)`` and ``(m, 2)``, ``(n, m)``; 0 where both are empty."""
+    """Returns the intersection over union ``(n, m)`` of windows ``(n, 2)`` and ``(m, 2)``; 0 where both are empty."""
     (start, end), (other_start, other_end) = (x.T for x in (windows, others))
     shared = np.clip(np.minimum.outer(end, other_end) - np.maximum.outer(start, other_start), 0, None)
     union = np.add.outer(end - start, other_end - other_start) - shared
@@ -249,16 +249,16 @@ def _highlights(found: Mapping[Any, Mapping[str, Any]], truth: Mapping[Any, Mapp
 
 
 def _clip_grades(annotation: Mapping[str, Any]) -> NDArray[np.int64]:
-    """Returns what three annotators gave each clip, ``(clips, 3)``, 0 where they saw nothing of what was asked."""
+    """Returns the three annotators' grades, ``(clips, 3)``, 0 for clips that are not relevant."""
     grades = np.zeros((_num_clips(annotation), 3), dtype=np.int64)
     grades[annotation["relevant_clip_ids"]] = annotation["saliency_scores"]
     return grades
 
 
 def _clip_precision(good: NDArray[np.bool_], scores: Array) -> float:
-    """Returns the official average precision of an order of clips.
+    """Returns the official average precision of a clip ranking.
 
-    It is the mean, over the steps of the recall, of the highest precision at that recall or a higher one.
+    It is the mean of the interpolated precision over the recall steps.
     """
     if good.all() or not good.any():
         return float(good.all())

@@ -1,4 +1,4 @@
-"""Submissions in the official form of QVHighlights: one JSON object a line and query."""
+"""Submissions in QVHighlights' official format: JSON Lines with one object per query."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _LISTS = ("pred_relevant_windows", "pred_saliency_scores")
 
 
 def read_submission(path: str | Path) -> list[dict[str, Any]]:
-    """Reads a submission, gzipped or not; :func:`lamzoo.evaluation.moment_metrics` checks what the lines say.
+    """Reads a submission, gzipped or not; :func:`lamzoo.evaluation.moment_metrics` validates the values.
 
     Raises:
-        DataError: there is no such file, or a line is no JSON object with a qid, or has no list where one belongs.
+        DataError: the file does not exist, or a line is not a JSON object with a qid, or a field is not a list.
     """
     predictions = []
     for line, where in read_json_lines(Path(path)):
@@ -47,10 +47,10 @@ def score_submission(path: str | Path, dataset: MomentDataset) -> Evaluation:
 
 
 def write_submission(path: str | Path, predictions: Sequence[Mapping[str, Any]]) -> None:
-    """Writes a submission, all of it or nothing.
+    """Writes a submission atomically.
 
     Raises:
-        DataError: the file can't be written there.
+        DataError: the file can't be written.
     """
     text = "".join(json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in predictions)
     with atomic_files(DataError) as stage:

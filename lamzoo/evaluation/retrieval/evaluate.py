@@ -1,4 +1,4 @@
-"""Scores of a retrieval model on videos with captions: embeddings first, then all pairs block by block."""
+"""Scores of a retrieval model on captioned videos: all embeddings first, then similarities block by block."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lamzoo.evaluation.retrieval.metrics import dual_softmax, retrieval_metrics
 from lamzoo.evaluation.runtime import Precision, check_batches, inference, resolve_device
 from lamzoo.tasks.base import EvalRequest, Evaluation
 
-_TEXTS = 1024  # texts that are compared with all videos at a time
+_TEXTS = 1024  # texts per block of similarities
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,12 @@ class RetrievalResult:
     """Scores of a retrieval model.
 
     Attributes:
-        metrics: as of :func:`retrieval_metrics`.
-        dual: the same of scores weighed by :func:`dual_softmax`; None where that was not asked for.
-        texts: number of queries.
+        metrics: as returned by :func:`retrieval_metrics`.
+        dual: the same after :func:`dual_softmax`; None if not requested.
+        texts: number of texts.
         videos: number of videos.
-        skipped: videos that could not be read, and were left out with their texts.
-        seconds: in all, reading included.
+        skipped: number of unreadable videos, left out with their texts.
+        seconds: total time, including reading.
     """
 
     metrics: dict[str, dict[str, float]]
@@ -62,25 +62,25 @@ def evaluate_retrieval(
     """Scores a model of the family ``lam_clip4clip`` on a split of captioned videos.
 
     Args:
-        model: left on the device.
+        model: the model; it stays on the device.
         dataset: the split.
-        sampling: which frames; by default those that the model is made for.
-        batch_size: videos, and texts, that pass through the towers at a time.
-        device: as torch writes it, or ``"auto"``.
-        precision: of the autocast.
-        workers: processes that read videos; 0 reads in this one.
-        dual: also score similarities weighed by dual softmax.
-        on_bad_input: ``"stop"`` at a video that can't be read, or ``"skip"``: search all beforehand and leave it out.
-        progress: called with the phase (``"scan"``, ``"videos"``, ``"texts"``), the inputs done, and their number.
+        sampling: frame sampling; the model's own by default.
+        batch_size: videos, and texts, per forward pass.
+        device: a torch device, or ``"auto"``.
+        precision: autocast precision.
+        workers: worker processes that read videos; 0 reads in the main process.
+        dual: also score the similarities after dual softmax.
+        on_bad_input: ``"stop"`` at an unreadable video, or ``"skip"``: check all videos first and leave these out.
+        progress: called with the stage (``"scan"``, ``"videos"``, ``"texts"``), the number done, and the total.
 
     Returns:
         The scores.
 
     Raises:
-        ConfigError: a device, precision, batch size or number of workers that is not possible, or more frames than the
-            model has positions for.
+        ConfigError: an invalid device, precision, batch size or number of workers, or more frames than the model has
+            positions for.
         DataError: a video can't be read.
-        UnsupportedHostError: the model is not a retrieval model.
+        UnsupportedHostError: the model is not a text-video retrieval model.
     """
     check_batches(batch_size, workers, precision)
     device = resolve_device(device)
@@ -125,11 +125,11 @@ def score_retrieval(model: Any, dataset: CaptionedVideos, request: EvalRequest) 
     """Scores a retrieval model as ``lamzoo eval`` and ``lamzoo bench`` do; errors as of :func:`evaluate_retrieval`.
 
     Args:
-        model: of the family ``lam_clip4clip``.
+        model: a model of the family ``lam_clip4clip``.
         dataset: its videos and texts.
-        request: how; its options are ``fps``, ``slicing``, ``dual_softmax`` and ``on_bad_input``.
+        request: evaluation settings; its options are ``fps``, ``slicing``, ``dual_softmax`` and ``on_bad_input``.
     """
-    frames_config(model)  # which refuses other models
+    frames_config(model)  # raises for other models
     options = request.options
     sampling = adjusted(model.sampling, fps=options.get("fps"), slicing=options.get("slicing"))
     result = evaluate_retrieval(
@@ -149,16 +149,16 @@ def score_retrieval(model: Any, dataset: CaptionedVideos, request: EvalRequest) 
 
 
 def describe_input(model: Any) -> str:
-    """Returns the size of a retrieval model's input, for a model card."""
+    """Returns the input size of a retrieval model, for a model card."""
     height, width = model.image_size
     return f"{model.max_frames} frames of {width} x {height} px and one text"
 
 
 def frames_config(model: nn.Module) -> dict[str, Any]:
-    """Returns timm's preprocessing of frames for a retrieval model, at the size that it was built for.
+    """Returns timm's frame preprocessing for a retrieval model, at the size that it was built for.
 
     Raises:
-        UnsupportedHostError: the model is not a retrieval model.
+        UnsupportedHostError: the model is not a text-video retrieval model.
     """
     size: Any = getattr(model, "image_size", None)
     if size is None or not hasattr(model, "encode_video"):
@@ -171,7 +171,7 @@ def frames_config(model: nn.Module) -> dict[str, Any]:
 def encode_texts(
     model: Any, texts: Sequence[str], batch_size: int, progress: Callable[[int, int], None] | None = None
 ) -> Tensor:
-    """Returns the embeddings ``(T, D)``, float32, of texts, on the model's device."""
+    """Returns text embeddings ``(T, D)``, float32, on the model's device."""
     device = next(model.parameters()).device
     parts = []
     for start in range(0, len(texts), batch_size):
@@ -182,7 +182,7 @@ def encode_texts(
 
 
 def join_videos(videos: Sequence[Tensor], masks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Puts batches of :meth:`encode_video`'s results together, those of frames padded to the longest."""
+    """Concatenates the results of :meth:`encode_video` over batches, with frames padded to the longest video."""
     longest = max(mask.shape[1] for mask in masks)
     padded = [nn.functional.pad(mask, (0, longest - mask.shape[1])) for mask in masks]
     if videos[0].ndim == 3:
@@ -191,10 +191,10 @@ def join_videos(videos: Sequence[Tensor], masks: Sequence[Tensor]) -> tuple[Tens
 
 
 def compare(model: Any, texts: Tensor, videos: Tensor, frame_masks: Tensor) -> Tensor:
-    """Returns the similarity ``(T, V)``, float32 on the CPU, of embedded texts and videos, block by block.
+    """Returns the similarity ``(T, V)``, float32 on the CPU, of text and video embeddings, computed block by block.
 
     Raises:
-        ConfigError: the memory of the device does not hold a block.
+        ConfigError: a block does not fit into the device's memory.
     """
     try:
         blocks = [model.similarity(some, videos, frame_masks).float().cpu() for some in texts.split(_TEXTS)]

@@ -1,4 +1,4 @@
-"""Scores of text-video retrieval from a matrix of similarities."""
+"""Text-video retrieval metrics from a similarity matrix."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ def retrieval_metrics(
 ) -> dict[str, dict[str, float]]:
     """Computes recall and rank of text-to-video and video-to-text retrieval.
 
-    Counted as CLIP4Clip does (arXiv 2104.08860): where several candidates have the score of the right one, each of
-    their ranks counts as a result, so that a model that scores all alike gains nothing. With several captions to a
-    video (MSVD), each text is a query of its own, and a video's score for another's captions is the best of them.
+    Ranks are counted as in CLIP4Clip (arXiv 2104.08860): if several candidates tie with the correct one, each of their
+    ranks counts as a result, so constant scores gain nothing. With several captions per video (MSVD), each text is a
+    query of its own, and the score of two videos is the highest over the captions.
 
     Args:
-        similarity: ``(texts, videos)``, real numbers, more being more similar.
-        video_of_text: for each text the index of its video; by default text ``i`` belongs to video ``i``. Videos
-            without a text are candidates for texts, and neither queries nor candidates the other way.
+        similarity: ``(texts, videos)``, real numbers, higher is more similar.
+        video_of_text: index of each text's video; text ``i`` belongs to video ``i`` by default. Videos without a text
+            are candidates in text-to-video retrieval, and are ignored in the other direction.
 
     Returns:
         ``{"t2v": {...}, "v2t": {...}}``, each with ``R1``, ``R5``, ``R10`` and ``R50`` in percent, and ``MedianR`` and
         ``MeanR``, ranks from 1.
 
     Raises:
-        ConfigError: a matrix of another shape, with NaN, or an index outside the videos.
+        ConfigError: the matrix has another shape or contains NaN, or an index is out of range.
     """
     scores = _matrix(similarity)
     owners = _owners(scores, video_of_text)
     queried = np.unique(owners)
-    best = np.full((len(queried), scores.shape[1]), -np.inf)  # of each video's captions, for each video
+    best = np.full((len(queried), scores.shape[1]), -np.inf)  # over each video's captions
     np.maximum.at(best, np.searchsorted(queried, owners), scores)
     return {
         "t2v": _metrics(_ranks(scores, owners)),
@@ -53,16 +53,15 @@ def retrieval_metrics(
 
 
 def dual_softmax(similarity: NDArray[Any] | Tensor) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Weighs similarities by how exclusively each candidate's own best query is meant (Cheng et al., arXiv 2109.04290).
+    """Reweights similarities by a softmax over the queries of each candidate (Cheng et al., arXiv 2109.04290).
 
-    It looks at all queries at once, which an application that answers one query cannot do: scores that use it are to
-    be reported apart.
+    It uses all queries at once, which is impossible when queries arrive one by one: report such scores separately.
 
     Args:
         similarity: ``(texts, videos)``, scaled as for a softmax.
 
     Returns:
-        Two matrices of that shape: for text-to-video, and for video-to-text retrieval.
+        Two matrices of that shape, for text-to-video and for video-to-text retrieval.
 
     Raises:
         ConfigError: as of :func:`retrieval_metrics`.
@@ -72,7 +71,7 @@ def dual_softmax(similarity: NDArray[Any] | Tensor) -> tuple[NDArray[np.float64]
 
 
 def score_table(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> ScoreTable:
-    """Returns metrics of :func:`retrieval_metrics` as a table, a row for each split and direction."""
+    """Returns metrics of :func:`retrieval_metrics` as a table with one row per split and direction."""
     columns = ("split", "", *(f"R@{k}" for k in _RECALLS), "median rank", "mean rank")
     keys = (*(f"R{k}" for k in _RECALLS), "MedianR", "MeanR")
     rows = tuple(
@@ -102,22 +101,20 @@ def _owners(
     if video_of_text is None:
         if texts != videos:
             raise ConfigError(
-                f"There are {texts} texts and {videos} videos; say by video_of_text which text belongs to which."
+                f"There are {texts} texts and {videos} videos; give the video of each text in video_of_text."
             )
         return np.arange(texts)
     owners = np.asarray(video_of_text)
     if owners.shape != (texts,) or owners.dtype.kind not in "iu":
-        raise ConfigError(
-            f"video_of_text is {owners.dtype} {owners.shape}; it must be {texts} whole numbers, one for each text."
-        )
+        raise ConfigError(f"video_of_text is {owners.dtype} {owners.shape}; it must be {texts} integers, one per text.")
     if owners.min() < 0 or owners.max() >= videos:
         wrong = owners[(owners < 0) | (owners >= videos)][0]
-        raise ConfigError(f"video_of_text names the video {wrong}; there are {videos}, numbered from 0.")
+        raise ConfigError(f"video_of_text has the index {wrong}; it must be from 0 to {videos - 1}.")
     return owners.astype(np.int64)
 
 
 def _ranks(scores: NDArray[np.float64], right: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Returns the ranks, from 0, of the right column in each row, every tied one, of all rows one after the other."""
+    """Returns the ranks, from 0, of the correct column of each row, with every tied rank, concatenated over rows."""
     own = scores[np.arange(len(scores)), right][:, None]
     better, equal = (scores > own).sum(axis=1), (scores == own).sum(axis=1)
     first = np.repeat(better, equal)

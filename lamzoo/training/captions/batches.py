@@ -1,4 +1,4 @@
-"""Training batches of clips with captions, and the losses."""
+"""Training batches of captioned clips, and the losses of captioning."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from lamzoo.training.captions.recipe import CaptionWeights
 
 @dataclass(frozen=True)
 class Sample:
-    """A clip, one of its captions, and those before it.
+    """A clip, one of its captions, and the captions before it.
 
     Attributes:
         item: the clip.
         streams: its features by modality.
-        caption: the one to learn.
+        caption: the target caption.
         context: earlier captions of the same video.
     """
 
@@ -38,12 +38,12 @@ class Sample:
 
 
 class Samples(Dataset[Sample]):
-    """The clips of a data set, each with a caption that is drawn from :mod:`random` where it has several.
+    """The clips of a data set, each with one caption; :mod:`random` selects among several.
 
     Args:
         dataset: the split.
-        splice: probability that a clip is put together of pieces of several.
-        context: earlier captions at most.
+        splice: probability that a clip is spliced from pieces of several.
+        context: maximum number of earlier captions.
     """
 
     def __init__(self, dataset: CaptionDataset, splice: float = 0.0, context: int = 0) -> None:
@@ -62,15 +62,15 @@ class Samples(Dataset[Sample]):
 
 
 class Collate:
-    """Puts samples into one batch of tensors, padded: what a loader moves between devices.
+    """Collates samples into one padded batch of tensors, which a loader can move between devices.
 
-    Called with samples, it returns ``streams``, as :func:`pad_streams`; ``text``, int64 ``(B, L)``, zeros behind the
-    end; ``context``, int64 ``(B, W)``, where a sample has one that the model has room for; and for models with
-    ``align`` ``words``, by modality int64 ``(B, N)``, the word said at each token, 0 for none and -100 where there is
-    no token or nobody knows.
+    Called with samples, it returns ``streams``, as :func:`pad_streams`; ``text``, int64 ``(B, L)``, padded with zeros;
+    ``context``, int64 ``(B, W)``, if a sample has earlier captions and the model supports them; and for models with
+    ``align`` ``words``, per modality int64 ``(B, N)``, the word spoken at each token, 0 for none and -100 where the
+    token is padding or the word unknown.
 
     Args:
-        model: whose vocabulary is used.
+        model: the model, whose vocabulary is used.
     """
 
     def __init__(self, model: Any) -> None:
@@ -101,15 +101,14 @@ class Collate:
 
 
 def caption_counts(batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Counts what the losses of a batch are means over.
+    """Counts the elements over which the losses of a batch are averaged.
 
     Args:
-        batch: as of :class:`Collate`.
+        batch: a batch, as returned by :class:`Collate`.
 
     Returns:
-        ``tokens`` of the captions behind their starts and, for models with ``align``, ``words``, the encoder's tokens
-        of which is known what is said, and ``spoken``, the modalities of clips that are long enough to say their
-        sentence: int64 scalars.
+        Int64 scalars: ``tokens`` of the captions, start tokens excluded, and for models with ``align`` also ``words``,
+        encoder tokens with a known word, and ``spoken``, modalities of clips that are long enough for their sentence.
     """
     counts = {"tokens": (batch["text"][:, 1:] != 0).sum()}
     if "words" in batch:
@@ -125,11 +124,11 @@ def caption_losses(
     """Computes the weighted losses of a batch.
 
     Args:
-        found: a :class:`lamzoo.models.describer.model.DescriberOutput`.
-        batch: as of :class:`Collate`.
-        weights: of the losses.
-        counts: as of :func:`caption_counts`, of a larger batch that this one is a part of; the losses of the parts then
-            add up to that batch's. None for this batch alone.
+        found: the model's output, a :class:`lamzoo.models.describer.model.DescriberOutput`.
+        batch: a batch, as returned by :class:`Collate`.
+        weights: weights of the losses.
+        counts: as returned by :func:`caption_counts`, for a larger batch that contains this one; the losses of its
+            parts then add up to that of the whole. None for this batch alone.
 
     Returns:
         ``caption`` and, for models with ``align``, ``words`` and ``ctc``: scalars, float32.
@@ -159,11 +158,11 @@ def caption_losses(
 
 
 def _lengths(text: Tensor) -> Tensor:
-    """Returns the tokens of each sentence between its start and its end, which is the highest number."""
+    """Returns the tokens of each sentence between its start and end tokens; the end token has the highest index."""
     return text.argmax(dim=1) - 1
 
 
 def _enough(batch: Mapping[str, Any], name: str) -> Tensor:
-    """Returns of which clips, bool ``(B,)``, a modality is there and long enough for the sentence."""
+    """Returns a bool mask ``(B,)`` of the clips that have a modality long enough for the sentence."""
     there = batch["streams"][name].mask.sum(dim=1)
     return (there >= 2 * _lengths(batch["text"])) & (there > 0)

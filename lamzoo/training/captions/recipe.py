@@ -1,4 +1,4 @@
-"""The recipe of captions."""
+"""The captioning recipe."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lamzoo.training.recipe_common import (
 class CaptionModelSection(ModelSectionBase):
     """``[model]``: a model of the family ``lam_describer``.
 
-    ``features`` in ``kwargs`` are those of the data where they are left out and the model has no weights.
+    ``features`` in ``kwargs`` default to those of the data if the model has no weights.
     """
 
 
@@ -31,9 +31,9 @@ class CaptionDataSection(DataSectionBase):
     """``[data]``: clips, as :func:`lamzoo.data.captions.create_caption_dataset` opens them.
 
     Attributes:
-        val_fraction: where the data has no ``eval_split``, this share of the training videos, drawn with ``run.seed``,
-            takes its place; None makes that an error.
-        context: earlier captions of the same video that the model reads.
+        val_fraction: share of the training videos, drawn with ``run.seed``, that is held out if the data has no
+            ``eval_split``; None makes a missing split an error.
+        context: number of earlier captions of the same video that the model receives.
     """
 
     val_fraction: float | None = None
@@ -42,14 +42,14 @@ class CaptionDataSection(DataSectionBase):
 
 @dataclass(frozen=True)
 class CaptionWeights:
-    """``[loss]``: weights of the losses.
+    """``[loss]``: loss weights.
 
     Attributes:
-        caption: of the cross-entropy of the next token.
-        label_smoothing: of it.
-        words: of the cross-entropy of the word said at each of the encoder's tokens, for models with ``align``.
-        ctc: of the connectionist temporal classification of each modality's tokens (Graves et al., ICML 2006), a mean
-            over the words of a sentence, likewise.
+        caption: weight of the next-token cross-entropy.
+        label_smoothing: label smoothing of that cross-entropy.
+        words: weight of the cross-entropy of the word spoken at each encoder token, for models with ``align``.
+        ctc: weight of the connectionist temporal classification of each modality's tokens (Graves et al., ICML 2006),
+            averaged over the words of a sentence, for models with ``align``.
     """
 
     caption: float = 1.0
@@ -60,7 +60,7 @@ class CaptionWeights:
 
 @dataclass(frozen=True)
 class CaptionRecipe(TaskRecipe):
-    """One training run of description; see the sections for what each table holds."""
+    """A training run of a captioning model; see the sections for the contents of each table."""
 
     model: CaptionModelSection
     data: CaptionDataSection
@@ -80,11 +80,11 @@ class CaptionRecipe(TaskRecipe):
         for key, value in dataclasses.asdict(self.loss).items():
             if value < 0 or (key == "label_smoothing" and value >= 1):
                 raise RecipeError(
-                    f"Recipe key loss.{key} is {value}; it must not be negative, nor all of it smoothing."
+                    f"Recipe key loss.{key} is {value}; it must not be negative, and label_smoothing must be below 1."
                 )
         if self.data.context < 0:
             raise RecipeError(f"Recipe key data.context is {self.data.context}; it must be 0 or more.")
         if self.optimizer.layer_decay is not None:
             raise RecipeError("Recipe key optimizer.layer_decay is for classifiers; leave it out.")
         if self.run.grad_checkpointing:
-            raise RecipeError("Recipe key run.grad_checkpointing does not go with captions; use false.")
+            raise RecipeError("Recipe key run.grad_checkpointing is not supported for captions; use false.")

@@ -36,8 +36,8 @@ class CaptionRun(FeatureRun):
         check_streams(model, self.splits["train"].modalities)
         if self.recipe.data.context and not model.context_tokens:
             raise RecipeError(
-                f"data.context asks for {self.recipe.data.context} earlier captions and {section.name} has no room for "
-                "any; set context_tokens in model.kwargs."
+                f"data.context is {self.recipe.data.context}, but {section.name} does not support earlier captions; "
+                "set context_tokens in model.kwargs."
             )
         return model
 

@@ -1,4 +1,4 @@
-"""The report of an image classifier's run: Markdown and JSON, and pictures where they can be drawn."""
+"""The report of a classification run: Markdown and JSON, with pictures if matplotlib is installed."""
 
 from __future__ import annotations
 
@@ -31,29 +31,29 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 _MASK_PICTURES = 3
-_LISTED = 60  # classes in the Markdown table; the JSON has all of them
-_CONFUSION_IN_JSON = 200  # classes up to which the JSON has the whole matrix
+_LISTED = 60  # maximum number of classes in the Markdown table; the JSON has all
+_CONFUSION_IN_JSON = 200  # maximum number of classes for the whole matrix in the JSON
 _PAIRS = 5
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a report is written from.
+    """The contents of a report.
 
     Attributes:
         recipe: the run's.
-        model: the trained model, which has been saved.
-        trained: number of parameters that were trained.
-        splits: its images.
-        scores: of the model, by split; the one that was watched during the run comes first.
-        history: one record an epoch.
-        train_seconds: spent in updates.
-        wall_seconds: from the start, reading and scoring included.
+        model: the trained model, already saved.
+        trained: number of trained parameters.
+        splits: its data.
+        scores: the model's scores by split; the split watched during the run comes first.
+        history: one record per epoch.
+        train_seconds: time spent in updates.
+        wall_seconds: time since the start, including reading and scoring.
         device: as torch writes it.
-        processes: how many trained together.
-        command: what was typed; None where a program called.
-        epoch_kept: whose weights the model has, from 1.
-        about_weights: a sentence on why these.
+        processes: number of training processes.
+        command: the command line; None if called from Python.
+        epoch_kept: epoch of the model's weights, from 1.
+        about_weights: a sentence on the choice of these weights.
     """
 
     recipe: Recipe
@@ -74,7 +74,7 @@ class RunFacts:
 def write_report(folder: Path, facts: RunFacts) -> None:
     """Writes ``report.md``, ``report.json``, ``confusion.png``, ``curves.png`` and ``masks-*.png`` into a folder.
 
-    A picture that can't be drawn, for want of matplotlib or of masks, is replaced by a line that says why.
+    A picture that can't be drawn, without matplotlib or masks, is replaced by a sentence with the reason.
 
     Raises:
         DataError: a file can't be written there.
@@ -92,7 +92,7 @@ def write_report(folder: Path, facts: RunFacts) -> None:
 
 
 def confusion(score: Score, classes: int) -> NDArray[np.int64]:
-    """Counts a split's images by class (row) and guess (column)."""
+    """Counts a split's images by class (row) and prediction (column)."""
     flat = score.labels * classes + score.guesses
     return torch.bincount(flat, minlength=classes * classes).reshape(classes, classes).numpy()
 
@@ -103,7 +103,7 @@ def _class_names(facts: RunFacts) -> list[str]:
 
 
 def _content(facts: RunFacts, names: list[str]) -> dict[str, Any]:
-    """Everything the report says, as JSON values."""
+    """Returns the report's contents as JSON values."""
     recipe, model = facts.recipe, facts.model
     masks = 0 if getattr(model, "lam_config", None) is None else sum(p.numel() for p in lam_parameters(model))
     training = np.bincount(facts.splits.train.labels(), minlength=len(names))
@@ -179,7 +179,7 @@ def _percent(part: Any, whole: Any) -> float | None:
 
 
 def _plots(folder: Path, facts: RunFacts, names: list[str]) -> list[str]:
-    """Draws curves and confusion matrix; returns lines of Markdown."""
+    """Draws curves and confusion matrix; returns Markdown lines."""
     from lamzoo.report.curves import draw_confusion, draw_curves
 
     split, score = list(facts.scores.items())[-1]
@@ -205,15 +205,15 @@ def _plots(folder: Path, facts: RunFacts, names: list[str]) -> list[str]:
 
 
 def _masks(folder: Path, facts: RunFacts, names: list[str]) -> list[str]:
-    """Draws the masks over a few scored images of different classes; returns lines of Markdown."""
+    """Draws the masks over a few scored images of different classes; returns Markdown lines."""
     from lamzoo.report import explain
 
     dataset = facts.splits.test or facts.splits.evaluation
-    assert dataset is not None  # a run that has finished has scored something
+    assert dataset is not None  # a finished run has scored a split
     lines = ["## Masks", ""]
     if getattr(facts.model, "lam_config", None) is None:
-        return [*lines, "This is a plain model: it has no learnable masks to draw.", ""]
-    # As a user will have it, with the names of its classes.
+        return [*lines, "The model has no learnable masks.", ""]
+    # Load the model as a user would, with its class names.
     saved = create_model(f"local-dir:{Path(facts.recipe.run.output) / 'model'}", pretrained=True)
     labels = np.asarray(dataset.labels())
     present = np.unique(labels)
@@ -298,5 +298,5 @@ def _duration(seconds: float) -> str:
 
 
 def _plain(text: str) -> str:
-    """Keeps a name from breaking a Markdown table."""
+    """Escapes a name for a Markdown table."""
     return " ".join(text.replace("|", "\\|").split())

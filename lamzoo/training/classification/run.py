@@ -38,7 +38,7 @@ from lamzoo.training.trainer import TrainingRun
 
 
 class ClassificationRun(TrainingRun):
-    """One run of an image classifier; arguments as of :class:`TrainingRun`."""
+    """A training run of an image classifier; arguments as of :class:`TrainingRun`."""
 
     recipe: Recipe
     splits: Splits
@@ -78,7 +78,7 @@ class ClassificationRun(TrainingRun):
         if self.splits.made is not None:
             self.splits.made.write(self.checkpoints.output)
         else:
-            (self.checkpoints.output / SPLIT_NAME).unlink(missing_ok=True)  # of a run without a checkpoint
+            (self.checkpoints.output / SPLIT_NAME).unlink(missing_ok=True)  # left by a run without a checkpoint
 
     def train_loader(self, model: nn.Module) -> DataLoader[Any]:
         self.mixup = create_mixup(self.recipe, int(model.num_classes))  # type: ignore[arg-type]
@@ -95,7 +95,7 @@ class ClassificationRun(TrainingRun):
     def backward(self, epoch: int, update: int, batches: list[Any]) -> Tensor:
         losses = []
         for index, (images, labels) in enumerate(batches):
-            # Seeds of their own for each pass: dropout and mixup need no states in the checkpoints.
+            # Separate seeds for each pass: dropout and mixup need no states in the checkpoints.
             step = update * len(batches) + index
             seed_everything(self.recipe.run.seed, epoch, step, self.accelerator.process_index, 1)
             if self.mixup is not None:

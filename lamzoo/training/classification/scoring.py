@@ -1,4 +1,4 @@
-"""Predictions of a classifier on a whole split, gathered from all processes."""
+"""Predictions of a classifier on a whole split, gathered across processes."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from lamzoo.profiling.inputs import evaluating
 
 @dataclass(frozen=True)
 class Score:
-    """The predictions for a split's images, in no particular order.
+    """Predictions for the images of a split, in no particular order.
 
     Attributes:
         labels: ``(N,)``, int64, on the CPU.
-        guesses: the most likely class of each image, ``(N,)``, int64.
+        guesses: the predicted class of each image, ``(N,)``, int64.
         loss: mean cross-entropy.
-        top5: percent right among the first five guesses; None below five classes, where it says nothing.
+        top5: top-5 accuracy in percent; None below five classes, where it is trivial.
     """
 
     labels: Tensor
@@ -35,18 +35,18 @@ class Score:
 
     @property
     def top1(self) -> float:
-        """Percent right at first guess."""
+        """Top-1 accuracy in percent."""
         return 100 * float((self.labels == self.guesses).double().mean())
 
 
 @torch.inference_mode()
 def score(accelerator: Accelerator, model: nn.Module, loader: Any) -> Score:
-    """Runs a classifier over a loader that the accelerator has prepared; call on every process.
+    """Evaluates a classifier on a prepared loader; call on every process.
 
     Args:
-        accelerator: knows the processes, the device and the precision.
-        model: unwrapped; left in the mode that it was in.
-        loader: of images ``(B, C, H, W)`` and labels ``(B,)``.
+        accelerator: defines processes, device and precision.
+        model: the unwrapped model; it keeps its training or evaluation mode.
+        loader: loader of images ``(B, C, H, W)`` and labels ``(B,)``.
     """
     labels, guesses, losses, hits = [], [], [], []
     with evaluating(model):

@@ -24,16 +24,16 @@ _PAIRS = 2
 
 @dataclass(frozen=True)
 class Sample:
-    """A query with its features and targets.
+    """A query with features and targets.
 
     Attributes:
         query: the query.
-        features: of the query and its video.
-        spans: ``(moments, 2)``, centre and width as shares of the video.
-        better: int64 ``(2,)``, clips that fit better than those of ``worse``.
+        features: features of the query and its video.
+        spans: ``(moments, 2)``, centre and width as fractions of the video.
+        better: int64 ``(2,)``, clips that match better than those in ``worse``.
         worse: int64 ``(2,)``.
         grades: ``(N,)``.
-        words: int64 ``(N,)``, the word that is said in each clip, 0 for none; None where the data don't know.
+        words: int64 ``(N,)``, the word spoken in each clip, 0 for none; None if unknown.
     """
 
     query: MomentQuery
@@ -49,8 +49,8 @@ class Samples(Dataset[Sample]):
     """The queries of a data set with their targets.
 
     Args:
-        dataset: of which the moments are known.
-        splice: probability, drawn from :mod:`random`, that a query is about a video that is put together of pieces.
+        dataset: a split with annotated moments.
+        splice: probability, drawn from :mod:`random`, that a query refers to a video spliced from pieces.
     """
 
     def __init__(self, dataset: MomentDataset, splice: float = 0.0) -> None:
@@ -76,10 +76,10 @@ class Samples(Dataset[Sample]):
 
 
 def clip_grades(query: MomentQuery, count: int) -> NDArray[np.float32]:
-    """Returns how well each clip fits a query, ``(count,)``, 0 where it doesn't.
+    """Returns the relevance of each clip for a query, ``(count,)``, 0 for irrelevant clips.
 
-    These are the annotators' grades summed, 0 to 12 in QVHighlights; where there are none, 12 for the clips whose
-    middle lies in a moment, and for the one nearest to the middle of a moment shorter than that.
+    It is the sum of the annotators' grades, 0 to 12 in QVHighlights; without grades, 12 for clips whose centre lies in
+    a moment, and for the clip nearest to the centre of a moment that contains none.
     """
     if query.grades is not None:
         total = query.grades.sum(axis=1)[:count]
@@ -94,7 +94,7 @@ def clip_grades(query: MomentQuery, count: int) -> NDArray[np.float32]:
 
 
 def _draw_pairs(grades: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Draws clips that fit with ones that don't, and the best graded with the worst (arXiv 2107.09609, section 4.2)."""
+    """Samples pairs of relevant and irrelevant, and of best and worst clips (arXiv 2107.09609, section 4.2)."""
     fits, rest = np.flatnonzero(grades > 0), np.flatnonzero(grades == 0)
     if not len(fits) or not len(rest):
         fits = rest = np.arange(len(grades))
@@ -107,13 +107,13 @@ def _draw_pairs(grades: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray
 
 
 def collate(samples: Sequence[Sample]) -> dict[str, Tensor]:
-    """Puts samples into one batch of tensors, padded: what a loader moves between devices.
+    """Collates samples into one padded batch of tensors, which a loader can move between devices.
 
     Returns:
-        ``video`` and ``text`` with their masks, as :func:`pad_features`; ``spans (B, M, 2)`` with ``moments (B,)``, how
-        many of them there are; ``better`` and ``worse (B, 2)``; ``grades (B, N)``; ``sentence (B,)`` and ``fits (B,
-        K)``, int64, numbers of the query's sentence and of all that are known to fit the video, the same for the same
-        sentence; and where the data know them ``words (B, N)``, -100 behind a video's end.
+        ``video`` and ``text`` with their masks, as :func:`pad_features`; ``spans (B, M, 2)`` with their number
+        ``moments (B,)``; ``better`` and ``worse (B, 2)``; ``grades (B, N)``; ``sentence (B,)`` and ``fits (B, K)``,
+        int64, identifiers of the query's sentence and of all sentences known to match the video, equal for equal
+        sentences; and if known ``words (B, N)``, -100 at padding.
     """
     video, text, video_mask, text_mask = pad_features([sample.features for sample in samples])
 
@@ -128,7 +128,7 @@ def collate(samples: Sequence[Sample]) -> dict[str, Tensor]:
         "sentence": torch.tensor([_number(sample.query.text) for sample in samples]),
         "fits": torch.nn.utils.rnn.pad_sequence([_fitting(sample.query) for sample in samples], batch_first=True),
     }  # fmt: skip
-    if samples[0].words is not None:  # all of one data set
+    if samples[0].words is not None:  # all samples are from one data set
         batch["words"] = padded("words", IGNORED)
     return batch
 
@@ -138,14 +138,14 @@ def _middles(query: MomentQuery, count: int) -> NDArray[np.float64]:
 
 
 def unrelated(sentence: Tensor, fits: Tensor) -> Tensor:
-    """Chooses for each video the next sample whose sentence is not known to fit it; the next one if all do.
+    """Selects for each video the next sample whose sentence is not known to match it; the next one if all do.
 
     Args:
         sentence: int64 ``(B,)``, as of :func:`collate`.
         fits: int64 ``(B, K)``, likewise.
 
     Returns:
-        int64 ``(B,)``, which sample; its own where there is no other.
+        The selected samples, int64 ``(B,)``; a sample itself if there is no other.
     """
     count = len(sentence)
     numbers = torch.arange(count, device=sentence.device)
@@ -155,15 +155,15 @@ def unrelated(sentence: Tensor, fits: Tensor) -> Tensor:
 
 
 def with_unrelated(accelerator: Accelerator, batches: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """Returns batches with a sentence for each video that does not fit it, from anywhere in the global batch.
+    """Adds to each video a sentence that does not match it, from anywhere in the global batch.
 
     Args:
-        accelerator: of all processes, each of which calls this.
-        batches: of this process, equally large, as of :func:`collate`.
+        accelerator: the accelerator; every process must call this.
+        batches: batches of this process, of equal size, as of :func:`collate`.
 
     Returns:
-        The same with ``unrelated (B,)``, int64, rows of ``text``, behind which other sentences stand where they may be
-        of another batch.
+        The batches with ``unrelated (B,)``, int64, rows of ``text``, to which sentences of other batches are appended
+        if needed.
     """
     if accelerator.num_processes * len(batches) == 1:
         return [batch | {"unrelated": unrelated(batch["sentence"], batch["fits"])} for batch in batches]
@@ -181,14 +181,14 @@ _SENTENCES = ("sentence", "fits", "text", "text_mask")
 
 
 def _everywhere(accelerator: Accelerator, parts: Sequence[Tensor]) -> Tensor:
-    """Returns the rows of the batches of all processes in the order of the global batch, padded to one length."""
+    """Gathers rows of the batches of all processes in the order of the global batch, padded to one length."""
     if parts[0].ndim > 1:
         longest = torch.tensor([max(part.shape[1] for part in parts)], device=parts[0].device)
         length = int(accelerator.gather(longest).max())
         parts = [_longer(part, length) for part in parts]
     rows = accelerator.gather(torch.cat(list(parts)))
     rows = rows.unflatten(0, (accelerator.num_processes, len(parts), -1))
-    return rows.transpose(0, 1).flatten(0, 2)  # each batch is spread over the processes
+    return rows.transpose(0, 1).flatten(0, 2)  # each batch is sharded over the processes
 
 
 def _longer(rows: Tensor, length: int) -> Tensor:
@@ -197,10 +197,10 @@ def _longer(rows: Tensor, length: int) -> Tensor:
 
 
 def _number(sentence: str) -> int:
-    """Returns a number of 64 bits that is the same in every process, and for no two sentences in practice."""
+    """Returns a 64-bit hash of a sentence that is the same in every process."""
     return int.from_bytes(hashlib.blake2b(sentence.encode(), digest_size=8).digest(), "big", signed=True)
 
 
 def _fitting(query: MomentQuery) -> Tensor:
-    """Returns the numbers of the sentences that fit a query's video, as far as it is known: its own, and words."""
+    """Returns the hashes of the sentences known to match a query's video: its own sentence, and words."""
     return torch.tensor([_number(text) for text in {query.text, *(word for word, *_ in query.words)}])

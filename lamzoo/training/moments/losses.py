@@ -1,4 +1,4 @@
-"""What Moment-DETR and QD-DETR learn by: matched spans and classes, and the order of the clips; tensors in and out."""
+"""Losses of Moment-DETR and QD-DETR: matched spans and classes, and clip ranking, as functions of tensors."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ _MOMENT, _NOTHING = 0, 1
 
 @dataclass(frozen=True)
 class MomentTargets:
-    """What is true of a batch.
+    """Targets of a batch.
 
     Attributes:
-        spans: for each sample ``(moments, 2)``, centre and width as shares of the video.
-        better: int64 ``(B, P)``, clips that fit the sentence better than those of ``worse``.
+        spans: for each sample ``(moments, 2)``, centre and width as fractions of the video.
+        better: int64 ``(B, P)``, clips that match the sentence better than those in ``worse``.
         worse: int64 ``(B, P)``.
-        grades: ``(B, N)``, each clip's, 0 where it doesn't fit: QVHighlights' three annotators together give up to 12.
-        video_mask: bool ``(B, N)``, True where there is a clip.
-        words: int64 ``(B, N)``, the word that is said in each clip, 0 for none and -100 where there is no clip; None
-            where the data don't know.
+        grades: ``(B, N)``, relevance of each clip, 0 if irrelevant; up to 12 in QVHighlights, summed over three
+            annotators.
+        video_mask: bool ``(B, N)``, False at padding.
+        words: int64 ``(B, N)``, the word spoken in each clip, 0 for none and -100 at padding; None if unknown.
     """
 
     spans: tuple[Tensor, ...]
@@ -49,15 +49,15 @@ class MomentTargets:
 
 
 def moment_counts(targets: MomentTargets, queries: int) -> dict[str, Tensor]:
-    """Counts what the losses of a batch are means over.
+    """Counts the elements over which the losses of a batch are averaged.
 
     Args:
-        targets: of the batch.
-        queries: of the model, each of which finds one moment at most.
+        targets: targets of the batch.
+        queries: number of the model's queries, each of which predicts one moment.
 
     Returns:
-        ``samples``, ``moments`` that are matched, ``proposals``, pairs of a clip and a moment that it lies in, and
-        ``words``, clips with a known word: int64 scalars.
+        Int64 scalars: ``samples``; matched ``moments``; ``proposals``, pairs of a clip and a moment that contains it;
+        and ``words``, clips with a known word.
     """
     device, words = targets.grades.device, targets.words
     moments = sum(min(queries, len(spans)) for spans in targets.spans)
@@ -73,16 +73,16 @@ def moment_losses(
     """Computes the weighted losses (arXiv 2107.09609, section 4.2; arXiv 2303.13874, section 3.4).
 
     Args:
-        found: what the model says.
-        targets: ground truth.
-        weights: of the terms.
-        counts: as of :func:`moment_counts`, of a larger batch that this one is a part of; the losses of the parts then
-            add up to that batch's. None for this batch alone.
+        found: the model's output.
+        targets: targets of the batch.
+        weights: weights of the losses.
+        counts: as returned by :func:`moment_counts`, for a larger batch that contains this one; the losses of its parts
+            then add up to that of the whole. None for this batch alone.
 
     Returns:
         ``span``, ``giou`` and ``label``, each over all decoder layers, and ``saliency``; QD-DETR's ``negative`` and
-        ``contrast`` where the model scored the videos for other sentences; ``words`` where it tells words apart and the
-        data know them; ``proposal`` where its clips propose moments. The loss is their sum.
+        ``contrast`` if the videos were also scored for other sentences; ``words`` if the model classifies words and
+        they are known; ``proposal`` if the model proposes moments from clips. The total loss is their sum.
     """
     counts = moment_counts(targets, found.logits.shape[1]) if counts is None else counts
     counts = {name: count.clamp_min(1) for name, count in counts.items()}
@@ -110,16 +110,16 @@ def moment_losses(
 def match(
     spans: Tensor, logits: Tensor, targets: tuple[Tensor, ...], weights: MomentWeights
 ) -> list[tuple[Tensor, Tensor]]:
-    """Assigns moments to queries, each moment to one query, at the lowest cost in all (the Hungarian algorithm).
+    """Assigns each moment to one query at the lowest total cost (Hungarian algorithm).
 
     Args:
         spans: ``(B, Q, 2)``, centre and width.
         logits: ``(B, Q, 2)``.
         targets: for each sample ``(moments, 2)``, at most ``Q``.
-        weights: of the costs.
+        weights: weights of the costs.
 
     Returns:
-        For each sample the queries, and the moments that they are to find.
+        For each sample the indices of the matched queries and of their moments.
 
     Raises:
         DivergedError: spans or logits are not finite.
@@ -142,7 +142,7 @@ def match(
 def _set_losses(
     spans: Tensor, logits: Tensor, targets: MomentTargets, weights: MomentWeights, moments: Tensor
 ) -> dict[str, Tensor]:
-    """Returns the weighted losses of one layer: of spans as a part of that many moments, of labels by themselves."""
+    """Returns the weighted losses of one layer: spans divided by the number of moments, labels averaged."""
     assigned = match(spans, logits, targets.spans, weights)
     classes = torch.full(logits.shape[:2], _NOTHING, device=logits.device)
     for sample, (queries, _) in enumerate(assigned):
@@ -155,7 +155,7 @@ def _set_losses(
 
 
 def _span_losses(spans: Tensor, truth: Tensor, weights: MomentWeights, count: Tensor) -> dict[str, Tensor]:
-    """Returns the weighted losses of spans ``(n, 2)``, centre and width, each to be one of ``(n, 2)``, over a count."""
+    """Returns the weighted losses of spans ``(n, 2)``, centre and width, to targets ``(n, 2)``, divided by a count."""
     giou = generalized_box_iou_loss(to_boxes(to_edges(spans)), to_boxes(to_edges(truth)), reduction="sum")
     return {
         "span": weights.span * F.l1_loss(spans, truth, reduction="sum") / (2 * count),
@@ -164,14 +164,14 @@ def _span_losses(spans: Tensor, truth: Tensor, weights: MomentWeights, count: Te
 
 
 def _inside(moments: Tensor, mask: Tensor) -> Tensor:
-    """Says which clips ``(N,)`` of a video have their middles in which of its moments: bool ``(N, moments)``."""
+    """Returns which clips ``(N,)`` of a video have their centres in which moments: bool ``(N, moments)``."""
     middles = (torch.arange(len(mask), device=mask.device) + 0.5) / mask.sum()
     start, end = to_edges(moments).unbind(-1)
     return (middles[:, None] >= start) & (middles[:, None] <= end) & mask[:, None]
 
 
 def _proposal_loss(proposals: Tensor, targets: MomentTargets, weights: MomentWeights, count: Tensor) -> Tensor:
-    """Returns how far the proposals ``(B, N, 2)`` of clips are from the moments that their middles lie in."""
+    """Returns the distances of clip proposals ``(B, N, 2)`` to the moments that contain the clips' centres."""
     mine, truth = [], []
     for of_sample, moments, mask in zip(proposals.float(), targets.spans, targets.video_mask, strict=True):
         clips, which = _inside(moments, mask).nonzero(as_tuple=True)
@@ -182,24 +182,24 @@ def _proposal_loss(proposals: Tensor, targets: MomentTargets, weights: MomentWei
 
 
 def margin_loss(saliency: Tensor, targets: MomentTargets, margin: float) -> Tensor:
-    """Returns by how much better clips ``(B, P)`` fail to be a margin ahead of worse ones, of saliencies ``(B, N)``."""
+    """Returns the hinge loss of better clips ``(B, P)`` against worse ones, from saliencies ``(B, N)``."""
     better, worse = saliency.gather(1, targets.better), saliency.gather(1, targets.worse)
     return 2 * (margin + worse - better).clamp_min(0).mean()
 
 
 def negative_loss(unrelated: Tensor, video_mask: Tensor) -> Tensor:
-    """Returns how salient clips ``(B, N)`` are for a sentence that isn't theirs: a cross-entropy, summed by video."""
+    """Returns the cross-entropy of clips ``(B, N)`` for an unrelated sentence, summed by video."""
     return (F.softplus(unrelated) * video_mask).sum(dim=1).mean()
 
 
 def contrast_loss(saliency: Tensor, unrelated: Tensor, targets: MomentTargets, temperature: float) -> Tensor:
-    """Contrasts, grade by grade, clips of this grade or a higher one with all others, and with unrelated sentences.
+    """Contrasts, for each grade, clips of at least that grade with all others and with unrelated sentences.
 
     Args:
         saliency: ``(B, N)``.
-        unrelated: ``(B, N)``, the same videos' for another sentence.
-        targets: with their grades.
-        temperature: of the softmax.
+        unrelated: ``(B, N)``, saliencies of the same videos for another sentence.
+        targets: targets with grades.
+        temperature: temperature of the softmax.
     """
     mask = targets.video_mask.repeat(1, 2)
     grades = torch.cat([targets.grades, torch.zeros_like(targets.grades)], dim=1)

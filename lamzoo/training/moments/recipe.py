@@ -1,4 +1,4 @@
-"""The recipe of moment retrieval."""
+"""The moment retrieval recipe."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ from lamzoo.training.recipe_common import (
 class MomentModelSection(ModelSectionBase):
     """``[model]``: a model of the family ``lam_moment_detr``.
 
-    ``video_dim``, ``text_dim`` and ``words`` in ``kwargs`` are those of the data where they are left out and the model
-    has no weights.
+    ``video_dim``, ``text_dim`` and ``words`` in ``kwargs`` default to those of the data if the model has no weights.
     """
 
 
@@ -33,10 +32,10 @@ class MomentDataSection(DataSectionBase):
 
 @dataclass(frozen=True)
 class SpliceSection:
-    """``[augment]``: what happens to videos in training; the published models have none of it.
+    """``[augment]``: augmentation of training videos; the published models use none.
 
     Attributes:
-        splice: probability that a video is put together from pieces of several, where the data know pieces (GRID's
+        splice: probability that a video is spliced from pieces of several, for data with annotated pieces (GRID's
             words).
     """
 
@@ -45,17 +44,17 @@ class SpliceSection:
 
 @dataclass(frozen=True)
 class MomentWeights:
-    """``[loss]``: weights of the losses, and of the costs by which queries are matched; the published ones.
+    """``[loss]``: weights of the losses and of the matching costs; the defaults are the published ones.
 
     Attributes:
-        span: of the L1 distance of centre and width.
-        giou: of one minus the generalised intersection over union.
-        label: of the cross-entropy.
-        nothing: of the class of queries that match no moment, in it.
-        saliency: of all that is said of clips.
-        margin: by which a better clip is to be ahead of a worse one.
-        temperature: of the contrast between grades.
-        words: of the cross-entropy of the word said in each clip, for models built with ``words``.
+        span: weight of the L1 distance of centre and width.
+        giou: weight of one minus the generalised intersection over union.
+        label: weight of the cross-entropy.
+        nothing: class weight of unmatched queries in the cross-entropy.
+        saliency: weight of all losses on clips.
+        margin: margin between the saliencies of better and worse clips.
+        temperature: temperature of the contrast between grades.
+        words: weight of the cross-entropy of the word spoken in each clip, for models built with ``words``.
     """
 
     span: float = 10.0
@@ -70,7 +69,7 @@ class MomentWeights:
 
 @dataclass(frozen=True)
 class MomentRecipe(TaskRecipe):
-    """One training run of moment retrieval; see the sections for what each table holds."""
+    """A training run of moment retrieval; see the sections for the contents of each table."""
 
     model: MomentModelSection
     data: MomentDataSection
@@ -91,5 +90,5 @@ class MomentRecipe(TaskRecipe):
             raise RecipeError("Recipe key optimizer.layer_decay is for classifiers; leave it out.")
         if self.run.grad_checkpointing:
             raise RecipeError(
-                "Recipe key run.grad_checkpointing does not go with moments, whose models are small; use false."
+                "Recipe key run.grad_checkpointing is not supported for moment models, which are small; use false."
             )

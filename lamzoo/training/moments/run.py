@@ -1,4 +1,4 @@
-"""Training of moment retrieval and highlight detection: what a run does with queries about videos."""
+"""Training runs of moment retrieval and highlight detection."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _READ = ("video", "text", "video_mask", "text_mask")
 
 
 class MomentRun(FeatureRun):
-    """One run of a moment model; arguments as of :class:`TrainingRun`."""
+    """A training run of a moment model; arguments as of :class:`TrainingRun`."""
 
     recipe: MomentRecipe
 
@@ -36,7 +36,7 @@ class MomentRun(FeatureRun):
         super().open_data()
         self.truth = {role: split.annotations() for role, split in self.splits.items()}
         for role in self.truth.keys() - {"train"}:
-            check_grades(self.truth[role])  # which would be found after the first epoch
+            check_grades(self.truth[role])  # otherwise detected only after the first epoch
         self.example = self.splits["train"].read(0)
 
     def build_model(self) -> nn.Module:
@@ -51,12 +51,12 @@ class MomentRun(FeatureRun):
         model: Any = create_model(section.name, pretrained=section.pretrained, **kwargs)
         check_features(model, self.example)
         self._check_words(model)
-        # A batch of one has no other sentence to learn from.
+        # A batch of one has no other sentence for a negative pair.
         self.reads_unrelated = model.reads_unrelated and self.recipe.run.batch_size > 1
         if model.reads_unrelated and not self.reads_unrelated:
             _logger.warning(
-                "run.batch_size is 1, so %s does not learn from sentences that do not fit a video (its losses negative "
-                "and contrast); use a larger batch, which run.accumulation may pass in parts",
+                "run.batch_size is 1, so %s is trained without negative sentences (its losses negative and contrast); "
+                "use a larger batch, which run.accumulation may split",
                 section.name,
             )
         return model
@@ -65,8 +65,8 @@ class MomentRun(FeatureRun):
         head, known = getattr(model, "word_head", None), len(self.splits["train"].vocabulary)
         if head is not None and known and head.out_features != known + 1:
             raise RecipeError(
-                f"{self.recipe.model.name} tells {head.out_features - 1} words apart, and {self.recipe.data.source} "
-                f"knows the times of {known}; set model.kwargs.words to {known}."
+                f"{self.recipe.model.name} classifies {head.out_features - 1} words, but {self.recipe.data.source} has "
+                f"the times of {known}; set model.kwargs.words to {known}."
             )
 
     def samples(self) -> Samples:

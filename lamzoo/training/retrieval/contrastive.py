@@ -1,4 +1,4 @@
-"""The contrastive loss over a batch that passes through the towers in parts and is spread over processes."""
+"""Contrastive loss over a batch split over forward passes and processes."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from lamzoo.training.gradients import average_gradients
 
 
 def contrastive_loss(similarity: Tensor, positives: Tensor | None = None) -> Tensor:
-    """Symmetric cross-entropy of ``(B, B)`` similarities, the pairs on the diagonal (arXiv 2104.08860, equation 8).
+    """Symmetric cross-entropy of ``(B, B)`` similarities with matching pairs on the diagonal (arXiv 2104.08860, eq. 8).
 
     Args:
-        similarity: of texts (rows) and videos.
-        positives: ``(B, B)``, bool, symmetric: further pairs that fit as well; each row's share one target (as in
-            arXiv 2204.03610, equation 3). The diagonal must be among them.
+        similarity: similarities of texts (rows) and videos (columns).
+        positives: ``(B, B)``, bool, symmetric: all matching pairs, including the diagonal; the pairs of a row share one
+            target (as in arXiv 2204.03610, equation 3).
     """
     if positives is None:
         labels = torch.arange(len(similarity), device=similarity.device)
@@ -37,23 +37,24 @@ def contrastive_backward(
     frame_masks: Sequence[Tensor],
     captions: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    """Adds the gradients of the loss over all pairs of all batches on all processes; returns that loss.
+    """Accumulates the gradients of the loss over all pairs of all batches on all processes; returns the loss.
 
-    The gradient is that of one large batch in one process: first all embeddings, then the loss and its gradient with
-    respect to them, at last each batch once more through the towers ("gradient cache", arXiv 2101.06983). With one
-    batch, nothing is computed twice. Batches of all processes have the same shape.
+    The gradient equals that of one large batch in one process: first all embeddings are computed, then the loss and its
+    gradient with respect to them, and finally each batch passes through the towers again ("gradient cache", arXiv
+    2101.06983). With a single batch, nothing is computed twice. Batches of all processes must have the same shape.
 
     Args:
-        accelerator: knows the processes and the precision.
-        model: not wrapped; has ``similarity(text, video, frame_mask)``. Its gradients are averaged over the processes.
-        batches: what ``encode`` gets, one after the other.
-        encode: the embeddings of the texts and of the videos of batch ``i``; draws the same when called again.
-        frame_masks: of each batch, ``(B, F)``, bool.
-        captions: of each batch, ``(B, L)``, tokens: where two captions are alike, the videos of both fit both. None
-            takes every other video for a wrong one, as CLIP4Clip does.
+        accelerator: defines processes and precision.
+        model: the unwrapped model with ``similarity(text, video, frame_mask)``; its gradients are averaged over
+            processes.
+        batches: inputs of ``encode``.
+        encode: returns text and video embeddings of batch ``i``; must be deterministic across calls.
+        frame_masks: frame mask of each batch, ``(B, F)``, bool.
+        captions: tokens of each batch, ``(B, L)``: videos with equal captions are positives for both. None treats every
+            other video as a negative, as CLIP4Clip does.
 
     Returns:
-        The loss, a scalar, the same on each process.
+        The loss, a scalar, equal on all processes.
     """
     once = len(batches) == 1
     texts, videos = [], []
@@ -73,7 +74,7 @@ def contrastive_backward(
         positives = (tokens[:, None] == tokens).all(-1)
     loss = contrastive_loss(similarity.float(), positives)
     accelerator.backward(loss)
-    # Each process has the gradient of the whole loss for its own embeddings; the mean below divides their sum.
+    # Each process has the gradient of the whole loss for its own embeddings; scale to offset the mean below.
     text_grads = (text_leaf.grad * accelerator.num_processes).split([len(text) for text in texts])
     video_grads = (video_leaf.grad * accelerator.num_processes).split([len(video) for video in videos])
     for index, batch in enumerate(batches):
@@ -90,7 +91,7 @@ def _gathered(accelerator: Accelerator, tensor: Tensor) -> Tensor:
 
 
 def _with_own(accelerator: Accelerator, own: Tensor) -> Tensor:
-    """Returns the embeddings of all processes; gradients flow to this one's."""
+    """Gathers the embeddings of all processes; gradients flow to this process's own."""
     if accelerator.num_processes == 1:
         return own
     parts = list(accelerator.gather(own.detach()).split(len(own)))

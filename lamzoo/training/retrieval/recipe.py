@@ -1,4 +1,4 @@
-"""The recipe of text-video retrieval."""
+"""The text-video retrieval recipe."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from lamzoo.training.recipe_common import (
 
 @dataclass(frozen=True)
 class RetrievalModelSection(ModelSectionBase):
-    """``[model]``: a model of the family ``lam_clip4clip`` or ``open_clip/<name>``, and what of it is frozen.
+    """``[model]``: a model of the family ``lam_clip4clip`` or ``open_clip/<name>``, and its frozen parts.
 
-    ``max_frames`` and ``fps`` in ``kwargs`` come from ``[data]`` where they are left out.
+    ``max_frames`` and ``fps`` in ``kwargs`` default to those in ``[data]``.
 
     Attributes:
-        fused_attention: whether PyTorch may use its fused kernels. On CPUs, bfloat16 training of short sequences is
-            two to three times faster without them; both sides of a comparison should say the same.
-        lock_image_tower: train nothing of the vision tower but its masks.
-        freeze_layers: blocks of both towers that are frozen, from the first one on, with the embeddings; None for none.
+        fused_attention: whether PyTorch may use its fused kernels. On CPUs, bfloat16 training of short sequences is two
+            to three times faster without them; use the same value on both sides of a comparison.
+        lock_image_tower: freeze the vision tower except for its masks.
+        freeze_layers: number of first blocks of both towers to freeze, with the embeddings; None for none.
     """
 
     fused_attention: bool = True
@@ -41,16 +41,16 @@ class RetrievalDataSection(DataSectionBase):
     """``[data]``: videos, as :func:`lamzoo.data.retrieval.create_retrieval_dataset` opens them.
 
     Attributes:
-        val_fraction: where the data has no ``eval_split``, this share of the training videos, drawn with ``run.seed``,
-            takes its place; None makes that an error.
-        fps: frames a second that are candidates; 0 takes every frame of a video.
-        max_frames: frames of a video at most.
-        slicing: which ones, where there are more, as of :class:`lamzoo.data.video.sampling.FrameSampling`.
-        captions: an epoch shows ``"all"`` captions of a video, or ``"one"`` of them, drawn anew.
-        equal_captions: whether videos with equal captions in a batch count as ``"negatives"``, as in CLIP4Clip, or as
+        val_fraction: share of the training videos, drawn with ``run.seed``, that is held out if the data has no
+            ``eval_split``; None makes a missing split an error.
+        fps: candidate frames per second; 0 for every frame.
+        max_frames: maximum number of frames per video.
+        slicing: selection among more frames, as of :class:`lamzoo.data.video.sampling.FrameSampling`.
+        captions: ``"all"`` captions of a video in each epoch, or ``"one"`` of them at random.
+        equal_captions: treatment of videos with equal captions in a batch: ``"negatives"`` as in CLIP4Clip, or
             ``"positives"``.
-        on_bad_input: what a scan does with videos that can't be read: ``"stop"``, or ``"skip"``, which leaves them out
-            and lists them in ``bad-inputs.csv``.
+        on_bad_input: treatment of unreadable videos in the scan: ``"stop"``, or ``"skip"``, which leaves them out and
+            lists them in ``bad-inputs.csv``.
     """
 
     val_fraction: float | None = None
@@ -63,23 +63,23 @@ class RetrievalDataSection(DataSectionBase):
 
     @property
     def sampling(self) -> FrameSampling:
-        """Which frames of a video are read."""
+        """The frame sampling."""
         return FrameSampling(self.fps or None, self.max_frames, self.slicing)
 
 
 @dataclass(frozen=True)
 class ClipAugmentSection:
-    """``[augment]``: what all frames of a video go through alike; CLIP4Clip itself has none of it.
+    """``[augment]``: augmentation shared by all frames of a video; CLIP4Clip itself uses none.
 
     Attributes:
-        scale: share of a frame's area that is cropped.
-        ratio: width over height of the crop.
-        hflip: probability of a mirror image.
-        color_jitter: strength of changes in brightness, contrast and saturation.
-        splice: probability that a video is put together from pieces of several, where the data know pieces (GRID's
+        scale: area of the crop as a fraction of the frame.
+        ratio: aspect ratio of the crop, width over height.
+        hflip: probability of a horizontal flip.
+        color_jitter: strength of random changes in brightness, contrast and saturation.
+        splice: probability that a video is spliced from pieces of several, for data with annotated pieces (GRID's
             words).
-        phrase: probability that such a video has but a few neighbouring pieces, mostly one: a word is easier to learn
-            than a sentence, and shorter.
+        phrase: probability that such a video has only a few neighbouring pieces, usually one: a word is shorter than a
+            sentence, and easier to learn.
     """
 
     scale: tuple[float, float] = (1.0, 1.0)
@@ -92,10 +92,10 @@ class ClipAugmentSection:
 
 @dataclass(frozen=True)
 class RetrievalOptimizerSection(OptimizerSection):
-    """``[optimizer]``: as for every task, and CLIP4Clip's second learning rate.
+    """``[optimizer]``: the common section, and CLIP4Clip's second learning rate.
 
     Attributes:
-        tower_lr: of the pretrained towers; ``lr`` is for new parts, the head and the masks. None for ``lr``.
+        tower_lr: learning rate of the pretrained towers; ``lr`` applies to new parts, head and masks. None for ``lr``.
     """
 
     tower_lr: float | None = None
@@ -103,10 +103,10 @@ class RetrievalOptimizerSection(OptimizerSection):
 
 @dataclass(frozen=True)
 class RetrievalRecipe(TaskRecipe):
-    """One training run of text-video retrieval; see the sections for what each table holds.
+    """A training run of text-video retrieval; see the sections for the contents of each table.
 
-    ``run.accumulation`` cuts an update's batch into passes through the towers; the loss is over all pairs of the whole
-    batch all the same.
+    ``run.accumulation`` splits an update's batch over forward passes; the loss is still over all pairs of the whole
+    batch.
     """
 
     model: RetrievalModelSection
@@ -131,7 +131,9 @@ class RetrievalRecipe(TaskRecipe):
                 raise RecipeError(f"Recipe key augment.{key} is {getattr(augment, key)}; it must lie between 0 and 1.")
         low, high = augment.scale
         if not 0 < low <= high <= 1:
-            raise RecipeError(f"Recipe key augment.scale is {augment.scale}; it must rise and lie between 0 and 1.")
+            raise RecipeError(
+                f"Recipe key augment.scale is {augment.scale}; it must be increasing and lie between 0 and 1."
+            )
         if self.optimizer.layer_decay is not None:
             raise RecipeError("Recipe key optimizer.layer_decay is for classifiers; use optimizer.tower_lr.")
         tower_lr = self.optimizer.tower_lr

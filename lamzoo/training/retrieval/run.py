@@ -38,7 +38,7 @@ _MAX_LOGIT_SCALE = 4.6052  # ln(100), CLIP's own limit
 
 
 class RetrievalRun(TrainingRun):
-    """One run of a retrieval model; arguments as of :class:`TrainingRun`."""
+    """A training run of a retrieval model; arguments as of :class:`TrainingRun`."""
 
     recipe: RetrievalRecipe
 
@@ -50,12 +50,12 @@ class RetrievalRun(TrainingRun):
             common = set(split.videos) & set(train.videos)
             if role != "train" and common:
                 raise RecipeError(
-                    f"{len(common)} videos of {data.source} would be trained and scored on, such as {min(common)!r}, "
-                    f"in the splits {train.split or 'all'} and {split.split or 'all'}; name others in data.train_split "
-                    "and data.eval_split."
+                    f"{len(common)} videos of {data.source}, such as {min(common)!r}, are in both "
+                    f"{train.split or 'all'} and {split.split or 'all'}, so they would be used for training and "
+                    "scoring; name other splits in data.train_split and data.eval_split."
                 )
         if self.recipe.augment.splice:
-            train.splice(data.sampling)  # which says where the data can't
+            train.splice(data.sampling)  # raises if the data does not support it
 
     def build_model(self) -> nn.Module:
         section, data = self.recipe.model, self.recipe.data
@@ -63,7 +63,7 @@ class RetrievalRun(TrainingRun):
         if section.lam is not None:
             kwargs["lam"] = section.lam
         model: Any = create_model(section.name, pretrained=section.pretrained, **kwargs)
-        frames_config(model)  # which refuses other models
+        frames_config(model)  # raises for other models
         if section.lock_image_tower:
             model.lock_image_tower()
         if section.freeze_layers is not None:
@@ -83,7 +83,7 @@ class RetrievalRun(TrainingRun):
         pairs, batch = len(self._pairs(None)), self.recipe.run.batch_size
         if pairs < batch:
             raise RecipeError(
-                f"run.batch_size asks for batches of {batch} pairs and {self.recipe.data.source} has {pairs} in "
+                f"run.batch_size is {batch}, but {self.recipe.data.source} has only {pairs} pairs in "
                 f"{self.recipe.data.train_split}; use a smaller batch."
             )
         return tuple(bad)
@@ -116,11 +116,11 @@ class RetrievalRun(TrainingRun):
             if not parameter.requires_grad:
                 continue
             mask = ".lam." in name
-            # No matrix product: Muon leaves the towers' embeddings to AdamW, and takes the masks' tables.
+            # Not matrix products: Muon leaves the towers' embeddings to AdamW but would take the masks' tables.
             embedding = not mask and (name in undecayed or "embedding" in name)
             decay = 0.0 if parameter.ndim <= 1 or name in undecayed else section.weight_decay
             scale = tower_scale if name.startswith("clip.") and not mask else 1.0
-            # timm's schedulers multiply the learning rate by lr_scale, so the group must not have its own.
+            # timm's schedulers multiply the learning rate by lr_scale, so the group must not set its own rate.
             group = groups.setdefault(
                 (decay, scale, embedding),
                 {"params": [], "weight_decay": decay, "lr_scale": scale, "use_fallback": embedding},
@@ -142,7 +142,7 @@ class RetrievalRun(TrainingRun):
 
         def encode(index: int, batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
             frames, mask, text = batch
-            # The second pass draws what the first one drew.
+            # The second pass repeats the random draws of the first.
             seed_everything(seed, epoch, update * len(batches) + index, rank, 1)
             with self.accelerator.autocast():
                 return self.model.encode_text(text), self.model.encode_video(frames, mask)
@@ -201,7 +201,7 @@ class RetrievalRun(TrainingRun):
 
 
 class _Collate:
-    """Pads videos to one length for all batches, which processes can exchange, and turns captions into tokens."""
+    """Pads videos to one length in all batches, so that processes can exchange them, and tokenises captions."""
 
     def __init__(self, tokenizer: Any, frames: int) -> None:
         self._tokenizer, self._frames = tokenizer, frames
