@@ -1,4 +1,4 @@
-"""The command ``lamzoo bench``: models by pattern in, one row of a results table for each out."""
+"""The command ``lamzoo bench``: measures the models that match patterns, one row of a results table each."""
 
 from __future__ import annotations
 
@@ -21,37 +21,37 @@ if TYPE_CHECKING:
 
 def bench(
     patterns: Annotated[list[str], typer.Argument(metavar="PATTERN...", help=(
-        "Wildcards, parts of names, arch, arch.tag, timm/NAME, hf-hub:REPO or a folder."))],
+        "Model names: wildcards, parts of names, arch, arch.tag, timm/NAME, hf-hub:REPO or a folder."))],
     output: Annotated[Path, typer.Option("--out", metavar="FILE.csv", help=(
-        "The table; rows already there are kept, so that a stopped run continues."))],
+        "Results table; existing rows are kept, so a stopped run can be continued."))],
     data: Annotated[str | None, typer.Option(metavar="SPEC", help=(
-        "Also score the models, with their weights, on this data set, as for eval; "
-        "without it they have random weights."))] = None,
-    split: Annotated[str | None, typer.Option(help="Which part of the data [test, or all].")] = None,
+        "Also score the models with their weights on this data set, specified as for eval; "
+        "without it, weights are random."))] = None,
+    split: Annotated[str | None, typer.Option(help="Split of the data [test, or all].")] = None,
     device: Device = "auto",
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(
-        help="Of weights and input, and of the autocast of the score.")] = "float32",
-    threads: Annotated[int | None, typer.Option(min=1, help="Of PyTorch on the CPU; its choice by default.")] = None,
-    compiled: Annotated[bool, typer.Option("--compile", help="Time the models through torch.compile.")] = False,
-    batch: Annotated[int | None, typer.Option(min=1, help="Of the throughput; the best that fits by default.")] = None,
+        help="Dtype of weights and input, and of autocast in scoring.")] = "float32",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; PyTorch's default if omitted.")] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="Time the models with torch.compile.")] = False,
+    batch: Annotated[int | None, typer.Option(min=1, help="Batch size of the throughput; the best by default.")] = None,
     max_batch: Annotated[int | None, typer.Option(min=1, help=(
-        "Where the search for it ends; at 64 on the CPU and 1024 on CUDA by default."))] = None,
-    img_size: Annotated[int | None, typer.Option(min=1, help="Pixels; each model's own by default.")] = None,
-    repeats: Annotated[int, typer.Option(min=2, help="Timed passes of one image.")] = 30,
-    seed: Annotated[int, typer.Option(help="Of random weights and images.")] = 0,
-    eval_batch: Annotated[int, typer.Option(min=1, help="Images at a time when scoring.")] = 64,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that read images when scoring.")] = 0,
+        "Limit of the search for the best batch size [64 on the CPU, 1024 on CUDA]."))] = None,
+    img_size: Annotated[int | None, typer.Option(min=1, help="Image size; each model's own by default.")] = None,
+    repeats: Annotated[int, typer.Option(min=2, help="Number of timed passes of one image.")] = 30,
+    seed: Annotated[int, typer.Option(help="Seed of random weights and images.")] = 0,
+    eval_batch: Annotated[int, typer.Option(min=1, help="Batch size in scoring.")] = 64,
+    workers: Annotated[int, typer.Option(min=0, help="Worker processes that read images in scoring.")] = 0,
     plain: Annotated[bool, typer.Option("--plain/--no-plain", help=(
-        "Also measure the plain twins of the models with masks, as rows of their own."))] = True,
+        "Also measure the plain twins of masked models, in separate rows."))] = True,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Measure failed rows again.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Measure all of them again.")] = False,
-    timeout: Annotated[float | None, typer.Option(min=0, help="Seconds for each model; no limit by default.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Measure all rows again.")] = False,
+    timeout: Annotated[float | None, typer.Option(min=0, help="Seconds per model; no limit by default.")] = None,
     json: Json = False,
 ) -> None:  # fmt: skip
-    """Measures models, each in a process of its own: score, GMACs, parameters, latency, throughput and memory.
+    """Measures models in separate processes: score, GMACs, parameters, latency, throughput and memory.
 
-    A model with masks is timed in turns with itself without them; latency_ratio is the median of those pairs. The exit
-    code is 1 where a row failed; the row says why.
+    A model with masks is timed alternately with the same model without them; latency_ratio is the median ratio. The
+    exit code is 1 if a row failed; the row contains the reason.
     """
     import torch
 
@@ -64,7 +64,7 @@ def bench(
     found = select_models(patterns, weights=data is not None, plain=plain)
     target = resolve_device(device)
     if target.type not in ("cpu", "cuda"):
-        raise ConfigError(f"models are timed on cpu and cuda devices, not on {target}; say --device cpu")
+        raise ConfigError(f"models are timed on cpu and cuda devices, not on {target}; use --device cpu")
     job = BenchJob(
         "",
         data=data,
@@ -101,7 +101,7 @@ def bench(
 
 
 def _splits(data: str | None, split: str | None, tasks: Iterable[str]) -> dict[str, str | None]:
-    """Opens the data for each task, so that an error ends the command early; returns the split's name by task."""
+    """Opens the data for each task, so that errors end the command early; returns the split's name by task."""
     from lamzoo.data.splits import WHOLE
     from lamzoo.tasks import find_task
 
@@ -144,7 +144,7 @@ def _value(metric: MetricSpec | None, row: BenchRow) -> str | None:
 
 
 def _items(rows: Sequence[BenchRow]) -> str:
-    """Returns what a batch holds: what the task of all rows calls it, or images in tables of lamzoo 0.1."""
+    """Returns the plural of the inputs of all rows' tasks, or "inputs" if they differ; images in tables of 0.1."""
     from lamzoo.tasks import TASKS
 
     items = {TASKS[row.task].items if row.task in TASKS else "images" for row in rows}

@@ -1,4 +1,4 @@
-"""The command ``lamzoo eval``: a model and a data set in, its scores out."""
+"""The command ``lamzoo eval``: scores a model on a data set."""
 
 from __future__ import annotations
 
@@ -22,50 +22,50 @@ def eval_command(
         "imagefolder:DIR, imagelist:DIR:FILE, npz:DIR, torchvision:NAME:ROOT, hfds:NAME, wds:SHARDS, or a folder; for "
         "retrieval msrvtt:DIR, msvd:DIR, videos:DIR, wds:SHARDS, grid:DIR or flickr8k:DIR; for moments "
         "qvhighlights:DIR, charades:DIR or grid:DIR; for captions mad:DIR, lsmdc:DIR, videos:DIR, grid:DIR or "
-        "flickr8k:DIR; may be left out for local-dir:RUN, the folder of a training run."))] = None,
+        "flickr8k:DIR; optional for local-dir:RUN, the folder of a training run."))] = None,
     task: Annotated[str | None, typer.Option(metavar="TASK", help=(
         "classification, retrieval, moments or captions [the model's]."))] = None,
     split: Annotated[str | None, typer.Option(help=(
-        "Which part of the data [test; all of data without splits; where a run held images out for validation, "
-        "those]."))] = None,
+        "Split of the data [test; everything without splits; for a run, the images it held out]."))] = None,
     class_map: Annotated[str | None, typer.Option(metavar="FILE", help=(
-        "Which class is which output, for data with a part of the classes: a file, imagenet-1k, or model."))] = None,
+        "Mapping of classes to outputs, for data with some of the classes: a file, imagenet-1k, or model."))] = None,
     real_labels: Annotated[str | None, typer.Option(metavar="FILE", help=(
-        "Score by ImageNet's ReaL labels too: real.json, or timm for timm's copy."))] = None,
+        "Also score against ImageNet's ReaL labels: real.json, or timm for timm's copy."))] = None,
     on_bad_input: Annotated[Literal["stop", "skip"] | None, typer.Option(help=(
-        "Stop at an image or video that can't be read, or leave it out with a warning [stop]."))] = None,
+        "Stop at unreadable images or videos, or leave them out with a warning [stop]."))] = None,
     batch_size: BatchSize = 64,
     device: Device = "auto",
-    precision: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the autocast.")] = "float32",
-    workers: Annotated[int, typer.Option(help="Processes that read inputs.")] = 0,
-    limit: Annotated[int | None, typer.Option(help="Score this many images, spread over the data.")] = None,
-    state: Annotated[Path | None, typer.Option(metavar="FILE", help="Where partial results are kept.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue an evaluation that was killed.")] = False,
+    precision: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Autocast dtype.")] = "float32",
+    workers: Annotated[int, typer.Option(help="Worker processes that read inputs.")] = 0,
+    limit: Annotated[int | None, typer.Option(help="Score only this many images, spread over the data.")] = None,
+    state: Annotated[Path | None, typer.Option(metavar="FILE", help="File for partial results.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted evaluation.")] = False,
     fps: Annotated[float | None, typer.Option(
-        help="Retrieval: frames a second that are looked at [the model's]; 0 for all.")] = None,
+        help="Retrieval: candidate frames per second [the model's]; 0 for all.")] = None,
     slicing: Annotated[Literal["head", "middle", "tail", "uniform"] | None, typer.Option(
-        help="Retrieval: which frames of a video that has too many [the model's].")] = None,
+        help="Retrieval: selection of frames from longer videos [the model's].")] = None,
     dual_softmax: Annotated[bool, typer.Option(
-        "--dual-softmax", help="Retrieval: also score with dual softmax, which uses all queries at once.")] = False,
+        "--dual-softmax", help="Retrieval: also score with dual softmax, which uses all queries.")] = False,
     submission: Annotated[Path | None, typer.Option(metavar="FILE", help=(
-        "Also write the predictions here: of moments in QVHighlights' form (.jsonl), of captions as COCO's results "
+        "Also write the predictions: moments in QVHighlights' format (.jsonl), captions as COCO results "
         "(.json)."))] = None,
-    beams: Annotated[int | None, typer.Option(min=1, help="Captions: of the beam search [1, greedy].")] = None,
+    beams: Annotated[int | None, typer.Option(min=1, help="Captions: beams of the beam search [1, greedy].")] = None,
     context: Annotated[int | None, typer.Option(
-        min=0, help="Captions: how many earlier captions of the same video are read [0].")] = None,
+        min=0, help="Captions: number of earlier captions of the same video to condition on [0].")] = None,
     checkpoint: Checkpoint = None,
     json: Json = False,
-    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the JSON here.")] = None,
+    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the JSON to a file.")] = None,
 ) -> None:  # fmt: skip
     """Scores a model: accuracy; recall and rank for retrieval; QVHighlights' scores for moments; COCO's for captions.
 
-    For moments, NAME may also be a submission, FILE.jsonl; for captions COCO's results, FILE.json.
+    NAME may also be a file of predictions: a submission, FILE.jsonl, for moments; COCO results, FILE.json, for
+    captions.
     """
     from lamzoo.tasks import task_of_predictions
 
     for path in (output, submission):
         if path is not None and not path.absolute().parent.is_dir():
-            raise ConfigError(f"the folder of {path} does not exist; make it first")
+            raise ConfigError(f"the folder of {path} does not exist; create it first")
     trained, file = _trained(name), task_of_predictions(name)
     chosen = _task(name, task, trained, file)
     given: dict[str, Any] = {
@@ -107,7 +107,7 @@ def eval_command(
 
 
 def _trained(name: str) -> TrainedData | None:
-    """Returns what a model was trained on, if its name is the folder of a run."""
+    """Returns the training data of a run, if the name is the folder of a run."""
     from lamzoo.data.images.trained import TrainedData
     from lamzoo.registry.catalog import model_ref
 
@@ -116,7 +116,7 @@ def _trained(name: str) -> TrainedData | None:
 
 
 def _task(name: str, asked: str | None, trained: TrainedData | None, file: Task | None) -> Task:
-    """Returns the task that was asked for, or that of the run, of the predictions, or of the model."""
+    """Returns the requested task, or that of the run, the predictions, or the model."""
     from lamzoo.tasks import find_task
 
     if asked is not None or trained is not None:
@@ -148,7 +148,7 @@ def _score(
     *,
     hidden: bool,
 ) -> tuple[Evaluation, dict[str, Any]]:
-    """Scores a model; returns the scores, and the settings for ``--json``."""
+    """Scores a model; returns the scores, and facts about the measurement for ``--json``."""
     from lamzoo.evaluation import check_batches, default_state_path, resolve_device
     from lamzoo.tasks import EvalRequest
 

@@ -1,4 +1,4 @@
-"""The command ``lamzoo explain``: a picture of a model's masks over an image, or over a video."""
+"""The command ``lamzoo explain``: draws a model's masks over an image or a video."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ if TYPE_CHECKING:
 
 def explain(
     name: Name,
-    output: Annotated[Path, typer.Option("--out", metavar="FILE.png", help="The picture to write.")],
+    output: Annotated[Path, typer.Option("--out", metavar="FILE.png", help="Output picture.")],
     image: Annotated[Path | None, typer.Argument(metavar="IMAGE", help="An image file, or --data instead.")] = None,
     data: Annotated[str | None, typer.Option(metavar="SPEC", help=(
         "Queries about videos: qvhighlights:DIR, charades:DIR, tvsum:DIR[:DOMAIN] or grid:DIR."))] = None,
-    split: Annotated[str | None, typer.Option(help="Which part of the data [test].")] = None,
-    query: Annotated[str | None, typer.Option(metavar="QID", help="Which query [the first of the split].")] = None,
+    split: Annotated[str | None, typer.Option(help="Split of the data [test].")] = None,
+    query: Annotated[str | None, typer.Option(metavar="QID", help="Query to draw [the first of the split].")] = None,
     checkpoint: Checkpoint = None,
     device: Device = "auto",
 ) -> None:  # fmt: skip
-    """Draws a model's masks over a photograph, or with --data over the time of a video, into a PNG."""
+    """Draws a model's masks over an image, or over the time axis of a video with --data, to a PNG file."""
     if image is None and data is None:
-        raise ConfigError("there is nothing to explain; name an IMAGE, or with --data a data set of moments")
+        raise ConfigError("there is nothing to explain; give an IMAGE, or a moment data set with --data")
     if image is not None and data is not None:
-        raise ConfigError(f"the image {image} and --data {data} make two pictures; leave one of them out")
+        raise ConfigError(f"the image {image} and --data {data} exclude each other; leave one out")
     if image is not None:
         given = next((option for option, value in (("--split", split), ("--query", query)) if value is not None), None)
         if given is not None:
-            raise ConfigError(f"{given} does not apply to an image; leave it out, or give --data in place of the image")
+            raise ConfigError(f"{given} does not apply to an image; leave it out, or use --data instead of the image")
     from lamzoo.evaluation import resolve_device
     from lamzoo.registry.catalog import task_of
 
@@ -53,11 +53,11 @@ def explain(
 
 
 def _check(name: str, task: Task, of_image: bool) -> None:
-    """Raises an :class:`UnsupportedHostError` where there is no picture of such a model and such an input."""
+    """Raises an :class:`UnsupportedHostError` if the model can't be drawn on such an input."""
     if task.explain is None:
         hint = f"; {task.explain_hint}" if task.explain_hint else ""
         raise UnsupportedHostError(f"{name} is {task.model_kind}, which `lamzoo explain` can't draw{hint}")
     if of_image and task.explains != "image":
-        raise UnsupportedHostError(f"{name} is {task.model_kind}, which reads no images; give --data instead")
+        raise UnsupportedHostError(f"{name} is {task.model_kind}, which takes no images; use --data instead")
     if not of_image and task.explains == "image":
         raise UnsupportedHostError(f"{name} is {task.model_kind}, which is drawn over an image; give IMAGE instead")

@@ -1,4 +1,4 @@
-"""The command ``lamzoo train``: by a recipe, or by a model and a data set with nothing else given."""
+"""The command ``lamzoo train``: trains from a recipe, or from a model and a data set with default settings."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def train(
     context: typer.Context,
     arguments: Annotated[list[str] | None, typer.Argument(
         metavar="[RECIPE] [KEY=VALUE]...", help=(
-            "A TOML file, or lamzoo:NAME for a recipe that comes with lamzoo; changes to it, such as run.seed=1."),
+            "A TOML file, or lamzoo:NAME for a bundled recipe; overrides, such as run.seed=1."),
     )] = None,
     model: Annotated[str | None, typer.Option(
         metavar="NAME", help=f"{FORMS}.")] = None,
@@ -32,36 +32,36 @@ def train(
         "--pretrained/--no-pretrained", help="Start from the published weights.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(metavar="FILE", help="Safetensors to start from.")] = None,
     tune: Annotated[Literal["all", "lam", "head"] | None, typer.Option(
-        help="Train all [default], the masks and the classifier, or the classifier alone.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Times through the training data.")] = None,
+        help="Trained part: all [default], masks and classifier, or only the classifier.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Number of epochs.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Inputs of one update, over all processes.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Inputs per update, over all processes.")] = None,
     img_size: Annotated[int | None, typer.Option(help="Height and width of the images.")] = None,
-    train_split: Annotated[str | None, typer.Option(metavar="NAME", help="What to train on [train].")] = None,
-    val_split: Annotated[str | None, typer.Option(metavar="NAME", help="What to watch [validation].")] = None,
-    test_split: Annotated[str | None, typer.Option(metavar="NAME", help="What to score once, at the end.")] = None,
+    train_split: Annotated[str | None, typer.Option(metavar="NAME", help="Training split [train].")] = None,
+    val_split: Annotated[str | None, typer.Option(metavar="NAME", help="Validation split [validation].")] = None,
+    test_split: Annotated[str | None, typer.Option(metavar="NAME", help="Split to score once at the end.")] = None,
     val_fraction: Annotated[float | None, typer.Option(
-        help="Share of the training images or videos that is held out if there is no validation split [0.1].")] = None,
+        help="Share of the training images or videos to hold out without a validation split [0.1].")] = None,
     on_bad_input: Annotated[Literal["stop", "skip"] | None, typer.Option(
-        help="What to do about inputs that can't be read [stop].")] = None,
+        help="Stop at unreadable inputs, or leave them out [stop].")] = None,
     scan: Annotated[bool | None, typer.Option(
         "--scan/--no-scan", help="Read all inputs once before the first epoch.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of all random choices [0].")] = None,
+    seed: Annotated[int | None, typer.Option(help="Random seed [0].")] = None,
     output: Annotated[Path | None, typer.Option(
-        metavar="DIR", help="Where the run goes [runs/MODEL-DATA].")] = None,
-    device: Annotated[Literal["auto", "cpu", "cuda"] | None, typer.Option(help="Where to train.")] = None,
-    precision: Annotated[Literal["no", "bf16", "fp16"] | None, typer.Option(help="Of the autocast.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes that read inputs.")] = None,
+        metavar="DIR", help="Output folder [runs/MODEL-DATA].")] = None,
+    device: Annotated[Literal["auto", "cpu", "cuda"] | None, typer.Option(help="Training device.")] = None,
+    precision: Annotated[Literal["no", "bf16", "fp16"] | None, typer.Option(help="Autocast precision.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Worker processes that read inputs.")] = None,
     report: Annotated[bool | None, typer.Option("--report/--no-report", help="Write OUTPUT/report/.")] = None,
     resume: Annotated[bool, typer.Option(
-        "--resume", help="Continue from the latest checkpoint, if there is one.")] = False,
+        "--resume", help="Continue from the latest checkpoint, if any.")] = False,
     print_recipe: Annotated[bool, typer.Option(
-        "--print-recipe", help="Print the whole recipe as TOML, and train nothing.")] = False,
+        "--print-recipe", help="Print the complete recipe as TOML without training.")] = False,
 ) -> None:  # fmt: skip
-    """Trains or fine-tunes a model; torchrun and accelerate launch work too.
+    """Trains or fine-tunes a model; also runs under torchrun and accelerate launch.
 
-    Either by a recipe, or by --model and --data, with everything else chosen for the data and the weights. A report
-    is written to OUTPUT/report/, and the model to OUTPUT/model/.
+    Takes a recipe, or --model and --data, in which case all other settings default to values suited to data and
+    weights. Writes a report to OUTPUT/report/ and the model to OUTPUT/model/.
     """
     options = {
         "model.name": model, "model.pretrained": pretrained, "model.tune": tune,
@@ -86,7 +86,7 @@ def train(
 
 
 def _recipe(arguments: list[str], options: dict[str, Any], resume: bool) -> AnyRecipe:
-    """Makes the recipe: of the file, of the options, or of the run to continue; options win over the file."""
+    """Builds the recipe from the file, the options, or the run to continue; options override the file."""
     from lamzoo.training.config_reader import override, put, read_recipe
     from lamzoo.training.defaults import complete_recipe
     from lamzoo.training.recipe import parse_recipe
@@ -104,11 +104,11 @@ def _recipe(arguments: list[str], options: dict[str, Any], resume: bool) -> AnyR
     ]
     if missing:
         raise RecipeError(
-            f"There is no recipe, and no {' and no '.join(missing)}: give a RECIPE.toml, or --model NAME --data SPEC."
+            f"There is no recipe, and no {' and no '.join(missing)}; give a RECIPE.toml, or --model NAME --data SPEC."
         )
     recipe = complete_recipe(table)
     stored = Path(recipe.run.output, "recipe.json")
-    if resume and stored.is_file():  # what the data decided then stays, such as what follows from the epochs
+    if resume and stored.is_file():  # keeps the settings that were derived from the data
         return parse_recipe(put(override(read_recipe(stored), arguments), options))
     return recipe
 
@@ -120,14 +120,14 @@ def _is_override(argument: str) -> bool:
 def _run(recipe: AnyRecipe, resume: bool, command: str) -> TrainResult:
     from lamzoo.training import Progress, train
 
-    out.show_log("lamzoo.training.trainer")  # what is trained, and a line an epoch
+    out.show_log("lamzoo.training.trainer")  # the settings, and a line per epoch
     with out.progress_bar(recipe.model.name) as advance:
 
         def scanning(split: str, done: int, total: int) -> None:
-            advance(done, total, f"looking through {split}")
+            advance(done, total, f"scanning {split}")
 
         def moved(progress: Progress) -> None:
-            note = f"epoch {progress.epoch + 1} of {progress.epochs}, loss {progress.loss:.4g}"  # scores are in the log
+            note = f"epoch {progress.epoch + 1} of {progress.epochs}, loss {progress.loss:.4g}"  # scores are logged
             advance(progress.update, progress.updates, note)
 
         return train(recipe, resume=resume, progress=moved, scanning=scanning, command=command)
@@ -144,6 +144,6 @@ def _print_result(recipe: AnyRecipe, result: TrainResult) -> None:
 
 
 def _command(context: typer.Context) -> str:
-    """Returns the command line as it was typed."""
+    """Returns the command line as typed."""
     typed = context.obj if isinstance(context.obj, list) else sys.argv[1:]
     return shlex.join(["lamzoo", *typed])

@@ -1,4 +1,4 @@
-"""Models outside of lamzoo: as a program of torch.export or as ONNX, checked against the model before it is kept."""
+"""Export of models to torch.export programs and ONNX, verified against the model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lamzoo.version import __version__
 
 __all__ = ["ExportedFile", "ExportedModel", "Format", "export_model", "load_exported"]
 
-if not TYPE_CHECKING:  # a type checker would believe any name
+if not TYPE_CHECKING:  # hidden from type checkers, which would accept any name
     __getattr__ = submodules_of(__name__)
 
 TOLERANCE = 1e-4
@@ -30,17 +30,17 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class ExportedFile:
-    """A program on disk, and how near it comes to the model.
+    """An exported program and its deviation from the model.
 
     Attributes:
         path: the file.
         format: ``"torch"`` or ``"onnx"``.
-        opset: of ONNX; None for torch.
-        precision: ``"float32"``, or ``"int8"`` where the weights of the linear layers are.
-        mib: size of the file, MiB.
-        samples: images that it was checked on.
-        max_difference: largest absolute difference of any logit, on all of them at once and on the first alone.
-        same_top1: share of the images whose likeliest class is the model's.
+        opset: ONNX opset; None for torch.
+        precision: ``"float32"``, or ``"int8"`` if the weights of the linear layers are quantised.
+        mib: size of the file in MiB.
+        samples: number of images in the check.
+        max_difference: largest absolute difference of a logit, over the batch and the first image alone.
+        same_top1: share of the images with the same top-1 class as the model's.
     """
 
     path: Path
@@ -62,27 +62,27 @@ def export_model(
     int8: bool = False,
     tolerance: float = TOLERANCE,
 ) -> ExportedFile:
-    """Writes a model, plain, masked or pruned, as a program that runs without lamzoo, for batches of any size.
+    """Exports a plain, masked or pruned model as a program that runs without lamzoo, for any batch size.
 
-    The program is run before it gets its name: one that differs from the model leaves no file. What preprocessing,
-    class names, masks and pruning need to be known goes into the file, as JSON under ``lamzoo``.
+    The program is verified before the file is created: a program that differs from the model leaves no file. The file
+    contains the model's preprocessing, class names, masks and pruning as JSON under ``lamzoo``.
 
     Args:
-        model: an image model with float32 weights on the CPU, wrapped by ``torch.compile`` or data parallelism or not;
-            exported as in evaluation.
+        model: an image model with float32 weights on the CPU, optionally wrapped by ``torch.compile`` or data
+            parallelism; exported in evaluation mode.
         path: ``*.onnx``, or ``*.pt2`` for torch.
-        format: by default what the path's suffix says.
-        images: ``(B, C, H, W)``, float32, preprocessed, to check the program on; random ones by default.
-        int8: quantise the weights of the linear layers of an ONNX file, and their inputs while it runs (dynamic
-            quantisation by onnxruntime). How far that is from the model is reported and not limited.
-        tolerance: largest absolute difference of a logit.
+        format: derived from the suffix by default.
+        images: ``(B, C, H, W)``, float32, preprocessed, for the check; random by default.
+        int8: quantise the weights of the linear layers of an ONNX file, and their inputs at run time (onnxruntime's
+            dynamic quantisation). The difference is reported but not limited.
+        tolerance: largest allowed absolute difference of a logit.
 
     Returns:
-        What was written.
+        The exported file.
 
     Raises:
-        ConfigError: the path's suffix is not of the format, int8 for torch, images of another shape, or a model that is
-            sharded, or not in float32 on the CPU.
+        ConfigError: the suffix does not match the format, int8 is requested for torch, the images have another shape,
+            or the model is sharded, or not in float32 on the CPU.
         ExportError: the model can't be exported, its program differs, or the file can't be written.
         MissingExtraError: onnx, onnxscript or onnxruntime is not installed.
     """
@@ -128,19 +128,19 @@ def _format(path: Path, format: Format | None, int8: bool) -> Format:
     if found not in FORMATS:
         names = ", ".join(f"{name} (*{suffix})" for name, suffix in FORMATS.items())
         what = f"The format {format!r}" if format else f"The suffix of {path}"
-        raise ConfigError(f"{what} is none of those that can be written: {names}.")
+        raise ConfigError(f"{what} is unknown; use one of {names}.")
     if path.suffix != FORMATS[found]:
         raise ConfigError(f"{path} must end in {FORMATS[found]}, as {found} programs do.")
     if int8 and found != "onnx":
-        raise ConfigError("int8 is for ONNX files alone; write an *.onnx, or leave it out.")
+        raise ConfigError("int8 is only available for ONNX; export to *.onnx, or leave it out.")
     return found
 
 
 def _images(model: nn.Module, images: Tensor | None) -> Tensor:
     if is_sharded(model):
         raise ConfigError(
-            f"This {type(model).__name__} is sharded by FSDP; save it by save_pretrained on every process and export "
-            "what create_model makes of that."
+            f"This {type(model).__name__} is sharded by FSDP; save it with save_pretrained on every process and export "
+            "the model that create_model loads from there."
         )
     for name, parameter in model.named_parameters():
         if parameter.dtype != torch.float32 or parameter.device.type != "cpu":
@@ -165,16 +165,16 @@ def _images(model: nn.Module, images: Tensor | None) -> Tensor:
 
 
 def _run(program: ExportedModel, images: Tensor) -> Tensor:
-    """Returns the logits of all images together, and of the first by itself."""
+    """Returns the logits of all images together, followed by those of the first image alone."""
     try:
         return torch.cat([program(images), program(images[:1])])
     except Exception as error:
         reason = str(error).partition("\n")[0]
-        raise ExportError(f"The exported program was written and cannot be run, so it is not kept: {reason}") from error
+        raise ExportError(f"The exported program cannot be run and was discarded: {reason}") from error
 
 
 def _facts(model: nn.Module) -> str:
-    """Returns what the file says of itself, as JSON."""
+    """Returns the metadata of the file, as JSON."""
     cfg: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     kept = (
         "architecture",

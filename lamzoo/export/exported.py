@@ -1,4 +1,4 @@
-"""An exported program that stands in for its model: callable on images, with preprocessing and class names."""
+"""Exported programs as modules: callable on images, with preprocessing and class names."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ FACTS, INPUT, OUTPUT = "lamzoo", "images", "logits"
 
 
 class ExportedModel(nn.Module):
-    """A program read back; computes on the CPU, and can be scored, timed and asked for predictions as a model.
+    """An exported program with the interface of a model, for scoring, timing and prediction; computes on the CPU.
 
     Args:
         run: the program.
-        facts: what its file says of it.
+        facts: metadata from its file.
 
     Attributes:
-        pretrained_cfg: timm's preprocessing of the model, and the names of its classes.
-        num_classes: of its head.
-        facts: all that the file says: versions, masks, pruning.
+        pretrained_cfg: timm's preprocessing configuration of the model, with class names.
+        num_classes: number of classes.
+        facts: all metadata of the file: versions, masks, pruning.
     """
 
     def __init__(self, run: Callable[[Tensor], Tensor], facts: dict[str, Any]) -> None:
@@ -43,15 +43,15 @@ class ExportedModel(nn.Module):
 
 
 def load_exported(path: str | Path, format: Format | None = None) -> ExportedModel:
-    """Reads a program that :func:`lamzoo.export_model` wrote.
+    """Loads a program written by :func:`lamzoo.export_model`.
 
     Args:
         path: the file.
-        format: by default what its suffix says.
+        format: derived from the suffix by default.
 
     Raises:
-        WeightsNotFoundError: there is no such file.
-        ExportError: it is damaged, or not one of ours.
+        WeightsNotFoundError: the file does not exist.
+        ExportError: the file is damaged, or was not exported by lamzoo.
         MissingExtraError: onnxruntime is not installed.
     """
     path = Path(path)
@@ -87,7 +87,7 @@ def _load_onnx(path: Path) -> tuple[Callable[[Tensor], Tensor], str]:
         ) from error
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    # Threads that wait by spinning take the cores from what runs beside them: PyTorch's are several times as slow then.
+    # Spinning threads would occupy the cores: PyTorch in the same process would be several times slower.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 

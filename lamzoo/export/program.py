@@ -1,4 +1,4 @@
-"""From a model to a file: torch.export's program, and ONNX made of it."""
+"""Conversion of a model to a torch.export program, and of the program to ONNX."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ BATCH = Dim("batch")
 
 
 def trace(model: nn.Module, images: Tensor) -> ExportedProgram:
-    """Exports a model for batches of any size.
+    """Exports a model for any batch size.
 
     Args:
-        model: in evaluation mode.
-        images: ``(B, C, H, W)``, an example.
+        model: a model in evaluation mode.
+        images: example images ``(B, C, H, W)``.
 
     Raises:
-        ExportError: torch.export can't follow the model.
+        ExportError: torch.export can't trace the model.
     """
-    example = images if len(images) > 1 else images.repeat(2, 1, 1, 1)  # a size of 1 would be taken as a constant
+    example = images if len(images) > 1 else images.repeat(2, 1, 1, 1)  # a size of 1 would become a constant
     try:
         with _quietly():
             program = torch.export.export(model, (example,), dynamic_shapes=({0: BATCH},))
     except Exception as error:
         raise ExportError(f"{type(model).__name__} cannot be exported: {_first_line(error)}") from error
     for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # this machine's paths, and half of the file
+        node.meta.pop("stack_trace", None)  # local paths, and half of the file size
     return program
 
 
@@ -46,16 +46,16 @@ def write_program(program: ExportedProgram, path: Path, format: Format, facts: s
 
     Args:
         program: what :func:`trace` returned.
-        path: where to.
-        format: of the file.
-        facts: JSON that goes into it.
-        int8: quantise what is written.
+        path: the output file.
+        format: the file's format.
+        facts: JSON metadata for the file.
+        int8: quantise the program.
 
     Returns:
-        The opset of an ONNX file, None for torch.
+        The opset of an ONNX file; None for torch.
 
     Raises:
-        ExportError: the ONNX exporter has no translation for an operator.
+        ExportError: the ONNX exporter does not support an operator.
         MissingExtraError: onnx, onnxscript or onnxruntime is not installed.
     """
     if format == "torch":
@@ -71,7 +71,7 @@ def write_program(program: ExportedProgram, path: Path, format: Format, facts: s
         ) from error
 
     def stable_sort(self: Any, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
-        # ONNX's TopK puts the lower index first among equals, as a stable sort does.
+        # ONNX's TopK orders equal elements by index, as a stable sort does.
         size = opset20.Shape(self, start=dim, end=dim + 1 if dim != -1 else None)
         return opset20.TopK(self, size, axis=dim, largest=int(descending), sorted=1)
 
@@ -92,7 +92,7 @@ def write_program(program: ExportedProgram, path: Path, format: Format, facts: s
     assert converted is not None
     converted.model.metadata_props[FACTS] = facts
     for node in converted.model.graph.all_nodes():
-        node.metadata_props.clear()  # again the paths
+        node.metadata_props.clear()  # local paths
     converted.save(str(path))
     if int8:
         _quantise(path)
@@ -105,7 +105,7 @@ def _quantise(path: Path) -> None:
 
     graph = onnx.load(path).graph
     matrices = {tensor.name for tensor in graph.initializer if len(tensor.dims) == 2}
-    # Per channel, onnxruntime runs matrices alone; a mask network has a stack of them, one for each head.
+    # Per channel, onnxruntime only runs matrices; a mask network has a stack of them, one per head.
     linear = [node.name for node in graph.node if node.op_type in ("Gemm", "MatMul") and node.input[1] in matrices]
     with _quietly():
         quantize_dynamic(path, path, weight_type=QuantType.QInt8, per_channel=True, nodes_to_quantize=linear)
@@ -113,7 +113,7 @@ def _quantise(path: Path) -> None:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Keeps the exporters' progress and advice, which are for those who write them, out of our output."""
+    """Suppresses the exporters' progress and warnings, which are addressed to their developers."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,4 +1,4 @@
-"""What a model costs: multiply-accumulates, parameters, latency and memory, side by side with its unmasked backbone."""
+"""Cost of a model: multiply-accumulates, parameters, latency and memory, compared with its plain backbone."""
 
 from typing import TYPE_CHECKING
 
@@ -30,5 +30,5 @@ __all__ = [
     "write_rows",
 ]
 
-if not TYPE_CHECKING:  # a type checker would believe any name
+if not TYPE_CHECKING:  # hidden from type checkers, which would accept any name
     __getattr__ = submodules_of(__name__)

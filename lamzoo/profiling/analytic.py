@@ -1,4 +1,4 @@
-"""Multiply-accumulates by closed formulas, a function a family; the counts of ``profile`` are checked against them."""
+"""Closed formulas for multiply-accumulates, one per family; ``profile`` is checked against them."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class Stack:
     """The transformer blocks of one tower.
 
     Attributes:
-        tokens: class and register tokens included.
-        width: of a token.
-        depth: blocks.
-        heads: of the attention.
-        hidden: width inside the MLP.
-        copies: token sequences that pass through them for one sample, such as the frames of a video.
-        masked: whether they have masks, in a model that has any.
-        keys: tokens that they look at; their own by default.
+        tokens: number of tokens, including class and register tokens.
+        width: token dimension.
+        depth: number of blocks.
+        heads: number of attention heads.
+        hidden: hidden dimension of the MLP.
+        copies: token sequences per sample, such as the frames of a video.
+        masked: whether the blocks have masks if the model has any.
+        keys: number of tokens attended to; the blocks' own by default.
     """
 
     tokens: int
@@ -44,19 +44,19 @@ class Stack:
 
     @property
     def seen(self) -> int:
-        """Tokens that a token looks at."""
+        """Number of tokens that each token attends to."""
         return self.tokens if self.keys is None else self.keys
 
     @property
     def macs(self) -> int:
-        """MACs of the blocks: four projections, two attention products and an MLP of two layers in each."""
+        """MACs of the blocks: four projections, two attention products and a two-layer MLP in each."""
         projections = 2 * (self.tokens + self.seen) * self.width**2
         attention = 2 * self.tokens * self.seen * self.width
         mlp = 2 * self.tokens * self.width * self.hidden
         return self.copies * self.depth * (projections + attention + mlp)
 
     def lam_macs(self, config: LamConfig) -> int:
-        """MACs that masks add to the blocks: their networks, and the dense ``left @ right.T`` of every block."""
+        """MACs added by masks: their networks, and the dense ``left @ right.T`` of every block."""
         if not self.masked:
             return 0
         heads = self.heads if config.heads == "per-head" else 1
@@ -69,12 +69,12 @@ class Stack:
 
 @dataclass(frozen=True)
 class AnalyticMacs:
-    """MACs of one forward pass of one sample, by formula.
+    """MACs of one forward pass of one sample, by closed formulas.
 
     Attributes:
-        ends: those before and behind the blocks: patch embedding or convolutional stem, classifier, projections.
-        blocks: those of the plain transformer blocks.
-        lam: those that the masks add.
+        ends: MACs before and after the blocks: patch embedding or convolutional stem, classifier, projections.
+        blocks: MACs of the plain transformer blocks.
+        lam: MACs added by the masks.
     """
 
     ends: int
@@ -83,32 +83,33 @@ class AnalyticMacs:
 
     @property
     def gmacs(self) -> float:
-        """10^9 MACs in all."""
+        """Total number of MACs in 10^9."""
         return (self.ends + self.blocks + self.lam) / 1e9
 
     @property
     def lam_gmacs(self) -> float:
-        """10^9 MACs of the masks."""
+        """MACs of the masks in 10^9."""
         return self.lam / 1e9
 
 
 def analytic_macs(model: nn.Module) -> AnalyticMacs:
-    """Computes the MACs of a model from its dimensions alone; nothing is run.
+    """Computes the MACs of a model from its dimensions, without running it.
 
-    Serves timm's ``VisionTransformer`` behind a patch embedding or a convolutional stem, open_clip's ``CLIP`` of two
-    transformers (one image and one text), CLIP4Clip on such towers (one video of ``max_frames`` frames and one text),
-    Moment-DETR and QD-DETR (one video of ``max_clips`` clips and one sentence of ``max_words`` words), the describer
-    (one clip of its ``seconds`` and one sentence of its longest), each with or without masks of any configuration.
+    Supports timm's ``VisionTransformer`` with a patch embedding or a convolutional stem, open_clip's ``CLIP`` with two
+    transformers (for one image and one text), CLIP4Clip on such towers (one video of ``max_frames`` frames and one
+    text), Moment-DETR and QD-DETR (one video of ``max_clips`` clips and one sentence of ``max_words`` words), and the
+    describer (one clip of ``seconds`` seconds and one sentence of maximum length), each with or without masks of any
+    configuration.
 
     Args:
-        model: at the input size that it was built for; what wrappers of ``torch.compile`` and data parallelism hold is
-            counted.
+        model: a model at the input size that it was built for; wrappers of ``torch.compile`` and data parallelism are
+            ignored.
 
     Returns:
-        The MACs by their origin.
+        The MACs by origin.
 
     Raises:
-        UnsupportedHostError: the model is of another family, or has a part that the formulas leave out; names it.
+        UnsupportedHostError: the model's family or one of its parts is not supported; names it.
     """
     model = unwrap(model)
     formula = _FORMULAS.get(class_name(model))
@@ -171,7 +172,7 @@ def _clip4clip(model: Any) -> tuple[int, list[Stack]]:
     image = replace(image, copies=frames, masked=has_masks(model.clip.visual))
     text = replace(text, masked=has_masks(model.clip.transformer))
     if model.similarity_type == "mean":
-        return ends + width, [image, text]  # and one cosine
+        return ends + width, [image, text]  # and one cosine similarity
     tight = model.similarity_type == "tight"
     head = replace(_clip_stack(model.head.transformer, frames + tight, width), masked=has_masks(model.head))
     return ends + (width**2 + width if tight else width), [image, text, head]
@@ -187,9 +188,9 @@ def _moments(model: Any) -> tuple[int, list[Stack]]:
         crossing = Stack(clips, width, len(model.cross), heads, hidden, masked=has_masks(model.cross), keys=words)
         encoder = replace(encoder, tokens=1 + clips)
         queries, depth = model.decoder.num_queries, len(model.decoder.layers)
-        ends += (clips + 1) * width**2  # saliency: clips, and the token that they are compared with
+        ends += (clips + 1) * width**2  # saliency: clips and the global token
         ends += 0 if model.proposal_head is None else _mlp_macs(clips, (width, width, width, 2))
-        # In the decoder, positions come from spans, are projected apart and stand beside the content.
+        # The decoder derives positions from spans, projects them separately and concatenates them with the content.
         own, across = 2 * queries, clips + queries
         ends += depth * ((own + across) * width**2 + queries * clips * width) + queries * width**2
         ends += depth * _mlp_macs(queries, (width, width, width)) + (depth - 1) * _mlp_macs(queries, (width,) * 3)
@@ -232,7 +233,7 @@ def _gpt2(decoder: Any, tokens: int, width: int, words: int) -> tuple[int, list[
     return ends, [itself, replace(itself, hidden=0, keys=tokens)]
 
 
-# By the name of a model's class, since open_clip is optional and models of the zoo take long to import.
+# Keyed by class name, because open_clip is optional and the zoo's models are slow to import.
 _FORMULAS: dict[str, Callable[[Any], tuple[int, list[Stack]]]] = {
     class_name(VisionTransformer): _vision_transformer,
     "open_clip.model.CLIP": _clip,

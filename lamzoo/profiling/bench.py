@@ -1,4 +1,4 @@
-"""The benchmark: jobs one after the other, each in its own process, into a table that is whole after each of them."""
+"""The benchmark: jobs run sequentially, each in its own process, with a results table updated after each job."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BenchResult:
-    """What a benchmark did.
+    """Result of a benchmark.
 
     Attributes:
-        rows: one a job, in their order, measured now or before.
-        kept: how many of them were in the table already.
+        rows: one row per job, in the order of the jobs, new or kept.
+        kept: number of rows that were already in the table.
     """
 
     rows: list[BenchRow]
@@ -42,29 +42,29 @@ def bench(
     progress: Callable[[int, int, str], None] | None = None,
     runner: Callable[..., BenchRow] = run_job,
 ) -> BenchResult:
-    """Measures models and writes a row for each into a table.
+    """Measures models and writes one row per model to a table.
 
-    The table is replaced, in one step, after every job, so that it is whole whenever the benchmark is stopped; started
-    again it goes on there. Rows of other models and settings in it stay.
+    The table is replaced atomically after every job, so it is complete whenever the benchmark stops, and a second run
+    continues from there. Rows of other models and settings are kept.
 
     Args:
-        jobs: what to measure.
-        out: the CSV; rows in it that answer a job are kept, and their job is not run.
+        jobs: the models to measure.
+        out: the CSV file; jobs whose rows exist are skipped.
         retry_failed: run the jobs of failed rows again.
         force: run all jobs again.
-        timeout: seconds for each job.
-        progress: called with jobs done, jobs in all, and the name of the next.
-        runner: what runs a job.
+        timeout: seconds per job.
+        progress: called with the number of jobs done, the total, and the name of the next.
+        runner: function that runs a job.
 
     Returns:
         The rows of the jobs.
 
     Raises:
-        DataError: the table is no results table, or cannot be written.
+        DataError: the file is not a results table, or cannot be written.
     """
     out = Path(out)
     there = read_rows(out) if out.exists() else []
-    write_rows(out, there)  # now, rather than after minutes of measuring, is the time to learn that it can't be
+    write_rows(out, there)  # fails early if the file can't be written
     done: dict[BenchJob, BenchRow] = {}
     for job in jobs:
         row = next((row for row in there if job.answered_by(row)), None)
@@ -80,7 +80,7 @@ def bench(
         row = runner(job, timeout=timeout)
         if not row.ok:
             _logger.warning("%s failed: %s", row.name, row.error)
-        # Read again: another benchmark may write to the same table.
+        # Read again, because another benchmark may write to the same table.
         write_rows(out, _with(read_rows(out) if out.exists() else [], job, row))
         done[job] = row
     if progress is not None:
@@ -89,9 +89,9 @@ def bench(
 
 
 def checkout_commit() -> str | None:
-    """Returns the commit of the checkout that this package runs from, with ``-dirty`` for uncommitted changes.
+    """Returns the commit of the lamzoo checkout, with ``-dirty`` for uncommitted changes.
 
-    None for an installed wheel, also where that lies inside somebody else's checkout.
+    None for an installed wheel, even if it is located inside another checkout.
     """
     package = Path(__file__).resolve().parents[1]
     try:
@@ -108,7 +108,7 @@ def _git(folder: Path, *arguments: str) -> str:
 
 
 def _with(rows: list[BenchRow], job: BenchJob, new: BenchRow) -> list[BenchRow]:
-    """Puts a row where the one that it replaces stands, else at the end."""
+    """Replaces the row of the same key, or appends the row."""
     places = [index for index, row in enumerate(rows) if job.fits(row)]
     if not places:
         return [*rows, new]
@@ -117,12 +117,12 @@ def _with(rows: list[BenchRow], job: BenchJob, new: BenchRow) -> list[BenchRow]:
 
 
 def _warn_of_others(rows: Sequence[BenchRow], jobs: Sequence[BenchJob]) -> None:
-    """Says so where kept rows are of other code than this: their numbers may not be comparable."""
+    """Warns if kept rows were measured with other versions, because the numbers may not be comparable."""
     now = {row.name: row for row in (job.row() for job in jobs)}
     stale = [row for row in rows if any(getattr(row, k) != getattr(now[row.name], k) for k in ("torch", "timm"))]
     if stale:
         _logger.warning(
-            "%d rows that are kept were measured with other versions of torch or timm (%s: torch %s, timm %s); "
-            "--force measures them again.",
+            "%d kept rows were measured with other versions of torch or timm (%s: torch %s, timm %s); "
+            "use --force to measure them again.",
             len(stale), stale[0].name, stale[0].torch, stale[0].timm,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The models of a benchmark: names that match patterns, and each plain twin of a model with masks."""
+"""The models of a benchmark: models that match patterns, and the plain twins of masked models."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Candidate:
     """A model to measure.
 
     Attributes:
-        model: architecture, or ``local-dir:`` and ``hf-hub:`` with their place.
-        tag: its set of weights.
-        plain: name of its plain twin; None for a plain model, or one without a twin.
-        img_size: ``"224"`` or ``"HxW"``, the model's own; None for models that read no images.
-        task: the name of its task.
+        model: architecture, or ``local-dir:`` or ``hf-hub:`` with a location.
+        tag: tag of the weights.
+        plain: name of the plain twin; None for a plain model, or without a twin.
+        img_size: the model's input size, ``"224"`` or ``"HxW"``; None for models without images.
+        task: name of the task.
     """
 
     model: str
@@ -33,26 +33,26 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """As for ``create_model``."""
+        """The name for ``create_model``."""
         return f"{self.model}.{self.tag}" if self.tag else self.model
 
 
 def select_models(patterns: Sequence[str], *, weights: bool, plain: bool) -> list[Candidate]:
-    """Finds the models that patterns mean, in natural order, each plain twin once, behind its first model with masks.
+    """Finds the models that match patterns, in natural order, with each plain twin once, after its first masked model.
 
     Args:
         patterns: names (``arch``, ``arch.tag``, ``timm/NAME``, ``local-dir:DIR``, ``hf-hub:REPO``), wildcards, or
-            parts of names, as ``lamzoo list`` takes them.
-        weights: whether the models are to have weights: a bare name then means its default tag, and a wildcard every
-            tag. Without, a bare name means the architecture.
-        plain: also the plain twins of the models with masks.
+            parts of names, as in ``lamzoo list``.
+        weights: whether to select weights: a bare name then selects its default tag, and a wildcard every tag.
+            Otherwise a bare name selects the architecture.
+        plain: include the plain twins of masked models.
 
     Returns:
-        The models, none twice.
+        The models, without duplicates.
 
     Raises:
-        UnknownModelError: a pattern that matches nothing.
-        WeightsError: a ``local-dir:`` or ``hf-hub:`` whose configuration cannot be read.
+        UnknownModelError: a pattern matches nothing.
+        WeightsError: the configuration of a ``local-dir:`` or ``hf-hub:`` model cannot be read.
     """
     found: dict[str, Candidate] = {}
     for pattern in patterns:
@@ -65,11 +65,11 @@ def select_models(patterns: Sequence[str], *, weights: bool, plain: bool) -> lis
 
 
 def candidate_of(name: str, *, weights: bool) -> Candidate:
-    """Returns what the registry knows of one name, which ``create_model`` would take.
+    """Returns the candidate for a single name, as accepted by ``create_model``.
 
     Raises:
-        UnknownModelError: no such model or tag.
-        WeightsError: a saved model whose configuration cannot be read.
+        UnknownModelError: the model or tag is unknown.
+        WeightsError: the configuration of a saved model cannot be read.
     """
     ref = model_ref(name)
     if ref.is_saved:
@@ -91,7 +91,7 @@ def candidate_of(name: str, *, weights: bool) -> Candidate:
 
 
 def _plain_twin(card: ModelSpec, tag: str | None) -> str | None:
-    """Names the same backbone without masks: the one with weights of the same making where there is a tag."""
+    """Returns the name of the same backbone without masks, with corresponding weights if there is a tag."""
     if card.lam is None:
         return None
     if tag is not None and card.tags[tag].timm is not None:
@@ -120,6 +120,6 @@ def _names(pattern: str, weights: bool) -> list[str]:
 
 
 def size_text(size: int | Sequence[int]) -> str:
-    """Writes ``(height, width)`` as a table's cell: ``"224"``, or ``"HxW"`` where they differ."""
+    """Formats ``(height, width)`` for a table: ``"224"``, or ``"HxW"`` if they differ."""
     height, width = (size, size) if isinstance(size, int) else (size[0], size[1])
     return str(height) if height == width else f"{height}x{width}"

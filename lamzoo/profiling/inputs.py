@@ -1,4 +1,4 @@
-"""The input a model is measured on, and the state it is measured in; knows timm's conventions and no model."""
+"""Example inputs and evaluation mode for measuring a model, based on timm's conventions."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from lamzoo.adapters.wrappers import unwrap
 from lamzoo.data.images.decode import MODES, Mode, of_channels
 from lamzoo.errors import ConfigError, UnsupportedHostError, class_name
 
-#: What a model is called with: one tensor, or its positional arguments: tensors, or structures of them.
+#: The input of a model: one tensor, or positional arguments, which are tensors or structures of them.
 Inputs: TypeAlias = Tensor | Sequence[Any]
 
 
 def image_size(model: nn.Module) -> tuple[int, int, int]:
-    """Returns ``(channels, height, width)`` of the images that a model was built for, or the model in a wrapper.
+    """Returns ``(channels, height, width)`` of the images that a model, or a wrapped model, was built for.
 
-    The size of the patch embedding comes first, since ``img_size=`` changes it and not timm's ``pretrained_cfg``.
+    The patch embedding takes precedence, because ``img_size=`` changes it but not timm's ``pretrained_cfg``.
 
     Raises:
-        ConfigError: neither the model's patch embedding nor its ``pretrained_cfg`` says.
+        ConfigError: neither the patch embedding nor ``pretrained_cfg`` defines the size.
     """
     model = unwrap(model)
     cfg: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
@@ -43,32 +43,32 @@ def image_size(model: nn.Module) -> tuple[int, int, int]:
 
 
 def image_config(model: nn.Module) -> dict[str, Any]:
-    """Returns timm's preprocessing for a model, at the size and with the channels that the model was built with.
+    """Returns timm's preprocessing configuration for a model, at the size and channels that it was built with.
 
     Raises:
-        UnsupportedHostError: Pillow has no such channels.
+        UnsupportedHostError: Pillow has no mode with that number of channels.
         ConfigError: as of :func:`image_size`.
     """
     model = unwrap(model)
     channels, height, width = image_size(model)
     if channels not in MODES:
         raise UnsupportedHostError(
-            f"{class_name(model)} takes images of {channels} channels, and images have 1 (grey), 3 (RGB) or 4 (RGBA); "
-            "create it with such an in_chans."
+            f"{class_name(model)} takes images of {channels} channels, but images have 1 (grey), 3 (RGB) or 4 (RGBA); "
+            "create it with one of these as in_chans."
         )
     config = timm.data.resolve_model_data_config(model, {"input_size": (channels, height, width)})
     return config | {key: of_channels(config[key], channels) for key in ("mean", "std")}
 
 
 def image_mode(config: Mapping[str, Any]) -> Mode:
-    """Returns Pillow's mode of the images that :func:`image_config` preprocesses."""
+    """Returns the Pillow mode for :func:`image_config`."""
     return MODES[config["input_size"][0]]
 
 
 def default_input(model: nn.Module, batch_size: int = 1) -> Inputs:
     """Returns random inputs in the dtype and on the device of the model's first parameter.
 
-    They are images ``(batch_size, C, H, W)``, or what the model's own ``example_inputs(batch_size)`` gives.
+    Images ``(batch_size, C, H, W)``, or the result of the model's own ``example_inputs(batch_size)``.
     """
     model = unwrap(model)
     own: Any = getattr(model, "example_inputs", None)
@@ -79,19 +79,19 @@ def default_input(model: nn.Module, batch_size: int = 1) -> Inputs:
 
 
 def as_arguments(input: Inputs) -> tuple[Any, ...]:
-    """Returns the positional arguments that a model is called with."""
+    """Returns an input as positional arguments."""
     return (input,) if isinstance(input, Tensor) else tuple(input)
 
 
 def first_tensor(input: Inputs) -> Tensor:
-    """Returns the first tensor of an input, which is where the others are."""
+    """Returns the first tensor of an input, to determine its device."""
     tensor: Tensor = tree_leaves(input)[0]
     return tensor
 
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Switches models to evaluation and back, each submodule to the mode that it was in."""
+    """Switches models to evaluation mode and restores the mode of each submodule afterwards."""
     modes = [(module, module.training) for model in models for module in model.modules()]
     try:
         for model in models:

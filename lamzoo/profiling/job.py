@@ -1,4 +1,4 @@
-"""One model's measurement as a process of its own: the job, and the row of a process that crashed."""
+"""Measurement of one model in a separate process: the job, and the row of a failed process."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ _WORKER = (sys.executable, "-m", "lamzoo.profiling.worker")
 
 @dataclass(frozen=True)
 class BenchJob:
-    """A measurement: model and settings; fields shared with :class:`BenchRow` have the same meaning.
+    """A model and its measurement settings; fields shared with :class:`BenchRow` have the same meaning.
 
     Attributes:
         model: architecture.
-        tag: set of weights.
+        tag: tag of the weights.
         plain: name of the plain twin's row.
-        data: what to score the model on, with its weights; None for random weights and no score.
-        split: of the data.
-        task: the name of the model's task.
-        img_size: size of the images in the row, ``"224"`` or ``"HxW"``; None where it is not known beforehand.
+        data: data set to score the model on, with its weights; None for random weights and no score.
+        split: split of the data.
+        task: name of the model's task.
+        img_size: image size for the row, ``"224"`` or ``"HxW"``; None if not known in advance.
         resize: input size to build the model with; None for its own.
-        dtype: of weights and input for the timing, and of the autocast for the score.
-        device: as torch writes it.
-        device_name: as the row has it.
-        threads: of PyTorch on the CPU.
-        mode: eager or compiled.
-        batch: of the throughput; None searches for the best.
-        max_batch: where that search ends; None for the device's default.
-        repeats: timed passes.
-        seed: of random weights and input.
-        eval_batch: images at a time when scoring.
-        workers: processes that read images when scoring.
-        commit: of the checkout.
+        dtype: dtype of weights and input in timings, and of autocast in scoring.
+        device: a torch device.
+        device_name: label of the device in the row.
+        threads: number of PyTorch's CPU threads.
+        mode: ``"eager"`` or ``"compiled"``.
+        batch: batch size of the throughput; None searches for the best.
+        max_batch: limit of that search; None for the device's default.
+        repeats: number of timed passes.
+        seed: seed of random weights and input.
+        eval_batch: batch size in scoring.
+        workers: worker processes that read images in scoring.
+        commit: commit of the checkout.
     """
 
     model: str
@@ -69,11 +69,11 @@ class BenchJob:
 
     @property
     def name(self) -> str:
-        """As for ``create_model``."""
+        """The name for ``create_model``."""
         return f"{self.model}.{self.tag}" if self.tag else self.model
 
     def row(self, **measured: Any) -> BenchRow:
-        """Returns the row of this job: the settings, overridden by the measured values."""
+        """Returns the row of this job, with measurements overriding the values known in advance."""
         import timm
         import torch
 
@@ -83,43 +83,43 @@ class BenchJob:
         return BenchRow(**told | measured)
 
     def fits(self, row: BenchRow) -> bool:
-        """Whether a row is of this model, data and setting, so that the job's result would take its place."""
+        """Returns whether a row has this job's model, data and settings, so that the result would replace it."""
         mine = self.row()
         same_size = mine.img_size == row.img_size or None in (mine.img_size, row.img_size)
         return same_size and dataclasses.replace(mine, img_size=row.img_size).key == row.key
 
     def answered_by(self, row: BenchRow) -> bool:
-        """Whether a row is what this job would measure: it fits, and seed and demanded batch are the same."""
+        """Returns whether a row is a result of this job: it matches, with the same seed and requested batch size."""
         return self.fits(row) and row.seed == self.seed and self.batch in (None, row.batch)
 
 
 def run_job(job: BenchJob, *, timeout: float | None = None, command: Sequence[str] = _WORKER) -> BenchRow:
-    """Measures one model in a process of its own.
+    """Measures a model in a separate process.
 
     Args:
         job: what and how.
-        timeout: seconds after which the process is ended and the row has failed.
-        command: the process: reads a job as a line of JSON from its stdin, writes a row as JSON to its stdout.
+        timeout: seconds after which the process is killed and the row marked as failed.
+        command: command of the process, which reads a job as a line of JSON from stdin and writes a row to stdout.
 
     Returns:
-        The row, with ``status="failed"`` and the reason where the process reported an error, crashed, was killed or
-        took too long. The process never outlives this call, nor this process.
+        The row, with ``status="failed"`` and the reason if the process reported an error, crashed, was killed or timed
+        out. The process never outlives this call or the calling process.
     """
     with tempfile.TemporaryFile("w+", encoding="utf-8") as out, tempfile.TemporaryFile("w+", errors="replace") as err:
         process = subprocess.Popen(
             command,
-            stdin=subprocess.PIPE,  # left open: its end tells the worker that nobody waits for it any more
+            stdin=subprocess.PIPE,  # kept open: the worker exits when it closes
             stdout=out,
             stderr=err,
             env=os.environ | {"OMP_NUM_THREADS": str(job.threads), "MKL_NUM_THREADS": str(job.threads)},
-            start_new_session=True,  # Ctrl-C is for this process, which then ends that one and all it started
+            start_new_session=True,  # Ctrl-C reaches only this process, which then kills the worker's group
             text=True,
         )
         try:
             _tell(process.stdin, json.dumps(dataclasses.asdict(job)))
             process.wait(timeout)
         except subprocess.TimeoutExpired:
-            return _failed(job, f"took longer than {timeout:g} s and was ended; --timeout gives it more")
+            return _failed(job, f"took longer than {timeout:g} s and was killed; raise --timeout")
         finally:
             _end(process)
         return _result(job, process.returncode, out, err)
@@ -127,17 +127,17 @@ def run_job(job: BenchJob, *, timeout: float | None = None, command: Sequence[st
 
 def _tell(stdin: IO[str] | None, line: str) -> None:
     assert stdin is not None
-    with contextlib.suppress(BrokenPipeError):  # it died before it could read: its exit code and stderr say why
+    with contextlib.suppress(BrokenPipeError):  # it died before reading; exit code and stderr give the reason
         stdin.write(line + "\n")
         stdin.flush()
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    if process.poll() is None:  # else its process group may be somebody else's by now
+    if process.poll() is None:  # otherwise its process group id may have been reused
         with contextlib.suppress(ProcessLookupError):
             if hasattr(os, "killpg"):
                 os.killpg(process.pid, signal.SIGKILL)
-            else:  # Windows, which has no process groups to end
+            else:  # Windows has no process groups
                 process.kill()
     with contextlib.suppress(BrokenPipeError):
         if process.stdin is not None:

@@ -1,4 +1,4 @@
-"""Latency of a model, alone or beside that of its baseline, timed in turns in one process."""
+"""Latency of a model, alone or alternating with a baseline in the same process."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from lamzoo.profiling.inputs import Inputs, as_arguments, evaluating, first_tens
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds of a forward pass over the repeats.
+    """Latency of a forward pass in milliseconds.
 
     Attributes:
         median_ms: the median.
-        quartiles_ms: the first and the third quartile.
+        quartiles_ms: first and third quartiles.
     """
 
     median_ms: float
@@ -37,19 +37,19 @@ class Latency:
 
 @dataclass(frozen=True)
 class LatencyComparison:
-    """Two models timed in turns on one input.
+    """Latencies of two models timed alternately on the same input.
 
     Attributes:
         model: latency of the model.
-        baseline: latency of the model that it is compared with.
-        ratio: median of the ratios model / baseline of the pairs of neighbouring runs, which a machine that grows
-            slower or faster meanwhile leaves alone.
-        ratio_quartiles: first and third quartile of those ratios.
-        repeats: pairs timed.
-        input_shape: of the input.
-        dtype: of the input.
-        device: its name, such as ``"cpu (AMD EPYC)"`` or ``"cuda (NVIDIA H100)"``.
-        threads: of PyTorch on the CPU.
+        baseline: latency of the baseline.
+        ratio: median of the ratios model / baseline over pairs of neighbouring runs, which is robust to gradual changes
+            in the machine's speed.
+        ratio_quartiles: first and third quartiles of these ratios.
+        repeats: number of timed pairs.
+        input_shape: shape of the input.
+        dtype: dtype of the input.
+        device: label of the device, such as ``"cpu (AMD EPYC)"`` or ``"cuda (NVIDIA H100)"``.
+        threads: number of PyTorch's CPU threads.
     """
 
     model: Latency
@@ -67,10 +67,10 @@ def time_latency(model: nn.Module, input: Inputs, repeats: int = 30, warmup: int
     """Times the forward passes of one model, in evaluation and inference mode.
 
     Args:
-        model: on the device of the input.
-        input: what it is called with, on the CPU or a CUDA device.
-        repeats: timed passes.
-        warmup: passes that run before, untimed.
+        model: a model on the input's device.
+        input: the input, on the CPU or a CUDA device.
+        repeats: number of timed passes.
+        warmup: number of untimed passes before.
 
     Returns:
         Median and quartiles.
@@ -87,23 +87,23 @@ def time_latency(model: nn.Module, input: Inputs, repeats: int = 30, warmup: int
 def compare_latency(
     model: nn.Module, baseline: nn.Module, input: Inputs, repeats: int = 30, warmup: int = 5
 ) -> LatencyComparison:
-    """Times the forward passes of two models in turns, in evaluation and inference mode.
+    """Times the forward passes of two models alternately, in evaluation and inference mode.
 
-    The model that goes first changes from pair to pair. On a GPU the time between CUDA events is taken.
+    The order alternates from pair to pair. On a GPU, time is measured with CUDA events.
 
     Args:
-        model: the one of interest.
-        baseline: the one to compare with, such as the same backbone without masks.
-        input: what both are called with, on the CPU or a CUDA device.
-        repeats: pairs of timed passes.
-        warmup: pairs that run before, untimed.
+        model: the model of interest.
+        baseline: the model to compare with, such as the same backbone without masks.
+        input: the input of both, on the CPU or a CUDA device.
+        repeats: number of timed pairs.
+        warmup: number of untimed pairs before.
 
     Returns:
         Medians, quartiles and the ratio.
 
     Raises:
-        ConfigError: fewer than 2 repeats or a negative warmup, a device that is neither, or a model on another device
-            than the input.
+        ConfigError: fewer than 2 repeats, a negative warmup, an unsupported device, or a model and input on different
+            devices.
     """
     timer = _checked_timer(input, repeats, warmup, model=model, baseline=baseline)
     pairs: list[tuple[float, float]] = []
@@ -132,7 +132,7 @@ def compare_latency(
 
 
 def time_call(run: Callable[[], object], device: torch.device) -> float:
-    """Returns the milliseconds of one call, on a CUDA device those between events around what it launched there."""
+    """Returns the duration of a call in milliseconds, measured with CUDA events on a CUDA device."""
     if device.type == "cpu":
         begun = time.perf_counter()
         run()
@@ -148,7 +148,7 @@ def time_call(run: Callable[[], object], device: torch.device) -> float:
 
 
 def device_label(device: torch.device) -> str:
-    """Returns what a table calls a device, so that two machines' figures are not mixed: ``"cuda (NVIDIA H100)"``."""
+    """Returns a label for a device that distinguishes machines: ``"cuda (NVIDIA H100)"``."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     return f"{device.type} ({name})" if name else device.type
 

@@ -1,4 +1,4 @@
-"""Multiply-accumulates and parameters of a model, and the share of them that its learnable masks add."""
+"""Multiply-accumulates and parameters of a model, and the share added by its learnable masks."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ _GIGA = 1e9
 
 @dataclass(frozen=True)
 class Profile:
-    """What one forward pass computes, and what the model holds.
+    """Computational cost and size of a model.
 
-    MACs are multiply-accumulates of matrix products and convolutions, attention included, half of what PyTorch counts
-    as FLOPs; activations, normalisations and element-wise products are not counted, as everywhere in this field.
+    MACs are multiply-accumulates of matrix products and convolutions, including attention, half of PyTorch's FLOPs;
+    activations, normalisations and element-wise products are not counted, as is usual.
 
     Attributes:
-        gmacs: 10^9 MACs of the whole forward pass.
-        lam_gmacs: the part that the masks add to the plain backbone: their networks, and the product
-            ``left @ right.T`` (``Hm Nq Nk R`` MACs a layer). Always the dense product of the eager backend, so that
-            the figure does not depend on the device or on which backend ``"auto"`` picks.
-        params_m: 10^6 parameters.
-        lam_params_m: the masks' part of them.
-        by_layer: GMACs of each module that computes any, by its path, its submodules included
-            (``"blocks.3"``, ``"blocks.3.attn"``, ``"blocks.3.attn.lam"``: the mask network alone).
+        gmacs: MACs of the forward pass in 10^9.
+        lam_gmacs: MACs added by the masks, in 10^9: their networks, and the product ``left @ right.T`` (``Hm Nq Nk R``
+            MACs per layer). Always the dense product of the eager backend, so that the figure is independent of the
+            device and of the backend chosen by ``"auto"``.
+        params_m: parameters in 10^6.
+        lam_params_m: parameters of the masks in 10^6.
+        by_layer: GMACs of each module with any, by path and including its submodules (``"blocks.3"``,
+            ``"blocks.3.attn"``, ``"blocks.3.attn.lam"``: only the mask network).
     """
 
     gmacs: float
@@ -48,20 +48,20 @@ class Profile:
 def profile(model: nn.Module, input: Inputs | None = None) -> Profile:
     """Counts the MACs of one forward pass and the parameters of a model, with or without masks.
 
-    The pass is really run, once, in evaluation mode and without gradients; the model is left as it was.
+    The model runs once, in evaluation mode and without gradients; its state is unchanged.
 
     Args:
-        model: any module; what wrappers of ``torch.compile`` and data parallelism hold is counted.
-        input: what the model is called with, a tensor or a sequence of positional arguments. By default one image of
-            the size that the model was built for, or one video and one text. The figures are those of the whole input,
-            so pass a batch of one.
+        model: any module; wrappers of ``torch.compile`` and data parallelism are ignored.
+        input: the input, a tensor or a sequence of positional arguments; by default one image of the size that the
+            model was built for, or one video and one text. The figures refer to the whole input, so use a batch size of
+            one.
 
     Returns:
         The profile.
 
     Raises:
-        ConfigError: the input size is unknown, an attention operation ran that this PyTorch can't count, or nothing at
-            all was counted.
+        ConfigError: the input size is unknown, this PyTorch can't count an attention operation of the model, or no
+            operation was counted.
     """
     model = unwrap(model)
     inputs = as_arguments(default_input(model) if input is None else input)
@@ -78,7 +78,7 @@ def profile(model: nn.Module, input: Inputs | None = None) -> Profile:
     by_layer = _by_layer(model, counter)
     total = counter.get_total_flops() / 2
     if not total:
-        raise ConfigError(f"No operation of {class_name(model)} could be counted; profile the model uncompiled.")
+        raise ConfigError(f"No operation of {class_name(model)} was counted; profile the model uncompiled.")
     lams = {path: module for path, module in model.named_modules() if isinstance(module, Lam)}
     lam_params = {id(p): p.numel() for lam in lams.values() for p in lam.parameters()}
     return Profile(
@@ -99,7 +99,7 @@ def _by_layer(model: nn.Module, counter: FlopCounterMode) -> dict[str, float]:
 
 @contextmanager
 def _without_fastpath() -> Iterator[None]:
-    # nn.MultiheadAttention's fast path is one fused operation that no counter knows.
+    # nn.MultiheadAttention's fast path is one fused operation that FlopCounterMode does not support.
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -110,7 +110,7 @@ def _without_fastpath() -> Iterator[None]:
 
 @contextmanager
 def _dense_products(model: nn.Module, products: list[int]) -> Iterator[None]:
-    """Runs every mask on the eager backend and notes the MACs of its ``left @ right.T`` in ``products``."""
+    """Runs every mask on the eager backend and records the MACs of its ``left @ right.T`` in ``products``."""
 
     def note(lam: nn.Module, args: Any, mask: FactoredMask) -> None:
         _, heads, queries, rank = mask.left.shape
@@ -131,7 +131,7 @@ def _dense_products(model: nn.Module, products: list[int]) -> Iterator[None]:
 
 
 class _AttentionCheck(TorchDispatchMode):
-    """Raises where a fused attention operation adds nothing to the count, as some PyTorch builds have it."""
+    """Raises if a fused attention operation adds nothing to the count, as in some PyTorch builds."""
 
     def __init__(self, counter: FlopCounterMode) -> None:
         super().__init__()
@@ -146,7 +146,7 @@ class _AttentionCheck(TorchDispatchMode):
         if self.counter.get_total_flops() == before and args[0].numel():
             raise ConfigError(
                 f"torch {torch.__version__} counts {func} as zero, so attention would be missing from the MACs; "
-                "use another build of torch, or switch fused attention off in the model."
+                "use another build of torch, or disable fused attention in the model."
             )
         return out
 

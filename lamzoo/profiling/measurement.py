@@ -1,4 +1,4 @@
-"""One model's cost and speed in one place: GMACs, parameters, latency and throughput, beside its unmasked self."""
+"""All measurements of one model: GMACs, parameters, latency and throughput, compared with the model without masks."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from lamzoo.profiling.memory import free_bytes, peak_growth
 _logger = logging.getLogger(__name__)
 
 MAX_BATCH = {"cpu": 64, "cuda": 1024}
-_TOLERANCE = 0.01  # between the counted MACs and the formula
-_GAIN = 1.01  # what a batch must be faster by to be better, rather than luckier
-_SLOWEST_S = 10.0  # a pass that takes longer ends the search for a batch
+_TOLERANCE = 0.01  # relative, between counted MACs and the formula
+_GAIN = 1.01  # minimum speed-up for a batch size to count as better
+_SLOWEST_S = 10.0  # a longer pass ends the search for a batch size
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was measured of one model.
+    """Measurements of one model.
 
     Attributes:
-        profile: MACs and parameters of one image.
-        latency: of one image.
-        comparison: the same beside the model without its masks; None for a plain model.
-        batch: images at a time where the throughput is highest.
-        images_per_s: that throughput, of the median pass.
-        images_per_s_ratio: over that of the model without its masks at the same batch; None for a plain model.
+        profile: MACs and parameters for one image.
+        latency: latency of one image.
+        comparison: comparison with the model without its masks; None for a plain model.
+        batch: batch size of the highest throughput.
+        images_per_s: that throughput, from the median pass.
+        images_per_s_ratio: ratio to the throughput without masks at the same batch size; None for a plain model.
     """
 
     profile: Profile
@@ -59,24 +59,24 @@ def measure(
     repeats: int = 30,
     warmup: int = 5,
 ) -> Measurement:
-    """Measures a model as it stands, on its device and in its dtype, on random images of the size it was built for.
+    """Measures a model on its device and in its dtype, on random images of the size it was built for.
 
-    A model with masks is timed in turns with a copy of itself that has none: same weights, same process, same minute.
+    A model with masks is timed alternately with a copy without them, with the same weights and in the same process.
 
     Args:
-        model: with or without masks, uncompiled.
-        compiled: time it, and the copy, through ``torch.compile``; the batch is searched for eagerly.
-        batch: of the throughput; by default the best that fits, see :func:`best_batch`.
-        max_batch: where that search ends; by default at 64 on the CPU and 1,024 on CUDA.
-        repeats: timed passes of one image, and a third as many (at least 5) of the batch.
-        warmup: passes before, untimed.
+        model: an uncompiled model, with or without masks.
+        compiled: time model and copy with ``torch.compile``; the batch size is still searched eagerly.
+        batch: batch size of the throughput; by default the best that fits, see :func:`best_batch`.
+        max_batch: limit of that search; by default 64 on the CPU and 1,024 on CUDA.
+        repeats: number of timed passes of one image, and a third as many (at least 5) of the batch.
+        warmup: number of untimed passes before.
 
     Returns:
         The measurement.
 
     Raises:
-        ConfigError: masks that cost nothing, MACs that contradict the family's formula by more than 1 %, an unknown
-            input size, or an impossible number of repeats or images.
+        ConfigError: the masks appear to cost nothing, the MACs differ from the family's formula by more than 1 %, the
+            input size is unknown, or the number of repeats or images is invalid.
     """
     plain = _without_masks(model)
     cost = checked_profile(model, plain)
@@ -85,7 +85,7 @@ def measure(
     elif batch < 1:
         raise ConfigError(f"The batch is {batch}; it must be 1 or more.")
     runner, other = model, plain
-    if compiled:  # static shapes: what a user who serves one batch size gets
+    if compiled:  # static shapes, as for serving one batch size
         runner = torch.compile(model, dynamic=False)  # type: ignore[assignment]
         other = None if plain is None else torch.compile(plain, dynamic=False)  # type: ignore[assignment]
     one, many = default_input(model), default_input(model, batch)
@@ -102,22 +102,22 @@ def measure(
 
 
 def checked_profile(model: nn.Module, plain: nn.Module | None) -> Profile:
-    """Counts a model's MACs and parameters, and refuses figures that cannot be right.
+    """Counts a model's MACs and parameters, and checks their plausibility.
 
     Args:
-        model: with or without masks.
-        plain: the same without them; None where it has none.
+        model: a model with or without masks.
+        plain: the same model without masks; None for a plain model.
 
     Raises:
-        ConfigError: masks that cost nothing, or MACs that contradict the family's formula by more than 1 %.
+        ConfigError: the masks appear to cost nothing, or the MACs differ from the family's formula by more than 1 %.
     """
     cost = profile(model)
     if plain is not None:
         base = profile(plain)
         if cost.gmacs <= base.gmacs or cost.lam_gmacs <= 0 or cost.params_m <= base.params_m or cost.lam_params_m <= 0:
             raise ConfigError(
-                f"The masks of {class_name(model)} seem to cost nothing ({cost.gmacs:.6g} GMACs with them, "
-                f"{base.gmacs:.6g} without), which can't be right; profile the model with the eager backend."
+                f"The masks of {class_name(model)} appear to cost nothing ({cost.gmacs:.6g} GMACs with them, "
+                f"{base.gmacs:.6g} without), which is implausible; profile the model with the eager backend."
             )
     try:
         formula = analytic_macs(model)
@@ -130,32 +130,32 @@ def checked_profile(model: nn.Module, plain: nn.Module | None) -> Profile:
     ):
         if abs(counted - expected) > _TOLERANCE * expected:
             raise ConfigError(
-                f"{counted:.6g} {what} were counted in {class_name(model)} and its formula gives {expected:.6g}; one "
+                f"{counted:.6g} {what} were counted in {class_name(model)}, but its formula gives {expected:.6g}; one "
                 "of them is wrong, please report it."
             )
     return cost
 
 
 def best_batch(model: nn.Module, limit: int | None = None) -> int:
-    """Finds the batch of the highest throughput: doubles it until images a second fall or memory ends.
+    """Finds the batch size of the highest throughput, by doubling.
 
-    It ends where two doublings in a row gain less than 1 %, at ``limit``, where the next batch would not fit into
-    the memory that is left, or where a pass takes longer than 10 seconds.
+    The search ends after two doublings in a row that gain less than 1 %, at ``limit``, before a batch that would not
+    fit into the remaining memory, or after a pass that takes longer than 10 seconds.
 
     Args:
-        model: on its device and in its dtype.
-        limit: largest batch to try; by default 64 on the CPU and 1,024 on CUDA.
+        model: a model on its device and in its dtype.
+        limit: largest batch size to try; by default 64 on the CPU and 1,024 on CUDA.
 
     Returns:
-        The batch.
+        The batch size.
 
     Raises:
-        ConfigError: a limit below 1, or not even one image fits.
+        ConfigError: the limit is below 1, or a single image does not fit.
     """
     device = next(model.parameters()).device
     limit = MAX_BATCH.get(device.type, 64) if limit is None else limit
     if limit < 1:
-        raise ConfigError(f"The largest batch is {limit}; it must be 1 or more.")
+        raise ConfigError(f"The batch limit is {limit}; it must be 1 or more.")
     best, best_rate, idle, batch, needed = 0, 0.0, 0, 1, 0
     while batch <= limit and idle < 2 and needed <= _free_host_bytes(device):
         timed = _try_batch(model, batch)
@@ -171,18 +171,18 @@ def best_batch(model: nn.Module, limit: int | None = None) -> int:
         if seconds > _SLOWEST_S:
             break
     if not best:
-        raise ConfigError(f"Not even one image fits into the memory of {device}; use a smaller model or dtype.")
+        raise ConfigError(f"A single image does not fit into the memory of {device}; use a smaller model or dtype.")
     return best
 
 
 def _free_host_bytes(device: torch.device) -> float:
-    # Asked beforehand: where a GPU raises an error that can be caught, the kernel would kill this process.
+    # Checked in advance: a GPU raises an error that can be caught, but on the CPU the kernel would kill the process.
     free = free_bytes() if device.type == "cpu" else None
     return float("inf") if free is None else free
 
 
 def _try_batch(model: nn.Module, batch: int) -> tuple[float, int] | None:
-    """Returns the seconds of a pass and the bytes by which it grew the process; None where the batch doesn't fit."""
+    """Returns duration in seconds and memory growth in bytes of a pass; None if the batch does not fit."""
     try:
         inputs = as_arguments(default_input(model, batch))
         with evaluating(model), torch.inference_mode():

@@ -1,4 +1,4 @@
-"""Memory: the peak of a model and one forward pass, and what this machine has left."""
+"""Memory used by a model and its forward pass, and memory available on the machine."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 class MemoryMeter:
-    """Measures the memory that a model and one of its forward passes occupy; made *before* the model is built.
+    """Measures the memory of a model and one forward pass; create it *before* the model.
 
-    On CUDA it is what PyTorch's allocator handed out at the peak of the pass (``max_memory_allocated``), weights
-    included. On the CPU it is the process's peak of resident memory during the pass less its resident memory when the
-    meter was made: what the model brought with it, without Python, PyTorch and the other libraries. What reading and
-    converting the weights took in passing is in neither. A CPU figure is good to about a MiB, and only in a fresh
-    process: in one that has worked already, freed memory is used again and seems free of cost.
+    On CUDA it is the peak of PyTorch's allocator during the pass (``max_memory_allocated``), including weights. On the
+    CPU it is the peak of the process's resident memory during the pass minus its resident memory when the meter was
+    created, which excludes Python, PyTorch and other libraries. Temporary memory for reading and converting weights is
+    excluded in both cases. A CPU figure is accurate to about a MiB, and only in a fresh process: otherwise freed memory
+    is reused and not counted.
 
     Args:
-        device: where the model will be.
+        device: the model's device.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -43,16 +43,16 @@ class MemoryMeter:
             self._level = _resident("VmRSS")
 
     def peak_mib(self, model: nn.Module, input: Inputs) -> float:
-        """Runs a forward pass, in evaluation and inference mode, and returns MiB.
+        """Runs a forward pass in evaluation and inference mode; returns the memory in MiB.
 
         Args:
-            model: built since, on the device.
-            input: what it is called with; it counts as well.
+            model: the model, created after the meter, on the device.
+            input: the input, which is included.
         """
         arguments = as_arguments(input)
         with evaluating(model), torch.inference_mode():
             if self.device.type == "cuda":
-                model(*arguments)  # the first pass makes the libraries' own workspaces
+                model(*arguments)  # the first pass allocates the libraries' workspaces
                 torch.cuda.synchronize(self.device)
                 torch.cuda.reset_peak_memory_stats(self.device)
                 model(*arguments)
@@ -63,7 +63,7 @@ class MemoryMeter:
 
 
 def peak_growth(run: Callable[[], _Result]) -> tuple[_Result, int]:
-    """Calls a function; returns its result, and by how many bytes this process was larger at the peak than before."""
+    """Calls a function; returns its result and the peak growth of the process's memory in bytes."""
     before = _resident("VmRSS")
     _reset_peak()
     result = run()
@@ -71,7 +71,7 @@ def peak_growth(run: Callable[[], _Result]) -> tuple[_Result, int]:
 
 
 def free_bytes() -> int | None:
-    """Returns how much memory is left on this machine, within its container's limit; None where that is unknown."""
+    """Returns the memory available on this machine, within its container's limit; None if unknown."""
     try:
         (line,) = (row for row in Path("/proc/meminfo").read_text().splitlines() if row.startswith("MemAvailable:"))
         free = int(line.split()[1]) * 1024
@@ -79,13 +79,13 @@ def free_bytes() -> int | None:
         return None
     try:
         limit, used = (int((_CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
-    except (OSError, ValueError):  # no container, or one without a limit ("max")
+    except (OSError, ValueError):  # no container, or no limit ("max")
         return free
     return min(free, limit - used)
 
 
 def _touch_kernels() -> None:
-    """Loads what the first convolution, product and attention of a process load, so that no model pays for it."""
+    """Loads what the first convolution, product and attention of a process load, so that it is not counted."""
     with torch.inference_mode():
         images = torch.zeros(1, 3, 8, 8)
         tokens = F.linear(F.conv2d(images, torch.zeros(8, 3, 2, 2)).flatten(2).mT, torch.zeros(8, 8))
@@ -93,8 +93,8 @@ def _touch_kernels() -> None:
 
 
 def _reset_peak() -> None:
-    with contextlib.suppress(OSError):  # where there is no such file, it stays the peak of the process's whole life
-        _RESET.write_text("5")  # the peak restarts at what is resident now
+    with contextlib.suppress(OSError):  # without this file, it remains the peak since the start
+        _RESET.write_text("5")  # resets the peak to the current size
 
 
 def _resident(field: str) -> int:
@@ -102,7 +102,7 @@ def _resident(field: str) -> int:
         (line,) = (row for row in _STATUS.read_text().splitlines() if row.startswith(f"{field}:"))
         return int(line.split()[1]) * 1024
     except (OSError, ValueError):
-        import resource  # not on Windows, which PyTorch's CPU figures are not taken on
+        import resource  # not available on Windows
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024

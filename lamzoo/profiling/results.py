@@ -1,4 +1,4 @@
-"""The results table: one typed row a measured model, read from and written to CSV; measures nothing."""
+"""The results table: one typed row per measured model, stored as CSV."""
 
 from __future__ import annotations
 
@@ -17,47 +17,47 @@ Mode = Literal["eager", "compiled"]
 
 @dataclass(frozen=True)
 class BenchRow:
-    """What was measured of one model under one setting; None is an empty cell. The fields are the CSV's columns.
+    """Measurements of one model in one setting; None is an empty cell. The fields are the CSV's columns.
 
     Attributes:
-        model: name of the architecture, as for ``create_model``: ``"lam_vit_micro"``, ``"timm/vit_tiny_patch16_224"``,
+        model: name of the architecture for ``create_model``: ``"lam_vit_micro"``, ``"timm/vit_tiny_patch16_224"``,
             ``"local-dir:runs/mine"``.
-        tag: its set of weights; None for random weights that no tag was asked for.
-        data: the data set that ``value`` was measured on, as given; None where none was.
-        split: of that data.
-        metric: what ``value`` is, the name of a metric of the task: ``"top1"``.
+        tag: tag of the weights; None for random weights without a tag.
+        data: data set of ``value``, as given; None without a score.
+        split: split of the data.
+        metric: metric of ``value``, by its name in the task: ``"top1"``.
         value: the score.
-        params_m: 10^6 parameters.
-        lam_params_m: the masks' part of them.
-        gmacs: 10^9 multiply-accumulates of one image.
-        lam_gmacs: the masks' part of them.
-        latency_ms: median milliseconds of one image (batch 1).
-        latency_ratio: median ratio to the plain backbone, timed in turns; None for a plain model.
-        images_per_s: throughput at ``batch``, of the median pass.
-        peak_mib: MiB that the weights and a forward pass of one image occupy, as
-            :class:`lamzoo.profiling.MemoryMeter` says; None on the CPU for a compiled model, where the compiler's own
-            memory would be in it.
-        img_size: height of the images in pixels, or ``"HxW"`` where they are not square.
-        batch: images at a time where ``images_per_s`` is highest.
+        params_m: parameters in 10^6.
+        lam_params_m: parameters of the masks in 10^6.
+        gmacs: multiply-accumulates of one image in 10^9.
+        lam_gmacs: multiply-accumulates of the masks in 10^9.
+        latency_ms: median latency of one image (batch size 1) in milliseconds.
+        latency_ratio: median ratio to the plain backbone, timed alternately; None for a plain model.
+        images_per_s: throughput at ``batch``, from the median pass.
+        peak_mib: memory of the weights and a forward pass of one image in MiB, measured by
+            :class:`lamzoo.profiling.MemoryMeter`; None on the CPU for a compiled model, where it would include the
+            compiler's memory.
+        img_size: image height in pixels, or ``"HxW"`` if not square.
+        batch: batch size of ``images_per_s``, the one with the highest throughput.
         dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``.
         device: ``"cpu (AMD EPYC)"`` or ``"cuda (NVIDIA H100)"``.
-        threads: of PyTorch on the CPU.
-        torch: version.
-        timm: version.
-        weights_sha256: of the weights' file; None for random weights.
-        seed: of the weights and the input.
-        commit: of the lamzoo checkout, with ``-dirty`` for uncommitted changes; None for an installed wheel.
-        plain: :attr:`name` of the row of the plain twin, None for a plain model or one without a twin.
+        threads: number of PyTorch's CPU threads.
+        torch: version of torch.
+        timm: version of timm.
+        weights_sha256: hash of the weights file; None for random weights.
+        seed: seed of random weights and input.
+        commit: commit of the lamzoo checkout, with ``-dirty`` for uncommitted changes; None for an installed wheel.
+        plain: :attr:`name` of the plain twin's row; None for a plain model, or without a twin.
         latency_q1_ms: first quartile of the latency.
-        latency_q3_ms: third quartile.
+        latency_q3_ms: third quartile of the latency.
         latency_ratio_q1: first quartile of the ratio.
-        latency_ratio_q3: third quartile.
-        plain_latency_ms: median milliseconds of the same model without its masks, timed in the same turns.
-        images_per_s_ratio: throughput over that of the same model without its masks, at the same batch.
-        mode: run eagerly or through ``torch.compile``.
+        latency_ratio_q3: third quartile of the ratio.
+        plain_latency_ms: median latency of the same model without masks in milliseconds, timed alternately.
+        images_per_s_ratio: ratio to the throughput of the same model without masks at the same batch size.
+        mode: ``"eager"``, or ``"compiled"`` with ``torch.compile``.
         status: whether the measurement succeeded.
-        error: why it did not, in one line.
-        task: the name of the model's task; None in tables of lamzoo 0.1.
+        error: reason of the failure, in one line.
+        task: name of the model's task; None in tables of lamzoo 0.1.
     """
 
     model: str
@@ -98,12 +98,12 @@ class BenchRow:
 
     @property
     def name(self) -> str:
-        """``arch.tag``, or the bare ``arch`` where there is no tag; what ``plain`` of a row with masks refers to."""
+        """``arch.tag``, or ``arch`` without a tag; ``plain`` refers to this name."""
         return f"{self.model}.{self.tag}" if self.tag else self.model
 
     @property
     def spec(self) -> MetricSpec | None:
-        """The metric that ``value`` is of; None where the model was not scored, or the metric is unknown here."""
+        """The metric of ``value``; None if the model was not scored or the metric is unknown."""
         return None if self.metric is None else find_metric(self.metric, self.task)
 
     @property
@@ -113,19 +113,19 @@ class BenchRow:
 
     @property
     def has_lam(self) -> bool:
-        """Whether the model has masks; False where the measurement failed before that was known."""
+        """Whether the model has masks; False if the measurement failed before this was known."""
         return bool(self.lam_params_m)
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What tells this row from the others of a table: model, data and the setting of the measurement."""
+        """The identity of a row within a table: model, data and measurement settings."""
         setting = (self.img_size, self.dtype, self.device, self.threads, self.mode)
         return (self.model, self.tag, self.data, self.split, *setting)
 
 
 COLUMNS = tuple(field.name for field in dataclasses.fields(BenchRow))
 
-# The decimals that a measurement of that kind is good for; the rest of a float is noise in a diff.
+# The decimals that are significant in each kind of measurement; more would be noise in diffs.
 _DECIMALS = {"value": 3, "params_m": 6, "lam_params_m": 6, "gmacs": 6, "lam_gmacs": 6, "peak_mib": 1}
 
 
@@ -133,27 +133,27 @@ def read_rows(path: str | Path) -> list[BenchRow]:
     """Reads a results table.
 
     Args:
-        path: a CSV that :func:`write_rows` wrote; its columns may have any order.
+        path: a CSV file written by :func:`write_rows`; columns may have any order.
 
     Returns:
-        Its rows, in the order of the file.
+        The rows, in the order of the file.
 
     Raises:
-        DataError: the file cannot be read, a column is missing or unknown, or a cell has another type; names file, line
-            and column.
+        DataError: the file cannot be read, a column is missing or unknown, or a cell has the wrong type; names file,
+            line and column.
     """
     return records.read_csv(path, BenchRow, optional=("task",))
 
 
 def write_rows(path: str | Path, rows: Iterable[BenchRow]) -> None:
-    """Writes a results table, all of it or nothing; a table that was there is replaced.
+    """Writes a results table atomically; an existing table is replaced.
 
     Args:
-        path: the CSV.
-        rows: in the order of the file.
+        path: the CSV file.
+        rows: the rows, in the order of the file.
 
     Raises:
-        DataError: the file cannot be written there.
+        DataError: the file cannot be written.
     """
     records.write_csv(path, COLUMNS, rows, cell=_cell)
 

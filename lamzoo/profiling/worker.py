@@ -1,4 +1,4 @@
-"""The process that measures one model: ``python -m lamzoo.profiling.worker`` reads a job and writes a row, as JSON."""
+"""The worker process that measures one model: ``python -m lamzoo.profiling.worker`` maps a JSON job to a JSON row."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lamzoo.weights.files import file_sha256
 
 
 def main() -> None:
-    """Reads a job from stdin, measures, and writes the row to stdout; what libraries print goes to stderr."""
+    """Reads a job from stdin, measures, and writes the row to stdout; output of libraries is redirected to stderr."""
     answer = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     job = BenchJob(**json.loads(sys.stdin.readline()))
@@ -50,7 +50,7 @@ def measured_row(job: BenchJob) -> BenchRow:
 
 
 def _leave_with_parent() -> None:
-    while os.read(0, 1):  # ends when the parent closes the pipe, or dies
+    while os.read(0, 1):  # returns when the parent closes the pipe or dies
         pass
     os._exit(1)
 
@@ -65,7 +65,7 @@ def _measure(job: BenchJob) -> BenchRow:
     peak = _peak_mib(job, model, meter)
     scored: dict[str, Any] = {}
     if job.data is not None and job.split is not None:
-        model.cpu()  # so that the batches of the score have the device to themselves
+        model.cpu()  # frees the device for scoring
         metric, value = _score(job, model, device)
         scored = {"metric": metric, "value": value, "weights_sha256": _weights_sha256(job)}
         model.to(device)
@@ -82,7 +82,7 @@ def _build(job: BenchJob) -> nn.Module:
 
 
 def _load_code() -> None:
-    """Builds and runs a model of next to no size, so that code that is loaded on first use is in no model's memory."""
+    """Builds and runs a tiny model, so that lazily loaded code is not counted in any model's memory."""
     model = create_model("lam_vit_micro", embed_dim=32, depth=1, num_heads=1)
     with evaluating(model), torch.inference_mode():
         model(default_input(model))
@@ -92,26 +92,26 @@ def _peak_mib(job: BenchJob, model: nn.Module, meter: MemoryMeter) -> float | No
     if job.mode == "eager":
         return meter.peak_mib(model, default_input(model))
     if job.device == "cpu":
-        return None  # the compiler's own memory would be in it
+        return None  # it would include the compiler's memory
     return meter.peak_mib(torch.compile(model, dynamic=False), default_input(model))  # type: ignore[arg-type]
 
 
 def _score(job: BenchJob, model: nn.Module, device: torch.device) -> tuple[str, float]:
-    """Returns the name of the metric that the task watches on such data, and the model's score."""
+    """Returns the name of the task's watched metric for the data, and the model's score."""
     assert job.data is not None and job.split is not None
     task = find_task(job.task)
-    exact = model if job.dtype == "float32" else _build(job)  # autocast wants the weights in full precision
+    exact = model if job.dtype == "float32" else _build(job)  # autocast needs the weights in full precision
     dataset = task.open_split(job.data, job.split)
     request = EvalRequest(job.eval_batch, device, job.dtype, job.workers)
     metric = task.watched_metric(dataset)
     value = metric.of(task.load("evaluate")(exact, dataset, request).scores)
     if value is None:
-        raise DataError(f"{job.data} gives no {metric.heading}; score {job.name} on data that does.")
+        raise DataError(f"{job.data} has no {metric.heading}; score {job.name} on other data.")
     return metric.name, value
 
 
 def _weights_sha256(job: BenchJob) -> str:
-    """Hashes the weights file of the model, or its index if it is sharded."""
+    """Hashes the model's weights file, or the index of sharded weights."""
     return file_sha256(find_weights_file(job.name).path)
 
 

@@ -127,7 +127,7 @@ def test_a_wrapped_model_is_exported_as_the_model_itself(tmp_path: Path) -> None
 
 
 def test_a_sharded_model_is_not_exported(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="sharded by FSDP; save it by save_pretrained"):
+    with pytest.raises(ConfigError, match="sharded by FSDP; save it with save_pretrained"):
         lamzoo.export_model(fsdp2(create()), tmp_path / "m.pt2")
 
 

@@ -73,12 +73,12 @@ def test_an_image_is_still_drawn(call: Callable[..., Any]) -> None:
 @pytest.mark.parametrize(
     ("model", "arguments", "says"),
     [
-        ("lam_moment_detr_micro", "", "nothing to explain; name an IMAGE, or with --data a data set of moments"),
-        ("lam_moment_detr_micro", "PHOTO --data DATA", "make two pictures; leave one of them out"),
+        ("lam_moment_detr_micro", "", "nothing to explain; give an IMAGE, or a moment data set with --data"),
+        ("lam_moment_detr_micro", "PHOTO --data DATA", "exclude each other; leave one out"),
         (
             "lam_moment_detr_micro",
             "PHOTO",
-            "a model of the family lam_moment_detr, which reads no images; give --data instead",
+            "a model of the family lam_moment_detr, which takes no images; use --data instead",
         ),
         ("lam_vit_micro", "PHOTO --query 10", "--query does not apply to an image"),
         ("lam_vit_micro", "PHOTO --split val", "--split does not apply to an image"),

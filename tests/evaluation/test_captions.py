@@ -87,7 +87,9 @@ def test_the_number_of_blanks_and_the_order_of_ids_do_not_matter() -> None:
 
 def test_only_what_is_asked_for_is_computed() -> None:
     assert list(caption_metrics(REFERENCES, HYPOTHESES, metrics=["CIDEr", "ROUGE_L"])) == ["CIDEr", "ROUGE_L"]
-    with pytest.raises(ConfigError, match="no metric 'BLEU'; there are Bleu, ROUGE_L, CIDEr, METEOR, SPICE"):
+    with pytest.raises(
+        ConfigError, match="The metric 'BLEU' is unknown; use one of Bleu, ROUGE_L, CIDEr, METEOR, SPICE"
+    ):
         caption_metrics(REFERENCES, HYPOTHESES, metrics=["BLEU"])  # type: ignore[list-item]
 
 
@@ -162,9 +164,9 @@ def test_without_pycocoevalcap_the_extra_is_named(monkeypatch: pytest.MonkeyPatc
         ({}, {}, "The references are empty"),
         (REFERENCES, {}, "The hypotheses are empty or not a mapping"),
         (REFERENCES, [{"image_id": 1, "caption": "a dog"}], "The hypotheses are empty or not a mapping"),
-        (REFERENCES, {1: "a dog"}, "1 of 2 ids have no hypothesis, 2 among them"),
-        ({1: ["a dog"]}, HYPOTHESES, "1 of 2 ids have no reference, 2 among them"),
-        (REFERENCES, {"1": "a dog", "2": "a cat"}, "have no hypothesis, 1, 2 among them.*numbers or strings"),
+        (REFERENCES, {1: "a dog"}, "1 of 2 ids have no hypothesis, such as 2"),
+        ({1: ["a dog"]}, HYPOTHESES, "1 of 2 ids have no reference, such as 2"),
+        (REFERENCES, {"1": "a dog", "2": "a cat"}, "have no hypothesis, such as 1, 2; .* all int or all str"),
         (REFERENCES | {2: []}, HYPOTHESES, r"references of id 2 are \[\]; give a list of at least one"),
         (REFERENCES | {2: "a cat"}, HYPOTHESES, "references of id 2 are 'a cat'; give a list"),
         (REFERENCES | {2: ["a cat", " "]}, HYPOTHESES, "reference of id 2 is ' '; give a string with words"),
@@ -258,9 +260,9 @@ def test_saying_the_same_everywhere_gains_nothing() -> None:
         ({"groups": {"film": [1, 2], "sequel": []}}, DataError, "movie 'sequel' has no descriptions"),
         ({"references": REFERENCES}, DataError, "Id 1 has 2 references"),
         ({"hypotheses": {1: "a dog"}}, DataError, "have no hypothesis"),
-        ({"k": 0}, ConfigError, "k is 0 of a window of 2; it must be from 1 to 2"),
-        ({"k": 3}, ConfigError, "k is 3 of a window of 2"),
-        ({"similarity": lambda a, b: np.zeros(2)}, ConfigError, r"gave shape \(2,\), or NaN, for 2 hypotheses"),
+        ({"k": 0}, ConfigError, "k is 0; it must be from 1 to the window, 2"),
+        ({"k": 3}, ConfigError, "k is 3; it must be from 1 to the window, 2"),
+        ({"similarity": lambda a, b: np.zeros(2)}, ConfigError, r"returned shape \(2,\), or NaN, for 2 hypotheses"),
         ({"similarity": lambda a, b: np.full((2, 2), np.nan)}, ConfigError, "or NaN"),
     ],
 )
@@ -300,7 +302,7 @@ def test_captions_are_written_as_coco_has_them(tmp_path: Path) -> None:
     [
         ("[{", r"captions\.json is no readable JSON"),
         (b"\xff", "is no readable JSON"),
-        ('{"annotations": []}', "is no list of captions; it must be"),
+        ('{"annotations": []}', "is not a list of captions; it must be"),
         ('[{"image_id": 1, "caption": "a"}, 2]', "entry 1 of .* lacks an image_id or a caption"),
         ('[{"image_id": 1}]', "entry 0 of .* lacks an image_id or a caption"),
         ('[{"image_id": 1.5, "caption": "a"}]', "an image_id of type float; it must be an int or a string"),

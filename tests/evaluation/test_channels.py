@@ -146,5 +146,5 @@ def test_parts_of_a_data_set_keep_its_mode(data: Path) -> None:
 
 
 def test_channels_that_pillow_has_no_mode_for_are_refused() -> None:
-    with pytest.raises(UnsupportedHostError, match=r"5 channels, and images have 1 \(grey\), 3 \(RGB\) or 4"):
+    with pytest.raises(UnsupportedHostError, match=r"5 channels, but images have 1 \(grey\), 3 \(RGB\) or 4"):
         preprocess(small(5), [Image.new("RGB", (32, 32))])

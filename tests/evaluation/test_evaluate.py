@@ -157,7 +157,7 @@ def test_classes_that_do_not_fit_are_refused(data) -> None:
     with pytest.raises(DataError, match="another order"):
         evaluate(Reads(CLASSES[::-1]), data)
     data.classes = None
-    with pytest.raises(DataError, match="label 2 and the model 2 classes"):
+    with pytest.raises(DataError, match="label 2 and the model has 2 classes"):
         evaluate(small(2), data)
 
 

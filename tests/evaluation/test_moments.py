@@ -148,7 +148,7 @@ def changed(**changes: Any) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("predictions", "says"),
     [
-        ([], "lack 1 of 1 queries, qid 1 among them"),
+        ([], "lack 1 of 1 queries, such as qid 1"),
         ([{}], "Prediction 0 has no qid"),
         (changed(qid=7), "qid 7, which is not annotated"),
         ([prediction(), prediction()], "qid 1 twice"),
@@ -157,13 +157,13 @@ def changed(**changes: Any) -> list[dict[str, Any]]:
         (changed(pred_relevant_windows=[[0, float("nan"), 1]]), "three finite numbers"),
         (changed(pred_relevant_windows=[[0, "8", 1]]), "three finite numbers"),
         (changed(pred_relevant_windows=[[8, 2, 1]]), r"\[8, 2, 1\], which ends before it begins"),
-        (changed(pred_relevant_windows=[[30, 40, 1]]), r"\[30, 40, 1\], outside of its video of 20 s"),
-        (changed(pred_relevant_windows=[[-9, 4, 1]]), "outside of its video of 20 s"),
+        (changed(pred_relevant_windows=[[30, 40, 1]]), r"\[30, 40, 1\], outside its video of 20 s"),
+        (changed(pred_relevant_windows=[[-9, 4, 1]]), "outside its video of 20 s"),
         (changed(pred_saliency_scores=[0.0] * 5), r"qid 1 has 5 saliencies, and its video has 10 clips of 2 s"),
         (changed(pred_saliency_scores=[]), "has 0 saliencies"),
         (changed(qid="7"), "qid '7', which is not annotated"),
-        (changed(pred_saliency_scores=[float("inf")] * 10), "a saliency that is no finite number"),
-        (changed(pred_saliency_scores=[10**400] * 10), "a saliency that is no finite number"),
+        (changed(pred_saliency_scores=[float("inf")] * 10), "a saliency that is not a finite number"),
+        (changed(pred_saliency_scores=[10**400] * 10), "a saliency that is not a finite number"),
     ],
 )
 def test_a_malformed_submission_is_named(predictions: list[dict[str, Any]], says: str) -> None:

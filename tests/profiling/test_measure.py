@@ -48,7 +48,7 @@ def test_half_precision_is_measured():
 def test_masks_that_cost_nothing_are_refused(monkeypatch):
     cheap = measurement.profile(tiny(lam=False))
     monkeypatch.setattr(measurement, "profile", lambda model: cheap)
-    with pytest.raises(ConfigError, match="seem to cost nothing"):
+    with pytest.raises(ConfigError, match="appear to cost nothing"):
         measure(tiny(), batch=1, repeats=2)
 
 
@@ -109,7 +109,7 @@ def test_the_search_ends_at_the_limit_and_at_slow_passes(monkeypatch):
 
 def test_a_model_that_does_not_fit_at_all_is_refused(monkeypatch):
     rates(monkeypatch, {})
-    with pytest.raises(ConfigError, match="Not even one image fits"):
+    with pytest.raises(ConfigError, match="A single image does not fit"):
         best_batch(nn.Linear(1, 1))
 
 
