@@ -39,6 +39,7 @@ from lamzoo.evaluation import evaluate
 from lamzoo.profiling.inputs import as_arguments, default_input
 from lamzoo.profiling.latency import compare_latency
 from lamzoo.reduction.config import Rest, Score
+from lamzoo.registry.refs import ModelRef, display_name, split_name
 from lamzoo.report.compare.plots import encode
 from lamzoo.report.mpl import new_figure
 
@@ -220,8 +221,8 @@ def figure(rows: Sequence[Row]) -> Figure:
 
 
 def _short(model: str) -> str:
-    """Returns what a line is called: the model without its tag, or the run that a folder of weights is from."""
-    return model.removeprefix("local-dir:").removeprefix("runs/").partition("/" if ":" in model else ".")[0]
+    """Returns a model's name in the legend: without its tag, or that of its run."""
+    return display_name(model) if ModelRef.parse(model).is_saved else split_name(model)[0]
 
 
 def main() -> None:

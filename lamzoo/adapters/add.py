@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
 from itertools import groupby
 from typing import Any, TypeVar
 
@@ -98,8 +97,7 @@ def add_lam_to(model: Model, lengths: Mapping[str, int | None], config: LamConfi
         ConfigError: as for :func:`add_lam`.
     """
     for path, length in lengths.items():
-        sized = replace(config, max_length=length) if config.has_positions and config.max_length is None else config
-        part = add_lam(model.get_submodule(path), sized)
+        part = add_lam(model.get_submodule(path), config.with_length(length))
         del part.lam_config
     model.lam_config = config  # type: ignore[assignment]
     exempt_from_weight_decay(model)

@@ -141,8 +141,11 @@ class ModelRef:
 
 
 def display_name(name: str) -> str:
-    """Returns a short form of a name for plots: the last part of a saved model's path, otherwise the name."""
-    return Path(name.removeprefix("local-dir:")).name if name.startswith("local-dir:") else name
+    """Returns a short form of a name for plots: of a saved model, its folder or that of its run; otherwise the name."""
+    if not name.startswith("local-dir:"):
+        return name
+    path = Path(name.removeprefix("local-dir:"))
+    return path.parent.name if path.name == "model" and path.parent.name else path.name
 
 
 def split_name(name: str) -> tuple[str, str | None]:

@@ -69,7 +69,7 @@ def explain(
         layers = [replace(layers[0], name="all layers")]
     subject = "image" if isinstance(image, Image.Image) else Path(image).name
     title = f"{title_of(model)} on {subject}{_prediction(model, output)}\n{_caption(config, head, shown.images)}"
-    figure = draw(layers, shown.seen.numpy(), shown.sharp.numpy(), neutral=neutral_value(config), title=title)
+    figure = draw(layers, shown.seen.numpy(), shown.sharp.numpy(), neutral=config.mask_op.identity, title=title)
     with atomic_files(DataError) as stage:
         figure.savefig(stage(path), format="png")
 
@@ -123,11 +123,6 @@ def _head(factor: Tensor, head: int | None) -> Tensor:
     return factor[0, head : head + 1]
 
 
-def neutral_value(config: LamConfig) -> float:
-    """Returns the value at which a mask changes nothing."""
-    return config.mask_op.identity
-
-
 def _prediction(model: nn.Module, output: Any) -> str:
     if not isinstance(output, Tensor) or output.ndim != 2 or getattr(model, "num_classes", 0) != output.shape[1]:
         return ""
@@ -151,6 +146,6 @@ def _caption(config: LamConfig, head: int | None, images: Tensor) -> str:
     if config.heads == "per-head":
         heads = "mean of the heads' masks" if head is None else f"mask of head {head}"
     return (
-        f"M {config.mask_op.effect} the attention scores, {neutral_value(config):g} is neutral; keys={config.keys}, "
+        f"M {config.mask_op.effect} the attention scores, {config.mask_op.identity:g} is neutral; keys={config.keys}, "
         f"rank={config.rank}, sign={config.sign}; {heads}; input {images.shape[-2]} x {images.shape[-1]} px"
     )

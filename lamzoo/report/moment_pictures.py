@@ -19,7 +19,7 @@ from lamzoo.files import atomic_files
 from lamzoo.lam import Lam, LamConfig, MaskRecord
 from lamzoo.models.moment_detr.model import Place
 from lamzoo.profiling.inputs import evaluating
-from lamzoo.report.mask_pictures import neutral_value, title_of
+from lamzoo.report.mask_pictures import title_of
 from lamzoo.report.mpl import check_target
 from lamzoo.report.timeline import LayerImportance, Timeline, draw_timeline
 
@@ -60,7 +60,7 @@ def explain_moments(model: nn.Module, dataset: MomentDataset, index: int, path: 
     timeline = _measure(model, masks, dataset, index, top)
     config = next(iter(masks.values())).config if masks else None
     title = _title(model, dataset.queries[index], config)
-    figure = draw_timeline(timeline, neutral=0.0 if config is None else neutral_value(config), title=title)
+    figure = draw_timeline(timeline, neutral=0.0 if config is None else config.mask_op.identity, title=title)
     with atomic_files(DataError) as stage:
         figure.savefig(stage(path), format="png")
 
@@ -117,7 +117,7 @@ def _title(model: nn.Module, query: MomentQuery, config: LamConfig | None) -> st
     if config is not None:
         heads = "one mask for all heads" if config.heads == "shared" else "mean of the heads' masks"
         lines.append(
-            f"M {config.mask_op.effect} the attention scores, {neutral_value(config):g} is neutral; "
+            f"M {config.mask_op.effect} the attention scores, {config.mask_op.identity:g} is neutral; "
             f"keys={config.keys}, rank={config.rank}, sign={config.sign}; {heads}"
         )
     return "\n".join(lines)

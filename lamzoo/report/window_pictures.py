@@ -20,7 +20,7 @@ from lamzoo.lam import Lam, LamConfig, MaskRecord
 from lamzoo.models.describer.encoder import Joint
 from lamzoo.profiling.inputs import evaluating
 from lamzoo.report.frame_rows import clock, printable
-from lamzoo.report.mask_pictures import neutral_value, title_of
+from lamzoo.report.mask_pictures import title_of
 from lamzoo.report.mpl import check_target
 from lamzoo.report.word_attention import ModalityView, WindowView, draw_windows
 from lamzoo.video.describe import DescribedWindow, VideoWindows, context_of
@@ -59,7 +59,7 @@ def explain_windows(
     if not any(view.words or config for view in views):
         raise DataError(f"of {windows.path} there is nothing to draw: the model has no masks, and wrote no words")
     title = _title(model, windows, len(described), config)
-    figure = draw_windows(views, neutral=0.0 if config is None else neutral_value(config), title=title)
+    figure = draw_windows(views, neutral=0.0 if config is None else config.mask_op.identity, title=title)
     with atomic_files(DataError) as stage:
         figure.savefig(stage(path), format="png")
 
@@ -139,7 +139,7 @@ def _title(model: nn.Module, windows: VideoWindows, count: int, config: LamConfi
     if config is not None:
         lines.append(
             f"curves: importance, what M does on average of heads and layers; M {config.mask_op.effect} the attention "
-            f"scores, {neutral_value(config):g} is neutral"
+            f"scores, {config.mask_op.identity:g} is neutral"
         )
     lines.append("rows: where the decoder looked for a word (dark: most), and its share of attention on the modality")
     return "\n".join(lines)

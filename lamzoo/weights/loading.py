@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import sys
 from collections.abc import Callable, Collection, Mapping
 from fnmatch import fnmatchcase
@@ -185,17 +186,20 @@ def _adapt_lam(model: nn.Module, weights: StateDict, source: str, given: Collect
         old, new = weights[weight].shape[1], module.weight.shape[1]
         if old == new:
             continue
+        misfit = f"{source} does not fit {_name(model)}: {weight!r} is for {old} tokens and the model has {new}"
         if module.grid is None and (argument := _sizing_argument(model, weight)):
             raise StateDictError(
-                f"{source} does not fit {_name(model)}: {weight!r} is for {old} tokens and the model has {new}; "
-                f"{argument}= (or LamConfig.max_length, where it is set) must be what the weights were trained with."
+                f"{misfit}; {argument}= (or LamConfig.max_length, where it is set) must be what the weights were "
+                "trained with."
             )
         if not _SIZE_ARGS & set(given):
-            raise StateDictError(
-                f"{source} does not fit {_name(model)}: {weight!r} is for {old} tokens and the model has {new}; pass "
-                "img_size= to resize it, or omit img_size= to use the file's."
-            )
+            raise StateDictError(f"{misfit}; pass img_size= to resize it, or omit img_size= to use the file's.")
         grid = _old_grid(model, old - module.num_prefix_tokens) if module.grid else None
+        if module.grid and grid is None:
+            raise StateDictError(
+                f"{misfit}, and the file's patch grid is unknown: its patches form no square; omit img_size= and use "
+                "the size that the weights were trained with."
+            )
         weights[weight], weights[bias] = module.adapt(weights[weight], weights[bias], grid)
         notes.append(f"{name} resized from {old} to {new} tokens")
 
@@ -308,15 +312,17 @@ def _sizing_argument(model: nn.Module, key: str) -> str | None:
     return next((argument for pattern, argument in patterns.items() if fnmatchcase(key, pattern)), None)
 
 
-def _old_grid(model: nn.Module, patches: int) -> tuple[int, int]:
-    """Returns the patch grid of the file: that of its image size, or a square."""
+def _old_grid(model: nn.Module, patches: int) -> tuple[int, int] | None:
+    """Returns the patch grid of the file: that of its image size, or a square; None if neither has so many patches."""
     embed: Any = model.patch_embed
     args: Mapping[str, Any] = getattr(model, "pretrained_model_args", {})
     size = args.get("img_size") or _cfg(model).get("input_size", (3, 0, 0))[-2:]
     size = (size, size) if isinstance(size, int) else size
     grid = tuple(old * count // now for old, count, now in zip(size, embed.grid_size, embed.img_size, strict=True))
-    side = int(patches**0.5)
-    return (grid[0], grid[1]) if grid[0] * grid[1] == patches else (side, patches // side)
+    if grid[0] * grid[1] == patches:
+        return grid[0], grid[1]
+    side = math.isqrt(patches)
+    return (side, side) if side * side == patches else None
 
 
 def _cfg(model: nn.Module) -> Mapping[str, Any]:

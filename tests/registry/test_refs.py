@@ -108,9 +108,16 @@ def test_what_is_no_model_is_refused_in_one_sentence(name: str, says: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("name", "short"), [("local-dir:a/b", "b"), ("local-dir:mine", "mine"), ("timm/vit.tag", "timm/vit.tag")]
+    ("name", "short"),
+    [
+        ("local-dir:a/b", "b"),
+        ("local-dir:mine", "mine"),
+        ("local-dir:runs/mine/model", "mine"),
+        ("local-dir:model", "model"),
+        ("timm/vit.tag", "timm/vit.tag"),
+    ],
 )
-def test_plots_show_the_last_part_of_a_folder(name: str, short: str) -> None:
+def test_plots_name_a_saved_model_by_its_folder(name: str, short: str) -> None:
     assert display_name(name) == short
 
 

@@ -200,6 +200,14 @@ def test_mask_tables_are_resized_as_the_model_would_itself() -> None:
     assert torch.allclose(large.blocks[0].attn.lam.network.table(table.shape[2]), table)
 
 
+def test_a_mask_table_of_an_unknown_grid_is_refused() -> None:
+    oblong = randomised(create(img_size=(48, 64), lam=POSITION))
+    square = create(img_size=96, lam=POSITION)
+    weights = {key: value for key, value in oblong.state_dict().items() if key != "pos_embed"}
+    with pytest.raises(StateDictError, match="patch grid is unknown: its patches form no square"):
+        load_into(square, weights, source="file", given=["img_size"])
+
+
 def test_another_pooling_brings_its_own_norm(plain: dict[str, Tensor]) -> None:
     model = create(global_pool="avg")
     with pytest.raises(StateDictError, match=r"fc_norm\.weight"):
