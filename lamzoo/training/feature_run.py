@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lamzoo.errors import RecipeError
+from lamzoo.registry.catalog import model_ref
 from lamzoo.training.gradients import average_gradients, global_counts
 from lamzoo.training.loaders import create_seeded_loader, seed_everything
 from lamzoo.training.splits import BadInputs, ScanProgress, open_roles
@@ -72,6 +73,12 @@ class FeatureRun(TrainingRun):
             )
         if self.recipe.augment.splice:
             train.splice()  # raises if the data does not support it
+
+    @property
+    def fits_model_to_data(self) -> bool:
+        """Whether the data sets the sizes of the model's inputs: without weights, and not for a saved model."""
+        section = self.recipe.model
+        return not section.pretrained and not model_ref(section.name).is_saved
 
     def datasets(self) -> Mapping[str, Any]:
         return self.splits

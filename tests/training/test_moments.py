@@ -231,6 +231,15 @@ def test_published_weights_must_fit_the_data(table: dict[str, Any], qvhighlights
         run(table, tmp_path / "third")
 
 
+@pytest.mark.parametrize("form", ["{}", "local-dir:{}"])
+def test_a_saved_model_keeps_its_input_sizes(table: dict[str, Any], tmp_path: Path, form: str) -> None:
+    folder = tmp_path / "saved"
+    lamzoo.save_pretrained(lamzoo.create_model("qd_detr_micro", video_dim=16, text_dim=5, words=0), folder)
+    table["model"] = {"name": form.format(folder)}
+    with pytest.raises(LamzooError, match="reads 16 features of a clip and 5 of a word"):
+        run(table, tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [

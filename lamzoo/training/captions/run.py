@@ -28,7 +28,7 @@ class CaptionRun(FeatureRun):
     def build_model(self) -> nn.Module:
         section = self.recipe.model
         kwargs = dict(section.kwargs)
-        if ":" not in section.name and not section.pretrained:
+        if self.fits_model_to_data:
             kwargs = {"features": dict(self.splits["train"].modalities), **kwargs}
         if section.lam is not None:
             kwargs["lam"] = section.lam

@@ -42,7 +42,7 @@ class MomentRun(FeatureRun):
     def build_model(self) -> nn.Module:
         section = self.recipe.model
         kwargs = dict(section.kwargs)
-        if ":" not in section.name and not section.pretrained:
+        if self.fits_model_to_data:
             video, text = self.example.video.shape[1], self.example.text.shape[1]
             words = len(self.splits["train"].vocabulary)
             kwargs = {"video_dim": video, "text_dim": text, "words": words, **kwargs}
