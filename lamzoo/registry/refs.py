@@ -102,13 +102,14 @@ class ModelRef:
         arch, _, tag = text.partition(".")
         if text.startswith(TIMM_PREFIX):
             return cls(text, "timm", arch=arch, tag=tag or None)
-        if colon and not Path(text).exists() and not Path(text).drive:
+        if colon and not os.path.exists(text) and not Path(text).drive:
             close = difflib.get_close_matches(head, ("local-dir", "hf-hub"), n=1)
             hint = f"did you mean {close[0]}:{place}?" if close else "the prefixes are local-dir: and hf-hub:."
             raise UnknownModelError(f"There is no model {text!r}: {head!r} is not a known prefix; {hint}")
         if _is_path(text):
             return _of_path(text)
-        if _is_saved(Path(text)) and not is_registered(arch):
+        saved = _has_config(Path(text)) or _has_config(Path(text, "model"))
+        if saved and not is_registered(arch):
             return cls.of_folder(text, text)
         return cls(text, "registered", arch=arch, tag=tag or None)
 
@@ -121,7 +122,7 @@ class ModelRef:
             text: the name as given; ``local-dir:<folder>`` by default.
         """
         path = Path(folder).expanduser()
-        if not (path / "config.json").is_file() and (path / "model" / "config.json").is_file():
+        if not _has_config(path) and _has_config(path / "model"):
             path = path / "model"
         return cls(f"local-dir:{os.fspath(folder)}" if text is None else text, "local-dir", path=path)
 
@@ -164,22 +165,22 @@ def _kind_of_file(text: str) -> Kind | None:
     return _FILE_KINDS.get(suffix)
 
 
-def _is_saved(folder: Path) -> bool:
-    return (folder / "config.json").is_file() or (folder / "model" / "config.json").is_file()
+def _has_config(folder: Path) -> bool:
+    return os.path.isfile(folder / "config.json")  # False for names that no file can have, where pathlib raises
 
 
 def _of_path(text: str) -> ModelRef:
     path = Path(text).expanduser()
     kind = _kind_of_file(text)
-    if kind == "checkpoint" and SAVED_WEIGHTS.fullmatch(path.name) and _is_saved(path.parent):
+    if kind == "checkpoint" and SAVED_WEIGHTS.fullmatch(path.name) and _has_config(path.parent):
         return ModelRef.of_folder(path.parent, text)
     if kind is not None:
         return ModelRef(text, kind, path=path)
-    if path.is_dir():
+    if os.path.isdir(path):
         return ModelRef.of_folder(path, text)
-    if path.exists():
+    if os.path.exists(path):
         raise UnknownModelError(f"There is no model {text!r}: a file of this kind is neither weights nor a program.")
-    siblings = [str(p) for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+    siblings = [str(p) for p in path.parent.iterdir() if p.is_dir()] if os.path.isdir(path.parent) else []
     head, _, rest = text.partition("/")
     close = difflib.get_close_matches(str(path), siblings, n=1)
     close += [f"{prefix}/{rest}" for prefix in difflib.get_close_matches(head, ("timm", "open_clip"), n=1)]
