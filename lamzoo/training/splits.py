@@ -14,13 +14,14 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from lamzoo.data import BadInput, LabelledImages, create_dataset, find_invalid_images, leave_out_invalid, select
+from lamzoo.data import BadInput, LabelledImages, find_invalid_images, leave_out_invalid, select
 from lamzoo.data.images.trained import HELD_OUT_NAME, RECIPE_NAME, MadeSplit
 from lamzoo.data.json_files import read_json
 from lamzoo.data.splits import hold_out, open_default, synonyms
 from lamzoo.errors import DataError, MissingSplitError, RecipeError
 from lamzoo.files import atomic_files
 from lamzoo.tasks import Task
+from lamzoo.tasks.classification import CLASSIFICATION
 from lamzoo.training.recipe import DataSection
 
 ScanProgress = Callable[[str, int, int], None]
@@ -59,7 +60,7 @@ def open_splits(data: DataSection) -> Splits:
     train = _open_train(data)
     evaluation = None
     try:
-        evaluation = create_dataset(data.source, data.eval_split)
+        evaluation = CLASSIFICATION.open_split(data.source, data.eval_split)
     except MissingSplitError as error:
         if data.val_fraction is None:
             raise (_same_images(data, train) if train.split is None else error) from None
@@ -67,7 +68,7 @@ def open_splits(data: DataSection) -> Splits:
         if data.val_fraction is None:
             raise _same_images(data, train)
         evaluation = None
-    test = None if data.test_split is None else create_dataset(data.source, data.test_split)
+    test = None if data.test_split is None else CLASSIFICATION.open_split(data.source, data.test_split)
     if test is not None and test.split == train.split:
         raise _same_images(data, train)
     return Splits(train, evaluation, test)
@@ -136,7 +137,7 @@ def keep_held_out(folder: Path, held_out: Collection[str]) -> None:
 def has_split(data: DataSection, split: str) -> bool:
     """Returns whether the data has a separate split of this name, other than those for training and evaluation."""
     try:
-        taken = {_open_train(data).split, create_dataset(data.source, split).split}
+        taken = {_open_train(data).split, CLASSIFICATION.open_split(data.source, split).split}
     except MissingSplitError:
         return False
     return len(taken) == 2
@@ -233,8 +234,8 @@ def _scan(
 
 
 def _open_train(data: DataSection) -> LabelledImages:
-    opener, split = partial(create_dataset, data.source), data.train_split
-    train = open_default(opener, split) if "train" in synonyms(split) else opener(split)
+    opener, split = partial(CLASSIFICATION.open_split, data.source), data.train_split
+    train: LabelledImages = open_default(opener, split) if "train" in synonyms(split) else opener(split)
     if train.split is None:
         train.source.check_classes()
     return train
