@@ -12,7 +12,7 @@ import typer
 
 from lamzoo.cli import _output as out
 from lamzoo.cli._options import Device, Json
-from lamzoo.errors import ConfigError
+from lamzoo.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from lamzoo.profiling.results import BenchRow
@@ -101,13 +101,26 @@ def bench(
 
 
 def _splits(data: str | None, split: str | None, tasks: Iterable[str]) -> dict[str, str | None]:
-    """Opens the data for each task, so that errors end the command early; returns the split's name by task."""
+    """Opens the data for each task, so that an error ends the command early; returns the split's name by task.
+
+    If some of the tasks can open the data, the rows of the others fail.
+    """
     from lamzoo.data.splits import WHOLE
     from lamzoo.tasks import find_task
 
     if data is None:
         return dict.fromkeys(tasks)
-    return {task: find_task(task).open_for_scoring(data, split).split or WHOLE for task in tasks}
+    splits: dict[str, str | None] = {}
+    errors = []
+    for task in tasks:
+        try:
+            splits[task] = find_task(task).open_for_scoring(data, split).split or WHOLE
+        except DataError as error:
+            splits[task] = split or "test"
+            errors.append(error)
+    if len(errors) == len(splits):
+        raise errors[0]
+    return splits
 
 
 def _print(rows: Sequence[BenchRow], output: Path, kept: int) -> None:

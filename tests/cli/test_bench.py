@@ -72,6 +72,12 @@ def test_with_data_the_models_have_weights(run, jobs, tmp_path: Path) -> None:
     assert (job.name, job.data, job.split) == ("lam_vit_micro.cifar10", data, "test")
 
 
+def test_models_that_cannot_read_the_data_do_not_stop_the_others(run, jobs, tmp_path: Path) -> None:
+    data = f"npz:{write_npz(tmp_path / 'data')}"
+    run("lam_vit_micro", "qd_detr_micro", "--out", "r.csv", "--no-plain", "--data", data)
+    assert [(job.task, job.split) for job in jobs] == [("classification", "test"), ("moments", "test")]
+
+
 def test_json_is_the_rows_and_nothing_else(run, jobs) -> None:
     done = run("lam_vit_micro", "--out", "r.csv", "--no-plain", "--json")
     (row,) = json.loads(done.out)
