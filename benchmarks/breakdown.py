@@ -1,11 +1,11 @@
-"""Where the time of a backbone with masks, or with fewer tokens, goes beside the plain backbone: an inference, by part.
+"""Breakdown of inference time by operator type, for a backbone with masks or token reduction and the plain backbone.
 
-    python -m benchmarks.breakdown                   what is missing in benchmarks/results/breakdown.csv
-    python -m benchmarks.breakdown --table           prints the table of what is there
+    python -m benchmarks.breakdown                   measures what benchmarks/results/breakdown.csv lacks
+    python -m benchmarks.breakdown --table           prints the table of stored results
 
-torch's profiler times the operators of both models, in turns, on one batch of random images; a part's share is its
-operators' own time over that of the plain backbone's pass beside it, the median over the passes. What is measured
-already is not measured again.
+torch's profiler times the operators of both models alternately on one batch of random images. The share of an operator
+type is its self time divided by the total time of the plain backbone in the neighbouring pass, as the median over
+passes. Existing rows are not measured again.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from lamzoo.profiling.latency import device_label
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "breakdown.csv"
 
-#: Variants that miss a bar of time, and what they are measured beside.
+#: Variants that exceed a latency target, and token merging for comparison.
 CHOSEN = ("additive, rank 16", "mask, drop to 0.59 of the GMACs", "ToMe to 0.59 of the GMACs")
 _MASKS = "mask networks"
 _PARTS = {
@@ -51,20 +51,20 @@ ORDER = (*_PARTS, _REST, _MASKS)
 
 @dataclass(frozen=True)
 class Row:
-    """One part of an inference.
+    """One operator type in an inference.
 
     Attributes:
-        model: the backbone, by the name of the model with masks.
-        variant: what was done to it; a key of :data:`benchmarks.speed.VARIANTS`.
-        batch: images.
-        part: of :data:`ORDER`.
-        share: of the plain backbone's whole time, that the variant spends on it.
-        plain_share: likewise, that the plain backbone does.
-        gflops: a second, of the variant; 0 where the profiler counts none.
-        plain_gflops: likewise, of the plain backbone.
-        device: where.
-        threads: of PyTorch on the CPU.
-        torch: version.
+        model: the backbone, by the name of the masked model.
+        variant: the variant; a key of :data:`benchmarks.speed.VARIANTS`.
+        batch: batch size.
+        part: operator type, one of :data:`ORDER`.
+        share: time in the variant, as a share of the plain backbone's total time.
+        plain_share: time in the plain backbone, likewise.
+        gflops: GFLOP/s of the variant; 0 if the profiler counts none.
+        plain_gflops: GFLOP/s of the plain backbone, likewise.
+        device: label of the device.
+        threads: number of PyTorch's CPU threads.
+        torch: version of torch.
     """
 
     model: str
@@ -81,7 +81,7 @@ class Row:
 
 
 def measure(name: str, variant: str, batch: int, passes: int) -> list[Row]:
-    """Profiles one variant; arguments as of :func:`benchmarks.speed.measure`, and how many passes are timed."""
+    """Profiles one variant over a number of passes; other arguments as of :func:`benchmarks.speed.measure`."""
     torch.manual_seed(0)
     with ExitStack() as stack:
         plain = lamzoo.create_model(name, lam=False).eval()
@@ -114,7 +114,7 @@ def measure(name: str, variant: str, batch: int, passes: int) -> list[Row]:
 
 @contextmanager
 def _named_masks(model: nn.Module) -> Any:
-    """Lets the profiler tell what belongs to the mask networks."""
+    """Marks the mask networks in the profiler's trace."""
     open_records: list[Any] = []
 
     def enter(*_: Any) -> None:
@@ -136,7 +136,7 @@ def _named_masks(model: nn.Module) -> Any:
 
 
 def _spent(model: nn.Module, images: Tensor) -> tuple[Counter[str], Counter[str]]:
-    """Returns a pass's microseconds and floating-point operations by part."""
+    """Returns a pass's time in microseconds and floating-point operations by part."""
     with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU], with_flops=True) as profiler:
         model(images)
     times: Counter[str] = Counter()
@@ -166,7 +166,7 @@ def _rate(times: Counter[str], flops: Counter[str], part: str) -> float:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Returns the rows as Markdown: a line a part, its times as shares of the plain backbone's whole time."""
+    """Returns the rows as Markdown: one line per part, with times as shares of the plain backbone's total time."""
     columns = sorted(
         {(row.batch, row.variant) for row in rows}, key=lambda each: (each[0], list(VARIANTS).index(each[1]))
     )
@@ -187,12 +187,12 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def main() -> None:
-    """Measures what is missing and prints the table."""
+    """Measures missing rows and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="lam_vit_base", help="with masks, on a timm VisionTransformer")
+    parser.add_argument("--model", default="lam_vit_base", help="model with masks, on a timm VisionTransformer")
     parser.add_argument("--variants", nargs="+", default=list(CHOSEN), choices=list(VARIANTS))
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16])
-    parser.add_argument("--passes", type=int, default=15, help="of each model that are timed")
+    parser.add_argument("--passes", type=int, default=15, help="timed passes of each model")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="measure nothing")
     args = parser.parse_args()

@@ -1,11 +1,11 @@
-"""Accuracy and latency of exported programs beside the model that they come from: plain, masked and pruned; int8 too.
+"""Accuracy and latency of exported programs compared with their models: plain, masked and pruned, float32 and int8.
 
     python -m benchmarks.exported lam_vit_tiny_patch8_64.tinyimagenet100 vit_tiny_patch8_64.tinyimagenet100 \
         --data npz:../shared/data/tinyimagenet100 --split val
-    python -m benchmarks.exported --table      prints the table of what is there
+    python -m benchmarks.exported --table      prints the table of stored results
 
-Pruning is by the mask, to a share of the plain twin's GMACs. Latency is that of one image, in turns with the same model
-in PyTorch. What is measured already is not measured again.
+Pruning uses the mask, to a share of the plain twin's GMACs. Latency is for one image, alternating with the same model
+in PyTorch. Existing rows are not measured again.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from lamzoo.profiling.latency import compare_latency, device_label
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "exported.csv"
-#: The programs, by what the table calls them: suffix, and whether the linear layers are quantised.
+#: Programs by name in the table: suffix, and whether the linear layers are quantised.
 PROGRAMS = {"PyTorch": None, "torch.export": (".pt2", False), "ONNX": (".onnx", False), "ONNX, int8": (".onnx", True)}
 
 
@@ -39,22 +39,22 @@ class Row:
     """One program.
 
     Attributes:
-        model: by name.
-        tokens: ``"all"``, or what they were pruned to.
+        model: name of the model.
+        tokens: ``"all"``, or the target of pruning.
         program: one of :data:`PROGRAMS`.
-        gmacs: of one image.
-        mib: size of the file; of the weights in float32 for PyTorch.
-        max_difference: of a logit, to the model; None for PyTorch.
-        top1: in percent, on ``split`` of ``data``.
-        ratio: median time of one image, to the model in PyTorch; None for PyTorch.
-        ratio_q1: first quartile.
-        ratio_q3: third quartile.
-        ms: median.
-        data: what was scored.
-        split: of it.
-        device: where.
-        threads: of PyTorch and onnxruntime.
-        torch: version.
+        gmacs: GMACs of one image.
+        mib: size of the file in MiB; of the float32 weights for PyTorch.
+        max_difference: largest difference of a logit from the model; None for PyTorch.
+        top1: top-1 accuracy in percent, on ``split`` of ``data``.
+        ratio: median ratio of the latency of one image to the model in PyTorch; None for PyTorch.
+        ratio_q1: first quartile of the ratio.
+        ratio_q3: third quartile of the ratio.
+        ms: median latency in milliseconds.
+        data: data set of the score.
+        split: split of the data.
+        device: label of the device.
+        threads: number of threads of PyTorch and onnxruntime.
+        torch: version of torch.
     """
 
     model: str
@@ -79,13 +79,13 @@ def measure(model: nn.Module, name: str, tokens: str, what: str, data: str, spli
     """Exports a model and measures the program.
 
     Args:
-        model: pruned or not.
-        name: the row's.
-        tokens: the row's.
+        model: a model, pruned or not.
+        name: the row's ``model``.
+        tokens: the row's ``tokens``.
         what: a key of :data:`PROGRAMS`.
-        data: as for ``lamzoo eval``.
-        split: of it.
-        folder: for the file.
+        data: data set, as for ``lamzoo eval``.
+        split: split of the data.
+        folder: folder for the exported file.
     """
     program, image = PROGRAMS[what], default_input(model)
     runs, mib, difference = model, sum(p.numel() * 4 for p in model.parameters()) / 2**20, None
@@ -125,13 +125,13 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def main() -> None:
-    """Measures what is missing and prints the table."""
+    """Measures missing rows and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", help="with masks and weights")
+    parser.add_argument("model", nargs="?", help="model with masks and weights")
     parser.add_argument("plain", nargs="?", help="its twin without masks")
-    parser.add_argument("--data", help="as for `lamzoo eval`")
+    parser.add_argument("--data", help="data set, as for `lamzoo eval`")
     parser.add_argument("--split", default="val")
-    parser.add_argument("--share", type=float, default=0.63, help="of the plain twin's GMACs, after pruning")
+    parser.add_argument("--share", type=float, default=0.63, help="share of the plain twin's GMACs after pruning")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="measure nothing")
     args = parser.parse_args()

@@ -1,8 +1,8 @@
-"""Fine-tunes a model with masks and its plain twin in every mode, one line each, and tabulates what that gave.
+"""Fine-tunes a model with masks and its plain twin in every mode, and tabulates the results.
 
     python -m benchmarks.finetuning lam_vit_tiny vit_tiny --data npz:../shared/data/clothing10
 
-A run that is finished is not run again; one that was killed goes on. What follows ``--`` is added to every line.
+Completed runs are skipped, and interrupted ones continue. Arguments after ``--`` are added to every command line.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def train(model: str, tune: str, seed: int, data: str, out: Path, more: Sequence
     """Runs one line, unless its report is there, and returns a row."""
     output = out / f"{re.sub(r'[^A-Za-z0-9.]+', '-', model).strip('-')}.{tune}.seed{seed}"
     line = ["train", "--model", model, "--pretrained", "--data", data, "--tune", tune, "--seed", str(seed)]
-    line += ["run.keep=last", *more]  # as of the rows that are there
+    line += ["run.keep=last", *more]  # as in the existing rows
     report = output / "report" / "report.json"
     if not report.exists():
         subprocess.run([sys.executable, "-m", "lamzoo", *line, "--output", str(output), "--resume"], check=True)
@@ -94,11 +94,13 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def main() -> None:
-    """Runs what the command line asks for."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="with masks; tuned all, lam and head")
-    parser.add_argument("plain", help="its twin without; tuned all and head")
-    parser.add_argument("--data", required=True, help="as for `lamzoo train`; the test split is scored if there is one")
+    parser.add_argument("model", help="model with masks; tuned all, lam and head")
+    parser.add_argument("plain", help="its plain twin; tuned all and head")
+    parser.add_argument(
+        "--data", required=True, help="data set, as for `lamzoo train`; the test split is scored if it exists"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "finetuning", help="folder of the runs")
     parser.add_argument("--results", type=Path, default=RESULTS)

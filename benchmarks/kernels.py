@@ -1,15 +1,15 @@
-r"""Times an attention layer under every backend beside the plain layer, in turns, and writes the ratios down.
+r"""Times an attention layer on every backend, alternating with the plain layer, and stores the ratios.
 
-    python -m benchmarks.kernels                     the problems from which `lamzoo.lam.kernels.RULES` are taken
+    python -m benchmarks.kernels                     the problems behind `lamzoo.lam.kernels.RULES`
     python -m benchmarks.kernels --lengths 4097 --ranks 1 9 17 --backends sdpa chunked
     python -m benchmarks.kernels --device cuda --dtype bfloat16 --lengths 1024 4096 16384 --ranks 16 \
         --backends sdpa flex triton eager --results benchmarks/results/kernels.gpu.csv
-    python -m benchmarks.kernels --table             prints the table of the long sequences that are there
+    python -m benchmarks.kernels --table             prints the table of stored long sequences
 
-The layer is ViT-B's (width 768, 12 heads) with its projections; the mask's factors are given, not computed, so that the
-kernels alone make the difference (`lamzoo bench` times whole models, mask networks included). ``forward`` is inference,
-``train`` a forward and a backward pass. Memory, by how much it grows at the peak of a pass, is measured from 2,049
-tokens on, on a CPU in a fresh process for each layer. What is measured already is not measured again.
+The layer is ViT-B's (width 768, 12 heads) with its projections. The mask's factors are given rather than computed, to
+measure only the kernels (`lamzoo bench` times whole models, including mask networks). ``forward`` is inference,
+``train`` a forward and a backward pass. Memory is the growth at the peak of a pass, measured from 2,049 tokens on, and
+on a CPU in a fresh process for each layer. Existing rows are not measured again.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ _WIDTH, _HEADS = 768, 12
 
 @dataclass(frozen=True)
 class Problem:
-    """One layer under one mask.
+    """A layer with a mask.
 
     Attributes:
-        backend: of the masked layer.
-        op: how the mask acts.
-        rank: columns of the mask's factors: ``LamConfig.rank`` and the constant one.
+        backend: backend of the masked layer.
+        op: operation by which the mask acts.
+        rank: columns of the mask's factors: ``LamConfig.rank`` plus one for the constant.
         heads: whether the heads share the mask.
-        tokens: of a sample.
-        batch: samples.
+        tokens: number of tokens per sample.
+        batch: batch size.
         mode: ``"forward"`` or ``"train"``.
-        dtype: of tokens and weights.
+        dtype: dtype of tokens and weights.
         device: ``"cpu"`` or ``"cuda"``.
     """
 
@@ -71,18 +71,18 @@ class Problem:
 
 @dataclass(frozen=True)
 class Row(Problem):
-    """What was measured.
+    """Measurements of a problem.
 
     Attributes:
-        ratio: median of masked / plain over neighbouring runs.
-        first_quartile: of the ratios.
-        third_quartile: of the ratios.
-        ms: median of the masked layer.
-        peak_mib: growth of the memory at the peak of one pass of the masked layer; None for short sequences.
-        plain_peak_mib: likewise, of the plain layer.
+        ratio: median ratio masked / plain over neighbouring runs.
+        first_quartile: first quartile of the ratios.
+        third_quartile: third quartile of the ratios.
+        ms: median time of the masked layer in milliseconds.
+        peak_mib: memory growth at the peak of a pass of the masked layer in MiB; None for short sequences.
+        plain_peak_mib: memory growth of the plain layer, likewise.
         hardware: name of the device.
-        threads: of PyTorch on the CPU.
-        torch: version.
+        threads: number of PyTorch's CPU threads.
+        torch: version of torch.
     """
 
     ratio: float
@@ -100,9 +100,9 @@ def measure(problem: Problem, seconds: float, peaks: tuple[float | None, float |
     """Times one problem in this process.
 
     Args:
-        problem: what to time.
-        seconds: about how long the timed pairs take; at least six run.
-        peaks: MiB of the masked and of the plain layer.
+        problem: the problem.
+        seconds: approximate duration of the timed pairs; at least six run.
+        peaks: peak memory of the masked and of the plain layer in MiB.
     """
     device = torch.device(problem.device)
     masked, plain = (_pass(problem, which) for which in (True, False))
@@ -132,8 +132,8 @@ def measure(problem: Problem, seconds: float, peaks: tuple[float | None, float |
 
 
 def peak_mib(problem: Problem, masked: bool) -> float:
-    """Returns by how much this process, on a CPU a fresh one, grows at the peak of one pass of a layer, MiB."""
-    _pass(replace(problem, batch=1, tokens=32), masked)()  # loads what no layer's memory should be charged with
+    """Returns the memory growth at the peak of one pass of a layer in MiB; on a CPU, call it in a fresh process."""
+    _pass(replace(problem, batch=1, tokens=32), masked)()  # loads libraries, which are not counted
     run = _pass(problem, masked)
     if problem.device == "cpu":
         return round(peak_growth(run)[1] / 2**20, 1)
@@ -145,7 +145,7 @@ def peak_mib(problem: Problem, masked: bool) -> float:
 
 
 def fits(problem: Problem) -> bool:
-    """Returns whether the dense mask of the eager backend, with what a backward pass keeps of it, fits into memory."""
+    """Returns whether the eager backend's dense mask, with the tensors for its backward pass, fits into memory."""
     if problem.backend != "eager":
         return True
     copies = 8 if problem.mode == "train" else 4
@@ -156,7 +156,7 @@ def fits(problem: Problem) -> bool:
 
 
 class Layer(nn.Module):
-    """ViT-B's self-attention, plain or under the mask of a problem."""
+    """ViT-B's self-attention, plain or with the mask of a problem."""
 
     def __init__(self, problem: Problem, masked: bool) -> None:
         super().__init__()
@@ -178,7 +178,7 @@ class Layer(nn.Module):
 
 
 def _pass(problem: Problem, masked: bool) -> Callable[[], None]:
-    """Builds a layer and its tokens and returns one pass of it, to be called again and again."""
+    """Builds a layer and its tokens, and returns a function that runs one pass."""
     torch.manual_seed(0)
     dtype = getattr(torch, problem.dtype)
     layer = Layer(problem, masked).to(problem.device, dtype)
@@ -196,7 +196,7 @@ def _pass(problem: Problem, masked: bool) -> Callable[[], None]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Returns the rows whose memory was measured as Markdown: time to plain with its quartiles, and peak memory."""
+    """Returns the rows with memory figures as Markdown: time ratio to plain with quartiles, and peak memory."""
     rows = [row for row in rows if row.peak_mib is not None]
     columns = sorted({(row.tokens, row.batch, row.mode) for row in rows})
     heads = [f"{mode}, {tokens:,} tokens{f' x {batch}' if batch > 1 else ''}" for tokens, batch, mode in columns]
@@ -217,12 +217,12 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _in_fresh_process(context: BaseContext, problem: Problem, masked: bool) -> float:
-    with ProcessPoolExecutor(1, context) as pool:  # gone before anything is timed
+    with ProcessPoolExecutor(1, context) as pool:  # ends before timing starts
         return pool.submit(peak_mib, problem, masked).result()
 
 
 def main() -> None:
-    """Measures what is missing."""
+    """Measures missing rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
@@ -230,10 +230,10 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1])
     parser.add_argument("--modes", nargs="+", default=["forward", "train"], choices=["forward", "train"])
     parser.add_argument("--ops", nargs="+", default=list(OPS), choices=list(OPS))
-    parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 9, 17, 33], help="columns of the factors")
+    parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 9, 17, 33], help="columns of the mask's factors")
     parser.add_argument("--heads", nargs="+", default=["per-head"], choices=["per-head", "shared"])
     parser.add_argument("--backends", nargs="+", default=["eager", "sdpa", "chunked"], choices=available_backends())
-    parser.add_argument("--seconds", type=float, default=0.7, help="of timed passes a problem")
+    parser.add_argument("--seconds", type=float, default=0.7, help="duration of the timed passes of a problem")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "kernels.csv")
     parser.add_argument("--table", action="store_true", help="measure nothing")
     args = parser.parse_args()
@@ -258,7 +258,7 @@ def main() -> None:
                 mine, other = (
                     _in_fresh_process(context, problem, masked)
                     if problem.device == "cpu"
-                    else timing.submit(peak_mib, problem, masked).result()  # torch counts what it gives out there
+                    else timing.submit(peak_mib, problem, masked).result()  # torch tracks its allocations there
                     for masked in (True, False)
                 )
                 peaks = mine, other

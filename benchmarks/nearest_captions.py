@@ -1,9 +1,9 @@
-"""What people said of the most similar photographs: the baseline that a describer of photographs has to beat.
+"""Captions of the most similar photographs: a nearest-neighbour baseline for captioning photographs.
 
     python -m benchmarks.nearest_captions --data flickr8k:../shared/data/flickr8k
 
-Of the captions of the training photographs nearest by their small pictures, the one most like the others is taken
-(Devlin et al., arXiv 1505.04467, with words in common for their similarity, and pixels for their features).
+Among the captions of the nearest training photographs, selects the one most similar to the others (Devlin et al., arXiv
+1505.04467, here with word overlap as similarity and downscaled pixels as features).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lamzoo.evaluation.captions.evaluate import caption_scores
 
 
 def thumbnails(dataset: CaptionDataset) -> NDArray[np.float32]:
-    """Returns each photograph as the means of its patches' colours, ``(N, patches * 3)``, of length 1."""
+    """Returns the mean colours of each photograph's patches, ``(N, patches * 3)``, normalised to length 1."""
     small = []
     for index in range(len(dataset)):
         patches = dataset.read(index)["image"].features
@@ -35,13 +35,13 @@ def thumbnails(dataset: CaptionDataset) -> NDArray[np.float32]:
 
 
 def consensus(captions: Sequence[str]) -> str:
-    """Returns the caption that shares most words with the others; the first of several such."""
+    """Returns the caption with the highest word overlap with the others; the first one among ties."""
     alike = word_overlap(captions, captions)
     return captions[int(alike.sum(axis=1).argmax())]
 
 
 def nearest_captions(train: CaptionDataset, dataset: CaptionDataset, neighbours: int) -> dict[str, str]:
-    """Returns a caption for each item of a data set, written by somebody about a similar one of ``train``."""
+    """Returns a caption for each item of a data set, taken from a similar item of ``train``."""
     similar = thumbnails(dataset) @ thumbnails(train).T
     found = {}
     for item, row in zip(dataset.items, similar, strict=True):
@@ -52,12 +52,16 @@ def nearest_captions(train: CaptionDataset, dataset: CaptionDataset, neighbours:
 
 
 def main() -> None:
-    """Prints the scores, as JSON."""
+    """Prints the scores as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, metavar="SPEC", help="photographs with captions, flickr8k:DIR")
+    parser.add_argument(
+        "--data", required=True, metavar="SPEC", help="data set of photographs with captions, flickr8k:DIR"
+    )
     parser.add_argument("--split", default="test")
-    parser.add_argument("--neighbours", type=int, default=20, help="photographs whose captions are looked at")
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the captions, as COCO's results")
+    parser.add_argument("--neighbours", type=int, default=20, help="number of nearest photographs")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE.json", help="also write the captions in COCO's results format"
+    )
     args = parser.parse_args()
     train, dataset = (create_caption_dataset(args.data, split) for split in ("train", args.split))
     captions = nearest_captions(train, dataset, args.neighbours)

@@ -1,16 +1,16 @@
-"""Accuracy against GMACs and latency of pruning by the mask and of its peers, on trained models, at equal budgets.
+"""Accuracy, GMACs and latency of pruning by the mask and of its peers, on trained models at equal budgets.
 
     python -m benchmarks.pruning lam_vit_tiny_patch8_64.tinyimagenet100 vit_tiny_patch8_64.tinyimagenet100 \
         --data npz:../shared/data/tinyimagenet100 --split val
     python -m benchmarks.pruning lam_vit_micro.cifar10 vit_micro.cifar10 --at 0 1 2 --data npz:../shared/data/cifar10 \
         --split test --methods "all tokens" "mask, drop" "redundancy, nearest" ToMe random stride
-    python -m benchmarks.pruning --table                   prints the table of what is there
-    python -m benchmarks.pruning --figure FILE.svg         draws it
+    python -m benchmarks.pruning --table                   prints the table of stored results
+    python -m benchmarks.pruning --figure FILE.svg         draws the figure
 
-Pruning by the mask runs on the model with masks, and the peers on it and on its plain twin. A budget is a share of the
-plain twin's own GMACs, masks and scoring included in what is spent; every method has the largest setting that meets it.
-Latency is that of the reduced model beside the plain twin as it is, in turns. What is measured already is not measured
-again.
+Pruning by the mask runs on the masked model, and the peers on it and on its plain twin. A budget is a share of the
+plain twin's GMACs, and the GMACs of masks and scoring count towards it; every method uses its largest setting within
+the budget. Latency is that of the reduced model, alternating with the unreduced plain twin. Existing rows are not
+measured again.
 """
 
 from __future__ import annotations
@@ -55,22 +55,22 @@ class Row:
     """One method at one budget.
 
     Attributes:
-        model: what was reduced.
-        plain: the twin whose GMACs and time are one.
-        method: how.
-        share: the budget, of the twin's GMACs.
-        setting: of the method: the share that stays at each stage, or ToMe's r.
-        gmacs: spent.
-        top1: in percent, on ``split`` of ``data``.
-        latency_ratio: time of one image to the twin's.
-        latency_ratio_q1: first quartile.
-        latency_ratio_q3: third quartile.
-        throughput_ratio: time of 16 images to the twin's.
-        data: what was scored.
-        split: of it.
-        device: where.
-        threads: of PyTorch.
-        torch: version.
+        model: the reduced model.
+        plain: the plain twin, which defines GMACs and time of 1.
+        method: the method.
+        share: the budget, as a share of the twin's GMACs.
+        setting: setting of the method: the share kept at each stage, or ToMe's r.
+        gmacs: GMACs at this setting.
+        top1: top-1 accuracy in percent, on ``split`` of ``data``.
+        latency_ratio: median ratio of the latency of one image to the twin.
+        latency_ratio_q1: first quartile of the ratio.
+        latency_ratio_q3: third quartile of the ratio.
+        throughput_ratio: ratio of the time of 16 images to the twin.
+        data: data set of the score.
+        split: split of the data.
+        device: label of the device.
+        threads: number of PyTorch's threads.
+        torch: version of torch.
     """
 
     model: str
@@ -93,11 +93,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Method:
-    """A way to reduce tokens.
+    """A token-reduction method.
 
     Attributes:
-        settings: from the least work to all of it.
-        open: reduces a model's tokens by a setting while the context is open; given the stages.
+        settings: settings in order of increasing GMACs, up to no reduction.
+        open: given a model, a setting and the stages, reduces the model's tokens inside the context.
     """
 
     settings: Sequence[float]
@@ -140,7 +140,7 @@ METHODS = {_WHOLE: Method([1.0], lambda model, keep, at: nullcontext(model)), **
 
 
 def largest(method: Method, model: nn.Module, at: tuple[int, ...], budget: float) -> float | None:
-    """Returns the largest setting that costs at most ``budget`` GMACs, or None where none does."""
+    """Returns the largest setting that costs at most ``budget`` GMACs, or None if there is none."""
 
     def gmacs(setting: float) -> float:
         with method.open(model, setting, at):
@@ -153,9 +153,9 @@ def largest(method: Method, model: nn.Module, at: tuple[int, ...], budget: float
 def measure(
     name: str, plain_name: str, how: str, share: float, data: str, split: str, at: tuple[int, ...]
 ) -> Row | None:
-    """Measures one method at one budget; returns None where no setting of the method meets it."""
+    """Measures one method at one budget; returns None if no setting of the method fits the budget."""
     model, plain = (lamzoo.create_model(each, pretrained=True).eval() for each in (name, plain_name))
-    lamzoo.remove_pruning(model)  # of weights that were trained for it, which has a setting of its own
+    lamzoo.remove_pruning(model)  # of weights trained with pruning, which have their own setting
     method, budget = METHODS[how], math.inf if how == _WHOLE else share * lamzoo.profile(plain).gmacs
     setting = largest(method, model, at, budget)
     if setting is None:
@@ -175,7 +175,7 @@ def measure(
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Returns the rows as Markdown: a line a method, a column a budget, top-1 (times of 1 and 16 images to plain)."""
+    """Returns the rows as Markdown: a line per method, a column per budget, top-1 (time ratios at 1 and 16 images)."""
     shares = sorted({row.share for row in rows}, reverse=True)
     lines = [
         "| model | tokens | " + " | ".join(f"{share:.0%} of the GMACs" for share in shares) + " |",
@@ -196,7 +196,7 @@ def _cell(row: Row) -> str:
 
 
 def figure(rows: Sequence[Row]) -> Figure:
-    """Draws accuracy against GMACs and against the time of one image, a line for each model and method, by data."""
+    """Draws accuracy against GMACs and latency of one image, a line per model and method, by data set."""
     scored = list(dict.fromkeys((row.data, row.split) for row in rows))
     drawing = new_figure((12.5, 5.2 * len(scored)))
     panels = drawing.subplots(len(scored), 2, sharey="row", squeeze=False)
@@ -226,18 +226,18 @@ def _short(model: str) -> str:
 
 
 def main() -> None:
-    """Measures what is missing and prints the table."""
+    """Measures missing rows and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", help="with masks and weights")
+    parser.add_argument("model", nargs="?", help="model with masks and weights")
     parser.add_argument("plain", nargs="?", help="its twin without masks")
-    parser.add_argument("--data", help="as for `lamzoo eval`")
+    parser.add_argument("--data", help="data set, as for `lamzoo eval`")
     parser.add_argument("--split", default="val")
     parser.add_argument("--shares", nargs="+", type=float, default=[0.9, 0.8, 0.7, 0.63, 0.5])
-    parser.add_argument("--at", nargs="+", type=int, default=[3, 6, 9], help="layers behind which tokens leave")
+    parser.add_argument("--at", nargs="+", type=int, default=[3, 6, 9], help="layers after which tokens are reduced")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="measure nothing")
-    parser.add_argument("--figure", type=Path, metavar="FILE.svg", help="measure nothing; draw what is there")
+    parser.add_argument("--figure", type=Path, metavar="FILE.svg", help="draw stored results without measuring")
     args = parser.parse_args()
     rows = read_rows(args.results, Row)
     if args.figure:

@@ -1,9 +1,9 @@
-"""Turns a finished training run into zoo weights: a bfloat16 safetensors file, its model card, and its registry entry.
+"""Converts a finished training run to zoo weights: a bfloat16 safetensors file, its model card and registry entry.
 
     python -m benchmarks.publish RUN --recipe benchmarks/recipes/micro.cifar10.toml --tag cifar10 --split test
 
-The score in the card is that of the written file, read back; what it says of the data is in ``cards.toml`` beside this
-file. The registry entry is printed, for ``registry/*.toml``.
+The score in the card is measured on the written file; the description of the data comes from ``cards.toml`` in this
+folder. The registry entry is printed, to be added to ``registry/*.toml``.
 """
 
 from __future__ import annotations
@@ -71,15 +71,15 @@ Predictions carry whatever biases the data set has.
 
 @dataclass(frozen=True)
 class Measured:
-    """The scores of the written weights, as a model card says them.
+    """Scores of the written weights for a model card.
 
     Attributes:
-        rows: of the card's table: what, and its value.
-        metrics: for the registry.
-        samples: what was scored.
-        size: of the input.
-        command: gives the scores back.
-        limits: of the model.
+        rows: rows of the card's table: label and value.
+        metrics: metrics for the registry.
+        samples: description of the scored samples.
+        size: description of the input size.
+        command: command that reproduces the scores.
+        limits: limitations of the model.
         pretrained_cfg: keys that the tag adds to the model's card.
     """
 
@@ -99,7 +99,7 @@ def main() -> None:
     """Publishes the run named on the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run", type=Path, help="output folder of `lamzoo train`, finished")
-    parser.add_argument("--recipe", type=Path, required=True, help="what it was trained by, as a path in this checkout")
+    parser.add_argument("--recipe", type=Path, required=True, help="recipe of the run, as a path in this checkout")
     parser.add_argument("--tag", required=True, choices=sorted(_TEXTS["data"]))
     parser.add_argument("--split", default="test")
     parser.add_argument("--out", type=Path, default=data_dir("weights"))
@@ -125,7 +125,7 @@ def main() -> None:
     dataset = data["name"]
     published = arguments.recipe.as_posix()
     masks = recipe["model"].get("lam")
-    # The row of an ablation names its masks too.
+    # An ablation row's recipe also names the masks.
     if isinstance(masks, dict) and model.lam_config == lamzoo.LamConfig.from_dict(masks):
         del recipe["model"]["lam"]
     recipe["run"]["output"] = run = f"runs/{name}.{arguments.tag}"
@@ -187,14 +187,14 @@ command = "{measured.command}"
 
 
 def measure(model: Any, name: str, recipe: Mapping[str, Any], split: str, trained_cfg: Mapping[str, Any]) -> Measured:
-    """Scores a model on a split of the data that it was trained on.
+    """Scores a model on a split of its training data.
 
     Args:
-        model: of the written weights.
+        model: model with the written weights.
         name: its ``arch.tag``.
-        recipe: that trained it, as nested values.
-        split: of the recipe's data.
-        trained_cfg: the ``pretrained_cfg`` of the trained model; a classifier's has ``label_names``.
+        recipe: recipe of the run, as nested values.
+        split: split of the recipe's data.
+        trained_cfg: ``pretrained_cfg`` of the trained model; a classifier's has ``label_names``.
     """
     task, source = find_task(recipe["task"]), recipe["data"]["source"]
     found = task.load("evaluate")(model, task.open_split(source, split), EvalRequest(batch_size=32, device="cpu"))
@@ -218,16 +218,16 @@ def measure(model: Any, name: str, recipe: Mapping[str, Any], split: str, traine
 
 
 def _kept(run: Path, epochs: int) -> str:
-    """Returns a clause on which epoch's weights a run has kept, of its report."""
+    """Returns a clause that states which epoch's weights a run has kept, according to its report."""
     report = run / "report" / "report.json"
     if not report.is_file():
-        raise DataError(f"{report} is missing, which says which epoch's weights were kept; train with run.report=true.")
+        raise DataError(f"{report} is missing, which records the epoch of the weights; train with run.report=true.")
     kept = json.loads(report.read_text(encoding="utf-8"))["epoch_kept"]
     return "those of the last epoch" if kept == epochs else f"those of epoch {kept} of {epochs}, chosen by that split"
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any], section: str = "") -> list[str]:
-    """Returns the overrides, as ``lamzoo train`` reads them, that turn one recipe's values into another's."""
+    """Returns the overrides for ``lamzoo train`` that turn one recipe's values into another's."""
     found = []
     for key in sorted(before.keys() | after.keys()):
         name, old, new = f"{section}{key}", before.get(key), after.get(key)

@@ -1,4 +1,4 @@
-"""Results files of dataclass rows: CSV, one column a field, whole or not at all."""
+"""Results files of dataclass rows: CSV with one column per field, written atomically."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Row = TypeVar("Row")
 
 
 def read_rows(path: Path, kind: type[Row]) -> list[Row]:
-    """Returns the rows of a results file as a dataclass; none where there is no such file."""
+    """Reads the rows of a results file into a dataclass; returns none if the file does not exist."""
     return records.read_csv(path, kind) if path.exists() else []
 
 
 def write_rows(path: Path, rows: Sequence[Any]) -> None:
-    """Writes the rows, of one dataclass and at least one, to a results file."""
+    """Writes rows of one dataclass, at least one, to a results file."""
     records.write_csv(path, [field.name for field in fields(rows[0])], rows)

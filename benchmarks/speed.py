@@ -1,12 +1,12 @@
-"""Times a whole backbone with masks, with fewer tokens and under ToMe beside the plain backbone, in turns.
+"""Times a whole backbone with masks, token pruning or ToMe, alternating with the plain backbone.
 
-    python -m benchmarks.speed                                   what is missing in benchmarks/results/speed.csv
+    python -m benchmarks.speed                                   measures what benchmarks/results/speed.csv lacks
     python -m benchmarks.speed --variants "zoo default" --modes forward --batches 1 --results try.csv
-    python -m benchmarks.speed --table                           prints the table of what is there
+    python -m benchmarks.speed --table                           prints the table of stored results
 
-The weights are random: only times are measured. ``forward`` is inference, ``train`` a forward and a backward pass,
-``compile`` the first call of the model under ``torch.compile``, nothing cached, in a process that has compiled before.
-What is measured already is not measured again.
+Weights are random, because only times are measured. ``forward`` is inference, ``train`` a forward and a backward pass,
+``compile`` the first call of the model under ``torch.compile`` with an empty cache, in a process that has compiled
+before. Existing rows are not measured again.
 """
 
 from __future__ import annotations
@@ -41,22 +41,22 @@ RESULTS = ROOT / "benchmarks" / "results" / "speed.csv"
 
 @dataclass(frozen=True)
 class Row:
-    """One variant beside the plain backbone.
+    """A variant compared with the plain backbone.
 
     Attributes:
-        model: the backbone, by the name of the model with masks.
-        variant: what was done to it.
+        model: the backbone, by the name of the masked model.
+        variant: name of the variant.
         mode: ``"forward"``, ``"train"`` or ``"compile"``.
-        batch: images.
-        gmacs_ratio: of one image, to plain.
-        ratio: median of the ratios of neighbouring runs, to plain.
-        ratio_q1: first quartile.
-        ratio_q3: third quartile.
-        ms: median of the variant.
-        pairs: timed.
-        device: where.
-        threads: of PyTorch on the CPU.
-        torch: version.
+        batch: batch size.
+        gmacs_ratio: ratio of the GMACs of one image to plain.
+        ratio: median ratio of times to plain, over neighbouring runs.
+        ratio_q1: first quartile of the ratio.
+        ratio_q3: third quartile of the ratio.
+        ms: median time of the variant in milliseconds.
+        pairs: number of timed pairs.
+        device: label of the device.
+        threads: number of PyTorch's CPU threads.
+        torch: version of torch.
     """
 
     model: str
@@ -104,7 +104,7 @@ def _tome(r: int) -> Callable[[str, ExitStack], Any]:
     return lambda name, stack: stack.enter_context(applied(lamzoo.create_model(name, lam=False), ToMe(r)))
 
 
-#: From the model's name, and what is to be undone afterwards, to the model.
+#: Functions from the model's name, and an exit stack for cleanup, to the model.
 VARIANTS: dict[str, Callable[[str, ExitStack], Any]] = {
     "zoo default": _masked(lambda lam: lam),
     "additive, rank 16": _masked(lambda lam: replace(lam, op="add", rank=16)),
@@ -131,13 +131,13 @@ def measure(name: str, variant: str, mode: str, batch: int, seconds: float, devi
     """Times one variant.
 
     Args:
-        name: of the model with masks.
+        name: name of the masked model.
         variant: a key of :data:`VARIANTS`.
         mode: ``"forward"``, ``"train"`` or ``"compile"``.
-        batch: images.
-        seconds: about how long the timed pairs take; at least six run, of the variant and the plain model in turns, and
-            for ``"compile"`` two.
-        device: where.
+        batch: batch size.
+        seconds: approximate duration of the timed pairs of variant and plain model; at least six run, and two for
+            ``"compile"``.
+        device: a torch device.
     """
     torch.manual_seed(0)
     with ExitStack() as stack:
@@ -186,7 +186,7 @@ def _train(model: nn.Module, images: Tensor) -> Callable[[], None]:
 def _compile(model: nn.Module, images: Tensor) -> Callable[[], None]:
     def run() -> None:
         torch._dynamo.reset()
-        with fresh_cache(), torch.inference_mode():  # kernels that both models have would be compiled once
+        with fresh_cache(), torch.inference_mode():  # otherwise shared kernels would be compiled only once
             torch.compile(model)(images)
 
     return run
@@ -200,7 +200,7 @@ _PASSES: dict[str, Callable[[nn.Module, Tensor], Callable[[], None]]] = {
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Returns the rows as Markdown: a line a variant, a column for each mode and batch, ratios with their quartiles."""
+    """Returns the rows as Markdown: one line per variant, one column per mode and batch, ratios with quartiles."""
     columns = sorted({(row.mode, row.batch) for row in rows}, key=lambda each: (list(_PASSES).index(each[0]), each[1]))
     heads = [f"{mode}, {batch} image{'s' if batch > 1 else ''}" for mode, batch in columns]
     lines = [f"| | GMACs | {' | '.join(heads)} |", "|---" * (len(columns) + 2) + "|"]
@@ -219,13 +219,15 @@ def _cell(row: Row) -> str:
 
 
 def main() -> None:
-    """Measures what is missing and prints the table."""
+    """Measures missing rows and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="lam_vit_base", help="with masks, on a timm VisionTransformer")
+    parser.add_argument("--model", default="lam_vit_base", help="model with masks, on a timm VisionTransformer")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--modes", nargs="+", default=["forward", "train"], choices=list(_PASSES))
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16])
-    parser.add_argument("--seconds", type=float, default=20, help="of timed passes a line; at least six pairs run")
+    parser.add_argument(
+        "--seconds", type=float, default=20, help="duration of the timed passes of a row; at least six pairs run"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="measure nothing")
@@ -236,7 +238,7 @@ def main() -> None:
         wanted = [
             (args.model, variant, mode, batch)
             for mode, batch, variant in itertools.product(args.modes, args.batches, args.variants)
-            # Peers are training-free: only what has masks is trained.
+            # Peers are training-free: only masked models are trained.
             if mode != "train" or "ToMe" not in variant
         ]
         for each in track([each for each in wanted if each not in done], description="lines"):

@@ -1,9 +1,9 @@
-"""Fills the tables of the README and the docs from the stored results in ``benchmarks/results`` and from the registry.
+"""Fills the tables of the README and the docs from stored results in ``benchmarks/results`` and the registry.
 
     python -m benchmarks.tables            rewrite the tables in README.md and docs/
     python -m benchmarks.tables --check    exit with 1 if a table is out of date
 
-A table goes between ``<!-- table: NAME -->`` and ``<!-- end of table -->``. `make tables` measures first.
+Tables are placed between ``<!-- table: NAME -->`` and ``<!-- end of table -->``. `make tables` measures first.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ _BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", r
 
 
 def zoo(path: Path = RESULTS / "zoo.csv") -> str:
-    """Returns the table of the models that were trained here: each beside its plain twin, masks' cost apart."""
+    """Returns the table of models trained here, each next to its plain twin, with the cost of the masks."""
     return _benched(path, {
         "data": lambda row: (row.data or "").rpartition("/")[2], "top-1 (%)": lambda row: _number(row.value, 2),
     })  # fmt: skip
 
 
 def cost(path: Path = RESULTS / "cost.csv") -> str:
-    """Returns the table of cost alone: the models whose weights are timm's, beside their plain backbones."""
+    """Returns the cost table of models with timm's weights, next to their plain backbones."""
     return _benched(path, {"pixels": lambda row: str(row.img_size or "")})
 
 
-# The rows of the README's overview: the task, a model with masks, and the score in its card with its name.
+# Rows of the README's overview: task, masked model, and the metric in its card with a heading.
 _OVERVIEW = (
     ("images, CIFAR-10", "lam_vit_micro.cifar10", "top1", "top-1"),
     ("images, Tiny-ImageNet-100", "lam_vit_tiny_patch8_64.tinyimagenet100", "top1", "top-1"),
@@ -54,7 +54,7 @@ _OVERVIEW = (
 
 
 def overview() -> str:
-    """Returns the README's table of models: a masked model a task, its score beside its plain twin's, cost, weights."""
+    """Returns the README's overview: a masked model per task, its score and its plain twin's, cost and weights."""
     lines = _header("task", "model", "score", "plain twin", "GMACs", "weights")
     for task, name, metric, heading in _OVERVIEW:
         info = lamzoo.model_info(name)
@@ -62,7 +62,7 @@ def overview() -> str:
         if info.tag is not None:
             weights = "bundled" if info.tag.file else "download"
             if metric in info.tag.metrics:
-                # A timm backbone with identity masks scores as it does without them.
+                # A timm backbone with identity masks has the same scores as without them.
                 of_twin = lamzoo.model_info(f"{info.plain}.{info.tag.name}").tag if info.plain else info.tag
                 score = f"{heading} {info.tag.metrics[metric]:.2f} %"
                 twin = f"{of_twin.metrics[metric]:.2f} %"
@@ -71,7 +71,7 @@ def overview() -> str:
 
 
 def sequences(path: Path = RESULTS / "sequences.csv") -> str:
-    """Returns the table of the cost of models that read sequences of features, or frames and text."""
+    """Returns the cost table of models that read sequences of features, or frames and text."""
     return _benched(path, {}, rate="inputs/s")
 
 
@@ -98,18 +98,18 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def fill(text: str) -> str:
-    """Returns a page with its tables replaced by those of the results.
+    """Replaces the tables of a page by those of the results; returns the page.
 
     Raises:
-        KeyError: the page asks for a table that does not exist.
+        KeyError: the page refers to an unknown table.
     """
     return _BLOCK.sub(lambda match: f"{match[1]}{TABLES[match[2]]()}{match[3]}", text)
 
 
 def main() -> None:
-    """Rewrites the pages, or checks them."""
+    """Rewrites or checks the pages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail where a table is out of date")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a table is out of date")
     check = parser.parse_args().check
     for page in PAGES:
         before = page.read_text(encoding="utf-8")
@@ -121,7 +121,7 @@ def main() -> None:
 
 
 def _benched(path: Path, more: Mapping[str, Callable[[BenchRow], str]], rate: str = "images/s") -> str:
-    """Returns what `lamzoo bench` wrote as a table, with more columns between the names and the cost."""
+    """Returns results of `lamzoo bench` as a table, with extra columns between names and cost."""
     rows = _measured(path)
     lines = _header("", *more, "params (M)", "mask params (M)", "GMACs", "mask GMACs",
                     "latency (ms)", "vs. plain", rate, "vs. plain", "peak (MiB)")  # fmt: skip

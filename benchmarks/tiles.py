@@ -1,13 +1,13 @@
-"""Times the Triton kernels under many tiles beside PyTorch's own fused attention, on a GPU; the fastest are taken.
+"""Times the Triton kernels with many tile sizes, and PyTorch's fused attention, on a GPU, to select the fastest tiles.
 
-    python -m benchmarks.tiles            measures, a minute or two; `tiles` of lamzoo.lam.kernels.triton is from that
-    python -m benchmarks.tiles --table    prints the table of what is there
+    python -m benchmarks.tiles            measures, in a minute or two, for `tiles` in lamzoo.lam.kernels.triton
+    python -m benchmarks.tiles --table    prints the table of stored results
 
-Two samples of 4,096 tokens, twelve heads of 64, bfloat16; each figure is the median of Triton's ``do_bench``. In
-training the forward kernel runs, then the two of the backward pass, by queries and by keys.
+Inputs are two samples of 4,096 tokens, twelve heads of 64, in bfloat16; each figure is the median of Triton's
+``do_bench``. Training runs the forward kernel, then the two backward kernels, by queries and by keys.
 """
 
-# triton is untyped, or missing
+# triton is untyped, and may be missing
 # mypy: disable-error-code="import-untyped, import-not-found"
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ Kernel = Literal["forward", "queries", "keys"]
 
 @dataclass(frozen=True)
 class Case:
-    """A kernel with tiles.
+    """A kernel with tile sizes.
 
     Attributes:
-        kernel: which of the three.
-        op: how the mask acts.
-        rank: columns of its factors.
-        queries: rows of a tile of queries.
-        keys: rows of a tile of keys.
-        warps: of a program.
-        stages: tiles in flight.
+        kernel: one of the three kernels.
+        op: operation by which the mask acts.
+        rank: columns of the mask's factors.
+        queries: queries per tile.
+        keys: keys per tile.
+        warps: warps per program.
+        stages: pipeline stages.
     """
 
     kernel: Kernel
@@ -64,15 +64,15 @@ class Case:
 
 @dataclass(frozen=True)
 class Row(Case):
-    """What was measured.
+    """Measurements of a case.
 
     Attributes:
-        ms: of the kernel.
-        sdpa_ms: of PyTorch's attention, by the backend that it chose: its forward or its whole backward pass.
-        flash_ms: likewise, by FlashAttention-2.
+        ms: time of the kernel in milliseconds.
+        sdpa_ms: time of PyTorch's attention on its default backend: its forward or its whole backward pass.
+        flash_ms: time of FlashAttention-2, likewise.
         hardware: name of the device.
-        torch: version.
-        triton: version.
+        torch: version of torch.
+        triton: version of triton.
     """
 
     ms: float
@@ -84,7 +84,7 @@ class Row(Case):
 
 
 def cases() -> Iterator[Case]:
-    """The cases: all tiles that could be fast, for the backward pass with a multiplicative mask of rank 17 only."""
+    """Yields all plausible tile sizes; for the backward pass, only for a multiplicative mask of rank 17."""
     for op, rank in itertools.product(("mul", "add"), (9, 17)):
         for tile in itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3, 4)):
             yield Case("forward", op, rank, *tile)
@@ -94,7 +94,7 @@ def cases() -> Iterator[Case]:
 
 
 def launcher(case: Case) -> Callable[[], None]:
-    """Makes inputs and returns what launches the kernel on them."""
+    """Creates inputs and returns a function that launches the kernel on them."""
     from lamzoo.lam.kernels import triton_kernels
 
     torch.manual_seed(0)
@@ -120,7 +120,7 @@ def launcher(case: Case) -> Callable[[], None]:
 
 
 def table(rows: list[Row]) -> str:
-    """Returns, for each kernel and mask, the tiles that lamzoo takes and their times to PyTorch's, and all three's."""
+    """Returns the selected tiles of each kernel and mask as Markdown, with times relative to PyTorch's, and totals."""
     lines = ["| pass | mask | columns | tiles | ms | to PyTorch's choice | to FlashAttention-2 |", "|---" * 7 + "|"]
     taken = {}
     for kernel, op, rank in dict.fromkeys((row.kernel, row.op, row.rank) for row in rows):
@@ -135,7 +135,7 @@ def table(rows: list[Row]) -> str:
         tiles = f"{row.queries} x {row.keys}, {row.warps} warps, {row.stages} stage{'s' if row.stages > 1 else ''}"
         lines.append(f"| {name} | {op} | {rank} | {tiles} | {_times(row.ms, row.sdpa_ms, row.flash_ms)} |")
     forward, queries, keys = (taken[kernel, "mul", 17] for kernel in ("forward", "queries", "keys"))
-    total = forward.ms + queries.ms + keys.ms  # PyTorch's backward pass is one figure, in both of its rows
+    total = forward.ms + queries.ms + keys.ms  # both backward rows hold PyTorch's total backward time
     times = _times(total, forward.sdpa_ms + queries.sdpa_ms, forward.flash_ms + queries.flash_ms)
     lines.append(f"| all three | mul | 17 | | {times} |")
     conditions = sorted({f"{row.hardware}, bfloat16, torch {row.torch}, triton {row.triton}" for row in rows})
@@ -151,7 +151,7 @@ def _heads(width: int) -> Tensor:
 
 
 def _compiles(case: Case) -> bool:
-    """Launches a kernel once, which leaves it in Triton's cache; False where its tiles are too large for the GPU."""
+    """Launches a kernel once, which fills Triton's cache; returns False if its tiles are too large for the GPU."""
     from triton.runtime.errors import OutOfResources
 
     try:
@@ -169,7 +169,7 @@ def _median_ms(run: Callable[[], object]) -> float:
 
 
 def _peers() -> dict[Kernel, float]:
-    """Milliseconds of PyTorch's attention: of its forward pass, and of its backward pass for either kernel of ours."""
+    """Returns the times of PyTorch's attention in milliseconds: forward pass, and backward pass for both kernels."""
     query, key, value = (_heads(_DIM).requires_grad_() for _ in range(3))
     grad_out = torch.randn_like(query)
 
@@ -183,7 +183,7 @@ def _peers() -> dict[Kernel, float]:
 
 
 def main() -> None:
-    """Measures everything anew."""
+    """Measures all cases."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="measure nothing")

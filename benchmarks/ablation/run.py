@@ -1,12 +1,12 @@
-"""Trains the rows of an ablation, one process a run, and notes each result; what was noted before is not run again.
+"""Trains the rows of an ablation, one process per run, and stores the results; completed runs are skipped.
 
     python -m benchmarks.ablation.run --jobs 2
     python -m benchmarks.ablation.run --ablation benchmarks/ablation/grid.toml --jobs 2
     python -m benchmarks.ablation.run --rows plain base --seeds 0 --set schedule.epochs=1 --results try.csv --out try
 
-The results are in ``benchmarks/results`` under the ablation's name. Runs go seed by seed, so that every row has as
-many seeds as the time allowed. A run that was killed continues from its last checkpoint; one that fails is reported at
-the end, with the path of its log, and the others continue.
+Results are stored in ``benchmarks/results`` under the ablation's name. Runs are ordered by seed, so that all rows have
+the same number of seeds if time runs out. An interrupted run continues from its last checkpoint; a failed one is
+reported at the end, with the path of its log, and the others continue.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ class Row:
     """A row of an ablation.
 
     Attributes:
-        about: its first cell in the table.
+        about: description in the table.
         set: overrides of the ablation's recipe.
-        seeds: in place of the ablation's.
-        reference: the row that it is compared with, in place of the ablation's.
+        seeds: seeds of this row, instead of the ablation's.
+        reference: row to compare this one with, instead of the ablation's.
     """
 
     about: str
@@ -61,16 +61,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Ablation:
-    """An ablation's file.
+    """Contents of an ablation file.
 
     Attributes:
-        recipe: nested values, or the path of a recipe file beside this one.
-        rows: by name.
-        seeds: of each row.
-        reference: the row that others are compared with.
-        set: overrides that are part of the recipe.
-        columns: scores of the table, by their columns in the results; the first one counts. None for all.
-        score: the one that is compared, in place of the first.
+        recipe: nested values, or the path of a recipe file relative to this one.
+        rows: the rows by name.
+        seeds: seeds of each row.
+        reference: row to compare others with.
+        set: overrides common to all rows.
+        columns: metrics in the table, by their columns in the results; the first is the main one. None for all.
+        score: the metric to compare, instead of the first one.
     """
 
     recipe: Any
@@ -87,10 +87,10 @@ class Run:
     """One row with one seed.
 
     Attributes:
-        row: its name in the ablation's file.
-        recipe: the whole recipe, its output folder included; the scores are those of its test split, if it has one.
-        overrides: what turns the ablation's recipe into this one.
-        sha256: of the ablation's recipe and of the overrides, the output folder left out.
+        row: name of the row in the ablation file.
+        recipe: the complete recipe with its output folder; scores are those of its test split, if it has one.
+        overrides: overrides of the ablation's recipe.
+        sha256: hash of the ablation's recipe and of the overrides, without the output folder.
     """
 
     row: str
@@ -100,7 +100,7 @@ class Run:
 
 
 def read_ablation(path: Path) -> Ablation:
-    """Reads an ablation's file; its recipe is then nested values, with the overrides of ``set``.
+    """Reads an ablation file and returns it with its recipe as nested values, after the overrides of ``set``.
 
     Raises:
         DataError: the file can't be read, or a key is unknown, missing or mistyped.
@@ -115,17 +115,17 @@ def read_ablation(path: Path) -> Ablation:
 def plan(
     ablation: Path, out: Path, rows: Sequence[str], seeds: Sequence[int] | None, settings: Sequence[str]
 ) -> list[Run]:
-    """Lists the runs, seed by seed, every recipe checked; the seeds are the file's where none are given."""
+    """Lists the runs by seed, with validated recipes; the file's seeds are used if none are given."""
     tables = read_ablation(ablation)
     unknown = set(rows) - set(tables.rows)
     if unknown:
-        sys.exit(f"{ablation} has no rows {', '.join(sorted(unknown))}; it has {', '.join(tables.rows)}.")
+        sys.exit(f"{ablation} has no rows {', '.join(sorted(unknown))}; use {', '.join(tables.rows)}.")
     out.mkdir(parents=True, exist_ok=True)
     base = out / "recipe.json"
     base.write_text(json.dumps(tables.recipe, indent=2) + "\n", encoding="utf-8")
     runs = []
     own = {row: seeds or tables.rows[row].seeds or tables.seeds for row in rows}
-    for seed in dict.fromkeys(chain(*own.values())):  # each once, in the order given
+    for seed in dict.fromkeys(chain(*own.values())):  # without duplicates, in the given order
         for row in (row for row in rows if seed in own[row]):
             folder = json.dumps(str(out / f"{row}.seed{seed}"))
             changes = (*tables.rows[row].set, *settings, f"run.seed={seed}")
@@ -135,7 +135,7 @@ def plan(
 
 
 def train(run: Run, out: Path, threads: int) -> dict[str, Any]:
-    """Trains one run in a process of its own and returns its line of the results."""
+    """Trains one run in a separate process and returns its line of the results."""
     folder = Path(run.recipe.run.output)
     command = [sys.executable, "-m", "lamzoo", "train", str(out / "recipe.json"), *run.overrides, "--resume"]
     with folder.with_suffix(f"{folder.suffix}.log").open("a", encoding="utf-8") as log:
@@ -167,14 +167,14 @@ def train(run: Run, out: Path, threads: int) -> dict[str, Any]:
 
 
 def final_scores(report: dict[str, Any], task: str) -> dict[str, float]:
-    """Returns the scores of a run's report by column: of its last split, which is the test split where there is one."""
+    """Returns the scores of a run's report by column, for its last split, the test split if there is one."""
     *_, scores = report["scores"].values()
     found = {metric.column: metric.of(scores) for metric in find_task(task).metrics}
     return {column: round(value, 4) for column, value in found.items() if value is not None}
 
 
 def read_results(path: Path) -> list[dict[str, str]]:
-    """Returns the lines of a results file; none if there is no file."""
+    """Returns the lines of a results file; none if the file does not exist."""
     if not path.exists():
         return []
     columns, lines = records.read_lines(path, what="results file")
@@ -182,21 +182,25 @@ def read_results(path: Path) -> list[dict[str, str]]:
 
 
 def add_result(path: Path, line: dict[str, Any]) -> None:
-    """Adds one line to a results file, which is replaced as a whole; a column that is new is empty in other lines."""
+    """Appends a line to a results file atomically; a new column is empty in the other lines."""
     lines = [*read_results(path), line]
     records.write_csv(path, list(dict.fromkeys(column for each in lines for column in each)), lines)
 
 
 def main() -> None:
-    """Runs what the command line asks for."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ablation", type=Path, default=HERE / "ablation.toml", help="the rows and their recipe")
-    parser.add_argument("--rows", nargs="+", help="only these (all)")
-    parser.add_argument("--seeds", nargs="+", type=int, help="instead of the file's")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", dest="settings", help="for every row")
+    parser.add_argument(
+        "--ablation", type=Path, default=HERE / "ablation.toml", help="file with the rows and their recipe"
+    )
+    parser.add_argument("--rows", nargs="+", help="names of rows to run (all)")
+    parser.add_argument("--seeds", nargs="+", type=int, help="seeds, instead of the file's")
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", dest="settings", help="overrides for every row"
+    )
     parser.add_argument("--out", type=Path, help="folder of the runs (runs/NAME)")
     parser.add_argument("--results", type=Path, help="CSV to add to (benchmarks/results/NAME.csv)")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; they share the CPU's cores")
+    parser.add_argument("--jobs", type=int, default=1, help="number of parallel runs, which share the CPU cores")
     args = parser.parse_args()
 
     tables = read_ablation(args.ablation)
@@ -205,7 +209,7 @@ def main() -> None:
     runs = plan(args.ablation, out, args.rows or list(tables.rows), args.seeds, args.settings)
     done = {line["recipe_sha256"] for line in read_results(results)}
     missing = [run for run in runs if run.sha256 not in done]
-    print(f"{len(runs)} runs, {len(runs) - len(missing)} of them done", flush=True)
+    print(f"{len(runs)} runs, {len(runs) - len(missing)} done", flush=True)
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
     lock, failed = threading.Lock(), []
 
@@ -229,8 +233,8 @@ def main() -> None:
 
 
 def recipe_digest(recipe: dict[str, Any], changes: Sequence[str]) -> str:
-    """Returns what tells a run from others in the results: a hash of the recipe and of what changes it."""
-    if recipe["run"].get("keep") == "last":  # as every run did before a recipe could say so
+    """Returns the identity of a run in the results: a hash of the recipe and its overrides."""
+    if recipe["run"].get("keep") == "last":  # the only behaviour before this setting existed
         recipe = {**recipe, "run": {key: value for key, value in recipe["run"].items() if key != "keep"}}
     return hashlib.sha256(json.dumps([recipe, changes], sort_keys=True).encode()).hexdigest()[:16]
 

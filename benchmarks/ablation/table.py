@@ -1,4 +1,4 @@
-"""Writes an ablation's results as a Markdown table: mean and standard deviation over the seeds of each row.
+"""Formats an ablation's results as a Markdown table: mean and standard deviation over the seeds of each row.
 
 python -m benchmarks.ablation.table [--ablation benchmarks/ablation/grid.toml] [--results FILE.csv]
 """
@@ -15,18 +15,18 @@ from lamzoo.tasks import MetricSpec, find_task
 
 
 def table(ablation: Path = HERE / "ablation.toml", results: Path | None = None) -> str:
-    """Returns the table, a line for each row of the ablation that has a result.
+    """Returns the table, with one line per row of the ablation that has a result.
 
-    The scores are those of the ablation's ``columns``, or all that the results have. The difference, of the ablation's
-    ``score``, or of the first one, is taken seed by seed from a row's reference, a plain model; its spread is that of
-    the differences. Standard deviations are those of a sample (n - 1).
+    Metrics are the ablation's ``columns``, or all in the results. Differences are those of the ablation's ``score``, or
+    of the first metric, to the row's reference, a plain model, for each seed; their spread is computed over these
+    differences. Standard deviations are sample standard deviations (n - 1).
 
     Args:
-        ablation: the rows.
-        results: what ``run.py`` wrote; by default where it does.
+        ablation: the ablation's file.
+        results: results of ``run.py``; the default file if None.
 
     Raises:
-        ValueError: there are no results, or two of one row and seed, which are of different recipes.
+        ValueError: there are no results, or two for the same row and seed, from different recipes.
     """
     tables = read_ablation(ablation)
     metrics = {metric.column: metric for metric in find_task(_task(tables)).metrics}
@@ -35,10 +35,10 @@ def table(ablation: Path = HERE / "ablation.toml", results: Path | None = None) 
     for line in read_results(results):
         of_row, seed = lines.setdefault(line["row"], {}), int(line["seed"])
         if seed in of_row:
-            raise ValueError(f"{results} has row {line['row']}, seed {seed} twice; keep the one of today's recipe.")
+            raise ValueError(f"{results} has row {line['row']}, seed {seed} twice; keep the one of the current recipe.")
         of_row[seed] = line
     if not lines:
-        raise ValueError(f"{results} has no results; python -m benchmarks.ablation.run makes them.")
+        raise ValueError(f"{results} has no results; run python -m benchmarks.ablation.run.")
     every = [each for of_row in lines.values() for each in of_row.values()]
     there = [column for column in line if column in metrics and all(each[column] for each in every)]
     columns = [column for column in tables.columns or there if column in there]

@@ -1,8 +1,8 @@
-"""Token reduction by other people's methods, training-free, behind one interface: what pruning by the mask must beat.
+"""Published training-free token-reduction methods behind one interface, as baselines for pruning by the mask.
 
-A peer says, layer by layer, which :class:`TokenMap` the tokens go through behind the layer's block, the place where
-:func:`lamzoo.prune_tokens` lets tokens go, too: equal counts cost equal GMACs. Each is written from its paper. They run
-on plain timm ``VisionTransformer`` models and on those with masks.
+For each layer, a peer returns a :class:`TokenMap` for the tokens after the layer's block, where
+:func:`lamzoo.prune_tokens` also prunes: equal token counts cost equal GMACs. Each method is implemented from its paper.
+They run on timm ``VisionTransformer`` models, plain or with masks.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ __all__ = ["Peer", "Seen", "applied"]
 
 @dataclass(frozen=True)
 class Seen:
-    """What a peer knows of a layer.
+    """The information about a layer that a peer receives.
 
     Attributes:
-        index: of the layer, from 0.
-        query: ``(B, H, N, d)``.
-        key: ``(B, H, N, d)``.
-        scale: of the attention scores.
-        num_prefix_tokens: class and register tokens, at the start.
-        bias: what was added to the scores of the layer's keys, ``(B, N)``, if anything.
+        index: index of the layer, from 0.
+        query: queries ``(B, H, N, d)``.
+        key: keys ``(B, H, N, d)``.
+        scale: scale of the attention scores.
+        num_prefix_tokens: number of class and register tokens, which come first.
+        bias: bias added to the scores of the layer's keys, ``(B, N)``, if any.
     """
 
     index: int
@@ -44,23 +44,23 @@ class Seen:
 
 
 class Peer(Protocol):
-    """A method of reduction."""
+    """A token-reduction method."""
 
     def __call__(self, seen: Seen) -> tuple[TokenMap, Tensor | None] | None:
-        """Returns what the layer's tokens go through and what is then added to the scores of the next layers' keys.
+        """Returns the reduction after a layer, and the bias on the scores of the following layers' keys.
 
         Args:
             seen: the layer.
 
         Returns:
-            The reduction and the bias, ``(B, K)`` or None; None where all tokens stay.
+            The reduction and the bias, ``(B, K)`` or None; None if all tokens are kept.
         """
         ...
 
 
 @contextmanager
 def applied(model: Any, peer: Peer) -> Iterator[Any]:
-    """Reduces the tokens of a timm ``VisionTransformer`` by a peer while the context is open; yields the model."""
+    """Reduces the tokens of a timm ``VisionTransformer`` with a peer inside the context; yields the model."""
     run = _Run(model, peer)
     handles = [model.register_forward_pre_hook(run.begin)]
     for index, block in enumerate(model.blocks):
@@ -77,7 +77,7 @@ def applied(model: Any, peer: Peer) -> Iterator[Any]:
 
 
 class _Run:
-    """The hooks, and what they know of the pass that runs."""
+    """The hooks and their state during a forward pass."""
 
     def __init__(self, model: Any, peer: Peer) -> None:
         self.peer = peer

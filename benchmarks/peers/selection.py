@@ -1,4 +1,4 @@
-"""Peers that select tokens: by class attention, by chance, and evenly spread."""
+"""Peers that select tokens: by class attention, at random, and evenly spaced."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from lamzoo.reduction.selection import num_kept, select
 
 @dataclass(frozen=True)
 class EViT:
-    """Keeps what the class token attends to, and fuses the rest (EViT, arXiv 2202.07800, section 3).
+    """Keeps the tokens with the highest class attention, and fuses the rest (EViT, arXiv 2202.07800, section 3).
 
     Attributes:
-        keep: share of a layer's tokens, the class token apart, that stays.
-        at: layers, from 0.
+        keep: share of a layer's tokens to keep, excluding the class token.
+        at: layer indices, from 0.
     """
 
     keep: float
     at: tuple[int, ...]
 
     def __call__(self, seen: Seen) -> tuple[TokenMap, None] | None:
-        """The class token's attention, averaged over the heads, chooses; the rest is averaged by it (equation 3)."""
+        """Selects by the class token's attention, averaged over heads; fuses the rest weighted by it (equation 3)."""
         if seen.index not in self.at:
             return None
         if not seen.num_prefix_tokens:
-            raise ConfigError("EViT asks the class token, and this model has none.")
+            raise ConfigError("EViT needs a class token, which this model lacks.")
         scores = (seen.query[:, :, :1] * seen.scale) @ seen.key.mT
         attention = scores.softmax(dim=-1).mean(dim=1).squeeze(1)
         return select(attention.log(), self.keep, "merge", seen.num_prefix_tokens), None
@@ -37,12 +37,12 @@ class EViT:
 
 @dataclass(frozen=True)
 class Random:
-    """Keeps tokens drawn by chance, others for each sample.
+    """Keeps random tokens, drawn separately for each sample.
 
     Attributes:
-        keep: share of a layer's tokens, class and register tokens apart, that stays.
-        at: layers, from 0.
-        generator: what draws.
+        keep: share of a layer's tokens to keep, excluding class and register tokens.
+        at: layer indices, from 0.
+        generator: random generator.
     """
 
     keep: float
@@ -59,18 +59,18 @@ class Random:
 
 @dataclass(frozen=True)
 class Stride:
-    """Keeps tokens evenly spread over the sequence, the same for each sample.
+    """Keeps tokens evenly spaced over the sequence, the same for each sample.
 
     Attributes:
-        keep: share of a layer's tokens, class and register tokens apart, that stays.
-        at: layers, from 0.
+        keep: share of a layer's tokens to keep, excluding class and register tokens.
+        at: layer indices, from 0.
     """
 
     keep: float
     at: tuple[int, ...]
 
     def __call__(self, seen: Seen) -> tuple[TokenMap, None] | None:
-        """Takes every n-th token, ``n`` a fraction."""
+        """Takes every n-th token, with fractional ``n``."""
         if seen.index not in self.at:
             return None
         batch, _, length, _ = seen.key.shape

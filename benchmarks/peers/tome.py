@@ -1,4 +1,4 @@
-"""Token Merging (ToMe, arXiv 2210.09461), written from the paper."""
+"""Token Merging (ToMe, arXiv 2210.09461), implemented from the paper."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from lamzoo.lam.token_map import TokenMap
 
 @dataclass(frozen=True, kw_only=True)
 class Merge(TokenMap):
-    """Tokens merged into others of the same sample, averaged by the patches that each stands for.
+    """Tokens merged into others of the same sample, averaged with the number of patches as weights.
 
     Attributes:
-        into: int64 ``(B, length)``, where each token goes: an index among those that are left.
-        sizes: float ``(B, length)``, how many patches each stands for.
+        into: int64 ``(B, length)``, the index of each token's target among the remaining tokens.
+        sizes: float ``(B, length)``, number of patches in each token.
     """
 
     into: Tensor
@@ -30,7 +30,7 @@ class Merge(TokenMap):
         return self._sum(tokens * sizes) / self._sum(sizes)
 
     def new_sizes(self) -> Tensor:
-        """Returns how many patches each token that is left stands for, ``(B, K)``."""
+        """Returns the number of patches in each remaining token, ``(B, K)``."""
         return self._sum(self.sizes.unsqueeze(-1)).squeeze(-1)
 
     def _sum(self, tokens: Tensor) -> Tensor:
@@ -40,10 +40,10 @@ class Merge(TokenMap):
 
 @dataclass(frozen=True)
 class ToMe:
-    """Merges the most similar pairs of tokens in each layer, and weighs tokens by the patches that they stand for.
+    """Merges the most similar pairs of tokens in each layer, weighted by the number of patches in each token.
 
     Attributes:
-        r: tokens that leave in each layer; at most half of those that aren't class or register tokens do.
+        r: tokens to merge in each layer, at most half of those that are not class or register tokens.
     """
 
     r: int
@@ -56,12 +56,12 @@ class ToMe:
         if leave <= 0:
             return None
         metric = F.normalize(seen.key.mean(dim=1)[:, prefix:], dim=-1)
-        ours, theirs = metric[:, ::2], metric[:, 1::2]  # two sets of patches, taken in turns
+        ours, theirs = metric[:, ::2], metric[:, 1::2]  # two alternating sets of patches
         similarity, partner = (ours @ theirs.mT).max(dim=-1)
         closest = similarity.argsort(dim=-1, descending=True, stable=True)[:, :leave]
         leaves = torch.zeros(batch, length, dtype=torch.bool, device=metric.device)
         leaves.scatter_(1, prefix + 2 * closest, True)
-        into = (~leaves).cumsum(dim=1) - 1  # where those that stay will stand
+        into = (~leaves).cumsum(dim=1) - 1  # new indices of the remaining tokens
         into[:, prefix::2] = torch.where(
             leaves[:, prefix::2], into.gather(1, prefix + 2 * partner + 1), into[:, prefix::2]
         )

@@ -150,7 +150,7 @@ def test_the_digest_does_not_depend_on_where_the_run_is_kept(tmp_path: Path) -> 
 
 
 def test_an_unknown_row_is_named(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"has no rows plian; it has plain, mlp"):
+    with pytest.raises(SystemExit, match=r"has no rows plian; use plain, mlp"):
         ablation.plan(FILE, tmp_path, ["plian"], [0], [])
 
 
