@@ -99,7 +99,8 @@ def _layer(
 ) -> LayerImportance:
     importance = record.importance[0].float().mean(dim=0).cpu().numpy()
     # The model says so: with one word, Moment-DETR has as many keys as QD-DETR with its token.
-    lengths: tuple[int, int, int] = model.attended(path, clips, words)  # type: ignore[operator]
+    attended = getattr(model, "attended", None)
+    lengths = (0, clips, words) if attended is None else attended(path, clips, words)
     if sum(lengths) != len(importance):
         raise UnsupportedHostError(
             f"{path} of {type(model).__name__} attends to {len(importance)} tokens that are not the video's {clips} "

@@ -73,7 +73,7 @@ def _offline(place: Path, _own_place: None, monkeypatch: pytest.MonkeyPatch) -> 
 def test_commands_take_and_refuse_the_same_names(command: str, run) -> None:
     for name, says in (UNDERSTOOD | REFUSED).items():
         if name.startswith("open_clip/") and command in ("eval", "train"):
-            says = "'data' is no data set of videos with captions"  # a folder of images is not for its task
+            says = "'data' is not a data set of videos with captions"  # a folder of images is not for its task
         done = run(*COMMANDS[command].format(name=name).split())
         assert done.code == 2, (name, done)
         assert re.search(says, done.err), (name, done)

@@ -167,7 +167,7 @@ def test_one_caption_a_video_is_drawn_anew_each_epoch(faces: Path, table: dict[s
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"task": "retreival"}, "task is 'retreival'"),
+        ({"task": "retreival"}, "'retreival' is unknown; did you mean 'retrieval'"),
         ({"data": {"fpz": 3}}, "data.fpz is unknown; did you mean data.fps"),
         ({"data": {"fps": -1.0}}, "data.fps is -1.0"),
         ({"data": {"max_frames": 0}}, "data.max_frames is 0"),
@@ -179,7 +179,7 @@ def test_one_caption_a_video_is_drawn_anew_each_epoch(faces: Path, table: dict[s
         ({"optimizer": {"tower_lr": 0.0}}, "optimizer.tower_lr is 0.0"),
         ({"model": {"lock_image_tower": True, "freeze_layers": 1}}, "exclude each other"),
         ({"model": {"name": "lam_vit_micro", "kwargs": {"num_classes": 10}, "lam": {}}}, "no argument 'max_frames'"),
-        ({"run": {"batch_size": 64}}, "batches of 64 pairs"),
+        ({"run": {"batch_size": 64}}, "run.batch_size is 64, but .* has only 48 pairs"),
     ],
 )
 def test_a_recipe_that_cannot_be_is_refused_and_leaves_nothing(
