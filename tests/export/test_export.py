@@ -211,7 +211,7 @@ class Pair(Branches):
     [
         (vit, "model.pb", {}, ConfigError, r"suffix of .*model.pb.*\*\.onnx"),
         (vit, "model.onnx", {"format": "torch"}, ConfigError, r"must end in \.pt2"),
-        (vit, "model.pt2", {"format": "tflite"}, ConfigError, "'tflite' is none"),
+        (vit, "model.pt2", {"format": "tflite"}, ConfigError, "'tflite' is unknown"),
         (vit, "model.pt2", {"int8": True}, ConfigError, "only available for ONNX"),
         (vit, "model.pt2", {"images": torch.rand(2, 3, 16, 16)}, ConfigError, r"\(2, 3, 16, 16\).*\(B, 3, 32, 32\)"),
         (lambda: vit().bfloat16(), "model.pt2", {}, ConfigError, r"bfloat16 on cpu.*\.float\(\)"),

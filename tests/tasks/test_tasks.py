@@ -79,14 +79,14 @@ def test_every_model_of_the_zoo_says_a_task_that_there_is() -> None:
 
 def test_a_task_is_found_by_its_name_or_named_with_the_closest() -> None:
     assert find_task("moments") is TASKS["moments"]
-    with pytest.raises(UnknownTaskError, match="no task 'momnets'; did you mean 'moments'"):
+    with pytest.raises(UnknownTaskError, match="The task 'momnets' is unknown; did you mean 'moments'"):
         find_task("momnets")
     with pytest.raises(DuplicateModelError, match="'moments' is taken by moment retrieval"):
         register_task(dataclasses.replace(TASKS["captions"], name="moments"))
 
 
 def test_data_of_another_task_is_named() -> None:
-    with pytest.raises(DataError, match="'videos:here' is data for text-video retrieval or captions of clips, and not"):
+    with pytest.raises(DataError, match="'videos:here' is data for text-video retrieval or captions of clips, not"):
         TASKS["classification"].open_split("videos:here", "test")
 
 

@@ -141,7 +141,7 @@ def test_it_learns_to_write_what_it_has_not_heard(table: dict[str, Any], tmp_pat
     assert few == {dataset.items[index].id: found.captions[dataset.items[index].id] for index in (5, 1)}
     with pytest.raises(UnsupportedHostError, match="reads {'audio': 128}, but the data have {'mouth': 384}"):
         describe_clips(loaded, create_caption_dataset(f"grid:{dataset.spec[5:-6]}:mouth", "test"))
-    with pytest.raises(UnsupportedHostError, match="describes nothing"):
+    with pytest.raises(UnsupportedHostError, match="does not generate captions"):
         describe_clips(torch.nn.Linear(2, 2), dataset)
 
 
@@ -283,11 +283,11 @@ def test_case_and_punctuation_do_not_count(speech: Path) -> None:
     [
         ({"data": {"sauce": "grid:x"}}, "data.sauce is unknown; did you mean data.source"),
         ({"data": {"eval_split": "train"}}, "clips of .* would be used for training and scoring"),
-        ({"data": {"context": 2}}, "2 earlier captions and lam_describer_micro has no room"),
+        ({"data": {"context": 2}}, "context is 2, but lam_describer_micro does not support earlier captions"),
         ({"augment": {"splice": 2.0}}, "augment.splice is 2.0"),
         ({"loss": {"ctc": -1.0}}, "loss.ctc is -1.0"),
         ({"optimizer": {"layer_decay": 0.5}}, "optimizer.layer_decay is for classifiers"),
-        ({"run": {"batch_size": 4096}}, "batches of 4096 clips"),
+        ({"run": {"batch_size": 4096}}, "batch_size is 4096, but .* has only 24 clips"),
     ],
 )
 def test_a_recipe_that_cannot_be_is_refused_and_leaves_nothing(

@@ -309,17 +309,19 @@ def test_other_run_in_the_folder_is_refused(recipe_table: dict[str, Any], tmp_pa
     with pytest.raises(RecipeError, match="already holds a run"):
         run(recipe_table, tmp_path / "out")
     recipe_table["run"] |= {"output": str(tmp_path / "out"), "seed": 7}
-    with pytest.raises(RecipeError, match="holds a run of another recipe: run.seed was 0 and is 7; leave it"):
+    with pytest.raises(RecipeError, match="holds a run of another recipe: run.seed was 0 and is 7; restore it"):
         train(parse_recipe(recipe_table), resume=True)
 
 
 def test_batch_larger_than_the_data_is_refused(recipe_table: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="batches of 64 images"):
+    with pytest.raises(RecipeError, match="batch_size is 64, but .* has only 48 images"):
         run(recipe_table, tmp_path / "out", batch_size=64)
 
 
 def test_update_larger_than_the_data_is_refused(recipe_table: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="batches of 64 images"):  # of two steps, each of which has images enough
+    with pytest.raises(
+        RecipeError, match="batch_size is 64, but .* has only 48 images"
+    ):  # of two steps, each of which has images enough
         run(recipe_table, tmp_path / "out", batch_size=64, accumulation=2)
 
 
@@ -371,7 +373,7 @@ def test_refused_run_leaves_nothing(recipe_table: dict[str, Any], tmp_path: Path
 
 def test_unwritable_output_is_refused(recipe_table: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(RecipeError, match="can't be made"):
+    with pytest.raises(RecipeError, match="can't be created"):
         run(recipe_table, tmp_path / "file" / "out")
 
 

@@ -252,7 +252,7 @@ def test_a_saved_model_keeps_its_input_sizes(table: dict[str, Any], tmp_path: Pa
         ({"loss": {"temperature": 0.0}}, "loss.temperature is 0.0"),
         ({"optimizer": {"layer_decay": 0.5}}, "optimizer.layer_decay is for classifiers"),
         ({"model": {"name": "lam_vit_micro"}}, "lam_vit_micro.* no argument 'video_dim'|no argument"),
-        ({"run": {"batch_size": 4096}}, "batches of 4096 queries"),
+        ({"run": {"batch_size": 4096}}, "batch_size is 4096, but .* has only 72 queries"),
     ],
 )
 def test_a_recipe_that_cannot_be_is_refused_and_leaves_nothing(
