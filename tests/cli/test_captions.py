@@ -99,7 +99,7 @@ def test_beams_are_for_captions_and_classifiers_describe_nothing(run, data: Path
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("{}", "is no list of captions"),
+        ("{}", "is not a list of captions"),
         ('[{"image_id": 1}]', "entry 0 of broken.json lacks an image_id or a caption"),
         ('[{"image_id": 1, "caption": "a"}]', "have no hypothesis"),
     ],

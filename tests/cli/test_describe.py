@@ -261,7 +261,7 @@ def test_without_matplotlib_only_the_picture_is_refused(
         ("film.mp4 --device abacus", "abacus"),
         ("film.mp4 --model moment_detr_micro", "no weights"),
         ("film.mp4 --features lam_vit_micro", "lam_clip4clip"),
-        ("film.mp4 --model TOWERS", "describes nothing"),
+        ("film.mp4 --model TOWERS", "does not generate captions"),
         ("", "VIDEO"),
     ],
 )

@@ -165,7 +165,7 @@ def test_a_model_of_other_features_is_refused_before_the_video_is_read(
     assert "514 features per clip and 512 per word, but the data have 26 and 32" in done.err
     done = run("find", "a smile", video, "--model", towers, "--features", towers)
     assert done.code == 2
-    assert "finds no moments" in done.err
+    assert "does not predict moments" in done.err
 
 
 def test_a_model_of_other_features_is_refused_before_weights_of_the_towers_are_asked_for(

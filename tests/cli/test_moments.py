@@ -68,7 +68,7 @@ def test_a_classifier_finds_no_moments(run, data: Path) -> None:
         ("[]", "line 1 of broken.jsonl is not a JSON object"),
         ('{"qid": 24', "line 1 of broken.jsonl is not JSON"),
         ('{"query": "a"}', "line 1 of broken.jsonl has no qid"),
-        ('{"qid": 24, "pred_relevant_windows": 3}', "pred_relevant_windows is no list"),
+        ('{"qid": 24, "pred_relevant_windows": 3}', "pred_relevant_windows is not a list"),
         ('{"qid": 999, "pred_relevant_windows": [[0, 2, 1]]}', "have qid 999, which is not annotated"),
     ],
 )

@@ -62,6 +62,6 @@ def test_a_new_task_is_trained_scored_and_measured(run, monkeypatch: pytest.Monk
 def test_a_new_task_refuses_data_and_options_of_others(run) -> None:
     done = run("eval", "sum_net", "--data", "npz:x")
     assert done.code == 2
-    assert "'npz:x' is data for image classification, and not for adding up numbers" in done.err
+    assert "'npz:x' is data for image classification, not for adding up numbers" in done.err
     done = run("eval", "sum_net", "--data", "sums:4", "--beams", 2)
     assert "--beams does not apply to the task sums" in done.err

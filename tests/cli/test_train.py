@@ -112,7 +112,7 @@ def test_bad_images_stop_or_are_left_out(run, start: str, tmp_path: Path) -> Non
     assert not Path("runs").exists()
     done = run("train", *options, "--on-bad-input", "skip")
     assert done.code == 0
-    assert "left out 1 inputs" in " ".join(done.err.split())
+    assert "left out 1 unreadable inputs" in " ".join(done.err.split())
     assert "Bild ü 1.jpg" in Path("runs/start-photos/bad-inputs.csv").read_text("utf-8")
 
 
