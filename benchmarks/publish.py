@@ -52,20 +52,19 @@ python -m benchmarks.publish {run} --recipe {recipe} --tag {tag} --split {split}
 {command}
 ```
 
-The first trains ({minutes:.0f} minutes of training steps here, on one core of a busy machine; another number of threads
-rounds differently), the second wrote the weights and this card, the third gives the score back.
+The first command trains the model ({minutes:.0f} minutes of training steps on one core of a busy machine; another
+number of threads rounds differently), the second writes the weights and this card, and the third reproduces the score.
 
 ## Data
 
 {source}
 
-The {watched} split was scored after {looks} to watch the run; the weights are
-{kept}{ema}.{chosen}
+The {watched} split was scored after {looks} to monitor the run; the weights are {kept}{ema}.{chosen}
 
 ## Limits
 
 One seed and a short budget: a working example and a test of the whole path, not a claim about learnable masks.{limits}
-Predictions carry whatever biases the data set has.
+Predictions have the biases of the data set.
 """
 
 
@@ -203,8 +202,8 @@ def measure(model: Any, name: str, recipe: Mapping[str, Any], split: str, traine
     if labels:
         separator = "; " if any("," in label for label in labels) else ", "
         limits = (
-            f" It sees\n{size.removesuffix(' px')} pixels and answers any picture at all with one of {len(labels)} "
-            f"classes:\n{separator.join(labels)}."
+            f" It takes\nimages of {size.removesuffix(' px')} pixels and assigns one of {len(labels)} classes to any "
+            f"image:\n{separator.join(labels)}."
         )
     return Measured(
         rows={metric.heading: metric.text(value) for metric, value in scores.items()},
