@@ -112,7 +112,8 @@ def open_roles(
     known = train.video_names()
     held_out = hold_out(known, fraction, seed, data.source)
     rest = {role: split for role, split in splits.items() if role == "test"}
-    return {"train": train.of_videos(known - held_out), "validation": train.of_videos(held_out), **rest}, held_out
+    parts = {"train": known - held_out, "validation": held_out}
+    return {role: train.of_videos(names, role) for role, names in parts.items()} | rest, held_out
 
 
 def keep_held_out(folder: Path, held_out: Collection[str]) -> None:

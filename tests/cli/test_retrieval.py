@@ -91,9 +91,11 @@ def test_weights_and_a_folder_of_videos_are_enough(run, model: str, videos: Path
     assert (recipe["data"]["max_frames"], recipe["data"]["fps"]) == (3, 0)  # as the weights have it
     assert json.loads(json.dumps(load_recipe("recipe.toml").to_dict())) == recipe
 
+    assert "t2v_R1 on validation" in done.out
+
     (held_out,) = json.loads(Path("out/held-out.json").read_text())
     scored = json.loads(run("eval", "local-dir:out", "--json").out)
-    assert (scored["videos"], scored["texts"]) == (1, 1)
+    assert (scored["split"], scored["videos"], scored["texts"]) == ("validation", 1, 1)
     assert held_out in {f"{number}.mp4" for number in range(8)}
     assert json.loads(run("eval", "local-dir:out", "--split", "all", "--json").out)["videos"] == 8
     (videos / "captions.csv").write_text((videos / "captions.csv").read_text().replace(held_out, "x.mp4"))

@@ -81,8 +81,8 @@ class CaptionSource(ABC):
 class _Part(CaptionSource):
     """Some clips of another source, in the order given; it cannot splice."""
 
-    def __init__(self, source: CaptionSource, indices: Sequence[int]) -> None:
-        self.split, self.modalities = source.split, source.modalities
+    def __init__(self, source: CaptionSource, indices: Sequence[int], split: str | None) -> None:
+        self.split, self.modalities = source.split if split is None else split, source.modalities
         self.items = [source.items[index] for index in indices]
         self._source, self._indices = source, list(indices)
 
@@ -152,15 +152,19 @@ class CaptionDataset:
         """Returns the names of the videos that the clips belong to."""
         return {item.video for item in self.items}
 
-    def of_videos(self, names: Collection[str]) -> CaptionDataset:
+    def of_videos(self, names: Collection[str], split: str | None = None) -> CaptionDataset:
         """Returns the clips of some videos, in their order here.
+
+        Args:
+            names: of the videos.
+            split: name of the part; None for this split's own.
 
         Raises:
             DataError: one of the videos is not here, or none is named.
         """
         check_videos(names, (item.video for item in self.items), self.spec)
         chosen = [index for index, item in enumerate(self.items) if item.video in names]
-        return CaptionDataset(_Part(self._source, chosen), self.spec)
+        return CaptionDataset(_Part(self._source, chosen, split), self.spec)
 
     def references(self) -> dict[str, tuple[str, ...]]:
         """Returns what people wrote about each item, by its id, for the scores of :mod:`lamzoo.evaluation`."""

@@ -149,7 +149,7 @@ def open_videos(opener: Callable[[str], Any], spec: str, split: str | None, trai
     if whole.split is not None:  # the data has got splits since
         return opener(split or "test")
     held = set(trained.held_out)
-    return whole.of_videos(held if part == "validation" else whole.video_names() - held)
+    return whole.of_videos(held if part == "validation" else whole.video_names() - held, part)
 
 
 def open_scored(spec: str, split: str | None, trained: TrainedData | None = None) -> LabelledImages:

@@ -62,10 +62,11 @@ class SelectedVideos(VideoSource):
     Args:
         source: where the videos are.
         indices: which of them.
+        split: name of the part; ``None`` for the source's own split.
     """
 
-    def __init__(self, source: VideoSource, indices: Sequence[int]) -> None:
-        self.split = source.split
+    def __init__(self, source: VideoSource, indices: Sequence[int], split: str | None = None) -> None:
+        self.split = source.split if split is None else split
         self.videos = [source.videos[index] for index in indices]
         self.captions = [source.captions[index] for index in indices]
         self._source = source
@@ -154,14 +155,19 @@ class CaptionedVideos:
         """Returns the names of the videos."""
         return set(self.videos)
 
-    def of_videos(self, names: Collection[str]) -> CaptionedVideos:
+    def of_videos(self, names: Collection[str], split: str | None = None) -> CaptionedVideos:
         """Returns the part of the data set that is of some videos, in their order here.
+
+        Args:
+            names: of the videos.
+            split: name of the part; None for this split's own.
 
         Raises:
             DataError: one of the videos is not here, or none is named.
         """
         check_videos(names, self.videos, self.spec)
-        return select_videos(self, [index for index, video in enumerate(self.videos) if video in names])
+        chosen = [index for index, video in enumerate(self.videos) if video in names]
+        return select_videos(self, chosen, split=split)
 
     def texts_of(self, index: int) -> list[int]:
         """Returns the indices of a video's texts, rising; at least one."""
@@ -174,12 +180,13 @@ class CaptionedVideos:
         return self.source.name(index)
 
 
-def select_videos(dataset: CaptionedVideos, indices: Iterable[int]) -> CaptionedVideos:
+def select_videos(dataset: CaptionedVideos, indices: Iterable[int], *, split: str | None = None) -> CaptionedVideos:
     """Returns a data set of some videos of another, with all their captions.
 
     Args:
         dataset: left as it is.
         indices: of the videos to keep, 0 to ``len(dataset) - 1``, in the order wanted.
+        split: name of the part; its own split's name by default.
 
     Raises:
         DataError: no index, one that is out of range, or one twice.
@@ -188,7 +195,7 @@ def select_videos(dataset: CaptionedVideos, indices: Iterable[int]) -> Captioned
     for index in chosen:
         if not 0 <= index < len(dataset):
             raise DataError(f"{dataset.spec} has no video {index}; it has {len(dataset)}")
-    part = CaptionedVideos(SelectedVideos(dataset.source, chosen), dataset.spec)
+    part = CaptionedVideos(SelectedVideos(dataset.source, chosen, split), dataset.spec)
     part.threads = dataset.threads
     return part
 
