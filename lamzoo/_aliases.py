@@ -159,6 +159,7 @@ ALIASES: dict[str, str] = {
     "lamzoo.training.sections": "lamzoo.training.recipe_common",
     "lamzoo.training.tuning": "lamzoo.training.freezing",
     "lamzoo.weightfiles": "lamzoo.weights.files",
+    "lamzoo.weightfiles.WEIGHTS_NAME": "lamzoo.weights.sources:WEIGHTS_NAME",
     "lamzoo.weightfiles.find_in_folder": "lamzoo.weights.sources:find_in_folder",
     "lamzoo.weightfiles.resolve": "lamzoo.weights.sources:resolve",
     "lamzoo.weightfiles.resolve_repo": "lamzoo.weights.sources:resolve_repo",
