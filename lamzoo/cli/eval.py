@@ -68,6 +68,10 @@ def eval_command(
             raise ConfigError(f"the folder of {path} does not exist; create it first")
     trained, file = _trained(name), task_of_predictions(name)
     chosen = _task(name, task, trained, file)
+    if file is not None and file != chosen:
+        raise ConfigError(
+            f"{name} is a file of predictions of {file.about}; leave out --task, or say --task {file.name}"
+        )
     given: dict[str, Any] = {
         "class_map": class_map, "real_labels": real_labels, "on_bad_input": on_bad_input, "limit": limit,
         "state": state, "resume": resume or None, "fps": fps, "slicing": slicing, "dual_softmax": dual_softmax or None,
@@ -81,7 +85,7 @@ def eval_command(
         if trained is None:
             raise ConfigError(f"--data is missing, and {name} is not the folder of a training run; add --data SPEC")
         data = trained.source
-    if file is not None and file == chosen:
+    if file is not None:
         of_models = {"checkpoint": checkpoint, "submission": submission, **options}
         _refuse([option for option, value in of_models.items() if value is not None], f"the predictions {name}")
         dataset = chosen.open_for_scoring(data, split)

@@ -248,6 +248,10 @@ def inputs(tmp_path: Path) -> Path:
         ("explain MODEL good.jpg --out nowhere/x.png", "nowhere"),
         ("eval MODEL --data folder --split test", "no split 'test'; it has 'train', 'val'"),
         ("eval MODEL --data coco:x", "neither a data set nor a folder"),
+        (
+            "eval moments.jsonl --task captions --data empty",
+            "moments.jsonl is a file of predictions of moment retrieval",
+        ),
         ("eval MODEL --data imagefolder:none", "no such folder: none"),
         ("eval MODEL --data empty", "no class folders"),
         ("eval MODEL --data broken --workers 1", "1.jpg"),
