@@ -22,7 +22,7 @@ def eval_command(
         "imagefolder:DIR, imagelist:DIR:FILE, npz:DIR, torchvision:NAME:ROOT, hfds:NAME, wds:SHARDS, or a folder; for "
         "retrieval msrvtt:DIR, msvd:DIR, videos:DIR, wds:SHARDS, grid:DIR or flickr8k:DIR; for moments "
         "qvhighlights:DIR, charades:DIR or grid:DIR; for captions mad:DIR, lsmdc:DIR, videos:DIR, grid:DIR or "
-        "flickr8k:DIR; optional for local-dir:RUN, the folder of a training run."))] = None,
+        "flickr8k:DIR; optional for the folder of a training run."))] = None,
     task: Annotated[str | None, typer.Option(metavar="TASK", help=(
         "classification, retrieval, moments or captions [the model's]."))] = None,
     split: Annotated[str | None, typer.Option(help=(

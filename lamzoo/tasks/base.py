@@ -185,7 +185,7 @@ class Task:
         Raises:
             DataError: the data belongs to another task, which is named; or as raised by :attr:`open`.
         """
-        self._check_kind(spec)
+        self.check_data(spec)
         return self.load("open")(spec, split)
 
     def open_for_scoring(self, spec: str, split: str | None = None, trained: Any = None) -> Any:
@@ -200,7 +200,7 @@ class Task:
         Raises:
             DataError: as of :meth:`open_split`.
         """
-        self._check_kind(spec)
+        self.check_data(spec)
         if self.open_scored is not None:
             return self.load("open_scored")(spec, split, trained)
         from lamzoo.data.images.trained import open_videos  # lamzoo.data imports torch
@@ -238,14 +238,18 @@ class Task:
             return table
         return metric_table(self.metrics, scores)
 
-    def _check_kind(self, spec: str) -> None:
+    def check_data(self, spec: str) -> None:
+        """Checks by its kind that a data set is of this task; opens nothing.
+
+        Raises:
+            DataError: it is of another task, which is named.
+        """
         kind, colon, _ = spec.partition(":")
         others = [task for task in TASKS.values() if kind in task.kinds]
         if colon and others and self.name not in [task.name for task in others]:
             raise DataError(
                 f"{spec!r} is data for {' or '.join(task.about for task in others)}, not for {self.about}; use "
-                f"{' or '.join(f'{name}:...' for name in self.kinds)}, or choose {others[0].model_kind} "
-                f"(--task {others[0].name})"
+                f"{' or '.join(f'{name}:...' for name in self.kinds)}, or choose {others[0].model_kind}"
             )
 
 

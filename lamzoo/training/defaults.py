@@ -120,6 +120,7 @@ def complete_recipe(table: Mapping[str, Any]) -> TaskRecipe:
     given = parse_recipe(_with_any_batch(filled))  # errors are reported before the data is opened
     filled["task"] = given.task
     task = find_task(given.task)
+    task.check_data(given.data.source)
     if task.defaults is None:
         raise RecipeError(f"{task.about} has no default settings; give a complete RECIPE.toml.")
     choice: Choice = task.load("defaults")(given)

@@ -56,5 +56,7 @@ def create_run(
     scanning: ScanProgress | None = None,
 ) -> TrainingRun:
     """Opens data and model of a run, and loads its latest checkpoint if any; arguments as of :func:`train`."""
-    run: TrainingRun = find_task(recipe.task).load("run")(recipe, resume, progress, scanning)
+    task = find_task(recipe.task)
+    task.check_data(recipe.data.source)
+    run: TrainingRun = task.load("run")(recipe, resume, progress, scanning)
     return run

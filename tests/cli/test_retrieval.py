@@ -114,7 +114,7 @@ def test_a_recipe_trains_and_prints_both_ways(run, faces: Path, tmp_path: Path) 
     assert re.search(r": \d+ videos to train on, \d+ to validate on, \d+ to test on\n", done.err)
     assert re.search(r"^epoch 1 of 1: training loss .*; val: t2v_R1 .*, v2t_R1 ", done.err, re.MULTILINE)
     assert done.out.count("text to video") == 2  # validation and test
-    assert f"local-dir:{tmp_path / 'out' / 'model'}" in "".join(done.out.split("\n"))
+    assert f"the model is {tmp_path / 'out' / 'model'}" in "".join(done.out.split("\n"))
 
 
 def test_a_benchmark_scores_retrieval(run, faces: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,7 @@ def test_one_line_fine_tunes_on_a_folder(run, start: str, tmp_path: Path) -> Non
     assert parameters.endswith("on cpu in 1 process(es), precision no; output folder runs/start-my-photos")
     assert re.match(r"epoch 1 of 1: training loss [\d.]+; validation: top1 .*, loss .* \(the best so far\);", epoch)
     output = Path("runs/start-my-photos")
-    assert f"the report is {output / 'report' / 'report.md'}\nthe model is local-dir:{output / 'model'}\n" in done.out
+    assert f"the report is {output / 'report' / 'report.md'}\nthe model is {output / 'model'}\n" in done.out
     assert "validation" in done.out
     report = (output / "report" / "report.md").read_text("utf-8")
     assert f"lamzoo train --model {start} --pretrained --data 'imagefolder:{folder}' --epochs 1" in report
@@ -59,7 +59,7 @@ def test_a_killed_run_goes_on_by_its_folder_alone(run, start: str, tmp_path: Pat
         done = run("train", *again, "--resume")
         assert done.code == 0
         assert done.err.endswith("\ncontinued after 2 updates, 1 epoch of them whole\n")
-        assert "the model is local-dir:out/model" in done.out
+        assert "the model is out/model" in done.out
     assert recipe_of(Path("out")) == before
     other = run("train", *options, "--resume", "--seed", 3)
     assert other.code == 2
@@ -156,6 +156,7 @@ def test_a_run_whose_images_changed_is_not_resumed(run, start: str, tmp_path: Pa
         ("--data DATA run.seed=1", "no --model"),
         ("--model vit_mikro --data DATA", "did you mean vit_micro"),
         ("--model vit_micro --data nowhere", "neither a data set nor a folder"),
+        ("--model vit_micro --data videos:DATA", "'videos:data' is data for text-video retrieval or captions"),
         ("--model vit_micro --data DATA --tune head", "no weights"),
         ("--model vit_micro --pretrained --data DATA --tune lam", "no learnable masks"),
         ("--model vit_micro --pretrained --data DATA --tune neck", "neck"),
