@@ -14,7 +14,10 @@ BANNED = re.compile(
     r")\b"
 )
 # Parts of the package whose prose still has some of them.
-PENDING = {"adapters", "hub", "lam", "layers", "models", "reduction", "registry", "video", "weights"}
+PENDING = {
+    "evaluation", "export", "profiling", "records", "tasks", "training",
+    "cli/bench", "cli/eval", "cli/explain",
+}  # fmt: skip
 PATTERNS = (
     "lamzoo/**/*.py", "docs/**/*.md", "README.md", "CONTRIBUTING.md", "registry/*.toml", "weights/*.md",
     "benchmarks/**/*.py", "benchmarks/**/*.toml",

@@ -86,7 +86,7 @@ def add_lam_to(model: Model, lengths: Mapping[str, int | None], config: LamConfi
     Args:
         model: the host.
         lengths: path of each part to the number of its key positions, for masks with ``keys="position"`` and no
-            ``max_length``; None where the part's adapter knows it.
+            ``max_length``; None if the part's adapter determines it.
         config: configuration of the masks.
 
     Returns:

@@ -21,12 +21,12 @@ from rich.text import Text
 if TYPE_CHECKING:
     from lamzoo.tasks import ScoreTable
 
-_PIPE_WIDTH = 200  # of a table that goes into a file or another program
-_LINE_SECONDS = 15.0  # between two lines of progress, where there is no terminal, at first
-_LINE_SHARE = 0.1  # and later: of the time since the start
+_PIPE_WIDTH = 200  # width of a table that is written to a file or a pipe
+_LINE_SECONDS = 15.0  # initial interval of progress lines without a terminal
+_LINE_SHARE = 0.1  # later interval, as a fraction of the elapsed time
 _BAR_WIDTH = 20
 
-_bar_console: Console | None = None  # of the progress bar that is shown now
+_bar_console: Console | None = None  # console of the current progress bar
 
 
 class Advance(Protocol):
@@ -66,7 +66,7 @@ def print_table(
 
 def print_scores(table: ScoreTable, title: str) -> None:
     """Prints scores, as of :meth:`lamzoo.tasks.Task.score_table`, below a title."""
-    print_line(title)  # as the title of so narrow a table it would be folded
+    print_line(title)  # the title of a narrow table would be wrapped
     texts = {0, *(index for index, heading in enumerate(table.columns) if not heading)}
     numbers = [index for index in range(len(table.columns)) if index not in texts]
     print_table(table.columns, table.rows, numbers=numbers)
@@ -172,7 +172,7 @@ def progress_bar(title: str, *, hidden: bool = False, ends: bool = False) -> Ite
 
 
 def log_to_stderr(verbose: bool) -> None:
-    """Sends the library's log to stderr, one line per record, from WARNING or, if ``verbose``, from INFO on."""
+    """Writes the library's log to stderr, one line per record: warnings and errors, with ``verbose`` also infos."""
     logger = logging.getLogger("lamzoo")
     for handler in [handler for handler in logger.handlers if isinstance(handler, _LogLines)]:
         logger.removeHandler(handler)
@@ -181,7 +181,7 @@ def log_to_stderr(verbose: bool) -> None:
 
 
 def show_log(name: str) -> None:
-    """Shows the log of one module from INFO on, whatever the level of the others."""
+    """Also shows the infos of one module, independently of the level of the others."""
     logging.getLogger(name).setLevel(logging.INFO)
 
 
@@ -221,5 +221,5 @@ def _stdout() -> Console:
 
 
 def _stderr() -> Console:
-    """Returns the console for stderr: that of the progress bar, which redraws the bar below a line, if there is one."""
+    """Returns the console for stderr; during progress, that of the bar, which redraws the bar below each line."""
     return _bar_console or Console(stderr=True, highlight=False, emoji=False)

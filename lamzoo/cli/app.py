@@ -1,4 +1,4 @@
-"""The command ``lamzoo``: its commands, the exit codes and the report of errors."""
+"""The command ``lamzoo``: subcommands, exit codes and error messages."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def describe(
 def _check_files(video: Path, output: Path | None, explain: Path | None) -> None:
     """Checks the paths before anything is loaded."""
     if video.is_dir():
-        raise DataError(f"{video} is a folder; name a video, or write a loop over them")
+        raise DataError(f"{video} is a folder; give a video file")
     if not video.exists():
         raise DataError(f"no such video: {video}")
     if output is not None:
@@ -84,7 +84,7 @@ def _check_files(video: Path, output: Path | None, explain: Path | None) -> None
 
         check_webvtt(output)
         if output.exists() and output.samefile(video):
-            raise ConfigError(f"--out {output} would replace the video itself; name another file")
+            raise ConfigError(f"--out {output} would replace the video itself; choose another file")
     if explain is not None:
         from lamzoo.report.frame_rows import check_rows
 
@@ -92,7 +92,7 @@ def _check_files(video: Path, output: Path | None, explain: Path | None) -> None
 
 
 def _print(windows: VideoWindows, described: Sequence[DescribedWindow]) -> None:
-    # A line of its own: as the title of so narrow a table it would be folded.
+    # On its own line: the title of a narrow table would be wrapped.
     out.print_line(
         f"{out.printable(windows.path)}, {windows.duration:.1f} s: {len(described)} of {len(windows)} windows, from "
         f"{' and '.join(windows.modalities)}"

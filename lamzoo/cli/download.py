@@ -1,4 +1,4 @@
-"""``lamzoo download``: a model's weights, brought into the local cache and checked."""
+"""``lamzoo download``: downloads a model's weights into the local cache and checks them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def download(name: Name) -> None:
 
 
 def fetch(name: str) -> Path:
-    """Brings the weights of a model here, reads them once to check them, and returns their file.
+    """Downloads the weights of a model if necessary, checks them by reading, and returns their file.
 
     Raises:
         UnknownModelError: no such model or tag.

@@ -50,7 +50,7 @@ def export(
     prunes = keep is not None or target_gmacs is not None
     if not prunes and (at is not None or (score, rest) != ("mask", "drop")):
         raise ConfigError(
-            "--at, --score and --rest say how tokens are pruned; say how many with --keep or --target-gmacs"
+            "--at, --score and --rest are settings of pruning, which --keep or --target-gmacs enables; pass one of them"
         )
     layers = None if at is None else _layers(at)
     paths = find_images(images) if images else []
@@ -95,4 +95,4 @@ def _layers(at: str) -> tuple[int, ...]:
     try:
         return tuple(int(layer) for layer in at.split(","))
     except ValueError:
-        raise ConfigError(f"--at is {at!r}; give layers as numbers with commas between, such as 3,6,9") from None
+        raise ConfigError(f"--at is {at!r}; it must be a comma-separated list of layers, such as 3,6,9") from None

@@ -41,12 +41,12 @@ def find(
 ) -> None:  # fmt: skip
     """Finds the moments of a video that match a sentence."""
     if not query.strip():
-        raise ConfigError("the query is empty; write what the moment should show")
+        raise ConfigError("the query is empty; describe the moment")
     if no_strip and strip is not None:
         raise ConfigError("--strip and --no-strip contradict each other; leave one out")
     picture = None if no_strip else _picture(strip)
     if video.is_dir():
-        raise DataError(f"{video} is a folder; name a video, or look through all of them with `lamzoo search`")
+        raise DataError(f"{video} is a folder; give a video file, or search the folder with `lamzoo search`")
     if not video.exists():
         raise DataError(f"no such video: {video}")
     from lamzoo.evaluation import resolve_device
@@ -57,7 +57,7 @@ def find(
     clip_middles(clip_seconds)
     network: Any = load_model(model, checkpoint).to(target).eval()
     if (widths := feature_widths(features)) is not None:
-        _check_widths(network, *widths)  # before weights of towers that do not fit are asked for
+        _check_widths(network, *widths)  # before the weights of unsuitable towers are downloaded
     extractor = FeatureExtractor(load_model(features, None), clip_seconds=clip_seconds, device=target)
     seen, found = _find(network, extractor, query, video)
     spans = [Span(float(start), float(end), float(score)) for start, end, score in found.windows[:top]]
@@ -79,14 +79,14 @@ def _find(network: Any, extractor: FeatureExtractor, query: str, video: Path) ->
     from lamzoo.evaluation.moments.evaluate import find_moments
 
     text = unit(extractor.texts([query])[0])
-    _check_widths(network, extractor.video_dim, text.shape[1])  # before a long video is read for nothing
+    _check_widths(network, extractor.video_dim, text.shape[1])  # before a long video is read in vain
     seen = extractor.video(video)
     features = MomentFeatures(with_positions(unit(seen.clips)), text)
     return seen, find_moments(network, [features], [seen.duration])[0]
 
 
 def _check_widths(network: Any, video_dim: int, text_dim: int) -> None:
-    """Raises an error where a model does not read features of a clip, without positions, and of a word so wide."""
+    """Raises an error unless the model takes features of these widths, per clip without positions and per word."""
     import numpy as np
 
     from lamzoo.data.moments import MomentFeatures
@@ -116,7 +116,7 @@ def _print(query: str, video: Path, seen: VideoFeatures, spans: Sequence[Span]) 
     rows = [
         (rank, f"{span.start:.1f}", f"{span.end:.1f}", f"{span.score:.3f}") for rank, span in enumerate(spans, start=1)
     ]
-    # A line of its own: as the title of so narrow a table it would be folded.
+    # On its own line: the title of a narrow table would be wrapped.
     out.print_line(f"{query}: {out.printable(video)}, {seen.duration:.1f} s in {len(seen.clips)} clips")
     out.print_table(("rank", "start (s)", "end (s)", "score"), rows, numbers=(1, 2, 3))
 

@@ -80,7 +80,7 @@ def _score(info: ModelInfo) -> dict[str, Any] | None:
 
 
 def _size(input_size: tuple[int, int, int] | None, info: ModelInfo) -> str:
-    if input_size is None:  # a card states the size of images; what a plug-in's function builds is unknown here
+    if input_size is None:  # a card states the size of images; the inputs of a plug-in's model are unknown
         return "features" if info.source == "card" else ""
     _, height, width = input_size
     return f"{height}px" if height == width else f"{height}x{width}"

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lamzoo.data.video.sampling import FrameSampling, Slicing
     from lamzoo.video.search import Match, VideoIndex
 
-    _Answer = tuple[str, list[Match], float]  # a query, its matches, seconds
+    _Answer = tuple[str, list[Match], float]  # query, matches, seconds
 
 _SHEET = Path("lamzoo-search.png")
 _logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def search(
     The first call embeds the videos into an index; later calls embed only new and changed videos.
     """
     if not all(query.strip() for query in queries):
-        raise ConfigError("the query is empty; write what the video should show")
+        raise ConfigError("the query is empty; describe the video")
     if no_sheet and sheet is not None:
         raise ConfigError("--sheet and --no-sheet contradict each other; leave one out")
     sheets = [] if no_sheet else _sheets(sheet, len(queries))
@@ -87,7 +87,7 @@ def search(
             force=force,
             progress=advance,
         )
-    _ = network.tokenizer  # read from a file when it is first asked for, which is no query's time
+    _ = network.tokenizer  # read from a file at first use, which must not count as the time of a query
     answers = []
     for query in queries:
         start = time.perf_counter()
@@ -139,7 +139,7 @@ def _print(found: VideoIndex, answers: Sequence[_Answer]) -> None:
         out.print_table(("rank", "score", "duration (s)", "file"), rows, title=title, numbers=(1,))
     if found.unreadable:
         count = len(found.unreadable)
-        out.print_line(f"{count} {'video' if count == 1 else 'videos'} cannot be read; --json lists what is left out")
+        out.print_line(f"{count} {'video' if count == 1 else 'videos'} cannot be read; --json lists them")
 
 
 def _record(found: VideoIndex, answers: Sequence[_Answer], sheets: Sequence[Path]) -> dict[str, Any]:

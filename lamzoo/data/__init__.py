@@ -1,4 +1,4 @@
-"""Labelled images from any of the layouts people keep them in, as one kind of data set."""
+"""Labelled images in many layouts, as one data set class."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""CSV tables that have a line of headings."""
+"""CSV tables with a header line."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from lamzoo.data.json_files import reason
 from lamzoo.data.paths import nfc
 from lamzoo.errors import DataError
 
-_UNCLOSED = "unexpected end of data"  # how csv calls it
+_UNCLOSED = "unexpected end of data"  # message of the csv module
 
 
 @dataclass(frozen=True)
 class Table:
-    """A CSV file that has a line of headings.
+    """A CSV file with a header line.
 
     Attributes:
         path: the file.
         headings: the names of its columns, stripped and in NFC; ``""`` for a column without a name.
-        rows: the lines below them: the number of each and its stripped cells, as many as there are headings.
+        rows: line number and stripped cells of each row, as many cells as there are headings.
     """
 
     path: Path
@@ -39,34 +39,34 @@ class Table:
             )
 
     def select(self, columns: Iterable[str]) -> Iterator[tuple[int, dict[str, str]]]:
-        """Yields the number of each line and its cells by their headings, in the columns that the file has."""
+        """Yields line number and cells by heading of each row; columns that the file lacks are omitted."""
         places = {column: self.headings.index(column) for column in columns if column in self.headings}
         for number, cells in self.rows:
             yield number, {column: cells[place] for column, place in places.items()}
 
     def select_filled(self, columns: Iterable[str]) -> Iterator[tuple[int, dict[str, str]]]:
-        """Yields as :meth:`select`; raises a :class:`DataError` if there is no line, or a cell is empty."""
+        """Yields as :meth:`select`; raises a :class:`DataError` if there are no rows, or a cell is empty."""
         for number, row in self.select(columns):
             empty = next((heading for heading, cell in row.items() if not cell), None)
             if empty is not None:
-                raise DataError(f"line {number} of {self.path} has no {empty!r}; write one, or remove it")
+                raise DataError(f"line {number} of {self.path} has no {empty!r}; fill it in, or remove the line")
             yield number, row
         if not self.rows:
-            raise DataError(f"{self.path} has no line below its headings")
+            raise DataError(f"{self.path} has no rows after its header line")
 
 
 def open_table(path: Path) -> Table:
-    """Reads a CSV file that has a line of headings.
+    """Reads a CSV file with a header line.
 
     Args:
-        path: the file, UTF-8. Empty lines are skipped; a line may end early.
+        path: the file, UTF-8. Empty lines are skipped; trailing cells may be missing.
 
     Raises:
-        DataError: the file does not exist or is not CSV, two columns have the same name, or a line has more cells than
-            there are headings, as from a comma that is not quoted, or a quote that is not closed; names the line.
+        DataError: the file does not exist or is not CSV, two columns have the same name, a row has more cells than
+            there are headings, as with an unquoted comma, or a quote is not closed; names the line.
     """
     rows: list[tuple[int, list[str]]] = []
-    begin = 1  # line of the record that is being read, which may have several
+    begin = 1  # first line of the current record, which may span several
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, strict=True)
@@ -77,14 +77,14 @@ def open_table(path: Path) -> Table:
                 if len(cells) > len(headings) or any(cells[named:]):
                     raise DataError(
                         f"line {reader.line_num} of {path} has {len(cells)} cells, and the first line has {named} "
-                        "headings; put a text that has a comma into double quotes"
+                        "headings; put double quotes around text with commas"
                     )
                 if cells:
                     rows.append((reader.line_num, cells + [""] * (len(headings) - len(cells))))
                 begin = reader.line_num + 1
     except csv.Error as error:
         if str(error) == _UNCLOSED:
-            raise DataError(f"line {begin} of {path} opens a double quote that is never closed; close it") from error
+            raise DataError(f"line {begin} of {path} has a double quote that is not closed; close it") from error
         raise DataError(f"cannot read line {begin} of {path}: {error}") from error
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read {path}: {reason(error)}") from error
@@ -95,18 +95,18 @@ def open_table(path: Path) -> Table:
 
 
 def read_table(path: Path, columns: Sequence[str], optional: Sequence[str] = ()) -> list[dict[str, str]]:
-    """Reads columns of a CSV file that has a line of headings.
+    """Reads columns of a CSV file with a header line.
 
     Args:
         path: the file, UTF-8.
-        columns: those that must be there.
-        optional: those that are read where there are any.
+        columns: required columns.
+        optional: columns to read if present.
 
     Returns:
-        The stripped cells of each line by their heading; none of them is empty.
+        The stripped cells of each row by heading, none of them empty.
 
     Raises:
-        DataError: see :func:`open_table`; or a column is missing, or a cell of one is empty.
+        DataError: as for :func:`open_table`; or a column is missing, or one of its cells is empty.
     """
     table = open_table(path)
     table.check_columns(columns)
@@ -114,7 +114,7 @@ def read_table(path: Path, columns: Sequence[str], optional: Sequence[str] = ())
 
 
 def finite_seconds(text: str) -> float:
-    """Returns a cell's time, seconds; raises a ValueError if it is no finite number."""
+    """Parses a time in seconds; raises a ValueError if it is not a finite number."""
     seconds = float(text)
     if not math.isfinite(seconds):
         raise ValueError(f"{text!r} is not finite")

@@ -1,4 +1,4 @@
-"""GRID's clips as tokens, 25 a second: how the lips move, what is heard, and when each word is said."""
+"""GRID's clips as tokens, 25 per second, of lip motion and sound, with the times of the spoken words."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from lamzoo.errors import DataError
 
 Modalities = Literal["both", "video", "audio"]
 Tokens = NDArray[np.float32]
-Words = tuple[tuple[str, float, float], ...]  # each with its start and end, seconds
+Words = tuple[tuple[str, float, float], ...]  # word, start and end, seconds
 
-RATE = 25  # tokens a second, as the corpus has frames
-IGNORED = -100  # the label of a token that has none: torch's cross_entropy leaves it out
-HOPS, BANDS = 4, 64  # spectra of 10 ms in a frame, and mel bands in a spectrum
+RATE = 25  # tokens per second, the frame rate of the corpus
+IGNORED = -100  # label of tokens without one, ignored by torch's cross_entropy
+HOPS, BANDS = 4, 64  # spectra of 10 ms per frame, and mel bands per spectrum
 
 _FRAME = (48, 80)  # pixels around the mouth
 _LIPS = (slice(12, 44), slice(24, 72))  # of them
@@ -31,10 +31,10 @@ _LIPS = (slice(12, 44), slice(24, 72))  # of them
 
 @dataclass(frozen=True)
 class Speech:
-    """A stretch of speech.
+    """A segment of speech.
 
     Attributes:
-        tokens: ``(N, D)``, float32, 25 a second.
+        tokens: ``(N, D)``, float32, 25 per second.
         words: each word with its start and end, seconds.
     """
 
@@ -42,7 +42,7 @@ class Speech:
     words: Words
 
     def cut(self, start: int, end: int) -> Speech:
-        """Returns the tokens from one number up to another, and the words that are whole among them."""
+        """Returns the tokens from ``start`` to ``end``, exclusive, with the words that are entirely among them."""
         tokens = self.tokens[start:end]
         moved = [(word, first - start / RATE, last - start / RATE) for word, first, last in self.words]
         inside = [word for word in moved if word[1] > -_ROUNDING and word[2] < len(tokens) / RATE + _ROUNDING]
@@ -53,7 +53,7 @@ _ROUNDING = 1e-6  # seconds
 
 
 def join(pieces: Sequence[Speech]) -> Speech:
-    """Puts stretches of speech one behind the other."""
+    """Concatenates segments of speech."""
     words, shift = [], 0
     for piece in pieces:
         words += [(word, first + shift / RATE, last + shift / RATE) for word, first, last in piece.words]
@@ -63,13 +63,13 @@ def join(pieces: Sequence[Speech]) -> Speech:
 
 @dataclass(frozen=True)
 class Piece:
-    """A word of a clip, with the pause before it, and the rest of the clip if it is the last.
+    """A word of a clip, with the pause before it, and with the rest of the clip if it is the last word.
 
     Attributes:
-        clip: the clip's number.
-        start: the first of its frames.
-        end: the frame behind the last.
-        word: the word with its start and end, seconds from the piece's own start.
+        clip: index of the clip.
+        start: the first frame.
+        end: the frame after the last.
+        word: the word with its start and end, seconds from the start of the piece.
     """
 
     clip: int
@@ -79,13 +79,13 @@ class Piece:
 
 
 def draw_pieces(count: int, clip: Callable[[int], tuple[Words, int]]) -> list[Piece]:
-    """Draws a sentence of which each word is said as in another clip, from :mod:`random`.
+    """Draws the words of a new sentence from different clips, with :mod:`random`.
 
-    All of GRID's sentences have the same grammar, so the new one is a sentence of it too.
+    All of GRID's sentences have the same grammar, which the new one follows too.
 
     Args:
-        count: of the clips to draw from.
-        clip: returns a clip's words and how many frames it has.
+        count: number of clips to draw from.
+        clip: returns the words and the number of frames of a clip.
     """
     slots = len(clip(0)[0])
     pieces = []
@@ -101,20 +101,20 @@ def draw_pieces(count: int, clip: Callable[[int], tuple[Words, int]]) -> list[Pi
 
 
 class GridTokens:
-    """The clips of a split, read when they are asked for and kept: up to 190 KB each.
+    """The clips of a split, read on demand and cached: up to 190 KB each.
 
-    A token is a frame of 40 ms. Its video features are the lips, 16 x 24 grey pixels, less the clip's mean; its audio
-    features are four spectra of 64 mel bands, less the clip's mean of each band. Either is divided by its own standard
-    deviation in the clip, so that neither drowns the other; nothing of other clips goes in.
+    A token is a frame of 40 ms. Its video features are the lips, 16 x 24 grey pixels, minus the mean of the clip; its
+    audio features are four spectra of 64 mel bands, minus the mean of each band in the clip. Each modality is divided
+    by its standard deviation in the clip, which balances them; statistics of other clips are not used.
 
     Args:
-        root: the folder with ``captions.jsonl`` (``n_frames``, ``split``, ``words``), and ``mouth.npz`` and
-            ``logmel.npz`` as far as they are asked for.
+        root: the folder with ``captions.jsonl`` (``n_frames``, ``split``, ``words``), and those of ``mouth.npz`` and
+            ``logmel.npz`` that the modalities need.
         split: ``train``, ``validation`` or ``test``.
         modalities: ``"both"`` (video features, then audio features), ``"video"`` or ``"audio"``.
 
     Attributes:
-        split: the split's own name.
+        split: name of the split in the data.
         vocabulary: all words of the corpus, sorted.
 
     Raises:
@@ -123,7 +123,9 @@ class GridTokens:
 
     def __init__(self, root: Path, split: str, modalities: Modalities = "both") -> None:
         if modalities not in get_args(Modalities):
-            raise DataError(f"GRID has no {modalities!r}; it has {', '.join(map(repr, get_args(Modalities)))}")
+            raise DataError(
+                f"GRID has no modalities {modalities!r}; it has {', '.join(map(repr, get_args(Modalities)))}"
+            )
         fields = {"id": str, "n_frames": int, "words": list}
         self._lips = None if modalities == "audio" else JpegLines(root, "mouth.npz", fields, split)
         captions = self._lips or CaptionLines(root, fields, split)
@@ -138,13 +140,13 @@ class GridTokens:
         return len(self._lines)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_kept": {}}  # a worker decodes for itself
+        return self.__dict__ | {"_kept": {}}  # each worker has its own cache
 
     def read(self, index: int) -> Speech:
         """Returns a clip.
 
         Raises:
-            DataError: its frames are broken, or not as many as its line says; names them.
+            DataError: its frames are damaged, or their number differs from its line; names them.
         """
         if index not in self._kept:
             line = self._lines[index]
@@ -157,37 +159,37 @@ class GridTokens:
         return self._kept[index]
 
     def splice(self) -> Speech:
-        """Returns a sentence of which each word is said as in another clip; see :func:`draw_pieces`."""
+        """Returns a sentence whose words are taken from different clips; see :func:`draw_pieces`."""
         pieces = draw_pieces(len(self), lambda index: (self.read(index).words, len(self.read(index).tokens)))
         return join([Speech(self.read(piece.clip).tokens[piece.start : piece.end], (piece.word,)) for piece in pieces])
 
 
 def lip_motion(clips: JpegLines, index: int, count: int) -> Tokens:
-    """Returns the lips of each frame, ``(count, 384)``, less their mean over the clip.
+    """Returns the lips in each frame, ``(count, 384)``, minus their mean over the clip.
 
     Args:
-        clips: of ``mouth.npz``.
-        index: of the clip.
-        count: of its frames.
+        clips: the clips of ``mouth.npz``.
+        index: index of the clip.
+        count: number of frames.
 
     Raises:
-        DataError: the image is broken or of another size; names it.
+        DataError: the image is damaged or has another size; names it.
     """
     lips = grey_frames(clips, index, count, *_FRAME)[:, *_LIPS]
     return less_mean(block_means(lips, 2))
 
 
 def grey_frames(clips: JpegLines, index: int, count: int, height: int, width: int) -> Tokens:
-    """Returns the frames of a clip that lie below each other in one image, grey, ``(count, height, width)``.
+    """Returns the grey frames of a clip, stacked vertically in one image, as ``(count, height, width)``.
 
     Raises:
-        DataError: the image is broken or of another size; names it.
+        DataError: the image is damaged or has another size; names it.
     """
     strip = clips.decode(index).convert("L")
     if strip.size != (width, height * count) or not count:
         raise DataError(
             f"{clips.name(index)} is {strip.width} x {strip.height} pixels, not {count} frames of {width} x {height}; "
-            "the n_frames of its line in captions.jsonl do not fit it"
+            "the n_frames of its line in captions.jsonl doesn't match"
         )
     return np.asarray(strip, dtype=np.float32).reshape(count, height, width)
 
@@ -199,17 +201,17 @@ def block_means(frames: Tokens, side: int) -> Tokens:
 
 
 def less_mean(frames: Tokens) -> Tokens:
-    """Takes the mean off frames, ``(N, H, W)``, and returns each as a row, ``(N, H * W)``."""
+    """Subtracts the mean of frames ``(N, H, W)`` and flattens each: ``(N, H * W)``."""
     return (frames - frames.mean(axis=0)).reshape(len(frames), -1)
 
 
 def scaled(features: Tokens) -> Tokens:
-    """Divides features by their standard deviation; those that are all the same stay."""
+    """Divides features by their standard deviation; constant features are returned unchanged."""
     return features / max(float(features.std()), 1e-5)
 
 
 def said_at(words: Words, times: NDArray[np.floating], number: Callable[[str], int]) -> NDArray[np.int64]:
-    """Returns which word is said at each of some times ``(N,)``, in seconds: its number, ``(N,)``, 0 for none."""
+    """Returns the number of the word spoken at each of the times ``(N,)``, seconds: ``(N,)``, 0 for no word."""
     said = np.zeros(len(times), dtype=np.int64)
     for word, start, end in words:
         said[(times >= start) & (times < end)] = number(word)
@@ -222,10 +224,10 @@ def timed_words(line: Mapping[str, Any]) -> Words:
 
 
 def read_sound(path: Path, count: int) -> NDArray[np.uint8]:
-    """Returns the spectra of all clips, ``(count, hops, 64)``; 25.5 is a power of ten, and 0 a power of 1e-8.
+    """Returns the spectra of all clips, ``(count, hops, 64)``; 25.5 steps are a factor of ten, 0 is a power of 1e-8.
 
     Raises:
-        DataError: there is no such file, it is not whole, or not of ``count`` clips.
+        DataError: the file does not exist, is damaged, or doesn't have ``count`` clips.
     """
     if not path.is_file():
         raise DataError(f"{path.parent} has no {path.name}")
@@ -233,7 +235,7 @@ def read_sound(path: Path, count: int) -> NDArray[np.uint8]:
         with np.load(path, allow_pickle=False) as archive:
             sound: NDArray[np.uint8] = archive["logmel"]
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{path} is no whole npz archive with the array logmel: {error}") from error
+        raise DataError(f"{path} is not a complete npz archive with the array logmel: {error}") from error
     if sound.dtype != np.uint8 or sound.ndim != 3 or sound.shape[::2] != (count, BANDS) or sound.shape[1] % HOPS:
         raise DataError(
             f"{path}: logmel is {sound.dtype} {sound.shape}; the {count} lines of captions.jsonl need uint8 ({count}, "

@@ -1,4 +1,4 @@
-"""Reading JSON, JSON-lines and other text files, gzipped or not, and checks of the values in them."""
+"""Reading of JSON, JSON-lines and other text files, optionally gzipped, and checks of their values."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from lamzoo.errors import DataError
 
 
 def read_json(path: Path) -> Any:
-    """Reads a JSON file, UTF-8 with or without a byte order mark; gzipped where its name ends in ``.gz``.
+    """Reads a JSON file, UTF-8 with or without a byte order mark; gzipped if its name ends in ``.gz``.
 
     Raises:
-        DataError: there is no such file, or it is not whole.
+        DataError: the file does not exist or is damaged.
     """
     try:
         return json.loads(_read_text(path))
     except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
-        raise DataError(f"{path} is no readable JSON: {reason(error)}") from error
+        raise DataError(f"{path} is not readable JSON: {reason(error)}") from error
 
 
 def read_json_lines(path: Path) -> list[tuple[dict[str, Any], str]]:
-    """Reads a file with one JSON object a line, as for :func:`read_json`; blank lines are skipped.
+    """Reads a file with one JSON object per line, as for :func:`read_json`; blank lines are skipped.
 
     Returns:
         Each object, and its line for messages, such as ``"line 3 of data.jsonl"``.
 
     Raises:
-        DataError: there is no such file, it is not whole, or a line is not a JSON object; names the line.
+        DataError: the file does not exist or is damaged, or a line is not a JSON object; names the line.
     """
     found = []
     for number, text in enumerate(read_lines(path), start=1):
@@ -51,10 +51,10 @@ def read_json_lines(path: Path) -> list[tuple[dict[str, Any], str]]:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Reads the lines of a text file, UTF-8 with or without a byte order mark; gzipped where its name ends in ``.gz``.
+    """Reads the lines of a text file, UTF-8 with or without a byte order mark; gzipped if its name ends in ``.gz``.
 
     Raises:
-        DataError: there is no such file, it is not whole, or not UTF-8.
+        DataError: the file does not exist, is damaged, or is not UTF-8.
     """
     try:
         return _read_text(path).removesuffix("\n").split("\n")
@@ -63,10 +63,10 @@ def read_lines(path: Path) -> list[str]:
 
 
 def check_fields(line: Mapping[str, Any], fields: Mapping[str, type | UnionType], where: str) -> None:
-    """Checks that an object has fields of these types; true and false are no numbers, nor are NaN and infinity.
+    """Checks that an object has fields of these types; booleans, NaN and infinity don't count as numbers.
 
     Raises:
-        DataError: a field is missing, of another type or not finite; names it.
+        DataError: a field is missing, has another type or is not finite; names it.
     """
     for name, kind in fields.items():
         value = line.get(name)
@@ -78,17 +78,17 @@ def check_fields(line: Mapping[str, Any], fields: Mapping[str, type | UnionType]
 
 
 def is_number(value: Any) -> bool:
-    """Returns whether a value is a finite number, and neither True nor False."""
+    """Returns whether a value is a finite number and not a boolean."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def is_row(value: Any, length: int | None = None) -> bool:
-    """Returns whether a value is a list of finite numbers, so many if a length is given."""
+    """Returns whether a value is a list of finite numbers, of the length given if any."""
     return isinstance(value, list) and all(map(is_number, value)) and length in (None, len(value))
 
 
 def is_grid(value: Any) -> bool:
-    """Returns whether a value is a list of at least one list of finite numbers, all of one length, at least 1."""
+    """Returns whether a value is a non-empty list of lists of finite numbers, all of the same length, at least 1."""
     return (
         isinstance(value, list)
         and bool(value)
@@ -98,7 +98,7 @@ def is_grid(value: Any) -> bool:
 
 
 def reason(error: Exception) -> str:
-    """Says in a few words why a text file cannot be read, from the error."""
+    """Returns why a text file can't be read, in a few words."""
     if isinstance(error, UnicodeDecodeError):
         return f"{error}; save it as UTF-8"
     return (isinstance(error, OSError) and error.strerror) or str(error)

@@ -1,4 +1,4 @@
-"""Finding files in folders by their extensions, in natural order."""
+"""Listing of files by extension, in natural order, and comparison of file names."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from lamzoo.errors import DataError
 
 
 def find_files(paths: Iterable[str | Path], extensions: Collection[str], what: str) -> list[Path]:
-    """Lists files: each file as it is, each folder's with all its subfolders', in natural order.
+    """Lists files: given files, and the files of given folders and their subfolders in natural order.
 
     Args:
-        paths: files and folders. A file is taken whatever its name; in a folder the extension decides, and what is
-            hidden is skipped.
-        extensions: in small letters, with the dot.
+        paths: files and folders. A file is listed whatever its name; in folders, files are selected by extension, and
+            hidden ones are skipped.
+        extensions: the extensions, in lower case, with the dot.
         what: ``"image"`` or ``"video"``, for messages.
 
     Returns:
         The files, in the order of the arguments.
 
     Raises:
-        DataError: a path does not exist, or a folder holds none.
+        DataError: a path does not exist, or a folder has no such files.
     """
     found: list[Path] = []
     for path in map(Path, paths):
@@ -32,15 +32,15 @@ def find_files(paths: Iterable[str | Path], extensions: Collection[str], what: s
             raise DataError(f"no such {what} or folder: {path}")
         inside = files_below(path, extensions) if path.is_dir() else [path]
         if not inside:
-            raise DataError(f"the folder {path} holds no {what} ({', '.join(sorted(extensions))})")
+            raise DataError(f"the folder {path} has no {what} ({', '.join(sorted(extensions))})")
         found += inside
     return found
 
 
 def files_below(folder: Path, extensions: Collection[str]) -> list[Path]:
-    """Lists the files of a folder and its subfolders by extension, in natural order; none is an empty list.
+    """Lists the files of a folder and its subfolders by extension, in natural order; possibly empty.
 
-    Hidden files and folders are skipped, but the folder itself may be hidden: see :func:`is_hidden`.
+    Hidden files and subfolders are skipped; see :func:`is_hidden`.
     """
     found = []
     for root, folders, names in os.walk(folder, followlinks=True):
@@ -50,20 +50,20 @@ def files_below(folder: Path, extensions: Collection[str]) -> list[Path]:
 
 
 def visible(folder: Path, pattern: str = "*") -> list[Path]:
-    """Lists what lies directly in a folder and matches a wildcard, sorted, without hidden files and folders."""
+    """Lists the entries of a folder that match a wildcard, sorted, without hidden files and folders."""
     return sorted(path for path in folder.glob(pattern) if not is_hidden(path.name))
 
 
 def natural_key(text: str) -> list[tuple[int, str]]:
-    """Sorts names as timm does: numbers by value, capitals like small letters."""
+    """Sort key for natural order, as in timm: numbers by value, case-insensitive."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", text.lower())]
 
 
 def is_hidden(path: str) -> bool:
-    """Returns whether a path below a data set's root is a hidden file or folder, or leads through one.
+    """Returns whether a path below the root of a data set is a hidden file or folder, or is in one.
 
-    Hidden are names that begin with a dot, and ``__MACOSX``: checkpoints of notebooks, thumbnails, and what macOS adds
-    to archives and to other systems' drives.
+    Names that begin with a dot, and ``__MACOSX``, are hidden: notebook checkpoints, thumbnails, and files that macOS
+    adds to archives and external drives.
     """
     return any(_hidden(part) for part in path.split("/"))
 
@@ -73,21 +73,20 @@ def _hidden(name: str) -> bool:
 
 
 def nfc(name: str) -> str:
-    """Returns a name in Unicode's composed form, NFC, in which names are compared.
+    """Returns a name in Unicode's composed form, NFC, for comparison.
 
-    The same name can be spelled in several ways: macOS takes an ``é`` apart into an ``e`` and an accent, and a table
-    written elsewhere does not.
+    The same name has several encodings: macOS decomposes ``é`` into ``e`` and an accent; other systems don't.
     """
     return unicodedata.normalize("NFC", name)
 
 
 def spellings(name: str) -> tuple[str, ...]:
-    """Returns the spellings under which a name may be stored: as it is, composed, and taken apart."""
+    """Returns the encodings under which a name may be stored: unchanged, composed (NFC) and decomposed (NFD)."""
     return tuple(dict.fromkeys((name, nfc(name), unicodedata.normalize("NFD", name))))
 
 
 def existing_file(folder: Path, name: str) -> Path | None:
-    """Returns the file of that name in a folder, in any of its :func:`spellings`; None where there is none."""
+    """Returns the file with a name in a folder, in any of its :func:`spellings`; None if there is none."""
     paths = (folder / spelling for spelling in spellings(name))
     return next((path for path in paths if path.is_file()), None)
 
@@ -95,7 +94,7 @@ def existing_file(folder: Path, name: str) -> Path | None:
 def split_last(text: str) -> tuple[str, str | None]:
     r"""Splits ``DIR:REST`` at its last colon; returns ``text, None`` if it has none.
 
-    The colon of a Windows drive, as in ``C:\photos``, separates nothing.
+    The colon of a Windows drive, as in ``C:\photos``, is not a separator.
     """
     head, colon, tail = text.rpartition(":")
     if _DRIVE.search(head) and tail.startswith(("\\", "/") if os.name == "nt" else "\\"):

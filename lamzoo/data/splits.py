@@ -1,4 +1,4 @@
-"""Names of splits, which of them mean the same, and what is done about data without splits."""
+"""Names and synonyms of splits, data without splits, and held-out validation videos."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SPLIT_NAMES = frozenset(name for names in _SYNONYMS for name in names)
 
 
 def synonyms(split: str) -> tuple[str, ...]:
-    """Returns the names a split may go by, the given one first; validation and test are different things."""
+    """Returns the synonyms of a split name, the name itself first; validation and test are not synonyms."""
     for names in _SYNONYMS:
         if split.lower() in names:
             return (split, *(name for name in names if name != split))
@@ -35,10 +35,10 @@ def synonyms(split: str) -> tuple[str, ...]:
 
 
 def find_split(split: str, available: Iterable[str], where: str) -> str:
-    """Finds a split under the name it has here.
+    """Finds a split by its name or a synonym.
 
     Args:
-        split: as asked for.
+        split: the requested split.
         available: the available splits.
         where: the data set, for the error.
 
@@ -56,48 +56,48 @@ def find_split(split: str, available: Iterable[str], where: str) -> str:
 
 
 def check_whole(dataset: _Dataset, split: str, way_out: str | None) -> None:
-    """Checks that data without splits is asked for as a whole.
+    """Checks that the requested split of data without splits is ``"all"``.
 
     Args:
-        dataset: as opened; its own ``split`` is None for data without splits.
-        split: as asked for.
-        way_out: how to give data of this layout splits, for the error; None where the layout never has any.
+        dataset: the opened data set, whose ``split`` is None for data without splits.
+        split: the requested split.
+        way_out: how to add splits to data of this layout, for the error; None for layouts without splits.
 
     Raises:
-        UnsplitError: the data has no splits, and another one than ``"all"`` is asked for.
+        UnsplitError: the data has no splits, and the requested one is not ``"all"``.
     """
     if dataset.split is None and split.lower() != WHOLE:
         way_out = "" if way_out is None else f", or {way_out}"
         raise UnsplitError(
-            f"{dataset.spec} has no split {split!r}, since it has no splits; name the split '{WHOLE}' to take all of "
+            f"{dataset.spec} has no split {split!r}, since it has no splits; use the split '{WHOLE}' to take all of "
             f"it{way_out}",
             dataset,
         )
 
 
 def open_default(opener: Callable[[str], Data], split: str) -> Data:
-    """Opens the split that is taken where none is named: of data without splits, all of it.
+    """Opens the default split; for data without splits, all of it.
 
     Args:
         opener: opens a split by its name.
-        split: of data with splits.
+        split: default split of data with splits.
 
     Raises:
-        DataError: as of ``opener``.
+        DataError: as for ``opener``.
     """
     try:
         return opener(split)
-    except UnsplitError as error:  # which has opened the data already
+    except UnsplitError as error:  # carries the opened data
         return cast(Data, error.whole) if error.whole is not None else opener(WHOLE)
 
 
 def hold_out(names: Iterable[str], fraction: float, seed: int, spec: str) -> frozenset[str]:
-    """Chooses the videos that are held out for validation, where the data has no such split.
+    """Selects videos to hold out for validation, for data without a validation split.
 
     Args:
-        names: of the videos.
-        fraction: of them that is held out; at least one is, and at least one stays.
-        seed: of the choice.
+        names: names of the videos.
+        fraction: fraction to hold out, rounded to at least one video and less than all.
+        seed: seed of the selection.
         spec: the data set, for the error.
 
     Raises:
@@ -105,15 +105,15 @@ def hold_out(names: Iterable[str], fraction: float, seed: int, spec: str) -> fro
     """
     known = sorted(set(names))
     if len(known) < 2:
-        raise DataError(f"{spec} has {len(known)} video, and none can be held out for validation; add more")
+        raise DataError(f"{spec} has {len(known)} video, so none can be held out for validation; add more")
     count = min(max(1, round(fraction * len(known))), len(known) - 1)
     return frozenset(random.Random(seed).sample(known, count))
 
 
 def check_videos(names: Iterable[str], known: Iterable[str], spec: str) -> None:
-    """Raises a :class:`DataError` where a video that is named is not there."""
+    """Raises a :class:`DataError` if one of the names is not known."""
     missing = sorted(set(names) - set(known))
     if missing:
         raise DataError(
-            f"{spec} has no video {missing[0]!r} any more, which a run has held out for validation; bring it back"
+            f"{spec} no longer has the video {missing[0]!r}, which a run held out for validation; restore it"
         )

@@ -1,4 +1,4 @@
-"""Finding the invalid inputs of a data set before a long run; what the checks of images and of videos share."""
+"""Finding the invalid inputs of a data set before a long run: shared code for images and videos."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lamzoo.errors import ConfigError, DataError
 
 OnBadInput = Literal["stop", "skip"]
 
-_NAMED = 3  # files that one error names; a list is what find_invalid_images and find_invalid_videos are for
+_NAMED = 3  # maximum number of files in an error; find_invalid_images and find_invalid_videos list all
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class BadInput:
 
     Attributes:
         index: in the data set that was checked.
-        filename: its path, or its place in the file that holds it.
+        filename: its path, or its place in an archive.
         reason: the reason, in a few words.
     """
 
@@ -56,7 +56,7 @@ def find_invalid(
     """
     if workers < 0:
         raise ConfigError(f"the number of workers is {workers}; it must be 0 or more")
-    # The loader draws a seed for its workers, which are deterministic here: the caller's random state is left alone.
+    # The loader draws a seed for its workers, which are deterministic here: the caller's random state is preserved.
     loader = DataLoader(
         _Reasons(check, len(dataset)),
         chunk,
@@ -92,7 +92,7 @@ def valid_indices(dataset: Any, bad: Sequence[BadInput], on_bad: OnBadInput, wha
         what: ``"images"`` or ``"videos"``, for the message.
 
     Raises:
-        DataError: ``on_bad`` is ``"stop"`` (names the first, and says how many), or nothing is left.
+        DataError: ``on_bad`` is ``"stop"`` (with the first one and their number), or none is valid.
     """
     where = place(dataset)
     files = "; ".join(f"{one.filename} ({one.reason})" for one in bad[:_NAMED])

@@ -117,7 +117,7 @@ class Gpt2Tokenizer:
         vocab_size: vocabulary size of the model, padding included.
 
     Raises:
-        WeightsNotFoundError: the file is not on this machine and can't be downloaded; says how to bring it.
+        WeightsNotFoundError: the file is not on this machine and can't be downloaded; with instructions to get it.
         ConfigError: the file is not a tokenizer, lacks the end token, or has more tokens than the model.
     """
 

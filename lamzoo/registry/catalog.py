@@ -335,7 +335,7 @@ def model_info(name: str | os.PathLike[str]) -> ModelInfo:
 
 
 def task_of(name: str | os.PathLike[str]) -> Task:
-    """Returns the task of a model, as its card says; builds nothing.
+    """Returns the task of a model from its card, without building the model.
 
     Args:
         name: any name that :func:`lamzoo.create_model` takes, or an exported program, which is a classifier.

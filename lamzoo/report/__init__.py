@@ -1,4 +1,4 @@
-"""Pictures and tables of what a model does and what it costs."""
+"""Figures and tables of models: masks, predictions, training curves, accuracy and cost."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""A contact sheet of videos that answer a query: one row each, of frames spread over it."""
+"""Contact sheets of video search results: one row of frames per video."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ MAX_ROWS = 20
 
 
 def write_contact_sheet(path: str | Path, query: str, matches: Sequence[Match]) -> None:
-    """Draws the best matches of a query into a PNG file.
+    """Writes a PNG file of the best matches of a query.
 
-    Each has a row of up to six frames, from its first to its last, under its rank, score, duration and file.
+    Each match has a row of up to six evenly spaced frames below its rank, score, duration and file name.
 
     Args:
-        path: the PNG file to write, in a folder that exists; an older file is replaced.
+        path: the PNG file, in an existing folder; an older file is replaced.
         query: the title.
-        matches: at least one, the best first; the first :data:`MAX_ROWS` are drawn.
+        matches: at least one match, the best first; the first :data:`MAX_ROWS` are drawn.
 
     Raises:
-        ConfigError: there is no match.
+        ConfigError: there are no matches.
         DataError: a video can't be read, or the file can't be written.
         MissingExtraError: matplotlib or PyAV is not installed.
     """
     path, matches = Path(path), matches[:MAX_ROWS]
     check_sheet(path)
     if not matches:
-        raise ConfigError("a contact sheet needs one match or more")
+        raise ConfigError("a contact sheet needs at least one match")
     rows = ((_caption(rank, match), _frames(match.path)) for rank, match in enumerate(matches, start=1))
     draw_rows(path, query, rows, len(matches))
 
 
 def check_sheet(path: str | Path) -> None:
-    """Checks that a contact sheet can be drawn, and written, before any work.
+    """Checks in advance that a contact sheet can be drawn and written.
 
     Raises:
         DataError: the name does not end in ``.png``, its folder does not exist, or it is a folder itself.

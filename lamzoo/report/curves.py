@@ -1,4 +1,4 @@
-"""Draws a training run's curves and its confusion matrix with matplotlib, without pyplot."""
+"""Training curves and confusion matrices with matplotlib, without pyplot."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from lamzoo.report.mpl import new_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_NAMED = 60  # classes beyond which no name fits beside the matrix
-_COUNTED = 25  # classes beyond which no number fits into a cell
+_NAMED = 60  # maximum number of classes for tick labels
+_COUNTED = 25  # maximum number of classes for numbers in the cells
 _INK, _PALE = "#1b3a57", "#c8553d"
 
 
@@ -24,10 +24,10 @@ def draw_curves(
     """Draws losses and a score over the epochs.
 
     Args:
-        history: one record an epoch, with ``epoch``, ``train_loss`` and, where it was evaluated, the metric and, for
-            some tasks, ``eval_loss``.
+        history: one record per epoch, with ``epoch``, ``train_loss`` and, if the epoch was evaluated, the metric and,
+            for some tasks, ``eval_loss``.
         metric: key of the score.
-        label: of its axis.
+        label: label of the score axis.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -49,12 +49,12 @@ def draw_curves(
 
 
 def draw_confusion(counts: NDArray[np.int64], names: Sequence[str], title: str) -> Figure:
-    """Draws a confusion matrix, each row coloured by its share of the class's images.
+    """Draws a confusion matrix, coloured by the share of each class.
 
     Args:
-        counts: ``(classes, classes)``; row ``i`` holds the images of class ``i``, by what they were taken for.
-        names: of the classes.
-        title: over the matrix.
+        counts: ``(classes, classes)``; row ``i`` counts the images of class ``i`` by predicted class.
+        names: class names.
+        title: title of the figure.
 
     Raises:
         MissingExtraError: matplotlib is not installed.

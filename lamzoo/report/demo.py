@@ -1,4 +1,4 @@
-"""The demonstration: a zoo model beside its plain twin on real photographs, in tables and pictures."""
+"""The demo: a zoo model compared with its plain twin on real photographs."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ _REPEATS = {1: 30, 32: 10}  # by batch size
 
 @dataclass(frozen=True)
 class Photograph:
-    """A photograph inside scikit-image's wheel.
+    """A photograph of scikit-image.
 
     Attributes:
-        name: what it shows.
+        name: its subject.
         path: the file.
-        label: the CIFAR-10 class that is right; None where none of the ten is.
+        label: its CIFAR-10 class; None if it is of no class.
     """
 
     name: str
@@ -47,18 +47,18 @@ _PHOTOGRAPHS = (("cat", "chelsea.png", "cat"), ("rocket", "rocket.jpg", None), (
 
 
 def run(out: Path, cifar10: Path | None = None, *, console: Console | None = None) -> None:
-    """Classifies photographs with the bundled weights, beside the plain backbone, and draws the masks.
+    """Classifies photographs with the bundled weights and with the plain backbone, and draws the masks.
 
-    Prints tables of predictions, cost and, given CIFAR-10, accuracy, and writes ``masks-<photograph>.png`` files. A
-    second run replaces them.
+    Prints tables of predictions, cost and, given CIFAR-10, accuracy, and writes ``masks-<photograph>.png``; older files
+    are replaced.
 
     Args:
         out: folder of the pictures; created if missing.
-        cifar10: a folder that :func:`lamzoo.data.create_dataset` reads, with a ``test`` split; None leaves it out.
-        console: where to print; the terminal by default.
+        cifar10: folder for :func:`lamzoo.data.create_dataset`, with a ``test`` split; None for no evaluation.
+        console: the console to print to; that of the terminal by default.
 
     Raises:
-        MissingExtraError: scikit-image or matplotlib is missing.
+        MissingExtraError: scikit-image or matplotlib is not installed.
         DataError: ``out`` can't be written, or ``cifar10`` can't be read.
         WeightsError: the bundled weights are missing or damaged.
     """
@@ -68,7 +68,7 @@ def run(out: Path, cifar10: Path | None = None, *, console: Console | None = Non
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(f"The folder {out} can't be made: {error.strerror}; choose another with --out.") from error
+        raise DataError(f"The folder {out} can't be created: {error.strerror}; choose another with --out.") from error
     device = resolve_device("auto")
     models = {name: create_model(name, pretrained=True).to(device).eval() for name in (MODEL, BASELINE)}
     console.print(f"torch {torch.__version__}, {_device_name(device)}, {torch.get_num_threads()} CPU threads")
@@ -83,28 +83,28 @@ def run(out: Path, cifar10: Path | None = None, *, console: Console | None = Non
 
 
 def find_photographs() -> list[Photograph]:
-    """Returns the photographs of scikit-image that are there without a download.
+    """Returns the photographs that scikit-image includes without a download.
 
     Raises:
         MissingExtraError: scikit-image is not installed.
-        DataError: its installation lacks one of the files.
+        DataError: the installation lacks one of the files.
     """
     found = importlib.util.find_spec("skimage")
     if found is None or found.origin is None:
         raise MissingExtraError(
-            "The demo's photographs come with scikit-image, which is missing; install it with: "
+            "The demo needs the photographs of scikit-image, which is not installed; install it with: "
             "pip install 'lamzoo[demo]'"
         )
     folder = Path(found.origin).parent / "data"
     photographs = [Photograph(name, folder / file, label) for name, file, label in _PHOTOGRAPHS]
     for photograph in photographs:
         if not photograph.path.is_file():
-            raise DataError(f"This scikit-image carries no {photograph.path}; install it again from its wheel.")
+            raise DataError(f"This scikit-image has no {photograph.path}; install it again from its wheel.")
     return photographs
 
 
 def show_predictions(console: Console, models: dict[str, nn.Module], photographs: list[Photograph]) -> None:
-    """Prints the three likeliest classes of each photograph, a column for each model."""
+    """Prints the three most probable classes of each photograph, one column per model."""
     table = Table(title="Predictions on scikit-image's photographs", show_lines=True)
     table.add_column("photograph")
     table.add_column("right answer")
@@ -121,9 +121,9 @@ def show_predictions(console: Console, models: dict[str, nn.Module], photographs
     names = class_names(first, class_count(first))
     without = [photograph.name for photograph in photographs if photograph.label not in names]
     console.print(
-        f"These are photographs from outside the models' data, shrunk to what the models see. They know "
-        f"{len(names)} classes ({', '.join(names[:10])}{', ...' if len(names) > 10 else ''}), so whatever they say of "
-        f"{' and '.join(filter(None, (', '.join(without[:-1]), *without[-1:])))} is wrong by necessity."
+        f"These photographs are not from the models' data and are downscaled to their input size. The models have "
+        f"{len(names)} classes ({', '.join(names[:10])}{', ...' if len(names) > 10 else ''}), so every prediction for "
+        f"{' and '.join(filter(None, (', '.join(without[:-1]), *without[-1:])))} is wrong."
     )
 
 
@@ -153,9 +153,9 @@ def show_cost(console: Console, models: dict[str, nn.Module]) -> None:
     console.print(
         "GMACs: 10^9 multiply-accumulates, attention included. "
         f"The masks are {mine.lam_gmacs:.4f} GMACs and {mine.lam_params_m:.4f} M parameters of {name}. "
-        f"Latency: median and quartiles of {repeats} passes of each, in turns in one process, {first.dtype} on "
-        f"{first.device} with {first.threads} threads; the ratio is the median of the pairs'. "
-        "Other load on the machine shows."
+        f"Latency: median and quartiles of {repeats} passes of each, in alternation in one process, {first.dtype} on "
+        f"{first.device} with {first.threads} threads; the ratio is the median over pairs. "
+        "Other load on the machine affects it."
     )
 
 

@@ -1,4 +1,4 @@
-"""A PNG of rows of frames, each under a line of text, all under a title."""
+"""PNG files of captioned rows of frames."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from lamzoo.errors import DataError
 from lamzoo.files import atomic_files
 from lamzoo.report.mpl import check_target, new_figure
 
-FRAMES = 6  # of a row, at most
+FRAMES = 6  # maximum frames per row
 
-_CELL = (192, 144)  # pixels, as all below
+_CELL = (192, 144)  # pixels, like the sizes below
 _GAP = 4
 _MARGIN = 14
 _TITLE = 40
-_CAPTION = 26  # over each row
+_CAPTION = 26  # height of the caption of a row
 _WIDTH = FRAMES * _CELL[0] + (FRAMES - 1) * _GAP
-_LETTERS = 110  # of a file name or query that fit beside one another
+_LETTERS = 110  # maximum characters of a line
 _DPI = 100
 _GREY, _INK = (238, 238, 238), "#1b3a57"
-# Tried in turn for letters that the previous ones lack, if installed.
+# Fallback fonts, in order, for characters that the previous ones lack; only installed ones are used.
 _FONTS = (
     "DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Micro Hei", "PingFang SC",
     "Hiragino Sans", "Microsoft YaHei", "Malgun Gothic", "Noto Sans Arabic", "Noto Sans Devanagari", "Nirmala UI",
@@ -34,13 +34,13 @@ _FONTS = (
 
 
 def draw_rows(path: Path, title: str, rows: Iterable[tuple[str, Sequence[Image.Image]]], count: int) -> None:
-    """Draws rows of frames into a PNG file.
+    """Writes a PNG file of rows of frames.
 
     Args:
-        path: the file to write, in a folder that exists; an older file is replaced.
-        title: any text; what doesn't fit on the line is cut.
-        rows: the line over each row, and its frames, the first :data:`FRAMES` of them; taken one after the other.
-        count: how many rows there are.
+        path: the file, in an existing folder; an older file is replaced.
+        title: title of the figure, truncated to one line.
+        rows: caption and frames of each row, of which the first :data:`FRAMES` are drawn; consumed one by one.
+        count: number of rows.
 
     Raises:
         DataError: the file can't be written.
@@ -49,7 +49,7 @@ def draw_rows(path: Path, title: str, rows: Iterable[tuple[str, Sequence[Image.I
     row = _CAPTION + _CELL[1] + _MARGIN
     width, height = _WIDTH + 2 * _MARGIN, _TITLE + count * row
     figure = new_figure((width / _DPI, height / _DPI), dpi=_DPI)
-    figure.set_layout_engine("none")  # everything has its place
+    figure.set_layout_engine("none")  # positions are computed here
     fonts = _fonts()
 
     def write(text: str, top: int, size: float, weight: str = "normal") -> None:
@@ -64,16 +64,18 @@ def draw_rows(path: Path, title: str, rows: Iterable[tuple[str, Sequence[Image.I
         write(caption, top + _CAPTION // 2, 9)
         figure.figimage(np.asarray(_beside(frames)), xo=_MARGIN, yo=height - top - _CAPTION - _CELL[1])
     with atomic_files(DataError) as stage, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="(Glyph|Matplotlib currently does not support)")  # boxes will do
+        warnings.filterwarnings(
+            "ignore", message="(Glyph|Matplotlib currently does not support)"
+        )  # missing glyphs are drawn as boxes
         figure.savefig(stage(path), format="png")
 
 
 def check_rows(path: str | Path, what: str) -> None:
-    """Checks that rows can be drawn, and written, before any work.
+    """Checks in advance that rows can be drawn and written.
 
     Args:
         path: the PNG file.
-        what: name of the picture for errors.
+        what: name of the picture in messages.
 
     Raises:
         DataError: the name does not end in ``.png``, its folder does not exist, or it is a folder itself.
@@ -84,7 +86,7 @@ def check_rows(path: str | Path, what: str) -> None:
 
 
 def printable(text: str | os.PathLike[str], *, start: bool = False) -> str:
-    """Returns text that can be drawn on one line: of one too long the start, or the end, which names the file."""
+    """Returns text for one line; a long text is truncated to its start or, as for file names, to its end."""
     whole = " ".join(os.fsencode(text).decode("utf-8", "replace").split())
     whole = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in whole)
     if len(whole) <= _LETTERS:
@@ -93,7 +95,7 @@ def printable(text: str | os.PathLike[str], *, start: bool = False) -> str:
 
 
 def clock(seconds: float) -> str:
-    """Writes a time: ``9.5 s``, ``1:05`` or ``1:02:03``."""
+    """Formats a time: ``9.5 s``, ``1:05`` or ``1:02:03``."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -102,7 +104,7 @@ def clock(seconds: float) -> str:
 
 
 def _beside(frames: Sequence[Image.Image]) -> Image.Image:
-    """Returns frames beside one another, whole, on grey."""
+    """Returns an image of whole frames side by side on grey."""
     strip = Image.new("RGB", (_WIDTH, _CELL[1]), "white")
     for column, frame in enumerate(frames[:FRAMES]):
         strip.paste(ImageOps.pad(frame, _CELL, color=_GREY), (column * (_CELL[0] + _GAP), 0))

@@ -1,4 +1,4 @@
-"""Lays out masks and a photograph in one matplotlib figure, without pyplot and its global state."""
+"""Figures of masks over a photograph with matplotlib, without pyplot and its global state."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ if TYPE_CHECKING:
 
 COLOURS = "RdBu_r"
 _CELL = 1.3  # inches
-_LEAST_RANGE = 0.05  # half width of a colour scale: a mask nearer to neutral than 5 % stays pale
+_LEAST_RANGE = 0.05  # minimum half width of a colour scale, so that masks within 5 % of neutral stay pale
 
 
 @dataclass(frozen=True)
 class LayerPicture:
-    """What is drawn of one layer, for queries and keys on a patch grid of ``rows x columns``.
+    """The mask of one layer, on a patch grid of ``rows x columns``.
 
     Attributes:
-        name: heads the column.
+        name: heading of the column.
         importance: ``(rows, columns)``, float.
         queries: ``(row, column)`` of each query patch.
-        rows: the mask's values for these queries, ``(len(queries), rows, columns)``, float.
+        rows: mask values for these queries, ``(len(queries), rows, columns)``, float.
     """
 
     name: str
@@ -38,19 +38,19 @@ class LayerPicture:
 def draw(
     layers: list[LayerPicture], seen: NDArray[np.float32], sharp: NDArray[np.float32], *, neutral: float, title: str
 ) -> Figure:
-    """Draws one column a layer: its importance over the image, and below it the mask's rows.
+    """Draws one column per layer: its importance over the image, and rows of the mask below.
 
-    Importances and rows have a colour scale each, shared by all layers and symmetric about ``neutral``.
+    Importances and rows have one colour scale each, shared by all layers and symmetric about ``neutral``.
 
     Args:
         layers: at least one, all with the same queries and grid.
-        seen: the image as the model gets it, ``(H, W, 3)``, 0 to 1.
+        seen: the image at the input size of the model, ``(H, W, 3)``, 0 to 1.
         sharp: the same at a higher resolution.
-        neutral: the mask value that changes nothing.
-        title: over the whole figure.
+        neutral: mask value that leaves the scores unchanged.
+        title: title of the figure.
 
     Returns:
-        The figure, drawn by Agg.
+        The figure, with an Agg canvas.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -72,7 +72,7 @@ def draw(
         _photograph(axes[line, 0], seen, "", (query,), grid)
         axes[line, 0].set_ylabel(f"M[i, :]\ni = {query[0]}, {query[1]}", fontsize=7)
 
-    # Pale, so that a dark part of the photograph is not taken for a deep colour of the mask.
+    # Pale, so that dark parts of the photograph are not confused with colours of the mask.
     grey = 0.4 + 0.6 * np.repeat(seen.mean(axis=2, keepdims=True), 3, axis=2)
     scale = colour_scale([layer.importance for layer in layers], neutral)
     for axis, layer in zip(axes[0, 1:], layers, strict=True):
@@ -95,8 +95,8 @@ def draw(
 
 
 def colour_scale(values: list[NDArray[np.float32]], neutral: float) -> tuple[float, float]:
-    """Returns the lowest and the highest value of a colour scale around the neutral one."""
-    # The outermost percent may saturate, so that one patch can't wash out all others; the figures say how far it went.
+    """Returns the limits of a colour scale that is symmetric about the neutral value."""
+    # The outermost percent may saturate, so that one patch can't wash out all others; axis labels give the full range.
     distance = np.abs(np.concatenate([value.ravel() for value in values]) - neutral)
     half = max(_LEAST_RANGE, float(np.quantile(distance, 0.99)))
     return neutral - half, neutral + half
@@ -133,7 +133,7 @@ def _outline(axis: Any, query: tuple[int, int]) -> None:
 
 
 def _extent(grid: tuple[int, ...]) -> tuple[float, float, float, float]:
-    return 0, grid[1], grid[0], 0  # one unit a patch, the first row at the top
+    return 0, grid[1], grid[0], 0  # one unit per patch, the first row at the top
 
 
 def _colour_bar(figure: Figure, heat: Any, axes: Any, label: str) -> None:

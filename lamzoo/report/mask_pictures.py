@@ -1,4 +1,4 @@
-"""Pictures of a model's learnable masks over a photograph; measures here, draws in :mod:`lamzoo.report.mask_figure`."""
+"""Pictures of a model's masks over a photograph; drawn by :mod:`lamzoo.report.mask_figure`."""
 
 from __future__ import annotations
 
@@ -35,24 +35,24 @@ def explain(
     rows: Sequence[Patch] | None = None,
     head: int | None = None,
 ) -> None:
-    """Draws a model's masks over one image into a PNG file.
+    """Writes a PNG file of a model's masks over one image.
 
-    The picture has one column a layer, or a single one where all layers share their mask. Its first row is the token
-    importance ``mean_i M_ij`` over the image, the rows below are ``M[i, :]`` for a few query patches ``i``, which are
-    outlined on the image. Class and register tokens are left out as keys; the importance averages over all queries.
+    The picture has one column per layer, or a single one if all layers share their mask. The first row is the token
+    importance ``mean_i M_ij`` over the image; the rows below are ``M[i, :]`` for a few query patches ``i``, which are
+    outlined on the image. Class and register tokens are omitted as keys; the importance averages over all queries.
     Colours are centred at the mask's neutral value (1 for ``op="mul"``, 0 for ``"add"``).
 
     Args:
         model: a vision transformer with masks, whose host has a patch grid.
-        image: a file, or an image that Pillow has opened; it is turned upright as its EXIF orientation says.
-        path: the PNG file to write, in a folder that exists; an older file is replaced.
-        rows: ``(row, column)`` on the patch grid of the query patches; three on the diagonal by default.
-        head: which head of per-head masks to draw; their mean by default.
+        image: a file or a Pillow image; rotated by its EXIF orientation.
+        path: the PNG file, in an existing folder; an older file is replaced.
+        rows: ``(row, column)`` of the query patches on the patch grid; three on the diagonal by default.
+        head: head to draw, for per-head masks; their mean by default.
 
     Raises:
-        UnsupportedHostError: the model has no mask, or no patch grid to draw one on.
-        ConfigError: a query patch outside the grid, or a head that the mask does not have.
-        MissingExtraError: matplotlib is missing.
+        UnsupportedHostError: the model has no masks, or no patch grid.
+        ConfigError: a query patch is outside the grid, or the mask has no such head.
+        MissingExtraError: matplotlib is not installed.
         DataError: the image can't be read, or the file can't be written.
     """
     path, model = Path(path), unwrap(model)
@@ -110,12 +110,12 @@ def _spread_rows(grid: Patch) -> list[Patch]:
 
 def _index(row: Patch, grid: Patch) -> int:
     if not (0 <= row[0] < grid[0] and 0 <= row[1] < grid[1]):
-        raise ConfigError(f"The query patch {row} lies outside the patch grid of {grid[0]} rows and {grid[1]} columns.")
+        raise ConfigError(f"The query patch {row} is outside the patch grid of {grid[0]} rows and {grid[1]} columns.")
     return row[0] * grid[1] + row[1]
 
 
 def _head(factor: Tensor, head: int | None) -> Tensor:
-    """Takes one head, or all of them, out of ``(1, Hm, ...)``; returns ``(1 | Hm, ...)``."""
+    """Selects one head, or all, of ``(1, Hm, ...)``; returns ``(1 | Hm, ...)``."""
     if head is None:
         return factor[0]
     if not 0 <= head < factor.shape[1]:
@@ -133,10 +133,10 @@ def _prediction(model: nn.Module, output: Any) -> str:
 
 
 def title_of(model: nn.Module) -> str:
-    """Returns a model's name and where its weights are from."""
+    """Returns the name of a model and the source of its weights."""
     cfg: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     arch = getattr(model, "registry_name", None) or cfg.get("architecture") or type(model).__name__
-    # The record's tag is there without its weights too, so that the title says what was loaded.
+    # The record has its tag even without weights, so the title uses what was loaded.
     source = getattr(model, "weights_source", None)
     return arch if source is None else source if source.startswith(arch) else f"{arch} ({source})"
 

@@ -1,4 +1,4 @@
-"""A photograph as a model gets it, and as a reader wants to see it; knows timm's preprocessing and no model."""
+"""Preprocessing of a photograph for a model, with the same crop at a higher resolution for figures."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lamzoo.profiling.inputs import image_config, image_mode
 
 @dataclass(frozen=True)
 class View:
-    """A photograph as a model gets it.
+    """A preprocessed photograph.
 
     Attributes:
         images: the model's input, ``(1, C, H, W)``, in its dtype and on its device.
@@ -31,16 +31,16 @@ class View:
 
 
 def view(model: nn.Module, photo: str | Path | Image.Image, sharp_side: int = 320) -> View:
-    """Preprocesses a photograph the way the model is evaluated.
+    """Preprocesses a photograph as in evaluation.
 
     Args:
-        model: one with timm's ``pretrained_cfg``; timm's defaults replace missing values.
-        photo: a file, or an image that Pillow has opened.
-        sharp_side: the shorter side, in pixels, that ``sharp`` has at least.
+        model: a model with timm's ``pretrained_cfg``; timm's defaults replace missing values.
+        photo: a file or a Pillow image.
+        sharp_side: minimum length of the shorter side of ``sharp``, pixels.
 
     Raises:
-        UnsupportedHostError: the model takes images that Pillow has no mode for.
-        ConfigError: the model does not say what size its images have.
+        UnsupportedHostError: Pillow has no mode with the model's number of channels.
+        ConfigError: the model doesn't state its image size.
         DataError: the photograph can't be read.
     """
     config = image_config(model)

@@ -1,4 +1,4 @@
-"""Pictures of what a model finds in a video for a sentence; measures here, draws in :mod:`lamzoo.report.timeline`."""
+"""Pictures of moment predictions and masks over time; drawn by :mod:`lamzoo.report.timeline`."""
 
 from __future__ import annotations
 
@@ -28,25 +28,24 @@ _LINE, _LINES = 110, 3  # characters of a line of the title, and lines of its se
 
 
 def explain_moments(model: nn.Module, dataset: MomentDataset, index: int, path: str | Path, *, top: int = 5) -> None:
-    """Draws what a model finds for one query, and where its masks look, into a PNG file with a time axis in seconds.
+    """Writes a PNG file of a model's predictions and masks for one query, over time in seconds.
 
-    From the top: the true spans where they are known, the best predicted ones with their scores, the saliency of the
-    clips, and each masked layer's importance ``mean_i M_ij``, averaged over the heads: of the clips over time, of the
-    words in a group of bars below, of QD-DETR's saliency token in numbers. Layers that share their mask are drawn
-    once. The decoder's self-attention is left out: its keys are moment queries, and those are at no time. A model
-    without masks gets spans and saliency alone. Colours are centred at the mask's neutral value (1 for ``op="mul"``,
-    0 for ``"add"``).
+    From the top: the true spans if known, the best predicted spans with their scores, the saliency of the clips, and
+    the importance ``mean_i M_ij`` of each masked layer, averaged over the heads: of clips over time, of words as bars
+    below, of QD-DETR's saliency token as a number. Layers that share their mask are drawn once. The decoder's
+    self-attention is omitted, because its keys, the moment queries, have no time. Without masks, only spans and
+    saliency are drawn. Colours are centred at the mask's neutral value (1 for ``op="mul"``, 0 for ``"add"``).
 
     Args:
-        model: of the family ``lam_moment_detr``, with masks or without.
+        model: a model of the family ``lam_moment_detr``, with or without masks.
         dataset: a split of queries.
-        index: of the query in it, from 0.
-        path: the PNG file to write, in a folder that exists; an older file is replaced.
-        top: how many predicted spans are drawn; all of them where there are fewer.
+        index: index of the query.
+        path: the PNG file, in an existing folder; an older file is replaced.
+        top: maximum number of predicted spans.
 
     Raises:
-        UnsupportedHostError: the model finds no moments, reads features of another width, or masks attention that is
-            not the family's.
+        UnsupportedHostError: the model is not a moment model, takes features of another width, or has masks in
+            attention outside of the family.
         ConfigError: ``top`` is less than 1.
         IndexError: there is no such query.
         MissingExtraError: matplotlib is missing.
@@ -55,7 +54,7 @@ def explain_moments(model: nn.Module, dataset: MomentDataset, index: int, path: 
     path = Path(path)
     check_target(path, "picture")
     if top < 1:
-        raise ConfigError(f"top is {top}; a timeline shows at least 1 predicted span.")
+        raise ConfigError(f"top is {top}; it must be at least 1.")
     masks = {name.removesuffix(".lam"): module for name, module in model.named_modules() if isinstance(module, Lam)}
     timeline = _measure(model, masks, dataset, index, top)
     config = next(iter(masks.values())).config if masks else None
@@ -66,12 +65,12 @@ def explain_moments(model: nn.Module, dataset: MomentDataset, index: int, path: 
 
 
 def explain_query(model: nn.Module, dataset: MomentDataset, qid: str | None, path: str | Path) -> None:
-    """Draws one query as :func:`explain_moments`, found by its id; the first one for None.
+    """Draws a query as :func:`explain_moments`, selected by its id; None for the first query.
 
     Raises:
-        DataError: the split has no such query; or as of :func:`explain_moments`.
+        DataError: the split has no such query; or as for :func:`explain_moments`.
     """
-    qids = [str(query.qid) for query in dataset.queries]  # QVHighlights' are numbers, others' are not
+    qids = [str(query.qid) for query in dataset.queries]  # numbers in QVHighlights, strings in other data sets
     if qid is not None and qid not in qids:
         few = ", ".join(map(repr, qids[:_NAMED]))
         more = f" and {len(qids) - _NAMED} more" if len(qids) > _NAMED else ""
@@ -88,8 +87,8 @@ def _measure(model: nn.Module, masks: Mapping[str, Lam], dataset: MomentDataset,
     layers = (
         _layer(model, path, record, masks[path].config, len(features.video), len(features.text))
         for path, record in captured.items()
-        if masks[path].network is not None  # else an earlier layer's mask is this one's too
-        and "self_attention" not in path  # of the decoder: the encoder's is called attention
+        if masks[path].network is not None  # otherwise the layer shares the mask of an earlier one
+        and "self_attention" not in path  # of the decoder; that of the encoder is named attention
     )
     return Timeline(query.duration, query.windows, found.windows[:top], found.saliency, tuple(layers))
 
@@ -98,7 +97,7 @@ def _layer(
     model: nn.Module, path: str, record: MaskRecord, config: LamConfig, clips: int, words: int
 ) -> LayerImportance:
     importance = record.importance[0].float().mean(dim=0).cpu().numpy()
-    # The model says so: with one word, Moment-DETR has as many keys as QD-DETR with its token.
+    # Not derived from the number of keys: with one word, Moment-DETR has as many keys as QD-DETR with its token.
     attended = getattr(model, "attended", None)
     lengths = (0, clips, words) if attended is None else attended(path, clips, words)
     if sum(lengths) != len(importance):

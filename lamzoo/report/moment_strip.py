@@ -1,4 +1,4 @@
-"""A preview of moments that were found in a video: a row of frames for each, spread over it."""
+"""Preview strips of predicted moments: one row of frames per moment."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Span:
     Attributes:
         start: seconds.
         end: seconds.
-        score: how sure the model is, 0 to 1.
+        score: confidence, 0 to 1.
     """
 
     start: float
@@ -30,27 +30,27 @@ class Span:
 
 
 def write_strip(path: str | Path, query: str, video: str | Path, spans: Sequence[Span]) -> None:
-    """Draws the best moments of a video for a query into a PNG file.
+    """Writes a PNG file of the best moments of a video for a query.
 
-    Each has a row of six frames, from the middles of its sixths, under its rank, score and times.
+    Each moment has a row of six frames, at the middles of its sixths, below its rank, score and times.
 
     Args:
-        path: the PNG file to write, in a folder that exists; an older file is replaced.
+        path: the PNG file, in an existing folder; an older file is replaced.
         query: the title.
         video: the file.
-        spans: at least one, the best first; the first :data:`MAX_ROWS` are drawn.
+        spans: at least one span, the best first; the first :data:`MAX_ROWS` are drawn.
 
     Raises:
-        ConfigError: there is no span.
+        ConfigError: there are no spans.
         DataError: the video can't be read, or the file can't be written.
         MissingExtraError: matplotlib or PyAV is not installed.
     """
     path, spans = Path(path), spans[:MAX_ROWS]
     check_strip(path)
     if not spans:
-        raise ConfigError("a preview strip needs one span or more")
+        raise ConfigError("a preview strip needs at least one span")
     wanted = [_times(span) for span in spans]
-    # One pass through the file gives the frames of all spans, which may overlap.
+    # One pass through the file reads the frames of all spans, which may overlap.
     times = sorted({time for row in wanted for time in row})
     frames = dict(zip(times, read_video(video, Instants(at=tuple(times))).frames, strict=True))
     rows = (
@@ -61,7 +61,7 @@ def write_strip(path: str | Path, query: str, video: str | Path, spans: Sequence
 
 
 def check_strip(path: str | Path) -> None:
-    """Checks that a preview strip can be drawn, and written, before any work.
+    """Checks in advance that a preview strip can be drawn and written.
 
     Raises:
         DataError: the name does not end in ``.png``, its folder does not exist, or it is a folder itself.

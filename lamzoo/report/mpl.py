@@ -1,4 +1,4 @@
-"""Where pictures are drawn and written: an empty matplotlib figure by Agg, or the word that matplotlib is missing."""
+"""Matplotlib figures without pyplot, and checks of the files that they are written to."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def new_figure(
     layout: Literal["constrained", "compressed"] = "constrained",
     extra: str = "report",
 ) -> Figure:
-    """Makes an empty figure.
+    """Returns an empty figure with an Agg canvas.
 
     Args:
         size: width and height in inches.
-        dpi: pixels an inch.
+        dpi: pixels per inch.
         layout: matplotlib's layout engine.
-        extra: what to install where matplotlib is missing.
+        extra: extra of lamzoo to install if matplotlib is missing, for the message.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -42,18 +42,18 @@ def new_figure(
 
 
 def check_target(path: Path, what: str) -> None:
-    """Checks that a PNG can be written to a path, before any work.
+    """Checks in advance that a PNG file can be written.
 
     Args:
         path: the file.
-        what: name of the picture for errors.
+        what: name of the picture in messages.
 
     Raises:
         DataError: the name does not end in ``.png``, its folder does not exist, or it is a folder itself.
     """
     if path.suffix.lower() != ".png":
-        raise DataError(f"The {what} {path} would be a PNG; give it a name that ends in .png.")
+        raise DataError(f"The {what} {path} is written as PNG; its name must end in .png.")
     if not path.absolute().parent.is_dir():
-        raise DataError(f"The folder {path.parent} of the {what} does not exist; make it first.")
+        raise DataError(f"The folder {path.parent} of the {what} does not exist; create it first.")
     if path.is_dir():
         raise DataError(f"The {what} can't be written over the folder {path}; choose another name.")

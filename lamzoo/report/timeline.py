@@ -1,4 +1,4 @@
-"""Lays out one query's spans, saliency and masks over time in a matplotlib figure, without pyplot."""
+"""Figures of a query's spans, saliency and masks over time with matplotlib, without pyplot."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
 
 _TRUE, _FOUND, _INK = "#2e7d5b", "#c8553d", "#1b3a57"
 _WIDTH, _ROW, _CURVE, _STRIP, _WORDS = 8.0, 0.19, 0.8, 0.55, 0.7  # inches
-_GROUPS = 4  # of words beside one another
-_NUMBERS = 8  # of words that are written below a group, at most
-_LEAST_HEIGHT = 0.05  # of an axis of importances: a mask nearer to neutral than 5 % stays flat
+_GROUPS = 4  # groups of words side by side
+_NUMBERS = 8  # maximum number of tick labels per group
+_LEAST_HEIGHT = 0.05  # minimum height of an importance axis, so that masks within 5 % of neutral stay flat
 
 
 @dataclass(frozen=True)
 class LayerImportance:
-    """Mean mask value of each key of one layer, by what the keys are.
+    """Mean mask value of each key of one layer, by kind of key.
 
     Attributes:
-        name: heads its panels.
-        clips: ``(N,)``, float; empty where the layer looks at no clips.
+        name: heading of its panels.
+        clips: ``(N,)``, float; empty if the layer doesn't attend to clips.
         words: ``(W,)``, likewise.
-        token: of the saliency token, where the layer looks at one.
+        token: that of the saliency token; None if the layer doesn't attend to one.
     """
 
     name: str
@@ -41,14 +41,14 @@ class LayerImportance:
 
 @dataclass(frozen=True)
 class Timeline:
-    """What is drawn of one query.
+    """Spans, saliency and masks for one query.
 
     Attributes:
-        duration: of the video, seconds.
-        true: start and end of each true span, seconds; none where they are not known.
+        duration: duration of the video, seconds.
+        true: start and end of each true span, seconds; empty if unknown.
         found: ``(K, 3)``, float: start and end in seconds, and score from 0 to 1, the best first.
         saliency: ``(N,)``, float, of each clip.
-        layers: those whose masks are drawn.
+        layers: the masked layers.
     """
 
     duration: float
@@ -59,19 +59,19 @@ class Timeline:
 
 
 def draw_timeline(timeline: Timeline, *, neutral: float, title: str) -> Figure:
-    """Draws spans, saliency and the importance of clips over one time axis, and below it the importance of words.
+    """Draws spans, saliency and the importance of clips over a time axis, and the importance of words below.
 
-    The clips share the video's length evenly. A predicted span is the more opaque the higher its score, and the true
-    spans are shaded in all panels over time. Importances rise above ``neutral`` or fall below it; their colours have
-    one scale for all layers, symmetric about it, their heights one for each panel.
+    All clips are equally long. Predicted spans with higher scores are more opaque, and true spans are shaded in all
+    panels over time. Importances are drawn relative to ``neutral``, with one colour scale for all layers, symmetric
+    about it, and one height scale per panel.
 
     Args:
-        timeline: what is drawn.
-        neutral: the mask value that changes nothing.
-        title: over the whole figure.
+        timeline: the data.
+        neutral: mask value that leaves the scores unchanged.
+        title: title of the figure.
 
     Returns:
-        The figure, drawn by Agg.
+        The figure, with an Agg canvas.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -84,7 +84,7 @@ def draw_timeline(timeline: Timeline, *, neutral: float, title: str) -> Figure:
     above = 0.15 * (title.count("\n") + 1)
     below = 0.35 + 0.45 * bool(groups)
     figure = new_figure((_WIDTH, sum(heights) + 0.08 * len(heights) + above + below))
-    figure.suptitle(title, fontsize=9, parse_math=False)  # a dollar in a sentence is one
+    figure.suptitle(title, fontsize=9, parse_math=False)  # dollar signs are literal
     grid = figure.add_gridspec(len(heights), columns, height_ratios=heights)
 
     times = [figure.add_subplot(grid[row, :]) for row in range(2 + len(strips))]
@@ -114,14 +114,14 @@ def draw_timeline(timeline: Timeline, *, neutral: float, title: str) -> Figure:
 def draw_strip(
     axis: Any, values: NDArray[np.float32], edges: NDArray[np.float64], neutral: float, scale: tuple[float, float]
 ) -> None:
-    """Draws a curve, and fills what lies between it and the neutral value with the colours of a heat strip.
+    """Draws a curve, and fills the area between it and the neutral value with the colours of a heat strip.
 
     Args:
-        axis: matplotlib's.
+        axis: the matplotlib axes.
         values: ``(N,)``, importances.
-        edges: ``(N + 1,)``, where each begins and the last ends.
-        neutral: the value that changes nothing.
-        scale: the lowest and the highest value of the colours.
+        edges: ``(N + 1,)``, the boundaries of the intervals.
+        neutral: mask value that leaves the scores unchanged.
+        scale: limits of the colour scale.
     """
     low, high = _height(axis, values, neutral)
     area = axis.stairs(values, edges, baseline=neutral, fill=True, facecolor="none", edgecolor="none")
@@ -140,12 +140,12 @@ def draw_strip(
 
 
 def name_panel(axis: Any, name: str) -> None:
-    """Writes a name, of one or several lines, to the left of a panel."""
+    """Writes the name of a panel, of one or several lines, to its left."""
     axis.set_ylabel(name, fontsize=8, rotation=0, ha="right", va="center")
 
 
 def draw_colour_bar(figure: Figure, scale: tuple[float, float], axes: list[Any]) -> None:
-    """Draws the scale of importances' colours to the right of panels."""
+    """Draws the colour bar of importances to the right of panels."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
@@ -169,7 +169,7 @@ def _spans(axis: Any, timeline: Timeline) -> None:
 
 
 def _span(axis: Any, row: int, start: float, end: float, colour: str, opacity: float) -> None:
-    # Outlined, so that one of a second can be seen in a video of an hour, and two that touch are two.
+    # Outlined, so that a span of a second is visible in a video of an hour, and adjacent spans are distinct.
     face = (colour, float(opacity))
     axis.barh(row, end - start, left=start, height=0.7, facecolor=face, edgecolor=colour, linewidth=0.8)
 
@@ -196,7 +196,7 @@ def _bars(axis: Any, layer: LayerImportance, neutral: float, scale: tuple[float,
     axis.bar(numbers, layer.words - neutral, 0.8, bottom=neutral, color=colours, edgecolor=_INK, linewidth=0.5)
     shown = numbers[:: math.ceil(len(numbers) / _NUMBERS)]
     axis.set_xticks(shown, [str(number) for number in shown])
-    axis.set_xlim(0.4, max(len(numbers), 3) + 0.6)  # one word alone is no wall
+    axis.set_xlim(0.4, max(len(numbers), 3) + 0.6)  # keeps the bar of a single word narrow
     axis.set_title(layer.name.replace("\n", ", "), fontsize=8, pad=3)
     axis.set_xlabel("word", fontsize=8, labelpad=2)
     axis.tick_params(labelsize=7)
@@ -204,13 +204,15 @@ def _bars(axis: Any, layer: LayerImportance, neutral: float, scale: tuple[float,
 
 
 def _height(axis: Any, values: NDArray[np.float32], neutral: float) -> tuple[float, float]:
-    """Marks the neutral value and makes room for all others; returns the axis's limits."""
+    """Marks the neutral value and scales the axis to all values; returns the limits."""
     from matplotlib.ticker import MaxNLocator
 
     low, high = min(neutral, float(values.min())), max(neutral, float(values.max()))
     margin = 0.08 * (high - low) + max(0.0, _LEAST_HEIGHT - (high - low)) / 2
     low, high = low - margin, high + margin
-    ticks = neutral + np.asarray(MaxNLocator(3).tick_values(low - neutral, high - neutral))  # neutral is one of them
+    ticks = neutral + np.asarray(
+        MaxNLocator(3).tick_values(low - neutral, high - neutral)
+    )  # includes the neutral value
     axis.set_yticks([tick for tick in ticks if low <= tick <= high])
     axis.set_ylim(low, high)
     axis.axhline(neutral, color=_INK, linewidth=0.5, linestyle=(0, (4, 3)))

@@ -1,4 +1,4 @@
-"""WebVTT, the subtitles of the web: sentences with their times as a file that players read."""
+"""WebVTT subtitles."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from lamzoo.files import atomic_files
 
 @dataclass(frozen=True)
 class Cue:
-    """A text and when it is shown.
+    """A subtitle.
 
     Attributes:
         start: seconds.
-        end: likewise, behind the start.
-        text: on one line, whatever line breaks it has.
+        end: seconds, after the start.
+        text: the text; line breaks become spaces.
     """
 
     start: float
@@ -27,11 +27,11 @@ class Cue:
 
 
 def write_webvtt(path: str | Path, cues: Sequence[Cue]) -> None:
-    """Writes cues into a file, all of them or nothing; those without text are left out, since they would show none.
+    """Writes cues to a file, atomically; cues without text are omitted.
 
     Args:
-        path: the file, in a folder that exists; an older one is replaced.
-        cues: in their order, none beginning before the one in front of it ends.
+        path: the file, in an existing folder; an older file is replaced.
+        cues: the cues in order, without overlap.
 
     Raises:
         ConfigError: a cue ends before it starts, or overlaps another, in milliseconds.
@@ -44,14 +44,14 @@ def write_webvtt(path: str | Path, cues: Sequence[Cue]) -> None:
 
 
 def format_webvtt(cues: Sequence[Cue]) -> str:
-    """Returns the text of the file that :func:`write_webvtt` writes, with its errors."""
+    """Formats cues as WebVTT; arguments and errors as for :func:`write_webvtt`."""
     blocks, before = ["WEBVTT\n"], 0
     for cue in cues:
         start, end = _milliseconds(cue.start), _milliseconds(cue.end)
         if not before <= start < end:
             raise ConfigError(
                 f"the cue from {cue.start:g} to {cue.end:g} s can't follow one that ends at {before / 1000:g} s; "
-                "cues must be in order, apart from each other, and of a millisecond or more"
+                "cues must be in order, without overlap, and at least a millisecond long"
             )
         before = end
         line = " ".join(cue.text.split())
@@ -61,28 +61,28 @@ def format_webvtt(cues: Sequence[Cue]) -> str:
 
 
 def check_webvtt(path: str | Path) -> None:
-    """Checks that such a file can be written to a path, before any work.
+    """Checks in advance that a WebVTT file can be written.
 
     Raises:
         DataError: the name does not end in ``.vtt``, its folder does not exist, or it is a folder itself.
     """
     path = Path(path)
     if path.suffix.lower() != ".vtt":
-        raise DataError(f"The subtitles {path} would be WebVTT; give them a name that ends in .vtt.")
+        raise DataError(f"The subtitles {path} are written as WebVTT; their name must end in .vtt.")
     if not path.absolute().parent.is_dir():
-        raise DataError(f"The folder {path.parent} of the subtitles does not exist; make it first.")
+        raise DataError(f"The folder {path.parent} of the subtitles does not exist; create it first.")
     if path.is_dir():
         raise DataError(f"The subtitles can't be written over the folder {path}; choose another name.")
 
 
 def timestamp(seconds: float) -> str:
-    """Writes a time as WebVTT does: ``00:01:02.345``, or ``100:00:00.000``."""
+    """Formats a time as in WebVTT: ``00:01:02.345``, or ``100:00:00.000``."""
     return _stamp(_milliseconds(seconds))
 
 
 def _milliseconds(seconds: float) -> int:
     if not 0 <= seconds < math.inf:
-        raise ConfigError(f"{seconds} s is no time of a cue; it must be a number of at least 0")
+        raise ConfigError(f"{seconds} s is not a valid cue time; it must be a number of at least 0")
     return round(seconds * 1000)
 
 
@@ -92,5 +92,5 @@ def _stamp(milliseconds: int) -> str:
 
 
 def _escaped(line: str) -> str:
-    """Writes the signs that would begin tags and entities as entities; no arrow is left, which would be a cue's."""
+    """Escapes the characters that begin tags and entities, and with them arrows, which would begin a cue."""
     return line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

@@ -1,4 +1,4 @@
-"""Pictures of where a describer looks for each word; measures here, draws in :mod:`lamzoo.report.word_attention`."""
+"""Pictures of a describer's masks and word attention; drawn by :mod:`lamzoo.report.word_attention`."""
 
 from __future__ import annotations
 
@@ -33,23 +33,23 @@ _LINE = 110  # characters of a line of the title
 def explain_windows(
     model: nn.Module, windows: VideoWindows, described: Sequence[DescribedWindow], path: str | Path
 ) -> None:
-    """Draws where a describer looked in the windows of a video, into a PNG file with a time axis in seconds.
+    """Writes a PNG file of a describer's masks and word attention over the windows of a video, in seconds.
 
-    Each window has a panel a modality. On top is what the encoder's masks raise or lower over time: the importance
-    ``mean_i M_ij`` of each token, averaged over heads and layers; nothing in models without masks. Below, each word of
-    the sentence has a row: the decoder's cross-attention while it chose the word, averaged over heads, layers and the
-    pieces that the word was written in. Beside a row stands which share of that attention is on the modality; what is
-    on none is on the encoder's first token, or on the sentences before.
+    Each window has one panel per modality. The top is the importance ``mean_i M_ij`` of each token over time, averaged
+    over heads and layers; it is omitted for models without masks. Below, each word of the sentence has a row: the
+    decoder's cross-attention when the word was generated, averaged over heads, layers and the tokens of the word. The
+    number beside a row is the share of that attention on the modality; the rest is on the encoder's first token or on
+    the previous sentences.
 
     Args:
-        model: the one that described.
-        windows: of the video.
-        described: what it wrote; the first :data:`MAX_WINDOWS` are drawn.
-        path: the PNG file to write, in a folder that exists; an older file is replaced.
+        model: the model that generated the descriptions.
+        windows: the windows of the video.
+        described: the descriptions; the first :data:`MAX_WINDOWS` are drawn.
+        path: the PNG file, in an existing folder; an older file is replaced.
 
     Raises:
         DataError: there is nothing to draw, the video can't be read, or the file can't be written.
-        MissingExtraError: matplotlib is missing.
+        MissingExtraError: matplotlib is not installed.
     """
     path = Path(path)
     check_target(path, "picture")
@@ -57,7 +57,7 @@ def explain_windows(
     config = next(iter(masks.values())).config if masks else None
     views = [_measure(model, windows, each, bool(masks)) for each in described[:MAX_WINDOWS]]
     if not any(view.words or config for view in views):
-        raise DataError(f"of {windows.path} there is nothing to draw: the model has no masks, and wrote no words")
+        raise DataError(f"{windows.path} has nothing to draw: the model has no masks and generated no words")
     title = _title(model, windows, len(described), config)
     figure = draw_windows(views, neutral=0.0 if config is None else config.mask_op.identity, title=title)
     with atomic_files(DataError) as stage:
@@ -65,12 +65,12 @@ def explain_windows(
 
 
 def word_attention(model: Any, joint: Joint, tokens: Sequence[int]) -> Tensor:
-    """Returns where a describer's decoder looks while it chooses each token, averaged over heads and layers.
+    """Returns the cross-attention of a describer's decoder for each generated token, averaged over heads and layers.
 
     Args:
-        model: of the family ``lam_describer``, in evaluation mode.
+        model: a model of the family ``lam_describer``, in evaluation mode.
         joint: the encoder's tokens of one clip.
-        tokens: of the sentence, without start and end.
+        tokens: token ids of the sentence, without start and end.
 
     Returns:
         ``(len(tokens), N)``, float32 on the CPU: weights of the encoder's tokens, which sum to 1.
@@ -81,7 +81,7 @@ def word_attention(model: Any, joint: Joint, tokens: Sequence[int]) -> Tensor:
 
 
 def words_of(tokenizer: Any, tokens: Sequence[int]) -> list[tuple[str, list[int]]]:
-    """Returns the words that tokens spell, each with the numbers of the tokens that it is written in."""
+    """Returns the words of a token sequence, each with the positions of its tokens."""
     texts: list[str] = str(tokenizer.decode(list(tokens))).split()
     pieces: list[list[int]] = [[] for _ in texts]
     for number in range(len(tokens)):
@@ -138,8 +138,8 @@ def _title(model: nn.Module, windows: VideoWindows, count: int, config: LamConfi
         lines.append(f"the first {MAX_WINDOWS} of {count} windows, of {clock(windows.duration)} in all")
     if config is not None:
         lines.append(
-            f"curves: importance, what M does on average of heads and layers; M {config.mask_op.effect} the attention "
+            f"curves: importance, the mean of M over heads and layers; M {config.mask_op.effect} the attention "
             f"scores, {config.mask_op.identity:g} is neutral"
         )
-    lines.append("rows: where the decoder looked for a word (dark: most), and its share of attention on the modality")
+    lines.append("rows: attention of the decoder for a word (dark: high), and its share on the modality")
     return "\n".join(lines)

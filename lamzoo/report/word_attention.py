@@ -1,4 +1,4 @@
-"""Lays out what windows' words attend to over time in a matplotlib figure, without pyplot."""
+"""Figures of masks and word attention over time with matplotlib, without pyplot."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from lamzoo.report.timeline import draw_colour_bar, draw_strip, name_panel
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MAX_WORDS = 14  # of a window
+MAX_WORDS = 14  # maximum words per window
 
 _WIDTH, _STRIP, _WORD, _HEAD = 8.0, 0.5, 0.16, 0.24  # inches
-_LINE = 96  # characters of a line over a window
-_LETTERS = 16  # of a word
+_LINE = 96  # characters per line of a heading
+_LETTERS = 16  # maximum characters of a word
 _ATTENTION = "Purples"
 
 
 @dataclass(frozen=True)
 class ModalityView:
-    """What is drawn of one modality of a window.
+    """Masks and attention of one modality of a window.
 
     Attributes:
-        name: beside its panels.
-        times: ``(N,)``, rising, the middles of its tokens, seconds in the video.
+        name: name of the modality.
+        times: ``(N,)``, ascending: the middles of its tokens, seconds in the video.
         importance: ``(N,)``, mean mask value of each token; None without masks.
-        attention: ``(W, N)``, of each word to each token, 0 to 1.
+        attention: ``(W, N)``, attention of each word to each token, 0 to 1.
     """
 
     name: str
@@ -45,12 +45,12 @@ class ModalityView:
 
 @dataclass(frozen=True)
 class WindowView:
-    """What is drawn of one window.
+    """Words, masks and attention of one window.
 
     Attributes:
         start: seconds in the video.
         end: likewise.
-        words: of its sentence.
+        words: the words of its sentence.
         modalities: at least one.
     """
 
@@ -61,18 +61,18 @@ class WindowView:
 
 
 def draw_windows(windows: Sequence[WindowView], *, neutral: float, title: str) -> Figure:
-    """Draws windows below each other, each with its panels: for every modality importance and words over time.
+    """Draws windows below each other, each with panels of the importance and word attention of every modality.
 
-    All panels of a window share its time axis. Importances have one scale of colours for the whole figure, symmetric
-    about ``neutral``; the attention of words has one for each panel, from white, none, to dark, the most in it.
+    All panels of a window share its time axis. Importances have one colour scale for the whole figure, symmetric about
+    ``neutral``; word attention has one per panel, from white (zero) to dark (its maximum).
 
     Args:
         windows: at least one.
-        neutral: the mask value that changes nothing.
-        title: over the whole figure.
+        neutral: mask value that leaves the scores unchanged.
+        title: title of the figure.
 
     Returns:
-        The figure, drawn by Agg.
+        The figure, with an Agg canvas.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -85,7 +85,7 @@ def draw_windows(windows: Sequence[WindowView], *, neutral: float, title: str) -
     above = 0.15 * (title.count("\n") + 1)
     heads = sum(_HEAD * (1 + _heading(window).count("\n")) + 0.3 for window in windows)
     figure = new_figure((_WIDTH, sum(heights) + 0.08 * len(heights) + heads + above + 0.2))
-    figure.suptitle(title, fontsize=9, parse_math=False)  # a dollar in a sentence is one
+    figure.suptitle(title, fontsize=9, parse_math=False)  # dollar signs are literal
     grid = figure.add_gridspec(len(heights), 1, height_ratios=heights)
     masks = [view.importance for window in windows for view in window.modalities if view.importance is not None]
     scale = colour_scale(masks, neutral) if masks else (neutral - 1, neutral + 1)
@@ -111,7 +111,7 @@ def draw_windows(windows: Sequence[WindowView], *, neutral: float, title: str) -
         if not first:
             first = block
     if strips:
-        draw_colour_bar(figure, scale, first)  # of its height: one beside all windows would be yards long
+        draw_colour_bar(figure, scale, first)  # the first window only, to limit the height of the bar
     figure.align_ylabels(axes)
     return figure
 
@@ -149,13 +149,13 @@ def _over_time(axis: Any, window: WindowView, *, is_last: bool) -> None:
     axis.set_xlim(window.start, window.end)
     axis.tick_params(axis="both", labelsize=7, labelbottom=is_last)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.yaxis.labelpad = 8  # apart from the words
+    axis.yaxis.labelpad = 8  # distance from the words
     if is_last:
         axis.set_xlabel("time (s)", fontsize=8, labelpad=2)
 
 
 def _edges(times: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Returns where each token begins and the last ends: halfway between the middles of neighbours."""
+    """Returns the boundaries of the tokens: halfway between the middles of neighbours."""
     middles = times.astype(np.float64)
     if len(middles) == 1:
         return np.array([middles[0] - 0.5, middles[0] + 0.5])

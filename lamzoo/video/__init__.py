@@ -1,4 +1,4 @@
-"""From video files to answers: features, search, and descriptions window by window."""
+"""Applications on video files: feature extraction, search by text, and description window by window."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""A raw video, window by window: the streams that a describer reads, and the sentence that it writes for each."""
+"""Description of raw video files: the input streams of each window, and one generated sentence per window."""
 
 from __future__ import annotations
 
@@ -28,28 +28,28 @@ from lamzoo.video.extractor import FeatureExtractor, feature_widths
 
 _logger = logging.getLogger(__name__)
 
-TOWERS = "open_clip/ViT-B-32:openai"  # whose features of frames are read where nothing else is said
+TOWERS = "open_clip/ViT-B-32:openai"  # default towers for frame features
 
-_RATE = 5.0  # frames a second of models that don't say theirs
-_SHORTEST = 0.1  # seconds of a window
-_NEGLIGIBLE = 0.01  # of a window: a rest that the last one takes in
-_NAMED = 5  # windows in a warning
+_RATE = 5.0  # frames per second of models without a rate of their own
+_SHORTEST = 0.1  # minimum length of a window, seconds
+_NEGLIGIBLE = 0.01  # fraction of a window: a remainder up to this is merged into the last window
+_NAMED = 5  # maximum number of windows in a warning
 
 Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
 class DescribedWindow:
-    """A part of a video and what was written of it.
+    """A window of a video and its description.
 
     Attributes:
-        number: of the window in its video, from 0.
-        start: seconds from the video's first frame.
+        number: index of the window in its video, from 0.
+        start: seconds from the first frame of the video.
         end: likewise.
-        text: the sentence; empty where the model writes none.
-        tokens: of the sentence, without start and end.
-        context: the sentences before, as far as the model read them.
-        modalities: those that the window had features of.
+        text: the sentence; empty if the model generated none.
+        tokens: token ids of the sentence, without start and end.
+        context: the previous sentences that the model was conditioned on.
+        modalities: the modalities for which the window has features.
     """
 
     number: int
@@ -62,41 +62,40 @@ class DescribedWindow:
 
 
 class VideoWindows:
-    """A video, or a part of it, in windows of one length, with the streams of each that a describer reads.
+    """Windows of equal length of a video, or of a part of it, with the input streams of a describer.
 
-    The streams are to the bit what ``videos:DIR`` gives for the same span, with features that ``lamzoo
-    extract-features --clip-seconds 1/RATE`` made: ``video``, the embeddings of so many frames a second, scaled to
-    length 1, which are read once for all windows, some frames at a time; and ``audio``, 50 tokens a second, each two
-    spectra of 64 mel bands. Other modalities can't be made of a file: a model that reads ``mouth`` and ``audio`` gets
-    ``audio``.
+    The streams are bitwise equal to those of ``videos:DIR`` for the same span with features from ``lamzoo
+    extract-features --clip-seconds 1/RATE``. ``video``: embeddings of ``rate`` frames per second, normalised to length
+    1; they are computed once for all windows, in batches. ``audio``: 50 tokens per second, each two spectra of 64 mel
+    bands. Other modalities can't be computed from a file: a model that takes ``mouth`` and ``audio`` gets ``audio``
+    only.
 
     Args:
         path: the video file.
-        model: of the family ``lam_describer``; says which modalities, and how wide.
-        towers: a name, or model, as of :class:`FeatureExtractor`; nothing is created where the model
-            reads no ``video``.
-        rate: frames a second; the model's own by default, 5 where it has none.
-        seconds: length of a window, at least 0.1; the model's own by default. The last one is what is left.
-        start: of the part, seconds from the video's first frame.
-        end: likewise; by default the video's.
-        device: of the towers.
+        model: a model of the family ``lam_describer``, which defines the modalities and their widths.
+        towers: name or model for :class:`FeatureExtractor`; not created if the model takes no ``video``.
+        rate: frames per second; by default that of the model, or 5 if it has none.
+        seconds: length of a window, at least 0.1; that of the model by default. The last window may be shorter.
+        start: start of the part, seconds from the first frame of the video.
+        end: end of the part, seconds; the end of the video by default.
+        device: device of the towers.
 
     Attributes:
         path: the file.
-        duration: of the whole video, seconds.
-        rate: frames a second; None where no frames are looked at.
+        duration: duration of the whole video, seconds.
+        rate: frames per second; None if no frames are used.
         seconds: length of a window.
         spans: start and end of each window, seconds.
-        modalities: those that are made.
-        missing: those that the model reads too, and that can't be made of this file.
+        modalities: the modalities computed from the file.
+        missing: the modalities of the model that can't be computed from the file.
 
     Raises:
-        ConfigError: a rate, length, start or end that is not possible.
-        DataError: the video can't be read, or has no sound and the model listens only.
-        UnsupportedHostError: the model describes nothing, none of its modalities can be made, or the towers' features
-            are of another width.
+        ConfigError: an invalid rate, length, start or end.
+        DataError: the video can't be read, or it has no sound and the model takes only audio.
+        UnsupportedHostError: the model is not a describer, none of its modalities can be computed, or the features of
+            the towers have another width.
         MissingExtraError: PyAV is not installed.
-        WeightsError: the weights of the towers cannot be had.
+        WeightsError: the weights of the towers are not available.
     """
 
     def __init__(
@@ -118,7 +117,7 @@ class VideoWindows:
             raise ConfigError(f"a window is {self.seconds:g} s long; it must be at least {_SHORTEST} s")
         rate = describer.rates.get("video", _RATE) if rate is None else rate
         if not (rate > 0 and math.isfinite(rate)):
-            raise ConfigError(f"{rate:g} frames a second can't be looked at; the rate must be more than 0")
+            raise ConfigError(f"the rate is {rate:g} frames per second; it must be above 0")
         info = probe_video(self.path)
         self.duration = info.duration
         self.spans = _cut(self.path, info.duration, self.seconds, start, end)
@@ -130,22 +129,22 @@ class VideoWindows:
         if "video" in self.modalities:
             widths = feature_widths(towers) if isinstance(towers, str) else None
             if widths is not None:
-                _check_width(describer, widths[0])  # before weights of towers that do not fit are asked for
+                _check_width(describer, widths[0])  # before the weights of unsuitable towers are downloaded
             self._extractor = FeatureExtractor(towers, clip_seconds=1 / rate, device=device)
-            self.rate = 1 / self._extractor.clip_seconds  # rounded as readers of its files do
+            self.rate = 1 / self._extractor.clip_seconds  # rounded as in the readers of feature files
             _check_width(describer, self._extractor.video_dim)
 
     def __len__(self) -> int:
         return len(self.spans)
 
     def read(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Looks at the frames of all windows, once; :meth:`streams` does so where nobody did.
+        """Computes the frame features of all windows, once; called by :meth:`streams` if necessary.
 
         Args:
-            progress: called with the frames that are seen, and how many there are.
+            progress: called with the number of frames read and their total.
 
         Raises:
-            ConfigError: the features are not finite, or a batch does not fit on the device.
+            ConfigError: the features are not finite, or a batch doesn't fit into the memory of the device.
             DataError: the video can't be read.
         """
         if self._extractor is None or self.rate is None or self._rows is not None:
@@ -155,11 +154,11 @@ class VideoWindows:
         self._first = min(rows.start for rows in wanted)
         clips = range(self._first, max(rows.stop for rows in wanted))
         seen = self._extractor.video(self.path, clips, progress)
-        self._count = self._extractor.sampling.clips(seen.duration)  # decoding may show that the file's index was wrong
+        self._count = self._extractor.sampling.clips(seen.duration)  # decoding may correct a wrong index
         self._rows = seen.clips
 
     def streams(self, number: int) -> dict[str, Stream]:
-        """Returns the features of a window by modality, without those it lacks: none where it is silent.
+        """Returns the features of a window by modality; missing modalities, such as silent audio, are left out.
 
         Raises:
             DataError: the video or its sound can't be read.
@@ -188,19 +187,18 @@ def describe_windows(
     context: bool | None = None,
     progress: Progress | None = None,
 ) -> list[DescribedWindow]:
-    """Lets a model write a sentence for each window, one after the other; a window without any features is left out.
+    """Generates a sentence for each window, in order; windows without features are skipped.
 
     Args:
-        model: of the family ``lam_describer``, on its device.
-        windows: made for this model.
-        generation: a :class:`lamzoo.models.describer.generation.GenerationConfig`; greedily by default.
-        context: whether the model reads the sentences that it wrote before, the last that fit; by default where it has
-            room for them.
-        progress: called with what is done (``"frames"``, ``"windows"``), behind how much of it, and of how much.
+        model: a model of the family ``lam_describer``, on its device.
+        windows: the windows, created for this model.
+        generation: a :class:`lamzoo.models.describer.generation.GenerationConfig`; greedy search by default.
+        context: whether to condition on the previous sentences, as many as fit; by default if the model supports it.
+        progress: called with the stage (``"frames"`` or ``"windows"``), the number done and the total.
 
     Raises:
-        ConfigError: a context that the model has no room for, or a length that it was not built for.
-        DataError: the video or its sound can't be read, or no window has any features.
+        ConfigError: the model doesn't support a context, or the generated length.
+        DataError: the video or its sound can't be read, or no window has features.
     """
     describer: Any = model
     if context and not describer.context_tokens:
@@ -246,30 +244,30 @@ def describe_video(
     device: str | torch.device = "auto",
     progress: Progress | None = None,
 ) -> list[DescribedWindow]:
-    """Describes a video file, a sentence for each window.
+    """Describes a video file, one sentence per window.
 
     Args:
         path: the file.
-        model: of the family ``lam_describer``, or its name, which is created with its weights; left on the device.
-        towers: what makes features of frames, and the further arguments: as of :class:`VideoWindows`.
-        rate: frames a second.
+        model: a model of the family ``lam_describer``, or the name of one with weights; it is moved to the device.
+        towers: towers that compute the frame features, as for :class:`VideoWindows`.
+        rate: frames per second.
         seconds: length of a window.
-        start: of the part that is described, seconds.
-        end: likewise.
-        generation: as of :func:`describe_windows`, and so the rest.
-        context: whether the model reads what it wrote before.
-        device: as torch writes it, or ``"auto"``.
-        progress: called as there.
+        start: start of the part to describe, seconds.
+        end: end of the part, seconds.
+        generation: decoding settings, as for :func:`describe_windows`.
+        context: whether to condition on the previous sentences, as for :func:`describe_windows`.
+        device: a torch device, or ``"auto"``.
+        progress: called as for :func:`describe_windows`.
 
     Returns:
-        The windows, in their order, without those that have no features.
+        The windows in order, without those that have no features.
 
     Raises:
-        ConfigError: an argument that is not possible.
-        DataError: the video can't be read, or nothing of it can be described.
-        UnsupportedHostError: the model describes nothing, or none of what it reads can be made of a file.
+        ConfigError: an argument is invalid.
+        DataError: the video can't be read, or no window has features.
+        UnsupportedHostError: the model is not a describer, or none of its modalities can be computed from a file.
         MissingExtraError: PyAV is not installed.
-        WeightsError: the weights of a model cannot be had.
+        WeightsError: the weights of a model are not available.
     """
     device = resolve_device(device)
     network = create_model(model, pretrained=True) if isinstance(model, str) else model
@@ -281,7 +279,7 @@ def describe_video(
 
 
 def context_of(model: Any, texts: Sequence[str], device: torch.device) -> Tensor | None:
-    """Returns the tokens of sentences before, ``(1, W)``, on a device; None where there are none."""
+    """Returns the token ids of previous sentences, ``(1, W)``, on a device; None if there are none."""
     tokens = context_tokens(model, [texts])
     return None if tokens is None else tokens.to(device)
 
@@ -289,20 +287,20 @@ def context_of(model: Any, texts: Sequence[str], device: torch.device) -> Tensor
 def _check_width(model: Any, given: int) -> None:
     if model.features["video"] != given:
         raise UnsupportedHostError(
-            f"{type(model).__name__} reads {model.features['video']} features of a frame, and the towers give "
-            f"{given}; name those that made the features that it was trained on."
+            f"{type(model).__name__} takes {model.features['video']} features per frame, and the towers compute "
+            f"{given}; use the towers whose features it was trained on."
         )
 
 
 def _cut(path: Path, duration: float, seconds: float, start: float, end: float | None) -> list[tuple[float, float]]:
-    """Returns start and end of each window; the last one is what is left, and more by a negligible rest."""
+    """Returns start and end of each window; the last one is the remainder, or is extended by a negligible one."""
     stop = duration if end is None else min(end, duration)
     if not 0 <= start < stop:
         asked = f"{start:g} to {'its end' if end is None else f'{end:g} s'}"
-        raise ConfigError(f"{path} is {duration:g} s long and was to be described from {asked}; name a part of it")
+        raise ConfigError(f"{path} is {duration:g} s long and has no part from {asked}; set start and end within it")
     if stop - start < seconds * (1 - _NEGLIGIBLE):
         _logger.warning(
-            "%s has %.1f s to describe, less than a window of %g s, which it then is by itself",
+            "%s has %.1f s to describe, less than a window of %g s; they are described as one window",
             path, stop - start, seconds,
         )  # fmt: skip
     count = max(1, math.ceil((stop - start) / seconds - _NEGLIGIBLE))
@@ -311,21 +309,23 @@ def _cut(path: Path, duration: float, seconds: float, start: float, end: float |
 
 
 def _modalities(path: Path, model: Any, has_audio: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Returns which modalities of a model can be made of a file, and which not; says so where it matters."""
+    """Returns the modalities of a model that can be computed from a file and those that can't; logs the latter."""
     makes = {"video": model.features.get("video"), "audio": PAIR * BANDS}
     known = tuple(name for name, width in model.features.items() if makes.get(name) == width)
     strange = [name for name in model.features if name not in known]
     if not known:
         raise UnsupportedHostError(
-            f"{type(model).__name__} reads {model.features}, none of which can be made of a video file; use a model "
-            f"that reads 'video', features of frames, or 'audio', {PAIR * BANDS} wide."
+            f"{type(model).__name__} takes {model.features}, none of which can be computed from a video file; use a "
+            f"model that takes 'video', features of frames, or 'audio', {PAIR * BANDS} wide."
         )
     found = known if has_audio else tuple(name for name in known if name != "audio")
     if not found:
-        raise DataError(f"{path} has no sound, and of what the model reads only that could be made; use another model")
+        raise DataError(f"{path} has no sound, the only input of the model that a file can provide; use another model")
     if strange:
         _logger.warning(
-            "%s can't be made of a video file: described from %s alone", " and ".join(strange), " and ".join(found)
+            "%s can't be computed from a video file: described from %s alone",
+            " and ".join(strange),
+            " and ".join(found),
         )
     if "audio" in known and not has_audio:
         _logger.warning("%s has no sound: described from %s alone", path, " and ".join(found))
@@ -335,18 +335,20 @@ def _modalities(path: Path, model: Any, has_audio: bool) -> tuple[tuple[str, ...
 def _say_what_lacked(windows: VideoWindows, described: Sequence[DescribedWindow], left_out: Sequence[int]) -> None:
     if not described:
         raise DataError(
-            f"none of the {len(windows)} windows of {windows.path} has {' or '.join(windows.modalities)}, as where all "
-            "is silent; describe another part, or use another model"
+            f"none of the {len(windows)} windows of {windows.path} has {' or '.join(windows.modalities)} (silent audio "
+            "has no features); describe another part, or use another model"
         )
     if left_out:
         _logger.warning(
-            "left out of %s, for want of %s: %s",
+            "skipped windows of %s without %s: %s",
             windows.path, " and ".join(windows.modalities), _times(windows, left_out),
         )  # fmt: skip
     silent = [each.number for each in described if "audio" in windows.modalities and "audio" not in each.modalities]
     if silent:
         others = " and ".join(name for name in windows.modalities if name != "audio")
-        _logger.warning("%s is silent here, described from %s alone: %s", windows.path, others, _times(windows, silent))
+        _logger.warning(
+            "%s has silent windows, described from %s alone: %s", windows.path, others, _times(windows, silent)
+        )
 
 
 def _times(windows: VideoWindows, numbers: Sequence[int]) -> str:

@@ -1,4 +1,4 @@
-"""CLIP's towers as extractors of features: of the clips of a video, and of the words of a sentence; writes no file."""
+"""Feature extraction with CLIP's towers: one feature per clip of a video and per word of a sentence."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ from lamzoo.registry.factory import create_model
 
 _logger = logging.getLogger(__name__)
 
-_AT_ONCE = 128  # frames of a video that are in memory at a time, 0.8 GB of full HD
+_AT_ONCE = 128  # maximum frames of a video in memory, 0.8 GB in full HD
 
 
 @dataclass(frozen=True)
 class VideoFeatures:
-    """What a tower sees in a video.
+    """Features of a video.
 
     Attributes:
-        clips: ``(N, D)``, float32, of each clip, as the tower gives them: not of length 1.
-        duration: of the video, seconds.
+        clips: ``(N, D)``, float32, one row per clip, not normalised.
+        duration: duration of the video, seconds.
     """
 
     clips: Features
@@ -46,31 +46,31 @@ class VideoFeatures:
 
 
 class FeatureExtractor:
-    """CLIP's view of videos and sentences, as QVHighlights' models read it.
+    """Computes CLIP features of videos and sentences for QVHighlights' models.
 
-    A clip's feature is the image embedding of one frame, the last that appears before the clip's middle (see
-    :class:`ClipMiddles`). A sentence's features are the states of its tokens, from the start of the text to its end,
-    behind the text tower's last norm and before its projection: 512 wide for ViT-B/32. Neither is scaled to length 1;
-    the readers of features do that.
+    The feature of a clip is the image embedding of one frame, the last one that appears before the middle of the clip
+    (see :class:`ClipMiddles`). The features of a sentence are the hidden states of its tokens, from start to end, after
+    the last norm of the text tower and before its projection: 512 wide for ViT-B/32. Features are not normalised; their
+    readers do that.
 
     Attributes:
         model: the towers, on the device.
-        sampling: which frames of a video are looked at.
-        transform: from frames to the tensor that the model reads.
+        sampling: the frame sampling.
+        transform: transform from frames to the input of the model.
         clip_seconds: length of a clip.
 
     Args:
-        model: a name, ``open_clip/NAME:TAG``, which is created with its weights, or a model of the family
-            ``lam_clip4clip``, which all models of open_clip become by that name.
+        model: a name with weights, ``open_clip/NAME:TAG``, or a model of the family ``lam_clip4clip``, as created by
+            such a name.
         clip_seconds: length of a clip.
-        device: as torch writes it, or ``"auto"``.
-        precision: of the autocast.
-        batch_size: frames, and sentences, that pass through the towers at a time.
+        device: a torch device, or ``"auto"``.
+        precision: precision of the autocast.
+        batch_size: frames, or sentences, per batch.
 
     Raises:
-        ConfigError: an argument that is not possible.
-        UnsupportedHostError: the model has no towers for images and texts, or no token that ends a text.
-        WeightsError: the weights of the model cannot be had.
+        ConfigError: an argument is invalid.
+        UnsupportedHostError: the model has no image and text towers, or no end token of texts.
+        WeightsError: the weights of the model are not available.
     """
 
     def __init__(
@@ -90,34 +90,35 @@ class FeatureExtractor:
         self._end = getattr(self.model.tokenizer, "eot_token_id", None)
         if self._end is None or not hasattr(self.model.clip, "forward_intermediates"):
             raise UnsupportedHostError(
-                f"the text tower of {_name(self.model)} is not of CLIP's own form, so that its words have no features "
-                "here; take another, such as open_clip/ViT-B-32:openai."
+                f"the text tower of {_name(self.model)} doesn't have CLIP's own form and gives no features of words; "
+                "use another model, such as open_clip/ViT-B-32:openai."
             )
         self.model.to(self._device)
 
     @property
     def video_dim(self) -> int:
-        """Features of a clip, without its two positions."""
+        """Feature width of a clip, without its two positions."""
         return self.model.num_features
 
     @cached_property
     def text_dim(self) -> int:
-        """Features of a word."""
+        """Feature width of a word."""
         return self.texts(["a"])[0].shape[1]
 
     def video(
         self, path: str | Path, clips: range | None = None, progress: Callable[[int, int], None] | None = None
     ) -> VideoFeatures:
-        """Reads a video, some of its frames at a time.
+        """Computes the features of a video, batch by batch.
 
         Args:
             path: the file.
-            clips: which of its clips, with a step of 1; by default all. Their features are to the last bit those that
-                they have among all, since the batches that they share with others are computed whole.
-            progress: called with the clips that are seen, and how many there are.
+            clips: range of clips, with a step of 1; all by default. The features don't depend on the range, bit by bit,
+                because batches that contain other clips too are computed whole.
+            progress: called with the number of clips done and their total.
 
         Raises:
-            ConfigError: the features are not finite in this precision, or a batch does not fit on the device.
+            ConfigError: the features are not finite in this precision, or a batch doesn't fit into the memory of the
+                device.
             DataError: the video can't be read.
             MissingExtraError: PyAV is not installed.
         """
@@ -147,7 +148,8 @@ class FeatureExtractor:
         """Returns the features ``(W, D)``, float32, of the tokens of each text.
 
         Raises:
-            ConfigError: the features are not finite in this precision, or a batch does not fit on the device.
+            ConfigError: the features are not finite in this precision, or a batch doesn't fit into the memory of the
+                device.
         """
         found: list[Features] = []
         for start in range(0, len(texts), self._batch_size):
@@ -161,7 +163,7 @@ class FeatureExtractor:
         return found
 
     def finite(self, features: Features, what: str | Path) -> Features:
-        """Returns the features, or raises a :class:`ConfigError` that names what they are of, if one is not finite."""
+        """Returns the features; raises a :class:`ConfigError` that names their source if one is not finite."""
         if not np.isfinite(features).all():
             raise ConfigError(
                 f"the features of {what} are not finite in {self._precision}; use float32, or other weights"
@@ -169,7 +171,7 @@ class FeatureExtractor:
         return features
 
     def origin(self) -> dict[str, Any]:
-        """Returns what a file says of the model that made it, in values that JSON knows."""
+        """Returns the provenance that feature files record, as JSON values."""
         return {
             "model": _name(self.model),
             "weights": weights_sha256(self.model),
@@ -181,16 +183,16 @@ class FeatureExtractor:
 
 
 def feature_widths(model: str) -> tuple[int, int] | None:
-    """Returns how many features of a clip and of a word towers give, without their weights.
+    """Returns the feature widths of a clip and of a word, without loading weights.
 
     Args:
-        model: a name, as of :class:`FeatureExtractor`.
+        model: a name, as for :class:`FeatureExtractor`.
 
     Returns:
-        Both; None where this can't be told before the towers are loaded.
+        Both widths; None if they are unknown until the towers are loaded.
 
     Raises:
-        UnsupportedHostError: the model has no towers for images and texts.
+        UnsupportedHostError: the model has no image and text towers.
         UnknownModelError: there is no such model.
     """
     try:
@@ -198,16 +200,16 @@ def feature_widths(model: str) -> tuple[int, int] | None:
             towers: Any = create_model(model)
             frames_config(towers)
             if not hasattr(towers.clip, "forward_intermediates"):
-                return None  # which making an extractor refuses
+                return None  # FeatureExtractor raises the error
             states = _text_states(towers, towers.tokenizer(["a"]).to("meta"))
-    except (OSError, RuntimeError) as error:  # files from a hub, or sizes that depend on values
-        _logger.debug("how many features %s gives is not known before its weights are loaded: %s", model, error)
+    except (OSError, RuntimeError) as error:  # the model needs files from a hub, or its sizes depend on values
+        _logger.debug("the feature widths of %s are unknown until its weights are loaded: %s", model, error)
         return None
     return towers.num_features, states.shape[-1]
 
 
 def _text_states(model: Any, tokens: Tensor) -> Tensor:
-    """Returns the states ``(B, W, D)`` of tokens ``(B, W)`` behind the text tower's last norm."""
+    """Returns the hidden states ``(B, W, D)`` of tokens ``(B, W)`` after the last norm of the text tower."""
     states: Tensor = model.clip.forward_intermediates(
         text=tokens, text_indices=1, normalize_intermediates=True, intermediates_only=True
     )["text_intermediates"][0]
@@ -215,10 +217,10 @@ def _text_states(model: Any, tokens: Tensor) -> Tensor:
 
 
 def read_pieces(path: Path, sampling: ClipMiddles, transform: FramesTransform) -> Iterator[tuple[Tensor, float, bool]]:
-    """Reads the frames of a video's clips, some at a time, so that long videos need no more memory than short ones.
+    """Reads the sampled frames of a video in chunks, so that memory doesn't grow with its length.
 
     Yields:
-        Frames ``(F, 3, H, W)``, the video's duration in seconds, and whether these are its last frames.
+        Frames ``(F, 3, H, W)``, the duration of the video in seconds, and whether these are its last frames.
     """
     done = 0
     for clip in read_video_pieces(path, sampling, _AT_ONCE):
@@ -227,7 +229,7 @@ def read_pieces(path: Path, sampling: ClipMiddles, transform: FramesTransform) -
 
 
 def clip_middles(clip_seconds: float) -> ClipMiddles:
-    """Returns the sampling of clips of a length, or raises a :class:`ConfigError` where there are none such."""
+    """Returns the sampling for a clip length; raises a :class:`ConfigError` if the length is invalid."""
     if not (clip_seconds > 0 and math.isfinite(clip_seconds)):
         raise ConfigError(f"a clip is {clip_seconds} s long; it must be more than 0")
     return ClipMiddles(fps=1 / clip_seconds)

@@ -1,4 +1,4 @@
-"""Files of features: written whole or not at all, and known by what made them; knows neither models nor videos."""
+"""Feature files: atomic writing, and a check of their provenance before they are reused."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from lamzoo.files import atomic_files
 
 _logger = logging.getLogger(__name__)
 
-_ORIGIN = "lamzoo"  # the array, beside that of the features, that says what made them; other readers pass it over
-_WAY_OUT = "name another folder (--out), remove the file, or make all anew with --force (force=True)"
+_ORIGIN = "lamzoo"  # the array with the provenance; other readers ignore it
+_WAY_OUT = "choose another folder (--out), remove the file, or compute all files again with --force (force=True)"
 
 Origin = Mapping[str, Any]
 
 
 def write_features(path: Path, key: str, features: Features, origin: Origin) -> None:
-    """Writes an npz file, its folder included, in one step.
+    """Writes an npz file atomically; creates its folder if missing.
 
     Args:
         path: the file.
         key: name of the array.
         features: ``(N, D)``, float32.
-        origin: what made them: values that JSON knows.
+        origin: provenance of the features, as JSON values.
 
     Raises:
-        DataError: it can't be written there.
+        DataError: the file can't be written.
     """
     arrays = {key: features, _ORIGIN: np.array(json.dumps(origin, sort_keys=True))}
     with atomic_files(DataError) as stage, stage(path).open("wb") as file:
@@ -42,19 +42,19 @@ def write_features(path: Path, key: str, features: Features, origin: Origin) -> 
 
 
 def is_there(path: Path, key: str, width: int, origin: Origin) -> bool:
-    """Says whether a file of features is there and whole, so that it need not be made.
+    """Returns whether a complete feature file exists and can be reused.
 
-    One that is damaged counts as missing, which is logged; one that doesn't say what made it, as the published ones,
-    is taken for what it should be.
+    A damaged file counts as missing, with a warning. A file without provenance, such as the published ones, is assumed
+    to match.
 
     Args:
         path: the file.
         key: name of the array.
-        width: of the features that would be made.
-        origin: what would make them.
+        width: expected width of the features.
+        origin: expected provenance.
 
     Raises:
-        DataError: it was made of something else or by something else, and must not be mixed with what would be made.
+        DataError: the provenance or the width differs; such features must not be mixed.
     """
     if not path.exists():
         return False
@@ -62,14 +62,14 @@ def is_there(path: Path, key: str, width: int, origin: Origin) -> bool:
         features = read_features(path, key)
         there = _origin(path)
     except DataError as error:
-        _logger.warning("made again: %s", error)
+        _logger.warning("computed again: %s", error)
         return False
     if there is not None:
         for name, value in origin.items():
             if there.get(name) != value:
                 raise DataError(f"{path} was made {_difference(name, there.get(name), value)}; {_WAY_OUT}")
     elif features.shape[1] != width:
-        raise DataError(f"{path} has {features.shape[1]} features, and the model gives {width}; {_WAY_OUT}")
+        raise DataError(f"{path} has {features.shape[1]} features, and those of the model are {width}; {_WAY_OUT}")
     return True
 
 
@@ -78,7 +78,7 @@ def _origin(path: Path) -> dict[str, Any] | None:
         with np.load(path, allow_pickle=False) as archive:
             return json.loads(str(archive[_ORIGIN])) if _ORIGIN in archive else None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} is no whole npz file: {error}") from error
+        raise DataError(f"{path} is not a complete npz file: {error}") from error
 
 
 def _difference(name: str, there: Any, here: Any) -> str:

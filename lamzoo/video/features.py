@@ -1,4 +1,4 @@
-"""Features of videos and queries as files in a folder, in the form that QVHighlights' models read."""
+"""Feature files of videos and queries, in the format of QVHighlights' models."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ _VIDEO_KEY, _TEXT_KEY = "features", "last_hidden_state"
 
 @dataclass(frozen=True)
 class Extraction:
-    """What :func:`extract_features` left in its folder.
+    """Result of :func:`extract_features`.
 
     Attributes:
-        videos: how many videos have their features there.
-        new_videos: how many of them were read by this run.
-        queries: how many sentences have theirs.
-        new_queries: how many of them were made by this run.
-        unreadable: videos that could not be read, and why.
+        videos: number of videos with features in the folder.
+        new_videos: number of those computed in this run.
+        queries: number of queries with features in the folder.
+        new_queries: number of those computed in this run.
+        unreadable: videos that could not be read, with the reason.
     """
 
     videos: int
@@ -69,34 +69,35 @@ def extract_features(
     force: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Extraction:
-    """Makes the npz files that QVHighlights' models read: ``clip_features`` and, of queries, ``clip_text_features``.
+    """Writes the npz files that QVHighlights' models read: ``clip_features`` and, for queries, ``clip_text_features``.
 
-    A video's file is called as the video and holds ``features`` ``(N, D)``, a query's is ``qid<qid>.npz`` and holds
-    ``last_hidden_state`` ``(W, D)``; both float32, what :class:`FeatureExtractor` gives. Each is written in one step as
-    soon as it is known, so that a run that was killed goes on from there: what is whole is not made again.
+    The file of a video has the name of the video and contains ``features`` ``(N, D)``; that of a query is
+    ``qid<qid>.npz`` and contains ``last_hidden_state`` ``(W, D)``. Both are float32, computed by
+    :class:`FeatureExtractor`. Each file is written atomically as soon as it is complete, and complete files are kept,
+    so an interrupted run resumes.
 
     Args:
-        videos: files, and folders with their subfolders.
-        out: the folder for both; made where it is missing.
-        model: as of :class:`FeatureExtractor`; a model itself is left on the device.
-        queries: a file like QVHighlights' annotations, JSON lines with ``qid`` and ``query``.
+        videos: files, and folders including their subfolders.
+        out: output folder; created if missing.
+        model: name or model, as for :class:`FeatureExtractor`; a model is moved to the device.
+        queries: a file in the format of QVHighlights' annotations, JSON lines with ``qid`` and ``query``.
         clip_seconds: length of a clip; the readers of QVHighlights, TVSum and Charades-STA expect 2.
-        device: as torch writes it, or ``"auto"``.
-        precision: of the autocast.
-        batch_size: frames, and queries, that pass through the towers at a time.
-        workers: processes that read videos; 0 reads in this one.
-        on_bad_input: ``"stop"`` at a video that can't be read, or ``"skip"``: leave it out, and log it.
-        force: make all files anew.
-        progress: called with what is made (``"queries"``, ``"videos"``), how many of it this run has dealt with, and
-            how many it has to.
+        device: a torch device, or ``"auto"``.
+        precision: precision of the autocast.
+        batch_size: frames, or queries, per batch.
+        workers: worker processes that read videos; 0 runs in the main process.
+        on_bad_input: ``"stop"`` raises an error if a video can't be read; ``"skip"`` skips it with a warning.
+        force: compute all files again.
+        progress: called with the stage (``"queries"`` or ``"videos"``), the number done in this run and its total.
 
     Raises:
-        ConfigError: an argument that is not possible, or features that are not finite.
-        DataError: there is no video, two have one name, a video can't be read and ``on_bad_input`` is ``"stop"``, none
-            can be read, the queries can't be read, a file can't be written, or one was made of or by something else.
-        UnsupportedHostError: the model has no towers for images and texts, or no token that ends a text.
+        ConfigError: an argument is invalid, or features are not finite.
+        DataError: there are no videos, two have the same name, a video can't be read and ``on_bad_input`` is
+            ``"stop"``, no video can be read, the queries can't be read, a file can't be written, or an existing file
+            has another provenance.
+        UnsupportedHostError: the model has no image and text towers, or no end token of texts.
         MissingExtraError: PyAV is not installed.
-        WeightsError: the weights of the model cannot be had.
+        WeightsError: the weights of the model are not available.
     """
     check_batches(batch_size, workers, precision)
     if on_bad_input not in get_args(OnBadInput):
@@ -124,27 +125,27 @@ def extract_features(
 def _targets(
     videos: Sequence[str | Path], out: str | Path, queries: str | Path | None = None
 ) -> tuple[dict[Path, Path], dict[Path, str]]:
-    """Returns what is to be made: by the file to write, each video and each query."""
+    """Returns the files to write, each with its video or query."""
     of_video: dict[Path, Path] = {}
     for path in find_videos(videos):
         target = Path(out) / _VIDEO_FOLDER / f"{path.stem}.npz"
         other = of_video.setdefault(target, path)
         if other.resolve() != path.resolve():
-            raise DataError(f"{other} and {path} would both be {target}; rename one of them, or use two folders")
+            raise DataError(f"{other} and {path} would both be written to {target}; rename one, or use two folders")
     of_text: dict[Path, str] = {}
     for qid, text in ({} if queries is None else read_queries(Path(queries))).items():
         name = f"qid{qid}.npz"
         if Path(name).name != name:
-            raise DataError(f"the query {qid!r} of {queries} can't give a file its name; call it otherwise")
+            raise DataError(f"the qid {qid!r} in {queries} is not a valid file name; use another")
         if (target := Path(out) / TEXT_FOLDER / name) in of_text:
-            raise DataError(f"two queries of {queries} would both be {target}; call one of them otherwise")
+            raise DataError(f"two queries of {queries} would both be written to {target}; rename one of them")
         of_text[target] = text
     return of_video, of_text
 
 
 @contextmanager
 def _folders_of(targets: Iterable[Path]) -> Iterator[None]:
-    """Makes the folders of files, before anything slow begins; what stays empty is gone in the end."""
+    """Creates the folders of the files, so that errors occur early; removes empty folders at the end."""
     made: list[Path] = []
     try:
         for folder in {target.parent for target in targets}:
@@ -153,18 +154,18 @@ def _folders_of(targets: Iterable[Path]) -> Iterator[None]:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise DataError(
-                    f"the folder {folder} can't be made ({error.strerror}); name another with --out"
+                    f"the folder {folder} can't be created ({error.strerror}); choose another with --out"
                 ) from error
         yield
     finally:
         for path in sorted(made, key=lambda path: len(path.parts), reverse=True):
-            with suppress(OSError):  # it has something
+            with suppress(OSError):  # not empty
                 path.rmdir()
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """Some frames of a video, or why there are none."""
+    """A chunk of the frames of a video, or the reason why it can't be read."""
 
     target: Path
     frames: Tensor | None = None
@@ -174,7 +175,7 @@ class _Piece:
 
 
 class _Pieces(IterableDataset[_Piece]):
-    """The frames of videos in pieces; each worker of a loader reads its share of the videos."""
+    """The frames of videos in chunks; each worker of a loader reads its share of the videos."""
 
     def __init__(self, videos: Sequence[tuple[Path, Path]], extractor: FeatureExtractor) -> None:
         self._videos, self._sampling, self._transform = videos, extractor.sampling, extractor.transform
@@ -199,14 +200,14 @@ def _make_videos(
     force: bool,
     progress: Callable[[int, int], None],
 ) -> tuple[int, dict[Path, str]]:
-    """Writes the features of the videos that have none, and returns how many, and what could not be read."""
+    """Writes missing features of videos; returns their number and the unreadable videos."""
     common = {**origin, "clip_seconds": extractor.clip_seconds}
     origins = {target: {**common, "bytes": _size(path)} for target, path in videos.items()}
     todo = [
         (target, path) for target, path in videos.items()
         if force or not is_there(target, _VIDEO_KEY, extractor.video_dim, origins[target])
     ]  # fmt: skip
-    # The loader draws a seed for its workers, which are deterministic here: the caller's random state is left alone.
+    # The loader draws a seed for its workers, which are deterministic here: the caller's random state is preserved.
     seed = torch.Generator().manual_seed(0)
     loader = DataLoader(_Pieces(todo, extractor), batch_size=None, num_workers=workers, generator=seed)
     parts: dict[Path, list[Features]] = {}
@@ -222,10 +223,10 @@ def _make_videos(
                 whole = extractor.finite(np.concatenate(parts.pop(target)), path)
                 write_features(target, _VIDEO_KEY, whole, origins[target])
             elif on_bad_input == "stop":
-                raise DataError(f"{piece.error}, or go on without it with --on-bad-input skip")
+                raise DataError(f"{piece.error}, or skip it with --on-bad-input skip")
             else:
                 parts.pop(target, None)  # it may have been readable up to here
-                _logger.warning("left out %s: %s", path, piece.reason)
+                _logger.warning("skipped %s: %s", path, piece.reason)
                 unreadable[path] = piece.reason
             done += 1
             progress(done, len(todo))
@@ -240,7 +241,7 @@ def _make_texts(
     force: bool,
     progress: Callable[[int, int], None],
 ) -> int:
-    """Writes the features of the queries that have none, and returns how many."""
+    """Writes missing features of queries and returns their number."""
     todo = [
         (target, text) for target, text in texts.items()
         if force or not is_there(target, _TEXT_KEY, extractor.text_dim, {**origin, "query": text})
@@ -254,7 +255,7 @@ def _make_texts(
 
 
 def _size(path: Path) -> int:
-    """Returns a file's bytes; -1 for a dangling link, which reading it will name."""
+    """Returns the size of a file in bytes; -1 for a dangling link, which is reported when it is read."""
     try:
         return path.stat().st_size
     except OSError:

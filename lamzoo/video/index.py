@@ -1,4 +1,4 @@
-"""The file of a video index: embeddings, whose they are and what made them; knows neither models nor videos."""
+"""The file of a video index: embeddings with their source files and provenance."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from lamzoo.version import __version__
 
 SUFFIX = ".safetensors"
 
-_FACTS = "lamzoo.video-index"  # the key, in the file's metadata, that says what it is
-_WAY_OUT = "name another file with --index, or make this one anew with --force (force=True)"
+_FACTS = "lamzoo.video-index"  # the key of the index in the metadata of the file
+_WAY_OUT = "choose another file with --index, or build this one again with --force (force=True)"
 
 
 @dataclass(frozen=True)
 class IndexedVideo:
-    """A video file as it was when it was read.
+    """A video file at the time of reading.
 
     Attributes:
-        path: from the folder that was indexed, with ``/`` between its parts.
+        path: path relative to the indexed folder, with ``/`` as separator.
         size: bytes.
-        mtime_ns: when its content last changed, nanoseconds.
-        duration: seconds; 0 where it could not be read.
-        reason: why it could not be read; None where it could.
+        mtime_ns: modification time, nanoseconds.
+        duration: seconds; 0 if the video could not be read.
+        reason: why the video could not be read; None if it was read.
     """
 
     path: str
@@ -48,15 +48,15 @@ class IndexedVideo:
 
 @dataclass(frozen=True)
 class Origin:
-    """What embeddings were made with; only those of one origin can be compared.
+    """Provenance of embeddings; only embeddings of the same origin are comparable.
 
     Attributes:
-        model: name of the model, with its tag where it has one.
+        model: name of the model, with its tag if it has one.
         weights: sha256 of its state dict.
         similarity: its head.
-        sampling: which frames were looked at.
-        preprocessing: of each frame, timm's data configuration.
-        masks: the model's LamConfig as plain values, empty without masks; None in files of 0.1.0, which don't say it.
+        sampling: the frame sampling.
+        preprocessing: timm's data configuration of the frames.
+        masks: the LamConfig of the model as plain values, empty without masks; None in files of 0.1.0, which lack it.
     """
 
     model: str
@@ -69,14 +69,14 @@ class Origin:
 
 @dataclass(frozen=True)
 class StoredIndex:
-    """All that the file holds.
+    """Content of the file.
 
     Attributes:
-        origin: what the embeddings were made with.
-        folder: the folder of the videos, absolute or from the file's own.
-        videos: those that were embedded.
-        rows: of each of them the embedding, float32: ``(D,)``, or ``(F, D)`` of its frames for a tight head.
-        unreadable: those that were not.
+        origin: provenance of the embeddings.
+        folder: the folder of the videos, absolute or relative to the folder of the file.
+        videos: the embedded videos.
+        rows: embedding of each of them, float32: ``(D,)``, or for a tight head ``(F, D)``, one row per frame.
+        unreadable: the videos that could not be read.
     """
 
     origin: Origin
@@ -86,21 +86,21 @@ class StoredIndex:
     unreadable: Sequence[IndexedVideo]
 
     def folder_seen_from(self, path: Path) -> Path:
-        """Returns the folder of the videos, where the index lies at ``path``."""
+        """Returns the folder of the videos for an index at ``path``."""
         return path.parent / self.folder
 
 
 class GrowingIndex:
-    """What the file will hold, while videos are being embedded.
+    """An index under construction.
 
     Attributes:
-        rows: the embeddings so far, by the video's path.
+        rows: the embeddings so far, by path of the video.
 
     Args:
         path: the file.
-        folder: with the videos.
-        found: the videos that are there now.
-        origin: what their embeddings are made with.
+        folder: the folder of the videos.
+        found: the videos in the folder.
+        origin: provenance of the embeddings.
     """
 
     def __init__(self, path: Path, folder: Path, found: Iterable[IndexedVideo], origin: Origin) -> None:
@@ -112,10 +112,10 @@ class GrowingIndex:
         self._unsaved = 0
 
     def take_over(self, stored: StoredIndex, *, unreadable: bool) -> None:
-        """Keeps what is known of files that have not changed; of those that could not be read only if asked to.
+        """Takes over the entries of unchanged files; those of unreadable files only with ``unreadable``.
 
         Raises:
-            DataError: it was made with something else, or of other videos.
+            DataError: the stored index has another origin or folder.
         """
         check_origin(self.path, stored.origin, self.origin)
         rows = dict(zip((video.path for video in stored.videos), stored.rows, strict=True))
@@ -136,16 +136,16 @@ class GrowingIndex:
             )
 
     def missing(self) -> list[IndexedVideo]:
-        """Returns the files that nothing is known of."""
+        """Returns the files without an entry."""
         return [video for path, video in self._found.items() if path not in self._read]
 
     def add(self, video: IndexedVideo, row: Tensor | None, *, lasting: bool = True) -> None:
-        """Adds a file that was embedded, or could not be read.
+        """Adds an embedded or unreadable file.
 
         Args:
-            video: with its duration or reason.
-            row: its embedding, None where it could not be read.
-            lasting: the reason is in the file itself. If not, the next run is to try it again.
+            video: the file, with its duration or reason.
+            row: its embedding; None if it could not be read.
+            lasting: whether the reason is the content of the file; if not, the next run tries it again.
         """
         if row is not None:
             self.rows[video.path] = row
@@ -157,18 +157,18 @@ class GrowingIndex:
 
     @property
     def size(self) -> int:
-        """How many files the index will list."""
+        """Number of files in the index."""
         return len(self._read)
 
     @property
     def unreadable(self) -> dict[Path, str]:
-        """The files that could not be read, and why."""
+        """The files that could not be read, with the reason."""
         known = {path: video.reason for path, video in self._read.items() if video.reason is not None}
         reasons = known | self._passing
         return {self.folder / path: reasons[path] for path in self._found if path in reasons}
 
     def stored(self) -> StoredIndex:
-        """Returns all that is known so far, in natural order."""
+        """Returns the content so far, in natural order."""
         read = [self._read[path] for path in self._found if path in self._read]
         videos = [video for video in read if video.reason is None]
         return StoredIndex(
@@ -180,18 +180,18 @@ class GrowingIndex:
         )
 
     def save(self, after: int = 0) -> None:
-        """Writes the file, if at least so many videos were added since it was last written."""
+        """Writes the file if at least ``after`` videos were added since the last time."""
         if self._unsaved >= after:
             write_index(self.path, self.stored())
             self._unsaved = 0
 
 
 def stack_rows(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """Puts the embeddings of at least one video together.
+    """Stacks the embeddings of at least one video.
 
     Returns:
-        ``(N, D)`` and None; or, of rows of frames, ``(N, F, D)``, zeros where a video has ended, and ``(N, F)``, bool,
-        True where it has not.
+        ``(N, D)`` and None; or, for embeddings of frames, ``(N, F, D)``, padded with zeros, and the frame mask
+        ``(N, F)``, bool, True where there is a frame.
     """
     if rows[0].ndim == 1:
         return torch.stack(list(rows)), None
@@ -200,14 +200,14 @@ def stack_rows(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
 
 
 def write_index(path: Path, index: StoredIndex) -> None:
-    """Replaces the file in one step.
+    """Writes the file atomically.
 
     Raises:
-        DataError: it can't be written there.
+        DataError: the file can't be written.
     """
     facts = {"lamzoo": __version__, "folder": index.folder, **dataclasses.asdict(index.origin)}
     listed = json.dumps([dataclasses.astuple(video) for video in (*index.videos, *index.unreadable)])
-    # The list is a tensor of bytes, since the header that holds the metadata has an upper limit.
+    # The list is a tensor of bytes, because the size of the header, with the metadata, is limited.
     tensors = {"videos": torch.frombuffer(bytearray(listed.encode()), dtype=torch.uint8)}
     if index.rows:
         embeddings, mask = stack_rows(index.rows)
@@ -220,7 +220,7 @@ def read_index(path: Path) -> StoredIndex:
     """Reads the file.
 
     Raises:
-        DataError: there is none, it can't be read, it is damaged, or it is something else.
+        DataError: the file does not exist, can't be read, is damaged, or is not an index.
     """
     try:
         facts = _facts(path)
@@ -232,17 +232,17 @@ def read_index(path: Path) -> StoredIndex:
     except OSError as error:
         raise DataError(f"cannot read the index {path}: {error.strerror or error}; {_WAY_OUT}") from error
     except (SafetensorError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        raise DataError(f"{path} is no index of videos, or a damaged one; {_WAY_OUT}") from error
+        raise DataError(f"{path} is not a video index, or is damaged; {_WAY_OUT}") from error
 
 
 def check_replaceable(path: Path) -> None:
-    """Refuses to write an index over something else: what is damaged may go, other tensors may not.
+    """Checks that an index may replace the file: a damaged file may be replaced, other tensors may not.
 
     Raises:
-        DataError: the file holds other tensors, or is a folder.
+        DataError: the file contains other tensors, or is a folder.
     """
     if path.is_dir():
-        raise DataError(f"the index {path} is a folder; name a file")
+        raise DataError(f"the index {path} is a folder; it must be a file")
     try:
         ours = not path.exists() or _facts(path) is not None
     except (OSError, SafetensorError, ValueError):
@@ -252,15 +252,15 @@ def check_replaceable(path: Path) -> None:
 
 
 def check_origin(path: Path, there: Origin, here: Origin) -> None:
-    """Checks that embeddings can be compared.
+    """Checks that embeddings are comparable.
 
     Args:
         path: the index.
-        there: what made it.
-        here: what is to be used with it.
+        there: origin of the index.
+        here: origin of the embeddings to compare with it.
 
     Raises:
-        DataError: they differ; says in what.
+        DataError: the origins differ; names the difference.
     """
     if there.weights != here.weights:
         model = f"other weights of {there.model}" if there.model == here.model else f"{there.model}, not {here.model}"
@@ -273,23 +273,23 @@ def check_origin(path: Path, there: Origin, here: Origin) -> None:
         difference = f"with {_words(there.sampling)}, not {_words(here.sampling)}"
     else:
         return
-    raise DataError(f"the index {path} was made {difference}; use the same, {_WAY_OUT}")
+    raise DataError(f"the index {path} was built {difference}; use the same, {_WAY_OUT}")
 
 
 def _folder_from(path: Path, folder: Path) -> str:
-    """Returns what ``StoredIndex.folder`` is for an index at ``path``, so that both can be moved together."""
+    """Returns ``StoredIndex.folder`` for an index at ``path``; relative, so that both can be moved together."""
     try:
         return os.path.relpath(folder, path.parent)
-    except ValueError:  # on another drive of Windows
+    except ValueError:  # on another Windows drive
         return str(folder.absolute())
 
 
 def _foreign(path: Path) -> DataError:
-    return DataError(f"{path} holds other tensors than an index of videos; name another file with --index")
+    return DataError(f"{path} contains tensors that are not a video index; choose another file with --index")
 
 
 def _facts(path: Path) -> dict[str, Any] | None:
-    """Returns what the metadata of a safetensors file say of an index; None where they say nothing."""
+    """Returns the index entry in the metadata of a safetensors file; None if there is none."""
     with safe_open(path, "pt") as file:
         facts = (file.metadata() or {}).get(_FACTS)
     return None if facts is None else json.loads(facts)
@@ -311,7 +311,7 @@ def _rows(tensors: dict[str, Tensor], count: int) -> list[Tensor]:
     embeddings, mask = tensors["embeddings"], tensors.get("frame_mask")
     right = embeddings.ndim == (2 if mask is None else 3) and embeddings.dtype == torch.float32
     if not right or len(embeddings) != count or not embeddings.isfinite().all():
-        raise ValueError("the embeddings are not those of the videos")
+        raise ValueError("the embeddings don't match the videos")
     if mask is None:
         return list(embeddings)
     return [row[seen] for row, seen in zip(embeddings, mask, strict=True)]

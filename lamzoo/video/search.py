@@ -45,18 +45,18 @@ from lamzoo.video.index import (
 
 _logger = logging.getLogger(__name__)
 
-_ODD = r"[^\w.-]+"  # in the name of a file
-_NAMED = 48  # letters of a folder's, and of a model's, name that an index has in its own
-_SAVE_EVERY = 64  # videos; a large index is written again after a twentieth more, so that writing stays cheap
+_ODD = r"[^\w.-]+"  # characters to replace in file names
+_NAMED = 48  # maximum characters of the folder's and of the model's name in the name of an index
+_SAVE_EVERY = 64  # videos; a large index is saved after 5 % more, which keeps the cost of writing low
 
 
 @dataclass(frozen=True)
 class Match:
-    """A video that answers a query.
+    """A video that matches a query.
 
     Attributes:
         path: the file.
-        score: the cosine of text and video, -1 to 1; of a model with ``similarity="tight"`` its head's logit.
+        score: cosine similarity of text and video, -1 to 1; with ``similarity="tight"`` the logit of the head.
         duration: seconds.
     """
 
@@ -67,18 +67,18 @@ class Match:
 
 @dataclass(frozen=True, eq=False)
 class VideoIndex:
-    """Embedded videos and the model that compares texts with them; :func:`index_videos` makes it.
+    """Embedded videos with the model that compares texts with them; built by :func:`index_videos`.
 
     Attributes:
-        model: of the family ``lam_clip4clip``.
-        path: the file that holds the embeddings.
+        model: a model of the family ``lam_clip4clip``.
+        path: the file of the embeddings.
         videos: the files, in natural order.
-        durations: of each of them, seconds.
-        embeddings: ``(N, D)``, float32, of length 1; for ``similarity="tight"`` ``(N, F, D)``, of frames.
+        durations: duration of each video, seconds.
+        embeddings: ``(N, D)``, float32, of length 1; for ``similarity="tight"`` ``(N, F, D)``, one row per frame.
         frame_mask: None; for ``similarity="tight"`` ``(N, F)``, bool, True where there is a frame.
-        unreadable: files that could not be read, and why.
-        precision: of the autocast for queries.
-        embedded: how many videos were embedded to make this object, the others being known.
+        unreadable: files that could not be read, with the reason.
+        precision: precision of the autocast for queries.
+        embedded: number of videos that were embedded in this call; the others were in the file.
     """
 
     model: Any = field(repr=False)
@@ -95,15 +95,15 @@ class VideoIndex:
         return len(self.videos)
 
     def search(self, query: str, top: int = 10) -> list[Match]:
-        """Returns the videos that fit a text best, the best first; all of them where there are fewer than ``top``.
+        """Returns the up to ``top`` videos that match a text best, the best first.
 
         Raises:
             ConfigError: the query is empty, or ``top`` below 1.
         """
         if not query.strip():
-            raise ConfigError("the query is empty; write what the video should show")
+            raise ConfigError("the query is empty; describe the video")
         if top < 1:
-            raise ConfigError(f"{top} matches were asked for; ask for 1 or more")
+            raise ConfigError(f"top is {top}; it must be at least 1")
         scores = self._scores(query)
         best = scores.argsort(descending=True, stable=True)[:top].tolist()
         return [Match(self.videos[i], float(scores[i]), self.durations[i]) for i in best]
@@ -114,7 +114,7 @@ class VideoIndex:
             text = encode_texts(self.model, [query], 1)
             if self.frame_mask is not None:
                 return compare(self.model, text, self.embeddings, self.frame_mask)[0]
-        with torch.inference_mode():  # and no autocast, whose rounding would make ties
+        with torch.inference_mode():  # without autocast, whose rounding would cause ties
             return (self.embeddings @ F.normalize(text[0], dim=0)).cpu()
 
 
@@ -132,40 +132,39 @@ def index_videos(
     force: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> VideoIndex:
-    """Embeds the videos of a folder and its subfolders for search by text, each of them once.
+    """Embeds the videos of a folder and its subfolders for search by text.
 
-    The embeddings are kept in a file, which is written again and again while it grows: a run that was killed goes on
-    from there. Later runs embed what is new or has changed (in size or time of change) and forget what has gone.
+    The embeddings are stored in a file, which is saved at intervals, so an interrupted run resumes. Later runs embed
+    only new and changed videos (by size and modification time) and remove those that no longer exist.
 
     Args:
-        folder: with videos, which are told by their extension.
-        model: of the family ``lam_clip4clip``: a name, which is then created with its weights, or the model itself,
-            which is left on the device.
-        index: the file, a ``.safetensors``; by default one in the user's cache folder, which belongs to this folder
-            and to the weights, masks, head and preprocessing of this model. What an earlier release left in the folder,
-            ``lamzoo-index.<model>.safetensors``, is taken over if it was made with them.
-        sampling: which frames are looked at; by default those of the index that is there, or else those that the model
-            is made for.
-        batch_size: videos that pass through the model at a time.
-        device: as torch writes it, or ``"auto"``.
-        precision: of the autocast, for videos and queries.
-        workers: processes that read videos; 0 reads in this one.
-        on_bad_input: ``"skip"`` leaves out a video that can't be read, logs it, and tries it again when the file has
-            changed; ``"stop"`` raises at it.
-        force: embed everything anew, whatever the file holds.
-        progress: called with the videos that this run has read, and how many it has to read.
+        folder: folder of the videos, which are recognised by their extension.
+        model: name or model of the family ``lam_clip4clip``: a name is created with its weights, a model is moved to
+            the device.
+        index: the file, a ``.safetensors``; by default a file in the user's cache folder for this folder and the
+            weights, masks, head and preprocessing of this model. An index that an earlier release wrote into the
+            folder, ``lamzoo-index.<model>.safetensors``, is taken over if it was built with the same.
+        sampling: the frame sampling; by default that of the existing index, otherwise that of the model.
+        batch_size: videos per batch.
+        device: a torch device, or ``"auto"``.
+        precision: precision of the autocast, for videos and queries.
+        workers: worker processes that read videos; 0 runs in the main process.
+        on_bad_input: ``"skip"`` skips a video that can't be read with a warning, and tries it again when the file has
+            changed; ``"stop"`` raises an error.
+        force: embed all videos again.
+        progress: called with the number of videos read in this run and its total.
 
     Returns:
-        The index, to search in.
+        The index.
 
     Raises:
-        ConfigError: an argument that is not possible, or an embedding that is not finite.
-        DataError: there is no video in the folder, or none that can be read; a video can't be read and ``on_bad_input``
-            is ``"stop"``; the file can't be read or written, is damaged or something else, or was made of other videos
-            or with other weights or another sampling.
-        UnsupportedHostError: the model compares no texts with videos.
+        ConfigError: an argument is invalid, or an embedding is not finite.
+        DataError: the folder has no readable video; a video can't be read and ``on_bad_input`` is ``"stop"``; the file
+            can't be read or written, is damaged or not an index, or was built for another folder or with other weights
+            or another sampling.
+        UnsupportedHostError: the model is not a retrieval model.
         MissingExtraError: PyAV is not installed.
-        WeightsError: the weights of the model cannot be had.
+        WeightsError: the weights of the model are not available.
     """
     check_batches(batch_size, workers, precision)
     if on_bad_input not in get_args(OnBadInput):
@@ -178,7 +177,7 @@ def index_videos(
     origin = _origin(network, network.sampling)
     path = _default_path(folder, origin) if index is None else Path(index)
     if path.suffix != SUFFIX:
-        raise ConfigError(f"the index {path} would be a safetensors file; give it a name that ends in {SUFFIX}")
+        raise ConfigError(f"the index {path} is written as safetensors; its name must end in {SUFFIX}")
     check_replaceable(path)
     stored = None
     if not force:
@@ -193,12 +192,12 @@ def index_videos(
         content.take_over(stored, unreadable=on_bad_input == "skip")
     if network.similarity_type != "mean" and (sampling.max_frames or sys.maxsize) > network.max_frames:
         raise ConfigError(
-            f"{sampling.max_frames or 'all'} frames of a video were asked for and the model has positions for "
-            f"{network.max_frames}; set max_frames (--max-frames) to that, or less"
+            f"max_frames is {sampling.max_frames or 'all'}, and the model has positions for {network.max_frames} "
+            "frames; set max_frames (--max-frames) to that, or less"
         )
     todo = content.missing()
     if todo or not path.exists() or stored is None or content.size < len(stored.videos) + len(stored.unreadable):
-        content.save()  # at once, so that a folder that can't be written to is found out before the work
+        content.save()  # at once, so that a folder that is not writable raises an error before the work
     network.to(device)
     _embed(network, content, todo, device, precision, batch_size, workers, on_bad_input, progress)
     bad = content.unreadable
@@ -216,41 +215,41 @@ def load_index(
     device: str | torch.device = "auto",
     precision: Precision = "float32",
 ) -> VideoIndex:
-    """Opens an index as it is, without looking for its videos, which may be elsewhere.
+    """Opens an index without accessing its videos, which may be elsewhere.
 
     Args:
-        path: the file, of :func:`index_videos`.
-        model: the one that it was made with; a name, or the model itself, which is left on the device.
-        device: as torch writes it, or ``"auto"``.
-        precision: of the autocast for queries.
+        path: a file of :func:`index_videos`.
+        model: name or model that the index was built with; a model is moved to the device.
+        device: a torch device, or ``"auto"``.
+        precision: precision of the autocast for queries.
 
     Raises:
-        ConfigError: a device or precision that is not possible.
-        DataError: the file can't be read, is damaged or something else, was made with other weights, or holds no video.
-        UnsupportedHostError: the model compares no texts with videos.
-        WeightsError: the weights of the model cannot be had.
+        ConfigError: the device or precision is invalid.
+        DataError: the file can't be read, is damaged or not an index, was built with other weights, or is empty.
+        UnsupportedHostError: the model is not a retrieval model.
+        WeightsError: the weights of the model are not available.
     """
     check_batches(1, precision=precision)
     device, path = resolve_device(device), Path(path)
     stored = read_index(path)
     if not stored.videos:
-        raise DataError(f"the index {path} holds no video yet; go on with index_videos (lamzoo search)")
+        raise DataError(f"the index {path} is still empty; complete it with index_videos (lamzoo search)")
     network: Any = create_model(model, pretrained=True) if isinstance(model, str) else model
     check_origin(path, stored.origin, _origin(network, stored.origin.sampling))
     return _opened(path, stored.folder_seen_from(path), stored, network.to(device), device, precision)
 
 
 class _Read(NamedTuple):
-    """A video that was read, or could not be."""
+    """A video that was read, or the reason why it can't be read."""
 
     video: IndexedVideo  # with its duration or reason
     frames: Tensor | None = None  # (F, 3, H, W)
     error: str = ""
-    lasting: bool = True  # the reason is in the file itself
+    lasting: bool = True  # whether the reason is the content of the file
 
 
 class _Videos(Dataset[_Read]):
-    """The frames of video files, or why there are none."""
+    """The frames of video files, or the reasons why they can't be read."""
 
     def __init__(
         self, folder: Path, videos: Sequence[IndexedVideo], sampling: FrameSampling, transform: FramesTransform
@@ -271,7 +270,7 @@ class _Videos(Dataset[_Read]):
 
 
 def _collate(batch: Sequence[_Read]) -> tuple[tuple[Tensor, Tensor] | None, list[_Read]]:
-    """Puts the frames of those that could be read together, and takes them out of the rest."""
+    """Batches the frames of the readable videos, and removes them from the items."""
     clips = [read.frames for read in batch if read.frames is not None]
     return pad_clips(clips) if clips else None, [read._replace(frames=None) for read in batch]
 
@@ -287,10 +286,10 @@ def _embed(
     on_bad_input: OnBadInput,
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    """Reads and embeds videos, and saves what there is, also when it is interrupted."""
+    """Reads and embeds videos; saves the embeddings so far, also when interrupted."""
     transform = each_frame(timm.data.create_transform(**frames_config(model)))
     videos = _Videos(content.folder, todo, content.origin.sampling, transform)
-    # The loader draws a seed for its workers, which are deterministic here: the caller's random state is left alone.
+    # The loader draws a seed for its workers, which are deterministic here: the caller's random state is preserved.
     seed = torch.Generator().manual_seed(0)
     loader = DataLoader(videos, batch_size, collate_fn=_collate, num_workers=workers, generator=seed)
     done = 0
@@ -299,9 +298,9 @@ def _embed(
             for clips, batch in loader:
                 bad = [read for read in batch if read.video.reason is not None]
                 if bad and on_bad_input == "stop":
-                    raise DataError(f"{bad[0].error}, or go on without it with --on-bad-input skip")
+                    raise DataError(f"{bad[0].error}, or skip it with --on-bad-input skip")
                 for read in bad:
-                    _logger.warning("left out %s: %s", content.folder / read.video.path, read.video.reason)
+                    _logger.warning("skipped %s: %s", content.folder / read.video.path, read.video.reason)
                     content.add(read.video, None, lasting=read.lasting)
                 if clips is not None:
                     frames, mask = clips
@@ -318,7 +317,7 @@ def _embed(
 
 
 def _rows(model: Any, frames: Tensor, mask: Tensor, device: torch.device) -> list[Tensor]:
-    """Returns the embedding of each video, float32 on the CPU: ``(D,)`` of length 1, or ``(F, D)`` of its frames."""
+    """Returns the embeddings of videos, float32 on the CPU: ``(D,)`` of length 1, or ``(F, D)``, one row per frame."""
     videos = model.encode_video(frames.to(device), mask.to(device)).float().cpu()
     if videos.ndim == 2:
         return list(F.normalize(videos, dim=-1))
@@ -349,9 +348,9 @@ def _opened(
 
 
 def _default_path(folder: Path, origin: Origin) -> Path:
-    """Returns where the index of a folder lies by default: one for each model, by all that determines embeddings.
+    """Returns the default path of an index, which depends on the folder and on all that determines embeddings.
 
-    The sampling is not part of it: without another, a later run takes that of the index.
+    The sampling is not part of it: by default, a later run uses that of the index.
     """
     place = folder.resolve()
     made = json.dumps([origin.weights, origin.similarity, origin.preprocessing, origin.masks], sort_keys=True)
@@ -360,7 +359,7 @@ def _default_path(folder: Path, origin: Origin) -> Path:
 
 
 def _earlier(folder: Path, origin: Origin, sampling: FrameSampling | None) -> StoredIndex | None:
-    """Returns the index that an earlier release wrote into the folder, if it was made in the same way."""
+    """Returns the index that an earlier release wrote into the folder, if it has the same origin."""
     path = folder / f"lamzoo-index.{re.sub(_ODD, '-', origin.model)}{SUFFIX}"
     if not path.is_file():
         return None
@@ -374,15 +373,15 @@ def _earlier(folder: Path, origin: Origin, sampling: FrameSampling | None) -> St
 
 
 def _listed(folder: Path) -> list[IndexedVideo]:
-    """Lists the videos of a folder as they are now."""
+    """Lists the videos of a folder with their current size and modification time."""
     if folder.is_file():
-        raise DataError(f"{folder} is a file; name the folder that holds the videos")
+        raise DataError(f"{folder} is a file; give the folder of the videos")
     listed = []
     for path in find_videos([folder]):
         name = path.relative_to(folder).as_posix()
         try:
             stat = path.stat()
-        except OSError:  # a dangling link, or just removed: reading it will say
+        except OSError:  # a dangling link, or just removed; reported when it is read
             listed.append(IndexedVideo(name, -1, 0))
         else:
             listed.append(IndexedVideo(name, stat.st_size, stat.st_mtime_ns))
@@ -390,13 +389,13 @@ def _listed(folder: Path) -> list[IndexedVideo]:
 
 
 def _origin(model: Any, sampling: FrameSampling) -> Origin:
-    preprocessing = json.loads(json.dumps(frames_config(model)))  # as it will be read back: tuples become lists
+    preprocessing = json.loads(json.dumps(frames_config(model)))  # as read back: tuples become lists
     masks = {} if model.lam_config is None else model.lam_config.to_dict()
     return Origin(_name(model), weights_sha256(model), model.similarity_type, sampling, preprocessing, masks)
 
 
 def _name(model: Any) -> str:
-    """Returns the model's name in the registry, with its tag where its weights have one."""
+    """Returns the registry name of a model, with the tag of its weights if they have one."""
     name = getattr(model, "registry_name", None) or type(model).__name__
     source = getattr(model, "weights_source", None) or ""
     return source if source.startswith(f"{name}.") else name

@@ -238,7 +238,7 @@ def inputs(tmp_path: Path) -> Path:
         ("predict MODEL cut.jpg", "cut.jpg"),
         ("predict MODEL good.jpg cut.jpg --json", "cut.jpg"),
         ("predict MODEL text.png", "text.png"),
-        ("predict MODEL empty", "holds no image"),
+        ("predict MODEL empty", "has no image"),
         ("predict MODEL good.jpg --batch-size -3", "batch size is -3"),
         ("predict MODEL good.jpg --topk 0", "topk is 0"),
         ("predict MODEL good.jpg --device cuda:99", "no device 'cuda:99'"),
@@ -247,7 +247,7 @@ def inputs(tmp_path: Path) -> Path:
         ("explain MODEL text.png --out x.png", "text.png"),
         ("explain MODEL good.jpg --out nowhere/x.png", "nowhere"),
         ("eval MODEL --data folder --split test", "no split 'test'; it has 'train', 'val'"),
-        ("eval MODEL --data coco:x", "neither a data set nor a folder"),
+        ("eval MODEL --data coco:x", "neither a data set nor an existing folder"),
         (
             "eval moments.jsonl --task captions --data empty",
             "moments.jsonl is a file of predictions of moment retrieval",

@@ -150,8 +150,8 @@ def test_json_says_what_was_read_and_what_was_not(run, listener: str, clips: Pat
     done = run("describe", clips / "half.mp4", "--model", listener, "--json", "--seconds", 1.5)
     assert done.code == 0
     said = " ".join(done.err.split())
-    assert "mouth can't be made of a video file: described from audio alone" in said
-    assert "for want of audio: 3.0 to 4.5 s, 4.5 to 5.0 s" in said
+    assert "mouth can't be computed from a video file: described from audio alone" in said
+    assert "without audio: 3.0 to 4.5 s, 4.5 to 5.0 s" in said
     record = json.loads(done.out)
     assert (record["features"], record["rate"], record["seconds"], record["duration"]) == (None, None, 1.5, 5.0)
     assert (record["modalities"], record["missing"]) == (["audio"], ["mouth"])
@@ -162,7 +162,7 @@ def test_json_says_what_was_read_and_what_was_not(run, listener: str, clips: Pat
 def test_where_it_is_silent_the_frames_are_described(run, model: str, towers: str, clips: Path) -> None:
     common = ("--model", model, "--features", towers, "--json", "--device", "cpu")
     done = run("describe", clips / "half.mp4", *common)
-    assert "silent here, described from video alone: 4.0 to 5.0 s" in " ".join(done.err.split())
+    assert "has silent windows, described from video alone: 4.0 to 5.0 s" in " ".join(done.err.split())
     assert [each["modalities"] for each in json.loads(done.out)["windows"]] == [["video", "audio"]] * 2 + [["video"]]
     done = run("describe", clips / "mute.mp4", *common, "--seconds", 10)
     said = " ".join(done.err.split())
@@ -176,7 +176,7 @@ def test_a_describer_of_other_features_is_refused_before_weights_of_the_towers_a
 ) -> None:
     done = run("describe", film, "--model", model, "--device", "cpu")
     assert done.code == 2
-    assert "reads 24 features of a frame, and the towers give 512" in done.err
+    assert "takes 24 features per frame, and the towers compute 512" in done.err
 
 
 def test_no_sentence_is_written_for_a_gap_in_the_sound(
@@ -186,7 +186,7 @@ def test_no_sentence_is_written_for_a_gap_in_the_sound(
     film = write_pieces(tmp_path / "film.mkv", "mp2", pieces, seconds=6.0)
     described = lamzoo.describe_video(film, listener, seconds=1.0, device="cpu")
     assert [window.start for window in described] == [0, 1, 2, 4, 5]  # the encoder's last frame reaches into the third
-    assert "for want of audio: 3.0 to 4.0 s" in caplog.text
+    assert "without audio: 3.0 to 4.0 s" in caplog.text
 
 
 def test_the_model_reads_what_it_wrote_before_as_far_as_it_fits(model: str, towers: str, film: Path) -> None:
@@ -252,7 +252,7 @@ def test_without_matplotlib_only_the_picture_is_refused(
         ("film.mp4 --out nowhere/film.vtt", "nowhere"),
         ("film.mp4 --explain film.jpg", "film.jpg"),
         ("film.mp4 --seconds 0", "a window is 0 s long"),
-        ("film.mp4 --rate 0", "0 frames a second"),
+        ("film.mp4 --rate 0", "0 frames per second"),
         ("film.mp4 --start 99", "from 99 to its end"),
         ("film.mp4 --start 3 --end 2", "from 3 to 2 s"),
         ("film.mp4 --start -1", "from -1 to its end"),
@@ -287,17 +287,17 @@ def test_a_mistake_in_describe_is_one_line(
 
 def test_what_cannot_be_made_is_refused(run, listener: str, towers: str, clips: Path, tmp_path: Path) -> None:
     done = run("describe", clips / "mute.mp4", "--model", listener)
-    assert done.code == 2 and "has no sound, and of what the model reads only that could be made" in done.err
+    assert done.code == 2 and "has no sound, the only input of the model that a file can provide" in done.err
     done = run("describe", clips / "film.mp4", "--model", listener, "--context")
     assert done.code == 2 and "no room for the sentences before" in done.err
     done = run("describe", clips / "half.mp4", "--model", listener, "--start", 3.5)
     assert done.code == 2 and "none of the 1 windows" in done.err
     lips = saved(tmp_path / "lips", "lam_describer_micro", features={"mouth": 384}, **SMALL)
     done = run("describe", clips / "film.mp4", "--model", lips)
-    assert done.code == 2 and "none of which can be made of a video file" in done.err
+    assert done.code == 2 and "none of which can be computed from a video file" in done.err
     wide = saved(tmp_path / "wide", "lam_describer_micro", features={"video": 512}, **SMALL)
     done = run("describe", clips / "film.mp4", "--model", wide, "--features", towers)
-    assert done.code == 2 and "reads 512 features of a frame, and the towers give 24" in done.err
+    assert done.code == 2 and "takes 512 features per frame, and the towers compute 24" in done.err
 
 
 def test_a_damaged_video_leaves_nothing_behind(run, model: str, towers: str, film: Path) -> None:

@@ -88,7 +88,7 @@ def test_extract_features_in_json_goes_on_where_it_was(run, towers: str, video: 
     assert record["unreadable"] == [{"path": str(video.parent / "empty.mp4"), "reason": "it is empty"}]
     Path("out/clip_features/film.npz").write_bytes(b"half")
     done = run("extract-features", video.parent, *options)
-    assert json.loads(done.out)["new_videos"] == 1 and "no whole npz file" in done.err
+    assert json.loads(done.out)["new_videos"] == 1 and "not a complete npz file" in done.err
     done = run("extract-features", video.parent, *options)
     assert json.loads(done.out)["new_videos"] == 0
 
@@ -184,9 +184,9 @@ def test_a_model_of_other_features_is_refused_before_weights_of_the_towers_are_a
     ("arguments", "named"),
     [
         ("nowhere --out out", "nowhere"),
-        ("bare --out out", "bare holds no video"),
+        ("bare --out out", "bare has no video"),
         ("videos --out out", "broken.mp4"),
-        ("videos --out film.mp4", "can't be made"),
+        ("videos --out film.mp4", "can't be created"),
         ("videos twins --out out", "twins/film.mp4"),
         ("videos --out out --queries none.jsonl", "none.jsonl"),
         ("videos --out out --batch-size 0", "batch size"),
@@ -231,7 +231,7 @@ def test_the_strip_shows_frames_of_each_span(filmed: Path, tmp_path: Path, monke
 def test_a_strip_that_cannot_be_drawn_is_one_sentence(filmed: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="one span"):
         write_strip(tmp_path / "strip.png", "a smile", filmed, [])
-    with pytest.raises(DataError, match=r"ends in \.png"):
+    with pytest.raises(DataError, match=r"end in \.png"):
         write_strip(tmp_path / "strip.jpg", "a smile", filmed, [Span(0, 1, 0.5)])
     with pytest.raises(DataError, match="no such video"):
         write_strip(tmp_path / "strip.png", "a smile", tmp_path / "none.mp4", [Span(0, 1, 0.5)])

@@ -70,7 +70,7 @@ def test_search_in_json_takes_several_queries(run, model: str, videos: Path) -> 
     options = ("--videos", videos, "--model", model, "--sheet", "found.png", "--fps", 2, "--max-frames", 3, "--json")
     done = run("search", "a cup of coffee", "a rocket", *options)
     assert done.code == 0
-    assert "left out" in done.err
+    assert "skipped" in done.err
     record = json.loads(done.out)
     assert (record["videos"], record["embedded"], record["model"]) == (3, 3, model)
     assert record["unreadable"] == [{"path": str(videos / "empty.mp4"), "reason": "it is empty"}]
@@ -118,12 +118,12 @@ def test_search_goes_on_without_a_sheet_that_nobody_asked_for(
     ("arguments", "named"),
     [
         ("rocket --videos nowhere", "nowhere"),
-        ("rocket --videos bare", "bare holds no video"),
+        ("rocket --videos bare", "bare has no video"),
         ("rocket --videos videos --sheet sheet.jpg", "sheet.jpg"),
         ("rocket --videos videos --sheet sheet.png --no-sheet", "--no-sheet"),
         ("rocket --videos videos --index index.bin", "index.bin"),
         ("rocket --videos videos --top 0", "--top"),
-        ("rocket --videos videos --max-frames 9", "9 frames"),
+        ("rocket --videos videos --max-frames 9", "max_frames is 9"),
         ("rocket --videos videos --batch-size 0", "batch size"),
         ("rocket --videos videos --on-bad-input stop", "broken.mp4"),
         ("rocket --videos videos --index index.safetensors", "damaged"),

@@ -155,7 +155,7 @@ def test_a_run_whose_images_changed_is_not_resumed(run, start: str, tmp_path: Pa
         ("--model vit_micro", "no --data"),
         ("--data DATA run.seed=1", "no --model"),
         ("--model vit_mikro --data DATA", "did you mean vit_micro"),
-        ("--model vit_micro --data nowhere", "neither a data set nor a folder"),
+        ("--model vit_micro --data nowhere", "neither a data set nor an existing folder"),
         ("--model vit_micro --data videos:DATA", "'videos:data' is data for text-video retrieval or captions"),
         ("--model vit_micro --data DATA --tune head", "no weights"),
         ("--model vit_micro --pretrained --data DATA --tune lam", "no learnable masks"),

@@ -185,7 +185,10 @@ def test_a_class_list_keeps_what_only_unicode_calls_a_line_break(tmp_path: Path)
         ("id,filename,label\n7,a.jpg,cat\n", ["cat"]),
         ("filename,breed,\na.jpg,cat,\n", ["cat"]),
         ("image,label,label\na.jpg,cat,dog\n", "has the heading 'label' twice"),
-        ("image,breed,age\na.jpg,cat,3\n", "has the columns image, breed, age; call that of the labels 'label' or"),
+        (
+            "image,breed,age\na.jpg,cat,3\n",
+            "has the columns image, breed, age; rename that of the labels to 'label' or",
+        ),
         ("image,label,age\na.jpg,,3\n", "line 2 of .* has no image or no label"),
     ],
 )
@@ -204,8 +207,8 @@ def test_the_image_and_label_of_a_wider_table_are_read(tmp_path: Path, text: str
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ('a,b\n1,"2\n3"\n4,"5\n6,7\n', "line 4 of .* opens a double quote that is never closed; close it"),
-        ('a,"b\n', "line 1 of .* opens a double quote that is never closed; close it"),
+        ('a,b\n1,"2\n3"\n4,"5\n6,7\n', "line 4 of .* has a double quote that is not closed; close it"),
+        ('a,"b\n', "line 1 of .* has a double quote that is not closed; close it"),
         ('a,b\n1,2\n3,"4" 5\n', "cannot read line 3 of"),
     ],
 )

@@ -150,12 +150,12 @@ def longer_clip(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "options", "says"),
     [
-        (cut_sound, "", "logmel.npz is no whole npz archive"),
+        (cut_sound, "", "logmel.npz is not a complete npz archive"),
         (fewer_sounds, "", r"logmel is uint8 \(3, 300, 64\); the 40 lines"),
         (longer_clip, "", r"not 74 frames of 80 x 48; the n_frames of its line"),
-        (None, ":both:100", "8 clips of GRID's split 'val' do not fill a recording"),
-        (None, ":both:0.5", "give seconds from 1 to 600"),
-        (None, ":both:9-4", "would last 9 to 4 s"),
+        (None, ":both:100", "8 clips of GRID's split 'val' don't fill a recording"),
+        (None, ":both:0.5", "durations must be 1 to 600 s"),
+        (None, ":both:9-4", "can't last 9 to 4 s"),
         (None, ":smell", "no such folder: .*:smell"),
     ],
 )

@@ -56,7 +56,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
         path.write_bytes(data)
         with pytest.raises(DataError, match=r"cannot read .*a\.jsonl\.gz: "):
             read_json_lines(path)
-        with pytest.raises(DataError, match=r"a\.jsonl\.gz is no readable JSON: "):
+        with pytest.raises(DataError, match=r"a\.jsonl\.gz is not readable JSON: "):
             read_json(path)
     deep = tmp_path / "deep.jsonl"
     deep.write_text("{}\n" + "[" * 100_000)
@@ -150,7 +150,7 @@ def test_words_without_their_times_are_named(tmp_path: Path, words: list[Any]) -
     lines = [json.loads(line) for line in (folder / "captions.jsonl").read_text().splitlines()]
     lines[2]["words"] = words
     (folder / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with pytest.raises(DataError, match="line 3 of .* has the word .*; it must be a text, its start and its end"):
+    with pytest.raises(DataError, match="line 3 of .* has the word .*; it must be a string, its start and its end"):
         create_caption_dataset(f"grid:{folder}", "train")
 
 
@@ -166,5 +166,5 @@ def test_a_sentence_of_mad_without_text_or_times_is_named(tmp_path: Path, change
     line = {"movie": "10142", "sentence": "SOMEONE waits.", "timestamps": [0.0, 1.0]}
     (tmp_path / "annotations").mkdir()
     (tmp_path / "annotations" / "MAD_train.json").write_text(json.dumps({"7": line | change}))
-    with pytest.raises(DataError, match="the sentence '7' of .* has no movie, sentence and timestamps"):
+    with pytest.raises(DataError, match="the sentence '7' of .* must have movie, sentence and timestamps"):
         create_caption_dataset(f"mad:{tmp_path}", "train")

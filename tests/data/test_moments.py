@@ -80,7 +80,7 @@ def test_the_truth_comes_back_in_the_official_form(qvhighlights: Path) -> None:
 def test_a_test_split_may_keep_its_moments_to_itself(qvhighlights: Path) -> None:
     hidden = opened(qvhighlights, "test")
     assert hidden.queries[0].windows == ()
-    with pytest.raises(DataError, match="says nothing of the moments of query 7"):
+    with pytest.raises(DataError, match="doesn't include the moments of query 7"):
         hidden.annotations()
     write(qvhighlights / "highlight_test_with_gt.jsonl.gz", LINE)
     assert opened(qvhighlights, "test").annotations() == [LINE]
@@ -100,7 +100,10 @@ def test_it_travels_to_workers(qvhighlights: Path) -> None:
         (lambda f: save(f / "clip_features" / "a_0.0_20.0.npz", 10, 8, "x"), "has no array 'features'"),
         (lambda f: save(f / "clip_features" / "a_0.0_20.0.npz", 10, 8, fill=np.nan), "not finite"),
         (lambda f: save(f / "clip_features" / "a_0.0_20.0.npz", 0, 8), r"float16 \(0, 8\)"),
-        (lambda f: (f / "clip_features" / "a_0.0_20.0.npz").write_bytes(b"PK\x03\x04 no"), "is no whole npz file"),
+        (
+            lambda f: (f / "clip_features" / "a_0.0_20.0.npz").write_bytes(b"PK\x03\x04 no"),
+            "is not a complete npz file",
+        ),
     ],
 )
 def test_features_that_are_wrong_are_named(qvhighlights: Path, change: Any, says: str) -> None:
@@ -136,7 +139,7 @@ def test_graded_clips_need_a_row_of_features_each_but_for_two(qvhighlights: Path
         ([LINE | {"relevant_clip_ids": [2, 2]}], "of a video of 10"),
         ([LINE | {"relevant_clip_ids": []}], "grades 2 clips and lists 0"),
         ([LINE, "", LINE | {"relevant_windows": [[4, 8, 0.9]]}], r"line 3 of .* relevant_windows \[\[4, 8, 0.9\]\]"),
-        ([LINE | {"relevant_windows": [4, 8]}], r"line 1 of .* each is \[start, end\], in seconds"),
+        ([LINE | {"relevant_windows": [4, 8]}], r"line 1 of .* each must be \[start, end\], in seconds"),
         ([LINE | {"relevant_windows": 4}], "line 1 of .* has the relevant_windows 4"),
         (
             ['{"qid": 7, "query": "a", "vid": "a", "duration": NaN}'],
@@ -147,9 +150,12 @@ def test_graded_clips_need_a_row_of_features_each_but_for_two(qvhighlights: Path
         ([LINE | {"duration": True}], "line 1 of .* no 'duration' of type int | float, but True"),
         ([LINE | {"duration": 0}], "line 1 of .* has a duration of 0 s"),
         ([LINE | {"duration": 1e18}], r"line 1 of .* has a duration of 1e\+18 s; .* at most 604800 \(a week\)"),
-        ([LINE | {"relevant_clip_ids": [2.0, 3.0]}], r"line 1 of .* relevant_clip_ids \[2.0, 3.0\]; they are whole"),
+        (
+            [LINE | {"relevant_clip_ids": [2.0, 3.0]}],
+            r"line 1 of .* relevant_clip_ids \[2.0, 3.0\]; they must be whole",
+        ),
         ([LINE | {"relevant_clip_ids": "23"}], "line 1 of .* has the relevant_clip_ids '23'"),
-        ([LINE | {"saliency_scores": [[4, 0, 1], [3, 2]]}], "line 1 of .* has as many grades as the others"),
+        ([LINE | {"saliency_scores": [[4, 0, 1], [3, 2]]}], "line 1 of .* must have equally many grades"),
         ([LINE | {"saliency_scores": [[4, 0, 1], [3, 2, None]]}], "line 1 of .* saliency_scores"),
         ([LINE | {"saliency_scores": [4, 3]}], "line 1 of .* saliency_scores"),
     ],
@@ -172,8 +178,8 @@ def test_line_separators_in_a_sentence_a_mark_of_order_and_blank_lines_are_read(
 @pytest.mark.parametrize(
     ("spec", "split", "says"),
     [
-        ("qvhighlights:", "val", "says qvhighlights, but not which"),
-        ("moments:x", "val", "is not a data set of moments; write qvhighlights:DIR"),
+        ("qvhighlights:", "val", "has nothing after qvhighlights:"),
+        ("moments:x", "val", "is not a moment data set; it must be qvhighlights:DIR"),
         ("qvhighlights:nowhere", "val", "no such folder"),
         ("qvhighlights:{}", "", "is empty"),
     ],
@@ -187,7 +193,7 @@ def test_a_missing_split_or_folder_is_named(qvhighlights: Path) -> None:
     with pytest.raises(MissingSplitError, match="no split 'train'; it has 'val', 'test'"):
         opened(qvhighlights, "train")
     (qvhighlights / "features" / "clip_text_features").rename(qvhighlights / "away")
-    with pytest.raises(DataError, match="has no folder clip_text_features; `lamzoo extract-features`"):
+    with pytest.raises(DataError, match="has no folder clip_text_features; compute it with `lamzoo extract-features`"):
         opened(qvhighlights).read(0)
 
 
@@ -236,10 +242,10 @@ def test_charades_sta_is_read(tmp_path: Path) -> None:
     separated = create_moment_dataset(f"charades:{tmp_path}", "test")
     assert [(query.qid, query.text) for query in separated.queries] == [("test0", "a\u2028person"), ("test2", "sits")]
     write(tmp_path / "charades_sta_test.txt", "AB1 1.5##no end")
-    with pytest.raises(DataError, match="line 1 of .* is not of the form"):
+    with pytest.raises(DataError, match="line 1 of .* doesn't have the form"):
         create_moment_dataset(f"charades:{tmp_path}", "test")
     write(tmp_path / "charades_sta_test.txt", "AB2 1.5 3.0##another")
-    with pytest.raises(DataError, match=r"about the video AB2, which Charades_v1_test\.csv has not"):
+    with pytest.raises(DataError, match=r"about the video AB2, which is not in Charades_v1_test\.csv"):
         create_moment_dataset(f"charades:{tmp_path}", "test")
 
 

@@ -300,8 +300,8 @@ def test_captions_are_written_as_coco_has_them(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("[{", r"captions\.json is no readable JSON"),
-        (b"\xff", "is no readable JSON"),
+        ("[{", r"captions\.json is not readable JSON"),
+        (b"\xff", "is not readable JSON"),
         ('{"annotations": []}', "is not a list of captions; it must be"),
         ('[{"image_id": 1, "caption": "a"}, 2]', "entry 1 of .* lacks an image_id or a caption"),
         ('[{"image_id": 1}]', "entry 0 of .* lacks an image_id or a caption"),
@@ -323,7 +323,7 @@ def test_a_malformed_file_is_named(tmp_path: Path, text: str | bytes, says: str)
 def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
     for name, data in (("plain.json.gz", b"[]"), ("cut.json.gz", gzip.compress(b"[]" * 99)[:-9])):
         (tmp_path / name).write_bytes(data)
-        with pytest.raises(DataError, match=f"{name} is no readable JSON"):
+        with pytest.raises(DataError, match=f"{name} is not readable JSON"):
             read_captions(tmp_path / name)
-    with pytest.raises(DataError, match=r"none\.json is no readable JSON: No such file"):
+    with pytest.raises(DataError, match=r"none\.json is not readable JSON: No such file"):
         read_captions(tmp_path / "none.json")

@@ -284,7 +284,7 @@ def test_published_features_are_kept_where_their_width_is_right(folder: Path, mo
     assert extract(folder, model, tmp_path / "out").new_videos == 2
     assert read_features(path, "features").tolist() == np.ones((3, 24)).tolist()
     np.savez_compressed(path, features=np.ones((3, 512), dtype=np.float16))
-    with pytest.raises(DataError, match=r"coffee.npz has 512 features, and the model gives 24"):
+    with pytest.raises(DataError, match=r"coffee.npz has 512 features, and those of the model are 24"):
         extract(folder, model, tmp_path / "out")
 
 
@@ -319,7 +319,9 @@ def test_workers_and_pieces_change_nothing(folder: Path, tmp_path: Path, monkeyp
 
 def test_two_videos_of_one_name_are_refused_by_both_names(folder: Path, model: Any, tmp_path: Path) -> None:
     shutil.copy(folder / "astronaut.mp4", folder / "more" / "astronaut.mov")
-    with pytest.raises(DataError, match=r"videos/astronaut.mp4 and .*videos/more/astronaut.mov would both be"):
+    with pytest.raises(
+        DataError, match=r"videos/astronaut.mp4 and .*videos/more/astronaut.mov would both be written to"
+    ):
         extract(folder, model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     (folder / "more" / "astronaut.mov").unlink()
@@ -333,8 +335,8 @@ def test_what_can_be_told_without_a_model_is_told_before_the_work(folder: Path, 
     (tmp_path / "bare").mkdir()
     for videos, options, message in (
         (tmp_path / "nowhere", {}, "no such video or folder: .*nowhere"),
-        (tmp_path / "bare", {}, "bare holds no video"),
-        (folder, {"out": tmp_path / "file"}, "can't be made"),
+        (tmp_path / "bare", {}, "bare has no video"),
+        (folder, {"out": tmp_path / "file"}, "can't be created"),
         (folder, {"queries": tmp_path / "none.jsonl"}, "cannot read .*none.jsonl: No such file"),
         (folder, {"clip_seconds": 0.0}, "a clip is 0.0 s long"),
         (folder, {"batch_size": 0}, "the batch size is 0"),
@@ -344,13 +346,13 @@ def test_what_can_be_told_without_a_model_is_told_before_the_work(folder: Path, 
         with pytest.raises((ConfigError, DataError), match=message):
             extract_features([videos], **{"out": tmp_path / "out", "model": missing, **options})
     for text, message in (
-        ("", "holds no query"),
+        ("", "has no queries"),
         ("{", "line 1 of .* is not JSON"),
         ('{"qid": 1}', "has no 'query'"),
         ('{"qid": 1, "query": " "}', "empty query"),
         ('{"qid": 1, "query": "a"}\n{"qid": 1, "query": "b"}', "query 1 is listed twice"),
-        ('{"qid": 1, "query": "a"}\n{"qid": "1", "query": "b"}', "would both be"),
-        ('{"qid": "../1", "query": "a"}', "can't give a file its name"),
+        ('{"qid": 1, "query": "a"}\n{"qid": "1", "query": "b"}', "would both be written to"),
+        ('{"qid": "../1", "query": "a"}', "is not a valid file name"),
     ):
         queries.write_text(text)
         with pytest.raises(DataError, match=message):

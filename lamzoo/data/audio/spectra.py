@@ -1,4 +1,4 @@
-"""Sound as log-mel spectra: read from any file's audio track through PyAV, and made into tokens."""
+"""Log-mel spectra of audio tracks, read through PyAV, and their conversion to tokens."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 
 Spectra: TypeAlias = NDArray[np.float32]
 
-RATE = 16_000  # samples a second
+RATE = 16_000  # samples per second
 HOP = 0.01  # seconds from one spectrum to the next
-FLOOR = 1e-8  # power below which there is silence
+FLOOR = 1e-8  # minimum power; silence
 
-_WINDOW, _FFT = 400, 512  # samples: 25 ms, and with 400 the lowest of 64 bands would lie between two bins
+_WINDOW, _FFT = 400, 512  # samples: 25 ms; with an FFT of 400 the lowest of 64 bands would contain no bin
 _LOWEST, _HIGHEST = 20.0, 7600.0  # Hz
-_WARM_UP = 0.5  # seconds that a decoder is given before what is wanted
-_JITTER = 0.02  # seconds by which a frame's time may differ from the end of the sound before it without a gap
-_OVERLAP = 0.5  # seconds of overlapping sound that are left out without a warning
+_WARM_UP = 0.5  # seconds decoded before the requested span
+_JITTER = 0.02  # seconds by which a frame's time may differ from the end of the previous sound without a gap
+_OVERLAP = 0.5  # seconds of overlapping sound that are dropped without a warning
 _TAG = b"ID3"
 
 _logger = logging.getLogger(__name__)
@@ -41,27 +41,27 @@ _logger = logging.getLogger(__name__)
 def read_log_mel(
     path: str | Path, start: float = 0.0, end: float | None = None, *, bands: int = 64
 ) -> tuple[Spectra, Spectra] | None:
-    """Reads the sound of a video or sound file, or of a span of it.
+    """Reads the log-mel spectra of a video or audio file, or of a span of it.
 
-    The mean of the channels is resampled to 16 kHz. A spectrum is what
+    The mean of the channels is resampled to 16 kHz. The spectra are those of
     ``torchaudio.transforms.MelSpectrogram(16000, n_fft=512, win_length=400, hop_length=160, f_min=20, f_max=7600,
-    n_mels=bands, mel_scale="htk", norm=None)`` gives: power in triangles on HTK's mel scale, of a periodic Hann window
-    of 25 ms, every 10 ms. Sound is placed by the times of its frames: gaps are silence, and sound that overlaps other
-    sound is left out. Its format may change within a track.
+    n_mels=bands, mel_scale="htk", norm=None)``: power in triangular filters on HTK's mel scale, of a periodic Hann
+    window of 25 ms, every 10 ms. Sound is aligned by the timestamps of its frames: gaps are silence, and overlapping
+    sound is dropped. The audio format may change within a track.
 
     Args:
-        path: the file, of any extension: its content says what it is.
-        start: of the span, seconds from the video's first frame, or the sound's beginning in a file without video.
-        end: of the span; None for that of the track.
-        bands: of the mel scale, between 20 and 7600 Hz.
+        path: the file; its content, not its extension, determines the format.
+        start: start of the span, seconds from the first frame of the video, or of the audio in a file without video.
+        end: end of the span; None for that of the track.
+        bands: number of mel bands, from 20 to 7600 Hz.
 
     Returns:
         The log10 of the powers, ``(N, bands)``, at least -8, and the middles of the spectra, ``(N,)``, seconds from
-        ``start``; both float32. None where the file has no sound track, or nothing but silence in the span.
+        ``start``; both float32. None if the file has no audio track, or the span is silent.
 
     Raises:
-        DataError: there is no such file, FFmpeg can't read it, its sound is damaged, or its times start again in the
-            middle; names it.
+        DataError: the file does not exist, FFmpeg can't read it, its sound is damaged, or its timestamps restart in
+            the middle; names it.
         MissingExtraError: PyAV is not installed.
     """
     samples = _samples(path, start, end)
@@ -74,7 +74,7 @@ def read_log_mel(
 def log_mel(samples: NDArray[np.float32], *, bands: int = 64) -> Spectra:
     """Computes the spectra of :func:`read_log_mel`, ``(N // 160, bands)``, of samples ``(N,)`` at 16 kHz."""
     count = len(samples) * 100 // RATE
-    padded = np.pad(samples, (0, max(0, _FFT - len(samples))))  # what is reflected at the ends must be there
+    padded = np.pad(samples, (0, max(0, _FFT - len(samples))))  # the padding reflects samples at both ends
     transformed = torch.stft(
         torch.from_numpy(padded), _FFT, round(RATE * HOP), _WINDOW, torch.hann_window(_WINDOW), return_complex=True
     )
@@ -83,7 +83,7 @@ def log_mel(samples: NDArray[np.float32], *, bands: int = 64) -> Spectra:
 
 
 def mel_filters(bands: int = 64) -> NDArray[np.float64]:
-    """Returns the weight of each bin of the Fourier transform in each band, ``(257, bands)``, at most 1."""
+    """Returns the mel filter bank, ``(257, bands)``: the weight of each Fourier bin in each band, at most 1."""
     edges = _from_mel(np.linspace(_to_mel(_LOWEST), _to_mel(_HIGHEST), bands + 2))
     frequencies = np.linspace(0, RATE / 2, _FFT // 2 + 1)[:, None]
     rising = (frequencies - edges[:-2]) / np.diff(edges)[:-1]
@@ -92,9 +92,9 @@ def mel_filters(bands: int = 64) -> NDArray[np.float64]:
 
 
 def stack_spectra(spectra: Spectra, count: int) -> Spectra:
-    """Puts each ``count`` spectra ``(N, bands)``, less their mean, beside each other: ``(N // count, count * bands)``.
+    """Subtracts the mean of spectra ``(N, bands)`` and concatenates groups: ``(N // count, count * bands)``.
 
-    Spectra at the end that are fewer are left out.
+    An incomplete group at the end is dropped.
     """
     centred = (spectra - spectra.mean(axis=0))[: len(spectra) // count * count]
     return centred.reshape(-1, count * spectra.shape[1])
@@ -109,7 +109,7 @@ def _from_mel(mel: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _samples(path: str | Path, start: float, end: float | None) -> NDArray[np.float32]:
-    """Returns the span's samples, mono, in -1 to 1; none where the file has no sound track."""
+    """Returns the samples of a span, mono, -1 to 1; empty if the file has no audio track."""
     with _opened(path) as container:
         track: Any = container.streams.best("audio")
         if track is None:
@@ -129,15 +129,15 @@ def _samples(path: str | Path, start: float, end: float | None) -> NDArray[np.fl
 
 
 class _Span:
-    """Samples of a span, placed by the times of the frames they come from.
+    """Samples of a span, aligned by the timestamps of their frames.
 
-    Frames that follow each other without a gap go through one resampler. A new resampler starts where the sound format
-    changes, or where a frame's own time differs from the end of the sound before it. Gaps become silence; of sound that
-    overlaps, the part that was read first is kept.
+    Consecutive frames without a gap share one resampler. A new resampler starts where the audio format changes, or
+    where the timestamp of a frame differs from the end of the previous sound. Gaps become silence; of overlapping
+    sound, the part read first is kept.
 
     Args:
         path: the file, for messages.
-        start: of the span, in seconds of the track's own times.
+        start: start of the span, in seconds of the track's timestamps.
         count: samples of the span; None for the rest of the track.
     """
 
@@ -149,26 +149,26 @@ class _Span:
         self._overlap = 0
         self._resampler: AudioResampler | None = None
         self._format: tuple[str, str, int] | None = None
-        self._first = self._last = -math.inf  # times of the first frame and the one before
+        self._first = self._last = -math.inf  # times of the first and the previous frame
         self._due = 0.0  # time at which the current run's sound ends
 
     @property
     def complete(self) -> bool:
-        """True if further frames would lie behind the span."""
+        """Whether further frames would be after the span."""
         return self._count is not None and self._length >= self._count
 
     def add(self, frame: AudioFrame) -> None:
         """Appends a frame.
 
         Raises:
-            DataError: its time goes back to that of the first frame.
+            DataError: its timestamp goes back to that of the first frame.
         """
         sound_format = frame.format.name, frame.layout.name, frame.sample_rate
         time = self._due if frame.time is None else frame.time - self._start
         if time < self._last and time <= self._first + _JITTER:
             raise DataError(
-                f"cannot read the sound of {self._path}: its times start again in the middle, as of joined files, "
-                "which remuxing mends; replace or remove it"
+                f"cannot read the sound of {self._path}: its timestamps restart in the middle, as in concatenated "
+                "files; remux, replace or remove it"
             )
         if self._resampler is None or sound_format != self._format or abs(time - self._due) > _JITTER:
             self._first = time if self._resampler is None else self._first
@@ -184,11 +184,11 @@ class _Span:
         """Returns all samples, ``(N,)``, after the last frame."""
         self._append(None)
         if self._overlap > _OVERLAP * RATE:
-            _logger.warning("%.2f s of sound in %s overlap other sound; left out", self._overlap / RATE, self._path)
+            _logger.warning("dropped %.2f s of sound in %s that overlap other sound", self._overlap / RATE, self._path)
         return np.concatenate(self._parts)[: self._count] if self._parts else np.zeros(0, np.float32)
 
     def _move_to(self, place: int) -> None:
-        """Starts a run at a sample of the span, which is negative before it."""
+        """Starts a run at a sample of the span; negative before the span."""
         gap = place - self._length
         if gap > 0:
             gap = gap if self._count is None else min(gap, max(0, self._count - self._length))
@@ -207,10 +207,10 @@ class _Span:
 
 
 def _frames(container: InputContainer, track: AudioStream, sought: bool) -> Iterator[AudioFrame]:
-    """Decodes from the container's position, which, after a jump, may be within a frame."""
+    """Decodes from the current position, which may be within a frame after seeking."""
     for packet in container.demux(track):
         if container.format.name == "mp3" and bytes(packet)[: len(_TAG)] == _TAG:
-            continue  # of an MP3 file that was joined to another
+            continue  # from concatenated MP3 files
         try:
             frames = packet.decode()
         except import_av().error.InvalidDataError:
@@ -224,13 +224,13 @@ def _frames(container: InputContainer, track: AudioStream, sought: bool) -> Iter
 
 @contextmanager
 def _opened(path: str | Path) -> Iterator[InputContainer]:
-    """Opens a file; what turns out to be wrong with it becomes an error that names it."""
+    """Opens a file; later failures are raised as errors that name it."""
     av = import_av()
     path = Path(path)
     if not path.is_file():
         raise DataError(f"no such file: {path}")
     try:
-        # Whatever the file refers to, nothing but files is opened. Tags in unknown encodings do not matter here.
+        # Only local files are opened, whatever the file refers to. Tags in unknown encodings are ignored.
         options = {"protocol_whitelist": "file"}
         with av.open(f"file:{path}", container_options=options, metadata_errors="replace") as container:
             yield container

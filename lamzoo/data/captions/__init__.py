@@ -1,4 +1,4 @@
-"""Videos and sound with what people wrote about them, as features of several modalities behind one interface."""
+"""Captioned video and audio clips, as features of several modalities behind one interface."""
 
 from typing import TYPE_CHECKING
 

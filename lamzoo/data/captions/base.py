@@ -1,4 +1,4 @@
-"""The one data set class for description: clips with their captions, and features of each modality on its own clock."""
+"""The data set class for description: clips with captions, and features of each modality with their own times."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Stream:
 
     Attributes:
         features: ``(N, D)``, float32.
-        times: ``(N,)``, float32, seconds from the start of the item's clip: the middle of what each was taken from.
+        times: ``(N,)``, float32, seconds from the start of the clip: the middle of the interval of each feature.
     """
 
     features: Features
@@ -34,16 +34,16 @@ class Stream:
 
 @dataclass(frozen=True)
 class CaptionItem:
-    """A clip that somebody described.
+    """A clip with its captions.
 
     Attributes:
-        id: what the data call it.
+        id: id in the data set.
         video: id of the video or movie that it belongs to.
-        start: of what is described, seconds in the video. The clip that is read may begin earlier and end later.
-        end: likewise; infinite where it is the whole video and its length is not known.
-        captions: what people wrote; one or several.
-        words: each word that is said in the clip, with its start and end, seconds from the clip's start; none where the
-            data don't know.
+        start: start of the described span, seconds in the video. The clip that is read may start earlier and end later.
+        end: end of the described span; infinite for a whole video of unknown duration.
+        captions: one or several captions.
+        words: the words spoken in the clip, each with its start and end, seconds from the start of the clip; empty if
+            unknown.
     """
 
     id: str
@@ -55,13 +55,13 @@ class CaptionItem:
 
 
 class CaptionSource(ABC):
-    """Where clips, captions and features come from: one subclass per layout.
+    """Source of clips, captions and features: one subclass per layout.
 
     Attributes:
-        split: the split's own name, or ``None`` where the data have no splits.
-        how_to_split: what to do to such data to give it splits, for messages; ``None`` where the layout never has any.
+        split: name of the split in the data, or ``None`` for data without splits.
+        how_to_split: how to add splits to such data, for messages; ``None`` for layouts without splits.
         items: the clips, with stripped captions.
-        modalities: width of the features by the modality's name, in their order.
+        modalities: feature width of each modality, by name, in order.
     """
 
     split: str | None
@@ -71,15 +71,15 @@ class CaptionSource(ABC):
 
     @abstractmethod
     def streams(self, index: int) -> dict[str, Stream]:
-        """Returns an item's features by modality, without those it lacks; a ``DataError`` names the file."""
+        """Returns the features of an item by modality, without missing ones; a ``DataError`` names the file."""
 
     def splice(self) -> tuple[CaptionItem, dict[str, Stream]]:
-        """Returns a new item and its features; what :meth:`CaptionDataset.splice` asks for."""
+        """Returns a new item and its features, for :meth:`CaptionDataset.splice`."""
         raise DataError(f"{type(self).__name__} can't splice clips, since it has no pieces; set augment.splice to 0")
 
 
 class _Part(CaptionSource):
-    """Some clips of another source, in the order given; it cannot splice."""
+    """Selected clips of another source, in the order given; splicing is not supported."""
 
     def __init__(self, source: CaptionSource, indices: Sequence[int], split: str | None) -> None:
         self.split, self.modalities = source.split if split is None else split, source.modalities
@@ -91,22 +91,22 @@ class _Part(CaptionSource):
 
 
 class CaptionDataset:
-    """Clips with captions: a split of a data set of descriptions.
+    """Clips with captions: one split of a data set.
 
-    It can be pickled for the workers of a loader. Features are read, decoded or computed by :meth:`read`.
+    Picklable, for data-loader workers. Features are read, decoded or computed by :meth:`read`.
 
     Attributes:
-        spec: what the data set was created from.
-        split: the split's own name, or ``None`` where the data have no splits.
+        spec: specification of the data set.
+        split: name of the split in the data, or ``None`` for data without splits.
         items: the clips.
-        modalities: width of the features by the modality's name, in their order.
+        modalities: feature width of each modality, by name, in order.
 
     Args:
-        source: where clips, captions and features come from.
-        spec: how to call the whole in an error.
+        source: source of clips, captions and features.
+        spec: name of the data set in messages.
 
     Raises:
-        DataError: there is no clip, one is listed twice, has no caption or an empty one, or ends before it starts.
+        DataError: there are no clips, or one is listed twice, has no caption or an empty one, or ends before it starts.
     """
 
     def __init__(self, source: CaptionSource, spec: str) -> None:
@@ -114,7 +114,7 @@ class CaptionDataset:
         self.items, self.modalities = list(source.items), dict(source.modalities)
         self._source = source
         if not self.items:
-            raise DataError(f"{spec} holds no item")
+            raise DataError(f"{spec} has no items")
         self._by_video: dict[str, list[tuple[float, float, int]]] = {}
         seen: set[str] = set()
         for index, item in enumerate(self.items):
@@ -130,20 +130,20 @@ class CaptionDataset:
         return len(self.items)
 
     def read(self, index: int) -> dict[str, Stream]:
-        """Returns an item's features by modality, in the order of ``modalities``; at least one of them.
+        """Returns the features of an item by modality, in the order of ``modalities``; at least one.
 
         Raises:
-            DataError: a file is missing or damaged, or features are not as wide as ``modalities`` says; names it.
+            DataError: a file is missing or damaged, or the width of features differs from ``modalities``; names it.
         """
         if not 0 <= index < len(self):
             raise IndexError(index)
         return self._checked(self._source.streams(index), self.items[index].id)
 
     def splice(self) -> tuple[CaptionItem, dict[str, Stream]]:
-        """Returns a clip that is put together of pieces of several, drawn from :mod:`random`, and its features.
+        """Returns a new clip, spliced from pieces of several, and its features; draws from :mod:`random`.
 
         Raises:
-            DataError: the data know of no pieces; or as :meth:`read`.
+            DataError: the layout doesn't support splicing; or as for :meth:`read`.
         """
         item, streams = self._source.splice()
         return item, self._checked(streams, item.id)
@@ -153,32 +153,32 @@ class CaptionDataset:
         return {item.video for item in self.items}
 
     def of_videos(self, names: Collection[str], split: str | None = None) -> CaptionDataset:
-        """Returns the clips of some videos, in their order here.
+        """Returns the clips of selected videos, in the order of this data set.
 
         Args:
-            names: of the videos.
+            names: names of the videos.
             split: name of the part; None for this split's own.
 
         Raises:
-            DataError: one of the videos is not here, or none is named.
+            DataError: a video is not in the data set, or none is given.
         """
         check_videos(names, (item.video for item in self.items), self.spec)
         chosen = [index for index, item in enumerate(self.items) if item.video in names]
         return CaptionDataset(_Part(self._source, chosen, split), self.spec)
 
     def references(self) -> dict[str, tuple[str, ...]]:
-        """Returns what people wrote about each item, by its id, for the scores of :mod:`lamzoo.evaluation`."""
+        """Returns the reference captions by item id, for the metrics of :mod:`lamzoo.evaluation`."""
         return {item.id: item.captions for item in self.items}
 
     def context(self, index: int, count: int) -> tuple[str, ...]:
-        """Returns what was said before: captions of items of the same video that end before an item starts.
+        """Returns the previous captions: those of items of the same video that end before an item starts.
 
         Args:
-            index: of the item.
-            count: how many of them at most, the nearest.
+            index: index of the item.
+            count: maximum number of captions; the nearest are taken.
 
         Returns:
-            The first caption of each, the nearest last.
+            The first caption of each item, the nearest last.
         """
         if not 0 <= index < len(self):
             raise IndexError(index)
@@ -191,26 +191,25 @@ class CaptionDataset:
     def _checked(self, streams: Mapping[str, Stream], item: str) -> dict[str, Stream]:
         if not streams:
             raise DataError(
-                f"the item {item!r} of {self.spec} has no features of {' or '.join(self.modalities)}; make some, or "
-                "leave it out"
+                f"the item {item!r} of {self.spec} has no features of {' or '.join(self.modalities)}; extract some, or "
+                "remove the item"
             )
         for name, stream in streams.items():
             rows, width = stream.features.shape
             if not rows or width != self.modalities[name] or stream.times.shape != (rows,):
                 raise DataError(
-                    f"the item {item!r} of {self.spec} has {name} features {stream.features.shape}, and "
-                    f"{len(stream.times)} times; they must be rows of {self.modalities[name]}, as of other items"
+                    f"the item {item!r} of {self.spec} has {name} features {stream.features.shape} and "
+                    f"{len(stream.times)} times; they must be rows of {self.modalities[name]}, as for other items"
                 )
         return {name: streams[name] for name in self.modalities if name in streams}
 
 
 def _check(item: CaptionItem, spec: str) -> None:
     if not item.captions:
-        raise DataError(f"the item {item.id!r} of {spec} has no caption; give it one, or take it off the list")
+        raise DataError(f"the item {item.id!r} of {spec} has no caption; add one, or remove the item")
     if not all(caption.strip() for caption in item.captions):
-        raise DataError(f"the item {item.id!r} of {spec} has an empty caption; write one, or remove it")
+        raise DataError(f"the item {item.id!r} of {spec} has an empty caption; fill it in, or remove it")
     if not item.start < item.end:
         raise DataError(
-            f"the item {item.id!r} of {spec} is from {item.start:g} to {item.end:g} s; its start must come before its "
-            "end"
+            f"the item {item.id!r} of {spec} is from {item.start:g} to {item.end:g} s; its start must be before its end"
         )

@@ -1,4 +1,4 @@
-"""From a one-line specification to clips with captions: the grammar, and which source reads which layout."""
+"""Creation of caption data sets from one-line specifications: the grammar and the source of each layout."""
 
 from __future__ import annotations
 
@@ -36,22 +36,22 @@ def create_caption_dataset(spec: str, split: str) -> CaptionDataset:
         spec: one of
 
             - ``mad:DIR`` or ``mad:DIR:4``: MAD and MADv2, audio descriptions of movies; clips are at least 2 s long
-              (the default), or 4; see :class:`lamzoo.data.captions.mad.MadSource`, also for what its splits are.
+              (the default), or 4; see :class:`lamzoo.data.captions.mad.MadSource`, also for its splits.
             - ``lsmdc:DIR``: LSMDC's tables, and features of each clip; see
               :class:`lamzoo.data.captions.lsmdc.LsmdcSource`.
             - ``videos:DIR`` or ``videos:DIR:0.5``: a folder of videos with ``DIR/captions.csv``, their sound, and
-              features in files, of so many rows a second if those don't say it; see
+              feature files, with this number of rows per second unless they state it; see
               :class:`lamzoo.data.captions.videos.VideoFolder`.
-            - ``grid:DIR``, ``grid:DIR:face+audio`` or ``grid:DIR:mouth+audio:noise``: GRID's sentences, of
+            - ``grid:DIR``, ``grid:DIR:face+audio`` or ``grid:DIR:mouth+audio:noise``: GRID's sentences, from
               ``mouth+audio`` (the default) or any of ``mouth``, ``face`` and ``audio``, with sound that is clean (the
-              default), in ``noise``, with ``gaps``, or ``damaged`` by both; see
+              default), has ``noise`` or ``gaps``, or is ``damaged`` by both; see
               :class:`lamzoo.data.captions.grid.GridCaptions`.
             - ``flickr8k:DIR``: Flickr8k's photographs in patches; see
               :class:`lamzoo.data.captions.flickr.Flickr8kCaptions`.
-        split: ``train``, ``validation``, ``test`` or what the data calls it. Data without splits have one, ``"all"``.
+        split: ``train``, ``validation``, ``test`` or another name in the data; ``"all"`` for data without splits.
 
     Returns:
-        Clips with captions, and their features to :meth:`~CaptionDataset.read`.
+        The clips with captions; :meth:`~CaptionDataset.read` returns their features.
 
     Raises:
         DataError: the specification, the folder or the split does not exist, or the files are invalid.
@@ -65,10 +65,10 @@ def create_caption_dataset(spec: str, split: str) -> CaptionDataset:
 
 def _source(spec: str, split: str) -> CaptionSource:
     if not split:
-        raise DataError(f"the split of {spec} is empty; name one, such as 'test'")
+        raise DataError(f"the split of {spec} is empty; pass one, such as 'test'")
     kind, _, rest = spec.partition(":")
     if kind in _KINDS and not rest:
-        raise DataError(f"the data set {spec!r} says {kind}, but not which; write {_GRAMMAR}")
+        raise DataError(f"the data set {spec!r} has nothing after {kind}:; it must be {_GRAMMAR}")
     match kind:
         case "mad":
             folder, seconds = _number(rest)
@@ -81,7 +81,7 @@ def _source(spec: str, split: str) -> CaptionSource:
             return _grid(rest, split)
         case "flickr8k":
             return Flickr8kCaptions(Path(rest), split)
-    raise DataError(f"{spec!r} is not a data set of captions; write {_GRAMMAR}")
+    raise DataError(f"{spec!r} is not a caption data set; it must be {_GRAMMAR}")
 
 
 def _number(rest: str) -> tuple[Path, float | None]:

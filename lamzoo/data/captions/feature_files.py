@@ -1,4 +1,4 @@
-"""Features that lie in files, npz or npy, one for each video or clip; and which rows of them belong to a span."""
+"""Feature files, npz or npy, one per video or clip, and the selection of their rows by time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lamzoo.data.moments.feature_folder import read_features, unit
 from lamzoo.data.paths import existing_file, visible
 from lamzoo.errors import DataError
 
-_FOLDERS = {"video": ("video", "clip_features"), "audio": ("audio",)}  # the first that holds any
+_FOLDERS = {"video": ("video", "clip_features"), "audio": ("audio",)}  # the first one with files is used
 _SUFFIXES = (".npz", ".npy")
 _KEY, _ORIGIN = "features", "lamzoo"  # arrays of an npz file, as `lamzoo extract-features` writes them
 
@@ -24,18 +24,18 @@ _KEY, _ORIGIN = "features", "lamzoo"  # arrays of an npz file, as `lamzoo extrac
 class FeatureFiles:
     """``video/ID.npz`` and ``audio/ID.npz``, or ``.npy``, below one folder; either modality may be missing.
 
-    The videos' folder may be called ``clip_features``, as ``lamzoo extract-features`` calls it. An npz file holds
-    ``features``, ``(N, D)``, an npy file just that. Each row is scaled to length 1.
+    The folder ``video`` may also be named ``clip_features``, as by ``lamzoo extract-features``. An npz file contains
+    ``features``, ``(N, D)``; an npy file is that array. Each row is normalised to length 1.
 
     Args:
         root: the folder; it need not exist.
-        rate: rows a second, of files that don't say it themselves; those that ``lamzoo extract-features`` made do.
+        rate: rows per second of files that don't state it; files of ``lamzoo extract-features`` do.
 
     Attributes:
-        modalities: width of the features by the modality's name; of those that have any file.
+        modalities: feature width of each modality that has files, by name.
 
     Raises:
-        DataError: the first file of a modality is damaged, or of another form.
+        DataError: the first file of a modality is damaged, or has another format.
     """
 
     def __init__(self, root: Path, rate: float | None = None) -> None:
@@ -54,14 +54,13 @@ class FeatureFiles:
         """Returns the features of a span, at least one row of each modality that has a file.
 
         Args:
-            name: of the file, without its extension.
-            start: of the span, seconds from where the file's first row begins.
-            end: of the span.
-            duration: of all rows together, over which those of a file are spread that doesn't know their rate, where
-                none was given.
+            name: name of the file, without its extension.
+            start: start of the span, seconds from the start of the first row.
+            end: end of the span.
+            duration: duration of all rows, used for files of unknown rate.
 
         Raises:
-            DataError: a file is damaged, as wide as no other, or of an unknown rate; names it.
+            DataError: a file is damaged, has another width than the others, or an unknown rate; names it.
         """
         found = {}
         for modality, folder in self._folders.items():
@@ -71,13 +70,13 @@ class FeatureFiles:
             rows, rate = _read(path)
             if rows.shape[1] != self.modalities[modality]:
                 raise DataError(
-                    f"{path} has {rows.shape[1]} features a row, and others of its folder have "
-                    f"{self.modalities[modality]}; make all with one model"
+                    f"{path} has {rows.shape[1]} features per row, and others in its folder have "
+                    f"{self.modalities[modality]}; extract all with the same model"
                 )
             rate = rate or self._rate or (len(rows) / duration if duration else None)
             if rate is None:
                 raise DataError(
-                    f"{path} doesn't say how many rows a second has; write it behind the folder, as in "
+                    f"{path} doesn't state its rows per second; append them to the folder, as in "
                     "videos:DIR:FRAMES_PER_SECOND"
                 )
             found[modality] = cut_rows(rows, rate, start, end)
@@ -85,19 +84,19 @@ class FeatureFiles:
 
 
 def cut_rows(rows: Features, rate: float, start: float, end: float) -> Stream:
-    """Returns the rows of a span, scaled to length 1: see :func:`rows_within`."""
+    """Returns the rows of a span, normalised to length 1; see :func:`rows_within`."""
     span = rows_within(len(rows), rate, start, end)
     return Stream(unit(rows[span.start : span.stop]), row_times(span, rate, start))
 
 
 def rows_within(count: int, rate: float, start: float, end: float) -> range:
-    """Returns the rows whose middles lie in a span, or the one whose middle is nearest to that of the span.
+    """Returns the rows whose middles are in a span, or the one whose middle is nearest to that of the span.
 
     Args:
-        count: of all rows; row k covers the time from k / rate to (k + 1) / rate.
-        rate: rows a second.
-        start: of the span, seconds.
-        end: likewise.
+        count: number of rows; row k covers the time from k / rate to (k + 1) / rate.
+        rate: rows per second.
+        start: start of the span, seconds.
+        end: end of the span, seconds.
     """
     first = max(0, math.ceil(start * rate - 0.5))
     last = count if end * rate >= count else min(count, math.floor(end * rate - 0.5) + 1)
@@ -113,22 +112,22 @@ def row_times(rows: range, rate: float, start: float) -> Features:
 
 
 def check_rows(rows: NDArray, where: str) -> Features:
-    """Returns rows of features as float32, or raises a :class:`DataError` that says ``where`` they are none."""
+    """Returns feature rows as float32; raises a :class:`DataError` that names ``where`` they are invalid."""
     if rows.ndim != 2 or not len(rows) or rows.dtype.kind != "f":
-        raise DataError(f"{where} is {rows.dtype} {rows.shape}; it must be floats, a row a frame")
+        raise DataError(f"{where} is {rows.dtype} {rows.shape}; it must be floats, one row per frame")
     if not np.isfinite(rows).all():
         raise DataError(f"{where} has values that are not finite; extract it again")
     return rows.astype(np.float32)
 
 
 def _read(path: Path) -> tuple[Features, float | None]:
-    """Returns the rows of a file and, where it says that, how many of them a second has."""
+    """Returns the rows of a file and their rate, if the file states it."""
     if path.suffix == ".npz":
         return read_features(path, _KEY), _own_rate(path)
     try:
         rows = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path} is no whole npy file: {error}") from error
+        raise DataError(f"{path} is not a complete npy file: {error}") from error
     return check_rows(rows, str(path)), None
 
 
@@ -138,5 +137,5 @@ def _own_rate(path: Path) -> float | None:
             origin = json.loads(str(archive[_ORIGIN])) if _ORIGIN in archive else {}
         seconds = float(origin.get("clip_seconds", 0))
     except (OSError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{path} doesn't say properly what made it ({error}); extract it again") from error
+        raise DataError(f"{path} has invalid provenance ({error}); extract it again") from error
     return 1 / seconds if seconds > 0 else None

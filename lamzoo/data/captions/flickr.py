@@ -18,9 +18,9 @@ _TIMES = ((np.arange((_SIDE // _PATCH) ** 2) + 0.5) / 25).astype(np.float32)
 class Flickr8kCaptions(CaptionSource):
     """``captions.jsonl`` (``image``, ``captions``, ``split`` in each line) and ``images.npz``.
 
-    Its one modality is ``image``: the patches of 16 x 16 pixels of a photograph of 128 x 128, row by row, 64 of them; a
-    patch's 768 values are its pixels, row by row, in three colours each. All values of a photograph together have mean
-    0 and variance 1. Times say which patch is where: a photograph is taken to be scanned patch by patch, 25 a second.
+    The only modality is ``image``: the 64 patches of 16 x 16 pixels of a photograph of 128 x 128, in row-major order;
+    the 768 values of a patch are its RGB pixels, in row-major order. The values of a photograph have mean 0 and
+    variance 1. Times encode positions: the patches follow each other at 25 per second.
 
     Args:
         root: the folder.
@@ -37,7 +37,7 @@ class Flickr8kCaptions(CaptionSource):
         self.items = []
         for line in self._images.lines:
             if not all(isinstance(caption, str) for caption in line["captions"]):
-                raise DataError(f"the captions of {line['image']!r} in {root / 'captions.jsonl'} are not all texts")
+                raise DataError(f"the captions of {line['image']!r} in {root / 'captions.jsonl'} must all be strings")
             captions = tuple(caption.strip() for caption in line["captions"])
             self.items.append(CaptionItem(line["image"], line["image"], 0.0, len(_TIMES) / 25, captions))
 

@@ -1,4 +1,4 @@
-"""GRID's sentences to be written down, from lips, face and sound, of which the sound may be made worse."""
+"""Transcription of GRID's sentences from lips, face and sound, with optional degradation of the sound."""
 
 from __future__ import annotations
 
@@ -32,35 +32,34 @@ from lamzoo.data.grid_tokens import (
 from lamzoo.data.retrieval.jpeg_archive import CaptionLines, JpegLines
 from lamzoo.errors import DataError
 
-_FACE = 64  # pixels, either way
-_FACE_FIRST, _FACE_STEP = 2, 5  # the frames that a face was kept of
+_FACE = 64  # pixels per side
+_FACE_FIRST, _FACE_STEP = 2, 5  # the frames with a stored face
 _WIDTHS = {"mouth": 384, "face": 256, "audio": PAIR * BANDS}
 
 
 class GridCaptions(CaptionSource):
     """Clips of three seconds, each a sentence of six words, with its sound and two views of the talker.
 
-    - ``mouth``: 25 tokens a second, the lips, 16 x 24 grey pixels.
-    - ``face``: 5 tokens a second, 16 x 16 grey means of the face.
-    - ``audio``: 50 tokens a second, each two spectra of 64 mel bands, 10 ms apart.
+    - ``mouth``: 25 tokens per second, the lips, 16 x 24 grey pixels.
+    - ``face``: 5 tokens per second, 16 x 16 grey block means of the face.
+    - ``audio``: 50 tokens per second, each two spectra of 64 mel bands, 10 ms apart.
 
-    From each the clip's mean is taken off, of a pixel or a band, and it is divided by its own standard deviation in the
-    clip; nothing of other clips goes in. Archives of images stay encoded in memory. Clips are kept as they are read,
-    190 KB each without the face, but for sound that is damaged: that is done before its mean and deviation are taken,
-    in validation and test always in the same way, in training (and in spliced clips) anew each time, from
-    :mod:`random`.
+    Each modality is normalised per clip: the mean of each pixel or band is subtracted, and all values are divided by
+    their standard deviation. Image archives stay encoded in memory. Clips are cached as read, 190 KB each without the
+    face, except for degraded sound: sound is degraded before normalisation, deterministically in validation and test,
+    and differently each time (from :mod:`random`) in training and in spliced clips.
 
     Args:
-        root: the folder with ``captions.jsonl`` (``id``, ``text``, ``n_frames``, ``split``, ``words``), and
-            ``mouth.npz``, ``face.npz`` and ``logmel.npz`` as far as they are asked for.
+        root: the folder with ``captions.jsonl`` (``id``, ``text``, ``n_frames``, ``split``, ``words``), and those of
+            ``mouth.npz``, ``face.npz`` and ``logmel.npz`` that the modalities need.
         split: ``train``, ``validation`` or ``test``.
-        modalities: which, in this order.
-        harm: what is done to the sound: ``"noise"`` as loud as the speech, ``"gaps"`` over a third of the clip, or
+        modalities: the modalities, in order.
+        harm: degradation of the sound: ``"noise"`` as loud as the speech, ``"gaps"`` over a third of the clip, or
             ``"damaged"``, both; see :mod:`lamzoo.data.captions.sound`.
 
     Raises:
-        DataError: there is no such folder, file, split or modality, one is named twice, sound is to be damaged that is
-            not asked for, or the files are inconsistent.
+        DataError: there is no such folder, file, split or modality, a modality is repeated, ``harm`` is given without
+            ``audio``, or the files are inconsistent.
     """
 
     def __init__(
@@ -69,10 +68,11 @@ class GridCaptions(CaptionSource):
         for name in modalities:
             if name not in _WIDTHS or list(modalities).count(name) > 1:
                 raise DataError(
-                    f"GRID can't be read as {'+'.join(modalities)}; name each of {', '.join(_WIDTHS)} at most once"
+                    f"the modalities of GRID are {'+'.join(modalities)}; they must be {', '.join(_WIDTHS)}, each at "
+                    "most once"
                 )
         if harm is not None and "audio" not in modalities:
-            raise DataError(f"{harm} would be of GRID's sound, which is not among {'+'.join(modalities)}; add audio")
+            raise DataError(f"{harm!r} degrades GRID's sound, which is not among {'+'.join(modalities)}; add audio")
         fields = {"id": str, "text": str, "n_frames": int, "words": list}
         captions = CaptionLines(root, fields, split)
         self._mouth = JpegLines(root, "mouth.npz", fields, split) if "mouth" in modalities else None
@@ -92,16 +92,16 @@ class GridCaptions(CaptionSource):
         self._kept: dict[tuple[int, str], Stream] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_kept": {}}  # a worker decodes for itself
+        return self.__dict__ | {"_kept": {}}  # each worker has its own cache
 
     def streams(self, index: int) -> dict[str, Stream]:
         return {name: self._stream(index, name) for name in self.modalities}
 
     def splice(self) -> tuple[CaptionItem, dict[str, Stream]]:
-        """Returns a sentence of which each word is said as in another clip, with the pause before it.
+        """Returns a sentence whose words are taken from different clips, each with the pause before it.
 
         Clips and words are drawn from :mod:`random`. All modalities are cut between the same frames; a face belongs to
-        the piece that its middle lies in. Sound is damaged when it is together.
+        the piece that contains its middle. Sound is degraded after splicing.
         """
         pieces = draw_pieces(len(self.items), lambda index: (self.items[index].words, self._frames[index]))
         shifts = _shifts(pieces)
@@ -118,7 +118,7 @@ class GridCaptions(CaptionSource):
                 streams[name] = sound_stream(damage(sound, _speech(words), self._harm, _drawn()))
             else:
                 streams[name] = _join([self._stream(piece.clip, name) for piece in pieces], pieces)
-        if not all(len(stream.times) for stream in streams.values()):  # no face, in a very short sentence
+        if not all(len(stream.times) for stream in streams.values()):  # a very short sentence may have no face
             return self.splice()
         text = " ".join(word for word, *_ in words)
         return CaptionItem("spliced", "spliced", 0.0, shifts[-1], (text,), words), streams
@@ -148,7 +148,7 @@ class GridCaptions(CaptionSource):
         return sound_stream(self._spectra(index))
 
     def _spectra(self, index: int) -> Spectra:
-        """Returns the log10 of the power in the bands, every 10 ms, ``(N, 64)``."""
+        """Returns the log10 of the power in each band, every 10 ms, ``(N, 64)``."""
         assert self._sound is not None
         return self._sound[index, : self._frames[index] * HOPS].astype(np.float32) / 25.5 - 8
 
@@ -163,7 +163,7 @@ def _drawn() -> np.random.Generator:
 
 
 def _speech(words: Words) -> slice:
-    """Returns the spectra from the first word to the last; all, where no word is known."""
+    """Returns the spectra from the first word to the last; all if there are no words."""
     return slice(round(words[0][1] / HOP), round(words[-1][2] / HOP)) if words else slice(None)
 
 
@@ -172,7 +172,7 @@ def _middles(frames: NDArray) -> Features:
 
 
 def _shifts(pieces: Sequence[Piece]) -> list[float]:
-    """Returns when each piece begins in the new sentence, and when the last one ends, seconds."""
+    """Returns the start of each piece in the new sentence, and the end of the last one, seconds."""
     frames = np.cumsum([0, *(piece.end - piece.start for piece in pieces)])
     return (frames / RATE).tolist()
 

@@ -1,4 +1,4 @@
-"""LSMDC and tables like its: clips of movies, a sentence each, with features in a file for each clip."""
+"""LSMDC and tables in its format: movie clips with one sentence and one feature file each."""
 
 from __future__ import annotations
 
@@ -21,16 +21,15 @@ _CLIP = re.compile(r"(?P<movie>.+)_[\d.]+-[\d.]+")
 class LsmdcSource(CaptionSource):
     """``LSMDC16_annos_{training,val,test}.csv``, or ``{train,val,test}.csv``, and features of each clip.
 
-    The tables have no headings; tabs divide a clip's id, the start and end of what is described, the start and end of
-    the clip that was cut for it (these two may be left out), and the sentence. Times are written ``01.02.27.034``, or
-    in seconds. A clip of several lines has several captions. The movie is what comes before the times in a clip's id,
-    ``MOVIE_START-END``; otherwise a clip is a movie of its own.
+    The tables have no headings. Their columns, separated by tabs: id of the clip, start and end of the described span,
+    start and end of the clip (these two are optional), and the sentence. Times are ``01.02.27.034`` or in seconds. A
+    clip on several lines has several captions. Clip ids are ``MOVIE_START-END``; a clip with another id counts as a
+    movie of its own.
 
     Args:
-        root: the folder with the tables, and ``features``; see
-            :class:`FeatureFiles`. Rows are spread over the clip where a file doesn't say
-            of what time they are.
-        split: what a table's name ends with.
+        root: the folder with the tables, and ``features``; see :class:`FeatureFiles`. Rows of unknown times are
+            distributed evenly over the clip.
+        split: suffix of the table's name.
 
     Raises:
         DataError: there is no such folder, table or split, a line is invalid, or there are no features.
@@ -67,18 +66,18 @@ class LsmdcSource(CaptionSource):
 
 
 def _read(line: str, where: str) -> tuple[CaptionItem, float]:
-    """Returns an item, and how long its clip is."""
+    """Returns an item and the duration of its clip."""
     fields = [field.strip() for field in line.split("\t")]
     if len(fields) not in (4, 6) or not fields[0]:
         raise DataError(
-            f"{where} has {len(fields)} fields between tabs; it must have a clip's id, a start and an end (or four "
+            f"{where} has {len(fields)} tab-separated fields; it must have a clip id, a start and an end (or four "
             "times), and a sentence"
         )
     clip, *times, sentence = fields
     start, end, *cut = (_seconds(time, where) for time in times)
     first, last = cut or (start, end)
     if not first < last:
-        raise DataError(f"{where} has a clip from {first:g} to {last:g} s; its start must come before its end")
+        raise DataError(f"{where} has a clip from {first:g} to {last:g} s; its start must be before its end")
     found = _CLIP.fullmatch(clip)
     return CaptionItem(clip, clip if found is None else found["movie"], start, end, (sentence,)), last - first
 
@@ -91,4 +90,4 @@ def _seconds(text: str, where: str) -> float:
     try:
         return finite_seconds(text)
     except ValueError:
-        raise DataError(f"{where} has the time {text!r}; write it as 01.02.27.034, or in seconds") from None
+        raise DataError(f"{where} has the time {text!r}; it must be in the form 01.02.27.034, or seconds") from None

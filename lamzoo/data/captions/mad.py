@@ -28,11 +28,11 @@ _FRAME_RATE = 5.0
 _FRAMES = (
     "CLIP_L14_frames_features_5fps.h5",
     "CLIP_B32_frames_features_5fps.h5",
-    "CLIP_frames_features_5fps.h5",  # what that of B/32 was called at first
+    "CLIP_frames_features_5fps.h5",  # the first name of the B/32 file
 )
 _SOUND = re.compile(r".*audio.*_(\d+(?:\.\d+)?)fps\.h5", re.IGNORECASE)
 _UNNAMED, _NAMED, _EVALUATION = "train-unnamed", "train-named", "mad-eval"
-# Movies that AutoAD evaluates on: of MAD's validation and test, and none that LSMDC trains on.
+# Movies that AutoAD evaluates on: in MAD's validation and test splits, and not in LSMDC's training split.
 _EVALUATED = frozenset(
     {
         "1005_Signs",
@@ -50,27 +50,27 @@ _EVALUATED = frozenset(
 
 
 class MadSource(CaptionSource):
-    """Sentences of audio descriptions, each with the frames that are shown while it describes them.
+    """Audio descriptions, each with the frames that are shown during the described span.
 
-    Files are looked for in the folder itself and as they are handed out:
+    Files are found in the folder itself and in their official locations:
 
     - ``annotations/MAD_{train,val,test}.json``, or in ``annotations/MAD-v1``: the splits of MAD.
-    - ``annotations/MAD-v2/mad-v2-ad-{unnamed,named}.csv``, or in ``annotations``: MADv2's sentences for training, where
-      characters are called "someone" or by their names; the splits ``train-unnamed`` and ``train-named``.
-    - the split ``mad-eval``, on which MADv2's models are compared: the sentences of ten movies of MAD's validation and
-      test.
-    - ``features/CLIP_{L14,B32}_frames_features_5fps.h5``: a data set for each movie; of several files the larger
-      model's. This is the modality ``video``.
-    - ``features/*audio*_Rfps.h5``, R rows a second, likewise: the modality ``audio``, if there is one.
+    - ``annotations/MAD-v2/mad-v2-ad-{unnamed,named}.csv``, or in ``annotations``: MADv2's training sentences, in which
+      characters are "someone" or have their names; the splits ``train-unnamed`` and ``train-named``.
+    - the split ``mad-eval``, the benchmark of MADv2's models: the sentences of ten movies of MAD's validation and test
+      splits.
+    - ``features/CLIP_{L14,B32}_frames_features_5fps.h5``: one HDF5 data set per movie; of several files that of the
+      larger model. This is the modality ``video``.
+    - ``features/*audio*_Rfps.h5``, R rows per second, likewise: the modality ``audio``, if the file exists.
 
-    Each row is scaled to length 1. A few sentences of the data are empty, or end before they begin: these are left out,
-    which is logged. Some lie behind the last frame of their movie: these get that frame.
+    Each row is normalised to length 1. The few sentences that are empty, or end before they start, are dropped, which
+    is logged. Sentences after the last frame of their movie get that frame.
 
     Args:
         root: the folder.
-        split: one of those above.
-        seconds: the clip of a shorter item is this long, with the item in its middle. MAD's own extended times are
-            those of 2 seconds.
+        split: one of the splits above.
+        seconds: minimum duration of a clip; a shorter item is in the middle of its clip. MAD's own extended times
+            correspond to 2 seconds.
 
     Raises:
         DataError: there is no such folder, file or split, or a file is invalid.
@@ -88,7 +88,7 @@ class MadSource(CaptionSource):
         self.items = [item for item in items if item.captions[0] and item.start < item.end]
         if len(self.items) < len(items):
             _logger.info(
-                "left out %d of the %d sentences of %s: they are empty, or end before they begin",
+                "dropped %d of the %d sentences of %s: they are empty, or end before they start",
                 len(items) - len(self.items), len(items), root,
             )  # fmt: skip
         self._files = _features(root)
@@ -111,7 +111,7 @@ class MadSource(CaptionSource):
 
 
 def _annotations(root: Path, split: str) -> tuple[str, list[Line]]:
-    """Returns the split's own name, and its lines."""
+    """Returns the name of the split in the data, and its lines."""
     tables = {
         **{name: f"MAD_{name}.json" for name in ("train", "val", "test")},
         **{name: f"mad-v2-ad-{name.removeprefix('train-')}.csv" for name in (_UNNAMED, _NAMED)},
@@ -135,20 +135,20 @@ def _first(places: list[Path], name: str) -> Path | None:
 def _read_json(path: Path) -> Iterator[Line]:
     lines = read_json(path)
     if not isinstance(lines, dict):
-        raise DataError(f"{path} is no object of sentences by their ids")
+        raise DataError(f"{path} must be a JSON object of sentences by id")
     for name, line in lines.items():
         fields: Any = line if isinstance(line, dict) else {}
         movie, sentence, times = (fields.get(key) for key in ("movie", "sentence", "timestamps"))
         if not isinstance(movie, (str, int)) or not isinstance(sentence, str) or not is_row(times, 2):
             raise DataError(
-                f"the sentence {name!r} of {path} has no movie, sentence and timestamps of a start and an end"
+                f"the sentence {name!r} of {path} must have movie, sentence and timestamps, a start and an end"
             )
         yield name, str(movie), float(times[0]), float(times[1]), sentence
 
 
 def _read_table(path: Path, split: str) -> Iterator[Line]:
     table = open_table(path)
-    # The table without names has the sentence with its names beside it.
+    # The table without names also has a column of the sentences with names.
     text = "text_unnamed" if split == _UNNAMED and "text_unnamed" in table.headings else "text"
     columns = ("movie", "start", "end", text)
     table.check_columns(columns)
@@ -161,7 +161,7 @@ def _read_table(path: Path, split: str) -> Iterator[Line]:
 
 
 def _features(root: Path) -> dict[str, tuple[Path, float]]:
-    """Returns the file of each modality, and how many rows a second it has."""
+    """Returns the file of each modality, and its rows per second."""
     places = [root / "features", root]
     found: dict[str, tuple[Path, float]] = {}
     frames = next((path for name in _FRAMES if (path := _first(places, name)) is not None), None)
@@ -181,18 +181,18 @@ def _width(path: Path) -> int:
     with _opened(path) as file:
         shape: tuple[int, ...] = next((getattr(movie, "shape", ()) for movie in file.values()), ())
         if len(shape) != 2:
-            raise DataError(f"{path} has no data sets of a row a frame, one for each movie")
+            raise DataError(f"{path} must have one data set per movie, with one row per frame")
         return shape[1]
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """Opens a file for one reading: handles would not survive a fork."""
+    """Opens a file for a single read, because handles don't survive a fork."""
     try:
         with _import_h5py().File(path, "r") as file:
             yield file
     except OSError as error:
-        raise DataError(f"{path} is no whole HDF5 file: {error}") from error
+        raise DataError(f"{path} is not a complete HDF5 file: {error}") from error
 
 
 def _import_h5py() -> ModuleType:

@@ -1,4 +1,4 @@
-"""Log-mel spectra as tokens, and made worse, as in bad places and over bad lines: arithmetic; reads no file."""
+"""Conversion of log-mel spectra to tokens, and their degradation by noise and gaps."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from lamzoo.data.grid_tokens import scaled
 
 Damage = Literal["noise", "gaps", "damaged"]
 
-PAIR = 2  # spectra in a token
+PAIR = 2  # spectra per token
 
-_SHARE = 1 / 3  # of a clip that is missing in gaps
-_GAP = (0.3, 0.6)  # seconds of a gap
-# A bin of the transform is 31 Hz wide, and a Hann window of 25 ms tells what is 60 Hz apart.
+_SHARE = 1 / 3  # of a clip is in gaps
+_GAP = (0.3, 0.6)  # duration of a gap, seconds
+# A Fourier bin is 31 Hz wide, and a Hann window of 25 ms resolves 60 Hz.
 _INDEPENDENT = 31.25 / 60
 
 
 def sound_stream(spectra: Spectra) -> Stream:
-    """Makes tokens of spectra, 50 a second: each two of them, less the mean of each band, and scaled to variance 1.
+    """Converts spectra to tokens, 50 per second: pairs of spectra minus the mean of each band, scaled to variance 1.
 
     Args:
-        spectra: log10 of the power in bands, ``(N, bands)``; number k is of the time around k * 10 ms.
+        spectra: log10 of the power in bands, ``(N, bands)``; spectrum k is centred at k * 10 ms.
     """
     tokens = stack_spectra(spectra, PAIR)
     times = (PAIR * np.arange(len(tokens)) + (PAIR - 1) / 2) * HOP
@@ -36,9 +36,9 @@ def damage(spectra: Spectra, speech: slice, kind: Damage, generator: np.random.G
 
     Args:
         spectra: log10 of the power in bands of 10 ms, ``(N, bands)``.
-        speech: where somebody speaks; everywhere if it is empty.
-        kind: what to do.
-        generator: what chance comes from.
+        speech: the range with speech; all if it is empty.
+        kind: kind of degradation.
+        generator: random generator.
     """
     if kind in ("noise", "damaged"):
         spectra = add_noise(spectra, speech, generator)
@@ -46,11 +46,11 @@ def damage(spectra: Spectra, speech: slice, kind: Damage, generator: np.random.G
 
 
 def add_noise(spectra: Spectra, speech: slice, generator: np.random.Generator) -> Spectra:
-    """Adds white noise at 0 dB: of the same power, over all bands together, as the speech has on average.
+    """Adds white noise at 0 dB: with the mean power of the speech, summed over all bands.
 
-    A band gets of it what its filter lets through. That fluctuates from one spectrum to the next as the power of as
-    many waves does as fit into the band next to each other: a chi-square distribution with two degrees of freedom for
-    each. Neighbouring spectra and bands overlap, and so would vary together; here they don't.
+    Each band gets the power that passes its filter. It fluctuates between spectra as the power of as many waves as the
+    band can resolve: a chi-square distribution with two degrees of freedom per wave. The correlation of neighbouring
+    spectra and bands, which overlap, is not modelled.
     """
     power = 10.0 ** spectra.astype(np.float64)
     weights = mel_filters(spectra.shape[1])
@@ -63,7 +63,7 @@ def add_noise(spectra: Spectra, speech: slice, generator: np.random.Generator) -
 
 
 def cut_gaps(spectra: Spectra, generator: np.random.Generator) -> Spectra:
-    """Silences stretches of 0.3 to 0.6 s, apart from each other, that are about a third of the clip together."""
+    """Silences separate intervals of 0.3 to 0.6 s, about a third of the clip in total."""
     lengths: list[int] = []
     while sum(lengths) < len(spectra) * _SHARE - np.mean(_GAP) / HOP / 2:
         lengths.append(min(len(spectra), round(generator.uniform(*_GAP) / HOP)))

@@ -1,4 +1,4 @@
-"""Anyone's folder of videos, with one table of captions: the sound of the videos, and features that lie beside them."""
+"""Custom folders of videos with a table of captions, with the sound of the videos and precomputed features."""
 
 from __future__ import annotations
 
@@ -19,37 +19,37 @@ from lamzoo.errors import DataError
 
 
 class VideoFolder(CaptionSource):
-    """A folder of videos and ``captions.csv``, with the columns ``video``, ``caption`` and, as needed, others.
+    """A folder of videos and ``captions.csv``, with the columns ``video``, ``caption`` and optional others.
 
-    ``video`` is a path below the folder, with or without its extension; paths are compared in NFC. ``start`` and
-    ``end``, seconds in the video, say what is described; without these columns it is the whole video. What is described
-    on several lines has several captions. Without the column ``split`` there are no splits.
+    ``video`` is a path relative to the folder, with or without extension; paths are compared in NFC. ``start`` and
+    ``end`` are the described span, seconds in the video; without these columns it is the whole video. A span on several
+    lines has several captions. Without the column ``split`` there are no splits.
 
-    Features of the frames, ``video``, are files in ``features``, called as the video; see
-    :class:`FeatureFiles`. So may be those of the sound, ``audio``; without such files it
-    is read from the videos: 50 tokens a second, each two spectra of 64 mel bands, less the mean of each band and
-    divided by their standard deviation in the clip, as GRID's. A video without sound, or silent, lacks it.
+    Features of the frames, ``video``, are files in ``features`` with the name of the video; see :class:`FeatureFiles`.
+    Features of the sound, ``audio``, may be files too; otherwise they are computed from the videos: 50 tokens per
+    second, each two spectra of 64 mel bands, minus the mean of each band and divided by their standard deviation in the
+    clip, as for GRID. A silent video, or one without sound, has no ``audio``.
 
     Args:
         root: the folder.
-        rate: rows a second of files of features that don't say it; those of ``lamzoo extract-features`` do.
-        split: which lines, by the column ``split``.
+        rate: rows per second of feature files that don't state it; files of ``lamzoo extract-features`` do.
+        split: value of the column ``split``.
 
     Raises:
-        DataError: there is no such folder, table or split, a column is missing, a time is none, a video has no file or
-            several, two videos would have the same file of features, or the rate is 0.
+        DataError: there is no such folder, table or split, a column is missing, a time is invalid, a video has no file
+            or several, two videos would have the same feature file, or the rate is 0.
     """
 
-    how_to_split = "give captions.csv a column split"
+    how_to_split = "add a column split to captions.csv"
 
     def __init__(self, root: Path, rate: float | None, split: str) -> None:
         check_folder(root)
         if rate == 0:
-            raise DataError(f"features of {root} can't have 0 rows a second; write how many, or leave it out")
+            raise DataError(f"the features of {root} can't have 0 rows per second; set another rate, or omit it")
         table = root / "captions.csv"
         if not table.is_file():
             raise DataError(
-                f"{root} has no captions.csv; write one with the columns video,caption or video,start,end,caption,split"
+                f"{root} has no captions.csv; add one with the columns video,caption or video,start,end,caption,split"
             )
         rows = read_table(table, ("video", "caption"), ("start", "end", "split"))
         self.split = None
@@ -57,7 +57,7 @@ class VideoFolder(CaptionSource):
             self.split = find_split(split, dict.fromkeys(row["split"] for row in rows), str(table))
             rows = [row for row in rows if row["split"] == self.split]
         if ("start" in rows[0]) != ("end" in rows[0]):
-            raise DataError(f"{table} has only one of the columns start and end; write both, or none")
+            raise DataError(f"{table} has only one of the columns start and end; it must have both, or neither")
         self._features = FeatureFiles(root / "features", rate)
         self.modalities = {**self._features.modalities}
         self.modalities.setdefault("audio", PAIR * BANDS)
@@ -75,7 +75,7 @@ class VideoFolder(CaptionSource):
         for (path, start, end), texts in captions.items():
             first = by_stem.setdefault(nfc(path.stem), path)
             if first != path and self._features.modalities:
-                raise DataError(f"{first} and {path} would have the same features; rename one of them")
+                raise DataError(f"{first} and {path} would have the same feature file; rename one of them")
             video = path.relative_to(root).as_posix()
             name = video if math.isinf(end) else f"{video}[{start:g}-{end:g}]"
             items.append(CaptionItem(name, video, start, end, tuple(texts)))
@@ -101,6 +101,7 @@ def _span(row: dict[str, str], table: Path) -> tuple[float, float]:
         start = end = math.nan
     if not 0 <= start < end < math.inf:
         raise DataError(
-            f"{table} describes {row['video']!r} from {row['start']} to {row['end']}; write seconds, the start first"
+            f"{table} describes {row['video']!r} from {row['start']} to {row['end']}; both must be seconds, the start "
+            "before the end"
         )
     return start, end

@@ -1,4 +1,4 @@
-"""Many images in one file: npz archives of JPEG bytes, and webdataset tar shards."""
+"""Image archives: npz files of JPEG bytes, and webdataset tar shards."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class NpzSource(ImageSource):
         split: which file.
 
     Raises:
-        DataError: no such folder or split, or the arrays are inconsistent or the classes.
+        DataError: there is no such folder or split, or the arrays or the classes are inconsistent.
     """
 
     def __init__(self, root: Path, split: str) -> None:
@@ -74,7 +74,7 @@ class NpzSource(ImageSource):
                     raise DataError(f"{self._path} has no array {' and '.join(sorted(missing))}; it has {found}")
                 jpeg, offsets, labels = archive["jpeg"], archive["offsets"], archive["labels"]
         except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, AttributeError) as error:
-            raise DataError(f"{self._path} is no whole npz archive of plain arrays: {error}") from error
+            raise DataError(f"{self._path} is not a complete npz archive of plain arrays: {error}") from error
         for name, array, kind in (("jpeg", jpeg, "u"), ("offsets", offsets, "iu"), ("labels", labels, "iu")):
             if array.ndim != 1 or array.dtype.kind not in kind or (name == "jpeg" and array.dtype != np.uint8):
                 raise DataError(f"{self._path}: {name} is {array.dtype} {array.shape}, not a row of integers")
@@ -110,10 +110,10 @@ class ShardSample(NamedTuple):
     Attributes:
         shard: the tar file.
         key: the sample's name, with its folder in the shard.
-        extension: of its image or video, in small letters, with the dot.
-        start: where the image or video begins in the shard, in bytes.
-        size: of the image or video, in bytes.
-        texts: the sample's other files by their extensions, in small letters, with the dot.
+        extension: extension of its image or video, in lower case, with the dot.
+        start: offset of the image or video in the shard, bytes.
+        size: size of the image or video, bytes.
+        texts: the sample's other files by extension, in lower case, with the dot.
     """
 
     shard: Path
@@ -125,21 +125,21 @@ class ShardSample(NamedTuple):
 
 
 class TarSource(ImageSource):
-    """Local webdataset shards, read at random: every sample is ``KEY.jpg`` (or png, ...) with ``KEY.cls``.
+    """Local webdataset shards with random access: every sample is ``KEY.jpg`` (or png, ...) with ``KEY.cls``.
 
-    The shards' headers are read once, at the start, so that a data set has a length, an order and a place to resume
-    from. Keys may have dots, and extensions may be in capitals; see :func:`shard_samples`. ``classes.json`` or
-    ``classnames.txt`` beside the shards names the classes.
+    The headers of the shards are read once, at the start, so that the data set has a length and an order, and
+    evaluation can resume. Keys may contain dots, and extensions may be in upper case; see :func:`shard_samples`.
+    ``classes.json`` or ``classnames.txt`` in the folder of the shards has the class names.
 
     Args:
         pattern: a path with ``*``, ``{000..012}``, ``{a,b}`` and ``{split}``; see :func:`create_dataset`.
         split: replaces ``{split}``.
 
     Raises:
-        DataError: no such shard, a remote one, a broken one, or a sample without image or label.
+        DataError: a shard does not exist, is remote or damaged, or a sample has no image or label.
     """
 
-    how_to_split = "write {split} into the pattern, in place of the split's name"
+    how_to_split = "put {split} into the pattern in place of the split's name"
 
     def __init__(self, pattern: str, split: str) -> None:
         shards, self.split = find_shards(pattern, split)
@@ -173,25 +173,24 @@ class TarSource(ImageSource):
 def shard_samples(
     shards: Sequence[Path], media: Collection[str], texts: Sequence[str], what: str, text: str
 ) -> Iterator[ShardSample]:
-    """Yields the samples of webdataset shards: files of one key, an image or video and at least one text.
+    """Yields the samples of webdataset shards: files with the same key, an image or video and at least one text.
 
-    The key ends at the last dot before a known extension, so that it may have dots itself; capitals in the extension
-    make no difference. A file is ignored if its extension is unknown, or if it is a further part of a sample, as
-    ``KEY.mask.png`` beside ``KEY.png``; how many are ignored is logged once, with the name of the first. Hidden files
-    are skipped.
+    The key ends at the last dot before a known extension, so it may contain dots; extensions are case-insensitive.
+    Files with an unknown extension, or with an additional part as ``KEY.mask.png`` beside ``KEY.png``, are ignored;
+    their number is logged once, with the name of the first. Hidden files are skipped.
 
     Args:
         shards: uncompressed tar files.
-        media: extensions of images or videos, in small letters, with the dot.
+        media: extensions of images or videos, in lower case, with the dot.
         texts: extensions of the files that are read with the headers, likewise.
-        what: the medium, for messages.
-        text: likewise, what a sample without any text lacks.
+        what: name of the medium, in messages.
+        text: name of the text, in messages.
 
     Yields:
         The samples, shard by shard, in the order of their images or videos.
 
     Raises:
-        DataError: a shard is broken, a sample has no medium, two of them or no text, or a file is there twice.
+        DataError: a shard is damaged, a sample has no medium, two of them or no text, or a file exists twice.
     """
     ignored: list[str] = []
     members = 0
@@ -220,20 +219,20 @@ def shard_samples(
         members += count
     if ignored:
         _warn_once(
-            f"{len(ignored)} of the {members} files in {_listed(shards)} are no {what} or text of a sample and are "
-            f"ignored, the first of them {ignored[0]}"
+            f"{len(ignored)} of the {members} files in {_listed(shards)} are not a {what} or text of a sample and are "
+            f"ignored, such as {ignored[0]}"
         )
 
 
 def find_shards(pattern: str, split: str) -> tuple[list[Path], str | None]:
-    """Finds the tar files that a pattern means.
+    """Returns the tar files that match a pattern.
 
     Returns:
-        The shards, and the split's own name where the pattern has ``{split}``.
+        The shards, and the name of the split in the data if the pattern has ``{split}``.
 
     Raises:
-        DataError: they are remote, or one of them or all are missing.
-        MissingSplitError: there are shards of other splits only; lists those.
+        DataError: the shards are remote, or some or all of them are missing.
+        MissingSplitError: there are only shards of other splits; lists those.
     """
     if re.match(r"(pipe:|[a-z0-9]+://)", pattern):
         raise DataError(f"the shards {pattern!r} are not local; download them and give their path")
@@ -251,13 +250,13 @@ def find_shards(pattern: str, split: str) -> tuple[list[Path], str | None]:
 
 
 def read_classes(path: Path) -> tuple[list[str] | None, list[str] | None]:
-    """Reads the classes' names and identifiers from JSON, a list of names or of ``[identifier, name]``.
+    """Reads class names and identifiers from JSON, a list of names or of ``[identifier, name]``.
 
     Returns:
-        The names, and the identifiers where there are any; ``None`` where there is no file.
+        The names, and the identifiers if there are any; ``None`` if there is no file.
 
     Raises:
-        DataError: the file holds something else.
+        DataError: the file has another content.
     """
     if not path.exists():
         return None, None
@@ -275,7 +274,7 @@ def _as_list(value: object) -> list:
 
 
 def _expand(pattern: str) -> list[Path]:
-    """Expands braces as a shell does, then wildcards; only existing files, and all of a brace's."""
+    """Expands braces as a shell does, then wildcards; every file of a brace must exist."""
     found: list[Path] = []
     for plain in _braces(pattern):
         paths = sorted(glob.glob(plain)) if glob.has_magic(plain) else [plain]
@@ -309,7 +308,7 @@ class _Part(NamedTuple):
 def _read_shard(
     shard: Path, media: Collection[str], texts: Sequence[str]
 ) -> tuple[dict[str, dict[str, _Part]], list[str], int]:
-    """Returns a shard's files by key and extension, the names of those that are ignored, and the number of all."""
+    """Returns the files of a shard by key and extension, the names of ignored files, and the number of all files."""
     files: dict[str, dict[str, _Part]] = {}
     ignored: list[str] = []
     count = 0
@@ -329,14 +328,14 @@ def _read_shard(
                 text = archive.extractfile(entry) if extension in texts else None
                 parts[extension] = _Part(entry.offset_data, entry.size, b"" if text is None else text.read())
     except (tarfile.TarError, OSError, ValueError, EOFError) as error:
-        raise DataError(f"{shard} is no whole, uncompressed webdataset shard: {error}") from error
+        raise DataError(f"{shard} is not a complete, uncompressed webdataset shard: {error}") from error
     return files, ignored, count
 
 
 def split_member(name: str, extensions: Collection[str]) -> tuple[str, str]:
-    """Splits the name of a file into its key and its extension, in small letters and with the dot.
+    """Splits a file name into its key and its extension, in lower case, with the dot.
 
-    The extension is ``""`` if it is none of ``extensions``, or if no key is left before it.
+    The extension is ``""`` if it is not in ``extensions``, or if the key would be empty.
     """
     key, dot, extension = name.rpartition(".")
     extension = f"{dot}{extension}".lower()
@@ -346,7 +345,7 @@ def split_member(name: str, extensions: Collection[str]) -> tuple[str, str]:
 
 
 def _belongs_to(key: str, whole: Collection[str]) -> bool:
-    """Returns whether a key is that of a whole sample and more, behind a dot."""
+    """Returns whether a key consists of the key of a complete sample and an additional part after a dot."""
     folder, slash, name = key.rpartition("/")
     ends = [index for index, letter in enumerate(name) if letter == "."]
     return any(f"{folder}{slash}{name[:end]}" in whole for end in ends)

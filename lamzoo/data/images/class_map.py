@@ -1,4 +1,4 @@
-"""Which class is which number: class lists in the files people keep them in, and data sets renumbered by one."""
+"""Class lists in common file formats, and relabelling of data sets by them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lamzoo.data.json_files import reason
 from lamzoo.data.paths import nfc
 from lamzoo.errors import DataError
 
-#: The class lists of ImageNet that timm knows by name.
+#: Names of timm's class lists of ImageNet.
 TIMM_CLASS_LISTS = tuple(f"imagenet-{size}" for size in ("1k", "12k", "21k-goog", "21k-miil", "22k", "22k-ms"))
 _WORDNET_ID = re.compile(r"n\d{8}\b")
 
@@ -29,16 +29,16 @@ def read_class_map(source: str | Path) -> list[str]:
     Args:
         source: a name in :data:`TIMM_CLASS_LISTS`, such as ``imagenet-1k``, or a file:
 
-            - text, one class a line, as timm's class maps; of ``n01440764 tench, Tinca tinca`` (ImageNet's
-              ``LOC_synset_mapping.txt``, in sorted order) the WordNet id counts;
+            - text, one class per line, as timm's class maps; in ``n01440764 tench, Tinca tinca`` (ImageNet's
+              ``LOC_synset_mapping.txt``, sorted) the WordNet id is used;
             - JSON, ``{"0": ["n01440764", "tench"], ...}`` (``imagenet_class_index.json``), a list of names, a list of
               ``[identifier, name]``, or ``{"n01440764": 0, ...}``.
 
     Returns:
-        Names, or identifiers where there are both; the position is the class number.
+        Names, or identifiers if there are both; the position is the class number.
 
     Raises:
-        DataError: no such file, or it holds something else, a class twice, or a gap in its numbers.
+        DataError: the file does not exist or has another content, a duplicate class, or a gap in its numbers.
     """
     if str(source) in TIMM_CLASS_LISTS:
         return list(timm.data.ImageNetInfo(str(source)).label_names())
@@ -50,7 +50,7 @@ def read_class_map(source: str | Path) -> list[str]:
         text = path.read_text("utf-8-sig")
         names = _from_json(json.loads(text)) if path.suffix.lower() == ".json" else _from_lines(text)
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} is no readable class map: {reason(error)}") from error
+        raise DataError(f"{path} is not a readable class map: {reason(error)}") from error
     twice = next((name for name, count in Counter(map(nfc, names)).items() if count > 1), None)
     if twice is not None:
         raise DataError(f"{path} is not a class map: it has the class {twice!r} twice")
@@ -58,23 +58,23 @@ def read_class_map(source: str | Path) -> list[str]:
 
 
 def relabel(dataset: LabelledImages, names: Sequence[str], where: str = "the class map") -> LabelledImages:
-    """Gives each image the number that its class has in a list; the data may have fewer classes than the list.
+    """Relabels images by the position of their class in a list, which may have more classes than the data.
 
     Names are compared in NFC.
 
     Args:
-        dataset: left as it is; it must know its classes.
-        names: the classes in the order of the model's outputs, as :func:`read_class_map` returns them.
-        where: name of the list for errors.
+        dataset: a data set with class names; not modified.
+        names: the classes in the order of the model's outputs, as returned by :func:`read_class_map`.
+        where: name of the list in messages.
 
     Returns:
         A data set of the same images, with ``names`` as its classes.
 
     Raises:
-        DataError: the data set has no class names, or one that is not in the list.
+        DataError: the data set has no class names, or one of them is not in the list.
     """
     if dataset.classes is None:
-        raise DataError(f"{dataset.spec} has no class names to look up in {where}; leave the class map out")
+        raise DataError(f"{dataset.spec} has no class names to look up in {where}; omit the class map")
     numbers = {nfc(name): number for number, name in enumerate(names)}
     classes = dataset.classes
     missing = [name for name in classes if nfc(name) not in numbers]
@@ -84,7 +84,7 @@ def relabel(dataset: LabelledImages, names: Sequence[str], where: str = "the cla
     if missing:
         raise DataError(
             f"{len(missing)} of the {len(classes)} classes of {dataset.spec} are not in {where}, such as "
-            f"{missing[0]!r}, where classes are written like {names[0]!r}"
+            f"{missing[0]!r}; its classes have the form {names[0]!r}"
         )
     source = _RelabelledSource(dataset.source, list(names), [numbers[nfc(name)] for name in classes])
     mapped = LabelledImages(source, dataset.spec)
@@ -94,7 +94,7 @@ def relabel(dataset: LabelledImages, names: Sequence[str], where: str = "the cla
 
 
 class _RelabelledSource(ImageSource):
-    """Another source's images, their labels taken through a table."""
+    """The images of another source, relabelled by a table."""
 
     def __init__(self, source: ImageSource, classes: list[str], numbers: list[int]) -> None:
         self.classes = classes
@@ -120,7 +120,7 @@ class _RelabelledSource(ImageSource):
             known = 0 <= operator.index(label) < len(self._numbers)
         except TypeError:
             known = False
-        return self._numbers[label] if known else -1  # which the data set refuses, with the image's name
+        return self._numbers[label] if known else -1  # the data set raises an error that names the image
 
 
 def _from_lines(text: str) -> list[str]:
@@ -139,10 +139,10 @@ def _from_json(content: Any) -> list[str]:
     if isinstance(content, dict):
         gap = next((number for number in range(len(content)) if str(number) not in content), None)
         if gap is not None:
-            raise ValueError(f"it has {len(content)} classes, but none with the number {gap}")
+            raise ValueError(f"it has {len(content)} classes, but none with number {gap}")
         content = [content[str(number)] for number in range(len(content))]
     entries = content if isinstance(content, list) else []
     names = [entry[0] if isinstance(entry, list) and len(entry) == 2 else entry for entry in entries]
     if not names or not all(isinstance(name, str) for name in names):
-        raise ValueError("it must hold class names, [identifier, name] pairs, or a table of either by number")
+        raise ValueError("it must contain class names, [identifier, name] pairs, or a table of either by number")
     return names

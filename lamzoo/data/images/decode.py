@@ -1,4 +1,4 @@
-"""Reading single images: from bytes, from a path, and finding them in folders."""
+"""Decoding of single images from bytes or paths, and listing of image files."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from PIL import ExifTags, Image
 from lamzoo.data.paths import files_below, find_files
 from lamzoo.errors import DataError
 
-#: What counts as an image in a folder: torchvision's list; timm's own is shorter.
+#: Extensions of images in folders: torchvision's list; timm's own is shorter.
 IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"})
-#: What Pillow's decoders raise for bytes that are no image, or not a whole one.
+#: Exceptions of Pillow's decoders for bytes that are not a complete image.
 BROKEN_IMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
-# Length over width. Transforms scale the shorter side up to some 250 pixels: a line of 50,000 would take gigabytes.
+# Length over width. Transforms scale the shorter side to some 250 pixels: a line of 50,000 would take gigabytes.
 _THINNEST = 1000
 _TURNS: dict[object, Image.Transpose] = {  # by the EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -40,34 +40,34 @@ MODES: dict[int, Mode] = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 def of_channels(values: Sequence[float], channels: int) -> tuple[float, ...]:
-    """Fits a mean or standard deviation to other channels as timm does: all get the average of what there is."""
+    """Adapts a mean or standard deviation to another number of channels as timm does: all get the average."""
     return tuple(values) if len(values) == channels else (fmean(values),) * channels
 
 
 def decode_image(file: BinaryIO | Image.Image, name: str, mode: Mode = "RGB") -> Image.Image:
-    """Decodes a whole image to RGB, or another mode, upright.
+    """Decodes an image to RGB, or another mode, upright.
 
-    It is turned as its EXIF orientation says, or left as it is where the EXIF data are damaged. Grey, palette and CMYK
-    images are converted, an alpha channel is dropped (``"RGBA"`` keeps it, or adds an opaque one), and 16-bit grey is
-    scaled to 8 bits, which Pillow by itself would clip; of an animation the first frame counts.
+    It is rotated by its EXIF orientation, if the EXIF data are valid. Grey, palette and CMYK images are converted, an
+    alpha channel is dropped (``"RGBA"`` keeps it, or adds an opaque one), and 16-bit grey is scaled to 8 bits, which
+    Pillow by itself would clip; of an animation the first frame is used.
 
     Args:
-        file: the open file, or an image that Pillow has opened.
-        name: what to call it in an error.
-        mode: of the result; ``"L"`` is grey.
+        file: the open file, or a Pillow image.
+        name: name of the image in messages.
+        mode: mode of the result; ``"L"`` is grey.
 
     Returns:
-        An image that no longer needs the file, and has no EXIF or XMP data.
+        An image that is independent of the file, without EXIF or XMP data.
 
     Raises:
-        DataError: the bytes are no image that Pillow knows, it ends too early, has more pixels than Pillow's limit
-            against decompression bombs, is over a thousand times as long as wide, or its pixels have no known range.
+        DataError: Pillow doesn't recognise the image, it is truncated, has more pixels than Pillow's limit against
+            decompression bombs, is over a thousand times as long as wide, or its pixels have an unknown range.
     """
     try:
         image = _convert(file if isinstance(file, Image.Image) else Image.open(file), mode)
     except BROKEN_IMAGE as error:
         raise DataError(f"cannot read the image {name}: {_reason(error)}; replace or remove it") from error
-    for key in _METADATA:  # the orientation in it no longer holds
+    for key in _METADATA:  # its orientation is no longer valid
         image.info.pop(key, None)
     return image
 
@@ -76,11 +76,11 @@ def open_image(image: str | Path | Image.Image, mode: Mode = "RGB") -> Image.Ima
     """Reads an image as :func:`decode_image` does: to RGB, or another mode, upright.
 
     Args:
-        image: a file, or an image that Pillow has opened.
-        mode: of the result.
+        image: a file, or a Pillow image.
+        mode: mode of the result.
 
     Raises:
-        DataError: there is no such file, it may not be read, or it is not a whole image.
+        DataError: the file does not exist, is not readable, or is not a complete image.
     """
     if isinstance(image, Image.Image):
         return decode_image(image, getattr(image, "filename", "") or "from memory", mode)
@@ -97,23 +97,23 @@ def open_image(image: str | Path | Image.Image, mode: Mode = "RGB") -> Image.Ima
 
 
 def find_images(paths: Iterable[str | Path]) -> list[Path]:
-    """Lists image files: each file as it is, each folder's images with all its subfolders', in natural order.
+    """Lists image files: given files, and the images of given folders and their subfolders in natural order.
 
     Args:
-        paths: files and folders. A file is taken whatever its name; in a folder the extension decides, and what is
-            hidden is skipped.
+        paths: files and folders. A file is listed whatever its name; in folders, files are selected by extension, and
+            hidden ones are skipped.
 
     Returns:
         The files, in the order of the arguments.
 
     Raises:
-        DataError: a path does not exist, or a folder holds no image.
+        DataError: a path does not exist, or a folder has no images.
     """
     return find_files(paths, IMAGE_EXTENSIONS, "image")
 
 
 def images_below(folder: Path) -> list[Path]:
-    """Lists the image files of a folder and its subfolders by extension, in natural order; none is an empty list."""
+    """Lists the image files of a folder and its subfolders by extension, in natural order; possibly empty."""
     return files_below(folder, IMAGE_EXTENSIONS)
 
 
@@ -122,23 +122,23 @@ def _convert(image: Image.Image, mode: Mode) -> Image.Image:
         raise ValueError(f"it is {image.width} x {image.height} pixels, too thin to be resized")
     image = _upright(image)
     if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
-        return image.convert("RGBA").convert(mode)  # the direct way is the same, with a warning
+        return image.convert("RGBA").convert(mode)  # direct conversion gives the same with a warning
     if image.mode == "F":
-        raise ValueError("its pixels are floats of unknown range, store them as 8 or 16 bits")
+        raise ValueError("its pixels are floats of unknown range, which must be stored as 8 or 16 bits")
     if image.mode == "I" or image.mode.startswith("I;16"):
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 0xFFFF:
-            raise ValueError("its pixels have 32 bits and unknown range, store them as 8 or 16 bits")
-        image = Image.fromarray((values >> 8).astype(np.uint8))  # the high byte, as Pillow takes of 16-bit colours
+            raise ValueError("its pixels have 32 bits and unknown range, and must be stored as 8 or 16 bits")
+        image = Image.fromarray((values >> 8).astype(np.uint8))  # the high byte, as Pillow does for 16-bit colours
     return image.convert(mode)
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Turns an image as its EXIF orientation says.
+    """Rotates an image by its EXIF orientation.
 
-    ``ImageOps.exif_transpose`` also writes the EXIF data anew, and so fails on data that are damaged anywhere.
+    ``ImageOps.exif_transpose`` also rewrites the EXIF data, and fails if any of them are damaged.
     """
-    image.load()  # TIFF images are turned by this
+    image.load()  # rotates TIFF images
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     except BROKEN_IMAGE:
@@ -148,14 +148,14 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def unreadable_because(error: DataError) -> str:
-    """Returns why an image is invalid, in a few words and without its name, from the error that named it."""
+    """Returns why an image is invalid, in a few words, from an error that also names the image."""
     return _reason(error.__cause__ or error)
 
 
 def _reason(error: BaseException) -> str:
-    """Says in a few words why an image cannot be read."""
+    """Returns why an image can't be read, in a few words."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if type(error).__name__ == "UnidentifiedImageError":
-        return "it is not an image in a format that Pillow knows"
+        return "it is not an image in a format that Pillow supports"
     return " ".join(str(error).split()) or type(error).__name__

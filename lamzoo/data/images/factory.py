@@ -1,4 +1,4 @@
-"""From a one-line specification to a data set: the grammar, and which source reads which layout."""
+"""Creation of image data sets from one-line specifications: the grammar and the source of each layout."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ def create_dataset(spec: str, split: str) -> LabelledImages:
         spec: one of
 
             - ``imagefolder:DIR``: ``DIR/<split>/<class>/*.jpg``, or ``DIR/<class>/*.jpg``, which has no splits. Labels
-              follow timm's natural order of the class names, over all the splits together. In a training split, each
-              class needs an image.
-            - ``imagelist:DIR:FILE``: a flat folder, and a file of labels, such as ImageNet's validation split as it is
-              handed out; see :class:`lamzoo.data.images.label_file.ListedSource`. It has no splits.
-            - ``npz:DIR``: ``DIR/<split>.npz`` with ``jpeg`` (uint8, the files one after the other), ``offsets``
-              (int64, N + 1) and ``labels`` (integer, N), and optionally ``DIR/classes.json``.
-            - ``torchvision:NAME:ROOT``: a data set of torchvision that lies in ``ROOT``, such as ``CIFAR10``.
+              are in timm's natural order of the class names of all splits. In a training split, every class needs an
+              image.
+            - ``imagelist:DIR:FILE``: a flat folder and a label file, such as ImageNet's validation split as
+              distributed; see :class:`lamzoo.data.images.label_file.ListedSource`. It has no splits.
+            - ``npz:DIR``: ``DIR/<split>.npz`` with ``jpeg`` (uint8, the concatenated files), ``offsets`` (int64, N + 1)
+              and ``labels`` (integer, N), and optionally ``DIR/classes.json``.
+            - ``torchvision:NAME:ROOT``: a data set of torchvision in ``ROOT``, such as ``CIFAR10``.
             - ``hfds:NAME``: a Hugging Face data set, by its name on the hub or a local folder.
-            - ``wds:SHARDS``: local webdataset tar files, ``DIR/{split}-{000..012}.tar`` or with ``*``; where
-              ``{split}`` is written, it is replaced, else there are no splits.
-            - a folder: ``npz`` if it holds npz files, else ``imagefolder``.
-        split: ``train``, ``validation``, ``test`` or what the data calls it. ``val``, ``valid``, ... all mean
-            validation, but validation is never taken for test. Data without splits have one, ``"all"``, whose own name
-            (``dataset.split``) is ``None``.
+            - ``wds:SHARDS``: local webdataset tar files, ``DIR/{split}-{000..012}.tar`` or with ``*``; ``{split}`` is
+              replaced by the split; without it, there are no splits.
+            - a folder: ``npz`` if it contains npz files, otherwise ``imagefolder``.
+        split: ``train``, ``validation``, ``test`` or another name in the data. ``val``, ``valid``, ... are synonyms of
+            ``validation``, which is never replaced by ``test``. For data without splits ``"all"``; their
+            ``dataset.split`` is ``None``.
 
     Returns:
-        A data set of ``(RGB PIL image, int label)``, upright, with ``transform`` to set and ``classes`` to read.
+        A data set of ``(RGB PIL image, int label)``, upright, with the attributes ``transform`` and ``classes``.
 
     Raises:
         MissingSplitError: the data have no such split.
@@ -55,24 +55,24 @@ def create_dataset(spec: str, split: str) -> LabelledImages:
 
 def _source(spec: str, split: str) -> ImageSource:
     if not split:
-        raise DataError(f"the split of {spec} is empty; name one, such as 'test'")
+        raise DataError(f"the split of {spec} is empty; pass one, such as 'test'")
     kind, colon, rest = spec.partition(":")
     if colon and not rest:
-        raise DataError(f"the data set {spec!r} says {kind}, but not which; write {_GRAMMAR}")
+        raise DataError(f"the data set {spec!r} has nothing after {kind}:; it must be {_GRAMMAR}")
     match kind if colon else "":
         case "imagefolder":
             return FolderSource(Path(rest), split)
         case "imagelist":
             images, file = split_last(rest)
             if not images or not file:
-                raise DataError(f"the data set {spec!r} has no file of labels; write imagelist:{rest.strip(':')}:FILE")
+                raise DataError(f"the data set {spec!r} has no label file; it must be imagelist:{rest.strip(':')}:FILE")
             return ListedSource(Path(images), Path(file))
         case "npz":
             return NpzSource(Path(rest), split)
         case "torchvision":
             name, _, root = rest.partition(":")
             if not root:
-                raise DataError(f"the data set {spec!r} has no folder; write torchvision:{name}:ROOT")
+                raise DataError(f"the data set {spec!r} has no folder; it must be torchvision:{name}:ROOT")
             return TorchvisionSource(name, Path(root), split)
         case "hfds":
             return HuggingFaceSource(rest, split)
@@ -81,4 +81,4 @@ def _source(spec: str, split: str) -> ImageSource:
     folder = Path(spec)
     if folder.is_dir():
         return NpzSource(folder, split) if npz_splits(folder) else FolderSource(folder, split)
-    raise DataError(f"{spec!r} is neither a data set nor a folder here; write {_GRAMMAR}")
+    raise DataError(f"{spec!r} is neither a data set nor an existing folder; it must be {_GRAMMAR}")

@@ -1,4 +1,4 @@
-"""Image folders, one subfolder per class, with or without a level of splits above."""
+"""Image folders with one subfolder per class, with or without split folders above."""
 
 from __future__ import annotations
 
@@ -15,19 +15,18 @@ from lamzoo.errors import DataError
 class FolderSource(ImageSource):
     """``root/<split>/<class>/**`` or ``root/<class>/**``; hidden files and folders below ``root`` are skipped.
 
-    The classes are those of all the splits, so that a class without a test image does not shift the labels of the
-    others. Their names are in NFC, so that they do not depend on the file system. A class without a training image is
-    an error where the training split is asked for.
+    The classes are those of all splits, so that a class without test images doesn't shift the labels of the others.
+    Their names are in NFC, independent of the file system. In the training split, a class without images is an error.
 
     Args:
         root: the folder.
-        split: which split; ``"all"`` where ``root`` holds the classes themselves.
+        split: the split; ``"all"`` if ``root`` contains the class folders.
 
     Raises:
-        DataError: no such folder, split or class, or an empty class in the training split.
+        DataError: there is no such folder or split, there are no classes, or one is empty in the training split.
     """
 
-    how_to_split = "make a folder for each split, with those of the classes in it"
+    how_to_split = "create a folder for each split, with the class folders in it"
 
     def __init__(self, root: Path, split: str) -> None:
         if not root.is_dir():
@@ -43,7 +42,7 @@ class FolderSource(ImageSource):
             folder = root
         if not names:
             flat = images_below(folder)
-            hint = f"; with a file of labels, write imagelist:{folder}:FILE" if flat else ""
+            hint = f"; with a label file, use imagelist:{folder}:FILE" if flat else ""
             raise DataError(f"{folder} has no class folders; images belong in {folder}/<class>/{hint}")
         self.classes = sorted(names, key=lambda name: (natural_key(name), name))
         self._folder = folder
@@ -51,7 +50,7 @@ class FolderSource(ImageSource):
         folders = sorted((numbers[nfc(name)], name) for name in _folders(folder))
         self._samples = [(path, label) for label, name in folders for path in images_below(folder / name)]
         if not self._samples:
-            raise DataError(f"the class folders of {folder} hold no image")
+            raise DataError(f"the class folders of {folder} have no images")
         if "train" in synonyms(split):
             self.check_classes()
 

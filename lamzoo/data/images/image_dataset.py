@@ -1,4 +1,4 @@
-"""The one data set class: decodes and checks what a source hands over, and applies a transform."""
+"""The image data set class: decodes and checks the items of a source, and applies transforms."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from lamzoo.errors import DataError
 
 
 class ImageSource(ABC):
-    """Where images and labels come from: one subclass per layout.
+    """Source of images and labels: one subclass per layout.
 
     Attributes:
-        classes: the class names in label order, or ``None`` where the layout has none.
-        identifiers: what the classes are called in catalogues, such as WordNet ids, where that is another name.
-        split: the split's own name here, or ``None`` where the layout has no splits and all of it was taken.
-        how_to_split: what to do to such data to give it splits, for messages; ``None`` where the layout never has any.
+        classes: class names in label order, or ``None`` if the layout has none.
+        identifiers: identifiers of the classes, such as WordNet ids, if they differ from the names.
+        split: name of the split in the data, or ``None`` for data without splits.
+        how_to_split: how to add splits to such data, for messages; ``None`` for layouts without splits.
     """
 
     classes: list[str] | None = None
@@ -35,45 +35,45 @@ class ImageSource(ABC):
 
     @abstractmethod
     def read(self, index: int) -> tuple[BinaryIO | Image.Image, Any]:
-        """Returns an image, opened or as a file to decode, and its label."""
+        """Returns an image, or a file to decode, and its label."""
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """Returns what a reader would call that image: its path, or its index in a file."""
+        """Returns the name of an image in messages: its path, or its index in a file."""
 
     @abstractmethod
     def labels(self) -> Sequence[Any]:
-        """Returns the labels of all images as :meth:`read` gives them, without decoding where the layout allows it."""
+        """Returns the labels of all images as in :meth:`read`, without decoding if the layout allows it."""
 
     def check_classes(self) -> None:  # noqa: B027 - most layouts may have classes without images
-        """Raises a :class:`DataError` where the images can't be trained on, since a class of the layout has none."""
+        """Raises a :class:`DataError` if a class has no images, which training requires."""
 
 
 class LabelledImages(Dataset):
     """A map-style data set of ``(PIL image, int label)``; images are upright, and RGB by default.
 
-    Unlike timm's ``ImageDataset``, which puts the next image in a broken one's place, it raises: a score over other
-    images than the test set's is no score.
+    A damaged image raises an error. timm's ``ImageDataset`` replaces it by the next image, which would change the test
+    set.
 
     Attributes:
-        mode: Pillow's mode of the images; set it to ``"L"`` or ``"RGBA"`` for models of 1 or 4 channels.
-        transform: applied to the image; set it as with any timm or torchvision data set.
-        target_transform: applied to the label.
-        classes: the class names in label order, or ``None``.
-        split: the split's own name, or ``None`` where the data has no splits.
-        spec: what the data set was created from.
+        mode: Pillow mode of the images; set it to ``"L"`` or ``"RGBA"`` for models with 1 or 4 input channels.
+        transform: transform of the image, as in timm's and torchvision's data sets.
+        target_transform: transform of the label.
+        classes: class names in label order, or ``None``.
+        split: name of the split in the data, or ``None`` for data without splits.
+        spec: specification of the data set.
 
     Args:
-        source: where images and labels come from.
-        spec: how to call the whole in an error.
+        source: source of images and labels.
+        spec: name of the data set in messages.
 
     Raises:
-        DataError: the source is empty; on reading an item, a broken image or a label outside the classes.
+        DataError: the source is empty; when an item is read, a damaged image or a label outside the classes.
     """
 
     def __init__(self, source: ImageSource, spec: str) -> None:
         if not len(source):
-            raise DataError(f"{spec} holds no image")
+            raise DataError(f"{spec} has no images")
         self.source = source
         self.spec = spec
         self.classes = source.classes
@@ -96,10 +96,10 @@ class LabelledImages(Dataset):
         return image, label
 
     def decode(self, index: int) -> tuple[Image.Image, int]:
-        """Returns an image in the data set's mode, upright, and its label, before any transform.
+        """Returns an image in the data set's mode, upright, and its label, without transforms.
 
         Raises:
-            DataError: the image is broken, or the label is outside the classes.
+            DataError: the image is damaged, or the label is outside the classes.
         """
         file, given = self.source.read(index)
         if isinstance(file, Image.Image):
@@ -110,9 +110,9 @@ class LabelledImages(Dataset):
         return image, self._label(given, index)
 
     def labels(self) -> list[int]:
-        """Returns the label of every image, before ``target_transform``, without decoding an image.
+        """Returns the label of every image, without ``target_transform``, and without decoding the images.
 
-        A data set of torchvision that keeps its labels under a name of its own is the exception: it is read whole.
+        The exception are data sets of torchvision that store labels under an unusual name: their images are read.
 
         Raises:
             DataError: a label is outside the classes; names the image.
@@ -120,7 +120,7 @@ class LabelledImages(Dataset):
         return [self._label(given, index) for index, given in enumerate(self.source.labels())]
 
     def is_label(self, given: Any) -> bool:
-        """Returns whether a value is the number of a class here."""
+        """Returns whether a value is a valid class number."""
         try:
             label = operator.index(given)
         except TypeError:
@@ -128,7 +128,7 @@ class LabelledImages(Dataset):
         return label >= 0 and (self.classes is None or label < len(self.classes))
 
     def filename(self, index: int) -> str:
-        """Returns the path of an image, or its place in the file that holds it."""
+        """Returns the path of an image, or its index in an archive."""
         return self.source.name(index)
 
     def _label(self, given: Any, index: int) -> int:
@@ -137,16 +137,16 @@ class LabelledImages(Dataset):
         except TypeError:
             raise DataError(f"the label of {self.filename(index)} is {given!r}, not a class number") from None
         if not self.is_label(label):
-            limit = "" if self.classes is None else f" of the {len(self.classes)} classes"
-            raise DataError(f"the label of {self.filename(index)} is {label}, which is none{limit}")
+            limit = "" if self.classes is None else f" one of the {len(self.classes)} classes"
+            raise DataError(f"the label of {self.filename(index)} is {label}, which is not{limit or ' a class number'}")
         return label
 
 
 @contextlib.contextmanager
 def plain_worker_errors() -> Iterator[None]:
-    """Gives a :class:`DataError` that crossed from a loader's worker process its own one-line message back.
+    """Restores the one-line message of a :class:`DataError` raised in a data-loader worker.
 
-    torch wraps it into several lines with the worker's traceback; that traceback stays in ``__cause__``.
+    torch adds the traceback of the worker to the message; that traceback is kept in ``__cause__``.
     """
     try:
         yield

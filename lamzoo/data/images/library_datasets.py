@@ -1,4 +1,4 @@
-"""Data sets that other libraries keep: torchvision's and those of Hugging Face."""
+"""Image data sets of torchvision and Hugging Face."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from lamzoo.errors import DataError, MissingExtraError, MissingSplitError
 
 
 class TorchvisionSource(ImageSource):
-    """An image classification data set of ``torchvision.datasets`` that is already on disk.
+    """A downloaded image classification data set of ``torchvision.datasets``.
 
     Args:
-        name: the class, ``CIFAR10``; upper and lower case do not matter.
-        root: the folder torchvision downloaded it to.
-        split: which split.
+        name: name of the class, such as ``CIFAR10``; case-insensitive.
+        root: the folder that torchvision downloaded it to.
+        split: the split.
 
     Raises:
-        DataError: no such data set or split, or its files are not in ``root``.
+        DataError: there is no such data set or split, or its files are not in ``root``.
     """
 
     def __init__(self, name: str, root: Path, split: str) -> None:
@@ -34,7 +34,7 @@ class TorchvisionSource(ImageSource):
 
         known = {known.lower(): known for known in torchvision.datasets.__all__}
         if name.lower() not in known:
-            raise DataError(f"torchvision has no data set {name!r}; see torchvision.datasets")
+            raise DataError(f"torchvision has no data set {name!r}; torchvision.datasets lists them")
         self._name = known[name.lower()]
         build = getattr(torchvision.datasets, self._name)
         accepted = inspect.signature(build).parameters
@@ -80,13 +80,13 @@ class TorchvisionSource(ImageSource):
         for arguments in attempts:
             try:
                 dataset = build(root=str(root), **arguments)
-            except ValueError as error:  # torchvision's word for a split that it does not have
+            except ValueError as error:  # raised by torchvision for an unknown split
                 refusals.append(str(error))
                 continue
             except (RuntimeError, OSError) as error:
                 reason = " ".join(str(error).split())[:200]
                 raise DataError(
-                    f"torchvision's {self._name} is not whole in {root} ({reason}); {self._download(root)}"
+                    f"torchvision's {self._name} is not complete in {root} ({reason}); {self._download(root)}"
                 ) from error
             self.split = arguments.get("split", self.split)
             return dataset
@@ -97,18 +97,18 @@ class TorchvisionSource(ImageSource):
 
 
 class HuggingFaceSource(ImageSource):
-    """A data set that ``datasets.load_dataset`` opens, from the hub, its cache, or a local folder.
+    """A data set of ``datasets.load_dataset``, from the hub, its cache or a local folder.
 
-    The image column is the one of type ``Image``, the label column the one of type ``ClassLabel``, or one named
+    The image column is the one of type ``Image``; the label column is the one of type ``ClassLabel``, or named
     ``label``.
 
     Args:
-        name: on the hub, or a folder, also one written by ``save_to_disk``.
-        split: which split.
+        name: name on the hub, or a folder, including those of ``save_to_disk``.
+        split: the split.
 
     Raises:
-        MissingExtraError: the ``datasets`` package is missing.
-        DataError: the data set, the split or a column is missing.
+        MissingExtraError: the ``datasets`` package is not installed.
+        DataError: the data set, the split or a column does not exist.
     """
 
     def __init__(self, name: str, split: str) -> None:
@@ -147,7 +147,7 @@ class HuggingFaceSource(ImageSource):
         try:
             return Path(image["path"]).open("rb"), item[self._label]
         except (OSError, TypeError) as error:
-            raise DataError(f"{self.name(index)} has no image bytes, and no file: {error}") from error
+            raise DataError(f"{self.name(index)} has neither image bytes nor a file: {error}") from error
 
     def name(self, index: int) -> str:
         return f"{self._spec} {self.split or ''}[{index}]"
@@ -165,7 +165,7 @@ class HuggingFaceSource(ImageSource):
 
 
 def _names(dataset: Any) -> list[str] | None:
-    """Returns torchvision's class names as strings; ImageNet has several for each class."""
+    """Returns torchvision's class names as strings; ImageNet's classes have several names each."""
     classes = getattr(dataset, "classes", None)
     if not classes:
         return None

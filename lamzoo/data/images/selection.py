@@ -1,4 +1,4 @@
-"""Parts of a data set: some of its images, or two halves that share its classes; reads no image."""
+"""Subsets of image data sets, and training-validation splits of them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from lamzoo.errors import ConfigError, DataError
 
 
 class SelectedSource(ImageSource):
-    """Some images of another source, in the order given.
+    """Selected images of another source, in the order given.
 
     Args:
-        source: where the images are.
-        indices: which of them.
-        split: what the part is called; ``None`` for the source's own split.
+        source: source of the images.
+        indices: indices of the images.
+        split: name of the split; ``None`` for that of the source.
     """
 
     def __init__(self, source: ImageSource, indices: Sequence[int], split: str | None = None) -> None:
@@ -42,20 +42,20 @@ class SelectedSource(ImageSource):
 
 
 def select(dataset: LabelledImages, indices: Iterable[int], *, split: str | None = None) -> LabelledImages:
-    """Returns a data set of some images of another, with its classes, specification, file names, mode and transforms.
+    """Returns a subset of a data set, with its classes, specification, file names, mode and transforms.
 
     Args:
-        dataset: left as it is.
-        indices: of the images to keep, 0 to ``len(dataset) - 1``, in the order wanted.
-        split: what to call the part; its own split's name by default.
+        dataset: the data set; not modified.
+        indices: indices of the images to keep, 0 to ``len(dataset) - 1``, in order.
+        split: name of the split; that of ``dataset`` by default.
 
     Raises:
-        DataError: no index, or one that is out of range.
+        DataError: there are no indices, or one is out of range.
     """
     chosen = list(indices)
     for index in chosen:
         if not 0 <= index < len(dataset):
-            raise DataError(f"{dataset.spec} has no image {index}; it has {len(dataset)}")
+            raise DataError(f"{dataset.spec} has no image {index}; it has {len(dataset)} images")
     part = LabelledImages(SelectedSource(dataset.source, chosen, split), dataset.spec)
     part.mode = dataset.mode
     part.transform, part.target_transform = dataset.transform, dataset.target_transform
@@ -63,22 +63,22 @@ def select(dataset: LabelledImages, indices: Iterable[int], *, split: str | None
 
 
 def split_off(dataset: LabelledImages, fraction: float, seed: int = 0) -> tuple[LabelledImages, LabelledImages]:
-    """Splits a data set in two, each class by the same fraction, for data that come without a validation split.
+    """Splits a data set into training and validation parts, stratified by class.
 
-    The choice depends on the labels, the fraction and the seed alone, so that every process of a run makes the same.
+    The selection depends only on the labels, the fraction and the seed, so it is the same in all processes of a run.
 
     Args:
-        dataset: what to split; both parts keep the order of its images.
-        fraction: of each class that goes to the validation part, above 0 and below 1: rounded, but at least one image
-            and never all. A class of one image stays in the training part.
-        seed: of the choice.
+        dataset: the data set; both parts keep the order of its images.
+        fraction: fraction of each class for the validation part, above 0 and below 1: rounded, but at least one image
+            and never all. A class with a single image stays in the training part.
+        seed: seed of the selection.
 
     Returns:
-        The training part and the validation part; their ``split`` is ``"train"`` and ``"validation"``.
+        The training and the validation part, with the splits ``"train"`` and ``"validation"``.
 
     Raises:
-        ConfigError: a fraction that is not between 0 and 1, or a negative seed.
-        DataError: no class has two images; or a label is wrong.
+        ConfigError: the fraction is not between 0 and 1, or the seed is negative.
+        DataError: no class has two images, or a label is invalid.
     """
     if not 0 < fraction < 1:
         raise ConfigError(f"the fraction for validation is {fraction}; it must be between 0 and 1")

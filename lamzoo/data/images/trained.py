@@ -1,4 +1,4 @@
-"""The data of a training run, read back from its folder, with the validation split that the run itself made."""
+"""The data of a training run, read from its folder, including a validation split that the run created."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from lamzoo.files import atomic_files
 RECIPE_NAME = "recipe.json"
 SPLIT_NAME = "split.json"
 HELD_OUT_NAME = "held-out.json"
-MODEL_FOLDERS = ("model", "last")  # of a run, inside its folder
+MODEL_FOLDERS = ("model", "last")  # model folders of a run
 
 
 @dataclass(frozen=True)
 class MadeSplit:
-    """How a run split its training images in two, and a digest of them by which they are known again.
+    """Record of a validation split that a run created, with a digest of the images.
 
     Attributes:
-        split: the data's own name of what was split; None for data without splits.
-        fraction: of each class that was held out for validation; see :func:`lamzoo.data.split_off`.
-        seed: of the choice.
-        left_out: indices of images that can't be read, which neither part has.
-        sha256: of the labels and file names of the others, in their order.
+        split: name of the original split in the data; None for data without splits.
+        fraction: fraction of each class held out for validation; see :func:`lamzoo.data.split_off`.
+        seed: seed of the selection.
+        left_out: indices of unreadable images, which are in neither part.
+        sha256: hash of the labels and file names of the other images, in order.
     """
 
     split: str | None
@@ -47,16 +47,16 @@ class MadeSplit:
     def make(
         cls, dataset: LabelledImages, fraction: float, seed: int, left_out: Collection[int] = ()
     ) -> tuple[LabelledImages, LabelledImages, MadeSplit]:
-        """Splits a data set, from which ``left_out`` are gone already; returns both parts and the record."""
+        """Splits a data set, already without the images ``left_out``; returns both parts and the record."""
         train, validation = split_off(dataset, fraction, seed)
         record = cls(dataset.split, fraction, seed, tuple(sorted(left_out)), _digest(dataset))
         return train, validation, record
 
     def again(self, spec: str) -> tuple[LabelledImages, LabelledImages]:
-        """Opens the data set and makes the same two parts of it.
+        """Opens the data set and reproduces the two parts.
 
         Raises:
-            DataError: it can't be opened, or its images are no longer those that were split.
+            DataError: the data set can't be opened, or its images have changed.
         """
         dataset = create_dataset(spec, self.split or WHOLE)
         if self.left_out and max(self.left_out) < len(dataset):
@@ -64,26 +64,26 @@ class MadeSplit:
             dataset = select(dataset, (index for index in range(len(dataset)) if index not in out))
         if _digest(dataset) != self.sha256:
             raise DataError(
-                f"the images of {spec} have changed since the run split them, and its validation split can't be made "
-                "again; bring the same images back, or score another split"
+                f"the images of {spec} have changed since the run split them, so its validation split can't be "
+                "reproduced; restore the images, or score another split"
             )
         return split_off(dataset, self.fraction, self.seed)
 
     def write(self, folder: Path) -> None:
-        """Writes the record into a run's folder.
+        """Writes the record to the folder of a run.
 
         Raises:
-            DataError: it can't be written.
+            DataError: the record can't be written.
         """
         with atomic_files(DataError) as stage:
             stage(folder / SPLIT_NAME).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", "utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> MadeSplit | None:
-        """Reads the record of a run's folder; None where there is none.
+        """Reads the record from the folder of a run; None if there is none.
 
         Raises:
-            DataError: it is damaged.
+            DataError: the record is damaged.
         """
         path = folder / SPLIT_NAME
         if not path.is_file():
@@ -92,18 +92,18 @@ class MadeSplit:
             record = cls(**read_json(path))
             return dataclasses.replace(record, left_out=tuple(record.left_out))
         except TypeError as error:
-            raise DataError(f"{path} is no record of a run's split ({error}); remove it") from None
+            raise DataError(f"{path} is not a record of a run's split ({error}); remove it") from None
 
 
 @dataclass(frozen=True)
 class TrainedData:
-    """What a run was trained on.
+    """The training data of a run.
 
     Attributes:
-        task: of its recipe.
+        task: task of its recipe.
         source: specification of the data set.
-        made: the validation split that the run made of images; None where the data has its own.
-        held_out: the videos that the run held out for validation; none where the data has a split of its own.
+        made: the validation split of images that the run created; None if the data has one.
+        held_out: the videos that the run held out for validation; empty if the data has a validation split.
     """
 
     task: str
@@ -113,7 +113,7 @@ class TrainedData:
 
     @classmethod
     def read(cls, folder: Path) -> TrainedData | None:
-        """Reads the folder of a run, or that of its model inside; None for any other folder.
+        """Reads the folder of a run, or its model folder; None for any other folder.
 
         Raises:
             DataError: a file of the run is damaged.
@@ -129,7 +129,7 @@ class TrainedData:
             videos = read_json(run / HELD_OUT_NAME) if (run / HELD_OUT_NAME).is_file() else []
             return cls(task, source, MadeSplit.read(run), tuple(videos))
         except (KeyError, TypeError) as error:
-            raise DataError(f"{run / RECIPE_NAME} is no recipe of a run: it lacks {error}") from None
+            raise DataError(f"{run / RECIPE_NAME} is not the recipe of a run: it lacks {error}") from None
 
 
 def open_videos(opener: Callable[[str], Any], spec: str, split: str | None, trained: TrainedData | None = None) -> Any:
@@ -139,14 +139,14 @@ def open_videos(opener: Callable[[str], Any], spec: str, split: str | None, trai
         opener: opens a split of the data set by its name.
         spec: the data set.
         split: None for ``test``, and for all of data without splits.
-        trained: what the model was trained on. Where its run held videos of this data out, ``validation``, which is
-            then the default, and ``train`` are those of the run.
+        trained: training data of the model. If its run held out videos of this data, ``train`` and ``validation`` (the
+            default) are those of the run.
     """
     part = _part("validation" if split is None else split)
     if trained is None or not trained.held_out or part is None or _place(spec) != _place(trained.source):
         return open_default(opener, "test") if split is None else opener(split)
     whole = open_default(opener, part)
-    if whole.split is not None:  # the data has got splits since
+    if whole.split is not None:  # splits were added to the data later
         return opener(split or "test")
     held = set(trained.held_out)
     return whole.of_videos(held if part == "validation" else whole.video_names() - held, part)
@@ -157,14 +157,14 @@ def open_scored(spec: str, split: str | None, trained: TrainedData | None = None
 
     Args:
         spec: the data set.
-        split: which split; None for ``test``, for the run's validation split where the run's own data have no such,
-            and for all of other data without splits.
-        trained: what the model was trained on. Where its run made a validation split of this data, ``validation`` and
+        split: the split; None for ``test``, for the validation split of the run if its data has no ``test``, and for
+            all of other data without splits.
+        trained: training data of the model. If its run created a validation split of this data, ``validation`` and
             ``train`` are those of the run.
 
     Raises:
         MissingSplitError: neither the data nor the run has such a split.
-        DataError: see :func:`create_dataset`; or the run's images have changed.
+        DataError: as for :func:`create_dataset`; or the images of the run have changed.
     """
     made = None if trained is None else trained.made
     opener = partial(create_dataset, spec)
@@ -178,8 +178,8 @@ def open_scored(spec: str, split: str | None, trained: TrainedData | None = None
         except MissingSplitError as error:
             if part is None and own and isinstance(error, UnsplitError):
                 raise MissingSplitError(
-                    f"{spec} has no split {split!r}: the run split it in 'train' and 'validation'; name one of these, "
-                    f"or '{WHOLE}' for both together"
+                    f"{spec} has no split {split!r}: the run split it into 'train' and 'validation'; use one of these, "
+                    f"or '{WHOLE}' for both"
                 ) from None
             if part is None:
                 raise
@@ -187,18 +187,18 @@ def open_scored(spec: str, split: str | None, trained: TrainedData | None = None
 
 
 def _part(split: str) -> str | None:
-    """Returns which part of a run's data a split's name means, if any."""
+    """Returns the part of a run's data that a split name refers to, or None."""
     return next((name for name in ("train", "validation") if name in synonyms(split)), None)
 
 
 def _place(spec: str) -> Path:
-    """Returns what is the same for each way to write a data set's folder."""
+    """Returns the canonical path of a data set's folder."""
     kind, _, rest = spec.partition(":")
     return Path(rest if kind in ("imagefolder", "npz") else spec).resolve()
 
 
 def _digest(dataset: LabelledImages) -> str:
-    """Hashes labels and file names; without folders, so that data may be moved."""
+    """Hashes labels and file names without folders, so that data may be moved."""
     digest = hashlib.sha256()
     for index, label in enumerate(dataset.labels()):
         name = dataset.filename(index).replace("\\", "/").rpartition("/")[2]

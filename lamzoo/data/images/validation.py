@@ -11,7 +11,7 @@ from lamzoo.data.images.selection import select
 from lamzoo.data.validation import BadInput, OnBadInput, check_on_bad, find_invalid, place, valid_indices
 from lamzoo.errors import DataError
 
-_CHUNK = 32  # images from one report of a worker to the next
+_CHUNK = 32  # images per report of a worker
 
 
 def check_image(dataset: LabelledImages, index: int) -> str | None:
@@ -26,7 +26,7 @@ def check_image(dataset: LabelledImages, index: int) -> str | None:
 def find_invalid_images(
     dataset: LabelledImages, *, workers: int = 0, progress: Callable[[int, int], None] | None = None
 ) -> list[BadInput]:
-    """Decodes every image of a data set and returns those that are broken or have no valid label.
+    """Decodes every image of a data set and returns those that are damaged or have an invalid label.
 
     Args:
         dataset: its transforms are neither used nor changed.
@@ -98,5 +98,5 @@ def _check_classes(dataset: LabelledImages, wrong: set[int], where: str) -> None
         name = str(label) if dataset.classes is None else repr(dataset.classes[label])
         more = f", nor of {len(lost) - 1} other classes" if len(lost) > 1 else ""
         raise DataError(
-            f"no usable image is left of the class {name} of {where}{more}; replace {filename}, or remove the class"
+            f"no valid image is left of the class {name} of {where}{more}; replace {filename}, or remove the class"
         )

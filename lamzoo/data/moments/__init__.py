@@ -1,4 +1,4 @@
-"""Moments and highlights: queries about videos, and features of both, behind one interface."""
+"""Moment retrieval and highlight detection data: queries about videos, and features of both."""
 
 from typing import TYPE_CHECKING
 

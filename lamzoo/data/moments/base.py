@@ -1,4 +1,4 @@
-"""The one data set class for moments and highlights: queries with their spans, and features of video and text."""
+"""The data set class for moments and highlights: queries with spans, and features of video and text."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from lamzoo.errors import DataError
 
 Features: TypeAlias = NDArray[np.float32]
 
-#: Clips by which features may differ from their video, and from each other: each extractor rounds its end differently.
+#: Clips by which the lengths of features may differ from the video and each other, since extractors round differently.
 MARGIN = 2
 
-#: The sum of three annotators' highest grades, and the grade of a clip inside a moment where nobody graded it.
+#: The sum of three annotators' highest grades, and the grade of a clip inside a moment without grades.
 HIGHEST_GRADE = 12
 
 
 @dataclass(frozen=True)
 class MomentQuery:
-    """A sentence that is looked for in a video.
+    """A sentence that describes moments of a video.
 
     Attributes:
-        qid: what the data calls the query.
+        qid: id of the query.
         text: the sentence.
         video: id of the video.
-        duration: of the video, seconds.
-        windows: start and end of its moments, seconds; none where the split keeps them to itself.
-        grades: of each clip, by each annotator, ``(clips, annotators)``, 0 where it doesn't fit; None where nobody gave
-            any.
-        words: all that are known to be said in the video, each with its start and end, seconds; each could be a query.
+        duration: duration of the video, seconds.
+        windows: start and end of its moments, seconds; empty if the split doesn't publish them.
+        grades: saliency grades by clip and annotator, ``(clips, annotators)``, 0 for irrelevant clips; None if there
+            are none.
+        words: the words spoken in the video, each with its start and end, seconds; each can serve as a query.
     """
 
     qid: int | str
@@ -47,10 +47,10 @@ class MomentQuery:
 
 @dataclass(frozen=True)
 class MomentFeatures:
-    """What a model reads of one query.
+    """Model inputs for one query.
 
     Attributes:
-        video: ``(N, D + 2)``, float32; the last two of a clip are its start and end as shares of the video.
+        video: ``(N, D + 2)``, float32; the last two of a clip are its start and end as fractions of the video.
         text: ``(W, D)``, float32.
     """
 
@@ -59,13 +59,13 @@ class MomentFeatures:
 
 
 class MomentSource(ABC):
-    """Where queries and features come from: one subclass per layout.
+    """Source of queries and features: one subclass per layout.
 
     Attributes:
-        split: the split's own name.
+        split: name of the split in the data.
         clip_seconds: length of a clip.
-        queries: what is asked.
-        vocabulary: the words that are said in the videos, where the data know when.
+        queries: the queries.
+        vocabulary: the words spoken in the videos, if their times are known.
     """
 
     split: str
@@ -75,35 +75,35 @@ class MomentSource(ABC):
 
     @abstractmethod
     def video(self, index: int) -> Features:
-        """Returns the features of a query's video, ``(N, D)``, N at least 1; a ``DataError`` names the file."""
+        """Returns the features of the video of a query, ``(N, D)``, N at least 1; a ``DataError`` names the file."""
 
     @abstractmethod
     def text(self, index: int) -> Features:
-        """Returns the features of a query's words, ``(W, D)``, W at least 1; a ``DataError`` names the file."""
+        """Returns the features of the words of a query, ``(W, D)``, W at least 1; a ``DataError`` names the file."""
 
     def splice(self) -> tuple[MomentQuery, Features, Features]:
-        """Returns a query about a new video and the features of both; what :meth:`MomentDataset.splice` asks for."""
+        """Returns a query about a new video and the features of both, for :meth:`MomentDataset.splice`."""
         raise DataError(f"{type(self).__name__} can't splice videos, since it has no pieces; set augment.splice to 0")
 
 
 class MomentDataset:
-    """Queries about videos: a split of a data set of moments and highlights.
+    """Queries about videos: one split of a data set of moments and highlights.
 
-    No features are read before :meth:`read`, and it can be pickled for the workers of a loader.
+    Picklable, for data-loader workers. Features are read by :meth:`read`.
 
     Attributes:
-        spec: what the data set was created from.
-        split: the split's own name.
+        spec: specification of the data set.
+        split: name of the split in the data.
         clip_seconds: length of a clip.
-        queries: what is asked.
-        vocabulary: the words that are said in the videos, where the data know when.
+        queries: the queries.
+        vocabulary: the words spoken in the videos, if their times are known.
 
     Args:
-        source: where queries and features come from.
-        spec: how to call the whole in an error.
+        source: source of queries and features.
+        spec: name of the data set in messages.
 
     Raises:
-        DataError: there is no query, one is listed twice, or a window lies outside of its video.
+        DataError: there are no queries, one is listed twice, or a window is outside its video.
     """
 
     def __init__(self, source: MomentSource, spec: str) -> None:
@@ -111,7 +111,7 @@ class MomentDataset:
         self.queries, self.vocabulary = list(source.queries), source.vocabulary
         self._source = source
         if not self.queries:
-            raise DataError(f"{spec} holds no query")
+            raise DataError(f"{spec} has no queries")
         seen: set[int | str] = set()
         for query in self.queries:
             if query.qid in seen:
@@ -121,7 +121,7 @@ class MomentDataset:
                 if not 0 <= start < end <= query.duration + self.clip_seconds:
                     raise DataError(
                         f"the query {query.qid!r} of {spec} has the window [{start:g}, {end:g}] in a video of "
-                        f"{query.duration:g} s; its start must come before its end, and both lie in the video"
+                        f"{query.duration:g} s; its start must be before its end, and both within the video"
                     )
 
     def __len__(self) -> int:
@@ -131,8 +131,8 @@ class MomentDataset:
         """Returns the features of a query and of its video.
 
         Raises:
-            DataError: a file is missing, damaged, of another length than the others of its video, or, where clips are
-                graded, without a row for each; names it.
+            DataError: a file is missing or damaged, its length differs from the others of its video, or it lacks a row
+                for a graded clip; names it.
         """
         if not 0 <= index < len(self):
             raise IndexError(index)
@@ -141,33 +141,33 @@ class MomentDataset:
             raise DataError(
                 f"the features of the video {query.video!r} of {self.spec} have {len(video)} rows, and its "
                 f"{query.duration:g} s have {len(query.grades)} clips of {self.clip_seconds:g} s, graded for the query "
-                f"{query.qid!r}; extract one row a clip"
+                f"{query.qid!r}; extract one row per clip"
             )
         return MomentFeatures(with_positions(video), self._source.text(index))
 
     def splice(self) -> tuple[MomentQuery, MomentFeatures]:
-        """Returns a query about a video that is put together of pieces of several, drawn from :mod:`random`.
+        """Returns a query about a new video, spliced from pieces of several; draws from :mod:`random`.
 
         Raises:
-            DataError: the data know of no pieces; or as :meth:`read`.
+            DataError: the layout doesn't support splicing; or as for :meth:`read`.
         """
         query, video, text = self._source.splice()
         return query, MomentFeatures(with_positions(video), text)
 
     def annotations(self) -> list[dict[str, Any]]:
-        """Returns the truth in the official form, for :func:`lamzoo.evaluation.moment_metrics`.
+        """Returns the ground truth in the official format, for :func:`lamzoo.evaluation.moment_metrics`.
 
         Raises:
-            DataError: the split keeps its moments to itself.
+            DataError: the split doesn't publish its moments.
         """
         hidden = next((query.qid for query in self.queries if not query.windows), None)
         if hidden is not None:
-            raise DataError(f"{self.spec} says nothing of the moments of query {hidden!r}; they can't be scored")
+            raise DataError(f"{self.spec} doesn't include the moments of query {hidden!r}; they can't be scored")
         return [_annotation(query) for query in self.queries]
 
 
 def with_positions(video: Features) -> Features:
-    """Appends each clip's start and end, as shares of the video, to its features: ``(N, D)`` to ``(N, D + 2)``."""
+    """Appends start and end of each clip, as fractions of the video, to its features: ``(N, D)`` to ``(N, D + 2)``."""
     edges = np.arange(len(video) + 1, dtype=np.float32) / len(video)
     return np.concatenate([video, edges[:-1, None], edges[1:, None]], axis=1)
 

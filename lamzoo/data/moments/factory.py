@@ -1,4 +1,4 @@
-"""From a one-line specification to moments: the grammar, and which function reads which layout."""
+"""Creation of moment data sets from one-line specifications: the grammar and the source of each layout."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def create_moment_dataset(spec: str, split: str) -> MomentDataset:
               ``both`` modalities (the default), ``video`` or ``audio``, of 10 s (the default) or of 10 to 60; see
               :class:`lamzoo.data.moments.grid.GridMoments`.
 
-            The features of the first three lie in ``DIR/features``, ``DIR/moment_detr_features`` or ``DIR`` itself.
-        split: ``train``, ``validation``, ``test`` or what the data calls it.
+            The features of the first three are in ``DIR/features``, ``DIR/moment_detr_features`` or ``DIR`` itself.
+        split: ``train``, ``validation``, ``test`` or another name in the data.
 
     Returns:
-        Queries, and their features to :meth:`~MomentDataset.read`.
+        The queries; :meth:`~MomentDataset.read` returns their features.
 
     Raises:
         DataError: the specification, the folder or the split does not exist, or the files are invalid.
@@ -49,10 +49,10 @@ def create_moment_dataset(spec: str, split: str) -> MomentDataset:
 
 def _source(spec: str, split: str) -> MomentSource:
     if not split:
-        raise DataError(f"the split of {spec} is empty; name one, such as 'test'")
+        raise DataError(f"the split of {spec} is empty; pass one, such as 'test'")
     kind, _, rest = spec.partition(":")
     if kind in ("qvhighlights", "charades", "tvsum", "grid") and not rest:
-        raise DataError(f"the data set {spec!r} says {kind}, but not which; write {_GRAMMAR}")
+        raise DataError(f"the data set {spec!r} has nothing after {kind}:; it must be {_GRAMMAR}")
     match kind:
         case "qvhighlights":
             return qvhighlights(Path(rest), split)
@@ -65,7 +65,7 @@ def _source(spec: str, split: str) -> MomentSource:
             return tvsum(Path(rest), split)
         case "grid":
             return _grid(rest, split)
-    raise DataError(f"{spec!r} is not a data set of moments; write {_GRAMMAR}")
+    raise DataError(f"{spec!r} is not a moment data set; it must be {_GRAMMAR}")
 
 
 def _grid(rest: str, split: str) -> MomentSource:

@@ -1,4 +1,4 @@
-"""Features in npz files, one for each video or query, as QVHighlights' models distribute them."""
+"""Feature folders in the format of QVHighlights' models: one npz file per video or query."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _WHERE = ("features", "moment_detr_features", ".")
 
 
 class FeatureFolder:
-    """``clip_features``, ``slowfast_features`` (if there are any) and ``clip_text_features`` below one folder.
+    """``clip_features``, ``slowfast_features`` (optional) and ``clip_text_features`` below one folder.
 
     Args:
-        root: the folder, or the one above ``features`` or ``moment_detr_features``.
+        root: the folder, or the parent of ``features`` or ``moment_detr_features``.
 
     Raises:
-        DataError: it has no features of videos, or none of texts.
+        DataError: the folder has no features of videos, or none of texts.
     """
 
     def __init__(self, root: Path) -> None:
@@ -35,12 +35,12 @@ class FeatureFolder:
         for folder in (self.root / "clip_features", self._texts):
             if not folder.is_dir():
                 raise DataError(
-                    f"{root} has no folder {folder.name}; `lamzoo extract-features` makes it of videos, or see the "
-                    "repository of Moment-DETR for the published ones"
+                    f"{root} has no folder {folder.name}; compute it with `lamzoo extract-features`, or download the "
+                    "published features from the repository of Moment-DETR"
                 )
 
     def video(self, video: str) -> Features:
-        """Returns all features of a video's clips beside each other, each scaled to length 1, ``(N, D)``."""
+        """Returns the concatenated features of the clips of a video, each normalised to length 1, ``(N, D)``."""
         name = f"{video}.npz"
         paths = [existing_file(folder, name) or folder / name for folder in self._videos]
         parts = [read_features(path, "features") for path in paths]
@@ -53,7 +53,7 @@ class FeatureFolder:
         return np.concatenate([unit(part[: min(lengths)]) for part in parts], axis=1)
 
     def text(self, qid: int | str) -> Features:
-        """Returns the features of a query's words, each scaled to length 1, ``(W, D)``."""
+        """Returns the features of the words of a query, each normalised to length 1, ``(W, D)``."""
         name = f"qid{qid}.npz"
         return unit(read_features(existing_file(self._texts, name) or self._texts / name, "last_hidden_state"))
 
@@ -69,24 +69,26 @@ def read_features(path: Path, key: str) -> Features:
         ``(N, D)``, float32, N at least 1.
 
     Raises:
-        DataError: there is no such file, it is damaged, or the array is of another form; names it.
+        DataError: the file does not exist or is damaged, or the array has another shape or dtype; names it.
     """
     if not path.is_file():
-        raise DataError(f"{path.parent} has no {path.name}; extract it, or leave the query out")
+        raise DataError(f"{path.parent} has no {path.name}; extract it, or remove the query")
     try:
         with np.load(path, allow_pickle=False) as archive:
             features = archive[key]
     except KeyError as error:
         raise DataError(f"{path} has no array {key!r}") from error
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{path} is no whole npz file: {error}") from error
+        raise DataError(f"{path} is not a complete npz file: {error}") from error
     if features.ndim != 2 or not len(features) or features.dtype.kind != "f":
-        raise DataError(f"{path}: {key} is {features.dtype} {features.shape}; it must be floats, a row a clip or word")
+        raise DataError(
+            f"{path}: {key} is {features.dtype} {features.shape}; it must be floats, one row per clip or word"
+        )
     if not np.isfinite(features).all():
         raise DataError(f"{path}: {key} has values that are not finite; extract it again")
     return features.astype(np.float32)
 
 
 def unit(features: Features) -> Features:
-    """Scales rows to length 1; rows of zeros stay."""
+    """Normalises rows to length 1; rows of zeros are returned unchanged."""
     return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-5)

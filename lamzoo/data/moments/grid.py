@@ -1,4 +1,4 @@
-"""GRID as a search for words: recordings of several sentences, a word as the query, where it is said as its moments."""
+"""GRID for moment retrieval: recordings of several sentences, with the occurrences of a word as moments."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from lamzoo.data.grid_tokens import RATE, GridTokens, Modalities, Speech, join
 from lamzoo.data.moments.base import Features, MomentQuery, MomentSource
 from lamzoo.errors import DataError
 
-LONGEST = 600.0  # seconds of a recording
+LONGEST = 600.0  # maximum duration of a recording, seconds
 
 
 class GridMoments(MomentSource):
-    """Recordings of the split's clips, one behind the other, cut at their length; every word in one is a query.
+    """Recordings concatenated from the clips of a split and cut to length; every word in a recording is a query.
 
-    Clips are shuffled by the split's name, and each is used once, so that a split always has the same recordings. The
-    moments of a query are all places at which its word is said, and its one text feature is one-hot over the corpus's
-    vocabulary. A "clip", in the sense of the models, is a token of 40 ms.
+    Clips are shuffled with the name of the split as seed, and each is used once, so a split always has the same
+    recordings. The moments of a query are all occurrences of its word, and its only text feature is one-hot over the
+    vocabulary of the corpus. A "clip" of the models is a token of 40 ms.
 
     Args:
-        clips: the split's clips.
-        seconds: of a recording, or the shortest and the longest; lengths in between are drawn evenly.
+        clips: the clips of the split.
+        seconds: minimum and maximum duration of a recording; drawn uniformly between them.
 
     Raises:
-        DataError: there is no such length, or the split is shorter than one recording.
+        DataError: the durations are invalid, or the split is shorter than one recording.
     """
 
     clip_seconds = 1 / RATE
@@ -35,7 +35,7 @@ class GridMoments(MomentSource):
     def __init__(self, clips: GridTokens, seconds: tuple[float, float]) -> None:
         if not 1 <= seconds[0] <= seconds[1] <= LONGEST:
             raise DataError(
-                f"GRID's recordings would last {seconds[0]:g} to {seconds[1]:g} s; give seconds from 1 to {LONGEST:g}"
+                f"GRID's recordings can't last {seconds[0]:g} to {seconds[1]:g} s; durations must be 1 to {LONGEST:g} s"
             )
         self.split, self._clips, self._seconds = clips.split, clips, seconds
         self.vocabulary = clips.vocabulary
@@ -54,7 +54,7 @@ class GridMoments(MomentSource):
         return self._one_hot(self.queries[index].text)
 
     def splice(self) -> tuple[MomentQuery, Features, Features]:
-        """Returns a recording of sentences whose words are exchanged, and one of its words; see the base class."""
+        """Returns a recording of sentences with exchanged words, and one of its words; see the base class."""
         pieces: list[Speech] = []
         length = self._length(random.uniform)
         while sum(len(piece.tokens) for piece in pieces) < length:
@@ -63,7 +63,7 @@ class GridMoments(MomentSource):
         start = random.randint(0, len(speech.tokens) - length)
         speech = speech.cut(start, start + length)
         words = list(dict.fromkeys(word for word, *_ in speech.words))
-        if not words:  # a second can pass between two words
+        if not words:  # pauses may last a second
             return self.splice()
         query = self._query("spliced", random.choice(words), speech)
         return query, speech.tokens, self._one_hot(query.text)
@@ -82,7 +82,7 @@ class GridMoments(MomentSource):
                 pieces, length = [], self._length(rng.uniform)
         if not recordings:
             raise DataError(
-                f"the {len(order)} clips of GRID's split {self.split!r} do not fill a recording; shorten it"
+                f"the {len(order)} clips of GRID's split {self.split!r} don't fill a recording; reduce its duration"
             )
         return recordings
 

@@ -1,4 +1,4 @@
-"""QVHighlights, TVSum and Charades-STA in their official layouts, beside a folder of features."""
+"""QVHighlights, TVSum and Charades-STA in their official layouts, with a folder of features."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from lamzoo.data.splits import find_split
 from lamzoo.errors import DataError
 
 _CLIP_SECONDS = 2.0
-_LONGEST = 7 * 24 * 3600.0  # seconds of a video: a week
+_LONGEST = 7 * 24 * 3600.0  # maximum duration of a video, seconds: a week
 
 
 class FolderSource(MomentSource):
-    """Queries whose features are files of their own.
+    """Queries with features in files.
 
     Args:
-        split: the split's own name.
-        queries: what is asked.
-        root: the folder of the features; it need not have any until one is read.
+        split: name of the split in the data.
+        queries: the queries.
+        root: the folder of the features, which is accessed when features are read.
     """
 
     clip_seconds = _CLIP_SECONDS
@@ -51,10 +51,10 @@ class FolderSource(MomentSource):
 def qvhighlights(root: Path, split: str) -> FolderSource:
     """Opens QVHighlights: ``highlight_{train,val,test}_release.jsonl`` (or ``.jsonl.gz``).
 
-    The test split's moments, released in 2026 as ``highlight_test_with_gt.jsonl``, are taken where that file is.
+    The moments of the test split, released in 2026 as ``highlight_test_with_gt.jsonl``, are used if that file exists.
 
     Args:
-        root: the folder with the annotations and, in ``features`` or beside them, the features.
+        root: the folder with the annotations and, in ``features`` or next to them, the features.
         split: ``train``, ``validation`` or ``test``.
 
     Raises:
@@ -76,24 +76,24 @@ def _qvhighlights_query(line: Mapping[str, Any], where: str) -> MomentQuery:
     check_fields(line, {"qid": int, "query": str, "vid": str, "duration": int | float}, where)
     windows, duration = line.get("relevant_windows") or [], _duration(line["duration"], where)
     if not isinstance(windows, list) or not all(is_row(window, 2) for window in windows):
-        raise DataError(f"{where} has the relevant_windows {windows!r:.60}; each is [start, end], in seconds")
+        raise DataError(f"{where} has the relevant_windows {windows!r:.60}; each must be [start, end], in seconds")
     spans = tuple((float(start), float(end)) for start, end in windows)
     return MomentQuery(line["qid"], line["query"], line["vid"], duration, spans, _grades(line, duration, where))
 
 
 def _grades(line: Mapping[str, Any], duration: float, where: str) -> Features | None:
-    """Returns the grades of each clip, ``(clips, annotators)``; None where there are none."""
+    """Returns the grades of each clip, ``(clips, annotators)``; None if there are none."""
     clips, scores = line.get("relevant_clip_ids"), line.get("saliency_scores")
     if clips is None or scores is None or clips == scores == []:
         return None
     total = int(duration / _CLIP_SECONDS)
     if not is_row(clips) or not all(isinstance(clip, int) for clip in clips):
-        raise DataError(f"{where} has the relevant_clip_ids {clips!r:.60}; they are whole numbers, from 0")
+        raise DataError(f"{where} has the relevant_clip_ids {clips!r:.60}; they must be whole numbers from 0")
     if not isinstance(scores, list) or (scores and not is_grid(scores)):
-        raise DataError(f"{where} has the saliency_scores {scores!r:.60}; each clip has as many grades as the others")
+        raise DataError(f"{where} has the saliency_scores {scores!r:.60}; all clips must have equally many grades")
     if len(clips) != len(scores) or len(set(clips)) < len(clips) or not all(0 <= clip < total for clip in clips):
         raise DataError(
-            f"{where} grades {len(scores)} clips and lists {len(clips)}, of a video of {total}; they must agree"
+            f"{where} grades {len(scores)} clips and lists {len(clips)} of a video of {total}; they must agree"
         )
     grades = np.zeros((total, len(scores[0])), dtype=np.float32)
     grades[clips] = scores
@@ -101,10 +101,10 @@ def _grades(line: Mapping[str, Any], duration: float, where: str) -> Features | 
 
 
 def tvsum(root: Path, split: str, domain: str | None = None) -> FolderSource:
-    """Opens TVSum in QD-DETR's form: ``tvsum_{train,val}.jsonl`` (or ``.jsonl.gz``), 20 annotators' grades a clip.
+    """Opens TVSum in QD-DETR's format: ``tvsum_{train,val}.jsonl`` (or ``.jsonl.gz``), with 20 grades per clip.
 
     Args:
-        root: the folder with the labels and, in ``features`` or beside them, the features.
+        root: the folder with the labels and, in ``features`` or next to them, the features.
         split: ``train`` or ``validation``.
         domain: one of the ten, such as ``BK``; all by default.
 
@@ -119,7 +119,7 @@ def tvsum(root: Path, split: str, domain: str | None = None) -> FolderSource:
         fields = {"qid": str, "query": str, "vid": str, "duration": int | float, "label": list, "domain": str}
         check_fields(line, fields, where)
         if not is_grid(line["label"]):
-            raise DataError(f"{where} has a label that is not a list of clips, each with as many grades as the others")
+            raise DataError(f"{where} has a label that is not a list of clips with equally many grades")
     domains = sorted({line["domain"] for line, _ in lines})
     if domain is not None and domain not in domains:
         raise DataError(f"{there[found]} has no domain {domain!r}; it has {', '.join(domains)}")
@@ -140,10 +140,10 @@ _CHARADES = re.compile(r"(\S+) (\d+(?:\.\d+)?) (\d+(?:\.\d+)?)##(.+)")
 def charades(root: Path, split: str) -> FolderSource:
     """Opens Charades-STA: ``charades_sta_{train,test}.txt``, and ``Charades_v1_{train,test}.csv`` for the durations.
 
-    A query's id is ``<split><number of its line>``, from 0, and so its features are in ``qidtest0.npz`` and so on.
+    The id of a query is ``<split><number of its line>``, from 0, so its features are in ``qidtest0.npz`` etc.
 
     Args:
-        root: the folder with both and, in ``features`` or beside them, the features.
+        root: the folder with both and, in ``features`` or next to them, the features.
         split: ``train`` or ``test``.
 
     Raises:
@@ -160,12 +160,12 @@ def charades(root: Path, split: str) -> FolderSource:
         match = _CHARADES.fullmatch(text.strip())
         where = f"line {number + 1} of {there[found]}"
         if match is None:
-            raise DataError(f"{where} is not of the form 'VIDEO START END##SENTENCE'")
+            raise DataError(f"{where} doesn't have the form 'VIDEO START END##SENTENCE'")
         video, start, end, sentence = match.groups()
         if video not in lengths:
-            raise DataError(f"{where} is about the video {video}, which Charades_v1_{found}.csv has not")
+            raise DataError(f"{where} is about the video {video}, which is not in Charades_v1_{found}.csv")
         window = (float(start), min(float(end), lengths[video]))
-        if window[0] < window[1]:  # a few moments end before they begin, or begin behind the video's end
+        if window[0] < window[1]:  # a few moments end before they start, or start after the end of the video
             queries.append(MomentQuery(f"{found}{number}", sentence, video, lengths[video], (window,)))
     return FolderSource(found, queries, root)
 
@@ -186,29 +186,29 @@ def _duration(value: float | str, where: str) -> float:
         seconds = math.nan
     if not 0 < seconds <= _LONGEST:
         raise DataError(
-            f"{where} has a duration of {value} s; it must be a number of seconds, more than 0 and at most "
+            f"{where} has a duration of {value} s; it must be a number of seconds, above 0 and at most "
             f"{_LONGEST:g} (a week)"
         )
     return seconds
 
 
 def read_queries(path: Path) -> dict[int | str, str]:
-    """Reads the sentences of a file like QVHighlights': JSON lines with ``qid`` and ``query``, ``.gz`` or not.
+    """Reads the queries of a file in QVHighlights' format: JSON lines with ``qid`` and ``query``, optionally ``.gz``.
 
     Raises:
-        DataError: the file can't be read, has no query, a line is invalid, or one is listed twice.
+        DataError: the file can't be read or has no queries, a line is invalid, or a query is listed twice.
     """
     found: dict[int | str, str] = {}
     for line, where in read_json_lines(path):
         check_fields(line, {"qid": int | str, "query": str}, where)
         qid, text = line["qid"], line["query"]
         if not text.strip():
-            raise DataError(f"{where} has an empty query; write one, or remove the line")
+            raise DataError(f"{where} has an empty query; fill it in, or remove the line")
         if qid in found:
             raise DataError(f"the query {qid!r} is listed twice in {path}; remove one of them")
         found[qid] = text
     if not found:
-        raise DataError(f"{path} holds no query")
+        raise DataError(f"{path} has no queries")
     return found
 
 

@@ -1,4 +1,4 @@
-"""Videos with captions from any of the layouts people keep them in, as one kind of data set."""
+"""Captioned videos in many layouts, as one data set class."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""The one data set class for text-video retrieval: checks what a source lists, and reads its videos."""
+"""The data set class for text-video retrieval: checks and reads the videos and captions of a source."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from lamzoo.errors import DataError
 
 
 class VideoSource(ABC):
-    """Where videos and captions come from: one subclass per layout.
+    """Source of videos and captions: one subclass per layout.
 
     Attributes:
-        split: the split's own name here, or ``None`` where the layout has no splits and all of it was taken.
-        how_to_split: what to do to such data to give it splits, for messages; ``None`` where the layout never has any.
-        videos: what the videos are called, each by a name of its own.
-        captions: the captions of each video, in the order of the layout's own file.
+        split: name of the split in the data, or ``None`` for data without splits.
+        how_to_split: how to add splits to such data, for messages; ``None`` for layouts without splits.
+        videos: unique ids of the videos.
+        captions: captions of each video, in the order of the layout's file.
     """
 
     split: str | None = None
@@ -31,37 +31,37 @@ class VideoSource(ABC):
         """Returns the sampled frames of a video; a ``DataError`` names it as :meth:`name` does.
 
         Args:
-            index: into ``videos``.
-            sampling: which frames.
-            threads: for decoding, where that has threads; see :func:`lamzoo.data.video.reader.read_video`.
+            index: index into ``videos``.
+            sampling: the frame sampling.
+            threads: decoding threads, if supported; see :func:`lamzoo.data.video.reader.read_video`.
         """
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """Returns what a reader would call that video: its path, or its place in a file."""
+        """Returns the name of a video in messages: its path, or its place in an archive."""
 
     def splice(
         self, among: Sequence[int], sampling: FrameSampling, phrase: bool = False
     ) -> tuple[VideoClip, str] | None:
-        """Puts a new video and its caption together from pieces of others, drawn from :mod:`random`.
+        """Splices a new video and its caption from pieces of others, drawn from :mod:`random`.
 
         Args:
             among: indices of the videos that pieces may come from.
-            sampling: which frames of the new video.
-            phrase: take one or more neighbouring pieces, which is a shorter video, in place of all.
+            sampling: frame sampling of the new video.
+            phrase: use only one or more neighbouring pieces, which gives a shorter video.
 
         Returns:
-            The video and its caption; ``None`` where the layout has no pieces.
+            The video and its caption; ``None`` if the layout doesn't support splicing.
         """
         return None
 
 
 class SelectedVideos(VideoSource):
-    """Some videos of another source, in the order given.
+    """Selected videos of another source, in the order given.
 
     Args:
-        source: where the videos are.
-        indices: which of them.
+        source: source of the videos.
+        indices: indices of the videos.
         split: name of the part; ``None`` for the source's own split.
     """
 
@@ -85,30 +85,30 @@ class SelectedVideos(VideoSource):
 
 
 class CaptionedVideos:
-    """Videos, each with one or more captions: a split of a retrieval data set.
+    """Videos with one or more captions each: one split of a retrieval data set.
 
-    Nothing is decoded before :meth:`read`, and it can be pickled for the workers of a loader.
+    Picklable, for data-loader workers. Videos are decoded by :meth:`read`.
 
     Attributes:
-        spec: what the data set was created from.
-        split: the split's own name, or ``None`` where the data have no splits.
-        videos: the ids of the videos.
-        texts: the captions of all videos, stripped; those of one video stand together, in the order of the videos.
-        video_of_text: for each text the index of its video.
-        source: where the videos are.
-        threads: for decoding a video, as for :func:`lamzoo.data.video.reader.read_video`; 1 unless it is set.
+        spec: specification of the data set.
+        split: name of the split in the data, or ``None`` for data without splits.
+        videos: ids of the videos.
+        texts: the captions of all videos, stripped, grouped by video in the order of the videos.
+        video_of_text: index of the video of each text.
+        source: source of the videos.
+        threads: decoding threads, as for :func:`lamzoo.data.video.reader.read_video`; 1 by default.
 
     Args:
-        source: where videos and captions come from.
-        spec: how to call the whole in an error.
+        source: source of videos and captions.
+        spec: name of the data set in messages.
 
     Raises:
-        DataError: there is no video, one is listed twice or has no caption, or a caption is empty.
+        DataError: there are no videos, one is listed twice or has no caption, or a caption is empty.
     """
 
     def __init__(self, source: VideoSource, spec: str) -> None:
         if not len(source.videos):
-            raise DataError(f"{spec} holds no video")
+            raise DataError(f"{spec} has no videos")
         self.spec = spec
         self.split = source.split
         self.source = source
@@ -116,7 +116,7 @@ class CaptionedVideos:
         self.videos = list(source.videos)
         self.texts: list[str] = []
         self.video_of_text: list[int] = []
-        self._starts = [0]  # into the texts, of each video and behind the last
+        self._starts = [0]  # offsets of each video in the texts, and the end
         _check_unique(self.videos, spec)
         for index, captions in enumerate(source.captions):
             self.texts += _checked(captions, self.videos[index], spec)
@@ -130,25 +130,25 @@ class CaptionedVideos:
         """Returns the sampled frames of a video.
 
         Raises:
-            DataError: it cannot be read; names it.
+            DataError: the video can't be read; names it.
         """
         if not 0 <= index < len(self):
             raise IndexError(index)
         return self.source.read(index, sampling, self.threads)
 
     def splice(self, sampling: FrameSampling, phrase: bool = False) -> tuple[VideoClip, str]:
-        """Returns a new video with its caption, put together from pieces of these by chance (:mod:`random`).
+        """Returns a new video with its caption, spliced from pieces of several; draws from :mod:`random`.
 
         Args:
-            sampling: which frames of it.
-            phrase: take one or more neighbouring pieces, which is a shorter video, in place of all.
+            sampling: frame sampling of the new video.
+            phrase: use only one or more neighbouring pieces, which gives a shorter video.
 
         Raises:
-            DataError: the layout has no pieces of its videos, or one cannot be read.
+            DataError: the layout doesn't support splicing, or a video can't be read.
         """
         made = self.source.splice(range(len(self)), sampling, phrase)
         if made is None:
-            raise DataError(f"{self.spec} has no pieces of its videos to splice; only grid: does")
+            raise DataError(f"{self.spec} doesn't support splicing; only grid: does")
         return made
 
     def video_names(self) -> set[str]:
@@ -156,45 +156,45 @@ class CaptionedVideos:
         return set(self.videos)
 
     def of_videos(self, names: Collection[str], split: str | None = None) -> CaptionedVideos:
-        """Returns the part of the data set that is of some videos, in their order here.
+        """Returns the subset of selected videos, in the order of this data set.
 
         Args:
-            names: of the videos.
+            names: names of the videos.
             split: name of the part; None for this split's own.
 
         Raises:
-            DataError: one of the videos is not here, or none is named.
+            DataError: a video is not in the data set, or none is given.
         """
         check_videos(names, self.videos, self.spec)
         chosen = [index for index, video in enumerate(self.videos) if video in names]
         return select_videos(self, chosen, split=split)
 
     def texts_of(self, index: int) -> list[int]:
-        """Returns the indices of a video's texts, rising; at least one."""
+        """Returns the indices of the texts of a video, ascending; at least one."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         return list(range(self._starts[index], self._starts[index + 1]))
 
     def filename(self, index: int) -> str:
-        """Returns the path of a video, or its place in the file that holds it."""
+        """Returns the path of a video, or its place in an archive."""
         return self.source.name(index)
 
 
 def select_videos(dataset: CaptionedVideos, indices: Iterable[int], *, split: str | None = None) -> CaptionedVideos:
-    """Returns a data set of some videos of another, with all their captions.
+    """Returns a subset of a data set, with all captions of the selected videos.
 
     Args:
-        dataset: left as it is.
-        indices: of the videos to keep, 0 to ``len(dataset) - 1``, in the order wanted.
+        dataset: the data set; not modified.
+        indices: indices of the videos to keep, 0 to ``len(dataset) - 1``, in the order wanted.
         split: name of the part; its own split's name by default.
 
     Raises:
-        DataError: no index, one that is out of range, or one twice.
+        DataError: there are no indices, or one is out of range or repeated.
     """
     chosen = list(indices)
     for index in chosen:
         if not 0 <= index < len(dataset):
-            raise DataError(f"{dataset.spec} has no video {index}; it has {len(dataset)}")
+            raise DataError(f"{dataset.spec} has no video {index}; it has {len(dataset)} videos")
     part = CaptionedVideos(SelectedVideos(dataset.source, chosen, split), dataset.spec)
     part.threads = dataset.threads
     return part
@@ -210,9 +210,9 @@ def _check_unique(videos: Sequence[str], spec: str) -> None:
 
 def _checked(captions: Sequence[str], video: str, spec: str) -> list[str]:
     if not captions:
-        raise DataError(f"the video {video!r} of {spec} has no caption; give it one, or take it off the list")
+        raise DataError(f"the video {video!r} of {spec} has no caption; add one, or remove the video")
     texts = [caption.strip() for caption in captions]
     if not all(texts):
         number = texts.index("") + 1
-        raise DataError(f"caption {number} of the video {video!r} of {spec} is empty; write one, or remove it")
+        raise DataError(f"caption {number} of the video {video!r} of {spec} is empty; fill it in, or remove it")
     return texts

@@ -1,4 +1,4 @@
-"""Anyone's folder of videos, with one table of captions."""
+"""Custom folders of videos with a table of captions."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from lamzoo.errors import DataError
 
 
 class PlainSource(FileSource):
-    """A folder of videos and ``captions.csv``, whose first line names the columns ``video``, ``caption`` and ``split``.
+    """A folder of videos and ``captions.csv`` with the columns ``video``, ``caption`` and, optionally, ``split``.
 
-    ``video`` is a path below the folder, with or without its extension; paths are compared in NFC. A video with several
-    captions has several lines. Without the column ``split`` there are no splits.
+    ``video`` is a path relative to the folder, with or without extension; paths are compared in NFC. A video with
+    several captions has several lines. Without the column ``split`` there are no splits.
 
     Args:
         root: the folder.
-        split: which lines, by the column ``split``.
+        split: value of the column ``split``.
 
     Raises:
         DataError: there is no such folder, table or split, a column is missing, or a video has no file, or several.
     """
 
-    how_to_split = "give captions.csv a column split"
+    how_to_split = "add a column split to captions.csv"
 
     def __init__(self, root: Path, split: str) -> None:
         check_folder(root)
         table = root / "captions.csv"
         if not table.is_file():
             raise DataError(
-                f"{root} has no captions.csv; write one with the columns video,caption or video,caption,split"
+                f"{root} has no captions.csv; add one with the columns video,caption or video,caption,split"
             )
         rows = read_table(table, ("video", "caption"), ("split",))
         own = None
@@ -49,7 +49,7 @@ class PlainSource(FileSource):
 
 
 class Files:
-    """The files below a folder, by their paths with and without extension, in NFC."""
+    """The files below a folder, by path with and without extension, in NFC."""
 
     def __init__(self, root: Path, table: Path) -> None:
         self._root, self._table = root, table
@@ -63,15 +63,13 @@ class Files:
         place = Path(video)
         if place.is_absolute() or ".." in place.parts:
             raise DataError(
-                f"the video {video!r} in {self._table} is not below {self._root}; write its path from there"
+                f"the video {video!r} in {self._table} is not below {self._root}; use a path relative to that folder"
             )
         whole = self._root / place
         if whole.is_file():
             return whole
         found = self._known.get(nfc(place.as_posix()))
         if found is None:
-            extension = "" if place.suffix.lower() in VIDEO_EXTENSIONS else " with the extension of a video"
-            raise DataError(
-                f"there is no {whole}{extension}; put the video there, or remove its lines from {self._table}"
-            )
+            extension = "" if place.suffix.lower() in VIDEO_EXTENSIONS else " with a video extension"
+            raise DataError(f"there is no {whole}{extension}; add the video, or remove its lines from {self._table}")
         return only_file(found, video)

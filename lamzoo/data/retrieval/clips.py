@@ -1,4 +1,4 @@
-"""Videos as padded batches of frames: for evaluation one by one, for training in pairs with a caption."""
+"""Padded batches of video frames: single videos for evaluation, pairs of video and caption for training."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ FramesTransform = Callable[[list[Image.Image]], Tensor]
 
 
 class Clips(Dataset[Tensor]):
-    """The videos of a data set in order, as frames ``(F, 3, H, W)``, float; ``F`` differs from video to video.
+    """The videos of a data set in order, as frames ``(F, 3, H, W)``, float; ``F`` varies.
 
     Args:
         videos: the data set.
-        sampling: which frames.
-        transform: from a video's frames to the tensor.
+        sampling: the frame sampling.
+        transform: transform from the frames of a video to a tensor.
     """
 
     def __init__(self, videos: CaptionedVideos, sampling: FrameSampling, transform: FramesTransform) -> None:
@@ -38,17 +38,17 @@ class Clips(Dataset[Tensor]):
 
 
 class Pairs(Dataset[tuple[Tensor, str]]):
-    """Videos with a caption each, as frames and text.
+    """Pairs of a video and a caption, as frames and text.
 
     Args:
         videos: the data set.
-        sampling: which frames.
-        transform: from a video's frames to the tensor.
-        captions: ``"all"``: as many pairs as captions; ``"one"``: as many as videos, with a caption drawn from
+        sampling: the frame sampling.
+        transform: transform from the frames of a video to a tensor.
+        captions: ``"all"``: one pair per caption; ``"one"``: one pair per video, with a caption drawn from
             :mod:`random`.
-        splice: probability, drawn from :mod:`random`, that a pair is made of pieces of several videos, where the data
-            know how.
-        phrase: probability that such a pair has but a few neighbouring pieces, mostly one.
+        splice: probability that a pair is spliced from pieces of several videos (with :mod:`random`), if the data
+            support it.
+        phrase: probability that such a pair consists of a few neighbouring pieces only, mostly one.
     """
 
     def __init__(
@@ -78,11 +78,11 @@ class Pairs(Dataset[tuple[Tensor, str]]):
 
 
 def pad_clips(clips: Sequence[Tensor], frames: int | None = None) -> tuple[Tensor, Tensor]:
-    """Puts videos of different lengths into one batch.
+    """Pads videos of different lengths to one batch.
 
     Args:
         clips: ``(F, 3, H, W)`` each.
-        frames: length of the batch; by default that of the longest video.
+        frames: length of the batch; that of the longest video by default.
 
     Returns:
         ``(B, F, 3, H, W)``, zeros after the end of a video, and ``(B, F)``, bool, True for frames of the video.
@@ -97,7 +97,7 @@ def pad_clips(clips: Sequence[Tensor], frames: int | None = None) -> tuple[Tenso
 
 
 def each_frame(transform: Callable[[Image.Image], Tensor]) -> FramesTransform:
-    """Returns a transform of videos that applies one of images to every frame."""
+    """Returns a video transform that applies an image transform to every frame."""
     return _EachFrame(transform)
 
 
@@ -110,13 +110,13 @@ class _EachFrame:
 
 
 class ClipAugment:
-    """Augments a video, all of its frames alike, with torchvision; draws from torch's random state.
+    """Augments all frames of a video in the same way, with torchvision; draws from torch's random state.
 
     Args:
         config: timm's data configuration of the model: ``input_size``, ``mean``, ``std``, ``interpolation``.
-        scale: share of a frame's area that is cropped.
-        ratio: width over height of the crop, relative to the model's own.
-        hflip: probability of a mirror image.
+        scale: range of the crop's area, relative to that of the frame.
+        ratio: aspect ratio of the crop, relative to that of the model's input.
+        hflip: probability of a horizontal flip.
         color_jitter: strength of changes in brightness, contrast and saturation; 0 for none.
     """
 

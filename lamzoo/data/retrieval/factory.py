@@ -1,4 +1,4 @@
-"""From a one-line specification to videos with captions: the grammar, and which source reads which layout."""
+"""Creation of retrieval data sets from one-line specifications: the grammar and the source of each layout."""
 
 from __future__ import annotations
 
@@ -28,26 +28,25 @@ def create_retrieval_dataset(spec: str, split: str) -> CaptionedVideos:
     Args:
         spec: one of
 
-            - ``msrvtt:DIR`` or ``msrvtt:DIR:7k``: MSR-VTT's official layout, trained on the list of 9,000 or of 7,010
-              videos; see :class:`lamzoo.data.retrieval.msrvtt.MsrvttSource`, also for what its validation split is.
+            - ``msrvtt:DIR`` or ``msrvtt:DIR:7k``: MSR-VTT's official layout, with the training list of 9,000 or of
+              7,010 videos; see :class:`lamzoo.data.retrieval.msrvtt.MsrvttSource`, also for its validation split.
             - ``msvd:DIR``: MSVD in CLIP4Clip's layout; see :class:`lamzoo.data.retrieval.msvd.MsvdSource`.
             - ``videos:DIR``: a folder of videos with ``DIR/captions.csv``, whose columns are ``video``, ``caption``
               and, if there are splits, ``split``.
             - ``wds:SHARDS``: local webdataset tar files, ``DIR/{split}-{000..012}.tar`` or with ``*``, of ``KEY.mp4``
-              with ``KEY.txt`` or ``KEY.json``; where ``{split}`` is written, it is replaced, else there are no splits.
-            - ``grid:DIR``, ``grid:DIR:lips``, ``:motion`` or ``:face``: clips of the GRID corpus, the talker's
-              mouth, the middle of that, how that moves, or his face; see
-              :class:`lamzoo.data.retrieval.grid.GridSource`.
+              with ``KEY.txt`` or ``KEY.json``; ``{split}`` is replaced by the split; without it, there are no splits.
+            - ``grid:DIR``, ``grid:DIR:lips``, ``:motion`` or ``:face``: clips of the GRID corpus: the talker's mouth,
+              the lips in its middle, their motion, or the face; see :class:`lamzoo.data.retrieval.grid.GridSource`.
             - ``flickr8k:DIR``: Flickr8k's photographs as videos of one frame.
-        split: ``train``, ``validation``, ``test`` or what the data calls it. ``val``, ``valid``, ... all mean
-            validation, but validation is never taken for test. Data without splits have one, ``"all"``.
+        split: ``train``, ``validation``, ``test`` or another name in the data. ``val``, ``valid``, ... are synonyms of
+            ``validation``, which is never replaced by ``test``. ``"all"`` for data without splits.
 
     Returns:
-        Videos to :meth:`~CaptionedVideos.read`, and their captions.
+        The videos with captions; :meth:`~CaptionedVideos.read` returns their frames.
 
     Raises:
-        DataError: the specification, the folder or the split does not exist, the files are invalid, or
-            a video is missing or has no caption.
+        DataError: the specification, the folder or the split does not exist, the files are invalid, or a video is
+            missing or has no caption.
     """
     source = _source(spec, split)
     dataset = CaptionedVideos(source, spec)
@@ -57,10 +56,10 @@ def create_retrieval_dataset(spec: str, split: str) -> CaptionedVideos:
 
 def _source(spec: str, split: str) -> VideoSource:
     if not split:
-        raise DataError(f"the split of {spec} is empty; name one, such as 'test'")
+        raise DataError(f"the split of {spec} is empty; pass one, such as 'test'")
     kind, _, rest = spec.partition(":")
     if kind in _KINDS and not rest:
-        raise DataError(f"the data set {spec!r} says {kind}, but not which; write {_GRAMMAR}")
+        raise DataError(f"the data set {spec!r} has nothing after {kind}:; it must be {_GRAMMAR}")
     match kind:
         case "msrvtt":
             folder, training = _option(rest, get_args(TrainingList), "training list")
@@ -76,16 +75,16 @@ def _source(spec: str, split: str) -> VideoSource:
             return GridSource(folder, split, cast(GridView, view))
         case "flickr8k":
             return Flickr8kSource(Path(rest), split)
-    raise DataError(f"{spec!r} is not a data set of videos with captions; write {_GRAMMAR}")
+    raise DataError(f"{spec!r} is not a data set of videos with captions; it must be {_GRAMMAR}")
 
 
 def _option(rest: str, options: tuple[str, ...], what: str) -> tuple[Path, str]:
-    """Splits ``DIR:OPTION``; without an option it is the first one. A folder may have a colon in its name."""
+    """Splits ``DIR:OPTION``; the first option is the default. Folder names may contain colons."""
     folder, option = split_last(rest)
     if option is None or Path(rest).is_dir():
         return Path(rest), options[0]
     if option not in options:
-        raise DataError(f"there is no {what} {option!r} of {folder}; write {' or '.join(map(repr, options))}")
+        raise DataError(f"{folder} has no {what} {option!r}; it must be {' or '.join(map(repr, options))}")
     return Path(folder), option
 
 

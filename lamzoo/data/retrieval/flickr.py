@@ -12,7 +12,7 @@ from lamzoo.errors import DataError
 
 
 class Flickr8kSource(VideoSource):
-    """``captions.jsonl`` (``image``, ``captions``, ``split`` in each line) and ``images.npz``; a clip is 0 s long.
+    """``captions.jsonl`` (``image``, ``captions``, ``split`` in each line) and ``images.npz``; clips last 0 s.
 
     Args:
         root: the folder.
@@ -29,7 +29,7 @@ class Flickr8kSource(VideoSource):
         self.captions = [line["captions"] for line in self._images.lines]
         for video, captions in zip(self.videos, self.captions, strict=True):
             if not all(isinstance(caption, str) for caption in captions):
-                raise DataError(f"the captions of {video!r} in {root / 'captions.jsonl'} are not all texts")
+                raise DataError(f"the captions of {video!r} in {root / 'captions.jsonl'} must all be strings")
 
     def read(self, index: int, sampling: FrameSampling, threads: int = 1) -> VideoClip:
         return VideoClip([self._images.decode(index)], [0.0], 0.0)

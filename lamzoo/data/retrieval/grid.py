@@ -1,4 +1,4 @@
-"""Clips of the GRID corpus, a talker's mouth or face with the sentence that he says, packed as one JPEG a clip."""
+"""Clips of the GRID corpus, a talker's mouth or face with the spoken sentence, stored as one JPEG per clip."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ _RATE = 25  # frames per second of the corpus
 
 @dataclass(frozen=True)
 class _Layout:
-    """How the frames of a clip lie below each other in one image of an archive.
+    """Layout of the frames of a clip, stacked vertically in one image of an archive.
 
     Attributes:
-        archive: its name.
-        mode: what of its colours is kept, as Pillow calls it.
-        width: of a frame, in pixels.
-        height: likewise.
-        first: which of the clip's frames is the first one there.
-        step: from one frame to the next.
-        box: what is taken of a frame: left, upper, right and lower edge.
-        motion: how many times its difference from the clip's mean frame is shown, around a middle grey; 0 shows the
+        archive: name of the archive.
+        mode: Pillow mode of the frames.
+        width: width of a frame, pixels.
+        height: height of a frame, pixels.
+        first: index in the clip of the first stored frame.
+        step: distance of stored frames.
+        box: crop of a frame: left, upper, right and lower edge.
+        motion: factor of the difference from the mean frame of the clip, which is shown around medium grey; 0 shows the
             frame itself.
     """
 
@@ -49,7 +49,7 @@ class _Layout:
     motion: float = 0.0
 
     def numbers(self, total: int) -> range:
-        """Returns which of a clip's frames the image holds."""
+        """Returns the indices in the clip of the stored frames."""
         return range(self.first, total, self.step)
 
 
@@ -64,14 +64,14 @@ _LAYOUTS: dict[str, _Layout] = {
 class GridSource(VideoSource):
     """``captions.jsonl`` (``id``, ``n_frames``, ``text``, ``split``, ``words``) and ``mouth.npz`` or ``face.npz``.
 
-    The mouth is grey, 80 x 48 pixels at 25 fps; the lips are 48 x 32 pixels of its middle, and their motion
-    is each frame's difference from the clip's mean. The face has colours, 64 x 64 pixels at 5 frames per second, its
-    first frame 0.08 s after the clip's. A frame's time is its number in the clip over 25.
+    The mouth is grey, 80 x 48 pixels at 25 frames per second; the lips are the middle 48 x 32 pixels, and their motion
+    is the difference of each frame from the mean of the clip. The face is in colour, 64 x 64 pixels at 5 frames per
+    second, starting 0.08 s after the clip. The time of a frame is its index in the clip divided by 25.
 
     Args:
         root: the folder.
         split: ``train``, ``validation`` or ``test``.
-        view: what is seen.
+        view: the view of the talker.
 
     Raises:
         DataError: there is no such folder, file or split, or the files are inconsistent.
@@ -88,22 +88,22 @@ class GridSource(VideoSource):
         self._kept: dict[int, NDArray[np.uint8]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_kept": {}}  # a worker decodes for itself
+        return self.__dict__ | {"_kept": {}}  # each worker has its own cache
 
     def read(self, index: int, sampling: FrameSampling, threads: int = 1) -> VideoClip:
         total = self._clips.lines[index]["n_frames"]
         return _sampled(self._decode(index), self._layout.numbers(total), total, sampling)
 
     def splice(self, among: Sequence[int], sampling: FrameSampling, phrase: bool = False) -> tuple[VideoClip, str]:
-        """Says each of a sentence's words as another clip does, with the pause before it; see the base class.
+        """Splices a sentence from words of different clips, each with the pause before it; see the base class.
 
-        All of GRID's sentences have the same grammar, so the new one is a sentence of it too, or a part of one. Clips
-        that words were taken of stay decoded in memory: 290 KB each for the mouth, 115 KB for lips and motion.
+        All of GRID's sentences have the same grammar, which the new one, or part of one, follows too. The clips of the
+        words stay decoded in memory: 290 KB each for the mouth, 115 KB for lips and motion.
         """
         frames: list[NDArray[np.uint8]] = []
         numbers: list[int] = []
         words: list[str] = []
-        shift = 0  # from a frame's number in its clip to that in the new one
+        shift = 0  # from frame indices in the clip to those in the new one
         length = len(self._words(among[0]))
         slots = range(length)
         if phrase:
@@ -125,14 +125,14 @@ class GridSource(VideoSource):
                     frames.append(frame)
                     numbers.append(number - start + shift)
             shift += end - start
-        if not frames:  # a word can be shorter than the face's time between two frames
+        if not frames:  # a word may be shorter than the frame interval of the face
             return self.splice(among, sampling)
         return _sampled(frames, numbers, shift, sampling), " ".join(words)
 
     def _words(self, index: int) -> list[tuple[str, float, float]]:
         words = self._clips.lines[index].get("words")
         if not isinstance(words, list) or len(words) != len(self.captions[index][0].split()):
-            raise DataError(f"the line of {self.name(index)} in captions.jsonl has no words with their times to splice")
+            raise DataError(f"the line of {self.name(index)} in captions.jsonl has no words with times to splice")
         return words
 
     def _decode(self, index: int) -> NDArray[np.uint8]:
@@ -143,7 +143,7 @@ class GridSource(VideoSource):
         if strip.size != (layout.width, layout.height * count) or not count:
             raise DataError(
                 f"{self.name(index)} is {strip.width} x {strip.height} pixels, not {count} frames of "
-                f"{layout.width} x {layout.height}; the n_frames of its line in captions.jsonl do not fit it"
+                f"{layout.width} x {layout.height}; the n_frames of its line in captions.jsonl doesn't match"
             )
         pixels = np.asarray(strip.convert(layout.mode))
         left, upper, right, lower = layout.box
@@ -160,7 +160,7 @@ class GridSource(VideoSource):
 def _sampled(
     frames: Sequence[NDArray[np.uint8]] | NDArray[np.uint8], numbers: Sequence[int], total: int, sampling: FrameSampling
 ) -> VideoClip:
-    """Returns the sampled ones of frames that have these numbers in a clip of so many."""
+    """Samples frames that have the given indices in a clip of ``total`` frames."""
     taken = sampling.pick([(number - numbers[0]) / _RATE for number in numbers], total / _RATE)
     images = [Image.fromarray(frames[k]).convert("RGB") for k in taken]
     return VideoClip(images, [numbers[k] / _RATE for k in taken], total / _RATE)

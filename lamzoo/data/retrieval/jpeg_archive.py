@@ -1,4 +1,4 @@
-"""Clips and pictures kept as JPEG files in one npz archive, with a line of captions.jsonl for each."""
+"""Clips and pictures as JPEG files in one npz archive, with one line of captions.jsonl each."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from lamzoo.errors import DataError
 
 
 class CaptionLines:
-    """The lines of ``captions.jsonl`` that belong to a split.
+    """The lines of ``captions.jsonl`` of one split.
 
     Args:
-        root: the folder with it.
-        fields: what each line must have besides ``split``, and of which type.
-        split: by the lines' ``split``.
+        root: the folder of the file.
+        fields: required fields of each line besides ``split``, with their types.
+        split: value of ``split``.
 
     Attributes:
-        split: the split's own name.
-        lines: the split's lines, in their order.
-        numbers: their places among all lines, from 0.
+        split: name of the split in the data.
+        lines: the lines of the split, in order.
+        numbers: their indices among all lines.
         every: the lines of all splits.
 
     Raises:
-        DataError: there is no such folder, file or split, or a line lacks a field, or its ``words`` are not words with
-            their times.
+        DataError: there is no such folder, file or split, a line lacks a field, or its ``words`` are not words with
+            times.
     """
 
     def __init__(self, root: Path, fields: Mapping[str, type], split: str) -> None:
@@ -52,13 +52,13 @@ class CaptionLines:
 
 
 class JpegLines(CaptionLines):
-    """The lines of ``captions.jsonl`` that belong to a split, and their JPEG files, which stay encoded in memory.
+    """The lines of ``captions.jsonl`` of one split, and their JPEG files, which stay encoded in memory.
 
     Args:
         root: the folder with ``captions.jsonl`` and the archive.
-        archive: the archive's name: an npz with ``jpeg`` (uint8, the files one after the other) and ``offsets``
-            (integers, N + 1), file i for line i.
-        fields: see :class:`CaptionLines`.
+        archive: name of the archive: an npz with ``jpeg`` (uint8, the concatenated files) and ``offsets`` (integers,
+            N + 1); file i belongs to line i.
+        fields: as for :class:`CaptionLines`.
         split: likewise.
 
     Raises:
@@ -74,7 +74,7 @@ class JpegLines(CaptionLines):
         """Returns an RGB image of the split.
 
         Raises:
-            DataError: it is broken; names it.
+            DataError: the image is damaged; names it.
         """
         return decode_image(io.BytesIO(self._files[index]), self.name(index))
 
@@ -86,7 +86,7 @@ class JpegLines(CaptionLines):
 def _check_words(words: list[Any], where: str) -> None:
     for word in words:
         if not (isinstance(word, list) and len(word) == 3 and isinstance(word[0], str) and is_row(word[1:])):
-            raise DataError(f"{where} has the word {word!r:.60}; it must be a text, its start and its end in seconds")
+            raise DataError(f"{where} has the word {word!r:.60}; it must be a string, its start and its end in seconds")
 
 
 def _read_jpegs(path: Path, count: int, wanted: Sequence[int]) -> list[bytes]:
@@ -96,7 +96,7 @@ def _read_jpegs(path: Path, count: int, wanted: Sequence[int]) -> list[bytes]:
         with np.load(path, allow_pickle=False) as archive:
             jpeg, offsets = archive["jpeg"], archive["offsets"]
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, AttributeError) as error:
-        raise DataError(f"{path} is no whole npz archive with the arrays jpeg and offsets: {error}") from error
+        raise DataError(f"{path} is not a complete npz archive with the arrays jpeg and offsets: {error}") from error
     if jpeg.dtype != np.uint8 or jpeg.ndim != 1 or offsets.dtype.kind not in "iu" or offsets.ndim != 1:
         raise DataError(f"{path}: jpeg must be a row of uint8 and offsets a row of integers")
     if len(offsets) != count + 1 or offsets[0] != 0 or offsets[-1] != len(jpeg) or (np.diff(offsets) < 0).any():

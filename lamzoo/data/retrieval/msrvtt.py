@@ -14,7 +14,7 @@ from lamzoo.errors import DataError
 
 TrainingList = Literal["9k", "7k"]
 
-#: Where videos are looked for: as MSRVTT.zip unpacks them, as CLIP4Clip's README names them, or anywhere below.
+#: Folders of the videos: as in MSRVTT.zip, as in CLIP4Clip's README, or anywhere below the root.
 _FOLDERS = ("videos/all", "videos", "MSRVTT_Videos", ".")
 _DATA = "MSRVTT_data.json"
 _TEST = "MSRVTT_JSFUSION_test.csv"
@@ -25,19 +25,19 @@ class MsrvttSource(FileSource):
     """MSR-VTT's split files, captions and videos in one folder.
 
     - ``test``: the 1,000 pairs of ``MSRVTT_JSFUSION_test.csv`` (columns ``video_id`` and ``sentence``), the "1k-A"
-      split; it needs no other file than the videos.
+      split; besides the videos it needs no other file.
     - ``train``: the ids of ``MSRVTT_train.9k.csv`` or ``MSRVTT_train.7k.csv`` (column ``video_id``), with their
       captions, 20 each, from ``MSRVTT_data.json``.
-    - ``validation``: the 497 videos whose official split is ``validate`` in ``MSRVTT_data.json``. Both lists contain
-      them: a model trained on either has seen them, so that a score on them says nothing of others.
+    - ``validation``: the 497 videos whose official split is ``validate`` in ``MSRVTT_data.json``. Both training lists
+      contain them, so validation scores don't measure generalisation.
 
-    Videos are ``ID.mp4``, or with another extension, in ``videos/all``, ``videos``, ``MSRVTT_Videos`` or anywhere
+    Videos are ``ID.mp4``, or have another extension, in ``videos/all``, ``videos``, ``MSRVTT_Videos`` or anywhere
     else below the folder.
 
     Args:
         root: the folder.
         split: ``train``, ``validation`` or ``test``.
-        training: which list says what belongs to ``train``.
+        training: the training list.
 
     Raises:
         DataError: there is no such folder, split or file, a file is invalid, or a video has no caption or
@@ -62,25 +62,25 @@ class MsrvttSource(FileSource):
 
 
 def read_test_pairs(path: Path) -> list[tuple[str, str]]:
-    """Reads ``MSRVTT_JSFUSION_test.csv``: the id of a video and a sentence in each line.
+    """Reads ``MSRVTT_JSFUSION_test.csv``: a video id and a sentence per line.
 
     Raises:
-        DataError: it is not a CSV file with the columns ``video_id`` and ``sentence``, or a cell of them is empty.
+        DataError: the file is not CSV with the columns ``video_id`` and ``sentence``, or one of their cells is empty.
     """
     return [(row["video_id"], row["sentence"]) for row in read_table(path, ("video_id", "sentence"))]
 
 
 def read_video_ids(path: Path) -> list[str]:
-    """Reads ``MSRVTT_train.9k.csv`` or its like: the id of a video in each line.
+    """Reads ``MSRVTT_train.9k.csv`` or a file in its format: a video id per line.
 
     Raises:
-        DataError: it is not a CSV file with the column ``video_id``, or one is empty.
+        DataError: the file is not CSV with the column ``video_id``, or a cell is empty.
     """
     return [row["video_id"] for row in read_table(path, ("video_id",))]
 
 
 class _Data:
-    """``MSRVTT_data.json``: what is known of the videos, and 20 sentences for each."""
+    """``MSRVTT_data.json``: metadata of the videos, with 20 sentences each."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -105,7 +105,7 @@ class _Data:
         for number, record in enumerate(records):
             for field in fields:
                 if not isinstance(record, dict) or not isinstance(record.get(field), str):
-                    raise DataError(f"entry {number} of {part!r} in {self.path} has no {field!r} that is a text")
+                    raise DataError(f"entry {number} of {part!r} in {self.path} must have the string {field!r}")
         return records
 
 

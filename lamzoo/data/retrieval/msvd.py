@@ -10,7 +10,7 @@ from lamzoo.data.retrieval.video_files import FileSource, captions_of, check_fol
 from lamzoo.data.splits import find_split
 from lamzoo.errors import DataError
 
-#: Where videos are looked for: as YouTubeClips.tar unpacks them, as CLIP4Clip's README names them, or anywhere below.
+#: Folders of the videos: as in YouTubeClips.tar, as in CLIP4Clip's README, or anywhere below the root.
 _FOLDERS = ("YouTubeClips", "MSVD_Videos", "videos", ".")
 _HANDED_OUT = "https://github.com/ArrowLuo/CLIP4Clip/releases/download/v0.0/msvd_data.zip"
 _CONVERT = (
@@ -22,11 +22,11 @@ _CONVERT = (
 class MsvdSource(FileSource):
     """MSVD's lists, captions and videos in one folder.
 
-    The lists are ``train_list.txt`` (1,200 videos), ``val_list.txt`` (100) and ``test_list.txt`` (670), one id a line.
-    ``raw-captions.json`` holds the captions, some 40 of a video: ``{id: [caption, ...]}``, each a text or a list of
-    words. CLIP4Clip distributes them as the pickle ``raw-captions.pkl``, which lamzoo never opens, as a pickle may run
-    any code; the error about the missing JSON has the line that converts it. Videos are ``ID.avi``, or with another
-    extension, in ``YouTubeClips``, ``MSVD_Videos``, ``videos`` or anywhere else below the folder.
+    The lists are ``train_list.txt`` (1,200 videos), ``val_list.txt`` (100) and ``test_list.txt`` (670), one id per
+    line. ``raw-captions.json`` contains the captions, some 40 per video: ``{id: [caption, ...]}``, each a string or a
+    list of words. CLIP4Clip distributes them as the pickle ``raw-captions.pkl``, which lamzoo never opens, because a
+    pickle can run code; the error about the missing JSON has the command that converts it. Videos are ``ID.avi``, or
+    have another extension, in ``YouTubeClips``, ``MSVD_Videos``, ``videos`` or anywhere else below the folder.
 
     Args:
         root: the folder.
@@ -52,30 +52,30 @@ def _read_list(path: Path) -> list[str]:
         raise DataError(f"{path.parent} has no {path.name}; {_HANDED_OUT} has it")
     ids = [line.strip() for line in read_lines(path) if line.strip()]
     if not ids:
-        raise DataError(f"{path} lists no video")
+        raise DataError(f"{path} lists no videos")
     return ids
 
 
 def _read_captions(path: Path) -> dict[str, Sequence[str]]:
     if not path.is_file():
         pickled = path.with_suffix(".pkl")
-        get = "" if pickled.is_file() else f"get {pickled.name} from {_HANDED_OUT}, and "
+        get = "" if pickled.is_file() else f"download {pickled.name} from {_HANDED_OUT}, and "
         raise DataError(
             f"{path.parent} has no {path.name}; {get}if you trust {pickled.name}, convert it once, in that folder, "
             f"with: {_CONVERT}"
         )
     content = read_json(path)
     if not isinstance(content, dict):
-        raise DataError(f"{path} must be an object of lists of captions by the id of the video")
+        raise DataError(f"{path} must be a JSON object of lists of captions by video id")
     return {video: _sentences(captions, video, path) for video, captions in content.items()}
 
 
 def _sentences(captions: object, video: str, path: Path) -> list[str]:
-    """Returns captions as texts, whether they are texts or lists of words."""
+    """Returns captions as strings, joining lists of words."""
     sentences = []
     for caption in captions if isinstance(captions, list) else [None]:
         words = [caption] if isinstance(caption, str) else caption
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-            raise DataError(f"the captions of {video!r} in {path} must be a list of texts, or of lists of words")
+            raise DataError(f"the captions of {video!r} in {path} must be a list of strings, or of lists of words")
         sentences.append(" ".join(words))
     return sentences

@@ -1,4 +1,4 @@
-"""Videos with captions in local webdataset tar shards, read at random."""
+"""Captioned videos in local webdataset tar shards, with random access."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ _NO_CAPTION = "caption, in a .txt or as the 'caption' of a .json"
 class ShardSource(VideoSource):
     """Webdataset shards: every sample is ``KEY.mp4`` (or avi, webm, ...) with ``KEY.txt`` or ``KEY.json``.
 
-    The text file has one caption a line; the JSON an object whose ``captions`` or ``caption`` is a text or a list of
-    them, and it is read where there is no text file. Keys may have dots, and extensions may be in capitals; see
-    :func:`shard_samples`. The shards' headers and captions are read once, at the start. A video is
-    called by its key, or, where two shards have the same, by ``SHARD/KEY``.
+    The text file has one caption per line; the JSON file, which is read if there is no text file, is an object whose
+    ``captions`` or ``caption`` is a string or a list of strings. Keys may contain dots, and extensions may be in upper
+    case; see :func:`shard_samples`. The headers and captions of the shards are read once, at the start. The id of a
+    video is its key, or ``SHARD/KEY`` if two shards have the same key.
 
     Args:
         pattern: a path with ``*``, ``{000..012}``, ``{a,b}`` and ``{split}``.
-        split: replaces ``{split}``; a pattern without it says alone what is read.
+        split: replaces ``{split}``; not used if the pattern has none.
 
     Raises:
-        DataError: no such shard, a remote one, a broken one, or a sample without video or caption.
+        DataError: a shard does not exist, is remote or damaged, or a sample has no video or caption.
     """
 
-    how_to_split = "write {split} into the pattern, in place of the split's name"
+    how_to_split = "put {split} into the pattern in place of the split's name"
 
     def __init__(self, pattern: str, split: str) -> None:
         shards, self.split = find_shards(pattern, split)
@@ -45,7 +45,7 @@ class ShardSource(VideoSource):
 
     def read(self, index: int, sampling: FrameSampling, threads: int = 1) -> VideoClip:
         sample = self._samples[index]
-        # Videos are read by path, more than once: each is unpacked into a file of its own, which goes at the end.
+        # Videos are read by path, more than once, so each is unpacked to a temporary file.
         with tempfile.NamedTemporaryFile(suffix=sample.extension) as file:
             _copy(sample, file)
             try:
@@ -68,7 +68,7 @@ def _copy(sample: ShardSample, target: IO[bytes]) -> None:
 
 
 def _captions(sample: ShardSample) -> list[str]:
-    """Returns the captions of a sample: the lines of its text file, else those that its JSON names."""
+    """Returns the captions of a sample: the lines of its text file, or those of its JSON file."""
     captions = None
     try:
         if ".txt" in sample.texts:

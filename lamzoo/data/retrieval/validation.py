@@ -11,7 +11,7 @@ from lamzoo.data.validation import BadInput, OnBadInput, check_on_bad, find_inva
 from lamzoo.data.video.sampling import FrameSampling
 from lamzoo.errors import DataError
 
-_CHUNK = 4  # videos from one report of a worker to the next
+_CHUNK = 4  # videos per report of a worker
 
 
 def find_invalid_videos(
@@ -25,7 +25,7 @@ def find_invalid_videos(
 
     Args:
         dataset: the videos.
-        sampling: that of the run; a truncated video may be valid for one sampling and invalid for another.
+        sampling: frame sampling of the run; a truncated video may be valid for one sampling and invalid for another.
         workers: worker processes; 0 runs in the main process.
         progress: called with the number of videos read and their total.
 

@@ -1,4 +1,4 @@
-"""Videos that are files of their own, found in a folder by the ids that a list gives them."""
+"""Video files, found in a folder by the ids of a list."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from lamzoo.errors import DataError
 
 
 class FileSource(VideoSource):
-    """Videos in files, whatever the layout that lists them.
+    """Base of layouts with one file per video.
 
     Args:
-        videos: their ids.
+        videos: ids of the videos.
         paths: their files.
-        captions: the captions of each.
-        split: the split's own name, or ``None``.
+        captions: captions of each video.
+        split: name of the split in the data, or ``None``.
     """
 
     def __init__(
@@ -47,11 +47,11 @@ def locate(ids: Sequence[str], root: Path, folders: Sequence[str], listed: Path)
     Args:
         ids: the videos.
         root: the data set's folder.
-        folders: where in it the videos may be; the first that holds any video is searched, with its subfolders.
-        listed: the file that lists the ids, for an error.
+        folders: candidate folders in it; the first one with videos is searched, with its subfolders.
+        listed: the file that lists the ids, for messages.
 
     Returns:
-        One file for each id.
+        The file of each id.
 
     Raises:
         DataError: a video has no file, or several; names it.
@@ -63,14 +63,14 @@ def locate(ids: Sequence[str], root: Path, folders: Sequence[str], listed: Path)
     missing = [video for video in ids if nfc(video) not in files]
     if missing:
         raise DataError(
-            f"{folder} has no video {missing[0]!r}{_and_more(len(missing) - 1, len(ids))}; put {missing[0]}.mp4, or "
-            f"a file with another extension, there, or take it out of {listed}"
+            f"{folder} has no video {missing[0]!r}{_and_more(len(missing) - 1, len(ids))}; add {missing[0]}.mp4, or "
+            f"a file with another extension, or remove the id from {listed}"
         )
     return [only_file(files[nfc(video)], video) for video in ids]
 
 
 def index_files(folder: Path) -> dict[str, list[Path]]:
-    """Returns the video files of a folder and its subfolders by their names without extension, in NFC."""
+    """Returns the video files of a folder and its subfolders by name without extension, in NFC."""
     found: dict[str, list[Path]] = {}
     for path in videos_below(folder):
         found.setdefault(nfc(path.stem), []).append(path)
@@ -96,18 +96,18 @@ def captions_of(
     Args:
         ids: the videos.
         captions: by id.
-        described: the file that the captions are from, for an error.
-        listed: the file that lists the ids, for an error.
+        described: the file of the captions, for messages.
+        listed: the file that lists the ids, for messages.
 
     Raises:
-        DataError: a video has none.
+        DataError: a video has no caption.
     """
     known = {nfc(video): texts for video, texts in captions.items()}
     missing = [video for video in ids if not known.get(nfc(video))]
     if missing:
         raise DataError(
             f"{described} has no caption of the video {missing[0]!r}{_and_more(len(missing) - 1, len(ids))}; "
-            f"add one, or take the video out of {listed}"
+            f"add one, or remove the video from {listed}"
         )
     return [known[nfc(video)] for video in ids]
 

@@ -1,4 +1,4 @@
-"""What the packets of a video say: when its frames appear and where decoding can start."""
+"""Packet index of a video: the times of its frames, and the key frames at which decoding can start."""
 
 from __future__ import annotations
 
@@ -19,37 +19,37 @@ if TYPE_CHECKING:
     from av.packet import Packet
     from av.video.stream import VideoStream
 
-_SOUGHT_BY_DTS = ("mpegts", "mpeg")  # where a jump aims at the time of decoding; elsewhere at that of display
-_BACK = Fraction(1, 4)  # seconds that a decoding time may lie before the last, where some are interpolated
-_OPEN_ENDED = ("mpegts", "mpeg", "asf")  # that do not know where they should end
+_SOUGHT_BY_DTS = ("mpegts", "mpeg")  # seeking uses decoding times; in other formats display times
+_BACK = Fraction(1, 4)  # seconds by which a decoding time may be before the last one if some are interpolated
+_OPEN_ENDED = ("mpegts", "mpeg", "asf")  # formats that don't store their length
 
 
 class UnreadableVideo(Exception):
-    """Why a video is unreadable, in a few words."""
+    """The reason why a video is unreadable, in a few words."""
 
 
 class KeyPacket(NamedTuple):
     """A packet at which decoding can start."""
 
-    number: int  # of packets before it
-    stamp: int  # when its frame is shown
-    sought: int | None  # what a jump to it aims at
+    number: int  # number of packets before it
+    stamp: int  # display time of its frame
+    sought: int | None  # timestamp to seek to
 
 
 @dataclass(frozen=True)
 class PacketIndex:
-    """The frames of a video as its packets tell; times in units of ``unit`` seconds.
+    """The frames of a video according to its packets; times in units of ``unit`` seconds.
 
     Attributes:
-        stamps: when the frames appear, rising.
-        end: when the last of them is over.
+        stamps: display times of the frames, ascending.
+        end: end of the last frame.
         unit: seconds.
-        numbers: of each stamp, how many packets come before its own.
-        keys: where decoding can start, in the order of the file; the video starts at the first. None is marked in some
-            files, which decode from their first packet.
-        trusted: each frame will carry one of the stamps; if not, only their order is that of the frames.
-        open_ended: the container does not know where it should end, only the last frame's decoder does.
-        suspect: there may be damage, so that a frame which can't be decoded is no trifle.
+        numbers: number of packets before that of each stamp.
+        keys: packets at which decoding can start, in file order; the video starts at the first one. Empty for files
+            without marked key frames, which are decoded from their first packet.
+        trusted: whether decoded frames have these timestamps; if not, only the order is that of the frames.
+        open_ended: whether the container doesn't store its length, so that only the last frame shows truncation.
+        suspect: whether the file may be damaged, so that a frame that can't be decoded is an error.
     """
 
     stamps: list[int]
@@ -63,24 +63,24 @@ class PacketIndex:
 
     @property
     def times(self) -> list[float]:
-        """Seconds from the first frame's appearance to each frame's."""
+        """Time of each frame, seconds from the first frame."""
         return [self._seconds(stamp) for stamp in self.stamps]
 
     @property
     def duration(self) -> float:
-        """Seconds from the first frame's appearance to the last one's end."""
+        """Duration from the start of the first frame to the end of the last one, seconds."""
         return self._seconds(self.end)
 
     def _seconds(self, stamp: int) -> float:
-        # Whole numbers up to the division, which rounds once.
+        # Integers up to the division, which rounds once.
         return (stamp - self.stamps[0]) * self.unit.numerator / self.unit.denominator
 
 
 def import_av() -> ModuleType:
-    """Returns PyAV.
+    """Imports and returns PyAV.
 
     Raises:
-        MissingExtraError: it is not installed.
+        MissingExtraError: PyAV is not installed.
     """
     try:
         import av
@@ -92,10 +92,10 @@ def import_av() -> ModuleType:
 
 
 def read_index(container: InputContainer, stream: VideoStream, path: Path) -> PacketIndex:
-    """Reads all packets of a file that was just opened.
+    """Reads all packets of a newly opened file.
 
     Raises:
-        UnreadableVideo: it has no frames, is damaged or cut short, or its times start again in the middle.
+        UnreadableVideo: the file has no frames, is damaged or truncated, or its timestamps restart in the middle.
     """
     name, rate, unit = container.format.name, stream.average_rate, stream.time_base or Fraction(1)
     usual = round(1 / (rate * unit)) if rate else 0
@@ -129,7 +129,7 @@ def read_index(container: InputContainer, stream: VideoStream, path: Path) -> Pa
 
     first = starts[0] if starts else 0  # a recording may begin between key frames
     stamps = _known(pts[first:])
-    # AVI has no times of display; where frames are stored in another order than shown, FFmpeg makes some up.
+    # AVI has no display times; if frames are stored in another order than shown, FFmpeg interpolates them.
     trusted = stamps is not None and not (name == "avi" and stream.codec_context.has_b_frames)
     if stamps is None:
         stamps = _known(dts[first:]) or list(accumulate(lengths[first:-1], initial=0))
@@ -139,7 +139,7 @@ def read_index(container: InputContainer, stream: VideoStream, path: Path) -> Pa
         if number < len(pts) and number not in hidden and (stamp >= stamps[0] or not trusted)
     }
     if not numbers:
-        raise UnreadableVideo("it holds no frames")
+        raise UnreadableVideo("it has no frames")
     keys = [
         KeyPacket(number, stamps[number - first], dts[number] if name in _SOUGHT_BY_DTS else pts[number])
         for number in starts
@@ -149,9 +149,9 @@ def read_index(container: InputContainer, stream: VideoStream, path: Path) -> Pa
         any(later.stamp <= key.stamp for key, later in pairwise(keys))
         or any(stamp - later > back for stamp, later in pairwise(entry for entry in dts if entry is not None))
     ):
-        raise UnreadableVideo("its times start again in the middle, as of joined files, which remuxing mends")
+        raise UnreadableVideo("its timestamps restart in the middle, as in concatenated files, which remuxing repairs")
     if name == "apng":
-        del keys[1:]  # all are marked, though each may draw on the picture before
+        del keys[1:]  # all are marked, though each may depend on the previous frame
     rising = sorted(numbers)
     steps = [later - stamp for stamp, later in pairwise(rising)] or [0]
     end = rising[-1] + (lengths[numbers[rising[-1]]] or median_low(steps))
@@ -159,7 +159,7 @@ def read_index(container: InputContainer, stream: VideoStream, path: Path) -> Pa
 
 
 def is_flush(packet: Packet) -> bool:
-    """Returns whether a packet is none of the file's: PyAV adds one to empty the decoder."""
+    """Returns whether a packet is the one that PyAV adds to flush the decoder."""
     return packet.size == 0 and packet.dts is None
 
 
@@ -177,24 +177,24 @@ def _known(column: list[int | None]) -> list[int] | None:
 
 
 def _check_length(container: InputContainer, stream: VideoStream, path: Path, got: int) -> None:
-    """Raises if a container says itself that there is more of it than the file has."""
+    """Raises an error if the container declares more content than the file has."""
     names = container.format.name.split(",")
     if "mov" in names and got < len(stream.index_entries):
-        raise UnreadableVideo(f"it is cut short: {got} of its {len(stream.index_entries)} frames are there")
+        raise UnreadableVideo(f"it is cut short: it has {got} of its {len(stream.index_entries)} frames")
     size = path.stat().st_size
     if "mpegts" in names and size % _transport_packet(read_bytes(path, 4096))[0]:
-        raise UnreadableVideo(f"it is cut short after {got} frames: its last packet is not whole")
+        raise UnreadableVideo(f"it is cut short after {got} frames: its last packet is incomplete")
     if "matroska" in names and (end := _matroska_end(read_bytes(path, 4096))) > size:
-        raise UnreadableVideo(f"it is cut short: {size} of its {end} bytes are there, with {got} frames")
+        raise UnreadableVideo(f"it is cut short: it has {size} of its {end} bytes, with {got} frames")
     if "gif" in names and not read_bytes(path, 64, from_end=True).rstrip(b"\0").endswith(b";"):
         raise UnreadableVideo(f"it is cut short in or after its frame {got}")
 
 
 def _is_joint(name: str, pid: int, path: Path, places: Sequence[int | None], number: int) -> bool:
-    """Returns whether a packet that the demuxer takes for damaged may be whole, so that its frame has to decide.
+    """Returns whether a packet that the demuxer marks as damaged may be intact, which decoding its frame then shows.
 
-    In an MPEG transport stream the counter of a stream's packets jumps where something is lost, and where files were
-    joined. Within a frame only the former happens. FFmpeg marks the damaged frame or the one before.
+    In an MPEG transport stream, the packet counter of a stream jumps where packets are lost and where files were
+    concatenated. Within a frame only the former occurs. FFmpeg marks the damaged frame or the previous one.
     """
     first, last = (places[at] if at < len(places) else None for at in (number, number + 2))
     if name != "mpegts" or first is None:
@@ -206,7 +206,9 @@ def _is_joint(name: str, pid: int, path: Path, places: Sequence[int | None], num
     counter = None
     for at in range(sync, len(packets), length):
         header = packets[at : at + 4]
-        if len(header) < 4 or header[0] != 0x47 or header[1] & 0x80:  # out of step, or marked by the receiver
+        if (
+            len(header) < 4 or header[0] != 0x47 or header[1] & 0x80
+        ):  # out of sync, or marked as damaged by the receiver
             return False
         if (header[1] & 0x1F) << 8 | header[2] == pid and header[3] & 0x10:  # a packet of the stream, with a payload
             begins = bool(header[1] & 0x40)
@@ -225,7 +227,7 @@ def _transport_packet(head: bytes) -> tuple[int, int]:
 
 
 def _matroska_end(head: bytes) -> int:
-    """Returns how many bytes a Matroska or WebM file has by its own account; 0 if it does not say."""
+    """Returns the size in bytes that a Matroska or WebM file declares; 0 if it declares none."""
     at = 0
     for name in (b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"):  # its header, then everything else
         if head[at : at + 4] != name or len(head) < at + 12:

@@ -1,4 +1,4 @@
-"""Reading video files through PyAV: chosen frames at exact times, what a file holds, and finding them in folders."""
+"""Reading of video files through PyAV: frames at exact times, metadata, and listing of video files."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ if TYPE_CHECKING:
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
-#: What counts as a video in a folder; a file that is named is read whatever its extension.
+#: Extensions of videos in folders; files given by path are read whatever their extension.
 VIDEO_EXTENSIONS = frozenset(
     {".3g2", ".3gp", ".asf", ".avi", ".f4v", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg"}
     | {".mts", ".ogv", ".ts", ".vob", ".webm", ".wmv"}
 )
 
-_WORTH_A_SEEK = 16  # packets; fewer are decoded sooner than the decoder starts anew
-# What FFmpeg opens besides videos: text as terminal art, and lists of other files.
+_WORTH_A_SEEK = 16  # packets; decoding fewer is faster than seeking
+# Formats that FFmpeg opens besides videos: text as terminal art, and lists of other files.
 _OTHER_FORMATS = ("tty", "concat", "hls", "dash", "imf")
-# By the signs of a display matrix's (a, b) and (c, d): what is at (x, y) is shown at (ax + cy, bx + dy), y downwards.
+# By the signs of a display matrix's (a, b) and (c, d): pixel (x, y) is shown at (ax + cy, bx + dy), y downwards.
 _TURNS = {
     ((0, 1), (-1, 0)): Image.Transpose.ROTATE_270,
     ((-1, 0), (0, -1)): Image.Transpose.ROTATE_180,
@@ -54,12 +54,12 @@ _TURNS = {
 
 @dataclass(frozen=True)
 class VideoClip:
-    """The chosen frames of a video.
+    """Sampled frames of a video.
 
     Attributes:
-        frames: RGB, upright. One that was chosen twice is the same object twice.
-        times: when each of them appears, in seconds from the first frame of the video.
-        duration: of the whole video, in seconds.
+        frames: RGB, upright. A repeated frame is the same object.
+        times: time of each frame, seconds from the first frame of the video.
+        duration: duration of the whole video, seconds.
     """
 
     frames: list[Image.Image]
@@ -69,14 +69,14 @@ class VideoClip:
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a video file holds.
+    """Metadata of a video file.
 
     Attributes:
-        duration: seconds from the first frame's appearance to the last one's end.
-        width: of the upright picture, in pixels.
-        height: likewise.
-        frame_rate: frames per second, on average; 0 for a video without duration.
-        has_audio: there is sound beside the pictures.
+        duration: seconds from the start of the first frame to the end of the last one.
+        width: width of the upright picture, pixels.
+        height: height of the upright picture, pixels.
+        frame_rate: mean frames per second; 0 for a video of duration 0.
+        has_audio: whether the file has an audio track.
     """
 
     duration: float
@@ -87,27 +87,27 @@ class VideoInfo:
 
 
 def read_video(path: str | Path, sampling: FrameSampling = FrameSampling(), *, threads: int = 1) -> VideoClip:  # noqa: B008
-    """Reads chosen frames of a video.
+    """Reads sampled frames of a video.
 
-    The times are those of the frames themselves, whatever the headers say, so variable rates are right. The file is
-    read through once for them; decoded is only what the chosen frames need, on the CPU everywhere. Frames are turned
-    upright as the file says. Pixels that are not square stay as they are stored, as in CLIP4Clip, decord and
-    torchcodec; ten bits become eight.
+    Times are those of the frames, independent of the headers, so variable frame rates are handled correctly. The
+    packets of the file are read once for that; only the frames that the sampling requires are decoded, on the CPU.
+    Frames are rotated upright according to the file. Non-square pixels are not resampled, as in CLIP4Clip, decord and
+    torchcodec; 10-bit video is converted to 8 bits.
 
     Args:
-        path: the file, of any extension: its content says what it is.
-        sampling: which frames; by default at most 12 of one a second, spread over the video.
-        threads: for decoding; 0 lets FFmpeg choose. Several give the same frames and hasten long videos, but make
-            FFmpeg overlook some damage; where several videos are read at once, as in workers, one is best.
+        path: the file; its content, not its extension, determines the format.
+        sampling: the frame sampling; by default one frame per second, at most 12, spread over the video.
+        threads: decoding threads; 0 lets FFmpeg choose. Several threads give the same frames and speed up long videos,
+            but let FFmpeg miss some damage; if several videos are read in parallel, as in workers, use one.
 
     Returns:
-        The frames, their times and the video's duration.
+        The frames, their times and the duration of the video.
 
     Raises:
-        DataError: no such file; it is not a video but a still image, sound or something else; it has no frames;
-            it is cut short, or damaged in what was decoded, as far as its container or the decoder can tell: an MPEG
-            transport stream that was cut between two frames is only a shorter one.
-        ConfigError: a negative number of threads.
+        DataError: the file does not exist; it is a still image, audio or not a video; it has no frames; it is
+            truncated, or damaged in the decoded part, as far as its container or the decoder can tell: an MPEG
+            transport stream cut between two frames is a valid shorter one.
+        ConfigError: the number of threads is negative.
         MissingExtraError: PyAV is not installed.
     """
     if threads < 0:
@@ -118,22 +118,21 @@ def read_video(path: str | Path, sampling: FrameSampling = FrameSampling(), *, t
 def read_video_pieces(
     path: str | Path, sampling: FrameSampling, size: int | None = None, *, threads: int = 1
 ) -> Iterator[VideoClip]:
-    """Reads chosen frames of a video, some at a time, so that a long one needs no more memory than a short one.
+    """Reads sampled frames of a video in chunks, so that memory doesn't grow with its length.
 
-    Where each frame lies is found out once; what is decoded twice lies between the key frame before a piece and the
-    piece.
+    The packet index is read once; only frames between a chunk and the key frame before it are decoded twice.
 
     Args:
-        path: see :func:`read_video`, and so the rest.
-        sampling: which frames.
-        size: of a piece; None for all of them at once.
-        threads: for decoding.
+        path: as for :func:`read_video`.
+        sampling: the frame sampling.
+        size: frames per chunk; None for a single chunk.
+        threads: decoding threads.
 
     Yields:
-        Their next frames; of none, one empty piece.
+        The next frames; a single empty chunk if no frame is sampled.
 
     Raises:
-        DataError: see :func:`read_video`, perhaps after some pieces.
+        DataError: as for :func:`read_video`, possibly after some chunks.
         MissingExtraError: PyAV is not installed.
     """
     with _naming(path) as file:
@@ -147,7 +146,7 @@ def read_video_pieces(
                 yield _clip(index, piece, images)
             return
         except (_Astray, UnreadableVideo):
-            # Frames are not where their packets say, or a jump went wrong: decoding everything in turn decides.
+            # Frames don't match their packets, or seeking failed: decode everything in order.
             index = _decode_index(file, index)
         picked = sampling.pick(index.times, index.duration)[done:]
         if done and not picked:
@@ -158,10 +157,10 @@ def read_video_pieces(
 
 
 def probe_video(path: str | Path) -> VideoInfo:
-    """Says what a video file holds: reads it through, but decodes its first frame only.
+    """Returns the metadata of a video file; reads all packets, but decodes only the first frame.
 
     Raises:
-        DataError: see :func:`read_video`, for as much as it looks at.
+        DataError: as for :func:`read_video`, except damage in frames that are not decoded.
         MissingExtraError: PyAV is not installed.
     """
     with _naming(path) as file:
@@ -175,33 +174,33 @@ def probe_video(path: str | Path) -> VideoInfo:
 
 
 def find_videos(paths: Iterable[str | Path]) -> list[Path]:
-    """Lists video files: each file as it is, each folder's videos with all its subfolders', in natural order.
+    """Lists video files: given files, and the videos of given folders and their subfolders in natural order.
 
     Args:
-        paths: files and folders. A file is taken whatever its name; in a folder the extension decides, and what is
-            hidden is skipped.
+        paths: files and folders. A file is listed whatever its name; in folders, files are selected by extension, and
+            hidden ones are skipped.
 
     Returns:
         The files, in the order of the arguments.
 
     Raises:
-        DataError: a path does not exist, or a folder holds no video.
+        DataError: a path does not exist, or a folder has no videos.
     """
     return find_files(paths, VIDEO_EXTENSIONS, "video")
 
 
 def videos_below(folder: Path) -> list[Path]:
-    """Lists the video files of a folder and its subfolders by extension, in natural order; none is an empty list."""
+    """Lists the video files of a folder and its subfolders by extension, in natural order; possibly empty."""
     return files_below(folder, VIDEO_EXTENSIONS)
 
 
 class _Astray(Exception):
-    """Frames did not come out of the decoder as their packets promised."""
+    """The decoded frames don't match the packet index."""
 
 
 @contextmanager
 def _naming(path: str | Path) -> Iterator[Path]:
-    """Yields the path of a file that is there; what turns out to be wrong with it becomes an error that names it."""
+    """Yields the path of an existing file; an :class:`UnreadableVideo` is raised as an error that names the file."""
     ffmpeg_error = import_av().FFmpegError
     path = Path(path)
     if not path.exists():
@@ -217,18 +216,18 @@ def _naming(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def _opened(path: Path, threads: int = 1) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """Opens a file and yields it with the stream that a player would show."""
+    """Opens a file and yields it with its main video stream."""
     av = import_av()
     if path.stat().st_size == 0:
         raise UnreadableVideo("it is empty")
-    # Whatever the file refers to, nothing but files is opened. Tags in unknown encodings do not matter here.
+    # Only local files are opened, whatever the file refers to. Tags in unknown encodings are ignored.
     options = {"protocol_whitelist": "file"}
     try:
         container = av.open(f"file:{path}", container_options=options, metadata_errors="replace")
     except (av.error.InvalidDataError, av.error.EOFError) as error:
         is_mp4 = read_bytes(path, 8)[4:] == b"ftyp"
-        no_index = "it is an MP4 without its index (moov), as of a recording or download that broke off"
-        raise UnreadableVideo(no_index if is_mp4 else "it is not a video in a format that FFmpeg knows") from error
+        no_index = "it is an MP4 without its index (moov), as from an interrupted recording or download"
+        raise UnreadableVideo(no_index if is_mp4 else "it is not a video in a format that FFmpeg supports") from error
     with container:
         name = container.format.name
         if name == "image2" or name.endswith("_pipe"):
@@ -237,12 +236,12 @@ def _opened(path: Path, threads: int = 1) -> Iterator[tuple[InputContainer, Vide
             raise UnreadableVideo(f"it is not a video ({container.format.long_name})")
         stream = container.streams.best("video")
         if stream is None or av.stream.Disposition.attached_pic in stream.disposition:
-            raise UnreadableVideo("it holds no video stream")  # the cover of a piece of music is none
+            raise UnreadableVideo("it has no video stream")  # cover art of music doesn't count
         if stream.codec_context is None:
-            raise UnreadableVideo("its pictures are in a codec that this FFmpeg cannot decode")
+            raise UnreadableVideo("its codec is not supported by this FFmpeg")
         stream.codec_context.thread_type = "AUTO"
         stream.codec_context.thread_count = threads
-        if threads != 1:  # several mark some damaged frames too late: rather stop at all that look odd
+        if threads != 1:  # several threads mark some damaged frames too late, so every suspect frame is an error
             stream.codec_context.options = {"err_detect": "explode"}
         yield container, stream
 
@@ -250,17 +249,17 @@ def _opened(path: Path, threads: int = 1) -> Iterator[tuple[InputContainer, Vide
 def _frames(
     container: InputContainer, stream: VideoStream, index: PacketIndex, key: KeyPacket | None = None
 ) -> Iterator[VideoFrame]:
-    """Decodes from where the container stands; yields the frames from the key packet on, or all of the video's.
+    """Decodes from the current position; yields the frames from the key packet on, or all frames of the video.
 
     Raises:
-        _Astray: the container is past the key packet.
-        UnreadableVideo: a frame cannot be decoded, or not without errors.
+        _Astray: the position is after the key packet.
+        UnreadableVideo: a frame can't be decoded without errors.
     """
     since = key.stamp if key else index.stamps[0]
     begun, count, total = not index.keys, 0, len(index.stamps)
     for packet in container.demux(stream):
         if not packet.size and not is_flush(packet):
-            continue  # the frame before stays; the decoder would take it for the end
+            continue  # the previous frame stays; the decoder would interpret it as the end
         if not begun and packet.is_keyframe:
             begun = True
             if key is not None and (packet.pts is None or packet.pts > key.stamp):
@@ -283,15 +282,15 @@ def _frames(
 
 
 def _read_by_stamp(path: Path, index: PacketIndex, chosen: set[int], threads: int) -> dict[int, Image.Image]:
-    """Decodes the chosen frames, and as few others as the key frames allow.
+    """Decodes the selected frames, and as few others as the key frames allow.
 
     Raises:
-        _Astray: the file does not keep to its index.
-        UnreadableVideo: see :func:`_frames`; with several threads it may only be a trifle.
+        _Astray: the frames don't match the index.
+        UnreadableVideo: as for :func:`_frames`; with several threads possibly a false alarm.
     """
     if not index.trusted:
         raise _Astray
-    if index.open_ended:  # its last frame shows whether it was cut, but not to several threads
+    if index.open_ended:  # only a single thread can tell by the last frame whether the file is truncated
         chosen, threads = chosen | {len(index.stamps) - 1}, 1
     images: dict[int, Image.Image] = {}
     with _opened(path, threads) as (container, stream):
@@ -320,7 +319,7 @@ def _read_by_stamp(path: Path, index: PacketIndex, chosen: set[int], threads: in
 
 
 def _runs(index: PacketIndex, chosen: list[int]) -> Iterator[tuple[KeyPacket | None, list[int]]]:
-    """Divides rising frame numbers into runs to decode without a jump, each with the key packet to jump to before."""
+    """Divides ascending frame numbers into runs to decode without seeking, each with the key packet to seek to."""
     stamps = [key.stamp for key in index.keys]
     jump: KeyPacket | None = None
     run: list[int] = []
@@ -339,9 +338,10 @@ def _runs(index: PacketIndex, chosen: list[int]) -> Iterator[tuple[KeyPacket | N
 
 
 def _decode_index(path: Path, index: PacketIndex) -> PacketIndex:
-    """Decodes the whole video for the times of its frames.
+    """Decodes the whole video to determine the times of its frames.
 
-    Their own, where they rise; otherwise the packets' in rising order, since frames come out as they are shown.
+    These are the timestamps of the frames if ascending, otherwise the sorted timestamps of the packets, since frames
+    are decoded in display order.
     """
     with _opened(path) as (container, stream):
         found = [frame.pts for frame in _frames(container, stream, index)]
@@ -352,13 +352,13 @@ def _decode_index(path: Path, index: PacketIndex) -> PacketIndex:
     if index.suspect and len(found) < total:
         raise UnreadableVideo(f"it is damaged: {total - len(found)} of its {total} frames cannot be decoded")
     there = bisect.bisect_right(index.stamps, stamps[-1])
-    if there < total - 1:  # some codecs end with a packet that only repeats
+    if there < total - 1:  # some codecs end with a packet that repeats a frame
         raise UnreadableVideo(f"it is cut short: the last {total - there} of its {total} frames cannot be decoded")
     return replace(index, stamps=stamps)
 
 
 def _read_in_turn(path: Path, index: PacketIndex, pieces: Sequence[Sequence[int]]) -> Iterator[dict[int, Image.Image]]:
-    """Decodes the video once, from its start to the last chosen frame, and yields those of each piece."""
+    """Decodes the video once, from its start to the last selected frame, and yields the frames of each chunk."""
     chosen, images = {number for piece in pieces for number in piece}, {}
     left = list(pieces)
     with _opened(path) as (container, stream):
@@ -384,7 +384,7 @@ def _clip(index: PacketIndex, picked: Sequence[int], images: Mapping[int, Image.
 
 
 def _upright(frame: VideoFrame) -> Image.Image:
-    """Converts a frame to RGB, turned by the quarter that its display matrix comes nearest to, or mirrored."""
+    """Converts a frame to RGB, rotated by the nearest quarter turn of its display matrix, or mirrored."""
     image = Image.fromarray(frame.to_ndarray(format="rgb24", threads=1))
     side_data: Any = frame.side_data
     if "DISPLAYMATRIX" not in side_data:

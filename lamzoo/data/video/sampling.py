@@ -1,4 +1,4 @@
-"""Selection of a video's frames: pure arithmetic on times."""
+"""Frame sampling of videos, computed from frame times."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ Slicing = Literal["head", "middle", "tail", "uniform"]
 
 @dataclass(frozen=True)
 class FrameSampling:
-    """How a video becomes a few frames, as CLIP4Clip does it (Luo et al., arXiv 2104.08860, section 4.2).
+    """Frame-sampling settings, as in CLIP4Clip (Luo et al., arXiv 2104.08860, section 4.2).
 
     Attributes:
-        fps: frames per second that are candidates, the first one at the start; None takes every frame of the video.
-        max_frames: how many of them are kept; None keeps all.
-        slicing: which ones, where there are more: the ``"head"``, the ``"middle"`` or the ``"tail"`` of the video in
-            one run, or ``"uniform"``, spread over all of it.
+        fps: candidate frames per second, the first one at the start; None for every frame of the video.
+        max_frames: maximum number of candidates to keep; None for all.
+        slicing: selection if there are more: consecutive candidates at the ``"head"``, ``"middle"`` or ``"tail"``, or
+            ``"uniform"`` over the whole video.
 
     Raises:
-        ConfigError: a rate or number that is not positive, or an unknown slicing.
+        ConfigError: a rate or number is not positive, or the slicing is unknown.
     """
 
     fps: float | None = 1.0
@@ -41,7 +41,7 @@ class FrameSampling:
             raise ConfigError(f"FrameSampling.slicing is {self.slicing!r}; it must be one of {known}.")
 
     def keep(self, count: int) -> list[int]:
-        """Returns which of ``count`` candidates are kept, rising."""
+        """Returns the indices of the kept ones of ``count`` candidates, ascending."""
         limit = self.max_frames
         if limit is None or count <= limit:
             return list(range(count))
@@ -53,32 +53,32 @@ class FrameSampling:
             case "tail":
                 start = count - limit
             case "uniform":
-                # The first and the last candidate and equal steps between, rounded down, as CLIP4Clip's np.linspace.
+                # Equal steps from the first to the last candidate, rounded down, as with CLIP4Clip's np.linspace.
                 return [index * (count - 1) // (limit - 1) for index in range(limit)] if limit > 1 else [0]
         return list(range(start, start + limit))
 
     def times(self, duration: float) -> list[float]:
-        """Returns the times of the kept candidates in a video of ``duration`` seconds, from its start; needs ``fps``.
+        """Returns the times of the kept candidates in a video of ``duration`` seconds; requires ``fps``.
 
-        A video of no length has one, at its start.
+        A video of duration 0 has one candidate, at its start.
 
         Raises:
-            ConfigError: ``fps`` is None, so that only the frames themselves know their times.
+            ConfigError: ``fps`` is None, so the times depend on the frames of the video.
         """
         if self.fps is None:
-            raise ConfigError("FrameSampling.fps is None: the times are those of the video's own frames.")
+            raise ConfigError("FrameSampling.fps is None, so the times depend on the frames of the video; set fps.")
         count = max(1, math.ceil(duration * self.fps - _ROUNDING))
         return [index / self.fps for index in self.keep(count)]
 
     def pick(self, times: Sequence[float], duration: float) -> list[int]:
-        """Returns the indices of the frames to take out of a video's own.
+        """Returns the indices of the selected frames of a video.
 
         Args:
-            times: when each frame appears, in seconds from the first one's, rising.
-            duration: of the whole video, seconds.
+            times: time of each frame, seconds from the first one, ascending.
+            duration: duration of the whole video, seconds.
 
         Returns:
-            Rising indices into ``times``. A frame that stays on screen past a further candidate is taken again.
+            Ascending indices into ``times``. A frame that is shown at several candidate times is repeated.
         """
         if self.fps is None:
             return self.keep(len(times))
@@ -88,14 +88,14 @@ class FrameSampling:
 def adjusted(
     sampling: FrameSampling, *, fps: float | None = None, max_frames: int | None = None, slicing: Slicing | None = None
 ) -> FrameSampling:
-    """Returns a sampling with what is given in place of its own; ``fps=0`` means every frame.
+    """Returns a sampling with the given values replaced; ``fps=0`` means every frame.
 
     Raises:
-        ConfigError: see :class:`FrameSampling`.
+        ConfigError: as for :class:`FrameSampling`.
     """
     given: dict[str, Any] = {"max_frames": max_frames, "slicing": slicing}
     changes = {key: value for key, value in given.items() if value is not None}
     return replace(sampling, **changes) if fps is None else replace(sampling, fps=fps or None, **changes)
 
 
-_ROUNDING = 1e-6  # seconds: a frame's time is a ratio of whole numbers, the candidate's a float
+_ROUNDING = 1e-6  # seconds: frame times are ratios of integers, candidate times are floats

@@ -130,7 +130,7 @@ class Gpt2Decoder(nn.Module):
         return self.settings.width
 
     def new_cache(self) -> Gpt2Cache:
-        """Returns a cache of nothing."""
+        """Returns an empty cache."""
         return Gpt2Cache()
 
     def token_embedding(self, tokens: Tensor) -> Tensor:
@@ -249,7 +249,7 @@ class Gpt2Decoder(nn.Module):
         if longest > room:
             raise DataError(
                 f"a clip has {longest} tokens, and GPT-2's {self.settings.positions} positions have room for {room} "
-                f"before a text of {self.context_length}; use shorter clips or fewer features a second, create the "
+                f"before a text of {self.context_length}; use shorter clips or fewer features per second, create the "
                 "model with a smaller context_length, or with gpt2.reads='cross', which has no such limit"
             )
 

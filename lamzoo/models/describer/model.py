@@ -26,7 +26,7 @@ from lamzoo.models.describer.encoder import Joint, JointEncoder, StreamBatch
 from lamzoo.models.describer.generation import GenerationConfig, Text, generate
 from lamzoo.models.tokenizers import Gpt2Tokenizer, SmallTokenizer, WordTokenizer, find_local
 
-_RATE = 25.0  # features a second, where none is given
+_RATE = 25.0  # default features per second
 
 
 @dataclass(frozen=True)
@@ -167,15 +167,15 @@ class Describer(nn.Module):
     def forward(
         self, streams: Mapping[str, StreamBatch], text: Tensor, context: Tensor | None = None
     ) -> DescriberOutput:
-        """Reads clips and, for training, what is to be said of them.
+        """Encodes clips and predicts the next token after each token of their sentences.
 
         Args:
-            streams: by modality; those that are missing are left out.
-            text: token numbers, int64 ``(B, L)``, the start first.
-            context: of the text context, int64 ``(B, W)``, zeros behind its end; None for none.
+            streams: features by modality; missing modalities are left out.
+            text: token ids, int64 ``(B, L)``, with the start token.
+            context: token ids of the text context, int64 ``(B, W)``, zero-padded; None for no context.
 
         Raises:
-            DataError: no stream at all, or one that the model was not built for.
+            DataError: there is no stream, or one that the model was not built for.
         """
         joint = self.encode(streams, context)
         words = None if self.word_head is None else self.word_head(joint.tokens)

@@ -1,4 +1,4 @@
-"""The comparison of measured models: results tables in, tables, plots and a page out."""
+"""Comparison of benchmarked models: tables, plots and an HTML page from results tables."""
 
 from typing import TYPE_CHECKING
 

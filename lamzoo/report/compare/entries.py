@@ -1,4 +1,4 @@
-"""Measured models in their place: grouped by what their score was measured on, each LAM with its plain twin."""
+"""Benchmarked models, grouped by the data of their score, each LAM with its plain twin."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from lamzoo.tasks import find_metric
 
 Setting = tuple[str | None, str | None, int | None, str]
 
-_NAMED = 3  # as many names as a note lists
+_NAMED = 3  # maximum number of names in a note
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One row of a results table among others.
+    """One row of a results table, with its context.
 
     Attributes:
-        row: what was measured.
-        source: the file that contains it.
-        twin: the row of its plain backbone at the same image size, scored on the same data; None for a plain model,
-            and where there is no such row. One measured under the same setting comes first.
+        row: the measurements.
+        source: the file that contains the row.
+        twin: the row of its plain backbone at the same image size, scored on the same data, preferably in the same
+            setting; None for a plain model, or if there is no such row.
     """
 
     row: BenchRow
@@ -34,12 +34,12 @@ class Entry:
 
     @property
     def setting(self) -> Setting:
-        """Device, dtype, threads and mode: latencies of one setting can be compared."""
+        """Device, dtype, threads and mode; only latencies of the same setting are comparable."""
         return (self.row.device, self.row.dtype, self.row.threads, self.row.mode)
 
     @property
     def difference(self) -> float | None:
-        """The score less that of the plain twin."""
+        """The score minus that of the plain twin."""
         if self.twin is None or self.twin.value is None or self.row.value is None:
             return None
         return self.row.value - self.twin.value
@@ -57,13 +57,13 @@ class Entry:
 
 @dataclass(frozen=True)
 class Group:
-    """Models whose scores can be compared.
+    """Models with comparable scores.
 
     Attributes:
-        data: the data set; None, like the next two, for models that were not scored.
-        split: of it.
-        metric: what was measured.
-        entries: each plain model before the LAMs that have it for a backbone, smaller models first.
+        data: the data set; None, like the next two, for models without a score.
+        split: its split.
+        metric: the metric.
+        entries: smaller models first, each plain model before the LAMs on the same backbone.
     """
 
     data: str | None
@@ -98,14 +98,14 @@ class Group:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All that there is to compare.
+    """A comparison of models.
 
     Attributes:
         groups: one for each data set, split and metric; the models without a score last.
         failed: rows whose measurement failed.
         timm: timm's published results on ImageNet-1k.
-        timm_group: the group that they can be compared with, if there is one.
-        notes: what a reader must know of what is and what is not shown, a sentence each.
+        timm_group: the group that is comparable with these results, if there is one.
+        notes: notes on the selection and its limits, one sentence each.
     """
 
     groups: tuple[Group, ...]
@@ -121,17 +121,17 @@ class Comparison:
 
 
 def compare(paths: Sequence[str | Path], *, timm: str | Path | None = None, timm_data: str | None = None) -> Comparison:
-    """Reads results tables and puts what can be compared side by side.
+    """Reads results tables and groups comparable models.
 
     Args:
-        paths: CSV files that ``lamzoo bench`` wrote.
-        timm: folder of timm's ``results-imagenet.csv`` and ``benchmark-infer-*.csv``, or that file.
-        timm_data: the ``data`` of the rows that were scored on ImageNet-1k's validation split and so belong beside
-            timm's; guessed from its name by default.
+        paths: CSV files written by ``lamzoo bench``.
+        timm: folder of timm's ``results-imagenet.csv`` and ``benchmark-infer-*.csv``, or the path of the former.
+        timm_data: the ``data`` of the rows scored on ImageNet-1k's validation split, which are compared with timm's;
+            guessed from the names by default.
 
     Raises:
-        DataError: a file that cannot be read; rows of a LAM that lack its cost; no row at all; a ``timm_data`` that
-            no row has.
+        DataError: a file can't be read, the row of a LAM lacks its cost, there are no rows, or no row has
+            ``timm_data``.
     """
     notes: list[str] = []
     entries = _read(paths, notes)
@@ -149,26 +149,26 @@ def compare(paths: Sequence[str | Path], *, timm: str | Path | None = None, timm
 
 
 def some(names: Iterable[str]) -> str:
-    """Joins names for a sentence; of many the first few and how many more there are."""
+    """Joins names for a sentence; lists the first few and counts the others."""
     unique = list(dict.fromkeys(names))
     more = len(unique) - _NAMED
     return ", ".join(unique[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def setting_text(entry: Entry) -> str:
-    """Writes out what a row was measured on: ``"cpu, float32, 2 threads, eager"``."""
+    """Formats the setting of a measurement: ``"cpu, float32, 2 threads, eager"``."""
     device, dtype, threads, mode = entry.setting
     counted = None if threads is None else f"{threads} thread{'s' if threads != 1 else ''}"
     return ", ".join(part for part in (device, dtype, counted, mode) if part)
 
 
 def number(value: float | None, *, digits: int | None = None) -> str:
-    """Writes a number for a table.
+    """Formats a number for a table.
 
     Args:
-        value: None gives an empty cell.
-        digits: after the point; by default as many as make four significant ones, at most four, but two significant
-            ones in any case, so that a small cost never reads as none.
+        value: the number; None gives an empty cell.
+        digits: decimal places; by default four significant digits with at most four decimal places, but always at least
+            two significant digits, so that a small cost is never shown as zero.
     """
     if value is None:
         return ""
@@ -188,9 +188,9 @@ def _read(paths: Sequence[str | Path], notes: list[str]) -> list[Entry]:
             repeated += row in entries
             entries.setdefault(row, Entry(row, str(path)))
     if not entries:
-        raise DataError(f"There is no row in {some(map(str, paths))}; `lamzoo bench` measures models into one.")
+        raise DataError(f"There are no rows in {some(map(str, paths))}; measure models with `lamzoo bench`.")
     if repeated:
-        notes.append(f"{repeated} row(s) are in the tables twice, cell by cell, and are shown once.")
+        notes.append(f"{repeated} duplicate row(s) of the tables are shown once.")
     return list(entries.values())
 
 
@@ -202,7 +202,7 @@ def _check_finite(row: BenchRow, path: Path) -> None:
 
 
 def _check_cost(row: BenchRow, path: Path) -> None:
-    """Refuses a LAM whose own cost was left out, so that no table can make it look free."""
+    """Raises an error if the cost of the masks of a LAM is missing or zero, so that no table shows them as free."""
     masked = row.has_lam or bool(row.lam_gmacs) or row.latency_ratio is not None or row.plain is not None
     if not (row.ok and masked):
         return
@@ -210,8 +210,8 @@ def _check_cost(row: BenchRow, path: Path) -> None:
     for column, cost in costs.items():
         if not cost:
             raise DataError(
-                f"{path}: {row.name} has masks and its {column} is {'empty' if cost is None else 'zero'}; a LAM is "
-                "compared with its cost or not at all, so measure it again with `lamzoo bench`."
+                f"{path}: {row.name} has masks and its {column} is {'empty' if cost is None else 'zero'}; the cost of "
+                "the masks is required, so measure the model again with `lamzoo bench`."
             )
 
 
@@ -251,18 +251,18 @@ def _in_order(entries: list[Entry]) -> tuple[Entry, ...]:
 def _timm_group(groups: tuple[Group, ...], data: str | None, notes: list[str]) -> Group | None:
     scored = [group for group in groups if group.scored]
     if data is not None and data not in {group.data for group in scored}:
-        known = some(str(group.data) for group in scored) or "nothing: no row has a score"
-        raise DataError(f"No row was scored on {data!r}, which --timm-data names; the tables' data is {known}.")
+        known = some(str(group.data) for group in scored) or "no row with a score"
+        raise DataError(f"No row was scored on --timm-data {data!r}; the tables have {known}.")
     for group in scored:
         if group.metric == "top1" and (group.data == data if data else is_imagenet1k(str(group.data))):
             notes.append(
-                f"{group.title} is taken for ImageNet-1k's validation split, on which timm published its results; "
-                "--timm-data names another."
+                f"{group.title} is assumed to be ImageNet-1k's validation split, on which timm published its results; "
+                "--timm-data selects another."
             )
             return group
     notes.append(
-        "No row here was scored on ImageNet-1k's validation split, as timm's published results are, so these have a "
-        "panel of their own (--timm-data says which rows belong there)."
+        "No row was scored on ImageNet-1k's validation split, as timm's published results are, so these have their own "
+        "panel (--timm-data selects the rows to compare with them)."
     )
     return None
 
@@ -272,7 +272,7 @@ def _missing_twins(groups: tuple[Group, ...]) -> list[str]:
     if not alone:
         return []
     names = some(row.name if row.plain is None else f"{row.name} (of {row.plain})" for row in alone)
-    return [f"No row of the plain backbone at the same size and on the same data beside: {names}."]
+    return [f"Without a row of the plain backbone at the same size and on the same data: {names}."]
 
 
 def _over_the_rest(whole: float | None, part: float | None) -> float | None:

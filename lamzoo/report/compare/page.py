@@ -1,4 +1,4 @@
-"""The comparison as one HTML page that needs no network: a table to sort and filter (DataTables), plots (plotly)."""
+"""The comparison as a self-contained HTML page: a sortable, filterable table (DataTables) and plots (plotly)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _PLOTLY = {
     "modeBarButtonsToRemove": ["sendChartToCloud", "select2d", "lasso2d"],  # the first would upload the plot
     "plotlyServerURL": "",
 }
-_MOST_LABELS = 16  # more names inside a plot would hide one another
+_MOST_LABELS = 16  # more labels in a plot would overlap
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,14 @@ class _Column:
 
 
 def to_html(comparison: Comparison) -> str:
-    """Writes the comparison as one page, its scripts and styles within it.
+    """Renders the comparison as one page that includes its scripts and styles.
 
     Raises:
-        MissingExtraError: plotly or itables, which carries DataTables, is not installed.
+        MissingExtraError: plotly or itables, which includes DataTables, is not installed.
     """
     try:
         import itables
-        import plotly.io  # noqa: F401 - says early what is missing
+        import plotly.io  # noqa: F401 - raises early if plotly is missing
     except ImportError as error:
         raise MissingExtraError(
             f"The page needs plotly and itables ({error}); install them with: pip install 'lamzoo[compare]'"
@@ -61,7 +61,7 @@ def to_html(comparison: Comparison) -> str:
     }
     template = Template(resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8"))
     return template.substitute(
-        title="Models with learnable attention masks, beside their plain backbones",
+        title="Models with learnable attention masks and their plain backbones",
         subtitle=escape(_subtitle(comparison)),
         lam=LAM,
         plain=PLAIN,
@@ -79,7 +79,7 @@ def to_html(comparison: Comparison) -> str:
 
 
 def _sections(comparison: Comparison) -> list[str]:
-    """Returns the plots under their headings; the first of them brings plotly's script with it."""
+    """Returns the plots with their headings; the first one includes plotly's script."""
     from plotly.io import to_html as figure_html
 
     sections: list[str] = []
@@ -105,7 +105,7 @@ def _sections(comparison: Comparison) -> list[str]:
 
 
 def draw_interactive(panel: Panel) -> Figure:
-    """Draws one panel with plotly; each model shows its facts on hovering."""
+    """Draws one panel with plotly; hovering over a model shows its data."""
     from plotly.graph_objects import Figure
 
     figure = Figure()
@@ -139,7 +139,7 @@ def draw_interactive(panel: Panel) -> Figure:
 
 
 def _side(x: float | None, panel: Panel) -> Literal["left", "right"]:
-    """Says on which side of its point a name stays within the plot."""
+    """Returns the side of a point on which its label stays within the plot."""
     xs = [other for series in panel.series for other in series.xs if other is not None]
     scale = math.log if panel.logarithmic else float
     return "left" if scale(x or 0.0) > (scale(min(xs)) + scale(max(xs))) / 2 else "right"

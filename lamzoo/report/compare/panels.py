@@ -1,4 +1,4 @@
-"""The figures of a comparison, described once for both renderers: panels, their series, labels and Pareto fronts."""
+"""The plots of a comparison, independent of the renderer: panels, series, labels and Pareto fronts."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from lamzoo.registry.refs import display_name
 from lamzoo.report.compare.entries import Comparison, Entry, Group, number, setting_text, some
 from lamzoo.report.compare.timm_results import TimmResult
 
-#: Colours of models with masks, of plain ones, and of what is in the background.
+#: Colours of models with masks, of plain models, and of the background series.
 LAM, PLAIN = "#c2410c", "#1d4ed8"
 _FRONT, _JOIN, _TIMM, _TIMM_FRONT = "#15803d", "#6b7280", "#b8bcc4", "#8b919c"
 
 _TITLE = 62  # characters of a title that fit above a panel
 _LOGARITHMIC_FROM = 6  # times the smallest x: below this a linear axis reads better
-_UNEVEN = 0.15  # of a latency: from here on a reader should know
+_UNEVEN = 0.15  # relative difference of latencies above which a note is added
 
 T = TypeVar("T")
 
@@ -30,7 +30,7 @@ class Point:
         entry: its row.
         x: its cost.
         y: its score.
-        best: whether it lies on the Pareto front of the zoo's models: none is both cheaper and better.
+        best: whether it is on the Pareto front of the zoo's models: no other model is both cheaper and better.
     """
 
     entry: Entry
@@ -40,22 +40,22 @@ class Point:
 
     @property
     def label(self) -> str:
-        """The model's name inside a plot: of a folder, its last part."""
+        """The model's label in a plot; a saved model has the name of its folder."""
         return display_name(self.entry.row.name)
 
 
 @dataclass(frozen=True)
 class Series:
-    """Markers or a line that are drawn alike and share an entry in the legend; a panel draws its series in order.
+    """Markers or a line with one style and one legend entry; a panel draws its series in order.
 
     Attributes:
-        name: in the legend.
+        name: name in the legend.
         places: x and y; ``(None, None)`` interrupts a line.
-        style: how it is drawn: markers (``"dot"``, ``"square"``, ``"circle"``, ``"ring"``) or a line.
+        style: style of markers (``"dot"``, ``"square"``, ``"circle"``, ``"ring"``) or of a line.
         color: as ``#rrggbb``.
-        steps: whether a line goes right first and then up.
-        labels: of each marker, to be written beside it.
-        facts: what is known of each marker, as lines of text, the name first; shown on hovering.
+        steps: whether a line is drawn in steps, right first and then up.
+        labels: label of each marker.
+        facts: data of each marker as lines of text, the name first; shown on hovering.
         in_legend: False for markers on a line that is in the legend already.
     """
 
@@ -88,12 +88,12 @@ class Panel:
     """One pair of axes.
 
     Attributes:
-        title: the data set and, where it matters, what the cost was measured on.
-        x_label: of the cost.
-        y_label: of the score.
+        title: the data set and, for latencies, the setting of the measurement.
+        x_label: label of the cost axis.
+        y_label: label of the score axis.
         points: the zoo's models.
-        joins: plain backbone and LAM, to be joined by a line.
-        timm: timm's published results, drawn in the background; their GMACs are known.
+        joins: pairs of plain backbone and LAM, joined by a line.
+        timm: timm's published results with known GMACs, drawn in the background.
         timm_front: the Pareto front of those, by increasing GMACs.
     """
 
@@ -118,13 +118,13 @@ class Panel:
 
     @property
     def heading(self) -> str:
-        """The title with its lines cut at the front, the least telling part of a path, to fit above the panel."""
+        """The title with lines truncated at the front, the least specific part of a path, to fit above the panel."""
         lines = (line if len(line) <= _TITLE else f"…{line[1 - _TITLE :]}" for line in self.title.split("\n"))
         return "\n".join(lines)
 
     @property
     def series(self) -> tuple[Series, ...]:
-        """Everything drawn in the panel, the background first; the labels of its points come on top."""
+        """All series of the panel, the background first; labels are drawn on top."""
         timm = tuple((result.gmacs, result.top1) for result in self.timm)
         timm_front = tuple((result.gmacs, result.top1) for result in self.timm_front)
         joins = tuple(
@@ -151,7 +151,7 @@ class Panel:
 
 
 def gmacs_panels(comparison: Comparison) -> tuple[Panel, ...]:
-    """Returns score against GMACs, a panel for each data set and metric; timm's results in that of ImageNet-1k."""
+    """Returns score against GMACs, one panel per data set and metric; that of ImageNet-1k includes timm's results."""
     label = "GMACs of one image, masks included (10⁹ multiply-accumulates)"
     known = tuple(result for result in comparison.timm if result.gmacs is not None)
     front = pareto(known, lambda result: (result.gmacs or 0.0, result.top1))
@@ -168,10 +168,10 @@ def gmacs_panels(comparison: Comparison) -> tuple[Panel, ...]:
 
 
 def latency_panels(comparison: Comparison) -> tuple[Panel, ...]:
-    """Returns score against latency, a panel for each data set, metric, device, dtype, number of threads and mode.
+    """Returns score against latency, one panel per data set, metric, device, dtype, number of threads and mode.
 
-    Milliseconds of separate runs are not compared where there is a ratio: a LAM is placed at the latency of its plain
-    backbone times its own ratio, which was timed in turns; see :func:`comparable_latency`.
+    Latencies of separate runs are not compared if there is a ratio: a LAM is plotted at the latency of its plain
+    backbone times its ratio, which was measured in alternation; see :func:`comparable_latency`.
     """
     panels = []
     for group in comparison.groups:
@@ -181,17 +181,17 @@ def latency_panels(comparison: Comparison) -> tuple[Panel, ...]:
             device, dtype, threads, mode = setting
             counted = "" if threads is None else f", {threads} thread{'s' if threads != 1 else ''}"
             title = f"{group.title}\n{device or 'unknown device'}, {dtype or 'unknown dtype'}{counted}, {mode}"
-            label = "latency of one image (ms, median); of a LAM: its backbone's, times the ratio timed in turns"
+            label = "latency of one image (ms, median); of a LAM: its backbone's times the ratio timed in alternation"
             entries = [entry for entry in group.entries if entry.setting == setting]
             panels.append(_panel(title, label, group, entries, comparable_latency))
     return tuple(panels)
 
 
 def comparable_latency(entry: Entry) -> float | None:
-    """Returns milliseconds that can be compared with those of the plain backbone's row.
+    """Returns a latency in milliseconds that is comparable with that of the plain backbone's row.
 
-    They are the backbone's times the ratio to the same model without masks, which was timed in turns on one machine.
-    Without a ratio, or a row of the backbone under the same setting, they are the row's own.
+    It is the latency of the backbone times the ratio to the same model without masks, measured in alternation on one
+    machine. Without a ratio, or a row of the backbone in the same setting, it is the latency of the row.
     """
     row, twin = entry.row, entry.twin
     if row.latency_ratio is None or twin is None or twin.latency_ms is None or Entry(twin, "").setting != entry.setting:
@@ -200,50 +200,52 @@ def comparable_latency(entry: Entry) -> float | None:
 
 
 def plot_notes(comparison: Comparison) -> tuple[str, ...]:
-    """Says what the plots leave out, or keep apart, and why: a sentence each."""
+    """Returns notes on what the plots omit or separate, and why, one sentence each."""
     notes = []
     entries = [entry for group in comparison.groups for entry in group.entries]
     unscored = [entry.row.name for group in comparison.groups if not group.scored for entry in group.entries]
     if unscored:
-        notes.append(f"Measured without --data, so without a score, and in no plot: {some(unscored)}.")
+        notes.append(f"Not plotted, because measured without --data and so without a score: {some(unscored)}.")
     scored = [group for group in comparison.groups if group.scored]
     if len(scored) > 1:
-        notes.append("Scores on different data, splits or metrics are not compared: each has a panel of its own.")
+        notes.append("Scores on different data, splits or metrics are not comparable: each has its own panel.")
     for column, values in (("GMACs", [e.row.gmacs for e in entries]), ("latency", [e.row.latency_ms for e in entries])):
         without = [entry.row.name for entry, value in zip(entries, values, strict=True) if value is None]
         if without:
-            notes.append(f"Without a measured {column}, so not in that plot: {some(without)}.")
+            notes.append(f"Not plotted, because {column} was not measured: {some(without)}.")
     timed = [entry for group in scored for entry in group.entries if entry.row.latency_ms is not None]
     settings = dict.fromkeys(entry.setting for entry in timed)
     if len(settings) > 1:
-        notes.append("Latencies of different devices, dtypes, threads or modes are not compared: each has its panel.")
+        notes.append("Latencies of different devices, dtypes, threads or modes are not comparable: each has a panel.")
     for setting in settings:
         versions = sorted({str(entry.row.torch) for entry in timed if entry.setting == setting})
         if len(versions) > 1:
-            notes.append(f"Latencies on {setting[0]} come from different releases of torch: {', '.join(versions)}.")
+            notes.append(
+                f"Latencies on {setting[0]} were measured with different torch versions: {', '.join(versions)}."
+            )
     uneven = [entry.row.name for entry in entries if _uneven(entry)]
     if uneven:
         notes.append(
-            f"The plain backbone's own row was timed more than {_UNEVEN:.0%} faster or slower than in turns with its "
-            f"LAM, so the ratio says more than the two latencies, and gives the place in the plot: {some(uneven)}."
+            f"The row of the plain backbone is more than {_UNEVEN:.0%} faster or slower than in alternation with its "
+            f"LAM, so the ratio is more reliable than the two latencies and is plotted: {some(uneven)}."
         )
     if comparison.timm:
         without = [result.name for result in comparison.timm if result.gmacs is None]
         if without:
             notes.append(f"Of timm's {len(comparison.timm)} results {len(without)} have no GMACs at their image size.")
-        notes.append("timm's speeds were measured on other machines, so they are in no latency plot.")
+        notes.append("timm's speeds were measured on other machines and are not in the latency plots.")
     return tuple(notes)
 
 
 def pareto(items: Iterable[T], place: Callable[[T], tuple[float, float]]) -> tuple[T, ...]:
-    """Returns the items that no other beats: none costs no more and scores no less, one of both strictly.
+    """Returns the Pareto front: items for which no other has at most their cost and at least their score, one strictly.
 
     Args:
-        items: any.
-        place: an item's cost (lower is better) and score (higher is better).
+        items: any items.
+        place: returns the cost (lower is better) and score (higher is better) of an item.
 
     Returns:
-        Those on the front, by increasing cost; equals stay together.
+        The items on the front, by increasing cost, including ties.
     """
     front: list[T] = []
     best: tuple[float, float] = (-math.inf, -math.inf)
@@ -256,7 +258,7 @@ def pareto(items: Iterable[T], place: Callable[[T], tuple[float, float]]) -> tup
 
 
 def _uneven(entry: Entry) -> bool:
-    """Returns whether the machine ran at another speed when the twin's own row was timed."""
+    """Returns whether the machine ran at another speed when the row of the twin was timed."""
     in_turns, twin = entry.row.plain_latency_ms, entry.twin
     if in_turns is None or twin is None or not twin.latency_ms or entry.setting != Entry(twin, "").setting:
         return False

@@ -1,4 +1,4 @@
-"""Draws the comparison's panels with matplotlib, without pyplot and its global state."""
+"""Drawing of the comparison's panels with matplotlib, without pyplot and its global state."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.transforms import Bbox
 
-_WIDTH, _HEIGHT = 7.2, 5.0  # inches a panel
+_WIDTH, _HEIGHT = 7.2, 5.0  # inches per panel
 _MOST_COLUMNS = 2
 _OFFSETS = (
     (7, 6), (7, -12), (-7, 6), (-7, -12), (0, 11), (0, -18), (12, -3), (-12, -3),
     (16, 18), (16, -24), (-16, 18), (-16, -24), (30, 30), (-30, 30), (30, -36), (-30, -36),
 )  # fmt: skip
-_SAMPLES = 40  # of a line, to see whether a name lies on it
-_HALO = 5  # pixels around a point that its own name may not touch
+_SAMPLES = 40  # samples of a line, to test whether it overlaps a label
+_HALO = 5  # pixels around a point that its label must not touch
 
 
 def draw_panels(panels: Sequence[Panel], title: str) -> Figure:
     """Draws panels side by side: plain models, LAMs, a line from each backbone to its LAM, and the Pareto front.
 
     Args:
-        panels: none gives a picture that says so.
-        title: over the whole figure.
+        panels: the panels; without any, the figure contains a message only.
+        title: title of the figure.
 
     Returns:
         The figure, drawn by Agg.
@@ -51,14 +51,14 @@ def draw_panels(panels: Sequence[Panel], title: str) -> Figure:
         axes[0].text(0.5, 0.5, "no row has both a score and this cost", ha="center", transform=axes[0].transAxes)
     for axis, panel in zip(axes, panels, strict=False):
         _draw_panel(axis, panel)
-    figure.canvas.draw()  # lays out, so that the labels know where they are
+    figure.canvas.draw()  # computes the layout, which the placement of labels depends on
     for axis, panel in zip(axes, panels, strict=False):
         _label(axis, panel)
     return figure
 
 
 def encode(figure: Figure, kind: Literal["png", "svg"]) -> bytes:
-    """Returns the figure as a file's content, the same for the same figure."""
+    """Returns the content of an image file; deterministic."""
     import matplotlib
 
     content = io.BytesIO()
@@ -122,7 +122,7 @@ def _plain_ticks(axis: Axes) -> None:
 
 
 def _label(axis: Axes, panel: Panel) -> None:
-    """Writes the models' names where neither a name, a point nor a line is; those on the front choose first."""
+    """Labels the models without overlap of labels, points and lines; models on the front are labelled first."""
     frame = axis.get_window_extent()
     taken = _taken(axis, panel)
     named = set()
@@ -148,7 +148,7 @@ def _label(axis: Axes, panel: Panel) -> None:
 
 
 def _taken(axis: Axes, panel: Panel) -> list[Bbox]:
-    """Returns the places, in pixels, where a name would hide something."""
+    """Returns the boxes, in pixels, that labels must not cover."""
     from matplotlib.transforms import Bbox
 
     def pixels(point: Point) -> tuple[float, float]:
@@ -157,7 +157,7 @@ def _taken(axis: Axes, panel: Panel) -> list[Bbox]:
 
     ends = [(pixels(plain), pixels(lam)) for plain, lam in panel.joins]
     for (x, y), (next_x, next_y) in itertools.pairwise(map(pixels, panel.front)):
-        ends += [((x, y), (next_x, y)), ((next_x, y), (next_x, next_y))]  # a step, as the front is drawn
+        ends += [((x, y), (next_x, y)), ((next_x, y), (next_x, next_y))]  # the front is drawn in steps
     taken = [
         Bbox.from_bounds(start[0] + share * (end[0] - start[0]) - 1, start[1] + share * (end[1] - start[1]) - 1, 2, 2)
         for start, end in ends

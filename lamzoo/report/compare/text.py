@@ -1,4 +1,4 @@
-"""The comparison as text: the columns of every table, Markdown and CSV."""
+"""The comparison as Markdown and CSV, and the columns of its tables."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from lamzoo.profiling.results import BenchRow
 from lamzoo.report.compare.entries import Comparison, Entry, Group, number, setting_text
 from lamzoo.report.compare.panels import gmacs_panels, latency_panels, plot_notes
 
-#: What the tables' columns mean, for those who read no source.
+#: Explanation of the columns, printed with the tables.
 LEGEND = (
     "Each LAM is below its plain backbone. Parameters, GMACs (10⁹ multiply-accumulates of one image, attention "
     'included), latency and memory are those of the whole model; "of masks" is the masks\' share. Latency is the '
     'median (and quartiles) of one image, "ratio" the median ratio to the same model without its masks, timed in '
-    'turns; the plots place a LAM at its backbone\'s latency times its ratio. "vs plain" is the score less the plain '
-    'backbone\'s. "Pareto" names the costs at which no other model of the same panel is both cheaper and better.'
+    'alternation; the plots show a LAM at its backbone\'s latency times its ratio. "vs plain" is the score minus the '
+    'plain backbone\'s. "Pareto" lists the costs for which no other model of the same panel is both cheaper and better.'
 )
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table to read.
+    """A column of a printed table.
 
     Attributes:
-        heading: above it.
-        cell: writes an entry's cell; empty where there is nothing to say.
-        numeric: right-aligned.
-        speed: belongs to the second table where one with all columns would be too wide.
+        heading: heading of the column.
+        cell: returns the text of an entry's cell, possibly empty.
+        numeric: whether the column is right-aligned.
+        speed: whether the column moves to a second table if one table would be too wide.
     """
 
     heading: str
@@ -71,7 +71,7 @@ def columns_of(comparison: Comparison, group: Group) -> tuple[Column, ...]:
 
 
 def pareto_costs(comparison: Comparison) -> dict[BenchRow, tuple[str, ...]]:
-    """Returns for each row the costs at which it lies on a Pareto front: "GMACs", "latency"."""
+    """Returns the costs for which each row is on a Pareto front: "GMACs", "latency"."""
     found: dict[BenchRow, tuple[str, ...]] = {}
     for cost, panels in (("GMACs", gmacs_panels(comparison)), ("latency", latency_panels(comparison))):
         for panel in panels:
@@ -81,7 +81,7 @@ def pareto_costs(comparison: Comparison) -> dict[BenchRow, tuple[str, ...]]:
 
 
 def caption(group: Group) -> str:
-    """Returns how a group was measured, as far as its rows agree."""
+    """Returns the setting of a group's measurements, as far as its rows agree."""
     facts = []
     settings = {setting_text(entry) for entry in group.entries}
     if len(settings) == 1:
@@ -97,18 +97,18 @@ def caption(group: Group) -> str:
 
 
 def all_notes(comparison: Comparison) -> tuple[str, ...]:
-    """Returns what a reader must know of what is and what is not shown, a sentence each."""
+    """Returns the notes on the comparison and its plots, one sentence each."""
     failed = len(comparison.failed)
-    broken = (f"{failed} measurement(s) failed; they and their reasons are listed.",) if failed else ()
+    broken = (f"{failed} measurement(s) failed; they are listed with the reasons.",) if failed else ()
     return (*broken, *comparison.notes, *plot_notes(comparison))
 
 
 def to_markdown(comparison: Comparison, *, pictures: Sequence[str] = ()) -> str:
-    """Writes the comparison as Markdown.
+    """Renders the comparison as Markdown.
 
     Args:
-        comparison: what is compared.
-        pictures: files, relative to where the text will lie, to show above the tables.
+        comparison: the comparison.
+        pictures: image files to show above the tables, relative to the Markdown file.
     """
     lines = ["# Comparison", ""]
     for picture in pictures:
@@ -129,7 +129,7 @@ def to_markdown(comparison: Comparison, *, pictures: Sequence[str] = ()) -> str:
 
 
 def to_csv(comparison: Comparison) -> str:
-    """Writes all rows as CSV: the columns of the results tables, and what the comparison adds to them.
+    """Renders all rows as CSV: the columns of the results tables, and additional ones.
 
     These are ``source``, ``plain_value``, ``value_difference``, ``gmacs_ratio``, ``params_ratio``, ``pareto_gmacs``
     and ``pareto_latency`` (``yes`` on the front).

@@ -19,12 +19,12 @@ _BENCHMARK_COLUMNS = (
 
 @dataclass(frozen=True)
 class TimmSpeed:
-    """How fast timm measured a model to be.
+    """A throughput measured by timm.
 
     Attributes:
-        machine: what the benchmark file's name says of it: ``"fp32-nchw-pt240-cpu-i9_10940x-dynamo"``.
+        machine: the setting in the name of the benchmark file: ``"fp32-nchw-pt240-cpu-i9_10940x-dynamo"``.
         images_per_s: throughput at ``batch``.
-        batch: images at a time.
+        batch: batch size.
     """
 
     machine: str
@@ -34,16 +34,16 @@ class TimmSpeed:
 
 @dataclass(frozen=True)
 class TimmResult:
-    """One of timm's pretrained models.
+    """The published results of one of timm's pretrained models.
 
     Attributes:
         name: timm's ``arch.tag``.
         img_size: pixels.
         top1: percent, on the 50,000 images of ImageNet-1k's validation split.
         params_m: 10^6 parameters.
-        gmacs: 10^9 multiply-accumulates of one image of that size; None where timm benchmarked the architecture at
-            other sizes alone.
-        speeds: one a benchmark file that has the architecture at this size.
+        gmacs: 10^9 multiply-accumulates of one image of that size; None if timm benchmarked the architecture at other
+            sizes only.
+        speeds: one per benchmark file that has the architecture at this size.
     """
 
     name: str
@@ -55,7 +55,7 @@ class TimmResult:
 
 
 def read_timm(path: str | Path) -> tuple[TimmResult, ...]:
-    """Reads timm's ``results-imagenet.csv`` and, for GMACs and speed, the ``benchmark-infer-*.csv`` beside it.
+    """Reads timm's ``results-imagenet.csv`` and, for GMACs and speed, the ``benchmark-infer-*.csv`` of its folder.
 
     A benchmark belongs to a result if the architecture (the name before the tag) and the image size are the same.
 
@@ -63,13 +63,13 @@ def read_timm(path: str | Path) -> tuple[TimmResult, ...]:
         path: the folder of both (``results/`` of timm's repository), or the ``results-imagenet.csv`` in it.
 
     Raises:
-        DataError: a file that is missing or cannot be read, or scores on another test set than ImageNet-1k's.
+        DataError: a file is missing or can't be read, or has scores on another test set than ImageNet-1k's.
     """
     path = Path(path)
     results = path / _RESULTS if path.is_dir() else path
     lines = _read(results, _RESULT_COLUMNS)
     if lines and "top1_diff" in lines[0]:
-        raise DataError(f"{results} scores another test set than ImageNet-1k's; give timm's {_RESULTS}.")
+        raise DataError(f"{results} has scores on another test set than ImageNet-1k's; give timm's {_RESULTS}.")
     gmacs: dict[tuple[str, str], float] = {}
     speeds: dict[tuple[str, str], list[TimmSpeed]] = {}
     for file in sorted(results.parent.glob(_BENCHMARKS)):
@@ -117,9 +117,7 @@ def _read(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
     table = open_table(path)
     missing = [column for column in columns if not table.rows or column not in table.headings]
     if missing:
-        raise DataError(
-            f"{path} has no column {missing[0]!r}, so it is not one of timm's files; give timm's {_RESULTS}."
-        )
+        raise DataError(f"{path} has no column {missing[0]!r} and is not one of timm's files; give timm's {_RESULTS}.")
     return [line for _, line in table.select(table.headings)]
 
 
@@ -128,5 +126,5 @@ def _number(line: dict[str, str], column: str, path: Path) -> float:
         return float(line[column].replace(",", ""))  # timm writes "1,013.01"
     except ValueError as error:
         raise DataError(
-            f"{path}: {column} of {line['model']} is {line[column]!r}, which is not a number; get the file again."
+            f"{path}: {column} of {line['model']} is {line[column]!r}, which is not a number; download the file again."
         ) from error

@@ -1,4 +1,4 @@
-"""Writes the comparison into a folder: text, pictures and page, all of them or none."""
+"""Atomic writing of the comparison to a folder: text, plots and HTML page."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lamzoo.report.compare.text import to_csv, to_markdown
 def write_comparison(comparison: Comparison, folder: str | Path) -> list[Path]:
     """Writes ``compare.md``, ``compare.csv``, ``compare.html`` and the plots as PNG and SVG; older ones are replaced.
 
-    The page carries its scripts within it, and needs no network.
+    The page includes its scripts and needs no network.
 
     Args:
         comparison: from :func:`compare`.

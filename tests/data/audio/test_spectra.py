@@ -209,13 +209,13 @@ def test_of_overlapping_sound_the_first_is_kept(tmp_path: Path, caplog: pytest.L
     assert spans_of(heard[0], 440) == [pytest.approx((0, 2), abs=0.06)]
     assert spans_of(heard[0], 880) == [pytest.approx((2, 3), abs=0.06)]
     assert "1.0" in caplog.text
-    assert f"s of sound in {path} overlap other sound" in caplog.text
+    assert f"s of sound in {path} that overlap other sound" in caplog.text
 
 
 def test_sound_whose_times_start_again_is_named(tmp_path: Path) -> None:
     path = write_pieces(tmp_path / "a.ts", "mp2", [(0, 48_000, "mono", 440)])
     path.write_bytes(path.read_bytes() * 2)
-    with pytest.raises(DataError, match=r"sound of .*a\.ts: its times start again .*remuxing mends; replace or remove"):
+    with pytest.raises(DataError, match=r"sound of .*a\.ts: its timestamps restart .*; remux, replace or remove"):
         read_log_mel(path)
 
 

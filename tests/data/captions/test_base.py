@@ -59,11 +59,11 @@ def test_what_was_said_before_ends_before_the_clip_and_is_of_its_movie() -> None
 @pytest.mark.parametrize(
     ("items", "says"),
     [
-        ([], "x:y holds no item"),
+        ([], "x:y has no items"),
         ([item("a"), item("a")], "item 'a' is listed twice in x:y"),
-        ([CaptionItem("a", "m", 0.0, 1.0, ())], "item 'a' of x:y has no caption; give it one"),
+        ([CaptionItem("a", "m", 0.0, 1.0, ())], "item 'a' of x:y has no caption; add one"),
         ([item("a", 0, 1, "A", " ")], "item 'a' of x:y has an empty caption"),
-        ([item("a", 2, 2)], "item 'a' of x:y is from 2 to 2 s; its start must come before its end"),
+        ([item("a", 2, 2)], "item 'a' of x:y is from 2 to 2 s; its start must be before its end"),
         ([item("a", math.nan, 2)], "is from nan to 2 s"),
     ],
 )
@@ -75,10 +75,10 @@ def test_items_that_are_wrong_are_named(items: list[CaptionItem], says: str) -> 
 @pytest.mark.parametrize(
     ("found", "says"),
     [
-        ({}, "item 'a' of x:y has no features of video or audio; make some, or leave it out"),
-        ({"video": stream(3, 2)}, r"item 'a' of x:y has video features \(3, 2\), .* rows of 3, as of other items"),
+        ({}, "item 'a' of x:y has no features of video or audio; extract some, or remove the item"),
+        ({"video": stream(3, 2)}, r"item 'a' of x:y has video features \(3, 2\) .* rows of 3, as for other items"),
         ({"video": stream(0, 3)}, r"video features \(0, 3\)"),
-        ({"video": stream(4, 3, 5)}, r"video features \(4, 3\), and 5 times"),
+        ({"video": stream(4, 3, 5)}, r"video features \(4, 3\) and 5 times"),
     ],
 )
 def test_features_that_are_wrong_are_named(found: dict[str, Stream], says: str) -> None:
@@ -94,8 +94,8 @@ def test_a_layout_without_pieces_can_t_be_spliced() -> None:
 @pytest.mark.parametrize(
     ("spec", "split", "says"),
     [
-        ("mad:", "val", "says mad, but not which; write mad:DIR"),
-        ("captions:x", "val", "'captions:x' is not a data set of captions; write mad:DIR"),
+        ("mad:", "val", "has nothing after mad:; it must be mad:DIR"),
+        ("captions:x", "val", "'captions:x' is not a caption data set; it must be mad:DIR"),
         ("lsmdc:nowhere", "val", "no such folder: nowhere"),
         ("mad:nowhere:3", "val", "no such folder: nowhere"),
         ("videos:nowhere:3", "val", "no such folder: nowhere"),

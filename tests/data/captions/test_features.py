@@ -53,7 +53,7 @@ def test_files_know_their_rate_or_are_told_it_or_are_spread(tmp_path: Path) -> N
     assert spread["video"].times == pytest.approx(np.arange(6) / 2 + 0.25)
     assert spread["audio"].times == pytest.approx(np.arange(12) / 4 + 0.125)
     assert FeatureFiles(tmp_path).read("none", 0.0, 3.0) == {}
-    with pytest.raises(DataError, match=r"plain\.npz doesn't say how many rows a second has; write it behind"):
+    with pytest.raises(DataError, match=r"plain\.npz doesn't state its rows per second; append them"):
         FeatureFiles(tmp_path).read("plain", 0.0, 3.0)
 
 
@@ -71,20 +71,20 @@ def damaged_origin(path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "change", "says"),
     [
-        ("b.npy", lambda path: path.write_bytes(b"no"), r"b\.npy is no whole npy file"),
-        ("b.npz", lambda path: path.write_bytes(b"no"), r"b\.npz is no whole npz file"),
+        ("b.npy", lambda path: path.write_bytes(b"no"), r"b\.npy is not a complete npy file"),
+        ("b.npz", lambda path: path.write_bytes(b"no"), r"b\.npz is not a complete npz file"),
         ("b.npz", lambda path: np.savez(path, x=rows(3)), r"b\.npz has no array 'features'"),
-        ("b.npz", damaged_origin, r"b\.npz doesn't say properly what made it"),
+        ("b.npz", damaged_origin, r"b\.npz has invalid provenance"),
         (
             "b.npy",
             lambda path: np.save(path, rows(3)[0]),
-            r"b\.npy is float32 \(4,\); it must be floats, a row a frame",
+            r"b\.npy is float32 \(4,\); it must be floats, one row per frame",
         ),
         ("b.npy", lambda path: np.save(path, rows(3) * np.nan), r"b\.npy has values that are not finite"),
         (
             "b.npy",
             lambda path: np.save(path, rows(3, 5)),
-            r"b\.npy has 5 features a row, and others of its folder have 4",
+            r"b\.npy has 5 features per row, and others in its folder have 4",
         ),
     ],
 )

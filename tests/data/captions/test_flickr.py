@@ -51,7 +51,7 @@ def test_a_photograph_is_its_patches(tmp_path: Path) -> None:
 
 
 def test_captions_that_are_none_are_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"captions of '0\.jpg' in .* are not all texts"):
+    with pytest.raises(DataError, match=r"captions of '0\.jpg' in .* must all be strings"):
         create_caption_dataset(f"flickr8k:{write(tmp_path, 128, captions=[1])}", "train")
     with pytest.raises(DataError, match=r"item '0\.jpg' of .* has an empty caption"):
         create_caption_dataset(f"flickr8k:{write(tmp_path, 128, captions=[' '])}", "train")

@@ -269,10 +269,10 @@ def longer_clip(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "options", "says"),
     [
-        (None, ":mouth+mouth", r"can't be read as mouth\+mouth; name each of mouth, face, audio at most once"),
-        (None, ":mouth:noise", "noise would be of GRID's sound, which is not among mouth; add audio"),
+        (None, ":mouth+mouth", r"are mouth\+mouth; they must be mouth, face, audio, each at most once"),
+        (None, ":mouth:noise", "'noise' degrades GRID's sound, which is not among mouth; add audio"),
         (None, ":smell", "no such folder: .*:smell"),
-        (cut_sound, "", "logmel.npz is no whole npz archive"),
+        (cut_sound, "", "logmel.npz is not a complete npz archive"),
         (longer_clip, ":mouth", r"not 60 frames of 80 x 48; the n_frames of its line"),
         (longer_clip, ":face", r"face\.npz\[24\] is 64 x 960 pixels, not 12 frames of 64 x 64"),
     ],

@@ -90,7 +90,7 @@ def test_sentences_that_are_none_are_left_out_and_counted(mad: Path, caplog: pyt
     (mad / "annotations" / "MAD_train.json").write_text(json.dumps(lines))
     with caplog.at_level(logging.INFO, "lamzoo"):
         assert len(opened(mad)) == 1
-    assert "left out 2 of the 3 sentences" in caplog.text
+    assert "dropped 2 of the 3 sentences" in caplog.text
 
 
 def test_files_may_lie_as_they_are_handed_out_or_all_in_one_folder(mad: Path) -> None:
@@ -183,11 +183,15 @@ def cut_off(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "split", "says"),
     [
-        (annotate("{"), "train", r"MAD_train\.json is no readable JSON"),
-        (annotate("[]"), "train", r"MAD_train\.json is no object of sentences"),
-        (annotate('{"7": {"movie": "m"}}'), "train", r"sentence '7' of .*MAD_train\.json has no movie, sentence and"),
+        (annotate("{"), "train", r"MAD_train\.json is not readable JSON"),
+        (annotate("[]"), "train", r"MAD_train\.json must be a JSON object of sentences"),
+        (
+            annotate('{"7": {"movie": "m"}}'),
+            "train",
+            r"sentence '7' of .*MAD_train\.json must have movie, sentence and",
+        ),
         (annotate(json.dumps({"7": line("m", 1, 2) | {"timestamps": [1]}})), "train", "sentence '7' of"),
-        (annotate("{}"), "train", "holds no item"),
+        (annotate("{}"), "train", "has no items"),
         (tabulate("movie,start,text\nm,1,t\n"), "train-named", r"named\.csv has no column 'end'; its first line must"),
         (
             tabulate("movie,start,end,text\nm,1,x,t\n"),
@@ -196,9 +200,9 @@ def cut_off(folder: Path) -> None:
         ),
         (no_frames, "train", r"has no CLIP_L14_frames_features_5fps\.h5 or CLIP_B32"),
         (other_movies, "train", "item '0' of mad:.* has no features of video"),
-        (nested, "train", f"{FRAMES} has no data sets of a row a frame"),
+        (nested, "train", f"{FRAMES} must have one data set per movie"),
         (not_finite, "train", f"10142 in .*{FRAMES} has values that are not finite"),
-        (cut_off, "train", f"{FRAMES} is no whole HDF5 file"),
+        (cut_off, "train", f"{FRAMES} is not a complete HDF5 file"),
     ],
 )
 def test_what_is_wrong_is_named(mad: Path, change: Any, split: str, says: str) -> None:

@@ -66,7 +66,7 @@ def test_spans_of_a_video_are_items(videos: Path) -> None:
     (videos / "captions.csv").write_text(SPANS)
     (videos / "features" / "clip_features" / "a.npz").unlink()
     np.savez(videos / "features" / "clip_features" / "a.npz", features=rows(10))
-    with pytest.raises(MissingSplitError, match="no split 'val', since it has no splits; .* give captions.csv"):
+    with pytest.raises(MissingSplitError, match="no split 'val', since it has no splits; .* to captions.csv"):
         opened(videos, split="val")
     dataset = opened(videos, split="all")
     assert dataset.split is None
@@ -123,17 +123,21 @@ def broken(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "options", "says"),
     [
-        (no_table, ":5", r"has no captions\.csv; write one with the columns video,caption or"),
+        (no_table, ":5", r"has no captions\.csv; add one with the columns video,caption or"),
         (table("video,text\na,b\n"), ":5", "has no column 'caption'"),
         (table("video,caption,start\nb.mp4,b,1\n"), ":5", "has only one of the columns start and end"),
-        (table("video,caption,start,end\nb.mp4,b,2,1\n"), ":5", r"describes 'b\.mp4' from 2 to 1; write seconds"),
-        (table("video,caption,start,end\nb.mp4,b,1,end\n"), ":5", "from 1 to end; write seconds"),
-        (table("video,caption\nc.mp4,c\n"), ":5", r"there is no .*c\.mp4; put the video there"),
+        (
+            table("video,caption,start,end\nb.mp4,b,2,1\n"),
+            ":5",
+            r"describes 'b\.mp4' from 2 to 1; both must be seconds",
+        ),
+        (table("video,caption,start,end\nb.mp4,b,1,end\n"), ":5", "from 1 to end; both must be seconds"),
+        (table("video,caption\nc.mp4,c\n"), ":5", r"there is no .*c\.mp4; add the video"),
         (table("video,caption\n../c.mp4,c\n"), ":5", "is not below"),
-        (same_name, ":5", r"a\.mp4 and .*a\.mp4 would have the same features; rename one of them"),
+        (same_name, ":5", r"a\.mp4 and .*a\.mp4 would have the same feature file; rename one of them"),
         (broken, ":5", r"cannot read the sound of .*a\.mp4"),
-        (table("video,caption,split\nb.mp4,b,train\n"), "", r"b\.npy doesn't say how many rows a second has"),
-        (table(TABLE), ":0", "can't have 0 rows a second"),
+        (table("video,caption,split\nb.mp4,b,train\n"), "", r"b\.npy doesn't state its rows per second"),
+        (table(TABLE), ":0", "can't have 0 rows per second"),
     ],
 )
 def test_what_is_wrong_is_named(videos: Path, change: Any, options: str, says: str) -> None:

@@ -182,7 +182,7 @@ def test_what_is_no_image_is_named(tmp_path: Path) -> None:
         open_image(tmp_path)
     with pytest.raises(DataError, match="no such image"):
         open_image(tmp_path / "b.png")
-    with pytest.raises(DataError, match="holds no image"):
+    with pytest.raises(DataError, match="has no image"):
         find_images([tmp_path / "empty"])
     with pytest.raises(DataError, match="no such image or folder"):
         find_images([tmp_path / "c"])

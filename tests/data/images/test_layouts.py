@@ -106,7 +106,7 @@ def listed(root: Path) -> str:
 @pytest.mark.parametrize("split", ["val", "train", "test"])
 def test_a_split_of_data_without_splits_is_an_error(tmp_path: Path, write: Callable[[Path], str], split: str) -> None:
     spec = write(tmp_path)
-    with pytest.raises(MissingSplitError, match=f"no split '{split}', since it has no splits; name the split 'all'"):
+    with pytest.raises(MissingSplitError, match=f"no split '{split}', since it has no splits; use the split 'all'"):
         create_dataset(spec, split)
     assert create_dataset(spec, "all").split is None
 
@@ -258,7 +258,7 @@ def test_a_truncated_image_in_an_npz_is_named_by_its_index(tmp_path: Path) -> No
         ({"labels": np.arange(4)}, "offsets must rise"),
         ({"labels": np.array([0.5] * 9)}, "labels is float64"),
         ({"jpeg": np.zeros(10, np.uint8)}, "offsets must rise"),
-        ({"labels": np.array([{}] * 9)}, "no whole npz archive of plain arrays"),
+        ({"labels": np.array([{}] * 9)}, "not a complete npz archive of plain arrays"),
     ],
     ids=["missing", "too-high", "negative", "too-few", "floats", "too-short", "objects"],
 )
@@ -271,7 +271,7 @@ def test_a_wrong_npz_is_refused_at_once(tmp_path: Path, arrays: dict, message: s
 def test_a_cut_npz_is_refused(tmp_path: Path) -> None:
     path = write_npz(tmp_path / "packed") / "test.npz"
     path.write_bytes(path.read_bytes()[:-200])
-    with pytest.raises(DataError, match="no whole npz"):
+    with pytest.raises(DataError, match="not a complete npz"):
         create_dataset(str(path.parent), "test")
 
 
@@ -285,7 +285,7 @@ def test_wrong_shards_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a-1\.tar is missing"):
         create_dataset(f"wds:{tmp_path}/a-{{0..1}}.tar", "test")
     (tmp_path / "b.tar").write_bytes(b"no tar")
-    with pytest.raises(DataError, match=r"b\.tar is no whole"):
+    with pytest.raises(DataError, match=r"b\.tar is not a complete"):
         create_dataset(f"wds:{tmp_path}/b.tar", "test")
     with pytest.raises(DataError, match="not local"):
         create_dataset("wds:pipe:rm -rf x", "test")
@@ -294,21 +294,21 @@ def test_wrong_shards_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("nowhere", "neither a data set nor a folder"),
-        ("coco:DIR", "neither a data set nor a folder"),
-        ("imagefolder:", "says imagefolder, but not which"),
+        ("nowhere", "neither a data set nor an existing folder"),
+        ("coco:DIR", "neither a data set nor an existing folder"),
+        ("imagefolder:", "has nothing after imagefolder:"),
         ("imagefolder:nowhere", "no such folder: nowhere"),
         ("npz:nowhere", "no such folder: nowhere"),
-        ("torchvision:CIFAR10", "has no folder; write torchvision:CIFAR10:ROOT"),
+        ("torchvision:CIFAR10", "has no folder; it must be torchvision:CIFAR10:ROOT"),
         ("torchvision:CIFAR10:nowhere", r"download it with torchvision\.datasets\.CIFAR10"),
-        ("torchvision:CIFAR10:.", "not whole"),
+        ("torchvision:CIFAR10:.", "not complete"),
         ("torchvision:Nothing:.", "no data set 'Nothing'"),
         ("wds:nowhere-*.tar", "no shard"),
-        ("imagelist:nowhere", "has no file of labels; write imagelist:nowhere:FILE"),
+        ("imagelist:nowhere", "has no label file; it must be imagelist:nowhere:FILE"),
         ("imagelist:nowhere:labels.txt", "no such folder: nowhere"),
-        ("imagelist:EMPTY:labels.txt", "EMPTY holds no image"),
+        ("imagelist:EMPTY:labels.txt", "EMPTY has no images"),
         ("imagefolder:EMPTY", "no class folders"),
-        ("imagefolder:HOLLOW", "hold no image"),
+        ("imagefolder:HOLLOW", "have no images"),
     ],
 )
 def test_a_wrong_specification_names_the_culprit(

@@ -44,7 +44,7 @@ def test_the_same_images_are_held_out_again(folder: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize("split", ["test", "bogus"])
 def test_the_parts_of_a_run_are_named_where_there_is_no_such_split(folder: Path, tmp_path: Path, split: str) -> None:
     stored(folder, tmp_path)
-    way_out = f"no split '{split}': the run split it in 'train' and 'validation'; name one of these, or 'all' for both"
+    way_out = f"no split '{split}': the run split it into 'train' and 'validation'; use one of these, or 'all' for both"
     with pytest.raises(MissingSplitError, match=way_out):
         names(str(folder), split, tmp_path)
     assert len(names(str(folder), "all", tmp_path)) == 24

@@ -28,7 +28,7 @@ def test_a_scan_names_each_bad_image_and_why(folder: Path, workers: int) -> None
         (0, str(folder / "blue" / "0.jpg")),
         (7, str(folder / "red" / "1.jpg")),
     ]
-    assert bad[0].reason == "it is not an image in a format that Pillow knows"
+    assert bad[0].reason == "it is not an image in a format that Pillow supports"
     assert "truncated" in bad[1].reason.lower()
     assert seen[-1] == (9, 9)
 
@@ -39,7 +39,7 @@ def test_a_scan_finds_files_that_went_away_and_labels_that_are_none(folder: Path
     (folder / "green" / "2.jpg").unlink()
     reasons = {image.index: image.reason for image in find_invalid_images(dataset)}
     assert reasons[5] == "No such file or directory"
-    assert "is 2, which is none of the 2 classes" in reasons[6]
+    assert "is 2, which is not one of the 2 classes" in reasons[6]
     assert set(reasons) == {0, 5, 6, 7, 8}
 
 
@@ -76,7 +76,7 @@ def test_a_class_that_would_lose_its_last_image_is_named(folder: Path) -> None:
     for path in (folder / "red").iterdir():
         path.write_text("nothing")
     dataset = create_dataset(str(folder), "all")
-    with pytest.raises(DataError, match="no usable image is left of the class 'red'"):
+    with pytest.raises(DataError, match="no valid image is left of the class 'red'"):
         set_aside_invalid(dataset, "skip")
     kept, bad = set_aside_invalid(dataset, "skip", every_class=False)
     assert kept.labels() == [0, 0, 1, 1, 1]

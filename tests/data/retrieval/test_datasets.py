@@ -67,7 +67,7 @@ def test_a_folder_without_splits_is_taken_whole(folder: Path) -> None:
     dataset = create_retrieval_dataset(f"videos:{folder}", "all")
     assert dataset.videos == ["dogs/a.mp4", "cat.mp4"]
     assert dataset.split is None
-    with pytest.raises(MissingSplitError, match=r"no split 'val', since it has no splits; .* give captions"):
+    with pytest.raises(MissingSplitError, match=r"no split 'val', since it has no splits; .* to captions"):
         create_retrieval_dataset(f"videos:{folder}", "val")
 
 
@@ -78,8 +78,8 @@ def test_a_folder_without_splits_is_taken_whole(folder: Path) -> None:
         ("video,caption\ncat,\n", "line 2 of .* has no 'caption'"),
         ("video,caption,split\ncat,a cat\n", "line 2 of .* has no 'split'"),
         ("video,caption,split\ncat,a cat,train\n", "no split 'test'; it has 'train'"),
-        ("video,caption\nhorse,a horse\n", "no .*horse with the extension of a video; put the video there, or remove"),
-        ("video,caption\nhorse.mp4,a horse\n", r"no .*horse\.mp4; put"),
+        ("video,caption\nhorse,a horse\n", "no .*horse with a video extension; add the video, or remove"),
+        ("video,caption\nhorse.mp4,a horse\n", r"no .*horse\.mp4; add"),
         ("video,caption\n/etc/passwd,a file\n", "'/etc/passwd' in .* is not below"),
         ("video,caption\n../cat,a cat\n", r"'\.\./cat' in .* is not below"),
     ],
@@ -178,7 +178,7 @@ def test_a_broken_video_in_a_shard_is_named_by_its_key(tmp_path: Path, clip: byt
         ({"x.mp4": b"", "x.txt": b"\n"}, "caption 1 of the video 'x' of .* is empty"),
         ({"x.mp4": b"", "x.txt": b"a\n\nb"}, "caption 2 of the video 'x' of .* is empty"),
         ({"x.mp4": b"", "x.mkv": b"", "x.txt": b"a"}, "has the sample 'x' twice"),
-        ({"README": b""}, "holds no video"),
+        ({"README": b""}, "has no video"),
     ],
 )
 def test_wrong_shards_are_refused(tmp_path: Path, samples: dict[str, bytes], message: str) -> None:
@@ -200,7 +200,7 @@ def test_shards_that_are_missing_cut_or_remote_are_refused(tmp_path: Path) -> No
         with pytest.raises(DataError, match=message):
             create_retrieval_dataset(f"wds:{spec}", "test")
     shard.write_bytes(shard.read_bytes()[:3000])
-    with pytest.raises(DataError, match=r"train-0\.tar is no whole"):
+    with pytest.raises(DataError, match=r"train-0\.tar is not a complete"):
         create_retrieval_dataset(f"wds:{shard}", "test")
 
 
@@ -215,24 +215,24 @@ def test_some_videos_keep_all_their_captions(folder: Path) -> None:
     assert len(part.read(0, SAMPLING).frames) == 3
     with pytest.raises(DataError, match="has no video 2; it has 2"):
         select_videos(dataset, [2])
-    with pytest.raises(DataError, match="holds no video"):
+    with pytest.raises(DataError, match="has no video"):
         select_videos(dataset, [])
 
 
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("nowhere", "is not a data set of videos with captions; write msrvtt:DIR"),
+        ("nowhere", "is not a data set of videos with captions; it must be msrvtt:DIR"),
         ("imagefolder:EMPTY", "is not a data set of videos with captions"),
-        ("msvd:", "says msvd, but not which"),
-        ("grid", "says grid, but not which"),
+        ("msvd:", "has nothing after msvd:"),
+        ("grid", "has nothing after grid:"),
         ("msrvtt:nowhere", "no such folder: nowhere"),
         ("msvd:nowhere", "no such folder: nowhere"),
         ("videos:nowhere", "no such folder: nowhere"),
         ("grid:nowhere", "no such folder: nowhere"),
         ("flickr8k:nowhere", "no such folder: nowhere"),
-        ("videos:EMPTY", r"has no captions\.csv; write one with the columns video,caption"),
-        ("grid:EMPTY:ear", "no view 'ear' of EMPTY; write 'mouth' or 'face' or 'lips' or 'motion'"),
+        ("videos:EMPTY", r"has no captions\.csv; add one with the columns video,caption"),
+        ("grid:EMPTY:ear", "EMPTY has no view 'ear'; it must be 'mouth' or 'face' or 'lips' or 'motion'"),
         ("grid:EMPTY", r"cannot read EMPTY/captions\.jsonl: No such file"),
     ],
 )

@@ -86,7 +86,7 @@ def test_the_short_list_is_chosen_by_its_name(tmp_path: Path) -> None:
     root = write_msrvtt(tmp_path)
     assert create_retrieval_dataset(f"msrvtt:{root}:7k", "train").videos == ["video3", "video0"]
     assert len(create_retrieval_dataset(f"msrvtt:{root}:9k", "train")) == 5
-    with pytest.raises(DataError, match="no training list '8k' of .*; write '9k' or '7k'"):
+    with pytest.raises(DataError, match="has no training list '8k'; it must be '9k' or '7k'"):
         create_retrieval_dataset(f"msrvtt:{root}:8k", "train")
 
 
@@ -113,7 +113,7 @@ def test_videos_without_a_file_are_named_and_counted(tmp_path: Path) -> None:
     for number in (0, 2):
         (root / "videos" / "all" / f"video{number}.mp4").unlink()
     with pytest.raises(
-        DataError, match=r"no video 'video0', nor 1 more of the 5; put video0\.mp4, .* out of .*train\.9k"
+        DataError, match=r"no video 'video0', nor 1 more of the 5; add video0\.mp4, .* from .*train\.9k"
     ):
         create_retrieval_dataset(f"msrvtt:{root}", "train")
     assert len(create_retrieval_dataset(f"msrvtt:{root}", "test")) == 2
@@ -123,7 +123,7 @@ def test_videos_without_captions_are_named(tmp_path: Path) -> None:
     root = write_msrvtt(tmp_path)
     with (root / "MSRVTT_train.7k.csv").open("a") as file:
         file.write("\nvideo77")
-    with pytest.raises(DataError, match=r"MSRVTT_data\.json has no caption of the video 'video77'; .* out of .*7k"):
+    with pytest.raises(DataError, match=r"MSRVTT_data\.json has no caption of the video 'video77'; .* from .*7k"):
         create_retrieval_dataset(f"msrvtt:{root}:7k", "train")
 
 
@@ -133,20 +133,30 @@ def test_videos_without_captions_are_named(tmp_path: Path) -> None:
         ("MSRVTT_JSFUSION_test.csv", None, "test", r"has no MSRVTT_JSFUSION_test\.csv; https://"),
         ("MSRVTT_JSFUSION_test.csv", "key,video\n1,video1", "test", "no column 'video_id'; .* names 'key', 'video'"),
         ("MSRVTT_JSFUSION_test.csv", "", "test", "no column 'video_id'; .* names none"),
-        ("MSRVTT_JSFUSION_test.csv", "video_id,sentence\n", "test", "no line below"),
+        ("MSRVTT_JSFUSION_test.csv", "video_id,sentence\n", "test", "no rows after"),
         ("MSRVTT_JSFUSION_test.csv", "video_id,sentence\nvideo1, \n", "test", "line 2 of .* has no 'sentence'"),
         ("MSRVTT_JSFUSION_test.csv", "video_id,sentence\nvideo1\n", "test", "line 2 of .* has no 'sentence'"),
-        ("MSRVTT_JSFUSION_test.csv", 'video_id,sentence\nvideo1,"a\nvideo2,b\n', "test", "line 2 of .* opens a double"),
+        ("MSRVTT_JSFUSION_test.csv", 'video_id,sentence\nvideo1,"a\nvideo2,b\n', "test", "line 2 of .* has a double"),
         ("MSRVTT_JSFUSION_test.csv", b"video_id,sentence\nvideo1,\xff\xfe", "test", "cannot read .*decode"),
         ("MSRVTT_train.9k.csv", None, "train", r"has no MSRVTT_train\.9k\.csv"),
         ("MSRVTT_train.9k.csv", "video_id\nvideo1\nvideo1", "train", "'video1' is listed twice"),
         ("MSRVTT_data.json", None, "train", r"has no MSRVTT_data\.json; https://"),
-        ("MSRVTT_data.json", '{"sentences": [{"vid', "train", r"MSRVTT_data\.json is no readable JSON"),
+        ("MSRVTT_data.json", '{"sentences": [{"vid', "train", r"MSRVTT_data\.json is not readable JSON"),
         ("MSRVTT_data.json", "[]", "train", "has no list 'sentences'"),
-        ("MSRVTT_data.json", '{"sentences": [{"caption": "a"}]}', "train", "entry 0 of 'sentences' .* no 'video_id'"),
-        ("MSRVTT_data.json", '{"sentences": [{"caption": 1, "video_id": "x"}]}', "train", "entry 0 .* no 'caption'"),
+        (
+            "MSRVTT_data.json",
+            '{"sentences": [{"caption": "a"}]}',
+            "train",
+            "entry 0 of 'sentences' .* must have the string 'video_id'",
+        ),
+        (
+            "MSRVTT_data.json",
+            '{"sentences": [{"caption": 1, "video_id": "x"}]}',
+            "train",
+            "entry 0 .* must have the string 'caption'",
+        ),
         ("MSRVTT_data.json", '{"videos": []}', "val", "no video whose split is 'validate'"),
-        ("MSRVTT_data.json", '{"videos": [3]}', "val", "entry 0 of 'videos' .* no 'video_id'"),
+        ("MSRVTT_data.json", '{"videos": [3]}', "val", "entry 0 of 'videos' .* must have the string 'video_id'"),
     ],
 )
 def test_a_wrong_file_is_named(

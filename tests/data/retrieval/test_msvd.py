@@ -56,11 +56,11 @@ def test_the_pickle_is_never_opened_and_the_error_says_how_to_convert_it(folder:
 @pytest.mark.parametrize(
     ("name", "content", "split", "message"),
     [
-        ("raw-captions.json", None, "test", r"get raw-captions\.pkl from https://"),
-        ("raw-captions.json", '{"a": ', "test", r"raw-captions\.json is no readable JSON"),
-        ("raw-captions.json", "[]", "test", "must be an object of lists"),
-        ("raw-captions.json", '{"v": ["a", 3]}', "test", "the captions of 'v' in .* must be a list of texts"),
-        ("raw-captions.json", '{"v": "a"}', "test", "the captions of 'v' in .* must be a list of texts"),
+        ("raw-captions.json", None, "test", r"download raw-captions\.pkl from https://"),
+        ("raw-captions.json", '{"a": ', "test", r"raw-captions\.json is not readable JSON"),
+        ("raw-captions.json", "[]", "test", "must be a JSON object of lists"),
+        ("raw-captions.json", '{"v": ["a", 3]}', "test", "the captions of 'v' in .* must be a list of strings"),
+        ("raw-captions.json", '{"v": "a"}', "test", "the captions of 'v' in .* must be a list of strings"),
         (
             "raw-captions.json",
             '{"v": ["a"]}',
@@ -84,5 +84,5 @@ def test_a_wrong_file_is_named(folder: Path, name: str, content: str | None, spl
 
 def test_a_missing_video_is_named(folder: Path) -> None:
     (folder / "YouTubeClips" / "-4wsuPCjDBc_5_15.avi").unlink()
-    with pytest.raises(DataError, match=r"YouTubeClips has no video '-4wsuPCjDBc_5_15'; put .* out of .*test_list"):
+    with pytest.raises(DataError, match=r"YouTubeClips has no video '-4wsuPCjDBc_5_15'; add .* from .*test_list"):
         create_retrieval_dataset(f"msvd:{folder}", "test")

@@ -174,7 +174,7 @@ def test_pieces_come_from_the_chosen_clips_alone(grid: Path) -> None:
 def test_what_has_no_pieces_cannot_be_spliced(grid: Path) -> None:
     lines = (grid / "captions.jsonl").read_text().replace('"words"', '"spans"')
     (grid / "captions.jsonl").write_text(lines)
-    with pytest.raises(DataError, match=r"mouth\.npz\[[02]\] in captions\.jsonl has no words with their times"):
+    with pytest.raises(DataError, match=r"mouth\.npz\[[02]\] in captions\.jsonl has no words with times"):
         create_retrieval_dataset(f"grid:{grid}", "train").splice(EVERY_FRAME)
 
 
@@ -219,7 +219,7 @@ def test_flickr8k_is_videos_of_one_frame_with_five_captions(flickr: Path) -> Non
     [
         ('{"image": "a", "split": "test"}', "line 1 of .* has no 'captions' of type list"),
         ('{"image": "a", "split": "test", "captions": []}', "video 'a' of flickr8k:.* has no caption"),
-        ('{"image": "a", "split": "test", "captions": [3]}', "captions of 'a' in .* are not all texts"),
+        ('{"image": "a", "split": "test", "captions": [3]}', "captions of 'a' in .* must all be strings"),
         ('{"image": "a", "split": "test", "captions": [" "]}', "caption 1 of the video 'a' of .* is empty"),
         ('{"image": "a", "split": "train", "captions": ["b"]}', "no split 'test'; it has 'train'"),
         ('{"image": "a"', "line 1 of .* is not JSON"),
@@ -238,10 +238,10 @@ def test_wrong_lines_are_named(tmp_path: Path, line: str, message: str) -> None:
 def test_a_wrong_archive_is_refused_at_once(flickr: Path) -> None:
     whole = (flickr / "images.npz").read_bytes()
     (flickr / "images.npz").write_bytes(whole[:-100])
-    with pytest.raises(DataError, match=r"images\.npz is no whole npz archive"):
+    with pytest.raises(DataError, match=r"images\.npz is not a complete npz archive"):
         create_retrieval_dataset(f"flickr8k:{flickr}", "test")
     np.savez(flickr / "images.npz", jpeg=np.zeros(3, np.uint8))
-    with pytest.raises(DataError, match=r"images\.npz is no whole npz archive .*offsets"):
+    with pytest.raises(DataError, match=r"images\.npz is not a complete npz archive .*offsets"):
         create_retrieval_dataset(f"flickr8k:{flickr}", "test")
     np.savez(flickr / "images.npz", jpeg=np.zeros(3), offsets=np.arange(5))
     with pytest.raises(DataError, match="jpeg must be a row of uint8"):
