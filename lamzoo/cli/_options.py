@@ -24,12 +24,15 @@ Json = Annotated[bool, typer.Option("--json", help="Print only JSON to stdout.")
 BatchSize = Annotated[int, typer.Option(help="Images per batch.")]
 
 
-def load_model(name: str, checkpoint: Path | None) -> nn.Module:
-    """Creates a model with its published weights or those of a checkpoint, or opens an exported program."""
+def load_model(name: str, checkpoint: Path | None, *, programs: bool = True) -> nn.Module:
+    """Creates a model with its published weights or those of a checkpoint, or opens an exported program.
+
+    Exported programs are refused where ``programs`` is false.
+    """
     from lamzoo.registry.catalog import model_ref
 
     ref = model_ref(name)
-    if ref.kind == "program" and ref.path is not None:
+    if programs and ref.kind == "program" and ref.path is not None:
         from lamzoo.export import load_exported
 
         if checkpoint is not None:

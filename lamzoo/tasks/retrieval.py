@@ -30,7 +30,6 @@ RETRIEVAL = Task(
     run="lamzoo.training.retrieval.run:RetrievalRun",
     defaults="lamzoo.training.defaults:for_videos",
     options=("fps", "slicing", "dual_softmax", "on_bad_input"),
-    explain="lamzoo.report.mask_pictures:explain",
     describe_input="lamzoo.evaluation.retrieval.evaluate:describe_input",
     reads_images=True,
 )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from lamzoo.export import export_model
 from lamzoo.profiling.candidates import select_models
 from lamzoo.registry.factory import create_model
 from lamzoo.registry.saving import save_pretrained
@@ -74,10 +75,27 @@ def test_commands_take_and_refuse_the_same_names(command: str, run) -> None:
     for name, says in (UNDERSTOOD | REFUSED).items():
         if name.startswith("open_clip/") and command in ("eval", "train"):
             says = "'data' is not a data set of videos with captions"  # a folder of images is not for its task
+        if name.startswith("open_clip/") and command == "explain":
+            says = "which `lamzoo explain` can't draw"
         done = run(*COMMANDS[command].format(name=name).split())
         assert done.code == 2, (name, done)
         assert re.search(says, done.err), (name, done)
         assert done.err.count("lamzoo: ") == 1, (name, done)
+
+
+@pytest.mark.parametrize("line", ["explain x.pt2 data/val/red/0.jpg --out x.png", "export x.pt2 --out y.pt2"])
+def test_exported_programs_are_neither_explained_nor_exported_again(line: str, place: Path, run) -> None:
+    export_model(create_model("lam_vit_micro", img_size=16, embed_dim=16, depth=1, num_heads=2), place / "x.pt2")
+    done = run(*line.split())
+    assert done.code == 2
+    assert "'x.pt2' is an exported program, which can only be run" in done.err
+
+
+def test_models_without_image_classes_are_refused_by_commands_for_images(run) -> None:
+    done = run(*["explain", "lam_clip4clip_micro", "data/val/red/0.jpg", "--out", "x.png"])
+    assert (done.code, "which `lamzoo explain` can't draw" in done.err) == (2, True), done
+    done = run(*["predict", "lam_clip4clip_micro", "data/val/red/0.jpg"])
+    assert (done.code, "choose an image classifier" in done.err) == (2, True), done
 
 
 @pytest.mark.parametrize("name", UNDERSTOOD)
