@@ -84,7 +84,7 @@ def test_an_image_is_still_drawn(call: Callable[..., Any]) -> None:
         ("lam_vit_micro", "PHOTO --split val", "--split does not apply to an image"),
         ("lam_vit_micro", "--data DATA --split val", "a classifier, which is drawn over an image; give IMAGE instead"),
         ("lam_moment_detr_micro", "--data DATA", "no split 'test'; it has 'val'"),
-        ("lam_moment_detr_micro", "--data moments:x", "is not a data set of moments"),
+        ("lam_moment_detr_micro", "--data moments:x", "is not a moment data set"),
         (
             "lam_moment_detr_micro",
             "--data DATA --split val --query 99",

@@ -34,8 +34,8 @@ def test_command(tmp_path: Path, run: Any) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("--at", "1"), "how many with --keep"),
-        (("--keep", "0.5", "--at", "one"), "numbers with commas"),
+        (("--at", "1"), "which --keep or --target-gmacs enables"),
+        (("--keep", "0.5", "--at", "one"), "comma-separated list"),
         (("--keep", "1.5"), "keep=1.5"),
         (("--images", "nowhere.jpg"), "nowhere.jpg"),
         (("--format", "torch"), "must end in .pt2"),

@@ -38,7 +38,7 @@ def test_kinds_of_data_are_those_that_the_task_opens(task: Task) -> None:
     for kind in task.kinds:
         with pytest.raises(DataError) as caught:
             task.open_split(f"{kind}:", "test")
-        assert f"says {kind}, but not which" in str(caught.value)
+        assert f"has nothing after {kind}:" in str(caught.value)
 
 
 def _sources() -> Iterator[tuple[Path, ast.AST]]:

@@ -221,7 +221,7 @@ def test_unreadable_videos_are_named_and_left_out_or_stop(
     found = index(folder, model, workers=1)
     assert len(found) == 5
     assert {path.name: reason for path, reason in found.unreadable.items()} == {
-        "broken.mp4": "it is an MP4 without its index (moov), as of a recording or download that broke off",
+        "broken.mp4": "it is an MP4 without its index (moov), as from an interrupted recording or download",
         "empty.mkv": "it is empty",
     }
     assert [name for name in ("broken.mp4", "empty.mkv") if name in caplog.text] == ["broken.mp4", "empty.mkv"]
