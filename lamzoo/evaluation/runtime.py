@@ -69,7 +69,8 @@ def class_count(model: nn.Module) -> int:
     count = getattr(model, "num_classes", 0)
     if not isinstance(count, int) or count < 1:
         raise UnsupportedHostError(
-            f"{type(model).__name__} has no classes; choose an image classifier, or create the model with num_classes above 0"
+            f"{type(model).__name__} has no classes; choose an image classifier, or create the model with num_classes "
+            "above 0"
         )
     return count
 
