@@ -54,6 +54,8 @@ def renamed_argument(old: str, new: str) -> Callable[[Callable[_Arguments, _Resu
     def decorate(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
         @wraps(function)
         def call(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+            if old in kwargs and new in kwargs:
+                raise TypeError(f"{old}= is the deprecated name of {new}=; give {new}= only.")
             if old in kwargs:
                 message = f"The argument {old}= is deprecated and goes in lamzoo 0.3; use {new}=."
                 warnings.warn(message, DeprecationWarning, stacklevel=2)
@@ -66,7 +68,7 @@ def renamed_argument(old: str, new: str) -> Callable[[Callable[_Arguments, _Resu
 
 
 class _AliasFinder(MetaPathFinder, Loader):
-    """Stands last in ``sys.meta_path``, so that it sees only modules that don't exist."""
+    """The last finder of ``sys.meta_path``: it is asked only for modules that don't exist."""
 
     def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
         if ":" in ALIASES.get(fullname, ":"):
@@ -91,7 +93,9 @@ def _deprecated(module: str, name: str) -> Any:
     home, _, new = ALIASES.get(f"{module}.{name}", f"{ALIASES.get(module, '')}:{name}").partition(":")
     if name.startswith("__") or not home or not hasattr(import_module(home), new):
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
-    warnings.warn(
-        f"{module}.{name} is deprecated and goes in lamzoo 0.3; use {home}.{new}.", DeprecationWarning, stacklevel=3
-    )
-    return getattr(import_module(home), new)
+    value = getattr(import_module(home), new)
+    package = home.rpartition(".")[0]  # the shortest public name is the one to use
+    public = [at for at in ("lamzoo", package) if new in getattr(import_module(at), "__all__", ())]
+    message = f"{module}.{name} is deprecated and goes in lamzoo 0.3; use {[*public, home][0]}.{new}."
+    warnings.warn(message, DeprecationWarning, stacklevel=3)
+    return value

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.ablation.run import HERE, RESULTS, Ablation, read_ablation, read_results
+from lamzoo.registry.catalog import task_of
 from lamzoo.tasks import MetricSpec, find_task
 
 
@@ -70,7 +71,7 @@ def table(ablation: Path = HERE / "ablation.toml", results: Path | None = None) 
 
 
 def _task(ablation: Ablation) -> str:
-    task: str = ablation.recipe.get("task", "classification")
+    task: str = ablation.recipe.get("task") or task_of(ablation.recipe["model"]["name"]).name
     return task
 
 

@@ -9,7 +9,7 @@ import torch
 from benchmarks.peers import Seen
 from lamzoo.errors import ConfigError
 from lamzoo.lam.token_map import TokenMap
-from lamzoo.reduction.selection import num_kept, select
+from lamzoo.reduction.decisions import num_kept, select
 
 
 @dataclass(frozen=True)

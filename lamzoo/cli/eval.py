@@ -12,7 +12,7 @@ from lamzoo.cli._options import BatchSize, Checkpoint, Device, Json, Name, load_
 from lamzoo.errors import ConfigError
 
 if TYPE_CHECKING:
-    from lamzoo.data.images.trained import TrainedData
+    from lamzoo.data.trained import TrainedData
     from lamzoo.tasks import Evaluation, Task
 
 
@@ -112,7 +112,7 @@ def eval_command(
 
 def _trained(name: str) -> TrainedData | None:
     """Returns the training data of a run, if the name is the folder of a run."""
-    from lamzoo.data.images.trained import TrainedData
+    from lamzoo.data.trained import TrainedData
     from lamzoo.registry.catalog import model_ref
 
     folder = model_ref(name).path

@@ -90,5 +90,5 @@ def _brief(value: Any) -> str:
         return ", ".join(f"{key} {_brief(inner)}" for key, inner in value.items())
     if isinstance(value, (list, tuple)):
         shown = ", ".join(map(_brief, value[:10]))
-        return shown if len(value) <= 10 else f"{shown}, ... ({len(value)})"
+        return shown or "none" if len(value) <= 10 else f"{shown}, ... ({len(value)})"
     return "" if value is None else str(value)

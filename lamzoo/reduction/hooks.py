@@ -37,8 +37,8 @@ from lamzoo.lam.layer import AttentionOptions
 from lamzoo.lam.ops import Op
 from lamzoo.lam.passes import StackPass
 from lamzoo.reduction.config import PruneConfig
+from lamzoo.reduction.decisions import attend_to_kept, decide, select
 from lamzoo.reduction.scores import SCORERS, AttentionInputs
-from lamzoo.reduction.selection import attend_to_kept, decide, select
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -194,7 +194,7 @@ class Task:
         Args:
             spec: specification of the data set.
             split: name of the split; None for ``test``, or for everything in data without splits.
-            trained: the :class:`lamzoo.data.images.trained.TrainedData` of a trained run's model; None for other
+            trained: the :class:`lamzoo.data.trained.TrainedData` of a trained run's model; None for other
                 models.
 
         Raises:
@@ -203,7 +203,7 @@ class Task:
         self.check_data(spec)
         if self.open_scored is not None:
             return self.load("open_scored")(spec, split, trained)
-        from lamzoo.data.images.trained import open_videos  # lamzoo.data imports torch
+        from lamzoo.data.trained import open_videos  # lamzoo.data imports torch
 
         return open_videos(partial(self.load("open"), spec), spec, split, trained)
 

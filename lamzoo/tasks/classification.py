@@ -14,7 +14,7 @@ CLASSIFICATION = Task(
         MetricSpec("loss", ("loss",), "loss", decimals=4, higher_is_better=False, column="eval_loss"),
     ),
     open="lamzoo.data.images.factory:create_dataset",
-    open_scored="lamzoo.data.images.trained:open_scored",
+    open_scored="lamzoo.data.trained:open_scored",
     evaluate="lamzoo.evaluation.classification.evaluate:score_classifier",
     table="lamzoo.evaluation.classification.evaluate:score_table",
     recipe="lamzoo.training.recipe:Recipe",

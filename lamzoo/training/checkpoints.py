@@ -18,7 +18,7 @@ from accelerate.utils import SAFE_WEIGHTS_PATTERN_NAME
 from safetensors import safe_open
 from torch import nn
 
-from lamzoo.data.images.trained import RECIPE_NAME
+from lamzoo.data.trained import RECIPE_NAME
 from lamzoo.errors import LamzooError, RecipeError
 from lamzoo.files import atomic_files
 from lamzoo.lam import LamConfig

@@ -171,7 +171,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
 def parse_recipe(table: Mapping[str, Any]) -> AnyRecipe:
     """Builds a recipe from nested plain values; raises as :func:`load_recipe`.
 
-    The task defaults to that of the model.
+    The task defaults to that of the model; for a model ``hf-hub:...`` its configuration is downloaded to find out.
     """
     try:
         task = find_task(table["task"]) if "task" in table else _task_of_model(table)

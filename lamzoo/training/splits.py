@@ -15,9 +15,9 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from lamzoo.data import BadInput, LabelledImages, find_invalid_images, leave_out_invalid, select
-from lamzoo.data.images.trained import HELD_OUT_NAME, RECIPE_NAME, MadeSplit
 from lamzoo.data.json_files import read_json
 from lamzoo.data.splits import hold_out, open_default, synonyms
+from lamzoo.data.trained import HELD_OUT_NAME, RECIPE_NAME, MadeSplit
 from lamzoo.errors import DataError, MissingSplitError, RecipeError
 from lamzoo.files import atomic_files
 from lamzoo.tasks import Task

@@ -20,8 +20,8 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lamzoo.data.images.trained import MODEL_FOLDERS
 from lamzoo.data.splits import synonyms
+from lamzoo.data.trained import MODEL_FOLDERS
 from lamzoo.errors import DivergedError, RecipeError
 from lamzoo.lam import LamConfig
 from lamzoo.registry.catalog import model_ref
@@ -316,7 +316,8 @@ class TrainingRun(ABC):
         epochs, why = len(self.history), self._why_last()
         if why or self.best is None:
             return f"The weights are those of the last epoch, not of the best{why and f': {why}'}."
-        chosen = f"the best by {self.metric.name} on {self.datasets()['validation'].split} ({self.best['value']:.2f})"
+        split = self.datasets()["validation"].split or "validation"
+        chosen = f"the best by {self.metric.name} on {split} ({self.best['value']:.2f})"
         better = [int(record["epoch"]) + 1 for record in self.history if self._gain(record) > 0]
         if better:  # trained while run.keep was "last", or by a version without best weights
             chosen += f" of the epochs whose weights could be kept (epoch {better[-1]} scored better)"

@@ -16,6 +16,7 @@ from lamzoo.lam import FactoredMask, lam_attention
 from lamzoo.lam.kernels.eager import attention_weights
 from lamzoo.lam.ops import Op
 from lamzoo.reduction.config import PruneConfig, Rest, Score
+from lamzoo.reduction.decisions import attend_to_kept, decide, select
 from lamzoo.reduction.scores import (
     SCORERS,
     AttentionInputs,
@@ -24,7 +25,6 @@ from lamzoo.reduction.scores import (
     summary_attention,
     summary_contribution,
 )
-from lamzoo.reduction.selection import attend_to_kept, decide, select
 from tests.lam.cases import OPS, Case, make
 
 each_op = pytest.mark.parametrize("op", OPS)

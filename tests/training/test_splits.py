@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from accelerate import Accelerator
 
-from lamzoo.data.images.trained import MadeSplit
+from lamzoo.data.trained import MadeSplit
 from lamzoo.errors import DataError, MissingSplitError, RecipeError
 from lamzoo.training import Progress, parse_recipe, train
 from lamzoo.training.recipe import DataSection

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lamzoo.errors import ConfigError
+from lamzoo.lazy import renamed_argument
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Text(NamedTuple):
 
 
 @torch.no_grad()
+@renamed_argument("how", "generation")
 def generate(
     decoder: Any,
     memory: Tensor,

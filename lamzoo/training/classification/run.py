@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lamzoo.data.images.trained import SPLIT_NAME
+from lamzoo.data.trained import SPLIT_NAME
 from lamzoo.reduction import pruning_loss
 from lamzoo.training.build import build_model
 from lamzoo.training.classification.report import RunFacts, write_report

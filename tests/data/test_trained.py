@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lamzoo.data import create_dataset, select
-from lamzoo.data.images.trained import MadeSplit, TrainedData, open_scored
+from lamzoo.data.trained import MadeSplit, TrainedData, open_scored
 from lamzoo.errors import DataError, MissingSplitError
 from tests.images import CLASSES, encoded, write_folder
 
