@@ -102,7 +102,7 @@ def test_weights_and_a_folder_of_videos_are_enough(run, model: str, videos: Path
     (videos / held_out).rename(videos / "x.mp4")
     refused = run("eval", "local-dir:out")
     assert refused.code == 2
-    assert f"has no video '{held_out}' any more, which a run has held out for validation" in refused.err
+    assert f"no longer has the video '{held_out}', which a run held out for validation" in refused.err
 
 
 def test_a_recipe_trains_and_prints_both_ways(run, faces: Path, tmp_path: Path) -> None:
