@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -15,6 +15,8 @@ from lamzoo.cli._options import Device, Json
 from lamzoo.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    from lamzoo.data.trained import TrainedData
+    from lamzoo.profiling.candidates import Candidate
     from lamzoo.profiling.results import BenchRow
     from lamzoo.tasks import MetricSpec
 
@@ -82,11 +84,11 @@ def bench(
         workers=workers,
         commit=checkout_commit(),
     )
-    splits = _splits(data, split, dict.fromkeys(candidate.task for candidate in found))
+    splits = _splits(data, split, found)
     jobs = [
         dataclasses.replace(
             job, model=c.model, tag=c.tag, plain=c.plain, img_size=str(img_size) if img_size else c.img_size,
-            task=c.task, split=splits[c.task],
+            task=c.task, split=splits[c.name],
         )
         for c in found
     ]  # fmt: skip
@@ -100,27 +102,33 @@ def bench(
         raise typer.Exit(1)
 
 
-def _splits(data: str | None, split: str | None, tasks: Iterable[str]) -> dict[str, str | None]:
-    """Opens the data for each task, so that an error ends the command early; returns the split's name by task.
+def _splits(data: str | None, split: str | None, models: Sequence[Candidate]) -> dict[str, str | None]:
+    """Opens the data as each model is scored on it, so that an error ends the command early.
 
     If some of the tasks can open the data, the rows of the others fail.
+
+    Returns:
+        The split's name by model. A training run that made its own validation split of this data is scored on that, as
+        by ``lamzoo eval``.
     """
     from lamzoo.data.splits import WHOLE
+    from lamzoo.registry.catalog import trained_data_of
     from lamzoo.tasks import find_task
 
     if data is None:
-        return dict.fromkeys(tasks)
-    splits: dict[str, str | None] = {}
+        return dict.fromkeys(model.name for model in models)
+    kinds = {model.name: (model.task, trained_data_of(model.name)) for model in models}
+    splits: dict[tuple[str, TrainedData | None], str] = {}
     errors = []
-    for task in tasks:
+    for task, trained in dict.fromkeys(kinds.values()):
         try:
-            splits[task] = find_task(task).open_for_scoring(data, split).split or WHOLE
+            splits[task, trained] = find_task(task).open_for_scoring(data, split, trained).split or WHOLE
         except DataError as error:
-            splits[task] = split or "test"
+            splits[task, trained] = split or "test"
             errors.append(error)
     if len(errors) == len(splits):
         raise errors[0]
-    return splits
+    return {name: splits[kind] for name, kind in kinds.items()}
 
 
 def _print(rows: Sequence[BenchRow], output: Path, kept: int) -> None:

@@ -61,12 +61,13 @@ def eval_command(
     NAME may also be a file of predictions: a submission, FILE.jsonl, for moments; COCO results, FILE.json, for
     captions.
     """
+    from lamzoo.registry.catalog import trained_data_of
     from lamzoo.tasks import task_of_predictions
 
     for path in (output, submission):
         if path is not None and not path.absolute().parent.is_dir():
             raise ConfigError(f"the folder of {path} does not exist; create it first")
-    trained, file = _trained(name), task_of_predictions(name)
+    trained, file = trained_data_of(name), task_of_predictions(name)
     chosen = _task(name, task, trained, file)
     if file is not None and file != chosen:
         raise ConfigError(
@@ -108,15 +109,6 @@ def eval_command(
     out.print_scores(chosen.score_table(scores), f"{name} on {data}: {found.samples}")
     for note in found.notes:
         out.print_line(note)
-
-
-def _trained(name: str) -> TrainedData | None:
-    """Returns the training data of a run, if the name is the folder of a run."""
-    from lamzoo.data.trained import TrainedData
-    from lamzoo.registry.catalog import model_ref
-
-    folder = model_ref(name).path
-    return TrainedData.read(folder) if folder is not None else None
 
 
 def _task(name: str, asked: str | None, trained: TrainedData | None, file: Task | None) -> Task:

@@ -19,6 +19,7 @@ from lamzoo.profiling.job import BenchJob
 from lamzoo.profiling.measurement import Measurement, measure
 from lamzoo.profiling.memory import MemoryMeter
 from lamzoo.profiling.results import BenchRow
+from lamzoo.registry.catalog import trained_data_of
 from lamzoo.registry.factory import create_model, find_weights_file
 from lamzoo.tasks import EvalRequest, find_task
 from lamzoo.weights.files import file_sha256
@@ -101,7 +102,7 @@ def _score(job: BenchJob, model: nn.Module, device: torch.device) -> tuple[str, 
     assert job.data is not None and job.split is not None
     task = find_task(job.task)
     exact = model if job.dtype == "float32" else _build(job)  # autocast needs the weights in full precision
-    dataset = task.open_split(job.data, job.split)
+    dataset = task.open_for_scoring(job.data, job.split, trained_data_of(job.name))
     request = EvalRequest(job.eval_batch, device, job.dtype, job.workers)
     metric = task.watched_metric(dataset)
     value = metric.of(task.load("evaluate")(exact, dataset, request).scores)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # torch and timm are imported only for models of timm and for
     from timm.models import PretrainedCfg
     from torch import nn
 
+    from lamzoo.data.trained import TrainedData
     from lamzoo.reduction.config import PruneConfig
 
 _logger = logging.getLogger(__name__)
@@ -345,6 +346,18 @@ def task_of(name: str | os.PathLike[str]) -> Task:
         WeightsError: the configuration of a saved model cannot be read.
     """
     return CLASSIFICATION if model_ref(name).kind == "program" else find_task(model_info(name).task)
+
+
+def trained_data_of(name: str | os.PathLike[str]) -> TrainedData | None:
+    """Returns the training data of a run, if the name is the folder of a run or of its model.
+
+    Raises:
+        DataError: a file of the run is damaged.
+    """
+    from lamzoo.data.trained import TrainedData
+
+    folder = model_ref(name).path
+    return None if folder is None else TrainedData.read(folder)
 
 
 def get_pretrained_cfg(name: str | os.PathLike[str]) -> PretrainedCfg:

@@ -146,6 +146,8 @@ class TrainingRun(ABC):
         if recipe.model.lam is None and self.lam is None and external and self.accelerator.is_main_process:
             _logger.warning("%s has no masks to train; add the default ones with model.lam=true", recipe.model.name)
         state = self.checkpoints.load(self.accelerator, self.lam)
+        if resume and state is None and self.accelerator.is_main_process:
+            _logger.info("%s has no checkpoint to resume; the run starts at its beginning", recipe.run.output)
         if state is not None:
             self.update = self.saved = state["update"]
             self.loss_sum = self._loss_sum(state["loss_sum"])

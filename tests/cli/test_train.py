@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 import lamzoo
+from lamzoo.profiling import bench, read_rows
+from lamzoo.profiling.worker import measured_row
 from tests.images import CLASSES, write_folder, write_npz
 
 pytest.importorskip("accelerate")
@@ -116,7 +118,9 @@ def test_bad_images_stop_or_are_left_out(run, start: str, tmp_path: Path) -> Non
     assert "Bild ü 1.jpg" in Path("runs/start-photos/bad-inputs.csv").read_text("utf-8")
 
 
-def test_the_split_that_a_run_made_is_scored_again(run, start: str, tmp_path: Path) -> None:
+def test_the_split_that_a_run_made_is_scored_again(
+    run, start: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = write_folder(tmp_path / "photos", splits=(), each=10)
     (folder / CLASSES[0] / "3.jpg").write_bytes(b"no image")
     options = ("--model", start, "--pretrained", "--data", folder, "--epochs", 1, "--workers", 0, "--no-report")
@@ -133,6 +137,10 @@ def test_the_split_that_a_run_made_is_scored_again(run, start: str, tmp_path: Pa
         assert (record["split"], record["samples"], record["skipped"]) == ("validation", 9, 0)
         assert record["top1"] == pytest.approx(top1, abs=1e-3)
     assert json.loads(run("eval", "local-dir:out", "--split", "train", "--json").out)["samples"] == 20
+    monkeypatch.setitem(bench.bench.__kwdefaults__, "runner", lambda job, timeout: measured_row(job))
+    assert run("bench", "out", "--data", f"imagefolder:{folder}", "--repeats", 2, "--out", "r.csv").code == 0
+    (row,) = read_rows("r.csv")
+    assert (row.split, row.value) == ("validation", pytest.approx(top1, abs=1e-3))
     refused = run("eval", start, "--data", folder, "--split", "val")
     assert refused.code == 2
     assert "has no split 'val', since it has no splits" in refused.err
