@@ -156,7 +156,7 @@ def test_failed_write_keeps_the_old_picture_and_leaves_nothing(build, photo, tmp
 
 
 def test_patch_or_head_that_does_not_exist_is_named(build, photo, tmp_path):
-    with pytest.raises(ConfigError, match=r"\(8, 0\) lies outside .* 8 rows and 8 columns"):
+    with pytest.raises(ConfigError, match=r"\(8, 0\) is outside .* 8 rows and 8 columns"):
         explain(build(), photo, tmp_path / "masks.png", rows=[(8, 0)])
     with pytest.raises(ConfigError, match="no head 1"):
         explain(build(), photo, tmp_path / "masks.png", head=1)

@@ -236,7 +236,7 @@ def test_a_saved_model_keeps_its_input_sizes(table: dict[str, Any], tmp_path: Pa
     folder = tmp_path / "saved"
     lamzoo.save_pretrained(lamzoo.create_model("qd_detr_micro", video_dim=16, text_dim=5, words=0), folder)
     table["model"] = {"name": form.format(folder)}
-    with pytest.raises(LamzooError, match="reads 16 features of a clip and 5 of a word"):
+    with pytest.raises(LamzooError, match="expects 16 features per clip and 5 per word"):
         run(table, tmp_path / "out")
 
 
