@@ -32,12 +32,9 @@ def submodules_of(package: str, homes: Mapping[str, str] | None = None) -> Calla
             value = getattr(import_module(names[name]), name)
             setattr(sys.modules[package], name, value)
             return value
-        if not name.startswith("__"):
-            if ":" in ALIASES.get(full, "") or (full not in ALIASES and _moved(package, name)):
-                return _deprecated(package, name)
-            if not name.startswith("_") and find_spec(full) is not None:
-                return import_module(full)
-        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        if not name.startswith("_") and ":" not in ALIASES.get(full, "") and find_spec(full) is not None:
+            return import_module(full)
+        return _deprecated(package, name)
 
     return find
 
@@ -84,12 +81,8 @@ class _AliasFinder(MetaPathFinder, Loader):
         """Does nothing: attributes are found on first use."""
 
 
-def _moved(module: str, name: str) -> bool:
-    """Returns whether a name is now in the module that a package of the same name has taken the place of."""
-    return module in ALIASES and find_spec(f"{module}.{name}") is None and hasattr(import_module(ALIASES[module]), name)
-
-
 def _deprecated(module: str, name: str) -> Any:
+    """Returns what a module of 0.1 had under a name, with a warning; raises AttributeError if it had no such name."""
     home, _, new = ALIASES.get(f"{module}.{name}", f"{ALIASES.get(module, '')}:{name}").partition(":")
     if name.startswith("__") or not home or not hasattr(import_module(home), new):
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
