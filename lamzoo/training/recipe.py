@@ -15,7 +15,14 @@ from lamzoo.registry.catalog import task_of
 from lamzoo.tasks import Task, find_task
 from lamzoo.tasks.classification import CLASSIFICATION
 from lamzoo.training.config_reader import override, read_recipe
-from lamzoo.training.recipe_common import OptimizerSection, RunSection, ScheduleSection, TaskRecipe, check_common
+from lamzoo.training.recipe_common import (
+    OptimizerSection,
+    RunSection,
+    ScheduleSection,
+    TaskRecipe,
+    check_common,
+    check_val_fraction,
+)
 
 Tune = Literal["all", "lam", "head"]
 
@@ -132,13 +139,11 @@ class Recipe(TaskRecipe):
     prune: PruneSection | None = None
 
     def check(self) -> None:
-        fraction = self.data.val_fraction
-        if fraction is not None and not 0 < fraction < 1:
-            raise RecipeError(
-                f"Recipe key data.val_fraction is {fraction}; it must lie between 0 and 1. To train on all of "
-                "train_split, name another split to score on in data.eval_split (--val-split); nothing is held out "
-                "then."
-            )
+        check_val_fraction(
+            self.data.val_fraction,
+            " To train on all of train_split, name another split to score on in data.eval_split (--val-split); nothing "
+            "is held out then.",
+        )
         model = self.model
         if model.tune != "all" and not model.pretrained and model.kwargs.get("checkpoint_path") is None:
             raise RecipeError(

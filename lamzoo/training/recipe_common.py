@@ -165,6 +165,23 @@ class TaskRecipe:
         """
 
 
+def check_probability(key: str, value: float) -> None:
+    """Raises a RecipeError that names the key of a value outside 0 to 1."""
+    if not 0 <= value <= 1:
+        raise RecipeError(f"Recipe key {key} is {value}; it must lie between 0 and 1.")
+
+
+def check_val_fraction(fraction: float | None, hint: str = "") -> None:
+    """Raises a RecipeError for a ``data.val_fraction`` that leaves no training or no validation data.
+
+    Args:
+        fraction: the value; None if validation data are not held out.
+        hint: a further sentence of the message.
+    """
+    if fraction is not None and not 0 < fraction < 1:
+        raise RecipeError(f"Recipe key data.val_fraction is {fraction}; it must lie between 0 and 1.{hint}")
+
+
 def check_common(recipe: TaskRecipe) -> None:
     """Validates the common sections, and the model's name and mask configuration.
 

@@ -15,6 +15,8 @@ from lamzoo.training.recipe_common import (
     RunSection,
     ScheduleSection,
     TaskRecipe,
+    check_probability,
+    check_val_fraction,
 )
 
 
@@ -72,11 +74,8 @@ class CaptionRecipe(TaskRecipe):
     schedule: ScheduleSection = field(default_factory=ScheduleSection)
 
     def check(self) -> None:
-        fraction = self.data.val_fraction
-        if fraction is not None and not 0 < fraction < 1:
-            raise RecipeError(f"Recipe key data.val_fraction is {fraction}; it must lie between 0 and 1.")
-        if not 0 <= self.augment.splice <= 1:
-            raise RecipeError(f"Recipe key augment.splice is {self.augment.splice}; it must lie between 0 and 1.")
+        check_val_fraction(self.data.val_fraction)
+        check_probability("augment.splice", self.augment.splice)
         for key, value in dataclasses.asdict(self.loss).items():
             if value < 0 or (key == "label_smoothing" and value >= 1):
                 raise RecipeError(

@@ -14,6 +14,7 @@ from lamzoo.training.recipe_common import (
     RunSection,
     ScheduleSection,
     TaskRecipe,
+    check_probability,
 )
 
 
@@ -81,8 +82,7 @@ class MomentRecipe(TaskRecipe):
     schedule: ScheduleSection = field(default_factory=ScheduleSection)
 
     def check(self) -> None:
-        if not 0 <= self.augment.splice <= 1:
-            raise RecipeError(f"Recipe key augment.splice is {self.augment.splice}; it must lie between 0 and 1.")
+        check_probability("augment.splice", self.augment.splice)
         for key, value in dataclasses.asdict(self.loss).items():
             if value < 0 or (key == "temperature" and not value):
                 raise RecipeError(f"Recipe key loss.{key} is {value}; it must be positive.")

@@ -15,6 +15,8 @@ from lamzoo.training.recipe_common import (
     RunSection,
     ScheduleSection,
     TaskRecipe,
+    check_probability,
+    check_val_fraction,
 )
 
 
@@ -119,16 +121,13 @@ class RetrievalRecipe(TaskRecipe):
 
     def check(self) -> None:
         augment, data = self.augment, self.data
-        fraction = self.data.val_fraction
-        if fraction is not None and not 0 < fraction < 1:
-            raise RecipeError(f"Recipe key data.val_fraction is {fraction}; it must lie between 0 and 1.")
+        check_val_fraction(self.data.val_fraction)
         if data.fps < 0:
             raise RecipeError(f"Recipe key data.fps is {data.fps}; it must be positive, or 0 for every frame.")
         if data.max_frames < 1:
             raise RecipeError(f"Recipe key data.max_frames is {data.max_frames}; it must be at least 1.")
         for key in ("hflip", "splice", "phrase"):
-            if not 0 <= getattr(augment, key) <= 1:
-                raise RecipeError(f"Recipe key augment.{key} is {getattr(augment, key)}; it must lie between 0 and 1.")
+            check_probability(f"augment.{key}", getattr(augment, key))
         low, high = augment.scale
         if not 0 < low <= high <= 1:
             raise RecipeError(
