@@ -188,12 +188,14 @@ def read_card(path: str | Path, *, weights_dir: Path, source: Literal["card", "p
     path = Path(path)
     table = read_table(path, what="Registry card", error=RegistryError)
     card = build(_Card, table, source=f"{path}:", error=RegistryError)
+    for name, model in card.models.items():
+        _check_model(name, model, f"{path}: models.{name}")
     return [
         ModelSpec(
             name=name,
             family=card.family or path.stem,
             task=card.task,
-            lam=_lam(name, model, f"{path}: models.{name}"),
+            lam=_read_lam(model, f"{path}: models.{name}"),
             tags={
                 tag: read_weights(tag, tags, f"{path}: models.{name}.tags.{tag}") for tag, tags in model.tags.items()
             },
@@ -238,8 +240,8 @@ def read_weights(name: str, table: Mapping[str, Any], where: str) -> PretrainedW
     return tag
 
 
-def _lam(name: str, model: _Model, where: str) -> LamConfig | None:
-    """Checks what the types of a model's table don't say, and returns its masks."""
+def _check_model(name: str, model: _Model, where: str) -> None:
+    """Checks what the types of a model's table don't say."""
     if "." in name or "/" in name or ":" in name:
         raise RegistryError(f"{where}: a model's name may not contain '.', '/' or ':'.")
     if model.builder.count(":") != 1:
@@ -247,6 +249,9 @@ def _lam(name: str, model: _Model, where: str) -> LamConfig | None:
     _check_cfg(model.pretrained_cfg, where)
     if model.plain is not None and model.lam is None:
         raise RegistryError(f"{where}: plain is {model.plain!r}; it is only for a model with masks.")
+
+
+def _read_lam(model: _Model, where: str) -> LamConfig | None:
     try:
         return None if model.lam is None else LamConfig.from_dict(model.lam)
     except ConfigError as error:
