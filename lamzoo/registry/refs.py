@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from lamzoo.errors import UnknownModelError
+from lamzoo.tasks import task_of_predictions
 
 TIMM_PREFIX = "timm/"
 OPEN_CLIP_PREFIX = "open_clip/"
@@ -20,10 +21,6 @@ Kind = Literal["registered", "timm", "open_clip", "local-dir", "hf-hub", "checkp
 _FILE_KINDS: dict[str, Kind] = {
     ".onnx": "program",
     ".pt2": "program",
-    ".jsonl": "predictions",
-    ".jsonl.gz": "predictions",
-    ".json": "predictions",
-    ".json.gz": "predictions",
     ".safetensors": "checkpoint",
     ".safetensors.index.json": "checkpoint",
     ".bin": "checkpoint",
@@ -162,6 +159,8 @@ def _is_path(text: str) -> bool:
 
 def _kind_of_file(text: str) -> Kind | None:
     suffix = max((suffix for suffix in _FILE_KINDS if text.endswith(suffix)), key=len, default="")
+    if not suffix and task_of_predictions(text) is not None:
+        return "predictions"
     return _FILE_KINDS.get(suffix)
 
 

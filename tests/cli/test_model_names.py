@@ -125,3 +125,10 @@ def test_info_refuses_the_same_names(name: str, says: str, run) -> None:
     done = run("info", name)
     assert done.code == 2
     assert re.search(says, done.err)
+
+
+def test_the_index_of_sharded_weights_is_not_a_file_of_predictions(run, tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors.index.json"
+    path.write_text("{}")
+    done = run("eval", path, "--data", "data")
+    assert (done.code, "checkpoint" in done.err, "predictions" in done.err) == (2, True, False), done.err
