@@ -25,11 +25,15 @@ def atomic_files(failure: type[LamzooError] = WeightsError) -> Iterator[Callable
         are renamed in the order of the calls; after an exception they are removed.
 
     Raises:
-        LamzooError: ``failure``, after an ``OSError`` such as a full disk, missing permissions or a missing folder.
+        LamzooError: ``failure``, after an ``OSError`` such as a full disk, missing permissions or a missing folder, or
+            for a path that is a folder, pipe or device.
     """
     staged: list[tuple[Path, Path]] = []
 
     def stage(path: Path) -> Path:
+        if path.exists() and not path.is_file():
+            kind = "a folder" if path.is_dir() else "a pipe, socket or device"
+            raise failure(f"{path} is {kind} and can't be written as a file; choose another path.")
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         os.close(handle)
