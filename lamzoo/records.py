@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import json
 import re
+import sys
 import tomllib
 import types
 import typing
@@ -85,10 +86,11 @@ def _typed(value: Any, hint: Any, where: str, source: str, error: type[LamzooErr
     if dataclasses.is_dataclass(hint):
         return build(hint, value, where, source=source, error=error)  # type: ignore[arg-type]
     origin, args = get_origin(hint), get_args(hint)
-    if origin in (types.UnionType, typing.Union):  # `X | None` or `X | bool | None`; TOML has no null
+    if origin in (types.UnionType, typing.Union):  # such as `X | None` or `str | tuple[str, ...]`; TOML has no null
         if value is None and type(None) in args:
             return None
-        return value if isinstance(value, bool) and bool in args else each(value, args[0])
+        kinds = (list, tuple) if isinstance(value, (list, tuple)) else (type(value),)
+        return each(value, next((arg for arg in args if (get_origin(arg) or arg) in kinds), args[0]))
     if origin is Literal:
         if value in args:
             return value
@@ -98,7 +100,7 @@ def _typed(value: Any, hint: Any, where: str, source: str, error: type[LamzooErr
             return tuple(map(each, value, args))
         raise error(f"{source} key {where} is {value!r}; it must be {len(args)} numbers.")
     kind = origin or hint
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
         return float(value)
     allowed = (list, tuple) if kind in (list, tuple) else kind
     if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):

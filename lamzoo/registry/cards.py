@@ -12,6 +12,7 @@ from lamzoo.errors import ConfigError, RegistryError
 from lamzoo.lam import LamConfig
 from lamzoo.records import build, read_table
 from lamzoo.reduction.config import PruneConfig
+from lamzoo.registry.preprocessing import check_preprocessing
 
 #: Keys of timm's ``PretrainedCfg`` that a card may set: preprocessing, classes, names of the first and last layers.
 CFG_KEYS = frozenset(
@@ -222,7 +223,7 @@ def read_weights(name: str, table: Mapping[str, Any], where: str) -> PretrainedW
         raise RegistryError(f"{where}: key name is unknown; the tag's name is the key of its table.")
     plain = {key: value for key, value in table.items() if key != "prune"}
     tag = build(PretrainedWeights, {"name": name, **plain}, source=f"{where}:", error=RegistryError)
-    _check_cfg(tag.pretrained_cfg, where)
+    check_cfg(tag.pretrained_cfg, where)
     if "prune" in table:
         try:
             tag = dataclasses.replace(tag, prune=PruneConfig.from_dict(table["prune"]))
@@ -246,7 +247,7 @@ def _check_model(name: str, model: _Model, where: str) -> None:
         raise RegistryError(f"{where}: a model's name may not contain '.', '/' or ':'.")
     if model.builder.count(":") != 1:
         raise RegistryError(f"{where}: builder is {model.builder!r}; it must be 'module:function'.")
-    _check_cfg(model.pretrained_cfg, where)
+    check_cfg(model.pretrained_cfg, where)
     if model.plain is not None and model.lam is None:
         raise RegistryError(f"{where}: plain is {model.plain!r}; it is only for a model with masks.")
 
@@ -258,9 +259,15 @@ def _read_lam(model: _Model, where: str) -> LamConfig | None:
         raise RegistryError(f"{where}.lam: {error}") from error
 
 
-def _check_cfg(cfg: Mapping[str, Any], where: str) -> None:
+def check_cfg(cfg: Mapping[str, Any], where: str) -> None:
+    """Checks the table ``pretrained_cfg`` of a model or tag.
+
+    Raises:
+        RegistryError: a key is unknown, mistyped or out of range; names it.
+    """
     for key in cfg:
         if key not in CFG_KEYS:
             raise RegistryError(
                 f"{where}.pretrained_cfg: unknown key {key!r}; the keys are {', '.join(sorted(CFG_KEYS))}."
             )
+    check_preprocessing(cfg, source=f"{where}.pretrained_cfg:")

@@ -18,7 +18,15 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from lamzoo.errors import DuplicateModelError, MissingExtraError, RegistryError, UnknownModelError
 from lamzoo.lam.config import LamConfig
-from lamzoo.registry.cards import CFG_KEYS, ModelSpec, PretrainedWeights, data_dir, read_card, read_weights
+from lamzoo.registry.cards import (
+    CFG_KEYS,
+    ModelSpec,
+    PretrainedWeights,
+    check_cfg,
+    data_dir,
+    read_card,
+    read_weights,
+)
 from lamzoo.registry.external import open_clip_models, open_clip_spec, timm_models, timm_spec
 from lamzoo.registry.refs import OPEN_CLIP_PREFIX, TIMM_PREFIX, ModelRef
 from lamzoo.tasks import Task, find_task
@@ -105,11 +113,7 @@ def register_model(
     def register(function: _Function) -> _Function:
         name = function.__name__
         where = f"register_model({function.__module__}.{name})"
-        for key in pretrained_cfg or {}:
-            if key not in CFG_KEYS:
-                raise RegistryError(
-                    f"{where}: unknown pretrained_cfg key {key!r}; known are {', '.join(sorted(CFG_KEYS))}."
-                )
+        check_cfg(pretrained_cfg or {}, where)
         doc = (inspect.getdoc(function) or "").split("\n", 1)[0]
         path = inspect.getsourcefile(function)
         _add(
