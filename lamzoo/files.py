@@ -1,9 +1,10 @@
-"""Atomic writing of files, and the user's cache folder."""
+"""Atomic writing of files, locks between processes, and the user's cache folder."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,10 +13,20 @@ from safetensors import SafetensorError
 
 from lamzoo.errors import LamzooError, WeightsError
 
+if sys.platform != "win32":
+    import fcntl
+
+_SUFFIX = ".lamzoo.tmp"  # of temporary files
+_swept: set[Path] = set()  # folders that this process has cleared of leftovers
+_locks: set[int] = set()  # descriptors of the locks that this process holds
+
 
 @contextlib.contextmanager
 def atomic_files(failure: type[LamzooError] = WeightsError) -> Iterator[Callable[[Path], Path]]:
     """Writes one or several files atomically.
+
+    The first write to a folder also removes the temporary files of killed processes there; those of running ones are
+    locked.
 
     Args:
         failure: class of the error to raise.
@@ -30,38 +41,138 @@ def atomic_files(failure: type[LamzooError] = WeightsError) -> Iterator[Callable
     """
     staged: list[tuple[Path, Path]] = []
 
-    def stage(path: Path) -> Path:
-        if path.exists() and not path.is_file():
-            kind = "a folder" if path.is_dir() else "a pipe, socket or device"
-            raise failure(f"{path} is {kind} and can't be written as a file; choose another path.")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        os.close(handle)
-        staged.append((Path(name), path))
-        return Path(name)
+    with contextlib.ExitStack() as locks:
 
+        def stage(path: Path) -> Path:
+            if path.exists() and not path.is_file():
+                kind = "a folder" if path.is_dir() else "a pipe, socket or device"
+                raise failure(f"{path} is {kind} and can't be written as a file; choose another path.")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _sweep(path.parent)
+            temporary = locks.enter_context(_temporary_for(path))
+            staged.append((temporary, path))
+            return temporary
+
+        try:
+            yield stage
+            umask = os.umask(0)
+            os.umask(umask)
+            for temporary, _ in staged:
+                with temporary.open("r+b") as file:  # Windows flushes only what is open for writing
+                    os.fsync(file.fileno())
+                temporary.chmod(0o666 & ~umask)  # mkstemp's 0600 would keep others from reading the file
+            for temporary, path in staged:
+                temporary.replace(path)
+        except (OSError, SafetensorError) as error:
+            if isinstance(error, LamzooError):
+                raise
+            where = staged[-1][1] if staged else getattr(error, "filename", None)
+            raise failure(
+                f"{where} cannot be written ({error}); nothing was changed: free some space or choose another folder."
+            ) from error
+        finally:
+            for temporary, _ in staged:
+                temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def file_lock(path: Path) -> Iterator[bool | None]:
+    """Holds an exclusive lock between processes, which the system releases if this one is killed.
+
+    Args:
+        path: the file to lock; created if needed, and removed at the end.
+
+    Yields:
+        Whether the lock is held: False if another process has it; None if files can't be locked there, as on Windows
+        and on some network file systems.
+
+    Raises:
+        OSError: the file can't be created.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        held = _lock(descriptor)
+        if not held or _is_at(descriptor, path):
+            break
+        os.close(descriptor)  # its last holder has just removed it
+    owner = os.getpid()
+    _locks.add(descriptor)
     try:
-        yield stage
-        umask = os.umask(0)
-        os.umask(umask)
-        for temporary, _ in staged:
-            with temporary.open("r+b") as file:  # Windows flushes only what is open for writing
-                os.fsync(file.fileno())
-            temporary.chmod(0o666 & ~umask)  # mkstemp's 0600 would keep others from reading the file
-        for temporary, path in staged:
-            temporary.replace(path)
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, LamzooError):
-            raise
-        where = staged[-1][1] if staged else getattr(error, "filename", None)
-        raise failure(
-            f"{where} cannot be written ({error}); nothing was changed: free some space or choose another folder."
-        ) from error
+        yield held
     finally:
-        for temporary, _ in staged:
-            temporary.unlink(missing_ok=True)
+        if os.getpid() == owner:  # not in a forked process, where the descriptor is closed
+            _locks.discard(descriptor)
+            if held:
+                with contextlib.suppress(OSError):  # a lock file that stays is locked again by the next process
+                    path.unlink()
+            os.close(descriptor)
 
 
 def cache_folder() -> Path:
     """Returns lamzoo's folder in the user's cache: ``$XDG_CACHE_HOME/lamzoo``, or ``~/.cache/lamzoo``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lamzoo"
+
+
+@contextlib.contextmanager
+def _temporary_for(path: Path) -> Iterator[Path]:
+    """Creates a temporary file in the folder of ``path``, and holds a lock on it against :func:`_sweep`."""
+    while True:
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_SUFFIX)
+        if _lock(descriptor) is not False and _is_at(descriptor, name):
+            break
+        os.close(descriptor)  # another process removed it before it was locked
+    if sys.platform == "win32":  # which doesn't rename open files
+        os.close(descriptor)
+        yield Path(name)
+        return
+    try:
+        yield Path(name)
+    finally:
+        os.close(descriptor)
+
+
+def _sweep(folder: Path) -> None:
+    """Removes the temporary files of killed processes: those that nobody has locked."""
+    folder = folder.resolve()
+    if folder in _swept:
+        return
+    _swept.add(folder)
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:  # what can't be removed is left there
+        for entry in entries:
+            if entry.name.endswith(_SUFFIX) and entry.is_file(follow_symlinks=False):
+                descriptor = os.open(entry.path, os.O_RDWR)
+                try:
+                    if _lock(descriptor):
+                        os.unlink(entry.path)
+                finally:
+                    os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool | None:
+    """Tries to lock an open file; returns False if another process holds the lock, None without support for locks."""
+    if sys.platform == "win32":
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _is_at(descriptor: int, path: str | Path) -> bool:
+    """Returns whether an open file is still the one at a path."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _close_locks() -> None:
+    while _locks:
+        os.close(_locks.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_locks)  # or a forked worker would hold the lock of a killed process

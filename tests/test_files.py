@@ -1,0 +1,74 @@
+"""Files that several processes write: leftovers of killed ones are removed, those of running ones are not."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lamzoo.files import atomic_files, file_lock
+
+WRITER = """
+import sys, time
+from pathlib import Path
+from lamzoo.files import atomic_files, file_lock
+with file_lock(Path("lock")) as held, atomic_files() as stage:
+    stage(Path("file")).write_text("half")
+    print(held, flush=True)
+    time.sleep(600)
+"""
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="without locks, nothing is swept")
+def test_a_write_removes_what_killed_writers_left_and_nothing_of_running_ones(tmp_path: Path) -> None:
+    (tmp_path / "notes.tmp").write_text("of another program")
+    writer = subprocess.Popen([sys.executable, "-c", WRITER], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    try:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "True\n"
+        with atomic_files() as stage:
+            stage(tmp_path / "file").write_text("whole")
+        assert len(names(tmp_path)) == 4  # with the lock and the temporary file
+        with file_lock(tmp_path / "lock") as held:
+            assert held is False
+    finally:
+        writer.send_signal(signal.SIGKILL)
+        writer.communicate()
+    with file_lock(tmp_path / "lock") as held:
+        assert held is True
+    # The folder is swept once by each process.
+    again = "from pathlib import Path; from lamzoo.files import atomic_files\nwith atomic_files() as s: s(Path('new'))"
+    subprocess.run([sys.executable, "-c", again], cwd=tmp_path, check=True)
+    assert names(tmp_path) == ["file", "new", "notes.tmp"]
+    assert (tmp_path / "file").read_text() == "whole"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no forked processes")
+def test_a_forked_worker_does_not_keep_the_lock_of_a_killed_process(tmp_path: Path) -> None:
+    (ready, set_ready), (done, set_done) = os.pipe(), os.pipe()
+    owner = os.fork()
+    if owner == 0:
+        with file_lock(tmp_path / "lock"):
+            if os.fork() == 0:  # the worker, which outlives the owner
+                os.write(set_ready, b"x")
+                os.read(done, 1)
+                os._exit(0)
+            signal.pause()
+    try:
+        os.read(ready, 1)
+        os.kill(owner, signal.SIGKILL)
+        os.waitpid(owner, 0)
+        with file_lock(tmp_path / "lock") as held:
+            assert held
+    finally:
+        os.write(set_done, b"x")
+        for descriptor in (ready, set_ready, done, set_done):
+            os.close(descriptor)
