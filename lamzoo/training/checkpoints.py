@@ -2,33 +2,94 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import hashlib
 import io
 import json
 import logging
+import math
 import os
+import pickle
 import shutil
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from accelerate import Accelerator
-from accelerate.utils import SAFE_WEIGHTS_PATTERN_NAME
-from safetensors import safe_open
-from torch import nn
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
+from lamzoo import records
 from lamzoo.data.trained import RECIPE_NAME
 from lamzoo.errors import LamzooError, RecipeError
-from lamzoo.files import atomic_files
+from lamzoo.files import atomic_files, file_lock
 from lamzoo.lam import LamConfig
+from lamzoo.reading import open_regular, read_text, to_json
 from lamzoo.training.recipe import AnyRecipe, parse_recipe
+from lamzoo.weights.files import file_sha256, stage_state_dict
 
 _logger = logging.getLogger(__name__)
+
+_STATE, _MODEL, _OPTIMIZER, _EMA, _SCALER = (
+    "state.json", "model.safetensors", "optimizer.bin", "ema.safetensors", "scaler.pt",
+)  # fmt: skip
+_PICKLED_EMA = "custom_checkpoint_0.pkl"  # written by lamzoo 0.1.0
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class TrainedParts:
+    """The objects of a run whose state a checkpoint holds; random states aren't needed, as each update is seeded.
+
+    Attributes:
+        model: the trained model, not wrapped.
+        optimizer: its optimiser.
+        ema: the averaged model, if any.
+        scaler: the gradient scaler of fp16, if any.
+    """
+
+    model: nn.Module
+    optimizer: Any
+    ema: nn.Module | None = None
+    scaler: Any = None
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file in the manifest of a checkpoint."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class _RunState:
+    """The types of the values in ``state.json``; ``files``, the manifest, is missing in those of lamzoo 0.1.0."""
+
+    update: int
+    loss_sum: float
+    seconds: float
+    history: list[dict[str, Any]]
+    wall_seconds: float | None = None
+    best: dict[str, float] | None = None
+    lam_config: dict[str, Any] | None = None
+    files: dict[str, _File] | None = None
+
+
+class _DamagedError(Exception):
+    """A checkpoint that is not whole; the message names the file and the fault."""
 
 
 class Checkpoints:
     """The folder of one run: ``recipe.json``, ``metrics.csv`` and ``checkpoints/update-NNNNNNNN/``.
+
+    A checkpoint holds the weights and the averaged weights as safetensors, the optimiser's state, read with
+    ``weights_only=True``, and ``state.json``, which also states size and sha256 of the other files.
 
     Args:
         output: the run's folder.
@@ -42,20 +103,10 @@ class Checkpoints:
     def __init__(self, output: Path, recipe: AnyRecipe, resume: bool) -> None:
         self.output = output
         self._folder = output / "checkpoints"
-        self._keep = recipe.run.keep_checkpoints
-        written = output / RECIPE_NAME
-        if written.exists():
-            if not resume:
-                raise RecipeError(
-                    f"run.output {output} already holds a run; continue it with --resume, or choose another folder."
-                )
-            changed = _changed(written, recipe)
-            if changed:
-                raise RecipeError(
-                    f"run.output {output} holds a run of another recipe: {changed}; restore it, or choose "
-                    "another folder."
-                )
-        self._recipe_text = json.dumps(recipe.to_dict(), indent=2, sort_keys=True) + "\n"
+        self._recipe = recipe
+        self._resume = resume
+        self._manifest: dict[str, Any] | None = None  # of the latest checkpoint
+        self._check_identity()
 
     def make_folder(self) -> None:
         """Creates the folder; call it after all other checks.
@@ -69,58 +120,128 @@ class Checkpoints:
             reason = f"run.output {self.output} can't be created: {error.strerror}"
             raise RecipeError(f"{reason}; choose another folder.") from None
 
-    def save(self, accelerator: Accelerator, state: dict[str, Any]) -> None:
-        """Writes model, optimiser and ``state`` (JSON values) as the latest checkpoint; call on every process."""
-        name = _name(state)
-        unfinished = self._folder / f".{name}"
-        accelerator.save_state(str(unfinished))
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            _write_text(unfinished / "state.json", json.dumps(state))
-            target = self._folder / name
-            shutil.rmtree(target, ignore_errors=True)
-            os.replace(unfinished, target)
-            _write_text(self.output / RECIPE_NAME, self._recipe_text)
-            for old in self._finished()[: -self._keep]:
-                shutil.rmtree(old)
-        accelerator.wait_for_everyone()
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Creates the folder and locks it, so that no other process trains in it; call on the main process.
+
+        Raises:
+            RecipeError: the folder can't be created, or another process trains in it or has just done so.
+        """
+        self.make_folder()
+        with contextlib.ExitStack() as stack:
+            try:
+                held = stack.enter_context(file_lock(self.output / ".lock"))
+            except OSError as error:
+                raise RecipeError(
+                    f"run.output {self.output} can't be written to ({error.strerror}); choose another folder."
+                ) from None
+            if held is False:
+                raise RecipeError(
+                    f"run.output {self.output} is being trained in by another process; wait for its end, or choose "
+                    "another folder."
+                )
+            if held is None:
+                _logger.warning("%s can't be locked; don't start a second training in it", self.output)
+            self._check_identity()  # again: another run may have begun since
+            for leftover in self._folder.glob(".update-*"):  # of a process that was killed
+                shutil.rmtree(leftover, ignore_errors=True)
+            yield
+
+    def write_recipe(self) -> None:
+        """Writes ``recipe.json``, the identity of the run; call it on the main process before any :meth:`save`."""
+        _write_text(self.output / RECIPE_NAME, to_json(self._recipe.to_dict(), indent=2, sort_keys=True) + "\n")
+
+    def save(self, accelerator: Accelerator, parts: TrainedParts, state: dict[str, Any]) -> None:
+        """Writes ``parts`` and ``state`` (JSON values) as the latest checkpoint; call on every process.
+
+        Raises:
+            RecipeError: the checkpoint can't be written; nothing of it is left.
+        """
+        on_main_process(accelerator, lambda: self._write(parts, state))
 
     def amend(self, accelerator: Accelerator, state: dict[str, Any]) -> None:
         """Replaces the ``state`` of the checkpoint written at the same update; call on every process."""
-        if accelerator.is_main_process:
-            _write_text(self._folder / _name(state) / "state.json", json.dumps(state))
-            _write_text(self.output / RECIPE_NAME, self._recipe_text)
-        accelerator.wait_for_everyone()
+        path = self._folder / _name(state) / _STATE
+        on_main_process(accelerator, lambda: _write_text(path, _state_text(state, self._manifest)))
 
-    def load(self, accelerator: Accelerator, lam: LamConfig | None) -> dict[str, Any] | None:
-        """Loads the latest complete checkpoint into the prepared objects and returns its state; None without one.
+    def load(self, accelerator: Accelerator, parts: TrainedParts, lam: LamConfig | None) -> dict[str, Any] | None:
+        """Loads the newest whole checkpoint into ``parts`` and returns its state; None without checkpoints.
+
+        A checkpoint with a missing, damaged or altered file is left out with a warning.
 
         Args:
-            accelerator: the accelerator that prepared model, optimiser and loaders.
+            accelerator: the accelerator of the run.
+            parts: the run's objects.
             lam: mask configuration of the model.
 
         Raises:
-            RecipeError: the checkpoint has other masks, or its optimiser has other parameters or groups.
+            RecipeError: no checkpoint is whole, the checkpoint has other masks, or its optimiser has other parameters
+                or groups.
         """
-        finished = self._finished()
-        if not finished:
+        name = on_main_process(accelerator, lambda: self._newest_whole(parts))
+        if name is None:
             return None
-        state: dict[str, Any] = json.loads((finished[-1] / "state.json").read_text(encoding="utf-8"))
+        folder = self._folder / name
+        try:
+            state, found = _read_state(folder), _read_parts(folder, parts)
+        except _DamagedError as error:  # since it was checked, or on this process's machine only
+            raise RecipeError(f"{folder} can't be read: {error}; restore it, and start again.") from None
+        self._manifest = state.pop("files", None)
         if "lam_config" in state:
             self._check_masks(state["lam_config"], lam)
         elif lam is not None and accelerator.is_main_process:
-            _logger.warning("%s does not record its mask configuration; its masks are loaded as %s", finished[-1], lam)
+            _logger.warning("%s does not record its mask configuration; its masks are loaded as %s", folder, lam)
+        if parts.ema is not None and _EMA not in found:
+            found[_EMA] = found[_MODEL]
+            if accelerator.is_main_process:
+                _logger.warning("%s has no averaged weights; the average starts again from its weights", folder)
         try:
-            with accelerator.register_load_state_pre_hook(partial(_as_saved, accelerator)):
-                accelerator.load_state(str(finished[-1]))
-        except ValueError as error:
-            if "parameter group" not in str(error):
-                raise
+            _load_weights(parts.model, found[_MODEL])
+            parts.optimizer.load_state_dict(found[_OPTIMIZER])
+            if parts.ema is not None:
+                _load_weights(parts.ema, found[_EMA])
+            if parts.scaler is not None and _SCALER in found:
+                parts.scaler.load_state_dict(found[_SCALER])
+        except (ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:
+            reason = " ".join(str(error).split())
             raise RecipeError(
-                f"{finished[-1]} was written by another version of lamzoo, whose optimiser had other parameters "
-                f"({error}); resume it with that version, or start a new run in another folder."
+                f"{folder} was written by another version of lamzoo, whose model or optimiser had other parameters "
+                f"({reason}); resume it with that version, or start a new run in another folder."
             ) from error
         return state
+
+    def write_metrics(self, history: list[dict[str, float]]) -> None:
+        """Rewrites ``metrics.csv`` with one line per epoch."""
+        columns = list(dict.fromkeys(key for record in history for key in record))
+        buffer = io.StringIO()
+        writer = csv.DictWriter(buffer, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(history)
+        _write_text(self.output / "metrics.csv", buffer.getvalue())
+
+    def _check_identity(self) -> None:
+        """Raises a :class:`RecipeError` if the folder holds another run, or one that is not to be resumed."""
+        written = self.output / RECIPE_NAME
+        if not self._resume:
+            if written.exists() or self._finished():
+                raise RecipeError(
+                    f"run.output {self.output} already holds a run; continue it with --resume, or choose another "
+                    "folder."
+                )
+            return
+        if not written.exists():
+            if self._finished():
+                raise RecipeError(
+                    f"run.output {self.output} holds checkpoints, but no {RECIPE_NAME} that says of which run; restore "
+                    "it, or choose another folder."
+                )
+            return
+        changed = _changed(written, self._recipe)
+        if changed:
+            raise RecipeError(
+                f"run.output {self.output} holds a run of another recipe: {changed}; restore it, or choose another "
+                "folder."
+            )
 
     def _check_masks(self, fields: dict[str, Any] | None, lam: LamConfig | None) -> None:
         saved = LamConfig.from_dict(fields) if fields is not None else None
@@ -134,42 +255,207 @@ class Checkpoints:
                 f"has {lam}; choose another folder."
             )
 
-    def write_metrics(self, history: list[dict[str, float]]) -> None:
-        """Rewrites ``metrics.csv`` with one line per epoch."""
-        columns = list(dict.fromkeys(key for record in history for key in record))
-        buffer = io.StringIO()
-        writer = csv.DictWriter(buffer, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(history)
-        _write_text(self.output / "metrics.csv", buffer.getvalue())
+    def _write(self, parts: TrainedParts, state: dict[str, Any]) -> None:
+        target = self._folder / _name(state)
+        unfinished = self._folder / f".{target.name}"
+        try:
+            with atomic_files(RecipeError) as stage:
+                manifest = _stage(stage, unfinished, parts, state)
+            _discard(target)  # damaged, or written before the run went back to an older one
+            os.replace(unfinished, target)
+            self._manifest = manifest
+            finished = self._finished()
+            own = finished.index(target)
+            for old in (*finished[: max(0, own + 1 - self._recipe.run.keep_checkpoints)], *finished[own + 1 :]):
+                _discard(old)
+        except OSError as error:
+            raise RecipeError(f"{target} cannot be written ({error}); choose another folder.") from error
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+    def _newest_whole(self, parts: TrainedParts) -> str | None:
+        """Returns the name of the newest checkpoint that can be read; None without checkpoints."""
+        faults: list[str] = []
+        for folder in reversed(self._finished()):
+            try:
+                _check(folder, parts)
+            except _DamagedError as error:
+                faults.append(f"{folder.name}: {error}")
+                continue
+            for fault in faults:
+                _logger.warning("%s is damaged (%s); the run continues from %s", self._folder, fault, folder.name)
+            return folder.name
+        if faults:
+            raise RecipeError(
+                f"No checkpoint in {self._folder} is whole ({'; '.join(faults)}); restore one of them from a copy, or "
+                "start a new run in another folder."
+            )
+        return None
 
     def _finished(self) -> list[Path]:
         return sorted(self._folder.glob("update-*"))
 
 
-def _name(state: dict[str, Any]) -> str:
+def on_main_process(accelerator: Accelerator, function: Callable[[], _Result]) -> _Result:
+    """Calls a function on the main process; all processes return its result or raise its :class:`LamzooError`."""
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome = [function(), None]
+        except LamzooError as error:
+            outcome = [None, error]
+    result, failure = broadcast_object_list(outcome)
+    if failure is not None:
+        raise failure
+    return result
+
+
+def _name(state: Mapping[str, Any]) -> str:
     return f"update-{state['update']:08d}"
 
 
-def _as_saved(accelerator: Accelerator, models: list[nn.Module], folder: str) -> None:
-    """Renames the parameters of unwrapped models as in a checkpoint, which may come from wrapped models.
+def _stage(
+    stage: Callable[[Path], Path], folder: Path, parts: TrainedParts, state: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Writes the files of a checkpoint; returns its manifest."""
+    files: dict[str, Path] = {}
 
-    A pre-hook of :meth:`accelerate.Accelerator.load_state`, which then loads into the contents of ``models``.
+    def add(path: Path) -> Path:
+        files[path.name] = stage(path)
+        return files[path.name]
+
+    for name, module in ((_MODEL, parts.model), (_EMA, parts.ema)):
+        if module is not None:
+            stage_state_dict(add, module.state_dict(), folder / name, None)
+    for name, part in ((_OPTIMIZER, parts.optimizer), (_SCALER, parts.scaler)):
+        if part is not None:
+            _save(part.state_dict(), add(folder / name))
+    manifest = {name: {"size": path.stat().st_size, "sha256": file_sha256(path)} for name, path in files.items()}
+    stage(folder / _STATE).write_text(_state_text(state, manifest), encoding="utf-8")
+    return manifest
+
+
+def _save(value: Any, path: Path) -> None:
+    try:
+        with path.open("wb") as file:
+            torch.save(value, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):  # such as a full disk, which torch reports as a wrong position
+            raise error.__context__ from None
+        raise
+
+
+def _state_text(state: dict[str, Any], manifest: dict[str, Any] | None) -> str:
+    if manifest is None:
+        return to_json(state)
+    content = {**state, "files": manifest}
+    return to_json({**content, "sha256": _digest(content)})
+
+
+def _digest(state: dict[str, Any]) -> str:
+    return hashlib.sha256(to_json(state, sort_keys=True).encode()).hexdigest()
+
+
+def _check(folder: Path, parts: TrainedParts) -> None:
+    """Checks that a checkpoint is whole, by its manifest or, without one, by reading it.
+
+    Raises:
+        _DamagedError: a file is missing, damaged or altered.
+        RecipeError: the checkpoint has pickled averaged weights.
     """
-    for number, model in enumerate(models):
-        path = Path(folder) / SAFE_WEIGHTS_PATTERN_NAME.format(suffix=f"_{number}" if number else "")
-        with safe_open(path, "pt") as file:
-            wrapped = all(name.startswith("module.") for name in file.keys())  # noqa: SIM118 - no mapping
-        bare = accelerator.unwrap_model(model)
-        models[number] = nn.ModuleDict({"module": bare}) if wrapped else bare
+    files = _read_state(folder).get("files")
+    if files is not None:
+        _check_manifest(folder, files)
+        return
+    if (folder / _PICKLED_EMA).exists():
+        raise RecipeError(
+            f"{folder / _PICKLED_EMA} is a pickle of lamzoo 0.1.0, which can run code when it is read; finish the run "
+            "with lamzoo 0.1.0, or delete the file: the average of the weights then starts again from the weights of "
+            "this checkpoint."
+        )
+    _read_parts(folder, parts)
+
+
+def _check_manifest(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+    for name, expected in files.items():
+        path = folder / Path(name).name
+        try:
+            with open_regular(path) as file:
+                size = os.fstat(file.fileno()).st_size
+            if size != expected["size"]:
+                raise _DamagedError(f"{name} has {size} bytes instead of {expected['size']}")
+            if file_sha256(path) != expected["sha256"]:
+                raise _DamagedError(f"{name} was altered")
+        except OSError as error:
+            raise _DamagedError(f"{name} can't be read ({error.strerror})") from None
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    try:
+        state = json.loads(read_text(folder / _STATE))  # 0.1.0 wrote NaN, which strict JSON lacks
+    except OSError as error:
+        raise _DamagedError(f"{_STATE} can't be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise _DamagedError(f"{_STATE} is not JSON ({error})") from None
+    if isinstance(state, dict) and "files" in state and state.pop("sha256", None) != _digest(state):
+        raise _DamagedError(f"{_STATE} was altered")
+    try:
+        records.build(_RunState, state, source=_STATE, error=RecipeError)
+    except RecipeError as error:
+        raise _DamagedError(str(error).rstrip(".")) from None
+    for record in state["history"]:
+        for key, value in record.items():
+            if value is None:
+                record[key] = math.nan  # which JSON lacks
+            elif not isinstance(value, (int, float)):
+                raise _DamagedError(f"{_STATE} has no number for {key!r}")
+    return state
+
+
+def _read_parts(folder: Path, parts: TrainedParts) -> dict[str, Any]:
+    """Returns the contents of the files of ``parts``, by name; the averaged weights and the scaler may be missing."""
+    names = [_MODEL, _OPTIMIZER]
+    names += [_EMA] if parts.ema is not None and (folder / _EMA).exists() else []
+    names += [_SCALER] if parts.scaler is not None and (folder / _SCALER).exists() else []
+    return {name: _read_tensors(folder / name) for name in names}
+
+
+def _read_tensors(path: Path) -> Any:
+    try:
+        with open_regular(path) as file:
+            if path.suffix == ".safetensors":
+                return load_file(path)
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise _DamagedError(f"{path.name} can't be read ({error.strerror})") from None
+    except (
+        SafetensorError,
+        RuntimeError,
+        EOFError,
+        pickle.UnpicklingError,
+        ValueError,
+        TypeError,
+        LookupError,
+    ) as error:
+        raise _DamagedError(f"{path.name} is damaged ({' '.join(str(error).split())})") from None
+
+
+def _load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Loads weights of a checkpoint; 0.1.0 kept the prefix of wrapped models, and shared tensors only once."""
+    if all(name.startswith("module.") for name in weights):
+        weights = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
+    own = model.state_dict()
+    kept = {tensor.data_ptr(): name for name, tensor in own.items() if name in weights}
+    shared = {name: weights[kept[tensor.data_ptr()]] for name, tensor in own.items() if tensor.data_ptr() in kept}
+    model.load_state_dict({**shared, **weights})
 
 
 def _changed(path: Path, recipe: AnyRecipe) -> str:
     """Returns how a stored recipe differs in settings that change the curve; newer keys have their defaults."""
     try:
-        written = parse_recipe(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, LamzooError) as error:
-        return f"{path} can't be read ({error})"
+        written = parse_recipe(records.read_table(path, what="Recipe", error=RecipeError))
+    except LamzooError as error:
+        return str(error).rstrip(".")
     before, now = (_flat(_curve(each).to_dict()) for each in (written, recipe))
     keys = [key for key in {**now, **before} if before.get(key) != now.get(key)]
     return " and ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in keys)
@@ -199,6 +485,14 @@ def _curve(recipe: AnyRecipe) -> AnyRecipe:
     changes = {"data": replace(recipe.data, workers=0), "schedule": replace(recipe.schedule, epochs=1)}
     curve: AnyRecipe = replace(settings, run=replace(recipe.run, **neutral), **changes)
     return curve
+
+
+def _discard(folder: Path) -> None:
+    """Removes a checkpoint; one that is removed only in part is never taken for a whole one."""
+    if folder.exists():
+        hidden = folder.with_name(f".{folder.name}.removed")
+        os.replace(folder, hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -44,9 +44,10 @@ def train(
     """
     with plain_worker_errors():
         run = create_run(recipe, resume, progress, scanning)
-        for epoch in range(run.first_epoch, recipe.schedule.total_epochs):
-            run.epoch(epoch)
-        return run.finish(command)
+        with run.begun():
+            for epoch in range(run.first_epoch, recipe.schedule.total_epochs):
+                run.epoch(epoch)
+            return run.finish(command)
 
 
 def create_run(
@@ -55,7 +56,7 @@ def create_run(
     progress: Callable[[Progress], None] | None = None,
     scanning: ScanProgress | None = None,
 ) -> TrainingRun:
-    """Opens data and model of a run, and loads its latest checkpoint if any; arguments as of :func:`train`."""
+    """Opens data and model of a run, without writing or loading anything; arguments as of :func:`train`."""
     task = find_task(recipe.task)
     task.check_data(recipe.data.source)
     run: TrainingRun = task.load("run")(recipe, resume, progress, scanning)

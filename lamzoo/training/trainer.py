@@ -8,6 +8,7 @@ import shutil
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -29,7 +30,7 @@ from lamzoo.registry.refs import ModelRef
 from lamzoo.registry.saving import save_pretrained
 from lamzoo.tasks import find_task
 from lamzoo.training.build import build_ema, build_optimizer, build_scheduler
-from lamzoo.training.checkpoints import Checkpoints
+from lamzoo.training.checkpoints import Checkpoints, TrainedParts, on_main_process
 from lamzoo.training.loaders import seed_everything
 from lamzoo.training.recipe import AnyRecipe
 from lamzoo.training.recipe_common import RunSection
@@ -124,6 +125,7 @@ class TrainingRun(ABC):
     ) -> None:
         self.started = time.perf_counter()
         self.recipe = recipe
+        self.resume = resume
         self.task = find_task(recipe.task)
         self.progress = progress
         self.checkpoints = Checkpoints(Path(recipe.run.output), recipe, resume)
@@ -145,8 +147,35 @@ class TrainingRun(ABC):
         external = model_ref(recipe.model.name).kind in ("timm", "open_clip")
         if recipe.model.lam is None and self.lam is None and external and self.accelerator.is_main_process:
             _logger.warning("%s has no masks to train; add the default ones with model.lam=true", recipe.model.name)
-        state = self.checkpoints.load(self.accelerator, self.lam)
-        if resume and state is None and self.accelerator.is_main_process:
+
+    @contextmanager
+    def begun(self) -> Iterator[None]:
+        """Locks the run's folder, writes the records to it, loads the latest checkpoint if any, and writes the recipe.
+
+        Called on every process; the lock is held until the end of the context.
+
+        Raises:
+            RecipeError: another process trains in the folder, it can't be written to, or its run can't be resumed.
+        """
+        with ExitStack() as stack:
+
+            def prepare() -> None:
+                stack.enter_context(self.checkpoints.lock())
+                self.write_records()
+
+            self.accelerator.wait_for_everyone()  # until all have looked for a run in the folder
+            on_main_process(self.accelerator, prepare)
+            if self.recipe.run.tensorboard:
+                self.accelerator.init_trackers("tensorboard")
+            self._load()
+            on_main_process(self.accelerator, self.checkpoints.write_recipe)  # before any checkpoint
+            self._log_plan()
+            yield
+
+    def _load(self) -> None:
+        recipe = self.recipe
+        state = self.checkpoints.load(self.accelerator, self._parts(), self.lam)
+        if self.resume and state is None and self.accelerator.is_main_process:
             _logger.info("%s has no checkpoint to resume; the run starts at its beginning", recipe.run.output)
         if state is not None:
             self.update = self.saved = state["update"]
@@ -159,7 +188,6 @@ class TrainingRun(ABC):
                 f"[schedule] has {recipe.schedule.total_epochs} epochs, but the run in {recipe.run.output} already has "
                 f"{len(self.history)}; raise schedule.epochs, or choose another folder."
             )
-        self._log_plan()
         self.first_epoch = len(self.history)  # one record per epoch, added after its evaluation
 
     @abstractmethod
@@ -455,13 +483,6 @@ class TrainingRun(ABC):
         self.model = self.prepare_model(model)
         self.optimizer, self.loader, *rest = self.accelerator.prepare(optimizer, loader, *eval_loaders)
         self.prepared_eval_loaders: list[Any] = rest
-        if self.ema is not None:
-            self.accelerator.register_for_checkpointing(self.ema.module)
-        self.checkpoints.make_folder()
-        if self.accelerator.is_main_process:
-            self.write_records()
-        if recipe.run.tensorboard:
-            self.accelerator.init_trackers("tensorboard")
 
     def _step(self, epoch: int, update: int, batches: list[Any]) -> Tensor:
         loss = self.backward(epoch, update, batches)
@@ -520,8 +541,12 @@ class TrainingRun(ABC):
         if self.saved == self.update:  # the run was stopped after this checkpoint
             self.checkpoints.amend(self.accelerator, self._state())
         else:
-            self.checkpoints.save(self.accelerator, self._state())
+            self.checkpoints.save(self.accelerator, self._parts(), self._state())
             self.saved = self.update
+
+    def _parts(self) -> TrainedParts:
+        model, ema = self.accelerator.unwrap_model(self.model), self.ema
+        return TrainedParts(model, self.optimizer, None if ema is None else ema.module, self.accelerator.scaler)
 
     def _state(self) -> dict[str, Any]:
         state = {"update": self.update, "loss_sum": self._total_loss(), "seconds": self.seconds}
