@@ -158,6 +158,10 @@ class GridTokens:
             self._kept[index] = Speech(tokens, timed_words(line))
         return self._kept[index]
 
+    def sizes(self) -> list[int]:
+        """Returns the size of each clip's frames in bytes; empty without video."""
+        return [] if self._lips is None else self._lips.sizes()
+
     def splice(self) -> Speech:
         """Returns a sentence whose words are taken from different clips; see :func:`draw_pieces`."""
         pieces = draw_pieces(len(self), lambda index: (self.read(index).words, len(self.read(index).tokens)))

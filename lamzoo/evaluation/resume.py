@@ -80,7 +80,7 @@ class StateFile:
         if self._found is None:
             return EvalState()
         there = self._found["key"]
-        differing = [key for key in {**there, **self.key} if there.get(key) != self.key.get(key)]
+        differing = [key for key in there if there[key] != self.key.get(key)]  # older files lack some
         if differing:
             key = differing[0]
             raise DataError(

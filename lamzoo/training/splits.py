@@ -5,16 +5,18 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Collection
+import logging
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 
 from lamzoo.data import BadInput, LabelledImages, find_invalid_images, leave_out_invalid, select
+from lamzoo.data.fingerprint import Fingerprint, describe_changes, read_fingerprints
 from lamzoo.data.json_files import read_json
 from lamzoo.data.splits import hold_out, open_default, synonyms
 from lamzoo.data.trained import HELD_OUT_NAME, RECIPE_NAME, MadeSplit
@@ -23,6 +25,8 @@ from lamzoo.files import atomic_files
 from lamzoo.tasks import Task
 from lamzoo.tasks.classification import CLASSIFICATION
 from lamzoo.training.recipe import DataSection
+
+_logger = logging.getLogger(__name__)
 
 ScanProgress = Callable[[str, int, int], None]
 #: Inputs left out by a scan, by split.
@@ -133,6 +137,39 @@ def keep_held_out(folder: Path, held_out: Collection[str]) -> None:
             stage(path).write_text(json.dumps(names, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     else:
         path.unlink(missing_ok=True)  # left by a run without a checkpoint
+
+
+def check_fingerprints(folder: Path, splits: Mapping[str, Any], accelerator: Accelerator) -> dict[str, Fingerprint]:
+    """Fingerprints the data that a run trains and validates on; call on every process.
+
+    Args:
+        folder: the run's folder. If it holds a run, its fingerprints are compared; one of lamzoo 0.1.0 has none.
+        splits: the splits by role, as opened. Those of a plug-in's task may lack the method ``fingerprint``.
+        accelerator: defines the processes; the main one does the work.
+
+    Returns:
+        The fingerprints by role; empty on the other processes.
+
+    Raises:
+        DataError: the data of a resumed run have changed; says how.
+    """
+    found: dict[str, Fingerprint] = {}
+    changes = ""
+    if accelerator.is_main_process:
+        roles = [role for role in ("train", "validation") if hasattr(splits.get(role), "fingerprint")]
+        found = {role: splits[role].fingerprint() for role in roles}
+        resumed = (folder / RECIPE_NAME).exists()
+        before = read_fingerprints(folder) if resumed else None
+        if resumed and before is None:
+            _logger.info("%s has no record of the data that its run began with; it can't be compared", folder)
+        changes = describe_changes(before or {}, found)
+    [changes] = broadcast_object_list([changes])
+    if changes:
+        raise DataError(
+            f"the training data has changed since the run in {folder} began: {changes}; restore the data, or start a "
+            "new run in another folder"
+        )
+    return found
 
 
 def has_split(data: DataSection, split: str) -> bool:

@@ -21,6 +21,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lamzoo.data.fingerprint import write_fingerprints
 from lamzoo.data.splits import synonyms
 from lamzoo.data.trained import MODEL_FOLDERS
 from lamzoo.errors import DivergedError, RecipeError
@@ -35,7 +36,7 @@ from lamzoo.training.loaders import seed_everything
 from lamzoo.training.recipe import AnyRecipe
 from lamzoo.training.recipe_common import RunSection
 from lamzoo.training.score_report import write_score_report
-from lamzoo.training.splits import BadInputs, ScanProgress, keep_held_out, write_bad_inputs
+from lamzoo.training.splits import BadInputs, ScanProgress, check_fingerprints, keep_held_out, write_bad_inputs
 from lamzoo.weights.files import read_state_dict
 from lamzoo.weights.saved import read_saved
 
@@ -132,6 +133,7 @@ class TrainingRun(ABC):
         self.open_data()
         self.metric = self.task.watched_metric(self.datasets()["train"])
         self.accelerator = _create_accelerator(recipe.run)
+        self.fingerprints = check_fingerprints(self.checkpoints.output, self.datasets(), self.accelerator)
         seed_everything(recipe.run.seed)
         model = self.build_model()
         self.bad: BadInputs = self.scan_data(scanning)
@@ -275,6 +277,7 @@ class TrainingRun(ABC):
     def write_records(self) -> None:
         """Writes the decisions about the data to the run's folder; called once on the main process."""
         keep_held_out(self.checkpoints.output, self.videos_held_out)
+        write_fingerprints(self.checkpoints.output, self.fingerprints)
         if self.bad:
             path = self.checkpoints.output / "bad-inputs.csv"
             write_bad_inputs(path, self.bad)

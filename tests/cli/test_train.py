@@ -153,7 +153,7 @@ def test_a_run_whose_images_changed_is_not_resumed(run, start: str, tmp_path: Pa
     (folder / CLASSES[0] / "new.jpg").write_bytes((folder / CLASSES[0] / "0.jpg").read_bytes())
     done = run("train", "--output", "out", "--resume")
     assert done.code == 2
-    assert "the training images have changed since the run in out held some out" in done.err
+    assert "the training data has changed since the run in out began: 1 image of class '" in done.err
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@ import json
 import unicodedata
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import timm.data
@@ -104,6 +105,10 @@ def test_a_state_of_another_run_is_refused_and_left_alone(data, tmp_path: Path) 
     model.scale.data *= 2
     with pytest.raises(DataError, match="sha256 of the weights"):
         evaluate(model, data, batch_size=4, state=state, resume=True)
+    model.scale.data /= 2
+    relabelled = write_npz(tmp_path / "data", each=7, labels=np.arange(21, dtype=np.int16) % 3)
+    with pytest.raises(DataError, match="fingerprint of the images"):
+        evaluate(model, create_dataset(str(relabelled), "test"), batch_size=4, state=state, resume=True)
     assert state.read_bytes() == before
     assert evaluate(model, data, batch_size=5, state=state).samples == 21  # without resume it starts over
 

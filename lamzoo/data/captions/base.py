@@ -11,6 +11,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from lamzoo.data.fingerprint import Fingerprint, group
 from lamzoo.data.splits import check_videos
 from lamzoo.errors import DataError
 
@@ -73,6 +74,10 @@ class CaptionSource(ABC):
     def streams(self, index: int) -> dict[str, Stream]:
         """Returns the features of an item by modality, without missing ones; a ``DataError`` names the file."""
 
+    def sizes(self) -> Sequence[int]:
+        """Returns the sizes of the feature files in bytes, without reading them; empty if unknown."""
+        return ()
+
     def splice(self) -> tuple[CaptionItem, dict[str, Stream]]:
         """Returns a new item and its features, for :meth:`CaptionDataset.splice`."""
         raise DataError(f"{type(self).__name__} can't splice clips, since it has no pieces; set augment.splice to 0")
@@ -88,6 +93,9 @@ class _Part(CaptionSource):
 
     def streams(self, index: int) -> dict[str, Stream]:
         return self._source.streams(self._indices[index])
+
+    def sizes(self) -> Sequence[int]:
+        return self._source.sizes()
 
 
 class CaptionDataset:
@@ -169,6 +177,13 @@ class CaptionDataset:
     def references(self) -> dict[str, tuple[str, ...]]:
         """Returns the reference captions by item id, for the metrics of :mod:`lamzoo.evaluation`."""
         return {item.id: item.captions for item in self.items}
+
+    def fingerprint(self) -> Fingerprint:
+        """Returns digests of the clips, and of the sizes of the features, which are not read."""
+        clips = [
+            f"{item.id!r} {item.video!r} {item.start} {item.end} {item.captions} {item.words}" for item in self.items
+        ]
+        return Fingerprint({"clips": group(clips), "features": group((), self._source.sizes())})
 
     def context(self, index: int, count: int) -> tuple[str, ...]:
         """Returns the previous captions: those of items of the same video that end before an item starts.

@@ -6,12 +6,14 @@ import json
 import math
 import zipfile
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lamzoo.data.captions.base import Features, Stream
+from lamzoo.data.fingerprint import file_sizes
 from lamzoo.data.moments.feature_folder import read_features, unit
 from lamzoo.data.paths import existing_file, visible
 from lamzoo.errors import DataError
@@ -64,7 +66,7 @@ class FeatureFiles:
         """
         found = {}
         for modality, folder in self._folders.items():
-            path = next(filter(None, (existing_file(folder, f"{name}{suffix}") for suffix in _SUFFIXES)), None)
+            path = _file(folder, name)
             if path is None:
                 continue
             rows, rate = _read(path)
@@ -81,6 +83,12 @@ class FeatureFiles:
                 )
             found[modality] = cut_rows(rows, rate, start, end)
         return found
+
+    def sizes(self, names: Iterable[str]) -> list[int]:
+        """Returns the sizes of the files of these names in bytes, by modality; -1 for missing ones."""
+        unique = dict.fromkeys(names)
+        paths = ((folder, name, _file(folder, name)) for folder in self._folders.values() for name in unique)
+        return file_sizes([path or folder / name for folder, name, path in paths])
 
 
 def cut_rows(rows: Features, rate: float, start: float, end: float) -> Stream:
@@ -118,6 +126,10 @@ def check_rows(rows: NDArray, where: str) -> Features:
     if not np.isfinite(rows).all():
         raise DataError(f"{where} has values that are not finite; extract it again")
     return rows.astype(np.float32)
+
+
+def _file(folder: Path, name: str) -> Path | None:
+    return next(filter(None, (existing_file(folder, f"{name}{suffix}") for suffix in _SUFFIXES)), None)
 
 
 def _read(path: Path) -> tuple[Features, float | None]:

@@ -41,6 +41,9 @@ class Flickr8kCaptions(CaptionSource):
             captions = tuple(caption.strip() for caption in line["captions"])
             self.items.append(CaptionItem(line["image"], line["image"], 0.0, len(_TIMES) / 25, captions))
 
+    def sizes(self) -> list[int]:
+        return self._images.sizes()
+
     def streams(self, index: int) -> dict[str, Stream]:
         image = self._images.decode(index)
         if image.size != (_SIDE, _SIDE):

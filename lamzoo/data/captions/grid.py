@@ -94,6 +94,9 @@ class GridCaptions(CaptionSource):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_kept": {}}  # each worker has its own cache
 
+    def sizes(self) -> list[int]:
+        return [size for view in (self._mouth, self._face) if view is not None for size in view.sizes()]
+
     def streams(self, index: int) -> dict[str, Stream]:
         return {name: self._stream(index, name) for name in self.modalities}
 

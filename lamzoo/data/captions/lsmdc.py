@@ -59,6 +59,9 @@ class LsmdcSource(CaptionSource):
             self._durations.setdefault(item.id, duration)
         self.items = list(items.values())
 
+    def sizes(self) -> list[int]:
+        return self._features.sizes([item.id for item in self.items])
+
     def streams(self, index: int) -> dict[str, Stream]:
         clip = self.items[index].id
         duration = self._durations[clip]

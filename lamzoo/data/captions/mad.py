@@ -13,6 +13,7 @@ from typing import Any
 from lamzoo.data.captions.base import CaptionItem, CaptionSource, Stream
 from lamzoo.data.captions.feature_files import check_rows, row_times, rows_within
 from lamzoo.data.csv_tables import finite_seconds, open_table
+from lamzoo.data.fingerprint import file_sizes
 from lamzoo.data.json_files import is_row, read_json
 from lamzoo.data.moments.feature_folder import unit
 from lamzoo.data.paths import spellings, visible
@@ -93,6 +94,9 @@ class MadSource(CaptionSource):
             )  # fmt: skip
         self._files = _features(root)
         self.modalities = {name: _width(path) for name, (path, _) in self._files.items()}
+
+    def sizes(self) -> list[int]:
+        return file_sizes([path for path, _ in self._files.values()])
 
     def streams(self, index: int) -> dict[str, Stream]:
         item = self.items[index]

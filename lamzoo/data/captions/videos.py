@@ -10,6 +10,7 @@ from lamzoo.data.captions.base import CaptionItem, CaptionSource, Stream
 from lamzoo.data.captions.feature_files import FeatureFiles
 from lamzoo.data.captions.sound import PAIR, sound_stream
 from lamzoo.data.csv_tables import read_table
+from lamzoo.data.fingerprint import file_sizes
 from lamzoo.data.grid_tokens import BANDS
 from lamzoo.data.paths import nfc
 from lamzoo.data.retrieval.caption_folder import Files
@@ -81,6 +82,10 @@ class VideoFolder(CaptionSource):
             items.append(CaptionItem(name, video, start, end, tuple(texts)))
             self._paths.append(path)
         return items
+
+    def sizes(self) -> list[int]:
+        names = [path.stem for path in self._paths]
+        return [*file_sizes(self._paths), *self._features.sizes(names)]
 
     def streams(self, index: int) -> dict[str, Stream]:
         item, path = self.items[index], self._paths[index]

@@ -65,6 +65,9 @@ class NpzSource(ImageSource):
     def labels(self) -> list[int]:
         return self._labels.tolist()
 
+    def sizes(self) -> list[int]:
+        return np.diff(self._offsets).tolist()
+
     def _arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         try:
             with np.load(self._path, allow_pickle=False) as archive:
@@ -168,6 +171,9 @@ class TarSource(ImageSource):
 
     def labels(self) -> list[int]:
         return [image.label for image in self._images]
+
+    def sizes(self) -> list[int]:
+        return [image.size for image in self._images]
 
 
 def shard_samples(

@@ -115,6 +115,9 @@ class _RelabelledSource(ImageSource):
     def labels(self) -> Sequence[Any]:
         return [self._number(label) for label in self._source.labels()]
 
+    def sizes(self) -> Sequence[int]:
+        return self._source.sizes()
+
     def _number(self, label: Any) -> Any:
         try:
             known = 0 <= operator.index(label) < len(self._numbers)

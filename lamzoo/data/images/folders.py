@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import BinaryIO
 
+from lamzoo.data.fingerprint import file_sizes
 from lamzoo.data.images.decode import images_below
 from lamzoo.data.images.image_dataset import ImageSource
 from lamzoo.data.paths import natural_key, nfc, visible
@@ -69,6 +70,9 @@ class FolderSource(ImageSource):
 
     def labels(self) -> list[int]:
         return [label for _, label in self._samples]
+
+    def sizes(self) -> list[int]:
+        return file_sizes([path for path, _ in self._samples])
 
     def check_classes(self) -> None:
         filled = set(self.labels())

@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 from PIL import Image
 from torch.utils.data import Dataset
 
+from lamzoo.data.fingerprint import Fingerprint, image_fingerprint
 from lamzoo.data.images.decode import Mode, decode_image
 from lamzoo.errors import DataError
 
@@ -44,6 +45,10 @@ class ImageSource(ABC):
     @abstractmethod
     def labels(self) -> Sequence[Any]:
         """Returns the labels of all images as in :meth:`read`, without decoding if the layout allows it."""
+
+    def sizes(self) -> Sequence[int]:
+        """Returns the size of each image in bytes, without reading any; empty if the layout doesn't tell."""
+        return ()
 
     def check_classes(self) -> None:  # noqa: B027 - most layouts may have classes without images
         """Raises a :class:`DataError` if a class has no images, which training requires."""
@@ -130,6 +135,11 @@ class LabelledImages(Dataset):
     def filename(self, index: int) -> str:
         """Returns the path of an image, or its index in an archive."""
         return self.source.name(index)
+
+    def fingerprint(self) -> Fingerprint:
+        """Returns digests of names, labels and sizes of the images, which are not read."""
+        names = [self.filename(index) for index in range(len(self))]
+        return image_fingerprint(names, self.source.labels(), self.source.sizes(), self.classes)
 
     def _label(self, given: Any, index: int) -> int:
         try:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from lamzoo.data.csv_tables import open_table
+from lamzoo.data.fingerprint import file_sizes
 from lamzoo.data.images.decode import images_below
 from lamzoo.data.images.image_dataset import ImageSource
 from lamzoo.data.json_files import read_lines
@@ -76,6 +77,9 @@ class ListedSource(ImageSource):
 
     def labels(self) -> list[int]:
         return self._labels
+
+    def sizes(self) -> list[int]:
+        return file_sizes(self._paths)
 
 
 def _read_rows(path: Path) -> list[tuple[str, ...]]:

@@ -40,6 +40,10 @@ class SelectedSource(ImageSource):
         labels = self._source.labels()
         return [labels[index] for index in self._indices]
 
+    def sizes(self) -> Sequence[int]:
+        sizes = self._source.sizes()
+        return [sizes[index] for index in self._indices] if len(sizes) else ()
+
 
 def select(dataset: LabelledImages, indices: Iterable[int], *, split: str | None = None) -> LabelledImages:
     """Returns a subset of a data set, with its classes, specification, file names, mode and transforms.

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from lamzoo.data.fingerprint import Fingerprint, group
 from lamzoo.errors import DataError
 
 Features: TypeAlias = NDArray[np.float32]
@@ -80,6 +81,10 @@ class MomentSource(ABC):
     @abstractmethod
     def text(self, index: int) -> Features:
         """Returns the features of the words of a query, ``(W, D)``, W at least 1; a ``DataError`` names the file."""
+
+    def sizes(self) -> Sequence[int]:
+        """Returns the sizes of the feature files in bytes, without reading them; empty if unknown."""
+        return ()
 
     def splice(self) -> tuple[MomentQuery, Features, Features]:
         """Returns a query about a new video and the features of both, for :meth:`MomentDataset.splice`."""
@@ -153,6 +158,15 @@ class MomentDataset:
         """
         query, video, text = self._source.splice()
         return query, MomentFeatures(with_positions(video), text)
+
+    def fingerprint(self) -> Fingerprint:
+        """Returns digests of the queries, and of the sizes of the features, which are not read."""
+        queries = [
+            f"{query.qid!r} {query.text!r} {query.video!r} {query.duration} {query.windows} {query.words} "
+            f"{None if query.grades is None else query.grades.tolist()}"
+            for query in self.queries
+        ]
+        return Fingerprint({"queries": group(queries), "features": group((), self._source.sizes())})
 
     def annotations(self) -> list[dict[str, Any]]:
         """Returns the ground truth in the official format, for :func:`lamzoo.evaluation.moment_metrics`.

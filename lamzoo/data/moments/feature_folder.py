@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from lamzoo.data.fingerprint import file_sizes
 from lamzoo.data.moments.base import MARGIN, Features
 from lamzoo.data.paths import existing_file
 from lamzoo.errors import DataError
@@ -41,8 +43,7 @@ class FeatureFolder:
 
     def video(self, video: str) -> Features:
         """Returns the concatenated features of the clips of a video, each normalised to length 1, ``(N, D)``."""
-        name = f"{video}.npz"
-        paths = [existing_file(folder, name) or folder / name for folder in self._videos]
+        paths = [_file(folder, video) for folder in self._videos]
         parts = [read_features(path, "features") for path in paths]
         lengths = [len(part) for part in parts]
         if max(lengths) - min(lengths) > MARGIN:
@@ -54,8 +55,16 @@ class FeatureFolder:
 
     def text(self, qid: int | str) -> Features:
         """Returns the features of the words of a query, each normalised to length 1, ``(W, D)``."""
-        name = f"qid{qid}.npz"
-        return unit(read_features(existing_file(self._texts, name) or self._texts / name, "last_hidden_state"))
+        return unit(read_features(_file(self._texts, f"qid{qid}"), "last_hidden_state"))
+
+    def sizes(self, videos: Sequence[str], qids: Sequence[int | str]) -> list[int]:
+        """Returns the sizes of the files of videos and queries in bytes, in order; -1 for missing ones."""
+        of_videos = [_file(folder, video) for folder in self._videos for video in dict.fromkeys(videos)]
+        return file_sizes([*of_videos, *(_file(self._texts, f"qid{qid}") for qid in qids)])
+
+
+def _file(folder: Path, stem: str) -> Path:
+    return existing_file(folder, f"{stem}.npz") or folder / f"{stem}.npz"
 
 
 def read_features(path: Path, key: str) -> Features:

@@ -53,6 +53,9 @@ class GridMoments(MomentSource):
     def text(self, index: int) -> Features:
         return self._one_hot(self.queries[index].text)
 
+    def sizes(self) -> list[int]:
+        return self._clips.sizes()
+
     def splice(self) -> tuple[MomentQuery, Features, Features]:
         """Returns a recording of sentences with exchanged words, and one of its words; see the base class."""
         pieces: list[Speech] = []

@@ -47,6 +47,9 @@ class FolderSource(MomentSource):
     def text(self, index: int) -> Features:
         return self._features.text(self.queries[index].qid)
 
+    def sizes(self) -> list[int]:
+        return self._features.sizes([query.video for query in self.queries], [query.qid for query in self.queries])
+
 
 def qvhighlights(root: Path, split: str) -> FolderSource:
     """Opens QVHighlights: ``highlight_{train,val,test}_release.jsonl`` (or ``.jsonl.gz``).

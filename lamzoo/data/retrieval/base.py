@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Sequence
 
+from lamzoo.data.fingerprint import Fingerprint, group
 from lamzoo.data.splits import check_videos
 from lamzoo.data.video.reader import VideoClip
 from lamzoo.data.video.sampling import FrameSampling
@@ -40,6 +41,10 @@ class VideoSource(ABC):
     def name(self, index: int) -> str:
         """Returns the name of a video in messages: its path, or its place in an archive."""
 
+    def sizes(self) -> Sequence[int]:
+        """Returns the size of each video in bytes, without reading any; empty if the layout doesn't tell."""
+        return ()
+
     def splice(
         self, among: Sequence[int], sampling: FrameSampling, phrase: bool = False
     ) -> tuple[VideoClip, str] | None:
@@ -74,6 +79,10 @@ class SelectedVideos(VideoSource):
 
     def read(self, index: int, sampling: FrameSampling, threads: int = 1) -> VideoClip:
         return self._source.read(self._indices[index], sampling, threads)
+
+    def sizes(self) -> Sequence[int]:
+        sizes = self._source.sizes()
+        return [sizes[index] for index in self._indices] if len(sizes) else ()
 
     def splice(
         self, among: Sequence[int], sampling: FrameSampling, phrase: bool = False
@@ -178,6 +187,12 @@ class CaptionedVideos:
     def filename(self, index: int) -> str:
         """Returns the path of a video, or its place in an archive."""
         return self.source.name(index)
+
+    def fingerprint(self) -> Fingerprint:
+        """Returns digests of ids, captions and sizes of the videos, which are not read."""
+        pairs = zip(self.video_of_text, self.texts, strict=True)
+        captions = group([f"{self.videos[video]}\t{text}" for video, text in pairs])
+        return Fingerprint({"videos": group(self.videos, self.source.sizes()), "captions": captions})
 
 
 def select_videos(dataset: CaptionedVideos, indices: Iterable[int], *, split: str | None = None) -> CaptionedVideos:

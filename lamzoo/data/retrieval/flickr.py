@@ -34,5 +34,8 @@ class Flickr8kSource(VideoSource):
     def read(self, index: int, sampling: FrameSampling, threads: int = 1) -> VideoClip:
         return VideoClip([self._images.decode(index)], [0.0], 0.0)
 
+    def sizes(self) -> list[int]:
+        return self._images.sizes()
+
     def name(self, index: int) -> str:
         return self._images.name(index)

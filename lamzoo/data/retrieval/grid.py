@@ -153,6 +153,9 @@ class GridSource(VideoSource):
         moved = layout.motion * (frames - frames.mean(axis=0, dtype=np.float32))
         return np.clip(128.5 + moved, 0, 255).astype(np.uint8)
 
+    def sizes(self) -> list[int]:
+        return self._clips.sizes()
+
     def name(self, index: int) -> str:
         return self._clips.name(index)
 

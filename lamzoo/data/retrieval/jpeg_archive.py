@@ -78,6 +78,10 @@ class JpegLines(CaptionLines):
         """
         return decode_image(io.BytesIO(self._files[index]), self.name(index))
 
+    def sizes(self) -> list[int]:
+        """Returns the size of each file in bytes."""
+        return [len(file) for file in self._files]
+
     def name(self, index: int) -> str:
         """Returns the place of an image in the archive."""
         return f"{self._path}[{self.numbers[index]}]"

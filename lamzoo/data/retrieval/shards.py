@@ -53,6 +53,9 @@ class ShardSource(VideoSource):
             except DataError as error:
                 raise DataError(str(error).replace(file.name, self.name(index))) from (error.__cause__ or error)
 
+    def sizes(self) -> list[int]:
+        return [sample.size for sample in self._samples]
+
     def name(self, index: int) -> str:
         return f"{self._samples[index].shard}[{self._samples[index].key}]"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from lamzoo.data.fingerprint import file_sizes
 from lamzoo.data.paths import nfc
 from lamzoo.data.retrieval.base import VideoSource
 from lamzoo.data.video.reader import VideoClip, read_video, videos_below
@@ -30,6 +31,9 @@ class FileSource(VideoSource):
 
     def read(self, index: int, sampling: FrameSampling, threads: int = 1) -> VideoClip:
         return read_video(self._paths[index], sampling, threads=threads)
+
+    def sizes(self) -> list[int]:
+        return file_sizes(self._paths)
 
     def name(self, index: int) -> str:
         return str(self._paths[index])

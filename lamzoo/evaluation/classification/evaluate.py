@@ -103,7 +103,11 @@ def evaluate(
     indices = _spread(len(dataset), limit)
     file, done = None, EvalState()
     if state is not None:
-        choices = {"on bad input": on_bad_input, "ReaL labels": None if real_labels is None else str(real_labels)}
+        choices = {
+            "on bad input": on_bad_input,
+            "ReaL labels": None if real_labels is None else str(real_labels),
+            "fingerprint of the images": sha256(repr(dataset.fingerprint()).encode("utf-8", "replace")).hexdigest(),
+        }
         key = _key(model, dataset, config, len(indices), batch_size, device, precision) | choices
         file = StateFile(state, key)
         done = file.load() if resume else done
