@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lamzoo.data.audio.spectra import stack_spectra
+from lamzoo.data.paths import file_exists
 from lamzoo.data.retrieval.jpeg_archive import CaptionLines, JpegLines
 from lamzoo.errors import DataError
 
@@ -233,7 +234,7 @@ def read_sound(path: Path, count: int) -> NDArray[np.uint8]:
     Raises:
         DataError: the file does not exist, is damaged, or doesn't have ``count`` clips.
     """
-    if not path.is_file():
+    if not file_exists(path):
         raise DataError(f"{path.parent} has no {path.name}")
     try:
         with np.load(path, allow_pickle=False) as archive:

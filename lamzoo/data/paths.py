@@ -1,22 +1,101 @@
-"""Listing of files by extension, in natural order, and comparison of file names."""
+"""Listing of files by extension, in natural order, access checks, and comparison of file names."""
 
 from __future__ import annotations
 
+import fnmatch
+import glob
+import logging
 import os
 import re
+import stat
 import unicodedata
 from collections.abc import Collection, Iterable
+from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 from lamzoo.errors import DataError
+from lamzoo.reading import open_regular
+
+_logger = logging.getLogger(__name__)
+
+_DANGLING = "it is a link that leads nowhere"
+_SPECIAL = "it is a pipe, socket or device, not a regular file"
+
+
+class Listing(NamedTuple):
+    """The files of a folder and its subfolders.
+
+    Attributes:
+        files: the files in natural order, including the lost entries.
+        lost: entries that can't be read, each with the reason: folders that can't be listed, links that lead nowhere,
+            and pipes, sockets and devices with the name of a file.
+    """
+
+    files: list[Path]
+    lost: dict[Path, str]
+
+
+def list_files(folder: Path, extensions: Collection[str]) -> Listing:
+    """Lists the files of a folder and its subfolders by extension.
+
+    Links are followed. Each folder is listed once, under its own path rather than that of a link, so a link to a folder
+    that is listed elsewhere, or that contains the link, adds nothing; a warning names it. Hidden entries are skipped;
+    see :func:`is_hidden`.
+
+    Args:
+        folder: the folder; if it can't be listed itself, it is the only entry. It need not exist.
+        extensions: the extensions, in lower case, with the dot.
+    """
+    files: list[Path] = []
+    lost: dict[Path, str] = {}
+    if not folder_exists(folder):
+        return Listing(files, lost)
+    above = os.path.realpath(folder)
+    seen = set()
+    while (parent := os.path.dirname(above)) != above:
+        above = parent
+        with suppress(OSError):
+            seen.add(_identity(above))
+    pending, links = [folder], list[Path]()
+    while pending or links:
+        if not pending:
+            links.sort(key=lambda path: natural_key(str(path)), reverse=True)
+        place = pending.pop() if pending else links.pop()
+        try:
+            if (identity := _identity(place)) in seen:
+                _logger.warning("left out %s: the same folder is listed elsewhere, or contains this one", place)
+                continue
+            seen.add(identity)
+            with os.scandir(place) as entries:
+                visible_entries = [entry for entry in entries if not is_hidden(entry.name)]
+        except OSError as error:
+            lost[place] = _unlisted(error)
+            continue
+        for entry in visible_entries:
+            path = place / entry.name
+            wanted = os.path.splitext(entry.name)[1].lower() in extensions
+            try:
+                if entry.is_dir():
+                    (links if entry.is_symlink() else pending).append(path)
+                elif entry.is_file():
+                    if wanted:
+                        files.append(path)
+                elif entry.is_symlink() and not os.path.exists(path):
+                    lost[path] = _DANGLING
+                elif wanted:
+                    lost[path] = _SPECIAL
+            except OSError as error:
+                lost[path] = str(error.strerror)
+    return Listing(sorted([*files, *lost], key=lambda path: natural_key(str(path))), lost)
 
 
 def find_files(paths: Iterable[str | Path], extensions: Collection[str], what: str) -> list[Path]:
     """Lists files: given files, and the files of given folders and their subfolders in natural order.
 
     Args:
-        paths: files and folders. A file is listed whatever its name; in folders, files are selected by extension, and
-            hidden ones are skipped.
+        paths: files and folders. A file is listed whatever its name; folders are listed by :func:`list_files`,
+            including the lost entries, which can't be read later.
         extensions: the extensions, in lower case, with the dot.
         what: ``"image"`` or ``"video"``, for messages.
 
@@ -24,34 +103,111 @@ def find_files(paths: Iterable[str | Path], extensions: Collection[str], what: s
         The files, in the order of the arguments.
 
     Raises:
-        DataError: a path does not exist, or a folder has no such files.
+        DataError: a path does not exist or can't be accessed, or a folder has no such files.
     """
     found: list[Path] = []
     for path in map(Path, paths):
-        if not path.exists():
+        if not (folder_exists(path) or file_exists(path)):
             raise DataError(f"no such {what} or folder: {path}")
-        inside = files_below(path, extensions) if path.is_dir() else [path]
+        inside, lost = list_files(path, extensions) if folder_exists(path) else ([path], {})
+        if path in lost:
+            raise DataError(f"cannot read the folder {path}: {lost[path]}")
         if not inside:
             raise DataError(f"the folder {path} has no {what} ({', '.join(sorted(extensions))})")
         found += inside
     return found
 
 
-def files_below(folder: Path, extensions: Collection[str]) -> list[Path]:
-    """Lists the files of a folder and its subfolders by extension, in natural order; possibly empty.
+def open_listed(path: Path) -> BinaryIO:
+    """Opens a file of a :class:`Listing`.
 
-    Hidden files and subfolders are skipped; see :func:`is_hidden`.
+    Raises:
+        OSError: it can't be read; ``strerror`` is the reason, as in :attr:`Listing.lost`.
     """
-    found = []
-    for root, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not is_hidden(name)]
-        found += [Path(root, name) for name in names if Path(name).suffix.lower() in extensions and not is_hidden(name)]
-    return sorted(found, key=lambda path: natural_key(str(path)))
+    try:
+        return open_regular(path)
+    except IsADirectoryError:
+        try:
+            os.scandir(path).close()
+        except OSError as error:
+            raise OSError(error.errno, _unlisted(error), str(path)) from None
+        raise
 
 
 def visible(folder: Path, pattern: str = "*") -> list[Path]:
-    """Lists the entries of a folder that match a wildcard, sorted, without hidden files and folders."""
-    return sorted(path for path in folder.glob(pattern) if not is_hidden(path.name))
+    """Lists the entries of a folder that match a wildcard, sorted, without hidden files and folders.
+
+    Returns:
+        The paths; none if there is no such folder.
+
+    Raises:
+        DataError: the folder can't be listed.
+    """
+    names = [entry.name for entry in _entries(folder)] if folder_exists(folder) else []
+    return sorted(folder / name for name in fnmatch.filter(names, pattern) if not is_hidden(name))
+
+
+def expand_wildcards(pattern: str) -> list[Path]:
+    """Lists the paths that match a pattern with ``*``, ``?`` and ``[...]``, sorted; names with a dot first are hidden.
+
+    Raises:
+        DataError: a folder can't be listed.
+    """
+    parts = Path(pattern).parts
+    found = [Path(parts[0] if Path(pattern).is_absolute() else "")] if parts else []
+    for part in parts[1:] if Path(pattern).is_absolute() else parts:
+        if glob.has_magic(part):
+            found = [path for folder in found for path in visible(folder, part)]
+        else:
+            found = [path / part for path in found]
+    return sorted((path for path in found if _mode(path) is not None or path.is_symlink()), key=str)
+
+
+def subfolders(root: Path) -> list[str]:
+    """Returns the names of the subfolders of a folder, sorted, without hidden ones; links are followed.
+
+    Raises:
+        DataError: the folder can't be listed, or an entry that may be a folder can't be accessed.
+    """
+    names = []
+    for entry in _entries(root):
+        if is_hidden(entry.name):
+            continue
+        try:
+            if entry.is_dir():
+                names.append(entry.name)
+            elif entry.is_symlink():
+                os.stat(entry.path)
+        except FileNotFoundError:
+            raise DataError(f"{entry.path} is a link that leads nowhere; restore its target, or remove it") from None
+        except OSError as error:
+            raise DataError(f"cannot access {entry.path}: {error.strerror}; make it readable, or remove it") from error
+    return sorted(names)
+
+
+def check_folder(folder: Path) -> None:
+    """Raises a :class:`DataError` if a folder does not exist or can't be accessed."""
+    if not folder_exists(folder):
+        raise DataError(f"no such folder: {folder}")
+
+
+def folder_exists(path: str | Path) -> bool:
+    """Returns whether a path is a folder; links are followed.
+
+    Raises:
+        DataError: the path can't be accessed, which pathlib reports as an ``OSError`` or as a missing file.
+    """
+    mode = _mode(path)
+    return mode is not None and stat.S_ISDIR(mode)
+
+
+def file_exists(path: str | Path) -> bool:
+    """Returns whether a path exists and is not a folder; raises as :func:`folder_exists`.
+
+    It may be a pipe or device, which :func:`lamzoo.reading.open_regular` refuses with the reason.
+    """
+    mode = _mode(path)
+    return mode is not None and not stat.S_ISDIR(mode)
 
 
 def natural_key(text: str) -> list[tuple[int, str]]:
@@ -88,7 +244,7 @@ def spellings(name: str) -> tuple[str, ...]:
 def existing_file(folder: Path, name: str) -> Path | None:
     """Returns the file with a name in a folder, in any of its :func:`spellings`; None if there is none."""
     paths = (folder / spelling for spelling in spellings(name))
-    return next((path for path in paths if path.is_file()), None)
+    return next((path for path in paths if file_exists(path)), None)
 
 
 def split_last(text: str) -> tuple[str, str | None]:
@@ -101,6 +257,32 @@ def split_last(text: str) -> tuple[str, str | None]:
         tail = f"{head[-1]}:{tail}"
         head, colon = head[:-2], head[-2:-1]
     return (head, tail) if colon else (text, None)
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError as error:
+        raise DataError(f"cannot read the folder {folder}: {_unlisted(error)}; make it readable") from error
+
+
+def _mode(path: str | Path) -> int | None:
+    try:
+        return os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:  # no permission, a circle of links, an overlong name; a null byte
+        raise DataError(f"cannot access {path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _identity(folder: str | Path) -> tuple[int, int | str]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino or os.path.realpath(folder)  # some network drives have no file numbers
+
+
+def _unlisted(error: OSError) -> str:
+    return f"its files cannot be listed ({error.strerror})"
 
 
 _DRIVE = re.compile(r"(^|:)[A-Za-z]$")

@@ -95,19 +95,22 @@ def valid_indices(dataset: Any, bad: Sequence[BadInput], on_bad: OnBadInput, wha
         DataError: ``on_bad`` is ``"stop"`` (with the first one and their number), or none is valid.
     """
     where = place(dataset)
-    files = "; ".join(f"{one.filename} ({one.reason})" for one in bad[:_NAMED])
-    if len(bad) > _NAMED:
-        files = f"{files}; and {len(bad) - _NAMED} more"
     if on_bad == "stop":
         raise DataError(
-            f"{len(bad)} of the {len(dataset)} {what} of {where} cannot be used: {files}; replace or remove them, "
-            "or leave them out with --on-bad-input skip"
+            f"{len(bad)} of the {len(dataset)} {what} of {where} cannot be used: {first_named(bad)}; replace or "
+            "remove them, or leave them out with --on-bad-input skip"
         )
     wrong = {one.index for one in bad}
     left = [index for index in range(len(dataset)) if index not in wrong]
     if not left:
-        raise DataError(f"none of the {len(dataset)} {what} of {where} can be used: {files}; replace them")
+        raise DataError(f"none of the {len(dataset)} {what} of {where} can be used: {first_named(bad)}; replace them")
     return left
+
+
+def first_named(bad: Sequence[BadInput]) -> str:
+    """Returns the first invalid inputs with their reasons and the number of the others, for messages."""
+    files = "; ".join(f"{one.filename} ({one.reason})" for one in bad[:_NAMED])
+    return f"{files}; and {len(bad) - _NAMED} more" if len(bad) > _NAMED else files
 
 
 def place(dataset: Any) -> str:

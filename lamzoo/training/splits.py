@@ -200,12 +200,10 @@ def prepare_splits(
     """
     train, evaluation, test = splits.train, splits.evaluation, splits.test
     bad: list[tuple[str, BadInput]] = []
-    bad_train = 0
-    if data.scan:
-        train = _scan(train, "train", data, accelerator, bad, progress)
-        bad_train = len(bad)
-        evaluation = evaluation and _scan(evaluation, "validation", data, accelerator, bad, progress)
-        test = test and _scan(test, "test", data, accelerator, bad, progress)
+    train = _scan(train, "train", data, accelerator, bad, progress)
+    bad_train = len(bad)
+    evaluation = evaluation and _scan(evaluation, "validation", data, accelerator, bad, progress)
+    test = test and _scan(test, "test", data, accelerator, bad, progress)
     if evaluation is not None:
         return Splits(train, evaluation, test, tuple(bad))
     assert data.val_fraction is not None  # ensured by open_splits
@@ -256,6 +254,10 @@ def _scan(
     bad: list[tuple[str, BadInput]],
     progress: ScanProgress | None,
 ) -> LabelledImages:
+    """Leaves out the invalid images; without ``data.scan`` only the missing ones, which are known without reading."""
+    if not data.scan:
+        bad += [(dataset.split or role, image) for image in dataset.lost]
+        return leave_out_invalid(dataset, dataset.lost, data.on_bad_input, every_class=role == "train")
     processes, rank = accelerator.num_processes, accelerator.process_index
     share = range(rank, len(dataset), processes)
 

@@ -240,6 +240,18 @@ def test_skipped_images_survive_a_resumption(damaged, tmp_path: Path) -> None:
     assert (result.top1, result.samples, [image.index for image in result.bad_images]) == (100.0, 7, [1, 5])
 
 
+def test_missing_images_stop_an_evaluation_before_it_starts_or_are_counted(damaged, tmp_path: Path) -> None:
+    folder = tmp_path / "pictures" / "test"
+    (folder / "blue" / "0.jpg").unlink()
+    (folder / "blue" / "0.jpg").symlink_to("/nowhere")
+    dataset = create_dataset(str(tmp_path / "pictures"), "test")
+    with pytest.raises(DataError, match=r"1 of the 9 images .*0\.jpg \(it is a link that leads nowhere\); replace"):
+        evaluate(Reads(), dataset)
+    result = evaluate(Reads(), dataset, on_bad_input="skip")
+    assert (result.top1, result.samples, result.skipped) == (100.0, 6, 3)
+    assert [image.index for image in result.bad_images] == [0, 1, 5]
+
+
 def test_a_score_of_no_image_is_none(tmp_path: Path) -> None:
     root = write_folder(tmp_path / "pictures", splits=("test",))
     for path in root.rglob("*.jpg"):

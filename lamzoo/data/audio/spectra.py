@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lamzoo.data.paths import open_listed
 from lamzoo.data.video.packets import import_av
 from lamzoo.errors import DataError
 
@@ -227,13 +228,14 @@ def _opened(path: str | Path) -> Iterator[InputContainer]:
     """Opens a file; later failures are raised as errors that name it."""
     av = import_av()
     path = Path(path)
-    if not path.is_file():
-        raise DataError(f"no such file: {path}")
     try:
+        open_listed(path).close()  # FFmpeg would wait for the other end of a pipe
         # Only local files are opened, whatever the file refers to. Tags in unknown encodings are ignored.
         options = {"protocol_whitelist": "file"}
         with av.open(f"file:{path}", container_options=options, metadata_errors="replace") as container:
             yield container
+    except FileNotFoundError as error:
+        raise DataError(f"no such file: {path}") from error
     except (av.FFmpegError, OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise DataError(f"cannot read the sound of {path}: {reason}; replace or remove it") from error

@@ -13,6 +13,7 @@ from lamzoo.data.captions.lsmdc import LsmdcSource
 from lamzoo.data.captions.mad import MadSource
 from lamzoo.data.captions.sound import Damage
 from lamzoo.data.captions.videos import VideoFolder
+from lamzoo.data.paths import folder_exists
 from lamzoo.data.splits import check_whole
 from lamzoo.errors import DataError
 
@@ -86,12 +87,12 @@ def _source(spec: str, split: str) -> CaptionSource:
 
 def _number(rest: str) -> tuple[Path, float | None]:
     """Splits ``DIR:NUMBER``; a folder may have a colon in its name."""
-    found = None if Path(rest).is_dir() else _NUMBER.search(rest)
+    found = None if folder_exists(rest) else _NUMBER.search(rest)
     return (Path(rest), None) if found is None else (Path(rest[: found.start()]), float(found[1]))
 
 
 def _grid(rest: str, split: str) -> GridCaptions:
-    found = None if Path(rest).is_dir() else _GRID_OPTIONS.search(rest)
+    found = None if folder_exists(rest) else _GRID_OPTIONS.search(rest)
     if found is None:
         return GridCaptions(Path(rest), split)
     modalities = tuple(found["modalities"].split("+"))

@@ -9,8 +9,7 @@ from lamzoo.data.captions.base import CaptionItem, CaptionSource, Stream
 from lamzoo.data.captions.feature_files import FeatureFiles
 from lamzoo.data.csv_tables import finite_seconds
 from lamzoo.data.json_files import read_lines
-from lamzoo.data.paths import visible
-from lamzoo.data.retrieval.video_files import check_folder
+from lamzoo.data.paths import check_folder, visible
 from lamzoo.data.splits import find_split
 from lamzoo.errors import DataError
 

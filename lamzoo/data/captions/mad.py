@@ -16,8 +16,7 @@ from lamzoo.data.csv_tables import finite_seconds, open_table
 from lamzoo.data.fingerprint import file_sizes
 from lamzoo.data.json_files import is_row, read_json
 from lamzoo.data.moments.feature_folder import unit
-from lamzoo.data.paths import spellings, visible
-from lamzoo.data.retrieval.video_files import check_folder
+from lamzoo.data.paths import check_folder, file_exists, spellings, visible
 from lamzoo.data.splits import find_split
 from lamzoo.errors import DataError, MissingExtraError
 
@@ -133,7 +132,7 @@ def _annotations(root: Path, split: str) -> tuple[str, list[Line]]:
 
 
 def _first(places: list[Path], name: str) -> Path | None:
-    return next((place / name for place in places if (place / name).is_file()), None)
+    return next((place / name for place in places if file_exists(place / name)), None)
 
 
 def _read_json(path: Path) -> Iterator[Line]:

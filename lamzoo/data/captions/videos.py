@@ -12,9 +12,8 @@ from lamzoo.data.captions.sound import PAIR, sound_stream
 from lamzoo.data.csv_tables import read_table
 from lamzoo.data.fingerprint import file_sizes
 from lamzoo.data.grid_tokens import BANDS
-from lamzoo.data.paths import nfc
+from lamzoo.data.paths import check_folder, file_exists, nfc
 from lamzoo.data.retrieval.caption_folder import Files
-from lamzoo.data.retrieval.video_files import check_folder
 from lamzoo.data.splits import find_split
 from lamzoo.errors import DataError
 
@@ -48,7 +47,7 @@ class VideoFolder(CaptionSource):
         if rate == 0:
             raise DataError(f"the features of {root} can't have 0 rows per second; set another rate, or omit it")
         table = root / "captions.csv"
-        if not table.is_file():
+        if not file_exists(table):
             raise DataError(
                 f"{root} has no captions.csv; add one with the columns video,caption or video,start,end,caption,split"
             )

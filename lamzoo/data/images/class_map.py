@@ -98,7 +98,7 @@ class _RelabelledSource(ImageSource):
 
     def __init__(self, source: ImageSource, classes: list[str], numbers: list[int]) -> None:
         self.classes = classes
-        self.split = source.split
+        self.split, self.lost = source.split, dict(source.lost)
         self._source = source
         self._numbers = numbers
 

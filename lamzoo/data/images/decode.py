@@ -12,7 +12,7 @@ from typing import BinaryIO, Literal
 import numpy as np
 from PIL import ExifTags, Image
 
-from lamzoo.data.paths import files_below, find_files
+from lamzoo.data.paths import find_files, list_files, open_listed
 from lamzoo.errors import DataError
 
 #: Extensions of images in folders: torchvision's list; timm's own is shorter.
@@ -80,19 +80,17 @@ def open_image(image: str | Path | Image.Image, mode: Mode = "RGB") -> Image.Ima
         mode: mode of the result.
 
     Raises:
-        DataError: the file does not exist, is not readable, or is not a complete image.
+        DataError: the file does not exist, is not readable or not a regular file, or is not a complete image.
     """
     if isinstance(image, Image.Image):
         return decode_image(image, getattr(image, "filename", "") or "from memory", mode)
     path = Path(image)
-    if not path.exists():
-        raise DataError(f"no such image: {path}")
-    if path.is_dir():
-        raise DataError(f"{path} is a folder, not an image")
     try:
-        with path.open("rb") as file:
+        with open_listed(path) as file:
             return decode_image(file, str(path), mode)
-    except OSError as error:
+    except FileNotFoundError as error:
+        raise DataError(f"no such image: {path}") from error
+    except (OSError, ValueError) as error:
         raise DataError(f"cannot read the image {path}: {_reason(error)}; replace or remove it") from error
 
 
@@ -113,8 +111,8 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
 
 
 def images_below(folder: Path) -> list[Path]:
-    """Lists the image files of a folder and its subfolders by extension, in natural order; possibly empty."""
-    return files_below(folder, IMAGE_EXTENSIONS)
+    """Lists the image files of a folder and its subfolders as :func:`lamzoo.data.paths.list_files` does."""
+    return list_files(folder, IMAGE_EXTENSIONS).files
 
 
 def _convert(image: Image.Image, mode: Mode) -> Image.Image:

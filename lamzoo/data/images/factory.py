@@ -9,7 +9,7 @@ from lamzoo.data.images.folders import FolderSource
 from lamzoo.data.images.image_dataset import ImageSource, LabelledImages
 from lamzoo.data.images.label_file import ListedSource
 from lamzoo.data.images.library_datasets import HuggingFaceSource, TorchvisionSource
-from lamzoo.data.paths import split_last
+from lamzoo.data.paths import folder_exists, split_last
 from lamzoo.data.splits import check_whole
 from lamzoo.errors import DataError
 
@@ -79,6 +79,6 @@ def _source(spec: str, split: str) -> ImageSource:
         case "wds":
             return TarSource(rest, split)
     folder = Path(spec)
-    if folder.is_dir():
+    if folder_exists(folder):
         return NpzSource(folder, split) if npz_splits(folder) else FolderSource(folder, split)
     raise DataError(f"{spec!r} is neither a data set nor an existing folder; it must be {_GRAMMAR}")

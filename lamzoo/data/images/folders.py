@@ -7,8 +7,9 @@ from typing import BinaryIO
 
 from lamzoo.data.fingerprint import file_sizes
 from lamzoo.data.images.decode import images_below
+from lamzoo.data.images.decode import IMAGE_EXTENSIONS
 from lamzoo.data.images.image_dataset import ImageSource
-from lamzoo.data.paths import natural_key, nfc, visible
+from lamzoo.data.paths import check_folder, list_files, natural_key, nfc, open_listed, subfolders
 from lamzoo.data.splits import SPLIT_NAMES, WHOLE, find_split, synonyms
 from lamzoo.errors import DataError
 
@@ -18,25 +19,27 @@ class FolderSource(ImageSource):
 
     The classes are those of all splits, so that a class without test images doesn't shift the labels of the others.
     Their names are in NFC, independent of the file system. In the training split, a class without images is an error.
+    Links are followed; a folder that is linked twice within a class is listed once, see
+    :func:`lamzoo.data.paths.list_files`. Folders that can't be listed and links that lead nowhere are ``lost`` images.
 
     Args:
         root: the folder.
         split: the split; ``"all"`` if ``root`` contains the class folders.
 
     Raises:
-        DataError: there is no such folder or split, there are no classes, or one is empty in the training split.
+        DataError: there is no such folder or split, there are no classes, one is empty in the training split, or the
+            folder or a split can't be listed.
     """
 
     how_to_split = "create a folder for each split, with the class folders in it"
 
     def __init__(self, root: Path, split: str) -> None:
-        if not root.is_dir():
-            raise DataError(f"no such folder: {root}")
-        children = _folders(root)
+        check_folder(root)
+        children = subfolders(root)
         split_folders = [name for name in children if name.lower() in SPLIT_NAMES or (name == split and split != WHOLE)]
         if split_folders:
             self.split = find_split(split, split_folders, str(root))
-            names = {nfc(name) for folder in split_folders for name in _folders(root / folder)}
+            names = {nfc(name) for folder in split_folders for name in subfolders(root / folder)}
             folder = root / self.split
         else:
             names = set(map(nfc, children))
@@ -48,8 +51,13 @@ class FolderSource(ImageSource):
         self.classes = sorted(names, key=lambda name: (natural_key(name), name))
         self._folder = folder
         numbers = {name: label for label, name in enumerate(self.classes)}
-        folders = sorted((numbers[nfc(name)], name) for name in _folders(folder))
-        self._samples = [(path, label) for label, name in folders for path in images_below(folder / name)]
+        folders = sorted((numbers[nfc(name)], name) for name in subfolders(folder))
+        self._samples: list[tuple[Path, int]] = []
+        self.lost = {}
+        for label, name in folders:
+            files, lost = list_files(folder / name, IMAGE_EXTENSIONS)
+            self.lost |= {number: lost[path] for number, path in enumerate(files, len(self._samples)) if path in lost}
+            self._samples += [(path, label) for path in files]
         if not self._samples:
             raise DataError(f"the class folders of {folder} have no images")
         if "train" in synonyms(split):
@@ -61,7 +69,7 @@ class FolderSource(ImageSource):
     def read(self, index: int) -> tuple[BinaryIO, int]:
         path, label = self._samples[index]
         try:
-            return path.open("rb"), label
+            return open_listed(path), label
         except OSError as error:
             raise DataError(f"cannot open {path}: {error.strerror}") from error
 
@@ -83,7 +91,3 @@ class FolderSource(ImageSource):
                 f"{self._folder} has no training image of the class {', '.join(map(repr, empty[:3]))}{more}; "
                 "add some, or remove the class folder from every split"
             )
-
-
-def _folders(root: Path) -> list[str]:
-    return [path.name for path in visible(root) if path.is_dir()]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, BinaryIO
 
 from PIL import Image
@@ -13,6 +14,7 @@ from torch.utils.data import Dataset
 
 from lamzoo.data.fingerprint import Fingerprint, image_fingerprint
 from lamzoo.data.images.decode import Mode, decode_image
+from lamzoo.data.validation import BadInput
 from lamzoo.errors import DataError
 
 
@@ -24,12 +26,15 @@ class ImageSource(ABC):
         identifiers: identifiers of the classes, such as WordNet ids, if they differ from the names.
         split: name of the split in the data, or ``None`` for data without splits.
         how_to_split: how to add splits to such data, for messages; ``None`` for layouts without splits.
+        lost: indices of images that are known to be unreadable without opening them, each with the reason: missing
+            files, and folders that can't be listed, which count as one image.
     """
 
     classes: list[str] | None = None
     identifiers: list[str] | None = None
     split: str | None = None
     how_to_split: str | None = None
+    lost: Mapping[int, str] = MappingProxyType({})
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -67,6 +72,7 @@ class LabelledImages(Dataset):
         classes: class names in label order, or ``None``.
         split: name of the split in the data, or ``None`` for data without splits.
         spec: specification of the data set.
+        lost: the images that are known to be unreadable, such as missing files; reading one raises an error.
 
     Args:
         source: source of images and labels.
@@ -83,6 +89,7 @@ class LabelledImages(Dataset):
         self.spec = spec
         self.classes = source.classes
         self.split = source.split
+        self.lost = [BadInput(index, source.name(index), reason) for index, reason in source.lost.items()]
         self.mode: Mode = "RGB"
         self.transform: Callable[[Image.Image], Any] | None = None
         self.target_transform: Callable[[int], Any] | None = None
@@ -106,6 +113,9 @@ class LabelledImages(Dataset):
         Raises:
             DataError: the image is damaged, or the label is outside the classes.
         """
+        if (reason := self.source.lost.get(index)) is not None:
+            name = self.filename(index)
+            raise DataError(f"cannot read the image {name}: {reason}; replace or remove it") from ValueError(reason)
         file, given = self.source.read(index)
         if isinstance(file, Image.Image):
             image = decode_image(file, self.filename(index), self.mode)

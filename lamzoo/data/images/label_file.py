@@ -10,15 +10,17 @@ from typing import BinaryIO
 from lamzoo.data.csv_tables import open_table
 from lamzoo.data.fingerprint import file_sizes
 from lamzoo.data.images.decode import images_below
+from lamzoo.data.images.decode import IMAGE_EXTENSIONS
 from lamzoo.data.images.image_dataset import ImageSource
 from lamzoo.data.json_files import read_lines
-from lamzoo.data.paths import natural_key, nfc
+from lamzoo.data.paths import check_folder, file_exists, list_files, natural_key, nfc, open_listed
 from lamzoo.errors import DataError, MissingExtraError
 
 # Names of the columns; the first one present is used.
 _HEADINGS = ("filename", "file", "image", "path", "image_id", "imageid", "name", "id")
 _LABELS = ("label", "class", "category", "target", "class_name", "class_id")
 _OFFICIAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})")
+_MISSING = "there is no such file"
 
 
 class ListedSource(ImageSource):
@@ -35,8 +37,9 @@ class ListedSource(ImageSource):
       which is needed because the kit orders the classes differently from all libraries.
 
     Class names in the file are numbered in natural order, as for an image folder; numbers are used unchanged, and the
-    data set has no class names. Names are compared in NFC. Listed images that are not in the folder are ignored, so
-    that a subset of a split can be used; an image that is not listed is an error.
+    data set has no class names. Names are compared in NFC. Listed images that are not in the folder are the last
+    images of the data set and ``lost``, so that evaluation and training stop, or leave them out, as they are told; an
+    image that is not listed is an error.
 
     Args:
         root: the folder.
@@ -48,13 +51,22 @@ class ListedSource(ImageSource):
     """
 
     def __init__(self, root: Path, path: Path) -> None:
-        if not root.is_dir():
-            raise DataError(f"no such folder: {root}")
-        self._paths = images_below(root)
-        if not self._paths:
+        check_folder(root)
+        files, lost = list_files(root, IMAGE_EXTENSIONS)
+        if root in lost:
+            raise DataError(f"cannot read the folder {root}: {lost[root]}")
+        there = [file for file in files if file not in lost or file.suffix.lower() in IMAGE_EXTENSIONS]
+        if not there:
             raise DataError(f"the folder {root} has no images")
         rows = _read_rows(path)
-        names = _names_of(self._paths, rows, root, path)
+        names, missing = _names_of(there, rows, root, path)
+        self._paths = [*there, *(root / name for name in missing)]
+        names += missing.values()
+        self.lost = {
+            number: lost.get(file, _MISSING)
+            for number, file in enumerate(self._paths)
+            if file in lost or number >= len(there)
+        }
         if all(name.isdecimal() for name in names):
             self._labels = [int(name) for name in names]
             return
@@ -68,7 +80,7 @@ class ListedSource(ImageSource):
 
     def read(self, index: int) -> tuple[BinaryIO, int]:
         try:
-            return self._paths[index].open("rb"), self._labels[index]
+            return open_listed(self._paths[index]), self._labels[index]
         except OSError as error:
             raise DataError(f"cannot open {self._paths[index]}: {error.strerror}") from error
 
@@ -133,7 +145,7 @@ def _fields(line: str) -> tuple[str, ...]:
 def _from_devkit(rows: Sequence[tuple[str, ...]], path: Path) -> list[tuple[str, ...]]:
     """Replaces the numbers of ImageNet's development kit by WordNet ids."""
     table = path.with_name("meta.mat")
-    if not table.is_file():
+    if not file_exists(table):
         raise DataError(
             f"{path} has numbers of unknown classes; if it is from ImageNet's development kit, keep it by meta.mat, "
             "otherwise each line must be an image and its label"
@@ -150,8 +162,10 @@ def _from_devkit(rows: Sequence[tuple[str, ...]], path: Path) -> list[tuple[str,
         raise DataError(f"{table} does not define the class numbers in {path}: {error!r}") from error
 
 
-def _names_of(paths: Sequence[Path], rows: Sequence[tuple[str, ...]], root: Path, where: Path) -> list[str]:
-    """Returns the label of each image."""
+def _names_of(
+    paths: Sequence[Path], rows: Sequence[tuple[str, ...]], root: Path, where: Path
+) -> tuple[list[str], dict[str, str]]:
+    """Returns the label of each image, and the labels of the listed images without a file by path below the root."""
     if len(rows[0]) == 1:
         return _names_in_order(paths, [row[0] for row in rows], where)
     given: dict[str, str] = {}
@@ -162,26 +176,39 @@ def _names_of(paths: Sequence[Path], rows: Sequence[tuple[str, ...]], root: Path
                 f"{where} gives {name.as_posix()} two labels, {given[name.as_posix()]!r} and {label!r}; remove one"
             )
         short[name.name] = label if short.get(name.name, label) == label else None
-    names = []
+    names: list[str] = []
+    found: set[str] = set()  # paths in the list
+    found_short: set[str] = set()
     for path in paths:
         inside = Path(nfc(path.relative_to(root).as_posix()))
-        long = given.get(inside.as_posix()) or given.get(inside.with_suffix("").as_posix())
-        found = long or short.get(inside.name) or short.get(inside.stem)
-        if found is None:
+        keys = (inside.as_posix(), inside.with_suffix("").as_posix())
+        long = next((key for key in keys if key in given), None)
+        brief = next((key for key in (inside.name, inside.stem) if short.get(key)), None)
+        if long is not None:
+            found.add(long)
+            names.append(given[long])
+        elif brief is not None:
+            found_short.add(brief)
+            names.append(str(short[brief]))
+        else:
             raise DataError(f"{where} has no label or several for {path}; correct it, or remove the image")
-        names.append(found)
-    return names
+    missing = {name: label for name, label in given.items() if name not in found and Path(name).name not in found_short}
+    return names, missing
 
 
-def _names_in_order(paths: Sequence[Path], names: Sequence[str], where: Path) -> list[str]:
+def _names_in_order(paths: Sequence[Path], names: Sequence[str], where: Path) -> tuple[list[str], dict[str, str]]:
     numbers = [_OFFICIAL_NAME.match(path.name) for path in paths]
     if all(numbers) and len(names) >= len(paths):  # a subset of ImageNet: the names contain the numbers
         places = [int(number[1]) - 1 for number in numbers if number]
         if max(places) < len(names) and min(places) >= 0:
-            return [names[place] for place in places]
+            there = set(places)
+            missing = {
+                f"ILSVRC2012_val_{place + 1:08}.JPEG": name for place, name in enumerate(names) if place not in there
+            }
+            return [names[place] for place in places], missing
     if len(names) != len(paths):
         raise DataError(
             f"{where} has {len(names)} labels without names and the folder {len(paths)} images; "
             "each line must be an image and its label"
         )
-    return list(names)
+    return list(names), {}

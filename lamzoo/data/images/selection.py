@@ -26,6 +26,9 @@ class SelectedSource(ImageSource):
         self.split = source.split if split is None else split
         self._source = source
         self._indices = np.asarray(indices, np.int64)
+        if source.lost:
+            chosen = enumerate(self._indices.tolist())
+            self.lost = {place: source.lost[index] for place, index in chosen if index in source.lost}
 
     def __len__(self) -> int:
         return len(self._indices)

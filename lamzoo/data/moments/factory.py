@@ -9,7 +9,7 @@ from lamzoo.data.grid_tokens import Modalities
 from lamzoo.data.moments.base import MomentDataset, MomentSource
 from lamzoo.data.moments.grid import grid
 from lamzoo.data.moments.qvhighlights import charades, qvhighlights, tvsum
-from lamzoo.data.paths import split_last
+from lamzoo.data.paths import folder_exists, split_last
 from lamzoo.errors import DataError
 
 _GRAMMAR = "qvhighlights:DIR, charades:DIR, tvsum:DIR[:DOMAIN] or grid:DIR[:MODALITIES[:SECONDS]]"
@@ -60,7 +60,7 @@ def _source(spec: str, split: str) -> MomentSource:
             return charades(Path(rest), split)
         case "tvsum":
             folder, domain = split_last(rest)
-            if domain is not None and not Path(rest).is_dir():
+            if domain is not None and not folder_exists(rest):
                 return tvsum(Path(folder), split, domain)
             return tvsum(Path(rest), split)
         case "grid":

@@ -11,7 +11,7 @@ import numpy as np
 
 from lamzoo.data.fingerprint import file_sizes
 from lamzoo.data.moments.base import MARGIN, Features
-from lamzoo.data.paths import existing_file
+from lamzoo.data.paths import existing_file, file_exists, folder_exists
 from lamzoo.errors import DataError
 
 VIDEO_FOLDERS = ("slowfast_features", "clip_features")
@@ -31,11 +31,11 @@ class FeatureFolder:
 
     def __init__(self, root: Path) -> None:
         places = [root / name for name in _WHERE]
-        self.root = next((place for place in places if (place / "clip_features").is_dir()), None) or root
-        self._videos = [self.root / name for name in VIDEO_FOLDERS if (self.root / name).is_dir()]
+        self.root = next((place for place in places if folder_exists(place / "clip_features")), None) or root
+        self._videos = [self.root / name for name in VIDEO_FOLDERS if folder_exists(self.root / name)]
         self._texts = self.root / TEXT_FOLDER
         for folder in (self.root / "clip_features", self._texts):
-            if not folder.is_dir():
+            if not folder_exists(folder):
                 raise DataError(
                     f"{root} has no folder {folder.name}; compute it with `lamzoo extract-features`, or download the "
                     "published features from the repository of Moment-DETR"
@@ -80,7 +80,7 @@ def read_features(path: Path, key: str) -> Features:
     Raises:
         DataError: the file does not exist or is damaged, or the array has another shape or dtype; names it.
     """
-    if not path.is_file():
+    if not file_exists(path):
         raise DataError(f"{path.parent} has no {path.name}; extract it, or remove the query")
     try:
         with np.load(path, allow_pickle=False) as archive:

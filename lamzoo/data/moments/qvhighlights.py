@@ -15,7 +15,7 @@ from lamzoo.data.csv_tables import open_table
 from lamzoo.data.json_files import check_fields, is_grid, is_row, read_json_lines, read_lines
 from lamzoo.data.moments.base import Features, MomentQuery, MomentSource
 from lamzoo.data.moments.feature_folder import FeatureFolder
-from lamzoo.data.retrieval.video_files import check_folder
+from lamzoo.data.paths import check_folder, file_exists
 from lamzoo.data.splits import find_split
 from lamzoo.errors import DataError
 
@@ -153,7 +153,7 @@ def charades(root: Path, split: str) -> FolderSource:
         DataError: there is no such folder, file or split, a line is invalid, or a video has no duration.
     """
     check_folder(root)
-    there = {name: path for name in ("train", "test") if (path := root / f"charades_sta_{name}.txt").is_file()}
+    there = {name: path for name in ("train", "test") if file_exists(path := root / f"charades_sta_{name}.txt")}
     found = find_split(split, there, str(root))
     lengths = _charades_lengths(root / f"Charades_v1_{found}.csv")
     queries = []
@@ -217,4 +217,4 @@ def read_queries(path: Path) -> dict[int | str, str]:
 
 def _first(root: Path, stems: tuple[str, ...]) -> Path | None:
     paths = [root / f"{stem}{suffix}" for stem in stems for suffix in (".jsonl", ".jsonl.gz")]
-    return next((path for path in paths if path.is_file()), None)
+    return next((path for path in paths if file_exists(path)), None)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from lamzoo.data.csv_tables import read_table
-from lamzoo.data.paths import nfc
-from lamzoo.data.retrieval.video_files import FileSource, check_folder, only_file
+from lamzoo.data.paths import check_folder, file_exists, nfc
+from lamzoo.data.retrieval.video_files import FileSource, only_file
 from lamzoo.data.splits import find_split
 from lamzoo.data.video.reader import VIDEO_EXTENSIONS, videos_below
 from lamzoo.errors import DataError
@@ -31,7 +31,7 @@ class PlainSource(FileSource):
     def __init__(self, root: Path, split: str) -> None:
         check_folder(root)
         table = root / "captions.csv"
-        if not table.is_file():
+        if not file_exists(table):
             raise DataError(
                 f"{root} has no captions.csv; add one with the columns video,caption or video,caption,split"
             )
@@ -66,7 +66,7 @@ class Files:
                 f"the video {video!r} in {self._table} is not below {self._root}; use a path relative to that folder"
             )
         whole = self._root / place
-        if whole.is_file():
+        if file_exists(whole):
             return whole
         found = self._known.get(nfc(place.as_posix()))
         if found is None:

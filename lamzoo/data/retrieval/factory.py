@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import cast, get_args
 
-from lamzoo.data.paths import split_last
+from lamzoo.data.paths import folder_exists, split_last
 from lamzoo.data.retrieval.base import CaptionedVideos, VideoSource
 from lamzoo.data.retrieval.caption_folder import PlainSource
 from lamzoo.data.retrieval.flickr import Flickr8kSource
@@ -81,7 +81,7 @@ def _source(spec: str, split: str) -> VideoSource:
 def _option(rest: str, options: tuple[str, ...], what: str) -> tuple[Path, str]:
     """Splits ``DIR:OPTION``; the first option is the default. Folder names may contain colons."""
     folder, option = split_last(rest)
-    if option is None or Path(rest).is_dir():
+    if option is None or folder_exists(rest):
         return Path(rest), options[0]
     if option not in options:
         raise DataError(f"{folder} has no {what} {option!r}; it must be {' or '.join(map(repr, options))}")

@@ -14,7 +14,7 @@ from PIL import Image
 
 from lamzoo.data.images.decode import decode_image
 from lamzoo.data.json_files import check_fields, is_row, read_json_lines
-from lamzoo.data.retrieval.video_files import check_folder
+from lamzoo.data.paths import check_folder, file_exists
 from lamzoo.data.splits import find_split
 from lamzoo.errors import DataError
 
@@ -94,7 +94,7 @@ def _check_words(words: list[Any], where: str) -> None:
 
 
 def _read_jpegs(path: Path, count: int, wanted: Sequence[int]) -> list[bytes]:
-    if not path.is_file():
+    if not file_exists(path):
         raise DataError(f"{path.parent} has no {path.name}")
     try:
         with np.load(path, allow_pickle=False) as archive:

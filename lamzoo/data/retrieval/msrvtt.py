@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from lamzoo.data.csv_tables import read_table
 from lamzoo.data.json_files import read_json
-from lamzoo.data.retrieval.video_files import FileSource, captions_of, check_folder, locate
+from lamzoo.data.paths import check_folder, file_exists
+from lamzoo.data.retrieval.video_files import FileSource, captions_of, locate
 from lamzoo.data.splits import find_split
 from lamzoo.errors import DataError
 
@@ -110,6 +111,6 @@ class _Data:
 
 
 def _existing(path: Path) -> Path:
-    if not path.is_file():
+    if not file_exists(path):
         raise DataError(f"{path.parent} has no {path.name}; {_HANDED_OUT}")
     return path

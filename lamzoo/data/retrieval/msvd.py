@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lamzoo.data.json_files import read_json, read_lines
-from lamzoo.data.retrieval.video_files import FileSource, captions_of, check_folder, locate
+from lamzoo.data.paths import check_folder, file_exists
+from lamzoo.data.retrieval.video_files import FileSource, captions_of, locate
 from lamzoo.data.splits import find_split
 from lamzoo.errors import DataError
 
@@ -48,7 +49,7 @@ class MsvdSource(FileSource):
 
 
 def _read_list(path: Path) -> list[str]:
-    if not path.is_file():
+    if not file_exists(path):
         raise DataError(f"{path.parent} has no {path.name}; {_HANDED_OUT} has it")
     ids = [line.strip() for line in read_lines(path) if line.strip()]
     if not ids:
@@ -57,9 +58,9 @@ def _read_list(path: Path) -> list[str]:
 
 
 def _read_captions(path: Path) -> dict[str, Sequence[str]]:
-    if not path.is_file():
+    if not file_exists(path):
         pickled = path.with_suffix(".pkl")
-        get = "" if pickled.is_file() else f"download {pickled.name} from {_HANDED_OUT}, and "
+        get = "" if file_exists(pickled) else f"download {pickled.name} from {_HANDED_OUT}, and "
         raise DataError(
             f"{path.parent} has no {path.name}; {get}if you trust {pickled.name}, convert it once, in that folder, "
             f"with: {_CONVERT}"

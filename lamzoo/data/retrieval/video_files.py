@@ -39,12 +39,6 @@ class FileSource(VideoSource):
         return str(self._paths[index])
 
 
-def check_folder(folder: Path) -> None:
-    """Raises a :class:`DataError` if a folder does not exist."""
-    if not folder.is_dir():
-        raise DataError(f"no such folder: {folder}")
-
-
 def locate(ids: Sequence[str], root: Path, folders: Sequence[str], listed: Path) -> list[Path]:
     """Finds the files ``ID.mp4`` (or avi, webm, ...) of videos.
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from lamzoo.data.paths import files_below, find_files
+from lamzoo.data.paths import find_files, list_files, open_listed
 from lamzoo.data.video.packets import (
     KeyPacket,
     PacketIndex,
@@ -190,8 +190,8 @@ def find_videos(paths: Iterable[str | Path]) -> list[Path]:
 
 
 def videos_below(folder: Path) -> list[Path]:
-    """Lists the video files of a folder and its subfolders by extension, in natural order; possibly empty."""
-    return files_below(folder, VIDEO_EXTENSIONS)
+    """Lists the video files of a folder and its subfolders as :func:`lamzoo.data.paths.list_files` does."""
+    return list_files(folder, VIDEO_EXTENSIONS).files
 
 
 class _Astray(Exception):
@@ -203,10 +203,15 @@ def _naming(path: str | Path) -> Iterator[Path]:
     """Yields the path of an existing file; an :class:`UnreadableVideo` is raised as an error that names the file."""
     ffmpeg_error = import_av().FFmpegError
     path = Path(path)
-    if not path.exists():
-        raise DataError(f"no such video: {path}")
-    if path.is_dir():
-        raise DataError(f"{path} is a folder, not a video")
+    try:
+        open_listed(path).close()  # FFmpeg would wait for the other end of a pipe
+    except FileNotFoundError:
+        raise DataError(f"no such video: {path}") from None
+    except IsADirectoryError as error:
+        raise DataError(f"{path} is a folder, not a video") from error
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise DataError(f"cannot read the video {path}: {why}; replace or remove it") from error
     try:
         yield path
     except (UnreadableVideo, ffmpeg_error, OSError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,9 +19,10 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from lamzoo.adapters.wrappers import unwrap
-from lamzoo.data import LabelledImages, OnBadInput, plain_worker_errors, read_class_map, relabel
+from lamzoo.data import LabelledImages, OnBadInput, plain_worker_errors, read_class_map, relabel, select
 from lamzoo.data.images.decode import Mode
 from lamzoo.data.paths import nfc
+from lamzoo.data.validation import first_named, valid_indices
 from lamzoo.errors import ConfigError, DataError
 from lamzoo.evaluation.accuracy import BAD_LABEL, AccuracyCounter, EvalResult
 from lamzoo.evaluation.classification.imagenet_real import RealLabels
@@ -30,6 +32,8 @@ from lamzoo.evaluation.runtime import Precision, check_batches, class_count, dat
 from lamzoo.profiling.inputs import image_mode, image_size
 from lamzoo.tasks.base import EvalRequest, Evaluation, MetricSpec, ScoreTable, metric_table
 from lamzoo.tasks.classification import CLASSIFICATION
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,8 @@ def evaluate(
         precision: autocast precision; ``"float32"`` disables autocast.
         workers: worker processes that read images; 0 reads in the main process.
         limit: score only this many images, spread evenly over the data set.
-        on_bad_input: ``"skip"`` leaves out unreadable images with a warning each, and reports their number.
+        on_bad_input: ``"skip"`` leaves out missing images with one warning and unreadable ones with a warning each,
+            and reports their number.
         real_labels: also score against ImageNet's reassessed labels: ``real.json``, or ``"timm"`` for timm's copy; the
             model's classes must be ImageNet-1k's in their usual order.
         state: file for partial results; removed at the end.
@@ -99,6 +104,14 @@ def evaluate(
     config = data_config(model)
     _check_classes(model, dataset)
     real = None if real_labels is None else _read_real_labels(real_labels, model)
+    lost = dataset.lost
+    kept: Sequence[int] = range(len(dataset))
+    if lost:
+        kept = valid_indices(dataset, lost, on_bad_input, "images")
+        _logger.warning(
+            "left out %d of the %d images of %s: %s", len(lost), len(dataset), dataset.spec, first_named(lost)
+        )
+        dataset = select(dataset, kept)
     tally = AccuracyCounter(dataset, class_count(model), real=real, skip=on_bad_input == "skip")
     indices = _spread(len(dataset), limit)
     file, done = None, EvalState()
@@ -126,7 +139,10 @@ def evaluate(
                 progress(EvalProgress(done.seen, len(indices), done.top1, tally.top5(done)))
     if file is not None:
         file.remove()
-    return tally.result(done)
+    result = tally.result(done)
+    bad = [*lost, *(dataclasses.replace(image, index=kept[image.index]) for image in result.bad_images)]
+    bad.sort(key=lambda image: image.index)
+    return dataclasses.replace(result, skipped=len(bad), bad_images=tuple(bad))
 
 
 def score_classifier(model: nn.Module, dataset: LabelledImages, request: EvalRequest) -> Evaluation:
