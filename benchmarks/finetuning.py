@@ -8,7 +8,6 @@ Completed runs are skipped, and interrupted ones continue. Arguments after ``--`
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import statistics
 import subprocess
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.rows import read_rows, write_rows
+from lamzoo import records
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "finetuning.csv"
@@ -52,7 +52,7 @@ def train(model: str, tune: str, seed: int, data: str, out: Path, more: Sequence
     report = output / "report" / "report.json"
     if not report.exists():
         subprocess.run([sys.executable, "-m", "lamzoo", *line, "--output", str(output), "--resume"], check=True)
-    content = json.loads(report.read_text(encoding="utf-8"))
+    content = records.read_table(report, what="Report")
     split, score = list(content["scores"].items())[-1]
     return Row(
         model=model,

@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=data_dir("weights"))
     arguments = parser.parse_args()
 
-    recipe = json.loads((arguments.run / "recipe.json").read_text(encoding="utf-8"))
+    recipe = records.read_table(arguments.run / "recipe.json", what="Recipe")
     columns, rows = records.read_lines(arguments.run / "metrics.csv", what="log")
     epochs = parse_recipe(recipe).schedule.total_epochs
     if len(rows) != epochs:
@@ -221,7 +221,7 @@ def _kept(run: Path, epochs: int) -> str:
     report = run / "report" / "report.json"
     if not report.is_file():
         raise DataError(f"{report} is missing, which records the epoch of the weights; train with run.report=true.")
-    kept = json.loads(report.read_text(encoding="utf-8"))["epoch_kept"]
+    kept = records.read_table(report, what="Report")["epoch_kept"]
     return "those of the last epoch" if kept == epochs else f"those of epoch {kept} of {epochs}, chosen by that split"
 
 

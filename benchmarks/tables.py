@@ -20,6 +20,7 @@ from benchmarks.ablation.run import HERE
 from benchmarks.ablation.table import table as ablation
 from benchmarks.rows import read_rows as read_lines
 from lamzoo.profiling.results import BenchRow, read_rows
+from lamzoo.reading import read_text
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -112,7 +113,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a table is out of date")
     check = parser.parse_args().check
     for page in PAGES:
-        before = page.read_text(encoding="utf-8")
+        before = read_text(page)
         after = fill(before)
         if check and after != before:
             sys.exit(f"A table of {page.relative_to(ROOT)} is out of date; run `python -m benchmarks.tables`.")

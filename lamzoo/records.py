@@ -11,12 +11,14 @@ import sys
 import tomllib
 import types
 import typing
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from lamzoo.errors import DataError, LamzooError
 from lamzoo.files import atomic_files
+from lamzoo.reading import parse_csv, parse_float, parse_int, parse_json, parse_toml, read_text, reason
 
 Record = TypeVar("Record")
 
@@ -35,11 +37,11 @@ def read_table(path: str | Path, *, what: str, error: type[LamzooError] = DataEr
     path = Path(path)
     kind = "JSON" if path.suffix.lower() == ".json" else "TOML"
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        table = json.loads(text) if kind == "JSON" else tomllib.loads(text)
+        text = read_text(path)
+        table = parse_json(text, file_names=True) if kind == "JSON" else parse_toml(text)
     except OSError as cause:
-        raise error(f"{what} {path} can't be read: {cause.strerror}; give the path of a {kind} file.") from None
-    except ValueError as cause:  # from tomllib, json or decoding
+        raise error(f"{what} {path} can't be read: {reason(cause)}; give the path of a {kind} file.") from None
+    except ValueError as cause:
         raise error(f"{what} {path} is not valid {kind}: {cause}.") from None
     if not isinstance(table, dict):
         raise error(f"{what} {path} is not valid: it must hold a table.")
@@ -63,14 +65,14 @@ def build(
         LamzooError: ``error``: a key is unknown, missing or mistyped; names it, and the closest or the allowed ones.
     """
     if not isinstance(table, Mapping):
-        raise error(f"{source} entry [{where}] must be a table, not {table!r}.")
+        raise error(f"{source} entry [{where}] must be a table, not {table!r:.60}.")
     hints = get_type_hints(cls)
     entries = dataclasses.fields(cls)  # type: ignore[arg-type]
     names = [entry.name for entry in entries]
     dot = f"{where}." if where else ""
     for key in table:
         if key not in names:
-            raise error(f"{source} key {dot}{key} is unknown; {_closest(key, names, dot)}")
+            raise error(f"{source} key {dot}{key:.60} is unknown; {_closest(key, names, dot)}")
     for entry in entries:
         if entry.name not in table and not _has_default(entry):
             raise error(f"{source} key {dot}{entry.name} is missing; add it.")
@@ -94,11 +96,11 @@ def _typed(value: Any, hint: Any, where: str, source: str, error: type[LamzooErr
     if origin is Literal:
         if value in args:
             return value
-        raise error(f"{source} key {where} is {value!r}; it must be one of {', '.join(map(repr, args))}.")
+        raise error(f"{source} key {where} is {value!r:.60}; it must be one of {', '.join(map(repr, args))}.")
     if origin is tuple and args[-1] is not Ellipsis:
         if isinstance(value, (list, tuple)) and len(value) == len(args):
             return tuple(map(each, value, args))
-        raise error(f"{source} key {where} is {value!r}; it must be {len(args)} numbers.")
+        raise error(f"{source} key {where} is {value!r:.60}; it must be {len(args)} numbers.")
     kind = origin or hint
     if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
         return float(value)
@@ -106,7 +108,7 @@ def _typed(value: Any, hint: Any, where: str, source: str, error: type[LamzooErr
     if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
         name = {list: "list", tuple: "list", Mapping: "table", dict: "table"}.get(kind) or kind.__name__
         shown = json.dumps(value, default=str)
-        raise error(f"{source} key {where} is {shown}; it must be {'an' if name[0] in 'aeiou' else 'a'} {name}.")
+        raise error(f"{source} key {where} is {shown:.60}; it must be {'an' if name[0] in 'aeiou' else 'a'} {name}.")
     if kind in (list, tuple) and args:
         return kind(each(item, args[0]) for item in value)
     if isinstance(value, Mapping) and args and args[1] is not Any:
@@ -132,16 +134,14 @@ def read_lines(
             or fewer cells than columns; names file and line.
     """
     try:
-        with Path(path).open(newline="", encoding="utf-8") as file:
-            reader = csv.reader(file, strict=True)
-            lines = [(reader.line_num, cells) for cells in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as cause:
-        raise error(f"The {what} {path} cannot be read: {cause}.") from cause
+        lines = parse_csv(read_text(path, keep_line_ends=True))
+    except (OSError, ValueError) as cause:
+        raise error(f"The {what} {path} cannot be read: {reason(cause)}.") from cause
     if not lines:
         raise error(f"The {what} {path} is empty; its first line must name the columns.")
     (_, columns), *records = lines
-    twice = next((column for column in columns if columns.count(column) > 1), None)
-    if twice is not None:
+    twice, count = next(iter(Counter(columns).most_common(1)), ("", 1))
+    if count > 1:
         raise error(f"{path} has the column {twice!r} twice; remove one.")
     for number, cells in records:
         if len(cells) != len(columns):
@@ -187,7 +187,7 @@ def read_csv(
         kinds = [kind for kind in args if kind is not type(None)] if args else [hints[column]]
         if not cell and (type(None) in args or (kinds == [str] and _has_default(entries[column]))):
             return None if type(None) in args else ""
-        place = f"{path}, line {number}: {column} is {cell!r}"
+        place = f"{path}, line {number}: {column} is {cell!r:.60}"
         if get_origin(hints[column]) is Literal or kinds == [bool]:
             choices = {str(choice): choice for choice in (args or (False, True))}
             if cell in choices:
@@ -196,14 +196,18 @@ def read_csv(
         if not cell:
             raise error(f"{place}; it must be a {'name' if kinds == [str] else 'number'}.")
         try:
-            return kinds[0](cell)
+            return _PARSERS[kinds[0]](cell)
         except ValueError as cause:
-            raise error(f"{place}, which is not a number; fix or remove the line.") from cause
+            raise error(f"{place}, which is not {_NAMES[kinds[0]]}; fix or remove the line.") from cause
 
     return [
         cls(**{column: parse(cell, column, number) for column, cell in zip(columns, cells, strict=True)})
         for number, cells in records
     ]
+
+
+_PARSERS: dict[Any, Callable[[str], Any]] = {str: str, int: parse_int, float: parse_float}
+_NAMES = {int: "a whole number", float: "a number"}
 
 
 def write_csv(

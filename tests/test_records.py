@@ -93,7 +93,7 @@ def test_lines_are_read_back_and_new_columns_are_optional(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("a,x,True,", "line 2: count is 'x', which is not a number"),
+        ("a,x,True,", "line 2: count is 'x', which is not a whole number"),
         ("a,1,yes,", "line 2: fast is 'yes'; it must be False or True"),
         (",1,True,", "line 2: name is ''; it must be a name"),
         ("a,1", "line 2: 2 cells instead of 4"),

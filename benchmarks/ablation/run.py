@@ -142,7 +142,7 @@ def train(run: Run, out: Path, threads: int) -> dict[str, Any]:
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "COLUMNS": "120"}
         subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT, env=environment)
     *_, last = read_results(folder / "metrics.csv")
-    report = json.loads((folder / "report" / "report.json").read_text(encoding="utf-8"))
+    report = records.read_table(folder / "report" / "report.json", what="Report")
     cost = lamzoo.profile(lamzoo.create_model(f"local-dir:{folder / 'model'}", pretrained=True))
     return {
         "row": run.row,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lamzoo.errors import DataError
-from lamzoo.reading import open_regular
+from lamzoo.reading import expands_too_much, open_regular, reason
 
 _DAMAGED = (
     OSError, ValueError, EOFError, KeyError, TypeError, AttributeError, OverflowError, MemoryError, RecursionError,
@@ -29,9 +30,9 @@ def read_npy(path: Path) -> NDArray[Any]:
     """
     try:
         with open_regular(path) as file:
-            return _array(file, path.stat().st_size)
+            return _array(file, os.fstat(file.fileno()).st_size)
     except _DAMAGED as error:
-        raise DataError(f"{path} is not a complete npy file of a plain array: {_reason(error)}") from error
+        raise DataError(f"{path} is not a complete npy file of a plain array: {reason(error)}") from error
 
 
 def read_npz(path: Path, names: Sequence[str], optional: Sequence[str] = ()) -> dict[str, NDArray[Any]]:
@@ -51,15 +52,19 @@ def read_npz(path: Path, names: Sequence[str], optional: Sequence[str] = ()) -> 
             members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
             missing = [name for name in names if name not in members]
             if missing:
-                found = ", ".join(members) or "none"
-                raise DataError(f"{path} has no array {' and '.join(missing)}; it has {found}")
+                found = ", ".join(map(repr, members)) or "none"
+                raise DataError(f"{path} has no array {' and '.join(map(repr, missing))}; it has {found:.200}")
             arrays: dict[str, NDArray[Any]] = {}
+            size = os.fstat(file.fileno()).st_size
             for name in (*names, *(name for name in optional if name in members)):
+                grown = members[name].file_size
+                if expands_too_much(grown, min(size, members[name].compress_size)):
+                    raise ValueError(f"the array {name!r} would grow to {grown} bytes when decompressed")
                 with archive.open(members[name]) as member:
-                    arrays[name] = _array(member, members[name].file_size)
+                    arrays[name] = _array(member, grown)
             return arrays
     except _DAMAGED as error:
-        raise DataError(f"{path} is not a complete npz archive of plain arrays: {_reason(error)}") from error
+        raise DataError(f"{path} is not a complete npz archive of plain arrays: {reason(error)}") from error
 
 
 def _array(file: BinaryIO | IO[bytes], size: int) -> NDArray[Any]:
@@ -74,7 +79,3 @@ def _array(file: BinaryIO | IO[bytes], size: int) -> NDArray[Any]:
     file.seek(0)
     array: NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False)
     return array
-
-
-def _reason(error: Exception) -> str:
-    return (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__

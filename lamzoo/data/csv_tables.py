@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lamzoo.data.json_files import reason
 from lamzoo.data.paths import nfc
 from lamzoo.errors import DataError
-
-_UNCLOSED = "unexpected end of data"  # message of the csv module
+from lamzoo.reading import parse_csv, read_text, reason
 
 
 @dataclass(frozen=True)
@@ -40,7 +37,8 @@ class Table:
 
     def select(self, columns: Iterable[str]) -> Iterator[tuple[int, dict[str, str]]]:
         """Yields line number and cells by heading of each row; columns that the file lacks are omitted."""
-        places = {column: self.headings.index(column) for column in columns if column in self.headings}
+        known = {heading: place for place, heading in enumerate(self.headings)}
+        places = {column: known[column] for column in columns if column in known}
         for number, cells in self.rows:
             yield number, {column: cells[place] for column, place in places.items()}
 
@@ -65,31 +63,23 @@ def open_table(path: Path) -> Table:
         DataError: the file does not exist or is not CSV, two columns have the same name, a row has more cells than
             there are headings, as with an unquoted comma, or a quote is not closed; names the line.
     """
-    rows: list[tuple[int, list[str]]] = []
-    begin = 1  # first line of the current record, which may span several
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, strict=True)
-            headings = [nfc(heading.strip()) for heading in next(reader, [])]
-            named = max((place for place, heading in enumerate(headings, 1) if heading), default=0)
-            begin = reader.line_num + 1
-            for cells in map(_stripped, reader):
-                if len(cells) > len(headings) or any(cells[named:]):
-                    raise DataError(
-                        f"line {reader.line_num} of {path} has {len(cells)} cells, and the first line has {named} "
-                        "headings; put double quotes around text with commas"
-                    )
-                if cells:
-                    rows.append((reader.line_num, cells + [""] * (len(headings) - len(cells))))
-                begin = reader.line_num + 1
-    except csv.Error as error:
-        if str(error) == _UNCLOSED:
-            raise DataError(f"line {begin} of {path} has a double quote that is not closed; close it") from error
-        raise DataError(f"cannot read line {begin} of {path}: {error}") from error
+        (_, first), *records = parse_csv(read_text(path, keep_line_ends=True)) or [(1, [])]
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read {path}: {reason(error)}") from error
-    twice = next((heading for heading in headings if heading and headings.count(heading) > 1), None)
-    if twice is not None:
+    headings = [nfc(heading.strip()) for heading in first]
+    named = max((place for place, heading in enumerate(headings, 1) if heading), default=0)
+    rows = []
+    for number, cells in records:
+        if len(cells) > len(headings) or any(map(str.strip, cells[named:])):
+            raise DataError(
+                f"line {number} of {path} has {len(cells)} cells, and the first line has {named} headings; put double "
+                "quotes around text with commas"
+            )
+        if cells:
+            rows.append((number, [cell.strip() for cell in cells] + [""] * (len(headings) - len(cells))))
+    twice, count = next(iter(Counter(filter(None, headings)).most_common(1)), ("", 1))
+    if count > 1:
         raise DataError(f"{path} has the heading {twice!r} twice; rename or remove one of these columns")
     return Table(path, tuple(headings), rows)
 
@@ -111,15 +101,3 @@ def read_table(path: Path, columns: Sequence[str], optional: Sequence[str] = ())
     table = open_table(path)
     table.check_columns(columns)
     return [row for _, row in table.select_filled([*columns, *optional])]
-
-
-def finite_seconds(text: str) -> float:
-    """Parses a time in seconds; raises a ValueError if it is not a finite number."""
-    seconds = float(text)
-    if not math.isfinite(seconds):
-        raise ValueError(f"{text!r} is not finite")
-    return seconds
-
-
-def _stripped(cells: list[str]) -> list[str]:
-    return [cell.strip() for cell in cells]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-import zipfile
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from lamzoo.data.arrays import read_npz
 from lamzoo.data.audio.spectra import stack_spectra
 from lamzoo.data.paths import file_exists
 from lamzoo.data.retrieval.jpeg_archive import CaptionLines, JpegLines
@@ -236,11 +235,7 @@ def read_sound(path: Path, count: int) -> NDArray[np.uint8]:
     """
     if not file_exists(path):
         raise DataError(f"{path.parent} has no {path.name}")
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            sound: NDArray[np.uint8] = archive["logmel"]
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{path} is not a complete npz archive with the array logmel: {error}") from error
+    sound: NDArray[np.uint8] = read_npz(path, ["logmel"])["logmel"]
     if sound.dtype != np.uint8 or sound.ndim != 3 or sound.shape[::2] != (count, BANDS) or sound.shape[1] % HOPS:
         raise DataError(
             f"{path}: logmel is {sound.dtype} {sound.shape}; the {count} lines of captions.jsonl need uint8 ({count}, "

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import sys
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import UnionType
 from typing import Any
 
 from lamzoo.errors import DataError
+from lamzoo.reading import parse_json, read_text, reason
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, *, file_names: bool = False) -> Any:
     """Reads a JSON file, UTF-8 with or without a byte order mark; gzipped if its name ends in ``.gz``.
+
+    Args:
+        path: the file.
+        file_names: as of :func:`lamzoo.reading.parse_json`.
 
     Raises:
         DataError: the file does not exist or is damaged.
     """
     try:
-        return json.loads(_read_text(path))
-    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
+        return parse_json(read_text(path), file_names=file_names)
+    except (OSError, ValueError) as error:
         raise DataError(f"{path} is not readable JSON: {reason(error)}") from error
 
 
@@ -41,8 +43,8 @@ def read_json_lines(path: Path) -> list[tuple[dict[str, Any], str]]:
             continue
         where = f"line {number} of {path}"
         try:
-            line = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            line = parse_json(text)
+        except ValueError as error:
             raise DataError(f"{where} is not JSON: {error}") from error
         if not isinstance(line, dict):
             raise DataError(f"{where} is not a JSON object")
@@ -57,8 +59,8 @@ def read_lines(path: Path) -> list[str]:
         DataError: the file does not exist, is damaged, or is not UTF-8.
     """
     try:
-        return _read_text(path).removesuffix("\n").split("\n")
-    except (OSError, EOFError, ValueError, zlib.error) as error:
+        return read_text(path).removesuffix("\n").split("\n")
+    except (OSError, ValueError) as error:
         raise DataError(f"cannot read {path}: {reason(error)}") from error
 
 
@@ -95,16 +97,3 @@ def is_grid(value: Any) -> bool:
         and all(is_row(row) and row for row in value)
         and (len({len(row) for row in value}) == 1)
     )
-
-
-def reason(error: Exception) -> str:
-    """Returns why a text file can't be read, in a few words."""
-    if isinstance(error, UnicodeDecodeError):
-        return f"{error}; save it as UTF-8"
-    return (isinstance(error, OSError) and error.strerror) or str(error)
-
-
-def _read_text(path: Path) -> str:
-    data = path.read_bytes()
-    text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
-    return text.replace("\r\n", "\n").replace("\r", "\n")

@@ -16,6 +16,7 @@ from torch import nn
 
 from lamzoo.errors import DataError
 from lamzoo.files import atomic_files, cache_folder
+from lamzoo.reading import parse_json, read_text
 
 _KIND = "lamzoo evaluation"
 
@@ -68,7 +69,7 @@ class StateFile:
 
     def __init__(self, path: str | Path, key: Mapping[str, Any]) -> None:
         self.path = Path(path)
-        self.key = json.loads(json.dumps(key))  # as read back: tuples become lists
+        self.key = parse_json(json.dumps(key), file_names=True)  # as read back: tuples become lists
         self._found = self._read()
 
     def load(self) -> EvalState:
@@ -104,7 +105,7 @@ class StateFile:
         if not self.path.exists():
             return None
         try:
-            content = json.loads(self.path.read_text(encoding="utf-8"))
+            content = parse_json(read_text(self.path), file_names=True)
             whole = (
                 content["kind"] == _KIND and isinstance(content["key"], dict) and bool(EvalState(**content["partial"]))
             )

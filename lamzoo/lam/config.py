@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import tomllib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args
 
 from lamzoo.errors import ConfigError
 from lamzoo.lam.ops import OPS, MaskOp, Op
+from lamzoo.reading import parse_json, parse_toml
 
 Layers = Literal["multi", "single"]
 Keys = Literal["content", "position"]
@@ -161,8 +161,8 @@ class LamConfig:
             ConfigError: the text is not a JSON object, or not a valid configuration.
         """
         try:
-            fields = json.loads(text)
-        except json.JSONDecodeError as error:
+            fields = parse_json(text)
+        except ValueError as error:
             raise ConfigError(f"LamConfig.from_json got text that is not JSON: {error}.") from None
         return cls.from_dict(fields)
 
@@ -179,8 +179,8 @@ class LamConfig:
             ConfigError: the text is not TOML, or not a valid configuration.
         """
         try:
-            fields = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
+            fields = parse_toml(text)
+        except ValueError as error:
             raise ConfigError(f"LamConfig.from_toml got text that is not TOML: {error}.") from None
         return cls.from_dict(fields)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lamzoo.errors import RecipeError
+from lamzoo.reading import parse_toml
 from lamzoo.records import read_table
 from lamzoo.training.bundled_recipes import recipe_file
 
@@ -51,8 +51,8 @@ def _override(table: dict[str, Any], entry: str) -> None:
     if not separator or "." not in keys:
         raise RecipeError(f"Override {entry!r} is not of the form section.key=value, such as run.batch_size=256.")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        value = parse_toml(f"value = {text}")["value"]
+    except ValueError:
         value = text
     _put(table, keys, value, entry)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,12 @@ from typing import Any
 import numpy as np
 
 from lamzoo.data.moments.base import Features
-from lamzoo.data.moments.feature_folder import read_features
+from lamzoo.data.moments.feature_folder import ORIGIN, read_features, read_origin
 from lamzoo.errors import DataError
 from lamzoo.files import atomic_files
 
 _logger = logging.getLogger(__name__)
 
-_ORIGIN = "lamzoo"  # the array with the provenance; other readers ignore it
 _WAY_OUT = "choose another folder (--out), remove the file, or compute all files again with --force (force=True)"
 
 Origin = Mapping[str, Any]
@@ -36,7 +34,7 @@ def write_features(path: Path, key: str, features: Features, origin: Origin) -> 
     Raises:
         DataError: the file can't be written.
     """
-    arrays = {key: features, _ORIGIN: np.array(json.dumps(origin, sort_keys=True))}
+    arrays = {key: features, ORIGIN: np.array(json.dumps(origin, sort_keys=True))}
     with atomic_files(DataError) as stage, stage(path).open("wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]  # mypy takes the arrays for allow_pickle
 
@@ -60,7 +58,7 @@ def is_there(path: Path, key: str, width: int, origin: Origin) -> bool:
         return False
     try:
         features = read_features(path, key)
-        there = _origin(path)
+        there = read_origin(path)
     except DataError as error:
         _logger.warning("computed again: %s", error)
         return False
@@ -71,14 +69,6 @@ def is_there(path: Path, key: str, width: int, origin: Origin) -> bool:
     elif features.shape[1] != width:
         raise DataError(f"{path} has {features.shape[1]} features, and those of the model are {width}; {_WAY_OUT}")
     return True
-
-
-def _origin(path: Path) -> dict[str, Any] | None:
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return json.loads(str(archive[_ORIGIN])) if _ORIGIN in archive else None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} is not a complete npz file: {error}") from error
 
 
 def _difference(name: str, there: Any, here: Any) -> str:

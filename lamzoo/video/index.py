@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from lamzoo.data.video.sampling import FrameSampling
 from lamzoo.errors import DataError
 from lamzoo.files import atomic_files
+from lamzoo.reading import open_regular, parse_json
 from lamzoo.version import __version__
 
 SUFFIX = ".safetensors"
@@ -226,7 +227,7 @@ def read_index(path: Path) -> StoredIndex:
         facts = _facts(path)
         if facts is None:
             raise _foreign(path)
-        with safe_open(path, "pt") as file:
+        with _opened(path) as file:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - it is no dict
         return _parse(facts, tensors)
     except OSError as error:
@@ -290,16 +291,21 @@ def _foreign(path: Path) -> DataError:
 
 def _facts(path: Path) -> dict[str, Any] | None:
     """Returns the index entry in the metadata of a safetensors file; None if there is none."""
-    with safe_open(path, "pt") as file:
+    with _opened(path) as file:
         facts = (file.metadata() or {}).get(_FACTS)
-    return None if facts is None else json.loads(facts)
+    return None if facts is None else parse_json(facts, file_names=True)
+
+
+def _opened(path: Path) -> safe_open:
+    with open_regular(path):  # safetensors would wait for the other end of a pipe
+        return safe_open(path, "pt")
 
 
 def _parse(facts: dict[str, Any], tensors: dict[str, Tensor]) -> StoredIndex:
     names = [field.name for field in dataclasses.fields(Origin)]
     known = {name: facts[name] for name in names if name in facts}
     origin = Origin(**{**known, "sampling": FrameSampling(**facts["sampling"])})
-    listed = [IndexedVideo(*values) for values in json.loads(tensors["videos"].numpy().tobytes())]
+    listed = [IndexedVideo(*values) for values in parse_json(tensors["videos"].numpy().tobytes(), file_names=True)]
     videos = [video for video in listed if video.reason is None]
     unreadable = [video for video in listed if video.reason is not None]
     return StoredIndex(origin, str(facts["folder"]), videos, _rows(tensors, len(videos)), unreadable)

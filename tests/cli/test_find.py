@@ -88,7 +88,7 @@ def test_extract_features_in_json_goes_on_where_it_was(run, towers: str, video: 
     assert record["unreadable"] == [{"path": str(video.parent / "empty.mp4"), "reason": "it is empty"}]
     Path("out/clip_features/film.npz").write_bytes(b"half")
     done = run("extract-features", video.parent, *options)
-    assert json.loads(done.out)["new_videos"] == 1 and "not a complete npz file" in done.err
+    assert json.loads(done.out)["new_videos"] == 1 and "not a complete npz archive" in done.err
     done = run("extract-features", video.parent, *options)
     assert json.loads(done.out)["new_videos"] == 0
 

@@ -58,8 +58,17 @@ def test_a_damaged_array_is_refused_without_being_allocated(tmp_path: Path, cont
 
 def test_a_missing_array_and_a_pipe_are_named(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", x=np.zeros(1))
-    with pytest.raises(DataError, match="has no array y; it has x"):
+    with pytest.raises(DataError, match="has no array 'y'; it has 'x'"):
         read_npz(tmp_path / "a.npz", ["x", "y"])
     os.mkfifo(tmp_path / "pipe.npz")
     with pytest.raises(DataError, match="pipe, socket or device"):
         read_npz(tmp_path / "pipe.npz", ["x"])
+
+
+def test_an_array_that_grows_too_much_is_not_decompressed(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_DEFLATED) as archive, archive.open("x.npy", "w") as file:
+        file.write(header((2**23,)))
+        for _ in range(32):
+            file.write(bytes(2**20))
+    with pytest.raises(DataError, match="'x' would grow to 33554560 bytes"):
+        read_npz(tmp_path / "a.npz", ["x"])

@@ -207,9 +207,9 @@ def test_the_image_and_label_of_a_wider_table_are_read(tmp_path: Path, text: str
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ('a,b\n1,"2\n3"\n4,"5\n6,7\n', "line 4 of .* has a double quote that is not closed; close it"),
-        ('a,"b\n', "line 1 of .* has a double quote that is not closed; close it"),
-        ('a,b\n1,2\n3,"4" 5\n', "cannot read line 3 of"),
+        ('a,b\n1,"2\n3"\n4,"5\n6,7\n', "cannot read .*: line 4 has a double quote that is not closed; close it"),
+        ('a,"b\n', "cannot read .*: line 1 has a double quote that is not closed; close it"),
+        ('a,b\n1,2\n3,"4" 5\n', "cannot read .*: line 3 is not CSV"),
     ],
 )
 def test_a_quote_that_is_wrong_is_named_by_its_line(tmp_path: Path, text: str, says: str) -> None:
@@ -226,5 +226,5 @@ def test_a_duration_that_is_none_is_named_by_its_line(tmp_path: Path, length: st
 
 def test_a_time_of_mad_that_is_not_finite_is_named_by_its_line(tmp_path: Path) -> None:
     pytest.importorskip("h5py")
-    with pytest.raises(DataError, match="line 3 of .* has no start and end in seconds: 'nan' is not finite"):
+    with pytest.raises(DataError, match="line 3 of .* has no start and end in seconds: 'nan' is not a number"):
         mad(tmp_path, "movie,start,end,text\nm,0,1,A cat.\nm,nan,1,A cat.\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import zipfile
 import zlib
@@ -12,15 +11,17 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from lamzoo.data.arrays import read_npy
 from lamzoo.data.captions.base import Features, Stream
 from lamzoo.data.fingerprint import file_sizes
 from lamzoo.data.moments.feature_folder import read_features, unit
+from lamzoo.data.moments.feature_folder import read_origin
 from lamzoo.data.paths import existing_file, visible
 from lamzoo.errors import DataError
 
 _FOLDERS = {"video": ("video", "clip_features"), "audio": ("audio",)}  # the first one with files is used
 _SUFFIXES = (".npz", ".npy")
-_KEY, _ORIGIN = "features", "lamzoo"  # arrays of an npz file, as `lamzoo extract-features` writes them
+_KEY = "features"  # the array of an npz file
 
 
 class FeatureFiles:
@@ -136,18 +137,12 @@ def _read(path: Path) -> tuple[Features, float | None]:
     """Returns the rows of a file and their rate, if the file states it."""
     if path.suffix == ".npz":
         return read_features(path, _KEY), _own_rate(path)
-    try:
-        rows = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path} is not a complete npy file: {error}") from error
-    return check_rows(rows, str(path)), None
+    return check_rows(read_npy(path), str(path)), None
 
 
 def _own_rate(path: Path) -> float | None:
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            origin = json.loads(str(archive[_ORIGIN])) if _ORIGIN in archive else {}
-        seconds = float(origin.get("clip_seconds", 0))
-    except (OSError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        seconds = float((read_origin(path) or {}).get("clip_seconds", 0))
+    except (ValueError, TypeError, OverflowError) as error:
         raise DataError(f"{path} has invalid provenance ({error}); extract it again") from error
     return 1 / seconds if seconds > 0 else None

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from lamzoo.data.captions.base import CaptionItem, CaptionSource, Stream
 from lamzoo.data.captions.feature_files import FeatureFiles
-from lamzoo.data.csv_tables import finite_seconds
 from lamzoo.data.json_files import read_lines
 from lamzoo.data.paths import check_folder, visible
 from lamzoo.data.splits import find_split
 from lamzoo.errors import DataError
+from lamzoo.reading import parse_float
 
 _TIME = r"(\d+)\.(\d\d)\.(\d\d)\.(\d{3})"
 _CLIP = re.compile(r"(?P<movie>.+)_[\d.]+-[\d.]+")
@@ -90,6 +90,6 @@ def _seconds(text: str, where: str) -> float:
         hours, minutes, seconds, thousandths = map(int, found.groups())
         return 3600 * hours + 60 * minutes + seconds + thousandths / 1000
     try:
-        return finite_seconds(text)
+        return parse_float(text)
     except ValueError:
         raise DataError(f"{where} has the time {text!r}; it must be in the form 01.02.27.034, or seconds") from None

@@ -19,6 +19,7 @@ from lamzoo.data.moments.feature_folder import unit
 from lamzoo.data.paths import check_folder, file_exists, spellings, visible
 from lamzoo.data.splits import find_split
 from lamzoo.errors import DataError, MissingExtraError
+from lamzoo.reading import parse_float
 
 _logger = logging.getLogger(__name__)
 
@@ -157,7 +158,7 @@ def _read_table(path: Path, split: str) -> Iterator[Line]:
     table.check_columns(columns)
     for index, (number, row) in enumerate(table.select(columns)):
         try:
-            start, end = finite_seconds(row["start"]), finite_seconds(row["end"])
+            start, end = parse_float(row["start"]), parse_float(row["end"])
         except ValueError as error:
             raise DataError(f"line {number} of {path} has no start and end in seconds: {error}") from error
         yield f"{split}{index}", row["movie"], start, end, row[text]

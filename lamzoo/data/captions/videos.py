@@ -16,6 +16,7 @@ from lamzoo.data.paths import check_folder, file_exists, nfc
 from lamzoo.data.retrieval.caption_folder import Files
 from lamzoo.data.splits import find_split
 from lamzoo.errors import DataError
+from lamzoo.reading import parse_float
 
 
 class VideoFolder(CaptionSource):
@@ -100,7 +101,7 @@ def _span(row: dict[str, str], table: Path) -> tuple[float, float]:
     if "start" not in row:
         return 0.0, math.inf
     try:
-        start, end = float(row["start"]), float(row["end"])
+        start, end = parse_float(row["start"]), parse_float(row["end"])
     except ValueError:
         start = end = math.nan
     if not 0 <= start < end < math.inf:

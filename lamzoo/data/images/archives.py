@@ -8,14 +8,13 @@ import io
 import logging
 import re
 import tarfile
-import zipfile
-import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from lamzoo.data.arrays import read_npz
 from lamzoo.data.images.decode import IMAGE_EXTENSIONS
 from lamzoo.data.images.image_dataset import ImageSource
 from lamzoo.data.json_files import read_json, read_lines
@@ -69,15 +68,7 @@ class NpzSource(ImageSource):
         return np.diff(self._offsets).tolist()
 
     def _arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        try:
-            with np.load(self._path, allow_pickle=False) as archive:
-                missing = {"jpeg", "offsets", "labels"} - set(archive.files)
-                if missing:
-                    found = ", ".join(archive.files)
-                    raise DataError(f"{self._path} has no array {' and '.join(sorted(missing))}; it has {found}")
-                jpeg, offsets, labels = archive["jpeg"], archive["offsets"], archive["labels"]
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, AttributeError) as error:
-            raise DataError(f"{self._path} is not a complete npz archive of plain arrays: {error}") from error
+        jpeg, offsets, labels = read_npz(self._path, ("jpeg", "offsets", "labels")).values()
         for name, array, kind in (("jpeg", jpeg, "u"), ("offsets", offsets, "iu"), ("labels", labels, "iu")):
             if array.ndim != 1 or array.dtype.kind not in kind or (name == "jpeg" and array.dtype != np.uint8):
                 raise DataError(f"{self._path}: {name} is {array.dtype} {array.shape}, not a row of integers")

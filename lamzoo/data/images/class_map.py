@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import operator
 import re
 from collections import Counter
@@ -14,9 +13,9 @@ import timm.data
 from PIL import Image
 
 from lamzoo.data.images.image_dataset import ImageSource, LabelledImages
-from lamzoo.data.json_files import reason
 from lamzoo.data.paths import nfc
 from lamzoo.errors import DataError
+from lamzoo.reading import parse_json, read_text, reason
 
 #: Names of timm's class lists of ImageNet.
 TIMM_CLASS_LISTS = tuple(f"imagenet-{size}" for size in ("1k", "12k", "21k-goog", "21k-miil", "22k", "22k-ms"))
@@ -47,8 +46,8 @@ def read_class_map(source: str | Path) -> list[str]:
         known = ", ".join(TIMM_CLASS_LISTS)
         raise DataError(f"the class map {str(source)!r} is neither a file nor one of timm's ({known})")
     try:
-        text = path.read_text("utf-8-sig")
-        names = _from_json(json.loads(text)) if path.suffix.lower() == ".json" else _from_lines(text)
+        text = read_text(path)
+        names = _from_json(parse_json(text)) if path.suffix.lower() == ".json" else _from_lines(text)
     except (OSError, ValueError) as error:
         raise DataError(f"{path} is not a readable class map: {reason(error)}") from error
     twice = next((name for name, count in Counter(map(nfc, names)).items() if count > 1), None)

@@ -6,16 +6,20 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from lamzoo.data.fingerprint import file_sizes
+from lamzoo.data.arrays import read_npz
 from lamzoo.data.moments.base import MARGIN, Features
 from lamzoo.data.paths import existing_file, file_exists, folder_exists
 from lamzoo.errors import DataError
+from lamzoo.reading import parse_json
 
 VIDEO_FOLDERS = ("slowfast_features", "clip_features")
 TEXT_FOLDER = "clip_text_features"
+ORIGIN = "lamzoo"  # the array with the provenance of the features, JSON; other readers ignore it
 _WHERE = ("features", "moment_detr_features", ".")
 
 
@@ -82,13 +86,7 @@ def read_features(path: Path, key: str) -> Features:
     """
     if not file_exists(path):
         raise DataError(f"{path.parent} has no {path.name}; extract it, or remove the query")
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            features = archive[key]
-    except KeyError as error:
-        raise DataError(f"{path} has no array {key!r}") from error
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{path} is not a complete npz file: {error}") from error
+    features = read_npz(path, [key])[key]
     if features.ndim != 2 or not len(features) or features.dtype.kind != "f":
         raise DataError(
             f"{path}: {key} is {features.dtype} {features.shape}; it must be floats, one row per clip or word"
@@ -96,6 +94,24 @@ def read_features(path: Path, key: str) -> Features:
     if not np.isfinite(features).all():
         raise DataError(f"{path}: {key} has values that are not finite; extract it again")
     return features.astype(np.float32)
+
+
+def read_origin(path: Path) -> dict[str, Any] | None:
+    """Reads the provenance that ``lamzoo extract-features`` adds to an npz file; None for a file of other origin.
+
+    Raises:
+        DataError: the file does not exist or is damaged.
+    """
+    found = read_npz(path, (), optional=[ORIGIN])
+    if not found:
+        return None
+    try:
+        origin = parse_json(str(found[ORIGIN]), file_names=True)
+    except ValueError as error:
+        raise DataError(f"{path} has invalid provenance ({error}); extract it again") from error
+    if not isinstance(origin, dict):
+        raise DataError(f"{path} has invalid provenance (it is not a JSON object); extract it again")
+    return origin
 
 
 def unit(features: Features) -> Features:

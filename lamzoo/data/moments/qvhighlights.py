@@ -18,6 +18,7 @@ from lamzoo.data.moments.feature_folder import FeatureFolder
 from lamzoo.data.paths import check_folder, file_exists
 from lamzoo.data.splits import find_split
 from lamzoo.errors import DataError
+from lamzoo.reading import parse_float
 
 _CLIP_SECONDS = 2.0
 _LONGEST = 7 * 24 * 3600.0  # maximum duration of a video, seconds: a week
@@ -184,7 +185,7 @@ def _charades_lengths(path: Path) -> dict[str, float]:
 
 def _duration(value: float | str, where: str) -> float:
     try:
-        seconds = float(value)
+        seconds = parse_float(value) if isinstance(value, str) else float(value)
     except ValueError:
         seconds = math.nan
     if not 0 < seconds <= _LONGEST:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from lamzoo.data.arrays import read_npz
 from lamzoo.data.images.decode import decode_image
 from lamzoo.data.json_files import check_fields, is_row, read_json_lines
 from lamzoo.data.paths import check_folder, file_exists
@@ -96,11 +95,7 @@ def _check_words(words: list[Any], where: str) -> None:
 def _read_jpegs(path: Path, count: int, wanted: Sequence[int]) -> list[bytes]:
     if not file_exists(path):
         raise DataError(f"{path.parent} has no {path.name}")
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            jpeg, offsets = archive["jpeg"], archive["offsets"]
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, AttributeError) as error:
-        raise DataError(f"{path} is not a complete npz archive with the arrays jpeg and offsets: {error}") from error
+    jpeg, offsets = read_npz(path, ("jpeg", "offsets")).values()
     if jpeg.dtype != np.uint8 or jpeg.ndim != 1 or offsets.dtype.kind not in "iu" or offsets.ndim != 1:
         raise DataError(f"{path}: jpeg must be a row of uint8 and offsets a row of integers")
     if len(offsets) != count + 1 or offsets[0] != 0 or offsets[-1] != len(jpeg) or (np.diff(offsets) < 0).any():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 from typing import IO
@@ -12,6 +11,7 @@ from lamzoo.data.retrieval.base import VideoSource
 from lamzoo.data.video.reader import VIDEO_EXTENSIONS, VideoClip, read_video
 from lamzoo.data.video.sampling import FrameSampling
 from lamzoo.errors import DataError
+from lamzoo.reading import decode, parse_json
 
 _NO_CAPTION = "caption, in a .txt or as the 'caption' of a .json"
 
@@ -75,9 +75,9 @@ def _captions(sample: ShardSample) -> list[str]:
     captions = None
     try:
         if ".txt" in sample.texts:
-            captions = sample.texts[".txt"].decode("utf-8-sig").strip().split("\n")
+            captions = decode(sample.texts[".txt"]).strip().split("\n")
         else:
-            record = json.loads(sample.texts[".json"])
+            record = parse_json(sample.texts[".json"])
             captions = record.get("captions", record.get("caption")) if isinstance(record, dict) else None
     except ValueError as error:
         raise DataError(f"{sample.shard}: the caption of the sample {sample.key!r} cannot be read: {error}") from error

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lamzoo.data.csv_tables import open_table
 from lamzoo.errors import DataError
+from lamzoo.reading import parse_float
 
 _RESULTS = "results-imagenet.csv"
 _BENCHMARKS = "benchmark-infer-*.csv"
@@ -123,7 +124,7 @@ def _read(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
 
 def _number(line: dict[str, str], column: str, path: Path) -> float:
     try:
-        return float(line[column].replace(",", ""))  # timm writes "1,013.01"
+        return parse_float(line[column].replace(",", ""))  # timm writes "1,013.01"
     except ValueError as error:
         raise DataError(
             f"{path}: {column} of {line['model']} is {line[column]!r}, which is not a number; download the file again."

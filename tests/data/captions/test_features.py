@@ -72,7 +72,7 @@ def damaged_origin(path: Path) -> None:
     ("name", "change", "says"),
     [
         ("b.npy", lambda path: path.write_bytes(b"no"), r"b\.npy is not a complete npy file"),
-        ("b.npz", lambda path: path.write_bytes(b"no"), r"b\.npz is not a complete npz file"),
+        ("b.npz", lambda path: path.write_bytes(b"no"), r"b\.npz is not a complete npz archive"),
         ("b.npz", lambda path: np.savez(path, x=rows(3)), r"b\.npz has no array 'features'"),
         ("b.npz", damaged_origin, r"b\.npz has invalid provenance"),
         (

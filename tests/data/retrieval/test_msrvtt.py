@@ -136,7 +136,12 @@ def test_videos_without_captions_are_named(tmp_path: Path) -> None:
         ("MSRVTT_JSFUSION_test.csv", "video_id,sentence\n", "test", "no rows after"),
         ("MSRVTT_JSFUSION_test.csv", "video_id,sentence\nvideo1, \n", "test", "line 2 of .* has no 'sentence'"),
         ("MSRVTT_JSFUSION_test.csv", "video_id,sentence\nvideo1\n", "test", "line 2 of .* has no 'sentence'"),
-        ("MSRVTT_JSFUSION_test.csv", 'video_id,sentence\nvideo1,"a\nvideo2,b\n', "test", "line 2 of .* has a double"),
+        (
+            "MSRVTT_JSFUSION_test.csv",
+            'video_id,sentence\nvideo1,"a\nvideo2,b\n',
+            "test",
+            "cannot read .*: line 2 has a double",
+        ),
         ("MSRVTT_JSFUSION_test.csv", b"video_id,sentence\nvideo1,\xff\xfe", "test", "cannot read .*decode"),
         ("MSRVTT_train.9k.csv", None, "train", r"has no MSRVTT_train\.9k\.csv"),
         ("MSRVTT_train.9k.csv", "video_id\nvideo1\nvideo1", "train", "'video1' is listed twice"),
