@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import json
 import logging
 import os
 import sys
 import time
+import traceback
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TextIO
 
 from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
+
+from lamzoo.errors import LamzooError
+from lamzoo.reading import to_json
+from lamzoo.text import is_hidden, printable
 
 if TYPE_CHECKING:
     from lamzoo.tasks import ScoreTable
@@ -49,18 +56,19 @@ def print_table(
         columns: headings.
         rows: values; None prints as an empty cell. Strings are not parsed as rich markup.
         title: above the table.
-        numbers: indices of columns of numbers written as text, which are right-aligned too and never wrapped.
+        numbers: indices of columns of numbers written as text, which are right-aligned too, never wrapped, and may have
+            several lines.
         compact: draw no lines and separate columns by one space.
     """
     lines: dict[str, Any] = {"box": None, "padding": (0, 1, 0, 0), "pad_edge": False} if compact else {}
-    table = Table(title=Text(title) if title else None, title_justify="left", header_style="bold", **lines)
+    table = Table(title=_text(title) if title else None, title_justify="left", header_style="bold", **lines)
     for index, heading in enumerate(columns):
         values = [row[index] for row in rows if row[index] is not None]
         numeric = index in numbers or (bool(values) and all(isinstance(value, (int, float)) for value in values))
         justify: Literal["left", "right"] = "right" if numeric else "left"
-        table.add_column(Text(heading), justify=justify, overflow="fold", no_wrap=index in numbers)
+        table.add_column(_text(heading, keep="\n"), justify=justify, overflow="fold", no_wrap=index in numbers)
     for row in rows:
-        table.add_row(*(Text(_cell(value)) for value in row))
+        table.add_row(*(_text(_cell(value), keep="\n" if i in numbers else "") for i, value in enumerate(row)))
     _stdout().print(table)
 
 
@@ -78,13 +86,14 @@ def terminal_width() -> int:
 
 
 def print_text(text: str) -> None:
-    """Writes text to stdout as it is."""
-    sys.stdout.write(text)
+    """Writes a document to stdout: as it is to a file or pipe, and :func:`printable` to a terminal."""
+    sys.stdout.write(printable(text, keep="\n\t") if sys.stdout.isatty() else text)
 
 
 def print_json(value: Any) -> None:
-    """Prints one JSON document to stdout."""
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Prints one JSON document to stdout, in which hidden characters are escaped."""
+    text = to_json(value, indent=2)  # the line ends of the document itself are its only control characters
+    sys.stdout.write("".join(_json_escaped(sign) if is_hidden(sign) and sign != "\n" else sign for sign in text) + "\n")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -96,7 +105,7 @@ def write_json(path: Path, value: Any) -> None:
     from lamzoo.files import atomic_files
 
     with atomic_files() as stage:
-        stage(path).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
+        stage(path).write_text(to_json(value, indent=2) + "\n", encoding="utf-8", newline="\n")
 
 
 def is_main_process() -> bool:
@@ -106,27 +115,97 @@ def is_main_process() -> bool:
 
 def print_line(text: str) -> None:
     """Prints one line to stdout, unwrapped."""
-    _stdout().print(Text(text), soft_wrap=True)
+    _stdout().print(_text(text), soft_wrap=True)
 
 
 def print_error(*lines: str) -> None:
     """Prints red lines to stderr, each text on one line, unwrapped."""
     text = "\n".join(" ".join(line.split()) for line in lines)
-    _stderr().print(Text(f"lamzoo: {text}", style="red"), soft_wrap=True)
+    _stderr().print(_text(f"lamzoo: {text}", keep="\n", style="red"), soft_wrap=True)
 
 
-def flush() -> None:
-    """Flushes stdout; a closed pipe, as after ``head``, is not an error."""
+def print_traceback(error: BaseException) -> None:
+    """Prints the traceback of an error to stderr."""
+    sys.stderr.write(printable("".join(traceback.format_exception(error)), keep="\n"))
+
+
+@contextmanager
+def safe_streams() -> Iterator[None]:
+    """Replaces ``sys.stdout`` and ``sys.stderr`` by :class:`_Stream`; all ways of printing pass through it."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = _Stream(sys.stdout, required=True), _Stream(sys.stderr, required=False)
     try:
-        sys.stdout.flush()
-    except OSError as error:
-        if error.errno not in (errno.EPIPE, errno.EINVAL):  # the latter on Windows
-            raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
 
 
-def printable(path: str | os.PathLike[str]) -> str:
-    """Returns a file name as printable text, even if its bytes are not UTF-8."""
+class _Stream(io.TextIOBase):
+    """A standard stream that a full disk or a reader that has gone turns into the null device.
+
+    After a closed pipe, as of ``head``, the command goes on and writes its files.
+
+    Args:
+        stream: the stream.
+        required: after other errors than a closed pipe, :meth:`flush` raises a :class:`LamzooError`.
+    """
+
+    def __init__(self, stream: TextIO, *, required: bool) -> None:
+        self._stream, self._required = stream, required
+        self._failure: OSError | None = None
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # for names outside the terminal's encoding
+
+    def close(self) -> None:  # called when the object is deleted; the stream itself stays open
+        self._failure = None
+        super().close()
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            self._discard(error)
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._discard(error)
+        if self._failure is not None:
+            reason = self._failure.strerror
+            raise LamzooError(f"cannot write to the standard output ({reason}); redirect it to a place with free space")
+
+    def writable(self) -> bool:
+        return True
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._stream.encoding
+
+    @property
+    def errors(self) -> str | None:  # type: ignore[override]
+        return self._stream.errors
+
+    @property
+    def buffer(self) -> Any:
+        return self._stream.buffer
+
+    def _discard(self, error: OSError) -> None:
+        with contextlib.suppress(io.UnsupportedOperation), open(os.devnull, "wb") as null:
+            os.dup2(null.fileno(), self._stream.fileno())  # also for what is buffered
+        if self._required and error.errno not in (errno.EPIPE, errno.EINVAL):  # the latter on Windows
+            self._failure = error
+
+
+def path_text(path: str | os.PathLike[str]) -> str:
+    """Returns a file name as text, even if its bytes are not UTF-8."""
     return os.fsencode(path).decode("utf-8", "replace")
 
 
@@ -159,10 +238,10 @@ def progress_bar(title: str, *, hidden: bool = False, ends: bool = False) -> Ite
         TimeRemainingColumn(table_column=uncut()),
     )
     with Progress(*columns, console=console, transient=True, expand=True) as progress:
-        task = progress.add_task(title, total=None, note="")
+        task = progress.add_task(printable(title), total=None, note="")
 
         def advance(done: int, total: int, note: str = "") -> None:
-            progress.update(task, completed=done, total=total, note=note)
+            progress.update(task, completed=done, total=total, note=printable(note))
 
         _bar_console, outer = console, _bar_console
         try:
@@ -191,7 +270,7 @@ class _LogLines(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
         style = "yellow" if level else ""
-        _stderr().print(Text(f"{level}{' '.join(record.getMessage().split())}", style=style), soft_wrap=True)
+        _stderr().print(_text(f"{level}{' '.join(record.getMessage().split())}", style=style), soft_wrap=True)
 
 
 def _lines(title: str, hidden: bool, ends: bool) -> Advance:
@@ -204,9 +283,17 @@ def _lines(title: str, hidden: bool, ends: bool) -> Advance:
         if hidden or not (due or (ends and done == total)):
             return
         last = now
-        _stderr().print(Text(f"{title}: {done:,} of {total:,}{note and f', {note}'}"), soft_wrap=True)
+        _stderr().print(_text(f"{title}: {done:,} of {total:,}{note and f', {note}'}"), soft_wrap=True)
 
     return advance
+
+
+def _text(text: str, *, keep: str = "", style: str = "") -> Text:
+    return Text(printable(text, keep=keep), style=style)
+
+
+def _json_escaped(letter: str) -> str:
+    return json.dumps(letter)[1:-1]
 
 
 def _cell(value: Any) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import io
+import errno
+import signal
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from importlib.metadata import version as installed
 from typing import Annotated, Any
@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from lamzoo.cli import _output as out
+from lamzoo.cli._process import Stopped, exit_code
 from lamzoo.cli.bench import bench
 from lamzoo.cli.compare import compare
 from lamzoo.cli.demo import demo
@@ -30,6 +31,16 @@ from lamzoo.cli.search import search
 from lamzoo.cli.train import train
 from lamzoo.errors import HubUnreachableError, LamzooError
 from lamzoo.version import __version__
+
+# Limits that any code may meet, and a way out.
+_SHORTAGES = {
+    errno.EMFILE: "raise the limit of `ulimit -n`, or lower --workers",
+    errno.ENFILE: "end other programs, or lower --workers",
+    errno.ENOMEM: "use a smaller batch size or model, or end other programs",
+    errno.ENOSPC: "free some space, or set TMPDIR, XDG_CACHE_HOME or HF_HOME to a folder on another disk",
+    errno.EDQUOT: "free some space, or set TMPDIR, XDG_CACHE_HOME or HF_HOME to a folder on another disk",
+    errno.EROFS: "choose another folder, or set XDG_CACHE_HOME and HF_HOME to one that can be written",
+}
 
 # The sections of --help, which imports all of these modules: they import torch and timm inside functions only.
 _COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
@@ -68,48 +79,84 @@ def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line and exits.
 
     The exit code is 0 on success, 2 for errors that the user can fix (one line on stderr, three if the hub cannot be
-    reached), 130 after Ctrl-C and 1 for unexpected errors (one line; ``--debug`` prints the traceback).
+    reached), 130 after Ctrl-C, 143 after SIGTERM, and 1 for unexpected errors (one line; ``--debug`` prints the
+    traceback).
 
     Args:
         args: the arguments; ``sys.argv[1:]`` by default.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # for file names outside the terminal's encoding
     rest = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in rest[: rest.index("--") if "--" in rest else None]
     if debug:
         rest.remove("--debug")
+    with out.safe_streams():
+        try:
+            code = _run(rest)
+            sys.stdout.flush()
+        except BaseException as error:  # noqa: BLE001 - the outermost handler: reports the error and exits
+            if debug:
+                out.print_traceback(error)
+            code = _report(error)
+        sys.stderr.flush()
+    sys.exit(code)
+
+
+def _run(args: list[str]) -> int:
+    """Runs a command; unlike click's own ``main``, leaves every exception but a requested exit to the caller."""
+    command = typer.main.get_command(app)
     try:
-        code = typer.main.get_command(app).main(rest, prog_name="lamzoo", standalone_mode=False, obj=rest)
-    except Exception as error:  # noqa: BLE001 - the outermost handler: reports the error and exits
-        if debug:
-            traceback.print_exc()
-        code = _report(error)
-    except KeyboardInterrupt:
-        code = 130
-    out.flush()
-    sys.exit(code if isinstance(code, int) else 0)
+        with command.make_context("lamzoo", args, obj=list(args)) as context:
+            command.invoke(context)
+    except typer.Exit as end:
+        return end.exit_code
+    return 0
 
 
-def _report(error: Exception) -> int:
+def _report(error: BaseException) -> int:
     """Prints an error and returns the exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        if isinstance(error, Stopped) and error.number != signal.SIGINT:
+            out.print_error(f"stopped by {signal.Signals(error.number).name}")
+        return exit_code(error)
     if isinstance(error, HubUnreachableError):
         out.print_error(error.missing, error.works, error.bring)
         return 2
     if isinstance(error, LamzooError):
         out.print_error(str(error))
         return 2
-    if isinstance(error, typer.Abort):
-        return 130
     if isinstance(error, typer.BadParameter.__bases__[0]):  # click's UsageError, which typer does not name
         context = getattr(error, "ctx", None)
         path = context.command_path if context else "lamzoo"
         message = getattr(error, "format_message", error.__str__)()
         out.print_error(f"{message.rstrip('.')}; see {path} --help")
         return 2
-    out.print_error(f"{type(error).__name__}: {error} (unexpected; --debug shows where)")
+    if (shortage := _shortage(error)) is not None:
+        out.print_error(shortage)
+        return 2
+    if isinstance(error, SystemExit):
+        out.print_error(f"a library ended the command with sys.exit({error.code!r}) (unexpected; --debug shows where)")
+        return 1
+    what = ": ".join(filter(None, (type(error).__name__, str(error))))
+    out.print_error(f"{what} (unexpected; --debug shows where)")
     return 1
+
+
+def _shortage(error: BaseException) -> str | None:
+    """Returns the sentence for a limit of the machine that any code may meet; None for other errors."""
+    text = str(error).strip()
+    if isinstance(error, OSError):
+        hint = _SHORTAGES.get(error.errno or 0)
+        if hint is None:
+            return None
+        where = f" for {error.filename}" if isinstance(error.filename, str) else ""
+        return f"{error.strerror}{where}; {hint}"
+    # torch raises a RuntimeError on the CPU; torch.OutOfMemoryError is one for accelerators.
+    if isinstance(error, MemoryError) or any(sign in text for sign in ("can't allocate memory", "out of memory")):
+        detail = f" ({text})" if text else ""
+        return f"memory ran out{detail}; use a smaller batch size or model, or end other programs"
+    if "can't start new thread" in text:
+        return "no more threads or processes may be started; lower --workers, or raise the limit of `ulimit -u`"
+    return None
 
 
 @app.callback(invoke_without_command=True)

@@ -155,7 +155,7 @@ def _print(rows: Sequence[BenchRow], output: Path, kept: int) -> None:
     failed = [(row.name, row.error) for row in rows if not row.ok]
     if failed:
         out.print_table(("model", "reason"), failed, title="failed")
-    out.print_line(f"{out.printable(output)}: {len(rows) - kept} measured, {kept} kept, {len(failed)} failed")
+    out.print_line(f"{out.path_text(output)}: {len(rows) - kept} measured, {kept} kept, {len(failed)} failed")
 
 
 def _value(metric: MetricSpec | None, row: BenchRow) -> str | None:

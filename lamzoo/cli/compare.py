@@ -34,13 +34,13 @@ def compare(
     comparison = compare(results, timm=timm, timm_data=timm_data)
     files = [] if output is None else write_comparison(comparison, output)
     if format == "markdown":
-        out.print_line(to_markdown(comparison).rstrip("\n"))
+        out.print_text(to_markdown(comparison))
     elif format == "csv":
-        out.print_line(to_csv(comparison).rstrip("\n"))
+        out.print_text(to_csv(comparison))
     else:
         _print(comparison)
         for file in files:
-            out.print_line(out.printable(file))
+            out.print_line(out.path_text(file))
 
 
 def _print(comparison: Comparison) -> None:

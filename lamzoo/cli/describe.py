@@ -52,7 +52,7 @@ def describe(
     windows = VideoWindows(
         video, network, towers=features, rate=rate, seconds=seconds, start=start, end=end, device=target
     )
-    with out.progress_bar(f"{model} on {out.printable(video)}", hidden=json) as advance:
+    with out.progress_bar(f"{model} on {out.path_text(video)}", hidden=json) as advance:
         described = describe_windows(network, windows, generation=generation, context=context, progress=advance)
     if not json:
         _print(windows, described)
@@ -70,7 +70,7 @@ def describe(
         return
     for path in (output, explain):
         if path is not None:
-            out.print_line(out.printable(path))
+            out.print_line(out.path_text(path))
 
 
 def _check_files(video: Path, output: Path | None, explain: Path | None) -> None:
@@ -94,7 +94,7 @@ def _check_files(video: Path, output: Path | None, explain: Path | None) -> None
 def _print(windows: VideoWindows, described: Sequence[DescribedWindow]) -> None:
     # On its own line: the title of a narrow table would be wrapped.
     out.print_line(
-        f"{out.printable(windows.path)}, {windows.duration:.1f} s: {len(described)} of {len(windows)} windows, from "
+        f"{out.path_text(windows.path)}, {windows.duration:.1f} s: {len(described)} of {len(windows)} windows, from "
         f"{' and '.join(windows.modalities)}"
     )
     rows = [(f"{each.start:.1f}", f"{each.end:.1f}", each.text) for each in described]
@@ -106,7 +106,7 @@ def _record(
 ) -> dict[str, Any]:
     there = {each.number for each in described}
     return {
-        "video": out.printable(windows.path),
+        "video": out.path_text(windows.path),
         "duration": windows.duration,
         "rate": windows.rate,
         "seconds": windows.seconds,
@@ -119,6 +119,6 @@ def _record(
         "skipped": [
             {"start": start, "end": end} for number, (start, end) in enumerate(windows.spans) if number not in there
         ],
-        "out": None if output is None else out.printable(output),
-        "explain": None if explain is None else out.printable(explain),
+        "out": None if output is None else out.path_text(output),
+        "explain": None if explain is None else out.path_text(explain),
     }

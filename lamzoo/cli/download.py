@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def download(name: Name) -> None:
     """Downloads a model's weights into the local cache and checks them."""
-    out.print_line(out.printable(fetch(name)))
+    out.print_line(out.path_text(fetch(name)))
 
 
 def fetch(name: str) -> Path:

@@ -49,7 +49,7 @@ def explain(
     elif data is not None:
         dataset = task.open_split(data, split or "test")
         task.load("explain")(load_model(name, checkpoint, programs=False).to(target), dataset, query, output)
-    out.print_line(out.printable(output))
+    out.print_line(out.path_text(output))
 
 
 def _check(name: str, task: Task, of_image: bool) -> None:

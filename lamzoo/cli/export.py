@@ -62,7 +62,7 @@ def export(
     one = default_input(model) if batch is None else batch[:1]
     times = compare_latency(load_exported(output), model, one, repeats=repeats)
     facts: dict[str, Any] = dataclasses.asdict(written) | {
-        "path": out.printable(output),
+        "path": out.path_text(output),
         "images": "given" if paths else "random",
         "gmacs": profile(model).gmacs,
         "latency_ms": times.model.median_ms,

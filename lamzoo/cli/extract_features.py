@@ -34,7 +34,7 @@ def extract_features(
     """
     from lamzoo.video.features import extract_features
 
-    with out.progress_bar(f"{model} on {out.printable(videos[0])}", hidden=json) as advance:
+    with out.progress_bar(f"{model} on {out.path_text(videos[0])}", hidden=json) as advance:
         made = extract_features(
             videos,
             output,
@@ -51,13 +51,13 @@ def extract_features(
         )
     record: dict[str, Any] = {
         "model": model,
-        "out": out.printable(output),
+        "out": out.path_text(output),
         "clip_seconds": clip_seconds,
         "videos": made.videos,
         "new_videos": made.new_videos,
         "queries": made.queries,
         "new_queries": made.new_queries,
-        "unreadable": [{"path": out.printable(path), "reason": reason} for path, reason in made.unreadable.items()],
+        "unreadable": [{"path": out.path_text(path), "reason": reason} for path, reason in made.unreadable.items()],
     }
     if json:
         out.print_json(record)
@@ -66,4 +66,4 @@ def extract_features(
     if queries is not None:
         rows.append(("queries", made.queries, made.new_queries, 0))
     out.print_table(("features of", "there", "made now", "left out"), rows)
-    out.print_line(out.printable(output))
+    out.print_line(out.path_text(output))

@@ -68,7 +68,7 @@ def find(
     if json:
         out.print_json({"model": model, "features": features, **_record(query, video, seen, found, spans, picture)})
     elif picture is not None:
-        out.print_line(out.printable(picture))
+        out.print_line(out.path_text(picture))
 
 
 def _find(network: Any, extractor: FeatureExtractor, query: str, video: Path) -> tuple[VideoFeatures, MomentPrediction]:
@@ -117,7 +117,7 @@ def _print(query: str, video: Path, seen: VideoFeatures, spans: Sequence[Span]) 
         (rank, f"{span.start:.1f}", f"{span.end:.1f}", f"{span.score:.3f}") for rank, span in enumerate(spans, start=1)
     ]
     # On its own line: the title of a narrow table would be wrapped.
-    out.print_line(f"{query}: {out.printable(video)}, {seen.duration:.1f} s in {len(seen.clips)} clips")
+    out.print_line(f"{query}: {out.path_text(video)}, {seen.duration:.1f} s in {len(seen.clips)} clips")
     out.print_table(("rank", "start (s)", "end (s)", "score"), rows, numbers=(1, 2, 3))
 
 
@@ -126,9 +126,9 @@ def _record(
 ) -> dict[str, Any]:
     return {
         "query": query,
-        "video": out.printable(video),
+        "video": out.path_text(video),
         "duration": seen.duration,
-        "strip": None if picture is None else out.printable(picture),
+        "strip": None if picture is None else out.path_text(picture),
         "spans": [
             {"rank": rank, "start": span.start, "end": span.end, "score": span.score}
             for rank, span in enumerate(spans, start=1)

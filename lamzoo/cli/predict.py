@@ -31,7 +31,7 @@ def predict_command(
     check_batches(batch_size)
     model = load_model(name, checkpoint)
     results = predict(model, paths, topk=topk, batch_size=batch_size, device=device)
-    pairs = [(out.printable(path), guesses) for path, guesses in zip(paths, results, strict=True)]
+    pairs = [(out.path_text(path), guesses) for path, guesses in zip(paths, results, strict=True)]
     if json:
         out.print_json([{"image": path, "predictions": [dataclasses.asdict(g) for g in gs]} for path, gs in pairs])
         return

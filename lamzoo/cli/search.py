@@ -73,7 +73,7 @@ def search(
     find_videos([videos])
     network = load_model(model, checkpoint)
     frames_config(network)
-    with out.progress_bar(f"{model} on {out.printable(videos)}", hidden=json) as advance:
+    with out.progress_bar(f"{model} on {out.path_text(videos)}", hidden=json) as advance:
         found = index_videos(
             videos,
             network,
@@ -101,7 +101,7 @@ def search(
         out.print_json({"model": model, **_record(found, answers, sheets)})
     else:
         for picture in sheets:
-            out.print_line(out.printable(picture))
+            out.print_line(out.path_text(picture))
 
 
 def _sheets(sheet: Path | None, count: int) -> list[Path]:
@@ -132,7 +132,7 @@ def _sampling(model: Any, fps: float | None, max_frames: int | None, slicing: Sl
 def _print(found: VideoIndex, answers: Sequence[_Answer]) -> None:
     for query, matches, seconds in answers:
         rows = [
-            (rank, f"{match.score:.3f}", match.duration, out.printable(match.path))
+            (rank, f"{match.score:.3f}", match.duration, out.path_text(match.path))
             for rank, match in enumerate(matches, start=1)
         ]
         title = f"{query}: {len(rows)} of {len(found)} videos, {1000 * seconds:.1f} ms"
@@ -144,17 +144,17 @@ def _print(found: VideoIndex, answers: Sequence[_Answer]) -> None:
 
 def _record(found: VideoIndex, answers: Sequence[_Answer], sheets: Sequence[Path]) -> dict[str, Any]:
     return {
-        "index": out.printable(found.path),
+        "index": out.path_text(found.path),
         "videos": len(found),
         "embedded": found.embedded,
-        "unreadable": [{"path": out.printable(path), "reason": reason} for path, reason in found.unreadable.items()],
+        "unreadable": [{"path": out.path_text(path), "reason": reason} for path, reason in found.unreadable.items()],
         "queries": [
             {
                 "query": query,
                 "seconds": seconds,
-                "sheet": out.printable(sheets[number]) if sheets else None,
+                "sheet": out.path_text(sheets[number]) if sheets else None,
                 "matches": [
-                    {"rank": rank, "score": match.score, "duration": match.duration, "path": out.printable(match.path)}
+                    {"rank": rank, "score": match.score, "duration": match.duration, "path": out.path_text(match.path)}
                     for rank, match in enumerate(matches, start=1)
                 ],
             }

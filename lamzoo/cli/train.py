@@ -138,8 +138,8 @@ def _print_result(recipe: AnyRecipe, result: TrainResult) -> None:
 
     out.print_scores(find_task(recipe.task).score_table(result.scores), recipe.model.name)
     if result.report is not None:
-        out.print_line(f"the report is {out.printable(result.report)}")
-    out.print_line(f"the model is {out.printable(result.model)}")
+        out.print_line(f"the report is {out.path_text(result.report)}")
+    out.print_line(f"the model is {out.path_text(result.model)}")
     out.print_line(result.about)
 
 

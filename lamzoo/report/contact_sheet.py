@@ -11,7 +11,7 @@ from PIL import Image
 from lamzoo.data.video.reader import read_video
 from lamzoo.data.video.sampling import FrameSampling
 from lamzoo.errors import ConfigError
-from lamzoo.report.frame_rows import FRAMES, check_rows, clock, draw_rows, printable
+from lamzoo.report.frame_rows import FRAMES, check_rows, clock, draw_rows, one_line
 
 if TYPE_CHECKING:
     from lamzoo.video.search import Match
@@ -53,7 +53,7 @@ def check_sheet(path: str | Path) -> None:
 
 
 def _caption(rank: int, match: Match) -> str:
-    return f"{rank}    {match.score:.3f}    {clock(match.duration)}    {printable(match.path)}"
+    return f"{rank}    {match.score:.3f}    {clock(match.duration)}    {one_line(match.path)}"
 
 
 def _frames(path: Path) -> Sequence[Image.Image]:

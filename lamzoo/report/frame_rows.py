@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 from lamzoo.errors import DataError
 from lamzoo.files import atomic_files
 from lamzoo.report.mpl import check_target, new_figure
+from lamzoo.text import printable
 
 FRAMES = 6  # maximum frames per row
 
@@ -58,7 +59,7 @@ def draw_rows(path: Path, title: str, rows: Iterable[tuple[str, Sequence[Image.I
             va="center", parse_math=False,
         )  # fmt: skip
 
-    write(printable(title, start=True), _TITLE // 2, 13, "bold")
+    write(one_line(title, start=True), _TITLE // 2, 13, "bold")
     for number, (caption, frames) in enumerate(rows):
         top = _TITLE + number * row
         write(caption, top + _CAPTION // 2, 9)
@@ -85,10 +86,9 @@ def check_rows(path: str | Path, what: str) -> None:
     new_figure((1, 1))
 
 
-def printable(text: str | os.PathLike[str], *, start: bool = False) -> str:
+def one_line(text: str | os.PathLike[str], *, start: bool = False) -> str:
     """Returns text for one line; a long text is truncated to its start or, as for file names, to its end."""
-    whole = " ".join(os.fsencode(text).decode("utf-8", "replace").split())
-    whole = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in whole)
+    whole = printable(" ".join(os.fsencode(text).decode("utf-8", "replace").split()))
     if len(whole) <= _LETTERS:
         return whole
     return f"{whole[: _LETTERS - 1]}…" if start else f"…{whole[1 - _LETTERS :]}"

@@ -19,7 +19,7 @@ from lamzoo.files import atomic_files
 from lamzoo.lam import Lam, LamConfig, MaskRecord
 from lamzoo.models.describer.encoder import Joint
 from lamzoo.profiling.inputs import evaluating
-from lamzoo.report.frame_rows import clock, printable
+from lamzoo.report.frame_rows import clock, one_line
 from lamzoo.report.mask_pictures import title_of
 from lamzoo.report.mpl import check_target
 from lamzoo.report.word_attention import ModalityView, WindowView, draw_windows
@@ -115,7 +115,7 @@ def _measure(model: nn.Module, windows: VideoWindows, described: DescribedWindow
         )
         for name, (first, last) in joint.spans.items()
     ]
-    texts = tuple(printable(text, start=True) for text, _ in words)
+    texts = tuple(one_line(text, start=True) for text, _ in words)
     return WindowView(described.start, described.end, texts, tuple(views))
 
 
@@ -133,7 +133,7 @@ def _importance(model: nn.Module, captured: Mapping[str, MaskRecord], joint: Joi
 
 
 def _title(model: nn.Module, windows: VideoWindows, count: int, config: LamConfig | None) -> str:
-    lines = textwrap.wrap(f"{title_of(model)} on {printable(windows.path)}", _LINE)
+    lines = textwrap.wrap(f"{title_of(model)} on {one_line(windows.path)}", _LINE)
     if count > MAX_WINDOWS:
         lines.append(f"the first {MAX_WINDOWS} of {count} windows, of {clock(windows.duration)} in all")
     if config is not None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -77,3 +79,52 @@ def test_a_log_record_is_one_line_however_long(capsys: pytest.CaptureFixture[str
     text = "loaded " + ", ".join(f"blocks.{number}.attn [dropped]" for number in range(20))
     logging.getLogger("lamzoo.registry.saving").log(level, "%s", text)
     assert capsys.readouterr().err == f"{prefix}{text}\n"
+
+
+@pytest.mark.parametrize(
+    "show",
+    [
+        out.print_line,
+        out.print_error,
+        logging.getLogger("lamzoo.registry.saving").warning,
+        lambda text: out.print_table((text, "b"), [(text, text)], title=text),
+        lambda text: out.print_table(("a", "b"), [(text, text)], compact=True),
+        out.print_json,
+    ],
+    ids=["line", "error", "log", "table", "compact", "json"],
+)
+def test_what_is_shown_holds_no_character_that_a_terminal_obeys(
+    capsys: pytest.CaptureFixture[str], show: Callable[[str], None]
+) -> None:
+    out.log_to_stderr(verbose=False)
+    show("a\x1b]8;;http://x\x07b\x9b2J\u202ec\r\bd")
+    shown = "".join(capsys.readouterr())
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", shown)
+    assert "http://x" in shown and ("x1b" in shown or "u001b" in shown)
+
+
+def test_json_with_hidden_characters_holds_the_same_values(capsys: pytest.CaptureFixture[str]) -> None:
+    value = {"a\x1b\x9b": ["\u202e\U000e0041\u200b", "é 👩\u200d👧", 1.5]}
+    out.print_json(value)
+    shown = capsys.readouterr().out
+    assert json.loads(shown) == value
+    assert "é 👩\u200d👧" in shown and not re.search("[\x80-\x9f\u202e\U000e0041\u200b]", shown)
+
+
+def test_the_bar_shows_no_control_character_of_a_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    with out.progress_bar("a\x9b2J") as advance:
+        advance(1, 2, "b\x07")
+    shown = capsys.readouterr().err
+    assert r"a\x9b2J" in shown and r"b\x07" in shown and not re.search("[\x07\x9b]", shown)
+
+
+def test_a_document_is_escaped_on_a_terminal_only(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for terminal, shown in ((False, 'a = "\x9b"\n'), (True, 'a = "\\x9b"\n')):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda terminal=terminal: terminal)
+        out.print_text('a = "\x9b"\n')
+        assert capsys.readouterr().out == shown
