@@ -8,7 +8,6 @@ import difflib
 import json
 import re
 import sys
-import tomllib
 import types
 import typing
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Model, optimiser, scheduler and averaged weights, built from a recipe's sections."""
+"""Model, optimiser, scheduler, averaged weights and accelerator, built from a recipe's sections."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import Any
 import timm.optim
 import timm.scheduler
 import torch
+from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.state import AcceleratorState
 from timm.layers import set_fused_attn, use_fused_attn
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -161,3 +163,22 @@ def _fused_attention(enable: bool) -> Iterator[None]:
         yield
     finally:
         set_fused_attn(before, experimental)
+
+
+def build_accelerator(run: RunSection) -> Accelerator:
+    """Returns the accelerator of a run; raises a :class:`RecipeError` if its processes can't share the batches."""
+    AcceleratorState._reset_state()  # shared in the process; rejects another precision than that of the last run
+    accelerator = Accelerator(
+        mixed_precision=run.precision,
+        cpu=run.device == "cpu",
+        dataloader_config=DataLoaderConfiguration(split_batches=True),  # loaders yield global batches
+        log_with="tensorboard" if run.tensorboard else None,
+        project_dir=run.output,
+        step_scheduler_with_optimizer=False,
+    )
+    if run.batch_size // run.accumulation % accelerator.num_processes:
+        raise RecipeError(
+            f"run.batch_size {run.batch_size} over {run.accumulation} accumulation steps is not divisible by "
+            f"{accelerator.num_processes} processes; choose a multiple."
+        )
+    return accelerator

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
-from accelerate.state import AcceleratorState
+from accelerate import skip_first_batches
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -30,11 +29,10 @@ from lamzoo.registry.catalog import model_ref
 from lamzoo.registry.refs import ModelRef
 from lamzoo.registry.saving import save_pretrained
 from lamzoo.tasks import find_task
-from lamzoo.training.build import build_ema, build_optimizer, build_scheduler
+from lamzoo.training.build import build_accelerator, build_ema, build_optimizer, build_scheduler
 from lamzoo.training.checkpoints import Checkpoints, TrainedParts, on_main_process
 from lamzoo.training.loaders import seed_everything
 from lamzoo.training.recipe import AnyRecipe
-from lamzoo.training.recipe_common import RunSection
 from lamzoo.training.score_report import write_score_report
 from lamzoo.training.splits import BadInputs, ScanProgress, check_fingerprints, keep_held_out, write_bad_inputs
 from lamzoo.weights.files import read_state_dict
@@ -132,7 +130,7 @@ class TrainingRun(ABC):
         self.checkpoints = Checkpoints(Path(recipe.run.output), recipe, resume)
         self.open_data()
         self.metric = self.task.watched_metric(self.datasets()["train"])
-        self.accelerator = _create_accelerator(recipe.run)
+        self.accelerator = build_accelerator(recipe.run)
         self.fingerprints = check_fingerprints(self.checkpoints.output, self.datasets(), self.accelerator)
         seed_everything(recipe.run.seed)
         model = self.build_model()
@@ -596,21 +594,3 @@ def _grouped(loader: Any, size: int) -> Iterator[list[Any]]:
     batches = iter(loader)
     while len(group := list(islice(batches, size))) == size:
         yield group
-
-
-def _create_accelerator(run: RunSection) -> Accelerator:
-    AcceleratorState._reset_state()  # shared in the process; rejects another precision than that of the last run
-    accelerator = Accelerator(
-        mixed_precision=run.precision,
-        cpu=run.device == "cpu",
-        dataloader_config=DataLoaderConfiguration(split_batches=True),  # loaders yield global batches
-        log_with="tensorboard" if run.tensorboard else None,
-        project_dir=run.output,
-        step_scheduler_with_optimizer=False,
-    )
-    if run.batch_size // run.accumulation % accelerator.num_processes:
-        raise RecipeError(
-            f"run.batch_size {run.batch_size} over {run.accumulation} accumulation steps is not divisible by "
-            f"{accelerator.num_processes} processes; choose a multiple."
-        )
-    return accelerator

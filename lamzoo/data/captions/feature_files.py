@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import zipfile
-import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,8 +12,7 @@ from numpy.typing import NDArray
 from lamzoo.data.arrays import read_npy
 from lamzoo.data.captions.base import Features, Stream
 from lamzoo.data.fingerprint import file_sizes
-from lamzoo.data.moments.feature_folder import read_features, unit
-from lamzoo.data.moments.feature_folder import read_origin
+from lamzoo.data.moments.feature_folder import read_features, read_origin, unit
 from lamzoo.data.paths import existing_file, visible
 from lamzoo.errors import DataError
 

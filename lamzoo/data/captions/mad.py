@@ -12,7 +12,7 @@ from typing import Any
 
 from lamzoo.data.captions.base import CaptionItem, CaptionSource, Stream
 from lamzoo.data.captions.feature_files import check_rows, row_times, rows_within
-from lamzoo.data.csv_tables import finite_seconds, open_table
+from lamzoo.data.csv_tables import open_table
 from lamzoo.data.fingerprint import file_sizes
 from lamzoo.data.json_files import is_row, read_json
 from lamzoo.data.moments.feature_folder import unit

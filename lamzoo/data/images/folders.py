@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from lamzoo.data.fingerprint import file_sizes
-from lamzoo.data.images.decode import images_below
-from lamzoo.data.images.decode import IMAGE_EXTENSIONS
+from lamzoo.data.images.decode import IMAGE_EXTENSIONS, images_below
 from lamzoo.data.images.image_dataset import ImageSource
 from lamzoo.data.paths import check_folder, list_files, natural_key, nfc, open_listed, subfolders
 from lamzoo.data.splits import SPLIT_NAMES, WHOLE, find_split, synonyms

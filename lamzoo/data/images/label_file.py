@@ -9,7 +9,6 @@ from typing import BinaryIO
 
 from lamzoo.data.csv_tables import open_table
 from lamzoo.data.fingerprint import file_sizes
-from lamzoo.data.images.decode import images_below
 from lamzoo.data.images.decode import IMAGE_EXTENSIONS
 from lamzoo.data.images.image_dataset import ImageSource
 from lamzoo.data.json_files import read_lines

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lamzoo.data.fingerprint import file_sizes
 from lamzoo.data.arrays import read_npz
+from lamzoo.data.fingerprint import file_sizes
 from lamzoo.data.moments.base import MARGIN, Features
 from lamzoo.data.paths import existing_file, file_exists, folder_exists
 from lamzoo.errors import DataError
