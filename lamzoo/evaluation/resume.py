@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from lamzoo import records
 from lamzoo.errors import DataError
-from lamzoo.files import atomic_files, cache_folder
-from lamzoo.reading import parse_json, read_text
+from lamzoo.files import atomic_files, cache_folder, file_lock
+from lamzoo.reading import parse_json, read_text, to_json
+
+_logger = logging.getLogger(__name__)
 
 _KIND = "lamzoo evaluation"
+_COUNTS = ("seen", "correct1", "correct5", "real_seen", "real_correct1", "real_correct5")
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,7 @@ class StateFile:
     def __init__(self, path: str | Path, key: Mapping[str, Any]) -> None:
         self.path = Path(path)
         self.key = parse_json(json.dumps(key), file_names=True)  # as read back: tuples become lists
+        self._saves = True
         self._found = self._read()
 
     def load(self) -> EvalState:
@@ -88,30 +95,57 @@ class StateFile:
                 f"{self.path} belongs to another evaluation ({key} was {there.get(key)!r}, now {self.key.get(key)!r}); "
                 "start without resuming, or use another state file"
             )
-        partial = EvalState(**self._found["partial"])
-        return dataclasses.replace(partial, bad=tuple(partial.bad))  # JSON made it a list
+        return records.build(EvalState, self._found["partial"], source=f"{self.path}:")
+
+    @contextlib.contextmanager
+    def reserve(self, resume: bool) -> Iterator[EvalState]:
+        """Keeps other evaluations from using the file while this one runs; yields the state to start from.
+
+        If another evaluation uses the file, this one is not saved, with a warning.
+
+        Args:
+            resume: start from the stored state.
+
+        Raises:
+            DataError: with ``resume``, the file is used by another evaluation, or belongs to another one.
+        """
+        with contextlib.ExitStack() as stack:
+            held: bool | None = None
+            with contextlib.suppress(OSError):  # of a folder that can't be written to; save() says so
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                held = stack.enter_context(file_lock(self.path.with_name(f"{self.path.name}.lock")))
+            self._saves = held is not False
+            if not self._saves:
+                in_use = f"{self.path} is in use by another evaluation"
+                if resume:
+                    raise DataError(f"{in_use}; wait for its end, or use another state file")
+                _logger.warning("%s, so this one can't be resumed if it is interrupted", in_use)
+            yield self.load() if resume else EvalState()
 
     def save(self, partial: EvalState) -> None:
-        """Replaces the file atomically."""
+        """Replaces the file atomically, unless another evaluation uses it."""
+        if not self._saves:
+            return
         content = {"kind": _KIND, "key": self.key, "partial": dataclasses.asdict(partial)}
         with atomic_files() as stage:
-            stage(self.path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            stage(self.path).write_text(to_json(content, indent=1) + "\n", encoding="utf-8")
 
     def remove(self) -> None:
-        """Removes the file, once the evaluation is complete."""
-        self.path.unlink(missing_ok=True)
+        """Removes the file, once the evaluation is complete; not that of another evaluation."""
+        if self._saves:
+            self.path.unlink(missing_ok=True)
 
     def _read(self) -> dict[str, Any] | None:
         if not self.path.exists():
             return None
         try:
             content = parse_json(read_text(self.path), file_names=True)
-            whole = (
-                content["kind"] == _KIND and isinstance(content["key"], dict) and bool(EvalState(**content["partial"]))
-            )
-        except (OSError, ValueError, TypeError, KeyError) as error:
+            whole = content["kind"] == _KIND and isinstance(content["key"], dict)
+            partial = records.build(EvalState, content["partial"], source=f"{self.path}:")
+        except (OSError, ValueError, TypeError, KeyError, DataError) as error:
             raise DataError(f"{self.path} is not an evaluation state; use another file, or remove it") from error
-        if not whole:
+        seen, *counts = (getattr(partial, name) for name in _COUNTS)
+        if not whole or not all(0 <= count <= seen for count in (*counts, len(partial.bad))):
             raise DataError(f"{self.path} is not an evaluation state; use another file, or remove it")
         return content
 

@@ -114,14 +114,38 @@ def test_a_state_of_another_run_is_refused_and_left_alone(data, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    "text", ["# Notes\n", "{}", "[1, 2]", '{"kind": "lamzoo evaluation", "key": {}, "partial": {"a": 1}}']
-)
+    "text",
+    [
+        "# Notes\n", "{}", "[1, 2]", "[" * 100_000, '{"kind": "lamzoo evaluation", "key": {}, "partial": {"a": 1}}',
+        '{"kind": "lamzoo evaluation", "key": {}, "partial": {"seen": "20"}}',
+        '{"kind": "lamzoo evaluation", "key": {}, "partial": {"seen": 20, "correct1": 21}}',
+    ],
+)  # fmt: skip
 def test_a_file_that_is_no_state_is_never_overwritten(data, tmp_path: Path, text: str) -> None:
     state = tmp_path / "notes.md"
     state.write_text(text)
     with pytest.raises(DataError, match="is not an evaluation state"):
         evaluate(Reads(), data, state=state)
     assert state.read_text() == text
+
+
+def test_two_evaluations_do_not_share_a_state(data, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    state, inner = tmp_path / "state.json", []
+
+    def begin_another(progress: EvalProgress) -> None:
+        if not inner:
+            with pytest.raises(DataError, match="in use by another evaluation; wait"):
+                evaluate(Reads(), data, state=state, resume=True)
+            inner.append(evaluate(Reads(), data, batch_size=21, state=state, save_every=1))
+            assert "can't be resumed" in caplog.text
+            assert json.loads(state.read_text())["key"]["batch size"] == 4
+        elif progress.seen > 8:
+            raise Killed
+
+    arguments = {"batch_size": 4, "state": state, "save_every": 1}
+    with pytest.raises(Killed):
+        evaluate(Reads(), data, progress=begin_another, **arguments)
+    assert evaluate(Reads(), data, resume=True, **arguments).top1 == inner[0].top1
 
 
 def test_a_limit_spreads_over_the_classes(data) -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -114,7 +115,7 @@ def evaluate(
         dataset = select(dataset, kept)
     tally = AccuracyCounter(dataset, class_count(model), real=real, skip=on_bad_input == "skip")
     indices = _spread(len(dataset), limit)
-    file, done = None, EvalState()
+    file = None
     if state is not None:
         choices = {
             "on bad input": on_bad_input,
@@ -123,12 +124,12 @@ def evaluate(
         }
         key = _key(model, dataset, config, len(indices), batch_size, device, precision) | choices
         file = StateFile(state, key)
-        done = file.load() if resume else done
-    chosen = _Chosen(dataset, indices[done.seen :], image_mode(config), skip=on_bad_input == "skip")
-    loader = _loader(chosen, config, batch_size, workers, device)
-    model.to(device)
-    start = time.perf_counter() - done.seconds
-    with inference(model, device, precision, batch_size), plain_worker_errors():
+    reserved = nullcontext(EvalState()) if file is None else file.reserve(resume)
+    with reserved as done, inference(model, device, precision, batch_size), plain_worker_errors():
+        chosen = _Chosen(dataset, indices[done.seen :], image_mode(config), skip=on_bad_input == "skip")
+        loader = _loader(chosen, config, batch_size, workers, device)
+        model.to(device)
+        start = time.perf_counter() - done.seconds
         for number, (images, labels) in enumerate(loader, 1):
             logits = model(images.to(device)).float()
             batch = indices[done.seen : done.seen + len(labels)]
@@ -137,8 +138,8 @@ def evaluate(
                 file.save(done)
             if progress is not None:
                 progress(EvalProgress(done.seen, len(indices), done.top1, tally.top5(done)))
-    if file is not None:
-        file.remove()
+        if file is not None:
+            file.remove()
     result = tally.result(done)
     bad = [*lost, *(dataclasses.replace(image, index=kept[image.index]) for image in result.bad_images)]
     bad.sort(key=lambda image: image.index)
