@@ -76,41 +76,48 @@ def atomic_files(failure: type[LamzooError] = WeightsError) -> Iterator[Callable
 
 
 @contextlib.contextmanager
-def file_lock(path: Path) -> Iterator[bool | None]:
+def file_lock(path: Path, *, wait: bool = False) -> Iterator[bool | None]:
     """Holds an exclusive lock between processes, which the system releases if this one is killed.
 
     Args:
-        path: the file to lock; created if needed, and removed at the end.
+        path: the file to lock; created if needed, with its folder, and removed at the end.
+        wait: wait while another process has the lock.
 
     Yields:
-        Whether the lock is held: False if another process has it; None if files can't be locked there, as on Windows
-        and on some network file systems.
-
-    Raises:
-        OSError: the file can't be created.
+        Whether the lock is held: False if another process has it; None if the file can't be created or locked there, as
+        on Windows and on some network file systems.
     """
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        held = _lock(descriptor)
-        if not held or _is_at(descriptor, path):
-            break
-        os.close(descriptor)  # its last holder has just removed it
     owner = os.getpid()
-    _locks.add(descriptor)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, held = _open_locked(path, wait)
+    except OSError:
+        descriptor, held = -1, None
+    else:
+        _locks.add(descriptor)
     try:
         yield held
     finally:
-        if os.getpid() == owner:  # not in a forked process, where the descriptor is closed
-            _locks.discard(descriptor)
+        if descriptor in _locks and os.getpid() == owner:  # a forked process has closed it
             if held:
                 with contextlib.suppress(OSError):  # a lock file that stays is locked again by the next process
                     path.unlink()
+            _locks.discard(descriptor)
             os.close(descriptor)
 
 
 def cache_folder() -> Path:
     """Returns lamzoo's folder in the user's cache: ``$XDG_CACHE_HOME/lamzoo``, or ``~/.cache/lamzoo``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lamzoo"
+
+
+def _open_locked(path: Path, wait: bool) -> tuple[int, bool | None]:
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        held = _lock(descriptor, wait)
+        if not held or _is_at(descriptor, path):
+            return descriptor, held
+        os.close(descriptor)  # its last holder has just removed it
 
 
 @contextlib.contextmanager
@@ -148,12 +155,12 @@ def _sweep(folder: Path) -> None:
                     os.close(descriptor)
 
 
-def _lock(descriptor: int) -> bool | None:
-    """Tries to lock an open file; returns False if another process holds the lock, None without support for locks."""
+def _lock(descriptor: int, wait: bool = False) -> bool | None:
+    """Locks an open file; returns False if another process holds the lock, None without support for locks."""
     if sys.platform == "win32":
         return None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
     except OSError:

@@ -30,6 +30,7 @@ import torch
 
 import lamzoo
 from lamzoo import records
+from lamzoo.files import atomic_files, file_lock
 from lamzoo.profiling.bench import checkout_commit
 from lamzoo.profiling.latency import device_label
 from lamzoo.tasks import find_task
@@ -122,7 +123,8 @@ def plan(
         sys.exit(f"{ablation} has no rows {', '.join(sorted(unknown))}; use {', '.join(tables.rows)}.")
     out.mkdir(parents=True, exist_ok=True)
     base = out / "recipe.json"
-    base.write_text(json.dumps(tables.recipe, indent=2) + "\n", encoding="utf-8")
+    with atomic_files() as stage:  # another call may read it
+        stage(base).write_text(json.dumps(tables.recipe, indent=2) + "\n", encoding="utf-8")
     runs = []
     own = {row: seeds or tables.rows[row].seeds or tables.seeds for row in rows}
     for seed in dict.fromkeys(chain(*own.values())):  # without duplicates, in the given order
@@ -183,8 +185,9 @@ def read_results(path: Path) -> list[dict[str, str]]:
 
 def add_result(path: Path, line: dict[str, Any]) -> None:
     """Appends a line to a results file atomically; a new column is empty in the other lines."""
-    lines = [*read_results(path), line]
-    records.write_csv(path, list(dict.fromkeys(column for each in lines for column in each)), lines)
+    with file_lock(path.parent / f".{path.name}.lock", wait=True):  # another call may add to it, too
+        lines = [*read_results(path), line]
+        records.write_csv(path, list(dict.fromkeys(column for each in lines for column in each)), lines)
 
 
 def main() -> None:

@@ -109,11 +109,7 @@ class StateFile:
         Raises:
             DataError: with ``resume``, the file is used by another evaluation, or belongs to another one.
         """
-        with contextlib.ExitStack() as stack:
-            held: bool | None = None
-            with contextlib.suppress(OSError):  # of a folder that can't be written to; save() says so
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                held = stack.enter_context(file_lock(self.path.with_name(f"{self.path.name}.lock")))
+        with file_lock(self.path.parent / f"{self.path.name}.lock") as held:
             self._saves = held is not False
             if not self._saves:
                 in_use = f"{self.path} is in use by another evaluation"

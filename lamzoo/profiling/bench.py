@@ -6,8 +6,10 @@ import logging
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from lamzoo.files import file_lock
 from lamzoo.profiling.job import BenchJob, run_job
 from lamzoo.profiling.results import BenchRow, read_rows, write_rows
 
@@ -63,8 +65,7 @@ def bench(
         DataError: the file is not a results table, or cannot be written.
     """
     out = Path(out)
-    there = read_rows(out) if out.exists() else []
-    write_rows(out, there)  # fails early if the file can't be written
+    there = _rewrite(out, lambda rows: rows)  # fails early if the file can't be written
     done: dict[BenchJob, BenchRow] = {}
     for job in jobs:
         row = next((row for row in there if job.answered_by(row)), None)
@@ -80,8 +81,7 @@ def bench(
         row = runner(job, timeout=timeout)
         if not row.ok:
             _logger.warning("%s failed: %s", row.name, row.error)
-        # Read again, because another benchmark may write to the same table.
-        write_rows(out, _with(read_rows(out) if out.exists() else [], job, row))
+        _rewrite(out, partial(_with, job=job, new=row))
         done[job] = row
     if progress is not None:
         progress(len(jobs), len(jobs), "")
@@ -105,6 +105,14 @@ def _git(folder: Path, *arguments: str) -> str:
     return subprocess.run(
         ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True
     ).stdout.strip()
+
+
+def _rewrite(path: Path, change: Callable[[list[BenchRow]], list[BenchRow]]) -> list[BenchRow]:
+    """Changes the rows of a table, while no other benchmark does, and returns them."""
+    with file_lock(path.parent / f".{path.name}.lock", wait=True):
+        rows = change(read_rows(path) if path.exists() else [])
+        write_rows(path, rows)
+    return rows
 
 
 def _with(rows: list[BenchRow], job: BenchJob, new: BenchRow) -> list[BenchRow]:

@@ -128,13 +128,7 @@ class Checkpoints:
             RecipeError: the folder can't be created, or another process trains in it or has just done so.
         """
         self.make_folder()
-        with contextlib.ExitStack() as stack:
-            try:
-                held = stack.enter_context(file_lock(self.output / ".lock"))
-            except OSError as error:
-                raise RecipeError(
-                    f"run.output {self.output} can't be written to ({error.strerror}); choose another folder."
-                ) from None
+        with file_lock(self.output / ".lock") as held:
             if held is False:
                 raise RecipeError(
                     f"run.output {self.output} is being trained in by another process; wait for its end, or choose "

@@ -76,7 +76,8 @@ def _difference(name: str, there: Any, here: Any) -> str:
         case "model":
             return f"with {there}, not {here}"
         case "clip_seconds":
-            return f"of clips of {there:g} s, not {here:g} s"
+            before = f"{there:g}" if isinstance(there, (int, float)) else repr(there)
+            return f"of clips of {before} s, not {here:g} s"
         case "query":
             return f"for the query {there!r}, not {here!r}"
         case "bytes":
