@@ -68,6 +68,15 @@ class _File:
 
 
 @dataclass(frozen=True)
+class _Best:
+    """The epoch, from 0, whose weights are in ``model/``."""
+
+    epoch: int
+    value: float
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
 class _RunState:
     """The types of the values in ``state.json``; ``files``, the manifest, is missing in those of lamzoo 0.1.0."""
 
@@ -76,7 +85,7 @@ class _RunState:
     seconds: float
     history: list[dict[str, Any]]
     wall_seconds: float | None = None
-    best: dict[str, float] | None = None
+    best: _Best | None = None
     lam_config: dict[str, Any] | None = None
     files: dict[str, _File] | None = None
 

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,7 +24,7 @@ from torch.utils.data import DataLoader
 from lamzoo.data.fingerprint import write_fingerprints
 from lamzoo.data.splits import synonyms
 from lamzoo.data.trained import MODEL_FOLDERS
-from lamzoo.errors import DivergedError, RecipeError
+from lamzoo.errors import DivergedError, LamzooError, RecipeError
 from lamzoo.lam import LamConfig
 from lamzoo.registry.catalog import model_ref
 from lamzoo.registry.refs import ModelRef
@@ -36,6 +37,7 @@ from lamzoo.training.recipe import AnyRecipe
 from lamzoo.training.score_report import write_score_report
 from lamzoo.training.splits import BadInputs, ScanProgress, check_fingerprints, keep_held_out, write_bad_inputs
 from lamzoo.weights.files import read_state_dict
+from lamzoo.weights.files import file_sha256
 from lamzoo.weights.saved import read_saved
 
 _logger = logging.getLogger(__name__)
@@ -143,7 +145,7 @@ class TrainingRun(ABC):
         self.seconds = self.wall_seconds = 0.0
         self.history: list[dict[str, float]] = []
         self.lam: LamConfig | None = getattr(model, "lam_config", None)
-        self.best: dict[str, float] | None = None  # epoch, from 0, and score of the weights in model/
+        self.best: dict[str, Any] | None = None  # epoch, from 0, score and sha256 of the weights in model/
         external = model_ref(recipe.model.name).kind in ("timm", "open_clip")
         if recipe.model.lam is None and self.lam is None and external and self.accelerator.is_main_process:
             _logger.warning("%s has no masks to train; add the default ones with model.lam=true", recipe.model.name)
@@ -182,7 +184,7 @@ class TrainingRun(ABC):
             self.loss_sum = self._loss_sum(state["loss_sum"])
             self.seconds, self.history = state["seconds"], state["history"]
             self.wall_seconds = state.get("wall_seconds", state["seconds"])
-            self.best = state.get("best")
+            self.best = on_main_process(self.accelerator, partial(self._still_best, state.get("best")))
         if len(self.history) > recipe.schedule.total_epochs:
             raise RecipeError(
                 f"[schedule] has {recipe.schedule.total_epochs} epochs, but the run in {recipe.run.output} already has "
@@ -463,8 +465,31 @@ class TrainingRun(ABC):
         if not better:
             return False
         self._save_model(self.checkpoints.output / MODEL_FOLDERS[0])
-        self.best = {"epoch": record["epoch"], "value": value}
+        sha256 = on_main_process(self.accelerator, self._sha256_of_best)
+        self.best = {"epoch": record["epoch"], "value": value, "sha256": sha256}
         return True
+
+    def _sha256_of_best(self) -> str:
+        folder = self.checkpoints.output / MODEL_FOLDERS[0]
+        weights = read_saved(ModelRef.of_folder(folder), with_weights=True).weights
+        assert weights is not None  # requested by with_weights
+        return file_sha256(weights.path)
+
+    def _still_best(self, best: dict[str, Any] | None) -> dict[str, Any] | None:
+        """Returns the record of the best weights, or None if ``model/`` holds others or is damaged."""
+        if best is None or best.get("sha256") is None:  # 0.1.0 recorded no hash
+            return best
+        try:
+            if self._sha256_of_best() == best["sha256"]:
+                return best
+            reason = "it was written later, or damaged"
+        except (LamzooError, OSError) as error:
+            reason = str(error)
+        _logger.warning(
+            "%s does not hold the best weights, of epoch %d (%s); they are selected from the following epochs",
+            self.checkpoints.output / MODEL_FOLDERS[0], best["epoch"] + 1, reason,
+        )  # fmt: skip
+        return None
 
     def _gain(self, record: Mapping[str, float]) -> float:
         """Returns the improvement of a record's score over the best; 0 without a score."""

@@ -154,6 +154,21 @@ def test_a_run_that_was_killed_keeps_its_best(
     assert same(result.model, weights[0]) and same(result.output / "last", weights[-1])
 
 
+def test_a_run_that_goes_back_before_its_best_names_no_other_weights_as_the_best(
+    recipe_table: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    weights = watch(monkeypatch, (70.0, 80.0, 60.0, 60.0))
+    changes = {"checkpoint_interval": 5, "output": str(tmp_path / "out")}
+
+    def damage(output: Path) -> None:
+        newest = max(output.glob("checkpoints/update-*"))
+        (newest / "optimizer.bin").unlink()
+
+    result = train_killed(held_out(recipe_table, **changes), tmp_path / "out", 9, damage)
+    assert "does not hold the best weights, of epoch 1" in caplog.text
+    assert result.epoch == 3 and same(result.model, weights[3])
+
+
 @pytest.mark.parametrize(
     ("data", "changes", "why"),
     [
