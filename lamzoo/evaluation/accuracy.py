@@ -10,9 +10,10 @@ from torch import Tensor
 
 from lamzoo.data import BadInput, LabelledImages
 from lamzoo.data.images.validation import check_image
-from lamzoo.errors import ConfigError, DataError
+from lamzoo.errors import DataError
 from lamzoo.evaluation.classification.imagenet_real import RealLabels
 from lamzoo.evaluation.resume import EvalState
+from lamzoo.evaluation.runtime import check_logits
 
 _logger = logging.getLogger(__name__)
 #: The label of an image that could not be read.
@@ -79,13 +80,12 @@ class AccuracyCounter:
             The updated counts.
 
         Raises:
-            ConfigError: a logit is infinite or not a number.
+            ConfigError, UnsupportedHostError: as of :func:`lamzoo.evaluation.runtime.check_logits`.
             DataError: a label is not a class of the model, or an image has no entry among the ReaL labels.
         """
-        if not logits.isfinite().all():
-            raise ConfigError("the model's outputs are not finite; use another precision, or check the weights")
+        check_logits(logits, self._num_classes)
         self._check(labels)
-        guesses = logits.topk(min(5, logits.shape[1]), dim=1).indices
+        guesses = logits.float().topk(min(5, logits.shape[1]), dim=1).indices
         hits = guesses == labels[:, None]  # BAD_LABEL never matches
         bad = [index for index, label in zip(batch, labels.tolist(), strict=True) if label == BAD_LABEL]
         for image in map(self._bad_image, bad):

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lamzoo.adapters.wrappers import unwrap
 from lamzoo.errors import ConfigError, UnsupportedHostError
@@ -73,6 +73,27 @@ def class_count(model: nn.Module) -> int:
             "above 0"
         )
     return count
+
+
+def check_finite(outputs: Tensor) -> None:
+    """Raises a :class:`ConfigError` if a number that a model computed is infinite or not a number."""
+    if not outputs.isfinite().all():
+        raise ConfigError("the model's outputs are not finite; use another precision, or check the weights")
+
+
+def check_logits(logits: object, num_classes: int) -> None:
+    """Checks what a classifier returned.
+
+    Raises:
+        ConfigError: a logit is infinite or not a number.
+        UnsupportedHostError: it is not ``(B, num_classes)`` logits.
+    """
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] != num_classes:
+        found = f"a tensor {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        raise UnsupportedHostError(
+            f"the model returns {found} in place of {num_classes} logits per image; choose an image classifier"
+        )
+    check_finite(logits)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lamzoo.errors import ConfigError
 from lamzoo.report.mpl import new_figure
 
 if TYPE_CHECKING:
@@ -95,9 +96,15 @@ def draw(
 
 
 def colour_scale(values: list[NDArray[np.float32]], neutral: float) -> tuple[float, float]:
-    """Returns the limits of a colour scale that is symmetric about the neutral value."""
+    """Returns the limits of a colour scale that is symmetric about the neutral value.
+
+    Raises:
+        ConfigError: a value is not finite.
+    """
     # The outermost percent may saturate, so that one patch can't wash out all others; axis labels give the full range.
     distance = np.abs(np.concatenate([value.ravel() for value in values]) - neutral)
+    if not np.isfinite(distance).all():
+        raise ConfigError("the model's masks are not finite; check the weights")
     half = max(_LEAST_RANGE, float(np.quantile(distance, 0.99)))
     return neutral - half, neutral + half
 

@@ -17,6 +17,7 @@ from lamzoo.adapters.state import masks_of
 from lamzoo.adapters.wrappers import unwrap
 from lamzoo.errors import ConfigError, DataError, UnsupportedHostError, class_name
 from lamzoo.evaluation import class_names
+from lamzoo.evaluation.runtime import check_finite
 from lamzoo.files import atomic_files
 from lamzoo.lam import LamConfig, MaskRecord
 from lamzoo.profiling.inputs import evaluating
@@ -51,7 +52,8 @@ def explain(
 
     Raises:
         UnsupportedHostError: the model has no masks, or no patch grid.
-        ConfigError: a query patch is outside the grid, or the mask has no such head.
+        ConfigError: a query patch is outside the grid, the mask has no such head, or the model's outputs or masks are
+            not finite.
         MissingExtraError: matplotlib is not installed.
         DataError: the image can't be read, or the file can't be written.
     """
@@ -61,6 +63,8 @@ def explain(
     shown = view(model, image)
     with evaluating(model), torch.no_grad(), capture_masks(model) as captured:
         output = model(shown.images)
+    if isinstance(output, Tensor):
+        check_finite(output)
     records = list(captured.items())
     if config.layers == "single":
         records = records[:1]

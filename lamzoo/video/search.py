@@ -28,7 +28,7 @@ from lamzoo.data.video.sampling import FrameSampling
 from lamzoo.errors import ConfigError, DataError
 from lamzoo.evaluation.resume import weights_sha256
 from lamzoo.evaluation.retrieval.evaluate import compare, encode_texts, frames_config
-from lamzoo.evaluation.runtime import Precision, check_batches, inference, resolve_device
+from lamzoo.evaluation.runtime import Precision, check_batches, check_finite, inference, resolve_device
 from lamzoo.files import cache_folder
 from lamzoo.reading import parse_json
 from lamzoo.registry.factory import create_model
@@ -99,7 +99,7 @@ class VideoIndex:
         """Returns the up to ``top`` videos that match a text best, the best first.
 
         Raises:
-            ConfigError: the query is empty, or ``top`` below 1.
+            ConfigError: the query is empty, ``top`` is below 1, or the query's embedding is not finite.
         """
         if not query.strip():
             raise ConfigError("the query is empty; describe the video")
@@ -113,6 +113,7 @@ class VideoIndex:
         """Returns the scores ``(N,)`` of all videos."""
         with inference(self.model, self.embeddings.device, self.precision, 1):
             text = encode_texts(self.model, [query], 1)
+            check_finite(text)
             if self.frame_mask is not None:
                 return compare(self.model, text, self.embeddings, self.frame_mask)[0]
         with torch.inference_mode():  # without autocast, whose rounding would cause ties

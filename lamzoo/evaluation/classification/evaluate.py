@@ -131,7 +131,7 @@ def evaluate(
         model.to(device)
         start = time.perf_counter() - done.seconds
         for number, (images, labels) in enumerate(loader, 1):
-            logits = model(images.to(device)).float()
+            logits = model(images.to(device))
             batch = indices[done.seen : done.seen + len(labels)]
             done = tally.add(done, batch, logits, labels.to(device), time.perf_counter() - start)
             if file is not None and number % save_every == 0:

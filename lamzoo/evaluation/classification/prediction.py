@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from lamzoo.adapters.wrappers import unwrap
 from lamzoo.data import open_image
 from lamzoo.errors import ConfigError, DataError
-from lamzoo.evaluation.runtime import Precision, check_batches, class_count, data_config, inference, resolve_device
+from lamzoo.evaluation.runtime import (
+    Precision,
+    check_batches,
+    check_logits,
+    class_count,
+    data_config,
+    inference,
+    resolve_device,
+)
 from lamzoo.profiling.inputs import image_mode
 
 
@@ -52,9 +60,10 @@ def predict(
         For each image its most likely classes, the most likely first.
 
     Raises:
-        ConfigError: an invalid device, precision, batch size or ``topk``.
+        ConfigError: an invalid device, precision, batch size or ``topk``, or a logit is infinite or not a number.
         DataError: an image cannot be read.
-        UnsupportedHostError: the model does not classify, or its number of input channels has no Pillow mode.
+        UnsupportedHostError: the model does not classify, returns no logits, or its number of input channels has no
+            Pillow mode.
     """
     check_batches(batch_size, precision=precision)
     if topk < 1:
@@ -67,6 +76,7 @@ def predict(
     while batch := [transform(image) for image in islice(rest, batch_size)]:
         with inference(model, device, precision, batch_size):
             logits = model(torch.stack(batch).to(device))
+            check_logits(logits, class_count(model))
             probabilities = logits.float().softmax(dim=1)
             top = probabilities.topk(min(topk, probabilities.shape[1]), dim=1)
         names = class_names(model, probabilities.shape[1])

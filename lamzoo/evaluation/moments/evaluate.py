@@ -17,7 +17,7 @@ from lamzoo.data import plain_worker_errors
 from lamzoo.data.moments import MomentDataset, MomentFeatures
 from lamzoo.errors import UnsupportedHostError
 from lamzoo.evaluation.moments.metrics import moment_metrics
-from lamzoo.evaluation.runtime import Precision, check_batches, inference, resolve_device
+from lamzoo.evaluation.runtime import Precision, check_batches, check_finite, inference, resolve_device
 from lamzoo.tasks.base import EvalRequest, Evaluation
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -64,6 +64,7 @@ def find_moments(
         durations: durations of the videos in seconds.
 
     Raises:
+        ConfigError: a prediction is not finite.
         UnsupportedHostError: the model does not predict moments, or expects features of another width.
     """
     check_features(model, features[0])
@@ -72,6 +73,8 @@ def find_moments(
         video, text, video_mask, text_mask = (tensor.to(device) for tensor in pad_features(features))
         found = model(video, text, video_mask, text_mask)
         windows, saliency = found.windows().double().cpu(), found.saliency.float().cpu()
+    check_finite(windows)
+    check_finite(saliency[video_mask.cpu()])
     findings = []
     for row, (of_sample, duration) in enumerate(zip(features, durations, strict=True)):
         seconds = windows[row] * torch.tensor([duration, duration, 1.0], dtype=torch.float64)

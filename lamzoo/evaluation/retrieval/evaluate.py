@@ -19,7 +19,7 @@ from lamzoo.data.retrieval.clips import Clips, each_frame, pad_clips
 from lamzoo.data.video.sampling import FrameSampling, adjusted
 from lamzoo.errors import ConfigError, UnsupportedHostError
 from lamzoo.evaluation.retrieval.metrics import dual_softmax, retrieval_metrics
-from lamzoo.evaluation.runtime import Precision, check_batches, inference, resolve_device
+from lamzoo.evaluation.runtime import Precision, check_batches, check_finite, inference, resolve_device
 from lamzoo.tasks.base import EvalRequest, Evaluation
 
 _TEXTS = 1024  # texts per block of similarities
@@ -194,10 +194,12 @@ def compare(model: Any, texts: Tensor, videos: Tensor, frame_masks: Tensor) -> T
     """Returns the similarity ``(T, V)``, float32 on the CPU, of text and video embeddings, computed block by block.
 
     Raises:
-        ConfigError: a block does not fit into the device's memory.
+        ConfigError: a block does not fit into the device's memory, or a similarity is not finite.
     """
     try:
         blocks = [model.similarity(some, videos, frame_masks).float().cpu() for some in texts.split(_TEXTS)]
     except torch.OutOfMemoryError as error:
         raise ConfigError(f"{len(videos)} videos do not fit on {videos.device} at once; use another device") from error
-    return torch.cat(blocks)
+    similarity = torch.cat(blocks)
+    check_finite(similarity)
+    return similarity

@@ -82,7 +82,7 @@ def generate(
         seeds: one per sample, for ``top_p``; the positions in the batch by default.
 
     Raises:
-        ConfigError: ``max_length`` exceeds the maximum of the decoder.
+        ConfigError: ``max_length`` exceeds the maximum of the decoder, or a probability is not a number.
     """
     length = decoder.context_length if generation.max_length is None else generation.max_length
     if length > decoder.context_length:
@@ -109,7 +109,7 @@ def _search(
     first = torch.arange(size, device=memory.device).unsqueeze(1) * beams
     while texts.shape[2] < length and not all(done):
         logits = decoder(texts[:, :, -1].reshape(-1, 1), memory, mask, cache)[:, -1]
-        chances = logits.float().log_softmax(dim=-1).unflatten(0, (size, beams))
+        chances = _checked(logits.float().log_softmax(dim=-1)).unflatten(0, (size, beams))
         best = (scores.unsqueeze(-1) + chances).flatten(1).topk(2 * beams, dim=1)  # one candidate of each beam may end
         parents, tokens = best.indices // chances.shape[2], best.indices % chances.shape[2]
         ends = tokens == end
@@ -131,6 +131,13 @@ def _search(
                 _text(text, score, len(text), generation) for text, score in running if score > -torch.inf
             ]
     return [max(found, key=lambda text: text.score) for found in finished]
+
+
+def _checked(chances: Tensor) -> Tensor:
+    """Returns probabilities; raises a :class:`ConfigError` if one is not a number."""
+    if chances.isnan().any():
+        raise ConfigError("the model's outputs are not finite; use another precision, or check the weights")
+    return chances
 
 
 def _text(tokens: list[int], chance: float, length: int, generation: GenerationConfig) -> Text:
@@ -165,7 +172,7 @@ def _draw(
     done = [False] * len(texts)
     for _ in range(length - 1):
         logits = decoder(token, memory, mask, cache)[:, -1].float() / generation.temperature
-        shares, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
+        shares, order = _checked(logits.softmax(dim=-1)).sort(dim=-1, descending=True)
         before = shares.cumsum(dim=-1) - shares
         nucleus = shares.masked_fill(before >= generation.top_p, 0.0)
         nucleus = nucleus / nucleus.sum(dim=-1, keepdim=True)
