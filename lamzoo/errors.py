@@ -86,6 +86,10 @@ class ExportError(LamzooError):
     """A model that can't be exported, or an exported program that can't be used."""
 
 
+class UntrustedProgramError(ExportError):
+    """A torch.export program that the user neither exported nor trusts; loading one can run any code."""
+
+
 class RecipeError(LamzooError, ValueError):
     """A training recipe with an unknown key, a wrong type or an impossible value."""
 

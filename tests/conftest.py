@@ -1,15 +1,17 @@
-"""What every test gets: a fixed seed, one thread, a hub cache of its own, no hub, property tests without deadlines."""
+"""What every test gets: a fixed seed, one thread, caches of its own, no hub, property tests without deadlines."""
 
 # ruff: noqa: E402 - the environment comes before the imports that read it
 
 import os
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
-# Set before huggingface_hub is imported, which reads them once: no test sees or fills the user's cache, and one that
+# Set before huggingface_hub is imported, which reads them once: no test sees or fills the user's caches, and one that
 # asks the hub for something is refused at once. Tests of the downloads name a server of their own.
-_HF_HOME = tempfile.TemporaryDirectory(prefix="lamzoo-tests-")
-os.environ |= {"HF_HOME": _HF_HOME.name, "HF_ENDPOINT": "http://127.0.0.1:9"}
+_CACHE = tempfile.TemporaryDirectory(prefix="lamzoo-tests-")
+os.environ |= {"XDG_CACHE_HOME": _CACHE.name, "HF_HOME": _CACHE.name, "HF_ENDPOINT": "http://127.0.0.1:9"}
+os.environ.setdefault("MPLCONFIGDIR", str(Path.home() / ".cache" / "matplotlib"))  # matplotlib scans fonts for seconds
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hypothesis

@@ -22,22 +22,30 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Precision = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Precision of the autocast.")]
 Json = Annotated[bool, typer.Option("--json", help="Print only JSON to stdout.")]
 BatchSize = Annotated[int, typer.Option(help="Images per batch.")]
+Trust = Annotated[
+    bool, typer.Option("--trust", help="Trust a .pt2 program from elsewhere, which can run any code; remembered.")
+]
 
 
-def load_model(name: str, checkpoint: Path | None, *, programs: bool = True) -> nn.Module:
+def load_model(name: str, checkpoint: Path | None, *, trust: bool | None = None) -> nn.Module:
     """Creates a model with its published weights or those of a checkpoint, or opens an exported program.
 
-    Exported programs are refused where ``programs`` is false.
+    Args:
+        name: the model's name, or the file of the program.
+        checkpoint: weights that replace the published ones.
+        trust: whether to trust a program that was exported elsewhere; None refuses all exported programs.
     """
     from lamzoo.registry.catalog import model_ref
 
     ref = model_ref(name)
-    if programs and ref.kind == "program" and ref.path is not None:
+    if trust is not None and ref.kind == "program" and ref.path is not None:
         from lamzoo.export import load_exported
 
         if checkpoint is not None:
             raise ConfigError(f"{name} is an exported program and includes its weights; omit --checkpoint")
-        return load_exported(ref.path)
+        return load_exported(ref.path, trust=trust)
+    if trust:
+        raise ConfigError(f"--trust applies to exported programs, and {name} is not one; leave it out")
     from lamzoo.registry.factory import create_model
 
     if checkpoint is not None:

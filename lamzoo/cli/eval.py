@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from lamzoo.cli import _output as out
-from lamzoo.cli._options import BatchSize, Checkpoint, Device, Json, Name, load_model
+from lamzoo.cli._options import BatchSize, Checkpoint, Device, Json, Name, Trust, load_model
 from lamzoo.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def eval_command(
     context: Annotated[int | None, typer.Option(
         min=0, help="Captions: number of earlier captions of the same video to condition on [0].")] = None,
     checkpoint: Checkpoint = None,
+    trust: Trust = False,
     json: Json = False,
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the JSON to a file.")] = None,
 ) -> None:  # fmt: skip
@@ -88,14 +89,14 @@ def eval_command(
             raise ConfigError(f"--data is missing, and {name} is not the folder of a training run; add --data SPEC")
         data = trained.source
     if file is not None:
-        of_models = {"checkpoint": checkpoint, "submission": submission, **options}
+        of_models = {"checkpoint": checkpoint, "submission": submission, "trust": trust or None, **options}
         _refuse([option for option, value in of_models.items() if value is not None], f"the predictions {name}")
         dataset = chosen.open_for_scoring(data, split)
         found: Evaluation = chosen.load("score_predictions")(name, dataset)
         facts: dict[str, Any] = {"task": chosen.name, "data": data, "split": dataset.split}
     else:
         found, facts = _score(
-            name, chosen, data, split, trained, checkpoint, batch_size, device, precision, workers, options,
+            name, chosen, data, split, trained, checkpoint, trust, batch_size, device, precision, workers, options,
             hidden=json,
         )  # fmt: skip
         if submission is not None:
@@ -137,6 +138,7 @@ def _score(
     split: str | None,
     trained: TrainedData | None,
     checkpoint: Path | None,
+    trust: bool,
     batch_size: int,
     device: str,
     precision: Any,
@@ -152,7 +154,7 @@ def _score(
     target = resolve_device(device)
     check_batches(batch_size, workers, precision)
     dataset = task.open_for_scoring(data, split, trained)
-    model = load_model(name, checkpoint)
+    model = load_model(name, checkpoint, trust=trust)
     if "state" in task.options and "state" not in options:
         told = ("limit", "class_map", "real_labels")
         choices = (str(checkpoint), *(str(options.get(key)) for key in told), options.get("on_bad_input", "stop"))

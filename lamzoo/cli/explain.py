@@ -45,10 +45,10 @@ def explain(
         from lamzoo.data import open_image
 
         open_image(image)
-        task.load("explain")(load_model(name, checkpoint, programs=False).to(target), image, output)
+        task.load("explain")(load_model(name, checkpoint).to(target), image, output)
     elif data is not None:
         dataset = task.open_split(data, split or "test")
-        task.load("explain")(load_model(name, checkpoint, programs=False).to(target), dataset, query, output)
+        task.load("explain")(load_model(name, checkpoint).to(target), dataset, query, output)
     out.print_line(out.path_text(output))
 
 

@@ -54,7 +54,7 @@ def export(
         )
     layers = None if at is None else _layers(at)
     paths = find_images(images) if images else []
-    model = load_model(name, checkpoint, programs=False)
+    model = load_model(name, checkpoint)
     if prunes:
         prune_tokens(model, keep, layers, target_gmacs=target_gmacs, score=score, rest=rest)
     batch = preprocess(model, paths) if paths else None

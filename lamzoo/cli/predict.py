@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from lamzoo.cli import _output as out
-from lamzoo.cli._options import BatchSize, Checkpoint, Device, Json, Name, load_model
+from lamzoo.cli._options import BatchSize, Checkpoint, Device, Json, Name, Trust, load_model
 
 
 def predict_command(
@@ -19,6 +19,7 @@ def predict_command(
     checkpoint: Checkpoint = None,
     device: Device = "auto",
     batch_size: BatchSize = 64,
+    trust: Trust = False,
     json: Json = False,
 ) -> None:
     """Classifies images."""
@@ -29,7 +30,7 @@ def predict_command(
 
     resolve_device(device)
     check_batches(batch_size)
-    model = load_model(name, checkpoint)
+    model = load_model(name, checkpoint, trust=trust)
     results = predict(model, paths, topk=topk, batch_size=batch_size, device=device)
     pairs = [(out.path_text(path), guesses) for path, guesses in zip(paths, results, strict=True)]
     if json:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,11 +13,14 @@ from torch import Tensor, nn
 from lamzoo.adapters.wrappers import is_sharded, unwrap
 from lamzoo.data.images.decode import of_channels
 from lamzoo.errors import ConfigError, ExportError
-from lamzoo.export.exported import FORMATS, ExportedModel, Format, load_exported
+from lamzoo.evaluation.runtime import check_finite
+from lamzoo.export.exported import FORMATS, ExportedModel, Format, first_line, load_exported, open_program
 from lamzoo.export.program import trace, write_program
+from lamzoo.export.trust import trust_program
 from lamzoo.files import atomic_files
 from lamzoo.lazy import submodules_of
 from lamzoo.profiling.inputs import default_input, evaluating
+from lamzoo.reading import read_bytes, to_json
 from lamzoo.version import __version__
 
 __all__ = ["ExportedFile", "ExportedModel", "Format", "export_model", "load_exported"]
@@ -82,7 +85,7 @@ def export_model(
 
     Raises:
         ConfigError: the suffix does not match the format, int8 is requested for torch, the images have another shape,
-            or the model is sharded, or not in float32 on the CPU.
+            the model is sharded, or not in float32 on the CPU, or its outputs are not finite.
         ExportError: the model can't be exported, its program differs, or the file can't be written.
         MissingExtraError: onnx, onnxscript or onnxruntime is not installed.
     """
@@ -97,25 +100,28 @@ def export_model(
                 f"{type(model).__name__} returns a {type(expected).__name__}; only models that return one tensor "
                 "can be exported."
             )
+        check_finite(expected)
         program = trace(model, images)
         with atomic_files(ExportError) as stage:
             staged = stage(path)
             opset = write_program(program, staged, format, _facts(model), int8)
-            got = _run(load_exported(staged, format), images)
+            content = read_bytes(staged)
+            got = _run(open_program(content, format, path), images)
             difference = float((got - torch.cat([expected, expected[:1]])).abs().max())
-            if not int8 and not difference <= tolerance:
+            if not (difference <= tolerance or (int8 and math.isfinite(difference))):
                 raise ExportError(
                     f"The {format} program of {type(model).__name__} differs from the model by {difference:.2g} "
                     f"(tolerance {tolerance:g}); nothing was written to {path}."
                 )
-            size = staged.stat().st_size
+    if format == "torch":
+        trust_program(content, path)
     same = got[:-1].argmax(dim=-1) == expected.argmax(dim=-1)
     return ExportedFile(
         path=path,
         format=format,
         opset=opset,
         precision="int8" if int8 else "float32",
-        mib=size / 2**20,
+        mib=len(content) / 2**20,
         samples=len(images),
         max_difference=difference,
         same_top1=float(same.float().mean()),
@@ -168,8 +174,8 @@ def _run(program: ExportedModel, images: Tensor) -> Tensor:
     """Returns the logits of all images together, followed by those of the first image alone."""
     try:
         return torch.cat([program(images), program(images[:1])])
-    except Exception as error:
-        reason = str(error).partition("\n")[0]
+    except ExportError as error:
+        reason = first_line(error.__cause__ or error)
         raise ExportError(f"The exported program cannot be run and was discarded: {reason}") from error
 
 
@@ -192,7 +198,9 @@ def _facts(model: nn.Module) -> str:
     facts["input_size"] = tuple(default_input(model).shape[1:])  # type: ignore[union-attr]
     facts |= {key: of_channels(facts[key], facts["input_size"][0]) for key in ("mean", "std") if key in facts}
     facts["num_classes"] = getattr(model, "num_classes", 0)
-    return json.dumps(
+    if len(facts.get("label_names", ())) != facts["num_classes"]:  # those of a head that was replaced
+        facts.pop("label_names", None)
+    return to_json(
         {
             "lamzoo": __version__,
             "torch": torch.__version__,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import io
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from lamzoo.errors import ExportError, MissingExtraError, WeightsNotFoundError
+from lamzoo.export.trust import check_trusted, trust_program
+from lamzoo.reading import parse_json, read_bytes
+from lamzoo.registry.preprocessing import check_preprocessing
 
 Format = Literal["torch", "onnx"]
 FORMATS: dict[Format, str] = {"torch": ".pt2", "onnx": ".onnx"}
@@ -23,62 +27,123 @@ class ExportedModel(nn.Module):
     Args:
         run: the program.
         facts: metadata from its file.
+        source: the file, for messages.
 
     Attributes:
         pretrained_cfg: timm's preprocessing configuration of the model, with class names.
         num_classes: number of classes.
         facts: all metadata of the file: versions, masks, pruning.
+
+    Raises:
+        ExportError: the preprocessing configuration is missing or invalid.
     """
 
-    def __init__(self, run: Callable[[Tensor], Tensor], facts: dict[str, Any]) -> None:
+    def __init__(
+        self, run: Callable[[Tensor], Tensor], facts: dict[str, Any], source: str | Path = "the exported program"
+    ) -> None:
         super().__init__()
         self._run = (run,)  # not a submodule: exported programs have no modes to switch
+        self._source = source
         self.facts = facts
-        self.pretrained_cfg: dict[str, Any] = facts["pretrained_cfg"]
+        self.pretrained_cfg = _read_cfg(facts, source)
         self.num_classes: int = self.pretrained_cfg["num_classes"]
 
     def forward(self, images: Tensor) -> Tensor:
-        """Computes ``(B, num_classes)`` logits of ``(B, C, H, W)`` float32 images."""
-        return self._run[0](images.cpu()).to(images.device)
+        """Computes ``(B, num_classes)`` logits of ``(B, C, H, W)`` float32 images.
+
+        Raises:
+            ExportError: the program fails, or returns something else.
+        """
+        try:
+            logits = self._run[0](images.cpu())
+        except Exception as error:  # a program from elsewhere may raise anything
+            raise ExportError(
+                f"{self._source} cannot be run on images {tuple(images.shape)} ({first_line(error)}); export it again."
+            ) from error
+        if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.shape[:1] != images.shape[:1]:
+            raise ExportError(f"{self._source} does not return logits, a row for each image; export it again.")
+        return logits.to(images.device)
 
 
-def load_exported(path: str | Path, format: Format | None = None) -> ExportedModel:
+def load_exported(path: str | Path, format: Format | None = None, *, trust: bool = False) -> ExportedModel:
     """Loads a program written by :func:`lamzoo.export_model`.
+
+    An ONNX program runs no code of its file. A torch.export program can, and is only loaded if the user exported it on
+    this machine, or trusts it; both are recorded by the file's sha256 in lamzoo's cache folder.
 
     Args:
         path: the file.
         format: derived from the suffix by default.
+        trust: trust a torch.export program that was exported elsewhere, from now on.
 
     Raises:
         WeightsNotFoundError: the file does not exist.
+        UntrustedProgramError: a torch.export program that is not trusted.
         ExportError: the file is damaged, or was not exported by lamzoo.
         MissingExtraError: onnxruntime is not installed.
     """
     path = Path(path)
-    if not path.is_file():
-        raise WeightsNotFoundError(f"There is no exported program at {path}.")
-    load = (
-        _load_torch if (format or ("torch" if path.suffix == FORMATS["torch"] else "onnx")) == "torch" else _load_onnx
-    )
+    format = format or ("torch" if path.suffix == FORMATS["torch"] else "onnx")
     try:
-        run, facts = load(path)
-        return ExportedModel(run, json.loads(facts))
+        content = read_bytes(path)
+    except FileNotFoundError:
+        raise WeightsNotFoundError(f"There is no exported program at {path}.") from None
+    except OSError as error:
+        raise ExportError(f"{path} cannot be read ({error.strerror}); check the path and its permissions.") from error
+    if format == "torch":
+        if trust:
+            trust_program(content, path)
+        check_trusted(content, path)
+    return open_program(content, format, path)
+
+
+def open_program(content: bytes, format: Format, path: Path) -> ExportedModel:
+    """Opens a trusted program.
+
+    Args:
+        content: the bytes of the file.
+        format: its format.
+        path: the file, for messages.
+
+    Raises:
+        ExportError: the file is damaged, or was not exported by lamzoo.
+        MissingExtraError: onnxruntime is not installed.
+    """
+    try:
+        run, text = _LOADERS[format](content)
+        facts = parse_json(text)
     except MissingExtraError:
         raise
-    except Exception as error:
+    except Exception as error:  # of torch, onnxruntime or the file's metadata
         raise ExportError(
-            f"{path} is not a program that lamzoo exported, or is damaged ({type(error).__name__}); export it again."
+            f"{path} is not a program that lamzoo exported, or is damaged ({first_line(error)}); export it again."
         ) from error
+    return ExportedModel(run, facts, path)
 
 
-def _load_torch(path: Path) -> tuple[Callable[[Tensor], Tensor], str]:
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message, or the name of its class."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _read_cfg(facts: Any, source: str | Path) -> dict[str, Any]:
+    """Returns the preprocessing configuration in a file's metadata, checked."""
+    cfg = facts.get("pretrained_cfg") if isinstance(facts, dict) else None
+    if not isinstance(cfg, dict) or cfg.get("input_size") is None or cfg.get("num_classes") is None:
+        raise ExportError(f"{source} lacks the preprocessing that lamzoo writes into programs; export it again.")
+    names = cfg.get("label_names")
+    if isinstance(names, list) and len(names) != cfg["num_classes"]:
+        cfg = {key: value for key, value in cfg.items() if key != "label_names"}  # 0.1 kept those of a replaced head
+    return check_preprocessing(cfg, "pretrained_cfg", source=f"{source}:", error=ExportError)
+
+
+def _load_torch(content: bytes) -> tuple[Callable[[Tensor], Tensor], str]:
     extra = {FACTS: ""}
-    with path.open("rb") as file:
-        program = torch.export.load(file, extra_files=extra)
+    program = torch.export.load(io.BytesIO(content), extra_files=extra)
     return program.module(), extra[FACTS]
 
 
-def _load_onnx(path: Path) -> tuple[Callable[[Tensor], Tensor], str]:
+def _load_onnx(content: bytes) -> tuple[Callable[[Tensor], Tensor], str]:
     try:
         import onnxruntime
     except ImportError as error:
@@ -87,9 +152,12 @@ def _load_onnx(path: Path) -> tuple[Callable[[Tensor], Tensor], str]:
         ) from error
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 4  # errors are raised, and need not be printed as well
     # Spinning threads would occupy the cores: PyTorch in the same process would be several times slower.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    # A program may name other files that hold its weights; no path leads to one from here.
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
     def run(images: Tensor) -> Tensor:
         (logits,) = session.run([OUTPUT], {INPUT: images.numpy()})
@@ -98,7 +166,7 @@ def _load_onnx(path: Path) -> tuple[Callable[[Tensor], Tensor], str]:
     return run, session.get_modelmeta().custom_metadata_map[FACTS]
 
 
-_LOADERS: dict[Format, Callable[[Path], tuple[Callable[[Tensor], Tensor], str]]] = {
+_LOADERS: dict[Format, Callable[[bytes], tuple[Callable[[Tensor], Tensor], str]]] = {
     "torch": _load_torch,
     "onnx": _load_onnx,
 }

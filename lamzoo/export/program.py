@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from lamzoo.errors import ExportError, MissingExtraError
-from lamzoo.export.exported import FACTS, INPUT, OUTPUT, Format
+from lamzoo.export.exported import FACTS, INPUT, OUTPUT, Format, first_line
 
 OPSET = 20
+_ONNX_LIMIT = 1536 * 2**20  # above, torch writes the weights to a second file
 BATCH = Dim("batch")
 
 
@@ -35,7 +36,7 @@ def trace(model: nn.Module, images: Tensor) -> ExportedProgram:
         with _quietly():
             program = torch.export.export(model, (example,), dynamic_shapes=({0: BATCH},))
     except Exception as error:
-        raise ExportError(f"{type(model).__name__} cannot be exported: {_first_line(error)}") from error
+        raise ExportError(f"{type(model).__name__} cannot be exported: {first_line(error)}") from error
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # local paths, and half of the file size
     return program
@@ -55,10 +56,11 @@ def write_program(program: ExportedProgram, path: Path, format: Format, facts: s
         The opset of an ONNX file; None for torch.
 
     Raises:
-        ExportError: the ONNX exporter does not support an operator.
+        ExportError: the ONNX exporter does not support an operator, or the weights are too large for ONNX.
         MissingExtraError: onnx, onnxscript or onnxruntime is not installed.
     """
     if format == "torch":
+        program._example_inputs = None  # type: ignore[assignment]  # torch would save them as a pickle, and needs none
         with path.open("wb") as file:
             torch.export.save(program, file, extra_files={FACTS: facts})
         return None
@@ -69,6 +71,13 @@ def write_program(program: ExportedProgram, path: Path, format: Format, facts: s
         raise MissingExtraError(
             f"ONNX files need {error.name}, which is not installed; pip install 'lamzoo[export]'."
         ) from error
+
+    size = sum(weights.nbytes for weights in program.state_dict.values())
+    if size > _ONNX_LIMIT:
+        raise ExportError(
+            f"The weights have {size / 2**30:.1f} GiB, and an ONNX file has room for {_ONNX_LIMIT / 2**30:.1f} GiB; "
+            "export to *.pt2 instead."
+        )
 
     def stable_sort(self: Any, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
         # ONNX's TopK orders equal elements by index, as a stable sort does.
@@ -88,7 +97,7 @@ def write_program(program: ExportedProgram, path: Path, format: Format, facts: s
                 custom_translation_table={torch.ops.aten.sort.stable: stable_sort},
             )
     except Exception as error:
-        raise ExportError(f"The program cannot be written as ONNX: {_first_line(error.__cause__ or error)}") from error
+        raise ExportError(f"The program cannot be written as ONNX: {first_line(error.__cause__ or error)}") from error
     assert converted is not None
     converted.model.metadata_props[FACTS] = facts
     for node in converted.model.graph.all_nodes():
@@ -122,7 +131,3 @@ def _quietly() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -256,7 +256,44 @@ def test_a_missing_or_damaged_program_is_named(format: Any, exported: Exported, 
         load_exported(path)
     path.write_bytes(exported("masked", format)[1].path.read_bytes()[:1000])
     with pytest.raises(ExportError, match="is not a program that lamzoo exported, or is damaged"):
+        load_exported(path, trust=True)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(ExportError, match="it is a folder"):
         load_exported(path)
+
+
+class Wide(nn.Module):
+    """Has weights of 1.6 GB, of which no page is ever touched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(3, 3)
+        self.register_buffer("table", torch.zeros(420_000_000))
+        self.pretrained_cfg = {"input_size": (3, 4, 4)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x.mean((2, 3)))
+
+
+def test_weights_that_onnx_would_put_into_a_second_file_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"1\.6 GiB.*\*\.pt2"):
+        export_model(Wide(), tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_outputs_that_are_not_finite_are_not_exported(tmp_path: Path) -> None:
+    model = vit(depth=1)
+    torch.nn.init.constant_(model.head.bias, torch.nan)
+    with pytest.raises(ConfigError, match="outputs are not finite"):
+        export_model(model, tmp_path / "model.onnx", int8=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_class_names_of_a_replaced_head_are_not_exported(tmp_path: Path) -> None:
+    model = vit(depth=1, num_classes=4)
+    written = export_model(model, tmp_path / "model.pt2")
+    assert "label_names" not in load_exported(written.path).pretrained_cfg
 
 
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
