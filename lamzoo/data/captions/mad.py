@@ -20,6 +20,7 @@ from lamzoo.data.paths import check_folder, file_exists, spellings, visible
 from lamzoo.data.splits import find_split
 from lamzoo.errors import DataError, MissingExtraError
 from lamzoo.reading import parse_float
+from lamzoo.reading import open_regular
 
 _logger = logging.getLogger(__name__)
 
@@ -193,6 +194,7 @@ def _width(path: Path) -> int:
 def _opened(path: Path) -> Iterator[Any]:
     """Opens a file for a single read, because handles don't survive a fork."""
     try:
+        open_regular(path).close()  # HDF5 would wait for the other end of a pipe
         with _import_h5py().File(path, "r") as file:
             yield file
     except OSError as error:

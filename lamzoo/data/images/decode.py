@@ -17,8 +17,13 @@ from lamzoo.errors import DataError
 
 #: Extensions of images in folders: torchvision's list; timm's own is shorter.
 IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"})
+# Exceptions of Pillow's decoders for damaged bytes that their own checks have missed.
+_MISSED = (RuntimeError, LookupError, ArithmeticError, AttributeError, TypeError, AssertionError, BufferError)
 #: Exceptions of Pillow's decoders for bytes that are not a complete image.
-BROKEN_IMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+BROKEN_IMAGE = (
+    *(OSError, SyntaxError, ValueError, EOFError, MemoryError, struct.error, zlib.error, Image.DecompressionBombError),
+    *_MISSED,
+)
 
 # Length over width. Transforms scale the shorter side to some 250 pixels: a line of 50,000 would take gigabytes.
 _THINNEST = 1000
@@ -61,7 +66,8 @@ def decode_image(file: BinaryIO | Image.Image, name: str, mode: Mode = "RGB") ->
 
     Raises:
         DataError: Pillow doesn't recognise the image, it is truncated, has more pixels than Pillow's limit against
-            decompression bombs, is over a thousand times as long as wide, or its pixels have an unknown range.
+            decompression bombs, is over a thousand times as long as wide, is PostScript, or its pixels have an unknown
+            range.
     """
     try:
         image = _convert(file if isinstance(file, Image.Image) else Image.open(file), mode)
@@ -116,6 +122,8 @@ def images_below(folder: Path) -> list[Path]:
 
 
 def _convert(image: Image.Image, mode: Mode) -> Image.Image:
+    if image.format == "EPS":
+        raise ValueError("it is PostScript, a program, which is not run; convert it to PNG or JPEG")
     if max(image.size) > _THINNEST * min(image.size):
         raise ValueError(f"it is {image.width} x {image.height} pixels, too thin to be resized")
     image = _upright(image)
@@ -156,4 +164,8 @@ def _reason(error: BaseException) -> str:
         return error.strerror
     if type(error).__name__ == "UnidentifiedImageError":
         return "it is not an image in a format that Pillow supports"
+    if isinstance(error, MemoryError):
+        return "it needs more memory than is available"
+    if isinstance(error, _MISSED):
+        return f"its data are damaged ({type(error).__name__}: {' '.join(str(error).split())})"
     return " ".join(str(error).split()) or type(error).__name__

@@ -10,10 +10,12 @@ from typing import BinaryIO
 from lamzoo.data.csv_tables import open_table
 from lamzoo.data.fingerprint import file_sizes
 from lamzoo.data.images.decode import IMAGE_EXTENSIONS
+from lamzoo.data.images.decode import BROKEN_IMAGE
 from lamzoo.data.images.image_dataset import ImageSource
 from lamzoo.data.json_files import read_lines
 from lamzoo.data.paths import check_folder, file_exists, list_files, natural_key, nfc, open_listed
 from lamzoo.errors import DataError, MissingExtraError
+from lamzoo.reading import open_regular
 
 # Names of the columns; the first one present is used.
 _HEADINGS = ("filename", "file", "image", "path", "image_id", "imageid", "name", "id")
@@ -154,10 +156,11 @@ def _from_devkit(rows: Sequence[tuple[str, ...]], path: Path) -> list[tuple[str,
     except ImportError as error:
         raise MissingExtraError(f"{table} needs SciPy to be read; pip install 'lamzoo[data]'") from error
     try:
-        synsets = loadmat(str(table), squeeze_me=True)["synsets"]
+        with open_regular(table) as file:
+            synsets = loadmat(file, squeeze_me=True)["synsets"]
         names = {int(entry["ILSVRC2012_ID"]): str(entry["WNID"]) for entry in synsets}
         return [(names[int(row[0])],) for row in rows]
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+    except BROKEN_IMAGE as error:  # those of NumPy and zlib, which read MATLAB files, are the same
         raise DataError(f"{table} does not define the class numbers in {path}: {error!r}") from error
 
 

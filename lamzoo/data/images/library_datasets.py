@@ -50,6 +50,8 @@ class TorchvisionSource(ImageSource):
         return len(self._dataset)
 
     def read(self, index: int) -> tuple[Image.Image, Any]:
+        if index >= len(self):
+            raise IndexError(index)
         try:
             image, label, *_ = self._dataset[index]
         except BROKEN_IMAGE as error:

@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
 from lamzoo.errors import MissingExtraError
+from lamzoo.reading import open_regular
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -165,7 +166,7 @@ def is_flush(packet: Packet) -> bool:
 
 def read_bytes(path: Path, count: int, *, from_end: bool = False) -> bytes:
     """Reads the first or the last bytes of a file."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         if from_end:
             file.seek(max(0, path.stat().st_size - count))
         return file.read(count)
@@ -200,7 +201,7 @@ def _is_joint(name: str, pid: int, path: Path, places: Sequence[int | None], num
     if name != "mpegts" or first is None:
         return False
     length, sync = _transport_packet(read_bytes(path, 4096))
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         file.seek(first)
         packets = file.read(-1 if last is None else max(0, last - first))
     counter = None
