@@ -1,4 +1,4 @@
-"""Atomic writing of files, locks between processes, and the user's cache folder."""
+"""Atomic writing of files, locks between processes, names that come from a file, and the user's cache folder."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from safetensors import SafetensorError
 
@@ -104,6 +104,18 @@ def file_lock(path: Path, *, wait: bool = False) -> Iterator[bool | None]:
                     path.unlink()
             _locks.discard(descriptor)
             os.close(descriptor)
+
+
+def is_plain_name(name: object) -> bool:
+    """Whether a value read from a file names a file of the same folder, on every system: no path, drive or ``..``."""
+    return (
+        isinstance(name, str)
+        and name not in ("", ".", "..")
+        and name == PurePosixPath(name).name == PureWindowsPath(name).name
+        and not PureWindowsPath(name).drive
+        and name.isprintable()
+        and len(name.encode(errors="replace")) <= 255
+    )
 
 
 def cache_folder() -> Path:

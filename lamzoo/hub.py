@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
+import re
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import (
@@ -21,7 +25,9 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils.tqdm import tqdm as hub_tqdm
 
-from lamzoo.errors import HubUnreachableError, WeightsError, WeightsNotFoundError
+from lamzoo.errors import HashMismatchError, HubUnreachableError, WeightsError, WeightsNotFoundError
+from lamzoo.files import is_plain_name
+from lamzoo.reading import open_regular
 
 _Result = TypeVar("_Result")
 
@@ -30,6 +36,8 @@ ANSWER_SECONDS = 8.0
 # The exceptions of whichever HTTP library huggingface_hub is built on (requests, httpx, httpx2).
 _TransportError: type[Exception] = HfHubHTTPError.__bases__[0]
 _MAX_RESTARTS = 2
+_CHECKED_BYTES = 2**24  # cached files of at most this size are hashed at each use; weights are when they are read
+_ABANDONED_SECONDS = 86400.0  # age of a partial download that no process is still writing
 
 
 class HubEntryMissingError(WeightsNotFoundError):
@@ -48,13 +56,23 @@ def cached(
     """Returns the file's path in the local cache, or None.
 
     A branch name refers to the commit downloaded last; the hub is not contacted.
+
+    Raises:
+        WeightsNotFoundError: the name of the repository, revision or file is not one that a repository can have.
     """
+    for what, name in (("revision", revision or "main"), ("file", filename)):
+        if not all(map(is_plain_name, name.split("/"))):
+            raise WeightsNotFoundError(f"{name!r} cannot be a {what} of the hub repository {repo!r}; correct the name.")
     try:
         found = try_to_load_from_cache(repo, filename, cache_dir=cache_dir, revision=revision or "main")
     except HFValidationError as error:
         raise WeightsNotFoundError(
             f"{repo!r} is not the name of a hub repository, which is OWNER/NAME: {error}"
         ) from error
+    except (OSError, ValueError):  # a damaged reference, which the next download writes again
+        with contextlib.suppress(OSError):
+            (_folder(repo, cache_dir) / "refs" / (revision or "main")).unlink()
+        return None
     return Path(found) if isinstance(found, str) else None
 
 
@@ -62,7 +80,8 @@ def download(repo: str, filename: str, *, revision: str | None = None, cache_dir
     """Returns the path of a hub file in the local cache, downloading it if necessary.
 
     The file is downloaded under a temporary name and renamed when complete; a second process that needs the same file
-    waits. ``HF_ENDPOINT``, ``HF_HUB_CACHE`` and ``HF_HUB_OFFLINE`` have their usual meaning.
+    waits. What arrives is compared with the hash that the hub states, and so are small cached files; a damaged one is
+    removed and downloaded again. ``HF_ENDPOINT``, ``HF_HUB_CACHE`` and ``HF_HUB_OFFLINE`` have their usual meaning.
 
     Args:
         repo: ``owner/name``.
@@ -73,19 +92,123 @@ def download(repo: str, filename: str, *, revision: str | None = None, cache_dir
     Raises:
         HubEntryMissingError: the hub has no such repository, revision or file, or this user has no access to it.
         HubUnreachableError: offline, or no answer within :data:`ANSWER_SECONDS`.
+        HashMismatchError: the file arrives damaged twice.
         WeightsError: any other failure: a server error, a broken connection, a cache that cannot be written.
     """
-    found = cached(repo, filename, revision=revision, cache_dir=cache_dir)
-    if found is not None:
-        return found
+    path = cached(repo, filename, revision=revision, cache_dir=cache_dir)
+    try:
+        if path is not None and (path.stat().st_size > _CHECKED_BYTES or is_intact(path) is not False):
+            return path
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read ({error.strerror}); make it readable, or delete it.") from error
+    damaged = "" if path is None else f"; {path} was damaged: {discard(path)}"
+    for _ in range(2):
+        path = _fetch(repo, filename, revision, cache_dir, damaged)
+        if is_intact(path) is not False:
+            return path
+        damaged = f"; {path} was damaged: {discard(path)}"
+    raise HashMismatchError(
+        f"{repo}/{filename} arrived twice with another sha256 than the hub states and was not kept: try again later, or "
+        "through another network, proxy or mirror (HF_ENDPOINT)."
+    )
+
+
+def is_intact(path: Path) -> bool | None:
+    """Compares a cached file with its hash, by which the cache names it: sha256, or git's sha1 for a small file.
+
+    Returns:
+        None if the hash is unknown: the file is not in a hub cache, or a mirror names its files otherwise.
+    """
+    place = _Place.of(path)
+    name = "" if place is None or place.blob is None else place.blob.name
+    if not re.fullmatch(r"[0-9a-f]{64}|[0-9a-f]{40}", name):
+        return None
+    with open_regular(path) as file:
+        if len(name) == 64:
+            return hashlib.file_digest(file, "sha256").hexdigest() == name
+        git = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
+        plain = hashlib.sha1(usedforsecurity=False)  # of some mirrors
+        while block := file.read(2**20):
+            git.update(block)
+            plain.update(block)
+    return name in (git.hexdigest(), plain.hexdigest())
+
+
+def discard(path: str | Path) -> str | None:
+    """Makes the next download fetch a cached file again, because its content was refused.
+
+    A damaged file is removed with its content, the blob, to which other snapshots may link as well: the hub client
+    downloads it again for them. A file that is as the hub has it stays, and the hub is asked for a newer version.
+
+    Args:
+        path: the refused file.
+
+    Returns:
+        What was done, or has to be done, as the end of an error message; None if the file is not in a hub cache.
+    """
+    place = _Place.of(Path(path))
+    if place is None:
+        return None
+    try:
+        intact = is_intact(place.link)
+        if intact and offline():
+            return "it is as the hub had it; unset HF_HUB_OFFLINE to get a newer version"
+        for reference in (place.folder / "refs").rglob("*"):
+            if reference.is_file() and reference.read_bytes().strip() == place.revision.encode():
+                reference.unlink()
+        if intact:
+            return "it is as the hub had it; tell its authors, and try again when they have corrected it"
+        for file in (place.store, place.blob, place.link):
+            if file is not None:
+                file.unlink(missing_ok=True)
+    except OSError as error:
+        both = " and ".join(str(file) for file in (place.store, place.blob, place.link) if file is not None)
+        return f"delete {both}, which cannot be removed here ({error.strerror}), and try again"
+    return "it was removed from the cache, so that it is downloaded again"
+
+
+class _Place(NamedTuple):
+    """A file in a hub cache: ``models--O--N/snapshots/REVISION/FILE`` links to ``models--O--N/blobs/HASH``.
+
+    The blob may link to the store that the repositories of a cache share. Without symbolic links there is no blob.
+    """
+
+    link: Path
+    blob: Path | None
+    store: Path | None
+    folder: Path
+    revision: str
+
+    @classmethod
+    def of(cls, path: Path) -> _Place | None:
+        link = Path(os.path.abspath(path))
+        for snapshot in link.parents:
+            folder = snapshot.parents[1] if len(snapshot.parents) > 1 else snapshot
+            if snapshot.parent.name == "snapshots" and folder.name.startswith("models--"):
+                break
+        else:
+            return None
+        blob = store = None
+        if link.is_symlink():
+            blob = Path(os.path.abspath(link.parent / link.readlink()))
+            if blob.parent.resolve() != (folder / "blobs").resolve():
+                return None  # linked by somebody else
+            target = blob.resolve()
+            if blob.is_symlink() and (folder.parent / "blobs").resolve() in target.parents:
+                store = target
+        return cls(link, blob, store, folder, snapshot.name)
+
+
+def _fetch(repo: str, filename: str, revision: str | None, cache_dir: str | Path | None, damaged: str) -> Path:
     folder = Path(cache_dir or constants.HF_HUB_CACHE)
     what = f"{repo}/{filename}" + (f" at revision {revision}" if revision else "")
+    _sweep(_folder(repo, cache_dir))
     bring = (
         f"To bring it here: `hf download {repo} {filename}{f' --revision {revision}' if revision else ''}` on a "
         f"machine with network, then copy its hub cache folder models--{repo.replace('/', '--')} into {folder}"
     )
     if offline():
-        raise _unreachable(what, folder, "HF_HUB_OFFLINE disables downloads", bring)
+        raise _unreachable(what, folder, f"HF_HUB_OFFLINE disables downloads{damaged}", bring)
     endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or None
     url = hf_hub_url(repo, filename, revision=revision, endpoint=endpoint)
     try:
@@ -119,16 +242,16 @@ def download(repo: str, filename: str, *, revision: str | None = None, cache_dir
             f"The download of {what} stopped halfway {_MAX_RESTARTS + 1} times; try again. {bring}."
         ) from error
     except (TimeoutError, ConnectionError) as error:
-        raise _unreachable(what, folder, f"{_host(url)} does not answer", bring) from error
+        raise _unreachable(what, folder, f"{_host(url)} does not answer{damaged}", bring) from error
     except _TransportError as error:
         if type(error).__name__ in {"ConnectError", "ConnectTimeout", "ReadTimeout", "ProxyError", "ConnectionError"}:
-            raise _unreachable(what, folder, f"{_host(url)} cannot be reached ({error})", bring) from error
+            raise _unreachable(what, folder, f"{_host(url)} cannot be reached ({error}){damaged}", bring) from error
         raise WeightsError(f"The download of {what} broke off ({error}); try again. {bring}.") from error
     except OSError as error:
         if "Consistency check failed" in str(error):
             raise WeightsError(f"The download of {what} is incomplete; try again. {bring}.") from error
         raise WeightsError(
-            f"{what} cannot be stored in the cache {folder} ({error.strerror or error}); free some space, make "
+            f"{what} cannot be stored in the cache {folder} ({_reason(error)}); free some space, make "
             "it writable, or choose another folder with cache_dir= or HF_HUB_CACHE."
         ) from error
 
@@ -157,6 +280,22 @@ class _Progress(hub_tqdm):
             if self._restarts > _MAX_RESTARTS:
                 raise _CutOffError
         return super().update(n)
+
+
+def _folder(repo: str, cache_dir: str | Path | None) -> Path:
+    return Path(cache_dir or constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
+
+
+def _sweep(folder: Path) -> None:
+    """Removes partial downloads of killed processes, which the hub client leaves for ever."""
+    with contextlib.suppress(OSError):  # another process was faster, or the cache is read-only
+        for partial in (folder / "blobs").glob("*.incomplete"):
+            if time.time() - partial.stat().st_mtime > _ABANDONED_SECONDS:
+                partial.unlink()
+
+
+def _reason(error: OSError) -> str:
+    return f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
 
 
 def _within(seconds: float, call: Callable[[], _Result]) -> _Result:

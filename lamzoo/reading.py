@@ -16,7 +16,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 _DEPTH = 100  # levels of lists and tables; lower than what exhausts Python's stack in code that follows them
 _TOO_DEEP = f"it is nested too deeply, in more than {_DEPTH} levels"
@@ -27,7 +27,7 @@ _WHOLE = re.compile(r"[+-]?[0-9]+")
 _DECIMAL = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 
 
-def open_regular(path: str | Path) -> BinaryIO:
+def open_regular(path: str | Path) -> io.BufferedReader:
     """Opens a regular file for reading, in binary; never waits for the other end of a pipe.
 
     Raises:

@@ -18,8 +18,9 @@ from lamzoo.errors import ConfigError, HashMismatchError, UnsafeWeightsError, We
 from lamzoo.files import atomic_files
 from lamzoo.lam.config import LamConfig
 from lamzoo.lam.layer import carried_configs, carry_configs
+from lamzoo.reading import open_regular, to_json
 from lamzoo.weights.loading import StateDict
-from lamzoo.weights.sources import INDEX_SUFFIX, WeightsFile, promised_by_hub, read_index
+from lamzoo.weights.sources import INDEX_SUFFIX, WeightsFile, promised_by_hub, read_index, way_out
 
 _LAM_CONFIG = "lam_config"
 _PICKLE_SUFFIXES = {".bin", ".pth", ".pt", ".ckpt", ".tar", ".pkl"}
@@ -44,21 +45,23 @@ def read_state_dict(path: str | Path, *, sha256: str | None = None, allow_pickle
         WeightsError: the file is damaged.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise WeightsNotFoundError(f"There is no weights file {path}.")
-    _check_hash(path, sha256 or promised_by_hub(path))
+    try:
+        _check_hash(path, sha256 or promised_by_hub(path))
+        pickled = _is_pickle(path)
+    except OSError as error:
+        raise WeightsError(f"The weights file {path} cannot be read: {error.strerror}.") from error
     if path.name.endswith(INDEX_SUFFIX):
         return _read_shards(path)
-    if _is_pickle(path):
+    if pickled:
         return _read_pickle(path, allow_pickle)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - the file is no mapping
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(
-            f"{path} is damaged or not a safetensors file ({error}); delete it and download it again."
-        ) from error
+    except (SafetensorError, OSError, RuntimeError) as error:  # torch raises the last for shapes that it can't have
+        raise WeightsError(f"{path} is damaged or not a safetensors file ({error}); {way_out(path)}.") from error
     return _with_lam_config(tensors, metadata, path)
 
 
@@ -124,7 +127,7 @@ def stage_state_dict(
 
 def file_sha256(path: str | Path) -> str:
     """Returns the sha256 of a file in hexadecimal."""
-    with Path(path).open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -151,7 +154,7 @@ def _stage_shards(stage: Callable[[Path], Path], tensors: StateDict, path: Path,
     }
     path = path.with_name(path.name + INDEX_SUFFIX)
     staged = stage(path)
-    staged.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    staged.write_text(to_json(index, indent=2) + "\n", encoding="utf-8")
     return WeightsFile(path, file_sha256(staged), str(path))
 
 
@@ -196,28 +199,29 @@ def _check_hash(path: Path, promised: str | None) -> None:
     actual = file_sha256(path)
     if actual != promised:
         raise HashMismatchError(
-            f"{path} has sha256 {actual}, but {promised} is expected: the file is damaged or another one; delete it "
-            "and download it again."
+            f"{path} has sha256 {actual}, but {promised} is expected: the file is damaged or another one; "
+            f"{way_out(path)}."
         )
 
 
 def _read_shards(path: Path) -> StateDict:
     index = read_index(path)
-    hashes = index.get("metadata", {}).get("sha256", {})
     tensors: StateDict = {}
     configs: dict[str, LamConfig] = {}
-    for part in sorted(set(index["weight_map"].values())):
-        read = read_state_dict(path.parent / part, sha256=hashes.get(part))
+    for shard in sorted(set(index.shard_of.values())):
+        read = read_state_dict(path.with_name(shard), sha256=index.sha256.get(shard))
+        odd = sorted(read.keys() ^ {key for key, name in index.shard_of.items() if name == shard})
+        if odd:
+            raise WeightsError(
+                f"{path} and its shard {shard} disagree about {odd[0]!r}, so they are not of one save; {way_out(path)}."
+            )
         tensors.update(read)
         configs.update(carried_configs(read))
-    if tensors.keys() != index["weight_map"].keys():
-        odd = sorted(tensors.keys() ^ index["weight_map"].keys())
-        raise WeightsError(f"The shards of {path} and the index disagree about {odd[0]!r}; download them again.")
     return carry_configs(tensors, configs)
 
 
 def _is_pickle(path: Path) -> bool:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         start = file.read(9)
     # A torch file is a zip or starts with pickle's PROTO opcode, whatever its name. The header length of a safetensors
     # file may start with the same bytes; the header's brace follows it.

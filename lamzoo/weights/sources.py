@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from huggingface_hub import constants
 
-from lamzoo.errors import UnsafeWeightsError, WeightsError, WeightsNotFoundError
-from lamzoo.registry.cards import PretrainedWeights
+from lamzoo.errors import RegistryError, UnsafeWeightsError, WeightsError, WeightsNotFoundError
+from lamzoo.files import is_plain_name
+from lamzoo.reading import parse_json, read_text
+from lamzoo.registry.cards import PretrainedWeights, data_dir
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_SUFFIX = ".index.json"
@@ -33,6 +34,13 @@ class WeightsFile:
     path: Path
     sha256: str | None
     source: str
+
+
+class ShardIndex(NamedTuple):
+    """The content of an index: the shard of each parameter, and the sha256 of each shard that states one."""
+
+    shard_of: dict[str, str]
+    sha256: dict[str, str]
 
 
 class HubFile(NamedTuple):
@@ -168,7 +176,7 @@ def resolve_repo(
             missing = error
             continue
         if candidate.endswith(INDEX_SUFFIX):
-            for part in sorted(set(read_index(path)["weight_map"].values())):
+            for part in sorted(set(read_index(path).shard_of.values())):
                 hub.download(repo, part, revision=revision, cache_dir=cache_dir)
         return WeightsFile(path, sha256 or promised_by_hub(path), f"{repo}/{candidate}")
     raise missing or WeightsNotFoundError(f"The hub repository {repo} has none of {', '.join(names)}.")
@@ -189,25 +197,56 @@ def find_in_folder(folder: Path) -> Path:
 
 def promised_by_hub(path: Path) -> str | None:
     """Returns the sha256 in the name of a cached hub file: the cache names the blob of a large file by its hash."""
-    blob = path.resolve()
-    return blob.name if blob.parent.name == "blobs" and _SHA256.fullmatch(blob.name) else None
+    while True:  # the blob may be a link as well, to the store that repositories share
+        if path.parent.name == "blobs" and _SHA256.fullmatch(path.name):
+            return path.name
+        if not path.is_symlink():
+            return None
+        path = path.parent / path.readlink()
 
 
-def read_index(path: Path) -> dict[str, Any]:
+def way_out(path: Path) -> str:
+    """Returns how to replace a refused file, as the end of a message; one in the hub's cache is discarded for that."""
+    from lamzoo import hub
+
+    if (done := hub.discard(path)) is not None:
+        return done
+    if _is_bundled(path):
+        return "it belongs to lamzoo: install lamzoo again (pip install --force-reinstall)"
+    return "replace it with an intact copy, or save it again"
+
+
+def read_index(path: Path) -> ShardIndex:
     """Reads the index of a sharded safetensors file.
 
     Raises:
         WeightsError: the file is not such an index, or names a shard outside its own folder.
     """
     try:
-        index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        parts = set(index["weight_map"].values())
+        index = parse_json(read_text(path))
+        shards, hashes = index["weight_map"], index.get("metadata", {}).get("sha256", {})
+        for name in [*shards.values(), *hashes]:
+            if not is_plain_name(name) or not name.endswith(".safetensors"):
+                raise ValueError(f"{name!r} is not the name of a safetensors file in its folder")
+        if odd := [sha256 for sha256 in hashes.values() if not is_sha256(sha256)]:
+            raise ValueError(f"{odd[0]!r} is not a sha256")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{path} is not the index of a sharded safetensors file ({error!r}).") from error
-    for part in parts:
-        if Path(part).name != part:
-            raise WeightsError(f"{path} names the shard {part!r}, which is in another folder; the file is refused.")
-    return index
+        raise WeightsError(
+            f"{path} is not the index of a sharded safetensors file ({error}); {way_out(path)}."
+        ) from error
+    return ShardIndex(shards, hashes)
+
+
+def is_sha256(value: object) -> bool:
+    """Whether a value read from a file is a sha256: 64 lower-case hexadecimal digits."""
+    return isinstance(value, str) and _SHA256.fullmatch(value) is not None
+
+
+def _is_bundled(path: Path) -> bool:
+    try:
+        return path.parent == data_dir("weights")
+    except RegistryError:  # an installation without weights
+        return False
 
 
 def _candidates(filename: str | None) -> list[str]:

@@ -13,14 +13,17 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class HubServer:
-    """Serves ``{"owner/name": {"file": bytes}}`` at ``url``, at the revisions ``main`` and ``COMMIT``.
+    """Serves ``{"owner/name": {"file": bytes}}`` at ``url``, at the revisions ``main`` and ``commit``.
 
-    ``status`` answers every request so; ``cut`` closes each download halfway; ``stall`` waits that many seconds
-    before each answer; ``slow`` waits in the middle of each download. ``seen`` counts ``(method, path)``.
+    ``etags`` states other hashes of files than their sha256. ``status`` answers every request so; ``cut`` closes each
+    download halfway; ``corrupt`` flips a bit of it; ``stall`` waits that many seconds before each answer; ``slow``
+    waits in the middle of each download. ``seen`` counts ``(method, path)``.
     """
 
     def __init__(self, repos: dict[str, dict[str, bytes]] | None = None) -> None:
         self.repos = repos or {}
+        self.commit = COMMIT
+        self.etags: dict[str, str] = {}
         self.status: int | None = None
         self.cut = False
         self.corrupt = False
@@ -62,14 +65,14 @@ class HubServer:
             return self._refuse(request, self.status, "")
         if repo not in self.repos:
             return self._refuse(request, 404, "RepoNotFound")
-        if revision not in ("main", COMMIT):
+        if revision not in ("main", self.commit):
             return self._refuse(request, 404, "RevisionNotFound")
         if filename not in self.repos[repo]:
             return self._refuse(request, 404, "EntryNotFound")
         data = self.repos[repo][filename]
         request.send_response(200)
-        request.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
-        request.send_header("X-Repo-Commit", COMMIT)
+        request.send_header("ETag", f'"{self.etags.get(filename, hashlib.sha256(data).hexdigest())}"')
+        request.send_header("X-Repo-Commit", self.commit)
         request.send_header("Content-Length", str(len(data)))
         request.end_headers()
         if not body:
@@ -91,6 +94,6 @@ class HubServer:
         if code:
             request.send_header("X-Error-Code", code)
         if code == "EntryNotFound":
-            request.send_header("X-Repo-Commit", COMMIT)
+            request.send_header("X-Repo-Commit", self.commit)
         request.send_header("Content-Length", "0")
         request.end_headers()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import multiprocessing
 import os
 import tempfile
@@ -17,7 +18,8 @@ import huggingface_hub.file_download
 import pytest
 
 from lamzoo import hub
-from lamzoo.errors import WeightsError, WeightsNotFoundError
+from lamzoo.errors import HashMismatchError, WeightsError, WeightsNotFoundError
+from lamzoo.weights.files import read_state_dict
 from tests.weights.hub_server import COMMIT, HubServer
 
 REPO, FILE = "zoo/model", "model.safetensors"
@@ -191,3 +193,126 @@ def test_two_processes_that_want_one_file_download_it_once(server: HubServer, tm
     assert paths[0].read_bytes() == DATA
     assert server.seen["HEAD", f"/{REPO}/resolve/main/{FILE}"] >= 2
     assert server.seen["GET", f"/{REPO}/resolve/main/{FILE}"] == 1
+
+
+def flip(path: Path) -> None:
+    data = path.read_bytes()
+    path.resolve().write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+
+def git_sha1(data: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+
+
+def test_a_download_that_arrives_damaged_is_not_kept_and_the_next_one_is_right(
+    server: HubServer, tmp_path: Path
+) -> None:
+    server.corrupt = True
+    with pytest.raises(HashMismatchError, match="arrived twice with another sha256"):
+        hub.download(REPO, FILE, cache_dir=tmp_path)
+    assert hub.cached(REPO, FILE, cache_dir=tmp_path) is None
+    server.corrupt = False
+    assert hub.download(REPO, FILE, cache_dir=tmp_path).read_bytes() == DATA
+
+
+@pytest.mark.parametrize("etag", [hashlib.sha256(DATA).hexdigest(), git_sha1(DATA)])
+def test_a_file_that_was_damaged_in_the_cache_is_downloaded_again(server: HubServer, tmp_path: Path, etag: str) -> None:
+    server.etags[FILE] = etag
+    path = hub.download(REPO, FILE, cache_dir=tmp_path)
+    flip(path)
+    assert hub.download(REPO, FILE, cache_dir=tmp_path).read_bytes() == DATA
+    asked = sum(server.seen.values())
+    assert hub.download(REPO, FILE, cache_dir=tmp_path).read_bytes() == DATA
+    assert sum(server.seen.values()) == asked
+
+
+def test_a_mirror_with_names_of_its_own_is_believed(server: HubServer, tmp_path: Path) -> None:
+    server.etags[FILE] = "7-5f3"
+    path = hub.download(REPO, FILE, cache_dir=tmp_path)
+    assert hub.is_intact(path) is None
+    assert hub.download(REPO, FILE, cache_dir=tmp_path) == path
+
+
+def test_damaged_weights_are_removed_with_their_blob_for_every_snapshot_that_links_it(
+    server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "_CHECKED_BYTES", 0)  # as for weights, which are checked when they are read
+    old = hub.download(REPO, FILE, revision=COMMIT, cache_dir=tmp_path)
+    server.commit = COMMIT[::-1]
+    new = hub.download(REPO, FILE, cache_dir=tmp_path)
+    assert new != old
+    assert new.samefile(old)
+    flip(new)
+    with pytest.raises(HashMismatchError, match="it was removed from the cache"):
+        read_state_dict(new)
+    assert not new.is_symlink()
+    assert hub.download(REPO, FILE, cache_dir=tmp_path).read_bytes() == DATA
+    assert hub.download(REPO, FILE, revision=COMMIT, cache_dir=tmp_path).read_bytes() == DATA
+
+
+def test_a_refused_file_that_is_as_the_hub_had_it_gives_way_to_a_newer_commit(
+    server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = hub.download(REPO, FILE, cache_dir=tmp_path)
+    server.repos[REPO][FILE], server.commit = b"better", COMMIT[::-1]
+    assert hub.download(REPO, FILE, cache_dir=tmp_path) == bad
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert "unset HF_HUB_OFFLINE" in str(hub.discard(bad))
+    assert hub.download(REPO, FILE, cache_dir=tmp_path) == bad
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    assert "tell its authors" in str(hub.discard(bad))
+    assert bad.read_bytes() == DATA
+    assert hub.download(REPO, FILE, cache_dir=tmp_path).read_bytes() == b"better"
+
+
+def test_only_files_of_a_hub_cache_are_removed(tmp_path: Path) -> None:
+    blob = tmp_path / "blobs" / "x"
+    linked = tmp_path / "models--a--b" / "snapshots" / COMMIT / FILE
+    for path in (blob, linked):
+        path.parent.mkdir(parents=True)
+    blob.write_bytes(DATA)
+    linked.symlink_to(blob)
+    assert hub.discard(blob) is None
+    assert hub.discard(linked) is None  # it links to another place than the cache's
+    assert blob.read_bytes() == linked.read_bytes() == DATA
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"", b"../../..", b"a\0b"])
+def test_a_damaged_reference_is_written_again(server: HubServer, tmp_path: Path, content: bytes) -> None:
+    path = hub.download(REPO, FILE, cache_dir=tmp_path)
+    reference = path.parents[2] / "refs" / "main"
+    reference.write_bytes(content)
+    assert hub.download(REPO, FILE, cache_dir=tmp_path) == path
+    assert reference.read_text() == COMMIT
+
+
+@pytest.mark.parametrize(
+    ("repo", "file", "revision"),
+    [
+        (REPO, "../../../etc/passwd", None),
+        (REPO, "/etc/passwd", None),
+        (REPO, "a\\b", None),
+        (REPO, FILE, "../../x"),
+        (REPO, FILE, "refs/../../x"),
+        (REPO, FILE, "a\0b"),
+        ("zoo/..", FILE, None),
+        ("../zoo", FILE, None),
+    ],
+)
+def test_a_name_that_leads_out_of_the_repository_is_refused(
+    server: HubServer, tmp_path: Path, repo: str, file: str, revision: str | None
+) -> None:
+    with pytest.raises(WeightsNotFoundError, match=r"cannot be a|is not the name of"):
+        hub.download(repo, file, revision=revision, cache_dir=tmp_path)
+    assert not server.seen
+    assert not list(tmp_path.iterdir())
+
+
+def test_partial_downloads_of_killed_processes_are_removed_when_they_are_old(server: HubServer, tmp_path: Path) -> None:
+    folder = hub.download(REPO, FILE, cache_dir=tmp_path).parents[2] / "blobs"
+    for name, age in (("new.incomplete", 0), ("old.incomplete", 2 * 86400)):
+        (folder / name).write_bytes(b"half")
+        os.utime(folder / name, (time.time() - age,) * 2)
+    server.repos[REPO]["other.txt"] = b"x"
+    hub.download(REPO, "other.txt", cache_dir=tmp_path)
+    assert [path.name for path in folder.glob("*.incomplete")] == ["new.incomplete"]
