@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 from lamzoo.errors import DataError, LamzooError
 from lamzoo.files import atomic_files
 from lamzoo.reading import parse_csv, parse_float, parse_int, parse_json, parse_toml, read_text, reason
+from lamzoo.text import csv_line, from_spreadsheet_cell
 
 Record = TypeVar("Record")
 
@@ -133,9 +134,10 @@ def read_lines(
             or fewer cells than columns; names file and line.
     """
     try:
-        lines = parse_csv(read_text(path, keep_line_ends=True))
+        found = parse_csv(read_text(path, keep_line_ends=True))
     except (OSError, ValueError) as cause:
         raise error(f"The {what} {path} cannot be read: {reason(cause)}.") from cause
+    lines = [(number, [from_spreadsheet_cell(cell) for cell in cells]) for number, cells in found]
     if not lines:
         raise error(f"The {what} {path} is empty; its first line must name the columns.")
     (_, columns), *records = lines
@@ -219,6 +221,8 @@ def write_csv(
 ) -> None:
     """Writes a CSV file atomically; an existing file is replaced.
 
+    Text that a spreadsheet would run as a formula begins with an apostrophe, which :func:`read_lines` removes.
+
     Args:
         path: the file.
         columns: names of the columns, the header.
@@ -230,12 +234,11 @@ def write_csv(
         LamzooError: ``error``: the file cannot be written.
     """
     with atomic_files(error) as stage, stage(Path(path)).open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns)
+        file.write(csv_line(columns))
         for row in rows:
             values = row if isinstance(row, Mapping) else vars(row)
             found = ((column, values.get(column)) for column in columns)
-            writer.writerow(["" if value is None else cell(column, value) for column, value in found])
+            file.write(csv_line(None if value is None else cell(column, value) for column, value in found))
 
 
 def to_toml(table: Mapping[str, Any], prefix: str = "") -> str:

@@ -2,12 +2,20 @@ r"""Text of unknown origin, such as file and class names, made safe for terminal
 
 from __future__ import annotations
 
+import csv
+import io
 import re
 import unicodedata
+from collections.abc import Iterable
+from typing import Any
 
 _HIDDEN = frozenset(("Cc", "Cf", "Cs", "Zl", "Zp"))  # controls, format characters, surrogates, line separators
+_NOT_XML = "\ufffe\uffff"  # are no characters, and make an SVG file invalid
 _JOINERS = "\u200c\u200d"  # zero-width, but part of emoji and of Persian and Indic words
-_TO_ESCAPE = re.compile(r"[\\`*\[\]<>&|~#$!{}]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|^[-+=:]|(?<=\d)[.)](?!\S)")
+# Code, HTML, entities, tables, emphasis, ends of links, mathematics, attributes, URLs and signs that begin a line.
+_MARKUP = re.compile(
+    r"[\\`<|*~${]|&(?=[#\w])|(?<![^\W_])_|_(?![^\W_])|\](?=\s*[\[(:]|$)|:(?=//)|^[>#]|^[-+=:](?=[\s\-=]|$)|#(?=#*$)|^\d+[.)](?!\S)"
+)
 _FORMULA = re.compile(r"'*[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
 
 
@@ -15,7 +23,8 @@ def printable(text: str, *, keep: str = "") -> str:
     r"""Escapes characters that a terminal obeys instead of showing, as Python writes them: ``\x1b``, ``\u202e``.
 
     These are control characters, line ends included, invisible format characters such as those that reverse the
-    direction of text, and surrogates. All others stay as they are, in any script, with the joiners of emoji.
+    direction of text, and surrogates; also all that XML excludes. Others stay as they are, in any script, with the
+    joiners of emoji.
 
     Args:
         text: the text.
@@ -28,7 +37,7 @@ def printable(text: str, *, keep: str = "") -> str:
 
 def is_hidden(letter: str) -> bool:
     """Returns whether :func:`printable` escapes a character."""
-    return unicodedata.category(letter) in _HIDDEN and letter not in _JOINERS
+    return (unicodedata.category(letter) in _HIDDEN and letter not in _JOINERS) or letter in _NOT_XML
 
 
 def markdown(text: str) -> str:
@@ -37,7 +46,7 @@ def markdown(text: str) -> str:
     White space becomes single spaces, hidden characters are escaped as by :func:`printable`, and characters with a
     meaning become numeric entities, which all dialects show as the character itself.
     """
-    return _TO_ESCAPE.sub(lambda sign: f"&#{ord(sign[0])};", printable(" ".join(text.split())))
+    return _MARKUP.sub(lambda found: f"{found[0][:-1]}&#{ord(found[0][-1])};", printable(" ".join(text.split())))
 
 
 def markdown_code(text: str) -> str:
@@ -63,6 +72,14 @@ def spreadsheet_cell(text: str) -> str:
     removes.
     """
     return f"'{text}" if _FORMULA.match(text) and not _is_number(text) else text
+
+
+def csv_line(cells: Iterable[Any]) -> str:
+    """Returns a line of CSV, with its line end, whose texts are cells of :func:`spreadsheet_cell`; None is empty."""
+    line = io.StringIO(newline="")
+    # With another line end than its default, the csv module would not quote carriage returns.
+    csv.writer(line).writerow([spreadsheet_cell(cell) if isinstance(cell, str) else cell for cell in cells])
+    return line.getvalue().removesuffix("\r\n") + "\n"
 
 
 def from_spreadsheet_cell(cell: str) -> str:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from lamzoo.errors import ConfigError, DataError
-from lamzoo.records import build, read_csv, read_table, write_csv
+from lamzoo.records import build, read_csv, read_lines, read_table, write_csv
 
 
 @dataclass(frozen=True)
@@ -103,3 +106,17 @@ def test_a_wrong_cell_is_named_with_file_and_line(tmp_path: Path, line: str, say
     (tmp_path / "r.csv").write_text(f"name,count,fast,note\n{line}\n")
     with pytest.raises(DataError, match=re.escape(f"{tmp_path / 'r.csv'}, {says}")):
         read_csv(tmp_path / "r.csv", Line)
+
+
+@given(st.text(st.characters(codec="utf-8"), min_size=1, max_size=20))
+@settings(max_examples=10)
+@example("=cmd|' /C calc'!A0")
+@example("-1.5")
+@example("\t@SUM(A1)")
+def test_text_reads_back_the_same_and_begins_no_formula(text: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.csv"
+        write_csv(path, ["model", "error"], [{"model": text, "error": text}])
+        _, ((_, cells),) = read_lines(path, what="table")
+        assert cells == [text, text]
+        assert not re.search(r'^"?[=@\t]', path.read_text("utf-8"), re.MULTILINE)

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lamzoo.report.mpl import new_figure
+from lamzoo.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -71,12 +72,12 @@ def draw_confusion(counts: NDArray[np.int64], names: Sequence[str], title: str) 
                 colour = "white" if shares[row, column] > 0.5 else _INK
                 axis.text(column, row, str(count), ha="center", va="center", fontsize=7, color=colour)
     if classes <= _NAMED:
-        short = [name if len(name) <= 24 else f"{name[:23]}…" for name in names]
-        axis.set_xticks(range(classes), short, rotation=90, fontsize=7)
-        axis.set_yticks(range(classes), short, fontsize=7)
+        short = [printable(name if len(name) <= 24 else f"{name[:23]}…") for name in names]
+        axis.set_xticks(range(classes), short, rotation=90, fontsize=7, parse_math=False)
+        axis.set_yticks(range(classes), short, fontsize=7, parse_math=False)
     axis.set_xlabel("predicted")
     axis.set_ylabel("true")
-    axis.set_title(title, fontsize=9)
+    axis.set_title(printable(title), fontsize=9, parse_math=False)
     bar = figure.colorbar(heat, ax=axis, fraction=0.046, pad=0.03)
     bar.set_label("share of the class", fontsize=7)
     bar.ax.tick_params(labelsize=7)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from lamzoo.errors import ConfigError
 from lamzoo.report.mpl import new_figure
+from lamzoo.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -61,7 +62,7 @@ def draw(
     columns, lines = 1 + len(layers), 1 + len(queries)
     size = (max(9.0, _CELL * columns + 1.4), (height + 0.22) * lines + 1.0)
     figure = new_figure(size, dpi=110, layout="compressed")
-    figure.suptitle(title, fontsize=9)
+    figure.suptitle(printable(title, keep="\n"), fontsize=9, parse_math=False)
     axes = figure.subplots(lines, columns, squeeze=False)
     for axis in axes.flat:
         axis.set_xticks([])
@@ -79,7 +80,7 @@ def draw(
     for axis, layer in zip(axes[0, 1:], layers, strict=True):
         axis.imshow(grey, extent=_extent(grid), interpolation="nearest")
         heat = _heat(axis, layer.importance, scale, alpha=0.7)
-        axis.set_title(layer.name, fontsize=8)
+        axis.set_title(printable(layer.name, keep="\n"), fontsize=8, parse_math=False)
     _colour_bar(figure, heat, axes[:1, :], "importance")
 
     if queries:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from lamzoo.report.mask_figure import COLOURS, colour_scale
 from lamzoo.report.mpl import new_figure
+from lamzoo.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -84,7 +85,7 @@ def draw_timeline(timeline: Timeline, *, neutral: float, title: str) -> Figure:
     above = 0.15 * (title.count("\n") + 1)
     below = 0.35 + 0.45 * bool(groups)
     figure = new_figure((_WIDTH, sum(heights) + 0.08 * len(heights) + above + below))
-    figure.suptitle(title, fontsize=9, parse_math=False)  # dollar signs are literal
+    figure.suptitle(printable(title, keep="\n"), fontsize=9, parse_math=False)  # dollar signs are literal
     grid = figure.add_gridspec(len(heights), columns, height_ratios=heights)
 
     times = [figure.add_subplot(grid[row, :]) for row in range(2 + len(strips))]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lamzoo.errors import ConfigError, DataError
 from lamzoo.files import atomic_files
+from lamzoo.text import printable
 
 
 @dataclass(frozen=True)
@@ -93,4 +94,4 @@ def _stamp(milliseconds: int) -> str:
 
 def _escaped(line: str) -> str:
     """Escapes the characters that begin tags and entities, and with them arrows, which would begin a cue."""
-    return line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return printable(line).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

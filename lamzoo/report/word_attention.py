@@ -14,6 +14,7 @@ from lamzoo.report.frame_rows import clock
 from lamzoo.report.mask_figure import colour_scale
 from lamzoo.report.mpl import new_figure
 from lamzoo.report.timeline import draw_colour_bar, draw_strip, name_panel
+from lamzoo.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -85,7 +86,7 @@ def draw_windows(windows: Sequence[WindowView], *, neutral: float, title: str) -
     above = 0.15 * (title.count("\n") + 1)
     heads = sum(_HEAD * (1 + _heading(window).count("\n")) + 0.3 for window in windows)
     figure = new_figure((_WIDTH, sum(heights) + 0.08 * len(heights) + heads + above + 0.2))
-    figure.suptitle(title, fontsize=9, parse_math=False)  # dollar signs are literal
+    figure.suptitle(printable(title, keep="\n"), fontsize=9, parse_math=False)  # dollar signs are literal
     grid = figure.add_gridspec(len(heights), 1, height_ratios=heights)
     masks = [view.importance for window in windows for view in window.modalities if view.importance is not None]
     scale = colour_scale(masks, neutral) if masks else (neutral - 1, neutral + 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +12,9 @@ import torch
 
 from lamzoo.errors import DataError, MissingExtraError
 from lamzoo.files import atomic_files
+from lamzoo.reading import to_json
 from lamzoo.tasks import MetricSpec, ScoreTable, Task
+from lamzoo.text import markdown
 from lamzoo.version import __version__
 
 _logger = logging.getLogger(__name__)
@@ -47,8 +48,8 @@ def write_score_report(
     versions = {"lamzoo": __version__, "torch": torch.__version__, "timm": timm.__version__}
     facts = {**facts, "versions": versions}
     lines = ["# Training report", "", "| | |", "|---|---|"]
-    lines += [f"| {key.replace('_', ' ')} | {_cell(value)} |" for key, value in facts.items()]
-    lines += ["", *_table(task.score_table(scores)), "", about_weights, ""]
+    lines += [f"| {markdown(key.replace('_', ' '))} | {_cell(value)} |" for key, value in facts.items()]
+    lines += ["", *_table(task.score_table(scores)), "", markdown(about_weights), ""]
     with atomic_files(DataError) as stage:
         try:
             draw_curves(history, f"eval_{metric.name}", f"{metric.heading}, validation").savefig(
@@ -57,7 +58,7 @@ def write_score_report(
             lines += ["![curves](curves.png)", ""]
         except MissingExtraError as error:
             _logger.warning("the report has no curves: %s", error)
-        text = json.dumps({**facts, "scores": scores}, indent=2, ensure_ascii=False)
+        text = to_json({**facts, "scores": scores}, indent=2)
         stage(folder / "report.json").write_text(text + "\n", "utf-8")
         stage(folder / "report.md").write_text("\n".join(lines), "utf-8")
 
@@ -65,12 +66,11 @@ def write_score_report(
 def _table(table: ScoreTable) -> list[str]:
     texts = [index == 0 or not heading for index, heading in enumerate(table.columns)]
     rule = "".join("---|" if text else "---:|" for text in texts)
-    lines = [f"| {' | '.join(cells)} |" for cells in (table.columns, *table.rows)]
+    lines = [f"| {' | '.join(map(markdown, cells))} |" for cells in (table.columns, *table.rows)]
     return [lines[0], f"|{rule}", *lines[1:], *(["", table.note] if table.note else [])]
 
 
 def _cell(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{key} {entry}" for key, entry in value.items())
-    text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-    return " ".join(text.replace("|", "\\|").split())
+        return markdown(", ".join(f"{key} {entry}" for key, entry in value.items()))
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else markdown(str(value))

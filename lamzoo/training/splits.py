@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import logging
 from collections.abc import Callable, Collection, Mapping
@@ -24,6 +22,7 @@ from lamzoo.errors import DataError, MissingSplitError, RecipeError
 from lamzoo.files import atomic_files
 from lamzoo.tasks import Task
 from lamzoo.tasks.classification import CLASSIFICATION
+from lamzoo.text import csv_line
 from lamzoo.training.recipe import DataSection
 
 _logger = logging.getLogger(__name__)
@@ -238,12 +237,10 @@ def write_bad_inputs(path: Path, bad: BadInputs) -> None:
     Raises:
         DataError: the file can't be written.
     """
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(("split", "index", "file", "reason"))
-    writer.writerows((split, image.index, image.filename, image.reason) for split, image in bad)
+    rows = ((split, image.index, image.filename, image.reason) for split, image in bad)
+    text = "".join(map(csv_line, [("split", "index", "file", "reason"), *rows]))
     with atomic_files(DataError) as stage:
-        stage(path).write_text(buffer.getvalue(), encoding="utf-8", errors="backslashreplace")
+        stage(path).write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def _scan(

@@ -1,3 +1,5 @@
+import csv
+import io
 import logging
 import re
 import sys
@@ -6,14 +8,16 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from lamzoo.cli import app as cli
 from lamzoo.errors import DataError, MissingExtraError
-from lamzoo.report.compare import compare, gmacs_panels, latency_panels, write_comparison
+from lamzoo.report.compare import compare, gmacs_panels, latency_panels, to_csv, write_comparison
 from lamzoo.report.compare.page import draw_interactive
 from lamzoo.report.compare.plots import draw_panels, encode
+from lamzoo.report.curves import draw_confusion
 from tests.report.compare_rows import FAILED, LAM, PLAIN, UNSCORED, WORSE, table, timm_results
 
 FILES = {
@@ -149,3 +153,19 @@ def test_command_refuses_a_lam_without_its_cost(run, tmp_path: Path) -> None:
     assert code == 2
     assert "lam_gmacs" in err
     assert not (tmp_path / "out").exists()
+
+
+def test_names_with_control_characters_and_dollar_signs_make_valid_pictures() -> None:
+    pytest.importorskip("matplotlib")
+    name = "a\x00\x1b\x7f\x9b\ufffe\u202e<b>&$x^$"
+    figure = draw_confusion(np.eye(2, dtype=np.int64), [name, "b"], f"{name} on b")
+    text = "".join(ET.fromstring(encode(figure, "svg")).itertext())
+    assert text.count(r"a\x00\x1b\x7f\x9b\ufffe\u202e<b>&$x^$") == 3
+
+
+def test_formulas_in_a_table_are_text_in_every_file(tmp_path: Path) -> None:
+    rows = [PLAIN, LAM, replace(WORSE, model="=cmd|' /C calc'!A0", data="@SUM(1)")]
+    comparison = compare([table(tmp_path, *rows)])
+    assert "=cmd|' /C calc'!A0" in {entry.row.model for entry in comparison.entries}
+    cells = [cell for line in csv.reader(io.StringIO(to_csv(comparison))) for cell in line]
+    assert not [cell for cell in cells if cell.startswith(("=", "@"))]

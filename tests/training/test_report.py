@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -116,3 +117,19 @@ def test_confusion_of_any_number_of_classes_can_be_drawn(classes: int) -> None:
     counts = confusion(Score(labels, labels.flip(0), loss=0.0, top5=None), classes)
     figure = lamzoo.report.curves.draw_confusion(counts, [f"a class of a long name {i}" for i in range(classes)], "t")
     figure.canvas.draw()
+
+
+def test_no_name_in_the_data_is_markup_in_the_report(folder_table: dict[str, Any]) -> None:
+    folder = Path(folder_table["data"]["source"])
+    name = "<img src=x onerror=alert(1)> [a](http:x) `|`\x1b[2J"
+    for split in ("train", "val", "test"):
+        (folder / split / "red").rename(folder / split / name)
+    _, content, text = reported(folder_table)
+    assert content["scores"]["test"]["per_class"][0]["class"] == name
+    assert "\x1b" not in text
+    markdown = pytest.importorskip("markdown", reason="needs Python-Markdown, of the extra docs")
+    html = markdown.markdown(text, extensions=["tables", "fenced_code"])
+    assert "onerror=alert(1)&gt; " in html and "http:x" in html
+    sources = re.findall(r'<img[^>]*src="?([^" >]+)', html)
+    assert all(re.fullmatch(r"(curves|confusion|masks-\d)\.png", source) for source in sources)
+    assert "<a" not in html

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lamzoo.report.compare.panels import Panel, Point, Series
 from lamzoo.report.mpl import new_figure
+from lamzoo.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,9 +70,9 @@ def encode(figure: Figure, kind: Literal["png", "svg"]) -> bytes:
 
 
 def _draw_panel(axis: Axes, panel: Panel) -> None:
-    axis.set_title(panel.heading, fontsize=9.5)
+    axis.set_title(printable(panel.heading, keep="\n"), fontsize=9.5, parse_math=False)
     axis.set_xlabel(panel.x_label, fontsize=8.5)
-    axis.set_ylabel(panel.y_label, fontsize=8.5)
+    axis.set_ylabel(printable(panel.y_label), fontsize=8.5, parse_math=False)
     axis.tick_params(labelsize=8)
     axis.grid(visible=True, which="major", color="#e5e7eb", linewidth=0.7)
     axis.set_axisbelow(True)
@@ -127,13 +128,14 @@ def _label(axis: Axes, panel: Panel) -> None:
     taken = _taken(axis, panel)
     named = set()
     for point in sorted(panel.points, key=lambda point: not point.best):
-        name = point.label
+        name = printable(point.label)
         if (name, point.y) in named:
             continue
         named.add((name, point.y))
         for right, up in _OFFSETS:
             text = axis.annotate(
                 name, (point.x, point.y), xytext=(right, up), textcoords="offset points", fontsize=7, zorder=10,
+                parse_math=False,
                 bbox={"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.7},
                 ha="left" if right > 0 else "right" if right < 0 else "center",
                 arrowprops={"arrowstyle": "-", "color": "#9ca3af", "linewidth": 0.5} if abs(up) > 15 else None,

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from lamzoo.profiling.results import COLUMNS as ROW_COLUMNS
 from lamzoo.profiling.results import BenchRow
 from lamzoo.report.compare.entries import Comparison, Entry, Group, number, setting_text
 from lamzoo.report.compare.panels import gmacs_panels, latency_panels, plot_notes
+from lamzoo.text import csv_line, markdown
 
 #: Explanation of the columns, printed with the tables.
 LEGEND = (
@@ -115,7 +113,7 @@ def to_markdown(comparison: Comparison, *, pictures: Sequence[str] = ()) -> str:
         lines += [f"![{picture.rpartition('.')[0].replace('-', ' ')}]({picture})", ""]
     for group in comparison.groups:
         columns = columns_of(comparison, group)
-        lines += [f"## {_escaped(group.title)}", "", _escaped(caption(group)), ""]
+        lines += [f"## {markdown(group.title)}", "", markdown(caption(group)), ""]
         lines += _markdown_table(columns, group.entries)
     if comparison.failed:
         reason = Column("reason", lambda entry: entry.row.error or "not known", numeric=False)
@@ -124,7 +122,7 @@ def to_markdown(comparison: Comparison, *, pictures: Sequence[str] = ()) -> str:
         lines += ["## Failed", "", *_markdown_table((name, data, reason), comparison.failed)]
     lines += [LEGEND, ""]
     notes = all_notes(comparison)
-    lines += [*(f"- {_escaped(note)}" for note in notes), *([""] if notes else [])]
+    lines += [*(f"- {markdown(note)}" for note in notes), *([""] if notes else [])]
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
@@ -135,10 +133,8 @@ def to_csv(comparison: Comparison) -> str:
     and ``pareto_latency`` (``yes`` on the front).
     """
     front = pareto_costs(comparison)
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
     added = ("plain_value", "value_difference", "gmacs_ratio", "params_ratio", "pareto_gmacs", "pareto_latency")
-    writer.writerow((*ROW_COLUMNS, "source", *added))
+    lines = [csv_line((*ROW_COLUMNS, "source", *added))]
     for entry in comparison.entries:
         best = front.get(entry.row, ())
         derived = (
@@ -146,9 +142,8 @@ def to_csv(comparison: Comparison) -> str:
             *(None if v is None else round(v, 6) for v in (entry.difference, entry.gmacs_ratio, entry.params_ratio)),
             *("yes" if cost in best else None for cost in ("GMACs", "latency")),
         )
-        cells: list[Any] = [*(getattr(entry.row, column) for column in ROW_COLUMNS), entry.source, *derived]
-        writer.writerow(["" if cell is None else cell for cell in cells])
-    return text.getvalue()
+        lines.append(csv_line([*(getattr(entry.row, column) for column in ROW_COLUMNS), entry.source, *derived]))
+    return "".join(lines)
 
 
 def _latency(row: BenchRow) -> str:
@@ -168,14 +163,8 @@ def _spread(middle: float | None, low: float | None, high: float | None) -> str:
 
 
 def _markdown_table(columns: Sequence[Column], entries: Sequence[Entry]) -> list[str]:
-    lines = ["| " + " | ".join(column.heading for column in columns) + " |"]
+    lines = ["| " + " | ".join(markdown(column.heading) for column in columns) + " |"]
     lines.append("|" + "|".join("---:" if column.numeric else "---" for column in columns) + "|")
     for entry in entries:
-        lines.append("| " + " | ".join(_escaped(column.cell(entry)) for column in columns) + " |")
+        lines.append("| " + " | ".join(markdown(column.cell(entry)) for column in columns) + " |")
     return [*lines, ""]
-
-
-def _escaped(text: str) -> str:
-    for sign in "\\`*|<[":
-        text = text.replace(sign, f"\\{sign}")
-    return " ".join(text.split())

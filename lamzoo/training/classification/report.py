@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shlex
 from collections.abc import Callable
@@ -19,7 +18,9 @@ from torch import nn
 from lamzoo.adapters import lam_parameters
 from lamzoo.errors import DataError, LamzooError, UnsupportedHostError
 from lamzoo.files import atomic_files
+from lamzoo.reading import to_json
 from lamzoo.registry.factory import create_model
+from lamzoo.text import markdown, markdown_block, markdown_code
 from lamzoo.training.classification.scoring import Score
 from lamzoo.training.recipe import Recipe
 from lamzoo.training.splits import Splits
@@ -87,7 +88,7 @@ def write_report(folder: Path, facts: RunFacts) -> None:
     content = _content(facts, names)
     pictures = [*_plots(folder, facts, names), *_masks(folder, facts, names)]
     with atomic_files(DataError) as stage:
-        stage(folder / "report.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        stage(folder / "report.json").write_text(to_json(content, indent=2) + "\n", "utf-8")
         stage(folder / "report.md").write_text(_markdown(content, pictures), "utf-8")
 
 
@@ -195,12 +196,12 @@ def _plots(folder: Path, facts: RunFacts, names: list[str]) -> list[str]:
             figure = draw()
             with atomic_files(DataError) as stage:
                 figure.savefig(stage(folder / filename), format="png")
-            lines += [f"## {heading}", "", f"![{heading}]({filename})", ""]
+            lines += [f"## {markdown(heading)}", "", f"![{markdown(heading)}]({filename})", ""]
     except LamzooError as error:
         if isinstance(error, DataError):
             raise
         _logger.warning("the report has no pictures: %s", error)
-        lines += ["## Pictures", "", f"None: {error}", ""]
+        lines += ["## Pictures", "", f"None: {markdown(str(error))}", ""]
     return lines
 
 
@@ -222,14 +223,14 @@ def _masks(folder: Path, facts: RunFacts, names: list[str]) -> list[str]:
         for number, label in enumerate(chosen, 1):
             index = int(np.flatnonzero(labels == label)[0])
             explain(saved, dataset.decode(index)[0], folder / f"masks-{number}.png")
-            where = dataset.filename(index).encode("utf-8", "replace").decode()
-            lines += [f"{_plain(names[label])}: {_plain(where)}", "", f"![masks](masks-{number}.png)", ""]
+            where = dataset.filename(index)
+            lines += [f"{markdown(names[label])}: {markdown(where)}", "", f"![masks](masks-{number}.png)", ""]
     except (LamzooError, OSError) as error:
         if isinstance(error, DataError):
             raise
         if not isinstance(error, UnsupportedHostError):
             _logger.warning("the report has no pictures of the masks: %s", error)
-        lines += [f"They can't be drawn: {error}", ""]
+        lines += [f"They can't be drawn: {markdown(str(error))}", ""]
     return lines
 
 
@@ -238,31 +239,32 @@ def _markdown(content: dict[str, Any], pictures: list[str]) -> str:
     share = 100 * counts["trained"] / counts["all"]
     source = content["weights"] or ("pretrained" if content["pretrained"] else "from scratch")
     facts = [
-        ("model", f"`{content['model']}` ({source})"),
-        ("masks", f"`{content['masks']}`" if content["masks"] else "none"),
-        ("data", f"`{content['data']}`: {content['classes']} classes, {content['training_images']:,} training images"),
+        ("model", f"{markdown_code(content['model'])} ({markdown(source)})"),
+        ("masks", markdown_code(content["masks"]) if content["masks"] else "none"),
+        ("data", f"{markdown_code(content['data'])}: {content['classes']} classes, {content['training_images']:,} "
+                 "training images"),
         ("trained", f"{content['tune']}: {counts['trained']:,} of {counts['all']:,} parameters ({share:.2f} %)"),
         ("parameters of the masks", f"{counts['masks']:,}"),
         ("schedule", f"{content['epochs']} epochs, batches of {content['batch_size']}, learning rate "
                      f"{content['lr']:.3g}, seed {content['seed']}"),
         ("time", f"{_duration(content['train_seconds'])} in updates, {_duration(content['wall_seconds'])} in all, on "
-                 f"{content['device']}, {content['processes']} process(es) of {content['threads']} threads, precision "
-                 f"{content['precision']}"),
+                 f"{markdown(content['device'])}, {content['processes']} process(es) of {content['threads']} threads, "
+                 f"precision {content['precision']}"),
         ("versions", ", ".join(f"{name} {version}" for name, version in content["versions"].items())),
     ]  # fmt: skip
-    lines = ["# Training report", "", "| | |", "|---|---|", *(f"| {key} | {_plain(text)} |" for key, text in facts)]
+    lines = ["# Training report", "", "| | |", "|---|---|", *(f"| {key} | {text} |" for key, text in facts)]
     lines += ["", "| split | images | top-1 | top-5 | mean recall | loss |", "|---|---:|---:|---:|---:|---:|"]
     for split, score in scores.items():
         cells = [f"{score['images']:,}", *(_shown(score[key]) for key in ("top1", "top5", "mean_recall"))]
-        lines.append(f"| {_plain(split)} | {' | '.join(cells)} | {score['loss']:.4f} |")
-    lines += ["", content["about_weights"]]
+        lines.append(f"| {markdown(split)} | {' | '.join(cells)} | {score['loss']:.4f} |")
+    lines += ["", markdown(content["about_weights"])]
     if content["validation_was_split_off"]:
         lines.append("The data has no validation split: it was split off the training images, class by class.")
     if content["left_out"]:
         lines.append(f"{content['left_out']} images could not be read and were left out; `bad-inputs.csv` lists them.")
     output = Path(content["output"])
     use = shlex.quote(f"local-dir:{output / 'model'}")
-    lines += ["", "```", content["command"], f"lamzoo predict {use} IMAGE...", "```", ""]
+    lines += ["", *markdown_block(content["command"], f"lamzoo predict {use} IMAGE..."), ""]
     for split, score in scores.items():
         lines += _class_table(split, score)
     return "\n".join([*lines, *pictures]).rstrip() + "\n"
@@ -270,19 +272,21 @@ def _markdown(content: dict[str, Any], pictures: list[str]) -> str:
 
 def _class_table(split: str, score: dict[str, Any]) -> list[str]:
     per_class = score["per_class"]
-    heading = f"## Classes ({split})"
+    heading = f"## Classes ({markdown(split)})"
     if len(per_class) > _LISTED:
         scored = [line for line in per_class if line["recall"] is not None]
         per_class = sorted(scored, key=lambda line: line["recall"])[:_LISTED]
         heading += f": the {_LISTED} lowest of {len(score['per_class'])}"
     lines = [heading, "", "| class | training images | images | recall | precision |", "|---|---:|---:|---:|---:|"]
     lines += [
-        f"| {_plain(line['class'])} | {line['training_images']:,} | {line['images']:,} | {_shown(line['recall'])} | "
+        f"| {markdown(line['class'])} | {line['training_images']:,} | {line['images']:,} | {_shown(line['recall'])} | "
         f"{_shown(line['precision'])} |"
         for line in per_class
     ]
     if score["most_confused"]:
-        pairs = (f"{_plain(p['class'])} for {_plain(p['taken_for'])} ({p['images']})" for p in score["most_confused"])
+        pairs = (
+            f"{markdown(p['class'])} for {markdown(p['taken_for'])} ({p['images']})" for p in score["most_confused"]
+        )
         lines += ["", f"Most often taken: {', '.join(pairs)}."]
     return [*lines, ""]
 
@@ -295,8 +299,3 @@ def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-def _plain(text: str) -> str:
-    """Escapes a name for a Markdown table."""
-    return " ".join(text.replace("|", "\\|").split())
