@@ -108,8 +108,8 @@ def download(repo: str, filename: str, *, revision: str | None = None, cache_dir
             return path
         damaged = f"; {path} was damaged: {discard(path)}"
     raise HashMismatchError(
-        f"{repo}/{filename} arrived twice with another sha256 than the hub states and was not kept: try again later, or "
-        "through another network, proxy or mirror (HF_ENDPOINT)."
+        f"{repo}/{filename} arrived twice with another sha256 than the hub states and was not kept: try again later, "
+        "or through another network, proxy or mirror (HF_ENDPOINT)."
     )
 
 

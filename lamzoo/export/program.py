@@ -60,7 +60,7 @@ def write_program(program: ExportedProgram, path: Path, format: Format, facts: s
         MissingExtraError: onnx, onnxscript or onnxruntime is not installed.
     """
     if format == "torch":
-        program._example_inputs = None  # type: ignore[assignment]  # torch would save them as a pickle, and needs none
+        program._example_inputs = None  # torch would save them as a pickle, and needs none
         with path.open("wb") as file:
             torch.export.save(program, file, extra_files={FACTS: facts})
         return None

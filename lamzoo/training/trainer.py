@@ -36,8 +36,7 @@ from lamzoo.training.loaders import seed_everything
 from lamzoo.training.recipe import AnyRecipe
 from lamzoo.training.score_report import write_score_report
 from lamzoo.training.splits import BadInputs, ScanProgress, check_fingerprints, keep_held_out, write_bad_inputs
-from lamzoo.weights.files import read_state_dict
-from lamzoo.weights.files import file_sha256
+from lamzoo.weights.files import file_sha256, read_state_dict
 from lamzoo.weights.saved import read_saved
 
 _logger = logging.getLogger(__name__)

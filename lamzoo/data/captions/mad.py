@@ -19,8 +19,7 @@ from lamzoo.data.moments.feature_folder import unit
 from lamzoo.data.paths import check_folder, file_exists, spellings, visible
 from lamzoo.data.splits import find_split
 from lamzoo.errors import DataError, MissingExtraError
-from lamzoo.reading import parse_float
-from lamzoo.reading import open_regular
+from lamzoo.reading import open_regular, parse_float
 
 _logger = logging.getLogger(__name__)
 

@@ -9,8 +9,7 @@ from typing import BinaryIO
 
 from lamzoo.data.csv_tables import open_table
 from lamzoo.data.fingerprint import file_sizes
-from lamzoo.data.images.decode import IMAGE_EXTENSIONS
-from lamzoo.data.images.decode import BROKEN_IMAGE
+from lamzoo.data.images.decode import BROKEN_IMAGE, IMAGE_EXTENSIONS
 from lamzoo.data.images.image_dataset import ImageSource
 from lamzoo.data.json_files import read_lines
 from lamzoo.data.paths import check_folder, file_exists, list_files, natural_key, nfc, open_listed
