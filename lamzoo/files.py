@@ -11,7 +11,9 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from safetensors import SafetensorError
 
-from lamzoo.errors import LamzooError, WeightsError
+from lamzoo.errors import DataError, LamzooError, WeightsError
+
+_SHOWN = 100  # characters of a long path in a message
 
 if sys.platform != "win32":
     import fcntl
@@ -116,6 +118,47 @@ def is_plain_name(name: object) -> bool:
         and name.isprintable()
         and len(name.encode(errors="replace")) <= 255
     )
+
+
+def check_target(
+    path: Path, what: str, *, suffix: str = "", makes_folder: bool = False, failure: type[LamzooError] = DataError
+) -> None:
+    """Checks in advance that a file can be written, before long work for it; nothing is left behind.
+
+    Args:
+        path: the file.
+        what: name of the file in messages: ``"picture"``.
+        suffix: required suffix, in lower case.
+        makes_folder: whether a missing folder will be created, as by :func:`atomic_files`.
+        failure: class of the error to raise.
+
+    Raises:
+        LamzooError: ``failure``: the name has another suffix or is too long, its folder does not exist or can't be
+            written to, or it is a folder, pipe or device itself.
+    """
+    if suffix and path.suffix.lower() != suffix:
+        raise failure(f"The {what} {path} is written as {suffix[1:].upper()}; its name must end in {suffix}.")
+    folder = path.absolute().parent
+    try:
+        if path.exists() and not path.is_file():
+            kind = "folder" if path.is_dir() else "pipe, socket or device"
+            raise failure(f"The {what} can't be written over the {kind} {path}; choose another name.")
+        while makes_folder and not folder.exists():
+            folder = folder.parent
+        if not folder.exists():
+            raise failure(f"The folder {folder} of the {what} does not exist; create it first.")
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise failure(
+            f"The {what} {shortened(path)} can't be written ({error.strerror}); choose another path."
+        ) from None
+
+
+def shortened(text: object) -> str:
+    """Returns a path or another text for a message, cut if it is too long."""
+    text = str(text).replace("\0", "\\0")
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def cache_folder() -> Path:

@@ -5,21 +5,54 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import re
-import sys
 import types
 import typing
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from lamzoo.errors import DataError, LamzooError
-from lamzoo.files import atomic_files
+from lamzoo.files import atomic_files, shortened
 from lamzoo.reading import parse_csv, parse_float, parse_int, parse_json, parse_toml, read_text, reason
 from lamzoo.text import csv_line, from_spreadsheet_cell
 
 Record = TypeVar("Record")
+
+_LARGEST = 2**63 - 1  # integer of TOML, C and torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """Limits of a number, as metadata of a field's annotation: ``Annotated[int, Limits(least=1)]``.
+
+    Attributes:
+        least: the smallest value.
+        most: the largest value.
+        above: exclusive lower limit.
+        below: exclusive upper limit.
+    """
+
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
+
+    def problem(self, value: float) -> str:
+        """Returns the rule that a value breaks, such as ``"it must be at least 1"``; empty if it breaks none."""
+        low = self.above if self.least is None else self.least
+        high = self.below if self.most is None else self.most
+        if (low is None or value > low or value == self.least) and (high is None or value < high or value == self.most):
+            return ""
+        if low is None:
+            return f"it must be {'below' if self.most is None else 'at most'} {high}"
+        if high is not None:
+            return f"it must lie between {low} and {high}"
+        if low == 0:
+            return "it must be positive" if self.least is None else "it must not be negative"
+        return f"it must be {'above' if self.least is None else 'at least'} {low}"
 
 
 def read_table(path: str | Path, *, what: str, error: type[LamzooError] = DataError) -> dict[str, Any]:
@@ -54,18 +87,20 @@ def build(
 
     Args:
         cls: a dataclass whose fields are plain values, ``Literal``, ``X | None``, tuples, lists and dictionaries of
-            these, or dataclasses.
+            these, or dataclasses. Numbers must be finite, integers have at most 64 bits, and ``Annotated`` ones must
+            keep their :class:`Limits`.
         table: the values as TOML or JSON represent them: integers are accepted for floats, lists for tuples.
         where: the keys that lead to the table, for messages: ``"model.kwargs"``.
         source: the origin of the values, for messages: ``"Recipe"``, or the file name with a colon.
         error: the exception to raise.
 
     Raises:
-        LamzooError: ``error``: a key is unknown, missing or mistyped; names it, and the closest or the allowed ones.
+        LamzooError: ``error``: a key is unknown, missing or mistyped, or a number is out of range; names it, and the
+            closest or the allowed ones.
     """
     if not isinstance(table, Mapping):
-        raise error(f"{source} entry [{where}] must be a table, not {table!r:.60}.")
-    hints = get_type_hints(cls)
+        raise error(f"{source} entry [{where}] must be a table, not {shortened(repr(table))}.")
+    hints = get_type_hints(cls, include_extras=True)
     entries = dataclasses.fields(cls)  # type: ignore[arg-type]
     names = [entry.name for entry in entries]
     dot = f"{where}." if where else ""
@@ -87,32 +122,57 @@ def _typed(value: Any, hint: Any, where: str, source: str, error: type[LamzooErr
     if dataclasses.is_dataclass(hint):
         return build(hint, value, where, source=source, error=error)  # type: ignore[arg-type]
     origin, args = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        number = each(value, args[0])
+        problem = next((limits.problem(number) for limits in args[1:] if isinstance(limits, Limits)), "")
+        if problem:
+            raise error(f"{source} key {where} is {number}; {problem}.")
+        return number
     if origin in (types.UnionType, typing.Union):  # such as `X | None` or `str | tuple[str, ...]`; TOML has no null
         if value is None and type(None) in args:
             return None
         kinds = (list, tuple) if isinstance(value, (list, tuple)) else (type(value),)
-        return each(value, next((arg for arg in args if (get_origin(arg) or arg) in kinds), args[0]))
+        return each(value, next((arg for arg in args if _class_of(arg) in kinds), args[0]))
     if origin is Literal:
         if value in args:
             return value
-        raise error(f"{source} key {where} is {value!r:.60}; it must be one of {', '.join(map(repr, args))}.")
+        raise error(
+            f"{source} key {where} is {shortened(repr(value))}; it must be one of {', '.join(map(repr, args))}."
+        )
     if origin is tuple and args[-1] is not Ellipsis:
         if isinstance(value, (list, tuple)) and len(value) == len(args):
             return tuple(map(each, value, args))
-        raise error(f"{source} key {where} is {value!r:.60}; it must be {len(args)} numbers.")
+        raise error(f"{source} key {where} is {shortened(repr(value))}; it must be {len(args)} numbers.")
     kind = origin or hint
-    if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
+    if kind in (int, float) and isinstance(value, int) and abs(value) > _LARGEST:
+        raise error(f"{source} key {where} is {_shown(value)}; it must be below 2**63.")
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if kind is float and isinstance(value, float) and not math.isfinite(value):
+        raise error(f"{source} key {where} is {value}; it must be a finite number.")
+    if isinstance(value, str) and "\0" in value:
+        raise error(f"{source} key {where} is {_shown(value)}; it must not contain a NUL character.")
     allowed = (list, tuple) if kind in (list, tuple) else kind
     if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
         name = {list: "list", tuple: "list", Mapping: "table", dict: "table"}.get(kind) or kind.__name__
-        shown = json.dumps(value, default=str)
-        raise error(f"{source} key {where} is {shown:.60}; it must be {'an' if name[0] in 'aeiou' else 'a'} {name}.")
+        raise error(
+            f"{source} key {where} is {_shown(value)}; it must be {'an' if name[0] in 'aeiou' else 'a'} {name}."
+        )
     if kind in (list, tuple) and args:
         return kind(each(item, args[0]) for item in value)
     if isinstance(value, Mapping) and args and args[1] is not Any:
         return {key: _typed(item, args[1], f"{where}.{key}", source, error) for key, item in value.items()}
     return value
+
+
+def _class_of(hint: Any) -> Any:
+    """Returns the class of an annotation's values, without limits and arguments."""
+    hint = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+    return get_origin(hint) or hint
+
+
+def _shown(value: Any) -> str:
+    return shortened(json.dumps(value, default=str, ensure_ascii=False))
 
 
 def read_lines(

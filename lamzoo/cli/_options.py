@@ -1,11 +1,15 @@
-"""Arguments that several commands share, and loading the model that one of them names."""
+"""Arguments that several commands share, checks of their values by type, and loading a model by its name."""
 
 from __future__ import annotations
 
+import errno
+import math
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from typer.core import TyperCommand
 
 from lamzoo.errors import ConfigError
 
@@ -25,6 +29,46 @@ BatchSize = Annotated[int, typer.Option(help="Images per batch.")]
 Trust = Annotated[
     bool, typer.Option("--trust", help="Trust a .pt2 program from elsewhere, which can run any code; remembered.")
 ]
+
+
+MOST_PIXELS = 2**14  # side of an image; larger ones need more memory than there is
+
+
+class CheckedCommand(TyperCommand):
+    """A command that refuses values which no option takes, whatever the option.
+
+    These are numbers that are not finite or have more than 64 bits, and text that cannot name a file.
+    """
+
+    def invoke(self, ctx: Any) -> Any:
+        for parameter in self.params:
+            value = ctx.params.get(parameter.name or "")
+            for one in value if isinstance(value, (list, tuple)) else [value]:
+                problem = _problem(one)
+                if problem:
+                    option = parameter.param_type_name == "option"
+                    name = parameter.opts[0] if option else (parameter.name or "").upper()
+                    from lamzoo.files import shortened
+
+                    raise ConfigError(f"{name} is {shortened(one)}; it {problem}")
+        return super().invoke(ctx)
+
+
+def _problem(value: object) -> str:
+    """Returns the rule that a value breaks, by its type; empty if it breaks none."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "must be a finite number"
+    if isinstance(value, int) and abs(value) >= 2**63:
+        return "must be below 2**63"
+    if isinstance(value, (str, Path)) and "\0" in str(value):
+        return "must not contain a NUL character"
+    if isinstance(value, Path):
+        try:
+            os.lstat(value)
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                return "is too long for a path"
+    return ""
 
 
 def load_model(name: str, checkpoint: Path | None, *, trust: bool | None = None) -> nn.Module:

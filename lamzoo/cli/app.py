@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from lamzoo.cli import _output as out
+from lamzoo.cli._options import CheckedCommand
 from lamzoo.cli._process import Stopped, exit_code
 from lamzoo.cli.bench import bench
 from lamzoo.cli.compare import compare
@@ -30,6 +32,7 @@ from lamzoo.cli.predict import predict_command
 from lamzoo.cli.search import search
 from lamzoo.cli.train import train
 from lamzoo.errors import HubUnreachableError, LamzooError
+from lamzoo.files import shortened
 from lamzoo.version import __version__
 
 # Limits that any code may meet, and a way out.
@@ -39,6 +42,7 @@ _SHORTAGES = {
     errno.ENOMEM: "use a smaller batch size or model, or end other programs",
     errno.ENOSPC: "free some space, or set TMPDIR, XDG_CACHE_HOME or HF_HOME to a folder on another disk",
     errno.EDQUOT: "free some space, or set TMPDIR, XDG_CACHE_HOME or HF_HOME to a folder on another disk",
+    errno.ENAMETOOLONG: "use a shorter path",
     errno.EROFS: "choose another folder, or set XDG_CACHE_HOME and HF_HOME to one that can be written",
 }
 
@@ -50,6 +54,8 @@ _COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
     "Training and evaluation": {"train": train, "eval": eval_command},
     "Benchmarks": {"bench": bench, "compare": compare},
 }
+
+_OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory|storage size calculation", re.I)
 
 
 class _Sections(TyperGroup):
@@ -72,7 +78,7 @@ app = typer.Typer(
 )
 for _commands in _COMMANDS.values():
     for _name, _command in _commands.items():
-        app.command(_name)(_command)
+        app.command(_name, cls=CheckedCommand)(_command)
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -148,10 +154,10 @@ def _shortage(error: BaseException) -> str | None:
         hint = _SHORTAGES.get(error.errno or 0)
         if hint is None:
             return None
-        where = f" for {error.filename}" if isinstance(error.filename, str) else ""
+        where = f" for {shortened(error.filename)}" if isinstance(error.filename, str) else ""
         return f"{error.strerror}{where}; {hint}"
     # torch raises a RuntimeError on the CPU; torch.OutOfMemoryError is one for accelerators.
-    if isinstance(error, MemoryError) or any(sign in text for sign in ("can't allocate memory", "out of memory")):
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(text)):
         detail = f" ({text})" if text else ""
         return f"memory ran out{detail}; use a smaller batch size or model, or end other programs"
     if "can't start new thread" in text:

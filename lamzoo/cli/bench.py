@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from lamzoo.cli import _output as out
-from lamzoo.cli._options import Device, Json
+from lamzoo.cli._options import MOST_PIXELS, Device, Json
 from lamzoo.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -33,16 +33,18 @@ def bench(
     device: Device = "auto",
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(
         help="Dtype of weights and input, and of autocast in scoring.")] = "float32",
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; PyTorch's default if omitted.")] = None,
+    threads: Annotated[int | None, typer.Option(
+        min=1, max=1024, help="CPU threads; PyTorch's default if omitted.")] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Time the models with torch.compile.")] = False,
     batch: Annotated[int | None, typer.Option(min=1, help="Batch size of the throughput; the best by default.")] = None,
     max_batch: Annotated[int | None, typer.Option(min=1, help=(
         "Limit of the search for the best batch size [64 on the CPU, 1024 on CUDA]."))] = None,
-    img_size: Annotated[int | None, typer.Option(min=1, help="Image size; each model's own by default.")] = None,
-    repeats: Annotated[int, typer.Option(min=2, help="Number of timed passes of one image.")] = 30,
-    seed: Annotated[int, typer.Option(help="Seed of random weights and images.")] = 0,
+    img_size: Annotated[int | None, typer.Option(
+        min=1, max=MOST_PIXELS, help="Image size; each model's own by default.")] = None,
+    repeats: Annotated[int, typer.Option(min=2, max=100_000, help="Number of timed passes of one image.")] = 30,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of random weights and images.")] = 0,
     eval_batch: Annotated[int, typer.Option(min=1, help="Batch size in scoring.")] = 64,
-    workers: Annotated[int, typer.Option(min=0, help="Worker processes that read images in scoring.")] = 0,
+    workers: Annotated[int, typer.Option(min=0, max=1024, help="Worker processes that read images in scoring.")] = 0,
     plain: Annotated[bool, typer.Option("--plain/--no-plain", help=(
         "Also measure the plain twins of masked models, in separate rows."))] = True,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Measure failed rows again.")] = False,
@@ -58,11 +60,13 @@ def bench(
     import torch
 
     from lamzoo.evaluation import resolve_device
+    from lamzoo.files import check_target
     from lamzoo.profiling.bench import bench, checkout_commit
     from lamzoo.profiling.candidates import select_models
     from lamzoo.profiling.job import BenchJob
     from lamzoo.profiling.latency import device_label
 
+    check_target(output, "table", makes_folder=True)
     found = select_models(patterns, weights=data is not None, plain=plain)
     target = resolve_device(device)
     if target.type not in ("cpu", "cuda"):

@@ -62,12 +62,13 @@ def eval_command(
     NAME may also be a file of predictions: a submission, FILE.jsonl, for moments; COCO results, FILE.json, for
     captions.
     """
+    from lamzoo.files import check_target
     from lamzoo.registry.catalog import model_ref, trained_data_of
     from lamzoo.tasks import task_of_predictions
 
-    for path in (output, submission):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise ConfigError(f"the folder of {path} does not exist; create it first")
+    for path, what in ((output, "record"), (submission, "submission"), (state, "state")):
+        if path is not None:
+            check_target(path, what, makes_folder=path is state, failure=ConfigError)
     trained = trained_data_of(name)
     file = task_of_predictions(name) if model_ref(name).kind == "predictions" else None
     chosen = _task(name, task, trained, file)

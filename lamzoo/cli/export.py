@@ -10,7 +10,7 @@ import typer
 
 from lamzoo.cli import _output as out
 from lamzoo.cli._options import Checkpoint, Json, Name, load_model
-from lamzoo.errors import ConfigError
+from lamzoo.errors import ConfigError, ExportError
 
 _Score = Literal["mask", "attention", "attention-value", "redundancy"]
 _Rest = Literal["drop", "merge", "nearest"]
@@ -31,7 +31,8 @@ def export(
     rest: Annotated[_Rest, typer.Option(help=(
         "Drop pruned tokens, merge them into one, or average each with the most similar kept token."))] = "drop",
     int8: Annotated[bool, typer.Option("--int8", help="Quantise the linear layers of an ONNX file.")] = False,
-    repeats: Annotated[int, typer.Option(min=2, help="Timed passes of one image, alternating with the model.")] = 30,
+    repeats: Annotated[int, typer.Option(
+        min=2, max=100_000, help="Timed passes of one image, alternating with the model.")] = 30,
     json: Json = False,
 ) -> None:  # fmt: skip
     """Exports a model to ONNX or a torch.export program.
@@ -42,6 +43,7 @@ def export(
     from lamzoo.data import find_images
     from lamzoo.evaluation import preprocess
     from lamzoo.export import export_model, load_exported
+    from lamzoo.files import check_target
     from lamzoo.profiling import profile
     from lamzoo.profiling.inputs import default_input
     from lamzoo.profiling.latency import compare_latency
@@ -54,6 +56,7 @@ def export(
         )
     layers = None if at is None else _layers(at)
     paths = find_images(images) if images else []
+    check_target(output, "program", makes_folder=True, failure=ExportError)
     model = load_model(name, checkpoint)
     if prunes:
         prune_tokens(model, keep, layers, target_gmacs=target_gmacs, score=score, rest=rest)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from lamzoo.cli import _output as out
-from lamzoo.cli._options import FORMS
+from lamzoo.cli._options import FORMS, MOST_PIXELS
 from lamzoo.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -36,7 +36,8 @@ def train(
     epochs: Annotated[int | None, typer.Option(help="Number of epochs.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Inputs per update, over all processes.")] = None,
-    img_size: Annotated[int | None, typer.Option(help="Height and width of the images.")] = None,
+    img_size: Annotated[int | None, typer.Option(
+        min=1, max=MOST_PIXELS, help="Height and width of the images.")] = None,
     train_split: Annotated[str | None, typer.Option(metavar="NAME", help="Training split [train].")] = None,
     val_split: Annotated[str | None, typer.Option(metavar="NAME", help="Validation split [validation].")] = None,
     test_split: Annotated[str | None, typer.Option(metavar="NAME", help="Split to score once at the end.")] = None,
@@ -46,7 +47,7 @@ def train(
         help="Stop at unreadable inputs, or leave them out [stop].")] = None,
     scan: Annotated[bool | None, typer.Option(
         "--scan/--no-scan", help="Read all inputs once before the first epoch.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Random seed [0].")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="Random seed [0].")] = None,
     output: Annotated[Path | None, typer.Option(
         metavar="DIR", help="Output folder [runs/MODEL-DATA].")] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"] | None, typer.Option(help="Training device.")] = None,

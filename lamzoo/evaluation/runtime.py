@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from lamzoo.adapters.wrappers import unwrap
 from lamzoo.errors import ConfigError, UnsupportedHostError
 from lamzoo.profiling.inputs import evaluating, image_config
+from lamzoo.records import Limits
+
+_BATCH, _WORKERS = Limits(least=1, most=2**31 - 1), Limits(least=0, most=1024)
 
 Precision = Literal["float32", "bfloat16", "float16"]
 
@@ -38,11 +41,10 @@ def resolve_device(name: str | torch.device = "auto") -> torch.device:
 
 
 def check_batches(batch_size: int, workers: int = 0, precision: Precision = "float32") -> None:
-    """Raises a :class:`ConfigError` for a batch size below 1, negative workers or an unknown precision."""
-    if batch_size < 1:
-        raise ConfigError(f"the batch size is {batch_size}; it must be 1 or more")
-    if workers < 0:
-        raise ConfigError(f"the number of workers is {workers}; it must be 0 or more")
+    """Raises a :class:`ConfigError` for an impossible batch size or number of workers, or an unknown precision."""
+    for what, value, limits in (("batch size", batch_size, _BATCH), ("number of workers", workers, _WORKERS)):
+        if problem := limits.problem(value):
+            raise ConfigError(f"the {what} is {value}; {problem}")
     if precision not in get_args(Precision):
         raise ConfigError(f"the precision is {precision!r}; it must be one of {', '.join(get_args(Precision))}")
 

@@ -82,7 +82,7 @@ def check_rows(path: str | Path, what: str) -> None:
         DataError: the name does not end in ``.png``, its folder does not exist, or it is a folder itself.
         MissingExtraError: matplotlib is not installed.
     """
-    check_target(Path(path), what)
+    check_target(Path(path), what, suffix=".png")
     new_figure((1, 1))
 
 

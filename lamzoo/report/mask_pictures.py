@@ -18,12 +18,11 @@ from lamzoo.adapters.wrappers import unwrap
 from lamzoo.errors import ConfigError, DataError, UnsupportedHostError, class_name
 from lamzoo.evaluation import class_names
 from lamzoo.evaluation.runtime import check_finite
-from lamzoo.files import atomic_files
+from lamzoo.files import atomic_files, check_target
 from lamzoo.lam import LamConfig, MaskRecord
 from lamzoo.profiling.inputs import evaluating
 from lamzoo.report.mask_figure import LayerPicture, draw
 from lamzoo.report.model_view import view
-from lamzoo.report.mpl import check_target
 
 Patch = tuple[int, int]
 
@@ -58,7 +57,7 @@ def explain(
         DataError: the image can't be read, or the file can't be written.
     """
     path, model = Path(path), unwrap(model)
-    check_target(path, "picture")
+    check_target(path, "picture", suffix=".png")
     config = next(iter(masks_of(model).values())).config
     shown = view(model, image)
     with evaluating(model), torch.no_grad(), capture_masks(model) as captured:

@@ -15,12 +15,11 @@ from lamzoo.adapters.capture import capture_masks
 from lamzoo.data.moments import MomentDataset, MomentQuery
 from lamzoo.errors import ConfigError, DataError, UnsupportedHostError
 from lamzoo.evaluation.moments.evaluate import find_moments
-from lamzoo.files import atomic_files
+from lamzoo.files import atomic_files, check_target
 from lamzoo.lam import Lam, LamConfig, MaskRecord
 from lamzoo.models.moment_detr.model import Place
 from lamzoo.profiling.inputs import evaluating
 from lamzoo.report.mask_pictures import title_of
-from lamzoo.report.mpl import check_target
 from lamzoo.report.timeline import LayerImportance, Timeline, draw_timeline
 
 _NAMED = 5  # queries in an error
@@ -52,7 +51,7 @@ def explain_moments(model: nn.Module, dataset: MomentDataset, index: int, path: 
         DataError: the features can't be read, or the file can't be written.
     """
     path = Path(path)
-    check_target(path, "picture")
+    check_target(path, "picture", suffix=".png")
     if top < 1:
         raise ConfigError(f"top is {top}; it must be at least 1.")
     masks = {name.removesuffix(".lam"): module for name, module in model.named_modules() if isinstance(module, Lam)}

@@ -1,11 +1,10 @@
-"""Matplotlib figures without pyplot, and checks of the files that they are written to."""
+"""Matplotlib figures without pyplot."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from lamzoo.errors import DataError, MissingExtraError
+from lamzoo.errors import MissingExtraError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,21 +38,3 @@ def new_figure(
     figure = Figure(figsize=size, dpi=dpi, layout=layout)
     FigureCanvasAgg(figure)
     return figure
-
-
-def check_target(path: Path, what: str) -> None:
-    """Checks in advance that a PNG file can be written.
-
-    Args:
-        path: the file.
-        what: name of the picture in messages.
-
-    Raises:
-        DataError: the name does not end in ``.png``, its folder does not exist, or it is a folder itself.
-    """
-    if path.suffix.lower() != ".png":
-        raise DataError(f"The {what} {path} is written as PNG; its name must end in .png.")
-    if not path.absolute().parent.is_dir():
-        raise DataError(f"The folder {path.parent} of the {what} does not exist; create it first.")
-    if path.is_dir():
-        raise DataError(f"The {what} can't be written over the folder {path}; choose another name.")

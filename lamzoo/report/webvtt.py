@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lamzoo.errors import ConfigError, DataError
-from lamzoo.files import atomic_files
+from lamzoo.files import atomic_files, check_target
 from lamzoo.text import printable
 
 
@@ -67,13 +67,7 @@ def check_webvtt(path: str | Path) -> None:
     Raises:
         DataError: the name does not end in ``.vtt``, its folder does not exist, or it is a folder itself.
     """
-    path = Path(path)
-    if path.suffix.lower() != ".vtt":
-        raise DataError(f"The subtitles {path} are written as WebVTT; their name must end in .vtt.")
-    if not path.absolute().parent.is_dir():
-        raise DataError(f"The folder {path.parent} of the subtitles does not exist; create it first.")
-    if path.is_dir():
-        raise DataError(f"The subtitles can't be written over the folder {path}; choose another name.")
+    check_target(Path(path), "file of subtitles", suffix=".vtt")
 
 
 def timestamp(seconds: float) -> str:

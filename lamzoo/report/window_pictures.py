@@ -15,13 +15,12 @@ from torch import Tensor, nn
 from lamzoo.adapters.capture import capture_masks
 from lamzoo.errors import DataError, UnsupportedHostError
 from lamzoo.evaluation.captions.evaluate import move, pad_streams
-from lamzoo.files import atomic_files
+from lamzoo.files import atomic_files, check_target
 from lamzoo.lam import Lam, LamConfig, MaskRecord
 from lamzoo.models.describer.encoder import Joint
 from lamzoo.profiling.inputs import evaluating
 from lamzoo.report.frame_rows import clock, one_line
 from lamzoo.report.mask_pictures import title_of
-from lamzoo.report.mpl import check_target
 from lamzoo.report.word_attention import ModalityView, WindowView, draw_windows
 from lamzoo.video.describe import DescribedWindow, VideoWindows, context_of
 
@@ -52,7 +51,7 @@ def explain_windows(
         MissingExtraError: matplotlib is not installed.
     """
     path = Path(path)
-    check_target(path, "picture")
+    check_target(path, "picture", suffix=".png")
     masks = {name: module for name, module in model.named_modules() if isinstance(module, Lam)}
     config = next(iter(masks.values())).config if masks else None
     views = [_measure(model, windows, each, bool(masks)) for each in described[:MAX_WINDOWS]]

@@ -17,10 +17,16 @@ from lamzoo.tasks.classification import CLASSIFICATION
 from lamzoo.training.config_reader import override, read_recipe
 from lamzoo.training.recipe_common import (
     OptimizerSection,
+    Positive,
+    PositiveOrZero,
+    Probability,
     RunSection,
     ScheduleSection,
+    Smoothing,
     TaskRecipe,
+    Workers,
     check_common,
+    check_crops,
     check_val_fraction,
 )
 
@@ -73,7 +79,7 @@ class DataSection:
     eval_split: str = "validation"
     test_split: str | None = None
     val_fraction: float | None = None
-    workers: int = 0
+    workers: Workers = 0
     scan: bool = True
     on_bad_input: OnBadInput = "stop"
 
@@ -82,19 +88,19 @@ class DataSection:
 class AugmentSection:
     """``[augment]``: arguments of ``timm.data.create_transform`` and ``timm.data.Mixup``."""
 
-    scale: tuple[float, float] = (0.08, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    hflip: float = 0.5
-    vflip: float = 0.0
-    color_jitter: float = 0.4
+    scale: tuple[Positive, Positive] = (0.08, 1.0)
+    ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
+    hflip: Probability = 0.5
+    vflip: Probability = 0.0
+    color_jitter: PositiveOrZero = 0.4
     auto_augment: str | None = None
     interpolation: str = "bicubic"
-    random_erasing: float = 0.0
+    random_erasing: Probability = 0.0
     random_erasing_mode: Literal["const", "rand", "pixel"] = "const"
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    mixup_prob: float = 1.0
-    label_smoothing: float = 0.0
+    mixup: PositiveOrZero = 0.0
+    cutmix: PositiveOrZero = 0.0
+    mixup_prob: Probability = 1.0
+    label_smoothing: Smoothing = 0.0
 
     @property
     def mixes(self) -> bool:
@@ -122,7 +128,7 @@ class PruneSection:
     score: Score = "mask"
     rest: Rest = "drop"
     training: Training = "straight-through"
-    loss_weight: float = 2.0
+    loss_weight: PositiveOrZero = 2.0
 
 
 @dataclass(frozen=True)
@@ -150,8 +156,7 @@ class Recipe(TaskRecipe):
                 f"Recipe key model.tune is {model.tune!r}, which freezes the backbone, but this backbone has no "
                 "weights; start from the published ones (model.pretrained, --pretrained) or tune all."
             )
-        if self.prune is not None and self.prune.loss_weight < 0:
-            raise RecipeError(f"Recipe key prune.loss_weight is {self.prune.loss_weight}; it must not be negative.")
+        check_crops(self.augment.scale, self.augment.ratio)
 
 
 AnyRecipe: TypeAlias = TaskRecipe

@@ -6,13 +6,14 @@ import dataclasses
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 import torch
 from timm.optim import list_optimizers
 
 from lamzoo.errors import RecipeError
 from lamzoo.lam import LamConfig
+from lamzoo.records import Limits
 from lamzoo.registry.catalog import find_spec, model_ref
 from lamzoo.training.config_reader import without_none
 
@@ -20,16 +21,26 @@ Precision = Literal["no", "bf16", "fp16"]
 SCHEDULES = ("cosine", "tanh", "poly", "wsd", "rsqrt", "constant")
 Keep = Literal["best", "last"]
 
+Count: TypeAlias = Annotated[int, Limits(least=1)]
+CountOrZero: TypeAlias = Annotated[int, Limits(least=0)]
+Seed: TypeAlias = Annotated[int, Limits(least=0, most=2**32 - 1)]  # NumPy's limit
+Workers: TypeAlias = Annotated[int, Limits(least=0, most=1024)]
+Positive: TypeAlias = Annotated[float, Limits(above=0)]
+PositiveOrZero: TypeAlias = Annotated[float, Limits(least=0)]
+Probability: TypeAlias = Annotated[float, Limits(least=0, most=1)]
+Fraction: TypeAlias = Annotated[float, Limits(above=0, below=1)]
+Smoothing: TypeAlias = Annotated[float, Limits(least=0, below=1)]
+
 
 @dataclass(frozen=True)
 class OptimizerSection:
     """``[optimizer]``: arguments of ``timm.optim.create_optimizer_v2``; ``kwargs`` go to the optimiser itself."""
 
     name: str = "adamw"
-    lr: float = 1e-3
-    weight_decay: float = 0.05
-    layer_decay: float | None = None
-    clip_grad: float | None = None
+    lr: Positive = 1e-3
+    weight_decay: PositiveOrZero = 0.05
+    layer_decay: Annotated[float, Limits(above=0, most=1)] | None = None
+    clip_grad: Positive | None = None
     kwargs: dict[str, Any] = field(default_factory=dict)
 
 
@@ -41,11 +52,11 @@ class ScheduleSection:
     """
 
     name: str = "cosine"
-    epochs: int = 100
-    warmup_epochs: float = 5
-    warmup_lr: float = 1e-6
-    min_lr: float = 0.0
-    cooldown_epochs: int = 0
+    epochs: Count = 100
+    warmup_epochs: PositiveOrZero = 5
+    warmup_lr: PositiveOrZero = 1e-6
+    min_lr: PositiveOrZero = 0.0
+    cooldown_epochs: CountOrZero = 0
 
     @property
     def total_epochs(self) -> int:
@@ -78,17 +89,17 @@ class RunSection:
     """
 
     output: str
-    batch_size: int = 128
-    accumulation: int = 1
-    seed: int = 0
+    batch_size: Count = 128
+    accumulation: Count = 1
+    seed: Seed = 0
     precision: Precision = "no"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    ema_decay: float | None = None
+    ema_decay: Fraction | None = None
     grad_checkpointing: bool = False
-    checkpoint_interval: int | None = None
-    keep_checkpoints: int = 2
+    checkpoint_interval: Count | None = None
+    keep_checkpoints: Count = 2
     keep: Keep = "best"
-    eval_interval: int = 1
+    eval_interval: Count = 1
     tensorboard: bool = False
     report: bool = True
 
@@ -128,7 +139,7 @@ class DataSectionBase:
     train_split: str = "train"
     eval_split: str = "validation"
     test_split: str | None = None
-    workers: int = 0
+    workers: Workers = 0
     scan: bool = True
 
 
@@ -165,12 +176,6 @@ class TaskRecipe:
         """
 
 
-def check_probability(key: str, value: float) -> None:
-    """Raises a RecipeError that names the key of a value outside 0 to 1."""
-    if not 0 <= value <= 1:
-        raise RecipeError(f"Recipe key {key} is {value}; it must lie between 0 and 1.")
-
-
 def check_val_fraction(fraction: float | None, hint: str = "") -> None:
     """Raises a RecipeError for a ``data.val_fraction`` that leaves no training or no validation data.
 
@@ -182,6 +187,14 @@ def check_val_fraction(fraction: float | None, hint: str = "") -> None:
         raise RecipeError(f"Recipe key data.val_fraction is {fraction}; it must lie between 0 and 1.{hint}")
 
 
+def check_crops(scale: tuple[float, float], ratio: tuple[float, float]) -> None:
+    """Raises a RecipeError for ranges of random crops that are empty, or larger than the image."""
+    if not scale[0] <= scale[1] <= 1:
+        raise RecipeError(f"Recipe key augment.scale is {scale}; it must be increasing and lie between 0 and 1.")
+    if not ratio[0] <= ratio[1]:
+        raise RecipeError(f"Recipe key augment.ratio is {ratio}; it must be increasing.")
+
+
 def check_common(recipe: TaskRecipe) -> None:
     """Validates the common sections, and the model's name and mask configuration.
 
@@ -191,38 +204,16 @@ def check_common(recipe: TaskRecipe) -> None:
         ConfigError: the mask configuration is invalid.
     """
     run, optimizer, schedule = recipe.run, recipe.optimizer, recipe.schedule
-    name, lam, workers = recipe.model.name, recipe.model.lam, recipe.data.workers
-    at_least_one = {
-        "run.batch_size": run.batch_size,
-        "run.accumulation": run.accumulation,
-        "run.keep_checkpoints": run.keep_checkpoints,
-        "run.eval_interval": run.eval_interval,
-        "schedule.epochs": schedule.epochs,
-    }
-    if run.checkpoint_interval is not None:
-        at_least_one["run.checkpoint_interval"] = run.checkpoint_interval
-    for key, value in at_least_one.items():
-        if value < 1:
-            raise RecipeError(f"Recipe key {key} is {value}; it must be at least 1.")
-    if schedule.cooldown_epochs < 0:
-        raise RecipeError(
-            f"Recipe key schedule.cooldown_epochs is {schedule.cooldown_epochs}; it must not be negative."
-        )
+    name, lam = recipe.model.name, recipe.model.lam
     if schedule.cooldown_epochs and schedule.name == "constant":
         raise RecipeError(
             "Recipe key schedule.cooldown_epochs adds epochs at min_lr, which schedule.name 'constant' never reaches; "
             "leave it out and raise schedule.epochs."
         )
-    if workers < 0 or schedule.warmup_epochs < 0 or run.seed < 0:
-        raise RecipeError("Recipe keys data.workers, schedule.warmup_epochs and run.seed must not be negative.")
     if run.batch_size % run.accumulation:
         raise RecipeError(
             f"Recipe key run.batch_size is {run.batch_size}, not a multiple of run.accumulation ({run.accumulation})."
         )
-    if optimizer.lr <= 0:
-        raise RecipeError(f"Recipe key optimizer.lr is {optimizer.lr}; it must be positive.")
-    if run.ema_decay is not None and not 0 < run.ema_decay < 1:
-        raise RecipeError(f"Recipe key run.ema_decay is {run.ema_decay}; it must lie between 0 and 1.")
     _check_name("optimizer.name", optimizer.name, [str(name) for name in list_optimizers()])
     _check_name("schedule.name", schedule.name, SCHEDULES)
     if isinstance(lam, dict):

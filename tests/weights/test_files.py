@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lamzoo.errors import HashMismatchError, UnsafeWeightsError, WeightsError, WeightsNotFoundError
+from lamzoo.errors import DataError, HashMismatchError, UnsafeWeightsError, WeightsError, WeightsNotFoundError
+from lamzoo.files import check_target
 from lamzoo.weights.files import file_sha256, join, read_state_dict, shard, write_state_dict
 
 
@@ -185,3 +186,22 @@ def test_an_index_that_is_none_or_leads_elsewhere_is_refused(tmp_path: Path, tex
     index.write_text(text)
     with pytest.raises(WeightsError, match=r"m\.safetensors\.index\.json"):
         read_state_dict(index)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("x" * 300 + ".png", r"x\.\.\. can't be written \(File name too long\)"),
+        ("x.gif", "is written as PNG; its name must end in .png"),
+        ("nowhere/x.png", "does not exist; create it first"),
+        ("folder.png", "can't be written over the folder"),
+        ("file.png/x.png", "can't be written"),
+    ],
+)
+def test_an_impossible_target_is_refused_in_advance(tmp_path: Path, name: str, says: str) -> None:
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file.png").touch()
+    with pytest.raises(DataError, match=says):
+        check_target(tmp_path / name, "picture", suffix=".png")
+    check_target(tmp_path / "new" / "x.png", "picture", suffix=".png", makes_folder=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file.png", "folder.png"]

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
 from lamzoo.errors import RecipeError
 from lamzoo.training.moments.recipe import SpliceSection
 from lamzoo.training.recipe_common import (
+    CountOrZero,
     DataSectionBase,
     ModelSectionBase,
     OptimizerSection,
+    PositiveOrZero,
     RunSection,
     ScheduleSection,
+    Smoothing,
     TaskRecipe,
-    check_probability,
     check_val_fraction,
 )
 
@@ -39,7 +40,7 @@ class CaptionDataSection(DataSectionBase):
     """
 
     val_fraction: float | None = None
-    context: int = 0
+    context: CountOrZero = 0
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,10 @@ class CaptionWeights:
             averaged over the words of a sentence, for models with ``align``.
     """
 
-    caption: float = 1.0
-    label_smoothing: float = 0.0
-    words: float = 1.0
-    ctc: float = 0.5
+    caption: PositiveOrZero = 1.0
+    label_smoothing: Smoothing = 0.0
+    words: PositiveOrZero = 1.0
+    ctc: PositiveOrZero = 0.5
 
 
 @dataclass(frozen=True)
@@ -75,14 +76,6 @@ class CaptionRecipe(TaskRecipe):
 
     def check(self) -> None:
         check_val_fraction(self.data.val_fraction)
-        check_probability("augment.splice", self.augment.splice)
-        for key, value in dataclasses.asdict(self.loss).items():
-            if value < 0 or (key == "label_smoothing" and value >= 1):
-                raise RecipeError(
-                    f"Recipe key loss.{key} is {value}; it must not be negative, and label_smoothing must be below 1."
-                )
-        if self.data.context < 0:
-            raise RecipeError(f"Recipe key data.context is {self.data.context}; it must be 0 or more.")
         if self.optimizer.layer_decay is not None:
             raise RecipeError("Recipe key optimizer.layer_decay is for classifiers; leave it out.")
         if self.run.grad_checkpointing:

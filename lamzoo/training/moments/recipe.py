@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -11,10 +10,12 @@ from lamzoo.training.recipe_common import (
     DataSectionBase,
     ModelSectionBase,
     OptimizerSection,
+    Positive,
+    PositiveOrZero,
+    Probability,
     RunSection,
     ScheduleSection,
     TaskRecipe,
-    check_probability,
 )
 
 
@@ -40,7 +41,7 @@ class SpliceSection:
             words).
     """
 
-    splice: float = 0.0
+    splice: Probability = 0.0
 
 
 @dataclass(frozen=True)
@@ -58,14 +59,14 @@ class MomentWeights:
         words: weight of the cross-entropy of the word spoken in each clip, for models built with ``words``.
     """
 
-    span: float = 10.0
-    giou: float = 1.0
-    label: float = 4.0
-    nothing: float = 0.1
-    saliency: float = 1.0
-    margin: float = 0.2
-    temperature: float = 0.5
-    words: float = 1.0
+    span: PositiveOrZero = 10.0
+    giou: PositiveOrZero = 1.0
+    label: PositiveOrZero = 4.0
+    nothing: PositiveOrZero = 0.1
+    saliency: PositiveOrZero = 1.0
+    margin: PositiveOrZero = 0.2
+    temperature: Positive = 0.5
+    words: PositiveOrZero = 1.0
 
 
 @dataclass(frozen=True)
@@ -82,10 +83,6 @@ class MomentRecipe(TaskRecipe):
     schedule: ScheduleSection = field(default_factory=ScheduleSection)
 
     def check(self) -> None:
-        check_probability("augment.splice", self.augment.splice)
-        for key, value in dataclasses.asdict(self.loss).items():
-            if value < 0 or (key == "temperature" and not value):
-                raise RecipeError(f"Recipe key loss.{key} is {value}; it must be positive.")
         if self.optimizer.layer_decay is not None:
             raise RecipeError("Recipe key optimizer.layer_decay is for classifiers; leave it out.")
         if self.run.grad_checkpointing:

@@ -9,13 +9,18 @@ from lamzoo.data import OnBadInput
 from lamzoo.data.video.sampling import FrameSampling, Slicing
 from lamzoo.errors import RecipeError
 from lamzoo.training.recipe_common import (
+    Count,
+    CountOrZero,
     DataSectionBase,
     ModelSectionBase,
     OptimizerSection,
+    Positive,
+    PositiveOrZero,
+    Probability,
     RunSection,
     ScheduleSection,
     TaskRecipe,
-    check_probability,
+    check_crops,
     check_val_fraction,
 )
 
@@ -35,7 +40,7 @@ class RetrievalModelSection(ModelSectionBase):
 
     fused_attention: bool = True
     lock_image_tower: bool = False
-    freeze_layers: int | None = None
+    freeze_layers: CountOrZero | None = None
 
 
 @dataclass(frozen=True)
@@ -56,8 +61,8 @@ class RetrievalDataSection(DataSectionBase):
     """
 
     val_fraction: float | None = None
-    fps: float = 1.0
-    max_frames: int = 12
+    fps: PositiveOrZero = 1.0
+    max_frames: Count = 12
     slicing: Slicing = "uniform"
     captions: Literal["all", "one"] = "all"
     equal_captions: Literal["negatives", "positives"] = "negatives"
@@ -84,12 +89,12 @@ class ClipAugmentSection:
             sentence, and easier to learn.
     """
 
-    scale: tuple[float, float] = (1.0, 1.0)
-    ratio: tuple[float, float] = (1.0, 1.0)
-    hflip: float = 0.0
-    color_jitter: float = 0.0
-    splice: float = 0.0
-    phrase: float = 0.0
+    scale: tuple[Positive, Positive] = (1.0, 1.0)
+    ratio: tuple[Positive, Positive] = (1.0, 1.0)
+    hflip: Probability = 0.0
+    color_jitter: PositiveOrZero = 0.0
+    splice: Probability = 0.0
+    phrase: Probability = 0.0
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,7 @@ class RetrievalOptimizerSection(OptimizerSection):
         tower_lr: learning rate of the pretrained towers; ``lr`` applies to new parts, head and masks. None for ``lr``.
     """
 
-    tower_lr: float | None = None
+    tower_lr: Positive | None = None
 
 
 @dataclass(frozen=True)
@@ -120,23 +125,9 @@ class RetrievalRecipe(TaskRecipe):
     schedule: ScheduleSection = field(default_factory=ScheduleSection)
 
     def check(self) -> None:
-        augment, data = self.augment, self.data
         check_val_fraction(self.data.val_fraction)
-        if data.fps < 0:
-            raise RecipeError(f"Recipe key data.fps is {data.fps}; it must be positive, or 0 for every frame.")
-        if data.max_frames < 1:
-            raise RecipeError(f"Recipe key data.max_frames is {data.max_frames}; it must be at least 1.")
-        for key in ("hflip", "splice", "phrase"):
-            check_probability(f"augment.{key}", getattr(augment, key))
-        low, high = augment.scale
-        if not 0 < low <= high <= 1:
-            raise RecipeError(
-                f"Recipe key augment.scale is {augment.scale}; it must be increasing and lie between 0 and 1."
-            )
+        check_crops(self.augment.scale, self.augment.ratio)
         if self.optimizer.layer_decay is not None:
             raise RecipeError("Recipe key optimizer.layer_decay is for classifiers; use optimizer.tower_lr.")
-        tower_lr = self.optimizer.tower_lr
-        if tower_lr is not None and tower_lr <= 0:
-            raise RecipeError(f"Recipe key optimizer.tower_lr is {tower_lr}; it must be positive.")
         if self.model.lock_image_tower and self.model.freeze_layers is not None:
             raise RecipeError("Recipe keys model.lock_image_tower and model.freeze_layers exclude each other; use one.")
