@@ -34,6 +34,7 @@ _LOWEST, _HIGHEST = 20.0, 7600.0  # Hz
 _WARM_UP = 0.5  # seconds decoded before the requested span
 _JITTER = 0.02  # seconds by which a frame's time may differ from the end of the previous sound without a gap
 _OVERLAP = 0.5  # seconds of overlapping sound that are dropped without a warning
+_LONGEST = 12 * 3600  # maximum duration of sound that is read at once, seconds
 _TAG = b"ID3"
 
 _logger = logging.getLogger(__name__)
@@ -61,8 +62,8 @@ def read_log_mel(
         ``start``; both float32. None if the file has no audio track, or the span is silent.
 
     Raises:
-        DataError: the file does not exist, FFmpeg can't read it, its sound is damaged, or its timestamps restart in
-            the middle; names it.
+        DataError: the file does not exist, FFmpeg can't read it, its sound is damaged, its timestamps restart in the
+            middle, or over 12 hours would be read; names it.
         MissingExtraError: PyAV is not installed.
     """
     samples = _samples(path, start, end)
@@ -191,6 +192,7 @@ class _Span:
     def _move_to(self, place: int) -> None:
         """Starts a run at a sample of the span; negative before the span."""
         gap = place - self._length
+        self._check_length(max(0, gap))
         if gap > 0:
             gap = gap if self._count is None else min(gap, max(0, self._count - self._length))
             self._parts.append(np.zeros(gap, np.float32))
@@ -199,12 +201,21 @@ class _Span:
 
     def _append(self, frame: AudioFrame | None) -> None:
         for piece in self._resampler.resample(frame) if self._resampler is not None else ():
+            self._check_length(piece.samples)
             samples = piece.to_ndarray().mean(axis=0)
             cut = min(self._cut, len(samples))
             self._cut -= cut
             self._overlap += cut if self._length else 0
             self._parts.append(samples[cut:])
             self._length += len(samples) - cut
+
+    def _check_length(self, more: int) -> None:
+        """Raises an error if the rest of a track is so long that its samples might not fit into the memory."""
+        if self._count is None and self._length + more > _LONGEST * RATE:
+            raise DataError(
+                f"cannot read the sound of {self._path}: it lasts over {_LONGEST // 3600} hours, or its timestamps are "
+                "damaged; read a span of it, replace or remove it"
+            )
 
 
 def _frames(container: InputContainer, track: AudioStream, sought: bool) -> Iterator[AudioFrame]:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _SOUGHT_BY_DTS = ("mpegts", "mpeg")  # seeking uses decoding times; in other formats display times
 _BACK = Fraction(1, 4)  # seconds by which a decoding time may be before the last one if some are interpolated
+_LONGEST = 7 * 24 * 3600  # maximum duration of a video, seconds: a week
 _OPEN_ENDED = ("mpegts", "mpeg", "asf")  # formats that don't store their length
 
 
@@ -96,7 +97,8 @@ def read_index(container: InputContainer, stream: VideoStream, path: Path) -> Pa
     """Reads all packets of a newly opened file.
 
     Raises:
-        UnreadableVideo: the file has no frames, is damaged or truncated, or its timestamps restart in the middle.
+        UnreadableVideo: the file has no frames, is damaged or truncated, its timestamps restart in the middle, or it
+            would last over a week.
     """
     name, rate, unit = container.format.name, stream.average_rate, stream.time_base or Fraction(1)
     usual = round(1 / (rate * unit)) if rate else 0
@@ -156,6 +158,8 @@ def read_index(container: InputContainer, stream: VideoStream, path: Path) -> Pa
     rising = sorted(numbers)
     steps = [later - stamp for stamp, later in pairwise(rising)] or [0]
     end = rising[-1] + (lengths[numbers[rising[-1]]] or median_low(steps))
+    if (end - rising[0]) * unit > _LONGEST:  # frames sampled by time would fill the memory
+        raise UnreadableVideo(f"its timestamps are damaged: they span {float((end - rising[0]) * unit):.3g} s")
     return PacketIndex(rising, end, unit, numbers, keys, trusted, name in _OPEN_ENDED, bool(suspect))
 
 

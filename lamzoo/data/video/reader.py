@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import math
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -390,6 +391,8 @@ def _clip(index: PacketIndex, picked: Sequence[int], images: Mapping[int, Image.
 
 def _upright(frame: VideoFrame) -> Image.Image:
     """Converts a frame to RGB, rotated by the nearest quarter turn of its display matrix, or mirrored."""
+    if frame.width * frame.height > 2 * (Image.MAX_IMAGE_PIXELS or math.inf):  # Pillow's limit for images
+        raise UnreadableVideo(f"its frames are too large, {frame.width} x {frame.height} pixels")
     image = Image.fromarray(frame.to_ndarray(format="rgb24", threads=1))
     side_data: Any = frame.side_data
     if "DISPLAYMATRIX" not in side_data:
