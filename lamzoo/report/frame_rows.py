@@ -12,7 +12,8 @@ from PIL import Image, ImageOps
 
 from lamzoo.errors import DataError
 from lamzoo.files import atomic_files
-from lamzoo.report.mpl import check_target, new_figure
+from lamzoo.files import check_target
+from lamzoo.report.mpl import new_figure
 from lamzoo.text import printable
 
 FRAMES = 6  # maximum frames per row

@@ -211,6 +211,8 @@ def shard_samples(
                 extension, place = found[0], parts[found[0]]
                 read = {other: part.text for other, part in parts.items() if other != extension}
                 samples.append(ShardSample(shard, key, extension, place.start, place.size, read))
+        if not samples:
+            raise DataError(f"{shard} has no {what} with a {text}; complete it, or remove it")
         yield from sorted(samples, key=lambda sample: sample.start)
         ignored += [f"{shard}[{name}]" for name in others]
         members += count

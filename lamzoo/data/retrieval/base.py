@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 from lamzoo.data.fingerprint import Fingerprint, group
 from lamzoo.data.splits import check_videos
+from lamzoo.data.validation import BadInput
 from lamzoo.data.video.reader import VideoClip
 from lamzoo.data.video.sampling import FrameSampling
 from lamzoo.errors import DataError
@@ -20,12 +22,15 @@ class VideoSource(ABC):
         how_to_split: how to add splits to such data, for messages; ``None`` for layouts without splits.
         videos: unique ids of the videos.
         captions: captions of each video, in the order of the layout's file.
+        lost: indices of videos that are known to be unreadable without opening them, because they have no file, each
+            with the reason.
     """
 
     split: str | None = None
     how_to_split: str | None = None
     videos: Sequence[str]
     captions: Sequence[Sequence[str]]
+    lost: Mapping[int, str] = MappingProxyType({})
 
     @abstractmethod
     def read(self, index: int, sampling: FrameSampling, threads: int = 1) -> VideoClip:
@@ -76,6 +81,7 @@ class SelectedVideos(VideoSource):
         self.captions = [source.captions[index] for index in indices]
         self._source = source
         self._indices = list(indices)
+        self.lost = {place: source.lost[index] for place, index in enumerate(self._indices) if index in source.lost}
 
     def read(self, index: int, sampling: FrameSampling, threads: int = 1) -> VideoClip:
         return self._source.read(self._indices[index], sampling, threads)
@@ -105,6 +111,7 @@ class CaptionedVideos:
         texts: the captions of all videos, stripped, grouped by video in the order of the videos.
         video_of_text: index of the video of each text.
         source: source of the videos.
+        lost: the videos that are known to be unreadable, such as missing files; reading one raises an error.
         threads: decoding threads, as for :func:`lamzoo.data.video.reader.read_video`; 1 by default.
 
     Args:
@@ -123,6 +130,7 @@ class CaptionedVideos:
         self.source = source
         self.threads = 1
         self.videos = list(source.videos)
+        self.lost = [BadInput(index, source.name(index), reason) for index, reason in source.lost.items()]
         self.texts: list[str] = []
         self.video_of_text: list[int] = []
         self._starts = [0]  # offsets of each video in the texts, and the end

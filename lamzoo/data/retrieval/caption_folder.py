@@ -16,14 +16,16 @@ class PlainSource(FileSource):
     """A folder of videos and ``captions.csv`` with the columns ``video``, ``caption`` and, optionally, ``split``.
 
     ``video`` is a path relative to the folder, with or without extension; paths are compared in NFC. A video with
-    several captions has several lines. Without the column ``split`` there are no splits.
+    several captions has several lines; one without a file is ``lost``. Without the column ``split`` there are no
+    splits.
 
     Args:
         root: the folder.
         split: value of the column ``split``.
 
     Raises:
-        DataError: there is no such folder, table or split, a column is missing, or a video has no file, or several.
+        DataError: there is no such folder, table or split, a column is missing, a video has several files, or
+            no video has one.
     """
 
     how_to_split = "add a column split to captions.csv"
@@ -42,10 +44,13 @@ class PlainSource(FileSource):
             rows = [row for row in rows if row["split"] == own]
         files = Files(root, table)
         captions: dict[Path, list[str]] = {}
+        if not any(files.look_up(row["video"]) for row in rows):
+            files.find(rows[0]["video"])  # raises: none has a file
         for row in rows:
-            captions.setdefault(files.find(row["video"]), []).append(row["caption"])
+            path = files.look_up(row["video"]) or root / row["video"]
+            captions.setdefault(path, []).append(row["caption"])
         videos = [path.relative_to(root).as_posix() for path in captions]
-        super().__init__(videos, list(captions), list(captions.values()), own)
+        super().__init__(videos, list(captions), list(captions.values()), own, table)
 
 
 class Files:
@@ -60,6 +65,25 @@ class Files:
                 self._known.setdefault(nfc(name.as_posix()), []).append(path)
 
     def find(self, video: str) -> Path:
+        """Returns the file of a video.
+
+        Raises:
+            DataError: as for :meth:`look_up`, or there is no file.
+        """
+        path = self.look_up(video)
+        if path is None:
+            extension = "" if Path(video).suffix.lower() in VIDEO_EXTENSIONS else " with a video extension"
+            raise DataError(
+                f"there is no {self._root / video}{extension}; add the video, or remove its lines from {self._table}"
+            )
+        return path
+
+    def look_up(self, video: str) -> Path | None:
+        """Returns the file of a video, if there is one.
+
+        Raises:
+            DataError: the path is not below the folder, or there are several files.
+        """
         place = Path(video)
         if place.is_absolute() or ".." in place.parts:
             raise DataError(
@@ -69,7 +93,4 @@ class Files:
         if file_exists(whole):
             return whole
         found = self._known.get(nfc(place.as_posix()))
-        if found is None:
-            extension = "" if place.suffix.lower() in VIDEO_EXTENSIONS else " with a video extension"
-            raise DataError(f"there is no {whole}{extension}; add the video, or remove its lines from {self._table}")
-        return only_file(found, video)
+        return None if found is None else only_file(found, video)

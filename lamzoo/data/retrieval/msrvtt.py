@@ -33,7 +33,7 @@ class MsrvttSource(FileSource):
       contain them, so validation scores don't measure generalisation.
 
     Videos are ``ID.mp4``, or have another extension, in ``videos/all``, ``videos``, ``MSRVTT_Videos`` or anywhere
-    else below the folder.
+    else below the folder; those without a file are ``lost``.
 
     Args:
         root: the folder.
@@ -42,7 +42,7 @@ class MsrvttSource(FileSource):
 
     Raises:
         DataError: there is no such folder, split or file, a file is invalid, or a video has no caption or
-            no file, or several.
+            several files, or no video has a file.
     """
 
     def __init__(self, root: Path, split: str, training: TrainingList = "9k") -> None:
@@ -59,7 +59,7 @@ class MsrvttSource(FileSource):
             listed = data.path if split == "validation" else _existing(root / f"MSRVTT_train.{training}.csv")
             ids = data.ids("validate") if split == "validation" else read_video_ids(listed)
             texts = captions_of(ids, data.captions(), data.path, listed)
-        super().__init__(ids, locate(ids, root, _FOLDERS, listed), texts, split)
+        super().__init__(ids, locate(ids, root, _FOLDERS, listed), texts, split, listed)
 
 
 def read_test_pairs(path: Path) -> list[tuple[str, str]]:

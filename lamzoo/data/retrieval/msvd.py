@@ -27,7 +27,8 @@ class MsvdSource(FileSource):
     line. ``raw-captions.json`` contains the captions, some 40 per video: ``{id: [caption, ...]}``, each a string or a
     list of words. CLIP4Clip distributes them as the pickle ``raw-captions.pkl``, which lamzoo never opens, because a
     pickle can run code; the error about the missing JSON has the command that converts it. Videos are ``ID.avi``, or
-    have another extension, in ``YouTubeClips``, ``MSVD_Videos``, ``videos`` or anywhere else below the folder.
+    have another extension, in ``YouTubeClips``, ``MSVD_Videos``, ``videos`` or anywhere else below the folder; those
+    without a file are ``lost``.
 
     Args:
         root: the folder.
@@ -35,7 +36,7 @@ class MsvdSource(FileSource):
 
     Raises:
         DataError: there is no such folder, split or file, a file is invalid, or a video has no caption or
-            no file, or several.
+            several files, or no video has a file.
     """
 
     def __init__(self, root: Path, split: str) -> None:
@@ -45,7 +46,7 @@ class MsvdSource(FileSource):
         ids = _read_list(listed)
         described = root / "raw-captions.json"
         captions = captions_of(ids, _read_captions(described), described, listed)
-        super().__init__(ids, locate(ids, root, _FOLDERS, listed), captions, split)
+        super().__init__(ids, locate(ids, root, _FOLDERS, listed), captions, split, listed)
 
 
 def _read_list(path: Path) -> list[str]:

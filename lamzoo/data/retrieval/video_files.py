@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lamzoo.data.fingerprint import file_sizes
 from lamzoo.data.paths import nfc
+from lamzoo.data.paths import file_exists
 from lamzoo.data.retrieval.base import VideoSource
 from lamzoo.data.video.reader import VideoClip, read_video, videos_below
 from lamzoo.data.video.sampling import FrameSampling
@@ -21,13 +22,21 @@ class FileSource(VideoSource):
         paths: their files.
         captions: captions of each video.
         split: name of the split in the data, or ``None``.
+        listed: the file that lists the videos, for messages.
     """
 
     def __init__(
-        self, videos: Sequence[str], paths: Sequence[Path], captions: Sequence[Sequence[str]], split: str | None
+        self,
+        videos: Sequence[str],
+        paths: Sequence[Path],
+        captions: Sequence[Sequence[str]],
+        split: str | None,
+        listed: Path,
     ) -> None:
         self.videos, self.captions, self.split = videos, captions, split
         self._paths = paths
+        missing = f"there is no such file, and {listed.name} lists it"
+        self.lost = {index: missing for index, path in enumerate(paths) if not file_exists(path)}
 
     def read(self, index: int, sampling: FrameSampling, threads: int = 1) -> VideoClip:
         return read_video(self._paths[index], sampling, threads=threads)
@@ -49,22 +58,21 @@ def locate(ids: Sequence[str], root: Path, folders: Sequence[str], listed: Path)
         listed: the file that lists the ids, for messages.
 
     Returns:
-        The file of each id.
+        The file of each id; ``ID.mp4`` in the folder for a video without one.
 
     Raises:
-        DataError: a video has no file, or several; names it.
+        DataError: a video has several files, or none of them has one; names it.
     """
     for folder in (root / name for name in folders):
         files = index_files(folder)
         if files:
             break
-    missing = [video for video in ids if nfc(video) not in files]
-    if missing:
+    if not any(nfc(video) in files for video in ids):
         raise DataError(
-            f"{folder} has no video {missing[0]!r}{_and_more(len(missing) - 1, len(ids))}; add {missing[0]}.mp4, or "
-            f"a file with another extension, or remove the id from {listed}"
+            f"{folder} has no video {ids[0]!r}{_and_more(len(ids) - 1, len(ids))}; add {ids[0]}.mp4, or a file with "
+            f"another extension, or remove the id from {listed}"
         )
-    return [only_file(files[nfc(video)], video) for video in ids]
+    return [only_file(files.get(nfc(video), [folder / f"{video}.mp4"]), video) for video in ids]
 
 
 def index_files(folder: Path) -> dict[str, list[Path]]:

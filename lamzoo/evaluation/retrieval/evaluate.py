@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lamzoo.data import BadInput, OnBadInput, plain_worker_errors
-from lamzoo.data.retrieval import CaptionedVideos, set_aside_invalid_videos
+from lamzoo.data.retrieval import CaptionedVideos, leave_out_invalid_videos, set_aside_invalid_videos
 from lamzoo.data.retrieval.clips import Clips, each_frame, pad_clips
 from lamzoo.data.video.sampling import FrameSampling, adjusted
 from lamzoo.errors import ConfigError, UnsupportedHostError
@@ -70,7 +70,8 @@ def evaluate_retrieval(
         precision: autocast precision.
         workers: worker processes that read videos; 0 reads in the main process.
         dual: also score the similarities after dual softmax.
-        on_bad_input: ``"stop"`` at an unreadable video, or ``"skip"``: check all videos first and leave these out.
+        on_bad_input: ``"stop"`` at an unreadable or missing video, or ``"skip"``: check all videos first and leave
+            these out.
         progress: called with the stage (``"scan"``, ``"videos"``, ``"texts"``), the number done, and the total.
 
     Returns:
@@ -89,6 +90,7 @@ def evaluate_retrieval(
     moved = progress or (lambda what, done, total: None)
     start = time.perf_counter()
     bad: list[BadInput] = []
+    leave_out_invalid_videos(dataset, dataset.lost, on_bad_input)  # raises before the model runs
     if on_bad_input == "skip":
         dataset, bad = set_aside_invalid_videos(
             dataset, chosen, "skip", workers=workers, progress=partial(moved, "scan")

@@ -77,9 +77,8 @@ class RetrievalRun(TrainingRun):
 
     def scan_data(self, progress: ScanProgress | None) -> BadInputs:
         bad: list[Any] = []
-        if self.recipe.data.scan:
-            for role, split in self.splits.items():
-                self.splits[role] = self._scan(role, split, bad, progress)
+        for role, split in self.splits.items():
+            self.splits[role] = self._scan(role, split, bad, progress)
         pairs, batch = len(self._pairs(None)), self.recipe.run.batch_size
         if pairs < batch:
             raise RecipeError(
@@ -182,7 +181,11 @@ class RetrievalRun(TrainingRun):
     def _scan(
         self, role: str, split: CaptionedVideos, bad: list[Any], progress: ScanProgress | None
     ) -> CaptionedVideos:
+        """Leaves out the invalid videos; without ``data.scan`` only the missing ones, which are known already."""
         data, accelerator = self.recipe.data, self.accelerator
+        if not data.scan:
+            bad += [(split.split or role, video) for video in split.lost]
+            return leave_out_invalid_videos(split, split.lost, data.on_bad_input)
         share = range(accelerator.process_index, len(split), accelerator.num_processes)
 
         def moved(done: int, total: int) -> None:

@@ -1,5 +1,6 @@
 """Sound as log-mel spectra: the filters, the transform, and reading it from files of many kinds."""
 
+import os
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -280,3 +281,24 @@ def test_what_can_t_be_heard_is_named(tmp_path: Path) -> None:
     (tmp_path / "c.m4a").write_bytes(content[: len(content) // 2])
     with pytest.raises(DataError, match=r"cannot read the sound of .*c\.m4a"):
         read_log_mel(tmp_path / "c.m4a")
+
+
+def test_sound_that_claims_to_last_over_half_a_day_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "long.mkv"
+    with av.open(str(path), "w") as file:
+        track = file.add_stream("pcm_s16le", rate=16_000, layout="mono")
+        for second in (0, 0.1, 13 * 3600):
+            frame = av.AudioFrame.from_ndarray(np.full((1, 1600), 3000, np.int16), format="s16", layout="mono")
+            frame.sample_rate, frame.time_base, frame.pts = 16_000, Fraction(1, 16_000), round(16_000 * second)
+            file.mux(track.encode(frame))
+    with pytest.raises(
+        DataError, match=r"long\.mkv: it lasts over 12 hours, or its timestamps are damaged; read a span"
+    ):
+        read_log_mel(path)
+    assert read_log_mel(path, 0, 0.2) is not None
+
+
+def test_a_pipe_is_no_sound(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.wav")
+    with pytest.raises(DataError, match=r"pipe\.wav: it is a pipe, socket or device, not a regular file"):
+        read_log_mel(tmp_path / "pipe.wav")

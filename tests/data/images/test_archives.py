@@ -87,3 +87,47 @@ def test_ignored_videos_are_counted_and_named_once(tmp_path: Path, caplog: pytes
 def test_no_image_of_a_shard_is_lost_without_a_word(tmp_path: Path, samples: dict[str, bytes], message: str) -> None:
     with pytest.raises(DataError, match=message):
         images(write_shard(tmp_path / "a.tar", samples))
+
+
+SAMPLES = {name: encoded(0, 0) if name.endswith("jpg") else b"1" for name in ("a.jpg", "a.cls", "b.jpg", "b.cls")}
+
+
+def damaged(block: int) -> Callable[[bytes], bytes]:
+    return lambda shard: shard[:block] + b"?" + shard[block + 1 :]
+
+
+def second_sample(shard: bytes) -> int:
+    return shard.index(b"b.jpg")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda shard: shard[: second_sample(shard)], "cut short after 2 files"),
+        (lambda shard: shard[: second_sample(shard) + 100], "cut short after 2 files"),
+        (lambda shard: damaged(second_sample(shard) + 150)(shard), "damaged or cut short after 2 files"),
+        (lambda shard: shard + shard, "more follows its end mark after 4 files, as in concatenated archives"),
+        (lambda shard: bytes(10240), "has no image with a .cls label; complete it, or remove it"),
+        (lambda shard: b"", "not a complete, uncompressed webdataset shard: empty file"),
+    ],
+    ids=["cut at a file", "cut in a header", "damaged header", "concatenated", "no files", "empty"],
+)
+def test_a_shard_that_ends_too_early_is_refused(tmp_path: Path, change: Callable[[bytes], bytes], message: str) -> None:
+    shard = write_shard(tmp_path / "a.tar", SAMPLES)
+    shard.write_bytes(change(shard.read_bytes()))
+    with pytest.raises(DataError, match=message):
+        images(shard)
+
+
+def test_every_alternative_of_a_pattern_needs_a_shard_and_none_counts_twice(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a-0.tar", SAMPLES)
+    assert len(create_dataset(f"wds:{tmp_path}/{{a,a}}-*.tar", "all")) == 2
+    for pattern in ("{a,b}-*.tar", "a-{0..1}.tar"):
+        with pytest.raises(DataError, match="the shard .* is missing; restore it"):
+            create_dataset(f"wds:{tmp_path}/{pattern}", "all")
+
+
+def test_a_pipe_is_no_shard(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.tar")
+    with pytest.raises(DataError, match="it is a pipe, socket or device, not a regular file"):
+        create_dataset(f"wds:{tmp_path}/*.tar", "all")

@@ -1,15 +1,19 @@
+import contextlib
+import io
 import json
+import os
+import random
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm.data
-from PIL import Image
+from PIL import Image, features
 
 from lamzoo.data import create_dataset, find_images, open_image
 from lamzoo.data.captions import create_caption_dataset
-from lamzoo.data.images.decode import Mode
+from lamzoo.data.images.decode import Mode, decode_image
 from lamzoo.data.retrieval import create_retrieval_dataset
 from lamzoo.data.video.sampling import FrameSampling
 from lamzoo.errors import DataError
@@ -186,3 +190,39 @@ def test_what_is_no_image_is_named(tmp_path: Path) -> None:
         find_images([tmp_path / "empty"])
     with pytest.raises(DataError, match="no such image or folder"):
         find_images([tmp_path / "c"])
+
+
+BASES = {
+    **{name: encoded(0, 0, name) for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")},
+    **{name: encoded(0, 0, name) for name in ("AVIF",) if features.check("avif")},
+    "DDS": encoded(0, 0, "DDS"),  # a name like photo.jpg doesn't keep Pillow from reading rarer formats
+    "QOI": encoded(0, 0, "QOI"),
+}
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_damaged_bytes_end_in_an_image_or_in_an_error_that_names_it(name: str) -> None:
+    draw = random.Random(name)
+    for _ in range(200):
+        content = bytearray(BASES[name])
+        for _ in range(draw.randint(1, 4)):
+            at = draw.randrange(min(len(content), draw.choice((150, 10_000))))
+            if draw.random() < 0.7:
+                content[at] = draw.randrange(256)
+            else:
+                del content[at : at + draw.randint(1, 8)]
+        with warnings.catch_warnings(), contextlib.suppress(DataError):
+            warnings.simplefilter("ignore")
+            assert decode_image(io.BytesIO(content), "photo.jpg").mode == "RGB"
+
+
+def test_postscript_is_not_run(tmp_path: Path) -> None:
+    (tmp_path / "photo.jpg").write_bytes(encoded(0, 0, "EPS"))
+    with pytest.raises(DataError, match=r"photo\.jpg: it is PostScript, a program, which is not run"):
+        open_image(tmp_path / "photo.jpg")
+
+
+def test_a_pipe_is_no_image(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "photo.jpg")
+    with pytest.raises(DataError, match=r"photo\.jpg: it is a pipe, socket or device, not a regular file"):
+        open_image(tmp_path / "photo.jpg")

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from lamzoo.data.retrieval import create_retrieval_dataset
+from lamzoo.data.retrieval import create_retrieval_dataset, leave_out_invalid_videos
 from lamzoo.data.retrieval.msrvtt import read_test_pairs, read_video_ids
+from lamzoo.data.video.sampling import FrameSampling
 from lamzoo.errors import DataError
 
 SPLITS = Path(__file__).parents[4] / "shared" / "data" / "msrvtt_splits"
@@ -112,11 +113,25 @@ def test_videos_without_a_file_are_named_and_counted(tmp_path: Path) -> None:
     root = write_msrvtt(tmp_path)
     for number in (0, 2):
         (root / "videos" / "all" / f"video{number}.mp4").unlink()
+    train = create_retrieval_dataset(f"msrvtt:{root}", "train")
     with pytest.raises(
-        DataError, match=r"no video 'video0', nor 1 more of the 5; add video0\.mp4, .* from .*train\.9k"
+        DataError, match=r"2 of the 5 .*video0\.mp4 \(there is no such file, .*_train\.9k\.csv lists it"
+    ):
+        leave_out_invalid_videos(train, train.lost, "stop")
+    with pytest.raises(DataError, match=r"no such video: .*video0\.mp4"):
+        train.read(1, FrameSampling())
+    assert leave_out_invalid_videos(train, train.lost, "skip").videos == ["video3", "video1", "video5"]
+    assert not create_retrieval_dataset(f"msrvtt:{root}", "test").lost
+
+
+def test_a_folder_without_any_of_the_videos_is_refused(tmp_path: Path) -> None:
+    root = write_msrvtt(tmp_path)
+    for path in (root / "videos" / "all").iterdir():
+        path.rename(path.with_stem(f"other-{path.stem}"))
+    with pytest.raises(
+        DataError, match=r"no video 'video3', nor 4 more of the 5; add video3\.mp4, .* from .*train\.9k"
     ):
         create_retrieval_dataset(f"msrvtt:{root}", "train")
-    assert len(create_retrieval_dataset(f"msrvtt:{root}", "test")) == 2
 
 
 def test_videos_without_captions_are_named(tmp_path: Path) -> None:

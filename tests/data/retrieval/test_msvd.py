@@ -84,5 +84,9 @@ def test_a_wrong_file_is_named(folder: Path, name: str, content: str | None, spl
 
 def test_a_missing_video_is_named(folder: Path) -> None:
     (folder / "YouTubeClips" / "-4wsuPCjDBc_5_15.avi").unlink()
-    with pytest.raises(DataError, match=r"YouTubeClips has no video '-4wsuPCjDBc_5_15'; add .* from .*test_list"):
+    [lost] = create_retrieval_dataset(f"msvd:{folder}", "test").lost
+    assert Path(lost.filename).stem == "-4wsuPCjDBc_5_15"
+    assert lost.reason == "there is no such file, and test_list.txt lists it"
+    (folder / "YouTubeClips" / "00jrXRMlZOY_0_10.avi").rename(folder / "YouTubeClips" / "other.avi")
+    with pytest.raises(DataError, match=r"has no video '00jrXRMlZOY_0_10', nor 1 more of the 2; add .* from .*test_li"):
         create_retrieval_dataset(f"msvd:{folder}", "test")

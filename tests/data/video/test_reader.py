@@ -1,4 +1,5 @@
 import importlib.util
+import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lamzoo.data.images.decode import unreadable_because
 from lamzoo.data.video import reader
+from lamzoo.data.video.instants import ClipMiddles
 from lamzoo.data.video.reader import find_videos, probe_video, read_video, read_video_pieces, videos_below
 from lamzoo.data.video.sampling import FrameSampling
 from lamzoo.errors import ConfigError, DataError, MissingExtraError
@@ -318,6 +320,21 @@ def test_what_is_no_video_is_named(tmp_path: Path) -> None:
         read_video(tmp_path / "none.mp4")
     with pytest.raises(DataError, match="is a folder, not a video"):
         read_video(tmp_path)
+    os.mkfifo(tmp_path / "pipe.mp4")
+    with pytest.raises(DataError, match=r"pipe\.mp4: it is a pipe, socket or device, not a regular file"):
+        read_video(tmp_path / "pipe.mp4")
+
+
+def test_a_video_that_claims_to_last_over_a_week_is_refused(tmp_path: Path) -> None:
+    write_clip(tmp_path / "long.mkv", 3, times=[0, 1, 8 * 24 * 3600])
+    with pytest.raises(DataError, match=r"long\.mkv: its timestamps are damaged: they span 6.91e\+05 s"):
+        read_video(tmp_path / "long.mkv", ClipMiddles())
+
+
+def test_frames_beyond_the_limit_of_images_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 96 * 64 // 2 - 1)
+    with pytest.raises(DataError, match=r"clip\.mp4: its frames are too large, 96 x 64 pixels"):
+        read_video(write_clip(tmp_path / "clip.mp4", 3))
 
 
 def test_sound_alone_is_no_video_with_a_cover_or_without(tmp_path: Path) -> None:
