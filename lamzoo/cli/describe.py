@@ -75,9 +75,11 @@ def describe(
 
 def _check_files(video: Path, output: Path | None, explain: Path | None) -> None:
     """Checks the paths before anything is loaded."""
-    if video.is_dir():
+    from lamzoo.data.paths import file_exists, folder_exists
+
+    if folder_exists(video):
         raise DataError(f"{video} is a folder; give a video file")
-    if not video.exists():
+    if not file_exists(video):
         raise DataError(f"no such video: {video}")
     if output is not None:
         from lamzoo.report.webvtt import check_webvtt

@@ -45,9 +45,11 @@ def find(
     if no_strip and strip is not None:
         raise ConfigError("--strip and --no-strip contradict each other; leave one out")
     picture = None if no_strip else _picture(strip)
-    if video.is_dir():
+    from lamzoo.data.paths import file_exists, folder_exists
+
+    if folder_exists(video):
         raise DataError(f"{video} is a folder; give a video file, or search the folder with `lamzoo search`")
-    if not video.exists():
+    if not file_exists(video):
         raise DataError(f"no such video: {video}")
     from lamzoo.evaluation import resolve_device
     from lamzoo.report.moment_strip import Span, write_strip

@@ -11,8 +11,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from lamzoo.errors import DataError
-from lamzoo.files import atomic_files
-from lamzoo.files import check_target
+from lamzoo.files import atomic_files, check_target
 from lamzoo.report.mpl import new_figure
 from lamzoo.text import printable
 

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lamzoo.data import OnBadInput
 from lamzoo.data.images.decode import unreadable_because
+from lamzoo.data.paths import file_exists
 from lamzoo.data.retrieval.clips import FramesTransform, each_frame, pad_clips
 from lamzoo.data.video.packets import UnreadableVideo, import_av
 from lamzoo.data.video.reader import find_videos, read_video
@@ -376,7 +377,7 @@ def _earlier(folder: Path, origin: Origin, sampling: FrameSampling | None) -> St
 
 def _listed(folder: Path) -> list[IndexedVideo]:
     """Lists the videos of a folder with their current size and modification time."""
-    if folder.is_file():
+    if file_exists(folder):
         raise DataError(f"{folder} is a file; give the folder of the videos")
     listed = []
     for path in find_videos([folder]):

@@ -18,11 +18,25 @@ from lamzoo.data.arrays import read_npz
 from lamzoo.data.images.decode import IMAGE_EXTENSIONS
 from lamzoo.data.images.image_dataset import ImageSource
 from lamzoo.data.json_files import read_json, read_lines
-from lamzoo.data.paths import is_hidden, visible
+from lamzoo.data.paths import check_folder, expand_wildcards, file_exists, is_hidden, visible
 from lamzoo.data.splits import SPLIT_NAMES, find_split, synonyms
 from lamzoo.errors import DataError, MissingSplitError
+from lamzoo.reading import open_regular
 
 _logger = logging.getLogger(__name__)
+
+_LONGEST_TEXT = 2**24  # bytes
+#: Exceptions of tarfile for damaged headers; it parses numbers and texts without checks of its own.
+_BROKEN_TAR = (
+    tarfile.TarError,
+    OSError,
+    ValueError,
+    EOFError,
+    LookupError,
+    ArithmeticError,
+    MemoryError,
+    RecursionError,
+)
 
 
 def npz_splits(folder: Path) -> list[str]:
@@ -42,8 +56,7 @@ class NpzSource(ImageSource):
     """
 
     def __init__(self, root: Path, split: str) -> None:
-        if not root.is_dir():
-            raise DataError(f"no such folder: {root}")
+        check_folder(root)
         self.split = find_split(split, npz_splits(root), str(root))
         self._path = root / f"{self.split}.npz"
         self.classes, self.identifiers = read_classes(root / "classes.json")
@@ -140,7 +153,7 @@ class TarSource(ImageSource):
         beside = shards[0].parent
         self.classes, self.identifiers = read_classes(beside / "classes.json")
         names = beside / "classnames.txt"
-        if not self.classes and names.exists():
+        if not self.classes and file_exists(names):
             self.classes = read_lines(names)
         samples = shard_samples(shards, IMAGE_EXTENSIONS, (".cls",), "image", ".cls label")
         self._images = [_Image(each.shard, each.key, each.start, each.size, _label(each)) for each in samples]
@@ -151,7 +164,7 @@ class TarSource(ImageSource):
     def read(self, index: int) -> tuple[BinaryIO, int]:
         image = self._images[index]
         try:
-            with image.shard.open("rb") as file:
+            with open_regular(image.shard) as file:
                 file.seek(image.start)
                 return io.BytesIO(file.read(image.size)), image.label
         except OSError as error:
@@ -187,13 +200,14 @@ def shard_samples(
         The samples, shard by shard, in the order of their images or videos.
 
     Raises:
-        DataError: a shard is damaged, a sample has no medium, two of them or no text, or a file exists twice.
+        DataError: a shard is damaged, cut short or without samples, a sample has no medium, two of them or no text, or
+            a file exists twice.
     """
     ignored: list[str] = []
     members = 0
     for shard in shards:
         samples = []
-        files, others, count = _read_shard(shard, media, texts)
+        files, others, count = _read_shard(shard, media, texts, text)
         whole = {key for key, parts in files.items() if len(parts) > 1 and not parts.keys() <= set(texts)}
         for key, parts in files.items():
             found = [extension for extension in parts if extension in media]
@@ -257,7 +271,7 @@ def read_classes(path: Path) -> tuple[list[str] | None, list[str] | None]:
     Raises:
         DataError: the file has another content.
     """
-    if not path.exists():
+    if not file_exists(path):
         return None, None
     entries = read_json(path)
     pairs = [entry if isinstance(entry, list) else [None, entry] for entry in _as_list(entries)]
@@ -273,16 +287,16 @@ def _as_list(value: object) -> list:
 
 
 def _expand(pattern: str) -> list[Path]:
-    """Expands braces as a shell does, then wildcards; every file of a brace must exist."""
-    found: list[Path] = []
+    """Expands braces as a shell does, then wildcards; each alternative of a brace must exist."""
+    found: dict[Path, None] = {}  # in order, without repetitions
+    missing: list[Path] = []
     for plain in _braces(pattern):
-        paths = sorted(glob.glob(plain)) if glob.has_magic(plain) else [plain]
-        found += (Path(path) for path in paths)
-    existing = [path for path in found if path.is_file()]
-    if existing and len(existing) < len(found):
-        missing = next(path for path in found if not path.is_file())
-        raise DataError(f"the shard {missing} is missing")
-    return existing
+        paths = expand_wildcards(plain) if glob.has_magic(plain) else [Path(plain)]
+        found |= dict.fromkeys(path for path in paths if file_exists(path))
+        missing += [path for path in paths if not file_exists(path)] if paths else [Path(plain)]
+    if found and missing:
+        raise DataError(f"the shard {missing[0]} is missing; restore it, or give a pattern without it")
+    return list(found)
 
 
 def _braces(pattern: str) -> list[str]:
@@ -305,15 +319,19 @@ class _Part(NamedTuple):
 
 
 def _read_shard(
-    shard: Path, media: Collection[str], texts: Sequence[str]
+    shard: Path, media: Collection[str], texts: Sequence[str], text: str
 ) -> tuple[dict[str, dict[str, _Part]], list[str], int]:
     """Returns the files of a shard by key and extension, the names of ignored files, and the number of all files."""
     files: dict[str, dict[str, _Part]] = {}
     ignored: list[str] = []
     count = 0
+    last = -1
     try:
-        with tarfile.open(shard, "r:") as archive:
+        with open_regular(shard) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for entry in archive:
+                if entry.offset <= last or entry.size < 0:
+                    raise tarfile.ReadError(f"the header of {entry.name} is damaged")
+                last = entry.offset
                 if entry.isdir() or is_hidden(entry.name):
                     continue
                 count += 1
@@ -324,11 +342,33 @@ def _read_shard(
                 parts = files.setdefault(key, {})
                 if extension in parts:
                     raise DataError(f"{shard} has {key}{extension} twice; rename one of them")
-                text = archive.extractfile(entry) if extension in texts else None
-                parts[extension] = _Part(entry.offset_data, entry.size, b"" if text is None else text.read())
-    except (tarfile.TarError, OSError, ValueError, EOFError) as error:
-        raise DataError(f"{shard} is not a complete, uncompressed webdataset shard: {error}") from error
+                if entry.issparse() or (extension in texts and entry.size > _LONGEST_TEXT):
+                    raise tarfile.ReadError(f"{entry.name} is sparse, or longer than a {text} can be")
+                content = archive.extractfile(entry) if extension in texts else None
+                parts[extension] = _Part(entry.offset_data, entry.size, b"" if content is None else content.read())
+            _check_end(file, archive.offset, count)
+    except _BROKEN_TAR as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{shard} is not a complete, uncompressed webdataset shard: {reason}; replace it") from error
     return files, ignored, count
+
+
+def _check_end(file: BinaryIO, offset: int, count: int) -> None:
+    """Raises an error unless zeros are all that follows the last file: tarfile takes any other block for the end too.
+
+    Args:
+        file: the archive.
+        offset: the end of its last file.
+        count: the number of files before it.
+    """
+    file.seek(offset)
+    rest = file.read(2**20)
+    if len(rest) < tarfile.BLOCKSIZE or any(rest[: tarfile.BLOCKSIZE]):
+        raise tarfile.ReadError(f"it is damaged or cut short after {count} files, where its end mark is missing")
+    while rest:
+        if rest.strip(b"\0"):
+            raise tarfile.ReadError(f"more follows its end mark after {count} files, as in concatenated archives")
+        rest = file.read(2**20)
 
 
 def split_member(name: str, extensions: Collection[str]) -> tuple[str, str]:

@@ -13,7 +13,7 @@ import timm.data
 from PIL import Image
 
 from lamzoo.data.images.image_dataset import ImageSource, LabelledImages
-from lamzoo.data.paths import nfc
+from lamzoo.data.paths import file_exists, nfc
 from lamzoo.errors import DataError
 from lamzoo.reading import parse_json, read_text, reason
 
@@ -42,7 +42,7 @@ def read_class_map(source: str | Path) -> list[str]:
     if str(source) in TIMM_CLASS_LISTS:
         return list(timm.data.ImageNetInfo(str(source)).label_names())
     path = Path(source)
-    if not path.is_file():
+    if not file_exists(path):
         known = ", ".join(TIMM_CLASS_LISTS)
         raise DataError(f"the class map {str(source)!r} is neither a file nor one of timm's ({known})")
     try:

@@ -13,8 +13,10 @@ from PIL import Image
 
 from lamzoo.data.images.decode import BROKEN_IMAGE
 from lamzoo.data.images.image_dataset import ImageSource
+from lamzoo.data.paths import file_exists, folder_exists
 from lamzoo.data.splits import find_split, synonyms
 from lamzoo.errors import DataError, MissingExtraError, MissingSplitError
+from lamzoo.reading import open_regular
 
 
 class TorchvisionSource(ImageSource):
@@ -40,7 +42,7 @@ class TorchvisionSource(ImageSource):
         accepted = inspect.signature(build).parameters
         if "root" not in accepted:
             raise DataError(f"torchvision's {self._name} is not a folder of labelled images")
-        if not root.is_dir():
+        if not folder_exists(root):
             raise DataError(f"no such folder: {root}; {self._download(root)}")
         self._dataset = self._build(build, accepted.keys(), root, split)
         self.classes = _names(self._dataset)
@@ -121,11 +123,11 @@ class HuggingFaceSource(ImageSource):
         self._spec = f"hfds:{name}"
         folder = Path(name)
         try:
-            if (folder / "dataset_dict.json").exists():
+            if file_exists(folder / "dataset_dict.json"):
                 splits = datasets.load_from_disk(name)
                 self.split = find_split(split, splits, self._spec)
                 dataset = splits[self.split]
-            elif (folder / "state.json").exists():
+            elif file_exists(folder / "state.json"):
                 dataset = datasets.load_from_disk(name)
             else:
                 self.split = find_split(split, datasets.get_dataset_split_names(name), self._spec)
@@ -147,7 +149,7 @@ class HuggingFaceSource(ImageSource):
         if image.get("bytes"):
             return io.BytesIO(image["bytes"]), item[self._label]
         try:
-            return Path(image["path"]).open("rb"), item[self._label]
+            return open_regular(image["path"]), item[self._label]
         except (OSError, TypeError) as error:
             raise DataError(f"{self.name(index)} has neither image bytes nor a file: {error}") from error
 

@@ -11,7 +11,7 @@ from lamzoo.data.retrieval.base import VideoSource
 from lamzoo.data.video.reader import VIDEO_EXTENSIONS, VideoClip, read_video
 from lamzoo.data.video.sampling import FrameSampling
 from lamzoo.errors import DataError
-from lamzoo.reading import decode, parse_json
+from lamzoo.reading import decode, open_regular, parse_json
 
 _NO_CAPTION = "caption, in a .txt or as the 'caption' of a .json"
 
@@ -62,7 +62,7 @@ class ShardSource(VideoSource):
 
 def _copy(sample: ShardSample, target: IO[bytes]) -> None:
     try:
-        with sample.shard.open("rb") as file:
+        with open_regular(sample.shard) as file:
             file.seek(sample.start)
             target.write(file.read(sample.size))
             target.flush()

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lamzoo.data.fingerprint import file_sizes
-from lamzoo.data.paths import nfc
-from lamzoo.data.paths import file_exists
+from lamzoo.data.paths import file_exists, nfc
 from lamzoo.data.retrieval.base import VideoSource
 from lamzoo.data.video.reader import VideoClip, read_video, videos_below
 from lamzoo.data.video.sampling import FrameSampling

@@ -1,4 +1,6 @@
 import logging
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
