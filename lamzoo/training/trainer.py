@@ -213,7 +213,7 @@ class TrainingRun(ABC):
 
         Args:
             epoch: current epoch, from 0.
-            update: update within the epoch, from 0.
+            update: update within the epoch, from 0; random states depend on it, the epoch and the process.
             batches: ``run.accumulation`` batches on the device.
         """
 
@@ -510,6 +510,8 @@ class TrainingRun(ABC):
         self.prepared_eval_loaders: list[Any] = rest
 
     def _step(self, epoch: int, update: int, batches: list[Any]) -> Tensor:
+        # Checkpoints hold no random states; most tasks seed each pass again.
+        seed_everything(self.recipe.run.seed, epoch, update, self.accelerator.process_index, 3)
         loss = self.backward(epoch, update, batches)
         clip = self.recipe.optimizer.clip_grad
         if clip is not None:
