@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import reprlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args
@@ -19,6 +20,8 @@ Heads = Literal["shared", "per-head"]
 Sign = Literal["free", "positive"]
 Init = Literal["identity", "paper"]
 Config = TypeVar("Config")
+
+_MOST, _MOST_LAYERS = 10_000_000, 100  # far above any useful mask; a damaged file can state any number
 
 _CHOICES: dict[str, Collection[str]] = {
     "layers": get_args(Layers),
@@ -76,6 +79,8 @@ class LamConfig:
         _check_width("rank", self.rank)
         if not isinstance(self.hidden, (tuple, list)):
             raise ConfigError(f"LamConfig.hidden is {self.hidden!r}; it must be a tuple of widths, such as (64,).")
+        if len(self.hidden) > _MOST_LAYERS:
+            raise ConfigError(f"LamConfig.hidden has {len(self.hidden)} widths; a mask has at most {_MOST_LAYERS}.")
         for width in self.hidden:
             _check_width("hidden", width)
         object.__setattr__(self, "hidden", tuple(self.hidden))  # TOML and JSON give lists
@@ -186,8 +191,10 @@ class LamConfig:
 
 
 def _check_width(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"LamConfig.{name} has {value!r}; widths and lengths must be whole numbers of at least 1.")
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MOST:
+        raise ConfigError(
+            f"LamConfig.{name} has {reprlib.repr(value)}; widths and lengths must be whole numbers from 1 to {_MOST:,}."
+        )
 
 
 def from_fields(cls: type[Config], fields: Mapping[str, Any]) -> Config:

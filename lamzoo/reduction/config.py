@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -47,11 +47,15 @@ class PruneConfig:
     training: Training = "straight-through"
 
     def __post_init__(self) -> None:
-        if not 0 < self.keep <= 1:
-            raise ConfigError(f"keep={self.keep}: the share of tokens to keep must be above 0 and at most 1.")
-        layers = tuple(self.at)
-        if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0:
-            raise ConfigError(f"at={layers}: name at least one layer, in ascending order, counted from 0.")
+        if isinstance(self.keep, bool) or not isinstance(self.keep, (int, float)) or not 0 < self.keep <= 1:
+            raise ConfigError(f"keep={self.keep!r}: the share of tokens to keep must be above 0 and at most 1.")
+        layers = tuple(self.at) if isinstance(self.at, Iterable) else ()
+        if (
+            not layers
+            or any(isinstance(layer, bool) or not isinstance(layer, int) or layer < 0 for layer in layers)
+            or list(layers) != sorted(set(layers))
+        ):
+            raise ConfigError(f"at={self.at!r}: name at least one layer, in ascending order, counted from 0.")
         object.__setattr__(self, "at", layers)
         for name, of in (("score", Score), ("rest", Rest), ("training", Training)):
             value, choices = getattr(self, name), get_args(of)

@@ -38,6 +38,7 @@ if TYPE_CHECKING:  # torch and timm are imported only for models of timm and for
 
     from lamzoo.data.trained import TrainedData
     from lamzoo.reduction.config import PruneConfig
+    from lamzoo.weights.saved import SavedModel
 
 _logger = logging.getLogger(__name__)
 _Function = TypeVar("_Function", bound="Callable[..., nn.Module]")
@@ -202,6 +203,18 @@ def find_spec(name: str | ModelRef) -> ModelSpec:
     return spec
 
 
+def spec_of_saved(saved: SavedModel) -> ModelSpec:
+    """Returns the spec of a saved model's architecture.
+
+    Raises:
+        UnknownModelError: the architecture is not registered; names the ``config.json``.
+    """
+    try:
+        return find_spec(saved.name)
+    except UnknownModelError as error:
+        raise UnknownModelError(f"{saved.path} is of an architecture that is not registered: {error}") from error
+
+
 def find_weights(spec: ModelSpec, name: str | ModelRef) -> PretrainedWeights | None:
     """Returns the tag that a name refers to: that of ``arch.tag``, or the default one; None if there are no tags.
 
@@ -335,7 +348,7 @@ def model_info(name: str | os.PathLike[str]) -> ModelInfo:
 
     saved = read_saved(ref, with_weights=False)
     cfg = {key: value for key, value in saved.cfg.to_dict().items() if key in CFG_KEYS}
-    spec = replace(find_spec(saved.name), lam=saved.lam, params=None, gmacs=None, pretrained_cfg=cfg, tags={})
+    spec = replace(spec_of_saved(saved), lam=saved.lam, params=None, gmacs=None, pretrained_cfg=cfg, tags={})
     return ModelInfo(**vars(spec), prune=saved.prune)
 
 

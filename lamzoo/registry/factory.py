@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import os
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +14,8 @@ from typing import Any, Literal
 
 from timm.models import PretrainedCfg
 from timm.models._input import _init_model_traits
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lamzoo.adapters import add_lam, remove_lam
 from lamzoo.data.images.decode import of_channels
@@ -20,6 +23,7 @@ from lamzoo.errors import (
     ConfigError,
     HashMismatchError,
     HubUnreachableError,
+    LamzooError,
     UnsafeWeightsError,
     WeightsError,
     WeightsNotFoundError,
@@ -35,6 +39,7 @@ from lamzoo.registry.catalog import (
     find_weights,
     model_ref,
     pretrained_cfg_of,
+    spec_of_saved,
 )
 from lamzoo.registry.refs import ModelRef
 from lamzoo.weights.files import read_state_dict
@@ -61,6 +66,7 @@ class _Plan:
     weights: WeightsFile | None
     external: bool
     prune: PruneConfig | None = None
+    config: Path | None = None  # of a saved model
 
 
 def create_model(
@@ -256,8 +262,10 @@ def _resolve(spec: ModelSpec, tag: PretrainedWeights, cache_dir: str | Path | No
 def _plan(ref: ModelRef, pretrained: bool, cache_dir: str | Path | None, allow_pickle: bool) -> _Plan:
     if ref.is_saved:
         saved = read_saved(ref, with_weights=pretrained, cache_dir=cache_dir, allow_pickle=allow_pickle)
-        spec = find_spec(saved.name)
-        return _Plan(spec, None, saved.cfg, saved.args, saved.lam, saved.weights, saved.external, saved.prune)
+        spec = spec_of_saved(saved)
+        return _Plan(
+            spec, None, saved.cfg, saved.args, saved.lam, saved.weights, saved.external, saved.prune, saved.path
+        )
     spec = find_spec(ref)
     tag, weights = find_weights(spec, ref), None
     if pretrained:
@@ -278,13 +286,13 @@ def _build(plan: _Plan, lam: LamConfig | bool | None, given: Mapping[str, Any]) 
     arguments = {**plan.args, **given}
     if isinstance(spec.builder, str):
         arguments = {**_defaults(cfg), **arguments}
-        model = _call(spec, (dict(spec.backbone),), {"lam": masks, **arguments})
+        model = _call(plan, (dict(spec.backbone),), {"lam": masks, **arguments})
     else:
         if plan.weights is not None and plan.tag is not None:
             stated = {**spec.pretrained_cfg, **plan.tag.pretrained_cfg}
             wanted = {key: value for key, value in _defaults(cfg).items() if _CFG_KEY[key] in stated}
             arguments = {**wanted, **arguments}
-        model = _call(spec, (), arguments)
+        model = _call(plan, (), arguments)
         if masks is not None and getattr(model, "lam_config", None) is None:
             add_lam(model, masks)
         elif lam is False and getattr(model, "lam_config", None) is not None:
@@ -298,16 +306,42 @@ def _build(plan: _Plan, lam: LamConfig | bool | None, given: Mapping[str, Any]) 
     return model
 
 
-def _call(spec: ModelSpec, config: tuple[dict[str, Any], ...], arguments: Mapping[str, Any]) -> nn.Module:
-    build = builder_of(spec)
+def _call(plan: _Plan, config: tuple[dict[str, Any], ...], arguments: Mapping[str, Any]) -> nn.Module:
+    build = builder_of(plan.spec)
     try:
         inspect.signature(build).bind(*config, **arguments)
-        return build(*config, **arguments)
-    except TypeError as error:
-        if "unexpected keyword argument" not in str(error):
-            raise
-        culprit = str(error).rsplit("unexpected keyword argument", 1)[1].strip()
-        raise ConfigError(f"{spec.name} takes no argument {culprit}; leave it out.") from error
+        with _MemoryLimit():
+            return build(*config, **arguments)
+    except LamzooError:
+        raise
+    except Exception as error:  # builders of timm and plug-ins raise anything for values that don't fit
+        if isinstance(error, TypeError) and "unexpected keyword argument" in str(error):
+            culprit = str(error).rsplit("unexpected keyword argument", 1)[1].strip()
+            raise ConfigError(f"{plan.spec.name} takes no argument {culprit}; leave it out.") from error
+        values = ", ".join(f"{key}={reprlib.repr(value)}" for key, value in arguments.items() if key != "lam")
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}".removesuffix(": ")
+        where = f" {plan.config} states some of them;" if plan.config else ""
+        raise ConfigError(
+            f"{plan.spec.name} cannot be built with {values or 'its defaults'} ({reason});{where} pass other values."
+        ) from error
+
+
+class _MemoryLimit(TorchDispatchMode):
+    """Ends the building of a model whose tensors exceed this machine's memory, before the system ends the process."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = math.inf
+        if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
+            self.left = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.device.type == "cpu" and not any(isinstance(a, Tensor) for a in args):
+            self.left -= result.nbytes
+            if self.left < 0:
+                raise ConfigError("The model needs more memory than this machine has; build a smaller one.")
+        return result
 
 
 def _defaults(cfg: PretrainedCfg) -> dict[str, Any]:

@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+import logging
+import re
+import reprlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from timm.models import PretrainedCfg
-from timm.models._hub import load_model_config_from_path
+from timm.models._hub import _parse_model_cfg
 
 from lamzoo import hub
-from lamzoo.errors import WeightsError, WeightsNotFoundError
+from lamzoo.errors import ConfigError, WeightsError, WeightsNotFoundError
+from lamzoo.files import is_plain_name
 from lamzoo.lam.config import LamConfig
+from lamzoo.reading import parse_json, read_text
+from lamzoo.records import build
 from lamzoo.reduction.config import PruneConfig
+from lamzoo.registry.preprocessing import MAX_CLASSES, check_preprocessing
 from lamzoo.registry.refs import TIMM_PREFIX, ModelRef
-from lamzoo.weights.sources import WeightsFile, find_in_folder, resolve_repo
+from lamzoo.weights.sources import WeightsFile, find_in_folder, is_sha256, resolve_repo, way_out
+
+_logger = logging.getLogger(__name__)
 
 #: Precedes the architecture of a timm model with masks in its ``config.json``, so that timm refuses to build it plain.
 MASKED_TIMM = f"lamzoo/{TIMM_PREFIX}"
+
+_NAME = re.compile(rf"({TIMM_PREFIX}|open_clip/)?[\w.-]+")
+# Arguments with which a model is never built, and with which timm would read other files.
+_NOT_SAVED = frozenset(
+    {"cache_dir", "checkpoint_path", "config", "lam", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"}
+)
+_MODULES = re.compile(r"depth|layers|blocks|stages")  # arguments that count modules
+_MOST_MODULES, _MOST = 1000, 10**8
+_RANGES = {"img_size": (1, 2**13), "in_chans": (1, 1024), "num_classes": (0, MAX_CLASSES), "drop_path_rate": (0, 1)}
 
 
 @dataclass(frozen=True)
@@ -28,6 +45,7 @@ class SavedModel:
 
     Attributes:
         name: registry name of the model.
+        path: its ``config.json``.
         cfg: timm's record.
         args: arguments that the model was built with.
         lam: its masks.
@@ -37,6 +55,7 @@ class SavedModel:
     """
 
     name: str
+    path: Path
     cfg: PretrainedCfg
     args: dict[str, Any]
     lam: LamConfig | None
@@ -68,39 +87,141 @@ def read_saved(
             raise WeightsNotFoundError(f"There is no saved model in {folder}: it has no config.json.")
     else:
         folder = hub.download(ref.repo, "config.json", revision=ref.revision, cache_dir=cache_dir).parent
-    try:
-        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        own = raw.get("lamzoo") or {}
-        cfg, arch, args = load_model_config_from_path(folder)
-        if not isinstance(arch, str):
-            raise TypeError(f"architecture is {arch!r}")
-        arch = arch.removeprefix(MASKED_TIMM)
-        cfg = PretrainedCfg(**_tuples({**cfg, "architecture": arch, "custom_load": False}))
-        masks = raw.get("lam_config")
-        lam = LamConfig.from_dict(masks) if masks else None
-        pruned = raw.get("prune_config")
-        prune = PruneConfig.from_dict(pruned) if pruned else None
-        promised = dict(own.get("sha256", {}))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
-        raise WeightsError(
-            f"{folder / 'config.json'} is not the configuration of a saved model ({error!r})."
-        ) from error
+    path = folder / "config.json"
+    saved, promised = _read_config(path)
     weights = None
     filename, sha256 = next(iter(promised.items()), (None, None))
     if with_weights and ref.path is not None:
-        path = folder / filename if filename else find_in_folder(folder)
-        weights = WeightsFile(path, sha256, str(path))
+        file = folder / filename if filename else find_in_folder(folder)
+        weights = WeightsFile(file, sha256, str(file))
     elif with_weights:
         weights = resolve_repo(
             ref.repo, revision=ref.revision, filename=filename, sha256=sha256, cache_dir=cache_dir,
             allow_pickle=allow_pickle,
         )  # fmt: skip
+    cfg = saved.cfg
     if ref.path is not None:
         cfg.source, cfg.file, cfg.hf_hub_id = "local-dir", str(folder), None
     else:
         cfg.source, cfg.file = "hf-hub", None
         cfg.hf_hub_id = ref.repo + (f"@{ref.revision}" if ref.revision else "")
-    return SavedModel(own.get("name", TIMM_PREFIX + arch), cfg, _tuples(args), lam, prune, weights, "name" not in own)
+    return replace(saved, weights=weights)
+
+
+@dataclass(frozen=True)
+class _Own:
+    """The keys of a ``config.json`` under ``lamzoo``."""
+
+    name: str | None = None
+    sha256: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Config:
+    """The keys of a ``config.json`` that are used, apart from those of ``PretrainedCfg``."""
+
+    architecture: str
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    lam_config: Mapping[str, Any] | None = None
+    prune_config: Mapping[str, Any] | None = None
+    lamzoo: _Own = field(default_factory=_Own)
+
+
+@dataclass(frozen=True)
+class _Arguments:
+    """Arguments of a constructor that timm's parser reads as well."""
+
+    img_size: int | tuple[int, int] | None = None
+    in_chans: int | None = None
+    num_classes: int | None = None
+
+
+def _read_config(path: Path) -> tuple[SavedModel, Mapping[str, str]]:
+    """Reads a ``config.json``; returns the model, without weights, and the sha256 by file name.
+
+    Raises:
+        WeightsError: a value has another type, or is out of range; names file, key and value.
+    """
+    try:
+        raw = parse_json(read_text(path))
+        if not isinstance(raw, dict):
+            raise ConfigError("it must be a table")
+        own = raw.get("lamzoo") or {}
+        if isinstance(own, dict):  # later versions may add keys
+            raw["lamzoo"] = {key: value for key, value in own.items() if key in _names(_Own)}
+        known = {key: raw[key] for key in _names(_Config) if raw.get(key) is not None}
+        config = build(_Config, known, source="its", error=ConfigError)
+        for name, sha256 in config.lamzoo.sha256.items():
+            if not is_plain_name(name) or not is_sha256(sha256):
+                raise ConfigError(f"its key lamzoo.sha256 has {name!r} = {sha256!r}, which is no file of the folder")
+        arch = config.architecture.removeprefix(MASKED_TIMM)
+        for key, model in (("lamzoo.name", config.lamzoo.name), ("architecture", arch)):
+            if model is not None and not _NAME.fullmatch(model):
+                raise ConfigError(f"its key {key} is {reprlib.repr(model)}, which is not the name of an architecture")
+        _check_arguments(config.model_args)
+        saved = SavedModel(
+            name=config.lamzoo.name or TIMM_PREFIX + arch,
+            path=path,
+            cfg=PretrainedCfg(**{**_preprocessing(raw, config), "architecture": arch, "custom_load": False}),
+            args=_tuples(config.model_args),
+            lam=LamConfig.from_dict(config.lam_config) if config.lam_config else None,
+            prune=PruneConfig.from_dict(config.prune_config) if config.prune_config else None,
+            weights=None,
+            external=config.lamzoo.name is None,
+        )
+    except (OSError, ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error).rstrip(".")
+        raise WeightsError(f"{path} is not the configuration of a saved model: {reason}; {way_out(path)}.") from error
+    return saved, config.lamzoo.sha256
+
+
+def _preprocessing(raw: dict[str, Any], config: _Config) -> dict[str, Any]:
+    """Returns the values of timm's ``PretrainedCfg``, checked, from either of timm's formats."""
+    where = "pretrained_cfg" if "pretrained_cfg" in raw else ""
+    stated = raw["pretrained_cfg"] if where else {k: v for k, v in raw.items() if k not in _names(_Config)}
+    if not where:  # timm's older format
+        stated.pop("num_features", None)
+        stated |= {"label_names": stated.pop("labels")} if "labels" in stated else {}
+    values = check_preprocessing(stated, where, source="its", error=ConfigError)
+    cfg, _, _ = _parse_model_cfg(
+        {**raw, "model_args": dict(config.model_args), "pretrained_cfg": values, "architecture": config.architecture},
+        {},
+    )
+    names, classes = cfg.get("label_names"), cfg.get("num_classes")
+    if "label_names" not in raw and names is not None and isinstance(classes, int) and len(names) != classes:
+        _logger.warning(
+            "The %d label names in pretrained_cfg are ignored: the head has %d classes.", len(names), classes
+        )
+        del cfg["label_names"]
+    return check_preprocessing(cfg, source="its", error=ConfigError)
+
+
+def _check_arguments(args: Mapping[str, Any]) -> None:
+    """Checks arguments of a model's constructor as far as their names say what they are."""
+    build(
+        _Arguments, {k: args[k] for k in _names(_Arguments) if k in args}, "model_args", source="its", error=ConfigError
+    )
+    for key, value in args.items():
+        if key in _NOT_SAVED:
+            raise ConfigError(f"its key model_args.{key} is not an argument of a saved model")
+        default = (0, _MOST_MODULES) if _MODULES.search(key) else (-_MOST, _MOST)
+        least, most = _RANGES.get(key, default)
+        if any(not least <= number <= most for number in _numbers(value)):
+            raise ConfigError(
+                f"its key model_args.{key} is {reprlib.repr(value)}; it must be from {least:,} to {most:,}"
+            )
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    if isinstance(value, (int, float)):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _numbers(inner)
+
+
+def _names(cls: type) -> list[str]:
+    return [entry.name for entry in fields(cls)]
 
 
 def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:

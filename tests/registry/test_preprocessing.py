@@ -29,7 +29,9 @@ def test_every_key_of_timms_record_is_known() -> None:
 
 def test_records_of_timm_pass_unchanged() -> None:
     for name in timm.list_pretrained()[::15]:
-        written = {key: value for key, value in timm.get_pretrained_cfg(name).to_dict().items() if value is not None}
+        cfg = timm.get_pretrained_cfg(name)
+        assert cfg is not None
+        written = {key: value for key, value in cfg.to_dict().items() if value is not None}
         checked = check_preprocessing(json.loads(json.dumps(written)), source=name)
         assert json.dumps(checked, sort_keys=True) == json.dumps(written, sort_keys=True)
 

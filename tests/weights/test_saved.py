@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from lamzoo.errors import (
     WeightsNotFoundError,
 )
 from lamzoo.lam import LamConfig
+from lamzoo.registry.catalog import get_pretrained_cfg
 from lamzoo.registry.factory import create_model
 from lamzoo.registry.saving import save_pretrained
 from tests.weights.hub_server import COMMIT, HubServer
@@ -265,3 +267,89 @@ def test_bytes_changed_on_the_way_are_noticed(server: HubServer, model: nn.Modul
         create_model("hf-hub:zoo/micro", pretrained=True, cache_dir=tmp_path / "cache")
     server.corrupt = False
     assert same_output(model, create_model("hf-hub:zoo/micro", pretrained=True, cache_dir=tmp_path / "cache"))
+
+
+GOOD = {
+    "architecture": "test_vit",
+    "num_classes": 2,
+    "label_names": ["a", "b"],
+    "model_args": {"img_size": 32},
+    "pretrained_cfg": {"input_size": [3, 32, 32], "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"model_args": {"img_size": 0}}, "model_args.img_size is 0; it must be from 1"),
+        ({"model_args": {"img_size": 10**9}}, "model_args.img_size"),
+        ({"model_args": {"depth": 10**9}}, "model_args.depth"),
+        ({"model_args": {"checkpoint_path": "/x"}}, "model_args.checkpoint_path is not an argument of a saved model"),
+        ({"model_args": [1]}, "model_args"),
+        ({"num_classes": 10**12}, "num_classes"),
+        ({"label_names": ["a"]}, "label_names"),
+        ({"pretrained_cfg": {"std": [0, 0, 0]}}, "pretrained_cfg.std"),
+        ({"architecture": "../x"}, "architecture is '../x'"),
+        ({"lamzoo": {"name": "local-dir:x"}}, "lamzoo.name"),
+        ({"lamzoo": {"sha256": {"../outside/model.safetensors": "0" * 64}}}, "outside"),
+        ({"lamzoo": {"sha256": {"C:model.safetensors": "0" * 64}}}, "lamzoo.sha256"),
+        ({"lam_config": {"rank": 1e9}}, "rank"),
+        ({"lam_config": {"hidden": [2] * 10_000}}, "hidden"),
+        ({"prune_config": {"keep": "x", "at": [0]}}, "keep='x'"),
+        ({"prune_config": {"keep": 0.5, "at": ["x"]}}, "at="),
+    ],
+)
+def test_a_value_in_a_config_is_refused_by_file_key_and_way_out(
+    tmp_path: Path, change: dict[str, Any], says: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(GOOD))
+    assert get_pretrained_cfg(tmp_path).label_names == ("a", "b")
+    (tmp_path / "config.json").write_text(json.dumps(GOOD | change))
+    with pytest.raises(
+        WeightsError, match=rf"config\.json is not .*{re.escape(says)}.*; replace it with an intact copy"
+    ):
+        get_pretrained_cfg(tmp_path)
+
+
+def test_a_deeply_nested_config_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"x": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    with pytest.raises(WeightsError, match=r"config\.json is not .* nested too deeply"):
+        get_pretrained_cfg(tmp_path)
+
+
+def test_label_names_of_an_earlier_head_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = {**GOOD, "pretrained_cfg": {"num_classes": 3, "label_names": ["a", "b", "c"]}}
+    del config["label_names"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert get_pretrained_cfg(tmp_path).label_names is None
+    assert "3 label names in pretrained_cfg are ignored" in caplog.text
+
+
+def test_arguments_with_which_no_model_can_be_built_are_one_error(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(GOOD | {"model_args": {"depth": "abc"}}))
+    with pytest.raises(ConfigError, match=r"cannot be built with .*depth='abc' \(TypeError: .*config\.json states"):
+        create_model(tmp_path)
+
+
+@pytest.mark.parametrize("change", [{}, {"lam_config": {"rank": 10**6}}])
+def test_a_model_that_needs_more_memory_than_the_machine_has_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(GOOD | change))
+    monkeypatch.setattr(os, "sysconf", lambda name: 5000 if change else 1000)  # a machine of 25 or of 1 MB
+    with pytest.raises(ConfigError, match="more memory than this machine has"):
+        create_model(tmp_path)
+
+
+def test_a_config_that_the_hub_had_damaged_is_read_again_once_it_is_mended(
+    server: HubServer, model: nn.Module, tmp_path: Path
+) -> None:
+    save_pretrained(model, tmp_path / "m")
+    good = files(tmp_path / "m")
+    server.repos["zoo/micro"] = good | {"config.json": b"{"}
+    cache = tmp_path / "cache"
+    for _ in range(2):
+        with pytest.raises(WeightsError, match=r"config\.json .*tell its authors"):
+            create_model("hf-hub:zoo/micro", pretrained=True, cache_dir=cache)
+    server.repos["zoo/micro"], server.commit = good, COMMIT[::-1]
+    assert same_output(model, create_model("hf-hub:zoo/micro", pretrained=True, cache_dir=cache))
