@@ -6,11 +6,12 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lamzoo import records
 from lamzoo.data.images.factory import create_dataset
 from lamzoo.data.images.image_dataset import LabelledImages
 from lamzoo.data.images.selection import select, split_off
@@ -89,10 +90,9 @@ class MadeSplit:
         if not path.is_file():
             return None
         try:
-            record = cls(**read_json(path))
-            return dataclasses.replace(record, left_out=tuple(record.left_out))
-        except TypeError as error:
-            raise DataError(f"{path} is not a record of a run's split ({error}); remove it") from None
+            return records.build(cls, read_json(path), source=f"{path}:")
+        except DataError as error:
+            raise DataError(f"{path} is not a record of a run's split ({error}); restore it") from None
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class TrainedData:
 
     task: str
     source: str
-    made: MadeSplit | None
+    made: MadeSplit | None = None
     held_out: tuple[str, ...] = ()
 
     @classmethod
@@ -126,10 +126,11 @@ class TrainedData:
         try:
             recipe = read_json(run / RECIPE_NAME)
             task, source = recipe.get("task", "classification"), recipe["data"]["source"]
-            videos = read_json(run / HELD_OUT_NAME) if (run / HELD_OUT_NAME).is_file() else []
-            return cls(task, source, MadeSplit.read(run), tuple(videos))
-        except (KeyError, TypeError) as error:
-            raise DataError(f"{run / RECIPE_NAME} is not the recipe of a run: it lacks {error}") from None
+        except (AttributeError, LookupError, TypeError) as error:
+            raise DataError(f"{run / RECIPE_NAME} is not the recipe of a run ({error}); restore it") from None
+        videos = read_json(run / HELD_OUT_NAME) if (run / HELD_OUT_NAME).is_file() else []
+        found = {"task": task, "source": source, "held_out": videos}
+        return replace(records.build(cls, found, source=f"{run}: the run's"), made=MadeSplit.read(run))
 
 
 def open_videos(opener: Callable[[str], Any], spec: str, split: str | None, trained: TrainedData | None = None) -> Any:

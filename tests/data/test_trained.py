@@ -83,3 +83,21 @@ def test_splits_that_the_data_have_win_over_those_of_a_run_on_other_data(folder:
 
 def test_a_folder_that_is_no_runs_has_no_split(tmp_path: Path) -> None:
     assert TrainedData.read(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "says"),
+    [
+        ("recipe.json", "[]", "recipe.json is not the recipe of a run"),
+        ("recipe.json", '{"data": {"source": 5}}', "source is 5"),
+        ("held-out.json", '{"a": 1}', "held_out is"),
+        ("held-out.json", "[1]", "held_out is 1"),
+        ("split.json", "[]", "is not a record of a run's split"),
+        ("split.json", '{"split": null, "fraction": "x", "seed": 0, "left_out": [], "sha256": ""}', "fraction is"),
+    ],
+)
+def test_a_damaged_record_of_a_run_is_named(tmp_path: Path, file: str, text: str, says: str) -> None:
+    (tmp_path / "recipe.json").write_text('{"data": {"source": "photos"}}')
+    (tmp_path / file).write_text(text)
+    with pytest.raises(DataError, match=says):
+        TrainedData.read(tmp_path)
