@@ -128,7 +128,8 @@ class Gpt2Tokenizer:
         try:
             self._pairs = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises plain Exception
-            raise ConfigError(f"{path} is not a tokenizer file ({error}); download it again.") from error
+            way_out = hub.discard(path) or "replace it with an intact copy"
+            raise ConfigError(f"{path} is not a tokenizer file ({error}); {way_out}.") from error
         self._pairs.no_truncation()
         self._pairs.no_padding()
         self.context_length, self.vocab_size = context_length, self._pairs.get_vocab_size() + 1

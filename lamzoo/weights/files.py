@@ -185,7 +185,10 @@ def _with_lam_config(tensors: StateDict, metadata: Mapping[str, str], path: Path
     try:
         config = LamConfig.from_json(metadata[_LAM_CONFIG])
     except ConfigError as error:
-        raise WeightsError(f"The metadata {_LAM_CONFIG} of {path} is not a LamConfig: {error}") from error
+        reason = str(error).rstrip(".")
+        raise WeightsError(
+            f"The metadata {_LAM_CONFIG} of {path} is not a LamConfig: {reason}; {way_out(path)}."
+        ) from error
     return carry_configs(tensors, {key.rpartition(".lam.")[0] + ".lam": config for key in tensors if ".lam." in key})
 
 
@@ -209,6 +212,8 @@ def _read_shards(path: Path) -> StateDict:
     tensors: StateDict = {}
     configs: dict[str, LamConfig] = {}
     for shard in sorted(set(index.shard_of.values())):
+        if not path.with_name(shard).exists():
+            raise WeightsNotFoundError(f"{path} lists the shard {shard}, which is missing; copy it into the folder.")
         read = read_state_dict(path.with_name(shard), sha256=index.sha256.get(shard))
         odd = sorted(read.keys() ^ {key for key, name in index.shard_of.items() if name == shard})
         if odd:

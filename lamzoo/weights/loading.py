@@ -89,6 +89,7 @@ def load_into(
     _adapt_head(model, weights, given, notes)
     may_miss = _adapt_pool(model, weights, given, notes)
     _check(model, weights, source, given, may_miss | _fresh(model, weights, bool(fresh_lam), notes))
+    _warn_of_nonfinite({key: weights[key] for key, _ in model.named_parameters() if key in weights}, source)
     model.load_state_dict(weights, strict=False)
     _logger.info("Loaded %s into %s%s", source, type(model).__name__, "".join(f"; {note}" for note in notes) + ".")
     return notes
@@ -273,21 +274,49 @@ def _check(model: nn.Module, weights: StateDict, source: str, given: Collection[
     shapes = [
         f"{key} ({tuple(weights[key].shape)} in the file, {tuple(target[key].shape)} in the model)" for key in misshapen
     ]
+    types = [
+        f"{key} ({weights[key].dtype} in the file, {target[key].dtype} in the model)"
+        for key in target
+        if key in weights and _kind(weights[key]) != _kind(target[key])
+    ]
     faults = [
         f"{what} {few(keys)}"
-        for what, keys in (("missing keys", missing), ("unexpected keys", unexpected), ("wrong shapes", shapes))
+        for what, keys in (
+            ("missing keys", missing),
+            ("unexpected keys", unexpected),
+            ("wrong shapes", shapes),
+            ("wrong types", types),
+        )
         if keys
     ]
     if not faults:
         return
     hint = ""
-    if unexpected and all(".lam." in key for key in unexpected):
+    if types:
+        hint = "; save the weights as floats again"
+    elif unexpected and all(".lam." in key for key in unexpected):
         hint = "; the file has masks that the model lacks: omit lam=, or pass the file's own LamConfig"
-    elif all(".lam." in key for key in missing + misshapen) and not unexpected:
+    elif all(".lam." in key for key in missing + misshapen) and not unexpected and not types:
         hint = f"; the masks differ: omit lam=, pass the file's own LamConfig, or {_FRESH}"
-    elif misshapen and not missing and not unexpected:
+    elif misshapen and not missing and not unexpected and not types:
         hint = f"; {_advice(model, misshapen, given)}"
     raise StateDictError(f"{source} does not fit {_name(model)}: {'; '.join(faults)}{hint}.")
+
+
+def _kind(tensor: Tensor) -> str:
+    """Returns the kind of numbers of a tensor; one kind cannot hold another's."""
+    if tensor.is_floating_point():
+        return "float" if tensor.dtype.itemsize > 1 else str(tensor.dtype)  # these go with scales, which are not known
+    return "complex" if tensor.is_complex() else "whole"
+
+
+def _warn_of_nonfinite(weights: Mapping[str, Tensor], source: str) -> None:
+    def finite(tensor: Tensor) -> bool:  # aminmax propagates NaN, and needs no copy of the tensor
+        return tensor.numel() == 0 or all(bool(end.isfinite()) for end in tensor.aminmax())
+
+    odd = [key for key, value in weights.items() if _kind(value) == "float" and not finite(value)]
+    if odd:
+        _logger.warning("%s has values that are not finite (%s); outputs may be NaN.", source, few(odd))
 
 
 def _advice(model: nn.Module, misshapen: Collection[str], given: Collection[str]) -> str:

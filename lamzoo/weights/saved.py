@@ -95,8 +95,8 @@ def read_saved(
         file = folder / filename if filename else find_in_folder(folder)
         weights = WeightsFile(file, sha256, str(file))
     elif with_weights:
-        weights = resolve_repo(
-            ref.repo, revision=ref.revision, filename=filename, sha256=sha256, cache_dir=cache_dir,
+        weights = resolve_repo(  # of the commit that the configuration is of; the branch may have moved on
+            ref.repo, revision=folder.name, filename=filename, sha256=sha256, cache_dir=cache_dir,
             allow_pickle=allow_pickle,
         )  # fmt: skip
     cfg = saved.cfg

@@ -224,7 +224,7 @@ def read_index(path: Path) -> ShardIndex:
     """
     try:
         index = parse_json(read_text(path))
-        shards, hashes = index["weight_map"], index.get("metadata", {}).get("sha256", {})
+        shards, hashes = index["weight_map"], (index.get("metadata") or {}).get("sha256") or {}
         for name in [*shards.values(), *hashes]:
             if not is_plain_name(name) or not name.endswith(".safetensors"):
                 raise ValueError(f"{name!r} is not the name of a safetensors file in its folder")

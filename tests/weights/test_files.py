@@ -180,11 +180,25 @@ def test_each_shard_is_checked(file: Path, tmp_path: Path) -> None:
         read_state_dict(index)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": {"a": "../../x.safetensors"}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"weight_map": {"a": "../../x.safetensors"}}',
+        '{"weight_map": {"a": "C:x.safetensors"}}',
+        '{"weight_map": {"a": "m.safetensors.index.json"}}',
+        '{"weight_map": {"a": 5}}',
+        '{"weight_map": {"a": ["x"]}}',
+        '{"weight_map": {}, "metadata": {"sha256": {"x.safetensors": 5}}}',
+        '{"weight_map": ' + "[" * 100_000 + "]" * 100_000 + "}",
+    ],
+)
 def test_an_index_that_is_none_or_leads_elsewhere_is_refused(tmp_path: Path, text: str) -> None:
     index = tmp_path / "m.safetensors.index.json"
     index.write_text(text)
-    with pytest.raises(WeightsError, match=r"m\.safetensors\.index\.json"):
+    with pytest.raises(WeightsError, match=r"m\.safetensors\.index\.json .*; replace it with an intact copy"):
         read_state_dict(index)
 
 
@@ -205,3 +219,42 @@ def test_an_impossible_target_is_refused_in_advance(tmp_path: Path, name: str, s
         check_target(tmp_path / name, "picture", suffix=".png")
     check_target(tmp_path / "new" / "x.png", "picture", suffix=".png", makes_folder=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file.png", "folder.png"]
+
+
+def test_a_shard_of_another_save_is_refused(file: Path, tmp_path: Path) -> None:
+    index = shard(file, 4000, tmp_path / "shards")
+    content = json.loads(index.read_text())
+    content["weight_map"]["more"] = next(iter(content["weight_map"].values()))
+    index.write_text(json.dumps(content))
+    with pytest.raises(WeightsError, match="disagree about 'more'"):
+        read_state_dict(index)
+
+
+def header(content: object, size: int | None = None) -> bytes:
+    text = content if isinstance(content, bytes) else json.dumps(content).encode()
+    return (len(text) if size is None else size).to_bytes(8, "little") + text
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        header(b"{}", 2**63),
+        header({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}),
+        header({"a": {"dtype": "F32", "shape": [10**18], "data_offsets": [0, 4]}}) + bytes(4),
+        header({key: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for key in "ab"}) + bytes(4),
+        header({"a": {"dtype": "F6_E2M3", "shape": [4], "data_offsets": [0, 3]}}) + bytes(3),
+        header(b'{"a": ' + b"[" * 100_000),
+        header({"__metadata__": {"lam_config": "[" * 100_000}}),
+    ],
+)
+def test_a_hostile_safetensors_file_is_one_error(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "m.safetensors").write_bytes(data)
+    with pytest.raises(WeightsError, match=r"m\.safetensors .*; replace it with an intact copy"):
+        read_state_dict(tmp_path / "m.safetensors")
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "m.safetensors")
+    with pytest.raises(WeightsError, match="pipe"):
+        read_state_dict(tmp_path / "m.safetensors")

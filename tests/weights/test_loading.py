@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -274,3 +275,28 @@ def test_timms_own_loader_takes_a_renamed_key_where_ours_does_not(plain: dict[st
     timm.create_model("test_vit", pretrained=True, pretrained_cfg=cfg, img_size=32, num_classes=7)
     with pytest.raises(StateDictError):
         load_into(create(num_classes=7), plain, source="file", arch="test_vit", given=["num_classes"])
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn])
+def test_numbers_of_another_kind_than_the_models_are_refused(plain: dict[str, Tensor], dtype: torch.dtype) -> None:
+    plain["head.weight"] = plain["head.weight"].to(dtype)
+    with pytest.raises(StateDictError, match=rf"wrong types head\.weight \({dtype} in the file, torch.float32"):
+        load_into(create(), plain, source="file")
+
+
+def test_other_float_precisions_are_converted(plain: dict[str, Tensor]) -> None:
+    model = create()
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        load_into(model, {key: value.to(dtype) for key, value in plain.items()}, source="file")
+        assert {value.dtype for value in model.state_dict().values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_weights_that_are_not_finite_are_named_in_a_warning(
+    plain: dict[str, Tensor], caplog: pytest.LogCaptureFixture, value: float
+) -> None:
+    load_into(create(), plain, source="file")
+    assert not caplog.text
+    plain["head.bias"][3] = value
+    load_into(create(), plain, source="file")
+    assert "file has values that are not finite (head.bias)" in caplog.text

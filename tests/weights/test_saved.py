@@ -353,3 +353,25 @@ def test_a_config_that_the_hub_had_damaged_is_read_again_once_it_is_mended(
             create_model("hf-hub:zoo/micro", pretrained=True, cache_dir=cache)
     server.repos["zoo/micro"], server.commit = good, COMMIT[::-1]
     assert same_output(model, create_model("hf-hub:zoo/micro", pretrained=True, cache_dir=cache))
+
+
+def test_weights_are_of_the_commit_that_the_config_is_of(server: HubServer, model: nn.Module, tmp_path: Path) -> None:
+    save_pretrained(model, tmp_path / "m")
+    server.repos["zoo/micro"] = files(tmp_path / "m")
+    create_model("hf-hub:zoo/micro", cache_dir=tmp_path / "cache")
+    create_model("hf-hub:zoo/micro", pretrained=True, cache_dir=tmp_path / "cache")
+    assert server.seen["GET", f"/zoo/micro/resolve/{COMMIT}/model.safetensors"] == 1
+
+
+def test_a_repository_whose_files_are_of_two_saves_is_read_once_its_authors_mended_it(
+    server: HubServer, model: nn.Module, tmp_path: Path
+) -> None:
+    save_pretrained(model, tmp_path / "m")
+    save_pretrained(create_model("lam_vit_micro", num_classes=4), tmp_path / "other")
+    good, cache = files(tmp_path / "m"), tmp_path / "cache"
+    server.repos["zoo/micro"] = good | {"model.safetensors": files(tmp_path / "other")["model.safetensors"]}
+    for _ in range(2):
+        with pytest.raises(HashMismatchError, match="as the hub had it; tell its authors"):
+            create_model("hf-hub:zoo/micro", pretrained=True, cache_dir=cache)
+    server.repos["zoo/micro"], server.commit = good, COMMIT[::-1]
+    assert same_output(model, create_model("hf-hub:zoo/micro", pretrained=True, cache_dir=cache))
