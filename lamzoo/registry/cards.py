@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from lamzoo.errors import ConfigError, RegistryError
+from lamzoo.files import is_plain_name
 from lamzoo.lam import LamConfig
 from lamzoo.records import build, read_table
 from lamzoo.reduction.config import PruneConfig
@@ -232,6 +234,12 @@ def read_weights(name: str, table: Mapping[str, Any], where: str) -> PretrainedW
     sources = (tag.timm, tag.open_clip, tag.file or (None if tag.external else tag.hub))
     if sum(source is not None for source in sources) != 1:
         raise RegistryError(f"{where}: a tag needs timm, or open_clip, or file and/or hub, as its source.")
+    if not is_plain_name(name):
+        raise RegistryError(f"{where}: a tag's name may not be empty or contain '/'.")
+    if tag.file is not None and not all(map(is_plain_name, tag.file.split("/"))):
+        raise RegistryError(f"{where}: file = {tag.file!r} is not below the weights folder.")
+    if tag.open_clip is not None and tag.open_clip.count(":") != 1:
+        raise RegistryError(f"{where}: open_clip = {tag.open_clip!r}; it must be 'model:tag'.")
     if tag.hub is not None and not tag.external and tag.revision is None:
         raise RegistryError(f"{where}: hub = {tag.hub!r} needs a revision, the commit that the sha256 belongs to.")
     if not tag.external and tag.sha256 is None:
@@ -243,10 +251,16 @@ def read_weights(name: str, table: Mapping[str, Any], where: str) -> PretrainedW
 
 def _check_model(name: str, model: _Model, where: str) -> None:
     """Checks what the types of a model's table don't say."""
-    if "." in name or "/" in name or ":" in name:
-        raise RegistryError(f"{where}: a model's name may not contain '.', '/' or ':'.")
-    if model.builder.count(":") != 1:
+    if "." in name or ":" in name or not is_plain_name(name):
+        raise RegistryError(f"{where}: a model's name may not be empty or contain '.', '/' or ':'.")
+    module, _, function = model.builder.partition(":")
+    if not all(part.isidentifier() for part in (*module.split("."), function)):
         raise RegistryError(f"{where}: builder is {model.builder!r}; it must be 'module:function'.")
+    if not isinstance(model.backbone.get("timm", ""), str):
+        raise RegistryError(f"{where}: backbone.timm is {model.backbone['timm']!r}; it must name an architecture.")
+    for key, cost in (("params", model.params), ("gmacs", model.gmacs)):
+        if cost is not None and not 0 <= cost < math.inf:
+            raise RegistryError(f"{where}: {key} is {cost}; it must be a finite number, 0 or more.")
     check_cfg(model.pretrained_cfg, where)
     if model.plain is not None and model.lam is None:
         raise RegistryError(f"{where}: plain is {model.plain!r}; it is only for a model with masks.")

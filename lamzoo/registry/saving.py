@@ -16,13 +16,14 @@ from torch import nn
 from lamzoo.adapters.wrappers import full_state_dict, is_sharded, unwrap
 from lamzoo.errors import ConfigError, UnknownModelError, WeightsError
 from lamzoo.files import atomic_files
+from lamzoo.reading import parse_json, read_text, to_json
 from lamzoo.registry.cards import ModelSpec
 from lamzoo.registry.catalog import find_spec
 from lamzoo.registry.refs import SAVED_WEIGHTS, TIMM_PREFIX
 from lamzoo.version import __version__
 from lamzoo.weights.files import stage_state_dict
 from lamzoo.weights.saved import MASKED_TIMM
-from lamzoo.weights.sources import INDEX_SUFFIX, WEIGHTS_NAME
+from lamzoo.weights.sources import INDEX_SUFFIX, WEIGHTS_NAME, read_index
 
 __all__ = ["save_pretrained"]
 
@@ -75,7 +76,7 @@ def save_pretrained(
             "version": __version__,
             "sha256": {weights.path.name: weights.sha256},
         }
-        stage(folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        stage(folder / "config.json").write_text(to_json(config, indent=2) + "\n", encoding="utf-8")
     _remove_stale(folder, weights.path)
     return folder
 
@@ -102,7 +103,7 @@ def _config(model: nn.Module, spec: ModelSpec, label_names: Sequence[str] | None
         with tempfile.TemporaryDirectory(prefix="lamzoo-") as scratch:
             path = Path(scratch) / "config.json"
             save_config_for_hf(model, str(path), model_config=extra, model_args=args)
-            config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            config: dict[str, Any] = parse_json(read_text(path))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(
             f"{spec.name} cannot be described in timm's hub format ({type(error).__name__}: {error})."
@@ -121,7 +122,7 @@ def _config(model: nn.Module, spec: ModelSpec, label_names: Sequence[str] | None
 def _remove_stale(folder: Path, weights: Path) -> None:
     current = {weights.name}
     if weights.name.endswith(INDEX_SUFFIX):
-        current |= set(json.loads(weights.read_text(encoding="utf-8"))["weight_map"].values())
+        current |= set(read_index(weights).shard_of.values())
     for path in folder.glob("model*.safetensors*"):
         if SAVED_WEIGHTS.fullmatch(path.name) and path.name not in current:
             path.unlink()

@@ -111,7 +111,15 @@ def test_a_card_without_tags_is_valid(tmp_path: Path) -> None:
         (GOOD + f'[models.a.tags.t]\nhub = "x/y"\nsha256 = "{"0" * 64}"\n', "needs a revision"),
         (GOOD + "[models.a.tags.t]\nfile = 3\n", "file is 3"),
         (GOOD + "[models.a.tags.t]\nprune = { kep = 0.5 }\n", "PruneConfig has no field 'kep'; did you mean 'keep'"),
-        ('[models."a.b"]\nbuilder = "x:y"\n', "may not contain"),
+        (GOOD + f'[models.a.tags.t]\nfile = "../x"\nsha256 = "{"0" * 64}"\n', "is not below the weights folder"),
+        (GOOD + "[models.a.tags.'../t']\n" + f'file = "x"\nsha256 = "{"0" * 64}"\n', "a tag's name may not"),
+        (GOOD + "[models.a.tags.t]\nopen_clip = 'x'\n", "must be 'model:tag'"),
+        (GOOD + "[models.a.backbone]\ntimm = 3\n", "backbone.timm is 3"),
+        (GOOD + "[models.a.pretrained_cfg]\nstd = [0, 0, 0]\n", "key std is"),
+        (GOOD + "gmacs = nan\n", "gmacs is nan"),
+        ('[models.a]\nbuilder = "../x:y"\n', "must be 'module:function'"),
+        ('[models."a.b"]\nbuilder = "x:y"\n', "may not be empty or contain"),
+        ('[models."../b"]\nbuilder = "x:y"\n', "may not be empty or contain"),
     ],
 )
 def test_a_bad_card_is_refused_by_file_and_key(tmp_path: Path, text: str, says: str) -> None:
