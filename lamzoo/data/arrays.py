@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -18,7 +19,8 @@ from lamzoo.reading import expands_too_much, open_regular, reason
 
 _DAMAGED = (
     OSError, ValueError, EOFError, KeyError, TypeError, AttributeError, OverflowError, MemoryError, RecursionError,
-    NotImplementedError, RuntimeError, SyntaxError, zipfile.BadZipFile, zlib.error,
+    NotImplementedError, RuntimeError, SyntaxError, tokenize.TokenError,
+    zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
 
 
@@ -65,6 +67,31 @@ def read_npz(path: Path, names: Sequence[str], optional: Sequence[str] = ()) -> 
             return arrays
     except _DAMAGED as error:
         raise DataError(f"{path} is not a complete npz archive of plain arrays: {reason(error)}") from error
+
+
+def check_packed(path: Path, files: NDArray[Any], offsets: NDArray[Any], count: int, what: str) -> None:
+    """Checks an archive of concatenated files.
+
+    Args:
+        path: the archive, for messages.
+        files: the bytes of the files, the array ``jpeg``: uint8, ``(bytes,)``.
+        offsets: the start of each file and the end of the last one: integers, ``(count + 1,)``.
+        count: number of files.
+        what: what there is one of for each file, for messages: ``"labels"``.
+
+    Raises:
+        DataError: an array has another shape or dtype, or the offsets don't rise from 0 to the end.
+    """
+    if files.ndim != 1 or files.dtype != np.uint8:
+        raise DataError(f"{path}: jpeg is {files.dtype} {files.shape}; it must be a row of uint8")
+    if offsets.ndim != 1 or offsets.dtype.kind not in "iu":
+        raise DataError(f"{path}: offsets is {offsets.dtype} {offsets.shape}; it must be a row of integers")
+    ends = len(offsets) == count + 1 and offsets[0] == 0 and offsets[-1] == len(files)
+    if not ends or (offsets[1:] < offsets[:-1]).any():
+        raise DataError(
+            f"{path}: the offsets must rise from 0 to the {len(files)} bytes of jpeg, in {count} steps for the {count} "
+            f"{what}"
+        )
 
 
 def _array(file: BinaryIO | IO[bytes], size: int) -> NDArray[Any]:

@@ -212,7 +212,8 @@ def file_exists(path: str | Path) -> bool:
 
 def natural_key(text: str) -> list[tuple[int, str]]:
     """Sort key for natural order, as in timm: numbers by value, case-insensitive."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", text.lower())]
+    parts = re.split(r"(\d{1,1000})", text.lower())  # int() refuses more digits than 4300
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
 
 
 def is_hidden(path: str) -> bool:

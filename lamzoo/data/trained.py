@@ -124,11 +124,11 @@ class TrainedData:
         if run is None:
             return None
         try:
-            recipe = read_json(run / RECIPE_NAME)
+            recipe = read_json(run / RECIPE_NAME, file_names=True)
             task, source = recipe.get("task", "classification"), recipe["data"]["source"]
         except (AttributeError, LookupError, TypeError) as error:
             raise DataError(f"{run / RECIPE_NAME} is not the recipe of a run ({error}); restore it") from None
-        videos = read_json(run / HELD_OUT_NAME) if (run / HELD_OUT_NAME).is_file() else []
+        videos = read_json(run / HELD_OUT_NAME, file_names=True) if (run / HELD_OUT_NAME).is_file() else []
         found = {"task": task, "source": source, "held_out": videos}
         return replace(records.build(cls, found, source=f"{run}: the run's"), made=MadeSplit.read(run))
 

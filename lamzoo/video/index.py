@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lamzoo.data.video.sampling import FrameSampling
-from lamzoo.errors import DataError
+from lamzoo.errors import ConfigError, DataError
 from lamzoo.files import atomic_files
 from lamzoo.reading import open_regular, parse_json
+from lamzoo.records import Record, build
 from lamzoo.version import __version__
 
 SUFFIX = ".safetensors"
@@ -302,13 +303,23 @@ def _opened(path: Path) -> safe_open:
 
 
 def _parse(facts: dict[str, Any], tensors: dict[str, Tensor]) -> StoredIndex:
-    names = [field.name for field in dataclasses.fields(Origin)]
-    known = {name: facts[name] for name in names if name in facts}
-    origin = Origin(**{**known, "sampling": FrameSampling(**facts["sampling"])})
-    listed = [IndexedVideo(*values) for values in parse_json(tensors["videos"].numpy().tobytes(), file_names=True)]
+    origin = _built(Origin, [facts[name] for name in _names(Origin) if name != "masks"] + [facts.get("masks")])
+    listed = [
+        _built(IndexedVideo, values) for values in parse_json(tensors["videos"].numpy().tobytes(), file_names=True)
+    ]
+    if any(video.duration < 0 for video in listed):
+        raise ValueError("a video has a negative duration")
     videos = [video for video in listed if video.reason is None]
     unreadable = [video for video in listed if video.reason is not None]
     return StoredIndex(origin, str(facts["folder"]), videos, _rows(tensors, len(videos)), unreadable)
+
+
+def _names(cls: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(cls)]
+
+
+def _built(cls: type[Record], values: list[Any]) -> Record:
+    return build(cls, dict(zip(_names(cls), values, strict=True)), source="video index", error=ConfigError)
 
 
 def _rows(tensors: dict[str, Tensor], count: int) -> list[Tensor]:

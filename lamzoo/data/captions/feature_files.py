@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from lamzoo.data.arrays import read_npy
 from lamzoo.data.captions.base import Features, Stream
 from lamzoo.data.fingerprint import file_sizes
+from lamzoo.data.json_files import is_number
 from lamzoo.data.moments.feature_folder import read_features, read_origin, unit
 from lamzoo.data.paths import existing_file, visible
 from lamzoo.errors import DataError
@@ -19,6 +20,7 @@ from lamzoo.errors import DataError
 _FOLDERS = {"video": ("video", "clip_features"), "audio": ("audio",)}  # the first one with files is used
 _SUFFIXES = (".npz", ".npy")
 _KEY = "features"  # the array of an npz file
+_SHORTEST, _LONGEST = 1e-3, 1e5  # seconds per row
 
 
 class FeatureFiles:
@@ -138,8 +140,9 @@ def _read(path: Path) -> tuple[Features, float | None]:
 
 
 def _own_rate(path: Path) -> float | None:
-    try:
-        seconds = float((read_origin(path) or {}).get("clip_seconds", 0))
-    except (ValueError, TypeError, OverflowError) as error:
-        raise DataError(f"{path} has invalid provenance ({error}); extract it again") from error
-    return 1 / seconds if seconds > 0 else None
+    seconds = (read_origin(path) or {}).get("clip_seconds")
+    if seconds is None:
+        return None
+    if not is_number(seconds) or not _SHORTEST <= seconds <= _LONGEST:
+        raise DataError(f"{path} has invalid provenance (clips of {seconds!r:.60} s); extract it again")
+    return 1 / seconds

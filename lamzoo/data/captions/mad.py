@@ -19,7 +19,7 @@ from lamzoo.data.moments.feature_folder import unit
 from lamzoo.data.paths import check_folder, file_exists, spellings, visible
 from lamzoo.data.splits import find_split
 from lamzoo.errors import DataError, MissingExtraError
-from lamzoo.reading import open_regular, parse_float
+from lamzoo.reading import open_regular, parse_float, reason
 
 _logger = logging.getLogger(__name__)
 
@@ -106,8 +106,10 @@ class MadSource(CaptionSource):
         found = {}
         for modality, (path, rate) in self._files.items():
             with _opened(path) as file:
-                movie = next((file[name] for name in spellings(item.video) if name in file), None)
-                if movie is not None:
+                names = set(file)  # `in file` would follow links
+                name = next((name for name in spellings(item.video) if name in names), None)
+                if name is not None:
+                    movie = _rows(file, name, path)
                     span = rows_within(len(movie), rate, start, end)
                     rows = check_rows(movie[span.start : span.stop], f"{item.video} in {path}")
                     found[modality] = Stream(unit(rows), row_times(span, rate, start))
@@ -183,10 +185,19 @@ def _features(root: Path) -> dict[str, tuple[Path, float]]:
 
 def _width(path: Path) -> int:
     with _opened(path) as file:
-        shape: tuple[int, ...] = next((getattr(movie, "shape", ()) for movie in file.values()), ())
-        if len(shape) != 2:
+        movie = next(iter(file), None)
+        if movie is None:
             raise DataError(f"{path} must have one data set per movie, with one row per frame")
-        return shape[1]
+        return _rows(file, movie, path).shape[1]
+
+
+def _rows(file: Any, movie: str, path: Path) -> Any:
+    """Returns the data set of a movie if it is in this file: an HDF5 file can refer to data in others."""
+    h5py = _import_h5py()
+    found = file[movie] if isinstance(file.get(movie, getlink=True), h5py.HardLink) else None
+    if not isinstance(found, h5py.Dataset) or found.is_virtual or found.external or len(found.shape or ()) != 2:
+        raise DataError(f"{path} must have one data set per movie, with one row per frame; {movie!r:.60} is none")
+    return found
 
 
 @contextmanager
@@ -196,8 +207,8 @@ def _opened(path: Path) -> Iterator[Any]:
         open_regular(path).close()  # HDF5 would wait for the other end of a pipe
         with _import_h5py().File(path, "r") as file:
             yield file
-    except OSError as error:
-        raise DataError(f"{path} is not a complete HDF5 file: {error}") from error
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError, OverflowError, MemoryError) as error:
+        raise DataError(f"{path} is not a complete HDF5 file: {reason(error)}") from error
 
 
 def _import_h5py() -> ModuleType:

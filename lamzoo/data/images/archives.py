@@ -14,14 +14,14 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from lamzoo.data.arrays import read_npz
+from lamzoo.data.arrays import check_packed, read_npz
 from lamzoo.data.images.decode import IMAGE_EXTENSIONS
 from lamzoo.data.images.image_dataset import ImageSource
 from lamzoo.data.json_files import read_json, read_lines
 from lamzoo.data.paths import check_folder, expand_wildcards, file_exists, is_hidden, visible
 from lamzoo.data.splits import SPLIT_NAMES, find_split, synonyms
 from lamzoo.errors import DataError, MissingSplitError
-from lamzoo.reading import open_regular
+from lamzoo.reading import decode, open_regular, parse_int
 
 _logger = logging.getLogger(__name__)
 
@@ -82,19 +82,9 @@ class NpzSource(ImageSource):
 
     def _arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         jpeg, offsets, labels = read_npz(self._path, ("jpeg", "offsets", "labels")).values()
-        for name, array, kind in (("jpeg", jpeg, "u"), ("offsets", offsets, "iu"), ("labels", labels, "iu")):
-            if array.ndim != 1 or array.dtype.kind not in kind or (name == "jpeg" and array.dtype != np.uint8):
-                raise DataError(f"{self._path}: {name} is {array.dtype} {array.shape}, not a row of integers")
-        if (
-            len(offsets) != len(labels) + 1
-            or offsets[0] != 0
-            or offsets[-1] != len(jpeg)
-            or (np.diff(offsets) < 0).any()
-        ):
-            raise DataError(
-                f"{self._path}: the offsets must rise from 0 to the {len(jpeg)} bytes of jpeg, "
-                f"in {len(labels) + 1} steps for {len(labels)} labels"
-            )
+        if labels.ndim != 1 or labels.dtype.kind not in "iu":
+            raise DataError(f"{self._path}: labels is {labels.dtype} {labels.shape}; it must be a row of integers")
+        check_packed(self._path, jpeg, offsets, len(labels), "labels")
         highest = np.inf if self.classes is None else len(self.classes) - 1
         wrong = np.flatnonzero((labels < 0) | (labels > highest))
         if len(wrong):
@@ -274,16 +264,13 @@ def read_classes(path: Path) -> tuple[list[str] | None, list[str] | None]:
     if not file_exists(path):
         return None, None
     entries = read_json(path)
-    pairs = [entry if isinstance(entry, list) else [None, entry] for entry in _as_list(entries)]
+    entries = entries if isinstance(entries, list) else []
+    pairs = [entry if isinstance(entry, list) else [None, entry] for entry in entries]
     if not pairs or not all(len(pair) == 2 and isinstance(pair[1], str) for pair in pairs):
         raise DataError(f"{path} must be a list of class names or of [identifier, name]")
     identifiers = [pair[0] for pair in pairs]
     whole = all(isinstance(identifier, str) for identifier in identifiers)
     return [pair[1] for pair in pairs], identifiers if whole else None
-
-
-def _as_list(value: object) -> list:
-    return value if isinstance(value, list) else []
 
 
 def _expand(pattern: str) -> list[Path]:
@@ -393,7 +380,7 @@ def _belongs_to(key: str, whole: Collection[str]) -> bool:
 def _label(sample: ShardSample) -> int:
     text = sample.texts[".cls"]
     try:
-        return int(text)
+        return parse_int(decode(text).strip())
     except ValueError:
         raise DataError(
             f"{sample.shard}: the label of the sample {sample.key!r} is {text[:20]!r}, not a class number"

@@ -136,7 +136,7 @@ def _from_lines(text: str) -> list[str]:
 
 
 def _from_json(content: Any) -> list[str]:
-    if isinstance(content, dict) and content and all(isinstance(value, int) for value in content.values()):
+    if isinstance(content, dict) and content and all(type(value) is int for value in content.values()):
         content = {str(number): name for name, number in content.items()}
     if isinstance(content, dict):
         gap = next((number for number in range(len(content)) if str(number) not in content), None)

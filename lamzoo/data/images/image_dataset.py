@@ -17,6 +17,8 @@ from lamzoo.data.images.decode import Mode, decode_image
 from lamzoo.data.validation import BadInput
 from lamzoo.errors import DataError
 
+_MOST_CLASSES = 2**31
+
 
 class ImageSource(ABC):
     """Source of images and labels: one subclass per layout.
@@ -140,7 +142,7 @@ class LabelledImages(Dataset):
             label = operator.index(given)
         except TypeError:
             return False
-        return label >= 0 and (self.classes is None or label < len(self.classes))
+        return 0 <= label < (_MOST_CLASSES if self.classes is None else len(self.classes))
 
     def filename(self, index: int) -> str:
         """Returns the path of an image, or its index in an archive."""

@@ -14,11 +14,12 @@ from lamzoo.data.images.image_dataset import ImageSource
 from lamzoo.data.json_files import read_lines
 from lamzoo.data.paths import check_folder, file_exists, list_files, natural_key, nfc, open_listed
 from lamzoo.errors import DataError, MissingExtraError
-from lamzoo.reading import open_regular
+from lamzoo.reading import open_regular, parse_int
 
 # Names of the columns; the first one present is used.
 _HEADINGS = ("filename", "file", "image", "path", "image_id", "imageid", "name", "id")
 _LABELS = ("label", "class", "category", "target", "class_name", "class_id")
+_NUMBER = re.compile("[0-9]{1,300}")
 _OFFICIAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})")
 _MISSING = "there is no such file"
 
@@ -67,8 +68,8 @@ class ListedSource(ImageSource):
             for number, file in enumerate(self._paths)
             if file in lost or number >= len(there)
         }
-        if all(name.isdecimal() for name in names):
-            self._labels = [int(name) for name in names]
+        if all(map(_NUMBER.fullmatch, names)):
+            self._labels = [parse_int(name) for name in names]
             return
         every = {nfc(row[-1]) for row in rows}
         self.classes = sorted(every, key=lambda name: (natural_key(name), name))
@@ -107,8 +108,10 @@ def _read_rows(path: Path) -> list[tuple[str, ...]]:
     if len({len(row) for row in rows}) > 1:
         odd = next(number for number, row in enumerate(rows, 1) if len(row) != len(rows[0]))
         raise DataError(f"line {odd} of {path} has another form than the first; each must be an image and its label")
-    if len(rows[0]) == 1 and all(row[0].isdecimal() for row in rows):
+    if len(rows[0]) == 1 and all(_NUMBER.fullmatch(row[0]) for row in rows):
         return _from_devkit(rows, path)
+    if len(rows) == 1 and rows[0][0].lower() in _HEADINGS:
+        raise DataError(f"the label file {path} has no lines after its headings")
     return rows[1:] if rows[0][0].lower() in _HEADINGS and len(rows[0]) == 2 else rows
 
 
@@ -126,6 +129,8 @@ def _read_table(path: Path) -> list[tuple[str, ...]]:
             f"{path} has the columns {', '.join(filter(None, table.headings))}; rename that of the labels to "
             f"{' or '.join(map(repr, _LABELS[:2]))}"
         )
+    if not table.rows:
+        raise DataError(f"the label file {path} has no lines after its headings")
     rows = [(number, tuple(cells[place] for place in columns)) for number, cells in table.rows]
     empty = next((number for number, row in rows if not all(row)), None)
     if empty is not None:

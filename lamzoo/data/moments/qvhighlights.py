@@ -21,6 +21,7 @@ from lamzoo.errors import DataError
 from lamzoo.reading import parse_float
 
 _CLIP_SECONDS = 2.0
+_HIGHEST = 1e6  # a grade; published ones are at most 5
 _LONGEST = 7 * 24 * 3600.0  # maximum duration of a video, seconds: a week
 
 
@@ -100,8 +101,16 @@ def _grades(line: Mapping[str, Any], duration: float, where: str) -> Features | 
             f"{where} grades {len(scores)} clips and lists {len(clips)} of a video of {total}; they must agree"
         )
     grades = np.zeros((total, len(scores[0])), dtype=np.float32)
-    grades[clips] = scores
+    grades[clips] = _grade_array(scores, "saliency_scores", where)
     return grades
+
+
+def _grade_array(grades: list[list[float]], name: str, where: str) -> Features:
+    """Returns grades as an array, ``(clips, annotators)``, after checking that they are of a usual size."""
+    found = np.array(grades, dtype=np.float64).reshape(len(grades), -1)
+    if not (np.abs(found) <= _HIGHEST).all():
+        raise DataError(f"{where} has a grade among its {name} that is not between -{_HIGHEST:g} and {_HIGHEST:g}")
+    return found.astype(np.float32)
 
 
 def tvsum(root: Path, split: str, domain: str | None = None) -> FolderSource:
@@ -130,9 +139,9 @@ def tvsum(root: Path, split: str, domain: str | None = None) -> FolderSource:
     queries = [
         MomentQuery(
             line["qid"], line["query"], line["vid"], _CLIP_SECONDS * len(line["label"]), (),
-            np.array(line["label"], dtype=np.float32),
+            _grade_array(line["label"], "label", where),
         )
-        for line, _ in lines
+        for line, where in lines
         if domain is None or line["domain"] == domain
     ]  # fmt: skip
     return FolderSource(found, queries, root)

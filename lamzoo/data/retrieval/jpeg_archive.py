@@ -7,15 +7,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
-from lamzoo.data.arrays import read_npz
+from lamzoo.data.arrays import check_packed, read_npz
 from lamzoo.data.images.decode import decode_image
 from lamzoo.data.json_files import check_fields, is_row, read_json_lines
 from lamzoo.data.paths import check_folder, file_exists
 from lamzoo.data.splits import find_split
 from lamzoo.errors import DataError
+
+_MOST_FRAMES = 10**6  # of a clip
+_LONGEST = 24 * 3600.0  # seconds of a clip
 
 
 class CaptionLines:
@@ -43,6 +45,8 @@ class CaptionLines:
         self.every: list[dict[str, Any]] = []
         for line, where in read_json_lines(captions):
             check_fields(line, {"split": str, **fields}, where)
+            if "n_frames" in fields and not 0 < line["n_frames"] <= _MOST_FRAMES:
+                raise DataError(f"{where} has {line['n_frames']} n_frames; there must be 1 to {_MOST_FRAMES}")
             _check_words(line.get("words", []) if "words" in fields else [], where)
             self.every.append(line)
         self.split = find_split(split, dict.fromkeys(line["split"] for line in self.every), str(captions))
@@ -88,7 +92,8 @@ class JpegLines(CaptionLines):
 
 def _check_words(words: list[Any], where: str) -> None:
     for word in words:
-        if not (isinstance(word, list) and len(word) == 3 and isinstance(word[0], str) and is_row(word[1:])):
+        whole = isinstance(word, list) and len(word) == 3 and isinstance(word[0], str) and is_row(word[1:])
+        if not whole or not 0 <= word[1] <= word[2] <= _LONGEST:
             raise DataError(f"{where} has the word {word!r:.60}; it must be a string, its start and its end in seconds")
 
 
@@ -96,11 +101,5 @@ def _read_jpegs(path: Path, count: int, wanted: Sequence[int]) -> list[bytes]:
     if not file_exists(path):
         raise DataError(f"{path.parent} has no {path.name}")
     jpeg, offsets = read_npz(path, ("jpeg", "offsets")).values()
-    if jpeg.dtype != np.uint8 or jpeg.ndim != 1 or offsets.dtype.kind not in "iu" or offsets.ndim != 1:
-        raise DataError(f"{path}: jpeg must be a row of uint8 and offsets a row of integers")
-    if len(offsets) != count + 1 or offsets[0] != 0 or offsets[-1] != len(jpeg) or (np.diff(offsets) < 0).any():
-        raise DataError(
-            f"{path}: the offsets must rise from 0 to the {len(jpeg)} bytes of jpeg, in {count} steps for the {count} "
-            "lines of captions.jsonl"
-        )
+    check_packed(path, jpeg, offsets, count, "lines of captions.jsonl")
     return [jpeg[offsets[number] : offsets[number + 1]].tobytes() for number in wanted]

@@ -61,8 +61,7 @@ def _count(path: Path) -> int:
     except DataError as error:
         raise DataError(f"cannot read the ReaL labels: {error}; use 'timm' for timm's copy") from error
     whole = isinstance(content, list) and all(
-        isinstance(labels, list) and all(isinstance(label, int) and label >= 0 for label in labels)
-        for labels in content
+        isinstance(labels, list) and all(type(label) is int and label >= 0 for label in labels) for labels in content
     )
     if not whole or not content:
         raise DataError(f"{path} must be a list of lists of class indices, one per image, as real.json is")

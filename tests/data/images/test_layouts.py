@@ -252,7 +252,7 @@ def test_a_truncated_image_in_an_npz_is_named_by_its_index(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"labels": None}, "no array labels; it has jpeg, offsets"),
+        ({"labels": None}, "no array 'labels'; it has 'jpeg', 'offsets'"),
         ({"labels": np.array([0, 1, 7] * 3)}, "label 7 of image 2 is out of range, but classes.json has 3 classes"),
         ({"labels": np.array([-1] * 9)}, "label -1 of image 0"),
         ({"labels": np.arange(4)}, "offsets must rise"),
