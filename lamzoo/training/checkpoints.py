@@ -117,26 +117,20 @@ class Checkpoints:
         self._manifest: dict[str, Any] | None = None  # of the latest checkpoint
         self._check_identity()
 
-    def make_folder(self) -> None:
-        """Creates the folder; call it after all other checks.
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Creates the folder and locks it, so that no other process trains in it.
+
+        Call it on the main process, after all other checks.
 
         Raises:
-            RecipeError: the folder can't be created.
+            RecipeError: the folder can't be created, or another process trains in it or has just done so.
         """
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             reason = f"run.output {self.output} can't be created: {error.strerror}"
             raise RecipeError(f"{reason}; choose another folder.") from None
-
-    @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
-        """Creates the folder and locks it, so that no other process trains in it; call on the main process.
-
-        Raises:
-            RecipeError: the folder can't be created, or another process trains in it or has just done so.
-        """
-        self.make_folder()
         with file_lock(self.output / ".lock") as held:
             if held is False:
                 raise RecipeError(
@@ -296,7 +290,8 @@ class Checkpoints:
         return None
 
     def _finished(self) -> list[Path]:
-        return sorted(self._folder.glob("update-*"))
+        folders = [folder for folder in self._folder.glob("update-*") if folder.name[7:].isdecimal()]
+        return sorted(folders, key=lambda folder: int(folder.name[7:]))
 
 
 def on_main_process(accelerator: Accelerator, function: Callable[[], _Result]) -> _Result:

@@ -143,7 +143,7 @@ def test_a_damaged_checkpoint_of_0_1_0_is_passed_over_too(
         ({"history": [{"epoch": "x"}]}, "no number for 'epoch'"),
         ({"history": 3}, "history"),
         ({"seconds": None}, "seconds"),
-        ({"best": {"epoch": []}}, "best.epoch"),
+        ({"best": {"epoch": [], "value": 1.0}}, "best.epoch"),
         ({"files": {"model.safetensors": 5}}, "altered"),
     ],
 )
