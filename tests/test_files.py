@@ -72,3 +72,9 @@ def test_a_forked_worker_does_not_keep_the_lock_of_a_killed_process(tmp_path: Pa
         os.write(set_done, b"x")
         for descriptor in (ready, set_ready, done, set_done):
             os.close(descriptor)
+
+
+def test_where_no_lock_can_be_made_that_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with file_lock(tmp_path / "file" / "lock") as held:
+        assert held is None

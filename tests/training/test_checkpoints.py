@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from lamzoo.errors import RecipeError
 from lamzoo.files import file_lock
 from lamzoo.training import Progress, TrainResult, parse_recipe, train
+from lamzoo.training.checkpoints import Checkpoints, TrainedParts
 
 
 @pytest.fixture(scope="module")
@@ -236,3 +238,19 @@ def test_a_full_disk_leaves_nothing_half_written(killed: Path, resume: Callable[
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert before - {*killed.rglob("*")} == {killed / "checkpoints" / ".update-00000009"}
     assert {*killed.rglob("*")} < before
+
+
+def test_the_scale_of_fp16_gradients_is_kept(packed_data: Path, tmp_path: Path) -> None:
+    recipe = parse_recipe(table(packed_data, tmp_path))
+    accelerator, found = Accelerator(cpu=True), []
+    for scale, resume in ((7.0, False), (1.0, True)):
+        model = torch.nn.Linear(2, 2)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        parts = TrainedParts(model, torch.optim.SGD(model.parameters()), None, scaler)
+        checkpoints = Checkpoints(tmp_path, recipe, resume)
+        if not resume:
+            checkpoints.write_recipe()
+            checkpoints.save(accelerator, parts, {"update": 1, "loss_sum": 0.0, "seconds": 0.0, "history": []})
+        found.append(checkpoints.load(accelerator, parts, None))
+        assert scaler.get_scale() == 7
+    assert found[1] == {"update": 1, "loss_sum": 0, "seconds": 0, "history": []}
