@@ -88,18 +88,20 @@ def decode(data: bytes) -> str:
     return text
 
 
-def parse_json(text: str | bytes, *, file_names: bool = False) -> Any:
+def parse_json(text: str | bytes, *, file_names: bool = False, not_finite: bool = False) -> Any:
     """Parses JSON strictly, as RFC 8259 advises: without NaN, infinity, repeated keys and incomplete characters.
 
     Args:
         text: the JSON; bytes are UTF-8.
         file_names: allow the incomplete characters that Python represents file names by whose bytes are not UTF-8.
+        not_finite: allow NaN and infinity, as lamzoo 0.1.0 wrote them.
 
     Raises:
         ValueError: the text is not such JSON, or is nested too deeply.
     """
     text = decode(text) if isinstance(text, bytes) else text
-    value = _parsed(json.loads, text, parse_constant=_refuse, parse_float=_finite, object_pairs_hook=_unique)
+    numbers = {} if not_finite else {"parse_constant": _refuse, "parse_float": _finite}
+    value = _parsed(json.loads, text, object_pairs_hook=_unique, **numbers)
     if _ESCAPED_SURROGATE.search(text):
         try:
             json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogateescape" if file_names else "strict")

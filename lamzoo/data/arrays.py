@@ -52,6 +52,8 @@ def read_npz(path: Path, names: Sequence[str], optional: Sequence[str] = ()) -> 
     try:
         with open_regular(path) as file, zipfile.ZipFile(file) as archive:
             members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+            if len(members) < len(archive.infolist()):
+                raise ValueError("it has an array twice")
             missing = [name for name in names if name not in members]
             if missing:
                 found = ", ".join(map(repr, members)) or "none"

@@ -516,4 +516,6 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def _natural(name: str) -> list[tuple[bool, int, str]]:
-    return [(not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", name.lower())]
+    return [
+        (not part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in re.split(r"(\d+)", name.lower())
+    ]

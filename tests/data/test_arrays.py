@@ -72,3 +72,11 @@ def test_an_array_that_grows_too_much_is_not_decompressed(tmp_path: Path) -> Non
             file.write(bytes(2**20))
     with pytest.raises(DataError, match="'x' would grow to 33554560 bytes"):
         read_npz(tmp_path / "a.npz", ["x"])
+
+
+def test_an_archive_with_an_array_twice_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("x.npy", header((0,)))
+        archive.writestr("x", header((0,)))
+    with pytest.raises(DataError, match="it has an array twice"):
+        read_npz(tmp_path / "a.npz", ["x"])

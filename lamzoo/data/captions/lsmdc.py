@@ -13,7 +13,7 @@ from lamzoo.data.splits import find_split
 from lamzoo.errors import DataError
 from lamzoo.reading import parse_float
 
-_TIME = r"(\d+)\.(\d\d)\.(\d\d)\.(\d{3})"
+_TIME = r"([0-9]{1,4})\.([0-9]{2})\.([0-9]{2})\.([0-9]{3})"
 _CLIP = re.compile(r"(?P<movie>.+)_[\d.]+-[\d.]+")
 
 

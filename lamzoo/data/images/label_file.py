@@ -20,6 +20,7 @@ from lamzoo.reading import open_regular, parse_int
 _HEADINGS = ("filename", "file", "image", "path", "image_id", "imageid", "name", "id")
 _LABELS = ("label", "class", "category", "target", "class_name", "class_id")
 _NUMBER = re.compile("[0-9]{1,300}")
+_ODD_NUMBER = re.compile(r"[+-]?[\d_]+(?:\.0*)?")  # as Python and spreadsheets may write whole numbers
 _OFFICIAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})")
 _MISSING = "there is no such file"
 
@@ -71,6 +72,9 @@ class ListedSource(ImageSource):
         if all(map(_NUMBER.fullmatch, names)):
             self._labels = [parse_int(name) for name in names]
             return
+        if all(map(_ODD_NUMBER.fullmatch, names)):  # as class names, they would get other numbers
+            odd = next(name for name in names if not _NUMBER.fullmatch(name))
+            raise DataError(f"{path} has the label {odd!r:.60}; labels must be whole numbers from 0, or class names")
         every = {nfc(row[-1]) for row in rows}
         self.classes = sorted(every, key=lambda name: (natural_key(name), name))
         numbers = {name: number for number, name in enumerate(self.classes)}

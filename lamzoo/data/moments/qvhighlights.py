@@ -147,7 +147,7 @@ def tvsum(root: Path, split: str, domain: str | None = None) -> FolderSource:
     return FolderSource(found, queries, root)
 
 
-_CHARADES = re.compile(r"(\S+) (\d+(?:\.\d+)?) (\d+(?:\.\d+)?)##(.+)")
+_CHARADES = re.compile(r"(\S+) ([0-9]+(?:\.[0-9]+)?) ([0-9]+(?:\.[0-9]+)?)##(.+)")
 
 
 def charades(root: Path, split: str) -> FolderSource:

@@ -217,3 +217,23 @@ def test_without_h5py_the_extra_is_named(mad: Path, monkeypatch: pytest.MonkeyPa
         MissingExtraError, match=r"needs h5py, which is not installed; pip install 'lamzoo\[captions\]'"
     ):
         opened(mad)
+
+
+def test_data_of_other_files_is_not_read(mad: Path) -> None:
+    with h5py.File(mad / "other.h5", "w") as file:
+        file["secret"] = rows(100)
+    (mad / "raw").write_bytes(rows(100).tobytes())
+    layout = h5py.VirtualLayout((100, 4), np.float32)
+    layout[:] = h5py.VirtualSource(str(mad / "other.h5"), "secret", (100, 4), np.float32)
+    for name in ("external link", "soft link", "virtual", "external data"):
+        with h5py.File(mad / "features" / FRAMES, "w") as file:
+            if name == "external link":
+                file["10142"] = h5py.ExternalLink(str(mad / "other.h5"), "secret")
+            elif name == "soft link":
+                file["10142"] = h5py.SoftLink("/nothing")
+            elif name == "virtual":
+                file.create_virtual_dataset("10142", layout)
+            else:
+                file.create_dataset("10142", (100, 4), np.float32, external=[(str(mad / "raw"), 0, 1600)])
+        with pytest.raises(DataError, match="must have one data set per movie, .* '10142' is none"):
+            opened(mad).read(0)

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from lamzoo.data import create_dataset, plain_worker_errors
 from lamzoo.errors import DataError, MissingSplitError
 from tests.images import CLASSES, COLOURS, encoded, image, write_folder, write_npz
+from tests.shards import write_shard
 
 
 def assert_colours(dataset, classes=CLASSES) -> None:
@@ -320,3 +321,23 @@ def test_a_wrong_specification_names_the_culprit(
     with pytest.raises(DataError, match=message) as caught:
         create_dataset(spec, "test")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("label", ["-1", "1.0", "1_000", "١٢", "9" * 20, "9" * 300])
+def test_a_label_that_is_no_class_number_is_refused(tmp_path: Path, label: str) -> None:
+    for name in ("a.jpg", "b.jpg"):
+        (tmp_path / name).touch()
+    (tmp_path / "a.txt").write_text(f"a.jpg 0\nb.jpg {label}\n")
+    (tmp_path / "a.csv").write_text(f"filename,label\na.jpg,0\nb.jpg,{label}\n")
+    write_shard(tmp_path / "a.tar", {"a.jpg": b"", "a.cls": b"0", "b.jpg": b"", "b.cls": label.encode()})
+    specs = [f"imagelist:{tmp_path}:{tmp_path / name}" for name in ("a.txt", "a.csv")]
+    for spec in (*specs, f"wds:{tmp_path / 'a.tar'}"):
+        with pytest.raises(DataError, match="label of .*not a class number|has the label .*must be whole numbers"):
+            create_dataset(spec, "all").labels()
+
+
+def test_offsets_without_sign_may_not_fall(tmp_path: Path) -> None:
+    offsets = np.array([0, 9, 3, 12], np.uint32)
+    write_npz(tmp_path, jpeg=np.zeros(12, np.uint8), offsets=offsets, labels=np.zeros(3, np.int64))
+    with pytest.raises(DataError, match="the offsets must rise from 0 to the 12 bytes"):
+        create_dataset(f"npz:{tmp_path}", "test")
