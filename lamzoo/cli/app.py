@@ -6,6 +6,7 @@ import errno
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from importlib.metadata import version as installed
 from typing import Annotated, Any
@@ -142,20 +143,22 @@ def _report(error: BaseException) -> int:
     if isinstance(error, SystemExit):
         out.print_error(f"a library ended the command with sys.exit({error.code!r}) (unexpected; --debug shows where)")
         return 1
-    what = ": ".join(filter(None, (type(error).__name__, str(error))))
+    what = "".join(traceback.format_exception_only(error)).strip()  # unlike str(error), it never fails
     out.print_error(f"{what} (unexpected; --debug shows where)")
     return 1
 
 
 def _shortage(error: BaseException) -> str | None:
     """Returns the sentence for a limit of the machine that any code may meet; None for other errors."""
-    text = str(error).strip()
     if isinstance(error, OSError):
         hint = _SHORTAGES.get(error.errno or 0)
         if hint is None:
             return None
         where = f" for {shortened(error.filename)}" if isinstance(error.filename, str) else ""
         return f"{error.strerror}{where}; {hint}"
+    if not isinstance(error, (MemoryError, RuntimeError)):
+        return None
+    text = str(error).strip()
     # torch raises a RuntimeError on the CPU; torch.OutOfMemoryError is one for accelerators.
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(text)):
         detail = f" ({text})" if text else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import fnmatch
 import importlib
@@ -9,8 +10,10 @@ import inspect
 import logging
 import os
 import re
+import sys
 import threading
-from collections.abc import Callable, Iterable, Mapping
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -44,6 +47,7 @@ _logger = logging.getLogger(__name__)
 _Function = TypeVar("_Function", bound="Callable[..., nn.Module]")
 
 ENTRY_POINT_GROUP = "lamzoo.models"
+_SLOW_IMPORT_SECONDS = 10.0
 
 _specs: dict[str, ModelSpec] = {}
 _broken: dict[str, str] = {}  # plug-in -> what went wrong
@@ -489,15 +493,35 @@ def _load() -> None:
             before = dict(_specs)
             origin = f"{plugin.name!r} ({plugin.dist.name if plugin.dist else 'unknown package'}: {plugin.value})"
             try:
-                plugin.load()
+                with _announced(origin), contextlib.redirect_stdout(sys.stderr):  # stdout is the command's own
+                    plugin.load()
             except DuplicateModelError as error:
                 _restore(before)
                 raise DuplicateModelError(f"The plug-in {origin} cannot be used: {error}") from error
-            except Exception as error:  # noqa: BLE001 - third-party code; lamzoo's own models must stay usable
+            except KeyboardInterrupt:
                 _restore(before)
-                _broken[origin] = f"{type(error).__name__}: {error}"
-                _logger.warning("The lamzoo plug-in %s failed to load, its models are missing: %r", origin, error)
+                _logger.warning("Stopped while importing the lamzoo plug-in %s", origin)
+                raise
+            except BaseException as error:  # noqa: BLE001 - third-party code; lamzoo's own models must stay usable
+                _restore(before)
+                _broken[origin] = " ".join("".join(traceback.format_exception_only(error)).split())
+                _logger.warning(
+                    "The lamzoo plug-in %s failed to load, its models are missing: %s", origin, _broken[origin]
+                )
         _loaded = True
+
+
+@contextlib.contextmanager
+def _announced(plugin: str) -> Iterator[None]:
+    """Warns if the import of a plug-in takes long, as it may never end."""
+    message = "Still importing the lamzoo plug-in %s; if it never ends, stop with Ctrl-C and uninstall its package"
+    timer = threading.Timer(_SLOW_IMPORT_SECONDS, _logger.warning, (message, plugin))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _restore(specs: dict[str, ModelSpec]) -> None:

@@ -21,6 +21,7 @@ from lamzoo.profiling import Latency, LatencyComparison, compare_latency, profil
 from lamzoo.profiling.inputs import default_input
 from lamzoo.registry.factory import create_model
 from lamzoo.report.mask_pictures import explain
+from lamzoo.text import printable
 
 MODEL = "lam_vit_micro"
 BASELINE = "vit_micro"
@@ -77,7 +78,7 @@ def run(out: Path, cifar10: Path | None = None, *, console: Console | None = Non
     for photograph in photographs:
         path = out / f"masks-{photograph.name}.png"
         explain(models[MODEL], photograph.path, path)
-        console.print(f"masks of {MODEL} on the {photograph.name}: {escape(str(path))}", soft_wrap=True)
+        console.print(f"masks of {MODEL} on the {photograph.name}: {escape(printable(str(path)))}", soft_wrap=True)
     if test_set is not None:
         show_accuracy(console, models, test_set)
 

@@ -178,6 +178,53 @@ def test_a_plugin_that_fails_is_named_and_leaves_the_rest_usable(
         create_model("a_model_of_the_plugin")
 
 
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [
+        ("import sys; sys.exit(3)", "SystemExit: 3"),
+        ("raise GeneratorExit('odd')", "GeneratorExit: odd"),
+        ("class Odd(BaseException): pass\nraise Odd('very')", "Odd: very"),
+    ],
+    ids=["exit", "generator exit", "base exception"],
+)
+def test_a_plugin_that_ends_the_process_is_named_and_leaves_the_rest_usable(
+    code: str, says: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "a_leaving_plugin.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    plugins(monkeypatch, leaving="a_leaving_plugin")
+    with caplog.at_level(logging.WARNING, "lamzoo"):
+        assert "vit_micro" in list_models()
+    assert "'leaving'" in caplog.text and says in caplog.text
+
+
+def test_a_plugin_that_takes_long_is_named_and_prints_nothing_to_stdout(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Any,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "a_slow_plugin.py").write_text("import time\nprint('loading')\ntime.sleep(0.2)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(catalog, "_SLOW_IMPORT_SECONDS", 0.01)
+    plugins(monkeypatch, slow="a_slow_plugin")
+    with caplog.at_level(logging.WARNING, "lamzoo"):
+        assert "vit_micro" in list_models()
+    assert "Still importing the lamzoo plug-in 'slow'" in caplog.text
+    assert capsys.readouterr() == ("", "loading\n")
+
+
+def test_ctrl_c_while_a_plugin_is_imported_names_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "a_stopped_plugin.py").write_text("raise KeyboardInterrupt")
+    monkeypatch.syspath_prepend(tmp_path)
+    plugins(monkeypatch, hanging="a_stopped_plugin")
+    with pytest.raises(KeyboardInterrupt), caplog.at_level(logging.WARNING, "lamzoo"):
+        list_models()
+    assert "Stopped while importing the lamzoo plug-in 'hanging'" in caplog.text
+
+
 def test_a_plugin_that_takes_a_name_is_an_error_that_names_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     (tmp_path / "a_greedy_plugin.py").write_text(
         "from lamzoo.registry import register_model\n"
