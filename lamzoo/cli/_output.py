@@ -28,6 +28,8 @@ from lamzoo.text import is_hidden, printable
 if TYPE_CHECKING:
     from lamzoo.tasks import ScoreTable
 
+_NARROW = 40  # width of a terminal below which columns would be cut to single letters
+_DEFAULT_WIDTH = 80  # width of a terminal that states none
 _PIPE_WIDTH = 200  # width of a table that is written to a file or a pipe
 _LINE_SECONDS = 15.0  # initial interval of progress lines without a terminal
 _LINE_SHARE = 0.1  # later interval, as a fraction of the elapsed time
@@ -52,6 +54,8 @@ def print_table(
 ) -> None:
     """Prints a table to stdout; columns of numbers are right-aligned.
 
+    On a terminal of less than 40 characters, each row is a list of its cells, one per line.
+
     Args:
         columns: headings.
         rows: values; None prints as an empty cell. Strings are not parsed as rich markup.
@@ -60,6 +64,9 @@ def print_table(
             several lines.
         compact: draw no lines and separate columns by one space.
     """
+    if (console := _stdout()).width < _NARROW:
+        _print_cells(columns, rows, title)
+        return
     lines: dict[str, Any] = {"box": None, "padding": (0, 1, 0, 0), "pad_edge": False} if compact else {}
     table = Table(title=_text(title) if title else None, title_justify="left", header_style="bold", **lines)
     for index, heading in enumerate(columns):
@@ -69,7 +76,17 @@ def print_table(
         table.add_column(_text(heading, keep="\n"), justify=justify, overflow="fold", no_wrap=index in numbers)
     for row in rows:
         table.add_row(*(_text(_cell(value), keep="\n" if i in numbers else "") for i, value in enumerate(row)))
-    _stdout().print(table)
+    console.print(table)
+
+
+def _print_cells(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str | None) -> None:
+    if title:
+        print_line(title)
+    for row in rows:
+        for heading, value in zip(columns, row, strict=True):
+            if cell := _cell(value):
+                print_line(": ".join(filter(None, (" ".join(heading.split()), " ".join(cell.split())))))
+        print_line("")
 
 
 def print_scores(table: ScoreTable, title: str) -> None:
@@ -303,10 +320,19 @@ def _cell(value: Any) -> str:
 
 
 def _stdout() -> Console:
-    console = Console(highlight=False, emoji=False)
-    return console if console.is_terminal else Console(highlight=False, emoji=False, width=_PIPE_WIDTH)
+    console = _console()
+    if not console.is_terminal:
+        console.width = _PIPE_WIDTH
+    return console
 
 
 def _stderr() -> Console:
     """Returns the console for stderr; during progress, that of the bar, which redraws the bar below each line."""
-    return _bar_console or Console(stderr=True, highlight=False, emoji=False)
+    return _bar_console or _console(stderr=True)
+
+
+def _console(*, stderr: bool = False) -> Console:
+    console = Console(stderr=stderr, highlight=False, emoji=False)
+    if console.width < 1:  # with COLUMNS=0, rich would print nothing
+        console.width = _DEFAULT_WIDTH
+    return console

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 import signal
 import sys
@@ -47,6 +48,11 @@ _SHORTAGES = {
     errno.EROFS: "choose another folder, or set XDG_CACHE_HOME and HF_HOME to one that can be written",
 }
 
+_OUT_OF_MEMORY = re.compile(
+    "out of memory|(can't|cannot) allocate memory|not enough memory|storage size calculation|failed to map segment",
+    re.I,
+)
+
 # The sections of --help, which imports all of these modules: they import torch and timm inside functions only.
 _COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
     "Models": {"list": list_command, "info": info, "download": download, "export": export},
@@ -55,8 +61,6 @@ _COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
     "Training and evaluation": {"train": train, "eval": eval_command},
     "Benchmarks": {"bench": bench, "compare": compare},
 }
-
-_OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory|storage size calculation", re.I)
 
 
 class _Sections(TyperGroup):
@@ -110,6 +114,10 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def _run(args: list[str]) -> int:
     """Runs a command; unlike click's own ``main``, leaves every exception but a requested exit to the caller."""
+    try:
+        os.getcwd()
+    except OSError as error:  # libraries of torch end the process without saying so
+        raise LamzooError(f"the current folder can't be used ({error.strerror}); change to another one") from error
     command = typer.main.get_command(app)
     try:
         with command.make_context("lamzoo", args, obj=list(args)) as context:
@@ -156,11 +164,12 @@ def _shortage(error: BaseException) -> str | None:
             return None
         where = f" for {shortened(error.filename)}" if isinstance(error.filename, str) else ""
         return f"{error.strerror}{where}; {hint}"
-    if not isinstance(error, (MemoryError, RuntimeError)):
+    # torch raises a RuntimeError on the CPU, of which torch.OutOfMemoryError is a subclass, for accelerators; an
+    # ImportError tells that a library did not fit.
+    if not isinstance(error, (MemoryError, RuntimeError, ImportError)):
         return None
     text = str(error).strip()
-    # torch raises a RuntimeError on the CPU; torch.OutOfMemoryError is one for accelerators.
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(text)):
+    if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(text):
         detail = f" ({text})" if text else ""
         return f"memory ran out{detail}; use a smaller batch size or model, or end other programs"
     if "can't start new thread" in text:

@@ -121,6 +121,26 @@ def test_the_bar_shows_no_control_character_of_a_name(
     assert r"a\x9b2J" in shown and r"b\x07" in shown and not re.search("[\x07\x9b]", shown)
 
 
+@pytest.mark.parametrize("columns", ["20", "1", "0"])
+def test_on_a_very_narrow_terminal_no_word_of_a_table_is_cut(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], columns: str
+) -> None:
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", columns)
+    out.print_table(
+        ("model", "GMACs"), [("lam_vit_micro.cifar10", 0.1), ("vit_micro", None)], title="the zoo, all of it"
+    )
+    shown = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out)
+    assert "lam_vit_micro.cifar10" in shown
+    if columns != "0":  # which means that the width is unknown
+        assert shown == "the zoo, all of it\nmodel: lam_vit_micro.cifar10\nGMACs: 0.10\n\nmodel: vit_micro\n\n"
+    with out.progress_bar("a model") as advance:
+        advance(1, 2, "half")
+    out.print_error("an error")
+    assert "an error\n" in capsys.readouterr().err
+
+
 def test_a_document_is_escaped_on_a_terminal_only(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

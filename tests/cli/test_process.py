@@ -96,6 +96,11 @@ def test_a_signal_that_the_process_ignores_stays_ignored() -> None:  # as after 
         (RecursionError("too deep"), 1, "RecursionError: too deep (unexpected; --debug shows where)"),
         (MemoryError(), 2, "memory ran out; use a smaller batch size or model, or end other programs"),
         (
+            ImportError("libtorch.so: failed to map segment from shared object"),
+            2,
+            "memory ran out (libtorch.so: failed",
+        ),
+        (
             OSError(24, "Too many open files", "a.npz"),
             2,
             "Too many open files for a.npz; raise the limit of `ulimit -n`",
@@ -120,3 +125,13 @@ def test_only_ctrl_c_ends_without_a_sentence(
         assert done.err == ""
     else:
         assert done.err.startswith(f"lamzoo: {message}") and done.err.count("\n") == 1
+
+
+def test_a_current_folder_that_was_deleted_is_named(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    done = run("list")
+    assert (done.code, done.out) == (2, "")
+    assert done.err == ("lamzoo: the current folder can't be used (No such file or directory); change to another one\n")
