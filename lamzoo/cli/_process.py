@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any
 
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
@@ -73,6 +73,11 @@ def stop_on_signals() -> Iterator[None]:
         else:
             _end_by(number)
 
+    def report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if os.getpid() == process or not isinstance(error, (ConnectionError, EOFError)):
+            hook(kind, error, trace)  # otherwise a thread of a loader's worker, whose parent has stopped
+
+    hook, sys.excepthook = sys.excepthook, report
     before: dict[int, Any] = {}
     for number in _SIGNALS:
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
@@ -80,6 +85,7 @@ def stop_on_signals() -> Iterator[None]:
     try:
         yield
     finally:
+        sys.excepthook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
         # Code that runs at exit must not be interrupted by an exception, which would be printed as a traceback.
