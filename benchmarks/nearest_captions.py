@@ -9,7 +9,6 @@ Among the captions of the nearest training photographs, selects the one most sim
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from lamzoo.data.captions import CaptionDataset, create_caption_dataset
 from lamzoo.evaluation import word_overlap
 from lamzoo.evaluation.captions.coco_results import write_captions
 from lamzoo.evaluation.captions.evaluate import caption_scores
+from lamzoo.reading import to_json
 
 
 def thumbnails(dataset: CaptionDataset) -> NDArray[np.float32]:
@@ -69,7 +69,7 @@ def main() -> None:
         write_captions(args.out, captions)
     versions = {"torch": torch.__version__, "timm": timm.__version__}
     facts = {"data": args.data, "split": dataset.split, "neighbours": args.neighbours, "versions": versions}
-    print(json.dumps({**facts, "scores": caption_scores(dataset, captions)}, indent=2))
+    print(to_json({**facts, "scores": caption_scores(dataset, captions)}, indent=2))
 
 
 if __name__ == "__main__":

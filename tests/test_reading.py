@@ -168,7 +168,6 @@ ALLOWED = {
 ALLOWED |= dict.fromkeys(
     (
         "lamzoo/training/checkpoints.py: json.loads", "lamzoo/training/checkpoints.py: read_text",
-        "lamzoo/export/exported.py: json.loads",
         "lamzoo/weights/saved.py: json.loads", "lamzoo/weights/saved.py: read_text",
         "lamzoo/weights/sources.py: json.loads", "lamzoo/weights/sources.py: read_text",
         "lamzoo/weights/files.py: json.loads",

@@ -33,6 +33,7 @@ from lamzoo import records
 from lamzoo.files import atomic_files, file_lock
 from lamzoo.profiling.bench import checkout_commit
 from lamzoo.profiling.latency import device_label
+from lamzoo.reading import to_json
 from lamzoo.tasks import find_task
 from lamzoo.training import load_recipe
 from lamzoo.training.config_reader import override, read_recipe
@@ -124,7 +125,7 @@ def plan(
     out.mkdir(parents=True, exist_ok=True)
     base = out / "recipe.json"
     with atomic_files() as stage:  # another call may read it
-        stage(base).write_text(json.dumps(tables.recipe, indent=2) + "\n", encoding="utf-8")
+        stage(base).write_text(to_json(tables.recipe, indent=2) + "\n", encoding="utf-8")
     runs = []
     own = {row: seeds or tables.rows[row].seeds or tables.seeds for row in rows}
     for seed in dict.fromkeys(chain(*own.values())):  # without duplicates, in the given order

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,6 +18,7 @@ from lamzoo.data.json_files import read_json
 from lamzoo.data.splits import WHOLE, open_default, synonyms
 from lamzoo.errors import DataError, MissingSplitError, UnsplitError
 from lamzoo.files import atomic_files
+from lamzoo.reading import to_json
 
 RECIPE_NAME = "recipe.json"
 SPLIT_NAME = "split.json"
@@ -77,7 +77,7 @@ class MadeSplit:
             DataError: the record can't be written.
         """
         with atomic_files(DataError) as stage:
-            stage(folder / SPLIT_NAME).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", "utf-8")
+            stage(folder / SPLIT_NAME).write_text(to_json(dataclasses.asdict(self), indent=2) + "\n", "utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> MadeSplit | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -75,7 +74,7 @@ class StateFile:
 
     def __init__(self, path: str | Path, key: Mapping[str, Any]) -> None:
         self.path = Path(path)
-        self.key = parse_json(json.dumps(key), file_names=True)  # as read back: tuples become lists
+        self.key = parse_json(to_json(key), file_names=True)  # as read back: tuples become lists
         self._saves = True
         self._found = self._read()
 

@@ -19,6 +19,7 @@ from lamzoo.profiling.job import BenchJob
 from lamzoo.profiling.measurement import Measurement, measure
 from lamzoo.profiling.memory import MemoryMeter
 from lamzoo.profiling.results import BenchRow
+from lamzoo.reading import to_json
 from lamzoo.registry.catalog import trained_data_of
 from lamzoo.registry.factory import create_model, find_weights_file
 from lamzoo.tasks import EvalRequest, find_task
@@ -32,7 +33,7 @@ def main() -> None:
     job = BenchJob(**json.loads(sys.stdin.readline()))
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     with answer:
-        json.dump(dataclasses.asdict(measured_row(job)), answer)
+        answer.write(to_json(dataclasses.asdict(measured_row(job))))
 
 
 def measured_row(job: BenchJob) -> BenchRow:

@@ -130,7 +130,7 @@ def _remove_stale(folder: Path, weights: Path) -> None:
 
 def _is_plain(value: Any) -> bool:
     try:
-        json.dumps(value)
+        json.dumps(value, allow_nan=False)
     except (TypeError, ValueError):
         return False
     return True

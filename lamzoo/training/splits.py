@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from lamzoo.data.splits import hold_out, open_default, synonyms
 from lamzoo.data.trained import HELD_OUT_NAME, RECIPE_NAME, MadeSplit
 from lamzoo.errors import DataError, MissingSplitError, RecipeError
 from lamzoo.files import atomic_files
+from lamzoo.reading import to_json
 from lamzoo.tasks import Task
 from lamzoo.tasks.classification import CLASSIFICATION
 from lamzoo.text import csv_line
@@ -133,7 +133,7 @@ def keep_held_out(folder: Path, held_out: Collection[str]) -> None:
         )
     if names:
         with atomic_files(DataError) as stage:
-            stage(path).write_text(json.dumps(names, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            stage(path).write_text(to_json(names, indent=2) + "\n", encoding="utf-8")
     else:
         path.unlink(missing_ok=True)  # left by a run without a checkpoint
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +24,7 @@ from lamzoo.errors import ConfigError, UnsupportedHostError
 from lamzoo.evaluation.resume import weights_sha256
 from lamzoo.evaluation.retrieval.evaluate import frames_config
 from lamzoo.evaluation.runtime import Precision, check_batches, inference, resolve_device
-from lamzoo.reading import parse_json
+from lamzoo.reading import parse_json, to_json
 from lamzoo.registry.factory import create_model
 
 _logger = logging.getLogger(__name__)
@@ -176,7 +175,7 @@ class FeatureExtractor:
         return {
             "model": _name(self.model),
             "weights": weights_sha256(self.model),
-            "preprocessing": parse_json(json.dumps(frames_config(self.model))),  # as read back: tuples become lists
+            "preprocessing": parse_json(to_json(frames_config(self.model))),  # as read back: tuples become lists
         }
 
     def _inference(self) -> AbstractContextManager[None]:

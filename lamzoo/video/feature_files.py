@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from lamzoo.data.moments.base import Features
 from lamzoo.data.moments.feature_folder import ORIGIN, read_features, read_origin
 from lamzoo.errors import DataError
 from lamzoo.files import atomic_files
+from lamzoo.reading import to_json
 
 _logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ def write_features(path: Path, key: str, features: Features, origin: Origin) -> 
     Raises:
         DataError: the file can't be written.
     """
-    arrays = {key: features, ORIGIN: np.array(json.dumps(origin, sort_keys=True))}
+    arrays = {key: features, ORIGIN: np.array(to_json(origin, sort_keys=True))}
     with atomic_files(DataError) as stage, stage(path).open("wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]  # mypy takes the arrays for allow_pickle
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from lamzoo.errors import ConfigError, DataError
 from lamzoo.files import atomic_files
 from lamzoo.reading import open_regular, parse_json
 from lamzoo.records import Record, build
+from lamzoo.reading import to_json
 from lamzoo.version import __version__
 
 SUFFIX = ".safetensors"
@@ -208,14 +208,14 @@ def write_index(path: Path, index: StoredIndex) -> None:
         DataError: the file can't be written.
     """
     facts = {"lamzoo": __version__, "folder": index.folder, **dataclasses.asdict(index.origin)}
-    listed = json.dumps([dataclasses.astuple(video) for video in (*index.videos, *index.unreadable)])
+    listed = to_json([dataclasses.astuple(video) for video in (*index.videos, *index.unreadable)])
     # The list is a tensor of bytes, because the size of the header, with the metadata, is limited.
     tensors = {"videos": torch.frombuffer(bytearray(listed.encode()), dtype=torch.uint8)}
     if index.rows:
         embeddings, mask = stack_rows(index.rows)
         tensors |= {"embeddings": embeddings} if mask is None else {"embeddings": embeddings, "frame_mask": mask}
     with atomic_files(DataError) as stage:
-        save_file(tensors, stage(path), metadata={"format": "pt", _FACTS: json.dumps(facts)})
+        save_file(tensors, stage(path), metadata={"format": "pt", _FACTS: to_json(facts)})
 
 
 def read_index(path: Path) -> StoredIndex:

@@ -31,7 +31,7 @@ from lamzoo.evaluation.resume import weights_sha256
 from lamzoo.evaluation.retrieval.evaluate import compare, encode_texts, frames_config
 from lamzoo.evaluation.runtime import Precision, check_batches, check_finite, inference, resolve_device
 from lamzoo.files import cache_folder
-from lamzoo.reading import parse_json
+from lamzoo.reading import parse_json, to_json
 from lamzoo.registry.factory import create_model
 from lamzoo.video.index import (
     SUFFIX,
@@ -392,7 +392,7 @@ def _listed(folder: Path) -> list[IndexedVideo]:
 
 
 def _origin(model: Any, sampling: FrameSampling) -> Origin:
-    preprocessing = parse_json(json.dumps(frames_config(model)))  # as read back: tuples become lists
+    preprocessing = parse_json(to_json(frames_config(model)))  # as read back: tuples become lists
     masks = {} if model.lam_config is None else model.lam_config.to_dict()
     return Origin(_name(model), weights_sha256(model), model.similarity_type, sampling, preprocessing, masks)
 

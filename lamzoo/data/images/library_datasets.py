@@ -18,6 +18,9 @@ from lamzoo.data.splits import find_split, synonyms
 from lamzoo.errors import DataError, MissingExtraError, MissingSplitError
 from lamzoo.reading import open_regular
 
+#: Data sets of torchvision that read a pickle whose hash is not known, as those of CIFAR are.
+_UNPICKLED = frozenset({"LSUN", "LSUNClass"})
+
 
 class TorchvisionSource(ImageSource):
     """A downloaded image classification data set of ``torchvision.datasets``.
@@ -28,7 +31,7 @@ class TorchvisionSource(ImageSource):
         split: the split.
 
     Raises:
-        DataError: there is no such data set or split, or its files are not in ``root``.
+        DataError: there is no such data set or split, its files are not in ``root``, or reading it could run code.
     """
 
     def __init__(self, name: str, root: Path, split: str) -> None:
@@ -40,6 +43,11 @@ class TorchvisionSource(ImageSource):
         self._name = known[name.lower()]
         build = getattr(torchvision.datasets, self._name)
         accepted = inspect.signature(build).parameters
+        if self._name in _UNPICKLED:
+            raise DataError(
+                f"torchvision's {self._name} reads a pickle from the current folder, which can run code; copy its "
+                "images to a folder for each class, and use imagefolder:DIR"
+            )
         if "root" not in accepted:
             raise DataError(f"torchvision's {self._name} is not a folder of labelled images")
         if not folder_exists(root):

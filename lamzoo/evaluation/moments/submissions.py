@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from lamzoo.data.moments import MomentDataset
 from lamzoo.errors import DataError
 from lamzoo.evaluation.moments.metrics import moment_metrics
 from lamzoo.files import atomic_files
+from lamzoo.reading import to_json
 from lamzoo.tasks.base import Evaluation
 
 _LISTS = ("pred_relevant_windows", "pred_saliency_scores")
@@ -52,6 +52,6 @@ def write_submission(path: str | Path, predictions: Sequence[Mapping[str, Any]])
     Raises:
         DataError: the file can't be written.
     """
-    text = "".join(json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in predictions)
+    text = "".join(to_json(prediction) + "\n" for prediction in predictions)
     with atomic_files(DataError) as stage:
         stage(Path(path)).write_text(text, encoding="utf-8")

@@ -304,6 +304,7 @@ def test_wrong_shards_are_refused(tmp_path: Path) -> None:
         ("torchvision:CIFAR10:nowhere", r"download it with torchvision\.datasets\.CIFAR10"),
         ("torchvision:CIFAR10:.", "not complete"),
         ("torchvision:Nothing:.", "no data set 'Nothing'"),
+        ("torchvision:lsun:.", "torchvision.s LSUN reads a pickle"),
         ("wds:nowhere-*.tar", "no shard"),
         ("imagelist:nowhere", "has no label file; it must be imagelist:nowhere:FILE"),
         ("imagelist:nowhere:labels.txt", "no such folder: nowhere"),
