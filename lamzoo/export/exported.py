@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -126,6 +129,19 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Suppresses progress and warnings of torch's exporters and loaders, which are addressed to their developers."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
 def _read_cfg(facts: Any, source: str | Path) -> dict[str, Any]:
     """Returns the preprocessing configuration in a file's metadata, checked."""
     cfg = facts.get("pretrained_cfg") if isinstance(facts, dict) else None
@@ -139,7 +155,8 @@ def _read_cfg(facts: Any, source: str | Path) -> dict[str, Any]:
 
 def _load_torch(content: bytes) -> tuple[Callable[[Tensor], Tensor], str]:
     extra = {FACTS: ""}
-    program = torch.export.load(io.BytesIO(content), extra_files=extra)
+    with quietly():
+        program = torch.export.load(io.BytesIO(content), extra_files=extra)
     return program.module(), extra[FACTS]
 
 

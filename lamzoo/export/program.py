@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +10,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from lamzoo.errors import ExportError, MissingExtraError
-from lamzoo.export.exported import FACTS, INPUT, OUTPUT, Format, first_line
+from lamzoo.export.exported import FACTS, INPUT, OUTPUT, Format, first_line, quietly
 
 OPSET = 20
 _ONNX_LIMIT = 1536 * 2**20  # above, torch writes the weights to a second file
@@ -33,7 +29,7 @@ def trace(model: nn.Module, images: Tensor) -> ExportedProgram:
     """
     example = images if len(images) > 1 else images.repeat(2, 1, 1, 1)  # a size of 1 would become a constant
     try:
-        with _quietly():
+        with quietly():
             program = torch.export.export(model, (example,), dynamic_shapes=({0: BATCH},))
     except Exception as error:
         raise ExportError(f"{type(model).__name__} cannot be exported: {first_line(error)}") from error
@@ -85,7 +81,7 @@ def write_program(program: ExportedProgram, path: Path, format: Format, facts: s
         return opset20.TopK(self, size, axis=dim, largest=int(descending), sorted=1)
 
     try:
-        with _quietly():
+        with quietly():
             converted = torch.onnx.export(
                 program,
                 dynamo=True,
@@ -116,18 +112,5 @@ def _quantise(path: Path) -> None:
     matrices = {tensor.name for tensor in graph.initializer if len(tensor.dims) == 2}
     # Per channel, onnxruntime only runs matrices; a mask network has a stack of them, one per head.
     linear = [node.name for node in graph.node if node.op_type in ("Gemm", "MatMul") and node.input[1] in matrices]
-    with _quietly():
+    with quietly():
         quantize_dynamic(path, path, weight_type=QuantType.QInt8, per_channel=True, nodes_to_quantize=linear)
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Suppresses the exporters' progress and warnings, which are addressed to their developers."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

@@ -91,6 +91,11 @@ def test_exported_programs_are_neither_explained_nor_exported_again(line: str, p
     assert "'x.pt2' is an exported program, which can only be run" in done.err
 
 
+def test_only_a_program_is_trusted(run) -> None:
+    done = run("predict", "lam_vit_micro", "data/val/red/0.jpg", "--trust")
+    assert (done.code, "--trust applies to exported programs" in done.err) == (2, True), done
+
+
 def test_models_without_image_classes_are_refused_by_commands_for_images(run) -> None:
     done = run(*["explain", "lam_clip4clip_micro", "data/val/red/0.jpg", "--out", "x.png"])
     assert (done.code, "which `lamzoo explain` can't draw" in done.err) == (2, True), done

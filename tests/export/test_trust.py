@@ -66,6 +66,14 @@ def test_a_program_from_elsewhere_runs_no_code_unless_trusted(folder: Path, tmp_
     assert (tmp_path / "executed").exists()
 
 
+def test_torch_logs_nothing_about_a_damaged_program(folder: Path, tmp_path: Path, caplog: Any) -> None:
+    path = tmp_path / "m.pt2"
+    path.write_bytes((folder / "m.pt2").read_bytes()[:5000])
+    with pytest.raises(ExportError, match="or is damaged"):
+        load_exported(path, trust=True)
+    assert caplog.text == ""
+
+
 def test_trust_is_the_users_and_outlives_the_process(folder: Path, tmp_path: Path) -> None:
     code = "import sys; import lamzoo; lamzoo.load_exported(sys.argv[1])"
     mine = run_code(code, str(folder / "m.pt2"), env={"XDG_CACHE_HOME": str(folder / "cache")})
