@@ -108,6 +108,19 @@ def test_without_a_scan_nothing_is_read_beforehand(recipe_table: dict[str, Any],
     assert not seen
 
 
+@pytest.mark.parametrize("scan", [True, False])
+def test_missing_images_are_found_with_and_without_a_scan(tmp_path: Path, scan: bool) -> None:
+    folder = write_folder(tmp_path / "data", splits=("train", "val"))
+    missing = folder / "train" / "red" / "0.jpg"
+    missing.unlink()
+    missing.symlink_to("/nowhere")
+    with pytest.raises(DataError, match=r"1 of the 9 images .*red/0\.jpg \(it is a link that leads nowhere\); replace"):
+        prepared(folder, scan=scan)
+    splits = prepared(folder, scan=scan, on_bad_input="skip")
+    assert str(missing) not in names(splits.train)
+    assert [(role, image.filename) for role, image in splits.bad] == [("train", str(missing))]
+
+
 def test_a_run_that_left_no_checkpoint_does_not_hold_its_folder(recipe_table: dict[str, Any], tmp_path: Path) -> None:
     def kill(progress: Progress) -> None:
         raise KeyboardInterrupt
