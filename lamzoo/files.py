@@ -7,7 +7,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 
 from safetensors import SafetensorError
 
@@ -118,6 +118,11 @@ def is_plain_name(name: object) -> bool:
         and name.isprintable()
         and len(name.encode(errors="replace")) <= 255
     )
+
+
+def is_inner_path(path: object) -> bool:
+    """Whether a value read from a file leads from a folder to a file below it: a relative path without ``..``."""
+    return isinstance(path, str) and not PurePath(path).anchor and ".." not in PurePath(path).parts
 
 
 def check_target(

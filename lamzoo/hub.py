@@ -153,10 +153,10 @@ def discard(path: str | Path) -> str | None:
         intact = is_intact(place.link)
         if intact and offline():
             return "it is as the hub had it; unset HF_HUB_OFFLINE to get a newer version"
-        for reference in (place.folder / "refs").rglob("*"):
-            if reference.is_file() and reference.read_bytes().strip() == place.revision.encode():
-                reference.unlink()
         if intact:
+            for reference in (place.folder / "refs").rglob("*"):
+                if reference.is_file() and reference.read_bytes().strip() == place.revision.encode():
+                    reference.unlink()
             return "it is as the hub had it; tell its authors, and try again when they have corrected it"
         for file in (place.store, place.blob, place.link):
             if file is not None:

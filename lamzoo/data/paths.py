@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from lamzoo.errors import DataError
+from lamzoo.files import is_inner_path
 from lamzoo.reading import open_regular
 
 _logger = logging.getLogger(__name__)
@@ -243,7 +244,13 @@ def spellings(name: str) -> tuple[str, ...]:
 
 
 def existing_file(folder: Path, name: str) -> Path | None:
-    """Returns the file with a name in a folder, in any of its :func:`spellings`; None if there is none."""
+    """Returns the file with a name below a folder, in any of its :func:`spellings`; None if there is none.
+
+    Raises:
+        DataError: the name, which an annotation file states, leads out of the folder.
+    """
+    if not is_inner_path(name):
+        raise DataError(f"{name!r} does not name a file below {folder}; correct the name where it is listed")
     paths = (folder / spelling for spelling in spellings(name))
     return next((path for path in paths if file_exists(path)), None)
 

@@ -17,10 +17,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lamzoo.data.video.sampling import FrameSampling
 from lamzoo.errors import ConfigError, DataError
-from lamzoo.files import atomic_files
-from lamzoo.reading import open_regular, parse_json
+from lamzoo.files import atomic_files, is_inner_path
+from lamzoo.reading import open_regular, parse_json, to_json
 from lamzoo.records import Record, build
-from lamzoo.reading import to_json
 from lamzoo.version import __version__
 
 SUFFIX = ".safetensors"
@@ -309,6 +308,8 @@ def _parse(facts: dict[str, Any], tensors: dict[str, Tensor]) -> StoredIndex:
     ]
     if any(video.duration < 0 for video in listed):
         raise ValueError("a video has a negative duration")
+    if odd := [video.path for video in listed if not is_inner_path(video.path)]:
+        raise ValueError(f"the video {odd[0]!r} is not below the folder of the index")
     videos = [video for video in listed if video.reason is None]
     unreadable = [video for video in listed if video.reason is not None]
     return StoredIndex(origin, str(facts["folder"]), videos, _rows(tensors, len(videos)), unreadable)

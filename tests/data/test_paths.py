@@ -1,12 +1,15 @@
-"""Data specifications whose folders are on a Windows drive."""
+"""Data specifications whose folders are on a Windows drive, and names that lead out of their folder."""
+
+from pathlib import Path
 
 import pytest
 
 from lamzoo.data import create_dataset
 from lamzoo.data.moments import create_moment_dataset
-from lamzoo.data.paths import split_last
+from lamzoo.data.paths import existing_file, split_last
 from lamzoo.data.retrieval import create_retrieval_dataset
 from lamzoo.errors import DataError
+from lamzoo.files import is_plain_name
 
 
 @pytest.mark.parametrize(
@@ -44,3 +47,44 @@ def test_a_missing_folder_on_a_drive_is_named_whole(create, spec: str) -> None:
     with pytest.raises(DataError) as caught:
         create(spec, "test")
     assert folder in str(caught.value).replace(r"\\", "\\")
+
+
+@pytest.mark.parametrize("name", ["../a.npz", "{root}/a.npz", "sub/../../a.npz"])
+def test_a_listed_name_that_leads_out_of_its_folder_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "features" / "sub").mkdir(parents=True)
+    for place in (tmp_path, tmp_path / "features", tmp_path / "features" / "sub"):
+        (place / "a.npz").touch()
+    assert existing_file(tmp_path / "features", "sub/a.npz") == tmp_path / "features" / "sub" / "a.npz"
+    with pytest.raises(DataError, match="does not name a file below"):
+        existing_file(tmp_path / "features", name.format(root=tmp_path))
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "modèle 2.safetensors", "-x"])
+def test_a_plain_name_is_a_file_of_its_folder_on_every_system(name: str) -> None:
+    assert is_plain_name(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        ".",
+        "..",
+        "../a",
+        "/a",
+        "a/b",
+        "a/",
+        r"a\b",
+        r"..\a",
+        "C:a",
+        r"\\host\a",
+        "a\0",
+        "a\n",
+        "x" * 300,
+        5,
+        None,
+        ["a"],
+    ],
+)
+def test_anything_else_is_not_a_plain_name(name: object) -> None:
+    assert not is_plain_name(name)

@@ -10,6 +10,7 @@ from lamzoo.data.retrieval.video_files import FileSource, only_file
 from lamzoo.data.splits import find_split
 from lamzoo.data.video.reader import VIDEO_EXTENSIONS, videos_below
 from lamzoo.errors import DataError
+from lamzoo.files import is_inner_path
 
 
 class PlainSource(FileSource):
@@ -85,7 +86,7 @@ class Files:
             DataError: the path is not below the folder, or there are several files.
         """
         place = Path(video)
-        if place.is_absolute() or ".." in place.parts:
+        if not is_inner_path(video):
             raise DataError(
                 f"the video {video!r} in {self._table} is not below {self._root}; use a path relative to that folder"
             )
