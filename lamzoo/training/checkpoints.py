@@ -142,7 +142,13 @@ class Checkpoints:
             self._check_identity()  # again: another run may have begun since
             for leftover in self._folder.glob(".update-*"):  # of a process that was killed
                 shutil.rmtree(leftover, ignore_errors=True)
-            yield
+            recipe = self.output / RECIPE_NAME
+            begins = not recipe.exists()
+            try:
+                yield
+            finally:
+                if begins and not self._finished():  # a run that left nothing does not hold its folder
+                    recipe.unlink(missing_ok=True)
 
     def write_recipe(self) -> None:
         """Writes ``recipe.json``, the identity of the run; call it on the main process before any :meth:`save`."""

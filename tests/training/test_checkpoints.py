@@ -206,12 +206,17 @@ def test_a_folder_with_any_checkpoint_is_not_trained_in_anew(packed_data: Path, 
 
 
 def test_the_recipe_is_there_before_the_first_checkpoint(packed_data: Path, tmp_path: Path) -> None:
-    recipe = parse_recipe(table(packed_data, tmp_path / "run"))
+    recipe, there = parse_recipe(table(packed_data, tmp_path / "run")), []
+
+    def stop(progress: Progress) -> None:
+        there.append(sorted(path.name for path in (tmp_path / "run").iterdir()))
+        with pytest.raises(RecipeError, match="already holds a run"):  # as after a kill
+            train(recipe)
+        raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
-        train(recipe, progress=stop_at(1))
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoints", "recipe.json"]
-    with pytest.raises(RecipeError, match="already holds a run"):
-        train(recipe)
+        train(recipe, progress=stop)
+    assert there == [[".lock", "checkpoints", "recipe.json"]]
 
 
 def test_two_trainings_do_not_share_a_folder(killed: Path, resume: Callable[..., TrainResult]) -> None:
