@@ -11,6 +11,7 @@ import os
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -148,13 +149,19 @@ def print_traceback(error: BaseException) -> None:
 
 @contextmanager
 def safe_streams() -> Iterator[None]:
-    """Replaces ``sys.stdout`` and ``sys.stderr`` by :class:`_Stream`; all ways of printing pass through it."""
-    before = sys.stdout, sys.stderr
+    """Replaces ``sys.stdout`` and ``sys.stderr`` by :class:`_Stream`, and escapes the warnings of other libraries."""
+    before, written = (sys.stdout, sys.stderr), warnings.formatwarning
+
+    def escaped(*facts: Any, **more: Any) -> str:
+        return printable(written(*facts, **more), keep="\n")
+
     sys.stdout, sys.stderr = _Stream(sys.stdout, required=True), _Stream(sys.stderr, required=False)
+    warnings.formatwarning = escaped
     try:
         yield
     finally:
         sys.stdout, sys.stderr = before
+        warnings.formatwarning = written
 
 
 class _Stream(io.TextIOBase):

@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import sys
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -139,6 +140,12 @@ def test_on_a_very_narrow_terminal_no_word_of_a_table_is_cut(
         advance(1, 2, "half")
     out.print_error("an error")
     assert "an error\n" in capsys.readouterr().err
+
+
+def test_warnings_of_other_libraries_are_escaped() -> None:
+    with out.safe_streams():
+        text = warnings.formatwarning("a\x1b[2J", UserWarning, "file.py", 1, "")
+    assert r"UserWarning: a\x1b[2J" in text and "\x1b" not in text
 
 
 def test_a_document_is_escaped_on_a_terminal_only(
