@@ -14,9 +14,9 @@ from lamzoo.training.classification.scoring import Score
 from lamzoo.training.defaults import complete_recipe
 from lamzoo.training.loop import train
 from lamzoo.training.moments.recipe import MomentRecipe
+from lamzoo.training.progress import Progress, TrainResult
 from lamzoo.training.recipe import AnyRecipe, Recipe, load_recipe, parse_recipe
 from lamzoo.training.retrieval.recipe import RetrievalRecipe
-from lamzoo.training.trainer import Progress, TrainResult
 
 __all__ = [
     "AnyRecipe",

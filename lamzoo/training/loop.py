@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 from lamzoo.data import plain_worker_errors
 from lamzoo.tasks import find_task
+from lamzoo.training.progress import Progress, TrainResult
 from lamzoo.training.recipe import AnyRecipe
 from lamzoo.training.splits import ScanProgress
-from lamzoo.training.trainer import Progress, TrainingRun, TrainResult
+from lamzoo.training.trainer import TrainingRun
 
 
 def train(

@@ -9,7 +9,6 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -33,6 +32,7 @@ from lamzoo.tasks import find_task
 from lamzoo.training.build import build_accelerator, build_ema, build_optimizer, build_scheduler
 from lamzoo.training.checkpoints import Checkpoints, TrainedParts, on_main_process
 from lamzoo.training.loaders import seed_everything
+from lamzoo.training.progress import Progress, TrainResult
 from lamzoo.training.recipe import AnyRecipe
 from lamzoo.training.score_report import write_score_report
 from lamzoo.training.splits import BadInputs, ScanProgress, check_fingerprints, keep_held_out, write_bad_inputs
@@ -42,59 +42,6 @@ from lamzoo.weights.saved import read_saved
 _logger = logging.getLogger(__name__)
 
 _FETCH_LOSS = 0.5  # seconds between two reads of the loss, each of which waits for the GPU
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Progress of a run, passed to the callback after each update and each evaluation.
-
-    Attributes:
-        epoch: current epoch, from 0.
-        epochs: total number of epochs.
-        update: number of optimiser updates so far.
-        updates: total number of updates.
-        loss: mean training loss of the epoch, updated at least twice a second.
-        metric: name of the watched metric, such as ``"top1"``.
-        value: its value in the last evaluation; None before the first one.
-        scores: scores of the last evaluation by name; empty before the first one.
-    """
-
-    epoch: int
-    epochs: int
-    update: int
-    updates: int
-    loss: float
-    metric: str
-    value: float | None
-    scores: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """The result of a training run.
-
-    Attributes:
-        output: the run's folder.
-        model: folder of the trained model, for ``create_model("local-dir:...")``.
-        history: one record per epoch, as in ``metrics.csv``.
-        scores: scores of the trained model by split: the one scored during the run, and the recipe's ``test_split``; a
-            :class:`lamzoo.training.Score` for classification, else the result of
-            :func:`lamzoo.evaluation.retrieval_metrics`, :func:`lamzoo.evaluation.moment_metrics` or
-            :func:`lamzoo.evaluation.captions.evaluate.caption_scores`.
-        report: path of ``report.md``; None without a report.
-        left_out: number of unreadable inputs that were left out.
-        epoch: epoch of the model's weights, from 1.
-        about: a sentence on the choice of these weights.
-    """
-
-    output: Path
-    model: Path
-    history: list[dict[str, float]]
-    scores: dict[str, Any] = field(default_factory=dict)
-    report: Path | None = None
-    left_out: int = 0
-    epoch: int = 0
-    about: str = ""
 
 
 class TrainingRun(ABC):
