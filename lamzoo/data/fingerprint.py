@@ -126,7 +126,7 @@ def read_fingerprints(folder: Path) -> dict[str, Fingerprint] | None:
     path = folder / FINGERPRINT_NAME
     if not path.exists():
         return None
-    table = read_json(path)
+    table = read_json(path, file_names=True)
     if not isinstance(table, dict):
         raise DataError(f"{path} is not a record of a run's data; remove it")
     return {role: build(Fingerprint, entry, role, source=f"{path}:") for role, entry in table.items()}

@@ -6,7 +6,6 @@ import contextlib
 import csv
 import hashlib
 import io
-import json
 import logging
 import math
 import os
@@ -29,7 +28,7 @@ from lamzoo.data.trained import RECIPE_NAME
 from lamzoo.errors import LamzooError, RecipeError
 from lamzoo.files import atomic_files, file_lock
 from lamzoo.lam import LamConfig
-from lamzoo.reading import open_regular, read_text, to_json
+from lamzoo.reading import open_regular, parse_json, read_text, to_json
 from lamzoo.training.recipe import AnyRecipe, parse_recipe
 from lamzoo.weights.files import file_sha256, stage_state_dict
 
@@ -396,10 +395,10 @@ def _check_manifest(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> Non
 
 def _read_state(folder: Path) -> dict[str, Any]:
     try:
-        state = json.loads(read_text(folder / _STATE))  # 0.1.0 wrote NaN, which strict JSON lacks
+        state = parse_json(read_text(folder / _STATE), file_names=True, not_finite=True)
     except OSError as error:
         raise _DamagedError(f"{_STATE} can't be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise _DamagedError(f"{_STATE} is not JSON ({error})") from None
     if isinstance(state, dict) and "files" in state and state.pop("sha256", None) != _digest(state):
         raise _DamagedError(f"{_STATE} was altered")

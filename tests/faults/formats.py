@@ -21,6 +21,13 @@ from safetensors.torch import load_file, save_file
 
 from lamzoo import LamConfig
 from lamzoo.data.captions import create_caption_dataset
+from lamzoo.data.fingerprint import (
+    FINGERPRINT_NAME,
+    describe_changes,
+    image_fingerprint,
+    read_fingerprints,
+    write_fingerprints,
+)
 from lamzoo.data.images.class_map import read_class_map
 from lamzoo.data.images.factory import create_dataset
 from lamzoo.data.moments import create_moment_dataset
@@ -545,6 +552,18 @@ def read_moments(kind: str, split: str) -> Callable[[Path], None]:
 TABLE = 'filename,label,x\n0.jpg,2,a\n1.jpg,3,"b,c"\n2.jpg,2,\n3.jpg,0,d\n'
 NUMBERED = {"0": ["n01440764", "tench"], "1": ["n01443537", "goldfish"]}
 
+
+def fingerprints(folder: Path) -> Path:
+    found = image_fingerprint(["a.jpg", "b.jpg"], [0, 1], [10, 20], ["cat", "dog"])
+    write_fingerprints(folder, {"train": found, "validation": found})
+    return folder / FINGERPRINT_NAME
+
+
+def read_changes(path: Path) -> None:
+    now = {"train": image_fingerprint(["a.jpg"], [0], [10], ["cat", "dog"])}
+    assert isinstance(describe_changes(read_fingerprints(path.parent) or {}, now), str)
+
+
 JSON, LINES, CELLS, TOML, WORDS = (
     (load_json, store_json),
     (load_lines, store_lines),
@@ -595,6 +614,7 @@ FORMATS = (
     Format("real.json", value("real.json", [[1], [], [3, 4]]), real, *JSON),
     Format("state.json", state, read_state, *JSON),
     Format("split.json", run, read_run, *JSON),
+    Format("fingerprints", fingerprints, read_changes, *JSON),
     Format("run's recipe.json", beside(run, RECIPE_NAME), read_run, *JSON),
     Format("held-out.json", beside(run, HELD_OUT_NAME), read_run, *JSON),
 )
