@@ -21,6 +21,7 @@ from lamzoo.text import csv_line, from_spreadsheet_cell
 
 Record = TypeVar("Record")
 
+_LARGEST_FLOAT = 1e30  # computed with in float32
 _LARGEST = 2**63 - 1  # integer of TOML, C and torch
 
 
@@ -150,6 +151,8 @@ def _typed(value: Any, hint: Any, where: str, source: str, error: type[LamzooErr
         return float(value)
     if kind is float and isinstance(value, float) and not math.isfinite(value):
         raise error(f"{source} key {where} is {value}; it must be a finite number.")
+    if kind is float and isinstance(value, float) and abs(value) > _LARGEST_FLOAT:
+        raise error(f"{source} key {where} is {value}; it must be at most {_LARGEST_FLOAT:g}.")
     if isinstance(value, str) and "\0" in value:
         raise error(f"{source} key {where} is {_shown(value)}; it must not contain a NUL character.")
     allowed = (list, tuple) if kind in (list, tuple) else kind

@@ -9,6 +9,7 @@ import os
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +29,9 @@ from lamzoo.errors import (
     WeightsError,
     WeightsNotFoundError,
 )
+from lamzoo.files import shortened
 from lamzoo.lam import LamConfig
+from lamzoo.records import Limits
 from lamzoo.reduction import PruneConfig
 from lamzoo.reduction.hooks import prune
 from lamzoo.registry.cards import ModelSpec, PretrainedWeights
@@ -115,12 +118,15 @@ def create_model(
 
     Raises:
         UnknownModelError: no such model or tag.
-        ConfigError: invalid masks, or an argument that the model's builder doesn't take.
+        ConfigError: invalid masks, or an argument that the model's builder doesn't take or whose value it refuses.
         WeightsError: the weights are unavailable, damaged or don't fit; masks of another ``LamConfig`` never fit,
             whatever their shapes.
     """
     if lam_weights not in ("pretrained", "fresh"):
         raise ConfigError(f"lam_weights is {lam_weights!r}; it must be 'pretrained' or 'fresh'.")
+    for key, path in (("checkpoint_path", checkpoint_path), ("cache_dir", cache_dir)):
+        if path is not None and not isinstance(path, (str, os.PathLike)):
+            raise ConfigError(f"{key} is {shortened(repr(path))}; it must be a path.")
     given = {
         "num_classes": num_classes, "in_chans": in_chans, "img_size": img_size, "global_pool": global_pool,
         "drop_path_rate": drop_path_rate, **timm_kwargs,
@@ -309,6 +315,7 @@ def _build(plan: _Plan, lam: LamConfig | bool | None, given: Mapping[str, Any]) 
 def _call(plan: _Plan, config: tuple[dict[str, Any], ...], arguments: Mapping[str, Any]) -> nn.Module:
     build = builder_of(plan.spec)
     try:
+        _check_arguments(arguments)
         inspect.signature(build).bind(*config, **arguments)
         with _MemoryLimit():
             return build(*config, **arguments)
@@ -324,6 +331,42 @@ def _call(plan: _Plan, config: tuple[dict[str, Any], ...], arguments: Mapping[st
         raise ConfigError(
             f"{plan.spec.name} cannot be built with {values or 'its defaults'} ({reason});{where} pass other values."
         ) from error
+
+
+_RATE, _SIDE = Limits(least=0, most=1), Limits(least=1, most=2**14)
+_ARGUMENTS: dict[str, tuple[type, Limits]] = {
+    "num_classes": (Integral, Limits(least=0, most=10**7)),
+    "in_chans": (Integral, Limits(least=1, most=4096)),
+    "img_size": (Integral, _SIDE),
+    "patch_size": (Integral, _SIDE),
+    "depth": (Integral, Limits(least=1, most=1000)),
+    "embed_dim": (Integral, Limits(least=1, most=2**16)),
+    "num_heads": (Integral, Limits(least=1, most=1024)),
+    **{f"{kind}drop_rate": (Real, _RATE) for kind in ("", "attn_", "proj_", "pos_", "patch_")},
+    "drop_path_rate": (Real, _RATE),
+}
+
+
+def _check_arguments(arguments: Mapping[str, Any]) -> None:
+    """Checks the arguments that timm's models share, which timm itself notices late or not at all.
+
+    Raises:
+        TypeError: one has another type; a tuple is checked element by element.
+        ValueError: one is out of range.
+    """
+    for key in _ARGUMENTS.keys() & arguments.keys():
+        kind, limits = _ARGUMENTS[key]
+        value = arguments[key]
+        parts = value if isinstance(value, (tuple, list)) else [value]
+        for one in parts:
+            if one is None:
+                continue
+            if not isinstance(one, kind) or isinstance(one, bool):
+                raise TypeError(f"{key} must be {'an integer' if kind is Integral else 'a number'}")
+            if problem := limits.problem(one):
+                raise ValueError(f"{key} is {one!r:.60}; {problem}")
+        if key in ("img_size", "patch_size") and parts is value and len(parts) != 2:
+            raise ValueError(f"{key} must be a height and a width")
 
 
 class _MemoryLimit(TorchDispatchMode):

@@ -277,3 +277,23 @@ def test_a_plugins_weights_are_loaded_by_lamzoo(zoo: HubServer, tmp_path: Path) 
     assert create_model("a_small_plugin").num_classes == 9
     model = create_model("a_small_plugin", pretrained=True, cache_dir=tmp_path / "cache")
     assert (value(model), model.num_classes, model.pretrained_cfg["tag"]) == (5.0, 4, "t")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"img_size": 0}, "img_size is 0; it must lie between 1 and 16384"),
+        ({"img_size": 10**9}, "img_size is 1000000000; it must lie between 1 and 16384"),
+        ({"img_size": "large"}, "img_size='large'.*img_size must be an integer"),
+        ({"img_size": (32, 32, 32)}, "img_size must be a height and a width"),
+        ({"depth": 2.5}, "depth=2.5.*depth must be an integer"),
+        ({"drop_path_rate": float("nan")}, "drop_path_rate is nan; it must lie between 0 and 1"),
+        ({"embed_dim": 64, "num_heads": 3}, r"cannot be built with .*dim should be divisible by num_heads"),
+        ({"init_values": "small"}, r"cannot be built with .*init_values='small'"),
+        ({"checkpoint_path": 2.5}, "checkpoint_path is 2.5; it must be a path"),
+        ({"lam": {"rank": 10**9}}, "rank has 1000000000; widths and lengths must be whole numbers from 1 to"),
+    ],
+)
+def test_values_that_the_builder_refuses_are_named(arguments: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        create_model("timm/test_vit", **arguments)

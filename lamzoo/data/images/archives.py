@@ -22,6 +22,7 @@ from lamzoo.data.paths import check_folder, expand_wildcards, file_exists, is_hi
 from lamzoo.data.splits import SPLIT_NAMES, find_split, synonyms
 from lamzoo.errors import DataError, MissingSplitError
 from lamzoo.reading import decode, open_regular, parse_int
+from lamzoo.files import shortened
 
 _logger = logging.getLogger(__name__)
 
@@ -37,6 +38,8 @@ _BROKEN_TAR = (
     MemoryError,
     RecursionError,
 )
+_BRACE = re.compile(r"\{([^{}]*)\}")
+_MOST_SHARDS, _MOST_DIGITS = 100_000, 18
 
 
 def npz_splits(folder: Path) -> list[str]:
@@ -287,16 +290,32 @@ def _expand(pattern: str) -> list[Path]:
 
 
 def _braces(pattern: str) -> list[str]:
-    match = re.search(r"\{([^{}]*)\}", pattern)
-    if match is None:
-        return [pattern]
-    span = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
-    if span:
-        width = len(span[1])
-        parts = [str(number).zfill(width) for number in range(int(span[1]), int(span[2]) + 1)]
-    else:
-        parts = match[1].split(",")
-    return [whole for part in parts for whole in _braces(pattern[: match.start()] + part + pattern[match.end() :])]
+    expanded = [pattern]
+    while expanded and _BRACE.search(expanded[0]):  # each pass replaces one brace in all
+        whole = []
+        for one in expanded:
+            match = _BRACE.search(one)
+            assert match is not None  # all have the same number of braces
+            parts = _alternatives(match[1], pattern)
+            whole += [one[: match.start()] + part + one[match.end() :] for part in parts]
+            if len(whole) > _MOST_SHARDS:
+                raise _too_many(pattern)
+        expanded = whole
+    return expanded
+
+
+def _alternatives(inside: str, pattern: str) -> list[str]:
+    span = re.fullmatch(r"(\d+)\.\.(\d+)", inside)
+    if span is None:
+        return inside.split(",")
+    width = len(span[1])
+    if max(width, len(span[2])) > _MOST_DIGITS or int(span[2]) - int(span[1]) >= _MOST_SHARDS:
+        raise _too_many(pattern)
+    return [str(number).zfill(width) for number in range(int(span[1]), int(span[2]) + 1)]
+
+
+def _too_many(pattern: str) -> DataError:
+    return DataError(f"the pattern {shortened(pattern)} stands for more than {_MOST_SHARDS} shards; correct its braces")
 
 
 class _Part(NamedTuple):

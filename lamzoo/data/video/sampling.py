@@ -13,6 +13,9 @@ from lamzoo.errors import ConfigError
 Slicing = Literal["head", "middle", "tail", "uniform"]
 
 
+_MOST_FPS = 1000  # candidate times are listed for the whole video
+
+
 @dataclass(frozen=True)
 class FrameSampling:
     """Frame-sampling settings, as in CLIP4Clip (Luo et al., arXiv 2104.08860, section 4.2).
@@ -32,8 +35,10 @@ class FrameSampling:
     slicing: Slicing = "uniform"
 
     def __post_init__(self) -> None:
-        if self.fps is not None and not (self.fps > 0 and math.isfinite(self.fps)):
-            raise ConfigError(f"FrameSampling.fps is {self.fps}; it must be above 0, or None for every frame.")
+        if self.fps is not None and not 0 < self.fps <= _MOST_FPS:
+            raise ConfigError(
+                f"FrameSampling.fps is {self.fps}; it must be above 0 and at most {_MOST_FPS}, or None for every frame."
+            )
         if self.max_frames is not None and self.max_frames < 1:
             raise ConfigError(f"FrameSampling.max_frames is {self.max_frames}; it must be 1 or more.")
         if self.slicing not in get_args(Slicing):

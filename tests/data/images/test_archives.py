@@ -133,3 +133,14 @@ def test_a_pipe_is_no_shard(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.tar")
     with pytest.raises(DataError, match="it is a pipe, socket or device, not a regular file"):
         create_dataset(f"wds:{tmp_path}/*.tar", "all")
+
+
+@pytest.mark.parametrize("pattern", ["{0..1000000000000}", "{a,b}" * 40, f"{{0..{'9' * 5000}}}"])
+def test_a_pattern_of_too_many_shards_is_refused_at_once(pattern: str) -> None:
+    with pytest.raises(DataError, match="stands for more than 100000 shards"):
+        create_dataset(f"wds:{pattern}.tar", "all")
+
+
+def test_a_pattern_may_have_many_braces() -> None:
+    with pytest.raises(DataError, match="there is no shard"):
+        create_dataset(f"wds:{'{}' * 2000}.tar", "all")
