@@ -119,7 +119,13 @@ def _typed(value: Any, hint: Any, where: str, source: str, error: type[LamzooErr
         return _typed(item, kind, where, source, error)
 
     if hint is Any:
-        return value
+        if isinstance(value, Mapping):
+            return {key: _typed(item, Any, f"{where}.{key}", source, error) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(each(item, Any) for item in value)
+        if type(value) not in (int, float, str):
+            return value
+        hint = type(value)
     if dataclasses.is_dataclass(hint):
         return build(hint, value, where, source=source, error=error)  # type: ignore[arg-type]
     origin, args = get_origin(hint), get_args(hint)
@@ -163,7 +169,7 @@ def _typed(value: Any, hint: Any, where: str, source: str, error: type[LamzooErr
         )
     if kind in (list, tuple) and args:
         return kind(each(item, args[0]) for item in value)
-    if isinstance(value, Mapping) and args and args[1] is not Any:
+    if isinstance(value, Mapping) and args:
         return {key: _typed(item, args[1], f"{where}.{key}", source, error) for key, item in value.items()}
     return value
 

@@ -334,7 +334,7 @@ def _call(plan: _Plan, config: tuple[dict[str, Any], ...], arguments: Mapping[st
 
 
 _RATE, _SIDE = Limits(least=0, most=1), Limits(least=1, most=2**14)
-_ARGUMENTS: dict[str, tuple[type, Limits]] = {
+_ARGUMENTS: dict[str, tuple[type[Integral] | type[Real], Limits]] = {
     "num_classes": (Integral, Limits(least=0, most=10**7)),
     "in_chans": (Integral, Limits(least=1, most=4096)),
     "img_size": (Integral, _SIDE),
@@ -363,7 +363,7 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
                 continue
             if not isinstance(one, kind) or isinstance(one, bool):
                 raise TypeError(f"{key} must be {'an integer' if kind is Integral else 'a number'}")
-            if problem := limits.problem(one):
+            if problem := limits.problem(float(one)):
                 raise ValueError(f"{key} is {one!r:.60}; {problem}")
         if key in ("img_size", "patch_size") and parts is value and len(parts) != 2:
             raise ValueError(f"{key} must be a height and a width")

@@ -80,7 +80,7 @@ def build_optimizer(section: OptimizerSection, model: nn.Module) -> torch.optim.
             layer_decay=section.layer_decay,
             **section.kwargs,
         )
-    except TypeError as error:
+    except (TypeError, ValueError, AssertionError, ArithmeticError, RuntimeError) as error:
         raise RecipeError(f"optimizer.kwargs {section.kwargs} do not fit {section.name!r}: {error}.") from None
     if section.layer_decay is not None:
         _train_at_full_rate(optimizer, full_rate_parameters(model))

@@ -126,3 +126,9 @@ def test_the_state_of_an_optimizer_of_lamzoo_0_1_0_is_loaded_into_todays_groups(
         assert torch.equal(today.state[parameter]["exp_avg"], former.state[parameter]["exp_avg"]), name
         moved += bool(parameter.grad is not None and parameter.grad.any())
     assert moved > 10
+
+
+@pytest.mark.parametrize("kwargs", [{"betas": [2.0, -1.0]}, {"eps": -1}, {"nonsense": 1}])
+def test_arguments_that_the_optimizer_refuses_are_named(kwargs: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match="optimizer.kwargs .* do not fit 'adamw'"):
+        build_optimizer(OptimizerSection(kwargs=kwargs), torch.nn.Linear(2, 2))

@@ -42,6 +42,13 @@ MICRO = next(path for path in RECIPES if path.name == "micro.cifar10.toml")
         ("optimizer", "lr", 10**400, "; it must be below 2**63"),
         ("optimizer", "weight_decay", float("inf"), "optimizer.weight_decay is inf; it must be a finite number"),
         ("optimizer", "lr", 1e300, "optimizer.lr is 1e+300; it must be at most 1e+30"),
+        (
+            "optimizer",
+            "kwargs",
+            {"eps": 2**70},
+            "optimizer.kwargs.eps is 1180591620717411303424; it must be below 2**63",
+        ),
+        ("optimizer", "kwargs", {"betas": [0.9, float("nan")]}, "optimizer.kwargs.betas is nan; it must be a finite"),
         ("augment", "scale", [0.0, 1.0], "augment.scale is 0.0; it must be positive"),
         ("augment", "scale", [0.9, 0.1], "augment.scale is (0.9, 0.1); it must be increasing"),
         ("augment", "mixup_prob", 2, "augment.mixup_prob is 2.0; it must lie between 0 and 1"),

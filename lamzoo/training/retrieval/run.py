@@ -129,7 +129,7 @@ class RetrievalRun(TrainingRun):
             return timm.optim.create_optimizer_v2(
                 list(groups.values()), opt=section.name, lr=section.lr, weight_decay=0.0, **section.kwargs
             )
-        except TypeError as error:
+        except (TypeError, ValueError, AssertionError, ArithmeticError, RuntimeError) as error:
             raise RecipeError(f"optimizer.kwargs {section.kwargs} do not fit {section.name!r}: {error}.") from None
 
     def prepare_model(self, model: nn.Module) -> Any:
