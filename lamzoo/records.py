@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from lamzoo.errors import DataError, LamzooError
+from lamzoo.escaping import csv_line, from_spreadsheet_cell
 from lamzoo.files import atomic_files, shortened
 from lamzoo.reading import parse_csv, parse_float, parse_int, parse_json, parse_toml, read_text, reason
-from lamzoo.text import csv_line, from_spreadsheet_cell
 
 Record = TypeVar("Record")
 

@@ -23,8 +23,8 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from lamzoo.errors import LamzooError
+from lamzoo.escaping import is_hidden, printable
 from lamzoo.reading import to_json
-from lamzoo.text import is_hidden, printable
 
 if TYPE_CHECKING:
     from lamzoo.tasks import ScoreTable

@@ -15,13 +15,13 @@ from torch import nn
 
 from lamzoo.data import LabelledImages, create_dataset
 from lamzoo.errors import DataError, MissingExtraError
+from lamzoo.escaping import printable
 from lamzoo.evaluation import Prediction, class_names, evaluate, predict, resolve_device
 from lamzoo.evaluation.runtime import class_count
 from lamzoo.profiling import Latency, LatencyComparison, compare_latency, profile
 from lamzoo.profiling.inputs import default_input
 from lamzoo.registry.factory import create_model
 from lamzoo.report.mask_pictures import explain
-from lamzoo.text import printable
 
 MODEL = "lam_vit_micro"
 BASELINE = "vit_micro"

@@ -11,9 +11,9 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from lamzoo.errors import DataError
+from lamzoo.escaping import printable
 from lamzoo.files import atomic_files, check_target
 from lamzoo.report.mpl import new_figure
-from lamzoo.text import printable
 
 FRAMES = 6  # maximum frames per row
 

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lamzoo.errors import ConfigError
+from lamzoo.escaping import printable
 from lamzoo.report.mpl import new_figure
-from lamzoo.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

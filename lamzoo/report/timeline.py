@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lamzoo.escaping import printable
 from lamzoo.report.mask_figure import COLOURS, colour_scale
 from lamzoo.report.mpl import new_figure
-from lamzoo.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

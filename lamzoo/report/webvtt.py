@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lamzoo.errors import ConfigError, DataError
+from lamzoo.escaping import printable
 from lamzoo.files import atomic_files, check_target
-from lamzoo.text import printable
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lamzoo.escaping import printable
 from lamzoo.report.frame_rows import clock
 from lamzoo.report.mask_figure import colour_scale
 from lamzoo.report.mpl import new_figure
 from lamzoo.report.timeline import draw_colour_bar, draw_strip, name_panel
-from lamzoo.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -11,10 +11,10 @@ import timm
 import torch
 
 from lamzoo.errors import DataError, MissingExtraError
+from lamzoo.escaping import markdown
 from lamzoo.files import atomic_files
 from lamzoo.reading import to_json
 from lamzoo.tasks import MetricSpec, ScoreTable, Task
-from lamzoo.text import markdown
 from lamzoo.version import __version__
 
 _logger = logging.getLogger(__name__)

@@ -18,11 +18,11 @@ from lamzoo.data.json_files import read_json
 from lamzoo.data.splits import hold_out, open_default, synonyms
 from lamzoo.data.trained import HELD_OUT_NAME, RECIPE_NAME, MadeSplit
 from lamzoo.errors import DataError, MissingSplitError, RecipeError
+from lamzoo.escaping import csv_line
 from lamzoo.files import atomic_files
 from lamzoo.reading import to_json
 from lamzoo.tasks import Task
 from lamzoo.tasks.classification import CLASSIFICATION
-from lamzoo.text import csv_line
 from lamzoo.training.recipe import DataSection
 
 _logger = logging.getLogger(__name__)

@@ -21,8 +21,8 @@ from lamzoo.data.json_files import read_json, read_lines
 from lamzoo.data.paths import check_folder, expand_wildcards, file_exists, is_hidden, visible
 from lamzoo.data.splits import SPLIT_NAMES, find_split, synonyms
 from lamzoo.errors import DataError, MissingSplitError
-from lamzoo.reading import decode, open_regular, parse_int
 from lamzoo.files import shortened
+from lamzoo.reading import decode, open_regular, parse_int
 
 _logger = logging.getLogger(__name__)
 
@@ -315,7 +315,7 @@ def _alternatives(inside: str, pattern: str) -> list[str]:
 
 
 def _too_many(pattern: str) -> DataError:
-    return DataError(f"the pattern {shortened(pattern)} stands for more than {_MOST_SHARDS} shards; correct its braces")
+    return DataError(f"the pattern {shortened(pattern)} matches more than {_MOST_SHARDS} shards; correct its braces")
 
 
 class _Part(NamedTuple):

@@ -14,10 +14,10 @@ from string import Template
 from typing import TYPE_CHECKING, Literal
 
 from lamzoo.errors import MissingExtraError
+from lamzoo.escaping import printable
 from lamzoo.report.compare.entries import Comparison, Entry, number, setting_text
 from lamzoo.report.compare.panels import LAM, PLAIN, Panel, Series, gmacs_panels, latency_panels
 from lamzoo.report.compare.text import LEGEND, all_notes, pareto_costs
-from lamzoo.text import printable
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure, Scatter

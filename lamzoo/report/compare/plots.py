@@ -8,9 +8,9 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from lamzoo.escaping import printable
 from lamzoo.report.compare.panels import Panel, Point, Series
 from lamzoo.report.mpl import new_figure
-from lamzoo.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

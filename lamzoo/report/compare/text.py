@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from lamzoo.escaping import csv_line, markdown
 from lamzoo.profiling.results import COLUMNS as ROW_COLUMNS
 from lamzoo.profiling.results import BenchRow
 from lamzoo.report.compare.entries import Comparison, Entry, Group, number, setting_text
 from lamzoo.report.compare.panels import gmacs_panels, latency_panels, plot_notes
-from lamzoo.text import csv_line, markdown
 
 #: Explanation of the columns, printed with the tables.
 LEGEND = (

@@ -17,10 +17,10 @@ from torch import nn
 
 from lamzoo.adapters import lam_parameters
 from lamzoo.errors import DataError, LamzooError, UnsupportedHostError
+from lamzoo.escaping import markdown, markdown_block, markdown_code
 from lamzoo.files import atomic_files
 from lamzoo.reading import to_json
 from lamzoo.registry.factory import create_model
-from lamzoo.text import markdown, markdown_block, markdown_code
 from lamzoo.training.classification.scoring import Score
 from lamzoo.training.recipe import Recipe
 from lamzoo.training.splits import Splits

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lamzoo.text import (
+from lamzoo.escaping import (
     csv_line,
     from_spreadsheet_cell,
     markdown,
