@@ -4,12 +4,15 @@
 #   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu   the same, with the CPU-only build of torch
 #   make demo CIFAR10=FOLDER             the same, and the accuracy on this copy of JPEG CIFAR-10 (see lamzoo/data)
 #   make test                            the default test suite
+#   make test LOCK=                      the same, with current versions in place of those of requirements/dev.lock
 #
-# A second run finds the environment ready. `make clean` removes it, and is needed to change PYTHON or TORCH_INDEX.
+# All targets but demo install the versions of requirements/dev.lock and check the hash of every file; with TORCH_INDEX,
+# whose builds have other hashes, they don't. A second run finds the environment ready. `make clean` removes it, and is needed to change PYTHON or TORCH_INDEX.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 TORCH_INDEX ?=
+LOCK ?= $(if $(TORCH_INDEX),,requirements/dev.lock)
 JOBS ?= 2
 CIFAR10 ?= $(wildcard ../shared/data/cifar10)
 DEMO_OUT ?= .demo
@@ -22,7 +25,7 @@ BIN := $(VENV)/bin
 export PYTHON VENV TORCH_INDEX
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu test-browser lint format typecheck docs wheel wheel-test tables clean
+.PHONY: help demo test test-slow test-gpu test-browser lint format typecheck docs wheel wheel-test tables lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -88,13 +91,20 @@ tables: $(VENV)/.ready-dev  ## measure the zoo again, train what is missing in b
 	$(BIN)/python -m benchmarks.tables
 	$(BIN)/lamzoo compare benchmarks/results/zoo.csv --timm $(SHARED)/timm_results --out $(TABLES_OUT)
 
+lock:  ## renew requirements/dev.lock: the current version of every dependency, with hashes, for all platforms
+	$(PYTHON) -m venv $(VENV)-lock
+	$(VENV)-lock/bin/python -m pip install --quiet uv
+	$(VENV)-lock/bin/uv pip compile --quiet --upgrade --universal --generate-hashes --no-annotate --python-version 3.11 \
+	  --custom-compile-command "make lock" --extra dev --output-file requirements/dev.lock pyproject.toml
+	rm -rf $(VENV)-lock
+
 clean:  ## remove the environment and everything that was made here
 	rm -rf $(VENV) $(DEMO_OUT) $(TABLES_OUT) .site dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/.ready-demo: pyproject.toml
-	sh .ci/install --editable '.[demo]'
+	LOCK= sh .ci/install --editable '.[demo]'
 	@touch $@
 
-$(VENV)/.ready-dev: pyproject.toml
-	sh .ci/install --editable '.[dev]'
+$(VENV)/.ready-dev: pyproject.toml $(LOCK)
+	LOCK=$(LOCK) sh .ci/install --editable $(if $(LOCK),.,'.[dev]')
 	@touch $@

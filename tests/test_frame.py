@@ -10,6 +10,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import lamzoo
 from tests.forked import run_code
@@ -90,6 +92,23 @@ def test_core_dependencies_are_few_and_no_extra_repeats_them() -> None:
     assert len(core) <= 10
     for extra, wanted in PROJECT["project"]["optional-dependencies"].items():
         assert not core & set(wanted), extra
+
+
+def test_the_lock_pins_every_dependency_within_its_bounds_and_by_hash() -> None:
+    entries = re.split(r"\n(?=\S)", (ROOT / "requirements" / "dev.lock").read_text())
+    pinned: dict[str, list[str]] = {}
+    for entry in entries:
+        found = re.match(r"([\w.-]+)==([\w.]+)", entry)
+        if found:
+            assert "--hash=sha256:" in entry, found[0]
+            pinned.setdefault(canonicalize_name(found[1]), []).append(found[2])
+    extras = PROJECT["project"]["optional-dependencies"]
+    for text in [*PROJECT["project"]["dependencies"], *(text for wanted in extras.values() for text in wanted)]:
+        wanted = Requirement(text)
+        if wanted.name != "lamzoo":
+            versions = pinned.get(canonicalize_name(wanted.name), [])
+            assert versions, f"{wanted.name} is not in requirements/dev.lock; run make lock"
+            assert all(version in wanted.specifier for version in versions), f"{wanted}: {versions}; run make lock"
 
 
 @pytest.mark.slow
