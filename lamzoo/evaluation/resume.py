@@ -137,7 +137,9 @@ class StateFile:
             content = parse_json(read_text(self.path), file_names=True)
             whole = content["kind"] == _KIND and isinstance(content["key"], dict)
             partial = records.build(EvalState, content["partial"], source=f"{self.path}:")
-        except (OSError, ValueError, TypeError, KeyError, DataError) as error:
+        except OSError as error:
+            raise DataError(f"{self.path} cannot be read ({error.strerror}); use another state file") from error
+        except (ValueError, TypeError, KeyError, DataError) as error:
             raise DataError(f"{self.path} is not an evaluation state; use another file, or remove it") from error
         seen, *counts = (getattr(partial, name) for name in _COUNTS)
         if not whole or not all(0 <= count <= seen for count in (*counts, len(partial.bad))):

@@ -14,7 +14,7 @@ from timm.models import PretrainedCfg
 from timm.models._hub import _parse_model_cfg
 
 from lamzoo import hub
-from lamzoo.errors import ConfigError, WeightsError, WeightsNotFoundError
+from lamzoo.errors import ConfigError, UnsafeWeightsError, WeightsError, WeightsNotFoundError
 from lamzoo.files import is_plain_name
 from lamzoo.lam.config import LamConfig
 from lamzoo.reading import parse_json, read_text
@@ -95,10 +95,14 @@ def read_saved(
         file = folder / filename if filename else find_in_folder(folder)
         weights = WeightsFile(file, sha256, str(file))
     elif with_weights:
-        weights = resolve_repo(  # of the commit that the configuration is of; the branch may have moved on
-            ref.repo, revision=folder.name, filename=filename, sha256=sha256, cache_dir=cache_dir,
-            allow_pickle=allow_pickle,
-        )  # fmt: skip
+        try:
+            weights = resolve_repo(  # of the commit that the configuration is of; the branch may have moved on
+                ref.repo, revision=folder.name, filename=filename, sha256=sha256, cache_dir=cache_dir,
+                allow_pickle=allow_pickle,
+            )  # fmt: skip
+        except (hub.HubEntryMissingError, UnsafeWeightsError):
+            hub.discard(path)  # the next call asks the hub for a newer commit, which may have the weights
+            raise
     cfg = saved.cfg
     if ref.path is not None:
         cfg.source, cfg.file, cfg.hf_hub_id = "local-dir", str(folder), None
