@@ -35,6 +35,8 @@ _PIPE_WIDTH = 200  # width of a table that is written to a file or a pipe
 _LINE_SECONDS = 15.0  # initial interval of progress lines without a terminal
 _LINE_SHARE = 0.1  # later interval, as a fraction of the elapsed time
 _BAR_WIDTH = 20
+_LONGEST_WORD = 500  # characters of one word of a message, such as a path
+_LONGEST_LINE = 4000
 
 _bar_console: Console | None = None  # console of the current progress bar
 
@@ -138,7 +140,7 @@ def print_line(text: str) -> None:
 
 def print_error(*lines: str) -> None:
     """Prints red lines to stderr, each text on one line, unwrapped."""
-    text = "\n".join(" ".join(line.split()) for line in lines)
+    text = "\n".join(map(_one_line, lines))
     _stderr().print(_text(f"lamzoo: {text}", keep="\n", style="red"), soft_wrap=True)
 
 
@@ -294,7 +296,7 @@ class _LogLines(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
         style = "yellow" if level else ""
-        _stderr().print(_text(f"{level}{' '.join(record.getMessage().split())}", style=style), soft_wrap=True)
+        _stderr().print(_text(f"{level}{_one_line(record.getMessage())}", style=style), soft_wrap=True)
 
 
 def _lines(title: str, hidden: bool, ends: bool) -> Advance:
@@ -310,6 +312,16 @@ def _lines(title: str, hidden: bool, ends: bool) -> Advance:
         _stderr().print(_text(f"{title}: {done:,} of {total:,}{note and f', {note}'}"), soft_wrap=True)
 
     return advance
+
+
+def _one_line(message: str) -> str:
+    """Returns a message as one line; of a name of endless length, it shows the ends, and so does the whole line."""
+    line = " ".join(_shortened(word, _LONGEST_WORD) for word in message.split())
+    return _shortened(line, _LONGEST_LINE)
+
+
+def _shortened(text: str, longest: int) -> str:
+    return text if len(text) <= longest else f"{text[: longest // 2]}...{text[-longest // 4 :]}"
 
 
 def _text(text: str, *, keep: str = "", style: str = "") -> Text:

@@ -82,6 +82,20 @@ def test_a_log_record_is_one_line_however_long(capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().err == f"{prefix}{text}\n"
 
 
+@pytest.mark.parametrize("show", [out.print_error, logging.getLogger("lamzoo.registry.saving").warning])
+def test_a_name_of_endless_length_leaves_the_way_out_readable(
+    capsys: pytest.CaptureFixture[str], show: Callable[[str], None]
+) -> None:
+    out.log_to_stderr(verbose=False)
+    path = "/".join(["folder"] * 60)
+    for name in ("a" * 100_000, "a " * 50_000):
+        show(f"cannot read {path}/{name}; use a shorter name than {name}, or another folder than {path}")
+        error = capsys.readouterr().err
+        assert len(error) < 5000
+        assert "cannot read folder/" in error
+        assert error.endswith(f", or another folder than {path}\n")
+
+
 @pytest.mark.parametrize(
     "show",
     [
