@@ -11,7 +11,7 @@ from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 
 from safetensors import SafetensorError
 
-from lamzoo.errors import DataError, LamzooError, WeightsError
+from lamzoo.errors import ConfigError, DataError, LamzooError, WeightsError
 
 _SHOWN = 100  # characters of a long path in a message
 
@@ -167,8 +167,17 @@ def shortened(text: object) -> str:
 
 
 def cache_folder() -> Path:
-    """Returns lamzoo's folder in the user's cache: ``$XDG_CACHE_HOME/lamzoo``, or ``~/.cache/lamzoo``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lamzoo"
+    """Returns lamzoo's folder in the user's cache: ``$XDG_CACHE_HOME/lamzoo``, or ``~/.cache/lamzoo``.
+
+    Raises:
+        ConfigError: the user has no home folder, and ``XDG_CACHE_HOME`` is not set.
+    """
+    if folder := os.environ.get("XDG_CACHE_HOME"):
+        return Path(folder) / "lamzoo"
+    try:
+        return Path.home() / ".cache" / "lamzoo"
+    except RuntimeError:
+        raise ConfigError("this user has no home folder; set XDG_CACHE_HOME to a folder that can be written") from None
 
 
 def _open_locked(path: Path, wait: bool) -> tuple[int, bool | None]:
@@ -184,7 +193,7 @@ def _open_locked(path: Path, wait: bool) -> tuple[int, bool | None]:
 def _temporary_for(path: Path) -> Iterator[Path]:
     """Creates a temporary file in the folder of ``path``, and holds a lock on it against :func:`_sweep`."""
     while True:
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_SUFFIX)
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[: _SHOWN // 2]}.", suffix=_SUFFIX)
         if _lock(descriptor) is not False and _is_at(descriptor, name):
             break
         os.close(descriptor)  # another process removed it before it was locked

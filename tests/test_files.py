@@ -27,6 +27,13 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+def test_a_name_as_long_as_the_file_system_allows_is_written(tmp_path: Path) -> None:
+    name = "é" * 125 + ".txt"  # 254 bytes
+    with atomic_files() as stage:
+        stage(tmp_path / name).write_text("whole")
+    assert names(tmp_path) == [name]
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="without locks, nothing is swept")
 def test_a_write_removes_what_killed_writers_left_and_nothing_of_running_ones(tmp_path: Path) -> None:
     (tmp_path / "notes.tmp").write_text("of another program")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -9,11 +10,13 @@ import typer
 
 from lamzoo.cli import _output as out
 from lamzoo.cli._options import BatchSize, Checkpoint, Device, Json, Name, Trust, load_model
-from lamzoo.errors import ConfigError
+from lamzoo.errors import ConfigError, LamzooError
 
 if TYPE_CHECKING:
     from lamzoo.data.trained import TrainedData
     from lamzoo.tasks import Evaluation, Task
+
+_logger = logging.getLogger(__name__)
 
 
 def eval_command(
@@ -150,6 +153,7 @@ def _score(
 ) -> tuple[Evaluation, dict[str, Any]]:
     """Scores a model; returns the scores, and facts about the measurement for ``--json``."""
     from lamzoo.evaluation import check_batches, default_state_path, resolve_device
+    from lamzoo.files import check_target
     from lamzoo.tasks import EvalRequest
 
     target = resolve_device(device)
@@ -159,7 +163,14 @@ def _score(
     if "state" in task.options and "state" not in options:
         told = ("limit", "class_map", "real_labels")
         choices = (str(checkpoint), *(str(options.get(key)) for key in told), options.get("on_bad_input", "stop"))
-        options = options | {"state": default_state_path(name, data, dataset.split or "all", *choices)}
+        try:
+            path = default_state_path(name, data, dataset.split or "all", *choices)
+            check_target(path, "state", makes_folder=True)
+            options = options | {"state": path}
+        except LamzooError as error:
+            if "resume" in options:
+                raise
+            _logger.warning("this evaluation can't be resumed if it is interrupted: %s", error)
     with out.progress_bar(f"{name} on {data}", hidden=hidden, ends=True) as advance:
         request = EvalRequest(batch_size, target, precision, workers, advance, options)
         found: Evaluation = task.load("evaluate")(model, dataset, request)

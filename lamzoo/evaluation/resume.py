@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from lamzoo import records
-from lamzoo.errors import DataError
+from lamzoo.errors import DataError, WeightsError
 from lamzoo.files import atomic_files, cache_folder, file_lock
 from lamzoo.reading import parse_json, read_text, to_json
 
@@ -118,17 +118,24 @@ class StateFile:
             yield self.load() if resume else EvalState()
 
     def save(self, partial: EvalState) -> None:
-        """Replaces the file atomically, unless another evaluation uses it."""
+        """Replaces the file atomically, unless another evaluation uses it; if it can't be written, it warns once."""
         if not self._saves:
             return
         content = {"kind": _KIND, "key": self.key, "partial": dataclasses.asdict(partial)}
-        with atomic_files() as stage:
-            stage(self.path).write_text(to_json(content, indent=1) + "\n", encoding="utf-8")
+        try:
+            with atomic_files() as stage:
+                stage(self.path).write_text(to_json(content, indent=1) + "\n", encoding="utf-8")
+        except WeightsError as error:
+            self._saves = False
+            _logger.warning("%s The evaluation continues, but can't be resumed from here if interrupted.", error)
 
     def remove(self) -> None:
-        """Removes the file, once the evaluation is complete; not that of another evaluation."""
-        if self._saves:
-            self.path.unlink(missing_ok=True)
+        """Removes the file, once the evaluation is complete; not that of another evaluation. Warns on failure."""
+        try:
+            if self._saves:
+                self.path.unlink(missing_ok=True)
+        except OSError as error:
+            _logger.warning("%s is no longer needed, but can't be removed (%s)", self.path, error.strerror)
 
     def _read(self) -> dict[str, Any] | None:
         if not self.path.exists():

@@ -8,7 +8,7 @@ import os
 import stat
 from pathlib import Path
 
-from lamzoo.errors import UntrustedProgramError
+from lamzoo.errors import ConfigError, UntrustedProgramError
 from lamzoo.files import cache_folder
 
 _logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ def trust_program(content: bytes, path: Path) -> None:
         record.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with os.fdopen(os.open(record, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(os.fsencode(path.absolute()))
-    except (OSError, RuntimeError) as error:  # the latter if the user has no home
+    except (OSError, ConfigError) as error:  # the latter if the user has no home
         if not _is_recorded(digest):  # by another process meanwhile
             _logger.warning(
                 "%s is not recorded as trusted (%s); pass --trust, or trust=True, whenever it is loaded", path, error
@@ -63,6 +63,6 @@ def _is_recorded(digest: str) -> bool:
     """Returns whether the user has recorded a program; files of other users in a shared cache don't count."""
     try:
         status = os.lstat(_record(digest))
-    except (OSError, RuntimeError):
+    except (OSError, ConfigError):
         return False
     return stat.S_ISREG(status.st_mode) and (not hasattr(os, "getuid") or status.st_uid == os.getuid())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -164,7 +165,7 @@ def find_local(source: str) -> Path | None:
     Raises:
         WeightsNotFoundError: the folder has no such file, or ``source`` is neither a folder nor a repository name.
     """
-    folder = Path(source).expanduser()
+    folder = Path(os.path.expanduser(source))
     if (folder / _FILE).is_file():
         return folder / _FILE
     if folder.is_dir():

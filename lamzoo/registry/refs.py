@@ -118,7 +118,7 @@ class ModelRef:
             folder: the folder; whether it holds a model is checked when it is read.
             text: the name as given; ``local-dir:<folder>`` by default.
         """
-        path = Path(folder).expanduser()
+        path = Path(os.path.expanduser(folder))
         if not _has_config(path) and _has_config(path / "model"):
             path = path / "model"
         return cls(f"local-dir:{os.fspath(folder)}" if text is None else text, "local-dir", path=path)
@@ -169,7 +169,7 @@ def _has_config(folder: Path) -> bool:
 
 
 def _of_path(text: str) -> ModelRef:
-    path = Path(text).expanduser()
+    path = Path(os.path.expanduser(text))
     kind = _kind_of_file(text)
     if kind == "checkpoint" and SAVED_WEIGHTS.fullmatch(path.name) and _has_config(path.parent):
         return ModelRef.of_folder(path.parent, text)

@@ -1,4 +1,5 @@
 import json
+import pwd
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,26 @@ def test_a_broken_image_stops_or_is_skipped_and_counted(run, of_colours: str, tm
     assert record["bad_images"][0]["filename"] == str(root / "red" / "1.jpg")
     code, printed, _ = run(*common, "--on-bad-input", "skip")
     assert "1 images could not be read and were left out" in printed
+
+
+@pytest.mark.parametrize("home", ["/dev/null", None])
+def test_a_user_without_a_cache_gets_the_score_and_a_warning(
+    run, of_colours: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: str | None
+) -> None:
+    data = write_npz(tmp_path / "data")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    if home is None:
+        monkeypatch.delenv("HOME")
+        monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)  # a user without an entry
+    else:
+        monkeypatch.setenv("HOME", home)
+    common = ("eval", of_colours, "--data", data, "--class-map", "model")
+    code, printed, error = run(*common)
+    assert (code, "top-1" in printed) == (0, True)
+    assert "can't be resumed" in error
+    code, _, error = run(*common, "--resume")
+    assert code == 2
+    assert ("set XDG_CACHE_HOME" if home is None else "choose another path") in error
 
 
 def test_whole_data_have_no_line_about_what_was_left_out(run, of_colours: str, tmp_path: Path) -> None:

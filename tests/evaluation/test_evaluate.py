@@ -1,4 +1,5 @@
 import json
+import shutil
 import unicodedata
 from pathlib import Path
 
@@ -127,6 +128,23 @@ def test_a_file_that_is_no_state_is_never_overwritten(data, tmp_path: Path, text
     with pytest.raises(DataError, match="is not an evaluation state"):
         evaluate(Reads(), data, state=state)
     assert state.read_text() == text
+
+
+def test_a_state_that_cannot_be_written_is_refused_in_advance_and_costs_no_score_later(
+    data, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(DataError, match="state /dev/null/state.json can't be written"):
+        evaluate(Reads(), data, state="/dev/null/state.json")
+    folder = tmp_path / "states"
+
+    def lose_the_folder(progress: EvalProgress) -> None:
+        if not folder.is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.write_text("a file")
+
+    result = evaluate(Reads(), data, batch_size=4, state=folder / "state.json", save_every=2, progress=lose_the_folder)
+    assert result.samples == 21
+    assert caplog.text.count("can't be resumed from here") == 1
 
 
 def test_two_evaluations_do_not_share_a_state(data, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -30,6 +30,7 @@ from lamzoo.evaluation.classification.imagenet_real import RealLabels
 from lamzoo.evaluation.classification.prediction import label_names
 from lamzoo.evaluation.resume import EvalState, StateFile, weights_sha256
 from lamzoo.evaluation.runtime import Precision, check_batches, class_count, data_config, inference, resolve_device
+from lamzoo.files import check_target
 from lamzoo.profiling.inputs import image_mode, image_size
 from lamzoo.tasks.base import EvalRequest, Evaluation, MetricSpec, ScoreTable, metric_table
 from lamzoo.tasks.classification import CLASSIFICATION
@@ -91,7 +92,7 @@ def evaluate(
     Raises:
         ConfigError: an invalid device, precision, batch size, limit or number of workers.
         DataError: the classes of data and model do not match, an image (or every image) is unreadable, ``state``
-            belongs to another evaluation, or the ReaL labels do not cover these images.
+            can't be written or belongs to another evaluation, or the ReaL labels do not cover these images.
         UnsupportedHostError: the model does not classify, or its number of input channels has no Pillow mode.
     """
     check_batches(batch_size, workers, precision)
@@ -117,6 +118,7 @@ def evaluate(
     indices = _spread(len(dataset), limit)
     file = None
     if state is not None:
+        check_target(Path(state), "state", makes_folder=True)
         choices = {
             "on bad input": on_bad_input,
             "ReaL labels": None if real_labels is None else str(real_labels),
