@@ -193,7 +193,8 @@ def _open_locked(path: Path, wait: bool) -> tuple[int, bool | None]:
 def _temporary_for(path: Path) -> Iterator[Path]:
     """Creates a temporary file in the folder of ``path``, and holds a lock on it against :func:`_sweep`."""
     while True:
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[: _SHOWN // 2]}.", suffix=_SUFFIX)
+        # The name does not contain that of the file, which may have the full length already.
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=_SUFFIX)
         if _lock(descriptor) is not False and _is_at(descriptor, name):
             break
         os.close(descriptor)  # another process removed it before it was locked

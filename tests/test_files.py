@@ -85,3 +85,10 @@ def test_where_no_lock_can_be_made_that_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with file_lock(tmp_path / "file" / "lock") as held:
         assert held is None
+
+
+def test_names_of_the_full_length_can_be_written(tmp_path: Path) -> None:
+    path = tmp_path / ("x" * 255)
+    with atomic_files() as stage:
+        stage(path).write_text("whole")
+    assert names(tmp_path) == [path.name]
