@@ -7,7 +7,8 @@
 #   make test LOCK=                      the same, with current versions in place of those of requirements/dev.lock
 #
 # All targets but demo install the versions of requirements/dev.lock and check the hash of every file; with TORCH_INDEX,
-# whose builds have other hashes, they don't. A second run finds the environment ready. `make clean` removes it, and is needed to change PYTHON or TORCH_INDEX.
+# whose builds have other hashes, they don't. A second run finds the environment ready. `make clean` removes it, and is
+# needed to change PYTHON or TORCH_INDEX.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
@@ -106,5 +107,5 @@ $(VENV)/.ready-demo: pyproject.toml
 	@touch $@
 
 $(VENV)/.ready-dev: pyproject.toml $(LOCK)
-	LOCK=$(LOCK) sh .ci/install --editable $(if $(LOCK),.,'.[dev]')
+	LOCK=$(LOCK) sh .ci/install --editable '.[dev]'
 	@touch $@
