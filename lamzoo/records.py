@@ -75,9 +75,9 @@ def read_table(path: str | Path, *, what: str, error: type[LamzooError] = DataEr
     except OSError as cause:
         raise error(f"{what} {path} can't be read: {reason(cause)}; give the path of a {kind} file.") from None
     except ValueError as cause:
-        raise error(f"{what} {path} is not valid {kind}: {cause}.") from None
+        raise error(f"{what} {path} is not valid {kind}: {cause}; correct or restore the file.") from None
     if not isinstance(table, dict):
-        raise error(f"{what} {path} is not valid: it must hold a table.")
+        raise error(f"{what} {path} is not valid: it must hold a table; correct or restore the file.")
     return table
 
 

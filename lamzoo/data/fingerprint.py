@@ -126,10 +126,15 @@ def read_fingerprints(folder: Path) -> dict[str, Fingerprint] | None:
     path = folder / FINGERPRINT_NAME
     if not path.exists():
         return None
-    table = read_json(path, file_names=True)
-    if not isinstance(table, dict):
-        raise DataError(f"{path} is not a record of a run's data; remove it")
-    return {role: build(Fingerprint, entry, role, source=f"{path}:") for role, entry in table.items()}
+    try:
+        table = read_json(path, file_names=True)
+        if not isinstance(table, dict):
+            raise DataError("it must hold a table")
+        return {role: build(Fingerprint, entry, role, source="its") for role, entry in table.items()}
+    except DataError as error:
+        raise DataError(
+            f"{path} is not a record of a run's data ({error}); restore it, or remove it if the data is unchanged"
+        ) from None
 
 
 def write_fingerprints(folder: Path, fingerprints: Mapping[str, Fingerprint]) -> None:

@@ -172,8 +172,6 @@ def build_accelerator(run: RunSection) -> Accelerator:
         mixed_precision=run.precision,
         cpu=run.device == "cpu",
         dataloader_config=DataLoaderConfiguration(split_batches=True),  # loaders yield global batches
-        log_with="tensorboard" if run.tensorboard else None,
-        project_dir=run.output,
         step_scheduler_with_optimizer=False,
     )
     if run.batch_size // run.accumulation % accelerator.num_processes:

@@ -11,6 +11,7 @@ import math
 import os
 import pickle
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -114,6 +115,7 @@ class Checkpoints:
         self._recipe = recipe
         self._resume = resume
         self._manifest: dict[str, Any] | None = None  # of the latest checkpoint
+        self._events: Path  # the TensorBoard log
         self._check_identity()
 
     @contextlib.contextmanager
@@ -128,8 +130,10 @@ class Checkpoints:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            reason = f"run.output {self.output} can't be created: {error.strerror}"
-            raise RecipeError(f"{reason}; choose another folder.") from None
+            raise RecipeError(
+                f"run.output {self.output} can't be trained in: its folder {error.filename} can't be created "
+                f"({error.strerror}); choose another folder."
+            ) from None
         with file_lock(self.output / ".lock") as held:
             if held is False:
                 raise RecipeError(
@@ -221,16 +225,46 @@ class Checkpoints:
         writer.writerows(history)
         _write_text(self.output / "metrics.csv", buffer.getvalue())
 
+    def begin_tensorboard(self) -> None:
+        """Begins a TensorBoard log in ``tensorboard/``; call it once, on the main process.
+
+        Raises:
+            RecipeError: the log can't be written.
+        """
+        # Written here, because TensorBoard's own writer fails in a thread, with a traceback and a damaged log.
+        self._events = self.output / "tensorboard" / f"events.out.tfevents.{int(time.time())}.{os.getpid()}"
+        self._append_event(file_version="brain.Event:2")
+
+    def log_tensorboard(self, record: Mapping[str, float], update: int) -> None:
+        """Adds the scalars of an epoch to the TensorBoard log.
+
+        Raises:
+            RecipeError: the log can't be written.
+        """
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in record.items()]
+        self._append_event(step=update, summary=Summary(value=values))
+
+    def _append_event(self, **fields: Any) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        buffer = io.BytesIO()
+        RecordWriter(buffer).write(Event(wall_time=time.time(), **fields).SerializeToString())
+        try:
+            self._events.parent.mkdir(exist_ok=True)
+            with self._events.open("ab") as file:
+                file.write(buffer.getvalue())
+        except OSError as error:
+            raise RecipeError(
+                f"The TensorBoard log {self._events} can't be written ({error.strerror}); free some space, or continue "
+                "with --resume run.tensorboard=false."
+            ) from None
+
     def _check_identity(self) -> None:
         """Raises a :class:`RecipeError` if the folder holds another run, or one that is not to be resumed."""
         written = self.output / RECIPE_NAME
-        if not self._resume:
-            if written.exists() or self._finished():
-                raise RecipeError(
-                    f"run.output {self.output} already holds a run; continue it with --resume, or choose another "
-                    "folder."
-                )
-            return
         if not written.exists():
             if self._finished():
                 raise RecipeError(
@@ -238,11 +272,16 @@ class Checkpoints:
                     "it, or choose another folder."
                 )
             return
+        if not self._resume:
+            raise RecipeError(
+                f"run.output {self.output} already holds a run; continue it with --resume, or choose another folder."
+            )
         changed = _changed(written, self._recipe)
         if changed:
+            moved = "; data that has moved needs a link at its former path" if "data.source" in changed else ""
             raise RecipeError(
                 f"run.output {self.output} holds a run of another recipe: {changed}; restore it, or choose another "
-                "folder."
+                f"folder{moved}."
             )
 
     def _check_masks(self, fields: dict[str, Any] | None, lam: LamConfig | None) -> None:

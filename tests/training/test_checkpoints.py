@@ -199,10 +199,9 @@ def test_a_checkpoint_of_another_optimiser_is_refused_with_a_way_out(
 def test_a_folder_with_any_checkpoint_is_not_trained_in_anew(packed_data: Path, killed: Path) -> None:
     (killed / "recipe.json").unlink()
     recipe = parse_recipe(table(packed_data, killed))
-    with pytest.raises(RecipeError, match="already holds a run; continue it with --resume"):
-        train(recipe)
-    with pytest.raises(RecipeError, match=r"no recipe\.json.*restore it"):
-        train(recipe, resume=True)
+    for resume in (False, True):
+        with pytest.raises(RecipeError, match=r"no recipe\.json.*restore it"):
+            train(recipe, resume=resume)
 
 
 def test_the_recipe_is_there_before_the_first_checkpoint(packed_data: Path, tmp_path: Path) -> None:

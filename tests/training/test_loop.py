@@ -58,6 +58,13 @@ def test_tensorboard_log_is_written(recipe_table: dict[str, Any], tmp_path: Path
     assert logged[0].value == pytest.approx(result.history[0]["train_loss"])
 
 
+def test_tensorboard_log_that_cannot_be_written_is_named(recipe_table: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "tensorboard").write_text("")
+    with pytest.raises(RecipeError, match=r"TensorBoard log .*tensorboard.* can't be written .*tensorboard=false"):
+        run(recipe_table, tmp_path / "out", tensorboard=True)
+
+
 def test_training_lowers_the_loss(recipe_table: dict[str, Any], tmp_path: Path) -> None:
     recipe_table["schedule"]["epochs"] = 6
     losses = [record["train_loss"] for record in run(recipe_table, tmp_path / "out").history]
