@@ -116,7 +116,7 @@ def test_a_card_without_tags_is_valid(tmp_path: Path) -> None:
         (GOOD + "[models.a.tags.t]\nopen_clip = 'x'\n", "must be 'model:tag'"),
         (GOOD + "[models.a.backbone]\ntimm = 3\n", "backbone.timm is 3"),
         (GOOD + "[models.a.pretrained_cfg]\nstd = [0, 0, 0]\n", "key std is"),
-        (GOOD + "gmacs = nan\n", "gmacs is nan"),
+        (GOOD + "gmacs = nan\n", "nan is not a finite number"),
         ('[models.a]\nbuilder = "../x:y"\n', "must be 'module:function'"),
         ('[models."a.b"]\nbuilder = "x:y"\n', "may not be empty or contain"),
         ('[models."../b"]\nbuilder = "x:y"\n', "may not be empty or contain"),

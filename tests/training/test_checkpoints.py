@@ -215,7 +215,7 @@ def test_the_recipe_is_there_before_the_first_checkpoint(packed_data: Path, tmp_
 
     with pytest.raises(KeyboardInterrupt):
         train(recipe, progress=stop)
-    assert there == [[".lock", "checkpoints", "recipe.json"]]
+    assert there == [[".lock", "checkpoints", "data.json", "recipe.json"]]
 
 
 def test_two_trainings_do_not_share_a_folder(killed: Path, resume: Callable[..., TrainResult]) -> None:
