@@ -11,9 +11,9 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
-from lamzoo.data.images.decode import BROKEN_IMAGE
+from lamzoo.data.images.decode import BROKEN_IMAGE, IMAGE_EXTENSIONS
 from lamzoo.data.images.image_dataset import ImageSource
-from lamzoo.data.paths import file_exists, folder_exists
+from lamzoo.data.paths import file_exists, folder_exists, list_files
 from lamzoo.data.splits import find_split, synonyms
 from lamzoo.errors import DataError, MissingExtraError, MissingSplitError
 from lamzoo.reading import open_regular
@@ -47,6 +47,10 @@ class TorchvisionSource(ImageSource):
             raise DataError(
                 f"torchvision's {self._name} reads a pickle from the current folder, which can run code; copy its "
                 "images to a folder for each class, and use imagefolder:DIR"
+            )
+        if self._name in ("DatasetFolder", "ImageFolder"):
+            raise DataError(
+                f"torchvision's {self._name} follows a link that leads back without end; use imagefolder:{root}"
             )
         if "root" not in accepted:
             raise DataError(f"torchvision's {self._name} is not a folder of labelled images")
@@ -130,6 +134,8 @@ class HuggingFaceSource(ImageSource):
             raise MissingExtraError("hfds: needs the datasets package; pip install 'lamzoo[data]'") from error
         self._spec = f"hfds:{name}"
         folder = Path(name)
+        for path, reason in list_files(folder, IMAGE_EXTENSIONS).lost.items():  # which load_dataset leaves out
+            raise DataError(f"cannot read {path} of {self._spec}: {reason}; replace or remove it")
         try:
             if file_exists(folder / "dataset_dict.json"):
                 splits = datasets.load_from_disk(name)

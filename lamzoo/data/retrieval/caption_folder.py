@@ -91,7 +91,10 @@ class Files:
                 f"the video {video!r} in {self._table} is not below {self._root}; use a path relative to that folder"
             )
         whole = self._root / place
-        if file_exists(whole):
+        try:
+            if file_exists(whole):
+                return whole
+        except DataError:  # it is a lost video, with this reason
             return whole
         found = self._known.get(nfc(place.as_posix()))
         return None if found is None else only_file(found, video)

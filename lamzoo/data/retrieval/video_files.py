@@ -34,8 +34,8 @@ class FileSource(VideoSource):
     ) -> None:
         self.videos, self.captions, self.split = videos, captions, split
         self._paths = paths
-        missing = f"there is no such file, and {listed.name} lists it"
-        self.lost = {index: missing for index, path in enumerate(paths) if not file_exists(path)}
+        reasons = (_absence(path, listed) for path in paths)
+        self.lost = {index: reason for index, reason in enumerate(reasons) if reason is not None}
 
     def read(self, index: int, sampling: FrameSampling, threads: int = 1) -> VideoClip:
         return read_video(self._paths[index], sampling, threads=threads)
@@ -115,6 +115,14 @@ def captions_of(
             f"add one, or remove the video from {listed}"
         )
     return [known[nfc(video)] for video in ids]
+
+
+def _absence(path: Path, listed: Path) -> str | None:
+    """Returns why a listed file can't be opened, as far as its folders tell; None if they don't."""
+    try:
+        return None if file_exists(path) else f"there is no such file, and {listed.name} lists it"
+    except DataError as error:
+        return getattr(error.__cause__, "strerror", None) or str(error)
 
 
 def _and_more(more: int, total: int) -> str:

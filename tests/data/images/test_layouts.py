@@ -197,6 +197,9 @@ def test_hugging_face_data_set_from_disk_and_from_a_folder(
     dataset = create_dataset(f"hfds:{folder}", "val")
     assert dataset.split == "validation"
     assert_colours(dataset)
+    (folder / "val" / "lost").symlink_to("nowhere")  # which load_dataset would leave out
+    with pytest.raises(DataError, match=r"cannot read .*lost of hfds:.*: it is a link that leads nowhere"):
+        create_dataset(f"hfds:{folder}", "val")
 
 
 def test_splits_go_by_their_synonyms_but_validation_is_not_test(folder: Path) -> None:
@@ -305,6 +308,7 @@ def test_wrong_shards_are_refused(tmp_path: Path) -> None:
         ("torchvision:CIFAR10:.", "not complete"),
         ("torchvision:Nothing:.", "no data set 'Nothing'"),
         ("torchvision:lsun:.", "torchvision.s LSUN reads a pickle"),
+        ("torchvision:imagefolder:EMPTY", "a link that leads back without end; use imagefolder:EMPTY"),
         ("wds:nowhere-*.tar", "no shard"),
         ("imagelist:nowhere", "has no label file; it must be imagelist:nowhere:FILE"),
         ("imagelist:nowhere:labels.txt", "no such folder: nowhere"),

@@ -50,6 +50,16 @@ def test_a_scan_finds_files_that_went_away(dataset: CaptionedVideos) -> None:
     assert [video.index for video in find_invalid_videos(dataset, SAMPLING)] == [0, 1, 3]
 
 
+def test_a_listed_video_that_cannot_be_reached_is_lost_with_the_reason(
+    dataset: CaptionedVideos, tmp_path: Path
+) -> None:
+    with (tmp_path / "captions.csv").open("a") as table:
+        table.write(f"{'a' * 300}.avi,a name that no file can have\n")
+    found = create_retrieval_dataset(f"videos:{tmp_path}", "all")
+    assert [(video.index, video.reason) for video in found.lost] == [(5, "File name too long")]
+    assert [video.index for video in find_invalid_videos(found, SAMPLING)] == [1, 3, 5]
+
+
 def test_a_scan_leaves_the_random_state_alone(dataset: CaptionedVideos) -> None:
     before = torch.random.get_rng_state()
     find_invalid_videos(dataset, SAMPLING, workers=1)
