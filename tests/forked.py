@@ -33,14 +33,20 @@ def run_code(code: str, *arguments: str, env: Mapping[str, str] | None = None, t
 
 
 def run_module_in_two(module: str, *arguments: str, timeout: float = 300) -> list[Done]:
-    """Runs a module as ``torchrun --nproc-per-node=2 -m`` would; returns what became of each rank."""
+    """Runs a module as ``torchrun --nproc-per-node=2 -m`` would without a GPU; returns what became of each rank."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     jobs = []
     for rank in ("0", "1"):
         ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        env = {**os.environ, **ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        shared = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+        }
+        env = {**os.environ, **ranks, **shared}
         code = f"import runpy; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
         jobs.append((env, code, (module, *arguments)))
     return _run(jobs, timeout)

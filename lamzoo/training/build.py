@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -168,12 +169,19 @@ def _fused_attention(enable: bool) -> Iterator[None]:
 def build_accelerator(run: RunSection) -> Accelerator:
     """Returns the accelerator of a run; raises a :class:`RecipeError` if its processes can't share the batches."""
     AcceleratorState._reset_state()  # shared in the process; rejects another precision than that of the last run
+    launched = "LOCAL_RANK" in os.environ  # by torchrun or accelerate
     accelerator = Accelerator(
         mixed_precision=run.precision,
-        cpu=run.device == "cpu",
+        cpu=run.device == "cpu" or (launched and not torch.accelerator.is_available()),
         dataloader_config=DataLoaderConfiguration(split_batches=True),  # loaders yield global batches
         step_scheduler_with_optimizer=False,
     )
+    started = int(os.environ.get("WORLD_SIZE", "1")) if launched else 1
+    if started > accelerator.num_processes:
+        raise RecipeError(
+            f"{started} processes were started, which can't train together on {accelerator.device}; start one process, "
+            "or choose run.device 'cpu'."
+        )
     if run.batch_size // run.accumulation % accelerator.num_processes:
         raise RecipeError(
             f"run.batch_size {run.batch_size} over {run.accumulation} accumulation steps is not divisible by "
