@@ -15,6 +15,7 @@ import tomllib
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +101,9 @@ def parse_json(text: str | bytes, *, file_names: bool = False, not_finite: bool 
         ValueError: the text is not such JSON, or is nested too deeply.
     """
     text = decode(text) if isinstance(text, bytes) else text
-    numbers = {} if not_finite else {"parse_constant": _refuse, "parse_float": _finite}
-    value = _parsed(json.loads, text, object_pairs_hook=_unique, **numbers)
+    value = _parsed(_ANY_NUMBERS.decode if not_finite else _JSON.decode, text)
+    if text.count("[") + text.count("{") > _DEPTH:  # saves a walk through each of a million short lines
+        _check_depth(value)
     if _ESCAPED_SURROGATE.search(text):
         try:
             json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogateescape" if file_names else "strict")
@@ -116,7 +118,8 @@ def parse_toml(text: str) -> dict[str, Any]:
     Raises:
         ValueError: the text is not such TOML, or is nested too deeply.
     """
-    table: dict[str, Any] = _parsed(tomllib.loads, text, parse_float=_finite)
+    table: dict[str, Any] = _parsed(partial(tomllib.loads, parse_float=_finite), text)
+    _check_depth(table)
     try:
         json.dumps(table)
     except TypeError:
@@ -220,20 +223,23 @@ def _decompressed(data: bytes) -> bytes:
     return content
 
 
-def _parsed(parse: Callable[..., Any], text: str, **hooks: Any) -> Any:
+def _parsed(parse: Callable[[str], Any], text: str) -> Any:
     try:
-        value = parse(text, **hooks)
+        return parse(text)
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
     except ValueError as error:
         if "set_int_max_str_digits" in str(error):  # advice for programmers
             raise ValueError("it has a number with too many digits") from None
         raise
+
+
+def _check_depth(value: Any) -> None:
     level = [value]
     for _ in range(_DEPTH + 1):  # level by level, because a recursive check would itself exhaust the stack
-        level = [inner for outer in level if isinstance(outer, (dict, list)) for inner in _inside(outer)]
+        level = [inner for outer in level for inner in _inside(outer) if isinstance(inner, (dict, list))]
         if not level:
-            return value
+            return
     raise ValueError(_TOO_DEEP)
 
 
@@ -268,3 +274,8 @@ def _with_nulls(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_with_nulls(inner) for inner in value]
     return value
+
+
+# Made once, as json.loads with these arguments makes one at each call.
+_JSON = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_finite)
+_ANY_NUMBERS = json.JSONDecoder(object_pairs_hook=_unique)
