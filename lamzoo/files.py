@@ -12,6 +12,7 @@ from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from safetensors import SafetensorError
 
 from lamzoo.errors import ConfigError, DataError, LamzooError, WeightsError
+from lamzoo.reading import reason
 
 _SHOWN = 100  # characters of a long path in a message
 
@@ -42,10 +43,13 @@ def atomic_files(failure: type[LamzooError] = WeightsError) -> Iterator[Callable
             for a path that is a folder, pipe or device.
     """
     staged: list[tuple[Path, Path]] = []
+    target: Path | None = None  # the file that is being written
 
     with contextlib.ExitStack() as locks:
 
         def stage(path: Path) -> Path:
+            nonlocal target
+            target = path
             if path.exists() and not path.is_file():
                 kind = "a folder" if path.is_dir() else "a pipe, socket or device"
                 raise failure(f"{path} is {kind} and can't be written as a file; choose another path.")
@@ -59,18 +63,18 @@ def atomic_files(failure: type[LamzooError] = WeightsError) -> Iterator[Callable
             yield stage
             umask = os.umask(0)
             os.umask(umask)
-            for temporary, _ in staged:
+            for temporary, target in staged:  # noqa: B007 - the error names the target
                 with temporary.open("r+b") as file:  # Windows flushes only what is open for writing
                     os.fsync(file.fileno())
                 temporary.chmod(0o666 & ~umask)  # mkstemp's 0600 would keep others from reading the file
-            for temporary, path in staged:
-                temporary.replace(path)
+            for temporary, target in staged:
+                temporary.replace(target)
         except (OSError, SafetensorError) as error:
             if isinstance(error, LamzooError):
                 raise
-            where = staged[-1][1] if staged else getattr(error, "filename", None)
             raise failure(
-                f"{where} cannot be written ({error}); nothing was changed: free some space or choose another folder."
+                f"{target} cannot be written ({reason(error)}); nothing was changed: free some space or choose another "
+                "folder."
             ) from error
         finally:
             for temporary, _ in staged:

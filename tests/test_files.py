@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from lamzoo.errors import WeightsError
 from lamzoo.files import atomic_files, file_lock
 
 WRITER = """
 import sys, time
 from pathlib import Path
+from lamzoo.errors import WeightsError
 from lamzoo.files import atomic_files, file_lock
 with file_lock(Path("lock")) as held, atomic_files() as stage:
     stage(Path("file")).write_text("half")
@@ -92,3 +94,16 @@ def test_names_of_the_full_length_can_be_written(tmp_path: Path) -> None:
     with atomic_files() as stage:
         stage(path).write_text("whole")
     assert names(tmp_path) == [path.name]
+
+
+def test_of_several_files_the_one_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+
+    def write() -> None:
+        with atomic_files() as stage:
+            stage(tmp_path / "one").write_text("1")
+            stage(tmp_path / "file" / "two")
+
+    with pytest.raises(WeightsError, match=r"two cannot be written \(File exists\)"):
+        write()
+    assert names(tmp_path) == ["file"]

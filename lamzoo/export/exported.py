@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lamzoo.errors import ExportError, MissingExtraError, WeightsNotFoundError
 from lamzoo.export.trust import check_trusted, trust_program
-from lamzoo.reading import parse_json, read_bytes
+from lamzoo.reading import parse_json, read_bytes, reason
 from lamzoo.registry.preprocessing import check_preprocessing
 
 Format = Literal["torch", "onnx"]
@@ -91,8 +91,8 @@ def load_exported(path: str | Path, format: Format | None = None, *, trust: bool
         content = read_bytes(path)
     except FileNotFoundError:
         raise WeightsNotFoundError(f"There is no exported program at {path}.") from None
-    except OSError as error:
-        raise ExportError(f"{path} cannot be read ({error.strerror}); check the path and its permissions.") from error
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{path} cannot be read ({reason(error)}); check the path and its permissions.") from error
     if format == "torch":
         if trust:
             trust_program(content, path)
