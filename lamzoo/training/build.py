@@ -174,6 +174,8 @@ def build_accelerator(run: RunSection) -> Accelerator:
         mixed_precision=run.precision,
         cpu=run.device == "cpu" or (launched and not torch.accelerator.is_available()),
         dataloader_config=DataLoaderConfiguration(split_batches=True),  # loaders yield global batches
+        log_with="tensorboard" if run.tensorboard else None,
+        project_dir=run.output,
         step_scheduler_with_optimizer=False,
     )
     started = int(os.environ.get("WORLD_SIZE", "1")) if launched else 1

@@ -11,7 +11,6 @@ import math
 import os
 import pickle
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -115,7 +114,6 @@ class Checkpoints:
         self._recipe = recipe
         self._resume = resume
         self._manifest: dict[str, Any] | None = None  # of the latest checkpoint
-        self._events: Path  # the TensorBoard log
         self._check_identity()
 
     @contextlib.contextmanager
@@ -224,43 +222,6 @@ class Checkpoints:
         writer.writeheader()
         writer.writerows(history)
         _write_text(self.output / "metrics.csv", buffer.getvalue())
-
-    def begin_tensorboard(self) -> None:
-        """Begins a TensorBoard log in ``tensorboard/``; call it once, on the main process.
-
-        Raises:
-            RecipeError: the log can't be written.
-        """
-        # Written here, because TensorBoard's own writer fails in a thread, with a traceback and a damaged log.
-        self._events = self.output / "tensorboard" / f"events.out.tfevents.{int(time.time())}.{os.getpid()}"
-        self._append_event(file_version="brain.Event:2")
-
-    def log_tensorboard(self, record: Mapping[str, float], update: int) -> None:
-        """Adds the scalars of an epoch to the TensorBoard log.
-
-        Raises:
-            RecipeError: the log can't be written.
-        """
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
-        values = [Summary.Value(tag=name, simple_value=value) for name, value in record.items()]
-        self._append_event(step=update, summary=Summary(value=values))
-
-    def _append_event(self, **fields: Any) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
-        buffer = io.BytesIO()
-        RecordWriter(buffer).write(Event(wall_time=time.time(), **fields).SerializeToString())
-        try:
-            self._events.parent.mkdir(exist_ok=True)
-            with self._events.open("ab") as file:
-                file.write(buffer.getvalue())
-        except OSError as error:
-            raise RecipeError(
-                f"The TensorBoard log {self._events} can't be written ({error.strerror}); free some space, or continue "
-                "with --resume run.tensorboard=false."
-            ) from None
 
     def _check_identity(self) -> None:
         """Raises a :class:`RecipeError` if the folder holds another run, or one that is not to be resumed."""

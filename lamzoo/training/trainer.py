@@ -110,15 +110,24 @@ class TrainingRun(ABC):
             def prepare() -> None:
                 stack.enter_context(self.checkpoints.lock())
                 self.write_records()
-                if self.recipe.run.tensorboard:
-                    self.checkpoints.begin_tensorboard()
 
             self.accelerator.wait_for_everyone()  # until all have looked for a run in the folder
             on_main_process(self.accelerator, prepare)
+            if self.recipe.run.tensorboard:
+                self._begin_tensorboard()
             self._load()
             on_main_process(self.accelerator, self.checkpoints.write_recipe)  # before any checkpoint
             self._log_plan()
             yield
+
+    def _begin_tensorboard(self) -> None:
+        try:
+            self.accelerator.init_trackers("tensorboard")
+        except OSError as error:
+            raise RecipeError(
+                f"The TensorBoard log in {self.recipe.run.output} can't be written ({error.strerror}); choose another "
+                "folder, or run.tensorboard=false."
+            ) from None
 
     def _load(self) -> None:
         recipe = self.recipe
@@ -340,8 +349,10 @@ class TrainingRun(ABC):
         }
 
     def _result(self, model: Path, scores: dict[str, Any], report: Path | None) -> TrainResult:
-        """Finishes the run: waits for the other processes, and returns the result."""
+        """Finishes the run: waits for the other processes, closes the logs, and returns the result."""
         self.accelerator.wait_for_everyone()
+        if self.recipe.run.tensorboard:
+            self.accelerator.end_training()
         about = self.about_weights()
         return TrainResult(
             self.checkpoints.output, model, self.history, scores, report, len(self.bad), self.kept_epoch, about
@@ -492,13 +503,12 @@ class TrainingRun(ABC):
         self.loss_sum = self._loss_sum(0.0)
         if self.accelerator.is_main_process:
             self.checkpoints.write_metrics(self.history)
+        if recipe.run.tensorboard:
+            self.accelerator.log({k: v for k, v in record.items() if k not in ("epoch", "update")}, step=self.update)
         if evaluates:
             self.checkpoints.amend(self.accelerator, self._state())
         else:
             self._save()
-        if recipe.run.tensorboard:  # last: an epoch whose log can't be written is not repeated
-            scalars = {key: value for key, value in record.items() if key not in ("epoch", "update")}
-            on_main_process(self.accelerator, partial(self.checkpoints.log_tensorboard, scalars, self.update))
         self._report_progress(epoch, loss)
 
     def _total_loss(self) -> float:
