@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
+
+import timm.data
 
 from lamzoo.data import OnBadInput
 from lamzoo.errors import RecipeError, UnknownTaskError
@@ -31,6 +34,7 @@ from lamzoo.training.recipe_common import (
 )
 
 Tune = Literal["all", "lam", "head"]
+_LEAST_ALPHA = 0.001  # of the beta distributions of mixing; their samples become NaN for smaller ones
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ class AugmentSection:
     vflip: Probability = 0.0
     color_jitter: PositiveOrZero = 0.4
     auto_augment: str | None = None
-    interpolation: str = "bicubic"
+    interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random"] = "bicubic"
     random_erasing: Probability = 0.0
     random_erasing_mode: Literal["const", "rand", "pixel"] = "const"
     mixup: PositiveOrZero = 0.0
@@ -156,7 +160,32 @@ class Recipe(TaskRecipe):
                 f"Recipe key model.tune is {model.tune!r}, which freezes the backbone, but this backbone has no "
                 "weights; start from the published ones (model.pretrained, --pretrained) or tune all."
             )
-        check_crops(self.augment.scale, self.augment.ratio)
+        augment = self.augment
+        check_crops(augment.scale, augment.ratio)
+        for key, value in (("mixup", augment.mixup), ("cutmix", augment.cutmix)):
+            if 0 < value < _LEAST_ALPHA:
+                raise RecipeError(f"Recipe key augment.{key} is {value}; it must be 0 or at least {_LEAST_ALPHA}.")
+        if augment.auto_augment:
+            _check_policy(augment.auto_augment)
+
+
+def _check_policy(policy: str) -> None:
+    """Raises a RecipeError for an ``augment.auto_augment`` that timm refuses, or whose numbers have no use."""
+    wrong = None
+    if re.search(r"(?<![\d.])\d{4}", policy):
+        wrong = "a number in it is above 999"
+    elif (alpha := re.search(r"^augmix.*-a(\d[\d.]*)", policy)) and float(alpha[1].rstrip(".")) < _LEAST_ALPHA:
+        wrong = f"its a must be at least {_LEAST_ALPHA}"
+    else:
+        try:
+            timm.data.create_transform(32, is_training=True, auto_augment=policy)
+        except (AssertionError, ValueError, LookupError) as error:
+            wrong = str(error) or "timm has no such policy"
+    if wrong is not None:
+        raise RecipeError(
+            f"Recipe key augment.auto_augment is {policy!r:.60} ({wrong}); write '' for none, or one of timm's "
+            "policies: 'original', 'v0', '3a', 'rand-m9-n2-mstd0.5' or 'augmix-m3-w3', with other numbers if needed."
+        )
 
 
 AnyRecipe: TypeAlias = TaskRecipe
