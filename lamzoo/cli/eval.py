@@ -121,8 +121,10 @@ def _task(name: str, asked: str | None, trained: TrainedData | None, file: Task 
     """Returns the requested task, or that of the run, the predictions, or the model."""
     from lamzoo.tasks import find_task
 
-    if asked is not None or trained is not None:
-        return find_task(asked or trained.task)  # type: ignore[union-attr]  # one of them is there
+    if asked is not None:
+        return find_task(asked)
+    if trained is not None:
+        return find_task(trained.task)
     if file is not None:
         return file
     from lamzoo.registry.catalog import task_of

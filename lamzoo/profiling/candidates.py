@@ -51,11 +51,13 @@ def select_models(patterns: Sequence[str], *, weights: bool, plain: bool) -> lis
         The models, without duplicates.
 
     Raises:
-        UnknownModelError: a pattern matches nothing.
+        UnknownModelError: a pattern matches nothing, or is empty.
         WeightsError: the configuration of a ``local-dir:`` or ``hf-hub:`` model cannot be read.
     """
     found: dict[str, Candidate] = {}
     for pattern in patterns:
+        if not pattern:  # a part of every name, but probably a variable without a value
+            raise UnknownModelError("a pattern is empty; write '*' for all models")
         for name in _names(pattern, weights):
             candidate = candidate_of(name, weights=weights)
             found.setdefault(candidate.name, candidate)

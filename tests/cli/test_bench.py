@@ -94,10 +94,11 @@ def test_ctrl_c_leaves_a_whole_table(run, jobs) -> None:
     ("arguments", "says"),
     [
         (["nothing_like_it"], "no model matches"),
+        ([""], "a pattern is empty; write '*'"),
         (["lam_vit_micro", "--data", "npz:nowhere"], "nowhere"),
         (["lam_vit_micro", "--device", "cuda:9"], "cuda:9"),
         (["lam_vit_micro", "--repeats", "1"], "repeats"),
-        (["lam_vit_micro", "--out", "file/r.csv"], "cannot be written"),
+        (["lam_vit_micro", "--out", "file/r.csv"], "can't be written"),
     ],
 )
 def test_what_cannot_be_is_said_in_one_line_before_anything_runs(run, jobs, tmp_path, arguments, says: str) -> None:
