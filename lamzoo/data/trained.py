@@ -90,7 +90,7 @@ class MadeSplit:
         if not path.is_file():
             return None
         try:
-            return records.build(cls, read_json(path), source=f"{path}:")
+            return records.build(cls, read_json(path, file_names=True), source=f"{path}:")
         except DataError as error:
             raise DataError(f"{path} is not a record of a run's split ({error}); restore it") from None
 

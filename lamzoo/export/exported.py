@@ -114,7 +114,7 @@ def open_program(content: bytes, format: Format, path: Path) -> ExportedModel:
     """
     try:
         run, text = _LOADERS[format](content)
-        facts = parse_json(text)
+        facts = parse_json(text, file_names=True)
     except MissingExtraError:
         raise
     except Exception as error:  # of torch, onnxruntime or the file's metadata

@@ -103,7 +103,7 @@ def _config(model: nn.Module, spec: ModelSpec, label_names: Sequence[str] | None
         with tempfile.TemporaryDirectory(prefix="lamzoo-") as scratch:
             path = Path(scratch) / "config.json"
             save_config_for_hf(model, str(path), model_config=extra, model_args=args)
-            config: dict[str, Any] = parse_json(read_text(path))
+            config: dict[str, Any] = parse_json(read_text(path), file_names=True)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(
             f"{spec.name} cannot be described in timm's hub format ({type(error).__name__}: {error})."

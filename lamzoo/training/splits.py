@@ -126,7 +126,7 @@ def keep_held_out(folder: Path, held_out: Collection[str]) -> None:
         DataError: the held-out videos of a resumed run differ, or the file can't be written.
     """
     path, names = folder / HELD_OUT_NAME, sorted(held_out)
-    if (folder / RECIPE_NAME).exists() and path.exists() and read_json(path) != names:
+    if (folder / RECIPE_NAME).exists() and path.exists() and read_json(path, file_names=True) != names:
         raise DataError(
             f"the training videos have changed since the run in {folder} held some out for validation; restore the "
             "same videos, or start a new run in another folder"

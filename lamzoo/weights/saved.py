@@ -147,7 +147,7 @@ def _read_config(path: Path) -> tuple[SavedModel, Mapping[str, str]]:
         WeightsError: a value has another type, or is out of range; names file, key and value.
     """
     try:
-        raw = parse_json(read_text(path))
+        raw = parse_json(read_text(path), file_names=True)
         if not isinstance(raw, dict):
             raise ConfigError("it must be a table")
         own = raw.get("lamzoo") or {}

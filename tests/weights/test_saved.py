@@ -156,6 +156,12 @@ def test_a_module_that_nothing_can_rebuild_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "m").exists()
 
 
+def test_class_names_that_are_not_utf8_survive(model: nn.Module, tmp_path: Path) -> None:
+    names = (os.fsdecode(b"caf\xe9"), *"bcd")[: model.num_classes]
+    save_pretrained(model, tmp_path, label_names=names)
+    assert get_pretrained_cfg(tmp_path).label_names == names
+
+
 def test_label_names_must_fit_the_head(model: nn.Module, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="2 label names .* 4 classes"):
         save_pretrained(model, tmp_path, label_names=["a", "b"])

@@ -266,7 +266,7 @@ def read_classes(path: Path) -> tuple[list[str] | None, list[str] | None]:
     """
     if not file_exists(path):
         return None, None
-    entries = read_json(path)
+    entries = read_json(path, file_names=True)
     entries = entries if isinstance(entries, list) else []
     pairs = [entry if isinstance(entry, list) else [None, entry] for entry in entries]
     if not pairs or not all(len(pair) == 2 and isinstance(pair[1], str) for pair in pairs):

@@ -47,7 +47,7 @@ def read_class_map(source: str | Path) -> list[str]:
         raise DataError(f"the class map {str(source)!r} is neither a file nor one of timm's ({known})")
     try:
         text = read_text(path)
-        names = _from_json(parse_json(text)) if path.suffix.lower() == ".json" else _from_lines(text)
+        names = _from_json(parse_json(text, file_names=True)) if path.suffix.lower() == ".json" else _from_lines(text)
     except (OSError, ValueError) as error:
         raise DataError(f"{path} is not a readable class map: {reason(error)}") from error
     twice = next((name for name, count in Counter(map(nfc, names)).items() if count > 1), None)
