@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from importlib.metadata import version as installed
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 import typer
 from typer.core import TyperGroup
@@ -118,6 +119,7 @@ def _run(args: list[str]) -> int:
         os.getcwd()
     except OSError as error:  # libraries of torch end the process without saying so
         raise LamzooError(f"the current folder can't be used ({error.strerror}); change to another one") from error
+    _check_hub_address()
     command = typer.main.get_command(app)
     try:
         with command.make_context("lamzoo", args, obj=list(args)) as context:
@@ -125,6 +127,23 @@ def _run(args: list[str]) -> int:
     except typer.Exit as end:
         return end.exit_code
     return 0
+
+
+def _check_hub_address() -> None:
+    """Checks the address of the hub in the environment, which ends the import of huggingface_hub if it is malformed."""
+    address = os.environ.get("HF_ENDPOINT")
+    if address is None:
+        return
+    if not address.strip():  # which huggingface_hub would take for an address
+        del os.environ["HF_ENDPOINT"]
+        return
+    try:
+        parts = urlsplit(address)
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and address.isprintable()
+    except ValueError:
+        usable = False
+    if not usable:
+        raise LamzooError(f"HF_ENDPOINT is {shortened(repr(address))}, which is no http address; correct or unset it")
 
 
 def _report(error: BaseException) -> int:

@@ -47,6 +47,16 @@ def test_help_and_version(run) -> None:
     assert "--precision" in run("eval", "-h").out
 
 
+@pytest.mark.parametrize("address", ["http://[", "http://hub:99999", "hub", "ftp://hub", "http://"])
+def test_a_malformed_address_of_the_hub_is_named(run, monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    done = run("list")
+    assert (done.code, done.err) == (
+        2,
+        f"lamzoo: HF_ENDPOINT is '{address}', which is no http address; correct or unset it\n",
+    )
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["list"], ["info", "lam_vit_base"]], ids=" ".join)
 def test_what_needs_no_model_imports_no_torch_and_is_quick(arguments: list[str]) -> None:
     probe = f"""
