@@ -13,7 +13,14 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import (
+    HfFileMetadata,
+    constants,
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -37,6 +44,7 @@ ANSWER_SECONDS = 8.0
 _TransportError: type[Exception] = HfHubHTTPError.__bases__[0]
 _MAX_RESTARTS = 2
 _CHECKED_BYTES = 2**24  # cached files of at most this size are hashed at each use; weights are when they are read
+_REFUSED = ".lamzoo-refused"  # in the folder of a repository: the commit of which a file was refused
 _ABANDONED_SECONDS = 86400.0  # age of a partial download that no process is still writing
 
 
@@ -96,6 +104,8 @@ def download(repo: str, filename: str, *, revision: str | None = None, cache_dir
         WeightsError: any other failure: a server error, a broken connection, a cache that cannot be written.
     """
     path = cached(repo, filename, revision=revision, cache_dir=cache_dir)
+    if path is not None:
+        path = _ask_again(path, repo, filename, revision, cache_dir)
     try:
         if path is not None and (path.stat().st_size > _CHECKED_BYTES or is_intact(path) is not False):
             return path
@@ -104,8 +114,11 @@ def download(repo: str, filename: str, *, revision: str | None = None, cache_dir
     damaged = "" if path is None else f"; {path} was damaged: {discard(path)}"
     for _ in range(2):
         path = _fetch(repo, filename, revision, cache_dir, damaged)
-        if is_intact(path) is not False:
-            return path
+        try:
+            if is_intact(path) is not False:
+                return path
+        except OSError as error:  # a folder or pipe in the cache, which the hub client takes for the file
+            raise WeightsError(f"{path} cannot be read ({error.strerror}); delete {path.resolve()}.") from error
         damaged = f"; {path} was damaged: {discard(path)}"
     raise HashMismatchError(
         f"{repo}/{filename} arrived twice with another sha256 than the hub states and was not kept: try again later, "
@@ -138,7 +151,8 @@ def discard(path: str | Path) -> str | None:
     """Makes the next download fetch a cached file again, because its content was refused.
 
     A damaged file is removed with its content, the blob, to which other snapshots may link as well: the hub client
-    downloads it again for them. A file that is as the hub has it stays, and the hub is asked for a newer version.
+    downloads it again for them. A file that is as the hub had it stays, because other programs may use it; the next
+    download asks the hub for another version.
 
     Args:
         path: the refused file.
@@ -154,9 +168,7 @@ def discard(path: str | Path) -> str | None:
         if intact and offline():
             return "it is as the hub had it; unset HF_HUB_OFFLINE to get a newer version"
         if intact:
-            for reference in (place.folder / "refs").rglob("*"):
-                if reference.is_file() and reference.read_bytes().strip() == place.revision.encode():
-                    reference.unlink()
+            (place.folder / _REFUSED).write_text(place.revision)
             return "it is as the hub had it; tell its authors, and try again when they have corrected it"
         for file in (place.store, place.blob, place.link):
             if file is not None:
@@ -199,6 +211,33 @@ class _Place(NamedTuple):
         return cls(link, blob, store, folder, snapshot.name)
 
 
+def _ask_again(path: Path, repo: str, filename: str, revision: str | None, cache_dir: str | Path | None) -> Path:
+    """Asks the hub for another version of a file that was refused; returns it, or ``path`` if there is none."""
+    place = _Place.of(path)
+    if place is None or not (place.folder / _REFUSED).is_file() or offline():
+        return path
+    try:
+        if (place.folder / _REFUSED).read_text() != place.revision:
+            return path
+        found = _ask(hf_hub_url(repo, filename, revision=revision, endpoint=_endpoint()))
+        if found.commit_hash == place.revision and place.blob is not None and found.etag != place.blob.name:
+            place.link.unlink()  # corrected without a new commit, as on a mirror; the client keeps what a commit has
+        path = _fetch(repo, filename, revision, cache_dir, "")
+        (place.folder / _REFUSED).unlink(missing_ok=True)
+    except (HfHubHTTPError, _TransportError, WeightsError, OSError, ValueError):
+        return path  # the hub has no other version, or can't be asked now
+    return path
+
+
+def _endpoint() -> str | None:
+    return os.environ.get("HF_ENDPOINT", "").rstrip("/") or None
+
+
+def _ask(url: str) -> HfFileMetadata:
+    """Asks the hub about a file, within :data:`ANSWER_SECONDS`."""
+    return _within(ANSWER_SECONDS, lambda: get_hf_file_metadata(url, timeout=ANSWER_SECONDS / 2, endpoint=_endpoint()))
+
+
 def _fetch(repo: str, filename: str, revision: str | None, cache_dir: str | Path | None, damaged: str) -> Path:
     folder = Path(cache_dir or constants.HF_HUB_CACHE)
     what = f"{repo}/{filename}" + (f" at revision {revision}" if revision else "")
@@ -209,11 +248,11 @@ def _fetch(repo: str, filename: str, revision: str | None, cache_dir: str | Path
     )
     if offline():
         raise _unreachable(what, folder, f"HF_HUB_OFFLINE disables downloads{damaged}", bring)
-    endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or None
+    endpoint = _endpoint()
     url = hf_hub_url(repo, filename, revision=revision, endpoint=endpoint)
     try:
         # Checked before hf_hub_download, which retries for half a minute without network.
-        _within(ANSWER_SECONDS, lambda: get_hf_file_metadata(url, timeout=ANSWER_SECONDS / 2, endpoint=endpoint))
+        _ask(url)
         return Path(
             hf_hub_download(
                 repo, filename, revision=revision, cache_dir=cache_dir, endpoint=endpoint,

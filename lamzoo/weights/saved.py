@@ -22,7 +22,7 @@ from lamzoo.records import build
 from lamzoo.reduction.config import PruneConfig
 from lamzoo.registry.preprocessing import MAX_CLASSES, check_preprocessing
 from lamzoo.registry.refs import TIMM_PREFIX, ModelRef
-from lamzoo.weights.sources import WeightsFile, find_in_folder, is_sha256, resolve_repo, way_out
+from lamzoo.weights.sources import SAFE_SUFFIXES, WeightsFile, find_in_folder, is_sha256, resolve_repo, way_out
 
 _logger = logging.getLogger(__name__)
 
@@ -156,8 +156,11 @@ def _read_config(path: Path) -> tuple[SavedModel, Mapping[str, str]]:
         known = {key: raw[key] for key in _names(_Config) if raw.get(key) is not None}
         config = build(_Config, known, source="its", error=ConfigError)
         for name, sha256 in config.lamzoo.sha256.items():
-            if not is_plain_name(name) or not is_sha256(sha256):
-                raise ConfigError(f"its key lamzoo.sha256 has {name!r} = {sha256!r}, which is no file of the folder")
+            if not is_plain_name(name) or not name.endswith(SAFE_SUFFIXES) or not is_sha256(sha256):
+                raise ConfigError(
+                    f"its key lamzoo.sha256 has {reprlib.repr(name)} = {reprlib.repr(sha256)}, which is no safetensors "
+                    "file of its folder and its sha256"
+                )
         arch = config.architecture.removeprefix(MASKED_TIMM)
         for key, model in (("lamzoo.name", config.lamzoo.name), ("architecture", arch)):
             if model is not None and not _NAME.fullmatch(model):

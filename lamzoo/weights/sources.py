@@ -17,7 +17,7 @@ from lamzoo.registry.cards import PretrainedWeights, data_dir
 WEIGHTS_NAME = "model.safetensors"
 INDEX_SUFFIX = ".index.json"
 _OPEN_CLIP_NAME = "open_clip_pytorch_model.bin"
-_SAFE_SUFFIXES = (".safetensors", INDEX_SUFFIX)
+SAFE_SUFFIXES = (".safetensors", INDEX_SUFFIX)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -91,7 +91,7 @@ def location(
         return "hub"
     from lamzoo import hub
 
-    names = [name for name in _candidates(place.filename) if name.endswith(_SAFE_SUFFIXES)]
+    names = [name for name in _candidates(place.filename) if name.endswith(SAFE_SUFFIXES)]
     found = any(hub.cached(place.repo, name, revision=place.revision, cache_dir=cache_dir) for name in names)
     return "cached" if found else "hub"
 
@@ -158,14 +158,14 @@ def resolve_repo(
 
     names = _candidates(filename)
     for candidate in names:  # a cached file is preferred to another format that has to be downloaded
-        if (candidate.endswith(_SAFE_SUFFIXES) or allow_pickle) and hub.cached(
+        if (candidate.endswith(SAFE_SUFFIXES) or allow_pickle) and hub.cached(
             repo, candidate, revision=revision, cache_dir=cache_dir
         ):
             names = [candidate]
             break
     missing: hub.HubEntryMissingError | None = None
     for candidate in names:
-        if not candidate.endswith(_SAFE_SUFFIXES) and not allow_pickle:
+        if not candidate.endswith(SAFE_SUFFIXES) and not allow_pickle:
             raise UnsafeWeightsError(
                 f"The hub repository {repo} has no {' or '.join(names[:-1])}, only the pickle {candidate}, which can "
                 "run code when it is read; pass allow_pickle=True if you trust its authors."

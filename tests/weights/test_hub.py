@@ -262,7 +262,34 @@ def test_a_refused_file_that_is_as_the_hub_had_it_gives_way_to_a_newer_commit(
     monkeypatch.delenv("HF_HUB_OFFLINE")
     assert "tell its authors" in str(hub.discard(bad))
     assert bad.read_bytes() == DATA
-    assert hub.download(REPO, FILE, cache_dir=tmp_path).read_bytes() == b"better"
+    better = hub.download(REPO, FILE, cache_dir=tmp_path)
+    assert better.read_bytes() == b"better"
+    server.repos[REPO][FILE] = b"best"  # of the same commit, as a mirror may do
+    assert "tell its authors" in str(hub.discard(better))
+    assert hub.download(REPO, FILE, cache_dir=tmp_path).read_bytes() == b"best"
+
+
+@pytest.mark.parametrize("revision", [None, COMMIT])
+def test_a_refused_file_that_is_as_the_hub_has_it_stays_for_other_programs(
+    server: HubServer, tmp_path: Path, revision: str | None
+) -> None:
+    path = hub.download(REPO, FILE, revision=revision, cache_dir=tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    for server.status in (None, 503, None):
+        assert "tell its authors" in str(hub.discard(path))
+        assert hub.download(REPO, FILE, revision=revision, cache_dir=tmp_path) == path
+    assert sorted(tmp_path.rglob("*")) == before
+    assert path.read_bytes() == DATA
+
+
+def test_a_folder_in_place_of_a_cached_file_is_named(server: HubServer, tmp_path: Path) -> None:
+    blob = hub.download(REPO, FILE, cache_dir=tmp_path).resolve()
+    blob.unlink()
+    blob.mkdir()
+    with pytest.raises(WeightsError, match=f"it is a folder.*delete {blob}"):
+        hub.download(REPO, FILE, cache_dir=tmp_path)
+    blob.rmdir()
+    assert hub.download(REPO, FILE, cache_dir=tmp_path).read_bytes() == DATA
 
 
 def test_only_files_of_a_hub_cache_are_removed(tmp_path: Path) -> None:

@@ -299,6 +299,7 @@ GOOD = {
         ({"lamzoo": {"name": "local-dir:x"}}, "lamzoo.name"),
         ({"lamzoo": {"sha256": {"../outside/model.safetensors": "0" * 64}}}, "outside"),
         ({"lamzoo": {"sha256": {"C:model.safetensors": "0" * 64}}}, "lamzoo.sha256"),
+        ({"lamzoo": {"sha256": {"model.bin": "0" * 64}}}, "model.bin"),
         ({"lam_config": {"rank": 1e9}}, "rank"),
         ({"lam_config": {"hidden": [2] * 10_000}}, "hidden"),
         ({"prune_config": {"keep": "x", "at": [0]}}, "keep='x'"),
