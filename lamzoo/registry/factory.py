@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from pathlib import Path
@@ -31,7 +31,6 @@ from lamzoo.errors import (
 )
 from lamzoo.files import shortened
 from lamzoo.lam import LamConfig
-from lamzoo.records import Limits
 from lamzoo.reduction import PruneConfig
 from lamzoo.reduction.hooks import prune
 from lamzoo.registry.cards import ModelSpec, PretrainedWeights
@@ -44,6 +43,7 @@ from lamzoo.registry.catalog import (
     pretrained_cfg_of,
     spec_of_saved,
 )
+from lamzoo.registry.preprocessing import ARGUMENTS
 from lamzoo.registry.refs import ModelRef
 from lamzoo.weights.files import read_state_dict
 from lamzoo.weights.loading import load_into
@@ -315,7 +315,8 @@ def _build(plan: _Plan, lam: LamConfig | bool | None, given: Mapping[str, Any]) 
 def _call(plan: _Plan, config: tuple[dict[str, Any], ...], arguments: Mapping[str, Any]) -> nn.Module:
     build = builder_of(plan.spec)
     try:
-        _check_arguments(arguments)
+        if isinstance(plan.spec.builder, str):  # an argument of a plug-in may have the name and another meaning
+            _check_arguments(arguments)
         inspect.signature(build).bind(*config, **arguments)
         with _MemoryLimit():
             return build(*config, **arguments)
@@ -333,20 +334,6 @@ def _call(plan: _Plan, config: tuple[dict[str, Any], ...], arguments: Mapping[st
         ) from error
 
 
-_RATE, _SIDE = Limits(least=0, most=1), Limits(least=1, most=2**14)
-_ARGUMENTS: dict[str, tuple[type[Integral] | type[Real], Limits]] = {
-    "num_classes": (Integral, Limits(least=0, most=10**7)),
-    "in_chans": (Integral, Limits(least=1, most=4096)),
-    "img_size": (Integral, _SIDE),
-    "patch_size": (Integral, _SIDE),
-    "depth": (Integral, Limits(least=1, most=1000)),
-    "embed_dim": (Integral, Limits(least=1, most=2**16)),
-    "num_heads": (Integral, Limits(least=1, most=1024)),
-    **{f"{kind}drop_rate": (Real, _RATE) for kind in ("", "attn_", "proj_", "pos_", "patch_")},
-    "drop_path_rate": (Real, _RATE),
-}
-
-
 def _check_arguments(arguments: Mapping[str, Any]) -> None:
     """Checks the arguments that timm's models share, which timm itself notices late or not at all.
 
@@ -354,19 +341,23 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
         TypeError: one has another type; a tuple is checked element by element.
         ValueError: one is out of range.
     """
-    for key in _ARGUMENTS.keys() & arguments.keys():
-        kind, limits = _ARGUMENTS[key]
-        value = arguments[key]
-        parts = value if isinstance(value, (tuple, list)) else [value]
-        for one in parts:
-            if one is None:
-                continue
+    for key in ARGUMENTS.keys() & arguments.keys():
+        kind, value = Real if key.endswith("_rate") else Integral, arguments[key]
+        if key in ("img_size", "patch_size") and isinstance(value, (tuple, list)) and len(value) != 2:
+            raise ValueError(f"{key} must be a height and a width")
+        for one in _parts(value):
             if not isinstance(one, kind) or isinstance(one, bool):
                 raise TypeError(f"{key} must be {'an integer' if kind is Integral else 'a number'}")
-            if problem := limits.problem(float(one)):
+            if problem := ARGUMENTS[key].problem(float(one)):
                 raise ValueError(f"{key} is {one!r:.60}; {problem}")
-        if key in ("img_size", "patch_size") and parts is value and len(parts) != 2:
-            raise ValueError(f"{key} must be a height and a width")
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    if isinstance(value, (tuple, list)):
+        for inner in value:
+            yield from _parts(inner)
+    elif value is not None:
+        yield value
 
 
 class _MemoryLimit(TorchDispatchMode):

@@ -1,4 +1,4 @@
-"""Checks the values of timm's ``PretrainedCfg`` (preprocessing, classes) before timm reads them; needs no timm."""
+"""Checks values before timm reads them: its ``PretrainedCfg``, and arguments of its models; needs no timm."""
 
 from __future__ import annotations
 
@@ -9,10 +9,25 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lamzoo.errors import LamzooError, RegistryError
-from lamzoo.records import build
+from lamzoo.records import Limits, build
 
 #: Largest number of classes, and of pixels times channels of an input (1 GiB as float32).
 MAX_CLASSES, MAX_VALUES = 1_000_000, 2**28
+
+_RATE, _SIDE = Limits(least=0, most=1), Limits(least=1, most=2**14)
+#: Arguments that the models of timm share; all but the rates are integers, alone or in a tuple.
+ARGUMENTS: dict[str, Limits] = {
+    "num_classes": Limits(least=0, most=MAX_CLASSES),
+    "in_chans": Limits(least=1, most=4096),
+    "img_size": _SIDE,
+    "patch_size": _SIDE,
+    "depth": Limits(least=0, most=1000),
+    "embed_dim": Limits(least=1, most=2**16),
+    "num_heads": Limits(least=1, most=1024),
+    **{
+        f"{kind}rate": _RATE for kind in ("drop_", "attn_drop_", "proj_drop_", "pos_drop_", "patch_drop_", "drop_path_")
+    },
+}
 
 
 @dataclass(frozen=True)

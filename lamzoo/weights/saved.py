@@ -18,9 +18,9 @@ from lamzoo.errors import ConfigError, UnsafeWeightsError, WeightsError, Weights
 from lamzoo.files import is_plain_name
 from lamzoo.lam.config import LamConfig
 from lamzoo.reading import parse_json, read_text
-from lamzoo.records import build
+from lamzoo.records import Limits, build
 from lamzoo.reduction.config import PruneConfig
-from lamzoo.registry.preprocessing import MAX_CLASSES, check_preprocessing
+from lamzoo.registry.preprocessing import ARGUMENTS, check_preprocessing
 from lamzoo.registry.refs import TIMM_PREFIX, ModelRef
 from lamzoo.weights.sources import SAFE_SUFFIXES, WeightsFile, find_in_folder, is_sha256, resolve_repo, way_out
 
@@ -35,8 +35,7 @@ _NOT_SAVED = frozenset(
     {"cache_dir", "checkpoint_path", "config", "lam", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"}
 )
 _MODULES = re.compile(r"depth|layers|blocks|stages")  # arguments that count modules
-_MOST_MODULES, _MOST = 1000, 10**8
-_RANGES = {"img_size": (1, 2**13), "in_chans": (1, 1024), "num_classes": (0, MAX_CLASSES), "drop_path_rate": (0, 1)}
+_COUNT, _ANY = Limits(least=0, most=1000), Limits(least=-(10**8), most=10**8)
 
 
 @dataclass(frozen=True)
@@ -211,12 +210,9 @@ def _check_arguments(args: Mapping[str, Any]) -> None:
     for key, value in args.items():
         if key in _NOT_SAVED:
             raise ConfigError(f"its key model_args.{key} is not an argument of a saved model")
-        default = (0, _MOST_MODULES) if _MODULES.search(key) else (-_MOST, _MOST)
-        least, most = _RANGES.get(key, default)
-        if any(not least <= number <= most for number in _numbers(value)):
-            raise ConfigError(
-                f"its key model_args.{key} is {reprlib.repr(value)}; it must be from {least:,} to {most:,}"
-            )
+        limits = ARGUMENTS.get(key, _COUNT if _MODULES.search(key) else _ANY)
+        if problem := next(filter(None, map(limits.problem, _numbers(value))), ""):
+            raise ConfigError(f"its key model_args.{key} is {reprlib.repr(value)}; {problem}")
 
 
 def _numbers(value: Any) -> Iterator[float]:

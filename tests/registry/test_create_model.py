@@ -297,3 +297,17 @@ def test_a_plugins_weights_are_loaded_by_lamzoo(zoo: HubServer, tmp_path: Path) 
 def test_values_that_the_builder_refuses_are_named(arguments: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         create_model("timm/test_vit", **arguments)
+
+
+def test_depths_of_branches_may_be_nested() -> None:
+    blocks = create_model("timm/crossvit_tiny_240", depth=[[1, 1, 0]] * 3).blocks
+    assert isinstance(blocks, nn.ModuleList)
+    assert len(blocks) == 3
+
+
+def test_an_argument_of_a_plugin_may_have_another_meaning() -> None:
+    @register_model
+    def a_plugin_of_depth(depth: str = "shallow", in_chans: int = 3) -> nn.Module:
+        return timm.create_model("test_vit", img_size=32, in_chans=in_chans, num_classes=len(depth))
+
+    assert create_model("a_plugin_of_depth", depth="deep").num_classes == 4

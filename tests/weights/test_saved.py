@@ -287,7 +287,7 @@ GOOD = {
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"model_args": {"img_size": 0}}, "model_args.img_size is 0; it must be from 1"),
+        ({"model_args": {"img_size": 0}}, "model_args.img_size is 0; it must lie between 1 and 16384"),
         ({"model_args": {"img_size": 10**9}}, "model_args.img_size"),
         ({"model_args": {"depth": 10**9}}, "model_args.depth"),
         ({"model_args": {"checkpoint_path": "/x"}}, "model_args.checkpoint_path is not an argument of a saved model"),
