@@ -155,7 +155,7 @@ def check_target(
         while makes_folder and not folder.exists():
             folder = folder.parent
         if not folder.exists():
-            raise failure(f"The folder {folder} of the {what} does not exist; create it first.")
+            raise failure(f"The folder {path.parent} of the {what} does not exist; create it first.")
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:

@@ -92,7 +92,7 @@ def draw_pieces(count: int, clip: Callable[[int], tuple[Words, int]]) -> list[Pi
     for slot in range(slots):
         index = random.randrange(count)
         words, frames = clip(index)
-        if len(words) != slots:
+        if len(words) < slots:
             raise DataError(f"clips with {slots} and with {len(words)} words can't be spliced; set augment.splice to 0")
         start = round(words[slot - 1][2] * RATE) if slot else 0
         end = frames if slot == slots - 1 else max(start + 1, round(words[slot][2] * RATE))

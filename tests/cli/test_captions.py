@@ -77,7 +77,7 @@ def test_captions_of_a_film_are_looked_for_among_their_neighbours(run) -> None:
         ("--limit 3", "--limit does not apply to the task captions"),
         ("--dual-softmax", "--dual-softmax does not apply to the task captions"),
         ("--split absent", "absent"),
-        ("--submission nowhere/test.json", "the folder of nowhere/test.json does not exist"),
+        ("--submission nowhere/test.json", "The folder nowhere of the submission does not exist"),
         ("--beams 0", "'--beams'"),
     ],
 )

@@ -44,7 +44,7 @@ def test_a_model_and_its_submission_score_alike(run, data: Path, model: str) -> 
         ("--limit 3", "--limit does not apply to the task moments"),
         ("--fps 2", "--fps does not apply to the task moments"),
         ("--split absent", "no split 'absent'"),
-        ("--submission nowhere/val.jsonl", "the folder of nowhere/val.jsonl does not exist"),
+        ("--submission nowhere/val.jsonl", "The folder nowhere of the submission does not exist"),
     ],
 )
 def test_what_does_not_fit_the_task_is_refused(run, data: Path, model: str, arguments: str, says: str) -> None:

@@ -46,7 +46,7 @@ def test_retrieval_is_scored_printed_and_written(run, faces: Path, model: str) -
         ("--task retrieval --class-map model", "--class-map does not apply to the task retrieval"),
         ("--limit 3", "--limit does not apply to the task retrieval"),
         ("--task retrieval --split absent", "no split 'absent'"),
-        ("--task retrieval --output nowhere/x.json", "the folder of nowhere/x.json does not exist"),
+        ("--task retrieval --output nowhere/x.json", "The folder nowhere of the record does not exist"),
     ],
 )
 def test_what_does_not_fit_the_task_is_refused(run, faces: Path, model: str, arguments: str, says: str) -> None:

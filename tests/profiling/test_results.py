@@ -55,7 +55,7 @@ def test_a_row_knows_its_name_and_its_setting() -> None:
         (lambda text: text.partition("\n")[0].replace("tag,", ""), "no column 'tag'"),
         (lambda text: text.replace("model,", "model,model,", 1), "'model' twice"),
         (lambda text: text.replace("1.078970", "many"), "line 2: params_m is 'many', which is not a number"),
-        (lambda text: text.replace(",64,", ",64.5,"), "line 2: batch is '64.5', which is not a number"),
+        (lambda text: text.replace(",64,", ",64.5,"), "line 2: batch is '64.5', which is not a whole number"),
         (lambda text: text.replace("eager,ok", "lazy,ok"), "mode is 'lazy'; it must be eager or compiled"),
         (lambda text: text.replace("lam_vit_micro,", ",", 1), "model is ''; it must be a name"),
         (lambda text: text + "one,two\n", "2 cells instead of"),
