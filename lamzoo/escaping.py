@@ -6,11 +6,12 @@ import csv
 import io
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 _HIDDEN = frozenset(("Cc", "Cf", "Cs", "Zl", "Zp"))  # controls, format characters, surrogates, line separators
 _NOT_XML = "\ufffe\uffff"  # are no characters, and make an SVG file invalid
+_UNUSUAL = re.compile("[^ -~]")  # outside of printable ASCII, of which no character is hidden
 _JOINERS = "\u200c\u200d"  # zero-width, but part of emoji and of Persian and Indic words
 # Code, HTML, entities, tables, emphasis, ends of links, mathematics, attributes, URLs and signs that begin a line.
 _MARKUP = re.compile(
@@ -19,7 +20,7 @@ _MARKUP = re.compile(
 _FORMULA = re.compile(r"'*[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
 
 
-def printable(text: str, *, keep: str = "") -> str:
+def printable(text: str, *, keep: str = "", escape: Callable[[str], str] | None = None) -> str:
     r"""Escapes characters that a terminal obeys instead of showing, as Python writes them: ``\x1b``, ``\u202e``.
 
     These are control characters, line ends included, invisible format characters such as those that reverse the
@@ -29,15 +30,14 @@ def printable(text: str, *, keep: str = "") -> str:
     Args:
         text: the text.
         keep: characters to leave alone, such as line ends.
+        escape: how to write a character otherwise.
     """
-    if text.isprintable():
-        return text
-    return "".join(letter if letter in keep or not is_hidden(letter) else _escaped(letter) for letter in text)
 
+    def shown(found: re.Match[str]) -> str:
+        letter = found[0]
+        return letter if letter in keep or not _is_hidden(letter) else (escape or _escaped)(letter)
 
-def is_hidden(letter: str) -> bool:
-    """Returns whether :func:`printable` escapes a character."""
-    return (unicodedata.category(letter) in _HIDDEN and letter not in _JOINERS) or letter in _NOT_XML
+    return _UNUSUAL.sub(shown, text)
 
 
 def markdown(text: str) -> str:
@@ -85,6 +85,10 @@ def csv_line(cells: Iterable[Any]) -> str:
 def from_spreadsheet_cell(cell: str) -> str:
     """Returns the text of which :func:`spreadsheet_cell` made a cell."""
     return cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell
+
+
+def _is_hidden(letter: str) -> bool:
+    return (unicodedata.category(letter) in _HIDDEN and letter not in _JOINERS) or letter in _NOT_XML
 
 
 def _escaped(letter: str) -> str:

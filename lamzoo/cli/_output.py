@@ -23,7 +23,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from lamzoo.errors import LamzooError
-from lamzoo.escaping import is_hidden, printable
+from lamzoo.escaping import printable
 from lamzoo.reading import to_json
 
 if TYPE_CHECKING:
@@ -112,8 +112,8 @@ def print_text(text: str) -> None:
 
 def print_json(value: Any) -> None:
     """Prints one JSON document to stdout, in which hidden characters are escaped."""
-    text = to_json(value, indent=2)  # the line ends of the document itself are its only control characters
-    sys.stdout.write("".join(_json_escaped(sign) if is_hidden(sign) and sign != "\n" else sign for sign in text) + "\n")
+    text = to_json(value, indent=2) + "\n"  # the line ends of the document itself are its only control characters
+    sys.stdout.write(printable(text, keep="\n", escape=lambda letter: json.dumps(letter)[1:-1]))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -326,10 +326,6 @@ def _shortened(text: str, longest: int) -> str:
 
 def _text(text: str, *, keep: str = "", style: str = "") -> Text:
     return Text(printable(text, keep=keep), style=style)
-
-
-def _json_escaped(letter: str) -> str:
-    return json.dumps(letter)[1:-1]
 
 
 def _cell(value: Any) -> str:
