@@ -34,7 +34,7 @@ from huggingface_hub.utils.tqdm import tqdm as hub_tqdm
 
 from lamzoo.errors import HashMismatchError, HubUnreachableError, WeightsError, WeightsNotFoundError
 from lamzoo.files import is_plain_name
-from lamzoo.reading import open_regular
+from lamzoo.reading import open_regular, read_text
 
 _Result = TypeVar("_Result")
 
@@ -217,7 +217,7 @@ def _ask_again(path: Path, repo: str, filename: str, revision: str | None, cache
     if place is None or not (place.folder / _REFUSED).is_file() or offline():
         return path
     try:
-        if (place.folder / _REFUSED).read_text() != place.revision:
+        if read_text(place.folder / _REFUSED) != place.revision:
             return path
         found = _ask(hf_hub_url(repo, filename, revision=revision, endpoint=_endpoint()))
         if found.commit_hash == place.revision and place.blob is not None and found.etag != place.blob.name:
