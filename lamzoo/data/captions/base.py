@@ -80,7 +80,7 @@ class CaptionSource(ABC):
 
     def splice(self) -> tuple[CaptionItem, dict[str, Stream]]:
         """Returns a new item and its features, for :meth:`CaptionDataset.splice`."""
-        raise DataError(f"{type(self).__name__} can't splice clips, since it has no pieces; set augment.splice to 0")
+        raise DataError("these data can't splice clips, since they have no pieces; set augment.splice to 0")
 
 
 class _Part(CaptionSource):

@@ -88,7 +88,7 @@ class MomentSource(ABC):
 
     def splice(self) -> tuple[MomentQuery, Features, Features]:
         """Returns a query about a new video and the features of both, for :meth:`MomentDataset.splice`."""
-        raise DataError(f"{type(self).__name__} can't splice videos, since it has no pieces; set augment.splice to 0")
+        raise DataError("these data can't splice videos, since they have no pieces; set augment.splice to 0")
 
 
 class MomentDataset:

@@ -87,7 +87,9 @@ def test_features_that_are_wrong_are_named(found: dict[str, Stream], says: str) 
 
 
 def test_a_layout_without_pieces_can_t_be_spliced() -> None:
-    with pytest.raises(DataError, match=r"Source can't splice clips, since it has no pieces; set augment\.splice to 0"):
+    with pytest.raises(
+        DataError, match=r"these data can't splice clips, since they have no pieces; set augment\.splice to 0"
+    ):
         CaptionDataset(Source(item("a")), "x").splice()
 
 
