@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from lamzoo.errors import ConfigError, RegistryError
 from lamzoo.files import is_plain_name
 from lamzoo.lam import LamConfig
-from lamzoo.records import build, read_table
+from lamzoo.records import Limits, build, read_table
 from lamzoo.reduction.config import PruneConfig
 from lamzoo.registry.preprocessing import check_preprocessing
 
@@ -158,8 +157,8 @@ class _Model:
     lam: Mapping[str, Any] | None = None
     plain: str | None = None
     description: str = ""
-    params: int | None = None
-    gmacs: float | None = None
+    params: Annotated[int, Limits(least=0)] | None = None
+    gmacs: Annotated[float, Limits(least=0)] | None = None
     pretrained_cfg: Mapping[str, Any] = field(default_factory=dict)
     tags: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
@@ -258,9 +257,6 @@ def _check_model(name: str, model: _Model, where: str) -> None:
         raise RegistryError(f"{where}: builder is {model.builder!r}; it must be 'module:function'.")
     if not isinstance(model.backbone.get("timm", ""), str):
         raise RegistryError(f"{where}: backbone.timm is {model.backbone['timm']!r}; it must name an architecture.")
-    for key, cost in (("params", model.params), ("gmacs", model.gmacs)):
-        if cost is not None and not 0 <= cost < math.inf:
-            raise RegistryError(f"{where}: {key} is {cost}; it must be a finite number, 0 or more.")
     check_cfg(model.pretrained_cfg, where)
     if model.plain is not None and model.lam is None:
         raise RegistryError(f"{where}: plain is {model.plain!r}; it is only for a model with masks.")
