@@ -41,10 +41,13 @@ def describe(name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     info = model_info(name)
     params, gmacs = info.params, info.gmacs
     if info.prune is not None or params is None or gmacs is None:
+        import torch
+
         from lamzoo.profiling import profile
         from lamzoo.registry.factory import create_model
 
-        measured = profile(create_model(name))
+        with torch.device("meta"):  # without memory: a configuration may ask for any size
+            measured = profile(create_model(name))
         params, gmacs = round(measured.params_m * 1e6), measured.gmacs
     record = _record(name, info)
     facts: dict[str, Any] = {

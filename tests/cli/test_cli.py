@@ -132,6 +132,14 @@ def test_info_tells_cost_masks_and_preprocessing(run, model: str) -> None:
     assert "lam_vit_micro" in run("info", "lam_vit_micro").out
 
 
+def test_info_measures_a_saved_model_of_any_size_without_building_it(run, tmp_path: Path) -> None:
+    save_pretrained(create_model("lam_vit_micro"), tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    config["model_args"]["img_size"] = 8192  # 2 GB of position embeddings
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    assert json.loads(run("info", str(tmp_path / "m"), "--json").out)["parameters"] > 5e8
+
+
 def test_info_tells_where_weights_come_from_and_what_is_read(run) -> None:
     facts = json.loads(run("info", "lam_clip4clip", "--json").out)
     assert {tag["source"] for tag in facts["tags"]} >= {"open_clip:ViT-B-32:openai"}
