@@ -37,8 +37,18 @@ MOST_PIXELS = 2**14  # side of an image; larger ones need more memory than there
 class CheckedCommand(TyperCommand):
     """A command that refuses values which no option takes, whatever the option.
 
-    These are numbers that are not finite or have more than 64 bits, and text that cannot name a file.
+    These are numbers that are not finite or have more than 64 bits, text that cannot name a file, and empty text, as of
+    a shell variable without a value: as a path, it would be the current folder.
     """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        for before, one in zip(["", *args], args, strict=False):
+            if not one:
+                where = f"the value after {before}" if before else "the first argument"
+                raise ConfigError(f"{where} is empty; give one, or leave it out")
+            if one.startswith("--") and one.endswith("=") and one.count("=") == 1:
+                raise ConfigError(f"{one[:-1]} is empty; give it a value, or leave it out")
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         for parameter in self.params:

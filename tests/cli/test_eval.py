@@ -125,7 +125,7 @@ def test_a_flat_validation_folder_scores_as_the_sorted_one(run, of_imagenet: str
         ("--real-labels nowhere.json --class-map model", "nowhere.json"),
         ("--real-labels timm --class-map model", "up to 999"),
         ("--on-bad-input ignore", "ignore"),
-        ("--task=", "The task '' is unknown"),
+        ("--task=", "--task is empty; give it a value"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(

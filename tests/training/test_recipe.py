@@ -52,6 +52,7 @@ MICRO = next(path for path in RECIPES if path.name == "micro.cifar10.toml")
         ("augment", "scale", [0.0, 1.0], "augment.scale is 0.0; it must be positive"),
         ("augment", "scale", [0.9, 0.1], "augment.scale is (0.9, 0.1); it must be increasing"),
         ("augment", "mixup_prob", 2, "augment.mixup_prob is 2.0; it must lie between 0 and 1"),
+        ("data", "source", "", "data.source is empty"),
         ("augment", "cutmix", 1e-320, "augment.cutmix is 1e-320; it must be 0 or at least 0.001"),
         ("augment", "interpolation", "x", "augment.interpolation is 'x'; it must be one of 'nearest', 'bilinear'"),
         ("augment", "auto_augment", "nonsense", "augment.auto_augment is 'nonsense' (Unknown AA policy nonsense)"),
