@@ -238,7 +238,7 @@ def _read_pickle(path: Path, allowed: bool) -> StateDict:
     if not allowed:
         raise UnsafeWeightsError(
             f"{path} is a pickle, which can run code when it is read; convert it to safetensors, or pass "
-            "allow_pickle=True (only weights are read then)."
+            "allow_pickle=True in Python (only weights are read then)."
         )
     if path.suffix == ".safetensors":
         raise UnsafeWeightsError(f"{path} is a pickle named as a safetensors file; no code in it was run. Delete it.")

@@ -168,7 +168,7 @@ def resolve_repo(
         if not candidate.endswith(SAFE_SUFFIXES) and not allow_pickle:
             raise UnsafeWeightsError(
                 f"The hub repository {repo} has no {' or '.join(names[:-1])}, only the pickle {candidate}, which can "
-                "run code when it is read; pass allow_pickle=True if you trust its authors."
+                "run code when it is read; pass allow_pickle=True in Python if you trust its authors."
             ) from missing
         try:
             path = hub.download(repo, candidate, revision=revision, cache_dir=cache_dir)
