@@ -322,7 +322,7 @@ def _call(plan: _Plan, config: tuple[dict[str, Any], ...], arguments: Mapping[st
             return build(*config, **arguments)
     except LamzooError:
         raise
-    except Exception as error:  # builders of timm and plug-ins raise anything for values that don't fit
+    except (Exception, SystemExit) as error:  # builders of timm and plug-ins raise anything for values that don't fit
         if isinstance(error, TypeError) and "unexpected keyword argument" in str(error):
             culprit = str(error).rsplit("unexpected keyword argument", 1)[1].strip()
             raise ConfigError(f"{plan.spec.name} takes no argument {culprit}; leave it out.") from error

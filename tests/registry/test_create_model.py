@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -311,3 +312,12 @@ def test_an_argument_of_a_plugin_may_have_another_meaning() -> None:
         return timm.create_model("test_vit", img_size=32, in_chans=in_chans, num_classes=len(depth))
 
     assert create_model("a_plugin_of_depth", depth="deep").num_classes == 4
+
+
+def test_a_builder_that_exits_is_named() -> None:
+    @register_model
+    def a_builder_that_exits() -> nn.Module:
+        sys.exit(3)
+
+    with pytest.raises(ConfigError, match=r"a_builder_that_exits cannot be built .*SystemExit: 3"):
+        create_model("a_builder_that_exits")
