@@ -14,8 +14,10 @@ from PIL import Image
 from lamzoo.data.images.decode import BROKEN_IMAGE, IMAGE_EXTENSIONS
 from lamzoo.data.images.image_dataset import ImageSource
 from lamzoo.data.paths import file_exists, folder_exists, list_files
+from lamzoo.data.json_files import read_json
 from lamzoo.data.splits import find_split, synonyms
 from lamzoo.errors import DataError, MissingExtraError, MissingSplitError
+from lamzoo.files import is_plain_name
 from lamzoo.reading import open_regular
 
 #: Data sets of torchvision that read a pickle whose hash is not known, as those of CIFAR are.
@@ -138,10 +140,12 @@ class HuggingFaceSource(ImageSource):
             raise DataError(f"cannot read {path} of {self._spec}: {reason}; replace or remove it")
         try:
             if file_exists(folder / "dataset_dict.json"):
+                _check_saved(folder)
                 splits = datasets.load_from_disk(name)
                 self.split = find_split(split, splits, self._spec)
                 dataset = splits[self.split]
             elif file_exists(folder / "state.json"):
+                _check_saved(folder)
                 dataset = datasets.load_from_disk(name)
             else:
                 self.split = find_split(split, datasets.get_dataset_split_names(name), self._spec)
@@ -180,6 +184,25 @@ class HuggingFaceSource(ImageSource):
         if not images or not labels:
             raise DataError(f"{self._spec} has no image and label column; its columns are {', '.join(features)}")
         return images[0], labels[0]
+
+
+def _check_saved(folder: Path) -> None:
+    """Raises a :class:`DataError` if records of ``save_to_disk`` name splits or files outside their folder."""
+    parts = [folder]
+    if file_exists(index := folder / "dataset_dict.json"):
+        parts = [folder / split for split in _plain_names(index, "splits")]
+    for part in parts:
+        _plain_names(part / "state.json", "_data_files")
+
+
+def _plain_names(record: Path, key: str) -> list[str]:
+    content = read_json(record)
+    names = content.get(key) if isinstance(content, dict) else None
+    if isinstance(names, list):
+        names = [entry.get("filename") if isinstance(entry, dict) else entry for entry in names]
+        if all(map(is_plain_name, names)):
+            return names
+    raise DataError(f"{record} has no list {key} of names inside its folder; replace the data set with an intact copy")
 
 
 def _names(dataset: Any) -> list[str] | None:

@@ -194,6 +194,10 @@ def test_hugging_face_data_set_from_disk_and_from_a_folder(
     assert create_dataset(f"hfds:{tmp_path / 'saved'}", "test").labels() == [0, 1, 2]
     with pytest.raises(DataError, match="no split 'train'; it has 'test'"):
         create_dataset(f"hfds:{tmp_path / 'saved'}", "train")
+    state = tmp_path / "saved" / "test" / "state.json"
+    state.write_text(state.read_text().replace('"data-', '"../test/data-'))
+    with pytest.raises(DataError, match="state.json has no list _data_files of names inside its folder"):
+        create_dataset(f"hfds:{tmp_path / 'saved'}", "test")
     dataset = create_dataset(f"hfds:{folder}", "val")
     assert dataset.split == "validation"
     assert_colours(dataset)
