@@ -110,6 +110,9 @@ def file_lock(path: Path, *, wait: bool = False) -> Iterator[bool | None]:
                     path.unlink()
             _locks.discard(descriptor)
             os.close(descriptor)
+            if held is None:
+                with contextlib.suppress(OSError):  # Windows refuses while another process has it open
+                    path.unlink()
 
 
 def is_plain_name(name: object) -> bool:

@@ -383,9 +383,7 @@ def _check_manifest(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> Non
     for name, expected in files.items():
         path = folder / Path(name).name
         try:
-            with open_regular(path) as file:
-                size = os.fstat(file.fileno()).st_size
-            if size != expected["size"]:
+            if (size := path.stat().st_size) != expected["size"]:
                 raise _DamagedError(f"{name} has {size} bytes instead of {expected['size']}")
             if file_sha256(path) != expected["sha256"]:
                 raise _DamagedError(f"{name} was altered")
