@@ -235,7 +235,7 @@ def _parsed(parse: Callable[[str], Any], text: str) -> Any:
 
 
 def _check_depth(value: Any) -> None:
-    level = [value]
+    level: list[Any] = [[value]]
     for _ in range(_DEPTH + 1):  # level by level, because a recursive check would itself exhaust the stack
         level = [inner for outer in level for inner in _inside(outer) if isinstance(inner, (dict, list))]
         if not level:

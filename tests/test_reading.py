@@ -44,7 +44,7 @@ def test_only_regular_files_are_opened(tmp_path: Path) -> None:
         "",
         b"\xff",
         "1" * 5000,
-        "[" * 200 + "]" * 200,
+        "[" * 101 + "]" * 101,
         '{"a": 1, "b": 2, "a": 3}',
         '"\\ud800"',
         '["\\udcff"]',
@@ -188,3 +188,8 @@ def test_files_are_read_through_the_guards() -> None:
     new, gone = (", ".join(sorted(names)) for names in (found - set(ALLOWED), set(ALLOWED) - found))
     assert not new, f"read these with lamzoo.reading or lamzoo.data.arrays: {new}"
     assert not gone, f"remove these from ALLOWED: {gone}"
+
+
+def test_a_hundred_levels_are_read_and_brackets_in_text_are_none() -> None:
+    parse_json("[" * 100 + "1" + "]" * 100)
+    assert parse_json(json.dumps("[" * 1000)) == "[" * 1000
