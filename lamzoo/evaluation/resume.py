@@ -160,7 +160,7 @@ def default_state_path(*parts: str) -> Path:
     Args:
         *parts: strings that identify the evaluation: model, data, split.
     """
-    name = hashlib.sha256("\0".join((os.getcwd(), *parts)).encode()).hexdigest()[:16]
+    name = hashlib.sha256("\0".join((os.getcwd(), *parts)).encode("utf-8", "surrogateescape")).hexdigest()[:16]
     return cache_folder() / "eval" / f"{name}.json"
 
 

@@ -1,5 +1,6 @@
 import json
 import shutil
+import os
 import unicodedata
 from pathlib import Path
 
@@ -385,3 +386,13 @@ def test_a_gpu_scores_as_the_cpu_does(data) -> None:
     cpu = evaluate(model, data, device="cpu")
     gpu = evaluate(model, data, device="cuda", batch_size=4)
     assert abs(cpu.top1 - gpu.top1) <= 100 / 21
+
+
+def test_class_names_that_are_not_utf8_are_scored(tmp_path: Path) -> None:
+    write_folder(tmp_path / "data", ("test",))
+    odd = os.fsdecode(b"caf\xe9")
+    (tmp_path / "data" / "test" / CLASSES[0]).rename(tmp_path / "data" / "test" / odd)
+    dataset = create_dataset(f"imagefolder:{tmp_path / 'data'}", split="test")
+    assert dataset.classes is not None
+    assert odd in dataset.classes
+    assert evaluate(small(), dataset, device="cpu", state=tmp_path / "state").samples == len(dataset)

@@ -122,7 +122,7 @@ def evaluate(
         choices = {
             "on bad input": on_bad_input,
             "ReaL labels": None if real_labels is None else str(real_labels),
-            "fingerprint of the images": sha256(repr(dataset.fingerprint()).encode("utf-8", "replace")).hexdigest(),
+            "fingerprint of the images": _digest(repr(dataset.fingerprint())),
         }
         key = _key(model, dataset, config, len(indices), batch_size, device, precision) | choices
         file = StateFile(state, key)
@@ -296,7 +296,7 @@ def _key(
     return {
         "data": dataset.spec,
         "split": dataset.split,
-        "classes": None if dataset.classes is None else sha256("\0".join(dataset.classes).encode()).hexdigest(),
+        "classes": None if dataset.classes is None else _digest("\0".join(dataset.classes)),
         "first image": str(Path(dataset.filename(0)).absolute()),
         "size of the data": len(dataset),
         "number of images": images,
@@ -307,3 +307,7 @@ def _key(
         "model": type(model).__name__,
         "sha256 of the weights": weights_sha256(model),
     }
+
+
+def _digest(text: str) -> str:
+    return sha256(text.encode("utf-8", "surrogateescape")).hexdigest()  # class names may be file names
