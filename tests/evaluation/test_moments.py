@@ -152,6 +152,7 @@ def changed(**changes: Any) -> list[dict[str, Any]]:
         ([{}], "Prediction 0 has no qid"),
         (changed(qid=7), "qid 7, which is not annotated"),
         ([prediction(), prediction()], "qid 1 twice"),
+        (changed(vid="other"), "qid 1 is of the video 'other', and the data has"),
         (changed(pred_relevant_windows=[]), "qid 1 has no windows"),
         (changed(pred_relevant_windows=[[0, 8]]), r"window \[0, 8\]; a window is \[start, end, score\]"),
         (changed(pred_relevant_windows=[[0, float("nan"), 1]]), "three finite numbers"),
@@ -168,7 +169,7 @@ def changed(**changes: Any) -> list[dict[str, Any]]:
 )
 def test_a_malformed_submission_is_named(predictions: list[dict[str, Any]], says: str) -> None:
     with pytest.raises(DataError, match=says) as caught:
-        moment_metrics(predictions, [annotation()])
+        moment_metrics(predictions, [annotation() | {"vid": "v"}])
     assert "\n" not in str(caught.value)
 
 

@@ -120,6 +120,12 @@ def _by_query(predictions: Sequence[Mapping[str, Any]], truth: Mapping[Any, Any]
             raise DataError(
                 f"The predictions have qid {qid!r}, which is not annotated; do they belong to another split?"
             )
+        video, own = prediction.get("vid"), truth[qid].get("vid")  # other data may number its queries alike
+        if video is not None and own is not None and video != own:
+            raise DataError(
+                f"The prediction for qid {qid} is of the video {video!r:.60}, and the data has {own!r:.60}; score it "
+                "on the data that it was made for."
+            )
         found[qid] = prediction
     missing = [qid for qid in truth if qid not in found]
     if missing:
