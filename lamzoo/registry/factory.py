@@ -371,10 +371,15 @@ class _MemoryLimit(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and result.device.type == "cpu" and not any(isinstance(a, Tensor) for a in args):
+        if not isinstance(result, Tensor):
+            return result
+        before = next((arg for arg in args if isinstance(arg, Tensor)), None)
+        if before is None and result.device.type == "cpu":
             self.left -= result.nbytes
             if self.left < 0:
                 raise ConfigError("The model needs more memory than this machine has; build a smaller one.")
+        elif before is not None and result.is_meta and not before.is_meta:  # accelerate's init_empty_weights
+            self.left += result.nbytes
         return result
 
 

@@ -13,8 +13,8 @@ from PIL import Image
 
 from lamzoo.data.images.decode import BROKEN_IMAGE, IMAGE_EXTENSIONS
 from lamzoo.data.images.image_dataset import ImageSource
-from lamzoo.data.paths import file_exists, folder_exists, list_files
 from lamzoo.data.json_files import read_json
+from lamzoo.data.paths import file_exists, folder_exists, list_files
 from lamzoo.data.splits import find_split, synonyms
 from lamzoo.errors import DataError, MissingExtraError, MissingSplitError
 from lamzoo.files import is_plain_name
