@@ -214,9 +214,8 @@ def check_common(recipe: TaskRecipe) -> None:
         raise RecipeError(
             f"Recipe key run.batch_size is {run.batch_size}, not a multiple of run.accumulation ({run.accumulation})."
         )
-    for key, text in (("data.source", recipe.data.source), ("run.output", run.output)):
-        if not text:  # as a path, it would be the current folder
-            raise RecipeError(f"Recipe key {key} is empty; give it a value.")
+    if not recipe.data.source:  # as a path, it would be the current folder
+        raise RecipeError("Recipe key data.source is empty; name the data.")
     _check_name("optimizer.name", optimizer.name, [str(name) for name in list_optimizers()])
     _check_name("schedule.name", schedule.name, SCHEDULES)
     if isinstance(lam, dict):
