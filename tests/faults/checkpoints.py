@@ -141,7 +141,7 @@ def folder(name: str, call: str, make: Callable[[], Any] | None, *says: str, nee
 FOLDER = [
     folder("no --resume", "train recipe.toml", None, "already holds a run", "--resume"),
     folder("no recipe.json and no --resume", "train recipe.toml", lambda: Path("run/recipe.json").unlink(),
-           "already holds a run"),
+           "holds checkpoints, but no recipe.json"),
     folder("no recipe.json", RESUME, lambda: Path("run/recipe.json").unlink(), "recipe.json"),
     folder("recipe.json truncated", RESUME, partial(cut, "run/recipe.json"), "recipe.json"),
     folder("recipe.json a pipe", RESUME, partial(pipe, "run/recipe.json"), "recipe.json"),
