@@ -3,6 +3,7 @@
 # ruff: noqa: E402 - the environment comes before the imports that read it
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,9 @@ _CACHE = tempfile.TemporaryDirectory(prefix="lamzoo-tests-")
 os.environ |= {"XDG_CACHE_HOME": _CACHE.name, "HF_HOME": _CACHE.name, "HF_ENDPOINT": "http://127.0.0.1:9"}
 os.environ.setdefault("MPLCONFIGDIR", str(Path.home() / ".cache" / "matplotlib"))  # matplotlib scans fonts for seconds
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in the background of a script; children would ignore it too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import hypothesis
 import pytest

@@ -25,13 +25,6 @@ from lamzoo.registry.catalog import (
 from lamzoo.registry.factory import create_model
 
 
-@pytest.fixture(autouse=True)
-def _own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    list_models()
-    monkeypatch.setattr(catalog, "_specs", dict(catalog._specs))
-    monkeypatch.setattr(catalog, "_broken", {})
-
-
 def plugins(monkeypatch: pytest.MonkeyPatch, **values: str) -> None:
     found = [EntryPoint(name, value, catalog.ENTRY_POINT_GROUP) for name, value in values.items()]
     monkeypatch.setattr(catalog, "entry_points", lambda group: found)
