@@ -59,6 +59,20 @@ print(json.dumps({"seconds": seconds, "loaded": sorted({name.split(".")[0] for n
     assert report["seconds"] < 2, "import lamzoo costs this much on top of torch and timm"
 
 
+def test_commands_for_images_need_no_library_of_other_extras() -> None:
+    probe = """
+import sys
+missing = "accelerate", "av", "datasets", "h5py", "onnx", "open_clip", "plotly", "scipy", "transformers"
+sys.modules |= dict.fromkeys(missing)
+import lamzoo.evaluation, lamzoo.export, lamzoo.profiling, lamzoo.report.demo
+from lamzoo.report import explain
+from lamzoo.cli.app import main
+main(["info", "lam_vit_micro"])
+"""
+    done = run_code(probe)
+    assert done.returncode == 0, done.stderr
+
+
 def test_submodules_are_found_after_importing_lamzoo_alone() -> None:
     packages = [".".join(path.parent.relative_to(ROOT).parts) for path in MODULES if path.name == "__init__.py"]
     pages = "\n".join(page.read_text() for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")))
