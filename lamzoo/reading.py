@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 _DEPTH = 100  # levels of lists and tables; lower than what exhausts Python's stack in code that follows them
+SPECIAL = "it is a pipe, socket or device, not a regular file"  # reason for not opening one
 _TOO_DEEP = f"it is nested too deeply, in more than {_DEPTH} levels"
 _EXPANSION = 200  # times that compressed data may grow, beyond the following size
 _EXPANSION_FREE = 2**24  # bytes
@@ -175,9 +176,9 @@ def parse_float(text: str) -> float:
     return _finite(text)
 
 
-def expands_too_much(size: int, compressed: int) -> bool:
-    """Returns whether data of ``compressed`` bytes that grows to ``size`` is a decompression bomb rather than data."""
-    return size > max(_EXPANSION_FREE, _EXPANSION * compressed)
+def most_expanded(compressed: int) -> int:
+    """Returns to how many bytes ``compressed`` bytes may grow; what grows more is a decompression bomb, not data."""
+    return max(_EXPANSION_FREE, _EXPANSION * compressed)
 
 
 def reason(error: Exception) -> str:
@@ -208,17 +209,17 @@ def _check_regular(status: os.stat_result, path: str | Path) -> None:
     if stat.S_ISDIR(status.st_mode):
         raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
     if not stat.S_ISREG(status.st_mode):
-        raise OSError(errno.EINVAL, "it is a pipe, socket or device, not a regular file", str(path))
+        raise OSError(errno.EINVAL, SPECIAL, str(path))
 
 
 def _decompressed(data: bytes) -> bytes:
-    limit = max(_EXPANSION_FREE, _EXPANSION * len(data))
+    limit = most_expanded(len(data))
     try:
         with gzip.open(io.BytesIO(data)) as file:
             content = file.read(limit + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"its gzip compression is damaged ({error})") from None
-    if expands_too_much(len(content), len(data)):
+    if len(content) > limit:
         raise ValueError(f"it has {len(data)} bytes, which grow to more than {limit} when decompressed")
     return content
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lamzoo.errors import DataError
-from lamzoo.reading import expands_too_much, open_regular, reason
+from lamzoo.reading import most_expanded, open_regular, reason
 
 _HARMLESS = 2**30  # bytes that an array may have however well it is compressed, as one of mostly zeros is
 _DAMAGED = (
@@ -63,7 +63,7 @@ def read_npz(path: Path, names: Sequence[str], optional: Sequence[str] = ()) -> 
             size = os.fstat(file.fileno()).st_size
             for name in (*names, *(name for name in optional if name in members)):
                 grown = members[name].file_size
-                if grown > _HARMLESS and expands_too_much(grown, min(size, members[name].compress_size)):
+                if grown > max(_HARMLESS, most_expanded(min(size, members[name].compress_size))):
                     raise ValueError(f"the array {name!r} would grow to {grown} bytes when decompressed")
                 with archive.open(members[name]) as member:
                     arrays[name] = _array(member, grown)

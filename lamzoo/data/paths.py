@@ -16,12 +16,11 @@ from typing import BinaryIO, NamedTuple
 
 from lamzoo.errors import DataError
 from lamzoo.files import is_inner_path
-from lamzoo.reading import open_regular
+from lamzoo.reading import SPECIAL, open_regular
 
 _logger = logging.getLogger(__name__)
 
 _DANGLING = "it is a link that leads nowhere"
-_SPECIAL = "it is a pipe, socket or device, not a regular file"
 
 
 class Listing(NamedTuple):
@@ -85,7 +84,7 @@ def list_files(folder: Path, extensions: Collection[str]) -> Listing:
                 elif entry.is_symlink() and not os.path.exists(path):
                     lost[path] = _DANGLING
                 elif wanted:
-                    lost[path] = _SPECIAL
+                    lost[path] = SPECIAL
             except OSError as error:
                 lost[path] = str(error.strerror)
     return Listing(sorted([*files, *lost], key=lambda path: natural_key(str(path))), lost)
