@@ -5,9 +5,9 @@
 ALIASES: dict[str, str] = {
     "lamzoo.adapters.native": "lamzoo.layers.attention",
     "lamzoo.adapters.native.LamHeadAttention": "lamzoo.adapters.zoo:LamHeadAttention",
-    "lamzoo.adapters.pruning": "lamzoo.reduction.hooks",
-    "lamzoo.adapters.pruning_loss": "lamzoo.reduction.hooks:pruning_loss",
-    "lamzoo.adapters.remove_pruning": "lamzoo.reduction.hooks:remove_pruning",
+    "lamzoo.adapters.pruning": "lamzoo.reduction.pruning",
+    "lamzoo.adapters.pruning_loss": "lamzoo.reduction.pruning:pruning_loss",
+    "lamzoo.adapters.remove_pruning": "lamzoo.reduction.pruning:remove_pruning",
     "lamzoo.adapters.slots": "lamzoo.adapters.hosts",
     "lamzoo.adapters.slots.Slot": "lamzoo.adapters.hosts:AttentionSite",
     "lamzoo.cards": "lamzoo.registry.cards",

@@ -12,32 +12,6 @@ from benchmarks.peers import Seen
 from lamzoo.lam.token_map import TokenMap
 
 
-@dataclass(frozen=True, kw_only=True)
-class Merge(TokenMap):
-    """Tokens merged into others of the same sample, averaged with the number of patches as weights.
-
-    Attributes:
-        into: int64 ``(B, length)``, the index of each token's target among the remaining tokens.
-        sizes: float ``(B, length)``, number of patches in each token.
-    """
-
-    into: Tensor
-    sizes: Tensor
-
-    def __call__(self, tokens: Tensor) -> Tensor:
-        """Averages ``(B, length, C)`` to ``(B, K, C)``."""
-        sizes = self.sizes.to(tokens.dtype).unsqueeze(-1)
-        return self._sum(tokens * sizes) / self._sum(sizes)
-
-    def new_sizes(self) -> Tensor:
-        """Returns the number of patches in each remaining token, ``(B, K)``."""
-        return self._sum(self.sizes.unsqueeze(-1)).squeeze(-1)
-
-    def _sum(self, tokens: Tensor) -> Tensor:
-        total = tokens.new_zeros(tokens.shape[0], self.kept.shape[1], tokens.shape[2])
-        return total.scatter_add(1, self.into.unsqueeze(-1).expand_as(tokens), tokens)
-
-
 @dataclass(frozen=True)
 class ToMe:
     """Merges the most similar pairs of tokens in each layer, weighted by the number of patches in each token.
@@ -48,7 +22,7 @@ class ToMe:
 
     r: int
 
-    def __call__(self, seen: Seen) -> tuple[Merge, Tensor] | None:
+    def __call__(self, seen: Seen) -> tuple[TokenMap, Tensor] | None:
         """Bipartite soft matching by the cosine similarity of the keys (section 3); the bias is that of equation 1."""
         batch, _, length, _ = seen.key.shape
         prefix = seen.num_prefix_tokens
@@ -67,5 +41,5 @@ class ToMe:
         )
         kept = leaves.to(torch.int8).argsort(dim=1, stable=True)[:, : length - leave]
         sizes = metric.new_ones(batch, length) if seen.bias is None else seen.bias.exp()
-        merge = Merge(length, kept, into=into, sizes=sizes)
-        return merge, merge.new_sizes().log()
+        few = sizes.new_zeros(kept.shape).scatter_add(1, into, sizes)
+        return TokenMap.averaging(kept, into, sizes), few.log()

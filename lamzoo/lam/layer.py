@@ -131,13 +131,29 @@ class Lam(nn.Module):
                 )
             mask = here.mask
         else:
-            mask = self.network(query_tokens, key_tokens, here.grid, here.token_maps, present)
+            right = None if here.merge is None else here.merge.right
+            if right is None:
+                right = self.network.right(key_tokens, here.grid, here.token_map, present)
+            left = self.network.left(query_tokens)
+            mask = FactoredMask(left, right.to(left.dtype))
             if self.config.layers == "single" and not self.is_last:
-                self.shared.begin(here.grid, mask, here.token_maps, here.kept)
-        pooled = here.kept is not None and here.rerun is None  # then the pooling ends the pass
-        if self.is_last and not pooled:
+                self.shared.update(mask=mask)
+        if self.is_last and not here.held:
             self.shared.end()
         return mask
+
+    def key_factor(self, key_tokens: Tensor) -> Tensor:
+        """Computes the key side of the mask of these tokens ``(B, N, C)`` alone, ``(1 | B, Hm, N, rank + 1)``."""
+        here = self.shared.current
+        if here.mask is not None:
+            return here.mask.right
+        assert self.network is not None
+        return self.network.right(key_tokens, here.grid, here.token_map)
+
+    def key_tokens(self, tokens: Tensor) -> Tensor:
+        """Returns the tokens that the keys are made of: ``(B, Nq, C)`` as given, unless tokens merge in this layer."""
+        merge = self.shared.current.merge
+        return tokens if merge is None else merge.tokens
 
     def attend(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import MutableMapping, Sequence
+from collections.abc import MutableMapping
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -244,42 +244,58 @@ class MaskNetwork(nn.Module):
                 last.bias.uniform_(-bound, bound)
 
     def forward(
-        self,
-        query_tokens: Tensor,
-        key_tokens: Tensor,
-        grid: Grid | None = None,
-        token_maps: Sequence[TokenMap] = (),
-        present: Tensor | None = None,
+        self, query_tokens: Tensor, key_tokens: Tensor, grid: Grid | None = None, present: Tensor | None = None
     ) -> FactoredMask:
         """Computes the factors of the mask.
 
         Args:
             query_tokens: ``(B, Nq, query_dim)``.
             key_tokens: ``(B, Nk, key_dim)``; the same tensor in self-attention.
-            grid: patch grid of the key tokens before any reduction, where it may differ from the table's.
-            token_maps: the reductions of the key tokens so far, in order.
-            present: bool ``(B, Nk)``, False for padding; None without padding. Read by position keys only; not
-                supported together with ``token_maps``.
+            grid: as in :meth:`right`, like ``present``.
+            present: likewise.
 
         Returns:
             Factors ``(B, Hm, Nq, rank + 1)`` and ``(B | 1, Hm, Nk, rank + 1)``.
         """
-        hidden = self._split_heads(self.query(query_tokens))
-        left = F.pad(hidden, (0, 1), value=1.0)
+        left = self.left(query_tokens)
+        return FactoredMask(left, self.right(key_tokens, grid, present=present).to(left.dtype))
+
+    def left(self, query_tokens: Tensor) -> Tensor:
+        """Computes the query side of the mask, ``(B, Hm, Nq, rank + 1)``, of tokens ``(B, Nq, query_dim)``."""
+        left = F.pad(self._split_heads(self.query(query_tokens)), (0, 1), value=1.0)
+        return left / left.sum(dim=-1, keepdim=True) if self.config.sign == "positive" else left
+
+    def right(
+        self,
+        key_tokens: Tensor,
+        grid: Grid | None = None,
+        token_map: TokenMap | None = None,
+        present: Tensor | None = None,
+    ) -> Tensor:
+        """Computes the key side of the mask.
+
+        Args:
+            key_tokens: ``(B, Nk, key_dim)``.
+            grid: patch grid of the key tokens before any reduction, where it may differ from the table's.
+            token_map: the reduction of the key tokens so far; averaged tokens have the average of their rows in a table
+                over positions.
+            present: bool ``(B, Nk)``, False for padding; None without padding. Read by position keys only; not
+                supported together with ``token_map``.
+
+        Returns:
+            ``(B | 1, Hm, Nk, rank + 1)``.
+        """
         if self.config.has_positions:
-            if token_maps:
-                right = self.table(token_maps[0].length, grid)
-            else:
+            if token_map is None:
                 right = self.table(key_tokens.shape[1], grid, present)
-            for token_map in token_maps:
-                right = token_map.factor(right)
+            else:
+                right = token_map.factor(self.table(token_map.length, grid))
         else:
             right = self._split_heads(self.key(key_tokens))
         if self.config.sign == "positive":
-            left = left / left.sum(dim=-1, keepdim=True)
             # softplus(x) = -logsigmoid(-x): torch 2.15 compiles the gradient of F.softplus with wrong strides.
             right = -F.logsigmoid(-(right + _SOFTPLUS_ONE))
-        return FactoredMask(left, right.to(left.dtype))
+        return right
 
     def _split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)

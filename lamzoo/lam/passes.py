@@ -30,6 +30,24 @@ class Layer(Protocol):
     is_last: bool
 
 
+@dataclass(frozen=True)
+class Merge:
+    """Tokens that merge inside a layer: its keys are all of them, its queries the fewer ones.
+
+    Attributes:
+        tokens: inputs of the layer's attention before the merge, ``(B, N, C)``.
+        token_map: from these to the fewer ones.
+        sizes: number of the stack's input tokens in each of the fewer ones, float ``(B, K)``; None where the map only
+            selects.
+        right: key factor of the layer's mask for ``tokens``, ``(1 | B, Hm, N, R)``, if it has been computed.
+    """
+
+    tokens: Tensor
+    token_map: TokenMap
+    sizes: Tensor | None = None
+    right: Tensor | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class StackPass:
     """State of one forward pass of a stack: patch grid, shared mask, token reductions so far.
@@ -37,18 +55,27 @@ class StackPass:
     Attributes:
         grid: ``(rows, columns)`` of the input's patches, for hosts that have them.
         mask: the first layer's, with ``layers="single"``, reduced with the tokens.
-        token_maps: the reductions of the tokens up to the current layer, in order.
+        token_map: from the tokens of the stack's input to the keys of the current layer; None where these are the same.
+        sizes: number of the stack's input tokens in each key of the current layer, float ``(B, N)``; None where each is
+            one, or stands for itself alone.
+        merge: of tokens inside the current layer.
         kept: straight-through decisions, ``(B, N)``: 1 for kept tokens, 0 for pruned ones that training leaves in
             place; None without such decisions.
         scores: of the current layer's tokens, ``(B, N)``, if tokens are reduced after it.
+        pooled: whether the model pools the output of the last layer, which nothing else reads.
+        held: whether a hook after the last layer reads this state, and ends the pass.
         rerun: the backward pass and the autograd node that rerun this pass; None in a forward pass.
     """
 
     grid: Grid | None = None
     mask: FactoredMask | None = None
-    token_maps: tuple[TokenMap, ...] = ()
+    token_map: TokenMap | None = None
+    sizes: Tensor | None = None
+    merge: Merge | None = None
     kept: Tensor | None = None
     scores: Tensor | None = None
+    pooled: bool = False
+    held: bool = False
     rerun: Rerun | None = None
 
 
@@ -82,32 +109,35 @@ class SharedState:
         here = self._passes.get(_thread())
         return here if here is not None and here.rerun == _rerun() else StackPass()
 
-    def begin(
-        self,
-        grid: Grid | None = None,
-        mask: FactoredMask | None = None,
-        token_maps: tuple[TokenMap, ...] = (),
-        kept: Tensor | None = None,
-        scores: Tensor | None = None,
-    ) -> None:
-        """Begins a pass, or replaces the state of the current one."""
-        self._passes[_thread()] = StackPass(grid, mask, token_maps, kept, scores, _rerun())
+    def begin(self, grid: Grid | None = None, *, pooled: bool = False, held: bool = False) -> None:
+        """Begins a pass, in place of the current one; the arguments are fields of :class:`StackPass`."""
+        self._passes[_thread()] = StackPass(grid=grid, pooled=pooled, held=held, rerun=_rerun())
 
-    def score(self, scores: Tensor) -> None:
-        """Notes the scores ``(B, N)`` of the current layer's tokens, for the reduction after its block."""
-        here = self.current
-        self.begin(here.grid, here.mask, here.token_maps, here.kept, scores)
+    def update(self, **changes: Any) -> None:
+        """Changes fields of the current pass; begins one if there is none."""
+        self._passes[_thread()] = replace(self.current, **changes, rerun=_rerun())
 
     def reduce(self, token_map: TokenMap) -> None:
         """Notes a reduction of the tokens, applies it to the shared mask, and clears the scores."""
         here = self.current
         mask = here.mask and FactoredMask(*map(token_map.factor, here.mask))
-        self.begin(here.grid, mask, (*here.token_maps, token_map))
+        self.update(mask=mask, token_map=_then(here.token_map, token_map), scores=None)
 
-    def keep(self, kept: Tensor) -> None:
-        """Notes straight-through decisions ``(B, N)``, which leave all tokens in place, and clears the scores."""
+    def merge(self, merge: Merge) -> None:
+        """Notes a merge inside the current layer, and applies it to the queries of the shared mask."""
+        mask = self.current.mask
+        if mask is not None:
+            mask = FactoredMask(merge.token_map.factor(mask.left), mask.right)
+        self.update(merge=merge, mask=mask)
+
+    def finish_merge(self) -> None:
+        """Makes the merged tokens the keys of the layers that follow, and applies the merge to the shared mask."""
         here = self.current
-        self.begin(here.grid, here.mask, here.token_maps, kept)
+        merge, mask = here.merge, here.mask
+        assert merge is not None
+        if mask is not None:
+            mask = FactoredMask(mask.left, merge.token_map.factor(mask.right))
+        self.update(mask=mask, token_map=_then(here.token_map, merge.token_map), sizes=merge.sizes, merge=None)
 
     def end(self) -> None:
         """Drops the current pass, and with it the graph that its mask holds."""
@@ -167,7 +197,7 @@ class SharedState:
         if tokens.grad_fn is None or torch.is_grad_enabled() or not shares:
             # Two blocks may have the same input, from which the first one made the mask. Earlier outputs hold that
             # pass; the note here is weak, because a graph noted at one of its own nodes would never be freed.
-            notes[block] = weakref.ref(here) if shares or here.token_maps else here
+            notes[block] = weakref.ref(here) if shares or here.token_map is not None else here
 
     def _notes_of(self, tokens: Tensor) -> dict[int, Any]:
         node: Any = tokens.grad_fn
@@ -189,6 +219,10 @@ class SharedState:
         last = self._layers[max(self._layers)]() if self._layers else None
         if last is not None:
             vars(last)["is_last"] = True  # not by nn.Module's setter, which is gone when the interpreter exits
+
+
+def _then(before: TokenMap | None, later: TokenMap) -> TokenMap:
+    return later if before is None else before.then(later)
 
 
 @torch.compiler.assume_constant_result  # a compiled graph runs in one thread

@@ -7,15 +7,15 @@ from lamzoo.lazy import submodules_of
 if TYPE_CHECKING:
     from lamzoo.reduction.budget import prune_tokens
     from lamzoo.reduction.config import PruneConfig
-    from lamzoo.reduction.hooks import pruning_loss, remove_pruning
+    from lamzoo.reduction.pruning import pruning_loss, remove_pruning
 
 __all__ = ["PruneConfig", "prune_tokens", "pruning_loss", "remove_pruning"]
 
 _HOMES = {
     "PruneConfig": "lamzoo.reduction.config",
     "prune_tokens": "lamzoo.reduction.budget",
-    "pruning_loss": "lamzoo.reduction.hooks",
-    "remove_pruning": "lamzoo.reduction.hooks",
+    "pruning_loss": "lamzoo.reduction.pruning",
+    "remove_pruning": "lamzoo.reduction.pruning",
 }
 
 if not TYPE_CHECKING:  # a type checker would believe any name

@@ -12,7 +12,7 @@ from torch import nn
 
 from lamzoo.adapters.wrappers import unwrap
 from lamzoo.errors import ConfigError
-from lamzoo.reduction import hooks
+from lamzoo.reduction import pruning
 from lamzoo.reduction.config import PruneConfig, Rest, Score, Training
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -61,14 +61,14 @@ def prune_tokens(
         ConfigError: an invalid value, a layer that the model doesn't have, both ``keep`` and ``target_gmacs``, or a
             target below the cost of a single token.
     """
-    layers = hooks.depth(model)
+    layers = pruning.depth(model)
     where = tuple(at) if at is not None else tuple(sorted({layers * i // 4 for i in (1, 2, 3)} - {layers - 1}))
     if target_gmacs is not None and keep is not None:
         raise ConfigError(f"keep={keep} beside target_gmacs={target_gmacs}: give one of them.")
     config = PruneConfig(0.7 if keep is None else keep, where, score, rest, training)
     if target_gmacs is not None:
         config = _largest(model, config, target_gmacs, count_gmacs or _profiled_gmacs)
-    hooks.prune(model, config)
+    pruning.prune(model, config)
     return model
 
 
@@ -84,7 +84,7 @@ def _largest(
     before = getattr(unwrap(model), "prune_config", None)
 
     def gmacs(thousandths: int) -> float:
-        hooks.prune(model, replace(config, keep=thousandths / 1000))
+        pruning.prune(model, replace(config, keep=thousandths / 1000))
         return count_gmacs(model)
 
     try:
@@ -96,6 +96,6 @@ def _largest(
             )
         return replace(config, keep=largest / 1000)
     finally:
-        hooks.remove_pruning(model)
+        pruning.remove_pruning(model)
         if before is not None:
-            hooks.prune(model, before)
+            pruning.prune(model, before)

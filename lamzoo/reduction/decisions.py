@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lamzoo.lam.masks import FactoredMask
-from lamzoo.lam.token_map import TokenMap
+from lamzoo.lam.token_map import TokenMap, take
 from lamzoo.reduction.config import Rest
 from lamzoo.reduction.scores import standardise
 
@@ -39,10 +39,13 @@ def select(scores: Tensor, keep: float, rest: Rest, num_prefix_tokens: int, toke
         return TokenMap(length, kept)
     if rest == "nearest":
         assert tokens is not None
-        return TokenMap(length, kept, shares=_shares(tokens.detach(), kept, num_prefix_tokens))
-    inside = torch.zeros_like(scores, dtype=torch.bool).scatter(1, order[:, :size] - num_prefix_tokens, True)
-    weights = scores.float().masked_fill(inside, -torch.inf).softmax(dim=1)
-    return TokenMap(length, kept, F.pad(weights, (num_prefix_tokens, 0)))
+        into = _nearest(tokens.detach(), kept, num_prefix_tokens)
+        return TokenMap.averaging(kept, into, torch.ones(into.shape, device=into.device))
+    places = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
+    into = torch.full((kept.shape[0], length), kept.shape[1], device=kept.device).scatter(1, kept, places)
+    weights = F.pad(scores.float(), (num_prefix_tokens, 0)).scatter(1, kept, -torch.inf).softmax(dim=1)
+    kept = torch.cat([kept, order[:, size : size + 1]], dim=1)  # the best of the others takes their place
+    return TokenMap(length, kept, into, weights.scatter(1, kept[:, :-1], 1.0))
 
 
 def num_kept(tokens: int, keep: float) -> int:
@@ -124,12 +127,10 @@ def attend_to_kept(
     return out + (gain - gain.detach())
 
 
-def _shares(tokens: Tensor, kept: Tensor, num_prefix_tokens: int) -> Tensor:
-    """Returns the weights of averaging each token into the nearest kept one, ``(B, K, N)``; see :class:`TokenMap`."""
+def _nearest(tokens: Tensor, kept: Tensor, num_prefix_tokens: int) -> Tensor:
+    """Returns the place of the kept token nearest to each token, int64 ``(B, N)``; see :class:`TokenMap`."""
     unit = F.normalize(tokens.float(), dim=-1)
-    alike = unit @ unit.gather(1, kept.unsqueeze(-1).expand(-1, -1, unit.shape[-1])).transpose(-2, -1)  # (B, N, K)
+    alike = unit @ take(unit, kept).transpose(-2, -1)  # (B, N, K)
     places = torch.arange(kept.shape[1], device=kept.device)
     alike = alike.masked_fill(places < num_prefix_tokens, -2.0)  # nothing is averaged into class and register tokens
-    alike = alike.scatter(1, kept.unsqueeze(1), 2.0)  # a kept token belongs to itself
-    members = (alike.argmax(dim=2).unsqueeze(1) == places.unsqueeze(1)).float()
-    return members / members.sum(dim=2, keepdim=True)
+    return alike.argmax(dim=2).scatter(1, kept, places.expand_as(kept))  # a kept token belongs to itself

@@ -32,7 +32,7 @@ from lamzoo.errors import (
 from lamzoo.files import shortened
 from lamzoo.lam import LamConfig
 from lamzoo.reduction import PruneConfig
-from lamzoo.reduction.hooks import prune
+from lamzoo.reduction.pruning import prune
 from lamzoo.registry.cards import ModelSpec, PretrainedWeights
 from lamzoo.registry.catalog import (
     builder_of,

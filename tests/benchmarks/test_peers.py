@@ -11,8 +11,9 @@ from torch.testing import assert_close
 
 from benchmarks.peers import Peer, applied
 from benchmarks.peers.selection import EViT, Random, Stride
-from benchmarks.peers.tome import Merge, ToMe
+from benchmarks.peers.tome import ToMe
 from lamzoo import LamConfig, add_lam, capture_masks
+from lamzoo.lam.token_map import TokenMap
 
 PEERS: dict[str, Callable[[], Peer]] = {
     "tome": lambda: ToMe(3),
@@ -74,27 +75,28 @@ def test_tome_merges_equal_tokens_without_a_trace() -> None:
 
 
 def test_tome_merges_the_most_similar_pairs_into_their_mean() -> None:
-    merges: list[Merge] = []
+    merges: list[tuple[TokenMap, Tensor]] = []
 
     class Noting(ToMe):
-        def __call__(self, seen: object) -> tuple[Merge, Tensor] | None:
+        def __call__(self, seen: object) -> tuple[TokenMap, Tensor] | None:
             answer = super().__call__(seen)  # type: ignore[arg-type]
-            merges.extend([] if answer is None else [answer[0]])
+            merges.extend([] if answer is None else [answer])
             return answer
 
     vit = model()
     with applied(vit, Noting(6)):
         vit(images())
-    tokens = torch.randn(3, 17, 4)
-    for merge in merges:
-        tokens = tokens[:, : merge.length]
-        sums = (tokens * merge.sizes.unsqueeze(-1)).sum(1)
-        few = merge(tokens)
-        assert_close((few * merge.new_sizes().unsqueeze(-1)).sum(1), sums)  # nothing is lost
-        assert_close(merge.new_sizes().sum(1), torch.full((3,), 17.0))
+    tokens, sizes = torch.randn(3, 17, 4), torch.ones(3, 17)
+    for merge, bias in merges:
+        few, new_sizes = merge(tokens), bias.exp()
+        sums = (tokens * sizes.unsqueeze(-1)).sum(1)
+        assert_close((few * new_sizes.unsqueeze(-1)).sum(1), sums)  # nothing is lost
+        assert_close(new_sizes.sum(1), torch.full((3,), 17.0))
         assert_close(few[:, 0], tokens[:, 0])  # the class token is nobody's partner
-        assert (merge.new_sizes() >= 1).all()
-    first = merges[0]
+        assert (new_sizes > 0.999).all()
+        tokens, sizes = few, new_sizes
+    first = merges[0][0]
+    assert first.into is not None
     assert first.kept.shape == (3, 11)
     for sample in range(3):
         gone = sorted(set(range(17)) - set(first.kept[sample].tolist()))
@@ -138,7 +140,7 @@ def test_evit_keeps_what_the_class_token_attends_to() -> None:
 
     with applied(vit, Noting(0.5, (0,))):
         vit(x)
-    assert torch.equal(chosen[0][:, 1:], weights.topk(8).indices.sort().values + 1)
+    assert torch.equal(chosen[0][:, 1:9], weights.topk(8).indices.sort().values + 1)
 
 
 def test_random_draws_for_each_sample_and_again_the_same_from_its_seed() -> None:

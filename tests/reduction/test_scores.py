@@ -45,19 +45,23 @@ def test_the_highest_scores_and_the_prefix_stay(
     scores = torch.randn(batch, prefix + patches, generator=torch.Generator().manual_seed(seed))
     reduction = select(scores, keep, rest, prefix, torch.randn(batch, prefix + patches, 4))
     size = max(1, math.ceil(round(keep * patches, 6)))
-    assert reduction.kept.shape == (batch, prefix + size)
-    for sample, kept in zip(scores, reduction.kept.tolist(), strict=True):
+    merges = rest == "merge" and size < patches
+    assert reduction.kept.shape == (batch, prefix + size + merges)
+    stay = reduction.kept[:, : prefix + size]
+    for sample, kept in zip(scores, stay.tolist(), strict=True):
         assert kept == sorted(set(kept)) and kept[:prefix] == list(range(prefix))
         gone = [token for token in range(prefix + patches) if token not in kept]
         if gone:
             assert sample[kept[prefix:]].min() >= sample[gone].max()
-    assert (reduction.shares is not None) == (rest == "nearest" and size < patches)
-    if rest != "merge" or size == patches:
-        assert reduction.merged is None
-    else:
-        assert reduction.merged is not None
-        torch.testing.assert_close(reduction.merged.sum(1), torch.ones(batch))
-        assert not reduction.merged.gather(1, reduction.kept).any()
+    assert (reduction.shares is None) == (rest == "drop" or size == patches)
+    if reduction.into is not None and reduction.shares is not None:
+        places = torch.arange(prefix + size).expand(batch, -1)
+        assert torch.equal(reduction.into.gather(1, stay), places)
+        total = torch.zeros(reduction.kept.shape).scatter_add(1, reduction.into, reduction.shares)
+        torch.testing.assert_close(total, torch.ones_like(total))
+        if rest == "merge":
+            torch.testing.assert_close(reduction.shares.gather(1, stay), torch.ones(stay.shape))
+            assert sorted(set(reduction.into.flatten().tolist())) == list(range(prefix + size + 1))
 
 
 def test_shares_round_up_but_not_by_rounding_errors() -> None:
@@ -68,8 +72,8 @@ def test_shares_round_up_but_not_by_rounding_errors() -> None:
 def test_merging_weighs_by_the_softmax_of_the_scores() -> None:
     scores = torch.tensor([[0.0, 5.0, math.log(3.0), 4.0, 0.0]])
     reduction = select(scores, 0.5, "merge", 1)
-    assert reduction.kept.tolist() == [[0, 1, 3]]
-    torch.testing.assert_close(reduction.merged, torch.tensor([[0.0, 0.0, 0.75, 0.0, 0.25]]))
+    assert reduction.kept.tolist() == [[0, 1, 3, 2]]
+    torch.testing.assert_close(reduction.shares, torch.tensor([[1.0, 1.0, 0.75, 1.0, 0.25]]))
     tokens = torch.randn(1, 5, 7)
     expected = torch.cat([tokens[:, [0, 1, 3]], 0.75 * tokens[:, 2:3] + 0.25 * tokens[:, 4:5]], dim=1)
     torch.testing.assert_close(reduction(tokens), expected)
@@ -84,19 +88,19 @@ def test_tokens_are_averaged_into_the_nearest_that_stays() -> None:
     torch.testing.assert_close(one, tokens[0, [1, 2, 5]].mean(dim=0))
     torch.testing.assert_close(other, tokens[0, [3, 4]].mean(dim=0))
     factor = torch.randn(1, 2, 6, 3)
-    torch.testing.assert_close(reduction.factor(factor), factor[:, :, [0, 1, 3]])
+    rows = torch.stack([factor[:, :, 0], factor[:, :, [1, 2, 5]].mean(dim=2), factor[:, :, [3, 4]].mean(dim=2)], dim=2)
+    torch.testing.assert_close(reduction.factor(factor), rows)
 
 
-@pytest.mark.parametrize("rest", ["drop", "merge"])
+@pytest.mark.parametrize("rest", ["drop", "merge", "nearest"])
 def test_a_reduced_factor_gives_the_reduced_mask(rest: Rest) -> None:
     case = make(queries=6, keys=6, right_shape=(False, True))
-    reduction = select(torch.randn(2, 6), 0.5, rest, 1)
+    reduction = select(torch.randn(2, 6), 0.5, rest, 1, torch.randn(2, 6, 4))
     mask = FactoredMask(case.left, case.right)
     few = FactoredMask(reduction.factor(mask.left), reduction.factor(mask.right))
     dense = mask.dense().flatten(0, 1)  # rows, then columns
-    both = type(reduction)(
-        6, *(x if x is None else x.repeat_interleave(2, 0) for x in (reduction.kept, reduction.merged))
-    )
+    parts = (reduction.kept, reduction.into, reduction.shares)
+    both = type(reduction)(6, *(x if x is None else x.repeat_interleave(2, 0) for x in parts))
     torch.testing.assert_close(few.dense().flatten(0, 1), both(both(dense).mT).mT)
 
 

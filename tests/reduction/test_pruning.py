@@ -85,8 +85,9 @@ def test_a_shared_mask_loses_the_rows_and_columns_of_tokens_that_left(rest: str)
         vit(images())
     first, third = masks["blocks.0.attn"].mask, masks["blocks.2.attn"].mask
     assert third.dense().shape[-2:] == ((10, 10) if rest == "merge" else (9, 9))
-    rows = {tuple(row) for row in first.left[0, 0].round(decimals=4).tolist()}
-    assert {tuple(row) for row in third.left[0, 0, :9].round(decimals=4).tolist()} <= rows
+    if rest != "nearest":  # which averages rows as well
+        rows = {tuple(row) for row in first.left[0, 0].round(decimals=4).tolist()}
+        assert {tuple(row) for row in third.left[0, 0, :9].round(decimals=4).tolist()} <= rows
 
 
 @pytest.mark.parametrize(  # tracing takes seconds: every configuration once, half in two stages

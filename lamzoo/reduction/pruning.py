@@ -66,7 +66,7 @@ class _ReducedAttention:
             scale = options.get("scale")
             scale = query.shape[-1] ** -0.5 if scale is None else scale
             present = None if begun.kept is None else begun.kept.detach() > 0
-            self.shared.score(self.score(AttentionInputs(query, key, value, mask, op, scale, present)))
+            self.shared.update(scores=self.score(AttentionInputs(query, key, value, mask, op, scale, present)))
         if begun.kept is None:
             return attention(query, key, value, mask, op=op, **options)
         return attend_to_kept(attention, begun.kept, query, key, value, mask, op=op, **options)
@@ -105,7 +105,8 @@ class _Prune(SharedStateHook):
             self.shared.leave(reduced)
             return reduced
         kept = decide(here.scores, self.config.keep, self.num_prefix_tokens, here.kept)
-        self.shared.keep(kept)
+        # The pooling reads the decisions; nothing after a rerun by gradient checkpointing does.
+        self.shared.update(kept=kept, scores=None, held=here.rerun is None)
         self.shared.leave(output)
         if here.rerun is None:  # not again when gradient checkpointing reruns the block
             self.kept = kept[:, self.num_prefix_tokens :].mean(dim=1)
