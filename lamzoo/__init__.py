@@ -18,7 +18,15 @@ if TYPE_CHECKING:
     from lamzoo.export import export_model, load_exported
     from lamzoo.lam import FactoredMask, LamConfig, attention_backend, lam_attention
     from lamzoo.profiling import profile
-    from lamzoo.reduction import PruneConfig, prune_tokens, pruning_loss, remove_pruning
+    from lamzoo.reduction import (
+        PruneConfig,
+        TokenReduction,
+        merge_tokens,
+        prune_tokens,
+        pruning_loss,
+        remove_pruning,
+        remove_reduction,
+    )
     from lamzoo.registry.catalog import get_pretrained_cfg, list_models, list_tags, model_info, register_model
     from lamzoo.registry.factory import create_model
     from lamzoo.registry.saving import save_pretrained
@@ -33,6 +41,7 @@ _HOMES = {
     "LamConfig": "lamzoo.lam",
     "LamzooError": "lamzoo.errors",
     "PruneConfig": "lamzoo.reduction",
+    "TokenReduction": "lamzoo.reduction",
     "add_lam": "lamzoo.adapters",
     "attention_backend": "lamzoo.lam",
     "capture_masks": "lamzoo.adapters",
@@ -48,6 +57,7 @@ _HOMES = {
     "list_tags": "lamzoo.registry",
     "load_exported": "lamzoo.export",
     "load_lam_state_dict": "lamzoo.adapters",
+    "merge_tokens": "lamzoo.reduction",
     "model_info": "lamzoo.registry",
     "profile": "lamzoo.profiling",
     "prune_tokens": "lamzoo.reduction",
@@ -55,6 +65,7 @@ _HOMES = {
     "register_model": "lamzoo.registry",
     "remove_lam": "lamzoo.adapters",
     "remove_pruning": "lamzoo.reduction",
+    "remove_reduction": "lamzoo.reduction",
     "save_pretrained": "lamzoo.registry.saving",
 }
 
@@ -63,6 +74,7 @@ __all__ = [
     "LamConfig",
     "LamzooError",
     "PruneConfig",
+    "TokenReduction",
     "add_lam",
     "attention_backend",
     "capture_masks",
@@ -78,6 +90,7 @@ __all__ = [
     "list_tags",
     "load_exported",
     "load_lam_state_dict",
+    "merge_tokens",
     "model_info",
     "profile",
     "prune_tokens",
@@ -85,6 +98,7 @@ __all__ = [
     "register_model",
     "remove_lam",
     "remove_pruning",
+    "remove_reduction",
     "save_pretrained",
 ]
 

@@ -22,6 +22,7 @@ from lamzoo.adapters.hosts import (
 from lamzoo.adapters.wrappers import check_free, compiled_parts, unwrap
 from lamzoo.errors import ConfigError, UnsupportedHostError, class_name
 from lamzoo.lam import Lam, LamConfig, MaskNetwork, SharedState
+from lamzoo.lam.unmasked import Unmasked
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -52,6 +53,11 @@ def add_lam(model: Model, config: LamConfig | Mapping[str, Any] | bool | None = 
     if any(isinstance(module, Lam) for module in model.modules()):
         raise UnsupportedHostError(
             f"The model ({class_name(model)}) already has learnable masks; call lamzoo.remove_lam(model) first."
+        )
+    if any(isinstance(module, Unmasked) for module in model.modules()):
+        raise UnsupportedHostError(
+            f"The tokens of the model ({class_name(model)}) are merged; call lamzoo.remove_reduction(model), add the "
+            "masks, and merge again."
         )
     check_free(model)
     host = unwrap(model)

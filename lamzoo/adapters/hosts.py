@@ -18,6 +18,7 @@ from torch import nn
 from lamzoo.errors import ExportError
 from lamzoo.lam import Lam, SharedState
 from lamzoo.lam.resize import Grid
+from lamzoo.lam.unmasked import Unmasked
 
 HostModule = TypeVar("HostModule", bound=nn.Module)
 
@@ -86,6 +87,9 @@ class Pooling:
 
     Attributes:
         blocks: path of the list of blocks, each with one attention layer.
+        root: path of the module whose forward pass pools the tokens, and returns nothing else of them.
+        norm: name of the norm of a block whose output is the input of the block's attention; None where there is none,
+            or some block is of another kind.
         kind: ``"token"``, ``"avg"``, ``""`` for none, or another.
         has_class_token: whether the first prefix token is a class token.
         num_unpooled: tokens at the start that the mean leaves out.
@@ -93,6 +97,8 @@ class Pooling:
     """
 
     blocks: str
+    root: str
+    norm: str | None
     kind: str
     has_class_token: bool
     num_unpooled: int
@@ -126,12 +132,12 @@ class HostAdapter(Protocol):
         """
         ...
 
-    def wrap(self, model: nn.Module, lams: Mapping[AttentionSite, Lam]) -> None:
-        """Puts masks into the attention layers at the sites, in place."""
+    def wrap(self, model: nn.Module, lams: Mapping[AttentionSite, Lam | Unmasked]) -> None:
+        """Puts masks into the attention layers at the sites, or what token reduction needs of them, in place."""
         ...
 
-    def unwrap(self, model: nn.Module) -> None:
-        """Removes the masks that :meth:`wrap` put in, in place; a model without them is left unchanged."""
+    def unwrap(self, model: nn.Module, kind: type[Lam | Unmasked] | None = None) -> None:
+        """Removes what :meth:`wrap` put in, or that of one kind, in place; any other model is left unchanged."""
         ...
 
 
@@ -222,14 +228,16 @@ def _first_tensor(values: Iterable[Any]) -> torch.Tensor | None:
 
 
 class HostTakeover(nn.Module):
-    """A masked attention layer that takes over the parameters, submodules, hooks and attributes of the host's layer.
+    """An attention layer that takes over the parameters, submodules, hooks and attributes of the host's layer.
+
+    It has a learnable mask, or what token reduction needs of a layer without one.
 
     Parameter names stay those of the host, and :meth:`unwrap` restores the original class. A symbolic trace
     (``torch.fx``, torchvision's and timm's ``create_feature_extractor``) records the layer as one node, since the mask
     depends on shapes and on other layers.
     """
 
-    lam: Lam
+    lam: Lam | Unmasked
     host_class: type[nn.Module]
 
     def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
@@ -251,7 +259,7 @@ class HostTakeover(nn.Module):
         def __getattr__(self, name: str) -> Any: ...
 
     @classmethod
-    def take_over(cls, host: nn.Module, lam: Lam) -> HostTakeover:
+    def take_over(cls, host: nn.Module, lam: Lam | Unmasked) -> HostTakeover:
         """Returns a masked layer that shares the parameters of ``host``, which itself stays unchanged."""
         module = _with_state_of(cls, host)
         module.host_class = type(host)
@@ -279,19 +287,21 @@ class TakeoverAdapter:
         """Returns None: the layout is unknown."""
         return None
 
-    def wrap(self, model: nn.Module, lams: Mapping[AttentionSite, Lam]) -> None:
-        """Replaces the attention layer of each site by one that carries its mask."""
+    def wrap(self, model: nn.Module, lams: Mapping[AttentionSite, Lam | Unmasked]) -> None:
+        """Replaces the attention layer of each site by one of its takeover class."""
         for site, lam in lams.items():
             host = model.get_submodule(site.path)
             masked = self.takeovers[type(host)].take_over(host, lam)
             for path in (site.path, *site.other_paths):
                 replace_module(model, path, masked)
 
-    def unwrap(self, model: nn.Module) -> None:
-        """Replaces each masked attention layer by one of the host's class."""
+    def unwrap(self, model: nn.Module, kind: type[Lam | Unmasked] | None = None) -> None:
+        """Replaces each attention layer that was taken over by one of the host's class."""
         plain: dict[nn.Module, nn.Module] = {}  # a layer may be used in several places
         for path, module in list(model.named_modules(remove_duplicate=False)):
             if isinstance(module, HostTakeover) and isinstance(module, tuple(self.takeovers.values())):
+                if kind is not None and not isinstance(module.lam, kind):
+                    continue
                 if module not in plain:
                     plain[module] = module.unwrap()
                 replace_module(model, path, plain[module])

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from lamzoo.adapters.hosts import AttentionSite, HostTakeover, TakeoverAdapter, adapters_of, libraries_of
 from lamzoo.errors import MaskShapeError, UnsupportedHostError, class_name
 from lamzoo.lam import Lam
+from lamzoo.lam.unmasked import Unmasked
 
 
 class LamMultiheadAttention(HostTakeover, nn.MultiheadAttention):
@@ -175,7 +176,7 @@ def _add_padding(
 
 
 def present_keys(
-    lam: Lam, key: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None = None
+    lam: Lam | Unmasked, key: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None = None
 ) -> Tensor | None:
     """Returns which keys aren't padding, bool ``(B, Nk)``, for masks with ``keys="position"``; None if all are tokens.
 
@@ -183,13 +184,13 @@ def present_keys(
     ``attn_mask`` that all samples share is an attention pattern.
 
     Args:
-        lam: the mask of the layer.
+        lam: of the layer.
         key: ``(B, H, Nk, d)``.
         attn_mask: as checked by :func:`read_attn_mask`.
         key_padding_mask: ``(B, Nk)`` or ``(Nk,)``, bool with True = padding, or float.
     """
     present = None
-    if not lam.config.has_positions:
+    if not lam.has_positions:
         return present
     if key_padding_mask is not None:
         present = _unhidden(key_padding_mask).view(key.shape[0], key.shape[2])

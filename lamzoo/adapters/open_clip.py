@@ -157,6 +157,8 @@ def _image_layout(tower: VisionTransformer, blocks: str) -> TokenLayout:
     pools = tower.attn_pool is not None
     pooling = Pooling(
         blocks=blocks,
+        root=blocks.rpartition(".")[0].rpartition(".")[0],
+        norm="ln_1",
         kind="attention" if pools else {"tok": "token", "none": ""}.get(tower.pool_type, "avg"),
         has_class_token=True,
         num_unpooled=1,

@@ -165,7 +165,7 @@ def _spelled(config: LamConfig) -> str:
 
 
 def remove_lam(model: Model) -> Model:
-    """Removes the masks of a model, and pruning by them, in place; attention layers get their original class back.
+    """Removes the masks of a model, and its token reduction, in place; attention layers get their original class back.
 
     Args:
         model: a model with masks, or a wrapper around one.
@@ -182,7 +182,7 @@ def remove_lam(model: Model) -> Model:
         adapter.unwrap(model)
     for module in model.modules():
         remove_hooks(module, (SharedStateHook,))
-        for name in ("lam_config", "prune_config"):
+        for name in ("lam_config", "prune_config", "token_reduction"):
             vars(module).pop(name, None)
         restore_no_weight_decay(module)
     return model

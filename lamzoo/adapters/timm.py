@@ -38,7 +38,7 @@ from timm.models.beit import Attention as BeitAttention
 from timm.models.csatv2 import SpatialTransformerBlock
 from timm.models.eva import EvaAttention
 from timm.models.naflexvit import NaFlexVit
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from timm.models.vision_transformer_relpos import RelPosAttention
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -47,6 +47,7 @@ from lamzoo.adapters.hosts import AttentionSite, HostTakeover, Pooling, SharedSt
 from lamzoo.errors import MaskShapeError, UnsupportedHostError, class_name
 from lamzoo.lam import Lam, SharedState
 from lamzoo.lam.resize import Grid
+from lamzoo.lam.unmasked import Unmasked
 
 
 class LamAttention(HostTakeover):
@@ -54,8 +55,9 @@ class LamAttention(HostTakeover):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Masked self-attention of ``x (B, N, C)``; arguments and result as timm's ``Attention``."""
-        query, key, value = _split_heads(self, self.qkv(x))
-        return _attend(self, x, self.q_norm(query), self.k_norm(key), value, attn_mask, is_causal)
+        keys = self.lam.key_tokens(x)
+        query, key, value = _project(self, x, keys)
+        return _attend(self, x, keys, self.q_norm(query), self.k_norm(key), value, attn_mask, is_causal)
 
 
 class LamAttentionRope(HostTakeover):
@@ -73,7 +75,7 @@ class LamAttentionRope(HostTakeover):
         if self.num_kv_groups > 1:  # grouped-query attention: head h uses key head h // num_kv_groups
             key = key.repeat_interleave(self.num_kv_groups, dim=1)
             value = value.repeat_interleave(self.num_kv_groups, dim=1)
-        return _attend(self, x, query, key, value, attn_mask, is_causal)
+        return _attend(self, x, x, query, key, value, attn_mask, is_causal)
 
 
 class LamEvaAttention(HostTakeover):
@@ -88,7 +90,7 @@ class LamEvaAttention(HostTakeover):
         else:
             query, key, value = _split_heads(self, _biased_qkv(self, x))
         query, key = _rotate(self, self.q_norm(query), rope, value), _rotate(self, self.k_norm(key), rope, value)
-        return _attend(self, x, query, key, value, attn_mask, is_causal)
+        return _attend(self, x, x, query, key, value, attn_mask, is_causal)
 
     def reset_parameters(self) -> None:
         """Sets the biases to zero, as timm's ``EvaAttention`` does; called when weights are reinitialised."""
@@ -113,7 +115,7 @@ class LamBeitAttention(HostTakeover, BeitAttention):
         if self.relative_position_bias_table is not None:
             own = self._get_rel_pos_bias()
             bias = own if bias is None else own + bias
-        return self.proj_drop(self.proj(_attend_heads(self, x, query, key, value, bias=bias)))
+        return self.proj_drop(self.proj(_attend_heads(self, x, x, query, key, value, bias=bias)))
 
 
 class LamRelPosAttention(HostTakeover):
@@ -123,7 +125,7 @@ class LamRelPosAttention(HostTakeover):
         """Masked self-attention of ``x (B, N, C)``; arguments and result as timm's ``RelPosAttention``."""
         query, key, value = _split_heads(self, self.qkv(x))
         bias = shared_rel_pos if self.rel_pos is None else self.rel_pos.get_bias()
-        out = _attend_heads(self, x, self.q_norm(query), self.k_norm(key), value, bias=bias)
+        out = _attend_heads(self, x, x, self.q_norm(query), self.k_norm(key), value, bias=bias)
         return self.proj_drop(self.proj(out))
 
 
@@ -243,6 +245,8 @@ def _pooling(host: Any, blocks: str) -> Pooling | None:
         return None
     return Pooling(
         blocks=blocks,
+        root=blocks.rpartition(".")[0],
+        norm="norm1" if all(type(block) is Block for block in host.blocks) else None,
         kind="attention" if host.attn_pool is not None else host.global_pool,
         has_class_token=host.has_class_token,
         num_unpooled=0 if host.pool_include_prefix else host.num_prefix_tokens,
@@ -278,7 +282,7 @@ class _NoteGrid(SharedStateHook):
         if not isinstance(args[0], Tensor):  # a symbolic trace, at the image size of the model
             return
         rows, columns = patch_embed.dynamic_feat_size(args[0].shape[-2:])
-        self.shared.begin(grid=(rows, columns))
+        self.shared.begin((rows, columns), pooled=self.shared.current.pooled)
 
 
 def _watch_grid(patch_embed: nn.Module, shared: SharedState) -> None:
@@ -286,7 +290,14 @@ def _watch_grid(patch_embed: nn.Module, shared: SharedState) -> None:
 
 
 def _attend(
-    attn: Any, x: Tensor, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool
+    attn: Any,
+    x: Tensor,
+    keys: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
 ) -> Tensor:
     if attn_mask is not None and attn_mask.ndim == 3:
         raise MaskShapeError(
@@ -295,7 +306,7 @@ def _attend(
         )
     boolean = attn_mask is not None and attn_mask.dtype == torch.bool
     allowed, bias = (attn_mask, None) if boolean else (None, attn_mask)
-    out = attn.norm(_attend_heads(attn, x, query, key, value, allowed=allowed, bias=bias, is_causal=is_causal))
+    out = attn.norm(_attend_heads(attn, x, keys, query, key, value, allowed=allowed, bias=bias, is_causal=is_causal))
     if attn.gate is not None:
         out = out * attn.gate(x).sigmoid()
     return attn.proj_drop(attn.proj(out))
@@ -304,6 +315,7 @@ def _attend(
 def _attend_heads(
     attn: Any,
     x: Tensor,
+    keys: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -312,10 +324,10 @@ def _attend_heads(
     bias: Tensor | None = None,
     is_causal: bool = False,
 ) -> Tensor:
-    lam: Lam = attn.lam
+    lam: Lam | Unmasked = attn.lam
     dropout_p = attn.attn_drop.p if attn.training else 0.0
     out = lam.attend(
-        x, x, query, key, value,
+        x, keys, query, key, value,
         allowed=allowed, bias=bias, is_causal=is_causal, dropout_p=dropout_p, scale=attn.scale,
     )  # fmt: skip
     return out.transpose(1, 2).flatten(2)
@@ -323,6 +335,21 @@ def _attend_heads(
 
 def _split_heads(attn: Any, qkv: Tensor) -> tuple[Tensor, ...]:
     return qkv.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def _project(attn: Any, x: Tensor, keys: Tensor) -> tuple[Tensor, ...]:
+    """Returns the queries of some tokens, and the keys and values of others, where these are not the same."""
+    if keys is x:
+        return _split_heads(attn, attn.qkv(x))
+    qkv = attn.qkv
+    if type(qkv) is not nn.Linear:  # adapted or quantised: its weight alone doesn't say what it computes
+        return (_split_heads(attn, qkv(x))[0], *_split_heads(attn, qkv(keys))[1:])
+    width = qkv.out_features // 3
+    weights = qkv.weight.split((width, 2 * width))
+    biases = (None, None) if qkv.bias is None else qkv.bias.split((width, 2 * width))
+    query, rest = (F.linear(*each) for each in zip((x, keys), weights, biases, strict=True))
+    split = rest.unflatten(-1, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    return query.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2), *split.unbind(0)
 
 
 def _biased_qkv(attn: Any, x: Tensor) -> Any:

@@ -152,8 +152,12 @@ class Lam(nn.Module):
 
     def key_tokens(self, tokens: Tensor) -> Tensor:
         """Returns the tokens that the keys are made of: ``(B, Nq, C)`` as given, unless tokens merge in this layer."""
-        merge = self.shared.current.merge
-        return tokens if merge is None else merge.tokens
+        return self.shared.key_tokens(tokens)
+
+    @property
+    def has_positions(self) -> bool:
+        """Whether the mask has a table over key positions."""
+        return self.config.has_positions
 
     def attend(
         self,

@@ -56,8 +56,8 @@ class StackPass:
         grid: ``(rows, columns)`` of the input's patches, for hosts that have them.
         mask: the first layer's, with ``layers="single"``, reduced with the tokens.
         token_map: from the tokens of the stack's input to the keys of the current layer; None where these are the same.
-        sizes: number of the stack's input tokens in each key of the current layer, float ``(B, N)``; None where each is
-            one, or stands for itself alone.
+        sizes: number of the stack's input tokens in each key of the current layer, float ``(B, N)``; None where
+            nothing has merged.
         merge: of tokens inside the current layer.
         kept: straight-through decisions, ``(B, N)``: 1 for kept tokens, 0 for pruned ones that training leaves in
             place; None without such decisions.
@@ -129,6 +129,11 @@ class SharedState:
         if mask is not None:
             mask = FactoredMask(merge.token_map.factor(mask.left), mask.right)
         self.update(merge=merge, mask=mask)
+
+    def key_tokens(self, tokens: Tensor) -> Tensor:
+        """Returns the tokens that a layer's keys are made of: its input ``(B, N, C)``, or those that merge in it."""
+        merge = self.current.merge
+        return tokens if merge is None else merge.tokens
 
     def finish_merge(self) -> None:
         """Makes the merged tokens the keys of the layers that follow, and applies the merge to the shared mask."""

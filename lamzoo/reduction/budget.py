@@ -1,4 +1,4 @@
-"""Token pruning to a share of the tokens or to a budget of GMACs."""
+"""Merging and pruning of tokens, to a share of them or to a budget of GMACs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from torch import nn
 
 from lamzoo.adapters.wrappers import unwrap
 from lamzoo.errors import ConfigError
-from lamzoo.reduction import pruning
-from lamzoo.reduction.config import PruneConfig, Rest, Score, Training
+from lamzoo.reduction import merging, pruning
+from lamzoo.reduction.config import PruneConfig, Rest, Score, TokenReduction, Training
+from lamzoo.reduction.stacks import find_stack, remove_reduction
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -61,15 +62,79 @@ def prune_tokens(
         ConfigError: an invalid value, a layer that the model doesn't have, both ``keep`` and ``target_gmacs``, or a
             target below the cost of a single token.
     """
-    layers = pruning.depth(model)
+    layers = len(find_stack(model, masked=True, verb="pruned").blocks)
     where = tuple(at) if at is not None else tuple(sorted({layers * i // 4 for i in (1, 2, 3)} - {layers - 1}))
     if target_gmacs is not None and keep is not None:
         raise ConfigError(f"keep={keep} beside target_gmacs={target_gmacs}: give one of them.")
     config = PruneConfig(0.7 if keep is None else keep, where, score, rest, training)
     if target_gmacs is not None:
-        config = _largest(model, config, target_gmacs, count_gmacs or _profiled_gmacs)
+        config = PruneConfig.of(_largest(model, config, target_gmacs, count_gmacs or _profiled_gmacs))
     pruning.prune(model, config)
     return model
+
+
+def merge_tokens(
+    model: Model,
+    target_gmacs: float | None = None,
+    *,
+    keep: float | None = None,
+    r: int | None = None,
+    at: Sequence[int] | None = None,
+    count_gmacs: Callable[[nn.Module], float] | None = None,
+) -> Model:
+    """Merges alike tokens of a vision transformer with masks or without, in place and without training.
+
+    A few patches merge in each layer, into others that are like them; class and register tokens never merge. In a layer, keys and values are made of the tokens before its merge, and queries of those after it.
+    The pairs are those of least cost by a bipartite matching of even to odd patches: the squared distance of the
+    layer's inputs, plus half of that of the mask's key factors, each over its mean, weighted as Ward weighs the sizes
+    of clusters. A merged token is the mean of its patches with the mean of their norms; in attention and in the pooling
+    it counts as often as it has patches, and its row in a mask's position table is the mean of theirs.
+
+    Outputs keep their shapes: ``forward_features`` and ``forward_intermediates`` give every patch the token that it is
+    part of. While the model computes its own output under a class token, the last block computes that token alone,
+    which changes nothing; ``keep=1`` does this and no more.
+
+    Args:
+        model: is or contains one timm ``VisionTransformer`` or image tower of open_clip; may be wrapped by
+            ``torch.compile`` or data parallelism. In a CLIP model the image tower is reduced and the text tower isn't.
+        target_gmacs: upper limit on the GMACs of one input of the model's own size, matching included; as few patches
+            as needed merge. Inputs of another size keep the same share of their patches.
+        keep: instead, the share of the patches that is left after the last layer.
+        r: instead, the number of patches that merge in each layer, as in ToMe; at the model's own input size.
+        at: layers in which tokens merge, counted from 0; all of them by default.
+        count_gmacs: counts the GMACs of one input for ``target_gmacs``; :func:`lamzoo.profile` by default.
+
+    Returns:
+        The same model, with the attribute ``token_reduction``. An earlier reduction is replaced.
+
+    Raises:
+        UnsupportedHostError: the model has another stack of blocks, or several.
+        ConfigError: not exactly one of ``target_gmacs``, ``keep`` and ``r``, an invalid value, a layer that the model
+            doesn't have, or a target below the cost of a single patch after the last layer.
+    """
+    given = {"target_gmacs": target_gmacs, "keep": keep, "r": r}
+    given = {name: value for name, value in given.items() if value is not None}
+    if len(given) != 1:
+        named = ", ".join(f"{name}={value}" for name, value in given.items()) or "none of them"
+        raise ConfigError(f"merge_tokens takes one of target_gmacs, keep and r, and got {named}.")
+    config = TokenReduction(1.0 if keep is None else keep, at=None if at is None else tuple(at))
+    if r is not None:
+        config = replace(config, keep=_share(model, config, r))
+    if target_gmacs is not None:
+        config = _largest(model, config, target_gmacs, count_gmacs or _profiled_gmacs)
+    merging.merge(model, config)
+    return model
+
+
+def _share(model: nn.Module, config: TokenReduction, r: int) -> float:
+    """Returns the share of patches that is left when ``r`` merge in each layer."""
+    if isinstance(r, bool) or not isinstance(r, int) or r < 0:
+        raise ConfigError(f"r={r!r}: the number of patches that merge in each layer must be a whole number from 0.")
+    stack = find_stack(model, masked=False, verb="merged")
+    if stack.num_patches is None:
+        raise ConfigError(f"r={r}: the number of patches of this model is not known; give keep.")
+    gone = r * len(merging.merging_layers(stack, config))
+    return max(1, stack.num_patches - gone) / stack.num_patches
 
 
 def _profiled_gmacs(model: nn.Module) -> float:
@@ -78,24 +143,39 @@ def _profiled_gmacs(model: nn.Module) -> float:
 
 
 def _largest(
-    model: nn.Module, config: PruneConfig, target: float, count_gmacs: Callable[[nn.Module], float]
-) -> PruneConfig:
-    """Returns the pruning with the largest share, in steps of a thousandth, that costs at most ``target`` GMACs."""
-    before = getattr(unwrap(model), "prune_config", None)
+    model: nn.Module, config: TokenReduction, target: float, count_gmacs: Callable[[nn.Module], float]
+) -> TokenReduction:
+    """Returns the reduction with the largest share, in steps of a thousandth, that costs at most ``target`` GMACs."""
+    config = TokenReduction(**vars(config))
+    before = getattr(unwrap(model), "token_reduction", None)
 
     def gmacs(thousandths: int) -> float:
-        pruning.prune(model, replace(config, keep=thousandths / 1000))
+        reduce_tokens(model, replace(config, keep=thousandths / 1000))
         return count_gmacs(model)
 
     try:
         largest = bisect_right(range(1, 1001), target, key=gmacs)
         if largest == 0:
+            where = "" if config.at is None else f" at layers {config.at}"
             raise ConfigError(
-                f"target_gmacs={target}: even a single token after layers {config.at} costs {gmacs(1):.3f} GMACs; "
-                "prune at earlier layers."
+                f"target_gmacs={target}: with as few tokens as can be{where}, the model still costs {gmacs(1):.4g} "
+                "GMACs; take a higher target, or reduce tokens in earlier layers."
             )
         return replace(config, keep=largest / 1000)
     finally:
-        pruning.remove_pruning(model)
+        remove_reduction(model)
         if before is not None:
-            pruning.prune(model, before)
+            reduce_tokens(model, before)
+
+
+def reduce_tokens(model: nn.Module, config: TokenReduction) -> None:
+    """Merges or prunes tokens as a configuration says, in place; raises as the two.
+
+    Args:
+        model: as for :func:`merge_tokens` and :func:`prune_tokens`.
+        config: the reduction; pruning names its layers.
+    """
+    if config.method == "merge":
+        merging.merge(model, config)
+    else:
+        pruning.prune(model, PruneConfig.of(config))

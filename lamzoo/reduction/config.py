@@ -5,43 +5,54 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 from lamzoo.errors import ConfigError
 from lamzoo.lam.config import from_fields
 
+Method = Literal["merge", "prune"]
 Score = Literal["mask", "attention", "attention-value", "redundancy"]
 Rest = Literal["drop", "merge", "nearest"]
 Training = Literal["straight-through", "top-k"]
 
 
 @dataclass(frozen=True)
-class PruneConfig:
-    """Token-pruning settings.
+class TokenReduction:
+    """Token-reduction settings: how a vision transformer gets by with fewer tokens.
+
+    Merging is the default, and the better choice without training: alike tokens become one, a few in each layer, with
+    masks or without; see :func:`lamzoo.merge_tokens`. Pruning takes tokens away after a few layers by what the masks
+    say of them, and can be trained; take it where tokens have to be gone, such as those of a background, or where the
+    masks shall learn which tokens matter; see :func:`lamzoo.prune_tokens`.
 
     Attributes:
-        keep: share of a layer's tokens, class and register tokens excluded, that is kept at each layer of ``at``,
-            rounded up.
-        at: layers, counted from 0, whose attention scores the tokens; pruned tokens leave after the layer's block.
-        score: how tokens are scored. ``"mask"``: mean mask value of a key over the queries, computed from the factors
-            in O(N R); ``"attention"``: attention of the class token (of the mean query without one) under the mask, in
-            O(N (d + R)); ``"attention-value"``: that, times the norm of the value; ``"redundancy"``: every second token
-            is kept, and the others are scored by how dissimilar their values are to these, with the mask as a second
-            criterion, in O(N^2 d); meant for ``rest="nearest"``.
-        rest: ``"drop"`` removes pruned tokens, ``"merge"`` averages them into one token, weighted by the softmax of
-            their scores, ``"nearest"`` averages each into the kept token with the highest cosine similarity.
-        training: behaviour in training mode. ``"straight-through"``: all tokens stay in place; pruned ones are hidden
-            from later layers and from the pooling by decisions whose gradient reaches the scores (the principle of
-            DynamicViT, arXiv 2106.02034). It costs as much as the unpruned model, plus a second attention in each later
-            layer; add :func:`lamzoo.pruning_loss` to the loss. ``"top-k"``: as in evaluation and at its cost; no
-            gradient flows through the choice of tokens.
+        keep: share of the patches that is left: after the last layer with ``method="merge"``, rounded; of a layer's
+            own, at each layer of ``at``, rounded up, with ``method="prune"``. Class and register tokens don't count.
+        method: ``"merge"`` or ``"prune"``.
+        at: layers, counted from 0. Merging: in which tokens merge; all of them by default. Pruning: whose attention
+            scores the tokens; pruned tokens leave after the layer's block. By default three, at a quarter, half and
+            three quarters of the depth.
+        score: for pruning, how tokens are scored. ``"mask"``: mean mask value of a key over the queries, computed from
+            the factors in O(N R); ``"attention"``: attention of the class token (of the mean query without one) under
+            the mask, in O(N (d + R)); ``"attention-value"``: that, times the norm of the value; ``"redundancy"``: every
+            second token is kept, and the others are scored by how dissimilar their values are to these, with the mask
+            as a second criterion, in O(N^2 d); meant for ``rest="nearest"``.
+        rest: for pruning. ``"drop"`` removes pruned tokens, ``"merge"`` averages them into one token, weighted by the
+            softmax of their scores, ``"nearest"`` averages each into the kept token with the highest cosine similarity.
+        training: for pruning, its behaviour in training mode; merging is the same in training and evaluation.
+            ``"straight-through"``: all tokens stay in place; pruned ones are hidden from later layers and from the
+            pooling by decisions whose gradient reaches the scores (the principle of DynamicViT, arXiv 2106.02034). It
+            costs as much as the unpruned model, plus a second attention in each later layer; add
+            :func:`lamzoo.pruning_loss` to the loss. ``"top-k"``: as in evaluation and at its cost; no gradient flows
+            through the choice of tokens.
 
     Raises:
-        ConfigError: a field has an invalid value.
+        ConfigError: a field has an invalid value, or is one of pruning and differs from its default while tokens merge.
     """
 
     keep: float
-    at: tuple[int, ...]
+    method: Method = "merge"
+    at: tuple[int, ...] | None = None
     score: Score = "mask"
     rest: Rest = "drop"
     training: Training = "straight-through"
@@ -49,24 +60,81 @@ class PruneConfig:
     def __post_init__(self) -> None:
         if isinstance(self.keep, bool) or not isinstance(self.keep, (int, float)) or not 0 < self.keep <= 1:
             raise ConfigError(f"keep={self.keep!r}: the share of tokens to keep must be above 0 and at most 1.")
-        layers = tuple(self.at) if isinstance(self.at, Iterable) else ()
-        if (
-            not layers
-            or any(isinstance(layer, bool) or not isinstance(layer, int) or layer < 0 for layer in layers)
-            or list(layers) != sorted(set(layers))
-        ):
-            raise ConfigError(f"at={self.at!r}: name at least one layer, in ascending order, counted from 0.")
-        object.__setattr__(self, "at", layers)
-        for name, of in (("score", Score), ("rest", Rest), ("training", Training)):
+        for name, of in (("method", Method), ("score", Score), ("rest", Rest), ("training", Training)):
             value, choices = getattr(self, name), get_args(of)
             if value not in choices:
                 raise ConfigError(f"{name}={value!r}: it must be one of {', '.join(map(repr, choices))}.")
+        if self.at is not None:
+            object.__setattr__(self, "at", _layers(self.at))
+        if self.method == "merge":
+            for field in dataclasses.fields(TokenReduction)[3:]:
+                if getattr(self, field.name) != field.default:
+                    raise ConfigError(
+                        f"{field.name}={getattr(self, field.name)!r} is a setting of pruning; leave it out, or set "
+                        "method='prune'."
+                    )
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the fields as plain TOML and JSON values."""
-        return dataclasses.asdict(self) | {"at": list(self.at)}
+        """Returns the fields of the method as plain TOML and JSON values."""
+        fields = dataclasses.asdict(self)
+        if self.method == "merge":
+            fields = {name: fields[name] for name in ("method", "keep", "at")}
+        if fields["at"] is None:
+            del fields["at"]
+        else:
+            fields["at"] = list(fields["at"])
+        return fields
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> PruneConfig:
+    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
         """Builds a configuration from the fields given; raises as :meth:`lamzoo.LamConfig.from_dict`."""
         return from_fields(cls, fields)
+
+
+class PruneConfig(TokenReduction):
+    """Token-pruning settings: a :class:`TokenReduction` with ``method="prune"``.
+
+    Args:
+        keep: as in :class:`TokenReduction`, like the others; the layers of ``at`` have to be named.
+        at: likewise.
+        score: likewise.
+        rest: likewise.
+        training: likewise.
+
+    Raises:
+        ConfigError: an argument has an invalid value.
+    """
+
+    at: tuple[int, ...]
+
+    def __init__(
+        self,
+        keep: float,
+        at: tuple[int, ...],
+        score: Score = "mask",
+        rest: Rest = "drop",
+        training: Training = "straight-through",
+    ) -> None:
+        super().__init__(keep, "prune", _layers(at), score, rest, training)
+
+    @classmethod
+    def of(cls, reduction: TokenReduction) -> PruneConfig:
+        """Returns the same pruning under the earlier name."""
+        assert reduction.method == "prune" and reduction.at is not None
+        return cls(reduction.keep, reduction.at, reduction.score, reduction.rest, reduction.training)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the arguments as plain TOML and JSON values."""
+        return {name: value for name, value in super().to_dict().items() if name != "method"}
+
+
+def _layers(at: object) -> tuple[int, ...]:
+    """Returns layers as a tuple, if they are layers."""
+    layers = tuple(at) if isinstance(at, Iterable) else ()
+    if (
+        not layers
+        or any(isinstance(layer, bool) or not isinstance(layer, int) or layer < 0 for layer in layers)
+        or list(layers) != sorted(set(layers))
+    ):
+        raise ConfigError(f"at={at!r}: name at least one layer, in ascending order, counted from 0.")
+    return layers

@@ -15,23 +15,12 @@ from functools import partial
 from typing import Any, TypeVar, Unpack
 
 import torch
-import torch.fx
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lamzoo.adapters.hosts import (
-    EnterBlock,
-    LeaveBlock,
-    Pooling,
-    SharedStateHook,
-    TokenLayout,
-    remove_hooks,
-    token_layout,
-    watch_block,
-)
-from lamzoo.adapters.state import masks_of
+from lamzoo.adapters.hosts import Pooling
 from lamzoo.adapters.wrappers import unwrap
-from lamzoo.errors import ConfigError, UnsupportedHostError, class_name
+from lamzoo.errors import ConfigError, UnsupportedHostError
 from lamzoo.lam import FactoredMask, Lam, SharedState
 from lamzoo.lam.layer import AttentionOptions
 from lamzoo.lam.ops import Op
@@ -39,6 +28,7 @@ from lamzoo.lam.passes import StackPass
 from lamzoo.reduction.config import PruneConfig
 from lamzoo.reduction.decisions import attend_to_kept, decide, select
 from lamzoo.reduction.scores import SCORERS, AttentionInputs
+from lamzoo.reduction.stacks import ReductionHook, check_not_traced, find_stack, remove_reduction, watch_passes
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -72,7 +62,7 @@ class _ReducedAttention:
         return attend_to_kept(attention, begun.kept, query, key, value, mask, op=op, **options)
 
 
-class _Prune(SharedStateHook):
+class _Prune(ReductionHook):
     """Forward hook of a block: prunes the tokens with the lowest scores."""
 
     def __init__(self, lam: Lam, config: PruneConfig, num_prefix_tokens: int, share: float) -> None:
@@ -87,11 +77,7 @@ class _Prune(SharedStateHook):
         return vars(self) | {"kept": None}  # a copy or pickle has no graph
 
     def __call__(self, block: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        if isinstance(output, torch.fx.Proxy):
-            raise UnsupportedHostError(
-                "Symbolic tracing (torch.fx, create_feature_extractor) can't follow token pruning; trace the model "
-                "after lamzoo.remove_pruning(model), or export it with torch.export."
-            )
+        check_not_traced(output)
         here = self.shared.current
         if here.scores is None:  # no attention hook, which 0.1.0 did not have
             raise ConfigError(
@@ -113,7 +99,7 @@ class _Prune(SharedStateHook):
         return None
 
 
-class _PoolKept(SharedStateHook):
+class _PoolKept(ReductionHook):
     """Forward hook before the pooling: makes the mean over all tokens that over the kept ones, and ends the pass."""
 
     def __init__(self, shared: SharedState, pooling: Pooling) -> None:
@@ -136,7 +122,7 @@ class _PoolKept(SharedStateHook):
         return output * F.pad(weights, (self.num_unpooled, 0), value=1.0).unsqueeze(-1).to(output.dtype)
 
 
-class _AllTokens(SharedStateHook):
+class _AllTokens(ReductionHook):
     """Forward pre-hook of the first block: drops the state of an earlier pass that was interrupted."""
 
     def __call__(self, block: nn.Module, args: tuple[Any, ...]) -> None:
@@ -155,27 +141,27 @@ def prune(model: nn.Module, config: PruneConfig) -> None:
         ConfigError: ``at`` names the last layer, or one that the model doesn't have.
     """
     model = unwrap(model)
-    layout, pooling, lams = _stack(model)
+    stack = find_stack(model, masked=True, verb="pruned")
+    pooling, lams = stack.pooling, stack.lams
     if config.at[-1] >= len(lams) - 1:
         raise ConfigError(
             f"at={config.at}: pruning after layer {len(lams) - 1}, the last of {pooling.blocks}, or beyond saves "
             f"nothing; name layers from 0 to {len(lams) - 2}."
         )
-    remove_pruning(model)
-    blocks, shared = model.get_submodule(pooling.blocks), lams[0].shared
+    remove_reduction(model)
+    shared = lams[0].shared
+    watch_passes(stack, shared)
     share = 1.0
-    for index, (block, lam) in enumerate(zip(blocks.children(), lams, strict=True)):
-        if not any(isinstance(hook, EnterBlock) for hook in block._forward_pre_hooks.values()):
-            watch_block(block, _EnterPruned(shared, needs_pass=index > 0), _LeavePruned(shared))
+    for index, (block, lam) in enumerate(zip(stack.blocks.values(), lams, strict=True)):
         if index == 0:
             block.register_forward_pre_hook(_AllTokens(shared))
         hook = lam.attention_hook = _ReducedAttention(shared)
         if index in config.at:
             share *= config.keep
             hook.score = partial(SCORERS[config.score], has_class_token=pooling.has_class_token)
-            block.register_forward_hook(_Prune(lam, config, layout.num_prefix_tokens, share))
+            block.register_forward_hook(_Prune(lam, config, stack.layout.num_prefix_tokens, share))
     pooling.last.register_forward_hook(_PoolKept(shared, pooling))
-    model.prune_config = config  # type: ignore[assignment]
+    model.token_reduction = model.prune_config = config  # type: ignore[assignment]
 
 
 def pruning_loss(model: nn.Module) -> Tensor:
@@ -206,55 +192,6 @@ def pruning_loss(model: nn.Module) -> Tensor:
     return torch.stack(losses).mean()
 
 
-class _EnterPruned(EnterBlock):
-    """An :class:`EnterBlock` that is removed with the pruning."""
-
-
-class _LeavePruned(LeaveBlock):
-    """A :class:`LeaveBlock` that is removed with the pruning."""
-
-
 def remove_pruning(model: Model) -> Model:
-    """Removes token pruning from a model, in place.
-
-    Args:
-        model: pruned or not.
-
-    Returns:
-        The same model.
-    """
-    for module in model.modules():
-        if isinstance(module, Lam):
-            module.attention_hook = None
-        remove_hooks(module, (_Prune, _PoolKept, _AllTokens, _EnterPruned, _LeavePruned))
-        vars(module).pop("prune_config", None)
-    return model
-
-
-def depth(model: nn.Module) -> int:
-    """Returns the number of layers in the stack that :func:`prune` would prune.
-
-    Raises:
-        UnsupportedHostError: as for :func:`prune`.
-    """
-    return len(_stack(unwrap(model))[2])
-
-
-def _stack(model: nn.Module) -> tuple[TokenLayout, Pooling, list[Lam]]:
-    """Returns the layout, pooling and masks of the one stack of blocks whose tokens can be pruned."""
-    prunable: dict[str, tuple[TokenLayout, Pooling, list[Lam]]] = {}
-    parts: dict[str, str] = {}
-    for path, lam in masks_of(model).items():
-        layer = path.removesuffix(".lam")
-        layout = token_layout(model, layer)
-        blocks = layer.rsplit(".", 2)[0] if layout.pooling is None else layout.pooling.blocks
-        parts[blocks] = class_name(model.get_submodule(blocks.rpartition(".")[0]))
-        if layout.pooling is not None:
-            prunable.setdefault(blocks, (layout, layout.pooling, []))[2].append(lam)
-    if len(prunable) != 1:
-        found = ", ".join(f"{blocks} of {owner}" for blocks, owner in parts.items())
-        raise UnsupportedHostError(
-            "Tokens can be pruned in one VisionTransformer of timm or one image tower of open_clip, and the masks are "
-            f"in {found}; give prune_tokens such a part of the model."
-        )
-    return next(iter(prunable.values()))
+    """Does the same as :func:`remove_reduction`, under its earlier name."""
+    return remove_reduction(model)

@@ -40,7 +40,7 @@ def sdpa(
     scale: float,
 ) -> Tensor:
     """Masked attention through ``F.scaled_dot_product_attention``; shapes as in :func:`lamzoo.lam.lam_attention`."""
-    attn_mask = _attn_mask(query, key, allowed, bias, is_causal)
+    attn_mask = merged_mask(query, key, allowed, bias, is_causal)
 
     def attend(query: Tensor, key: Tensor, value: Tensor, mask: FactoredMask, attn_mask: Tensor | None) -> Tensor:
         wide_query, wide_key = fold(query, key, mask, op=op, scale=scale)
@@ -105,9 +105,10 @@ def _widen(x: Tensor, width: int) -> Tensor:
     return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))  # F.pad by nothing would copy
 
 
-def _attn_mask(
+def merged_mask(
     query: Tensor, key: Tensor, allowed: Tensor | None, bias: Tensor | None, is_causal: bool
 ) -> Tensor | None:
+    """Combines what ``F.scaled_dot_product_attention`` takes as one mask; None where its own flags are enough."""
     if is_causal and (allowed is not None or bias is not None):  # SDPA takes either the flag or a mask
         causal = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
         allowed = causal if allowed is None else allowed & causal

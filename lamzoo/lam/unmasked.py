@@ -1,0 +1,100 @@
+"""Attention of a layer without a learnable mask, where token reduction takes the layer over."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lamzoo.lam.attention import lam_attention
+from lamzoo.lam.kernels.eager import attention_weights
+from lamzoo.lam.kernels.sdpa import merged_mask
+from lamzoo.lam.masks import FactoredMask
+from lamzoo.lam.passes import SharedState
+
+
+class Unmasked(nn.Module):
+    """What a taken-over layer has in place of a :class:`~lamzoo.lam.Lam`: attention that knows the sizes of its keys.
+
+    It has no parameters. A token that several have merged into counts as many times, by the logarithm of its size on the
+    scores of its key (proportional attention; ToMe, arXiv 2210.09461, equation 1): an additive mask of rank 1.
+
+    Args:
+        shared: state of the stack that the layer belongs to.
+    """
+
+    has_positions = False
+
+    def __init__(self, shared: SharedState) -> None:
+        super().__init__()
+        self.shared = shared
+
+    def key_tokens(self, tokens: Tensor) -> Tensor:
+        """As :meth:`lamzoo.lam.Lam.key_tokens`."""
+        return self.shared.key_tokens(tokens)
+
+    def attend(
+        self,
+        query_tokens: Tensor,
+        key_tokens: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        present: Tensor | None = None,
+        allowed: Tensor | None = None,
+        bias: Tensor | None = None,
+        is_causal: bool = False,
+        dropout_p: float = 0.0,
+        scale: float | None = None,
+    ) -> Tensor:
+        """Attends; arguments and result as :meth:`lamzoo.lam.Lam.attend`."""
+        sizes = self.shared.current.sizes
+        if sizes is None:
+            mask = merged_mask(query, key, allowed, bias, is_causal)
+            causal = is_causal and mask is None
+            return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, causal, scale=scale)
+        return lam_attention(
+            query, key, value, size_factors(query.shape[2], sizes), op="add",
+            allowed=allowed, bias=bias, is_causal=is_causal, dropout_p=dropout_p, scale=scale,
+        )  # fmt: skip
+
+    def attend_with_weights(
+        self,
+        query_tokens: Tensor,
+        key_tokens: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        present: Tensor | None = None,
+        allowed: Tensor | None = None,
+        bias: Tensor | None = None,
+        is_causal: bool = False,
+        dropout_p: float = 0.0,
+        scale: float | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Attends and returns the weights; arguments and result as :meth:`lamzoo.lam.Lam.attend_with_weights`."""
+        sizes = self.shared.current.sizes
+        if sizes is None:
+            sizes = key.new_ones(key.shape[0], key.shape[2])
+        weights = attention_weights(
+            query, key, size_factors(query.shape[2], sizes), op="add",
+            allowed=allowed, bias=bias, is_causal=is_causal, scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        )  # fmt: skip
+        weights = torch.dropout(weights, dropout_p, dropout_p > 0)
+        return (weights @ value).to(query.dtype), weights
+
+
+def size_factors(num_queries: int, sizes: Tensor) -> FactoredMask:
+    """Returns the additive mask of the logarithms of the keys' sizes.
+
+    Args:
+        num_queries: Nq.
+        sizes: ``(B, Nk)``, float, positive.
+
+    Returns:
+        Factors ``(B, 1, Nq, 1)`` and ``(B, 1, Nk, 1)``, in the dtype of ``sizes``.
+    """
+    right = sizes.log()[:, None, :, None]
+    return FactoredMask(right.new_ones(right.shape[0], 1, num_queries, 1), right)

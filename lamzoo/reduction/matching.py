@@ -1,0 +1,98 @@
+"""Which tokens of a layer merge: pairs that are alike, and that the layer's mask sees alike."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from lamzoo.lam.token_map import TokenMap
+
+_MASK_WEIGHT = 0.5  # of the distance in the mask's key factor, beside that of the tokens
+
+
+def merges_per_layer(patches: int, keep: float, layers: int) -> list[int]:
+    """Spreads merges evenly over layers.
+
+    Args:
+        patches: number of patches before the first of the layers.
+        keep: share of them that is left after the last one.
+        layers: number of layers.
+
+    Returns:
+        The number of patches that merge into others in each layer, at most half of those that are left.
+    """
+    gone = patches - max(1, round(keep * patches))
+    until = [layer * gone // layers for layer in range(layers + 1)]
+    merges: list[int] = []
+    for before, after in pairwise(until):
+        merges.append(min(after - before, (patches - sum(merges)) // 2))
+    return merges
+
+
+def match(
+    tokens: Tensor, count: int, num_prefix_tokens: int, sizes: Tensor | None = None, right: Tensor | None = None
+) -> tuple[TokenMap, Tensor]:
+    """Finds the pairs of patches whose merge loses least, by bipartite matching (ToMe, arXiv 2210.09461, section 3).
+
+    Patches with even places may merge into those with odd places, several of them into the same one. The cost of a
+    merge is Ward's: the squared distance of the two tokens, times ``s_a s_b / (s_a + s_b)`` of their sizes. Distances
+    are divided by their mean over the sample; that of the rows of the mask's key factor counts half beside that of the
+    tokens, because tokens are only alike if they are seen alike.
+
+    Args:
+        tokens: ``(B, N, C)``, inputs of the layer's attention.
+        count: number of patches that merge into others, at most half of all.
+        num_prefix_tokens: class and register tokens at the start, which never merge.
+        sizes: number of the stack's input tokens in each token, ``(B, N)``; None where all are one.
+        right: key factor of the layer's mask, ``(1 | B, Hm, N, R)``; None without a mask.
+
+    Returns:
+        The map, which averages by sizes, and the sizes of the remaining tokens, ``(B, N - count)``, float32.
+    """
+    with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):  # half precision is too coarse to compare
+        batch, length, _ = tokens.shape
+        cost = _distances(tokens.detach().float(), num_prefix_tokens)
+        if right is not None:
+            seen = right.detach().float().transpose(1, 2).flatten(2)
+            cost = cost + _MASK_WEIGHT * _distances(seen, num_prefix_tokens)
+        if sizes is None:
+            sizes = torch.ones(batch, length, device=tokens.device)
+        else:
+            ours, theirs = (
+                sizes[:, num_prefix_tokens::2].unsqueeze(2),
+                sizes[:, num_prefix_tokens + 1 :: 2].unsqueeze(1),
+            )
+            cost = cost * (ours * theirs / (ours + theirs))
+        least, partner = cost.min(dim=-1)
+        leaves = least.topk(count, dim=-1, largest=False, sorted=False).indices
+        places = torch.arange(length, device=tokens.device).expand(batch, -1)
+        stays = torch.ones_like(places).scatter(1, num_prefix_tokens + 2 * leaves, 0)
+        into = stays.cumsum(dim=1) - 1
+        new = into.gather(1, num_prefix_tokens + 1 + 2 * partner.gather(1, leaves))
+        # Those that leave write their own places behind the others, where nothing is read.
+        kept = places.new_zeros(batch, length - count + 1)
+        kept = kept.scatter(1, torch.where(stays > 0, into, length - count), places)[:, :-1]
+        into = into.scatter(1, num_prefix_tokens + 2 * leaves, new)
+        few = torch.zeros(kept.shape, device=tokens.device).scatter_add(1, into, sizes)
+        return TokenMap.averaging(kept, into, sizes), few
+
+
+def merged(tokens: Tensor, token_map: TokenMap) -> Tensor:
+    """Averages tokens ``(B, N, C)`` to ``(B, K, C)``, with the average of their norms.
+
+    The average of vectors of different directions is shorter than they are; merged tokens would shrink from layer to
+    layer.
+    """
+    few = token_map(tokens)
+    norms = token_map(tokens.norm(dim=-1, keepdim=True))
+    return few * (norms / few.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(few.dtype).tiny))
+
+
+def _distances(tokens: Tensor, num_prefix_tokens: int) -> Tensor:
+    """Returns the squared distances of even to odd patches over their mean, ``(B, Ne, No)`` of ``(B, N, C)``."""
+    even, odd = tokens[:, num_prefix_tokens::2], tokens[:, num_prefix_tokens + 1 :: 2]
+    norms = even.square().sum(-1).unsqueeze(2) + odd.square().sum(-1).unsqueeze(1)
+    distances = torch.baddbmm(norms, even, odd.transpose(1, 2), alpha=-2)
+    return distances / distances.mean(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(distances.dtype).tiny)

@@ -1,0 +1,200 @@
+"""Token merging as hooks in a vision transformer, with masks or without.
+
+Modifications to the host: a forward pre-hook on each block merges its tokens, and a forward hook on it ends the merge;
+the attention layers of a model without masks are taken over as masks take them over, so that keys and values are made
+of the tokens before a merge, and queries of those after it. Every block returns as many tokens as it takes, each patch the
+token that it is part of, so that pooling, dense features and intermediate outputs are those of the host; while
+the whole model runs, which is noted by hooks on it, they are only spread out after the last block. Under a class token
+that block then computes this token alone, which changes no output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor, nn
+
+from lamzoo.adapters.wrappers import unwrap
+from lamzoo.errors import ConfigError, UnsupportedHostError, class_name
+from lamzoo.lam import FactoredMask, Lam, SharedState
+from lamzoo.lam.layer import AttentionOptions
+from lamzoo.lam.ops import Op
+from lamzoo.lam.passes import Merge, StackPass
+from lamzoo.lam.token_map import TokenMap, take
+from lamzoo.lam.unmasked import Unmasked, size_factors
+from lamzoo.reduction.config import TokenReduction
+from lamzoo.reduction.matching import match, merged, merges_per_layer
+from lamzoo.reduction.stacks import ReductionHook, Stack, check_not_traced, find_stack, remove_reduction, watch_passes
+
+
+@dataclass
+class _SizedAttention:
+    """Attention hook of a masked layer: a key counts as often as the number of tokens in it."""
+
+    def __call__(
+        self,
+        attention: Callable[..., Tensor],
+        begun: StackPass,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: FactoredMask,
+        *,
+        op: Op,
+        **options: Unpack[AttentionOptions],
+    ) -> Tensor:
+        if begun.sizes is None:
+            return attention(query, key, value, mask, op=op, **options)
+        sized = size_factors(query.shape[2], begun.sizes.to(mask.left.dtype))
+        if op == "add":
+            return attention(query, key, value, mask.plus(sized), op=op, **options)
+        bias, logs = options.get("bias"), sized.right.transpose(-2, -1)
+        options["bias"] = logs if bias is None else bias + logs
+        return attention(query, key, value, mask, op=op, **options)
+
+
+class _MergeTokens(ReductionHook):
+    """Forward pre-hook of a block: merges its tokens, and leaves out those that nothing reads."""
+
+    def __init__(self, shared: SharedState, stack: Stack, index: int, config: TokenReduction) -> None:
+        super().__init__(shared)
+        self.prefix = stack.layout.num_prefix_tokens
+        self.norm = stack.pooling.norm or ""
+        self.is_first = index == 0
+        layers = merging_layers(stack, config)
+        self.place = layers.index(index) if index in layers else None
+        self.layers, self.keep = len(layers), config.keep
+        # Only the class token is read of the last block, and what is never read needs no query.
+        self.prefix_only = stack.pooling.kind == "token" and index == len(stack.blocks) - 1
+
+    def __call__(
+        self, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+        tokens, *others = args
+        check_not_traced(tokens)
+        if any(isinstance(value, Tensor) for value in (*others, *kwargs.values())):
+            raise UnsupportedHostError(
+                f"Tokens can't be merged in a block of {class_name(block)} that is called with an attention mask or "
+                "positions; call lamzoo.remove_reduction(model) first."
+            )
+        here = self.shared.current
+        if self.is_first:
+            self.shared.begin(here.grid, pooled=here.pooled, held=True)
+            here = self.shared.current
+        if here.token_map is not None and not here.pooled:
+            tokens = take(tokens, here.token_map.kept)  # the members of a merged token are all equal
+        if self.prefix_only and here.pooled:
+            places = torch.arange(self.prefix, device=tokens.device).expand(tokens.shape[0], -1)
+            token_map = TokenMap(tokens.shape[1], places)
+            self.shared.merge(Merge(self._normed(block, tokens), token_map))
+            tokens = token_map(tokens)
+        elif count := self._count(tokens, here):
+            normed = self._normed(block, tokens)
+            lam = next((module for module in block.modules() if isinstance(module, Lam)), None)
+            right = None if lam is None else lam.key_factor(normed)
+            token_map, sizes = match(normed, count, self.prefix, here.sizes, right)
+            self.shared.merge(Merge(normed, token_map, sizes, right))
+            tokens = merged(tokens, token_map)
+        return (tokens, *others), kwargs
+
+    def _normed(self, block: nn.Module, tokens: Tensor) -> Tensor:
+        normed: Tensor = getattr(block, self.norm)(tokens)
+        return normed
+
+    def _count(self, tokens: Tensor, here: StackPass) -> int:
+        if self.place is None:
+            return 0
+        length = tokens.shape[1] if here.token_map is None else here.token_map.length
+        return merges_per_layer(length - self.prefix, self.keep, self.layers)[self.place]
+
+
+class _FinishMerge(ReductionHook):
+    """Forward hook of a block: makes the merged tokens those of the next block, or gives every token its own back."""
+
+    def __init__(self, shared: SharedState, is_last: bool) -> None:
+        super().__init__(shared)
+        self.is_last = is_last
+
+    def __call__(self, block: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        merge = self.shared.current.merge
+        if merge is not None:
+            self.shared.finish_merge()
+        here = self.shared.current
+        only_prefix = merge is not None and merge.sizes is None
+        if here.token_map is not None and not only_prefix and (self.is_last or not here.pooled):
+            output = here.token_map.spread(output)
+        if self.is_last:
+            self.shared.end()
+        else:
+            self.shared.leave(output)
+        return output
+
+
+class _BeginPooled(ReductionHook):
+    """Forward pre-hook of the model: notes that it pools what its blocks return, and returns nothing else of them."""
+
+    def __call__(self, root: nn.Module, args: tuple[Any, ...]) -> None:
+        self.shared.begin(pooled=True)
+
+
+class _EndPooled(ReductionHook):
+    """Forward hook of the model: ends the pass, also when the model raised."""
+
+    def __call__(self, root: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        self.shared.end()
+
+
+def merge(model: nn.Module, config: TokenReduction) -> None:
+    """Registers the hooks in a model, in place of those of an earlier reduction.
+
+    Args:
+        model: is or contains one timm ``VisionTransformer`` or image tower of open_clip.
+        config: the merging.
+
+    Raises:
+        UnsupportedHostError: the model has another stack of blocks, several, or blocks of an unknown kind.
+        ConfigError: ``at`` names a layer that the model doesn't have, or in which merging saves nothing.
+    """
+    model = unwrap(model)
+    remove_reduction(model)
+    stack = find_stack(model, masked=False, verb="merged")
+    merging_layers(stack, config)
+    if stack.pooling.norm is None:
+        kinds = ", ".join(sorted({class_name(block) for block in stack.blocks.values()}))
+        raise UnsupportedHostError(
+            f"Tokens can't be merged in {stack.pooling.blocks}, whose blocks are of {kinds}; timm's Block can."
+        )
+    lams = stack.lams
+    shared = lams[0].shared if lams else SharedState()
+    for lam in lams:
+        lam.attention_hook = _SizedAttention()
+    for adapter in dict.fromkeys(stack.sites.values()):
+        adapter.wrap(model, {site: Unmasked(shared) for site, owner in stack.sites.items() if owner is adapter})
+    watch_passes(stack, shared)
+    for index, block in enumerate(stack.blocks.values()):
+        block.register_forward_pre_hook(_MergeTokens(shared, stack, index, config), with_kwargs=True)
+        block.register_forward_hook(_FinishMerge(shared, index == len(stack.blocks) - 1))
+    root = model.get_submodule(stack.pooling.root)
+    root.register_forward_pre_hook(_BeginPooled(shared))
+    root.register_forward_hook(_EndPooled(shared), always_call=True)
+    model.token_reduction = config  # type: ignore[assignment]
+
+
+def merging_layers(stack: Stack, config: TokenReduction) -> list[int]:
+    """Returns the layers in which tokens merge.
+
+    Raises:
+        ConfigError: ``at`` names others.
+    """
+    # Under a class token the last block computes that token alone.
+    possible = list(range(len(stack.blocks) - (stack.pooling.kind == "token")))
+    if config.at is None:
+        return possible
+    if config.at[-1] not in possible:
+        raise ConfigError(
+            f"at={config.at}: tokens can merge in layers 0 to {possible[-1]} of {stack.pooling.blocks}, counted from 0."
+        )
+    return list(config.at)

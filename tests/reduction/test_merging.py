@@ -1,0 +1,271 @@
+"""What merge_tokens promises of a timm vision transformer, with masks or without."""
+
+import copy
+import itertools
+
+import pytest
+import timm
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+import lamzoo
+from lamzoo import LamConfig, TokenReduction, add_lam, capture_masks, merge_tokens, prune_tokens, remove_reduction
+from lamzoo.errors import ConfigError, UnsupportedHostError
+from lamzoo.reduction.matching import match, merges_per_layer
+
+CONFIGS: list[LamConfig | None] = [None] + [
+    LamConfig(layers=layers, keys=keys, op=op, rank=3, init="paper")
+    for layers, keys, op in itertools.product(("multi", "single"), ("content", "position"), ("mul", "add"))
+]
+each_config = pytest.mark.parametrize(
+    "config", CONFIGS, ids=lambda c: "plain" if c is None else f"{c.layers}-{c.keys}-{c.op}"
+)
+POOLINGS = {
+    "class token": {},
+    "registers": {"reg_tokens": 2},
+    "mean": {"class_token": False, "global_pool": "avg"},
+    "mean with the class token": {"global_pool": "avg", "pool_include_prefix": True},
+    "attention": {"class_token": False, "global_pool": "map"},
+    "largest": {"global_pool": "max"},
+}
+each_pooling = pytest.mark.parametrize("pooling", POOLINGS)
+
+
+def model(config: LamConfig | None = None, **kwargs: object) -> nn.Module:
+    torch.manual_seed(0)
+    options = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 4, "num_heads": 2, "num_classes": 5, **kwargs}
+    vit = timm.models.VisionTransformer(init_values=0.5, **options).eval()
+    return vit if config is None else add_lam(vit, config)
+
+
+def images(batch: int = 3) -> Tensor:
+    return torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+@each_config
+@each_pooling
+def test_keeping_all_changes_nothing(config: LamConfig | None, pooling: str) -> None:
+    vit, x = model(config, **POOLINGS[pooling]), images()
+    before, features = vit(x), vit.forward_features(x)
+    assert_close(merge_tokens(vit, keep=1)(x), before)
+    assert_close(vit.forward_features(x), features)
+
+
+@each_config
+def test_a_sample_is_merged_as_if_it_were_alone(config: LamConfig | None) -> None:
+    vit, x = merge_tokens(model(config), keep=0.4), images()
+    assert_close(torch.cat([vit(sample) for sample in x.split(1)]), vit(x))
+
+
+@each_config
+@each_pooling
+def test_the_output_is_the_head_of_the_features_of_every_patch(config: LamConfig | None, pooling: str) -> None:
+    vit, x = merge_tokens(model(config, **POOLINGS[pooling]), keep=0.4), images()
+    features = vit.forward_features(x)
+    assert features.shape[1] == 16 + vit.num_prefix_tokens
+    assert_close(vit.forward_head(features), vit(x))
+    last = vit.forward_intermediates(x, indices=1, norm=True, intermediates_only=True, output_fmt="NLC")[0]
+    assert_close(last, features[:, vit.num_prefix_tokens :])
+
+
+def test_equal_patches_merge_without_loss() -> None:
+    """Half of the patches in each layer: sizes in attention and pooling make up for those that are gone."""
+    for pooling in POOLINGS.values():
+        vit = model(**pooling)
+        vit.pos_embed.data.zero_()
+        x = images()
+        vit.patch_embed.register_forward_hook(lambda _, args, out: out[:, ::2].repeat_interleave(2, dim=1))
+        before = vit(x)
+        assert_close(merge_tokens(vit, r=8, at=(0,))(x), before)
+
+
+@each_config
+def test_later_layers_have_fewer_keys_and_queries_fewer_still(config: LamConfig | None) -> None:
+    vit = merge_tokens(model(config), keep=0.25)
+    if config is None:
+        shapes = []
+        for block in vit.blocks:
+            block.attn.proj.register_forward_hook(lambda _, args, out: shapes.append(out.shape[1]))
+        vit(images())
+        assert shapes == [13, 9, 5, 1]
+        return
+    with capture_masks(vit) as masks:
+        vit(images())
+    assert [tuple(record.attention.shape[2:]) for record in masks.values()] == [(13, 17), (9, 13), (5, 9), (1, 5)]
+    assert [tuple(record.mask.dense().shape[2:]) for record in masks.values()] == [(13, 17), (9, 13), (5, 9), (1, 5)]
+
+
+@each_config
+def test_removing_gives_the_model_back(config: LamConfig | None) -> None:
+    vit, x = model(config), images()
+    before, state, classes = vit(x), vit.state_dict(), [type(module) for module in vit.modules()]
+    merge_tokens(vit, keep=0.5)
+    assert vit.token_reduction == TokenReduction(0.5)
+    assert vit.state_dict().keys() == state.keys()
+    assert not torch.equal(vit(x), before)
+    remove_reduction(vit)
+    assert torch.equal(vit(x), before)
+    assert [type(module) for module in vit.modules()] == classes
+    assert not hasattr(vit, "token_reduction")
+    assert not any(module._forward_hooks for module in vit.modules() if config is None)
+
+
+def test_one_reduction_replaces_another() -> None:
+    vit, x = model(LamConfig(rank=3, init="paper")), images()
+    pruned = prune_tokens(copy.deepcopy(vit), 0.5, (0,))(x)
+    merged = merge_tokens(copy.deepcopy(vit), keep=0.5)(x)
+    assert torch.equal(merge_tokens(prune_tokens(copy.deepcopy(vit), 0.5, (0,)), keep=0.5)(x), merged)
+    assert torch.equal(prune_tokens(merge_tokens(vit, keep=0.5), 0.5, (0,))(x), pruned)
+    assert lamzoo.remove_lam(vit).forward_features(x).shape == (3, 17, 16)
+
+
+@pytest.mark.parametrize("config", [None, *CONFIGS[1::3]])
+def test_compiles_as_one_graph_and_agrees(config: LamConfig | None) -> None:
+    vit, x = merge_tokens(model(config, depth=3), keep=0.5), images()
+    torch._dynamo.reset()
+    compiled = torch.compile(vit, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        assert_close(compiled(x), vit(x))
+
+
+@pytest.mark.parametrize("config", [None, *CONFIGS[1::3]])
+def test_exports_with_any_batch(config: LamConfig | None) -> None:
+    vit = merge_tokens(model(config, depth=2), keep=0.5)
+    program = torch.export.export(vit, (images(),), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    assert_close(program.module()(images(5)), vit(images(5)))
+
+
+@each_config
+def test_gradient_checkpointing_changes_no_gradient(config: LamConfig | None) -> None:
+    vit = merge_tokens(model(config), keep=0.4).train()
+    gradients = []
+    for checkpointing in (False, True):
+        vit.set_grad_checkpointing(checkpointing)
+        vit.zero_grad()
+        outputs = [vit(images()), vit.forward_features(images()), vit(images(2))]  # three passes, then all backward
+        sum(output.square().sum() for output in outputs).backward()
+        gradients.append([None if p.grad is None else p.grad.clone() for p in vit.parameters()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        assert (plain is None) == (checkpointed is None)
+        if plain is not None:
+            assert_close(checkpointed, plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("config", [None, LamConfig(rank=3, init="paper")], ids=["plain", "masked"])
+def test_works_in_half_precision(dtype: torch.dtype, config: LamConfig | None) -> None:
+    vit, x = merge_tokens(model(config), keep=0.5), images()
+    with torch.no_grad(), torch.autocast("cpu", dtype):
+        assert vit(x).isfinite().all()
+    assert vit.to(dtype)(x.to(dtype)).isfinite().all()
+
+
+def test_a_budget_is_kept_and_used() -> None:
+    vit = model()
+    target = 0.7 * lamzoo.profile(vit).gmacs
+    merge_tokens(vit, target)
+    assert 0.95 * target < lamzoo.profile(vit).gmacs <= target
+    assert lamzoo.profile(merge_tokens(vit, 0.9 * target)).gmacs <= 0.9 * target
+    with pytest.raises(ConfigError, match=r"target_gmacs=1e-05: with as few tokens"):
+        merge_tokens(vit, 1e-5)
+    assert lamzoo.profile(vit).gmacs <= 0.9 * target  # a refusal leaves the earlier reduction
+
+
+def test_other_image_sizes_keep_the_same_share() -> None:
+    vit = merge_tokens(model(LamConfig(keys="position", rank=3), dynamic_img_size=True), keep=0.5)
+    with capture_masks(vit) as masks:
+        vit(torch.randn(2, 3, 48, 48))
+    assert list(masks.values())[-1].attention.shape[2:] == (1, 1 + 18)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "one of target_gmacs, keep and r, and got none"),
+        ({"keep": 0.5, "r": 2}, "got keep=0.5, r=2"),
+        ({"keep": 1.5}, "keep=1.5"),
+        ({"r": -1}, "r=-1"),
+        ({"r": 2.5}, "r=2.5"),
+        ({"keep": 0.5, "at": (3,)}, r"at=\(3,\): tokens can merge in layers 0 to 2 of blocks"),
+        ({"keep": 0.5, "at": ()}, "name at least one layer"),
+    ],
+)
+def test_wrong_settings_are_named(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        merge_tokens(model(), **arguments)
+
+
+def test_settings_of_pruning_are_refused_in_merging() -> None:
+    with pytest.raises(ConfigError, match="score='attention' is a setting of pruning"):
+        TokenReduction(0.5, score="attention")
+    with pytest.raises(ConfigError, match="method='mix'"):
+        TokenReduction(0.5, "mix")  # type: ignore[arg-type]
+
+
+def test_models_that_cannot_merge_are_refused_and_left_alone() -> None:
+    vit = timm.create_model("beit_base_patch16_224", embed_dim=24, num_heads=2, depth=1, num_classes=2)
+    with pytest.raises(UnsupportedHostError, match=r"give such a part of the model"):
+        merge_tokens(vit, keep=0.5)
+    with pytest.raises(UnsupportedHostError):
+        merge_tokens(nn.Linear(2, 2), keep=0.5)
+    assert not any(module._forward_pre_hooks for module in vit.modules())
+
+
+def test_masks_come_before_merging() -> None:
+    vit = merge_tokens(model(), keep=0.5)
+    with pytest.raises(UnsupportedHostError, match="call lamzoo.remove_reduction"):
+        add_lam(vit)
+
+
+@settings(derandomize=True, max_examples=60)
+@given(patches=st.integers(1, 300), keep=st.floats(0.01, 1), layers=st.integers(1, 24))
+def test_merges_are_spread_evenly(patches: int, keep: float, layers: int) -> None:
+    merges = merges_per_layer(patches, keep, layers)
+    assert len(merges) == layers
+    left = patches
+    for count in merges:
+        assert 0 <= count <= left // 2
+        left -= count
+    gone = patches - max(1, round(keep * patches))
+    assert left >= patches - gone
+    if left == patches - gone:
+        assert max(merges) - min(merges) <= 1
+
+
+@settings(derandomize=True, max_examples=60)
+@given(
+    batch=st.integers(1, 3),
+    patches=st.integers(2, 13),
+    prefix=st.integers(0, 2),
+    data=st.data(),
+    seed=st.integers(0, 2**20),
+)
+def test_matching_merges_the_cheapest_and_loses_no_patch(
+    batch: int, patches: int, prefix: int, data: st.DataObject, seed: int
+) -> None:
+    count = data.draw(st.integers(0, patches // 2))
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randn(batch, prefix + patches, 4, generator=generator)
+    sizes = torch.randint(1, 5, (batch, prefix + patches), generator=generator).float()
+    token_map, few = match(tokens, count, prefix, sizes)
+    assert token_map.into is not None
+    assert few.shape == token_map.kept.shape == (batch, prefix + patches - count)
+    assert_close(few.sum(1), sizes.sum(1))
+    assert_close((few.unsqueeze(-1) * token_map(tokens)).sum(1), (sizes.unsqueeze(-1) * tokens).sum(1))
+    assert torch.equal(token_map.kept[:, :prefix], torch.arange(prefix).expand(batch, -1))
+    even, odd = tokens[:, prefix::2], tokens[:, prefix + 1 :: 2]
+    ours, theirs = sizes[:, prefix::2].unsqueeze(2), sizes[:, prefix + 1 :: 2].unsqueeze(1)
+    cost = torch.cdist(even, odd).square() * ours * theirs / (ours + theirs)
+    least, partner = cost.min(dim=2)
+    for sample in range(batch):
+        gone = sorted(set(range(prefix + patches)) - set(token_map.kept[sample].tolist()))
+        assert all((token - prefix) % 2 == 0 for token in gone)
+        chosen = [(token - prefix) // 2 for token in gone]
+        assert_close(least[sample, chosen].sort().values, least[sample].sort().values[:count], rtol=1e-3, atol=1e-4)
+        for token, place in zip(gone, chosen, strict=True):
+            target = token_map.kept[sample, token_map.into[sample, token]].item()
+            assert_close(cost[sample, place, (target - prefix) // 2], least[sample, place], rtol=1e-3, atol=1e-4)
+            assert 0 <= partner[sample, place] < odd.shape[1]
