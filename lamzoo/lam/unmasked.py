@@ -16,8 +16,8 @@ from lamzoo.lam.passes import SharedState
 class Unmasked(nn.Module):
     """What a taken-over layer has in place of a :class:`~lamzoo.lam.Lam`: attention that knows the sizes of its keys.
 
-    It has no parameters. A token that several have merged into counts as many times, by the logarithm of its size on the
-    scores of its key (proportional attention; ToMe, arXiv 2210.09461, equation 1): an additive mask of rank 1.
+    It has no parameters. A token that several have merged into counts as many times, by the logarithm of its size on
+    the scores of its key (proportional attention; ToMe, arXiv 2210.09461, equation 1): an additive mask of rank 1.
 
     Args:
         shared: state of the stack that the layer belongs to.

@@ -84,11 +84,12 @@ def merge_tokens(
 ) -> Model:
     """Merges alike tokens of a vision transformer with masks or without, in place and without training.
 
-    A few patches merge in each layer, into others that are like them; class and register tokens never merge. In a layer, keys and values are made of the tokens before its merge, and queries of those after it.
-    The pairs are those of least cost by a bipartite matching of even to odd patches: the squared distance of the
-    layer's inputs, plus half of that of the mask's key factors, each over its mean, weighted as Ward weighs the sizes
-    of clusters. A merged token is the mean of its patches with the mean of their norms; in attention and in the pooling
-    it counts as often as it has patches, and its row in a mask's position table is the mean of theirs.
+    A few patches merge in each layer, into others that are like them; class and register tokens never merge. In a
+    layer, keys and values are made of the tokens before its merge, and queries of those after it. The pairs are those
+    of least cost by a bipartite matching of even to odd patches: the squared distance of the layer's inputs, plus half
+    of that of the mask's key factors, each over its mean, weighted as Ward weighs the sizes of clusters. A merged token
+    is the mean of its patches with the mean of their norms; in attention and in the pooling it counts as often as it
+    has patches, and its row in a mask's position table is the mean of theirs.
 
     Outputs keep their shapes: ``forward_features`` and ``forward_intermediates`` give every patch the token that it is
     part of. While the model computes its own output under a class token, the last block computes that token alone,

@@ -2,10 +2,10 @@
 
 Modifications to the host: a forward pre-hook on each block merges its tokens, and a forward hook on it ends the merge;
 the attention layers of a model without masks are taken over as masks take them over, so that keys and values are made
-of the tokens before a merge, and queries of those after it. Every block returns as many tokens as it takes, each patch the
-token that it is part of, so that pooling, dense features and intermediate outputs are those of the host; while
-the whole model runs, which is noted by hooks on it, they are only spread out after the last block. Under a class token
-that block then computes this token alone, which changes no output.
+of the tokens before a merge, and queries of those after it. Every block returns as many tokens as it takes, each patch
+the token that it is part of, so that pooling, dense features and intermediate outputs are those of the host; while the
+whole model runs, which hooks on it note, they are only spread out after the last block. Under a class token that block
+then computes this token alone, which changes no output.
 """
 
 from __future__ import annotations
