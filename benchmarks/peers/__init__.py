@@ -25,6 +25,7 @@ from lamzoo.lam.layer import AttentionOptions
 from lamzoo.lam.ops import OPS, Op
 from lamzoo.lam.passes import StackPass
 from lamzoo.lam.token_map import TokenMap, take
+from lamzoo.lam.unmasked import size_factors
 
 __all__ = ["Peer", "Reduction", "Seen", "applied", "mean_gmacs"]
 
@@ -68,7 +69,9 @@ class Seen:
 
     def known_sizes(self) -> Tensor:
         """Returns the sizes; all 1 before any merge."""
-        return self.key.new_ones(self.key.shape[0], self.key.shape[2]) if self.sizes is None else self.sizes
+        if self.sizes is not None:
+            return self.sizes
+        return torch.ones(self.key.shape[0], self.key.shape[2], device=self.key.device)
 
     def importance(self) -> Tensor:
         """Computes the class token's attention to each token, averaged over heads, ``(B, N)``.
@@ -166,22 +169,25 @@ def match_alternating(seen: Seen) -> Matching:
     return match(seen, patches[:, ::2], patches[:, 1::2])
 
 
-def merged(seen: Seen, sources: Tensor, partners: Tensor) -> Reduction:
+def merged(seen: Seen, sources: Tensor, partners: Tensor, dropped: Tensor | None = None) -> Reduction:
     """Merges tokens into others, as the mean weighted by sizes; the remaining ones keep their order.
 
     Args:
         seen: the layer.
         sources: tokens that merge, int64 ``(B, r)``.
         partners: the tokens that they merge into, int64 ``(B, r)``, none of which is a source.
+        dropped: tokens that leave without merging, int64 ``(B, p)``.
     """
     sizes = seen.known_sizes()
-    gone = torch.zeros(sizes.shape, dtype=torch.int8, device=sizes.device).scatter(1, sources, 1)
-    kept = gone.argsort(dim=1, stable=True)[:, : sizes.shape[1] - sources.shape[1]]
+    leaving = sources if dropped is None else torch.cat([sources, dropped], dim=1)
+    gone = torch.zeros(sizes.shape, dtype=torch.int8, device=sizes.device).scatter(1, leaving, 1)
+    kept = gone.argsort(dim=1, stable=True)[:, : sizes.shape[1] - leaving.shape[1]]
     places = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
     into = torch.zeros(sizes.shape, dtype=torch.long, device=sizes.device).scatter(1, kept, places)
     into = into.scatter(1, sources, into.gather(1, partners))
-    new_sizes = sizes.new_zeros(kept.shape).scatter_add(1, into, sizes)
-    return Reduction(TokenMap.averaging(kept, into, sizes), new_sizes)
+    weights = sizes if dropped is None else sizes.scatter(1, dropped, 0.0)
+    new_sizes = sizes.new_zeros(kept.shape).scatter_add(1, into, weights)
+    return Reduction(TokenMap.averaging(kept, into, weights), new_sizes)
 
 
 def num_patches(model: Any) -> int:
@@ -202,12 +208,16 @@ def applied(model: Any, peer: Peer) -> Iterator[Any]:
 
     Raises:
         UnsupportedHostError: another model, or blocks other than timm's ``Block``.
+        ConfigError: the model's tokens are already merged or pruned.
     """
     if not isinstance(model, VisionTransformer):
         raise UnsupportedHostError(
             f"Peers reduce the tokens of timm's VisionTransformer; give one, not a {class_name(model)}."
         )
-    for block in model.blocks:
+    if hasattr(model, "token_reduction"):
+        raise ConfigError("The model's tokens are merged or pruned; call lamzoo.remove_reduction(model) first.")
+    blocks: Any = model.blocks
+    for block in blocks:
         if type(block) is not Block:
             raise UnsupportedHostError(
                 f"Peers reduce tokens between the attention and the MLP of timm's Block, and this model has a "
@@ -216,7 +226,7 @@ def applied(model: Any, peer: Peer) -> Iterator[Any]:
     run = _Run(model, peer)
     with ExitStack() as stack:
         stack.enter_context(_replaced(model, "pool", partial(run.pool, model.pool)))
-        for index, block in enumerate(model.blocks):
+        for index, block in enumerate(blocks):
             stack.enter_context(_replaced(block, "forward", partial(run.forward, index, block)))
             stack.callback(block.attn.qkv.register_forward_hook(run.note).remove)
             if hasattr(block.attn, "lam"):
@@ -289,14 +299,11 @@ class _Run:
         """Attention hook of masked layers: makes attention proportional to the sizes."""
         self.mask, self.op = mask, op
         if self.sizes is not None:
-            log = self.sizes.log().to(query.dtype)
+            sized = size_factors(query.shape[2], self.sizes.to(mask.left.dtype))
             if op == "add":  # one more column of the factors, which costs less than a bias
-                batch, heads = query.shape[0], mask.right.shape[1]
-                column = log[:, None, :, None].expand(-1, heads, -1, -1)
-                right = torch.cat([mask.right.expand(batch, -1, -1, -1), column.to(mask.right.dtype)], dim=-1)
-                mask = FactoredMask(F.pad(mask.left, (0, 1), value=1.0), right)
+                mask = mask.plus(sized)
             else:
-                options["bias"] = log[:, None, None, :]
+                options["bias"] = sized.right.mT
         return attention(query, key, value, mask, op=op, **options)
 
     def reduce(self, index: int, attn: Any, tokens: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Published token-reduction methods against the properties that their papers state."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import product
@@ -13,16 +14,22 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import lamzoo
-from benchmarks.peers import Peer, Placement, Pooling, Reduction, Rows, Seen, applied
+from benchmarks.peers import Peer, Placement, Pooling, Reduction, Rows, Seen, applied, mean_gmacs
+from benchmarks.peers.atm import ATM
+from benchmarks.peers.diffrate import DiffRate
+from benchmarks.peers.pitome import PiToMe
 from benchmarks.peers.selection import EViT, Random, Stride
 from benchmarks.peers.tome import ToMe
 from lamzoo import LamConfig, add_lam, capture_masks
-from lamzoo.errors import UnsupportedHostError
-from lamzoo.lam.masks import PositionTable
+from lamzoo.errors import ConfigError, UnsupportedHostError
+from lamzoo.lam.masks import FactoredMask, PositionTable
 from lamzoo.lam.token_map import TokenMap
 
 PEERS: dict[str, Callable[[], Peer]] = {
     "tome": lambda: ToMe(3),
+    "pitome": lambda: PiToMe(0.8),
+    "diffrate": lambda: DiffRate((1, 0, 2, 0), (2, 1, 0, 1)),
+    "atm": lambda: ATM(0.3),
     "evit": lambda: EViT(0.5, (0, 2)),
     "random": lambda: Random(0.5, (0, 2)),
     "stride": lambda: Stride(0.5, (0, 2)),
@@ -142,6 +149,127 @@ def test_tome_fills_a_budget_with_one_more_merge_in_the_first_layers(r: int, ext
     assert lengths == [17 - sum(counts[: layer + 1]) for layer in range(4)]
 
 
+def test_pitome_energy_is_bounded_and_that_of_the_paper() -> None:
+    layer = seen(torch.randn(2, 3, 9, 8), num_prefix_tokens=1, index=1)
+    peer = PiToMe(0.5, alpha=0.7)
+    energy = peer.energy(layer)
+    margin = 0.9 - 0.9 * 1 / 4
+    keys = layer.key.mean(1)[:, 1:]
+    for sample, token in product(range(2), range(8)):
+        cosines = torch.cosine_similarity(keys[sample, token], keys[sample], dim=-1)
+        others = [c for i, c in enumerate(cosines.tolist()) if i != token]
+        of_pairs = [c if c >= margin else 0.7 * (math.exp(c - margin) - 1) for c in others]
+        assert energy[sample, token].item() == pytest.approx(sum(of_pairs) / 8, abs=1e-5)
+    assert (energy > -0.7).all() and (energy < 1).all()
+
+
+def test_pitome_protects_tokens_that_stand_alone() -> None:
+    # Six tokens of one object and two without a neighbour: four of the six may merge, the two never do.
+    key = torch.zeros(1, 1, 8, 3)
+    key[..., :6, 0], key[..., 6, 1], key[..., 7, 2] = 1.0, 1.0, 1.0
+    reduction = PiToMe(0.75)(seen(key + 0.01 * torch.randn_like(key)))
+    assert reduction is not None and reduction.sizes is not None
+    assert reduction.token_map.kept.shape == (1, 6)  # k = N - N r
+    assert {6, 7} <= set(reduction.token_map.kept[0].tolist())
+    assert reduction.sizes[0, -2:].tolist() == [1.0, 1.0]
+
+
+def test_pitome_pairs_neighbours_in_the_order_of_energy() -> None:
+    layer = seen(torch.randn(1, 2, 10, 4))
+    peer = PiToMe(0.7)
+    reduction = peer(layer)
+    assert reduction is not None and reduction.token_map.into is not None
+    order = peer.energy(layer)[0].argsort(descending=True).tolist()
+    gone = set(range(10)) - set(reduction.token_map.kept[0].tolist())
+    assert gone == set(order[0:6:2])
+    partners = {reduction.token_map.kept[0, reduction.token_map.into[0, token]].item() for token in gone}
+    assert partners <= set(order[1:6:2])
+
+
+def test_pitome_keeps_the_same_share_in_each_layer() -> None:
+    vit = timm.create_model("vit_tiny_patch16_224", embed_dim=12, num_heads=1, num_classes=0).eval()
+    counts = [r.token_map.kept.shape[1] - 1 for r in recorded(vit, PiToMe(0.9), torch.randn(1, 3, 224, 224))]
+    assert counts[:3] == [196 - 20, 176 - 18, 158 - 16]
+
+
+def test_atm_thresholds_fall_with_the_depth_down_to_a_bound() -> None:
+    thresholds = [ATM(0.9, beta=0.1, least=0.5).threshold(index) for index in range(12)]
+    assert thresholds[:2] == pytest.approx([0.9, 0.9 - (math.exp(0.1) - 1)])
+    assert thresholds == sorted(thresholds, reverse=True)
+    assert min(thresholds) == 0.5
+
+
+def test_atm_merges_exactly_the_pairs_above_the_threshold() -> None:
+    key = torch.randn(1, 2, 12, 4)
+    layer = seen(key)
+    above = (ATM(0.2).matching(layer).similarity > 0.2).sum().item()
+    reduction = ATM(0.2)(layer)
+    assert reduction is not None
+    assert 0 < above < 6
+    assert reduction.token_map.kept.shape[1] == 12 - above
+    assert ATM(1.0)(layer) is None  # nothing is that similar
+
+
+def test_atm_merges_as_many_pairs_in_every_sample_of_a_batch() -> None:
+    layer = seen(torch.randn(6, 2, 12, 4))
+    above = (ATM(0.2).matching(layer).similarity > 0.2).sum(dim=1).float()
+    reduction = ATM(0.2)(layer)
+    assert reduction is not None
+    assert above.unique().numel() > 1
+    assert reduction.token_map.kept.shape == (6, 12 - round(above.mean().item()))
+
+
+def test_atm_matches_small_tokens_to_large_ones_in_the_last_layers() -> None:
+    sizes = torch.tensor([[1.0, 3.0, 1.0, 9.0, 2.0, 1.0, 5.0, 4.0]])
+    matching = ATM(0.0, split=0.5).matching(seen(torch.randn(1, 2, 8, 4), index=2, sizes=sizes))
+    assert sizes[0, matching.sources[0]].tolist() == [1, 1, 1, 2]
+    assert (sizes[0, matching.partners[0]] >= 3).all()
+
+
+def test_diffrate_prunes_the_least_important_tokens_and_merges_the_next() -> None:
+    layer = seen(torch.randn(2, 2, 11, 4), num_prefix_tokens=1, has_class_token=True)
+    reduction = DiffRate((2, 0, 0, 0), (3, 0, 0, 0))(layer)
+    assert reduction is not None and reduction.token_map.into is not None and reduction.sizes is not None
+    keys = torch.nn.functional.normalize(layer.key.mean(1), dim=-1)
+    for sample in range(2):
+        order = (layer.importance()[sample, 1:].argsort() + 1).tolist()
+        assert reduction.token_map.kept[sample].tolist() == sorted([0, *order[5:]])
+        for source in order[2:5]:
+            best = max(order[5:], key=lambda token: (keys[sample, source] @ keys[sample, token]).item())
+            assert reduction.token_map.kept[sample, reduction.token_map.into[sample, source]] == best
+    assert reduction.sizes.sum(1).tolist() == [9.0, 9.0]  # pruned tokens count no more
+    tokens = torch.randn(2, 11, 3)
+    dropped = torch.stack([layer.importance()[sample, 1:].argsort()[:2] + 1 for sample in range(2)])
+    changed = tokens.scatter(1, dropped.unsqueeze(-1).expand(-1, -1, 3), 100.0)
+    assert_close(reduction.token_map(changed), reduction.token_map(tokens))
+
+
+def test_diffrate_search_stays_within_the_budget_and_improves() -> None:
+    vit, x = model(), images()
+    budget = 0.7 * lamzoo.profile(vit).gmacs
+    start, found = (DiffRate.searched(vit, x, budget, steps=steps) for steps in (0, 3))
+
+    def divergence(peer: DiffRate) -> float:
+        with applied(vit, peer), torch.no_grad():
+            few = vit(x).log_softmax(-1)
+        return torch.nn.functional.kl_div(few, vit(x).log_softmax(-1), log_target=True, reduction="batchmean").item()
+
+    assert start.prune == (0, 0, 0, 0)
+    assert mean_gmacs(vit, found, x) <= budget
+    assert divergence(found) <= divergence(start)
+    with pytest.raises(ConfigError, match="raise the budget"):
+        DiffRate.searched(vit, x, 0.01 * budget, steps=0)
+
+
+def test_class_attention_includes_the_mask_and_the_sizes() -> None:
+    key = torch.randn(1, 1, 3, 2)
+    bias, sizes = torch.randn(1, 1, 3, 1), torch.tensor([[1.0, 2.0, 3.0]])
+    mask = FactoredMask(torch.ones(1, 1, 3, 1), bias)
+    layer = seen(key, num_prefix_tokens=1, has_class_token=True, mask=mask, sizes=sizes)
+    scores = layer.query[0, 0, 0] @ key[0, 0].T * layer.scale + bias.flatten() + sizes[0].log()
+    assert_close(layer.importance()[0], scores.softmax(-1))
+
+
 def test_evit_keeping_all_is_exact() -> None:
     vit, x = model(), images()
     with applied(vit, EViT(1.0, (0, 1, 2))):
@@ -192,8 +320,10 @@ MASKS = [
 each_mask = pytest.mark.parametrize("mask", MASKS, ids=lambda mask: f"{mask.layers}-{mask.keys}-{mask.op}")
 
 
-@each_peer
-@each_mask
+@pytest.mark.parametrize(
+    ("peer", "mask"),
+    [(PEERS["tome"], mask) for mask in MASKS] + [(peer, MASKS[-2]) for name, peer in PEERS.items() if name != "tome"],
+)
 def test_masks_follow_their_tokens(peer: Callable[[], Peer], mask: LamConfig) -> None:
     vit = add_lam(model(), mask)
     x = images()
@@ -269,16 +399,16 @@ def test_mean_pooling_is_weighted_by_sizes_or_plain(pooling: Pooling) -> None:
 
 @each_peer
 def test_settings_are_ordered_by_cost(peer: Callable[[], Peer]) -> None:
-    vit = model()
+    vit, x = model(), images(1)
     settings = type(peer()).settings(vit)
     costs = []
     for setting in settings[:: max(1, len(settings) // 8)]:
         with applied(vit, setting):
-            costs.append(lamzoo.profile(vit).gmacs)
+            costs.append(lamzoo.profile(vit, x).gmacs)
     with applied(vit, settings[-1]):
         assert torch.equal(vit(images()), model()(images()))
     assert costs == sorted(costs)
-    assert costs[0] < lamzoo.profile(vit).gmacs
+    assert costs[0] < lamzoo.profile(vit, x).gmacs
 
 
 def test_models_that_are_not_made_of_timm_blocks_are_refused() -> None:
@@ -289,9 +419,12 @@ def test_models_that_are_not_made_of_timm_blocks_are_refused() -> None:
         applied(model(block_fn=ParallelScalingBlock), ToMe(1)),
     ):
         pass
+    merged = lamzoo.merge_tokens(model(), keep=0.5)
+    with pytest.raises(ConfigError, match="remove_reduction"), applied(merged, ToMe(1)):
+        pass
 
 
-@pytest.mark.parametrize("name", [name for name in PEERS if name != "random"])  # which draws anew for each batch
+@pytest.mark.parametrize("name", [name for name in PEERS if name not in ("random", "atm")])  # which depend on the batch
 def test_a_sample_is_reduced_as_if_it_were_alone(name: str) -> None:
     vit, x = model(), images()
     with applied(vit, PEERS[name]()):
