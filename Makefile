@@ -85,10 +85,10 @@ tables: $(VENV)/.ready-dev  ## measure the zoo again, train what is missing in b
 	$(BIN)/python -m benchmarks.kernels
 	$(BIN)/python -m benchmarks.kernels --lengths 2049 4097 --ranks 1 9 17
 	$(BIN)/python -m benchmarks.exported $(TINY) --data npz:$(SHARED)/tinyimagenet100 --split val
-	$(BIN)/python -m benchmarks.pruning $(TINY) --data npz:$(SHARED)/tinyimagenet100 --split val
-	$(BIN)/python -m benchmarks.pruning lam_vit_micro.cifar10 vit_micro.cifar10 --at 0 1 2 --data npz:$(SHARED)/cifar10 \
+	$(BIN)/python -m benchmarks.reduction $(TINY) --data npz:$(SHARED)/tinyimagenet100 --split val
+	$(BIN)/python -m benchmarks.reduction lam_vit_micro.cifar10 vit_micro.cifar10 --at 0 1 2 --data npz:$(SHARED)/cifar10 \
 	  --split test --methods "all tokens" "mask, drop" "redundancy, nearest" ToMe random stride
-	$(BIN)/python -m benchmarks.pruning --figure benchmarks/results/pruning.svg
+	$(BIN)/python -m benchmarks.reduction --figure benchmarks/results/reduction.svg
 	$(BIN)/python -m benchmarks.tables
 	$(BIN)/lamzoo compare benchmarks/results/zoo.csv --timm $(SHARED)/timm_results --out $(TABLES_OUT)
 

@@ -29,7 +29,7 @@ from torch._inductor.utils import fresh_cache
 import lamzoo
 from benchmarks.peers import applied
 from benchmarks.peers.tome import ToMe
-from benchmarks.pruning import METHODS, Method, largest
+from benchmarks.reduction import METHODS, Method, largest
 from benchmarks.rows import read_rows, write_rows
 from lamzoo import LamConfig
 from lamzoo.profiling.inputs import default_input

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import lamzoo
-from benchmarks import breakdown, exported, finetuning, kernels, pruning, speed, tiles
+from benchmarks import breakdown, exported, finetuning, kernels, reduction, speed, tiles
 from benchmarks.ablation.run import HERE
 from benchmarks.ablation.table import table as ablation
 from benchmarks.rows import read_rows as read_lines
@@ -93,7 +93,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "kernels": lambda: kernels.table(read_lines(RESULTS / "kernels.csv", kernels.Row)),
     "tiles": lambda: tiles.table(read_lines(RESULTS / "tiles.csv", tiles.Row)),
     "exported": lambda: exported.table(read_lines(RESULTS / "exported.csv", exported.Row)),
-    "pruning": lambda: pruning.table(read_lines(RESULTS / "pruning.csv", pruning.Row)),
+    "reduction": lambda: reduction.table(read_lines(RESULTS / "reduction.csv", reduction.Row)),
     "finetuning": lambda: finetuning.table(finetuning.read_results()) + "\n",
 }
 

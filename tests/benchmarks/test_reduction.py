@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import lamzoo
-from benchmarks.pruning import METHODS, Row, figure, largest, table
+from benchmarks.reduction import METHODS, Row, figure, largest, table
 from benchmarks.rows import read_rows, write_rows
 
 ROW = Row(

@@ -1,11 +1,11 @@
 """Accuracy, GMACs and latency of pruning by the mask and of its peers, on trained models at equal budgets.
 
-    python -m benchmarks.pruning lam_vit_tiny_patch8_64.tinyimagenet100 vit_tiny_patch8_64.tinyimagenet100 \
+    python -m benchmarks.reduction lam_vit_tiny_patch8_64.tinyimagenet100 vit_tiny_patch8_64.tinyimagenet100 \
         --data npz:../shared/data/tinyimagenet100 --split val
-    python -m benchmarks.pruning lam_vit_micro.cifar10 vit_micro.cifar10 --at 0 1 2 --data npz:../shared/data/cifar10 \
-        --split test --methods "all tokens" "mask, drop" "redundancy, nearest" ToMe random stride
-    python -m benchmarks.pruning --table                   prints the table of stored results
-    python -m benchmarks.pruning --figure FILE.svg         draws the figure
+    python -m benchmarks.reduction lam_vit_micro.cifar10 vit_micro.cifar10 --at 0 1 2 \
+        --data npz:../shared/data/cifar10 --split test --methods "all tokens" "mask, drop" "redundancy, nearest" ToMe random stride
+    python -m benchmarks.reduction --table                   prints the table of stored results
+    python -m benchmarks.reduction --figure FILE.svg         draws the figure
 
 Pruning by the mask runs on the masked model, and the peers on it and on its plain twin. A budget is a share of the
 plain twin's GMACs, and the GMACs of masks and scoring count towards it; every method uses its largest setting within
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "pruning.csv"
+RESULTS = ROOT / "benchmarks" / "results" / "reduction.csv"
 
 
 @dataclass(frozen=True)
