@@ -6,6 +6,7 @@ from typing import Any
 
 from lamzoo.cli import _output as out
 from lamzoo.cli._options import Json, Name
+from lamzoo.reduction.config import TokenReduction
 from lamzoo.registry.cards import PretrainedWeights
 from lamzoo.registry.catalog import ModelInfo, get_pretrained_cfg, model_info, model_ref
 from lamzoo.tasks import find_task
@@ -19,6 +20,7 @@ def info(name: Name, json: Json = False) -> None:
     if json:
         out.print_json({**facts, "tags": tags})
         return
+    del facts["pruning"]  # the reduction under its earlier name
     out.print_table(("property", "value"), [(key, _brief(value)) for key, value in facts.items() if value is not None])
     if tags:
         columns = ("tag", "dataset", "licence", "source", "metrics")
@@ -40,7 +42,7 @@ def describe(name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """
     info = model_info(name)
     params, gmacs = info.params, info.gmacs
-    if info.prune is not None or params is None or gmacs is None:
+    if info.reduction is not None or params is None or gmacs is None:
         import torch
 
         from lamzoo.profiling import profile
@@ -59,6 +61,7 @@ def describe(name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         "gmacs": round(gmacs, 4),
         "masks": None if info.lam is None else info.lam.to_dict(),
         "pruning": None if info.prune is None else info.prune.to_dict(),
+        "reduction": None if info.reduction is None else TokenReduction.to_dict(info.reduction),
         "classes": record.get("num_classes") or None,
         "label names": record.get("label_names"),
     }

@@ -8,6 +8,7 @@ import typer
 
 from lamzoo.cli import _output as out
 from lamzoo.cli._options import Json
+from lamzoo.reduction.config import TokenReduction
 
 if TYPE_CHECKING:
     from lamzoo.registry.catalog import ModelInfo
@@ -66,6 +67,7 @@ def _facts(name: str, info: ModelInfo) -> dict[str, Any]:
         "input_size": cfg.get("input_size"),
         "score": _score(info),
         "weights": _PLACES.get(place, place),
+        "reduction": None if info.reduction is None else TokenReduction.to_dict(info.reduction),
     }
 
 

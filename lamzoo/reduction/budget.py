@@ -62,8 +62,7 @@ def prune_tokens(
         ConfigError: an invalid value, a layer that the model doesn't have, both ``keep`` and ``target_gmacs``, or a
             target below the cost of a single token.
     """
-    layers = len(find_stack(model, masked=True, verb="pruned").blocks)
-    where = tuple(at) if at is not None else tuple(sorted({layers * i // 4 for i in (1, 2, 3)} - {layers - 1}))
+    where = tuple(at) if at is not None else _quarters(model)
     if target_gmacs is not None and keep is not None:
         raise ConfigError(f"keep={keep} beside target_gmacs={target_gmacs}: give one of them.")
     config = PruneConfig(0.7 if keep is None else keep, where, score, rest, training)
@@ -127,6 +126,12 @@ def merge_tokens(
     return model
 
 
+def _quarters(model: nn.Module) -> tuple[int, ...]:
+    """Returns the layers at a quarter, half and three quarters of the depth, without the last one."""
+    layers = len(find_stack(model, masked=True, verb="pruned").blocks)
+    return tuple(sorted({layers * i // 4 for i in (1, 2, 3)} - {layers - 1}))
+
+
 def _share(model: nn.Module, config: TokenReduction, r: int) -> float:
     """Returns the share of patches that is left when ``r`` merge in each layer."""
     if isinstance(r, bool) or not isinstance(r, int) or r < 0:
@@ -174,9 +179,10 @@ def reduce_tokens(model: nn.Module, config: TokenReduction) -> None:
 
     Args:
         model: as for :func:`merge_tokens` and :func:`prune_tokens`.
-        config: the reduction; pruning names its layers.
+        config: the reduction.
     """
     if config.method == "merge":
         merging.merge(model, config)
     else:
+        config = config if config.at is not None else replace(config, at=_quarters(model))
         pruning.prune(model, PruneConfig.of(config))

@@ -51,7 +51,8 @@ def match(
     Returns:
         The map, which averages by sizes, and the sizes of the remaining tokens, ``(B, N - count)``, float32.
     """
-    with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):  # half precision is too coarse to compare
+    device = "cpu" if tokens.is_meta else tokens.device.type  # autocast doesn't support meta
+    with torch.no_grad(), torch.autocast(device, enabled=False):  # half precision is too coarse to compare
         batch, length, _ = tokens.shape
         cost = _distances(tokens.detach().float(), num_prefix_tokens)
         if right is not None:

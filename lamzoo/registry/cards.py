@@ -12,7 +12,7 @@ from lamzoo.errors import ConfigError, RegistryError
 from lamzoo.files import is_plain_name
 from lamzoo.lam import LamConfig
 from lamzoo.records import Limits, build, read_table
-from lamzoo.reduction.config import PruneConfig
+from lamzoo.reduction.config import PruneConfig, TokenReduction
 from lamzoo.registry.preprocessing import check_preprocessing
 
 #: Keys of timm's ``PretrainedCfg`` that a card may set: preprocessing, classes, names of the first and last layers.
@@ -38,6 +38,9 @@ CFG_KEYS = frozenset(
 )
 
 
+_REDUCTIONS: dict[str, type[TokenReduction]] = {"prune": PruneConfig, "reduction": TokenReduction}
+
+
 @dataclass(frozen=True)
 class PretrainedWeights:
     """One set of weights of a model: a tag.
@@ -60,7 +63,7 @@ class PretrainedWeights:
         recipe: training recipe, for weights trained here.
         args: arguments of the builder that the weights need.
         pretrained_cfg: keys of timm's ``PretrainedCfg``, overriding the model's; includes ``label_names``.
-        prune: token pruning that the weights were trained with.
+        reduction: token reduction that the weights were trained with; ``prune`` in a card is its earlier form.
     """
 
     name: str
@@ -77,7 +80,12 @@ class PretrainedWeights:
     recipe: str | None = None
     args: Mapping[str, Any] = field(default_factory=dict)
     pretrained_cfg: Mapping[str, Any] = field(default_factory=dict)
-    prune: PruneConfig | None = None
+    reduction: TokenReduction | None = None
+
+    @property
+    def prune(self) -> PruneConfig | None:
+        """The reduction, if it is pruning."""
+        return pruning_of(self.reduction)
 
     @property
     def external(self) -> bool:
@@ -222,14 +230,17 @@ def read_weights(name: str, table: Mapping[str, Any], where: str) -> PretrainedW
     """
     if "name" in table:
         raise RegistryError(f"{where}: key name is unknown; the tag's name is the key of its table.")
-    plain = {key: value for key, value in table.items() if key != "prune"}
+    plain = {key: value for key, value in table.items() if key not in _REDUCTIONS}
     tag = build(PretrainedWeights, {"name": name, **plain}, source=f"{where}:", error=RegistryError)
     check_cfg(tag.pretrained_cfg, where)
-    if "prune" in table:
+    given = [key for key in _REDUCTIONS if key in table]
+    if len(given) > 1:
+        raise RegistryError(f"{where}: prune and reduction exclude each other; leave one out.")
+    for key in given:
         try:
-            tag = dataclasses.replace(tag, prune=PruneConfig.from_dict(table["prune"]))
+            tag = dataclasses.replace(tag, reduction=_REDUCTIONS[key].from_dict(table[key]))
         except ConfigError as error:
-            raise RegistryError(f"{where}.prune: {error}") from error
+            raise RegistryError(f"{where}.{key}: {error}") from error
     sources = (tag.timm, tag.open_clip, tag.file or (None if tag.external else tag.hub))
     if sum(source is not None for source in sources) != 1:
         raise RegistryError(f"{where}: a tag needs timm, or open_clip, or file and/or hub, as its source.")
@@ -267,6 +278,13 @@ def _read_lam(model: _Model, where: str) -> LamConfig | None:
         return None if model.lam is None else LamConfig.from_dict(model.lam)
     except ConfigError as error:
         raise RegistryError(f"{where}.lam: {error}") from error
+
+
+def pruning_of(reduction: TokenReduction | None) -> PruneConfig | None:
+    """Returns a token reduction under its earlier name, if it is pruning at given layers."""
+    if reduction is None or reduction.method == "merge" or reduction.at is None:
+        return None
+    return PruneConfig.of(reduction)
 
 
 def check_cfg(cfg: Mapping[str, Any], where: str) -> None:

@@ -27,6 +27,7 @@ from lamzoo.registry.cards import (
     PretrainedWeights,
     check_cfg,
     data_dir,
+    pruning_of,
     read_card,
     read_weights,
 )
@@ -40,7 +41,7 @@ if TYPE_CHECKING:  # torch and timm are imported only for models of timm and for
     from torch import nn
 
     from lamzoo.data.trained import TrainedData
-    from lamzoo.reduction.config import PruneConfig
+    from lamzoo.reduction.config import PruneConfig, TokenReduction
     from lamzoo.weights.saved import SavedModel
 
 _logger = logging.getLogger(__name__)
@@ -64,11 +65,16 @@ class ModelInfo(ModelSpec):
 
     Attributes:
         tag: the tag of ``arch.tag``, or the default tag of a bare name; None if there are no tags.
-        prune: token pruning of the weights.
+        reduction: token reduction of the weights.
     """
 
     tag: PretrainedWeights | None = None
-    prune: PruneConfig | None = None
+    reduction: TokenReduction | None = None
+
+    @property
+    def prune(self) -> PruneConfig | None:
+        """The reduction, if it is pruning."""
+        return pruning_of(self.reduction)
 
 
 @overload
@@ -347,13 +353,13 @@ def model_info(name: str | os.PathLike[str]) -> ModelInfo:
     if not ref.is_saved:
         spec = find_spec(ref)
         tag = find_weights(spec, ref)
-        return ModelInfo(**vars(spec), tag=tag, prune=tag.prune if tag is not None else None)
+        return ModelInfo(**vars(spec), tag=tag, reduction=tag.reduction if tag is not None else None)
     from lamzoo.weights.saved import read_saved
 
     saved = read_saved(ref, with_weights=False)
     cfg = {key: value for key, value in saved.cfg.to_dict().items() if key in CFG_KEYS}
     spec = replace(spec_of_saved(saved), lam=saved.lam, params=None, gmacs=None, pretrained_cfg=cfg, tags={})
-    return ModelInfo(**vars(spec), prune=saved.prune)
+    return ModelInfo(**vars(spec), reduction=saved.reduction)
 
 
 def task_of(name: str | os.PathLike[str]) -> Task:

@@ -31,8 +31,8 @@ from lamzoo.errors import (
 )
 from lamzoo.files import shortened
 from lamzoo.lam import LamConfig
-from lamzoo.reduction import PruneConfig
-from lamzoo.reduction.pruning import prune
+from lamzoo.reduction.budget import reduce_tokens
+from lamzoo.reduction.config import TokenReduction
 from lamzoo.registry.cards import ModelSpec, PretrainedWeights
 from lamzoo.registry.catalog import (
     builder_of,
@@ -68,7 +68,7 @@ class _Plan:
     lam: LamConfig | None
     weights: WeightsFile | None
     external: bool
-    prune: PruneConfig | None = None
+    reduction: TokenReduction | None = None
     config: Path | None = None  # of a saved model
 
 
@@ -270,7 +270,7 @@ def _plan(ref: ModelRef, pretrained: bool, cache_dir: str | Path | None, allow_p
         saved = read_saved(ref, with_weights=pretrained, cache_dir=cache_dir, allow_pickle=allow_pickle)
         spec = spec_of_saved(saved)
         return _Plan(
-            spec, None, saved.cfg, saved.args, saved.lam, saved.weights, saved.external, saved.prune, saved.path
+            spec, None, saved.cfg, saved.args, saved.lam, saved.weights, saved.external, saved.reduction, saved.path
         )
     spec = find_spec(ref)
     tag, weights = find_weights(spec, ref), None
@@ -279,7 +279,7 @@ def _plan(ref: ModelRef, pretrained: bool, cache_dir: str | Path | None, allow_p
     cfg = pretrained_cfg_of(spec, tag)
     if tag is None:
         return _Plan(spec, None, cfg, {}, spec.lam, None, external=False)
-    return _Plan(spec, tag, cfg, tag.args, spec.lam, weights, tag.external, tag.prune)
+    return _Plan(spec, tag, cfg, tag.args, spec.lam, weights, tag.external, tag.reduction)
 
 
 def _build(plan: _Plan, lam: LamConfig | bool | None, given: Mapping[str, Any]) -> nn.Module:
@@ -307,8 +307,13 @@ def _build(plan: _Plan, lam: LamConfig | bool | None, given: Mapping[str, Any]) 
             base = getattr(model, "pretrained_cfg", None)
             cfg = pretrained_cfg_of(spec, plan.tag, PretrainedCfg(**base) if base else None)
     _label(model, plan, cfg, arguments)
-    if plan.prune is not None and masks is not None:
-        prune(model, plan.prune)
+    reduction = plan.reduction
+    if reduction is not None and (masks is not None or reduction.method == "merge"):  # pruning needs the masks
+        try:
+            reduce_tokens(model, reduction)
+        except LamzooError as error:
+            where = plan.config or f"{spec.name}.{plan.tag.name if plan.tag is not None else ''}"
+            raise ConfigError(f"The token reduction of {where} does not fit the model: {error}") from error
     return model
 
 

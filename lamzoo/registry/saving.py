@@ -17,6 +17,7 @@ from lamzoo.adapters.wrappers import full_state_dict, is_sharded, unwrap
 from lamzoo.errors import ConfigError, UnknownModelError, WeightsError
 from lamzoo.files import atomic_files
 from lamzoo.reading import parse_json, read_text, to_json
+from lamzoo.reduction.config import TokenReduction
 from lamzoo.registry.cards import ModelSpec
 from lamzoo.registry.catalog import find_spec
 from lamzoo.registry.refs import SAVED_WEIGHTS, TIMM_PREFIX
@@ -38,9 +39,10 @@ def save_pretrained(
     """Writes a model to a folder, for ``create_model(folder)`` or, once uploaded, ``create_model("hf-hub:<repo>")``.
 
     The folder gets ``model.safetensors`` (or shards and their index) and ``config.json`` in timm's hub format. timm
-    itself reads a plain model of a timm architecture, and refuses one with masks. The configuration has three more
-    keys: ``lam_config``, ``prune_config`` and ``lamzoo`` (registry name, version, sha256 of the weights). Files of an
-    earlier save are replaced only when the new ones are complete.
+    itself reads a plain model of a timm architecture, without its token merging, and refuses one with masks. The
+    configuration has more keys: ``lam_config``, ``token_reduction`` (``prune_config`` for pruning, which lamzoo 0.1
+    reads) and ``lamzoo`` (registry name, version, sha256 of the weights). Files of an earlier save are replaced only
+    when the new ones are complete.
 
     Args:
         model: a model of :func:`lamzoo.create_model` or of timm, with or without masks; wrappers of ``torch.compile``
@@ -114,8 +116,9 @@ def _config(model: nn.Module, spec: ModelSpec, label_names: Sequence[str] | None
     masked = MASKED_TIMM + spec.name.removeprefix(TIMM_PREFIX) if spec.source == "timm" else spec.name
     config["architecture"] = spec.backbone.get("timm", spec.name) if masks is None else masked
     config["lam_config"] = masks.to_dict() if masks is not None else None
-    if getattr(model, "prune_config", None) is not None:
-        config["prune_config"] = model.prune_config.to_dict()  # type: ignore[union-attr, operator]
+    reduction: TokenReduction | None = getattr(model, "token_reduction", None)
+    if reduction is not None:
+        config["prune_config" if reduction.method == "prune" else "token_reduction"] = reduction.to_dict()
     return config
 
 

@@ -19,7 +19,7 @@ from lamzoo.files import is_plain_name
 from lamzoo.lam.config import LamConfig
 from lamzoo.reading import parse_json, read_text
 from lamzoo.records import Limits, build
-from lamzoo.reduction.config import PruneConfig
+from lamzoo.reduction.config import PruneConfig, TokenReduction
 from lamzoo.registry.preprocessing import ARGUMENTS, check_preprocessing
 from lamzoo.registry.refs import TIMM_PREFIX, ModelRef
 from lamzoo.weights.sources import SAFE_SUFFIXES, WeightsFile, find_in_folder, is_sha256, resolve_repo, way_out
@@ -48,7 +48,7 @@ class SavedModel:
         cfg: timm's record.
         args: arguments that the model was built with.
         lam: its masks.
-        prune: its token pruning.
+        reduction: its token reduction.
         weights: its weights, if requested.
         external: whether it was written by timm, or by the authors of the weights, rather than by lamzoo.
     """
@@ -58,7 +58,7 @@ class SavedModel:
     cfg: PretrainedCfg
     args: dict[str, Any]
     lam: LamConfig | None
-    prune: PruneConfig | None
+    reduction: TokenReduction | None
     weights: WeightsFile | None
     external: bool
 
@@ -127,6 +127,7 @@ class _Config:
     model_args: Mapping[str, Any] = field(default_factory=dict)
     lam_config: Mapping[str, Any] | None = None
     prune_config: Mapping[str, Any] | None = None
+    token_reduction: Mapping[str, Any] | None = None
     lamzoo: _Own = field(default_factory=_Own)
 
 
@@ -171,7 +172,7 @@ def _read_config(path: Path) -> tuple[SavedModel, Mapping[str, str]]:
             cfg=PretrainedCfg(**{**_preprocessing(raw, config), "architecture": arch, "custom_load": False}),
             args=_tuples(config.model_args),
             lam=LamConfig.from_dict(config.lam_config) if config.lam_config else None,
-            prune=PruneConfig.from_dict(config.prune_config) if config.prune_config else None,
+            reduction=_reduction(config),
             weights=None,
             external=config.lamzoo.name is None,
         )
@@ -179,6 +180,14 @@ def _read_config(path: Path) -> tuple[SavedModel, Mapping[str, str]]:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error).rstrip(".")
         raise WeightsError(f"{path} is not the configuration of a saved model: {reason}; {way_out(path)}.") from error
     return saved, config.lamzoo.sha256
+
+
+def _reduction(config: _Config) -> TokenReduction | None:
+    if config.prune_config and config.token_reduction is not None:
+        raise ConfigError("its keys prune_config and token_reduction exclude each other")
+    if config.prune_config:
+        return PruneConfig.from_dict(config.prune_config)
+    return TokenReduction.from_dict(config.token_reduction) if config.token_reduction is not None else None
 
 
 def _preprocessing(raw: dict[str, Any], config: _Config) -> dict[str, Any]:

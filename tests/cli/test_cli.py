@@ -10,6 +10,8 @@ from typer.testing import CliRunner
 from lamzoo import __version__
 from lamzoo.cli import _output as out
 from lamzoo.cli import app as cli
+from lamzoo.profiling import profile
+from lamzoo.reduction import merge_tokens
 from lamzoo.registry.catalog import model_info
 from lamzoo.registry.factory import create_model
 from lamzoo.registry.saving import save_pretrained
@@ -117,6 +119,16 @@ def test_list_finds_names_by_wildcard_and_by_part(run) -> None:
     assert all(name.startswith("timm/vit_small") for name in timms)
     for entry in json.loads(run("list", "--pretrained", "--json").out):
         assert "." in entry["name"]
+
+
+def test_info_tells_what_is_merged_and_what_is_left_to_compute(run, tmp_path: Path) -> None:
+    merged = merge_tokens(create_model("vit_micro", depth=2), keep=0.5)
+    save_pretrained(merged, tmp_path)
+    facts = json.loads(run("info", f"local-dir:{tmp_path}", "--json").out)
+    assert facts["reduction"] == {"method": "merge", "keep": 0.5}
+    assert facts["pruning"] is None
+    assert facts["gmacs"] == pytest.approx(profile(merged).gmacs, rel=1e-2)
+    assert "keep 0.5" in run("info", f"local-dir:{tmp_path}").out
 
 
 def test_info_tells_cost_masks_and_preprocessing(run, model: str) -> None:

@@ -111,6 +111,8 @@ def test_a_card_without_tags_is_valid(tmp_path: Path) -> None:
         (GOOD + f'[models.a.tags.t]\nhub = "x/y"\nsha256 = "{"0" * 64}"\n', "needs a revision"),
         (GOOD + "[models.a.tags.t]\nfile = 3\n", "file is 3"),
         (GOOD + "[models.a.tags.t]\nprune = { kep = 0.5 }\n", "PruneConfig has no field 'kep'; did you mean 'keep'"),
+        (GOOD + "[models.a.tags.t]\nreduction = { kep = 0.5 }\n", "t.reduction: TokenReduction has no field 'kep'"),
+        (GOOD + "[models.a.tags.t]\nreduction = { keep = 0.5 }\nprune = { keep = 0.5 }\n", "exclude each other"),
         (GOOD + f'[models.a.tags.t]\nfile = "../x"\nsha256 = "{"0" * 64}"\n', "is not below the weights folder"),
         (GOOD + "[models.a.tags.'../t']\n" + f'file = "x"\nsha256 = "{"0" * 64}"\n', "a tag's name may not"),
         (GOOD + "[models.a.tags.t]\nopen_clip = 'x'\n", "must be 'model:tag'"),

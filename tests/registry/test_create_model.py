@@ -23,8 +23,9 @@ from lamzoo.errors import (
 )
 from lamzoo.lam import LamConfig
 from lamzoo.profiling.inputs import image_size
+from lamzoo.reduction import TokenReduction
 from lamzoo.registry import catalog
-from lamzoo.registry.catalog import get_pretrained_cfg, list_models, register_cards, register_model
+from lamzoo.registry.catalog import get_pretrained_cfg, list_models, model_info, register_cards, register_model
 from lamzoo.registry.factory import create_model
 from lamzoo.weights.files import file_sha256, write_state_dict
 from tests.weights.hub_server import COMMIT, HubServer
@@ -208,6 +209,19 @@ def test_a_tag_for_fewer_tokens_comes_pruned_and_others_do_not(zoo: HubServer, t
     assert (model.prune_config.keep, model.prune_config.at) == (0.5, (1,))
     assert not hasattr(create_model("pruned_zoo.bundled", pretrained=True), "prune_config")
     assert not hasattr(create_model("pruned_zoo.pruned", lam=False), "prune_config")
+
+
+def test_a_tag_for_merged_tokens_comes_merged_with_masks_or_without(zoo: HubServer, tmp_path: Path) -> None:
+    card = (tmp_path / "zoo.toml").read_text()
+    tag = card[card.index("[models.tiny_zoo.tags.bundled]") : card.index("[models.tiny_zoo.tags.hub]")]
+    merged = tag.replace("tags.bundled", "tags.merged") + "reduction = { keep = 0.5, at = [0, 1] }\n"
+    (tmp_path / "merged.toml").write_text((card + merged).replace("tiny_zoo", "merged_zoo"))
+    register_cards(tmp_path / "merged.toml")
+    info = model_info("merged_zoo.merged")
+    assert (info.reduction, info.prune) == (TokenReduction(0.5, at=(0, 1)), None)
+    assert create_model("merged_zoo.merged", pretrained=True).token_reduction == info.reduction
+    assert create_model("merged_zoo.merged", lam=False).token_reduction == info.reduction
+    assert not hasattr(create_model("merged_zoo.bundled", pretrained=True), "token_reduction")
 
 
 def test_a_bundled_tag_never_asks_the_hub(zoo: HubServer) -> None:

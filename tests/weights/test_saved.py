@@ -24,7 +24,8 @@ from lamzoo.errors import (
     WeightsNotFoundError,
 )
 from lamzoo.lam import LamConfig
-from lamzoo.registry.catalog import get_pretrained_cfg
+from lamzoo.reduction import TokenReduction, merge_tokens, remove_reduction
+from lamzoo.registry.catalog import get_pretrained_cfg, model_info
 from lamzoo.registry.factory import create_model
 from lamzoo.registry.saving import save_pretrained
 from tests.weights.hub_server import COMMIT, HubServer
@@ -71,6 +72,35 @@ def test_a_folder_gives_the_model_back(model: nn.Module, tmp_path: Path) -> None
     assert before == after
     save_pretrained(loaded, tmp_path / "again")
     assert files(tmp_path / "again")["model.safetensors"] == files(tmp_path / "m")["model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("lam_vit_micro", {"depth": 2}),
+        ("vit_micro", {"depth": 2}),
+        (TIMM, {"img_size": 32, "patch_size": 8, "depth": 2}),
+    ],
+)
+def test_a_folder_gives_a_merged_model_back(name: str, kwargs: dict[str, Any], tmp_path: Path) -> None:
+    merged = merge_tokens(create_model(name, **kwargs), keep=0.5)
+    save_pretrained(merged, tmp_path)
+    loaded = create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert loaded.token_reduction == model_info(tmp_path).reduction == TokenReduction(0.5)
+    assert same_output(merged, loaded)
+    assert create_model(f"local-dir:{tmp_path}", lam=False).token_reduction == TokenReduction(0.5)
+    save_pretrained(remove_reduction(loaded), tmp_path)
+    assert model_info(tmp_path).reduction is None
+
+
+def test_a_reduction_that_does_not_fit_names_the_file(model: nn.Module, tmp_path: Path) -> None:
+    save_pretrained(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"token_reduction": {"keep": 0.5, "at": [40]}}))
+    with pytest.raises(
+        ConfigError, match=r"config\.json does not fit the model: at=\(40,\): tokens can merge in layers"
+    ):
+        create_model(tmp_path)
 
 
 def test_a_folder_is_adapted_like_any_weights(model: nn.Module, tmp_path: Path) -> None:
@@ -304,6 +334,12 @@ GOOD = {
         ({"lam_config": {"hidden": [2] * 10_000}}, "hidden"),
         ({"prune_config": {"keep": "x", "at": [0]}}, "keep='x'"),
         ({"prune_config": {"keep": 0.5, "at": ["x"]}}, "at="),
+        ({"token_reduction": {"keep": "x"}}, "keep='x'"),
+        ({"token_reduction": {"keep": 0.5, "at": 3}}, "at=3"),
+        ({"token_reduction": {"keep": 0.5, "method": "mix"}}, "method='mix'"),
+        ({"token_reduction": {"keep": 0.5, "kept": 1}}, "no field 'kept'; did you mean 'keep'"),
+        ({"token_reduction": {}}, "keep"),
+        ({"token_reduction": {"keep": 0.5}, "prune_config": {"keep": 0.5, "at": [0]}}, "exclude each other"),
     ],
 )
 def test_a_value_in_a_config_is_refused_by_file_key_and_way_out(
