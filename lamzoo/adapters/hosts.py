@@ -6,7 +6,7 @@ To support another library, write a :class:`HostAdapter` in a file of this folde
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Protocol, TypeVar
@@ -69,7 +69,7 @@ class TokenLayout:
         watch_grid: registers the hook that begins each forward pass with the patch grid of its image, where the grid
             may change; takes the state of the stack.
         no_positions: the reason why the layer can't have a mask with ``keys="position"``; None if it can.
-        pooling: how the host pools the tokens; None where tokens can't be reduced.
+        pooling: how the host pools the tokens; None where that is unknown, and tokens can't be reduced.
     """
 
     length: int | None = None
@@ -83,26 +83,36 @@ class TokenLayout:
 
 @dataclass(frozen=True)
 class Pooling:
-    """How a host pools the tokens of a stack of blocks, between which tokens may be removed.
+    """How a host pools the tokens of a stack of blocks, between which tokens may be removed or merged.
 
     Attributes:
-        blocks: path of the list of blocks, each with one attention layer.
-        root: path of the module whose forward pass pools the tokens, and returns nothing else of them.
-        norm: name of the norm of a block whose output is the input of the block's attention; None where there is none,
-            or some block is of another kind.
+        blocks: path of the list of blocks, each with one attention layer named ``attn``.
+        root: path of the module whose forward pass runs the blocks and pools their tokens.
         kind: ``"token"``, ``"avg"``, ``""`` for none, or another.
         has_class_token: whether the first prefix token is a class token.
         num_unpooled: tokens at the start that the mean leaves out.
         last: the module whose output, ``(B, N, C)``, is pooled.
+        norm: name of the norm of a block whose output is the input of the block's attention.
+        reads_prefix_only: whether the forward pass of ``root`` reads class and register tokens alone of what the last
+            block returns; asked in each pass, because hosts let users change it.
+        arguments: names of the tensors besides the tokens that a block may be called with, because its attention
+            selects their rows for tokens that have been removed or merged.
+        no_merging: the reason why tokens can't be merged, a clause that follows the path of the blocks; None if they
+            can.
+        no_pruning: the same of pruning.
     """
 
     blocks: str
     root: str
-    norm: str | None
     kind: str
     has_class_token: bool
     num_unpooled: int
     last: nn.Module
+    norm: str = "norm1"
+    reads_prefix_only: Callable[[], bool] = field(default=bool, compare=False)  # bool() is False
+    arguments: frozenset[str] = frozenset()
+    no_merging: str | None = None
+    no_pruning: str | None = None
 
 
 class HostAdapter(Protocol):
@@ -129,6 +139,13 @@ class HostAdapter(Protocol):
         """Returns the token layout of the attention layer at ``path``, with or without a mask.
 
         None if the layer doesn't belong to the library, or its layout is unknown.
+        """
+        ...
+
+    def stacks(self, model: nn.Module) -> Iterable[TokenLayout]:
+        """Finds the stacks of blocks whose pooling is known, and returns their layouts, each with its ``pooling``.
+
+        With masks or without. Tokens can be reduced in these stacks, unless the pooling gives the reason why not.
         """
         ...
 
@@ -286,6 +303,10 @@ class TakeoverAdapter:
     def token_layout(self, model: nn.Module, path: str) -> TokenLayout | None:
         """Returns None: the layout is unknown."""
         return None
+
+    def stacks(self, model: nn.Module) -> Iterable[TokenLayout]:
+        """Returns no stacks."""
+        return ()
 
     def wrap(self, model: nn.Module, lams: Mapping[AttentionSite, Lam | Unmasked]) -> None:
         """Replaces the attention layer of each site by one of its takeover class."""

@@ -80,7 +80,7 @@ class LamMultiheadAttention(HostTakeover, nn.MultiheadAttention):
                 "pass nn.Transformer.generate_square_subsequent_mask(length)."
             )
         queries = self._to_batch_first(query)
-        keys = queries if key is query else self._to_batch_first(key)
+        keys = self.lam.key_tokens(queries) if key is query else self._to_batch_first(key)
         values = keys if value is key else self._to_batch_first(value)
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in self._project(queries, keys, values))
         allowed, bias = None, None
@@ -118,6 +118,8 @@ class LamMultiheadAttention(HostTakeover, nn.MultiheadAttention):
         if self.in_proj_weight is not None:
             if queries is keys is values:
                 return F.linear(queries, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+            if keys is values:
+                return project_apart(queries, keys, self.in_proj_weight, self.in_proj_bias)
             weights = self.in_proj_weight.chunk(3)
         else:
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
@@ -132,6 +134,25 @@ class LamMultiheadAttention(HostTakeover, nn.MultiheadAttention):
         out, weights = self.forward(padded, padded, padded, padding, need_weights, average_attn_weights=average)
         samples = [sample[:length] for sample, length in zip(out, lengths, strict=True)]
         return torch.nested.as_nested_tensor(samples, layout=x.layout), weights
+
+
+def project_apart(queries: Tensor, keys: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+    """Returns the queries of some tokens and the keys and values of others, by a projection of all three.
+
+    Args:
+        queries: ``(B, Nq, C)``.
+        keys: ``(B, Nk, C)``.
+        weight: ``(3 E, C)``, of queries, keys and values in this order.
+        bias: ``(3 E,)``.
+
+    Returns:
+        ``(B, Nq, E)``, and twice ``(B, Nk, E)``.
+    """
+    width = weight.shape[0] // 3
+    weights = weight.split((width, 2 * width))
+    biases = (None, None) if bias is None else bias.split((width, 2 * width))
+    query, rest = map(F.linear, (queries, keys), weights, biases)
+    return query, *rest.chunk(2, dim=-1)
 
 
 def read_attn_mask(attn_mask: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor | None, Tensor | None]:

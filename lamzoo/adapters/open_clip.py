@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, ClassVar, TypeGuard
 
 from open_clip.hf_model import HFTextEncoder
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lamzoo.adapters.hosts import AttentionSite, HostTakeover, Pooling, TakeoverAdapter, TokenLayout
-from lamzoo.adapters.mha import LamMultiheadAttention, mha_site, present_keys, read_attn_mask
+from lamzoo.adapters.mha import LamMultiheadAttention, mha_site, present_keys, project_apart, read_attn_mask
 from lamzoo.errors import UnsupportedHostError, class_name
 
 _BLOCKS = (ResidualAttentionBlock, CustomResidualAttentionBlock)
@@ -52,8 +53,12 @@ class LamClipAttention(HostTakeover, Attention):
             MaskShapeError: ``attn_mask`` has another shape or is an integer tensor.
         """
         host: Any = self
-        qkv = F.linear(x, host.in_proj_weight, host.in_proj_bias).unflatten(-1, (3, host.num_heads, -1))
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        keys = self.lam.key_tokens(x)
+        if keys is x:
+            projected = F.linear(x, host.in_proj_weight, host.in_proj_bias).chunk(3, dim=-1)
+        else:
+            projected = project_apart(x, keys, host.in_proj_weight, host.in_proj_bias)
+        query, key, value = (each.unflatten(-1, (host.num_heads, -1)).transpose(1, 2) for each in projected)
         if host.logit_scale is None:
             query, key, scale = host.ln_q(query), host.ln_k(key), host.scale
         else:
@@ -65,7 +70,7 @@ class LamClipAttention(HostTakeover, Attention):
             allowed, bias = read_attn_mask(flat, query, key)
         dropout_p = host.attn_drop.p if host.training else 0.0
         out = self.lam.attend(
-            x, x, query, key, value, allowed=allowed, bias=bias, dropout_p=dropout_p, scale=scale,
+            x, keys, query, key, value, allowed=allowed, bias=bias, dropout_p=dropout_p, scale=scale,
             present=present_keys(self.lam, key, flat),
         )  # fmt: skip
         if host.head_scale is not None:
@@ -120,6 +125,12 @@ class OpenClipAdapter(TakeoverAdapter):
             return TokenLayout(length=tower.context_length)
         return TokenLayout()
 
+    def stacks(self, model: nn.Module) -> Iterator[TokenLayout]:
+        """Yields the layout of the blocks of each image tower."""
+        for path, tower in model.named_modules():
+            if isinstance(tower, VisionTransformer):
+                yield _image_layout(tower, f"{path}.transformer.resblocks" if path else "transformer.resblocks")
+
 
 def _is_self_attending(block: nn.Module) -> TypeGuard[ResidualAttentionBlock | CustomResidualAttentionBlock]:
     return isinstance(block, _BLOCKS) and not hasattr(block, "ln_1_kv")  # of cross-attention
@@ -151,14 +162,24 @@ def _site(path: str, attn: Any) -> AttentionSite:
     )
 
 
+def _reads_prefix_only(tower: VisionTransformer) -> bool:
+    """Returns whether a tower returns its class token alone."""
+    return tower.pool_type == "tok" and tower.attn_pool is None and not tower.output_tokens
+
+
 def _image_layout(tower: VisionTransformer, blocks: str) -> TokenLayout:
     rows, columns = tower.grid_size
     drops = getattr(tower.patch_dropout, "prob", 0.0) > 0  # nn.Identity without
     pools = tower.attn_pool is not None
+    batch_first = tower.transformer.batch_first
+    reason = None if batch_first else "takes tokens as (N, B, C); build its transformer with batch_first=True"
     pooling = Pooling(
         blocks=blocks,
         root=blocks.rpartition(".")[0].rpartition(".")[0],
         norm="ln_1",
+        reads_prefix_only=partial(_reads_prefix_only, tower),
+        no_merging=reason,
+        no_pruning=reason,
         kind="attention" if pools else {"tok": "token", "none": ""}.get(tower.pool_type, "avg"),
         has_class_token=True,
         num_unpooled=1,

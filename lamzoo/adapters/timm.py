@@ -16,7 +16,7 @@ encoders.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, ClassVar
 
@@ -35,18 +35,22 @@ from timm.layers import (
     apply_rot_embed_cat,
 )
 from timm.models.beit import Attention as BeitAttention
+from timm.models.beit import Beit
 from timm.models.csatv2 import SpatialTransformerBlock
-from timm.models.eva import EvaAttention
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva, EvaAttention, EvaBlock
 from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import Block, VisionTransformer
-from timm.models.vision_transformer_relpos import RelPosAttention
+from timm.models.vision_transformer_relpos import RelPosAttention, VisionTransformerRelPos
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lamzoo.adapters.hosts import AttentionSite, HostTakeover, Pooling, SharedStateHook, TakeoverAdapter, TokenLayout
+from lamzoo.adapters.mha import project_apart
 from lamzoo.errors import MaskShapeError, UnsupportedHostError, class_name
 from lamzoo.lam import Lam, SharedState
 from lamzoo.lam.resize import Grid
+from lamzoo.lam.token_map import take
 from lamzoo.lam.unmasked import Unmasked
 
 
@@ -67,15 +71,13 @@ class LamAttentionRope(HostTakeover):
         self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
         """Masked self-attention of ``x (B, N, C)``; arguments and result as timm's ``AttentionRope``."""
-        if self.qkv is not None:
-            query, key, value = _split_heads(self, self.qkv(x))
-        else:
-            query, key, value = _separate_projections(self, x)
-        query, key = _rotate(self, self.q_norm(query), rope, value), _rotate(self, self.k_norm(key), rope, value)
+        keys = self.lam.key_tokens(x)
+        query, key, value = _project(self, x, keys)
+        query, key = _rotate(self, self.q_norm(query), self.k_norm(key), rope, value)
         if self.num_kv_groups > 1:  # grouped-query attention: head h uses key head h // num_kv_groups
             key = key.repeat_interleave(self.num_kv_groups, dim=1)
             value = value.repeat_interleave(self.num_kv_groups, dim=1)
-        return _attend(self, x, x, query, key, value, attn_mask, is_causal)
+        return _attend(self, x, keys, query, key, value, attn_mask, is_causal)
 
 
 class LamEvaAttention(HostTakeover):
@@ -85,12 +87,10 @@ class LamEvaAttention(HostTakeover):
         self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
         """Masked self-attention of ``x (B, N, C)``; arguments and result as timm's ``EvaAttention``."""
-        if self.qkv is None:
-            query, key, value = _separate_projections(self, x)
-        else:
-            query, key, value = _split_heads(self, _biased_qkv(self, x))
-        query, key = _rotate(self, self.q_norm(query), rope, value), _rotate(self, self.k_norm(key), rope, value)
-        return _attend(self, x, x, query, key, value, attn_mask, is_causal)
+        keys = self.lam.key_tokens(x)
+        query, key, value = _project(self, x, keys)
+        query, key = _rotate(self, self.q_norm(query), self.k_norm(key), rope, value)
+        return _attend(self, x, keys, query, key, value, attn_mask, is_causal)
 
     def reset_parameters(self) -> None:
         """Sets the biases to zero, as timm's ``EvaAttention`` does; called when weights are reinitialised."""
@@ -110,7 +110,7 @@ class LamBeitAttention(HostTakeover, BeitAttention):
 
     def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
         """Masked self-attention of ``x (B, N, C)``; arguments and result as BEiT's ``Attention``."""
-        query, key, value = _split_heads(self, _biased_qkv(self, x))
+        query, key, value = _project(self, x, x)
         bias = shared_rel_pos_bias
         if self.relative_position_bias_table is not None:
             own = self._get_rel_pos_bias()
@@ -123,7 +123,7 @@ class LamRelPosAttention(HostTakeover):
 
     def forward(self, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
         """Masked self-attention of ``x (B, N, C)``; arguments and result as timm's ``RelPosAttention``."""
-        query, key, value = _split_heads(self, self.qkv(x))
+        query, key, value = _project(self, x, x)
         bias = shared_rel_pos if self.rel_pos is None else self.rel_pos.get_bias()
         out = _attend_heads(self, x, x, self.q_norm(query), self.k_norm(key), value, bias=bias)
         return self.proj_drop(self.proj(out))
@@ -178,6 +178,13 @@ class TimmAdapter(TakeoverAdapter):
         host: Any = model.get_submodule(match["stack"].rpartition(".")[0])
         pooling = _pooling(host, match["stack"]) if match["name"] == "attn" else None
         return _layout(host, pooling)
+
+    def stacks(self, model: nn.Module) -> Iterator[TokenLayout]:
+        """Yields the layout of the blocks of each vision transformer of a known class."""
+        for path, host in model.named_modules():
+            if isinstance(host, _POOLING_HOSTS):
+                blocks = f"{path}.blocks" if path else "blocks"
+                yield _layout(host, _pooling(host, blocks))
 
     def _sites_of(self, root_path: str, root: nn.Module) -> list[AttentionSite]:
         found = []
@@ -240,18 +247,70 @@ def _site(path: str, stack: str, attn: Any) -> AttentionSite:
     )
 
 
+# Hosts whose pooling is known, and those of them that tokens can't be reduced in. The distilled DeiT comes before its
+# base class.
+_BIASED_HOSTS = (Beit, VisionTransformerRelPos)
+_POOLING_HOSTS = (VisionTransformerDistilled, VisionTransformer, Eva, NaFlexVit, *_BIASED_HOSTS)
+_MERGING_BLOCKS = (Block, EvaBlock)  # whose attention reads the output of `norm1`
+_MERGING_LAYERS = (Attention, AttentionRope, EvaAttention)
+
+
 def _pooling(host: Any, blocks: str) -> Pooling | None:
-    if not isinstance(host, VisionTransformer):
+    if not isinstance(host, _POOLING_HOSTS):
         return None
+    no_merging, no_pruning = _no_reduction(host)
     return Pooling(
         blocks=blocks,
         root=blocks.rpartition(".")[0],
-        norm="norm1" if all(type(block) is Block for block in host.blocks) else None,
-        kind="attention" if host.attn_pool is not None else host.global_pool,
-        has_class_token=host.has_class_token,
-        num_unpooled=0 if host.pool_include_prefix else host.num_prefix_tokens,
+        kind="attention" if getattr(host, "attn_pool", None) is not None else host.global_pool,
+        has_class_token=getattr(host, "has_class_token", getattr(host, "cls_token", None) is not None),
+        num_unpooled=0 if getattr(host, "pool_include_prefix", False) else host.num_prefix_tokens,
         last=host.norm,
+        reads_prefix_only=partial(_reads_prefix_only, host),
+        arguments=frozenset({"rope"}) if isinstance(host, (Eva, NaFlexVit)) else frozenset(),
+        no_merging=no_merging,
+        no_pruning=no_pruning,
     )
+
+
+def _no_reduction(host: Any) -> tuple[str | None, str | None]:
+    """Returns the reasons why the tokens of a host can't be merged, and why they can't be pruned."""
+    if isinstance(host, _BIASED_HOSTS):
+        bias = (
+            "adds a bias for each pair of positions to the scores, and tokens that are reduced are no longer one for "
+            "each position; use a model with position embeddings or rotary ones"
+        )
+        return bias, bias
+    single = all(hasattr(block, "attn") for block in host.blocks)
+    no_pruning = None if single else "has blocks with several attention layers; use timm's Block"
+    if isinstance(host, NaFlexVit):
+        no_pruning = "may have padding, which is pruned like any token; merge tokens with lamzoo.merge_tokens"
+    others = {type(block) for block in host.blocks} - set(_MERGING_BLOCKS)
+    if others:
+        no_merging = (
+            f"has blocks of {_names(others)}, and merging supports {_names(_MERGING_BLOCKS)}, whose attention reads "
+            "the normalised tokens alone"
+        )
+        way_out = "; add masks and call lamzoo.prune_tokens" if no_pruning is None else "; build it with one of these"
+        return no_merging + way_out, no_pruning
+    layers = {getattr(block.attn, "host_class", type(block.attn)) for block in host.blocks} - set(_MERGING_LAYERS)
+    if layers:
+        reason = f"has attention layers of {_names(layers)}; use {_names(_MERGING_LAYERS)}"
+        return reason, reason
+    return None, no_pruning
+
+
+def _names(classes: Iterable[type]) -> str:
+    return ", ".join(sorted(map(class_name, classes)))
+
+
+def _reads_prefix_only(host: Any) -> bool:
+    """Returns whether a host pools its class token, in timm's own way."""
+    known = next(kind for kind in _POOLING_HOSTS if isinstance(host, kind))
+    own = all(
+        getattr(type(host), name, None) is getattr(known, name, None) for name in ("forward", "forward_head", "pool")
+    )
+    return own and host.global_pool == "token" and getattr(host, "attn_pool", None) is None
 
 
 def _layout(host: Any, pooling: Pooling | None) -> TokenLayout:
@@ -304,6 +363,11 @@ def _attend(
             f"attn_mask has shape {tuple(attn_mask.shape)}, which timm reads as one mask per head; "
             "pass (B, 1, N, N) for one per sample or (1, H, N, N) for one per head."
         )
+    if attn_mask is not None and attn.lam.shared.current.has_reduced:
+        raise UnsupportedHostError(
+            f"{class_name(attn.host_class)} got an attention mask of all tokens after some were merged or pruned; call "
+            "lamzoo.remove_reduction(model) first, or leave the mask out."
+        )
     boolean = attn_mask is not None and attn_mask.dtype == torch.bool
     allowed, bias = (attn_mask, None) if boolean else (None, attn_mask)
     out = attn.norm(_attend_heads(attn, x, keys, query, key, value, allowed=allowed, bias=bias, is_causal=is_causal))
@@ -338,35 +402,51 @@ def _split_heads(attn: Any, qkv: Tensor) -> tuple[Tensor, ...]:
 
 
 def _project(attn: Any, x: Tensor, keys: Tensor) -> tuple[Tensor, ...]:
-    """Returns the queries of some tokens, and the keys and values of others, where these are not the same."""
+    """Returns the queries of some tokens, and the keys and values of others, each ``(B, H, N, d)``."""
+    if attn.qkv is None:
+        projections = zip((attn.q_proj, attn.k_proj, attn.v_proj), (x, keys, keys), strict=True)
+        # Split by head dim, not by number of heads: grouped-query attention has fewer heads for keys and values.
+        return tuple(each(tokens).unflatten(-1, (-1, attn.head_dim)).transpose(1, 2) for each, tokens in projections)
     if keys is x:
-        return _split_heads(attn, attn.qkv(x))
+        return _split_heads(attn, _biased_qkv(attn, x))
     qkv = attn.qkv
     if type(qkv) is not nn.Linear:  # adapted or quantised: its weight alone doesn't say what it computes
-        return (_split_heads(attn, qkv(x))[0], *_split_heads(attn, qkv(keys))[1:])
-    width = qkv.out_features // 3
-    weights = qkv.weight.split((width, 2 * width))
-    biases = (None, None) if qkv.bias is None else qkv.bias.split((width, 2 * width))
-    query, rest = (F.linear(*each) for each in zip((x, keys), weights, biases, strict=True))
-    split = rest.unflatten(-1, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    return query.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2), *split.unbind(0)
+        return (_split_heads(attn, _biased_qkv(attn, x))[0], *_split_heads(attn, _biased_qkv(attn, keys))[1:])
+    bias = _qkv_bias(attn)
+    apart = project_apart(x, keys, qkv.weight, qkv.bias if bias is None else bias)
+    return tuple(each.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for each in apart)
+
+
+def _qkv_bias(attn: Any) -> Tensor | None:
+    """Returns the bias that the layer adds outside of ``qkv``, whose part for the keys is a buffer of zeros."""
+    if getattr(attn, "q_bias", None) is None:
+        return None
+    return torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
 
 
 def _biased_qkv(attn: Any, x: Tensor) -> Any:
-    if attn.q_bias is None:
+    bias = _qkv_bias(attn)
+    if bias is None:
         return attn.qkv(x)
-    bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
     return attn.qkv(x) + bias if attn.qkv_bias_separate else F.linear(x, attn.qkv.weight, bias)
 
 
-def _separate_projections(attn: Any, x: Tensor) -> list[Tensor]:
-    projections = (attn.q_proj, attn.k_proj, attn.v_proj)
-    # Split by head dim, not by number of heads: grouped-query attention has fewer heads for keys and values.
-    return [projection(x).unflatten(-1, (-1, attn.head_dim)).transpose(1, 2) for projection in projections]
-
-
-def _rotate(attn: Any, x: Tensor, rope: Tensor | None, like: Tensor) -> Tensor:
+def _rotate(attn: Any, query: Tensor, key: Tensor, rope: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotates queries and keys; a merged token has the rotation of the token whose place it takes."""
     if rope is None:
-        return x
-    prefix, patches = x[:, :, : attn.num_prefix_tokens], x[:, :, attn.num_prefix_tokens :]
-    return torch.cat([prefix, apply_rot_embed_cat(patches, rope, half=attn.rotate_half)], dim=2).type_as(like)
+        return query, key
+    prefix = attn.num_prefix_tokens
+    rotated = []
+    for x, places in zip((query, key), attn.lam.shared.places(), strict=True):
+        rows = rope if places is None else _rows(rope, places[:, prefix:] - prefix)
+        patches = apply_rot_embed_cat(x[:, :, prefix:], rows, half=attn.rotate_half)
+        rotated.append(torch.cat([x[:, :, :prefix], patches], dim=2).type_as(like))
+    return rotated[0], rotated[1]
+
+
+def _rows(rope: Tensor, index: Tensor) -> Tensor:
+    """Returns the rows ``(B, 1 | H, K, D)`` of rotations ``(N, D)``, ``(H, N, D)`` or ``(B, 1 | H, N, D)``."""
+    while rope.ndim < 4:
+        rope = rope.unsqueeze(0)
+    flat = rope.transpose(1, 2).flatten(2).expand(index.shape[0], -1, -1)
+    return take(flat, index).unflatten(-1, (rope.shape[1], -1)).transpose(1, 2)

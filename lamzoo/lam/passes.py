@@ -78,6 +78,11 @@ class StackPass:
     held: bool = False
     rerun: Rerun | None = None
 
+    @property
+    def has_reduced(self) -> bool:
+        """Whether the current layer has fewer tokens than the stack's input."""
+        return self.token_map is not None or self.merge is not None
+
 
 class SharedState:
     """State shared by the layers of one stack: its forward passes.
@@ -134,6 +139,19 @@ class SharedState:
         """Returns the tokens that a layer's keys are made of: its input ``(B, N, C)``, or those that merge in it."""
         merge = self.current.merge
         return tokens if merge is None else merge.tokens
+
+    def places(self) -> tuple[Tensor | None, Tensor | None]:
+        """Returns the places among the stack's input tokens that the current layer's queries and keys take.
+
+        Returns:
+            For the queries and for the keys, int64 ``(B, N)`` or ``(B, K)``; None where they are all of the input.
+        """
+        here = self.current
+        keys = None if here.token_map is None else here.token_map.kept
+        if here.merge is None:
+            return keys, keys
+        fewer = here.merge.token_map.kept
+        return fewer if keys is None else keys.gather(1, fewer), keys
 
     def finish_merge(self) -> None:
         """Makes the merged tokens the keys of the layers that follow, and applies the merge to the shared mask."""

@@ -39,8 +39,8 @@ def prune_tokens(
     CLIP model the image tower is pruned and the text tower is not.
 
     Args:
-        model: has masks, and is or contains one timm ``VisionTransformer`` or image tower of open_clip; may be wrapped
-            by ``torch.compile`` or data parallelism.
+        model: has masks, and is or contains one timm ``VisionTransformer`` or ``Eva``, or image tower of open_clip; may
+            be wrapped by ``torch.compile`` or data parallelism.
         keep: share of a layer's tokens to keep at each layer of ``at``; 0.7 by default.
         at: layers, counted from 0, after whose block tokens are pruned; by default three, at a quarter, half and three
             quarters of the depth.
@@ -95,8 +95,11 @@ def merge_tokens(
     which changes nothing; ``keep=1`` does this and no more.
 
     Args:
-        model: is or contains one timm ``VisionTransformer`` or image tower of open_clip; may be wrapped by
-            ``torch.compile`` or data parallelism. In a CLIP model the image tower is reduced and the text tower isn't.
+        model: is or contains one ``VisionTransformer`` (ViT, DeiT, DINOv2, SigLIP, ...), ``Eva`` (EVA, EVA-02,
+            RoPE-ViT, DINOv3, PE) or ``NaFlexVit`` of timm with the blocks ``Block`` or ``EvaBlock``, or one image tower
+            of open_clip; may be wrapped by ``torch.compile`` or data parallelism. In a CLIP model the image tower is
+            reduced and the text tower isn't. With rotary positions, a merged token has the rotation of the token whose
+            place it takes.
         target_gmacs: upper limit on the GMACs of one input of the model's own size, matching included; as few patches
             as needed merge. Inputs of another size keep the same share of their patches.
         keep: instead, the share of the patches that is left after the last layer.
@@ -108,7 +111,8 @@ def merge_tokens(
         The same model, with the attribute ``token_reduction``. An earlier reduction is replaced.
 
     Raises:
-        UnsupportedHostError: the model has another stack of blocks, or several.
+        UnsupportedHostError: the model has another stack of blocks, or several; in a forward pass, that a block is
+            called with an attention mask of all tokens.
         ConfigError: not exactly one of ``target_gmacs``, ``keep`` and ``r``, an invalid value, a layer that the model
             doesn't have, or a target below the cost of a single patch after the last layer.
     """

@@ -62,23 +62,24 @@ class _MergeTokens(ReductionHook):
     def __init__(self, shared: SharedState, stack: Stack, index: int, config: TokenReduction) -> None:
         super().__init__(shared)
         self.prefix = stack.layout.num_prefix_tokens
-        self.norm = stack.pooling.norm or ""
+        self.pooling = stack.pooling
         self.is_first = index == 0
         layers = merging_layers(stack, config)
         self.place = layers.index(index) if index in layers else None
         self.layers, self.keep = len(layers), config.keep
-        # Only the class token is read of the last block, and what is never read needs no query.
-        self.prefix_only = stack.pooling.kind == "token" and index == len(stack.blocks) - 1
+        self.is_last = index == len(stack.blocks) - 1
 
     def __call__(
         self, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
         tokens, *others = args
         check_not_traced(tokens)
-        if any(isinstance(value, Tensor) for value in (*others, *kwargs.values())):
+        given = [f"argument {place}" for place, value in enumerate(others, 2) if isinstance(value, Tensor)]
+        given += [name for name, value in kwargs.items() if isinstance(value, Tensor)]
+        if unknown := [name for name in given if name not in self.pooling.arguments]:
             raise UnsupportedHostError(
-                f"Tokens can't be merged in a block of {class_name(block)} that is called with an attention mask or "
-                "positions; call lamzoo.remove_reduction(model) first."
+                f"Tokens can't be merged in {class_name(block)} while it is called with the tensor {unknown[0]}, such "
+                "as an attention mask of all tokens; leave it out, or call lamzoo.remove_reduction(model) first."
             )
         here = self.shared.current
         if self.is_first:
@@ -86,7 +87,8 @@ class _MergeTokens(ReductionHook):
             here = self.shared.current
         if here.token_map is not None and not here.pooled:
             tokens = take(tokens, here.token_map.kept)  # the members of a merged token are all equal
-        if self.prefix_only and here.pooled:
+        # Of what the last block returns, only these tokens may be read; what is never read needs no query.
+        if self.is_last and here.pooled and self.pooling.reads_prefix_only():
             places = torch.arange(self.prefix, device=tokens.device).expand(tokens.shape[0], -1)
             token_map = TokenMap(tokens.shape[1], places)
             self.shared.merge(Merge(self._normed(block, tokens), token_map))
@@ -101,7 +103,7 @@ class _MergeTokens(ReductionHook):
         return (tokens, *others), kwargs
 
     def _normed(self, block: nn.Module, tokens: Tensor) -> Tensor:
-        normed: Tensor = getattr(block, self.norm)(tokens)
+        normed: Tensor = getattr(block, self.pooling.norm)(tokens)
         return normed
 
     def _count(self, tokens: Tensor, here: StackPass) -> int:
@@ -151,22 +153,17 @@ def merge(model: nn.Module, config: TokenReduction) -> None:
     """Registers the hooks in a model, in place of those of an earlier reduction.
 
     Args:
-        model: is or contains one timm ``VisionTransformer`` or image tower of open_clip.
+        model: as for :func:`lamzoo.merge_tokens`.
         config: the merging.
 
     Raises:
-        UnsupportedHostError: the model has another stack of blocks, several, or blocks of an unknown kind.
+        UnsupportedHostError: the model has another stack of blocks, or several.
         ConfigError: ``at`` names a layer that the model doesn't have, or in which merging saves nothing.
     """
     model = unwrap(model)
     remove_reduction(model)
     stack = find_stack(model, masked=False, verb="merged")
     merging_layers(stack, config)
-    if stack.pooling.norm is None:
-        kinds = ", ".join(sorted({class_name(block) for block in stack.blocks.values()}))
-        raise UnsupportedHostError(
-            f"Tokens can't be merged in {stack.pooling.blocks}, whose blocks are of {kinds}; timm's Block can."
-        )
     lams = stack.lams
     shared = lams[0].shared if lams else SharedState()
     for lam in lams:
@@ -190,7 +187,7 @@ def merging_layers(stack: Stack, config: TokenReduction) -> list[int]:
         ConfigError: ``at`` names others.
     """
     # Under a class token the last block computes that token alone.
-    possible = list(range(len(stack.blocks) - (stack.pooling.kind == "token")))
+    possible = list(range(len(stack.blocks) - stack.pooling.reads_prefix_only()))
     if config.at is None:
         return possible
     if config.at[-1] not in possible:

@@ -133,7 +133,7 @@ def prune(model: nn.Module, config: PruneConfig) -> None:
     """Registers the hooks in a model, in place of those of an earlier pruning.
 
     Args:
-        model: has masks, and is or contains one timm ``VisionTransformer`` or image tower of open_clip.
+        model: as for :func:`lamzoo.prune_tokens`.
         config: the pruning; ``at`` must not name the last layer.
 
     Raises:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.fx
@@ -19,7 +19,6 @@ from lamzoo.adapters.hosts import (
     TokenLayout,
     adapters_of,
     remove_hooks,
-    token_layout,
     watch_block,
 )
 from lamzoo.adapters.state import masks_of
@@ -58,49 +57,68 @@ class Stack:
         return None if self.layout.length is None else self.layout.length - self.layout.num_prefix_tokens
 
 
-def find_stack(model: nn.Module, *, masked: bool, verb: str) -> Stack:
+def find_stack(model: nn.Module, *, masked: bool, verb: Literal["merged", "pruned"]) -> Stack:
     """Finds the one stack of a model whose tokens can be reduced.
 
     Args:
-        model: has masks or not, and may be wrapped.
+        model: has masks or not, and may be wrapped. Of several stacks, those with masks come first.
         masked: whether the stack must have masks.
-        verb: past participle, such as ``"pruned"``, for the message.
+        verb: what happens to the tokens.
 
     Raises:
-        UnsupportedHostError: the model has no masks and needs them, or has no such stack, or several.
+        UnsupportedHostError: the model has no masks and needs them, or has no such stack, or several; or the tokens of
+            its stack can't be reduced in this way.
     """
     model = unwrap(model)
-    sites: dict[str, tuple[AttentionSite, HostAdapter]] = {}
-    if masked or any(isinstance(module, Lam) for module in model.modules()):
-        paths = [path.removesuffix(".lam") for path in masks_of(model)]
-    else:
-        for adapter in adapters_of(model).values():
-            sites |= {site.path: (site, adapter) for site in adapter.sites(model)}
-        paths = list(sites)
-    stacks: dict[str, tuple[TokenLayout, list[str]]] = {}
-    parts: dict[str, str] = {}
-    for path in paths:
-        layout = token_layout(model, path)
-        blocks = path.rsplit(".", 2)[0] if layout.pooling is None else layout.pooling.blocks
-        parts[blocks] = class_name(model.get_submodule(blocks.rpartition(".")[0]))
-        if layout.pooling is not None:
-            stacks.setdefault(blocks, (layout, []))[1].append(path)
-    if len(stacks) != 1:
-        found = ", ".join(f"{blocks} of {owner}" for blocks, owner in parts.items())
+    masks = masks_of(model) if masked else {}
+    found: dict[str, tuple[TokenLayout, Pooling, HostAdapter]] = {}
+    for adapter in adapters_of(model).values():
+        for layout in adapter.stacks(model):
+            assert layout.pooling is not None
+            found[layout.pooling.blocks] = (layout, layout.pooling, adapter)
+    with_masks = {blocks: each for blocks, each in found.items() if _has(model.get_submodule(blocks), Lam)}
+    if masked or with_masks:
+        found = with_masks
+    reasons = {
+        blocks: pooling.no_merging if verb == "merged" else pooling.no_pruning
+        for blocks, (_, pooling, _) in found.items()
+    }
+    possible = [blocks for blocks, reason in reasons.items() if reason is None]
+    if not possible and len(found) == 1:
+        ((path, (_, pooling, _)),) = found.items()
+        host = class_name(model.get_submodule(pooling.root))
+        raise UnsupportedHostError(f"Tokens can't be {verb} in {path}: {host} {reasons[path]}.")
+    if len(possible) != 1:
+        owners = found or dict.fromkeys(path.removesuffix(".lam").rpartition(".")[0] for path in masks)
+        where = ", ".join(f"{path} of {class_name(model.get_submodule(path.rpartition('.')[0]))}" for path in owners)
+        what = "the masks are" if masked else "such blocks are"
         raise UnsupportedHostError(
-            f"Tokens can be {verb} in one VisionTransformer of timm or one image tower of open_clip, and "
-            f"{'the masks are' if masked else 'the attention is'} in {found or 'no layer that is known'}; give such a "
-            "part of the model."
+            f"Tokens can be {verb} in {_SUPPORTED}, and {what} in {where or f'no part of {class_name(model)}'}; give "
+            "such a part of the model, with one of them."
         )
-    ((layout, found_paths),) = stacks.values()
-    assert layout.pooling is not None
-    names = [path.rpartition(".")[0] for path in found_paths]
+    layout, pooling, adapter = found[possible[0]]
+    children = model.get_submodule(pooling.blocks)
+    sites: list[AttentionSite] = []
+    if not _has(children, (Lam, Unmasked)):
+        prefix = pooling.root + "." if pooling.root else ""
+        for site in adapter.sites(model.get_submodule(pooling.root)):
+            others = tuple(prefix + path for path in site.other_paths)
+            sites.append(replace(site, path=prefix + site.path, other_paths=others))
+    inside = pooling.blocks + "."
     return Stack(
         layout,
-        layout.pooling,
-        {name: model.get_submodule(name) for name in names},
-        dict(sites[path] for path in found_paths if path in sites),
+        pooling,
+        {inside + name: block for name, block in children.named_children()},
+        {site: adapter for site in sites if site.path.startswith(inside)},
     )
+
+
+# For messages.
+_SUPPORTED = "one VisionTransformer, Eva or NaFlexVit of timm or one image tower of open_clip"
+
+
+def _has(module: nn.Module, kinds: type[nn.Module] | tuple[type[nn.Module], ...]) -> bool:
+    return any(isinstance(each, kinds) for each in module.modules())
 
 
 class ReductionHook(SharedStateHook):

@@ -63,7 +63,8 @@ class ToyAdapter:
         if not isinstance(model.get_submodule(path), ToyAttention):
             return None
         blocks = path.rsplit(".", 2)[0]
-        pooling = Pooling(blocks, "avg", has_class_token=False, num_unpooled=0, last=model.get_submodule(blocks))
+        root = blocks.rpartition(".")[0]
+        pooling = Pooling(blocks, root, "avg", has_class_token=False, num_unpooled=0, last=model.get_submodule(blocks))
         return TokenLayout(pooling=pooling)
 
     def wrap(self, model: nn.Module, lams: Mapping[AttentionSite, Lam]) -> None:
@@ -72,7 +73,10 @@ class ToyAdapter:
             attn.lam = lam
             attn.register_forward_pre_hook(Feed())
 
-    def unwrap(self, model: nn.Module) -> None:
+    def stacks(self, model: nn.Module) -> Iterator[TokenLayout]:
+        return iter(())
+
+    def unwrap(self, model: nn.Module, kind: type[nn.Module] | None = None) -> None:
         for attn in model.modules():
             if isinstance(attn, ToyAttention) and "lam" in attn._modules:
                 del attn.lam
