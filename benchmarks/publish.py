@@ -21,6 +21,7 @@ import torch
 import lamzoo
 from lamzoo import records
 from lamzoo.errors import DataError
+from lamzoo.reduction.budget import reduce_tokens
 from lamzoo.registry.cards import data_dir
 from lamzoo.tasks import EvalRequest, find_task
 from lamzoo.training import load_recipe, parse_recipe
@@ -110,14 +111,13 @@ def main() -> None:
     if len(rows) != epochs:
         parser.error(f"{arguments.run} has {len(rows)} of {epochs} epochs; finish it first")
     name = recipe["model"]["name"]
-    trained = lamzoo.create_model(f"local-dir:{arguments.run / 'model'}", pretrained=True)
+    trained: Any = lamzoo.create_model(f"local-dir:{arguments.run / 'model'}", pretrained=True)
     file = write_state_dict(trained.bfloat16().state_dict(), arguments.out / f"{name}.{arguments.tag}.safetensors")
 
     model = lamzoo.create_model(name, checkpoint_path=file.path)
-    pruning = getattr(trained, "prune_config", None)
-    if pruning is not None:
-        options = pruning.to_dict()
-        lamzoo.prune_tokens(model, options.pop("keep"), options.pop("at"), **options)
+    reduction = getattr(trained, "token_reduction", None)
+    if reduction is not None:
+        reduce_tokens(model, reduction)
     measured = measure(model, f"{name}.{arguments.tag}", recipe, arguments.split, trained.pretrained_cfg)
     profile = lamzoo.profile(model)
     data, chosen = _TEXTS["data"][arguments.tag], _TEXTS["models"].get(f"{name}.{arguments.tag}")
@@ -179,8 +179,9 @@ dataset = "{dataset}, {arguments.split} split"
 command = "{measured.command}"
 """
     )
-    if pruning is not None:
-        print(f"[models.{name}.tags.{arguments.tag}.prune]\n{records.to_toml(pruning.to_dict())}")
+    if reduction is not None:
+        key = "prune" if reduction.method == "prune" else "reduction"
+        print(f"[models.{name}.tags.{arguments.tag}.{key}]\n{records.to_toml(reduction.to_dict())}")
     if measured.pretrained_cfg:
         print(f"[models.{name}.tags.{arguments.tag}.pretrained_cfg]\n{records.to_toml(measured.pretrained_cfg)}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 from collections.abc import Iterator
@@ -22,9 +21,9 @@ from torch import nn
 from lamzoo.adapters.decay import full_rate_parameters
 from lamzoo.data.paths import nfc
 from lamzoo.errors import RecipeError
-from lamzoo.reduction.budget import prune_tokens
+from lamzoo.reduction.budget import merge_tokens, prune_tokens
 from lamzoo.registry.factory import create_model
-from lamzoo.training.recipe import Recipe
+from lamzoo.training.recipe import PruneSection, Recipe, ReductionSection
 from lamzoo.training.recipe_common import OptimizerSection, RunSection, ScheduleSection
 
 _logger = logging.getLogger(__name__)
@@ -58,13 +57,21 @@ def build_model(recipe: Recipe, classes: list[str] | None) -> Any:
     if classes is not None and _knows_others(model, classes):
         _logger.info("%s: new classifier, since the weights are for other classes", section.name)
         model.reset_classifier(len(classes))
-    if recipe.prune is not None:
-        options = dataclasses.asdict(recipe.prune)
-        del options["loss_weight"]
-        prune_tokens(model, **options)
+    if recipe.token_reduction is not None:
+        _reduce(model, recipe.token_reduction)
     if recipe.run.grad_checkpointing:
         model.set_grad_checkpointing(True)
     return model
+
+
+def _reduce(model: nn.Module, section: PruneSection) -> None:
+    if isinstance(section, ReductionSection) and section.method == "merge":
+        merge_tokens(model, section.target_gmacs, keep=section.keep, r=section.r, at=section.at)
+    else:
+        prune_tokens(
+            model, section.keep, section.at, target_gmacs=section.target_gmacs, score=section.score, rest=section.rest,
+            training=section.training,
+        )  # fmt: skip
 
 
 def build_optimizer(section: OptimizerSection, model: nn.Module) -> torch.optim.Optimizer:

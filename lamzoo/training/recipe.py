@@ -11,14 +11,15 @@ from typing import Any, Literal, TypeAlias
 import timm.data
 
 from lamzoo.data import OnBadInput
-from lamzoo.errors import RecipeError, UnknownTaskError
+from lamzoo.errors import ConfigError, RecipeError, UnknownTaskError
 from lamzoo.records import build
-from lamzoo.reduction.config import Rest, Score, Training
+from lamzoo.reduction.config import Method, Rest, Score, TokenReduction, Training
 from lamzoo.registry.catalog import task_of
 from lamzoo.tasks import Task, find_task
 from lamzoo.tasks.classification import CLASSIFICATION
 from lamzoo.training.config_reader import override, read_recipe
 from lamzoo.training.recipe_common import (
+    CountOrZero,
     OptimizerSection,
     Positive,
     PositiveOrZero,
@@ -114,7 +115,7 @@ class AugmentSection:
 
 @dataclass(frozen=True)
 class PruneSection:
-    """``[prune]``: token pruning with :func:`lamzoo.prune_tokens`.
+    """``[prune]``: ``[reduction]`` with ``method = "prune"``, under its earlier name.
 
     Attributes:
         keep: share of a layer's tokens to keep; 0.7 if neither this nor ``target_gmacs`` is given.
@@ -136,6 +137,51 @@ class PruneSection:
 
 
 @dataclass(frozen=True)
+class ReductionSection(PruneSection):
+    """``[reduction]``: token reduction with :func:`lamzoo.merge_tokens` or :func:`lamzoo.prune_tokens`.
+
+    Attributes:
+        method: ``"merge"`` or ``"prune"``.
+        keep: share of the patches to keep: after the last layer with ``"merge"``, of a layer's own with ``"prune"``.
+            Merging needs one of ``keep``, ``target_gmacs`` and ``r``; pruning keeps 0.7 by default.
+        r: for merging, the number of patches that merge in each layer.
+        at: layers in which tokens merge, or after which they are pruned.
+        score: for pruning, criterion by which tokens are selected.
+        rest: for pruning, treatment of pruned tokens, in evaluation and with ``training = "top-k"``.
+        training: for pruning, ``"straight-through"`` or ``"top-k"``; merging is the same in training and evaluation.
+        loss_weight: for pruning, weight of :func:`lamzoo.pruning_loss`, with ``"straight-through"``.
+    """
+
+    method: Method = "merge"
+    r: CountOrZero | None = None
+
+    def check(self) -> None:
+        """Raises a RecipeError for settings that contradict each other or the method."""
+        try:
+            keep, at = 1.0 if self.keep is None else self.keep, None if self.at is None else tuple(self.at)
+            TokenReduction(keep, self.method, at, self.score, self.rest, self.training)
+        except ConfigError as error:
+            raise RecipeError(f"Recipe section [reduction]: {error}") from None
+        if self.method == "prune":
+            if self.r is not None:
+                raise RecipeError(
+                    f"Recipe key reduction.r is {self.r}, a setting of merging; set keep or target_gmacs instead."
+                )
+            return
+        if self.loss_weight != ReductionSection.loss_weight:
+            raise RecipeError(
+                f"Recipe key reduction.loss_weight is {self.loss_weight}, a setting of pruning; leave it out, or set "
+                "method = 'prune'."
+            )
+        given = [key for key in ("keep", "target_gmacs", "r") if getattr(self, key) is not None]
+        if len(given) != 1:
+            raise RecipeError(
+                "Recipe section [reduction] needs one of keep, target_gmacs and r for merging, and has "
+                f"{' and '.join(given) or 'none of them'}."
+            )
+
+
+@dataclass(frozen=True)
 class Recipe(TaskRecipe):
     """A training run of an image classifier; see the sections for the contents of each table."""
 
@@ -146,7 +192,13 @@ class Recipe(TaskRecipe):
     augment: AugmentSection = field(default_factory=AugmentSection)
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     schedule: ScheduleSection = field(default_factory=ScheduleSection)
+    reduction: ReductionSection | None = None
     prune: PruneSection | None = None
+
+    @property
+    def token_reduction(self) -> PruneSection | None:
+        """The section on token reduction, under either name."""
+        return self.reduction or self.prune
 
     def check(self) -> None:
         check_val_fraction(
@@ -160,6 +212,10 @@ class Recipe(TaskRecipe):
                 f"Recipe key model.tune is {model.tune!r}, which freezes the backbone, but this backbone has no "
                 "weights; start from the published ones (model.pretrained, --pretrained) or tune all."
             )
+        if self.reduction is not None:
+            if self.prune is not None:
+                raise RecipeError("Recipe sections [prune] and [reduction] exclude each other; leave out [prune].")
+            self.reduction.check()
         augment = self.augment
         check_crops(augment.scale, augment.ratio)
         for key, value in (("mixup", augment.mixup), ("cutmix", augment.cutmix)):

@@ -274,6 +274,20 @@ def test_killed_run_with_pruning_resumes_to_the_same_curve(
     assert curve(resumed.history) == curve(whole.history)
 
 
+@pytest.mark.parametrize("lam", [{"rank": 2}, False], ids=["masked", "plain"])
+def test_killed_run_with_merging_resumes_to_the_same_curve_and_saves_a_merged_model(
+    recipe_table: dict[str, Any], tmp_path: Path, lam: Any
+) -> None:
+    recipe_table |= {"reduction": {"keep": 0.5}}
+    recipe_table["model"]["lam"] = lam
+    recipe_table["run"] |= {"ema_decay": 0.9, "checkpoint_interval": 2, "grad_checkpointing": True, "precision": "bf16"}
+    whole = run(recipe_table, tmp_path / "whole")
+    resumed = train_killed(recipe_table, tmp_path / "killed", 7)
+    assert curve(resumed.history) == curve(whole.history)
+    merged = lamzoo.create_model(f"local-dir:{whole.model}", pretrained=True)
+    assert merged.token_reduction == lamzoo.TokenReduction(0.5)
+
+
 def test_a_run_that_diverges_says_so_and_saves_nothing_of_it(recipe_table: dict[str, Any], tmp_path: Path) -> None:
     recipe_table["optimizer"]["lr"] = 1e30
     with pytest.raises(DivergedError, match=r"loss is (nan|inf).*Lower optimizer\.lr"):

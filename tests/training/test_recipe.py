@@ -10,6 +10,7 @@ import pytest
 
 from lamzoo.errors import LamzooError, RecipeError
 from lamzoo.lam import LamConfig
+from lamzoo.reduction import PruneConfig, TokenReduction
 from lamzoo.training import load_recipe, parse_recipe
 from lamzoo.training.build import build_model
 
@@ -80,6 +81,44 @@ def test_bad_entry_is_named(recipe_table: dict[str, Any], section: str, key: str
 def test_bad_pruning_is_named(recipe_table: dict[str, Any], prune: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=re.escape(message)):
         parse_recipe(recipe_table | {"prune": prune})
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"reduction": {}}, "needs one of keep, target_gmacs and r for merging, and has none of them"),
+        ({"reduction": {"keep": 0.5, "r": 2}}, "and has keep and r"),
+        ({"reduction": {"keep": 0}}, "[reduction]: keep=0.0"),
+        ({"reduction": {"r": -1}}, "reduction.r is -1; it must not be negative"),
+        ({"reduction": {"keep": 0.5, "at": [1, 1]}}, "[reduction]: at=(1, 1): name at least one layer"),
+        (
+            {"reduction": {"keep": 0.5, "rest": "drop", "score": "attention"}},
+            "score='attention' is a setting of pruning",
+        ),
+        ({"reduction": {"keep": 0.5, "loss_weight": 1}}, "reduction.loss_weight is 1.0, a setting of pruning"),
+        ({"reduction": {"method": "prune", "r": 2}}, "reduction.r is 2, a setting of merging"),
+        ({"reduction": {"keep": 0.5}, "prune": {"keep": 0.5}}, "[prune] and [reduction] exclude each other"),
+    ],
+)
+def test_bad_reduction_is_named(recipe_table: dict[str, Any], sections: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        parse_recipe(recipe_table | sections)
+
+
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        ({"r": 1}, TokenReduction(0.75)),
+        ({"method": "prune", "keep": 0.5, "at": [0]}, PruneConfig(0.5, (0,))),
+        ({"target_gmacs": 1}, TokenReduction(1.0)),
+    ],
+)
+def test_a_recipe_merges_or_prunes(
+    recipe_table: dict[str, Any], section: dict[str, Any], expected: TokenReduction
+) -> None:
+    recipe = parse_recipe(recipe_table | {"reduction": section})
+    assert parse_recipe(recipe.to_dict()) == recipe
+    assert build_model(recipe, ["a", "b"]).token_reduction == expected
 
 
 def test_a_cooldown_of_a_schedule_that_never_falls_is_refused(recipe_table: dict[str, Any]) -> None:

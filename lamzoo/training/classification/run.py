@@ -63,7 +63,7 @@ class ClassificationRun(TrainingRun):
         self.tuning = Tuning(model, self.recipe.model.tune)
         config = getattr(model, "prune_config", None)
         learns = config is not None and config.training == "straight-through"
-        self.prune_weight = (self.recipe.prune or PruneSection()).loss_weight if learns else 0.0
+        self.prune_weight = (self.recipe.token_reduction or PruneSection()).loss_weight if learns else 0.0
         return model
 
     def scan_data(self, progress: ScanProgress | None) -> BadInputs:
