@@ -85,10 +85,11 @@ tables: $(VENV)/.ready-dev  ## measure the zoo again, train what is missing in b
 	$(BIN)/python -m benchmarks.kernels
 	$(BIN)/python -m benchmarks.kernels --lengths 2049 4097 --ranks 1 9 17
 	$(BIN)/python -m benchmarks.exported $(TINY) --data npz:$(SHARED)/tinyimagenet100 --split val
-	$(BIN)/python -m benchmarks.reduction $(TINY) --data npz:$(SHARED)/tinyimagenet100 --split val
-	$(BIN)/python -m benchmarks.reduction lam_vit_micro.cifar10 vit_micro.cifar10 --at 0 1 2 --data npz:$(SHARED)/cifar10 \
-	  --split test --methods "all tokens" "mask, drop" "redundancy, nearest" ToMe random stride
+	$(BIN)/python -m benchmarks.reduction --data npz:$(SHARED)/
+	$(BIN)/python -m benchmarks.reduction --times
 	$(BIN)/python -m benchmarks.reduction --figure benchmarks/results/reduction.svg
+	$(BIN)/python -m benchmarks.features --data npz:$(SHARED)/clothing10 \
+	  --weights $(SHARED)/vit_s14/vit_small_patch14_dinov2.focus.safetensors
 	$(BIN)/python -m benchmarks.tables
 	$(BIN)/lamzoo compare benchmarks/results/zoo.csv --timm $(SHARED)/timm_results --out $(TABLES_OUT)
 

@@ -1,266 +1,643 @@
-"""Accuracy, GMACs and latency of pruning by the mask and of its peers, on trained models at equal budgets.
+"""Quality and time of token reductions at equal budgets: merging and pruning of this project, and their peers.
 
-    python -m benchmarks.reduction lam_vit_tiny_patch8_64.tinyimagenet100 vit_tiny_patch8_64.tinyimagenet100 \
-        --data npz:../shared/data/tinyimagenet100 --split val
-    python -m benchmarks.reduction lam_vit_micro.cifar10 vit_micro.cifar10 --at 0 1 2 \
-        --data npz:../shared/data/cifar10 --split test --methods "all tokens" "mask, drop" "redundancy, nearest" ToMe random stride
-    python -m benchmarks.reduction --table                   prints the table of stored results
-    python -m benchmarks.reduction --figure FILE.svg         draws the figure
+    python -m benchmarks.reduction                         measures what benchmarks/results/reduction.csv lacks
+    python -m benchmarks.reduction --only ToMe --models vit_micro.cifar10 --shares 0.63
+    python -m benchmarks.reduction --times                 the same for benchmarks/results/reduction_times.csv
+    python -m benchmarks.reduction --table                 prints the tables of stored results
+    python -m benchmarks.reduction --figure FILE.svg       draws the figure
 
-Pruning by the mask runs on the masked model, and the peers on it and on its plain twin. A budget is a share of the
-plain twin's GMACs, and the GMACs of masks and scoring count towards it; every method uses its largest setting within
-the budget. Latency is that of the reduced model, alternating with the unreduced plain twin. Existing rows are not
-measured again.
+A budget is a share of the plain twin's GMACs. Every method takes its largest setting within the budget, and masks,
+scoring and matching count towards it. Peers run on the masked model and on its plain twin. Rows of quality are the same
+on any machine up to rounding; rows of time need a quiet one. Existing rows are not measured again.
+
+A folder with a trained model takes data, twin and stages of the model it was trained from:
+
+    python -m benchmarks.reduction --models local-dir:runs/pruned_10.cifar10/model --like lam_vit_micro.cifar10 \
+        --only "all tokens" "mask, drop" --results benchmarks/results/reduction_trained.csv
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import math
-from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import timm.data
 import torch
 from rich.progress import track
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 import lamzoo
-from benchmarks.peers import applied
-from benchmarks.peers.selection import EViT, Random, Stride
-from benchmarks.peers.tome import ToMe
+from benchmarks.methods import ALL, METHODS, OURS, PEERS, Samples
 from benchmarks.rows import read_rows, write_rows
 from lamzoo.data import create_dataset
-from lamzoo.evaluation import evaluate
-from lamzoo.profiling.inputs import as_arguments, default_input
-from lamzoo.profiling.latency import compare_latency
-from lamzoo.reduction.config import Rest, Score
-from lamzoo.registry.refs import ModelRef, display_name, split_name
+from lamzoo.evaluation.resume import weights_sha256
+from lamzoo.evaluation.runtime import inference
+from lamzoo.profiling.inputs import as_arguments, default_input, image_config, image_mode
+from lamzoo.profiling.latency import compare_latency, device_label
 from lamzoo.report.compare.plots import encode
 from lamzoo.report.mpl import new_figure
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "reduction.csv"
+TIMES = ROOT / "benchmarks" / "results" / "reduction_times.csv"
+SHARES = (0.9, 0.8, 0.7, 0.63, 0.5)
+_BATCH = 100  # images in a batch of the quality rows
+_SCORED, _TRAINING = 500, 128  # images for methods that need some to find their setting
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model whose tokens are reduced.
+
+    Attributes:
+        model: its name.
+        plain: its plain twin, whose GMACs and time are 1.
+        data: folder of the data set that scores it, below ``--data``; empty for random weights, which are only timed.
+        split: split of the data.
+        at: layers after which pruning and selection reduce tokens, from 0.
+        shares: its budgets.
+    """
+
+    model: str
+    plain: str
+    data: str
+    split: str
+    at: tuple[int, ...]
+    shares: tuple[float, ...] = SHARES
+
+
+SUBJECTS = tuple(
+    Subject(model, plain, *rest)
+    for masked, plain, *rest in (
+        (
+            "lam_vit_tiny_patch8_64.tinyimagenet100", "vit_tiny_patch8_64.tinyimagenet100",
+            "tinyimagenet100", "val", (3, 6, 9),
+        ),
+        ("lam_vit_micro.cifar10", "vit_micro.cifar10", "cifar10", "test", (0, 1, 2)),
+    )
+    for model in (masked, plain)
+)  # fmt: skip
+#: Timed with random weights, at one budget.
+TIMED_SUBJECTS = tuple(
+    Subject(model, "timm/vit_base_patch16_224", "", "", (3, 6, 9), (0.63,))
+    for model in ("lam_vit_base", "timm/vit_base_patch16_224")
+)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One method at one budget.
+    """Quality of one method at one budget.
 
     Attributes:
-        model: the reduced model.
-        plain: the plain twin, which defines GMACs and time of 1.
+        model: the model whose tokens are reduced.
+        plain: its plain twin, whose GMACs are 1.
         method: the method.
+        variant: of the method, if it has several.
         share: the budget, as a share of the twin's GMACs.
-        setting: setting of the method: the share kept at each stage, or ToMe's r.
-        gmacs: GMACs at this setting.
-        top1: top-1 accuracy in percent, on ``split`` of ``data``.
-        latency_ratio: median ratio of the latency of one image to the twin.
-        latency_ratio_q1: first quartile of the ratio.
-        latency_ratio_q3: third quartile of the ratio.
-        throughput_ratio: ratio of the time of 16 images to the twin.
-        data: data set of the score.
+        setting: the largest setting within the budget.
+        gmacs: GMACs of one image at this setting.
+        top1: top-1 accuracy in percent.
+        difference: of top-1 to that with all tokens, in points.
+        difference_se: standard error of the difference, paired over images.
+        agreement: percentage of images with the same prediction as with all tokens.
+        kl: mean KL divergence of the output from that with all tokens, in nats.
+        peer: the best peer on the same weights at the same budget; for methods of this project.
+        ahead: difference of top-1 to that peer, in points.
+        ahead_se: its standard error, paired over images.
+        data: data set.
         split: split of the data.
+        images: number of images.
         device: label of the device.
         threads: number of PyTorch's threads.
+        dtype: of weights and activations.
         torch: version of torch.
     """
 
     model: str
     plain: str
     method: str
+    variant: str | None
     share: float
-    setting: float
+    setting: str
     gmacs: float
     top1: float
-    latency_ratio: float
-    latency_ratio_q1: float
-    latency_ratio_q3: float
-    throughput_ratio: float
+    difference: float | None
+    difference_se: float | None
+    agreement: float | None
+    kl: float | None
+    peer: str | None
+    ahead: float | None
+    ahead_se: float | None
     data: str
     split: str
+    images: int
     device: str
     threads: int
+    dtype: str
+    torch: str
+
+    @property
+    def key(self) -> tuple[str, str, str | None, float]:
+        """What tells the row from others: model, method, variant and budget."""
+        return self.model, self.method, self.variant, self.share
+
+
+@dataclass(frozen=True)
+class TimeRow:
+    """Time of one method at one budget, alternating with the plain twin with all tokens.
+
+    Attributes:
+        model: the model whose tokens are reduced.
+        plain: its plain twin, whose GMACs and time are 1.
+        method: the method.
+        variant: of the method: the one with the highest accuracy in the rows of quality, else the first.
+        share: the budget, as a share of the twin's GMACs.
+        setting: the largest setting within the budget.
+        gmacs: GMACs of one image at this setting.
+        images: batch size.
+        ratio: median ratio of times to the twin, over neighbouring runs.
+        ratio_q1: first quartile of the ratio.
+        ratio_q3: third quartile of the ratio.
+        ms: median time in milliseconds.
+        plain_ms: median time of the twin.
+        pairs: number of timed pairs.
+        device: label of the device.
+        threads: number of PyTorch's threads.
+        dtype: of weights and activations.
+        torch: version of torch.
+    """
+
+    model: str
+    plain: str
+    method: str
+    variant: str | None
+    share: float
+    setting: str
+    gmacs: float
+    images: int
+    ratio: float
+    ratio_q1: float
+    ratio_q3: float
+    ms: float
+    plain_ms: float
+    pairs: int
+    device: str
+    threads: int
+    dtype: str
     torch: str
 
 
 @dataclass(frozen=True)
-class Method:
-    """A token-reduction method.
+class Images:
+    """A split of a data set, as a model reads it.
 
     Attributes:
-        settings: settings in order of increasing GMACs, up to no reduction.
-        open: given a model, a setting and the stages, reduces the model's tokens inside the context.
+        pixels: preprocessed, ``(images, C, H, W)``, float32.
+        labels: int64 ``(images,)``.
     """
 
-    settings: Sequence[float]
-    open: Callable[[nn.Module, float, tuple[int, ...]], AbstractContextManager[Any]]
+    pixels: Tensor
+    labels: Tensor
+
+    @classmethod
+    def load(cls, model: nn.Module, spec: str, split: str, limit: int | None = None) -> Images:
+        """Decodes a split with timm's evaluation transform for the model; with ``limit``, so many, evenly spread."""
+        dataset, config = copy.copy(create_dataset(spec, split)), image_config(model)
+        dataset.mode = image_mode(config)
+        dataset.transform = timm.data.create_transform(**config, is_training=False)
+        count = len(dataset) if limit is None else min(limit, len(dataset))
+        indices = [place * len(dataset) // count for place in range(count)]
+        pixels, labels = zip(*(dataset[index] for index in indices), strict=True)
+        return cls(torch.stack(pixels), torch.tensor(labels))
 
 
-@contextmanager
-def _pruned(model: nn.Module, keep: float, at: tuple[int, ...], score: Score, rest: Rest) -> Iterator[nn.Module]:
-    lamzoo.prune_tokens(model, keep, at, score=score, rest=rest)
-    try:
-        yield model
-    finally:
-        lamzoo.remove_pruning(model)
+def logits_of(model: nn.Module, images: Images) -> Tensor:
+    """Returns the logits of all images, ``(images, classes)``, float32 on the CPU."""
+    device = next(model.parameters()).device
+    with inference(model, device, "float32", _BATCH):
+        return torch.cat([model(batch.to(device)).float().cpu() for batch in images.pixels.split(_BATCH)])
 
 
-def _by_mask(score: Score, rest: Rest) -> Method:
-    return Method(_KEEPS, lambda model, keep, at: _pruned(model, keep, at, score, rest))
+def paired_difference(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
+    """Difference of two accuracies on the same images, and its standard error over the images, in points.
+
+    Args:
+        ours: bool ``(images,)``, whether each prediction is correct.
+        theirs: the same of the other model.
+    """
+    differences = ours.double() - theirs.double()
+    return 100 * float(differences.mean()), 100 * float(differences.std()) / math.sqrt(len(differences))
 
 
-_KEEPS = [thousandths / 1000 for thousandths in range(1, 1001)]
-_OURS: dict[str, Method] = {
-    f"{score}, {rest}": _by_mask(score, rest)
-    for score, rest in (
-        ("mask", "drop"),
-        ("mask", "merge"),
-        ("mask", "nearest"),
-        ("attention", "drop"),
-        ("attention", "merge"),
-        ("redundancy", "nearest"),
-    )
-}
-_PEERS = {
-    "ToMe": Method(range(200, -1, -1), lambda model, r, at: applied(model, ToMe(int(r)))),
-    "EViT": Method(_KEEPS, lambda model, keep, at: applied(model, EViT(keep, at))),
-    "random": Method(_KEEPS, lambda model, keep, at: applied(model, Random(keep, at))),
-    "stride": Method(_KEEPS, lambda model, keep, at: applied(model, Stride(keep, at))),
-}
-_WHOLE = "all tokens"
-METHODS = {_WHOLE: Method([1.0], lambda model, keep, at: nullcontext(model)), **_OURS, **_PEERS}
-
-
-def largest(method: Method, model: nn.Module, at: tuple[int, ...], budget: float) -> float | None:
-    """Returns the largest setting that costs at most ``budget`` GMACs, or None if there is none."""
-
-    def gmacs(setting: float) -> float:
-        with method.open(model, setting, at):
-            return lamzoo.profile(model).gmacs
-
-    fitting = bisect_right(method.settings, budget, key=gmacs)
-    return method.settings[fitting - 1] if fitting else None
+def kl_divergence(logits: Tensor, reference: Tensor) -> float:
+    """Mean over images of KL(reference || logits) in nats, of the softmax of ``(images, classes)``."""
+    mine, whole = (each.double().log_softmax(dim=1) for each in (logits, reference))
+    return float(F.kl_div(mine, whole, reduction="batchmean", log_target=True))
 
 
 def measure(
-    name: str, plain_name: str, how: str, share: float, data: str, split: str, at: tuple[int, ...]
-) -> Row | None:
-    """Measures one method at one budget; returns None if no setting of the method fits the budget."""
-    model, plain = (lamzoo.create_model(each, pretrained=True).eval() for each in (name, plain_name))
-    lamzoo.remove_pruning(model)  # of weights trained with pruning, which have their own setting
-    method, budget = METHODS[how], math.inf if how == _WHOLE else share * lamzoo.profile(plain).gmacs
-    setting = largest(method, model, at, budget)
-    if setting is None:
-        return None
-    (image,) = as_arguments(default_input(model))
-    with method.open(model, setting, at):
-        gmacs = lamzoo.profile(model).gmacs
-        one = compare_latency(model, plain, image, repeats=40)
-        many = compare_latency(model, plain, image.repeat(16, 1, 1, 1), repeats=10, warmup=2)
-        score = evaluate(model, create_dataset(data, split), batch_size=100, workers=1)
-    return Row(
-        model=name, plain=plain_name, method=how, share=share, setting=setting, gmacs=round(gmacs, 4),
-        top1=round(score.top1, 2), latency_ratio=round(one.ratio, 3), latency_ratio_q1=round(one.ratio_quartiles[0], 3),
-        latency_ratio_q3=round(one.ratio_quartiles[1], 3), throughput_ratio=round(many.ratio, 3),
-        data=data.rpartition("/")[2], split=split, device=one.device, threads=one.threads, torch=torch.__version__,
+    subject: Subject,
+    model: nn.Module,
+    method: str,
+    variant: str | None,
+    share: float,
+    images: Images,
+    reference: Tensor,
+    samples: Samples | None = None,
+) -> tuple[Row, Tensor] | None:
+    """Measures the quality of one method at one budget.
+
+    Args:
+        subject: what is reduced.
+        model: the subject's model.
+        method: a key of :data:`METHODS`.
+        variant: one of those that the model allows.
+        share: the budget.
+        images: what scores it.
+        reference: the model's logits with all tokens.
+        samples: for methods that need some to find their setting.
+
+    Returns:
+        The row and the predictions, int64 ``(images,)``; None if no setting of the method meets the budget.
+    """
+    budget = math.inf if method == ALL else share * _plain_gmacs(subject.plain)
+    with METHODS[method](model)[variant](model, budget, subject.at, samples) as setting:
+        if setting is None:
+            return None
+        logits = reference if method == ALL else logits_of(model, images)
+    predictions, whole = logits.argmax(dim=1), reference.argmax(dim=1)
+    correct = predictions == images.labels
+    difference, error = paired_difference(correct, whole == images.labels)
+    first = next(model.parameters())
+    row = Row(
+        model=subject.model, plain=subject.plain, method=method, variant=variant, share=share, setting=setting.text,
+        gmacs=round(setting.gmacs, 6), top1=round(_percent(correct), 2), difference=round(difference, 2),
+        difference_se=round(error, 2), agreement=round(_percent(predictions == whole), 2),
+        kl=round(kl_divergence(logits, reference), 4), peer=None, ahead=None, ahead_se=None, data=subject.data,
+        split=subject.split, images=len(correct), device=device_label(first.device), threads=torch.get_num_threads(),
+        dtype=str(first.dtype).removeprefix("torch."), torch=torch.__version__,
     )  # fmt: skip
+    return row, predictions
+
+
+def _percent(hits: Tensor) -> float:
+    return 100 * float(hits.double().mean())
+
+
+@cache
+def _plain_gmacs(plain: str) -> float:
+    return lamzoo.profile(lamzoo.create_model(plain)).gmacs
+
+
+def _create(name: str, *, pretrained: bool) -> Any:
+    torch.manual_seed(0)
+    model = lamzoo.create_model(name, pretrained=pretrained).eval()
+    return lamzoo.remove_reduction(model)  # weights trained with pruning have their own setting
+
+
+def best_peer(rows: Iterable[Row], model: str, share: float) -> Row | None:
+    """Returns the row of the peer with the highest accuracy on a model at a budget, if there is one."""
+    peers = [row for row in rows if (row.model, row.share) == (model, share) and row.method in PEERS]
+    return max(peers, key=lambda row: row.top1, default=None)
+
+
+def against_peers(rows: Sequence[Row], correct: Callable[[Row], Tensor | None]) -> list[Row]:
+    """Completes the rows of this project's methods by the difference to the best peer.
+
+    Args:
+        rows: rows of quality.
+        correct: whether each image's prediction was correct, bool ``(images,)``; None where predictions were not kept,
+            which leaves a row as it is.
+    """
+    completed = []
+    for row in rows:
+        peer = best_peer(rows, row.model, row.share) if row.method in OURS else None
+        ours, theirs = (None, None) if peer is None else (correct(row), correct(peer))
+        if peer is not None and ours is not None and theirs is not None:
+            ahead, error = paired_difference(ours, theirs)
+            name = f"{peer.method}, {peer.variant}" if peer.variant else peer.method
+            row = replace(row, peer=name, ahead=round(ahead, 2), ahead_se=round(error, 2))
+        completed.append(row)
+    return completed
+
+
+def measure_all(
+    subjects: Iterable[Subject],
+    methods: Collection[str],
+    data: str,
+    path: Path,
+    kept: Path,
+    device: torch.device,
+    *,
+    again: bool = False,
+) -> None:
+    """Measures the rows of quality that a results file lacks; keeps each row's predictions in a folder.
+
+    Args:
+        subjects: what is reduced.
+        methods: keys of :data:`METHODS`.
+        data: prefix of the data sets' folders, as ``npz:../shared/data/``.
+        path: results file.
+        kept: folder of predictions, for differences to the best peer.
+        device: a torch device.
+        again: whether to measure existing rows again.
+    """
+    rows = read_rows(path, Row)
+    for subject in subjects:
+        model = _create(subject.model, pretrained=True).to(device)
+        wanted = [
+            (method, variant, share)
+            for share, method in itertools.product((1.0, *subject.shares), methods)
+            for variant in METHODS[method](model)
+            if (method == ALL) == (share == 1.0)
+        ]
+        done = set() if again else {row.key for row in rows}
+        wanted = [each for each in wanted if (subject.model, *each) not in done]
+        if wanted:
+            kept.mkdir(parents=True, exist_ok=True)
+            images = Images.load(model, data + subject.data, subject.split)
+            np.save(kept / f"{_slug(subject.data, subject.split)}.labels.npy", images.labels.numpy())
+            reference = _kept_logits(kept, subject, model, images)
+            training = Images.load(model, data + subject.data, "train", _TRAINING)
+            samples = Samples(images.pixels[:: max(1, len(images.pixels) // _SCORED)], training.pixels)
+        for method, variant, share in track(wanted, description=subject.model):
+            measured = measure(subject, model, method, variant, share, images, reference, samples)
+            if measured is None:
+                print(f"No setting of {method} meets {share:.0%} of the GMACs on {subject.model}.")
+                continue
+            row, predictions = measured
+            np.save(kept / f"{_slug(*row.key)}.npy", predictions.numpy().astype(np.int16))
+            rows = against_peers([*(each for each in rows if each.key != row.key), row], partial(_kept_correct, kept))
+            rows.sort(key=_order)
+            write_rows(path, rows)
+
+
+def _order(row: Row | TimeRow) -> tuple[int, int, float]:
+    """Sorts rows by model, method and budget; rows of other models stay in their order."""
+    models = [subject.model for subject in SUBJECTS]
+    model = models.index(row.model) if row.model in models else len(models)
+    return model, list(METHODS).index(row.method), -row.share
+
+
+def _kept_correct(kept: Path, row: Row) -> Tensor | None:
+    predictions, labels = (kept / f"{name}.npy" for name in (_slug(*row.key), f"{_slug(row.data, row.split)}.labels"))
+    if not (predictions.exists() and labels.exists()):
+        return None
+    return torch.from_numpy(np.load(predictions) == np.load(labels))
+
+
+def _kept_logits(kept: Path, subject: Subject, model: nn.Module, images: Images) -> Tensor:
+    """Returns the logits with all tokens, computed once for the same weights."""
+    path = kept / f"{_slug(subject.model, subject.split, weights_sha256(model)[:12])}.logits.npy"
+    if not path.exists():
+        np.save(path, logits_of(model, images).numpy())
+    return torch.from_numpy(np.load(path))
+
+
+def _slug(*parts: str | float | None) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", "_".join(str(part) for part in parts if part is not None))
+
+
+def measure_times(
+    subject: Subject, methods: Collection[str], quality: Sequence[Row], done: Collection[TimeRow], pairs: int
+) -> Iterator[TimeRow]:
+    """Times the methods on one model at 1 and 16 images, on 1 and 2 threads, alternating with the plain twin.
+
+    Args:
+        subject: what is reduced.
+        methods: keys of :data:`METHODS`.
+        quality: rows of quality, which choose the variant.
+        done: existing rows, which are not measured again.
+        pairs: timed pairs of one image; a quarter as many for 16 images.
+    """
+    known = {(row.model, row.method, row.share, row.images, row.threads) for row in done}
+    trained = bool(subject.data)
+    model, plain = (_create(name, pretrained=trained) for name in (subject.model, subject.plain))
+    (image,) = as_arguments(default_input(plain))
+    for share, method in itertools.product((1.0, *subject.shares), methods):
+        variants = METHODS[method](model)
+        if (method == ALL) != (share == 1.0) or not variants:
+            continue
+        scored = [row for row in quality if (row.model, row.method, row.share) == (subject.model, method, share)]
+        variant = max(scored, key=lambda row: row.top1).variant if scored else next(iter(variants))
+        budget = math.inf if method == ALL else share * _plain_gmacs(subject.plain)
+        wanted = [
+            each for each in itertools.product((1, 16), (1, 2)) if (subject.model, method, share, *each) not in known
+        ]
+        if not wanted:
+            continue
+        with variants[variant](model, budget, subject.at, None) as setting:
+            if setting is None:
+                continue
+            for images, threads in wanted:
+                with _threads(threads):
+                    found = compare_latency(
+                        model,
+                        plain,
+                        image.repeat(images, 1, 1, 1),
+                        repeats=pairs if images == 1 else max(2, pairs // 4),
+                    )
+                yield TimeRow(
+                    model=subject.model, plain=subject.plain, method=method, variant=variant, share=share,
+                    setting=setting.text, gmacs=round(setting.gmacs, 6), images=images, ratio=round(found.ratio, 3),
+                    ratio_q1=round(found.ratio_quartiles[0], 3), ratio_q3=round(found.ratio_quartiles[1], 3),
+                    ms=round(found.model.median_ms, 2), plain_ms=round(found.baseline.median_ms, 2),
+                    pairs=found.repeats, device=found.device, threads=found.threads, dtype=found.dtype,
+                    torch=torch.__version__,
+                )  # fmt: skip
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def best_variants(rows: Iterable[Row]) -> list[Row]:
+    """Returns one row for each model, method and budget: that of the variant with the highest accuracy."""
+    best: dict[tuple[str, str, float], Row] = {}
+    for row in rows:
+        at = (row.model, row.method, row.share)
+        if at not in best or row.top1 > best[at].top1:
+            best[at] = row
+    return list(best.values())
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Returns the rows as Markdown: a line per method, a column per budget, top-1 (time ratios at 1 and 16 images)."""
-    shares = sorted({row.share for row in rows}, reverse=True)
-    lines = [
-        "| model | tokens | " + " | ".join(f"{share:.0%} of the GMACs" for share in shares) + " |",
-        "|---|---|" + "---|" * len(shares),
-    ]
-    for model, method in dict.fromkeys((row.model, row.method) for row in rows):
-        found = {row.share: row for row in rows if (row.model, row.method) == (model, method)}
-        cells = [_cell(found[share]) if share in found else "" for share in shares]
-        lines.append(f"| `{model}` | {method} | " + " | ".join(cells) + " |")
-    conditions = {
-        f"{row.data}, {row.split} split; {row.device}, {row.threads} threads, torch {row.torch}" for row in rows
-    }
-    return "\n".join(lines) + "\n\nMeasured on: " + "; ".join(sorted(conditions)) + ".\n"
+    """Returns the rows of quality as Markdown: a line per model and method, a column per budget.
+
+    Cells are top-1 and the standard error of its difference to all tokens, then agreement and KL divergence.
+    """
+    conditions = (
+        f"{row.data}, {row.split} split, {row.images:,} images; {row.device}, {row.dtype}, torch {row.torch}"
+        for row in rows
+    )
+    return _table(best_variants(rows), lambda row: (row.model, row.method), ["model", "tokens"], _cell, conditions)
 
 
 def _cell(row: Row) -> str:
-    return f"{row.top1:.2f} ({row.latency_ratio:.2f}, {row.throughput_ratio:.2f})"
+    if row.kl is None:
+        return f"{row.top1:.2f}"
+    if row.method == ALL:
+        return f"**{row.top1:.2f}**"
+    return f"{row.top1:.2f} ± {row.difference_se:.2f} ({row.agreement:.1f}, {row.kl:.3f})"
+
+
+def time_table(rows: Sequence[TimeRow]) -> str:
+    """Returns the rows of time as Markdown: a line per model, method and number of threads, a column per budget.
+
+    Cells are the median ratios to the plain twin with quartiles, at 1 and at 16 images.
+    """
+    pairs: dict[Any, dict[int, TimeRow]] = {}
+    for row in rows:
+        pairs.setdefault((row.model, row.method, row.threads, row.share), {})[row.images] = row
+
+    def cell(row: TimeRow) -> str:
+        found = pairs[row.model, row.method, row.threads, row.share]
+        return "; ".join(
+            f"{found[images].ratio:.2f} ({found[images].ratio_q1:.2f}-{found[images].ratio_q3:.2f})"
+            for images in sorted(found)
+        )
+
+    conditions = (f"{row.device}, {row.dtype}, torch {row.torch}" for row in rows)
+    return _table(
+        rows, lambda row: (row.model, row.method, str(row.threads)), ["model", "tokens", "threads"], cell, conditions
+    )
+
+
+def _table(
+    rows: Sequence[Any],
+    line_of: Callable[[Any], tuple[str, ...]],
+    heads: Sequence[str],
+    cell: Callable[[Any], str],
+    conditions: Iterable[str],
+) -> str:
+    shares = sorted({row.share for row in rows}, reverse=True)
+    titles = [*heads, *(f"{share:.0%} of the GMACs" for share in shares)]
+    lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
+    for line in dict.fromkeys(map(line_of, rows)):
+        found = {row.share: row for row in rows if line_of(row) == line}
+        cells = [cell(found[share]) if share in found else "" for share in shares]
+        model, *others = line
+        lines.append(f"| {' | '.join([f'`{model}`', *others, *cells])} |")
+    return "\n".join(lines) + "\n\nMeasured on: " + "; ".join(sorted(set(conditions))) + ".\n"
 
 
 def figure(rows: Sequence[Row]) -> Figure:
-    """Draws accuracy against GMACs and latency of one image, a line per model and method, by data set."""
+    """Draws accuracy against GMACs, a panel for each data set: masked and plain in colour, peers in grey."""
+    rows = best_variants(rows)
     scored = list(dict.fromkeys((row.data, row.split) for row in rows))
-    drawing = new_figure((12.5, 5.2 * len(scored)))
-    panels = drawing.subplots(len(scored), 2, sharey="row", squeeze=False)
-    for (left, right), (data, split) in zip(panels, scored, strict=True):
+    drawing = new_figure((6.4 * len(scored), 4.6))
+    for axis, (data, split) in zip(drawing.subplots(1, len(scored), squeeze=False)[0], scored, strict=True):
         here = [row for row in rows if (row.data, row.split) == (data, split)]
-        styles = itertools.cycle(itertools.product(("-", "--", ":"), "osD^vPX"))
         lines = dict.fromkeys((row.model, row.method) for row in here)
-        for (model, method), (line, marker) in zip(lines, styles, strict=False):
-            found = sorted(
-                (row for row in here if (row.model, row.method) == (model, method)), key=lambda row: row.gmacs
-            )
-            for axis, of in ((left, "gmacs"), (right, "latency_ratio")):
-                axis.plot(
-                    [getattr(row, of) for row in found], [row.top1 for row in found],
-                    line, marker=marker, markersize=5, label=f"{_short(model)}, {method}",
-                )  # fmt: skip
-        left.set_xlabel("GMACs of one image")
-        right.set_xlabel("time of one image, to the plain twin with all tokens")
-        left.set_ylabel(f"top-1 (%), {data}, {split} split")
-        right.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=7)
+        for model, method in sorted(lines, key=lambda line: line[1] not in PEERS):  # peers below
+            found = [row for row in here if (row.model, row.method) == (model, method)]
+            _draw(axis, sorted(found, key=lambda row: row.gmacs), whole=[r for r in here if r.method == ALL])
+        axis.set_xlabel("GMACs of one image, masks and matching included")
+        axis.set_ylabel(f"top-1 (%), {data}, {split} split")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_ylim(bottom=_floor(here))
+        axis.legend(fontsize=7, loc="lower right", frameon=False)
     return drawing
 
 
-def _short(model: str) -> str:
-    """Returns a model's name in the legend: without its tag, or that of its run."""
-    return display_name(model) if ModelRef.parse(model).is_saved else split_name(model)[0]
+_MARKERS = "sD^vPX<>"
+
+
+def _draw(axis: Axes, rows: Sequence[Row], whole: Sequence[Row]) -> None:
+    row = rows[0]
+    masked = row.model != row.plain
+    colour, of = ("#1d4ed8", "masked") if masked else ("#c2410c", "plain")
+    x, y = [row.gmacs for row in rows], [row.top1 for row in rows]
+    if row.method == ALL:
+        axis.axhline(row.top1, color=colour, linewidth=0.8, linestyle=":")
+        axis.plot(x, y, "*", color=colour, markersize=11, label=f"{of}, {ALL}")
+    elif row.method in PEERS:
+        marker = _MARKERS[list(PEERS).index(row.method) % len(_MARKERS)]
+        style, grey = ("-", "#6b7280") if masked else ("--", "#9ca3af")
+        axis.plot(
+            x, y, style, marker=marker, color=grey, linewidth=0.9, markersize=3.5, label=f"{of}, {row.method}"
+        )  # fmt: skip
+    else:
+        axis.plot(x, y, "-", marker="o", color=colour, linewidth=2, markersize=5, label=f"{of}, {row.method}")
+
+
+def _floor(rows: Sequence[Row]) -> float:
+    """Returns the lowest accuracy to draw: somewhat below the rows in colour, which some peers fall far below."""
+    lowest = min((row.top1 for row in rows if row.method not in PEERS), default=0.0)
+    return max(min(row.top1 for row in rows) - 0.5, lowest - 4)
+
+
+#: Methods in the figure; the others of this project are in the table.
+DRAWN = (ALL, "merged", *PEERS)
 
 
 def main() -> None:
-    """Measures missing rows and prints the table."""
+    """Measures missing rows and prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", help="model with masks and weights")
-    parser.add_argument("plain", nargs="?", help="its twin without masks")
-    parser.add_argument("--data", help="data set, as for `lamzoo eval`")
-    parser.add_argument("--split", default="val")
-    parser.add_argument("--shares", nargs="+", type=float, default=[0.9, 0.8, 0.7, 0.63, 0.5])
-    parser.add_argument("--at", nargs="+", type=int, default=[3, 6, 9], help="layers after which tokens are reduced")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    named = {subject.model: subject for subject in (*SUBJECTS, *TIMED_SUBJECTS)}
+    parser.add_argument("--models", nargs="+", metavar="MODEL", help="by default all: " + ", ".join(named))
+    parser.add_argument(
+        "--like", choices=[subject.model for subject in SUBJECTS], help="data, twin and stages of MODEL"
+    )
+    parser.add_argument("--only", nargs="+", metavar="METHOD", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--shares", nargs="+", type=float, default=SHARES)
+    parser.add_argument("--data", default="npz:../shared/data/", help="prefix of the data sets' folders")
+    parser.add_argument("--device", default="cpu", help="for rows of quality")
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--kept", type=Path, default=ROOT / "runs" / "reduction", help="folder of predictions")
+    parser.add_argument("--again", action="store_true", help="measure existing rows of quality again")
+    parser.add_argument("--times", action="store_true", help="measure time instead of quality")
+    parser.add_argument("--time-results", type=Path, default=TIMES)
+    parser.add_argument("--pairs", type=int, default=40, help="timed pairs of one image")
     parser.add_argument("--table", action="store_true", help="measure nothing")
     parser.add_argument("--figure", type=Path, metavar="FILE.svg", help="draw stored results without measuring")
     args = parser.parse_args()
-    rows = read_rows(args.results, Row)
     if args.figure:
+        rows = [row for row in read_rows(args.results, Row) if row.method in DRAWN]
         args.figure.write_bytes(encode(figure(rows), "svg"))
         return
-    if not args.table:
-        if not (args.model and args.plain and args.data):
-            parser.error("give a model, its plain twin and --data, or --table")
-        wanted = [
-            (name, how, share)
-            for share, how, name in itertools.product(args.shares, args.methods, (args.model, args.plain))
-            if how != _WHOLE and (name == args.model or how in _PEERS)
-        ]
-        wanted = [(name, _WHOLE, 1.0) for name in (args.model, args.plain)] + wanted
-        done = {(row.model, row.method, row.share) for row in rows}
-        for name, how, share in track([each for each in wanted if each not in done], description="points"):
-            row = measure(name, args.plain, how, share, args.data, args.split, tuple(args.at))
-            if row is None:
-                print(f"no setting of {how} takes {name} down to {share:.0%} of the GMACs; its cell stays empty")
-                continue
-            rows.append(row)
-            write_rows(args.results, rows)
-    print(table(rows))
+    models = args.models or [subject.model for subject in (*SUBJECTS, *(TIMED_SUBJECTS if args.times else ()))]
+    unknown = sorted(set(models) - set(named))
+    if unknown and not args.like:
+        parser.error(f"{', '.join(unknown)}: no model of this benchmark; say with --like which one it was trained from")
+    subjects = [named[model] if model in named else replace(named[args.like], model=model) for model in models]
+    subjects = [
+        replace(each, shares=tuple(share for share in each.shares if share in args.shares)) for each in subjects
+    ]
+    if args.times and not args.table:
+        times = read_rows(args.time_results, TimeRow)
+        for subject in subjects:
+            for row in measure_times(subject, args.only, read_rows(args.results, Row), times, args.pairs):
+                times.append(row)
+                write_rows(args.time_results, times)
+    elif not args.table:
+        scored = [subject for subject in subjects if subject.data]
+        device = torch.device(args.device)
+        measure_all(scored, args.only, args.data, args.results, args.kept, device, again=args.again)
+    print(table(read_rows(args.results, Row)))
+    if args.times or args.table:
+        print(time_table(read_rows(args.time_results, TimeRow)))
 
 
 if __name__ == "__main__":

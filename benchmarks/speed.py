@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache
 
 import lamzoo
+from benchmarks.methods import METHODS, Variants
 from benchmarks.peers import applied
 from benchmarks.peers.tome import ToMe
-from benchmarks.reduction import METHODS, Method, largest
 from benchmarks.rows import read_rows, write_rows
 from lamzoo import LamConfig
 from lamzoo.profiling.inputs import default_input
@@ -84,17 +84,16 @@ def _masked(change: Callable[[LamConfig], LamConfig]) -> Callable[[str, ExitStac
 
 
 def _reduced(
-    method: Method, share: float, *, masked: bool, quarters: Sequence[int] = (1, 2, 3)
+    method: Variants, share: float, *, masked: bool, quarters: Sequence[int] = (1, 2, 3)
 ) -> Callable[[str, ExitStack], Any]:
     def build(name: str, stack: ExitStack) -> Any:
         model = lamzoo.create_model(name, **({} if masked else {"lam": False}))  # type: ignore[arg-type]
         depth = len(model.blocks)  # type: ignore[arg-type]
         at = tuple(depth * i // 4 for i in quarters)
         budget = share * lamzoo.profile(lamzoo.create_model(name, lam=False)).gmacs
-        setting = largest(method, model, at, budget)
-        if setting is None:
+        reduce = next(iter(method(model).values()))
+        if stack.enter_context(reduce(model, budget, at, None)) is None:
             raise lamzoo.LamzooError(f"No setting meets {share:.2f} of the GMACs of {name}.")
-        stack.enter_context(method.open(model, setting, at))
         return model
 
     return build

@@ -1,0 +1,172 @@
+"""Token reductions to a budget of GMACs: this project's methods and their peers, behind one interface."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import lamzoo
+from benchmarks.peers import Peer, applied, mean_gmacs
+from benchmarks.peers.atm import ATM
+from benchmarks.peers.diffrate import DiffRate
+from benchmarks.peers.pitome import PiToMe
+from benchmarks.peers.selection import EViT, Random, Stride
+from benchmarks.peers.tome import ToMe
+from lamzoo.errors import ConfigError
+from lamzoo.lam import Lam
+from lamzoo.profiling.inputs import as_arguments, default_input
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The largest setting of a method within a budget, and the GMACs of one image at it."""
+
+    text: str
+    gmacs: float
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Preprocessed images ``(images, C, H, W)`` for methods that need some to find their setting.
+
+    Attributes:
+        scored: of the split that is scored, for methods whose number of tokens depends on the images: their GMACs are
+            the mean of these.
+        training: of the training split, for methods that search on it.
+    """
+
+    scored: Tensor
+    training: Tensor
+
+
+#: Reduces a model's tokens inside the context to a budget in GMACs; a method that reduces at some layers only does so
+#: after the given ones. Gives the setting; None if no setting meets the budget, or the method lacks samples.
+Reduce = Callable[[Any, float, tuple[int, ...], Samples | None], AbstractContextManager[Setting | None]]
+#: The variants of a method that a model allows, by name; none if it doesn't allow the method.
+Variants = Callable[[Any], Mapping[str | None, Reduce]]
+
+
+def _by_library(reduce_tokens: Callable[..., object], *, masked: bool, **options: Any) -> Variants:
+    """Returns the reduction by a function of the library."""
+
+    @contextmanager
+    def reduce(model: Any, budget: float, at: tuple[int, ...], samples: Samples | None) -> Iterator[Setting | None]:
+        where = {"at": at} if masked else {}
+        try:
+            reduce_tokens(model, target_gmacs=budget, **where, **options)
+        except ConfigError:  # even a single token costs more
+            setting = None
+        else:
+            found = {"keep": model.token_reduction.keep} | where
+            setting = Setting(_text(found), lamzoo.profile(model).gmacs)
+        try:
+            yield setting
+        finally:
+            lamzoo.remove_reduction(model)
+
+    return lambda model: {None: reduce} if _is_masked(model) or not masked else {}
+
+
+def _by_peer(settings: Callable[..., Sequence[Peer]], *, has_layers: bool = False, **options: Any) -> Reduce:
+    """Returns the reduction by a peer, whose settings are in order of increasing GMACs."""
+
+    @contextmanager
+    def reduce(model: Any, budget: float, at: tuple[int, ...], samples: Samples | None) -> Iterator[Setting | None]:
+        peers = settings(model, **({"at": at} if has_layers else {}), **options)
+        if peers[0].is_adaptive and samples is None:
+            yield None
+            return
+        (random,) = as_arguments(default_input(model))
+        counted = samples.scored if samples is not None and peers[0].is_adaptive else random
+
+        def gmacs(peer: Peer) -> float:
+            return mean_gmacs(model, peer, counted)
+
+        fitting = bisect_right(peers, budget, key=gmacs)
+        if not fitting:
+            yield None
+            return
+        peer = peers[fitting - 1]
+        with applied(model, peer):
+            yield Setting(_text(dataclasses.asdict(peer)), gmacs(peer))
+
+    return reduce
+
+
+def _text(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in settings.items() if not isinstance(value, torch.Generator))
+
+
+def _is_masked(model: nn.Module) -> bool:
+    return any(isinstance(module, Lam) for module in model.modules())
+
+
+ALL = "all tokens"
+OURS: dict[str, Variants] = {"merged": _by_library(lamzoo.merge_tokens, masked=False)} | {
+    f"{score}, {rest}": _by_library(lamzoo.prune_tokens, masked=True, score=score, rest=rest)
+    for score, rest in (
+        ("mask", "drop"),
+        ("mask", "merge"),
+        ("mask", "nearest"),
+        ("attention", "drop"),
+        ("attention", "merge"),
+        ("redundancy", "nearest"),
+    )
+}
+
+
+def _tome(model: Any) -> dict[str | None, Reduce]:
+    """Returns ToMe in the variants that differ on a model, the official one first."""
+    choices = itertools.product(
+        ("between", "after"),
+        ("averaged", "destination") if _is_masked(model) else ("averaged",),
+        ("weighted", "plain") if model.global_pool == "avg" else ("weighted",),
+    )
+    return {
+        f"{placement}, {rows} rows, {pooling} pooling": _by_peer(
+            ToMe.settings, placement=placement, rows=rows, pooling=pooling
+        )
+        for placement, rows, pooling in choices
+    }
+
+
+@contextmanager
+def _diffrate(model: Any, budget: float, at: tuple[int, ...], samples: Samples | None) -> Iterator[Setting | None]:
+    try:
+        peer = None if samples is None else DiffRate.searched(model, samples.training, budget)
+    except ConfigError:  # half of the patches in each layer cost more
+        peer = None
+    if peer is None:
+        yield None
+        return
+    with applied(model, peer):
+        yield Setting(_text(dataclasses.asdict(peer)), lamzoo.profile(model).gmacs)
+
+
+_PITOME, _ATM = (_by_peer(peer.settings) for peer in (PiToMe, ATM))
+_EVIT, _RANDOM, _STRIDE = (_by_peer(peer.settings, has_layers=True) for peer in (EViT, Random, Stride))
+PEERS: dict[str, Variants] = {
+    "ToMe": _tome,
+    "PiToMe": lambda model: {None: _PITOME},
+    "DiffRate": lambda model: {None: _diffrate},
+    "ATM": lambda model: {None: _ATM},
+    "EViT": lambda model: {None: _EVIT} if model.num_prefix_tokens else {},
+    "random": lambda model: {None: _RANDOM},
+    "stride": lambda model: {None: _STRIDE},
+}
+
+
+@contextmanager
+def _all_tokens(model: Any, budget: float, at: tuple[int, ...], samples: Samples | None) -> Iterator[Setting]:
+    yield Setting("none", lamzoo.profile(model).gmacs)
+
+
+METHODS: dict[str, Variants] = {ALL: lambda model: {None: _all_tokens}, **OURS, **PEERS}
