@@ -79,6 +79,7 @@ def merge_tokens(
     keep: float | None = None,
     r: int | None = None,
     at: Sequence[int] | None = None,
+    frames: float = 1.0,
     count_gmacs: Callable[[nn.Module], float] | None = None,
 ) -> Model:
     """Merges alike tokens of a vision transformer with masks or without, in place and without training.
@@ -98,13 +99,16 @@ def merge_tokens(
         model: is or contains one ``VisionTransformer`` (ViT, DeiT, DINOv2, SigLIP, ...), ``Eva`` (EVA, EVA-02,
             RoPE-ViT, DINOv3, PE) or ``NaFlexVit`` of timm with the blocks ``Block`` or ``EvaBlock``, or one image tower
             of open_clip; may be wrapped by ``torch.compile`` or data parallelism. In a CLIP model the image tower is
-            reduced and the text tower isn't. With rotary positions, a merged token has the rotation of the token whose
-            place it takes.
+            reduced and the text tower isn't; in CLIP4Clip it is that of each frame. With rotary positions, a merged
+            token has the rotation of the token whose place it takes.
         target_gmacs: upper limit on the GMACs of one input of the model's own size, matching included; as few patches
             as needed merge. Inputs of another size keep the same share of their patches.
         keep: instead, the share of the patches that is left after the last layer.
         r: instead, the number of patches that merge in each layer, as in ToMe; at the model's own input size.
         at: layers in which tokens merge, counted from 0; all of them by default.
+        frames: for CLIP4Clip, the share of a video's frames that is left: before the tower encodes them, those that are
+            alike become their mean, by the same matching, and each frame gets the embedding of the one that it is part
+            of. Where little moves, as in the lips of a talker, this loses less than merging as many patches.
         count_gmacs: counts the GMACs of one input for ``target_gmacs``; :func:`lamzoo.profile` by default.
 
     Returns:
@@ -121,7 +125,7 @@ def merge_tokens(
     if len(given) != 1:
         named = ", ".join(f"{name}={value}" for name, value in given.items()) or "none of them"
         raise ConfigError(f"merge_tokens takes one of target_gmacs, keep and r, and got {named}.")
-    config = TokenReduction(1.0 if keep is None else keep, at=None if at is None else tuple(at))
+    config = TokenReduction(1.0 if keep is None else keep, at=None if at is None else tuple(at), frames=frames)
     if r is not None:
         config = replace(config, keep=_share(model, config, r))
     if target_gmacs is not None:

@@ -15,6 +15,12 @@ Score = Literal["mask", "attention", "attention-value", "redundancy"]
 Rest = Literal["drop", "merge", "nearest"]
 Training = Literal["straight-through", "top-k"]
 
+# The fields of each method, in the order in which they are written.
+_FIELDS: Mapping[Method, tuple[str, ...]] = {
+    "merge": ("method", "keep", "at", "frames"),
+    "prune": ("keep", "method", "at", "score", "rest", "training"),
+}
+
 
 @dataclass(frozen=True)
 class TokenReduction:
@@ -45,9 +51,11 @@ class TokenReduction:
             costs as much as the unpruned model, plus a second attention in each later layer; add
             :func:`lamzoo.pruning_loss` to the loss. ``"top-k"``: as in evaluation and at its cost; no gradient flows
             through the choice of tokens.
+        frames: for merging in a model of videos, the share of a video's frames that is left, rounded: before the tower
+            encodes them, alike frames become one.
 
     Raises:
-        ConfigError: a field has an invalid value, or is one of pruning and differs from its default while tokens merge.
+        ConfigError: a field has an invalid value, or is one of the other method and differs from its default.
     """
 
     keep: float
@@ -56,33 +64,36 @@ class TokenReduction:
     score: Score = "mask"
     rest: Rest = "drop"
     training: Training = "straight-through"
+    frames: float = 1.0
 
     def __post_init__(self) -> None:
-        if isinstance(self.keep, bool) or not isinstance(self.keep, (int, float)) or not 0 < self.keep <= 1:
-            raise ConfigError(f"keep={self.keep!r}: the share of tokens to keep must be above 0 and at most 1.")
+        for name, what in (("keep", "tokens"), ("frames", "frames")):
+            share = getattr(self, name)
+            if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
+                raise ConfigError(f"{name}={share!r}: the share of {what} to keep must be above 0 and at most 1.")
         for name, of in (("method", Method), ("score", Score), ("rest", Rest), ("training", Training)):
             value, choices = getattr(self, name), get_args(of)
             if value not in choices:
                 raise ConfigError(f"{name}={value!r}: it must be one of {', '.join(map(repr, choices))}.")
         if self.at is not None:
             object.__setattr__(self, "at", _layers(self.at))
-        if self.method == "merge":
-            for field in dataclasses.fields(TokenReduction)[3:]:
-                if getattr(self, field.name) != field.default:
-                    raise ConfigError(
-                        f"{field.name}={getattr(self, field.name)!r} is a setting of pruning; leave it out, or set "
-                        "method='prune'."
-                    )
+        other, what = ("prune", "pruning") if self.method == "merge" else ("merge", "merging")
+        for field in dataclasses.fields(TokenReduction):
+            value = getattr(self, field.name)
+            if field.name in _FIELDS[other] and field.name not in _FIELDS[self.method] and value != field.default:
+                raise ConfigError(
+                    f"{field.name}={value!r} is a setting of {what}; leave it out, or set method={other!r}."
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields of the method as plain TOML and JSON values."""
-        fields = dataclasses.asdict(self)
-        if self.method == "merge":
-            fields = {name: fields[name] for name in ("method", "keep", "at")}
+        fields = {name: getattr(self, name) for name in _FIELDS[self.method]}
         if fields["at"] is None:
             del fields["at"]
         else:
             fields["at"] = list(fields["at"])
+        if fields.get("frames") == 1:
+            del fields["frames"]
         return fields
 
     @classmethod

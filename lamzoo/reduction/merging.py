@@ -158,9 +158,15 @@ def merge(model: nn.Module, config: TokenReduction) -> None:
 
     Raises:
         UnsupportedHostError: the model has another stack of blocks, or several.
-        ConfigError: ``at`` names a layer that the model doesn't have, or in which merging saves nothing.
+        ConfigError: ``at`` names a layer that the model doesn't have, or in which merging saves nothing; or frames are
+            to merge in a model without frames.
     """
     model = unwrap(model)
+    if config.frames != 1 and not getattr(model, "merges_frames", False):
+        raise ConfigError(
+            f"frames={config.frames}: {class_name(model)} has no frames that could merge; leave frames out, or give "
+            "the CLIP4Clip that the model is part of."
+        )
     remove_reduction(model)
     stack = find_stack(model, masked=False, verb="merged")
     merging_layers(stack, config)

@@ -17,6 +17,8 @@ from lamzoo.adapters import add_lam_to
 from lamzoo.data.video.sampling import FrameSampling
 from lamzoo.errors import ConfigError, MissingExtraError, class_name
 from lamzoo.lam import LamConfig
+from lamzoo.reduction import TokenReduction
+from lamzoo.reduction.frames import merge_frames
 
 if find_spec("open_clip") is None:
     raise MissingExtraError("CLIP4Clip needs open_clip, which is not installed; pip install 'lamzoo[clip]'.")
@@ -56,6 +58,8 @@ class Clip4Clip(nn.Module):
     """
 
     task: ClassVar[str] = "retrieval"
+    #: Whether :func:`lamzoo.merge_tokens` can merge alike frames.
+    merges_frames: ClassVar[bool] = True
     clip: Any
     head: Any
     lam_config: LamConfig | None
@@ -151,14 +155,39 @@ class Clip4Clip(nn.Module):
     def encode_frames(self, frames: Tensor, frame_mask: Tensor | None = None) -> Tensor:
         """Returns the vision tower's embedding of each frame, ``(B, F, D)``; zeros for missing frames.
 
+        Frames that :func:`lamzoo.merge_tokens` merges have the same embedding, that of their mean.
+
         Args:
             frames: ``(B, F, 3, H, W)``, float.
             frame_mask: ``(B, F)``, bool.
         """
+        reduction: TokenReduction | None = getattr(self, "token_reduction", None)
+        share = 1.0 if reduction is None else reduction.frames
         if frame_mask is None or bool(frame_mask.all()):
-            return self.clip.encode_image(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
-        seen = self.clip.encode_image(frames[frame_mask])  # padding isn't encoded
-        return seen.new_zeros(*frames.shape[:2], seen.shape[-1]).masked_scatter(frame_mask[..., None], seen)
+            return self._encode([frames], share)[0]
+        if share == 1:
+            places, videos = [frame_mask], [frames[frame_mask].unsqueeze(0)]  # padding isn't encoded
+        else:  # videos of the same length together, so that each is merged as if it were alone
+            lengths = frame_mask.sum(dim=1, keepdim=True)
+            chosen = lengths.unique().tolist()
+            places = [frame_mask & (lengths == length) for length in chosen]
+            videos = [frames[here].unflatten(0, (-1, length)) for here, length in zip(places, chosen, strict=True)]
+        parts = self._encode(videos, share)
+        seen = parts[0].new_zeros(*frames.shape[:2], parts[0].shape[-1])
+        for here, part in zip(places, parts, strict=True):
+            seen = seen.masked_scatter(here[..., None], part)
+        return seen
+
+    def _encode(self, videos: Sequence[Tensor], share: float) -> list[Tensor]:
+        """Returns the embeddings of whole videos of several lengths, each ``(B, F, 3, H, W)``, in one pass."""
+        merged = [merge_frames(video, share) for video in videos]
+        few = [frames.flatten(0, 1) for frames, _ in merged]
+        embedded = self.clip.encode_image(torch.cat(few) if len(few) > 1 else few[0]).split([len(part) for part in few])
+        whole = []
+        for part, (frames, token_map) in zip(embedded, merged, strict=True):
+            seen = part.unflatten(0, frames.shape[:2])
+            whole.append(seen if token_map is None else token_map.spread(seen))
+        return whole
 
     def similarity(self, text: Tensor, video: Tensor, frame_mask: Tensor | None = None) -> Tensor:
         """Compares every text with every video.
