@@ -25,6 +25,12 @@ Checkpoint = Annotated[
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Precision = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Precision of the autocast.")]
 Json = Annotated[bool, typer.Option("--json", help="Print only JSON to stdout.")]
+Merge = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SHARE", help="Merge tokens until the model needs only this share of its GMACs, such as 0.63."
+    ),
+]
 BatchSize = Annotated[int, typer.Option(help="Images per batch.")]
 Trust = Annotated[
     bool, typer.Option("--trust", help="Trust a .pt2 program from elsewhere, which can run any code; remembered.")
@@ -81,20 +87,32 @@ def _problem(value: object) -> str:
     return ""
 
 
-def load_model(name: str, checkpoint: Path | None, *, trust: bool | None = None) -> nn.Module:
+def check_share(merge: float | None) -> None:
+    """Raises a :class:`ConfigError` for a value of ``--merge`` that is no share."""
+    if merge is not None and not 0 < merge <= 1:
+        raise ConfigError(f"--merge is {merge:g}; it must be above 0 and at most 1, a share of the model's GMACs")
+
+
+def load_model(
+    name: str, checkpoint: Path | None, *, trust: bool | None = None, merge: float | None = None
+) -> nn.Module:
     """Creates a model with its published weights or those of a checkpoint, or opens an exported program.
 
     Args:
         name: the model's name, or the file of the program.
         checkpoint: weights that replace the published ones.
         trust: whether to trust a program that was exported elsewhere; None refuses all exported programs.
+        merge: share of its GMACs to merge the model's tokens to, in place of its own token reduction.
     """
     from lamzoo.registry.catalog import model_ref
 
+    check_share(merge)
     ref = model_ref(name)
     if trust is not None and ref.kind == "program" and ref.path is not None:
         from lamzoo.export import load_exported
 
+        if merge is not None:
+            raise ConfigError(f"{name} is an exported program, whose tokens can't be merged; export it with --merge")
         if checkpoint is not None:
             raise ConfigError(f"{name} is an exported program and includes its weights; omit --checkpoint")
         return load_exported(ref.path, trust=trust)
@@ -102,6 +120,10 @@ def load_model(name: str, checkpoint: Path | None, *, trust: bool | None = None)
         raise ConfigError(f"--trust applies to exported programs, and {name} is not one; leave it out")
     from lamzoo.registry.factory import create_model
 
-    if checkpoint is not None:
-        return create_model(name, checkpoint_path=checkpoint)
-    return create_model(name, pretrained=True)
+    given: dict[str, Any] = {"pretrained": True} if checkpoint is None else {"checkpoint_path": checkpoint}
+    model = create_model(name, **given)
+    if merge is not None:
+        from lamzoo.reduction.budget import merge_to_share
+
+        merge_to_share(model, merge)
+    return model

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from lamzoo.cli import _output as out
-from lamzoo.cli._options import BatchSize, Checkpoint, Device, Json, Name, Trust, load_model
+from lamzoo.cli._options import BatchSize, Checkpoint, Device, Json, Merge, Name, Trust, check_share, load_model
 from lamzoo.errors import ConfigError, LamzooError
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ def eval_command(
     context: Annotated[int | None, typer.Option(
         min=0, help="Captions: number of earlier captions of the same video to condition on [0].")] = None,
     checkpoint: Checkpoint = None,
+    merge: Merge = None,
     trust: Trust = False,
     json: Json = False,
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the JSON to a file.")] = None,
@@ -69,6 +70,7 @@ def eval_command(
     from lamzoo.registry.catalog import model_ref, trained_data_of
     from lamzoo.tasks import task_of_predictions
 
+    check_share(merge)
     for path, what in ((output, "record"), (submission, "submission"), (state, "state")):
         if path is not None:
             check_target(path, what, makes_folder=path is state, failure=ConfigError)
@@ -93,15 +95,21 @@ def eval_command(
             raise ConfigError(f"--data is missing, and {name} is not the folder of a training run; add --data SPEC")
         data = trained.source
     if file is not None:
-        of_models = {"checkpoint": checkpoint, "submission": submission, "trust": trust or None, **options}
+        of_models = {
+            "checkpoint": checkpoint,
+            "merge": merge,
+            "submission": submission,
+            "trust": trust or None,
+            **options,
+        }
         _refuse([option for option, value in of_models.items() if value is not None], f"the predictions {name}")
         dataset = chosen.open_for_scoring(data, split)
         found: Evaluation = chosen.load("score_predictions")(name, dataset)
         facts: dict[str, Any] = {"task": chosen.name, "data": data, "split": dataset.split}
     else:
         found, facts = _score(
-            name, chosen, data, split, trained, checkpoint, trust, batch_size, device, precision, workers, options,
-            hidden=json,
+            name, chosen, data, split, trained, checkpoint, merge, trust, batch_size, device, precision, workers,
+            options, hidden=json,
         )  # fmt: skip
         if submission is not None:
             chosen.load("write_predictions")(submission, found.predictions)
@@ -112,7 +120,8 @@ def eval_command(
         out.print_json(record)
         return
     scores = {record["split"] or "all": found.scores, **found.variants}
-    out.print_scores(chosen.score_table(scores), f"{name} on {data}: {found.samples}")
+    merged = "" if merge is None else f" merged to {100 * merge:g} % of its GMACs"
+    out.print_scores(chosen.score_table(scores), f"{name}{merged} on {data}: {found.samples}")
     for note in found.notes:
         out.print_line(note)
 
@@ -144,6 +153,7 @@ def _score(
     split: str | None,
     trained: TrainedData | None,
     checkpoint: Path | None,
+    merge: float | None,
     trust: bool,
     batch_size: int,
     device: str,
@@ -161,10 +171,15 @@ def _score(
     target = resolve_device(device)
     check_batches(batch_size, workers, precision)
     dataset = task.open_for_scoring(data, split, trained)
-    model = load_model(name, checkpoint, trust=trust)
+    model = load_model(name, checkpoint, trust=trust, merge=merge)
     if "state" in task.options and "state" not in options:
         told = ("limit", "class_map", "real_labels")
-        choices = (str(checkpoint), *(str(options.get(key)) for key in told), options.get("on_bad_input", "stop"))
+        choices = (
+            str(checkpoint),
+            *([] if merge is None else [f"merge={merge}"]),
+            *(str(options.get(key)) for key in told),
+            options.get("on_bad_input", "stop"),
+        )
         try:
             path = default_state_path(name, data, dataset.split or "all", *choices)
             check_target(path, "state", makes_folder=True)
@@ -176,6 +191,6 @@ def _score(
     with out.progress_bar(f"{name} on {data}", hidden=hidden, ends=True) as advance:
         request = EvalRequest(batch_size, target, precision, workers, advance, options)
         found: Evaluation = task.load("evaluate")(model, dataset, request)
-    facts = {"task": task.name, "model": name, "data": data, "split": dataset.split, "device": str(target),
-             "precision": precision, "batch_size": batch_size}  # fmt: skip
+    facts = {"task": task.name, "model": name, "merge": merge, "data": data, "split": dataset.split,
+             "device": str(target), "precision": precision, "batch_size": batch_size}  # fmt: skip
     return found, facts

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from lamzoo.cli import _output as out
-from lamzoo.cli._options import Checkpoint, Json, Name, load_model
+from lamzoo.cli._options import Checkpoint, Json, Merge, Name, load_model
 from lamzoo.errors import ConfigError, ExportError
 
 _Score = Literal["mask", "attention", "attention-value", "redundancy"]
@@ -23,6 +23,7 @@ def export(
     checkpoint: Checkpoint = None,
     images: Annotated[list[Path] | None, typer.Option(metavar="PATH", help=(
         "Image files or folders to check the program on, instead of random images; may be repeated."))] = None,
+    merge: Merge = None,
     keep: Annotated[float | None, typer.Option(help="Prune tokens first, keeping this share.")] = None,
     at: Annotated[str | None, typer.Option(metavar="LAYERS", help=(
         "Layers that prune, such as 3,6,9 [at a quarter, half and three quarters of the depth]."))] = None,
@@ -54,10 +55,15 @@ def export(
         raise ConfigError(
             "--at, --score and --rest are settings of pruning, which --keep or --target-gmacs enables; pass one of them"
         )
+    if prunes and merge is not None:
+        raise ConfigError(
+            f"--merge and --{'keep' if keep is not None else 'target-gmacs'}, which prunes tokens, exclude each other; "
+            "leave one out"
+        )
     layers = None if at is None else _layers(at)
     paths = find_images(images) if images else []
     check_target(output, "program", makes_folder=True, failure=ExportError)
-    model = load_model(name, checkpoint)
+    model = load_model(name, checkpoint, merge=merge)
     if prunes:
         prune_tokens(model, keep, layers, target_gmacs=target_gmacs, score=score, rest=rest)
     batch = preprocess(model, paths) if paths else None

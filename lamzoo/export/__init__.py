@@ -21,6 +21,7 @@ from lamzoo.files import atomic_files
 from lamzoo.lazy import submodules_of
 from lamzoo.profiling.inputs import default_input, evaluating
 from lamzoo.reading import read_bytes, to_json
+from lamzoo.reduction.config import TokenReduction
 from lamzoo.version import __version__
 
 __all__ = ["ExportedFile", "ExportedModel", "Format", "export_model", "load_exported"]
@@ -65,10 +66,11 @@ def export_model(
     int8: bool = False,
     tolerance: float = TOLERANCE,
 ) -> ExportedFile:
-    """Exports a plain, masked or pruned model as a program that runs without lamzoo, for any batch size.
+    """Exports a model, with or without masks and token reduction, as a program for any batch size.
 
-    The program is verified before the file is created: a program that differs from the model leaves no file. The file
-    contains the model's preprocessing, class names, masks and pruning as JSON under ``lamzoo``.
+    The program runs without lamzoo. It is verified before the file is created: a program that differs from the model
+    leaves no file. The file contains the model's preprocessing, class names, masks and token reduction as JSON under
+    ``lamzoo``.
 
     Args:
         model: an image model with float32 weights on the CPU, optionally wrapped by ``torch.compile`` or data
@@ -194,6 +196,7 @@ def _facts(model: nn.Module) -> str:
         "num_classes",
     )
     masks, pruning = getattr(model, "lam_config", None), getattr(model, "prune_config", None)
+    merging: TokenReduction | None = getattr(model, "token_reduction", None) if pruning is None else None
     facts = {key: cfg[key] for key in kept if cfg.get(key) is not None}
     facts["input_size"] = tuple(default_input(model).shape[1:])  # type: ignore[union-attr]
     facts |= {key: of_channels(facts[key], facts["input_size"][0]) for key in ("mean", "std") if key in facts}
@@ -207,5 +210,6 @@ def _facts(model: nn.Module) -> str:
             "pretrained_cfg": facts,
             "lam_config": masks and masks.to_dict(),
             "prune_config": pruning and pruning.to_dict(),
+            "token_reduction": merging and merging.to_dict(),
         }
     )

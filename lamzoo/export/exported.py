@@ -35,7 +35,7 @@ class ExportedModel(nn.Module):
     Attributes:
         pretrained_cfg: timm's preprocessing configuration of the model, with class names.
         num_classes: number of classes.
-        facts: all metadata of the file: versions, masks, pruning.
+        facts: all metadata of the file: versions, masks, token reduction.
 
     Raises:
         ExportError: the preprocessing configuration is missing or invalid.

@@ -134,6 +134,15 @@ def merge_tokens(
     return model
 
 
+def merge_to_share(model: Model, share: float) -> Model:
+    """Merges tokens to a share of the GMACs that the model has with all tokens; as :func:`merge_tokens`."""
+    target = share * _profiled_gmacs(remove_reduction(model))
+    try:
+        return merge_tokens(model, target)
+    except ConfigError as error:
+        raise ConfigError(f"Tokens can't be merged to {100 * share:g} % of the GMACs: {error}") from error
+
+
 def _quarters(model: nn.Module) -> tuple[int, ...]:
     """Returns the layers at a quarter, half and three quarters of the depth, without the last one."""
     layers = len(find_stack(model, masked=True, verb="pruned").blocks)

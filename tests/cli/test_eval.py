@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from lamzoo.cli._options import load_model
+from lamzoo.profiling import profile
 from lamzoo.registry.factory import create_model
 from lamzoo.registry.saving import save_pretrained
 from tests.images import CLASSES, encoded, write_folder, write_npz
@@ -50,6 +52,14 @@ def test_a_broken_image_stops_or_is_skipped_and_counted(run, of_colours: str, tm
     assert record["bad_images"][0]["filename"] == str(root / "red" / "1.jpg")
     code, printed, _ = run(*common, "--on-bad-input", "skip")
     assert "1 images could not be read and were left out" in printed
+
+
+def test_a_model_is_scored_with_merged_tokens(run, of_colours: str, tmp_path: Path) -> None:
+    data = ("--data", write_npz(tmp_path / "data"), "--class-map", "model")
+    assert json.loads(run("eval", of_colours, *data, "--merge", "0.7", "--json").out)["merge"] == 0.7
+    assert "merged to 70 % of its GMACs" in run("eval", of_colours, *data, "--merge", "0.7").out
+    whole, merged = (profile(load_model(of_colours, None, merge=share)).gmacs for share in (None, 0.7))
+    assert 0.65 * whole < merged <= 0.7 * whole
 
 
 @pytest.mark.parametrize("home", ["/dev/null", None])

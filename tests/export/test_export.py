@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import lamzoo
-from lamzoo import LamConfig, add_lam, export_model, load_exported, prune_tokens
+from lamzoo import LamConfig, add_lam, export_model, load_exported, merge_tokens, prune_tokens
 from lamzoo.data import create_dataset
 from lamzoo.errors import ConfigError, ExportError, MissingExtraError, WeightsNotFoundError
 from lamzoo.evaluation import evaluate, predict, preprocess
@@ -42,7 +42,9 @@ def vit(variant: str = "masked", **kwargs: object) -> nn.Module:
     model.pretrained_cfg = {"architecture": "vit", "input_size": (3, 32, 32), "label_names": CLASSES}
     if variant != "plain":
         add_lam(model, LamConfig(keys="position", rank=3, init="paper"))
-    if VARIANTS[variant]:
+    if variant == "merged":
+        merge_tokens(model, keep=0.5)
+    elif VARIANTS[variant]:
         prune_tokens(model, 0.5, (0, 1), **VARIANTS[variant])
     return model.eval()
 
@@ -89,6 +91,15 @@ def test_the_program_agrees_with_the_model_for_any_batch(variant: str, format: A
     for batch in (1, 3, 7):
         assert_close(program(images(batch)), model(images(batch)), atol=1e-4, rtol=0)
     assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_a_merged_model_is_exported_for_any_batch_and_says_so(exported: Exported) -> None:
+    model, written = exported("merged", "onnx")  # the tests of merging export by torch.export
+    program = load_exported(written.path)
+    for batch in (1, 7):
+        assert_close(program(images(batch)), model(images(batch)), atol=1e-4, rtol=0)
+    assert lamzoo.TokenReduction.from_dict(program.facts["token_reduction"]) == model.token_reduction
+    assert program.facts["prune_config"] is None
 
 
 @each_format
