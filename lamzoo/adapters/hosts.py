@@ -95,6 +95,10 @@ class Pooling:
         norm: name of the norm of a block whose output is the input of the block's attention.
         reads_prefix_only: whether the forward pass of ``root`` reads class and register tokens alone of what the last
             block returns; asked in each pass, because hosts let users change it.
+        last_linear: the layer of the last block that is applied to each token by itself and added to it; None if there
+            is none.
+        reads_mean_only: whether the forward pass of ``root`` reads the mean over the tokens alone of what the last
+            block returns, those at the start apart that it leaves out; asked in each pass.
         arguments: names of the tensors besides the tokens that a block may be called with, because its attention
             selects their rows for tokens that have been removed or merged.
         no_merging: the reason why tokens can't be merged, a clause that follows the path of the blocks; None if they
@@ -110,6 +114,8 @@ class Pooling:
     last: nn.Module
     norm: str = "norm1"
     reads_prefix_only: Callable[[], bool] = field(default=bool, compare=False)  # bool() is False
+    last_linear: nn.Module | None = None
+    reads_mean_only: Callable[[], bool] = field(default=bool, compare=False)
     arguments: frozenset[str] = frozenset()
     no_merging: str | None = None
     no_pruning: str | None = None

@@ -28,6 +28,7 @@ from timm.layers import (
     AttentionPoolPrr,
     AttentionRope,
     HybridEmbed,
+    Mlp,
     RelPosBiasTf,
     RelPosMlp,
     RotaryEmbeddingMixed,
@@ -267,6 +268,8 @@ def _pooling(host: Any, blocks: str) -> Pooling | None:
         num_unpooled=0 if getattr(host, "pool_include_prefix", False) else host.num_prefix_tokens,
         last=host.norm,
         reads_prefix_only=partial(_reads_prefix_only, host),
+        last_linear=getattr(getattr(host.blocks[-1], "mlp", None), "fc2", None),
+        reads_mean_only=partial(_reads_mean_only, host),
         arguments=frozenset({"rope"}) if isinstance(host, (Eva, NaFlexVit)) else frozenset(),
         no_merging=no_merging,
         no_pruning=no_pruning,
@@ -306,11 +309,24 @@ def _names(classes: Iterable[type]) -> str:
 
 def _reads_prefix_only(host: Any) -> bool:
     """Returns whether a host pools its class token, in timm's own way."""
+    return _pools_as_timm(host) and host.global_pool == "token"
+
+
+def _reads_mean_only(host: Any) -> bool:
+    """Returns whether a host takes the mean of its last block's output, from a linear layer on."""
+    block = host.blocks[-1]
+    if not (_pools_as_timm(host) and host.global_pool == "avg" and type(host.norm) is nn.Identity):
+        return False
+    linear = type(block) is Block and type(block.mlp) is Mlp and type(block.mlp.fc2) is nn.Linear
+    return linear and not (block.training and block.mlp.drop2.p > 0)
+
+
+def _pools_as_timm(host: Any) -> bool:
     known = next(kind for kind in _POOLING_HOSTS if isinstance(host, kind))
     own = all(
         getattr(type(host), name, None) is getattr(known, name, None) for name in ("forward", "forward_head", "pool")
     )
-    return own and host.global_pool == "token" and getattr(host, "attn_pool", None) is None
+    return own and getattr(host, "attn_pool", None) is None
 
 
 def _layout(host: Any, pooling: Pooling | None) -> TokenLayout:

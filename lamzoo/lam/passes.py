@@ -59,6 +59,7 @@ class StackPass:
         sizes: number of the stack's input tokens in each key of the current layer, float ``(B, N)``; None where
             nothing has merged.
         merge: of tokens inside the current layer.
+        plan: how many tokens merge in each layer that merges.
         kept: straight-through decisions, ``(B, N)``: 1 for kept tokens, 0 for pruned ones that training leaves in
             place; None without such decisions.
         scores: of the current layer's tokens, ``(B, N)``, if tokens are reduced after it.
@@ -72,6 +73,7 @@ class StackPass:
     token_map: TokenMap | None = None
     sizes: Tensor | None = None
     merge: Merge | None = None
+    plan: tuple[int, ...] = ()
     kept: Tensor | None = None
     scores: Tensor | None = None
     pooled: bool = False

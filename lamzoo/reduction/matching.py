@@ -2,33 +2,12 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor
 
 from lamzoo.lam.token_map import TokenMap
 
 _MASK_WEIGHT = 0.5  # of the distance in the mask's key factor, beside that of the tokens
-
-
-def merges_per_layer(patches: int, keep: float, layers: int) -> list[int]:
-    """Spreads merges evenly over layers.
-
-    Args:
-        patches: number of patches before the first of the layers.
-        keep: share of them that is left after the last one.
-        layers: number of layers.
-
-    Returns:
-        The number of patches that merge into others in each layer, at most half of those that are left.
-    """
-    gone = patches - max(1, round(keep * patches))
-    until = [layer * gone // layers for layer in range(layers + 1)]
-    merges: list[int] = []
-    for before, after in pairwise(until):
-        merges.append(min(after - before, (patches - sum(merges)) // 2))
-    return merges
 
 
 def match(

@@ -4,8 +4,9 @@ Modifications to the host: a forward pre-hook on each block merges its tokens, a
 the attention layers of a model without masks are taken over as masks take them over, so that keys and values are made
 of the tokens before a merge, and queries of those after it. Every block returns as many tokens as it takes, each patch
 the token that it is part of, so that pooling, dense features and intermediate outputs are those of the host; while the
-whole model runs, which hooks on it note, they are only spread out after the last block. Under a class token that block
-then computes this token alone, which changes no output.
+whole model runs, which hooks on it note, they are only spread out after the last block. What of the last block nothing
+reads is then not computed, which changes no output: under a class token all other tokens, and under a mean the last
+linear layer of each token, which the mean goes through instead.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
+from lamzoo.adapters.hosts import Pooling
 from lamzoo.adapters.wrappers import unwrap
 from lamzoo.errors import ConfigError, UnsupportedHostError, class_name
 from lamzoo.lam import FactoredMask, Lam, SharedState
@@ -26,7 +28,8 @@ from lamzoo.lam.passes import Merge, StackPass
 from lamzoo.lam.token_map import TokenMap, take
 from lamzoo.lam.unmasked import Unmasked, size_factors
 from lamzoo.reduction.config import TokenReduction
-from lamzoo.reduction.matching import match, merged, merges_per_layer
+from lamzoo.reduction.matching import match, merged
+from lamzoo.reduction.plan import checkerboard, merges_per_layer
 from lamzoo.reduction.stacks import ReductionHook, Stack, check_not_traced, find_stack, remove_reduction, watch_passes
 
 
@@ -67,6 +70,7 @@ class _MergeTokens(ReductionHook):
         layers = merging_layers(stack, config)
         self.place = layers.index(index) if index in layers else None
         self.layers, self.keep = len(layers), config.keep
+        self.grid = stack.layout.grid
         self.is_last = index == len(stack.blocks) - 1
 
     def __call__(
@@ -83,9 +87,9 @@ class _MergeTokens(ReductionHook):
             )
         here = self.shared.current
         if self.is_first:
-            self.shared.begin(here.grid, pooled=here.pooled, held=True)
+            tokens = self._begin(tokens, here)
             here = self.shared.current
-        if here.token_map is not None and not here.pooled:
+        elif here.token_map is not None and not here.pooled:
             tokens = take(tokens, here.token_map.kept)  # the members of a merged token are all equal
         # Of what the last block returns, only these tokens may be read; what is never read needs no query.
         if self.is_last and here.pooled and self.pooling.reads_prefix_only():
@@ -93,7 +97,7 @@ class _MergeTokens(ReductionHook):
             token_map = TokenMap(tokens.shape[1], places)
             self.shared.merge(Merge(self._normed(block, tokens), token_map))
             tokens = token_map(tokens)
-        elif count := self._count(tokens, here):
+        elif self.place is not None and (count := here.plan[self.place]):
             normed = self._normed(block, tokens)
             lam = next((module for module in block.modules() if isinstance(module, Lam)), None)
             right = None if lam is None else lam.key_factor(normed)
@@ -106,11 +110,19 @@ class _MergeTokens(ReductionHook):
         normed: Tensor = getattr(block, self.pooling.norm)(tokens)
         return normed
 
-    def _count(self, tokens: Tensor, here: StackPass) -> int:
-        if self.place is None:
-            return 0
-        length = tokens.shape[1] if here.token_map is None else here.token_map.length
-        return merges_per_layer(length - self.prefix, self.keep, self.layers)[self.place]
+    def _begin(self, tokens: Tensor, here: StackPass) -> Tensor:
+        """Begins the pass, and puts the patches in the order in which they are matched."""
+        self.shared.begin(here.grid, pooled=here.pooled, held=True)
+        patches = tokens.shape[1] - self.prefix
+        plan = merges_per_layer(patches, self.keep, self.layers)
+        self.shared.update(plan=plan)
+        order = checkerboard(patches, self.prefix, (here.grid, self.grid), tokens) if any(plan) else None
+        if order is None:
+            return tokens
+        places = order.expand(tokens.shape[0], -1)  # both ways, as each pair swaps
+        ones = torch.ones(places.shape, device=tokens.device)
+        self.shared.reduce(TokenMap(tokens.shape[1], places, places, ones))
+        return tokens.index_select(1, order)
 
 
 class _FinishMerge(ReductionHook):
@@ -133,6 +145,25 @@ class _FinishMerge(ReductionHook):
         else:
             self.shared.leave(output)
         return output
+
+
+class _PoolEarly(ReductionHook):
+    """Forward pre-hook of the last linear layer of all blocks: takes the mean of its inputs where only that is read."""
+
+    def __init__(self, shared: SharedState, pooling: Pooling) -> None:
+        super().__init__(shared)
+        self.pooling = pooling
+
+    def __call__(self, linear: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor] | None:
+        here = self.shared.current
+        if not (here.pooled and self.pooling.reads_mean_only()):
+            return None
+        tokens = args[0][:, self.pooling.num_unpooled :]
+        sizes = here.sizes if here.merge is None else here.merge.sizes
+        if sizes is None:
+            return (tokens.mean(dim=1, keepdim=True),)
+        weights = sizes[:, None, self.pooling.num_unpooled :]
+        return ((weights / weights.sum(dim=2, keepdim=True)).to(tokens.dtype) @ tokens,)
 
 
 class _BeginPooled(ReductionHook):
@@ -180,6 +211,8 @@ def merge(model: nn.Module, config: TokenReduction) -> None:
     for index, block in enumerate(stack.blocks.values()):
         block.register_forward_pre_hook(_MergeTokens(shared, stack, index, config), with_kwargs=True)
         block.register_forward_hook(_FinishMerge(shared, index == len(stack.blocks) - 1))
+    if stack.pooling.last_linear is not None:
+        stack.pooling.last_linear.register_forward_pre_hook(_PoolEarly(shared, stack.pooling))
     root = model.get_submodule(stack.pooling.root)
     root.register_forward_pre_hook(_BeginPooled(shared))
     root.register_forward_hook(_EndPooled(shared), always_call=True)

@@ -14,7 +14,8 @@ from torch.testing import assert_close
 import lamzoo
 from lamzoo import LamConfig, TokenReduction, add_lam, capture_masks, merge_tokens, prune_tokens, remove_reduction
 from lamzoo.errors import ConfigError, UnsupportedHostError
-from lamzoo.reduction.matching import match, merges_per_layer
+from lamzoo.reduction.matching import match
+from lamzoo.reduction.plan import checkerboard, merges_per_layer
 
 CONFIGS: list[LamConfig | None] = [None] + [
     LamConfig(layers=layers, keys=keys, op=op, rank=3, init="paper")
@@ -27,6 +28,7 @@ POOLINGS = {
     "class token": {},
     "registers": {"reg_tokens": 2},
     "mean": {"class_token": False, "global_pool": "avg"},
+    "norm before the mean": {"class_token": False, "global_pool": "avg", "fc_norm": False},
     "mean with the class token": {"global_pool": "avg", "pool_include_prefix": True},
     "attention": {"class_token": False, "global_pool": "map"},
     "largest": {"global_pool": "max"},
@@ -84,18 +86,18 @@ def test_equal_patches_merge_without_loss() -> None:
 
 @each_config
 def test_later_layers_have_fewer_keys_and_queries_fewer_still(config: LamConfig | None) -> None:
-    vit = merge_tokens(model(config), keep=0.25)
+    vit = merge_tokens(model(config), keep=0.5)
     if config is None:
         shapes = []
         for block in vit.blocks:
             block.attn.proj.register_forward_hook(lambda _, args, out: shapes.append(out.shape[1]))
         vit(images())
-        assert shapes == [13, 9, 5, 1]
+        assert shapes == [15, 12, 9, 1]
         return
     with capture_masks(vit) as masks:
         vit(images())
-    assert [tuple(record.attention.shape[2:]) for record in masks.values()] == [(13, 17), (9, 13), (5, 9), (1, 5)]
-    assert [tuple(record.mask.dense().shape[2:]) for record in masks.values()] == [(13, 17), (9, 13), (5, 9), (1, 5)]
+    assert [tuple(record.attention.shape[2:]) for record in masks.values()] == [(15, 17), (12, 15), (9, 12), (1, 9)]
+    assert [tuple(record.mask.dense().shape[2:]) for record in masks.values()] == [(15, 17), (12, 15), (9, 12), (1, 9)]
 
 
 @each_config
@@ -224,15 +226,35 @@ def test_masks_come_before_merging() -> None:
 @given(patches=st.integers(1, 300), keep=st.floats(0.01, 1), layers=st.integers(1, 24))
 def test_merges_are_spread_evenly(patches: int, keep: float, layers: int) -> None:
     merges = merges_per_layer(patches, keep, layers)
+    gone = patches - max(1, round(keep * patches))
     assert len(merges) == layers
-    left = patches
+    left, most = patches, 0.0
     for count in merges:
         assert 0 <= count <= left // 2
+        most = max(most, count / left)
         left -= count
-    gone = patches - max(1, round(keep * patches))
-    assert left >= patches - gone
-    if left == patches - gone:
-        assert max(merges) - min(merges) <= 1
+    if left > patches - gone:  # as many as can merge
+        assert left - left // 2 == left or merges[-1] == (left + merges[-1]) // 2
+    else:
+        assert left == patches - gone
+        if gone <= layers * int(0.3 * (patches - gone)):  # no layer would merge more than 30 %
+            assert max(merges) - min(merges) <= 1
+            assert most <= 0.3
+
+
+def test_matching_sees_a_checkerboard() -> None:
+    for grid, prefix in (((4, 6), 0), ((3, 2), 2), ((8, 8), 1)):
+        patches = grid[0] * grid[1]
+        order = checkerboard(patches, prefix, (None, grid), torch.empty(0))
+        assert order is not None
+        assert order[:prefix].tolist() == list(range(prefix))
+        assert torch.equal(order[order], torch.arange(prefix + patches))
+        places = order[prefix:] - prefix
+        colours = (places // grid[1] + places % grid[1]) % 2
+        assert colours.tolist() == [0, 1] * (patches // 2)
+    assert checkerboard(35, 1, ((5, 7),), torch.empty(0)) is None  # rows of odd length alternate
+    assert checkerboard(24, 1, (None, (5, 5)), torch.empty(0)) is None
+    assert checkerboard(6, 0, ((1, 6),), torch.empty(0)) is None
 
 
 @settings(derandomize=True, max_examples=60)
