@@ -60,4 +60,4 @@ class ATM(Peer):
 
     @classmethod
     def settings(cls, model: Any, **options: Any) -> Sequence[Self]:
-        return [cls(thousandths / 1000, **options) for thousandths in range(-1000, 1001)]
+        return [cls(alpha / 10_000, **options) for alpha in range(-10_000, 10_001)]

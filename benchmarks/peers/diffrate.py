@@ -23,13 +23,14 @@ Rates = TypeVar("Rates", bound="DiffRate")
 class DiffRate(Peer):
     """Prunes the least important tokens of each layer and merges the next ones, between attention and MLP.
 
-    Section 3.2: tokens are sorted by the attention of the class token. The ``prune`` least important ones leave, and
-    each of the ``merge`` least important of the others merges into the most similar of those that remain.
+    Token sorting and discrete proxy (figure 3): tokens are sorted by the attention of the class token. The ``prune``
+    least important ones leave, and each of the ``merge`` least important of the others merges into the most similar one
+    of those that remain, by cosine similarity.
 
-    The paper finds the numbers of all layers by gradient descent on relaxed rates (section 3.3), in three epochs of
-    ImageNet. That takes more than minutes on a CPU, so :meth:`searched` finds them by a random search on training
-    images instead. Open in the paper, and taken as in ToMe: the features that are compared, weighting by sizes, and
-    proportional attention. Without a class token, importance is the mean attention of all tokens.
+    The authors find the numbers of all layers by gradient descent on relaxed rates, in three epochs of ImageNet. That
+    takes more than minutes on a CPU, so :meth:`searched` finds them by a random search on training images instead.
+    Taken as in ToMe: the features that are compared (keys), averages weighted by sizes, and proportional attention.
+    Without a class token, importance is the mean attention of all tokens. With a mask, attention is that under it.
 
     Attributes:
         prune: tokens to prune in each layer.

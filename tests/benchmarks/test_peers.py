@@ -397,6 +397,15 @@ def test_mean_pooling_is_weighted_by_sizes_or_plain(pooling: Pooling) -> None:
     assert_close(pooled, (tokens * weights.unsqueeze(-1)).sum(1))
 
 
+@pytest.mark.parametrize("layers", ["multi", "single"])
+def test_models_train_with_merged_tokens(layers: str) -> None:
+    vit = add_lam(model(), LamConfig(layers=layers, keys="position", init="paper")).train()  # type: ignore[arg-type]
+    with applied(vit, ToMe(3)):
+        vit(images()).square().sum().backward()
+    gradients = [parameter.grad for parameter in vit.parameters()]
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
+
+
 @each_peer
 def test_settings_are_ordered_by_cost(peer: Callable[[], Peer]) -> None:
     vit, x = model(), images(1)
