@@ -109,6 +109,12 @@ def _is_masked(model: nn.Module) -> bool:
     return any(isinstance(module, Lam) for module in model.modules())
 
 
+def _has_mask_rows(model: nn.Module) -> bool:
+    """Whether a mask has rows of its own for tokens, rather than made of them: in a table, or shared by the layers."""
+    configs = [module.config for module in model.modules() if isinstance(module, Lam)]
+    return any(config.keys == "position" or config.layers == "single" for config in configs)
+
+
 ALL = "all tokens"
 OURS: dict[str, Variants] = {"merged": _by_library(lamzoo.merge_tokens, masked=False)} | {
     f"{score}, {rest}": _by_library(lamzoo.prune_tokens, masked=True, score=score, rest=rest)
@@ -127,7 +133,7 @@ def _tome(model: Any) -> dict[str | None, Reduce]:
     """Returns ToMe in the variants that differ on a model, the official one first."""
     choices = itertools.product(
         ("between", "after"),
-        ("averaged", "destination") if _is_masked(model) else ("averaged",),
+        ("averaged", "destination") if _has_mask_rows(model) else ("averaged",),
         ("weighted", "plain") if model.global_pool == "avg" else ("weighted",),
     )
     return {

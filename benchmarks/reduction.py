@@ -8,7 +8,9 @@
 
 A budget is a share of the plain twin's GMACs. Every method takes its largest setting within the budget, and masks,
 scoring and matching count towards it. Peers run on the masked model and on its plain twin. Rows of quality are the same
-on any machine up to rounding; rows of time need a quiet one. Existing rows are not measured again.
+on any machine up to rounding, and take some three hours of one core, a third of them for DiffRate's searches; rows of
+time need a quiet machine, and leave out ATM and DiffRate, whose settings depend on images. Existing rows are not
+measured again, unless ``--again`` is given.
 
 A folder with a trained model takes data, twin and stages of the model it was trained from:
 
@@ -322,16 +324,19 @@ def against_peers(rows: Sequence[Row], correct: Callable[[Row], Tensor | None]) 
     Args:
         rows: rows of quality.
         correct: whether each image's prediction was correct, bool ``(images,)``; None where predictions were not kept,
-            which leaves a row as it is.
+            which leaves a row as it is, or without a peer if another one is the best by now.
     """
     completed = []
     for row in rows:
         peer = best_peer(rows, row.model, row.share) if row.method in OURS else None
-        ours, theirs = (None, None) if peer is None else (correct(row), correct(peer))
-        if peer is not None and ours is not None and theirs is not None:
-            ahead, error = paired_difference(ours, theirs)
+        if peer is not None:
             name = f"{peer.method}, {peer.variant}" if peer.variant else peer.method
-            row = replace(row, peer=name, ahead=round(ahead, 2), ahead_se=round(error, 2))
+            ours, theirs = correct(row), correct(peer)
+            if ours is not None and theirs is not None:
+                ahead, error = paired_difference(ours, theirs)
+                row = replace(row, peer=name, ahead=round(ahead, 2), ahead_se=round(error, 2))
+            elif row.peer != name:
+                row = replace(row, peer=None, ahead=None, ahead_se=None)
         completed.append(row)
     return completed
 
@@ -546,40 +551,47 @@ def figure(rows: Sequence[Row]) -> Figure:
     """Draws accuracy against GMACs, a panel for each data set: masked and plain in colour, peers in grey."""
     rows = best_variants(rows)
     scored = list(dict.fromkeys((row.data, row.split) for row in rows))
-    drawing = new_figure((6.4 * len(scored), 4.6))
+    drawing = new_figure((5.2 * len(scored) + 2, 4.4))
+    legend = {}
     for axis, (data, split) in zip(drawing.subplots(1, len(scored), squeeze=False)[0], scored, strict=True):
         here = [row for row in rows if (row.data, row.split) == (data, split)]
-        lines = dict.fromkeys((row.model, row.method) for row in here)
-        for model, method in sorted(lines, key=lambda line: line[1] not in PEERS):  # peers below
+        for model, method in dict.fromkeys((row.model, row.method) for row in here):
             found = [row for row in here if (row.model, row.method) == (model, method)]
-            _draw(axis, sorted(found, key=lambda row: row.gmacs), whole=[r for r in here if r.method == ALL])
+            _draw(axis, sorted(found, key=lambda row: row.gmacs))
+        axis.set_title(f"{data}, {split} split", fontsize=10)
         axis.set_xlabel("GMACs of one image, masks and matching included")
-        axis.set_ylabel(f"top-1 (%), {data}, {split} split")
+        axis.set_ylabel("top-1 (%)")
         axis.spines[["top", "right"]].set_visible(False)
-        axis.set_ylim(bottom=_floor(here))
-        axis.legend(fontsize=7, loc="lower right", frameon=False)
+        axis.set_ylim(_floor(here), max(row.top1 for row in here) + 0.5)
+        legend |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    drawing.legend(
+        legend.values(), legend, loc="outside center right", frameon=False, fontsize=8,
+        title="peers: dashed on plain", title_fontsize=8,
+    )  # fmt: skip
     return drawing
 
 
-_MARKERS = "sD^vPX<>"
+_MARKERS = "sD^vPX<>hd"
 
 
-def _draw(axis: Axes, rows: Sequence[Row], whole: Sequence[Row]) -> None:
+def _draw(axis: Axes, rows: Sequence[Row]) -> None:
+    """Draws one model and method; a peer is in the legend once, by its line on the masked model."""
     row = rows[0]
     masked = row.model != row.plain
     colour, of = ("#1d4ed8", "masked") if masked else ("#c2410c", "plain")
     x, y = [row.gmacs for row in rows], [row.top1 for row in rows]
-    if row.method == ALL:
-        axis.axhline(row.top1, color=colour, linewidth=0.8, linestyle=":")
-        axis.plot(x, y, "*", color=colour, markersize=11, label=f"{of}, {ALL}")
-    elif row.method in PEERS:
+    if row.method in PEERS:
         marker = _MARKERS[list(PEERS).index(row.method) % len(_MARKERS)]
         style, grey = ("-", "#6b7280") if masked else ("--", "#9ca3af")
-        axis.plot(
-            x, y, style, marker=marker, color=grey, linewidth=0.9, markersize=3.5, label=f"{of}, {row.method}"
-        )  # fmt: skip
+        label = row.method if masked else f"_{of}, {row.method}"
+        axis.plot(x, y, style, marker=marker, color=grey, linewidth=0.9, markersize=4, label=label, zorder=1)
+        return
+    label = f"{of}, {row.method}"
+    if row.method == ALL:
+        axis.axhline(row.top1, color=colour, linewidth=0.8, linestyle=":")
+        axis.plot(x, y, "*", color=colour, markersize=11, label=label, zorder=3)
     else:
-        axis.plot(x, y, "-", marker="o", color=colour, linewidth=2, markersize=5, label=f"{of}, {row.method}")
+        axis.plot(x, y, "-", marker="o", color=colour, linewidth=2, markersize=5, label=label, zorder=2)
 
 
 def _floor(rows: Sequence[Row]) -> float:

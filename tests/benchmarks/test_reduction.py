@@ -139,6 +139,8 @@ def test_this_projects_rows_are_compared_with_the_best_peer() -> None:
     assert (first.peer, first.ahead, first.ahead_se) == ("ToMe, filled", 25.0, 25.0)
     assert peers == rows[1:]
     assert bench.against_peers(rows, lambda row: None) == rows
+    assert bench.against_peers([first, *peers], lambda row: None)[0] == first
+    assert bench.against_peers([first, row("ToMe", 60.0)], lambda row: None)[0] == rows[0]  # another peer is the best
 
 
 def test_measuring_resumes_and_keeps_predictions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,6 +175,16 @@ def test_every_batch_and_number_of_threads_is_timed_once(monkeypatch: pytest.Mon
     assert [row.pairs for row in rows] == [4, 2, 2]
     assert torch.get_num_threads() == threads
     assert list(bench.measure_times(subject, ["merged"], [], [TIME, *rows], pairs=4)) == []
+
+
+def test_an_unknown_model_is_named_with_what_to_add(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["reduction", "--models", "vit_micro.cifar10", "local-dir:mine"])
+    with pytest.raises(SystemExit) as ended:
+        bench.main()
+    assert ended.value.code == 2
+    assert "local-dir:mine: no model of this benchmark; say with --like" in capsys.readouterr().err
 
 
 def test_rows_survive_their_file_and_fill_the_table(tmp_path: Path) -> None:
@@ -216,20 +228,20 @@ def test_times_survive_their_file_and_fill_their_table(tmp_path: Path) -> None:
 def test_the_figure_has_masked_and_plain_in_colour_and_peers_in_grey() -> None:
     plain = replace(ROW, model="vit")
     rows = [
-        replace(ROW, method=ALL), replace(plain, method=ALL), ROW, replace(ROW, share=0.5, gmacs=0.2), plain,
+        replace(ROW, method=ALL), replace(plain, method=ALL), ROW, plain, replace(ROW, share=0.5, gmacs=0.2),
         replace(ROW, method="ToMe"), replace(plain, method="ToMe"), replace(ROW, model="lam.large", data="large"),
     ]  # fmt: skip
     drawing = bench.figure(rows)
     assert len(drawing.axes) == 2  # one for each data set
     lines = {str(line.get_label()): line for line in drawing.axes[0].lines}
-    named = {label for label in lines if not label.startswith("_")}
-    assert named == {f"{of}, {method}" for of in ("masked", "plain") for method in (ALL, "merged", "ToMe")}
+    colours = {label: line.get_color() for label, line in lines.items()}
     assert lines["masked, merged"].get_xdata().tolist() == [0.2, 0.25]
-    colours = {label: lines[label].get_color() for label in named}
     assert colours["masked, merged"] == colours["masked, all tokens"] != colours["plain, merged"]
-    grey = [colours[label] for label in named if "ToMe" in label]
-    assert len(grey) == 2
-    assert not {colours["masked, merged"], colours["plain, merged"]} & set(grey)
+    assert colours["plain, merged"] == colours["plain, all tokens"]
+    assert not {colours["ToMe"], colours["_plain, ToMe"]} & {colours["masked, merged"], colours["plain, merged"]}
+    (legend,) = drawing.legends
+    own = [f"{of}, {method}" for method in (ALL, "merged") for of in ("masked", "plain")]
+    assert [text.get_text() for text in legend.get_texts()] == [*own, "ToMe"]  # a peer once
 
 
 def test_the_nearest_neighbour_is_another_image() -> None:
