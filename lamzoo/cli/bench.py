@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from lamzoo.cli import _output as out
-from lamzoo.cli._options import MOST_PIXELS, Device, Json
+from lamzoo.cli._options import MOST_PIXELS, Device, Json, Merge, check_share
 from lamzoo.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ def bench(
     workers: Annotated[int, typer.Option(min=0, max=1024, help="Worker processes that read images in scoring.")] = 0,
     plain: Annotated[bool, typer.Option("--plain/--no-plain", help=(
         "Also measure the plain twins of masked models, in separate rows."))] = True,
+    merge: Merge = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Measure failed rows again.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Measure all rows again.")] = False,
     timeout: Annotated[float | None, typer.Option(min=0, help="Seconds per model; no limit by default.")] = None,
@@ -54,8 +55,9 @@ def bench(
 ) -> None:  # fmt: skip
     """Measures models in separate processes: score, GMACs, parameters, latency, throughput and memory.
 
-    A model with masks is timed alternately with the same model without them; latency_ratio is the median ratio. The
-    exit code is 1 if a row failed; the row contains the reason.
+    A model with masks is timed alternately with the same model without them; latency_ratio is the median ratio. With
+    --merge, every model is also measured with merged tokens, in a row of its own whose ratio is to the model without
+    masks and with all tokens. The exit code is 1 if a row failed; the row contains the reason.
     """
     import torch
 
@@ -66,6 +68,7 @@ def bench(
     from lamzoo.profiling.job import BenchJob
     from lamzoo.profiling.latency import device_label
 
+    check_share(merge)
     check_target(output, "table", makes_folder=True)
     found = select_models(patterns, weights=data is not None, plain=plain)
     target = resolve_device(device)
@@ -92,9 +95,10 @@ def bench(
     jobs = [
         dataclasses.replace(
             job, model=c.model, tag=c.tag, plain=c.plain, img_size=str(img_size) if img_size else c.img_size,
-            task=c.task, split=splits[c.name],
+            task=c.task, split=splits[c.name], merge=share,
         )
         for c in found
+        for share in ([None] if merge is None else [None, round(merge, 4)])  # as tables write it
     ]  # fmt: skip
     with out.progress_bar("bench", hidden=json) as advance:
         result = bench(jobs, output, retry_failed=retry_failed, force=force, timeout=timeout, progress=advance)
@@ -136,7 +140,7 @@ def _splits(data: str | None, split: str | None, models: Sequence[Candidate]) ->
 
 
 def _print(rows: Sequence[BenchRow], output: Path, kept: int) -> None:
-    columns: dict[str, Any] = {"model": lambda row: row.name}
+    columns: dict[str, Any] = {"model": lambda row: row.label}
     for metric in dict.fromkeys(row.spec for row in rows if row.ok and row.value is not None):
         heading = "score" if metric is None else metric.heading
         columns[heading] = partial(_value, metric)
@@ -156,7 +160,7 @@ def _print(rows: Sequence[BenchRow], output: Path, kept: int) -> None:
         title = f"{row.device}, {row.threads} threads, {row.dtype}, {row.mode}"
         cells = [[get(row) for get in columns.values()] for row in good]
         out.print_table(tuple(columns), cells, title=title, numbers=range(1, len(columns)))
-    failed = [(row.name, row.error) for row in rows if not row.ok]
+    failed = [(row.label, row.error) for row in rows if not row.ok]
     if failed:
         out.print_table(("model", "reason"), failed, title="failed")
     out.print_line(f"{out.path_text(output)}: {len(rows) - kept} measured, {kept} kept, {len(failed)} failed")

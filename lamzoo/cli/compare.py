@@ -56,7 +56,7 @@ def _print(comparison: Comparison) -> None:
         _print_group([column for column in columns if not column.speed], group.entries, title, narrow=True)
         _print_group([columns[0], *speed], group.entries, None, narrow=True)
     if comparison.failed:
-        failed = [(entry.row.name, entry.row.data, entry.row.error) for entry in comparison.failed]
+        failed = [(entry.row.label, entry.row.data, entry.row.error) for entry in comparison.failed]
         out.print_table(("model", "data", "reason"), failed, title="failed")
     for note in all_notes(comparison):
         out.print_line(note)

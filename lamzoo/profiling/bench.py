@@ -77,10 +77,10 @@ def bench(
         if job in done:
             continue
         if progress is not None:
-            progress(len(done), len(jobs), job.name)
+            progress(len(done), len(jobs), job.row().label)
         row = runner(job, timeout=timeout)
         if not row.ok:
-            _logger.warning("%s failed: %s", row.name, row.error)
+            _logger.warning("%s failed: %s", row.label, row.error)
         _rewrite(out, partial(_with, job=job, new=row))
         done[job] = row
     if progress is not None:

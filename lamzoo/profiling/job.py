@@ -44,6 +44,7 @@ class BenchJob:
         eval_batch: batch size in scoring.
         workers: worker processes that read images in scoring.
         commit: commit of the checkout.
+        merge: share of its GMACs to merge the model's tokens to; None leaves the model as it is.
     """
 
     model: str
@@ -66,6 +67,7 @@ class BenchJob:
     eval_batch: int = 64
     workers: int = 0
     commit: str | None = None
+    merge: float | None = None
 
     @property
     def name(self) -> str:

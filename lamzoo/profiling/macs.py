@@ -83,11 +83,17 @@ def profile(model: nn.Module, input: Inputs | None = None) -> Profile:
     lam_params = {id(p): p.numel() for lam in lams.values() for p in lam.parameters()}
     return Profile(
         gmacs=total / _GIGA,
-        lam_gmacs=sum(by_layer.get(path, 0.0) for path in lams) + sum(products) / _GIGA,
+        lam_gmacs=sum(_network_gmacs(path, lam, by_layer) for path, lam in lams.items()) + sum(products) / _GIGA,
         params_m=sum(p.numel() for p in model.parameters()) / 1e6,
         lam_params_m=sum(lam_params.values()) / 1e6,
         by_layer=by_layer,
     )
+
+
+def _network_gmacs(path: str, lam: Lam, by_layer: dict[str, float]) -> float:
+    """Returns the GMACs of a mask's network, also of the parts that run outside of its forward pass, as in merging."""
+    parts = () if lam.network is None else lam.network.named_children()
+    return sum(by_layer.get(f"{path}.network.{name}", 0.0) for name, _ in parts)
 
 
 def _by_layer(model: nn.Module, counter: FlopCounterMode) -> dict[str, float]:

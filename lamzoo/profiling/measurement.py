@@ -1,4 +1,4 @@
-"""All measurements of one model: GMACs, parameters, latency and throughput, compared with the model without masks."""
+"""All measurements of one model: GMACs, parameters, latency and throughput, compared with its plain backbone."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from lamzoo.adapters import remove_lam
+from lamzoo.adapters.wrappers import unwrap
 from lamzoo.errors import ConfigError, UnsupportedHostError, class_name
 from lamzoo.lam import Lam
 from lamzoo.profiling.analytic import analytic_macs
@@ -20,6 +21,7 @@ from lamzoo.profiling.inputs import as_arguments, default_input, evaluating, fir
 from lamzoo.profiling.latency import Latency, LatencyComparison, compare_latency, time_latency
 from lamzoo.profiling.macs import Profile, profile
 from lamzoo.profiling.memory import free_bytes, peak_growth
+from lamzoo.reduction.stacks import remove_reduction
 
 _logger = logging.getLogger(__name__)
 
@@ -36,10 +38,10 @@ class Measurement:
     Attributes:
         profile: MACs and parameters for one image.
         latency: latency of one image.
-        comparison: comparison with the model without its masks; None for a plain model.
+        comparison: comparison with the model without its masks and token reduction; None for a model that has neither.
         batch: batch size of the highest throughput.
         images_per_s: that throughput, from the median pass.
-        images_per_s_ratio: ratio to the throughput without masks at the same batch size; None for a plain model.
+        images_per_s_ratio: ratio to the throughput of the same at the same batch size; None likewise.
     """
 
     profile: Profile
@@ -61,10 +63,11 @@ def measure(
 ) -> Measurement:
     """Measures a model on its device and in its dtype, on random images of the size it was built for.
 
-    A model with masks is timed alternately with a copy without them, with the same weights and in the same process.
+    A model with masks or token reduction is timed alternately with a copy without them, with the same weights and in
+    the same process.
 
     Args:
-        model: an uncompiled model, with or without masks.
+        model: an uncompiled model, with or without masks and token reduction.
         compiled: time model and copy with ``torch.compile``; the batch size is still searched eagerly.
         batch: batch size of the throughput; by default the best that fits, see :func:`best_batch`.
         max_batch: limit of that search; by default 64 on the CPU and 1,024 on CUDA.
@@ -78,7 +81,7 @@ def measure(
         ConfigError: the masks appear to cost nothing, the MACs differ from the family's formula by more than 1 %, the
             input size is unknown, or the number of repeats or images is invalid.
     """
-    plain = _without_masks(model)
+    plain = _plain(model)
     cost = checked_profile(model, plain)
     if batch is None:
         batch = best_batch(model, max_batch)
@@ -102,15 +105,18 @@ def measure(
 
 
 def checked_profile(model: nn.Module, plain: nn.Module | None) -> Profile:
-    """Counts a model's MACs and parameters, and checks their plausibility.
+    """Counts a model's MACs and parameters, and checks their plausibility with all tokens.
 
     Args:
-        model: a model with or without masks.
-        plain: the same model without masks; None for a plain model.
+        model: a model with or without masks and token reduction.
+        plain: the same model without both; None for a model that has neither.
 
     Raises:
         ConfigError: the masks appear to cost nothing, or the MACs differ from the family's formula by more than 1 %.
     """
+    if _is_reduced(model):
+        checked_profile(remove_reduction(copy.deepcopy(model)), plain if _has_masks(model) else None)
+        return profile(model)
     cost = profile(model)
     if plain is not None:
         base = profile(plain)
@@ -208,7 +214,16 @@ def _pass(model: nn.Module, inputs: tuple[Any, ...]) -> float:
     return time.perf_counter() - start
 
 
-def _without_masks(model: nn.Module) -> nn.Module | None:
-    if not any(isinstance(module, Lam) for module in model.modules()):
-        return None
-    return remove_lam(copy.deepcopy(model))
+def _is_reduced(model: nn.Module) -> bool:
+    return getattr(unwrap(model), "token_reduction", None) is not None
+
+
+def _has_masks(model: nn.Module) -> bool:
+    return any(isinstance(module, Lam) for module in model.modules())
+
+
+def _plain(model: nn.Module) -> nn.Module | None:
+    """Returns a copy without masks and token reduction; None for a model that has neither."""
+    if _has_masks(model):
+        return remove_lam(copy.deepcopy(model))
+    return remove_reduction(copy.deepcopy(model)) if _is_reduced(model) else None

@@ -32,7 +32,7 @@ class BenchRow:
         gmacs: multiply-accumulates of one image in 10^9.
         lam_gmacs: multiply-accumulates of the masks in 10^9.
         latency_ms: median latency of one image (batch size 1) in milliseconds.
-        latency_ratio: median ratio to the plain backbone, timed alternately; None for a plain model.
+        latency_ratio: median ratio to the plain backbone with all tokens, timed alternately; None for such a backbone.
         images_per_s: throughput at ``batch``, from the median pass.
         peak_mib: memory of the weights and a forward pass of one image in MiB, measured by
             :class:`lamzoo.profiling.MemoryMeter`; None on the CPU for a compiled model, where it would include the
@@ -52,12 +52,14 @@ class BenchRow:
         latency_q3_ms: third quartile of the latency.
         latency_ratio_q1: first quartile of the ratio.
         latency_ratio_q3: third quartile of the ratio.
-        plain_latency_ms: median latency of the same model without masks in milliseconds, timed alternately.
-        images_per_s_ratio: ratio to the throughput of the same model without masks at the same batch size.
+        plain_latency_ms: median latency of the same model without masks and token reduction in milliseconds, timed
+            alternately.
+        images_per_s_ratio: ratio to the throughput of the same model without both at the same batch size.
         mode: ``"eager"``, or ``"compiled"`` with ``torch.compile``.
         status: whether the measurement succeeded.
         error: reason of the failure, in one line.
         task: name of the model's task; None in tables of lamzoo 0.1.
+        merge: share of its GMACs that the model's tokens were merged to, by ``lamzoo bench --merge``; None without.
     """
 
     model: str
@@ -95,11 +97,17 @@ class BenchRow:
     status: Status = "ok"
     error: str | None = None
     task: str | None = None
+    merge: float | None = None
 
     @property
     def name(self) -> str:
         """``arch.tag``, or ``arch`` without a tag; ``plain`` refers to this name."""
         return f"{self.model}.{self.tag}" if self.tag else self.model
+
+    @property
+    def label(self) -> str:
+        """The name, and how tokens were merged."""
+        return self.name if self.merge is None else f"{self.name}, merged to {100 * self.merge:g} %"
 
     @property
     def spec(self) -> MetricSpec | None:
@@ -119,7 +127,7 @@ class BenchRow:
     @property
     def key(self) -> tuple[Any, ...]:
         """The identity of a row within a table: model, data and measurement settings."""
-        setting = (self.img_size, self.dtype, self.device, self.threads, self.mode)
+        setting = (self.img_size, self.dtype, self.device, self.threads, self.mode, self.merge)
         return (self.model, self.tag, self.data, self.split, *setting)
 
 
@@ -142,7 +150,7 @@ def read_rows(path: str | Path) -> list[BenchRow]:
         DataError: the file cannot be read, a column is missing or unknown, or a cell has the wrong type; names file,
             line and column.
     """
-    return records.read_csv(path, BenchRow, optional=("task",))
+    return records.read_csv(path, BenchRow, optional=("task", "merge"))
 
 
 def write_rows(path: str | Path, rows: Iterable[BenchRow]) -> None:

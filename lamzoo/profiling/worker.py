@@ -20,6 +20,7 @@ from lamzoo.profiling.measurement import Measurement, measure
 from lamzoo.profiling.memory import MemoryMeter
 from lamzoo.profiling.results import BenchRow
 from lamzoo.reading import to_json
+from lamzoo.reduction.budget import merge_to_share
 from lamzoo.registry.catalog import trained_data_of
 from lamzoo.registry.factory import create_model, find_weights_file
 from lamzoo.tasks import EvalRequest, find_task
@@ -80,7 +81,8 @@ def _measure(job: BenchJob) -> BenchRow:
 
 def _build(job: BenchJob) -> nn.Module:
     given = {} if job.resize is None else {"img_size": job.resize}
-    return create_model(job.name, pretrained=job.data is not None, **given)  # type: ignore[arg-type]
+    model = create_model(job.name, pretrained=job.data is not None, **given)  # type: ignore[arg-type]
+    return model if job.merge is None else merge_to_share(model, job.merge)
 
 
 def _load_code() -> None:

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from lamzoo.errors import ConfigError
-from lamzoo.profiling import MemoryMeter, best_batch, measure, measurement, time_latency
+from lamzoo.profiling import MemoryMeter, best_batch, measure, measurement, profile, time_latency
+from lamzoo.reduction.budget import merge_to_share
 from lamzoo.registry.factory import create_model
 from tests.forked import run_code
 
@@ -30,6 +31,18 @@ def test_a_model_with_masks_is_measured_beside_itself_without_them():
 def test_a_plain_model_is_measured_alone():
     result = measure(tiny(lam=False), batch=1, repeats=2, warmup=0)
     assert (result.comparison, result.images_per_s_ratio, result.profile.lam_gmacs) == (None, None, 0)
+
+
+@pytest.mark.parametrize("lam", [True, False], ids=["masked", "plain"])
+def test_a_model_with_merged_tokens_is_measured_beside_its_backbone_with_all(lam: bool):
+    model = create_model("lam_vit_micro", embed_dim=32, depth=2, num_heads=2, lam={"rank": 2} if lam else False)
+    whole = profile(model)
+    result = measure(merge_to_share(model, 0.8), batch=1, repeats=2, warmup=0)
+    assert 0.7 * whole.gmacs < result.profile.gmacs <= 0.8 * whole.gmacs
+    assert (0.6 if lam else 0) * whole.lam_gmacs <= result.profile.lam_gmacs <= whole.lam_gmacs
+    assert result.comparison is not None
+    assert result.images_per_s_ratio is not None
+    assert model.token_reduction is not None
 
 
 def test_the_model_is_left_as_it_was():

@@ -44,6 +44,7 @@ def test_a_row_knows_its_name_and_its_setting() -> None:
     assert (first.ok, second.ok) == (True, False)
     assert first.key == BenchRow("lam_vit_micro", "cifar10", value=3.0, seed=1).key
     assert first.key != BenchRow("lam_vit_micro", "cifar10", device="cpu").key
+    assert first.key != BenchRow("lam_vit_micro", "cifar10", merge=0.63).key
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,23 @@ def test_ratios_are_those_to_the_same_model_without_masks(tmp_path: Path) -> Non
     assert group.entries[0].gmacs_ratio is None
 
 
+def test_merged_models_are_below_their_plain_backbone_with_all_tokens(tmp_path: Path) -> None:
+    merged = {"merge": 0.63, "gmacs": 0.08, "latency_ratio": 0.65}
+    rows = (replace(LAM, **merged), LAM, replace(PLAIN, **merged, value=79.0), PLAIN)
+    comparison = compare([table(tmp_path, *rows)])
+    (group,) = comparison.groups
+    assert [entry.row.label for entry in group.entries] == [
+        "vit_micro.toy",
+        "lam_vit_micro.toy, merged to 63 %",
+        "vit_micro.toy, merged to 63 %",
+        "lam_vit_micro.toy",
+    ]
+    assert [entry.difference for entry in group.entries] == [None, 1.5, -1.0, 1.5]
+    assert "vit_micro.toy, merged to 63 %" in to_markdown(comparison)
+    (panel,) = latency_panels(comparison)
+    assert [point.x for point in panel.points] == pytest.approx([2.0, 1.3, 1.3, 2.5])
+
+
 @pytest.mark.parametrize("other", [{"data": "imagefolder:other"}, {"split": "val"}, {"metric": "top5"}])
 def test_scores_on_different_data_never_share_a_panel_and_it_is_said(tmp_path: Path, other: dict[str, str]) -> None:
     comparison = compare([table(tmp_path, PLAIN, LAM, replace(WORSE, **other))])

@@ -24,8 +24,8 @@ class Entry:
     Attributes:
         row: the measurements.
         source: the file that contains the row.
-        twin: the row of its plain backbone at the same image size, scored on the same data, preferably in the same
-            setting; None for a plain model, or if there is no such row.
+        twin: the row of its plain backbone with all tokens at the same image size, scored on the same data, preferably
+            in the same setting; None for such a backbone, or if there is no such row.
     """
 
     row: BenchRow
@@ -203,7 +203,8 @@ def _check_finite(row: BenchRow, path: Path) -> None:
 
 def _check_cost(row: BenchRow, path: Path) -> None:
     """Raises an error if the cost of the masks of a LAM is missing or zero, so that no table shows them as free."""
-    masked = row.has_lam or bool(row.lam_gmacs) or row.latency_ratio is not None or row.plain is not None
+    masked = row.has_lam or bool(row.lam_gmacs) or row.plain is not None
+    masked = masked or (row.latency_ratio is not None and None in (row.lam_params_m, row.lam_gmacs))
     if not (row.ok and masked):
         return
     costs = {"params_m": row.params_m, "lam_params_m": row.lam_params_m, "gmacs": row.gmacs, "lam_gmacs": row.lam_gmacs}
@@ -227,9 +228,11 @@ def _group(entries: list[Entry]) -> tuple[Group, ...]:
 
 def _with_twin(entry: Entry, others: list[Entry]) -> Entry:
     row = entry.row
-    if row.plain is None:
+    name = row.plain if row.plain is not None or row.merge is None else row.name
+    if name is None:
         return entry
-    candidates = [other for other in others if other.row.name == row.plain and other.row.img_size == row.img_size]
+    whole = [other for other in others if other.row.merge is None and other.row.name == name]
+    candidates = [other for other in whole if other.row.img_size == row.img_size]
     if not candidates:
         return entry
 

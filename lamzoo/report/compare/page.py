@@ -183,7 +183,7 @@ def _columns(comparison: Comparison) -> tuple[_Column, ...]:
         return lambda entry: number(getattr(entry.row, column), digits=digits)
 
     return (
-        _Column("model", lambda entry: entry.row.name, "text", style="name"),
+        _Column("model", lambda entry: entry.row.label, "text", style="name"),
         _Column("kind", kind, "choice"),
         _Column("data", plain("data"), "choice", len(comparison.groups) > 1),
         _Column("split", plain("split"), "choice", visible=False),
@@ -234,7 +234,7 @@ def _failures(comparison: Comparison) -> str:
     items = []
     for entry in comparison.failed:
         data = f" on {_html(entry.row.data)}" if entry.row.data else ""
-        items.append(f"<li><b>{_html(entry.row.name)}</b>{data}: {_html(entry.row.error or 'not known')}</li>")
+        items.append(f"<li><b>{_html(entry.row.label)}</b>{data}: {_html(entry.row.error or 'not known')}</li>")
     return f"<h2>Failed</h2>\n<ul>{''.join(items)}</ul>"
 
 

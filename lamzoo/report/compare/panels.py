@@ -41,7 +41,8 @@ class Point:
     @property
     def label(self) -> str:
         """The model's label in a plot; a saved model has the name of its folder."""
-        return display_name(self.entry.row.name)
+        row = self.entry.row
+        return display_name(row.name) + row.label.removeprefix(row.name)
 
 
 @dataclass(frozen=True)
@@ -291,14 +292,14 @@ def _facts(point: Point, y_label: str) -> tuple[str, ...]:
     score = f"{y_label}: {number(row.value, digits=2)}"
     if point.entry.difference is not None:
         score += f" ({point.entry.difference:+.2f} against its backbone)"
-    lines = [row.name, score]
+    lines = [row.label, score]
     for label, whole, part in (
         ("GMACs", row.gmacs, row.lam_gmacs),
         ("params (M)", row.params_m, row.lam_params_m),
     ):
         lines.append(f"{label}: {number(whole)}" + (f", {number(part)} in masks" if part else ""))
     if row.latency_ms is not None:
-        ratio = "" if row.latency_ratio is None else f", {row.latency_ratio:.2f} × without masks"
+        ratio = "" if row.latency_ratio is None else f", {row.latency_ratio:.2f} × plain"
         lines += [f"latency: {row.latency_ms:.2f} ms{ratio}", setting_text(point.entry)]
     return tuple(lines)
 

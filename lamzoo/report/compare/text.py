@@ -13,11 +13,12 @@ from lamzoo.report.compare.panels import gmacs_panels, latency_panels, plot_note
 
 #: Explanation of the columns, printed with the tables.
 LEGEND = (
-    "Each LAM is below its plain backbone. Parameters, GMACs (10⁹ multiply-accumulates of one image, attention "
-    'included), latency and memory are those of the whole model; "of masks" is the masks\' share. Latency is the '
-    'median (and quartiles) of one image, "ratio" the median ratio to the same model without its masks, timed in '
-    'alternation; the plots show a LAM at its backbone\'s latency times its ratio. "vs plain" is the score minus the '
-    'plain backbone\'s. "Pareto" lists the costs for which no other model of the same panel is both cheaper and better.'
+    "Each LAM, and each model with merged tokens, is below its plain backbone. Parameters, GMACs (10⁹ "
+    "multiply-accumulates of one image, attention included), latency and memory are those of the whole model; "
+    '"of masks" is the masks\' share. Latency is the median (and quartiles) of one image, "ratio" the median ratio to '
+    "the same model without its masks and with all tokens, timed in alternation; the plots show these models at their "
+    'backbone\'s latency times their ratio. "vs plain" is the score minus the plain backbone\'s. "Pareto" lists the '
+    "costs for which no other model of the same panel is both cheaper and better."
 )
 
 
@@ -55,7 +56,7 @@ def columns_of(comparison: Comparison, group: Group) -> tuple[Column, ...]:
         Column("images/s", lambda entry: number(entry.row.images_per_s), speed=True),
         Column("peak (MiB)", lambda entry: number(entry.row.peak_mib), speed=True),
     ]
-    name = Column("model", lambda entry: entry.row.name, numeric=False)
+    name = Column("model", lambda entry: entry.row.label, numeric=False)
     columns = [name, *(score if group.scored else ()), *costs]
     if len({entry.row.img_size for entry in group.entries}) > 1:
         columns.append(Column("px", lambda entry: entry.row.img_size or ""))
@@ -117,7 +118,7 @@ def to_markdown(comparison: Comparison, *, pictures: Sequence[str] = ()) -> str:
         lines += _markdown_table(columns, group.entries)
     if comparison.failed:
         reason = Column("reason", lambda entry: entry.row.error or "not known", numeric=False)
-        name = Column("model", lambda entry: entry.row.name, numeric=False)
+        name = Column("model", lambda entry: entry.row.label, numeric=False)
         data = Column("data", lambda entry: entry.row.data or "", numeric=False)
         lines += ["## Failed", "", *_markdown_table((name, data, reason), comparison.failed)]
     lines += [LEGEND, ""]
