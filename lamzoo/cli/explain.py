@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lamzoo.cli import _output as out
-from lamzoo.cli._options import Checkpoint, Device, Name, load_model
+from lamzoo.cli._options import Checkpoint, Device, Merge, Name, load_model
 from lamzoo.errors import ConfigError, UnsupportedHostError
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ def explain(
     split: Annotated[str | None, typer.Option(help="Split of the data [test].")] = None,
     query: Annotated[str | None, typer.Option(metavar="QID", help="Query to draw [the first of the split].")] = None,
     checkpoint: Checkpoint = None,
+    merge: Merge = None,
     device: Device = "auto",
 ) -> None:  # fmt: skip
     """Draws a model's masks over an image, or over the time axis of a video with --data, to a PNG file."""
@@ -45,10 +46,10 @@ def explain(
         from lamzoo.data import open_image
 
         open_image(image)
-        task.load("explain")(load_model(name, checkpoint).to(target), image, output)
+        task.load("explain")(load_model(name, checkpoint, merge=merge).to(target), image, output)
     elif data is not None:
         dataset = task.open_split(data, split or "test")
-        task.load("explain")(load_model(name, checkpoint).to(target), dataset, query, output)
+        task.load("explain")(load_model(name, checkpoint, merge=merge).to(target), dataset, query, output)
     out.print_line(out.path_text(output))
 
 

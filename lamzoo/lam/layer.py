@@ -28,11 +28,17 @@ class MaskRecord:
         mask: the factors of M, detached.
         attention: softmax weights under the mask, ``(B, H, Nq, Nk)``, detached.
         importance: mean mask value of each key, ``(B, Hm, Nk)``, detached.
+        key_places: of each token of the stack's input, the key that it is part of, int64 ``(B, N)``, where earlier
+            layers have merged or pruned tokens; -1 for pruned ones. None where the keys are all tokens.
+        query_places: likewise for the queries, of which there are fewer where tokens merge in this layer; in the last
+            layer under a class token, that token may be the only one.
     """
 
     mask: FactoredMask
     attention: Tensor
     importance: Tensor
+    key_places: Tensor | None = None
+    query_places: Tensor | None = None
 
 
 class AttentionOptions(TypedDict, total=False):
@@ -213,13 +219,14 @@ class Lam(nn.Module):
             after dropout.
         """
         eager = _EagerAttention()
-        attention = self._hooked(eager)
+        attention, begun = self._hooked(eager), self.shared.current
         mask = self(query_tokens, key_tokens, present)
         out = attention(query, key, value, mask, op=self.config.op, **options)
         weights, dropped = eager.calls[0]
         if self.recorder is not None:
             detached = mask.detach()
-            self.recorder(MaskRecord(detached, weights.detach(), detached.importance()))
+            keys, queries = (None if each is None else each.places() for each in (begun.token_map, begun.query_map))
+            self.recorder(MaskRecord(detached, weights.detach(), detached.importance(), keys, queries))
         return out, dropped
 
     def _hooked(self, attention: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -85,6 +85,11 @@ class StackPass:
         """Whether the current layer has fewer tokens than the stack's input."""
         return self.token_map is not None or self.merge is not None
 
+    @property
+    def query_map(self) -> TokenMap | None:
+        """As ``token_map``, to the queries of the current layer."""
+        return self.token_map if self.merge is None else _then(self.token_map, self.merge.token_map)
+
 
 class SharedState:
     """State shared by the layers of one stack: its forward passes.

@@ -70,6 +70,11 @@ class TokenMap:
         assert self.into is not None
         return take(tokens, self.into)
 
+    def places(self) -> Tensor:
+        """Returns the remaining token that each token is part of, int64 ``(B, length)``; -1 for those that leave."""
+        into, shares = self._averages()
+        return into.masked_fill(shares == 0, -1)
+
     def _averages(self) -> tuple[Tensor, Tensor]:
         """Returns ``into`` and ``shares``; a token that leaves has share 0 in the first remaining one."""
         if self.into is not None:

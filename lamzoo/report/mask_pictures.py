@@ -39,8 +39,10 @@ def explain(
 
     The picture has one column per layer, or a single one if all layers share their mask. The first row is the token
     importance ``mean_i M_ij`` over the image; the rows below are ``M[i, :]`` for a few query patches ``i``, which are
-    outlined on the image. Class and register tokens are omitted as keys; the importance averages over all queries.
-    Colours are centred at the mask's neutral value (1 for ``op="mul"``, 0 for ``"add"``).
+    outlined on the image. Class and register tokens are omitted as keys; the importance averages over all queries. In a
+    model with merged tokens, each patch has the values of the token that it is part of, and a last layer that computes
+    the class token alone is left out. Colours are centred at the mask's neutral value (1 for ``op="mul"``, 0 for
+    ``"add"``).
 
     Args:
         model: a vision transformer with masks, whose host has a patch grid.
@@ -50,7 +52,7 @@ def explain(
         head: head to draw, for per-head masks; their mean by default.
 
     Raises:
-        UnsupportedHostError: the model has no masks, or no patch grid.
+        UnsupportedHostError: the model has no masks, has no patch grid, or prunes tokens.
         ConfigError: a query patch is outside the grid, the mask has no such head, or the model's outputs or masks are
             not finite.
         MissingExtraError: matplotlib is not installed.
@@ -61,13 +63,14 @@ def explain(
     config = next(iter(masks_of(model).values())).config
     shown = view(model, image)
     with evaluating(model), torch.no_grad(), capture_masks(model) as captured:
-        output = model(shown.images)
+        output = _run(model, shown.images)
     if isinstance(output, Tensor):
         check_finite(output)
     records = list(captured.items())
     if config.layers == "single":
         records = records[:1]
-    layers = [_picture(model, shown.images, name, record, rows, head) for name, record in records]
+    computed = [(name, record) for name, record in records if not _lacks_queries(record)]
+    layers = [_picture(model, shown.images, name, record, rows, head) for name, record in computed]
     if config.layers == "single":
         layers = [replace(layers[0], name="all layers")]
     subject = "image" if isinstance(image, Image.Image) else Path(image).name
@@ -77,15 +80,33 @@ def explain(
         figure.savefig(stage(path), format="png")
 
 
+def _run(model: Any, images: Tensor) -> Any:
+    if getattr(model, "token_reduction", None) is not None and hasattr(model, "forward_head"):
+        return model.forward_head(model.forward_features(images))  # computes all queries of the last layer
+    return model(images)
+
+
+def _lacks_queries(record: MaskRecord) -> bool:
+    """Returns whether patches are among the keys of a layer and not among its queries."""
+    if record.query_places is None:
+        return False
+    lacks = record.query_places < 0
+    return bool((lacks if record.key_places is None else lacks & (record.key_places >= 0)).any())
+
+
 def _picture(
     model: nn.Module, images: Tensor, path: str, record: MaskRecord, rows: Sequence[Patch] | None, head: int | None
 ) -> LayerPicture:
-    prefix, grid = _patches(model, path, images, record.mask.right.shape[2])
+    keys, queries = (
+        torch.arange(factor.shape[2]) if places is None else places[0].cpu()
+        for factor, places in zip(reversed(record.mask), (record.key_places, record.query_places), strict=True)
+    )
+    prefix, grid = _patches(model, path, images, keys)
     rows = _spread_rows(grid) if rows is None else rows
     left, right = (_head(factor[:1].float().cpu(), head) for factor in record.mask)
-    queries = [prefix + _index(row, grid) for row in rows]
-    values = (left[:, queries] @ right.mT).mean(dim=0)  # (rows, Nk)
-    importance = _head(record.importance[:1].float().cpu(), head).mean(dim=0)
+    chosen = queries[[prefix + _index(row, grid) for row in rows]]
+    values = (left[:, chosen] @ right.mT).mean(dim=0)[:, keys]  # (rows, tokens of the stack's input)
+    importance = _head(record.importance[:1].float().cpu(), head).mean(dim=0)[keys]
     return LayerPicture(
         name=path.removesuffix(".attn"),
         importance=importance[prefix:].unflatten(0, grid).numpy(),
@@ -94,16 +115,16 @@ def _picture(
     )
 
 
-def _patches(model: nn.Module, path: str, images: Tensor, keys: int) -> tuple[int, Patch]:
-    """Returns the number of prefix tokens and the patch grid of the tokens that the layer at ``path`` attends to."""
+def _patches(model: nn.Module, path: str, images: Tensor, keys: Tensor) -> tuple[int, Patch]:
+    """Returns the number of prefix tokens and the patch grid of the stack's input, whose ``keys`` are given."""
     layout = token_layout(model, path)
     if layout.grid_at is not None:
         rows, columns = layout.grid_at((images.shape[-2], images.shape[-1]))
-        if layout.num_prefix_tokens + rows * columns == keys:
+        if layout.num_prefix_tokens + rows * columns == len(keys) and keys.min() >= 0:
             return layout.num_prefix_tokens, (rows, columns)
     raise UnsupportedHostError(
-        f"{path} of {class_name(model)} attends to {keys} tokens that aren't a patch grid; explain draws unpruned "
-        "vision transformers of timm and open_clip."
+        f"{path} of {class_name(model)} attends to {len(keys.unique())} tokens that aren't a patch grid; explain draws "
+        "vision transformers of timm and open_clip whose tokens aren't pruned."
     )
 
 

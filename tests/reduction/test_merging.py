@@ -100,6 +100,25 @@ def test_later_layers_have_fewer_keys_and_queries_fewer_still(config: LamConfig 
     assert [tuple(record.mask.dense().shape[2:]) for record in masks.values()] == [(15, 17), (12, 15), (9, 12), (1, 9)]
 
 
+@pytest.mark.parametrize("config", CONFIGS[1::3])
+def test_captured_masks_say_which_tokens_are_one(config: LamConfig) -> None:
+    vit, x = merge_tokens(model(config), keep=0.25), images()
+    with capture_masks(vit) as masks:
+        vit(x)
+    first, *_, last = records = list(masks.values())
+    assert first.key_places is None
+    for before, after in itertools.pairwise(records):
+        assert torch.equal(before.query_places, after.key_places)
+        assert before.query_places.shape == (3, 17)
+        assert [len(places.unique()) for places in after.key_places] == [after.attention.shape[3]] * 3
+    assert torch.equal(last.query_places[:, 0], torch.zeros(3, dtype=torch.int64))
+    assert (last.query_places[:, 1:] == -1).all()  # the class token alone
+    with capture_masks(prune_tokens(vit, 0.5, (0,))) as masks:
+        vit(x)
+    places = list(masks.values())[1].key_places
+    assert (places >= 0).sum(dim=1).tolist() == [9, 9, 9]
+
+
 @each_config
 def test_removing_gives_the_model_back(config: LamConfig | None) -> None:
     vit, x = model(config), images()

@@ -11,6 +11,7 @@ from lamzoo.adapters import add_lam
 from lamzoo.adapters.capture import capture_masks
 from lamzoo.errors import ConfigError, DataError, MissingExtraError, UnsupportedHostError
 from lamzoo.lam import LamConfig
+from lamzoo.reduction import merge_tokens, prune_tokens
 from lamzoo.report import explain
 from lamzoo.report.mask_figure import LayerPicture, draw
 from lamzoo.report.model_view import view
@@ -72,6 +73,27 @@ def test_what_is_drawn_is_the_mask_between_patches(lam, kwargs, head, build, pho
         for row, (y, x) in zip(layer.rows, [(0, 1), (5, 6)], strict=True):
             np.testing.assert_allclose(row, mask[prefix + y * grid[1] + x], rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(layer.importance, mask.mean(dim=0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("layers", ["multi", "single"])
+def test_patches_of_merged_tokens_are_drawn_with_the_values_of_these(layers, build, photo, drawn, tmp_path):
+    model = merge_tokens(build(LamConfig(init="paper", layers=layers), depth=3), keep=0.4)
+    explain(model, photo, tmp_path / "masks.png", rows=[(0, 1), (5, 6)])
+    with torch.no_grad(), capture_masks(model.eval()) as records:
+        model.forward_features(view(model, photo).images)
+    assert len(drawn.layers) == (1 if layers == "single" else 3)
+    for layer, record in zip(drawn.layers, records.values(), strict=layers == "multi"):
+        mask, prefix = record.mask.dense()[0].mean(dim=0), model.num_prefix_tokens
+        for (y, x), row in zip([(0, 1), (5, 6)], layer.rows, strict=True):
+            query = record.query_places[0, prefix + 8 * y + x]
+            for patch in range(64):
+                key = patch + prefix if record.key_places is None else record.key_places[0, prefix + patch]
+                np.testing.assert_allclose(row[patch // 8, patch % 8], mask[query, key], rtol=1e-4, atol=1e-5)
+
+
+def test_pruned_models_are_refused(build, photo, tmp_path):
+    with pytest.raises(UnsupportedHostError, match=r"aren't a patch grid; explain draws .* whose tokens aren't pruned"):
+        explain(prune_tokens(build(), 0.5, (0,)), photo, tmp_path / "masks.png")
 
 
 @pytest.mark.parametrize(
