@@ -1,7 +1,8 @@
 """What could be imported from 0.1.0 can be imported until 0.3, maybe with a DeprecationWarning.
 
 ``artefacts/names.json`` lists ``lamzoo.__all__``, the names of the modules that were public, the builders that cards
-name, and what the README of 0.1.0 showed. Never remove a line before 0.3.
+name, and what the README of 0.1.0 showed; names that became public since are added to it. Never remove a line before
+0.3.
 """
 
 from __future__ import annotations
