@@ -101,6 +101,8 @@ class Pooling:
             block returns, those at the start apart that it leaves out; asked in each pass.
         arguments: names of the tensors besides the tokens that a block may be called with, because its attention
             selects their rows for tokens that have been removed or merged.
+        padding: name of the attention mask that a block is called with where samples are padded; it hides padding and
+            nothing else.
         no_merging: the reason why tokens can't be merged, a clause that follows the path of the blocks; None if they
             can.
         no_pruning: the same of pruning.
@@ -117,6 +119,7 @@ class Pooling:
     last_linear: nn.Module | None = None
     reads_mean_only: Callable[[], bool] = field(default=bool, compare=False)
     arguments: frozenset[str] = frozenset()
+    padding: str | None = None
     no_merging: str | None = None
     no_pruning: str | None = None
 

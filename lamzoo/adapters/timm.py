@@ -271,6 +271,7 @@ def _pooling(host: Any, blocks: str) -> Pooling | None:
         last_linear=getattr(getattr(host.blocks[-1], "mlp", None), "fc2", None),
         reads_mean_only=partial(_reads_mean_only, host),
         arguments=frozenset({"rope"}) if isinstance(host, (Eva, NaFlexVit)) else frozenset(),
+        padding="attn_mask" if isinstance(host, NaFlexVit) else None,
         no_merging=no_merging,
         no_pruning=no_pruning,
     )

@@ -56,8 +56,8 @@ class StackPass:
         grid: ``(rows, columns)`` of the input's patches, for hosts that have them.
         mask: the first layer's, with ``layers="single"``, reduced with the tokens.
         token_map: from the tokens of the stack's input to the keys of the current layer; None where these are the same.
-        sizes: number of the stack's input tokens in each key of the current layer, float ``(B, N)``; None where
-            nothing has merged.
+        sizes: number of the stack's input tokens in each key of the current layer, float ``(B, N)``, 0 in padding;
+            None where nothing has merged and nothing is padded.
         merge: of tokens inside the current layer.
         plan: how many tokens merge in each layer that merges.
         kept: straight-through decisions, ``(B, N)``: 1 for kept tokens, 0 for pruned ones that training leaves in

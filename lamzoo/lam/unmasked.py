@@ -86,15 +86,18 @@ class Unmasked(nn.Module):
         return (weights @ value).to(query.dtype), weights
 
 
+_HIDDEN = -1000.0  # on a score: the weight is 0 in every dtype, and unlike -inf it has gradients in folded kernels
+
+
 def size_factors(num_queries: int, sizes: Tensor) -> FactoredMask:
     """Returns the additive mask of the logarithms of the keys' sizes.
 
     Args:
         num_queries: Nq.
-        sizes: ``(B, Nk)``, float, positive.
+        sizes: ``(B, Nk)``, float; 0 hides a key.
 
     Returns:
         Factors ``(B, 1, Nq, 1)`` and ``(B, 1, Nk, 1)``, in the dtype of ``sizes``.
     """
-    right = sizes.log()[:, None, :, None]
+    right = sizes.log().clamp_min(_HIDDEN)[:, None, :, None]
     return FactoredMask(right.new_ones(right.shape[0], 1, num_queries, 1), right)

@@ -22,19 +22,21 @@ Inputs: TypeAlias = Tensor | Sequence[Any]
 def image_size(model: nn.Module) -> tuple[int, int, int]:
     """Returns ``(channels, height, width)`` of the images that a model, or a wrapped model, was built for.
 
-    The patch embedding takes precedence, because ``img_size=`` changes it but not timm's ``pretrained_cfg``.
+    The patch embedding takes precedence, because ``img_size=`` changes it but not timm's ``pretrained_cfg``. Of a CLIP
+    model of open_clip, they are those of its image tower.
 
     Raises:
-        ConfigError: neither the patch embedding nor ``pretrained_cfg`` defines the size.
+        ConfigError: neither the patch embedding, ``pretrained_cfg`` nor an image tower defines the size.
     """
     model = unwrap(model)
     cfg: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     known = cfg.get("input_size")
     size = getattr(getattr(model, "patch_embed", None), "img_size", None) or (known and known[1:])
+    size = size or getattr(getattr(model, "visual", model), "image_size", None)
     if not size:
         raise ConfigError(
-            f"The image size of {class_name(model)} is unknown (no patch_embed.img_size, no pretrained_cfg); pass an "
-            "input."
+            f"The image size of {class_name(model)} is unknown: no patch_embed.img_size, pretrained_cfg, image_size; "
+            "pass an input."
         )
     convolutions = (module for module in model.modules() if isinstance(module, nn.Conv2d))
     first = next(convolutions, None)

@@ -59,6 +59,77 @@ def match(
         return TokenMap.averaging(kept, into, sizes), few
 
 
+def merges_of_samples(
+    sizes: Tensor, num_prefix_tokens: int, count: int, keep: float, layers: int, layer: int
+) -> Tensor:
+    """Returns how many patches of each padded sample merge, so that it merges as it does alone.
+
+    Args:
+        sizes: number of the stack's input tokens in each token, ``(B, N)``; 0 in padding.
+        num_prefix_tokens: class and register tokens at the start.
+        count: number of tokens by which the batch gets shorter.
+        keep: as for :func:`lamzoo.reduction.plan.merges_per_layer`, of which this is the value in one layer, without
+            a cap, for the length of each sample.
+        layers: likewise.
+        layer: place of the layer among them.
+
+    Returns:
+        int64 ``(B,)``; at least as many as it takes for the remaining patches to fit into the shorter batch.
+    """
+    patches = sizes[:, num_prefix_tokens:]
+    left, whole = (patches > 0).sum(dim=1), patches.sum(dim=1).long()
+    gone = (whole - (keep * whole.double()).round().clamp_min(1).long()).clamp_min(0)
+    due = [torch.div(place * gone, layers, rounding_mode="floor") for place in (layer, layer + 1)]
+    own = torch.minimum(due[1] - due[0], left // 2)
+    return torch.maximum(own, left - (patches.shape[1] - count))
+
+
+def match_padded(
+    tokens: Tensor, count: int, counts: Tensor, num_prefix_tokens: int, sizes: Tensor, right: Tensor | None = None
+) -> tuple[TokenMap, Tensor]:
+    """As :func:`match`, for padded samples: padding has size 0, merges with no patch, and fills the remaining places.
+
+    Args:
+        tokens: ``(B, N, C)``, inputs of the layer's attention.
+        count: number of tokens by which the batch gets shorter.
+        counts: number of patches of each sample that merge into others, int64 ``(B,)``; see
+            :func:`merges_of_samples`.
+        num_prefix_tokens: class and register tokens at the start, which never merge.
+        sizes: number of the stack's input tokens in each token, ``(B, N)``; 0 in padding.
+        right: key factor of the layer's mask, ``(1 | B, Hm, N, R)``; None without a mask.
+
+    Returns:
+        The map, which averages by sizes, and the sizes of the remaining tokens, ``(B, N - count)``, float32.
+    """
+    with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
+        batch, length, _ = tokens.shape
+        there = sizes > 0
+        even, odd = slice(num_prefix_tokens, None, 2), slice(num_prefix_tokens + 1, None, 2)
+        pairs = there[:, even].unsqueeze(2) & there[:, odd].unsqueeze(1)
+        cost = _distances(tokens.detach().float(), num_prefix_tokens, pairs)
+        if right is not None:
+            seen = right.detach().float().transpose(1, 2).flatten(2)
+            cost = cost + _MASK_WEIGHT * _distances(seen, num_prefix_tokens, pairs)
+        ours, theirs = sizes[:, even].unsqueeze(2), sizes[:, odd].unsqueeze(1)
+        cost = (cost * (ours * theirs / (ours + theirs).clamp_min(1))).masked_fill(~pairs, torch.inf)
+        least, partner = cost.min(dim=-1)
+        leaves = least.argsort(dim=-1).argsort(dim=-1) < counts.unsqueeze(1)
+        leaving = torch.zeros_like(there)
+        leaving[:, even] = leaves
+        stays = there & ~leaving
+        into = stays.cumsum(dim=1) - 1
+        last = length - count - 1
+        places = torch.arange(length, device=tokens.device).expand(batch, -1)
+        # Tokens that leave write their own places behind the others, where nothing is read. What stays unwritten is
+        # padding: tokens of no weight.
+        kept = torch.full((batch, last + 2), length - 1, device=tokens.device)
+        kept = kept.scatter(1, torch.where(stays, into, last + 1), places)[:, :-1]
+        into[:, even] = torch.where(leaves, into.gather(1, num_prefix_tokens + 1 + 2 * partner), into[:, even])
+        into = torch.where(there, into, last)
+        few = torch.zeros(kept.shape, device=tokens.device).scatter_add(1, into, sizes)
+        return TokenMap.averaging(kept, into, sizes), few
+
+
 def merged(tokens: Tensor, token_map: TokenMap) -> Tensor:
     """Averages tokens ``(B, N, C)`` to ``(B, K, C)``, with the average of their norms.
 
@@ -70,9 +141,16 @@ def merged(tokens: Tensor, token_map: TokenMap) -> Tensor:
     return few * (norms / few.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(few.dtype).tiny))
 
 
-def _distances(tokens: Tensor, num_prefix_tokens: int) -> Tensor:
-    """Returns the squared distances of even to odd patches over their mean, ``(B, Ne, No)`` of ``(B, N, C)``."""
+def _distances(tokens: Tensor, num_prefix_tokens: int, pairs: Tensor | None = None) -> Tensor:
+    """Returns the squared distances of even to odd patches over their mean, ``(B, Ne, No)`` of ``(B, N, C)``.
+
+    The mean is that of ``pairs``, bool ``(B, Ne, No)``, or of all.
+    """
     even, odd = tokens[:, num_prefix_tokens::2], tokens[:, num_prefix_tokens + 1 :: 2]
     norms = even.square().sum(-1).unsqueeze(2) + odd.square().sum(-1).unsqueeze(1)
     distances = torch.baddbmm(norms, even, odd.transpose(1, 2), alpha=-2)
-    return distances / distances.mean(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(distances.dtype).tiny)
+    if pairs is None:
+        mean = distances.mean(dim=(1, 2), keepdim=True)
+    else:
+        mean = (distances * pairs).sum(dim=(1, 2), keepdim=True) / pairs.sum(dim=(1, 2), keepdim=True).clamp_min(1)
+    return distances / mean.clamp_min(torch.finfo(distances.dtype).tiny)

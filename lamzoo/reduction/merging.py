@@ -6,7 +6,8 @@ of the tokens before a merge, and queries of those after it. Every block returns
 the token that it is part of, so that pooling, dense features and intermediate outputs are those of the host; while the
 whole model runs, which hooks on it note, they are only spread out after the last block. What of the last block nothing
 reads is then not computed, which changes no output: under a class token all other tokens, and under a mean the last
-linear layer of each token, which the mean goes through instead.
+linear layer of each token, which the mean goes through instead. Where a host pads its samples, the size of padding is
+0, which hides it from attention in place of the host's attention mask.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from lamzoo.lam.passes import Merge, StackPass
 from lamzoo.lam.token_map import TokenMap, take
 from lamzoo.lam.unmasked import Unmasked, size_factors
 from lamzoo.reduction.config import TokenReduction
-from lamzoo.reduction.matching import match, merged
+from lamzoo.reduction.matching import match, match_padded, merged, merges_of_samples
 from lamzoo.reduction.plan import checkerboard, merges_per_layer
 from lamzoo.reduction.stacks import ReductionHook, Stack, check_not_traced, find_stack, remove_reduction, watch_passes
 
@@ -80,14 +81,19 @@ class _MergeTokens(ReductionHook):
         check_not_traced(tokens)
         given = [f"argument {place}" for place, value in enumerate(others, 2) if isinstance(value, Tensor)]
         given += [name for name, value in kwargs.items() if isinstance(value, Tensor)]
-        if unknown := [name for name in given if name not in self.pooling.arguments]:
+        if unknown := [name for name in given if name not in (*self.pooling.arguments, self.pooling.padding)]:
             raise UnsupportedHostError(
                 f"Tokens can't be merged in {class_name(block)} while it is called with the tensor {unknown[0]}, such "
                 "as an attention mask of all tokens; leave it out, or call lamzoo.remove_reduction(model) first."
             )
         here = self.shared.current
+        padding = None if self.pooling.padding is None else kwargs.get(self.pooling.padding)
+        if padding is not None:  # hidden by its size from here on
+            kwargs = {**kwargs, str(self.pooling.padding): None}
         if self.is_first:
             tokens = self._begin(tokens, here)
+            if padding is not None:
+                self.shared.update(sizes=_present(padding, block, tokens).float())
             here = self.shared.current
         elif here.token_map is not None and not here.pooled:
             tokens = take(tokens, here.token_map.kept)  # the members of a merged token are all equal
@@ -97,14 +103,23 @@ class _MergeTokens(ReductionHook):
             token_map = TokenMap(tokens.shape[1], places)
             self.shared.merge(Merge(self._normed(block, tokens), token_map))
             tokens = token_map(tokens)
-        elif self.place is not None and (count := here.plan[self.place]):
+        elif (count := here.plan[self.place] if self.place is not None else 0) or self._pads(padding, tokens):
             normed = self._normed(block, tokens)
             lam = next((module for module in block.modules() if isinstance(module, Lam)), None)
             right = None if lam is None else lam.key_factor(normed)
-            token_map, sizes = match(normed, count, self.prefix, here.sizes, right)
+            if padding is None:
+                token_map, sizes = match(normed, count, self.prefix, here.sizes, right)
+            else:
+                assert here.sizes is not None and self.place is not None
+                counts = merges_of_samples(here.sizes, self.prefix, count, self.keep, self.layers, self.place)
+                token_map, sizes = match_padded(normed, count, counts, self.prefix, here.sizes, right)
             self.shared.merge(Merge(normed, token_map, sizes, right))
             tokens = merged(tokens, token_map)
         return (tokens, *others), kwargs
+
+    def _pads(self, padding: object, tokens: Tensor) -> bool:
+        """Returns whether a sample may merge tokens although the batch doesn't get shorter: it becomes padding."""
+        return padding is not None and self.place is not None and tokens.shape[1] > self.prefix + 1 and self.keep < 1
 
     def _normed(self, block: nn.Module, tokens: Tensor) -> Tensor:
         normed: Tensor = getattr(block, self.pooling.norm)(tokens)
@@ -114,6 +129,9 @@ class _MergeTokens(ReductionHook):
         """Begins the pass, and puts the patches in the order in which they are matched."""
         self.shared.begin(here.grid, pooled=here.pooled, held=True)
         patches = tokens.shape[1] - self.prefix
+        if self.pooling.padding is not None:  # a sample merges alike in any batch, of which the grids are not known
+            self.shared.update(plan=merges_per_layer(patches, self.keep, self.layers, capped=False))
+            return tokens
         plan = merges_per_layer(patches, self.keep, self.layers)
         self.shared.update(plan=plan)
         order = checkerboard(patches, self.prefix, (here.grid, self.grid), tokens) if any(plan) else None
@@ -123,6 +141,29 @@ class _MergeTokens(ReductionHook):
         ones = torch.ones(places.shape, device=tokens.device)
         self.shared.reduce(TokenMap(tokens.shape[1], places, places, ones))
         return tokens.index_select(1, order)
+
+
+def _present(mask: Tensor, block: nn.Module, tokens: Tensor) -> Tensor:
+    """Reads which tokens are not padding, bool ``(B, N)``, from an attention mask that hides padding and nothing else.
+
+    Raises:
+        UnsupportedHostError: the mask hides something else; not checked in compiled or exported models.
+    """
+    batch, length, _ = tokens.shape
+    allowed = mask if mask.dtype == torch.bool else mask == 0
+    if mask.ndim == 4 and mask.shape[0] in (1, batch) and mask.shape[-1] == length:
+        seen = allowed.any(dim=2).any(dim=1)
+        if torch.compiler.is_compiling():
+            return seen.expand(batch, -1)
+        keys = seen[:, None, None, :]
+        only_padding = [(allowed == keys).all(), (allowed == (keys & keys.transpose(-2, -1))).all()]
+        hides = ~mask if mask.dtype == torch.bool else mask < torch.finfo(mask.dtype).min / 2
+        if any(only_padding) and (allowed | hides).all():
+            return seen.expand(batch, -1)
+    raise UnsupportedHostError(
+        f"Tokens can't be merged in {class_name(block)} while its attention mask hides or weights more than padding; "
+        "leave the mask out, or call lamzoo.remove_reduction(model) first."
+    )
 
 
 class _FinishMerge(ReductionHook):

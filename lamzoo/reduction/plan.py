@@ -13,18 +13,21 @@ from lamzoo.lam.resize import Grid
 _MOST = 0.3  # of a layer's patches: of its alike pairs, more would be less alike
 
 
-def merges_per_layer(patches: int, keep: float, layers: int) -> tuple[int, ...]:
-    """Spreads merges evenly over layers, up to 30 % of a layer's patches while that is enough, and 50 % otherwise.
+def merges_per_layer(patches: int, keep: float, layers: int, *, capped: bool = True) -> tuple[int, ...]:
+    """Spreads merges evenly over layers, up to 30 % of a layer's patches, or the share that it takes, up to one half.
 
     Args:
         patches: number of patches before the first of the layers.
         keep: share of them that is left after the last one.
         layers: number of layers.
+        capped: whether later layers, which have few patches left, merge fewer in favour of earlier ones.
 
     Returns:
         The number of patches that merge into others in each layer.
     """
     gone = patches - max(1, round(keep * patches))
+    if not capped:
+        return tuple(_even(patches, gone, layers, 0.5))
     most, total = _MOST, gone
     while True:
         merges = _even(patches, total, layers, most)

@@ -89,12 +89,13 @@ def find_stack(model: nn.Module, *, masked: bool, verb: Literal["merged", "prune
         host = class_name(model.get_submodule(pooling.root))
         raise UnsupportedHostError(f"Tokens can't be {verb} in {path}: {host} {reasons[path]}.")
     if len(possible) != 1:
-        owners = found or dict.fromkeys(path.removesuffix(".lam").rpartition(".")[0] for path in masks)
+        owners = found or dict.fromkeys(path.removesuffix(".lam").rsplit(".", 2)[0] for path in masks)
         where = ", ".join(f"{path} of {class_name(model.get_submodule(path.rpartition('.')[0]))}" for path in owners)
         what = "the masks are" if masked else "such blocks are"
+        where = where or f"no part of {class_name(model)}"
         raise UnsupportedHostError(
-            f"Tokens can be {verb} in {_SUPPORTED}, and {what} in {where or f'no part of {class_name(model)}'}; give "
-            "such a part of the model, with one of them."
+            f"Tokens can be {verb} in {_SUPPORTED[verb]}, and {what} in {where}; give such a part of the model, with "
+            "one of them."
         )
     layout, pooling, adapter = found[possible[0]]
     children = model.get_submodule(pooling.blocks)
@@ -114,7 +115,10 @@ def find_stack(model: nn.Module, *, masked: bool, verb: Literal["merged", "prune
 
 
 # For messages.
-_SUPPORTED = "one VisionTransformer, Eva or NaFlexVit of timm or one image tower of open_clip"
+_SUPPORTED = {
+    "merged": "one VisionTransformer, Eva or NaFlexVit of timm or one image tower of open_clip",
+    "pruned": "one VisionTransformer or Eva of timm or one image tower of open_clip",
+}
 
 
 def _has(module: nn.Module, kinds: type[nn.Module] | tuple[type[nn.Module], ...]) -> bool:

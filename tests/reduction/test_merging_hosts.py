@@ -10,10 +10,12 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.testing import assert_close
 
+import lamzoo
 from lamzoo import LamConfig, add_lam, merge_tokens, prune_tokens, remove_reduction
-from lamzoo.errors import UnsupportedHostError
+from lamzoo.errors import ConfigError, UnsupportedHostError
 from lamzoo.lam.unmasked import Unmasked
 from lamzoo.reduction.stacks import find_stack
 from tests.adapters.timm_hosts import HOSTS as TIMM_HOSTS
@@ -121,6 +123,10 @@ HOSTS = {name: _timm_host(index, name) for index, name in enumerate(_TIMM)} | {
 }
 each_host = pytest.mark.parametrize("name", HOSTS)
 masked_or_not = pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+
+
+def images(batch: int = 2) -> Tensor:
+    return torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
 def outputs(model: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
@@ -246,7 +252,7 @@ def test_both_heads_of_a_distilled_model_are_those_of_the_features_of_every_patc
 
 
 def test_the_pooling_may_change_after_merging() -> None:
-    model, x = merge_tokens(HOSTS["deit3_small_patch16_224"].create(False), keep=0.4), torch.randn(2, 3, 32, 32)
+    model, x = merge_tokens(HOSTS["deit3_small_patch16_224"].create(False), keep=0.4), images()
     model.reset_classifier(5, global_pool="avg")
     assert_close(model(x), model.forward_head(model.forward_features(x)))
 
@@ -257,7 +263,7 @@ def test_a_model_with_its_own_head_gets_every_patch() -> None:
             return x[:, 1:].mean(dim=1)
 
     model = merge_tokens(Patches(img_size=32, patch_size=8, embed_dim=16, depth=3, num_heads=2).eval(), keep=0.4)
-    x = torch.randn(2, 3, 32, 32)
+    x = images()
     assert_close(model(x), model.forward_features(x)[:, 1:].mean(dim=1))
 
 
@@ -270,7 +276,7 @@ def _clip(text: nn.Module | None = None, **vision: Any) -> Any:
 
 @pytest.mark.parametrize("masked", ["", "visual", "transformer", "both"])
 def test_the_image_tower_of_a_clip_model_is_merged_whatever_is_masked(masked: str) -> None:
-    clip, x, text = _clip(), torch.randn(2, 3, 32, 32), torch.randint(1, 49, (2, 9))
+    clip, x, text = _clip(), images(), torch.randint(1, 49, (2, 9))
     for part in {"": [], "both": [clip]}.get(masked, [getattr(clip, masked, clip)]):
         add_lam(part, LamConfig(rank=3, init="paper"))
     image, words = clip.encode_image(x), clip.encode_text(text)
@@ -352,7 +358,7 @@ def _res_post() -> type[nn.Module]:
 )
 def test_what_the_refusals_name_as_a_way_out_works(build: Callable[[], nn.Module]) -> None:
     """And rotations of pruned tokens are their own, so that keeping all changes nothing."""
-    model, x = add_lam(build(), LamConfig(rank=3, init="paper")).eval(), torch.randn(2, 3, 32, 32)
+    model, x = add_lam(build(), LamConfig(rank=3, init="paper")).eval(), images()
     before = model(x)
     assert_close(prune_tokens(model, 1.0, (0,))(x), before, atol=1e-5, rtol=1e-5)
     features = prune_tokens(model, 0.5, (0,)).forward_features(x)
@@ -362,7 +368,7 @@ def test_what_the_refusals_name_as_a_way_out_works(build: Callable[[], nn.Module
 
 
 def test_an_attention_mask_of_all_tokens_is_refused_by_name() -> None:
-    model, x = merge_tokens(_timm("vit_small_patch16_dinov3"), keep=0.5), torch.randn(2, 3, 32, 32)
+    model, x = merge_tokens(_timm("vit_small_patch16_dinov3"), keep=0.5), images()
     with pytest.raises(UnsupportedHostError, match=r"EvaBlock while it is called with the tensor attn_mask"):
         model(x, attn_mask=torch.zeros(21, 21))
     biased = add_lam(_timm("vit_tiny_patch16_224"))
@@ -372,3 +378,120 @@ def test_an_attention_mask_of_all_tokens_is_refused_by_name() -> None:
         )
     with pytest.raises(UnsupportedHostError, match=r"Attention got an attention mask of all tokens after some"):
         merge_tokens(biased, keep=0.5)(x)
+
+
+NAFLEX = {
+    "mean": {},
+    "class token": {"global_pool": "token", "class_token": True, "fc_norm": False},
+    "attention": {"global_pool": "map", "fc_norm": False, "reg_tokens": 2},
+    "mean, rotary": {"rope_type": "axial", "pos_embed": "none"},
+    "class token, mixed rotary": {"global_pool": "token", "class_token": True, "fc_norm": False, "rope_type": "mixed"},
+}
+each_naflex = pytest.mark.parametrize("kind", NAFLEX)
+
+
+def _naflex(kind: str, masked: bool, **kwargs: Any) -> nn.Module:
+    small = {"embed_dim": 24, "num_heads": 2, "num_classes": 5, "patch_size": 8, "depth": 3}
+    torch.manual_seed(0)
+    model = TimmHost("naflexvit_base_patch16_gap").create(**small, **NAFLEX[kind], **kwargs).eval()
+    return add_lam(model, LamConfig(rank=3, init="paper", op="add")) if masked else model
+
+
+def _padded(grids: list[tuple[int, int]]) -> dict[str, Tensor]:
+    """A batch as timm's NaFlex collator makes it, padded to the longest; a grid's patches are always the same."""
+    longest = max(rows * columns for rows, columns in grids)
+    samples = []
+    for rows, columns in grids:
+        length = rows * columns
+        patches = torch.randn(length, 192, generator=torch.Generator().manual_seed(length))
+        coord = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
+        fill = (0, 0, 0, longest - length)
+        valid = torch.arange(longest) < length
+        samples.append({"patches": F.pad(patches, fill), "patch_coord": F.pad(coord, fill), "patch_valid": valid})
+    return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+
+
+GRIDS = [(3, 5), (2, 3), (1, 1), (4, 4), (1, 2), (3, 7)]
+
+
+@each_naflex
+@masked_or_not
+def test_keeping_all_patches_of_a_padded_batch_changes_nothing(kind: str, masked: bool) -> None:
+    model, batch = _naflex(kind, masked), _padded(GRIDS)
+    before = model(batch)
+    assert_close(merge_tokens(model, keep=1)(batch), before, atol=1e-5, rtol=1e-5)
+    assert_close(model.forward_head(**model.forward_features(**batch)), before, atol=1e-5, rtol=1e-5)
+
+
+@each_naflex
+@masked_or_not
+@pytest.mark.parametrize("keep", [0.7, 0.3, 0.01])
+def test_a_sample_of_a_padded_batch_is_merged_as_if_it_were_alone(kind: str, masked: bool, keep: float) -> None:
+    model, batch = merge_tokens(_naflex(kind, masked), keep=keep), _padded(GRIDS)
+    together = model(batch)
+    assert_close(torch.cat([model(_padded([grid])) for grid in GRIDS]), together, atol=1e-5, rtol=1e-4)
+    assert_close(model.forward_head(**model.forward_features(**batch)), together, atol=1e-5, rtol=1e-4)
+
+
+@each_naflex
+def test_a_padded_batch_gets_shorter(kind: str) -> None:
+    model, lengths = merge_tokens(_naflex(kind, False), keep=0.3), []
+    for block in model.blocks:
+        block.norm2.register_forward_hook(lambda _, args, out: lengths.append(out.shape[1] - model.num_prefix_tokens))
+    model(_padded(GRIDS))
+    assert lengths == ([14, 7, 0] if "token" in kind else [16, 11, 6])
+
+
+@each_naflex
+def test_padding_has_no_part_in_any_gradient(kind: str) -> None:
+    model, batch = merge_tokens(_naflex(kind, True), keep=0.3).train(), _padded(GRIDS)
+    gradients = []
+    for checkpointing in (False, True):
+        model.set_grad_checkpointing(checkpointing)
+        patches = batch["patches"].clone().requires_grad_()
+        model({**batch, "patches": patches}).square().sum().backward()
+        assert patches.grad is not None
+        gradients.append(patches.grad)
+    assert_close(*gradients)
+    assert gradients[0].isfinite().all()
+    assert (gradients[0].abs().sum(dim=-1) > 0).eq(batch["patch_valid"]).all()
+
+
+def test_an_attention_mask_that_hides_more_than_padding_is_refused() -> None:
+    model, batch = merge_tokens(_naflex("mean", False), keep=0.5), _padded([(2, 2), (2, 3)])
+    causal = torch.ones(2, 1, 6, 6, dtype=torch.bool).tril()
+    for mask in (causal, torch.randn(2, 1, 6, 6), torch.zeros(6, 6)):
+        with pytest.raises(UnsupportedHostError, match="Block while its attention mask hides or weights more than"):
+            model({**batch, "attn_mask": mask})
+
+
+def test_a_rotary_host_compiles_as_one_graph() -> None:
+    model, x = merge_tokens(_timm("vit_small_patch16_dinov3", global_pool="token").eval(), keep=0.5), images()
+    torch._dynamo.reset()
+    with torch.no_grad():
+        assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), model(x))
+
+
+def test_a_tower_of_open_clip_exports_with_any_batch() -> None:
+    model = merge_tokens(_tower(layers=2).eval(), keep=0.5)
+    program = torch.export.export(model, (images(),), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    assert_close(program.module()(images(5)), model(images(5)))
+
+
+@pytest.mark.parametrize(
+    "build", [lambda: _timm("vit_small_patch16_dinov3", depth=3, global_pool="token"), lambda: _clip()]
+)
+def test_a_budget_is_kept_on_other_hosts(build: Callable[[], nn.Module]) -> None:
+    model = build()
+    target = 0.7 * lamzoo.profile(model).gmacs
+    assert 0.9 * target < lamzoo.profile(merge_tokens(model, target)).gmacs <= target
+    for _ in range(2):  # also of a model whose tokens are merged
+        assert merge_tokens(model, r=2).token_reduction.keep == 1 - 2 * 2 / PATCHES
+
+
+def test_the_size_of_a_naflex_model_is_not_known_and_a_share_is_asked_for() -> None:
+    model = HOSTS["naflexvit_base_patch16_gap"].create(False)
+    with pytest.raises(ConfigError, match="the number of patches of this model is not known; give keep"):
+        merge_tokens(model, r=2)
+    with pytest.raises(UnsupportedHostError, match="NaFlexVit may have padding.*lamzoo.merge_tokens"):
+        prune_tokens(add_lam(model), 0.5, (0,))
