@@ -38,9 +38,11 @@ from timm.layers import (
 from timm.models.beit import Attention as BeitAttention
 from timm.models.beit import Beit
 from timm.models.csatv2 import SpatialTransformerBlock
+from timm.models.deepseek_vit import DeepseekVitBlock, DeepseekVitEncoder
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva, EvaAttention, EvaBlock
 from timm.models.naflexvit import NaFlexVit
+from timm.models.qwen3_vit import Qwen3VitEncoder
 from timm.models.vision_transformer import Block, VisionTransformer
 from timm.models.vision_transformer_relpos import RelPosAttention, VisionTransformerRelPos
 from torch import Tensor, nn
@@ -251,8 +253,10 @@ def _site(path: str, stack: str, attn: Any) -> AttentionSite:
 # Hosts whose pooling is known, and those of them that tokens can't be reduced in. The distilled DeiT comes before its
 # base class.
 _BIASED_HOSTS = (Beit, VisionTransformerRelPos)
-_POOLING_HOSTS = (VisionTransformerDistilled, VisionTransformer, Eva, NaFlexVit, *_BIASED_HOSTS)
-_MERGING_BLOCKS = (Block, EvaBlock)  # whose attention reads the output of `norm1`
+_GRID_HOSTS = (Qwen3VitEncoder, DeepseekVitEncoder)
+_ROTARY_HOSTS = (Eva, NaFlexVit, *_GRID_HOSTS)
+_POOLING_HOSTS = (VisionTransformerDistilled, VisionTransformer, *_ROTARY_HOSTS, *_BIASED_HOSTS)
+_MERGING_BLOCKS = (Block, EvaBlock, DeepseekVitBlock)  # whose attention reads the output of `norm1`
 _MERGING_LAYERS = (Attention, AttentionRope, EvaAttention)
 
 
@@ -266,11 +270,11 @@ def _pooling(host: Any, blocks: str) -> Pooling | None:
         kind="attention" if getattr(host, "attn_pool", None) is not None else host.global_pool,
         has_class_token=getattr(host, "has_class_token", getattr(host, "cls_token", None) is not None),
         num_unpooled=0 if getattr(host, "pool_include_prefix", False) else host.num_prefix_tokens,
-        last=host.norm,
+        last=getattr(host, "norm", host.blocks),
         reads_prefix_only=partial(_reads_prefix_only, host),
         last_linear=getattr(getattr(host.blocks[-1], "mlp", None), "fc2", None),
         reads_mean_only=partial(_reads_mean_only, host),
-        arguments=frozenset({"rope"}) if isinstance(host, (Eva, NaFlexVit)) else frozenset(),
+        arguments=frozenset({"rope"}) if isinstance(host, _ROTARY_HOSTS) else frozenset(),
         padding="attn_mask" if isinstance(host, NaFlexVit) else None,
         no_merging=no_merging,
         no_pruning=no_pruning,
@@ -289,6 +293,8 @@ def _no_reduction(host: Any) -> tuple[str | None, str | None]:
     no_pruning = None if single else "has blocks with several attention layers; use timm's Block"
     if isinstance(host, NaFlexVit):
         no_pruning = "may have padding, which is pruned like any token; merge tokens with lamzoo.merge_tokens"
+    if isinstance(host, _GRID_HOSTS):
+        no_pruning = "makes its tokens a grid again, for which none may leave; merge tokens with lamzoo.merge_tokens"
     others = {type(block) for block in host.blocks} - set(_MERGING_BLOCKS)
     if others:
         no_merging = (
@@ -316,7 +322,7 @@ def _reads_prefix_only(host: Any) -> bool:
 def _reads_mean_only(host: Any) -> bool:
     """Returns whether a host takes the mean of its last block's output, from a linear layer on."""
     block = host.blocks[-1]
-    if not (_pools_as_timm(host) and host.global_pool == "avg" and type(host.norm) is nn.Identity):
+    if not (_pools_as_timm(host) and host.global_pool == "avg" and type(getattr(host, "norm", None)) is nn.Identity):
         return False
     linear = type(block) is Block and type(block.mlp) is Mlp and type(block.mlp.fc2) is nn.Linear
     return linear and not (block.training and block.mlp.drop2.p > 0)

@@ -97,12 +97,12 @@ def merge_tokens(
 
     Args:
         model: is or contains one ``VisionTransformer`` (ViT, DeiT, DINOv2, SigLIP, ...), ``Eva`` (EVA, EVA-02,
-            RoPE-ViT, DINOv3, PE) or ``NaFlexVit`` of timm with the blocks ``Block`` or ``EvaBlock``, or one image tower
-            of open_clip; may be wrapped by ``torch.compile`` or data parallelism. In a CLIP model the image tower is
-            reduced and the text tower isn't; in CLIP4Clip it is that of each frame. With rotary positions, a merged
-            token has the rotation of the token whose place it takes. In padded batches of ``NaFlexVit``, each sample
-            keeps the share of its own patches and is merged as if it were alone; the batch gets shorter as its longest
-            sample does.
+            RoPE-ViT, DINOv3, PE), ``NaFlexVit``, ``Qwen3VitEncoder`` or ``DeepseekVitEncoder`` of timm with pre-norm
+            blocks, or one image tower of open_clip; may be wrapped by ``torch.compile`` or data parallelism. In a CLIP
+            model the image tower is reduced and the text tower isn't; in CLIP4Clip it is that of each frame. With rotary
+            positions, a merged token has the rotation of the token whose place it takes. In padded batches of
+            ``NaFlexVit``, each sample keeps the share of its own patches and is merged as if it were alone; the batch
+            gets shorter as its longest sample does.
         target_gmacs: upper limit on the GMACs of one input of the model's own size, matching included; as few patches
             as needed merge. Inputs of another size keep the same share of their patches.
         keep: instead, the share of the patches that is left after the last layer.

@@ -97,6 +97,8 @@ _TIMM = [
     "vit_5b_patch16_sapiens2",  # grouped-query attention
     "naflexvit_base_patch16_gap",
     "naflexvit_base_patch16_siglip",
+    "qwen3_vit_88m",  # without prefix tokens, whose output is a grid
+    "deepseek_vit_412m",
 ]
 
 
@@ -122,6 +124,9 @@ HOSTS = {name: _timm_host(index, name) for index, name in enumerate(_TIMM)} | {
     for index, (name, kwargs) in enumerate(_OPEN_CLIP.items())
 }
 each_host = pytest.mark.parametrize("name", HOSTS)
+each_host_once = pytest.mark.parametrize(
+    ("name", "masked"), [(name, index % 3 < 2) for index, name in enumerate(HOSTS)]
+)
 masked_or_not = pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
 
 
@@ -137,8 +142,8 @@ def outputs(model: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
 def from_features(model: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
     """Returns the output that the head makes of the features of every patch."""
     if not isinstance(model, VisionTransformer):
-        features = model.forward_features(x)
-        assert features.shape[1] == PATCHES + model.num_prefix_tokens
+        features = getattr(model, "encoder", model).forward_features(x)
+        assert features[0].numel() == (PATCHES + model.num_prefix_tokens) * model.num_features
         return (model.forward_head(features),)
     pooled, tokens = model._pool(model.transformer(model._embeds(x)))
     return (pooled @ model.proj, tokens) if model.output_tokens else (pooled @ model.proj,)
@@ -197,8 +202,7 @@ class _EqualPairs:
         return (tokens, *others), kwargs
 
 
-@each_host
-@masked_or_not
+@each_host_once
 def test_removing_gives_the_model_back(name: str, masked: bool) -> None:
     model, x = HOSTS[name].create(masked), HOSTS[name].images()
     before, keys, classes = outputs(model, x), list(model.state_dict()), [type(module) for module in model.modules()]
@@ -210,9 +214,10 @@ def test_removing_gives_the_model_back(name: str, masked: bool) -> None:
     assert list(model.state_dict()) == keys
 
 
-@pytest.mark.parametrize("name", [name for name, host in HOSTS.items() if host.checkpointing])
-@masked_or_not
+@each_host_once
 def test_gradient_checkpointing_changes_no_gradient(name: str, masked: bool) -> None:
+    if not HOSTS[name].checkpointing:
+        pytest.skip("open_clip calls its custom blocks with too many arguments when it checkpoints them")
     model, x = merge_tokens(HOSTS[name].create(masked), keep=0.4).train(), HOSTS[name].images()
     gradients = []
     for checkpointing in (False, True):
@@ -333,7 +338,7 @@ def _batch_second() -> nn.Module:
         (lambda: nn.ModuleList([_tower(), _timm("vit_tiny_patch16_224")]), r"blocks of .*, .*resblocks of .*; give"),
         (
             lambda: nn.TransformerEncoderLayer(8, 2),
-            r"one VisionTransformer, Eva or NaFlexVit of timm .* open_clip, and",
+            r"one VisionTransformer, Eva, NaFlexVit.* of timm .* open_clip, and",
         ),
     ],
 )
@@ -390,10 +395,15 @@ NAFLEX = {
 each_naflex = pytest.mark.parametrize("kind", NAFLEX)
 
 
-def _naflex(kind: str, masked: bool, **kwargs: Any) -> nn.Module:
+@cache
+def _built_naflex(kind: str) -> nn.Module:
     small = {"embed_dim": 24, "num_heads": 2, "num_classes": 5, "patch_size": 8, "depth": 3}
     torch.manual_seed(0)
-    model = TimmHost("naflexvit_base_patch16_gap").create(**small, **NAFLEX[kind], **kwargs).eval()
+    return TimmHost("naflexvit_base_patch16_gap").create(**small, **NAFLEX[kind]).eval()
+
+
+def _naflex(kind: str, masked: bool) -> nn.Module:
+    model = copy.deepcopy(_built_naflex(kind))
     return add_lam(model, LamConfig(rank=3, init="paper", op="add")) if masked else model
 
 
@@ -425,7 +435,7 @@ def test_keeping_all_patches_of_a_padded_batch_changes_nothing(kind: str, masked
 
 @each_naflex
 @masked_or_not
-@pytest.mark.parametrize("keep", [0.7, 0.3, 0.01])
+@pytest.mark.parametrize("keep", [0.6, 0.01])
 def test_a_sample_of_a_padded_batch_is_merged_as_if_it_were_alone(kind: str, masked: bool, keep: float) -> None:
     model, batch = merge_tokens(_naflex(kind, masked), keep=keep), _padded(GRIDS)
     together = model(batch)
@@ -473,7 +483,7 @@ def test_a_rotary_host_compiles_as_one_graph() -> None:
 
 
 def test_a_tower_of_open_clip_exports_with_any_batch() -> None:
-    model = merge_tokens(_tower(layers=2).eval(), keep=0.5)
+    model = merge_tokens(_tower(layers=2, ls_init_value=None).eval(), keep=0.5)
     program = torch.export.export(model, (images(),), dynamic_shapes=({0: torch.export.Dim("batch")},))
     assert_close(program.module()(images(5)), model(images(5)))
 
@@ -493,5 +503,15 @@ def test_the_size_of_a_naflex_model_is_not_known_and_a_share_is_asked_for() -> N
     model = HOSTS["naflexvit_base_patch16_gap"].create(False)
     with pytest.raises(ConfigError, match="the number of patches of this model is not known; give keep"):
         merge_tokens(model, r=2)
-    with pytest.raises(UnsupportedHostError, match="NaFlexVit may have padding.*lamzoo.merge_tokens"):
-        prune_tokens(add_lam(model), 0.5, (0,))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("naflexvit_base_patch16_gap", "NaFlexVit may have padding.*lamzoo.merge_tokens"),
+        ("qwen3_vit_88m", "Qwen3VitEncoder makes its tokens a grid again.*lamzoo.merge_tokens"),
+    ],
+)
+def test_hosts_that_only_merge_are_refused_by_pruning(name: str, message: str) -> None:
+    with pytest.raises(UnsupportedHostError, match=message):
+        prune_tokens(HOSTS[name].create(True), 0.5, (0,))
