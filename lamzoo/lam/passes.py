@@ -65,6 +65,7 @@ class StackPass:
         scores: of the current layer's tokens, ``(B, N)``, if tokens are reduced after it.
         pooled: whether the model pools the output of the last layer, which nothing else reads.
         held: whether a hook after the last layer reads this state, and ends the pass.
+        spans: half-open ranges of the stack's input tokens within which they may merge, for hosts of several streams.
         rerun: the backward pass and the autograd node that rerun this pass; None in a forward pass.
     """
 
@@ -78,6 +79,7 @@ class StackPass:
     scores: Tensor | None = None
     pooled: bool = False
     held: bool = False
+    spans: tuple[tuple[int, int], ...] = ()
     rerun: Rerun | None = None
 
     @property

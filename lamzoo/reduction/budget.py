@@ -12,7 +12,7 @@ from torch import nn
 
 from lamzoo.adapters.wrappers import unwrap
 from lamzoo.errors import ConfigError
-from lamzoo.reduction import merging, pruning
+from lamzoo.reduction import merging, pruning, streams
 from lamzoo.reduction.config import PruneConfig, Rest, Score, TokenReduction, Training
 from lamzoo.reduction.stacks import find_stack, remove_reduction
 
@@ -95,17 +95,22 @@ def merge_tokens(
     part of. While the model computes its own output under a class token, the last block computes that token alone,
     which changes nothing; ``keep=1`` does this and no more.
 
+    In a describer the tokens of the joint encoder merge, each with others of its own modality, and padding with none; a
+    clip is merged as if it were alone. The decoder reads every token of the encoder as before, each the one that it is
+    part of.
+
     Args:
         model: is or contains one ``VisionTransformer`` (ViT, DeiT, DINOv2, SigLIP, ...), ``Eva`` (EVA, EVA-02,
             RoPE-ViT, DINOv3, PE), ``NaFlexVit``, ``Qwen3VitEncoder`` or ``DeepseekVitEncoder`` of timm with pre-norm
-            blocks, or one image tower of open_clip; may be wrapped by ``torch.compile`` or data parallelism. In a CLIP
-            model the image tower is reduced and the text tower isn't; in CLIP4Clip it is that of each frame. With rotary
-            positions, a merged token has the rotation of the token whose place it takes. In padded batches of
-            ``NaFlexVit``, each sample keeps the share of its own patches and is merged as if it were alone; the batch
-            gets shorter as its longest sample does.
+            blocks, or one image tower of open_clip, or a describer; may be wrapped by ``torch.compile`` or data
+            parallelism. In a CLIP model the image tower is reduced and the text tower isn't; in CLIP4Clip it is that of
+            each frame. With rotary positions, a merged token has the rotation of the token whose place it takes. In
+            padded batches of ``NaFlexVit``, each sample keeps the share of its own patches and is merged as if it were
+            alone; the batch gets shorter as its longest sample does.
         target_gmacs: upper limit on the GMACs of one input of the model's own size, matching included; as few patches
             as needed merge. Inputs of another size keep the same share of their patches.
-        keep: instead, the share of the patches that is left after the last layer.
+        keep: instead, the share of the patches that is left after the last layer; in a describer, of the tokens of each
+            modality, and not below 1 / (layers + 1).
         r: instead, the number of patches that merge in each layer, as in ToMe; at the model's own input size.
         at: layers in which tokens merge, counted from 0; all of them by default.
         frames: for CLIP4Clip, the share of a video's frames that is left: before the tower encodes them, those that are
@@ -132,7 +137,7 @@ def merge_tokens(
         config = replace(config, keep=_share(model, config, r))
     if target_gmacs is not None:
         config = _largest(model, config, target_gmacs, count_gmacs or _profiled_gmacs)
-    merging.merge(model, config)
+    reduce_tokens(model, config)
     return model
 
 
@@ -155,8 +160,8 @@ def _share(model: nn.Module, config: TokenReduction, r: int) -> float:
     """Returns the share of patches that is left when ``r`` merge in each layer."""
     if isinstance(r, bool) or not isinstance(r, int) or r < 0:
         raise ConfigError(f"r={r!r}: the number of patches that merge in each layer must be a whole number from 0.")
-    stack = find_stack(model, masked=False, verb="merged")
-    if stack.num_patches is None:
+    stack = None if streams.find_encoder(model) is not None else find_stack(model, masked=False, verb="merged")
+    if stack is None or stack.num_patches is None:
         raise ConfigError(f"r={r}: the number of patches of this model is not known; give keep.")
     gone = r * len(merging.merging_layers(stack, config))
     return max(1, stack.num_patches - gone) / stack.num_patches
@@ -201,7 +206,11 @@ def reduce_tokens(model: nn.Module, config: TokenReduction) -> None:
         config: the reduction.
     """
     if config.method == "merge":
-        merging.merge(model, config)
+        encoder = streams.find_encoder(model)
+        if encoder is None:
+            merging.merge(model, config)
+        else:
+            streams.merge(model, encoder, config)
     else:
         config = config if config.at is not None else replace(config, at=_quarters(model))
         pruning.prune(model, PruneConfig.of(config))

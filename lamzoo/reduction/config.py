@@ -15,6 +15,8 @@ Score = Literal["mask", "attention", "attention-value", "redundancy"]
 Rest = Literal["drop", "merge", "nearest"]
 Training = Literal["straight-through", "top-k"]
 
+_METHODS: Mapping[Method, str] = {"merge": "merging", "prune": "pruning"}
+
 # The fields of each method, in the order in which they are written.
 _FIELDS: Mapping[Method, tuple[str, ...]] = {
     "merge": ("method", "keep", "at", "frames"),
@@ -77,12 +79,12 @@ class TokenReduction:
                 raise ConfigError(f"{name}={value!r}: it must be one of {', '.join(map(repr, choices))}.")
         if self.at is not None:
             object.__setattr__(self, "at", _layers(self.at))
-        other, what = ("prune", "pruning") if self.method == "merge" else ("merge", "merging")
+        other: Method = "prune" if self.method == "merge" else "merge"
         for field in dataclasses.fields(TokenReduction):
             value = getattr(self, field.name)
             if field.name in _FIELDS[other] and field.name not in _FIELDS[self.method] and value != field.default:
                 raise ConfigError(
-                    f"{field.name}={value!r} is a setting of {what}; leave it out, or set method={other!r}."
+                    f"{field.name}={value!r} is a setting of {_METHODS[other]}; leave it out, or set method={other!r}."
                 )
 
     def to_dict(self) -> dict[str, Any]:

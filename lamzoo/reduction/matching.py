@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lamzoo.lam.token_map import TokenMap
 
-_MASK_WEIGHT = 0.5  # of the distance in the mask's key factor, beside that of the tokens
+MASK_WEIGHT = 0.5  # of the distance in the mask's key factor, beside that of the tokens
 
 
 def match(
@@ -36,7 +36,7 @@ def match(
         cost = _distances(tokens.detach().float(), num_prefix_tokens)
         if right is not None:
             seen = right.detach().float().transpose(1, 2).flatten(2)
-            cost = cost + _MASK_WEIGHT * _distances(seen, num_prefix_tokens)
+            cost = cost + MASK_WEIGHT * _distances(seen, num_prefix_tokens)
         if sizes is None:
             sizes = torch.ones(batch, length, device=tokens.device)
         else:

@@ -35,7 +35,7 @@ from lamzoo.reduction.stacks import ReductionHook, Stack, check_not_traced, find
 
 
 @dataclass
-class _SizedAttention:
+class SizedAttention:
     """Attention hook of a masked layer: a key counts as often as the number of tokens in it."""
 
     def __call__(
@@ -245,7 +245,7 @@ def merge(model: nn.Module, config: TokenReduction) -> None:
     lams = stack.lams
     shared = lams[0].shared if lams else SharedState()
     for lam in lams:
-        lam.attention_hook = _SizedAttention()
+        lam.attention_hook = SizedAttention()
     for adapter in dict.fromkeys(stack.sites.values()):
         adapter.wrap(model, {site: Unmasked(shared) for site, owner in stack.sites.items() if owner is adapter})
     watch_passes(stack, shared)

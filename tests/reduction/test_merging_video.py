@@ -6,14 +6,19 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
 import lamzoo
 from lamzoo import LamConfig, TokenReduction, merge_tokens, remove_reduction
-from lamzoo.errors import ConfigError
+from lamzoo.errors import ConfigError, UnsupportedHostError
 from lamzoo.models.clip4clip.model import clip4clip
+from lamzoo.models.describer.encoder import StreamBatch
+from lamzoo.models.describer.model import describer
 from lamzoo.reduction.frames import merge_frames
+from lamzoo.reduction.streams import Part, match_within
 
 TOWERS: dict[str, Any] = {
     "embed_dim": 32,
@@ -111,3 +116,157 @@ def test_wrong_frames_are_named() -> None:
         merge_tokens(model.clip.visual, keep=1, frames=0.5)
     with pytest.raises(ConfigError, match=r"frames=0.5 is a setting of merging"):
         TokenReduction(0.5, "prune", (0,), frames=0.5)
+
+
+SIZES = {"video": (10, 12), "audio": (20, 6)}  # features and their width
+CONFIGS: list[LamConfig | None] = [None] + [
+    LamConfig(layers=layers, op=op, rank=3, init="paper") for layers in ("multi", "single") for op in ("mul", "add")
+]
+each_config = pytest.mark.parametrize(
+    "config", CONFIGS, ids=lambda config: "plain" if config is None else f"{config.layers}-{config.op}"
+)
+
+
+def writer(config: LamConfig | None = None, **options: Any) -> Any:
+    torch.manual_seed(0)
+    sizes = {
+        "features": {name: width for name, (_, width) in SIZES.items()}, "rates": {"audio": 50.0}, "seconds": 0.4,
+        "width": 16, "heads": 2, "hidden": 32, "encoder_layers": 3, "text_layers": 1, "decoder_layers": 1,
+        "vocabulary": ["bin", "blue"], "context_length": 5, "align": True,
+    }  # fmt: skip
+    return describer({**sizes, **options}, lam=config).eval()
+
+
+def clips(padding: int = 4) -> dict[str, StreamBatch]:
+    """Three clips: one whole, one whose last features are padding, and one without audio."""
+    generator, found = torch.Generator().manual_seed(2), {}
+    for name, (count, width) in SIZES.items():
+        mask = torch.ones(3, count, dtype=torch.bool)
+        mask[1, count - padding :] = False
+        mask[2] = name == "video"
+        times = torch.arange(count).expand(3, -1) * 0.4 / count
+        found[name] = StreamBatch(torch.randn(3, count, width, generator=generator), times, mask)
+    return found
+
+
+TEXT = torch.tensor([[1, 3, 4]]).expand(3, -1)
+
+
+@each_config
+def test_keeping_all_tokens_of_streams_changes_nothing(config: LamConfig | None) -> None:
+    model, streams = writer(config), clips()
+    before, keys = model(streams, TEXT), model.state_dict().keys()
+    after = merge_tokens(model, keep=1)(streams, TEXT)
+    assert_close(after.logits, before.logits)
+    assert_close(after.words[after.joint.mask], before.words[before.joint.mask])
+    merged = merge_tokens(model, keep=0.5)(streams, TEXT)
+    assert merged.joint.tokens.shape == before.joint.tokens.shape
+    assert not torch.allclose(merged.logits, before.logits)
+    assert model.state_dict().keys() == keys
+    assert torch.equal(remove_reduction(model)(streams, TEXT).logits, before.logits)
+
+
+@each_config
+def test_a_clip_is_merged_as_if_it_were_alone_and_without_padding(config: LamConfig | None) -> None:
+    model, streams = merge_tokens(writer(config), keep=0.5), clips()
+    together = model(streams, TEXT)
+    for stream in streams.values():
+        stream.features[~stream.mask] = 100.0
+    assert torch.equal(model(streams, TEXT).logits, together.logits)
+    for sample in range(3):
+        alone = {
+            name: StreamBatch(*(part[sample : sample + 1, stream.mask[sample]] for part in stream))
+            for name, stream in streams.items()
+            if stream.mask[sample].any()
+        }
+        found = model(alone, TEXT[:1])
+        assert_close(found.logits[0], together.logits[sample])
+        assert_close(found.words[0], together.words[sample, together.joint.mask[sample]])
+
+
+def test_later_layers_of_the_encoder_have_fewer_keys_and_queries_fewer_still() -> None:
+    model = merge_tokens(writer(CONFIGS[1]), keep=0.4)
+    with lamzoo.capture_masks(model) as masks:
+        model(clips(), TEXT)
+    # 2 of 10 tokens of video and 4 of 20 of audio in each layer; the class token stays
+    assert [tuple(record.attention.shape[2:]) for record in masks.values()] == [(25, 31), (19, 25), (13, 19)]
+
+
+@each_config
+def test_equal_neighbours_of_a_stream_merge_without_loss(config: LamConfig | None) -> None:
+    model = writer(config)
+    streams = {
+        name: StreamBatch(*(part[:, ::2].repeat_interleave(2, dim=1) for part in stream))
+        for name, stream in clips().items()
+    }
+    before = model(streams, TEXT)
+    assert_close(merge_tokens(model, keep=0.5, at=(0,))(streams, TEXT).logits, before.logits)
+
+
+def test_the_context_and_the_class_token_never_merge() -> None:
+    model = merge_tokens(writer(context_tokens=4), keep=0.25, at=(0,))
+    joint = model.encode(clips(), torch.tensor([[3, 4, 0, 0]] * 3))
+    distinct = [len(sample[seen].unique(dim=0)) for sample, seen in zip(joint.tokens, joint.mask, strict=True)]
+    assert distinct == [1 + 5 + 10 + 2, 1 + 3 + 8 + 2, 1 + 5 + 0 + 2]
+
+
+def test_gradients_reach_the_features_through_merged_tokens() -> None:
+    model, streams = merge_tokens(writer(CONFIGS[1]), keep=0.5).train(), clips()
+    features = streams["audio"].features.requires_grad_()
+    model(streams, TEXT).logits.sum().backward()
+    assert features.grad is not None
+    assert features.grad[0].abs().sum(dim=-1).gt(0).all()
+
+
+def test_what_a_joint_encoder_cannot_do_is_named() -> None:
+    model = writer()
+    with pytest.raises(ConfigError, match=r"at=\(3,\): tokens can merge in layers 0 to 2 of encoder.layers"):
+        merge_tokens(model, keep=0.5, at=(3,))
+    with pytest.raises(ConfigError, match=r"r=2: the number of patches of this model is not known; give keep"):
+        merge_tokens(model, r=2)
+    with pytest.raises(ConfigError, match=r"frames=0.5: the frames of this model are the tokens of a stream"):
+        merge_tokens(model, keep=0.5, frames=0.5)
+    with pytest.raises(UnsupportedHostError, match=r"encoder.layers: its masks have keys='position'"):
+        merge_tokens(writer(LamConfig(keys="position")), keep=0.5)
+
+
+def test_a_budget_for_an_encoder_is_used() -> None:
+    model = merge_tokens(writer(), 0.5, count_gmacs=lambda model: model.token_reduction.keep)
+    assert model.token_reduction == TokenReduction(0.5)
+
+
+@settings(derandomize=True, max_examples=40)
+@given(
+    lengths=st.lists(st.integers(2, 12), min_size=1, max_size=3), share=st.floats(0, 0.5), seed=st.integers(0, 2**20)
+)
+def test_streams_and_padding_never_mix(lengths: list[int], share: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    total = 1 + sum(lengths)
+    tokens = torch.randn(2, total, 4, generator=generator)
+    present, owner = torch.ones(2, total, dtype=torch.bool), torch.zeros(total)
+    parts, start, left = [], 1, torch.ones(2)
+    for number, length in enumerate(lengths, 1):
+        real = torch.randint(0, length + 1, (2, 1), generator=generator)
+        present[:, start : start + length] = torch.arange(length) < real
+        owner[start : start + length] = number
+        parts.append(Part(start, length, int(share * length), (share * real[:, 0]).long()))
+        left += real[:, 0] - parts[-1].due
+        start += length
+    sizes = torch.randint(1, 5, (2, total), generator=generator).float().masked_fill(~present, 1)
+    token_map, few = match_within(tokens, parts, present, sizes)
+    assert token_map.into is not None
+    assert few.shape[1] == total - sum(part.gone for part in parts)
+    kept = token_map.kept
+    assert torch.equal(present.gather(1, kept).sum(dim=1), left)
+    content = sizes * present
+    assert_close((few * present.gather(1, kept)).sum(dim=1), content.sum(dim=1))
+    mean = token_map(tokens)
+    for sample in range(2):
+        for place, old in enumerate(kept[sample]):
+            members = (token_map.into[sample] == place) & present[sample]
+            if present[sample, old]:
+                assert owner[members].eq(owner[old]).all()
+                weights = content[sample, members] / content[sample, members].sum()
+                assert_close(mean[sample, place], weights @ tokens[sample, members])
+            else:
+                assert not members.any()

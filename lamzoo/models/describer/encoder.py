@@ -95,13 +95,11 @@ class JointEncoder(nn.Module):
         if self.training and self.modality_dropout and len(streams) > 1:
             streams = self._dropped(streams)
         size = len(next(iter(streams.values())).mask)
-        parts, masks, spans = [self.first.expand(size, 1, -1)], [], {}
-        masks.append(next(iter(streams.values())).mask.new_ones(size, 1))
+        parts = [self.first.expand(size, 1, -1)]
+        masks = [next(iter(streams.values())).mask.new_ones(size, 1)]
         for name, stream in streams.items():
             tokens = self.projections[name](stream.features)
             tokens = tokens + time_waves(stream.times, self.width).to(tokens.dtype) + self.modalities[name]
-            start = sum(part.shape[1] for part in parts)
-            spans[name] = (start, start + tokens.shape[1])
             parts.append(tokens)
             masks.append(stream.mask)
         if context is not None:
@@ -112,7 +110,16 @@ class JointEncoder(nn.Module):
         mask = torch.cat(masks, dim=1)
         for layer in self.layers:
             tokens = layer(tokens, mask)
-        return Joint(tokens, mask, spans)
+        return Joint(tokens, mask, self.stream_spans(streams))
+
+    def stream_spans(self, streams: Mapping[str, StreamBatch]) -> dict[str, tuple[int, int]]:
+        """Returns the half-open range of each modality's tokens in the joint sequence."""
+        spans, start = {}, 1  # after the class token
+        for name in self.projections:
+            if name in streams:
+                end = start + streams[name].mask.shape[-1]
+                spans[name], start = (start, end), end
+        return spans
 
     def _check(self, streams: Mapping[str, StreamBatch]) -> None:
         if not streams or not set(streams) <= set(self.projections):

@@ -1,0 +1,272 @@
+"""Token merging in a joint encoder of several streams: within each stream, and never of padding.
+
+Modifications to the host: as in :mod:`lamzoo.reduction.merging`, in the encoder and its layers. Tokens are spread out
+again after the last layer, so that readers of the encoder's output work as before: a reader's attention to all members
+of a merged token is its attention to that token, counted as often as it has members.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lamzoo.adapters.mha import MultiheadAttentionAdapter
+from lamzoo.adapters.wrappers import unwrap
+from lamzoo.errors import ConfigError, UnsupportedHostError
+from lamzoo.lam import Lam, SharedState
+from lamzoo.lam.passes import Merge
+from lamzoo.lam.token_map import TokenMap
+from lamzoo.lam.unmasked import Unmasked
+from lamzoo.reduction.config import TokenReduction
+from lamzoo.reduction.matching import MASK_WEIGHT, merged
+from lamzoo.reduction.merging import SizedAttention
+from lamzoo.reduction.stacks import ReductionHook, check_not_traced, remove_reduction
+
+Length = TypeVar("Length", int, Tensor)
+
+
+class StreamEncoder(Protocol):
+    """An encoder of a joint sequence in which tokens can merge.
+
+    Its first argument is the streams. Each of its layers is called with tokens ``(B, N, C)`` and a mask, bool
+    ``(B, N)``, True where there is a token, and attends with an ``nn.MultiheadAttention`` named ``attn`` to the tokens
+    as they are.
+    """
+
+    layers: nn.ModuleList
+
+    def stream_spans(self, streams: Any) -> Mapping[str, tuple[int, int]]:
+        """Returns the half-open range of each stream in the joint sequence."""
+        ...
+
+
+class Part(NamedTuple):
+    """The tokens of one stream, some of which merge with each other.
+
+    Attributes:
+        start: place of the first.
+        length: number of tokens, padding included.
+        gone: number of tokens that leave.
+        due: number of content tokens that merge into others in each sample, int64 ``(B,)``; the other tokens that leave
+            are padding.
+    """
+
+    start: int
+    length: int
+    gone: int
+    due: Tensor
+
+
+class _BeginStreams(ReductionHook):
+    """Forward pre-hook of the encoder: begins a pass, and notes where the streams are."""
+
+    def __init__(self, shared: SharedState, encoder: StreamEncoder) -> None:
+        super().__init__(shared)
+        self.spans = encoder.stream_spans
+
+    def __call__(self, encoder: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        streams = args[0] if args else kwargs["streams"]
+        self.shared.begin(pooled=True, held=True)
+        self.shared.update(spans=tuple(self.spans(streams).values()))
+
+
+class _EndStreams(ReductionHook):
+    """Forward hook of the encoder: ends the pass, also when the encoder raised."""
+
+    def __call__(self, encoder: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        self.shared.end()
+
+
+class _MergeStreams(ReductionHook):
+    """Forward pre-hook of a layer: merges its tokens within their streams.
+
+    Args:
+        shared: state of the stack.
+        share: of a stream's tokens that leaves in each layer.
+        before: number of layers before this one in which tokens merge; None if none merge in it.
+    """
+
+    def __init__(self, shared: SharedState, share: float, before: int | None) -> None:
+        super().__init__(shared)
+        self.billionths, self.before = math.ceil(share * 10**9), before  # exact, on every device
+
+    def __call__(self, layer: Any, args: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        tokens, mask = args
+        check_not_traced(tokens)
+        here = self.shared.current
+        present = mask if here.token_map is None else mask.gather(1, here.token_map.kept)
+        if self.before is None:
+            return tokens, present
+        parts, start = [], 0
+        for first, end in here.spans:
+            gone = self._leaving(end - first)
+            start = start or first  # streams lie side by side, after the class token
+            length = end - first - self.before * gone
+            parts.append(Part(start, length, gone, self._leaving(mask[:, first:end].sum(dim=1))))
+            start += length
+        if any(part.gone for part in parts):
+            lam = layer.attn.lam
+            right = lam.key_factor(tokens) if isinstance(lam, Lam) else None
+            token_map, sizes = match_within(tokens, parts, present, here.sizes, right)
+            self.shared.merge(Merge(tokens, token_map, sizes, right))
+            tokens = merged(tokens, token_map)
+        return tokens, present
+
+    def _leaving(self, length: Length) -> Length:
+        """Returns how many of a stream's tokens leave in each layer: of a part of it, at most as many."""
+        return length * self.billionths // 10**9
+
+
+class _FinishMerge(ReductionHook):
+    """Forward hook of a layer: makes the merged tokens those of the next one; after the last, spreads them out."""
+
+    def __init__(self, shared: SharedState, is_last: bool) -> None:
+        super().__init__(shared)
+        self.is_last = is_last
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        if self.shared.current.merge is not None:
+            self.shared.finish_merge()
+        token_map = self.shared.current.token_map
+        if self.is_last:
+            return output if token_map is None else token_map.spread(output)
+        self.shared.leave(output)
+        return output
+
+
+def find_encoder(model: nn.Module) -> str | None:
+    """Returns the path of the first joint encoder of streams in a model; None if it has none."""
+    return next((path for path, module in unwrap(model).named_modules() if hasattr(type(module), "stream_spans")), None)
+
+
+def merge(model: nn.Module, path: str, config: TokenReduction) -> None:
+    """Registers the hooks in a model, in place of those of an earlier reduction.
+
+    Args:
+        model: contains a joint encoder of streams.
+        path: of the encoder.
+        config: the merging.
+
+    Raises:
+        UnsupportedHostError: the encoder's masks have positions.
+        ConfigError: ``at`` names a layer that the encoder doesn't have, or frames are to merge.
+    """
+    model = unwrap(model)
+    encoder: Any = model.get_submodule(path)
+    layers = list(range(len(encoder.layers))) if config.at is None else list(config.at)
+    where = f"{path}.layers" if path else "layers"
+    if layers[-1] >= len(encoder.layers):
+        raise ConfigError(
+            f"at={config.at}: tokens can merge in layers 0 to {len(encoder.layers) - 1} of {where}, counted from 0."
+        )
+    if config.frames != 1:
+        raise ConfigError(
+            f"frames={config.frames}: the frames of this model are the tokens of a stream; leave frames out, and give "
+            "keep or target_gmacs."
+        )
+    remove_reduction(model)
+    lams = [module for module in encoder.layers.modules() if isinstance(module, Lam)]
+    if any(lam.has_positions for lam in lams):
+        raise UnsupportedHostError(
+            f"Tokens can't be merged in {where}: its masks have keys='position', and the positions of padded streams "
+            "can't be averaged; use keys='content'."
+        )
+    shared = lams[0].shared if lams else SharedState()
+    for lam in lams:
+        lam.attention_hook = SizedAttention()
+    if not lams:
+        adapter = MultiheadAttentionAdapter()
+        adapter.wrap(encoder, {site: Unmasked(shared) for site in adapter.sites(encoder)})
+    # At most half of a stream's tokens can leave in the last of the layers.
+    share = min(1 - config.keep, len(layers) / (len(layers) + 1)) / len(layers)
+    for index, layer in enumerate(encoder.layers):
+        before = layers.index(index) if index in layers else None
+        layer.register_forward_pre_hook(_MergeStreams(shared, share, before))
+        layer.register_forward_hook(_FinishMerge(shared, index == len(encoder.layers) - 1))
+    encoder.register_forward_pre_hook(_BeginStreams(shared, encoder), with_kwargs=True)
+    encoder.register_forward_hook(_EndStreams(shared), always_call=True)
+    model.token_reduction = config  # type: ignore[assignment]
+
+
+def match_within(
+    tokens: Tensor, parts: Sequence[Part], present: Tensor, sizes: Tensor | None = None, right: Tensor | None = None
+) -> tuple[TokenMap, Tensor]:
+    """Finds the pairs of tokens whose merge loses least, as :func:`lamzoo.reduction.matching.match` in each part.
+
+    Where a sample has padding, fewer of its content tokens are due to merge, and padding leaves from the end of the
+    part in their stead, so that a sample is merged as if it were alone.
+
+    Args:
+        tokens: ``(B, N, C)``, inputs of the layer's attention.
+        parts: the streams; tokens outside of them never merge, and the first of these is content.
+        present: bool ``(B, N)``, False for padding.
+        sizes: number of the encoder's input tokens in each token, ``(B, N)``, 1 for padding; None where all are one.
+        right: key factor of the layer's mask, ``(1 | B, Hm, N, R)``; None without a mask.
+
+    Returns:
+        The map, which averages by sizes, and the sizes of the remaining tokens, float32, 1 for padding.
+    """
+    with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
+        batch = len(tokens)
+        weights = present.float() if sizes is None else sizes * present
+        x = tokens.detach().float()
+        seen = None if right is None else right.detach().float().expand(batch, -1, -1, -1).transpose(1, 2).flatten(2)
+        leaves, targets = [], []
+        for part in parts:
+            here = slice(part.start, part.start + part.length)
+            least, partner = _least_costs(x[:, here], weights[:, here], None if seen is None else seen[:, here])
+            # Content that is due leaves first, then padding from the end; other content where that doesn't suffice.
+            order = least.argsort(dim=1).argsort(dim=1).float()
+            turn = torch.full((batch, part.length), torch.inf, device=x.device)
+            late = order + 2 + part.length
+            turn[:, ::2] = torch.where(order < part.due.unsqueeze(1), 0.0, late).masked_fill(least.isinf(), torch.inf)
+            from_end = torch.arange(part.length, 0, -1, device=x.device, dtype=turn.dtype)
+            turn = torch.where(present[:, here], turn, from_end)
+            target = torch.zeros(batch, part.length, dtype=torch.int64, device=x.device)
+            target[:, ::2] = part.start + 1 + 2 * partner
+            target = target.masked_fill(~present[:, here], 0)  # padding weighs nothing, wherever it goes
+            gone = turn.topk(part.gone, dim=1, largest=False, sorted=False).indices
+            leaves.append(part.start + gone)
+            targets.append(target.gather(1, gone))
+        gone, target = torch.cat(leaves, dim=1), torch.cat(targets, dim=1)
+        return _leaving(gone, target, weights)
+
+
+def _least_costs(tokens: Tensor, weights: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Returns the least cost of merging each even token into an odd one, infinite for padding, and which: (B, Ne)."""
+    ours, theirs = weights[:, ::2].unsqueeze(2), weights[:, 1::2].unsqueeze(1)
+    there = (ours > 0) & (theirs > 0)
+    cost = _distances(tokens, there)
+    if seen is not None:
+        cost = cost + MASK_WEIGHT * _distances(seen, there)
+    cost = cost * (ours * theirs / (ours + theirs).clamp_min(1))
+    least, partner = cost.masked_fill(~there, torch.inf).min(dim=-1)
+    return least, partner
+
+
+def _distances(tokens: Tensor, there: Tensor) -> Tensor:
+    """Returns the squared distances of even to odd tokens over the mean of the pairs that are there."""
+    even, odd = tokens[:, ::2], tokens[:, 1::2]
+    norms = even.square().sum(-1).unsqueeze(2) + odd.square().sum(-1).unsqueeze(1)
+    distances = torch.baddbmm(norms, even, odd.transpose(1, 2), alpha=-2)
+    total = partial(torch.sum, dim=(1, 2), keepdim=True)
+    mean = total(distances * there) / total(there).clamp_min(1)
+    return distances / mean.clamp_min(torch.finfo(distances.dtype).tiny)
+
+
+def _leaving(gone: Tensor, target: Tensor, weights: Tensor) -> tuple[TokenMap, Tensor]:
+    """Returns the map of tokens at places ``gone (B, G)`` into those at ``target``, and the sizes after it."""
+    batch, length = weights.shape
+    places = torch.arange(length, device=gone.device).expand(batch, -1)
+    stays = torch.ones_like(places).scatter(1, gone, 0)
+    into = stays.cumsum(dim=1) - 1
+    left = length - gone.shape[1]
+    kept = places.new_zeros(batch, left + 1).scatter(1, torch.where(stays > 0, into, left), places)[:, :-1]
+    into = into.scatter(1, gone, into.gather(1, target))
+    sizes = weights.new_zeros(kept.shape).scatter_add(1, into, weights)
+    return TokenMap.averaging(kept, into, weights), sizes.clamp_min(1)
