@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lamzoo.lam.attention import lam_attention
 from lamzoo.lam.kernels.eager import attention_weights
 from lamzoo.lam.kernels.sdpa import merged_mask
 from lamzoo.lam.masks import FactoredMask
@@ -50,14 +49,13 @@ class Unmasked(nn.Module):
     ) -> Tensor:
         """Attends; arguments and result as :meth:`lamzoo.lam.Lam.attend`."""
         sizes = self.shared.current.sizes
-        if sizes is None:
-            mask = merged_mask(query, key, allowed, bias, is_causal)
-            causal = is_causal and mask is None
-            return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, causal, scale=scale)
-        return lam_attention(
-            query, key, value, size_factors(query.shape[2], sizes), op="add",
-            allowed=allowed, bias=bias, is_causal=is_causal, dropout_p=dropout_p, scale=scale,
-        )  # fmt: skip
+        if sizes is not None:
+            # One number a key, which SDPA broadcasts: faster than a column of the folded mask, as no head grows wider.
+            logs = sizes.log()[:, None, None]
+            bias = logs if bias is None else bias + logs
+        mask = merged_mask(query, key, allowed, bias, is_causal)
+        causal = is_causal and mask is None
+        return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, causal, scale=scale)
 
     def attend_with_weights(
         self,
