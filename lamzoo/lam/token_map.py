@@ -95,5 +95,5 @@ def take(tokens: Tensor, index: Tensor) -> Tensor:
 
 def _rows(index: Tensor, length: int) -> Tensor:
     """Returns the rows of a batch of ``length`` tokens a sample that ``index (B, K)`` names, ``(B K,)``."""
-    first = torch.arange(index.shape[0], device=index.device) * length
+    first = torch.arange(0, index.shape[0] * length, length, device=index.device)
     return (index + first.unsqueeze(1)).flatten()

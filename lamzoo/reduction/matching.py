@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -30,33 +32,28 @@ def match(
     Returns:
         The map, which averages by sizes, and the sizes of the remaining tokens, ``(B, N - count)``, float32.
     """
-    device = "cpu" if tokens.is_meta else tokens.device.type  # autocast doesn't support meta
-    with torch.no_grad(), torch.autocast(device, enabled=False):  # half precision is too coarse to compare
+    with _full_precision(tokens):
         batch, length, _ = tokens.shape
         cost = _distances(tokens.detach().float(), num_prefix_tokens)
         if right is not None:
-            seen = right.detach().float().transpose(1, 2).flatten(2)
-            cost = cost + MASK_WEIGHT * _distances(seen, num_prefix_tokens)
+            seen = _distances(right.detach().float().transpose(1, 2).flatten(2), num_prefix_tokens)
+            cost = _over_mean(cost) + _over_mean(seen, MASK_WEIGHT)
         if sizes is None:
             sizes = torch.ones(batch, length, device=tokens.device)
         else:
-            ours, theirs = (
-                sizes[:, num_prefix_tokens::2].unsqueeze(2),
-                sizes[:, num_prefix_tokens + 1 :: 2].unsqueeze(1),
-            )
-            cost = cost * (ours * theirs / (ours + theirs))
+            inverse = sizes[:, num_prefix_tokens:].reciprocal()
+            cost = cost / (inverse[:, ::2, None] + inverse[:, None, 1::2])
         least, partner = cost.min(dim=-1)
         leaves = least.topk(count, dim=-1, largest=False, sorted=False).indices
-        places = torch.arange(length, device=tokens.device).expand(batch, -1)
-        stays = torch.ones_like(places).scatter(1, num_prefix_tokens + 2 * leaves, 0)
-        into = stays.cumsum(dim=1) - 1
-        new = into.gather(1, num_prefix_tokens + 1 + 2 * partner.gather(1, leaves))
-        # Those that leave write their own places behind the others, where nothing is read.
-        kept = places.new_zeros(batch, length - count + 1)
-        kept = kept.scatter(1, torch.where(stays > 0, into, length - count), places)[:, :-1]
-        into = into.scatter(1, num_prefix_tokens + 2 * leaves, new)
+        gone = leaves * 2 + num_prefix_tokens
+        target = partner.gather(1, leaves) * 2 + (num_prefix_tokens + 1)
+        # Those that stay are numbered from the last one to the first, and the largest numbers taken in order.
+        numbers = torch.arange(length, 0, -1, device=tokens.device).expand(batch, -1).scatter(1, gone, 0)
+        kept = numbers.topk(length - count, dim=1).indices
+        into = (numbers > 0).cumsum(dim=1) - 1
+        into = into.scatter(1, gone, into.gather(1, target))
         few = torch.zeros(kept.shape, device=tokens.device).scatter_add(1, into, sizes)
-        return TokenMap.averaging(kept, into, sizes), few
+        return TokenMap(length, kept, into, sizes / few.gather(1, into)), few
 
 
 def merges_of_samples(
@@ -101,15 +98,15 @@ def match_padded(
     Returns:
         The map, which averages by sizes, and the sizes of the remaining tokens, ``(B, N - count)``, float32.
     """
-    with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
+    with _full_precision(tokens):
         batch, length, _ = tokens.shape
         there = sizes > 0
         even, odd = slice(num_prefix_tokens, None, 2), slice(num_prefix_tokens + 1, None, 2)
         pairs = there[:, even].unsqueeze(2) & there[:, odd].unsqueeze(1)
-        cost = _distances(tokens.detach().float(), num_prefix_tokens, pairs)
+        cost = _over_mean(_distances(tokens.detach().float(), num_prefix_tokens), pairs=pairs)
         if right is not None:
-            seen = right.detach().float().transpose(1, 2).flatten(2)
-            cost = cost + _MASK_WEIGHT * _distances(seen, num_prefix_tokens, pairs)
+            seen = _distances(right.detach().float().transpose(1, 2).flatten(2), num_prefix_tokens)
+            cost = cost + _over_mean(seen, MASK_WEIGHT, pairs)
         ours, theirs = sizes[:, even].unsqueeze(2), sizes[:, odd].unsqueeze(1)
         cost = (cost * (ours * theirs / (ours + theirs).clamp_min(1))).masked_fill(~pairs, torch.inf)
         least, partner = cost.min(dim=-1)
@@ -136,21 +133,32 @@ def merged(tokens: Tensor, token_map: TokenMap) -> Tensor:
     The average of vectors of different directions is shorter than they are; merged tokens would shrink from layer to
     layer.
     """
-    few = token_map(tokens)
-    norms = token_map(tokens.norm(dim=-1, keepdim=True))
-    return few * (norms / few.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(few.dtype).tiny))
+    norms = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True)
+    few, norms = token_map(torch.cat((tokens, norms), dim=-1)).split((tokens.shape[-1], 1), dim=-1)
+    lengths = torch.linalg.vector_norm(few, dim=-1, keepdim=True).clamp_min(torch.finfo(few.dtype).tiny)
+    return few * (norms / lengths)
 
 
-def _distances(tokens: Tensor, num_prefix_tokens: int, pairs: Tensor | None = None) -> Tensor:
-    """Returns the squared distances of even to odd patches over their mean, ``(B, Ne, No)`` of ``(B, N, C)``.
+def _distances(tokens: Tensor, num_prefix_tokens: int) -> Tensor:
+    """Returns the squared distances of even to odd patches, ``(B, Ne, No)`` of ``(B, N, C)``."""
+    patches = tokens[:, num_prefix_tokens:]
+    squares = patches.square().sum(-1)
+    sums = squares[:, ::2, None] + squares[:, None, 1::2]
+    return torch.baddbmm(sums, patches[:, ::2], patches[:, 1::2].transpose(1, 2), alpha=-2)
 
-    The mean is that of ``pairs``, bool ``(B, Ne, No)``, or of all.
-    """
-    even, odd = tokens[:, num_prefix_tokens::2], tokens[:, num_prefix_tokens + 1 :: 2]
-    norms = even.square().sum(-1).unsqueeze(2) + odd.square().sum(-1).unsqueeze(1)
-    distances = torch.baddbmm(norms, even, odd.transpose(1, 2), alpha=-2)
+
+def _over_mean(distances: Tensor, weight: float = 1.0, pairs: Tensor | None = None) -> Tensor:
+    """Returns distances ``(B, Ne, No)`` over their mean in each sample, of bool ``pairs`` or of all, times a weight."""
     if pairs is None:
         mean = distances.mean(dim=(1, 2), keepdim=True)
     else:
         mean = (distances * pairs).sum(dim=(1, 2), keepdim=True) / pairs.sum(dim=(1, 2), keepdim=True).clamp_min(1)
-    return distances / mean.clamp_min(torch.finfo(distances.dtype).tiny)
+    return distances * (weight / mean.clamp_min(torch.finfo(distances.dtype).tiny))
+
+
+def _full_precision(tokens: Tensor) -> AbstractContextManager[object]:
+    """Leaves ``torch.autocast``, if it is on: half precision is too coarse to compare distances."""
+    device = tokens.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()

@@ -68,6 +68,8 @@ class _MergeTokens(ReductionHook):
         self.prefix = stack.layout.num_prefix_tokens
         self.pooling = stack.pooling
         self.is_first = index == 0
+        block = list(stack.blocks.values())[index]
+        self.lam = next((path for path, module in block.named_modules() if isinstance(module, Lam)), None)
         layers = merging_layers(stack, config)
         self.place = layers.index(index) if index in layers else None
         self.layers, self.keep = len(layers), config.keep
@@ -105,7 +107,7 @@ class _MergeTokens(ReductionHook):
             tokens = token_map(tokens)
         elif (count := here.plan[self.place] if self.place is not None else 0) or self._pads(padding, tokens):
             normed = self._normed(block, tokens)
-            lam = next((module for module in block.modules() if isinstance(module, Lam)), None)
+            lam: Any = None if self.lam is None else block.get_submodule(self.lam)
             right = None if lam is None else lam.key_factor(normed)
             if padding is None:
                 token_map, sizes = match(normed, count, self.prefix, here.sizes, right)
