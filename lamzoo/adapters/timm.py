@@ -48,7 +48,15 @@ from timm.models.vision_transformer_relpos import RelPosAttention, VisionTransfo
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lamzoo.adapters.hosts import AttentionSite, HostTakeover, Pooling, SharedStateHook, TakeoverAdapter, TokenLayout
+from lamzoo.adapters.hosts import (
+    AttentionSite,
+    HostTakeover,
+    LeaveBlock,
+    Pooling,
+    SharedStateHook,
+    TakeoverAdapter,
+    TokenLayout,
+)
 from lamzoo.adapters.mha import project_apart
 from lamzoo.errors import MaskShapeError, UnsupportedHostError, class_name
 from lamzoo.lam import Lam, SharedState
@@ -244,10 +252,11 @@ def _check_complete(root_path: str, root: nn.Module, found: list[AttentionSite])
 
 
 def _site(path: str, stack: str, attn: Any) -> AttentionSite:
-    dim = (attn.qkv if attn.qkv is not None else attn.q_proj).in_features
-    return AttentionSite(
-        path=path, stack=stack, query_dim=dim, key_dim=dim, num_heads=attn.num_heads, like=attn.proj.weight
-    )
+    # A layer that adapts a Linear, such as LoRA, holds it as a submodule.
+    projection = attn.qkv if attn.qkv is not None else attn.q_proj
+    dim = next(part.in_features for part in projection.modules() if hasattr(part, "in_features"))
+    like = next(part.weight for part in attn.proj.modules() if hasattr(part, "weight"))
+    return AttentionSite(path=path, stack=stack, query_dim=dim, key_dim=dim, num_heads=attn.num_heads, like=like)
 
 
 # Hosts whose pooling is known, and those of them that tokens can't be reduced in. The distilled DeiT comes before its
@@ -295,7 +304,9 @@ def _no_reduction(host: Any) -> tuple[str | None, str | None]:
         no_pruning = "may have padding, which is pruned like any token; merge tokens with lamzoo.merge_tokens"
     if isinstance(host, _GRID_HOSTS):
         no_pruning = "makes its tokens a grid again, for which none may leave; merge tokens with lamzoo.merge_tokens"
-    others = {type(block) for block in host.blocks} - set(_MERGING_BLOCKS)
+    # By their forward pass, because FSDP puts classes of its own above those of the blocks.
+    own = {kind.forward for kind in _MERGING_BLOCKS}
+    others = {type(block) for block in host.blocks if type(block).forward not in own}
     if others:
         no_merging = (
             f"has blocks of {_names(others)}, and merging supports {_names(_MERGING_BLOCKS)}, whose attention reads "
@@ -364,11 +375,13 @@ class _NoteGrid(SharedStateHook):
         if not isinstance(args[0], Tensor):  # a symbolic trace, at the image size of the model
             return
         rows, columns = patch_embed.dynamic_feat_size(args[0].shape[-2:])
-        self.shared.begin((rows, columns), pooled=self.shared.current.pooled)
+        self.shared.begin((rows, columns), pooled=self.shared.current.begins_pooled)
 
 
 def _watch_grid(patch_embed: nn.Module, shared: SharedState) -> None:
     patch_embed.register_forward_pre_hook(_NoteGrid(shared))
+    # A wrapper such as FSDP copies the input of the first block; a rerun of that block finds the pass here.
+    patch_embed.register_forward_hook(LeaveBlock(shared))
 
 
 def _attend(
@@ -433,11 +446,17 @@ def _project(attn: Any, x: Tensor, keys: Tensor) -> tuple[Tensor, ...]:
     if keys is x:
         return _split_heads(attn, _biased_qkv(attn, x))
     qkv = attn.qkv
-    if type(qkv) is not nn.Linear:  # adapted or quantised: its weight alone doesn't say what it computes
+    if not _is_bare(qkv):
         return (_split_heads(attn, _biased_qkv(attn, x))[0], *_split_heads(attn, _biased_qkv(attn, keys))[1:])
     bias = _qkv_bias(attn)
     apart = project_apart(x, keys, qkv.weight, qkv.bias if bias is None else bias)
     return tuple(each.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for each in apart)
+
+
+def _is_bare(layer: nn.Module) -> bool:
+    """Returns whether a layer computes what its weight and bias say: not if it is adapted, quantised or hooked."""
+    hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
+    return type(layer) is nn.Linear and not any(hooks) and "forward" not in vars(layer)
 
 
 def _qkv_bias(attn: Any) -> Tensor | None:

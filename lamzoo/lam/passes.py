@@ -83,6 +83,11 @@ class StackPass:
     rerun: Rerun | None = None
 
     @property
+    def begins_pooled(self) -> bool:
+        """Whether the model has begun this pass and its blocks have not: an interrupted pass is not taken up."""
+        return self.pooled and not self.held
+
+    @property
     def has_reduced(self) -> bool:
         """Whether the current layer has fewer tokens than the stack's input."""
         return self.token_map is not None or self.merge is not None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,13 +22,23 @@ class Unmasked(nn.Module):
 
     Args:
         shared: state of the stack that the layer belongs to.
+        place: of the layer in the stack.
+        is_last: whether the stack ends here, as in :class:`~lamzoo.lam.Lam`.
     """
 
     has_positions = False
 
-    def __init__(self, shared: SharedState) -> None:
+    def __init__(self, shared: SharedState, place: int, is_last: bool) -> None:
         super().__init__()
         self.shared = shared
+        self.place: int | None = None
+        self.is_last = is_last
+        shared.join(self, place)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.place is not None:
+            self.shared.join(self, self.place)
 
     def key_tokens(self, tokens: Tensor) -> Tensor:
         """As :meth:`lamzoo.lam.Lam.key_tokens`."""

@@ -13,7 +13,7 @@ from torch import nn
 from lamzoo.adapters.wrappers import unwrap
 from lamzoo.errors import ConfigError
 from lamzoo.reduction import merging, pruning, streams
-from lamzoo.reduction.config import PruneConfig, Rest, Score, TokenReduction, Training
+from lamzoo.reduction.config import PruneConfig, Rest, Score, TokenReduction, Training, layers_of
 from lamzoo.reduction.stacks import find_stack, remove_reduction
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -62,7 +62,7 @@ def prune_tokens(
         ConfigError: an invalid value, a layer that the model doesn't have, both ``keep`` and ``target_gmacs``, or a
             target below the cost of a single token.
     """
-    where = tuple(at) if at is not None else _quarters(model)
+    where = at if at is not None else _quarters(model)
     if target_gmacs is not None and keep is not None:
         raise ConfigError(f"keep={keep} beside target_gmacs={target_gmacs}: give one of them.")
     config = PruneConfig(0.7 if keep is None else keep, where, score, rest, training)
@@ -132,7 +132,7 @@ def merge_tokens(
     if len(given) != 1:
         named = ", ".join(f"{name}={value}" for name, value in given.items()) or "none of them"
         raise ConfigError(f"merge_tokens takes one of target_gmacs, keep and r, and got {named}.")
-    config = TokenReduction(1.0 if keep is None else keep, at=None if at is None else tuple(at), frames=frames)
+    config = TokenReduction(1.0 if keep is None else keep, at=None if at is None else layers_of(at), frames=frames)
     if r is not None:
         config = replace(config, keep=_share(model, config, r))
     if target_gmacs is not None:
@@ -176,6 +176,8 @@ def _largest(
     model: nn.Module, config: TokenReduction, target: float, count_gmacs: Callable[[nn.Module], float]
 ) -> TokenReduction:
     """Returns the reduction with the largest share, in steps of a thousandth, that costs at most ``target`` GMACs."""
+    if isinstance(target, bool) or not isinstance(target, (int, float)) or not target > 0:
+        raise ConfigError(f"target_gmacs={target!r}: the limit must be a number of GMACs above 0.")
     config = TokenReduction(**vars(config))
     before = getattr(unwrap(model), "token_reduction", None)
 

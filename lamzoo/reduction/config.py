@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args
 
@@ -78,7 +78,7 @@ class TokenReduction:
             if value not in choices:
                 raise ConfigError(f"{name}={value!r}: it must be one of {', '.join(map(repr, choices))}.")
         if self.at is not None:
-            object.__setattr__(self, "at", _layers(self.at))
+            object.__setattr__(self, "at", layers_of(self.at))
         other: Method = "prune" if self.method == "merge" else "merge"
         for field in dataclasses.fields(TokenReduction):
             value = getattr(self, field.name)
@@ -123,12 +123,12 @@ class PruneConfig(TokenReduction):
     def __init__(
         self,
         keep: float,
-        at: tuple[int, ...],
+        at: Sequence[int],
         score: Score = "mask",
         rest: Rest = "drop",
         training: Training = "straight-through",
     ) -> None:
-        super().__init__(keep, "prune", _layers(at), score, rest, training)
+        super().__init__(keep, "prune", layers_of(at), score, rest, training)
 
     @classmethod
     def of(cls, reduction: TokenReduction) -> PruneConfig:
@@ -141,8 +141,12 @@ class PruneConfig(TokenReduction):
         return {name: value for name, value in super().to_dict().items() if name != "method"}
 
 
-def _layers(at: object) -> tuple[int, ...]:
-    """Returns layers as a tuple, if they are layers."""
+def layers_of(at: object) -> tuple[int, ...]:
+    """Returns layers as a tuple.
+
+    Raises:
+        ConfigError: these are not layers, as :class:`TokenReduction` takes them.
+    """
     layers = tuple(at) if isinstance(at, Iterable) else ()
     if (
         not layers

@@ -19,8 +19,8 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from lamzoo.adapters.hosts import Pooling
-from lamzoo.adapters.wrappers import unwrap
+from lamzoo.adapters.hosts import ADAPTERS, Pooling
+from lamzoo.adapters.wrappers import is_sharded, unwrap
 from lamzoo.errors import ConfigError, UnsupportedHostError, class_name
 from lamzoo.lam import FactoredMask, Lam, SharedState
 from lamzoo.lam.layer import AttentionOptions
@@ -68,25 +68,22 @@ class _MergeTokens(ReductionHook):
         self.prefix = stack.layout.num_prefix_tokens
         self.pooling = stack.pooling
         self.is_first = index == 0
-        block = list(stack.blocks.values())[index]
-        self.lam = next((path for path, module in block.named_modules() if isinstance(module, Lam)), None)
         layers = merging_layers(stack, config)
         self.place = layers.index(index) if index in layers else None
         self.layers, self.keep = len(layers), config.keep
         self.grid = stack.layout.grid
-        self.is_last = index == len(stack.blocks) - 1
 
     def __call__(
         self, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
         tokens, *others = args
         check_not_traced(tokens)
-        given = [f"argument {place}" for place, value in enumerate(others, 2) if isinstance(value, Tensor)]
-        given += [name for name, value in kwargs.items() if isinstance(value, Tensor)]
+        given = [f"argument {place}" for place, value in enumerate(others, 2) if _is_set(value)]
+        given += [name for name, value in kwargs.items() if _is_set(value)]
         if unknown := [name for name in given if name not in (*self.pooling.arguments, self.pooling.padding)]:
             raise UnsupportedHostError(
-                f"Tokens can't be merged in {class_name(block)} while it is called with the tensor {unknown[0]}, such "
-                "as an attention mask of all tokens; leave it out, or call lamzoo.remove_reduction(model) first."
+                f"Tokens can't be merged in {class_name(block)} while it is called with {unknown[0]}, such as an "
+                "attention mask of all tokens; leave it out, or call lamzoo.remove_reduction(model) first."
             )
         here = self.shared.current
         padding = None if self.pooling.padding is None else kwargs.get(self.pooling.padding)
@@ -100,15 +97,15 @@ class _MergeTokens(ReductionHook):
         elif here.token_map is not None and not here.pooled:
             tokens = take(tokens, here.token_map.kept)  # the members of a merged token are all equal
         # Of what the last block returns, only these tokens may be read; what is never read needs no query.
-        if self.is_last and here.pooled and self.pooling.reads_prefix_only():
+        layer: Lam | Unmasked = block.attn.lam  # type: ignore[union-attr, assignment]
+        if layer.is_last and here.pooled and self.pooling.reads_prefix_only():
             places = torch.arange(self.prefix, device=tokens.device).expand(tokens.shape[0], -1)
             token_map = TokenMap(tokens.shape[1], places)
             self.shared.merge(Merge(self._normed(block, tokens), token_map))
             tokens = token_map(tokens)
         elif (count := here.plan[self.place] if self.place is not None else 0) or self._pads(padding, tokens):
             normed = self._normed(block, tokens)
-            lam: Any = None if self.lam is None else block.get_submodule(self.lam)
-            right = None if lam is None else lam.key_factor(normed)
+            right = layer.key_factor(normed) if isinstance(layer, Lam) else None
             if padding is None:
                 token_map, sizes = match(normed, count, self.prefix, here.sizes, right)
             else:
@@ -129,8 +126,10 @@ class _MergeTokens(ReductionHook):
 
     def _begin(self, tokens: Tensor, here: StackPass) -> Tensor:
         """Begins the pass, and puts the patches in the order in which they are matched."""
-        self.shared.begin(here.grid, pooled=here.pooled, held=True)
+        self.shared.begin(here.grid, pooled=here.begins_pooled, held=True)
         patches = tokens.shape[1] - self.prefix
+        if isinstance(patches, Tensor):  # in torch.jit.trace
+            patches = int(patches)
         if self.pooling.padding is not None:  # a sample merges alike in any batch, of which the grids are not known
             self.shared.update(plan=merges_per_layer(patches, self.keep, self.layers, capped=False))
             return tokens
@@ -171,19 +170,16 @@ def _present(mask: Tensor, block: nn.Module, tokens: Tensor) -> Tensor:
 class _FinishMerge(ReductionHook):
     """Forward hook of a block: makes the merged tokens those of the next block, or gives every token its own back."""
 
-    def __init__(self, shared: SharedState, is_last: bool) -> None:
-        super().__init__(shared)
-        self.is_last = is_last
-
     def __call__(self, block: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        is_last: bool = block.attn.lam.is_last  # type: ignore[union-attr, assignment]
         merge = self.shared.current.merge
         if merge is not None:
             self.shared.finish_merge()
         here = self.shared.current
         only_prefix = merge is not None and merge.sizes is None
-        if here.token_map is not None and not only_prefix and (self.is_last or not here.pooled):
+        if here.token_map is not None and not only_prefix and (is_last or not here.pooled):
             output = here.token_map.spread(output)
-        if self.is_last:
+        if is_last:
             self.shared.end()
         else:
             self.shared.leave(output)
@@ -210,10 +206,14 @@ class _PoolEarly(ReductionHook):
 
 
 class _BeginPooled(ReductionHook):
-    """Forward pre-hook of the model: notes that it pools what its blocks return, and returns nothing else of them."""
+    """Forward pre-hook of the model: notes that it pools what its blocks return, and returns nothing else of them.
+
+    This holds of the forward pass that its library defines, and not of one that a user has put in its place.
+    """
 
     def __call__(self, root: nn.Module, args: tuple[Any, ...]) -> None:
-        self.shared.begin(pooled=True)
+        methods = ((name, getattr(root, name, None)) for name in _FORWARD)
+        self.shared.begin(pooled=all(method is None or _is_library(name, method) for name, method in methods))
 
 
 class _EndPooled(ReductionHook):
@@ -221,6 +221,20 @@ class _EndPooled(ReductionHook):
 
     def __call__(self, root: nn.Module, args: tuple[Any, ...], output: object) -> None:
         self.shared.end()
+
+
+# The methods of a model that read what its blocks return.
+_FORWARD = ("forward", "forward_features", "forward_head", "pool", "_pool")
+
+
+def _is_library(name: str, method: object) -> bool:
+    """Returns whether a method is that of this name in the model's library."""
+    home = getattr(method, "__module__", None) or ""
+    return getattr(method, "__name__", None) == name and home.partition(".")[0] in ADAPTERS
+
+
+def _is_set(value: object) -> bool:
+    return value is True or isinstance(value, Tensor)
 
 
 def merge(model: nn.Module, config: TokenReduction) -> None:
@@ -231,9 +245,10 @@ def merge(model: nn.Module, config: TokenReduction) -> None:
         config: the merging.
 
     Raises:
-        UnsupportedHostError: the model has another stack of blocks, or several.
+        UnsupportedHostError: the model has another stack of blocks, several, or one that runs a block several times;
+            or it has no masks and is sharded by FSDP. An earlier reduction stays.
         ConfigError: ``at`` names a layer that the model doesn't have, or in which merging saves nothing; or frames are
-            to merge in a model without frames.
+            to merge in a model without frames; likewise.
     """
     model = unwrap(model)
     if config.frames != 1 and not getattr(model, "merges_frames", False):
@@ -241,19 +256,31 @@ def merge(model: nn.Module, config: TokenReduction) -> None:
             f"frames={config.frames}: {class_name(model)} has no frames that could merge; leave frames out, or give "
             "the CLIP4Clip that the model is part of."
         )
-    remove_reduction(model)
     stack = find_stack(model, masked=False, verb="merged")
     merging_layers(stack, config)
+    blocks: Any = model.get_submodule(stack.pooling.blocks)
+    if len({block.attn for block in blocks}) < len(blocks):
+        raise UnsupportedHostError(
+            f"Tokens can't be merged in {stack.pooling.blocks}, which runs a block or its attention several times; "
+            "give each place a copy of its own."
+        )
+    if stack.sites and is_sharded(model):
+        raise UnsupportedHostError(
+            f"The model ({class_name(model)}) is sharded by FSDP, and merging replaces its attention layers; merge "
+            "tokens before that."
+        )
+    remove_reduction(model)
     lams = stack.lams
     shared = lams[0].shared if lams else SharedState()
     for lam in lams:
         lam.attention_hook = SizedAttention()
-    for adapter in dict.fromkeys(stack.sites.values()):
-        adapter.wrap(model, {site: Unmasked(shared) for site, owner in stack.sites.items() if owner is adapter})
+    sites = find_stack(model, masked=False, verb="merged").sites
+    for index, (site, adapter) in enumerate(sites.items()):
+        adapter.wrap(model, {site: Unmasked(shared, index, is_last=index == len(sites) - 1)})
     watch_passes(stack, shared)
     for index, block in enumerate(stack.blocks.values()):
         block.register_forward_pre_hook(_MergeTokens(shared, stack, index, config), with_kwargs=True)
-        block.register_forward_hook(_FinishMerge(shared, index == len(stack.blocks) - 1))
+        block.register_forward_hook(_FinishMerge(shared))
     if stack.pooling.last_linear is not None:
         stack.pooling.last_linear.register_forward_pre_hook(_PoolEarly(shared, stack.pooling))
     root = model.get_submodule(stack.pooling.root)
@@ -273,7 +300,6 @@ def merging_layers(stack: Stack, config: TokenReduction) -> list[int]:
     if config.at is None:
         return possible
     if config.at[-1] not in possible:
-        raise ConfigError(
-            f"at={config.at}: tokens can merge in layers 0 to {possible[-1]} of {stack.pooling.blocks}, counted from 0."
-        )
+        layers = f"layers 0 to {possible[-1]}" if possible else "no layer"
+        raise ConfigError(f"at={config.at}: tokens can merge in {layers} of {stack.pooling.blocks}, counted from 0.")
     return list(config.at)

@@ -180,6 +180,9 @@ def pruning_loss(model: nn.Module) -> Tensor:
     Raises:
         ConfigError: the model isn't pruned with ``training="straight-through"``, or there was no such pass.
     """
+    reduction = getattr(unwrap(model), "token_reduction", None)
+    if reduction is not None and reduction.method == "merge":
+        raise ConfigError("The tokens of the model are merged, which has no loss of its own; leave pruning_loss out.")
     hooks = [hook for module in model.modules() for hook in module._forward_hooks.values() if isinstance(hook, _Prune)]
     losses = [(hook.kept - hook.share).square().mean() for hook in hooks if hook.kept is not None]
     if not hooks or len(losses) < len(hooks):

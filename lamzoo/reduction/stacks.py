@@ -70,6 +70,11 @@ def find_stack(model: nn.Module, *, masked: bool, verb: Literal["merged", "prune
             its stack can't be reduced in this way.
     """
     model = unwrap(model)
+    if masked and not _has(model, Lam):
+        raise UnsupportedHostError(
+            f"The model ({class_name(model)}) has no learnable masks, which say what to prune; merge its tokens with "
+            "lamzoo.merge_tokens, or call lamzoo.add_lam(model) first."
+        )
     masks = masks_of(model) if masked else {}
     found: dict[str, tuple[TokenLayout, Pooling, HostAdapter]] = {}
     for adapter in adapters_of(model).values():

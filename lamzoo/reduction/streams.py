@@ -181,7 +181,9 @@ def merge(model: nn.Module, path: str, config: TokenReduction) -> None:
         lam.attention_hook = SizedAttention()
     if not lams:
         adapter = MultiheadAttentionAdapter()
-        adapter.wrap(encoder, {site: Unmasked(shared) for site in adapter.sites(encoder)})
+        sites = list(adapter.sites(encoder))
+        places = {site: Unmasked(shared, index, is_last=index == len(sites) - 1) for index, site in enumerate(sites)}
+        adapter.wrap(encoder, places)
     # At most half of a stream's tokens can leave in the last of the layers.
     share = min(1 - config.keep, len(layers) / (len(layers) + 1)) / len(layers)
     for index, layer in enumerate(encoder.layers):

@@ -22,11 +22,24 @@ from tests.adapters.timm_hosts import HOSTS
 
 SIZES = ((32, 32), (16, 64), (64, 16))  # as many patches, in other grids
 CASES = [("single", "content"), ("single", "position"), ("multi", "position")]
+REDUCED = [("pruned", "position"), ("merged", "position"), ("plain", "content")]
 cases = pytest.mark.parametrize(("layers", "keys"), CASES)
 
 
 def masked(layers: str, keys: str, name: str = "vit_tiny_patch16_224", **kwargs: object) -> nn.Module:
     return add_lam(HOSTS[name].create(**kwargs), LamConfig(layers=layers, keys=keys, init="paper", rank=3))
+
+
+def reduced(layers: str, keys: str, **kwargs: object) -> nn.Module:
+    """A model whose tokens are "pruned", or "merged" with masks or in the "plain" host; or as :func:`masked`."""
+    if layers == "plain":
+        return lamzoo.merge_tokens(HOSTS["vit_tiny_patch16_224"].create(**kwargs), keep=0.4)
+    model = masked("single" if (layers, keys) in REDUCED else layers, keys, **kwargs)
+    if layers == "pruned":
+        lamzoo.prune_tokens(model, keep=0.5, at=[0])
+    if layers == "merged":
+        lamzoo.merge_tokens(model, keep=0.4)
+    return model
 
 
 def state_of(model: nn.Module) -> SharedState:
@@ -59,14 +72,12 @@ def process_group() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("process_group")
-@pytest.mark.parametrize(("layers", "keys"), [*CASES, ("pruned", "position")])
+@pytest.mark.parametrize(("layers", "keys"), [*CASES, *REDUCED])
 def test_fully_sharded_blocks_with_checkpointing_keep_gradients(layers: str, keys: str) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    model = masked("single" if layers == "pruned" else layers, keys, dynamic_img_size=True).train()
-    if layers == "pruned":
-        lamzoo.prune_tokens(model, keep=0.5, at=[0])
+    model = reduced(layers, keys, dynamic_img_size=True).train()
     sharded, images = copy.deepcopy(model), views()
     mesh = init_device_mesh("cpu", (1,))
     for block in sharded.blocks:
@@ -92,15 +103,17 @@ def test_reruns_of_several_blocks_find_each_blocks_pass(layers: str, keys: str, 
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointing_of_the_whole_model_around_that_of_its_blocks(reentrant: bool) -> None:
-    model, images = masked("single", "position", dynamic_img_size=True), [x.requires_grad_() for x in views()]
+@pytest.mark.parametrize(("layers", "keys"), [CASES[1], *REDUCED[1:]])
+def test_checkpointing_of_the_whole_model_around_that_of_its_blocks(layers: str, keys: str, reentrant: bool) -> None:
+    model, images = reduced(layers, keys, dynamic_img_size=True), [x.requires_grad_() for x in views()]
     expected = gradients(model, model, images)
     model.set_grad_checkpointing(True)
     assert_same(gradients(model, lambda x: checkpoint(model, x, use_reentrant=reentrant), images), expected)
 
 
-def test_reentrant_checkpointing_finds_the_patch_grid() -> None:
-    model, images = masked("multi", "position", dynamic_img_size=True), views()
+@pytest.mark.parametrize(("layers", "keys"), [CASES[2], REDUCED[2]])
+def test_reentrant_checkpointing_finds_the_pass(layers: str, keys: str) -> None:
+    model, images = reduced(layers, keys, dynamic_img_size=True), views()
     expected = gradients(model, model, images)
     timm.layers.set_reentrant_ckpt(True)
     try:
@@ -197,8 +210,17 @@ def test_a_pass_that_raises_midway_leaves_nothing_behind() -> None:
     assert torch.equal(model(x), expected)
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_base_patch16_18x2_224"])  # one or two attentions a block
-def test_no_pass_outlives_its_graph(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "create",
+    [
+        lambda: masked("single", "position"),
+        lambda: masked("single", "position", "vit_base_patch16_18x2_224"),  # two attentions a block
+        lambda: reduced("merged", "position"),
+        lambda: reduced("plain", "content"),
+    ],
+    ids=["masked", "two attentions", "merged", "merged without masks"],
+)
+def test_no_pass_outlives_its_graph(create: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
     alive: weakref.WeakSet[StackPass] = weakref.WeakSet()
     init = StackPass.__init__
 
@@ -207,7 +229,7 @@ def test_no_pass_outlives_its_graph(name: str, monkeypatch: pytest.MonkeyPatch) 
         alive.add(self)
 
     monkeypatch.setattr(StackPass, "__init__", noting_init)
-    model = masked("single", "position", name)
+    model = create()
     for checkpointing in (True, False):
         model.set_grad_checkpointing(checkpointing)
         loss = model(views()[0]).sum()

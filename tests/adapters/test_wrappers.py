@@ -119,6 +119,29 @@ def test_a_wrapped_model_is_pruned_and_captured_as_the_model_itself(wrap: Wrap) 
     assert list(masks) == ["blocks.0.attn", "blocks.1.attn"]
 
 
+@pytest.mark.parametrize("wrap", [pytest.param(compiled, marks=pytest.mark.slow), nn.DataParallel, ddp, fsdp2])
+def test_tokens_of_a_wrapped_model_merge_as_those_of_the_model_itself(wrap: Wrap) -> None:
+    bare, wrapped = create(), wrap(create())
+    for keep in (0.5, 0.25):  # a compiled model notices
+        lamzoo.merge_tokens(bare, keep=keep)
+        assert lamzoo.merge_tokens(wrapped, keep=keep) is wrapped
+        assert unwrap(wrapped).token_reduction == bare.token_reduction
+        with torch.no_grad():
+            assert torch.allclose(wrapped(IMAGE), bare(IMAGE), atol=1e-6)
+    with torch.no_grad():
+        assert torch.allclose(lamzoo.remove_reduction(wrapped)(IMAGE), create()(IMAGE), atol=1e-6)
+
+
+def test_tokens_of_a_plain_model_merge_before_it_is_sharded() -> None:
+    model = fsdp2(lamzoo.remove_lam(create()))
+    with pytest.raises(UnsupportedHostError, match="sharded by FSDP, and merging replaces its attention layers"):
+        lamzoo.merge_tokens(model, keep=0.5)
+    model = lamzoo.merge_tokens(lamzoo.remove_lam(create()), keep=0.5)
+    with torch.no_grad():
+        expected = model(IMAGE)
+        assert torch.allclose(fsdp2(model)(IMAGE), expected, atol=1e-6)
+
+
 @pytest.mark.slow
 def test_a_wrapped_model_is_exported_as_the_model_itself(tmp_path: Path) -> None:
     lamzoo.export_model(compiled(ddp(create())), tmp_path / "m.pt2", images=IMAGE)

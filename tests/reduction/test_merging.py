@@ -2,6 +2,11 @@
 
 import copy
 import itertools
+import pickle
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import timm
@@ -175,6 +180,156 @@ def test_gradient_checkpointing_changes_no_gradient(config: LamConfig | None) ->
             assert_close(checkpointed, plain)
 
 
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def fail(*_: object) -> None:
+    raise RuntimeError("out of memory")
+
+
+@pytest.mark.parametrize("config", [None, *CONFIGS[1::3]])
+@pytest.mark.parametrize("stop", [interrupt, fail])
+@pytest.mark.parametrize("place", ["blocks.0.attn", "blocks.2.mlp", "norm"])
+def test_an_interrupted_pass_leaves_no_trace(config: LamConfig | None, stop: Callable[..., None], place: str) -> None:
+    vit, x = merge_tokens(model(config), keep=0.4), images()
+    before, features = vit(x), vit.forward_features(x)
+    for run in (vit, vit.forward_features):
+        handle = vit.get_submodule(place).register_forward_pre_hook(stop)
+        with pytest.raises((KeyboardInterrupt, RuntimeError)):
+            run(x)
+        handle.remove()
+        assert torch.equal(vit.forward_features(x), features)
+        assert torch.equal(vit(x), before)
+
+
+class MeanOfPatches(timm.models.VisionTransformer):
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        return self.head(x[:, 1:].mean(dim=1))
+
+
+class SumOfBlocks(timm.models.VisionTransformer):
+    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        outputs = [self._pos_embed(self.patch_embed(x))]
+        for block in self.blocks:
+            outputs.append(block(outputs[-1]))
+        return self.norm(sum(outputs))
+
+
+class TwoRounds(timm.models.VisionTransformer):
+    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        return self.norm(self.blocks(self.blocks(self._pos_embed(self.patch_embed(x)))))
+
+
+@pytest.mark.parametrize("kind", [MeanOfPatches, SumOfBlocks, TwoRounds])
+@pytest.mark.parametrize("config", [None, *CONFIGS[1::3]])
+def test_a_forward_pass_of_the_users_class_gets_every_patch(kind: type[nn.Module], config: LamConfig | None) -> None:
+    torch.manual_seed(0)
+    vit = kind(img_size=32, patch_size=8, embed_dim=16, depth=3, num_heads=2, num_classes=5).eval()
+    vit, x = vit if config is None else add_lam(vit, config), images()
+    before = vit(x)
+    assert_close(merge_tokens(vit, keep=1)(x), before)
+    assert_close(merge_tokens(vit, keep=0.5)(x), vit.forward_head(vit.forward_features(x)))
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [lambda vit: vit.forward_features, lambda vit: partial(vit.get_intermediate_layers, n=[3])],
+    ids=["forward_features", "get_intermediate_layers"],
+)
+def test_a_forward_pass_that_a_user_has_put_in_gets_every_patch(forward: Callable[[nn.Module], Any]) -> None:
+    vit, x = model(), images()
+    vit.forward = forward(vit)
+    assert_close(merge_tokens(vit, keep=0.5)(x), vit.forward(x))
+
+
+@pytest.mark.parametrize("config", [None, *CONFIGS[1::3]])
+@pytest.mark.parametrize("clone", [lambda vit: vit, copy.deepcopy, lambda vit: pickle.loads(pickle.dumps(vit))])
+def test_a_stack_that_lost_its_last_blocks_gives_every_patch_back(
+    config: LamConfig | None, clone: Callable[[nn.Module], nn.Module]
+) -> None:
+    for pooling in (POOLINGS["class token"], POOLINGS["mean"]):
+        vit, x = clone(merge_tokens(model(config, **pooling), keep=0.4)), images()
+        before = vit.forward_intermediates(x, indices=[1], intermediates_only=True)[0]
+        vit.prune_intermediate_layers([1])
+        assert_close(vit.forward_intermediates(x, indices=[1], intermediates_only=True)[0], before)
+        assert vit.blocks[0].attn.lam.shared.current.token_map is None  # the pass has ended
+        assert_close(vit(x), vit.forward_head(vit.forward_features(x)))
+
+
+class LoRA(nn.Module):
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.down, self.up = nn.Linear(base.in_features, 2, bias=False), nn.Linear(2, base.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+def triple_forward(linear: nn.Linear) -> nn.Linear:
+    forward = linear.forward
+    linear.forward = lambda x: 3 * forward(x)
+    return linear
+
+
+def triple_hook(linear: nn.Linear) -> nn.Linear:
+    linear.register_forward_hook(lambda _, args, output: 3 * output)
+    return linear
+
+
+def triple_weight_norm(linear: nn.Linear) -> nn.Linear:
+    linear = nn.utils.weight_norm(linear)  # its hook computes the weight in each forward pass
+    linear.weight_g.data.mul_(3)
+    return linear
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+@pytest.mark.parametrize("change", [LoRA, triple_forward, triple_hook, triple_weight_norm])
+@pytest.mark.parametrize("config", [None, LamConfig(rank=3, init="paper")], ids=["plain", "masked"])
+def test_a_changed_projection_computes_its_own_forward_pass(
+    change: Callable[[nn.Linear], nn.Module], config: LamConfig | None
+) -> None:
+    vit, x = model(), images()
+    vit.pos_embed.data.zero_()
+    vit.patch_embed.register_forward_hook(lambda _, args, out: out[:, ::2].repeat_interleave(2, dim=1))
+    for block in vit.blocks:
+        block.attn.qkv = change(block.attn.qkv)
+    vit = vit if config is None else add_lam(vit, config)
+    before = vit(x)
+    assert_close(merge_tokens(vit, r=8, at=(0,))(x), before)
+
+
+@pytest.mark.parametrize("config", [None, *CONFIGS[1::3]])
+def test_traces_with_torch_jit(config: LamConfig | None) -> None:
+    vit, x = merge_tokens(model(config, depth=2), keep=0.4), images()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that traces take shapes as constants
+        assert_close(torch.jit.trace(vit, images(3), check_trace=False)(x), vit(x))
+
+
+def test_maps_over_samples_with_vmap() -> None:
+    vit, x = merge_tokens(model(LamConfig(layers="single", keys="position", rank=3)), keep=0.4), images()
+    assert_close(torch.func.vmap(vit)(x.unsqueeze(1)).squeeze(1), vit(x))
+
+
+@pytest.mark.parametrize("config", [None, *CONFIGS[1::3]])
+def test_any_number_of_images_and_patches(config: LamConfig | None) -> None:
+    vit = merge_tokens(model(config), keep=0.01)
+    assert vit(images(0)).shape == (0, 5)
+    assert vit.forward_features(images(0)).shape == (0, 17, 16)
+    for width in (8, 16, 24):
+        vit = merge_tokens(model(config, img_size=(8, width)), keep=0.01)
+        assert vit(images(2)[..., :8, :width]).isfinite().all()
+
+
+@each_config
+def test_a_broken_sample_breaks_no_other(config: LamConfig | None) -> None:
+    vit, x = merge_tokens(model(config), keep=0.4), images()
+    x[1] = torch.inf
+    assert_close(vit(x)[::2], vit(x[::2]))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("config", [None, LamConfig(rank=3, init="paper")], ids=["plain", "masked"])
 def test_works_in_half_precision(dtype: torch.dtype, config: LamConfig | None) -> None:
@@ -212,11 +367,19 @@ def test_other_image_sizes_keep_the_same_share() -> None:
         ({"r": 2.5}, "r=2.5"),
         ({"keep": 0.5, "at": (3,)}, r"at=\(3,\): tokens can merge in layers 0 to 2 of blocks"),
         ({"keep": 0.5, "at": ()}, "name at least one layer"),
+        ({"keep": 0.5, "at": 3}, "at=3: name at least one layer"),
+        ({"keep": "half"}, "keep='half'"),
+        ({"target_gmacs": float("nan")}, "target_gmacs=nan: the limit must be a number of GMACs above 0"),
+        ({"target_gmacs": -1}, "target_gmacs=-1: the limit"),
+        ({"target_gmacs": "1"}, "target_gmacs='1': the limit"),
     ],
 )
-def test_wrong_settings_are_named(arguments: dict[str, object], message: str) -> None:
+def test_wrong_settings_are_named_and_leave_an_earlier_reduction(arguments: dict[str, object], message: str) -> None:
+    vit = merge_tokens(model(), keep=0.25)
     with pytest.raises(ConfigError, match=message):
-        merge_tokens(model(), **arguments)
+        merge_tokens(vit, **arguments)
+    assert vit.token_reduction == TokenReduction(0.25)
+    assert vit.blocks[0].attn.lam.shared is next(iter(vit._forward_pre_hooks.values())).shared
 
 
 def test_settings_of_pruning_are_refused_in_merging() -> None:
@@ -233,6 +396,26 @@ def test_models_that_cannot_merge_are_refused_and_left_alone() -> None:
     with pytest.raises(UnsupportedHostError):
         merge_tokens(nn.Linear(2, 2), keep=0.5)
     assert not any(module._forward_pre_hooks for module in vit.modules())
+    vit = model()
+    vit.blocks[2] = vit.blocks[1]
+    with pytest.raises(UnsupportedHostError, match="blocks, which runs a block or its attention several times"):
+        merge_tokens(vit, keep=0.5)
+    with pytest.raises(ConfigError, match=r"at=\(0,\): tokens can merge in no layer of blocks"):
+        merge_tokens(model(depth=1), keep=0.5, at=(0,))
+
+
+@pytest.mark.parametrize("config", [None, LamConfig(rank=3)], ids=["plain", "masked"])
+def test_causal_attention_over_all_tokens_is_refused(config: LamConfig | None) -> None:
+    vit = merge_tokens(model(config), keep=0.5)
+    with pytest.raises(UnsupportedHostError, match="while it is called with is_causal"):
+        vit(images(), is_causal=True)
+
+
+def test_what_is_for_pruning_alone_says_so() -> None:
+    with pytest.raises(UnsupportedHostError, match=r"no learnable masks.*merge its tokens with lamzoo\.merge_tokens"):
+        prune_tokens(model(), 0.5)
+    with pytest.raises(ConfigError, match="merged, which has no loss of its own"):
+        lamzoo.pruning_loss(merge_tokens(model(), keep=0.5))
 
 
 def test_masks_come_before_merging() -> None:

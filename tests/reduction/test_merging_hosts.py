@@ -374,7 +374,7 @@ def test_what_the_refusals_name_as_a_way_out_works(build: Callable[[], nn.Module
 
 def test_an_attention_mask_of_all_tokens_is_refused_by_name() -> None:
     model, x = merge_tokens(_timm("vit_small_patch16_dinov3"), keep=0.5), images()
-    with pytest.raises(UnsupportedHostError, match=r"EvaBlock while it is called with the tensor attn_mask"):
+    with pytest.raises(UnsupportedHostError, match=r"EvaBlock while it is called with attn_mask"):
         model(x, attn_mask=torch.zeros(21, 21))
     biased = add_lam(_timm("vit_tiny_patch16_224"))
     for block in biased.blocks:
