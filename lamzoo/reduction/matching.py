@@ -10,6 +10,8 @@ from torch import Tensor
 from lamzoo.lam.token_map import TokenMap
 
 MASK_WEIGHT = 0.5  # of the distance in the mask's key factor, beside that of the tokens
+_ROUNDING = 1e-5  # of squared distances in float32, relative to the squared norms that they are computed from
+_LONGEST = 1000.0  # by which an average of tokens is lengthened at most
 
 
 def match(
@@ -34,10 +36,12 @@ def match(
     """
     with _full_precision(tokens):
         batch, length, _ = tokens.shape
-        cost = _distances(tokens.detach().float(), num_prefix_tokens)
-        if right is not None:
-            seen = _distances(right.detach().float().transpose(1, 2).flatten(2), num_prefix_tokens)
-            cost = _over_mean(cost) + _over_mean(seen, MASK_WEIGHT)
+        wide = tokens.detach().float()
+        if right is None:
+            cost = _distances(wide, num_prefix_tokens)
+        else:
+            seen = right.detach().float().transpose(1, 2).flatten(2)
+            cost = _over_mean(wide, num_prefix_tokens) + _over_mean(seen, num_prefix_tokens, MASK_WEIGHT)
         if sizes is None:
             sizes = torch.ones(batch, length, device=tokens.device)
         else:
@@ -103,10 +107,10 @@ def match_padded(
         there = sizes > 0
         even, odd = slice(num_prefix_tokens, None, 2), slice(num_prefix_tokens + 1, None, 2)
         pairs = there[:, even].unsqueeze(2) & there[:, odd].unsqueeze(1)
-        cost = _over_mean(_distances(tokens.detach().float(), num_prefix_tokens), pairs=pairs)
+        cost = _over_mean(tokens.detach().float(), num_prefix_tokens, pairs=pairs)
         if right is not None:
-            seen = _distances(right.detach().float().transpose(1, 2).flatten(2), num_prefix_tokens)
-            cost = cost + _over_mean(seen, MASK_WEIGHT, pairs)
+            seen = right.detach().float().transpose(1, 2).flatten(2)
+            cost = cost + _over_mean(seen, num_prefix_tokens, MASK_WEIGHT, pairs)
         ours, theirs = sizes[:, even].unsqueeze(2), sizes[:, odd].unsqueeze(1)
         cost = (cost * (ours * theirs / (ours + theirs).clamp_min(1))).masked_fill(~pairs, torch.inf)
         least, partner = cost.min(dim=-1)
@@ -133,10 +137,13 @@ def merged(tokens: Tensor, token_map: TokenMap) -> Tensor:
     The average of vectors of different directions is shorter than they are; merged tokens would shrink from layer to
     layer.
     """
-    norms = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True)
-    few, norms = token_map(torch.cat((tokens, norms), dim=-1)).split((tokens.shape[-1], 1), dim=-1)
-    lengths = torch.linalg.vector_norm(few, dim=-1, keepdim=True).clamp_min(torch.finfo(few.dtype).tiny)
-    return few * (norms / lengths)
+    dtype = torch.promote_types(tokens.dtype, torch.float32)  # norms of half-precision tokens overflow
+    norms = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True, dtype=dtype)
+    few, norms = token_map(torch.cat((tokens.to(dtype), norms), dim=-1)).split((tokens.shape[-1], 1), dim=-1)
+    lengths = torch.linalg.vector_norm(few, dim=-1, keepdim=True)
+    # Opposite tokens average to nothing, and no factor gives that a length.
+    scale = norms / lengths.maximum(norms / _LONGEST).clamp_min(torch.finfo(dtype).tiny)
+    return (few * scale).to(tokens.dtype)
 
 
 def _distances(tokens: Tensor, num_prefix_tokens: int) -> Tensor:
@@ -147,13 +154,16 @@ def _distances(tokens: Tensor, num_prefix_tokens: int) -> Tensor:
     return torch.baddbmm(sums, patches[:, ::2], patches[:, 1::2].transpose(1, 2), alpha=-2)
 
 
-def _over_mean(distances: Tensor, weight: float = 1.0, pairs: Tensor | None = None) -> Tensor:
-    """Returns distances ``(B, Ne, No)`` over their mean in each sample, of bool ``pairs`` or of all, times a weight."""
+def _over_mean(tokens: Tensor, num_prefix_tokens: int, weight: float = 1.0, pairs: Tensor | None = None) -> Tensor:
+    """Returns the distances over their mean in each sample, of bool ``pairs (B, Ne, No)`` or of all, times a weight."""
+    distances = _distances(tokens, num_prefix_tokens)
     if pairs is None:
         mean = distances.mean(dim=(1, 2), keepdim=True)
     else:
         mean = (distances * pairs).sum(dim=(1, 2), keepdim=True) / pairs.sum(dim=(1, 2), keepdim=True).clamp_min(1)
-    return distances * (weight / mean.clamp_min(torch.finfo(distances.dtype).tiny))
+    # Where all tokens are equal, their distances are rounding errors, which the mean would make large.
+    least = 2 * _ROUNDING * tokens[:, num_prefix_tokens:].square().sum(-1).mean(dim=1)
+    return distances * (weight / mean.maximum(least[:, None, None]).clamp_min(torch.finfo(distances.dtype).tiny))
 
 
 def _full_precision(tokens: Tensor) -> AbstractContextManager[object]:

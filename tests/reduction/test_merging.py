@@ -19,7 +19,7 @@ from torch.testing import assert_close
 import lamzoo
 from lamzoo import LamConfig, TokenReduction, add_lam, capture_masks, merge_tokens, prune_tokens, remove_reduction
 from lamzoo.errors import ConfigError, UnsupportedHostError
-from lamzoo.reduction.matching import match
+from lamzoo.reduction.matching import match, merged
 from lamzoo.reduction.plan import checkerboard, merges_per_layer
 
 CONFIGS: list[LamConfig | None] = [None] + [
@@ -493,3 +493,22 @@ def test_matching_merges_the_cheapest_and_loses_no_patch(
             target = token_map.kept[sample, token_map.into[sample, token]].item()
             assert_close(cost[sample, place, (target - prefix) // 2], least[sample, place], rtol=1e-3, atol=1e-4)
             assert 0 <= partner[sample, place] < odd.shape[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_opposite_and_zero_and_long_tokens_merge_to_finite_ones(dtype: torch.dtype) -> None:
+    for tokens in (torch.tensor([1.0, -1.0]), torch.zeros(2), torch.full((2,), 20000.0)):
+        tokens = tokens[None, :, None].expand(1, 2, 64).to(dtype).requires_grad_()
+        token_map, _ = match(tokens, 1, 0)
+        few = merged(tokens, token_map)
+        assert few.isfinite().all()
+        assert tokens[0, 0, 0] > 1 or torch.autograd.grad(few.sum(), tokens)[0].isfinite().all()
+    assert_close(few, tokens[:, :1], rtol=1e-3, atol=0)
+
+
+def test_equal_tokens_merge_by_their_masks() -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens = (100 * torch.randn(1, 1, 16, generator=generator)).expand(1, 12, 16)
+    right = torch.randn(1, 2, 12, 3, generator=generator)
+    by_masks, _ = match(torch.zeros(1, 12, 16), 4, 0, None, right)
+    assert torch.equal(match(tokens, 4, 0, None, right)[0].kept, by_masks.kept)
