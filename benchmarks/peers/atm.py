@@ -23,10 +23,12 @@ class ATM(Peer):
     Implemented from reviews that quote these formulae; the full text was not available. They leave open the number of
     pairs in a batch (taken: the mean over its samples, rounded, which for one sample is the threshold itself), the
     similarity (taken: as in ToMe, on which the method builds, like its matching in the earlier layers, proportional
-    attention, and the place between attention and MLP), and the published values of the hyperparameters.
+    attention, and the place between attention and MLP), and the published values of the hyperparameters: the defaults
+    of ``beta`` and ``split`` are the best of a few on a few hundred images of the zoo's tiny and micro models, and
+    ``least`` bounds nothing.
 
     Attributes:
-        alpha: threshold of the first layer, a cosine similarity.
+        alpha: threshold of the first layer, a cosine similarity; above 1, none of its pairs merges.
         beta: rate at which the threshold falls.
         least: lower bound of the threshold.
         split: share of the depth from which on matching is size-distinctive.
@@ -60,4 +62,6 @@ class ATM(Peer):
 
     @classmethod
     def settings(cls, model: Any, **options: Any) -> Sequence[Self]:
-        return [cls(alpha / 10_000, **options) for alpha in range(-10_000, 10_001)]
+        # Above 1, no pair of the first layers is similar enough; at the highest value, none of the last layer either.
+        highest = math.ceil(10_000 * math.exp(options.get("beta", cls.beta) * (len(model.blocks) - 1))) + 10
+        return [cls(alpha / 10_000, **options) for alpha in range(-10_000, highest + 1)]
