@@ -51,6 +51,7 @@ from lamzoo.report.compare.plots import encode
 from lamzoo.report.mpl import new_figure
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -83,17 +84,13 @@ class Subject:
     shares: tuple[float, ...] = SHARES
 
 
-SUBJECTS = tuple(
-    Subject(model, plain, *rest)
-    for masked, plain, *rest in (
-        (
-            "lam_vit_tiny_patch8_64.tinyimagenet100", "vit_tiny_patch8_64.tinyimagenet100",
-            "tinyimagenet100", "val", (3, 6, 9),
-        ),
-        ("lam_vit_micro.cifar10", "vit_micro.cifar10", "cifar10", "test", (0, 1, 2)),
-    )
-    for model in (masked, plain)
-)  # fmt: skip
+_TINY, _MICRO = "vit_tiny_patch8_64.tinyimagenet100", "vit_micro.cifar10"
+SUBJECTS = (
+    Subject(f"lam_{_TINY}", _TINY, "tinyimagenet100", "val", (3, 6, 9)),
+    Subject(_TINY, _TINY, "tinyimagenet100", "val", (3, 6, 9)),
+    Subject(f"lam_{_MICRO}", _MICRO, "cifar10", "test", (0, 1, 2)),
+    Subject(_MICRO, _MICRO, "cifar10", "test", (0, 1, 2)),
+)
 #: Timed with random weights, at one budget.
 TIMED_SUBJECTS = tuple(
     Subject(model, "timm/vit_base_patch16_224", "", "", (3, 6, 9), (0.63,))
@@ -507,6 +504,21 @@ def _cell(row: Row) -> str:
     return f"{row.top1:.2f} ± {row.difference_se:.2f} ({row.agreement:.1f}, {row.kl:.3f})"
 
 
+def peer_table(rows: Sequence[Row]) -> str:
+    """Returns the difference of merging to the best peer as Markdown: a line per model, a column per budget.
+
+    Cells are the difference of top-1 in points, its standard error, and the peer.
+    """
+    compared = [row for row in rows if row.method == "merged" and row.peer is not None]
+    return _table(
+        compared,
+        lambda row: (row.model,),
+        ["model"],
+        lambda row: f"{row.ahead:+.2f} ± {row.ahead_se:.2f} ({row.peer.partition(',')[0]})",
+        (f"{row.data}, {row.split} split, {row.images:,} images" for row in compared),
+    )
+
+
 def time_table(rows: Sequence[TimeRow]) -> str:
     """Returns the rows of time as Markdown: a line per model, method and number of threads, a column per budget.
 
@@ -552,7 +564,7 @@ def figure(rows: Sequence[Row]) -> Figure:
     rows = best_variants(rows)
     scored = list(dict.fromkeys((row.data, row.split) for row in rows))
     drawing = new_figure((5.2 * len(scored) + 2, 4.4))
-    legend = {}
+    legend: dict[str, Artist] = {}
     for axis, (data, split) in zip(drawing.subplots(1, len(scored), squeeze=False)[0], scored, strict=True):
         here = [row for row in rows if (row.data, row.split) == (data, split)]
         for model, method in dict.fromkeys((row.model, row.method) for row in here):
@@ -563,9 +575,10 @@ def figure(rows: Sequence[Row]) -> Figure:
         axis.set_ylabel("top-1 (%)")
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_ylim(_floor(here), max(row.top1 for row in here) + 0.5)
-        legend |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+        handles, labels = axis.get_legend_handles_labels()
+        legend |= dict(zip(labels, handles, strict=True))
     drawing.legend(
-        legend.values(), legend, loc="outside center right", frameon=False, fontsize=8,
+        list(legend.values()), list(legend), loc="outside right center", frameon=False, fontsize=8,
         title="peers: dashed on plain", title_fontsize=8,
     )  # fmt: skip
     return drawing
@@ -647,7 +660,7 @@ def main() -> None:
         scored = [subject for subject in subjects if subject.data]
         device = torch.device(args.device)
         measure_all(scored, args.only, args.data, args.results, args.kept, device, again=args.again)
-    print(table(read_rows(args.results, Row)))
+    print(table(read_rows(args.results, Row)), peer_table(read_rows(args.results, Row)), sep="\n")
     if args.times or args.table:
         print(time_table(read_rows(args.time_results, TimeRow)))
 

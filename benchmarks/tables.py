@@ -94,6 +94,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tiles": lambda: tiles.table(read_lines(RESULTS / "tiles.csv", tiles.Row)),
     "exported": lambda: exported.table(read_lines(RESULTS / "exported.csv", exported.Row)),
     "reduction": lambda: reduction.table(read_lines(RESULTS / "reduction.csv", reduction.Row)),
+    "reduction-peers": lambda: reduction.peer_table(read_lines(RESULTS / "reduction.csv", reduction.Row)),
     "reduction-trained": lambda: reduction.table(read_lines(RESULTS / "reduction_trained.csv", reduction.Row)),
     "finetuning": lambda: finetuning.table(finetuning.read_results()) + "\n",
 }

@@ -211,6 +211,16 @@ def test_rows_survive_their_file_and_fill_the_table(tmp_path: Path) -> None:
     ]
 
 
+def test_merging_has_its_difference_to_the_best_peer_in_a_table() -> None:
+    ahead = replace(ROW, peer="ToMe, after, plain pooling", ahead=-0.254, ahead_se=0.2)
+    rows = [ahead, replace(ahead, share=0.5, ahead=1.0, peer="stride"), replace(ahead, method="mask, drop"), ROW]
+    assert bench.peer_table(rows).splitlines()[2:] == [
+        "| `lam` | -0.25 ± 0.20 (ToMe) | +1.00 ± 0.20 (stride) |",
+        "",
+        "Measured on: tiny, val split, 5,000 images.",
+    ]
+
+
 def test_times_survive_their_file_and_fill_their_table(tmp_path: Path) -> None:
     rows = [TIME, replace(TIME, images=16, ratio=0.7), replace(TIME, threads=2, share=0.5)]
     write_rows(tmp_path / "rows.csv", rows)
