@@ -28,7 +28,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 import lamzoo
 from benchmarks.rows import read_rows, write_rows
 from benchmarks.speed import VARIANTS
-from lamzoo.lam.masks import MaskNetwork
+from lamzoo.lam import Lam
 from lamzoo.profiling.inputs import default_input
 from lamzoo.profiling.latency import device_label
 
@@ -124,9 +124,9 @@ def _named_masks(model: nn.Module) -> Any:
     def leave(*_: Any) -> None:
         open_records.pop().__exit__(None, None, None)
 
-    networks = [module for module in model.modules() if isinstance(module, MaskNetwork)]
+    masks = [module for module in model.modules() if isinstance(module, Lam)]
     hooks = [
-        hook for each in networks for hook in (each.register_forward_pre_hook(enter), each.register_forward_hook(leave))
+        hook for each in masks for hook in (each.register_forward_pre_hook(enter), each.register_forward_hook(leave))
     ]
     try:
         yield
