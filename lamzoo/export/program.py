@@ -107,7 +107,10 @@ def write_program(program: ExportedProgram, path: Path, format: Format, facts: s
 def _quantise(path: Path) -> None:
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.quantization.shape_inference import quant_pre_process
 
+    # Folds constants: the parts of a layer that are computed apart, as in merging, become matrices of their own.
+    quant_pre_process(path, path, skip_onnx_shape=True, skip_symbolic_shape=True)
     graph = onnx.load(path).graph
     matrices = {tensor.name for tensor in graph.initializer if len(tensor.dims) == 2}
     # Per channel, onnxruntime only runs matrices; a mask network has a stack of them, one per head.

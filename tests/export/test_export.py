@@ -189,6 +189,16 @@ def test_int8_is_smaller_and_near(tmp_path: Path) -> None:
     assert whole.max_difference < small.max_difference < 0.2
 
 
+def test_int8_reaches_the_layers_that_merging_computes_in_parts(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    model = merge_tokens(vit("plain", embed_dim=64, depth=1), keep=1)  # queries of the class token alone
+    export_model(model, tmp_path / "small.onnx", images=images(2), int8=True)
+    weights = onnx.load(tmp_path / "small.onnx").graph.initializer
+    matrices = [each for each in weights if len(each.dims) == 2 and min(each.dims) >= 64]
+    assert len(matrices) == 5
+    assert all(each.data_type == onnx.TensorProto.INT8 for each in matrices)
+
+
 def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
     model = vit(depth=1).train()
     model.blocks[0].eval()
