@@ -198,7 +198,7 @@ def test_a_symbolic_trace_leaves_position_masks_as_they_were() -> None:
 
 def test_symbolic_traces_of_pruned_models_are_refused_with_a_way_out() -> None:
     model = lamzoo.prune_tokens(masked(HOSTS["vit_tiny_patch16_224"], "multi"), keep=0.5, at=[0])
-    with pytest.raises(UnsupportedHostError, match="remove_pruning"):
+    with pytest.raises(UnsupportedHostError, match="lamzoo.remove_reduction"):
         torch.fx.symbolic_trace(model)
 
 
