@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -213,7 +214,9 @@ def match_within(
     Returns:
         The map, which averages by sizes, and the sizes of the remaining tokens, float32, 1 for padding.
     """
-    with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
+    device = tokens.device.type
+    autocast = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    with torch.no_grad(), autocast:
         batch = len(tokens)
         weights = present.float() if sizes is None else sizes * present
         x = tokens.detach().float()
