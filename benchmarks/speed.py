@@ -99,6 +99,15 @@ def _reduced(
     return build
 
 
+def _merged(share: float, *, masked: bool) -> Callable[[str, ExitStack], Any]:
+    def build(name: str, stack: ExitStack) -> Any:
+        plain = lamzoo.create_model(name, lam=False)
+        budget = share * lamzoo.profile(plain).gmacs
+        return lamzoo.merge_tokens(lamzoo.create_model(name) if masked else plain, budget)
+
+    return build
+
+
 def _tome(r: int) -> Callable[[str, ExitStack], Any]:
     return lambda name, stack: stack.enter_context(applied(lamzoo.create_model(name, lam=False), ToMe(r)))
 
@@ -123,6 +132,8 @@ VARIANTS: dict[str, Callable[[str, ExitStack], Any]] = {
     },
     "mask, drop once, to 0.59 of the GMACs": _reduced(METHODS["mask, drop"], 0.59, masked=True, quarters=(1,)),
     "ToMe, r = 13": _tome(13),
+    "merged to 0.63 of the GMACs": _merged(0.63, masked=True),
+    "without masks, merged to 0.63 of the GMACs": _merged(0.63, masked=False),
 }
 
 
