@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import lamzoo
-from benchmarks import breakdown, exported, finetuning, kernels, reduction, speed, tiles
+from benchmarks import breakdown, exported, finetuning, kernels, reduction, speed, tiles, video_merging
 from benchmarks.ablation.run import HERE
 from benchmarks.ablation.table import table as ablation
 from benchmarks.rows import read_rows as read_lines
@@ -76,6 +76,11 @@ def sequences(path: Path = RESULTS / "sequences.csv") -> str:
     return _benched(path, {}, rate="inputs/s")
 
 
+def _merged(metric: str) -> list[video_merging.Row]:
+    rows = read_lines(RESULTS / "video_merging.csv", video_merging.Row)
+    return [row for row in rows if row.metric == metric]
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "overview": overview,
     "zoo": zoo,
@@ -87,6 +92,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "moments": lambda: ablation(HERE / "moments.toml"),
     "captions": lambda: ablation(HERE / "captions.toml"),
     "flickr8k_captions": lambda: ablation(HERE / "flickr8k_captions.toml"),
+    "retrieval-merged": lambda: video_merging.table(_merged("R@1")),
+    "captions-merged": lambda: video_merging.table(_merged("WER")),
     "speed": lambda: speed.table(read_lines(RESULTS / "speed.csv", speed.Row)),
     "speed-xeon": lambda: speed.table(read_lines(RESULTS / "speed.xeon.csv", speed.Row)),
     "breakdown": lambda: breakdown.table(read_lines(RESULTS / "breakdown.csv", breakdown.Row)),
