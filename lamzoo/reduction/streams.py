@@ -72,7 +72,7 @@ class _BeginStreams(ReductionHook):
 
     def __call__(self, encoder: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         streams = args[0] if args else kwargs["streams"]
-        self.shared.begin(pooled=True, held=True)
+        self.shared.begin(held=True)
         self.shared.update(spans=tuple(self.spans(streams).values()))
 
 
@@ -108,9 +108,10 @@ class _MergeStreams(ReductionHook):
             gone = self._leaving(end - first)
             start = start or first  # streams lie side by side, after the class token
             length = end - first - self.before * gone
-            parts.append(Part(start, length, gone, self._leaving(mask[:, first:end].sum(dim=1))))
+            if gone:
+                parts.append(Part(start, length, gone, self._leaving(mask[:, first:end].sum(dim=1))))
             start += length
-        if any(part.gone for part in parts):
+        if parts:
             lam = layer.attn.lam
             right = lam.key_factor(tokens) if isinstance(lam, Lam) else None
             token_map, sizes = match_within(tokens, parts, present, here.sizes, right)
@@ -170,13 +171,13 @@ def merge(model: nn.Module, path: str, config: TokenReduction) -> None:
             f"frames={config.frames}: the frames of this model are the tokens of a stream; leave frames out, and give "
             "keep or target_gmacs."
         )
-    remove_reduction(model)
     lams = [module for module in encoder.layers.modules() if isinstance(module, Lam)]
     if any(lam.has_positions for lam in lams):
         raise UnsupportedHostError(
             f"Tokens can't be merged in {where}: its masks have keys='position', and the positions of padded streams "
             "can't be averaged; use keys='content'."
         )
+    remove_reduction(model)
     shared = lams[0].shared if lams else SharedState()
     for lam in lams:
         lam.attention_hook = SizedAttention()

@@ -65,6 +65,13 @@ def test_a_video_is_merged_as_if_it_were_alone_and_without_padding(places: tuple
         assert_close(model.encode_video(video[seen].unsqueeze(0))[0], expected)
 
 
+def test_a_video_without_frames_has_no_embedding() -> None:
+    frames, mask = videos()
+    mask[2] = False
+    merged = merge_tokens(retriever(), keep=1, frames=0.5)
+    assert not merged.encode_frames(frames, mask)[2].any()
+
+
 def test_patches_merge_within_their_frame() -> None:
     model, (frames, _) = merge_tokens(retriever(), keep=0.4), videos()
     before = model.encode_frames(frames)
@@ -182,6 +189,13 @@ def test_a_clip_is_merged_as_if_it_were_alone_and_without_padding(config: LamCon
         found = model(alone, TEXT[:1])
         assert_close(found.logits[0], together.logits[sample])
         assert_close(found.words[0], together.words[sample, together.joint.mask[sample]])
+
+
+def test_a_stream_of_one_token_merges_nothing() -> None:
+    model, streams = merge_tokens(writer(), keep=0.5), clips()
+    one = StreamBatch(*(part[:, :1] for part in streams["video"]))
+    joint = model.encode({**streams, "video": one})
+    assert len(joint.tokens[0].unique(dim=0)) == 1 + 1 + 11  # 3 of 20 in each layer
 
 
 def test_later_layers_of_the_encoder_have_fewer_keys_and_queries_fewer_still() -> None:

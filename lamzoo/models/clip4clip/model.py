@@ -169,7 +169,7 @@ class Clip4Clip(nn.Module):
             places, videos = [frame_mask], [frames[frame_mask].unsqueeze(0)]  # padding isn't encoded
         else:  # videos of the same length together, so that each is merged as if it were alone
             lengths = frame_mask.sum(dim=1, keepdim=True)
-            chosen = lengths.unique().tolist()
+            chosen = [length for length in lengths.unique().tolist() if length > 0]
             places = [frame_mask & (lengths == length) for length in chosen]
             videos = [frames[here].unflatten(0, (-1, length)) for here, length in zip(places, chosen, strict=True)]
         parts = self._encode(videos, share)
