@@ -86,6 +86,8 @@ class _MergeTokens(ReductionHook):
                 "attention mask of all tokens; leave it out, or call lamzoo.remove_reduction(model) first."
             )
         here = self.shared.current
+        if not self.is_first and not here.held:  # a block that runs on its own merges nothing
+            return args, kwargs
         padding = None if self.pooling.padding is None else kwargs.get(self.pooling.padding)
         if padding is not None:  # hidden by its size from here on
             kwargs = {**kwargs, str(self.pooling.padding): None}

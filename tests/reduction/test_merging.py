@@ -323,6 +323,13 @@ def test_any_number_of_images_and_patches(config: LamConfig | None) -> None:
         assert vit(images(2)[..., :8, :width]).isfinite().all()
 
 
+@pytest.mark.parametrize("config", [None, LamConfig(rank=3, init="paper")], ids=["plain", "masked"])
+def test_a_block_that_runs_on_its_own_merges_nothing(config: LamConfig | None) -> None:
+    vit, tokens = model(config), torch.randn(2, 17, 16)
+    expected = vit.blocks[1](tokens)
+    assert_close(merge_tokens(vit, keep=0.5).blocks[1](tokens), expected)
+
+
 @each_config
 def test_a_broken_sample_breaks_no_other(config: LamConfig | None) -> None:
     vit, x = merge_tokens(model(config), keep=0.4), images()
