@@ -34,55 +34,17 @@ def match(
     Returns:
         The map, which averages by sizes, and the sizes of the remaining tokens, ``(B, N - count)``, float32.
     """
-    with _full_precision(tokens):
-        batch, length, _ = tokens.shape
-        wide = tokens.detach().float()
-        if right is None:
-            cost = _distances(wide, num_prefix_tokens)
-        else:
-            seen = right.detach().float().transpose(1, 2).flatten(2)
-            cost = _over_mean(wide, num_prefix_tokens) + _over_mean(seen, num_prefix_tokens, MASK_WEIGHT)
-        if sizes is None:
-            sizes = torch.ones(batch, length, device=tokens.device)
-        else:
-            inverse = sizes[:, num_prefix_tokens:].reciprocal()
-            cost = cost / (inverse[:, ::2, None] + inverse[:, None, 1::2])
-        least, partner = cost.min(dim=-1)
+    with full_precision(tokens):
+        patches = slice(num_prefix_tokens, None)
+        rows = None if right is None else right.transpose(1, 2).flatten(2)[:, patches]
+        least, partner = least_costs(tokens[:, patches], None if sizes is None else sizes[:, patches], rows)
         leaves = least.topk(count, dim=-1, largest=False, sorted=False).indices
-        gone = leaves * 2 + num_prefix_tokens
         target = partner.gather(1, leaves) * 2 + (num_prefix_tokens + 1)
-        # Those that stay are numbered from the last one to the first, and the largest numbers taken in order.
-        numbers = torch.arange(length, 0, -1, device=tokens.device).expand(batch, -1).scatter(1, gone, 0)
-        kept = numbers.topk(length - count, dim=1).indices
-        into = (numbers > 0).cumsum(dim=1) - 1
-        into = into.scatter(1, gone, into.gather(1, target))
+        if sizes is None:
+            sizes = torch.ones(tokens.shape[:2], device=tokens.device)
+        kept, into = without(leaves * 2 + num_prefix_tokens, target, tokens.shape[1])
         few = torch.zeros(kept.shape, device=tokens.device).scatter_add(1, into, sizes)
-        return TokenMap(length, kept, into, sizes / few.gather(1, into)), few
-
-
-def merges_of_samples(
-    sizes: Tensor, num_prefix_tokens: int, count: int, keep: float, layers: int, layer: int
-) -> Tensor:
-    """Returns how many patches of each padded sample merge, so that it merges as it does alone.
-
-    Args:
-        sizes: number of the stack's input tokens in each token, ``(B, N)``; 0 in padding.
-        num_prefix_tokens: class and register tokens at the start.
-        count: number of tokens by which the batch gets shorter.
-        keep: as for :func:`lamzoo.reduction.plan.merges_per_layer`, of which this is the value in one layer, without
-            a cap, for the length of each sample.
-        layers: likewise.
-        layer: place of the layer among them.
-
-    Returns:
-        int64 ``(B,)``; at least as many as it takes for the remaining patches to fit into the shorter batch.
-    """
-    patches = sizes[:, num_prefix_tokens:]
-    left, whole = (patches > 0).sum(dim=1), patches.sum(dim=1).long()
-    gone = (whole - (keep * whole.double()).round().clamp_min(1).long()).clamp_min(0)
-    due = [torch.div(place * gone, layers, rounding_mode="floor") for place in (layer, layer + 1)]
-    own = torch.minimum(due[1] - due[0], left // 2)
-    return torch.maximum(own, left - (patches.shape[1] - count))
+        return TokenMap(tokens.shape[1], kept, into, sizes / few.gather(1, into)), few
 
 
 def match_padded(
@@ -94,7 +56,7 @@ def match_padded(
         tokens: ``(B, N, C)``, inputs of the layer's attention.
         count: number of tokens by which the batch gets shorter.
         counts: number of patches of each sample that merge into others, int64 ``(B,)``; see
-            :func:`merges_of_samples`.
+            :func:`lamzoo.reduction.plan.merges_of_samples`.
         num_prefix_tokens: class and register tokens at the start, which never merge.
         sizes: number of the stack's input tokens in each token, ``(B, N)``; 0 in padding.
         right: key factor of the layer's mask, ``(1 | B, Hm, N, R)``; None without a mask.
@@ -102,18 +64,12 @@ def match_padded(
     Returns:
         The map, which averages by sizes, and the sizes of the remaining tokens, ``(B, N - count)``, float32.
     """
-    with _full_precision(tokens):
+    with full_precision(tokens):
         batch, length, _ = tokens.shape
         there = sizes > 0
-        even, odd = slice(num_prefix_tokens, None, 2), slice(num_prefix_tokens + 1, None, 2)
-        pairs = there[:, even].unsqueeze(2) & there[:, odd].unsqueeze(1)
-        cost = _over_mean(tokens.detach().float(), num_prefix_tokens, pairs=pairs)
-        if right is not None:
-            seen = right.detach().float().transpose(1, 2).flatten(2)
-            cost = cost + _over_mean(seen, num_prefix_tokens, MASK_WEIGHT, pairs)
-        ours, theirs = sizes[:, even].unsqueeze(2), sizes[:, odd].unsqueeze(1)
-        cost = (cost * (ours * theirs / (ours + theirs).clamp_min(1))).masked_fill(~pairs, torch.inf)
-        least, partner = cost.min(dim=-1)
+        even, patches = slice(num_prefix_tokens, None, 2), slice(num_prefix_tokens, None)
+        rows = None if right is None else right.transpose(1, 2).flatten(2)[:, patches]
+        least, partner = least_costs(tokens[:, patches], sizes[:, patches], rows, there[:, patches])
         leaves = least.argsort(dim=-1).argsort(dim=-1) < counts.unsqueeze(1)
         leaving = torch.zeros_like(there)
         leaving[:, even] = leaves
@@ -146,27 +102,73 @@ def merged(tokens: Tensor, token_map: TokenMap) -> Tensor:
     return (few * scale).to(tokens.dtype)
 
 
-def _distances(tokens: Tensor, num_prefix_tokens: int) -> Tensor:
-    """Returns the squared distances of even to odd patches, ``(B, Ne, No)`` of ``(B, N, C)``."""
-    patches = tokens[:, num_prefix_tokens:]
-    squares = patches.square().sum(-1)
+def least_costs(
+    tokens: Tensor, sizes: Tensor | None = None, rows: Tensor | None = None, present: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Finds the odd token that each even one merges into at the least cost; see :func:`match`.
+
+    Args:
+        tokens: ``(B, N, C)``, all of which may merge; in full precision (:func:`full_precision`).
+        sizes: ``(B, N)``; None where all are one.
+        rows: of these tokens in the mask's key factor, ``(1 | B, N, R)``; None without a mask.
+        present: bool ``(B, N)``, False for padding; None without padding.
+
+    Returns:
+        The cost, infinite where one of the two is padding, and the number of the odd token, each ``(B, Ne)``.
+    """
+    pairs = None if present is None else present[:, ::2, None] & present[:, None, 1::2]
+    tokens = tokens.detach().float()
+    if rows is None:
+        cost = _distances(tokens)
+    else:
+        cost = _over_mean(tokens, 1.0, pairs) + _over_mean(rows.detach().float(), MASK_WEIGHT, pairs)
+    if sizes is not None:
+        inverse = sizes.reciprocal()
+        cost = cost / (inverse[:, ::2, None] + inverse[:, None, 1::2])
+    if pairs is not None:
+        cost = cost.masked_fill(~pairs, torch.inf)
+    least, partner = cost.min(dim=-1)
+    return least, partner
+
+
+def without(gone: Tensor, target: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Returns what remains without tokens that merge into others.
+
+    Args:
+        gone: places of these tokens, int64 ``(B, G)``.
+        target: places of the tokens that they merge into, int64 ``(B, G)``.
+        length: number of tokens, N.
+
+    Returns:
+        ``kept (B, N - G)`` and ``into (B, N)``, as in a :class:`~lamzoo.lam.token_map.TokenMap`.
+    """
+    # Those that stay are numbered from the last one to the first, and the largest numbers taken in order.
+    numbers = torch.arange(length, 0, -1, device=gone.device).expand(gone.shape[0], -1).scatter(1, gone, 0)
+    kept = numbers.topk(length - gone.shape[1], dim=1).indices
+    into = (numbers > 0).cumsum(dim=1) - 1
+    return kept, into.scatter(1, gone, into.gather(1, target))
+
+
+def _distances(tokens: Tensor) -> Tensor:
+    """Returns the squared distances of even to odd tokens, ``(B, Ne, No)`` of ``(B, N, C)``."""
+    squares = tokens.square().sum(-1)
     sums = squares[:, ::2, None] + squares[:, None, 1::2]
-    return torch.baddbmm(sums, patches[:, ::2], patches[:, 1::2].transpose(1, 2), alpha=-2)
+    return torch.baddbmm(sums, tokens[:, ::2], tokens[:, 1::2].transpose(1, 2), alpha=-2)
 
 
-def _over_mean(tokens: Tensor, num_prefix_tokens: int, weight: float = 1.0, pairs: Tensor | None = None) -> Tensor:
+def _over_mean(tokens: Tensor, weight: float, pairs: Tensor | None = None) -> Tensor:
     """Returns the distances over their mean in each sample, of bool ``pairs (B, Ne, No)`` or of all, times a weight."""
-    distances = _distances(tokens, num_prefix_tokens)
+    distances = _distances(tokens)
     if pairs is None:
         mean = distances.mean(dim=(1, 2), keepdim=True)
     else:
         mean = (distances * pairs).sum(dim=(1, 2), keepdim=True) / pairs.sum(dim=(1, 2), keepdim=True).clamp_min(1)
     # Where all tokens are equal, their distances are rounding errors, which the mean would make large.
-    least = 2 * _ROUNDING * tokens[:, num_prefix_tokens:].square().sum(-1).mean(dim=1)
+    least = 2 * _ROUNDING * tokens.square().sum(-1).mean(dim=1)
     return distances * (weight / mean.maximum(least[:, None, None]).clamp_min(torch.finfo(distances.dtype).tiny))
 
 
-def _full_precision(tokens: Tensor) -> AbstractContextManager[object]:
+def full_precision(tokens: Tensor) -> AbstractContextManager[object]:
     """Leaves ``torch.autocast``, if it is on: half precision is too coarse to compare distances."""
     device = tokens.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):

@@ -29,8 +29,8 @@ from lamzoo.lam.passes import Merge, StackPass
 from lamzoo.lam.token_map import TokenMap, take
 from lamzoo.lam.unmasked import Unmasked, size_factors
 from lamzoo.reduction.config import TokenReduction
-from lamzoo.reduction.matching import match, match_padded, merged, merges_of_samples
-from lamzoo.reduction.plan import checkerboard, merges_per_layer
+from lamzoo.reduction.matching import match, match_padded, merged
+from lamzoo.reduction.plan import checkerboard, merges_of_samples, merges_per_layer
 from lamzoo.reduction.stacks import ReductionHook, Stack, check_not_traced, find_stack, remove_reduction, watch_passes
 
 

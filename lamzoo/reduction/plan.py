@@ -44,6 +44,31 @@ def merges_per_layer(patches: int, keep: float, layers: int, *, capped: bool = T
     return tuple(merges)
 
 
+def merges_of_samples(
+    sizes: Tensor, num_prefix_tokens: int, count: int, keep: float, layers: int, layer: int
+) -> Tensor:
+    """Returns how many patches of each padded sample merge, so that it merges as it does alone.
+
+    Args:
+        sizes: number of the stack's input tokens in each token, ``(B, N)``; 0 in padding.
+        num_prefix_tokens: class and register tokens at the start.
+        count: number of tokens by which the batch gets shorter.
+        keep: as for :func:`merges_per_layer`, of which this is the value in one layer, without
+            a cap, for the length of each sample.
+        layers: likewise.
+        layer: place of the layer among them.
+
+    Returns:
+        int64 ``(B,)``; at least as many as it takes for the remaining patches to fit into the shorter batch.
+    """
+    patches = sizes[:, num_prefix_tokens:]
+    left, whole = (patches > 0).sum(dim=1), patches.sum(dim=1).long()
+    gone = (whole - (keep * whole.double()).round().clamp_min(1).long()).clamp_min(0)
+    due = [torch.div(place * gone, layers, rounding_mode="floor") for place in (layer, layer + 1)]
+    own = torch.minimum(due[1] - due[0], left // 2)
+    return torch.maximum(own, left - (patches.shape[1] - count))
+
+
 def _even(patches: int, total: int, layers: int, most: float) -> list[int]:
     """Spreads a total over layers, at most a share of a layer's patches in each."""
     left, merges = patches, []

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -24,7 +22,7 @@ from lamzoo.lam.passes import Merge
 from lamzoo.lam.token_map import TokenMap
 from lamzoo.lam.unmasked import Unmasked
 from lamzoo.reduction.config import TokenReduction
-from lamzoo.reduction.matching import MASK_WEIGHT, merged
+from lamzoo.reduction.matching import full_precision, least_costs, merged, without
 from lamzoo.reduction.merging import SizedAttention
 from lamzoo.reduction.stacks import ReductionHook, check_not_traced, remove_reduction
 
@@ -215,64 +213,29 @@ def match_within(
     Returns:
         The map, which averages by sizes, and the sizes of the remaining tokens, float32, 1 for padding.
     """
-    device = tokens.device.type
-    autocast = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
-    with torch.no_grad(), autocast:
-        batch = len(tokens)
+    with full_precision(tokens):
+        batch, length, _ = tokens.shape
         weights = present.float() if sizes is None else sizes * present
-        x = tokens.detach().float()
-        seen = None if right is None else right.detach().float().expand(batch, -1, -1, -1).transpose(1, 2).flatten(2)
+        rows = None if right is None else right.transpose(1, 2).flatten(2)
         leaves, targets = [], []
         for part in parts:
             here = slice(part.start, part.start + part.length)
-            least, partner = _least_costs(x[:, here], weights[:, here], None if seen is None else seen[:, here])
+            ours = None if rows is None else rows[:, here]
+            least, partner = least_costs(tokens[:, here], weights[:, here], ours, present[:, here])
             # Content that is due leaves first, then padding from the end; other content where that doesn't suffice.
             order = least.argsort(dim=1).argsort(dim=1).float()
-            turn = torch.full((batch, part.length), torch.inf, device=x.device)
+            turn = torch.full((batch, part.length), torch.inf, device=tokens.device)
             late = order + 2 + part.length
             turn[:, ::2] = torch.where(order < part.due.unsqueeze(1), 0.0, late).masked_fill(least.isinf(), torch.inf)
-            from_end = torch.arange(part.length, 0, -1, device=x.device, dtype=turn.dtype)
+            from_end = torch.arange(part.length, 0, -1, device=tokens.device, dtype=turn.dtype)
             turn = torch.where(present[:, here], turn, from_end)
-            target = torch.zeros(batch, part.length, dtype=torch.int64, device=x.device)
+            target = torch.zeros(batch, part.length, dtype=torch.int64, device=tokens.device)
             target[:, ::2] = part.start + 1 + 2 * partner
             target = target.masked_fill(~present[:, here], 0)  # padding weighs nothing, wherever it goes
             gone = turn.topk(part.gone, dim=1, largest=False, sorted=False).indices
             leaves.append(part.start + gone)
             targets.append(target.gather(1, gone))
         gone, target = torch.cat(leaves, dim=1), torch.cat(targets, dim=1)
-        return _leaving(gone, target, weights)
-
-
-def _least_costs(tokens: Tensor, weights: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Returns the least cost of merging each even token into an odd one, infinite for padding, and which: (B, Ne)."""
-    ours, theirs = weights[:, ::2].unsqueeze(2), weights[:, 1::2].unsqueeze(1)
-    there = (ours > 0) & (theirs > 0)
-    cost = _distances(tokens, there)
-    if seen is not None:
-        cost = cost + MASK_WEIGHT * _distances(seen, there)
-    cost = cost * (ours * theirs / (ours + theirs).clamp_min(1))
-    least, partner = cost.masked_fill(~there, torch.inf).min(dim=-1)
-    return least, partner
-
-
-def _distances(tokens: Tensor, there: Tensor) -> Tensor:
-    """Returns the squared distances of even to odd tokens over the mean of the pairs that are there."""
-    even, odd = tokens[:, ::2], tokens[:, 1::2]
-    norms = even.square().sum(-1).unsqueeze(2) + odd.square().sum(-1).unsqueeze(1)
-    distances = torch.baddbmm(norms, even, odd.transpose(1, 2), alpha=-2)
-    total = partial(torch.sum, dim=(1, 2), keepdim=True)
-    mean = total(distances * there) / total(there).clamp_min(1)
-    return distances / mean.clamp_min(torch.finfo(distances.dtype).tiny)
-
-
-def _leaving(gone: Tensor, target: Tensor, weights: Tensor) -> tuple[TokenMap, Tensor]:
-    """Returns the map of tokens at places ``gone (B, G)`` into those at ``target``, and the sizes after it."""
-    batch, length = weights.shape
-    places = torch.arange(length, device=gone.device).expand(batch, -1)
-    stays = torch.ones_like(places).scatter(1, gone, 0)
-    into = stays.cumsum(dim=1) - 1
-    left = length - gone.shape[1]
-    kept = places.new_zeros(batch, left + 1).scatter(1, torch.where(stays > 0, into, left), places)[:, :-1]
-    into = into.scatter(1, gone, into.gather(1, target))
-    sizes = weights.new_zeros(kept.shape).scatter_add(1, into, weights)
-    return TokenMap.averaging(kept, into, weights), sizes.clamp_min(1)
+        kept, into = without(gone, target, length)
+        few = torch.zeros(kept.shape, device=tokens.device).scatter_add(1, into, weights)
+        return TokenMap.averaging(kept, into, weights), few.clamp_min(1)
