@@ -183,8 +183,6 @@ class _FinishMerge(ReductionHook):
             output = here.token_map.spread(output)
         if is_last:
             self.shared.end()
-        else:
-            self.shared.leave(output)
         return output
 
 
@@ -279,10 +277,11 @@ def merge(model: nn.Module, config: TokenReduction) -> None:
     sites = find_stack(model, masked=False, verb="merged").sites
     for index, (site, adapter) in enumerate(sites.items()):
         adapter.wrap(model, {site: Unmasked(shared, index, is_last=index == len(sites) - 1)})
+    for block in stack.blocks.values():
+        block.register_forward_hook(_FinishMerge(shared))
     watch_passes(stack, shared)
     for index, block in enumerate(stack.blocks.values()):
         block.register_forward_pre_hook(_MergeTokens(shared, stack, index, config), with_kwargs=True)
-        block.register_forward_hook(_FinishMerge(shared))
     if stack.pooling.last_linear is not None:
         stack.pooling.last_linear.register_forward_pre_hook(_PoolEarly(shared, stack.pooling))
     root = model.get_submodule(stack.pooling.root)

@@ -87,13 +87,10 @@ class _Prune(ReductionHook):
         if not self.lam.training or self.config.training == "top-k":
             token_map = select(here.scores, self.config.keep, self.config.rest, self.num_prefix_tokens, output)
             self.shared.reduce(token_map)
-            reduced = token_map(output)
-            self.shared.leave(reduced)
-            return reduced
+            return token_map(output)
         kept = decide(here.scores, self.config.keep, self.num_prefix_tokens, here.kept)
         # The pooling reads the decisions; nothing after a rerun by gradient checkpointing does.
         self.shared.update(kept=kept, scores=None, held=here.rerun is None)
-        self.shared.leave(output)
         if here.rerun is None:  # not again when gradient checkpointing reruns the block
             self.kept = kept[:, self.num_prefix_tokens :].mean(dim=1)
         return None
@@ -150,16 +147,15 @@ def prune(model: nn.Module, config: PruneConfig) -> None:
         )
     remove_reduction(model)
     shared = lams[0].shared
-    watch_passes(stack, shared)
     share = 1.0
     for index, (block, lam) in enumerate(zip(stack.blocks.values(), lams, strict=True)):
-        if index == 0:
-            block.register_forward_pre_hook(_AllTokens(shared))
         hook = lam.attention_hook = _ReducedAttention(shared)
         if index in config.at:
             share *= config.keep
             hook.score = partial(SCORERS[config.score], has_class_token=pooling.has_class_token)
             block.register_forward_hook(_Prune(lam, config, stack.layout.num_prefix_tokens, share))
+    watch_passes(stack, shared)
+    next(iter(stack.blocks.values())).register_forward_pre_hook(_AllTokens(shared))
     pooling.last.register_forward_hook(_PoolKept(shared, pooling))
     model.token_reduction = model.prune_config = config  # type: ignore[assignment]
 

@@ -19,7 +19,6 @@ from lamzoo.adapters.hosts import (
     TokenLayout,
     adapters_of,
     remove_hooks,
-    watch_block,
 )
 from lamzoo.adapters.state import masks_of
 from lamzoo.adapters.wrappers import unwrap
@@ -144,10 +143,15 @@ class _Leave(LeaveBlock, ReductionHook):
 
 
 def watch_passes(stack: Stack, shared: SharedState) -> None:
-    """Lets gradient checkpointing find the pass of every block, unless the masks have seen to it already."""
+    """Lets gradient checkpointing find the pass of every block.
+
+    Call it between the registration of the forward hooks that change the tokens of a block, whose output is noted with
+    the pass, and that of the pre-hooks that do, whose pass has to be known.
+    """
     for index, block in enumerate(stack.blocks.values()):
-        if not any(isinstance(hook, EnterBlock) for hook in block._forward_pre_hooks.values()):
-            watch_block(block, _Enter(shared, needs_pass=index > 0), _Leave(shared))
+        if not any(isinstance(hook, EnterBlock) for hook in block._forward_pre_hooks.values()):  # of the masks
+            block.register_forward_pre_hook(_Enter(shared, needs_pass=index > 0), with_kwargs=True)
+        block.register_forward_hook(_Leave(shared), always_call=True)
 
 
 def check_not_traced(tokens: object) -> None:
