@@ -70,6 +70,7 @@ def profile(model: nn.Module, input: Inputs | None = None) -> Profile:
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         stack.enter_context(torch.no_grad())
+        stack.enter_context(_frozen(model))
         stack.enter_context(_without_fastpath())
         stack.enter_context(_dense_products(model, products))
         stack.enter_context(counter)
@@ -101,6 +102,20 @@ def _by_layer(model: nn.Module, counter: FlopCounterMode) -> dict[str, float]:
     paths = [path for path, _ in model.named_modules()]
     flops = {path: sum(counts.get(f"{type(model).__name__}.{path}", {}).values()) for path in paths}
     return {path: count / 2 / _GIGA for path, count in flops.items() if count}
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    # FlopCounterMode needs the gradient function of a module's inputs that require gradients, and a view of a
+    # parameter made without gradients, as in the attention pooling of SigLIP, has none.
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 @contextmanager

@@ -98,6 +98,15 @@ def test_multihead_attention_is_counted_in_full():
     assert torch.backends.mha.get_fastpath_enabled()
 
 
+def test_a_pooling_with_a_latent_query_is_counted():
+    kwargs = {"img_size": 16, "patch_size": 4, "embed_dim": 64, "depth": 1, "num_heads": 4, "class_token": False}
+    model = timm.create_model("vit_base_patch16_siglip_224", num_classes=0, **kwargs)
+    tokens, dim = 16, 64
+    patches, block = tokens * 48 * dim, 12 * tokens * dim**2 + 2 * tokens**2 * dim
+    pooling = (1 + 2 * tokens) * dim**2 + 2 * tokens * dim + dim**2 + 8 * dim**2
+    assert profile(model).gmacs * 1e9 == pytest.approx(patches + block + pooling)
+
+
 class _Attention(nn.Module):
     def forward(self, x):
         return F.scaled_dot_product_attention(x, x, x)
