@@ -86,14 +86,17 @@ def merge_tokens(
 
     A few patches merge in each layer, into others that are like them; class and register tokens never merge. In a
     layer, keys and values are made of the tokens before its merge, and queries of those after it. The pairs are those
-    of least cost by a bipartite matching of even to odd patches: the squared distance of the layer's inputs, plus half
-    of that of the mask's key factors, each over its mean, weighted as Ward weighs the sizes of clusters. A merged token
-    is the mean of its patches with the mean of their norms; in attention and in the pooling it counts as often as it
-    has patches, and its row in a mask's position table is the mean of theirs.
+    of least cost by a bipartite matching of the two colours of a checkerboard of the patches, in later layers of every
+    second one of those that are left: the squared distance of the layer's inputs, plus half of that of the mask's key
+    factors, each over its mean, weighted as Ward weighs the sizes of clusters. A layer merges at most 30 % of its
+    patches, or up to one half where the share can't be reached otherwise. A merged token is the mean of its patches
+    with the mean of their norms; in attention and in the pooling it counts as often as it has patches, and its row in a
+    mask's position table is the mean of theirs.
 
     Outputs keep their shapes: ``forward_features`` and ``forward_intermediates`` give every patch the token that it is
-    part of. While the model computes its own output under a class token, the last block computes that token alone,
-    which changes nothing; ``keep=1`` does this and no more.
+    part of. While the model computes its own output, the last block computes only what that output needs: under a class
+    token, that token alone; under a mean, the last linear layer after the mean. This changes nothing, and ``keep=1``
+    does this and no more.
 
     In a describer the tokens of the joint encoder merge, each with others of its own modality, and padding with none; a
     clip is merged as if it were alone. The decoder reads every token of the encoder as before, each the one that it is
@@ -106,7 +109,8 @@ def merge_tokens(
             parallelism. In a CLIP model the image tower is reduced and the text tower isn't; in CLIP4Clip it is that of
             each frame. With rotary positions, a merged token has the rotation of the token whose place it takes. In
             padded batches of ``NaFlexVit``, each sample keeps the share of its own patches and is merged as if it were
-            alone; the batch gets shorter as its longest sample does.
+            alone; the batch gets shorter as its longest sample does. In this model every second patch is matched to the
+            others, row by row, and a layer merges up to one half of them.
         target_gmacs: upper limit on the GMACs of one input of the model's own size, matching included; as few patches
             as needed merge. Inputs of another size keep the same share of their patches.
         keep: instead, the share of the patches that is left after the last layer; in a describer, of the tokens of each
