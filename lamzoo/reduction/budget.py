@@ -170,6 +170,8 @@ def _share(model: nn.Module, config: TokenReduction, r: int) -> float:
     stack = None if streams.find_encoder(model) is not None else find_stack(model, masked=False, verb="merged")
     if stack is None or stack.num_patches is None:
         raise ConfigError(f"r={r}: the number of patches of this model is not known; give keep.")
+    if r > stack.num_patches // 2:
+        raise ConfigError(f"r={r}: at most half of the {stack.num_patches} patches can merge in a layer; take fewer.")
     gone = r * len(merging.merging_layers(stack, config))
     return max(1, stack.num_patches - gone) / stack.num_patches
 

@@ -372,6 +372,7 @@ def test_other_image_sizes_keep_the_same_share() -> None:
         ({"keep": 1.5}, "keep=1.5"),
         ({"r": -1}, "r=-1"),
         ({"r": 2.5}, "r=2.5"),
+        ({"r": 9}, "r=9: at most half of the 16 patches can merge in a layer"),
         ({"keep": 0.5, "at": (3,)}, r"at=\(3,\): tokens can merge in layers 0 to 2 of blocks"),
         ({"keep": 0.5, "at": ()}, "name at least one layer"),
         ({"keep": 0.5, "at": 3}, "at=3: name at least one layer"),
