@@ -1,19 +1,22 @@
 """Token merging as hooks in a vision transformer, with masks or without.
 
-Modifications to the host: a forward pre-hook on each block merges its tokens, and a forward hook on it ends the merge;
-the attention layers of a model without masks are taken over as masks take them over, so that keys and values are made
-of the tokens before a merge, and queries of those after it. Every block returns as many tokens as it takes, each patch
-the token that it is part of, so that pooling, dense features and intermediate outputs are those of the host; while the
-whole model runs, which hooks on it note, they are only spread out after the last block. What of the last block nothing
-reads is then not computed, which changes no output: under a class token all other tokens, and under a mean the last
-linear layer of each token, which the mean goes through instead. Where a host pads its samples, the size of padding is
-0, which hides it from attention in place of the host's attention mask.
+Modifications to the host:
+
+- A forward pre-hook on each block merges its tokens, and a forward hook on it ends the merge. The pre-hook of the first
+  block puts the patches in the order in which they are matched.
+- The attention layers of a model without masks are taken over as masks take them over, so that keys and values are made
+  of the tokens before a merge, and queries of those after it.
+- A block returns as many tokens as it takes, in the host's order, each patch the token that it is part of, so that
+  dense features and intermediate outputs have the host's shapes. While the model computes its own output, which hooks
+  on it note, tokens are only spread out after the last block.
+- That output doesn't depend on all of the last block. Under a class token, only the prefix is computed; under a mean,
+  the mean is taken before the last linear layer instead of after it. Neither changes the output.
+- Where a host pads its samples, padding has size 0, which hides it in place of the host's attention mask.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, Unpack
 
 import torch
@@ -34,30 +37,26 @@ from lamzoo.reduction.plan import checkerboard, merges_of_samples, merges_per_la
 from lamzoo.reduction.stacks import ReductionHook, Stack, check_not_traced, find_stack, remove_reduction, watch_passes
 
 
-@dataclass
-class SizedAttention:
-    """Attention hook of a masked layer: a key counts as often as the number of tokens in it."""
-
-    def __call__(
-        self,
-        attention: Callable[..., Tensor],
-        begun: StackPass,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: FactoredMask,
-        *,
-        op: Op,
-        **options: Unpack[AttentionOptions],
-    ) -> Tensor:
-        if begun.sizes is None:
-            return attention(query, key, value, mask, op=op, **options)
-        sized = size_factors(query.shape[2], begun.sizes.to(mask.left.dtype))
-        if op == "add":
-            return attention(query, key, value, mask.plus(sized), op=op, **options)
-        bias, logs = options.get("bias"), sized.right.transpose(-2, -1)
-        options["bias"] = logs if bias is None else bias + logs
+def attend_by_sizes(
+    attention: Callable[..., Tensor],
+    begun: StackPass,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: FactoredMask,
+    *,
+    op: Op,
+    **options: Unpack[AttentionOptions],
+) -> Tensor:
+    """Attends under a mask, where a key counts as often as it has members; an attention hook of a masked layer."""
+    if begun.sizes is None:
         return attention(query, key, value, mask, op=op, **options)
+    sized = size_factors(query.shape[2], begun.sizes.to(mask.left.dtype))
+    if op == "add":
+        return attention(query, key, value, mask.plus(sized), op=op, **options)
+    bias, logs = options.get("bias"), sized.right.transpose(-2, -1)
+    options["bias"] = logs if bias is None else bias + logs
+    return attention(query, key, value, mask, op=op, **options)
 
 
 class _MergeTokens(ReductionHook):
@@ -98,7 +97,7 @@ class _MergeTokens(ReductionHook):
             here = self.shared.current
         elif here.token_map is not None and not here.pooled:
             tokens = take(tokens, here.token_map.kept)  # the members of a merged token are all equal
-        # Of what the last block returns, only these tokens may be read; what is never read needs no query.
+        # If only the prefix of the last block's output is read, other tokens need no query.
         layer: Lam | Unmasked = block.attn.lam  # type: ignore[union-attr, assignment]
         if layer.is_last and here.pooled and self.pooling.reads_prefix_only():
             places = torch.arange(self.prefix, device=tokens.device).expand(tokens.shape[0], -1)
@@ -273,7 +272,7 @@ def merge(model: nn.Module, config: TokenReduction) -> None:
     lams = stack.lams
     shared = lams[0].shared if lams else SharedState()
     for lam in lams:
-        lam.attention_hook = SizedAttention()
+        lam.attention_hook = attend_by_sizes
     sites = find_stack(model, masked=False, verb="merged").sites
     for index, (site, adapter) in enumerate(sites.items()):
         adapter.wrap(model, {site: Unmasked(shared, index, is_last=index == len(sites) - 1)})

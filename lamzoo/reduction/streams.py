@@ -23,7 +23,7 @@ from lamzoo.lam.token_map import TokenMap
 from lamzoo.lam.unmasked import Unmasked
 from lamzoo.reduction.config import TokenReduction
 from lamzoo.reduction.matching import full_precision, least_costs, merged, without
-from lamzoo.reduction.merging import SizedAttention
+from lamzoo.reduction.merging import attend_by_sizes
 from lamzoo.reduction.stacks import ReductionHook, check_not_traced, remove_reduction
 
 Length = TypeVar("Length", int, Tensor)
@@ -178,7 +178,7 @@ def merge(model: nn.Module, path: str, config: TokenReduction) -> None:
     remove_reduction(model)
     shared = lams[0].shared if lams else SharedState()
     for lam in lams:
-        lam.attention_hook = SizedAttention()
+        lam.attention_hook = attend_by_sizes
     if not lams:
         adapter = MultiheadAttentionAdapter()
         sites = list(adapter.sites(encoder))
