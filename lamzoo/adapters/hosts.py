@@ -94,18 +94,18 @@ class Pooling:
         last: the module whose output, ``(B, N, C)``, is pooled.
         norm: name of the norm of a block whose output is the input of the block's attention.
         reads_prefix_only: whether the forward pass of ``root`` reads class and register tokens alone of what the last
-            block returns; asked in each pass, because hosts let users change it.
+            block returns; called in each pass, because users may change it.
         last_linear: the layer of the last block that is applied to each token by itself and added to it; None if there
             is none.
         reads_mean_only: whether the forward pass of ``root`` reads the mean over the tokens alone of what the last
-            block returns, those at the start apart that it leaves out; asked in each pass.
+            block returns, without the first ``num_unpooled``; called in each pass.
         arguments: names of the tensors besides the tokens that a block may be called with, because its attention
             selects their rows for tokens that have been removed or merged.
         padding: name of the attention mask that a block is called with where samples are padded; it hides padding and
             nothing else.
         no_merging: the reason why tokens can't be merged, a clause that follows the path of the blocks; None if they
             can.
-        no_pruning: the same of pruning.
+        no_pruning: likewise for pruning.
     """
 
     blocks: str

@@ -89,7 +89,7 @@ class StackPass:
 
     @property
     def has_reduced(self) -> bool:
-        """Whether the current layer has fewer tokens than the stack's input."""
+        """Whether the tokens of the current layer differ from the stack's input: fewer of them, or another order."""
         return self.token_map is not None or self.merge is not None
 
     @property

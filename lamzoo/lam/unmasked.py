@@ -1,4 +1,4 @@
-"""Attention of a layer without a learnable mask, where token reduction takes the layer over."""
+"""Attention of a layer without a learnable mask, for token merging."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from lamzoo.lam.passes import SharedState
 
 
 class Unmasked(nn.Module):
-    """What a taken-over layer has in place of a :class:`~lamzoo.lam.Lam`: attention that knows the sizes of its keys.
+    """Attention weighted by the sizes of its keys, in the place of a :class:`~lamzoo.lam.Lam`, without parameters.
 
-    It has no parameters. A token that several have merged into counts as many times, by the logarithm of its size on
-    the scores of its key (proportional attention; ToMe, arXiv 2210.09461, equation 1): an additive mask of rank 1.
+    The logarithm of a token's size is added to the scores of its key, so that a merged token counts as often as it has
+    members (proportional attention; ToMe, arXiv 2210.09461, equation 1).
 
     Args:
         shared: state of the stack that the layer belongs to.

@@ -26,16 +26,17 @@ _FIELDS: Mapping[Method, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class TokenReduction:
-    """Token-reduction settings: how a vision transformer gets by with fewer tokens.
+    """Token-reduction settings of a model.
 
-    Merging is the default, and the better choice without training: alike tokens become one, a few in each layer, with
-    masks or without; see :func:`lamzoo.merge_tokens`. Pruning takes tokens away after a few layers by what the masks
-    say of them, and can be trained; take it where tokens have to be gone, such as those of a background, or where the
-    masks shall learn which tokens matter; see :func:`lamzoo.prune_tokens`.
+    Merging is the default, and the better choice without training: a few similar tokens are averaged in each layer,
+    with masks or without; see :func:`lamzoo.merge_tokens`. Pruning removes tokens after a few layers by their scores
+    under the masks, and can be trained; use it to remove a part of the image, such as the background, or to train the
+    masks to select tokens; see :func:`lamzoo.prune_tokens`.
 
     Attributes:
-        keep: share of the patches that is left: after the last layer with ``method="merge"``, rounded; of a layer's
-            own, at each layer of ``at``, rounded up, with ``method="prune"``. Class and register tokens don't count.
+        keep: share of the patches to keep. With ``method="merge"``, of those of the input, after the last layer,
+            rounded; in a describer, of the tokens of each modality. With ``method="prune"``, of a layer's own, at each
+            layer of ``at``, rounded up. Class and register tokens don't count.
         method: ``"merge"`` or ``"prune"``.
         at: layers, counted from 0. Merging: in which tokens merge; all of them by default. Pruning: whose attention
             scores the tokens; pruned tokens leave after the layer's block. By default three, at a quarter, half and
@@ -53,8 +54,8 @@ class TokenReduction:
             costs as much as the unpruned model, plus a second attention in each later layer; add
             :func:`lamzoo.pruning_loss` to the loss. ``"top-k"``: as in evaluation and at its cost; no gradient flows
             through the choice of tokens.
-        frames: for merging in a model of videos, the share of a video's frames that is left, rounded: before the tower
-            encodes them, alike frames become one.
+        frames: for merging in CLIP4Clip, the share of a video's frames to keep, rounded: similar frames are averaged
+            before the image tower encodes them.
 
     Raises:
         ConfigError: a field has an invalid value, or is one of the other method and differs from its default.

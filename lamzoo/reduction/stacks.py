@@ -120,8 +120,8 @@ def find_stack(model: nn.Module, *, masked: bool, verb: Literal["merged", "prune
 
 # For messages.
 _SUPPORTED = {
-    "merged": "one VisionTransformer, Eva, NaFlexVit, Qwen3VitEncoder or DeepseekVitEncoder of timm or one image tower "
-    "of open_clip",
+    "merged": "one VisionTransformer, Eva, NaFlexVit, Qwen3VitEncoder or DeepseekVitEncoder of timm, one image tower "
+    "of open_clip or a describer",
     "pruned": "one VisionTransformer or Eva of timm or one image tower of open_clip",
 }
 
