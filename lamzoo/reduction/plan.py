@@ -23,8 +23,11 @@ def merges_per_layer(patches: int, keep: float, layers: int, *, capped: bool = T
         capped: whether later layers, which have few patches left, merge fewer in favour of earlier ones.
 
     Returns:
-        The number of patches that merge into others in each layer.
+        The number of patches that merge into others in each layer; nothing without layers, as in a model of one block
+        under a class token.
     """
+    if layers == 0:
+        return ()
     gone = patches - max(1, round(keep * patches))
     if not capped:
         return tuple(_even(patches, gone, layers, 0.5))
