@@ -197,10 +197,11 @@ def _largest(
     try:
         largest = bisect_right(range(1, 1001), target, key=gmacs)
         if largest == 0:
+            in_all = config.at is None and config.method == "merge"
             where = "" if config.at is None else f" at layers {config.at}"
             raise ConfigError(
-                f"target_gmacs={target}: with as few tokens as can be{where}, the model still costs {gmacs(1):.4g} "
-                "GMACs; take a higher target, or reduce tokens in earlier layers."
+                f"target_gmacs={target:g}: with as few tokens as possible{where}, the model still costs "
+                f"{gmacs(1):.4g} GMACs; take a higher target{'' if in_all else ', or reduce tokens in earlier layers'}."
             )
         return replace(config, keep=largest / 1000)
     finally:

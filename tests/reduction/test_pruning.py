@@ -339,7 +339,7 @@ def test_a_target_above_the_whole_keeps_everything() -> None:
 def test_a_target_out_of_reach_raises_and_leaves_the_model_as_it_was() -> None:
     vit = prune_tokens(model(), 0.5, (0,))
     before = vit(images())
-    with pytest.raises(ConfigError, match=r"target_gmacs=1e-06: with as few tokens as can be at layers \(2,\)"):
+    with pytest.raises(ConfigError, match=r"target_gmacs=1e-06: with as few tokens as possible at layers \(2,\)"):
         prune_tokens(vit, at=(2,), target_gmacs=1e-6)
     assert torch.equal(vit(images()), before)
     with pytest.raises(ConfigError, match="keep=0.5 beside target_gmacs=1.0: give one of them"):
