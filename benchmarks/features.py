@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from rich.progress import track
 from torch import Tensor
@@ -99,10 +98,7 @@ def load_backbone(path: Path) -> Any:
     """
     if not path.is_file():
         raise DataError(f"there are no weights at {path}; give the path of the file with --weights")
-    model = timm.create_model(
-        "vit_small_patch14_dinov2", pretrained=True, pretrained_cfg_overlay={"file": str(path)}, img_size=224,
-        num_classes=0,
-    )  # fmt: skip
+    model = lamzoo.create_model("timm/vit_small_patch14_dinov2", checkpoint_path=path, img_size=224, num_classes=0)
     return model.eval()
 
 

@@ -43,6 +43,7 @@ import lamzoo
 from benchmarks.methods import ALL, METHODS, OURS, PEERS, Samples
 from benchmarks.rows import read_rows, write_rows
 from lamzoo.data import create_dataset
+from lamzoo.data.arrays import read_npy
 from lamzoo.evaluation.resume import weights_sha256
 from lamzoo.evaluation.runtime import inference
 from lamzoo.profiling.inputs import as_arguments, default_input, image_config, image_mode
@@ -400,7 +401,7 @@ def _kept_correct(kept: Path, row: Row) -> Tensor | None:
     predictions, labels = (kept / f"{name}.npy" for name in (_slug(*row.key), f"{_slug(row.data, row.split)}.labels"))
     if not (predictions.exists() and labels.exists()):
         return None
-    return torch.from_numpy(np.load(predictions) == np.load(labels))
+    return torch.from_numpy(read_npy(predictions) == read_npy(labels))
 
 
 def _kept_logits(kept: Path, subject: Subject, model: nn.Module, images: Images) -> Tensor:
@@ -408,7 +409,7 @@ def _kept_logits(kept: Path, subject: Subject, model: nn.Module, images: Images)
     path = kept / f"{_slug(subject.model, subject.split, weights_sha256(model)[:12])}.logits.npy"
     if not path.exists():
         np.save(path, logits_of(model, images).numpy())
-    return torch.from_numpy(np.load(path))
+    return torch.from_numpy(read_npy(path))
 
 
 def _slug(*parts: str | float | None) -> str:

@@ -118,8 +118,6 @@ class LamMultiheadAttention(HostTakeover, nn.MultiheadAttention):
         if self.in_proj_weight is not None:
             if queries is keys is values:
                 return F.linear(queries, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
-            if keys is values:
-                return project_apart(queries, keys, self.in_proj_weight, self.in_proj_bias)
             weights = self.in_proj_weight.chunk(3)
         else:
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
