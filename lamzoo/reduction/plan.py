@@ -31,7 +31,8 @@ def merges_per_layer(patches: int, keep: float, layers: int, *, capped: bool = T
     gone = patches - max(1, round(keep * patches))
     if not capped:
         return tuple(_even(patches, gone, layers, 0.5))
-    most, total = _MOST, gone
+    # The least share that may be enough, if every layer merged as many; it isn't where shares are rounded down.
+    most, total = min(max(_MOST, 1 - (1 - gone / patches) ** (1 / layers)), 0.5), gone
     while True:
         merges = _even(patches, total, layers, most)
         missing = gone - sum(merges)
@@ -41,7 +42,7 @@ def merges_per_layer(patches: int, keep: float, layers: int, *, capped: bool = T
         if total > patches * layers:  # every layer merges as many as it may
             if most >= 0.5:
                 return tuple(merges)
-            most, total = min(most + 0.02, 0.5), gone
+            most, total = min(most + 0.002, 0.5), gone
     for place in range(-missing):
         merges[place % layers] -= 1
     return tuple(merges)
