@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal, Self, Unpack
 
@@ -25,7 +25,7 @@ from lamzoo.lam.layer import AttentionOptions
 from lamzoo.lam.ops import OPS, Op
 from lamzoo.lam.passes import StackPass
 from lamzoo.lam.token_map import TokenMap, take
-from lamzoo.lam.unmasked import size_factors
+from lamzoo.reduction.merging import attend_by_sizes
 
 __all__ = ["Peer", "Reduction", "Seen", "applied", "mean_gmacs"]
 
@@ -298,13 +298,7 @@ class _Run:
     ) -> Tensor:
         """Attention hook of masked layers: makes attention proportional to the sizes."""
         self.mask, self.op = mask, op
-        if self.sizes is not None:
-            sized = size_factors(query.shape[2], self.sizes.to(mask.left.dtype))
-            if op == "add":  # one more column of the factors, which costs less than a bias
-                mask = mask.plus(sized)
-            else:
-                options["bias"] = sized.right.mT
-        return attention(query, key, value, mask, op=op, **options)
+        return attend_by_sizes(attention, replace(begun, sizes=self.sizes), query, key, value, mask, op=op, **options)
 
     def reduce(self, index: int, attn: Any, tokens: Tensor) -> Tensor:
         """Reduces the tokens ``(B, N, C)`` of a layer, and with them the masks of the layers that follow."""

@@ -218,7 +218,7 @@ class Lam(nn.Module):
             The output ``(B, H, Nq, dv)``, in the dtype of ``query``, and the weights ``(B, H, Nq, Nk)`` that made it,
             after dropout.
         """
-        eager = _EagerAttention()
+        eager = EagerAttention()
         attention, begun = self._hooked(eager), self.shared.current
         mask = self(query_tokens, key_tokens, present)
         out = attention(query, key, value, mask, op=self.config.op, **options)
@@ -290,7 +290,7 @@ def carry_configs(state_dict: Mapping[str, Tensor], configs: Mapping[str, LamCon
     return carrier
 
 
-class _EagerAttention:
+class EagerAttention:
     """Eager attention that keeps the weights of each call, before and after dropout."""
 
     def __init__(self) -> None:

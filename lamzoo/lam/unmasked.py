@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lamzoo.lam.kernels.eager import attention_weights
 from lamzoo.lam.kernels.sdpa import merged_mask
+from lamzoo.lam.layer import AttentionOptions, EagerAttention
 from lamzoo.lam.masks import FactoredMask
 from lamzoo.lam.passes import SharedState
 
@@ -78,22 +77,15 @@ class Unmasked(nn.Module):
         value: Tensor,
         *,
         present: Tensor | None = None,
-        allowed: Tensor | None = None,
-        bias: Tensor | None = None,
-        is_causal: bool = False,
-        dropout_p: float = 0.0,
-        scale: float | None = None,
+        **options: Unpack[AttentionOptions],
     ) -> tuple[Tensor, Tensor]:
         """Attends and returns the weights; arguments and result as :meth:`lamzoo.lam.Lam.attend_with_weights`."""
         sizes = self.shared.current.sizes
         if sizes is None:
             sizes = key.new_ones(key.shape[0], key.shape[2])
-        weights = attention_weights(
-            query, key, size_factors(query.shape[2], sizes), op="add",
-            allowed=allowed, bias=bias, is_causal=is_causal, scale=query.shape[-1] ** -0.5 if scale is None else scale,
-        )  # fmt: skip
-        weights = torch.dropout(weights, dropout_p, dropout_p > 0)
-        return (weights @ value).to(query.dtype), weights
+        eager = EagerAttention()
+        out = eager(query, key, value, size_factors(query.shape[2], sizes), op="add", **options)
+        return out, eager.calls[0][1]
 
 
 _HIDDEN = -1000.0  # on a score: the weight is 0 in every dtype, and unlike -inf it has gradients in folded kernels

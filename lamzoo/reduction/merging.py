@@ -34,7 +34,15 @@ from lamzoo.lam.unmasked import Unmasked, size_factors
 from lamzoo.reduction.config import TokenReduction
 from lamzoo.reduction.matching import match, match_padded, merged
 from lamzoo.reduction.plan import checkerboard, merges_of_samples, merges_per_layer
-from lamzoo.reduction.stacks import ReductionHook, Stack, check_not_traced, find_stack, remove_reduction, watch_passes
+from lamzoo.reduction.stacks import (
+    EndPass,
+    ReductionHook,
+    Stack,
+    check_not_traced,
+    find_stack,
+    remove_reduction,
+    watch_passes,
+)
 
 
 def attend_by_sizes(
@@ -215,13 +223,6 @@ class _BeginPooled(ReductionHook):
         self.shared.begin(pooled=all(method is None or _is_library(name, method) for name, method in methods))
 
 
-class _EndPooled(ReductionHook):
-    """Forward hook of the model: ends the pass, also when the model raised."""
-
-    def __call__(self, root: nn.Module, args: tuple[Any, ...], output: object) -> None:
-        self.shared.end()
-
-
 # The methods of a model that read what its blocks return.
 _FORWARD = ("forward", "forward_features", "forward_head", "pool", "_pool")
 
@@ -285,7 +286,7 @@ def merge(model: nn.Module, config: TokenReduction) -> None:
         stack.pooling.last_linear.register_forward_pre_hook(_PoolEarly(shared, stack.pooling))
     root = model.get_submodule(stack.pooling.root)
     root.register_forward_pre_hook(_BeginPooled(shared))
-    root.register_forward_hook(_EndPooled(shared), always_call=True)
+    root.register_forward_hook(EndPass(shared), always_call=True)
     model.token_reduction = config  # type: ignore[assignment]
 
 

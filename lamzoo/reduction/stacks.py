@@ -134,6 +134,13 @@ class ReductionHook(SharedStateHook):
     """A hook that :func:`remove_reduction` removes."""
 
 
+class EndPass(ReductionHook):
+    """Forward hook of the module that runs the blocks: ends the pass, also when the module raised."""
+
+    def __call__(self, root: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        self.shared.end()
+
+
 class _Enter(EnterBlock, ReductionHook):
     """An :class:`EnterBlock` that is removed with the reduction."""
 

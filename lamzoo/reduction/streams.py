@@ -24,7 +24,7 @@ from lamzoo.lam.unmasked import Unmasked
 from lamzoo.reduction.config import TokenReduction
 from lamzoo.reduction.matching import full_precision, least_costs, merged, without
 from lamzoo.reduction.merging import attend_by_sizes
-from lamzoo.reduction.stacks import ReductionHook, check_not_traced, remove_reduction
+from lamzoo.reduction.stacks import EndPass, ReductionHook, check_not_traced, remove_reduction
 
 Length = TypeVar("Length", int, Tensor)
 
@@ -72,13 +72,6 @@ class _BeginStreams(ReductionHook):
         streams = args[0] if args else kwargs["streams"]
         self.shared.begin(held=True)
         self.shared.update(spans=tuple(self.spans(streams).values()))
-
-
-class _EndStreams(ReductionHook):
-    """Forward hook of the encoder: ends the pass, also when the encoder raised."""
-
-    def __call__(self, encoder: nn.Module, args: tuple[Any, ...], output: object) -> None:
-        self.shared.end()
 
 
 class _MergeStreams(ReductionHook):
@@ -191,7 +184,7 @@ def merge(model: nn.Module, path: str, config: TokenReduction) -> None:
         layer.register_forward_pre_hook(_MergeStreams(shared, share, before))
         layer.register_forward_hook(_FinishMerge(shared, index == len(encoder.layers) - 1))
     encoder.register_forward_pre_hook(_BeginStreams(shared, encoder), with_kwargs=True)
-    encoder.register_forward_hook(_EndStreams(shared), always_call=True)
+    encoder.register_forward_hook(EndPass(shared), always_call=True)
     model.token_reduction = config  # type: ignore[assignment]
 
 
