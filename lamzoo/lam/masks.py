@@ -297,8 +297,9 @@ class MaskNetwork(nn.Module):
         else:
             right = self._split_heads(self.key(key_tokens))
         if self.config.sign == "positive":
-            # softplus(x) = -logsigmoid(-x): torch 2.15 compiles the gradient of F.softplus with wrong strides.
-            right = -F.logsigmoid(-(right + _SOFTPLUS_ONE))
+            # softplus(x) = -logsigmoid(-x): torch 2.15 compiles the gradient of F.softplus with wrong strides, and
+            # F.logsigmoid of what isn't contiguous as well.
+            right = -F.logsigmoid(-(right.contiguous() + _SOFTPLUS_ONE))
         return right
 
     def _split_heads(self, x: Tensor) -> Tensor:

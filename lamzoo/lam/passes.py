@@ -59,7 +59,9 @@ class StackPass:
         sizes: number of the stack's input tokens in each key of the current layer, float ``(B, N)``, 0 in padding;
             None where nothing has merged and nothing is padded.
         merge: of tokens inside the current layer.
-        plan: how many tokens merge in each layer that merges.
+        plan: how many tokens merge in each layer that merges; of padded samples, by how many the batch gets shorter.
+        counts: how many tokens of each padded sample are due to merge in these layers, int64 ``(B, layers)``; None
+            where nothing is padded.
         kept: straight-through decisions, ``(B, N)``: 1 for kept tokens, 0 for pruned ones that training leaves in
             place; None without such decisions.
         scores: of the current layer's tokens, ``(B, N)``, if tokens are reduced after it.
@@ -75,6 +77,7 @@ class StackPass:
     sizes: Tensor | None = None
     merge: Merge | None = None
     plan: tuple[int, ...] = ()
+    counts: Tensor | None = None
     kept: Tensor | None = None
     scores: Tensor | None = None
     pooled: bool = False

@@ -110,11 +110,11 @@ def merge_tokens(
             each frame. With rotary positions, a merged token has the rotation of the token whose place it takes. In
             padded batches of ``NaFlexVit``, each sample keeps the share of its own patches and is merged as if it were
             alone; the batch gets shorter as its longest sample does. In this model every second patch is matched to the
-            others, row by row, and a layer merges up to one half of them.
+            others, row by row.
         target_gmacs: upper limit on the GMACs of one input of the model's own size, matching included; as few patches
             as needed merge. Inputs of another size keep the same share of their patches.
-        keep: instead, the share of the patches that is left after the last layer; in a describer, of the tokens of each
-            modality, and not below 1 / (layers + 1).
+        keep: instead, the share of the patches that is left after the last layer, rounded up; in a describer, of the
+            tokens of each modality, and not below 1 / (layers + 1).
         r: instead, the number of patches that merge in each layer, as in ToMe; at the model's own input size.
         at: layers in which tokens merge, counted from 0; all of them by default, which loses least. A merge has a
             fixed cost of some fifty small operators. Where a layer costs little more itself, as with one image of 64

@@ -48,15 +48,15 @@ def match(
 
 
 def match_padded(
-    tokens: Tensor, count: int, counts: Tensor, num_prefix_tokens: int, sizes: Tensor, right: Tensor | None = None
+    tokens: Tensor, count: int, due: Tensor, num_prefix_tokens: int, sizes: Tensor, right: Tensor | None = None
 ) -> tuple[TokenMap, Tensor]:
     """As :func:`match`, for padded samples: padding has size 0, merges with no patch, and fills the remaining places.
 
     Args:
         tokens: ``(B, N, C)``, inputs of the layer's attention.
         count: number of tokens by which the batch gets shorter.
-        counts: number of patches of each sample that merge into others, int64 ``(B,)``; see
-            :func:`lamzoo.reduction.plan.merges_of_samples`.
+        due: number of patches of each sample that merge as if it were alone, int64 ``(B,)``; more of them do where the
+            remaining ones wouldn't fit into the shorter batch.
         num_prefix_tokens: class and register tokens at the start, which never merge.
         sizes: number of the stack's input tokens in each token, ``(B, N)``; 0 in padding.
         right: key factor of the layer's mask, ``(1 | B, Hm, N, R)``; None without a mask.
@@ -70,6 +70,7 @@ def match_padded(
         even, patches = slice(num_prefix_tokens, None, 2), slice(num_prefix_tokens, None)
         rows = None if right is None else right.transpose(1, 2).flatten(2)[:, patches]
         least, partner = least_costs(tokens[:, patches], sizes[:, patches], rows, there[:, patches])
+        counts = torch.maximum(due, there.sum(dim=1) - (length - count))
         leaves = least.argsort(dim=-1).argsort(dim=-1) < counts.unsqueeze(1)
         leaving = torch.zeros_like(there)
         leaving[:, even] = leaves

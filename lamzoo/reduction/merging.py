@@ -33,7 +33,7 @@ from lamzoo.lam.token_map import TokenMap, take
 from lamzoo.lam.unmasked import Unmasked, size_factors
 from lamzoo.reduction.config import TokenReduction
 from lamzoo.reduction.matching import match, match_padded, merged
-from lamzoo.reduction.plan import checkerboard, merges_of_samples, merges_per_layer
+from lamzoo.reduction.plan import checkerboard, merges_by_length, merges_per_layer
 from lamzoo.reduction.stacks import (
     EndPass,
     ReductionHook,
@@ -101,7 +101,10 @@ class _MergeTokens(ReductionHook):
         if self.is_first:
             tokens = self._begin(tokens, here)
             if padding is not None:
-                self.shared.update(sizes=_present(padding, block, tokens).float())
+                present = _present(padding, block, tokens)
+                lengths = present[:, self.prefix :].sum(dim=1)
+                counts = self._plans(int(tokens.shape[1]) - self.prefix).to(tokens.device)[lengths]
+                self.shared.update(sizes=present.float(), counts=counts)
             here = self.shared.current
         elif here.token_map is not None and not here.pooled:
             tokens = take(tokens, here.token_map.kept)  # the members of a merged token are all equal
@@ -118,9 +121,9 @@ class _MergeTokens(ReductionHook):
             if padding is None:
                 token_map, sizes = match(normed, count, self.prefix, here.sizes, right)
             else:
-                assert here.sizes is not None and self.place is not None
-                counts = merges_of_samples(here.sizes, self.prefix, count, self.keep, self.layers, self.place)
-                token_map, sizes = match_padded(normed, count, counts, self.prefix, here.sizes, right)
+                assert here.sizes is not None and here.counts is not None and self.place is not None
+                due = here.counts[:, self.place]
+                token_map, sizes = match_padded(normed, count, due, self.prefix, here.sizes, right)
             self.shared.merge(Merge(normed, token_map, sizes, right))
             tokens = merged(tokens, token_map)
         return (tokens, *others), kwargs
@@ -133,17 +136,24 @@ class _MergeTokens(ReductionHook):
         normed: Tensor = getattr(block, self.pooling.norm)(tokens)
         return normed
 
+    @torch.compiler.assume_constant_result  # a traced share would be a variable as soon as a second one is compiled
+    def _plan(self, patches: int) -> tuple[int, ...]:
+        return merges_per_layer(patches, self.keep, self.layers)
+
+    @torch.compiler.assume_constant_result
+    def _plans(self, longest: int) -> Tensor:
+        return merges_by_length(longest, self.keep, self.layers)
+
     def _begin(self, tokens: Tensor, here: StackPass) -> Tensor:
         """Begins the pass, and puts the patches in the order in which they are matched."""
         self.shared.begin(here.grid, pooled=here.begins_pooled, held=True)
         patches = tokens.shape[1] - self.prefix
         if isinstance(patches, Tensor):  # in torch.jit.trace
             patches = int(patches)
-        if self.pooling.padding is not None:  # a sample merges alike in any batch, of which the grids are not known
-            self.shared.update(plan=merges_per_layer(patches, self.keep, self.layers, capped=False))
-            return tokens
-        plan = merges_per_layer(patches, self.keep, self.layers)
+        plan = self._plan(patches)
         self.shared.update(plan=plan)
+        if self.pooling.padding is not None:  # a sample merges alike in any batch, of which the grids are not known
+            return tokens
         order = checkerboard(patches, self.prefix, (here.grid, self.grid), tokens) if any(plan) else None
         if order is None:
             return tokens

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -11,75 +11,51 @@ from torch import Tensor
 from lamzoo.lam.resize import Grid
 
 _MOST = 0.3  # of a layer's patches: of its alike pairs, more would be less alike
+_ROUNDING = 1e-6  # of patches, by which a product falls short of a whole number at most
 
 
-def merges_per_layer(patches: int, keep: float, layers: int, *, capped: bool = True) -> tuple[int, ...]:
+@lru_cache(maxsize=256)
+def merges_per_layer(patches: int, keep: float, layers: int) -> tuple[int, ...]:
     """Spreads merges evenly over layers, up to 30 % of a layer's patches, or the share that it takes, up to one half.
+
+    Where even merges are too many for the last layers, which have few patches left, earlier ones merge more. With the
+    share, the number of patches never falls after any layer.
 
     Args:
         patches: number of patches before the first of the layers.
-        keep: share of them that is left after the last one.
+        keep: share of them that is left after the last one, rounded up, and at least one patch.
         layers: number of layers.
-        capped: whether later layers, which have few patches left, merge fewer in favour of earlier ones.
 
     Returns:
         The number of patches that merge into others in each layer; nothing without layers, as in a model of one block
         under a class token.
     """
-    if layers == 0:
-        return ()
-    gone = patches - max(1, round(keep * patches))
-    if not capped:
-        return tuple(_even(patches, gone, layers, 0.5))
-    # The least share that may be enough, if every layer merged as many; it isn't where shares are rounded down.
-    most, total = min(max(_MOST, 1 - (1 - gone / patches) ** (1 / layers)), 0.5), gone
-    while True:
-        merges = _even(patches, total, layers, most)
-        missing = gone - sum(merges)
-        if missing <= 0:
-            break
-        total += missing
-        if total > patches * layers:  # every layer merges as many as it may
-            if most >= 0.5:
-                return tuple(merges)
-            most, total = min(most + 0.002, 0.5), gone
-    for place in range(-missing):
-        merges[place % layers] -= 1
+    if patches == 0:
+        return (0,) * layers
+    left, merges = patches, []
+    for after in _patches_left(patches, max(1.0, keep * patches), layers):
+        merges.append(min(left - math.ceil(after - _ROUNDING), left // 2))
+        left -= merges[-1]
     return tuple(merges)
 
 
-def merges_of_samples(
-    sizes: Tensor, num_prefix_tokens: int, count: int, keep: float, layers: int, layer: int
-) -> Tensor:
-    """Returns how many patches of each padded sample merge, so that it merges as it does alone.
-
-    Args:
-        sizes: number of the stack's input tokens in each token, ``(B, N)``; 0 in padding.
-        num_prefix_tokens: class and register tokens at the start.
-        count: number of tokens by which the batch gets shorter.
-        keep: as for :func:`merges_per_layer`, of which this is the value in one layer, without
-            a cap, for the length of each sample.
-        layers: likewise.
-        layer: place of the layer among them.
-
-    Returns:
-        int64 ``(B,)``; at least as many as it takes for the remaining patches to fit into the shorter batch.
-    """
-    patches = sizes[:, num_prefix_tokens:]
-    left, whole = (patches > 0).sum(dim=1), patches.sum(dim=1).long()
-    gone = (whole - (keep * whole.double()).round().clamp_min(1).long()).clamp_min(0)
-    due = [torch.div(place * gone, layers, rounding_mode="floor") for place in (layer, layer + 1)]
-    own = torch.minimum(due[1] - due[0], left // 2)
-    return torch.maximum(own, left - (patches.shape[1] - count))
+def _patches_left(patches: int, last: float, layers: int) -> list[float]:
+    """Returns the number of patches after each layer, before rounding: first as many less each, then a share less."""
+    if layers == 0:
+        return []
+    share = min(max(_MOST, 1 - (last / patches) ** (1 / layers)), 0.5)
+    for even in range(layers, 0, -1):  # layers that merge as many; the others reach the share
+        each = (patches - last / (1 - share) ** (layers - even)) / even
+        if each <= share * (patches - (even - 1) * each):
+            break
+    left = [patches - layer * each for layer in range(1, even + 1)]
+    return left + [left[-1] * (1 - share) ** layer for layer in range(1, layers - even + 1)]
 
 
-def _even(patches: int, total: int, layers: int, most: float) -> list[int]:
-    """Spreads a total over layers, at most a share of a layer's patches in each."""
-    left, merges = patches, []
-    for before, after in pairwise(layer * total // layers for layer in range(layers + 1)):
-        merges.append(min(after - before, int(most * left)))
-        left -= merges[-1]
-    return merges
+@lru_cache(maxsize=16)
+def merges_by_length(longest: int, keep: float, layers: int) -> Tensor:
+    """Returns :func:`merges_per_layer` for any number of patches up to the longest, int64 ``(longest + 1, layers)``."""
+    return torch.tensor([merges_per_layer(patches, keep, layers) for patches in range(longest + 1)], dtype=torch.int64)
 
 
 def checkerboard(patches: int, num_prefix_tokens: int, grids: tuple[Grid | None, ...], like: Tensor) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 import pickle
 import warnings
 from collections.abc import Callable
@@ -436,20 +437,31 @@ def test_masks_come_before_merging() -> None:
 @given(patches=st.integers(1, 300), keep=st.floats(0.01, 1), layers=st.integers(1, 24))
 def test_merges_are_spread_evenly(patches: int, keep: float, layers: int) -> None:
     merges = merges_per_layer(patches, keep, layers)
-    gone = patches - max(1, round(keep * patches))
     assert len(merges) == layers
     left, most = patches, 0.0
     for count in merges:
         assert 0 <= count <= left // 2
         most = max(most, count / left)
         left -= count
-    if left > patches - gone:  # as many as can merge
-        assert left - left // 2 == left or merges[-1] == (left + merges[-1]) // 2
-    else:
-        assert left == patches - gone
-        if gone <= layers * int(0.3 * (patches - gone)):  # no layer would merge more than 30 %
-            assert max(merges) - min(merges) <= 1
-            assert most <= 0.3
+    due = max(1, math.ceil(keep * patches - 1e-6))
+    assert left >= due
+    if left > due:  # as many as can merge
+        assert keep < 0.51**layers or merges[-1] == (left + merges[-1]) // 2
+    if patches - due <= layers * int(0.3 * due):  # no layer would merge more than 30 %
+        assert max(merges) - min(merges) <= 1
+
+
+@settings(derandomize=True, max_examples=60)
+@given(patches=st.integers(0, 300), keep=st.floats(0.01, 1), more=st.floats(0, 0.2), layers=st.integers(1, 24))
+def test_no_layer_has_fewer_patches_where_more_are_kept(patches: int, keep: float, more: float, layers: int) -> None:
+    fewer, others = (merges_per_layer(patches, share, layers) for share in (keep, min(1.0, keep + more)))
+    assert all(a >= b for a, b in zip(itertools.accumulate(fewer), itertools.accumulate(others), strict=True))
+    longer = merges_per_layer(patches + 1, keep, layers)
+    left = [
+        [length - gone for gone in itertools.accumulate(plan)]
+        for length, plan in ((patches, fewer), (patches + 1, longer))
+    ]
+    assert all(a <= b for a, b in zip(*left, strict=True))
 
 
 def test_matching_sees_a_checkerboard() -> None:
