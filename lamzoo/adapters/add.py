@@ -19,7 +19,7 @@ from lamzoo.adapters.hosts import (
     adapters_of,
     watch_block,
 )
-from lamzoo.adapters.wrappers import check_free, compiled_parts, unwrap
+from lamzoo.adapters.wrappers import check_free, check_model, compiled_parts, unwrap
 from lamzoo.errors import ConfigError, UnsupportedHostError, class_name
 from lamzoo.lam import Lam, LamConfig, MaskNetwork, SharedState
 from lamzoo.lam.unmasked import Unmasked
@@ -44,11 +44,12 @@ def add_lam(model: Model, config: LamConfig | Mapping[str, Any] | bool | None = 
 
     Raises:
         UnsupportedHostError: the model has an attention layer that can't carry a mask (named), no attention layer,
-            masks already, or a part from Hugging Face transformers; or it is distributed (DDP, FSDP) or compiled in
-            parts. The model is left unchanged.
+            masks already, or a part from Hugging Face transformers; it is distributed (DDP, FSDP) or compiled in parts,
+            or no ``torch.nn.Module``. The model is left unchanged.
         ConfigError: the configuration is invalid, or has position keys for a host of unknown length or without fixed
             token positions.
     """
+    check_model(model)
     config = LamConfig() if config is None else LamConfig.of(config)
     if any(isinstance(module, Lam) for module in model.modules()):
         raise UnsupportedHostError(
@@ -102,6 +103,7 @@ def add_lam_to(model: Model, lengths: Mapping[str, int | None], config: LamConfi
         UnsupportedHostError: as for :func:`add_lam`.
         ConfigError: as for :func:`add_lam`.
     """
+    check_model(model)
     for path, length in lengths.items():
         part = add_lam(model.get_submodule(path), config.with_length(length))
         del part.lam_config

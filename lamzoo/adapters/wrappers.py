@@ -12,8 +12,22 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lamzoo.errors import UnsupportedHostError, class_name
+from lamzoo.files import shortened
 
 _COMPILED = "_orig_mod"  # the name that torch.compile gives the wrapped module
+
+
+def check_model(model: object) -> None:
+    """Raises an :class:`UnsupportedHostError` for an argument that is not a model, such as the name of one."""
+    if isinstance(model, nn.Module):
+        return
+    if isinstance(model, type):
+        raise UnsupportedHostError(f"The model is the class {class_name(model)}; pass an instance of it.")
+    given = shortened(repr(model)) if model is None or isinstance(model, str) else f"of class {class_name(model)}"
+    made = (
+        f"lamzoo.create_model({given})" if isinstance(model, str) else "a model, for example from lamzoo.create_model"
+    )
+    raise UnsupportedHostError(f"The model is {given}, which is not a torch.nn.Module; pass {made}.")
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -22,8 +36,10 @@ def unwrap(model: nn.Module) -> nn.Module:
     A model under FSDP2 (``fully_shard``) has no wrapper and is returned unchanged.
 
     Raises:
-        UnsupportedHostError: the model is wrapped by ``FullyShardedDataParallel`` (FSDP1), which hides the parameters.
+        UnsupportedHostError: the model is wrapped by ``FullyShardedDataParallel`` (FSDP1), which hides the parameters,
+            or is not a ``torch.nn.Module``.
     """
+    check_model(model)
     *_, innermost = _layers(model)
     if any("_fsdp_wrapped_module" in module._modules for module in innermost.modules()):
         raise UnsupportedHostError(

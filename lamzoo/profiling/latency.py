@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from lamzoo.adapters.wrappers import check_model
 from lamzoo.errors import ConfigError
 from lamzoo.profiling.inputs import Inputs, as_arguments, evaluating, first_tensor
 
@@ -165,6 +166,8 @@ def _cpu_name() -> str:
 def _checked_timer(
     input: Inputs, repeats: int, warmup: int, **models: nn.Module
 ) -> Callable[[nn.Module, Inputs], float]:
+    for model in models.values():
+        check_model(model)
     if repeats < 2 or warmup < 0:
         raise ConfigError(
             f"repeats={repeats}, warmup={warmup}: quartiles need at least 2 repeats and no negative warmup."

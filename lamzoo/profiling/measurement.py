@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lamzoo.adapters import remove_lam
-from lamzoo.adapters.wrappers import unwrap
+from lamzoo.adapters.wrappers import check_model, unwrap
 from lamzoo.errors import ConfigError, UnsupportedHostError, class_name
 from lamzoo.lam import Lam
 from lamzoo.profiling.analytic import analytic_macs
@@ -81,6 +81,7 @@ def measure(
         ConfigError: the masks appear to cost nothing, the MACs differ from the family's formula by more than 1 %, the
             input size is unknown, or the number of repeats or images is invalid.
     """
+    check_model(model)
     plain = _plain(model)
     cost = checked_profile(model, plain)
     if batch is None:
@@ -158,6 +159,7 @@ def best_batch(model: nn.Module, limit: int | None = None) -> int:
     Raises:
         ConfigError: the limit is below 1, or a single image does not fit.
     """
+    check_model(model)
     device = next(model.parameters()).device
     limit = MAX_BATCH.get(device.type, 64) if limit is None else limit
     if limit < 1:

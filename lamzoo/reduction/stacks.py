@@ -21,7 +21,7 @@ from lamzoo.adapters.hosts import (
     remove_hooks,
 )
 from lamzoo.adapters.state import masks_of
-from lamzoo.adapters.wrappers import unwrap
+from lamzoo.adapters.wrappers import check_model, unwrap
 from lamzoo.errors import UnsupportedHostError, class_name
 from lamzoo.lam import Lam, SharedState
 from lamzoo.lam.unmasked import Unmasked
@@ -178,7 +178,11 @@ def remove_reduction(model: Model) -> Model:
 
     Returns:
         The same model.
+
+    Raises:
+        UnsupportedHostError: it is not a ``torch.nn.Module``.
     """
+    check_model(model)
     for module in model.modules():
         if isinstance(module, Lam):
             module.attention_hook = None

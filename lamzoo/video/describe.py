@@ -271,10 +271,10 @@ def describe_video(
     """
     device = resolve_device(device)
     network = create_model(model, pretrained=True) if isinstance(model, str) else model
-    network.to(device)
     windows = VideoWindows(
         path, network, towers=towers, rate=rate, seconds=seconds, start=start, end=end, device=device
     )  # fmt: skip
+    network.to(device)
     return describe_windows(network, windows, generation=generation, context=context, progress=progress)
 
 

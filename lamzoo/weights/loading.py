@@ -14,6 +14,7 @@ from timm.models import adapt_input_conv, model_entrypoint
 from torch import Tensor, nn
 
 from lamzoo.adapters.state import check_lam_config, few
+from lamzoo.adapters.wrappers import check_model
 from lamzoo.errors import StateDictError
 from lamzoo.lam import Lam
 from lamzoo.lam.config import LamConfig
@@ -73,7 +74,9 @@ def load_into(
     Raises:
         StateDictError: masks of another ``LamConfig``, or any other missing or unexpected key or wrong shape; the
             model is unchanged.
+        UnsupportedHostError: the model is not a ``torch.nn.Module``.
     """
+    check_model(model)
     notes: list[str] = []
     weights = _without_buffers(model, state_dict, notes)
     if fresh_lam:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,11 @@ from torch.nn.parallel import DistributedDataParallel
 import lamzoo
 from lamzoo.adapters.wrappers import full_state_dict, is_sharded, unwrap
 from lamzoo.errors import ConfigError, UnsupportedHostError
+from lamzoo.evaluation import evaluate, predict
 from lamzoo.evaluation.classification.prediction import label_names
 from lamzoo.evaluation.runtime import data_config
+from lamzoo.profiling import best_batch, measure, time_latency
+from lamzoo.weights import load_into
 
 IMAGE = torch.linspace(-1, 1, 3 * 16 * 16).reshape(1, 3, 16, 16)
 Wrap = Callable[[nn.Module], nn.Module]
@@ -221,3 +225,62 @@ def test_a_wrapped_model_is_preprocessed_for_as_the_model_itself(wrap: Wrap) -> 
     model = lamzoo.create_model("lam_vit_micro.cifar10", pretrained=True)
     assert data_config(wrap(model)) == data_config(model)
     assert label_names(wrap(model)) == label_names(model)
+
+
+# Functions with a model as their first argument, called with another thing.
+TAKES_A_MODEL: dict[str, Callable[[Any], object]] = {
+    "add_lam": lamzoo.add_lam,
+    "best_batch": best_batch,
+    "capture_masks": lambda model: lamzoo.capture_masks(model).__enter__(),
+    "evaluate": lambda model: evaluate(model, None),  # type: ignore[arg-type]
+    "export_model": lambda model: lamzoo.export_model(model, "model.pt2"),
+    "lam_parameters": lambda model: list(lamzoo.lam_parameters(model)),
+    "lam_state_dict": lamzoo.lam_state_dict,
+    "load_into": lambda model: load_into(model, {}, source="weights"),
+    "load_lam_state_dict": lambda model: lamzoo.load_lam_state_dict(model, {}),
+    "measure": measure,
+    "merge_tokens": lambda model: lamzoo.merge_tokens(model, keep=0.5),
+    "predict": lambda model: predict(model, []),
+    "profile": lamzoo.profile,
+    "prune_tokens": lambda model: lamzoo.prune_tokens(model, 0.5),
+    "pruning_loss": lamzoo.pruning_loss,
+    "remove_lam": lamzoo.remove_lam,
+    "remove_pruning": lamzoo.remove_pruning,
+    "remove_reduction": lamzoo.remove_reduction,
+    "save_pretrained": lambda model: lamzoo.save_pretrained(model, "folder"),
+    "time_latency": lambda model: time_latency(model, IMAGE),
+}
+
+
+@pytest.mark.parametrize("function", TAKES_A_MODEL)
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (
+            None,
+            "The model is None, which is not a torch.nn.Module; pass a model, for example from lamzoo.create_model.",
+        ),
+        ("vit", "The model is 'vit', which is not a torch.nn.Module; pass lamzoo.create_model('vit')."),
+        (lamzoo.LamConfig(), "The model is of class lamzoo.lam.config.LamConfig, which is not a torch.nn.Module; "),
+        (nn.Linear, "The model is the class torch.nn.modules.linear.Linear; pass an instance of it."),
+    ],
+    ids=["none", "name", "config", "class"],
+)
+def test_what_is_not_a_model_is_refused_and_nothing_is_written(
+    function: str, other: object, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UnsupportedHostError, match=re.escape(message)):
+        TAKES_A_MODEL[function](other)
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_a_describer_describes_videos() -> None:
+    for other in (None, lamzoo.LamConfig(), nn.Linear(1, 1)):
+        with pytest.raises(UnsupportedHostError, match="does not generate captions; use a model of the family"):
+            lamzoo.describe_video("none.mp4", other)  # type: ignore[arg-type]
+
+
+def test_every_public_function_of_a_model_is_among_these() -> None:
+    takes = {name for name in lamzoo.__all__ if "model" in getattr(lamzoo, name).__annotations__}
+    assert takes - {"describe_video", "index_videos"} <= TAKES_A_MODEL.keys()
