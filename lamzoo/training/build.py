@@ -23,8 +23,14 @@ from lamzoo.data.paths import nfc
 from lamzoo.errors import RecipeError
 from lamzoo.reduction.budget import merge_tokens, prune_tokens
 from lamzoo.registry.factory import create_model
-from lamzoo.training.recipe import PruneSection, Recipe, ReductionSection
-from lamzoo.training.recipe_common import OptimizerSection, RunSection, ScheduleSection
+from lamzoo.training.recipe import Recipe
+from lamzoo.training.recipe_common import (
+    OptimizerSection,
+    PruneSection,
+    ReductionSection,
+    RunSection,
+    ScheduleSection,
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -58,15 +64,18 @@ def build_model(recipe: Recipe, classes: list[str] | None) -> Any:
         _logger.info("%s: new classifier, since the weights are for other classes", section.name)
         model.reset_classifier(len(classes))
     if recipe.token_reduction is not None:
-        _reduce(model, recipe.token_reduction)
+        reduce_by_section(model, recipe.token_reduction)
     if recipe.run.grad_checkpointing:
         model.set_grad_checkpointing(True)
     return model
 
 
-def _reduce(model: nn.Module, section: PruneSection) -> None:
+def reduce_by_section(model: nn.Module, section: PruneSection) -> None:
+    """Merges or prunes the tokens of a model, in place, as a recipe's ``[reduction]`` or ``[prune]`` says."""
     if isinstance(section, ReductionSection) and section.method == "merge":
-        merge_tokens(model, section.target_gmacs, keep=section.keep, r=section.r, at=section.at)
+        merge_tokens(
+            model, section.target_gmacs, keep=section.keep, r=section.r, at=section.at, frames=section.frames
+        )  # fmt: skip
     else:
         prune_tokens(
             model, section.keep, section.at, target_gmacs=section.target_gmacs, score=section.score, rest=section.rest,

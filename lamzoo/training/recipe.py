@@ -11,19 +11,19 @@ from typing import Any, Literal, TypeAlias
 import timm.data
 
 from lamzoo.data import OnBadInput
-from lamzoo.errors import ConfigError, RecipeError, UnknownTaskError
+from lamzoo.errors import RecipeError, UnknownTaskError
 from lamzoo.records import build
-from lamzoo.reduction.config import Method, Rest, Score, TokenReduction, Training
 from lamzoo.registry.catalog import task_of
 from lamzoo.tasks import Task, find_task
 from lamzoo.tasks.classification import CLASSIFICATION
 from lamzoo.training.config_reader import override, read_recipe
 from lamzoo.training.recipe_common import (
-    CountOrZero,
     OptimizerSection,
     Positive,
     PositiveOrZero,
     Probability,
+    PruneSection,
+    ReductionSection,
     RunSection,
     ScheduleSection,
     Smoothing,
@@ -111,74 +111,6 @@ class AugmentSection:
     def mixes(self) -> bool:
         """Whether images are mixed in pairs, which requires an even batch size."""
         return self.mixup != 0 or self.cutmix != 0
-
-
-@dataclass(frozen=True)
-class PruneSection:
-    """``[prune]``: ``[reduction]`` with ``method = "prune"``, under its earlier name.
-
-    Attributes:
-        keep: share of a layer's tokens to keep; 0.7 if neither this nor ``target_gmacs`` is given.
-        target_gmacs: GMACs per image to reach instead.
-        at: layers after which tokens are pruned.
-        score: criterion by which tokens are selected.
-        rest: treatment of pruned tokens, in evaluation and with ``training = "top-k"``.
-        training: ``"straight-through"`` or ``"top-k"``; see :class:`lamzoo.PruneConfig`.
-        loss_weight: weight of :func:`lamzoo.pruning_loss`, with ``"straight-through"``.
-    """
-
-    keep: float | None = None
-    target_gmacs: float | None = None
-    at: list[int] | None = None
-    score: Score = "mask"
-    rest: Rest = "drop"
-    training: Training = "straight-through"
-    loss_weight: PositiveOrZero = 2.0
-
-
-@dataclass(frozen=True)
-class ReductionSection(PruneSection):
-    """``[reduction]``: token reduction with :func:`lamzoo.merge_tokens` or :func:`lamzoo.prune_tokens`.
-
-    Attributes:
-        method: ``"merge"`` or ``"prune"``.
-        keep: share of the patches to keep: after the last layer with ``"merge"``, of a layer's own with ``"prune"``.
-            Merging needs one of ``keep``, ``target_gmacs`` and ``r``; pruning keeps 0.7 by default.
-        r: for merging, the number of patches that merge in each layer.
-        at: layers in which tokens merge, or after which they are pruned.
-        score: for pruning, criterion by which tokens are selected.
-        rest: for pruning, treatment of pruned tokens, in evaluation and with ``training = "top-k"``.
-        training: for pruning, ``"straight-through"`` or ``"top-k"``; merging is the same in training and evaluation.
-        loss_weight: for pruning, weight of :func:`lamzoo.pruning_loss`, with ``"straight-through"``.
-    """
-
-    method: Method = "merge"
-    r: CountOrZero | None = None
-
-    def check(self) -> None:
-        """Raises a RecipeError for settings that contradict each other or the method."""
-        try:
-            keep, at = 1.0 if self.keep is None else self.keep, None if self.at is None else tuple(self.at)
-            TokenReduction(keep, self.method, at, self.score, self.rest, self.training)
-        except ConfigError as error:
-            raise RecipeError(f"Recipe section [reduction]: {error}") from None
-        if self.method == "prune":
-            if self.r is not None:
-                raise RecipeError(
-                    f"Recipe key reduction.r is {self.r}, a setting of merging; set keep or target_gmacs instead."
-                )
-            return
-        if self.loss_weight != ReductionSection.loss_weight:
-            raise RecipeError(
-                f"Recipe key reduction.loss_weight is {self.loss_weight}, a setting of pruning; leave it out, or set "
-                "method = 'prune'."
-            )
-        given = [key for key in ("keep", "target_gmacs", "r") if getattr(self, key) is not None]
-        if len(given) != 1:
-            raise RecipeError(
-                "Recipe section [reduction] needs one of keep, target_gmacs and r for merging, and has "
-                f"{' and '.join(given) or 'none of them'}."
-            )
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lamzoo.errors import LamzooError, RecipeError
+from lamzoo.errors import ConfigError, LamzooError, RecipeError
 from lamzoo.lam import LamConfig
 from lamzoo.reduction import PruneConfig, TokenReduction
 from lamzoo.training import load_recipe, parse_recipe
@@ -97,6 +97,11 @@ def test_bad_pruning_is_named(recipe_table: dict[str, Any], prune: dict[str, Any
         ),
         ({"reduction": {"keep": 0.5, "loss_weight": 1}}, "reduction.loss_weight is 1.0, a setting of pruning"),
         ({"reduction": {"method": "prune", "r": 2}}, "reduction.r is 2, a setting of merging"),
+        ({"reduction": {"keep": 0.5, "frames": 0}}, "[reduction]: frames=0.0: the share of frames to keep must be"),
+        (
+            {"reduction": {"method": "prune", "keep": 0.5, "frames": 0.5}},
+            "frames=0.5 is a setting of merging; leave it out, or set method='merge'",
+        ),
         ({"reduction": {"keep": 0.5}, "prune": {"keep": 0.5}}, "[prune] and [reduction] exclude each other"),
     ],
 )
@@ -119,6 +124,12 @@ def test_a_recipe_merges_or_prunes(
     recipe = parse_recipe(recipe_table | {"reduction": section})
     assert parse_recipe(recipe.to_dict()) == recipe
     assert build_model(recipe, ["a", "b"]).token_reduction == expected
+
+
+def test_frames_of_a_model_without_frames_are_refused(recipe_table: dict[str, Any]) -> None:
+    recipe = parse_recipe(recipe_table | {"reduction": {"keep": 1, "frames": 0.5}})
+    with pytest.raises(ConfigError, match=r"frames=0\.5: .*VisionTransformer has no frames that could merge"):
+        build_model(recipe, ["a", "b"])
 
 
 def test_a_cooldown_of_a_schedule_that_never_falls_is_refused(recipe_table: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from open_clip.loss import ClipLoss
 from safetensors.torch import load_file
 
 import lamzoo
-from lamzoo.errors import LamzooError
+from lamzoo.errors import LamzooError, RecipeError
 from lamzoo.training import TrainResult, parse_recipe, train
 from lamzoo.training.retrieval.contrastive import contrastive_loss
 from lamzoo.training.retrieval.run import RetrievalRun
@@ -102,6 +102,25 @@ def test_passes_in_parts_draw_the_same_dropout_twice(table: dict[str, Any], tmp_
     for once, again in zip(first, second, strict=True):
         assert torch.equal(once, again)
     assert not torch.equal(first[0], first[1])
+
+
+def test_a_merged_model_learns_as_in_one_pass_and_is_saved_with_its_frames(
+    table: dict[str, Any], tmp_path: Path
+) -> None:
+    table["model"]["kwargs"]["clip"]["vision_cfg"]["layers"] = 2
+    table["schedule"]["epochs"] = 1
+    table |= {"reduction": {"keep": 0.5, "frames": 0.67}}
+    table["optimizer"]["lr"] = 1e-3
+    whole = run(table, tmp_path / "whole")
+    parts = run(table, tmp_path / "parts", accumulation=4)
+    torch.testing.assert_close(curve(parts.history), curve(whole.history), rtol=1e-4, atol=1e-4)
+    model: Any = lamzoo.create_model(f"local-dir:{whole.model}", pretrained=True)
+    assert model.token_reduction == lamzoo.TokenReduction(0.5, frames=0.67)
+
+
+def test_a_retrieval_recipe_does_not_prune(table: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match="reduction.method is 'prune', which only classifiers are trained with"):
+        parse_recipe(table | {"reduction": {"method": "prune", "keep": 0.5}})
 
 
 @pytest.mark.parametrize("killed_at", [3, 6, 10])

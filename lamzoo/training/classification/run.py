@@ -25,7 +25,8 @@ from lamzoo.training.loaders import (
     create_train_loader,
     seed_everything,
 )
-from lamzoo.training.recipe import PruneSection, Recipe
+from lamzoo.training.recipe import Recipe
+from lamzoo.training.recipe_common import PruneSection
 from lamzoo.training.splits import (
     BadInputs,
     ScanProgress,

@@ -17,6 +17,7 @@ from lamzoo.training.recipe_common import (
     Positive,
     PositiveOrZero,
     Probability,
+    ReductionSection,
     RunSection,
     ScheduleSection,
     TaskRecipe,
@@ -123,6 +124,7 @@ class RetrievalRecipe(TaskRecipe):
     augment: ClipAugmentSection = field(default_factory=ClipAugmentSection)
     optimizer: RetrievalOptimizerSection = field(default_factory=RetrievalOptimizerSection)
     schedule: ScheduleSection = field(default_factory=ScheduleSection)
+    reduction: ReductionSection | None = None
 
     def check(self) -> None:
         check_val_fraction(self.data.val_fraction)
@@ -131,3 +133,10 @@ class RetrievalRecipe(TaskRecipe):
             raise RecipeError("Recipe key optimizer.layer_decay is for classifiers; use optimizer.tower_lr.")
         if self.model.lock_image_tower and self.model.freeze_layers is not None:
             raise RecipeError("Recipe keys model.lock_image_tower and model.freeze_layers exclude each other; use one.")
+        if self.reduction is not None:
+            self.reduction.check()
+            if self.reduction.method == "prune":
+                raise RecipeError(
+                    "Recipe key reduction.method is 'prune', which only classifiers are trained with; leave it out to "
+                    "merge tokens."
+                )

@@ -28,6 +28,7 @@ from lamzoo.evaluation.retrieval.evaluate import compare, encode_texts, frames_c
 from lamzoo.evaluation.retrieval.metrics import retrieval_metrics
 from lamzoo.profiling.inputs import evaluating
 from lamzoo.registry.factory import create_model
+from lamzoo.training.build import reduce_by_section
 from lamzoo.training.loaders import create_seeded_loader, seed_everything
 from lamzoo.training.retrieval.contrastive import contrastive_backward
 from lamzoo.training.retrieval.recipe import RetrievalRecipe
@@ -68,6 +69,8 @@ class RetrievalRun(TrainingRun):
             model.lock_image_tower()
         if section.freeze_layers is not None:
             model.freeze_layers(section.freeze_layers)
+        if self.recipe.reduction is not None:
+            reduce_by_section(model, self.recipe.reduction)
         if self.recipe.run.grad_checkpointing:
             model.set_grad_checkpointing(True)
         return model
