@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -18,6 +19,9 @@ from lamzoo.reduction.stacks import find_stack, remove_reduction
 
 Model = TypeVar("Model", bound=nn.Module)
 
+_logger = logging.getLogger(__name__)
+
+_FOR_SHARE = ", or give the share of patches to keep as keep={:g}"
 _PROFILE = "lamzoo.profiling:profile"  # a name, because profiling is built on this package
 
 
@@ -45,7 +49,7 @@ def prune_tokens(
         at: layers, counted from 0, after whose block tokens are pruned; by default three, at a quarter, half and three
             quarters of the depth.
         target_gmacs: instead of ``keep``, an upper limit on the GMACs of one input of the model's own size; the largest
-            share within it is taken.
+            share within it is taken. A limit that the model with all tokens is below is logged as a warning.
         score: how tokens are scored, as in :class:`lamzoo.PruneConfig`.
         rest: what to do with pruned tokens: ``"drop"`` them, ``"merge"`` them into one token, or average each into the
             ``"nearest"`` kept one.
@@ -112,7 +116,9 @@ def merge_tokens(
             alone; the batch gets shorter as its longest sample does. In this model every second patch is matched to the
             others, row by row.
         target_gmacs: upper limit on the GMACs of one input of the model's own size, matching included; as few patches
-            as needed merge. Inputs of another size keep the same share of their patches.
+            as needed merge. Inputs of another size keep the same share of their patches. This is not a share: for one
+            of the patches give ``keep``, and for one of the GMACs ``share * lamzoo.profile(model).gmacs``. A limit that
+            the model with all tokens is below is logged as a warning, and nothing merges.
         keep: instead, the share of the patches that is left after the last layer, rounded up; in a describer, of the
             tokens of each modality, and not below 1 / (layers + 1).
         r: instead, the number of patches that merge in each layer, as in ToMe; at the model's own input size.
@@ -132,7 +138,8 @@ def merge_tokens(
         UnsupportedHostError: the model has another stack of blocks, or several; in a forward pass, that a block is
             called with an attention mask of all tokens.
         ConfigError: not exactly one of ``target_gmacs``, ``keep`` and ``r``, an invalid value, a layer that the model
-            doesn't have, or a target below the cost of a single patch after the last layer.
+            doesn't have, a model without a layer in which merging saves anything, or a target below the cost of a
+            single patch after the last layer.
     """
     given = {"target_gmacs": target_gmacs, "keep": keep, "r": r}
     given = {name: value for name, value in given.items() if value is not None}
@@ -143,7 +150,7 @@ def merge_tokens(
     if r is not None:
         config = replace(config, keep=_share(model, config, r))
     if target_gmacs is not None:
-        config = _largest(model, config, target_gmacs, count_gmacs or _profiled_gmacs)
+        config = _largest(model, config, target_gmacs, count_gmacs or _profiled_gmacs, _FOR_SHARE)
     reduce_tokens(model, config)
     return model
 
@@ -152,9 +159,11 @@ def merge_to_share(model: Model, share: float) -> Model:
     """Merges tokens to a share of the GMACs that the model has with all tokens; as :func:`merge_tokens`."""
     target = share * _profiled_gmacs(remove_reduction(model))
     try:
-        return merge_tokens(model, target)
+        config = _largest(model, TokenReduction(1.0), target, _profiled_gmacs)
     except ConfigError as error:
         raise ConfigError(f"Tokens can't be merged to {100 * share:g} % of the GMACs: {error}") from error
+    reduce_tokens(model, config)
+    return model
 
 
 def _quarters(model: nn.Module) -> tuple[int, ...]:
@@ -172,7 +181,8 @@ def _share(model: nn.Module, config: TokenReduction, r: int) -> float:
         raise ConfigError(f"r={r}: the number of patches of this model is not known; give keep.")
     if r > stack.num_patches // 2:
         raise ConfigError(f"r={r}: at most half of the {stack.num_patches} patches can merge in a layer; take fewer.")
-    gone = r * len(merging.merging_layers(stack, config))
+    layers = len(merging.merging_layers(stack, config))
+    gone = r * max(1, layers)  # without such layers, the share is refused with the model
     return max(1, stack.num_patches - gone) / stack.num_patches
 
 
@@ -182,11 +192,25 @@ def _profiled_gmacs(model: nn.Module) -> float:
 
 
 def _largest(
-    model: nn.Module, config: TokenReduction, target: float, count_gmacs: Callable[[nn.Module], float]
+    model: nn.Module,
+    config: TokenReduction,
+    target: float,
+    count_gmacs: Callable[[nn.Module], float],
+    for_share: str = "",
 ) -> TokenReduction:
-    """Returns the reduction with the largest share, in steps of a thousandth, that costs at most ``target`` GMACs."""
+    """Returns the reduction with the largest share, in steps of a thousandth, that costs at most ``target`` GMACs.
+
+    Args:
+        model: the model; its own reduction stays.
+        config: the reduction, whose share is replaced.
+        target: the limit.
+        count_gmacs: counts the GMACs of one input.
+        for_share: ends the messages for a target of at most 1 that can't be met, or that the model with all tokens is
+            below, because it may have been meant as a share; formatted with the target.
+    """
     if isinstance(target, bool) or not isinstance(target, (int, float)) or not target > 0:
         raise ConfigError(f"target_gmacs={target!r}: the limit must be a number of GMACs above 0.")
+    for_share = for_share.format(target) if target <= 1 else ""
     config = TokenReduction(**vars(config))
     before = getattr(unwrap(model), "token_reduction", None)
 
@@ -195,13 +219,22 @@ def _largest(
         return count_gmacs(model)
 
     try:
-        largest = bisect_right(range(1, 1001), target, key=gmacs)
+        if gmacs(1000) <= target:
+            whole = count_gmacs(remove_reduction(model))
+            if whole < target:
+                _logger.warning(
+                    "target_gmacs=%g is above the %.4g GMACs of the model with all tokens, which are all kept; take a "
+                    "lower target%s.", target, whole, for_share,
+                )  # fmt: skip
+            return replace(config, keep=1.0)
+        largest = bisect_right(range(1, 1000), target, key=gmacs)
         if largest == 0:
             in_all = config.at is None and config.method == "merge"
             where = "" if config.at is None else f" at layers {config.at}"
+            earlier = "" if in_all else ", or reduce tokens in earlier layers"
             raise ConfigError(
                 f"target_gmacs={target:g}: with as few tokens as possible{where}, the model still costs "
-                f"{gmacs(1):.4g} GMACs; take a higher target{'' if in_all else ', or reduce tokens in earlier layers'}."
+                f"{gmacs(1):.4g} GMACs; take a higher target{earlier}{for_share}."
             )
         return replace(config, keep=largest / 1000)
     finally:

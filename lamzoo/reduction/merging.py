@@ -304,13 +304,19 @@ def merging_layers(stack: Stack, config: TokenReduction) -> list[int]:
     """Returns the layers in which tokens merge.
 
     Raises:
-        ConfigError: ``at`` names others.
+        ConfigError: ``at`` names others, or tokens are to merge and there is no such layer.
     """
     # Under a class token the last block computes that token alone.
     possible = list(range(len(stack.blocks) - stack.pooling.reads_prefix_only()))
+    if not possible and (config.at is not None or config.keep < 1):
+        raise ConfigError(
+            f"Tokens can't merge in {stack.pooling.blocks}: it has one block, of whose output only the class token is "
+            "read, so that merging saves nothing; leave it out, or give keep=1."
+        )
     if config.at is None:
         return possible
     if config.at[-1] not in possible:
-        layers = f"layers 0 to {possible[-1]}" if possible else "no layer"
-        raise ConfigError(f"at={config.at}: tokens can merge in {layers} of {stack.pooling.blocks}, counted from 0.")
+        raise ConfigError(
+            f"at={config.at}: tokens can merge in layers 0 to {possible[-1]} of {stack.pooling.blocks}, counted from 0."
+        )
     return list(config.at)

@@ -358,6 +358,36 @@ def test_a_budget_is_kept_and_used() -> None:
     assert lamzoo.profile(vit).gmacs <= 0.9 * target  # a refusal leaves the earlier reduction
 
 
+def test_a_budget_that_may_be_meant_as_a_share_is_answered_with_keep(caplog: pytest.LogCaptureFixture) -> None:
+    vit = model()
+    whole = lamzoo.profile(vit).gmacs
+    with pytest.raises(ConfigError, match=r"GMACs; take a higher target, or give the share of patches to keep as keep"):
+        merge_tokens(vit, 1e-5)
+    merge_tokens(vit, 0.63)
+    merge_tokens(vit, 63)
+    assert vit.token_reduction == TokenReduction(1.0)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"target_gmacs={target} is above the {whole:.4g} GMACs of the model with all tokens, which are all kept; "
+        f"take a lower target{way_out}."
+        for target, way_out in ((0.63, ", or give the share of patches to keep as keep=0.63"), (63, ""))
+    ]
+    caplog.clear()
+    merge_tokens(vit, whole)  # the last layer saves a little
+    assert vit.token_reduction == TokenReduction(1.0)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("arguments", [{"keep": 0.5}, {"r": 1}, {"keep": 1, "at": (0,)}, {"target_gmacs": 1e-5}])
+def test_a_model_in_which_merging_saves_nothing_says_so(arguments: dict[str, Any]) -> None:
+    vit = model(depth=1)
+    with pytest.raises(ConfigError, match=r"Tokens can't merge in blocks: it has one block, .*; leave it out, or give"):
+        merge_tokens(vit, **arguments)
+    assert not hasattr(vit, "token_reduction")
+    assert not any(module._forward_pre_hooks for module in vit.modules())
+    assert merge_tokens(vit, keep=1).token_reduction == TokenReduction(1.0)
+    assert merge_tokens(model(depth=1, **POOLINGS["mean"]), keep=0.5)(images()).isfinite().all()
+
+
 def test_other_image_sizes_keep_the_same_share() -> None:
     vit = merge_tokens(model(LamConfig(keys="position", rank=3), dynamic_img_size=True), keep=0.5)
     with capture_masks(vit) as masks:
@@ -409,8 +439,6 @@ def test_models_that_cannot_merge_are_refused_and_left_alone() -> None:
     vit.blocks[2] = vit.blocks[1]
     with pytest.raises(UnsupportedHostError, match="blocks, which runs a block or its attention several times"):
         merge_tokens(vit, keep=0.5)
-    with pytest.raises(ConfigError, match=r"at=\(0,\): tokens can merge in no layer of blocks"):
-        merge_tokens(model(depth=1), keep=0.5, at=(0,))
 
 
 @pytest.mark.parametrize("config", [None, LamConfig(rank=3)], ids=["plain", "masked"])
