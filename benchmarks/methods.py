@@ -84,21 +84,34 @@ def _by_peer(settings: Callable[..., Sequence[Peer]], *, has_layers: bool = Fals
         if peers[0].is_adaptive and samples is None:
             yield None
             return
-        (random,) = as_arguments(default_input(model))
-        counted = samples.scored if samples is not None and peers[0].is_adaptive else random
-
-        def gmacs(peer: Peer) -> float:
-            return mean_gmacs(model, peer, counted)
-
-        fitting = bisect_right(peers, budget, key=gmacs)
-        if not fitting:
+        found = largest(model, peers, budget, samples.scored if samples is not None and peers[0].is_adaptive else None)
+        if found is None:
             yield None
             return
-        peer = peers[fitting - 1]
+        peer, setting = found
         with applied(model, peer):
-            yield Setting(_text(dataclasses.asdict(peer)), gmacs(peer))
+            yield setting
 
     return reduce
+
+
+def largest(
+    model: Any, peers: Sequence[Peer], budget: float, images: Tensor | None = None
+) -> tuple[Peer, Setting] | None:
+    """Returns the largest setting of a peer within a budget in GMACs; None if none meets it.
+
+    Args:
+        model: the model whose tokens are reduced.
+        peers: its settings, in order of increasing GMACs.
+        budget: GMACs of one image.
+        images: ``(images, C, H, W)`` whose GMACs are averaged, for a peer whose number of tokens depends on them.
+    """
+    counted = as_arguments(default_input(model))[0] if images is None else images
+    fitting = bisect_right(peers, budget, key=lambda peer: mean_gmacs(model, peer, counted))
+    if not fitting:
+        return None
+    peer = peers[fitting - 1]
+    return peer, Setting(_text(dataclasses.asdict(peer)), mean_gmacs(model, peer, counted))
 
 
 def _text(settings: Mapping[str, Any]) -> str:

@@ -1,7 +1,8 @@
 """Published training-free token-reduction methods behind one interface, as baselines.
 
 Each method is implemented from its paper, in a file of its own, and reduces tokens where its paper does: between
-attention and MLP, or after a block. They run on timm ``VisionTransformer`` models, plain or with masks.
+attention and MLP, or after a block. They run on timm ``VisionTransformer`` models, plain or with masks, and these train
+with them: gradients pass through the values of tokens, and not through the choice of tokens and their weights.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from lamzoo.lam.layer import AttentionOptions
 from lamzoo.lam.ops import OPS, Op
 from lamzoo.lam.passes import StackPass
 from lamzoo.lam.token_map import TokenMap, take
+from lamzoo.reduction.matching import full_precision
 from lamzoo.reduction.merging import attend_by_sizes
 
 __all__ = ["Peer", "Reduction", "Seen", "applied", "mean_gmacs"]
@@ -64,8 +66,8 @@ class Seen:
 
     @property
     def features(self) -> Tensor:
-        """Keys averaged over heads and normalised, ``(B, N, d)``, whose products are cosine similarities."""
-        return F.normalize(self.key.mean(dim=1), dim=-1)
+        """Keys averaged over heads and normalised, ``(B, N, d)``, float32; their products are cosine similarities."""
+        return F.normalize(self.key.float().mean(dim=1), dim=-1)
 
     def known_sizes(self) -> Tensor:
         """Returns the sizes; all 1 before any merge."""
@@ -158,7 +160,8 @@ class Matching:
 def match(seen: Seen, first: Tensor, second: Tensor) -> Matching:
     """Matches the tokens of two disjoint sets, int64 ``(B, A)`` and ``(B, C)``, by the cosine similarity of keys."""
     features = seen.features
-    similarity, partner = (take(features, first) @ take(features, second).mT).max(dim=-1)
+    with full_precision(features):
+        similarity, partner = (take(features, first) @ take(features, second).mT).max(dim=-1)
     return Matching(first, second.gather(1, partner), similarity)
 
 
@@ -302,12 +305,13 @@ class _Run:
 
     def reduce(self, index: int, attn: Any, tokens: Tensor) -> Tensor:
         """Reduces the tokens ``(B, N, C)`` of a layer, and with them the masks of the layers that follow."""
-        query, key, _ = self.qkv.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        seen = Seen(
-            index, len(self.model.blocks), attn.q_norm(query), attn.k_norm(key), attn.scale,
-            self.model.num_prefix_tokens, self.model.has_class_token, self.sizes, self.mask, self.op,
-        )  # fmt: skip
-        reduction = self.peer(seen)
+        with torch.no_grad():
+            query, key, _ = self.qkv.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+            seen = Seen(
+                index, len(self.model.blocks), attn.q_norm(query), attn.k_norm(key), attn.scale,
+                self.model.num_prefix_tokens, self.model.has_class_token, self.sizes, self.mask, self.op,
+            )  # fmt: skip
+            reduction = self.peer(seen)
         if reduction is None:
             return tokens
         token_map, self.sizes = reduction.token_map, reduction.sizes

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.peers import Peer, Reduction, Seen, match, merged
+from lamzoo.reduction.matching import full_precision
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class PiToMe(Peer):
     def energy(self, seen: Seen) -> Tensor:
         """Computes the energy of the patches, between ``-alpha`` and 1, ``(B, N - prefix)``."""
         patches = seen.features[:, seen.num_prefix_tokens :]
-        similarity = patches @ patches.mT
+        with full_precision(patches):
+            similarity = patches @ patches.mT
         margin = self.margin(seen)
         bounded = self.alpha * (similarity.clamp_max(margin) - margin).expm1()
         of_pairs = torch.where(similarity >= margin, similarity, bounded)
