@@ -87,7 +87,7 @@ tables: $(VENV)/.ready-dev  ## measure the zoo again, train what is missing in b
 	$(BIN)/python -m benchmarks.exported $(TINY) --data npz:$(SHARED)/tinyimagenet100 --split val
 	$(BIN)/python -m benchmarks.reduction --data npz:$(SHARED)/
 	$(BIN)/python -m benchmarks.reduction --times
-	$(BIN)/python -m benchmarks.reduction --figure benchmarks/results/reduction.svg
+	$(BIN)/python -m benchmarks.reduction --figure docs/images/reduction.svg
 	$(BIN)/python -m benchmarks.features --data npz:$(SHARED)/clothing10 \
 	  --weights $(SHARED)/vit_s14/vit_small_patch14_dinov2.focus.safetensors
 	$(BIN)/python -m benchmarks.tables

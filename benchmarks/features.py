@@ -30,7 +30,7 @@ from torch.nn import functional as F
 import lamzoo
 from benchmarks.methods import ALL, METHODS
 from benchmarks.reduction import Images, paired_difference
-from benchmarks.rows import read_rows, write_rows
+from benchmarks.rows import measured_on, read_rows, write_rows
 from lamzoo.errors import DataError
 from lamzoo.profiling.latency import device_label
 
@@ -199,12 +199,12 @@ def table(rows: Sequence[Row]) -> str:
             f"{row.difference:+.2f} ± {row.difference_se:.2f}", *dense,
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
-    conditions = {
+    conditions = (
         f"{row.model}, {row.data}, {row.images} photographs ({row.dense_images} for patches); "
         f"{row.device}, {row.dtype}, torch {row.torch}"
         for row in rows
-    }
-    return "\n".join(lines) + "\n\nMeasured on: " + "; ".join(sorted(conditions)) + ".\n"
+    )
+    return "\n".join(lines) + "\n" + measured_on(conditions)
 
 
 def main() -> None:

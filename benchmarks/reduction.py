@@ -30,7 +30,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import numpy as np
 import timm.data
@@ -41,7 +41,8 @@ from torch.nn import functional as F
 
 import lamzoo
 from benchmarks.methods import ALL, METHODS, OURS, PEERS, Samples
-from benchmarks.rows import read_rows, write_rows
+from benchmarks.reduction_figure import DRAWN, draw
+from benchmarks.rows import measured_on, read_rows, write_rows
 from lamzoo.data import create_dataset
 from lamzoo.data.arrays import read_npy
 from lamzoo.evaluation.resume import weights_sha256
@@ -49,17 +50,12 @@ from lamzoo.evaluation.runtime import inference
 from lamzoo.profiling.inputs import as_arguments, default_input, image_config, image_mode
 from lamzoo.profiling.latency import compare_latency, device_label
 from lamzoo.report.compare.plots import encode
-from lamzoo.report.mpl import new_figure
-
-if TYPE_CHECKING:
-    from matplotlib.artist import Artist
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "reduction.csv"
 TIMES = ROOT / "benchmarks" / "results" / "reduction_times.csv"
 SHARES = (0.9, 0.8, 0.7, 0.63, 0.5)
+THREADS = (1, 2)  # of PyTorch, for rows of time
 _BATCH = 100  # images in a batch of the quality rows
 _SCORED, _TRAINING = 500, 128  # images for methods that need some to find their setting
 
@@ -417,9 +413,14 @@ def _slug(*parts: str | float | None) -> str:
 
 
 def measure_times(
-    subject: Subject, methods: Collection[str], quality: Sequence[Row], done: Collection[TimeRow], pairs: int
+    subject: Subject,
+    methods: Collection[str],
+    quality: Sequence[Row],
+    done: Collection[TimeRow],
+    pairs: int,
+    threads: Sequence[int] = THREADS,
 ) -> Iterator[TimeRow]:
-    """Times the methods on one model at 1 and 16 images, on 1 and 2 threads, alternating with the plain twin.
+    """Times the methods on one model at 1 and 16 images, alternating with the plain twin.
 
     Args:
         subject: what is reduced.
@@ -427,6 +428,7 @@ def measure_times(
         quality: rows of quality, which choose the variant.
         done: existing rows, which are not measured again.
         pairs: timed pairs of one image; a quarter as many for 16 images.
+        threads: numbers of PyTorch's threads, each of which has rows of its own.
     """
     known = {(row.model, row.method, row.share, row.images, row.threads) for row in done}
     trained = bool(subject.data)
@@ -440,15 +442,15 @@ def measure_times(
         variant = max(scored, key=lambda row: row.top1).variant if scored else next(iter(variants))
         budget = math.inf if method == ALL else share * _plain_gmacs(subject.plain)
         wanted = [
-            each for each in itertools.product((1, 16), (1, 2)) if (subject.model, method, share, *each) not in known
+            each for each in itertools.product((1, 16), threads) if (subject.model, method, share, *each) not in known
         ]
         if not wanted:
             continue
         with variants[variant](model, budget, subject.at, None) as setting:
             if setting is None:
                 continue
-            for images, threads in wanted:
-                with _threads(threads):
+            for images, count in wanted:
+                with _threads(count):
                     found = compare_latency(
                         model,
                         plain,
@@ -488,13 +490,18 @@ def best_variants(rows: Iterable[Row]) -> list[Row]:
 def table(rows: Sequence[Row]) -> str:
     """Returns the rows of quality as Markdown: a line per model and method, a column per budget.
 
-    Cells are top-1 and the standard error of its difference to all tokens, then agreement and KL divergence.
+    Cells are top-1, its difference to all tokens with the standard error, agreement and KL divergence.
     """
     conditions = (
         f"{row.data}, {row.split} split, {row.images:,} images; {row.device}, {row.dtype}, torch {row.torch}"
         for row in rows
     )
-    return _table(best_variants(rows), lambda row: (row.model, row.method), ["model", "tokens"], _cell, conditions)
+    lines = _table(best_variants(rows), ["model", "tokens"], lambda row: (f"`{row.model}`", row.method), _budget, _cell)
+    return lines + measured_on(conditions)
+
+
+def _budget(row: Row) -> tuple[Any, str]:
+    return -row.share, f"{row.share:.0%} of the GMACs"
 
 
 def _cell(row: Row) -> str:
@@ -502,120 +509,90 @@ def _cell(row: Row) -> str:
         return f"{row.top1:.2f}"
     if row.method == ALL:
         return f"**{row.top1:.2f}**"
-    return f"{row.top1:.2f} ± {row.difference_se:.2f} ({row.agreement:.1f}, {row.kl:.3f})"
+    return f"{row.top1:.2f} ({row.difference:+.2f} ± {row.difference_se:.2f}, {row.agreement:.1f}, {row.kl:.3f})"
 
 
 def peer_table(rows: Sequence[Row]) -> str:
     """Returns the difference of merging to the best peer as Markdown: a line per model, a column per budget.
 
-    Cells are the difference of top-1 in points, its standard error, and the peer.
+    Cells are the difference of top-1 in points, its standard error, and the peer. A sentence below counts them.
     """
     compared = [row for row in rows if row.method == "merged" and row.peer is not None]
-    return _table(
-        compared,
-        lambda row: (row.model,),
-        ["model"],
-        lambda row: f"{row.ahead:+.2f} ± {row.ahead_se:.2f} ({row.peer.partition(',')[0]})",
-        (f"{row.data}, {row.split} split, {row.images:,} images" for row in compared),
+
+    def cell(row: Row) -> str:
+        return f"{row.ahead:+.2f} ± {row.ahead_se:.2f} ({row.peer.partition(',')[0] if row.peer else ''})"
+
+    lines = _table(compared, ["model"], lambda row: (f"`{row.model}`",), _budget, cell)
+    images = (f"{row.data}, {row.split} split, {row.images:,} images" for row in compared)
+    return lines + _summary(compared, rows) + measured_on(images)
+
+
+def _summary(compared: Sequence[Row], rows: Sequence[Row]) -> str:
+    """Says how often merging is ahead of the best peer, and names the budgets at which it is behind."""
+    if not compared:
+        return ""
+    errors = [(row, row.ahead or 0.0, row.ahead_se or 0.0) for row in compared]
+    ahead = sum(difference > error for _, difference, error in errors)
+    behind = [f"`{row.model}` at {row.share:.0%}" for row, difference, error in errors if difference < -error]
+    named = f"{len(behind)}: {', '.join(behind)}" if behind else "none"
+    peers = [(row, best_peer(rows, row.model, row.share)) for row in compared]
+    closer = sum(peer is not None and (row.kl or 0.0) < (peer.kl or 0.0) for row, peer in peers)
+    return (
+        f"\nOf {len(compared)} comparisons, merging is ahead by more than one standard error in {ahead}, within one in "
+        f"{len(compared) - ahead - len(behind)}, and behind by more in {named}. "
+        f"Its KL divergence is smaller than that of the peer in {closer}.\n"
     )
 
 
 def time_table(rows: Sequence[TimeRow]) -> str:
-    """Returns the rows of time as Markdown: a line per model, method and number of threads, a column per budget.
+    """Returns the rows of time as Markdown: a line per model, budget and method, a column per batch and threads.
 
-    Cells are the median ratios to the plain twin with quartiles, at 1 and at 16 images.
+    Cells are the median ratios to the plain twin, with quartiles.
     """
-    pairs: dict[Any, dict[int, TimeRow]] = {}
-    for row in rows:
-        pairs.setdefault((row.model, row.method, row.threads, row.share), {})[row.images] = row
-
-    def cell(row: TimeRow) -> str:
-        found = pairs[row.model, row.method, row.threads, row.share]
-        return "; ".join(
-            f"{found[images].ratio:.2f} ({found[images].ratio_q1:.2f}-{found[images].ratio_q3:.2f})"
-            for images in sorted(found)
-        )
-
-    conditions = (f"{row.device}, {row.dtype}, torch {row.torch}" for row in rows)
-    return _table(
-        rows, lambda row: (row.model, row.method, str(row.threads)), ["model", "tokens", "threads"], cell, conditions
+    models = list(dict.fromkeys(row.model for row in rows))
+    lines = _table(
+        sorted(rows, key=lambda row: (models.index(row.model), -row.share)),
+        ["model", "GMACs", "tokens"],
+        lambda row: (f"`{row.model}`", f"{row.share:.0%}", row.method),
+        lambda row: (
+            (row.images, row.threads),
+            f"{_counted(row.images, 'image')}, {_counted(row.threads, 'thread')}",
+        ),
+        lambda row: f"{row.ratio:.2f} ({row.ratio_q1:.2f}-{row.ratio_q3:.2f})",
     )
+    return lines + measured_on(f"{row.device}, {row.dtype}, torch {row.torch}" for row in rows)
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+AnyRow = TypeVar("AnyRow")
 
 
 def _table(
-    rows: Sequence[Any],
-    line_of: Callable[[Any], tuple[str, ...]],
+    rows: Sequence[AnyRow],
     heads: Sequence[str],
-    cell: Callable[[Any], str],
-    conditions: Iterable[str],
+    line_of: Callable[[AnyRow], tuple[str, ...]],
+    column_of: Callable[[AnyRow], tuple[Any, str]],
+    cell: Callable[[AnyRow], str],
 ) -> str:
-    shares = sorted({row.share for row in rows}, reverse=True)
-    titles = [*heads, *(f"{share:.0%} of the GMACs" for share in shares)]
+    """Returns rows as a Markdown table, with a cell for each.
+
+    Args:
+        rows: the rows.
+        heads: headings of the cells that begin a line.
+        line_of: the line of a row, as these cells; lines are in the order of the rows.
+        column_of: the column of a row, as a sort key and a heading.
+        cell: the cell of a row.
+    """
+    columns = sorted(set(map(column_of, rows)))
+    titles = [*heads, *(title for _, title in columns)]
     lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
     for line in dict.fromkeys(map(line_of, rows)):
-        found = {row.share: row for row in rows if line_of(row) == line}
-        cells = [cell(found[share]) if share in found else "" for share in shares]
-        model, *others = line
-        lines.append(f"| {' | '.join([f'`{model}`', *others, *cells])} |")
-    return "\n".join(lines) + "\n\nMeasured on: " + "; ".join(sorted(set(conditions))) + ".\n"
-
-
-def figure(rows: Sequence[Row]) -> Figure:
-    """Draws accuracy against GMACs, a panel for each data set: masked and plain in colour, peers in grey."""
-    rows = best_variants(rows)
-    scored = list(dict.fromkeys((row.data, row.split) for row in rows))
-    drawing = new_figure((5.2 * len(scored) + 2, 4.4))
-    legend: dict[str, Artist] = {}
-    for axis, (data, split) in zip(drawing.subplots(1, len(scored), squeeze=False)[0], scored, strict=True):
-        here = [row for row in rows if (row.data, row.split) == (data, split)]
-        for model, method in dict.fromkeys((row.model, row.method) for row in here):
-            found = [row for row in here if (row.model, row.method) == (model, method)]
-            _draw(axis, sorted(found, key=lambda row: row.gmacs))
-        axis.set_title(f"{data}, {split} split", fontsize=10)
-        axis.set_xlabel("GMACs of one image, masks and matching included")
-        axis.set_ylabel("top-1 (%)")
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.set_ylim(_floor(here), max(row.top1 for row in here) + 0.5)
-        handles, labels = axis.get_legend_handles_labels()
-        legend |= dict(zip(labels, handles, strict=True))
-    drawing.legend(
-        list(legend.values()), list(legend), loc="outside right center", frameon=False, fontsize=8,
-        title="peers: dashed on plain", title_fontsize=8,
-    )  # fmt: skip
-    return drawing
-
-
-_MARKERS = "sD^vPX<>hd"
-
-
-def _draw(axis: Axes, rows: Sequence[Row]) -> None:
-    """Draws one model and method; a peer is in the legend once, by its line on the masked model."""
-    row = rows[0]
-    masked = row.model != row.plain
-    colour, of = ("#1d4ed8", "masked") if masked else ("#c2410c", "plain")
-    x, y = [row.gmacs for row in rows], [row.top1 for row in rows]
-    if row.method in PEERS:
-        marker = _MARKERS[list(PEERS).index(row.method) % len(_MARKERS)]
-        style, grey = ("-", "#6b7280") if masked else ("--", "#9ca3af")
-        label = row.method if masked else f"_{of}, {row.method}"
-        axis.plot(x, y, style, marker=marker, color=grey, linewidth=0.9, markersize=4, label=label, zorder=1)
-        return
-    label = f"{of}, {row.method}"
-    if row.method == ALL:
-        axis.axhline(row.top1, color=colour, linewidth=0.8, linestyle=":")
-        axis.plot(x, y, "*", color=colour, markersize=11, label=label, zorder=3)
-    else:
-        axis.plot(x, y, "-", marker="o", color=colour, linewidth=2, markersize=5, label=label, zorder=2)
-
-
-def _floor(rows: Sequence[Row]) -> float:
-    """Returns the lowest accuracy to draw: somewhat below the rows in colour, which some peers fall far below."""
-    lowest = min((row.top1 for row in rows if row.method not in PEERS), default=0.0)
-    return max(min(row.top1 for row in rows) - 0.5, lowest - 4)
-
-
-#: Methods in the figure; the others of this project are in the table.
-DRAWN = (ALL, "merged", *PEERS)
+        cells = {column_of(row): cell(row) for row in rows if line_of(row) == line}
+        lines.append(f"| {' | '.join([*line, *(cells.get(column, '') for column in columns)])} |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -636,12 +613,15 @@ def main() -> None:
     parser.add_argument("--times", action="store_true", help="measure time instead of quality")
     parser.add_argument("--time-results", type=Path, default=TIMES)
     parser.add_argument("--pairs", type=int, default=40, help="timed pairs of one image")
+    parser.add_argument("--threads", nargs="+", type=int, default=THREADS, help="for rows of time")
     parser.add_argument("--table", action="store_true", help="measure nothing")
     parser.add_argument("--figure", type=Path, metavar="FILE.svg", help="draw stored results without measuring")
     args = parser.parse_args()
     if args.figure:
-        rows = [row for row in read_rows(args.results, Row) if row.method in DRAWN]
-        args.figure.write_bytes(encode(figure(rows), "svg"))
+        stored = [row for row in best_variants(read_rows(args.results, Row)) if row.method in DRAWN]
+        if not stored:
+            parser.error(f"{args.results} has no rows to draw; measure some first, without --figure")
+        args.figure.write_bytes(encode(draw(stored), "svg"))
         return
     models = args.models or [subject.model for subject in (*SUBJECTS, *(TIMED_SUBJECTS if args.times else ()))]
     unknown = sorted(set(models) - set(named))
@@ -654,7 +634,8 @@ def main() -> None:
     if args.times and not args.table:
         times = read_rows(args.time_results, TimeRow)
         for subject in subjects:
-            for row in measure_times(subject, args.only, read_rows(args.results, Row), times, args.pairs):
+            quality = read_rows(args.results, Row)
+            for row in measure_times(subject, args.only, quality, times, args.pairs, args.threads):
                 times.append(row)
                 write_rows(args.time_results, times)
     elif not args.table:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,3 +20,9 @@ def read_rows(path: Path, kind: type[Row]) -> list[Row]:
 def write_rows(path: Path, rows: Sequence[Any]) -> None:
     """Writes rows of one dataclass, at least one, to a results file."""
     records.write_csv(path, [field.name for field in fields(rows[0])], rows)
+
+
+def measured_on(conditions: Iterable[str]) -> str:
+    """Returns the line below a table that names each condition of its rows once; nothing if there are no rows."""
+    found = sorted(set(conditions))
+    return f"\nMeasured on: {'; '.join(found)}.\n" if found else ""

@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import lamzoo
-from benchmarks import breakdown, exported, finetuning, kernels, reduction, speed, tiles, video_merging
+from benchmarks import breakdown, exported, features, finetuning, kernels, reduction, speed, tiles, video_merging
 from benchmarks.ablation.run import HERE
 from benchmarks.ablation.table import table as ablation
+from benchmarks.methods import ALL, OURS, PEERS
 from benchmarks.rows import read_rows as read_lines
 from lamzoo.profiling.results import BenchRow, read_rows
 from lamzoo.reading import read_text
@@ -76,6 +77,16 @@ def sequences(path: Path = RESULTS / "sequences.csv") -> str:
     return _benched(path, {}, rate="inputs/s")
 
 
+def _reduced(*methods: str) -> str:
+    rows = read_lines(RESULTS / "reduction.csv", reduction.Row)
+    return reduction.table([row for row in rows if row.method in methods])
+
+
+def _reduction_times() -> str:
+    rows = read_lines(RESULTS / "reduction_times.csv", reduction.TimeRow)
+    return reduction.time_table([row for row in rows if row.method in (ALL, "merged", *PEERS)])
+
+
 def _merged(metric: str) -> list[video_merging.Row]:
     rows = read_lines(RESULTS / "video_merging.csv", video_merging.Row)
     return [row for row in rows if row.metric == metric]
@@ -100,8 +111,12 @@ TABLES: dict[str, Callable[[], str]] = {
     "kernels": lambda: kernels.table(read_lines(RESULTS / "kernels.csv", kernels.Row)),
     "tiles": lambda: tiles.table(read_lines(RESULTS / "tiles.csv", tiles.Row)),
     "exported": lambda: exported.table(read_lines(RESULTS / "exported.csv", exported.Row)),
-    "reduction": lambda: reduction.table(read_lines(RESULTS / "reduction.csv", reduction.Row)),
-    "reduction-peers": lambda: reduction.peer_table(read_lines(RESULTS / "reduction.csv", reduction.Row)),
+    "reduction-merged": lambda: _reduced(ALL, "merged"),
+    "reduction-features": lambda: features.table(read_lines(RESULTS / "features.csv", features.Row)),
+    "reduction-times": _reduction_times,
+    "reduction-ahead": lambda: reduction.peer_table(read_lines(RESULTS / "reduction.csv", reduction.Row)),
+    "reduction-peers": lambda: _reduced("merged", *PEERS),
+    "reduction-pruned": lambda: _reduced(*(method for method in OURS if method != "merged")),
     "reduction-trained": lambda: reduction.table(read_lines(RESULTS / "reduction_trained.csv", reduction.Row)),
     "finetuning": lambda: finetuning.table(finetuning.read_results()) + "\n",
 }

@@ -15,6 +15,7 @@ from benchmarks import features
 from benchmarks import reduction as bench
 from benchmarks.methods import ALL, METHODS, OURS, PEERS, Samples
 from benchmarks.reduction import Images, Row, Subject, TimeRow
+from benchmarks.reduction_figure import draw
 from benchmarks.rows import read_rows, write_rows
 
 ROW = Row(
@@ -175,6 +176,8 @@ def test_every_batch_and_number_of_threads_is_timed_once(monkeypatch: pytest.Mon
     assert [row.pairs for row in rows] == [4, 2, 2]
     assert torch.get_num_threads() == threads
     assert list(bench.measure_times(subject, ["merged"], [], [TIME, *rows], pairs=4)) == []
+    one_thread = [TIME, replace(TIME, images=16)]
+    assert list(bench.measure_times(subject, ["merged"], [], one_thread, pairs=4, threads=[1])) == []
 
 
 def test_an_unknown_model_is_named_with_what_to_add(
@@ -203,8 +206,8 @@ def test_rows_survive_their_file_and_fill_the_table(tmp_path: Path) -> None:
         "| model | tokens | 100% of the GMACs | 70% of the GMACs | 50% of the GMACs |",
         "|---|---|---|---|---|",
         "| `lam` | all tokens | **40.60** |  |  |",
-        "| `lam` | merged |  | 40.10 ± 0.21 (96.2, 0.012) | 30.00 ± 0.21 (96.2, 0.012) |",
-        "| `vit` | ToMe |  | 39.50 ± 0.21 (96.2, 0.012) |  |",
+        "| `lam` | merged |  | 40.10 (-0.50 ± 0.21, 96.2, 0.012) | 30.00 (-0.50 ± 0.21, 96.2, 0.012) |",
+        "| `vit` | ToMe |  | 39.50 (-0.50 ± 0.21, 96.2, 0.012) |  |",
         "| `trained` | merged |  | 40.10 |  |",
         "",
         "Measured on: tiny, val split, 5,000 images; cpu, float32, torch 2.15.",
@@ -214,25 +217,44 @@ def test_rows_survive_their_file_and_fill_the_table(tmp_path: Path) -> None:
 def test_merging_has_its_difference_to_the_best_peer_in_a_table() -> None:
     ahead = replace(ROW, peer="ToMe, after, plain pooling", ahead=-0.254, ahead_se=0.2)
     rows = [ahead, replace(ahead, share=0.5, ahead=1.0, peer="stride"), replace(ahead, method="mask, drop"), ROW]
-    assert bench.peer_table(rows).splitlines()[2:] == [
-        "| `lam` | -0.25 ± 0.20 (ToMe) | +1.00 ± 0.20 (stride) |",
-        "",
-        "Measured on: tiny, val split, 5,000 images.",
-    ]
+    assert bench.peer_table(rows).splitlines()[2] == "| `lam` | -0.25 ± 0.20 (ToMe) | +1.00 ± 0.20 (stride) |"
+    assert bench.peer_table(rows).endswith("\nMeasured on: tiny, val split, 5,000 images.\n")
+
+
+def test_a_sentence_counts_the_comparisons_and_names_those_in_which_merging_is_behind() -> None:
+    ahead = replace(ROW, peer="ToMe", ahead=0.3, ahead_se=0.2)
+    rows = [ahead, replace(ahead, share=0.5, ahead=-0.1), replace(ahead, share=0.6, ahead=-0.3)]
+    peers = [replace(ROW, method="ToMe", kl=0.02), replace(ROW, method="ToMe", share=0.5, kl=0.01)]
+    assert bench.peer_table([*rows, *peers]).splitlines()[4] == (
+        "Of 3 comparisons, merging is ahead by more than one standard error in 1, within one in 1, and behind by more "
+        "in 1: `lam` at 60%. Its KL divergence is smaller than that of the peer in 1."
+    )
+    assert "and behind by more in none. Its" in bench.peer_table(rows[:2])
 
 
 def test_times_survive_their_file_and_fill_their_table(tmp_path: Path) -> None:
-    rows = [TIME, replace(TIME, images=16, ratio=0.7), replace(TIME, threads=2, share=0.5)]
+    rows = [
+        replace(TIME, share=0.5, ratio=0.8),
+        TIME,
+        replace(TIME, images=16, ratio=0.82),
+        replace(TIME, method="ToMe", images=16, threads=2, ratio=0.84),
+    ]
     write_rows(tmp_path / "rows.csv", rows)
     assert read_rows(tmp_path / "rows.csv", TimeRow) == rows
     assert bench.time_table(rows).splitlines() == [
-        "| model | tokens | threads | 70% of the GMACs | 50% of the GMACs |",
-        "|---|---|---|---|---|",
-        "| `lam` | merged | 1 | 0.80 (0.79-0.85); 0.70 (0.79-0.85) |  |",
-        "| `lam` | merged | 2 |  | 0.80 (0.79-0.85) |",
+        "| model | GMACs | tokens | 1 image, 1 thread | 16 images, 1 thread | 16 images, 2 threads |",
+        "|---|---|---|---|---|---|",
+        "| `lam` | 70% | merged | 0.80 (0.79-0.85) | 0.82 (0.79-0.85) |  |",
+        "| `lam` | 70% | ToMe |  |  | 0.84 (0.79-0.85) |",
+        "| `lam` | 50% | merged | 0.80 (0.79-0.85) |  |  |",
         "",
         "Measured on: cpu, float32, torch 2.15.",
     ]
+
+
+def test_tables_without_rows_have_a_heading_alone() -> None:
+    for empty in (bench.table([]), bench.peer_table([]), bench.time_table([]), features.table([])):
+        assert [line[:2] for line in empty.splitlines()] == ["| ", "|-"]
 
 
 def test_the_figure_has_masked_and_plain_in_colour_and_peers_in_grey() -> None:
@@ -241,17 +263,39 @@ def test_the_figure_has_masked_and_plain_in_colour_and_peers_in_grey() -> None:
         replace(ROW, method=ALL), replace(plain, method=ALL), ROW, plain, replace(ROW, share=0.5, gmacs=0.2),
         replace(ROW, method="ToMe"), replace(plain, method="ToMe"), replace(ROW, model="lam.large", data="large"),
     ]  # fmt: skip
-    drawing = bench.figure(rows)
+    drawing = draw(rows)
     assert len(drawing.axes) == 2  # one for each data set
     lines = {str(line.get_label()): line for line in drawing.axes[0].lines}
     colours = {label: line.get_color() for label, line in lines.items()}
-    assert lines["masked, merged"].get_xdata().tolist() == [0.2, 0.25]
-    assert colours["masked, merged"] == colours["masked, all tokens"] != colours["plain, merged"]
-    assert colours["plain, merged"] == colours["plain, all tokens"]
-    assert not {colours["ToMe"], colours["_plain, ToMe"]} & {colours["masked, merged"], colours["plain, merged"]}
+    assert lines["lam, merged"].get_xdata().tolist() == [0.2, 0.25]
+    assert colours["lam, merged"] == colours["lam, all tokens"] != colours["vit, merged"]
+    assert colours["vit, merged"] == colours["vit, all tokens"]
+    assert not {colours["lam, ToMe"], colours["vit, ToMe"]} & {colours["lam, merged"], colours["vit, merged"]}
     (legend,) = drawing.legends
-    own = [f"{of}, {method}" for method in (ALL, "merged") for of in ("masked", "plain")]
+    own = [f"{of}, {method}" for of in ("masked", "plain") for method in (ALL, "merged")]
     assert [text.get_text() for text in legend.get_texts()] == [*own, "ToMe"]  # a peer once
+
+
+@pytest.mark.parametrize("missing", [ALL, "merged", "ToMe"])
+def test_the_figure_is_drawn_without_rows_that_are_missing(missing: str) -> None:
+    rows = [replace(ROW, method=method, model="vit") for method in (ALL, "merged", "ToMe") if method != missing]
+    drawing = draw(rows)
+    assert [text.get_text() for text in drawing.legends[0].get_texts()] == [
+        label for label in ("plain, all tokens", "plain, merged", "ToMe") if not label.endswith(missing)
+    ]
+
+
+def test_a_figure_of_no_rows_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figure, none = tmp_path / "x.svg", tmp_path / "none.csv"
+    write_rows(none, [replace(ROW, method="mask, drop")])  # the figure has no pruning
+    monkeypatch.setattr("sys.argv", ["reduction", "--figure", str(figure), "--results", str(none)])
+    with pytest.raises(SystemExit) as ended:
+        bench.main()
+    assert ended.value.code == 2
+    assert f"{none} has no rows to draw; measure some first" in capsys.readouterr().err
+    assert not figure.exists()
 
 
 def test_the_nearest_neighbour_is_another_image() -> None:
