@@ -90,6 +90,10 @@ tables: $(VENV)/.ready-dev  ## measure the zoo again, train what is missing in b
 	$(BIN)/python -m benchmarks.reduction --figure docs/images/reduction.svg
 	$(BIN)/python -m benchmarks.features --data npz:$(SHARED)/clothing10 \
 	  --weights $(SHARED)/vit_s14/vit_small_patch14_dinov2.focus.safetensors
+	$(BIN)/python -m benchmarks.video_merging lam_clip4clip_micro.grid clip4clip_micro.grid --data grid:$(SHARED)/grid_s1:motion
+	$(BIN)/python -m benchmarks.video_merging lam_describer_micro.grid describer_micro.grid \
+	  --data grid:$(SHARED)/grid_s1:mouth+audio
+	$(BIN)/python -m benchmarks.video_merging lam_clip4clip clip4clip --time
 	$(BIN)/python -m benchmarks.tables
 	$(BIN)/lamzoo compare benchmarks/results/zoo.csv --timm $(SHARED)/timm_results --out $(TABLES_OUT)
 

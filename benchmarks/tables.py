@@ -103,7 +103,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "moments": lambda: ablation(HERE / "moments.toml"),
     "captions": lambda: ablation(HERE / "captions.toml"),
     "flickr8k_captions": lambda: ablation(HERE / "flickr8k_captions.toml"),
-    "retrieval-merged": lambda: video_merging.table(_merged("R@1")),
+    "retrieval-merged": lambda: video_merging.table(
+        _merged("R@1"), read_lines(RESULTS / "video_merging_time.csv", video_merging.TimeRow)
+    ),
     "captions-merged": lambda: video_merging.table(_merged("WER")),
     "speed": lambda: speed.table(read_lines(RESULTS / "speed.csv", speed.Row)),
     "speed-xeon": lambda: speed.table(read_lines(RESULTS / "speed.xeon.csv", speed.Row)),

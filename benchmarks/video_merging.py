@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import lamzoo
-from benchmarks.rows import read_rows, write_rows
+from benchmarks.rows import measured_on, read_rows, write_rows
 from lamzoo.data.captions import create_caption_dataset
 from lamzoo.data.retrieval import create_retrieval_dataset
 from lamzoo.data.retrieval.clips import Clips, each_frame, pad_clips
@@ -268,31 +268,50 @@ def time_side(name: str, shares: Sequence[float], done: set[tuple[str, str, floa
         lamzoo.remove_reduction(counted)
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Returns the rows as Markdown."""
-    lines = [
-        "| model | merged | GMACs | of all tokens | score | to all tokens | R@10 or CIDEr |",
-        "|---|---|---|---|---|---|---|",
-    ]
+def table(rows: Sequence[Row], times: Sequence[TimeRow] | None = None) -> str:
+    """Returns the rows as Markdown.
+
+    Args:
+        rows: the rows, of models named like ``"lam_clip4clip_micro.grid"``.
+        times: of models of full size, named like ``"lam_clip4clip"``. Their ratios, with quartiles, fill a column
+            that is empty where a method was not timed at a budget. None for a table without the column.
+    """
+    heads = ["model", "merged", "GMACs", "of all tokens", "score", "to all tokens", "R@10 or CIDEr"]
+    timed = {(row.model, row.method, row.share): row for row in times or ()}
+    if times is not None:
+        heads.append("time of the full-size model")
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     whole = {row.model: row.gmacs for row in rows if row.method == ALL}
     for row in rows:
-        difference = "" if row.method == ALL else f"{row.difference:+.2f} ± {row.difference_error:.2f}"
-        lines.append(
-            f"| `{row.model}` | {_setting(row)} | {row.gmacs:.4f} | {row.gmacs / whole[row.model]:.1%} "
-            f"| {row.metric} {row.score:.2f} ± {row.error:.2f} | {difference} | {row.second:g} |"
-        )
-    return "\n".join(lines) + "\n"
+        cells = [
+            f"`{row.model}`", _setting(row), f"{row.gmacs:.4f}", f"{row.gmacs / whole[row.model]:.1%}",
+            f"{row.metric} {row.score:.2f} ± {row.error:.2f}",
+            "" if row.method == ALL else f"{row.difference:+.2f} ± {row.difference_error:.2f}", f"{row.second:g}",
+        ]  # fmt: skip
+        if times is not None:
+            found = timed.get((row.model.partition(".")[0].removesuffix("_micro"), row.method, row.share))
+            cells.append(_ratio(found) if found else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n" + measured_on(f"{_machine(row)} (times)" for row in times or ())
 
 
 def time_table(rows: Sequence[TimeRow]) -> str:
     """Returns the rows of times as Markdown."""
     lines = ["| model | merged | GMACs | ms | of all tokens | device |", "|---|---|---|---|---|---|"]
     lines += [
-        f"| `{row.model}` | {_setting(row)} | {row.gmacs:.2f} | {row.milliseconds:.0f} | {row.ratio:.2f} "
-        f"({row.ratio_q1:.2f} to {row.ratio_q3:.2f}) | {row.device}, {row.threads} threads, torch {row.torch} |"
+        f"| `{row.model}` | {_setting(row)} | {row.gmacs:.2f} | {row.milliseconds:.0f} | {_ratio(row)} "
+        f"| {_machine(row)} |"
         for row in rows
     ]
     return "\n".join(lines) + "\n"
+
+
+def _ratio(row: TimeRow) -> str:
+    return f"{row.ratio:.2f} ({row.ratio_q1:.2f}-{row.ratio_q3:.2f})"
+
+
+def _machine(row: TimeRow) -> str:
+    return f"{row.device}, {row.threads} threads, torch {row.torch}"
 
 
 def _setting(row: Row | TimeRow) -> str:
