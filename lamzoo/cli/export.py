@@ -51,15 +51,17 @@ def export(
     from lamzoo.reduction.budget import prune_tokens
 
     prunes = keep is not None or target_gmacs is not None
-    if not prunes and (at is not None or (score, rest) != ("mask", "drop")):
+    how_many = {"--keep": keep is not None, "--target-gmacs": target_gmacs is not None}
+    which = {"--at": at is not None, "--score": score != "mask", "--rest": rest != "drop"}
+    of_pruning = [option for option, is_given in {**how_many, **which}.items() if is_given]
+    if of_pruning and merge is not None:
+        raise ConfigError(f"--merge and {of_pruning[0]}, a setting of pruning, exclude each other; leave one out")
+    if of_pruning and not prunes:
         raise ConfigError(
-            "--at, --score and --rest are settings of pruning, which --keep or --target-gmacs enables; pass one of them"
+            f"{of_pruning[0]} is a setting of pruning, which --keep or --target-gmacs enables; pass one of them"
         )
-    if prunes and merge is not None:
-        raise ConfigError(
-            f"--merge and --{'keep' if keep is not None else 'target-gmacs'}, which prunes tokens, exclude each other; "
-            "leave one out"
-        )
+    if all(how_many.values()):
+        raise ConfigError("--keep and --target-gmacs exclude each other; leave one out")
     layers = None if at is None else _layers(at)
     paths = find_images(images) if images else []
     check_target(output, "program", makes_folder=True, failure=ExportError)
