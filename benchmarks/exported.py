@@ -115,7 +115,7 @@ def table(rows: Sequence[Row]) -> str:
         ratio = "" if row.ratio is None else f"{row.ratio:.2f} ({row.ratio_q1:.2f}-{row.ratio_q3:.2f})"
         difference = "" if row.max_difference is None else f"{row.max_difference:.1g}"
         lines.append(
-            f"| `{row.model.partition('.')[0]}` | {row.tokens} | {row.program} | {row.gmacs:.4f} | {row.mib:.1f} "
+            f"| `{row.model}` | {row.tokens} | {row.program} | {row.gmacs:.4f} | {row.mib:.1f} "
             f"| {row.top1:.2f} | {ratio} | {difference} |"
         )
     conditions = {

@@ -66,10 +66,12 @@ def test_options_reach_the_job(run, jobs) -> None:
 
 
 def test_merged_models_are_measured_beside_themselves_with_all_tokens(run, jobs) -> None:
-    done = run("lam_vit_micro", "--out", "r.csv", "--no-plain", "--merge", "0.63333")
+    done = run("lam_vit_micro.cifar10", "--out", "r.csv", "--no-plain", "--merge", "0.63333")
     assert [job.merge for job in jobs] == [None, 0.6333]
-    assert "lam_vit_micro, merged to" in " ".join(done.out.split())
-    assert "0 measured, 2 kept" in run("lam_vit_micro", "--out", "r.csv", "--no-plain", "--merge", "0.63333").out
+    assert "lam_vit_micro.cifar10, merged to" in " ".join(done.out.split())
+    assert (
+        "0 measured, 2 kept" in run("lam_vit_micro.cifar10", "--out", "r.csv", "--no-plain", "--merge", "0.63333").out
+    )
 
 
 def test_with_data_the_models_have_weights(run, jobs, tmp_path: Path) -> None:
@@ -105,7 +107,7 @@ def test_ctrl_c_leaves_a_whole_table(run, jobs) -> None:
         (["lam_vit_micro", "--data", "npz:nowhere"], "nowhere"),
         (["lam_vit_micro", "--device", "cuda:9"], "cuda:9"),
         (["lam_vit_micro", "--repeats", "1"], "repeats"),
-        (["lam_vit_micro", "--merge", "2"], "--merge is 2; it must be above 0 and at most 1"),
+        (["lam_vit_micro.cifar10", "--merge", "2"], "--merge is 2; it must be above 0 and at most 1"),
         (["lam_vit_micro", "--out", "file/r.csv"], "can't be written"),
     ],
 )

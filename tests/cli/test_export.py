@@ -51,7 +51,7 @@ def test_command(tmp_path: Path, run: Any) -> None:
     ],
 )
 def test_wrong_arguments_of_the_command(arguments: tuple[str, ...], says: str, tmp_path: Path, run: Any) -> None:
-    done = run("export", "lam_vit_micro", "--out", tmp_path / "model.onnx", *arguments)
+    done = run("export", "lam_vit_micro.cifar10", "--out", tmp_path / "model.onnx", *arguments)
     assert done.code == 2
     assert says in done.err
     assert list(tmp_path.glob("*")) == []

@@ -228,7 +228,7 @@ def test_what_cannot_be_hidden_from_the_pooling_is_said() -> None:
 
 
 def test_a_saved_model_is_pruned_when_it_comes_back(tmp_path: Path) -> None:
-    vit = prune_tokens(lamzoo.create_model("lam_vit_micro", num_classes=3), 0.6, (1,), rest="merge").eval()
+    vit = prune_tokens(lamzoo.create_model("lam_vit_micro.cifar10", num_classes=3), 0.6, (1,), rest="merge").eval()
     lamzoo.save_pretrained(vit, tmp_path)
     back = lamzoo.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     assert back.prune_config == vit.prune_config
