@@ -490,14 +490,23 @@ def best_variants(rows: Iterable[Row]) -> list[Row]:
 def table(rows: Sequence[Row]) -> str:
     """Returns the rows of quality as Markdown: a line per model and method, a column per budget.
 
-    Cells are top-1, its difference to all tokens with the standard error, agreement and KL divergence.
+    Cells are top-1, its difference to all tokens with the standard error, agreement and KL divergence. Beside the model
+    is top-1 with all tokens, which has a line only if there are no other rows of the model.
     """
+    rows = best_variants(rows)
+    whole = {row.model: row for row in rows if row.method == ALL}
+    reduced = {row.model for row in rows if row.method != ALL}
+
+    def line(row: Row) -> tuple[str, ...]:
+        beside = f" ({whole[row.model].top1:.2f})" if row.model in reduced & whole.keys() else ""
+        return f"`{row.model}`{beside}", row.method
+
     conditions = (
         f"{row.data}, {row.split} split, {row.images:,} images; {row.device}, {row.dtype}, torch {row.torch}"
         for row in rows
     )
-    lines = _table(best_variants(rows), ["model", "tokens"], lambda row: (f"`{row.model}`", row.method), _budget, _cell)
-    return lines + measured_on(conditions)
+    shown = [row for row in rows if row.method != ALL or row.model not in reduced]
+    return _table(shown, ["model (all tokens)", "tokens"], line, _budget, _cell) + measured_on(conditions)
 
 
 def _budget(row: Row) -> tuple[Any, str]:
@@ -505,10 +514,8 @@ def _budget(row: Row) -> tuple[Any, str]:
 
 
 def _cell(row: Row) -> str:
-    if row.kl is None:
+    if row.kl is None or row.method == ALL:
         return f"{row.top1:.2f}"
-    if row.method == ALL:
-        return f"**{row.top1:.2f}**"
     return f"{row.top1:.2f} ({row.difference:+.2f} ± {row.difference_se:.2f}, {row.agreement:.1f}, {row.kl:.3f})"
 
 

@@ -199,16 +199,17 @@ def test_rows_survive_their_file_and_fill_the_table(tmp_path: Path) -> None:
         worse,
         replace(worse, variant="in the block", top1=39.5),
         replace(ROW, model="trained", agreement=None, kl=None, difference=None, difference_se=None),
+        replace(ROW, model="control", method=ALL, share=1.0, top1=41.2),
     ]
     write_rows(tmp_path / "rows.csv", rows)
     assert read_rows(tmp_path / "rows.csv", Row) == rows
     assert bench.table(rows).splitlines() == [
-        "| model | tokens | 100% of the GMACs | 70% of the GMACs | 50% of the GMACs |",
+        "| model (all tokens) | tokens | 100% of the GMACs | 70% of the GMACs | 50% of the GMACs |",
         "|---|---|---|---|---|",
-        "| `lam` | all tokens | **40.60** |  |  |",
-        "| `lam` | merged |  | 40.10 (-0.50 ± 0.21, 96.2, 0.012) | 30.00 (-0.50 ± 0.21, 96.2, 0.012) |",
+        "| `lam` (40.60) | merged |  | 40.10 (-0.50 ± 0.21, 96.2, 0.012) | 30.00 (-0.50 ± 0.21, 96.2, 0.012) |",
         "| `vit` | ToMe |  | 39.50 (-0.50 ± 0.21, 96.2, 0.012) |  |",
         "| `trained` | merged |  | 40.10 |  |",
+        "| `control` | all tokens | 41.20 |  |  |",
         "",
         "Measured on: tiny, val split, 5,000 images; cpu, float32, torch 2.15.",
     ]
