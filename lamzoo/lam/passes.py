@@ -65,7 +65,7 @@ class StackPass:
         kept: straight-through decisions, ``(B, N)``: 1 for kept tokens, 0 for pruned ones that training leaves in
             place; None without such decisions.
         scores: of the current layer's tokens, ``(B, N)``, if tokens are reduced after it.
-        pooled: whether the model pools the output of the last layer, which nothing else reads.
+        pooled: whether the model itself reads the output of the last layer, and nothing else of the stack.
         held: whether a hook after the last layer reads this state, and ends the pass.
         spans: half-open ranges of the stack's input tokens within which they may merge, for hosts of several streams.
         rerun: the backward pass and the autograd node that rerun this pass; None in a forward pass.

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lamzoo.adapters.hosts import ADAPTERS, Pooling
-from lamzoo.adapters.wrappers import is_sharded, unwrap
+from lamzoo.adapters.wrappers import unwrap
 from lamzoo.errors import ConfigError, UnsupportedHostError, class_name
 from lamzoo.lam import FactoredMask, Lam, SharedState
 from lamzoo.lam.layer import AttentionOptions
@@ -39,6 +39,7 @@ from lamzoo.reduction.stacks import (
     ReductionHook,
     Stack,
     check_not_traced,
+    check_unsharded,
     find_stack,
     remove_reduction,
     watch_passes,
@@ -186,7 +187,7 @@ def _present(mask: Tensor, block: nn.Module, tokens: Tensor) -> Tensor:
     )
 
 
-class _FinishMerge(ReductionHook):
+class FinishMerge(ReductionHook):
     """Forward hook of a block: makes the merged tokens those of the next block, or gives every token its own back."""
 
     def __call__(self, block: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -274,11 +275,8 @@ def merge(model: nn.Module, config: TokenReduction) -> None:
             f"Tokens can't be merged in {stack.pooling.blocks}, which runs a block or its attention several times; "
             "give each place a copy of its own."
         )
-    if stack.sites and is_sharded(model):
-        raise UnsupportedHostError(
-            f"The model ({class_name(model)}) is sharded by FSDP, and merging replaces its attention layers; merge "
-            "tokens before that."
-        )
+    if stack.sites:
+        check_unsharded(model)
     remove_reduction(model)
     lams = stack.lams
     shared = lams[0].shared if lams else SharedState()
@@ -288,8 +286,8 @@ def merge(model: nn.Module, config: TokenReduction) -> None:
     for index, (site, adapter) in enumerate(sites.items()):
         adapter.wrap(model, {site: Unmasked(shared, index, is_last=index == len(sites) - 1)})
     for block in stack.blocks.values():
-        block.register_forward_hook(_FinishMerge(shared))
-    watch_passes(stack, shared)
+        block.register_forward_hook(FinishMerge(shared))
+    watch_passes(stack.blocks.values(), shared)
     for index, block in enumerate(stack.blocks.values()):
         block.register_forward_pre_hook(_MergeTokens(shared, stack, index, config), with_kwargs=True)
     if stack.pooling.last_linear is not None:

@@ -154,7 +154,7 @@ def prune(model: nn.Module, config: PruneConfig) -> None:
             share *= config.keep
             hook.score = partial(SCORERS[config.score], has_class_token=pooling.has_class_token)
             block.register_forward_hook(_Prune(lam, config, stack.layout.num_prefix_tokens, share))
-    watch_passes(stack, shared)
+    watch_passes(stack.blocks.values(), shared)
     next(iter(stack.blocks.values())).register_forward_pre_hook(_AllTokens(shared))
     pooling.last.register_forward_hook(_PoolKept(shared, pooling))
     model.token_reduction = model.prune_config = config  # type: ignore[assignment]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
@@ -21,7 +22,7 @@ from lamzoo.adapters.hosts import (
     remove_hooks,
 )
 from lamzoo.adapters.state import masks_of
-from lamzoo.adapters.wrappers import check_model, unwrap
+from lamzoo.adapters.wrappers import check_model, is_sharded, unwrap
 from lamzoo.errors import UnsupportedHostError, class_name
 from lamzoo.lam import Lam, SharedState
 from lamzoo.lam.unmasked import Unmasked
@@ -149,16 +150,25 @@ class _Leave(LeaveBlock, ReductionHook):
     """A :class:`LeaveBlock` that is removed with the reduction."""
 
 
-def watch_passes(stack: Stack, shared: SharedState) -> None:
+def watch_passes(blocks: Iterable[nn.Module], shared: SharedState) -> None:
     """Lets gradient checkpointing find the pass of every block.
 
     Call it between the registration of the forward hooks that change the tokens of a block, whose output is noted with
     the pass, and that of the pre-hooks that do, whose pass has to be known.
     """
-    for index, block in enumerate(stack.blocks.values()):
+    for index, block in enumerate(blocks):
         if not any(isinstance(hook, EnterBlock) for hook in block._forward_pre_hooks.values()):  # of the masks
             block.register_forward_pre_hook(_Enter(shared, needs_pass=index > 0), with_kwargs=True)
         block.register_forward_hook(_Leave(shared), always_call=True)
+
+
+def check_unsharded(model: nn.Module) -> None:
+    """Raises :class:`UnsupportedHostError` for a model sharded by FSDP, whose attention layers can't be replaced."""
+    if is_sharded(model):
+        raise UnsupportedHostError(
+            f"The model ({class_name(model)}) is sharded by FSDP, and merging replaces its attention layers; merge "
+            "tokens before that."
+        )
 
 
 def check_not_traced(tokens: object) -> None:

@@ -23,8 +23,15 @@ from lamzoo.lam.token_map import TokenMap
 from lamzoo.lam.unmasked import Unmasked
 from lamzoo.reduction.config import TokenReduction
 from lamzoo.reduction.matching import full_precision, least_costs, merged, without
-from lamzoo.reduction.merging import attend_by_sizes
-from lamzoo.reduction.stacks import EndPass, ReductionHook, check_not_traced, remove_reduction
+from lamzoo.reduction.merging import FinishMerge, attend_by_sizes
+from lamzoo.reduction.stacks import (
+    EndPass,
+    ReductionHook,
+    check_not_traced,
+    check_unsharded,
+    remove_reduction,
+    watch_passes,
+)
 
 Length = TypeVar("Length", int, Tensor)
 
@@ -70,7 +77,7 @@ class _BeginStreams(ReductionHook):
 
     def __call__(self, encoder: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         streams = args[0] if args else kwargs["streams"]
-        self.shared.begin(held=True)
+        self.shared.begin(pooled=True, held=True)
         self.shared.update(spans=tuple(self.spans(streams).values()))
 
 
@@ -79,26 +86,24 @@ class _MergeStreams(ReductionHook):
 
     Args:
         shared: state of the stack.
-        share: of a stream's tokens that leaves in each layer.
-        before: number of layers before this one in which tokens merge; None if none merge in it.
+        share: of a stream's tokens that leaves in this layer, as in each in which tokens merge.
     """
 
-    def __init__(self, shared: SharedState, share: float, before: int | None) -> None:
+    def __init__(self, shared: SharedState, share: float) -> None:
         super().__init__(shared)
-        self.billionths, self.before = math.ceil(share * 10**9), before  # exact, on every device
+        self.billionths = math.ceil(share * 10**9)  # exact, on every device
 
     def __call__(self, layer: Any, args: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         tokens, mask = args
         check_not_traced(tokens)
         here = self.shared.current
         present = mask if here.token_map is None else mask.gather(1, here.token_map.kept)
-        if self.before is None:
-            return tokens, present
+        each = [self._leaving(end - first) for first, end in here.spans]
+        before = (mask.shape[1] - tokens.shape[1]) // max(1, sum(each))  # layers in which tokens have merged
         parts, start = [], 0
-        for first, end in here.spans:
-            gone = self._leaving(end - first)
+        for (first, end), gone in zip(here.spans, each, strict=True):
             start = start or first  # streams lie side by side, after the class token
-            length = end - first - self.before * gone
+            length = end - first - before * gone
             if gone:
                 parts.append(Part(start, length, gone, self._leaving(mask[:, first:end].sum(dim=1))))
             start += length
@@ -115,23 +120,6 @@ class _MergeStreams(ReductionHook):
         return length * self.billionths // 10**9
 
 
-class _FinishMerge(ReductionHook):
-    """Forward hook of a layer: makes the merged tokens those of the next one; after the last, spreads them out."""
-
-    def __init__(self, shared: SharedState, is_last: bool) -> None:
-        super().__init__(shared)
-        self.is_last = is_last
-
-    def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        if self.shared.current.merge is not None:
-            self.shared.finish_merge()
-        token_map = self.shared.current.token_map
-        if self.is_last:
-            return output if token_map is None else token_map.spread(output)
-        self.shared.leave(output)
-        return output
-
-
 def find_encoder(model: nn.Module) -> str | None:
     """Returns the path of the first joint encoder of streams in a model; None if it has none."""
     return next((path for path, module in unwrap(model).named_modules() if hasattr(type(module), "stream_spans")), None)
@@ -146,7 +134,7 @@ def merge(model: nn.Module, path: str, config: TokenReduction) -> None:
         config: the merging.
 
     Raises:
-        UnsupportedHostError: the encoder's masks have positions.
+        UnsupportedHostError: the encoder's masks have positions; or it has no masks and is sharded by FSDP.
         ConfigError: ``at`` names a layer that the encoder doesn't have, or frames are to merge.
     """
     model = unwrap(model)
@@ -168,6 +156,8 @@ def merge(model: nn.Module, path: str, config: TokenReduction) -> None:
             f"Tokens can't be merged in {where}: its masks have keys='position', and the positions of padded streams "
             "can't be averaged; use keys='content'."
         )
+    if not lams:
+        check_unsharded(model)
     remove_reduction(model)
     shared = lams[0].shared if lams else SharedState()
     for lam in lams:
@@ -179,10 +169,11 @@ def merge(model: nn.Module, path: str, config: TokenReduction) -> None:
         adapter.wrap(encoder, places)
     # At most half of a stream's tokens can leave in the last of the layers.
     share = min(1 - config.keep, len(layers) / (len(layers) + 1)) / len(layers)
+    for layer in encoder.layers:
+        layer.register_forward_hook(FinishMerge(shared))
+    watch_passes(encoder.layers, shared)
     for index, layer in enumerate(encoder.layers):
-        before = layers.index(index) if index in layers else None
-        layer.register_forward_pre_hook(_MergeStreams(shared, share, before))
-        layer.register_forward_hook(_FinishMerge(shared, index == len(encoder.layers) - 1))
+        layer.register_forward_pre_hook(_MergeStreams(shared, share if index in layers else 0.0))
     encoder.register_forward_pre_hook(_BeginStreams(shared, encoder), with_kwargs=True)
     encoder.register_forward_hook(EndPass(shared), always_call=True)
     model.token_reduction = config  # type: ignore[assignment]

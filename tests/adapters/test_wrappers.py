@@ -19,6 +19,7 @@ from lamzoo.errors import ConfigError, UnsupportedHostError
 from lamzoo.evaluation import evaluate, predict
 from lamzoo.evaluation.classification.prediction import label_names
 from lamzoo.evaluation.runtime import data_config
+from lamzoo.models.describer.model import describer
 from lamzoo.profiling import best_batch, measure, time_latency
 from lamzoo.weights import load_into
 
@@ -144,6 +145,16 @@ def test_tokens_of_a_plain_model_merge_before_it_is_sharded() -> None:
     with torch.no_grad():
         expected = model(IMAGE)
         assert torch.allclose(fsdp2(model)(IMAGE), expected, atol=1e-6)
+
+
+def test_a_sharded_describer_without_masks_does_not_merge() -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    sizes: dict[str, Any] = {"width": 8, "heads": 2, "encoder_layers": 2, "text_layers": 1, "decoder_layers": 1}
+    model = describer({"features": {"audio": 4}, "vocabulary": ["bin"], **sizes}, lam=None)
+    with pytest.raises(UnsupportedHostError, match="sharded by FSDP, and merging replaces its attention layers"):
+        lamzoo.merge_tokens(fully_shard(model), keep=0.5)
+    assert not any(module._forward_hooks for module in model.encoder.layers)
 
 
 @pytest.mark.slow

@@ -224,6 +224,34 @@ def test_the_context_and_the_class_token_never_merge() -> None:
     assert distinct == [1 + 5 + 10 + 2, 1 + 3 + 8 + 2, 1 + 5 + 0 + 2]
 
 
+@each_config
+def test_an_encoder_that_lost_layers_gives_every_token_back(config: LamConfig | None) -> None:
+    model, streams = merge_tokens(writer(config), keep=0.4), clips()
+    model.encoder.layers = model.encoder.layers[:2]
+    shorter = merge_tokens(writer(config, encoder_layers=2), keep=0.6)  # 20 % of the tokens in each of two layers
+    shorter.load_state_dict(model.state_dict())
+    joint, expected = model.encode(streams), shorter.encode(streams)
+    assert_close(joint.tokens[joint.mask], expected.tokens[expected.mask])
+    assert model.encoder.layers[0].attn.lam.shared.current.token_map is None  # the pass has ended
+
+
+def test_an_encoder_that_lost_its_first_layers_mixes_no_streams() -> None:
+    model = merge_tokens(writer(), keep=0.25)
+    model.encoder.layers = model.encoder.layers[1:]
+    seen = []
+    for layer in model.encoder.layers:
+        layer.attn.register_forward_hook(lambda attn, *_: seen.append(attn.lam.shared.current.merge.token_map))
+    model.encode(clips(padding=0))
+    video, lengths = torch.zeros(31, dtype=torch.bool), []
+    video[1:11] = True
+    for token_map in seen:  # 2 of 10 tokens of video and 5 of 20 of audio in each of two layers
+        streams = video[token_map.kept]
+        assert torch.equal(streams.gather(1, token_map.into)[:2], video.expand(2, -1))
+        video = streams[0]
+        lengths.append(int(video.sum()))
+    assert lengths == [8, 6]
+
+
 def test_gradients_reach_the_features_through_merged_tokens() -> None:
     model, streams = merge_tokens(writer(CONFIGS[1]), keep=0.5).train(), clips()
     features = streams["audio"].features.requires_grad_()
