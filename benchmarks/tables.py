@@ -79,7 +79,8 @@ def sequences(path: Path = RESULTS / "sequences.csv") -> str:
 
 def _reduced(*methods: str) -> str:
     rows = read_lines(RESULTS / "reduction.csv", reduction.Row)
-    return reduction.table([row for row in rows if row.method in methods])
+    models = {row.model for row in rows if row.method in methods}
+    return reduction.table([row for row in rows if row.method in (ALL, *methods) and row.model in models])
 
 
 def _reduction_times() -> str:
@@ -113,7 +114,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "kernels": lambda: kernels.table(read_lines(RESULTS / "kernels.csv", kernels.Row)),
     "tiles": lambda: tiles.table(read_lines(RESULTS / "tiles.csv", tiles.Row)),
     "exported": lambda: exported.table(read_lines(RESULTS / "exported.csv", exported.Row)),
-    "reduction-merged": lambda: _reduced(ALL, "merged"),
+    "reduction-merged": lambda: _reduced("merged"),
     "reduction-features": lambda: features.table(read_lines(RESULTS / "features.csv", features.Row)),
     "reduction-times": _reduction_times,
     "reduction-ahead": lambda: reduction.peer_table(read_lines(RESULTS / "reduction.csv", reduction.Row)),
