@@ -12,10 +12,11 @@ on any machine up to rounding, and take some three hours of one core, a third of
 time need a quiet machine, and leave out ATM and DiffRate, whose settings depend on images. Existing rows are not
 measured again, unless ``--again`` is given.
 
-A folder with a trained model takes data, twin and stages of the model it was trained from:
+A folder with a trained model takes data, twin and stages of the model it was trained from, to which its rows give the
+difference; recipes name these commands. Its own reduction is left out, and every method is measured on its weights:
 
-    python -m benchmarks.reduction --models local-dir:runs/pruned_10.cifar10/model --like lam_vit_micro.cifar10 \
-        --only "all tokens" "mask, drop" --results benchmarks/results/reduction_trained.csv
+    python -m benchmarks.reduction --models local-dir:runs/merged_10.cifar10/model --like lam_vit_micro.cifar10 \
+        --only "all tokens" merged ToMe --shares 0.63 --results benchmarks/results/reduction_trained.csv
 """
 
 from __future__ import annotations
@@ -45,11 +46,17 @@ from benchmarks.reduction_figure import DRAWN, draw
 from benchmarks.rows import measured_on, read_rows, write_rows
 from lamzoo.data import create_dataset
 from lamzoo.data.arrays import read_npy
+from lamzoo.data.json_files import read_json
+from lamzoo.data.trained import RECIPE_NAME
 from lamzoo.evaluation.resume import weights_sha256
 from lamzoo.evaluation.runtime import inference
 from lamzoo.profiling.inputs import as_arguments, default_input, image_config, image_mode
 from lamzoo.profiling.latency import compare_latency, device_label
+from lamzoo.registry.catalog import model_ref
 from lamzoo.report.compare.plots import encode
+
+AnyRow = TypeVar("AnyRow", bound="Row")
+AnyTable = TypeVar("AnyTable", bound="Row | TimeRow")
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "reduction.csv"
@@ -71,6 +78,7 @@ class Subject:
         split: split of the data.
         at: layers after which pruning and selection reduce tokens, from 0.
         shares: its budgets.
+        start: the model that it was trained from; None for published weights.
     """
 
     model: str
@@ -79,6 +87,7 @@ class Subject:
     split: str
     at: tuple[int, ...]
     shares: tuple[float, ...] = SHARES
+    start: str | None = None
 
 
 _TINY, _MICRO = "vit_tiny_patch8_64.tinyimagenet100", "vit_micro.cifar10"
@@ -151,6 +160,38 @@ class Row:
     def key(self) -> tuple[str, str, str | None, float]:
         """What tells the row from others: model, method, variant and budget."""
         return self.model, self.method, self.variant, self.share
+
+    @property
+    def contest(self) -> tuple[str | int | float | None, ...]:
+        """What rows have in common whose methods are compared: the weights and the budget."""
+        return self.model, self.share
+
+
+@dataclass(frozen=True)
+class TrainedRow(Row):
+    """Quality of one method at one budget, on weights that were trained further.
+
+    The peer that it is compared with is the best one on all weights that were trained from the same model for as many
+    epochs.
+
+    Attributes:
+        start: the model that they were trained from; None, like all that follows, in rows without this record.
+        training: the tokens that they were trained with.
+        epochs: of this training.
+        gain: difference of top-1 to the model that they were trained from, with all of its tokens, in points.
+        gain_se: standard error of the gain, paired over images.
+    """
+
+    start: str | None = None
+    training: str | None = None
+    epochs: int | None = None
+    gain: float | None = None
+    gain_se: float | None = None
+
+    @property
+    def contest(self) -> tuple[str | int | float | None, ...]:
+        """The model that the weights were trained from, the epochs and the budget."""
+        return super().contest if self.start is None else (self.start, self.epochs, self.share)
 
 
 @dataclass(frozen=True)
@@ -271,7 +312,7 @@ def measure(
     Returns:
         The row and the predictions, int64 ``(images,)``; None if no setting of the method meets the budget.
     """
-    budget = math.inf if method == ALL else share * _plain_gmacs(subject.plain)
+    budget = math.inf if method == ALL else share * _all_gmacs(subject.plain)
     with METHODS[method](model)[variant](model, budget, subject.at, samples) as setting:
         if setting is None:
             return None
@@ -296,8 +337,8 @@ def _percent(hits: Tensor) -> float:
 
 
 @cache
-def _plain_gmacs(plain: str) -> float:
-    return lamzoo.profile(lamzoo.create_model(plain)).gmacs
+def _all_gmacs(name: str) -> float:
+    return lamzoo.profile(lamzoo.remove_reduction(lamzoo.create_model(name))).gmacs
 
 
 def _create(name: str, *, pretrained: bool) -> Any:
@@ -306,13 +347,13 @@ def _create(name: str, *, pretrained: bool) -> Any:
     return lamzoo.remove_reduction(model)  # weights trained with pruning have their own setting
 
 
-def best_peer(rows: Iterable[Row], model: str, share: float) -> Row | None:
-    """Returns the row of the peer with the highest accuracy on a model at a budget, if there is one."""
-    peers = [row for row in rows if (row.model, row.share) == (model, share) and row.method in PEERS]
+def best_peer(rows: Iterable[Row], contest: tuple[str | int | float | None, ...]) -> Row | None:
+    """Returns the row of the peer with the highest accuracy in a contest (:attr:`Row.contest`), if there is one."""
+    peers = [row for row in rows if row.contest == contest and row.method in PEERS]
     return max(peers, key=lambda row: row.top1, default=None)
 
 
-def against_peers(rows: Sequence[Row], correct: Callable[[Row], Tensor | None]) -> list[Row]:
+def against_peers(rows: Sequence[AnyRow], correct: Callable[[Row], Tensor | None]) -> list[AnyRow]:
     """Completes the rows of this project's methods by the difference to the best peer.
 
     Args:
@@ -322,7 +363,7 @@ def against_peers(rows: Sequence[Row], correct: Callable[[Row], Tensor | None]) 
     """
     completed = []
     for row in rows:
-        peer = best_peer(rows, row.model, row.share) if row.method in OURS else None
+        peer = best_peer(rows, row.contest) if row.method in OURS else None
         if peer is not None:
             name = f"{peer.method}, {peer.variant}" if peer.variant else peer.method
             ours, theirs = correct(row), correct(peer)
@@ -356,7 +397,9 @@ def measure_all(
         device: a torch device.
         again: whether to measure existing rows again.
     """
-    rows = read_rows(path, Row)
+    subjects = list(subjects)
+    kind: type[Row] = TrainedRow if any(subject.start for subject in subjects) else Row
+    rows = read_rows(path, kind)
     for subject in subjects:
         model = _create(subject.model, pretrained=True).to(device)
         wanted = [
@@ -374,23 +417,62 @@ def measure_all(
             reference = _kept_logits(kept, subject, model, images)
             training = Images.load(model, data + subject.data, "train", _TRAINING)
             samples = Samples(images.pixels[:: max(1, len(images.pixels) // _SCORED)], training.pixels)
+            if subject.start is not None:
+                start = replace(subject, model=subject.start)
+                before = _kept_logits(kept, start, _create(subject.start, pretrained=True).to(device), images)
         for method, variant, share in track(wanted, description=subject.model):
             measured = measure(subject, model, method, variant, share, images, reference, samples)
             if measured is None:
                 print(f"No setting of {method} meets {share:.0%} of the GMACs on {subject.model}.")
                 continue
             row, predictions = measured
+            if subject.start is not None:
+                row = _trained(subject, row, predictions == images.labels, before.argmax(dim=1) == images.labels)
             np.save(kept / f"{_slug(*row.key)}.npy", predictions.numpy().astype(np.int16))
             rows = against_peers([*(each for each in rows if each.key != row.key), row], partial(_kept_correct, kept))
-            rows.sort(key=_order)
+            rows.sort(key=partial(_order, [each.model for each in rows]))
             write_rows(path, rows)
 
 
-def _order(row: Row | TimeRow) -> tuple[int, int, float]:
-    """Sorts rows by model, method and budget; rows of other models stay in their order."""
-    models = [subject.model for subject in SUBJECTS]
-    model = models.index(row.model) if row.model in models else len(models)
-    return model, list(METHODS).index(row.method), -row.share
+def _trained(subject: Subject, row: Row, correct: Tensor, before: Tensor) -> TrainedRow:
+    """Completes a row by the training of its weights; of each image, whether it was correct now and before."""
+    gain, error = paired_difference(correct, before)
+    training, epochs = training_of(subject)
+    return TrainedRow(
+        **vars(row), start=subject.start, training=training, epochs=epochs, gain=round(gain, 2), gain_se=round(error, 2)
+    )
+
+
+def training_of(subject: Subject) -> tuple[str, int]:
+    """Reads from the run of a trained model which tokens it was trained with, and for how many epochs.
+
+    Raises:
+        LamzooError: there is no such run, or it started from another model.
+    """
+    folder = model_ref(subject.model).path or Path(subject.model)
+    paths = [place / RECIPE_NAME for place in (folder, folder.parent)]
+    recipe = read_json(next((path for path in paths if path.is_file()), paths[-1]))
+    if recipe["model"]["name"] != subject.start:
+        raise lamzoo.LamzooError(
+            f"{subject.model} was trained from {recipe['model']['name']}, and not from {subject.start}; name that one "
+            "with --like."
+        )
+    epochs = recipe["schedule"]["epochs"] + recipe["schedule"]["cooldown_epochs"]
+    section = recipe.get("peer") or recipe.get("reduction") or recipe.get("prune") or {"target_gmacs": math.inf}
+    name = section.get("method", "prune")
+    name = {"merge": "merged", "prune": f"pruned, {section.get('training')}"}.get(name, name)
+    target = section.get("target_gmacs")
+    if target is None:
+        return ", ".join([name, *(f"{key}={section[key]}" for key in ("keep", "r") if key in section)]), epochs
+    reduces = target < _all_gmacs(subject.start)
+    return f"{name}, {target / _all_gmacs(subject.plain):.0%}" if reduces else ALL, epochs
+
+
+def _order(models: Sequence[str], row: Row | TimeRow) -> tuple[int, int, int, float]:
+    """Sorts rows by model, method and budget; models other than those of the benchmark stay in their order."""
+    known = [subject.model for subject in SUBJECTS]
+    model = known.index(row.model) if row.model in known else len(known)
+    return model, models.index(row.model), list(METHODS).index(row.method), -row.share
 
 
 def _kept_correct(kept: Path, row: Row) -> Tensor | None:
@@ -440,7 +522,7 @@ def measure_times(
             continue
         scored = [row for row in quality if (row.model, row.method, row.share) == (subject.model, method, share)]
         variant = max(scored, key=lambda row: row.top1).variant if scored else next(iter(variants))
-        budget = math.inf if method == ALL else share * _plain_gmacs(subject.plain)
+        budget = math.inf if method == ALL else share * _all_gmacs(subject.plain)
         wanted = [
             each for each in itertools.product((1, 16), threads) if (subject.model, method, share, *each) not in known
         ]
@@ -477,9 +559,9 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def best_variants(rows: Iterable[Row]) -> list[Row]:
+def best_variants(rows: Iterable[AnyRow]) -> list[AnyRow]:
     """Returns one row for each model, method and budget: that of the variant with the highest accuracy."""
-    best: dict[tuple[str, str, float], Row] = {}
+    best: dict[tuple[str, str, float], AnyRow] = {}
     for row in rows:
         at = (row.model, row.method, row.share)
         if at not in best or row.top1 > best[at].top1:
@@ -501,12 +583,15 @@ def table(rows: Sequence[Row]) -> str:
         beside = f" ({whole[row.model].top1:.2f})" if row.model in reduced & whole.keys() else ""
         return f"`{row.model}`{beside}", row.method
 
-    conditions = (
+    shown = [row for row in rows if row.method != ALL or row.model not in reduced]
+    return _table(shown, ["model (all tokens)", "tokens"], line, _budget, _cell) + _conditions(rows)
+
+
+def _conditions(rows: Iterable[Row]) -> str:
+    return measured_on(
         f"{row.data}, {row.split} split, {row.images:,} images; {row.device}, {row.dtype}, torch {row.torch}"
         for row in rows
     )
-    shown = [row for row in rows if row.method != ALL or row.model not in reduced]
-    return _table(shown, ["model (all tokens)", "tokens"], line, _budget, _cell) + measured_on(conditions)
 
 
 def _budget(row: Row) -> tuple[Any, str]:
@@ -517,6 +602,24 @@ def _cell(row: Row) -> str:
     if row.kl is None or row.method == ALL:
         return f"{row.top1:.2f}"
     return f"{row.top1:.2f} ({row.difference:+.2f} ± {row.difference_se:.2f}, {row.agreement:.1f}, {row.kl:.3f})"
+
+
+def trained_table(rows: Sequence[TrainedRow]) -> str:
+    """Returns the rows of trained weights as Markdown: a line per model, training and method, a column per budget.
+
+    Cells are top-1 and its difference to the model that the weights were trained from, with all of its tokens.
+    """
+
+    def line(row: TrainedRow) -> tuple[str, ...]:
+        if row.start is None:  # without a record of the training: the name of the run
+            return f"`{row.model.removeprefix('local-dir:runs/').removesuffix('/model')}`", "", "", row.method
+        return f"`{row.start}`", row.training or "", str(row.epochs or ""), row.method
+
+    def cell(row: TrainedRow) -> str:
+        return f"{row.top1:.2f}" if row.gain is None else f"{row.top1:.2f} ({row.gain:+.2f} ± {row.gain_se:.2f})"
+
+    heads = ["model", "trained with", "epochs", "tokens"]
+    return _table(best_variants(rows), heads, line, _budget, cell) + _conditions(rows)
 
 
 def peer_table(rows: Sequence[Row]) -> str:
@@ -542,7 +645,7 @@ def _summary(compared: Sequence[Row], rows: Sequence[Row]) -> str:
     ahead = sum(difference > error for _, difference, error in errors)
     behind = [f"`{row.model}` at {row.share:.0%}" for row, difference, error in errors if difference < -error]
     named = f"{len(behind)}: {', '.join(behind)}" if behind else "none"
-    peers = [(row, best_peer(rows, row.model, row.share)) for row in compared]
+    peers = [(row, best_peer(rows, row.contest)) for row in compared]
     closer = sum(peer is not None and (row.kl or 0.0) < (peer.kl or 0.0) for row, peer in peers)
     return (
         f"\nOf {len(compared)} comparisons, merging is ahead by more than one standard error in {ahead}, within one in "
@@ -574,15 +677,12 @@ def _counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-AnyRow = TypeVar("AnyRow")
-
-
 def _table(
-    rows: Sequence[AnyRow],
+    rows: Sequence[AnyTable],
     heads: Sequence[str],
-    line_of: Callable[[AnyRow], tuple[str, ...]],
-    column_of: Callable[[AnyRow], tuple[Any, str]],
-    cell: Callable[[AnyRow], str],
+    line_of: Callable[[AnyTable], tuple[str, ...]],
+    column_of: Callable[[AnyTable], tuple[Any, str]],
+    cell: Callable[[AnyTable], str],
 ) -> str:
     """Returns rows as a Markdown table, with a cell for each.
 
@@ -634,7 +734,9 @@ def main() -> None:
     unknown = sorted(set(models) - set(named))
     if unknown and not args.like:
         parser.error(f"{', '.join(unknown)}: no model of this benchmark; say with --like which one it was trained from")
-    subjects = [named[model] if model in named else replace(named[args.like], model=model) for model in models]
+    subjects = [
+        named[model] if model in named else replace(named[args.like], model=model, start=args.like) for model in models
+    ]
     subjects = [
         replace(each, shares=tuple(share for share in each.shares if share in args.shares)) for each in subjects
     ]
@@ -649,7 +751,11 @@ def main() -> None:
         scored = [subject for subject in subjects if subject.data]
         device = torch.device(args.device)
         measure_all(scored, args.only, args.data, args.results, args.kept, device, again=args.again)
-    print(table(read_rows(args.results, Row)), peer_table(read_rows(args.results, Row)), sep="\n")
+    rows = read_rows(args.results, TrainedRow)
+    if any(row.start for row in rows):
+        print(trained_table(rows))
+    else:
+        print(table(rows), peer_table(rows), sep="\n")
     if args.times or args.table:
         print(time_table(read_rows(args.time_results, TimeRow)))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,8 +13,12 @@ Row = TypeVar("Row")
 
 
 def read_rows(path: Path, kind: type[Row]) -> list[Row]:
-    """Reads the rows of a results file into a dataclass; returns none if the file does not exist."""
-    return records.read_csv(path, kind) if path.exists() else []
+    """Reads the rows of a results file into a dataclass; returns none if the file does not exist.
+
+    Columns of fields with a default may be missing.
+    """
+    optional = [field.name for field in fields(kind) if field.default is not MISSING]  # type: ignore[arg-type]
+    return records.read_csv(path, kind, optional=optional) if path.exists() else []
 
 
 def write_rows(path: Path, rows: Sequence[Any]) -> None:

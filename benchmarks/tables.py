@@ -120,7 +120,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "reduction-ahead": lambda: reduction.peer_table(read_lines(RESULTS / "reduction.csv", reduction.Row)),
     "reduction-peers": lambda: _reduced("merged", *PEERS),
     "reduction-pruned": lambda: _reduced(*(method for method in OURS if method != "merged")),
-    "reduction-trained": lambda: reduction.table(read_lines(RESULTS / "reduction_trained.csv", reduction.Row)),
+    "reduction-trained": lambda: reduction.trained_table(
+        read_lines(RESULTS / "reduction_trained.csv", reduction.TrainedRow)
+    ),
     "finetuning": lambda: finetuning.table(finetuning.read_results()) + "\n",
 }
 

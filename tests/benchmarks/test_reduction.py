@@ -1,5 +1,6 @@
 """The bench of token reduction: equal budgets, paired errors, and results files that fill the tables and the figure."""
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import lamzoo
 from benchmarks import features
 from benchmarks import reduction as bench
 from benchmarks.methods import ALL, METHODS, OURS, PEERS, Samples
-from benchmarks.reduction import Images, Row, Subject, TimeRow
+from benchmarks.reduction import Images, Row, Subject, TimeRow, TrainedRow
 from benchmarks.reduction_figure import draw
 from benchmarks.rows import read_rows, write_rows
 
@@ -49,7 +50,7 @@ def model(*, masked: bool = True, **options: object) -> nn.Module:
 @pytest.fixture(autouse=True)
 def plain_gmacs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Budgets of the tests' models, which have no names."""
-    monkeypatch.setattr(bench, "_plain_gmacs", lambda plain: lamzoo.profile(model(masked=False)).gmacs)
+    monkeypatch.setattr(bench, "_all_gmacs", lambda name: lamzoo.profile(model(masked=False)).gmacs)
 
 
 def images(count: int = 12) -> Images:
@@ -213,6 +214,42 @@ def test_rows_survive_their_file_and_fill_the_table(tmp_path: Path) -> None:
         "",
         "Measured on: tiny, val split, 5,000 images; cpu, float32, torch 2.15.",
     ]
+
+
+def test_trained_weights_have_their_start_in_the_table(tmp_path: Path) -> None:
+    merged = TrainedRow(
+        **{**vars(ROW), "model": "local-dir:runs/b/model", "share": 0.63}, start="lam.tiny", training="merged, 63%",
+        epochs=10, gain=-0.1, gain_se=0.2,
+    )  # fmt: skip
+    write_rows(tmp_path / "rows.csv", [replace(ROW, model="local-dir:runs/pruned/model", method="mask, drop")])
+    earlier = read_rows(tmp_path / "rows.csv", TrainedRow)
+    assert bench.trained_table([*earlier, merged]).splitlines()[:4] == [
+        "| model | trained with | epochs | tokens | 70% of the GMACs | 63% of the GMACs |",
+        "|---|---|---|---|---|---|",
+        "| `pruned` |  |  | mask, drop | 40.10 |  |",
+        "| `lam.tiny` | merged, 63% | 10 | merged |  | 40.10 (-0.10 ± 0.20) |",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("sections", "text"),
+    [
+        ({}, ALL),
+        ({"reduction": {"method": "merge", "target_gmacs": 9.0}}, ALL),
+        ({"reduction": {"method": "merge", "keep": 0.5}}, "merged, keep=0.5"),
+        ({"prune": {"training": "top-k", "target_gmacs": 0.63}}, "pruned, top-k, 63%"),
+        ({"peer": {"method": "ToMe", "target_gmacs": 0.63}}, "ToMe, 63%"),
+    ],
+)
+def test_the_training_is_read_from_the_run(
+    sections: dict[str, object], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "_all_gmacs", lambda name: 1.0)
+    recipe = {"model": {"name": "lam"}, "schedule": {"epochs": 3, "cooldown_epochs": 1}, **sections}
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    (tmp_path / "model").mkdir()
+    subject = Subject(f"local-dir:{tmp_path / 'model'}", "vit", "tiny", "val", AT, start="lam")
+    assert bench.training_of(subject) == (text, 4)
 
 
 def test_merging_has_its_difference_to_the_best_peer_in_a_table() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,17 @@ from tests.training.processes import train_killed
 
 pytest.importorskip("accelerate")
 from benchmarks import train_peer
-from benchmarks.reduction import Images, logits_of
+from benchmarks.reduction import (
+    ALL,
+    Images,
+    Subject,
+    TrainedRow,
+    best_variants,
+    logits_of,
+    measure_all,
+    training_of,
+)
+from benchmarks.rows import read_rows
 
 
 @pytest.fixture(autouse=True)
@@ -89,6 +100,39 @@ def test_the_saved_model_has_all_tokens_and_was_scored_with_the_peer(path: Path,
     losses = [float(torch.nn.functional.cross_entropy(each, images.labels)) for each in (few, logits_of(model, images))]
     assert result.history[-1]["eval_loss"] == pytest.approx(losses[0], abs=1e-5)
     assert losses[0] != pytest.approx(losses[1], abs=1e-4)
+
+
+def test_rows_of_trained_weights_name_their_training_and_the_gain(path: Path, data: Path, tmp_path: Path) -> None:
+    arguments = load_recipe(path).to_dict()["model"]["kwargs"]
+    names = {name: f"local-dir:{tmp_path / name}" for name in ("lam_vit_micro", "vit_micro")}
+    for name in names:
+        lamzoo.save_pretrained(lamzoo.create_model(name, num_classes=3, **arguments), tmp_path / name)
+    start, plain = names.values()
+    given = [f"model.name={start}", "model.pretrained=true", "model.kwargs={}", "schedule.epochs=1"]
+    merged = train(load_recipe(path, [*given, f"run.output={tmp_path / 'merged'}"]))
+    tome = train(train_peer.peer_recipe(path, [*given, f"run.output={tmp_path / 'tome'}"], "ToMe"))
+    subjects = [
+        Subject(f"local-dir:{result.model}", plain, str(data), "test", (0,), (0.8,), start) for result in (merged, tome)
+    ]
+    results = tmp_path / "rows.csv"
+    measure_all(subjects, (ALL, "merged", "stride"), "npz:", results, tmp_path / "kept", torch.device("cpu"))
+    rows = best_variants(read_rows(results, TrainedRow))
+    assert [(row.model, row.method) for row in rows] == [
+        (subject.model, method) for subject in subjects for method in (ALL, "merged", "stride")
+    ]
+    assert {(row.start, row.epochs) for row in rows} == {(start, 1)}
+    assert [row.training for row in rows] == ["merged, 80%"] * 3 + ["ToMe, 80%"] * 3
+    whole = lamzoo.profile(lamzoo.create_model(start)).gmacs
+    assert [row.gmacs for row in rows if row.method == ALL] == [pytest.approx(whole, abs=1e-6)] * 2
+    before = lamzoo.create_model(start, pretrained=True).eval()
+    images = Images.load(before, f"npz:{data}", "test")
+    top1 = 100 * float((logits_of(before, images).argmax(dim=1) == images.labels).double().mean())
+    assert [row.gain for row in rows] == [pytest.approx(row.top1 - top1, abs=0.011) for row in rows]
+    best = max(row.top1 for row in rows if row.method == "stride")
+    ours = [row for row in rows if row.method == "merged"]
+    assert [row.ahead for row in ours] == [pytest.approx(row.top1 - best, abs=0.011) for row in ours]
+    with pytest.raises(lamzoo.LamzooError, match="was trained from .*lam_vit_micro, and not from other; .*--like"):
+        training_of(replace(subjects[0], start="other"))
 
 
 def test_a_run_with_a_peer_is_not_continued_without_it(path: Path) -> None:
