@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
+from accelerate import PartialState
 from torch import nn
 
 import lamzoo
@@ -143,7 +144,8 @@ def main() -> None:
         result = train(recipe, resume=args.resume, command=command)
     except lamzoo.LamzooError as error:
         parser.exit(2, f"{error}\n")
-    print(f"The model is {result.model}. {result.about}")
+    if PartialState().is_main_process:
+        print(f"The model is {result.model}. {result.about}")
 
 
 if __name__ == "__main__":

@@ -12,16 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 import lamzoo
-from benchmarks.methods import PEERS
-from lamzoo.errors import RecipeError
-from lamzoo.records import to_toml
-from lamzoo.tasks import TASKS
-from lamzoo.training import load_recipe, train
-from tests.images import write_npz
-from tests.training.processes import train_killed
-
-pytest.importorskip("accelerate")
 from benchmarks import train_peer
+from benchmarks.methods import PEERS
 from benchmarks.reduction import (
     ALL,
     Images,
@@ -33,6 +25,12 @@ from benchmarks.reduction import (
     training_of,
 )
 from benchmarks.rows import read_rows
+from lamzoo.errors import RecipeError
+from lamzoo.records import to_toml
+from lamzoo.tasks import TASKS
+from lamzoo.training import load_recipe, train
+from tests.images import write_npz
+from tests.training.processes import train_killed
 
 
 @pytest.fixture(autouse=True)
