@@ -87,8 +87,18 @@ class StackPass:
 
     @property
     def begins_pooled(self) -> bool:
-        """Whether the model has begun this pass and its blocks have not: an interrupted pass is not taken up."""
+        """Whether the model has begun this pass and its blocks have not."""
         return self.pooled and not self.held
+
+    def takes(self, tokens: Tensor) -> bool:
+        """Returns whether the input of a block ``(B, N, C)`` may continue this pass, which may have been left halfway.
+
+        A KeyboardInterrupt leaves it so, as torch calls no hook then, and a caller that runs only the first blocks.
+        """
+        if self.merge is not None or self.token_map is None:
+            return self.merge is None
+        is_spread = self.held and not self.pooled
+        return tokens.shape[1] == (self.token_map.length if is_spread else self.token_map.kept.shape[1])
 
     @property
     def has_reduced(self) -> bool:
@@ -106,9 +116,10 @@ class SharedState:
 
     Each thread has its own current pass, because ``nn.DataParallel`` runs replicas in threads over one such object. A
     block's output is noted with its pass, so that passes may alternate: a block whose input is noted continues that
-    pass, any other block continues the current one. Gradient checkpointing reruns blocks during the backward pass, on
-    inputs that a wrapper such as FSDP may have copied into new tensors. The pass is then found in the autograd graph:
-    it is noted at the node that made the block's input, which is reachable from the node that triggers the rerun.
+    pass, any other block continues the current one if its tokens are as many. Gradient checkpointing reruns blocks
+    during the backward pass, on inputs that a wrapper such as FSDP may have copied into new tensors. The pass is then
+    found in the autograd graph: it is noted at the node that made the block's input, which is reachable from the node
+    that triggers the rerun.
 
     Notes live in the graph or, for tensors without one, beside the tensor, and no longer than these. Copies and pickles
     start empty.
@@ -183,6 +194,10 @@ class SharedState:
         """Drops the current pass, and with it the graph that its mask holds."""
         self._passes.pop(_thread(), None)
 
+    def end_all(self) -> None:
+        """Drops the current pass of every thread."""
+        self._passes.clear()
+
     def enter(self, tokens: Tensor, block: int, *, needs_pass: bool = False) -> None:
         """Continues the pass of a block's input; in a rerun, the pass of the block's first run.
 
@@ -208,6 +223,8 @@ class SharedState:
             then = then or _alive(notes.get(block)) or _alive(notes.get(id(self)))
         if then is not None:
             self._passes[thread] = then if rerun is None else replace(then, rerun=rerun)
+        elif here is not None and begun and not here.takes(tokens):
+            self.end()
         elif rerun is not None and not begun and needs_pass:
             raise ConfigError(
                 "Gradient checkpointing reruns a block whose forward pass is unknown: it is reentrant, which cuts the "

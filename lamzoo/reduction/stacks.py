@@ -196,6 +196,7 @@ def remove_reduction(model: Model) -> Model:
     for module in model.modules():
         if isinstance(module, Lam):
             module.attention_hook = None
+            module.shared.end_all()  # of which one may have been left halfway
         remove_hooks(module, (ReductionHook,))
         for name in ("token_reduction", "prune_config"):
             vars(module).pop(name, None)

@@ -6,6 +6,7 @@ import math
 import pickle
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -149,6 +150,15 @@ def test_one_reduction_replaces_another() -> None:
     assert lamzoo.remove_lam(vit).forward_features(x).shape == (3, 17, 16)
 
 
+def test_a_call_in_another_thread_is_pooled_as_in_this_one() -> None:
+    vit, x = merge_tokens(model(), keep=0.4), images()
+    lengths: list[int] = []
+    vit.blocks[-1].attn.proj.register_forward_hook(lambda _, args, out: lengths.append(out.shape[1]))
+    with ThreadPoolExecutor(1) as pool:
+        assert_close(pool.submit(vit, x).result(), vit(x))
+    assert lengths == [1, 1]  # the class token alone
+
+
 @pytest.mark.parametrize("config", [None, *CONFIGS[1::3]])
 def test_compiles_as_one_graph_and_agrees(config: LamConfig | None) -> None:
     vit, x = merge_tokens(model(config, depth=3), keep=0.5), images()
@@ -191,7 +201,7 @@ def fail(*_: object) -> None:
 
 @pytest.mark.parametrize("config", [None, *CONFIGS[1::3]])
 @pytest.mark.parametrize("stop", [interrupt, fail])
-@pytest.mark.parametrize("place", ["blocks.0.attn", "blocks.2.mlp", "norm"])
+@pytest.mark.parametrize("place", ["patch_embed", "pos_drop", "blocks.0.attn", "blocks.2.mlp", "norm"])
 def test_an_interrupted_pass_leaves_no_trace(config: LamConfig | None, stop: Callable[..., None], place: str) -> None:
     vit, x = merge_tokens(model(config), keep=0.4), images()
     before, features = vit(x), vit.forward_features(x)
@@ -202,6 +212,37 @@ def test_an_interrupted_pass_leaves_no_trace(config: LamConfig | None, stop: Cal
         handle.remove()
         assert torch.equal(vit.forward_features(x), features)
         assert torch.equal(vit(x), before)
+
+
+@pytest.mark.parametrize("config", [None, CONFIGS[1]], ids=["plain", "masked"])
+@pytest.mark.parametrize("place", ["blocks.0.attn", "blocks.2.norm1", "blocks.2.mlp"])
+def test_after_an_interrupt_a_block_that_runs_on_its_own_merges_nothing(config: LamConfig | None, place: str) -> None:
+    vit, tokens = model(config), torch.randn(2, 17, 16)
+    expected = [block(tokens) for block in vit.blocks[1:]]
+    merge_tokens(vit, keep=0.4)
+    for block, alone in zip(vit.blocks[1:], expected, strict=True):
+        handle = vit.get_submodule(place).register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            vit(images())
+        handle.remove()
+        assert_close(block(tokens), alone)
+
+
+@each_config
+def test_a_pass_that_stopped_early_changes_no_later_one(config: LamConfig | None) -> None:
+    vit, x = model(config), images()
+    whole = vit(x)
+    merge_tokens(vit, keep=0.4)
+    before, features = vit(x), vit.forward_features(x)
+    for run, expected in ((vit, before), (vit.forward_features, features)):
+        vit.forward_intermediates(x, indices=[1], stop_early=True, intermediates_only=True)
+        assert torch.equal(run(x), expected)
+    vit.forward_intermediates(x, indices=[1], stop_early=True, intermediates_only=True)
+    assert torch.equal(remove_reduction(vit)(x), whole)
+    if config is not None:
+        with capture_masks(vit) as masks:
+            vit(x)
+        assert all(record.key_places is None for record in masks.values())
 
 
 class MeanOfPatches(timm.models.VisionTransformer):
