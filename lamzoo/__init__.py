@@ -9,10 +9,12 @@ if TYPE_CHECKING:
     from lamzoo.adapters import (
         add_lam,
         capture_masks,
+        fuse,
         lam_parameters,
         lam_state_dict,
         load_lam_state_dict,
         remove_lam,
+        unfuse,
     )
     from lamzoo.errors import LamzooError
     from lamzoo.export import export_model, load_exported
@@ -48,6 +50,7 @@ _HOMES = {
     "create_model": "lamzoo.registry",
     "describe_video": "lamzoo.video.describe",
     "export_model": "lamzoo.export",
+    "fuse": "lamzoo.adapters",
     "get_pretrained_cfg": "lamzoo.registry",
     "index_videos": "lamzoo.video.search",
     "lam_attention": "lamzoo.lam",
@@ -67,6 +70,7 @@ _HOMES = {
     "remove_pruning": "lamzoo.reduction",
     "remove_reduction": "lamzoo.reduction",
     "save_pretrained": "lamzoo.registry.saving",
+    "unfuse": "lamzoo.adapters",
 }
 
 __all__ = [
@@ -81,6 +85,7 @@ __all__ = [
     "create_model",
     "describe_video",
     "export_model",
+    "fuse",
     "get_pretrained_cfg",
     "index_videos",
     "lam_attention",
@@ -100,6 +105,7 @@ __all__ = [
     "remove_pruning",
     "remove_reduction",
     "save_pretrained",
+    "unfuse",
 ]
 
 

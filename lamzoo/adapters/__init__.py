@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from lamzoo.adapters.add import add_lam, add_lam_to
 from lamzoo.adapters.capture import capture_masks
+from lamzoo.adapters.deploy import fuse, unfuse
 from lamzoo.adapters.state import lam_parameters, lam_state_dict, load_lam_state_dict, remove_lam
 from lamzoo.lazy import submodules_of
 
@@ -11,10 +12,12 @@ __all__ = [
     "add_lam",
     "add_lam_to",
     "capture_masks",
+    "fuse",
     "lam_parameters",
     "lam_state_dict",
     "load_lam_state_dict",
     "remove_lam",
+    "unfuse",
 ]
 
 if not TYPE_CHECKING:  # a type checker would believe any name

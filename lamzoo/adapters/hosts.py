@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Protocol, Self, TypeVar
 
 import torch
 import torch.fx
@@ -17,6 +17,7 @@ from torch import nn
 
 from lamzoo.errors import ExportError
 from lamzoo.lam import Lam, SharedState
+from lamzoo.lam.fused import Between, FusedAttention, Projection, takes_fused_form, unsupported
 from lamzoo.lam.resize import Grid
 from lamzoo.lam.unmasked import Unmasked
 
@@ -264,6 +265,7 @@ class HostTakeover(nn.Module):
     """
 
     lam: Lam | Unmasked
+    fused: FusedAttention
     host_class: type[nn.Module]
 
     def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
@@ -294,9 +296,93 @@ class HostTakeover(nn.Module):
 
     def unwrap(self) -> nn.Module:
         """Returns a layer of the host's class that shares the parameters, without the mask."""
+        self.unfuse()
         host = _with_state_of(self.host_class, self)
         del host.host_class, host.lam
         return host
+
+    def projection(self) -> Projection | None:
+        """Returns the one linear layer that makes queries, keys and values of the same tokens; None without one."""
+        return None
+
+    def no_fused_form(self) -> str | None:
+        """Returns why the layer has no fused form, as a clause, or None if it has one."""
+        if isinstance(self.lam, Unmasked):
+            return "it has no mask"
+        return unsupported(self.lam, self.projection())
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether the layer has a fused form for inference."""
+        return "fused" in self._modules
+
+    def fuse(self) -> Self:
+        """Gives the layer its fused form, or renews it, if it has one; otherwise the layer stays as it is.
+
+        ``timm.utils.reparameterize_model`` calls this. See :func:`lamzoo.fuse`.
+
+        Returns:
+            The same layer.
+        """
+        projection = self.projection()
+        if self.no_fused_form() is not None:
+            return self.unfuse()
+        network: Any = self.lam.network
+        assert projection is not None
+        if self.is_fused:
+            self.fused.renew(projection, network, self)
+        else:
+            self.fused = FusedAttention(projection, network, self)
+            self.register_load_state_dict_post_hook(_fuse_again)
+        return self
+
+    def unfuse(self) -> Self:
+        """Removes the fused form, if there is one; returns the same layer."""
+        if self._modules.pop("fused", None) is not None:
+            hooks = self._load_state_dict_post_hooks
+            for key in [key for key, hook in hooks.items() if hook is _fuse_again]:
+                del hooks[key]
+        return self
+
+    def train(self, mode: bool = True) -> Self:
+        """Sets the mode; the evaluation mode renews a fused form whose weights have changed."""
+        super().train(mode)
+        if not mode and self.is_fused and not self.fused.is_current():
+            self.fuse()
+        return self
+
+    def attend_fused(self, tokens: torch.Tensor, between: Between | None = None) -> torch.Tensor | None:
+        """Attends in the fused form, if the layer has one that is the faster one and may be taken.
+
+        It may be taken in evaluation mode, unless gradients of parameters are wanted, masks are captured or tokens are
+        reduced. Weights that have changed are copied first.
+
+        Args:
+            tokens: ``(B, N, C)``, of which queries, keys and values are made.
+            between: changes queries and keys, ``(B, H, N, d)`` each, before they attend.
+
+        Returns:
+            ``(B, N, E)``, before the output projection, or None.
+        """
+        if self.training or "fused" not in self._modules:
+            return None
+        lam: Any = self.lam
+        if lam.recorder is not None or lam.attention_hook is not None:
+            return None
+        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters()):
+            return None
+        if not torch.compiler.is_compiling():
+            if torch._C._functorch.peek_interpreter_stack() is not None:
+                return None
+            if not self.fused.is_current() and not self.fuse().is_fused:
+                return None
+        fused = self.fused
+        return fused(tokens, lam, between) if takes_fused_form(fused, tokens) else None
+
+
+def _fuse_again(layer: HostTakeover, incompatible_keys: object) -> None:
+    """Hook after loading a state dict into a fused layer."""
+    layer.fuse()
 
 
 class TakeoverAdapter:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from lamzoo.adapters.hosts import AttentionSite, HostTakeover, TakeoverAdapter, adapters_of, libraries_of
 from lamzoo.errors import MaskShapeError, UnsupportedHostError, class_name
 from lamzoo.lam import Lam
+from lamzoo.lam.fused import Projection
 from lamzoo.lam.unmasked import Unmasked
 
 
@@ -80,6 +81,9 @@ class LamMultiheadAttention(HostTakeover, nn.MultiheadAttention):
                 "pass nn.Transformer.generate_square_subsequent_mask(length)."
             )
         queries = self._to_batch_first(query)
+        plain = attn_mask is None and key_padding_mask is None and not need_weights
+        if plain and query is key is value and (heads := self.attend_fused(queries)) is not None:
+            return self._as_given(self.out_proj(heads), query), None
         keys = self.lam.key_tokens(queries) if key is query else self._to_batch_first(key)
         values = keys if value is key else self._to_batch_first(value)
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in self._project(queries, keys, values))
@@ -104,10 +108,19 @@ class LamMultiheadAttention(HostTakeover, nn.MultiheadAttention):
                 queries, keys, q, k, v, allowed=allowed, bias=bias, is_causal=is_causal, dropout_p=dropout_p,
                 present=present,
             )  # fmt: skip
-        out = self.out_proj(out.transpose(1, 2).flatten(2))
+        return self._as_given(self.out_proj(out.transpose(1, 2).flatten(2)), query), weights
+
+    def projection(self) -> Projection | None:
+        if self.in_proj_weight is None:
+            return None
+        scale = (self.embed_dim // self.num_heads) ** -0.5
+        return Projection(self.in_proj_weight, self.in_proj_bias, self.num_heads, scale, (self,))
+
+    def _as_given(self, out: Tensor, query: Tensor) -> Tensor:
+        """Returns an output ``(B, Nq, C)`` in the layout of the query that was given."""
         if query.ndim == 2:
-            return out.squeeze(0), weights
-        return out if self.batch_first else out.transpose(0, 1), weights
+            return out.squeeze(0)
+        return out if self.batch_first else out.transpose(0, 1)
 
     def _to_batch_first(self, x: Tensor) -> Tensor:
         if x.ndim == 2:

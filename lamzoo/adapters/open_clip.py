@@ -31,6 +31,7 @@ from torch.nn import functional as F
 from lamzoo.adapters.hosts import AttentionSite, HostTakeover, Pooling, TakeoverAdapter, TokenLayout
 from lamzoo.adapters.mha import LamMultiheadAttention, mha_site, present_keys, project_apart, read_attn_mask
 from lamzoo.errors import UnsupportedHostError, class_name
+from lamzoo.lam.fused import Projection
 
 _BLOCKS = (ResidualAttentionBlock, CustomResidualAttentionBlock)
 
@@ -53,30 +54,48 @@ class LamClipAttention(HostTakeover, Attention):
             MaskShapeError: ``attn_mask`` has another shape or is an integer tensor.
         """
         host: Any = self
+        if attn_mask is None and (heads := self.attend_fused(x, self._normalised)) is not None:
+            return self._output(heads.unflatten(-1, (host.num_heads, -1)).transpose(1, 2))
         keys = self.lam.key_tokens(x)
         if keys is x:
             projected = F.linear(x, host.in_proj_weight, host.in_proj_bias).chunk(3, dim=-1)
         else:
             projected = project_apart(x, keys, host.in_proj_weight, host.in_proj_bias)
         query, key, value = (each.unflatten(-1, (host.num_heads, -1)).transpose(1, 2) for each in projected)
-        if host.logit_scale is None:
-            query, key, scale = host.ln_q(query), host.ln_k(key), host.scale
-        else:
-            temperature = host.logit_scale.clamp(max=host.logit_scale_max).exp()
-            query, key, scale = F.normalize(query, dim=-1) * temperature, F.normalize(key, dim=-1), 1.0
+        query, key = self._normalised(query, key)
         allowed, bias, flat = None, None, None
         if attn_mask is not None:
             flat = attn_mask.flatten(0, 1) if attn_mask.ndim == 4 else attn_mask
             allowed, bias = read_attn_mask(flat, query, key)
         dropout_p = host.attn_drop.p if host.training else 0.0
         out = self.lam.attend(
-            x, keys, query, key, value, allowed=allowed, bias=bias, dropout_p=dropout_p, scale=scale,
+            x, keys, query, key, value, allowed=allowed, bias=bias, dropout_p=dropout_p, scale=self._scale,
             present=present_keys(self.lam, key, flat),
         )  # fmt: skip
-        if host.head_scale is not None:
-            out = out * host.head_scale
+        return self._output(out)
+
+    def _output(self, heads: Tensor) -> Tensor:
+        """Returns the output of the layer of its heads, ``(B, H, N, d)``."""
+        host: Any = self
+        out = heads if host.head_scale is None else heads * host.head_scale
         out = host.ln_inner(out.transpose(1, 2).flatten(2))
         return host.out_drop(host.out_proj(out))
+
+    def projection(self) -> Projection:
+        host: Any = self
+        return Projection(host.in_proj_weight, host.in_proj_bias, host.num_heads, self._scale, (self,))
+
+    @property
+    def _scale(self) -> float:
+        host: Any = self
+        return host.scale if host.logit_scale is None else 1.0
+
+    def _normalised(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        host: Any = self
+        if host.logit_scale is None:
+            return host.ln_q(query), host.ln_k(key)
+        temperature = host.logit_scale.clamp(max=host.logit_scale_max).exp()
+        return F.normalize(query, dim=-1) * temperature, F.normalize(key, dim=-1)
 
 
 class OpenClipAdapter(TakeoverAdapter):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lamzoo.adapters.decay import restore_no_weight_decay
-from lamzoo.adapters.hosts import SharedStateHook, adapters_of, remove_hooks
+from lamzoo.adapters.hosts import HostTakeover, SharedStateHook, adapters_of, remove_hooks
 from lamzoo.adapters.wrappers import check_free, copy_into, full_state_dict, full_tensor, host_path, unwrap
 from lamzoo.errors import MaskShapeError, StateDictError, UnsupportedHostError, class_name
 from lamzoo.lam import Lam, LamConfig
@@ -115,6 +115,9 @@ def load_lam_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, config
             copy_into(own[key], value)
     for lam in masks_of(model).values():
         lam.is_fresh = False
+    for layer in unwrap(model).modules():
+        if isinstance(layer, HostTakeover) and layer.is_fused:
+            layer.fuse()
     return resized
 
 

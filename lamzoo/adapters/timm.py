@@ -60,6 +60,7 @@ from lamzoo.adapters.hosts import (
 from lamzoo.adapters.mha import project_apart
 from lamzoo.errors import MaskShapeError, UnsupportedHostError, class_name
 from lamzoo.lam import Lam, SharedState
+from lamzoo.lam.fused import Projection
 from lamzoo.lam.resize import Grid
 from lamzoo.lam.token_map import take
 from lamzoo.lam.unmasked import Unmasked
@@ -70,9 +71,14 @@ class LamAttention(HostTakeover):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Masked self-attention of ``x (B, N, C)``; arguments and result as timm's ``Attention``."""
+        if attn_mask is None and not is_causal and (heads := _attend_fused(self, x)) is not None:
+            return _output(self, x, heads)
         keys = self.lam.key_tokens(x)
         query, key, value = _project(self, x, keys)
         return _attend(self, x, keys, self.q_norm(query), self.k_norm(key), value, attn_mask, is_causal)
+
+    def projection(self) -> Projection | None:
+        return _projection(self)
 
 
 class LamAttentionRope(HostTakeover):
@@ -82,6 +88,8 @@ class LamAttentionRope(HostTakeover):
         self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
         """Masked self-attention of ``x (B, N, C)``; arguments and result as timm's ``AttentionRope``."""
+        if attn_mask is None and not is_causal and (heads := _attend_fused(self, x, rope)) is not None:
+            return _output(self, x, heads)
         keys = self.lam.key_tokens(x)
         query, key, value = _project(self, x, keys)
         query, key = _rotate(self, self.q_norm(query), self.k_norm(key), rope, value)
@@ -89,6 +97,9 @@ class LamAttentionRope(HostTakeover):
             key = key.repeat_interleave(self.num_kv_groups, dim=1)
             value = value.repeat_interleave(self.num_kv_groups, dim=1)
         return _attend(self, x, keys, query, key, value, attn_mask, is_causal)
+
+    def projection(self) -> Projection | None:
+        return _projection(self)
 
 
 class LamEvaAttention(HostTakeover):
@@ -98,10 +109,15 @@ class LamEvaAttention(HostTakeover):
         self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
         """Masked self-attention of ``x (B, N, C)``; arguments and result as timm's ``EvaAttention``."""
+        if attn_mask is None and not is_causal and (heads := _attend_fused(self, x, rope)) is not None:
+            return _output(self, x, heads)
         keys = self.lam.key_tokens(x)
         query, key, value = _project(self, x, keys)
         query, key = _rotate(self, self.q_norm(query), self.k_norm(key), rope, value)
         return _attend(self, x, keys, query, key, value, attn_mask, is_causal)
+
+    def projection(self) -> Projection | None:
+        return _projection(self)
 
     def reset_parameters(self) -> None:
         """Sets the biases to zero, as timm's ``EvaAttention`` does; called when weights are reinitialised."""
@@ -406,7 +422,13 @@ def _attend(
         )
     boolean = attn_mask is not None and attn_mask.dtype == torch.bool
     allowed, bias = (attn_mask, None) if boolean else (None, attn_mask)
-    out = attn.norm(_attend_heads(attn, x, keys, query, key, value, allowed=allowed, bias=bias, is_causal=is_causal))
+    heads = _attend_heads(attn, x, keys, query, key, value, allowed=allowed, bias=bias, is_causal=is_causal)
+    return _output(attn, x, heads)
+
+
+def _output(attn: Any, x: Tensor, heads: Tensor) -> Tensor:
+    """Returns the output of the layer of its heads, ``(B, N, E)``."""
+    out = attn.norm(heads)
     if attn.gate is not None:
         out = out * attn.gate(x).sigmoid()
     return attn.proj_drop(attn.proj(out))
@@ -457,6 +479,22 @@ def _is_bare(layer: nn.Module) -> bool:
     """Returns whether a layer computes what its weight and bias say: not if it is adapted, quantised or hooked."""
     hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
     return type(layer) is nn.Linear and not any(hooks) and "forward" not in vars(layer)
+
+
+def _projection(attn: Any) -> Projection | None:
+    qkv = attn.qkv
+    if qkv is None or not _is_bare(qkv) or getattr(attn, "num_kv_groups", 1) > 1:
+        return None
+    bias = _qkv_bias(attn)
+    return Projection(qkv.weight, qkv.bias if bias is None else bias, attn.num_heads, attn.scale, (attn, qkv))
+
+
+def _attend_fused(attn: Any, x: Tensor, rope: Tensor | None = None) -> Tensor | None:
+    if rope is None and type(attn.q_norm) is type(attn.k_norm) is nn.Identity:
+        return attn.attend_fused(x)
+    return attn.attend_fused(
+        x, lambda query, key: _rotate(attn, attn.q_norm(query), attn.k_norm(key), rope, like=query)
+    )
 
 
 def _qkv_bias(attn: Any) -> Tensor | None:

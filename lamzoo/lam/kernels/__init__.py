@@ -149,6 +149,11 @@ def attention_backend(name: str) -> Iterator[None]:
         _pinned = before
 
 
+def pinned() -> str:
+    """Returns the name of the pinned backend, ``"auto"`` if there is none."""
+    return _pinned
+
+
 def available_backends() -> list[str]:
     """Returns the names that ``backend=`` accepts besides ``"auto"``."""
     return list(BACKENDS)

@@ -1,0 +1,96 @@
+"""The form of masked models for inference: :func:`fuse` and :func:`unfuse`."""
+
+from __future__ import annotations
+
+import logging
+from typing import TypeVar
+
+from torch import nn
+
+from lamzoo.adapters.hosts import HostTakeover
+from lamzoo.adapters.state import few, masks_of
+from lamzoo.adapters.wrappers import host_path, is_sharded, unwrap
+from lamzoo.errors import UnsupportedHostError, class_name
+
+_logger = logging.getLogger(__name__)
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def fuse(model: Model) -> Model:
+    """Gives the attention layers of a model with masks their fused form for inference, in place.
+
+    One linear layer makes queries, keys and values with the columns of the mask in them, and one fused attention does
+    the rest: outputs differ by rounding only. Layers take this form in evaluation mode without gradients
+    (``torch.inference_mode()``, ``torch.no_grad()``, or frozen parameters), where it is the faster one by stored
+    measurements (``python -m benchmarks.fused``); otherwise they compute as before. They also compute as before while
+    they get an attention mask or rotary positions, masks are captured, tokens are merged or pruned, or a backend is
+    pinned by :func:`lamzoo.attention_backend`.
+
+    A layer has a fused form if its mask is additive, of ``layers="multi"`` and ``hidden=()``, and queries and keys come
+    from one plain linear layer without norms; other layers stay as they are, which the log says.
+
+    Parameters and state dict stay those of the unfused model, so it can be trained and saved as before. The fused form
+    is made of copies of them, which are renewed when weights are loaded or changed by an optimiser. Hooks on the linear
+    layers and on the mask aren't called in the fused form. ``copy.deepcopy(model)`` keeps an unfused model, and
+    ``timm.utils.reparameterize_model(model)`` returns a fused copy.
+
+    Args:
+        model: a model with masks, or a wrapper of ``torch.compile`` or data parallelism around one.
+
+    Returns:
+        The same model; fusing it again renews the copies.
+
+    Raises:
+        UnsupportedHostError: the model has no masks, no layer of it has a fused form (the message has the reason), or
+            it is sharded by FSDP.
+    """
+    masks_of(model)
+    inner = unwrap(model)
+    if is_sharded(inner):
+        raise UnsupportedHostError(
+            f"The model ({class_name(inner)}) is sharded by FSDP, and its fused form would copy whole weights; save it "
+            "with lamzoo.save_pretrained and fuse the model that lamzoo.create_model loads from there."
+        )
+    left = fuse_layers(inner)
+    if not is_fused(inner):
+        path, reason = next(iter(left.items()))
+        raise UnsupportedHostError(
+            f"No layer of the model ({class_name(inner)}) has a fused form: of {path}, {reason}; use it as it is."
+        )
+    if left:
+        reasons = "; ".join(dict.fromkeys(left.values()))
+        _logger.info("%d layers have no fused form and stay as they are (%s): %s", len(left), few(left), reasons)
+    return model
+
+
+def unfuse(model: Model) -> Model:
+    """Removes the fused form of the layers of a model, in place; models without it stay as they are.
+
+    Args:
+        model: any model.
+
+    Returns:
+        The same model.
+    """
+    for layer in _layers(model).values():
+        layer.unfuse()
+    return model
+
+
+def is_fused(model: nn.Module) -> bool:
+    """Returns whether a layer of a model has a fused form, see :func:`fuse`."""
+    return any(layer.is_fused for layer in _layers(model).values())
+
+
+def fuse_layers(model: nn.Module) -> dict[str, str]:
+    """Gives the layers their fused form that have one; returns the reasons of the others by path."""
+    left = {}
+    for path, layer in _layers(model).items():
+        if (reason := layer.fuse().no_fused_form()) is not None:
+            left[path] = reason
+    return left
+
+
+def _layers(model: nn.Module) -> dict[str, HostTakeover]:
+    return {host_path(path): module for path, module in model.named_modules() if isinstance(module, HostTakeover)}

@@ -1,0 +1,323 @@
+"""The fused form of masked attention, for inference: one linear layer makes queries and keys with the mask in them."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lamzoo.lam import kernels
+from lamzoo.lam.layer import Lam
+from lamzoo.lam.masks import MaskNetwork
+from lamzoo.lam.resize import Grid
+
+#: Measured times of whole models in both forms, written by ``python -m benchmarks.fused``.
+MEASURED = Path(__file__).with_name("fused.csv")
+
+_WIDE = 768  # see faster
+_SIZES = 16  # of position tables of other sizes than the model's that are kept
+
+
+Between = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class Projection(NamedTuple):
+    """The linear layer of an attention layer that makes queries, keys and values of the same tokens.
+
+    Attributes:
+        weight: ``(3 E, C)``, of queries, keys and values in this order.
+        bias: ``(3 E,)``, or None.
+        heads: number of attention heads, into which ``E`` is split.
+        scale: of the scores.
+        modules: that hold these tensors.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    heads: int
+    scale: float
+    modules: Sequence[nn.Module]
+
+
+def unsupported(lam: Lam, projection: Projection | None) -> str | None:
+    """Returns why the attention of a layer has no fused form, as a clause, or None if it has one."""
+    config = lam.config
+    if config.op != "add":
+        return f"its mask has op={config.op!r}, which no linear layer can compute"
+    if config.layers == "single" or lam.network is None:
+        return "its mask has layers='single', so it isn't computed from the layer's own tokens"
+    if config.hidden:
+        return f"its mask has hidden={config.hidden}, layers that come before its last one"
+    if projection is None:
+        return "it adds a position bias to the scores, or has no single linear layer for queries, keys and values"
+    weights = [projection.weight, *lam.network.parameters()]
+    if any(hasattr(weight, "full_tensor") for weight in weights):
+        return "its weights are sharded by FSDP"
+    if len({(weight.dtype, weight.device) for weight in weights}) > 1:
+        return "the weights of its mask differ from its own in dtype or device"
+    return None
+
+
+class FusedAttention(nn.Module):
+    """Attention under an additive mask, whose factors are columns of queries and keys made by one linear layer.
+
+    ``softmax(scale q kᵀ + left rightᵀ) = softmax(scale [q, left / scale] [k, right]ᵀ)``. ReLU is homogeneous, so
+    ``left / scale`` is the ReLU of the mask network's rows divided by the scale, which follow those of each head's
+    queries. ``right`` is a linear function of the tokens (``keys="content"``) or a table (``keys="position"``), which
+    is added to zeros. Values get zeros, and the width of a head becomes a multiple of 8, because fused kernels need
+    equal widths and are fastest with these.
+
+    The tensors are copies, in buffers outside of the state dict. They are renewed by :meth:`renew`; :meth:`is_current`
+    tells whether they have to be.
+
+    Args:
+        projection: of the layer.
+        network: mask network of the layer; see :func:`unsupported`.
+        layer: the attention layer, which holds both.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    table: Tensor | None
+
+    def __init__(self, projection: Projection, network: MaskNetwork, layer: nn.Module) -> None:
+        super().__init__()
+        self.heads, self.scale = projection.heads, projection.scale
+        self.width = projection.weight.shape[1]
+        self.head_dim = projection.weight.shape[0] // (3 * self.heads)
+        needed = self.head_dim + network.config.rank + 1
+        self.padding = -needed % 8
+        self.columns = needed + self.padding - self.head_dim
+        for name in ("weight", "bias", "table"):
+            self.register_buffer(name, None, persistent=False)
+        self.renew(projection, network, layer)
+
+    def forward(self, tokens: Tensor, lam: Lam, between: Between | None = None) -> Tensor:
+        """Attends.
+
+        Args:
+            tokens: ``(B, N, C)``, of which queries, keys, values and mask are made.
+            lam: mask of the layer.
+            between: changes queries and keys, ``(B, H, N, d)`` each, before they attend: norms and rotations.
+
+        Returns:
+            ``(B, N, E)``.
+        """
+        batch, length, _ = tokens.shape
+        here = lam.shared.current
+        assert lam.network is not None
+        table = self._table_of(lam.network, length, here.grid)
+        made = F.linear(tokens, self.weight, self.bias).view(batch, length, 3, self.heads, -1)
+        # Exported changes in place are scattered into copies, and norms save their input for the gradient.
+        if torch.is_grad_enabled() or torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
+            query, key, value = self._out_of_place(made, table, between)
+        else:
+            made[:, :, 0, :, self.head_dim :].relu_()
+            if table is not None:
+                made[:, :, 1, :, self.head_dim :].add_(table)
+            query, key, value = made.transpose(1, 3).unbind(2)
+            if between is not None:
+                given = query[..., : self.head_dim], key[..., : self.head_dim]
+                for before, after in zip(given, between(*given), strict=True):
+                    if after is not before:
+                        before.copy_(after)
+        out = F.scaled_dot_product_attention(query, key, value, scale=self.scale)
+        if lam.is_last and not here.held:
+            lam.shared.end()
+        return out[..., : self.head_dim].transpose(1, 2).flatten(2)
+
+    def _out_of_place(self, made: Tensor, table: Tensor | None, between: Between | None) -> Sequence[Tensor]:
+        """Returns queries, keys and values as :meth:`forward` makes them, without changes in place."""
+        query, key, value = made.transpose(1, 3).unbind(2)
+        floor = F.pad(query.new_zeros(self.columns), (self.head_dim, 0), value=-torch.inf)
+        query = torch.maximum(query, floor)
+        if table is not None:
+            key = key + F.pad(table.to(key.dtype), (self.head_dim, 0)).transpose(0, 1)
+        if between is not None:
+            changed = between(query[..., : self.head_dim], key[..., : self.head_dim])
+            query, key = (
+                torch.cat([after.to(wide.dtype), wide[..., self.head_dim :]], dim=-1)
+                for wide, after in zip((query, key), changed, strict=True)
+            )
+        return query, key, value
+
+    def _table_of(self, network: MaskNetwork, length: int, grid: Grid | None) -> Tensor | None:
+        """Returns the columns of the keys ``(N, H, columns)`` that depend on their positions; None if none does."""
+        if self.table is None:
+            return None
+        own: Any = network.table
+        if length == self.table.shape[0] and (own.grid is None or grid in (None, own.grid)):
+            return self.table
+        if _is_traced():
+            return self._wide_table(network, length, grid)
+        found = self._resized.get((length, grid))
+        if found is None:
+            with torch.inference_mode(False), torch.no_grad():
+                found = self._wide_table(network, length, grid)
+            if len(self._resized) >= _SIZES:
+                self._resized.clear()
+            self._resized[length, grid] = found
+        return found
+
+    def _wide_table(self, network: MaskNetwork, length: int, grid: Grid | None) -> Tensor:
+        table = network.table(length, grid)[0].expand(self.heads, -1, -1).transpose(0, 1)
+        return F.pad(table, (0, self.columns - table.shape[-1])).contiguous()
+
+    def renew(self, projection: Projection, network: MaskNetwork, layer: nn.Module) -> None:
+        """Copies the weights again; arguments as in the constructor."""
+        self._resized: dict[tuple[int, Grid | None], Tensor] = {}
+        with torch.inference_mode(False), torch.no_grad():
+            weight, bias = self._wide_linear(projection, network)
+            table = None
+            if network.config.has_positions:
+                table = self._wide_table(network, network.table.weight.shape[1], None)
+            for name, new in (("weight", weight), ("bias", bias), ("table", table)):
+                old = getattr(self, name)
+                if _alike(old, new):
+                    old.copy_(new)  # compiled graphs hold these tensors
+                else:
+                    setattr(self, name, new)
+        parts = [*projection.modules, *network.modules()]
+        # Dictionary, name, and what was there; of tensors also how often they had been changed in place.
+        self._noted: list[tuple[dict[str, Any], str, Any, int | None]] = [
+            (layer._modules, name, part, None)
+            for name, part in layer._modules.items()
+            if part in projection.modules or isinstance(part, Lam)
+        ]
+        for tensors in (each for part in parts for each in (part._parameters, part._buffers)):
+            self._noted += [(tensors, name, tensor, _version(tensor)) for name, tensor in tensors.items()]
+
+    def is_current(self) -> bool:
+        """Returns whether the weights are those that were copied.
+
+        Changes of ``parameter.data`` in place can't be noticed.
+        """
+        for holder, name, value, version in self._noted:
+            found = holder.get(name)
+            if found is not value or (version is not None and found._version != version):
+                return False
+        return True
+
+    def _wide_linear(self, projection: Projection, network: MaskNetwork) -> tuple[Tensor, Tensor]:
+        """Returns weight ``(3 H D, C)`` and bias ``(3 H D,)``, D the width of a head with the columns of the mask."""
+        rank, end = network.config.rank, self.head_dim + self.columns
+        weight = projection.weight.new_zeros(3, self.heads, end, self.width)
+        bias = projection.weight.new_zeros(3, self.heads, end)
+        weight[:, :, : self.head_dim] = projection.weight.unflatten(0, (3, self.heads, -1))
+        if projection.bias is not None:
+            bias[:, :, : self.head_dim] = projection.bias.unflatten(0, (3, self.heads, -1))
+        query: Any = network.query[0]
+        factor = slice(self.head_dim, self.head_dim + rank)
+        weight[0, :, factor] = query.weight.unflatten(0, (network.heads, -1)) / self.scale
+        bias[0, :, factor] = query.bias.unflatten(0, (network.heads, -1)) / self.scale
+        bias[0, :, factor.stop] = 1 / self.scale
+        if not network.config.has_positions:
+            key: Any = network.key[0]
+            weight[1, :, factor.start : factor.stop + 1] = key.weight.unflatten(0, (network.heads, -1))
+        return weight.flatten(0, 2), bias.flatten()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FusedAttention:
+        self._resized = {}
+        self._noted = [({}, "moved", self, None)]  # copies of the moved weights may be rounded differently
+        return super()._apply(fn, recurse)
+
+    def extra_repr(self) -> str:
+        return f"{self.heads} heads of {self.head_dim} + {self.columns}"
+
+
+def _alike(old: Tensor | None, new: Tensor | None) -> bool:
+    if old is None or new is None:
+        return False
+    return (old.shape, old.dtype, old.device) == (new.shape, new.dtype, new.device)
+
+
+def _version(tensor: Tensor | None) -> int | None:
+    return None if tensor is None or tensor.is_inference() else tensor._version
+
+
+class _Measured(NamedTuple):
+    """Sizes of a measured model, and the ratio of its time as it is to that in the fused form."""
+
+    device: str
+    sizes: tuple[int, int, int, int]
+    gain: float
+
+
+@cache
+def _measured() -> list[_Measured]:
+    with MEASURED.open(encoding="utf-8", newline="") as file:
+        return [
+            _Measured(
+                row["device"].partition(" ")[0],
+                (int(row["width"]), int(row["columns"]), int(row["tokens"]), int(row["batch"])),
+                float(row["unfused"]) / float(row["fused"]),
+            )
+            for row in csv.DictReader(file)
+        ]
+
+
+@lru_cache(maxsize=1024)
+def faster(device: str, width: int, columns: int, padding: int, tokens: int, batch: int) -> bool:
+    """Returns whether the fused form is faster, by the stored measurements.
+
+    The nearest row of the device decides: that with the smallest sum of absolute logarithms of the ratios of width,
+    columns, tokens and batch. Without rows for the device, the fused form is taken, except in models of 768 columns and
+    more whose mask needs padding.
+
+    Args:
+        device: ``"cpu"`` or ``"cuda"``.
+        width: of the tokens.
+        columns: by which the heads grow, padding included.
+        padding: those that are zeros.
+        tokens: number of tokens.
+        batch: size of the batch.
+    """
+    sizes = (width, columns, tokens, batch)
+    rows = [row for row in _measured() if row.device == device]
+    if not rows:
+        return width < _WIDE or not padding
+    nearest = min(rows, key=lambda row: sum(abs(math.log(a / b)) for a, b in zip(row.sizes, sizes, strict=True)))
+    return nearest.gain >= 1
+
+
+def _is_traced() -> bool:
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined]
+    return torch.compiler.is_compiling() or tracing
+
+
+_pinned: bool | None = None
+
+
+@contextmanager
+def pinned_form(fused: bool) -> Iterator[None]:
+    """Makes all fused layers, in all threads, take the fused form or the other one, instead of the faster one."""
+    global _pinned
+    before, _pinned = _pinned, fused
+    try:
+        yield
+    finally:
+        _pinned = before
+
+
+def takes_fused_form(fused: FusedAttention, tokens: Tensor) -> bool:
+    """Returns whether a layer takes its fused form for tokens ``(B, N, C)``.
+
+    It takes the form that :func:`faster` names. Compiled and exported models, which are for any batch, take the fused
+    one, and models under a pinned :func:`lamzoo.attention_backend` the other one.
+    """
+    if kernels.pinned() != "auto":
+        return False
+    if _pinned is not None:
+        return _pinned
+    if _is_traced():
+        return True
+    batch, length, width = tokens.shape
+    return faster(tokens.device.type, width, fused.columns, fused.padding, length, batch)
