@@ -112,6 +112,7 @@ def _tome(r: int) -> Callable[[str, ExitStack], Any]:
 #: Functions from the model's name, and an exit stack for cleanup, to the model.
 VARIANTS: dict[str, Callable[[str, ExitStack], Any]] = {
     "zoo default": _masked(lambda lam: lam),
+    "zoo default, fused": lambda name, stack: lamzoo.fuse(lamzoo.create_model(name)),
     "additive, rank 16": _masked(lambda lam: replace(lam, op="add", rank=16)),
     "additive, content keys": _masked(lambda lam: replace(lam, op="add", keys="content", max_length=None)),
     "additive, shared by the heads": _masked(lambda lam: replace(lam, op="add", heads="shared")),
