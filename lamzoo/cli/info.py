@@ -62,6 +62,7 @@ def describe(name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         "masks": None if info.lam is None else info.lam.to_dict(),
         "pruning": None if info.prune is None else info.prune.to_dict(),
         "reduction": None if info.reduction is None else TokenReduction.to_dict(info.reduction),
+        "fused": info.fused or None,
         "classes": record.get("num_classes") or None,
         "label names": record.get("label_names"),
     }

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lamzoo.adapters.deploy import is_fused
 from lamzoo.adapters.wrappers import is_sharded, unwrap
 from lamzoo.data.images.decode import of_channels
 from lamzoo.errors import ConfigError, ExportError
@@ -69,8 +70,8 @@ def export_model(
     """Exports a model, with or without masks and token reduction, as a program for any batch size.
 
     The program runs without lamzoo. It is verified before the file is created: a program that differs from the model
-    leaves no file. The file contains the model's preprocessing, class names, masks and token reduction as JSON under
-    ``lamzoo``.
+    leaves no file. The file contains the model's preprocessing, class names, masks, token reduction and whether it is
+    fused as JSON under ``lamzoo``.
 
     Args:
         model: an image model with float32 weights on the CPU, optionally wrapped by ``torch.compile`` or data
@@ -211,5 +212,6 @@ def _facts(model: nn.Module) -> str:
             "lam_config": masks and masks.to_dict(),
             "prune_config": pruning and pruning.to_dict(),
             "token_reduction": merging and merging.to_dict(),
+            "fused": is_fused(model),
         }
     )

@@ -134,6 +134,10 @@ class FusedAttention(nn.Module):
             lam.shared.end()
         return out[..., : self.head_dim].transpose(1, 2).flatten(2)
 
+    def mask_macs(self, length: int) -> int:
+        """Returns the multiply-accumulates of the columns of the mask, of one sample of that many tokens."""
+        return self.heads * self.columns * length * (3 * self.width + 2 * length)
+
     def _out_of_place(self, made: Tensor, table: Tensor | None, between: Between | None) -> Sequence[Tensor]:
         """Returns queries, keys and values as :meth:`forward` makes them, without changes in place."""
         query, key, value = made.transpose(1, 3).unbind(2)
@@ -269,7 +273,7 @@ def faster(device: str, width: int, columns: int, padding: int, tokens: int, bat
     """Returns whether the fused form is faster, by the stored measurements.
 
     The nearest row of the device decides: that with the smallest sum of absolute logarithms of the ratios of width,
-    columns, tokens and batch. Without rows for the device, the fused form is taken, except in models of 768 columns and
+    columns, tokens and batch. Without rows for the device, the fused form is taken, except in models of width 768 and
     more whose mask needs padding.
 
     Args:

@@ -16,6 +16,7 @@ from torch import nn
 from lamzoo.adapters.wrappers import unwrap
 from lamzoo.errors import UnsupportedHostError, class_name
 from lamzoo.lam import Lam, LamConfig
+from lamzoo.lam.fused import FusedAttention, takes_fused_form
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Stack:
         copies: token sequences per sample, such as the frames of a video.
         masked: whether the blocks have masks if the model has any.
         keys: number of tokens attended to; the blocks' own by default.
+        fused_macs: MACs that the mask of a layer in its fused form adds to one sequence; None in other layers.
     """
 
     tokens: int
@@ -41,6 +43,7 @@ class Stack:
     copies: int = 1
     masked: bool = True
     keys: int | None = None
+    fused_macs: int | None = None
 
     @property
     def seen(self) -> int:
@@ -59,6 +62,8 @@ class Stack:
         """MACs added by masks: their networks, and the dense ``left @ right.T`` of every block."""
         if not self.masked:
             return 0
+        if self.fused_macs is not None:
+            return self.copies * self.depth * self.fused_macs
         heads = self.heads if config.heads == "per-head" else 1
         network = _mlp_macs(self.tokens, (self.width, *config.hidden, heads * config.rank))
         if not config.has_positions:
@@ -116,6 +121,10 @@ def analytic_macs(model: nn.Module) -> AnalyticMacs:
     if formula is None:
         raise _unknown(model)
     ends, stacks = formula(model)
+    if formula is not _vision_transformer:
+        for module in model.modules():
+            if isinstance(module, FusedAttention):
+                raise _unknown(module)
     config: LamConfig | None = getattr(model, "lam_config", None)
     lam = 0 if config is None else sum(stack.lam_macs(config) for stack in stacks)
     return AnalyticMacs(ends=ends, blocks=sum(stack.macs for stack in stacks), lam=lam)
@@ -134,6 +143,9 @@ def _vision_transformer(model: Any) -> tuple[int, list[Stack]]:
         heads=block.attn.num_heads,
         hidden=block.mlp.fc1.out_features,
     )
+    fused = block.attn._modules.get("fused")
+    if fused is not None and takes_fused_form(fused, fused.weight.new_empty(1, stack.tokens, stack.width)):
+        stack = replace(stack, fused_macs=fused.mask_macs(stack.tokens))
     return _embedding_macs(model.patch_embed) + model.embed_dim * model.num_classes, [stack]
 
 

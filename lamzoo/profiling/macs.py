@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lamzoo.adapters.wrappers import unwrap
 from lamzoo.errors import ConfigError, class_name
 from lamzoo.lam import FactoredMask, Lam
+from lamzoo.lam.fused import FusedAttention
 from lamzoo.profiling.inputs import Inputs, as_arguments, default_input, evaluating
 
 _GIGA = 1e9
@@ -31,11 +32,13 @@ class Profile:
         gmacs: MACs of the forward pass in 10^9.
         lam_gmacs: MACs added by the masks, in 10^9: their networks, and the product ``left @ right.T`` (``Hm Nq Nk R``
             MACs per layer). Always the dense product of the eager backend, so that the figure is independent of the
-            device and of the backend chosen by ``"auto"``.
+            device and of the backend chosen by ``"auto"``. Of a layer that takes its fused form (:func:`lamzoo.fuse`),
+            what the additional columns of queries, keys and values cost in the linear layer and in the attention.
         params_m: parameters in 10^6.
         lam_params_m: parameters of the masks in 10^6.
         by_layer: GMACs of each module with any, by path and including its submodules (``"blocks.3"``,
             ``"blocks.3.attn"``, ``"blocks.3.attn.lam"``: only the mask network).
+        fused_layers: number of layers that took their fused form.
     """
 
     gmacs: float
@@ -43,6 +46,7 @@ class Profile:
     params_m: float
     lam_params_m: float
     by_layer: dict[str, float] = field(repr=False)
+    fused_layers: int = 0
 
 
 def profile(model: nn.Module, input: Inputs | None = None) -> Profile:
@@ -66,6 +70,7 @@ def profile(model: nn.Module, input: Inputs | None = None) -> Profile:
     model = unwrap(model)
     inputs = as_arguments(default_input(model) if input is None else input)
     products: list[int] = []
+    fused: list[int] = []
     counter = FlopCounterMode(display=False)
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
@@ -73,6 +78,7 @@ def profile(model: nn.Module, input: Inputs | None = None) -> Profile:
         stack.enter_context(_frozen(model))
         stack.enter_context(_without_fastpath())
         stack.enter_context(_dense_products(model, products))
+        stack.enter_context(_fused_columns(model, fused))
         stack.enter_context(counter)
         stack.enter_context(_AttentionCheck(counter))
         model(*inputs)
@@ -82,12 +88,14 @@ def profile(model: nn.Module, input: Inputs | None = None) -> Profile:
         raise ConfigError(f"No operation of {class_name(model)} was counted; profile the model uncompiled.")
     lams = {path: module for path, module in model.named_modules() if isinstance(module, Lam)}
     lam_params = {id(p): p.numel() for lam in lams.values() for p in lam.parameters()}
+    networks = sum(_network_gmacs(path, lam, by_layer) for path, lam in lams.items())
     return Profile(
         gmacs=total / _GIGA,
-        lam_gmacs=sum(_network_gmacs(path, lam, by_layer) for path, lam in lams.items()) + sum(products) / _GIGA,
+        lam_gmacs=networks + sum(products + fused) / _GIGA,
         params_m=sum(p.numel() for p in model.parameters()) / 1e6,
         lam_params_m=sum(lam_params.values()) / 1e6,
         by_layer=by_layer,
+        fused_layers=len(fused),
     )
 
 
@@ -148,6 +156,24 @@ def _dense_products(model: nn.Module, products: list[int]) -> Iterator[None]:
     finally:
         for lam, backend, handle in zip(lams, backends, handles, strict=True):
             lam.backend = backend
+            handle.remove()
+
+
+@contextmanager
+def _fused_columns(model: nn.Module, macs: list[int]) -> Iterator[None]:
+    """Records the MACs that the masks of fused layers add, in ``macs``."""
+
+    def note(layer: nn.Module, args: Any, output: Any) -> None:
+        assert isinstance(layer, FusedAttention)
+        batch, length, _ = args[0].shape
+        macs.append(batch * layer.mask_macs(length))
+
+    layers = [module for module in model.modules() if isinstance(module, FusedAttention)]
+    handles = [layer.register_forward_hook(note) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
             handle.remove()
 
 

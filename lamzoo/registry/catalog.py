@@ -66,10 +66,12 @@ class ModelInfo(ModelSpec):
     Attributes:
         tag: the tag of ``arch.tag``, or the default tag of a bare name; None if there are no tags.
         reduction: token reduction of the weights.
+        fused: whether a saved model gets the fused form of :func:`lamzoo.fuse`.
     """
 
     tag: PretrainedWeights | None = None
     reduction: TokenReduction | None = None
+    fused: bool = False
 
     @property
     def prune(self) -> PruneConfig | None:
@@ -359,7 +361,7 @@ def model_info(name: str | os.PathLike[str]) -> ModelInfo:
     saved = read_saved(ref, with_weights=False)
     cfg = {key: value for key, value in saved.cfg.to_dict().items() if key in CFG_KEYS}
     spec = replace(spec_of_saved(saved), lam=saved.lam, params=None, gmacs=None, pretrained_cfg=cfg, tags={})
-    return ModelInfo(**vars(spec), reduction=saved.reduction)
+    return ModelInfo(**vars(spec), reduction=saved.reduction, fused=saved.fused)
 
 
 def task_of(name: str | os.PathLike[str]) -> Task:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lamzoo.adapters import add_lam, remove_lam
+from lamzoo.adapters.deploy import fuse_layers
 from lamzoo.data.images.decode import of_channels
 from lamzoo.errors import (
     ConfigError,
@@ -70,6 +71,7 @@ class _Plan:
     external: bool
     reduction: TokenReduction | None = None
     config: Path | None = None  # of a saved model
+    fused: bool = False
 
 
 def create_model(
@@ -156,7 +158,10 @@ def create_model(
     if checkpoint is not None:
         load_into(model, checkpoint, source=str(checkpoint_path), fresh_lam=fresh, **how)
         model.weights_source = str(checkpoint_path)
-    return model if part is None else _features(model, part)
+    model = model if part is None else _features(model, part)
+    if plan.fused:
+        fuse_layers(model)
+    return model
 
 
 def find_weights_file(
@@ -270,8 +275,9 @@ def _plan(ref: ModelRef, pretrained: bool, cache_dir: str | Path | None, allow_p
         saved = read_saved(ref, with_weights=pretrained, cache_dir=cache_dir, allow_pickle=allow_pickle)
         spec = spec_of_saved(saved)
         return _Plan(
-            spec, None, saved.cfg, saved.args, saved.lam, saved.weights, saved.external, saved.reduction, saved.path
-        )
+            spec, None, saved.cfg, saved.args, saved.lam, saved.weights, saved.external, saved.reduction, saved.path,
+            saved.fused,
+        )  # fmt: skip
     spec = find_spec(ref)
     tag, weights = find_weights(spec, ref), None
     if pretrained:

@@ -13,6 +13,7 @@ from timm.models import is_model
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
+from lamzoo.adapters.deploy import is_fused
 from lamzoo.adapters.wrappers import full_state_dict, is_sharded, unwrap
 from lamzoo.errors import ConfigError, UnknownModelError, WeightsError
 from lamzoo.files import atomic_files
@@ -41,8 +42,9 @@ def save_pretrained(
     The folder gets ``model.safetensors`` (or shards and their index) and ``config.json`` in timm's hub format. timm
     itself reads a plain model of a timm architecture, without its token merging, and refuses one with masks. The
     configuration has more keys: ``lam_config``, ``token_reduction`` (``prune_config`` for pruning, which lamzoo 0.1
-    reads) and ``lamzoo`` (registry name, version, sha256 of the weights). Files of an earlier save are replaced only
-    when the new ones are complete.
+    reads), ``fused`` (a fused model is saved with its unfused weights, and fused when it is created) and ``lamzoo``
+    (registry name, version, sha256 of the weights). Files of an earlier save are replaced only when the new ones are
+    complete.
 
     Args:
         model: a model of :func:`lamzoo.create_model` or of timm, with or without masks; wrappers of ``torch.compile``
@@ -119,6 +121,8 @@ def _config(model: nn.Module, spec: ModelSpec, label_names: Sequence[str] | None
     reduction: TokenReduction | None = getattr(model, "token_reduction", None)
     if reduction is not None:
         config["prune_config" if reduction.method == "prune" else "token_reduction"] = reduction.to_dict()
+    if is_fused(model):
+        config["fused"] = True
     return config
 
 

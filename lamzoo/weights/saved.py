@@ -51,6 +51,7 @@ class SavedModel:
         reduction: its token reduction.
         weights: its weights, if requested.
         external: whether it was written by timm, or by the authors of the weights, rather than by lamzoo.
+        fused: whether its attention layers get their fused form.
     """
 
     name: str
@@ -61,6 +62,7 @@ class SavedModel:
     reduction: TokenReduction | None
     weights: WeightsFile | None
     external: bool
+    fused: bool = False
 
 
 def read_saved(
@@ -128,6 +130,7 @@ class _Config:
     lam_config: Mapping[str, Any] | None = None
     prune_config: Mapping[str, Any] | None = None
     token_reduction: Mapping[str, Any] | None = None
+    fused: bool = False
     lamzoo: _Own = field(default_factory=_Own)
 
 
@@ -175,6 +178,7 @@ def _read_config(path: Path) -> tuple[SavedModel, Mapping[str, str]]:
             reduction=_reduction(config),
             weights=None,
             external=config.lamzoo.name is None,
+            fused=config.fused,
         )
     except (OSError, ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error).rstrip(".")

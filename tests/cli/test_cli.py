@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from lamzoo import __version__
+from lamzoo.adapters import fuse
 from lamzoo.cli import _output as out
 from lamzoo.cli import app as cli
 from lamzoo.profiling import profile
@@ -129,6 +130,15 @@ def test_info_tells_what_is_merged_and_what_is_left_to_compute(run, tmp_path: Pa
     assert facts["pruning"] is None
     assert facts["gmacs"] == pytest.approx(profile(merged).gmacs, rel=1e-2)
     assert "keep 0.5" in run("info", f"local-dir:{tmp_path}").out
+
+
+def test_info_tells_that_a_model_is_fused_and_what_it_costs(run, tmp_path: Path) -> None:
+    model = fuse(create_model("lam_vit_tiny_patch8_64", depth=1))
+    save_pretrained(model, tmp_path)
+    facts = json.loads(run("info", f"local-dir:{tmp_path}", "--json").out)
+    assert facts["fused"] is True
+    assert facts["gmacs"] == pytest.approx(profile(model).gmacs, rel=1e-2)
+    assert "fused" not in run("info", "lam_vit_micro").out
 
 
 def test_info_tells_cost_masks_and_preprocessing(run, model: str) -> None:

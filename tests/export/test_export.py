@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import lamzoo
-from lamzoo import LamConfig, add_lam, export_model, load_exported, merge_tokens, prune_tokens
+from lamzoo import LamConfig, add_lam, export_model, fuse, load_exported, merge_tokens, prune_tokens
 from lamzoo.data import create_dataset
 from lamzoo.errors import ConfigError, ExportError, MissingExtraError, WeightsNotFoundError
 from lamzoo.evaluation import evaluate, predict, preprocess
@@ -27,6 +27,7 @@ SUFFIXES = {"torch": ".pt2", "onnx": ".onnx"}
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "masked": {},
+    "fused": {},
     "drop": {"rest": "drop"},
     "merge": {"rest": "merge"},
     "nearest": {"score": "redundancy", "rest": "nearest"},
@@ -42,6 +43,8 @@ def vit(variant: str = "masked", **kwargs: object) -> nn.Module:
     model.pretrained_cfg = {"architecture": "vit", "input_size": (3, 32, 32), "label_names": CLASSES}
     if variant != "plain":
         add_lam(model, LamConfig(keys="position", rank=3, init="paper"))
+    if variant == "fused":
+        fuse(model)
     if variant == "merged":
         merge_tokens(model, keep=0.5)
     elif VARIANTS[variant]:
@@ -100,6 +103,17 @@ def test_a_merged_model_is_exported_for_any_batch_and_says_so(exported: Exported
         assert_close(program(images(batch)), model(images(batch)), atol=1e-4, rtol=0)
     assert lamzoo.TokenReduction.from_dict(program.facts["token_reduction"]) == model.token_reduction
     assert program.facts["prune_config"] is None
+
+
+def test_a_fused_model_is_exported_in_its_fused_form_and_says_so(exported: Exported) -> None:
+    _, written = exported("fused", "torch")
+    program = torch.export.load(written.path)
+    targets = [str(node.target) for node in program.graph.nodes]
+    assert targets.count("aten.scaled_dot_product_attention.default") == 3
+    assert targets.count("aten.linear.default") == 1 + 3 * 4
+    assert not any("scatter" in target or "copy" in target for target in targets)
+    assert load_exported(written.path).facts["fused"]
+    assert not load_exported(exported("masked", "torch")[1].path).facts["fused"]
 
 
 @each_format

@@ -58,6 +58,7 @@ CONFIGS = [
     config("rank is 10^9", {"lam_config.rank": 10**9}, "rank"),
     config("rank is text", {"lam_config.rank": "two"}, "config.json", "rank", "two"),
     config("op is unknown", {"lam_config.op": "div"}, "config.json", "op", "div"),
+    config("fused is text", {"fused": "yes"}, "config.json", "fused", "yes"),
     config("lam_config is a list", {"lam_config": ["mul"]}, "config.json", "lam_config"),
     config("lam_config has an unknown key", {"lam_config.colour": "red"}, "config.json", "colour"),
     config("prune_config is text", {"prune_config": "half"}, "config.json", "prune_config"),

@@ -3,9 +3,10 @@ import timm
 import torch
 from torch import nn
 
-from lamzoo.adapters import add_lam
+from lamzoo.adapters import add_lam, fuse, unfuse
 from lamzoo.errors import UnsupportedHostError
 from lamzoo.lam import LamConfig
+from lamzoo.lam.fused import pinned_form
 from lamzoo.models.vit import micro_vit
 from lamzoo.profiling import analytic_macs, profile
 from lamzoo.registry.catalog import list_models, model_info
@@ -60,6 +61,17 @@ def test_formula_and_counter_agree_for_every_kind_of_mask(config):
     counted, formula = profile(model), analytic_macs(model)
     assert counted.gmacs == pytest.approx(formula.gmacs, rel=1e-9)
     assert counted.lam_gmacs == pytest.approx(formula.lam_gmacs, rel=1e-9)
+
+
+@pytest.mark.parametrize("config", [LamConfig(), LamConfig(keys="position", rank=7, heads="shared")], ids=str)
+def test_formula_and_counter_agree_for_fused_masks(config):
+    model = fuse(micro_vit(MICRO, lam=config))
+    counted, formula = profile(model), analytic_macs(model)
+    assert counted.fused_layers == 2
+    assert counted.gmacs == pytest.approx(formula.gmacs)
+    assert counted.lam_gmacs == pytest.approx(formula.lam_gmacs)
+    with pinned_form(False):
+        assert profile(model) == profile(unfuse(model))
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch32_384", "vit_base_patch14_reg4_dinov2"])

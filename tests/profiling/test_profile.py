@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import lamzoo
-from lamzoo.adapters import add_lam
+from lamzoo.adapters import add_lam, fuse
 from lamzoo.errors import ConfigError
 from lamzoo.lam import LamConfig
 from lamzoo.models.vit import micro_vit
@@ -46,6 +46,15 @@ def test_lam_gmacs_of_a_shared_mask_follow_the_formula():
     result = profile(micro_vit(MICRO, lam=LamConfig(heads="shared", rank=rank)))
     network = tokens * dim * rank + tokens * dim * (rank + 1)
     assert result.lam_gmacs * 1e9 == pytest.approx(2 * (network + tokens**2 * (rank + 1)))
+
+
+@pytest.mark.parametrize("config", [LamConfig(), LamConfig(keys="position", rank=7)], ids=str)
+def test_lam_share_of_a_fused_model_is_the_difference_to_the_plain_backbone(config):
+    model = micro_vit(MICRO, lam=None)
+    plain, masked = profile(model), profile(fuse(add_lam(copy.deepcopy(model), config)))
+    assert (plain.fused_layers, masked.fused_layers) == (0, 2)
+    assert masked.lam_gmacs > 0
+    assert masked.gmacs - masked.lam_gmacs == pytest.approx(plain.gmacs, rel=1e-12)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)

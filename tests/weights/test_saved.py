@@ -15,6 +15,8 @@ import timm
 import torch
 from torch import nn
 
+from lamzoo.adapters import fuse, unfuse
+from lamzoo.adapters.deploy import is_fused
 from lamzoo.errors import (
     ConfigError,
     HashMismatchError,
@@ -91,6 +93,25 @@ def test_a_folder_gives_a_merged_model_back(name: str, kwargs: dict[str, Any], t
     assert create_model(f"local-dir:{tmp_path}", lam=False).token_reduction == TokenReduction(0.5)
     save_pretrained(remove_reduction(loaded), tmp_path)
     assert model_info(tmp_path).reduction is None
+
+
+def test_a_folder_gives_a_fused_model_back_with_its_unfused_weights(tmp_path: Path) -> None:
+    config = LamConfig(keys="position", rank=7, init="paper")
+    model = create_model("lam_vit_tiny", lam=config, **SMALL)
+    save_pretrained(model, tmp_path / "before")
+    save_pretrained(fuse(model), tmp_path / "fused")
+    assert files(tmp_path / "fused")["model.safetensors"] == files(tmp_path / "before")["model.safetensors"]
+    assert json.loads((tmp_path / "fused" / "config.json").read_text())["fused"] is True
+    assert "fused" not in json.loads((tmp_path / "before" / "config.json").read_text())
+    assert model_info(tmp_path / "fused").fused
+    loaded = create_model(tmp_path / "fused", pretrained=True)
+    assert is_fused(loaded)
+    assert same_output(model, loaded)
+    assert not is_fused(create_model(tmp_path / "fused", pretrained=True, lam=False))
+    other = create_model(tmp_path / "fused", pretrained=True, lam={"op": "mul"}, lam_weights="fresh")
+    assert not is_fused(other)
+    save_pretrained(unfuse(loaded), tmp_path / "again")
+    assert not model_info(tmp_path / "again").fused
 
 
 def test_a_reduction_that_does_not_fit_names_the_file(model: nn.Module, tmp_path: Path) -> None:
