@@ -30,8 +30,9 @@ Model = TypeVar("Model", bound=nn.Module)
 def add_lam(model: Model, config: LamConfig | Mapping[str, Any] | bool | None = None) -> Model:
     """Adds a learnable mask to every attention layer of a model, in place.
 
-    Supports timm's vision transformers, open_clip's towers and every ``torch.nn.MultiheadAttention``, those of torch's
-    own transformer layers included. The state-dict keys of the host don't change; those of the masks contain
+    Supports timm's vision transformers, open_clip's towers, the models of Hugging Face transformers that use its
+    ``AttentionInterface``, and every ``torch.nn.MultiheadAttention``, those of torch's own transformer layers included.
+    The state-dict keys of the host don't change; those of the masks contain
     ``.lam.``. With the default ``init="identity"`` the outputs of the model don't change until the masks are trained.
 
     Args:
@@ -44,8 +45,8 @@ def add_lam(model: Model, config: LamConfig | Mapping[str, Any] | bool | None = 
 
     Raises:
         UnsupportedHostError: the model has an attention layer that can't carry a mask (named), no attention layer,
-            masks already, or a part from Hugging Face transformers; it is distributed (DDP, FSDP) or compiled in parts,
-            or no ``torch.nn.Module``. The model is left unchanged.
+            or masks already; it is distributed (DDP, FSDP) or compiled in parts, or no ``torch.nn.Module``. The model is
+            left unchanged.
         ConfigError: the configuration is invalid, or has position keys for a host of unknown length or without fixed
             token positions.
     """
@@ -70,7 +71,8 @@ def add_lam(model: Model, config: LamConfig | Mapping[str, Any] | bool | None = 
     if not found:
         raise UnsupportedHostError(
             f"The model ({class_name(host)}) has no attention layer that can carry a mask; add_lam supports timm's "
-            "vision transformers, open_clip's towers and nn.MultiheadAttention."
+            "vision transformers, open_clip's towers, the AttentionInterface of Hugging Face transformers and "
+            "nn.MultiheadAttention."
         )
     # Every mask is built before the model is changed.
     stacks = [
@@ -127,6 +129,10 @@ class _Stack:
                 raise ConfigError(
                     f"{site.path} can't have a mask with keys='position': {layout.no_positions}; use keys='content'."
                 )
+            if config.layers == "single" and layout.no_sharing is not None:
+                raise ConfigError(
+                    f"{site.path} can't share a mask with layers='single': {layout.no_sharing}; use layers='multi'."
+                )
             network = None
             if config.layers == "multi" or index == 0:
                 network = MaskNetwork(
@@ -153,6 +159,7 @@ class _Stack:
             watch_grid(self.shared)
         if watch_grid is not None or config.layers == "single":
             for index, site in enumerate(self.lams):
-                block = model.get_submodule(site.path.rpartition(".")[0])
+                watched = site.path.rpartition(".")[0] if site.watched is None else site.watched
+                block = model.get_submodule(watched)
                 needs_pass = watch_grid is not None or index > 0
                 watch_block(block, EnterBlock(self.shared, needs_pass), LeaveBlock(self.shared))

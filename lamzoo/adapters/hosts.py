@@ -46,6 +46,8 @@ class AttentionSite:
         num_heads: attention heads.
         like: a parameter with the device and dtype of the mask network.
         other_paths: further places of the same layer in the model.
+        watched: path of the module whose calls tell forward passes apart, which gradient checkpointing has to rerun
+            with its hooks; by default the block that holds the layer.
     """
 
     path: str
@@ -55,6 +57,7 @@ class AttentionSite:
     num_heads: int
     like: torch.Tensor
     other_paths: tuple[str, ...] = ()
+    watched: str | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ class TokenLayout:
         watch_grid: registers the hook that begins each forward pass with the patch grid of its image, where the grid
             may change; takes the state of the stack.
         no_positions: the reason why the layer can't have a mask with ``keys="position"``; None if it can.
+        no_sharing: the reason why it can't share a mask with the layers of its stack, ``layers="single"``; likewise.
         pooling: how the host pools the tokens; None where that is unknown, and tokens can't be reduced.
     """
 
@@ -79,6 +83,7 @@ class TokenLayout:
     grid_at: Callable[[tuple[int, int]], Grid] | None = None
     watch_grid: Callable[[SharedState], None] | None = None
     no_positions: str | None = None
+    no_sharing: str | None = None
     pooling: Pooling | None = None
 
 

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, ClassVar, TypeGuard
 
-from open_clip.hf_model import HFTextEncoder
 from open_clip.model import CLIP
 from open_clip.transformer import (
     Attention,
@@ -111,15 +110,9 @@ class OpenClipAdapter(TakeoverAdapter):
         """Yields the self-attention layers of open_clip's blocks, in the order in which they are registered.
 
         Raises:
-            UnsupportedHostError: the model has a text tower of Hugging Face transformers, an unknown block, or a block
-                with an unknown attention layer; names it.
+            UnsupportedHostError: the model has an unknown block, or a block with an unknown attention layer; names it.
         """
         for path, module in model.named_modules():
-            if isinstance(module, HFTextEncoder):
-                raise UnsupportedHostError(
-                    f"{path or 'The model'} ({class_name(module)}) is a text tower of Hugging Face transformers, whose "
-                    "attention can't carry a learnable mask; give add_lam the image tower alone, model.visual."
-                )
             if type(module).__module__.startswith("open_clip."):
                 _check_blocks(path, module)
             if _is_self_attending(module):

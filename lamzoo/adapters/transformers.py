@@ -1,44 +1,443 @@
-"""Models of Hugging Face transformers, which are refused by name: their attention can't carry a mask yet.
+"""Learnable masks in the models of Hugging Face transformers that use its ``AttentionInterface``.
 
-Without this adapter, only the few ``nn.MultiheadAttention`` in them, such as SigLIP's pooling head, would be masked.
+Modifications to the host: each attention layer gets the mask as a submodule, a forward pre-hook that computes the mask
+from the layer's tokens, and a copy of its configuration that names the attention function of this file. The
+configuration of the model and the attention masks that it makes (padding, causality, windows) stay those of the host.
+
+In the pre-hook the mask becomes a keyword argument of the layer, which hands it to the attention function. With a
+key-value cache, the key factors of earlier tokens are stored in the cache, as further columns of their keys.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar
+import ast
+import copy
+import inspect
+import logging
+import re
+import textwrap
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, ClassVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.masking_utils import eager_mask, sdpa_mask
 
-from lamzoo.adapters.hosts import AttentionSite, HostTakeover, TakeoverAdapter
-from lamzoo.errors import UnsupportedHostError, class_name
+from lamzoo.adapters.hosts import AttentionSite, TokenLayout
+from lamzoo.errors import ConfigError, UnsupportedHostError, class_name
+from lamzoo.lam import FactoredMask, Lam, lam_attention
+from lamzoo.lam.layer import EagerAttention
+from lamzoo.lam.unmasked import Unmasked
 
-_MODEL = "transformers.modeling_utils.PreTrainedModel"
+_logger = logging.getLogger(__name__)
+
+#: Implementation that the configuration of a layer names without and with masks.
+_IMPLEMENTATIONS = {None: "lam_eager", "eager": "lam_eager", "sdpa": "lam_sdpa"}
+
+# Names in the attention classes of transformers; the first that a layer has counts.
+_QUERY_PROJECTIONS = (
+    "q_proj", "query", "q", "q_attn", "q_lin", "q_content_proj", "linear_q", "to_q", "Wq", "qkv", "qkv_proj", "c_attn",
+    "Wqkv", "query_key_value",
+)  # fmt: skip
+_KEY_PROJECTIONS = ("k_proj", "key", "k", "k_lin", "k_content_proj", "kv_proj", "c_attn")
+_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
+_QUERY_TOKENS = ("hidden_states", "query")
+_KEY_TOKENS = ("key_value_states", "encoder_hidden_states", "cross_attention_states", "key_hidden_states", "key")
+_MASKS = ("attention_mask", "mask")
+
+# Arguments of the attention function, and what they do to the attention.
+_UNSUPPORTED = {
+    "softcap": "caps its scores (softcap); where its configuration allows None for the cap, build it so",
+    "s_aux": "has attention sinks; use a model without them",
+    "sinks": "has attention sinks; use a model without them",
+    "indices": "attends to a sparse selection of keys; use a model with dense attention",
+    "block_indices": "attends to a sparse selection of keys; use a model with dense attention",
+}
+
+# Functions that a layer with attention of its own calls.
+_ATTENDING = {"softmax", "Softmax", "scaled_dot_product_attention", "multi_head_attention_forward"}
+
+_KEYWORD = "lam_mask"
 
 
-class TransformersAdapter(TakeoverAdapter):
-    """Refuses models of transformers; its wrappers around timm models have no attention of their own and pass."""
+class TransformersAdapter:
+    """Masks every attention layer of transformers that calls the ``AttentionInterface``."""
 
-    owns_multihead_attention = True
-    takeovers: ClassVar[Mapping[type[nn.Module], type[HostTakeover]]] = {}
+    owns_multihead_attention: ClassVar[bool] = True
 
-    def sites(self, model: nn.Module) -> tuple[AttentionSite, ...]:
-        """Returns no sites.
+    def sites(self, model: nn.Module) -> Iterator[AttentionSite]:
+        """Yields the attention layers of a model, stack by stack: layers whose paths differ only in their numbers.
+
+        The few ``nn.MultiheadAttention`` in models of transformers get no mask, which is logged, unless they belong to
+        a pooling head, whose queries are learned parameters.
 
         Raises:
-            UnsupportedHostError: the model is, or contains, a model of transformers, or a part of one that has
-                attention; names it.
+            UnsupportedHostError: a layer computes its attention itself, or has attention that can't carry a mask;
+                names it.
         """
+        stacks: dict[str, list[AttentionSite]] = {}
         for path, module in model.named_modules():
-            classes = [class_name(cls) for cls in type(module).__mro__]
-            if not any(name.startswith("transformers.") for name in classes):
-                continue
-            attends = any(isinstance(child, nn.MultiheadAttention) for child in module.children())
-            wraps_timm = classes[0].startswith("transformers.models.timm_")
-            if attends or (_MODEL in classes and not wraps_timm):
+            interface = _interface(type(module).forward)
+            if interface is not None:
+                site = _site(path, module, interface)
+                stacks.setdefault(site.stack, []).append(site)
+            elif _attends_itself(type(module)):
                 raise UnsupportedHostError(
-                    f"{path or 'The model'} ({classes[0]}) belongs to Hugging Face transformers, whose attention can't "
-                    "carry a learnable mask; give add_lam a part of the model without it, or a model of timm or "
-                    "open_clip."
+                    f"{_named(path, module)} computes its attention itself, and add_lam supports the attention layers "
+                    "of transformers that call its AttentionInterface; use a model of such layers, or give add_lam the "
+                    "parts of this one that have them."
                 )
+            elif isinstance(module, nn.MultiheadAttention):
+                owner = type(model.get_submodule(path.rpartition(".")[0]))
+                if owner.__module__.startswith("transformers.") and "Pool" not in owner.__name__:
+                    _logger.warning(
+                        "%s keeps its attention without a mask: it is an nn.MultiheadAttention of transformers.", path
+                    )
+        for stack in stacks.values():
+            yield from stack
+
+    def token_layout(self, model: nn.Module, path: str) -> TokenLayout | None:
+        """Returns a layout without a length, which :attr:`LamConfig.max_length` has to give."""
+        if _interface(type(model.get_submodule(path)).forward) is None:
+            return None
+        shifts = hasattr(model.get_submodule(path.rpartition(".")[0]), "shift_size")
+        return TokenLayout(
+            no_sharing="its windows shift from layer to layer, and with them its tokens" if shifts else None
+        )
+
+    def stacks(self, model: nn.Module) -> Iterable[TokenLayout]:
+        """Returns no stacks: tokens can't be reduced in these models."""
         return ()
+
+    def wrap(self, model: nn.Module, lams: Mapping[AttentionSite, Lam | Unmasked]) -> None:
+        """Puts masks into the attention layers at the sites."""
+        for site, lam in lams.items():
+            module: Any = model.get_submodule(site.path)
+            interface = _interface(type(module).forward)
+            assert interface is not None
+            module.register_forward_pre_hook(_MaskHook(module.config, interface), with_kwargs=True)
+            module.config = copy.copy(module.config)
+            # Not by the setter, which also sets it in the configurations of other parts, which the copy shares.
+            module.config._attn_implementation_internal = _IMPLEMENTATIONS[module.config._attn_implementation]
+            module.lam = lam
+
+    def unwrap(self, model: nn.Module, kind: type[Lam | Unmasked] | None = None) -> None:
+        """Removes the masks, and gives the layers their configuration back."""
+        for module in model.modules():
+            for key, hook in list(module._forward_pre_hooks.items()):
+                if isinstance(hook, _MaskHook) and (kind is None or isinstance(module.lam, kind)):
+                    del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key], module.lam
+                    module.config = hook.config
+
+
+@dataclass(frozen=True)
+class _Interface:
+    """How the forward pass of a class calls the ``AttentionInterface``.
+
+    Attributes:
+        parameters: names of the arguments of the forward pass.
+        passes_keywords: whether it hands further keyword arguments to the attention function.
+        options: keyword arguments of the attention function, and the expressions that they are given.
+    """
+
+    parameters: tuple[str, ...]
+    passes_keywords: bool
+    options: Mapping[str, ast.expr]
+
+
+@cache
+def _interface(forward: Callable[..., Any]) -> _Interface | None:
+    """Returns how the forward pass of a class calls the ``AttentionInterface``; None if it doesn't."""
+    forward = inspect.unwrap(forward)  # without the decorators that rename arguments
+    if "ALL_ATTENTION_FUNCTIONS" not in getattr(getattr(forward, "__code__", None), "co_names", ()):
+        return None
+    tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
+    calls = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and "attention_interface" in node.func.id
+    ]
+    return _Interface(
+        parameters=tuple(inspect.signature(forward).parameters)[1:],
+        passes_keywords=bool(calls) and all(any(each.arg is None for each in call.keywords) for call in calls),
+        options={each.arg: each.value for call in calls for each in call.keywords if each.arg is not None},
+    )
+
+
+def _site(path: str, module: Any, interface: _Interface) -> AttentionSite:
+    where = _named(path, module)
+    for name, reason in _UNSUPPORTED.items():
+        if _is_given(module, interface.options.get(name)):
+            raise UnsupportedHostError(f"{where} can't carry a learnable mask, because it {reason}.")
+    if any(name.startswith("kv_a_proj") for name, _ in module.named_children()):
+        raise UnsupportedHostError(
+            f"{where} can't carry a learnable mask, because it caches compressed keys (multi-head latent attention), "
+            "to which no mask factor can be added; use a model that caches its keys."
+        )
+    query = _first(module, _QUERY_PROJECTIONS, nn.Module)
+    heads = _first(module, _HEADS, int) or getattr(module.config, "num_attention_heads", None)
+    if query is None or heads is None or interface.parameters[0] not in _QUERY_TOKENS:
+        raise UnsupportedHostError(
+            f"{where} can't carry a learnable mask, because its tokens or its query projection are unknown; give "
+            "add_lam the parts of the model without it."
+        )
+    implementation = module.config._attn_implementation
+    if implementation not in _IMPLEMENTATIONS:
+        raise UnsupportedHostError(
+            f"{where} uses the attention implementation {implementation!r}, which takes no learnable masks; call "
+            "set_attn_implementation('sdpa') of the model before add_lam."
+        )
+    crosses = any(name in interface.parameters for name in _KEY_TOKENS)
+    key = (_first(module, _KEY_PROJECTIONS, nn.Module) if crosses else None) or query
+    query_dim, key_dim = _width(query), _width(key)
+    pattern = ".".join("*" if part.isdigit() else part for part in path.split("."))
+    return AttentionSite(
+        path=path,
+        stack=f"{pattern} {query_dim} {key_dim} {heads}",  # stages of a pyramid share no mask
+        query_dim=query_dim,
+        key_dim=key_dim,
+        num_heads=heads,
+        like=next(each for each in module.parameters() if each.is_floating_point()),
+        watched=path,  # transformers checkpoints the forward pass of a block without its hooks
+    )
+
+
+def _named(path: str, module: nn.Module) -> str:
+    return f"{path or 'The model'} ({class_name(module)})"
+
+
+def _first(module: nn.Module, names: Iterable[str], kind: type) -> Any:
+    found = (getattr(module, name, None) for name in names)
+    return next((value for value in found if isinstance(value, kind)), None)
+
+
+def _width(projection: nn.Module) -> int:
+    # A layer that adapts a Linear, such as LoRA, holds it as a submodule; transformers' Conv1D has nx inputs.
+    widths = (getattr(part, "in_features", getattr(part, "nx", None)) for part in projection.modules())
+    return next(width for width in widths if width is not None)
+
+
+def _is_given(module: nn.Module, value: ast.expr | None) -> bool:
+    """Returns whether an expression in the forward pass of a layer may be other than None."""
+    if isinstance(value, ast.Attribute) and isinstance(value.value, ast.Name) and value.value.id == "self":
+        return getattr(module, value.attr, None) is not None
+    return not (value is None or (isinstance(value, ast.Constant) and value.value is None))
+
+
+def _attends_itself(cls: type[nn.Module]) -> bool:
+    """Returns whether a class of transformers has attention over tokens in its own methods."""
+    if not cls.__module__.startswith("transformers.") or "Attention" not in cls.__name__:
+        return False
+    if re.search("Pool|Deformable|AttentionMap|GRUCell", cls.__name__):  # over learned queries, or no tokens at all
+        return False
+    codes = (getattr(inspect.unwrap(member), "__code__", None) for member in vars(cls).values() if callable(member))
+    return any(not _ATTENDING.isdisjoint(code.co_names) for code in codes if code is not None)
+
+
+class _Factors:
+    """The mask of one call of an attention layer, until the attention function takes it.
+
+    Some vision towers call the attention function for a part of their tokens at a time, in order.
+    """
+
+    def __init__(self, mask: FactoredMask) -> None:
+        self.mask, self.taken = mask, 0
+
+    def take(self, queries: int) -> FactoredMask:
+        if queries == self.mask.left.shape[2]:
+            return self.mask
+        part = slice(self.taken, self.taken + queries)
+        self.taken += queries
+        return FactoredMask(*(factor[:, :, part] for factor in self.mask))
+
+
+class _MaskHook:
+    """Forward pre-hook of an attention layer: computes the mask and hands it to the attention function.
+
+    By a keyword argument of the layer; classes that don't pass it on find it here, where each thread has its own.
+
+    Args:
+        config: of the layer, without masks.
+        interface: of the layer.
+    """
+
+    def __init__(self, config: Any, interface: _Interface) -> None:
+        self.config = config
+        self.parameters, self.passes_keywords = interface.parameters, interface.passes_keywords
+        self._kept: dict[int, _Factors] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_kept": {}}
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        given = dict(zip(self.parameters, args, strict=False)) | kwargs
+        queries = given[self.parameters[0]]
+        keys = next((given[name] for name in _KEY_TOKENS if given.get(name) is not None), None)
+        lam: Any = module.lam
+        present = None
+        if lam.has_positions:
+            present = _present(next((given[name] for name in _MASKS if name in given), None))
+        tokens = _samples(queries)
+        mask: FactoredMask = lam(tokens, tokens if keys is None else _samples(keys), present)
+        if keys is None:
+            places: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+            for where, cached in places:
+                if not isinstance(cached, Cache):
+                    continue
+                if lam.has_positions:
+                    raise ConfigError(
+                        "Masks with keys='position' have a table for the whole sequence, and a key-value cache adds "
+                        "tokens one by one; call the model with use_cache=False, or use keys='content'."
+                    )
+                extended = _extended(cached, mask.right)
+                if isinstance(where, str):
+                    kwargs = kwargs | {where: extended}
+                else:
+                    args = (*args[:where], extended, *args[where + 1 :])
+        factors = _Factors(mask)
+        if self.passes_keywords:
+            return args, kwargs | {_KEYWORD: factors}
+        self._kept[_thread()] = factors
+        return args, kwargs
+
+    def take_kept(self) -> _Factors:
+        """Returns the mask of this thread's call of the layer, and forgets it."""
+        return self._kept.pop(_thread())
+
+
+@torch.compiler.assume_constant_result  # a compiled graph runs in one thread
+def _thread() -> int:
+    return threading.get_ident()
+
+
+def _samples(tokens: Tensor) -> Tensor:
+    """Returns tokens as ``(B, N, C)``: some vision towers have no batch, and SAM has two."""
+    return tokens.unsqueeze(0) if tokens.ndim == 2 else tokens.flatten(0, -3)
+
+
+def _present(mask: Tensor | None) -> Tensor | None:
+    """Returns which keys some query may attend to, bool ``(B, Nk)``, of a mask ``(B, 1 | H, Nq, Nk)``."""
+    if mask is None:
+        return None
+    allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
+    return allowed.any(dim=2).any(dim=1)
+
+
+def _extended(original: Any, right: Tensor) -> Any:
+    """Returns a cache that stores the key factor of a mask with the keys; it shares its contents with the original."""
+    extended = copy.copy(original)
+    if isinstance(original, EncoderDecoderCache):
+        extended.self_attention_cache = _extended(original.self_attention_cache, right)
+        return extended
+
+    def update(keys: Tensor, *args: Any, **kwargs: Any) -> Any:
+        columns = _pack(right, keys.shape[1]).to(keys.dtype).expand(keys.shape[0], -1, -1, -1)
+        return original.update(torch.cat([keys, columns], dim=-1), *args, **kwargs)
+
+    extended.update = update
+    return extended
+
+
+def _pack(right: Tensor, key_heads: int) -> Tensor:
+    """Returns a key factor ``(B, Hm, N, R)`` as columns ``(B, Hk, N, C)`` of ``Hk`` key heads."""
+    if right.shape[1] == 1:
+        return right.expand(-1, key_heads, -1, -1)
+    return right.unflatten(1, (key_heads, -1)).transpose(2, 3).flatten(3)
+
+
+def _unpack(columns: Tensor, like: Tensor) -> Tensor:
+    """Undoes :func:`_pack`, for a factor with the heads and the rank of ``like``."""
+    if like.shape[1] == 1:
+        return columns[:, :1]
+    return columns.unflatten(-1, (-1, like.shape[-1])).transpose(2, 3).flatten(1, 2)
+
+
+def _attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    lam_mask: _Factors | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention function of masked layers; arguments and result as those of transformers.
+
+    It computes what the host's own implementation, eager or SDPA, would without the mask.
+
+    Raises:
+        UnsupportedHostError: the layer asks for attention that can't carry a mask, or its attention mask was made for
+            another implementation.
+    """
+    for name, reason in _UNSUPPORTED.items():
+        if options.get(name) is not None:
+            raise UnsupportedHostError(f"{class_name(module)} can't carry a learnable mask, because it {reason}.")
+    if lam_mask is None:
+        hooks = module._forward_pre_hooks.values()
+        lam_mask = next(hook for hook in hooks if isinstance(hook, _MaskHook)).take_kept()
+    is_eager = module.config._attn_implementation == "lam_eager"
+    causal = attention_mask is None and not is_eager
+    if causal:
+        # As transformers' SDPA: a mask that was left out is causal, unless a single query continues a sequence.
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        causal = bool(causal and query.shape[2] > 1)
+    left, right = lam_mask.take(query.shape[2])
+    width = query.shape[-1]
+    if key.shape[-1] > width:  # from a cache
+        right = _unpack(key[..., width:], left).to(left.dtype)
+        key = key[..., :width]
+    if causal and key.shape[2] > query.shape[2]:  # the first tokens in a static cache, whose other places are empty
+        key, value, right = (each[:, :, : query.shape[2]] for each in (key, value, right))
+        position_bias = None if position_bias is None else position_bias[..., : query.shape[2]]
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = (each.repeat_interleave(groups, dim=1) for each in (key, value))
+    allowed, bias = _read_mask(module, attention_mask, key.shape[2])
+    if position_bias is not None:
+        bias = position_bias if bias is None else position_bias + bias
+    lam: Lam = module.lam
+    mask = FactoredMask(left, right)
+    if lam.recorder is None and not (is_eager or options.get("output_attentions")):
+        out = lam_attention(
+            query, key, value, mask, op=lam.config.op, allowed=allowed, bias=bias, is_causal=causal, dropout_p=dropout,
+            scale=scaling, backend=lam.backend,
+        )  # fmt: skip
+        return out.transpose(1, 2).contiguous(), None
+    eager = EagerAttention()
+    out = eager(
+        query, key, value, mask, op=lam.config.op, allowed=allowed, bias=bias, is_causal=causal, dropout_p=dropout,
+        scale=scaling,
+    )  # fmt: skip
+    weights, dropped = eager.calls[0]
+    lam.record(mask, weights)
+    return out.transpose(1, 2).contiguous(), dropped
+
+
+def _read_mask(module: nn.Module, mask: Any, keys: int) -> tuple[Tensor | None, Tensor | None]:
+    """Returns the attention mask of a host as ``allowed`` and ``bias`` of :func:`lamzoo.lam.lam_attention`."""
+    if mask is None:
+        return None, None
+    if not isinstance(mask, Tensor) or mask.ndim != 4:
+        raise UnsupportedHostError(
+            f"{class_name(module)} was given an attention mask of another implementation than eager and SDPA; call "
+            "set_attn_implementation('sdpa') of the model."
+        )
+    mask = mask[..., :keys]
+    return (mask, None) if mask.dtype == torch.bool else (None, mask)
+
+
+_MASK_FUNCTIONS: dict[str, Callable[..., Any]] = {"lam_eager": eager_mask, "lam_sdpa": sdpa_mask}
+for _name, _function in _MASK_FUNCTIONS.items():
+    AttentionInterface.register(_name, _attend)
+    AttentionMaskInterface.register(_name, _function)  # for layers that make their masks themselves

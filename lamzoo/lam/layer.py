@@ -223,11 +223,23 @@ class Lam(nn.Module):
         mask = self(query_tokens, key_tokens, present)
         out = attention(query, key, value, mask, op=self.config.op, **options)
         weights, dropped = eager.calls[0]
-        if self.recorder is not None:
-            detached = mask.detach()
-            keys, queries = (None if each is None else each.places() for each in (begun.token_map, begun.query_map))
-            self.recorder(MaskRecord(detached, weights.detach(), detached.importance(), keys, queries))
+        self.record(mask, weights, begun)
         return out, dropped
+
+    def record(self, mask: FactoredMask, weights: Tensor, begun: StackPass | None = None) -> None:
+        """Calls the recorder, if one is set.
+
+        Args:
+            mask: of the layer.
+            weights: attention weights before dropout, ``(B, H, Nq, Nk)``.
+            begun: state of the forward pass before the layer computed its mask; None where no tokens are reduced.
+        """
+        if self.recorder is None:
+            return
+        begun = StackPass() if begun is None else begun
+        detached = mask.detach()
+        keys, queries = (None if each is None else each.places() for each in (begun.token_map, begun.query_map))
+        self.recorder(MaskRecord(detached, weights.detach(), detached.importance(), keys, queries))
 
     def _hooked(self, attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Puts the hook around an attention; called before the mask is computed, which may end the pass."""

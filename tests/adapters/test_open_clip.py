@@ -405,12 +405,6 @@ def _with_attention(attn: nn.Module) -> nn.Module:
     return _with_block(block)
 
 
-def _hugging_face_text_tower() -> nn.Module:
-    text = HFTextEncoder.__new__(HFTextEncoder)  # its constructor needs the transformers package and a download
-    nn.Module.__init__(text)
-    return nn.ModuleDict({"visual": VisionTransformer(16, 8, 16, 1, 4, 2.0), "text": text})
-
-
 @pytest.mark.parametrize(
     ("build", "message"),
     [
@@ -419,7 +413,6 @@ def _hugging_face_text_tower() -> nn.Module:
             r"tower.resblocks.1 \([a-z_.]+.TransformerEncoderLayer\)",
         ),
         (lambda: _with_attention(Swapped(16, 4)), r"tower.resblocks.1.attn \([a-z_.]+.Swapped\)"),
-        (_hugging_face_text_tower, r"text \(open_clip.hf_model.HFTextEncoder\).*model.visual"),
     ],
 )
 def test_unknown_blocks_are_refused_by_name(build: Callable[[], nn.Module], message: str) -> None:
@@ -427,6 +420,22 @@ def test_unknown_blocks_are_refused_by_name(build: Callable[[], nn.Module], mess
     with pytest.raises(UnsupportedHostError, match=message):
         add_lam(model)
     assert not any(isinstance(module, Lam) for module in model.modules())
+
+
+def test_a_text_tower_of_transformers_gets_masks() -> None:
+    transformers = pytest.importorskip("transformers", reason="the extra transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    config = transformers.BertConfig(**sizes, vocab_size=40, pad_token_id=0)
+    text = HFTextEncoder("", 8, config=config, proj_type="linear").eval()
+    model = nn.ModuleDict({"visual": VisionTransformer(16, 8, 16, 1, 4, 2.0), "text": text})
+    ids = torch.tensor([[5, 6, 7, 0, 0]])
+    expected = text(ids)
+    add_lam(model)
+    assert [path for path, module in model.named_modules() if isinstance(module, Lam)] == [
+        "visual.transformer.resblocks.0.attn.lam",
+        "text.transformer.encoder.layer.0.attention.self.lam",
+    ]
+    torch.testing.assert_close(text(ids), expected, atol=2e-6, rtol=2e-6)
 
 
 def test_attention_with_further_arguments_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,57 +1,392 @@
-"""Models of Hugging Face transformers are refused by name, wherever they are, since only a part would be masked."""
+"""What add_lam promises of Hugging Face models: the same outputs at first, then masked attention, padded and cached."""
 
+from __future__ import annotations
+
+import copy
+import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", reason="the extra transformers")
 
-from lamzoo.adapters import add_lam  # noqa: E402
-from lamzoo.errors import UnsupportedHostError  # noqa: E402
-from lamzoo.lam import Lam  # noqa: E402
+from transformers import AttentionInterface, AttentionMaskInterface  # noqa: E402
+from transformers.masking_utils import eager_mask  # noqa: E402
 
-TINY = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 48}
+import lamzoo  # noqa: E402
+from lamzoo.adapters import add_lam, capture_masks, lam_state_dict, load_lam_state_dict, remove_lam  # noqa: E402
+from lamzoo.errors import ConfigError, UnsupportedHostError  # noqa: E402
+from lamzoo.lam import Lam, LamConfig  # noqa: E402
+from tests.adapters.transformers_hosts import HOSTS, LLAMA, SMALL, TEXT, Host, Inputs, words  # noqa: E402
+
+RANDOM = LamConfig(init="paper", rank=3)
+CONFIGS = {
+    "add": RANDOM,
+    "mul-shared": LamConfig(init="paper", rank=2, op="mul", heads="shared", sign="positive"),
+    "single": LamConfig(init="paper", rank=3, layers="single"),
+}
+GENERATORS = [name for name, host in HOSTS.items() if host.generates]
+FEW = ["bert", "siglip", "llama"]
+# The rest of these take only time.
+SOME = [name if name in ("llama", "t5") else pytest.param(name, marks=pytest.mark.slow) for name in GENERATORS]
 
 
-def siglip() -> nn.Module:
-    return transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**TINY, image_size=32, patch_size=16))
+def run(model: nn.Module, inputs: Inputs, **kwargs: Any) -> Tensor:
+    """Returns the main output of a model."""
+    outputs = model(**inputs, **kwargs)
+    names = ("logits", "logits_per_image", "last_hidden_state", "pooler_output")
+    return next(outputs[name] for name in names if outputs.get(name) is not None)
 
 
-def bert() -> nn.Module:
-    return transformers.BertModel(transformers.BertConfig(**TINY, vocab_size=50))
+def masks(model: nn.Module) -> dict[str, Lam]:
+    return {path: module for path, module in model.named_modules() if isinstance(module, Lam)}
 
 
-def vit() -> nn.Module:
-    return timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=2)
+def inputs_of(host: Host) -> Inputs:
+    """Returns inputs, padded where the host takes padding."""
+    torch.manual_seed(1)
+    inputs = host.inputs()
+    if host.pads:
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        inputs["attention_mask"][0, 4:] = 0
+    return inputs
 
 
-@pytest.mark.parametrize(
-    ("build", "message"),
-    [
-        (siglip, r"The model \([a-z_.]+\.SiglipVisionModel\) belongs to Hugging Face transformers"),
-        (lambda: siglip().head, r"The model \([a-z_.]+\.SiglipMultiheadAttentionPoolingHead\) belongs"),
-        (bert, r"The model \([a-z_.]+\.BertModel\) belongs"),
-        (lambda: nn.ModuleDict({"visual": vit(), "text": bert()}), r"text \([a-z_.]+\.BertModel\) belongs"),
-        (
-            lambda: nn.ModuleDict({"layer": nn.TransformerEncoderLayer(24, 3), "image": siglip()}),
-            "image .*Siglip",
-        ),
-    ],
-)
-def test_models_of_transformers_are_refused_and_left_alone(build: Callable[[], nn.Module], message: str) -> None:
-    model = build()
-    with pytest.raises(UnsupportedHostError, match=f"{message}.*give add_lam a part of the model without it"):
+@pytest.fixture(params=HOSTS)
+def host(request: pytest.FixtureRequest) -> Host:
+    return HOSTS[request.param]
+
+
+@pytest.mark.parametrize("implementation", [None, pytest.param("eager", marks=pytest.mark.slow)])
+def test_fresh_masks_keep_the_outputs_and_every_attention_layer_has_one(host: Host, implementation: str | None) -> None:
+    model, inputs = host.create(implementation), inputs_of(host)
+    with torch.no_grad():
+        expected = run(model, inputs)
+        assert add_lam(model) is model
+        torch.testing.assert_close(run(model, inputs), expected, atol=2e-6, rtol=2e-6)
+    assert len(masks(model)) == host.layers
+
+
+def test_removing_masks_restores_the_host(host: Host) -> None:
+    model, inputs = host.create(), inputs_of(host)
+    configs = [(module, module.config) for module in model.modules() if hasattr(module, "config")]
+    keys, hooks = list(model.state_dict()), [len(module._forward_pre_hooks) for module in model.modules()]
+    with torch.no_grad():
+        expected = run(model, inputs)
+        add_lam(model, RANDOM)
+        assert [key for key in model.state_dict() if ".lam." not in key] == keys
+        assert not torch.allclose(run(model, inputs), expected, atol=1e-3)
+        remove_lam(model)
+        assert torch.equal(run(model, inputs), expected)
+    assert all(module.config is config for module, config in configs)
+    assert list(model.state_dict()) == keys
+    assert [len(module._forward_pre_hooks) for module in model.modules()] == hooks
+
+
+def reference_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None,
+    position_bias: Tensor | None = None, **kwargs: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention under the dense mask of the tokens that :func:`referring` noted, written out."""
+    left, right = (factor.expand(-1, query.shape[1], -1, -1) for factor in module.noted)
+    if left.shape[2] != query.shape[2]:  # a part of the tokens at a time
+        part = slice(module.used, module.used + query.shape[2])
+        left, right, module.used = left[:, :, part], right[:, :, part], part.stop
+    key, value = (each.repeat_interleave(query.shape[1] // each.shape[1], dim=1) for each in (key, value))
+    scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = scores * (left @ right.mT) if module.op == "mul" else scores + left @ right.mT
+    for bias in (position_bias, attention_mask):
+        scores = scores if bias is None else scores + bias[..., : key.shape[2]]
+    weights = scores.softmax(dim=-1)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+AttentionInterface.register("reference", reference_attention)
+AttentionMaskInterface.register("reference", eager_mask)
+
+
+def referring(model: Any, masked: nn.Module) -> nn.Module:
+    """Makes a plain model compute the attention of a masked one by :func:`reference_attention`."""
+    for module in model.modules():
+        if isinstance(module, transformers.PreTrainedModel):
+            module.config._attn_implementation_internal = "reference"
+
+    def note(module: Any, args: Any, kwargs: Any) -> None:
+        def of(name: str) -> Any:
+            return kwargs.get(name)
+
+        tokens = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        others = [each for each in (of("key_value_states"), of("encoder_hidden_states")) if each is not None]
+        others += [each for each in args[1:2] if isinstance(each, Tensor) and each.ndim == 3 and module.crosses]
+        tokens, keys = (each.reshape(-1, *each.shape[-2:]) for each in (tokens, (others or [tokens])[0]))
+        module.noted, module.used = module.network(tokens, keys), 0
+
+    for path, lam in masks(masked).items():
+        layer: Any = model.get_submodule(path.removesuffix(".lam"))
+        layer.network, layer.op, layer.crosses = lam.network, lam.config.op, "Cross" in type(layer).__name__
+        layer.register_forward_pre_hook(note, with_kwargs=True)
+    return model
+
+
+@pytest.mark.parametrize("config", ["add", pytest.param("mul-shared", marks=pytest.mark.slow)])
+def test_random_masks_equal_an_eager_reference(host: Host, config: str) -> None:
+    masked, inputs = add_lam(host.create(), CONFIGS[config]), inputs_of(host)
+    with torch.no_grad():
+        expected = run(referring(host.create(), masked), inputs)
+        torch.testing.assert_close(run(masked, inputs), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_every_mask_gets_gradients(host: Host) -> None:
+    model = add_lam(host.create(), RANDOM).requires_grad_(False)
+    for lam in masks(model).values():
+        lam.requires_grad_(True)
+    run(model, inputs_of(host)).square().sum().backward()
+    for lam in masks(model).values():
+        assert all(each.grad is not None and each.grad.abs().max() > 0 for each in lam.parameters())
+
+
+def generate(model: Any, host: Host, **kwargs: Any) -> Any:
+    """Generates text behind words that are padded on the left."""
+    torch.manual_seed(1)
+    inputs = host.inputs()
+    inputs.pop("decoder_input_ids", None)
+    if host.pads:
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        inputs["attention_mask"][0, :2] = 0
+    return model.generate(
+        **inputs, max_new_tokens=5, min_new_tokens=5, do_sample=False, suppress_tokens=[35, 36, 37, 38],
+        output_logits=True, return_dict_in_generate=True, disable_compile=True, **kwargs,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("name", SOME)
+def test_a_cache_changes_no_logits(name: str, config: str) -> None:
+    host = HOSTS[name]
+    model = add_lam(host.create(), CONFIGS[config])
+    expected = torch.stack(generate(model, host, use_cache=False).logits)
+    for cache in ("dynamic", "static"):
+        found = torch.stack(generate(model, host, cache_implementation=cache).logits)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", GENERATORS)
+def test_beams_find_the_same_words_with_a_cache(name: str) -> None:
+    host = HOSTS[name]
+    model = add_lam(host.create(), RANDOM)
+    expected = generate(model, host, num_beams=3, use_cache=False).sequences
+    assert torch.equal(generate(model, host, num_beams=3).sequences, expected)
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_copies_pickles_and_threads_compute_the_same(name: str) -> None:
+    host = HOSTS[name]
+    model = add_lam(host.create(), RANDOM)
+    batches = [inputs_of(host) for _ in range(4)]
+    for number, batch in enumerate(batches):
+        batch["input_ids"] = batch["input_ids"] + number
+    with torch.no_grad():
+        expected = [run(model, batch) for batch in batches]
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(run(other, batches[0]), expected[0])
+    copied = copy.deepcopy(model)
+    remove_lam(copied)
+    assert len(masks(model)) == host.layers
+
+    def infer(number: int) -> Tensor:
+        with torch.no_grad():
+            return run(model, batches[number])
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(infer, [0, 1, 2, 3] * 8))
+    assert all(torch.equal(each, expected[number % 4]) for number, each in enumerate(found))
+
+
+@pytest.mark.parametrize("layers", ["multi", "single"])
+@pytest.mark.parametrize("name", FEW)
+def test_gradient_checkpointing_changes_no_gradient(name: str, layers: Any) -> None:
+    host = HOSTS[name]
+    gradients = []
+    for checkpoints in (False, True):
+        model: Any = host.create()
+        add_lam(model, LamConfig(init="paper", rank=3, layers=layers)).train()
+        if checkpoints:
+            model.activation_checkpointing_enable()
+        torch.manual_seed(2)
+        run(model, inputs_of(host), **({"use_cache": False} if host.generates else {})).square().sum().backward()
+        gradients.append([each.grad for lam in masks(model).values() for each in lam.parameters()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(checkpointed, plain)
+
+
+def test_mask_state_dicts_carry_the_masks_to_another_model() -> None:
+    host = HOSTS["bert"]
+    model, inputs = add_lam(host.create(), RANDOM), inputs_of(host)
+    other = add_lam(host.create(), RANDOM)
+    for lam in masks(other).values():
+        lam.network.reset_parameters()
+    assert not torch.allclose(run(model, inputs), run(other, inputs))
+    load_lam_state_dict(other, lam_state_dict(model))
+    assert torch.equal(run(model, inputs), run(other, inputs))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layers", ["multi", "single"])
+@pytest.mark.parametrize("name", [*FEW, "vit", "t5"])
+def test_compiled_and_exported_models_compute_the_same(name: str, layers: Any) -> None:
+    host = HOSTS[name]
+    model, inputs = add_lam(host.create(), LamConfig(init="paper", rank=3, layers=layers)), inputs_of(host)
+    expected = run(model, inputs, **({"use_cache": False} if host.generates else {}))
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(model, backend="eager", fullgraph=True)  # with a cache in decoders
+    torch.testing.assert_close(run(compiled, inputs), expected, atol=1e-5, rtol=1e-5)
+    arguments = inputs | ({"use_cache": False} if host.generates else {})
+    exported = torch.export.export(model, (), arguments).module()
+    torch.testing.assert_close(run(exported, arguments), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_another_implementation_of_the_model_keeps_the_masks(implementation: str) -> None:
+    host = HOSTS["llama"]
+    model: Any = host.create()
+    inputs = inputs_of(host)
+    expected = run(add_lam(model, RANDOM), inputs)
+    model.set_attn_implementation(implementation)
+    torch.testing.assert_close(run(model, inputs), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_mask_of_another_implementation_is_refused() -> None:
+    host = HOSTS["bert"]
+    model: Any = add_lam(host.create(), RANDOM)
+    model.config._attn_implementation_internal = "flash_attention_2"
+    with pytest.raises(UnsupportedHostError, match=r"BertSelfAttention was given .*set_attn_implementation\('sdpa'\)"):
+        run(model, inputs_of(host))
+
+
+def test_masks_of_a_part_leave_the_layers_that_share_its_configuration() -> None:
+    host = HOSTS["bart"]
+    model: Any = host.create()
+    inputs = inputs_of(host)
+    plain = run(model, inputs)
+    add_lam(model.model.encoder, RANDOM)
+    assert not torch.allclose(run(model, inputs), plain)
+    add_lam(model.model.decoder, RANDOM)
+    remove_lam(model.model.encoder)
+    assert len(masks(model)) == 4
+    assert not torch.allclose(run(model, inputs), plain)
+    remove_lam(model.model.decoder)
+    assert torch.equal(run(model, inputs), plain)
+
+
+def test_captured_records_have_masks_and_attention_of_every_layer() -> None:
+    host = HOSTS["llama"]
+    model, inputs = add_lam(host.create(), RANDOM), inputs_of(host)
+    expected = run(model, inputs)
+    with capture_masks(model) as records:
+        torch.testing.assert_close(run(model, inputs), expected, atol=1e-5, rtol=1e-5)
+    assert list(records) == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
+    for record in records.values():
+        assert record.mask.dense().shape == record.attention.shape == (2, 4, 6, 6)
+        assert not record.attention.triu(1).any()
+
+
+def test_eager_models_return_their_attention_weights() -> None:
+    host = HOSTS["bert"]
+    outputs = add_lam(host.create("eager"), RANDOM)(**inputs_of(host), output_attentions=True)
+    assert [each.shape for each in outputs.attentions] == [(2, 2, 6, 6)] * 2
+    assert not outputs.attentions[0][0, :, :, 4:].any()
+
+
+def test_position_keys_skip_padding() -> None:
+    model = add_lam(HOSTS["bert"].create(), LamConfig(keys="position", max_length=4, init="paper"))
+    ids, padding = words()["input_ids"][:1], torch.tensor([[1, 1, 1, 1, 0, 0]])
+    found = run(model, {"input_ids": ids, "attention_mask": padding})[:, :4]
+    torch.testing.assert_close(found, run(model, {"input_ids": ids[:, :4]}), atol=1e-5, rtol=1e-5)
+
+
+def test_position_keys_and_a_cache_are_refused_together() -> None:
+    host = HOSTS["llama"]
+    model = add_lam(host.create(), LamConfig(keys="position", max_length=6, init="paper"))
+    assert run(model, inputs_of(host), use_cache=False).isfinite().all()
+    with pytest.raises(ConfigError, match=r"use_cache=False, or use keys='content'"):
+        run(model, inputs_of(host))
+
+
+def test_shifted_windows_share_no_mask() -> None:
+    with pytest.raises(ConfigError, match=r"layers.0.blocks.0.attention can't share a mask.*use layers='multi'"):
+        add_lam(HOSTS["swin"].create(), LamConfig(layers="single"))
+
+
+def test_tokens_are_not_merged() -> None:
+    with pytest.raises(UnsupportedHostError, match=r"no part of transformers\.[a-z_.]+\.ViTModel"):
+        lamzoo.merge_tokens(add_lam(HOSTS["vit"].create()), keep=0.5)
+
+
+_MLA = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+_REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "Gemma2Model": ("Gemma2Config", LLAMA, r"layers.0.self_attn \(.*\) can't .*caps its scores \(softcap\)"),
+    "GptOssModel": ("GptOssConfig", LLAMA | {"num_local_experts": 2}, "has attention sinks"),
+    "DeepseekV3Model": ("DeepseekV3Config", TEXT | _MLA | {"n_routed_experts": 8}, "caches compressed keys"),
+    "DeepseekV32Model": ("DeepseekV32Config", TEXT | _MLA | {"n_routed_experts": 8}, "a sparse selection of keys"),
+    "ViltModel": ("ViltConfig", SMALL, r"ViltSelfAttention\) computes its attention itself"),
+    "FlavaTextModel": ("FlavaTextConfig", SMALL, r"FlavaSelfAttention\) computes its attention itself"),
+    "TimesformerModel": (
+        "TimesformerConfig",
+        SMALL | {"image_size": 16, "patch_size": 8},
+        r"TimesformerSelfAttention\) computes its attention itself",
+    ),
+    "DebertaV2Model": ("DebertaV2Config", TEXT, r"DisentangledSelfAttention\) computes its attention itself"),
+    "BertModel": (
+        "BertConfig",
+        TEXT | {"attn_implementation": "flex_attention"},
+        r"uses the attention implementation 'flex_attention'.*call set_attn_implementation\('sdpa'\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", _REFUSED)
+def test_models_with_other_attention_are_refused_by_name(name: str) -> None:
+    config, settings, message = _REFUSED[name]
+    model = getattr(transformers, name)(getattr(transformers, config)(**settings))
+    before = list(model.state_dict())
+    with pytest.raises(UnsupportedHostError, match=message):
         add_lam(model)
-    assert not any(isinstance(module, Lam) for module in model.modules())
+    assert list(model.state_dict()) == before
 
 
-def test_a_tower_beside_a_model_of_transformers_can_be_masked() -> None:
-    model = nn.ModuleDict({"visual": vit(), "text": bert()})
-    add_lam(model["visual"])
-    assert isinstance(model["visual"].blocks[0].attn.lam, Lam)
+def test_without_a_cap_of_its_scores_gemma_is_served() -> None:
+    config = transformers.Gemma2Config(**LLAMA, attn_logit_softcapping=None)
+    assert len(masks(add_lam(transformers.Gemma2Model(config)))) == 2
+
+
+def test_a_pooling_head_has_no_mask() -> None:
+    model: Any = HOSTS["siglip"].create()
+    add_lam(model)
+    assert type(model.vision_model.head.attention) is nn.MultiheadAttention
+    with pytest.raises(UnsupportedHostError, match="no attention layer that can carry a mask"):
+        add_lam(remove_lam(model).vision_model.head)
+
+
+def test_layers_of_torch_in_a_model_of_transformers_are_left_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    add_lam(HOSTS["bridgetower"].create())
+    (record,) = caplog.records
+    assert record.getMessage().startswith("vision_model.visual.transformer.resblocks.0.attn keeps")
+
+
+def test_towers_of_two_libraries_are_masked_together() -> None:
+    tower = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=2)
+    model = nn.ModuleDict({"visual": tower, "text": HOSTS["bert"].create()})
+    assert list(masks(add_lam(model))) == [
+        "visual.blocks.0.attn.lam",
+        "text.encoder.layer.0.attention.self.lam",
+        "text.encoder.layer.1.attention.self.lam",
+    ]
 
 
 def test_a_timm_model_in_the_wrapper_of_transformers_is_served() -> None:
@@ -61,4 +396,34 @@ def test_a_timm_model_in_the_wrapper_of_transformers_is_served() -> None:
     x = torch.randn(1, 3, 32, 32)
     expected = model(x).last_hidden_state
     torch.testing.assert_close(add_lam(model)(x).last_hidden_state, expected, atol=1e-5, rtol=1e-5)
-    assert isinstance(model.timm_model.blocks[0].attn.lam, Lam)
+    assert list(masks(model)) == ["timm_model.blocks.0.attn.lam"]
+
+
+@pytest.mark.slow
+def test_a_frozen_classifier_learns_through_its_masks() -> None:
+    """The label is whether a sequence contains a certain word; all but the masks and the head is frozen."""
+
+    def batch() -> tuple[Tensor, Tensor]:
+        ids, labels = torch.randint(4, 39, (64, 12)), torch.rand(64) < 0.5
+        ids[labels, torch.randint(1, 12, (int(labels.sum()),))] = 39
+        return ids, labels.long()
+
+    def accuracy(build: Callable[[nn.Module], nn.Module]) -> float:
+        model = build(HOSTS["bert"].create())
+        head = nn.Linear(16, 2)
+        trained = [*head.parameters(), *(each for lam in masks(model).values() for each in lam.parameters())]
+        optimizer = torch.optim.AdamW(trained, lr=0.02)
+        for _ in range(300):
+            ids, labels = batch()
+            loss = nn.functional.cross_entropy(head(model(ids).last_hidden_state[:, 0]), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        with torch.no_grad():
+            hits = [
+                head(model(ids).last_hidden_state[:, 0]).argmax(-1) == labels
+                for ids, labels in (batch() for _ in range(8))
+            ]
+        return torch.cat(hits).float().mean().item()
+
+    assert accuracy(add_lam) > 0.9 > accuracy(lambda model: model) + 0.2
