@@ -45,8 +45,8 @@ def add_lam(model: Model, config: LamConfig | Mapping[str, Any] | bool | None = 
 
     Raises:
         UnsupportedHostError: the model has an attention layer that can't carry a mask (named), no attention layer,
-            or masks already; it is distributed (DDP, FSDP) or compiled in parts, or no ``torch.nn.Module``. The model is
-            left unchanged.
+            or masks already; it is distributed (DDP, FSDP) or compiled in parts, or no ``torch.nn.Module``. The model
+            is left unchanged.
         ConfigError: the configuration is invalid, or has position keys for a host of unknown length or without fixed
             token positions.
     """
