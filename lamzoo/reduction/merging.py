@@ -16,7 +16,6 @@ Modifications to the host:
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any, Unpack
 
@@ -148,11 +147,7 @@ class _MergeTokens(ReductionHook):
 
     def _begin(self, tokens: Tensor, here: StackPass) -> Tensor:
         """Begins the pass, and puts the patches in the order in which they are matched."""
-        # Of a call that a KeyboardInterrupt ended before its first block, no hook is told.
-        pooled = here.begins_pooled and (
-            torch.compiler.is_compiling() or here.rerun is not None or _is_called(self.shared)
-        )
-        self.shared.begin(here.grid, pooled=pooled, held=True)
+        self.shared.begin(here.grid, pooled=here.begins_pooled, held=True)
         patches = tokens.shape[1] - self.prefix
         if isinstance(patches, Tensor):  # in torch.jit.trace
             patches = int(patches)
@@ -238,24 +233,6 @@ class _BeginPooled(ReductionHook):
         methods = ((name, getattr(root, name, None)) for name in _FORWARD)
         self.shared.begin(pooled=all(method is None or _is_library(name, method) for name, method in methods))
 
-
-def _is_called(shared: SharedState) -> bool:
-    """Returns whether a model whose passes these are is being called in this thread.
-
-    A call whose frame a compiler has replaced isn't found. Its pass then gives every token back after each block, which
-    changes no output.
-    """
-    frame = sys._getframe()
-    while frame is not None:
-        if frame.f_code is _CALL:
-            hooks = frame.f_locals["self"]._forward_pre_hooks.values()
-            if any(isinstance(hook, _BeginPooled) and hook.shared is shared for hook in hooks):
-                return True
-        frame = frame.f_back  # type: ignore[assignment]
-    return False
-
-
-_CALL = nn.Module._call_impl.__code__
 
 # The methods of a model that read what its blocks return.
 _FORWARD = ("forward", "forward_features", "forward_head", "pool", "_pool")
