@@ -46,8 +46,10 @@ _QUERY_PROJECTIONS = (
 )  # fmt: skip
 _KEY_PROJECTIONS = ("k_proj", "key", "k", "k_lin", "k_content_proj", "kv_proj", "c_attn")
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
-_QUERY_TOKENS = ("hidden_states", "query")
-_KEY_TOKENS = ("key_value_states", "encoder_hidden_states", "cross_attention_states", "key_hidden_states", "key")
+_QUERY_TOKENS = ("hidden_states", "query", "query_tensor")
+_KEY_TOKENS = (
+    "key_value_states", "encoder_hidden_states", "cross_attention_states", "key_hidden_states", "key", "key_tensor",
+)  # fmt: skip
 _MASKS = ("attention_mask", "mask")
 
 # Arguments of the attention function, and what they do to the attention.
@@ -180,7 +182,7 @@ def _site(path: str, module: Any, interface: _Interface) -> AttentionSite:
             "to which no mask factor can be added; use a model that caches its keys."
         )
     query = _first(module, _QUERY_PROJECTIONS, nn.Module)
-    heads = _first(module, _HEADS, int) or getattr(module.config, "num_attention_heads", None)
+    heads = _num_heads(module)
     if query is None or heads is None or interface.parameters[0] not in _QUERY_TOKENS:
         raise UnsupportedHostError(
             f"{where} can't carry a learnable mask, because its tokens or its query projection are unknown; give "
@@ -216,10 +218,19 @@ def _first(module: nn.Module, names: Iterable[str], kind: type) -> Any:
     return next((value for value in found if isinstance(value, kind)), None)
 
 
-def _width(projection: nn.Module) -> int:
+def _num_heads(module: Any) -> int | None:
+    heads, width = _first(module, _HEADS, int), getattr(module, "head_dim", None)
+    key = _first(module, ("k_proj", "key", "k"), nn.Module)
+    if heads is None and width is not None and key is not None:  # the query projection may have gates besides
+        heads = _width(key, "out_features", "nf") // width * getattr(module, "num_key_value_groups", 1)
+    return heads or getattr(module.config, "num_attention_heads", None)
+
+
+def _width(projection: nn.Module, *names: str) -> int:
+    """Returns the number of inputs of a projection, or its attribute of another name."""
     # A layer that adapts a Linear, such as LoRA, holds it as a submodule; transformers' Conv1D has nx inputs.
-    widths = (getattr(part, "in_features", getattr(part, "nx", None)) for part in projection.modules())
-    return next(width for width in widths if width is not None)
+    found = (_first(part, names or ("in_features", "nx"), int) for part in projection.modules())
+    return next(width for width in found if width is not None)
 
 
 def _is_given(module: nn.Module, value: ast.expr | None) -> bool:

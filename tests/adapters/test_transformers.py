@@ -22,7 +22,7 @@ import lamzoo  # noqa: E402
 from lamzoo.adapters import add_lam, capture_masks, lam_state_dict, load_lam_state_dict, remove_lam  # noqa: E402
 from lamzoo.errors import ConfigError, UnsupportedHostError  # noqa: E402
 from lamzoo.lam import Lam, LamConfig  # noqa: E402
-from tests.adapters.transformers_hosts import HOSTS, LLAMA, SMALL, TEXT, Host, Inputs, words  # noqa: E402
+from tests.adapters.transformers_hosts import DETR, HOSTS, LLAMA, SMALL, TEXT, Host, Inputs, words  # noqa: E402
 
 RANDOM = LamConfig(init="paper", rank=3)
 CONFIGS = {
@@ -70,6 +70,14 @@ def test_fresh_masks_keep_the_outputs_and_every_attention_layer_has_one(host: Ho
         assert add_lam(model) is model
         torch.testing.assert_close(run(model, inputs), expected, atol=2e-6, rtol=2e-6)
     assert len(masks(model)) == host.layers
+
+
+def test_masks_have_the_heads_of_their_layer() -> None:
+    model, inputs = DETR.create(), DETR.inputs()
+    with torch.no_grad():
+        expected = run(model, inputs)
+        torch.testing.assert_close(run(add_lam(model), inputs), expected, atol=2e-6, rtol=2e-6)
+    assert [lam.network.heads for lam in masks(model).values()] == [2, 4, 4]
 
 
 def test_removing_masks_restores_the_host(host: Host) -> None:

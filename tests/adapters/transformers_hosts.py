@@ -136,6 +136,12 @@ HOSTS: dict[str, Host] = {
         words,
         pads=True,
     ),
+    "mobilebert": Host(
+        "MobileBertModel",
+        _config("MobileBertConfig", TEXT, intra_bottleneck_size=16, embedding_size=16, num_feedforward_networks=1),
+        words,
+        pads=True,
+    ),
     "vit": Host("ViTModel", _config("ViTConfig", _IMAGE), images),
     "deit": Host("DeiTModel", _config("DeiTConfig", _IMAGE), images),
     "dinov2": Host("Dinov2Model", _config("Dinov2Config", _IMAGE), images),
@@ -267,3 +273,25 @@ HOSTS: dict[str, Host] = {
         generates=True,
     ),
 }
+
+# The tokens of its first decoder layer are zeros, from which no mask learns.
+DETR = Host(
+    "DetrModel",
+    lambda: transformers.DetrConfig(
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=24,
+        decoder_ffn_dim=24,
+        num_queries=5,
+        use_timm_backbone=False,
+        use_pretrained_backbone=False,
+        backbone_config=transformers.ResNetConfig(
+            embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], out_features=["stage2"]
+        ),
+    ),
+    lambda: {"pixel_values": torch.randn(2, 3, 32, 32)},
+    layers=3,
+)
