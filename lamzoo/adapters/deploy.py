@@ -24,11 +24,11 @@ def fuse(model: Model) -> Model:
     the rest: outputs differ by rounding only. Layers take this form in evaluation mode without gradients
     (``torch.inference_mode()``, ``torch.no_grad()``, or frozen parameters), where it is the faster one by stored
     measurements (``python -m benchmarks.fused``); otherwise they compute as before. They also compute as before while
-    they get an attention mask or rotary positions, masks are captured, tokens are merged or pruned, or a backend is
-    pinned by :func:`lamzoo.attention_backend`.
+    they get an attention mask, masks are captured, tokens are merged or pruned, or a backend is pinned by
+    :func:`lamzoo.attention_backend`.
 
-    A layer has a fused form if its mask is additive, of ``layers="multi"`` and ``hidden=()``, and queries and keys come
-    from one plain linear layer without norms; other layers stay as they are, which the log says.
+    A layer has a fused form if its mask is additive and of ``hidden=()``, and queries, keys and values come from one
+    plain linear layer; other layers stay as they are, which the log says.
 
     Parameters and state dict stay those of the unfused model, so it can be trained and saved as before. The fused form
     is made of copies of them, which are renewed when weights are loaded or changed by an optimiser. Hooks on the linear

@@ -332,12 +332,12 @@ class HostTakeover(nn.Module):
         projection = self.projection()
         if self.no_fused_form() is not None:
             return self.unfuse()
-        network: Any = self.lam.network
         assert projection is not None
+        lam: Any = self.lam
         if self.is_fused:
-            self.fused.renew(projection, network, self)
+            self.fused.renew(projection, lam, self)
         else:
-            self.fused = FusedAttention(projection, network, self)
+            self.fused = FusedAttention(projection, lam, self)
             self.register_load_state_dict_post_hook(_fuse_again)
         return self
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from lamzoo.lam import kernels
 from lamzoo.lam.layer import Lam
-from lamzoo.lam.masks import MaskNetwork
+from lamzoo.lam.masks import FactoredMask, MaskNetwork
 from lamzoo.lam.resize import Grid
 
 #: Measured times of whole models in both forms, written by ``python -m benchmarks.fused``.
@@ -24,7 +24,6 @@ MEASURED = Path(__file__).with_name("fused.csv")
 
 _WIDE = 768  # see faster
 _SIZES = 16  # of position tables of other sizes than the model's that are kept
-
 
 Between = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -52,13 +51,11 @@ def unsupported(lam: Lam, projection: Projection | None) -> str | None:
     config = lam.config
     if config.op != "add":
         return f"its mask has op={config.op!r}, which no linear layer can compute"
-    if config.layers == "single" or lam.network is None:
-        return "its mask has layers='single', so it isn't computed from the layer's own tokens"
     if config.hidden:
         return f"its mask has hidden={config.hidden}, layers that come before its last one"
     if projection is None:
         return "it adds a position bias to the scores, or has no single linear layer for queries, keys and values"
-    weights = [projection.weight, *lam.network.parameters()]
+    weights = [projection.weight, *lam.parameters()]
     if any(hasattr(weight, "full_tensor") for weight in weights):
         return "its weights are sharded by FSDP"
     if len({(weight.dtype, weight.device) for weight in weights}) > 1:
@@ -72,15 +69,15 @@ class FusedAttention(nn.Module):
     ``softmax(scale q kᵀ + left rightᵀ) = softmax(scale [q, left / scale] [k, right]ᵀ)``. ReLU is homogeneous, so
     ``left / scale`` is the ReLU of the mask network's rows divided by the scale, which follow those of each head's
     queries. ``right`` is a linear function of the tokens (``keys="content"``) or a table (``keys="position"``), which
-    is added to zeros. Values get zeros, and the width of a head becomes a multiple of 8, because fused kernels need
-    equal widths and are fastest with these.
+    is added to zeros. With ``layers="single"`` the first layer makes both, and the others copy them. Values get zeros,
+    and the width of a head becomes a multiple of 8, because fused kernels need equal widths and are fastest with these.
 
     The tensors are copies, in buffers outside of the state dict. They are renewed by :meth:`renew`; :meth:`is_current`
     tells whether they have to be.
 
     Args:
         projection: of the layer.
-        network: mask network of the layer; see :func:`unsupported`.
+        lam: mask of the layer; see :func:`unsupported`.
         layer: the attention layer, which holds both.
     """
 
@@ -88,17 +85,17 @@ class FusedAttention(nn.Module):
     bias: Tensor
     table: Tensor | None
 
-    def __init__(self, projection: Projection, network: MaskNetwork, layer: nn.Module) -> None:
+    def __init__(self, projection: Projection, lam: Lam, layer: nn.Module) -> None:
         super().__init__()
         self.heads, self.scale = projection.heads, projection.scale
         self.width = projection.weight.shape[1]
         self.head_dim = projection.weight.shape[0] // (3 * self.heads)
-        needed = self.head_dim + network.config.rank + 1
+        needed = self.head_dim + lam.config.rank + 1
         self.padding = -needed % 8
         self.columns = needed + self.padding - self.head_dim
         for name in ("weight", "bias", "table"):
             self.register_buffer(name, None, persistent=False)
-        self.renew(projection, network, layer)
+        self.renew(projection, lam, layer)
 
     def forward(self, tokens: Tensor, lam: Lam, between: Between | None = None) -> Tensor:
         """Attends.
@@ -113,36 +110,61 @@ class FusedAttention(nn.Module):
         """
         batch, length, _ = tokens.shape
         here = lam.shared.current
-        assert lam.network is not None
-        table = self._table_of(lam.network, length, here.grid)
+        table = None if lam.network is None else self._table_of(lam.network, length, here.grid)
+        mask = lam.shared_mask() if lam.network is None else None
         made = F.linear(tokens, self.weight, self.bias).view(batch, length, 3, self.heads, -1)
         # Exported changes in place are scattered into copies, and norms save their input for the gradient.
         if torch.is_grad_enabled() or torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
-            query, key, value = self._out_of_place(made, table, between)
+            query, key, value = self._out_of_place(made, table, mask, between)
         else:
-            made[:, :, 0, :, self.head_dim :].relu_()
-            if table is not None:
-                made[:, :, 1, :, self.head_dim :].add_(table)
-            query, key, value = made.transpose(1, 3).unbind(2)
-            if between is not None:
-                given = query[..., : self.head_dim], key[..., : self.head_dim]
-                for before, after in zip(given, between(*given), strict=True):
-                    if after is not before:
-                        before.copy_(after)
+            query, key, value = self._in_place(made, table, mask, between)
+        if lam.gives_mask:
+            left, right = (x[..., self._factor] for x in (query, key))
+            lam.shared.update(mask=FactoredMask(left * self.scale, right))
         out = F.scaled_dot_product_attention(query, key, value, scale=self.scale)
         if lam.is_last and not here.held:
             lam.shared.end()
         return out[..., : self.head_dim].transpose(1, 2).flatten(2)
 
-    def mask_macs(self, length: int) -> int:
-        """Returns the multiply-accumulates of the columns of the mask, of one sample of that many tokens."""
-        return self.heads * self.columns * length * (3 * self.width + 2 * length)
+    def _in_place(
+        self, made: Tensor, table: Tensor | None, mask: FactoredMask | None, between: Between | None
+    ) -> Sequence[Tensor]:
+        """Puts the mask into what the linear layer has made, and returns queries, keys and values ``(B, H, N, D)``.
 
-    def _out_of_place(self, made: Tensor, table: Tensor | None, between: Between | None) -> Sequence[Tensor]:
-        """Returns queries, keys and values as :meth:`forward` makes them, without changes in place."""
+        Args:
+            made: ``(B, N, 3, H, D)``.
+            table: columns of the keys ``(N, H, columns)`` that depend on their positions, if there are any.
+            mask: computed in another layer, if it was.
+            between: as in :meth:`forward`.
+        """
         query, key, value = made.transpose(1, 3).unbind(2)
-        floor = F.pad(query.new_zeros(self.columns), (self.head_dim, 0), value=-torch.inf)
-        query = torch.maximum(query, floor)
+        if mask is not None:
+            query[..., self._factor] = mask.left / self.scale
+            key[..., self._factor] = mask.right
+        else:
+            made[:, :, 0, :, self.head_dim :].relu_()
+        if table is not None:
+            made[:, :, 1, :, self.head_dim :].add_(table)
+        if between is not None:
+            given = query[..., : self.head_dim], key[..., : self.head_dim]
+            for before, after in zip(given, between(*given), strict=True):
+                if after is not before:
+                    before.copy_(after)
+        return query, key, value
+
+    def _out_of_place(
+        self, made: Tensor, table: Tensor | None, mask: FactoredMask | None, between: Between | None
+    ) -> Sequence[Tensor]:
+        """As :meth:`_in_place`, without changing the input."""
+        query, key, value = made.transpose(1, 3).unbind(2)
+        if mask is not None:
+            query, key = (
+                x + F.pad(factor.to(x.dtype), (self.head_dim, self.padding))
+                for x, factor in ((query, mask.left / self.scale), (key, mask.right))
+            )
+        else:
+            floor = F.pad(query.new_zeros(self.columns), (self.head_dim, 0), value=-torch.inf)
+            query = torch.maximum(query, floor)
         if table is not None:
             key = key + F.pad(table.to(key.dtype), (self.head_dim, 0)).transpose(0, 1)
         if between is not None:
@@ -152,6 +174,15 @@ class FusedAttention(nn.Module):
                 for wide, after in zip((query, key), changed, strict=True)
             )
         return query, key, value
+
+    @property
+    def _factor(self) -> slice:
+        """The columns of the factors."""
+        return slice(self.head_dim, self.head_dim + self.columns - self.padding)
+
+    def mask_macs(self, length: int) -> int:
+        """Returns the multiply-accumulates of the columns of the mask, of one sample of that many tokens."""
+        return self.heads * self.columns * length * (3 * self.width + 2 * length)
 
     def _table_of(self, network: MaskNetwork, length: int, grid: Grid | None) -> Tensor | None:
         """Returns the columns of the keys ``(N, H, columns)`` that depend on their positions; None if none does."""
@@ -175,21 +206,21 @@ class FusedAttention(nn.Module):
         table = network.table(length, grid)[0].expand(self.heads, -1, -1).transpose(0, 1)
         return F.pad(table, (0, self.columns - table.shape[-1])).contiguous()
 
-    def renew(self, projection: Projection, network: MaskNetwork, layer: nn.Module) -> None:
+    def renew(self, projection: Projection, lam: Lam, layer: nn.Module) -> None:
         """Copies the weights again; arguments as in the constructor."""
         self._resized: dict[tuple[int, Grid | None], Tensor] = {}
         with torch.inference_mode(False), torch.no_grad():
-            weight, bias = self._wide_linear(projection, network)
+            weight, bias = self._wide_linear(projection, lam.network)
             table = None
-            if network.config.has_positions:
-                table = self._wide_table(network, network.table.weight.shape[1], None)
+            if lam.network is not None and lam.has_positions:
+                table = self._wide_table(lam.network, lam.network.table.weight.shape[1], None)
             for name, new in (("weight", weight), ("bias", bias), ("table", table)):
                 old = getattr(self, name)
                 if _alike(old, new):
                     old.copy_(new)  # compiled graphs hold these tensors
                 else:
                     setattr(self, name, new)
-        parts = [*projection.modules, *network.modules()]
+        parts = [*projection.modules, *lam.modules()]
         # Dictionary, name, and what was there; of tensors also how often they had been changed in place.
         self._noted: list[tuple[dict[str, Any], str, Any, int | None]] = [
             (layer._modules, name, part, None)
@@ -210,22 +241,24 @@ class FusedAttention(nn.Module):
                 return False
         return True
 
-    def _wide_linear(self, projection: Projection, network: MaskNetwork) -> tuple[Tensor, Tensor]:
+    def _wide_linear(self, projection: Projection, network: MaskNetwork | None) -> tuple[Tensor, Tensor]:
         """Returns weight ``(3 H D, C)`` and bias ``(3 H D,)``, D the width of a head with the columns of the mask."""
-        rank, end = network.config.rank, self.head_dim + self.columns
+        end = self.head_dim + self.columns
         weight = projection.weight.new_zeros(3, self.heads, end, self.width)
         bias = projection.weight.new_zeros(3, self.heads, end)
         weight[:, :, : self.head_dim] = projection.weight.unflatten(0, (3, self.heads, -1))
         if projection.bias is not None:
             bias[:, :, : self.head_dim] = projection.bias.unflatten(0, (3, self.heads, -1))
-        query: Any = network.query[0]
-        factor = slice(self.head_dim, self.head_dim + rank)
-        weight[0, :, factor] = query.weight.unflatten(0, (network.heads, -1)) / self.scale
-        bias[0, :, factor] = query.bias.unflatten(0, (network.heads, -1)) / self.scale
-        bias[0, :, factor.stop] = 1 / self.scale
-        if not network.config.has_positions:
-            key: Any = network.key[0]
-            weight[1, :, factor.start : factor.stop + 1] = key.weight.unflatten(0, (network.heads, -1))
+        if network is not None:
+            query: Any = network.query[0]
+            constant = self._factor.stop - 1
+            columns = slice(self.head_dim, constant)
+            weight[0, :, columns] = query.weight.unflatten(0, (network.heads, -1)) / self.scale
+            bias[0, :, columns] = query.bias.unflatten(0, (network.heads, -1)) / self.scale
+            bias[0, :, constant] = 1 / self.scale
+            if not network.config.has_positions:
+                key: Any = network.key[0]
+                weight[1, :, self._factor] = key.weight.unflatten(0, (network.heads, -1))
         return weight.flatten(0, 2), bias.flatten()
 
     def _apply(self, fn: Any, recurse: bool = True) -> FusedAttention:

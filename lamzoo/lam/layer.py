@@ -130,23 +130,37 @@ class Lam(nn.Module):
         """
         here = self.shared.current
         if self.network is None:
-            if here.mask is None:
-                raise ConfigError(
-                    "A layer with layers='single' has no mask to share, because the stack did not run from its first "
-                    "masked layer on; run it from there, or use layers='multi'."
-                )
-            mask = here.mask
+            mask = self.shared_mask()
         else:
             right = None if here.merge is None else here.merge.right
             if right is None:
                 right = self.network.right(key_tokens, here.grid, here.token_map, present)
             left = self.network.left(query_tokens)
             mask = FactoredMask(left, right.to(left.dtype))
-            if self.config.layers == "single" and not self.is_last:
+            if self.gives_mask:
                 self.shared.update(mask=mask)
         if self.is_last and not here.held:
             self.shared.end()
         return mask
+
+    def shared_mask(self) -> FactoredMask:
+        """Returns the mask of the first layer, with ``layers="single"``.
+
+        Raises:
+            ConfigError: the first layer has not run.
+        """
+        mask = self.shared.current.mask
+        if mask is None:
+            raise ConfigError(
+                "A layer with layers='single' has no mask to share, because the stack did not run from its first "
+                "masked layer on; run it from there, or use layers='multi'."
+            )
+        return mask
+
+    @property
+    def gives_mask(self) -> bool:
+        """Whether the layers that follow share this layer's mask, with ``layers="single"``."""
+        return self.config.layers == "single" and self.network is not None and not self.is_last
 
     def key_factor(self, key_tokens: Tensor) -> Tensor:
         """Computes the key side of the mask of these tokens ``(B, N, C)`` alone, ``(1 | B, Hm, N, rank + 1)``."""
