@@ -301,9 +301,9 @@ class HostTakeover(nn.Module):
 
     def unwrap(self) -> nn.Module:
         """Returns a layer of the host's class that shares the parameters, without the mask."""
-        self.unfuse()
         host = _with_state_of(self.host_class, self)
         del host.host_class, host.lam
+        _remove_fused_form(host)
         return host
 
     def projection(self) -> Projection | None:
@@ -343,10 +343,7 @@ class HostTakeover(nn.Module):
 
     def unfuse(self) -> Self:
         """Removes the fused form, if there is one; returns the same layer."""
-        if self._modules.pop("fused", None) is not None:
-            hooks = self._load_state_dict_post_hooks
-            for key in [key for key, hook in hooks.items() if hook is _fuse_again]:
-                del hooks[key]
+        _remove_fused_form(self)
         return self
 
     def train(self, mode: bool = True) -> Self:
@@ -388,6 +385,13 @@ class HostTakeover(nn.Module):
 def _fuse_again(layer: HostTakeover, incompatible_keys: object) -> None:
     """Hook after loading a state dict into a fused layer."""
     layer.fuse()
+
+
+def _remove_fused_form(layer: nn.Module) -> None:
+    layer._modules.pop("fused", None)
+    hooks = layer._load_state_dict_post_hooks
+    for key in [key for key, hook in hooks.items() if hook is _fuse_again]:
+        del hooks[key]
 
 
 class TakeoverAdapter:

@@ -35,7 +35,20 @@ def trace(model: nn.Module, images: Tensor) -> ExportedProgram:
         raise ExportError(f"{type(model).__name__} cannot be exported: {first_line(error)}") from error
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # local paths, and half of the file size
+    _remove_unused_weights(program)
     return program
+
+
+def _remove_unused_weights(program: ExportedProgram) -> None:
+    """Removes weights that the program doesn't read, such as those that a fused layer has copied."""
+    unused = {node.name: node for node in program.graph.nodes if node.op == "placeholder" and not node.users}
+    signature = program.graph_signature
+    for spec in [spec for spec in signature.input_specs if spec.arg.name in unused]:
+        if spec.target in program.state_dict:
+            program.graph.erase_node(unused[spec.arg.name])
+            signature.input_specs.remove(spec)
+            del program.state_dict[spec.target]
+    program.graph_module.recompile()
 
 
 def write_program(program: ExportedProgram, path: Path, format: Format, facts: str, int8: bool) -> int | None:

@@ -356,6 +356,17 @@ def test_a_fused_model_can_be_pickled() -> None:
     check_same(model, pickle.loads(pickle.dumps(model)), VIT.images())
 
 
+def test_reset_weights_of_multihead_attention_are_seen() -> None:
+    config = LamConfig(max_length=9, keys="position", init="paper")
+    model = fuse(spread(add_lam(nn.ModuleDict({"attn": nn.MultiheadAttention(32, 2)}), config)))
+    model.attn._reset_parameters()
+    assert is_fused(model)
+    x = torch.randn(9, 2, 32)
+    with torch.no_grad():
+        mine, theirs = (m.attn(x, x, x, need_weights=False)[0] for m in (model, unfuse(copy.deepcopy(model))))
+    assert_close(mine, theirs, **EXACT)
+
+
 def test_removing_the_masks_removes_the_fused_form() -> None:
     plain, x = VIT.create().eval(), VIT.images()
     model = fuse(spread(add_lam(copy.deepcopy(plain), POSITION)))

@@ -112,6 +112,7 @@ def test_a_fused_model_is_exported_in_its_fused_form_and_says_so(exported: Expor
     assert targets.count("aten.scaled_dot_product_attention.default") == 3
     assert targets.count("aten.linear.default") == 1 + 3 * 4
     assert not any("scatter" in target or "copy" in target for target in targets)
+    assert not any("qkv" in name for name in program.state_dict)  # the fused layers have copies
     assert load_exported(written.path).facts["fused"]
     assert not load_exported(exported("masked", "torch")[1].path).facts["fused"]
 

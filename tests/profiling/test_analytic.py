@@ -63,7 +63,9 @@ def test_formula_and_counter_agree_for_every_kind_of_mask(config):
     assert counted.lam_gmacs == pytest.approx(formula.lam_gmacs, rel=1e-9)
 
 
-@pytest.mark.parametrize("config", [LamConfig(), LamConfig(keys="position", rank=7, heads="shared")], ids=str)
+@pytest.mark.parametrize(
+    "config", [LamConfig(layers="single"), LamConfig(keys="position", rank=7, heads="shared")], ids=str
+)
 def test_formula_and_counter_agree_for_fused_masks(config):
     model = fuse(micro_vit(MICRO, lam=config))
     counted, formula = profile(model), analytic_macs(model)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from lamzoo.adapters import fuse
 from lamzoo.errors import ConfigError
 from lamzoo.profiling import MemoryMeter, best_batch, measure, measurement, profile, time_latency
 from lamzoo.reduction.budget import merge_to_share
@@ -26,6 +27,13 @@ def test_a_model_with_masks_is_measured_beside_itself_without_them():
     assert result.batch == 2
     assert result.images_per_s > 0
     assert result.images_per_s_ratio is not None
+
+
+def test_a_fused_model_is_measured_beside_its_backbone():
+    model = fuse(create_model("lam_vit_tiny_patch8_64", depth=1))
+    result = measure(model, batch=1, repeats=2, warmup=0)
+    assert result.profile.fused_layers == 1
+    assert result.comparison is not None
 
 
 def test_a_plain_model_is_measured_alone():
