@@ -61,11 +61,11 @@ def _add_gradients(grad: Tensor, scores: Callable[[], Tensor], mask: Callable[[]
 
 
 def _add_fold(query: Tensor, key: Tensor, left: Tensor, right: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """``scale (q . k) + l . r = scale [q, l / scale] . [k, r]``: the head dim grows to ``d + R``."""
+    """``scale (q . k) + l . r = scale [q, l] . [k, r / scale]``: the head dim grows to ``d + R``."""
     import torch
 
-    left = (left / scale).expand(*query.shape[:-1], -1)
-    right = right.expand(*key.shape[:-1], -1)
+    left = left.expand(*query.shape[:-1], -1)
+    right = (right / scale).expand(*key.shape[:-1], -1)  # which a batch shares, unless it is made of tokens
     return torch.cat([query, left], dim=-1), torch.cat([key, right], dim=-1)
 
 

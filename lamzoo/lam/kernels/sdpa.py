@@ -84,7 +84,7 @@ def fold(query: Tensor, key: Tensor, mask: FactoredMask, *, op: Op, scale: float
     """Folds a mask into a wider query and key, whose scaled product is the modulated score.
 
     Multiplicative, ``(q . k) (l . r) = sum_i (l_i q) . (r_i k)``: the head dim grows to ``d R``.
-    Additive, ``scale (q . k) + l . r = scale [q, l / scale] . [k, r]``: it grows to ``d + R``.
+    Additive, ``scale (q . k) + l . r = scale [q, l] . [k, r / scale]``: it grows to ``d + R``.
 
     Args:
         query: ``(B, H, Nq, d)``.
