@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from lamzoo.adapters import (
         add_lam,
         capture_masks,
+        from_pretrained,
         fuse,
         lam_parameters,
         lam_state_dict,
@@ -50,6 +51,7 @@ _HOMES = {
     "create_model": "lamzoo.registry",
     "describe_video": "lamzoo.video.describe",
     "export_model": "lamzoo.export",
+    "from_pretrained": "lamzoo.adapters",
     "fuse": "lamzoo.adapters",
     "get_pretrained_cfg": "lamzoo.registry",
     "index_videos": "lamzoo.video.search",
@@ -85,6 +87,7 @@ __all__ = [
     "create_model",
     "describe_video",
     "export_model",
+    "from_pretrained",
     "fuse",
     "get_pretrained_cfg",
     "index_videos",

@@ -51,6 +51,8 @@ KNOWN = {
         "open_clip.get_tokenizer",
     ): "a name that open_clip lists; trusts no remote code",
     ("lamzoo/adapters/hosts.py", "importlib.import_module"): "modules that a table in this file names",
+    ("lamzoo/adapters/pretrained.py", "transformers.AutoConfig.from_pretrained"): "JSON; trusts no remote code",
+    ("lamzoo/adapters/pretrained.py", "masked.from_pretrained"): "safetensors, unless the caller says otherwise",
     ("lamzoo/lazy.py", "importlib.import_module"): "modules of lamzoo",
     ("lamzoo/tasks/__init__.py", "importlib.import_module"): "modules that the tasks' records name",
     ("lamzoo/tasks/base.py", "importlib.import_module"): "modules that the tasks' records name",

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from lamzoo.adapters.add import add_lam, add_lam_to
 from lamzoo.adapters.capture import capture_masks
 from lamzoo.adapters.deploy import fuse, unfuse
+from lamzoo.adapters.pretrained import from_pretrained
 from lamzoo.adapters.state import lam_parameters, lam_state_dict, load_lam_state_dict, remove_lam
 from lamzoo.lazy import submodules_of
 
@@ -12,6 +13,7 @@ __all__ = [
     "add_lam",
     "add_lam_to",
     "capture_masks",
+    "from_pretrained",
     "fuse",
     "lam_parameters",
     "lam_state_dict",

@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.masking_utils import eager_mask, sdpa_mask
 
@@ -127,6 +127,8 @@ class TransformersAdapter:
             # Not by the setter, which also sets it in the configurations of other parts, which the copy shares.
             module.config._attn_implementation_internal = _IMPLEMENTATIONS[module.config._attn_implementation]
             module.lam = lam
+            if isinstance(model, PreTrainedModel) and isinstance(lam, Lam):
+                model.config.lam_config = lam.config.to_dict()  # for from_pretrained
 
     def unwrap(self, model: nn.Module, kind: type[Lam | Unmasked] | None = None) -> None:
         """Removes the masks, and gives the layers their configuration back."""
@@ -135,6 +137,8 @@ class TransformersAdapter:
                 if isinstance(hook, _MaskHook) and (kind is None or isinstance(module.lam, kind)):
                     del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key], module.lam
                     module.config = hook.config
+                    if isinstance(model, PreTrainedModel):
+                        vars(model.config).pop("lam_config", None)
 
 
 @dataclass(frozen=True)

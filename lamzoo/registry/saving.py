@@ -15,7 +15,7 @@ from torch import nn
 
 from lamzoo.adapters.deploy import is_fused
 from lamzoo.adapters.wrappers import full_state_dict, is_sharded, unwrap
-from lamzoo.errors import ConfigError, UnknownModelError, WeightsError
+from lamzoo.errors import ConfigError, UnknownModelError, WeightsError, class_name
 from lamzoo.files import atomic_files
 from lamzoo.reading import parse_json, read_text, to_json
 from lamzoo.reduction.config import TokenReduction
@@ -86,6 +86,11 @@ def save_pretrained(
 
 
 def _spec_of(model: nn.Module) -> ModelSpec:
+    if any(class_name(cls) == "transformers.modeling_utils.PreTrainedModel" for cls in type(model).__mro__):
+        raise ConfigError(
+            f"This {type(model).__name__} is a model of Hugging Face transformers; call its own save_pretrained, and "
+            "load it with lamzoo.from_pretrained."
+        )
     cfg = getattr(model, "pretrained_cfg", None) or {}
     arch = cfg.get("architecture") or ""
     name = getattr(model, "registry_name", None) or (TIMM_PREFIX + arch if is_model(arch) else arch)

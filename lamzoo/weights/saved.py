@@ -153,6 +153,11 @@ def _read_config(path: Path) -> tuple[SavedModel, Mapping[str, str]]:
         raw = parse_json(read_text(path), file_names=True)
         if not isinstance(raw, dict):
             raise ConfigError("it must be a table")
+        if "architectures" in raw and "architecture" not in raw:
+            raise WeightsError(
+                f"{path} describes a model of Hugging Face transformers; load it with lamzoo.from_pretrained if it was "
+                "saved with masks, or else with transformers, and call lamzoo.add_lam."
+            )
         own = raw.get("lamzoo") or {}
         if isinstance(own, dict):  # later versions may add keys
             raw["lamzoo"] = {key: value for key, value in own.items() if key in _names(_Own)}

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +22,7 @@ from transformers.masking_utils import eager_mask  # noqa: E402
 
 import lamzoo  # noqa: E402
 from lamzoo.adapters import add_lam, capture_masks, lam_state_dict, load_lam_state_dict, remove_lam  # noqa: E402
-from lamzoo.errors import ConfigError, UnsupportedHostError  # noqa: E402
+from lamzoo.errors import ConfigError, MissingExtraError, StateDictError, UnsupportedHostError, WeightsError  # noqa: E402
 from lamzoo.lam import Lam, LamConfig  # noqa: E402
 from tests.adapters.transformers_hosts import DETR, HOSTS, LLAMA, SMALL, TEXT, Host, Inputs, words  # noqa: E402
 
@@ -242,6 +244,66 @@ def test_mask_state_dicts_carry_the_masks_to_another_model() -> None:
     assert not torch.allclose(run(model, inputs), run(other, inputs))
     load_lam_state_dict(other, lam_state_dict(model))
     assert torch.equal(run(model, inputs), run(other, inputs))
+
+
+@pytest.mark.parametrize("name", ["bert", "clip"])
+def test_saved_models_come_back_with_their_masks(name: str, tmp_path: Path) -> None:
+    host = HOSTS[name]
+    model: Any = add_lam(host.create(), RANDOM)
+    model.save_pretrained(tmp_path)
+    loaded = lamzoo.from_pretrained(tmp_path)
+    assert type(loaded) is type(model)
+    assert loaded.lam_config == RANDOM
+    assert not any(lam.is_fresh for lam in masks(loaded).values())
+    assert torch.equal(run(loaded, inputs_of(host)), run(model, inputs_of(host)))
+    plain = type(model).from_pretrained(tmp_path)
+    assert not masks(plain)
+    lamzoo.remove_reduction(model)
+    assert model.config.lam_config == RANDOM.to_dict()
+    assert torch.equal(run(plain, inputs_of(host)), run(remove_lam(model), inputs_of(host)))
+
+
+def test_arguments_of_transformers_reach_a_loaded_model(tmp_path: Path) -> None:
+    model: Any = add_lam(HOSTS["bert"].create(), RANDOM)
+    model.save_pretrained(tmp_path)
+    loaded = lamzoo.from_pretrained(
+        tmp_path, model_class=transformers.BertForSequenceClassification, num_labels=3, dtype=torch.bfloat16
+    )
+    assert loaded(**words()).logits.shape == (2, 3)
+    assert {each.dtype for each in loaded.parameters()} == {torch.bfloat16}
+    ours, theirs = lam_state_dict(loaded.bert), lam_state_dict(model)
+    assert all(torch.equal(ours[key], theirs[key].bfloat16()) for key in theirs)
+
+
+def test_saved_models_without_all_masks_are_refused(tmp_path: Path) -> None:
+    model: Any = HOSTS["bart"].create()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(WeightsError, match="has no lam_config in its config.json"):
+        lamzoo.from_pretrained(tmp_path)
+    add_lam(model.model.encoder, RANDOM)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(StateDictError, match=r"lack model\.decoder\.layers\.0.* only a part of Bart"):
+        lamzoo.from_pretrained(tmp_path)
+    config: Any = add_lam(HOSTS["bert"].create(), RANDOM).config
+    config.architectures = ["Mine"]
+    config.save_pretrained(tmp_path)
+    with pytest.raises(WeightsError, match=r"The class Mine of .* pass it as model_class"):
+        lamzoo.from_pretrained(tmp_path)
+
+
+def test_lamzoos_own_files_and_those_of_transformers_are_not_mistaken(tmp_path: Path) -> None:
+    model: Any = add_lam(HOSTS["bert"].create(), RANDOM)
+    with pytest.raises(ConfigError, match="call its own save_pretrained"):
+        lamzoo.save_pretrained(model, tmp_path / "lamzoo")
+    model.save_pretrained(tmp_path / "theirs")
+    with pytest.raises(WeightsError, match=r"load it with lamzoo\.from_pretrained"):
+        lamzoo.create_model(tmp_path / "theirs", pretrained=True)
+
+
+def test_from_pretrained_without_transformers_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(MissingExtraError, match=r"lamzoo\[transformers\]"):
+        lamzoo.from_pretrained("anything")
 
 
 @pytest.mark.slow
