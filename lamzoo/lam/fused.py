@@ -69,8 +69,9 @@ class FusedAttention(nn.Module):
     ``softmax(scale q kᵀ + left rightᵀ) = softmax(scale [q, left / scale] [k, right]ᵀ)``. ReLU is homogeneous, so
     ``left / scale`` is the ReLU of the mask network's rows divided by the scale, which follow those of each head's
     queries. ``right`` is a linear function of the tokens (``keys="content"``) or a table (``keys="position"``), which
-    is added to zeros. With ``layers="single"`` the first layer makes both, and the others copy them. Values get zeros,
-    and the width of a head becomes a multiple of 8, because fused kernels need equal widths and are fastest with these.
+    is added to zeros. With ``layers="single"`` the first layer makes both, and the others copy them. Values are
+    as wide as keys, and the width of a head is a multiple of 8, because fused kernels need equal widths and are fastest
+    with these.
 
     The tensors are copies, in buffers outside of the state dict. They are renewed by :meth:`renew`; :meth:`is_current`
     tells whether they have to be.
@@ -108,13 +109,13 @@ class FusedAttention(nn.Module):
         Returns:
             ``(B, N, E)``.
         """
-        batch, length, _ = tokens.shape
+        length = tokens.shape[1]
         here = lam.shared.current
         table = None if lam.network is None else self._table_of(lam.network, length, here.grid)
         mask = lam.shared_mask() if lam.network is None else None
-        made = F.linear(tokens, self.weight, self.bias).view(batch, length, 3, self.heads, -1)
-        # Exported changes in place are scattered into copies, and norms save their input for the gradient.
-        if torch.is_grad_enabled() or torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
+        made = F.linear(tokens, self.weight, self.bias)
+        # Traced changes in place are scattered into copies, and norms save their input for the gradient.
+        if torch.is_grad_enabled() or _is_traced():
             query, key, value = self._out_of_place(made, table, mask, between)
         else:
             query, key, value = self._in_place(made, table, mask, between)
@@ -132,31 +133,47 @@ class FusedAttention(nn.Module):
         """Puts the mask into what the linear layer has made, and returns queries, keys and values ``(B, H, N, D)``.
 
         Args:
-            made: ``(B, N, 3, H, D)``.
-            table: columns of the keys ``(N, H, columns)`` that depend on their positions, if there are any.
+            made: ``(B, N, rows of the weight)``.
+            table: columns of the keys ``(H, N, columns)`` that depend on their positions, if there are any.
             mask: computed in another layer, if it was.
             between: as in :meth:`forward`.
         """
-        query, key, value = made.transpose(1, 3).unbind(2)
+        query, key = self._queries_and_keys(made)
         if mask is not None:
             query[..., self._factor] = mask.left / self.scale
             key[..., self._factor] = mask.right
         else:
-            made[:, :, 0, :, self.head_dim :].relu_()
+            query[..., self.head_dim :].relu_()
         if table is not None:
-            made[:, :, 1, :, self.head_dim :].add_(table)
+            key[..., self.head_dim :].add_(table)
         if between is not None:
             given = query[..., : self.head_dim], key[..., : self.head_dim]
             for before, after in zip(given, between(*given), strict=True):
                 if after is not before:
                     before.copy_(after)
-        return query, key, value
+        if made.device.type != "cpu" and self.head_dim % 8:  # kernels of GPUs need aligned heads
+            return query, key, F.pad(self._values(made), (0, self.columns))
+        # Each head's values are followed by those of the next one, which make columns of the output that nobody reads,
+        # and the last head's by zeros: so they have the width of the keys without a copy.
+        strides = (made.stride(0), self.head_dim, made.stride(1), made.stride(2))
+        start = made.shape[-1] - self.columns - self.heads * self.head_dim
+        return query, key, made.as_strided(query.shape, strides, made.storage_offset() + start)
+
+    def _queries_and_keys(self, made: Tensor) -> Sequence[Tensor]:
+        wide = self.head_dim + self.columns
+        both = made[..., : 2 * self.heads * wide].unflatten(-1, (2, self.heads, wide))
+        return both.permute(2, 0, 3, 1, 4).unbind(0)
+
+    def _values(self, made: Tensor) -> Tensor:
+        end = made.shape[-1] - self.columns
+        values = made[..., end - self.heads * self.head_dim : end]
+        return values.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
 
     def _out_of_place(
         self, made: Tensor, table: Tensor | None, mask: FactoredMask | None, between: Between | None
     ) -> Sequence[Tensor]:
         """As :meth:`_in_place`, without changing the input."""
-        query, key, value = made.transpose(1, 3).unbind(2)
+        query, key = self._queries_and_keys(made)
         if mask is not None:
             query, key = (
                 x + F.pad(factor.to(x.dtype), (self.head_dim, self.padding))
@@ -166,14 +183,14 @@ class FusedAttention(nn.Module):
             floor = F.pad(query.new_zeros(self.columns), (self.head_dim, 0), value=-torch.inf)
             query = torch.maximum(query, floor)
         if table is not None:
-            key = key + F.pad(table.to(key.dtype), (self.head_dim, 0)).transpose(0, 1)
+            key = key + F.pad(table.to(key.dtype), (self.head_dim, 0))
         if between is not None:
             changed = between(query[..., : self.head_dim], key[..., : self.head_dim])
             query, key = (
                 torch.cat([after.to(wide.dtype), wide[..., self.head_dim :]], dim=-1)
                 for wide, after in zip((query, key), changed, strict=True)
             )
-        return query, key, value
+        return query, key, F.pad(self._values(made), (0, self.columns))
 
     @property
     def _factor(self) -> slice:
@@ -182,14 +199,15 @@ class FusedAttention(nn.Module):
 
     def mask_macs(self, length: int) -> int:
         """Returns the multiply-accumulates of the columns of the mask, of one sample of that many tokens."""
-        return self.heads * self.columns * length * (3 * self.width + 2 * length)
+        linear, attention = (2 * self.heads + 1) * self.width, 2 * self.heads * length
+        return self.columns * length * (linear + attention)
 
     def _table_of(self, network: MaskNetwork, length: int, grid: Grid | None) -> Tensor | None:
-        """Returns the columns of the keys ``(N, H, columns)`` that depend on their positions; None if none does."""
+        """Returns the columns of the keys ``(H, N, columns)`` that depend on their positions; None if none does."""
         if self.table is None:
             return None
         own: Any = network.table
-        if length == self.table.shape[0] and (own.grid is None or grid in (None, own.grid)):
+        if length == self.table.shape[1] and (own.grid is None or grid in (None, own.grid)):
             return self.table
         if _is_traced():
             return self._wide_table(network, length, grid)
@@ -203,7 +221,7 @@ class FusedAttention(nn.Module):
         return found
 
     def _wide_table(self, network: MaskNetwork, length: int, grid: Grid | None) -> Tensor:
-        table = network.table(length, grid)[0].expand(self.heads, -1, -1).transpose(0, 1)
+        table = network.table(length, grid)[0].expand(self.heads, -1, -1)
         return F.pad(table, (0, self.columns - table.shape[-1])).contiguous()
 
     def renew(self, projection: Projection, lam: Lam, layer: nn.Module) -> None:
@@ -242,7 +260,10 @@ class FusedAttention(nn.Module):
         return True
 
     def _wide_linear(self, projection: Projection, network: MaskNetwork | None) -> tuple[Tensor, Tensor]:
-        """Returns weight ``(3 H D, C)`` and bias ``(3 H D,)``, D the width of a head with the columns of the mask."""
+        """Returns weight and bias of the queries, keys and values, and of the zeros that follow them.
+
+        A head has ``D`` rows of queries and of keys, with those of the mask, and ``d`` of values; ``D - d`` are zeros.
+        """
         end = self.head_dim + self.columns
         weight = projection.weight.new_zeros(3, self.heads, end, self.width)
         bias = projection.weight.new_zeros(3, self.heads, end)
@@ -259,7 +280,11 @@ class FusedAttention(nn.Module):
             if not network.config.has_positions:
                 key: Any = network.key[0]
                 weight[1, :, self._factor] = key.weight.unflatten(0, (network.heads, -1))
-        return weight.flatten(0, 2), bias.flatten()
+        parts = []
+        for wide in (weight, bias):
+            value, zeros = wide[2, :, : self.head_dim].flatten(0, 1), wide[2, 0, self.head_dim :]
+            parts.append(torch.cat([wide[:2].flatten(0, 2), value, zeros]))
+        return parts[0], parts[1]
 
     def _apply(self, fn: Any, recurse: bool = True) -> FusedAttention:
         self._resized = {}

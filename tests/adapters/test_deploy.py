@@ -185,12 +185,8 @@ def test_one_layer_has_these_operators_and_copies() -> None:
             with _Operators() as seen:
                 blocks[index].attn(x)
         counts[name] = seen.counts
-    assert {name: sum(found.values()) for name, found in counts.items()} == {
-        "position": 22,
-        "content": 19,
-        "shared": 21,
-    }
-    views = {"view", "_unsafe_view", "t", "select", "slice", "transpose", "unbind"}
+    assert [sum(found.values()) for found in counts.values()] == [22, 20, 23]
+    views = {"view", "_unsafe_view", "t", "select", "slice", "transpose", "unbind", "permute", "as_strided"}
     work = {name: {op: n for op, n in found.items() if op not in views} for name, found in counts.items()}
     plain = {"addmm": 2, "_scaled_dot_product_flash_attention_for_cpu": 1, "clone": 1}
     assert work == {
@@ -313,6 +309,18 @@ def test_timm_reparameterizes_a_copy() -> None:
     check_same(model, other, x)
     assert not is_fused(model)
     assert calls(other.eval(), x) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [POSITION, LamConfig(layers="single", init="paper")])
+def test_models_compile_without_graph_breaks_for_any_batch_and_size(config: LamConfig) -> None:
+    model = fuse(masked(config=config, dynamic_img_size=True))
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        for shape in ((2, 3, 32, 32), (5, 3, 32, 32), (1, 3, 48, 32)):
+            x = torch.randn(*shape)
+            assert_close(compiled(x), model(x), **EXACT)
 
 
 @pytest.mark.slow
