@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from lamzoo.adapters.hosts import AttentionSite, TokenLayout
@@ -262,13 +263,27 @@ class _Factors:
 
     def __init__(self, mask: FactoredMask) -> None:
         self.mask, self.taken = mask, 0
+        self._weights: Tensor | None = None
 
     def take(self, queries: int) -> FactoredMask:
+        """Returns the mask of all queries, or of the next part of them and its keys."""
         if queries == self.mask.left.shape[2]:
             return self.mask
         part = slice(self.taken, self.taken + queries)
         self.taken += queries
         return FactoredMask(*(factor[:, :, part] for factor in self.mask))
+
+    def record(self, lam: Lam, mask: FactoredMask, weights: Tensor) -> None:
+        """Records mask and attention weights, those of parts once the last one is known."""
+        queries = self.mask.left.shape[2]
+        if self.taken > 0:
+            if self._weights is None:
+                self._weights = weights.new_zeros(*weights.shape[:2], queries, queries)
+            part = slice(self.taken - weights.shape[2], self.taken)
+            self._weights[:, :, part, part] = weights.detach()
+            mask, weights = self.mask, self._weights
+        if self.taken in (0, queries):
+            lam.record(mask, weights)
 
 
 class _MaskHook:
@@ -304,6 +319,10 @@ class _MaskHook:
         if keys is None:
             places: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
             for where, cached in places:
+                if isinstance(cached, PagedAttentionCache):
+                    raise UnsupportedHostError(
+                        "Learnable masks don't support transformers' continuous batching; call model.generate."
+                    )
                 if not isinstance(cached, Cache):
                     continue
                 if lam.has_positions:
@@ -435,7 +454,7 @@ def _attend(
         scale=scaling,
     )  # fmt: skip
     weights, dropped = eager.calls[0]
-    lam.record(mask, weights)
+    lam_mask.record(lam, mask, weights)
     return out.transpose(1, 2).contiguous(), dropped
 
 

@@ -321,6 +321,20 @@ def test_compiled_and_exported_models_compute_the_same(name: str, layers: Any) -
     torch.testing.assert_close(run(exported, arguments), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_compiled_decoding_with_a_static_cache_computes_the_same(name: str) -> None:
+    model: Any = add_lam(HOSTS[name].create(), RANDOM)
+    ids = words()["input_ids"]
+    cache = transformers.StaticCache(config=model.config, max_cache_len=16)
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        model(ids[:, :4], past_key_values=cache)
+        found = torch.cat([compiled(ids[:, at : at + 1], past_key_values=cache).logits for at in (4, 5)], dim=1)
+        torch.testing.assert_close(found, model(ids, use_cache=False).logits[:, 4:], atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_another_implementation_of_the_model_keeps_the_masks(implementation: str) -> None:
     host = HOSTS["llama"]
@@ -364,6 +378,26 @@ def test_captured_records_have_masks_and_attention_of_every_layer() -> None:
     for record in records.values():
         assert record.mask.dense().shape == record.attention.shape == (2, 4, 6, 6)
         assert not record.attention.triu(1).any()
+
+
+def test_records_of_windows_have_the_attention_of_all_tokens() -> None:
+    host = HOSTS["qwen2_5_vl"]
+    model, inputs = add_lam(host.create(), RANDOM), inputs_of(host)
+    with capture_masks(model) as records:
+        run(model, inputs)
+    record = records["model.visual.blocks.0.attn"]
+    assert record.mask.dense().shape == record.attention.shape == (1, 2, 16, 16)
+    torch.testing.assert_close(record.attention.sum(-1), torch.ones(1, 2, 16))
+    assert not record.attention[0, 0, 0, 4:].any()
+
+
+def test_continuous_batching_is_refused() -> None:
+    from transformers.generation.continuous_batching.cache import PagedAttentionCache
+
+    model: Any = add_lam(HOSTS["llama"].create())
+    cache = PagedAttentionCache.__new__(PagedAttentionCache)  # its constructor needs a GPU
+    with pytest.raises(UnsupportedHostError, match=r"continuous batching; call model\.generate"):
+        model.model.layers[0].self_attn(torch.randn(1, 2, 16), cache=cache)
 
 
 def test_eager_models_return_their_attention_weights() -> None:
