@@ -32,7 +32,7 @@ def from_pretrained(name: str | PathLike[str], *, model_class: type[nn.Module] |
 
     Raises:
         MissingExtraError: transformers is not installed.
-        WeightsError: the model was saved without masks, or its class is unknown.
+        WeightsError: the model was saved without masks in its layers, or its class is unknown.
         StateDictError: masks are missing in the weights; names them.
         UnsupportedHostError: as for :func:`lamzoo.add_lam`.
     """
@@ -45,10 +45,10 @@ def from_pretrained(name: str | PathLike[str], *, model_class: type[nn.Module] |
     fields = getattr(config, "lam_config", None)
     if fields is None:
         raise WeightsError(
-            f"{name} has no lam_config in its config.json, because it was saved without masks; load it with "
-            "transformers and call lamzoo.add_lam."
+            f"{name} has no lam_config in its config.json, where add_lam notes the masks of a model of transformers; "
+            "load it with transformers and call lamzoo.add_lam."
         )
-    cls: Any = model_class or _saved_class(name, config)
+    cls: Any = model_class or saved_class(name, config)
 
     def build(self: Any, *args: Any, **kwargs: Any) -> None:
         cls.__init__(self, *args, **kwargs)
@@ -72,7 +72,8 @@ def from_pretrained(name: str | PathLike[str], *, model_class: type[nn.Module] |
 _OF_HUB = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
-def _saved_class(name: str, config: Any) -> type[nn.Module]:
+def saved_class(name: str, config: Any) -> type[nn.Module]:
+    """Returns the class of transformers that a configuration was saved from; raises as :func:`from_pretrained`."""
     import transformers
 
     names = getattr(config, "architectures", None) or [None]

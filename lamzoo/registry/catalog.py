@@ -202,6 +202,11 @@ def find_spec(name: str | ModelRef) -> ModelSpec:
         )
     if ref.kind == "predictions":
         raise UnknownModelError(f"There is no model {ref.text!r}: files of predictions are for `lamzoo eval` only.")
+    if ref.kind == "hf":
+        raise UnknownModelError(
+            f"{ref.text!r} is a model of transformers, which only lamzoo.create_model builds; here the name of a "
+            "registered, timm or open_clip model is needed."
+        )
     if ref.is_saved:
         raise UnknownModelError(f"{ref.text!r} is a saved model, and the name of a registered one is needed.")
     spec = timm_spec(ref.arch.removeprefix(TIMM_PREFIX)) if ref.kind == "timm" else None

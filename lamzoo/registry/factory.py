@@ -44,6 +44,7 @@ from lamzoo.registry.catalog import (
     pretrained_cfg_of,
     spec_of_saved,
 )
+from lamzoo.registry.huggingface import create_transformers_model
 from lamzoo.registry.preprocessing import ARGUMENTS
 from lamzoo.registry.refs import ModelRef
 from lamzoo.weights.files import read_state_dict
@@ -94,9 +95,10 @@ def create_model(
 
     Args:
         name: ``arch`` or ``arch.tag`` of the registry, ``timm/<name>[.tag]``, ``open_clip/<name>[:tag]`` (plain
-            CLIP4Clip on these towers), the folder of :func:`lamzoo.save_pretrained` or of a training run, or
-            ``hf-hub:<owner>/<name>[@revision]``. A registered name has priority over a folder of the same name, which
-            ``./<name>`` or ``local-dir:<name>`` refers to. A weights file is not a model name, except
+            CLIP4Clip on these towers), ``hf/<owner>/<name>[@revision]`` (a model of Hugging Face transformers, whose
+            ``config.json`` is always downloaded), the folder of :func:`lamzoo.save_pretrained` or of a training run,
+            or ``hf-hub:<owner>/<name>[@revision]``. A registered name has priority over a folder of the same name,
+            which ``./<name>`` or ``local-dir:<name>`` refers to. A weights file is not a model name, except
             ``model.safetensors`` in a saved folder: pass it as ``checkpoint_path``.
         pretrained: load weights: those of ``arch.tag`` or, for a bare name, of the first available tag; tags on the
             hub are preferred to bundled ones. The choice is logged, and stored in ``model.pretrained_cfg["tag"]``.
@@ -112,11 +114,12 @@ def create_model(
         checkpoint_path: weights to load last, a safetensors file of the same architecture.
         cache_dir: folder for downloads; the hub's own cache by default.
         allow_pickle: also read pickles, with ``weights_only=True``.
-        **timm_kwargs: further arguments of the model's constructor.
+        **timm_kwargs: further arguments of the model's constructor; fields of the configuration for ``hf/`` models.
 
     Returns:
-        The model, in training mode, with ``pretrained_cfg`` (and its alias ``default_cfg``), ``lam_config`` (None
-        for a plain model), ``registry_name`` and ``weights_source`` (what was loaded last; None without weights).
+        The model, in training mode, with ``pretrained_cfg`` (and its alias ``default_cfg``; ``hf/`` models have
+        neither), ``lam_config`` (None for a plain model), ``registry_name`` and ``weights_source`` (what was loaded
+        last; None without weights).
 
     Raises:
         UnknownModelError: no such model or tag.
@@ -135,7 +138,15 @@ def create_model(
     }  # fmt: skip
     given = {key: value for key, value in given.items() if value is not None}
     lam = lam if lam is None or isinstance(lam, bool) else LamConfig.of(lam)
-    plan = _plan(model_ref(name), pretrained, cache_dir, allow_pickle)
+    ref = model_ref(name)
+    if ref.kind == "hf":
+        if checkpoint_path is not None:
+            raise ConfigError(f"{ref.text} takes no checkpoint_path; load the file with the model's load_state_dict.")
+        return create_transformers_model(
+            ref, pretrained=pretrained, lam=lam, fresh_masks=lam_weights == "fresh", arguments=given,
+            cache_dir=cache_dir, allow_pickle=allow_pickle,
+        )  # fmt: skip
+    plan = _plan(ref, pretrained, cache_dir, allow_pickle)
     model: Any = _build(plan, lam, given)
     part = None
     if given.get("features_only") and (pretrained or checkpoint_path is not None):

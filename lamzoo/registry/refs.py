@@ -15,8 +15,9 @@ from lamzoo.tasks import task_of_predictions
 
 TIMM_PREFIX = "timm/"
 OPEN_CLIP_PREFIX = "open_clip/"
+HF_PREFIX = "hf/"
 
-Kind = Literal["registered", "timm", "open_clip", "local-dir", "hf-hub", "checkpoint", "program", "predictions"]
+Kind = Literal["registered", "timm", "open_clip", "hf", "local-dir", "hf-hub", "checkpoint", "program", "predictions"]
 
 _FILE_KINDS: dict[str, Kind] = {
     ".onnx": "program",
@@ -42,6 +43,7 @@ class ModelRef:
     ``arch``, ``arch.tag``                        ``"registered"``: a card or a plug-in
     ``timm/NAME``, ``timm/NAME.tag``              ``"timm"``
     ``open_clip/NAME``, ``open_clip/NAME:tag``    ``"open_clip"``
+    ``hf/OWNER/NAME``, ``...@revision``           ``"hf"``: a model of Hugging Face transformers on the hub
     ``hf-hub:OWNER/NAME``, ``...@revision``       ``"hf-hub"``
     ``local-dir:DIR``, ``DIR``                    ``"local-dir"``: a folder of ``save_pretrained``, or of a training run
     ``DIR/model.safetensors``                     ``"local-dir"``, if ``DIR`` is a saved model
@@ -96,6 +98,9 @@ class ModelRef:
         if text.startswith(OPEN_CLIP_PREFIX):
             arch, _, tag = text.partition(":" if colon else ".")
             return cls(text, "open_clip", arch=arch, tag=tag or None)
+        if text.startswith(HF_PREFIX) and text != HF_PREFIX:
+            repo, _, revision = text.removeprefix(HF_PREFIX).partition("@")
+            return cls(text, "hf", repo=repo, revision=revision or None)
         arch, _, tag = text.partition(".")
         if text.startswith(TIMM_PREFIX):
             return cls(text, "timm", arch=arch, tag=tag or None)
@@ -182,6 +187,6 @@ def _of_path(text: str) -> ModelRef:
     siblings = [str(p) for p in path.parent.iterdir() if p.is_dir()] if os.path.isdir(path.parent) else []
     head, _, rest = text.partition("/")
     close = difflib.get_close_matches(str(path), siblings, n=1)
-    close += [f"{prefix}/{rest}" for prefix in difflib.get_close_matches(head, ("timm", "open_clip"), n=1)]
+    close += [f"{prefix}/{rest}" for prefix in difflib.get_close_matches(head, ("timm", "open_clip", "hf"), n=1)]
     hint = f"did you mean {' or '.join(close)}?" if close else "a hub repository is written hf-hub:OWNER/NAME."
     raise UnknownModelError(f"There is no model {text!r}: no such folder; {hint}")

@@ -37,6 +37,8 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("open_clip/ViT-B-32", {"kind": "open_clip", "arch": "open_clip/ViT-B-32"}),
         ("open_clip/ViT-B-32:openai", {"kind": "open_clip", "arch": "open_clip/ViT-B-32", "tag": "openai"}),
         ("open_clip/ViT-B-32.openai", {"kind": "open_clip", "arch": "open_clip/ViT-B-32", "tag": "openai"}),
+        ("hf/me/mine", {"kind": "hf", "repo": "me/mine"}),
+        ("hf/me/mine@v1", {"kind": "hf", "repo": "me/mine", "revision": "v1"}),
         ("hf-hub:me/mine", {"kind": "hf-hub", "repo": "me/mine"}),
         ("hf-hub:me/mine@v1", {"kind": "hf-hub", "repo": "me/mine", "revision": "v1"}),
         ("local-dir:mine", {"kind": "local-dir", "path": Path("mine")}),
@@ -68,7 +70,16 @@ def test_a_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
-    "name", ["lam_vit_micro.cifar10", "timm/vit_a.b", "hf-hub:me/mine@v1", "local-dir:runs/x", "runs/x", "mine"]
+    "name",
+    [
+        "lam_vit_micro.cifar10",
+        "timm/vit_a.b",
+        "hf/me/mine@v1",
+        "hf-hub:me/mine@v1",
+        "local-dir:runs/x",
+        "runs/x",
+        "mine",
+    ],
 )
 def test_the_canonical_name_is_parsed_to_the_same_model(name: str) -> None:
     ref = model_ref(name)
