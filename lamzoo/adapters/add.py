@@ -15,9 +15,11 @@ from lamzoo.adapters.hosts import (
     EnterBlock,
     HostAdapter,
     LeaveBlock,
+    NoteGrid,
     TokenLayout,
     adapters_of,
     watch_block,
+    watch_grid,
 )
 from lamzoo.adapters.wrappers import check_free, check_model, compiled_parts, unwrap
 from lamzoo.errors import ConfigError, UnsupportedHostError, class_name
@@ -154,12 +156,12 @@ class _Stack:
 
     def watch_passes(self, model: nn.Module, config: LamConfig) -> None:
         """Registers the hooks that tell forward passes apart, where layers share something during a pass."""
-        watch_grid = self.layout.watch_grid if config.has_positions else None
-        if watch_grid is not None:
-            watch_grid(self.shared)
-        if watch_grid is not None or config.layers == "single":
+        patch_embed = self.layout.patch_embed if config.has_positions else None
+        if patch_embed is not None:
+            watch_grid(patch_embed, NoteGrid(self.shared), LeaveBlock(self.shared))
+        if patch_embed is not None or config.layers == "single":
             for index, site in enumerate(self.lams):
                 watched = site.path.rpartition(".")[0] if site.watched is None else site.watched
                 block = model.get_submodule(watched)
-                needs_pass = watch_grid is not None or index > 0
+                needs_pass = patch_embed is not None or index > 0
                 watch_block(block, EnterBlock(self.shared, needs_pass), LeaveBlock(self.shared))

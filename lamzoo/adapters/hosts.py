@@ -70,8 +70,7 @@ class TokenLayout:
         grid: ``(rows, columns)`` of the patches behind them, at the input size that the model was built for; None for
             a sequence.
         grid_at: the patch grid for an image of ``(height, width)`` pixels.
-        watch_grid: registers the hook that begins each forward pass with the patch grid of its image, where the grid
-            may change; takes the state of the stack.
+        patch_embed: the module that takes the image, where the grid may change; has ``dynamic_feat_size``.
         no_positions: the reason why the layer can't have a mask with ``keys="position"``; None if it can.
         no_sharing: the reason why it can't share a mask with the layers of its stack, ``layers="single"``; likewise.
         pooling: how the host pools the tokens; None where that is unknown, and tokens can't be reduced.
@@ -81,7 +80,7 @@ class TokenLayout:
     num_prefix_tokens: int = 0
     grid: Grid | None = None
     grid_at: Callable[[tuple[int, int]], Grid] | None = None
-    watch_grid: Callable[[SharedState], None] | None = None
+    patch_embed: nn.Module | None = None
     no_positions: str | None = None
     no_sharing: str | None = None
     pooling: Pooling | None = None
@@ -238,6 +237,23 @@ class LeaveBlock(SharedStateHook):
             self.shared.leave(tokens)
         elif output is None:
             self.shared.end()
+
+
+class NoteGrid(SharedStateHook):
+    """Forward pre-hook of ``patch_embed``: begins a pass with the patch grid of its image."""
+
+    def __call__(self, patch_embed: Any, args: tuple[Any, ...]) -> None:
+        if not isinstance(args[0], torch.Tensor):  # a symbolic trace, at the image size of the model
+            return
+        rows, columns = patch_embed.dynamic_feat_size(args[0].shape[-2:])
+        self.shared.begin((rows, columns), pooled=self.shared.current.begins_pooled)
+
+
+def watch_grid(patch_embed: nn.Module, note: NoteGrid, leave: LeaveBlock) -> None:
+    """Registers the hooks that tell a forward pass the patch grid of its image."""
+    patch_embed.register_forward_pre_hook(note)
+    # A wrapper such as FSDP copies the input of the first block; a rerun of that block finds the pass here.
+    patch_embed.register_forward_hook(leave)
 
 
 def watch_block(block: nn.Module, enter: EnterBlock, leave: LeaveBlock) -> None:

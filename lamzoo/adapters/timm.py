@@ -51,15 +51,14 @@ from torch.nn import functional as F
 from lamzoo.adapters.hosts import (
     AttentionSite,
     HostTakeover,
-    LeaveBlock,
+    NoteGrid,
     Pooling,
-    SharedStateHook,
     TakeoverAdapter,
     TokenLayout,
 )
 from lamzoo.adapters.mha import project_apart
 from lamzoo.errors import MaskShapeError, UnsupportedHostError, class_name
-from lamzoo.lam import Lam, SharedState
+from lamzoo.lam import Lam
 from lamzoo.lam.fused import Projection
 from lamzoo.lam.resize import Grid
 from lamzoo.lam.token_map import take
@@ -378,26 +377,13 @@ def _layout(host: Any, pooling: Pooling | None) -> TokenLayout:
         num_prefix_tokens=prefix,
         grid=grid,
         grid_at=patch_embed.dynamic_feat_size,
-        watch_grid=partial(_watch_grid, patch_embed),
+        patch_embed=patch_embed,
         no_positions=reason if drops else None,
         pooling=pooling,
     )
 
 
-class _NoteGrid(SharedStateHook):
-    """Forward pre-hook of ``patch_embed``: begins a pass with the patch grid of its image."""
-
-    def __call__(self, patch_embed: Any, args: tuple[Tensor, ...]) -> None:
-        if not isinstance(args[0], Tensor):  # a symbolic trace, at the image size of the model
-            return
-        rows, columns = patch_embed.dynamic_feat_size(args[0].shape[-2:])
-        self.shared.begin((rows, columns), pooled=self.shared.current.begins_pooled)
-
-
-def _watch_grid(patch_embed: nn.Module, shared: SharedState) -> None:
-    patch_embed.register_forward_pre_hook(_NoteGrid(shared))
-    # A wrapper such as FSDP copies the input of the first block; a rerun of that block finds the pass here.
-    patch_embed.register_forward_hook(LeaveBlock(shared))
+_NoteGrid = NoteGrid  # the name in pickles of 0.1.0
 
 
 def _attend(

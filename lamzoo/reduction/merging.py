@@ -42,6 +42,7 @@ from lamzoo.reduction.stacks import (
     check_unsharded,
     find_stack,
     remove_reduction,
+    watch_image,
     watch_passes,
 )
 
@@ -287,6 +288,8 @@ def merge(model: nn.Module, config: TokenReduction) -> None:
         adapter.wrap(model, {site: Unmasked(shared, index, is_last=index == len(sites) - 1)})
     for block in stack.blocks.values():
         block.register_forward_hook(FinishMerge(shared))
+    if not any(lam.has_positions for lam in lams):  # whose hooks tell the grid already
+        watch_image(stack.layout.patch_embed, shared)
     watch_passes(stack.blocks.values(), shared)
     for index, block in enumerate(stack.blocks.values()):
         block.register_forward_pre_hook(_MergeTokens(shared, stack, index, config), with_kwargs=True)

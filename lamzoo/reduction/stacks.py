@@ -15,11 +15,13 @@ from lamzoo.adapters.hosts import (
     EnterBlock,
     HostAdapter,
     LeaveBlock,
+    NoteGrid,
     Pooling,
     SharedStateHook,
     TokenLayout,
     adapters_of,
     remove_hooks,
+    watch_grid,
 )
 from lamzoo.adapters.state import masks_of
 from lamzoo.adapters.wrappers import check_model, is_sharded, unwrap
@@ -148,6 +150,16 @@ class _Enter(EnterBlock, ReductionHook):
 
 class _Leave(LeaveBlock, ReductionHook):
     """A :class:`LeaveBlock` that is removed with the reduction."""
+
+
+class _NoteGrid(NoteGrid, ReductionHook):
+    """A :class:`NoteGrid` that is removed with the reduction."""
+
+
+def watch_image(patch_embed: nn.Module | None, shared: SharedState) -> None:
+    """Begins each pass with the patch grid of its image, where the grid may change."""
+    if patch_embed is not None:
+        watch_grid(patch_embed, _NoteGrid(shared), _Leave(shared))
 
 
 def watch_passes(blocks: Iterable[nn.Module], shared: SharedState) -> None:

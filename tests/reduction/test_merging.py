@@ -436,6 +436,16 @@ def test_other_image_sizes_keep_the_same_share() -> None:
     assert list(masks.values())[-1].attention.shape[2:] == (1, 1 + 18)
 
 
+@each_config
+def test_patches_are_matched_on_the_grid_of_the_image(config: LamConfig | None) -> None:
+    vit, x = model(config, dynamic_img_size=True), torch.randn(2, 3, 24, 64)
+    merge_tokens(vit, keep=0.5)
+    sized = remove_reduction(copy.deepcopy(vit))
+    sized.set_input_size((24, 64))
+    assert torch.allclose(vit(x), merge_tokens(sized, keep=0.5)(x), atol=1e-6)
+    assert torch.allclose(vit.forward_head(vit.forward_features(x)), vit(x), atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
