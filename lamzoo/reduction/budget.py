@@ -15,6 +15,7 @@ from lamzoo.adapters.wrappers import unwrap
 from lamzoo.errors import ConfigError
 from lamzoo.reduction import merging, pruning, streams
 from lamzoo.reduction.config import PruneConfig, Rest, Score, TokenReduction, Training, layers_of
+from lamzoo.reduction.plan import merges_per_layer
 from lamzoo.reduction.stacks import find_stack, remove_reduction
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -120,8 +121,9 @@ def merge_tokens(
             of the patches give ``keep``, and for one of the GMACs ``share * lamzoo.profile(model).gmacs``. A limit that
             the model with all tokens is below is logged as a warning, and nothing merges.
         keep: instead, the share of the patches that is left after the last layer, rounded up; in a describer, of the
-            tokens of each modality, and not below 1 / (layers + 1).
-        r: instead, the number of patches that merge in each layer, as in ToMe; at the model's own input size.
+            tokens of each modality, and not below 1 / (layers + 1). With ``keep=1``, ``frames`` alone merge.
+        r: instead, the number of patches that merge in each layer, as in ToMe, at the model's own input size. Where this
+            is over 30 % of the patches of a later layer, earlier ones merge more in its stead.
         at: layers in which tokens merge, counted from 0; all of them by default, which loses least. A merge has a
             fixed cost of some fifty small operators. Where a layer costs little more itself, as with one image of 64
             patches on a CPU, a merged model is slower than an unmerged one; fewer layers with more merges each, such as
@@ -157,11 +159,11 @@ def merge_tokens(
 
 def merge_to_share(model: Model, share: float) -> Model:
     """Merges tokens to a share of the GMACs that the model has with all tokens; as :func:`merge_tokens`."""
-    target = share * _profiled_gmacs(remove_reduction(model))
+    whole = _profiled_gmacs(remove_reduction(model))
     try:
-        config = _largest(model, TokenReduction(1.0), target, _profiled_gmacs)
+        config = _largest(model, TokenReduction(1.0), share * whole, _profiled_gmacs)
     except ConfigError as error:
-        raise ConfigError(f"Tokens can't be merged to {100 * share:g} % of the GMACs: {error}") from error
+        raise ConfigError(f"Tokens can't be merged to {100 * share:g} % of {whole:.4g} GMACs: {error}") from error
     reduce_tokens(model, config)
     return model
 
@@ -179,11 +181,12 @@ def _share(model: nn.Module, config: TokenReduction, r: int) -> float:
     stack = None if streams.find_encoder(model) is not None else find_stack(model, masked=False, verb="merged")
     if stack is None or stack.num_patches is None:
         raise ConfigError(f"r={r}: the number of patches of this model is not known; give keep.")
-    if r > stack.num_patches // 2:
-        raise ConfigError(f"r={r}: at most half of the {stack.num_patches} patches can merge in a layer; take fewer.")
-    layers = len(merging.merging_layers(stack, config))
+    patches, layers = stack.num_patches, len(merging.merging_layers(stack, config))
     gone = r * max(1, layers)  # without such layers, the share is refused with the model
-    return max(1, stack.num_patches - gone) / stack.num_patches
+    keep = max(1, patches - gone) / patches
+    if sum(merges_per_layer(patches, keep, layers)) < r * layers:
+        raise ConfigError(f"r={r}: {patches} patches are too few for so many merges in each layer; take fewer.")
+    return keep
 
 
 def _profiled_gmacs(model: nn.Module) -> float:

@@ -35,7 +35,7 @@ class TokenReduction:
 
     Attributes:
         keep: share of the patches to keep. With ``method="merge"``, of those of the input, after the last layer,
-            rounded; in a describer, of the tokens of each modality. With ``method="prune"``, of a layer's own, at each
+            rounded up; in a describer, of the tokens of each modality. With ``method="prune"``, of a layer's own, at each
             layer of ``at``, rounded up. Class and register tokens don't count.
         method: ``"merge"`` or ``"prune"``.
         at: layers, counted from 0. Merging: in which tokens merge; all of them by default. Pruning: whose attention
@@ -73,7 +73,9 @@ class TokenReduction:
         for name, what in (("keep", "tokens"), ("frames", "frames")):
             share = getattr(self, name)
             if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
-                raise ConfigError(f"{name}={share!r}: the share of {what} to keep must be above 0 and at most 1.")
+                raise ConfigError(
+                    f"{name}={share!r}: the share of {what} to keep must be a number above 0 and at most 1."
+                )
         for name, of in (("method", Method), ("score", Score), ("rest", Rest), ("training", Training)):
             value, choices = getattr(self, name), get_args(of)
             if value not in choices:
