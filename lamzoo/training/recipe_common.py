@@ -159,7 +159,7 @@ class PruneSection:
     """
 
     keep: float | None = None
-    target_gmacs: float | None = None
+    target_gmacs: Positive | None = None
     at: list[int] | None = None
     score: Score = "mask"
     rest: Rest = "drop"
