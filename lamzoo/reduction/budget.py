@@ -122,8 +122,8 @@ def merge_tokens(
             the model with all tokens is below is logged as a warning, and nothing merges.
         keep: instead, the share of the patches that is left after the last layer, rounded up; in a describer, of the
             tokens of each modality, and not below 1 / (layers + 1). With ``keep=1``, ``frames`` alone merge.
-        r: instead, the number of patches that merge in each layer, as in ToMe, at the model's own input size. Where this
-            is over 30 % of the patches of a later layer, earlier ones merge more in its stead.
+        r: instead, the number of patches that merge in each layer, as in ToMe, at the model's own input size. Where
+            this is over 30 % of the patches of a later layer, earlier ones merge more in its stead.
         at: layers in which tokens merge, counted from 0; all of them by default, which loses least. A merge has a
             fixed cost of some fifty small operators. Where a layer costs little more itself, as with one image of 64
             patches on a CPU, a merged model is slower than an unmerged one; fewer layers with more merges each, such as

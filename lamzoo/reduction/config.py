@@ -35,8 +35,8 @@ class TokenReduction:
 
     Attributes:
         keep: share of the patches to keep. With ``method="merge"``, of those of the input, after the last layer,
-            rounded up; in a describer, of the tokens of each modality. With ``method="prune"``, of a layer's own, at each
-            layer of ``at``, rounded up. Class and register tokens don't count.
+            rounded up; in a describer, of the tokens of each modality. With ``method="prune"``, of a layer's own, at
+            each layer of ``at``, rounded up. Class and register tokens don't count.
         method: ``"merge"`` or ``"prune"``.
         at: layers, counted from 0. Merging: in which tokens merge; all of them by default. Pruning: whose attention
             scores the tokens; pruned tokens leave after the layer's block. By default three, at a quarter, half and
