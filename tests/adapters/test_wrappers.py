@@ -19,6 +19,7 @@ from lamzoo.errors import ConfigError, UnsupportedHostError
 from lamzoo.evaluation import evaluate, predict
 from lamzoo.evaluation.classification.prediction import label_names
 from lamzoo.evaluation.runtime import data_config
+from lamzoo.lam.fused import pinned_form
 from lamzoo.models.describer.model import describer
 from lamzoo.profiling import best_batch, measure, time_latency
 from lamzoo.weights import load_into
@@ -167,6 +168,23 @@ def test_a_wrapped_model_is_exported_as_the_model_itself(tmp_path: Path) -> None
 def test_a_sharded_model_is_not_exported(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="sharded by FSDP; save it with save_pretrained"):
         lamzoo.export_model(fsdp2(create()), tmp_path / "m.pt2")
+
+
+def test_a_sharded_model_is_not_fused() -> None:
+    with pytest.raises(UnsupportedHostError, match="sharded by FSDP, and its fused form would copy whole weights"):
+        lamzoo.fuse(fsdp2(additive()))
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, ddp, fsdp2])
+def test_a_fused_model_can_be_wrapped(wrap: Wrap) -> None:
+    model = additive().eval()
+    with torch.no_grad(), pinned_form(True):
+        expected = model(IMAGE)
+        assert torch.allclose(wrap(lamzoo.fuse(model))(IMAGE), expected, atol=5e-6)
+
+
+def additive() -> nn.Module:
+    return lamzoo.add_lam(lamzoo.remove_lam(create()), lamzoo.LamConfig(init="paper", rank=3))
 
 
 @pytest.mark.parametrize("wrap", [pytest.param(compiled, marks=pytest.mark.slow), nn.DataParallel])
