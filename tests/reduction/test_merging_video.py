@@ -117,7 +117,7 @@ def test_frames_count_towards_the_budget_and_are_saved() -> None:
 
 def test_wrong_frames_are_named() -> None:
     model = retriever()
-    with pytest.raises(ConfigError, match=r"frames=0: the share of frames to keep must be above 0"):
+    with pytest.raises(ConfigError, match=r"frames=0: the share of frames to keep must be a number above 0"):
         merge_tokens(model, keep=1, frames=0)
     with pytest.raises(ConfigError, match=r"frames=0.5: open_clip.transformer.VisionTransformer has no frames"):
         merge_tokens(model.clip.visual, keep=1, frames=0.5)

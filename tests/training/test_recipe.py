@@ -89,7 +89,7 @@ def test_bad_pruning_is_named(recipe_table: dict[str, Any], prune: dict[str, Any
         ({"reduction": {}}, "needs one of keep, target_gmacs and r for merging, and has none of them"),
         ({"reduction": {"keep": 0.5, "r": 2}}, "and has keep and r"),
         ({"reduction": {"keep": 0}}, "[reduction]: keep=0.0"),
-        ({"reduction": {"target_gmacs": 0}}, "reduction.target_gmacs is 0; it must be above 0"),
+        ({"reduction": {"target_gmacs": 0}}, "reduction.target_gmacs is 0.0; it must be positive"),
         ({"reduction": {"r": -1}}, "reduction.r is -1; it must not be negative"),
         ({"reduction": {"keep": 0.5, "at": [1, 1]}}, "[reduction]: at=(1, 1): name at least one layer"),
         (
