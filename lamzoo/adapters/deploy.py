@@ -73,7 +73,7 @@ def unfuse(model: Model) -> Model:
     Returns:
         The same model.
     """
-    for layer in _layers(model).values():
+    for layer in _layers(unwrap(model)).values():
         layer.unfuse()
     return model
 

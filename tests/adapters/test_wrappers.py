@@ -263,6 +263,7 @@ TAKES_A_MODEL: dict[str, Callable[[Any], object]] = {
     "capture_masks": lambda model: lamzoo.capture_masks(model).__enter__(),
     "evaluate": lambda model: evaluate(model, None),  # type: ignore[arg-type]
     "export_model": lambda model: lamzoo.export_model(model, "model.pt2"),
+    "fuse": lamzoo.fuse,
     "lam_parameters": lambda model: list(lamzoo.lam_parameters(model)),
     "lam_state_dict": lamzoo.lam_state_dict,
     "load_into": lambda model: load_into(model, {}, source="weights"),
@@ -278,6 +279,7 @@ TAKES_A_MODEL: dict[str, Callable[[Any], object]] = {
     "remove_reduction": lamzoo.remove_reduction,
     "save_pretrained": lambda model: lamzoo.save_pretrained(model, "folder"),
     "time_latency": lambda model: time_latency(model, IMAGE),
+    "unfuse": lamzoo.unfuse,
 }
 
 
