@@ -2,6 +2,7 @@
 
 # ruff: noqa: E402 - the environment comes before the imports that read it
 
+import logging
 import os
 import signal
 import tempfile
@@ -30,6 +31,16 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("lamzoo")
+
+
+@pytest.fixture(autouse=True)
+def _log() -> Iterator[None]:
+    """Leaves handlers and level of the library's log as they were, which the command line sets."""
+    logger = logging.getLogger("lamzoo")
+    handlers, level = list(logger.handlers), logger.level
+    yield
+    logger.handlers = handlers
+    logger.setLevel(level)
 
 
 @pytest.fixture(autouse=True)

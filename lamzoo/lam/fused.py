@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from lamzoo.lam import kernels
 from lamzoo.lam.layer import Lam
 from lamzoo.lam.masks import FactoredMask, MaskNetwork
 from lamzoo.lam.resize import Grid
+from lamzoo.reading import parse_csv, read_text
 
 #: Measured times of whole models in both forms, written by ``python -m benchmarks.fused``.
 MEASURED = Path(__file__).with_name("fused.csv")
@@ -315,15 +315,13 @@ class _Measured(NamedTuple):
 
 @cache
 def _measured() -> list[_Measured]:
-    with MEASURED.open(encoding="utf-8", newline="") as file:
-        return [
-            _Measured(
-                row["device"].partition(" ")[0],
-                (int(row["width"]), int(row["columns"]), int(row["tokens"]), int(row["batch"])),
-                float(row["unfused"]) / float(row["fused"]),
-            )
-            for row in csv.DictReader(file)
-        ]
+    (_, columns), *records = parse_csv(read_text(MEASURED, keep_line_ends=True))
+    measured = []
+    for _, cells in records:
+        row = dict(zip(columns, cells, strict=True))
+        sizes = int(row["width"]), int(row["columns"]), int(row["tokens"]), int(row["batch"])
+        measured.append(_Measured(row["device"].partition(" ")[0], sizes, float(row["unfused"]) / float(row["fused"])))
+    return measured
 
 
 @lru_cache(maxsize=1024)

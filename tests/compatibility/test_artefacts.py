@@ -10,13 +10,12 @@ from __future__ import annotations
 import csv
 import importlib
 import json
-import logging
 import os
 import runpy
 import shutil
 import sys
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +46,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def command(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Command]:
+def command(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
     """Runs the command line in that folder and returns what it prints; it has to end well."""
     monkeypatch.chdir(place)
     monkeypatch.setenv("XDG_CACHE_HOME", str(place / "cache"))
     monkeypatch.setenv("PATH", "")  # without Java, which takes seconds
-    logger = logging.getLogger("lamzoo")
-    handlers, level = list(logger.handlers), logger.level
 
     def call(*arguments: object) -> str:
         with pytest.raises(SystemExit) as caught:
@@ -62,8 +59,7 @@ def command(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         assert caught.value.code == 0, err
         return out
 
-    yield call
-    logger.handlers, logger.level = handlers, level
+    return call
 
 
 def unpack(task: str, folder: Path) -> Path:

@@ -7,7 +7,6 @@ import fnmatch
 import hashlib
 import io
 import json
-import logging
 import os
 import resource
 import shlex
@@ -114,8 +113,6 @@ def check(row: Row, place: Path, stock: Stock, capture: pytest.CaptureFixture[st
 
 
 def _run(call: str | Callable[[], Run | None], capture: pytest.CaptureFixture[str]) -> Run:
-    logger = logging.getLogger("lamzoo")
-    handlers, level = list(logger.handlers), logger.level
     try:
         if isinstance(call, str):
             with pytest.raises(SystemExit) as ended:
@@ -130,8 +127,6 @@ def _run(call: str | Callable[[], Run | None], capture: pytest.CaptureFixture[st
         return Run(2, "", f"lamzoo: {error}")
     except LamzooError as error:
         return Run(2, "", f"lamzoo: {' '.join(str(error).split())}")
-    finally:
-        logger.handlers, logger.level = handlers, level
     assert isinstance(code, int)
     return Run(code, *capture.readouterr())
 

@@ -1,10 +1,9 @@
 import csv
 import io
-import logging
 import re
 import sys
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,17 +35,13 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Iterator:
-    logger = logging.getLogger("lamzoo")
-    handlers, level = list(logger.handlers), logger.level
-
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[object, str, str]]:
     def run(*args: object) -> tuple[object, str, str]:
         with pytest.raises(SystemExit) as caught:
             cli.main(["compare", *map(str, args)])
         return (caught.value.code, *capsys.readouterr())
 
-    yield run
-    logger.handlers, logger.level = handlers, level
+    return run
 
 
 def test_all_files_are_written_and_nothing_else(written: Path) -> None:
