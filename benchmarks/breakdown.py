@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import lamzoo
-from benchmarks.rows import read_rows, write_rows
+from benchmarks.rows import measured_on, read_rows, write_rows
 from benchmarks.speed import VARIANTS
 from lamzoo.lam import Lam
 from lamzoo.profiling.inputs import default_input
@@ -183,7 +183,7 @@ def table(rows: Sequence[Row]) -> str:
     sums = [sum(row.share for row in found) for found in of_column.values()]
     lines.append(f"| all | {' | '.join(f'{each:.3f}' for each in sums)} |")
     conditions = {f"{row.model}, {row.device}, {row.threads} threads, float32, torch {row.torch}" for row in rows}
-    return "\n".join(lines) + "\n\nMeasured on: " + "; ".join(sorted(conditions)) + ".\n"
+    return "\n".join(lines) + "\n" + measured_on(conditions)
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from rich.progress import track
 from torch import nn
 
 import lamzoo
-from benchmarks.rows import read_rows, write_rows
+from benchmarks.rows import measured_on, read_rows, with_quartiles, write_rows
 from lamzoo.data import create_dataset
 from lamzoo.evaluation import evaluate
 from lamzoo.profiling.inputs import default_input
@@ -112,7 +112,7 @@ def table(rows: Sequence[Row]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        ratio = "" if row.ratio is None else f"{row.ratio:.2f} ({row.ratio_q1:.2f}-{row.ratio_q3:.2f})"
+        ratio = "" if row.ratio is None else with_quartiles(row.ratio, row.ratio_q1, row.ratio_q3)
         difference = "" if row.max_difference is None else f"{row.max_difference:.1g}"
         lines.append(
             f"| `{row.model}` | {row.tokens} | {row.program} | {row.gmacs:.4f} | {row.mib:.1f} "
@@ -121,7 +121,7 @@ def table(rows: Sequence[Row]) -> str:
     conditions = {
         f"{row.data}, {row.split} split; {row.device}, {row.threads} threads, torch {row.torch}" for row in rows
     }
-    return "\n".join(lines) + "\n\nMeasured on: " + "; ".join(sorted(conditions)) + ".\n"
+    return "\n".join(lines) + "\n" + measured_on(conditions)
 
 
 def main() -> None:

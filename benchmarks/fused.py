@@ -26,7 +26,7 @@ from rich.progress import track
 from torch import nn
 
 import lamzoo
-from benchmarks.rows import read_rows, write_rows
+from benchmarks.rows import measured_on, read_rows, with_quartiles, write_rows
 from lamzoo import LamConfig
 from lamzoo.lam.fused import MEASURED, FusedAttention, pinned_form
 from lamzoo.profiling.inputs import default_input
@@ -143,12 +143,12 @@ def table(rows: Sequence[Row]) -> str:
     lines = ["| model | rank | batch | unfused | fused | form taken | ms |", "|---" * 7 + "|"]
     for row in rows:
         cells = (
-            f"{getattr(row, form):.2f} ({getattr(row, f'{form}_q1'):.2f}-{getattr(row, f'{form}_q3'):.2f})"
-            for form in ("unfused", "fused")
+            with_quartiles(row.unfused, row.unfused_q1, row.unfused_q3),
+            with_quartiles(row.fused, row.fused_q1, row.fused_q3),
         )
         lines.append(f"| {row.model} | {row.rank} | {row.batch} | {' | '.join(cells)} | {row.form} | {row.ms:.1f} |")
-    conditions = sorted({f"{row.device}, {row.threads} threads, float32, torch {row.torch}" for row in rows})
-    return "\n".join(lines) + "\n\nMeasured on: " + "; ".join(conditions) + ".\n"
+    conditions = {f"{row.device}, {row.threads} threads, float32, torch {row.torch}" for row in rows}
+    return "\n".join(lines) + "\n" + measured_on(conditions)
 
 
 def main() -> None:

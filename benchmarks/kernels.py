@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lamzoo
-from benchmarks.rows import read_rows, write_rows
+from benchmarks.rows import measured_on, read_rows, with_quartiles, write_rows
 from lamzoo.lam import available_backends
 from lamzoo.lam.config import Heads
 from lamzoo.lam.ops import OPS, Op
@@ -206,14 +206,14 @@ def table(rows: Sequence[Row]) -> str:
     for op, rank, heads_, backend in dict.fromkeys((row.op, row.rank, row.heads, row.backend) for row in rows):
         of_line = [row for row in rows if (row.op, row.rank, row.heads, row.backend) == (op, rank, heads_, backend)]
         found = {
-            (row.tokens, row.batch, row.mode): f"{row.ratio:.2f} ({row.first_quartile:.2f}-{row.third_quartile:.2f}), "
-            f"{row.peak_mib:.0f} MiB"
+            (row.tokens, row.batch, row.mode): with_quartiles(row.ratio, row.first_quartile, row.third_quartile)
+            + f", {row.peak_mib:.0f} MiB"
             for row in of_line
         }
         cells = " | ".join(found.get(column, "") for column in columns)
         lines.append(f"| {op}, {heads_} | {rank} | `{backend}` | {cells} |")
     conditions = {f"{row.hardware}, {row.threads} threads, {row.dtype}, torch {row.torch}" for row in rows}
-    return "\n".join(lines) + "\n\nMeasured on: " + "; ".join(sorted(conditions)) + ".\n"
+    return "\n".join(lines) + "\n" + measured_on(conditions)
 
 
 def _in_fresh_process(context: BaseContext, problem: Problem, masked: bool) -> float:

@@ -43,7 +43,7 @@ from torch.nn import functional as F
 import lamzoo
 from benchmarks.methods import ALL, METHODS, OURS, PEERS, Samples
 from benchmarks.reduction_figure import DRAWN, draw
-from benchmarks.rows import measured_on, read_rows, write_rows
+from benchmarks.rows import measured_on, read_rows, with_quartiles, write_rows
 from lamzoo.data import create_dataset
 from lamzoo.data.arrays import read_npy
 from lamzoo.data.json_files import read_json
@@ -668,7 +668,7 @@ def time_table(rows: Sequence[TimeRow]) -> str:
             (row.images, row.threads),
             f"{_counted(row.images, 'image')}, {_counted(row.threads, 'thread')}",
         ),
-        lambda row: f"{row.ratio:.2f} ({row.ratio_q1:.2f}-{row.ratio_q3:.2f})",
+        lambda row: with_quartiles(row.ratio, row.ratio_q1, row.ratio_q3),
     )
     return lines + measured_on(f"{row.device}, {row.dtype}, torch {row.torch}" for row in rows)
 

@@ -30,3 +30,8 @@ def measured_on(conditions: Iterable[str]) -> str:
     """Returns the line below a table that names each condition of its rows once; nothing if there are no rows."""
     found = sorted(set(conditions))
     return f"\nMeasured on: {'; '.join(found)}.\n" if found else ""
+
+
+def with_quartiles(ratio: float, first: float, third: float) -> str:
+    """Returns a cell with a median ratio and its first and third quartile."""
+    return f"{ratio:.2f} ({first:.2f}-{third:.2f})"

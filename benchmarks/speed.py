@@ -36,7 +36,7 @@ import lamzoo
 from benchmarks.methods import METHODS, Variants
 from benchmarks.peers import applied
 from benchmarks.peers.tome import ToMe
-from benchmarks.rows import read_rows, write_rows
+from benchmarks.rows import measured_on, read_rows, with_quartiles, write_rows
 from lamzoo import LamConfig
 from lamzoo.profiling.inputs import default_input
 from lamzoo.profiling.latency import device_label, time_call
@@ -220,12 +220,11 @@ def table(rows: Sequence[Row]) -> str:
         gmacs = next(iter(found.values())).gmacs_ratio
         lines.append(f"| {variant} | {gmacs:.2f} | {' | '.join(cells)} |")
     conditions = {f"{row.model}, {row.device}, {row.threads} threads, float32, torch {row.torch}" for row in rows}
-    return "\n".join(lines) + "\n\nMeasured on: " + "; ".join(sorted(conditions)) + ".\n"
+    return "\n".join(lines) + "\n" + measured_on(conditions)
 
 
 def _cell(row: Row) -> str:
-    spread = f" ({row.ratio_q1:.2f}-{row.ratio_q3:.2f})" if row.pairs > 1 else ""
-    return f"{row.ratio:.2f}{spread}"
+    return with_quartiles(row.ratio, row.ratio_q1, row.ratio_q3) if row.pairs > 1 else f"{row.ratio:.2f}"
 
 
 def main() -> None:

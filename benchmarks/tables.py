@@ -19,6 +19,7 @@ from benchmarks import breakdown, exported, features, finetuning, kernels, reduc
 from benchmarks.ablation.run import HERE
 from benchmarks.ablation.table import table as ablation
 from benchmarks.methods import ALL, OURS, PEERS
+from benchmarks.rows import measured_on
 from benchmarks.rows import read_rows as read_lines
 from lamzoo.profiling.results import BenchRow, read_rows
 from lamzoo.reading import read_text
@@ -156,7 +157,7 @@ def _benched(path: Path, more: Mapping[str, Callable[[BenchRow], str]], rate: st
     lines = _header("", *more, "params (M)", "mask params (M)", "GMACs", "mask GMACs",
                     "latency (ms)", "vs. plain", rate, "vs. plain", "peak (MiB)")  # fmt: skip
     lines += [_line(f"`{row.name}`", *(cell(row) for cell in more.values()), *_cost(row)) for row in rows]
-    return "\n".join(lines) + "\n\n" + _conditions(rows)
+    return "\n".join(lines) + "\n" + _conditions(rows)
 
 
 def _measured(path: Path) -> list[BenchRow]:
@@ -178,11 +179,10 @@ def _cost(row: BenchRow) -> list[str]:
 
 
 def _conditions(rows: Iterable[BenchRow]) -> str:
-    found = {
+    return measured_on(
         f"{row.device}, {row.threads} threads, {row.dtype}, {row.mode}, torch {row.torch}, timm {row.timm}"
         for row in rows
-    }
-    return "Measured on: " + "; ".join(sorted(found)) + ".\n"
+    )
 
 
 def _header(*names: str) -> list[str]:

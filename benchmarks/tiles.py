@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import lamzoo.lam.kernels.triton as backend
-from benchmarks.rows import read_rows, write_rows
+from benchmarks.rows import measured_on, read_rows, write_rows
 from lamzoo.lam.ops import Op
 from lamzoo.profiling.latency import device_label
 
@@ -138,8 +138,8 @@ def table(rows: list[Row]) -> str:
     total = forward.ms + queries.ms + keys.ms  # both backward rows hold PyTorch's total backward time
     times = _times(total, forward.sdpa_ms + queries.sdpa_ms, forward.flash_ms + queries.flash_ms)
     lines.append(f"| all three | mul | 17 | | {times} |")
-    conditions = sorted({f"{row.hardware}, bfloat16, torch {row.torch}, triton {row.triton}" for row in rows})
-    return "\n".join(lines) + "\n\nMeasured on: " + "; ".join(conditions) + ".\n"
+    conditions = {f"{row.hardware}, bfloat16, torch {row.torch}, triton {row.triton}" for row in rows}
+    return "\n".join(lines) + "\n" + measured_on(conditions)
 
 
 def _times(ms: float, sdpa_ms: float, flash_ms: float) -> str:

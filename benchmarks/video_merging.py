@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import lamzoo
-from benchmarks.rows import measured_on, read_rows, write_rows
+from benchmarks.rows import measured_on, read_rows, with_quartiles, write_rows
 from lamzoo.data.captions import create_caption_dataset
 from lamzoo.data.retrieval import create_retrieval_dataset
 from lamzoo.data.retrieval.clips import Clips, each_frame, pad_clips
@@ -307,7 +307,7 @@ def time_table(rows: Sequence[TimeRow]) -> str:
 
 
 def _ratio(row: TimeRow) -> str:
-    return f"{row.ratio:.2f} ({row.ratio_q1:.2f}-{row.ratio_q3:.2f})"
+    return with_quartiles(row.ratio, row.ratio_q1, row.ratio_q3)
 
 
 def _machine(row: TimeRow) -> str:

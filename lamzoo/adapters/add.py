@@ -34,8 +34,8 @@ def add_lam(model: Model, config: LamConfig | Mapping[str, Any] | bool | None = 
 
     Supports timm's vision transformers, open_clip's towers, the models of Hugging Face transformers that use its
     ``AttentionInterface``, and every ``torch.nn.MultiheadAttention``, those of torch's own transformer layers included.
-    The state-dict keys of the host don't change; those of the masks contain
-    ``.lam.``. With the default ``init="identity"`` the outputs of the model don't change until the masks are trained.
+    The state-dict keys of the host don't change; those of the masks contain ``.lam.``. With the default
+    ``init="identity"`` the outputs of the model don't change until the masks are trained.
 
     Args:
         model: the host, possibly wrapped by ``torch.compile``, which recompiles it, or ``nn.DataParallel``.
