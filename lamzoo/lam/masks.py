@@ -41,10 +41,6 @@ class FactoredMask(NamedTuple):
         """Returns the mask with detached factors."""
         return FactoredMask(self.left.detach(), self.right.detach())
 
-    def plus(self, other: FactoredMask) -> FactoredMask:
-        """Returns ``M + M'`` for another mask, with the factors of both side by side."""
-        return FactoredMask(*(torch.cat(_expanded(*pair), dim=-1) for pair in zip(self, other, strict=True)))
-
     def importance(self, queries: Tensor | None = None) -> Tensor:
         """Computes each key's mean mask value over the queries in O(N R), without building ``M``.
 
@@ -343,11 +339,6 @@ def _drop_dead_bias(network: nn.Module, state_dict: MutableMapping[str, Tensor],
     if key in state_dict:
         del state_dict[key]
         _logger.info("%s left out: a bias that all keys of an additive mask share changes nothing", key)
-
-
-def _expanded(one: Tensor, other: Tensor) -> list[Tensor]:
-    shape = torch.broadcast_shapes(one.shape[:-1], other.shape[:-1])
-    return [factor.expand(*shape, -1) for factor in (one, other)]
 
 
 def _linear_relu(*widths: int) -> nn.Sequential:

@@ -17,36 +17,42 @@ class TokenMap:
         kept: int64 ``(B, K)``, the token whose place each remaining token takes.
         into: int64 ``(B, length)``, the remaining token that each token is averaged into; None where tokens are only
             selected: the others leave.
-        shares: float ``(B, length)``, weight of each token in that average; those of a remaining token sum to one.
-            None exactly where ``into`` is.
+        weights: float ``(B, length)``, of each token in that average; None where all are one.
+        totals: float ``(B, K)``, sums of these weights, none of them 0; None where all are one, as of a new order.
     """
 
     length: int
     kept: Tensor
     into: Tensor | None = None
-    shares: Tensor | None = None
+    weights: Tensor | None = None
+    totals: Tensor | None = None
 
     @classmethod
     def averaging(cls, kept: Tensor, into: Tensor, weights: Tensor) -> TokenMap:
-        """Returns the map that averages tokens, by weights that need not sum to one.
+        """Returns the map that averages tokens by weights.
 
         Args:
             kept: int64 ``(B, K)``.
             into: int64 ``(B, length)``.
             weights: float ``(B, length)``, at least 0; a remaining token whose weights are all 0 becomes zero.
         """
-        total = weights.new_zeros(kept.shape).scatter_add(1, into, weights)
-        total = total.clamp_min(torch.finfo(weights.dtype).tiny)
-        return cls(into.shape[1], kept, into, weights / total.gather(1, into))
+        totals = weights.new_zeros(kept.shape).scatter_add(1, into, weights)
+        return cls(into.shape[1], kept, into, weights, totals.clamp_min(torch.finfo(weights.dtype).tiny))
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """Maps ``(B, length, C)`` to ``(B, K, C)``, in the same dtype."""
+        """Maps ``(B, length, C)`` to ``(B, K, C)``, in the same dtype; averages are taken in float32 at least."""
         if self.into is None:
             return take(tokens, self.kept)
-        assert self.shares is not None
-        weighted = tokens * self.shares.unsqueeze(-1).to(tokens.dtype)
+        sums = self.sums(tokens.to(torch.promote_types(tokens.dtype, torch.float32)))
+        return (sums if self.totals is None else sums / self.totals.unsqueeze(-1)).to(tokens.dtype)
+
+    def sums(self, tokens: Tensor) -> Tensor:
+        """Returns the sums of which an averaging map takes the averages, ``(B, K, C)`` of ``(B, length, C)``."""
+        assert self.into is not None
+        if self.weights is not None:
+            tokens = tokens * self.weights.unsqueeze(-1)
         few = tokens.new_zeros(self.kept.numel(), tokens.shape[-1])
-        few = few.index_add(0, _rows(self.into, self.kept.shape[1]), weighted.flatten(0, 1))
+        few = few.index_add(0, _rows(self.into, self.kept.shape[1]), tokens.flatten(0, 1))
         return few.unflatten(0, self.kept.shape)
 
     def factor(self, factor: Tensor) -> Tensor:
@@ -60,10 +66,14 @@ class TokenMap:
         kept = self.kept.gather(1, later.kept)
         if self.into is None and later.into is None:
             return TokenMap(self.length, kept)
-        (into, shares), (later_into, later_shares) = self._averages(), later._averages()
-        return TokenMap(
-            self.length, kept, later_into.gather(1, into), shares * later_shares.to(shares.dtype).gather(1, into)
-        )
+        before, after = self._averaging(), later._averaging()
+        assert before.into is not None
+        assert after.into is not None
+        weights = before.weights
+        if after.weights is not before.totals:  # where tokens weigh as many as they are made of, they stay
+            share = _or_ones(after.weights, after.into) / _or_ones(before.totals, before.kept)
+            weights = _or_ones(weights, before.into) * share.gather(1, before.into)
+        return TokenMap(self.length, kept, after.into.gather(1, before.into), weights, after.totals)
 
     def spread(self, tokens: Tensor) -> Tensor:
         """Gives each token before an averaging map the remaining one that it is part of, ``(B, length, C)``."""
@@ -72,18 +82,18 @@ class TokenMap:
 
     def places(self) -> Tensor:
         """Returns the remaining token that each token is part of, int64 ``(B, length)``; -1 for those that leave."""
-        into, shares = self._averages()
-        return into.masked_fill(shares == 0, -1)
+        averaging = self._averaging()
+        assert averaging.into is not None
+        return averaging.into if averaging.weights is None else averaging.into.masked_fill(averaging.weights == 0, -1)
 
-    def _averages(self) -> tuple[Tensor, Tensor]:
-        """Returns ``into`` and ``shares``; a token that leaves has share 0 in the first remaining one."""
+    def _averaging(self) -> TokenMap:
+        """Returns the same map with ``into``: a token that leaves has weight 0 in the first remaining one."""
         if self.into is not None:
-            assert self.shares is not None
-            return self.into, self.shares
+            return self
         places = torch.arange(self.kept.shape[1], device=self.kept.device).expand_as(self.kept)
         into = places.new_zeros(self.kept.shape[0], self.length).scatter(1, self.kept, places)
-        shares = torch.zeros(into.shape, device=into.device).scatter(1, self.kept, 1.0)
-        return into, shares
+        weights = torch.zeros(into.shape, device=into.device).scatter(1, self.kept, 1.0)
+        return TokenMap(self.length, self.kept, into, weights)
 
 
 def take(tokens: Tensor, index: Tensor) -> Tensor:
@@ -95,5 +105,10 @@ def take(tokens: Tensor, index: Tensor) -> Tensor:
 
 def _rows(index: Tensor, length: int) -> Tensor:
     """Returns the rows of a batch of ``length`` tokens a sample that ``index (B, K)`` names, ``(B K,)``."""
-    first = torch.arange(0, index.shape[0] * length, length, device=index.device)
-    return (index + first.unsqueeze(1)).flatten()
+    if index.shape[0] > 1:
+        index = index + torch.arange(0, index.shape[0] * length, length, device=index.device).unsqueeze(1)
+    return index.flatten()
+
+
+def _or_ones(weights: Tensor | None, like: Tensor) -> Tensor:
+    return torch.ones(like.shape, device=like.device) if weights is None else weights

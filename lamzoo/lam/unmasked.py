@@ -7,6 +7,7 @@ from typing import Any, Unpack
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lamzoo.lam.config import Sign
 from lamzoo.lam.kernels.sdpa import merged_mask
 from lamzoo.lam.layer import AttentionOptions, EagerAttention
 from lamzoo.lam.masks import FactoredMask
@@ -81,25 +82,31 @@ class Unmasked(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Attends and returns the weights; arguments and result as :meth:`lamzoo.lam.Lam.attend_with_weights`."""
         sizes = self.shared.current.sizes
-        if sizes is None:
-            sizes = key.new_ones(key.shape[0], key.shape[2])
+        logs = key.new_zeros(key.shape[0], key.shape[2]) if sizes is None else log_sizes(sizes).to(key.dtype)
+        right = logs[:, None, :, None]
         eager = EagerAttention()
-        out = eager(query, key, value, size_factors(query.shape[2], sizes), op="add", **options)
+        mask = FactoredMask(right.new_ones(right.shape[0], 1, query.shape[2], 1), right)
+        out = eager(query, key, value, mask, op="add", **options)
         return out, eager.calls[0][1]
 
 
 _HIDDEN = -1000.0  # on a score: the weight is 0 in every dtype, and unlike -inf it has gradients in folded kernels
 
 
-def size_factors(num_queries: int, sizes: Tensor) -> FactoredMask:
-    """Returns the additive mask of the logarithms of the keys' sizes.
+def log_sizes(sizes: Tensor) -> Tensor:
+    """Returns what sizes ``(B, Nk)``, of which 0 hides a key, add to the scores of their keys."""
+    return sizes.log().clamp_min(_HIDDEN)
+
+
+def count_members(mask: FactoredMask, sizes: Tensor, sign: Sign) -> FactoredMask:
+    """Returns an additive mask plus the logarithms of the keys' sizes.
+
+    It is as wide as before: the last column of a free query factor is 1, and the columns of a positive one sum to 1.
 
     Args:
-        num_queries: Nq.
-        sizes: ``(B, Nk)``, float; 0 hides a key.
-
-    Returns:
-        Factors ``(B, 1, Nq, 1)`` and ``(B, 1, Nk, 1)``, in the dtype of ``sizes``.
+        mask: of a :class:`~lamzoo.lam.masks.MaskNetwork`.
+        sizes: float ``(B, Nk)``; 0 hides a key.
+        sign: of the mask's configuration.
     """
-    right = sizes.log().clamp_min(_HIDDEN)[:, None, :, None]
-    return FactoredMask(right.new_ones(right.shape[0], 1, num_queries, 1), right)
+    logs = log_sizes(sizes).to(mask.right.dtype)[:, None, :, None]
+    return mask._replace(right=mask.right + (F.pad(logs, (mask.right.shape[-1] - 1, 0)) if sign == "free" else logs))

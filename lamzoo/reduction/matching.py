@@ -40,11 +40,10 @@ def match(
         least, partner = least_costs(tokens[:, patches], None if sizes is None else sizes[:, patches], rows)
         leaves = least.topk(count, dim=-1, largest=False, sorted=False).indices
         target = partner.gather(1, leaves) * 2 + (num_prefix_tokens + 1)
-        if sizes is None:
-            sizes = torch.ones(tokens.shape[:2], device=tokens.device)
         kept, into = without(leaves * 2 + num_prefix_tokens, target, tokens.shape[1])
-        few = torch.zeros(kept.shape, device=tokens.device).scatter_add(1, into, sizes)
-        return TokenMap(tokens.shape[1], kept, into, sizes / few.gather(1, into)), few
+        ones = torch.ones(tokens.shape[:2], device=tokens.device) if sizes is None else sizes
+        few = torch.zeros(kept.shape, device=tokens.device).scatter_add(1, into, ones)
+        return TokenMap(tokens.shape[1], kept, into, sizes, few), few
 
 
 def match_padded(
@@ -94,13 +93,14 @@ def merged(tokens: Tensor, token_map: TokenMap) -> Tensor:
     The average of vectors of different directions is shorter than they are; merged tokens would shrink from layer to
     layer.
     """
+    assert token_map.totals is not None
     dtype = torch.promote_types(tokens.dtype, torch.float32)  # norms of half-precision tokens overflow
     norms = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True, dtype=dtype)
-    few, norms = token_map(torch.cat((tokens.to(dtype), norms), dim=-1)).split((tokens.shape[-1], 1), dim=-1)
-    lengths = torch.linalg.vector_norm(few, dim=-1, keepdim=True)
+    sums, norms = token_map.sums(torch.cat((tokens.to(dtype), norms), dim=-1)).split((tokens.shape[-1], 1), dim=-1)
+    lengths = torch.linalg.vector_norm(sums, dim=-1, keepdim=True)
     # Opposite tokens average to nothing, and no factor gives that a length.
-    scale = norms / lengths.maximum(norms / _LONGEST).clamp_min(torch.finfo(dtype).tiny)
-    return (few * scale).to(tokens.dtype)
+    lengths = lengths.maximum(norms / _LONGEST) * token_map.totals.unsqueeze(-1)
+    return (sums * (norms / lengths.clamp_min(torch.finfo(dtype).tiny))).to(tokens.dtype)
 
 
 def least_costs(
@@ -119,10 +119,11 @@ def least_costs(
     """
     pairs = None if present is None else present[:, ::2, None] & present[:, None, 1::2]
     tokens = tokens.detach().float()
-    if rows is None:
-        cost = _distances(tokens)
-    else:
-        cost = _over_mean(tokens, 1.0, pairs) + _over_mean(rows.detach().float(), MASK_WEIGHT, pairs)
+    cost, squares = _distances(tokens)
+    if rows is not None:
+        seen, their_squares = _distances(rows.detach().float())
+        ratio = _mean(cost, squares, pairs) / _mean(seen, their_squares, pairs)
+        cost = torch.addcmul(cost, seen, ratio, value=MASK_WEIGHT)
     if sizes is not None:
         inverse = sizes.reciprocal()
         cost = cost / (inverse[:, ::2, None] + inverse[:, None, 1::2])
@@ -150,23 +151,22 @@ def without(gone: Tensor, target: Tensor, length: int) -> tuple[Tensor, Tensor]:
     return kept, into.scatter(1, gone, into.gather(1, target))
 
 
-def _distances(tokens: Tensor) -> Tensor:
-    """Returns the squared distances of even to odd tokens, ``(B, Ne, No)`` of ``(B, N, C)``."""
+def _distances(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the squared distances of even to odd tokens, ``(B, Ne, No)`` of ``(B, N, C)``, and the squared norms."""
     squares = tokens.square().sum(-1)
     sums = squares[:, ::2, None] + squares[:, None, 1::2]
-    return torch.baddbmm(sums, tokens[:, ::2], tokens[:, 1::2].transpose(1, 2), alpha=-2)
+    return torch.baddbmm(sums, tokens[:, ::2], tokens[:, 1::2].transpose(1, 2), alpha=-2), squares
 
 
-def _over_mean(tokens: Tensor, weight: float, pairs: Tensor | None = None) -> Tensor:
-    """Returns the distances over their mean in each sample, of bool ``pairs (B, Ne, No)`` or of all, times a weight."""
-    distances = _distances(tokens)
+def _mean(distances: Tensor, squares: Tensor, pairs: Tensor | None) -> Tensor:
+    """Returns the mean distance in each sample, of bool ``pairs (B, Ne, No)`` or of all, ``(B, 1, 1)``; never 0."""
     if pairs is None:
         mean = distances.mean(dim=(1, 2), keepdim=True)
     else:
         mean = (distances * pairs).sum(dim=(1, 2), keepdim=True) / pairs.sum(dim=(1, 2), keepdim=True).clamp_min(1)
     # Where all tokens are equal, their distances are rounding errors, which the mean would make large.
-    least = 2 * _ROUNDING * tokens.square().sum(-1).mean(dim=1)
-    return distances * (weight / mean.maximum(least[:, None, None]).clamp_min(torch.finfo(distances.dtype).tiny))
+    mean = torch.add(mean, squares.mean(dim=1)[:, None, None], alpha=2 * _ROUNDING)
+    return mean.clamp_min(torch.finfo(distances.dtype).tiny)
 
 
 def full_precision(tokens: Tensor) -> AbstractContextManager[object]:

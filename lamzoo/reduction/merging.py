@@ -17,6 +17,7 @@ Modifications to the host:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Unpack
 
 import torch
@@ -26,11 +27,12 @@ from lamzoo.adapters.hosts import ADAPTERS, Pooling
 from lamzoo.adapters.wrappers import unwrap
 from lamzoo.errors import ConfigError, UnsupportedHostError, class_name
 from lamzoo.lam import FactoredMask, Lam, SharedState
+from lamzoo.lam.config import Sign
 from lamzoo.lam.layer import AttentionOptions
 from lamzoo.lam.ops import Op
 from lamzoo.lam.passes import Merge, StackPass
 from lamzoo.lam.token_map import TokenMap, take
-from lamzoo.lam.unmasked import Unmasked, size_factors
+from lamzoo.lam.unmasked import Unmasked, count_members, log_sizes
 from lamzoo.reduction.config import TokenReduction
 from lamzoo.reduction.matching import match, match_padded, merged
 from lamzoo.reduction.plan import checkerboard, merges_by_length, merges_per_layer
@@ -56,17 +58,20 @@ def attend_by_sizes(
     mask: FactoredMask,
     *,
     op: Op,
+    sign: Sign,
     **options: Unpack[AttentionOptions],
 ) -> Tensor:
-    """Attends under a mask, where a key counts as often as it has members; an attention hook of a masked layer."""
-    if begun.sizes is None:
-        return attention(query, key, value, mask, op=op, **options)
-    sized = size_factors(query.shape[2], begun.sizes.to(mask.left.dtype))
-    if op == "add":
-        return attention(query, key, value, mask.plus(sized), op=op, **options)
-    bias, logs = options.get("bias"), sized.right.transpose(-2, -1)
-    options["bias"] = logs if bias is None else bias + logs
+    """Attends under a mask, where a key counts as often as it has members; a layer's attention hook, given its sign."""
+    if begun.sizes is not None:
+        if op == "add":
+            mask = count_members(mask, begun.sizes, sign)
+        else:
+            bias, logs = options.get("bias"), log_sizes(begun.sizes).to(mask.left.dtype)[:, None, None]
+            options["bias"] = logs if bias is None else bias + logs
     return attention(query, key, value, mask, op=op, **options)
+
+
+_DEEP = 8  # blocks, from which on tokens merge in every second one
 
 
 class _MergeTokens(ReductionHook):
@@ -160,8 +165,7 @@ class _MergeTokens(ReductionHook):
         if order is None:
             return tokens
         places = order.expand(tokens.shape[0], -1)  # both ways, as each pair swaps
-        ones = torch.ones(places.shape, device=tokens.device)
-        self.shared.reduce(TokenMap(tokens.shape[1], places, places, ones))
+        self.shared.reduce(TokenMap(tokens.shape[1], places, places))
         return tokens.index_select(1, order)
 
 
@@ -282,7 +286,7 @@ def merge(model: nn.Module, config: TokenReduction) -> None:
     lams = stack.lams
     shared = lams[0].shared if lams else SharedState()
     for lam in lams:
-        lam.attention_hook = attend_by_sizes
+        lam.attention_hook = partial(attend_by_sizes, sign=lam.config.sign)
     sites = find_stack(model, masked=False, verb="merged").sites
     for index, (site, adapter) in enumerate(sites.items()):
         adapter.wrap(model, {site: Unmasked(shared, index, is_last=index == len(sites) - 1)})
@@ -315,7 +319,8 @@ def merging_layers(stack: Stack, config: TokenReduction) -> list[int]:
             "read, so that merging saves nothing; leave it out, or give keep=1."
         )
     if config.at is None:
-        return possible
+        # A merge takes as long for few tokens as for many; half as many merges of twice the size are about as good.
+        return possible[::2] if len(stack.blocks) >= _DEEP else possible
     if config.at[-1] not in possible:
         raise ConfigError(
             f"at={config.at}: tokens can merge in layers 0 to {possible[-1]} of {stack.pooling.blocks}, counted from 0."

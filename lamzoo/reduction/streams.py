@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -161,7 +162,7 @@ def merge(model: nn.Module, path: str, config: TokenReduction) -> None:
     remove_reduction(model)
     shared = lams[0].shared if lams else SharedState()
     for lam in lams:
-        lam.attention_hook = attend_by_sizes
+        lam.attention_hook = partial(attend_by_sizes, sign=lam.config.sign)
     if not lams:
         adapter = MultiheadAttentionAdapter()
         sites = list(adapter.sites(encoder))
