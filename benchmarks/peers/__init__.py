@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal, Self, Unpack
 
@@ -22,12 +22,13 @@ from torch.nn import functional as F
 import lamzoo
 from lamzoo.errors import ConfigError, UnsupportedHostError, class_name
 from lamzoo.lam import FactoredMask, Lam, SharedState
+from lamzoo.lam.config import Sign
 from lamzoo.lam.layer import AttentionOptions
 from lamzoo.lam.ops import OPS, Op
 from lamzoo.lam.passes import StackPass
 from lamzoo.lam.token_map import TokenMap, take
 from lamzoo.reduction.matching import full_precision
-from lamzoo.reduction.merging import attend_by_sizes
+from lamzoo.reduction.merging import AttendBySizes
 
 __all__ = ["Peer", "Reduction", "Seen", "applied", "mean_gmacs"]
 
@@ -233,7 +234,9 @@ def applied(model: Any, peer: Peer) -> Iterator[Any]:
             stack.enter_context(_replaced(block, "forward", partial(run.forward, index, block)))
             stack.callback(block.attn.qkv.register_forward_hook(run.note).remove)
             if hasattr(block.attn, "lam"):
-                stack.enter_context(_replaced(block.attn.lam, "attention_hook", run.attend))
+                stack.enter_context(
+                    _replaced(block.attn.lam, "attention_hook", partial(run.attend, block.attn.lam.config.sign))
+                )
         yield model
 
 
@@ -289,6 +292,7 @@ class _Run:
 
     def attend(
         self,
+        sign: Sign,
         attention: Callable[..., Tensor],
         begun: StackPass,
         query: Tensor,
@@ -299,9 +303,10 @@ class _Run:
         op: Op,
         **options: Unpack[AttentionOptions],
     ) -> Tensor:
-        """Attention hook of masked layers: makes attention proportional to the sizes."""
+        """Attention hook of layers with masks of a sign: makes attention proportional to the sizes."""
         self.mask, self.op = mask, op
-        return attend_by_sizes(attention, replace(begun, sizes=self.sizes), query, key, value, mask, op=op, **options)
+        sized = begun.but(sizes=self.sizes)
+        return AttendBySizes(sign)(attention, sized, query, key, value, mask, op=op, **options)
 
     def reduce(self, index: int, attn: Any, tokens: Tensor) -> Tensor:
         """Reduces the tokens ``(B, N, C)`` of a layer, and with them the masks of the layers that follow."""

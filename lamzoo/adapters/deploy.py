@@ -11,6 +11,7 @@ from lamzoo.adapters.hosts import HostTakeover
 from lamzoo.adapters.state import few, masks_of
 from lamzoo.adapters.wrappers import host_path, is_sharded, unwrap
 from lamzoo.errors import UnsupportedHostError, class_name
+from lamzoo.lam import Lam
 
 _logger = logging.getLogger(__name__)
 
@@ -24,8 +25,11 @@ def fuse(model: Model) -> Model:
     the rest: outputs differ by rounding only. Layers take this form in evaluation mode without gradients
     (``torch.inference_mode()``, ``torch.no_grad()``, or frozen parameters), where it is the faster one by stored
     measurements (``python -m benchmarks.fused``); otherwise they compute as before. They also compute as before while
-    they get an attention mask, masks are captured, tokens are merged or pruned, or a backend is pinned by
-    :func:`lamzoo.attention_backend`.
+    they get an attention mask, masks are captured, or a backend is pinned by :func:`lamzoo.attention_backend`.
+
+    Tokens may be merged or pruned, before or after this call: merged tokens count by their sizes in the fused form, and
+    only the layers that score tokens for pruning compute as before. A rounding error may decide between two merges of
+    almost equal cost.
 
     A layer has a fused form if its mask is additive and of ``hidden=()``, and queries, keys and values come from one
     plain linear layer; other layers stay as they are, which the log says.
@@ -86,10 +90,17 @@ def is_fused(model: nn.Module) -> bool:
 def fuse_layers(model: nn.Module) -> dict[str, str]:
     """Gives the layers their fused form that have one; returns the reasons of the others by path."""
     left = {}
-    for path, layer in _layers(model).items():
-        if (reason := layer.fuse().no_fused_form()) is not None:
-            left[path] = reason
+    for path, module in model.named_modules():
+        if isinstance(module, HostTakeover):
+            reason = module.fuse().no_fused_form()
+        else:
+            reason = _OF_HOST if isinstance(getattr(module, "lam", None), Lam) else None
+        if reason is not None:
+            left[host_path(path)] = reason
     return left
+
+
+_OF_HOST = "the host computes queries, keys and values, and calls lamzoo for the attention alone"
 
 
 def _layers(model: nn.Module) -> dict[str, HostTakeover]:

@@ -372,11 +372,11 @@ class HostTakeover(nn.Module):
     def attend_fused(self, tokens: torch.Tensor, between: Between | None = None) -> torch.Tensor | None:
         """Attends in the fused form, if the layer has one that is the faster one and may be taken.
 
-        It may be taken in evaluation mode, unless gradients of parameters are wanted, masks are captured or tokens are
-        reduced. Weights that have changed are copied first.
+        It may be taken in evaluation mode, unless gradients of parameters are wanted, masks are captured or the
+        attention has a hook that needs its inputs. Weights that have changed are copied first.
 
         Args:
-            tokens: ``(B, N, C)``, of which queries, keys and values are made.
+            tokens: ``(B, N, C)``, of which queries, keys and values are made; of the queries where tokens merge.
             between: changes queries and keys, ``(B, H, N, d)`` each, before they attend.
 
         Returns:
@@ -385,7 +385,8 @@ class HostTakeover(nn.Module):
         if self.training or "fused" not in self._modules:
             return None
         lam: Any = self.lam
-        if lam.recorder is not None or lam.attention_hook is not None:
+        hook = lam.attention_hook
+        if lam.recorder is not None or (hook is not None and not getattr(hook, "fusible", False)):
             return None
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters()):
             return None

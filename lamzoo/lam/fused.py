@@ -16,7 +16,9 @@ from torch.nn import functional as F
 from lamzoo.lam import kernels
 from lamzoo.lam.layer import Lam
 from lamzoo.lam.masks import FactoredMask, MaskNetwork
+from lamzoo.lam.passes import StackPass
 from lamzoo.lam.resize import Grid
+from lamzoo.lam.unmasked import log_sizes
 from lamzoo.reading import parse_csv, read_text
 
 #: Measured times of whole models in both forms, written by ``python -m benchmarks.fused``.
@@ -101,79 +103,86 @@ class FusedAttention(nn.Module):
     def forward(self, tokens: Tensor, lam: Lam, between: Between | None = None) -> Tensor:
         """Attends.
 
+        Keys count as often as they have members, where tokens have merged (arXiv 2210.09461, equation 1).
+
         Args:
-            tokens: ``(B, N, C)``, of which queries, keys, values and mask are made.
+            tokens: ``(B, N, C)``, of which queries, keys, values and mask are made; where tokens merge in this layer,
+                the fewer ones, of which queries are made.
             lam: mask of the layer.
             between: changes queries and keys, ``(B, H, N, d)`` each, before they attend: norms and rotations.
 
         Returns:
             ``(B, N, E)``.
         """
-        length = tokens.shape[1]
         here = lam.shared.current
-        table = None if lam.network is None else self._table_of(lam.network, length, here.grid)
+        query, key, made = self._project(tokens, lam.key_tokens(tokens))
+        table = None if lam.network is None else self._table(lam.network, key.shape[2], here)
         mask = lam.shared_mask() if lam.network is None else None
-        made = F.linear(tokens, self.weight, self.bias)
         # Traced changes in place are scattered into copies, and norms save their input for the gradient.
-        if torch.is_grad_enabled() or _is_traced():
-            query, key, value = self._out_of_place(made, table, mask, between)
+        in_place = not (torch.is_grad_enabled() or _is_traced())
+        if in_place:
+            self._insert(query, key, table, mask, between)
+            value = self._wide_values(key, made)
         else:
-            query, key, value = self._in_place(made, table, mask, between)
+            query, key = self._inserted(query, key, table, mask, between)
+            value = F.pad(self._values(made), (0, self.columns))
         if lam.gives_mask:
             left, right = (x[..., self._factor] for x in (query, key))
             lam.shared.update(mask=FactoredMask(left * self.scale, right))
+        if here.sizes is not None:  # beside the constant column of the queries
+            logs = log_sizes(here.sizes).to(key.dtype)
+            if in_place and not lam.gives_mask:
+                key[..., self._constant : self._constant + 1].add_(logs)
+            else:
+                key = key + F.pad(logs, (self._constant, self.padding))
         out = F.scaled_dot_product_attention(query, key, value, scale=self.scale)
         if lam.is_last and not here.held:
             lam.shared.end()
         return out[..., : self.head_dim].transpose(1, 2).flatten(2)
 
-    def _in_place(
-        self, made: Tensor, table: Tensor | None, mask: FactoredMask | None, between: Between | None
-    ) -> Sequence[Tensor]:
-        """Puts the mask into what the linear layer has made, and returns queries, keys and values ``(B, H, N, D)``.
+    def _project(self, tokens: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns queries and keys ``(B, H, N, D)``, and what the linear layer has made, which ends with the values."""
+        wide = self.head_dim + self.columns
+        rows = self.heads * wide
+        if keys is tokens:
+            made = F.linear(tokens, self.weight, self.bias)
+            query, key = made[..., : 2 * rows].unflatten(-1, (2, self.heads, wide)).permute(2, 0, 3, 1, 4).unbind(0)
+            return query, key, made
+        query = F.linear(tokens, self.weight[:rows], self.bias[:rows])
+        made = F.linear(keys, self.weight[rows:], self.bias[rows:])
+        query, key = (x.unflatten(-1, (self.heads, wide)).transpose(1, 2) for x in (query, made[..., :rows]))
+        return query, key, made
+
+    def _insert(
+        self, query: Tensor, key: Tensor, table: Tensor | None, mask: FactoredMask | None, between: Between | None
+    ) -> None:
+        """Puts the mask into queries and keys ``(B, H, N, D)``, in place.
 
         Args:
-            made: ``(B, N, rows of the weight)``.
-            table: columns of the keys ``(H, N, columns)`` that depend on their positions, if there are any.
+            query: as the linear layer has made them.
+            key: likewise.
+            table: columns of the keys ``(1 | H, N, columns)`` or ``(1 | B, 1 | H, N, columns)`` that depend on their
+                positions, if there are any; those of padding may be left out.
             mask: computed in another layer, if it was.
             between: as in :meth:`forward`.
         """
-        query, key = self._queries_and_keys(made)
         if mask is not None:
             query[..., self._factor] = mask.left / self.scale
             key[..., self._factor] = mask.right
         else:
             query[..., self.head_dim :].relu_()
         if table is not None:
-            key[..., self.head_dim :].add_(table)
+            key[..., self.head_dim : self.head_dim + table.shape[-1]].add_(table)
         if between is not None:
             given = query[..., : self.head_dim], key[..., : self.head_dim]
             for before, after in zip(given, between(*given), strict=True):
                 if after is not before:
                     before.copy_(after)
-        if made.device.type != "cpu" and self.head_dim % 8:  # kernels of GPUs need aligned heads
-            return query, key, F.pad(self._values(made), (0, self.columns))
-        # Each head's values are followed by those of the next one, which make columns of the output that nobody reads,
-        # and the last head's by zeros: so they have the width of the keys without a copy.
-        strides = (made.stride(0), self.head_dim, made.stride(1), made.stride(2))
-        start = made.shape[-1] - self.columns - self.heads * self.head_dim
-        return query, key, made.as_strided(query.shape, strides, made.storage_offset() + start)
 
-    def _queries_and_keys(self, made: Tensor) -> Sequence[Tensor]:
-        wide = self.head_dim + self.columns
-        both = made[..., : 2 * self.heads * wide].unflatten(-1, (2, self.heads, wide))
-        return both.permute(2, 0, 3, 1, 4).unbind(0)
-
-    def _values(self, made: Tensor) -> Tensor:
-        end = made.shape[-1] - self.columns
-        values = made[..., end - self.heads * self.head_dim : end]
-        return values.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
-
-    def _out_of_place(
-        self, made: Tensor, table: Tensor | None, mask: FactoredMask | None, between: Between | None
-    ) -> Sequence[Tensor]:
-        """As :meth:`_in_place`, without changing the input."""
-        query, key = self._queries_and_keys(made)
+    def _inserted(
+        self, query: Tensor, key: Tensor, table: Tensor | None, mask: FactoredMask | None, between: Between | None
+    ) -> tuple[Tensor, Tensor]:
+        """As :meth:`_insert`, without changing the input."""
         if mask is not None:
             query, key = (
                 x + F.pad(factor.to(x.dtype), (self.head_dim, self.padding))
@@ -183,32 +192,61 @@ class FusedAttention(nn.Module):
             floor = F.pad(query.new_zeros(self.columns), (self.head_dim, 0), value=-torch.inf)
             query = torch.maximum(query, floor)
         if table is not None:
-            key = key + F.pad(table.to(key.dtype), (self.head_dim, 0))
+            key = key + F.pad(table.to(key.dtype), (self.head_dim, self.columns - table.shape[-1]))
         if between is not None:
             changed = between(query[..., : self.head_dim], key[..., : self.head_dim])
             query, key = (
                 torch.cat([after.to(wide.dtype), wide[..., self.head_dim :]], dim=-1)
                 for wide, after in zip((query, key), changed, strict=True)
             )
-        return query, key, F.pad(self._values(made), (0, self.columns))
+        return query, key
+
+    def _values(self, made: Tensor) -> Tensor:
+        end = made.shape[-1] - self.columns
+        values = made[..., end - self.heads * self.head_dim : end]
+        return values.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
+
+    def _wide_values(self, key: Tensor, made: Tensor) -> Tensor:
+        """Returns values as wide as keys."""
+        if made.device.type != "cpu" and self.head_dim % 8:  # kernels of GPUs need aligned heads
+            return F.pad(self._values(made), (0, self.columns))
+        # Each head's values are followed by those of the next one, which make columns of the output that nobody reads,
+        # and the last head's by zeros: so they have the width of the keys without a copy.
+        strides = (made.stride(0), self.head_dim, made.stride(1), made.stride(2))
+        start = made.shape[-1] - self.columns - self.heads * self.head_dim
+        return made.as_strided(key.shape, strides, made.storage_offset() + start)
 
     @property
     def _factor(self) -> slice:
         """The columns of the factors."""
         return slice(self.head_dim, self.head_dim + self.columns - self.padding)
 
-    def mask_macs(self, length: int) -> int:
-        """Returns the multiply-accumulates of the columns of the mask, of one sample of that many tokens."""
-        linear, attention = (2 * self.heads + 1) * self.width, 2 * self.heads * length
-        return self.columns * length * (linear + attention)
+    @property
+    def _constant(self) -> int:
+        """The column of the constant in the query's factor."""
+        return self.head_dim + self.columns - self.padding - 1
 
-    def _table_of(self, network: MaskNetwork, length: int, grid: Grid | None) -> Tensor | None:
-        """Returns the columns of the keys ``(H, N, columns)`` that depend on their positions; None if none does."""
+    def mask_macs(self, queries: int, keys: int) -> int:
+        """Returns the multiply-accumulates of the columns of the mask, of one sample of that many queries and keys."""
+        linear = (self.heads * queries + (self.heads + 1) * keys) * self.width
+        return self.columns * (linear + 2 * self.heads * queries * keys)
+
+    def _table(self, network: MaskNetwork, length: int, here: StackPass) -> Tensor | None:
+        """Returns the columns of the keys that depend on their positions; see :meth:`_insert`. None if none does."""
         if self.table is None:
             return None
+        if here.merge is not None and here.merge.right is not None:
+            return here.merge.right
+        if here.token_map is None:
+            return self._table_of(self.table, network, length, here.grid)
+        table = self._table_of(self.table, network, here.token_map.length, here.grid)
+        return here.token_map.factor(table[: network.heads].unsqueeze(0))
+
+    def _table_of(self, initial: Tensor, network: MaskNetwork, length: int, grid: Grid | None) -> Tensor:
+        """Returns the table ``(H, N, columns)`` for that many tokens, or ``initial`` if it fits."""
         own: Any = network.table
-        if length == self.table.shape[1] and (own.grid is None or grid in (None, own.grid)):
-            return self.table
+        if length == initial.shape[1] and (own.grid is None or grid in (None, own.grid)):
+            return initial
         if _is_traced():
             return self._wide_table(network, length, grid)
         found = self._resized.get((length, grid))
@@ -272,7 +310,7 @@ class FusedAttention(nn.Module):
             bias[:, :, : self.head_dim] = projection.bias.unflatten(0, (3, self.heads, -1))
         if network is not None:
             query: Any = network.query[0]
-            constant = self._factor.stop - 1
+            constant = self._constant
             columns = slice(self.head_dim, constant)
             weight[0, :, columns] = query.weight.unflatten(0, (network.heads, -1)) / self.scale
             bias[0, :, columns] = query.bias.unflatten(0, (network.heads, -1)) / self.scale

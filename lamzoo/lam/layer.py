@@ -54,6 +54,9 @@ class AttentionOptions(TypedDict, total=False):
 class AttentionHook(Protocol):
     """Replaces the attention of a layer and may call the original, as token reduction does.
 
+    A hook whose attribute ``fusible`` is true does no more than to count keys by their sizes, which the fused form does
+    as well; with another hook, a layer doesn't take that form.
+
     Args:
         attention: the layer's attention, called as :func:`lamzoo.lam.lam_attention`.
         begun: state of the forward pass before the layer computed its mask.

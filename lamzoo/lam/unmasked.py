@@ -82,8 +82,7 @@ class Unmasked(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Attends and returns the weights; arguments and result as :meth:`lamzoo.lam.Lam.attend_with_weights`."""
         sizes = self.shared.current.sizes
-        logs = key.new_zeros(key.shape[0], key.shape[2]) if sizes is None else log_sizes(sizes).to(key.dtype)
-        right = logs[:, None, :, None]
+        right = key.new_zeros(key.shape[0], 1, key.shape[2], 1) if sizes is None else log_sizes(sizes).to(key.dtype)
         eager = EagerAttention()
         mask = FactoredMask(right.new_ones(right.shape[0], 1, query.shape[2], 1), right)
         out = eager(query, key, value, mask, op="add", **options)
@@ -94,8 +93,8 @@ _HIDDEN = -1000.0  # on a score: the weight is 0 in every dtype, and unlike -inf
 
 
 def log_sizes(sizes: Tensor) -> Tensor:
-    """Returns what sizes ``(B, Nk)``, of which 0 hides a key, add to the scores of their keys."""
-    return sizes.log().clamp_min(_HIDDEN)
+    """Returns the logarithms ``(B, 1, Nk, 1)`` of the keys' sizes ``(B, Nk)``; that of 0 is finite and hides a key."""
+    return sizes.log().clamp_min(_HIDDEN)[:, None, :, None]
 
 
 def count_members(mask: FactoredMask, sizes: Tensor, sign: Sign) -> FactoredMask:
@@ -108,5 +107,5 @@ def count_members(mask: FactoredMask, sizes: Tensor, sign: Sign) -> FactoredMask
         sizes: float ``(B, Nk)``; 0 hides a key.
         sign: of the mask's configuration.
     """
-    logs = log_sizes(sizes).to(mask.right.dtype)[:, None, :, None]
+    logs = log_sizes(sizes).to(mask.right.dtype)
     return mask._replace(right=mask.right + (F.pad(logs, (mask.right.shape[-1] - 1, 0)) if sign == "free" else logs))

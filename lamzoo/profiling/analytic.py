@@ -145,7 +145,7 @@ def _vision_transformer(model: Any) -> tuple[int, list[Stack]]:
     )
     fused = block.attn._modules.get("fused")
     if fused is not None and takes_fused_form(fused, fused.weight.new_empty(1, stack.tokens, stack.width)):
-        stack = replace(stack, fused_macs=fused.mask_macs(stack.tokens))
+        stack = replace(stack, fused_macs=fused.mask_macs(stack.tokens, stack.tokens))
     return _embedding_macs(model.patch_embed) + model.embed_dim * model.num_classes, [stack]
 
 

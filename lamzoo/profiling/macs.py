@@ -163,13 +163,14 @@ def _dense_products(model: nn.Module, products: list[int]) -> Iterator[None]:
 def _fused_columns(model: nn.Module, macs: list[int]) -> Iterator[None]:
     """Records the MACs that the masks of fused layers add, in ``macs``."""
 
-    def note(layer: nn.Module, args: Any, output: Any) -> None:
+    def note(layer: nn.Module, args: Any) -> None:
         assert isinstance(layer, FusedAttention)
-        batch, length, _ = args[0].shape
-        macs.append(batch * layer.mask_macs(length))
+        tokens, lam, *_ = args
+        batch, queries, _ = tokens.shape
+        macs.append(batch * layer.mask_macs(queries, lam.key_tokens(tokens).shape[1]))
 
     layers = [module for module in model.modules() if isinstance(module, FusedAttention)]
-    handles = [layer.register_forward_hook(note) for layer in layers]
+    handles = [layer.register_forward_pre_hook(note) for layer in layers]
     try:
         yield
     finally:

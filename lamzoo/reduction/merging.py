@@ -17,8 +17,8 @@ Modifications to the host:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Any, Unpack
+from dataclasses import dataclass
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -49,26 +49,36 @@ from lamzoo.reduction.stacks import (
 )
 
 
-def attend_by_sizes(
-    attention: Callable[..., Tensor],
-    begun: StackPass,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: FactoredMask,
-    *,
-    op: Op,
-    sign: Sign,
-    **options: Unpack[AttentionOptions],
-) -> Tensor:
-    """Attends under a mask, where a key counts as often as it has members; a layer's attention hook, given its sign."""
-    if begun.sizes is not None:
-        if op == "add":
-            mask = count_members(mask, begun.sizes, sign)
-        else:
-            bias, logs = options.get("bias"), log_sizes(begun.sizes).to(mask.left.dtype)[:, None, None]
-            options["bias"] = logs if bias is None else bias + logs
-    return attention(query, key, value, mask, op=op, **options)
+@dataclass(frozen=True)
+class AttendBySizes:
+    """Attention hook of a masked layer: attends under the mask, where a key counts as often as it has members.
+
+    Attributes:
+        sign: of the layer's mask.
+    """
+
+    sign: Sign
+    fusible: ClassVar[bool] = True
+
+    def __call__(
+        self,
+        attention: Callable[..., Tensor],
+        begun: StackPass,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: FactoredMask,
+        *,
+        op: Op,
+        **options: Unpack[AttentionOptions],
+    ) -> Tensor:
+        if begun.sizes is not None:
+            if op == "add":
+                mask = count_members(mask, begun.sizes, self.sign)
+            else:
+                bias, logs = options.get("bias"), log_sizes(begun.sizes).to(mask.left.dtype).transpose(-2, -1)
+                options["bias"] = logs if bias is None else bias + logs
+        return attention(query, key, value, mask, op=op, **options)
 
 
 _DEEP = 8  # blocks, from which on tokens merge in every second one
@@ -286,7 +296,7 @@ def merge(model: nn.Module, config: TokenReduction) -> None:
     lams = stack.lams
     shared = lams[0].shared if lams else SharedState()
     for lam in lams:
-        lam.attention_hook = partial(attend_by_sizes, sign=lam.config.sign)
+        lam.attention_hook = AttendBySizes(lam.config.sign)
     sites = find_stack(model, masked=False, verb="merged").sites
     for index, (site, adapter) in enumerate(sites.items()):
         adapter.wrap(model, {site: Unmasked(shared, index, is_last=index == len(sites) - 1)})

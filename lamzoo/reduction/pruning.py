@@ -40,6 +40,11 @@ class _ReducedAttention:
     shared: SharedState
     score: Callable[[AttentionInputs], Tensor] | None = None  # None where no tokens leave after the layer
 
+    @property
+    def fusible(self) -> bool:
+        """Whether it changes nothing."""
+        return self.score is None and self.shared.current.kept is None
+
     def __call__(
         self,
         attention: Callable[..., Tensor],

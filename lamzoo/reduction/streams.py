@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -24,7 +23,7 @@ from lamzoo.lam.token_map import TokenMap
 from lamzoo.lam.unmasked import Unmasked
 from lamzoo.reduction.config import TokenReduction
 from lamzoo.reduction.matching import full_precision, least_costs, merged, without
-from lamzoo.reduction.merging import FinishMerge, attend_by_sizes
+from lamzoo.reduction.merging import AttendBySizes, FinishMerge
 from lamzoo.reduction.stacks import (
     EndPass,
     ReductionHook,
@@ -162,7 +161,7 @@ def merge(model: nn.Module, path: str, config: TokenReduction) -> None:
     remove_reduction(model)
     shared = lams[0].shared if lams else SharedState()
     for lam in lams:
-        lam.attention_hook = partial(attend_by_sizes, sign=lam.config.sign)
+        lam.attention_hook = AttendBySizes(lam.config.sign)
     if not lams:
         adapter = MultiheadAttentionAdapter()
         sites = list(adapter.sites(encoder))

@@ -27,6 +27,7 @@ VIT = HOSTS["vit_tiny_patch16_224"]
 EXACT = {"rtol": 0.0, "atol": 5e-6}
 POSITION = LamConfig(keys="position", rank=7, init="paper")
 CONTENT = LamConfig(rank=3, init="paper")
+SINGLE = LamConfig(keys="position", layers="single", heads="shared", init="paper")
 IMAGE_MODELS = [
     name for name in lamzoo.list_models(["lam_vit_*", "lam_single_vit_*"]) if lamzoo.model_info(name).lam.op == "add"
 ]
@@ -54,7 +55,7 @@ def fused_form() -> Iterator[None]:
 
 
 @torch.no_grad()
-def calls(model: nn.Module, *inputs: Tensor) -> int:
+def calls(model: nn.Module, *inputs: Any) -> int:
     """Counts the layers that take their fused form."""
     count = Counter[str]()
     parts = [part for part in model.modules() if isinstance(part, FusedAttention)]
@@ -65,7 +66,7 @@ def calls(model: nn.Module, *inputs: Tensor) -> int:
     return count["fused"]
 
 
-def check_same(model: nn.Module, other: nn.Module, *inputs: Tensor, layers: int = 2) -> None:
+def check_same(model: nn.Module, other: nn.Module, *inputs: Any, layers: int = 2) -> None:
     assert calls(other, *inputs) == layers
     with torch.no_grad():
         assert_close(other(*inputs), model(*inputs), **EXACT)
@@ -392,19 +393,85 @@ def test_captured_masks_are_those_of_the_unfused_model() -> None:
     assert calls(other, x) == 2
 
 
-@pytest.mark.parametrize("config", [POSITION, CONTENT])
-def test_reduced_tokens_are_those_of_the_unfused_model(config: LamConfig) -> None:
-    model = masked(config=config)
+def merge(model: Any) -> Any:
+    return lamzoo.merge_tokens(model, keep=0.6)
+
+
+def prune(model: Any) -> Any:
+    return lamzoo.prune_tokens(model, 0.5, at=(0,))
+
+
+@pytest.mark.parametrize("reduce", [merge, prune])
+@pytest.mark.parametrize("config", [POSITION, CONTENT, SINGLE])
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_rope_224", "eva_giant_patch14_224"])
+def test_reduced_tokens_are_those_of_the_unfused_model(
+    name: str, config: LamConfig, reduce: Callable[[Any], Any]
+) -> None:
+    model, x = masked(HOSTS[name], config), HOSTS[name].images()
+    expected = reduce(copy.deepcopy(model))
+    layers = 2 if reduce is merge else 1  # scores of pruning are made of the unfused layer
+    for other in (fuse(reduce(copy.deepcopy(model))), reduce(fuse(copy.deepcopy(model)))):
+        check_same(expected, other, x, layers=layers)
+        check_same(expected, other, x[:1], layers=layers)
+    check_same(model, lamzoo.remove_reduction(other), x)
+    assert torch.equal(unfuse(reduce(other))(x), expected(x))
+
+
+@pytest.mark.parametrize("layers", ["multi", "single"])
+def test_merged_tokens_of_padded_samples_are_those_of_the_unfused_model(layers: Any) -> None:
+    host = HOSTS["naflexvit_base_patch16_gap"]
+    model = merge(masked(host, LamConfig(layers=layers, init="paper")))
+    places = torch.cartesian_prod(torch.arange(3), torch.arange(4)).expand(2, -1, -1)
+    valid = torch.arange(12) < torch.tensor([[12], [7]])
+    batch = {"patches": torch.randn(2, 12, 192), "patch_coord": places, "patch_valid": valid}
+    other = fuse(copy.deepcopy(model)).requires_grad_(False)
+    check_same(model, other, batch)
+    batch["patches"].requires_grad_(True)
+    with torch.enable_grad():  # in which nothing is changed in place
+        out = other(batch)
+    assert out.requires_grad
+    assert_close(out, model(batch), **EXACT)
+
+
+def test_merged_tokens_of_an_open_clip_tower_are_those_of_the_unfused_model() -> None:
+    vision = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
+    text = {"context_length": 8, "vocab_size": 50, "width": 32, "heads": 2, "layers": 1}
+    for block in ("default", "custom"):
+        model = open_clip.model.CLIP(16, vision | {"block_type": block}, text)
+        model.visual = merge(spread(add_lam(model.visual, POSITION)))
+        check_same(model.visual, fuse(copy.deepcopy(model.visual)), torch.randn(2, 3, 32, 32))
+
+
+def test_straight_through_decisions_are_respected() -> None:
+    model = prune(masked(drop_path_rate=0.0)).train()
     other, x = fuse(copy.deepcopy(model)), VIT.images()
-    for reduce in (
-        lambda m: lamzoo.merge_tokens(m, keep=0.6),
-        lambda m: lamzoo.prune_tokens(m, 0.5, at=(0,)),
-    ):
-        with torch.no_grad():
-            assert torch.equal(reduce(other)(x), reduce(model)(x))
     for each in (model, other):
-        lamzoo.remove_reduction(each)
-    check_same(model, other, x)
+        each.blocks[1].eval()
+    with torch.no_grad():
+        torch.manual_seed(0)
+        expected = model(x)
+        torch.manual_seed(0)
+        assert torch.equal(other(x), expected)
+
+
+def test_a_merging_layer_has_fewer_operators() -> None:
+    counts = []
+    for model in (masked(), fuse(masked())):
+        with torch.no_grad(), _Operators() as seen:
+            merge(model)(VIT.images())
+        counts.append(sum(seen.counts.values()))
+    assert counts[1] < counts[0] - 2 * 25  # of two layers
+
+
+@pytest.mark.slow
+def test_a_merged_model_compiles_for_any_batch() -> None:
+    model = fuse(merge(masked()))
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        for batch in (2, 5):
+            x = VIT.images(batch)
+            assert_close(compiled(x), model(x), **EXACT)
 
 
 def test_a_pinned_backend_is_used() -> None:
@@ -440,6 +507,14 @@ def test_a_host_without_fused_form_stays_as_it_is(name: str) -> None:
     model = masked(HOSTS[name], CONTENT)
     assert "position bias" in fuse_layers(model)["blocks.0.attn"]
     assert not is_fused(model)
+
+
+def test_a_model_of_transformers_is_refused() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=9)
+    model = add_lam(transformers.BertModel(config))
+    with pytest.raises(UnsupportedHostError, match=r"of encoder.layer.0.attention.self, the host computes queries"):
+        fuse(model)
 
 
 def test_a_model_without_masks_is_refused() -> None:

@@ -117,6 +117,18 @@ def test_a_fused_model_is_exported_in_its_fused_form_and_says_so(exported: Expor
     assert not load_exported(exported("masked", "torch")[1].path).facts["fused"]
 
 
+@pytest.mark.slow
+@each_format
+def test_a_fused_model_with_merged_tokens_is_exported_for_any_batch(format: Any, tmp_path: Path) -> None:
+    model = fuse(vit("merged"))
+    path = tmp_path / f"model{SUFFIXES[format]}"
+    export_model(model, path, images=images(2))
+    program = load_exported(path)
+    assert program.facts["fused"]
+    for batch in (1, 7):
+        assert_close(program(images(batch)), model(images(batch)), atol=1e-4, rtol=0)
+
+
 @each_format
 def test_equal_scores_keep_the_same_tokens(format: Any, tmp_path: Path) -> None:
     model = add_lam(vit("plain", depth=2), LamConfig())  # the identity: no token matters more than another
@@ -195,8 +207,9 @@ def test_onnx_has_the_opset_and_the_batch_that_are_promised(exported: Exported) 
     onnx.checker.check_model(model, full_check=True)
 
 
-def test_int8_is_smaller_and_near(tmp_path: Path) -> None:
-    model = vit(embed_dim=64, depth=1)
+@pytest.mark.parametrize("variant", ["masked", pytest.param("fused", marks=pytest.mark.slow)])
+def test_int8_is_smaller_and_near(variant: str, tmp_path: Path) -> None:
+    model = vit(variant, embed_dim=64, depth=1)
     whole = export_model(model, tmp_path / "whole.onnx", images=images(8))
     small = export_model(model, tmp_path / "small.onnx", images=images(8), int8=True)
     assert small.precision == "int8"

@@ -57,6 +57,15 @@ def test_lam_share_of_a_fused_model_is_the_difference_to_the_plain_backbone(conf
     assert masked.gmacs - masked.lam_gmacs == pytest.approx(plain.gmacs, rel=1e-12)
 
 
+def test_lam_share_of_a_fused_layer_with_fewer_queries_is_the_difference_to_the_plain_backbone():
+    kwargs = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    model = timm.models.VisionTransformer(**kwargs)
+    masked = fuse(add_lam(copy.deepcopy(model), LamConfig(keys="position", rank=7)))
+    plain, masked = (profile(lamzoo.merge_tokens(each, keep=1)) for each in (model, masked))
+    assert masked.fused_layers == 2
+    assert masked.gmacs - masked.lam_gmacs == pytest.approx(plain.gmacs, rel=1e-12)
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_lam_share_is_the_difference_to_the_plain_backbone(config):
     model = micro_vit(MICRO, lam=None)

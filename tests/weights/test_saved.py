@@ -95,9 +95,12 @@ def test_a_folder_gives_a_merged_model_back(name: str, kwargs: dict[str, Any], t
     assert model_info(tmp_path).reduction is None
 
 
-def test_a_folder_gives_a_fused_model_back_with_its_unfused_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize("merges", [False, True])
+def test_a_folder_gives_a_fused_model_back_with_its_unfused_weights(merges: bool, tmp_path: Path) -> None:
     config = LamConfig(keys="position", rank=7, init="paper")
-    model = create_model("lam_vit_tiny", lam=config, **SMALL)
+    model = create_model("lam_vit_tiny", lam=config, **{**SMALL, "depth": 2})
+    if merges:
+        merge_tokens(model, keep=0.5)
     save_pretrained(model, tmp_path / "before")
     save_pretrained(fuse(model), tmp_path / "fused")
     assert files(tmp_path / "fused")["model.safetensors"] == files(tmp_path / "before")["model.safetensors"]
@@ -106,6 +109,7 @@ def test_a_folder_gives_a_fused_model_back_with_its_unfused_weights(tmp_path: Pa
     assert model_info(tmp_path / "fused").fused
     loaded = create_model(tmp_path / "fused", pretrained=True)
     assert is_fused(loaded)
+    assert hasattr(loaded, "token_reduction") == merges
     assert same_output(model, loaded)
     assert not is_fused(create_model(tmp_path / "fused", pretrained=True, lam=False))
     other = create_model(tmp_path / "fused", pretrained=True, lam={"op": "mul"}, lam_weights="fresh")
