@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 from functools import partial
+from typing import cast
 
 import pytest
 import torch
@@ -15,8 +16,10 @@ from lamzoo.errors import ConfigError
 from lamzoo.lam import FactoredMask, lam_attention
 from lamzoo.lam.kernels.eager import attention_weights
 from lamzoo.lam.ops import Op
+from lamzoo.lam.token_map import TokenMap
 from lamzoo.reduction.config import PruneConfig, Rest, Score
 from lamzoo.reduction.decisions import attend_to_kept, decide, select
+from lamzoo.reduction.matching import match
 from lamzoo.reduction.scores import (
     SCORERS,
     AttentionInputs,
@@ -53,14 +56,14 @@ def test_the_highest_scores_and_the_prefix_stay(
         gone = [token for token in range(prefix + patches) if token not in kept]
         if gone:
             assert sample[kept[prefix:]].min() >= sample[gone].max()
-    assert (reduction.shares is None) == (rest == "drop" or size == patches)
-    if reduction.into is not None and reduction.shares is not None:
+    assert (reduction.weights is None) == (rest == "drop" or size == patches)
+    if reduction.into is not None and reduction.weights is not None:
         places = torch.arange(prefix + size).expand(batch, -1)
         assert torch.equal(reduction.into.gather(1, stay), places)
-        total = torch.zeros(reduction.kept.shape).scatter_add(1, reduction.into, reduction.shares)
-        torch.testing.assert_close(total, torch.ones_like(total))
+        total = torch.zeros(reduction.kept.shape).scatter_add(1, reduction.into, reduction.weights)
+        torch.testing.assert_close(total, torch.ones_like(total) if reduction.totals is None else reduction.totals)
         if rest == "merge":
-            torch.testing.assert_close(reduction.shares.gather(1, stay), torch.ones(stay.shape))
+            torch.testing.assert_close(reduction.weights.gather(1, stay), torch.ones(stay.shape))
             assert sorted(set(reduction.into.flatten().tolist())) == list(range(prefix + size + 1))
 
 
@@ -73,7 +76,7 @@ def test_merging_weighs_by_the_softmax_of_the_scores() -> None:
     scores = torch.tensor([[0.0, 5.0, math.log(3.0), 4.0, 0.0]])
     reduction = select(scores, 0.5, "merge", 1)
     assert reduction.kept.tolist() == [[0, 1, 3, 2]]
-    torch.testing.assert_close(reduction.shares, torch.tensor([[1.0, 1.0, 0.75, 1.0, 0.25]]))
+    torch.testing.assert_close(reduction.weights, torch.tensor([[1.0, 1.0, 0.75, 1.0, 0.25]]))
     tokens = torch.randn(1, 5, 7)
     expected = torch.cat([tokens[:, [0, 1, 3]], 0.75 * tokens[:, 2:3] + 0.25 * tokens[:, 4:5]], dim=1)
     torch.testing.assert_close(reduction(tokens), expected)
@@ -99,9 +102,35 @@ def test_a_reduced_factor_gives_the_reduced_mask(rest: Rest) -> None:
     mask = FactoredMask(case.left, case.right)
     few = FactoredMask(reduction.factor(mask.left), reduction.factor(mask.right))
     dense = mask.dense().flatten(0, 1)  # rows, then columns
-    parts = (reduction.kept, reduction.into, reduction.shares)
+    parts = (reduction.kept, reduction.into, reduction.weights, reduction.totals)
     both = type(reduction)(6, *(x if x is None else x.repeat_interleave(2, 0) for x in parts))
     torch.testing.assert_close(few.dense().flatten(0, 1), both(both(dense).mT).mT)
+
+
+@settings(derandomize=True, max_examples=30, deadline=None)
+@given(kinds=st.lists(st.sampled_from(["order", "drop", "merge", "nearest", "by sizes"]), min_size=2, max_size=4))
+def test_maps_in_a_row_are_one_map(kinds: list[str]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(2, 12, 5, generator=generator)
+    few, whole, sizes, origins = tokens, None, None, torch.arange(12).expand(2, -1)
+    for kind in kinds:
+        length = few.shape[1]
+        if kind == "order":
+            places = torch.randperm(length, generator=generator).argsort().expand(2, -1)
+            token_map = TokenMap(length, places.argsort(), places)
+            sizes = None if sizes is None else token_map(sizes.unsqueeze(-1)).squeeze(-1)
+        elif kind == "by sizes":
+            token_map, sizes = match(few, 1, 1, sizes)
+        else:
+            scores = torch.randn(2, length, generator=generator)
+            token_map, sizes = select(scores, 0.8, cast(Rest, kind), 1, few), None
+        few, origins = token_map(few), origins.gather(1, token_map.kept)
+        whole = token_map if whole is None else whole.then(token_map)
+    assert whole is not None
+    torch.testing.assert_close(whole(tokens), few)
+    assert torch.equal(whole.kept, origins)
+    if "drop" not in kinds and whole.into is not None:
+        assert torch.equal(whole.places(), whole.into)
 
 
 def score(scorer: Score, case: Case, has_class_token: bool = True, present: Tensor | None = None) -> Tensor:
