@@ -15,10 +15,12 @@ if TYPE_CHECKING:
         lam_state_dict,
         load_lam_state_dict,
         remove_lam,
+        set_lam,
         unfuse,
     )
     from lamzoo.errors import LamzooError
     from lamzoo.export import export_model, load_exported
+    from lamzoo.hub import push_to_hub
     from lamzoo.lam import FactoredMask, LamConfig, attention_backend, lam_attention
     from lamzoo.profiling import profile
     from lamzoo.reduction import (
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from lamzoo.registry.saving import save_pretrained
     from lamzoo.video.describe import describe_video
     from lamzoo.video.search import index_videos
+    from lamzoo.weights import load_lam, save_lam
 
 install_aliases()
 
@@ -61,17 +64,21 @@ _HOMES = {
     "list_models": "lamzoo.registry",
     "list_tags": "lamzoo.registry",
     "load_exported": "lamzoo.export",
+    "load_lam": "lamzoo.weights",
     "load_lam_state_dict": "lamzoo.adapters",
     "merge_tokens": "lamzoo.reduction",
     "model_info": "lamzoo.registry",
     "profile": "lamzoo.profiling",
     "prune_tokens": "lamzoo.reduction",
     "pruning_loss": "lamzoo.reduction",
+    "push_to_hub": "lamzoo.hub",
     "register_model": "lamzoo.registry",
     "remove_lam": "lamzoo.adapters",
     "remove_pruning": "lamzoo.reduction",
     "remove_reduction": "lamzoo.reduction",
+    "save_lam": "lamzoo.weights",
     "save_pretrained": "lamzoo.registry.saving",
+    "set_lam": "lamzoo.adapters",
     "unfuse": "lamzoo.adapters",
 }
 
@@ -97,17 +104,21 @@ __all__ = [
     "list_models",
     "list_tags",
     "load_exported",
+    "load_lam",
     "load_lam_state_dict",
     "merge_tokens",
     "model_info",
     "profile",
     "prune_tokens",
     "pruning_loss",
+    "push_to_hub",
     "register_model",
     "remove_lam",
     "remove_pruning",
     "remove_reduction",
+    "save_lam",
     "save_pretrained",
+    "set_lam",
     "unfuse",
 ]
 

@@ -1,4 +1,4 @@
-"""Downloads from the Hugging Face Hub: cache first, a hard time limit, and one kind of error."""
+"""Downloads from the Hugging Face Hub and uploads: cache first, a hard time limit, and one kind of error."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from huggingface_hub import (
+    CommitOperationAdd,
+    HfApi,
     HfFileMetadata,
     constants,
     get_hf_file_metadata,
@@ -124,6 +126,62 @@ def download(repo: str, filename: str, *, revision: str | None = None, cache_dir
         f"{repo}/{filename} arrived twice with another sha256 than the hub states and was not kept: try again later, "
         "or through another network, proxy or mirror (HF_ENDPOINT)."
     )
+
+
+def push_to_hub(folder: str | Path, repo: str, *, private: bool = False, message: str = "Upload from lamzoo") -> str:
+    """Uploads a folder that ``save_pretrained`` or ``save_lam`` wrote to the Hugging Face Hub, as one commit.
+
+    Configurations, safetensors files and a ``README.md`` are uploaded; other files of the folder are not. Needs a
+    login with the right to write (``hf auth login``, or ``HF_TOKEN``). ``HF_ENDPOINT`` has its usual meaning.
+
+    Args:
+        folder: the folder.
+        repo: ``owner/name``; created if there is none.
+        private: of a new repository.
+        message: of the commit.
+
+    Returns:
+        The address of the repository. ``"hf-hub:<repo>"`` is its name for :func:`lamzoo.create_model` and
+        :func:`lamzoo.load_lam`.
+
+    Raises:
+        WeightsNotFoundError: the folder doesn't exist, or has no model and no masks.
+        WeightsError: offline, no answer within :data:`ANSWER_SECONDS`, no right to write, a wrong name, or any other
+            failure.
+    """
+    folder = Path(folder)
+    names = [path.name for pattern in _UPLOADED for path in sorted(folder.glob(pattern))]
+    if not {"config.json", "lam_config.json"} & set(names):
+        raise WeightsNotFoundError(
+            f"There is no model and there are no masks in {folder}; write them with lamzoo.save_pretrained or "
+            "lamzoo.save_lam."
+        )
+    if offline():
+        raise WeightsError(f"{folder} cannot be uploaded, because HF_HUB_OFFLINE is set; unset it.")
+    api = HfApi(endpoint=_endpoint(), library_name="lamzoo")
+    what = f"{folder} cannot be uploaded to {repo!r}"
+    try:
+        url = _within(ANSWER_SECONDS, lambda: api.create_repo(repo, private=private, exist_ok=True))
+        files = [CommitOperationAdd(name, str(folder / name)) for name in names]
+        api.create_commit(url.repo_id, files, commit_message=message)
+    except HFValidationError as error:
+        raise WeightsError(f"{what}, which is not the name of a hub repository, OWNER/NAME: {error}") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        why = "this login may not write there" if status in (401, 403) else f"the hub answered {status}"
+        raise WeightsError(f"{what}: {why}; log in with `hf auth login`, or try again later.") from error
+    except (TimeoutError, ConnectionError, _TransportError) as error:
+        raise WeightsError(
+            f"{what}: {api.endpoint} does not answer ({error or 'no answer'}); try again later."
+        ) from error
+    except OSError as error:
+        raise WeightsError(f"{what}: a file cannot be read ({_reason(error)}).") from error
+    except ValueError as error:  # a mirror that answers otherwise than the hub
+        raise WeightsError(f"{what}: {api.endpoint} gave no usable answer ({error}).") from error
+    return str(url)
+
+
+_UPLOADED = ("*config.json", "*.safetensors", "*.safetensors.index.json", "README.md")
 
 
 def is_intact(path: Path) -> bool | None:

@@ -101,17 +101,17 @@ def add_lam_to(model: Model, lengths: Mapping[str, int | None], config: LamConfi
         config: configuration of the masks.
 
     Returns:
-        The same object.
+        The same object, which also has the attribute ``lam_parts``, a copy of ``lengths``.
 
     Raises:
-        UnsupportedHostError: as for :func:`add_lam`.
+        UnsupportedHostError: as for :func:`add_lam`, or the model has no such part.
         ConfigError: as for :func:`add_lam`.
     """
     check_model(model)
     for path, length in lengths.items():
         part = add_lam(model.get_submodule(path), config.with_length(length))
         del part.lam_config
-    model.lam_config = config  # type: ignore[assignment]
+    model.lam_config, model.lam_parts = config, dict(lengths)  # type: ignore[assignment]
     exempt_from_weight_decay(model)
     return model
 

@@ -80,7 +80,14 @@ def load_lam_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, config
             Nothing is loaded.
         UnsupportedHostError: the model has no masks.
     """
-    check_lam_config(model, state, "The LAM state dict", config)
+    return load_masks(model, state, "The LAM state dict", config)
+
+
+def load_masks(
+    model: nn.Module, state: Mapping[str, Tensor], source: str, config: LamConfig | None = None
+) -> list[str]:
+    """Does :func:`load_lam_state_dict`, for a state dict that messages call ``source``."""
+    check_lam_config(model, state, source, config)
     prefixes = tuple(f"{path}." for path in masks_of(model))
     own = {host_path(key): value for key, value in unwrap(model).state_dict().items()}
     own = {key: value for key, value in own.items() if key.startswith(prefixes)}
@@ -94,8 +101,8 @@ def load_lam_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, config
     if missing or unexpected:
         wrong = [f"{name} {few(keys)}" for name, keys in (("lacks", missing), ("has unexpected", unexpected)) if keys]
         raise StateDictError(
-            f"The LAM state dict {' and '.join(wrong)}; load it into a model with the same host and the LamConfig that "
-            "it was saved with."
+            f"{source} {' and '.join(wrong)}; load it into a model with the same host and the LamConfig that it was "
+            "saved with."
         )
     fitting, resized = dict(state), list[str]()
     for path, table in unwrap(model).named_modules():
@@ -107,8 +114,8 @@ def load_lam_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, config
     for key, value in state.items():
         if fitting[key].shape != own[key].shape:
             raise StateDictError(
-                f"{key} has shape {tuple(value.shape)} in the LAM state dict and {tuple(own[key].shape)} in the model; "
-                "use the LamConfig that it was saved with."
+                f"{source} has {key} of shape {tuple(value.shape)}, and the model's has {tuple(own[key].shape)}; use a "
+                "host of the same widths, and the LamConfig that it was saved with."
             )
     with torch.no_grad():
         for key, value in fitting.items():
@@ -170,6 +177,8 @@ def _spelled(config: LamConfig) -> str:
 def remove_lam(model: Model) -> Model:
     """Removes the masks of a model, and its token reduction, in place; attention layers get their original class back.
 
+    Sets of masks that :func:`lamzoo.load_lam` loaded are forgotten; ``lamzoo.set_lam(model, None)`` keeps them.
+
     Args:
         model: a model with masks, or a wrapper around one.
 
@@ -185,7 +194,7 @@ def remove_lam(model: Model) -> Model:
         adapter.unwrap(model)
     for module in model.modules():
         remove_hooks(module, (SharedStateHook,))
-        for name in ("lam_config", "prune_config", "token_reduction"):
+        for name in ("lam_config", "lam_parts", "lam_sets", "prune_config", "token_reduction"):
             vars(module).pop(name, None)
         restore_no_weight_decay(module)
     return model

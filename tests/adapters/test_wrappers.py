@@ -101,6 +101,31 @@ def test_masks_have_the_models_own_keys_and_load_from_and_into_a_wrapper(wrap: W
     assert all(torch.equal(value, state[key]) for key, value in lamzoo.lam_state_dict(again).items())
 
 
+@every
+def test_masks_of_a_wrapped_model_are_saved_loaded_and_switched_as_those_of_the_model_itself(
+    wrap: Wrap, tmp_path: Path
+) -> None:
+    bare = lamzoo.save_lam(create(), tmp_path / "bare", also=["head"])
+    wrapped = lamzoo.save_lam(wrap(create()), tmp_path / "wrapped", also=["head"])
+    for name in ("lam_config.json", "lam_model.safetensors"):
+        assert (wrapped / name).read_bytes() == (bare / name).read_bytes()
+    model = lamzoo.load_lam(wrap(create(seed=1)), bare, name="saved")
+    state = lamzoo.lam_state_dict(create())
+    for name, same in (("default", False), ("saved", True)):
+        got = lamzoo.lam_state_dict(lamzoo.set_lam(model, name))
+        assert all(torch.equal(got[key], value) for key, value in state.items()) is same
+        assert torch.equal(full_state_dict(model)["head.weight"], create(seed=not same).head.weight)
+
+
+@distributed
+def test_masks_of_another_configuration_are_not_loaded_into_a_distributed_model(wrap: Wrap, tmp_path: Path) -> None:
+    lamzoo.save_lam(additive(), tmp_path)
+    model = wrap(create())
+    for use in (lambda: lamzoo.load_lam(model, tmp_path), lambda: lamzoo.set_lam(model, None)):
+        with pytest.raises(UnsupportedHostError, match="add or remove masks before that"):
+            use()
+
+
 def test_masks_saved_with_the_keys_of_a_wrapper_still_load() -> None:
     state = lamzoo.lam_state_dict(create())
     for prefix in ("module.", "_orig_mod.", "_orig_mod.module."):
@@ -267,6 +292,7 @@ TAKES_A_MODEL: dict[str, Callable[[Any], object]] = {
     "lam_parameters": lambda model: list(lamzoo.lam_parameters(model)),
     "lam_state_dict": lamzoo.lam_state_dict,
     "load_into": lambda model: load_into(model, {}, source="weights"),
+    "load_lam": lambda model: lamzoo.load_lam(model, "folder"),
     "load_lam_state_dict": lambda model: lamzoo.load_lam_state_dict(model, {}),
     "measure": measure,
     "merge_tokens": lambda model: lamzoo.merge_tokens(model, keep=0.5),
@@ -277,7 +303,9 @@ TAKES_A_MODEL: dict[str, Callable[[Any], object]] = {
     "remove_lam": lamzoo.remove_lam,
     "remove_pruning": lamzoo.remove_pruning,
     "remove_reduction": lamzoo.remove_reduction,
+    "save_lam": lambda model: lamzoo.save_lam(model, "folder"),
     "save_pretrained": lambda model: lamzoo.save_pretrained(model, "folder"),
+    "set_lam": lambda model: lamzoo.set_lam(model, None),
     "time_latency": lambda model: time_latency(model, IMAGE),
     "unfuse": lamzoo.unfuse,
 }

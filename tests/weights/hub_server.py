@@ -1,8 +1,10 @@
-"""A small server that speaks the hub's download protocol on this machine, and misbehaves on request."""
+"""A small server that speaks the hub's protocol on this machine, and misbehaves on request."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import json
 import threading
 import time
 from collections import Counter
@@ -17,7 +19,8 @@ class HubServer:
 
     ``etags`` states other hashes of files than their sha256. ``status`` answers every request so; ``cut`` closes each
     download halfway; ``corrupt`` flips a bit of it; ``stall`` waits that many seconds before each answer; ``slow``
-    waits in the middle of each download. ``seen`` counts ``(method, path)``.
+    waits in the middle of each download. ``seen`` counts ``(method, path)``. Uploads, without large-file storage, are
+    added to ``repos``, and the messages of their commits to ``messages``.
     """
 
     def __init__(self, repos: dict[str, dict[str, bytes]] | None = None) -> None:
@@ -30,6 +33,7 @@ class HubServer:
         self.stall = 0.0
         self.slow = 0.0
         self.seen: Counter[tuple[str, str]] = Counter()
+        self.messages: list[str] = []
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -40,6 +44,9 @@ class HubServer:
 
             def do_GET(self) -> None:
                 hub.answer(self, body=True)
+
+            def do_POST(self) -> None:
+                hub.receive(self)
 
             def log_message(self, *args: Any) -> None:
                 pass
@@ -88,6 +95,45 @@ class HubServer:
             return None
         request.wfile.write(data[half:])
         return None
+
+    def receive(self, request: BaseHTTPRequestHandler) -> None:
+        """Answers the requests of an upload: creation of the repository, kinds of the files, commit."""
+        self.seen[request.command, request.path] += 1
+        body = request.rfile.read(int(request.headers["Content-Length"]))
+        place = request.path.removeprefix("/api/").split("/")
+        if self.status is not None:
+            return self._refuse(request, self.status, "")
+        answer: dict[str, Any] = {}  # also of the check of a README.md
+        if place == ["repos", "create"]:
+            asked = json.loads(body)
+            repo = f"{asked.get('organization', 'user')}/{asked['name']}"
+            if repo in self.repos:
+                return self._answer_json(request, {"error": "exists", "url": f"{self.url}/{repo}"}, 409)
+            self.repos[repo] = {}
+            answer = {"url": f"{self.url}/{repo}"}
+        elif place[-2:] == ["preupload", "main"]:
+            files = json.loads(body)["files"]
+            answer = {
+                "files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in files]
+            }
+        elif place[-2:] == ["commit", "main"]:
+            repo = "/".join(place[1:3])
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "header":
+                    self.messages.append(line["value"]["summary"])
+                else:
+                    content = base64.b64decode(line["value"]["content"])
+                    self.repos[repo][line["value"]["path"]] = content
+            answer = {"commitUrl": f"{self.url}/{repo}/commit/{self.commit}", "commitOid": self.commit, "success": True}
+        self._answer_json(request, answer, 200)
+
+    def _answer_json(self, request: BaseHTTPRequestHandler, answer: dict[str, Any], status: int) -> None:
+        data = json.dumps(answer).encode()
+        request.send_response(status)
+        request.send_header("Content-Type", "application/json")
+        request.send_header("Content-Length", str(len(data)))
+        request.end_headers()
+        request.wfile.write(data)
 
     def _refuse(self, request: BaseHTTPRequestHandler, status: int, code: str) -> None:
         request.send_response(status)
