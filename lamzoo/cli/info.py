@@ -1,7 +1,8 @@
-"""``lamzoo info``: a model's cost, masks, preprocessing and weights."""
+"""``lamzoo info``: a model's cost, masks, preprocessing and weights; of masks without their model, their base."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from lamzoo.cli import _output as out
@@ -10,17 +11,18 @@ from lamzoo.reduction.config import TokenReduction
 from lamzoo.registry.cards import PretrainedWeights
 from lamzoo.registry.catalog import ModelInfo, get_pretrained_cfg, model_info, model_ref
 from lamzoo.tasks import find_task
+from lamzoo.weights.mask_folder import MASKS_NAME, has_masks_only, read_mask_folder
 
 _PREPROCESSING = ("input_size", "interpolation", "crop_pct", "mean", "std")
 
 
 def info(name: Name, json: Json = False) -> None:
-    """Shows a model's cost, masks, preprocessing and weights."""
+    """Shows a model's cost, masks, preprocessing and weights, or what masks saved without their model are."""
     facts, tags = describe(name)
     if json:
         out.print_json({**facts, "tags": tags})
         return
-    del facts["pruning"]  # the reduction under its earlier name
+    facts.pop("pruning", None)  # the reduction under its earlier name
     out.print_table(("property", "value"), [(key, _brief(value)) for key, value in facts.items() if value is not None])
     if tags:
         columns = ("tag", "dataset", "licence", "source", "metrics")
@@ -34,12 +36,15 @@ def describe(name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     cards is described without importing torch or timm.
 
     Args:
-        name: as for :func:`lamzoo.create_model`.
+        name: as for :func:`lamzoo.create_model`, or a folder of :func:`lamzoo.save_lam`.
 
     Raises:
         UnknownModelError: no such model or tag.
         WeightsError: the configuration of a saved model cannot be read.
     """
+    ref = model_ref(name)
+    if ref.kind == "local-dir" and ref.path is not None and has_masks_only(ref.path):
+        return _describe_masks(name, ref.path), []
     info = model_info(name)
     params, gmacs = info.params, info.gmacs
     if info.reduction is not None or params is None or gmacs is None:
@@ -68,6 +73,23 @@ def describe(name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     }
     facts |= {key: record.get(key) for key in _PREPROCESSING if find_task(info.task).reads_images}
     return facts, [_tag(tag) for tag in info.tags.values()]
+
+
+def _describe_masks(name: str, folder: Path) -> dict[str, Any]:
+    masks = read_mask_folder(folder)
+    return {
+        "name": name,
+        "description": "masks without their model; lamzoo.load_lam(model, folder) loads them into it",
+        "base": masks.base_model.name,
+        "base class": masks.base_model.model_class,
+        "base revision": masks.base_model.revision,
+        "masks": masks.config.to_dict(),
+        "layers": masks.layers,
+        "stored besides": masks.also or None,
+        "label names": masks.label_names,
+        "bytes": (folder / MASKS_NAME).stat().st_size if (folder / MASKS_NAME).is_file() else None,
+        "lamzoo": masks.lamzoo.version or None,
+    }
 
 
 def _record(name: str, info: ModelInfo) -> dict[str, Any]:

@@ -62,7 +62,8 @@ def train(
     """Trains or fine-tunes a model; also runs under torchrun and accelerate launch.
 
     Takes a recipe, or --model and --data, in which case all other settings default to values suited to data and
-    weights. Writes a report to OUTPUT/report/ and the model to OUTPUT/model/.
+    weights. Writes a report to OUTPUT/report/ and the model to OUTPUT/model/; with --tune lam also the masks and the
+    classifier alone, to OUTPUT/lam/.
     """
     options = {
         "model.name": model, "model.pretrained": pretrained, "model.tune": tune,
@@ -141,6 +142,8 @@ def _print_result(recipe: AnyRecipe, result: TrainResult) -> None:
     if result.report is not None:
         out.print_line(f"the report is {out.path_text(result.report)}")
     out.print_line(f"the model is {out.path_text(result.model)}")
+    if result.masks is not None:
+        out.print_line(f"its masks and its classifier alone are {out.path_text(result.masks)}")
     out.print_line(result.about)
 
 

@@ -18,16 +18,21 @@ class Tuning:
         model: a timm classifier, with or without masks; ``requires_grad`` of its parameters is set.
         tune: ``"all"``; ``"lam"``: the masks and the classifier; ``"head"``: only the classifier.
 
+    Attributes:
+        classifier: paths of the classifier in the model.
+
     Raises:
         RecipeError: the model lacks masks or a classifier to train; the model is unchanged.
     """
 
     def __init__(self, model: nn.Module, tune: Tune) -> None:
         self._trained: list[nn.Module] | None = None
+        classifier = _classifier(model)
+        self.classifier = [path for path, module in model.named_modules() if module in classifier]
         if tune == "all":
             return
         name = getattr(model, "registry_name", None) or type(model).__name__
-        trained = _classifier(model)
+        trained = list(classifier)
         if not any(True for module in trained for _ in module.parameters()):
             raise RecipeError(f"model.tune is {tune!r}, but {name} has no classifier to train; use 'all'.")
         if tune == "lam":

@@ -49,6 +49,8 @@ class TrainResult:
         left_out: number of unreadable inputs that were left out.
         epoch: epoch of the model's weights, from 1.
         about: a sentence on the choice of these weights.
+        masks: folder of the masks and the classifier of this model, for :func:`lamzoo.load_lam`, if nothing else was
+            trained.
     """
 
     output: Path
@@ -59,3 +61,4 @@ class TrainResult:
     left_out: int = 0
     epoch: int = 0
     about: str = ""
+    masks: Path | None = None

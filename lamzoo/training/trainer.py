@@ -62,6 +62,7 @@ class TrainingRun(ABC):
     scoring_precision: ClassVar[str | None] = None  # of scoring, if it differs from training
     scores: Any = None
     videos_held_out: Collection[str] = ()  # names of the videos held out for validation
+    masks: Path | None = None  # folder of the masks without their base
 
     def __init__(
         self,
@@ -355,8 +356,9 @@ class TrainingRun(ABC):
             self.accelerator.end_training()
         about = self.about_weights()
         return TrainResult(
-            self.checkpoints.output, model, self.history, scores, report, len(self.bad), self.kept_epoch, about
-        )
+            self.checkpoints.output, model, self.history, scores, report, len(self.bad), self.kept_epoch, about,
+            self.masks,
+        )  # fmt: skip
 
     def _log_plan(self) -> None:
         """Logs the settings of the run before the first update."""

@@ -235,11 +235,14 @@ def _name_of(host: Any) -> tuple[str | None, str | None]:
     cfg: Mapping[str, Any] = getattr(host, "pretrained_cfg", None) or {}  # of timm
     registered = str(getattr(host, "registry_name", None) or "")
     if registered.startswith(HF_PREFIX):
-        name, _, revision = registered.partition("@")
-        return name, revision or getattr(config, "_commit_hash", None)
-    if registered or cfg.get("architecture"):
-        name, tag = registered or TIMM_PREFIX + cfg["architecture"], cfg.get("tag")
-        return f"{name}.{tag}" if tag else name, (cfg.get("hf_hub_id") or "").partition("@")[2] or None
+        name, _, at = registered.partition("@")
+        return name, at or getattr(config, "_commit_hash", None)
+    revision = (cfg.get("hf_hub_id") or "").partition("@")[2] or None
+    if registered:
+        weights = str(getattr(host, "weights_source", None))
+        return weights if weights.startswith(f"{registered}.") else registered, revision
+    if cfg.get("architecture"):
+        return TIMM_PREFIX + ".".join(filter(None, (cfg["architecture"], cfg.get("tag")))), revision
     name = str(getattr(config, "_name_or_path", ""))
     if _HUB_NAME.fullmatch(name) and not os.path.exists(name):  # else a folder of this machine
         return HF_PREFIX + name, getattr(config, "_commit_hash", None)

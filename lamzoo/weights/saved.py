@@ -22,6 +22,7 @@ from lamzoo.records import Limits, build
 from lamzoo.reduction.config import PruneConfig, TokenReduction
 from lamzoo.registry.preprocessing import ARGUMENTS, check_preprocessing
 from lamzoo.registry.refs import TIMM_PREFIX, ModelRef
+from lamzoo.weights.mask_folder import has_masks_only
 from lamzoo.weights.sources import SAFE_SUFFIXES, WeightsFile, find_in_folder, is_sha256, resolve_repo, way_out
 
 _logger = logging.getLogger(__name__)
@@ -84,6 +85,11 @@ def read_saved(
         folder = ref.path
         if not folder.is_dir():
             raise WeightsNotFoundError(f"There is no saved model in {folder}: no such folder.")
+        if has_masks_only(folder):
+            raise WeightsNotFoundError(
+                f"{folder} has masks without their model; create their base, which `lamzoo info` names, and call "
+                "lamzoo.load_lam(model, folder)."
+            )
         if not (folder / "config.json").is_file():
             raise WeightsNotFoundError(f"There is no saved model in {folder}: it has no config.json.")
     else:

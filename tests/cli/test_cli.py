@@ -11,11 +11,13 @@ from lamzoo import __version__
 from lamzoo.adapters import fuse
 from lamzoo.cli import _output as out
 from lamzoo.cli import app as cli
+from lamzoo.errors import WeightsNotFoundError
 from lamzoo.profiling import profile
 from lamzoo.reduction import merge_tokens
 from lamzoo.registry.catalog import model_info
 from lamzoo.registry.factory import create_model
 from lamzoo.registry.saving import save_pretrained
+from lamzoo.weights import save_lam
 from lamzoo.weights.sources import hub_file_of
 from tests.images import CLASSES, encoded, write_folder, write_npz
 
@@ -139,6 +141,20 @@ def test_info_tells_that_a_model_is_fused_and_what_it_costs(run, tmp_path: Path)
     assert facts["fused"] is True
     assert facts["gmacs"] == pytest.approx(profile(model).gmacs, rel=1e-2)
     assert "fused" not in run("info", "lam_vit_micro").out
+
+
+def test_info_tells_what_masks_without_their_model_are(run, tmp_path: Path) -> None:
+    model = create_model("lam_vit_micro", depth=2)
+    save_lam(model, tmp_path / "m", also=["head"], label_names=[f"class {index}" for index in range(10)])
+    facts = json.loads(run("info", str(tmp_path / "m"), "--json").out)
+    assert (facts["base"], facts["base class"]) == ("lam_vit_micro", "timm.VisionTransformer")
+    assert facts["masks"] == model.lam_config.to_dict()
+    assert facts["layers"] == ["blocks.0.attn", "blocks.1.attn"]
+    assert (facts["stored besides"], facts["label names"][9]) == (["head.weight", "head.bias"], "class 9")
+    assert facts["bytes"] < 200_000
+    assert "masks without their model" in run("info", str(tmp_path / "m")).out
+    with pytest.raises(WeightsNotFoundError, match="has masks without their model; create their base"):
+        create_model(tmp_path / "m")
 
 
 def test_info_tells_cost_masks_and_preprocessing(run, model: str) -> None:

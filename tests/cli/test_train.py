@@ -78,6 +78,8 @@ def test_tune_names_the_run_and_trains_a_part(run, start: str, tmp_path: Path, t
     assert done.code == 0
     content = json.loads(Path(f"runs/start-photos-{tune}/report/report.json").read_text("utf-8"))
     assert list(content["scores"]) == ["val", "test"]
+    masks = Path(f"runs/start-photos-{tune}/lam")
+    assert masks.is_dir() == (f"alone are {masks}" in done.out) == (tune == "lam")
     assert 0 < content["parameters"]["trained"] < content["parameters"]["all"] / 2
 
 

@@ -47,6 +47,16 @@ def test_nothing_else_changes(recipe_table: dict[str, Any], start: str, tune: st
         assert any(part in name for name in changed)
 
 
+def test_masks_and_classifier_are_saved_alone_too(recipe_table: dict[str, Any], start: str, tmp_path: Path) -> None:
+    _, whole = tuned(recipe_table, start, "lam", output=str(tmp_path / "run"), ema_decay=0.9)
+    base: Any = lamzoo.create_model(start, pretrained=True, num_classes=len(whole["head.bias"]))
+    lamzoo.load_lam(base, tmp_path / "run" / "lam")
+    assert all(torch.equal(value, whole[key]) for key, value in base.state_dict().items())
+    names = lamzoo.get_pretrained_cfg(tmp_path / "run").label_names
+    assert list(base.pretrained_cfg["label_names"]) == list(names)  # type: ignore[arg-type]
+    assert sum(file.stat().st_size for file in (tmp_path / "run" / "lam").iterdir()) < 100_000
+
+
 def test_what_is_frozen_computes_as_in_evaluation(start: str) -> None:
     model = lamzoo.create_model(start, pretrained=True)
     tuning = Tuning(model, "lam")

@@ -36,6 +36,7 @@ from lamzoo.training.splits import (
     prepare_splits,
 )
 from lamzoo.training.trainer import TrainingRun
+from lamzoo.weights import save_lam
 
 
 class ClassificationRun(TrainingRun):
@@ -89,6 +90,15 @@ class ClassificationRun(TrainingRun):
     def eval_loaders(self, model: nn.Module) -> list[DataLoader[Any]]:
         scored = [split for split in (self.splits.evaluation, self.splits.test) if split is not None]
         return [create_eval_loader(self.recipe, split, model) for split in scored]
+
+    def keep_model(self) -> Path:
+        folder = super().keep_model()
+        if self.recipe.model.tune == "lam":
+            self.masks = self.checkpoints.output / "lam"
+            if self.accelerator.is_main_process:
+                also, names = self.tuning.classifier, self.class_names()
+                save_lam(self.evaluated_model, self.masks, also=also, label_names=names)
+        return folder
 
     def train_mode(self) -> None:
         self.tuning.train_mode(self.model)
