@@ -48,6 +48,7 @@ from lamzoo.report.compare.timm_results import read_timm
 from lamzoo.training import load_recipe
 from lamzoo.video.feature_files import write_features
 from lamzoo.video.index import IndexedVideo, Origin, StoredIndex, read_index, write_index
+from lamzoo.weights.mask_folder import CONFIG_NAME, read_mask_folder
 from lamzoo.weights.saved import read_saved
 from tests.images import write_npz
 from tests.shards import write_shard
@@ -462,6 +463,23 @@ def masks_json(path: Path) -> None:
     assert LamConfig.from_json(config.to_json()) == config
 
 
+MASK_FOLDER = {
+    "lam_config": {"rank": 2, "hidden": [3], "keys": "content"},
+    "base_model": {
+        "model_class": "timm.VisionTransformer", "name": "timm/a.t", "revision": "abc", "attention_sha256": "0" * 64,
+    },
+    "layers": ["blocks.0.attn", "blocks.1.attn"], "parts": {"encoder": 5, "decoder": None}, "also": ["head.weight"],
+    "label_names": ["a", "b"], "lamzoo": {"version": "0.2.0", "sha256": "0" * 64},
+}  # fmt: skip
+
+
+def read_masks(path: Path) -> None:
+    masks = read_mask_folder(path.parent)
+    assert isinstance(masks.config, LamConfig)
+    assert isinstance(str(masks.base_model), str)
+    assert all(isinstance(name, str) for name in (*masks.layers, *masks.also, *(masks.label_names or ())))
+
+
 def masks_toml(path: Path) -> None:
     config = LamConfig.from_toml(path.read_text(encoding="utf-8", errors="replace"))
     assert LamConfig.from_toml(config.to_toml()) == config
@@ -581,6 +599,7 @@ FORMATS = (
     Format("recipe.json", value("recipe.json", RECIPE), load_recipe, *JSON, often=True),
     Format("override", text("a.txt", "run.seed=1"), override),
     Format("masks.json", value("a.json", {"rank": 2, "hidden": [3]}), masks_json, *JSON),
+    Format(CONFIG_NAME, value(CONFIG_NAME, MASK_FOLDER), read_masks, *JSON, often=True),
     Format("masks.toml", text("a.toml", 'rank = 2\nhidden = [3]\nop = "mul"\n'), masks_toml, *TOML),
     Format("submission", submission, read_scored, *LINES, often=True),
     Format("qvhighlights", highlights, read_highlights, *LINES, often=True),
