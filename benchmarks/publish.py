@@ -182,6 +182,8 @@ command = "{measured.command}"
     if reduction is not None:
         key = "prune" if reduction.method == "prune" else "reduction"
         print(f"[models.{name}.tags.{arguments.tag}.{key}]\n{records.to_toml(reduction.to_dict())}")
+    if model.lam_config is not None and model.lam_config != lamzoo.model_info(name).lam:
+        print(f"[models.{name}.tags.{arguments.tag}.lam]\n{model.lam_config.to_toml()}")
     if measured.pretrained_cfg:
         print(f"[models.{name}.tags.{arguments.tag}.pretrained_cfg]\n{records.to_toml(measured.pretrained_cfg)}")
 

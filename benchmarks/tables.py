@@ -66,7 +66,8 @@ def overview() -> str:
             weights = "bundled" if info.tag.file else "download"
             if metric in info.tag.metrics:
                 # A timm backbone with identity masks has the same scores as without them.
-                of_twin = lamzoo.model_info(f"{info.plain}.{info.tag.name}").tag if info.plain else info.tag
+                twin = info.plain_of(info.tag)
+                of_twin = info.tag if twin is None else lamzoo.model_info(twin).tag
                 score = f"{heading} {info.tag.metrics[metric]:.2f} %"
                 twin = f"{of_twin.metrics[metric]:.2f} %"
         lines.append(_line(task, f"`{name}`", score, twin, _number(info.gmacs, 4), weights))

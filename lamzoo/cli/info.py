@@ -109,6 +109,7 @@ def _tag(tag: PretrainedWeights) -> dict[str, Any]:
         "licence": tag.licence,
         "source": source,
         "sha256": tag.sha256,
+        "masks": None if tag.lam is None else tag.lam.to_dict(),
         "metrics": dict(tag.metrics),
     }
 

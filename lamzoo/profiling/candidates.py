@@ -99,9 +99,8 @@ def _plain_twin(card: ModelSpec, tag: str | None) -> str | None:
     if tag is not None and card.tags[tag].timm is not None:
         return f"{TIMM_PREFIX}{card.tags[tag].timm}"
     if card.plain is not None:
-        if tag is None:
-            return card.plain
-        return f"{card.plain}.{tag}" if tag in find_spec(card.plain).tags else None
+        twin = model_ref(str(card.plain_of(card.tags.get(tag or ""))))
+        return twin.text if twin.tag is None or twin.tag in find_spec(twin).tags else None
     backbone = card.backbone.get("timm")
     return f"{TIMM_PREFIX}{backbone}" if tag is None and backbone and "kwargs" not in card.backbone else None
 

@@ -64,6 +64,10 @@ class PretrainedWeights:
         args: arguments of the builder that the weights need.
         pretrained_cfg: keys of timm's ``PretrainedCfg``, overriding the model's; includes ``label_names``.
         reduction: token reduction that the weights were trained with; ``prune`` in a card is its earlier form.
+        lam: masks that the weights were trained with, where they differ from the model's.
+        params: number of parameters with these masks.
+        gmacs: 10^9 multiply-accumulates with these masks.
+        plain: ``arch.tag`` of the plain weights to compare with, where it isn't the model's twin with the same tag.
     """
 
     name: str
@@ -81,6 +85,10 @@ class PretrainedWeights:
     args: Mapping[str, Any] = field(default_factory=dict)
     pretrained_cfg: Mapping[str, Any] = field(default_factory=dict)
     reduction: TokenReduction | None = None
+    lam: LamConfig | None = None
+    params: Annotated[int, Limits(least=0)] | None = None
+    gmacs: Annotated[float, Limits(least=0)] | None = None
+    plain: str | None = None
 
     @property
     def prune(self) -> PruneConfig | None:
@@ -139,6 +147,18 @@ class ModelSpec:
         """Returns the keys of timm's ``PretrainedCfg`` that the card states for a tag, lists as tuples."""
         values = {**self.pretrained_cfg, **(tag.pretrained_cfg if tag is not None else {})}
         return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+
+    def of_tag(self, tag: PretrainedWeights | None) -> ModelSpec:
+        """Returns the model with the masks of a tag, which may differ from its own, and the size that it has then."""
+        if tag is None or tag.lam is None:
+            return self
+        return dataclasses.replace(self, lam=tag.lam, params=tag.params, gmacs=tag.gmacs)
+
+    def plain_of(self, tag: PretrainedWeights | None) -> str | None:
+        """Returns the name of the plain twin, with the weights to compare those of a tag with."""
+        if tag is None or self.plain is None:
+            return self.plain
+        return tag.plain or f"{self.plain}.{tag.name}"
 
 
 def data_dir(kind: Literal["recipes", "registry", "weights"]) -> Path:
@@ -205,7 +225,7 @@ def read_card(path: str | Path, *, weights_dir: Path, source: Literal["card", "p
             name=name,
             family=card.family or path.stem,
             task=card.task,
-            lam=_read_lam(model, f"{path}: models.{name}"),
+            lam=_read_lam(model.lam, f"{path}: models.{name}"),
             tags={
                 tag: read_weights(tag, tags, f"{path}: models.{name}.tags.{tag}") for tag, tags in model.tags.items()
             },
@@ -230,9 +250,10 @@ def read_weights(name: str, table: Mapping[str, Any], where: str) -> PretrainedW
     """
     if "name" in table:
         raise RegistryError(f"{where}: key name is unknown; the tag's name is the key of its table.")
-    plain = {key: value for key, value in table.items() if key not in _REDUCTIONS}
+    plain = {key: value for key, value in table.items() if key not in (*_REDUCTIONS, "lam")}
     tag = build(PretrainedWeights, {"name": name, **plain}, source=f"{where}:", error=RegistryError)
     check_cfg(tag.pretrained_cfg, where)
+    tag = dataclasses.replace(tag, lam=_read_lam(table.get("lam"), where))
     given = [key for key in _REDUCTIONS if key in table]
     if len(given) > 1:
         raise RegistryError(f"{where}: prune and reduction exclude each other; leave one out.")
@@ -254,6 +275,8 @@ def read_weights(name: str, table: Mapping[str, Any], where: str) -> PretrainedW
         raise RegistryError(f"{where}: hub = {tag.hub!r} needs a revision, the commit that the sha256 belongs to.")
     if not tag.external and tag.sha256 is None:
         raise RegistryError(f"{where}: the tag's file needs its sha256.")
+    if tag.lam is not None and tag.external:
+        raise RegistryError(f"{where}: weights of timm and open_clip have no masks; leave lam out.")
     if tag.sha256 is not None and (len(tag.sha256) != 64 or set(tag.sha256) - set("0123456789abcdef")):
         raise RegistryError(f"{where}: sha256 = {tag.sha256!r} is not 64 lower-case hexadecimal digits.")
     return tag
@@ -273,9 +296,9 @@ def _check_model(name: str, model: _Model, where: str) -> None:
         raise RegistryError(f"{where}: plain is {model.plain!r}; it is only for a model with masks.")
 
 
-def _read_lam(model: _Model, where: str) -> LamConfig | None:
+def _read_lam(fields: Mapping[str, Any] | None, where: str) -> LamConfig | None:
     try:
-        return None if model.lam is None else LamConfig.from_dict(model.lam)
+        return None if fields is None else LamConfig.from_dict(fields)
     except ConfigError as error:
         raise RegistryError(f"{where}.lam: {error}") from error
 

@@ -60,8 +60,9 @@ _loaded = False
 class ModelInfo(ModelSpec):
     """A model's spec and the weights that its name refers to.
 
-    For a saved model, ``lam`` and ``pretrained_cfg`` are those of its ``config.json``; ``params``, ``gmacs`` and
-    ``tags`` are unknown.
+    ``lam``, ``params`` and ``gmacs`` of ``arch.tag`` are those of its weights, and of a bare name those of the card.
+    For a saved model, ``lam`` and ``pretrained_cfg`` are those of its
+    ``config.json``; ``params``, ``gmacs`` and ``tags`` are unknown.
 
     Attributes:
         tag: the tag of ``arch.tag``, or the default tag of a bare name; None if there are no tags.
@@ -360,7 +361,10 @@ def model_info(name: str | os.PathLike[str]) -> ModelInfo:
     if not ref.is_saved:
         spec = find_spec(ref)
         tag = find_weights(spec, ref)
-        return ModelInfo(**vars(spec), tag=tag, reduction=tag.reduction if tag is not None else None)
+        reduction = tag.reduction if tag is not None else None
+        if ref.tag is not None:
+            spec = spec.of_tag(tag)
+        return ModelInfo(**vars(spec), tag=tag, reduction=reduction)
     from lamzoo.weights.saved import read_saved
 
     saved = read_saved(ref, with_weights=False)

@@ -48,7 +48,7 @@ from lamzoo.registry.huggingface import create_transformers_model
 from lamzoo.registry.preprocessing import ARGUMENTS
 from lamzoo.registry.refs import ModelRef
 from lamzoo.weights.files import read_state_dict
-from lamzoo.weights.loading import load_into
+from lamzoo.weights.loading import load_into, with_rank_of
 from lamzoo.weights.saved import read_saved
 from lamzoo.weights.sources import WeightsFile, location, resolve
 
@@ -102,8 +102,9 @@ def create_model(
             ``model.safetensors`` in a saved folder: pass it as ``checkpoint_path``.
         pretrained: load weights: those of ``arch.tag`` or, for a bare name, of the first available tag; tags on the
             hub are preferred to bundled ones. The choice is logged, and stored in ``model.pretrained_cfg["tag"]``.
-        lam: the masks, a LamConfig or a dict of its fields; None takes those of the card (or the saved model), True
-            these or, if there are none, the default LamConfig, False builds the plain backbone.
+        lam: the masks, a LamConfig or a dict of its fields; None takes those of the weights, of the saved model or, for
+            a bare name without weights, of the card, True these or, if there are none, the default LamConfig, False
+            builds the plain backbone.
         lam_weights: ``"fresh"`` ignores the masks of all weights, which is needed if ``lam`` describes other masks
             than the trained ones.
         num_classes: width of the head, which stays fresh if the weights have another; 0 for none.
@@ -111,7 +112,8 @@ def create_model(
         img_size: input size, to which position embeddings and mask tables are resized.
         global_pool: pooling of the tokens.
         drop_path_rate: stochastic depth.
-        checkpoint_path: weights to load last, a safetensors file of the same architecture.
+        checkpoint_path: weights to load last, a safetensors file of the same architecture. Unless ``lam`` is given, the
+            masks get the rank of those in the file.
         cache_dir: folder for downloads; the hub's own cache by default.
         allow_pickle: also read pickles, with ``weights_only=True``.
         **timm_kwargs: further arguments of the model's constructor; fields of the configuration for ``hf/`` models.
@@ -147,12 +149,14 @@ def create_model(
             cache_dir=cache_dir, allow_pickle=allow_pickle,
         )  # fmt: skip
     plan = _plan(ref, pretrained, cache_dir, allow_pickle)
+    checkpoint = None if checkpoint_path is None else read_state_dict(checkpoint_path, allow_pickle=allow_pickle)
+    if lam is None and checkpoint is not None and lam_weights == "pretrained" and plan.lam is not None:
+        plan = replace(plan, lam=with_rank_of(plan.lam, checkpoint, str(checkpoint_path)))
     model: Any = _build(plan, lam, given)
     part = None
     if given.get("features_only") and (pretrained or checkpoint_path is not None):
         whole = {key: value for key, value in given.items() if key not in _FEATURE_ARGS}
         part, model = model, _build(plan, lam, whole)
-    checkpoint = None if checkpoint_path is None else read_state_dict(checkpoint_path, allow_pickle=allow_pickle)
     how: dict[str, Any] = {
         "given": {*given, *(["lam"] if lam is False else [])}, "arch": plan.spec.backbone.get("timm")
     }  # fmt: skip
@@ -296,7 +300,9 @@ def _plan(ref: ModelRef, pretrained: bool, cache_dir: str | Path | None, allow_p
     cfg = pretrained_cfg_of(spec, tag)
     if tag is None:
         return _Plan(spec, None, cfg, {}, spec.lam, None, external=False)
-    return _Plan(spec, tag, cfg, tag.args, spec.lam, weights, tag.external, tag.reduction)
+    # A bare name without weights has the masks of the card, for training anew.
+    lam = spec.of_tag(tag).lam if pretrained or ref.tag is not None else spec.lam
+    return _Plan(spec, tag, cfg, tag.args, lam, weights, tag.external, tag.reduction)
 
 
 def _build(plan: _Plan, lam: LamConfig | bool | None, given: Mapping[str, Any]) -> nn.Module:

@@ -254,7 +254,8 @@ class Checkpoints:
         if not same:
             raise RecipeError(
                 f"run.output {self.output} holds a run of a model with masks of {saved}, but the recipe's model now "
-                f"has {lam}; choose another folder."
+                f"has {lam}; start a run in another folder, with these masks as model.lam, or from the trained weights "
+                f"with {self.output} as model.name and model.pretrained = true."
             )
 
     def _write(self, parts: TrainedParts, state: dict[str, Any]) -> None:

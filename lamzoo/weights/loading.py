@@ -7,6 +7,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -96,6 +97,42 @@ def load_into(
     model.load_state_dict(weights, strict=False)
     _logger.info("Loaded %s into %s%s", source, type(model).__name__, "".join(f"; {note}" for note in notes) + ".")
     return notes
+
+
+def with_rank_of(lam: LamConfig, state_dict: Mapping[str, Tensor], source: str) -> LamConfig:
+    """Returns a configuration of masks with the rank of the masks in a state dict; unchanged if this is unknown.
+
+    The rank is read from the ``LamConfig`` that the state dict carries, unless this differs in more than the rank, or
+    from the shapes of the tensors.
+
+    Args:
+        lam: masks of the model.
+        state_dict: parameter name to tensor.
+        source: name of the weights, for the log.
+    """
+    carried = next(iter(carried_configs(state_dict).values()), None)
+    if carried is not None:
+        rank = carried.rank if lam.differences(carried) == ["rank"] else lam.rank
+    else:
+        rank = _rank_of(lam, state_dict) or lam.rank
+    if rank != lam.rank:
+        _logger.info("%s has masks of rank %d, with which the model is built, instead of %d", source, rank, lam.rank)
+    return replace(lam, rank=rank)
+
+
+def _rank_of(lam: LamConfig, state_dict: Mapping[str, Tensor]) -> int | None:
+    """Returns the rank of the masks by their shapes; None without masks of this kind."""
+    last = 2 * len(lam.hidden)
+    query, key, table = (
+        next((value for name, value in state_dict.items() if name.endswith(f".lam.network.{end}")), None)
+        for end in (f"query.{last}.weight", f"key.{last}.weight", "table.weight")
+    )
+    if lam.has_positions:
+        return table.shape[-1] if table is not None and table.ndim == 3 and table.shape[-1] else None
+    if query is None or key is None:
+        return None
+    heads = len(key) - len(query)  # the key's factor has one more column for each
+    return len(query) // heads if heads > 0 and len(query) % heads == 0 and len(query) else None
 
 
 def timm_converter(arch: str) -> Converter | None:

@@ -31,6 +31,17 @@ def test_parameters_and_macs_are_those_of_the_card(name: str) -> None:
     assert profiled(name).gmacs == pytest.approx(info.gmacs, abs=5e-5)
 
 
+WITH_MASKS = [name for name in list_models(pretrained=True) if model_info(name).tag.lam]
+
+
+@pytest.mark.parametrize("name", WITH_MASKS)
+def test_parameters_and_macs_of_a_tag_with_its_own_masks_are_those_of_the_card(name: str) -> None:
+    info = model_info(name)
+    assert info.lam == info.tag.lam != model_info(info.name).lam
+    assert sum(parameter.numel() for parameter in on_meta(name).parameters()) == info.params
+    assert profiled(name).gmacs == pytest.approx(info.gmacs, abs=5e-5)
+
+
 @pytest.mark.parametrize("name", [name for name in list_models(pretrained=True) if model_info(name).tag.file])
 def test_bundled_files_have_the_cards_hash_and_load(name: str) -> None:
     info = model_info(name)
@@ -80,7 +91,10 @@ def test_a_plain_twin_is_registered_has_no_masks_and_the_same_backbone(name: str
     twin = model_info(str(info.plain))
     assert twin.lam is None
     assert (twin.builder, dict(twin.backbone)) == (info.builder, dict(info.backbone))
-    assert {tag for tag, card in info.tags.items() if card.file} <= set(twin.tags)
+    for tag in info.tags.values():
+        if tag.file:
+            named = model_info(str(info.plain_of(tag)))
+            assert (named.name, named.lam) == (twin.name, None)
 
 
 def test_a_card_without_tags_is_valid(tmp_path: Path) -> None:
@@ -105,6 +119,8 @@ def test_a_card_without_tags_is_valid(tmp_path: Path) -> None:
         (GOOD + "[models.a.lam]\nrnk = 3\n", "models.a.lam: LamConfig has no field 'rnk'"),
         (GOOD + "[models.a.pretrained_cfg]\ncroppct = 1\n", "unknown key 'croppct'"),
         (GOOD + '[models.a.tags.t]\ndataset = "x"\n', "models.a.tags.t: a tag needs timm, or open_clip"),
+        (GOOD + "[models.a.tags.t]\nlam = { rnk = 3 }\n", "models.a.tags.t.lam: LamConfig has no field 'rnk'"),
+        (GOOD + '[models.a.tags.t]\ntimm = "y"\nlam = { rank = 3 }\n', "have no masks; leave lam out"),
         (GOOD + '[models.a.tags.t]\nfile = "x"\ntimm = "y"\n', "a tag needs timm, or open_clip"),
         (GOOD + '[models.a.tags.t]\nfile = "x"\n', "needs its sha256"),
         (GOOD + '[models.a.tags.t]\nfile = "x"\nsha256 = "ABC"\n', "is not 64"),

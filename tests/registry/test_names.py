@@ -53,7 +53,7 @@ def test_timms_names_are_listed_on_request() -> None:
 
 def test_info_is_a_record_that_cannot_be_changed() -> None:
     info = model_info("lam_vit_base.augreg_in1k")
-    assert (info.name, info.family, info.lam) == ("lam_vit_base", "lam_vit", LamConfig(keys="position"))
+    assert (info.name, info.family, info.lam) == ("lam_vit_base", "lam_vit", LamConfig(keys="position", rank=7))
     assert info.tag is not None
     assert info.tag.name == "augreg_in1k"
     assert model_info("lam_vit_base").tag == next(iter(info.tags.values()))

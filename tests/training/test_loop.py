@@ -416,7 +416,7 @@ def test_a_run_is_not_resumed_with_masks_of_another_kind(recipe_table: dict[str,
     recipe_table["schedule"]["epochs"] = 1
     train(parse_recipe(recipe_table))
     lamzoo.save_pretrained(lamzoo.create_model("lam_vit_micro", lam=lamzoo.LamConfig(op="mul"), **start), folder)
-    with pytest.raises(RecipeError, match=r"masks of LamConfig\(.*op='add'.*op='mul'.*choose another folder"):
+    with pytest.raises(RecipeError, match=r"masks of LamConfig\(.*op='add'.*op='mul'.*with these masks as model.lam"):
         train(parse_recipe(recipe_table), resume=True)
 
 

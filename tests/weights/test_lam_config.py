@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from torch import nn
 from lamzoo.adapters import add_lam, lam_parameters, lam_state_dict, load_lam_state_dict
 from lamzoo.errors import ConfigError, StateDictError, WeightsError
 from lamzoo.lam import LamConfig
+from lamzoo.registry.cards import ModelSpec, PretrainedWeights
+from lamzoo.registry.catalog import model_info
 from lamzoo.registry.factory import create_model
 from lamzoo.registry.saving import save_pretrained
 from lamzoo.weights.files import file_sha256, join, read_state_dict, shard, write_state_dict
@@ -174,3 +177,45 @@ def test_tables_of_another_length_are_no_other_kind() -> None:
         for length, init in ((4, "paper"), (6, "identity"))
     )
     assert len(load_lam_state_dict(long, lam_state_dict(short))) == 2
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("name", ["lam_vit_tiny", "lam_vit_micro"])
+def test_a_bare_file_of_another_rank_than_the_cards_is_loaded_with_its_own(
+    name: str, recorded: bool, tmp_path: Path
+) -> None:
+    card = model_info(name).lam
+    assert card is not None
+    model = create_model(name, lam=replace(card, rank=5), depth=1)
+    with torch.no_grad():
+        for parameter in lam_parameters(model):
+            parameter.normal_(std=0.1)
+    file = tmp_path / "bare.safetensors"
+    write_state_dict(model.state_dict(), file) if recorded else save_file(model.state_dict(), file)
+    loaded: Any = create_model(name, depth=1, checkpoint_path=file)
+    assert loaded.lam_config == replace(card, rank=5)
+    assert masks_equal(loaded, model)
+    assert create_model(name, depth=1, checkpoint_path=file, lam_weights="fresh").lam_config == card
+    with pytest.raises(StateDictError, match="lam_weights='fresh'"):
+        create_model(name, depth=1, checkpoint_path=file, lam=card)
+
+
+def test_a_tag_has_its_own_masks_and_a_bare_name_without_weights_those_of_the_card() -> None:
+    name = "lam_vit_tiny_patch8_64"
+    info = model_info(f"{name}.tinyimagenet100")
+    assert info.tag is not None
+    assert info.tag.lam is not None
+    loaded: Any = create_model(name, pretrained=True)
+    kept = read_state_dict(Path(str(info.weights_dir)) / str(info.tag.file))
+    assert all(torch.equal(value, kept[key].to(value.dtype)) for key, value in loaded.state_dict().items())
+    with torch.device("meta"):
+        named, bare = create_model(info.name + ".tinyimagenet100"), create_model(name)
+    assert loaded.lam_config == named.lam_config == info.lam == info.tag.lam
+    assert bare.lam_config == model_info(name).lam
+    assert bare.lam_config.rank == 7
+
+
+def test_a_tag_names_its_plain_weights() -> None:
+    tag = PretrainedWeights("a_mul", file="x", plain="b.a")
+    spec = ModelSpec("m", "f", "x:y", lam=ADD, plain="b", tags={"a_mul": tag})
+    assert [spec.plain_of(each) for each in (None, tag, replace(tag, plain=None))] == ["b", "b.a", "b.a_mul"]
