@@ -162,6 +162,7 @@ ALLOWED = {
     "lamzoo/profiling/memory.py: read_text": "/proc/meminfo and the like",
     "lamzoo/weights/files.py: json.loads": "the header of a file that it has just written",
     "lamzoo/report/compare/page.py: read_text": "files of packages",
+    "lamzoo/report/explorer/document.py: read_text": "files of packages",
     "lamzoo/cli/_output.py: open": "the null device",
     "lamzoo/cli/_process.py: open": "a standard stream",
 }

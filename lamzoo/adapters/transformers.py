@@ -32,7 +32,7 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from lamzoo.adapters.hosts import AttentionSite, TokenLayout
 from lamzoo.errors import ConfigError, UnsupportedHostError, class_name
 from lamzoo.lam import FactoredMask, Lam, lam_attention
-from lamzoo.lam.layer import EagerAttention
+from lamzoo.lam.layer import EagerAttention, Scores
 from lamzoo.lam.unmasked import Unmasked
 
 _logger = logging.getLogger(__name__)
@@ -273,7 +273,7 @@ class _Factors:
         self.taken += queries
         return FactoredMask(*(factor[:, :, part] for factor in self.mask))
 
-    def record(self, lam: Lam, mask: FactoredMask, weights: Tensor) -> None:
+    def record(self, lam: Lam, mask: FactoredMask, weights: Tensor, scores: Scores | None) -> None:
         """Records mask and attention weights, those of parts once the last one is known."""
         queries = self.mask.left.shape[2]
         if self.taken > 0:
@@ -281,9 +281,9 @@ class _Factors:
                 self._weights = weights.new_zeros(*weights.shape[:2], queries, queries)
             part = slice(self.taken - weights.shape[2], self.taken)
             self._weights[:, :, part, part] = weights.detach()
-            mask, weights = self.mask, self._weights
+            mask, weights, scores = self.mask, self._weights, None
         if self.taken in (0, queries):
-            lam.record(mask, weights)
+            lam.record(mask, weights, scores)
 
 
 class _MaskHook:
@@ -454,7 +454,7 @@ def _attend(
         scale=scaling,
     )  # fmt: skip
     weights, dropped = eager.calls[0]
-    lam_mask.record(lam, mask, weights)
+    lam_mask.record(lam, mask, weights, eager.scores)
     return out.transpose(1, 2).contiguous(), dropped
 
 

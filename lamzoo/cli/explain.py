@@ -1,15 +1,16 @@
-"""The command ``lamzoo explain``: draws a model's masks over an image or a video."""
+"""The command ``lamzoo explain``: a picture or an interactive page of a model's masks on an image or a video."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lamzoo.cli import _output as out
 from lamzoo.cli._options import Checkpoint, Device, Merge, Name, load_model
 from lamzoo.errors import ConfigError, UnsupportedHostError
+from lamzoo.files import check_target
 
 if TYPE_CHECKING:
     from lamzoo.tasks import Task
@@ -17,8 +18,10 @@ if TYPE_CHECKING:
 
 def explain(
     name: Name,
-    output: Annotated[Path, typer.Option("--out", metavar="FILE.png", help="Output picture.")],
     image: Annotated[Path | None, typer.Argument(metavar="IMAGE", help="An image file, or --data instead.")] = None,
+    output: Annotated[Path | None, typer.Option("--out", metavar="FILE.png", help="Picture to write.")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE.html", help=(
+        "Interactive page to write, in one file: masks and attention of every token, layer and head."))] = None,
     data: Annotated[str | None, typer.Option(metavar="SPEC", help=(
         "Queries about videos: qvhighlights:DIR, charades:DIR, tvsum:DIR[:DOMAIN] or grid:DIR."))] = None,
     split: Annotated[str | None, typer.Option(help="Split of the data [test].")] = None,
@@ -27,7 +30,7 @@ def explain(
     merge: Merge = None,
     device: Device = "auto",
 ) -> None:  # fmt: skip
-    """Draws a model's masks over an image, or over the time axis of a video with --data, to a PNG file."""
+    """Draws a model's masks over an image, or over the time axis of a video with --data: a picture, a page, or both."""
     if image is None and data is None:
         raise ConfigError("there is nothing to explain; give an IMAGE, or a moment data set with --data")
     if image is not None and data is not None:
@@ -36,28 +39,42 @@ def explain(
         given = next((option for option, value in (("--split", split), ("--query", query)) if value is not None), None)
         if given is not None:
             raise ConfigError(f"{given} does not apply to an image; leave it out, or use --data instead of the image")
+    targets = {"explain": output, "explore": html}
+    if not any(targets.values()):
+        raise ConfigError(
+            "there is nothing to write; give --out FILE.png for a picture, or --html FILE.html for a page"
+        )
+    for path, what, suffix in ((output, "picture", ".png"), (html, "page", ".html")):
+        if path is not None:
+            check_target(path, what, suffix=suffix)
     from lamzoo.evaluation import resolve_device
     from lamzoo.registry.catalog import task_of
 
     target = resolve_device(device)
     task = task_of(name)
-    _check(name, task, image is not None)
+    _check(name, task, image is not None, html is not None)
+    inputs: tuple[Any, ...]
     if image is not None:
         from lamzoo.data import open_image
 
         open_image(image)
-        task.load("explain")(load_model(name, checkpoint, merge=merge).to(target), image, output)
-    elif data is not None:
-        dataset = task.open_split(data, split or "test")
-        task.load("explain")(load_model(name, checkpoint, merge=merge).to(target), dataset, query, output)
-    out.print_line(out.path_text(output))
+        inputs = (image,)
+    else:
+        inputs = (task.open_split(str(data), split or "test"), query)
+    model = load_model(name, checkpoint, merge=merge).to(target)
+    for function, path in targets.items():
+        if path is not None:
+            task.load(function)(model, *inputs, path)
+            out.print_line(out.path_text(path))
 
 
-def _check(name: str, task: Task, of_image: bool) -> None:
+def _check(name: str, task: Task, of_image: bool, as_page: bool) -> None:
     """Raises an :class:`UnsupportedHostError` if the model can't be drawn on such an input."""
     if task.explain is None:
         hint = f"; {task.explain_hint}" if task.explain_hint else ""
         raise UnsupportedHostError(f"{name} is {task.model_kind}, which `lamzoo explain` can't draw{hint}")
+    if as_page and task.explore is None:
+        raise UnsupportedHostError(f"{name} is {task.model_kind}, which has no page; give --out FILE.png instead")
     if of_image and task.explains != "image":
         raise UnsupportedHostError(f"{name} is {task.model_kind}, which takes no images; use --data instead")
     if not of_image and task.explains == "image":

@@ -14,10 +14,39 @@ from torch import Tensor, nn
 from lamzoo.errors import ConfigError
 from lamzoo.lam.attention import check_inputs, lam_attention
 from lamzoo.lam.config import LamConfig
-from lamzoo.lam.kernels.eager import attention_weights
+from lamzoo.lam.kernels.eager import attention_weights, merge_allowed
 from lamzoo.lam.masks import FactoredMask, MaskNetwork
 from lamzoo.lam.ops import Op
 from lamzoo.lam.passes import SharedState, StackPass
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The attention scores of a layer before its mask, as their factors: ``query @ key.T * scale + bias``.
+
+    Attributes:
+        query: ``(B, H, Nq, d)``, detached, as are the other tensors.
+        key: ``(B, H, Nk, d)``.
+        scale: of the products.
+        bias: float, broadcastable to ``(B, H, Nq, Nk)``, added after the mask; None without one. In a model with merged
+            tokens it includes the logarithm of the sizes of the keys.
+        allowed: bool, likewise, True where attention may go, causality included; None where it may go everywhere.
+    """
+
+    query: Tensor
+    key: Tensor
+    scale: float
+    bias: Tensor | None = None
+    allowed: Tensor | None = None
+
+    def attention(self) -> Tensor:
+        """Computes the attention weights without the mask, ``(B, H, Nq, Nk)``."""
+        zero = self.query.new_zeros(1, 1, 1, 1)
+        mask = FactoredMask(zero.expand(1, 1, self.query.shape[2], 1), zero.expand(1, 1, self.key.shape[2], 1))
+        return attention_weights(
+            self.query, self.key, mask, op="add", allowed=self.allowed, bias=self.bias, is_causal=False,
+            scale=self.scale,
+        )  # fmt: skip
 
 
 @dataclass
@@ -32,6 +61,7 @@ class MaskRecord:
             layers have merged or pruned tokens; -1 for pruned ones. None where the keys are all tokens.
         query_places: likewise for the queries, of which there are fewer where tokens merge in this layer; in the last
             layer under a class token, that token may be the only one.
+        scores: what the mask modulated; None where a layer attends to its tokens part by part, as some of transformers.
     """
 
     mask: FactoredMask
@@ -39,6 +69,7 @@ class MaskRecord:
     importance: Tensor
     key_places: Tensor | None = None
     query_places: Tensor | None = None
+    scores: Scores | None = None
 
 
 class AttentionOptions(TypedDict, total=False):
@@ -240,15 +271,18 @@ class Lam(nn.Module):
         mask = self(query_tokens, key_tokens, present)
         out = attention(query, key, value, mask, op=self.config.op, **options)
         weights, dropped = eager.calls[0]
-        self.record(mask, weights, begun)
+        self.record(mask, weights, eager.scores, begun)
         return out, dropped
 
-    def record(self, mask: FactoredMask, weights: Tensor, begun: StackPass | None = None) -> None:
+    def record(
+        self, mask: FactoredMask, weights: Tensor, scores: Scores | None, begun: StackPass | None = None
+    ) -> None:
         """Calls the recorder, if one is set.
 
         Args:
             mask: of the layer.
             weights: attention weights before dropout, ``(B, H, Nq, Nk)``.
+            scores: as in :class:`MaskRecord`.
             begun: state of the forward pass before the layer computed its mask; None where no tokens are reduced.
         """
         if self.recorder is None:
@@ -256,7 +290,7 @@ class Lam(nn.Module):
         begun = StackPass() if begun is None else begun
         detached = mask.detach()
         keys, queries = (None if each is None else each.places() for each in (begun.token_map, begun.query_map))
-        self.recorder(MaskRecord(detached, weights.detach(), detached.importance(), keys, queries))
+        self.recorder(MaskRecord(detached, weights.detach(), detached.importance(), keys, queries, scores))
 
     def _hooked(self, attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Puts the hook around an attention; called before the mask is computed, which may end the pass."""
@@ -320,10 +354,11 @@ def carry_configs(state_dict: Mapping[str, Tensor], configs: Mapping[str, LamCon
 
 
 class EagerAttention:
-    """Eager attention that keeps the weights of each call, before and after dropout."""
+    """Eager attention that keeps the weights of each call, before and after dropout, and the scores of the last one."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[Tensor, Tensor]] = []
+        self.scores: Scores | None = None
 
     def __call__(
         self,
@@ -346,4 +381,6 @@ class EagerAttention:
         )
         dropped = torch.dropout(weights, dropout_p, dropout_p > 0)
         self.calls.append((weights, dropped))
+        allowed = merge_allowed(weights, allowed, bias, is_causal)
+        self.scores = Scores(query.detach(), key.detach(), scale, None if bias is None else bias.detach(), allowed)
         return (dropped @ value).to(query.dtype)

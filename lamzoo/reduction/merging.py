@@ -28,7 +28,7 @@ from lamzoo.adapters.wrappers import unwrap
 from lamzoo.errors import ConfigError, UnsupportedHostError, class_name
 from lamzoo.lam import FactoredMask, Lam, SharedState
 from lamzoo.lam.config import Sign
-from lamzoo.lam.layer import AttentionOptions
+from lamzoo.lam.layer import AttentionOptions, EagerAttention
 from lamzoo.lam.ops import Op
 from lamzoo.lam.passes import Merge, StackPass
 from lamzoo.lam.token_map import TokenMap, take
@@ -73,7 +73,7 @@ class AttendBySizes:
         **options: Unpack[AttentionOptions],
     ) -> Tensor:
         if begun.sizes is not None:
-            if op == "add":
+            if op == "add" and not isinstance(attention, EagerAttention):  # whose record has mask and sizes apart
                 mask = count_members(mask, begun.sizes, self.sign)
             else:
                 bias, logs = options.get("bias"), log_sizes(begun.sizes).to(mask.left.dtype).transpose(-2, -1)

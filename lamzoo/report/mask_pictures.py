@@ -63,7 +63,7 @@ def explain(
     config = next(iter(masks_of(model).values())).config
     shown = view(model, image)
     with evaluating(model), torch.no_grad(), capture_masks(model) as captured:
-        output = _run(model, shown.images)
+        output = run_all_queries(model, shown.images)
     if isinstance(output, Tensor):
         check_finite(output)
     records = list(captured.items())
@@ -74,15 +74,16 @@ def explain(
     if config.layers == "single":
         layers = [replace(layers[0], name="all layers")]
     subject = "image" if isinstance(image, Image.Image) else Path(image).name
-    title = f"{title_of(model)} on {subject}{_prediction(model, output)}\n{_caption(config, head, shown.images)}"
+    title = f"{title_of(model)} on {subject}{_prediction(model, output)}\n{caption_of(config, head, shown.images)}"
     figure = draw(layers, shown.seen.numpy(), shown.sharp.numpy(), neutral=config.mask_op.identity, title=title)
     with atomic_files(DataError) as stage:
         figure.savefig(stage(path), format="png")
 
 
-def _run(model: Any, images: Tensor) -> Any:
+def run_all_queries(model: Any, images: Tensor) -> Any:
+    """Runs a classifier so that a last layer with merged tokens computes all of them, not the class token alone."""
     if getattr(model, "token_reduction", None) is not None and hasattr(model, "forward_head"):
-        return model.forward_head(model.forward_features(images))  # computes all queries of the last layer
+        return model.forward_head(model.forward_features(images))
     return model(images)
 
 
@@ -165,7 +166,8 @@ def title_of(model: nn.Module) -> str:
     return arch if source is None else source if source.startswith(arch) else f"{arch} ({source})"
 
 
-def _caption(config: LamConfig, head: int | None, images: Tensor) -> str:
+def caption_of(config: LamConfig, head: int | None, images: Tensor) -> str:
+    """Returns what the mask is, and the size of the images that a model was given."""
     heads = "one mask for all heads"
     if config.heads == "per-head":
         heads = "mean of the heads' masks" if head is None else f"mask of head {head}"

@@ -22,6 +22,7 @@ CLASSIFICATION = Task(
     defaults="lamzoo.training.defaults:for_images",
     options=("class_map", "real_labels", "on_bad_input", "limit", "state", "resume"),
     explain="lamzoo.report.mask_pictures:explain",
+    explore="lamzoo.report.explorer.runs:explore_image",
     describe_input="lamzoo.evaluation.classification.evaluate:describe_input",
     reads_images=True,
 )

@@ -70,6 +70,31 @@ def test_an_image_is_still_drawn(call: Callable[..., Any]) -> None:
     assert Path("masks.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_page_is_written_alone_or_beside_the_picture(call: Callable[..., Any]) -> None:
+    done = call("lam_vit_micro", "PHOTO --html masks.html")
+    assert (done.code, done.out) == (0, "masks.html\n"), done.err
+    assert Path("masks.html").read_bytes().startswith(b"<!doctype html>")
+    done = call("lam_vit_micro", "PHOTO --html masks.html --out masks.png")
+    assert (done.code, done.out) == (0, "masks.png\nmasks.html\n"), done.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("PHOTO", "give --out FILE.png for a picture, or --html FILE.html for a page"),
+        ("PHOTO --html x.png", "x.png"),
+        ("PHOTO --html nowhere/x.html --out x.png", "The folder nowhere of the page does not exist"),
+    ],
+)
+def test_a_page_that_can_not_be_written_is_named_before_the_picture_is(
+    call: Callable[..., Any], arguments: str, says: str
+) -> None:
+    done = call("lam_vit_micro", arguments)
+    assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
+    assert says in done.err
+    assert not list(Path().glob("x.*"))
+
+
 @pytest.mark.parametrize(
     ("model", "arguments", "says"),
     [

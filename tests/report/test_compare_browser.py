@@ -1,6 +1,5 @@
 import json
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,17 +11,6 @@ from tests.report.compare_rows import FAILED, LAM, PLAIN, UNSCORED, WORSE, table
 
 pytestmark = pytest.mark.browser
 
-_FLAGS = (
-    "--headless=new",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--window-size=1600,2400",
-)
 _SECONDS = 60
 
 
@@ -62,25 +50,6 @@ class Page:
         messages = (json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance"))
         urls = {m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"}
         return {url for url in urls if not url.startswith(("file:", "blob:", "data:"))}
-
-
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    webdriver = pytest.importorskip("selenium.webdriver")
-    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    control = shutil.which("chromedriver")
-    if browser is None or control is None:
-        pytest.skip("there is no Chromium with its driver here; Debian: apt-get install chromium chromium-driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = browser
-    for flag in (*_FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    from selenium.webdriver.chrome.service import Service
-
-    driver = webdriver.Chrome(options=options, service=Service(control))
-    yield driver
-    driver.quit()
 
 
 @pytest.fixture(scope="module")

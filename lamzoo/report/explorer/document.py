@@ -1,0 +1,287 @@
+"""The page itself: token runs, layers and answers as data, quantised, in one HTML file with its script."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from importlib import resources
+from string import Template
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from lamzoo.errors import ConfigError, UnsupportedHostError
+from lamzoo.escaping import printable
+from lamzoo.lam import LamConfig, MaskRecord
+from lamzoo.reading import to_json
+
+_MOST = 32767  # int16, whose lowest value marks what is forbidden
+_FORBIDDEN = -500.0  # a bias below leaves no attention in any dtype; such as the lowest number of a dtype
+_JPEG_QUALITY = 85
+
+
+@dataclass(frozen=True)
+class TokenRun:
+    """Consecutive tokens of one kind in the sequence of an attention layer.
+
+    Attributes:
+        name: what they are, in the singular: ``"patch"``, ``"word"``.
+        labels: text of each token; empty for patches, whose rows and columns are counted.
+        grid: ``(rows, columns)`` of patches; None for other tokens.
+        picture: what the patches were cut from; None if unknown.
+        time: whether the tokens follow each other in time, and are drawn as a strip.
+    """
+
+    name: str
+    labels: tuple[str, ...] = ()
+    grid: tuple[int, int] | None = None
+    picture: Image.Image | None = None
+    time: bool = False
+
+    def __len__(self) -> int:
+        return len(self.labels) if self.grid is None else self.grid[0] * self.grid[1]
+
+
+@dataclass(frozen=True)
+class ExploredLayer:
+    """One attention layer on the page.
+
+    Attributes:
+        name: path of the layer, or what it is.
+        config: of its mask.
+        record: as captured.
+        queries: the stack's input tokens that the queries are made of, in order.
+        keys: likewise of the keys; the same object in self-attention.
+        sample: index in the batch.
+    """
+
+    name: str
+    config: LamConfig
+    record: MaskRecord
+    queries: Sequence[TokenRun]
+    keys: Sequence[TokenRun]
+    sample: int = 0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A line of the model's prediction, with its masks and with neutral ones.
+
+    Attributes:
+        label: such as a class.
+        masked: text of the prediction with masks.
+        plain: likewise without masks; empty if unknown.
+        shares: both as numbers from 0 to 1, to be drawn as bars; None for text alone.
+    """
+
+    label: str
+    masked: str
+    plain: str = ""
+    shares: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Exploration:
+    """What the page shows.
+
+    Attributes:
+        title: model and input.
+        layers: at least one.
+        facts: lines below the title.
+        answers: predictions.
+    """
+
+    title: str
+    layers: Sequence[ExploredLayer]
+    facts: Sequence[str] = ()
+    answers: Sequence[Answer] = ()
+
+
+def to_html(exploration: Exploration) -> str:
+    """Renders the page: one file with its data, script and style, which needs no network.
+
+    Queries, keys and the factors of the masks are stored as int16 with a float32 scale for each row, so that what the
+    page computes of them differs by less than 0.001 of an attention weight or of the largest mask value of a row.
+
+    Raises:
+        ConfigError: the model's scores or masks are not finite.
+        UnsupportedHostError: a layer's scores were not captured, or its tokens are others than described.
+    """
+    script = resources.files(__package__).joinpath("explorer.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
+    template = Template(resources.files(__package__).joinpath("explorer.html").read_text(encoding="utf-8"))
+    return template.substitute(
+        title=_html(exploration.title),
+        facts="\n".join(f'<p class="faint">{_html(fact)}</p>' for fact in exploration.facts),
+        answers=_answers(exploration.answers),
+        legend=_html(_legend(exploration.layers[0].config)),
+        # A script element ends at the first "</script", whatever it holds.
+        data=to_json(page_data(exploration)).replace("<", "\\u003c"),
+        script=script,
+        script_hash=f"sha256-{digest}",
+    )
+
+
+def page_data(exploration: Exploration) -> dict[str, Any]:
+    """Returns what the script reads, as JSON values; raises as :func:`to_html`."""
+    store = _Store()
+    layers = [_layer(layer, store) for layer in exploration.layers]
+    return {"layers": layers, "runs": store.runs, "sequences": store.sequences, "arrays": store.arrays}
+
+
+class _Store:
+    """Arrays, runs and sequences, each stored once and referred to by its number."""
+
+    def __init__(self) -> None:
+        self.arrays: list[dict[str, Any]] = []
+        self.runs: list[dict[str, Any]] = []
+        self.sequences: list[list[int]] = []
+        self._numbers: dict[Any, int] = {}
+        self._alive: list[object] = []  # what is known by its id
+
+    def array(self, rows: Tensor) -> int:
+        """Stores ``(..., columns)`` as rows of int16 with a scale each."""
+        values = rows.detach().float().flatten(0, -2).cpu().numpy()
+        packed, scales = quantise(values)
+        texts = [base64.b64encode(each.tobytes()).decode("ascii") for each in (packed, scales)]
+        key = (values.shape[1], *texts)
+        if key not in self._numbers:
+            self._numbers[key] = len(self.arrays)
+            self.arrays.append({"columns": values.shape[1], "values": texts[0], "scales": texts[1]})
+        return self._numbers[key]
+
+    def sequence(self, runs: Sequence[TokenRun]) -> int:
+        key = ("sequence", *map(id, runs))
+        if key not in self._numbers:
+            self._alive.append(runs)
+            self._numbers[key] = len(self.sequences)
+            self.sequences.append([self._run(run) for run in runs])
+        return self._numbers[key]
+
+    def _run(self, run: TokenRun) -> int:
+        key = ("run", id(run))
+        if key not in self._numbers:
+            self._alive.append(run)
+            self._numbers[key] = len(self.runs)
+            self.runs.append(_run_data(run))
+        return self._numbers[key]
+
+
+def quantise(values: NDArray[np.float32]) -> tuple[NDArray[np.int16], NDArray[np.float32]]:
+    """Quantises rows to int16, with ``-inf`` as -32768.
+
+    Args:
+        values: ``(rows, columns)``, float32, finite or ``-inf``.
+
+    Returns:
+        The integers, little-endian, and the scale of each row, ``(rows,)``.
+
+    Raises:
+        ConfigError: a value is NaN or infinite.
+    """
+    forbidden = np.isneginf(values)
+    finite = np.where(forbidden, 0, values)
+    if not np.isfinite(finite).all():
+        raise ConfigError("the model's attention scores or masks are not finite; check the weights")
+    scales = (np.abs(finite).max(axis=1, initial=0) / _MOST).astype("<f4")
+    integers = np.rint(finite / np.maximum(scales, np.finfo(np.float32).tiny)[:, None])
+    return np.where(forbidden, -_MOST - 1, integers).astype("<i2"), scales
+
+
+def _layer(layer: ExploredLayer, store: _Store) -> dict[str, Any]:
+    record, row = layer.record, layer.sample
+    scores = record.scores
+    if scores is None:
+        raise UnsupportedHostError(
+            f"{layer.name} attends to its tokens part by part, which the page can't show; use the picture of "
+            "lamzoo.report.figure, or a model whose layers attend to all tokens at once."
+        )
+    left, right = (factor[row if factor.shape[0] > 1 else 0] for factor in record.mask)
+    query, key = scores.query[row] * scores.scale, scores.key[row]
+    places = [None if each is None else each[row] for each in (record.query_places, record.key_places)]
+    for runs, known, tokens in zip((layer.queries, layer.keys), places, (query, key), strict=True):
+        described = sum(map(len, runs))
+        if described != (tokens.shape[1] if known is None else len(known)):
+            raise UnsupportedHostError(f"{layer.name} has {tokens.shape[1]} tokens, and {described} are described.")
+    return {
+        "name": printable(layer.name),
+        "op": layer.config.op,
+        "neutral": layer.config.mask_op.identity,
+        "heads": query.shape[0],
+        "maskHeads": left.shape[0],
+        "queryCount": query.shape[1],
+        "keyCount": key.shape[1],
+        "query": store.array(query),
+        "key": store.array(key),
+        "left": store.array(left),
+        "right": store.array(right),
+        "bias": _bias(scores.bias, scores.allowed, key.shape[1], row, store),
+        "queries": store.sequence(layer.queries),
+        "keys": store.sequence(layer.keys),
+        "queryPlaces": None if places[0] is None else places[0].tolist(),
+        "keyPlaces": None if places[1] is None else places[1].tolist(),
+    }
+
+
+def _bias(bias: Tensor | None, allowed: Tensor | None, keys: int, row: int, store: _Store) -> dict[str, int] | None:
+    """Stores what is added to the scores, -inf where attention may not go, for the heads and queries that differ."""
+    if bias is None and (allowed is None or bool(allowed.all())):
+        return None
+    added = torch.zeros(()) if bias is None else bias.float()
+    added = added.masked_fill(added < _FORBIDDEN, -torch.inf)
+    if allowed is not None:
+        added = torch.where(allowed, added, -torch.inf)
+    added = added[(None,) * (4 - added.ndim)]
+    added = added[row if added.shape[0] > 1 else 0]
+    added = added.expand(*added.shape[:-1], keys)
+    return {"array": store.array(added), "heads": added.shape[0], "queries": added.shape[1]}
+
+
+def _run_data(run: TokenRun) -> dict[str, Any]:
+    data: dict[str, Any] = {"name": printable(run.name), "size": len(run), "time": run.time}
+    if run.grid is None:
+        return data | {"labels": [printable(label) for label in run.labels]}
+    data |= {"grid": run.grid, "shape": (1, 1)}
+    if run.picture is not None:
+        encoded = io.BytesIO()
+        run.picture.convert("RGB").save(encoded, "JPEG", quality=_JPEG_QUALITY)
+        data["picture"] = f"data:image/jpeg;base64,{base64.b64encode(encoded.getvalue()).decode('ascii')}"
+        data["shape"] = (run.picture.height / run.grid[0], run.picture.width / run.grid[1])
+    return data
+
+
+def _answers(answers: Sequence[Answer]) -> str:
+    if not answers:
+        return ""
+    lines = []
+    for answer in answers:
+        cells = [f"<th>{_html(answer.label)}</th>"]
+        for text, share in zip((answer.masked, answer.plain), answer.shares or (None, None), strict=True):
+            cells.append(f'<td class="number">{_html(text)}</td>')
+            bar = "" if share is None else f'<span style="width:{100 * share:.1f}%"></span>'
+            cells.append(f'<td class="bar">{bar}</td>')
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    head = '<tr><th>prediction</th><td colspan="2">with masks</td><td colspan="2">without</td></tr>'
+    return f'<table id="answers">\n{head}\n{"".join(lines)}\n</table>'
+
+
+def _legend(config: LamConfig) -> str:
+    heads = "one mask for all heads" if config.heads == "shared" else "one mask for each head"
+    return (
+        f"M {config.mask_op.effect} the attention scores, {config.mask_op.identity:g} is neutral; "
+        f"keys={config.keys}, rank={config.rank}, sign={config.sign}, {heads}. Attention without the mask is that of "
+        "the same queries and keys in this layer; the prediction without masks is that of all layers without theirs. "
+        "Tokens that have been merged are outlined as one, and have the numbers of the token that they are part of."
+    )
+
+
+def _html(text: str) -> str:
+    return escape(printable(text))

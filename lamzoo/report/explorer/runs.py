@@ -1,0 +1,157 @@
+"""Models run with and without their masks, for the page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from lamzoo.adapters.capture import capture_masks
+from lamzoo.adapters.hosts import token_layout
+from lamzoo.adapters.state import masks_of
+from lamzoo.adapters.wrappers import unwrap
+from lamzoo.errors import DataError, UnsupportedHostError, class_name
+from lamzoo.evaluation import class_names
+from lamzoo.evaluation.runtime import check_finite
+from lamzoo.files import atomic_files, check_target
+from lamzoo.lam import FactoredMask, Lam, MaskRecord
+from lamzoo.profiling.inputs import evaluating
+from lamzoo.report.explorer.document import Answer, Exploration, ExploredLayer, TokenRun, to_html
+from lamzoo.report.mask_pictures import caption_of, run_all_queries, title_of
+from lamzoo.report.model_view import view
+
+Output = TypeVar("Output")
+
+_CLASSES = 5
+_SHARP_SIDE = 448  # pixels of the picture that the page shows
+
+
+def explore_image(model: nn.Module, image: str | Path | Image.Image, path: str | Path) -> None:
+    """Writes an interactive page of a model's masks and attention over one image.
+
+    For each patch, layer and head it shows ``M[i, :]``, the attention with the mask and without it, and their
+    difference; the importance of each token in each layer; the classes with the masks and without; and which patches
+    are one token in a model with merged tokens, or have left in a pruned one.
+
+    Args:
+        model: a vision transformer of timm or open_clip with masks.
+        image: a file or a Pillow image; rotated by its EXIF orientation.
+        path: the HTML file, in an existing folder; an older file is replaced.
+
+    Raises:
+        UnsupportedHostError: the model has no masks, or no patch grid.
+        ConfigError: the model's outputs or masks are not finite.
+        DataError: the image can't be read, or the file can't be written.
+    """
+    path, model = Path(path), unwrap(model)
+    check_target(path, "page", suffix=".html")
+    masks = masks_of(model)
+    shown = view(model, image, sharp_side=_SHARP_SIDE)
+    records, masked, plain = run_twice(model, lambda: run_all_queries(model, shown.images))
+    picture = Image.fromarray((shown.sharp * 255).round().byte().numpy())
+    sequences: dict[tuple[int, tuple[int, int]], tuple[TokenRun, ...]] = {}
+    layers = []
+    for name, record in records.items():
+        prefix, grid = _layout(model, name, shown.images, record)
+        if (prefix, grid) not in sequences:
+            sequences[prefix, grid] = _image_tokens(model, name, prefix, grid, picture)
+        runs = sequences[prefix, grid]
+        layers.append(ExploredLayer(name.removesuffix(".attn"), masks[f"{name}.lam"].config, record, runs, runs))
+    config = next(iter(masks.values())).config
+    subject = "image" if isinstance(image, Image.Image) else Path(image).name
+    exploration = Exploration(
+        title=f"{title_of(model)} on {subject}",
+        layers=layers,
+        facts=(caption_of(config, None, shown.images),),
+        answers=answers_of(model, masked, plain),
+    )
+    write_page(exploration, path)
+
+
+def write_page(exploration: Exploration, path: Path) -> None:
+    """Writes the page to a file; raises as :func:`to_html`, or a DataError if the file can't be written."""
+    text = to_html(exploration)
+    with atomic_files(DataError) as stage:
+        stage(path).write_text(text, encoding="utf-8")
+
+
+def run_twice(model: nn.Module, run: Callable[[], Output]) -> tuple[Mapping[str, MaskRecord], Output, Output]:
+    """Runs a model with its masks and with neutral ones, in evaluation mode and without gradients.
+
+    Returns:
+        What was captured with the masks, and both outputs.
+    """
+    with evaluating(model), torch.no_grad():
+        with capture_masks(model) as captured:
+            masked = run()
+            records = dict(captured)
+        with _neutral_masks(model):
+            plain = run()
+    return records, masked, plain
+
+
+def answers_of(model: nn.Module, masked: Any, plain: Any) -> list[Answer]:
+    """Returns the most probable classes of a classifier's output ``(1, classes)``; none for other outputs."""
+    if not isinstance(masked, Tensor) or masked.ndim != 2 or getattr(model, "num_classes", 0) != masked.shape[1]:
+        return []
+    check_finite(masked)
+    names = class_names(model, masked.shape[1])
+    with_masks, without = (output[0].float().softmax(dim=0).tolist() for output in (masked, plain))
+    best = sorted(range(len(names)), key=lambda index: -max(with_masks[index], without[index]))[:_CLASSES]
+    return [
+        Answer(
+            names[index].split(",")[0],
+            f"{with_masks[index]:.1%}",
+            f"{without[index]:.1%}",
+            (with_masks[index], without[index]),
+        )
+        for index in sorted(best, key=lambda index: -with_masks[index])
+    ]
+
+
+@contextmanager
+def _neutral_masks(model: nn.Module) -> Iterator[None]:
+    """Makes the masks leave the scores as they are, while the context is open; merged tokens stay merged."""
+
+    def neutral(lam: Lam, args: tuple[Any, ...], mask: FactoredMask) -> FactoredMask:
+        left, right = (torch.zeros_like(factor) for factor in mask)
+        left[..., 0] = right[..., 0] = lam.config.mask_op.identity
+        return FactoredMask(left, right)
+
+    # Capturing keeps fused attention, which doesn't call the masks, out of the way.
+    handles = [lam.register_forward_hook(neutral) for lam in masks_of(model).values()]
+    try:
+        with capture_masks(model):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _layout(model: nn.Module, path: str, images: Tensor, record: MaskRecord) -> tuple[int, tuple[int, int]]:
+    """Returns the number of prefix tokens and the patch grid of the stack's input."""
+    layout = token_layout(model, path)
+    count = record.mask.right.shape[2] if record.key_places is None else record.key_places.shape[1]
+    if layout.grid_at is not None:
+        rows, columns = layout.grid_at((images.shape[-2], images.shape[-1]))
+        if layout.num_prefix_tokens + rows * columns == count:
+            return layout.num_prefix_tokens, (rows, columns)
+    raise UnsupportedHostError(
+        f"{path} of {class_name(model)} attends to {count} tokens that aren't a patch grid; the page shows images in "
+        "vision transformers of timm and open_clip."
+    )
+
+
+def _image_tokens(
+    model: nn.Module, path: str, prefix: int, grid: tuple[int, int], picture: Image.Image
+) -> tuple[TokenRun, ...]:
+    pooling = token_layout(model, path).pooling
+    names = ["class"] if prefix and pooling is not None and pooling.has_class_token else []
+    names += [str(number) for number in range(len(names), prefix)]
+    prefixes = (TokenRun("token", tuple(names)),) if prefix else ()
+    return (*prefixes, TokenRun("patch", grid=grid, picture=picture))
