@@ -5,17 +5,19 @@ from typing import TYPE_CHECKING
 from lamzoo.lazy import submodules_of
 
 if TYPE_CHECKING:
-    from lamzoo.report.explorer import explore_image
+    from lamzoo.report.explorer import TokenRun, explore, explore_image
     from lamzoo.report.mask_pictures import explain
     from lamzoo.report.moment_pictures import explain_moments
     from lamzoo.report.window_pictures import explain_windows
 
-__all__ = ["explain", "explain_moments", "explain_windows", "explore_image"]
+__all__ = ["TokenRun", "explain", "explain_moments", "explain_windows", "explore", "explore_image"]
 
 _HOMES = {
     "explain": "lamzoo.report.mask_pictures",
     "explain_moments": "lamzoo.report.moment_pictures",
     "explain_windows": "lamzoo.report.window_pictures",  # which needs open_clip, as its models do
+    "TokenRun": "lamzoo.report.explorer",
+    "explore": "lamzoo.report.explorer",
     "explore_image": "lamzoo.report.explorer",
 }
 

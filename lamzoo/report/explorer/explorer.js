@@ -5,9 +5,9 @@ const page = JSON.parse(document.getElementById("data").textContent);
 const state = { layer: 0, head: -1, query: 0, key: 0, pinned: false, photo: true }; // head -1: the mean over all
 const MAPS = [
   ["mask", "mask M[i, j]"],
-  ["masked", "attention with the mask"],
-  ["plain", "attention without the mask"],
-  ["difference", "difference: with − without"],
+  ["masked", "attention with mask"],
+  ["plain", "attention without"],
+  ["difference", "with − without"],
 ];
 
 const $ = (id) => document.getElementById(id);
