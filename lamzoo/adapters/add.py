@@ -108,6 +108,11 @@ def add_lam_to(model: Model, lengths: Mapping[str, int | None], config: LamConfi
         ConfigError: as for :func:`add_lam`.
     """
     check_model(model)
+    paths = {path for path, _ in model.named_modules()}
+    if unknown := next((path for path in lengths if path not in paths), None):
+        raise UnsupportedHostError(
+            f"The model ({class_name(model)}) has no part {unknown!r} for masks; create it with that part."
+        )
     for path, length in lengths.items():
         part = add_lam(model.get_submodule(path), config.with_length(length))
         del part.lam_config

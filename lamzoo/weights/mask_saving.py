@@ -202,7 +202,15 @@ def _warn_of_trained(host: nn.Module, stored: Mapping[str, Tensor]) -> None:
 def _check(
     host: nn.Module, record: MaskFolder, masks: Mapping[str, Tensor], others: Mapping[str, Tensor], source: str
 ) -> None:
-    """Checks what is stored besides the masks, and the kind of all tensors; raises a :class:`StateDictError`."""
+    """Checks what is stored besides the masks, and sizes and kinds of all; raises a :class:`StateDictError`."""
+    config = record.config
+    lengths = [*(record.parts or {}).values(), config.max_length] if config.has_positions else []
+    widest = max((size for value in masks.values() for size in value.shape), default=0)
+    if max([config.rank, *config.hidden, *(length or 0 for length in lengths)]) > widest:  # before any is allocated
+        raise StateDictError(
+            f"{source} has no mask as large as its {CONFIG_NAME} says, rank={config.rank}, hidden={config.hidden} and "
+            f"max_length={config.max_length}; save it again."
+        )
     own = {host_path(key): value for key, value in host.state_dict().items()}
     lacking = [key for key in record.also if key not in others]
     if lacking:

@@ -282,6 +282,17 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], type[LamzooError], str]] = {
         StateDictError,
         "has masks with rank=8 and the model has rank=3",
     ),
+    "masks larger than the memory": (
+        changed(lam_config=LamConfig(rank=10_000_000, hidden=(10_000_000,)).to_dict()),
+        StateDictError,
+        "has no mask as large as its lam_config.json says, rank=10000000",
+    ),
+    "parts larger than the memory": (
+        changed(lam_config=LamConfig(keys="position").to_dict(), parts={"": 10**9}),
+        StateDictError,
+        "has no mask as large",
+    ),
+    "parts that the model lacks": (changed(parts={"neck": None}), UnsupportedHostError, "has no part 'neck'"),
     "masks listed beside masks": (
         changed(also=[KEY]),
         StateDictError,
