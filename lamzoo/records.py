@@ -252,22 +252,23 @@ def read_csv(
             raise error(f"{path} has no column {name!r}; add it, or write the {what} again.")
 
     def parse(cell: str, column: str, number: int) -> Any:
-        args = get_args(hints[column])
-        kinds = [kind for kind in args if kind is not type(None)] if args else [hints[column]]
-        if not cell and (type(None) in args or (kinds == [str] and _has_default(entries[column]))):
+        hint = hints[column]
+        args = () if get_origin(hint) is Literal else get_args(hint)
+        kind = next((each for each in args if each is not type(None)), hint)
+        if not cell and (type(None) in args or (kind is str and _has_default(entries[column]))):
             return None if type(None) in args else ""
         place = f"{path}, line {number}: {column} is {cell!r:.60}"
-        if get_origin(hints[column]) is Literal or kinds == [bool]:
-            choices = {str(choice): choice for choice in (args or (False, True))}
+        if get_origin(kind) is Literal or kind is bool:
+            choices = {str(choice): choice for choice in get_args(kind) or (False, True)}
             if cell in choices:
                 return choices[cell]
             raise error(f"{place}; it must be {' or '.join(choices)}.")
         if not cell:
-            raise error(f"{place}; it must be a {'name' if kinds == [str] else 'number'}.")
+            raise error(f"{place}; it must be a {'name' if kind is str else 'number'}.")
         try:
-            return _PARSERS[kinds[0]](cell)
+            return _PARSERS[kind](cell)
         except ValueError as cause:
-            raise error(f"{place}, which is not {_NAMES[kinds[0]]}; fix or remove the line.") from cause
+            raise error(f"{place}, which is not {_NAMES[kind]}; fix or remove the line.") from cause
 
     return [
         cls(**{column: parse(cell, column, number) for column, cell in zip(columns, cells, strict=True)})

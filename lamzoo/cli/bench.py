@@ -17,7 +17,7 @@ from lamzoo.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from lamzoo.data.trained import TrainedData
     from lamzoo.profiling.candidates import Candidate
-    from lamzoo.profiling.results import BenchRow
+    from lamzoo.profiling.results import BenchRow, Form
     from lamzoo.tasks import MetricSpec
 
 
@@ -48,6 +48,8 @@ def bench(
     plain: Annotated[bool, typer.Option("--plain/--no-plain", help=(
         "Also measure the plain twins of masked models, in separate rows."))] = True,
     merge: Merge = None,
+    fuse: Annotated[bool, typer.Option("--fuse", help=(
+        "Also measure models with additive masks in their fused form, in separate rows."))] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Measure failed rows again.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Measure all rows again.")] = False,
     timeout: Annotated[float | None, typer.Option(min=0, help="Seconds per model; no limit by default.")] = None,
@@ -57,7 +59,8 @@ def bench(
 
     A model with masks is timed alternately with the same model without them; latency_ratio is the median ratio. With
     --merge, every model is also measured with merged tokens, in a row of its own whose ratio is to the model without
-    masks and with all tokens. The exit code is 1 if a row failed; the row contains the reason.
+    masks and with all tokens; with --fuse, models with additive masks also in their form for inference. The exit code
+    is 1 if a row failed; the row contains the reason.
     """
     import torch
 
@@ -95,10 +98,11 @@ def bench(
     jobs = [
         dataclasses.replace(
             job, model=c.model, tag=c.tag, plain=c.plain, img_size=str(img_size) if img_size else c.img_size,
-            task=c.task, split=splits[c.name], merge=share,
+            task=c.task, split=splits[c.name], merge=share, form=form,
         )
         for c in found
         for share in ([None] if merge is None else [None, round(merge, 4)])  # as tables write it
+        for form in _forms(fuse and c.fusible)
     ]  # fmt: skip
     with out.progress_bar("bench", hidden=json) as advance:
         result = bench(jobs, output, retry_failed=retry_failed, force=force, timeout=timeout, progress=advance)
@@ -108,6 +112,10 @@ def bench(
         _print(result.rows, output, result.kept)
     if result.failed:
         raise typer.Exit(1)
+
+
+def _forms(fuse: bool) -> list[Form | None]:
+    return [None, "fused"] if fuse else [None]
 
 
 def _splits(data: str | None, split: str | None, models: Sequence[Candidate]) -> dict[str, str | None]:

@@ -31,6 +31,7 @@ def export(
     score: Annotated[_Score, typer.Option(help="Score that selects the tokens to keep.")] = "mask",
     rest: Annotated[_Rest, typer.Option(help=(
         "Drop pruned tokens, merge them into one, or average each with the most similar kept token."))] = "drop",
+    fused: Annotated[bool, typer.Option("--fuse", help="Export the fused form of additive masks.")] = False,
     int8: Annotated[bool, typer.Option("--int8", help="Quantise the linear layers of an ONNX file.")] = False,
     repeats: Annotated[int, typer.Option(
         min=2, max=100_000, help="Timed passes of one image, alternating with the model.")] = 30,
@@ -41,6 +42,7 @@ def export(
     The program runs without lamzoo and accepts any batch size. It is discarded if its outputs differ from the model's
     by more than 1e-4.
     """
+    from lamzoo.adapters import fuse
     from lamzoo.data import find_images
     from lamzoo.evaluation import preprocess
     from lamzoo.export import export_model, load_exported
@@ -68,6 +70,8 @@ def export(
     model = load_model(name, checkpoint, merge=merge)
     if prunes:
         prune_tokens(model, keep, layers, target_gmacs=target_gmacs, score=score, rest=rest)
+    if fused:
+        fuse(model)
     batch = preprocess(model, paths) if paths else None
     written = export_model(model, output, format=format, images=batch, int8=int8)
     one = default_input(model) if batch is None else batch[:1]

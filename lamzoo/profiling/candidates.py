@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lamzoo.errors import UnknownModelError
+from lamzoo.lam.config import LamConfig
 from lamzoo.registry.cards import ModelSpec
 from lamzoo.registry.catalog import find_spec, find_weights, match_models, model_ref, pretrained_cfg_of
 from lamzoo.registry.refs import TIMM_PREFIX
@@ -23,6 +24,7 @@ class Candidate:
         plain: name of the plain twin; None for a plain model, or without a twin.
         img_size: the model's input size, ``"224"`` or ``"HxW"``; None for models without images.
         task: name of the task.
+        fusible: whether its masks have a form for inference, see :func:`lamzoo.fuse`.
     """
 
     model: str
@@ -30,6 +32,7 @@ class Candidate:
     plain: str | None = None
     img_size: str | None = None
     task: str = "classification"
+    fusible: bool = False
 
     @property
     def name(self) -> str:
@@ -78,7 +81,7 @@ def candidate_of(name: str, *, weights: bool) -> Candidate:
         saved = read_saved(ref, with_weights=False)
         task = find_task(find_spec(saved.name).task)
         size = size_text(saved.args.get("img_size") or saved.cfg.input_size[1:]) if task.reads_images else None
-        return Candidate(ref.name, None, None, size, task.name)
+        return Candidate(ref.name, None, None, size, task.name, _is_fusible(saved.lam))
     card = find_spec(ref)
     tag = find_weights(card, ref)
     cfg = pretrained_cfg_of(card, tag)
@@ -89,7 +92,12 @@ def candidate_of(name: str, *, weights: bool) -> Candidate:
         plain=_plain_twin(card, tag.name if keep and tag is not None else None),
         img_size=size_text(cfg.input_size[1:]) if find_task(card.task).reads_images else None,
         task=card.task,
+        fusible=_is_fusible((card.of_tag(tag) if keep else card).lam),
     )
+
+
+def _is_fusible(lam: LamConfig | None) -> bool:
+    return lam is not None and lam.op == "add" and not lam.hidden
 
 
 def _plain_twin(card: ModelSpec, tag: str | None) -> str | None:

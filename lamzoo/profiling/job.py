@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
-from lamzoo.profiling.results import BenchRow, Mode
+from lamzoo.profiling.results import BenchRow, Form, Mode
 
 _WORKER = (sys.executable, "-m", "lamzoo.profiling.worker")
 
@@ -45,6 +45,7 @@ class BenchJob:
         workers: worker processes that read images in scoring.
         commit: commit of the checkout.
         merge: share of its GMACs to merge the model's tokens to; None leaves the model as it is.
+        form: ``"fused"`` to fuse the model; None leaves it as it is.
     """
 
     model: str
@@ -68,6 +69,7 @@ class BenchJob:
     workers: int = 0
     commit: str | None = None
     merge: float | None = None
+    form: Form | None = None
 
     @property
     def name(self) -> str:

@@ -13,6 +13,7 @@ from lamzoo.tasks import MetricSpec, find_metric
 
 Status = Literal["ok", "failed"]
 Mode = Literal["eager", "compiled"]
+Form = Literal["fused"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class BenchRow:
         error: reason of the failure, in one line.
         task: name of the model's task; None in tables of lamzoo 0.1.
         merge: share of its GMACs that the model's tokens were merged to, by ``lamzoo bench --merge``; None without.
+        form: ``"fused"`` for the form for inference, by ``lamzoo bench --fuse``; None without.
     """
 
     model: str
@@ -98,6 +100,7 @@ class BenchRow:
     error: str | None = None
     task: str | None = None
     merge: float | None = None
+    form: Form | None = None
 
     @property
     def name(self) -> str:
@@ -106,8 +109,9 @@ class BenchRow:
 
     @property
     def label(self) -> str:
-        """The name, and how tokens were merged."""
-        return self.name if self.merge is None else f"{self.name}, merged to {100 * self.merge:g} %"
+        """The name, how tokens were merged, and the form."""
+        merged = "" if self.merge is None else f", merged to {100 * self.merge:g} %"
+        return self.name + merged + ("" if self.form is None else f", {self.form}")
 
     @property
     def spec(self) -> MetricSpec | None:
@@ -127,7 +131,7 @@ class BenchRow:
     @property
     def key(self) -> tuple[Any, ...]:
         """The identity of a row within a table: model, data and measurement settings."""
-        setting = (self.img_size, self.dtype, self.device, self.threads, self.mode, self.merge)
+        setting = (self.img_size, self.dtype, self.device, self.threads, self.mode, self.merge, self.form)
         return (self.model, self.tag, self.data, self.split, *setting)
 
 
@@ -150,7 +154,7 @@ def read_rows(path: str | Path) -> list[BenchRow]:
         DataError: the file cannot be read, a column is missing or unknown, or a cell has the wrong type; names file,
             line and column.
     """
-    return records.read_csv(path, BenchRow, optional=("task", "merge"))
+    return records.read_csv(path, BenchRow, optional=("task", "merge", "form"))
 
 
 def write_rows(path: str | Path, rows: Iterable[BenchRow]) -> None:

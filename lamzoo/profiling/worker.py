@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lamzoo.adapters import fuse
 from lamzoo.errors import DataError, LamzooError
 from lamzoo.profiling.candidates import size_text
 from lamzoo.profiling.inputs import default_input, evaluating, image_size
@@ -82,7 +83,8 @@ def _measure(job: BenchJob) -> BenchRow:
 def _build(job: BenchJob) -> nn.Module:
     given = {} if job.resize is None else {"img_size": job.resize}
     model = create_model(job.name, pretrained=job.data is not None, **given)  # type: ignore[arg-type]
-    return model if job.merge is None else merge_to_share(model, job.merge)
+    model = model if job.merge is None else merge_to_share(model, job.merge)
+    return model if job.form is None else fuse(model)
 
 
 def _load_code() -> None:

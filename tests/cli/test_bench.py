@@ -74,6 +74,15 @@ def test_merged_models_are_measured_beside_themselves_with_all_tokens(run, jobs)
     )
 
 
+def test_fused_models_are_measured_beside_themselves(run, jobs) -> None:
+    done = run("lam_vit_tiny", "lam_vit_micro", "--out", "r.csv", "--fuse", "--merge", "0.7")
+    assert done.code == 1  # of the plain twin, which fails
+    tiny = [(job.merge, job.form) for job in jobs if job.model == "lam_vit_tiny"]
+    assert tiny == [(None, None), (None, "fused"), (0.7, None), (0.7, "fused")]
+    assert {job.form for job in jobs if job.model != "lam_vit_tiny"} == {None}  # plain, or multiplicative masks
+    assert "lam_vit_tiny, merged to 70 %, fused" in " ".join(done.out.split())
+
+
 def test_with_data_the_models_have_weights(run, jobs, tmp_path: Path) -> None:
     data = f"npz:{write_npz(tmp_path / 'data')}"
     run("lam_vit_micro", "--out", "r.csv", "--no-plain", "--data", data)

@@ -31,6 +31,14 @@ def test_command(tmp_path: Path, run: Any) -> None:
     assert [guess["label"] for guess in guesses[0]] == [guess["label"] for guess in guesses[1]]
 
 
+def test_fuse(tmp_path: Path, run: Any) -> None:
+    model = lamzoo.create_model("lam_vit_tiny", depth=1, img_size=32, embed_dim=32, num_heads=2, num_classes=3)
+    lamzoo.save_pretrained(model, tmp_path / "tiny", label_names=CLASSES)
+    done = run("export", tmp_path / "tiny", "--out", tmp_path / "tiny.pt2", "--fuse", "--repeats", "2", "--json")
+    assert json.loads(done.out)["gmacs"] > lamzoo.profile(model).gmacs  # the columns of the values
+    assert lamzoo.load_exported(tmp_path / "tiny.pt2").facts["fused"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -46,6 +54,7 @@ def test_command(tmp_path: Path, run: Any) -> None:
         (("--score", "attention"), "--score is a setting of pruning, which --keep or --target-gmacs enables"),
         (("--keep", "0.5", "--target-gmacs", "0.1"), "--keep and --target-gmacs exclude each other; leave one out"),
         (("--merge", "0.01"), "Tokens can't be merged to 1 % of 0.0771 GMACs"),
+        (("--fuse",), "has a fused form: of blocks.0.attn, its mask has op='mul'"),
         (("--images", "nowhere.jpg"), "nowhere.jpg"),
         (("--format", "torch"), "must end in .pt2"),
     ],

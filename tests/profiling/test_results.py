@@ -47,6 +47,14 @@ def test_a_row_knows_its_name_and_its_setting() -> None:
     assert first.key != BenchRow("lam_vit_micro", "cifar10", merge=0.63).key
 
 
+def test_a_row_of_the_fused_form_is_another_one_and_is_read_back(tmp_path: Path) -> None:
+    row = BenchRow("lam_vit_tiny", merge=0.63, form="fused")
+    assert row.label == "lam_vit_tiny, merged to 63 %, fused"
+    assert row.key != BenchRow("lam_vit_tiny", merge=0.63).key
+    write_rows(tmp_path / "r.csv", [row])
+    assert read_rows(tmp_path / "r.csv") == [row]
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [

@@ -231,7 +231,7 @@ def _with_twin(entry: Entry, others: list[Entry]) -> Entry:
     name = row.plain if row.plain is not None or row.merge is None else row.name
     if name is None:
         return entry
-    whole = [other for other in others if other.row.merge is None and other.row.name == name]
+    whole = [other for other in others if other.row.merge is None and other.row.form is None and other.row.name == name]
     candidates = [other for other in whole if other.row.img_size == row.img_size]
     if not candidates:
         return entry
