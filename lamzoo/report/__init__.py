@@ -6,11 +6,12 @@ from lamzoo.lazy import submodules_of
 
 if TYPE_CHECKING:
     from lamzoo.report.explorer import TokenRun, explore, explore_image
+    from lamzoo.report.explorer.queries import explore_query
     from lamzoo.report.mask_pictures import explain
     from lamzoo.report.moment_pictures import explain_moments
     from lamzoo.report.window_pictures import explain_windows
 
-__all__ = ["TokenRun", "explain", "explain_moments", "explain_windows", "explore", "explore_image"]
+__all__ = ["TokenRun", "explain", "explain_moments", "explain_windows", "explore", "explore_image", "explore_query"]
 
 _HOMES = {
     "explain": "lamzoo.report.mask_pictures",
@@ -19,6 +20,7 @@ _HOMES = {
     "TokenRun": "lamzoo.report.explorer",
     "explore": "lamzoo.report.explorer",
     "explore_image": "lamzoo.report.explorer",
+    "explore_query": "lamzoo.report.explorer.queries",
 }
 
 if not TYPE_CHECKING:  # a type checker would believe any name

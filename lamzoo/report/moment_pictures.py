@@ -69,12 +69,21 @@ def explain_query(model: nn.Module, dataset: MomentDataset, qid: str | None, pat
     Raises:
         DataError: the split has no such query; or as for :func:`explain_moments`.
     """
+    explain_moments(model, dataset, index_of(dataset, qid), path)
+
+
+def index_of(dataset: MomentDataset, qid: str | None) -> int:
+    """Returns the index of a query by its id; that of the first query for None.
+
+    Raises:
+        DataError: the split has no such query.
+    """
     qids = [str(query.qid) for query in dataset.queries]  # numbers in QVHighlights, strings in other data sets
     if qid is not None and qid not in qids:
         few = ", ".join(map(repr, qids[:_NAMED]))
         more = f" and {len(qids) - _NAMED} more" if len(qids) > _NAMED else ""
         raise DataError(f"the split {dataset.split!r} of {dataset.spec} has no query {qid!r}; it has {few}{more}")
-    explain_moments(model, dataset, 0 if qid is None else qids.index(qid), path)
+    return 0 if qid is None else qids.index(qid)
 
 
 def _measure(model: nn.Module, masks: Mapping[str, Lam], dataset: MomentDataset, index: int, top: int) -> Timeline:

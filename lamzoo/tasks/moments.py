@@ -26,6 +26,7 @@ MOMENTS = Task(
     write_predictions="lamzoo.evaluation.moments.submissions:write_submission",
     explain="lamzoo.report.moment_pictures:explain_query",
     explains="queries",
+    explore="lamzoo.report.explorer.queries:explore_query",
     listed="mAP",
     describe_input="lamzoo.evaluation.moments.evaluate:describe_input",
 )

@@ -78,6 +78,13 @@ def test_a_page_is_written_alone_or_beside_the_picture(call: Callable[..., Any])
     assert (done.code, done.out) == (0, "masks.png\nmasks.html\n"), done.err
 
 
+def test_a_page_of_a_query_has_clips_and_words(call: Callable[..., Any]) -> None:
+    done = call("lam_moment_detr_micro", "--data DATA --split val --query 13 --html time.html")
+    assert (done.code, done.out) == (0, "time.html\n"), done.err
+    assert '"0.00–2.00 s"' in Path("time.html").read_text()
+    assert '"labels": ["A", "dog", "runs."]' in Path("time.html").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

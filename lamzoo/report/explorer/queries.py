@@ -1,0 +1,103 @@
+"""The page for a moment model: clips over time, words of the sentence, and moment queries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from lamzoo.adapters.state import masks_of
+from lamzoo.data.moments import MomentDataset, MomentFeatures, MomentQuery
+from lamzoo.errors import UnsupportedHostError, class_name
+from lamzoo.evaluation.moments.evaluate import MomentPrediction, find_moments
+from lamzoo.files import check_target
+from lamzoo.report.explorer.document import Answer, Exploration, ExploredLayer, TokenRun
+from lamzoo.report.explorer.runs import run_twice, write_page
+from lamzoo.report.mask_pictures import title_of
+from lamzoo.report.moment_pictures import index_of
+
+_MOMENTS = 5
+
+
+def explore_query(model: nn.Module, dataset: MomentDataset, qid: str | None, path: str | Path) -> None:
+    """Writes an interactive page of a moment model's masks and attention for one query, over time in seconds.
+
+    The tokens are the clips of the video, the words of the sentence, QD-DETR's saliency token and the decoder's moment
+    queries. The prediction is the best spans with the masks and without. Otherwise as
+    :func:`lamzoo.report.explore_image`.
+
+    Args:
+        model: a model of the family ``lam_moment_detr`` with masks.
+        dataset: a split of queries.
+        qid: id of the query; None for the first one.
+        path: the HTML file, in an existing folder; an older file is replaced.
+
+    Raises:
+        UnsupportedHostError: the model has no masks, is not a moment model, or takes features of another width.
+        ConfigError: its masks or predictions are not finite.
+        DataError: the split has no such query, its features can't be read, or the file can't be written.
+    """
+    path = Path(path)
+    check_target(path, "page", suffix=".html")
+    masks = masks_of(model)
+    index = index_of(dataset, qid)
+    features, query = dataset.read(index), dataset.queries[index]
+    records, masked, plain = run_twice(model, lambda: find_moments(model, [features], [query.duration])[0])
+    reader = _Tokens(model, features, query)
+    layers = [
+        ExploredLayer(name.removesuffix(".attn"), masks[f"{name}.lam"].config, record, *reader.read(name))
+        for name, record in records.items()
+    ]
+    true = ", ".join(f"{start:g}–{end:g} s" for start, end in query.windows)
+    facts = [f"“{query.text}”", f"moments in the data: {true}" if true else "moments in the data: unknown"]
+    title = f"{title_of(model)} on video {query.video}, query {query.qid}"
+    write_page(Exploration(title, layers, facts, _answers(masked, plain)), path)
+
+
+class _Tokens:
+    """The queries and keys of each layer of a moment model."""
+
+    def __init__(self, model: Any, features: MomentFeatures, query: MomentQuery) -> None:
+        self.model = model
+        edges = np.asarray(features.video, np.float64)[:, -2:] * query.duration
+        self.clips = TokenRun("clip", tuple(f"{start:.2f}–{end:.2f} s" for start, end in edges), time=True)
+        self.words = TokenRun("word", _words(query.text, len(features.text)))
+        self.token = TokenRun("saliency", ("token",))
+        self.moments = (TokenRun("moment query", tuple(map(str, range(model.num_queries)))),)
+        self._known: dict[tuple[int, int, int], tuple[TokenRun, ...]] = {}
+
+    def read(self, path: str) -> tuple[Sequence[TokenRun], Sequence[TokenRun]]:
+        if not hasattr(self.model, "attended"):
+            raise UnsupportedHostError(f"{class_name(self.model)} is not of the family lam_moment_detr, unwrapped.")
+        if "self_attention" in path:  # of the decoder
+            return self.moments, self.moments
+        keys = self._sequence(*self.model.attended(path, len(self.clips), len(self.words)))
+        if path.startswith("decoder."):
+            return self.moments, keys
+        return (self._sequence(0, len(self.clips), 0) if path.startswith("cross.") else keys), keys
+
+    def _sequence(self, *lengths: int) -> tuple[TokenRun, ...]:
+        runs = zip((self.token, self.clips, self.words), lengths, strict=True)
+        token, clips, words = lengths
+        return self._known.setdefault((token, clips, words), tuple(run for run, length in runs if length))
+
+
+def _words(text: str, count: int) -> tuple[str, ...]:
+    """Returns the words of a sentence, if its features are one for each, with or without a start and an end."""
+    words = text.split()
+    if len(words) == count:
+        return tuple(words)
+    if len(words) + 2 == count:
+        return "<start>", *words, "<end>"
+    return tuple(map(str, range(count)))
+
+
+def _answers(masked: MomentPrediction, plain: MomentPrediction) -> list[Answer]:
+    def texts(found: MomentPrediction) -> list[str]:
+        return [f"{start:.2f}–{end:.2f} s, score {score:.2f}" for start, end, score in found.windows[:_MOMENTS]]
+
+    pairs = enumerate(zip(texts(masked), texts(plain), strict=True), start=1)
+    return [Answer(f"moment {rank}", with_masks, without) for rank, (with_masks, without) in pairs]
