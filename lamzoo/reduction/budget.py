@@ -89,7 +89,7 @@ def merge_tokens(
 ) -> Model:
     """Merges alike tokens of a vision transformer with masks or without, in place and without training.
 
-    A few patches merge in each layer, into others that are like them; class and register tokens never merge. In a
+    A few patches merge in a layer, into others that are like them; class and register tokens never merge. In a
     layer, keys and values are made of the tokens before its merge, and queries of those after it. The pairs are those
     of least cost by a bipartite matching of the two colours of a checkerboard of the patches, in later layers of every
     second one of those that are left: the squared distance of the layer's inputs, plus half of that of the mask's key
@@ -122,9 +122,10 @@ def merge_tokens(
             the model with all tokens is below is logged as a warning, and nothing merges.
         keep: instead, the share of the patches that is left after the last layer, rounded up; in a describer, of the
             tokens of each modality, and not below 1 / (layers + 1). With ``keep=1``, ``frames`` alone merge.
-        r: instead, the number of patches that merge in each layer, as in ToMe, at the model's own input size. Where
+        r: instead, the number of patches that merge in each of the layers ``at``, at the model's own input size. Where
             this is over 30 % of the patches of a later layer, earlier ones merge more in its stead.
-        at: layers in which tokens merge, counted from 0; all of them by default, which loses least. A merge has a
+        at: layers in which tokens merge, counted from 0; by default all of them, and every second one in a model of
+            eight blocks or more (in a describer all), which loses about as little as merging in all. A merge has a
             fixed cost of some fifty small operators. Where a layer costs little more itself, as with one image of 64
             patches on a CPU, a merged model is slower than an unmerged one; fewer layers with more merges each, such as
             ``at=(0, 4, 8)``, reduce this cost, and merging slightly (to 90 % of the GMACs) doesn't pay.
@@ -175,7 +176,7 @@ def _quarters(model: nn.Module) -> tuple[int, ...]:
 
 
 def _share(model: nn.Module, config: TokenReduction, r: int) -> float:
-    """Returns the share of patches that is left when ``r`` merge in each layer."""
+    """Returns the share of patches that is left when ``r`` merge in each layer in which tokens merge."""
     if isinstance(r, bool) or not isinstance(r, int) or r < 0:
         raise ConfigError(f"r={r!r}: the number of patches that merge in each layer must be a whole number from 0.")
     stack = None if streams.find_encoder(model) is not None else find_stack(model, masked=False, verb="merged")
