@@ -15,6 +15,10 @@ class ConfigError(LamzooError, ValueError):
     """Invalid settings, such as a :class:`~lamzoo.LamConfig` field or a combination of arguments."""
 
 
+class UnknownArgumentError(ConfigError, TypeError):
+    """An argument that the function which builds a model doesn't take."""
+
+
 class MissingExtraError(LamzooError, ImportError):
     """A required optional dependency is not installed; the message names the extra to install."""
 

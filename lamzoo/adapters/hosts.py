@@ -299,8 +299,8 @@ class HostTakeover(nn.Module):
     def __prepare_scriptable__(self) -> NoReturn:
         """Called by ``torch.jit.script``, which can't compile the mask."""
         raise ExportError(
-            "torch.jit.script can't compile a model with learnable masks or merged tokens; use torch.jit.trace, "
-            "torch.export or lamzoo.export_model."
+            "torch.jit.script, which torch deprecates, can't compile a model with learnable masks or merged tokens; "
+            "use torch.export, lamzoo.export_model or torch.compile."
         )
 
     if TYPE_CHECKING:  # the attributes of the host are only known at run time

@@ -6,7 +6,8 @@ from typing import Any
 
 import timm
 from timm.layers import Attention, RelPosBias
-from timm.models._features import FeatureGetterNet
+from timm.models import PretrainedCfg, build_model_with_cfg
+from timm.models._features_fx import FeatureGraphNet
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_hybrid import ConvStem, HybridEmbed
 from torch import nn
@@ -14,6 +15,8 @@ from torch import nn
 from lamzoo.adapters import add_lam
 from lamzoo.errors import ConfigError
 from lamzoo.lam import LamConfig
+
+_CFG = PretrainedCfg(fixed_input_size=True, first_conv="patch_embed.backbone.0.conv", classifier="head")  # of micro_vit
 
 
 def lam_vit(config: dict[str, Any], *, lam: LamConfig | None, **overrides: Any) -> nn.Module:
@@ -29,17 +32,11 @@ def lam_vit(config: dict[str, Any], *, lam: LamConfig | None, **overrides: Any) 
         The timm model.
     """
     model = timm.create_model(config["timm"], pretrained=False, **{**config.get("kwargs", {}), **overrides})
-    return model if lam is None else add_lam(model, lam)
+    return _with_masks(model, lam)
 
 
 def micro_vit(
-    config: dict[str, Any],
-    *,
-    lam: LamConfig | None,
-    rel_pos_bias: bool = False,
-    features_only: bool = False,
-    out_indices: int | tuple[int, ...] = 3,
-    **overrides: Any,
+    config: dict[str, Any], *, lam: LamConfig | None, rel_pos_bias: bool = False, **overrides: Any
 ) -> nn.Module:
     """Builds a small vision transformer for small images, with timm's convolutional stem.
 
@@ -48,24 +45,44 @@ def micro_vit(
         lam: configuration of the masks; ``None`` for the plain backbone.
         rel_pos_bias: add a learned relative position bias (timm's ``RelPosBias``) to the scores of each layer: the
             ablation's control for masks with position keys.
-        features_only: return the feature maps of blocks instead of logits, as in timm.
-        out_indices: the blocks of ``features_only``: their indices, or the number of last blocks.
-        **overrides: arguments of the transformer that override ``config``.
+        **overrides: arguments of the transformer that override ``config``, and those of timm's ``features_only``.
 
     Returns:
-        A ``VisionTransformer`` whose ``patch_embed`` is a four-layer ``ConvStem``; with ``features_only``, wrapped in a
-        ``FeatureGetterNet``.
+        A ``VisionTransformer`` whose ``patch_embed`` is a four-layer ``ConvStem``; with ``features_only``, wrapped as
+        in timm.
 
     Raises:
         ConfigError: ``rel_pos_bias`` is combined with masks.
     """
-    model = VisionTransformer(embed_layer=_stem, **{**config, **overrides})
     if rel_pos_bias and lam is not None:
         raise ConfigError("rel_pos_bias is a control without masks; leave it out or pass lam=None.")
+    model = build_model_with_cfg(
+        _vit,
+        "vit_micro",
+        pretrained=False,
+        pretrained_cfg=_CFG.to_dict(),
+        feature_cfg={"out_indices": 3, "feature_cls": "getter"},  # the defaults of timm's VisionTransformer
+        **{**config, "rel_pos_bias": rel_pos_bias, **overrides},
+    )
+    return _with_masks(model, lam)
+
+
+def _vit(rel_pos_bias: bool, **arguments: Any) -> VisionTransformer:
+    model = VisionTransformer(embed_layer=_stem, **arguments)
     if rel_pos_bias:
         _add_rel_pos_bias(model)
-    built = FeatureGetterNet(model, out_indices=out_indices) if features_only else model
-    return built if lam is None else add_lam(built, lam)
+    return model
+
+
+def _with_masks(model: nn.Module, lam: LamConfig | None) -> nn.Module:
+    if lam is None:
+        return model
+    if isinstance(model, FeatureGraphNet):
+        raise ConfigError(
+            "feature_cls='fx' traces a model before it has masks; use feature_cls='getter', or create the whole model "
+            "and call create_feature_extractor of torchvision.models.feature_extraction."
+        )
+    return add_lam(model, lam)
 
 
 def _add_rel_pos_bias(model: VisionTransformer) -> None:
@@ -80,5 +97,6 @@ def _pass_rel_pos_bias(attention: Any, args: Any, kwargs: dict[str, Any]) -> tup
 
 def _stem(*, patch_size: int, in_chans: int, embed_dim: int, **kwargs: Any) -> HybridEmbed:
     channels = (embed_dim // 4, embed_dim // 2, embed_dim, embed_dim)
-    stem = ConvStem(in_chans=in_chans, depth=4, channels=channels, kernel_size=3, stride=(1, 2, 2, 1))
+    place = {key: kwargs[key] for key in ("device", "dtype") if key in kwargs}
+    stem = ConvStem(in_chans=in_chans, depth=4, channels=channels, kernel_size=3, stride=(1, 2, 2, 1), **place)
     return HybridEmbed(stem, patch_size=1, in_chans=in_chans, embed_dim=embed_dim, proj=False, **kwargs)

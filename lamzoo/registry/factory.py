@@ -26,6 +26,7 @@ from lamzoo.errors import (
     HashMismatchError,
     HubUnreachableError,
     LamzooError,
+    UnknownArgumentError,
     UnsafeWeightsError,
     WeightsError,
     WeightsNotFoundError,
@@ -254,7 +255,8 @@ def obtain(
 def _features(whole: Any, features: Any) -> nn.Module:
     """Copies the weights of a whole model into the part of it that ``features_only=True`` built."""
     weights = whole.state_dict()
-    found = {key: weights.get(key, weights.get(key.removeprefix("model."))) for key in features.state_dict()}
+    # timm's wrappers keep the model's names, or put one of their own before them.
+    found = {key: weights.get(key, weights.get(key.partition(".")[2])) for key in features.state_dict()}
     missing = next((key for key, value in found.items() if value is None), None)
     if missing is not None:
         raise ConfigError(
@@ -353,7 +355,7 @@ def _call(plan: _Plan, config: tuple[dict[str, Any], ...], arguments: Mapping[st
     except (Exception, SystemExit) as error:  # builders of timm and plug-ins raise anything for values that don't fit
         if isinstance(error, TypeError) and "unexpected keyword argument" in str(error):
             culprit = str(error).rsplit("unexpected keyword argument", 1)[1].strip()
-            raise ConfigError(f"{plan.spec.name} takes no argument {culprit}; leave it out.") from error
+            raise UnknownArgumentError(f"{plan.spec.name} takes no argument {culprit}; leave it out.") from error
         values = ", ".join(f"{key}={reprlib.repr(value)}" for key, value in arguments.items() if key != "lam")
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}".removesuffix(": ")
         where = f" {plan.config} states some of them;" if plan.config else ""

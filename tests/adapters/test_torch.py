@@ -206,7 +206,7 @@ def test_symbolic_traces_of_pruned_models_are_refused_with_a_way_out() -> None:
 @pytest.mark.filterwarnings("ignore")  # that both are deprecated, and that traces take shapes as constants
 def test_torch_script_is_refused_in_one_sentence_and_tracing_works(host: Host) -> None:
     model, x = masked(host, "single"), host.images()
-    with pytest.raises(ExportError, match=r"torch\.jit\.trace"):
+    with pytest.raises(ExportError, match=r"use torch\.export"):
         torch.jit.script(model)
     with torch.no_grad():
         traced = torch.jit.trace(model, x, check_trace=False)
