@@ -28,7 +28,7 @@ LAYER = {name: height for height, names in enumerate(LAYERS) for name in names}
 # Names of files with the same role in each folder that has them. Those of cli/ are the names of the commands.
 REPEATED = {
     "__init__", "attention", "base", "batches", "config", "evaluate", "factory", "feature_files", "files", "flickr",
-    "grid", "metrics", "model", "recipe", "run", "splits", "validation",
+    "grid", "metrics", "model", "recipe", "run", "splits", "timm", "validation",
 }  # fmt: skip
 
 

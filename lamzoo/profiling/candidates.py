@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from lamzoo.errors import UnknownModelError
 from lamzoo.lam.config import LamConfig
 from lamzoo.registry.cards import ModelSpec
-from lamzoo.registry.catalog import find_spec, find_weights, match_models, model_ref, pretrained_cfg_of
+from lamzoo.registry.catalog import (
+    find_spec,
+    find_weights,
+    match_models,
+    model_ref,
+    pretrained_cfg_of,
+    spec_of_saved,
+)
 from lamzoo.registry.refs import TIMM_PREFIX
 from lamzoo.tasks import find_task
 from lamzoo.weights.saved import read_saved
@@ -79,7 +86,7 @@ def candidate_of(name: str, *, weights: bool) -> Candidate:
     ref = model_ref(name)
     if ref.is_saved:
         saved = read_saved(ref, with_weights=False)
-        task = find_task(find_spec(saved.name).task)
+        task = find_task(spec_of_saved(saved).task)
         size = size_text(saved.args.get("img_size") or saved.cfg.input_size[1:]) if task.reads_images else None
         return Candidate(ref.name, None, None, size, task.name, _is_fusible(saved.lam))
     card = find_spec(ref)

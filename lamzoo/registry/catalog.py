@@ -222,13 +222,19 @@ def find_spec(name: str | ModelRef) -> ModelSpec:
 
 
 def spec_of_saved(saved: SavedModel) -> ModelSpec:
-    """Returns the spec of a saved model's architecture.
+    """Returns the spec of a saved model's architecture, with the model's masks.
+
+    If timm has saved it, which writes no masks, they are those of the card for the tag that it was made from.
 
     Raises:
         UnknownModelError: the architecture is not registered; names the ``config.json``.
     """
+    own = saved.name.removeprefix(TIMM_PREFIX)
+    if saved.external and own in _registered():
+        spec = find_spec(own)
+        return spec.of_tag(spec.tags.get(saved.cfg.tag or ""))
     try:
-        return find_spec(saved.name)
+        return replace(find_spec(saved.name), lam=saved.lam)
     except UnknownModelError as error:
         raise UnknownModelError(f"{saved.path} is of an architecture that is not registered: {error}") from error
 
@@ -369,7 +375,7 @@ def model_info(name: str | os.PathLike[str]) -> ModelInfo:
 
     saved = read_saved(ref, with_weights=False)
     cfg = {key: value for key, value in saved.cfg.to_dict().items() if key in CFG_KEYS}
-    spec = replace(spec_of_saved(saved), lam=saved.lam, params=None, gmacs=None, pretrained_cfg=cfg, tags={})
+    spec = replace(spec_of_saved(saved), params=None, gmacs=None, pretrained_cfg=cfg, tags={})
     return ModelInfo(**vars(spec), reduction=saved.reduction, fused=saved.fused)
 
 

@@ -19,14 +19,16 @@ def timm_models(every: bool = False) -> list[str]:
     """Lists timm's architectures with an adapter, or all of them, without the prefix ``timm/``."""
     import timm
 
-    return [str(arch) for arch in (timm.list_models() if every else timm.list_models(module=TIMM_MODULES))]
+    return [
+        arch for arch in (timm.list_models() if every else timm.list_models(module=TIMM_MODULES)) if _is_timms(arch)
+    ]
 
 
 def timm_spec(arch: str) -> ModelSpec | None:
     """Returns the spec of a timm architecture, with a tag for each set of weights; None if timm has no such model."""
-    from timm.models import get_arch_pretrained_cfgs, is_model
+    from timm.models import get_arch_pretrained_cfgs
 
-    if not is_model(arch):
+    if not _is_timms(arch):
         return None
     tags = {}
     for name, cfg in get_arch_pretrained_cfgs(arch).items():
@@ -41,6 +43,13 @@ def timm_spec(arch: str) -> ModelSpec | None:
         tags=tags,
         source="timm",
     )
+
+
+def _is_timms(arch: str) -> bool:
+    """Returns whether timm has an architecture, other than those that ``lamzoo.timm`` has registered with it."""
+    from timm.models import is_model, model_entrypoint
+
+    return is_model(arch) and model_entrypoint(arch).__module__ != "lamzoo.timm"
 
 
 def open_clip_models() -> list[str]:

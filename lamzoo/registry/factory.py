@@ -292,7 +292,7 @@ def _plan(ref: ModelRef, pretrained: bool, cache_dir: str | Path | None, allow_p
         saved = read_saved(ref, with_weights=pretrained, cache_dir=cache_dir, allow_pickle=allow_pickle)
         spec = spec_of_saved(saved)
         return _Plan(
-            spec, None, saved.cfg, saved.args, saved.lam, saved.weights, saved.external, saved.reduction, saved.path,
+            spec, None, saved.cfg, saved.args, spec.lam, saved.weights, saved.external, saved.reduction, saved.path,
             saved.fused,
         )  # fmt: skip
     spec = find_spec(ref)

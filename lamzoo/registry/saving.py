@@ -22,9 +22,10 @@ from lamzoo.reduction.config import TokenReduction
 from lamzoo.registry.cards import ModelSpec
 from lamzoo.registry.catalog import find_spec
 from lamzoo.registry.refs import SAVED_WEIGHTS, TIMM_PREFIX
+from lamzoo.tasks.classification import CLASSIFICATION
 from lamzoo.version import __version__
 from lamzoo.weights.files import stage_state_dict
-from lamzoo.weights.saved import MASKED_TIMM
+from lamzoo.weights.saved import ARCHITECTURE_PREFIX, NOT_SAVED
 from lamzoo.weights.sources import INDEX_SUFFIX, WEIGHTS_NAME, read_index
 
 __all__ = ["save_pretrained"]
@@ -40,11 +41,11 @@ def save_pretrained(
     """Writes a model to a folder, for ``create_model(folder)`` or, once uploaded, ``create_model("hf-hub:<repo>")``.
 
     The folder gets ``model.safetensors`` (or shards and their index) and ``config.json`` in timm's hub format. timm
-    itself reads a plain model of a timm architecture, without its token merging, and refuses one with masks. The
-    configuration has more keys: ``lam_config``, ``token_reduction`` (``prune_config`` for pruning, which lamzoo 0.1
-    reads), ``fused`` (a fused model is saved with its unfused weights, and fused when it is created) and ``lamzoo``
-    (registry name, version, sha256 of the weights). Files of an earlier save are replaced only when the new ones are
-    complete.
+    itself reads a plain model of a timm architecture, without its token merging, and refuses one with masks unless
+    ``lamzoo.timm`` has been imported. The configuration has more keys: ``lam_config``, ``token_reduction``
+    (``prune_config`` for pruning, which lamzoo 0.1 reads), ``fused`` (a fused model is saved with its unfused weights,
+    and fused when it is created) and ``lamzoo`` (registry name, version, sha256 of the weights). Files of an earlier
+    save are replaced only when the new ones are complete.
 
     Args:
         model: a model of :func:`lamzoo.create_model` or of timm, with or without masks; wrappers of ``torch.compile``
@@ -119,9 +120,12 @@ def _config(model: nn.Module, spec: ModelSpec, label_names: Sequence[str] | None
         ) from error
     except OSError as error:
         raise WeightsError(f"The configuration of {spec.name} cannot be written ({error}).") from error
+    for key in NOT_SAVED & config.get("model_args", {}).keys():
+        del config["model_args"][key]
     # timm would build a timm architecture without its masks, so a model with masks gets a name that timm refuses.
-    masked = MASKED_TIMM + spec.name.removeprefix(TIMM_PREFIX) if spec.source == "timm" else spec.name
-    config["architecture"] = spec.backbone.get("timm", spec.name) if masks is None else masked
+    name = spec.name.removeprefix(TIMM_PREFIX)
+    own = ARCHITECTURE_PREFIX + name if spec.task == CLASSIFICATION.name else name
+    config["architecture"] = spec.backbone.get("timm", own) if masks is None else own
     config["lam_config"] = masks.to_dict() if masks is not None else None
     reduction: TokenReduction | None = getattr(model, "token_reduction", None)
     if reduction is not None:

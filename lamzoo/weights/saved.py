@@ -27,13 +27,24 @@ from lamzoo.weights.sources import SAFE_SUFFIXES, WeightsFile, find_in_folder, i
 
 _logger = logging.getLogger(__name__)
 
-#: Precedes the architecture of a timm model with masks in its ``config.json``, so that timm refuses to build it plain.
-MASKED_TIMM = f"lamzoo/{TIMM_PREFIX}"
+#: Precedes the name of an image model that timm doesn't have in its ``config.json``. timm refuses to build it, with an
+#: error that names this module, unless the module has been imported.
+ARCHITECTURE_PREFIX = "lamzoo.timm."
 
 _NAME = re.compile(rf"({TIMM_PREFIX}|open_clip/)?[\w.-]+")
-# Arguments with which a model is never built, and with which timm would read other files.
-_NOT_SAVED = frozenset(
-    {"cache_dir", "checkpoint_path", "config", "lam", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"}
+#: Arguments with which a saved model is never built, and with which timm would read other files.
+NOT_SAVED = frozenset(
+    {
+        "allow_pickle",
+        "cache_dir",
+        "checkpoint_path",
+        "config",
+        "lam",
+        "lam_weights",
+        "pretrained",
+        "pretrained_cfg",
+        "pretrained_cfg_overlay",
+    }
 )
 _MODULES = re.compile(r"depth|layers|blocks|stages")  # arguments that count modules
 _COUNT, _ANY = Limits(least=0, most=1000), Limits(least=-(10**8), most=10**8)
@@ -175,7 +186,7 @@ def _read_config(path: Path) -> tuple[SavedModel, Mapping[str, str]]:
                     f"its key lamzoo.sha256 has {reprlib.repr(name)} = {reprlib.repr(sha256)}, which is no safetensors "
                     "file of its folder and its sha256"
                 )
-        arch = config.architecture.removeprefix(MASKED_TIMM)
+        arch = config.architecture.removeprefix(ARCHITECTURE_PREFIX)
         for key, model in (("lamzoo.name", config.lamzoo.name), ("architecture", arch)):
             if model is not None and not _NAME.fullmatch(model):
                 raise ConfigError(f"its key {key} is {reprlib.repr(model)}, which is not the name of an architecture")
@@ -232,7 +243,7 @@ def _check_arguments(args: Mapping[str, Any]) -> None:
         _Arguments, {k: args[k] for k in _names(_Arguments) if k in args}, "model_args", source="its", error=ConfigError
     )
     for key, value in args.items():
-        if key in _NOT_SAVED:
+        if key in NOT_SAVED:
             raise ConfigError(f"its key model_args.{key} is not an argument of a saved model")
         limits = ARGUMENTS.get(key, _COUNT if _MODULES.search(key) else _ANY)
         if problem := next(filter(None, map(limits.problem, _numbers(value))), ""):

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.models._registry import _model_entrypoints
 from torch import nn
 
 from lamzoo.adapters import fuse, unfuse
@@ -162,7 +163,10 @@ SMALL = {"img_size": 32, "num_classes": 3, "depth": 1, "embed_dim": 16, "num_hea
         {"name": TIMM, "lam": LamConfig()},
     ],
 )
-def test_timm_refuses_a_masked_model_and_takes_it_without_masks(kwargs: dict[str, Any], tmp_path: Path) -> None:
+def test_timm_refuses_a_masked_model_and_takes_it_without_masks(
+    kwargs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(_model_entrypoints, "lamzoo", raising=False)  # registered by lamzoo.timm
     save_pretrained(create_model(**kwargs, **SMALL), tmp_path / "masked")
     for pretrained in (False, True):
         with pytest.raises(RuntimeError, match="Unknown model"):
