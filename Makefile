@@ -81,6 +81,7 @@ tables: $(VENV)/.ready-dev  ## measure the zoo again, train what is missing in b
 	$(BIN)/python -m benchmarks.speed
 	$(BIN)/python -m benchmarks.speed --modes compile --batches 1 --variants "zoo default" \
 	  "mask, drop to 0.59 of the GMACs" "redundancy, nearest to 0.59 of the GMACs"
+	$(BIN)/python -m benchmarks.fused
 	$(BIN)/python -m benchmarks.breakdown
 	$(BIN)/python -m benchmarks.kernels
 	$(BIN)/python -m benchmarks.kernels --lengths 2049 4097 --ranks 1 9 17

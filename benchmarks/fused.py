@@ -1,12 +1,13 @@
 """Times models with masks, unfused and fused (``lamzoo.fuse``), in turns with the plain backbone.
 
-    python -m benchmarks.fused            measures what lamzoo/lam/fused.csv lacks, by which fused models choose
-    python -m benchmarks.fused --models lam_vit_tiny --batches 1 --seconds 5 --results try.csv
-    python -m benchmarks.fused --table    prints the table of stored rows
+    python -m benchmarks.fused            measures what lamzoo/lam/fused.csv and the table of training steps lack
+    python -m benchmarks.fused --models lam_vit_tiny --batches 1 --seconds 5 --results try.csv --steps steps.csv
+    python -m benchmarks.fused --table    prints the tables of stored rows
 
 Weights are random, because only times are measured: in evaluation and inference mode, on the threads of PyTorch
 (``OMP_NUM_THREADS``). Ratios are medians over rounds, in which the plain backbone runs before and after the others.
-Existing rows are not measured again. Use a machine on which nothing else runs: the rows decide which form is taken.
+Training steps, a forward and a backward pass, are measured by :mod:`benchmarks.speed`. Existing rows are not measured
+again. Use a machine on which nothing else runs: fused models choose their form by the rows.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from rich.progress import track
 from torch import nn
 
 import lamzoo
+from benchmarks import speed
 from benchmarks.rows import measured_on, read_rows, with_quartiles, write_rows
 from lamzoo import LamConfig
 from lamzoo.lam.fused import MEASURED, FusedAttention, pinned_form
@@ -33,7 +35,14 @@ from lamzoo.profiling.inputs import default_input
 from lamzoo.profiling.latency import device_label, time_call
 
 MODELS = ("lam_vit_tiny_patch8_64", "lam_vit_tiny", "lam_vit_small", "lam_vit_base")
+RANKS = (7, 8)  # the cards' of today, and that of the weights at 64 pixels
+STEPS = Path(__file__).resolve().parent / "results" / "training_steps.csv"
 _ROUNDS = 6  # at least
+_STEP = "zoo default"  # the variant whose training steps are timed
+
+#: The largest ratios to the plain backbone: of one image by model, of a large batch, and of a training step.
+BARS = {"lam_vit_tiny_patch8_64": 1.10, "lam_vit_tiny": 1.08, "lam_vit_small": 1.08, "lam_vit_base": 1.05}
+LARGE, LARGE_BAR, STEP_BAR = 16, 1.05, 1.06
 
 
 @dataclass(frozen=True)
@@ -139,30 +148,56 @@ def _spread(ratios: Sequence[float]) -> list[float]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Returns the rows as Markdown: ratios to the plain backbone with quartiles, and the form that is taken."""
-    lines = ["| model | rank | batch | unfused | fused | form taken | ms |", "|---" * 7 + "|"]
+    """Returns the rows as Markdown: ratios to the plain backbone with quartiles, the form that is taken, its bar."""
+    lines = ["| model | rank | batch | unfused | fused | form taken | bar | ms |", "|---" * 8 + "|"]
     for row in rows:
+        bar = LARGE_BAR if row.batch >= LARGE else BARS.get(row.model) if row.batch == 1 else None
         cells = (
+            f"`{row.model}`",
+            str(row.rank),
+            str(row.batch),
             with_quartiles(row.unfused, row.unfused_q1, row.unfused_q3),
             with_quartiles(row.fused, row.fused_q1, row.fused_q3),
+            row.form,
+            _verdict(min(row.unfused, row.fused), bar),
+            f"{row.ms:.1f}",
         )
-        lines.append(f"| {row.model} | {row.rank} | {row.batch} | {' | '.join(cells)} | {row.form} | {row.ms:.1f} |")
-    conditions = {f"{row.device}, {row.threads} threads, float32, torch {row.torch}" for row in rows}
-    return "\n".join(lines) + "\n" + measured_on(conditions)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n" + measured_on(_conditions(rows))
+
+
+def step_table(rows: Sequence[speed.Row]) -> str:
+    """Returns rows of training steps as Markdown: ratios to the plain backbone with quartiles, and their bar."""
+    lines = ["| model | batch | training step | bar | ms |", "|---" * 5 + "|"]
+    for row in rows:
+        ratio = with_quartiles(row.ratio, row.ratio_q1, row.ratio_q3)
+        lines.append(f"| `{row.model}` | {row.batch} | {ratio} | {_verdict(row.ratio, STEP_BAR)} | {row.ms:.1f} |")
+    return "\n".join(lines) + "\n" + measured_on(_conditions(rows))
+
+
+def _verdict(ratio: float, bar: float | None) -> str:
+    """Returns a bar, and whether a ratio is within it."""
+    return "" if bar is None else f"{bar:.2f}, {'met' if ratio <= bar else 'missed'}"
+
+
+def _conditions(rows: Sequence[Row] | Sequence[speed.Row]) -> set[str]:
+    return {f"{row.device}, {row.threads} threads, float32, torch {row.torch}" for row in rows}
 
 
 def main() -> None:
     """Measures missing rows and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS), help="models with masks that have a fused form")
-    parser.add_argument("--ranks", nargs="+", type=int, default=[0], help="ranks of the masks; 0 for the card's")
+    parser.add_argument("--ranks", nargs="+", type=int, default=list(RANKS), help="ranks of the masks; 0: the card's")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16, 32])
+    parser.add_argument("--step-batches", nargs="+", type=int, default=[16], help="batches of the training steps")
     parser.add_argument("--seconds", type=float, default=30, help="duration of the timed passes of a row")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--results", type=Path, default=MEASURED)
+    parser.add_argument("--steps", type=Path, default=STEPS, help="results of training steps")
     parser.add_argument("--table", action="store_true", help="measure nothing")
     args = parser.parse_args()
-    rows = read_rows(args.results, Row)
+    rows, steps = read_rows(args.results, Row), read_rows(args.steps, speed.Row)
     if not args.table:
         device = torch.device(args.device)
         here = (device_label(device), torch.get_num_threads(), torch.__version__)
@@ -171,10 +206,16 @@ def main() -> None:
             (name, rank or _card(name).rank, batch)
             for name, rank, batch in itertools.product(args.models, args.ranks, args.batches)
         ]
-        for each in track([each for each in dict.fromkeys(wanted) if each not in done], description="lines"):
+        for each in track([each for each in dict.fromkeys(wanted) if each not in done], description="inference"):
             rows.append(measure(*each, seconds=args.seconds, device=device))
             write_rows(args.results, rows)
+        stepped = {(row.model, row.batch) for row in steps if (row.device, row.threads, row.torch) == here}
+        ahead = [each for each in itertools.product(args.models, args.step_batches) if each not in stepped]
+        for name, batch in track(ahead, description="training steps"):
+            steps.append(speed.measure(name, _STEP, "train", batch, seconds=args.seconds, device=device))
+            write_rows(args.steps, steps)
     print(table(rows))
+    print(step_table(steps))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,18 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import lamzoo
-from benchmarks import breakdown, exported, features, finetuning, kernels, reduction, speed, tiles, video_merging
+from benchmarks import (
+    breakdown,
+    exported,
+    features,
+    finetuning,
+    fused,
+    kernels,
+    reduction,
+    speed,
+    tiles,
+    video_merging,
+)
 from benchmarks.ablation.run import HERE
 from benchmarks.ablation.table import table as ablation
 from benchmarks.methods import ALL, OURS, PEERS
@@ -112,6 +123,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "captions-merged": lambda: video_merging.table(_merged("WER")),
     "speed": lambda: speed.table(read_lines(RESULTS / "speed.csv", speed.Row)),
     "speed-xeon": lambda: speed.table(read_lines(RESULTS / "speed.xeon.csv", speed.Row)),
+    "fused": lambda: fused.table(read_lines(fused.MEASURED, fused.Row)),
+    "training-steps": lambda: fused.step_table(read_lines(fused.STEPS, speed.Row)),
     "breakdown": lambda: breakdown.table(read_lines(RESULTS / "breakdown.csv", breakdown.Row)),
     "kernels": lambda: kernels.table(read_lines(RESULTS / "kernels.csv", kernels.Row)),
     "tiles": lambda: tiles.table(read_lines(RESULTS / "tiles.csv", tiles.Row)),
