@@ -22,6 +22,8 @@ def explain(
     output: Annotated[Path | None, typer.Option("--out", metavar="FILE.png", help="Picture to write.")] = None,
     html: Annotated[Path | None, typer.Option(metavar="FILE.html", help=(
         "Interactive page to write, in one file: masks and attention of every token, layer and head."))] = None,
+    figure: Annotated[Path | None, typer.Option(metavar="FILE.pdf|svg|png", help=(
+        "Compact figure for a paper to write, one column wide."))] = None,
     data: Annotated[str | None, typer.Option(metavar="SPEC", help=(
         "Queries about videos: qvhighlights:DIR, charades:DIR, tvsum:DIR[:DOMAIN] or grid:DIR."))] = None,
     split: Annotated[str | None, typer.Option(help="Split of the data [test].")] = None,
@@ -39,20 +41,26 @@ def explain(
         given = next((option for option, value in (("--split", split), ("--query", query)) if value is not None), None)
         if given is not None:
             raise ConfigError(f"{given} does not apply to an image; leave it out, or use --data instead of the image")
-    targets = {"explain": output, "explore": html}
+    targets = {"explain": output, "figure": figure, "explore": html}
     if not any(targets.values()):
         raise ConfigError(
-            "there is nothing to write; give --out FILE.png for a picture, or --html FILE.html for a page"
+            "there is nothing to write; give --out FILE.png for a picture, --html FILE.html for a page, or --figure "
+            "FILE.pdf for a figure"
         )
-    for path, what, suffix in ((output, "picture", ".png"), (html, "page", ".html")):
+    for path, what, suffix in ((output, "picture", ".png"), (html, "page", ".html"), (figure, "figure", "")):
         if path is not None:
             check_target(path, what, suffix=suffix)
+    if figure is not None and figure.suffix.lower() not in (".pdf", ".svg", ".png"):
+        raise ConfigError(f"--figure is {figure}; its name must end in .pdf, .svg or .png")
     from lamzoo.evaluation import resolve_device
     from lamzoo.registry.catalog import task_of
 
     target = resolve_device(device)
     task = task_of(name)
-    _check(name, task, image is not None, html is not None)
+    _check(name, task, image is not None)
+    for function, path in targets.items():
+        if path is not None and getattr(task, function) is None:
+            raise UnsupportedHostError(f"{name} is {task.model_kind}, which has no such output; give --out FILE.png")
     inputs: tuple[Any, ...]
     if image is not None:
         from lamzoo.data import open_image
@@ -68,13 +76,11 @@ def explain(
             out.print_line(out.path_text(path))
 
 
-def _check(name: str, task: Task, of_image: bool, as_page: bool) -> None:
+def _check(name: str, task: Task, of_image: bool) -> None:
     """Raises an :class:`UnsupportedHostError` if the model can't be drawn on such an input."""
     if task.explain is None:
         hint = f"; {task.explain_hint}" if task.explain_hint else ""
         raise UnsupportedHostError(f"{name} is {task.model_kind}, which `lamzoo explain` can't draw{hint}")
-    if as_page and task.explore is None:
-        raise UnsupportedHostError(f"{name} is {task.model_kind}, which has no page; give --out FILE.png instead")
     if of_image and task.explains != "image":
         raise UnsupportedHostError(f"{name} is {task.model_kind}, which takes no images; use --data instead")
     if not of_image and task.explains == "image":

@@ -61,6 +61,7 @@ class MaskRecord:
             layers have merged or pruned tokens; -1 for pruned ones. None where the keys are all tokens.
         query_places: likewise for the queries, of which there are fewer where tokens merge in this layer; in the last
             layer under a class token, that token may be the only one.
+        op: how the mask acts on the scores.
         scores: what the mask modulated; None where a layer attends to its tokens part by part, as some of transformers.
     """
 
@@ -69,6 +70,7 @@ class MaskRecord:
     importance: Tensor
     key_places: Tensor | None = None
     query_places: Tensor | None = None
+    op: Op = "add"
     scores: Scores | None = None
 
 
@@ -290,7 +292,9 @@ class Lam(nn.Module):
         begun = StackPass() if begun is None else begun
         detached = mask.detach()
         keys, queries = (None if each is None else each.places() for each in (begun.token_map, begun.query_map))
-        self.recorder(MaskRecord(detached, weights.detach(), detached.importance(), keys, queries, scores))
+        self.recorder(
+            MaskRecord(detached, weights.detach(), detached.importance(), keys, queries, self.config.op, scores)
+        )
 
     def _hooked(self, attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Puts the hook around an attention; called before the mask is computed, which may end the pass."""

@@ -9,9 +9,19 @@ if TYPE_CHECKING:
     from lamzoo.report.explorer.queries import explore_query
     from lamzoo.report.mask_pictures import explain
     from lamzoo.report.moment_pictures import explain_moments
+    from lamzoo.report.paper_figure import figure
     from lamzoo.report.window_pictures import explain_windows
 
-__all__ = ["TokenRun", "explain", "explain_moments", "explain_windows", "explore", "explore_image", "explore_query"]
+__all__ = [
+    "TokenRun",
+    "explain",
+    "explain_moments",
+    "explain_windows",
+    "explore",
+    "explore_image",
+    "explore_query",
+    "figure",
+]
 
 _HOMES = {
     "explain": "lamzoo.report.mask_pictures",
@@ -21,6 +31,7 @@ _HOMES = {
     "explore": "lamzoo.report.explorer",
     "explore_image": "lamzoo.report.explorer",
     "explore_query": "lamzoo.report.explorer.queries",
+    "figure": "lamzoo.report.paper_figure",
 }
 
 if not TYPE_CHECKING:  # a type checker would believe any name

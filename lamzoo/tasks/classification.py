@@ -23,6 +23,7 @@ CLASSIFICATION = Task(
     options=("class_map", "real_labels", "on_bad_input", "limit", "state", "resume"),
     explain="lamzoo.report.mask_pictures:explain",
     explore="lamzoo.report.explorer.runs:explore_image",
+    figure="lamzoo.report.paper_figure:figure_image",
     describe_input="lamzoo.evaluation.classification.evaluate:describe_input",
     reads_images=True,
 )

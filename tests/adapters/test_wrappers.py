@@ -23,6 +23,7 @@ from lamzoo.lam.fused import pinned_form
 from lamzoo.models.describer.model import describer
 from lamzoo.profiling import best_batch, measure, time_latency
 from lamzoo.report import explore, explore_image, explore_query
+from lamzoo.report.paper_figure import figure_image
 from lamzoo.weights import load_into
 
 IMAGE = torch.linspace(-1, 1, 3 * 16 * 16).reshape(1, 3, 16, 16)
@@ -292,6 +293,7 @@ TAKES_A_MODEL: dict[str, Callable[[Any], object]] = {
     "explore_image": lambda model: explore_image(model, "photo.png", "page.html"),
     "explore_query": lambda model: explore_query(model, None, None, "page.html"),  # type: ignore[arg-type]
     "export_model": lambda model: lamzoo.export_model(model, "model.pt2"),
+    "figure_image": lambda model: figure_image(model, "photo.png", "masks.pdf"),
     "fuse": lamzoo.fuse,
     "lam_parameters": lambda model: list(lamzoo.lam_parameters(model)),
     "lam_state_dict": lamzoo.lam_state_dict,

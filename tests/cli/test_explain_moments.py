@@ -78,6 +78,13 @@ def test_a_page_is_written_alone_or_beside_the_picture(call: Callable[..., Any])
     assert (done.code, done.out) == (0, "masks.png\nmasks.html\n"), done.err
 
 
+def test_a_figure_is_written_for_an_image_and_a_query(call: Callable[..., Any]) -> None:
+    done = call("lam_vit_micro", "PHOTO --figure masks.pdf")
+    assert (done.code, done.out) == (0, "masks.pdf\n"), done.err
+    done = call("lam_moment_detr_micro", "--data DATA --split val --figure masks.svg")
+    assert (done.code, done.out) == (0, "masks.svg\n"), done.err
+
+
 def test_a_page_of_a_query_has_clips_and_words(call: Callable[..., Any]) -> None:
     done = call("lam_moment_detr_micro", "--data DATA --split val --query 13 --html time.html")
     assert (done.code, done.out) == (0, "time.html\n"), done.err
@@ -88,7 +95,8 @@ def test_a_page_of_a_query_has_clips_and_words(call: Callable[..., Any]) -> None
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ("PHOTO", "give --out FILE.png for a picture, or --html FILE.html for a page"),
+        ("PHOTO", "give --out FILE.png for a picture, --html FILE.html for a page, or --figure FILE.pdf for a figure"),
+        ("PHOTO --figure x.jpg", "--figure is x.jpg; its name must end in .pdf, .svg or .png"),
         ("PHOTO --html x.png", "x.png"),
         ("PHOTO --html nowhere/x.html --out x.png", "The folder nowhere of the page does not exist"),
     ],

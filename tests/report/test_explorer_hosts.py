@@ -45,11 +45,11 @@ def written(model: nn.Module, inputs: Any, tmp_path: Any, **given: Any) -> tuple
     ("name", "expected"),
     [
         ("bert", [["word"]] * 2),
-        ("llama", [["word"]] * 2),
+        pytest.param("llama", [["word"]] * 2, marks=pytest.mark.slow),
         ("t5", [["word"]] * 6),
-        ("vit", [["token", "patch"]] * 2),
+        pytest.param("vit", [["token", "patch"]] * 2, marks=pytest.mark.slow),
         ("dinov3", [["token", "patch"]] * 2),
-        ("beit", [["token", "patch"]] * 2),
+        pytest.param("beit", [["token", "patch"]] * 2, marks=pytest.mark.slow),
         ("clip", [["token", "patch"]] * 2 + [["word"]] * 2),
     ],
 )

@@ -46,7 +46,7 @@ def explore_query(model: nn.Module, dataset: MomentDataset, qid: str | None, pat
     index = index_of(dataset, qid)
     features, query = dataset.read(index), dataset.queries[index]
     records, masked, plain = run_twice(model, lambda: find_moments(model, [features], [query.duration])[0])
-    reader = _Tokens(model, features, query)
+    reader = MomentTokens(model, features, query)
     layers = [
         ExploredLayer(name.removesuffix(".attn"), masks[f"{name}.lam"].config, record, *reader.read(name))
         for name, record in records.items()
@@ -57,8 +57,8 @@ def explore_query(model: nn.Module, dataset: MomentDataset, qid: str | None, pat
     write_page(Exploration(title, layers, facts, _answers(masked, plain)), path)
 
 
-class _Tokens:
-    """The queries and keys of each layer of a moment model."""
+class MomentTokens:
+    """The queries and keys of each layer of a moment model, for one query of a data set."""
 
     def __init__(self, model: Any, features: MomentFeatures, query: MomentQuery) -> None:
         self.model = model
@@ -70,6 +70,7 @@ class _Tokens:
         self._known: dict[tuple[int, int, int], tuple[TokenRun, ...]] = {}
 
     def read(self, path: str) -> tuple[Sequence[TokenRun], Sequence[TokenRun]]:
+        """Returns the runs of a layer's queries and of its keys."""
         if not hasattr(self.model, "attended"):
             raise UnsupportedHostError(f"{class_name(self.model)} is not of the family lam_moment_detr, unwrapped.")
         if "self_attention" in path:  # of the decoder
