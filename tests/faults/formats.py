@@ -599,7 +599,7 @@ FORMATS = (
     Format("recipe.json", value("recipe.json", RECIPE), load_recipe, *JSON, often=True),
     Format("override", text("a.txt", "run.seed=1"), override),
     Format("masks.json", value("a.json", {"rank": 2, "hidden": [3]}), masks_json, *JSON),
-    Format(CONFIG_NAME, value(CONFIG_NAME, MASK_FOLDER), read_masks, *JSON, often=True),
+    Format(CONFIG_NAME, value(CONFIG_NAME, MASK_FOLDER), read_masks, *JSON),
     Format("masks.toml", text("a.toml", 'rank = 2\nhidden = [3]\nop = "mul"\n'), masks_toml, *TOML),
     Format("submission", submission, read_scored, *LINES, often=True),
     Format("qvhighlights", highlights, read_highlights, *LINES, often=True),
