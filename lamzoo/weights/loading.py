@@ -50,7 +50,7 @@ def load_into(
 
     The model is changed only after every key has been checked. The following may differ:
 
-    - ``num_classes`` in ``given``: a head of another width stays fresh;
+    - ``num_classes`` in ``given``: a head of another width, or one that the file lacks, stays fresh;
     - ``in_chans``: the input convolution's channels are summed or repeated, as in timm;
     - ``img_size`` and other sizes: position embeddings and mask tables are resized;
     - ``global_pool``: the norm or pooling module that it adds or removes;
@@ -266,7 +266,13 @@ def _adapt_head(model: nn.Module, weights: StateDict, given: Collection[str], no
     target = model.state_dict()
     offset = _cfg(model).get("label_offset") or 0
     for name in _names(model, "classifier"):
-        for key in (f"{name}.weight", f"{name}.bias"):
+        keys = (f"{name}.weight", f"{name}.bias")
+        if "num_classes" in given and not weights.keys() & set(keys):  # as of a backbone trained without labels
+            if fresh := {key: target[key] for key in keys if key in target}:
+                weights.update(fresh)
+                notes.append(f"{name} stays fresh: the file has no classifier")
+            continue
+        for key in keys:
             if key not in weights:
                 continue
             if offset and key in target and weights[key].shape[0] == target[key].shape[0] + offset:

@@ -166,6 +166,18 @@ def test_a_file_of_other_arguments_says_so_where_none_was_given(plain: dict[str,
         load_into(create(mlp_ratio=2.0), plain, source="file")
 
 
+def test_a_backbone_without_head_gets_one_of_the_callers_num_classes(plain: dict[str, Tensor]) -> None:
+    model = create(num_classes=7)
+    fresh = model.head.weight.clone()
+    backbone = {key: value for key, value in plain.items() if not key.startswith("head.")}
+    with pytest.raises(StateDictError, match=r"missing keys head\.weight, head\.bias"):
+        load_into(model, backbone, source="file")
+    notes = load_into(model, backbone, source="file", given=["num_classes"])
+    assert notes == ["head stays fresh: the file has no classifier"]
+    assert torch.equal(model.head.weight, fresh)
+    assert torch.equal(model.blocks[0].attn.qkv.weight, plain["blocks.0.attn.qkv.weight"])
+
+
 def test_no_head_leaves_the_files_out(plain: dict[str, Tensor]) -> None:
     notes = load_into(create(num_classes=0), plain, source="file", given=["num_classes"])
     assert any("head.weight ignored" in note for note in notes)
