@@ -22,9 +22,13 @@ def size_of(name: str) -> tuple[int, ...]:
     return tuple(lamzoo.get_pretrained_cfg(name).input_size)
 
 
-models = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name == "lam_vit_micro" else pytest.mark.slow) for name in NAMES]
-)
+def of(names: list[str]) -> pytest.MarkDecorator:
+    marked = [pytest.param(name, marks=() if name == "lam_vit_micro" else pytest.mark.slow) for name in names]
+    return pytest.mark.parametrize("name", marked)
+
+
+every_model = of(NAMES)  # on the meta device
+models = of([name for name in NAMES if lamzoo.model_info(name).params < 30e6])  # ViT-B and ViT-L take minutes
 
 
 def images(name: str, batch: int = 2) -> Tensor:
@@ -58,7 +62,7 @@ def test_backward_reaches_every_parameter(name: str) -> None:
     assert [key for key, parameter in model.named_parameters() if parameter.grad is None] == []
 
 
-@models
+@every_model
 def test_the_classifier_is_where_the_record_says_and_is_replaced_in_place(name: str) -> None:
     with torch.device("meta"):
         model = lamzoo.create_model(name)
@@ -74,7 +78,7 @@ def test_the_classifier_is_where_the_record_says_and_is_replaced_in_place(name: 
     assert lamzoo.create_model(name, num_classes=0, device="meta").num_classes == 0
 
 
-@models
+@every_model
 def test_names_of_parameters_are_those_of_groups_and_weight_decay(name: str) -> None:
     model = lamzoo.create_model(name, device="meta", dtype=torch.bfloat16)
     names = [key for key, _ in model.named_parameters()]
@@ -86,7 +90,7 @@ def test_names_of_parameters_are_those_of_groups_and_weight_decay(name: str) -> 
     assert {tensor.dtype for tensor in tensors if tensor.is_floating_point()} == {torch.bfloat16}
 
 
-@models
+@every_model
 def test_an_argument_that_the_model_does_not_take_is_a_type_error(name: str) -> None:
     with pytest.raises(TypeError, match=f"{name} takes no argument 'not_an_argument'"):
         lamzoo.create_model(name, device="meta", not_an_argument=1)
