@@ -124,10 +124,10 @@ def merge_tokens(
             tokens of each modality, and not below 1 / (layers + 1). With ``keep=1``, ``frames`` alone merge.
         r: instead, the number of patches that merge in each of the layers ``at``, at the model's own input size. Where
             this is over 30 % of the patches of a later layer, earlier ones merge more in its stead.
-        at: layers in which tokens merge, counted from 0; by default all of them, and every second one in a model of
-            eight blocks or more (in a describer all), which loses about as little as merging in all. A merge has a
-            fixed cost of some fifty small operators. Where a layer costs little more itself, as with one image of 64
-            patches on a CPU, a merged model is slower than an unmerged one; fewer layers with more merges each, such as
+        at: layers in which tokens merge, counted from 0; by default all of them, or every second one in a vision
+            transformer of at least 8 blocks and 128 patches, which loses no more there. A merge has a fixed cost of
+            some fifty small operators. Where a layer costs little more itself, as with one image of 64 patches on a
+            CPU, a merged model is slower than an unmerged one; fewer layers with more merges each, such as
             ``at=(0, 4, 8)``, reduce this cost, and merging slightly (to 90 % of the GMACs) doesn't pay.
         frames: for CLIP4Clip, the share of a video's frames that is left: before the tower encodes them, those that are
             alike become their mean, by the same matching, and each frame gets the embedding of the one that it is part

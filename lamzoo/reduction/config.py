@@ -38,9 +38,9 @@ class TokenReduction:
             rounded up; in a describer, of the tokens of each modality. With ``method="prune"``, of a layer's own, at
             each layer of ``at``, rounded up. Class and register tokens don't count.
         method: ``"merge"`` or ``"prune"``.
-        at: layers, counted from 0. Merging: in which tokens merge; by default all of them, and every second one in a
-            model of eight blocks or more. Pruning: whose attention scores the tokens; pruned tokens leave after the
-            layer's block. By default three, at a quarter, half and three quarters of the depth.
+        at: layers, counted from 0. Merging: in which tokens merge; by default all of them, or every second one in a
+            model of at least 8 blocks and 128 patches. Pruning: whose attention scores the tokens; pruned tokens leave
+            after the layer's block. By default three, at a quarter, half and three quarters of the depth.
         score: for pruning, how tokens are scored. ``"mask"``: mean mask value of a key over the queries, computed from
             the factors in O(N R); ``"attention"``: attention of the class token (of the mean query without one) under
             the mask, in O(N (d + R)); ``"attention-value"``: that, times the norm of the value; ``"redundancy"``: every

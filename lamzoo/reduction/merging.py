@@ -81,7 +81,7 @@ class AttendBySizes:
         return attention(query, key, value, mask, op=op, **options)
 
 
-_DEEP = 8  # blocks, from which on tokens merge in every second one
+_DEEP, _MANY = 8, 128  # blocks and patches, from which on tokens merge in every second block
 
 
 class _MergeTokens(ReductionHook):
@@ -329,8 +329,9 @@ def merging_layers(stack: Stack, config: TokenReduction) -> list[int]:
             "read, so that merging saves nothing; leave it out, or give keep=1."
         )
     if config.at is None:
-        # A merge takes as long for few tokens as for many; half as many merges of twice the size are about as good.
-        return possible[::2] if len(stack.blocks) >= _DEEP else possible
+        # Half as many merges of twice the size take half the time, and lose no more where tokens are many.
+        is_large = len(stack.blocks) >= _DEEP and (stack.num_patches or 0) >= _MANY
+        return possible[::2] if is_large else possible
     if config.at[-1] not in possible:
         raise ConfigError(
             f"at={config.at}: tokens can merge in layers 0 to {possible[-1]} of {stack.pooling.blocks}, counted from 0."
