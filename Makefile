@@ -43,7 +43,7 @@ test-slow: $(VENV)/.ready-dev  ## the slow tests
 test-gpu: $(VENV)/.ready-dev  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -q -m gpu
 
-test-browser: $(VENV)/.ready-dev  ## the comparison page in headless Chromium (apt: chromium, chromium-driver)
+test-browser: $(VENV)/.ready-dev  ## the pages in headless Chromium (apt: chromium, chromium-driver)
 	$(BIN)/python -m pytest -q -m browser
 
 lint: $(VENV)/.ready-dev  ## ruff: rules and format

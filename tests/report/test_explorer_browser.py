@@ -9,18 +9,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
-from lamzoo.adapters import capture_masks
+from lamzoo.adapters import add_lam, capture_masks
 from lamzoo.lam import LamConfig
 from lamzoo.models.vit import micro_vit
 from lamzoo.reduction import merge_tokens
-from lamzoo.report import explore_image
+from lamzoo.report import TokenRun, explore, explore_image
 from lamzoo.report.mask_pictures import run_all_queries
 from lamzoo.report.model_view import view
 
 pytestmark = pytest.mark.browser
 
 GRID, PREFIX, HEADS = 8, 1, 2
+SECONDS, EARLIER, WORDS = 12, ("he", "<b>says</b>", "so"), ("a", "dog", "runs", "café", "off")
 NUMBERS = ("mask", "masked", "plain", "difference")
 
 
@@ -215,3 +217,58 @@ def test_page_fits_a_phone_and_has_the_colours_of_the_scheme(explorer: Explorer,
     assert explorer.text("i").startswith(label(12))
     cell = explorer.script("document.querySelector('#picker canvas.grid').clientWidth") / GRID
     assert cell >= 24
+
+
+@pytest.fixture(scope="module")
+def crossing(driver: Any, tmp_path_factory: pytest.TempPathFactory) -> Explorer:
+    """The page of an encoder over seconds and a decoder over words, which attends to both."""
+    torch.manual_seed(0)
+    model = nn.Transformer(16, HEADS, 1, 1, 32, dropout=0.0, batch_first=True)
+    add_lam(model, LamConfig(op="add", heads="per-head", init="paper"))
+    seconds = [
+        TokenRun("second", tuple(f"{start} s" for start in range(SECONDS)), time=True),
+        TokenRun("word", EARLIER),
+    ]
+    words = [TokenRun("word", WORDS)]
+    inputs = (torch.randn(1, SECONDS + len(EARLIER), 16) * 3, torch.randn(1, len(WORDS), 16) * 3)
+    file = tmp_path_factory.mktemp("crossing") / "page.html"
+    explore(model, inputs, file, tokens=[seconds, words])
+    with torch.no_grad(), capture_masks(model.eval()) as records:
+        model(*inputs)
+    return Explorer(driver, file, dict(records))
+
+
+def test_seconds_and_words_of_two_sequences_show_what_capture_masks_has(crossing: Explorer) -> None:
+    from selenium.webdriver import ActionChains
+
+    crossing.open()
+    names = crossing.script("Array.from(document.getElementById('layer').options, (option) => option.text)")
+    assert names == ["encoder.layers.0.self_attn", "decoder.layers.0.self_attn", "decoder.layers.0.multihead_attn"]
+    early = [*(f"second {start} s" for start in range(SECONDS)), *(f"word {word}" for word in EARLIER)]
+    late = [f"word {word}" for word in WORDS]
+    labels = [(early, early), (late, late), (late, early)]
+
+    def point(place: str, sequence: list[str], token: int) -> None:
+        box = crossing.driver.find_element("id", place)
+        actions = ActionChains(crossing.driver, duration=0)
+        if sequence is early and token < SECONDS:
+            strip = box.find_element("css selector", "canvas.strip")
+            across = (token + 0.5) / SECONDS * strip.size["width"] - strip.size["width"] / 2
+            actions.move_to_element_with_offset(strip, round(across), 0)
+        else:
+            spans = box.find_elements("css selector", ".words span")
+            actions.move_to_element(spans[token - SECONDS if sequence is early else token])
+        actions.perform()
+
+    draw = random.Random(1)
+    for layer in (0, 1, 2, 2, 1, 0, 2):
+        queries, keys = labels[layer]
+        query, key, head = draw.randrange(len(queries)), draw.randrange(len(keys)), draw.choice([None, *range(HEADS)])
+        crossing.choose("layer", layer)
+        crossing.choose("head", 0 if head is None else head + 1)
+        point("picker", queries, query)
+        assert crossing.text("i") == queries[query]
+        point(draw.choice(NUMBERS), keys, key)
+        assert crossing.text("j") == keys[key]
+        crossing.check(layer, head, query, key)
+    assert crossing.driver.get_log("browser") == []

@@ -26,6 +26,7 @@ from lamzoo.reading import to_json
 _MOST = 32767  # int16, whose lowest value marks what is forbidden
 _FORBIDDEN = -500.0  # a bias below leaves no attention in any dtype; such as the lowest number of a dtype
 _JPEG_QUALITY = 85
+_FILES = ("numbers.js", "explorer.js", "explorer.html")
 
 
 @dataclass(frozen=True)
@@ -115,10 +116,11 @@ def to_html(exploration: Exploration) -> str:
         ConfigError: the model's scores or masks are not finite.
         UnsupportedHostError: a layer's scores were not captured, or its tokens are others than described.
     """
-    script = resources.files(__package__).joinpath("explorer.js").read_text(encoding="utf-8")
+    files = resources.files(__package__)
+    script, more, page = (files.joinpath(name).read_text(encoding="utf-8") for name in _FILES)
+    script += more
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
-    template = Template(resources.files(__package__).joinpath("explorer.html").read_text(encoding="utf-8"))
-    return template.substitute(
+    return Template(page).substitute(
         title=_html(exploration.title),
         facts="\n".join(f'<p class="faint">{_html(fact)}</p>' for fact in exploration.facts),
         answers=_answers(exploration.answers),

@@ -1,136 +1,4 @@
-// The script of the explorer page: it computes rows of masks and attention of the factors in the page, and draws them.
-"use strict";
-
-const page = JSON.parse(document.getElementById("data").textContent);
-const state = { layer: 0, head: -1, query: 0, key: 0, pinned: false, photo: true }; // head -1: the mean over all
-const MAPS = [
-  ["mask", "mask M[i, j]"],
-  ["masked", "attention with mask"],
-  ["plain", "attention without"],
-  ["difference", "with − without"],
-];
-
-const $ = (id) => document.getElementById(id);
-
-function element(name, properties, ...children) {
-  const made = Object.assign(document.createElement(name), properties);
-  made.append(...children);
-  return made;
-}
-
-// Numbers. A matrix is stored as int16 with one scale a row.
-
-const bytes = (text) => Uint8Array.from(atob(text), (sign) => sign.charCodeAt(0)).buffer;
-const decoded = [];
-
-function matrix(index) {
-  const { columns, values, scales } = page.arrays[index];
-  decoded[index] ??= { columns, values: new Int16Array(bytes(values)), scales: new Float32Array(bytes(scales)) };
-  return decoded[index];
-}
-
-function dot(a, row, b, other) {
-  let sum = 0;
-  for (let c = 0, x = row * a.columns, y = other * b.columns; c < a.columns; c++) sum += a.values[x++] * b.values[y++];
-  return sum * a.scales[row] * b.scales[other];
-}
-
-function softmax(scores) {
-  const most = scores.reduce((a, b) => Math.max(a, b), -Infinity);
-  if (most === -Infinity) return scores.fill(0); // nothing is allowed
-  let sum = 0;
-  for (let j = 0; j < scores.length; j++) sum += scores[j] = Math.exp(scores[j] - most);
-  return scores.map((value) => value / sum);
-}
-
-function bias(layer, head, query) {
-  if (layer.bias === null) return () => 0;
-  const { values, scales, columns } = matrix(layer.bias.array);
-  const row = (layer.bias.heads > 1 ? head : 0) * layer.bias.queries + (layer.bias.queries > 1 ? query : 0);
-  return (j) => {
-    const value = values[row * columns + j];
-    return value === -32768 ? -Infinity : value * scales[row];
-  };
-}
-
-const headsOf = (layer, head) => (head < 0 || head >= layer.heads ? [...Array(layer.heads).keys()] : [head]);
-const maskHead = (layer, head) => (layer.maskHeads === 1 ? 0 : head);
-
-// The row of one query: mask, attention under it and without it, and their difference, each a number for every key.
-function rowsOf(layer, head, query) {
-  const heads = headsOf(layer, head);
-  const [q, k, left, right] = [layer.query, layer.key, layer.left, layer.right].map(matrix);
-  const found = Object.fromEntries(MAPS.map(([name]) => [name, new Float64Array(layer.keyCount)]));
-  for (const h of heads) {
-    const shift = bias(layer, h, query);
-    const m = maskHead(layer, h);
-    const masked = new Float64Array(layer.keyCount);
-    const plain = new Float64Array(layer.keyCount);
-    for (let j = 0; j < layer.keyCount; j++) {
-      const value = dot(left, m * layer.queryCount + query, right, m * layer.keyCount + j);
-      const score = dot(q, h * layer.queryCount + query, k, h * layer.keyCount + j);
-      found.mask[j] += value / heads.length;
-      plain[j] = score + shift(j);
-      masked[j] = (layer.op === "mul" ? score * value : score + value) + shift(j);
-    }
-    softmax(masked).forEach((value, j) => (found.masked[j] += value / heads.length));
-    softmax(plain).forEach((value, j) => (found.plain[j] += value / heads.length));
-  }
-  found.difference = found.masked.map((value, j) => value - found.plain[j]);
-  return found;
-}
-
-// The mean of the mask over the queries, a number for every key.
-const importances = new Map();
-function importanceOf(index, head) {
-  const layer = page.layers[index];
-  const heads = [...new Set(headsOf(layer, head).map((h) => maskHead(layer, h)))];
-  const name = `${index} ${heads}`;
-  if (importances.has(name)) return importances.get(name);
-  const [left, right] = [matrix(layer.left), matrix(layer.right)];
-  const found = new Float64Array(layer.keyCount);
-  for (const h of heads) {
-    const mean = new Float64Array(left.columns);
-    for (let row = h * layer.queryCount; row < (h + 1) * layer.queryCount; row++)
-      for (let c = 0; c < left.columns; c++) mean[c] += left.values[row * left.columns + c] * left.scales[row];
-    for (let j = 0, row = h * layer.keyCount; j < layer.keyCount; j++, row++) {
-      let sum = 0;
-      for (let c = 0; c < left.columns; c++) sum += mean[c] * right.values[row * left.columns + c];
-      found[j] += (sum * right.scales[row]) / layer.queryCount / heads.length;
-    }
-  }
-  importances.set(name, found);
-  return found;
-}
-
-// Tokens. A layer with merged or pruned tokens has a list of places: of each token, the row that it is part of, or -1.
-
-const place = (places, token) => (places === null ? token : places[token]);
-const spread = (values, places) => (places === null ? values : Float64Array.from(places, (p) => (p < 0 ? NaN : values[p])));
-
-// The token in the middle of the longest run.
-function middleOf(sequence) {
-  const sizes = sequence.map((run) => page.runs[run].size);
-  const at = sizes.indexOf(Math.max(...sizes));
-  const [rows, columns] = page.runs[sequence[at]].grid ?? [1, sizes[at]];
-  return sizes.slice(0, at).reduce((a, b) => a + b, 0) + Math.floor(rows / 2) * columns + Math.floor(columns / 2);
-}
-
-function labelOf(sequence, token) {
-  let first = 0;
-  for (const run of sequence.map((index) => page.runs[index])) {
-    const at = token - first;
-    if (at < run.size && run.grid) return `${run.name}, row ${Math.floor(at / run.grid[1])}, column ${at % run.grid[1]}`;
-    if (at < run.size) return `${run.name} ${run.labels[at]}`;
-    first += run.size;
-  }
-  return "";
-}
-
-function members(places, token) {
-  if (places === null || places[token] < 0) return new Set([token]);
-  return new Set([...places.keys()].filter((other) => places[other] === places[token]));
-}
+// Second part of the explorer page's script, after numbers.js: colours, views of tokens, and the page itself.
 
 // Colours: RdBu (ColorBrewer), on dark pages berlin (Crameri), and cividis (Nuñez et al.), for all kinds of sight.
 
@@ -265,12 +133,12 @@ class View {
     const sides = (differ) => {
       const lines = [];
       for (let at = 0; at < run.size; at++) {
-        const [r, c] = [Math.floor(at / columns), at % columns];
-        const beside = (dr, dc) => (r + dr < 0 || r + dr >= rows || c + dc < 0 || c + dc >= columns ? null : first + at + dr * columns + dc);
-        if (differ(first + at, beside(-1, 0))) lines.push([x(c), y(r), x(c + 1), y(r)]);
-        if (differ(first + at, beside(1, 0))) lines.push([x(c), y(r + 1), x(c + 1), y(r + 1)]);
-        if (differ(first + at, beside(0, -1))) lines.push([x(c), y(r), x(c), y(r + 1)]);
-        if (differ(first + at, beside(0, 1))) lines.push([x(c + 1), y(r), x(c + 1), y(r + 1)]);
+        for (const [down, right, ...ends] of SIDES) {
+          const [r, c] = [Math.floor(at / columns), at % columns];
+          const isInside = r + down >= 0 && r + down < rows && c + right >= 0 && c + right < columns;
+          const beside = isInside ? first + at + down * columns + right : null;
+          if (differ(first + at, beside)) lines.push(ends.map((end, i) => (i % 2 ? y(r + end) : x(c + end))));
+        }
       }
       return lines;
     };
@@ -280,6 +148,8 @@ class View {
   }
 }
 
+// Of a cell: the row and column beyond a side, and the ends of the side, column and row each.
+const SIDES = [[-1, 0, 0, 0, 1, 0], [1, 0, 0, 1, 1, 1], [0, -1, 0, 0, 0, 1], [0, 1, 1, 0, 1, 1]];
 const share = (scale, value) => (value - scale.low) / (scale.high - scale.low);
 
 function stroke(pen, lines, colours, width) {
@@ -330,8 +200,8 @@ function build(layer) {
 }
 
 function fillHeads(layer) {
-  const names = ["mean over all heads", ...Array(layer.heads).keys()];
-  $("head").replaceChildren(...names.map((name, index) => element("option", { value: index - 1, textContent: index ? `head ${name}` : name })));
+  const names = ["mean over all heads", ...[...Array(layer.heads).keys()].map((head) => `head ${head}`)];
+  $("head").replaceChildren(...names.map((name, index) => element("option", { value: index - 1, textContent: name })));
   if (state.head >= layer.heads) state.head = -1;
 }
 
@@ -359,7 +229,8 @@ function draw() {
     bar.lastElementChild.replaceChildren(...marks.map((text) => element("span", { textContent: text })));
   }
   $("i").textContent = labelOf(queries, state.query) + fate(layer.queryPlaces, chosen, query, "no query of this layer");
-  $("j").textContent = labelOf(keys, state.key) + fate(layer.keyPlaces, members(layer.keyPlaces, state.key), place(layer.keyPlaces, state.key), "gone");
+  const [group, at] = [members(layer.keyPlaces, state.key), place(layer.keyPlaces, state.key)];
+  $("j").textContent = labelOf(keys, state.key) + fate(layer.keyPlaces, group, at, "gone");
   $("pin").textContent = state.pinned ? "held; Esc or a second click lets it go" : "a click holds it";
   drawThumbs(layer);
 }
@@ -371,12 +242,14 @@ function fate(places, group, at, gone) {
 
 function drawThumbs(layer) {
   const all = page.layers.map((_, index) => importanceOf(index, state.head));
-  const half = furthest(Float64Array.from(all.flatMap((values, index) => Array.from(values, (value) => value - page.layers[index].neutral))), 0, 0.05);
+  const distances = all.flatMap((values, index) => Array.from(values, (value) => value - page.layers[index].neutral));
+  const half = furthest(Float64Array.from(distances), 0, 0.05);
   thumbs.forEach(({ view, note, button }, index) => {
     const { keyPlaces, keys, neutral } = page.layers[index];
     const here = keys === layer.keys;
     const at = here ? place(keyPlaces, state.key) : -1;
-    view.paint({ values: spread(all[index], keyPlaces), scale: diverging(neutral, half), places: keyPlaces, chosen: new Set(), other: here ? state.key : null });
+    const [values, scale, other] = [spread(all[index], keyPlaces), diverging(neutral, half), here ? state.key : null];
+    view.paint({ values, scale, places: keyPlaces, chosen: new Set(), other });
     note.textContent = `${number(at < 0 ? NaN : all[index][at])}${keyPlaces ? `, ${page.layers[index].keyCount} tokens` : ""}`;
     button.setAttribute("aria-pressed", index === state.layer);
   });
@@ -409,9 +282,11 @@ function begin() {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     if (event.target.nodeName === "SELECT" && event.key !== "Escape") return; // which letters are typed into
     const heads = page.layers[state.layer].heads;
-    const moves = { "[": { layer: state.layer - 1 }, "]": { layer: state.layer + 1 }, ",": { head: state.head - 1 }, ".": { head: state.head + 1 }, Escape: { pinned: false } };
-    const next = { layer: state.layer, head: state.head, ...moves[event.key] };
-    if (event.key in moves && page.layers[next.layer] && next.head >= -1 && next.head < heads) choose(moves[event.key]);
+    const [layers, others] = [{ "[": state.layer - 1, "]": state.layer + 1 }, { ",": state.head - 1, ".": state.head + 1 }];
+    const move = event.key in layers ? { layer: layers[event.key] } : event.key in others ? { head: others[event.key] } : {};
+    if (event.key === "Escape") choose({ pinned: false });
+    const next = { ...state, ...move };
+    if (page.layers[next.layer] && next.head >= -1 && next.head < heads) choose(move);
   };
   const middle = middleOf(sequenceOf(page.layers[0], "queries"));
   choose({ query: middle, key: middle });
