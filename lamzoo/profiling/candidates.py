@@ -86,9 +86,10 @@ def candidate_of(name: str, *, weights: bool) -> Candidate:
     ref = model_ref(name)
     if ref.is_saved:
         saved = read_saved(ref, with_weights=False)
-        task = find_task(spec_of_saved(saved).task)
+        spec = spec_of_saved(saved)
+        task = find_task(spec.task)
         size = size_text(saved.args.get("img_size") or saved.cfg.input_size[1:]) if task.reads_images else None
-        return Candidate(ref.name, None, None, size, task.name, _is_fusible(saved.lam))
+        return Candidate(ref.name, None, None, size, task.name, _is_fusible(spec.lam))
     card = find_spec(ref)
     tag = find_weights(card, ref)
     cfg = pretrained_cfg_of(card, tag)
