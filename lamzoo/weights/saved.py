@@ -30,6 +30,7 @@ _logger = logging.getLogger(__name__)
 #: Precedes the name of an image model that timm doesn't have in its ``config.json``. timm refuses to build it, with an
 #: error that names this module, unless the module has been imported.
 ARCHITECTURE_PREFIX = "lamzoo.timm."
+_EARLIER_PREFIX = f"lamzoo/{TIMM_PREFIX}"  # of 0.1.0, for timm models with masks
 
 _NAME = re.compile(rf"({TIMM_PREFIX}|open_clip/)?[\w.-]+")
 #: Arguments with which a saved model is never built, and with which timm would read other files.
@@ -186,7 +187,7 @@ def _read_config(path: Path) -> tuple[SavedModel, Mapping[str, str]]:
                     f"its key lamzoo.sha256 has {reprlib.repr(name)} = {reprlib.repr(sha256)}, which is no safetensors "
                     "file of its folder and its sha256"
                 )
-        arch = config.architecture.removeprefix(ARCHITECTURE_PREFIX)
+        arch = config.architecture.removeprefix(ARCHITECTURE_PREFIX).removeprefix(_EARLIER_PREFIX)
         for key, model in (("lamzoo.name", config.lamzoo.name), ("architecture", arch)):
             if model is not None and not _NAME.fullmatch(model):
                 raise ConfigError(f"its key {key} is {reprlib.repr(model)}, which is not the name of an architecture")
