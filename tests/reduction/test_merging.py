@@ -159,7 +159,9 @@ def test_a_call_in_another_thread_is_pooled_as_in_this_one() -> None:
     assert lengths == [1, 1]  # the class token alone
 
 
-@pytest.mark.parametrize("config", [None, *CONFIGS[1::3]])
+@pytest.mark.parametrize(
+    "config", [None, CONFIGS[1], *(pytest.param(config, marks=pytest.mark.slow) for config in CONFIGS[4::3])]
+)
 def test_compiles_as_one_graph_and_agrees(config: LamConfig | None) -> None:
     vit, x = merge_tokens(model(config, depth=3), keep=0.5), images()
     torch._dynamo.reset()

@@ -158,7 +158,8 @@ def test_a_run_in_bfloat16_is_scored_in_float32(table: dict[str, Any]) -> None:
 
 
 # Behind a prefix the decoder is transformers' own GPT-2, which tests/models compares it with.
-@pytest.mark.parametrize("reads", ["cross", pytest.param("prefix", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("reads", ["cross", "prefix"])
 def test_gpt2_learns_to_write_what_it_has_not_heard(table: dict[str, Any], tmp_path: Path, reads: str) -> None:
     pytest.importorskip("transformers", reason="the extra gpt2")
     gpt2 = {"reads": reads, "vocab_size": 300, "positions": 256, "width": 32, "layers": 2, "heads": 2, "dropout": 0.0}

@@ -178,7 +178,7 @@ def test_runs_of_several_precisions_follow_each_other(table: dict[str, Any], tmp
         assert len(result.history) == 2
 
 
-@pytest.mark.parametrize("killed_at", [3, 8])
+@pytest.mark.parametrize("killed_at", [pytest.param(3, marks=pytest.mark.slow), 8])
 def test_killed_run_resumes_to_the_same_curve(table: dict[str, Any], tmp_path: Path, killed_at: int) -> None:
     table["model"]["kwargs"] |= {"dropout": 0.1}
     table["run"] |= {"ema_decay": 0.9, "checkpoint_interval": 2}
