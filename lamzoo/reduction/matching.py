@@ -122,8 +122,8 @@ def least_costs(
     cost, squares = _distances(tokens)
     if rows is not None:
         seen, their_squares = _distances(rows.detach().float())
-        ratio = _mean(cost, squares, pairs) / _mean(seen, their_squares, pairs)
-        cost = torch.addcmul(cost, seen, ratio, value=MASK_WEIGHT)
+        seen = seen / _mean(seen, their_squares, pairs)  # 0 where rows are, as those of fresh masks
+        cost = torch.addcmul(cost, seen, _mean(cost, squares, pairs), value=MASK_WEIGHT)
     if sizes is not None:
         inverse = sizes.reciprocal()
         cost = cost / (inverse[:, ::2, None] + inverse[:, None, 1::2])

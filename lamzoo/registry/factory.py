@@ -151,8 +151,12 @@ def create_model(
         )  # fmt: skip
     plan = _plan(ref, pretrained, cache_dir, allow_pickle)
     checkpoint = None if checkpoint_path is None else read_state_dict(checkpoint_path, allow_pickle=allow_pickle)
-    if lam is None and checkpoint is not None and lam_weights == "pretrained" and plan.lam is not None:
-        plan = replace(plan, lam=with_rank_of(plan.lam, checkpoint, str(checkpoint_path)))
+    file = plan.weights
+    state_dict = None if file is None else read_state_dict(file.path, sha256=file.sha256, allow_pickle=allow_pickle)
+    # Checkpoints, and folders that timm has saved, don't say which masks they have.
+    silent = checkpoint if checkpoint is not None else state_dict if plan.external else None
+    if lam is None and silent is not None and lam_weights == "pretrained" and plan.lam is not None:
+        plan = replace(plan, lam=with_rank_of(plan.lam, silent, str(checkpoint_path or ref.text)))
     model: Any = _build(plan, lam, given)
     part = None
     if given.get("features_only") and (pretrained or checkpoint_path is not None):
@@ -162,9 +166,7 @@ def create_model(
         "given": {*given, *(["lam"] if lam is False else [])}, "arch": plan.spec.backbone.get("timm")
     }  # fmt: skip
     fresh = "of lam_weights='fresh'" if lam_weights == "fresh" else ""
-    if plan.weights is not None:
-        file = plan.weights
-        state_dict = read_state_dict(file.path, sha256=file.sha256, allow_pickle=allow_pickle)
+    if file is not None and state_dict is not None:
         replaced = "those of checkpoint_path are loaded" if any(".lam." in key for key in checkpoint or ()) else ""
         load_into(
             model, state_dict, source=file.source, external=plan.external, lam=plan.lam,

@@ -107,8 +107,11 @@ def figure(
     if labels is not None and len(labels) != values.shape[1]:
         raise ConfigError(f"there are {len(labels)} labels for {values.shape[1]} key tokens; give one for each.")
     if grid is not None:
-        if grid[0] * grid[1] > values.shape[1]:
-            raise ConfigError(f"a grid of {grid[0]} by {grid[1]} patches has more than the {values.shape[1]} tokens.")
+        if not 1 <= min(grid) <= grid[0] * grid[1] <= values.shape[1]:
+            raise ConfigError(
+                f"a grid of {grid[0]} by {grid[1]} patches doesn't fit {values.shape[1]} tokens; give rows and columns "
+                "of at least 1, and no more patches than tokens."
+            )
         values = values[0, -grid[0] * grid[1] :].reshape(grid)
     if axis is None:
         height = _COLUMN if grid is not None or values.shape[0] > len(chosen) else 1.2 + 0.16 * values.shape[0]

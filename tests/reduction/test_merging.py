@@ -63,6 +63,14 @@ def test_keeping_all_changes_nothing(config: LamConfig | None, pooling: str) -> 
     assert_close(vit.forward_features(x), features)
 
 
+@pytest.mark.parametrize("keys", ["content", "position"])
+def test_fresh_masks_merge_the_tokens_of_the_plain_model(keys: Any) -> None:
+    vit, x = merge_tokens(model(), keep=0.4), images()
+    masked = merge_tokens(model(LamConfig(keys=keys)), keep=0.4)
+    assert_close(masked(x), vit(x))
+    assert_close(masked.forward_features(x), vit.forward_features(x))
+
+
 @each_config
 def test_a_sample_is_merged_as_if_it_were_alone(config: LamConfig | None) -> None:
     vit, x = merge_tokens(model(config), keep=0.4), images()

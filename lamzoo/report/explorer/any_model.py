@@ -56,10 +56,11 @@ def explore(
     path, model = Path(path), unwrap(model)
     check_target(path, "page", suffix=".html")
     masks = masks_of(model)
-    named = inputs if isinstance(inputs, Mapping) else {}
+    named = dict(inputs) if isinstance(inputs, Mapping) else {}
+    named = {key: named[key] for key in _WORDS if key in named} | named
     args = () if isinstance(inputs, Mapping) else (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
     records, masked, plain = run_twice(model, lambda: model(*args, **named))
-    reader = _TokenReader(model, tree_leaves((args, dict(named))), processor, tokens)
+    reader = _TokenReader(model, tree_leaves((args, named)), processor, tokens)
     layers = []
     for name, record in records.items():
         many = "" if len(record.attention) == 1 else f" (first of {len(record.attention)})"
@@ -67,6 +68,9 @@ def explore(
         layers.append(ExploredLayer(f"{name}{many}", masks[f"{name}.lam"].config, record, queries, keys))
     answers = _answers(model, masked, plain)
     write_page(Exploration(title_of(model), layers, (f"{class_name(model)}",), answers), path)
+
+
+_WORDS = ("input_ids", "decoder_input_ids", "text")  # before masks and types of the same size
 
 
 class _TokenReader:
@@ -164,7 +168,7 @@ def _answers(model: Any, masked: Any, plain: Any) -> list[Answer]:
         if not all(isinstance(each, Tensor) and each.ndim == 2 and each.shape[1] > 1 for each in logits):
             continue
         shares = [each[0].float().softmax(dim=0).tolist() for each in logits if each is not None]
-        labels = (getattr(model.config, "id2label", None) or {}) if name == "logits" else {}
+        labels = (getattr(getattr(model, "config", None), "id2label", None) or {}) if name == "logits" else {}
         best = sorted(range(len(shares[0])), key=lambda index: -shares[0][index])[:_ANSWERS]
         return [
             Answer(

@@ -24,7 +24,7 @@ from lamzoo.lam import LamConfig, MaskRecord
 from lamzoo.reading import to_json
 
 _MOST = 32767  # int16, whose lowest value marks what is forbidden
-_FORBIDDEN = -500.0  # a bias below leaves no attention in any dtype; such as the lowest number of a dtype
+_FORBIDDEN = -80.0  # a bias so far below the largest of its query leaves no attention; such as the lowest of a dtype
 _JPEG_QUALITY = 85
 _FILES = ("numbers.js", "explorer.js", "explorer.html")
 
@@ -238,12 +238,14 @@ def _bias(bias: Tensor | None, allowed: Tensor | None, keys: int, row: int, stor
     if bias is None and (allowed is None or bool(allowed.all())):
         return None
     added = torch.zeros(()) if bias is None else bias.float()
-    added = added.masked_fill(added < _FORBIDDEN, -torch.inf)
     if allowed is not None:
         added = torch.where(allowed, added, -torch.inf)
     added = added[(None,) * (4 - added.ndim)]
     added = added[row if added.shape[0] > 1 else 0]
     added = added.expand(*added.shape[:-1], keys)
+    largest = added.amax(dim=-1, keepdim=True)
+    added = added - largest.where(largest.isfinite(), 0.0)  # which the softmax doesn't see, and finer when quantised
+    added = added.masked_fill(added < _FORBIDDEN, -torch.inf)
     return {"array": store.array(added), "heads": added.shape[0], "queries": added.shape[1]}
 
 
