@@ -146,8 +146,8 @@ def push_to_hub(folder: str | Path, repo: str, *, private: bool = False, message
 
     Raises:
         WeightsNotFoundError: the folder doesn't exist, or has no model and no masks.
-        WeightsError: offline, no answer within :data:`ANSWER_SECONDS`, no right to write, a wrong name, or any other
-            failure.
+        WeightsError: offline, no first answer within :data:`ANSWER_SECONDS`, no right to write, a wrong name, a file
+            that cannot be read, or any other failure. The transfer of the files has no time limit.
     """
     folder = Path(folder)
     names = [path.name for pattern in _UPLOADED for path in sorted(folder.glob(pattern))]
@@ -161,8 +161,12 @@ def push_to_hub(folder: str | Path, repo: str, *, private: bool = False, message
     api = HfApi(endpoint=_endpoint(), library_name="lamzoo")
     what = f"{folder} cannot be uploaded to {repo!r}"
     try:
-        url = _within(ANSWER_SECONDS, lambda: api.create_repo(repo, private=private, exist_ok=True))
         files = [CommitOperationAdd(name, str(folder / name)) for name in names]
+    except (OSError, ValueError) as error:
+        why = _reason(error) if isinstance(error, OSError) else error
+        raise WeightsError(f"{what}: a file cannot be read ({why}).") from error
+    try:
+        url = _within(ANSWER_SECONDS, lambda: api.create_repo(repo, private=private, exist_ok=True))
         api.create_commit(url.repo_id, files, commit_message=message)
     except HFValidationError as error:
         raise WeightsError(f"{what}, which is not the name of a hub repository, OWNER/NAME: {error}") from error
@@ -178,6 +182,10 @@ def push_to_hub(folder: str | Path, repo: str, *, private: bool = False, message
         raise WeightsError(f"{what}: a file cannot be read ({_reason(error)}).") from error
     except ValueError as error:  # a mirror that answers otherwise than the hub
         raise WeightsError(f"{what}: {api.endpoint} gave no usable answer ({error}).") from error
+    except RuntimeError as error:  # of large files, whatever the reason
+        raise WeightsError(
+            f"{what}: the transfer of a large file failed ({_one_line(error.__cause__ or error)}); try again later."
+        ) from error
     return str(url)
 
 
@@ -393,6 +401,10 @@ def _sweep(folder: Path) -> None:
 
 def _reason(error: OSError) -> str:
     return f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _within(seconds: float, call: Callable[[], _Result]) -> _Result:

@@ -11,15 +11,17 @@ from torch import Tensor, nn
 
 from lamzoo.adapters.add import add_lam, add_lam_to
 from lamzoo.adapters.deploy import fuse_layers, is_fused
+from lamzoo.adapters.hosts import HostTakeover, adapters_of
 from lamzoo.adapters.state import lam_state_dict, load_masks, masks_of, remove_lam
-from lamzoo.adapters.wrappers import copy_into, full_tensor, host_path, unwrap
-from lamzoo.errors import ConfigError, LamzooError, UnsupportedHostError, class_name
-from lamzoo.lam import Lam, LamConfig
+from lamzoo.adapters.wrappers import check_free, compiled_parts, copy_into, full_tensor, host_path, unwrap
+from lamzoo.errors import ConfigError, StateDictError, UnsupportedHostError, class_name
+from lamzoo.lam import Lam, LamConfig, MaskNetwork
 
 Model = TypeVar("Model", bound=nn.Module)
 
 #: Name of the set of masks that :func:`lamzoo.add_lam` added, and of the one that is loaded without a name.
 DEFAULT = "default"
+_ALLOCATED = 2**24  # numbers that are allocated unchecked, so that a set which lacks a few keys is told by name
 
 
 @dataclass
@@ -54,6 +56,8 @@ class MaskSets:
     Attributes:
         active: name of the active set; None for no masks.
         stored: the sets by name; None is the model without masks, with its own values of what sets replace.
+        fused: whether masks get their fused form, where they have one.
+        frozen: whether the parameters of new mask networks are frozen.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -61,6 +65,7 @@ class MaskSets:
         cfg = getattr(host, "pretrained_cfg", None) or {}
         self.stored: dict[str | None, MaskSet] = {None: MaskSet(label_names=cfg.get("label_names"))}
         self.active: str | None = None
+        self.fused = self.frozen = False
 
     def add(self, model: nn.Module, name: str, new: MaskSet, source: str) -> None:
         """Adds a set to the model and makes it the active one; on an error both stay as they were.
@@ -78,19 +83,13 @@ class MaskSets:
         own = _state(model)
         plain = self.stored[None]
         plain.others |= {key: full_tensor(own[key]).detach().clone() for key in new.others if key not in plain.others}
-        before = self.stored[self.active]
-        try:
-            self._install(model, new, source)
-        except LamzooError:
-            if not new.has_layers_of(before):
-                self._install(model, before, source)
-            raise
+        self._change(model, new, source)
         self.active, self.stored[name] = name, new
 
     def switch(self, model: nn.Module, name: str | None) -> None:
-        """Makes a stored set the active one."""
+        """Makes a stored set the active one; on an error the model stays as it was."""
         self.update(model)
-        self._install(model, self.stored[name], "The set")
+        self._change(model, self.stored[name], "The set")
         self.active = name
 
     def update(self, model: nn.Module) -> None:
@@ -111,28 +110,54 @@ class MaskSets:
             self.stored[DEFAULT] = MaskSet(host.lam_config, getattr(host, "lam_parts", None))
         own, current, plain = _state(model), self.stored[self.active], self.stored[None]
         for key in plain.others:
-            (current if key in current.others else plain).others[key] = full_tensor(own[key]).detach().clone()
-        if current.config is not None:
+            holder = current if key in current.others else plain
+            if _fits(own, key, holder.others[key]):
+                holder.others[key] = full_tensor(own[key]).detach().clone()
+        masks = _masks(model)
+        if current.config is not None and masks:  # which an interrupted switch may have removed
             current.masks = cloned_masks(model)
+            self.frozen = not any(parameter.requires_grad for lam in masks for parameter in lam.parameters())
+            layers = (layer for layer in host.modules() if isinstance(layer, HostTakeover))
+            if any(layer.no_fused_form() is None for layer in layers):
+                self.fused = is_fused(host)
+
+    def _change(self, model: nn.Module, target: MaskSet, source: str) -> None:
+        """Installs a set; on an error, installs the active one again."""
+        own = _state(model)
+        for key, value in (self.stored[None].others | target.others).items():
+            if not _fits(own, key, value):
+                size = f"has it of shape {tuple(own[key].shape)}" if key in own else "lacks it"
+                raise UnsupportedHostError(
+                    f"The sets of masks have {key} of shape {tuple(value.shape)}, and the model "
+                    f"({class_name(unwrap(model))}) {size} now; give it that size again, as model.reset_classifier "
+                    "does, or call lamzoo.remove_lam(model), which forgets the sets."
+                )
+        before = self.stored[self.active]
+        try:
+            self._install(model, target, source)
+        except BaseException:  # an interrupt as well
+            self._install(model, before, source)
+            raise
 
     def _install(self, model: nn.Module, target: MaskSet, source: str) -> None:
         """Gives the model the masks and other tensors of a set."""
         host: Any = unwrap(model)
         present = MaskSet(getattr(host, "lam_config", None), getattr(host, "lam_parts", None))
         if not target.has_layers_of(present) or bool(_masks(model)) != (target.config is not None):
-            self._replace_masks(model, target)
+            self._replace_masks(model, target, source)
         if target.config is not None:
             load_masks(model, target.masks, source, target.config)
         own, plain = _state(model), self.stored[None]
         with torch.no_grad():
             for key, value in (plain.others | target.others).items():
-                copy_into(own[key], value)
+                if _fits(own, key, value):
+                    copy_into(own[key], value)
         names = target.label_names or plain.label_names
         cfg = getattr(host, "pretrained_cfg", None)
         if cfg is not None and cfg.get("label_names") != names:
             host.pretrained_cfg = host.default_cfg = {**cfg, "label_names": names}
 
-    def _replace_masks(self, model: nn.Module, target: MaskSet) -> None:
+    def _replace_masks(self, model: nn.Module, target: MaskSet, source: str) -> None:
         host: Any = unwrap(model)
         masks = _masks(model)
         change = f"The masks of the model ({class_name(host)}) can't be replaced by masks of another LamConfig or none"
@@ -141,23 +166,31 @@ class MaskSets:
             raise UnsupportedHostError(f"{change} while its tokens are merged or pruned; call remove_reduction first.")
         if any(lam.recorder is not None for lam in masks):
             raise UnsupportedHostError(f"{change} while capture_masks records them; leave its context first.")
-        fused = is_fused(host)
-        frozen = bool(masks) and not any(parameter.requires_grad for lam in masks for parameter in lam.parameters())
+        check_free(model)
+        if masks and target.config is not None and (parts := compiled_parts(host)):
+            raise UnsupportedHostError(f"{change} while {parts[0]} is compiled; compile the whole model instead.")
         sets = vars(host).get("lam_sets")
-        if masks:
-            remove_lam(model)
-        if sets is not None:
-            host.lam_sets = sets  # which remove_lam forgets
+        try:
+            if masks:
+                remove_lam(model)
+        finally:
+            if sets is not None:
+                host.lam_sets = sets  # which remove_lam forgets
         if target.config is None:
             return
+        stored = sum(value.numel() for value in target.masks.values())
+        if max(stored, _ALLOCATED) < (needed := _least_size(host, target)):  # from a file, before any is allocated
+            raise StateDictError(
+                f"{source} has no mask as large as its LamConfig says: at least {needed} numbers, and it has {stored}."
+            )
         if target.parts is None:
             add_lam(model, target.config)
         else:
             add_lam_to(host, target.parts, target.config)
-        if frozen:
+        if self.frozen:
             for lam in _masks(model):
                 lam.requires_grad_(False)
-        if fused:
+        if self.fused:
             fuse_layers(host)
 
 
@@ -170,8 +203,9 @@ def set_lam(model: Model, name: str | None) -> Model:
 
     Sets of one ``LamConfig`` share the mask networks, whose parameters get other values: optimisers, fused layers,
     merged tokens, ``capture_masks`` and wrappers stay valid. For a set of another configuration, and for None, the
-    networks are replaced, which compiles a compiled model again. Then a fused model stays fused, frozen masks stay
-    frozen, and it is refused while tokens are merged or masks captured, and of a distributed model.
+    networks are replaced, which compiles a compiled model again. A fused model is fused again where the masks have a
+    fused form, and frozen masks come back frozen, also after None. Such a switch is refused while tokens are merged or
+    masks captured, of a distributed model, and of one that is compiled in parts.
     :func:`lamzoo.remove_lam` removes the active masks and forgets all sets.
 
     Args:
@@ -184,7 +218,10 @@ def set_lam(model: Model, name: str | None) -> Model:
 
     Raises:
         ConfigError: there is no set of that name; lists the names.
-        UnsupportedHostError: the model has no masks, or can't get those of another configuration now.
+        UnsupportedHostError: the model has no masks, can't get those of another configuration now, or lacks a
+            parameter of the sets, or has it in another size, as after ``reset_classifier``.
+        StateDictError: the layers of the model have changed, and the masks don't fit them.
+            After each error the model has the masks that it had.
     """
     host: Any = unwrap(model)
     sets = sets_of(model)
@@ -225,9 +262,28 @@ def cloned_masks(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
+def _least_size(host: nn.Module, target: MaskSet) -> int:
+    """Returns how many numbers the masks of a set have, at one position for tables whose length the host says."""
+    assert target.config is not None
+    size, paths = 0, {path for path, _ in host.named_modules()}
+    for path, length in (target.parts or {"": None}).items():
+        part, config = host.get_submodule(path if path in paths else ""), target.config.with_length(length)
+        sites = [site for adapter in adapters_of(part).values() for site in adapter.sites(part)]
+        if config.layers == "single":
+            sites = list({site.stack: site for site in sites}.values())
+        with torch.device("meta"):
+            networks = [MaskNetwork(config, each.query_dim, each.key_dim, each.num_heads, length=1) for each in sites]
+        size += sum(parameter.numel() for network in networks for parameter in network.parameters())
+    return size
+
+
 def _masks(model: nn.Module) -> list[Lam]:
     return [module for module in unwrap(model).modules() if isinstance(module, Lam)]
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
     return {host_path(key): value for key, value in unwrap(model).state_dict().items()}
+
+
+def _fits(own: Mapping[str, Tensor], key: str, value: Tensor) -> bool:
+    return key in own and own[key].shape == value.shape

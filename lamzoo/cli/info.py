@@ -11,7 +11,7 @@ from lamzoo.reduction.config import TokenReduction
 from lamzoo.registry.cards import PretrainedWeights
 from lamzoo.registry.catalog import ModelInfo, get_pretrained_cfg, model_info, model_ref
 from lamzoo.tasks import find_task
-from lamzoo.weights.mask_folder import MASKS_NAME, has_masks_only, read_mask_folder
+from lamzoo.weights.mask_folder import MASKS_NAME, MasksOnlyError, find_mask_folder, has_masks_only, read_mask_folder
 
 _PREPROCESSING = ("input_size", "interpolation", "crop_pct", "mean", "std")
 
@@ -36,7 +36,7 @@ def describe(name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     cards is described without importing torch or timm.
 
     Args:
-        name: as for :func:`lamzoo.create_model`, or a folder of :func:`lamzoo.save_lam`.
+        name: as for :func:`lamzoo.create_model`, or a folder of :func:`lamzoo.save_lam`, also on the hub.
 
     Raises:
         UnknownModelError: no such model or tag.
@@ -45,7 +45,10 @@ def describe(name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     ref = model_ref(name)
     if ref.kind == "local-dir" and ref.path is not None and has_masks_only(ref.path):
         return _describe_masks(name, ref.path), []
-    info = model_info(name)
+    try:
+        info = model_info(name)
+    except MasksOnlyError:
+        return _describe_masks(name, find_mask_folder(name)), []
     params, gmacs = info.params, info.gmacs
     if info.reduction is not None or params is None or gmacs is None:
         import torch

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lamzoo.errors import LamzooError, RegistryError
+from lamzoo.errors import ConfigError, LamzooError, RegistryError
 from lamzoo.records import Limits, build
 
 #: Largest number of classes, and of pixels times channels of an input (1 GiB as float32).
@@ -67,6 +67,14 @@ class _Values:
     paper_name: str | None = None
     paper_ids: str | tuple[str, ...] | None = None
     notes: tuple[str, ...] | None = None
+
+
+def check_label_names(names: Sequence[str], classes: int | None) -> None:
+    """Raises a :class:`ConfigError` for class names that don't fit a head of ``classes`` outputs; None if unknown."""
+    if isinstance(names, str):
+        raise ConfigError(f"label_names is the string {names!r}; pass a list of class names.")
+    if classes is not None and len(names) != classes:
+        raise ConfigError(f"{len(names)} label names were given for a head of {classes} classes.")
 
 
 def check_preprocessing(

@@ -21,6 +21,7 @@ from lamzoo.reading import parse_json, read_text, to_json
 from lamzoo.reduction.config import TokenReduction
 from lamzoo.registry.cards import ModelSpec
 from lamzoo.registry.catalog import find_spec
+from lamzoo.registry.preprocessing import check_label_names
 from lamzoo.registry.refs import SAVED_WEIGHTS, TIMM_PREFIX
 from lamzoo.tasks.classification import CLASSIFICATION
 from lamzoo.version import __version__
@@ -65,10 +66,8 @@ def save_pretrained(
     """
     folder, model = Path(folder), unwrap(model)
     spec = _spec_of(model)
-    if label_names is not None and len(label_names) != getattr(model, "num_classes", None):
-        raise ConfigError(
-            f"{len(label_names)} label names were given for a head of {getattr(model, 'num_classes', 0)} classes."
-        )
+    if label_names is not None:
+        check_label_names(label_names, getattr(model, "num_classes", 0))
     config = _config(model, spec, label_names)
     state = full_state_dict(model)
     if is_sharded(model) and torch.distributed.get_rank() > 0:

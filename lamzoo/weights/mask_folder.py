@@ -19,6 +19,24 @@ CONFIG_NAME = "lam_config.json"
 MASKS_NAME = "lam_model.safetensors"
 
 
+class MasksOnlyError(WeightsNotFoundError):
+    """A folder or repository that has masks without their model.
+
+    Args:
+        place: its path or name.
+    """
+
+    def __init__(self, place: str) -> None:
+        self.place = place
+        super().__init__(
+            f"{place} has masks without their model; create their base, which `lamzoo info` names, and call "
+            f"lamzoo.load_lam(model, {place!r})."
+        )
+
+    def __reduce__(self) -> tuple[type[MasksOnlyError], tuple[str]]:
+        return type(self), (self.place,)
+
+
 @dataclass(frozen=True)
 class BaseModel:
     """The model that masks were trained on.

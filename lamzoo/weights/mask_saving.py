@@ -22,6 +22,7 @@ from lamzoo.errors import ConfigError, StateDictError, UnsupportedHostError, cla
 from lamzoo.files import atomic_files
 from lamzoo.lam.layer import carried_configs, carry_configs
 from lamzoo.reading import to_json
+from lamzoo.registry.preprocessing import check_label_names
 from lamzoo.registry.refs import HF_PREFIX, TIMM_PREFIX
 from lamzoo.version import __version__
 from lamzoo.weights.files import read_state_dict, stage_state_dict
@@ -67,7 +68,8 @@ def save_lam(
         The folder.
 
     Raises:
-        ConfigError: the model has no module or parameter at a path of ``also``.
+        ConfigError: the model has no module or parameter at a path of ``also``, or the label names don't fit its
+            number of classes, or no classifier is stored.
         UnsupportedHostError: the model has no masks, only a part of it has, or peft holds them.
         WeightsError: a file cannot be written; what was there before is unchanged.
     """
@@ -83,7 +85,12 @@ def save_lam(
     state = full_state_dict(model)
     others = _others(state, sets.stored[sets.active].others if also is None else also)
     _warn_of_trained(host, others)
-    if label_names is None and others:
+    if label_names is not None:
+        if not others:
+            raise ConfigError("label_names name the outputs of a classifier, and none is stored; use also=['head'].")
+        of_transformers = getattr(getattr(host, "config", None), "num_labels", None)
+        check_label_names(label_names, getattr(host, "num_classes", of_transformers))
+    elif others:
         label_names = (getattr(host, "pretrained_cfg", None) or {}).get("label_names")
     layers = [path.removesuffix(".lam") for path in masks]
     record = MaskFolder(
@@ -136,8 +143,8 @@ def load_lam(
         WeightsError: a file is damaged.
         StateDictError: the masks are of another base: another class, other layers or other shapes, or keys are missing
             or unexpected; names them. The model is left unchanged.
-        UnsupportedHostError: as for :func:`lamzoo.add_lam`, and as for :func:`lamzoo.set_lam` if the model has masks of
-            another ``LamConfig``.
+        UnsupportedHostError: as for :func:`lamzoo.add_lam`, and as for :func:`lamzoo.set_lam` if the model has sets.
+            The model is left unchanged.
     """
     host: Any = unwrap(model)
     sets = sets_of(model)
@@ -205,8 +212,8 @@ def _check(
     """Checks what is stored besides the masks, and sizes and kinds of all; raises a :class:`StateDictError`."""
     config = record.config
     lengths = [*(record.parts or {}).values(), config.max_length] if config.has_positions else []
-    widest = max((size for value in masks.values() for size in value.shape), default=0)
-    if max([config.rank, *config.hidden, *(length or 0 for length in lengths)]) > widest:  # before any is allocated
+    stored = sum(value.numel() for value in masks.values())
+    if max([config.rank, *config.hidden, *(length or 0 for length in lengths)]) > stored:  # before any is allocated
         raise StateDictError(
             f"{source} has no mask as large as its {CONFIG_NAME} says, rank={config.rank}, hidden={config.hidden} and "
             f"max_length={config.max_length}; save it again."
@@ -248,9 +255,9 @@ def _name_of(host: Any) -> tuple[str | None, str | None]:
     revision = (cfg.get("hf_hub_id") or "").partition("@")[2] or None
     if registered:
         weights = str(getattr(host, "weights_source", None))
-        return weights if weights.startswith(f"{registered}.") else registered, revision
+        return (weights, revision) if weights.startswith(f"{registered}.") else (registered, None)
     if cfg.get("architecture"):
-        return TIMM_PREFIX + ".".join(filter(None, (cfg["architecture"], cfg.get("tag")))), revision
+        return TIMM_PREFIX + cfg["architecture"], None  # timm doesn't say whether the weights of the tag were loaded
     name = str(getattr(config, "_name_or_path", ""))
     if _HUB_NAME.fullmatch(name) and not os.path.exists(name):  # else a folder of this machine
         return HF_PREFIX + name, getattr(config, "_commit_hash", None)

@@ -22,7 +22,7 @@ from lamzoo.records import Limits, build
 from lamzoo.reduction.config import PruneConfig, TokenReduction
 from lamzoo.registry.preprocessing import ARGUMENTS, check_preprocessing
 from lamzoo.registry.refs import TIMM_PREFIX, ModelRef
-from lamzoo.weights.mask_folder import has_masks_only
+from lamzoo.weights.mask_folder import CONFIG_NAME, MasksOnlyError, find_mask_folder, has_masks_only
 from lamzoo.weights.sources import SAFE_SUFFIXES, WeightsFile, find_in_folder, is_sha256, resolve_repo, way_out
 
 _logger = logging.getLogger(__name__)
@@ -91,6 +91,7 @@ def read_saved(
 
     Raises:
         WeightsNotFoundError: the folder, repository or file does not exist.
+        MasksOnlyError: there are masks without their model.
         WeightsError: the configuration is damaged.
     """
     if ref.path is not None:
@@ -98,14 +99,21 @@ def read_saved(
         if not folder.is_dir():
             raise WeightsNotFoundError(f"There is no saved model in {folder}: no such folder.")
         if has_masks_only(folder):
-            raise WeightsNotFoundError(
-                f"{folder} has masks without their model; create their base, which `lamzoo info` names, and call "
-                "lamzoo.load_lam(model, folder)."
-            )
+            raise MasksOnlyError(str(folder))
         if not (folder / "config.json").is_file():
             raise WeightsNotFoundError(f"There is no saved model in {folder}: it has no config.json.")
     else:
-        folder = hub.download(ref.repo, "config.json", revision=ref.revision, cache_dir=cache_dir).parent
+        try:
+            folder = hub.download(ref.repo, "config.json", revision=ref.revision, cache_dir=cache_dir).parent
+        except WeightsNotFoundError as error:
+            known = hub.cached(ref.repo, CONFIG_NAME, revision=ref.revision, cache_dir=cache_dir)
+            if known is None and not isinstance(error, hub.HubEntryMissingError):
+                raise  # without waiting for the hub again
+            try:
+                find_mask_folder(ref.text, cache_dir)
+            except WeightsError:
+                raise error from None
+            raise MasksOnlyError(ref.text) from error
     path = folder / "config.json"
     saved, promised = _read_config(path)
     weights = None

@@ -20,6 +20,7 @@ from lamzoo.registry.saving import save_pretrained
 from lamzoo.weights import save_lam
 from lamzoo.weights.sources import hub_file_of
 from tests.images import CLASSES, encoded, write_folder, write_npz
+from tests.weights.hub_server import HubServer
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +156,16 @@ def test_info_tells_what_masks_without_their_model_are(run, tmp_path: Path) -> N
     assert "masks without their model" in run("info", str(tmp_path / "m")).out
     with pytest.raises(WeightsNotFoundError, match="has masks without their model; create their base"):
         create_model(tmp_path / "m")
+
+
+def test_info_tells_what_masks_in_a_repository_are(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_lam(create_model("lam_vit_micro", depth=2), tmp_path / "m")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    with HubServer({"me/masks": {path.name: path.read_bytes() for path in folder.iterdir()}}) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        facts = json.loads(run("info", "hf-hub:me/masks", "--json").out)
+    assert (facts["name"], facts["base"], len(facts["layers"])) == ("hf-hub:me/masks", "lam_vit_micro", 2)
 
 
 def test_info_tells_cost_masks_and_preprocessing(run, model: str) -> None:

@@ -20,7 +20,8 @@ class HubServer:
     ``etags`` states other hashes of files than their sha256. ``status`` answers every request so; ``cut`` closes each
     download halfway; ``corrupt`` flips a bit of it; ``stall`` waits that many seconds before each answer; ``slow``
     waits in the middle of each download. ``seen`` counts ``(method, path)``. Uploads, without large-file storage, are
-    added to ``repos``, and the messages of their commits to ``messages``.
+    added to ``repos``, and the messages of their commits to ``messages``; ``large`` sends their files to a large-file
+    storage, which refuses them.
     """
 
     def __init__(self, repos: dict[str, dict[str, bytes]] | None = None) -> None:
@@ -34,6 +35,7 @@ class HubServer:
         self.slow = 0.0
         self.seen: Counter[tuple[str, str]] = Counter()
         self.messages: list[str] = []
+        self.large = False
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -47,6 +49,10 @@ class HubServer:
 
             def do_POST(self) -> None:
                 hub.receive(self)
+
+            def do_PUT(self) -> None:
+                self.rfile.read(int(self.headers["Content-Length"]))
+                hub._refuse(self, 413, "")
 
             def log_message(self, *args: Any) -> None:
                 pass
@@ -113,9 +119,12 @@ class HubServer:
             answer = {"url": f"{self.url}/{repo}"}
         elif place[-2:] == ["preupload", "main"]:
             files = json.loads(body)["files"]
-            answer = {
-                "files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in files]
-            }
+            mode = "lfs" if self.large else "regular"
+            answer = {"files": [{"path": file["path"], "uploadMode": mode, "shouldIgnore": False} for file in files]}
+        elif place[-2:] == ["objects", "batch"]:
+            upload = {"upload": {"href": f"{self.url}/storage"}}
+            objects = [{**each, "actions": upload} for each in json.loads(body)["objects"]]
+            answer = {"transfer": "basic", "objects": objects}
         elif place[-2:] == ["commit", "main"]:
             repo = "/".join(place[1:3])
             for line in map(json.loads, body.splitlines()):

@@ -145,7 +145,7 @@ def test_a_folder_says_what_its_masks_are_and_belong_to(saved: Path) -> None:
     base = stated["base_model"]
     assert (base["model_class"], base["name"]) == (
         "timm.VisionTransformer",
-        "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k",
+        "timm/vit_tiny_patch16_224",  # its weights are random, whatever tag timm notes
     )
     assert len(base["attention_sha256"]) == 64
     assert (stated["also"], stated["label_names"]) == (["head.weight", "head.bias"], list("abcde"))
@@ -287,6 +287,22 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], type[LamzooError], str]] = {
         StateDictError,
         "has no mask as large as its lam_config.json says, rank=10000000",
     ),
+    "masks larger than the memory beside an empty tensor": (
+        lambda folder: (
+            retensored(lambda tensors: tensors.update({f"{KEY}.0": torch.ones(0, 10_000_000)}))(folder),
+            changed(lam_config=LamConfig(rank=10_000_000).to_dict())(folder),
+        ),
+        StateDictError,
+        "has no mask as large as its lam_config.json says, rank=10000000",
+    ),
+    "masks larger than the memory in all": (
+        lambda folder: (
+            retensored(lambda tensors: tensors.update({f"{KEY}.0": torch.ones(200_000)}))(folder),
+            changed(lam_config=LamConfig(hidden=(200_000, 200_000)).to_dict())(folder),
+        ),
+        StateDictError,
+        r"has no mask as large as its LamConfig says: at least \d{12} numbers",
+    ),
     "parts larger than the memory": (
         changed(lam_config=LamConfig(keys="position").to_dict(), parts={"": 10**9}),
         StateDictError,
@@ -352,6 +368,13 @@ def test_what_cannot_be_saved_is_said_in_a_sentence(tmp_path: Path) -> None:
         lamzoo.save_lam(vit(), tmp_path / "a")
     with pytest.raises(ConfigError, match="also has 'classifier'"):
         lamzoo.save_lam(masked(), tmp_path / "a", also=["classifier"])
+    for names, also, message in (
+        ("abcde", ["head"], "is the string 'abcde'; pass a list"),
+        (["cat", "dog"], ["head"], "2 label names were given for a head of 5 classes"),
+        (list("abcde"), None, "no.* is stored; use also="),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            lamzoo.save_lam(masked(), tmp_path / "a", also=also, label_names=names)
     part = encoder()
     lamzoo.add_lam(part.layers[0])  # type: ignore[index, arg-type]
     for use in (lambda: lamzoo.save_lam(part, tmp_path / "a"), lambda: lamzoo.set_lam(part, None)):
@@ -502,6 +525,66 @@ def test_a_fused_model_stays_fused_and_frozen_masks_stay_frozen(folders: dict[st
             assert torch.allclose(out(model), out(lamzoo.load_lam(vit(), folder)), atol=1e-5)
 
 
+@pytest.mark.parametrize("between", [None, "mul", "broken"])
+def test_fused_and_frozen_masks_come_back_so_after_another_set(
+    between: str | None, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    from lamzoo.adapters.deploy import is_fused
+
+    model = lamzoo.fuse(lamzoo.load_lam(vit(), folders["a"], name="a")).requires_grad_(False)
+    if between is None:
+        lamzoo.set_lam(model, None)
+    else:
+        folder = lamzoo.save_lam(masked(5, LamConfig(op="mul")), tmp_path / "mul")
+        if between == "mul":
+            assert not is_fused(lamzoo.load_lam(model, folder, name="mul"))
+        else:
+            retensored(lambda tensors: tensors.pop(KEY))(folder)
+            with pytest.raises(StateDictError, match=f"lacks {KEY}"):
+                lamzoo.load_lam(model, folder, name="mul")
+    lamzoo.set_lam(model, "a")
+    assert is_fused(model)
+    assert not any(parameter.requires_grad for parameter in lamzoo.lam_parameters(model))
+    lamzoo.set_lam(lamzoo.set_lam(lamzoo.unfuse(model).requires_grad_(True), None), "a")
+    assert not is_fused(model)
+    assert all(parameter.requires_grad for parameter in lamzoo.lam_parameters(model))
+
+
+def test_a_switch_that_fails_leaves_the_masks_that_the_model_had(
+    folders: dict[str, Path], expected: dict[str | None, Tensor]
+) -> None:
+    model = lamzoo.load_lam(lamzoo.load_lam(vit(), folders["a"], name="a"), folders["c"], name="c")
+    block, masks = model.blocks[0], model.lam_sets.stored["a"].masks
+    removed = masks.pop(KEY)
+    with pytest.raises(StateDictError, match=f"lacks {KEY}"):
+        lamzoo.set_lam(model, "a")
+    assert torch.equal(out(model), expected["c"])
+    masks[KEY] = removed
+    model.blocks[0] = compiled(block)
+    for fail in (lambda: lamzoo.set_lam(model, "a"), lambda: lamzoo.load_lam(model, folders["b"])):
+        with pytest.raises(UnsupportedHostError, match=r"while blocks\.0 is compiled; compile the whole model"):
+            fail()
+    assert lamzoo.lam_state_dict(model).keys() == model.lam_sets.stored["c"].masks.keys()
+    model.blocks[0] = block
+    assert torch.equal(out(model), expected["c"])
+    assert torch.equal(out(lamzoo.set_lam(model, "a")), expected["a"])
+
+
+@pytest.mark.parametrize("classes", [7, 0])
+def test_a_classifier_of_another_size_is_not_switched(
+    classes: int, folders: dict[str, Path], expected: dict[str | None, Tensor]
+) -> None:
+    model = lamzoo.load_lam(lamzoo.load_lam(vit(), folders["d"], name="d"), folders["c"], name="c")
+    model.reset_classifier(classes)
+    before = out(model)
+    for name in ("d", None):
+        with pytest.raises(UnsupportedHostError, match=r"have head\.weight of shape \(5, 24\).*reset_classifier"):
+            lamzoo.set_lam(model, name)
+    assert torch.equal(out(model), before)
+    model.reset_classifier(5)
+    assert torch.equal(out(lamzoo.set_lam(model, "d")), expected["d"])
+
+
 def test_copies_and_pickles_have_the_sets(folders: dict[str, Path], expected: dict[str | None, Tensor]) -> None:
     model = lamzoo.load_lam(lamzoo.load_lam(vit(), folders["a"], name="a"), folders["c"], name="c")
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -551,6 +634,8 @@ def test_masks_are_pushed_to_the_hub_and_loaded_from_there(server: HubServer, sa
     assert url == f"{server.url}/user/masks"
     assert server.repos["user/masks"].keys() == {"README.md", "lam_config.json", "lam_model.safetensors"}
     assert server.messages == ["First"]
+    with pytest.raises(WeightsError, match=r"has masks without their model.*load_lam\(model, 'hf-hub:user/masks'\)"):
+        lamzoo.create_model("hf-hub:user/masks", pretrained=True, cache_dir=tmp_path)
     base = lamzoo.load_lam(vit(), "hf-hub:user/masks", cache_dir=tmp_path)
     assert torch.equal(out(base), out(lamzoo.load_lam(vit(), saved)))
     lamzoo.push_to_hub(saved, "user/masks")  # the repository exists
@@ -572,6 +657,19 @@ def test_an_upload_that_the_hub_refuses_is_one_error(
     with pytest.raises(WeightsError, match=message) as caught:
         lamzoo.push_to_hub(saved, repo)
     assert str(caught.value).startswith(f"{saved} cannot be uploaded to {repo!r}")
+
+
+def test_an_upload_that_cannot_be_read_or_transferred_is_one_error(
+    server: HubServer, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.large = True
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)  # whose server this one isn't
+    with pytest.raises(WeightsError, match=r"cannot be uploaded to .*the transfer of a large file failed \(.*413"):
+        lamzoo.push_to_hub(saved, "user/masks")
+    (saved / "model.safetensors").symlink_to(saved / "none")
+    with pytest.raises(WeightsError, match=r"a file cannot be read \(.*model\.safetensors"):
+        lamzoo.push_to_hub(saved, "user/others")
+    assert "user/others" not in server.repos
 
 
 def test_an_upload_without_hub_or_masks_is_one_error(
