@@ -6,7 +6,7 @@ import copy
 import json
 import pickle
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -617,14 +617,6 @@ def test_a_switched_model_of_transformers_is_saved_with_its_active_masks(tmp_pat
 
 
 # The hub.
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    with HubServer() as server:
-        monkeypatch.setenv("HF_ENDPOINT", server.url)
-        yield server
 
 
 def test_masks_are_pushed_to_the_hub_and_loaded_from_there(server: HubServer, saved: Path, tmp_path: Path) -> None:
