@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from accelerate.state import AcceleratorState
 from timm.layers import set_fused_attn, use_fused_attn
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lamzoo.adapters.decay import full_rate_parameters
 from lamzoo.data.paths import nfc
@@ -169,6 +170,11 @@ def _regroup_state(
     today = enumerate(p for group in optimizer.param_groups for p in group["params"])
     moved = {index: state["state"][former[p]] for index, p in today if former[p] in state["state"]}
     return {**state, "state": moved, "param_groups": optimizer.state_dict()["param_groups"]}
+
+
+def attention_kernels(fused: bool) -> AbstractContextManager[None]:
+    """Returns a context in which PyTorch may use its fused attention kernels, or may not; also in backward passes."""
+    return nullcontext() if fused else sdpa_kernel(SDPBackend.MATH)
 
 
 @contextmanager

@@ -48,8 +48,9 @@ class ModelSection:
         lam: fields of a :class:`lamzoo.LamConfig` that replaces the registered one; true for the registered one or, if
             there is none, the default; false for a plain model.
         kwargs: further arguments of ``create_model``; ``num_classes`` defaults to that of the data.
-        fused_attention: whether timm's own attention may use the fused kernel. On CPUs, bfloat16 training of short
-            sequences is faster without it; use the same value on both sides of a comparison.
+        fused_attention: whether attention may use PyTorch's fused kernels, in timm's layers and in those with masks or
+            merged tokens. On CPUs, bfloat16 training of short sequences is faster without them; use the same value on
+            both sides of a comparison.
         tune: the trained part: ``"all"``, ``"lam"`` (the masks and the classifier) or ``"head"`` (only the classifier).
             The rest stays in evaluation mode, without dropout and with the stored statistics of norms.
     """

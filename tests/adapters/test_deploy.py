@@ -12,7 +12,6 @@ import timm
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import lamzoo
 from lamzoo.adapters import add_lam, capture_masks, fuse, lam_parameters, lam_state_dict, load_lam_state_dict, unfuse
@@ -22,6 +21,7 @@ from lamzoo.lam import LamConfig, attention_backend
 from lamzoo.lam import fused as forms
 from lamzoo.lam.fused import FusedAttention, pinned_form
 from tests.adapters.timm_hosts import FEW, HOSTS, Host
+from tests.operators import Operators
 
 VIT = HOSTS["vit_tiny_patch16_224"]
 EXACT = {"rtol": 0.0, "atol": 5e-6}
@@ -183,7 +183,7 @@ def test_one_layer_has_these_operators_and_copies() -> None:
         with torch.no_grad():
             for block in blocks[:index]:
                 block.attn(x)
-            with _Operators() as seen:
+            with Operators() as seen:
                 blocks[index].attn(x)
         counts[name] = seen.counts
     assert [sum(found.values()) for found in counts.values()] == [22, 20, 23]
@@ -195,18 +195,6 @@ def test_one_layer_has_these_operators_and_copies() -> None:
         "content": plain | {"relu_": 1},
         "shared": plain | {"div": 1, "copy_": 2},
     }
-
-
-class _Operators(TorchDispatchMode):
-    """Counts operators by name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.counts[func.overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def _load(model: nn.Module, state: dict[str, Tensor]) -> None:
@@ -457,7 +445,7 @@ def test_straight_through_decisions_are_respected() -> None:
 def test_a_merging_layer_has_fewer_operators() -> None:
     counts = []
     for model in (masked(), fuse(masked())):
-        with torch.no_grad(), _Operators() as seen:
+        with torch.no_grad(), Operators() as seen:
             merge(model)(VIT.images())
         counts.append(sum(seen.counts.values()))
     assert counts[1] < counts[0] - 2 * 25  # of two layers

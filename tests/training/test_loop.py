@@ -21,6 +21,7 @@ from lamzoo.tasks.classification import CLASSIFICATION
 from lamzoo.training import TrainResult, parse_recipe, train
 from lamzoo.training.classification.run import ClassificationRun
 from lamzoo.training.loaders import check_mixup
+from tests.operators import Operators
 from tests.training.processes import train_failed, train_in_two, train_killed
 
 HELD_BY_RECIPE = ("epoch", "update", "lr", "train_loss", "eval_loss", "eval_top1")
@@ -378,6 +379,18 @@ def test_training_leaves_timms_switch_alone(recipe_table: dict[str, Any], tmp_pa
     before = use_fused_attn()
     run(recipe_table, tmp_path / "out")
     assert before and use_fused_attn()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_merged_tokens_are_trained_by_the_kernels_that_the_recipe_allows(
+    recipe_table: dict[str, Any], tmp_path: Path, fused: bool
+) -> None:
+    recipe_table["model"] |= {"lam": False, "fused_attention": fused}
+    recipe_table["reduction"] = {"method": "merge", "keep": 0.5}
+    recipe_table["schedule"]["epochs"] = 1
+    with Operators() as operators:
+        run(recipe_table, tmp_path / "out")
+    assert ("_scaled_dot_product_flash_attention_for_cpu_backward" in operators.counts) == fused
 
 
 def test_scoring_on_the_training_images_is_refused(recipe_table: dict[str, Any], tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from lamzoo.data.trained import SPLIT_NAME
 from lamzoo.reduction import pruning_loss
-from lamzoo.training.build import build_model
+from lamzoo.training.build import attention_kernels, build_model
 from lamzoo.training.classification.report import RunFacts, write_report
 from lamzoo.training.classification.scoring import Score, score
 from lamzoo.training.freezing import Tuning
@@ -111,7 +111,8 @@ class ClassificationRun(TrainingRun):
             seed_everything(self.recipe.run.seed, epoch, step, self.accelerator.process_index, 1)
             if self.mixup is not None:
                 images, labels = self.mixup(images, labels)
-            with self.accelerator.no_sync(self.model) if index + 1 < len(batches) else nullcontext():
+            kernels = attention_kernels(self.recipe.model.fused_attention)
+            with kernels, self.accelerator.no_sync(self.model) if index + 1 < len(batches) else nullcontext():
                 with self.accelerator.autocast():
                     logits = self.model(images)
                 loss: Tensor = self.loss(logits.float(), labels)

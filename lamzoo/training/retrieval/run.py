@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,7 +12,6 @@ import timm.optim
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 
 from lamzoo.data.retrieval import (
@@ -28,7 +26,7 @@ from lamzoo.evaluation.retrieval.evaluate import compare, encode_texts, frames_c
 from lamzoo.evaluation.retrieval.metrics import retrieval_metrics
 from lamzoo.profiling.inputs import evaluating
 from lamzoo.registry.factory import create_model
-from lamzoo.training.build import reduce_by_section
+from lamzoo.training.build import attention_kernels, reduce_by_section
 from lamzoo.training.loaders import create_seeded_loader, seed_everything
 from lamzoo.training.retrieval.contrastive import contrastive_backward
 from lamzoo.training.retrieval.recipe import RetrievalRecipe
@@ -151,7 +149,7 @@ class RetrievalRun(TrainingRun):
 
         masks = [mask for _, mask, _ in batches]
         captions = [text for *_, text in batches] if self.recipe.data.equal_captions == "positives" else None
-        with nullcontext() if self.recipe.model.fused_attention else sdpa_kernel(SDPBackend.MATH):
+        with attention_kernels(self.recipe.model.fused_attention):
             return contrastive_backward(self.accelerator, self.model, batches, encode, masks, captions)
 
     @torch.no_grad()
