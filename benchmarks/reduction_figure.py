@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from benchmarks.reduction import Row
+    from benchmarks.reduction_tables import Row
 
 #: Methods in the figure; the others of this project are in the tables.
 DRAWN = (ALL, "merged", *PEERS)

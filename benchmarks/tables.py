@@ -22,7 +22,7 @@ from benchmarks import (
     finetuning,
     fused,
     kernels,
-    reduction,
+    reduction_tables,
     speed,
     tiles,
     video_merging,
@@ -91,14 +91,14 @@ def sequences(path: Path = RESULTS / "sequences.csv") -> str:
 
 
 def _reduced(*methods: str) -> str:
-    rows = read_lines(RESULTS / "reduction.csv", reduction.Row)
+    rows = read_lines(RESULTS / "reduction.csv", reduction_tables.Row)
     models = {row.model for row in rows if row.method in methods}
-    return reduction.table([row for row in rows if row.method in (ALL, *methods) and row.model in models])
+    return reduction_tables.table([row for row in rows if row.method in (ALL, *methods) and row.model in models])
 
 
 def _reduction_times() -> str:
-    rows = read_lines(RESULTS / "reduction_times.csv", reduction.TimeRow)
-    return reduction.time_table([row for row in rows if row.method in (ALL, "merged", *PEERS)])
+    rows = read_lines(RESULTS / "reduction_times.csv", reduction_tables.TimeRow)
+    return reduction_tables.time_table([row for row in rows if row.method in (ALL, "merged", *PEERS)])
 
 
 def _merged(metric: str) -> list[video_merging.Row]:
@@ -132,11 +132,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "reduction-merged": lambda: _reduced("merged"),
     "reduction-features": lambda: features.table(read_lines(RESULTS / "features.csv", features.Row)),
     "reduction-times": _reduction_times,
-    "reduction-ahead": lambda: reduction.peer_table(read_lines(RESULTS / "reduction.csv", reduction.Row)),
+    "reduction-ahead": lambda: reduction_tables.peer_table(read_lines(RESULTS / "reduction.csv", reduction_tables.Row)),
     "reduction-peers": lambda: _reduced("merged", *PEERS),
     "reduction-pruned": lambda: _reduced(*(method for method in OURS if method != "merged")),
-    "reduction-trained": lambda: reduction.trained_table(
-        read_lines(RESULTS / "reduction_trained.csv", reduction.TrainedRow)
+    "reduction-trained": lambda: reduction_tables.trained_table(
+        read_lines(RESULTS / "reduction_trained.csv", reduction_tables.TrainedRow)
     ),
     "finetuning": lambda: finetuning.table(finetuning.read_results()) + "\n",
 }

@@ -14,9 +14,11 @@ from torch import nn
 import lamzoo
 from benchmarks import features
 from benchmarks import reduction as bench
+from benchmarks import reduction_tables as tables
 from benchmarks.methods import ALL, METHODS, OURS, PEERS, Samples
-from benchmarks.reduction import Images, Row, Subject, TimeRow, TrainedRow
+from benchmarks.reduction import Images, Subject
 from benchmarks.reduction_figure import draw
+from benchmarks.reduction_tables import Row, TimeRow, TrainedRow
 from benchmarks.rows import read_rows, write_rows
 
 ROW = Row(
@@ -204,7 +206,7 @@ def test_rows_survive_their_file_and_fill_the_table(tmp_path: Path) -> None:
     ]
     write_rows(tmp_path / "rows.csv", rows)
     assert read_rows(tmp_path / "rows.csv", Row) == rows
-    assert bench.table(rows).splitlines() == [
+    assert tables.table(rows).splitlines() == [
         "| model (all tokens) | tokens | 100% of the GMACs | 70% of the GMACs | 50% of the GMACs |",
         "|---|---|---|---|---|",
         "| `lam` (40.60) | merged |  | 40.10 (-0.50 ± 0.21, 96.2, 0.012) | 30.00 (-0.50 ± 0.21, 96.2, 0.012) |",
@@ -223,7 +225,7 @@ def test_trained_weights_have_their_start_in_the_table(tmp_path: Path) -> None:
     )  # fmt: skip
     write_rows(tmp_path / "rows.csv", [replace(ROW, model="local-dir:runs/pruned/model", method="mask, drop")])
     earlier = read_rows(tmp_path / "rows.csv", TrainedRow)
-    assert bench.trained_table([*earlier, merged]).splitlines()[:4] == [
+    assert tables.trained_table([*earlier, merged]).splitlines()[:4] == [
         "| model | trained with | epochs | tokens | 70% of the GMACs | 63% of the GMACs |",
         "|---|---|---|---|---|---|",
         "| `pruned` |  |  | mask, drop | 40.10 |  |",
@@ -255,19 +257,19 @@ def test_the_training_is_read_from_the_run(
 def test_merging_has_its_difference_to_the_best_peer_in_a_table() -> None:
     ahead = replace(ROW, peer="ToMe, after, plain pooling", ahead=-0.254, ahead_se=0.2)
     rows = [ahead, replace(ahead, share=0.5, ahead=1.0, peer="stride"), replace(ahead, method="mask, drop"), ROW]
-    assert bench.peer_table(rows).splitlines()[2] == "| `lam` | -0.25 ± 0.20 (ToMe) | +1.00 ± 0.20 (stride) |"
-    assert bench.peer_table(rows).endswith("\nMeasured on: tiny, val split, 5,000 images.\n")
+    assert tables.peer_table(rows).splitlines()[2] == "| `lam` | -0.25 ± 0.20 (ToMe) | +1.00 ± 0.20 (stride) |"
+    assert tables.peer_table(rows).endswith("\nMeasured on: tiny, val split, 5,000 images.\n")
 
 
 def test_a_sentence_counts_the_comparisons_and_names_those_in_which_merging_is_behind() -> None:
     ahead = replace(ROW, peer="ToMe", ahead=0.3, ahead_se=0.2)
     rows = [ahead, replace(ahead, share=0.5, ahead=-0.1), replace(ahead, share=0.6, ahead=-0.3)]
     peers = [replace(ROW, method="ToMe", kl=0.02), replace(ROW, method="ToMe", share=0.5, kl=0.01)]
-    assert bench.peer_table([*rows, *peers]).splitlines()[4] == (
+    assert tables.peer_table([*rows, *peers]).splitlines()[4] == (
         "Of 3 comparisons, merging is ahead by more than one standard error in 1, within one in 1, and behind by more "
         "in 1: `lam` at 60%. Its KL divergence is smaller than that of the peer in 1."
     )
-    assert "and behind by more in none. Its" in bench.peer_table(rows[:2])
+    assert "and behind by more in none. Its" in tables.peer_table(rows[:2])
 
 
 def test_times_survive_their_file_and_fill_their_table(tmp_path: Path) -> None:
@@ -279,7 +281,7 @@ def test_times_survive_their_file_and_fill_their_table(tmp_path: Path) -> None:
     ]
     write_rows(tmp_path / "rows.csv", rows)
     assert read_rows(tmp_path / "rows.csv", TimeRow) == rows
-    assert bench.time_table(rows).splitlines() == [
+    assert tables.time_table(rows).splitlines() == [
         "| model | GMACs | tokens | 1 image, 1 thread | 16 images, 1 thread | 16 images, 2 threads |",
         "|---|---|---|---|---|---|",
         "| `lam` | 70% | merged | 0.80 (0.79-0.85) | 0.82 (0.79-0.85) |  |",
@@ -291,7 +293,7 @@ def test_times_survive_their_file_and_fill_their_table(tmp_path: Path) -> None:
 
 
 def test_tables_without_rows_have_a_heading_alone() -> None:
-    for empty in (bench.table([]), bench.peer_table([]), bench.time_table([]), features.table([])):
+    for empty in (tables.table([]), tables.peer_table([]), tables.time_table([]), features.table([])):
         assert [line[:2] for line in empty.splitlines()] == ["| ", "|-"]
 
 

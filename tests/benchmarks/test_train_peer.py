@@ -13,17 +13,9 @@ from safetensors.torch import load_file
 
 import lamzoo
 from benchmarks import train_peer
-from benchmarks.methods import PEERS
-from benchmarks.reduction import (
-    ALL,
-    Images,
-    Subject,
-    TrainedRow,
-    best_variants,
-    logits_of,
-    measure_all,
-    training_of,
-)
+from benchmarks.methods import ALL, PEERS
+from benchmarks.reduction import Images, Subject, logits_of, measure_all, training_of
+from benchmarks.reduction_tables import TrainedRow, best_variants
 from benchmarks.rows import read_rows
 from lamzoo.errors import RecipeError
 from lamzoo.records import to_toml
