@@ -20,7 +20,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, ClassVar
 
-import torch
 from timm.layers import (
     Attention,
     AttentionPool2d,
@@ -33,7 +32,6 @@ from timm.layers import (
     RelPosMlp,
     RotaryEmbeddingMixed,
     RotAttentionPool2d,
-    apply_rot_embed_cat,
 )
 from timm.models.beit import Attention as BeitAttention
 from timm.models.beit import Beit
@@ -45,8 +43,7 @@ from timm.models.naflexvit import NaFlexVit
 from timm.models.qwen3_vit import Qwen3VitEncoder
 from timm.models.vision_transformer import Block, VisionTransformer
 from timm.models.vision_transformer_relpos import RelPosAttention, VisionTransformerRelPos
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from lamzoo.adapters.hosts import (
     AttentionSite,
@@ -56,104 +53,15 @@ from lamzoo.adapters.hosts import (
     TakeoverAdapter,
     TokenLayout,
 )
-from lamzoo.adapters.mha import project_apart
-from lamzoo.errors import MaskShapeError, UnsupportedHostError, class_name
-from lamzoo.lam import Lam
-from lamzoo.lam.fused import Projection
+from lamzoo.adapters.timm_layers import (
+    LamAttention,
+    LamAttentionRope,
+    LamBeitAttention,
+    LamEvaAttention,
+    LamRelPosAttention,
+)
+from lamzoo.errors import UnsupportedHostError, class_name
 from lamzoo.lam.resize import Grid
-from lamzoo.lam.token_map import take
-from lamzoo.lam.unmasked import Unmasked
-
-
-class LamAttention(HostTakeover):
-    """timm's ``Attention`` under a learnable mask."""
-
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Masked self-attention of ``x (B, N, C)``; arguments and result as timm's ``Attention``."""
-        if attn_mask is None and not is_causal and (heads := _attend_fused(self, x)) is not None:
-            return _output(self, x, heads)
-        keys = self.lam.key_tokens(x)
-        query, key, value = _project(self, x, keys)
-        return _attend(self, x, keys, self.q_norm(query), self.k_norm(key), value, attn_mask, is_causal)
-
-    def projection(self) -> Projection | None:
-        return _projection(self)
-
-
-class LamAttentionRope(HostTakeover):
-    """timm's ``AttentionRope`` under a learnable mask."""
-
-    def forward(
-        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> Tensor:
-        """Masked self-attention of ``x (B, N, C)``; arguments and result as timm's ``AttentionRope``."""
-        if attn_mask is None and not is_causal and (heads := _attend_fused(self, x, rope)) is not None:
-            return _output(self, x, heads)
-        keys = self.lam.key_tokens(x)
-        query, key, value = _project(self, x, keys)
-        query, key = _rotate(self, self.q_norm(query), self.k_norm(key), rope, value)
-        if self.num_kv_groups > 1:  # grouped-query attention: head h uses key head h // num_kv_groups
-            key = key.repeat_interleave(self.num_kv_groups, dim=1)
-            value = value.repeat_interleave(self.num_kv_groups, dim=1)
-        return _attend(self, x, keys, query, key, value, attn_mask, is_causal)
-
-    def projection(self) -> Projection | None:
-        return _projection(self)
-
-
-class LamEvaAttention(HostTakeover):
-    """timm's ``EvaAttention`` under a learnable mask."""
-
-    def forward(
-        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> Tensor:
-        """Masked self-attention of ``x (B, N, C)``; arguments and result as timm's ``EvaAttention``."""
-        if attn_mask is None and not is_causal and (heads := _attend_fused(self, x, rope)) is not None:
-            return _output(self, x, heads)
-        keys = self.lam.key_tokens(x)
-        query, key, value = _project(self, x, keys)
-        query, key = _rotate(self, self.q_norm(query), self.k_norm(key), rope, value)
-        return _attend(self, x, keys, query, key, value, attn_mask, is_causal)
-
-    def projection(self) -> Projection | None:
-        return _projection(self)
-
-    def reset_parameters(self) -> None:
-        """Sets the biases to zero, as timm's ``EvaAttention`` does; called when weights are reinitialised."""
-        if self.q_bias is not None:
-            nn.init.zeros_(self.q_bias)
-            nn.init.zeros_(self.v_bias)
-        self.init_non_persistent_buffers()
-
-    def init_non_persistent_buffers(self) -> None:
-        """Fills the buffer that is not in checkpoints; timm calls it after materialising a model from ``meta``."""
-        if self.k_bias is not None:
-            self.k_bias.zero_()
-
-
-class LamBeitAttention(HostTakeover, BeitAttention):
-    """BEiT's ``Attention`` under a learnable mask."""
-
-    def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
-        """Masked self-attention of ``x (B, N, C)``; arguments and result as BEiT's ``Attention``."""
-        query, key, value = _project(self, x, x)
-        bias = shared_rel_pos_bias
-        if self.relative_position_bias_table is not None:
-            own = self._get_rel_pos_bias()
-            bias = own if bias is None else own + bias
-        return self.proj_drop(self.proj(_attend_heads(self, x, x, query, key, value, bias=bias)))
-
-
-class LamRelPosAttention(HostTakeover):
-    """timm's ``RelPosAttention`` under a learnable mask."""
-
-    def forward(self, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
-        """Masked self-attention of ``x (B, N, C)``; arguments and result as timm's ``RelPosAttention``."""
-        query, key, value = _project(self, x, x)
-        bias = shared_rel_pos if self.rel_pos is None else self.rel_pos.get_bias()
-        out = _attend_heads(self, x, x, self.q_norm(query), self.k_norm(key), value, bias=bias)
-        return self.proj_drop(self.proj(out))
-
 
 # Modules with heads that aren't self-attention of tokens: pooling in front of the classifier, and positions.
 _NO_SELF_ATTENTION = (
@@ -384,135 +292,3 @@ def _layout(host: Any, pooling: Pooling | None) -> TokenLayout:
 
 
 _NoteGrid = NoteGrid  # the name in pickles of 0.1.0
-
-
-def _attend(
-    attn: Any,
-    x: Tensor,
-    keys: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-) -> Tensor:
-    if attn_mask is not None and attn_mask.ndim == 3:
-        raise MaskShapeError(
-            f"attn_mask has shape {tuple(attn_mask.shape)}, which timm reads as one mask per head; "
-            "pass (B, 1, N, N) for one per sample or (1, H, N, N) for one per head."
-        )
-    if attn_mask is not None and attn.lam.shared.current.has_reduced:
-        raise UnsupportedHostError(
-            f"{class_name(attn.host_class)} got an attention mask of all tokens after some were merged or pruned; call "
-            "lamzoo.remove_reduction(model) first, or leave the mask out."
-        )
-    boolean = attn_mask is not None and attn_mask.dtype == torch.bool
-    allowed, bias = (attn_mask, None) if boolean else (None, attn_mask)
-    heads = _attend_heads(attn, x, keys, query, key, value, allowed=allowed, bias=bias, is_causal=is_causal)
-    return _output(attn, x, heads)
-
-
-def _output(attn: Any, x: Tensor, heads: Tensor) -> Tensor:
-    """Returns the output of the layer of its heads, ``(B, N, E)``."""
-    out = attn.norm(heads)
-    if attn.gate is not None:
-        out = out * attn.gate(x).sigmoid()
-    return attn.proj_drop(attn.proj(out))
-
-
-def _attend_heads(
-    attn: Any,
-    x: Tensor,
-    keys: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    allowed: Tensor | None = None,
-    bias: Tensor | None = None,
-    is_causal: bool = False,
-) -> Tensor:
-    lam: Lam | Unmasked = attn.lam
-    dropout_p = attn.attn_drop.p if attn.training else 0.0
-    out = lam.attend(
-        x, keys, query, key, value,
-        allowed=allowed, bias=bias, is_causal=is_causal, dropout_p=dropout_p, scale=attn.scale,
-    )  # fmt: skip
-    return out.transpose(1, 2).flatten(2)
-
-
-def _split_heads(attn: Any, qkv: Tensor) -> tuple[Tensor, ...]:
-    return qkv.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-
-
-def _project(attn: Any, x: Tensor, keys: Tensor) -> tuple[Tensor, ...]:
-    """Returns the queries of some tokens, and the keys and values of others, each ``(B, H, N, d)``."""
-    if attn.qkv is None:
-        projections = zip((attn.q_proj, attn.k_proj, attn.v_proj), (x, keys, keys), strict=True)
-        # Split by head dim, not by number of heads: grouped-query attention has fewer heads for keys and values.
-        return tuple(each(tokens).unflatten(-1, (-1, attn.head_dim)).transpose(1, 2) for each, tokens in projections)
-    if keys is x:
-        return _split_heads(attn, _biased_qkv(attn, x))
-    qkv = attn.qkv
-    if not _is_bare(qkv):
-        return (_split_heads(attn, _biased_qkv(attn, x))[0], *_split_heads(attn, _biased_qkv(attn, keys))[1:])
-    bias = _qkv_bias(attn)
-    apart = project_apart(x, keys, qkv.weight, qkv.bias if bias is None else bias)
-    return tuple(each.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for each in apart)
-
-
-def _is_bare(layer: nn.Module) -> bool:
-    """Returns whether a layer computes what its weight and bias say: not if it is adapted, quantised or hooked."""
-    hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
-    return type(layer) is nn.Linear and not any(hooks) and "forward" not in vars(layer)
-
-
-def _projection(attn: Any) -> Projection | None:
-    qkv = attn.qkv
-    if qkv is None or not _is_bare(qkv) or getattr(attn, "num_kv_groups", 1) > 1:
-        return None
-    bias = _qkv_bias(attn)
-    return Projection(qkv.weight, qkv.bias if bias is None else bias, attn.num_heads, attn.scale, (attn, qkv))
-
-
-def _attend_fused(attn: Any, x: Tensor, rope: Tensor | None = None) -> Tensor | None:
-    if rope is None and type(attn.q_norm) is type(attn.k_norm) is nn.Identity:
-        return attn.attend_fused(x)
-    return attn.attend_fused(
-        x, lambda query, key: _rotate(attn, attn.q_norm(query), attn.k_norm(key), rope, like=query)
-    )
-
-
-def _qkv_bias(attn: Any) -> Tensor | None:
-    """Returns the bias that the layer adds outside of ``qkv``, whose part for the keys is a buffer of zeros."""
-    if getattr(attn, "q_bias", None) is None:
-        return None
-    return torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
-
-
-def _biased_qkv(attn: Any, x: Tensor) -> Any:
-    bias = _qkv_bias(attn)
-    if bias is None:
-        return attn.qkv(x)
-    return attn.qkv(x) + bias if attn.qkv_bias_separate else F.linear(x, attn.qkv.weight, bias)
-
-
-def _rotate(attn: Any, query: Tensor, key: Tensor, rope: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotates queries and keys; a merged token has the rotation of the token whose place it takes."""
-    if rope is None:
-        return query, key
-    prefix = attn.num_prefix_tokens
-    rotated = []
-    for x, places in zip((query, key), attn.lam.shared.places(), strict=True):
-        rows = rope if places is None else _rows(rope, places[:, prefix:] - prefix)
-        patches = apply_rot_embed_cat(x[:, :, prefix:], rows, half=attn.rotate_half)
-        rotated.append(torch.cat([x[:, :, :prefix], patches], dim=2).type_as(like))
-    return rotated[0], rotated[1]
-
-
-def _rows(rope: Tensor, index: Tensor) -> Tensor:
-    """Returns the rows ``(B, 1 | H, K, D)`` of rotations ``(N, D)``, ``(H, N, D)`` or ``(B, 1 | H, N, D)``."""
-    while rope.ndim < 4:
-        rope = rope.unsqueeze(0)
-    flat = rope.transpose(1, 2).flatten(2).expand(index.shape[0], -1, -1)
-    return take(flat, index).unflatten(-1, (rope.shape[1], -1)).transpose(1, 2)

@@ -18,6 +18,7 @@ from lamzoo.lam.kernels.eager import attention_weights, merge_allowed
 from lamzoo.lam.masks import FactoredMask, MaskNetwork
 from lamzoo.lam.ops import Op
 from lamzoo.lam.passes import SharedState, StackPass
+from lamzoo.lam.resize import Grid
 
 
 @dataclass(frozen=True)
@@ -150,13 +151,17 @@ class Lam(nn.Module):
         self.recorder: Callable[[MaskRecord], None] | None = None
         self.attention_hook: AttentionHook | None = None
 
-    def forward(self, query_tokens: Tensor, key_tokens: Tensor, present: Tensor | None = None) -> FactoredMask:
+    def forward(
+        self, query_tokens: Tensor, key_tokens: Tensor, present: Tensor | None = None, grid: Grid | None = None
+    ) -> FactoredMask:
         """Computes the mask of these tokens.
 
         Args:
             query_tokens: ``(B, Nq, C)``.
             key_tokens: ``(B, Nk, C)``; the same tensor in self-attention.
             present: bool ``(B, Nk)``, False for padding, which has no position; None without padding.
+            grid: ``(rows, columns)`` of the keys, for hosts whose layers know them, such as those that attend within
+                windows; by default that of the forward pass of the stack.
 
         Returns:
             Factors ``(B, Hm, Nq, rank + 1)`` and ``(B | 1, Hm, Nk, rank + 1)``.
@@ -170,7 +175,7 @@ class Lam(nn.Module):
         else:
             right = None if here.merge is None else here.merge.right
             if right is None:
-                right = self.network.right(key_tokens, here.grid, here.token_map, present)
+                right = self.network.right(key_tokens, grid or here.grid, here.token_map, present)
             left = self.network.left(query_tokens)
             mask = FactoredMask(left, right.to(left.dtype))
             if self.gives_mask:
@@ -224,6 +229,7 @@ class Lam(nn.Module):
         value: Tensor,
         *,
         present: Tensor | None = None,
+        grid: Grid | None = None,
         **options: Unpack[AttentionOptions],
     ) -> Tensor:
         """Attention under this layer's mask: ``softmax(scores * M) @ value``, or ``scores + M`` with ``op="add"``.
@@ -232,12 +238,13 @@ class Lam(nn.Module):
         returns no weights.
 
         Args:
-            query_tokens: as in :meth:`forward`, like ``key_tokens`` and ``present``.
+            query_tokens: as in :meth:`forward`, like ``key_tokens``, ``present`` and ``grid``.
             key_tokens: likewise.
             query: as in :func:`lamzoo.lam.lam_attention`, like ``key``, ``value`` and the options.
             key: likewise.
             value: likewise.
             present: likewise.
+            grid: likewise.
             **options: likewise.
 
         Returns:
@@ -245,10 +252,10 @@ class Lam(nn.Module):
         """
         if self.recorder is not None:
             return self.attend_with_weights(
-                query_tokens, key_tokens, query, key, value, present=present, **options
+                query_tokens, key_tokens, query, key, value, present=present, grid=grid, **options
             )[0]  # fmt: skip
         attention = self._hooked(partial(lam_attention, backend=self.backend))
-        mask = self(query_tokens, key_tokens, present)
+        mask = self(query_tokens, key_tokens, present, grid)
         return attention(query, key, value, mask, op=self.config.op, **options)
 
     def attend_with_weights(
@@ -260,6 +267,7 @@ class Lam(nn.Module):
         value: Tensor,
         *,
         present: Tensor | None = None,
+        grid: Grid | None = None,
         **options: Unpack[AttentionOptions],
     ) -> tuple[Tensor, Tensor]:
         """As :meth:`attend`, by the eager backend, with the attention weights.
@@ -270,7 +278,7 @@ class Lam(nn.Module):
         """
         eager = EagerAttention()
         attention, begun = self._hooked(eager), self.shared.current
-        mask = self(query_tokens, key_tokens, present)
+        mask = self(query_tokens, key_tokens, present, grid)
         out = attention(query, key, value, mask, op=self.config.op, **options)
         weights, dropped = eager.calls[0]
         self.record(mask, weights, eager.scores, begun)

@@ -12,6 +12,7 @@ from lamzoo.lam.kernels.sdpa import merged_mask
 from lamzoo.lam.layer import AttentionOptions, EagerAttention
 from lamzoo.lam.masks import FactoredMask
 from lamzoo.lam.passes import SharedState
+from lamzoo.lam.resize import Grid
 
 
 class Unmasked(nn.Module):
@@ -53,6 +54,7 @@ class Unmasked(nn.Module):
         value: Tensor,
         *,
         present: Tensor | None = None,
+        grid: Grid | None = None,
         allowed: Tensor | None = None,
         bias: Tensor | None = None,
         is_causal: bool = False,
@@ -78,6 +80,7 @@ class Unmasked(nn.Module):
         value: Tensor,
         *,
         present: Tensor | None = None,
+        grid: Grid | None = None,
         **options: Unpack[AttentionOptions],
     ) -> tuple[Tensor, Tensor]:
         """Attends and returns the weights; arguments and result as :meth:`lamzoo.lam.Lam.attend_with_weights`."""
