@@ -1,16 +1,16 @@
 """Learnable masks in timm's vision transformers.
 
-Modifications to the host: each ``Attention``, ``AttentionRope``, ``EvaAttention``, ``RelPosAttention`` or BEiT's
-``Attention`` is replaced by a layer that takes over its submodules and parameter names and calls
-:func:`lamzoo.lam.lam_attention` where the host calls ``F.scaled_dot_product_attention``; with position keys,
-``patch_embed`` gets a hook that records the patch grid. A relative position bias is added to the scores after the mask.
+Modifications to the host: each attention layer of a class in :attr:`TimmAdapter.takeovers` is replaced by a layer that
+takes over its submodules and parameter names and calls :func:`lamzoo.lam.lam_attention` where the host calls
+``F.scaled_dot_product_attention``; with position keys, ``patch_embed`` gets a hook that records the patch grid, unless
+the layers know the grid of their tokens. A relative position bias is added to the scores after the mask.
 
 Position tables keep their initial length: under ``dynamic_img_size`` and after ``set_input_size`` they are resized in
 each forward pass, as timm resizes position embeddings under ``dynamic_img_size``.
 
 Supported models: VisionTransformer (DeiT, DINOv2, CLIP, SigLIP, ViTamin, ...), its hybrids with a convolutional stem,
-Eva (EVA-02, RoPE-ViT, PE, DINOv3), BEiT, VisionTransformerRelPos, NaFlexVit, PiT, MobileViT and the DeepSeek and Qwen3
-encoders.
+Eva (EVA-02, RoPE-ViT, PE, DINOv3), BEiT, VisionTransformerRelPos, NaFlexVit, PiT, MobileViT, the DeepSeek and Qwen3
+encoders, Swin v1 and v2, SAM's ViT, MaxViT and CoAtNet.
 """
 
 from __future__ import annotations
@@ -39,8 +39,10 @@ from timm.models.csatv2 import SpatialTransformerBlock
 from timm.models.deepseek_vit import DeepseekVitBlock, DeepseekVitEncoder
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva, EvaAttention, EvaBlock
+from timm.models.maxxvit import ConvNeXtBlock, MbConvBlock
 from timm.models.naflexvit import NaFlexVit
 from timm.models.qwen3_vit import Qwen3VitEncoder
+from timm.models.swin_transformer_v2 import SwinTransformerV2Block
 from timm.models.vision_transformer import Block, VisionTransformer
 from timm.models.vision_transformer_relpos import RelPosAttention, VisionTransformerRelPos
 from torch import nn
@@ -60,10 +62,15 @@ from lamzoo.adapters.timm_layers import (
     LamEvaAttention,
     LamRelPosAttention,
 )
+from lamzoo.adapters.windows import WINDOW_TAKEOVERS, window_layout
 from lamzoo.errors import UnsupportedHostError, class_name
 from lamzoo.lam.resize import Grid
 
-# Modules with heads that aren't self-attention of tokens: pooling in front of the classifier, and positions.
+# Blocks without attention in a stack where other blocks have it.
+_CONVOLUTIONS = (MbConvBlock, ConvNeXtBlock)
+
+# Modules with heads that aren't self-attention of tokens: pooling in front of the classifier, positions, and a block
+# that holds the attention.
 _NO_SELF_ATTENTION = (
     AttentionPoolLatent,
     AttentionPoolPrr,
@@ -72,10 +79,11 @@ _NO_SELF_ATTENTION = (
     RotaryEmbeddingMixed,
     RelPosMlp,
     RelPosBiasTf,
+    SwinTransformerV2Block,
 )
 
-# Where the attention layer of a block is, and the two of a ParallelThingsBlock.
-_LAYER = re.compile(r"(?P<stack>.+?)\.\d+\.(?P<name>attn|attns\.\d+\.attn)")
+# The block of a stack that has an attention layer, and the layer's place in the block; a block may have several.
+_LAYER = re.compile(r"(?P<stack>.+?)\.\d+\.(?P<name>(attns\.\d+\.)?[a-z]\w*(\.[a-z]\w*)*)")
 
 
 class TimmAdapter(TakeoverAdapter):
@@ -87,6 +95,7 @@ class TimmAdapter(TakeoverAdapter):
         EvaAttention: LamEvaAttention,
         BeitAttention: LamBeitAttention,
         RelPosAttention: LamRelPosAttention,
+        **WINDOW_TAKEOVERS,
     }
 
     def sites(self, model: nn.Module) -> Iterator[AttentionSite]:
@@ -109,6 +118,8 @@ class TimmAdapter(TakeoverAdapter):
         match = _LAYER.fullmatch(path)
         if match is None or not self._serves(model.get_submodule(path)):
             return None
+        if (layout := window_layout(model, path)) is not None:
+            return layout
         host: Any = model.get_submodule(match["stack"].rpartition(".")[0])
         pooling = _pooling(host, match["stack"]) if match["name"] == "attn" else None
         return _layout(host, pooling)
@@ -168,7 +179,9 @@ def _check_complete(root_path: str, root: nn.Module, found: list[AttentionSite])
         named_blocks = path.rpartition(".")[2] == "blocks" and isinstance(module, (nn.Sequential, nn.ModuleList))
         if path in stacks or named_blocks:
             for name, block in module.named_children():
-                if not any(layer.startswith(f"{path}.{name}.") for layer in layers):
+                if not isinstance(block, _CONVOLUTIONS) and not any(
+                    layer.startswith(f"{path}.{name}.") for layer in layers
+                ):
                     attn = getattr(block, "attn", None)
                     what = "has no `attn`" if attn is None else f"has an `attn` of {class_name(attn)}"
                     raise UnsupportedHostError(f"{_named(f'{path}.{name}', block)} {what}; {_SERVED}")
@@ -177,7 +190,8 @@ def _check_complete(root_path: str, root: nn.Module, found: list[AttentionSite])
 def _site(path: str, stack: str, attn: Any) -> AttentionSite:
     # A layer that adapts a Linear, such as LoRA, holds it as a submodule.
     projection = attn.qkv if attn.qkv is not None else attn.q_proj
-    dim = next(part.in_features for part in projection.modules() if hasattr(part, "in_features"))
+    widths = (getattr(part, "in_features", getattr(part, "in_channels", None)) for part in projection.modules())
+    dim = next(width for width in widths if width is not None)
     like = next(part.weight for part in attn.proj.modules() if hasattr(part, "weight"))
     return AttentionSite(path=path, stack=stack, query_dim=dim, key_dim=dim, num_heads=attn.num_heads, like=like)
 

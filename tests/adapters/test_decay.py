@@ -17,9 +17,9 @@ from lamzoo.adapters import add_lam, load_lam_state_dict, remove_lam
 from lamzoo.lam import LamConfig
 from lamzoo.training.build import build_optimizer
 from lamzoo.training.recipe_common import OptimizerSection
-from tests.adapters.timm_hosts import HOSTS, Host
+from tests.adapters.timm_hosts import HOSTS, Host, params
 
-hosts = pytest.mark.parametrize("host", HOSTS.values(), ids=HOSTS)
+hosts = pytest.mark.parametrize("host", params())
 VIT = HOSTS["vit_tiny_patch16_224"]
 TABLES = LamConfig(keys="position", op="mul", rank=3)
 
@@ -43,7 +43,7 @@ def lr_scales(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, f
 def test_no_weight_decay_of_every_timm_host_has_the_tables_and_biases_of_its_masks(host: Host) -> None:
     plain = host.create()
     before = set(plain.no_weight_decay()) if hasattr(plain, "no_weight_decay") else set()
-    for layers in ("multi", "single"):
+    for layers in host.kinds_of_layers():
         config = LamConfig(layers=layers, keys="position" if host.positions else "content", rank=3, hidden=(4,))
         model = add_lam(copy.deepcopy(plain), config)
         masks = {name for name, _ in model.named_parameters() if is_exempt(name)}

@@ -11,9 +11,9 @@ from torch.testing import assert_close
 from lamzoo.adapters import add_lam, lam_parameters, lam_state_dict, load_lam_state_dict, remove_lam
 from lamzoo.errors import StateDictError, UnsupportedHostError
 from lamzoo.lam import LamConfig
-from tests.adapters.timm_hosts import HOSTS, Host
+from tests.adapters.timm_hosts import HOSTS, Host, params
 
-hosts = pytest.mark.parametrize("host", HOSTS.values(), ids=HOSTS)
+hosts = pytest.mark.parametrize("host", params())
 VIT = HOSTS["vit_tiny_patch16_224"]
 
 
@@ -30,7 +30,7 @@ def test_removing_gives_the_host_back_bitwise(host: Host) -> None:
     plain, x = host.create().eval(), host.images()
     kinds = [(path, type(module), len(module._forward_pre_hooks)) for path, module in plain.named_modules()]
     keys, expected = list(plain.state_dict()), plain(x)
-    for layers in ("multi", "single"):
+    for layers in host.kinds_of_layers():
         config = LamConfig(layers=layers, keys="position" if host.positions else "content")
         model = remove_lam(shaken(add_lam(plain, config)))
         assert model is plain

@@ -7,18 +7,16 @@ from typing import Any
 import pytest
 import timm
 import torch
-from timm.layers import Attention, AttentionRope
-from timm.models.beit import Attention as BeitAttention
-from timm.models.eva import EvaAttention
+from timm.layers import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
-from timm.models.vision_transformer_relpos import RelPosAttention
 from torch import nn
 from torch.testing import assert_close
 
 from lamzoo.adapters import add_lam, capture_masks, remove_lam
+from lamzoo.adapters.timm import TimmAdapter
 from lamzoo.errors import ConfigError, MaskShapeError, UnsupportedHostError
 from lamzoo.lam import Lam, LamConfig
-from tests.adapters.timm_hosts import FEW, HOSTS, Host
+from tests.adapters.timm_hosts import FEW, HOSTS, Host, layer_params, params
 
 CONFIGS = [
     LamConfig(layers=layers, keys=keys, op=op, heads=heads, rank=3)
@@ -27,7 +25,8 @@ CONFIGS = [
     )
 ] + [LamConfig(op="mul", sign="positive"), LamConfig(op="mul", sign="positive", keys="position", hidden=(8,))]
 
-hosts = pytest.mark.parametrize("host", HOSTS.values(), ids=HOSTS)
+hosts = pytest.mark.parametrize("host", params())
+host_layers = pytest.mark.parametrize(("host", "layers"), layer_params())
 few_hosts = pytest.mark.parametrize("host", [HOSTS[name] for name in FEW], ids=FEW)
 layers = pytest.mark.parametrize("layers", ["multi", "single"])
 
@@ -35,6 +34,7 @@ layers = pytest.mark.parametrize("layers", ["multi", "single"])
 def configs_for(host: Host) -> list[LamConfig]:
     """All configurations for one host of each kind, some that have every value between them for the others."""
     configs = CONFIGS if host.name in FEW else [CONFIGS[index] for index in (1, 6, 8, 15, 16)]
+    configs = [config for config in configs if config.layers in host.kinds_of_layers()]
     return [config for config in configs if host.positions or config.keys == "content"]
 
 
@@ -44,8 +44,7 @@ def paper_lam(host: Host, layers: str = "multi", **fields: object) -> LamConfig:
 
 
 def attention_paths(model: nn.Module) -> list[str]:
-    served = (Attention, AttentionRope, EvaAttention, BeitAttention, RelPosAttention)
-    return [path for path, module in model.named_modules() if isinstance(module, served)]
+    return [path for path, module in model.named_modules() if isinstance(module, tuple(TimmAdapter.takeovers))]
 
 
 def without_fused(model: nn.Module) -> nn.Module:
@@ -63,7 +62,7 @@ def test_identity_lam_keeps_outputs_to_1e5(host: Host) -> None:
             assert_close(masked(x), plain(x), rtol=1e-5, atol=1e-5)
 
 
-@hosts
+@pytest.mark.parametrize("host", params([host for host in HOSTS.values() if host.bitwise]))
 def test_identity_lam_keeps_outputs_bitwise_where_timm_does_not_fuse(host: Host) -> None:
     plain, x = without_fused(host.create().eval()), host.images()
     for config in configs_for(host):
@@ -76,7 +75,7 @@ def test_identity_lam_keeps_outputs_bitwise_where_timm_does_not_fuse(host: Host)
 def test_every_attention_of_the_host_is_masked_and_every_mask_changes_the_outputs(host: Host) -> None:
     plain, x = host.create().eval(), host.images()
     paths = attention_paths(plain)
-    for layers in ("multi", "single"):
+    for layers in host.kinds_of_layers():
         masked = add_lam(copy.deepcopy(plain), LamConfig(layers=layers, init="paper", op="add"))
         with torch.no_grad(), capture_masks(masked) as masks:
             assert (masked(x) - plain(x)).abs().max() > 1e-5
@@ -127,8 +126,7 @@ def test_relative_position_biases_act_and_learn_as_before(name: str, kwargs: dic
         assert theirs[bias].any()
 
 
-@hosts
-@layers
+@host_layers
 def test_every_mask_parameter_gets_a_gradient(host: Host, layers: str) -> None:
     model = add_lam(host.create(), paper_lam(host, layers, heads="per-head")).train()
     model(host.images()).square().sum().backward()
@@ -139,7 +137,7 @@ def test_every_mask_parameter_gets_a_gradient(host: Host, layers: str) -> None:
 
 @hosts
 def test_identity_lam_lets_the_host_train_as_before(host: Host) -> None:
-    plain = without_fused(host.create(**({} if "mobilevit" in host.name else {"attn_drop_rate": 0.3}))).train()
+    plain = without_fused(host.create(**({} if host.attn_drop is None else {host.attn_drop: 0.3}))).train()
     masked, x = add_lam(copy.deepcopy(plain)), host.images()
     grads = []
     for model in (plain, masked):
@@ -152,8 +150,7 @@ def test_identity_lam_lets_the_host_train_as_before(host: Host) -> None:
         assert_close(grads[1][name], grad, rtol=1e-4, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("host", [h for h in HOSTS.values() if h.checkpointing], ids=lambda h: h.name)
-@layers
+@pytest.mark.parametrize(("host", "layers"), layer_params([host for host in HOSTS.values() if host.checkpointing]))
 def test_gradient_checkpointing_keeps_outputs_and_gradients(host: Host, layers: str) -> None:
     model, x = add_lam(host.create(), paper_lam(host, layers)).eval(), host.images()
     expected = gradients(model, model(x).square().sum())
@@ -194,26 +191,21 @@ def gradients(model: nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: grad for name, grad in zip(names, grads, strict=True) if grad is not None}
 
 
-# Of those with a patch grid, Qwen's and DeepSeek's encoders take any size as they are.
-GRIDS = [name for name, host in HOSTS.items() if host.positions and not name.startswith(("qwen3", "deepseek"))]
-NOT_DYNAMIC = (
-    "vit_tiny_r_s16_p8_224", "vit_pe_core_tiny_patch16_384", "beit_base_patch16_224", "vit_srelpos_small_patch16_224",
-)  # fmt: skip
+# Of those with a grid of tokens.
+GRIDS = [host for host in HOSTS.values() if host.positions]
 
 
-@pytest.mark.parametrize("name", [name for name in GRIDS if name not in NOT_DYNAMIC])
-def test_dynamic_img_size_keeps_outputs_with_every_kind_of_keys(name: str) -> None:
-    host = HOSTS[name]
-    plain = host.create(dynamic_img_size=True).eval()
+@pytest.mark.parametrize("host", params([host for host in GRIDS if host.any_size is not None]))
+def test_images_of_another_size_keep_outputs_with_every_kind_of_keys(host: Host) -> None:
+    plain = host.create(**host.any_size).eval()
     x = torch.randn(1, 3, host.size * 2, host.size)
     for keys in ("content", "position"):
         with torch.no_grad():
             assert_close(add_lam(copy.deepcopy(plain), LamConfig(keys=keys))(x), plain(x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", GRIDS)
-def test_set_input_size_keeps_outputs_with_every_kind_of_keys(name: str) -> None:
-    host = HOSTS[name]
+@pytest.mark.parametrize("host", params([host for host in GRIDS if host.resizes]))
+def test_set_input_size_keeps_outputs_with_every_kind_of_keys(host: Host) -> None:
     size = (host.size * 2, host.size)
     plain, x = host.create().eval(), torch.randn(1, 3, *size)
     masked = [add_lam(copy.deepcopy(plain), LamConfig(keys=keys)) for keys in ("content", "position")]
@@ -243,10 +235,8 @@ def test_position_table_follows_the_patch_grid(host: Host, layers: str) -> None:
         assert (grid.diff(dim=0) > 0).all()
 
 
-@pytest.mark.parametrize("name", [name for name, host in HOSTS.items() if "mobilevit" not in name])
-@layers
-def test_features_and_intermediates_stay_the_same(name: str, layers: str) -> None:
-    host = HOSTS[name]
+@pytest.mark.parametrize(("host", "layers"), layer_params([h for h in HOSTS.values() if "mobilevit" not in h.name]))
+def test_features_and_intermediates_stay_the_same(host: Host, layers: str) -> None:
     plain, x = host.create().eval(), host.images()
     masked = add_lam(copy.deepcopy(plain), LamConfig(layers=layers))
     with torch.no_grad():
@@ -255,8 +245,7 @@ def test_features_and_intermediates_stay_the_same(name: str, layers: str) -> Non
         assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-@hosts
-@layers
+@host_layers
 def test_features_only_models_stay_the_same(host: Host, layers: str) -> None:
     kwargs = {} if "mobilevit" in host.name else {"out_indices": (0, 1)}
     plain, x = host.create(features_only=True, **kwargs).eval(), host.images()
@@ -369,8 +358,6 @@ def test_a_hybrid_with_residual_blocks_in_its_stem_gets_masks_in_its_transformer
 REFUSED = {
     "vit_base_patch16_xp_224": r"blocks\.0 \(timm\.models\.vision_transformer\.ParallelScalingBlock\) can't carry",
     "vit_dwee_patch16_reg1_gap_256": r"blocks\.0\.attn \(timm\.layers\.diff_attention\.DiffAttention\)",
-    "samvit_base_patch16": r"blocks\.0\.attn \(timm\.models\.vision_transformer_sam\.Attention\)",
-    "swin_tiny_patch4_window7_224": r"\(timm\.models\.swin_transformer\.WindowAttention\)",
     "twins_svt_small": r"\(timm\.models\.twins\.LocallyGroupedAttn\)",
     "crossvit_9_240": r"\(timm\.models\.crossvit\.CrossAttention\)",
     "csatv2": r"\(timm\.models\.csatv2\.SpatialTransformerBlock\)",

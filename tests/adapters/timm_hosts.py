@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import timm
 import torch
 from timm.layers import HybridEmbed
@@ -21,6 +23,22 @@ _TINY = {"depth": 2, "embed_dim": 24, "num_heads": 3, "num_classes": 5}
 _ROPE = {"depth": 2, "embed_dim": 24, "num_heads": 2, "num_classes": 5}
 
 
+_SWIN = {
+    "img_size": 32, "patch_size": 4, "window_size": 4, "embed_dim": 16, "depths": (2, 1), "num_heads": (2, 2),
+    "num_classes": 5,
+}  # fmt: skip
+_MAXVIT = {
+    "img_size": 64, "depths": (1,), "embed_dim": (32,), "stem_width": 8, "transformer_dim_head": 16, "num_classes": 5,
+}  # fmt: skip
+_COATNET = {
+    "img_size": 32, "depths": (3,), "embed_dim": (32,), "block_type": (("T", "C", "T"),), "stem_width": 16,
+    "transformer_dim_head": 8, "num_classes": 5,
+}  # fmt: skip
+_LENIENT = {"strict_img_size": False}
+_WINDOWS: dict[str, Any] = {"sharing": False, "fuses": False}
+_MAXVIT_WINDOWS: dict[str, Any] = {**_WINDOWS, "bitwise": False, "attn_drop": "transformer_attn_drop"}
+
+
 @dataclass(frozen=True)
 class Host:
     """A timm model name with the arguments that make it small.
@@ -31,6 +49,13 @@ class Host:
         size: image height and width.
         positions: whether its tokens have fixed positions, for keys="position".
         checkpointing: whether timm offers gradient checkpointing for it.
+        sharing: whether the layers of a stack can share a mask, for layers="single".
+        any_size: the arguments with which it takes images of any size; None if it doesn't.
+        resizes: whether it has timm's ``set_input_size``.
+        bitwise: whether timm's eager attention computes in the order of lamzoo's.
+        attn_drop: the argument for the dropout of attention weights; None without one.
+        fuses: whether its layers have a fused form.
+        slow: whether its class or layout is also that of another host, and its tests are slow ones.
     """
 
     name: str
@@ -38,13 +63,27 @@ class Host:
     size: int = 32
     positions: bool = True
     checkpointing: bool = True
+    sharing: bool = True
+    any_size: dict[str, Any] | None = field(default_factory=lambda: {"dynamic_img_size": True})
+    resizes: bool = True
+    bitwise: bool = True
+    attn_drop: str | None = "attn_drop_rate"
+    fuses: bool = True
+    slow: bool = False
+
+    def kinds_of_layers(self) -> tuple[str, ...]:
+        return ("multi", "single") if self.sharing else ("multi",)
 
     def create(self, **kwargs: Any) -> nn.Module:
         """Returns the model with weights large enough for every layer's attention to show in the output."""
         model = timm.create_model(self.name, **{**self.kwargs, **kwargs})
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if "gamma" in name or ".ls" in name:
+                if (
+                    "gamma" in name
+                    or ".ls" in name
+                    or ("norm" in name and name.endswith(".weight") and not parameter.any())
+                ):
                     parameter.fill_(0.5)
                 elif parameter.ndim == 2 and ("attn" in name or "head" in name or "rel_pos" in name):
                     nn.init.normal_(parameter, std=0.2)
@@ -68,22 +107,38 @@ _ALL = [
         "vit_tiny_patch16_224",
         {**_TINY, "img_size": 32, "patch_size": 8, "qk_norm": True, "scale_attn_norm": True, "qkv_bias": False},
     ),
-    Host("vit_tiny_r_s16_p8_224", {**_TINY, "img_size": 32, "patch_size": 1, "embed_layer": _small_hybrid}),
+    Host(
+        "vit_tiny_r_s16_p8_224", {**_TINY, "img_size": 32, "patch_size": 1, "embed_layer": _small_hybrid}, any_size=None
+    ),
     Host("vit_small_patch16_rope_224", {**_ROPE, "img_size": 32, "patch_size": 8}),
     Host("vit_small_patch16_rope_mixed_224", {**_ROPE, "img_size": 32, "patch_size": 8}),
     Host("vit_small_patch16_dinov3", {**_ROPE, "img_size": 32, "patch_size": 8}),
-    Host("vit_pe_core_tiny_patch16_384", {**_ROPE, "img_size": 32, "patch_size": 8, "attn_pool_num_heads": 2}),
+    Host(
+        "vit_pe_core_tiny_patch16_384",
+        {**_ROPE, "img_size": 32, "patch_size": 8, "attn_pool_num_heads": 2},
+        any_size=None,
+    ),
     Host(
         "vit_5b_patch16_sapiens2",  # grouped-query attention, separate projections, qk norm
         {**_ROPE, "num_heads": 4, "embed_dim": 32, "num_kv_heads": 2, "img_size": 32, "patch_size": 8},
+        fuses=False,
     ),
     Host("eva02_tiny_patch14_224", {**_ROPE, "img_size": 28, "patch_size": 7}, size=28),  # separate projections
     Host("eva_giant_patch14_224", {**_ROPE, "img_size": 28, "patch_size": 7}, size=28),  # q and v biases
     Host("vit_base_patch16_rope_reg1_gap_256", {**_ROPE, "img_size": 32, "patch_size": 8}),
-    Host("qwen3_vit_88m", {**_ROPE, "img_size": 32, "patch_size": 8, "pos_embed_grid_size": 4}),
-    Host("deepseek_vit_412m", {**_ROPE, "img_size": 32, "patch_size": 8}),
-    Host("beit_base_patch16_224", {**_TINY, "img_size": 32, "patch_size": 8}),  # a relative position bias a block
-    Host("vit_srelpos_small_patch16_224", {**_TINY, "img_size": 32, "patch_size": 8}),  # one for all blocks
+    Host(
+        "qwen3_vit_88m",
+        {**_ROPE, "img_size": 32, "patch_size": 8, "pos_embed_grid_size": 4},
+        any_size={},
+        resizes=False,
+    ),
+    Host("deepseek_vit_412m", {**_ROPE, "img_size": 32, "patch_size": 8}, any_size={}, resizes=False),
+    Host(  # a relative position bias a block
+        "beit_base_patch16_224", {**_TINY, "img_size": 32, "patch_size": 8}, any_size=None, fuses=False
+    ),
+    Host(  # one for all blocks
+        "vit_srelpos_small_patch16_224", {**_TINY, "img_size": 32, "patch_size": 8}, any_size=None, fuses=False
+    ),
     Host("naflexvit_base_patch16_gap", {**_TINY, "patch_size": 8}, positions=False),
     Host("naflexvit_base_patch16_siglip", {**_TINY, "patch_size": 8}, positions=False),
     Host(
@@ -92,10 +147,47 @@ _ALL = [
         positions=False,
         checkpointing=False,
     ),
-    Host("mobilevit_xxs", {"num_classes": 5}, size=96, positions=False),
+    Host("mobilevit_xxs", {"num_classes": 5}, size=96, positions=False, attn_drop=None),
+    Host("swin_tiny_patch4_window7_224", {**_SWIN, "patch_size": 2}, any_size=_LENIENT, **_WINDOWS),
+    Host("swinv2_tiny_window8_256", _SWIN, any_size=_LENIENT, bitwise=False, **_WINDOWS),
+    Host("swinv2_cr_tiny_224", {**_SWIN, "init_values": 1.0}, any_size=_LENIENT, bitwise=False, slow=True, **_WINDOWS),
+    Host(
+        "samvit_base_patch16",
+        {**_TINY, "img_size": 32, "patch_size": 4, "window_size": 3, "neck_chans": 8, "global_attn_indexes": (1,)},
+        any_size={},
+        resizes=False,
+        **_WINDOWS,
+    ),
+    Host("maxvit_tiny_tf_224", {**_MAXVIT, "block_type": ("M",)}, 64, any_size={}, **_MAXVIT_WINDOWS),
+    Host(  # the channels last
+        "maxvit_rmlp_pico_rw_256", {**_MAXVIT, "block_type": ("M",)}, 64, any_size={}, slow=True, **_MAXVIT_WINDOWS
+    ),
+    Host("maxvit_tiny_pm_256", {**_MAXVIT, "block_type": ("PM",)}, 64, any_size={}, slow=True, **_MAXVIT_WINDOWS),
+    Host("coatnet_0_224", _COATNET, any_size=None, bitwise=False, attn_drop="transformer_attn_drop", fuses=False),
+    Host(  # the queries of the first block are half as wide
+        "coatnet_rmlp_nano_rw_224", _COATNET, any_size=None, slow=True, **_MAXVIT_WINDOWS
+    ),
 ]
 
 HOSTS = {f"{host.name}{'-qk_norm' if 'qk_norm' in host.kwargs else ''}": host for host in _ALL}
+
+
+def params(chosen: Iterable[Host] = _ALL) -> list[Any]:
+    """Returns the hosts as parameters of a test, named as in HOSTS."""
+    return [
+        pytest.param(h, id=id_, marks=pytest.mark.slow if h.slow else ()) for id_, h in HOSTS.items() if h in chosen
+    ]
+
+
+def layer_params(chosen: Iterable[Host] = _ALL) -> list[Any]:
+    """Returns the hosts with each kind of layers that they take, as parameters of a test."""
+    return [
+        pytest.param(param.values[0], layers, id=f"{param.id}-{layers}", marks=param.marks)
+        for param in params(chosen)
+        for layers in param.values[0].kinds_of_layers()
+    ]
+
+
 # One of each attention class and layout, where going through all of them would only take time.
 FEW = [
     "vit_tiny_patch16_224",
