@@ -26,6 +26,7 @@ from timm.layers import (
     AttentionPoolLatent,
     AttentionPoolPrr,
     AttentionRope,
+    DiffAttention,
     HybridEmbed,
     Mlp,
     RelPosBiasTf,
@@ -33,7 +34,6 @@ from timm.layers import (
     RotaryEmbeddingMixed,
     RotAttentionPool2d,
 )
-from timm.models.beit import Attention as BeitAttention
 from timm.models.beit import Beit
 from timm.models.csatv2 import SpatialTransformerBlock
 from timm.models.deepseek_vit import DeepseekVitBlock, DeepseekVitEncoder
@@ -43,8 +43,8 @@ from timm.models.maxxvit import ConvNeXtBlock, MbConvBlock
 from timm.models.naflexvit import NaFlexVit
 from timm.models.qwen3_vit import Qwen3VitEncoder
 from timm.models.swin_transformer_v2 import SwinTransformerV2Block
-from timm.models.vision_transformer import Block, VisionTransformer
-from timm.models.vision_transformer_relpos import RelPosAttention, VisionTransformerRelPos
+from timm.models.vision_transformer import Block, DiffParallelScalingBlock, VisionTransformer
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import nn
 
 from lamzoo.adapters.hosts import (
@@ -55,16 +55,13 @@ from lamzoo.adapters.hosts import (
     TakeoverAdapter,
     TokenLayout,
 )
-from lamzoo.adapters.timm_layers import (
-    LamAttention,
-    LamAttentionRope,
-    LamBeitAttention,
-    LamEvaAttention,
-    LamRelPosAttention,
-)
+from lamzoo.adapters.timm_layers import VIT_TAKEOVERS
 from lamzoo.adapters.windows import WINDOW_TAKEOVERS, window_layout
 from lamzoo.errors import UnsupportedHostError, class_name
 from lamzoo.lam.resize import Grid
+
+# Attention by the difference of two softmaxes.
+_DIFFERENTIAL = (DiffAttention, DiffParallelScalingBlock)
 
 # Blocks without attention in a stack where other blocks have it.
 _CONVOLUTIONS = (MbConvBlock, ConvNeXtBlock)
@@ -82,19 +79,16 @@ _NO_SELF_ATTENTION = (
     SwinTransformerV2Block,
 )
 
-# The block of a stack that has an attention layer, and the layer's place in the block; a block may have several.
-_LAYER = re.compile(r"(?P<stack>.+?)\.\d+\.(?P<name>(attns\.\d+\.)?[a-z]\w*(\.[a-z]\w*)*)")
+# The block of a stack that has an attention layer, and the layer's place in the block: a block may have several, and
+# some can't be parted from their attention.
+_LAYER = re.compile(r"(?P<stack>.+?)\.\d+(\.(?P<name>(attns\.\d+\.)?[a-z]\w*(\.[a-z]\w*)*))?")
 
 
 class TimmAdapter(TakeoverAdapter):
     """Masks timm's vision transformers."""
 
     takeovers: ClassVar[Mapping[type[nn.Module], type[HostTakeover]]] = {
-        Attention: LamAttention,
-        AttentionRope: LamAttentionRope,
-        EvaAttention: LamEvaAttention,
-        BeitAttention: LamBeitAttention,
-        RelPosAttention: LamRelPosAttention,
+        **VIT_TAKEOVERS,
         **WINDOW_TAKEOVERS,
     }
 
@@ -141,7 +135,7 @@ class TimmAdapter(TakeoverAdapter):
                         f"{_named(path, module)} is an attention layer outside of any list of blocks; put it into a "
                         "model of timm's, or call add_lam on that model."
                     )
-                found.append(_site(path, match["stack"], module))
+                found.append(_site(path, match["stack"], match["name"], module))
             elif _attends(module):
                 raise UnsupportedHostError(f"{_named(path, module)} can't carry a learnable mask; {_SERVED}")
         if found:
@@ -168,7 +162,7 @@ def _attends(module: nn.Module) -> bool:
 
 def _check_complete(root_path: str, root: nn.Module, found: list[AttentionSite]) -> None:
     """Checks that every block has a mask, except for the blocks of a convolutional stem."""
-    layers = [site.path for site in found]
+    layers = [f"{site.path}." for site in found]
     stacks = {site.stack for site in found}
     stems = tuple(
         f"{path}." for path, module in root.named_modules(prefix=root_path) if isinstance(module, HybridEmbed)
@@ -187,13 +181,21 @@ def _check_complete(root_path: str, root: nn.Module, found: list[AttentionSite])
                     raise UnsupportedHostError(f"{_named(f'{path}.{name}', block)} {what}; {_SERVED}")
 
 
-def _site(path: str, stack: str, attn: Any) -> AttentionSite:
+def _site(path: str, stack: str, name: str | None, attn: Any) -> AttentionSite:
     # A layer that adapts a Linear, such as LoRA, holds it as a submodule.
-    projection = attn.qkv if attn.qkv is not None else attn.q_proj
+    places = (getattr(attn, each, None) for each in ("qkv", "q_proj", "in_proj"))
+    projection: nn.Module = next(each for each in places if each is not None)
     widths = (getattr(part, "in_features", getattr(part, "in_channels", None)) for part in projection.modules())
     dim = next(width for width in widths if width is not None)
-    like = next(part.weight for part in attn.proj.modules() if hasattr(part, "weight"))
-    return AttentionSite(path=path, stack=stack, query_dim=dim, key_dim=dim, num_heads=attn.num_heads, like=like)
+    return AttentionSite(
+        path=path,
+        stack=stack,
+        query_dim=dim,
+        key_dim=dim,
+        num_heads=attn.num_heads * (2 if isinstance(attn, _DIFFERENTIAL) else 1),
+        like=next(part.weight for part in projection.modules() if hasattr(part, "weight")),
+        watched=path if name is None else None,
+    )
 
 
 # Hosts whose pooling is known, and those of them that tokens can't be reduced in. The distilled DeiT comes before its
@@ -236,14 +238,14 @@ def _no_reduction(host: Any) -> tuple[str | None, str | None]:
         )
         return bias, bias
     single = all(hasattr(block, "attn") for block in host.blocks)
-    no_pruning = None if single else "has blocks with several attention layers; use timm's Block"
+    no_pruning = None if single else "has blocks with several attention layers, or one beside the MLP; use timm's Block"
     if isinstance(host, NaFlexVit):
         no_pruning = "may have padding, which is pruned like any token; merge tokens with lamzoo.merge_tokens"
     if isinstance(host, _GRID_HOSTS):
         no_pruning = "makes its tokens a grid again, for which none may leave; merge tokens with lamzoo.merge_tokens"
     # By their forward pass, because FSDP puts classes of its own above those of the blocks.
     own = {kind.forward for kind in _MERGING_BLOCKS}
-    others = {type(block) for block in host.blocks if type(block).forward not in own}
+    others = {getattr(block, "host_class", type(block)) for block in host.blocks if type(block).forward not in own}
     if others:
         no_merging = (
             f"has blocks of {_names(others)}, and merging supports {_names(_MERGING_BLOCKS)}, whose attention reads "

@@ -6,11 +6,15 @@ calls ``F.scaled_dot_product_attention``. A relative position bias is added to t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from timm.layers import apply_rot_embed_cat
+from timm.layers import Attention, AttentionRope, DiffAttention, apply_rot_embed_cat
 from timm.models.beit import Attention as BeitAttention
+from timm.models.eva import EvaAttention
+from timm.models.vision_transformer import DiffParallelScalingBlock, ParallelScalingBlock
+from timm.models.vision_transformer_relpos import RelPosAttention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -33,7 +37,8 @@ class LamAttention(HostTakeover):
             return _output(self, x, heads)
         keys = self.lam.key_tokens(x)
         query, key, value = _project(self, x, keys)
-        return _attend(self, x, keys, self.q_norm(query), self.k_norm(key), value, attn_mask, is_causal)
+        heads = _attend(self, x, keys, self.q_norm(query), self.k_norm(key), value, attn_mask, is_causal)
+        return _output(self, x, heads)
 
     def projection(self) -> Projection | None:
         return _projection(self)
@@ -54,7 +59,7 @@ class LamAttentionRope(HostTakeover):
         if self.num_kv_groups > 1:  # grouped-query attention: head h uses key head h // num_kv_groups
             key = key.repeat_interleave(self.num_kv_groups, dim=1)
             value = value.repeat_interleave(self.num_kv_groups, dim=1)
-        return _attend(self, x, keys, query, key, value, attn_mask, is_causal)
+        return _output(self, x, _attend(self, x, keys, query, key, value, attn_mask, is_causal))
 
     def projection(self) -> Projection | None:
         return _projection(self)
@@ -72,7 +77,7 @@ class LamEvaAttention(HostTakeover):
         keys = self.lam.key_tokens(x)
         query, key, value = _project(self, x, keys)
         query, key = _rotate(self, self.q_norm(query), self.k_norm(key), rope, value)
-        return _attend(self, x, keys, query, key, value, attn_mask, is_causal)
+        return _output(self, x, _attend(self, x, keys, query, key, value, attn_mask, is_causal))
 
     def projection(self) -> Projection | None:
         return _projection(self)
@@ -114,6 +119,84 @@ class LamRelPosAttention(HostTakeover):
         return self.proj_drop(self.proj(out))
 
 
+class LamDiffAttention(HostTakeover, DiffAttention):
+    """timm's ``DiffAttention`` (arXiv 2410.05258) under a learnable mask.
+
+    The mask acts on the scores of both softmaxes, before one is subtracted from the other. Each of the two counts as a
+    head: with ``heads="per-head"`` they have masks of their own, ``2 H`` in all.
+    """
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Masked self-attention of ``x (B, N, C)``; arguments and result as timm's ``DiffAttention``."""
+        heads = _attend_differentially(self, x, *self.qkv(x).chunk(3, dim=-1), attn_mask, is_causal)
+        return self.proj_drop(self.proj(self.norm(heads)))
+
+
+class LamParallelScalingBlock(HostTakeover, ParallelScalingBlock):
+    """timm's ``ParallelScalingBlock`` (arXiv 2302.05442), whose attention a learnable mask acts on.
+
+    The block projects the tokens for its MLP and its attention at once, and is taken over as a whole.
+    """
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """The block on ``x (B, N, C)``; arguments and result as timm's ``ParallelScalingBlock``."""
+        tokens = self.in_norm(x)
+        hidden, *parts = self.in_proj(tokens).split(self.in_split, dim=-1)
+        query, key, value = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in parts)
+        heads = _attend(self, tokens, tokens, self.q_norm(query), self.k_norm(key), value, attn_mask, is_causal)
+        return _parallel_output(self, x, heads, hidden)
+
+
+class LamDiffParallelScalingBlock(HostTakeover, DiffParallelScalingBlock):
+    """timm's ``DiffParallelScalingBlock``, masked as :class:`LamDiffAttention`."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """The block on ``x (B, N, C)``; arguments and result as timm's ``DiffParallelScalingBlock``."""
+        tokens = self.in_norm(x)
+        hidden, query, key, value = self.in_proj(tokens).split(self.in_split, dim=-1)
+        heads = _attend_differentially(self, tokens, query, key, value, attn_mask, is_causal)
+        return _parallel_output(self, x, heads, hidden)
+
+
+#: Class of timm's attention layer, or of a block that can't be parted from its attention, to its masked version.
+VIT_TAKEOVERS: Mapping[type[nn.Module], type[HostTakeover]] = {
+    Attention: LamAttention,
+    AttentionRope: LamAttentionRope,
+    EvaAttention: LamEvaAttention,
+    BeitAttention: LamBeitAttention,
+    RelPosAttention: LamRelPosAttention,
+    DiffAttention: LamDiffAttention,
+    ParallelScalingBlock: LamParallelScalingBlock,
+    DiffParallelScalingBlock: LamDiffParallelScalingBlock,
+}
+
+
+def _attend_differentially(
+    attn: Any, x: Tensor, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool
+) -> Tensor:
+    """Attends by the difference of two softmaxes; queries, keys, values and result are ``(B, N, E)``."""
+    query, key = (each.unflatten(-1, (2 * attn.num_heads, -1)).transpose(1, 2) for each in (query, key))
+    value = value.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2).repeat_interleave(2, dim=1)
+    if attn_mask is not None and attn_mask.ndim == 4 and attn_mask.shape[1] > 1:
+        attn_mask = attn_mask.repeat_interleave(2, dim=1)
+    both = _attend(attn, x, x, attn.q_norm(query), attn.k_norm(key), value, attn_mask, is_causal)
+    plus, minus = both.unflatten(-1, (attn.num_heads, 2, -1)).unbind(-2)
+    heads = attn.sub_norm(plus - attn._compute_lambda().type_as(plus) * minus)
+    return (heads * (1 - attn.lambda_init)).flatten(2)
+
+
+def _parallel_output(block: Any, x: Tensor, heads: Tensor, hidden: Tensor) -> Tensor:
+    """Returns the output of a block whose attention gave ``heads`` and whose MLP has the ``hidden`` activations."""
+    if block.mlp_bias is not None:
+        hidden = hidden + block.mlp_bias
+    hidden = block.mlp_drop(block.mlp_act(hidden))
+    if block.out_proj is None:
+        out = block.attn_out_proj(heads) + block.mlp_out_proj(hidden)
+    else:
+        out = block.out_proj(torch.cat((heads, hidden), dim=-1))
+    return x + block.drop_path(block.ls(out))
+
+
 def _attend(
     attn: Any,
     x: Tensor,
@@ -124,6 +207,7 @@ def _attend(
     attn_mask: Tensor | None,
     is_causal: bool,
 ) -> Tensor:
+    """Attends under the mask of a layer and timm's ``attn_mask``; returns the heads, ``(B, N, E)``."""
     if attn_mask is not None and attn_mask.ndim == 3:
         raise MaskShapeError(
             f"attn_mask has shape {tuple(attn_mask.shape)}, which timm reads as one mask per head; "
@@ -136,8 +220,7 @@ def _attend(
         )
     boolean = attn_mask is not None and attn_mask.dtype == torch.bool
     allowed, bias = (attn_mask, None) if boolean else (None, attn_mask)
-    heads = attend_heads(attn, x, keys, query, key, value, allowed=allowed, bias=bias, is_causal=is_causal)
-    return _output(attn, x, heads)
+    return attend_heads(attn, x, keys, query, key, value, allowed=allowed, bias=bias, is_causal=is_causal)
 
 
 def _output(attn: Any, x: Tensor, heads: Tensor) -> Tensor:

@@ -290,14 +290,23 @@ def test_naflex_padding_reaches_no_output(name: str) -> None:
         assert_close(model(batch), before)
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_rope_224", "eva02_tiny_patch14_224"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit_tiny_patch16_224",
+        "vit_small_patch16_rope_224",
+        "eva02_tiny_patch14_224",
+        "vit_base_patch16_xp_224",
+        "vit_dwee_patch16_reg1_gap_256",
+    ],
+)
 def test_attention_masks_mean_what_they_mean_in_timm(name: str) -> None:
     host = HOSTS[name]
     plain, x = host.create().eval(), host.images()
     masked = add_lam(copy.deepcopy(plain))
     tokens = plain.forward_features(x).shape[1]
     allowed = (torch.rand(2, 1, tokens, tokens) > 0.3) | torch.eye(tokens, dtype=torch.bool)
-    bias = torch.randn(1, plain.blocks[0].attn.num_heads, tokens, tokens)
+    bias = torch.randn(1, host.kwargs["num_heads"], tokens, tokens)
     with torch.no_grad():
         for kwargs in ({"attn_mask": allowed}, {"attn_mask": bias}, {"is_causal": True}):
             ours, theirs = masked.forward_features(x, **kwargs), plain.forward_features(x, **kwargs)
@@ -356,8 +365,6 @@ def test_a_hybrid_with_residual_blocks_in_its_stem_gets_masks_in_its_transformer
 
 
 REFUSED = {
-    "vit_base_patch16_xp_224": r"blocks\.0 \(timm\.models\.vision_transformer\.ParallelScalingBlock\) can't carry",
-    "vit_dwee_patch16_reg1_gap_256": r"blocks\.0\.attn \(timm\.layers\.diff_attention\.DiffAttention\)",
     "twins_svt_small": r"\(timm\.models\.twins\.LocallyGroupedAttn\)",
     "crossvit_9_240": r"\(timm\.models\.crossvit\.CrossAttention\)",
     "csatv2": r"\(timm\.models\.csatv2\.SpatialTransformerBlock\)",

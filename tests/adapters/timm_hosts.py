@@ -23,6 +23,7 @@ _TINY = {"depth": 2, "embed_dim": 24, "num_heads": 3, "num_classes": 5}
 _ROPE = {"depth": 2, "embed_dim": 24, "num_heads": 2, "num_classes": 5}
 
 
+_DIFF = {"depth": 2, "embed_dim": 24, "num_heads": 2, "num_classes": 5, "img_size": 32, "patch_size": 8}
 _SWIN = {
     "img_size": 32, "patch_size": 4, "window_size": 4, "embed_dim": 16, "depths": (2, 1), "num_heads": (2, 2),
     "num_classes": 5,
@@ -148,6 +149,9 @@ _ALL = [
         checkpointing=False,
     ),
     Host("mobilevit_xxs", {"num_classes": 5}, size=96, positions=False, attn_drop=None),
+    Host("vit_base_patch16_xp_224", {**_TINY, "img_size": 32, "patch_size": 8}, fuses=False),  # MLP beside attention
+    Host("vit_dwee_patch16_reg1_gap_256", _DIFF, bitwise=False, fuses=False),
+    Host("vit_dpwee_patch16_reg1_gap_256", _DIFF, bitwise=False, fuses=False, slow=True),
     Host("swin_tiny_patch4_window7_224", {**_SWIN, "patch_size": 2}, any_size=_LENIENT, **_WINDOWS),
     Host("swinv2_tiny_window8_256", _SWIN, any_size=_LENIENT, bitwise=False, **_WINDOWS),
     Host("swinv2_cr_tiny_224", {**_SWIN, "init_values": 1.0}, any_size=_LENIENT, bitwise=False, slow=True, **_WINDOWS),
