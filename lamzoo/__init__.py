@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from lamzoo.registry.factory import create_model
     from lamzoo.registry.saving import save_pretrained
     from lamzoo.video.describe import describe_video
+    from lamzoo.video.described_folder import describe_videos
     from lamzoo.video.search import index_videos
     from lamzoo.weights import load_lam, save_lam
 
@@ -53,6 +54,7 @@ _HOMES = {
     "capture_masks": "lamzoo.adapters",
     "create_model": "lamzoo.registry",
     "describe_video": "lamzoo.video.describe",
+    "describe_videos": "lamzoo.video.described_folder",
     "export_model": "lamzoo.export",
     "from_pretrained": "lamzoo.adapters",
     "fuse": "lamzoo.adapters",
@@ -93,6 +95,7 @@ __all__ = [
     "capture_masks",
     "create_model",
     "describe_video",
+    "describe_videos",
     "export_model",
     "from_pretrained",
     "fuse",

@@ -1,10 +1,10 @@
-"""``lamzoo describe``: a sentence for each window of a video, as a table or subtitles."""
+"""``lamzoo describe``: a sentence for each window of a video, or of all videos of a folder."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def describe(
-    video: Annotated[Path, typer.Argument(metavar="VIDEO", help="A video file.")],
+    video: Annotated[Path, typer.Argument(metavar="VIDEO", help="A video file, or a folder of videos.")],
     model: Annotated[str, typer.Option(metavar="NAME", help=(
         "Of the family lam_describer, trained on the same features: arch.tag, hf-hub:REPO or a folder."))],
     features: Annotated[str, typer.Option(metavar="NAME", help=(
@@ -33,14 +33,36 @@ def describe(
     length_penalty: Annotated[float, typer.Option(help="Above 0, beam search favours longer sentences.")] = 1.0,
     context: Annotated[bool | None, typer.Option("--context/--no-context", help=(
         "Condition on the previous sentences [if the model supports it]."))] = None,
-    output: Annotated[Path | None, typer.Option("--out", metavar="FILE.vtt", help="Also write subtitles.")] = None,
+    output: Annotated[Path | None, typer.Option("--out", metavar="FILE.vtt|DIR", help=(
+        "Also write subtitles; for a folder of videos, the folder of their descriptions and subtitles."))] = None,
     explain: Annotated[Path | None, typer.Option(metavar="FILE.png", help=(
         "Draw the masks and the attention of words in the first windows."))] = None,
     device: Device = "auto",
+    on_bad_input: Annotated[Literal["stop", "skip"], typer.Option(help=(
+        "In a folder: stop at a video that cannot be described, or skip it with a warning."))] = "stop",
+    force: Annotated[bool, typer.Option("--force", help="In a folder: describe all videos again.")] = False,
     json: Json = False,
 ) -> None:  # fmt: skip
-    """Describes a video, one sentence per window."""
+    """Describes a video, one sentence per window, or all videos of a folder.
+
+    For a folder, --out gets NAME.json and NAME.vtt for each video. Complete ones are kept, so an interrupted run
+    resumes. The processes of torchrun share the videos.
+    """
+    from lamzoo.data.paths import folder_exists
+
+    if folder_exists(video):
+        if output is None or output.suffix == ".vtt" or start or end is not None or explain is not None:
+            raise ConfigError(
+                f"{video} is a folder; name a folder for the descriptions with --out, and leave out --start, --end "
+                "and --explain, or give a video file"
+            )
+        options = {"towers": features, "rate": rate, "seconds": seconds, "context": context, "device": device}
+        decoding: dict[str, Any] = {"beams": beams, "top_p": top_p, "length_penalty": length_penalty}
+        _describe_folder(video, output, model, checkpoint, decoding, on_bad_input, force, json, options)
+        return
     _check_files(video, output, explain)
+    if not out.is_main_process():
+        return
     from lamzoo.evaluation import resolve_device
     from lamzoo.video.describe import VideoWindows, describe_windows
 
@@ -57,7 +79,7 @@ def describe(
     if not json:
         _print(windows, described)
     if output is not None:
-        from lamzoo.report.webvtt import Cue, write_webvtt
+        from lamzoo.video.webvtt import Cue, write_webvtt
 
         write_webvtt(output, [Cue(each.start, each.end, each.text) for each in described])
     if explain is not None:
@@ -73,16 +95,58 @@ def describe(
             out.print_line(out.path_text(path))
 
 
+def _describe_folder(
+    videos: Path,
+    output: Path,
+    model: str,
+    checkpoint: Path | None,
+    decoding: dict[str, Any],
+    on_bad_input: Literal["stop", "skip"],
+    force: bool,
+    json: bool,
+    options: dict[str, Any],
+) -> None:
+    from lamzoo.models.describer.generation import GenerationConfig
+    from lamzoo.video.described_folder import describe_videos
+    from lamzoo.video.processes import launched_processes
+
+    generation = GenerationConfig(**decoding)
+    network = load_model(model, checkpoint)
+    with (
+        launched_processes() as processes,
+        out.progress_bar(f"{model} on {out.path_text(videos)}", hidden=json or not processes.is_main) as advance,
+    ):
+        made = describe_videos(
+            [videos],
+            output,
+            network,
+            generation=generation,
+            on_bad_input=on_bad_input,
+            force=force,
+            processes=processes,
+            progress=advance,
+            **options,
+        )
+    if not out.is_main_process():
+        return
+    if json:
+        unreadable = [{"path": out.path_text(path), "reason": reason} for path, reason in made.unreadable.items()]
+        facts = {"model": model, "features": options["towers"], "out": out.path_text(output), "new_videos": made.new}
+        out.print_json({**facts, "unreadable": unreadable, "videos": made.records})
+        return
+    rows = [(len(made.records), made.new, len(made.unreadable), sum(len(each["windows"]) for each in made.records))]
+    out.print_table(("videos", "made now", "left out", "sentences"), rows)
+    out.print_line(out.path_text(output))
+
+
 def _check_files(video: Path, output: Path | None, explain: Path | None) -> None:
     """Checks the paths before anything is loaded."""
-    from lamzoo.data.paths import file_exists, folder_exists
+    from lamzoo.data.paths import file_exists
 
-    if folder_exists(video):
-        raise DataError(f"{video} is a folder; give a video file")
     if not file_exists(video):
         raise DataError(f"no such video: {video}")
     if output is not None:
-        from lamzoo.report.webvtt import check_webvtt
+        from lamzoo.video.webvtt import check_webvtt
 
         check_webvtt(output)
         if output.exists() and output.samefile(video):
@@ -106,21 +170,10 @@ def _print(windows: VideoWindows, described: Sequence[DescribedWindow]) -> None:
 def _record(
     windows: VideoWindows, described: Sequence[DescribedWindow], output: Path | None, explain: Path | None
 ) -> dict[str, Any]:
-    there = {each.number for each in described}
+    from lamzoo.video.describe import as_record
+
     return {
-        "video": out.path_text(windows.path),
-        "duration": windows.duration,
-        "rate": windows.rate,
-        "seconds": windows.seconds,
-        "modalities": list(windows.modalities),
-        "missing": list(windows.missing),
-        "windows": [
-            {"start": each.start, "end": each.end, "text": each.text, "modalities": list(each.modalities)}
-            for each in described
-        ],
-        "skipped": [
-            {"start": start, "end": end} for number, (start, end) in enumerate(windows.spans) if number not in there
-        ],
+        **as_record(windows, described),
         "out": None if output is None else out.path_text(output),
         "explain": None if explain is None else out.path_text(explain),
     }

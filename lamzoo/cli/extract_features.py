@@ -30,11 +30,16 @@ def extract_features(
 ) -> None:  # fmt: skip
     """Computes the features that moment models read.
 
-    One npz file for each video and query. Complete files are kept, so an interrupted run resumes.
+    One npz file for each video and query. Complete files are kept, so an interrupted run resumes. The processes of
+    torchrun share the videos.
     """
     from lamzoo.video.features import extract_features
+    from lamzoo.video.processes import launched_processes
 
-    with out.progress_bar(f"{model} on {out.path_text(videos[0])}", hidden=json) as advance:
+    with (
+        launched_processes() as processes,
+        out.progress_bar(f"{model} on {out.path_text(videos[0])}", hidden=json or not processes.is_main) as advance,
+    ):
         made = extract_features(
             videos,
             output,
@@ -47,8 +52,11 @@ def extract_features(
             workers=workers,
             on_bad_input=on_bad_input,
             force=force,
+            processes=processes,
             progress=lambda what, done, total: advance(done, total, what),
         )
+    if not out.is_main_process():
+        return
     record: dict[str, Any] = {
         "model": model,
         "out": out.path_text(output),

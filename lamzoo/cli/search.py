@@ -55,7 +55,8 @@ def search(
 ) -> None:  # fmt: skip
     """Finds the videos of a folder that match a text.
 
-    The first call embeds the videos into an index; later calls embed only new and changed videos.
+    The first call embeds the videos into an index; later calls embed only new and changed videos. The processes of
+    torchrun share the embedding.
     """
     if not all(query.strip() for query in queries):
         raise ConfigError("the query is empty; describe the video")
@@ -66,6 +67,7 @@ def search(
     from lamzoo.evaluation import check_batches, resolve_device
     from lamzoo.evaluation.retrieval.evaluate import frames_config
     from lamzoo.report.contact_sheet import write_contact_sheet
+    from lamzoo.video.processes import launched_processes
     from lamzoo.video.search import index_videos
 
     target = resolve_device(device)
@@ -73,7 +75,10 @@ def search(
     find_videos([videos])
     network = load_model(model, checkpoint)
     frames_config(network)
-    with out.progress_bar(f"{model} on {out.path_text(videos)}", hidden=json) as advance:
+    with (
+        launched_processes() as processes,
+        out.progress_bar(f"{model} on {out.path_text(videos)}", hidden=json or not processes.is_main) as advance,
+    ):
         found = index_videos(
             videos,
             network,
@@ -85,8 +90,11 @@ def search(
             workers=workers,
             on_bad_input=on_bad_input,
             force=force,
+            processes=processes,
             progress=advance,
         )
+    if not out.is_main_process():
+        return
     _ = network.tokenizer  # read from a file at first use, which must not count as the time of a query
     answers = []
     for query in queries:

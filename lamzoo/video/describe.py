@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,9 +128,7 @@ class VideoWindows:
         self._first = self._count = 0
         self.rate: float | None = None
         if "video" in self.modalities:
-            widths = feature_widths(towers) if isinstance(towers, str) else None
-            if widths is not None:
-                _check_width(describer, widths[0])  # before the weights of unsuitable towers are downloaded
+            check_towers(describer, towers)
             self._extractor = FeatureExtractor(towers, clip_seconds=1 / rate, device=device)
             self.rate = 1 / self._extractor.clip_seconds  # rounded as in the readers of feature files
             _check_width(describer, self._extractor.video_dim)
@@ -278,10 +277,37 @@ def describe_video(
     return describe_windows(network, windows, generation=generation, context=context, progress=progress)
 
 
+def as_record(windows: VideoWindows, described: Sequence[DescribedWindow]) -> dict[str, Any]:
+    """Returns a described video as JSON values: what was read, the windows, and the skipped ones."""
+    there = {each.number for each in described}
+    return {
+        "video": os.fsencode(windows.path).decode("utf-8", "replace"),
+        "duration": windows.duration,
+        "rate": windows.rate,
+        "seconds": windows.seconds,
+        "modalities": list(windows.modalities),
+        "missing": list(windows.missing),
+        "windows": [
+            {"start": each.start, "end": each.end, "text": each.text, "modalities": list(each.modalities)}
+            for each in described
+        ],
+        "skipped": [
+            {"start": start, "end": end} for number, (start, end) in enumerate(windows.spans) if number not in there
+        ],
+    }
+
+
 def context_of(model: Any, texts: Sequence[str], device: torch.device) -> Tensor | None:
     """Returns the token ids of previous sentences, ``(1, W)``, on a device; None if there are none."""
     tokens = context_tokens(model, [texts])
     return None if tokens is None else tokens.to(device)
+
+
+def check_towers(model: Any, towers: str | nn.Module) -> None:
+    """Raises an :class:`UnsupportedHostError` for unsuitable towers, before their weights are downloaded."""
+    widths = feature_widths(towers) if isinstance(towers, str) else None
+    if widths is not None:
+        _check_width(model, widths[0])
 
 
 def _check_width(model: Any, given: int) -> None:

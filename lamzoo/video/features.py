@@ -26,6 +26,7 @@ from lamzoo.errors import ConfigError, DataError
 from lamzoo.evaluation.runtime import Precision, check_batches, resolve_device
 from lamzoo.video.extractor import FeatureExtractor, VideoFeatures, clip_middles, read_pieces
 from lamzoo.video.feature_files import Origin, is_there, write_features
+from lamzoo.video.processes import Processes
 
 __all__ = ["Extraction", "FeatureExtractor", "VideoFeatures", "extract_features"]
 
@@ -67,6 +68,7 @@ def extract_features(
     workers: int = 0,
     on_bad_input: OnBadInput = "stop",
     force: bool = False,
+    processes: Processes = Processes(),  # noqa: B008 - it is frozen
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Extraction:
     """Writes the npz files that QVHighlights' models read: ``clip_features`` and, for queries, ``clip_text_features``.
@@ -74,7 +76,7 @@ def extract_features(
     The file of a video has the name of the video and contains ``features`` ``(N, D)``; that of a query is
     ``qid<qid>.npz`` and contains ``last_hidden_state`` ``(W, D)``. Both are float32, computed by
     :class:`FeatureExtractor`. Each file is written atomically as soon as it is complete, and complete files are kept,
-    so an interrupted run resumes.
+    so an interrupted run resumes. Several processes write the same files as one.
 
     Args:
         videos: files, and folders including their subfolders.
@@ -88,7 +90,9 @@ def extract_features(
         workers: worker processes that read videos; 0 runs in the main process.
         on_bad_input: ``"stop"`` raises an error if a video can't be read; ``"skip"`` skips it with a warning.
         force: compute all files again.
-        progress: called with the stage (``"queries"`` or ``"videos"``), the number done in this run and its total.
+        processes: the processes that share the work, as of :func:`launched_processes`; each calls this function.
+        progress: called with the stage (``"queries"`` or ``"videos"``), the number done in this run by this process and
+            its total.
 
     Raises:
         ConfigError: an argument is invalid, or features are not finite.
@@ -112,9 +116,9 @@ def extract_features(
         )
         moved = progress or (lambda what, done, total: None)
         origin = extractor.origin()  # once: it hashes all weights
-        new_queries = _make_texts(extractor, origin, texts, batch_size, force, partial(moved, "queries"))
+        new_queries = _make_texts(extractor, origin, texts, batch_size, force, processes, partial(moved, "queries"))
         new_videos, unreadable = _make_videos(
-            extractor, origin, paths, workers, on_bad_input, force, partial(moved, "videos")
+            extractor, origin, paths, workers, on_bad_input, force, processes, partial(moved, "videos")
         )
         if len(unreadable) == len(paths):
             path, reason = next(iter(unreadable.items()))
@@ -198,15 +202,20 @@ def _make_videos(
     workers: int,
     on_bad_input: OnBadInput,
     force: bool,
+    processes: Processes,
     progress: Callable[[int, int], None],
 ) -> tuple[int, dict[Path, str]]:
-    """Writes missing features of videos; returns their number and the unreadable videos."""
+    """Writes missing features of videos; returns their number and the unreadable videos, of all processes."""
     common = {**origin, "clip_seconds": extractor.clip_seconds}
     origins = {target: {**common, "bytes": _size(path)} for target, path in videos.items()}
-    todo = [
-        (target, path) for target, path in videos.items()
-        if force or not is_there(target, _VIDEO_KEY, extractor.video_dim, origins[target])
-    ]  # fmt: skip
+
+    def missing() -> list[tuple[Path, Path]]:
+        return [
+            (target, path) for target, path in videos.items()
+            if force or not is_there(target, _VIDEO_KEY, extractor.video_dim, origins[target])
+        ]  # fmt: skip
+
+    todo = processes.share(whole := processes.on_main(missing))
     # The loader draws a seed for its workers, which are deterministic here: the caller's random state is preserved.
     seed = torch.Generator().manual_seed(0)
     loader = DataLoader(_Pieces(todo, extractor), batch_size=None, num_workers=workers, generator=seed)
@@ -220,8 +229,8 @@ def _make_videos(
                 parts.setdefault(target, []).append(extractor.frames(piece.frames))
                 if not piece.last:
                     continue
-                whole = extractor.finite(np.concatenate(parts.pop(target)), path)
-                write_features(target, _VIDEO_KEY, whole, origins[target])
+                features = extractor.finite(np.concatenate(parts.pop(target)), path)
+                write_features(target, _VIDEO_KEY, features, origins[target])
             elif on_bad_input == "stop":
                 raise DataError(f"{piece.error}, or skip it with --on-bad-input skip")
             else:
@@ -230,7 +239,9 @@ def _make_videos(
                 unreadable[path] = piece.reason
             done += 1
             progress(done, len(todo))
-    return len(todo) - len(unreadable), unreadable
+    found = {path: reason for part in processes.gather(unreadable) for path, reason in part.items()}
+    unreadable = {path: found[path] for _, path in whole if path in found}
+    return len(whole) - len(unreadable), unreadable
 
 
 def _make_texts(
@@ -239,18 +250,24 @@ def _make_texts(
     texts: Mapping[Path, str],
     batch_size: int,
     force: bool,
+    processes: Processes,
     progress: Callable[[int, int], None],
 ) -> int:
-    """Writes missing features of queries and returns their number."""
-    todo = [
-        (target, text) for target, text in texts.items()
-        if force or not is_there(target, _TEXT_KEY, extractor.text_dim, {**origin, "query": text})
-    ]  # fmt: skip
-    for start in range(0, len(todo), batch_size):
-        some = todo[start : start + batch_size]
+    """Writes missing features of queries and returns their number, of all processes."""
+
+    def missing() -> list[tuple[Path, str]]:
+        return [
+            (target, text) for target, text in texts.items()
+            if force or not is_there(target, _TEXT_KEY, extractor.text_dim, {**origin, "query": text})
+        ]  # fmt: skip
+
+    todo = processes.on_main(missing)
+    # Whole batches are shared, because the last digits of features depend on the size of their batch.
+    batches = processes.share([todo[start : start + batch_size] for start in range(0, len(todo), batch_size)])
+    for done, some in enumerate(batches, start=1):
         for (target, text), features in zip(some, extractor.texts([text for _, text in some]), strict=True):
             write_features(target, _TEXT_KEY, features, {**origin, "query": text})
-        progress(start + len(some), len(todo))
+        progress(sum(map(len, batches[:done])), sum(map(len, batches)))
     return len(todo)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -136,9 +137,28 @@ class GrowingIndex:
                 f"{self.path} is an index of other videos, in {stored.folder_seen_from(self.path)}; {_WAY_OUT}"
             )
 
+    def merge_parts(self, *, unreadable: bool) -> None:
+        """Takes over the parts of the index, as :meth:`take_over`, saves it, and removes them.
+
+        Raises:
+            DataError: a part has another origin, or can't be read; the file can't be written.
+        """
+        parts = part_paths(self.path)
+        for part in parts:
+            self.take_over(read_index(part), unreadable=unreadable)
+        if parts:
+            self.save()
+        for part in parts:
+            part.unlink(missing_ok=True)
+
     def missing(self) -> list[IndexedVideo]:
         """Returns the files without an entry."""
         return [video for path, video in self._found.items() if path not in self._read]
+
+    @property
+    def passing(self) -> dict[str, str]:
+        """The files that could not be read for a passing reason, by path; the next run tries them again."""
+        return self._passing
 
     def add(self, video: IndexedVideo, row: Tensor | None, *, lasting: bool = True) -> None:
         """Adds an embedded or unreadable file.
@@ -187,6 +207,16 @@ class GrowingIndex:
             self._unsaved = 0
 
 
+def part_path(path: Path, rank: int) -> Path:
+    """Returns the file, beside an index, in which a process other than the first one saves its share."""
+    return path.with_name(f"{path.name}.part{rank}")
+
+
+def part_paths(path: Path) -> list[Path]:
+    """Returns the parts that are there, also those of a run that was interrupted."""
+    return sorted(path.parent.glob(f"{glob.escape(path.name)}.part*"))
+
+
 def stack_rows(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
     """Stacks the embeddings of at least one video.
 
@@ -214,7 +244,8 @@ def write_index(path: Path, index: StoredIndex) -> None:
         embeddings, mask = stack_rows(index.rows)
         tensors |= {"embeddings": embeddings} if mask is None else {"embeddings": embeddings, "frame_mask": mask}
     with atomic_files(DataError) as stage:
-        save_file(tensors, stage(path), metadata={"format": "pt", _FACTS: to_json(facts)})
+        # A single entry, because safetensors writes several in a random order.
+        save_file(tensors, stage(path), metadata={_FACTS: to_json(facts)})
 
 
 def read_index(path: Path) -> StoredIndex:

@@ -41,9 +41,12 @@ from lamzoo.video.index import (
     StoredIndex,
     check_origin,
     check_replaceable,
+    part_path,
+    part_paths,
     read_index,
     stack_rows,
 )
+from lamzoo.video.processes import Processes
 
 _logger = logging.getLogger(__name__)
 
@@ -133,12 +136,17 @@ def index_videos(
     workers: int = 0,
     on_bad_input: OnBadInput = "skip",
     force: bool = False,
+    processes: Processes = Processes(),  # noqa: B008 - it is frozen
     progress: Callable[[int, int], None] | None = None,
 ) -> VideoIndex:
     """Embeds the videos of a folder and its subfolders for search by text.
 
     The embeddings are stored in a file, which is saved at intervals, so an interrupted run resumes. Later runs embed
     only new and changed videos (by size and modification time) and remove those that no longer exist.
+
+    Several processes share the new videos in whole batches. Each but the first saves its share in a part beside the
+    file, ``INDEX.part<rank>``; at the end, or at the start of a later run, the parts are merged into the file, which is
+    then that of a single process.
 
     Args:
         folder: folder of the videos, which are recognised by their extension.
@@ -155,7 +163,9 @@ def index_videos(
         on_bad_input: ``"skip"`` skips a video that can't be read with a warning, and tries it again when the file has
             changed; ``"stop"`` raises an error.
         force: embed all videos again.
-        progress: called with the number of videos read in this run and its total.
+        processes: the processes that share the work, as of :func:`lamzoo.video.processes.launched_processes`; each
+            calls this function, and the index must be on storage that all of them see.
+        progress: called with the number of videos read in this run by this process, and its total.
 
     Returns:
         The index.
@@ -173,7 +183,7 @@ def index_videos(
     if on_bad_input not in get_args(OnBadInput):
         raise ConfigError(f"on_bad_input is {on_bad_input!r}; it must be 'stop' or 'skip'")
     device, folder = resolve_device(device), Path(folder)
-    found = _listed(folder)
+    found = processes.on_main(lambda: _listed(folder))
     import_av()
     network: Any = create_model(model, pretrained=True) if isinstance(model, str) else model
     frames_config(network)
@@ -181,34 +191,66 @@ def index_videos(
     path = _default_path(folder, origin) if index is None else Path(index)
     if path.suffix != SUFFIX:
         raise ConfigError(f"the index {path} is written as safetensors; its name must end in {SUFFIX}")
-    check_replaceable(path)
-    stored = None
-    if not force:
-        if path.exists():
+    content = GrowingIndex(path, folder, found, origin)
+
+    def begin() -> tuple[list[IndexedVideo], FrameSampling]:
+        """Opens the index, and returns the videos to embed and the sampling."""
+        check_replaceable(path)
+        stored = None
+        if force:
+            for part in part_paths(path):
+                part.unlink()
+        elif path.exists():
             stored = read_index(path)
         elif index is None:
             stored = _earlier(folder, origin, sampling)
-    if sampling is None:
-        sampling = network.sampling if stored is None else stored.origin.sampling
-    content = GrowingIndex(path, folder, found, replace(origin, sampling=sampling))
-    if stored is not None:
-        content.take_over(stored, unreadable=on_bad_input == "skip")
-    if network.similarity_type != "mean" and (sampling.max_frames or sys.maxsize) > network.max_frames:
-        raise ConfigError(
-            f"max_frames is {sampling.max_frames or 'all'}, and the model has positions for {network.max_frames} "
-            "frames; set max_frames (--max-frames) to that, or less"
-        )
-    todo = content.missing()
-    if todo or not path.exists() or stored is None or content.size < len(stored.videos) + len(stored.unreadable):
-        content.save()  # at once, so that a folder that is not writable raises an error before the work
+        used = sampling or (network.sampling if stored is None else stored.origin.sampling)
+        if used.fps is not None:
+            used = replace(used, fps=float(used.fps))  # as it is read back, so that resuming changes no byte
+        content.origin = replace(origin, sampling=used)
+        if stored is not None:
+            content.take_over(stored, unreadable=on_bad_input == "skip")
+        content.merge_parts(unreadable=on_bad_input == "skip")
+        if network.similarity_type != "mean" and (used.max_frames or sys.maxsize) > network.max_frames:
+            raise ConfigError(
+                f"max_frames is {used.max_frames or 'all'}, and the model has positions for {network.max_frames} "
+                "frames; set max_frames (--max-frames) to that, or less"
+            )
+        todo = content.missing()
+        if todo or not path.exists() or stored is None or content.size < len(stored.videos) + len(stored.unreadable):
+            content.save()  # at once, so that a folder that is not writable raises an error before the work
+        return todo, used
+
+    todo, used = processes.on_main(begin)
+    own = content
+    if not processes.is_main:
+        own = GrowingIndex(part_path(path, processes.rank), folder, todo, replace(origin, sampling=used))
+    # Whole batches are shared, because the last digits of embeddings depend on the other videos of their batch.
+    batches = [todo[start : start + batch_size] for start in range(0, len(todo), batch_size)]
+    share = [video for batch in processes.share(batches) for video in batch]
     network.to(device)
-    _embed(network, content, todo, device, precision, batch_size, workers, on_bad_input, progress)
-    bad = content.unreadable
-    if not content.rows:
-        path, reason = next(iter(bad.items()))
-        raise DataError(f"none of the {len(found)} videos in {folder} can be read: {path} ({reason}); replace them")
-    opened = _opened(path, folder, content.stored(), network, device, precision)
-    return replace(opened, unreadable=bad, embedded=sum(video.path in content.rows for video in todo))
+    _embed(network, own, share, device, precision, batch_size, workers, on_bad_input, progress)
+    passing = {name: why for part in processes.gather(own.passing) for name, why in part.items()}
+
+    def end() -> tuple[dict[Path, str], int]:
+        """Merges the parts, and returns the unreadable videos and the number of embedded ones."""
+        content.merge_parts(unreadable=True)
+        content.passing.update(passing)
+        lost = [video.path for video in content.missing() if video.path not in passing]
+        if lost:
+            raise DataError(
+                f"{len(lost)} videos that other processes embedded, such as {lost[0]}, are in no part of {path} here; "
+                "choose an --index on storage that all machines share"
+            )
+        bad = content.unreadable
+        if not content.rows:
+            name, reason = next(iter(bad.items()))
+            raise DataError(f"none of the {len(found)} videos in {folder} can be read: {name} ({reason}); replace them")
+        return bad, sum(video.path in content.rows for video in todo)
+
+    bad, embedded = processes.on_main(end)
+    stored = content.stored() if processes.is_main else read_index(path)
+    return replace(_opened(path, folder, stored, network, device, precision), unreadable=bad, embedded=embedded)
 
 
 def load_index(

@@ -28,6 +28,7 @@ SHELL = [page for page in PAGES if "```bash" in page.read_text(encoding="utf-8")
 
 # Python snippets that no test runs, by page, and why.
 NOT_RUN = {
+    "docs/how-to/cluster.md": ["needs the network"],
     "docs/how-to/timm-scripts.md": ["needs the network"],
     "docs/how-to/mask-adapters.md": ["needs the network"],
     "docs/how-to/explore.md": ["needs the network"],

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lamzoo.errors import ConfigError, DataError
-from lamzoo.report.webvtt import Cue, format_webvtt, timestamp, write_webvtt
+from lamzoo.video.webvtt import Cue, format_webvtt, timestamp, write_webvtt
 
 
 @pytest.mark.parametrize(
