@@ -121,7 +121,7 @@ def merge_tokens(
             of the patches give ``keep``, and for one of the GMACs ``share * lamzoo.profile(model).gmacs``. A limit that
             the model with all tokens is below is logged as a warning, and nothing merges.
         keep: instead, the share of the patches that is left after the last layer, rounded up; in a describer, of the
-            tokens of each modality, and not below 1 / (layers + 1). With ``keep=1``, ``frames`` alone merge.
+            tokens of each modality, and not below 1 / (layers + 1). 1 if ``frames`` alone are given.
         r: instead, the number of patches that merge in each of the layers ``at``, at the model's own input size. Where
             this is over 30 % of the patches of a later layer, earlier ones merge more in its stead.
         at: layers in which tokens merge, counted from 0; by default all of them, or every second one in a vision
@@ -140,16 +140,18 @@ def merge_tokens(
     Raises:
         UnsupportedHostError: the model has another stack of blocks, or several; in a forward pass, that a block is
             called with an attention mask of all tokens.
-        ConfigError: not exactly one of ``target_gmacs``, ``keep`` and ``r``, an invalid value, a layer that the model
-            doesn't have, a model without a layer in which merging saves anything, or a target below the cost of a
-            single patch after the last layer.
+        ConfigError: not exactly one of ``target_gmacs``, ``keep`` and ``r`` (or ``frames`` alone), an invalid value, a
+            layer that the model doesn't have, a model without a layer in which merging saves anything, or a target
+            below the cost of a single patch after the last layer.
     """
     given = {"target_gmacs": target_gmacs, "keep": keep, "r": r}
     given = {name: value for name, value in given.items() if value is not None}
+    if frames != 1 and not given:
+        given = {"keep": 1.0}
     if len(given) != 1:
         named = ", ".join(f"{name}={value}" for name, value in given.items()) or "none of them"
         raise ConfigError(f"merge_tokens takes one of target_gmacs, keep and r, and got {named}.")
-    config = TokenReduction(1.0 if keep is None else keep, at=None if at is None else layers_of(at), frames=frames)
+    config = TokenReduction(given.get("keep", 1.0), at=None if at is None else layers_of(at), frames=frames)
     if r is not None:
         config = replace(config, keep=_share(model, config, r))
     if target_gmacs is not None:

@@ -174,7 +174,8 @@ class ReductionSection(PruneSection):
     Attributes:
         method: ``"merge"`` or ``"prune"``.
         keep: share of the patches to keep: after the last layer with ``"merge"``, of a layer's own with ``"prune"``.
-            Merging needs one of ``keep``, ``target_gmacs`` and ``r``; pruning keeps 0.7 by default.
+            Merging needs one of ``keep``, ``target_gmacs`` and ``r``, or ``frames`` alone; pruning keeps 0.7 by
+            default.
         r: for merging, the number of patches that merge in each layer.
         frames: for merging in text-video retrieval, the share of a video's frames that is left.
         at: layers in which tokens merge, or after which they are pruned.
@@ -188,14 +189,19 @@ class ReductionSection(PruneSection):
     r: CountOrZero | None = None
     frames: float = 1.0
 
-    def check(self) -> None:
-        """Raises a RecipeError for settings that contradict each other or the method."""
+    def check(self, *, merges_only: bool = False) -> None:
+        """Raises a RecipeError for settings that contradict each other or the method, or a task that merges only."""
         try:
             keep, at = 1.0 if self.keep is None else self.keep, None if self.at is None else tuple(self.at)
             TokenReduction(keep, self.method, at, self.score, self.rest, self.training, self.frames)
         except ConfigError as error:
             raise RecipeError(f"Recipe section [reduction]: {error}") from None
         if self.method == "prune":
+            if merges_only:
+                raise RecipeError(
+                    "Recipe key reduction.method is 'prune', which only classifiers are trained with; leave it out to "
+                    "merge tokens."
+                )
             if self.r is not None:
                 raise RecipeError(
                     f"Recipe key reduction.r is {self.r}, a setting of merging; set keep or target_gmacs instead."
@@ -207,7 +213,7 @@ class ReductionSection(PruneSection):
                 "method = 'prune'."
             )
         given = [key for key in ("keep", "target_gmacs", "r") if getattr(self, key) is not None]
-        if len(given) != 1:
+        if len(given) != 1 and not (self.frames != 1 and not given):
             raise RecipeError(
                 "Recipe section [reduction] needs one of keep, target_gmacs and r for merging, and has "
                 f"{' and '.join(given) or 'none of them'}."

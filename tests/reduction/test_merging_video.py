@@ -68,7 +68,7 @@ def test_a_video_is_merged_as_if_it_were_alone_and_without_padding(places: tuple
 def test_a_video_without_frames_has_no_embedding() -> None:
     frames, mask = videos()
     mask[2] = False
-    merged = merge_tokens(retriever(), keep=1, frames=0.5)
+    merged = merge_tokens(retriever(), frames=0.5)
     assert not merged.encode_frames(frames, mask)[2].any()
 
 

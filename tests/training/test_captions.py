@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,15 @@ def test_it_learns_to_write_what_it_has_not_heard(table: dict[str, Any], tmp_pat
         describe_clips(loaded, create_caption_dataset(f"grid:{dataset.spec[5:-6]}:mouth", "test"))
     with pytest.raises(UnsupportedHostError, match="does not generate captions"):
         describe_clips(torch.nn.Linear(2, 2), dataset)
+
+
+def test_a_recipe_merges_tokens(table: dict[str, Any], tmp_path: Path) -> None:
+    table |= {"reduction": {"keep": 0.5}, "schedule": {"epochs": 1, "warmup_epochs": 0}}
+    assert parse_recipe(parse_recipe(table).to_dict()) == parse_recipe(table)
+    result = run(table, tmp_path / "out")
+    saved = lamzoo.create_model(f"local-dir:{result.model}", pretrained=True)
+    assert saved.token_reduction == lamzoo.TokenReduction(0.5)
+    assert all(math.isfinite(value) for value in result.history[-1].values())
 
 
 def test_a_run_in_bfloat16_is_scored_in_float32(table: dict[str, Any]) -> None:
@@ -287,6 +297,7 @@ def test_case_and_punctuation_do_not_count(speech: Path) -> None:
         ({"data": {"context": 2}}, "context is 2, but lam_describer_micro does not support earlier captions"),
         ({"augment": {"splice": 2.0}}, "augment.splice is 2.0"),
         ({"loss": {"ctc": -1.0}}, "loss.ctc is -1.0"),
+        ({"reduction": {"method": "prune"}}, "reduction.method is 'prune', which only classifiers are trained with"),
         ({"optimizer": {"layer_decay": 0.5}}, "optimizer.layer_decay is for classifiers"),
         ({"run": {"batch_size": 4096}}, "batch_size is 4096, but .* has only 24 clips"),
     ],

@@ -13,6 +13,7 @@ from lamzoo.training.recipe_common import (
     ModelSectionBase,
     OptimizerSection,
     PositiveOrZero,
+    ReductionSection,
     RunSection,
     ScheduleSection,
     Smoothing,
@@ -73,6 +74,7 @@ class CaptionRecipe(TaskRecipe):
     loss: CaptionWeights = field(default_factory=CaptionWeights)
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     schedule: ScheduleSection = field(default_factory=ScheduleSection)
+    reduction: ReductionSection | None = None
 
     def check(self) -> None:
         check_val_fraction(self.data.val_fraction)
@@ -80,3 +82,5 @@ class CaptionRecipe(TaskRecipe):
             raise RecipeError("Recipe key optimizer.layer_decay is for classifiers; leave it out.")
         if self.run.grad_checkpointing:
             raise RecipeError("Recipe key run.grad_checkpointing is not supported for captions; use false.")
+        if self.reduction is not None:
+            self.reduction.check(merges_only=True)

@@ -12,6 +12,7 @@ from lamzoo.data.captions import CaptionDataset
 from lamzoo.errors import RecipeError
 from lamzoo.evaluation.captions.evaluate import caption_scores, check_streams, describe_clips
 from lamzoo.registry.factory import create_model
+from lamzoo.training.build import reduce_by_section
 from lamzoo.training.captions.batches import Collate, Samples, caption_counts, caption_losses
 from lamzoo.training.captions.recipe import CaptionRecipe
 from lamzoo.training.feature_run import FeatureRun
@@ -39,6 +40,8 @@ class CaptionRun(FeatureRun):
                 f"data.context is {self.recipe.data.context}, but {section.name} does not support earlier captions; "
                 "set context_tokens in model.kwargs."
             )
+        if self.recipe.reduction is not None:
+            reduce_by_section(model, self.recipe.reduction)
         return model
 
     def samples(self) -> Samples:

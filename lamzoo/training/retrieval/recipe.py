@@ -134,9 +134,4 @@ class RetrievalRecipe(TaskRecipe):
         if self.model.lock_image_tower and self.model.freeze_layers is not None:
             raise RecipeError("Recipe keys model.lock_image_tower and model.freeze_layers exclude each other; use one.")
         if self.reduction is not None:
-            self.reduction.check()
-            if self.reduction.method == "prune":
-                raise RecipeError(
-                    "Recipe key reduction.method is 'prune', which only classifiers are trained with; leave it out to "
-                    "merge tokens."
-                )
+            self.reduction.check(merges_only=True)
