@@ -163,10 +163,11 @@ class _Stack:
         """Registers the hooks that tell forward passes apart, where layers share something during a pass."""
         patch_embed = self.layout.patch_embed if config.has_positions else None
         if patch_embed is not None:
-            watch_grid(patch_embed, NoteGrid(self.shared), LeaveBlock(self.shared))
+            watch_grid(patch_embed, NoteGrid(self.shared, self.layout.grid_at), LeaveBlock(self.shared))
         if patch_embed is not None or config.layers == "single":
             for index, site in enumerate(self.lams):
                 watched = site.path.rpartition(".")[0] if site.watched is None else site.watched
                 block = model.get_submodule(watched)
                 needs_pass = patch_embed is not None or index > 0
-                watch_block(block, EnterBlock(self.shared, needs_pass), LeaveBlock(self.shared))
+                enter = EnterBlock(self.shared, needs_pass, inside=watched == site.path)
+                watch_block(block, enter, LeaveBlock(self.shared))

@@ -70,7 +70,7 @@ class TokenLayout:
         grid: ``(rows, columns)`` of the patches behind them, at the input size that the model was built for; None for
             a sequence.
         grid_at: the patch grid for an image of ``(height, width)`` pixels.
-        patch_embed: the module that takes the image, where the grid may change; has ``dynamic_feat_size``.
+        patch_embed: the module that takes the image, where the grid may change, as ``grid_at`` tells.
         no_positions: the reason why the layer can't have a mask with ``keys="position"``; None if it can.
         no_sharing: the reason why it can't share a mask with the layers of its stack, ``layers="single"``; likewise.
         pooling: how the host pools the tokens; None where that is unknown, and tokens can't be reduced.
@@ -86,26 +86,35 @@ class TokenLayout:
     pooling: Pooling | None = None
 
 
+def _reads_no_blocks(kwargs: Mapping[str, Any]) -> bool:
+    return False
+
+
 @dataclass(frozen=True)
 class Pooling:
     """How a host pools the tokens of a stack of blocks, between which tokens may be removed or merged.
 
     Attributes:
-        blocks: path of the list of blocks, each with one attention layer named ``attn``.
+        blocks: path of the list of blocks, each with one attention layer.
         root: path of the module whose forward pass runs the blocks and pools their tokens.
         kind: ``"token"``, ``"avg"``, ``""`` for none, or another.
         has_class_token: whether the first prefix token is a class token.
         num_unpooled: tokens at the start that the mean leaves out.
         last: the module whose output, ``(B, N, C)``, is pooled.
         norm: name of the norm of a block whose output is the input of the block's attention.
+        attn: path of the attention layer in a block.
+        checkpoints_forward: whether the library's gradient checkpointing reruns the forward pass of a block without the
+            hooks on it, so that the attention layer has to find the pass.
         reads_prefix_only: whether the forward pass of ``root`` reads class and register tokens alone of what the last
             block returns; called in each pass, because users may change it.
         last_linear: the layer of the last block that is applied to each token by itself and added to it; None if there
             is none.
         reads_mean_only: whether the forward pass of ``root`` reads the mean over the tokens alone of what the last
             block returns, without the first ``num_unpooled``; called in each pass.
-        arguments: names of the tensors besides the tokens that a block may be called with, because its attention
-            selects their rows for tokens that have been removed or merged.
+        reads_blocks: whether a forward pass of ``root`` with these keyword arguments returns the outputs of blocks;
+            called in each pass.
+        arguments: names of the arguments besides the tokens that a block may be called with: those that change nothing,
+            and tensors of which its attention selects the rows for tokens that have been removed or merged.
         padding: name of the attention mask that a block is called with where samples are padded; it hides padding and
             nothing else.
         no_merging: the reason why tokens can't be merged, a clause that follows the path of the blocks; None if they
@@ -120,9 +129,12 @@ class Pooling:
     num_unpooled: int
     last: nn.Module
     norm: str = "norm1"
+    attn: str = "attn"
+    checkpoints_forward: bool = False
     reads_prefix_only: Callable[[], bool] = field(default=bool, compare=False)  # bool() is False
     last_linear: nn.Module | None = None
     reads_mean_only: Callable[[], bool] = field(default=bool, compare=False)
+    reads_blocks: Callable[[Mapping[str, Any]], bool] = field(default=_reads_no_blocks, compare=False)
     arguments: frozenset[str] = frozenset()
     padding: str | None = None
     no_merging: str | None = None
@@ -211,21 +223,23 @@ class EnterBlock(SharedStateHook):
     Args:
         shared: state of the stack.
         needs_pass: whether rerunning the block without its pass is an error.
+        inside: whether the module is the attention layer in the block, whose tokens may just have merged.
     """
 
-    def __init__(self, shared: SharedState, needs_pass: bool) -> None:
+    def __init__(self, shared: SharedState, needs_pass: bool, inside: bool = False) -> None:
         super().__init__(shared)
-        self.needs_pass = needs_pass
+        self.needs_pass, self.inside = needs_pass, inside
 
-    # Pickles of 0.1.0 lack needs_pass, and their hook is registered without keyword arguments.
+    # Pickles of 0.1.0 lack these, and their hook is registered without keyword arguments.
     needs_pass: bool = False
+    inside: bool = False
 
     def __call__(
         self, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = MappingProxyType({})
     ) -> None:
         tokens = _first_tensor((*args, *kwargs.values()))
         if tokens is not None:
-            self.shared.enter(tokens, id(self), needs_pass=self.needs_pass)
+            self.shared.enter(tokens, id(self), needs_pass=self.needs_pass, inside=self.inside)
 
 
 class LeaveBlock(SharedStateHook):
@@ -240,12 +254,23 @@ class LeaveBlock(SharedStateHook):
 
 
 class NoteGrid(SharedStateHook):
-    """Forward pre-hook of ``patch_embed``: begins a pass with the patch grid of its image."""
+    """Forward pre-hook of ``patch_embed``: begins a pass with the patch grid of its image.
+
+    Args:
+        shared: state of the stack.
+        grid_at: as in :class:`TokenLayout`.
+    """
+
+    grid_at: Callable[[tuple[int, int]], Grid] | None = None  # pickles of 0.1.0 lack it
+
+    def __init__(self, shared: SharedState, grid_at: Callable[[tuple[int, int]], Grid] | None) -> None:
+        super().__init__(shared)
+        self.grid_at = grid_at
 
     def __call__(self, patch_embed: Any, args: tuple[Any, ...]) -> None:
         if not isinstance(args[0], torch.Tensor):  # a symbolic trace, at the image size of the model
             return
-        rows, columns = patch_embed.dynamic_feat_size(args[0].shape[-2:])
+        rows, columns = (self.grid_at or patch_embed.dynamic_feat_size)(args[0].shape[-2:])
         self.shared.begin((rows, columns), pooled=self.shared.current.begins_pooled)
 
 
@@ -409,6 +434,12 @@ def _remove_fused_form(layer: nn.Module) -> None:
     hooks = layer._load_state_dict_post_hooks
     for key in [key for key, hook in hooks.items() if hook is _fuse_again]:
         del hooks[key]
+
+
+def is_bare(layer: nn.Module) -> bool:
+    """Returns whether a layer computes what its weight and bias say: not if it is adapted, quantised or hooked."""
+    hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
+    return type(layer) is nn.Linear and not any(hooks) and "forward" not in vars(layer)
 
 
 class TakeoverAdapter:

@@ -18,7 +18,7 @@ from timm.models.vision_transformer_relpos import RelPosAttention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lamzoo.adapters.hosts import HostTakeover
+from lamzoo.adapters.hosts import HostTakeover, is_bare
 from lamzoo.adapters.mha import project_apart
 from lamzoo.errors import MaskShapeError, UnsupportedHostError, class_name
 from lamzoo.lam import Lam
@@ -286,22 +286,16 @@ def _project(attn: Any, x: Tensor, keys: Tensor) -> tuple[Tensor, ...]:
     if keys is x:
         return split_heads(attn, biased_qkv(attn, x))
     qkv = attn.qkv
-    if not _is_bare(qkv):
+    if not is_bare(qkv):
         return (split_heads(attn, biased_qkv(attn, x))[0], *split_heads(attn, biased_qkv(attn, keys))[1:])
     bias = _qkv_bias(attn)
     apart = project_apart(x, keys, qkv.weight, qkv.bias if bias is None else bias)
     return tuple(each.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for each in apart)
 
 
-def _is_bare(layer: nn.Module) -> bool:
-    """Returns whether a layer computes what its weight and bias say: not if it is adapted, quantised or hooked."""
-    hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
-    return type(layer) is nn.Linear and not any(hooks) and "forward" not in vars(layer)
-
-
 def _projection(attn: Any) -> Projection | None:
     qkv = attn.qkv
-    if qkv is None or not _is_bare(qkv) or getattr(attn, "num_kv_groups", 1) > 1:
+    if qkv is None or not is_bare(qkv) or getattr(attn, "num_kv_groups", 1) > 1:
         return None
     bias = _qkv_bias(attn)
     return Projection(qkv.weight, qkv.bias if bias is None else bias, attn.num_heads, attn.scale, (attn, qkv))

@@ -6,6 +6,8 @@ configuration of the model and the attention masks that it makes (padding, causa
 
 In the pre-hook the mask becomes a keyword argument of the layer, which hands it to the attention function. With a
 key-value cache, the key factors of earlier tokens are stored in the cache, as further columns of their keys.
+
+The layers of :mod:`lamzoo.adapters.transformers_vision` are replaced instead.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-from lamzoo.adapters.hosts import AttentionSite, TokenLayout
+from lamzoo.adapters.hosts import AttentionSite, HostTakeover, TakeoverAdapter, TokenLayout
+from lamzoo.adapters.transformers_vision import TAKEOVERS, present_keys, read_mask, tower_layouts
 from lamzoo.errors import ConfigError, UnsupportedHostError, class_name
 from lamzoo.lam import FactoredMask, Lam, lam_attention
 from lamzoo.lam.layer import EagerAttention, Scores
@@ -68,10 +71,11 @@ _ATTENDING = {"softmax", "Softmax", "scaled_dot_product_attention", "multi_head_
 _KEYWORD = "lam_mask"
 
 
-class TransformersAdapter:
+class TransformersAdapter(TakeoverAdapter):
     """Masks every attention layer of transformers that calls the ``AttentionInterface``."""
 
-    owns_multihead_attention: ClassVar[bool] = True
+    owns_multihead_attention = True
+    takeovers: ClassVar[Mapping[type[nn.Module], type[HostTakeover]]] = TAKEOVERS
 
     def sites(self, model: nn.Module) -> Iterator[AttentionSite]:
         """Yields the attention layers of a model, stack by stack: layers whose paths differ only in their numbers.
@@ -105,41 +109,53 @@ class TransformersAdapter:
             yield from stack
 
     def token_layout(self, model: nn.Module, path: str) -> TokenLayout | None:
-        """Returns a layout without a length, which :attr:`LamConfig.max_length` has to give."""
-        if _interface(type(model.get_submodule(path)).forward) is None:
+        """Returns the layout of a vision tower; of another layer one without a length.
+
+        :attr:`LamConfig.max_length` has to give that length.
+        """
+        module: Any = model.get_submodule(path)
+        if _interface(getattr(module, "host_class", type(module)).forward) is None:
             return None
+        for layout in tower_layouts(model):
+            if layout.pooling is not None and path.startswith(layout.pooling.blocks + "."):
+                return layout
         shifts = hasattr(model.get_submodule(path.rpartition(".")[0]), "shift_size")
         return TokenLayout(
             no_sharing="its windows shift from layer to layer, and with them its tokens" if shifts else None
         )
 
-    def stacks(self, model: nn.Module) -> Iterable[TokenLayout]:
-        """Returns no stacks: tokens can't be reduced in these models."""
-        return ()
+    def stacks(self, model: nn.Module) -> Iterator[TokenLayout]:
+        """Yields the layout of the blocks of each vision transformer of a known class."""
+        return tower_layouts(model)
 
     def wrap(self, model: nn.Module, lams: Mapping[AttentionSite, Lam | Unmasked]) -> None:
         """Puts masks into the attention layers at the sites."""
         for site, lam in lams.items():
             module: Any = model.get_submodule(site.path)
-            interface = _interface(type(module).forward)
-            assert interface is not None
-            module.register_forward_pre_hook(_MaskHook(module.config, interface), with_kwargs=True)
-            module.config = copy.copy(module.config)
-            # Not by the setter, which also sets it in the configurations of other parts, which the copy shares.
-            module.config._attn_implementation_internal = _IMPLEMENTATIONS[module.config._attn_implementation]
-            module.lam = lam
+            if type(module) in self.takeovers:
+                super().wrap(model, {site: lam})
+            else:
+                interface = _interface(type(module).forward)
+                assert interface is not None
+                module.register_forward_pre_hook(_MaskHook(module.config, interface), with_kwargs=True)
+                module.config = copy.copy(module.config)
+                # Not by the setter, which also sets it in the configurations of other parts, which the copy shares.
+                module.config._attn_implementation_internal = _IMPLEMENTATIONS[module.config._attn_implementation]
+                module.lam = lam
             if isinstance(model, PreTrainedModel) and isinstance(lam, Lam):
                 model.config.lam_config = lam.config.to_dict()  # for from_pretrained
 
     def unwrap(self, model: nn.Module, kind: type[Lam | Unmasked] | None = None) -> None:
-        """Removes the masks, and gives the layers their configuration back."""
+        """Removes the masks, and gives the layers their class or their configuration back."""
+        masked = any(isinstance(module, Lam) for module in model.modules())
+        super().unwrap(model, kind)
         for module in model.modules():
             for key, hook in list(module._forward_pre_hooks.items()):
                 if isinstance(hook, _MaskHook) and (kind is None or isinstance(module.lam, kind)):
                     del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key], module.lam
                     module.config = hook.config
-                    if isinstance(model, PreTrainedModel):
-                        vars(model.config).pop("lam_config", None)
+        if masked and kind is not Unmasked and isinstance(model, PreTrainedModel):
+            vars(model.config).pop("lam_config", None)
 
 
 @dataclass(frozen=True)
@@ -313,7 +329,7 @@ class _MaskHook:
         lam: Any = module.lam
         present = None
         if lam.has_positions:
-            present = _present(next((given[name] for name in _MASKS if name in given), None))
+            present = present_keys(next((given[name] for name in _MASKS if name in given), None))
         tokens = _samples(queries)
         mask: FactoredMask = lam(tokens, tokens if keys is None else _samples(keys), present)
         if keys is None:
@@ -354,14 +370,6 @@ def _thread() -> int:
 def _samples(tokens: Tensor) -> Tensor:
     """Returns tokens as ``(B, N, C)``: some vision towers have no batch, and SAM has two."""
     return tokens.unsqueeze(0) if tokens.ndim == 2 else tokens.flatten(0, -3)
-
-
-def _present(mask: Tensor | None) -> Tensor | None:
-    """Returns which keys some query may attend to, bool ``(B, Nk)``, of a mask ``(B, 1 | H, Nq, Nk)``."""
-    if mask is None:
-        return None
-    allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
-    return allowed.any(dim=2).any(dim=1)
 
 
 def _extended(original: Any, right: Tensor) -> Any:
@@ -437,7 +445,7 @@ def _attend(
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (each.repeat_interleave(groups, dim=1) for each in (key, value))
-    allowed, bias = _read_mask(module, attention_mask, key.shape[2])
+    allowed, bias = read_mask(module, attention_mask, key.shape[2])
     if position_bias is not None:
         bias = position_bias if bias is None else position_bias + bias
     lam: Lam = module.lam
@@ -456,19 +464,6 @@ def _attend(
     weights, dropped = eager.calls[0]
     lam_mask.record(lam, mask, weights, eager.scores)
     return out.transpose(1, 2).contiguous(), dropped
-
-
-def _read_mask(module: nn.Module, mask: Any, keys: int) -> tuple[Tensor | None, Tensor | None]:
-    """Returns the attention mask of a host as ``allowed`` and ``bias`` of :func:`lamzoo.lam.lam_attention`."""
-    if mask is None:
-        return None, None
-    if not isinstance(mask, Tensor) or mask.ndim != 4:
-        raise UnsupportedHostError(
-            f"{class_name(module)} was given an attention mask of another implementation than eager and SDPA; call "
-            "set_attn_implementation('sdpa') of the model."
-        )
-    mask = mask[..., :keys]
-    return (mask, None) if mask.dtype == torch.bool else (None, mask)
 
 
 _MASK_FUNCTIONS: dict[str, Callable[..., Any]] = {"lam_eager": eager_mask, "lam_sdpa": sdpa_mask}

@@ -98,11 +98,18 @@ class StackPass:
         """Whether the model has begun this pass and its blocks have not."""
         return self.pooled and not self.held
 
-    def takes(self, tokens: Tensor) -> bool:
+    def takes(self, tokens: Tensor, inside: bool = False) -> bool:
         """Returns whether the input of a block ``(B, N, C)`` may continue this pass, which may have been left halfway.
 
         A KeyboardInterrupt leaves it so, as torch calls no hook then, and a caller that runs only the first blocks.
+
+        Args:
+            tokens: the input.
+            inside: whether it is that of the attention layer in the block, whose tokens may just have merged.
         """
+        if inside:
+            last = self.token_map if self.merge is None else self.merge.token_map
+            return last is None or tokens.shape[1] == last.kept.shape[1]
         if self.merge is not None or self.token_map is None:
             return self.merge is None
         is_spread = self.held and not self.pooled
@@ -206,13 +213,14 @@ class SharedState:
         """Drops the current pass of every thread."""
         self._passes.clear()
 
-    def enter(self, tokens: Tensor, block: int, *, needs_pass: bool = False) -> None:
+    def enter(self, tokens: Tensor, block: int, *, needs_pass: bool = False, inside: bool = False) -> None:
         """Continues the pass of a block's input; in a rerun, the pass of the block's first run.
 
         Args:
             tokens: the block's input, ``(B, N, C)``.
             block: unique number of the block.
             needs_pass: whether the block can't be rerun without its pass.
+            inside: whether the block is the attention layer in one, whose tokens may just have merged.
 
         Raises:
             ConfigError: gradient checkpointing reruns a block that needs its pass, and the pass is unknown.
@@ -231,7 +239,7 @@ class SharedState:
             then = then or _alive(notes.get(block)) or _alive(notes.get(id(self)))
         if then is not None:
             self._passes[thread] = then if rerun is None else then.but(rerun=rerun)
-        elif here is not None and begun and not here.takes(tokens):
+        elif here is not None and begun and not here.takes(tokens, inside):
             self.end()
         elif rerun is not None and not begun and needs_pass:
             raise ConfigError(
@@ -261,8 +269,10 @@ class SharedState:
         # Without gradients, what layers share has no graph: a rerun with it would cut its gradient.
         if tokens.grad_fn is None or torch.is_grad_enabled() or not shares:
             # Two blocks may have the same input, from which the first one made the mask. Earlier outputs hold that
-            # pass; the note here is weak, because a graph noted at one of its own nodes would never be freed.
-            notes[block] = weakref.ref(here) if shares or here.token_map is not None else here
+            # pass; the note here is weak, because a graph noted at one of its own nodes would never be freed. Nothing
+            # else holds the pass of a merge inside of a block, whose tensors are made from others than this input.
+            is_held = (shares or here.token_map is not None) and here.merge is None
+            notes[block] = weakref.ref(here) if is_held else here
 
     def _notes_of(self, tokens: Tensor) -> dict[int, Any]:
         node: Any = tokens.grad_fn

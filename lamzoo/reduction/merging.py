@@ -45,6 +45,7 @@ from lamzoo.reduction.stacks import (
     find_stack,
     remove_reduction,
     watch_image,
+    watch_layers,
     watch_passes,
 )
 
@@ -126,7 +127,7 @@ class _MergeTokens(ReductionHook):
         elif here.token_map is not None and not here.pooled:
             tokens = take(tokens, here.token_map.kept)  # the members of a merged token are all equal
         # If only the prefix of the last block's output is read, other tokens need no query.
-        layer: Lam | Unmasked = block.attn.lam  # type: ignore[union-attr, assignment]
+        layer: Any = block.get_submodule(self.pooling.attn).lam
         if layer.is_last and here.pooled and self.pooling.reads_prefix_only():
             places = torch.arange(self.prefix, device=tokens.device).expand(tokens.shape[0], -1)
             token_map = TokenMap(tokens.shape[1], places)
@@ -203,10 +204,20 @@ def _present(mask: Tensor, block: nn.Module, tokens: Tensor) -> Tensor:
 
 
 class FinishMerge(ReductionHook):
-    """Forward hook of a block: makes the merged tokens those of the next block, or gives every token its own back."""
+    """Forward hook of a block: makes the merged tokens those of the next block, or gives every token its own back.
+
+    Args:
+        shared: state of the stack.
+        attn: path of the attention layer in the block.
+    """
+
+    def __init__(self, shared: SharedState, attn: str = "attn") -> None:
+        super().__init__(shared)
+        self.attn = attn
 
     def __call__(self, block: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        is_last: bool = block.attn.lam.is_last  # type: ignore[union-attr, assignment]
+        layer: Any = block.get_submodule(self.attn).lam
+        is_last: bool = layer.is_last
         merge = self.shared.current.merge
         if merge is not None:
             self.shared.finish_merge()
@@ -244,9 +255,14 @@ class _BeginPooled(ReductionHook):
     This holds of the forward pass that its library defines, and not of one that a user has put in its place.
     """
 
-    def __call__(self, root: nn.Module, args: tuple[Any, ...]) -> None:
+    def __init__(self, shared: SharedState, pooling: Pooling) -> None:
+        super().__init__(shared)
+        self.pooling = pooling
+
+    def __call__(self, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         methods = ((name, getattr(root, name, None)) for name in _FORWARD)
-        self.shared.begin(pooled=all(method is None or _is_library(name, method) for name, method in methods))
+        own = all(method is None or _is_library(name, method) for name, method in methods)
+        self.shared.begin(pooled=own and not self.pooling.reads_blocks(kwargs))
 
 
 # The methods of a model that read what its blocks return.
@@ -285,7 +301,7 @@ def merge(model: nn.Module, config: TokenReduction) -> None:
     stack = find_stack(model, masked=False, verb="merged")
     merging_layers(stack, config)
     blocks: Any = model.get_submodule(stack.pooling.blocks)
-    if len({block.attn for block in blocks}) < len(blocks):
+    if len({block.get_submodule(stack.pooling.attn) for block in blocks}) < len(blocks):
         raise UnsupportedHostError(
             f"Tokens can't be merged in {stack.pooling.blocks}, which runs a block or its attention several times; "
             "give each place a copy of its own."
@@ -301,16 +317,19 @@ def merge(model: nn.Module, config: TokenReduction) -> None:
     for index, (site, adapter) in enumerate(sites.items()):
         adapter.wrap(model, {site: Unmasked(shared, index, is_last=index == len(sites) - 1)})
     for block in stack.blocks.values():
-        block.register_forward_hook(FinishMerge(shared))
+        # Before the hooks by which transformers records what blocks return.
+        block.register_forward_hook(FinishMerge(shared, stack.pooling.attn), prepend=True)
     if not any(lam.has_positions for lam in lams):  # whose hooks tell the grid already
-        watch_image(stack.layout.patch_embed, shared)
+        watch_image(stack.layout, shared)
     watch_passes(stack.blocks.values(), shared)
+    if stack.pooling.checkpoints_forward:
+        watch_layers([block.get_submodule(stack.pooling.attn) for block in stack.blocks.values()], shared)
     for index, block in enumerate(stack.blocks.values()):
         block.register_forward_pre_hook(_MergeTokens(shared, stack, index, config), with_kwargs=True)
     if stack.pooling.last_linear is not None:
         stack.pooling.last_linear.register_forward_pre_hook(_PoolEarly(shared, stack.pooling))
     root = model.get_submodule(stack.pooling.root)
-    root.register_forward_pre_hook(_BeginPooled(shared))
+    root.register_forward_pre_hook(_BeginPooled(shared, stack.pooling), with_kwargs=True)
     root.register_forward_hook(EndPass(shared), always_call=True)
     model.token_reduction = config  # type: ignore[assignment]
 

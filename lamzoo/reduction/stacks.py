@@ -124,7 +124,8 @@ def find_stack(model: nn.Module, *, masked: bool, verb: Literal["merged", "prune
 # For messages.
 _SUPPORTED = {
     "merged": "one VisionTransformer, Eva, NaFlexVit, Qwen3VitEncoder or DeepseekVitEncoder of timm, one image tower "
-    "of open_clip or a describer",
+    "of open_clip, one ViT, DeiT, DINOv2, I-JEPA, ViT-MSN, CLIP or SigLIP vision tower, VideoMAE or ViViT of "
+    "transformers or a describer",
     "pruned": "one VisionTransformer or Eva of timm or one image tower of open_clip",
 }
 
@@ -156,10 +157,10 @@ class _NoteGrid(NoteGrid, ReductionHook):
     """A :class:`NoteGrid` that is removed with the reduction."""
 
 
-def watch_image(patch_embed: nn.Module | None, shared: SharedState) -> None:
+def watch_image(layout: TokenLayout, shared: SharedState) -> None:
     """Begins each pass with the patch grid of its image, where the grid may change."""
-    if patch_embed is not None:
-        watch_grid(patch_embed, _NoteGrid(shared), _Leave(shared))
+    if layout.patch_embed is not None:
+        watch_grid(layout.patch_embed, _NoteGrid(shared, layout.grid_at), _Leave(shared))
 
 
 def watch_passes(blocks: Iterable[nn.Module], shared: SharedState) -> None:
@@ -172,6 +173,13 @@ def watch_passes(blocks: Iterable[nn.Module], shared: SharedState) -> None:
         if not any(isinstance(hook, EnterBlock) for hook in block._forward_pre_hooks.values()):  # of the masks
             block.register_forward_pre_hook(_Enter(shared, needs_pass=index > 0), with_kwargs=True)
         block.register_forward_hook(_Leave(shared), always_call=True)
+
+
+def watch_layers(layers: Iterable[nn.Module], shared: SharedState) -> None:
+    """Lets gradient checkpointing find the pass in the attention layers, where it leaves out the hooks of a block."""
+    for layer in layers:
+        if not any(isinstance(hook, EnterBlock) for hook in layer._forward_pre_hooks.values()):  # of the masks
+            layer.register_forward_pre_hook(_Enter(shared, needs_pass=True, inside=True), with_kwargs=True)
 
 
 def check_unsharded(model: nn.Module) -> None:

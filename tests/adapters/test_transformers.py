@@ -24,6 +24,8 @@ import lamzoo  # noqa: E402
 from lamzoo.adapters import add_lam, capture_masks, lam_state_dict, load_lam_state_dict, remove_lam  # noqa: E402
 from lamzoo.errors import ConfigError, MissingExtraError, StateDictError, UnsupportedHostError, WeightsError  # noqa: E402
 from lamzoo.lam import Lam, LamConfig  # noqa: E402
+from lamzoo.lam.fused import pinned_form  # noqa: E402
+from lamzoo.lam.masks import PositionTable  # noqa: E402
 from tests.adapters.transformers_hosts import DETR, HOSTS, LLAMA, SMALL, TEXT, Host, Inputs, words  # noqa: E402
 
 RANDOM = LamConfig(init="paper", rank=3)
@@ -427,9 +429,45 @@ def test_shifted_windows_share_no_mask() -> None:
         add_lam(HOSTS["swin"].create(), LamConfig(layers="single"))
 
 
-def test_tokens_are_not_merged() -> None:
-    with pytest.raises(UnsupportedHostError, match=r"no part of transformers\.[a-z_.]+\.ViTModel"):
-        lamzoo.merge_tokens(add_lam(HOSTS["vit"].create()), keep=0.5)
+@pytest.mark.parametrize("name", ["beit", "bert"])
+def test_tokens_of_other_models_are_not_merged_and_have_no_fused_form(name: str) -> None:
+    model = add_lam(HOSTS[name].create(), LamConfig(op="add"))
+    with pytest.raises(UnsupportedHostError, match=r"such blocks are in no part of transformers\."):
+        lamzoo.merge_tokens(model, keep=0.5)
+    with pytest.raises(UnsupportedHostError, match="the host computes queries, keys and values, and calls lamzoo for"):
+        lamzoo.fuse(model)
+
+
+@pytest.mark.parametrize("name", ["vit", "deit", "dinov2", "clip", "siglip", "videomae", "vivit"])
+def test_fused_models_compute_the_same(name: str) -> None:
+    host = HOSTS[name]
+    model, inputs = add_lam(host.create(), LamConfig(op="add", rank=3, init="paper")), inputs_of(host)
+    inputs.pop("attention_mask", None)  # with which layers don't take the fused form
+    with torch.no_grad():
+        expected = run(model, inputs)
+        lamzoo.fuse(model)
+        layers: list[Any] = [module for module in model.modules() if getattr(module, "is_fused", False)]
+        assert len(layers) == host.layers
+        calls: list[int] = []
+        for layer in layers:
+            layer.fused.register_forward_hook(lambda *_: calls.append(1))
+        with pinned_form(True):
+            torch.testing.assert_close(run(model, inputs), expected, atol=1e-5, rtol=1e-5)
+    assert len(calls) == host.layers // (2 if name == "clip" else 1)  # the text tower of CLIP is causal
+
+
+@pytest.mark.parametrize("name", ["vit", "clip"])
+def test_position_keys_know_the_patch_grid(name: str) -> None:
+    model: Any = HOSTS[name].create()
+    tower = model if name == "vit" else model.vision_model
+    add_lam(tower, LamConfig(keys="position", init="paper"))
+    tables = [module for module in tower.modules() if isinstance(module, PositionTable)]
+    assert [(table.weight.shape[1], table.grid) for table in tables] == [(5, (2, 2))] * 2
+    seen: list[Any] = []
+    for table in tables:
+        table.register_forward_pre_hook(lambda _, args: seen.append(args[:2]))
+    tower(torch.randn(1, 3, 16, 32), interpolate_pos_encoding=True)
+    assert seen == [(9, (2, 4))] * 2
 
 
 _MLA = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}

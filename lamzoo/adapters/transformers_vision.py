@@ -1,0 +1,331 @@
+"""Vision transformers of Hugging Face transformers: attention layers that take over a host's, and token layouts.
+
+In these classes each attention layer is replaced by a subclass that takes over its parameters, as in timm's models, so
+that tokens can merge and the layer has a fused form. The outputs that transformers records of a layer stay those of its
+class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers.models.clip.modeling_clip import CLIPAttention, CLIPVisionModel
+from transformers.models.deit.modeling_deit import DeiTAttention, DeiTForImageClassification, DeiTModel
+from transformers.models.dinov2.modeling_dinov2 import Dinov2Attention, Dinov2Model
+from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers import (
+    Dinov2WithRegistersAttention,
+    Dinov2WithRegistersModel,
+)
+from transformers.models.ijepa.modeling_ijepa import IJepaAttention, IJepaModel
+from transformers.models.siglip.modeling_siglip import SiglipAttention, SiglipVisionModel
+from transformers.models.videomae.modeling_videomae import VideoMAEModel, VideoMAESelfAttention
+from transformers.models.vit.modeling_vit import ViTAttention, ViTForImageClassification, ViTModel
+from transformers.models.vit_msn.modeling_vit_msn import ViTMSNAttention, ViTMSNForImageClassification, ViTMSNModel
+from transformers.models.vivit.modeling_vivit import VivitAttention, VivitForVideoClassification, VivitModel
+
+from lamzoo.adapters.hosts import HostTakeover, Pooling, TokenLayout, is_bare
+from lamzoo.errors import UnsupportedHostError, class_name
+from lamzoo.lam.fused import Projection
+from lamzoo.lam.resize import Grid
+
+
+class LamVisionAttention(HostTakeover):
+    """Self-attention of transformers' vision models under a learnable mask.
+
+    Attributes:
+        projections: names of the layers that make queries, keys and values.
+        output_projection: name of the layer that the heads go through; None where the block has it.
+        scaling_name: of the scale of the scores.
+        dropout_name: of the dropout rate of the weights.
+    """
+
+    projections: ClassVar[tuple[str, str, str]] = ("q_proj", "k_proj", "v_proj")
+    output_projection: ClassVar[str | None] = "o_proj"
+    scaling_name: ClassVar[str] = "scaling"
+    dropout_name: ClassVar[str] = "attention_dropout"
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Masked self-attention of ``hidden_states (B, N, C)``; arguments and result as those of the host's layer.
+
+        Raises:
+            UnsupportedHostError: ``attention_mask`` was made for another implementation than eager and SDPA, or is
+                given although tokens have merged.
+        """
+        host: Any = self
+        is_eager = host.config._attn_implementation in (None, "eager")
+        causal = kwargs.get("is_causal", host.is_causal) and attention_mask is None and not is_eager
+        causal = bool(causal and hidden_states.shape[1] > 1)  # as transformers' SDPA
+        weighs = is_eager or bool(kwargs.get("output_attentions"))
+        if attention_mask is None and not (causal or weighs):
+            heads = self.attend_fused(hidden_states)
+            if heads is not None:
+                return self._output(heads), None
+        if attention_mask is not None and self.lam.shared.current.has_reduced:
+            raise UnsupportedHostError(
+                f"{class_name(self.host_class)} got an attention mask of all tokens after some were merged; leave it "
+                "out, or call lamzoo.remove_reduction(model) first."
+            )
+        keys = self.lam.key_tokens(hidden_states)
+        query, key, value = (
+            projection(tokens).unflatten(-1, (self._heads, -1)).transpose(1, 2)
+            for projection, tokens in zip(self._projections(), (hidden_states, keys, keys), strict=True)
+        )
+        allowed, bias = read_mask(self, attention_mask, key.shape[2])
+        options: dict[str, Any] = {
+            "allowed": allowed,
+            "bias": bias,
+            "is_causal": causal,
+            "dropout_p": getattr(host, self.dropout_name) if host.training else 0.0,
+            "scale": getattr(host, self.scaling_name),
+            "present": present_keys(attention_mask) if self.lam.has_positions else None,
+        }
+        weights = None
+        if weighs:
+            out, weights = self.lam.attend_with_weights(hidden_states, keys, query, key, value, **options)
+        else:
+            out = self.lam.attend(hidden_states, keys, query, key, value, **options)
+        return self._output(out.transpose(1, 2).flatten(2)), weights
+
+    def _output(self, heads: Tensor) -> Tensor:
+        name = self.output_projection
+        out: Tensor = heads if name is None else getattr(self, name)(heads)
+        return out
+
+    def _projections(self) -> list[nn.Module]:
+        return [getattr(self, name) for name in self.projections]
+
+    @property
+    def _heads(self) -> int:
+        host: Any = self
+        heads: int = host.num_heads if hasattr(host, "num_heads") else host.num_attention_heads
+        return heads
+
+    def projection(self) -> Projection | None:
+        layers: list[Any] = self._projections()
+        if not all(map(is_bare, layers)):
+            return None
+        biases = [layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias for layer in layers]
+        weight = torch.cat([layer.weight for layer in layers])
+        return Projection(weight, torch.cat(biases), self._heads, getattr(self, self.scaling_name), layers)
+
+
+class LamViTAttention(LamVisionAttention, ViTAttention):
+    """ViT's attention under a learnable mask."""
+
+
+class LamDeiTAttention(LamVisionAttention, DeiTAttention):
+    """DeiT's attention under a learnable mask."""
+
+
+class LamViTMSNAttention(LamVisionAttention, ViTMSNAttention):
+    """ViT-MSN's attention under a learnable mask."""
+
+
+class LamIJepaAttention(LamVisionAttention, IJepaAttention):
+    """I-JEPA's attention under a learnable mask."""
+
+
+class LamDinov2Attention(LamVisionAttention, Dinov2Attention):
+    """DINOv2's attention under a learnable mask."""
+
+
+class LamDinov2WithRegistersAttention(LamVisionAttention, Dinov2WithRegistersAttention):
+    """The attention of DINOv2 with registers under a learnable mask."""
+
+
+class LamVivitAttention(LamVisionAttention, VivitAttention):
+    """ViViT's attention under a learnable mask."""
+
+
+class LamVideoMAEAttention(LamVisionAttention, VideoMAESelfAttention):
+    """VideoMAE's attention under a learnable mask."""
+
+    projections = ("query", "key", "value")
+    output_projection = None
+    dropout_name = "dropout_prob"
+
+
+class LamClipAttention(LamVisionAttention, CLIPAttention):
+    """The attention of CLIP's image and text towers under a learnable mask."""
+
+    output_projection = "out_proj"
+    scaling_name = "scale"
+    dropout_name = "dropout"
+
+
+class LamSiglipAttention(LamVisionAttention, SiglipAttention):
+    """The attention of SigLIP's image and text towers under a learnable mask."""
+
+    output_projection = "out_proj"
+    scaling_name = "scale"
+    dropout_name = "dropout"
+
+
+TAKEOVERS: Mapping[type[nn.Module], type[LamVisionAttention]] = {
+    ViTAttention: LamViTAttention,
+    DeiTAttention: LamDeiTAttention,
+    ViTMSNAttention: LamViTMSNAttention,
+    IJepaAttention: LamIJepaAttention,
+    Dinov2Attention: LamDinov2Attention,
+    Dinov2WithRegistersAttention: LamDinov2WithRegistersAttention,
+    VivitAttention: LamVivitAttention,
+    VideoMAESelfAttention: LamVideoMAEAttention,
+    CLIPAttention: LamClipAttention,
+    SiglipAttention: LamSiglipAttention,
+}
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A class of vision transformers, and where its parts are.
+
+    Attributes:
+        blocks: path of the list of blocks.
+        attn: path of the attention layer in a block.
+        norm: name of the norm of a block before its attention.
+        patch_embed: path of the module that makes patches of the images.
+        num_prefix_tokens: number of class and register tokens.
+        pooled_by: class of the models that read the class token of such a tower and nothing else.
+    """
+
+    blocks: str
+    attn: str = "attention"
+    norm: str = "layernorm_before"
+    patch_embed: str = "embeddings.patch_embeddings"
+    num_prefix_tokens: int = 1
+    pooled_by: type[nn.Module] | None = None
+
+
+_DINOV2 = Tower("encoder.layer", norm="norm1")
+_TOWERS: Mapping[type[nn.Module], Tower] = {
+    ViTModel: Tower("layers", pooled_by=ViTForImageClassification),
+    DeiTModel: Tower("layers", num_prefix_tokens=2, pooled_by=DeiTForImageClassification),
+    ViTMSNModel: Tower("layers", pooled_by=ViTMSNForImageClassification),
+    IJepaModel: Tower("layers", num_prefix_tokens=0),
+    Dinov2Model: _DINOV2,
+    Dinov2WithRegistersModel: _DINOV2,
+    VivitModel: Tower("layers", pooled_by=VivitForVideoClassification),
+    VideoMAEModel: Tower("encoder.layer", attn="attention.attention", num_prefix_tokens=0),
+    CLIPVisionModel: Tower("encoder.layers", "self_attn", "layer_norm1", "embeddings.patch_embedding"),
+    SiglipVisionModel: Tower("encoder.layers", "self_attn", "layer_norm1", "embeddings.patch_embedding", 0),
+}
+
+
+def tower_layouts(model: nn.Module) -> Iterator[TokenLayout]:
+    """Yields the layout of the blocks of each vision transformer of a known class, with its pooling."""
+    for path, host in model.named_modules():
+        kind = next((kind for kind in _TOWERS if isinstance(host, kind)), None)
+        if kind is not None:
+            yield _layout(model, path, host, _TOWERS[kind])
+
+
+def _layout(model: nn.Module, path: str, host: Any, tower: Tower) -> TokenLayout:
+    config = host.config
+    prefix = tower.num_prefix_tokens + getattr(config, "num_register_tokens", 0)
+    parent = path.rpartition(".")[0]
+    pooled = bool(path) and tower.pooled_by is not None and type(model.get_submodule(parent)) is tower.pooled_by
+    pooling = Pooling(
+        blocks=f"{path}.{tower.blocks}" if path else tower.blocks,
+        root=parent if pooled else path,
+        kind="token" if pooled else "",
+        has_class_token=tower.num_prefix_tokens > 0,
+        num_unpooled=prefix,
+        last=host,
+        norm=tower.norm,
+        attn=tower.attn,
+        checkpoints_forward=True,
+        reads_prefix_only=partial(bool, pooled),
+        reads_blocks=partial(_reads_blocks, config),
+        arguments=frozenset({"output_hidden_states", "output_attentions", "return_dict"}),
+        no_pruning="returns every token; merge them with lamzoo.merge_tokens, which gives each the one it is part of",
+    )
+    height, width = _pair(config.image_size)
+    grid_at = partial(_grid_at, _pair(_patch_size(config)))
+    rows, columns = grid_at((height, width))
+    if hasattr(config, "num_frames"):
+        steps = config.num_frames // _tubelet(config)
+        return TokenLayout(length=prefix + steps * rows * columns, num_prefix_tokens=prefix, pooling=pooling)
+    return TokenLayout(
+        length=prefix + rows * columns,
+        num_prefix_tokens=prefix,
+        grid=(rows, columns),
+        grid_at=grid_at,
+        patch_embed=host.get_submodule(tower.patch_embed),
+        pooling=pooling,
+    )
+
+
+def _reads_blocks(config: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Returns whether a forward pass with these arguments returns the outputs of blocks.
+
+    Raises:
+        UnsupportedHostError: it returns the input of the first block as well, of which merged tokens are made.
+    """
+    wanted = kwargs.get("output_hidden_states", getattr(config, "output_hidden_states", False))
+    if wanted is None or wanted is False:
+        return False
+    if wanted is True or 0 in ([wanted] if isinstance(wanted, int) else wanted):
+        last = config.num_hidden_layers
+        raise UnsupportedHostError(
+            "output_hidden_states asks for the input of the first block, whose tokens merge in it; name the outputs "
+            f"that you need, such as output_hidden_states=[{last - 1}, {last}], or call lamzoo.remove_reduction(model) "
+            "first."
+        )
+    return True
+
+
+def _grid_at(patch: tuple[int, int], size: tuple[int, int]) -> Grid:
+    return size[0] // patch[0], size[1] // patch[1]
+
+
+def _patch_size(config: Any) -> Any:
+    tubelet = getattr(config, "tubelet_size", None)  # ViViT's has the patch size in it
+    return tuple(tubelet[1:]) if isinstance(tubelet, (list, tuple)) else config.patch_size
+
+
+def _tubelet(config: Any) -> int:
+    size = config.tubelet_size
+    frames: int = size[0] if isinstance(size, (list, tuple)) else size
+    return frames
+
+
+def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def present_keys(mask: Tensor | None) -> Tensor | None:
+    """Returns which keys some query may attend to, bool ``(B, Nk)``, of a mask ``(B, 1 | H, Nq, Nk)``."""
+    if mask is None:
+        return None
+    allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
+    return allowed.any(dim=2).any(dim=1)
+
+
+def read_mask(module: nn.Module, mask: Any, keys: int) -> tuple[Tensor | None, Tensor | None]:
+    """Returns the attention mask of a host as ``allowed`` and ``bias`` of :func:`lamzoo.lam.lam_attention`.
+
+    Args:
+        module: the attention layer, for messages.
+        mask: as transformers makes it for eager and SDPA; None without one.
+        keys: number of keys, at most as many as in the mask.
+
+    Raises:
+        UnsupportedHostError: the mask was made for another implementation.
+    """
+    if mask is None:
+        return None, None
+    if not isinstance(mask, Tensor) or mask.ndim != 4:
+        host = class_name(getattr(module, "host_class", module))
+        raise UnsupportedHostError(
+            f"{host} was given an attention mask of another implementation than eager and SDPA; call "
+            "set_attn_implementation('sdpa') of the model."
+        )
+    mask = mask[..., :keys]
+    return (mask, None) if mask.dtype == torch.bool else (None, mask)
