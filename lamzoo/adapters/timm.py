@@ -10,7 +10,7 @@ each forward pass, as timm resizes position embeddings under ``dynamic_img_size`
 
 Supported models: VisionTransformer (DeiT, DINOv2, CLIP, SigLIP, ViTamin, ...), its hybrids with a convolutional stem,
 Eva (EVA-02, RoPE-ViT, PE, DINOv3), BEiT, VisionTransformerRelPos, NaFlexVit, PiT, MobileViT, the DeepSeek and Qwen3
-encoders, Swin v1 and v2, SAM's ViT, MaxViT and CoAtNet.
+encoders; those of :mod:`lamzoo.adapters.windows`, :mod:`lamzoo.adapters.pooled` and :mod:`lamzoo.adapters.hybrids`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ from timm.layers import (
     RotAttentionPool2d,
 )
 from timm.models.beit import Beit
-from timm.models.csatv2 import SpatialTransformerBlock
 from timm.models.deepseek_vit import DeepseekVitBlock, DeepseekVitEncoder
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva, EvaAttention, EvaBlock
@@ -55,6 +54,9 @@ from lamzoo.adapters.hosts import (
     TakeoverAdapter,
     TokenLayout,
 )
+from lamzoo.adapters.hybrids import HYBRID_TAKEOVERS, NO_TOKEN_SOFTMAX
+from lamzoo.adapters.pooled import POOLED_TAKEOVERS
+from lamzoo.adapters.staged import StagedTakeover
 from lamzoo.adapters.timm_layers import VIT_TAKEOVERS
 from lamzoo.adapters.windows import WINDOW_TAKEOVERS, window_layout
 from lamzoo.errors import UnsupportedHostError, class_name
@@ -88,6 +90,8 @@ class TimmAdapter(TakeoverAdapter):
     """Masks timm's vision transformers."""
 
     takeovers: ClassVar[Mapping[type[nn.Module], type[HostTakeover]]] = {
+        **POOLED_TAKEOVERS,
+        **HYBRID_TAKEOVERS,
         **VIT_TAKEOVERS,
         **WINDOW_TAKEOVERS,
     }
@@ -109,6 +113,8 @@ class TimmAdapter(TakeoverAdapter):
 
     def token_layout(self, model: nn.Module, path: str) -> TokenLayout | None:
         """Returns the layout of class token, registers and patches, where the layer is in a list of timm's blocks."""
+        if (takeover := self._staged(model.get_submodule(path))) is not None:
+            return takeover.layout(model, path)
         match = _LAYER.fullmatch(path)
         if match is None or not self._serves(model.get_submodule(path)):
             return None
@@ -127,20 +133,36 @@ class TimmAdapter(TakeoverAdapter):
 
     def _sites_of(self, root_path: str, root: nn.Module) -> list[AttentionSite]:
         found = []
+        staged = False
         for path, module in root.named_modules(prefix=root_path):
             if type(module) in self.takeovers:
-                match = _LAYER.fullmatch(path)
+                takeover = self._staged(module)
+                match = (_LAYER if takeover is None else takeover.place).fullmatch(path)
                 if match is None:
                     raise UnsupportedHostError(
                         f"{_named(path, module)} is an attention layer outside of any list of blocks; put it into a "
                         "model of timm's, or call add_lam on that model."
                     )
-                found.append(_site(path, match["stack"], match["name"], module))
-            elif _attends(module):
+                staged = staged or takeover is not None
+                found.append(
+                    takeover.site(path, module) if takeover else _site(path, match["stack"], match["name"], module)
+                )
+            elif (reason := NO_TOKEN_SOFTMAX.get(type(module))) is not None:
+                raise UnsupportedHostError(
+                    f"{_named(path, module)} can't carry a learnable mask, which acts on a softmax over tokens: "
+                    f"{reason}; choose a model whose layers all have one."
+                )
+            elif _attends(module) and not any(type(part) in self.takeovers for part in module.modules()):
                 raise UnsupportedHostError(f"{_named(path, module)} can't carry a learnable mask; {_SERVED}")
-        if found:
+        if found and not staged:  # in models with stages, other blocks are convolutions
             _check_complete(root_path, root, found)
-        return found
+        stacks = dict.fromkeys(site.stack for site in found)
+        return [site for stack in stacks for site in found if site.stack == stack]
+
+    def _staged(self, module: nn.Module) -> type[StagedTakeover] | None:
+        kind = module if isinstance(module, HostTakeover) else self.takeovers.get(type(module))
+        takeover = type(kind) if isinstance(kind, HostTakeover) else kind
+        return takeover if takeover is not None and issubclass(takeover, StagedTakeover) else None
 
 
 _SERVED = f"in timm's models, add_lam supports blocks with {', '.join(map(class_name, TimmAdapter.takeovers))}."
@@ -155,8 +177,6 @@ def _is_timm(module: nn.Module) -> bool:
 
 
 def _attends(module: nn.Module) -> bool:
-    if isinstance(module, SpatialTransformerBlock):  # CSATv2's, which has a single head and no num_heads
-        return True
     return _is_timm(module) and hasattr(module, "num_heads") and not isinstance(module, _NO_SELF_ATTENTION)
 
 

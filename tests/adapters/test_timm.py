@@ -365,8 +365,6 @@ def test_a_hybrid_with_residual_blocks_in_its_stem_gets_masks_in_its_transformer
 
 
 REFUSED = {
-    "twins_svt_small": r"\(timm\.models\.twins\.LocallyGroupedAttn\)",
-    "crossvit_9_240": r"\(timm\.models\.crossvit\.CrossAttention\)",
     "csatv2": r"\(timm\.models\.csatv2\.SpatialTransformerBlock\)",
     "resnet10t": "no attention layer",
     "skresnet18": "no attention layer",
