@@ -67,7 +67,7 @@ class LamLevitAttention(StagedTakeover, LevitAttention):
         if self.use_conv:
             tokens, qkv = to_tokens(x), to_tokens(qkv)
         query, key, value = _split_widths(qkv, self.num_heads, self.key_dim, self.key_dim, self.val_dim)
-        out = self.attend_tokens(tokens, tokens, query, key, value, bias=self.get_attention_biases(x.device))
+        out = self.attend_tokens(tokens, tokens, query, key, value, bias=_biases(self, x))
         return self.proj(to_map(out, x) if self.use_conv else out)
 
 
@@ -91,7 +91,7 @@ class LamLevitDownsample(StagedTakeover, LevitDownsample):
             tokens, queries, query, kv = map(to_tokens, (x, fewer, query, kv))
         key, value = _split_widths(kv, self.num_heads, self.key_dim, self.val_dim)
         query = split_heads(query, self.num_heads)
-        out = self.attend_tokens(queries, tokens, query, key, value, bias=self.get_attention_biases(x.device))
+        out = self.attend_tokens(queries, tokens, query, key, value, bias=_biases(self, x))
         return self.proj(to_map(out, fewer) if self.use_conv else out)
 
 
@@ -105,7 +105,7 @@ class LamEfficientFormerAttention(StagedTakeover, EfficientFormerAttention):
     def forward(self, x: Tensor) -> Tensor:
         """Masked self-attention of ``x (B, N, C)``."""
         query, key, value = _split_widths(self.qkv(x), self.num_heads, self.key_dim, self.key_dim, self.val_dim)
-        return self.proj(self.attend_tokens(x, x, query, key, value, bias=self.get_attention_biases(x.device)))
+        return self.proj(self.attend_tokens(x, x, query, key, value, bias=_biases(self, x)))
 
 
 class LamTinyVitAttention(StagedTakeover, TinyVitAttention):
@@ -119,7 +119,7 @@ class LamTinyVitAttention(StagedTakeover, TinyVitAttention):
         """Masked self-attention of windows ``x (B W, N, C)``; the mask network reads the normalised tokens."""
         x = self.norm(x)
         query, key, value = _split_widths(self.qkv(x), self.num_heads, self.key_dim, self.key_dim, self.val_dim)
-        return self.proj(self.attend_tokens(x, x, query, key, value, bias=self.get_attention_biases(x.device)))
+        return self.proj(self.attend_tokens(x, x, query, key, value, bias=_biases(self, x)))
 
 
 class LamCascadedGroupAttention(StagedTakeover, CascadedGroupAttention):
@@ -144,7 +144,7 @@ class LamCascadedGroupAttention(StagedTakeover, CascadedGroupAttention):
         assert isinstance(lam, Lam)
         tokens = to_tokens(x)
         mask = lam(tokens, tokens)
-        biases = self.get_attention_biases(x.device)
+        biases = _biases(self, x)
         eager = EagerAttention()
         attend = partial(lam_attention, backend=lam.backend) if lam.recorder is None else eager
         heads: list[Tensor] = []
@@ -383,7 +383,7 @@ class LamEfficientFormerAttention2d(StagedTakeover, Attention2d):
         x = x if self.stride_conv is None else self.stride_conv(x)
         tokens, value = to_tokens(x), self.v(x)
         query, key, heads = (split_heads(to_tokens(each), self.num_heads) for each in (self.q(x), self.k(x), value))
-        scores = (query @ key.transpose(-2, -1)) * self.scale + self.get_attention_biases(x.device)
+        scores = (query @ key.transpose(-2, -1)) * self.scale + _biases(self, x)
         weights = self.talking_head2(self.masked_weights(tokens, tokens, self.talking_head1(scores)))
         out = to_map((weights @ heads).transpose(1, 2).flatten(2), x) + self.v_local(value)
         return self.proj(self.act(out if self.upsample is None else self.upsample(out)))
@@ -406,7 +406,7 @@ class LamEfficientFormerDownsample(StagedTakeover, Attention2dDownsample):
         local = self.v_local(value)
         queries = to_tokens(self.q.pool(x))
         query, key, heads = (split_heads(to_tokens(each), self.num_heads) for each in (self.q(x), self.k(x), value))
-        biases = self.get_attention_biases(x.device)
+        biases = _biases(self, x)
         out = self.attend_tokens(queries, to_tokens(x), query, key, heads, bias=biases)
         return self.proj(self.act(to_map(out, local) + local))
 
@@ -549,6 +549,13 @@ NO_TOKEN_SOFTMAX: Mapping[type[nn.Module], str] = {
 def _split_widths(x: Tensor, heads: int, *widths: int) -> tuple[Tensor, ...]:
     """Splits ``(B, N, heads sum(widths))`` into parts ``(B, heads, N, width)``."""
     return split_heads(x, heads).split(widths, dim=-1)
+
+
+def _biases(attn: Any, x: Tensor) -> Tensor:
+    """Returns the biases of the scores ``(H, Nq, Nk)``; timm's cache of them would keep the graph of its first pass."""
+    if torch.is_grad_enabled() and attn.attention_biases.requires_grad:
+        return attn.attention_biases[:, attn.attention_bias_idxs]
+    return attn.get_attention_biases(x.device)
 
 
 def _attend_low(attn: Any, x: Tensor, padded: Tensor) -> Tensor:
