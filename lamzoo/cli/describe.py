@@ -11,6 +11,7 @@ import typer
 from lamzoo.cli import _output as out
 from lamzoo.cli._options import Checkpoint, Device, Json, load_model
 from lamzoo.errors import ConfigError, DataError
+from lamzoo.files import check_target
 
 if TYPE_CHECKING:
     from lamzoo.video.describe import DescribedWindow, VideoWindows
@@ -37,6 +38,8 @@ def describe(
         "Also write subtitles; for a folder of videos, the folder of their descriptions and subtitles."))] = None,
     explain: Annotated[Path | None, typer.Option(metavar="FILE.png", help=(
         "Draw the masks and the attention of words in the first windows."))] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE.html", help=(
+        "Interactive page of the masks and the attention in the first window."))] = None,
     device: Device = "auto",
     on_bad_input: Annotated[Literal["stop", "skip"], typer.Option(help=(
         "In a folder: stop at a video that cannot be described, or skip it with a warning."))] = "stop",
@@ -51,16 +54,16 @@ def describe(
     from lamzoo.data.paths import folder_exists
 
     if folder_exists(video):
-        if output is None or output.suffix == ".vtt" or start or end is not None or explain is not None:
+        if output is None or output.suffix == ".vtt" or start or end is not None or explain or html:
             raise ConfigError(
-                f"{video} is a folder; name a folder for the descriptions with --out, and leave out --start, --end "
-                "and --explain, or give a video file"
+                f"{video} is a folder; name a folder for the descriptions with --out, and leave out --start, --end, "
+                "--explain and --html, or give a video file"
             )
         options = {"towers": features, "rate": rate, "seconds": seconds, "context": context, "device": device}
         decoding: dict[str, Any] = {"beams": beams, "top_p": top_p, "length_penalty": length_penalty}
         _describe_folder(video, output, model, checkpoint, decoding, on_bad_input, force, json, options)
         return
-    _check_files(video, output, explain)
+    _check_files(video, output, explain, html)
     if not out.is_main_process():
         return
     from lamzoo.evaluation import resolve_device
@@ -86,11 +89,15 @@ def describe(
         from lamzoo.report import explain_windows
 
         explain_windows(network, windows, described, explain)
+    if html is not None:
+        from lamzoo.report import explore_window
+
+        explore_window(network, windows, described[0], html)
     if json:
         towers = features if windows.rate is not None else None
-        out.print_json({"model": model, "features": towers, **_record(windows, described, output, explain)})
+        out.print_json({"model": model, "features": towers, **_record(windows, described, output, explain, html)})
         return
-    for path in (output, explain):
+    for path in (output, explain, html):
         if path is not None:
             out.print_line(out.path_text(path))
 
@@ -139,7 +146,7 @@ def _describe_folder(
     out.print_line(out.path_text(output))
 
 
-def _check_files(video: Path, output: Path | None, explain: Path | None) -> None:
+def _check_files(video: Path, output: Path | None, explain: Path | None, html: Path | None) -> None:
     """Checks the paths before anything is loaded."""
     from lamzoo.data.paths import file_exists
 
@@ -155,6 +162,8 @@ def _check_files(video: Path, output: Path | None, explain: Path | None) -> None
         from lamzoo.report.frame_rows import check_rows
 
         check_rows(explain, "picture")
+    if html is not None:
+        check_target(html, "page", suffix=".html")
 
 
 def _print(windows: VideoWindows, described: Sequence[DescribedWindow]) -> None:
@@ -168,7 +177,11 @@ def _print(windows: VideoWindows, described: Sequence[DescribedWindow]) -> None:
 
 
 def _record(
-    windows: VideoWindows, described: Sequence[DescribedWindow], output: Path | None, explain: Path | None
+    windows: VideoWindows,
+    described: Sequence[DescribedWindow],
+    output: Path | None,
+    explain: Path | None,
+    html: Path | None,
 ) -> dict[str, Any]:
     from lamzoo.video.describe import as_record
 
@@ -176,4 +189,5 @@ def _record(
         **as_record(windows, described),
         "out": None if output is None else out.path_text(output),
         "explain": None if explain is None else out.path_text(explain),
+        "html": None if html is None else out.path_text(html),
     }

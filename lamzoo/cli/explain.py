@@ -9,7 +9,7 @@ import typer
 
 from lamzoo.cli import _output as out
 from lamzoo.cli._options import Checkpoint, Device, Merge, Name, load_model
-from lamzoo.errors import ConfigError, UnsupportedHostError
+from lamzoo.errors import ConfigError, DataError, UnsupportedHostError
 from lamzoo.files import check_target
 
 if TYPE_CHECKING:
@@ -18,29 +18,35 @@ if TYPE_CHECKING:
 
 def explain(
     name: Name,
-    image: Annotated[Path | None, typer.Argument(metavar="IMAGE", help="An image file, or --data instead.")] = None,
+    image: Annotated[Path | None, typer.Argument(metavar="INPUT", help=(
+        "An image file, or a video with --text, or --data instead."))] = None,
     output: Annotated[Path | None, typer.Option("--out", metavar="FILE.png", help="Picture to write.")] = None,
     html: Annotated[Path | None, typer.Option(metavar="FILE.html", help=(
         "Interactive page to write, in one file: masks and attention of every token, layer and head."))] = None,
     figure: Annotated[Path | None, typer.Option(metavar="FILE.pdf|svg|png", help=(
         "Compact figure for a paper to write, one column wide."))] = None,
     data: Annotated[str | None, typer.Option(metavar="SPEC", help=(
-        "Queries about videos: qvhighlights:DIR, charades:DIR, tvsum:DIR[:DOMAIN] or grid:DIR."))] = None,
+        "Data set of the model's task, such as qvhighlights:DIR, msrvtt:DIR, videos:DIR or grid:DIR."))] = None,
     split: Annotated[str | None, typer.Option(help="Split of the data [test].")] = None,
-    query: Annotated[str | None, typer.Option(metavar="QID", help="Query to draw [the first of the split].")] = None,
+    query: Annotated[str | None, typer.Option(metavar="ID", help=(
+        "Query, video or clip to draw [the first of the split]."))] = None,
+    text: Annotated[list[str] | None, typer.Option(metavar="TEXT", help=(
+        "Text to compare a video with; several times for texts to choose among."))] = None,
     checkpoint: Checkpoint = None,
     merge: Merge = None,
     device: Device = "auto",
 ) -> None:  # fmt: skip
-    """Draws a model's masks over an image, or over the time axis of a video with --data: a picture, a page, or both."""
+    """Draws a model's masks over an image, or over the time axis of a video: a picture, a page, or both."""
     if image is None and data is None:
-        raise ConfigError("there is nothing to explain; give an IMAGE, or a moment data set with --data")
+        raise ConfigError("there is nothing to explain; give an IMAGE, a video with --text, or a data set with --data")
     if image is not None and data is not None:
-        raise ConfigError(f"the image {image} and --data {data} exclude each other; leave one out")
+        raise ConfigError(f"the file {image} and --data {data} exclude each other; leave one out")
     if image is not None:
         given = next((option for option, value in (("--split", split), ("--query", query)) if value is not None), None)
         if given is not None:
-            raise ConfigError(f"{given} does not apply to an image; leave it out, or use --data instead of the image")
+            raise ConfigError(f"{given} does not apply to a file; leave it out, or use --data instead of the file")
+    elif text:
+        raise ConfigError("--text applies to a video file, not to --data; leave it out")
     targets = {"explain": output, "figure": figure, "explore": html}
     if not any(targets.values()):
         raise ConfigError(
@@ -57,12 +63,22 @@ def explain(
 
     target = resolve_device(device)
     task = task_of(name)
-    _check(name, task, image is not None)
-    for function, path in targets.items():
+    of_video = image is not None and task.explore_video is not None
+    functions = [("explore_video" if of_video and function == "explore" else function) for function in targets]
+    for function, path in zip(functions, targets.values(), strict=True):
         if path is not None and getattr(task, function) is None:
-            raise UnsupportedHostError(f"{name} is {task.model_kind}, which has no such output; give --out FILE.png")
+            hint = task.explain_hint or ("give --out FILE.png" if task.explain else "")
+            says = f"{name} is {task.model_kind}, which `lamzoo explain` can't draw as {path}"
+            raise UnsupportedHostError(f"{says}; {hint}" if hint else says)
+    _check(name, task, image is not None, bool(text))
     inputs: tuple[Any, ...]
-    if image is not None:
+    if image is not None and of_video:
+        from lamzoo.data.paths import file_exists
+
+        if not file_exists(image):
+            raise DataError(f"no such video: {image}")
+        inputs = (image, text)
+    elif image is not None:
         from lamzoo.data import open_image
 
         open_image(image)
@@ -70,18 +86,21 @@ def explain(
     else:
         inputs = (task.open_split(str(data), split or "test"), query)
     model = load_model(name, checkpoint, merge=merge).to(target)
-    for function, path in targets.items():
+    for function, path in zip(functions, targets.values(), strict=True):
         if path is not None:
             task.load(function)(model, *inputs, path)
             out.print_line(out.path_text(path))
 
 
-def _check(name: str, task: Task, of_image: bool) -> None:
-    """Raises an :class:`UnsupportedHostError` if the model can't be drawn on such an input."""
-    if task.explain is None:
-        hint = f"; {task.explain_hint}" if task.explain_hint else ""
-        raise UnsupportedHostError(f"{name} is {task.model_kind}, which `lamzoo explain` can't draw{hint}")
-    if of_image and task.explains != "image":
+def _check(name: str, task: Task, of_file: bool, with_text: bool) -> None:
+    """Raises an error if the model can't be drawn on such an input."""
+    if of_file and task.explore_video is not None:
+        if not with_text:
+            raise ConfigError(f"{name} compares videos with texts; give one with --text")
+        return
+    if with_text:
+        raise ConfigError(f"--text does not apply to {name}, {task.model_kind}; leave it out")
+    if of_file and task.explains != "image":
         raise UnsupportedHostError(f"{name} is {task.model_kind}, which takes no images; use --data instead")
-    if not of_image and task.explains == "image":
+    if not of_file and task.explains == "image":
         raise UnsupportedHostError(f"{name} is {task.model_kind}, which is drawn over an image; give IMAGE instead")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol, TypeVar, cast
 
 from lamzoo.errors import DataError, MissingSplitError, UnsplitError
 
 WHOLE = "all"  #: the one split of data without splits
+
+_NAMED = 5  # ids in an error
 
 Data = TypeVar("Data")
 
@@ -53,6 +55,24 @@ def find_split(split: str, available: Iterable[str], where: str) -> str:
         if name in names:
             return name
     raise MissingSplitError(f"{where} has no split {split!r}; it has {', '.join(map(repr, names)) or 'none'}")
+
+
+def index_of_id(ids: Sequence[str], wanted: str | None, where: str, what: str) -> int:
+    """Returns the index of an id among those of a split; 0 for None.
+
+    Args:
+        ids: at least one.
+        wanted: the id.
+        where: the split, for the error.
+        what: a noun for the error: ``"query"``.
+
+    Raises:
+        DataError: there is no such id; lists the first ones.
+    """
+    if wanted is not None and wanted not in ids:
+        more = f" and {len(ids) - _NAMED} more" if len(ids) > _NAMED else ""
+        raise DataError(f"{where} has no {what} {wanted!r}; it has {', '.join(map(repr, ids[:_NAMED]))}{more}")
+    return 0 if wanted is None else ids.index(wanted)
 
 
 def check_whole(dataset: _Dataset, split: str, way_out: str | None) -> None:

@@ -6,7 +6,9 @@ from lamzoo.lazy import submodules_of
 
 if TYPE_CHECKING:
     from lamzoo.report.explorer import TokenRun, explore, explore_image
+    from lamzoo.report.explorer.description_page import explore_description, explore_window
     from lamzoo.report.explorer.queries import explore_query
+    from lamzoo.report.explorer.retrieval_page import explore_retrieval, explore_video
     from lamzoo.report.mask_pictures import explain
     from lamzoo.report.moment_pictures import explain_moments
     from lamzoo.report.paper_figure import figure
@@ -18,8 +20,12 @@ __all__ = [
     "explain_moments",
     "explain_windows",
     "explore",
+    "explore_description",
     "explore_image",
     "explore_query",
+    "explore_retrieval",
+    "explore_video",
+    "explore_window",
     "figure",
 ]
 
@@ -31,6 +37,10 @@ _HOMES = {
     "explore": "lamzoo.report.explorer",
     "explore_image": "lamzoo.report.explorer",
     "explore_query": "lamzoo.report.explorer.queries",
+    "explore_description": "lamzoo.report.explorer.description_page",
+    "explore_window": "lamzoo.report.explorer.description_page",
+    "explore_retrieval": "lamzoo.report.explorer.retrieval_page",
+    "explore_video": "lamzoo.report.explorer.retrieval_page",
     "figure": "lamzoo.report.paper_figure",
 }
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -44,22 +46,35 @@ def view(model: nn.Module, photo: str | Path | Image.Image, sharp_side: int = 32
         DataError: the photograph can't be read.
     """
     config = image_config(model)
-    channels, height, width = config["input_size"]
     image = open_image(photo, image_mode(config))
 
-    def crop(scale: int) -> Tensor:
-        size = (channels, height * scale, width * scale)
-        return create_transform(**{**config, "input_size": size}, is_training=False)(image)
-
-    def drawable(pixels: Tensor) -> Tensor:
-        mean, std = torch.tensor(config["mean"]), torch.tensor(config["std"])
-        values = (pixels.permute(1, 2, 0) * std + mean).clamp(0, 1)
-        return values.expand(-1, -1, 3) if channels == 1 else values[..., :3]
-
-    pixels = crop(1)
+    pixels = _crop(config, image)
     like = next(model.parameters())
     return View(
         images=pixels[None].to(like.device, like.dtype),
-        seen=drawable(pixels),
-        sharp=drawable(crop(math.ceil(sharp_side / min(height, width)))),
+        seen=_drawable(config, pixels),
+        sharp=sharp_crop(config, image, sharp_side),
     )
+
+
+def sharp_crop(config: Mapping[str, Any], image: Image.Image, sharp_side: int) -> Tensor:
+    """Returns what a model sees of an image, at a higher resolution and unnormalised: ``(kH, kW, 3)``, 0 to 1.
+
+    Args:
+        config: timm's preprocessing.
+        image: in the mode of its number of channels.
+        sharp_side: minimum length of the shorter side, pixels.
+    """
+    return _drawable(config, _crop(config, image, math.ceil(sharp_side / min(config["input_size"][1:]))))
+
+
+def _crop(config: Mapping[str, Any], image: Image.Image, scale: int = 1) -> Tensor:
+    channels, height, width = config["input_size"]
+    size = (channels, height * scale, width * scale)
+    return create_transform(**{**config, "input_size": size}, is_training=False)(image)
+
+
+def _drawable(config: Mapping[str, Any], pixels: Tensor) -> Tensor:
+    mean, std = torch.tensor(config["mean"]), torch.tensor(config["std"])
+    values = (pixels.permute(1, 2, 0) * std + mean).clamp(0, 1)
+    return values.expand(-1, -1, 3) if len(pixels) == 1 else values[..., :3]

@@ -13,6 +13,7 @@ from torch import nn
 
 from lamzoo.adapters.capture import capture_masks
 from lamzoo.data.moments import MomentDataset, MomentQuery
+from lamzoo.data.splits import index_of_id
 from lamzoo.errors import ConfigError, DataError, UnsupportedHostError
 from lamzoo.evaluation.moments.evaluate import find_moments
 from lamzoo.files import atomic_files, check_target
@@ -22,7 +23,6 @@ from lamzoo.profiling.inputs import evaluating
 from lamzoo.report.mask_pictures import title_of
 from lamzoo.report.timeline import LayerImportance, Timeline, draw_timeline
 
-_NAMED = 5  # queries in an error
 _LINE, _LINES = 110, 3  # characters of a line of the title, and lines of its sentence
 
 
@@ -79,11 +79,7 @@ def index_of(dataset: MomentDataset, qid: str | None) -> int:
         DataError: the split has no such query.
     """
     qids = [str(query.qid) for query in dataset.queries]  # numbers in QVHighlights, strings in other data sets
-    if qid is not None and qid not in qids:
-        few = ", ".join(map(repr, qids[:_NAMED]))
-        more = f" and {len(qids) - _NAMED} more" if len(qids) > _NAMED else ""
-        raise DataError(f"the split {dataset.split!r} of {dataset.spec} has no query {qid!r}; it has {few}{more}")
-    return 0 if qid is None else qids.index(qid)
+    return index_of_id(qids, qid, f"the split {dataset.split!r} of {dataset.spec}", "query")
 
 
 def _measure(model: nn.Module, masks: Mapping[str, Lam], dataset: MomentDataset, index: int, top: int) -> Timeline:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lamzoo.data.video.instants import Instants
+from lamzoo.data.video.instants import Instants, middles
 from lamzoo.data.video.reader import read_video
 from lamzoo.errors import ConfigError
 from lamzoo.report.frame_rows import FRAMES, check_rows, clock, draw_rows
@@ -49,7 +49,7 @@ def write_strip(path: str | Path, query: str, video: str | Path, spans: Sequence
     check_strip(path)
     if not spans:
         raise ConfigError("a preview strip needs at least one span")
-    wanted = [_times(span) for span in spans]
+    wanted = [middles(span.start, span.end, FRAMES) for span in spans]
     # One pass through the file reads the frames of all spans, which may overlap.
     times = sorted({time for row in wanted for time in row})
     frames = dict(zip(times, read_video(video, Instants(at=tuple(times))).frames, strict=True))
@@ -68,10 +68,6 @@ def check_strip(path: str | Path) -> None:
         MissingExtraError: matplotlib is not installed.
     """
     check_rows(path, "preview strip")
-
-
-def _times(span: Span) -> list[float]:
-    return [span.start + (span.end - span.start) * (number + 0.5) / FRAMES for number in range(FRAMES)]
 
 
 def _caption(rank: int, span: Span) -> str:

@@ -137,8 +137,9 @@ class Task:
             ``explains`` is ``"queries"``; None if ``lamzoo explain`` does not support the task.
         explains: input of ``explain``: an ``"image"``, or the ``"queries"`` of a data set.
         explore: function that writes an interactive page of a model, with the arguments of ``explain``; None for none.
+        explore_video: function that writes the page of a video file: ``(model, video, texts, path)``; None for none.
         figure: function that writes a figure for a paper (PDF, SVG or PNG), likewise.
-        explain_hint: an alternative to suggest if ``explain`` is None.
+        explain_hint: what to suggest if ``lamzoo explain`` has no such output.
         describe_input: function ``(model) -> str`` that describes the input size, for a model card.
         listed: name of the metric in ``lamzoo list``; the first one by default.
         reads_images: whether models have an image size and timm's preprocessing.
@@ -165,6 +166,7 @@ class Task:
     explain: str | None = None
     explains: str = "image"
     explore: str | None = None
+    explore_video: str | None = None
     figure: str | None = None
     explain_hint: str = ""
     describe_input: str | None = None

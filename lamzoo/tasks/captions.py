@@ -26,7 +26,9 @@ CAPTIONS = Task(
     predictions=(".json", ".json.gz"),
     score_predictions="lamzoo.evaluation.captions.evaluate:score_file",
     write_predictions="lamzoo.evaluation.captions.coco_results:write_captions",
-    explain_hint="`lamzoo describe VIDEO --explain FILE.png` draws its masks and words",
+    explains="queries",
+    explore="lamzoo.report.explorer.description_page:explore_description",
+    explain_hint="give --html FILE.html, or `lamzoo describe VIDEO --explain FILE.png`, which draws masks and words",
     listed="CIDEr",
     describe_input="lamzoo.evaluation.captions.evaluate:describe_input",
 )

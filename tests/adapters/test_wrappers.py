@@ -22,7 +22,15 @@ from lamzoo.evaluation.runtime import data_config
 from lamzoo.lam.fused import pinned_form
 from lamzoo.models.describer.model import describer
 from lamzoo.profiling import best_batch, measure, time_latency
-from lamzoo.report import explore, explore_image, explore_query
+from lamzoo.report import (
+    explore,
+    explore_description,
+    explore_image,
+    explore_query,
+    explore_retrieval,
+    explore_video,
+    explore_window,
+)
 from lamzoo.report.paper_figure import figure_image
 from lamzoo.weights import load_into
 
@@ -290,8 +298,12 @@ TAKES_A_MODEL: dict[str, Callable[[Any], object]] = {
     "capture_masks": lambda model: lamzoo.capture_masks(model).__enter__(),
     "evaluate": lambda model: evaluate(model, None),  # type: ignore[arg-type]
     "explore": lambda model: explore(model, (), "page.html"),
+    "explore_description": lambda model: explore_description(model, None, None, "page.html"),  # type: ignore[arg-type]
     "explore_image": lambda model: explore_image(model, "photo.png", "page.html"),
     "explore_query": lambda model: explore_query(model, None, None, "page.html"),  # type: ignore[arg-type]
+    "explore_retrieval": lambda model: explore_retrieval(model, None, None, "page.html"),  # type: ignore[arg-type]
+    "explore_video": lambda model: explore_video(model, "film.mp4", "a dog", "page.html"),
+    "explore_window": lambda model: explore_window(model, None, None, "page.html"),  # type: ignore[arg-type]
     "export_model": lambda model: lamzoo.export_model(model, "model.pt2"),
     "figure_image": lambda model: figure_image(model, "photo.png", "masks.pdf"),
     "fuse": lamzoo.fuse,

@@ -204,11 +204,29 @@ def test_the_model_reads_what_it_wrote_before_as_far_as_it_fits(model: str, towe
 
 def test_explain_draws_the_first_windows(run, model: str, towers: str, film: Path) -> None:
     options = ("--model", model, "--features", towers, "--end", "3", "--explain", "words.png", "--top-p", 0.9)
-    done = run("describe", film, *options)
-    assert (done.code, done.out.splitlines()[-1]) == (0, "words.png")
+    done = run("describe", film, *options, "--html", "words.html")
+    assert (done.code, done.out.splitlines()[-2:]) == (0, ["words.png", "words.html"])
+    page = Path("words.html").read_text()
+    assert "film.mp4, 0.0 to 2.0 s</title>" in page and '"frames": 12' in page
     with Image.open("words.png") as image:
         assert image.format == "PNG" and image.width == 8 * 130
-    assert sorted(path.name for path in Path().iterdir()) == sorted(["words.png", film.parent.name])
+    assert sorted(path.name for path in Path().iterdir()) == sorted(["words.html", "words.png", film.parent.name])
+
+
+def test_a_video_and_texts_have_a_page_of_their_frames(run, towers: str, film: Path) -> None:
+    done = run("explain", towers, film, "--text", "a tone", "--text", "a dog", "--html", "frames.html")
+    assert (done.code, done.out) == (0, "frames.html\n"), done.err
+    page = Path("frames.html").read_text()
+    assert "on film.mp4</title>" in page and "<th>this text: a tone</th>" in page and '"labels": ["0.00 s"' in page
+    for options, says in (
+        (("--html", "x.html"), "compares videos with texts; give one with --text"),
+        (("--text", "a", "--out", "x.png"), "can't draw as x.png; give --html FILE.html"),
+        (("--text", "a", "--data", "grid:x", "--html", "x.html"), "exclude each other"),
+    ):
+        done = run("explain", towers, film, *options)
+        assert (done.code, says in done.err) == (2, True), done.err
+    done = run("explain", towers, "none.mp4", "--text", "a", "--html", "x.html")
+    assert (done.code, "no such video: none.mp4" in done.err) == (2, True)
 
 
 @pytest.mark.parametrize("reads", ["cross", "prefix"])
@@ -251,6 +269,7 @@ def test_without_matplotlib_only_the_picture_is_refused(
         ("film.mp4 --out film.srt", "film.srt"),
         ("film.mp4 --out nowhere/film.vtt", "nowhere"),
         ("film.mp4 --explain film.jpg", "film.jpg"),
+        ("film.mp4 --html film.jpg", "film.jpg"),
         ("film.mp4 --seconds 0", "a window is 0 s long"),
         ("film.mp4 --rate 0", "0 frames per second"),
         ("film.mp4 --start 99", "from 99 to its end"),

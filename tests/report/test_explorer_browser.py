@@ -272,3 +272,37 @@ def test_seconds_and_words_of_two_sequences_show_what_capture_masks_has(crossing
         assert crossing.text("j") == keys[key]
         crossing.check(layer, head, query, key)
     assert crossing.driver.get_log("browser") == []
+
+
+def test_frames_of_a_video_are_a_sheet_in_the_order_of_time(driver: Any, tmp_path: Path) -> None:
+    from selenium.webdriver import ActionChains
+
+    from tests.report.test_explorer_clips import clip, explore_video, retriever
+
+    model, frames = retriever("seq"), 5
+    explore_video(model, clip(frames), ["a dog", "a cat"], tmp_path / "page.html")
+    page = Explorer(driver, tmp_path / "page.html", {})
+    page.open()
+    sheet = driver.find_element("css selector", "#picker canvas.grid")
+    columns = page.script("page.runs[page.sequences[page.layers[0].queries][0]].grid[1]")
+    width, height = (sheet.size[side] for side in ("width", "height"))
+    rows = -(-frames // columns)
+
+    def point(cell: int) -> None:
+        across, down = (cell % columns + 0.5) / columns - 0.5, (cell // columns + 0.5) / rows - 0.5
+        ActionChains(driver, duration=0).move_to_element_with_offset(
+            sheet, round(across * width), round(down * height)
+        ).perform()
+
+    for frame in (3, 0, 4):
+        point(frame)
+        assert page.text("i") == f"frame {0.5 * frame:.2f} s"
+    assert driver.find_element("id", "i-frame").is_displayed()
+    assert rows * columns > frames
+    point(frames)  # behind the last frame nothing is left to point at
+    assert page.text("i") == "frame 2.00 s"
+    page.choose("layer", 1)
+    assert page.script("document.getElementById('layer').selectedOptions[0].text").endswith("frame at 0.00 s")
+    assert page.script("document.querySelectorAll('#picker canvas.grid').length") == 1
+    assert not driver.find_element("id", "i-frame").is_displayed()
+    assert driver.get_log("browser") == []

@@ -17,7 +17,7 @@ from lamzoo.tasks import TASKS, MetricSpec, Task, find_metric, find_task, metric
 
 ROOT = Path(__file__).parents[2]
 NAMED = ("open", "evaluate", "recipe", "run", "defaults", "open_scored", "watched", "table", "score_predictions",
-         "write_predictions", "explain", "describe_input")  # fmt: skip
+         "write_predictions", "explain", "explore", "explore_video", "figure", "describe_input")  # fmt: skip
 # Classes of one task: of its models, its recipe, its run.
 OF_A_TASK = {
     "Clip4Clip", "MomentNetwork", "MomentDetr", "QdDetr", "Describer", "Recipe", "RetrievalRecipe", "MomentRecipe",

@@ -10,6 +10,7 @@ from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from lamzoo.data.fingerprint import Fingerprint, group
 from lamzoo.data.splits import check_videos
@@ -74,6 +75,10 @@ class CaptionSource(ABC):
     def streams(self, index: int) -> dict[str, Stream]:
         """Returns the features of an item by modality, without missing ones; a ``DataError`` names the file."""
 
+    def frames(self, index: int, count: int) -> Sequence[Image.Image]:
+        """Returns up to ``count`` frames of a clip, evenly spaced over it, for pictures; empty if there are none."""
+        return ()
+
     def sizes(self) -> Sequence[int]:
         """Returns the sizes of the feature files in bytes, without reading them; empty if unknown."""
         return ()
@@ -93,6 +98,9 @@ class _Part(CaptionSource):
 
     def streams(self, index: int) -> dict[str, Stream]:
         return self._source.streams(self._indices[index])
+
+    def frames(self, index: int, count: int) -> Sequence[Image.Image]:
+        return self._source.frames(self._indices[index], count)
 
     def sizes(self) -> Sequence[int]:
         return self._source.sizes()
@@ -146,6 +154,16 @@ class CaptionDataset:
         if not 0 <= index < len(self):
             raise IndexError(index)
         return self._checked(self._source.streams(index), self.items[index].id)
+
+    def frames(self, index: int, count: int) -> list[Image.Image]:
+        """Returns up to ``count`` frames of a clip, evenly spaced over it; a photograph itself; empty if unknown.
+
+        Raises:
+            DataError: a video or image can't be read; names it.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return list(self._source.frames(index, count))
 
     def splice(self) -> tuple[CaptionItem, dict[str, Stream]]:
         """Returns a new clip, spliced from pieces of several, and its features; draws from :mod:`random`.

@@ -44,6 +44,9 @@ class Flickr8kCaptions(CaptionSource):
     def sizes(self) -> list[int]:
         return self._images.sizes()
 
+    def frames(self, index: int, count: int) -> list[Image.Image]:
+        return [self._images.decode(index)]
+
     def streams(self, index: int) -> dict[str, Stream]:
         image = self._images.decode(index)
         if image.size != (_SIDE, _SIDE):

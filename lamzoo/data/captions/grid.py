@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from lamzoo.data.audio.spectra import HOP, Spectra
 from lamzoo.data.captions.base import CaptionItem, CaptionSource, Features, Stream
@@ -99,6 +100,16 @@ class GridCaptions(CaptionSource):
 
     def streams(self, index: int) -> dict[str, Stream]:
         return {name: self._stream(index, name) for name in self.modalities}
+
+    def frames(self, index: int, count: int) -> list[Image.Image]:
+        """Returns frames of the face if it is among the modalities, otherwise of the mouth, if that is."""
+        clips, (width, height) = (self._mouth, (80, 48)) if self._face is None else (self._face, (_FACE, _FACE))
+        if clips is None:
+            return []
+        strip = clips.decode(index)
+        stored = strip.height // height
+        chosen = dict.fromkeys(int((number + 0.5) / count * stored) for number in range(count))
+        return [strip.crop((0, number * height, width, (number + 1) * height)) for number in chosen]
 
     def splice(self) -> tuple[CaptionItem, dict[str, Stream]]:
         """Returns a sentence whose words are taken from different clips, each with the pause before it.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from PIL import Image
+
 from lamzoo.data.audio.spectra import read_log_mel
 from lamzoo.data.captions.base import CaptionItem, CaptionSource, Stream
 from lamzoo.data.captions.feature_files import FeatureFiles
@@ -15,6 +17,8 @@ from lamzoo.data.grid_tokens import BANDS
 from lamzoo.data.paths import check_folder, file_exists, nfc
 from lamzoo.data.retrieval.caption_folder import Files
 from lamzoo.data.splits import find_split
+from lamzoo.data.video.instants import Instants, middles
+from lamzoo.data.video.reader import probe_video, read_video
 from lamzoo.errors import DataError
 from lamzoo.reading import parse_float
 
@@ -86,6 +90,11 @@ class VideoFolder(CaptionSource):
     def sizes(self) -> list[int]:
         names = [path.stem for path in self._paths]
         return [*file_sizes(self._paths), *self._features.sizes(names)]
+
+    def frames(self, index: int, count: int) -> list[Image.Image]:
+        item, path = self.items[index], self._paths[index]
+        end = probe_video(path).duration if math.isinf(item.end) else item.end
+        return read_video(path, Instants(at=middles(item.start, end, count))).frames
 
     def streams(self, index: int) -> dict[str, Stream]:
         item, path = self.items[index], self._paths[index]

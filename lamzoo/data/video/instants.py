@@ -74,3 +74,8 @@ class Instants(FrameSampling):
     def times(self, duration: float) -> list[float]:
         """Returns the given times, independent of the duration."""
         return list(self.at)
+
+
+def middles(start: float, end: float, count: int) -> tuple[float, ...]:
+    """Returns the middles of equal parts of a span, seconds."""
+    return tuple(start + (number + 0.5) / count * (end - start) for number in range(count))

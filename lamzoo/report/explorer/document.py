@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -37,8 +38,10 @@ class TokenRun:
         name: what they are, in the singular: ``"patch"``, ``"word"``.
         labels: text of each token; empty for patches, whose rows and columns are counted.
         grid: ``(rows, columns)`` of patches; None for other tokens.
-        picture: what the patches were cut from; None if unknown.
+        picture: what the patches were cut from, or what is drawn behind tokens in time; None if unknown.
         time: whether the tokens follow each other in time, and are drawn as a strip.
+        frames: pictures of the same size, one for each label, in which case the tokens are drawn as these; or fewer,
+            evenly spaced over the labels and drawn behind their strip. Empty if unknown.
     """
 
     name: str
@@ -46,6 +49,7 @@ class TokenRun:
     grid: tuple[int, int] | None = None
     picture: Image.Image | None = None
     time: bool = False
+    frames: tuple[Image.Image, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels) if self.grid is None else self.grid[0] * self.grid[1]
@@ -251,15 +255,33 @@ def _bias(bias: Tensor | None, allowed: Tensor | None, keys: int, row: int, stor
 
 def _run_data(run: TokenRun) -> dict[str, Any]:
     data: dict[str, Any] = {"name": printable(run.name), "size": len(run), "time": run.time}
-    if run.grid is None:
-        return data | {"labels": [printable(label) for label in run.labels]}
-    data |= {"grid": run.grid, "shape": (1, 1)}
-    if run.picture is not None:
+    grid, picture = run.grid, run.picture
+    if grid is None:
+        data["labels"] = [printable(label) for label in run.labels]
+    if run.frames:
+        picture, sheet = _sheet(run.frames)
+        data |= {"sheet": sheet, "frames": len(run.frames)}
+        grid = sheet if len(run.frames) == len(run) else None
+    if grid is not None:
+        data |= {"grid": grid, "shape": (1, 1)}
+    if picture is not None:
         encoded = io.BytesIO()
-        run.picture.convert("RGB").save(encoded, "JPEG", quality=_JPEG_QUALITY)
+        picture.convert("RGB").save(encoded, "JPEG", quality=_JPEG_QUALITY)
         data["picture"] = f"data:image/jpeg;base64,{base64.b64encode(encoded.getvalue()).decode('ascii')}"
-        data["shape"] = (run.picture.height / run.grid[0], run.picture.width / run.grid[1])
+        if grid is not None:
+            data["shape"] = (picture.height / grid[0], picture.width / grid[1])
     return data
+
+
+def _sheet(frames: Sequence[Image.Image]) -> tuple[Image.Image, tuple[int, int]]:
+    """Returns frames of the same size in rows of one picture, about as high as wide, and its rows and columns."""
+    width, height = frames[0].size
+    columns = min(len(frames), math.ceil(math.sqrt(len(frames) * height / width)))
+    rows = -(-len(frames) // columns)
+    sheet = Image.new("RGB", (columns * width, rows * height))
+    for number, frame in enumerate(frames):
+        sheet.paste(frame, (number % columns * width, number // columns * height))
+    return sheet, (rows, columns)
 
 
 def _answers(answers: Sequence[Answer]) -> str:
@@ -269,7 +291,7 @@ def _answers(answers: Sequence[Answer]) -> str:
     for answer in answers:
         cells = [f"<th>{_html(answer.label)}</th>"]
         for text, share in zip((answer.masked, answer.plain), answer.shares or (None, None), strict=True):
-            cells.append(f'<td class="number">{_html(text)}</td>')
+            cells.append(f'<td class="{"text" if share is None else "number"}">{_html(text)}</td>')
             bar = "" if share is None else f'<span style="width:{100 * share:.1f}%"></span>'
             cells.append(f'<td class="bar">{bar}</td>')
         lines.append(f"<tr>{''.join(cells)}</tr>")

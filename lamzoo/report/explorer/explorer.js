@@ -44,13 +44,14 @@ class View {
     root.replaceChildren();
     for (const run of sequence.map((index) => page.runs[index])) {
       const words = !run.grid && !run.time && !small;
-      const part = { run, first, box: element(words ? "div" : "canvas", { className: words ? "words" : run.grid ? "grid" : "strip" }) };
+      const kind = words ? "words" : run.grid ? "grid" : run.picture && !small ? "strip film" : "strip";
+      const part = { run, first, box: element(words ? "div" : "canvas", { className: kind }) };
       if (run.grid) part.box.style.aspectRatio = `${run.grid[1] * run.shape[1]} / ${run.grid[0] * run.shape[0]}`;
       if (run.picture && !small) part.picture = pictureOf(run);
       if (words) part.box.append(...run.labels.map((label) => element("span", { textContent: label })));
       if (!small) root.append(element("p", { className: "run", textContent: run.name }));
       root.append(part.box);
-      if (run.time && !small) {
+      if (run.time && !run.grid && !small) {
         const ends = [run.labels[0], run.labels[run.size - 1]];
         root.append(element("p", { className: "ends" }, ...ends.map((text) => element("span", { textContent: text }))));
       }
@@ -74,7 +75,8 @@ class View {
     const [rows, columns] = part.run.grid ?? [1, part.run.size];
     const { left, top, width, height } = part.box.getBoundingClientRect();
     const cell = (from, size, count) => Math.min(Math.max(Math.floor((from / size) * count), 0), count - 1);
-    point(part.first + cell(event.clientY - top, height, rows) * columns + cell(event.clientX - left, width, columns), isClick);
+    const at = cell(event.clientY - top, height, rows) * columns + cell(event.clientX - left, width, columns);
+    if (at < part.run.size) point(part.first + at, isClick); // the last row of a sheet of frames may have room left
   }
 
   // Moves from a token by an arrow key; up and down move to the next row, in a sequence of words to the next part.
@@ -112,7 +114,8 @@ class View {
     const [x, y] = [(column) => Math.round((column * width) / columns), (row) => Math.round((row * height) / rows)];
     const overlaid = picture?.complete && (state.photo || !values);
     pen.clearRect(0, 0, width, height);
-    if (overlaid) pen.drawImage(picture, 0, 0, width, height);
+    if (overlaid && run.sheet && !run.grid) film(pen, run, picture, width, height);
+    else if (overlaid) pen.drawImage(picture, 0, 0, width, height);
     if (overlaid && values) {
       pen.globalCompositeOperation = "saturation";
       pen.fillStyle = "#808080";
@@ -129,19 +132,22 @@ class View {
       pen.globalAlpha = 1;
       if (gone) stroke(pen, [[box[0], box[1], box[0] + box[2], box[1] + box[3]]], ["#fff"], 1);
     }
+    if (run.size < rows * columns) pen.clearRect(x(run.size % columns), y(rows - 1), width, height);
     // The sides of cells beside which another kind of token is.
     const sides = (differ) => {
       const lines = [];
       for (let at = 0; at < run.size; at++) {
         for (const [down, right, ...ends] of SIDES) {
           const [r, c] = [Math.floor(at / columns), at % columns];
-          const isInside = r + down >= 0 && r + down < rows && c + right >= 0 && c + right < columns;
-          const beside = isInside ? first + at + down * columns + right : null;
+          const next = at + down * columns + right;
+          const isInside = r + down >= 0 && next < run.size && c + right >= 0 && c + right < columns;
+          const beside = isInside ? first + next : null;
           if (differ(first + at, beside)) lines.push(ends.map((end, i) => (i % 2 ? y(r + end) : x(c + end))));
         }
       }
       return lines;
     };
+    if (run.frames === run.size) stroke(pen, sides(() => true), ["#fff"], 1);
     if (places !== null) stroke(pen, sides((a, b) => b !== null && places[a] !== places[b]), ["#0006", "#fff8"], 0.5);
     stroke(pen, sides((a, b) => chosen.has(a) && !chosen.has(b)), ["#000", "#ffd60a"], 2);
     if (other !== null) stroke(pen, sides((a, b) => a === other && b !== other), ["#000", "#fff"], 1.5);
@@ -228,11 +234,41 @@ function draw() {
     const marks = [scale.low, scale.middle, scale.high].map((value, at) => ends[at] + Number(value.toPrecision(3)));
     bar.lastElementChild.replaceChildren(...marks.map((text) => element("span", { textContent: text })));
   }
+  preview($("i-frame"), queries, state.query);
+  preview($("j-frame"), keys, state.key);
   $("i").textContent = labelOf(queries, state.query) + fate(layer.queryPlaces, chosen, query, "no query of this layer");
   const [group, at] = [members(layer.keyPlaces, state.key), place(layer.keyPlaces, state.key)];
   $("j").textContent = labelOf(keys, state.key) + fate(layer.keyPlaces, group, at, "gone");
   $("pin").textContent = state.pinned ? "held; Esc or a second click lets it go" : "a click holds it";
   drawThumbs(layer);
+}
+
+// Where a frame is in the sheet of a run: left, top, width and height.
+function placeOf(run, picture, frame) {
+  const [rows, columns] = run.sheet;
+  const [width, height] = [picture.naturalWidth / columns, picture.naturalHeight / rows];
+  return [(frame % columns) * width, Math.floor(frame / columns) * height, width, height];
+}
+
+// As many frames side by side as there is room for, each in the middle of its time.
+function film(pen, run, picture, width, height) {
+  const [, , across, down] = placeOf(run, picture, 0);
+  const count = Math.min(run.frames, Math.max(1, Math.round((width * down) / (height * across))));
+  for (let slot = 0; slot < count; slot++) {
+    const from = placeOf(run, picture, Math.floor(((slot + 0.5) / count) * run.frames));
+    pen.drawImage(picture, ...from, (slot * width) / count, 0, width / count, height);
+  }
+}
+
+// The frame of a token in time.
+function preview(canvas, sequence, token) {
+  const { run, at } = runOf(sequence, token);
+  const picture = run.sheet && pictureOf(run);
+  canvas.hidden = !picture?.complete;
+  if (canvas.hidden) return;
+  const from = placeOf(run, picture, Math.floor((at * run.frames) / run.size));
+  [canvas.width, canvas.height] = from.slice(2);
+  canvas.getContext("2d").drawImage(picture, ...from, 0, 0, canvas.width, canvas.height);
 }
 
 function fate(places, group, at, gone) {

@@ -114,18 +114,21 @@ function middleOf(sequence) {
   const sizes = sequence.map((run) => page.runs[run].size);
   const at = sizes.indexOf(Math.max(...sizes));
   const [rows, columns] = page.runs[sequence[at]].grid ?? [1, sizes[at]];
-  return sizes.slice(0, at).reduce((a, b) => a + b, 0) + Math.floor(rows / 2) * columns + Math.floor(columns / 2);
+  return sizes.slice(0, at).reduce((a, b) => a + b, 0) + Math.min(Math.floor(rows / 2) * columns + Math.floor(columns / 2), sizes[at] - 1);
+}
+
+function runOf(sequence, token) {
+  let first = 0;
+  for (const run of sequence.map((index) => page.runs[index])) {
+    if (token < first + run.size) return { run, at: token - first };
+    first += run.size;
+  }
 }
 
 function labelOf(sequence, token) {
-  let first = 0;
-  for (const run of sequence.map((index) => page.runs[index])) {
-    const at = token - first;
-    if (at < run.size && run.grid) return `${run.name}, row ${Math.floor(at / run.grid[1])}, column ${at % run.grid[1]}`;
-    if (at < run.size) return `${run.name} ${run.labels[at]}`;
-    first += run.size;
-  }
-  return "";
+  const { run, at } = runOf(sequence, token);
+  if (run.labels) return `${run.name} ${run.labels[at]}`;
+  return `${run.name}, row ${Math.floor(at / run.grid[1])}, column ${at % run.grid[1]}`;
 }
 
 function members(places, token) {

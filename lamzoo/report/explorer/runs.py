@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,7 +28,8 @@ from lamzoo.report.model_view import view
 Output = TypeVar("Output")
 
 _CLASSES = 5
-_SHARP_SIDE = 448  # pixels of the picture that the page shows
+SHARP_SIDE = 448  # pixels of the picture that the page shows
+_THUMBNAIL = 128  # pixels of the height of a frame
 
 
 def explore_image(model: nn.Module, image: str | Path | Image.Image, path: str | Path) -> None:
@@ -51,15 +52,15 @@ def explore_image(model: nn.Module, image: str | Path | Image.Image, path: str |
     path, model = Path(path), unwrap(model)
     check_target(path, "page", suffix=".html")
     masks = masks_of(model)
-    shown = view(model, image, sharp_side=_SHARP_SIDE)
+    shown = view(model, image, sharp_side=SHARP_SIDE)
     records, masked, plain = run_twice(model, lambda: run_all_queries(model, shown.images))
-    picture = Image.fromarray((shown.sharp * 255).round().byte().numpy())
+    picture = to_picture(shown.sharp)
     sequences: dict[tuple[int, tuple[int, int]], tuple[TokenRun, ...]] = {}
     layers = []
     for name, record in records.items():
         prefix, grid = _layout(model, name, shown.images, record)
         if (prefix, grid) not in sequences:
-            sequences[prefix, grid] = _image_tokens(model, name, prefix, grid, picture)
+            sequences[prefix, grid] = patch_tokens(model, name, prefix, grid, picture)
         runs = sequences[prefix, grid]
         layers.append(ExploredLayer(name.removesuffix(".attn"), masks[f"{name}.lam"].config, record, runs, runs))
     config = next(iter(masks.values())).config
@@ -147,11 +148,27 @@ def _layout(model: nn.Module, path: str, images: Tensor, record: MaskRecord) -> 
     )
 
 
-def _image_tokens(
+def patch_tokens(
     model: nn.Module, path: str, prefix: int, grid: tuple[int, int], picture: Image.Image
 ) -> tuple[TokenRun, ...]:
+    """Returns the tokens of an image in a layer: class and other prefix tokens, then the patches."""
     pooling = token_layout(model, path).pooling
     names = ["class"] if prefix and pooling is not None and pooling.has_class_token else []
     names += [str(number) for number in range(len(names), prefix)]
     prefixes = (TokenRun("token", tuple(names)),) if prefix else ()
     return (*prefixes, TokenRun("patch", grid=grid, picture=picture))
+
+
+def to_picture(pixels: Tensor) -> Image.Image:
+    """Returns an image of ``(H, W, 3)``, 0 to 1."""
+    return Image.fromarray((pixels * 255).round().byte().numpy())
+
+
+def thumbnails(frames: Sequence[Image.Image]) -> tuple[Image.Image, ...]:
+    """Returns frames at the size of the first one's thumbnail, for :attr:`TokenRun.frames`."""
+    if not frames:
+        return ()
+    width, height = frames[0].size
+    scale = min(1.0, _THUMBNAIL / height)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    return tuple(frame.convert("RGB").resize(size, Image.Resampling.BICUBIC) for frame in frames)

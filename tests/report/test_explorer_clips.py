@@ -1,0 +1,184 @@
+"""The explorer page of retrieval models and describers: frames, patches, words and sound over time."""
+
+import base64
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data import create_transform
+
+import lamzoo
+from lamzoo import LamConfig
+from lamzoo.adapters import capture_masks
+from lamzoo.errors import ConfigError, DataError, UnsupportedHostError
+from tests.report.explorer_data import PageLayer, read_page
+from tests.speech import write_speech
+
+pytest.importorskip("open_clip")
+from lamzoo.data.captions import CaptionDataset, create_caption_dataset
+from lamzoo.data.captions.base import CaptionItem, CaptionSource, Stream
+from lamzoo.data.retrieval import create_retrieval_dataset
+from lamzoo.data.retrieval.clips import each_frame
+from lamzoo.data.video.reader import VideoClip
+from lamzoo.evaluation.captions.evaluate import pad_streams
+from lamzoo.evaluation.retrieval.evaluate import frames_config
+from lamzoo.models.clip4clip.model import clip4clip
+from lamzoo.report import explore_description, explore_retrieval, explore_video
+
+TOWERS: dict[str, Any] = {
+    "embed_dim": 64,
+    "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 32, "head_width": 16, "layers": 1},
+    "text_cfg": {"context_length": 10, "vocab_size": 600, "width": 64, "heads": 2, "layers": 1},
+}
+EVERYWHERE = ("head", "vision", "text")
+PAPER = LamConfig(init="paper", op="mul", heads="per-head")
+
+
+def retriever(similarity: str = "seq", lam_in: Any = EVERYWHERE, lam: LamConfig | None = PAPER) -> Any:
+    torch.manual_seed(0)
+    config = {"clip": TOWERS, "max_frames": 6, "head_layers": 1, "fps": 0}
+    return clip4clip(config, lam=lam, similarity=similarity, lam_in=lam_in).eval()
+
+
+def clip(count: int = 5) -> VideoClip:
+    draw = np.random.default_rng(0)
+    frames = [Image.fromarray(draw.integers(0, 256, (20, 30, 3), dtype=np.uint8)) for _ in range(count)]
+    return VideoClip(frames, [0.5 * number for number in range(count)], 0.5 * count)
+
+
+def names(page: dict[str, Any], layer: PageLayer) -> list[str]:
+    return [page["runs"][run]["name"] for run in page["sequences"][layer.data["queries"]]]
+
+
+def check(layer: PageLayer, record: Any, sample: int) -> None:
+    mask = record.mask.dense()[sample].numpy()
+    np.testing.assert_allclose(layer.mask, mask, atol=2e-4 * np.abs(mask).max())
+    np.testing.assert_allclose(layer.masked, record.attention[sample], atol=1e-3)
+
+
+@pytest.mark.parametrize(("similarity", "merged"), [("tight", False), ("seq", True)])
+def test_frames_patches_and_words_have_the_numbers_of_capture_masks(
+    similarity: str, merged: bool, tmp_path: Path
+) -> None:
+    model, texts = retriever(similarity), ["a dog", "a cat"]
+    if merged:
+        lamzoo.merge_tokens(model, keep=1.0, frames=0.5)
+    explore_video(model, clip(), texts, tmp_path / "page.html")
+    html = (tmp_path / "page.html").read_text()
+    page = read_page(html)
+    frames = each_frame(create_transform(**frames_config(model)))(clip().frames)[None]
+    with torch.no_grad(), capture_masks(model) as records:
+        similarities = model(frames, model.tokenizer(texts))[:, 0]
+    seen = []
+    for index, data in enumerate(page["layers"]):
+        layer, (path, _, frame) = PageLayer(page, index), data["name"].partition(", frame at ")
+        record = records[f"{path}.attn"]
+        runs = [page["runs"][run] for run in page["sequences"][data["keys"]]]
+        if path.startswith("head."):
+            assert names(page, layer) == (["text", "frame"] if similarity == "tight" else ["frame"])
+            assert runs[-1]["labels"] == ["0.00 s", "0.50 s", "1.00 s", "1.50 s", "2.00 s"]
+            assert (runs[-1]["frames"], runs[-1]["grid"][0] * runs[-1]["grid"][1] >= 5) == (5, True)
+            check(layer, record, 0)
+        elif frame:
+            assert names(page, layer) == ["token", "patch"]
+            seen.append(round(float(frame.removesuffix(" s")) / 0.5))
+            if not merged:
+                check(layer, record, seen[-1])
+        else:
+            assert (names(page, layer), "".join(runs[0]["labels"])) == (["word"], "<start_of_text>a dog <end_of_text>")
+            check(layer, record, 0)
+    assert page["layers"][0]["name"].startswith("head.")
+    assert len(seen) == (2 if merged else 4)
+    assert seen[0] == 0
+    shares = [f"{share:.1%}" for share in similarities.softmax(dim=0).tolist()]
+    assert all(f'<td class="number">{share}</td>' in html for share in shares)
+
+
+@pytest.fixture(scope="module")
+def speech(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_speech(tmp_path_factory.mktemp("speech"), copies=1)
+
+
+def test_one_text_has_a_similarity_and_the_files_of_a_data_set_are_named(speech: Path, tmp_path: Path) -> None:
+    model = retriever(lam_in=("head",))
+    explore_video(model, clip(1), "a dog", tmp_path / "page.html")
+    assert "similarity (cosine × temperature)" in (tmp_path / "page.html").read_text()
+    dataset = create_retrieval_dataset(f"grid:{speech}", "test")
+    explore_retrieval(model, dataset, "test0-lay-red-now", tmp_path / "page.html")
+    html = (tmp_path / "page.html").read_text()
+    assert "on video test0-lay-red-now" in html
+    assert "<th>this text: lay red now</th>" in html
+    with pytest.raises(DataError, match="has no video 'x'; it has 'test0-bin-red-now'.* and 3 more"):
+        explore_retrieval(model, dataset, "x", tmp_path / "other.html")
+    with pytest.raises(ConfigError, match="a text is empty"):
+        explore_video(model, clip(), " ", tmp_path / "other.html")
+    with pytest.raises(UnsupportedHostError, match="no learnable masks"):
+        explore_video(retriever(lam=None), clip(), "a dog", tmp_path / "other.html")
+    assert not (tmp_path / "other.html").exists()
+
+
+SMALL: dict[str, Any] = {
+    "width": 16, "heads": 2, "hidden": 32, "encoder_layers": 1, "text_layers": 1, "decoder_layers": 1, "seconds": 3.0,
+    "rates": {"audio": 50.0},
+}  # fmt: skip
+
+
+def describer(**options: Any) -> Any:
+    torch.manual_seed(0)
+    return lamzoo.create_model("lam_describer_micro", lam=PAPER, **{**SMALL, **options}).eval()
+
+
+def picture(run: dict[str, Any]) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(run["picture"].partition(",")[2])))
+
+
+def test_lips_and_sound_of_a_clip_are_shown_over_time(speech: Path, tmp_path: Path) -> None:
+    dataset = create_caption_dataset(f"grid:{speech}", "test")
+    model = describer(features=dict(dataset.modalities))
+    explore_description(model, dataset, "test0-lay-red-now", tmp_path / "page.html")
+    html = (tmp_path / "page.html").read_text()
+    page = read_page(html)
+    token, mouth, audio = page["runs"]
+    assert [run["name"] for run in page["runs"]] == ["token", "mouth", "audio"]
+    assert (token["size"], mouth["size"], mouth["frames"], audio["size"]) == (1, 75, 12, 150)
+    rows, columns = mouth["sheet"]
+    assert picture(mouth).size == (80 * columns, 48 * rows)
+    assert picture(audio).size == (300, 64)
+    assert "in the data: “lay red now”" in html
+    index = [item.id for item in dataset.items].index("test0-lay-red-now")
+    with torch.no_grad(), capture_masks(model) as records:
+        text = model.describe(pad_streams([dataset.read(index)]))[0]
+    check(PageLayer(page, 0), next(iter(records.values())), 0)
+    assert f'<th>sentence</th><td class="text">“{text}”</td>' in html
+    with pytest.raises(DataError, match="has no clip 'x'"):
+        explore_description(model, dataset, "x", tmp_path / "other.html")
+
+
+class Film(CaptionSource):
+    """Two sentences of one film, and a photograph in 2 x 2 patches."""
+
+    split, modalities = "test", {"image": 8}
+    items = tuple(CaptionItem(str(n), "film", float(n), n + 1.0, (text,)) for n, text in enumerate(("red now", "blue")))
+
+    def streams(self, index: int) -> dict[str, Stream]:
+        return {"image": Stream(np.random.default_rng(0).random((4, 8), np.float32), np.arange(4, dtype=np.float32))}
+
+    def frames(self, index: int, count: int) -> list[Image.Image]:
+        return [Image.new("RGB", (32, 32), "red")]
+
+
+def test_patches_of_a_photograph_and_earlier_words_are_shown(tmp_path: Path) -> None:
+    words = ["red", "blue", "now"]
+    model = describer(features={"image": 8}, context_tokens=5, vocabulary=words, rates={}, seconds=0.16)
+    explore_description(model, CaptionDataset(Film(), "film:x"), "1", tmp_path / "page.html")
+    page = read_page((tmp_path / "page.html").read_text())
+    _, image, earlier = page["runs"]
+    assert (image["grid"], earlier["name"]) == ([2, 2], "earlier word")
+    assert [re.sub(r"\W", "", label) for label in earlier["labels"]][1:3] == ["red", "now"]
+    with pytest.raises(UnsupportedHostError, match="does not generate captions"):
+        explore_description(retriever(), CaptionDataset(Film(), "film:x"), "1", tmp_path / "other.html")
