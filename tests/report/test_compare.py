@@ -7,8 +7,8 @@ import pytest
 from lamzoo.errors import DataError
 from lamzoo.profiling.results import COLUMNS
 from lamzoo.report.compare import compare, gmacs_panels, latency_panels, read_timm, to_csv, to_markdown
-from lamzoo.report.compare.entries import number
-from lamzoo.report.compare.panels import pareto
+from lamzoo.report.compare.entries import data_name, number
+from lamzoo.report.compare.panels import command, creation, pareto
 from lamzoo.report.compare.text import all_notes
 from lamzoo.report.compare.timm_results import is_imagenet1k
 from tests.report.compare_rows import FAILED, LAM, PLAIN, UNSCORED, WORSE, table, timm_results
@@ -209,8 +209,8 @@ def test_timms_results_stand_behind_imagenet_alone(tmp_path: Path) -> None:
     rows = table(tmp_path, PLAIN, replace(LAM, data=IMAGENET))
     panels = gmacs_panels(compare([rows], timm=timm))
     assert [(panel.title, len(panel.timm)) for panel in panels] == [
-        (f"{IMAGENET}, test", 2),
-        ("imagefolder:toys, test", 0),
+        ("imagenet, test", 2),
+        ("toys, test", 0),
     ]
     assert all(panel.timm == () for panel in latency_panels(compare([rows], timm=timm)))
 
@@ -279,3 +279,73 @@ def test_timms_own_files_give_vit_base_its_published_gmacs() -> None:
     (base,) = [result for result in results if result.name == "vit_base_patch16_224.augreg_in21k_ft_in1k"]
     assert (base.top1, base.gmacs) == (84.534, 17.58)
     assert sum(result.gmacs is not None for result in results) == 1454
+
+
+@pytest.mark.parametrize(
+    ("spec", "name"),
+    [
+        ("npz:../shared/data/cifar10", "cifar10"),
+        (IMAGENET, "imagenet"),
+        ("imagefolder:/home/me/photos/", "photos"),
+        ("hfds:timm/imagenet-1k-wds", "timm/imagenet-1k-wds"),
+        ("torchvision:ImageNet:/data", "ImageNet"),
+        ("wds:/data/in1k/{split}-{000..012}.tar", "in1k"),
+        ("grid:/data/grid_s1", "GRID"),
+        ("grid:/data/grid_s1:lips", "GRID, lips"),
+        ("msrvtt:/data/msrvtt:7k", "MSR-VTT, 7k"),
+        ("qvhighlights:C:/data", "QVHighlights"),
+        ("photos", "photos"),
+    ],
+)
+def test_data_sets_are_named_without_the_path_of_a_machine(spec: str, name: str) -> None:
+    assert data_name(spec) == name
+
+
+def test_data_sets_of_the_same_name_keep_their_paths(tmp_path: Path) -> None:
+    rows = [replace(PLAIN, data=f"imagefolder:/{where}/toys") for where in ("mine", "yours")]
+    panels = gmacs_panels(compare([table(tmp_path, *rows)]))
+    assert [panel.title for panel in panels] == ["imagefolder:/mine/toys, test", "imagefolder:/yours/toys, test"]
+
+
+def test_seeds_of_a_model_are_one_point_with_an_error_bar(tmp_path: Path) -> None:
+    plain = [replace(PLAIN, seed=seed, value=value) for seed, value in enumerate((80.0, 82.0, 84.0))]
+    runs = [
+        replace(LAM, model=f"local-dir:runs/lam-seed{seed}", tag=None, value=value)
+        for seed, value in enumerate((81.0, 83.0))
+    ]
+    paths = [table(tmp_path, row, name=f"{number}.csv") for number, row in enumerate((*plain, *runs))]
+    comparison = compare(paths)
+    (panel,) = gmacs_panels(comparison)
+    assert [(point.label, point.y, len(point.seeds)) for point in panel.points] == [
+        ("vit_micro.toy (3 seeds)", 82.0, 3),
+        ("lam (2 seeds)", 82.0, 2),
+    ]
+    assert [point.y_error for point in panel.points] == pytest.approx([2.0, 2**0.5])
+    ((twin, lam),) = set(panel.joins)
+    assert (twin, lam) == panel.points
+    assert "82.00 ± 2.00 (standard deviation of 3 seeds: 80.00, 82.00, 84.00)" in panel.series[-2].facts[0][1]
+    assert any("several seeds is one point" in note for note in all_notes(comparison))
+
+
+def test_token_budgets_of_a_model_are_a_curve(tmp_path: Path) -> None:
+    budgets = [replace(LAM, merge=share, gmacs=0.12 * share, value=80.0 - share) for share in (0.5, 0.75)]
+    (panel,) = gmacs_panels(compare([table(tmp_path, PLAIN, LAM, *budgets)]))
+    (curve,) = panel.curves
+    assert [point.entry.row.merge for point in curve] == [0.5, 0.75, None]
+    assert [lam.entry.row.merge for _, lam in panel.joins] == [None]
+    (line,) = [series for series in panel.series if series.name == "token budgets, with LAM"]
+    assert line.xs == pytest.approx((0.06, 0.09, 0.12, None))
+
+
+def test_a_point_has_its_quartiles_its_command_and_the_python_that_creates_it(tmp_path: Path) -> None:
+    merged = replace(LAM, merge=0.5, form="fused", data="npz:my data")
+    (panel,) = latency_panels(compare([table(tmp_path, replace(PLAIN, data="npz:my data"), merged)]))
+    assert [point.x_range for point in panel.points] == [(1.9, 2.2), pytest.approx((2.4, 2.6))]
+    facts = panel.series[-1].facts[0]
+    assert facts[-2:] == ("machine: cpu, float32, 2 threads, eager, torch 2.15.0", command(merged))
+    assert command(merged) == "lamzoo bench lam_vit_micro.toy --data 'npz:my data' --split test --merge 0.5 --fuse"
+    assert creation(merged).splitlines() == [
+        'model = lamzoo.create_model("lam_vit_micro.toy", pretrained=True)',
+        "lamzoo.merge_tokens(model, target_gmacs=0.5 * lamzoo.profile(model).gmacs)",
+        "lamzoo.fuse(model)",
+    ]

@@ -131,3 +131,26 @@ def test_no_button_would_upload_a_plot(page: Page) -> None:
     titles = page.script('Array.from(document.querySelectorAll(".modebar-btn"), (b) => b.dataset.title.toLowerCase())')
     assert titles
     assert not [title for title in titles if "share" in title or "cloud" in title or "upload" in title]
+
+
+@pytest.mark.parametrize("where", ["table", "plot"])
+def test_click_on_a_model_copies_the_python_that_creates_it(page: Page, where: str) -> None:
+    from selenium.webdriver import ActionChains
+    from selenium.webdriver.common.by import By
+
+    permissions = {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]}
+    page.driver.execute_cdp_cmd("Browser.grantPermissions", permissions)
+    if where == "table":
+        cells = page.driver.find_elements(By.CSS_SELECTOR, "td.name")
+        next(cell for cell in cells if cell.text == "lam_vit_micro.toy").click()
+    else:
+        point = page.script(
+            """(() => { const plot = document.getElementById("gmacs-0");
+            const at = plot.data.findIndex((trace) => trace.name === "with LAM");
+            return plot.querySelectorAll(".scatterlayer .trace")[at].querySelector("path.point"); })()"""
+        )
+        page.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", point)
+        ActionChains(page.driver).move_to_element(point).pause(0.5).click().perform()
+    python = 'model = lamzoo.create_model("lam_vit_micro.toy", pretrained=True)'
+    page.until(lambda: page.driver.find_element(By.ID, "copied").text == f"copied:\n{python}")
+    assert page.driver.execute_async_script("navigator.clipboard.readText().then(arguments[0])") == python

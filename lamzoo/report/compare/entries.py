@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+from lamzoo.data.splits import SPLIT_NAMES
 from lamzoo.errors import DataError
 from lamzoo.profiling.results import BenchRow, read_rows
+from lamzoo.registry.refs import display_name
 from lamzoo.report.compare.timm_results import TimmResult, is_imagenet1k, read_timm
 from lamzoo.tasks import find_metric
 
 Setting = tuple[str | None, str | None, int | None, str]
 
+_DATA_SETS = {
+    "charades": "Charades-STA", "flickr8k": "Flickr8k", "grid": "GRID", "lsmdc": "LSMDC", "mad": "MAD",
+    "msrvtt": "MSR-VTT", "msvd": "MSVD", "qvhighlights": "QVHighlights", "tvsum": "TVSum",
+}  # fmt: skip
 _NAMED = 3  # maximum number of names in a note
 
 
@@ -64,12 +72,14 @@ class Group:
         split: its split.
         metric: the metric.
         entries: smaller models first, each plain model before the LAMs on the same backbone.
+        name: short name of the data set, as of :func:`data_name`; its specification where two have the same.
     """
 
     data: str | None
     split: str | None
     metric: str | None
     entries: tuple[Entry, ...]
+    name: str = ""
 
     @property
     def scored(self) -> bool:
@@ -81,7 +91,8 @@ class Group:
         """The data set and its split."""
         if self.data is None:
             return "not scored"
-        return f"{self.data}, {self.split}" if self.split else self.data
+        name = self.name or self.data
+        return f"{name}, {self.split}" if self.split else name
 
     @property
     def sign(self) -> int:
@@ -155,6 +166,39 @@ def some(names: Iterable[str]) -> str:
     return ", ".join(unique[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
+def data_name(spec: str) -> str:
+    """Returns a short name of a data set, without the path on the machine that measured.
+
+    ``"npz:../shared/data/cifar10"`` gives ``"cifar10"``, ``"imagefolder:/data/imagenet/val"`` ``"imagenet"``,
+    ``"grid:/data/grid_s1:lips"`` ``"GRID, lips"``, ``"hfds:timm/imagenet-1k-wds"`` ``"timm/imagenet-1k-wds"``.
+    """
+    kind, colon, rest = spec.partition(":")
+    if not colon or not rest or kind == "hfds":
+        return rest or spec
+    known = _DATA_SETS.get(kind)
+    folder, _, option = rest.rpartition(":") if known and ":" in rest else (rest, "", "")
+    if known:
+        return f"{known}, {option}" if option and "/" not in option else known
+    if kind == "torchvision":
+        return rest.partition(":")[0]
+    parts = [part for part in re.split(r"[/\\]", folder) if part not in ("", ".", "..")]
+    parts = [part for part in parts if not _is_pattern(part)] or parts
+    while len(parts) > 1 and parts[-1].lower() in SPLIT_NAMES:
+        parts.pop()
+    return parts[-1] if parts else spec
+
+
+def family(row: BenchRow) -> str:
+    """Returns the name of a row's model without the seed that ends the name of a trained run: ``runs/lam-seed1``."""
+    if not row.model.startswith("local-dir:"):
+        return row.name
+    return re.sub(r"[-_.]s(?:eed)?[-_]?\d+$", "", display_name(row.model)) or display_name(row.model)
+
+
+def _is_pattern(part: str) -> bool:
+    return any(sign in part for sign in "{*")
+
+
 def setting_text(entry: Entry) -> str:
     """Formats the setting of a measurement: ``"cpu, float32, 2 threads, eager"``."""
     device, dtype, threads, mode = entry.setting
@@ -222,7 +266,16 @@ def _group(entries: list[Entry]) -> tuple[Group, ...]:
         row = entry.row
         scored = row.value is not None and row.metric is not None
         members.setdefault((row.data, row.split, row.metric) if scored else (None, None, None), []).append(entry)
-    groups = [Group(*key, _in_order([_with_twin(entry, rows) for entry in rows])) for key, rows in members.items()]
+    names = {data: data_name(data) for data, *_ in members if data is not None}
+    repeated = {name for name, count in Counter(names.values()).items() if count > 1}
+    groups = [
+        Group(
+            data, split, metric,
+            _in_order([_with_twin(entry, rows) for entry in rows]),
+            name="" if data is None or names[data] in repeated else names[data],
+        )
+        for (data, split, metric), rows in members.items()
+    ]  # fmt: skip
     return tuple(sorted(groups, key=lambda group: (not group.scored, group.title, group.metric or "")))
 
 

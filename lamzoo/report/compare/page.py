@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Literal
 
 from lamzoo.errors import MissingExtraError
 from lamzoo.escaping import printable
-from lamzoo.report.compare.entries import Comparison, Entry, number, setting_text
-from lamzoo.report.compare.panels import LAM, PLAIN, Panel, Series, gmacs_panels, latency_panels
+from lamzoo.report.compare.entries import Comparison, Entry, data_name, number, setting_text
+from lamzoo.report.compare.panels import LAM, PLAIN, Panel, Series, command, creation, gmacs_panels, latency_panels
 from lamzoo.report.compare.text import LEGEND, all_notes, pareto_costs
 
 if TYPE_CHECKING:
@@ -162,6 +162,14 @@ def _trace(series: Series) -> Scatter:
     symbol, size = _MARKERS[series.style]
     edge = {"color": series.color, "width": 2} if series.style == "ring" else {"color": "white", "width": 1}
     trace.update(mode="markers", marker={"color": series.color, "size": size, "symbol": symbol, "line": edge})
+    if any(error is not None for error in series.y_errors):
+        trace.update(error_y={"type": "data", "array": series.y_errors, "thickness": 1.2, "width": 4})
+    if any(ends is not None for ends in series.x_ranges):
+        pairs = list(zip(series.x_ranges, series.xs, strict=True))
+        sides = [[0.0 if ends is None or x is None else abs(ends[side] - x) for ends, x in pairs] for side in (1, 0)]
+        trace.update(error_x={"type": "data", "array": sides[0], "arrayminus": sides[1], "thickness": 1.2, "width": 4})
+    if series.copies:
+        trace.update(customdata=series.copies)
     if series.facts:
         texts = ["<br>".join([f"<b>{_html(name)}</b>", *map(_html, lines)]) for name, *lines in series.facts]
         trace.update(hovertext=texts, hoverinfo="text")
@@ -171,6 +179,8 @@ def _trace(series: Series) -> Scatter:
 def _columns(comparison: Comparison) -> tuple[_Column, ...]:
     front = pareto_costs(comparison)
     failed = bool(comparison.failed)
+    names = {entry.row.data: data_name(entry.row.data) for entry in comparison.failed if entry.row.data is not None}
+    names |= {group.data: group.name or group.data for group in comparison.groups if group.data is not None}
     metrics = {group.metric_label for group in comparison.groups if group.scored}
 
     def kind(entry: Entry) -> str:
@@ -185,7 +195,7 @@ def _columns(comparison: Comparison) -> tuple[_Column, ...]:
     return (
         _Column("model", lambda entry: entry.row.label, "text", style="name"),
         _Column("kind", kind, "choice"),
-        _Column("data", plain("data"), "choice", len(comparison.groups) > 1),
+        _Column("data", lambda entry: names.get(entry.row.data or "", ""), "choice", len(comparison.groups) > 1),
         _Column("split", plain("split"), "choice", visible=False),
         _Column("metric", plain("metric"), "choice", visible=len(metrics) > 1),
         _Column(metrics.pop() if len(metrics) == 1 else "score", figures("value", 2)),
@@ -213,6 +223,8 @@ def _columns(comparison: Comparison) -> tuple[_Column, ...]:
         _Column("timm", plain("timm"), "choice", visible=False),
         _Column("weights sha256", plain("weights_sha256"), "text", visible=False),
         _Column("commit", plain("commit"), "choice", visible=False),
+        _Column("data as given", plain("data"), "choice", visible=False),
+        _Column("command", lambda entry: command(entry.row), "text", visible=False),
         _Column("file", lambda entry: entry.source, "choice", visible=False),
         _Column("status", plain("status"), "choice", visible=failed),
         _Column("reason", plain("error"), "text", visible=False, style="reason"),
@@ -224,7 +236,8 @@ def _table_row(entry: Entry, columns: Sequence[_Column]) -> str:
     cells = []
     for column in columns:
         style = column.style or ("number" if column.kind == "number" else "")
-        cells.append(f'<td class="{style}">{_html(column.cell(entry))}</td>')
+        copied = f' data-copy="{_html(creation(entry.row))}"' if style == "name" and entry.row.ok else ""
+        cells.append(f'<td class="{style}"{copied}>{_html(column.cell(entry))}</td>')
     return f'<tr class="{kind}">{"".join(cells)}</tr>'
 
 

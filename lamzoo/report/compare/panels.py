@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import shlex
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
+from lamzoo.profiling.results import BenchRow
 from lamzoo.registry.refs import display_name
-from lamzoo.report.compare.entries import Comparison, Entry, Group, number, setting_text, some
+from lamzoo.report.compare.entries import Comparison, Entry, Group, family, number, setting_text, some
 from lamzoo.report.compare.timm_results import TimmResult
 
 #: Colours of models with masks, of plain models, and of the background series.
@@ -31,18 +34,33 @@ class Point:
         x: its cost.
         y: its score.
         best: whether it is on the Pareto front of the zoo's models: no other model is both cheaper and better.
+        seeds: rows of the same model with other seeds, itself first, of which ``x`` and ``y`` are the means; one row
+            for a single seed.
+        x_range: quartiles of a latency; None if unknown.
+        y_error: standard deviation over the seeds; None for a single one.
     """
 
     entry: Entry
     x: float
     y: float
     best: bool = False
+    seeds: tuple[Entry, ...] = ()
+    x_range: tuple[float, float] | None = None
+    y_error: float | None = None
 
     @property
     def label(self) -> str:
         """The model's label in a plot; a saved model has the name of its folder."""
         row = self.entry.row
-        return display_name(row.name) + row.label.removeprefix(row.name)
+        how = row.label.removeprefix(row.name)
+        if len(self.seeds) > 1:
+            return f"{family(row)}{how} ({len(self.seeds)} seeds)"
+        return display_name(row.name) + how
+
+    @property
+    def rows(self) -> tuple[BenchRow, ...]:
+        """The rows that it stands for."""
+        return tuple(entry.row for entry in self.seeds or (self.entry,))
 
 
 @dataclass(frozen=True)
@@ -58,6 +76,9 @@ class Series:
         labels: label of each marker.
         facts: data of each marker as lines of text, the name first; shown on hovering.
         in_legend: False for markers on a line that is in the legend already.
+        x_ranges: lower and upper end of each marker's error bar; None for no bar.
+        y_errors: half the length of each marker's error bar; None for no bar.
+        copies: Python that creates the model of each marker.
     """
 
     name: str
@@ -68,6 +89,9 @@ class Series:
     labels: tuple[str, ...] = ()
     facts: tuple[tuple[str, ...], ...] = ()
     in_legend: bool = True
+    x_ranges: tuple[tuple[float, float] | None, ...] = ()
+    y_errors: tuple[float | None, ...] = ()
+    copies: tuple[str, ...] = ()
 
     @property
     def is_line(self) -> bool:
@@ -94,6 +118,7 @@ class Panel:
         y_label: label of the score axis.
         points: the zoo's models.
         joins: pairs of plain backbone and LAM, joined by a line.
+        curves: the same model with several token budgets, by increasing cost, joined by a line.
         timm: timm's published results with known GMACs, drawn in the background.
         timm_front: the Pareto front of those, by increasing GMACs.
     """
@@ -103,6 +128,7 @@ class Panel:
     y_label: str
     points: tuple[Point, ...] = ()
     joins: tuple[tuple[Point, Point], ...] = ()
+    curves: tuple[tuple[Point, ...], ...] = ()
     timm: tuple[TimmResult, ...] = ()
     timm_front: tuple[TimmResult, ...] = ()
 
@@ -136,6 +162,7 @@ class Panel:
             Series("timm's published results", timm, "dot", _TIMM, facts=tuple(map(_timm_facts, self.timm))),
             Series("their Pareto front", timm_front, "dotted", _TIMM_FRONT, steps=True),
             Series("LAM and its backbone", joins, "solid", _JOIN),
+            *(self._curves(masked) for masked in (False, True)),
             Series("Pareto front", front, "dashed", _FRONT, steps=True),
             Series("on the front", front, "ring", _FRONT, in_legend=False),
             self._models("plain backbone", "square", PLAIN, masked=False),
@@ -145,10 +172,23 @@ class Panel:
 
     def _models(self, name: str, style: Literal["square", "circle"], color: str, *, masked: bool) -> Series:
         points = [point for point in self.points if point.entry.row.has_lam == masked]
-        places = tuple((point.x, point.y) for point in points)
-        labels = tuple(point.label for point in points)
-        facts = tuple(_facts(point, self.y_label) for point in points)
-        return Series(name, places, style, color, labels=labels, facts=facts)
+        return Series(
+            name,
+            tuple((point.x, point.y) for point in points),
+            style,
+            color,
+            labels=tuple(point.label for point in points),
+            facts=tuple(_facts(point, self.y_label) for point in points),
+            x_ranges=tuple(point.x_range for point in points),
+            y_errors=tuple(point.y_error for point in points),
+            copies=tuple(creation(point.entry.row) for point in points),
+        )
+
+    def _curves(self, masked: bool) -> Series:
+        curves = (curve for curve in self.curves if curve[0].entry.row.has_lam == masked)
+        places = tuple(place for curve in curves for place in (*((point.x, point.y) for point in curve), (None, None)))
+        name = "token budgets, with LAM" if masked else "token budgets, plain"
+        return Series(name, places, "solid", LAM if masked else PLAIN)
 
 
 def gmacs_panels(comparison: Comparison) -> tuple[Panel, ...]:
@@ -184,7 +224,7 @@ def latency_panels(comparison: Comparison) -> tuple[Panel, ...]:
             title = f"{group.title}\n{device or 'unknown device'}, {dtype or 'unknown dtype'}{counted}, {mode}"
             label = "latency of one image (ms, median); of a LAM: its backbone's times the ratio timed in alternation"
             entries = [entry for entry in group.entries if entry.setting == setting]
-            panels.append(_panel(title, label, group, entries, comparable_latency))
+            panels.append(_panel(title, label, group, entries, comparable_latency, latency_range))
     return tuple(panels)
 
 
@@ -194,10 +234,43 @@ def comparable_latency(entry: Entry) -> float | None:
     It is the latency of the backbone times the ratio to the same model without masks, measured in alternation on one
     machine. Without a ratio, or a row of the backbone in the same setting, it is the latency of the row.
     """
+    backbone = _timed_backbone(entry)
+    return entry.row.latency_ms if backbone is None else backbone * (entry.row.latency_ratio or 0.0)
+
+
+def latency_range(entry: Entry) -> tuple[float, float] | None:
+    """Returns the quartiles of :func:`comparable_latency`, those of the ratio where it is used; None if unknown."""
+    row, backbone = entry.row, _timed_backbone(entry)
+    low, high = (
+        (row.latency_q1_ms, row.latency_q3_ms) if backbone is None else (row.latency_ratio_q1, row.latency_ratio_q3)
+    )
+    return None if low is None or high is None else (low * (backbone or 1.0), high * (backbone or 1.0))
+
+
+def _timed_backbone(entry: Entry) -> float | None:
+    """Returns the latency that the ratio of a row is multiplied with; None without such a row or ratio."""
     row, twin = entry.row, entry.twin
-    if row.latency_ratio is None or twin is None or twin.latency_ms is None or Entry(twin, "").setting != entry.setting:
-        return row.latency_ms
-    return twin.latency_ms * row.latency_ratio
+    if row.latency_ratio is None or twin is None or Entry(twin, "").setting != entry.setting:
+        return None
+    return twin.latency_ms
+
+
+def creation(row: BenchRow) -> str:
+    """Returns the Python that creates the model of a row."""
+    weights = ", pretrained=True" if row.weights_sha256 or row.value is not None else ""
+    lines = [f"model = lamzoo.create_model({row.name!r}{weights})".replace("'", '"')]
+    if row.merge is not None:
+        lines.append(f"lamzoo.merge_tokens(model, target_gmacs={row.merge:g} * lamzoo.profile(model).gmacs)")
+    return "\n".join([*lines, *(["lamzoo.fuse(model)"] if row.form else [])])
+
+
+def command(row: BenchRow) -> str:
+    """Returns the command that measures a row."""
+    parts = ["lamzoo bench", shlex.quote(row.name)]
+    for option, value in (("--data", row.data), ("--split", row.split if row.data else None), ("--merge", row.merge)):
+        parts += [] if value is None else [option, shlex.quote(f"{value:g}" if isinstance(value, float) else value)]
+    parts += ["--fuse"] if row.form else []
+    return " ".join([*parts, *(["--compile"] if row.mode == "compiled" else [])])
 
 
 def plot_notes(comparison: Comparison) -> tuple[str, ...]:
@@ -229,6 +302,10 @@ def plot_notes(comparison: Comparison) -> tuple[str, ...]:
         notes.append(
             f"The row of the plain backbone is more than {_UNEVEN:.0%} faster or slower than in alternation with its "
             f"LAM, so the ratio is more reliable than the two latencies and is plotted: {some(uneven)}."
+        )
+    if any(point.y_error is not None for panel in gmacs_panels(comparison) for point in panel.points):
+        notes.append(
+            "A model trained with several seeds is one point: the mean, with the standard deviation as its error bar."
         )
     if comparison.timm:
         without = [result.name for result in comparison.timm if result.gmacs is None]
@@ -272,27 +349,67 @@ def _panel(
     group: Group,
     entries: Sequence[Entry],
     cost: Callable[[Entry], float | None],
+    spread: Callable[[Entry], tuple[float, float] | None] = lambda entry: None,
 ) -> Panel:
-    placed = [
-        (entry, x, y) for entry in entries if (x := cost(entry)) is not None and (y := entry.row.value) is not None
+    placed = [entry for entry in entries if cost(entry) is not None and entry.row.value is not None]
+    together: dict[object, list[Entry]] = {}
+    for entry in placed:
+        together.setdefault(_without_seed(entry), []).append(entry)
+    made = [
+        point
+        for alike in together.values()
+        for point in (
+            [_mean(alike, cost)]
+            if len({(entry.row.seed, entry.row.name) for entry in alike}) == len(alike) > 1
+            else [Point(entry, cost(entry) or 0.0, entry.row.value or 0.0, x_range=spread(entry)) for entry in alike]
+        )
     ]
-    best = {id(item[0]) for item in pareto(placed, lambda item: (item[1], group.sign * item[2]))}
-    points = [Point(entry, x, y, best=id(entry) in best) for entry, x, y in placed]
-    by_row = {point.entry.row: point for point in points}
+    best = {id(point) for point in pareto(made, lambda point: (point.x, group.sign * point.y))}
+    points = tuple(replace(point, best=id(point) in best) for point in made)
+    by_row = {row: point for point in points for row in point.rows}
+    curves = _budget_curves(points)
+    reduced = {id(point) for curve in curves for point in curve if point.entry.row.merge is not None}
     joins = tuple(
         (by_row[point.entry.twin], point)
         for point in points
-        if point.entry.twin is not None and point.entry.twin in by_row
+        if point.entry.twin is not None and point.entry.twin in by_row and id(point) not in reduced
     )
-    return Panel(title, x_label, group.metric_label, tuple(points), joins)
+    return Panel(title, x_label, group.metric_label, points, joins, curves)
+
+
+def _without_seed(entry: Entry) -> object:
+    row = entry.row
+    return (family(row), row.has_lam, row.merge, row.form, row.img_size, *entry.setting)
+
+
+def _mean(seeds: Sequence[Entry], cost: Callable[[Entry], float | None]) -> Point:
+    """Returns the point of one model with several seeds."""
+    values = [entry.row.value or 0.0 for entry in seeds]
+    costs = [cost(entry) or 0.0 for entry in seeds]
+    x, y = statistics.fmean(costs), statistics.fmean(values)
+    ends = None if min(costs) == max(costs) else (min(costs), max(costs))
+    return Point(seeds[0], x, y, seeds=tuple(seeds), x_range=ends, y_error=statistics.stdev(values))
+
+
+def _budget_curves(points: Sequence[Point]) -> tuple[tuple[Point, ...], ...]:
+    """Returns the points of each model that was measured with several token budgets, by increasing cost."""
+    curves: dict[object, list[Point]] = {}
+    for point in points:
+        row = point.entry.row
+        curves.setdefault((family(row), row.form, row.img_size, point.entry.setting), []).append(point)
+    found = (sorted(curve, key=lambda point: point.x) for curve in curves.values())
+    return tuple(tuple(curve) for curve in found if len({point.entry.row.merge for point in curve}) == len(curve) > 1)
 
 
 def _facts(point: Point, y_label: str) -> tuple[str, ...]:
     row = point.entry.row
-    score = f"{y_label}: {number(row.value, digits=2)}"
-    if point.entry.difference is not None:
+    score = f"{y_label}: {number(point.y, digits=2)}"
+    if point.y_error is not None:
+        each = ", ".join(number(seed.value, digits=2) for seed in point.rows)
+        score += f" ± {number(point.y_error, digits=2)} (standard deviation of {len(point.seeds)} seeds: {each})"
+    elif point.entry.difference is not None:
         score += f" ({point.entry.difference:+.2f} against its backbone)"
-    lines = [row.label, score]
+    lines = [point.label if point.seeds else row.label, score]
     for label, whole, part in (
         ("GMACs", row.gmacs, row.lam_gmacs),
         ("params (M)", row.params_m, row.lam_params_m),
@@ -300,8 +417,9 @@ def _facts(point: Point, y_label: str) -> tuple[str, ...]:
         lines.append(f"{label}: {number(whole)}" + (f", {number(part)} in masks" if part else ""))
     if row.latency_ms is not None:
         ratio = "" if row.latency_ratio is None else f", {row.latency_ratio:.2f} × plain"
-        lines += [f"latency: {row.latency_ms:.2f} ms{ratio}", setting_text(point.entry)]
-    return tuple(lines)
+        lines.append(f"latency: {row.latency_ms:.2f} ms{ratio}")
+    machine = setting_text(point.entry) + (f", torch {row.torch}" if row.torch else "")
+    return (*lines, f"machine: {machine}", command(row))
 
 
 def _timm_facts(result: TimmResult) -> tuple[str, ...]:

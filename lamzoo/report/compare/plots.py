@@ -117,6 +117,12 @@ def _draw(axis: Axes, series: Series, height: int) -> None:
         {"facecolors": "none", "edgecolors": series.color} if series.style == "ring" else {"color": series.color}
     )
     axis.scatter(xs, ys, label=label, zorder=height, **fill, **_MARKERS[series.style])
+    bars: dict[str, Any] = {"color": series.color, "linewidth": 0.9, "alpha": 0.6, "zorder": height - 0.5}
+    for (x, y), ends, error in zip(series.places, series.x_ranges, series.y_errors, strict=False):
+        if ends is not None:
+            axis.plot(ends, (y, y), **bars)
+        if error is not None and y is not None:
+            axis.plot((x, x), (y - error, y + error), **bars)
 
 
 def _plain_ticks(axis: Axes) -> None:

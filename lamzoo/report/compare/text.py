@@ -75,7 +75,8 @@ def pareto_costs(comparison: Comparison) -> dict[BenchRow, tuple[str, ...]]:
     for cost, panels in (("GMACs", gmacs_panels(comparison)), ("latency", latency_panels(comparison))):
         for panel in panels:
             for point in panel.front:
-                found[point.entry.row] = (*found.get(point.entry.row, ()), cost)
+                for row in point.rows:
+                    found[row] = (*found.get(row, ()), cost)
     return found
 
 
