@@ -118,10 +118,10 @@ def load_model(
         return load_exported(ref.path, trust=trust)
     if trust:
         raise ConfigError(f"--trust applies to exported programs, and {name} is not one; leave it out")
-    from lamzoo.registry.factory import create_model
+    from lamzoo.registry.factory import create_for_images
 
     given: dict[str, Any] = {"pretrained": True} if checkpoint is None else {"checkpoint_path": checkpoint}
-    model = create_model(name, **given)
+    model = create_for_images(name, **given)
     if merge is not None:
         from lamzoo.reduction.budget import merge_to_share
 

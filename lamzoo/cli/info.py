@@ -54,10 +54,10 @@ def describe(name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         import torch
 
         from lamzoo.profiling import profile
-        from lamzoo.registry.factory import create_model
+        from lamzoo.registry.factory import create_for_images
 
         with torch.device("meta"):  # without memory: a configuration may ask for any size
-            measured = profile(create_model(name))
+            measured = profile(create_for_images(name))
         params, gmacs = round(measured.params_m * 1e6), measured.gmacs
     record = _record(name, info)
     facts: dict[str, Any] = {

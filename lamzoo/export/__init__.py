@@ -20,6 +20,7 @@ from lamzoo.export.program import trace, write_program
 from lamzoo.export.trust import trust_program
 from lamzoo.files import atomic_files
 from lamzoo.lazy import submodules_of
+from lamzoo.models.transformers_images import as_image_model
 from lamzoo.profiling.inputs import default_input, evaluating
 from lamzoo.reading import read_bytes, to_json
 from lamzoo.reduction.config import TokenReduction
@@ -75,7 +76,8 @@ def export_model(
 
     Args:
         model: an image model with float32 weights on the CPU, optionally wrapped by ``torch.compile`` or data
-            parallelism; exported in evaluation mode.
+            parallelism; exported in evaluation mode. Of an image model of Hugging Face transformers, the program
+            returns the logits or, without a classifier, the pooled embedding.
         path: ``*.onnx``, or ``*.pt2`` for torch.
         format: derived from the suffix by default.
         images: ``(B, C, H, W)``, float32, preprocessed, for the check; random by default.
@@ -87,14 +89,15 @@ def export_model(
         The exported file.
 
     Raises:
-        ConfigError: the suffix does not match the format, int8 is requested for torch, the images have another shape,
-            the model is sharded, or not in float32 on the CPU, or its outputs are not finite.
+        ConfigError: the suffix does not match the format, a model of transformers takes more than images, int8 is
+            requested for torch, the images have another shape, the model is sharded, or not in float32 on the CPU, or
+            its outputs are not finite.
         ExportError: the model can't be exported, its program differs, or the file can't be written.
         MissingExtraError: onnx, onnxscript or onnxruntime is not installed.
     """
     path = Path(path)
     format = _format(path, format, int8)
-    model = unwrap(model)
+    model = as_image_model(unwrap(model))
     images = _images(model, images)
     with evaluating(model), torch.no_grad():
         expected = model(images)

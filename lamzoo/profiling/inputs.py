@@ -33,6 +33,8 @@ def image_size(model: nn.Module) -> tuple[int, int, int]:
     known = cfg.get("input_size")
     size = getattr(getattr(model, "patch_embed", None), "img_size", None) or (known and known[1:])
     size = size or getattr(getattr(model, "visual", model), "image_size", None)
+    size = size or getattr(getattr(model, "config", None), "image_size", None)  # of transformers
+    size = (size, size) if isinstance(size, int) else size
     if not size:
         raise ConfigError(
             f"The image size of {class_name(model)} is unknown: no patch_embed.img_size, pretrained_cfg, image_size; "

@@ -23,7 +23,7 @@ from lamzoo.profiling.results import BenchRow
 from lamzoo.reading import to_json
 from lamzoo.reduction.budget import merge_to_share
 from lamzoo.registry.catalog import trained_data_of
-from lamzoo.registry.factory import create_model, find_weights_file
+from lamzoo.registry.factory import create_for_images, create_model, find_weights_file
 from lamzoo.tasks import EvalRequest, find_task
 from lamzoo.weights.files import file_sha256
 
@@ -82,7 +82,7 @@ def _measure(job: BenchJob) -> BenchRow:
 
 def _build(job: BenchJob) -> nn.Module:
     given = {} if job.resize is None else {"img_size": job.resize}
-    model = create_model(job.name, pretrained=job.data is not None, **given)  # type: ignore[arg-type]
+    model = create_for_images(job.name, pretrained=job.data is not None, **given)  # type: ignore[arg-type]
     model = model if job.merge is None else merge_to_share(model, job.merge)
     return model if job.form is None else fuse(model)
 

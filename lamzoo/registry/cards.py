@@ -141,7 +141,7 @@ class ModelSpec:
     pretrained_cfg: Mapping[str, Any] = field(default_factory=dict)
     tags: Mapping[str, PretrainedWeights] = field(default_factory=dict)
     weights_dir: Path | None = None
-    source: Literal["card", "plug-in", "timm", "open_clip"] = "card"
+    source: Literal["card", "plug-in", "timm", "open_clip", "transformers"] = "card"
 
     def cfg(self, tag: PretrainedWeights | None) -> dict[str, Any]:
         """Returns the keys of timm's ``PretrainedCfg`` that the card states for a tag, lists as tuples."""

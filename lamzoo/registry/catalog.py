@@ -32,7 +32,7 @@ from lamzoo.registry.cards import (
     read_weights,
 )
 from lamzoo.registry.external import open_clip_models, open_clip_spec, timm_models, timm_spec
-from lamzoo.registry.refs import OPEN_CLIP_PREFIX, TIMM_PREFIX, ModelRef
+from lamzoo.registry.refs import HF_PREFIX, OPEN_CLIP_PREFIX, TIMM_PREFIX, ModelRef
 from lamzoo.tasks import Task, find_task
 from lamzoo.tasks.classification import CLASSIFICATION
 
@@ -178,11 +178,13 @@ def model_ref(name: str | os.PathLike[str]) -> ModelRef:
 
 
 def find_spec(name: str | ModelRef) -> ModelSpec:
-    """Returns the spec of a registered, timm or open_clip model; its tag is ignored.
+    """Returns the spec of a registered, timm or open_clip model, or an image model of transformers; ignores its tag.
 
     Raises:
         UnknownModelError: no such model, with the closest names; or a name of another form.
-        MissingExtraError: a model of open_clip, which is not installed.
+        ConfigError: a model of transformers that takes more than images.
+        WeightsError: the configuration of a model of transformers is unavailable.
+        MissingExtraError: a model of a library that is not installed.
     """
     ref = name if isinstance(name, ModelRef) else model_ref(name)
     specs = _registered()
@@ -204,10 +206,9 @@ def find_spec(name: str | ModelRef) -> ModelSpec:
     if ref.kind == "predictions":
         raise UnknownModelError(f"There is no model {ref.text!r}: files of predictions are for `lamzoo eval` only.")
     if ref.kind == "hf":
-        raise UnknownModelError(
-            f"{ref.text!r} is a model of transformers, which only lamzoo.create_model builds; here the name of a "
-            "registered, timm or open_clip model is needed."
-        )
+        from lamzoo.registry.huggingface import find_transformers_spec
+
+        return find_transformers_spec(ref)
     if ref.is_saved:
         raise UnknownModelError(f"{ref.text!r} is a saved model, and the name of a registered one is needed.")
     spec = timm_spec(ref.arch.removeprefix(TIMM_PREFIX)) if ref.kind == "timm" else None
@@ -229,6 +230,10 @@ def spec_of_saved(saved: SavedModel) -> ModelSpec:
     Raises:
         UnknownModelError: the architecture is not registered; names the ``config.json``.
     """
+    if saved.name.startswith(HF_PREFIX):
+        from lamzoo.registry.huggingface import spec_of_name
+
+        return spec_of_name(saved.name, saved.lam)
     own = saved.name.removeprefix(TIMM_PREFIX)
     if saved.external and own in _registered():
         spec = find_spec(own)

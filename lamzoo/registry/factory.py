@@ -45,15 +45,15 @@ from lamzoo.registry.catalog import (
     pretrained_cfg_of,
     spec_of_saved,
 )
-from lamzoo.registry.huggingface import create_transformers_model
+from lamzoo.registry.huggingface import create_transformers_model, with_timms_interface
 from lamzoo.registry.preprocessing import ARGUMENTS
 from lamzoo.registry.refs import ModelRef
 from lamzoo.weights.files import read_state_dict
 from lamzoo.weights.loading import load_into, with_rank_of
 from lamzoo.weights.saved import read_saved
-from lamzoo.weights.sources import WeightsFile, location, resolve
+from lamzoo.weights.sources import WeightsFile, location, resolve, resolve_repo
 
-__all__ = ["create_model", "find_weights_file", "obtain"]
+__all__ = ["create_for_images", "create_model", "find_weights_file", "obtain"]
 
 _logger = logging.getLogger(__name__)
 
@@ -182,6 +182,27 @@ def create_model(
     return model
 
 
+def create_for_images(name: str | os.PathLike[str], pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Does :func:`create_model`, and gives an image model of transformers timm's interface: images in, one tensor out.
+
+    Raises:
+        ConfigError: also, a model of transformers that takes more than images.
+    """
+    ref = model_ref(name)
+    if ref.kind != "hf":
+        return create_model(name, pretrained, **kwargs)
+    spec = find_spec(ref)  # refuses other models before their weights are read
+    if kwargs.get("img_size") is not None:
+        kwargs["image_size"] = kwargs.pop("img_size")
+    host: Any = create_model(name, pretrained, **kwargs)
+    model, args = with_timms_interface(host)
+    plan = _Plan(spec, None, pretrained_cfg_of(spec, None), args, spec.lam, None, external=False)
+    given = {"num_classes": model.num_classes, "in_chans": plan.cfg.input_size[0], "img_size": model.image_size}
+    _label(model, plan, plan.cfg, {**args, **given})
+    model.weights_source = host.weights_source
+    return model.train()
+
+
 def find_weights_file(
     name: str | os.PathLike[str], *, cache_dir: str | Path | None = None, allow_pickle: bool = False
 ) -> WeightsFile:
@@ -191,7 +212,10 @@ def find_weights_file(
         UnknownModelError: no such model or tag.
         WeightsError: the weights are unavailable.
     """
-    file = _plan(model_ref(name), True, cache_dir, allow_pickle).weights
+    ref = model_ref(name)
+    if ref.kind == "hf":
+        return resolve_repo(ref.repo, revision=ref.revision, cache_dir=cache_dir, allow_pickle=allow_pickle)
+    file = _plan(ref, True, cache_dir, allow_pickle).weights
     assert file is not None  # requested by the True above
     return file
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,10 @@ from lamzoo.adapters import add_lam, from_pretrained
 from lamzoo.adapters.pretrained import saved_class
 from lamzoo.errors import ConfigError, MissingExtraError, StateDictError
 from lamzoo.lam import LamConfig
+from lamzoo.models.transformers_images import TransformersImages, image_class, image_size_of
+from lamzoo.reading import parse_json, read_text
+from lamzoo.registry.cards import ModelSpec
+from lamzoo.registry.preprocessing import check_preprocessing
 from lamzoo.registry.refs import ModelRef
 from lamzoo.weights.sources import resolve_repo
 
@@ -41,8 +46,7 @@ def create_transformers_model(
         cache_dir: replaces the hub's cache folder.
         allow_pickle: also read pickles.
     """
-    if find_spec("transformers") is None:
-        raise MissingExtraError(f"{ref.text} needs transformers; pip install 'lamzoo[transformers]'.")
+    _check_installed(ref.text)
     import transformers
 
     folder = hub.download(ref.repo, "config.json", revision=ref.revision, cache_dir=cache_dir).parent
@@ -79,3 +83,92 @@ def create_transformers_model(
         add_lam(model, masks)
     model.registry_name, model.weights_source = ref.text, ref.text if pretrained else None
     return model.train()
+
+
+def spec_of_name(name: str, lam: LamConfig | None = None) -> ModelSpec:
+    """Returns the spec of an image model of transformers as far as its name tells; nothing is downloaded."""
+    return ModelSpec(
+        name=name,
+        family="transformers",
+        builder="lamzoo.models.transformers_images:transformers_images",
+        lam=lam,
+        description=f"The image model {name.removeprefix('hf/')} of Hugging Face transformers.",
+        source="transformers",
+    )
+
+
+def find_transformers_spec(ref: ModelRef, cache_dir: str | Path | None = None) -> ModelSpec:
+    """Returns the spec of an image model of transformers, with the preprocessing of its repository.
+
+    Args:
+        ref: of the kind ``"hf"``.
+        cache_dir: replaces the hub's cache folder.
+
+    Raises:
+        ConfigError: the repository has another kind of model.
+        WeightsError: its configuration is unavailable or damaged.
+    """
+    _check_installed(ref.text)
+    import transformers
+
+    path = hub.download(ref.repo, "config.json", revision=ref.revision, cache_dir=cache_dir)
+    config = transformers.AutoConfig.from_pretrained(path.parent)
+    cls = image_class(ref.text, config)
+    images: dict[str, Any] = {}
+    with contextlib.suppress(hub.HubEntryMissingError):
+        file = hub.download(ref.repo, "preprocessor_config.json", revision=path.parent.name, cache_dir=cache_dir)
+        images = parse_json(read_text(file))
+    height, width = image_size_of(config)
+    has_classes = "ForImageClassification" in cls.__name__
+    cfg: dict[str, Any] = {
+        "input_size": (getattr(getattr(config, "vision_config", config), "num_channels", 3), height, width),
+        "fixed_input_size": True,
+        "num_classes": config.num_labels if has_classes else 0,
+        "classifier": "host.classifier",
+        **_preprocessing(images, (height, width)),
+    }
+    names = [config.id2label[index] for index in sorted(config.id2label)]
+    if has_classes and names != [f"LABEL_{index}" for index in range(len(names))]:
+        cfg["label_names"] = names
+    checked = check_preprocessing(cfg, source=f"{ref.text}:", error=ConfigError)
+    saved = getattr(config, "lam_config", None)
+    masks = None if saved is None else LamConfig.from_dict(saved)
+    return replace(spec_of_name(ref.text, masks), pretrained_cfg=checked)
+
+
+def with_timms_interface(host: Any) -> tuple[TransformersImages, dict[str, Any]]:
+    """Gives an image model of transformers timm's interface; returns it and the arguments that build it again."""
+    config = {key: value for key, value in parse_json(host.config.to_json_string()).items() if key != "lam_config"}
+    return TransformersImages(host), {"hf_config": {**config, "architectures": [type(host).__name__]}}
+
+
+def _check_installed(name: str) -> None:
+    if find_spec("transformers") is None:
+        raise MissingExtraError(f"{name} needs transformers; pip install 'lamzoo[transformers]'.")
+
+
+_INTERPOLATION = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}  # Pillow's numbers
+
+
+def _preprocessing(images: Mapping[str, Any], own: tuple[int, int]) -> dict[str, Any]:
+    """Translates a ``preprocessor_config.json`` into keys of timm's ``PretrainedCfg``.
+
+    Args:
+        images: the file; empty without one.
+        own: height and width of the model's images.
+    """
+    normalises = images.get("do_normalize", True)
+    cfg: dict[str, Any] = {
+        "mean": tuple(images.get("image_mean", (0.5,) * 3)) if normalises else (0.0,) * 3,
+        "std": tuple(images.get("image_std", (0.5,) * 3)) if normalises else (1.0,) * 3,
+        "interpolation": _INTERPOLATION.get(images.get("resample", 2), "bilinear"),
+    }
+    size = images.get("size", own[0])
+    shortest = size.get("shortest_edge") if isinstance(size, dict) else None
+    crops = bool(images.get("do_center_crop", shortest is not None))
+    crop = images.get("crop_size", own[0])
+    crop = crop["height"] if isinstance(crop, dict) else crop
+    resized = shortest or (size["height"] if isinstance(size, dict) else size)
+    if crops and resized:
+        return cfg | {"crop_mode": "center", "crop_pct": min(1.0, crop / resized)}
+    return cfg | {"crop_mode": "squash", "crop_pct": 1.0}

@@ -21,8 +21,9 @@ from lamzoo.reading import parse_json, read_text, to_json
 from lamzoo.reduction.config import TokenReduction
 from lamzoo.registry.cards import ModelSpec
 from lamzoo.registry.catalog import find_spec
+from lamzoo.registry.huggingface import spec_of_name
 from lamzoo.registry.preprocessing import check_label_names
-from lamzoo.registry.refs import SAVED_WEIGHTS, TIMM_PREFIX
+from lamzoo.registry.refs import HF_PREFIX, SAVED_WEIGHTS, TIMM_PREFIX
 from lamzoo.tasks.classification import CLASSIFICATION
 from lamzoo.version import __version__
 from lamzoo.weights.files import stage_state_dict
@@ -94,6 +95,8 @@ def _spec_of(model: nn.Module) -> ModelSpec:
     cfg = getattr(model, "pretrained_cfg", None) or {}
     arch = cfg.get("architecture") or ""
     name = getattr(model, "registry_name", None) or (TIMM_PREFIX + arch if is_model(arch) else arch)
+    if name.startswith(HF_PREFIX):
+        return spec_of_name(name)
     try:
         return find_spec(name)
     except UnknownModelError as error:

@@ -23,7 +23,7 @@ from lamzoo.adapters.decay import full_rate_parameters
 from lamzoo.data.paths import nfc
 from lamzoo.errors import RecipeError
 from lamzoo.reduction.budget import merge_tokens, prune_tokens
-from lamzoo.registry.factory import create_model
+from lamzoo.registry.factory import create_for_images
 from lamzoo.training.recipe import Recipe
 from lamzoo.training.recipe_common import (
     OptimizerSection,
@@ -60,7 +60,7 @@ def build_model(recipe: Recipe, classes: list[str] | None) -> Any:
     if section.lam is not None:
         kwargs["lam"] = section.lam
     with _fused_attention(section.fused_attention):
-        model: Any = create_model(section.name, pretrained=section.pretrained, **kwargs)
+        model: Any = create_for_images(section.name, pretrained=section.pretrained, **kwargs)
     if classes is not None and _knows_others(model, classes):
         _logger.info("%s: new classifier, since the weights are for other classes", section.name)
         model.reset_classifier(len(classes))

@@ -21,7 +21,7 @@ from lamzoo.reading import parse_json, read_text
 from lamzoo.records import Limits, build
 from lamzoo.reduction.config import PruneConfig, TokenReduction
 from lamzoo.registry.preprocessing import ARGUMENTS, check_preprocessing
-from lamzoo.registry.refs import TIMM_PREFIX, ModelRef
+from lamzoo.registry.refs import HF_PREFIX, TIMM_PREFIX, ModelRef
 from lamzoo.weights.mask_folder import CONFIG_NAME, MasksOnlyError, find_mask_folder, has_masks_only
 from lamzoo.weights.sources import SAFE_SUFFIXES, WeightsFile, find_in_folder, is_sha256, resolve_repo, way_out
 
@@ -32,7 +32,7 @@ _logger = logging.getLogger(__name__)
 ARCHITECTURE_PREFIX = "lamzoo.timm."
 _EARLIER_PREFIX = f"lamzoo/{TIMM_PREFIX}"  # of 0.1.0, for timm models with masks
 
-_NAME = re.compile(rf"({TIMM_PREFIX}|open_clip/)?[\w.-]+")
+_NAME = re.compile(rf"({TIMM_PREFIX}|open_clip/)?[\w.-]+|{HF_PREFIX}([\w.-]+/)?[\w.-]+(@[\w./-]+)?")
 #: Arguments with which a saved model is never built, and with which timm would read other files.
 NOT_SAVED = frozenset(
     {

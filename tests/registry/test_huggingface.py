@@ -16,12 +16,12 @@ from lamzoo.errors import (  # noqa: E402
     ConfigError,
     HubUnreachableError,
     StateDictError,
-    UnknownModelError,
     UnsafeWeightsError,
 )
 from lamzoo.lam import Lam, LamConfig  # noqa: E402
-from lamzoo.registry.catalog import model_info  # noqa: E402
+from lamzoo.registry.catalog import model_ref  # noqa: E402
 from lamzoo.registry.factory import create_model  # noqa: E402
+from lamzoo.registry.huggingface import find_transformers_spec  # noqa: E402
 from tests.adapters.transformers_hosts import HOSTS, words  # noqa: E402
 from tests.weights.hub_server import COMMIT, HubServer  # noqa: E402
 
@@ -93,11 +93,11 @@ def test_arguments_are_fields_of_the_configuration(create: Any) -> None:
         create(PLAIN, checkpoint_path="file.safetensors")
 
 
-def test_missing_models_and_pickles_are_refused(create: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_models_and_pickles_are_refused(create: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UnsafeWeightsError, match="only the pickle pytorch_model.bin"):
         create(PICKLED, pretrained=True)
-    with pytest.raises(UnknownModelError, match=r"only lamzoo.create_model builds"):
-        model_info(PLAIN)
+    with pytest.raises(ConfigError, match=r"hf/me/plain is a BertModel, .* build others with lamzoo.create_model"):
+        find_transformers_spec(model_ref(PLAIN), tmp_path / "cache")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(HubUnreachableError, match="me/other/config.json is not in the cache"):
         create("hf/me/other")

@@ -1,0 +1,187 @@
+"""Image models of Hugging Face transformers with timm's interface: images in, one tensor out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lamzoo.adapters import add_lam
+from lamzoo.adapters.pretrained import saved_class
+from lamzoo.errors import ConfigError, MissingExtraError, UnsupportedHostError, class_name
+from lamzoo.lam import LamConfig
+
+_MASK = "attention_mask"
+_OUTPUTS = ("logits", "image_embeds", "pooler_output", "last_hidden_state")
+
+
+class TransformersImages(nn.Module):
+    """An image model of transformers that timm's conventions apply to.
+
+    Args:
+        host: the model, of a class that :func:`image_class` accepts.
+
+    Attributes:
+        host: likewise.
+        image_size: height and width of its images.
+    """
+
+    def __init__(self, host: nn.Module) -> None:
+        super().__init__()
+        self.host: Any = host
+        vision = getattr(self.host.config, "vision_config", self.host.config)  # of CLIP and SigLIP
+        self.image_size = image_size_of(self.host.config)
+        self.num_features: int = vision.hidden_size
+        self.lam_config: LamConfig | None = getattr(host, "lam_config", None)
+        from lamzoo.adapters.transformers_vision import tower_layouts  # with transformers, which is optional
+
+        for layout in tower_layouts(host):
+            assert layout.pooling is not None
+            for block in host.get_submodule(layout.pooling.blocks).children():
+                block.register_forward_pre_hook(_LeaveOutMask(), with_kwargs=True, prepend=True)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; 0 for a model without a classifier."""
+        return int(self.host.config.num_labels) if hasattr(self.host, "classifier") else 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the logits of images ``(B, C, H, W)``, ``(B, classes)``.
+
+        Without a classifier, they are embeddings ``(B, D)``, or tokens ``(B, N, C)`` of models that pool none.
+        """
+        outputs = self.host(pixel_values=x)
+        found: Tensor = next(outputs[name] for name in _OUTPUTS if outputs.get(name) is not None)
+        return found
+
+    def get_classifier(self) -> nn.Module:
+        """Returns the classifier; ``nn.Identity`` without one."""
+        classifier: nn.Module = getattr(self.host, "classifier", nn.Identity())
+        return classifier
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replaces the classifier by a fresh one.
+
+        Raises:
+            UnsupportedHostError: the model has none.
+        """
+        if not isinstance(old := self.get_classifier(), nn.Linear):
+            raise UnsupportedHostError(
+                f"{type(self.host).__name__} has no linear classifier; name a model that has one, such as "
+                "ViTForImageClassification."
+            )
+        self.host.config.num_labels = self.host.num_labels = num_classes
+        self.host.classifier = nn.Linear(old.in_features, num_classes).to(old.weight)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Turns gradient checkpointing on or off."""
+        if enable:
+            self.host.activation_checkpointing_enable()
+        else:
+            self.host.activation_checkpointing_disable()
+
+    @torch.jit.ignore  # type: ignore[untyped-decorator]
+    def no_weight_decay(self) -> set[str]:
+        """Returns the names of the parameters that are not decayed: those of the masks."""
+        own = getattr(self.host, "no_weight_decay", None)
+        return set() if own is None else {f"host.{name}" for name in own()}
+
+
+class _LeaveOutMask:
+    """Forward pre-hook of a block: leaves out the mask of all tokens that transformers makes while it is exported."""
+
+    def __call__(
+        self, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], Mapping[str, Any]] | None:
+        if not torch.compiler.is_exporting():
+            return None
+        return (args[0], *(None for _ in args[1:])), {name: value for name, value in kwargs.items() if name != _MASK}
+
+
+def transformers_images(
+    config: Mapping[str, Any],
+    *,
+    hf_config: Mapping[str, Any],
+    lam: LamConfig | None = None,
+    num_classes: int | None = None,
+    in_chans: int | None = None,
+    img_size: int | tuple[int, int] | None = None,
+) -> TransformersImages:
+    """Builds an image model of transformers with fresh weights.
+
+    Args:
+        config: of the card; unused.
+        hf_config: the ``config.json`` of transformers.
+        lam: masks; None for none.
+        num_classes: replaces the number of classes.
+        in_chans: replaces the number of channels.
+        img_size: replaces the image size.
+
+    Raises:
+        MissingExtraError: transformers is not installed.
+        ConfigError: the configuration is not that of an image model.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingExtraError("This model needs transformers; pip install 'lamzoo[transformers]'.") from error
+    fields = dict(hf_config)
+    if num_classes and len(fields.get("id2label", ())) != num_classes:
+        fields = {key: value for key, value in fields.items() if key not in ("id2label", "label2id")}
+        fields["num_labels"] = num_classes
+    parsed = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
+    vision: Any = getattr(parsed, "vision_config", parsed)  # of CLIP and SigLIP
+    if in_chans is not None:
+        vision.num_channels = in_chans
+    if img_size is not None and image_size_of(parsed) != _pair(img_size):
+        vision.image_size = img_size if isinstance(img_size, int) else list(img_size)
+    host = image_class("This model", parsed)(parsed)
+    return TransformersImages(host if lam is None else add_lam(host, lam))
+
+
+def as_image_model(model: nn.Module) -> nn.Module:
+    """Returns a model with one tensor as its output: of an image model of transformers, a wrapper around it.
+
+    Raises:
+        ConfigError: a model of transformers that takes more than images.
+    """
+    if all(class_name(cls) != "transformers.modeling_utils.PreTrainedModel" for cls in type(model).__mro__):
+        return model
+    _check_image_class("The model", type(model))
+    return TransformersImages(model)
+
+
+def image_size_of(config: Any) -> tuple[int, int]:
+    """Returns the height and width of the images of a ``PretrainedConfig``."""
+    return _pair(getattr(config, "vision_config", config).image_size)
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def image_class(name: str, config: Any) -> type[nn.Module]:
+    """Returns the class of an image classifier or of a plain image model, by the configuration that it was saved with.
+
+    Args:
+        name: of the model, for messages.
+        config: a ``PretrainedConfig``.
+
+    Raises:
+        WeightsError: the class is none of transformers.
+        ConfigError: it is another kind of model.
+    """
+    cls = saved_class(name, config)
+    _check_image_class(name, cls)
+    return cls
+
+
+def _check_image_class(name: str, cls: Any) -> None:
+    reads_images = cls.main_input_name == "pixel_values" and tuple(cls.input_modalities or ()) == ("image",)
+    if not (reads_images and ("ForImageClassification" in cls.__name__ or cls.__name__.endswith("Model"))):
+        raise ConfigError(
+            f"{name} is a {cls.__name__}, and lamzoo's commands take image classifiers and plain image models of "
+            "transformers, which are called with images alone; build others with lamzoo.create_model in Python."
+        )

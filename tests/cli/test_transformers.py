@@ -1,0 +1,128 @@
+"""Image models of Hugging Face transformers on the command line, from a hub of this machine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers", reason="the extra transformers")
+
+import lamzoo  # noqa: E402
+from lamzoo.errors import ConfigError  # noqa: E402
+from lamzoo.lam import Lam, LamConfig  # noqa: E402
+from lamzoo.models.transformers_images import TransformersImages, as_image_model  # noqa: E402
+from lamzoo.registry.factory import create_for_images  # noqa: E402
+from tests.adapters.transformers_hosts import HOSTS  # noqa: E402
+from tests.images import CLASSES, write_folder  # noqa: E402
+from tests.weights.hub_server import HubServer  # noqa: E402
+
+NAME = "hf/me/vit"
+_SMALL = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24}
+_PROCESSOR = {"size": {"height": 32, "width": 32}, "resample": 3, "image_mean": [0.4, 0.5, 0.6], "image_std": [0.2] * 3}
+
+
+def _model() -> Any:
+    torch.manual_seed(0)
+    names = dict(enumerate(CLASSES))
+    config = transformers.ViTConfig(**_SMALL, image_size=32, patch_size=8, id2label=names)
+    return transformers.ViTForImageClassification(config).eval()
+
+
+@pytest.fixture(autouse=True)
+def _hub(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A hub with an image classifier, one with masks, a backbone and a text model."""
+    folder = tmp_path_factory.mktemp("hub")
+    model = _model()
+    model.save_pretrained(folder / "vit")
+    model.vit.save_pretrained(folder / "backbone")
+    lamzoo.add_lam(model, LamConfig(rank=3, op="add")).save_pretrained(folder / "masked")
+    text = {**_SMALL, "vocab_size": 40}
+    transformers.BertModel(transformers.BertConfig(**text)).save_pretrained(folder / "bert")
+    for name in ("vit", "backbone", "masked"):
+        (folder / name / "preprocessor_config.json").write_text(json.dumps(_PROCESSOR))
+    repos = {f"me/{each.name}": {path.name: path.read_bytes() for path in each.iterdir()} for each in folder.iterdir()}
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path_factory.mktemp("hub-cache")))
+    with HubServer(repos) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        yield
+
+
+def test_info_and_eval_read_the_preprocessing_and_classes_of_the_repository(run: Any, tmp_path: Path) -> None:
+    facts = json.loads(run("info", NAME, "--json").out)
+    assert (facts["family"], facts["task"], facts["classes"]) == ("transformers", "classification", 3)
+    assert (facts["label names"], facts["input_size"]) == (CLASSES, [3, 32, 32])
+    assert (facts["mean"], facts["interpolation"], facts["crop_pct"]) == ([0.4, 0.5, 0.6], "bicubic", 1.0)
+    model: Any = create_for_images(NAME, pretrained=True).eval()
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(model(x), _model()(x).logits)
+    assert facts["parameters"] == sum(each.numel() for each in model.parameters())
+    assert facts["gmacs"] == round(lamzoo.profile(model).gmacs, 4)
+    folder = write_folder(tmp_path / "photos", splits=("val",), each=2)
+    done = run("eval", NAME, "--data", folder, "--split", "val", "--device", "cpu", "--workers", 0, "--merge", 0.8)
+    assert done.code == 0, done.err
+    assert "6 images" in done.out + done.err
+
+
+def test_other_models_are_refused_in_one_sentence(run: Any) -> None:
+    done = run("info", "hf/me/bert")
+    assert done.code != 0
+    assert "hf/me/bert is a BertModel, and lamzoo's commands take image classifiers" in " ".join(done.err.split())
+
+
+def test_saved_models_come_back_with_masks_and_merging(tmp_path: Path) -> None:
+    model: Any = create_for_images("hf/me/masked", pretrained=True).eval()
+    assert model.lam_config == LamConfig(rank=3, op="add")
+    lamzoo.merge_tokens(model, keep=0.5)
+    x = torch.randn(2, 3, 32, 32)
+    lamzoo.save_pretrained(model, tmp_path / "saved")
+    loaded: Any = lamzoo.create_model(tmp_path / "saved", pretrained=True).eval()
+    assert type(loaded) is TransformersImages
+    assert loaded.token_reduction == model.token_reduction
+    assert torch.equal(loaded(x), model(x))
+    other: Any = lamzoo.create_model(tmp_path / "saved", pretrained=True, num_classes=5, lam=False)
+    assert other(x).shape == (2, 5)
+    assert not any(isinstance(module, Lam) for module in other.modules())
+
+
+@pytest.mark.slow
+def test_classifiers_are_fine_tuned_explained_measured_and_exported(run: Any, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "photos", splits=("train", "val"), each=4)
+    options = ("--data", folder, "--epochs", 1, "--device", "cpu", "--workers", 0)
+    for tune in ("all", "lam", "head"):
+        done = run("train", "--model", "hf/me/masked", "--pretrained", "--tune", tune, "--output", tune, *options)
+        assert done.code == 0, done.err
+    assert run("eval", "all", "--data", folder, "--split", "val", "--device", "cpu", "--workers", 0).code == 0
+    photo = next((folder / "val").rglob("*.*"))
+    assert run("explain", "all", photo, "--out", "masks.png").code == 0
+    done = run("export", "all", "--out", "model.onnx", "--fuse", "--merge", 0.8, "--repeats", 2)
+    assert done.code == 0, done.err
+
+
+@pytest.mark.slow
+def test_bench_measures_models_by_name(run: Any) -> None:
+    done = run("bench", NAME, "hf/me/masked", "--out", "rows.csv", "--repeats", 2, "--device", "cpu")
+    assert done.code == 0, done.err
+    assert NAME in Path("rows.csv").read_text("utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", ["pt2", "onnx"])
+def test_models_of_transformers_are_exported_fused_and_merged(tmp_path: Path, suffix: str) -> None:
+    model = lamzoo.add_lam(_model(), LamConfig(rank=3, op="add", init="paper"))
+    lamzoo.merge_tokens(lamzoo.fuse(model), keep=0.5)
+    lamzoo.export_model(model, tmp_path / f"model.{suffix}")
+    with pytest.raises(ConfigError, match=r"The model is a BertModel, .* called with images alone"):
+        lamzoo.export_model(HOSTS["bert"].create(), tmp_path / "bert.pt2")
+
+
+def test_fused_layers_are_exported_in_their_fused_form() -> None:
+    model = lamzoo.fuse(lamzoo.add_lam(_model(), LamConfig(rank=3, op="add"))).requires_grad_(False)
+    program = torch.export.export(as_image_model(model), (torch.randn(2, 3, 32, 32),))
+    linear = [node for node in program.graph.nodes if "linear" in str(node.target)]
+    assert len(linear) == 3 * 4 + 1  # one for queries, keys and values
