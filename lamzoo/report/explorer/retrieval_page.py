@@ -79,7 +79,7 @@ def explore_video(
     tokens = _Tokens(network, clip, frames, ids[0], config)
     layers = [
         ExploredLayer(f"{name.removesuffix('.attn')}{where}", masks[f"{name}.lam"].config, record, *runs, sample=sample)
-        for name, record in sorted(records.items(), key=lambda item: not item[0].startswith("head."))
+        for name, record in sorted(records.items(), key=lambda item: _place(item[0]))
         for where, runs, sample in tokens.read(name, record)
     ]
     title = title or f"{title_of(model)} on {'a video' if isinstance(video, VideoClip) else Path(video).name}"
@@ -157,6 +157,11 @@ class _Tokens:
             runs = patch_tokens(self.model, path, layout.num_prefix_tokens, layout.grid_at(self.size), picture)
             self._patches[frame] = runs
         return self._patches[frame]
+
+
+def _place(path: str) -> int:
+    """Returns the order of the parts on the page: head, vision tower, text tower."""
+    return 0 if path.startswith("head.") else 1 if path.startswith("clip.visual.") else 2
 
 
 def _words(ids: Tensor, tokenizer: Any) -> tuple[str, ...]:
