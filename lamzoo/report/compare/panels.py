@@ -59,7 +59,7 @@ class Point:
 
     @property
     def rows(self) -> tuple[BenchRow, ...]:
-        """The rows that it stands for."""
+        """The rows of its seeds, or its only row."""
         return tuple(entry.row for entry in self.seeds or (self.entry,))
 
 
