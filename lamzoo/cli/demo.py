@@ -1,4 +1,4 @@
-"""``lamzoo demo``: predictions, cost, masks and accuracy on real photographs."""
+"""``lamzoo demo``: a tour of the image models on real photographs."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import typer
 
 
 def demo(
-    output: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the pictures.")] = Path(".demo"),
+    output: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the files.")] = Path(".demo"),
     cifar10: Annotated[Path | None, typer.Option(metavar="DIR", help="A copy of CIFAR-10 to evaluate on.")] = None,
 ) -> None:
-    """Runs a demo on real photographs.
+    """Runs a tour of the image models on real photographs, offline.
 
-    It shows predictions, cost, masks and accuracy, and writes pictures.
+    It shows predictions and cost of a model with masks beside its plain twin, with merged tokens and fused, and writes
+    pictures and interactive pages of the masks.
     """
     from lamzoo.report.demo import run
 

@@ -1,8 +1,9 @@
-"""The demo: a zoo model compared with its plain twin on real photographs."""
+"""The demo: a tour of the image models on real photographs, masked beside plain and merged, in under a minute."""
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,19 +14,25 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import nn
 
+from lamzoo.adapters.deploy import fuse
 from lamzoo.data import LabelledImages, create_dataset
 from lamzoo.errors import DataError, MissingExtraError
 from lamzoo.escaping import printable
-from lamzoo.evaluation import Prediction, class_names, evaluate, predict, resolve_device
+from lamzoo.evaluation import Prediction, evaluate, predict, resolve_device
 from lamzoo.evaluation.runtime import class_count
-from lamzoo.profiling import Latency, LatencyComparison, compare_latency, profile
+from lamzoo.profiling import LatencyComparison, compare_latency, profile
 from lamzoo.profiling.inputs import default_input
+from lamzoo.reduction.budget import merge_to_share
 from lamzoo.registry.factory import create_model
+from lamzoo.report.explorer import explore_image
 from lamzoo.report.mask_pictures import explain
 
-MODEL = "lam_vit_micro"
-BASELINE = "vit_micro"
-_REPEATS = {1: 30, 32: 10}  # by batch size
+MODEL, BASELINE = "lam_vit_tiny_patch8_64", "vit_tiny_patch8_64"  # 100 classes, 64 pixels
+SMALL, SMALL_BASELINE = "lam_vit_micro", "vit_micro"  # CIFAR-10's classes, 32 pixels
+SHARE = 0.63  # of its GMACs that a model's tokens are merged to
+
+_SHOWN = 3  # classes
+_REPEATS = {1: 30, 32: 6}  # by batch size
 
 
 @dataclass(frozen=True)
@@ -35,26 +42,31 @@ class Photograph:
     Attributes:
         name: its subject.
         path: the file.
-        label: its CIFAR-10 class; None if it is of no class.
+        answers: the right classes of the demo's models, by the first of their names; empty if it is of no class.
     """
 
     name: str
     path: Path
-    label: str | None
+    answers: tuple[str, ...]
 
 
-_PHOTOGRAPHS = (("cat", "chelsea.png", "cat"), ("rocket", "rocket.jpg", None), ("coffee", "coffee.png", None),
-                ("astronaut", "astronaut.png", None))  # fmt: skip
+_PHOTOGRAPHS = (
+    ("cat", "chelsea.png", ("cat", "tabby", "Egyptian cat")),
+    ("rocket", "rocket.jpg", ()),
+    ("coffee", "coffee.png", ()),
+    ("astronaut", "astronaut.png", ()),
+)
 
 
 def run(out: Path, cifar10: Path | None = None, *, console: Console | None = None) -> None:
-    """Classifies photographs with the bundled weights and with the plain backbone, and draws the masks.
+    """Classifies photographs with the bundled weights, measures cost, and writes pictures and pages of the masks.
 
-    Prints tables of predictions, cost and, given CIFAR-10, accuracy, and writes ``masks-<photograph>.png``; older files
-    are replaced.
+    Prints tables of predictions, cost and, given CIFAR-10, accuracy. Writes ``masks-<photograph>.png`` and, for the
+    photographs with a right answer, ``<photograph>.html`` and ``<photograph>-merged.html``, the interactive pages of
+    the model with all tokens and with merged ones. Older files are replaced.
 
     Args:
-        out: folder of the pictures; created if missing.
+        out: folder of the pictures and pages; created if missing.
         cifar10: folder for :func:`lamzoo.data.create_dataset`, with a ``test`` split; None for no evaluation.
         console: the console to print to; that of the terminal by default.
 
@@ -71,16 +83,30 @@ def run(out: Path, cifar10: Path | None = None, *, console: Console | None = Non
     except OSError as error:
         raise DataError(f"The folder {out} can't be created: {error.strerror}; choose another with --out.") from error
     device = resolve_device("auto")
-    models = {name: create_model(name, pretrained=True).to(device).eval() for name in (MODEL, BASELINE)}
     console.print(f"torch {torch.__version__}, {_device_name(device)}, {torch.get_num_threads()} CPU threads")
-    show_predictions(console, models, photographs)
-    show_cost(console, models)
+
+    def load(name: str) -> nn.Module:
+        return create_model(name, pretrained=True).to(device).eval()
+
+    masked, plain, merged = load(MODEL), load(BASELINE), load(MODEL)
+    merge_to_share(merged, SHARE)
+    small = {name: load(name) for name in (SMALL, SMALL_BASELINE)}
+    shown = {BASELINE: plain, MODEL: masked, f"{MODEL}, merged to {SHARE:.0%}": merged}
+    show_predictions(console, {**shown, **small}, photographs)
+    fused = load(MODEL)
+    fuse(fused)
+    show_cost(console, {**shown, f"{MODEL}, fused": fused})
     for photograph in photographs:
-        path = out / f"masks-{photograph.name}.png"
-        explain(models[MODEL], photograph.path, path)
-        console.print(f"masks of {MODEL} on the {photograph.name}: {escape(printable(str(path)))}", soft_wrap=True)
+        picture = out / f"masks-{photograph.name}.png"
+        explain(masked, photograph.path, picture)
+        _print_file(console, f"masks on the {photograph.name}", picture)
+        for model, name in ((masked, ""), (merged, "-merged")) if photograph.answers else ():
+            page = out / f"{photograph.name}{name}.html"
+            explore_image(model, photograph.path, page)
+            what = "with merged tokens" if name else "token by token"
+            _print_file(console, f"{what}, in a browser", page)
     if test_set is not None:
-        show_accuracy(console, models, test_set)
+        show_accuracy(console, small, test_set)
 
 
 def find_photographs() -> list[Photograph]:
@@ -97,67 +123,60 @@ def find_photographs() -> list[Photograph]:
             "pip install 'lamzoo[demo]'"
         )
     folder = Path(found.origin).parent / "data"
-    photographs = [Photograph(name, folder / file, label) for name, file, label in _PHOTOGRAPHS]
+    photographs = [Photograph(name, folder / file, answers) for name, file, answers in _PHOTOGRAPHS]
     for photograph in photographs:
         if not photograph.path.is_file():
             raise DataError(f"This scikit-image has no {photograph.path}; install it again from its wheel.")
     return photographs
 
 
-def show_predictions(console: Console, models: dict[str, nn.Module], photographs: list[Photograph]) -> None:
-    """Prints the three most probable classes of each photograph, one column per model."""
-    table = Table(title="Predictions on scikit-image's photographs", show_lines=True)
-    table.add_column("photograph")
-    table.add_column("right answer")
-    guesses: list[list[list[Prediction]]] = []
+def show_predictions(console: Console, models: Mapping[str, nn.Module], photographs: list[Photograph]) -> None:
+    """Prints the three most probable classes of each photograph that has a right answer, one row for each model."""
+    for photograph in (photograph for photograph in photographs if photograph.answers):
+        table = Table(title=f"Predictions for the {photograph.name}")
+        for column in ("model", "classes", "px", "most probable", "right"):
+            table.add_column(column, justify="right" if column in ("classes", "px") else "left")
+        for name, model in models.items():
+            count = class_count(model)
+            (answer,) = predict(model, [photograph.path], topk=count, device=next(model.parameters()).device)
+            names = [guess.label.partition(",")[0] for guess in answer]
+            guesses = [_guess(guess, name in photograph.answers) for guess, name in zip(answer, names, strict=True)]
+            rank = next(number for number, name in enumerate(names, start=1) if name in photograph.answers)
+            right = "yes" if rank == 1 else f"no: {names[rank - 1]} is {rank} of {count}"
+            size = default_input(model).shape[-1]  # type: ignore[union-attr]
+            table.add_row(name, str(count), str(size), ", ".join(guesses[:_SHOWN]), right)
+        console.print(table)
+    without = [photograph.name for photograph in photographs if not photograph.answers]
+    console.print(
+        "The photographs are those of scikit-image, which the models have not been trained on"
+        + (f"; {', '.join(without)} are of none of their classes, and have only their masks drawn." if without else ".")
+    )
+
+
+def show_cost(console: Console, models: Mapping[str, nn.Module]) -> None:
+    """Prints GMACs, parameters and latency of models, the first of which is what the others are compared with."""
+    base_name, baseline = next(iter(models.items()))
+    batches = " and ".join(map(str, _REPEATS))
+    table = Table(title=f"Cost of one image, and the time of the others relative to {base_name}")
+    for column in ("model", "GMACs", "params (M)", *(f"ratio, batch of {batch}" for batch in _REPEATS)):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    first: LatencyComparison | None = None
     for name, model in models.items():
-        table.add_column(_with_tag(name, model))
-        device = next(model.parameters()).device
-        guesses.append(predict(model, [photograph.path for photograph in photographs], topk=3, device=device))
-    for photograph, *answers in zip(photographs, *guesses, strict=True):
-        right = photograph.label or "none of the classes"
-        table.add_row(photograph.name, right, *(_lines(answer, photograph.label) for answer in answers))
+        cost = profile(model)
+        ratios = []
+        for batch, repeats in _REPEATS.items() if model is not baseline else ():
+            timing = compare_latency(model, baseline, default_input(model, batch), repeats)
+            first = first or timing
+            ratios.append(_ratio(timing))
+        table.add_row(name, f"{cost.gmacs:.4f}", f"{cost.params_m:.4f}", *(ratios or [""] * len(_REPEATS)))
     console.print(table)
-    first = next(iter(models.values()))
-    names = class_names(first, class_count(first))
-    without = [photograph.name for photograph in photographs if photograph.label not in names]
-    console.print(
-        f"These photographs are not from the models' data and are downscaled to their input size. The models have "
-        f"{len(names)} classes ({', '.join(names[:10])}{', ...' if len(names) > 10 else ''}), so every prediction for "
-        f"{' and '.join(filter(None, (', '.join(without[:-1]), *without[-1:])))} is wrong."
-    )
-
-
-def show_cost(console: Console, models: dict[str, nn.Module]) -> None:
-    """Prints GMACs, parameters and latency of two models, and the ratio of the first to the second."""
-    (name, model), (base_name, baseline) = models.items()
-    costs = {name: profile(model), base_name: profile(baseline)}
-    timings = [
-        compare_latency(model, baseline, default_input(model, batch), repeats) for batch, repeats in _REPEATS.items()
-    ]
-    table = Table(title="Cost of one image")
-    for column in ("model", "GMACs", "params (M)", *(f"ms, batch of {batch}" for batch in _REPEATS)):
-        table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
-    for key, latencies in ((name, [t.model for t in timings]), (base_name, [t.baseline for t in timings])):
-        cost = costs[key]
-        table.add_row(key, f"{cost.gmacs:.4f}", f"{cost.params_m:.4f}", *map(_milliseconds, latencies))
-    mine, other = costs[name], costs[base_name]
-    table.add_row(
-        "ratio",
-        f"{mine.gmacs / other.gmacs:.3f}",
-        f"{mine.params_m / other.params_m:.3f}",
-        *map(_ratio, timings),
-    )
-    console.print(table)
-    first = timings[0]
-    repeats = " and ".join(map(str, _REPEATS.values()))
-    console.print(
-        "GMACs: 10^9 multiply-accumulates, attention included. "
-        f"The masks are {mine.lam_gmacs:.4f} GMACs and {mine.lam_params_m:.4f} M parameters of {name}. "
-        f"Latency: median and quartiles of {repeats} passes of each, in alternation in one process, {first.dtype} on "
-        f"{first.device} with {first.threads} threads; the ratio is the median over pairs. "
-        "Other load on the machine affects it."
-    )
+    if first is not None:
+        console.print(
+            "GMACs: 10^9 multiply-accumulates, attention and masks included. Ratios: median (and quartiles) of passes "
+            f"in alternation in one process, batches of {batches}, {first.dtype} on {first.device} with "
+            f"{first.threads} threads; one image takes {base_name} {first.baseline.median_ms:.2f} ms. Other load on "
+            "the machine affects the times."
+        )
 
 
 def show_accuracy(console: Console, models: dict[str, nn.Module], test_set: LabelledImages) -> None:
@@ -180,12 +199,13 @@ def show_accuracy(console: Console, models: dict[str, nn.Module], test_set: Labe
     console.print(table)
 
 
-def _lines(answer: list[Prediction], right: str | None) -> str:
-    lines = []
-    for guess in answer:
-        line = f"{escape(guess.label)} {guess.probability:.1%}"
-        lines.append(f"[green]{line}[/green]" if guess.label == right else line)
-    return "\n".join(lines)
+def _guess(guess: Prediction, is_right: bool) -> str:
+    text = f"{escape(printable(guess.label.partition(',')[0]))} {guess.probability:.0%}"
+    return f"[green]{text}[/green]" if is_right else text
+
+
+def _print_file(console: Console, what: str, path: Path) -> None:
+    console.print(f"{what}: {escape(printable(str(path)))}", soft_wrap=True)
 
 
 def _with_tag(name: str, model: nn.Module) -> str:
@@ -193,12 +213,8 @@ def _with_tag(name: str, model: nn.Module) -> str:
     return f"{name}.{tag}" if tag else name
 
 
-def _milliseconds(latency: Latency) -> str:
-    return f"{latency.median_ms:.2f}\n({latency.quartiles_ms[0]:.2f}-{latency.quartiles_ms[1]:.2f})"
-
-
 def _ratio(timing: LatencyComparison) -> str:
-    return f"{timing.ratio:.3f}\n({timing.ratio_quartiles[0]:.3f}-{timing.ratio_quartiles[1]:.3f})"
+    return f"{timing.ratio:.2f} ({timing.ratio_quartiles[0]:.2f}-{timing.ratio_quartiles[1]:.2f})"
 
 
 def _device_name(device: torch.device) -> str:

@@ -12,15 +12,15 @@ from lamzoo.report import demo
 
 @pytest.fixture
 def models(build, monkeypatch):
-    """The two models with random weights, in place of the bundled ones; few repeats."""
+    """The models with random weights, in place of the bundled ones; few repeats and two photographs."""
 
     def create_model(name, pretrained):
         assert pretrained
-        return build(LamConfig(init="paper") if name == demo.MODEL else None)
+        return build(LamConfig() if name.startswith("lam_") else None)
 
     monkeypatch.setattr(demo, "create_model", create_model)
     monkeypatch.setattr(demo, "_REPEATS", {1: 2, 2: 2})
-    monkeypatch.setattr(demo, "_PHOTOGRAPHS", demo._PHOTOGRAPHS[1:2])
+    monkeypatch.setattr(demo, "_PHOTOGRAPHS", demo._PHOTOGRAPHS[:2])
 
 
 @pytest.fixture
@@ -42,17 +42,36 @@ def test_demo_runs_twice_and_shows_everything(models, cifar10, tmp_path):
         text = io.StringIO()
         demo.run(tmp_path / "[new]" / "out", cifar10, console=Console(file=text, width=160))
         shown = text.getvalue()
-        for part in ("torch ", "micro.random", "none of the classes", "GMACs", "10 test images", "10.00", "[new]"):
+        for part in ("torch ", "merged to 63%", "fused", "cat ", "GMACs", "10 test images", "10.00", "[new]"):
             assert part in shown
-        assert [path.name for path in (tmp_path / "[new]" / "out").iterdir()] == ["masks-rocket.png"]
-    assert "every prediction for rocket is wrong" in " ".join(shown.split())
+        assert sorted(path.name for path in (tmp_path / "[new]" / "out").iterdir()) == [
+            "cat-merged.html",
+            "cat.html",
+            "masks-cat.png",
+            "masks-rocket.png",
+        ]
+    assert "rocket are of none of their classes" in " ".join(shown.split())
+    assert all(str(path) in shown for path in (tmp_path / "[new]" / "out").iterdir())
+
+
+@pytest.mark.slow
+def test_tour_says_of_every_model_whether_it_finds_the_cat(tmp_path):
+    text = io.StringIO()
+    demo.run(tmp_path, console=Console(file=text, width=200))
+    rows = [
+        line for line in text.getvalue().splitlines() if (line.startswith("│") and " yes " in line) or "no: " in line
+    ]
+    assert len(rows) == 5
+    assert any("lam_vit_tiny_patch8_64, merged to 63%" in row and " 100 " in row for row in rows)
+    for path in ("cat.html", "cat-merged.html"):
+        assert (tmp_path / path).stat().st_size > 100_000
 
 
 def test_photographs_are_real_files_in_the_wheel():
     photographs = demo.find_photographs()
     assert [photograph.name for photograph in photographs] == ["cat", "rocket", "coffee", "astronaut"]
     assert all(photograph.path.stat().st_size > 100_000 for photograph in photographs)
-    assert [photograph.name for photograph in photographs if photograph.label] == ["cat"]
+    assert [photograph.name for photograph in photographs if photograph.answers] == ["cat"]
 
 
 def test_missing_scikit_image_names_the_extra(monkeypatch):
