@@ -34,6 +34,7 @@ from lamzoo.cli.list import list_command
 from lamzoo.cli.predict import predict_command
 from lamzoo.cli.search import search
 from lamzoo.cli.train import train
+from lamzoo.cli.web_app import app_command
 from lamzoo.errors import HubUnreachableError, LamzooError
 from lamzoo.files import shortened
 from lamzoo.version import __version__
@@ -57,7 +58,7 @@ _OUT_OF_MEMORY = re.compile(
 # The sections of --help, which imports all of these modules: they import torch and timm inside functions only.
 _COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
     "Models": {"list": list_command, "info": info, "download": download, "export": export},
-    "Images": {"predict": predict_command, "explain": explain, "demo": demo},
+    "Images": {"predict": predict_command, "explain": explain, "demo": demo, "app": app_command},
     "Videos": {"search": search, "find": find, "describe": describe, "extract-features": extract_features},
     "Training and evaluation": {"train": train, "eval": eval_command},
     "Benchmarks": {"bench": bench, "compare": compare},

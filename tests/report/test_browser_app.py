@@ -1,0 +1,59 @@
+"""What the app computes, without a server; the server is tested in test_browser_app_pages.py."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from lamzoo.errors import ConfigError, DataError, MissingExtraError, UnknownModelError
+from lamzoo.report import browser_app
+from lamzoo.report.browser_app import _by_task, _Shelf, launch
+
+MODEL = "lam_vit_micro.cifar10"
+
+
+@pytest.fixture(scope="module")
+def shelf() -> _Shelf:
+    return _Shelf(torch.device("cpu"))
+
+
+def test_an_image_has_its_classes_and_its_page_with_a_budget(shelf: _Shelf, tmp_path: Path) -> None:
+    Image.new("RGB", (40, 40), "blue").save(tmp_path / "photo.png")
+    classes, frame, file = shelf.image(str(tmp_path / "photo.png"), MODEL, 0.6)
+    assert len(classes) == 5
+    assert 0.5 < sum(classes.values()) <= 1.001
+    assert frame.startswith('<iframe title="masks and attention" sandbox="allow-scripts" srcdoc="&lt;!doctype html&gt;')
+    assert "lam_vit_micro.cifar10 on photo.png</title>" in Path(file).read_text()
+    assert shelf.load(MODEL, 0.6) is shelf.load(MODEL, 0.6)
+    assert shelf.load(MODEL, 0.6).token_reduction is not None
+
+
+def test_models_are_sorted_by_their_task_and_others_are_named() -> None:
+    assert _by_task([MODEL]) == {"classification": [MODEL], "retrieval": []}
+    found = _by_task([])
+    assert MODEL in found["classification"]
+    assert "lam_clip4clip_micro.grid" in found["retrieval"]
+    assert not [name for name in found["classification"] if name.startswith("lam_vit_base")]
+    with pytest.raises(ConfigError, match="a model of the family lam_describer; the app takes models for image class"):
+        _by_task(["lam_describer_micro.grid"])
+    with pytest.raises(UnknownModelError, match="lam_vit_mikro"):
+        _by_task(["lam_vit_mikro"])
+
+
+def test_what_is_missing_is_one_sentence(shelf: _Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="there is no image; upload one"):
+        shelf.image(None, MODEL, 1.0)
+    with pytest.raises(ConfigError, match="a video and at least one text are needed"):
+        shelf.video("film.mp4", " \n", "lam_clip4clip_micro.grid", 1.0)
+    (tmp_path / "photo.png").write_text("nothing")
+    with pytest.raises(DataError, match="photo.png"):
+        shelf.image(str(tmp_path / "photo.png"), MODEL, 1.0)
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(MissingExtraError, match=r"lamzoo\[app\]"):
+        launch()
+
+
+def test_the_app_is_served_to_this_machine_unless_asked() -> None:
+    assert browser_app.HOST == "127.0.0.1"
