@@ -48,6 +48,15 @@ def test_pictures_are_small() -> None:
         assert picture.stat().st_size < 150_000, picture.name
 
 
+def test_the_gallery_has_its_pictures_and_they_are_small() -> None:
+    page = (ROOT / "docs" / "how-to" / "gallery.md").read_text(encoding="utf-8")
+    shown = set(re.findall(r"\(\.\./images/(.*?)\)", page))
+    there = {picture.name: picture.stat().st_size for picture in (ROOT / "docs" / "images").glob("gallery-*")}
+    assert there.keys() == shown
+    assert sum(there.values()) < 300_000
+    assert page.count("```bash") == len(shown)
+
+
 def test_the_installation_page_lists_the_extras() -> None:
     shown = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs/start/install.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert set(shown) == PROJECT["optional-dependencies"].keys() - {"demo", "docs", "test", "dev"}
