@@ -135,7 +135,7 @@ def show_predictions(console: Console, models: Mapping[str, nn.Module], photogra
     for photograph in (photograph for photograph in photographs if photograph.answers):
         table = Table(title=f"Predictions for the {photograph.name}")
         for column in ("model", "classes", "px", "most probable", "right"):
-            table.add_column(column, justify="right" if column in ("classes", "px") else "left")
+            table.add_column(column, justify="right" if column in ("classes", "px") else "left", overflow="fold")
         for name, model in models.items():
             count = class_count(model)
             (answer,) = predict(model, [photograph.path], topk=count, device=next(model.parameters()).device)
@@ -159,7 +159,7 @@ def show_cost(console: Console, models: Mapping[str, nn.Module]) -> None:
     batches = " and ".join(map(str, _REPEATS))
     table = Table(title=f"Cost of one image, and the time of the others relative to {base_name}")
     for column in ("model", "GMACs", "params (M)", *(f"ratio, batch of {batch}" for batch in _REPEATS)):
-        table.add_column(column, justify="left" if column == "model" else "right")
+        table.add_column(column, justify="left" if column == "model" else "right", overflow="fold")
     first: LatencyComparison | None = None
     for name, model in models.items():
         cost = profile(model)
