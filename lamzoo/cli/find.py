@@ -12,13 +12,16 @@ import typer
 from lamzoo.cli import _output as out
 from lamzoo.cli._options import Checkpoint, Device, Json, load_model
 from lamzoo.errors import ConfigError, DataError, MissingExtraError
+from lamzoo.files import check_target
 
 if TYPE_CHECKING:
+    from lamzoo.data.moments import MomentFeatures
     from lamzoo.evaluation.moments.evaluate import MomentPrediction
     from lamzoo.report.moment_strip import Span
     from lamzoo.video.extractor import FeatureExtractor, VideoFeatures
 
 _STRIP = Path("lamzoo-find.png")
+_FRAMES = 24  # on the page
 _logger = logging.getLogger(__name__)
 
 
@@ -36,6 +39,8 @@ def find(
     strip: Annotated[Path | None, typer.Option(metavar="FILE.png", help=(
         f"The preview: a row of frames for each moment [{_STRIP}]."))] = None,
     no_strip: Annotated[bool, typer.Option("--no-strip", help="Draw no preview.")] = False,
+    html: Annotated[Path | None, typer.Option(metavar="FILE.html", help=(
+        "Interactive page of the masks and the attention over the video."))] = None,
     device: Device = "auto",
     json: Json = False,
 ) -> None:  # fmt: skip
@@ -44,6 +49,8 @@ def find(
         raise ConfigError("the query is empty; describe the moment")
     if no_strip and strip is not None:
         raise ConfigError("--strip and --no-strip contradict each other; leave one out")
+    if html is not None:
+        check_target(html, "page", suffix=".html")
     picture = None if no_strip else _picture(strip)
     from lamzoo.data.paths import file_exists, folder_exists
 
@@ -61,19 +68,36 @@ def find(
     if (widths := feature_widths(features)) is not None:
         _check_widths(network, *widths)  # before the weights of unsuitable towers are downloaded
     extractor = FeatureExtractor(load_model(features, None), clip_seconds=clip_seconds, device=target)
-    seen, found = _find(network, extractor, query, video)
+    seen, features_of_query, found = _find(network, extractor, query, video)
     spans = [Span(float(start), float(end), float(score)) for start, end, score in found.windows[:top]]
     if not json:
         _print(query, video, seen, spans)
     if picture is not None:
         write_strip(picture, query, video, spans)
+    if html is not None:
+        _write_page(network, features_of_query, query, video, seen.duration, html)
     if json:
-        out.print_json({"model": model, "features": features, **_record(query, video, seen, found, spans, picture)})
-    elif picture is not None:
-        out.print_line(out.path_text(picture))
+        record = _record(query, video, seen, found, spans, picture, html)
+        out.print_json({"model": model, "features": features, **record})
+        return
+    for path in (picture, html):
+        if path is not None:
+            out.print_line(out.path_text(path))
 
 
-def _find(network: Any, extractor: FeatureExtractor, query: str, video: Path) -> tuple[VideoFeatures, MomentPrediction]:
+def _write_page(network: Any, features: MomentFeatures, query: str, video: Path, duration: float, html: Path) -> None:
+    from lamzoo.data.moments import MomentQuery
+    from lamzoo.data.video.instants import Instants, middles
+    from lamzoo.data.video.reader import read_video
+    from lamzoo.report import explore_moments
+
+    frames = read_video(video, Instants(at=middles(0.0, duration, _FRAMES))).frames
+    explore_moments(network, features, MomentQuery("", query, video.name, duration, ()), html, frames=frames)
+
+
+def _find(
+    network: Any, extractor: FeatureExtractor, query: str, video: Path
+) -> tuple[VideoFeatures, MomentFeatures, MomentPrediction]:
     """Reads the video and finds the query, after a check that the model fits the features."""
     from lamzoo.data.moments import MomentFeatures
     from lamzoo.data.moments.base import with_positions
@@ -84,7 +108,7 @@ def _find(network: Any, extractor: FeatureExtractor, query: str, video: Path) ->
     _check_widths(network, extractor.video_dim, text.shape[1])  # before a long video is read in vain
     seen = extractor.video(video)
     features = MomentFeatures(with_positions(unit(seen.clips)), text)
-    return seen, find_moments(network, [features], [seen.duration])[0]
+    return seen, features, find_moments(network, [features], [seen.duration])[0]
 
 
 def _check_widths(network: Any, video_dim: int, text_dim: int) -> None:
@@ -124,13 +148,20 @@ def _print(query: str, video: Path, seen: VideoFeatures, spans: Sequence[Span]) 
 
 
 def _record(
-    query: str, video: Path, seen: VideoFeatures, found: MomentPrediction, spans: Sequence[Span], picture: Path | None
+    query: str,
+    video: Path,
+    seen: VideoFeatures,
+    found: MomentPrediction,
+    spans: Sequence[Span],
+    picture: Path | None,
+    html: Path | None,
 ) -> dict[str, Any]:
     return {
         "query": query,
         "video": out.path_text(video),
         "duration": seen.duration,
         "strip": None if picture is None else out.path_text(picture),
+        "html": None if html is None else out.path_text(html),
         "spans": [
             {"rank": rank, "start": span.start, "end": span.end, "score": span.score}
             for rank, span in enumerate(spans, start=1)

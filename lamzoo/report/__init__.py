@@ -7,7 +7,7 @@ from lamzoo.lazy import submodules_of
 if TYPE_CHECKING:
     from lamzoo.report.explorer import TokenRun, explore, explore_image
     from lamzoo.report.explorer.description_page import explore_description, explore_window
-    from lamzoo.report.explorer.queries import explore_query
+    from lamzoo.report.explorer.queries import explore_moments, explore_query
     from lamzoo.report.explorer.retrieval_page import explore_retrieval, explore_video
     from lamzoo.report.mask_pictures import explain
     from lamzoo.report.moment_pictures import explain_moments
@@ -22,6 +22,7 @@ __all__ = [
     "explore",
     "explore_description",
     "explore_image",
+    "explore_moments",
     "explore_query",
     "explore_retrieval",
     "explore_video",
@@ -36,6 +37,7 @@ _HOMES = {
     "TokenRun": "lamzoo.report.explorer",
     "explore": "lamzoo.report.explorer",
     "explore_image": "lamzoo.report.explorer",
+    "explore_moments": "lamzoo.report.explorer.queries",
     "explore_query": "lamzoo.report.explorer.queries",
     "explore_description": "lamzoo.report.explorer.description_page",
     "explore_window": "lamzoo.report.explorer.description_page",

@@ -26,6 +26,7 @@ from lamzoo.report import (
     explore,
     explore_description,
     explore_image,
+    explore_moments,
     explore_query,
     explore_retrieval,
     explore_video,
@@ -300,6 +301,7 @@ TAKES_A_MODEL: dict[str, Callable[[Any], object]] = {
     "explore": lambda model: explore(model, (), "page.html"),
     "explore_description": lambda model: explore_description(model, None, None, "page.html"),  # type: ignore[arg-type]
     "explore_image": lambda model: explore_image(model, "photo.png", "page.html"),
+    "explore_moments": lambda model: explore_moments(model, None, None, "page.html"),  # type: ignore[arg-type]
     "explore_query": lambda model: explore_query(model, None, None, "page.html"),  # type: ignore[arg-type]
     "explore_retrieval": lambda model: explore_retrieval(model, None, None, "page.html"),  # type: ignore[arg-type]
     "explore_video": lambda model: explore_video(model, "film.mp4", "a dog", "page.html"),

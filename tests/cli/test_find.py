@@ -95,6 +95,12 @@ def test_extract_features_in_json_goes_on_where_it_was(run, towers: str, video: 
 
 def test_find_prints_a_table_and_draws_a_preview(run, model: str, towers: str, video: Path) -> None:
     common = ("find", "a woman smiles", video, "--model", model, "--features", towers, "--device", "cpu")
+    done = run(*common, "--html", "time.html")
+    assert (done.code, done.err) == (0, "")
+    assert done.out.splitlines()[-1] == "time.html"
+    page = Path("time.html").read_text()
+    assert "on video film.mp4</title>" in page and '"frames": 24' in page and "moments in the data: unknown" in page
+    Path("time.html").unlink()
     done = run(*common)
     assert (done.code, done.err) == (0, "")
     assert done.out.splitlines()[0] == f"a woman smiles: {video}, 12.0 s in 6 clips"

@@ -40,8 +40,8 @@ class TokenRun:
         grid: ``(rows, columns)`` of patches; None for other tokens.
         picture: what the patches were cut from, or what is drawn behind tokens in time; None if unknown.
         time: whether the tokens follow each other in time, and are drawn as a strip.
-        frames: pictures of the same size, one for each label, in which case the tokens are drawn as these; or fewer,
-            evenly spaced over the labels and drawn behind their strip. Empty if unknown.
+        frames: pictures of the same size: one for each label, in which case the tokens are drawn as these; or another
+            number, evenly spaced over the labels and drawn behind their strip. Empty if unknown.
     """
 
     name: str

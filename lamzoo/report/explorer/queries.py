@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from torch import nn
 
 from lamzoo.adapters.state import masks_of
@@ -15,7 +16,7 @@ from lamzoo.errors import UnsupportedHostError, class_name
 from lamzoo.evaluation.moments.evaluate import MomentPrediction, find_moments
 from lamzoo.files import check_target
 from lamzoo.report.explorer.document import Answer, Exploration, ExploredLayer, TokenRun
-from lamzoo.report.explorer.runs import run_twice, write_page
+from lamzoo.report.explorer.runs import run_twice, thumbnails, write_page
 from lamzoo.report.mask_pictures import title_of
 from lamzoo.report.moment_pictures import index_of
 
@@ -40,30 +41,61 @@ def explore_query(model: nn.Module, dataset: MomentDataset, qid: str | None, pat
         ConfigError: its masks or predictions are not finite.
         DataError: the split has no such query, its features can't be read, or the file can't be written.
     """
+    check_target(Path(path), "page", suffix=".html")
+    masks_of(model)
+    index = index_of(dataset, qid)
+    explore_moments(model, dataset.read(index), dataset.queries[index], path)
+
+
+def explore_moments(
+    model: nn.Module,
+    features: MomentFeatures,
+    query: MomentQuery,
+    path: str | Path,
+    *,
+    frames: Sequence[Image.Image] = (),
+) -> None:
+    """Writes the page of :func:`explore_query` for features, such as those of a video file.
+
+    Args:
+        model: a model of the family ``lam_moment_detr`` with masks.
+        features: of the video and the sentence.
+        query: the sentence and the duration of the video.
+        path: the HTML file, in an existing folder; an older file is replaced.
+        frames: of the same size, evenly spaced over the video; shown behind the clips.
+
+    Raises:
+        UnsupportedHostError: as of :func:`explore_query`.
+        ConfigError: as of :func:`explore_query`.
+        DataError: the file can't be written.
+    """
     path = Path(path)
     check_target(path, "page", suffix=".html")
     masks = masks_of(model)
-    index = index_of(dataset, qid)
-    features, query = dataset.read(index), dataset.queries[index]
     records, masked, plain = run_twice(model, lambda: find_moments(model, [features], [query.duration])[0])
-    reader = MomentTokens(model, features, query)
+    reader = MomentTokens(model, features, query, frames)
     layers = [
         ExploredLayer(name.removesuffix(".attn"), masks[f"{name}.lam"].config, record, *reader.read(name))
         for name, record in records.items()
     ]
     true = ", ".join(f"{start:g}–{end:g} s" for start, end in query.windows)
     facts = [f"“{query.text}”", f"moments in the data: {true}" if true else "moments in the data: unknown"]
-    title = f"{title_of(model)} on video {query.video}, query {query.qid}"
+    title = f"{title_of(model)} on video {query.video}"
+    if query.qid != "":
+        title += f", query {query.qid}"
     write_page(Exploration(title, layers, facts, _answers(masked, plain)), path)
 
 
 class MomentTokens:
-    """The queries and keys of each layer of a moment model, for one query of a data set."""
+    """The queries and keys of each layer of a moment model, for one query."""
 
-    def __init__(self, model: Any, features: MomentFeatures, query: MomentQuery) -> None:
+    def __init__(
+        self, model: Any, features: MomentFeatures, query: MomentQuery, frames: Sequence[Image.Image] = ()
+    ) -> None:
         self.model = model
         edges = np.asarray(features.video, np.float64)[:, -2:] * query.duration
-        self.clips = TokenRun("clip", tuple(f"{start:.2f}–{end:.2f} s" for start, end in edges), time=True)
+        labels = tuple(f"{start:.2f}–{end:.2f} s" for start, end in edges)
+        self.clips = TokenRun("clip", labels, time=True, frames=thumbnails(frames))
         self.words = TokenRun("word", _words(query.text, len(features.text)))
         self.token = TokenRun("saliency", ("token",))
         self.moments = (TokenRun("moment query", tuple(map(str, range(model.num_queries)))),)
