@@ -96,11 +96,12 @@ def test_identity_lam_lets_the_host_train_as_before(host: StagedHost) -> None:
         with torch.random.fork_rng(devices=[]):  # the same dropout
             model(x).square().sum().backward()
         grads.append({name: p.grad for name, p in model.named_parameters() if ".lam." not in name})
+    # Relative to the largest one: batch normalisation makes the gradients of some biases before it zero.
+    largest = max(grad.abs().max().item() for grad in grads[0].values() if grad is not None)
     for name, grad in grads[0].items():
         assert (grad is None) == (grads[1][name] is None), name
         if grad is not None:
-            scale = grad.abs().max().item()
-            assert_close(grads[1][name], grad, rtol=1e-3, atol=1e-5 + 1e-4 * scale, msg=name)
+            assert_close(grads[1][name], grad, rtol=1e-3, atol=1e-5 * largest, msg=name)
 
 
 @pytest.mark.slow
