@@ -58,7 +58,7 @@ class LamLevitAttention(StagedTakeover, LevitAttention):
     """LeViT's ``Attention``, of tokens or of a feature map, under a learnable mask."""
 
     @classmethod
-    def num_keys(cls, attn: Any, host: Any) -> int | None:
+    def fixed_length(cls, attn: Any, host: Any) -> int | None:
         return int(attn.attention_bias_idxs.shape[1])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -80,13 +80,14 @@ class LamLevitDownsample(StagedTakeover, LevitDownsample):
         return width, width
 
     @classmethod
-    def num_keys(cls, attn: Any, host: Any) -> int | None:
+    def fixed_length(cls, attn: Any, host: Any) -> int | None:
         return int(attn.attention_bias_idxs.shape[1])
 
     def forward(self, x: Tensor) -> Tensor:
         """Masked attention of fewer tokens to ``x (B, N, C)`` or ``(B, C, rows, columns)``; result as the host's."""
-        fewer = self.q.down(x)
-        tokens, queries, query, kv = x, fewer, self.q.ln(fewer), self.kv(x)
+        to_query: Any = self.q
+        fewer = to_query.down(x)
+        tokens, queries, query, kv = x, fewer, to_query.ln(fewer), self.kv(x)
         if self.use_conv:
             tokens, queries, query, kv = map(to_tokens, (x, fewer, query, kv))
         key, value = _split_widths(kv, self.num_heads, self.key_dim, self.val_dim)
@@ -99,7 +100,7 @@ class LamEfficientFormerAttention(StagedTakeover, EfficientFormerAttention):
     """EfficientFormer's ``Attention`` under a learnable mask."""
 
     @classmethod
-    def num_keys(cls, attn: Any, host: Any) -> int | None:
+    def fixed_length(cls, attn: Any, host: Any) -> int | None:
         return int(attn.attention_bias_idxs.shape[1])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -112,7 +113,7 @@ class LamTinyVitAttention(StagedTakeover, TinyVitAttention):
     """TinyViT's ``Attention``, within windows, under a learnable mask."""
 
     @classmethod
-    def num_keys(cls, attn: Any, host: Any) -> int | None:
+    def fixed_length(cls, attn: Any, host: Any) -> int | None:
         return int(attn.attention_bias_idxs.shape[1])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -135,7 +136,7 @@ class LamCascadedGroupAttention(StagedTakeover, CascadedGroupAttention):
         return width, width
 
     @classmethod
-    def num_keys(cls, attn: Any, host: Any) -> int | None:
+    def fixed_length(cls, attn: Any, host: Any) -> int | None:
         return int(attn.attention_bias_idxs.shape[1])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -268,7 +269,7 @@ class LamWindowAttentionGlobal(StagedTakeover, WindowAttentionGlobal):
         return attn.use_global
 
     @classmethod
-    def num_keys(cls, attn: Any, host: Any) -> int | None:
+    def fixed_length(cls, attn: Any, host: Any) -> int | None:
         return int(attn.window_size[0] * attn.window_size[1])
 
     def forward(self, x: Tensor, q_global: Tensor | None = None) -> Tensor:
@@ -288,7 +289,7 @@ class LamNestAttention(StagedTakeover, NestAttention):
     """NesT's ``Attention``, within blocks of the image, under a learnable mask."""
 
     @classmethod
-    def num_keys(cls, attn: Any, host: Any) -> int | None:
+    def fixed_length(cls, attn: Any, host: Any) -> int | None:
         return int(host.pos_embed.shape[2]) if hasattr(host, "pos_embed") else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -307,7 +308,7 @@ class LamTntAttention(StagedTakeover, TntAttention):
         return input_width(attn.qk), input_width(attn.qk)
 
     @classmethod
-    def num_keys(cls, attn: Any, host: Any) -> int | None:
+    def fixed_length(cls, attn: Any, host: Any) -> int | None:
         is_inner = any(block.attn_in is attn for block in host.blocks)
         return int(host.pixel_pos[0, 0].numel() if is_inner else host.patch_pos.shape[1])
 
@@ -322,7 +323,7 @@ class LamMHSA(StagedTakeover):
     """ConViT's ``MHSA`` under a learnable mask."""
 
     @classmethod
-    def num_keys(cls, attn: Any, host: Any) -> int | None:
+    def fixed_length(cls, attn: Any, host: Any) -> int | None:
         return int(host.patch_embed.num_patches) + 1
 
     def forward(self, x: Tensor) -> Tensor:
@@ -339,7 +340,7 @@ class LamGPSA(StagedTakeover, GPSA):
         return input_width(attn.qk), input_width(attn.qk)
 
     @classmethod
-    def num_keys(cls, attn: Any, host: Any) -> int | None:
+    def fixed_length(cls, attn: Any, host: Any) -> int | None:
         return int(host.patch_embed.num_patches)
 
     def get_attention(self, x: Tensor) -> Tensor:
@@ -356,7 +357,7 @@ class LamTalkingHeadAttn(StagedTakeover, TalkingHeadAttn):
     """CaiT's ``TalkingHeadAttn`` under a learnable mask, which modulates the mixed scores."""
 
     @classmethod
-    def num_keys(cls, attn: Any, host: Any) -> int | None:
+    def fixed_length(cls, attn: Any, host: Any) -> int | None:
         return int(host.pos_embed.shape[1]) if hasattr(host, "pos_embed") else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -375,7 +376,7 @@ class LamEfficientFormerAttention2d(StagedTakeover, Attention2d):
         return input_width(attn.q), input_width(attn.k)
 
     @classmethod
-    def num_keys(cls, attn: Any, host: Any) -> int | None:
+    def fixed_length(cls, attn: Any, host: Any) -> int | None:
         return int(attn.N)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -397,7 +398,7 @@ class LamEfficientFormerDownsample(StagedTakeover, Attention2dDownsample):
         return input_width(attn.k), input_width(attn.k)
 
     @classmethod
-    def num_keys(cls, attn: Any, host: Any) -> int | None:
+    def fixed_length(cls, attn: Any, host: Any) -> int | None:
         return int(attn.N)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -419,7 +420,7 @@ class LamBottleneckAttn(StagedTakeover, BottleneckAttn):
         return attn.pos_embed.height, attn.pos_embed.width
 
     @classmethod
-    def num_keys(cls, attn: Any, host: Any) -> int | None:
+    def fixed_length(cls, attn: Any, host: Any) -> int | None:
         return int(attn.pos_embed.height * attn.pos_embed.width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -447,7 +448,7 @@ class LamHaloAttn(StagedTakeover, HaloAttn):
         return attn.block_stride
 
     @classmethod
-    def num_keys(cls, attn: Any, host: Any) -> int | None:
+    def fixed_length(cls, attn: Any, host: Any) -> int | None:
         return int(attn.win_size**2)
 
     def forward(self, x: Tensor) -> Tensor:

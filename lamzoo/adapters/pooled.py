@@ -62,7 +62,7 @@ class LamLocallyGroupedAttn(StagedTakeover, LocallyGroupedAttn):
     """The local attention of Twins, within windows, under a learnable mask."""
 
     @classmethod
-    def num_keys(cls, attn: Any, host: Any) -> int | None:
+    def fixed_length(cls, attn: Any, host: Any) -> int | None:
         return int(attn.ws) ** 2
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -193,9 +193,11 @@ class LamMultiQueryAttention2d(StagedTakeover, MultiQueryAttention2d):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """Masked attention of ``x (B, C, rows, columns)``; arguments and result as the host's."""
-        queries, keys = _before_projection(self.query, x), _before_projection(self.key, x)
-        query = split_heads(to_tokens(self.query.proj(queries)), self.num_heads)
-        key = to_tokens(self.key.proj(keys)).unsqueeze(1).expand(-1, self.num_heads, -1, -1)
+        to_query: Any = self.query
+        to_key: Any = self.key
+        queries, keys = _before_projection(to_query, x), _before_projection(to_key, x)
+        query = split_heads(to_tokens(to_query.proj(queries)), self.num_heads)
+        key = to_tokens(to_key.proj(keys)).unsqueeze(1).expand(-1, self.num_heads, -1, -1)
         value = to_tokens(self.value(x)).unsqueeze(1).expand(-1, self.num_heads, -1, -1)
         out = self.attend_tokens(to_tokens(queries), to_tokens(keys), query, key, value, bias=attn_mask)
         return self.output(out.transpose(1, 2).unflatten(2, queries.shape[-2:]))
@@ -209,7 +211,7 @@ class LamClassAttn(StagedTakeover, ClassAttn):
         return input_width(attn.q), input_width(attn.k)
 
     @classmethod
-    def num_keys(cls, attn: Any, host: Any) -> int | None:
+    def fixed_length(cls, attn: Any, host: Any) -> int | None:
         return host.pos_embed.shape[1] + 1 if isinstance(host, Cait) else None
 
     def forward(self, x: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ class StagedTakeover(HostTakeover):
         return None
 
     @classmethod
-    def num_keys(cls, attn: Any, host: Any) -> int | None:
+    def fixed_length(cls, attn: Any, host: Any) -> int | None:
         """Returns the number of keys where it is fixed; ``host`` is the module that holds the list of blocks."""
         return None
 
@@ -66,7 +66,7 @@ class StagedTakeover(HostTakeover):
     def layout(cls, model: nn.Module, path: str) -> TokenLayout:
         """Returns the layout of the key tokens of a layer, with a mask or without."""
         host = model.get_submodule(cls._parts(path)[0].rpartition(".")[0])
-        length = cls.num_keys(model.get_submodule(path), host)
+        length = cls.fixed_length(model.get_submodule(path), host)
         return TokenLayout(
             length=length,
             no_positions="its number of keys changes with the size of the image" if length is None else None,
