@@ -41,6 +41,10 @@ KNOWN = {
     ("lamzoo/data/images/library_datasets.py", "datasets.load_from_disk"): "Arrow and JSON",
     ("lamzoo/data/images/library_datasets.py", "datasets.load_dataset"): "datasets 4 runs no scripts of a repository",
     ("lamzoo/data/images/library_datasets.py", "torchvision.datasets.?"): "CIFAR's pickles have known hashes; no LSUN",
+    (
+        "lamzoo/models/transformers_images.py",
+        "transformers.AutoConfig.for_model",
+    ): "a class by its name",
     ("lamzoo/models/vit.py", "timm.create_model"): "pretrained=False: loads nothing; the name comes from a card",
     (
         "lamzoo/models/clip4clip/model.py",

@@ -22,7 +22,10 @@ from lamzoo.training import parse_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-SLOW = {"docs/how-to/export.md": pytest.mark.slow}  # torch.export takes seconds
+SLOW = {  # torch.export takes seconds, and so do two models of transformers
+    "docs/how-to/export.md": pytest.mark.slow,
+    "docs/tutorials/vision-language.md": pytest.mark.slow,
+}
 PYTHON = [page for page in PAGES if "```python" in page.read_text(encoding="utf-8")]
 SHELL = [page for page in PAGES if "```bash" in page.read_text(encoding="utf-8")]
 
@@ -35,6 +38,8 @@ NOT_RUN = {
     "docs/start/timm-open-clip.md": ["needs the network", "needs the network"],
     "docs/tutorials/describe.md": ["needs the network"],
     "docs/tutorials/photos.md": ["needs a finished training run"],
+    "docs/tutorials/text.md": ["needs the network"],
+    "docs/tutorials/vision-language.md": ["needs the network"],
     "docs/tutorials/plugin.md": ["a file of tests/plugin_example", "needs the plug-in"],
     "docs/tutorials/videos.md": ["needs the network"],
 }
