@@ -1,4 +1,4 @@
-"""Learnable masks in the models of Hugging Face transformers that use its ``AttentionInterface``.
+"""Learnable masks in the models of Hugging Face transformers that use its ``AttentionInterface``, and a few others.
 
 Modifications to the host: each attention layer gets the mask as a submodule, a forward pre-hook that computes the mask
 from the layer's tokens, and a copy of its configuration that names the attention function of this file. The
@@ -7,7 +7,8 @@ configuration of the model and the attention masks that it makes (padding, causa
 In the pre-hook the mask becomes a keyword argument of the layer, which hands it to the attention function. With a
 key-value cache, the key factors of earlier tokens are stored in the cache, as further columns of their keys.
 
-The layers of :mod:`lamzoo.adapters.transformers_vision` are replaced instead.
+The layers of :mod:`lamzoo.adapters.transformers_vision` and :mod:`lamzoo.adapters.transformers_own` are replaced
+instead.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from transformers.generation.continuous_batching.cache import PagedAttentionCach
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from lamzoo.adapters.hosts import AttentionSite, HostTakeover, TakeoverAdapter, TokenLayout
+from lamzoo.adapters.transformers_own import OWN_TAKEOVERS, own_site
 from lamzoo.adapters.transformers_vision import TAKEOVERS, present_keys, read_mask, tower_layouts
 from lamzoo.errors import ConfigError, UnsupportedHostError, class_name
 from lamzoo.lam import FactoredMask, Lam, lam_attention
@@ -72,10 +74,10 @@ _KEYWORD = "lam_mask"
 
 
 class TransformersAdapter(TakeoverAdapter):
-    """Masks every attention layer of transformers that calls the ``AttentionInterface``."""
+    """Masks every attention layer of transformers that calls the ``AttentionInterface`` or has a takeover."""
 
     owns_multihead_attention = True
-    takeovers: ClassVar[Mapping[type[nn.Module], type[HostTakeover]]] = TAKEOVERS
+    takeovers: ClassVar[Mapping[type[nn.Module], type[HostTakeover]]] = {**TAKEOVERS, **OWN_TAKEOVERS}
 
     def sites(self, model: nn.Module) -> Iterator[AttentionSite]:
         """Yields the attention layers of a model, stack by stack: layers whose paths differ only in their numbers.
@@ -93,11 +95,14 @@ class TransformersAdapter(TakeoverAdapter):
             if interface is not None:
                 site = _site(path, module, interface)
                 stacks.setdefault(site.stack, []).append(site)
+            elif type(module) in OWN_TAKEOVERS:
+                site = own_site(path, _pattern(path), module)
+                stacks.setdefault(site.stack, []).append(site)
             elif _attends_itself(type(module)):
                 raise UnsupportedHostError(
                     f"{_named(path, module)} computes its attention itself, and add_lam supports the attention layers "
-                    "of transformers that call its AttentionInterface; use a model of such layers, or give add_lam the "
-                    "parts of this one that have them."
+                    "of transformers that call its AttentionInterface, of ViLT, FLAVA and TimeSformer; use a model of "
+                    "such layers, or give add_lam the parts of this one that have them."
                 )
             elif isinstance(module, nn.MultiheadAttention):
                 owner = type(model.get_submodule(path.rpartition(".")[0]))
@@ -218,16 +223,20 @@ def _site(path: str, module: Any, interface: _Interface) -> AttentionSite:
     crosses = any(name in interface.parameters for name in _KEY_TOKENS)
     key = (_first(module, _KEY_PROJECTIONS, nn.Module) if crosses else None) or query
     query_dim, key_dim = _width(query), _width(key)
-    pattern = ".".join("*" if part.isdigit() else part for part in path.split("."))
     return AttentionSite(
         path=path,
-        stack=f"{pattern} {query_dim} {key_dim} {heads}",  # stages of a pyramid share no mask
+        stack=f"{_pattern(path)} {query_dim} {key_dim} {heads}",  # stages of a pyramid share no mask
         query_dim=query_dim,
         key_dim=key_dim,
         num_heads=heads,
         like=next(each for each in module.parameters() if each.is_floating_point()),
         watched=path,  # transformers checkpoints the forward pass of a block without its hooks
     )
+
+
+def _pattern(path: str) -> str:
+    """Returns a path without its numbers, by which the layers of a stack are equal."""
+    return ".".join("*" if part.isdigit() else part for part in path.split("."))
 
 
 def _named(path: str, module: nn.Module) -> str:

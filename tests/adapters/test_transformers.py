@@ -26,7 +26,18 @@ from lamzoo.errors import ConfigError, MissingExtraError, StateDictError, Unsupp
 from lamzoo.lam import Lam, LamConfig  # noqa: E402
 from lamzoo.lam.fused import pinned_form  # noqa: E402
 from lamzoo.lam.masks import PositionTable  # noqa: E402
-from tests.adapters.transformers_hosts import DETR, HOSTS, LLAMA, SMALL, TEXT, Host, Inputs, words  # noqa: E402
+from tests.adapters.transformers_hosts import (  # noqa: E402
+    DETR,
+    HOSTS,
+    LLAMA,
+    SMALL,
+    TEXT,
+    Host,
+    Inputs,
+    both,
+    clips,
+    words,
+)
 
 RANDOM = LamConfig(init="paper", rank=3)
 CONFIGS = {
@@ -476,13 +487,6 @@ _REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "GptOssModel": ("GptOssConfig", LLAMA | {"num_local_experts": 2}, "has attention sinks"),
     "DeepseekV3Model": ("DeepseekV3Config", TEXT | _MLA | {"n_routed_experts": 8}, "caches compressed keys"),
     "DeepseekV32Model": ("DeepseekV32Config", TEXT | _MLA | {"n_routed_experts": 8}, "a sparse selection of keys"),
-    "ViltModel": ("ViltConfig", SMALL, r"ViltSelfAttention\) computes its attention itself"),
-    "FlavaTextModel": ("FlavaTextConfig", SMALL, r"FlavaSelfAttention\) computes its attention itself"),
-    "TimesformerModel": (
-        "TimesformerConfig",
-        SMALL | {"image_size": 16, "patch_size": 8},
-        r"TimesformerSelfAttention\) computes its attention itself",
-    ),
     "DebertaV2Model": ("DebertaV2Config", TEXT, r"DisentangledSelfAttention\) computes its attention itself"),
     "BertModel": (
         "BertConfig",
@@ -500,6 +504,69 @@ def test_models_with_other_attention_are_refused_by_name(name: str) -> None:
     with pytest.raises(UnsupportedHostError, match=message):
         add_lam(model)
     assert list(model.state_dict()) == before
+
+
+# Models that compute their attention themselves, with inputs and the number of attention layers.
+_OWN: dict[str, tuple[Callable[[], Any], Callable[[], Inputs], int]] = {
+    "ViltModel": (lambda: transformers.ViltConfig(**TEXT, image_size=16, patch_size=8), both, 2),
+    "FlavaTextModel": (lambda: transformers.FlavaTextConfig(**TEXT), words, 2),
+    "TimesformerModel": (
+        lambda: transformers.TimesformerConfig(**SMALL, image_size=16, patch_size=8, num_frames=4),
+        clips,
+        4,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", _OWN)
+def test_layers_with_attention_of_their_own_are_taken_over(name: str) -> None:
+    config, make, layers = _OWN[name]
+    torch.manual_seed(0)
+    model: Any = getattr(transformers, name)(config()).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.2)
+    inputs, keys, classes = make(), list(model.state_dict()), [type(module) for module in model.modules()]
+    if "input_ids" in inputs:
+        inputs["attention_mask"] = torch.tensor([[1, 1, 1, 1, 0, 0], [1] * 6])
+
+    def seeded() -> Tensor:
+        torch.manual_seed(2)  # ViLT draws the order of its patches
+        return run(model, inputs)
+
+    before = seeded()
+    add_lam(model)
+    torch.testing.assert_close(seeded(), before, atol=1e-5, rtol=1e-5)
+    add_lam(remove_lam(model), RANDOM)
+    assert len(masks(model)) == layers
+    seen: list[tuple[Any, Tensor, Tensor]] = []
+    for path in masks(model):
+        model.get_submodule(path.removesuffix(".lam")).register_forward_hook(
+            lambda module, args, output: seen.append((module, args[0], output[0]))
+        )
+    with capture_masks(model) as records:
+        after = seeded()
+    assert not torch.allclose(after, before, atol=1e-3)
+    for (module, tokens, out), record in zip(seen, records.values(), strict=True):
+        mask = module.lam.network(tokens, tokens)
+        torch.testing.assert_close(mask.dense(), record.mask.dense())
+        projected = module.qkv(tokens).chunk(3, -1) if hasattr(module, "qkv") else None
+        query, key, value = projected or (module.query(tokens), module.key(tokens), module.value(tokens))
+        query, key, value = (each.unflatten(-1, (2, 8)).transpose(1, 2) for each in (query, key, value))
+        scores = query @ key.mT / 8**0.5 + mask.dense()
+        if "attention_mask" in inputs:
+            scores = scores.masked_fill(record.attention == 0, -torch.inf)
+            hidden = (record.attention == 0)[0, 0, 0]
+            assert hidden[4:6].all() and not hidden[:4].any()
+        expected = (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
+        torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    after.square().sum().backward()
+    assert all(each.grad is not None for lam in masks(model).values() for each in lam.parameters())
+    for path in masks(model):
+        model.get_submodule(path.removesuffix(".lam"))._forward_hooks.clear()
+    remove_lam(model)
+    assert torch.equal(seeded(), before)
+    assert (list(model.state_dict()), [type(module) for module in model.modules()]) == (keys, classes)
 
 
 def test_without_a_cap_of_its_scores_gemma_is_served() -> None:
