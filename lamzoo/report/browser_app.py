@@ -18,6 +18,7 @@ from lamzoo.data.video.instants import Instants
 from lamzoo.data.video.reader import read_video
 from lamzoo.errors import ConfigError, LamzooError, MissingExtraError
 from lamzoo.evaluation import predict, resolve_device
+from lamzoo.reading import read_text
 from lamzoo.reduction.budget import merge_to_share
 from lamzoo.registry.catalog import list_models, model_info, task_of
 from lamzoo.registry.factory import create_model
@@ -162,7 +163,7 @@ class _Shelf:
         """Returns an explorer page in a frame of its own, and its file for download."""
         path = Path(self._pages.name) / f"masks-{next(self._count)}.html"
         write(path)
-        page = escape(path.read_text(encoding="utf-8"))
+        page = escape(read_text(path))
         frame = f'<iframe title="masks and attention" sandbox="allow-scripts" srcdoc="{page}"'
         return f'{frame} style="width:100%;height:85vh;border:0"></iframe>', str(path)
 

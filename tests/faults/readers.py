@@ -251,6 +251,7 @@ OPTIONS = [
     option(SEARCH, f"--sheet {LONG}.png", "xxx", needs=FILMS),
     option(SEARCH, f"--index {LONG}.safetensors", "xxx", needs=FILMS),
     option(FIND, "--strip /dev/full", "/dev/full", needs=FILMS),
+    option(FIND, "--html nowhere/x.html", "nowhere", needs=FILMS),
     option(DESCRIBE, "--out /dev/full", "/dev/full", needs=FILMS),
     option(EXTRACT, f"--out {LONG}", "xxx", needs=FILMS),
     option(EXTRACT, "--out photo.png", "photo.png", needs=f"{FILMS} photo"),

@@ -61,7 +61,9 @@ def check(layer: PageLayer, record: Any, sample: int) -> None:
     np.testing.assert_allclose(layer.masked, record.attention[sample], atol=1e-3)
 
 
-@pytest.mark.parametrize(("similarity", "merged"), [("tight", False), ("seq", True)])
+@pytest.mark.parametrize(
+    ("similarity", "merged"), [pytest.param("tight", False, marks=pytest.mark.slow), ("seq", True)]
+)
 def test_frames_patches_and_words_have_the_numbers_of_capture_masks(
     similarity: str, merged: bool, tmp_path: Path
 ) -> None:

@@ -119,9 +119,11 @@ def _draw(axis: Axes, series: Series, height: int) -> None:
     axis.scatter(xs, ys, label=label, zorder=height, **fill, **_MARKERS[series.style])
     bars: dict[str, Any] = {"color": series.color, "linewidth": 0.9, "alpha": 0.6, "zorder": height - 0.5}
     for (x, y), ends, error in zip(series.places, series.x_ranges, series.y_errors, strict=False):
+        if x is None or y is None:
+            continue
         if ends is not None:
             axis.plot(ends, (y, y), **bars)
-        if error is not None and y is not None:
+        if error is not None:
             axis.plot((x, x), (y - error, y + error), **bars)
 
 

@@ -78,7 +78,7 @@ def explore_video(
     records, masked, plain = run_twice(model, lambda: network(frames, ids.to(like.device)))
     tokens = _Tokens(network, clip, frames, ids[0], config)
     layers = [
-        ExploredLayer(f"{name.removesuffix('.attn')}{where}", masks[f"{name}.lam"].config, record, *runs, sample=sample)
+        ExploredLayer(f"{name.removesuffix('.attn')}{where}", masks[f"{name}.lam"].config, record, runs, runs, sample)
         for name, record in sorted(records.items(), key=lambda item: _place(item[0]))
         for where, runs, sample in tokens.read(name, record)
     ]
@@ -119,7 +119,7 @@ class _Tokens:
     """The queries and keys of each layer of a retrieval model, for one video and one text."""
 
     def __init__(self, model: Any, clip: VideoClip, frames: Tensor, ids: Tensor, config: Mapping[str, Any]) -> None:
-        self.model, self.clip, self.config, self.size = model, clip, config, tuple(frames.shape[-2:])
+        self.model, self.clip, self.config, self.size = model, clip, config, (frames.shape[-2], frames.shape[-1])
         times = tuple(f"{time:.2f} s" for time in clip.times)
         self.frames = (TokenRun("frame", times, time=True, frames=thumbnails(clip.frames)),)
         self.pair = (TokenRun("text", ("embedding",)), *self.frames)
@@ -133,17 +133,15 @@ class _Tokens:
         self.rows = {row: first[row] for row in sorted(sorted(first)[at] for at in shown)}
         self._patches: dict[int, tuple[TokenRun, ...]] = {}
 
-    def read(self, path: str, record: MaskRecord) -> Iterator[tuple[str, tuple[Sequence[TokenRun], ...], int]]:
-        """Yields what to add to the layer's name, the runs of its queries and keys, and the sample in the batch."""
+    def read(self, path: str, record: MaskRecord) -> Iterator[tuple[str, Sequence[TokenRun], int]]:
+        """Yields what to add to the layer's name, the runs of its tokens, and the sample in the batch."""
         if path.startswith("head."):
-            runs = self.pair if self._count(record) == len(self.clip.times) + 1 else self.frames
-            yield "", (runs, runs), 0
+            yield "", self.pair if self._count(record) == len(self.clip.times) + 1 else self.frames, 0
         elif path.startswith("clip.visual."):
             for row, frame in self.rows.items():
-                runs = self._of_frame(path, frame)
-                yield f", frame at {self.clip.times[frame]:.2f} s", (runs, runs), row
+                yield f", frame at {self.clip.times[frame]:.2f} s", self._of_frame(path, frame), row
         else:
-            yield "", (self.words, self.words), 0
+            yield "", self.words, 0
 
     def _count(self, record: MaskRecord) -> int:
         return record.mask.right.shape[2] if record.key_places is None else record.key_places.shape[1]
@@ -174,7 +172,8 @@ def _answers(texts: Sequence[str], masked: Tensor, plain: Tensor) -> list[Answer
     check_finite(masked)
     scores = [output[:, 0].float() for output in (masked, plain)]
     if len(texts) == 1:
-        return [Answer("similarity (cosine × temperature)", *(f"{float(score[0]):.2f}" for score in scores))]
+        with_mask, plain_score = (f"{float(score[0]):.2f}" for score in scores)
+        return [Answer("similarity (cosine × temperature)", with_mask, plain_score)]
     with_masks, without = (score.softmax(dim=0).tolist() for score in scores)
     best = sorted(range(len(texts)), key=lambda index: -max(with_masks[index], without[index]))[:_ANSWERS]
     if 0 not in best:  # the text that is shown
