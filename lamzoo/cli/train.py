@@ -52,6 +52,8 @@ def train(
         metavar="DIR", help="Output folder [runs/MODEL-DATA].")] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"] | None, typer.Option(help="Training device.")] = None,
     precision: Annotated[Literal["no", "bf16", "fp16"] | None, typer.Option(help="Autocast precision.")] = None,
+    fsdp: Annotated[bool | None, typer.Option(
+        "--fsdp/--no-fsdp", help="Shard the model over the processes, to save memory.")] = None,
     workers: Annotated[int | None, typer.Option(help="Worker processes that read inputs.")] = None,
     report: Annotated[bool | None, typer.Option("--report/--no-report", help="Write OUTPUT/report/.")] = None,
     resume: Annotated[bool, typer.Option(
@@ -73,7 +75,7 @@ def train(
         "data.on_bad_input": on_bad_input, "data.scan": scan, "data.workers": workers, "schedule.epochs": epochs,
         "optimizer.lr": lr, "run.batch_size": batch_size, "run.seed": seed,
         "run.output": None if output is None else str(output), "run.device": device, "run.precision": precision,
-        "run.report": report,
+        "run.report": report, "run.fsdp": fsdp,
     }  # fmt: skip
     given = {key: value for key, value in options.items() if value is not None}
     recipe = _recipe(list(arguments or ()), given, resume)

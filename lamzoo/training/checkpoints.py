@@ -24,12 +24,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lamzoo import records
+from lamzoo.adapters.wrappers import full_state_dict, is_sharded
 from lamzoo.data.trained import RECIPE_NAME
 from lamzoo.errors import LamzooError, RecipeError
 from lamzoo.files import atomic_files, file_lock
 from lamzoo.lam import LamConfig
 from lamzoo.reading import open_regular, parse_json, read_text, to_json
 from lamzoo.training.recipe import AnyRecipe, parse_recipe
+from lamzoo.training.sharding import load_whole, sharded_state, whole_state
 from lamzoo.weights.files import file_sha256, stage_state_dict
 
 _logger = logging.getLogger(__name__)
@@ -161,7 +163,8 @@ class Checkpoints:
         Raises:
             RecipeError: the checkpoint can't be written; nothing of it is left.
         """
-        on_main_process(accelerator, lambda: self._write(parts, state))
+        states = _states(parts)  # gathered on every process
+        on_main_process(accelerator, lambda: self._write(states, state))
 
     def amend(self, accelerator: Accelerator, state: dict[str, Any]) -> None:
         """Replaces the ``state`` of the checkpoint written at the same update; call on every process."""
@@ -201,7 +204,10 @@ class Checkpoints:
                 _logger.warning("%s has no averaged weights; the average starts again from its weights", folder)
         try:
             _load_weights(parts.model, found[_MODEL])
-            parts.optimizer.load_state_dict(found[_OPTIMIZER])
+            optimizer = found[_OPTIMIZER]
+            parts.optimizer.load_state_dict(
+                sharded_state(parts.optimizer, optimizer) if is_sharded(parts.model) else optimizer
+            )
             if parts.ema is not None:
                 _load_weights(parts.ema, found[_EMA])
             if parts.scaler is not None and _SCALER in found:
@@ -258,12 +264,12 @@ class Checkpoints:
                 f"with {self.output} as model.name and model.pretrained = true."
             )
 
-    def _write(self, parts: TrainedParts, state: dict[str, Any]) -> None:
+    def _write(self, states: dict[str, Any], state: dict[str, Any]) -> None:
         target = self._folder / _name(state)
         unfinished = self._folder / f".{target.name}"
         try:
             with atomic_files(RecipeError) as stage:
-                manifest = _stage(stage, unfinished, parts, state)
+                manifest = _stage(stage, unfinished, states, state)
             _discard(target)  # damaged, or written before the run went back to an older one
             os.replace(unfinished, target)
             self._manifest = manifest
@@ -318,8 +324,16 @@ def _name(state: Mapping[str, Any]) -> str:
     return f"update-{state['update']:08d}"
 
 
+def _states(parts: TrainedParts) -> dict[str, Any]:
+    """Returns the whole state of each part by the name of its file."""
+    modules = {name: module for name, module in ((_MODEL, parts.model), (_EMA, parts.ema)) if module is not None}
+    others = {name: part for name, part in ((_OPTIMIZER, parts.optimizer), (_SCALER, parts.scaler)) if part is not None}
+    states: dict[str, Any] = {name: full_state_dict(module) for name, module in modules.items()}
+    return states | {name: whole_state(part.state_dict()) for name, part in others.items()}
+
+
 def _stage(
-    stage: Callable[[Path], Path], folder: Path, parts: TrainedParts, state: dict[str, Any]
+    stage: Callable[[Path], Path], folder: Path, states: Mapping[str, Any], state: dict[str, Any]
 ) -> dict[str, dict[str, Any]]:
     """Writes the files of a checkpoint; returns its manifest."""
     files: dict[str, Path] = {}
@@ -328,12 +342,11 @@ def _stage(
         files[path.name] = stage(path)
         return files[path.name]
 
-    for name, module in ((_MODEL, parts.model), (_EMA, parts.ema)):
-        if module is not None:
-            stage_state_dict(add, module.state_dict(), folder / name, None)
-    for name, part in ((_OPTIMIZER, parts.optimizer), (_SCALER, parts.scaler)):
-        if part is not None:
-            _save(part.state_dict(), add(folder / name))
+    for name, content in states.items():
+        if name.endswith(".safetensors"):
+            stage_state_dict(add, content, folder / name, None)
+        else:
+            _save(content, add(folder / name))
     manifest = {name: {"size": path.stat().st_size, "sha256": file_sha256(path)} for name, path in files.items()}
     stage(folder / _STATE).write_text(_state_text(state, manifest), encoding="utf-8")
     return manifest
@@ -446,6 +459,9 @@ def _load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
     """Loads weights of a checkpoint; 0.1.0 kept the prefix of wrapped models, and shared tensors only once."""
     if all(name.startswith("module.") for name in weights):
         weights = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
+    if is_sharded(model):
+        load_whole(model, weights)
+        return
     own = model.state_dict()
     kept = {tensor.data_ptr(): name for name, tensor in own.items() if name in weights}
     shared = {name: weights[kept[tensor.data_ptr()]] for name, tensor in own.items() if tensor.data_ptr() in kept}
@@ -482,6 +498,7 @@ def _curve(recipe: AnyRecipe) -> AnyRecipe:
         "checkpoint_interval": None,
         "tensorboard": False,
         "report": True,
+        "fsdp": False,
     }
     settings: Any = recipe  # a dataclass, as each task's is
     changes = {"data": replace(recipe.data, workers=0), "schedule": replace(recipe.schedule, epochs=1)}

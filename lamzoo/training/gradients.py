@@ -27,15 +27,16 @@ def average_gradients(accelerator: Accelerator, model: nn.Module) -> None:
     """Averages the gradients of an unwrapped model over the processes.
 
     A parameter used in the batches of only some processes, such as the projection of a rare modality, gets a zero
-    gradient on the others. A parameter used on none keeps ``grad = None``, as in a single process.
+    gradient on the others. A parameter used on none keeps ``grad = None``, as in a single process. Sharded gradients
+    are averages already.
 
     Args:
         accelerator: the accelerator; every process must call this.
         model: the same model on every process.
     """
-    if accelerator.num_processes == 1:
+    parameters = [each for each in model.parameters() if each.requires_grad and not hasattr(each, "full_tensor")]
+    if accelerator.num_processes == 1 or not parameters:
         return
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     there = torch.tensor([parameter.grad is not None for parameter in parameters], device=accelerator.device)
     somewhere = accelerator.reduce(there.long(), "sum").tolist()
     parameters = [parameter for parameter, count in zip(parameters, somewhere, strict=True) if count]

@@ -19,6 +19,8 @@ from lamzoo.registry.catalog import find_spec, model_ref
 from lamzoo.training.config_reader import without_none
 
 Precision = Literal["no", "bf16", "fp16"]
+#: timm's optimisers whose states have the shapes of the parameters, and which FSDP2 shards like those.
+SHARDED_OPTIMIZERS = ("adam", "adamw", "lion", "momentum", "nadam", "nadamw", "radam", "rmsprop", "sgd")
 SCHEDULES = ("cosine", "tanh", "poly", "wsd", "rsqrt", "constant")
 Keep = Literal["best", "last"]
 
@@ -87,6 +89,8 @@ class RunSection:
         eval_interval: epochs between evaluations; the last epoch is always evaluated.
         tensorboard: write TensorBoard logs in addition to the CSV file.
         report: write ``report/`` at the end: scores by class, confusion matrix, curves and masks.
+        fsdp: shard weights, gradients and optimiser over the processes (FSDP2), to save memory; without effect in one
+            process. Scores are computed with the whole weights, and checkpoints are those of any number of processes.
     """
 
     output: str
@@ -103,6 +107,7 @@ class RunSection:
     eval_interval: Count = 1
     tensorboard: bool = False
     report: bool = True
+    fsdp: bool = False
 
 
 @dataclass(frozen=True)
@@ -304,6 +309,13 @@ def check_common(recipe: TaskRecipe) -> None:
         raise RecipeError("Recipe key run.device is 'cuda', but no GPU is available; use 'auto' or 'cpu'.")
     if run.precision == "fp16" and (run.device == "cpu" or not torch.cuda.is_available()):
         raise RecipeError("Recipe key run.precision is 'fp16', which needs a GPU; use 'bf16' or 'no' on a CPU.")
+    if run.fsdp and run.precision == "fp16":
+        raise RecipeError("Recipe key run.fsdp does not go with run.precision 'fp16'; use 'bf16' or 'no'.")
+    if run.fsdp and optimizer.name not in SHARDED_OPTIMIZERS:
+        raise RecipeError(
+            f"Recipe key optimizer.name is {optimizer.name!r}, whose state run.fsdp can't shard; use one of "
+            f"{', '.join(SHARDED_OPTIMIZERS)}."
+        )
 
 
 def _check_name(key: str, name: str, known: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -20,6 +21,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lamzoo.adapters.wrappers import full_state_dict
 from lamzoo.data.fingerprint import write_fingerprints
 from lamzoo.data.splits import synonyms
 from lamzoo.data.trained import MODEL_FOLDERS
@@ -35,6 +37,7 @@ from lamzoo.training.loaders import seed_everything
 from lamzoo.training.progress import Progress, TrainResult
 from lamzoo.training.recipe import AnyRecipe
 from lamzoo.training.score_report import write_score_report
+from lamzoo.training.sharding import clip_gradients, shard
 from lamzoo.training.splits import BadInputs, ScanProgress, check_fingerprints, keep_held_out, write_bad_inputs
 from lamzoo.weights.files import file_sha256, read_state_dict
 from lamzoo.weights.saved import read_saved
@@ -141,6 +144,7 @@ class TrainingRun(ABC):
             self.seconds, self.history = state["seconds"], state["history"]
             self.wall_seconds = state.get("wall_seconds", state["seconds"])
             self.best = on_main_process(self.accelerator, partial(self._still_best, state.get("best")))
+            self._gather_weights()
         if len(self.history) > recipe.schedule.total_epochs:
             raise RecipeError(
                 f"[schedule] has {recipe.schedule.total_epochs} epochs, but the run in {recipe.run.output} already has "
@@ -262,6 +266,8 @@ class TrainingRun(ABC):
         accumulation, interval = self.recipe.run.accumulation, self.recipe.run.checkpoint_interval
         loader = skip_first_batches(self.loader, done * accumulation) if done else self.loader
         self.train_mode()
+        if self.whole is not None:
+            self.whole.cpu()  # the training needs the memory
         left = done < self.updates_per_epoch  # False if the run was stopped in the epoch's evaluation
         for batches in _grouped(loader, accumulation) if left else ():
             started = time.perf_counter()
@@ -316,8 +322,15 @@ class TrainingRun(ABC):
 
     @property
     def evaluated_model(self) -> Any:
-        """The averaged weights if enabled, else the model itself."""
-        return self.accelerator.unwrap_model(self.model) if self.ema is None else self.ema.module
+        """The averaged weights if enabled, else the model itself; under FSDP, a whole copy of these."""
+        model = self.accelerator.unwrap_model(self.model) if self.ema is None else self.ema.module
+        return model if self.whole is None else self.whole
+
+    def _gather_weights(self) -> None:
+        """Under FSDP, copies the current weights into :attr:`evaluated_model`; called on every process."""
+        if self.whole is not None:
+            trained = self.model if self.ema is None else self.ema.module
+            self.whole.to(self.accelerator.device).load_state_dict(full_state_dict(trained))
 
     def wall(self) -> float:
         """Seconds since the run began, without interruptions."""
@@ -459,11 +472,17 @@ class TrainingRun(ABC):
         loader = self.train_loader(model)
         eval_loaders = self.eval_loaders(model)
         self.seeded: Any = loader.dataset
-        optimizer = self.build_optimizer(model)
+        sharded = recipe.run.fsdp and self.accelerator.num_processes > 1
+        self.whole: Any = deepcopy(model) if sharded else None  # which is scored and saved
         self.ema = build_ema(recipe.run, model, self.accelerator.device)
+        if sharded:
+            shard(self.accelerator, model)  # before the optimiser, which holds the parameters
+            if self.ema is not None:
+                shard(self.accelerator, self.ema.module)
+        optimizer = self.build_optimizer(model)
         self.updates_per_epoch = len(loader) // recipe.run.accumulation
         self.scheduler = build_scheduler(recipe.schedule, optimizer, self.updates_per_epoch)
-        self.model = self.prepare_model(model)
+        self.model: Any = self.prepare_model(model) if self.whole is None else model
         self.optimizer, self.loader, *rest = self.accelerator.prepare(optimizer, loader, *eval_loaders)
         self.prepared_eval_loaders: list[Any] = rest
 
@@ -473,7 +492,7 @@ class TrainingRun(ABC):
         loss = self.backward(epoch, update, batches)
         clip = self.recipe.optimizer.clip_grad
         if clip is not None:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), clip)
+            clip_gradients(self.accelerator, self.model, clip)
         self.scheduler.step_update(self.update)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -498,6 +517,7 @@ class TrainingRun(ABC):
         evaluates, best = last or (epoch + 1) % recipe.run.eval_interval == 0, False
         if evaluates:
             self._save()  # before the evaluation, which may fail
+            self._gather_weights()
             record |= self.evaluate()
             best = self._keep_if_best(record)
         self._log_epoch(record, best)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lamzoo.adapters.wrappers import full_tensor
 from lamzoo.training import parse_recipe
 from lamzoo.training.loop import create_run
 from tests.forked import run_module_in_two
@@ -27,11 +29,11 @@ def gradients(table: dict[str, Any], output: Path, accumulation: int = 1) -> Gra
     run.train_mode()
     loss = run.backward(0, 0, list(islice(run.loader, accumulation)))
     model = run.accelerator.unwrap_model(run.model)
-    found = {name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None}
+    found = {name: full_tensor(each.grad).clone() for name, each in model.named_parameters() if each.grad is not None}
     return found | {"loss": loss.float()}
 
 
-def gradients_in_two(tables: dict[str, dict[str, Any]], folder: Path, accumulation: int = 1) -> dict[str, Gradients]:
+def gradients_in_two(tables: Mapping[str, dict[str, Any]], folder: Path, accumulation: int = 1) -> dict[str, Gradients]:
     """Returns those of several recipes, each in the same two processes."""
     job = folder / "job.json"
     job.write_text(json.dumps({"tables": tables, "accumulation": accumulation}))

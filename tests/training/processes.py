@@ -59,15 +59,16 @@ def train_failed(
     return result
 
 
-def train_in_two(table: dict[str, Any], output: Path) -> list[dict[str, Any]]:
+def train_in_two(table: dict[str, Any], output: Path, *options: str) -> list[dict[str, Any]]:
     """Trains a recipe in two processes, on the CPU by default; returns the rows of its ``metrics.csv``.
 
     Args:
         table: the recipe, as nested values; its device is replaced.
         output: folder of the run.
+        options: further options of ``lamzoo train``.
     """
     recipe = output.with_suffix(".json")
     recipe.write_text(json.dumps({**table, "run": {**table["run"], "output": str(output), "device": "auto"}}))
-    for done in run_module_in_two("lamzoo", "train", str(recipe)):
+    for done in run_module_in_two("lamzoo", "train", str(recipe), *options):
         assert done.returncode == 0, done.stderr
     return list(csv.DictReader((output / "metrics.csv").open()))

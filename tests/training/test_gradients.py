@@ -125,7 +125,33 @@ def test_passes_in_parts_have_the_gradients_of_one(
 
 
 def test_two_processes_have_the_gradients_of_one(tables: dict[str, dict[str, Any]], tmp_path: Path) -> None:
-    two = gradients_in_two(tables, tmp_path, accumulation=2)
-    assert set(two) == set(TASKS)
+    masked = _with_run(_with_masks(tables["classification"]), fsdp=True)
+    two = gradients_in_two({**tables, "masked, sharded": masked}, tmp_path, accumulation=2)
+    assert set(two) == {*TASKS, "masked, sharded"}
     for task in TASKS:
         assert_same(two[task], gradients(tables[task], tmp_path / task))
+    assert_same(two["masked, sharded"], gradients(masked, tmp_path / "masked"))
+
+
+@pytest.mark.slow
+def test_two_processes_that_shard_a_model_have_the_gradients_of_one(
+    tables: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    more = {
+        "one mask": _with_masks(tables["classification"], layers="single"),
+        "checkpointing": _with_run(_with_masks(tables["classification"]), grad_checkpointing=True),
+    }
+    every = {name: _with_run(table, fsdp=True) for name, table in (tables | more).items()}
+    two = gradients_in_two(every, tmp_path, accumulation=2)
+    for name, table in every.items():
+        expected = gradients(table, tmp_path / name)
+        unused = {key: torch.zeros_like(value) for key, value in two[name].items() if key not in expected}
+        assert_same(two[name], expected | unused)
+
+
+def _with_run(table: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return {**table, "run": {**table["run"], **changes}}
+
+
+def _with_masks(table: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    return {**table, "model": {**table["model"], "lam": {"rank": 2, **fields}}}

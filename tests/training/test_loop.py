@@ -326,6 +326,41 @@ def test_two_processes_give_the_curve_of_one(recipe_table: dict[str, Any], tmp_p
     assert_close(two, curve(alone.history))
 
 
+@pytest.mark.slow
+def test_two_processes_that_shard_the_model_give_the_curve_of_one_which_resumes_it(
+    recipe_table: dict[str, Any], tmp_path: Path
+) -> None:
+    recipe_table["optimizer"] |= {"clip_grad": 0.5}
+    recipe_table["run"] |= {"ema_decay": 0.9}
+    alone = run(recipe_table, tmp_path / "alone")
+    sharded = {**recipe_table, "run": {**recipe_table["run"], "fsdp": True}}
+    rows = train_in_two(sharded, tmp_path / "two")
+    two = [tuple(float(row[key]) for key in HELD_BY_RECIPE) for row in rows]
+    assert_close(two, curve(alone.history))
+    longer = {**sharded, "schedule": {**sharded["schedule"], "name": "constant", "epochs": 1}}
+    train_in_two(longer, tmp_path / "resumed")
+    longer["schedule"]["epochs"] = 2
+    longer["run"] |= {"output": str(tmp_path / "resumed"), "fsdp": False}
+    resumed = train(parse_recipe(longer), resume=True)
+    longer["run"] |= {"output": str(tmp_path / "again")}
+    assert_close(curve(resumed.history), curve(train(parse_recipe(longer)).history))
+    longer["schedule"]["epochs"] = 3
+    train_in_two({**longer, "run": {**longer["run"], "fsdp": True}}, tmp_path / "again", "--resume")
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"), [({"run": {"precision": "fp16"}}, "fp16"), ({"optimizer": {"name": "muon"}}, "adamw, lion")]
+)
+def test_what_can_not_be_sharded_is_refused(
+    recipe_table: dict[str, Any], changes: dict[str, Any], named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for section, values in {**changes, "run": {"fsdp": True, "device": "auto", **changes.get("run", {})}}.items():
+        recipe_table[section] |= values
+    with pytest.raises(RecipeError, match=rf"run\.fsdp .*{named}|{named}"):
+        parse_recipe(recipe_table)
+
+
 def test_other_run_in_the_folder_is_refused(recipe_table: dict[str, Any], tmp_path: Path) -> None:
     recipe_table["schedule"]["epochs"] = 1
     run(recipe_table, tmp_path / "out")

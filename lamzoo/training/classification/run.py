@@ -17,6 +17,7 @@ from lamzoo.training.build import attention_kernels, build_model
 from lamzoo.training.classification.report import RunFacts, write_report
 from lamzoo.training.classification.scoring import Score, score
 from lamzoo.training.freezing import Tuning
+from lamzoo.training.gradients import average_gradients
 from lamzoo.training.loaders import (
     check_batches,
     check_mixup,
@@ -121,6 +122,8 @@ class ClassificationRun(TrainingRun):
                 loss = loss / len(batches)
                 self.accelerator.backward(loss)
             losses.append(loss.detach())
+        if self.whole is not None:
+            average_gradients(self.accelerator, self.model)  # of what FSDP does not shard
         return self.accelerator.reduce(torch.stack(losses).sum(), "mean")
 
     def score(self, role: str) -> Score:
