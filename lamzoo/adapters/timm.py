@@ -132,6 +132,12 @@ class TimmAdapter(TakeoverAdapter):
                 yield _layout(host, _pooling(host, blocks))
 
     def _sites_of(self, root_path: str, root: nn.Module) -> list[AttentionSite]:
+        for path, module in root.named_modules(prefix=root_path):
+            if (reason := NO_TOKEN_SOFTMAX.get(type(module))) is not None:
+                raise UnsupportedHostError(
+                    f"{_named(path, module)} can't carry a learnable mask, which acts on a softmax over tokens: "
+                    f"{reason}; choose a model whose layers all have one."
+                )
         found = []
         staged = False
         for path, module in root.named_modules(prefix=root_path):
@@ -146,11 +152,6 @@ class TimmAdapter(TakeoverAdapter):
                 staged = staged or takeover is not None
                 found.append(
                     takeover.site(path, module) if takeover else _site(path, match["stack"], match["name"], module)
-                )
-            elif (reason := NO_TOKEN_SOFTMAX.get(type(module))) is not None:
-                raise UnsupportedHostError(
-                    f"{_named(path, module)} can't carry a learnable mask, which acts on a softmax over tokens: "
-                    f"{reason}; choose a model whose layers all have one."
                 )
             elif _attends(module) and not any(type(part) in self.takeovers for part in module.modules()):
                 raise UnsupportedHostError(f"{_named(path, module)} can't carry a learnable mask; {_SERVED}")

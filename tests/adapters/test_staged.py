@@ -191,6 +191,7 @@ def test_windows_of_several_sizes_share_no_mask() -> None:
         pytest.param("volo_d1_224", "OutlookAttention", "without keys", marks=pytest.mark.slow),
         pytest.param("lambda_resnet26t", "LambdaLayer", "linear attention", marks=pytest.mark.slow),
         pytest.param("swiftformer_xs", "EfficientAdditiveAttention", "linear attention", marks=pytest.mark.slow),
+        ("davit_tiny", "ChannelAttention", "over channels"),
         ("coat_lite_tiny", "FactorAttnConvRelPosEnc", "linear attention"),
         ("mobilevitv2_050", "LinearSelfAttention", "linear attention"),
         ("edgenext_xx_small", "CrossCovarianceAttn", "over channels"),
