@@ -33,7 +33,8 @@ def add_lam(model: Model, config: LamConfig | Mapping[str, Any] | bool | None = 
     """Adds a learnable mask to every attention layer of a model, in place.
 
     Supports timm's vision transformers, open_clip's towers, the models of Hugging Face transformers that use its
-    ``AttentionInterface``, and every ``torch.nn.MultiheadAttention``, those of torch's own transformer layers included.
+    ``AttentionInterface``, ViLT, FLAVA and TimeSformer, and every ``torch.nn.MultiheadAttention``, those of torch's own
+    transformer layers included.
     The state-dict keys of the host don't change; those of the masks contain ``.lam.``. With the default
     ``init="identity"`` the outputs of the model don't change until the masks are trained.
 

@@ -288,7 +288,7 @@ def merge(model: nn.Module, config: TokenReduction) -> None:
 
     Raises:
         UnsupportedHostError: the model has another stack of blocks, several, or one that runs a block several times;
-            or it has no masks and is sharded by FSDP. An earlier reduction stays.
+            or it has no masks and is sharded by FSDP, or masks in some blocks alone. An earlier reduction stays.
         ConfigError: ``at`` names a layer that the model doesn't have, or in which merging saves nothing; or frames are
             to merge in a model without frames; likewise.
     """
@@ -306,10 +306,15 @@ def merge(model: nn.Module, config: TokenReduction) -> None:
             f"Tokens can't be merged in {stack.pooling.blocks}, which runs a block or its attention several times; "
             "give each place a copy of its own."
         )
+    lams = stack.lams
+    if lams and (len(lams) < len(blocks) or len({id(lam.shared) for lam in lams}) > 1):
+        raise UnsupportedHostError(
+            f"Tokens can't be merged in {stack.pooling.blocks}: masks were added to some of its blocks, or to each by "
+            "itself; call lamzoo.remove_lam, and lamzoo.add_lam on the whole."
+        )
     if stack.sites:
         check_unsharded(model)
     remove_reduction(model)
-    lams = stack.lams
     shared = lams[0].shared if lams else SharedState()
     for lam in lams:
         lam.attention_hook = AttendBySizes(lam.config.sign)

@@ -219,6 +219,16 @@ def test_every_hidden_state_has_the_tokens_of_the_host() -> None:
         model(x, output_hidden_states=True)
 
 
+def test_a_model_masked_in_part_computes_and_is_not_merged() -> None:
+    model, x = create("ViTModel"), inputs("ViTModel")
+    before = run(model, x)
+    add_lam(model.layers[1], CONFIGS[0])
+    assert not torch.allclose(run(model, x), before, atol=1e-4)
+    with pytest.raises(UnsupportedHostError, match=r"in layers: masks were added to some of its blocks.*on the whole"):
+        merge_tokens(model, keep=0.5)
+    assert torch.equal(run(lamzoo.remove_lam(model), x), before)
+
+
 def test_an_attention_mask_of_all_tokens_is_refused() -> None:
     model, x = merge_tokens(create("ViTModel"), keep=0.5), inputs("ViTModel")
     mask = torch.ones(2, 17, dtype=torch.long)
