@@ -270,7 +270,8 @@ class NoteGrid(SharedStateHook):
     def __call__(self, patch_embed: Any, args: tuple[Any, ...]) -> None:
         if not isinstance(args[0], torch.Tensor):  # a symbolic trace, at the image size of the model
             return
-        rows, columns = (self.grid_at or patch_embed.dynamic_feat_size)(args[0].shape[-2:])
+        height, width = args[0].shape[-2:]
+        rows, columns = (self.grid_at or patch_embed.dynamic_feat_size)((height, width))
         self.shared.begin((rows, columns), pooled=self.shared.current.begins_pooled)
 
 
