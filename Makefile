@@ -95,6 +95,7 @@ tables: $(VENV)/.ready-dev  ## measure the zoo again, train what is missing in b
 	$(BIN)/python -m benchmarks.video_merging lam_describer_micro.grid describer_micro.grid \
 	  --data grid:$(SHARED)/grid_s1:mouth+audio
 	$(BIN)/python -m benchmarks.video_merging lam_clip4clip clip4clip --time
+	$(BIN)/python -m benchmarks.search_index 10000 100000 1000000
 	$(BIN)/python -m benchmarks.tables
 	$(BIN)/lamzoo compare benchmarks/results/zoo.csv --timm $(SHARED)/timm_results --out $(TABLES_OUT)
 

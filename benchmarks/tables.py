@@ -23,6 +23,7 @@ from benchmarks import (
     fused,
     kernels,
     reduction_tables,
+    search_index,
     speed,
     tiles,
     video_merging,
@@ -120,6 +121,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "retrieval-merged": lambda: video_merging.table(
         _merged("R@1"), read_lines(RESULTS / "video_merging_time.csv", video_merging.TimeRow)
     ),
+    "search-index": lambda: search_index.table(read_lines(search_index.RESULTS, search_index.Row)),
     "captions-merged": lambda: video_merging.table(_merged("WER")),
     "speed": lambda: speed.table(read_lines(RESULTS / "speed.csv", speed.Row)),
     "speed-xeon": lambda: speed.table(read_lines(RESULTS / "speed.xeon.csv", speed.Row)),

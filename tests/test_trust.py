@@ -20,7 +20,7 @@ LOADERS = re.compile(
     r"|open_clip\.(create|load|get_tokenizer|from)\w*|transformers\.(pipeline|Auto\w+\..*)|accelerate\..*load\w*|peft\..*"
     r"|datasets\.load\w*|timm\.data\.create_dataset|torchvision\.(datasets|models)\..*"
     r"|scipy\.io\.\w+|h5py\.\w+|pandas\.read_\w+|onnxruntime\.InferenceSession|onnx\.load\w*|webdataset\.\w+"
-    r"|subprocess\.\w+|os\.(system|popen|exec\w+|spawn\w+|posix_spawn\w*)|pty\.spawn|ctypes\.\w+"
+    r"|faiss\.(read_\w+|deserialize_\w+|\w*Reader)|subprocess\.\w+|os\.(system|popen|exec\w+|spawn\w+|posix_spawn\w*)|pty\.spawn|ctypes\.\w+"
     r"|importlib\.metadata\.entry_points"
 )
 # Methods of such names, whatever the object.

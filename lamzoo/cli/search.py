@@ -50,6 +50,9 @@ def search(
     workers: Annotated[int, typer.Option(help="Worker processes that read videos.")] = 0,
     on_bad_input: Annotated[Literal["stop", "skip"], typer.Option(help=(
         "Stop at a video that cannot be read, or skip it with a warning."))] = "skip",
+    approximate: Annotated[bool | None, typer.Option("--approximate/--exact", help=(
+        "Search with faiss in clusters of the embeddings, or all embeddings [from 100,000 videos on, with faiss]."))]
+    = None,
     force: Annotated[bool, typer.Option("--force", help="Embed all videos again.")] = False,
     json: Json = False,
 ) -> None:  # fmt: skip
@@ -91,6 +94,7 @@ def search(
             on_bad_input=on_bad_input,
             force=force,
             processes=processes,
+            approximate=approximate,
             progress=advance,
         )
     if not out.is_main_process():

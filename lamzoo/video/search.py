@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -33,6 +34,7 @@ from lamzoo.evaluation.runtime import Precision, check_batches, check_finite, in
 from lamzoo.files import cache_folder
 from lamzoo.reading import parse_json, to_json
 from lamzoo.registry.factory import create_model
+from lamzoo.video.clusters import APPROXIMATE_FROM, ClusteredSearch, import_faiss, stored_search
 from lamzoo.video.index import (
     SUFFIX,
     GrowingIndex,
@@ -84,6 +86,7 @@ class VideoIndex:
         unreadable: files that could not be read, with the reason.
         precision: precision of the autocast for queries.
         embedded: number of videos that were embedded in this call; the others were in the file.
+        clusters: the approximate search; None for exact search.
     """
 
     model: Any = field(repr=False)
@@ -95,6 +98,7 @@ class VideoIndex:
     unreadable: Mapping[Path, str] = field(default_factory=dict, repr=False)
     precision: Precision = "float32"
     embedded: int = 0
+    clusters: ClusteredSearch | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.videos)
@@ -109,19 +113,22 @@ class VideoIndex:
             raise ConfigError("the query is empty; describe the video")
         if top < 1:
             raise ConfigError(f"top is {top}; it must be at least 1")
-        scores = self._scores(query)
-        best = scores.argsort(descending=True, stable=True)[:top].tolist()
-        return [Match(self.videos[i], float(scores[i]), self.durations[i]) for i in best]
+        return [Match(self.videos[i], score, self.durations[i]) for score, i in self._best(query, top)]
 
-    def _scores(self, query: str) -> Tensor:
-        """Returns the scores ``(N,)`` of all videos."""
+    def _best(self, query: str, top: int) -> list[tuple[float, int]]:
+        """Returns the best scores with the numbers of their videos."""
         with inference(self.model, self.embeddings.device, self.precision, 1):
             text = encode_texts(self.model, [query], 1)
             check_finite(text)
             if self.frame_mask is not None:
-                return compare(self.model, text, self.embeddings, self.frame_mask)[0]
+                return _highest(compare(self.model, text, self.embeddings, self.frame_mask)[0], top)
         with torch.inference_mode():  # without autocast, whose rounding would cause ties
-            return (self.embeddings @ F.normalize(text[0], dim=0)).cpu()
+            text = F.normalize(text[0], dim=0)
+            if self.clusters is not None:
+                found = self.clusters.search(text.cpu(), top)
+                if len(found) == min(top, len(self)):  # otherwise the clusters that were read have fewer
+                    return found
+            return _highest(self.embeddings @ text, top)
 
 
 def index_videos(
@@ -137,6 +144,7 @@ def index_videos(
     on_bad_input: OnBadInput = "skip",
     force: bool = False,
     processes: Processes = Processes(),  # noqa: B008 - it is frozen
+    approximate: bool | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> VideoIndex:
     """Embeds the videos of a folder and its subfolders for search by text.
@@ -165,6 +173,8 @@ def index_videos(
         force: embed all videos again.
         processes: the processes that share the work, as of :func:`lamzoo.video.processes.launched_processes`; each
             calls this function, and the index must be on storage that all of them see.
+        approximate: search with faiss in clusters of the embeddings, which are kept beside the index. By default from
+            100,000 videos on if faiss is installed, on the CPU; not for ``similarity="tight"``.
         progress: called with the number of videos read in this run by this process, and its total.
 
     Returns:
@@ -176,7 +186,7 @@ def index_videos(
             can't be read or written, is damaged or not an index, or was built for another folder or with other weights
             or another sampling.
         UnsupportedHostError: the model is not a retrieval model.
-        MissingExtraError: PyAV is not installed.
+        MissingExtraError: PyAV is not installed, or faiss for ``approximate=True``.
         WeightsError: the weights of the model are not available.
     """
     check_batches(batch_size, workers, precision)
@@ -191,6 +201,8 @@ def index_videos(
     path = _default_path(folder, origin) if index is None else Path(index)
     if path.suffix != SUFFIX:
         raise ConfigError(f"the index {path} is written as safetensors; its name must end in {SUFFIX}")
+    if approximate:
+        _check_approximate(network)  # before the work
     content = GrowingIndex(path, folder, found, origin)
 
     def begin() -> tuple[list[IndexedVideo], FrameSampling]:
@@ -250,7 +262,8 @@ def index_videos(
 
     bad, embedded = processes.on_main(end)
     stored = content.stored() if processes.is_main else read_index(path)
-    return replace(_opened(path, folder, stored, network, device, precision), unreadable=bad, embedded=embedded)
+    opened = _opened(path, folder, stored, network, device, precision, approximate if processes.is_main else False)
+    return replace(opened, unreadable=bad, embedded=embedded)
 
 
 def load_index(
@@ -259,6 +272,7 @@ def load_index(
     *,
     device: str | torch.device = "auto",
     precision: Precision = "float32",
+    approximate: bool | None = None,
 ) -> VideoIndex:
     """Opens an index without accessing its videos, which may be elsewhere.
 
@@ -267,9 +281,10 @@ def load_index(
         model: name or model that the index was built with; a model is moved to the device.
         device: a torch device, or ``"auto"``.
         precision: precision of the autocast for queries.
+        approximate: as for :func:`index_videos`.
 
     Raises:
-        ConfigError: the device or precision is invalid.
+        ConfigError: the device or precision is invalid, or the model compares each frame, for ``approximate=True``.
         DataError: the file can't be read, is damaged or not an index, was built with other weights, or is empty.
         UnsupportedHostError: the model is not a retrieval model.
         WeightsError: the weights of the model are not available.
@@ -281,7 +296,7 @@ def load_index(
         raise DataError(f"the index {path} is still empty; complete it with index_videos (lamzoo search)")
     network: Any = create_model(model, pretrained=True) if isinstance(model, str) else model
     check_origin(path, stored.origin, _origin(network, stored.origin.sampling))
-    return _opened(path, stored.folder_seen_from(path), stored, network.to(device), device, precision)
+    return _opened(path, stored.folder_seen_from(path), stored, network.to(device), device, precision, approximate)
 
 
 class _Read(NamedTuple):
@@ -376,10 +391,39 @@ def _check_finite(row: Tensor, path: Path, precision: Precision) -> None:
         )
 
 
+def _highest(scores: Tensor, top: int) -> list[tuple[float, int]]:
+    """Returns the ``top`` highest of the scores ``(N,)`` with their indices; of equal ones, the first ones."""
+    scores = scores.cpu()
+    least = scores.topk(min(top, len(scores))).values[-1]  # sorting a million scores would take longer than they took
+    (near,) = (scores >= least).nonzero(as_tuple=True)
+    best = near[scores[near].argsort(descending=True, stable=True)[:top]].tolist()
+    return [(float(scores[i]), i) for i in best]
+
+
+def _check_approximate(model: Any) -> None:
+    if model.similarity_type == "tight":
+        raise ConfigError(
+            'approximate search compares one embedding per video, and similarity="tight" compares each frame; search '
+            "exactly (--exact)"
+        )
+    import_faiss()
+
+
 def _opened(
-    path: Path, folder: Path, stored: StoredIndex, model: Any, device: torch.device, precision: Precision
+    path: Path,
+    folder: Path,
+    stored: StoredIndex,
+    model: Any,
+    device: torch.device,
+    precision: Precision,
+    approximate: bool | None,
 ) -> VideoIndex:
     embeddings, mask = stack_rows(stored.rows)
+    if approximate is None:
+        large = mask is None and len(embeddings) >= APPROXIMATE_FROM and device.type == "cpu"
+        approximate = large and find_spec("faiss") is not None
+    elif approximate:
+        _check_approximate(model)
     return VideoIndex(
         model=model,
         path=path,
@@ -389,6 +433,7 @@ def _opened(
         frame_mask=None if mask is None else mask.to(device),
         unreadable={folder / video.path: str(video.reason) for video in stored.unreadable},
         precision=precision,
+        clusters=stored_search(path, embeddings) if approximate else None,
     )
 
 

@@ -530,3 +530,17 @@ def test_a_contact_sheet_that_cannot_be_drawn_is_one_sentence(folder: Path, mode
     with pytest.raises(DataError, match="it is empty"):
         write_contact_sheet(tmp_path / "sheet.png", "a cup", matches)
     assert not (tmp_path / "sheet.png").exists()
+
+
+def test_an_index_is_searched_in_clusters(folder: Path, model: Any) -> None:
+    pytest.importorskip("faiss")
+    exact = index(folder, model)
+    near = index(folder, model, approximate=True)
+    assert near.clusters is not None and exact.clusters is None and near.embedded == 0
+    assert {path.name for path in folder.glob("index*")} == {"index.safetensors", "index.safetensors.clusters"}
+    for query in QUERIES:
+        pairs = zip(near.search(query), exact.search(query), strict=True)
+        assert all(a.path == b.path and a.score == pytest.approx(b.score, abs=1e-5) for a, b in pairs)
+    assert load_index(file_of(folder), model, approximate=True).clusters is not None
+    with pytest.raises(ConfigError, match="compares each frame"):
+        index(folder, build("tight"), approximate=True, force=True)
