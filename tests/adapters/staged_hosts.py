@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +31,7 @@ class StagedHost(Host):
         sharing: whether the layers of a stage can share a mask.
         other_sizes: whether it takes images of other sizes than its own.
         checkpoints: whether timm offers gradient checkpointing for it.
+        gain: of the weights that queries and keys are made with, large enough for their scores to differ.
         quick: whether building and running it is cheap enough for the default tests.
     """
 
@@ -38,6 +40,7 @@ class StagedHost(Host):
     sharing: bool = True
     other_sizes: bool = False
     checkpoints: bool = True
+    gain: float = 1.4
     quick: bool = True
 
     def create(self, **kwargs: Any) -> nn.Module:
@@ -47,7 +50,8 @@ class StagedHost(Host):
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if parameter.ndim >= 2:
-                    nn.init.normal_(parameter, std=0.3 if "rel" in name else 1.4 * parameter[0].numel() ** -0.5)
+                    gain = self.gain if _QUERY_OR_KEY.search(name) else 1.4
+                    nn.init.normal_(parameter, std=0.3 if "rel" in name else gain * parameter[0].numel() ** -0.5)
                 elif name.endswith("weight") or "gamma" in name or ".ls" in name or "scale" in name:
                     parameter.fill_(0.5)
         return model
@@ -70,6 +74,7 @@ def _mobilenet(**kwargs: Any) -> nn.Module:
 
 
 _MOBILE = [["ds_r1_k3_s2_e1_c8"], ["mqa_r1_k3_h2_s1_v2_d4_c8", "mqa_r2_k3_h2_s1_d4_c8"], ["cn_r1_k1_s1_c16"]]
+_QUERY_OR_KEY = re.compile(r"\.(q|k|qk|kv|qkv|qkvs|query|key|wq|wk|q_proj|k_proj|pwise)\.")
 _PYRAMID = {"depths": (2, 1), "embed_dims": (8, 16), "num_heads": (1, 2), "sr_ratios": (2, 1), "mlp_ratios": (2, 2)}
 _LEVIT = {"img_size": 64, "embed_dim": (16, 24), "key_dim": 8, "depth": (2, 1), "num_heads": (2, 3)}
 _LOW = {"width_list": [8, 8, 8, 16, 64], "depth_list": [0, 1, 1, 1, 2], "proj_drop_rate": 0.0}
@@ -77,12 +82,13 @@ _IFORMER = {"dims": (8, 8, 16, 16), "depths": (1, 1, 4, 3), "attn_groups": (0, 0
 _MVIT = {"embed_dim": 8, "depths": (1, 2), "num_heads": 1}
 
 _ALL = [
-    StagedHost("levit_128s", _LEVIT, size=64, positions=True),
-    StagedHost("levit_conv_128s", _LEVIT, size=64, positions=True),
+    StagedHost("levit_128s", _LEVIT, size=64, positions=True, gain=6.0),
+    StagedHost("levit_conv_128s", _LEVIT, size=64, positions=True, gain=6.0),
     StagedHost(
         "crossvit_9_240",
         {"img_size": 48, "img_scale": (1, 1), "embed_dim": (16, 24), "depth": ((1, 2, 0),) * 2, "num_heads": (2, 2)},
         size=48,
+        checkpoints=False,
     ),
     StagedHost(
         "cait_xxs24_224",
@@ -92,8 +98,8 @@ _ALL = [
     StagedHost("fastvit_sa12", {"layers": (1, 1, 1, 2), "embed_dims": (8, 8, 16, 32)}, other_sizes=True, size=64),
     StagedHost("cpubone_nano", _LOW, other_sizes=True, size=128),
     StagedHost("cpubone_b0_bfrobust", _LOW, size=128, quick=False),
-    StagedHost("iformer_t", _IFORMER, size=64, other_sizes=True),
-    StagedHost("iformer_h", _IFORMER, size=64, quick=False),
+    StagedHost("iformer_t", _IFORMER, size=64, other_sizes=True, gain=4.0),
+    StagedHost("iformer_h", _IFORMER, size=64, quick=False, gain=4.0),
     StagedHost("hiera_tiny_224", {"img_size": 64, "embed_dim": 8, "stages": (1, 2, 2, 1)}, size=64),
     StagedHost("mvitv2_tiny", build=partial(MultiScaleVit, MultiScaleVitCfg(**_MVIT), img_size=32)),
     StagedHost(
@@ -102,8 +108,8 @@ _ALL = [
     StagedHost("pvt_v2_b0", _PYRAMID, other_sizes=True),
     StagedHost("pvt_v2_b2_li", _PYRAMID, other_sizes=True, quick=False),
     StagedHost("lowformer_b0", _LOW, other_sizes=True, size=128),
-    StagedHost("twins_svt_small", {**_PYRAMID, "depths": (2, 2), "wss": [3, 3]}, other_sizes=True),
-    StagedHost("twins_pcpvt_small", _PYRAMID, other_sizes=True),
+    StagedHost("twins_svt_small", {**_PYRAMID, "depths": (2, 2), "wss": [3, 3]}, other_sizes=True, checkpoints=False),
+    StagedHost("twins_pcpvt_small", _PYRAMID, other_sizes=True, checkpoints=False),
     StagedHost(
         "efficientvit_m0",
         {
@@ -115,6 +121,7 @@ _ALL = [
             "window_size": [3, 3],
             "down_ops": (("", 1), ("subsample", 2)),
         },
+        gain=3.0,
         size=64,
         positions=True,
     ),
@@ -196,11 +203,12 @@ _ALL = [
         positions=True,
         quick=False,
     ),
-    StagedHost("nextvit_small", {"stem_chs": (8, 8, 8), "depths": (1, 1, 5, 2)}, size=64, quick=False),
+    StagedHost("nextvit_small", {"stem_chs": (8, 8, 8), "depths": (1, 1, 5, 2)}, size=64, quick=False, gain=2.5),
     StagedHost(
         "convit_tiny",
         {"img_size": 32, "patch_size": 8, "embed_dim": 6, "num_heads": 4, "depth": 3, "local_up_to_layer": 2},
         positions=True,
+        checkpoints=False,
     ),
     StagedHost(
         "tnt_s_patch16_224",
@@ -224,8 +232,8 @@ _ALL = [
         other_sizes=True,
         build=_mobilenet,
     ),
-    StagedHost("botnet26t_256", build=_byobnet("bottleneck"), positions=True),
-    StagedHost("halonet26t", build=_byobnet("halo", block_size=4, halo_size=1), positions=True),
+    StagedHost("botnet26t_256", build=_byobnet("bottleneck"), positions=True, gain=3.0),
+    StagedHost("halonet26t", build=_byobnet("halo", block_size=4, halo_size=1), positions=True, gain=3.0),
 ]
 
 STAGED = {host.name: host for host in _ALL}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 from typing import Any
 
@@ -72,18 +73,17 @@ def test_identity_lam_keeps_outputs_in_every_configuration(host: StagedHost) -> 
 @pytest.mark.slow
 @hosts
 def test_every_mask_changes_the_outputs_and_all_its_parameters_get_gradients(host: StagedHost) -> None:
-    x = host.images()
-    for config in configs_for(host):
-        torch.manual_seed(0)
-        plain = host.create().eval()
-        masked = add_lam(copy.deepcopy(plain), LamConfig.from_dict({**config.to_dict(), "init": "paper"}))
+    plain, x = host.create().eval(), host.images()
+    for config in (config for config in configs_for(host) if config.sign == "free"):
+        masked = add_lam(copy.deepcopy(plain), dataclasses.replace(config, init="paper", rank=8))
         out = masked(x)
-        assert (out - plain(x)).abs().max() > 1e-5, config
+        with torch.no_grad():
+            assert (out - plain(x)).abs().max() > 1e-6, config
         out.square().sum().backward()
         for name, parameter in masked.named_parameters():
             if ".lam." in name:
                 assert parameter.grad is not None and parameter.grad.isfinite().all(), name
-                assert parameter.grad.any() or "bias" in name or config.sign == "positive", name
+                assert parameter.grad.any() or "bias" in name, (name, config)
 
 
 @pytest.mark.slow
