@@ -132,12 +132,7 @@ class TimmAdapter(TakeoverAdapter):
                 yield _layout(host, _pooling(host, blocks))
 
     def _sites_of(self, root_path: str, root: nn.Module) -> list[AttentionSite]:
-        for path, module in root.named_modules(prefix=root_path):
-            if (reason := NO_TOKEN_SOFTMAX.get(type(module))) is not None:
-                raise UnsupportedHostError(
-                    f"{_named(path, module)} can't carry a learnable mask, which acts on a softmax over tokens: "
-                    f"{reason}; choose a model whose layers all have one."
-                )
+        _check_softmax(root_path, root)
         found = []
         staged = False
         for path, module in root.named_modules(prefix=root_path):
@@ -166,7 +161,7 @@ class TimmAdapter(TakeoverAdapter):
         return takeover if takeover is not None and issubclass(takeover, StagedTakeover) else None
 
 
-_SERVED = f"in timm's models, add_lam supports blocks with {', '.join(map(class_name, TimmAdapter.takeovers))}."
+_SERVED = "timm's models that can are listed in lamzoo's documentation, reference/timm-hosts.md."
 
 
 def _named(path: str, module: nn.Module) -> str:
@@ -179,6 +174,16 @@ def _is_timm(module: nn.Module) -> bool:
 
 def _attends(module: nn.Module) -> bool:
     return _is_timm(module) and hasattr(module, "num_heads") and not isinstance(module, _NO_SELF_ATTENTION)
+
+
+def _check_softmax(root_path: str, root: nn.Module) -> None:
+    """Checks that no layer has another kind of attention, for which the model is refused whatever else it has."""
+    for path, module in root.named_modules(prefix=root_path):
+        if (reason := NO_TOKEN_SOFTMAX.get(type(module))) is not None:
+            raise UnsupportedHostError(
+                f"{_named(path, module)} can't carry a learnable mask, which acts on a softmax over tokens: {reason}; "
+                "choose a model whose layers all have one."
+            )
 
 
 def _check_complete(root_path: str, root: nn.Module, found: list[AttentionSite]) -> None:
@@ -198,14 +203,16 @@ def _check_complete(root_path: str, root: nn.Module, found: list[AttentionSite])
                     layer.startswith(f"{path}.{name}.") for layer in layers
                 ):
                     attn = getattr(block, "attn", None)
-                    what = "has no `attn`" if attn is None else f"has an `attn` of {class_name(attn)}"
-                    raise UnsupportedHostError(f"{_named(f'{path}.{name}', block)} {what}; {_SERVED}")
+                    what = "no `attn`" if attn is None else f"an `attn` of {class_name(attn)}"
+                    raise UnsupportedHostError(
+                        f"{_named(f'{path}.{name}', block)} has {what} and can't carry a learnable mask; {_SERVED}"
+                    )
 
 
 def _site(path: str, stack: str, name: str | None, attn: Any) -> AttentionSite:
     # A layer that adapts a Linear, such as LoRA, holds it as a submodule.
     places = (getattr(attn, each, None) for each in ("qkv", "q_proj", "in_proj"))
-    projection: nn.Module = next(each for each in places if each is not None)
+    projection: Any = next(each for each in places if each is not None)
     widths = (getattr(part, "in_features", getattr(part, "in_channels", None)) for part in projection.modules())
     dim = next(width for width in widths if width is not None)
     return AttentionSite(

@@ -128,7 +128,8 @@ class LamDiffAttention(HostTakeover, DiffAttention):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Masked self-attention of ``x (B, N, C)``; arguments and result as timm's ``DiffAttention``."""
-        heads = _attend_differentially(self, x, *self.qkv(x).chunk(3, dim=-1), attn_mask, is_causal)
+        query, key, value = self.qkv(x).chunk(3, dim=-1)
+        heads = _attend_differentially(self, x, query, key, value, attn_mask, is_causal)
         return self.proj_drop(self.proj(self.norm(heads)))
 
 

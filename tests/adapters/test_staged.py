@@ -188,6 +188,7 @@ def test_windows_of_several_sizes_share_no_mask() -> None:
     ("name", "layer", "reason"),
     [
         pytest.param("xcit_nano_12_p16_224", "XCA", "over channels", marks=pytest.mark.slow),
+        pytest.param("davit_tiny", "ChannelAttention", "over channels", marks=pytest.mark.slow),  # beside windows
         pytest.param("volo_d1_224", "OutlookAttention", "without keys", marks=pytest.mark.slow),
         pytest.param("lambda_resnet26t", "LambdaLayer", "linear attention", marks=pytest.mark.slow),
         pytest.param("swiftformer_xs", "EfficientAdditiveAttention", "linear attention", marks=pytest.mark.slow),

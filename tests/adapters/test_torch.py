@@ -86,12 +86,21 @@ _TRACED = [
     ("eva_giant_patch14_224", "multi"),
     ("naflexvit_base_patch16_gap", "single"),
 ]
+_ALSO_TRACED = [
+    "swin_tiny_patch4_window7_224",
+    "swinv2_tiny_window8_256",
+    "samvit_base_patch16",
+    "maxvit_tiny_tf_224",
+    "coatnet_0_224",
+    "vit_base_patch16_xp_224",
+    "vit_dwee_patch16_reg1_gap_256",
+]
 traced = pytest.mark.parametrize(
     ("host", "layers"),
     [
         pytest.param(HOSTS[name], kind, id=f"{name}-{kind}", marks=[] if (name, kind) in _TRACED else pytest.mark.slow)
-        for name in FEW
-        for kind in ("multi", "single")
+        for name in (*FEW, *_ALSO_TRACED)
+        for kind in HOSTS[name].kinds_of_layers()
     ],
 )
 

@@ -93,15 +93,26 @@ def test_layers_with_other_tokens_share_no_mask(name: str, reason: str) -> None:
 @pytest.mark.parametrize(
     ("name", "kwargs"),
     [
+        ("swinv2_tiny_window8_256", {}),
+        ("swinv2_cr_tiny_224", {}),
+        ("coatnet_0_224", {}),
         ("samvit_base_patch16", {"use_rope": True, "use_rel_pos": False}),
         ("samvit_base_patch16", {"use_rel_pos": True, "qk_norm": True}),
         ("maxvit_tiny_tf_224", {"transformer_use_nchw_attn": True}),
         ("maxvit_tiny_tf_224", {"transformer_head_first": True}),
-        ("coatnet_0_224", {"transformer_rel_pos_type": ""}),
     ],
 )
-def test_variants_that_timm_can_build_keep_outputs(name: str, kwargs: dict[str, Any]) -> None:
+def test_variants_keep_outputs_with_tables_over_places(name: str, kwargs: dict[str, Any]) -> None:
     host = HOSTS[name]
     plain, x = host.create(**kwargs).eval(), host.images()
     expected = plain(x)
-    assert_close(add_lam(plain)(x), expected, rtol=1e-5, atol=1e-5)
+    assert_close(add_lam(plain, LamConfig(keys="position"))(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_feature_map_of_any_size_takes_content_keys_alone() -> None:
+    model = HOSTS["coatnet_0_224"].create(transformer_rel_pos_type="").eval()
+    with pytest.raises(ConfigError, match=r"no fixed size; use keys='content'"):
+        add_lam(model, LamConfig(keys="position"))
+    x = torch.randn(1, 3, 48, 32)
+    expected = model(x)
+    assert_close(add_lam(model)(x), expected, rtol=1e-5, atol=1e-5)
