@@ -96,6 +96,7 @@ tables: $(VENV)/.ready-dev  ## measure the zoo again, train what is missing in b
 	  --data grid:$(SHARED)/grid_s1:mouth+audio
 	$(BIN)/python -m benchmarks.video_merging lam_clip4clip clip4clip --time
 	$(BIN)/python -m benchmarks.search_index 10000 100000 1000000
+	$(BIN)/python -m benchmarks.hosts
 	$(BIN)/python -m benchmarks.tables
 	$(BIN)/lamzoo compare benchmarks/results/zoo.csv --timm $(SHARED)/timm_results --out $(TABLES_OUT)
 

@@ -21,6 +21,7 @@ from benchmarks import (
     features,
     finetuning,
     fused,
+    hosts,
     kernels,
     reduction_tables,
     search_index,
@@ -141,6 +142,9 @@ TABLES: dict[str, Callable[[], str]] = {
         read_lines(RESULTS / "reduction_trained.csv", reduction_tables.TrainedRow)
     ),
     "finetuning": lambda: finetuning.table(finetuning.read_results()) + "\n",
+    "timm-coverage": lambda: hosts.coverage_table(read_lines(hosts.RESULTS, hosts.Row)),
+    "timm-hosts": lambda: hosts.table(read_lines(hosts.RESULTS, hosts.Row)),
+    "timm-left-out": lambda: hosts.left_out_table(read_lines(hosts.RESULTS, hosts.Row)),
 }
 
 
