@@ -61,7 +61,7 @@ def own_site(path: str, stack: str, module: Any) -> AttentionSite:
     """Returns the site of a layer of one of these classes."""
     projection = module.qkv if isinstance(module, TimesformerSelfAttention) else module.query
     # A layer that adapts a Linear, such as LoRA, holds it as a submodule.
-    width = next(part.in_features for part in projection.modules() if hasattr(part, "in_features"))
+    width: Any = next(part.in_features for part in projection.modules() if hasattr(part, "in_features"))
     return AttentionSite(
         path=path,
         stack=stack,

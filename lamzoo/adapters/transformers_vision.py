@@ -51,7 +51,7 @@ class LamVisionAttention(HostTakeover):
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Any]:  # transformers' layers say that they return weights where they return None
         """Masked self-attention of ``hidden_states (B, N, C)``; arguments and result as those of the host's layer.
 
         Raises:
@@ -144,7 +144,7 @@ class LamVivitAttention(LamVisionAttention, VivitAttention):
     """ViViT's attention under a learnable mask."""
 
 
-class LamVideoMAEAttention(LamVisionAttention, VideoMAESelfAttention):
+class LamVideoMAEAttention(LamVisionAttention, VideoMAESelfAttention):  # type: ignore[misc] # it takes no mask
     """VideoMAE's attention under a learnable mask."""
 
     projections = ("query", "key", "value")

@@ -31,7 +31,7 @@ class TransformersImages(nn.Module):
     def __init__(self, host: nn.Module) -> None:
         super().__init__()
         self.host: Any = host
-        vision = getattr(self.host.config, "vision_config", self.host.config)  # of CLIP and SigLIP
+        vision: Any = getattr(self.host.config, "vision_config", self.host.config)  # of CLIP and SigLIP
         self.image_size = image_size_of(self.host.config)
         self.num_features: int = vision.hidden_size
         self.lam_config: LamConfig | None = getattr(host, "lam_config", None)
@@ -82,7 +82,7 @@ class TransformersImages(nn.Module):
         else:
             self.host.activation_checkpointing_disable()
 
-    @torch.jit.ignore  # type: ignore[untyped-decorator]
+    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Returns the names of the parameters that are not decayed: those of the masks."""
         own = getattr(self.host, "no_weight_decay", None)
@@ -93,8 +93,8 @@ class _LeaveOutMask:
     """Forward pre-hook of a block: leaves out the mask of all tokens that transformers makes while it is exported."""
 
     def __call__(
-        self, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> tuple[tuple[Any, ...], Mapping[str, Any]] | None:
+        self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if not torch.compiler.is_exporting():
             return None
         return (args[0], *(None for _ in args[1:])), {name: value for name, value in kwargs.items() if name != _MASK}

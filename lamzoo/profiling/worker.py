@@ -82,7 +82,7 @@ def _measure(job: BenchJob) -> BenchRow:
 
 def _build(job: BenchJob) -> nn.Module:
     given = {} if job.resize is None else {"img_size": job.resize}
-    model = create_for_images(job.name, pretrained=job.data is not None, **given)  # type: ignore[arg-type]
+    model = create_for_images(job.name, pretrained=job.data is not None, **given)
     model = model if job.merge is None else merge_to_share(model, job.merge)
     return model if job.form is None else fuse(model)
 

@@ -145,14 +145,14 @@ def merge_tokens(
             layer that the model doesn't have, a model without a layer in which merging saves anything, or a target
             below the cost of a single patch after the last layer.
     """
+    if frames != 1 and target_gmacs is None and keep is None and r is None:
+        keep = 1.0
     given = {"target_gmacs": target_gmacs, "keep": keep, "r": r}
     given = {name: value for name, value in given.items() if value is not None}
-    if frames != 1 and not given:
-        given = {"keep": 1.0}
     if len(given) != 1:
         named = ", ".join(f"{name}={value}" for name, value in given.items()) or "none of them"
         raise ConfigError(f"merge_tokens takes one of target_gmacs, keep and r, and got {named}.")
-    config = TokenReduction(given.get("keep", 1.0), at=None if at is None else layers_of(at), frames=frames)
+    config = TokenReduction(1.0 if keep is None else keep, at=None if at is None else layers_of(at), frames=frames)
     if r is not None:
         config = replace(config, keep=_share(model, config, r))
     if target_gmacs is not None:
