@@ -3,8 +3,8 @@
     python -m benchmarks.search_index 10000 100000 1000000
     python -m benchmarks.search_index --table      prints the table of stored results
 
-The embeddings, 512 wide, are drawn: points of a 32-dimensional space around 2,000 centres, with noise in all 512
-dimensions, which stand in for the videos of an archive. A query is one of them with more noise, as a text near a video.
+The embeddings, 512 wide, are drawn: points of a space of 32 or 64 dimensions around 2,000 centres, with noise in all
+512, which stand in for the videos of an archive. A query is one of them with more noise, as a text near a video.
 Times are CPU times of one thread. Each size is measured in a process of its own, for its memory. Existing rows are not
 measured again.
 """
@@ -12,6 +12,7 @@ measured again.
 from __future__ import annotations
 
 import argparse
+import itertools
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -30,7 +31,8 @@ from lamzoo.profiling.latency import device_label
 from lamzoo.video.clusters import import_faiss, stored_search
 
 RESULTS = Path(__file__).resolve().parent / "results" / "search_index.csv"
-_WIDTH, _INNER, _CENTRES = 512, 32, 2_000
+_WIDTH, _CENTRES = 512, 2_000
+_INNER = (32, 64)  # dimensions of the points; with more of them, neighbours are spread over more clusters
 _QUERIES, _TOP = 100, 10
 
 
@@ -40,6 +42,7 @@ class Row:
 
     Attributes:
         count: number of embeddings.
+        inner: dimensions of the space that they were drawn in, before the noise.
         exact_ms: median time of a query that reads all, milliseconds.
         approximate_ms: median time of a query in the clusters, milliseconds.
         recall: share of the 10 exact answers among the 10 approximate ones, percent, mean over 100 queries.
@@ -53,6 +56,7 @@ class Row:
     """
 
     count: int
+    inner: int
     exact_ms: float
     approximate_ms: float
     recall: float
@@ -65,29 +69,29 @@ class Row:
     faiss: str
 
 
-def draw(count: int, queries: int = _QUERIES, seed: int = 0) -> tuple[Tensor, Tensor]:
+def draw(count: int, inner: int, queries: int = _QUERIES, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Returns embeddings ``(count, 512)`` and queries ``(queries, 512)`` of length 1."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    centres, outwards = normal(_CENTRES, _INNER), normal(_INNER, _WIDTH) / _INNER**0.5
+    centres, outwards = normal(_CENTRES, inner), normal(inner, _WIDTH) / inner**0.5
     embeddings = torch.empty(count, _WIDTH)
     for part in embeddings.split(50_000):  # in place, because a million are 2 GB
         centre = torch.randint(_CENTRES, (len(part),), generator=generator)
-        points = (centres[centre] + 0.7 * normal(len(part), _INNER)) @ outwards
+        points = (centres[centre] + 0.7 * normal(len(part), inner)) @ outwards
         part.copy_(F.normalize(points + 0.2 * normal(len(part), _WIDTH), dim=1))
     near = embeddings[torch.randint(count, (queries,), generator=generator)]
     return embeddings, F.normalize(near + 0.5 * F.normalize(normal(queries, _WIDTH), dim=1), dim=1)
 
 
-def measure(count: int) -> Row:
-    """Measures a number of embeddings, in this process."""
+def measure(count: int, inner: int) -> Row:
+    """Measures a number of embeddings drawn in a space of so many dimensions, in this process."""
     torch.set_num_threads(1)
     faiss = import_faiss()
     faiss.omp_set_num_threads(1)
-    embeddings, queries = draw(count)
+    embeddings, queries = draw(count, inner)
     exact = (queries @ embeddings.T).topk(_TOP).indices.tolist()
     exact_ms = _median_ms(queries, lambda query: (embeddings @ query).topk(_TOP))
     with tempfile.TemporaryDirectory() as folder:
@@ -103,22 +107,22 @@ def measure(count: int) -> Row:
     recall = np.mean([len(set(ours) & set(theirs)) / _TOP for ours, theirs in zip(found, exact, strict=True)])
     approximate_ms = _median_ms(queries, lambda query: search.search(query, _TOP))
     return Row(
-        count, round(exact_ms, 2), round(approximate_ms, 2), round(100 * float(recall), 1), round(built - opened, 1),
-        round(opened, 2), round(embeddings.nbytes / 2**20, 1), round(added, 1), round(stored, 2),
-        device_label(torch.device("cpu")), faiss.__version__,
+        count, inner, round(exact_ms, 2), round(approximate_ms, 2), round(100 * float(recall), 1),
+        round(built - opened, 1), round(opened, 2), round(embeddings.nbytes / 2**20, 1), round(added, 1),
+        round(stored, 2), device_label(torch.device("cpu")), faiss.__version__,
     )  # fmt: skip
 
 
 def table(rows: Sequence[Row]) -> str:
     """Returns the rows as a Markdown table."""
     lines = [
-        "| embeddings | exact, ms | approximate, ms | recall@10, % | build, s | open, s | memory, MiB | added, MiB |",
-        "|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| embeddings | drawn in | exact, ms | clusters, ms | recall@10, % | build, s | open, s | MiB | added, MiB |",
+        "|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     lines += [
-        f"| {row.count:,} | {row.exact_ms:.1f} | {row.approximate_ms:.1f} | {row.recall:.1f} "
+        f"| {row.count:,} | {row.inner} | {row.exact_ms:.1f} | {row.approximate_ms:.1f} | {row.recall:.1f} "
         f"| {row.build_seconds:.1f} | {row.open_seconds:.1f} | {row.embeddings_mib:,.0f} | {row.added_mib:,.0f} |"
-        for row in sorted(rows, key=lambda row: row.count)
+        for row in sorted(rows, key=lambda row: (row.inner, row.count))
     ]
     return "\n".join(lines) + "\n" + measured_on(f"{row.device}, one thread, faiss {row.faiss}" for row in rows)
 
@@ -147,9 +151,10 @@ def main() -> None:
     if arguments.table:
         print(table(rows))
         return
-    counts = sorted(set(arguments.counts) - {row.count for row in rows})
+    wanted = itertools.product(sorted(set(arguments.counts)), _INNER)
+    missing = [each for each in wanted if each not in {(row.count, row.inner) for row in rows}]
     with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
-        for row in pool.map(measure, counts):
+        for row in pool.map(measure, *zip(*missing, strict=True)) if missing else ():
             rows.append(row)
             write_rows(RESULTS, rows)
 

@@ -23,9 +23,9 @@ from lamzoo.video.search import VideoIndex
 pytest.importorskip("faiss")
 
 
-@pytest.fixture(scope="module")
-def drawn() -> tuple[Tensor, Tensor]:
-    return draw(2000, 40)
+@pytest.fixture(scope="module", params=[32, 64])
+def drawn(request: pytest.FixtureRequest) -> tuple[Tensor, Tensor]:
+    return draw(2000, request.param, 40)
 
 
 def best(embeddings: Tensor, query: Tensor, top: int = 10) -> list[int]:
@@ -99,7 +99,7 @@ def test_without_faiss_the_way_out_is_named(drawn: tuple[Tensor, Tensor], monkey
 
 def test_the_benchmark_measures_both(tmp_path: Path) -> None:
     threads = torch.get_num_threads()
-    row = measure(500)
+    row = measure(500, 32)
     torch.set_num_threads(threads)
     assert row.recall >= 90 and row.exact_ms > 0 and row.approximate_ms > 0
     write_rows(tmp_path / "rows.csv", [row])
