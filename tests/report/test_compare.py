@@ -1,3 +1,4 @@
+import ast
 import csv
 from dataclasses import replace
 from pathlib import Path
@@ -349,3 +350,16 @@ def test_a_point_has_its_quartiles_its_command_and_the_python_that_creates_it(tm
         "lamzoo.merge_tokens(model, target_gmacs=0.5 * lamzoo.profile(model).gmacs)",
         "lamzoo.fuse(model)",
     ]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["x'+__import__('os').system('id')+'", 'bob\'s "best" run', "C:\\new\nline", "a\u202e\x1b\x7f\U000e0001", "🦒", ""],
+)
+def test_the_copied_python_has_the_name_as_a_string_and_nothing_else(name: str) -> None:
+    line = creation(replace(LAM, model=f"local-dir:{name}", tag=None))
+    assert line.isprintable()
+    (call,) = (node.value for node in ast.parse(line).body if isinstance(node, ast.Assign))
+    (argument,) = call.args
+    assert ast.literal_eval(argument) == f"local-dir:{name}"
+    assert [keyword.arg for keyword in call.keywords] == ["pretrained"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shlex
 import statistics
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
+from lamzoo.escaping import printable
 from lamzoo.profiling.results import BenchRow
 from lamzoo.registry.refs import display_name
 from lamzoo.report.compare.entries import Comparison, Entry, Group, family, number, setting_text, some
@@ -258,10 +260,15 @@ def _timed_backbone(entry: Entry) -> float | None:
 def creation(row: BenchRow) -> str:
     """Returns the Python that creates the model of a row."""
     weights = ", pretrained=True" if row.weights_sha256 or row.value is not None else ""
-    lines = [f"model = lamzoo.create_model({row.name!r}{weights})".replace("'", '"')]
+    lines = [f"model = lamzoo.create_model({_literal(row.name)}{weights})"]
     if row.merge is not None:
         lines.append(f"lamzoo.merge_tokens(model, target_gmacs={row.merge:g} * lamzoo.profile(model).gmacs)")
     return "\n".join([*lines, *(["lamzoo.fuse(model)"] if row.form else [])])
+
+
+def _literal(text: str) -> str:
+    """Returns a string of Python in double quotes, without hidden characters, for text of a table of any origin."""
+    return printable(json.dumps(text, ensure_ascii=False))
 
 
 def command(row: BenchRow) -> str:
