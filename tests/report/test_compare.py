@@ -8,7 +8,7 @@ import pytest
 from lamzoo.errors import DataError
 from lamzoo.profiling.results import COLUMNS
 from lamzoo.report.compare import compare, gmacs_panels, latency_panels, read_timm, to_csv, to_markdown
-from lamzoo.report.compare.entries import data_name, number
+from lamzoo.report.compare.entries import data_name, family, number
 from lamzoo.report.compare.panels import command, creation, pareto
 from lamzoo.report.compare.text import all_notes
 from lamzoo.report.compare.timm_results import is_imagenet1k
@@ -309,9 +309,12 @@ def test_data_sets_of_the_same_name_keep_their_paths(tmp_path: Path) -> None:
 
 
 def test_seeds_of_a_model_are_one_point_with_an_error_bar(tmp_path: Path) -> None:
-    plain = [replace(PLAIN, seed=seed, value=value) for seed, value in enumerate((80.0, 82.0, 84.0))]
+    plain = [
+        replace(PLAIN, seed=seed, value=value, weights_sha256=f"p{seed}")
+        for seed, value in enumerate((80.0, 82.0, 84.0))
+    ]
     runs = [
-        replace(LAM, model=f"local-dir:runs/lam-seed{seed}", tag=None, value=value)
+        replace(LAM, model=f"local-dir:runs/lam-seed{seed}", tag=None, value=value, weights_sha256=f"m{seed}")
         for seed, value in enumerate((81.0, 83.0))
     ]
     paths = [table(tmp_path, row, name=f"{number}.csv") for number, row in enumerate((*plain, *runs))]
@@ -326,6 +329,59 @@ def test_seeds_of_a_model_are_one_point_with_an_error_bar(tmp_path: Path) -> Non
     assert (twin, lam) == panel.points
     assert "82.00 ± 2.00 (standard deviation of 3 seeds: 80.00, 82.00, 84.00)" in panel.series[-2].facts[0][1]
     assert any("several seeds is one point" in note for note in all_notes(comparison))
+
+
+RUN = replace(LAM, model="local-dir:runs/rank4/seed0", tag=None, value=60.0, weights_sha256="a")
+OTHER = replace(RUN, model="local-dir:runs/rank4/seed1", value=90.0, weights_sha256="b")
+
+
+@pytest.mark.parametrize(
+    ("changed", "labels"),
+    [
+        ({}, ["rank4 (2 seeds)"]),
+        ({"model": "local-dir:runs/rank4/seed1/model"}, ["rank4 (2 seeds)"]),
+        ({"model": "local-dir:runs/rank64/seed0"}, ["seed0", "seed0"]),
+        ({"model": "local-dir:other/rank4/seed0"}, ["seed0", "seed0"]),
+        ({"model": "local-dir:runs/rank4/seed0"}, ["seed0 (2 seeds)"]),
+        ({"gmacs": 0.5}, ["seed0", "seed1"]),
+        ({"params_m": 2.0}, ["seed0", "seed1"]),
+        ({"plain": "vit_other.toy"}, ["seed0", "seed1"]),
+        ({"weights_sha256": "a"}, ["seed0", "seed1"]),
+        ({"weights_sha256": None}, ["seed0", "seed1"]),
+    ],
+)
+def test_runs_are_seeds_of_a_model_only_where_all_else_is_equal(tmp_path: Path, changed, labels: list[str]) -> None:
+    (panel,) = gmacs_panels(compare([table(tmp_path, RUN, replace(OTHER, **changed))]))
+    assert [point.label for point in panel.points] == labels
+
+
+@pytest.mark.parametrize(
+    ("name", "shared"),
+    [
+        ("runs/lam-vit-s16", "runs/lam-vit-s16"),
+        ("a/best", "a/best"),
+        ("a/best/model", "a/best"),
+        ("runs/lam_seed_12/", "runs/lam"),
+        ("runs/lam.seed-3", "runs/lam"),
+        ("runs/reseed3", "runs/reseed3"),
+        ("seed0", ""),
+    ],
+)
+def test_the_name_of_a_run_has_its_whole_path_without_the_seed(name: str, shared: str) -> None:
+    assert family(replace(RUN, model=f"local-dir:{name}")) == f"local-dir:{shared}"
+
+
+def test_one_model_measured_with_several_seeds_has_no_error_bar(tmp_path: Path) -> None:
+    rows = [replace(PLAIN, weights_sha256="a", seed=seed) for seed in (0, 1)]
+    (panel,) = gmacs_panels(compare([table(tmp_path, row, name=f"{row.seed}.csv") for row in rows]))
+    assert [(point.label, point.y_error) for point in panel.points] == [("vit_micro.toy", None)] * 2
+
+
+def test_budgets_of_two_models_with_one_leaf_are_two_curves(tmp_path: Path) -> None:
+    runs = [replace(RUN, model=f"local-dir:{folder}/best", weights_sha256=folder) for folder in "ab"]
+    rows = [replace(run, merge=share, gmacs=0.12 * (share or 1.0)) for run in runs for share in (None, 0.5)]
+    (panel,) = gmacs_panels(compare([table(tmp_path, *rows)]))
+    assert [[point.entry.row.model for point in curve] for curve in panel.curves] == [[run.model] * 2 for run in runs]
 
 
 def test_token_budgets_of_a_model_are_a_curve(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from lamzoo.data.splits import SPLIT_NAMES
 from lamzoo.errors import DataError
 from lamzoo.profiling.results import BenchRow, read_rows
-from lamzoo.registry.refs import display_name
 from lamzoo.report.compare.timm_results import TimmResult, is_imagenet1k, read_timm
 from lamzoo.tasks import find_metric
 
@@ -22,6 +21,7 @@ _DATA_SETS = {
     "charades": "Charades-STA", "flickr8k": "Flickr8k", "grid": "GRID", "lsmdc": "LSMDC", "mad": "MAD",
     "msrvtt": "MSR-VTT", "msvd": "MSVD", "qvhighlights": "QVHighlights", "tvsum": "TVSum",
 }  # fmt: skip
+_SEED = r"(?:^|[-_./\\])seed[-_]?\d+$"  # at the end of a run's folder, or all of its name
 _NAMED = 3  # maximum number of names in a note
 
 
@@ -189,10 +189,15 @@ def data_name(spec: str) -> str:
 
 
 def family(row: BenchRow) -> str:
-    """Returns the name of a row's model without the seed that ends the name of a trained run: ``runs/lam-seed1``."""
-    if not row.model.startswith("local-dir:"):
+    """Returns a row's name without the seed that ends the folder of a training run.
+
+    ``local-dir:runs/lam-seed1`` gives ``local-dir:runs/lam``, ``local-dir:runs/rank4/seed0`` ``local-dir:runs/rank4``.
+    """
+    if not row.name.startswith("local-dir:"):
         return row.name
-    return re.sub(r"[-_.]s(?:eed)?[-_]?\d+$", "", display_name(row.model)) or display_name(row.model)
+    kind, _, folder = row.name.partition(":")
+    run = re.sub(r"(?<=[^/\\])[/\\]+model$", "", folder.rstrip("/\\"))
+    return f"{kind}:{re.sub(_SEED, '', run)}"
 
 
 def _is_pattern(part: str) -> bool:

@@ -36,8 +36,8 @@ class Point:
         x: its cost.
         y: its score.
         best: whether it is on the Pareto front of the zoo's models: no other model is both cheaper and better.
-        seeds: rows of the same model with other seeds, itself first, of which ``x`` and ``y`` are the means; one row
-            for a single seed.
+        seeds: rows of the same model trained with other seeds, itself first, of which ``x`` and ``y`` are the means;
+            empty for a single one.
         x_range: quartiles of a latency; None if unknown.
         y_error: standard deviation over the seeds; None for a single one.
     """
@@ -56,7 +56,8 @@ class Point:
         row = self.entry.row
         how = row.label.removeprefix(row.name)
         if len(self.seeds) > 1:
-            return f"{family(row)}{how} ({len(self.seeds)} seeds)"
+            shared = display_name(family(row)) or display_name(row.name)
+            return f"{shared}{how} ({len(self.seeds)} seeds)"
         return display_name(row.name) + how
 
     @property
@@ -367,7 +368,7 @@ def _panel(
         for alike in together.values()
         for point in (
             [_mean(alike, cost)]
-            if len({(entry.row.seed, entry.row.name) for entry in alike}) == len(alike) > 1
+            if _are_seeds(alike)
             else [Point(entry, cost(entry) or 0.0, entry.row.value or 0.0, x_range=spread(entry)) for entry in alike]
         )
     ]
@@ -386,7 +387,14 @@ def _panel(
 
 def _without_seed(entry: Entry) -> object:
     row = entry.row
-    return (family(row), row.has_lam, row.merge, row.form, row.img_size, *entry.setting)
+    cost = (row.params_m, row.lam_params_m, row.gmacs, row.lam_gmacs)
+    return (family(row), row.plain, *cost, row.merge, row.form, row.img_size, *entry.setting)
+
+
+def _are_seeds(alike: Sequence[Entry]) -> bool:
+    """Returns whether rows that differ by seeds at most are several trainings, not one measured several times."""
+    weights = {entry.row.weights_sha256 for entry in alike} - {None}
+    return len(weights) == len(alike) > 1
 
 
 def _mean(seeds: Sequence[Entry], cost: Callable[[Entry], float | None]) -> Point:
@@ -403,7 +411,8 @@ def _budget_curves(points: Sequence[Point]) -> tuple[tuple[Point, ...], ...]:
     curves: dict[object, list[Point]] = {}
     for point in points:
         row = point.entry.row
-        curves.setdefault((family(row), row.form, row.img_size, point.entry.setting), []).append(point)
+        weights = frozenset((seed.name, seed.weights_sha256) for seed in point.rows)
+        curves.setdefault((weights, row.form, row.img_size, point.entry.setting), []).append(point)
     found = (sorted(curve, key=lambda point: point.x) for curve in curves.values())
     return tuple(tuple(curve) for curve in found if len({point.entry.row.merge for point in curve}) == len(curve) > 1)
 
