@@ -1,5 +1,7 @@
 import ast
 import csv
+import html
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +11,7 @@ from lamzoo.errors import DataError
 from lamzoo.profiling.results import COLUMNS
 from lamzoo.report.compare import compare, gmacs_panels, latency_panels, read_timm, to_csv, to_markdown
 from lamzoo.report.compare.entries import data_name, family, number
+from lamzoo.report.compare.page import _columns, _table_row
 from lamzoo.report.compare.panels import command, creation, pareto
 from lamzoo.report.compare.text import all_notes
 from lamzoo.report.compare.timm_results import is_imagenet1k
@@ -406,6 +409,15 @@ def test_a_point_has_its_quartiles_its_command_and_the_python_that_creates_it(tm
         "lamzoo.merge_tokens(model, target_gmacs=0.5 * lamzoo.profile(model).gmacs)",
         "lamzoo.fuse(model)",
     ]
+
+
+def test_the_table_of_the_page_copies_several_lines_as_they_are(tmp_path: Path) -> None:
+    merged = replace(LAM, model='lam_"<vit>', merge=0.5, form="fused")
+    comparison = compare([table(tmp_path, PLAIN, merged)])
+    (entry,) = (entry for entry in comparison.entries if entry.row.merge)
+    copied = html.unescape(re.search('data-copy="(.*?)"', _table_row(entry, _columns(comparison)), re.DOTALL)[1])
+    assert copied == creation(merged)
+    assert len(ast.parse(copied).body) == 3
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 
 from lamzoo.report.compare import compare, write_comparison
+from lamzoo.report.compare.panels import creation
 from tests.report.compare_rows import FAILED, LAM, PLAIN, UNSCORED, WORSE, table, timm_results
 
 pytestmark = pytest.mark.browser
+
+MERGED = replace(UNSCORED, merge=0.5)
 
 _SECONDS = 60
 
@@ -56,7 +59,7 @@ class Page:
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("page")
     other = [replace(row, data="imagefolder:others") for row in (PLAIN, LAM)]
-    rows = table(folder, PLAIN, LAM, WORSE, FAILED, UNSCORED, *other)
+    rows = table(folder, PLAIN, LAM, WORSE, FAILED, UNSCORED, MERGED, *other)
     write_comparison(compare([rows], timm=timm_results(folder / "timm"), timm_data=PLAIN.data), folder)
     return folder / "compare.html"
 
@@ -79,7 +82,7 @@ def test_page_opens_without_a_complaint_and_without_a_network_request(page: Page
 
 def test_table_holds_every_row_with_its_cost(page: Page) -> None:
     assert sorted(page.column("model")) == sorted(
-        ["vit_micro.toy", "lam_vit_micro.toy"] * 2 + ["vit_worse.toy", "vit_small", "lam_vit_huge"]
+        ["vit_micro.toy", "lam_vit_micro.toy"] * 2 + ["vit_worse.toy", "vit_small", MERGED.label, "lam_vit_huge"]
     )
     by_model = dict(zip(page.column("model"), page.column("of masks (GMACs)"), strict=True))
     assert by_model["lam_vit_micro.toy"] == "0.0200"
@@ -154,3 +157,11 @@ def test_click_on_a_model_copies_the_python_that_creates_it(page: Page, where: s
     python = 'model = lamzoo.create_model("lam_vit_micro.toy", pretrained=True)'
     page.until(lambda: page.driver.find_element(By.ID, "copied").text == f"copied:\n{python}")
     assert page.driver.execute_async_script("navigator.clipboard.readText().then(arguments[0])") == python
+
+
+def test_click_on_a_merged_model_copies_each_line(page: Page) -> None:
+    cells = page.driver.find_elements("css selector", "td.name")
+    next(cell for cell in cells if cell.text == MERGED.label).click()
+    lines = creation(MERGED).splitlines()
+    page.until(lambda: page.driver.find_element("id", "copied").text.splitlines()[1:] == lines)
+    assert len(lines) == 2

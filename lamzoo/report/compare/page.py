@@ -236,7 +236,7 @@ def _table_row(entry: Entry, columns: Sequence[_Column]) -> str:
     cells = []
     for column in columns:
         style = column.style or ("number" if column.kind == "number" else "")
-        copied = f' data-copy="{_html(creation(entry.row))}"' if style == "name" and entry.row.ok else ""
+        copied = f' data-copy="{escape(creation(entry.row))}"' if style == "name" and entry.row.ok else ""
         cells.append(f'<td class="{style}"{copied}>{_html(column.cell(entry))}</td>')
     return f'<tr class="{kind}">{"".join(cells)}</tr>'
 

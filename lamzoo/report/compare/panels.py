@@ -259,7 +259,7 @@ def _timed_backbone(entry: Entry) -> float | None:
 
 
 def creation(row: BenchRow) -> str:
-    """Returns the Python that creates the model of a row."""
+    """Returns the Python that creates the model of a row, printable but for the ends of its lines."""
     weights = ", pretrained=True" if row.weights_sha256 or row.value is not None else ""
     lines = [f"model = lamzoo.create_model({_literal(row.name)}{weights})"]
     if row.merge is not None:
