@@ -2,11 +2,14 @@ import ast
 import csv
 import html
 import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import typer
 
+from lamzoo.cli.app import app
 from lamzoo.errors import DataError
 from lamzoo.profiling.results import COLUMNS
 from lamzoo.report.compare import compare, gmacs_panels, latency_panels, read_timm, to_csv, to_markdown
@@ -403,9 +406,12 @@ def test_a_point_has_its_quartiles_its_command_and_the_python_that_creates_it(tm
     assert [point.x_range for point in panel.points] == [(1.9, 2.2), pytest.approx((2.4, 2.6))]
     facts = panel.series[-1].facts[0]
     assert facts[-2:] == ("machine: cpu, float32, 2 threads, eager, torch 2.15.0", command(merged))
-    assert command(merged) == "lamzoo bench lam_vit_micro.toy --data 'npz:my data' --split test --merge 0.5 --fuse"
+    assert command(merged) == (
+        "lamzoo bench lam_vit_micro.toy --data 'npz:my data' --split test --img-size 32 --device cpu --dtype float32 "
+        "--threads 2 --seed 0 --merge 0.5 --out again.csv --fuse"
+    )
     assert creation(merged).splitlines() == [
-        'model = lamzoo.create_model("lam_vit_micro.toy", pretrained=True)',
+        'model = lamzoo.create_model("lam_vit_micro.toy", pretrained=True, img_size=32)',
         "lamzoo.merge_tokens(model, target_gmacs=0.5 * lamzoo.profile(model).gmacs)",
         "lamzoo.fuse(model)",
     ]
@@ -431,3 +437,24 @@ def test_the_copied_python_has_the_name_as_a_string_and_nothing_else(name: str) 
     (argument,) = call.args
     assert ast.literal_eval(argument) == f"local-dir:{name}"
     assert [keyword.arg for keyword in call.keywords] == ["pretrained"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "size"),
+    [
+        ({"model": "lam_vit_micro", "tag": "cifar10"}, None),
+        ({"model": "lam_vit_micro", "tag": "cifar10", "img_size": "96"}, 96),
+        ({"model": "local-dir:runs/a", "tag": None, "img_size": "96"}, 96),
+        ({"img_size": "32x64"}, None),
+        ({"img_size": None}, None),
+    ],
+)
+def test_another_image_size_is_in_the_command_and_in_the_python(changed, size: int | None) -> None:
+    row = replace(LAM, **changed, device="cuda (NVIDIA H100)", dtype="bfloat16", threads=1, seed=3, mode="compiled")
+    given = {keyword.arg: keyword.value.value for keyword in ast.parse(creation(row)).body[0].value.keywords}
+    assert given == {"pretrained": True} | ({} if size is None else {"img_size": size})
+    context = typer.main.get_command(app).commands["bench"].make_context("bench", shlex.split(command(row))[2:])
+    assert {name: context.params[name] for name in ("img_size", "device", "dtype", "threads", "seed", "compiled")} == {
+        "img_size": size, "device": "cuda", "dtype": "bfloat16", "threads": 1, "seed": 3, "compiled": True,
+    }  # fmt: skip
+    assert (context.params["patterns"], context.params["output"]) == ([row.name], Path("again.csv"))

@@ -154,7 +154,7 @@ def test_click_on_a_model_copies_the_python_that_creates_it(page: Page, where: s
         )
         page.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", point)
         ActionChains(page.driver).move_to_element(point).pause(0.5).click().perform()
-    python = 'model = lamzoo.create_model("lam_vit_micro.toy", pretrained=True)'
+    python = 'model = lamzoo.create_model("lam_vit_micro.toy", pretrained=True, img_size=32)'
     page.until(lambda: page.driver.find_element(By.ID, "copied").text == f"copied:\n{python}")
     assert page.driver.execute_async_script("navigator.clipboard.readText().then(arguments[0])") == python
 

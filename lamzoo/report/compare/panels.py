@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
+from lamzoo.errors import LamzooError
 from lamzoo.escaping import printable
 from lamzoo.profiling.results import BenchRow
+from lamzoo.registry.catalog import get_pretrained_cfg
 from lamzoo.registry.refs import display_name
 from lamzoo.report.compare.entries import Comparison, Entry, Group, family, number, setting_text, some
 from lamzoo.report.compare.timm_results import TimmResult
@@ -260,8 +262,11 @@ def _timed_backbone(entry: Entry) -> float | None:
 
 def creation(row: BenchRow) -> str:
     """Returns the Python that creates the model of a row, printable but for the ends of its lines."""
-    weights = ", pretrained=True" if row.weights_sha256 or row.value is not None else ""
-    lines = [f"model = lamzoo.create_model({_literal(row.name)}{weights})"]
+    given = [_literal(row.name)]
+    given += ["pretrained=True"] if row.weights_sha256 or row.value is not None else []
+    size = _resized(row)
+    given += [] if size is None else [f"img_size={size}"]
+    lines = [f"model = lamzoo.create_model({', '.join(given)})"]
     if row.merge is not None:
         lines.append(f"lamzoo.merge_tokens(model, target_gmacs={row.merge:g} * lamzoo.profile(model).gmacs)")
     return "\n".join([*lines, *(["lamzoo.fuse(model)"] if row.form else [])])
@@ -273,12 +278,36 @@ def _literal(text: str) -> str:
 
 
 def command(row: BenchRow) -> str:
-    """Returns the command that measures a row."""
-    parts = ["lamzoo bench", shlex.quote(row.name)]
-    for option, value in (("--data", row.data), ("--split", row.split if row.data else None), ("--merge", row.merge)):
-        parts += [] if value is None else [option, shlex.quote(f"{value:g}" if isinstance(value, float) else value)]
-    parts += ["--fuse"] if row.form else []
-    return " ".join([*parts, *(["--compile"] if row.mode == "compiled" else [])])
+    """Returns a command that measures a row again, with its settings, on a device of the same type."""
+    device = None if row.device is None else row.device.partition(" ")[0]
+    options = {
+        "--data": row.data,
+        "--split": row.split if row.data else None,
+        "--img-size": _resized(row),
+        "--device": device,
+        "--dtype": row.dtype,
+        "--threads": row.threads,
+        "--seed": row.seed,
+        "--merge": None if row.merge is None else f"{row.merge:g}",
+        "--out": "again.csv",
+    }
+    parts = [f"{option} {shlex.quote(str(value))}" for option, value in options.items() if value is not None]
+    flags = ["--fuse"] * (row.form is not None) + ["--compile"] * (row.mode == "compiled")
+    return " ".join(["lamzoo bench", shlex.quote(row.name), *parts, *flags])
+
+
+def _resized(row: BenchRow) -> int | None:
+    """Returns the image size that a model is built with, unless it is its own; one that isn't square always is."""
+    if row.img_size is None or not row.img_size.isdecimal():
+        return None
+    size = int(row.img_size)
+    if ":" in row.name or "/" in row.name:  # neither read folders that a table names, nor import another library
+        return size
+    try:
+        known = get_pretrained_cfg(row.name).input_size
+    except LamzooError:  # not registered on this machine
+        return size
+    return None if tuple(known[1:]) == (size, size) else size
 
 
 def plot_notes(comparison: Comparison) -> tuple[str, ...]:
