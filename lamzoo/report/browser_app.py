@@ -69,12 +69,13 @@ def launch(
 
     Raises:
         MissingExtraError: gradio is not installed.
-        ConfigError: there is no model, a model is of another task, or the address can't be bound.
+        ConfigError: there is no model, a model is of another task, or the address can't be bound or reached.
         DataError: the folder does not exist.
         UnknownModelError: a name is unknown.
     """
     try:
         import gradio
+        import httpx
     except ImportError as error:
         raise MissingExtraError(f"The app needs gradio ({error}); install it with: pip install 'lamzoo[app]'") from None
     app = build(models, videos=videos, device=device)
@@ -91,8 +92,21 @@ def launch(
             max_file_size=_LARGEST,
             theme=gradio.themes.Default(font=_FONTS, font_mono=["monospace"]),
         )
-    except OSError as error:
-        raise ConfigError(f"the app can't be served at {host}:{port} ({error}); choose another --port") from error
+    except OSError as error:  # gradio says of an unknown host, too, that no port is free
+        app.close()
+        raise ConfigError(
+            f"the app can't be served at {host}:{port} ({error}); choose another --port, and as --host an address of "
+            "this machine"
+        ) from error
+    except Exception as error:
+        app.close()
+        if type(error) not in (Exception, ValueError) and not isinstance(error, httpx.HTTPError):
+            raise
+        # gradio asks its own address, through a proxy if there is one.
+        raise ConfigError(
+            f"the app does not answer at {host}:{port} ({type(error).__name__}); behind an HTTP proxy set "
+            f"NO_PROXY=127.0.0.1,localhost, and choose as --host an address that this machine reaches"
+        ) from error
     return app
 
 

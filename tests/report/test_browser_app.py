@@ -2,6 +2,8 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -53,6 +55,49 @@ def test_what_is_missing_is_one_sentence(shelf: _Shelf, tmp_path: Path, monkeypa
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(MissingExtraError, match=r"lamzoo\[app\]"):
         launch()
+
+
+class NoConnectionError(Exception):
+    """Stands for the errors of httpx."""
+
+
+@pytest.fixture
+def gradio(monkeypatch: pytest.MonkeyPatch) -> MagicMock:
+    """Stands for gradio, which isn't among the tests' packages, and records what it is asked for."""
+    module = MagicMock()
+    module.app = module.Blocks.return_value.__enter__.return_value
+    monkeypatch.setitem(sys.modules, "gradio", module)
+    monkeypatch.setitem(sys.modules, "httpx", SimpleNamespace(HTTPError=NoConnectionError))
+    return module
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (
+            OSError("Cannot find empty port"),
+            "no-host:7860 .Cannot find empty port.; choose another --port, and as --host",
+        ),
+        (
+            NoConnectionError("refused"),
+            "does not answer at no-host:7860 .NoConnectionError.; behind an HTTP proxy set NO_PROXY",
+        ),
+        (Exception("Couldn't start the app"), "set NO_PROXY=127.0.0.1,localhost, and choose as --host"),
+        (ValueError("set share=True"), "set NO_PROXY=127.0.0.1,localhost, and choose as --host"),
+    ],
+)
+def test_an_app_that_cannot_be_reached_is_closed_with_a_way_out(gradio: MagicMock, error: Exception, says: str) -> None:
+    gradio.app.launch.side_effect = error
+    with pytest.raises(ConfigError, match=says):
+        launch([MODEL], host="no-host")
+    gradio.app.close.assert_called_once_with()
+
+
+def test_a_fault_of_the_app_is_not_called_one_of_the_network(gradio: MagicMock) -> None:
+    gradio.app.launch.side_effect = TypeError("unexpected argument")
+    with pytest.raises(TypeError, match="unexpected argument"):
+        launch([MODEL])
+    gradio.app.close.assert_called_once_with()
 
 
 def test_the_app_is_served_to_this_machine_unless_asked() -> None:
