@@ -35,6 +35,8 @@ HOST, PORT = "127.0.0.1", 7860
 FEWEST = 0.3  # share of its GMACs to which the budget of a model goes down
 _CLASSES, _MATCHES = 5, 8
 _KEPT = 4  # models in memory
+_PAGES = 4  # kept beside gradio's own copies
+_HOUR = 3600  # seconds, after which uploads and copies of pages are removed
 _LARGEST = "200mb"  # of an upload
 _FONTS = ["system-ui", "sans-serif"]  # of the system; gradio's own come from another server
 _IMAGES, _VIDEOS = "classification", "retrieval"
@@ -53,7 +55,8 @@ def launch(
 
     A visitor uploads an image or a video, chooses a model and a token budget, and sees predictions with the page of
     :func:`lamzoo.report.explore_image` or :func:`lamzoo.report.explore_video`. Visitors choose among the given models
-    only, and search in the given folder only. Uploads are stored in gradio's folder of temporary files.
+    only, and search in the given folder only. Uploads are stored in gradio's folder of temporary files,
+    from which they and the pages are removed after an hour or two.
 
     Args:
         models: names of models with masks for image classification or text-video retrieval; by default those whose
@@ -123,7 +126,7 @@ def build(
         if not by_task[_VIDEOS]:
             raise ConfigError(f"the folder {videos} needs a retrieval model; name one of the family lam_clip4clip")
     shelf = _Shelf(target)
-    with gradio.Blocks(title="lamzoo", analytics_enabled=False) as app:
+    with gradio.Blocks(title="lamzoo", analytics_enabled=False, delete_cache=(_HOUR, _HOUR)) as app:
         gradio.Markdown("# lamzoo\nWhat learnable attention masks do to an image or a video.")
         if by_task[_IMAGES]:
             _image_tab(gradio, shelf, by_task[_IMAGES])
@@ -175,8 +178,10 @@ class _Shelf:
 
     def _page(self, write: Callable[[Path], None]) -> tuple[str, str]:
         """Returns an explorer page in a frame of its own, and its file for download."""
-        path = Path(self._pages.name) / f"masks-{next(self._count)}.html"
+        number = next(self._count)
+        path = Path(self._pages.name) / f"masks-{number}.html"
         write(path)
+        path.with_name(f"masks-{number - _PAGES}.html").unlink(missing_ok=True)
         page = escape(read_text(path))
         frame = f'<iframe title="masks and attention" sandbox="allow-scripts" srcdoc="{page}"'
         return f'{frame} style="width:100%;height:85vh;border:0"></iframe>', str(path)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from lamzoo.errors import ConfigError, DataError, MissingExtraError, UnknownModelError
 from lamzoo.report import browser_app
-from lamzoo.report.browser_app import _by_task, _Shelf, launch
+from lamzoo.report.browser_app import _by_task, _Shelf, build, launch
 
 MODEL = "lam_vit_micro.cifar10"
 
@@ -55,6 +55,14 @@ def test_what_is_missing_is_one_sentence(shelf: _Shelf, tmp_path: Path, monkeypa
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(MissingExtraError, match=r"lamzoo\[app\]"):
         launch()
+
+
+def test_the_last_few_pages_are_kept_and_uploads_for_an_hour(gradio: MagicMock) -> None:
+    shelf = _Shelf(torch.device("cpu"))
+    files = [Path(shelf._page(lambda path: path.write_text("page"))[1]) for _ in range(6)]
+    assert [file.exists() for file in files] == [False] * 2 + [True] * 4
+    build([MODEL])
+    assert gradio.Blocks.call_args.kwargs["delete_cache"] == (3600, 3600)
 
 
 class NoConnectionError(Exception):
