@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
@@ -16,7 +17,7 @@ from torch import nn
 from lamzoo.data.paths import check_folder
 from lamzoo.data.video.instants import Instants
 from lamzoo.data.video.reader import read_video
-from lamzoo.errors import ConfigError, LamzooError, MissingExtraError
+from lamzoo.errors import ConfigError, DataError, LamzooError, MissingExtraError
 from lamzoo.evaluation import predict, resolve_device
 from lamzoo.reading import read_text
 from lamzoo.reduction.budget import merge_to_share
@@ -29,7 +30,10 @@ from lamzoo.weights.sources import location
 if TYPE_CHECKING:
     from gradio import Blocks
 
+    from lamzoo.evaluation.classification.prediction import Prediction
     from lamzoo.video.search import VideoIndex
+
+_log = logging.getLogger(__name__)
 
 HOST, PORT = "127.0.0.1", 7860
 FEWEST = 0.3  # share of its GMACs to which the budget of a model goes down
@@ -164,8 +168,7 @@ class _Shelf:
             raise ConfigError("there is no image; upload one")
         model = self.load(name, share)
         (guesses,) = predict(model, [path], topk=_CLASSES, device=self.device)
-        shown = {guess.label.partition(",")[0]: guess.probability for guess in guesses}
-        return shown, *self._page(partial(explore_image, model, path))
+        return _named(guesses), *self._page(partial(explore_image, model, path))
 
     def video(self, path: str | None, texts: str, name: str, share: float) -> tuple[str, str]:
         """Returns the page in a frame, and the page's file."""
@@ -187,15 +190,36 @@ class _Shelf:
         return f'{frame} style="width:100%;height:85vh;border:0"></iframe>', str(path)
 
     def search(self, folder: Path, query: str, name: str) -> list[tuple[Any, str]]:
-        """Returns the middle frame and a caption of the videos that match best."""
+        """Returns the middle frame and a caption of the videos that match best, without those that can't be read."""
+        found, lost = self._search(folder, query, name)
+        if lost:  # removed or changed since they were indexed
+            self.index.cache_clear()
+            found, _ = self._search(folder, query, name)
+        return found
+
+    def _search(self, folder: Path, query: str, name: str) -> tuple[list[tuple[Any, str]], int]:
+        """Returns what :meth:`search` does from the present index, and the number of videos that can't be read."""
+        shown = []
         found = self.index(name, folder).search(query, _MATCHES)
-        return [
-            (
-                read_video(match.path, Instants(at=(match.duration / 2,))).frames[0],
-                f"{rank}. {match.path.name}, {match.duration:.1f} s, score {match.score:.3f}",
-            )
-            for rank, match in enumerate(found, start=1)
-        ]
+        for rank, match in enumerate(found, start=1):
+            try:
+                frame = read_video(match.path, Instants(at=(match.duration / 2,))).frames[0]
+            except DataError as error:
+                _log.warning("%s", error)
+                continue
+            shown.append((frame, f"{rank}. {match.path.name}, {match.duration:.1f} s, score {match.score:.3f}"))
+        return shown, len(found) - len(shown)
+
+
+def _named(guesses: Sequence[Prediction]) -> dict[str, float]:
+    """Returns probabilities by the first name of each class; by all of its names where the first repeats ("crane")."""
+    short = [guess.label.partition(",")[0] for guess in guesses]
+    full = [guess.label for guess in guesses]
+    return {
+        first if short.count(first) == 1 else each if full.count(each) == 1 else f"{each} ({guess.index})":
+        guess.probability
+        for first, each, guess in zip(short, full, guesses, strict=True)
+    }  # fmt: skip
 
 
 def _by_task(names: Sequence[str]) -> dict[str, list[str]]:
@@ -210,6 +234,8 @@ def _by_task(names: Sequence[str]) -> dict[str, list[str]]:
     for name in chosen:
         task = task_of(name).name
         if task in found:
+            if model_info(name).lam is None:
+                raise ConfigError(f"{name} has no masks; the app shows those of models whose names begin with lam_")
             found[task].append(name)
         elif names:
             about = " or ".join(find_task(task).about for task in found)

@@ -1,17 +1,20 @@
 """What the app computes, without a server; the server is tested in test_browser_app_pages.py."""
 
 import sys
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from lamzoo.errors import ConfigError, DataError, MissingExtraError, UnknownModelError
+from lamzoo.evaluation.classification.prediction import Prediction
 from lamzoo.report import browser_app
-from lamzoo.report.browser_app import _by_task, _Shelf, build, launch
+from lamzoo.report.browser_app import _by_task, _named, _Shelf, build, launch
 
 MODEL = "lam_vit_micro.cifar10"
 
@@ -40,6 +43,8 @@ def test_models_are_sorted_by_their_task_and_others_are_named() -> None:
     assert not [name for name in found["classification"] if name.startswith("lam_vit_base")]
     with pytest.raises(ConfigError, match="a model of the family lam_describer; the app takes models for image class"):
         _by_task(["lam_describer_micro.grid"])
+    with pytest.raises(ConfigError, match="vit_micro.cifar10 has no masks"):
+        _by_task(["vit_micro.cifar10"])
     with pytest.raises(UnknownModelError, match="lam_vit_mikro"):
         _by_task(["lam_vit_mikro"])
 
@@ -63,6 +68,33 @@ def test_the_last_few_pages_are_kept_and_uploads_for_an_hour(gradio: MagicMock) 
     assert [file.exists() for file in files] == [False] * 2 + [True] * 4
     build([MODEL])
     assert gradio.Blocks.call_args.kwargs["delete_cache"] == (3600, 3600)
+
+
+def test_classes_of_one_name_are_all_shown() -> None:
+    labels = {0: "crane, a bird", 1: "crane, a machine", 2: "cat, a pet", 3: "maillot", 4: "maillot"}
+    named = _named([Prediction(index, label, 0.2) for index, label in labels.items()])
+    assert list(named) == ["crane, a bird", "crane, a machine", "cat", "maillot (3)", "maillot (4)"]
+
+
+def test_a_video_that_was_removed_is_left_out_and_the_index_renewed(
+    shelf: _Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("av")
+    from tests.videos import write_clip
+
+    write_clip(tmp_path / "a.mp4", [Image.new("RGB", (64, 48), "red")] * 10, fps=10, size=(64, 48))
+    matches = [SimpleNamespace(path=tmp_path / f"{name}.mp4", duration=1.0, score=0.5) for name in "ba"]
+    indexed = []
+
+    @lru_cache(1)
+    def index(name: str, folder: Path) -> SimpleNamespace:
+        indexed.append(folder)
+        return SimpleNamespace(search=lambda query, count: matches)
+
+    monkeypatch.setattr(shelf, "index", index)
+    ((frame, caption),) = shelf.search(tmp_path, "red", "model")
+    assert (caption, np.asarray(frame).shape[-1]) == ("2. a.mp4, 1.0 s, score 0.500", 3)
+    assert indexed == [tmp_path] * 2
 
 
 class NoConnectionError(Exception):
