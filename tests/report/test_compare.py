@@ -301,6 +301,8 @@ def test_timms_own_files_give_vit_base_its_published_gmacs() -> None:
         ("grid:/data/grid_s1:lips", "GRID, lips"),
         ("msrvtt:/data/msrvtt:7k", "MSR-VTT, 7k"),
         ("qvhighlights:C:/data", "QVHighlights"),
+        ("grid:C:\\data", "GRID"),
+        ("grid:C:\\data:lips", "GRID, lips"),
         ("photos", "photos"),
     ],
 )

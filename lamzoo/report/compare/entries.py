@@ -178,7 +178,7 @@ def data_name(spec: str) -> str:
     known = _DATA_SETS.get(kind)
     folder, _, option = rest.rpartition(":") if known and ":" in rest else (rest, "", "")
     if known:
-        return f"{known}, {option}" if option and "/" not in option else known
+        return f"{known}, {option}" if option and not re.search(r"[/\\]", option) else known
     if kind == "torchvision":
         return rest.partition(":")[0]
     parts = [part for part in re.split(r"[/\\]", folder) if part not in ("", ".", "..")]
