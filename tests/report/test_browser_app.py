@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+from lamzoo.cli import main
 from lamzoo.errors import ConfigError, DataError, MissingExtraError, UnknownModelError
 from lamzoo.evaluation.classification.prediction import Prediction
-from lamzoo.report import browser_app
 from lamzoo.report.browser_app import _by_task, _named, _Shelf, build, launch
 
 MODEL = "lam_vit_micro.cifar10"
@@ -140,5 +140,16 @@ def test_a_fault_of_the_app_is_not_called_one_of_the_network(gradio: MagicMock) 
     gradio.app.close.assert_called_once_with()
 
 
-def test_the_app_is_served_to_this_machine_unless_asked() -> None:
-    assert browser_app.HOST == "127.0.0.1"
+@pytest.mark.parametrize(
+    ("options", "address"),
+    [((), ("127.0.0.1", 7860)), (("--host", "0.0.0.0", "--port", "80"), ("0.0.0.0", 80))],
+)
+def test_the_command_serves_this_machine_unless_asked(
+    gradio: MagicMock, options: tuple[str, ...], address: tuple[str, int]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["app", MODEL, "--device", "cpu", *options])
+    given = gradio.app.launch.call_args.kwargs
+    assert (ended.value.code, given["server_name"], given["server_port"]) == (0, *address)
+    assert (given["share"], given["enable_monitoring"], given["mcp_server"]) == (False, False, False)
+    gradio.app.block_thread.assert_called_once_with()
