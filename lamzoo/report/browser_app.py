@@ -97,6 +97,7 @@ def launch(
             enable_monitoring=False,
             mcp_server=False,
             max_file_size=_LARGEST,
+            app_kwargs={"middleware": _own_names_only(host)},
             theme=gradio.themes.Default(font=_FONTS, font_mono=["monospace"]),
         )
     except OSError as error:  # gradio says of an unknown host, too, that no port is free
@@ -115,6 +116,19 @@ def launch(
             f"NO_PROXY=127.0.0.1,localhost, and choose as --host an address that this machine reaches"
         ) from error
     return app
+
+
+def _own_names_only(host: str) -> list[Any]:
+    """Returns the middleware that refuses requests under another name, by which a web site could read the app.
+
+    A site that a visitor opens can resolve its own name to the loopback address (DNS rebinding). An app that serves the
+    network can't know its names.
+    """
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+    own = ["127.0.0.1", "localhost"]
+    return [Middleware(TrustedHostMiddleware, allowed_hosts=own)] if host in own else []
 
 
 def build(

@@ -108,6 +108,8 @@ def gradio(monkeypatch: pytest.MonkeyPatch) -> MagicMock:
     module.app = module.Blocks.return_value.__enter__.return_value
     monkeypatch.setitem(sys.modules, "gradio", module)
     monkeypatch.setitem(sys.modules, "httpx", SimpleNamespace(HTTPError=NoConnectionError))
+    for name in ("starlette", "starlette.middleware", "starlette.middleware.trustedhost"):
+        monkeypatch.setitem(sys.modules, name, module)
     return module
 
 
@@ -152,4 +154,5 @@ def test_the_command_serves_this_machine_unless_asked(
     given = gradio.app.launch.call_args.kwargs
     assert (ended.value.code, given["server_name"], given["server_port"]) == (0, *address)
     assert (given["share"], given["enable_monitoring"], given["mcp_server"]) == (False, False, False)
+    assert len(given["app_kwargs"]["middleware"]) == (not options)
     gradio.app.block_thread.assert_called_once_with()

@@ -3,6 +3,7 @@
 import json
 import socket
 from collections.abc import Callable, Iterator
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,14 @@ def test_a_video_is_compared_with_texts_and_the_folder_is_searched(page: Any, fi
     page.find_element("id", "search").click()
     until(page, lambda: len(visible(page, "#found img")) >= 3)
     assert "1. " in page.find_element("id", "found").text
+
+
+@pytest.mark.parametrize(("name", "status"), [("localhost", 200), ("evil.example", 400)])
+def test_a_site_under_another_name_cannot_read_the_app(app: Any, name: str, status: int) -> None:
+    connection = HTTPConnection("127.0.0.1", app.server_port, timeout=_SECONDS)
+    connection.request("GET", "/config", headers={"Host": f"{name}:{app.server_port}"})
+    assert connection.getresponse().status == status
+    connection.close()
 
 
 def test_a_mistake_is_said_in_the_page(page: Any) -> None:
