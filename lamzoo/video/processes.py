@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from lamzoo.errors import LamzooError
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
-_LONGEST = timedelta(days=30)  # for which a process that is done waits for the others
+_LONGEST = timedelta(days=1)  # for which a process that is done waits for the others
 
 
 @dataclass(frozen=True)
@@ -74,19 +75,27 @@ class Processes:
 def launched_processes() -> Iterator[Processes]:
     """Connects the processes that ``torchrun`` started, through gloo; without it, yields this process alone.
 
-    Each process computes on the GPU of its local rank, if there are GPUs.
+    Each process computes on the GPU of its local rank, if there are GPUs. The default group of ``torch.distributed`` is
+    used if there is one, such as that of accelerate; otherwise it is initialised, once, and kept until the program
+    ends, because ``torchrun`` connects the processes only once.
+
+    When a process ends, the others end as soon as they wait for it. A machine that fails without closing its
+    connections, as without power, is noticed after a day: torchrun's own heartbeat does not end the other processes.
 
     Raises:
         LamzooError: the processes can't find one another.
     """
-    count = int(os.environ.get("WORLD_SIZE", "1"))
+    joined = dist.is_available() and dist.is_initialized()
+    count = dist.get_world_size() if joined else int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
         yield Processes()
         return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     try:
-        dist.init_process_group("gloo")
+        if not joined:
+            if torch.cuda.is_available():
+                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+            dist.init_process_group("gloo")
+            atexit.register(_leave)
         group = dist.new_group(backend="gloo", timeout=_LONGEST)
     except (ValueError, RuntimeError) as error:
         raise LamzooError(
@@ -95,6 +104,12 @@ def launched_processes() -> Iterator[Processes]:
     try:
         yield Processes(dist.get_rank(), count, group)
     finally:
+        if dist.is_initialized():
+            dist.destroy_process_group(group)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 
@@ -102,8 +117,8 @@ def launched_processes() -> Iterator[Processes]:
 def _reporting_ends() -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:  # gloo's, after a closed connection
+    except RuntimeError as error:  # gloo's, after a closed connection or the time limit
         raise LamzooError(
-            "another process of this run has ended, and its message says why; start the command again, which continues "
-            "where it stopped"
+            "another process of this run has ended, and its message says why, or has not answered for a day; start the "
+            "command again, which continues where it stopped"
         ) from error
