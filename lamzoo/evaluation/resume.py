@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from lamzoo import records
+from lamzoo.adapters.wrappers import unwrap
 from lamzoo.errors import DataError, WeightsError
 from lamzoo.files import atomic_files, cache_folder, file_lock
 from lamzoo.reading import parse_json, read_text, to_json
@@ -172,3 +173,37 @@ def weights_sha256(model: nn.Module) -> str:
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def settings_of(model: nn.Module) -> dict[str, Any]:
+    """Returns what the outputs of a model depend on besides its tensors, as JSON values.
+
+    Returns:
+        ``masks``, the fields of its LamConfig, and ``reduction``, those of its token reduction; empty without either.
+    """
+    host = unwrap(model)
+    masks, reduction = (getattr(host, name, None) for name in ("lam_config", "token_reduction"))
+    return {
+        "masks": {} if masks is None else masks.to_dict(),
+        "reduction": {} if reduction is None else reduction.to_dict(),
+    }
+
+
+def origin_difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
+    """Compares the provenance that a file records with that of a model; None if they agree.
+
+    A file of an earlier release lacks fields: the reduction of its model, which counts as none, and others, which count
+    as the same.
+
+    Args:
+        there: recorded in the file.
+        here: of the model, as JSON values.
+
+    Returns:
+        The name of the first field that differs.
+    """
+    for name, value in here.items():
+        absent = {} if name.endswith("reduction") else value
+        if there.get(name, absent) != value:
+            return name
+    return None

@@ -18,7 +18,8 @@ from lamzoo.data.video.packets import import_av
 from lamzoo.data.video.reader import find_videos
 from lamzoo.errors import ConfigError, DataError
 from lamzoo.evaluation.captions.evaluate import check_streams
-from lamzoo.evaluation.resume import weights_sha256
+from lamzoo.evaluation.resume import origin_difference, settings_of, weights_sha256
+from lamzoo.evaluation.retrieval.evaluate import frames_config
 from lamzoo.evaluation.runtime import resolve_device
 from lamzoo.files import atomic_files
 from lamzoo.models.describer.generation import GenerationConfig
@@ -157,12 +158,20 @@ def _origin(
     """Returns what the sentences depend on, besides the video, as JSON values."""
     return {
         "weights": weights_sha256(model),
-        "towers": weights_sha256(towers) if isinstance(towers, nn.Module) else None,
+        **settings_of(model),
+        "towers": None,
+        **(_towers_origin(towers) if isinstance(towers, nn.Module) and "video" in model.features else {}),
         "rate": rate,
         "seconds": seconds,
         "generation": dataclasses.asdict(generation),
         "context": context,
     }
+
+
+def _towers_origin(towers: nn.Module) -> dict[str, Any]:
+    preprocessing = parse_json(to_json(frames_config(towers)))  # as read back: tuples become lists
+    settings = {**settings_of(towers), "preprocessing": preprocessing}
+    return {"towers": weights_sha256(towers), **{f"towers' {name}": value for name, value in settings.items()}}
 
 
 def _read(target: Path, video: Path, origin: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -180,13 +189,12 @@ def _read(target: Path, video: Path, origin: Mapping[str, Any]) -> dict[str, Any
         _logger.warning("described again: %s can't be read (%s)", target, reason(error))
         return None
     now = {**origin, "bytes": _size(video)}
-    for name, value in now.items():
-        if there.get(name) != value:
-            other = "another video of this name" if name == "bytes" else f"other {name}"
-            raise DataError(
-                f"{target} was made of or with {other}; choose another folder (--out), remove the file, or describe "
-                "all videos again with --force (force=True)"
-            )
+    if (name := origin_difference(there, now)) is not None:
+        other = "another video of this name" if name == "bytes" else f"other {name}"
+        raise DataError(
+            f"{target} was made of or with {other}; choose another folder (--out), remove the file, or describe all "
+            "videos again with --force (force=True)"
+        )
     return dict(record)
 
 

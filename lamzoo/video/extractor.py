@@ -21,7 +21,7 @@ from lamzoo.data.retrieval.clips import FramesTransform, each_frame
 from lamzoo.data.video.instants import ClipMiddles
 from lamzoo.data.video.reader import read_video_pieces
 from lamzoo.errors import ConfigError, UnsupportedHostError
-from lamzoo.evaluation.resume import weights_sha256
+from lamzoo.evaluation.resume import settings_of, weights_sha256
 from lamzoo.evaluation.retrieval.evaluate import frames_config
 from lamzoo.evaluation.runtime import Precision, check_batches, inference, resolve_device
 from lamzoo.reading import parse_json, to_json
@@ -175,6 +175,7 @@ class FeatureExtractor:
         return {
             "model": _name(self.model),
             "weights": weights_sha256(self.model),
+            **settings_of(self.model),
             "preprocessing": parse_json(to_json(frames_config(self.model))),  # as read back: tuples become lists
         }
 

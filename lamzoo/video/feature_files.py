@@ -12,6 +12,7 @@ import numpy as np
 from lamzoo.data.moments.base import Features
 from lamzoo.data.moments.feature_folder import ORIGIN, read_features, read_origin
 from lamzoo.errors import DataError
+from lamzoo.evaluation.resume import origin_difference
 from lamzoo.files import atomic_files
 from lamzoo.reading import to_json
 
@@ -63,9 +64,8 @@ def is_there(path: Path, key: str, width: int, origin: Origin) -> bool:
         _logger.warning("computed again: %s", error)
         return False
     if there is not None:
-        for name, value in origin.items():
-            if there.get(name) != value:
-                raise DataError(f"{path} was made {_difference(name, there.get(name), value)}; {_WAY_OUT}")
+        if (name := origin_difference(there, origin)) is not None:
+            raise DataError(f"{path} was made {_difference(name, there.get(name), origin[name])}; {_WAY_OUT}")
     elif features.shape[1] != width:
         raise DataError(f"{path} has {features.shape[1]} features, and those of the model are {width}; {_WAY_OUT}")
     return True
@@ -82,4 +82,8 @@ def _difference(name: str, there: Any, here: Any) -> str:
             return f"for the query {there!r}, not {here!r}"
         case "bytes":
             return "of another video of this name"
+        case "masks":
+            return "with masks of another LamConfig"
+        case "reduction":
+            return "with another token reduction"
     return f"with other {name}"

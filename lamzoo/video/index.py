@@ -6,7 +6,7 @@ import dataclasses
 import glob
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ class Origin:
         sampling: the frame sampling.
         preprocessing: timm's data configuration of the frames.
         masks: the LamConfig of the model as plain values, empty without masks; None in files of 0.1.0, which lack it.
+        reduction: its token reduction as plain values, empty without one and in files of 0.1.0.
     """
 
     model: str
@@ -67,6 +68,7 @@ class Origin:
     sampling: FrameSampling
     preprocessing: dict[str, Any]
     masks: dict[str, Any] | None = None
+    reduction: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -301,6 +303,8 @@ def check_origin(path: Path, there: Origin, here: Origin) -> None:
         difference = f"with another head or preprocessing of {there.model}"
     elif there.masks is not None and there.masks != here.masks:
         difference = f"with masks of another LamConfig of {there.model}"
+    elif there.reduction != here.reduction:
+        difference = f"with another token reduction of {there.model}"
     elif there.sampling != here.sampling:
         difference = f"with {_words(there.sampling)}, not {_words(here.sampling)}"
     else:
@@ -333,7 +337,8 @@ def _opened(path: Path) -> safe_open:
 
 
 def _parse(facts: dict[str, Any], tensors: dict[str, Tensor]) -> StoredIndex:
-    origin = _built(Origin, [facts[name] for name in _names(Origin) if name != "masks"] + [facts.get("masks")])
+    facts = {"masks": None, "reduction": {}, **facts}  # which files of 0.1.0 lack
+    origin = _built(Origin, [facts[name] for name in _names(Origin)])
     listed = [
         _built(IndexedVideo, values) for values in parse_json(tensors["videos"].numpy().tobytes(), file_names=True)
     ]
@@ -347,7 +352,7 @@ def _parse(facts: dict[str, Any], tensors: dict[str, Tensor]) -> StoredIndex:
 
 
 def _names(cls: type) -> list[str]:
-    return [field.name for field in dataclasses.fields(cls)]
+    return [each.name for each in dataclasses.fields(cls)]
 
 
 def _built(cls: type[Record], values: list[Any]) -> Record:

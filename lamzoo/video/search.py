@@ -28,7 +28,7 @@ from lamzoo.data.video.packets import UnreadableVideo, import_av
 from lamzoo.data.video.reader import find_videos, read_video
 from lamzoo.data.video.sampling import FrameSampling
 from lamzoo.errors import ConfigError, DataError
-from lamzoo.evaluation.resume import weights_sha256
+from lamzoo.evaluation.resume import settings_of, weights_sha256
 from lamzoo.evaluation.retrieval.evaluate import compare, encode_texts, frames_config
 from lamzoo.evaluation.runtime import Precision, check_batches, check_finite, inference, resolve_device
 from lamzoo.files import cache_folder
@@ -161,8 +161,8 @@ def index_videos(
         model: name or model of the family ``lam_clip4clip``: a name is created with its weights, a model is moved to
             the device.
         index: the file, a ``.safetensors``; by default a file in the user's cache folder for this folder and the
-            weights, masks, head and preprocessing of this model. An index that an earlier release wrote into the
-            folder, ``lamzoo-index.<model>.safetensors``, is taken over if it was built with the same.
+            weights, masks, token reduction, head and preprocessing of this model. An index that an earlier release
+            wrote into the folder, ``lamzoo-index.<model>.safetensors``, is taken over if it was built with the same.
         sampling: the frame sampling; by default that of the existing index, otherwise that of the model.
         batch_size: videos per batch.
         device: a torch device, or ``"auto"``.
@@ -443,7 +443,9 @@ def _default_path(folder: Path, origin: Origin) -> Path:
     The sampling is not part of it: by default, a later run uses that of the index.
     """
     place = folder.resolve()
-    made = json.dumps([origin.weights, origin.similarity, origin.preprocessing, origin.masks], sort_keys=True)
+    fields = [origin.weights, origin.similarity, origin.preprocessing, origin.masks]
+    fields += [origin.reduction] if origin.reduction else []  # without one, the path of an earlier release
+    made = json.dumps(fields, sort_keys=True)
     key = hashlib.sha256(os.fsencode(place) + b"\0" + made.encode()).hexdigest()
     return cache_folder() / "search" / f"{_slug(place.name)}.{_slug(origin.model)}.{key[:16]}{SUFFIX}"
 
@@ -480,8 +482,9 @@ def _listed(folder: Path) -> list[IndexedVideo]:
 
 def _origin(model: Any, sampling: FrameSampling) -> Origin:
     preprocessing = parse_json(to_json(frames_config(model)))  # as read back: tuples become lists
-    masks = {} if model.lam_config is None else model.lam_config.to_dict()
-    return Origin(_name(model), weights_sha256(model), model.similarity_type, sampling, preprocessing, masks)
+    return Origin(
+        _name(model), weights_sha256(model), model.similarity_type, sampling, preprocessing, **settings_of(model)
+    )
 
 
 def _name(model: Any) -> str:

@@ -28,7 +28,7 @@ from lamzoo.errors import ConfigError, DataError
 from lamzoo.evaluation.accuracy import BAD_LABEL, AccuracyCounter, EvalResult
 from lamzoo.evaluation.classification.imagenet_real import RealLabels
 from lamzoo.evaluation.classification.prediction import label_names
-from lamzoo.evaluation.resume import EvalState, StateFile, weights_sha256
+from lamzoo.evaluation.resume import EvalState, StateFile, settings_of, weights_sha256
 from lamzoo.evaluation.runtime import Precision, check_batches, class_count, data_config, inference, resolve_device
 from lamzoo.files import check_target
 from lamzoo.profiling.inputs import image_mode, image_size
@@ -306,6 +306,7 @@ def _key(
         "preprocessing": config,
         "model": type(model).__name__,
         "sha256 of the weights": weights_sha256(model),
+        **settings_of(model),
     }
 
 
