@@ -115,13 +115,19 @@ class GrowingIndex:
         self._passing: dict[str, str] = {}
         self._unsaved = 0
 
-    def take_over(self, stored: StoredIndex, *, unreadable: bool) -> None:
+    def take_over(self, stored: StoredIndex, *, unreadable: bool, source: Path | None = None) -> None:
         """Takes over the entries of unchanged files; those of unreadable files only with ``unreadable``.
+
+        Args:
+            stored: an index.
+            unreadable: whether to take over unreadable files.
+            source: the file that it was read from, for error messages; by default that of this index.
 
         Raises:
             DataError: the stored index has another origin or folder.
         """
-        check_origin(self.path, stored.origin, self.origin)
+        source = source or self.path
+        check_origin(source, stored.origin, self.origin)
         rows = dict(zip((video.path for video in stored.videos), stored.rows, strict=True))
         shared = False
         for video in (*stored.videos, *stored.unreadable):
@@ -136,7 +142,7 @@ class GrowingIndex:
         elsewhere = stored.folder_seen_from(self.path).resolve() != self.folder.resolve()
         if elsewhere and rows and not shared:
             raise DataError(
-                f"{self.path} is an index of other videos, in {stored.folder_seen_from(self.path)}; {_WAY_OUT}"
+                f"{source} is an index of other videos, in {stored.folder_seen_from(self.path)}; {_WAY_OUT}"
             )
 
     def merge_parts(self, *, unreadable: bool) -> None:
@@ -147,7 +153,7 @@ class GrowingIndex:
         """
         parts = part_paths(self.path)
         for part in parts:
-            self.take_over(read_index(part), unreadable=unreadable)
+            self.take_over(read_index(part), unreadable=unreadable, source=part)
         if parts:
             self.save()
         for part in parts:

@@ -8,7 +8,8 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,7 +32,7 @@ from lamzoo.errors import ConfigError, DataError
 from lamzoo.evaluation.resume import settings_of, weights_sha256
 from lamzoo.evaluation.retrieval.evaluate import compare, encode_texts, frames_config
 from lamzoo.evaluation.runtime import Precision, check_batches, check_finite, inference, resolve_device
-from lamzoo.files import cache_folder
+from lamzoo.files import cache_folder, file_lock
 from lamzoo.reading import parse_json, to_json
 from lamzoo.registry.factory import create_model
 from lamzoo.video.clusters import APPROXIMATE_FROM, ClusteredSearch, import_faiss, stored_search
@@ -183,8 +184,8 @@ def index_videos(
     Raises:
         ConfigError: an argument is invalid, or an embedding is not finite.
         DataError: the folder has no readable video; a video can't be read and ``on_bad_input`` is ``"stop"``; the file
-            can't be read or written, is damaged or not an index, or was built for another folder or with other weights
-            or another sampling.
+            can't be read or written, is damaged or not an index, is in use by another run, or was built for another
+            folder or with other weights or another sampling.
         UnsupportedHostError: the model is not a retrieval model.
         MissingExtraError: PyAV is not installed, or faiss for ``approximate=True``.
         WeightsError: the weights of the model are not available.
@@ -204,10 +205,12 @@ def index_videos(
     if approximate:
         _check_approximate(network)  # before the work
     content = GrowingIndex(path, folder, found, origin)
+    locks = ExitStack()
 
     def begin() -> tuple[list[IndexedVideo], FrameSampling]:
         """Opens the index, and returns the videos to embed and the sampling."""
         check_replaceable(path)
+        locks.enter_context(_reserved(path))
         stored = None
         if force:
             for part in part_paths(path):
@@ -233,34 +236,37 @@ def index_videos(
             content.save()  # at once, so that a folder that is not writable raises an error before the work
         return todo, used
 
-    todo, used = processes.on_main(begin)
-    own = content
-    if not processes.is_main:
-        own = GrowingIndex(part_path(path, processes.rank), folder, todo, replace(origin, sampling=used))
-    # Whole batches are shared, because the last digits of embeddings depend on the other videos of their batch.
-    batches = [todo[start : start + batch_size] for start in range(0, len(todo), batch_size)]
-    share = [video for batch in processes.share(batches) for video in batch]
-    network.to(device)
-    _embed(network, own, share, device, precision, batch_size, workers, on_bad_input, progress)
-    passing = {name: why for part in processes.gather(own.passing) for name, why in part.items()}
+    with locks:  # until the parts are merged
+        todo, used = processes.on_main(begin)
+        own = content
+        if not processes.is_main:
+            own = GrowingIndex(part_path(path, processes.rank), folder, todo, replace(origin, sampling=used))
+        # Whole batches are shared, because the last digits of embeddings depend on the other videos of their batch.
+        batches = [todo[start : start + batch_size] for start in range(0, len(todo), batch_size)]
+        share = [video for batch in processes.share(batches) for video in batch]
+        network.to(device)
+        _embed(network, own, share, device, precision, batch_size, workers, on_bad_input, progress)
+        passing = {name: why for part in processes.gather(own.passing) for name, why in part.items()}
 
-    def end() -> tuple[dict[Path, str], int]:
-        """Merges the parts, and returns the unreadable videos and the number of embedded ones."""
-        content.merge_parts(unreadable=True)
-        content.passing.update(passing)
-        lost = [video.path for video in content.missing() if video.path not in passing]
-        if lost:
-            raise DataError(
-                f"{len(lost)} videos that other processes embedded, such as {lost[0]}, are in no part of {path} here; "
-                "choose an --index on storage that all machines share"
-            )
-        bad = content.unreadable
-        if not content.rows:
-            name, reason = next(iter(bad.items()))
-            raise DataError(f"none of the {len(found)} videos in {folder} can be read: {name} ({reason}); replace them")
-        return bad, sum(video.path in content.rows for video in todo)
+        def end() -> tuple[dict[Path, str], int]:
+            """Merges the parts, and returns the unreadable videos and the number of embedded ones."""
+            content.merge_parts(unreadable=True)
+            content.passing.update(passing)
+            lost = [video.path for video in content.missing() if video.path not in passing]
+            if lost:
+                raise DataError(
+                    f"{len(lost)} videos that other processes embedded, such as {lost[0]}, are in no part of {path} "
+                    "here; choose an --index on storage that all machines share"
+                )
+            bad = content.unreadable
+            if not content.rows:
+                name, reason = next(iter(bad.items()))
+                raise DataError(
+                    f"none of the {len(found)} videos in {folder} can be read: {name} ({reason}); replace them"
+                )
+            return bad, sum(video.path in content.rows for video in todo)
 
-    bad, embedded = processes.on_main(end)
+        bad, embedded = processes.on_main(end)
     stored = content.stored() if processes.is_main else read_index(path)
     opened = _opened(path, folder, stored, network, device, precision, approximate if processes.is_main else False)
     return replace(opened, unreadable=bad, embedded=embedded)
@@ -287,6 +293,7 @@ def load_index(
         ConfigError: the device or precision is invalid, or the model compares each frame, for ``approximate=True``.
         DataError: the file can't be read, is damaged or not an index, was built with other weights, or is empty.
         UnsupportedHostError: the model is not a retrieval model.
+        MissingExtraError: faiss is not installed, for ``approximate=True``.
         WeightsError: the weights of the model are not available.
     """
     check_batches(1, precision=precision)
@@ -448,6 +455,17 @@ def _default_path(folder: Path, origin: Origin) -> Path:
     made = json.dumps(fields, sort_keys=True)
     key = hashlib.sha256(os.fsencode(place) + b"\0" + made.encode()).hexdigest()
     return cache_folder() / "search" / f"{_slug(place.name)}.{_slug(origin.model)}.{key[:16]}{SUFFIX}"
+
+
+@contextmanager
+def _reserved(path: Path) -> Iterator[None]:
+    """Keeps other runs from the index and its parts, where the file system has locks."""
+    with file_lock(path.with_name(f"{path.name}.lock")) as held:
+        if held is False:
+            raise DataError(
+                f"the index {path} is in use by another run; wait for its end, or choose another file with --index"
+            )
+        yield
 
 
 def _earlier(folder: Path, origin: Origin, sampling: FrameSampling | None) -> StoredIndex | None:

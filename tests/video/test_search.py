@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -25,6 +26,7 @@ from lamzoo.data.video.sampling import FrameSampling
 from lamzoo.errors import ConfigError, DataError, UnsupportedHostError
 from lamzoo.evaluation.retrieval.evaluate import frames_config
 from lamzoo.video import search
+from lamzoo.video.index import part_path
 from lamzoo.video.search import Match, VideoIndex, load_index
 from tests.videos import pictures, write_clip
 
@@ -544,3 +546,27 @@ def test_an_index_is_searched_in_clusters(folder: Path, model: Any) -> None:
     assert load_index(file_of(folder), model, approximate=True).clusters is not None
     with pytest.raises(ConfigError, match="compares each frame"):
         index(folder, build("tight"), approximate=True, force=True)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="files are not locked")
+def test_a_second_run_on_the_same_index_is_refused_while_the_first_one_runs(folder: Path, model: Any) -> None:
+    part = part_path(file_of(folder), 1)
+
+    def again(done: int, total: int) -> None:
+        part.write_bytes(b"of another process")
+        for force in (False, True):
+            with pytest.raises(DataError, match="index.safetensors is in use by another run; wait"):
+                lamzoo.index_videos(folder, model, index=file_of(folder), device="cpu", force=force)
+        assert part.exists()
+        part.unlink()
+
+    assert index(folder, model, progress=again).embedded == 5
+    assert {path.name for path in folder.glob("index*")} == {"index.safetensors"}
+
+
+def test_a_part_of_other_weights_is_named(folder: Path, model: Any) -> None:
+    other = index(folder, build(seed=1), index=folder / "other.safetensors")
+    other.path.rename(part_path(file_of(folder), 1))
+    with pytest.raises(DataError, match=r"the index .*index.safetensors.part1 was built with other weights"):
+        index(folder, model)
+    assert index(folder, model, force=True).embedded == 5
