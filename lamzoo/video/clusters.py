@@ -106,8 +106,8 @@ class ClusteredSearch:
         self._index.is_trained = True
         self.probe(clusters.probed)
         ids = torch.arange(count)
-        arrays = [faiss.swig_ptr(each.numpy()) for each in (embeddings.contiguous(), ids, clusters.cluster)]
-        self._index.add_core(count, *arrays, None)
+        arrays = [each.contiguous().numpy() for each in (embeddings, ids, clusters.cluster)]  # keeps the copies alive
+        self._index.add_core(count, *map(faiss.swig_ptr, arrays), None)
 
     def probe(self, count: int) -> None:
         """Sets the number of clusters that a query reads."""
@@ -123,14 +123,14 @@ def stored_search(path: Path, embeddings: Tensor) -> ClusteredSearch:
     """Returns the search of an index's embeddings; their clusters are kept in ``INDEX.clusters``, beside the index.
 
     The file holds tensors in safetensors, not an index of faiss, whose reader is not made for files from elsewhere. It
-    is written again if the embeddings have changed.
+    is written again if the embeddings have changed. If it can't be written, the clusters are used without it, with a
+    warning.
 
     Args:
         path: the index.
         embeddings: its embeddings, as for :class:`ClusteredSearch`.
 
     Raises:
-        DataError: the file can't be written.
         MissingExtraError: faiss is not installed.
     """
     import_faiss()
@@ -142,8 +142,11 @@ def stored_search(path: Path, embeddings: Tensor) -> ClusteredSearch:
         tensors = {
             "centroids": clusters.centroids, "cluster": clusters.cluster, "probed": torch.tensor(clusters.probed)
         }  # fmt: skip
-        with atomic_files(DataError) as stage:
-            save_file(tensors, stage(file), metadata={_KEY: digest})
+        try:
+            with atomic_files(DataError) as stage:
+                save_file(tensors, stage(file), metadata={_KEY: digest})
+        except DataError as error:  # such as an index on a medium that can't be written; the search needs no file
+            _logger.warning("clustered for this run alone: %s", error)
     return ClusteredSearch(embeddings, clusters)
 
 

@@ -91,6 +91,16 @@ def test_clusters_are_stored_and_made_again_for_other_embeddings_or_a_damaged_fi
     assert file.read_bytes() != whole
 
 
+def test_clusters_that_cannot_be_stored_are_searched_all_the_same(
+    drawn: tuple[Tensor, Tensor], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    embeddings, index = drawn[0][:300], tmp_path / "index.safetensors"
+    (tmp_path / "index.safetensors.clusters").mkdir()
+    found = stored_search(index, embeddings.T.contiguous().T).search(embeddings[7], 1)
+    assert found[0][1] == 7 and "clustered for this run alone" in caplog.text
+    assert "index.safetensors.clusters is a folder" in caplog.text
+
+
 def test_without_faiss_the_way_out_is_named(drawn: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(MissingExtraError, match=r"lamzoo\[faiss\].*--exact"):
