@@ -64,13 +64,18 @@ def describe(
         _describe_folder(video, output, model, checkpoint, decoding, on_bad_input, force, json, options)
         return
     _check_files(video, output, explain, html)
+    if force or on_bad_input != "stop":
+        raise ConfigError(f"--force and --on-bad-input are options for a folder, and {video} is a file; leave them out")
     if not out.is_main_process():
         return
+    from lamzoo.adapters.state import masks_of
     from lamzoo.evaluation import resolve_device
     from lamzoo.video.describe import VideoWindows, describe_windows
 
     target = resolve_device(device)
     network: Any = load_model(model, checkpoint).to(target).eval()
+    if html is not None:
+        masks_of(network)  # raises an error without masks, before the work
     from lamzoo.models.describer.generation import GenerationConfig
 
     generation = GenerationConfig(beams=beams, top_p=top_p, length_penalty=length_penalty)
@@ -92,7 +97,7 @@ def describe(
     if html is not None:
         from lamzoo.report import explore_window
 
-        explore_window(network, windows, described[0], html)
+        explore_window(network, windows, described[0], html, generation=generation)
     if json:
         towers = features if windows.rate is not None else None
         out.print_json({"model": model, "features": towers, **_record(windows, described, output, explain, html)})

@@ -58,6 +58,7 @@ def find(
         raise DataError(f"{video} is a folder; give a video file, or search the folder with `lamzoo search`")
     if not file_exists(video):
         raise DataError(f"no such video: {video}")
+    from lamzoo.adapters.state import masks_of
     from lamzoo.evaluation import resolve_device
     from lamzoo.report.moment_strip import Span, write_strip
     from lamzoo.video.extractor import FeatureExtractor, clip_middles, feature_widths
@@ -65,6 +66,8 @@ def find(
     target = resolve_device(device)
     clip_middles(clip_seconds)
     network: Any = load_model(model, checkpoint).to(target).eval()
+    if html is not None:
+        masks_of(network)  # raises an error without masks, before the work
     if (widths := feature_widths(features)) is not None:
         _check_widths(network, *widths)  # before the weights of unsuitable towers are downloaded
     extractor = FeatureExtractor(load_model(features, None), clip_seconds=clip_seconds, device=target)

@@ -334,3 +334,37 @@ def test_errors_of_the_library_are_lamzoos_own(listener: str, clips: Path) -> No
         lamzoo.describe_video(clips / "film.mp4", loaded(listener), seconds=float("nan"))
     with pytest.raises(DataError, match="no such video"):
         lamzoo.describe_video(clips / "none.mp4", loaded(listener))
+
+
+def test_the_page_shows_the_sentence_that_was_printed(run, model: str, towers: str, clips: Path) -> None:
+    line = ("describe", clips / "mute.mp4", "--model", model, "--features", towers, "--html", "page.html", "--json")
+    done = run(*line, "--top-p", "1")
+    assert done.code == 0, done.err
+    text = json.loads(done.out)["windows"][0]["text"]
+    greedy = json.loads(run(*line).out)["windows"][0]["text"]
+    done = run(*line, "--top-p", "1")
+    (with_masks, _) = re.findall(r'<td class="text">“(.*?)”</td>', Path("page.html").read_text(encoding="utf-8"))
+    assert text != greedy and html.unescape(with_masks) == text
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ("--html page.html --json", "has no learnable masks"),
+        ("--force", "options for a folder"),
+        ("--on-bad-input skip", "options for a folder"),
+    ],
+)
+def test_options_that_cannot_be_met_are_refused_before_the_work(
+    run, towers: str, clips: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch,
+    options: str, named: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("lamzoo.video.describe.describe_windows", lambda *args, **kwargs: pytest.fail("described"))
+    plain = saved(
+        tmp_path_factory.mktemp("plain") / "model",
+        "lam_describer_micro",
+        features={"audio": 128},
+        **SMALL | {"lam": False},
+    )
+    done = run("describe", clips / "film.mp4", "--model", plain, "--features", towers, *options.split())
+    assert (done.code, done.out, named in done.err) == (2, "", True), done.err

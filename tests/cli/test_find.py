@@ -242,3 +242,12 @@ def test_a_strip_that_cannot_be_drawn_is_one_sentence(filmed: Path, tmp_path: Pa
     with pytest.raises(DataError, match="no such video"):
         write_strip(tmp_path / "strip.png", "a smile", tmp_path / "none.mp4", [Span(0, 1, 0.5)])
     assert not (tmp_path / "strip.png").exists()
+
+
+def test_a_page_of_a_model_without_masks_is_refused_before_the_work(
+    run, towers: str, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lamzoo.video.extractor.FeatureExtractor.video", lambda *args: pytest.fail("read"))
+    plain = saved(tmp_path / "plain", "lam_moment_detr_micro", video_dim=26, text_dim=32, lam=False)
+    done = run("find", "a smile", video, "--model", plain, "--features", towers, "--html", "page.html", "--json")
+    assert (done.code, done.out, "has no learnable masks" in done.err) == (2, "", True), done.err

@@ -22,6 +22,7 @@ from lamzoo.data.video.instants import Instants, middles
 from lamzoo.data.video.reader import read_video
 from lamzoo.evaluation.captions.evaluate import check_streams, context_tokens, move, pad_streams
 from lamzoo.files import check_target
+from lamzoo.models.describer.generation import GenerationConfig
 from lamzoo.report.explorer.document import Answer, Exploration, ExploredLayer, TokenRun
 from lamzoo.report.explorer.runs import run_twice, thumbnails, write_page
 from lamzoo.report.mask_pictures import title_of
@@ -64,7 +65,14 @@ def explore_description(model: nn.Module, dataset: CaptionDataset, item: str | N
     write_page(_explore(network, dataset.read(index), before, frames, title, facts), path)
 
 
-def explore_window(model: nn.Module, windows: VideoWindows, described: DescribedWindow, path: str | Path) -> None:
+def explore_window(
+    model: nn.Module,
+    windows: VideoWindows,
+    described: DescribedWindow,
+    path: str | Path,
+    *,
+    generation: GenerationConfig | None = None,
+) -> None:
     """Writes the page of :func:`explore_description` for one window of a video file.
 
     Args:
@@ -72,6 +80,7 @@ def explore_window(model: nn.Module, windows: VideoWindows, described: Described
         windows: the windows of the video.
         described: the description of the window.
         path: the HTML file, in an existing folder; an older file is replaced.
+        generation: the decoding settings of the description; greedy search by default.
 
     Raises:
         UnsupportedHostError: as of :func:`explore_description`.
@@ -87,7 +96,8 @@ def explore_window(model: nn.Module, windows: VideoWindows, described: Described
     frames = read_video(windows.path, Instants(at=middles(start, end, _FRAMES))).frames
     title = f"{title_of(network)} on {windows.path.name}, {start:.1f} to {end:.1f} s"
     streams = windows.streams(described.number)
-    write_page(_explore(network, streams, described.context, frames, title, [], start), path)
+    decoding = (generation, [described.number])
+    write_page(_explore(network, streams, described.context, frames, title, [], start, decoding), path)
 
 
 def _explore(
@@ -98,15 +108,16 @@ def _explore(
     title: str,
     facts: Sequence[str],
     start: float = 0.0,
+    decoding: tuple[GenerationConfig | None, Sequence[int] | None] = (None, None),
 ) -> Exploration:
-    """Runs the model on a clip that starts at ``start`` seconds of its video."""
+    """Runs the model on a clip that starts at ``start`` seconds of its video; ``decoding`` has settings and seeds."""
     device = next(model.parameters()).device
     batch = {name: move(stream, device) for name, stream in pad_streams([streams]).items()}
     context = context_tokens(model, [before])
     context = None if context is None else context.to(device)
 
     def describe() -> str:
-        (text,) = model.describe(batch, context)
+        (text,) = model.describe(batch, context, *decoding)
         return str(text)
 
     records, masked, plain = run_twice(model, describe)
