@@ -31,6 +31,9 @@ from lamzoo.video.webvtt import Cue, format_webvtt
 
 _logger = logging.getLogger(__name__)
 
+# Of a record, as of as_record().
+_KEYS = {"video", "duration", "rate", "seconds", "modalities", "missing", "windows", "skipped"}
+
 
 @dataclass(frozen=True)
 class DescribedVideos:
@@ -96,7 +99,7 @@ def describe_videos(
         raise ConfigError(f"on_bad_input is {on_bad_input!r}; it must be 'stop' or 'skip'")
     device = resolve_device(device)
     import_av()
-    paths = _targets(videos, Path(out))
+    paths = processes.on_main(lambda: _targets(videos, Path(out)))  # other machines may see a folder later
     network: Any = create_model(model, pretrained=True) if isinstance(model, str) else model
     check_streams(network, {})
     if isinstance(towers, str) and "video" in network.features:
@@ -107,6 +110,7 @@ def describe_videos(
     network.to(device)
 
     def missing() -> list[Path]:
+        _make_folder(Path(out))  # at once, so that an error occurs before the work
         return [target for target, path in paths.items() if force or _read(target, path, origin) is None]
 
     todo = processes.on_main(missing)
@@ -147,6 +151,13 @@ def _targets(videos: Sequence[str | Path], out: Path) -> dict[Path, Path]:
     return found
 
 
+def _make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"the folder {out} can't be created ({error.strerror}); choose another with --out") from error
+
+
 def _origin(
     model: Any,
     towers: Any,
@@ -185,7 +196,10 @@ def _read(target: Path, video: Path, origin: Mapping[str, Any]) -> dict[str, Any
     try:
         record = parse_json(read_text(target), file_names=True)
         there = dict(record["origin"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        if lacking := _KEYS - record.keys():
+            raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
+        _cues(record)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         _logger.warning("described again: %s can't be read (%s)", target, reason(error))
         return None
     now = {**origin, "bytes": _size(video)}
@@ -199,10 +213,13 @@ def _read(target: Path, video: Path, origin: Mapping[str, Any]) -> dict[str, Any
 
 
 def _write(target: Path, record: Mapping[str, Any]) -> None:
-    cues = [Cue(each["start"], each["end"], each["text"]) for each in record["windows"]]
     with atomic_files(DataError) as stage:
-        stage(target.with_suffix(".vtt")).write_text(format_webvtt(cues), encoding="utf-8", newline="\n")
+        stage(target.with_suffix(".vtt")).write_text(format_webvtt(_cues(record)), encoding="utf-8", newline="\n")
         stage(target).write_text(to_json(record, indent=2) + "\n", encoding="utf-8", newline="\n")
+
+
+def _cues(record: Mapping[str, Any]) -> list[Cue]:
+    return [Cue(each["start"], each["end"], each["text"]) for each in record["windows"]]
 
 
 def _size(path: Path) -> int:

@@ -109,7 +109,7 @@ def extract_features(
     clip_middles(clip_seconds)
     device = resolve_device(device)
     import_av()
-    paths, texts = _targets(videos, out, queries)
+    paths, texts = processes.on_main(lambda: _targets(videos, out, queries))  # other machines may see a folder later
     with _folders_of((*paths, *texts)):
         extractor = FeatureExtractor(
             model, clip_seconds=clip_seconds, device=device, precision=precision, batch_size=batch_size
