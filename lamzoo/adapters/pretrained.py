@@ -28,7 +28,8 @@ def from_pretrained(name: str | PathLike[str], *, model_class: type[nn.Module] |
             safetensors are read, unless ``use_safetensors`` says otherwise.
 
     Returns:
-        The model in evaluation mode, with ``lam_config``.
+        The model in evaluation mode, with ``lam_config``; with ``output_loading_info=True`` also what transformers
+        returns then.
 
     Raises:
         MissingExtraError: transformers is not installed.
@@ -54,6 +55,7 @@ def from_pretrained(name: str | PathLike[str], *, model_class: type[nn.Module] |
         cls.__init__(self, *args, **kwargs)
         add_lam(self, LamConfig.from_dict(fields))
 
+    with_info = kwargs.pop("output_loading_info", False)
     masked: Any = type(cls.__name__, (cls,), {"__module__": cls.__module__, "__init__": build})
     model, info = masked.from_pretrained(name, **{"use_safetensors": True} | kwargs, output_loading_info=True)
     model.__class__ = cls
@@ -66,7 +68,7 @@ def from_pretrained(name: str | PathLike[str], *, model_class: type[nn.Module] |
     for lam in model.modules():
         if isinstance(lam, Lam):
             lam.is_fresh = False
-    return model
+    return (model, info) if with_info else model
 
 
 _OF_HUB = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -60,6 +60,7 @@ def create_transformers_model(
     saved = None if getattr(config, "lam_config", None) is None else LamConfig.from_dict(vars(config).pop("lam_config"))
     masks = lam if isinstance(lam, LamConfig) else saved or (LamConfig() if lam is True else None)
     cls: Any = saved_class(ref.text, config)
+    model: Any
     if pretrained:
         if saved is not None and masks is not None and masks.differences(saved) and lam and not fresh_masks:
             raise StateDictError(
@@ -70,12 +71,14 @@ def create_transformers_model(
         with contextlib.suppress(hub.HubEntryMissingError):  # decoders alone have it
             hub.download(ref.repo, "generation_config.json", revision=folder.name, cache_dir=cache_dir)
         loading = settings | {"use_safetensors": None if allow_pickle else True}
-        loading["ignore_mismatched_sizes"] = "num_labels" in settings  # of the head, which stays fresh
+        loading |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
         if saved is not None and lam is not False and not fresh_masks:
-            model: Any = from_pretrained(folder, model_class=cls, **loading)
+            model, info = from_pretrained(folder, model_class=cls, **loading)
         else:
-            model = cls.from_pretrained(folder, **loading)
+            model, info = cls.from_pretrained(folder, **loading)
             vars(model.config).pop("lam_config", None)
+        classes = (transformers.AutoConfig.from_pretrained(folder).num_labels, config.num_labels)
+        _check_sizes(ref.text, info["mismatched_keys"], classes, arguments)
     else:
         model = cls(config)
     model.lam_config = getattr(model, "lam_config", None)
@@ -83,6 +86,29 @@ def create_transformers_model(
         add_lam(model, masks)
     model.registry_name, model.weights_source = ref.text, ref.text if pretrained else None
     return model.train()
+
+
+def _check_sizes(
+    name: str, mismatched: Iterable[tuple[str, Any, Any]], classes: tuple[int, int], arguments: Mapping[str, Any]
+) -> None:
+    """Checks that only heads kept their fresh weights, because their number of classes is another.
+
+    Args:
+        name: of the model, for messages.
+        mismatched: names of tensors, and their shapes in the weights and in the model.
+        classes: their number in the weights and in the model.
+        arguments: of the configuration, for messages.
+
+    Raises:
+        StateDictError: the shape of another tensor differs.
+    """
+    for key, stored, built in sorted(mismatched):
+        if (stored[0], built[0]) != classes or stored[1:] != built[1:]:
+            asked = ", ".join(f"{name}={value!r}" for name, value in arguments.items() if name != "num_classes")
+            raise StateDictError(
+                f"{key} has the shape {tuple(stored)} in the weights of {name} and {tuple(built)} in the model"
+                f"{f' with {asked}' if asked else ''}; leave out what changes its shape, or use pretrained=False."
+            )
 
 
 def spec_of_name(name: str, lam: LamConfig | None = None) -> ModelSpec:

@@ -13,7 +13,7 @@ import torch
 transformers = pytest.importorskip("transformers", reason="the extra transformers")
 
 import lamzoo  # noqa: E402
-from lamzoo.errors import ConfigError  # noqa: E402
+from lamzoo.errors import ConfigError, StateDictError  # noqa: E402
 from lamzoo.lam import Lam, LamConfig  # noqa: E402
 from lamzoo.models.transformers_images import TransformersImages, as_image_model  # noqa: E402
 from lamzoo.registry.factory import create_for_images  # noqa: E402
@@ -73,6 +73,17 @@ def test_other_models_are_refused_in_one_sentence(run: Any) -> None:
     done = run("info", "hf/me/bert")
     assert done.code != 0
     assert "hf/me/bert is a BertModel, and lamzoo's commands take image classifiers" in " ".join(done.err.split())
+
+
+@pytest.mark.parametrize(("name", "given"), [(NAME, {}), ("hf/me/masked", {"num_classes": 5})])
+def test_only_heads_of_other_classes_stay_fresh(name: str, given: dict[str, int]) -> None:
+    model: Any = create_for_images(name, pretrained=True, num_classes=5).eval()
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 5)
+    positions = "vit.embeddings.position_embeddings"
+    assert torch.equal(model.host.get_parameter(positions), _model().get_parameter(positions))
+    refused = r"position_embeddings has the shape \(1, 17, 16\) .* image_size=64; leave"
+    with pytest.raises(StateDictError, match=refused):
+        create_for_images(name, pretrained=True, img_size=64, **given)
 
 
 def test_saved_models_come_back_with_masks_and_merging(tmp_path: Path) -> None:
