@@ -22,8 +22,8 @@ Inputs: TypeAlias = Tensor | Sequence[Any]
 def image_size(model: nn.Module) -> tuple[int, int, int]:
     """Returns ``(channels, height, width)`` of the images that a model, or a wrapped model, was built for.
 
-    The patch embedding takes precedence, because ``img_size=`` changes it but not timm's ``pretrained_cfg``. Of a CLIP
-    model of open_clip, they are those of its image tower.
+    What ``img_size=`` changes takes precedence over ``pretrained_cfg``, which it does not change. Of a CLIP model of
+    open_clip, they are those of its image tower.
 
     Raises:
         ConfigError: neither the patch embedding, ``pretrained_cfg`` nor an image tower defines the size.
@@ -31,8 +31,10 @@ def image_size(model: nn.Module) -> tuple[int, int, int]:
     model = unwrap(model)
     cfg: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     known = cfg.get("input_size")
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None) or (known and known[1:])
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
     size = size or getattr(getattr(model, "visual", model), "image_size", None)
+    size = size or (getattr(model, "_model_args", None) or {}).get("img_size")  # of timm's create_model
+    size = size or (known and known[1:])
     size = size or getattr(getattr(model, "config", None), "image_size", None)  # of transformers
     size = (size, size) if isinstance(size, int) else size
     if not size:

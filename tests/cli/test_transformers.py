@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 
 transformers = pytest.importorskip("transformers", reason="the extra transformers")
@@ -16,6 +17,7 @@ import lamzoo  # noqa: E402
 from lamzoo.errors import ConfigError, StateDictError  # noqa: E402
 from lamzoo.lam import Lam, LamConfig  # noqa: E402
 from lamzoo.models.transformers_images import TransformersImages, as_image_model  # noqa: E402
+from lamzoo.profiling.inputs import image_size  # noqa: E402
 from lamzoo.registry.factory import create_for_images  # noqa: E402
 from tests.adapters.transformers_hosts import HOSTS  # noqa: E402
 from tests.images import CLASSES, write_folder  # noqa: E402
@@ -135,3 +137,8 @@ def test_fused_layers_are_exported_in_their_fused_form() -> None:
     program = torch.export.export(as_image_model(model), (torch.randn(2, 3, 32, 32),))
     linear = [node for node in program.graph.nodes if "linear" in str(node.target)]
     assert len(linear) == 3 * 4 + 1  # one for queries, keys and values
+
+
+def test_images_have_the_size_that_the_model_was_built_with() -> None:
+    assert image_size(create_for_images(NAME, img_size=64)) == (3, 64, 64)
+    assert image_size(timm.create_model("levit_128s", img_size=64)) == (3, 64, 64)
