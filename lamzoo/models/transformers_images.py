@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lamzoo.adapters import add_lam
 from lamzoo.adapters.pretrained import saved_class
@@ -25,7 +27,7 @@ class TransformersImages(nn.Module):
 
     Attributes:
         host: likewise.
-        image_size: height and width of its images.
+        image_size: height and width of its images; None if neither its configuration nor its preprocessing says it.
     """
 
     def __init__(self, host: nn.Module) -> None:
@@ -33,33 +35,54 @@ class TransformersImages(nn.Module):
         self.host: Any = host
         vision: Any = getattr(self.host.config, "vision_config", self.host.config)  # of CLIP and SigLIP
         self.image_size = image_size_of(self.host.config)
-        self.num_features: int = vision.hidden_size
+        heads = self._heads()
+        if _is_classifier(type(host)) and self.host.config.num_labels and not heads:
+            raise ConfigError(
+                f"The layer of {type(host).__name__} that makes logits is unknown; call the model itself in Python."
+            )
+        widths = [*getattr(vision, "hidden_sizes", ()), getattr(vision, "hidden_size", 0)]
+        self.num_features: int = next((head.in_features for head in heads.values()), widths[-1] or widths[-2:][0])
         self.lam_config: LamConfig | None = getattr(host, "lam_config", None)
-        from lamzoo.adapters.transformers_vision import tower_layouts  # with transformers, which is optional
-
-        for layout in tower_layouts(host):
-            assert layout.pooling is not None
-            for block in host.get_submodule(layout.pooling.blocks).children():
-                block.register_forward_pre_hook(_LeaveOutMask(), with_kwargs=True, prepend=True)
 
     @property
     def num_classes(self) -> int:
         """Number of classes; 0 for a model without a classifier."""
-        return int(self.host.config.num_labels) if hasattr(self.host, "classifier") else 0
+        return int(self.host.config.num_labels) if self._heads() else 0
+
+    @property
+    def classifier_names(self) -> tuple[str, ...]:
+        """Paths of the layers that make the logits: one, two of a distilled model, or none."""
+        return tuple(f"host.{path}" for path in self._heads())
+
+    def _heads(self) -> dict[str, nn.Linear]:
+        if not _is_classifier(type(self.host)):
+            return {}
+        return {
+            path: layer
+            for path, layer in self.host.named_modules()
+            if re.search("classifier|head", path.partition(".")[0])
+            and isinstance(layer, nn.Linear)
+            and layer.out_features == self.host.config.num_labels
+        }
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the logits of images ``(B, C, H, W)``, ``(B, classes)``.
 
         Without a classifier, they are embeddings ``(B, D)``, or tokens ``(B, N, C)`` of models that pool none.
         """
-        outputs = self.host(pixel_values=x)
+        handles = _leave_out_masks(self.host) if torch.compiler.is_exporting() else []
+        try:
+            outputs = self.host(pixel_values=x)
+        finally:
+            for handle in handles:
+                handle.remove()
         found: Tensor = next(outputs[name] for name in _OUTPUTS if outputs.get(name) is not None)
         return found
 
-    def get_classifier(self) -> nn.Module:
-        """Returns the classifier; ``nn.Identity`` without one."""
-        classifier: nn.Module = getattr(self.host, "classifier", nn.Identity())
-        return classifier
+    def get_classifier(self) -> nn.Module | tuple[nn.Module, ...]:
+        """Returns the classifier, both of a distilled model as timm does; ``nn.Identity`` without one."""
+        heads = tuple(self._heads().values())
+        return heads if len(heads) > 1 else (*heads, nn.Identity())[0]
 
     def reset_classifier(self, num_classes: int) -> None:
         """Replaces the classifier by a fresh one.
@@ -67,13 +90,15 @@ class TransformersImages(nn.Module):
         Raises:
             UnsupportedHostError: the model has none.
         """
-        if not isinstance(old := self.get_classifier(), nn.Linear):
+        if not (heads := self._heads()):
             raise UnsupportedHostError(
                 f"{type(self.host).__name__} has no linear classifier; name a model that has one, such as "
                 "ViTForImageClassification."
             )
         self.host.config.num_labels = self.host.num_labels = num_classes
-        self.host.classifier = nn.Linear(old.in_features, num_classes).to(old.weight)
+        for path, old in heads.items():
+            bias = old.bias is not None
+            self.host.set_submodule(path, nn.Linear(old.in_features, num_classes, bias).to(old.weight))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Turns gradient checkpointing on or off."""
@@ -89,15 +114,21 @@ class TransformersImages(nn.Module):
         return set() if own is None else {f"host.{name}" for name in own()}
 
 
-class _LeaveOutMask:
-    """Forward pre-hook of a block: leaves out the mask of all tokens that transformers makes while it is exported."""
+def _leave_out_masks(host: nn.Module) -> list[RemovableHandle]:
+    """Leaves the masks of all tokens out of its blocks, which transformers makes of images while it is exported."""
+    from lamzoo.adapters.transformers_vision import tower_layouts  # with transformers, which is optional
 
-    def __call__(
-        self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if not torch.compiler.is_exporting():
-            return None
+    def without_mask(
+        block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (args[0], *(None for _ in args[1:])), {name: value for name, value in kwargs.items() if name != _MASK}
+
+    return [
+        block.register_forward_pre_hook(without_mask, with_kwargs=True, prepend=True)
+        for layout in tower_layouts(host)
+        if layout.pooling is not None
+        for block in host.get_submodule(layout.pooling.blocks).children()
+    ]
 
 
 def transformers_images(
@@ -153,9 +184,10 @@ def as_image_model(model: nn.Module) -> nn.Module:
     return TransformersImages(model)
 
 
-def image_size_of(config: Any) -> tuple[int, int]:
-    """Returns the height and width of the images of a ``PretrainedConfig``."""
-    return _pair(getattr(config, "vision_config", config).image_size)
+def image_size_of(config: Any) -> tuple[int, int] | None:
+    """Returns the height and width of the images of a ``PretrainedConfig``; None if it has none."""
+    size = getattr(getattr(config, "vision_config", config), "image_size", None)
+    return None if size is None else _pair(size)
 
 
 def _pair(size: int | Sequence[int]) -> tuple[int, int]:
@@ -178,9 +210,13 @@ def image_class(name: str, config: Any) -> type[nn.Module]:
     return cls
 
 
+def _is_classifier(cls: type) -> bool:
+    return "ForImageClassification" in cls.__name__
+
+
 def _check_image_class(name: str, cls: Any) -> None:
     reads_images = cls.main_input_name == "pixel_values" and tuple(cls.input_modalities or ()) == ("image",)
-    if not (reads_images and ("ForImageClassification" in cls.__name__ or cls.__name__.endswith("Model"))):
+    if not (reads_images and (_is_classifier(cls) or cls.__name__.endswith("Model"))):
         raise ConfigError(
             f"{name} is a {cls.__name__}, and lamzoo's commands take image classifiers and plain image models of "
             "transformers, which are called with images alone; build others with lamzoo.create_model in Python."

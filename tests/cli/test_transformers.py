@@ -139,6 +139,44 @@ def test_fused_layers_are_exported_in_their_fused_form() -> None:
     assert len(linear) == 3 * 4 + 1  # one for queries, keys and values
 
 
+def test_wrapping_leaves_the_model_its_attention_masks() -> None:
+    class Padded(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.host = _model().vit
+
+        def forward(self, x: torch.Tensor, mask: torch.Tensor) -> Any:
+            return self.host(x, attention_mask=mask).last_hidden_state
+
+    model = Padded().eval()
+    x, mask = torch.randn(1, 3, 32, 32), torch.arange(17)[None] < 5
+    torch.export.export(as_image_model(model.host), (x,))
+    program = torch.export.export(model, (x, mask)).module()
+    torch.testing.assert_close(program(x, mask), model(x, mask))
+    assert (model(x, mask) - model(x, mask | True)).abs().max() > 1e-3
+
+
 def test_images_have_the_size_that_the_model_was_built_with() -> None:
     assert image_size(create_for_images(NAME, img_size=64)) == (3, 64, 64)
     assert image_size(timm.create_model("levit_128s", img_size=64)) == (3, 64, 64)
+
+
+_CLASSES = {"num_labels": 3, "image_size": 32}
+_STAGES = {"num_labels": 3, "hidden_sizes": [8] * 4, "depths": [1] * 4}
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "heads"),
+    [
+        ("DeiTForImageClassificationWithTeacher", transformers.DeiTConfig(**_SMALL, **_CLASSES, patch_size=8), 2),
+        ("ConvNextForImageClassification", transformers.ConvNextConfig(**_STAGES), 1),
+        ("ResNetForImageClassification", transformers.ResNetConfig(**_STAGES, embedding_size=8), 1),
+    ],
+)  # fmt: skip
+def test_heads_of_classifiers_are_known(name: str, config: Any, heads: int) -> None:
+    model: Any = as_image_model(getattr(transformers, name)(config).eval())
+    x = torch.randn(2, 3, 32, 32)
+    assert (model.num_classes, len(model.classifier_names), model(x).shape) == (3, heads, (2, 3))
+    assert model.num_features == (16 if heads == 2 else 8)
+    model.reset_classifier(5)
+    assert (model.num_classes, model(x).shape) == (5, (2, 5))
