@@ -101,6 +101,12 @@ class LamVisionAttention(HostTakeover):
     def _projections(self) -> list[nn.Module]:
         return [getattr(self, name) for name in self.projections]
 
+    def no_fused_form(self) -> str | None:
+        host: Any = self
+        if host.config._attn_implementation in (None, "eager"):
+            return "eager attention returns its weights; the implementation 'sdpa' has a fused form"
+        return super().no_fused_form()
+
     @property
     def _heads(self) -> int:
         host: Any = self
@@ -150,6 +156,22 @@ class LamVideoMAEAttention(LamVisionAttention, VideoMAESelfAttention):  # type: 
     projections = ("query", "key", "value")
     output_projection = None
     dropout_name = "dropout_prob"
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, Any]:
+        """As of the other layers.
+
+        Raises:
+            UnsupportedHostError: also, tokens were left out, as in pretraining, and the mask has ``keys="position"``.
+        """
+        config: Any = self.config
+        if self.lam.has_positions and not self.lam.shared.current.has_reduced:
+            rows, columns = _grid_at(_pair(config.patch_size), _pair(config.image_size))
+            if hidden_states.shape[1] != config.num_frames // _tubelet(config) * rows * columns:
+                raise UnsupportedHostError(
+                    f"{class_name(self.host_class)} got a part of its tokens, as in VideoMAE's pretraining, and their "
+                    "places, which masks with keys='position' need, are unknown; use keys='content'."
+                )
+        return super().forward(hidden_states, attention_mask, **kwargs)
 
 
 class LamClipAttention(LamVisionAttention, CLIPAttention):
@@ -271,8 +293,8 @@ def _reads_blocks(config: Any, kwargs: Mapping[str, Any]) -> bool:
     wanted = kwargs.get("output_hidden_states", getattr(config, "output_hidden_states", False))
     if wanted is None or wanted is False:
         return False
-    if wanted is True or 0 in ([wanted] if isinstance(wanted, int) else wanted):
-        last = config.num_hidden_layers
+    last = config.num_hidden_layers
+    if wanted is True or 0 in (index % (last + 1) for index in ([wanted] if isinstance(wanted, int) else wanted)):
         raise UnsupportedHostError(
             "output_hidden_states asks for the input of the first block, whose tokens merge in it; name the outputs "
             f"that you need, such as output_hidden_states=[{last - 1}, {last}], or call lamzoo.remove_reduction(model) "

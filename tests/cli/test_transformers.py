@@ -14,7 +14,7 @@ import torch
 transformers = pytest.importorskip("transformers", reason="the extra transformers")
 
 import lamzoo  # noqa: E402
-from lamzoo.errors import ConfigError, StateDictError  # noqa: E402
+from lamzoo.errors import ConfigError, StateDictError, UnsupportedHostError  # noqa: E402
 from lamzoo.lam import Lam, LamConfig  # noqa: E402
 from lamzoo.models.transformers_images import TransformersImages, as_image_model  # noqa: E402
 from lamzoo.profiling.inputs import image_size  # noqa: E402
@@ -159,6 +159,22 @@ def test_wrapping_leaves_the_model_its_attention_masks() -> None:
 def test_images_have_the_size_that_the_model_was_built_with() -> None:
     assert image_size(create_for_images(NAME, img_size=64)) == (3, 64, 64)
     assert image_size(timm.create_model("levit_128s", img_size=64)) == (3, 64, 64)
+
+
+def test_eager_attention_has_no_fused_form() -> None:
+    model = lamzoo.add_lam(_model(), LamConfig(rank=3, op="add"))
+    model.set_attn_implementation("eager")
+    with pytest.raises(UnsupportedHostError, match="eager attention returns its weights"):
+        lamzoo.fuse(model)
+
+
+def test_positions_of_a_part_of_the_tokens_are_refused() -> None:
+    config = transformers.VideoMAEConfig(**_SMALL, image_size=16, patch_size=8, num_frames=4)
+    model = lamzoo.add_lam(transformers.VideoMAEModel(config).eval(), LamConfig(keys="position"))
+    videos, left_out = torch.randn(1, 4, 3, 16, 16), torch.arange(8)[None] < 4
+    assert model(videos).last_hidden_state.shape == (1, 8, 16)
+    with pytest.raises(UnsupportedHostError, match="a part of its tokens, as in VideoMAE's pretraining"):
+        model(videos, bool_masked_pos=left_out)
 
 
 _CLASSES = {"num_labels": 3, "image_size": 32}

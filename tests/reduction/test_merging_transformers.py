@@ -215,8 +215,9 @@ def test_every_hidden_state_has_the_tokens_of_the_host() -> None:
     assert_close(outputs.logits, model(x).logits)
     normed = model.vit.layernorm(outputs.hidden_states[3])
     assert_close(model.classifier(normed[:, 0]), outputs.logits)
-    with pytest.raises(UnsupportedHostError, match=r"input of the first block.*output_hidden_states=\[2, 3\]"):
-        model(x, output_hidden_states=True)
+    for wanted in (True, [-4], -4):
+        with pytest.raises(UnsupportedHostError, match=r"input of the first block.*output_hidden_states=\[2, 3\]"):
+            model(x, output_hidden_states=wanted)
 
 
 def test_a_model_masked_in_part_computes_and_is_not_merged() -> None:
