@@ -309,6 +309,8 @@ class LamTntAttention(StagedTakeover, TntAttention):
 
     @classmethod
     def fixed_length(cls, attn: Any, host: Any) -> int | None:
+        if not hasattr(host, "patch_pos"):  # a part of the model
+            return None
         is_inner = any(block.attn_in is attn for block in host.blocks)
         return int(host.pixel_pos[0, 0].numel() if is_inner else host.patch_pos.shape[1])
 
@@ -324,7 +326,7 @@ class LamMHSA(StagedTakeover):
 
     @classmethod
     def fixed_length(cls, attn: Any, host: Any) -> int | None:
-        return int(host.patch_embed.num_patches) + 1
+        return int(host.patch_embed.num_patches) + 1 if hasattr(host, "patch_embed") else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Masked self-attention of ``x (B, N, C)``."""
@@ -341,7 +343,7 @@ class LamGPSA(StagedTakeover, GPSA):
 
     @classmethod
     def fixed_length(cls, attn: Any, host: Any) -> int | None:
-        return int(host.patch_embed.num_patches)
+        return int(host.patch_embed.num_patches) if hasattr(host, "patch_embed") else None
 
     def get_attention(self, x: Tensor) -> Tensor:
         """Returns the gated sum of the masked weights and those of the positions, ``(B, H, N, N)``."""

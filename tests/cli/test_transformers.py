@@ -177,6 +177,14 @@ def test_positions_of_a_part_of_the_tokens_are_refused() -> None:
         model(videos, bool_masked_pos=left_out)
 
 
+@pytest.mark.parametrize("name", ["convit_tiny", "tnt_s_patch16_224"])
+def test_parts_of_hosts_with_fixed_lengths_are_masked(name: str) -> None:
+    part = torch.nn.Sequential(timm.create_model(name, depth=1).blocks)
+    assert lamzoo.add_lam(part, LamConfig()).lam_config == LamConfig()
+    with pytest.raises(ConfigError, match="keys='position'"):
+        lamzoo.add_lam(torch.nn.Sequential(timm.create_model(name, depth=1).blocks), LamConfig(keys="position"))
+
+
 _CLASSES = {"num_labels": 3, "image_size": 32}
 _STAGES = {"num_labels": 3, "hidden_sizes": [8] * 4, "depths": [1] * 4}
 
