@@ -159,8 +159,10 @@ class TransformersAdapter(TakeoverAdapter):
                 if isinstance(hook, _MaskHook) and (kind is None or isinstance(module.lam, kind)):
                     del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key], module.lam
                     module.config = hook.config
-        if masked and kind is not Unmasked and isinstance(model, PreTrainedModel):
-            vars(model.config).pop("lam_config", None)
+        if masked and kind is not Unmasked:
+            for module in model.modules():  # the model may be a wrapper's
+                if isinstance(module, PreTrainedModel):
+                    vars(module.config).pop("lam_config", None)
 
 
 @dataclass(frozen=True)

@@ -168,6 +168,12 @@ def test_eager_attention_has_no_fused_form() -> None:
         lamzoo.fuse(model)
 
 
+def test_masks_removed_from_a_wrapped_model_are_not_saved() -> None:
+    model = lamzoo.add_lam(_model(), LamConfig())
+    lamzoo.remove_lam(as_image_model(model))
+    assert not hasattr(model.config, "lam_config")
+
+
 def test_positions_of_a_part_of_the_tokens_are_refused() -> None:
     config = transformers.VideoMAEConfig(**_SMALL, image_size=16, patch_size=8, num_frames=4)
     model = lamzoo.add_lam(transformers.VideoMAEModel(config).eval(), LamConfig(keys="position"))
