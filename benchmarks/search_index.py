@@ -4,7 +4,7 @@
     python -m benchmarks.search_index --table      prints the table of stored results
 
 The embeddings, 512 wide, are drawn: points of a space of 32 or 64 dimensions around 2,000 centres, with noise in all
-512, which stand in for the videos of an archive. A query is one of them with more noise, as a text near a video.
+512, in place of the videos of an archive. A query is one of them with more noise, as a text near a video.
 Times are CPU times of one thread. Each size is measured in a process of its own, for its memory. Existing rows are not
 measured again.
 """
