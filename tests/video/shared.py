@@ -54,7 +54,9 @@ def _main(folder: Path, died: str) -> None:
     with launched_processes() as processes:
         made, index, described = work(folder, folder / "two", processes, died)
         assert (len(made.unreadable), len(index.unreadable), len(described.unreadable)) == (1, 1, 1)
-        assert processes.gather(len(index)) == [5, 5]
+        assert processes.gather(len(index)) == [3, 3]
+    with launched_processes() as processes:  # a program may share several folders
+        assert processes.gather(processes.rank) == [0, 1]
 
 
 if __name__ == "__main__":

@@ -23,14 +23,14 @@ from tests.video.shared import DESCRIBER, TOWERS, work
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Five videos of different lengths, a broken one, and five queries."""
+    """Three short videos, a broken one, and three queries."""
     videos = tmp_path / "videos"
     (videos / "more").mkdir(parents=True)
-    for number in range(5):
-        write_clip(videos / ("more" if number % 2 else ".") / f"film{number}.mp4", 6 + 3 * number, fps=5)
+    for number in range(3):
+        write_clip(videos / ("more" if number % 2 else ".") / f"film{number}.mp4", 4 + 2 * number, fps=5)
     (videos / "film1.mp4").write_bytes(b"nothing")
     (videos / "more" / "film1.mp4").rename(videos / "more" / "film9.mp4")
-    lines = [json.dumps({"qid": number, "query": f"a cup {number}"}) for number in range(5)]
+    lines = [json.dumps({"qid": number, "query": f"a cup {number}"}) for number in range(3)]
     (tmp_path / "queries.jsonl").write_text("\n".join(lines))
     return tmp_path
 
@@ -78,7 +78,7 @@ def test_processes_write_what_one_writes_though_one_was_killed(folder: Path, die
     work(folder, folder / "one", Processes())
     two, one = contents(folder / "two"), contents(folder / "one")
     assert sorted(two) == sorted(one), "no parts are left"
-    assert len(one) == 5 + 5 + 1 + 10  # features of videos and queries, the index, descriptions with subtitles
+    assert len(one) == 3 + 3 + 1 + 6  # features of videos and queries, the index, descriptions with subtitles
     assert not [name for name, data in one.items() if two[name] != data]
 
 
