@@ -338,7 +338,7 @@ def _batch_second() -> nn.Module:
         (lambda: nn.ModuleList([_tower(), _timm("vit_tiny_patch16_224")]), r"blocks of .*, .*resblocks of .*; give"),
         (
             lambda: nn.TransformerEncoderLayer(8, 2),
-            r"one VisionTransformer, Eva, NaFlexVit.* of timm, .* open_clip or a describer, and",
+            r"one VisionTransformer, Eva, NaFlexVit.* of timm, .* open_clip, .* of transformers or a describer, and",
         ),
     ],
 )
