@@ -24,17 +24,18 @@ class TransformersImages(nn.Module):
 
     Args:
         host: the model, of a class that :func:`image_class` accepts.
+        size: height and width of its images, if it takes others than its configuration says.
 
     Attributes:
         host: likewise.
         image_size: height and width of its images; None if neither its configuration nor its preprocessing says it.
     """
 
-    def __init__(self, host: nn.Module) -> None:
+    def __init__(self, host: nn.Module, size: tuple[int, int] | None = None) -> None:
         super().__init__()
         self.host: Any = host
         vision: Any = getattr(self.host.config, "vision_config", self.host.config)  # of CLIP and SigLIP
-        self.image_size = image_size_of(self.host.config)
+        self.image_size = size or image_size_of(self.host.config)
         heads = self._heads()
         if _is_classifier(type(host)) and self.host.config.num_labels and not heads:
             raise ConfigError(
@@ -78,6 +79,19 @@ class TransformersImages(nn.Module):
                 handle.remove()
         found: Tensor = next(outputs[name] for name in _OUTPUTS if outputs.get(name) is not None)
         return found
+
+    def takes(self, size: tuple[int, int]) -> bool:
+        """Returns whether the model takes images of a height and width, as those that interpolate positions do."""
+        if size == image_size_of(self.host.config):
+            return True
+        vision: Any = getattr(self.host.config, "vision_config", self.host.config)
+        with torch.device("meta"), torch.no_grad():
+            host = type(self.host)(self.host.config)
+            try:
+                host(pixel_values=torch.empty(1, getattr(vision, "num_channels", 3), *size))
+            except (ValueError, RuntimeError):  # what transformers and torch raise for sizes that don't fit
+                return False
+        return True
 
     def get_classifier(self) -> nn.Module | tuple[nn.Module, ...]:
         """Returns the classifier, both of a distilled model as timm does; ``nn.Identity`` without one."""
@@ -166,10 +180,15 @@ def transformers_images(
     vision: Any = getattr(parsed, "vision_config", parsed)  # of CLIP and SigLIP
     if in_chans is not None:
         vision.num_channels = in_chans
-    if img_size is not None and image_size_of(parsed) != _pair(img_size):
-        vision.image_size = img_size if isinstance(img_size, int) else list(img_size)
-    host = image_class("This model", parsed)(parsed)
-    return TransformersImages(host if lam is None else add_lam(host, lam))
+    cls = image_class("This model", parsed)
+    size = None if img_size is None else _pair(img_size)
+    if size is not None and size != image_size_of(parsed):
+        with torch.device("meta"):
+            takes = TransformersImages(cls(parsed)).takes(size)
+        if not takes:
+            vision.image_size = img_size if isinstance(img_size, int) else list(size)
+    host = cls(parsed)
+    return TransformersImages(host if lam is None else add_lam(host, lam), size)
 
 
 def as_image_model(model: nn.Module) -> nn.Module:

@@ -13,6 +13,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from timm.models import PretrainedCfg
 from timm.models._input import _init_model_traits
 from torch import Tensor, nn
@@ -192,11 +193,18 @@ def create_for_images(name: str | os.PathLike[str], pretrained: bool = False, **
     if ref.kind != "hf":
         return create_model(name, pretrained, **kwargs)
     spec = find_spec(ref)  # refuses other models before their weights are read
-    if kwargs.get("img_size") is not None:
-        kwargs["image_size"] = kwargs.pop("img_size")
+    cfg = pretrained_cfg_of(spec, None)
+    size: tuple[int, int] = cfg.input_size[1:]
+    given_size = kwargs.pop("img_size", None)
+    if given_size is not None:
+        size = (given_size, given_size) if isinstance(given_size, int) else tuple(given_size)
+        with torch.device("meta"):
+            plain, _ = with_timms_interface(create_model(name, **{**kwargs, "lam": False}), size)
+        if not plain.takes(size):
+            kwargs["image_size"] = given_size
     host: Any = create_model(name, pretrained, **kwargs)
-    model, args = with_timms_interface(host)
-    plan = _Plan(spec, None, pretrained_cfg_of(spec, None), args, spec.lam, None, external=False)
+    model, args = with_timms_interface(host, size)
+    plan = _Plan(spec, None, cfg, args, spec.lam, None, external=False)
     given = {"num_classes": model.num_classes, "in_chans": plan.cfg.input_size[0], "img_size": model.image_size}
     _label(model, plan, plan.cfg, {**args, **given})
     model.weights_source = host.weights_source

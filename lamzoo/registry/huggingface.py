@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import timm.data
+import torch
+from PIL import Image
 from torch import nn
 
 from lamzoo import hub
 from lamzoo.adapters import add_lam, from_pretrained
 from lamzoo.adapters.pretrained import saved_class
+from lamzoo.data.images.decode import MODES, of_channels
 from lamzoo.errors import ConfigError, MissingExtraError, StateDictError
 from lamzoo.lam import LamConfig
-from lamzoo.models.transformers_images import TransformersImages, image_class, image_size_of
-from lamzoo.reading import parse_json, read_text
+from lamzoo.models.transformers_images import TransformersImages, image_class
+from lamzoo.reading import parse_json
 from lamzoo.registry.cards import ModelSpec
 from lamzoo.registry.preprocessing import check_preprocessing
 from lamzoo.registry.refs import ModelRef
@@ -140,32 +146,50 @@ def find_transformers_spec(ref: ModelRef, cache_dir: str | Path | None = None) -
     path = hub.download(ref.repo, "config.json", revision=ref.revision, cache_dir=cache_dir)
     config = transformers.AutoConfig.from_pretrained(path.parent)
     cls = image_class(ref.text, config)
-    images: dict[str, Any] = {}
-    with contextlib.suppress(hub.HubEntryMissingError):
-        file = hub.download(ref.repo, "preprocessor_config.json", revision=path.parent.name, cache_dir=cache_dir)
-        images = parse_json(read_text(file))
-    height, width = image_size_of(config)
+    try:
+        hub.download(ref.repo, "preprocessor_config.json", revision=path.parent.name, cache_dir=cache_dir)
+        processor = transformers.AutoImageProcessor.from_pretrained(path.parent)
+    except (hub.HubEntryMissingError, ValueError, OSError) as error:
+        raise ConfigError(
+            f"{ref.text} has no preprocessor_config.json that transformers can read, and the size and normalisation of "
+            "its images are unknown; build it with lamzoo.create_model in Python."
+        ) from error
+    channels = getattr(getattr(config, "vision_config", config), "num_channels", 3)
+    images = _preprocessing(ref.text, processor, channels)
+    with torch.device("meta"):
+        model = TransformersImages(cls(config))
+    size = images["input_size"][1:]
+    if not model.takes(size):
+        raise ConfigError(
+            f"{ref.text} takes images of {model.image_size}, and its preprocessor_config.json makes images of {size}; "
+            "build it with lamzoo.create_model in Python."
+        )
     has_classes = "ForImageClassification" in cls.__name__
+    names = model.classifier_names
     cfg: dict[str, Any] = {
-        "input_size": (getattr(getattr(config, "vision_config", config), "num_channels", 3), height, width),
         "fixed_input_size": True,
         "num_classes": config.num_labels if has_classes else 0,
-        "classifier": "host.classifier",
-        **_preprocessing(images, (height, width)),
+        **({"classifier": names if len(names) > 1 else names[0]} if names else {}),
+        **images,
     }
-    names = [config.id2label[index] for index in sorted(config.id2label)]
-    if has_classes and names != [f"LABEL_{index}" for index in range(len(names))]:
-        cfg["label_names"] = names
+    labels = [config.id2label[index] for index in sorted(config.id2label)]
+    if has_classes and labels != [f"LABEL_{index}" for index in range(len(labels))]:
+        cfg["label_names"] = labels
     checked = check_preprocessing(cfg, source=f"{ref.text}:", error=ConfigError)
     saved = getattr(config, "lam_config", None)
     masks = None if saved is None else LamConfig.from_dict(saved)
     return replace(spec_of_name(ref.text, masks), pretrained_cfg=checked)
 
 
-def with_timms_interface(host: Any) -> tuple[TransformersImages, dict[str, Any]]:
-    """Gives an image model of transformers timm's interface; returns it and the arguments that build it again."""
+def with_timms_interface(host: Any, size: tuple[int, int]) -> tuple[TransformersImages, dict[str, Any]]:
+    """Gives an image model of transformers timm's interface; returns it and the arguments that build it again.
+
+    Args:
+        host: the model.
+        size: height and width of its images.
+    """
     config = {key: value for key, value in parse_json(host.config.to_json_string()).items() if key != "lam_config"}
-    return TransformersImages(host), {"hf_config": {**config, "architectures": [type(host).__name__]}}
+    return TransformersImages(host, size), {"hf_config": {**config, "architectures": [type(host).__name__]}}
 
 
 def _check_installed(name: str) -> None:
@@ -176,25 +200,60 @@ def _check_installed(name: str) -> None:
 _INTERPOLATION = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}  # Pillow's numbers
 
 
-def _preprocessing(images: Mapping[str, Any], own: tuple[int, int]) -> dict[str, Any]:
-    """Translates a ``preprocessor_config.json`` into keys of timm's ``PretrainedCfg``.
+def _preprocessing(name: str, processor: Any, channels: int) -> dict[str, Any]:
+    """Translates an image processor of transformers into keys of timm's ``PretrainedCfg``.
 
     Args:
-        images: the file; empty without one.
-        own: height and width of the model's images.
+        name: of the model, for messages.
+        processor: of the repository.
+        channels: of the images.
+
+    Raises:
+        ConfigError: timm's preprocessing makes other images.
     """
-    normalises = images.get("do_normalize", True)
+    normalises = processor.do_normalize
     cfg: dict[str, Any] = {
-        "mean": tuple(images.get("image_mean", (0.5,) * 3)) if normalises else (0.0,) * 3,
-        "std": tuple(images.get("image_std", (0.5,) * 3)) if normalises else (1.0,) * 3,
-        "interpolation": _INTERPOLATION.get(images.get("resample", 2), "bilinear"),
+        "mean": tuple(processor.image_mean) if normalises else (0.0,) * channels,
+        "std": tuple(processor.image_std) if normalises else (1.0,) * channels,
+        "interpolation": _INTERPOLATION.get(int(processor.resample or 0), "bilinear"),
     }
-    size = images.get("size", own[0])
-    shortest = size.get("shortest_edge") if isinstance(size, dict) else None
-    crops = bool(images.get("do_center_crop", shortest is not None))
-    crop = images.get("crop_size", own[0])
-    crop = crop["height"] if isinstance(crop, dict) else crop
-    resized = shortest or (size["height"] if isinstance(size, dict) else size)
-    if crops and resized:
-        return cfg | {"crop_mode": "center", "crop_pct": min(1.0, crop / resized)}
-    return cfg | {"crop_mode": "squash", "crop_pct": 1.0}
+    size, crop = processor.size or {}, processor.crop_size if processor.do_center_crop else None
+    resized = (size.get("height"), size.get("width"))
+    shortest, share = size.get("shortest_edge"), getattr(processor, "crop_pct", None)
+    if share is not None and shortest:  # of ConvNeXT, whose large images are squashed
+        crop, shortest = {"height": shortest, "width": shortest}, int(shortest / share) if shortest < 384 else None
+        resized = (crop["height"], crop["width"])
+    height, width = (crop["height"], crop["width"]) if crop else resized
+    if height and width and (shortest or resized[0]):
+        pct = height / (shortest or resized[0])
+        if math.floor(height / pct) < (shortest or resized[0]):  # timm rounds down
+            pct = math.nextafter(pct, 0)
+        cfg |= {"input_size": (channels, height, width), "crop_mode": "center" if shortest else "squash"}
+        cfg["crop_pct"] = pct
+        if _makes_same_images(processor, cfg):
+            return cfg
+    raise ConfigError(
+        f"{name} has the preprocessing {type(processor).__name__} with settings that timm's preprocessing has not; "
+        "build it with lamzoo.create_model in Python, and give it the images of that processor."
+    )
+
+
+def _makes_same_images(processor: Any, cfg: Mapping[str, Any]) -> bool:
+    """Compares the processor with timm's preprocessing on a picture that is neither square, grey nor symmetric."""
+    channels, height, width = cfg["input_size"]
+    rows = max(height, width) + 64  # twice as wide, so that odd margins, which the two round apart, are rare
+    y, x = np.linspace(0, 1, rows)[:, None], np.linspace(0, 1, 2 * rows)[None]
+    values = np.stack([x + 0 * y, y * y + 0 * x, 0.3 + 0.3 * np.sin(9 * x + 5 * y)], axis=-1)
+    if channels not in MODES:
+        return False
+    picture = Image.fromarray((255 * values).astype(np.uint8)).convert(MODES[channels])
+    try:
+        with torch.device("cpu"):  # models may be built on others, to describe them
+            expected = processor(picture, return_tensors="pt")["pixel_values"][0]
+    except (ValueError, RuntimeError, TypeError, KeyError):  # whatever a processor raises for its own settings
+        return False
+    fitted = {key: of_channels(cfg[key], channels) for key in ("mean", "std")}
+    with torch.device("cpu"):
+        transform: Any = timm.data.create_transform(**{**cfg, **fitted}, is_training=False)
+        found = transform(picture)
+    return expected.shape == found.shape and bool((expected - found).abs().mean() < 0.05 * expected.std())

@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-import timm
+import timm.data
 import torch
+from PIL import Image
 
 transformers = pytest.importorskip("transformers", reason="the extra transformers")
 
@@ -19,6 +21,7 @@ from lamzoo.lam import Lam, LamConfig  # noqa: E402
 from lamzoo.models.transformers_images import TransformersImages, as_image_model  # noqa: E402
 from lamzoo.profiling.inputs import image_size  # noqa: E402
 from lamzoo.registry.factory import create_for_images  # noqa: E402
+from lamzoo.registry.huggingface import _preprocessing  # noqa: E402
 from tests.adapters.transformers_hosts import HOSTS  # noqa: E402
 from tests.images import CLASSES, write_folder  # noqa: E402
 from tests.weights.hub_server import HubServer  # noqa: E402
@@ -26,6 +29,13 @@ from tests.weights.hub_server import HubServer  # noqa: E402
 NAME = "hf/me/vit"
 _SMALL = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24}
 _PROCESSOR = {"size": {"height": 32, "width": 32}, "resample": 3, "image_mean": [0.4, 0.5, 0.6], "image_std": [0.2] * 3}
+
+_DINO = {
+    "image_processor_type": "BitImageProcessor",
+    "crop_size": {"height": 32, "width": 32},
+    "do_center_crop": True,
+    "size": {"shortest_edge": 40},
+}
 
 
 def _model() -> Any:
@@ -45,6 +55,9 @@ def _hub(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPat
     lamzoo.add_lam(model, LamConfig(rank=3, op="add")).save_pretrained(folder / "masked")
     text = {**_SMALL, "vocab_size": 40}
     transformers.BertModel(transformers.BertConfig(**text)).save_pretrained(folder / "bert")
+    dino = transformers.Dinov2Config(**_SMALL, image_size=56, patch_size=8, num_labels=3)
+    transformers.Dinov2ForImageClassification(dino).save_pretrained(folder / "dino")
+    (folder / "dino" / "preprocessor_config.json").write_text(json.dumps(_DINO))
     for name in ("vit", "backbone", "masked"):
         (folder / name / "preprocessor_config.json").write_text(json.dumps(_PROCESSOR))
     repos = {f"me/{each.name}": {path.name: path.read_bytes() for path in each.iterdir()} for each in folder.iterdir()}
@@ -56,7 +69,9 @@ def _hub(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPat
 
 
 def test_info_and_eval_read_the_preprocessing_and_classes_of_the_repository(run: Any, tmp_path: Path) -> None:
-    facts = json.loads(run("info", NAME, "--json").out)
+    done = run("info", NAME, "--json")
+    assert done.code == 0, done.err
+    facts = json.loads(done.out)
     assert (facts["family"], facts["task"], facts["classes"]) == ("transformers", "classification", 3)
     assert (facts["label names"], facts["input_size"]) == (CLASSES, [3, 32, 32])
     assert (facts["mean"], facts["interpolation"], facts["crop_pct"]) == ([0.4, 0.5, 0.6], "bicubic", 1.0)
@@ -210,3 +225,45 @@ def test_heads_of_classifiers_are_known(name: str, config: Any, heads: int) -> N
     assert model.num_features == (16 if heads == 2 else 8)
     model.reset_classifier(5)
     assert (model.num_classes, model(x).shape) == (5, (2, 5))
+
+
+def test_models_that_interpolate_positions_have_the_size_of_their_preprocessing(tmp_path: Path) -> None:
+    model: Any = create_for_images("hf/me/dino", pretrained=True).eval()
+    assert (model.pretrained_cfg["input_size"], model.pretrained_cfg["crop_pct"]) == ((3, 32, 32), 0.8)
+    assert image_size(model) == (3, 32, 32)
+    assert model.host.config.image_size == 56
+    lamzoo.save_pretrained(model, tmp_path / "saved")
+    loaded, x = lamzoo.create_model(tmp_path / "saved", pretrained=True).eval(), torch.randn(2, 3, 32, 32)
+    assert torch.equal(loaded(x), model(x))
+    assert image_size(loaded) == (3, 32, 32)
+    assert image_size(create_for_images("hf/me/dino", pretrained=True, img_size=48)) == (3, 48, 48)
+
+
+_NORMALISED = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.25, 0.3]}
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "size", "pct"),
+    [
+        ("ViTImageProcessor", {"size": {"height": 32, "width": 32}}, 32, 1.0),
+        ("ViTImageProcessor", {"size": 32}, 32, 1.0),
+        ("BitImageProcessor", _DINO, 32, 0.8),
+        ("CLIPImageProcessor", {"size": 38, "crop_size": 32, "do_center_crop": True}, 32, 32 / 38),
+        ("ConvNextImageProcessor", {"size": {"shortest_edge": 32}, "crop_pct": 0.8}, 32, 0.8),
+        ("ViTImageProcessor", {"size": {"longest_edge": 32}}, None, None),
+        ("CLIPImageProcessor", {"size": {"shortest_edge": 32}, "do_center_crop": False}, None, None),
+        ("MobileViTImageProcessor", {"size": 40, "crop_size": 32, "do_flip_channel_order": True}, None, None),
+    ],
+)  # fmt: skip
+def test_preprocessing_is_that_of_transformers_or_refused(name: str, fields: Any, size: Any, pct: Any) -> None:
+    processor = getattr(transformers, name).from_dict({**_NORMALISED, **fields})
+    if size is None:
+        with pytest.raises(ConfigError, match="with settings that timm's preprocessing has not"):
+            _preprocessing("hf/me/model", processor, 3)
+        return
+    cfg = _preprocessing("hf/me/model", processor, 3)
+    assert (cfg["input_size"], cfg["crop_pct"]) == ((3, size, size), pytest.approx(pct))
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 13, 3), dtype=np.uint8)).resize((128, 64))
+    theirs = processor(photo, return_tensors="pt")["pixel_values"][0]
+    ours: Any = timm.data.create_transform(**cfg)
+    torch.testing.assert_close(ours(photo), theirs, atol=0.05, rtol=0)
