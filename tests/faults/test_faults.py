@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from lamzoo.export import trust
 from tests.faults import checkpoints, configs, hub, inputs, process, programs, readers, text
 from tests.faults.driver import Row, check
 from tests.faults.stock import Stock
@@ -31,6 +32,7 @@ def test_a_fault_ends_as_its_row_says(
     place.mkdir()
     monkeypatch.chdir(place)
     monkeypatch.setenv("XDG_CACHE_HOME", str(place / "cache"))
+    monkeypatch.setattr(trust, "_trusted_here", set())  # other tests in this process may have trusted the same program
     for name, value in row.env.items():
         monkeypatch.setenv(name, value)
     check(row, place, stock, capfd)
