@@ -150,14 +150,16 @@ class LamVivitAttention(LamVisionAttention, VivitAttention):
     """ViViT's attention under a learnable mask."""
 
 
-class LamVideoMAEAttention(LamVisionAttention, VideoMAESelfAttention):  # type: ignore[misc] # it takes no mask
+class LamVideoMAEAttention(LamVisionAttention, VideoMAESelfAttention):
     """VideoMAE's attention under a learnable mask."""
 
     projections = ("query", "key", "value")
     output_projection = None
     dropout_name = "dropout_prob"
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, Any]:
+    def forward(  # type: ignore[override]  # the host's takes no mask
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Any]:
         """As of the other layers.
 
         Raises:

@@ -34,10 +34,11 @@ class TransformersImages(nn.Module):
     def __init__(self, host: nn.Module, size: tuple[int, int] | None = None) -> None:
         super().__init__()
         self.host: Any = host
-        vision: Any = getattr(self.host.config, "vision_config", self.host.config)  # of CLIP and SigLIP
-        self.image_size = size or image_size_of(self.host.config)
+        config: Any = host.config
+        vision: Any = getattr(config, "vision_config", config)  # of CLIP and SigLIP
+        self.image_size = size or image_size_of(config)
         heads = self._heads()
-        if _is_classifier(type(host)) and self.host.config.num_labels and not heads:
+        if _is_classifier(type(host)) and config.num_labels and not heads:
             raise ConfigError(
                 f"The layer of {type(host).__name__} that makes logits is unknown; call the model itself in Python."
             )
