@@ -70,6 +70,12 @@ def inspect(name: str) -> Row:
     return Row(name, family, len(paths), _classes(model, paths), None, timm.__version__)
 
 
+def all_models(patterns: Sequence[str] = ()) -> list[str]:
+    """Returns the names of timm's own models: :mod:`lamzoo.timm` may have registered others."""
+    names = timm.list_models(list(patterns))
+    return [name for name in names if timm.models.model_entrypoint(name).__module__.startswith("timm.")]
+
+
 def family_of(name: str) -> str:
     """Returns the module of ``timm.models`` that defines a model."""
     return timm.models.model_entrypoint(name).__module__.rpartition(".")[2]
@@ -143,9 +149,9 @@ def main() -> None:
     parser.add_argument("patterns", nargs="*", help="of names, as in timm.list_models; all of them by default")
     parser.add_argument("--missing", action="store_true", help="only those without a row of the installed timm")
     arguments = parser.parse_args()
-    every = timm.list_models()
+    every = all_models()
     rows = {row.model: row for row in read_rows(RESULTS, Row) if row.timm == timm.__version__}
-    for name in timm.list_models(arguments.patterns) if arguments.patterns else every:
+    for name in every if not arguments.patterns else all_models(arguments.patterns):
         if not (arguments.missing and name in rows):
             rows[name] = inspect(name)
     write_rows(RESULTS, [rows[name] for name in every if name in rows])

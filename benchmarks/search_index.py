@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 from benchmarks.rows import measured_on, read_rows, write_rows
 from lamzoo.profiling.latency import device_label
+from lamzoo.reading import read_text
 from lamzoo.video.clusters import import_faiss, stored_search
 
 RESULTS = Path(__file__).resolve().parent / "results" / "search_index.csv"
@@ -137,7 +138,7 @@ def _median_ms(queries: Tensor, search: Callable[[Tensor], object]) -> float:
 
 
 def _resident_mib() -> float:
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
+    (line,) = (line for line in read_text(Path("/proc/self/status")).splitlines() if line.startswith("VmRSS"))
     return int(line.split()[1]) / 1024
 
 

@@ -20,6 +20,7 @@ if sys.platform != "win32":
     import fcntl
 
 _SUFFIX = ".lamzoo.tmp"  # of temporary files
+_LOCK = ".lock"  # of the file beside a temporary one that is locked while it is written
 _swept: set[Path] = set()  # folders that this process has cleared of leftovers
 _locks: set[int] = set()  # descriptors of the locks that this process holds
 
@@ -198,21 +199,28 @@ def _open_locked(path: Path, wait: bool) -> tuple[int, bool | None]:
 
 @contextlib.contextmanager
 def _temporary_for(path: Path) -> Iterator[Path]:
-    """Creates a temporary file in the folder of ``path``, and holds a lock on it against :func:`_sweep`."""
+    """Creates a temporary file in the folder of ``path``, and holds a lock against :func:`_sweep`.
+
+    The locked file is one beside it, because writers such as safetensors put a new file in the place of the temporary
+    one.
+    """
     while True:
         # The name does not contain that of the file, which may have the full length already.
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=_SUFFIX)
-        if _lock(descriptor) is not False and _is_at(descriptor, name):
+        descriptor, lock = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=_SUFFIX + _LOCK)
+        if _lock(descriptor) is not False and _is_at(descriptor, lock):
             break
         os.close(descriptor)  # another process removed it before it was locked
-    if sys.platform == "win32":  # which doesn't rename open files
-        os.close(descriptor)
-        yield Path(name)
-        return
+    temporary = Path(lock.removesuffix(_LOCK))
     try:
-        yield Path(name)
+        temporary.touch(mode=0o600, exist_ok=False)
+        yield temporary
     finally:
-        os.close(descriptor)
+        temporary.unlink(missing_ok=True)
+        if sys.platform == "win32":  # which doesn't remove open files
+            os.close(descriptor)
+        Path(lock).unlink(missing_ok=True)
+        if sys.platform != "win32":
+            os.close(descriptor)
 
 
 def _sweep(folder: Path) -> None:
@@ -223,13 +231,17 @@ def _sweep(folder: Path) -> None:
     _swept.add(folder)
     with contextlib.suppress(OSError), os.scandir(folder) as entries:  # what can't be removed is left there
         for entry in entries:
-            if entry.name.endswith(_SUFFIX) and entry.is_file(follow_symlinks=False):
-                descriptor = os.open(entry.path, os.O_RDWR)
-                try:
-                    if _lock(descriptor):
-                        os.unlink(entry.path)
-                finally:
-                    os.close(descriptor)
+            if not entry.name.endswith((_SUFFIX, _SUFFIX + _LOCK)) or not entry.is_file(follow_symlinks=False):
+                continue
+            if os.path.exists(entry.path + _LOCK):  # removed with its lock
+                continue
+            descriptor = os.open(entry.path, os.O_RDWR)
+            try:
+                if _lock(descriptor):
+                    for left in (entry.path.removesuffix(_LOCK), entry.path):
+                        Path(left).unlink(missing_ok=True)
+            finally:
+                os.close(descriptor)
 
 
 def _lock(descriptor: int, wait: bool = False) -> bool | None:

@@ -45,6 +45,7 @@ KNOWN = {
         "lamzoo/models/transformers_images.py",
         "transformers.AutoConfig.for_model",
     ): "a class by its name",
+    ("benchmarks/hosts.py", "timm.create_model"): "pretrained=False: loads nothing",
     ("lamzoo/models/vit.py", "timm.create_model"): "pretrained=False: loads nothing; the name comes from a card",
     (
         "lamzoo/models/clip4clip/model.py",
@@ -58,6 +59,7 @@ KNOWN = {
     ("lamzoo/adapters/pretrained.py", "transformers.AutoConfig.from_pretrained"): "JSON; trusts no remote code",
     ("lamzoo/adapters/pretrained.py", "masked.from_pretrained"): "safetensors, unless the caller says otherwise",
     ("lamzoo/registry/huggingface.py", "transformers.AutoConfig.from_pretrained"): "JSON; trusts no remote code",
+    ("lamzoo/registry/huggingface.py", "transformers.AutoImageProcessor.from_pretrained"): "JSON; no remote code",
     ("lamzoo/registry/huggingface.py", "lamzoo.adapters.from_pretrained"): "pickles only if the caller allows them",
     ("lamzoo/registry/huggingface.py", "cls.from_pretrained"): "pickles only if the caller allows them",
     ("lamzoo/lazy.py", "importlib.import_module"): "modules of lamzoo",
@@ -84,6 +86,7 @@ PLAIN_JSON = {
     "lamzoo/registry/saving.py": "a check, with allow_nan=False",
     "lamzoo/video/search.py": "hashed",
     "lamzoo/report/compare/page.py": "names of columns, inside HTML",
+    "lamzoo/report/compare/panels.py": "strings of Python",
     "benchmarks/publish.py": "compared",
     "benchmarks/ablation/run.py": "hashed, and a string of TOML",
 }
