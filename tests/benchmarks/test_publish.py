@@ -40,6 +40,7 @@ def test_a_retrieval_models_card_says_what_was_measured_and_by_which_command(tmp
     assert measured.rows["text to video R@10 (%)"] == f"{measured.metrics['t2v_R10']:.2f}"
 
 
+@pytest.mark.slow
 def test_a_describers_card_says_what_was_measured_and_by_which_command(tmp_path: Path) -> None:
     source = f"grid:{write_speech(tmp_path)}:audio"
     model = lamzoo.create_model(
