@@ -49,17 +49,32 @@ from timm.models.xcit import XCA
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lamzoo.adapters.staged import StagedTakeover, input_width, split_heads, split_three, to_map, to_tokens
+from lamzoo.adapters.staged import StagedTakeover, input_width, split_heads, to_map, to_tokens
+from lamzoo.adapters.timm_layers import split_three
 from lamzoo.lam import FactoredMask, Lam, lam_attention
 from lamzoo.lam.layer import EagerAttention
 
 
-class LamLevitAttention(StagedTakeover, LevitAttention):
-    """LeViT's ``Attention``, of tokens or of a feature map, under a learnable mask."""
+class _BiasedTakeover(StagedTakeover):
+    """Base of layers with a table of biases, one for each offset between a query and a key of a fixed number."""
 
     @classmethod
     def fixed_length(cls, attn: Any, host: Any) -> int | None:
         return int(attn.attention_bias_idxs.shape[1])
+
+    def biases(self, x: Tensor) -> Tensor:
+        """Returns the biases of the scores ``(H, Nq, Nk)`` on the device of ``x``.
+
+        While they train, timm's cache is left aside, which would keep the graph of its first pass.
+        """
+        host: Any = self
+        if torch.is_grad_enabled() and host.attention_biases.requires_grad:
+            return host.attention_biases[:, host.attention_bias_idxs]
+        return host.get_attention_biases(x.device)
+
+
+class LamLevitAttention(_BiasedTakeover, LevitAttention):
+    """LeViT's ``Attention``, of tokens or of a feature map, under a learnable mask."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Masked self-attention of ``x (B, N, C)``, or ``(B, C, rows, columns)`` with convolutions; result alike."""
@@ -67,21 +82,17 @@ class LamLevitAttention(StagedTakeover, LevitAttention):
         if self.use_conv:
             tokens, qkv = to_tokens(x), to_tokens(qkv)
         query, key, value = _split_widths(qkv, self.num_heads, self.key_dim, self.key_dim, self.val_dim)
-        out = self.attend_tokens(tokens, tokens, query, key, value, bias=_biases(self, x))
+        out = self.attend_tokens(tokens, tokens, query, key, value, bias=self.biases(x))
         return self.proj(to_map(out, x) if self.use_conv else out)
 
 
-class LamLevitDownsample(StagedTakeover, LevitDownsample):
+class LamLevitDownsample(_BiasedTakeover, LevitDownsample):
     """LeViT's ``AttentionDownsample``, whose queries are every second token, under a learnable mask."""
 
     @classmethod
     def widths(cls, attn: Any) -> tuple[int, int]:
         width = input_width(attn.kv)
         return width, width
-
-    @classmethod
-    def fixed_length(cls, attn: Any, host: Any) -> int | None:
-        return int(attn.attention_bias_idxs.shape[1])
 
     def forward(self, x: Tensor) -> Tensor:
         """Masked attention of fewer tokens to ``x (B, N, C)`` or ``(B, C, rows, columns)``; result as the host's."""
@@ -92,38 +103,30 @@ class LamLevitDownsample(StagedTakeover, LevitDownsample):
             tokens, queries, query, kv = map(to_tokens, (x, fewer, query, kv))
         key, value = _split_widths(kv, self.num_heads, self.key_dim, self.val_dim)
         query = split_heads(query, self.num_heads)
-        out = self.attend_tokens(queries, tokens, query, key, value, bias=_biases(self, x))
+        out = self.attend_tokens(queries, tokens, query, key, value, bias=self.biases(x))
         return self.proj(to_map(out, fewer) if self.use_conv else out)
 
 
-class LamEfficientFormerAttention(StagedTakeover, EfficientFormerAttention):
+class LamEfficientFormerAttention(_BiasedTakeover, EfficientFormerAttention):
     """EfficientFormer's ``Attention`` under a learnable mask."""
-
-    @classmethod
-    def fixed_length(cls, attn: Any, host: Any) -> int | None:
-        return int(attn.attention_bias_idxs.shape[1])
 
     def forward(self, x: Tensor) -> Tensor:
         """Masked self-attention of ``x (B, N, C)``."""
         query, key, value = _split_widths(self.qkv(x), self.num_heads, self.key_dim, self.key_dim, self.val_dim)
-        return self.proj(self.attend_tokens(x, x, query, key, value, bias=_biases(self, x)))
+        return self.proj(self.attend_tokens(x, x, query, key, value, bias=self.biases(x)))
 
 
-class LamTinyVitAttention(StagedTakeover, TinyVitAttention):
+class LamTinyVitAttention(_BiasedTakeover, TinyVitAttention):
     """TinyViT's ``Attention``, within windows, under a learnable mask."""
-
-    @classmethod
-    def fixed_length(cls, attn: Any, host: Any) -> int | None:
-        return int(attn.attention_bias_idxs.shape[1])
 
     def forward(self, x: Tensor) -> Tensor:
         """Masked self-attention of windows ``x (B W, N, C)``; the mask network reads the normalised tokens."""
         x = self.norm(x)
         query, key, value = _split_widths(self.qkv(x), self.num_heads, self.key_dim, self.key_dim, self.val_dim)
-        return self.proj(self.attend_tokens(x, x, query, key, value, bias=_biases(self, x)))
+        return self.proj(self.attend_tokens(x, x, query, key, value, bias=self.biases(x)))
 
 
-class LamCascadedGroupAttention(StagedTakeover, CascadedGroupAttention):
+class LamCascadedGroupAttention(_BiasedTakeover, CascadedGroupAttention):
     """``CascadedGroupAttention`` of EfficientViT (MSRA) under a learnable mask.
 
     A head reads its own channels and the output of the head before it; the mask of all heads is computed from all
@@ -135,17 +138,13 @@ class LamCascadedGroupAttention(StagedTakeover, CascadedGroupAttention):
         width = sum(map(input_width, attn.qkvs))
         return width, width
 
-    @classmethod
-    def fixed_length(cls, attn: Any, host: Any) -> int | None:
-        return int(attn.attention_bias_idxs.shape[1])
-
     def forward(self, x: Tensor) -> Tensor:
         """Masked self-attention of windows ``x (B W, C, rows, columns)``."""
         lam = self.lam
         assert isinstance(lam, Lam)
         tokens = to_tokens(x)
         mask = lam(tokens, tokens)
-        biases = _biases(self, x)
+        biases = self.biases(x)
         eager = EagerAttention()
         attend = partial(lam_attention, backend=lam.backend) if lam.recorder is None else eager
         heads: list[Tensor] = []
@@ -370,38 +369,30 @@ class LamTalkingHeadAttn(StagedTakeover, TalkingHeadAttn):
         return self.proj_drop(self.proj((weights @ value).transpose(1, 2).flatten(2)))
 
 
-class LamEfficientFormerAttention2d(StagedTakeover, Attention2d):
+class LamEfficientFormerAttention2d(_BiasedTakeover, Attention2d):
     """EfficientFormerV2's ``Attention2d``, with talking heads, under a learnable mask."""
 
     @classmethod
     def widths(cls, attn: Any) -> tuple[int, int]:
         return input_width(attn.q), input_width(attn.k)
 
-    @classmethod
-    def fixed_length(cls, attn: Any, host: Any) -> int | None:
-        return int(attn.N)
-
     def forward(self, x: Tensor) -> Tensor:
         """Masked self-attention of ``x (B, C, rows, columns)``, at half the resolution with ``stride_conv``."""
         x = x if self.stride_conv is None else self.stride_conv(x)
         tokens, value = to_tokens(x), self.v(x)
         query, key, heads = (split_heads(to_tokens(each), self.num_heads) for each in (self.q(x), self.k(x), value))
-        scores = (query @ key.transpose(-2, -1)) * self.scale + _biases(self, x)
+        scores = (query @ key.transpose(-2, -1)) * self.scale + self.biases(x)
         weights = self.talking_head2(self.masked_weights(tokens, tokens, self.talking_head1(scores)))
         out = to_map((weights @ heads).transpose(1, 2).flatten(2), x) + self.v_local(value)
         return self.proj(self.act(out if self.upsample is None else self.upsample(out)))
 
 
-class LamEfficientFormerDownsample(StagedTakeover, Attention2dDownsample):
+class LamEfficientFormerDownsample(_BiasedTakeover, Attention2dDownsample):
     """EfficientFormerV2's ``Attention2dDownsample`` under a learnable mask, whose queries are every second token."""
 
     @classmethod
     def widths(cls, attn: Any) -> tuple[int, int]:
         return input_width(attn.k), input_width(attn.k)
-
-    @classmethod
-    def fixed_length(cls, attn: Any, host: Any) -> int | None:
-        return int(attn.N)
 
     def forward(self, x: Tensor) -> Tensor:
         """Masked attention of fewer tokens to ``x (B, C, rows, columns)``."""
@@ -409,7 +400,7 @@ class LamEfficientFormerDownsample(StagedTakeover, Attention2dDownsample):
         local = self.v_local(value)
         queries = to_tokens(self.q.pool(x))
         query, key, heads = (split_heads(to_tokens(each), self.num_heads) for each in (self.q(x), self.k(x), value))
-        biases = _biases(self, x)
+        biases = self.biases(x)
         out = self.attend_tokens(queries, to_tokens(x), query, key, heads, bias=biases)
         return self.proj(self.act(to_map(out, local) + local))
 
@@ -552,13 +543,6 @@ NO_TOKEN_SOFTMAX: Mapping[type[nn.Module], str] = {
 def _split_widths(x: Tensor, heads: int, *widths: int) -> tuple[Tensor, ...]:
     """Splits ``(B, N, heads sum(widths))`` into parts ``(B, heads, N, width)``."""
     return split_heads(x, heads).split(widths, dim=-1)
-
-
-def _biases(attn: Any, x: Tensor) -> Tensor:
-    """Returns the biases of the scores ``(H, Nq, Nk)``; timm's cache of them would keep the graph of its first pass."""
-    if torch.is_grad_enabled() and attn.attention_biases.requires_grad:
-        return attn.attention_biases[:, attn.attention_bias_idxs]
-    return attn.get_attention_biases(x.device)
 
 
 def _attend_low(attn: Any, x: Tensor, padded: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from timm.layers import to_2tuple
 from timm.layers.attention2d import MultiQueryAttention2d
 from timm.models.cait import Cait, ClassAttn
 from timm.models.crossvit import CrossAttention
@@ -23,7 +24,8 @@ from timm.models.twins import GlobalSubSampleAttn, LocallyGroupedAttn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lamzoo.adapters.staged import StagedTakeover, input_width, split_heads, split_three, to_tokens
+from lamzoo.adapters.staged import StagedTakeover, input_width, split_heads, to_tokens
+from lamzoo.adapters.timm_layers import split_three
 
 
 class LamPvtAttention(StagedTakeover, PvtAttention):
@@ -104,7 +106,7 @@ class LamMultiScaleAttention(StagedTakeover, MultiScaleAttention):
     @classmethod
     def reduction(cls, attn: Any) -> object:
         # The first block of a stage makes its keys of the larger feature map of the stage before.
-        return None if attn.pool_q is None else _pair(attn.pool_q.stride)
+        return None if attn.pool_q is None else to_2tuple(attn.pool_q.stride)
 
     def forward(self, x: Tensor, feat_size: list[int]) -> tuple[Tensor, list[int]]:
         """Masked attention of pooled queries to pooled keys, of ``x (B, N, C)``; arguments and result as the host's."""
@@ -267,7 +269,3 @@ def _before_projection(layers: nn.Sequential, x: Tensor) -> Tensor:
     for name, layer in layers.named_children():
         x = x if name == "proj" else layer(x)
     return x
-
-
-def _pair(stride: Any) -> tuple[int, int]:
-    return (stride, stride) if isinstance(stride, int) else tuple(stride)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from lamzoo.adapters.hosts import AttentionSite, HostTakeover, TokenLayout
+from lamzoo.adapters.timm_layers import attend_heads
 from lamzoo.lam import Lam
 
 
@@ -104,12 +105,7 @@ class StagedTakeover(HostTakeover):
         Returns:
             ``(B, Nq, H dv)``.
         """
-        dropout_p = self.attn_drop.p if self.training and hasattr(self, "attn_drop") else 0.0
-        out = self.lam.attend(
-            query_tokens, key_tokens, query, key, value,
-            bias=bias, dropout_p=dropout_p, scale=self.scale if scale is None else scale,
-        )  # fmt: skip
-        return out.transpose(1, 2).flatten(2)
+        return attend_heads(self, query_tokens, key_tokens, query, key, value, bias=bias, scale=scale)
 
     def masked_weights(self, query_tokens: Tensor, key_tokens: Tensor, scores: Tensor) -> Tensor:
         """Returns the softmax of ``scores (B, H, Nq, Nk)`` under the mask, for hosts that change the weights after it.
@@ -142,8 +138,3 @@ def to_map(tokens: Tensor, like: Tensor) -> Tensor:
 def split_heads(tokens: Tensor, heads: int) -> Tensor:
     """Returns ``(B, heads, N, d)`` of ``(B, N, heads d)``."""
     return tokens.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def split_three(qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
-    """Returns queries, keys and values, ``(B, heads, N, d)`` each, of ``(B, N, 3 heads d)``."""
-    return qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)

@@ -265,7 +265,7 @@ def attend_heads(
         ``(B, Nq, H dv)``, before the output projection.
     """
     lam: Lam | Unmasked = attn.lam
-    dropout_p = attn.attn_drop.p if attn.training else 0.0
+    dropout_p = attn.attn_drop.p if attn.training and hasattr(attn, "attn_drop") else 0.0
     out = lam.attend(
         x, keys, query, key, value, grid=grid, allowed=allowed, bias=bias, is_causal=is_causal, dropout_p=dropout_p,
         scale=attn.scale if scale is None else scale,
@@ -273,9 +273,9 @@ def attend_heads(
     return out.transpose(1, 2).flatten(2)
 
 
-def split_heads(attn: Any, qkv: Tensor) -> tuple[Tensor, ...]:
-    """Splits a joint projection ``(B, N, 3 H d)`` into queries, keys and values, each ``(B, H, N, d)``."""
-    return qkv.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+def split_three(qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
+    """Splits a joint projection ``(B, N, 3 heads d)`` into queries, keys and values, each ``(B, heads, N, d)``."""
+    return qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 def _project(attn: Any, x: Tensor, keys: Tensor) -> tuple[Tensor, ...]:
@@ -285,10 +285,11 @@ def _project(attn: Any, x: Tensor, keys: Tensor) -> tuple[Tensor, ...]:
         # Split by head dim, not by number of heads: grouped-query attention has fewer heads for keys and values.
         return tuple(each(tokens).unflatten(-1, (-1, attn.head_dim)).transpose(1, 2) for each, tokens in projections)
     if keys is x:
-        return split_heads(attn, biased_qkv(attn, x))
+        return split_three(biased_qkv(attn, x), attn.num_heads)
     qkv = attn.qkv
     if not is_bare(qkv):
-        return (split_heads(attn, biased_qkv(attn, x))[0], *split_heads(attn, biased_qkv(attn, keys))[1:])
+        of_queries, of_keys = (split_three(biased_qkv(attn, tokens), attn.num_heads) for tokens in (x, keys))
+        return (of_queries[0], *of_keys[1:])
     bias = _qkv_bias(attn)
     apart = project_apart(x, keys, qkv.weight, qkv.bias if bias is None else bias)
     return tuple(each.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for each in apart)

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 from transformers.models.clip.modeling_clip import CLIPAttention, CLIPVisionModel
 from transformers.models.deit.modeling_deit import DeiTAttention, DeiTForImageClassification, DeiTModel
@@ -167,7 +168,7 @@ class LamVideoMAEAttention(LamVisionAttention, VideoMAESelfAttention):
         """
         config: Any = self.config
         if self.lam.has_positions and not self.lam.shared.current.has_reduced:
-            rows, columns = _grid_at(_pair(config.patch_size), _pair(config.image_size))
+            rows, columns = _grid_at(to_2tuple(config.patch_size), to_2tuple(config.image_size))
             if hidden_states.shape[1] != config.num_frames // _tubelet(config) * rows * columns:
                 raise UnsupportedHostError(
                     f"{class_name(self.host_class)} got a part of its tokens, as in VideoMAE's pretraining, and their "
@@ -270,8 +271,8 @@ def _layout(model: nn.Module, path: str, host: Any, tower: Tower) -> TokenLayout
         arguments=frozenset({"output_hidden_states", "output_attentions", "return_dict"}),
         no_pruning="returns every token; merge them with lamzoo.merge_tokens, which gives each the one it is part of",
     )
-    height, width = _pair(config.image_size)
-    grid_at = partial(_grid_at, _pair(_patch_size(config)))
+    height, width = to_2tuple(config.image_size)
+    grid_at = partial(_grid_at, to_2tuple(_patch_size(config)))
     rows, columns = grid_at((height, width))
     if hasattr(config, "num_frames"):
         steps = config.num_frames // _tubelet(config)
@@ -318,10 +319,6 @@ def _tubelet(config: Any) -> int:
     size = config.tubelet_size
     frames: int = size[0] if isinstance(size, (list, tuple)) else size
     return frames
-
-
-def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def present_keys(mask: Tensor | None) -> Tensor | None:

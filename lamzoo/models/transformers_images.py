@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -182,7 +183,7 @@ def transformers_images(
     if in_chans is not None:
         vision.num_channels = in_chans
     cls = image_class("This model", parsed)
-    size = None if img_size is None else _pair(img_size)
+    size = None if img_size is None else to_2tuple(img_size)
     if size is not None and size != image_size_of(parsed):
         with torch.device("meta"):
             takes = TransformersImages(cls(parsed)).takes(size)
@@ -207,11 +208,7 @@ def as_image_model(model: nn.Module) -> nn.Module:
 def image_size_of(config: Any) -> tuple[int, int] | None:
     """Returns the height and width of the images of a ``PretrainedConfig``; None if it has none."""
     size = getattr(getattr(config, "vision_config", config), "image_size", None)
-    return None if size is None else _pair(size)
-
-
-def _pair(size: int | Sequence[int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+    return None if size is None else to_2tuple(size)
 
 
 def image_class(name: str, config: Any) -> type[nn.Module]:
