@@ -92,7 +92,7 @@ def test_torchrun_shares_each_command(folder: Path) -> None:
     commands = {
         "extract-features": ("videos", "--model", "clip", "--out", "OUT/features"),
         "search": ("a cup", "--videos", "videos", "--model", "clip", "--index", "OUT/index.safetensors", "--no-sheet"),
-        "describe": ("videos", "--model", "describer", "--features", "clip", "--out", "OUT/described"),
+        "describe": ("videos", "--model", "./describer", "--features", "clip", "--out", "OUT/described"),
     }
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     for name, arguments in commands.items():
