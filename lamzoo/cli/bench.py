@@ -50,6 +50,9 @@ def bench(
     merge: Merge = None,
     fuse: Annotated[bool, typer.Option("--fuse", help=(
         "Also measure models with additive masks in their fused form, in separate rows."))] = False,
+    rerank: Annotated[int | None, typer.Option(min=1, metavar="K", help=(
+        "Also measure retrieval models with a tight head in two stages, in separate rows: the first stage alone, and "
+        "with K candidates per query, which the head orders."))] = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Measure failed rows again.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Measure all rows again.")] = False,
     timeout: Annotated[float | None, typer.Option(min=0, help="Seconds per model; no limit by default.")] = None,
@@ -59,8 +62,9 @@ def bench(
 
     A model with masks is timed alternately with the same model without them; latency_ratio is the median ratio. With
     --merge, every model is also measured with merged tokens, in a row of its own whose ratio is to the model without
-    masks and with all tokens; with --fuse, models with additive masks also in their form for inference. The exit code
-    is 1 if a row failed; the row contains the reason.
+    masks and with all tokens; with --fuse, models with additive masks also in their form for inference; with --rerank,
+    retrieval models with a tight head also in two stages. The exit code is 1 if a row failed; the row contains the
+    reason.
     """
     import torch
 
@@ -98,11 +102,12 @@ def bench(
     jobs = [
         dataclasses.replace(
             job, model=c.model, tag=c.tag, plain=c.plain, img_size=str(img_size) if img_size else c.img_size,
-            task=c.task, split=splits[c.name], merge=share, form=form,
+            task=c.task, split=splits[c.name], merge=share, form=form, rerank=count,
         )
         for c in found
         for share in ([None] if merge is None else [None, round(merge, 4)])  # as tables write it
         for form in _forms(fuse and c.fusible)
+        for count in ([None, 0, rerank] if rerank and c.reranks and share is None and form is None else [None])
     ]  # fmt: skip
     with out.progress_bar("bench", hidden=json) as advance:
         result = bench(jobs, output, retry_failed=retry_failed, force=force, timeout=timeout, progress=advance)

@@ -49,6 +49,9 @@ def eval_command(
         help="Retrieval: selection of frames from longer videos [the model's].")] = None,
     dual_softmax: Annotated[bool, typer.Option(
         "--dual-softmax", help="Retrieval: also score with dual softmax, which uses all queries.")] = False,
+    rerank: Annotated[int | None, typer.Option(min=1, metavar="K", help=(
+        "Retrieval with a tight head: embeddings select K candidates per query, and the head orders them [the head "
+        "compares all pairs]."))] = None,
     submission: Annotated[Path | None, typer.Option(metavar="FILE", help=(
         "Also write the predictions: moments in QVHighlights' format (.jsonl), captions as COCO results "
         "(.json)."))] = None,
@@ -84,7 +87,7 @@ def eval_command(
     given: dict[str, Any] = {
         "class_map": class_map, "real_labels": real_labels, "on_bad_input": on_bad_input, "limit": limit,
         "state": state, "resume": resume or None, "fps": fps, "slicing": slicing, "dual_softmax": dual_softmax or None,
-        "beams": beams, "context": context, "submission": submission,
+        "rerank": rerank, "beams": beams, "context": context, "submission": submission,
     }  # fmt: skip
     options = {option: value for option, value in given.items() if value is not None}
     keeps = ("submission",) if chosen.write_predictions is not None else ()

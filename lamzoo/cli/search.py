@@ -34,6 +34,9 @@ def search(
     index: Annotated[Path | None, typer.Option(metavar="FILE.safetensors", help=(
         "File of the embeddings [in the user's cache, one for each DIR and weights]."))] = None,
     top: Annotated[int, typer.Option(min=1, help="Matches per query.")] = 10,
+    rerank: Annotated[int | None, typer.Option(min=1, metavar="K", help=(
+        "With a tight head: embeddings select K videos, at least --top, and the head orders them [the head compares "
+        "all videos]."))] = None,
     sheet: Annotated[Path | None, typer.Option(metavar="FILE.png", help=(
         f"The contact sheet; of several queries they are numbered [{_SHEET}]."))] = None,
     no_sheet: Annotated[bool, typer.Option("--no-sheet", help="Draw no contact sheet.")] = False,
@@ -69,6 +72,7 @@ def search(
     from lamzoo.data.video.reader import find_videos
     from lamzoo.evaluation import check_batches, resolve_device
     from lamzoo.evaluation.retrieval.evaluate import frames_config
+    from lamzoo.evaluation.retrieval.reranking import check_rerank
     from lamzoo.report.contact_sheet import write_contact_sheet
     from lamzoo.video.processes import launched_processes
     from lamzoo.video.search import index_videos
@@ -78,6 +82,8 @@ def search(
     find_videos([videos])
     network = load_model(model, checkpoint)
     frames_config(network)
+    if rerank is not None:
+        check_rerank(network, rerank, top)
     with (
         launched_processes() as processes,
         out.progress_bar(f"{model} on {out.path_text(videos)}", hidden=json or not processes.is_main) as advance,
@@ -103,7 +109,7 @@ def search(
     answers = []
     for query in queries:
         start = time.perf_counter()
-        matches = found.search(query, top)
+        matches = found.search(query, top, rerank=rerank)
         answers.append((query, matches, time.perf_counter() - start))
     if not json:
         _print(found, answers)

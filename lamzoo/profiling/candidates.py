@@ -32,6 +32,7 @@ class Candidate:
         img_size: the model's input size, ``"224"`` or ``"HxW"``; None for models without images.
         task: name of the task.
         fusible: whether its masks have a form for inference, see :func:`lamzoo.fuse`.
+        reranks: whether it has a joint transformer for the second stage of retrieval.
     """
 
     model: str
@@ -40,6 +41,7 @@ class Candidate:
     img_size: str | None = None
     task: str = "classification"
     fusible: bool = False
+    reranks: bool = False
 
     @property
     def name(self) -> str:
@@ -89,7 +91,8 @@ def candidate_of(name: str, *, weights: bool) -> Candidate:
         spec = spec_of_saved(saved)
         task = find_task(spec.task)
         size = size_text(saved.args.get("img_size") or saved.cfg.input_size[1:]) if task.reads_images else None
-        return Candidate(ref.name, None, None, size, task.name, _is_fusible(spec.lam))
+        head = saved.args.get("similarity") or spec.backbone.get("similarity")
+        return Candidate(ref.name, None, None, size, task.name, _is_fusible(spec.lam), reranks=head == "tight")
     card = find_spec(ref)
     tag = find_weights(card, ref)
     cfg = pretrained_cfg_of(card, tag)
@@ -101,6 +104,7 @@ def candidate_of(name: str, *, weights: bool) -> Candidate:
         img_size=size_text(cfg.input_size[1:]) if find_task(card.task).reads_images else None,
         task=card.task,
         fusible=_is_fusible((card.of_tag(tag) if keep else card).lam),
+        reranks=card.backbone.get("similarity") == "tight",
     )
 
 

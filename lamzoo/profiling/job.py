@@ -46,6 +46,7 @@ class BenchJob:
         commit: commit of the checkout.
         merge: share of its GMACs to merge the model's tokens to; None leaves the model as it is.
         form: ``"fused"`` to fuse the model; None leaves it as it is.
+        rerank: candidates of a retrieval model in two stages, 0 for the first one alone; None compares every pair.
     """
 
     model: str
@@ -70,6 +71,7 @@ class BenchJob:
     commit: str | None = None
     merge: float | None = None
     form: Form | None = None
+    rerank: int | None = None
 
     @property
     def name(self) -> str:

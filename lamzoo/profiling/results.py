@@ -62,6 +62,8 @@ class BenchRow:
         task: name of the model's task; None in tables of lamzoo 0.1.
         merge: share of its GMACs that the model's tokens were merged to, by ``lamzoo bench --merge``; None without.
         form: ``"fused"`` for the form for inference, by ``lamzoo bench --fuse``; None without.
+        rerank: number of candidates that the joint transformer of a retrieval model orders, by ``lamzoo bench
+            --rerank``; 0 for its first stage alone; None where it compares every pair, or there is none.
     """
 
     model: str
@@ -101,6 +103,7 @@ class BenchRow:
     task: str | None = None
     merge: float | None = None
     form: Form | None = None
+    rerank: int | None = None
 
     @property
     def name(self) -> str:
@@ -109,9 +112,11 @@ class BenchRow:
 
     @property
     def label(self) -> str:
-        """The name, how tokens were merged, and the form."""
+        """The name, how tokens were merged, the form, and the stages of retrieval."""
         merged = "" if self.merge is None else f", merged to {100 * self.merge:g} %"
-        return self.name + merged + ("" if self.form is None else f", {self.form}")
+        form = "" if self.form is None else f", {self.form}"
+        stages = "" if self.rerank is None else f", {self.rerank} reranked" if self.rerank else ", first stage"
+        return self.name + merged + form + stages
 
     @property
     def spec(self) -> MetricSpec | None:
@@ -131,7 +136,7 @@ class BenchRow:
     @property
     def key(self) -> tuple[Any, ...]:
         """The identity of a row within a table: model, data and measurement settings."""
-        setting = (self.img_size, self.dtype, self.device, self.threads, self.mode, self.merge, self.form)
+        setting = (self.img_size, self.dtype, self.device, self.threads, self.mode, self.merge, self.form, self.rerank)
         return (self.model, self.tag, self.data, self.split, *setting)
 
 
@@ -154,7 +159,7 @@ def read_rows(path: str | Path) -> list[BenchRow]:
         DataError: the file cannot be read, a column is missing or unknown, or a cell has the wrong type; names file,
             line and column.
     """
-    return records.read_csv(path, BenchRow, optional=("task", "merge", "form"))
+    return records.read_csv(path, BenchRow, optional=("task", "merge", "form", "rerank"))
 
 
 def write_rows(path: str | Path, rows: Iterable[BenchRow]) -> None:

@@ -20,6 +20,7 @@ from lamzoo.profiling.job import BenchJob
 from lamzoo.profiling.measurement import Measurement, measure
 from lamzoo.profiling.memory import MemoryMeter
 from lamzoo.profiling.results import BenchRow
+from lamzoo.profiling.stages import TwoStages, first_stage
 from lamzoo.reading import to_json
 from lamzoo.reduction.budget import merge_to_share
 from lamzoo.registry.catalog import trained_data_of
@@ -73,8 +74,9 @@ def _measure(job: BenchJob) -> BenchRow:
         metric, value = _score(job, model, device)
         scored = {"metric": metric, "value": value, "weights_sha256": _weights_sha256(job)}
         model.to(device)
+    measured = TwoStages(model, job.rerank) if job.rerank else model
     result = measure(
-        model, compiled=job.mode == "compiled", batch=job.batch, max_batch=job.max_batch, repeats=job.repeats
+        measured, compiled=job.mode == "compiled", batch=job.batch, max_batch=job.max_batch, repeats=job.repeats
     )
     size = size_text(image_size(model)[1:]) if find_task(job.task).reads_images else None
     return job.row(img_size=size, peak_mib=peak, **_columns(result), **scored)
@@ -84,7 +86,8 @@ def _build(job: BenchJob) -> nn.Module:
     given = {} if job.resize is None else {"img_size": job.resize}
     model = create_for_images(job.name, pretrained=job.data is not None, **given)
     model = model if job.merge is None else merge_to_share(model, job.merge)
-    return model if job.form is None else fuse(model)
+    model = model if job.form is None else fuse(model)
+    return first_stage(model) if job.rerank == 0 else model
 
 
 def _load_code() -> None:
@@ -108,7 +111,8 @@ def _score(job: BenchJob, model: nn.Module, device: torch.device) -> tuple[str, 
     task = find_task(job.task)
     exact = model if job.dtype == "float32" else _build(job)  # autocast needs the weights in full precision
     dataset = task.open_for_scoring(job.data, job.split, trained_data_of(job.name))
-    request = EvalRequest(job.eval_batch, device, job.dtype, job.workers)
+    options = {"rerank": job.rerank} if job.rerank else {}
+    request = EvalRequest(job.eval_batch, device, job.dtype, job.workers, options=options)
     metric = task.watched_metric(dataset)
     value = metric.of(task.load("evaluate")(exact, dataset, request).scores)
     if value is None:

@@ -33,7 +33,7 @@ RETRIEVAL = Task(
     explore="lamzoo.report.explorer.retrieval_page:explore_retrieval",
     explore_video="lamzoo.report.explorer.retrieval_page:explore_video",
     explain_hint="give --html FILE.html",
-    options=("fps", "slicing", "dual_softmax", "on_bad_input"),
+    options=("fps", "slicing", "dual_softmax", "rerank", "on_bad_input"),
     describe_input="lamzoo.evaluation.retrieval.evaluate:describe_input",
     reads_images=True,
 )

@@ -51,8 +51,7 @@ class SeededSampler(Sampler[int]):
         return len(self._dataset)
 
     def __iter__(self) -> Iterator[int]:
-        first, second = _words((self._dataset.seed, self._dataset.epoch, 0, 0, 2))  # keys of dropout end in 1
-        generator = torch.Generator().manual_seed(first << 32 | second)
+        generator = generator_of(self._dataset.seed, self._dataset.epoch, 0, 0, 2)  # keys of dropout end in 1
         order: list[int] = torch.randperm(len(self), generator=generator).tolist()
         return iter(order)
 
@@ -60,6 +59,12 @@ class SeededSampler(Sampler[int]):
 def seed_everything(*key: int) -> None:
     """Seeds ``random``, NumPy and torch on all devices with non-negative integers, starting with the recipe's seed."""
     torch.manual_seed(_seed_host(key))
+
+
+def generator_of(*key: int) -> torch.Generator:
+    """Returns a generator on the CPU, seeded as by :func:`seed_everything`."""
+    first, second = _words(key)
+    return torch.Generator().manual_seed(first << 32 | second)
 
 
 def _words(key: tuple[int, ...]) -> tuple[int, int]:

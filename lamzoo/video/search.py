@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -31,6 +32,7 @@ from lamzoo.data.video.sampling import FrameSampling
 from lamzoo.errors import ConfigError, DataError
 from lamzoo.evaluation.resume import settings_of, weights_sha256
 from lamzoo.evaluation.retrieval.evaluate import compare, encode_texts, frames_config
+from lamzoo.evaluation.retrieval.reranking import check_rerank
 from lamzoo.evaluation.runtime import Precision, check_batches, check_finite, inference, resolve_device
 from lamzoo.files import cache_folder, file_lock
 from lamzoo.reading import parse_json, to_json
@@ -104,32 +106,51 @@ class VideoIndex:
     def __len__(self) -> int:
         return len(self.videos)
 
-    def search(self, query: str, top: int = 10) -> list[Match]:
+    def search(self, query: str, top: int = 10, *, rerank: int | None = None) -> list[Match]:
         """Returns the up to ``top`` videos that match a text best, the best first.
 
+        Args:
+            query: the text.
+            top: maximum number of videos.
+            rerank: for ``similarity="tight"``, search in two stages: embeddings select this many candidates, at least
+                ``top``, and the head orders them. By default the head compares the text with every video.
+
         Raises:
-            ConfigError: the query is empty, ``top`` is below 1, or the query's embedding is not finite.
+            ConfigError: the query is empty, ``top`` is below 1, ``rerank`` is below ``top`` or the model has no head
+                for it, or the query's embedding is not finite.
         """
         if not query.strip():
             raise ConfigError("the query is empty; describe the video")
         if top < 1:
             raise ConfigError(f"top is {top}; it must be at least 1")
-        return [Match(self.videos[i], score, self.durations[i]) for score, i in self._best(query, top)]
+        if rerank is not None:
+            check_rerank(self.model, rerank, top)
+        return [Match(self.videos[i], score, self.durations[i]) for score, i in self._best(query, top, rerank)]
 
-    def _best(self, query: str, top: int) -> list[tuple[float, int]]:
+    def _best(self, query: str, top: int, rerank: int | None) -> list[tuple[float, int]]:
         """Returns the best scores with the numbers of their videos."""
         with inference(self.model, self.embeddings.device, self.precision, 1):
             text = encode_texts(self.model, [query], 1)
             check_finite(text)
-            if self.frame_mask is not None:
+            if self.frame_mask is not None and rerank is None:
                 return _highest(compare(self.model, text, self.embeddings, self.frame_mask)[0], top)
         with torch.inference_mode():  # without autocast, whose rounding would cause ties
-            text = F.normalize(text[0], dim=0)
+            unit = F.normalize(text[0], dim=0)
             if self.clusters is not None:
-                found = self.clusters.search(text.cpu(), top)
+                found = self.clusters.search(unit.cpu(), top)
                 if len(found) == min(top, len(self)):  # otherwise the clusters that were read have fewer
                     return found
-            return _highest(self.embeddings @ text, top)
+            if self.frame_mask is None or rerank is None:
+                return _highest(self.embeddings @ unit, top)
+            near = torch.tensor([place for _, place in _highest(self._pooled @ unit, rerank)])
+        with inference(self.model, self.embeddings.device, self.precision, 1):
+            logits = compare(self.model, text, self.embeddings[near], self.frame_mask[near])[0]
+        return [(score, int(near[place])) for score, place in _highest(logits, top)]
+
+    @cached_property
+    def _pooled(self) -> Tensor:
+        """Video embeddings of the first stage, ``(N, D)``, of length 1."""
+        return F.normalize(self.model.pool_frames(self.embeddings, self.frame_mask), dim=-1)
 
 
 def index_videos(

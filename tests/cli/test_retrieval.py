@@ -39,6 +39,40 @@ def test_retrieval_is_scored_printed_and_written(run, faces: Path, model: str) -
     assert again["dual"] is None
 
 
+@pytest.fixture(scope="module")
+def tight(faces: Path) -> str:
+    """A model with a joint transformer."""
+    towers = retrieval_table(faces, faces)["model"]["kwargs"]
+    built = lamzoo.create_model("lam_clip4clip_micro", **towers, similarity="tight", max_frames=3, fps=0)
+    return f"local-dir:{lamzoo.save_pretrained(built, faces / 'tight')}"
+
+
+def test_both_stages_are_scored(run, faces: Path, model: str, tight: str) -> None:
+    call = ("--data", f"grid:{faces}:face", "--rerank", "4")
+    done = run("eval", tight, *call, "--output", "scores.json")
+    assert done.code == 0, done.err
+    assert "first stage alone" in done.out
+    written = json.loads(Path("scores.json").read_text())
+    assert written["rerank"] == 4
+    assert written["first_stage"].keys() == written["metrics"].keys()
+    done = run("eval", model, *call)
+    assert (done.code, done.out) == (2, "")
+    assert 'rerank needs a model with a joint transformer, similarity="tight"' in " ".join(done.err.split())
+
+
+def test_both_stages_are_measured(faces: Path, tight: str, monkeypatch: pytest.MonkeyPatch, run) -> None:
+    monkeypatch.setitem(bench.bench.__kwdefaults__, "runner", lambda job, **_: measured_row(job))
+    options = ("--batch", "1", "--repeats", "2", "--threads", str(torch.get_num_threads()))
+    done = run("bench", tight, "--out", "r.csv", "--data", f"grid:{faces}:face", "--rerank", "4", *options)
+    assert done.code == 0, done.err
+    every, first, staged = read_rows("r.csv")
+    assert [row.rerank for row in (every, first, staged)] == [None, 0, 4]
+    assert first.lam_gmacs == 0
+    assert staged.lam_gmacs == pytest.approx(4 * every.lam_gmacs, abs=3e-6)  # rows have six decimals
+    assert staged.gmacs - first.gmacs == pytest.approx(4 * (every.gmacs - first.gmacs), abs=3e-6)
+    assert all(row.value is not None for row in (every, first, staged))
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

@@ -65,6 +65,12 @@ def test_search_prints_a_table_and_writes_a_contact_sheet(run, model: str, video
     assert not Path("lamzoo-search.png").exists()
 
 
+def test_search_in_two_stages_needs_a_model_with_a_joint_transformer(run, model: str, videos: Path) -> None:
+    done = run("search", "a cup", "--videos", videos.name, "--model", model, "--rerank", "20")
+    assert (done.code, done.out) == (2, "")
+    assert 'rerank needs a model with a joint transformer, similarity="tight"' in " ".join(done.err.split())
+
+
 def test_search_in_json_takes_several_queries(run, model: str, videos: Path) -> None:
     (videos / "empty.mp4").touch()
     options = ("--videos", videos, "--model", model, "--sheet", "found.png", "--fps", 2, "--max-frames", 3, "--json")

@@ -16,6 +16,7 @@ from lamzoo.data.video.sampling import FrameSampling
 from lamzoo.errors import ConfigError, DataError, UnsupportedHostError
 from lamzoo.evaluation import retrieval_metrics
 from lamzoo.evaluation.retrieval.evaluate import evaluate_retrieval, frames_config
+from lamzoo.evaluation.retrieval.reranking import rerank_candidates
 from tests.training.retrieval_data import retrieval_table, write_faces
 
 
@@ -45,6 +46,38 @@ def test_the_scores_are_those_of_all_pairs(faces: Path, similarity: str) -> None
         assert result.metrics[way] == pytest.approx(expected)
     assert (result.texts, result.videos, result.skipped) == (12, 12, 0)
     assert result.dual is not None and result.dual.keys() == result.metrics.keys()
+
+
+def test_with_all_candidates_two_stages_are_the_joint_transformer_on_all_pairs(faces: Path) -> None:
+    model = build(faces, similarity="tight")
+    dataset = create_retrieval_dataset(f"grid:{faces}:face", "test")
+    whole, staged = (evaluate_retrieval(model, dataset, rerank=count) for count in (None, 12))
+    assert staged.metrics == whole.metrics
+    assert staged.first_stage is not None and whole.first_stage is None
+    one = evaluate_retrieval(model, dataset, rerank=1)
+    assert one.metrics == one.first_stage == staged.first_stage
+    with pytest.raises(ConfigError, match="dual softmax needs the scores of all pairs"):
+        evaluate_retrieval(model, dataset, rerank=3, dual=True)
+    with pytest.raises(ConfigError, match='needs a model with a joint transformer, similarity="tight".*"seq"'):
+        evaluate_retrieval(build(faces), dataset, rerank=3)
+
+
+@pytest.mark.parametrize("count", [1, 3, 9])
+def test_candidates_come_first_in_the_order_of_their_matches_and_the_others_follow(faces: Path, count: int) -> None:
+    model = build(faces, similarity="tight")
+    model.head.max_pairs = 5
+    random = torch.manual_seed(0)
+    texts, videos = torch.randn(6, 32, generator=random), torch.randn(9, 3, 32, generator=random)
+    masks = torch.tensor([[True, number > 1, number > 2] for number in range(9)])
+    with torch.no_grad():
+        dual, joint = model.dual_similarity(texts, videos, masks), model.similarity(texts, videos, masks)
+        to_video, to_text = rerank_candidates(model, texts, videos, masks, dual, count)
+    for staged, first, second in ((to_video, dual, joint), (to_text.T, dual.T, joint.T)):
+        for row, scores, matches in zip(staged, first, second, strict=True):
+            order, by_score = row.argsort(descending=True), scores.argsort(descending=True)
+            chosen = by_score[:count]
+            assert torch.equal(order[:count], chosen[matches[chosen].argsort(descending=True)])
+            assert torch.equal(order[count:], by_score[count:])
 
 
 def test_batches_do_not_change_the_scores(faces: Path) -> None:

@@ -170,6 +170,38 @@ def test_the_tight_head_in_blocks_is_the_tight_head_at_once(max_pairs: int) -> N
         torch.testing.assert_close(model(frames, text, mask), at_once, rtol=1e-5, atol=1e-5)
 
 
+def test_a_match_is_the_similarity_of_that_pair() -> None:
+    model = trained(build("tight", LamConfig()))
+    frames, text, mask = inputs(videos=3, texts=3)
+    with torch.no_grad():
+        texts, videos = model.encode_text(text), model.encode_video(frames, mask)
+        pairs = torch.tensor([0, 1, 2, 2]), torch.tensor([2, 1, 0, 1])
+        expected = model.similarity(texts, videos, mask)[pairs]
+        for model.head.max_pairs in (4096, 3):
+            matched = model.match(texts[pairs[0]], videos[pairs[1]], mask[pairs[1]])
+            torch.testing.assert_close(matched, expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ConfigError, match="no joint transformer"):
+        build("mean").match(texts, videos[:, 0])
+
+
+@pytest.mark.parametrize("similarity", HEADS)
+def test_the_first_stage_of_a_tight_head_is_the_mean_head(similarity: str) -> None:
+    model, mean = (
+        trained(build(similarity, LamConfig(), lam_in=["vision"])),
+        build("mean", LamConfig(), lam_in=["vision"]),
+    )
+    frames, text, mask = inputs()
+    with torch.no_grad():
+        texts, videos = model.encode_text(text), model.encode_video(frames, mask)
+        first = model.dual_similarity(texts, videos, mask)
+        if similarity == "tight":
+            mean.clip.load_state_dict(model.clip.state_dict())
+            torch.testing.assert_close(first, mean.eval()(frames, text, mask))
+            torch.testing.assert_close(model.dual_similarity(texts, videos), first)
+        else:
+            assert torch.equal(first, model.similarity(texts, videos, mask))
+
+
 def test_masks_are_where_they_were_asked_for() -> None:
     for similarity, where in CASES:
         model = build(similarity, LamConfig(), lam_in=where)

@@ -25,7 +25,19 @@ def test_a_measured_row_is_complete():
     assert row.lam_gmacs is not None
     assert row.gmacs > row.lam_gmacs > 0
     empty = {field.name for field in dataclasses.fields(row) if getattr(row, field.name) is None}
-    assert empty == {"tag", "data", "split", "metric", "value", "weights_sha256", "commit", "error", "merge", "form"}
+    assert empty == {
+        "tag",
+        "data",
+        "split",
+        "metric",
+        "value",
+        "weights_sha256",
+        "commit",
+        "error",
+        "merge",
+        "form",
+        "rerank",
+    }
     assert (row.img_size, row.batch, row.dtype, row.device, row.plain) == ("32", 2, "float32", "cpu", "vit_micro")
     assert JOB.answered_by(row)
 

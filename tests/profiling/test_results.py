@@ -47,6 +47,14 @@ def test_a_row_knows_its_name_and_its_setting() -> None:
     assert first.key != BenchRow("lam_vit_micro", "cifar10", merge=0.63).key
 
 
+def test_rows_of_both_stages_of_retrieval_are_others_and_are_read_back(tmp_path: Path) -> None:
+    rows = [BenchRow("lam_clip4clip", rerank=count) for count in (None, 0, 50)]
+    assert [row.label for row in rows] == ["lam_clip4clip", "lam_clip4clip, first stage", "lam_clip4clip, 50 reranked"]
+    assert len({row.key for row in rows}) == 3
+    write_rows(tmp_path / "r.csv", rows)
+    assert read_rows(tmp_path / "r.csv") == rows
+
+
 def test_a_row_of_the_fused_form_is_another_one_and_is_read_back(tmp_path: Path) -> None:
     row = BenchRow("lam_vit_tiny", merge=0.63, form="fused")
     assert row.label == "lam_vit_tiny, merged to 63 %, fused"

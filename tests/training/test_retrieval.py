@@ -15,6 +15,7 @@ import lamzoo
 from lamzoo.errors import LamzooError, RecipeError
 from lamzoo.training import TrainResult, parse_recipe, train
 from lamzoo.training.retrieval.contrastive import contrastive_loss
+from lamzoo.training.retrieval.hard_negatives import hard_negatives, matching_loss
 from lamzoo.training.retrieval.run import RetrievalRun
 from tests.training.processes import train_in_two, train_killed
 from tests.training.retrieval_data import retrieval_table, write_faces
@@ -75,11 +76,62 @@ def test_it_learns_to_find_what_it_has_not_seen(table: dict[str, Any], tmp_path:
     assert model.max_frames == 3
 
 
-@pytest.mark.parametrize(("similarity", "equal"), [("mean", "positives"), ("seq", "negatives"), ("tight", "negatives")])
+def test_negatives_do_not_match_and_the_most_similar_ones_are_the_likeliest() -> None:
+    random = torch.manual_seed(0)
+    similarity = 3 * torch.randn(6, 6, generator=random)
+    names = torch.tensor([0, 0, 1, 2, 3, 4])
+    positives = names[:, None] == names
+    drawn = torch.stack([hard_negatives(similarity, positives, random) for _ in range(4000)])
+    shares = torch.nn.functional.one_hot(drawn, 6).float().mean(dim=0)
+    assert not shares[positives].any()
+    expected = similarity.masked_fill(positives, float("-inf")).softmax(dim=1)
+    torch.testing.assert_close(shares, expected, rtol=0, atol=0.04)  # five standard errors
+    everything = torch.ones(6, 6, dtype=torch.bool)
+    assert hard_negatives(similarity, everything, random).tolist() == [-1] * 6
+
+
+def test_the_matching_loss_is_the_cross_entropy_of_pairs_and_hard_negatives(table: dict[str, Any]) -> None:
+    recipe = parse_recipe({**table, "matching": {}})
+    recipe.model.kwargs["similarity"] = "tight"
+    model = RetrievalRun(recipe, False, None, None).model
+    random = torch.manual_seed(0)
+    text, video = torch.randn(4, 32, generator=random), torch.randn(4, 3, 32, generator=random)
+    mask, own = torch.ones(4, 3, dtype=torch.bool), torch.eye(4, dtype=torch.bool)
+    dual = model.dual_similarity(text, video, mask)
+    loss = matching_loss(model, text, video, mask, dual, own, torch.Generator().manual_seed(1))
+    again = torch.Generator().manual_seed(1)
+    videos, texts = hard_negatives(dual, own, again), hard_negatives(dual.T, own, again)
+    joint = model.similarity(text, video, mask)
+    right, wrong = joint.diagonal(), torch.cat([joint[range(4), videos], joint[texts, range(4)]])
+    expected = -torch.cat([right.sigmoid().log(), (-wrong).sigmoid().log()]).mean()
+    torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.slow
+def test_two_stages_learn_to_find_what_they_have_not_seen(table: dict[str, Any], tmp_path: Path) -> None:
+    table["model"]["kwargs"]["similarity"] = "tight"
+    table |= {"matching": {"rerank": 4}}
+    table["optimizer"]["lr"] = 1e-3
+    table["schedule"]["epochs"] = 30
+    result = run(table, tmp_path / "out", ema_decay=0.8)
+    assert result.scores["test"]["t2v"]["R1"] > 60  # of 12, chance 8.3
+
+
+def test_a_second_stage_needs_a_joint_transformer(table: dict[str, Any], tmp_path: Path) -> None:
+    table |= {"matching": {}}
+    with pytest.raises(LamzooError, match='rerank needs a model with a joint transformer, similarity="tight"'):
+        run(table, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("similarity", "equal", "matching"),
+    [("mean", "positives", None), ("seq", "negatives", None), ("tight", "negatives", None), ("tight", "positives", {})],
+)
 def test_passes_in_parts_do_not_change_the_curve(
-    table: dict[str, Any], tmp_path: Path, similarity: str, equal: str
+    table: dict[str, Any], tmp_path: Path, similarity: str, equal: str, matching: dict[str, Any] | None
 ) -> None:
     table["model"]["kwargs"] |= {"similarity": similarity, "lam_in": ["vision"]}
+    table |= {} if matching is None else {"matching": matching}
     table["data"]["equal_captions"] = equal
     table["optimizer"]["lr"] = 1e-3
     whole = run(table, tmp_path / "whole")
@@ -143,12 +195,18 @@ def test_workers_do_not_change_the_curve(table: dict[str, Any], tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("similarity", "equal"), [pytest.param("seq", "positives", marks=pytest.mark.slow), ("tight", "negatives")]
+    ("similarity", "equal", "matching"),
+    [
+        pytest.param("seq", "positives", None, marks=pytest.mark.slow),
+        pytest.param("tight", "negatives", None, marks=pytest.mark.slow),
+        ("tight", "negatives", {"rerank": 4}),
+    ],
 )
 def test_two_processes_give_the_curve_of_one(
-    table: dict[str, Any], tmp_path: Path, similarity: str, equal: str
+    table: dict[str, Any], tmp_path: Path, similarity: str, equal: str, matching: dict[str, Any] | None
 ) -> None:
     table["model"]["kwargs"]["similarity"] = similarity
+    table |= {} if matching is None else {"matching": matching}
     table["data"]["equal_captions"] = equal
     table["optimizer"]["lr"] = 1e-3
     alone = run(table, tmp_path / "alone")

@@ -133,6 +133,27 @@ def test_the_order_is_that_of_comparing_one_by_one(folder: Path, similarity: str
     assert sorted(found.durations) == pytest.approx([1.2, 2.2, 3.2, 4.2, 5.2])
 
 
+def test_in_two_stages_the_head_orders_the_best_embeddings(folder: Path) -> None:
+    model = build("tight")
+    found = index(folder, model)
+    for query in QUERIES:
+        exact = found.search(query)
+        paths = [match.path for match in exact]
+        staged = found.search(query, rerank=10)
+        assert [match.path for match in staged] == paths
+        assert [match.score for match in staged] == pytest.approx([match.score for match in exact], abs=1e-6)
+        with torch.no_grad():
+            text = model.encode_text(model.tokenizer([query]))
+            first = model.dual_similarity(text, found.embeddings, found.frame_mask)[0]
+        near = {found.videos[i] for i in first.topk(3).indices}
+        two = [match.path for match in found.search(query, top=2, rerank=3)]
+        assert two == [path for path in paths if path in near][:2]
+    with pytest.raises(ConfigError, match="rerank is 3 candidates; it must be at least 10"):
+        found.search(QUERIES[0], rerank=3)
+    with pytest.raises(ConfigError, match='similarity="tight", and that of this model is "seq"; leave it out'):
+        index(folder, build("seq"), force=True).search(QUERIES[0], rerank=10)
+
+
 @pytest.mark.parametrize("similarity", ["seq", "tight"])
 def test_an_index_that_was_loaded_answers_like_the_one_that_was_made(folder: Path, similarity: str) -> None:
     model = build(similarity)

@@ -18,7 +18,8 @@ from lamzoo.data.retrieval import CaptionedVideos, leave_out_invalid_videos, set
 from lamzoo.data.retrieval.clips import Clips, each_frame, pad_clips
 from lamzoo.data.video.sampling import FrameSampling, adjusted
 from lamzoo.errors import ConfigError, UnsupportedHostError
-from lamzoo.evaluation.retrieval.metrics import dual_softmax, retrieval_metrics
+from lamzoo.evaluation.retrieval.metrics import dual_softmax, retrieval_metrics, two_way_metrics
+from lamzoo.evaluation.retrieval.reranking import check_rerank, rerank_candidates
 from lamzoo.evaluation.runtime import Precision, check_batches, check_finite, inference, resolve_device
 from lamzoo.tasks.base import EvalRequest, Evaluation
 
@@ -32,6 +33,7 @@ class RetrievalResult:
     Attributes:
         metrics: as returned by :func:`retrieval_metrics`.
         dual: the same after :func:`dual_softmax`; None if not requested.
+        first_stage: with ``rerank``, the metrics of the embeddings alone; else None.
         texts: number of texts.
         videos: number of videos.
         skipped: number of unreadable videos, left out with their texts.
@@ -40,6 +42,7 @@ class RetrievalResult:
 
     metrics: dict[str, dict[str, float]]
     dual: dict[str, dict[str, float]] | None
+    first_stage: dict[str, dict[str, float]] | None
     texts: int
     videos: int
     skipped: int
@@ -56,6 +59,7 @@ def evaluate_retrieval(
     precision: Precision = "float32",
     workers: int = 0,
     dual: bool = False,
+    rerank: int | None = None,
     on_bad_input: OnBadInput = "stop",
     progress: Callable[[str, int, int], None] | None = None,
 ) -> RetrievalResult:
@@ -70,6 +74,8 @@ def evaluate_retrieval(
         precision: autocast precision.
         workers: worker processes that read videos; 0 reads in the main process.
         dual: also score the similarities after dual softmax.
+        rerank: score in two stages: embeddings select this many candidates for each query, and the joint transformer of
+            ``similarity="tight"`` orders them, where otherwise it compares every pair. Not together with ``dual``.
         on_bad_input: ``"stop"`` at an unreadable or missing video, or ``"skip"``: check all videos first and leave
             these out.
         progress: called with the stage (``"scan"``, ``"videos"``, ``"texts"``), the number done, and the total.
@@ -78,14 +84,18 @@ def evaluate_retrieval(
         The scores.
 
     Raises:
-        ConfigError: an invalid device, precision, batch size or number of workers, or more frames than the model has
-            positions for.
+        ConfigError: an invalid device, precision, batch size or number of workers, more frames than the model has
+            positions for, or ``rerank`` with a model that has no joint transformer.
         DataError: a video can't be read.
         UnsupportedHostError: the model is not a text-video retrieval model.
     """
     check_batches(batch_size, workers, precision)
     device = resolve_device(device)
     config = frames_config(model)
+    if rerank is not None:
+        check_rerank(model, rerank)
+        if dual:
+            raise ConfigError("dual softmax needs the scores of all pairs, and rerank has those of candidates; use one")
     chosen: Any = model.sampling if sampling is None else sampling
     moved = progress or (lambda what, done, total: None)
     start = time.perf_counter()
@@ -110,17 +120,11 @@ def evaluate_retrieval(
             masks.append(mask)
             moved("videos", sum(map(len, masks)), len(dataset))
         texts = encode_texts(model, dataset.texts, batch_size, partial(moved, "texts"))
-        similarity = compare(model, texts, *join_videos(videos, masks))
-    weighed = None
-    if dual:
-        to_video, to_text = dual_softmax(similarity)
-        weighed = {
-            "t2v": retrieval_metrics(to_video, dataset.video_of_text)["t2v"],
-            "v2t": retrieval_metrics(to_text, dataset.video_of_text)["v2t"],
-        }
-    metrics = retrieval_metrics(similarity, dataset.video_of_text)
+        scores = score_embeddings(
+            model, texts, *join_videos(videos, masks), dataset.video_of_text, dual=dual, rerank=rerank
+        )
     seconds = time.perf_counter() - start
-    return RetrievalResult(metrics, weighed, len(dataset.texts), len(dataset), len(bad), seconds)
+    return RetrievalResult(*scores, len(dataset.texts), len(dataset), len(bad), seconds)
 
 
 def score_retrieval(model: Any, dataset: CaptionedVideos, request: EvalRequest) -> Evaluation:
@@ -129,14 +133,15 @@ def score_retrieval(model: Any, dataset: CaptionedVideos, request: EvalRequest) 
     Args:
         model: a model of the family ``lam_clip4clip``.
         dataset: its videos and texts.
-        request: evaluation settings; its options are ``fps``, ``slicing``, ``dual_softmax`` and ``on_bad_input``.
+        request: evaluation settings; its options are ``fps``, ``slicing``, ``dual_softmax``, ``rerank``
+            and ``on_bad_input``.
     """
     frames_config(model)  # raises for other models
     options = request.options
     sampling = adjusted(model.sampling, fps=options.get("fps"), slicing=options.get("slicing"))
     result = evaluate_retrieval(
         model, dataset, sampling, batch_size=request.batch_size, device=request.device, precision=request.precision,
-        workers=request.workers, dual=options.get("dual_softmax", False),
+        workers=request.workers, dual=options.get("dual_softmax", False), rerank=options.get("rerank"),
         on_bad_input=options.get("on_bad_input", "stop"),
         progress=lambda what, done, total: request.progress(done, total, what),
     )  # fmt: skip
@@ -144,8 +149,12 @@ def score_retrieval(model: Any, dataset: CaptionedVideos, request: EvalRequest) 
     return Evaluation(
         result.metrics,
         f"{result.texts:,} texts, {result.videos:,} videos",
-        {"sampling": asdict(sampling), **asdict(result)},
-        variants={} if result.dual is None else {"with dual softmax": result.dual},
+        {"sampling": asdict(sampling), "rerank": options.get("rerank"), **asdict(result)},
+        variants={
+            name: scores
+            for name, scores in (("with dual softmax", result.dual), ("first stage alone", result.first_stage))
+            if scores is not None
+        },
         notes=notes,
     )
 
@@ -183,6 +192,41 @@ def encode_texts(
     return torch.cat(parts)
 
 
+def score_embeddings(
+    model: Any,
+    texts: Tensor,
+    videos: Tensor,
+    frame_masks: Tensor,
+    video_of_text: Sequence[int],
+    *,
+    dual: bool = False,
+    rerank: int | None = None,
+) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]] | None, dict[str, dict[str, float]] | None]:
+    """Computes the metrics of :func:`retrieval_metrics` from embeddings on the model's device.
+
+    Args:
+        model: a model of the family ``lam_clip4clip``.
+        texts: ``(T, D)``.
+        videos: ``(V, D)`` or ``(V, F, D)``.
+        frame_masks: ``(V, F)``, bool.
+        video_of_text: index of each text's video.
+        dual: also compute them after dual softmax.
+        rerank: candidates of each query in two stages; None compares all pairs.
+
+    Returns:
+        The metrics, with ``dual`` those after dual softmax, and with ``rerank`` those of the first stage alone.
+
+    Raises:
+        ConfigError: as of :func:`compare` and :func:`lamzoo.evaluation.retrieval.reranking.check_rerank`.
+    """
+    similarity = compare(model, texts, videos, frame_masks, dual=rerank is not None)
+    metrics, first = retrieval_metrics(similarity, video_of_text), None
+    if rerank is not None:
+        staged = rerank_candidates(model, texts, videos, frame_masks, similarity, rerank)
+        metrics, first = two_way_metrics(*staged, video_of_text), metrics
+    return metrics, two_way_metrics(*dual_softmax(similarity), video_of_text) if dual else None, first
+
+
 def join_videos(videos: Sequence[Tensor], masks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Concatenates the results of :meth:`encode_video` over batches, with frames padded to the longest video."""
     longest = max(mask.shape[1] for mask in masks)
@@ -192,14 +236,22 @@ def join_videos(videos: Sequence[Tensor], masks: Sequence[Tensor]) -> tuple[Tens
     return torch.cat(list(videos)), torch.cat(padded).to(videos[0].device)
 
 
-def compare(model: Any, texts: Tensor, videos: Tensor, frame_masks: Tensor) -> Tensor:
+def compare(model: Any, texts: Tensor, videos: Tensor, frame_masks: Tensor, *, dual: bool = False) -> Tensor:
     """Returns the similarity ``(T, V)``, float32 on the CPU, of text and video embeddings, computed block by block.
+
+    Args:
+        model: a model of the family ``lam_clip4clip``.
+        texts: ``(T, D)``.
+        videos: ``(V, D)`` or ``(V, F, D)``, on the same device.
+        frame_masks: ``(V, F)``, bool.
+        dual: compare the embeddings alone, as the first of two stages does.
 
     Raises:
         ConfigError: a block does not fit into the device's memory, or a similarity is not finite.
     """
+    similarity_of = model.dual_similarity if dual else model.similarity
     try:
-        blocks = [model.similarity(some, videos, frame_masks).float().cpu() for some in texts.split(_TEXTS)]
+        blocks = [similarity_of(some, videos, frame_masks).float().cpu() for some in texts.split(_TEXTS)]
     except torch.OutOfMemoryError as error:
         raise ConfigError(f"{len(videos)} videos do not fit on {videos.device} at once; use another device") from error
     similarity = torch.cat(blocks)

@@ -52,6 +52,24 @@ def retrieval_metrics(
     }
 
 
+def two_way_metrics(
+    to_video: NDArray[Any] | Tensor,
+    to_text: NDArray[Any] | Tensor,
+    video_of_text: Sequence[int] | NDArray[Any] | Tensor | None = None,
+) -> dict[str, dict[str, float]]:
+    """Computes :func:`retrieval_metrics` where each direction has similarities of its own.
+
+    Args:
+        to_video: ``(texts, videos)``, of text-to-video retrieval.
+        to_text: ``(texts, videos)``, of video-to-text retrieval.
+        video_of_text: as for :func:`retrieval_metrics`; errors too.
+    """
+    return {
+        "t2v": retrieval_metrics(to_video, video_of_text)["t2v"],
+        "v2t": retrieval_metrics(to_text, video_of_text)["v2t"],
+    }
+
+
 def dual_softmax(similarity: NDArray[Any] | Tensor) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Reweights similarities by a softmax over the queries of each candidate (Cheng et al., arXiv 2109.04290).
 

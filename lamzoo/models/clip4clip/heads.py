@@ -24,7 +24,7 @@ class MeanHead(nn.Module):
 
     def forward(self, frames: Tensor, frame_mask: Tensor) -> Tensor:
         """Returns the video embeddings ``(B, D)`` of frames ``(B, F, D)`` and their mask ``(B, F)``, bool."""
-        return _mean(frames, frame_mask)
+        return mean_of_frames(frames, frame_mask)
 
     def initial_state(self, clip: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns the initial state for pretrained towers: empty."""
@@ -53,7 +53,7 @@ class SequentialHead(nn.Module):
         """Returns video embeddings ``(B, D)`` for up to ``max_frames`` frames ``(B, F, D)`` and a mask ``(B, F)``."""
         tokens = frames + self.embedding[: frames.shape[1]].to(frames.dtype)
         tokens = self.transformer(tokens, attn_mask=_padding_bias(frame_mask, self.transformer, tokens.dtype))
-        return _mean(frames + tokens, frame_mask)
+        return mean_of_frames(frames + tokens, frame_mask)
 
     def initial_state(self, clip: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns the initial state for pretrained towers: the text tower's first layers and positions."""
@@ -92,21 +92,35 @@ class TightHead(nn.Module):
             rows.append(torch.cat([self._compare(some, *block) for block in blocks], dim=1))
         return torch.cat(rows)
 
+    def match(self, text: Tensor, frames: Tensor, frame_mask: Tensor) -> Tensor:
+        """Returns the logits ``(P,)`` of pairs of a text ``(P, D)`` and a video, ``(P, F, D)`` and mask ``(P, F)``."""
+        if torch.is_grad_enabled() or len(text) <= self.max_pairs:
+            return self._match(text, frames, frame_mask)
+        parts = (each.split(self.max_pairs) for each in (text, frames, frame_mask))
+        return torch.cat([self._match(*part) for part in zip(*parts, strict=True)])
+
     def initial_state(self, clip: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns the initial state for pretrained towers: the text tower's first layers and positions."""
         return _begin(self, clip, self.length)
 
     def _compare(self, text: Tensor, frames: Tensor, frame_mask: Tensor) -> Tensor:
-        texts, videos, count = len(text), *frames.shape[:2]
-        first = text[:, None, None].expand(texts, videos, 1, -1) + self.embedding_type[0]
-        others = (frames + self.embedding_type[1]).expand(texts, -1, -1, -1)
-        tokens = torch.cat([first, others], dim=2).flatten(0, 1) + self.embedding[: 1 + count]
-        seen = F.pad(frame_mask, (1, 0), value=True).expand(texts, -1, -1).flatten(0, 1)
+        pairs = len(text), len(frames)
+        every = (
+            text[:, None].expand(*pairs, -1),
+            frames.expand(len(text), -1, -1, -1),
+            frame_mask.expand(len(text), -1, -1),
+        )
+        return self._match(*(each.flatten(0, 1) for each in every)).view(pairs)
+
+    def _match(self, text: Tensor, frames: Tensor, frame_mask: Tensor) -> Tensor:
+        first, others = text[:, None] + self.embedding_type[0], frames + self.embedding_type[1]
+        tokens = torch.cat([first, others], dim=1) + self.embedding[: 1 + frames.shape[1]]
+        seen = F.pad(frame_mask, (1, 0), value=True)
         tokens = self.transformer(tokens, attn_mask=_padding_bias(seen, self.transformer, tokens.dtype))
         pooled = self.activation(self.pooler(self.norm(tokens[:, 0])))
         with full_precision(pooled.device):
             scores = F.linear(pooled.float(), self.score.weight.float(), self.score.bias.float())
-        return scores.view(texts, videos)
+        return scores[:, 0]
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:
@@ -131,7 +145,8 @@ def _initialise(transformer: Transformer, *embeddings: nn.Parameter) -> None:
         nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
 
 
-def _mean(frames: Tensor, frame_mask: Tensor) -> Tensor:
+def mean_of_frames(frames: Tensor, frame_mask: Tensor) -> Tensor:
+    """Returns the means ``(B, D)`` of the normalised frames of ``(B, F, D)`` that a mask ``(B, F)``, bool, allows."""
     weights = frame_mask[..., None].to(frames.dtype)
     # masked_fill, since 0 * nan of a missing frame is nan
     units = F.normalize(frames, dim=-1).masked_fill(~frame_mask[..., None], 0.0)

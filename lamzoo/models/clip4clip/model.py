@@ -27,7 +27,7 @@ import open_clip
 from open_clip.convert import convert_state_dict
 from open_clip.model import CLIP, resize_pos_embed, resize_text_pos_embed
 
-from lamzoo.models.clip4clip.heads import MeanHead, SequentialHead, TightHead, full_precision
+from lamzoo.models.clip4clip.heads import MeanHead, SequentialHead, TightHead, full_precision, mean_of_frames
 from lamzoo.models.tokenizers import SmallTokenizer
 
 Similarity = Literal["mean", "seq", "tight"]
@@ -204,9 +204,49 @@ class Clip4Clip(nn.Module):
         """
         if isinstance(self.head, TightHead):
             return self.head(text, video, _seen(video) if frame_mask is None else frame_mask)
+        return self.dual_similarity(text, video, frame_mask)
+
+    def dual_similarity(self, text: Tensor, video: Tensor, frame_mask: Tensor | None = None) -> Tensor:
+        """Compares every text with every video by their embeddings alone, without the joint transformer.
+
+        This is the first stage of two-stage retrieval; :meth:`match` is the second one. Arguments and result are those
+        of :meth:`similarity`; with ``similarity="tight"`` videos have the embeddings of :meth:`pool_frames`.
+        """
+        if video.ndim == 3:
+            video = self.pool_frames(video, frame_mask)
         with full_precision(text.device):
             scale = self.clip.logit_scale.float().exp()
             return scale * F.normalize(text.float(), dim=-1) @ F.normalize(video.float(), dim=-1).T
+
+    def pool_frames(self, video: Tensor, frame_mask: Tensor | None = None) -> Tensor:
+        """Returns the mean ``(V, D)`` of the normalised frames of each video, as with ``similarity="mean"``.
+
+        Args:
+            video: ``(V, F, D)``, from :meth:`encode_frames`.
+            frame_mask: ``(V, F)``, bool; None for all frames with a non-zero embedding.
+        """
+        return mean_of_frames(video, _seen(video) if frame_mask is None else frame_mask)
+
+    def match(self, text: Tensor, video: Tensor, frame_mask: Tensor | None = None) -> Tensor:
+        """Compares each text with one video by the joint transformer of ``similarity="tight"``.
+
+        Args:
+            text: ``(P, D)``, from :meth:`encode_text`.
+            video: ``(P, F, D)``, from :meth:`encode_video`.
+            frame_mask: ``(P, F)``, bool, as for :meth:`similarity`.
+
+        Returns:
+            Logits ``(P,)``, float32.
+
+        Raises:
+            ConfigError: the model has another similarity.
+        """
+        if not isinstance(self.head, TightHead):
+            raise ConfigError(
+                f"similarity={self.similarity_type!r} has no joint transformer that matches a text with a video; "
+                "create the model with similarity='tight'."
+            )
+        return self.head.match(text, video, _seen(video) if frame_mask is None else frame_mask)
 
     def example_inputs(self, batch_size: int = 1) -> tuple[Tensor, Tensor]:
         """Returns random videos of ``max_frames`` frames and as many texts, for profiling."""

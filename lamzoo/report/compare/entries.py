@@ -289,7 +289,11 @@ def _with_twin(entry: Entry, others: list[Entry]) -> Entry:
     name = row.plain if row.plain is not None or row.merge is None else row.name
     if name is None:
         return entry
-    whole = [other for other in others if other.row.merge is None and other.row.form is None and other.row.name == name]
+    whole = [
+        other
+        for other in others
+        if other.row.name == name and (other.row.merge, other.row.form, other.row.rerank) == (None, None, None)
+    ]
     candidates = [other for other in whole if other.row.img_size == row.img_size]
     if not candidates:
         return entry

@@ -289,6 +289,7 @@ def command(row: BenchRow) -> str:
         "--threads": row.threads,
         "--seed": row.seed,
         "--merge": None if row.merge is None else f"{row.merge:g}",
+        "--rerank": str(row.rerank) if row.rerank else None,
         "--out": "again.csv",
     }
     parts = [f"{option} {shlex.quote(str(value))}" for option, value in options.items() if value is not None]
@@ -417,7 +418,7 @@ def _panel(
 def _without_seed(entry: Entry) -> object:
     row = entry.row
     cost = (row.params_m, row.lam_params_m, row.gmacs, row.lam_gmacs)
-    return (family(row), row.plain, *cost, row.merge, row.form, row.img_size, *entry.setting)
+    return (family(row), row.plain, *cost, row.merge, row.form, row.rerank, row.img_size, *entry.setting)
 
 
 def _are_seeds(alike: Sequence[Entry]) -> bool:
@@ -441,7 +442,7 @@ def _budget_curves(points: Sequence[Point]) -> tuple[tuple[Point, ...], ...]:
     for point in points:
         row = point.entry.row
         weights = frozenset((seed.name, seed.weights_sha256) for seed in point.rows)
-        curves.setdefault((weights, row.form, row.img_size, point.entry.setting), []).append(point)
+        curves.setdefault((weights, row.form, row.rerank, row.img_size, point.entry.setting), []).append(point)
     found = (sorted(curve, key=lambda point: point.x) for curve in curves.values())
     return tuple(tuple(curve) for curve in found if len({point.entry.row.merge for point in curve}) == len(curve) > 1)
 

@@ -36,6 +36,7 @@ def contrastive_backward(
     encode: Callable[[int, Any], tuple[Tensor, Tensor]],
     frame_masks: Sequence[Tensor],
     captions: Sequence[Tensor] | None = None,
+    loss_of: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] | None = None,
 ) -> Tensor:
     """Accumulates the gradients of the loss over all pairs of all batches on all processes; returns the loss.
 
@@ -52,6 +53,9 @@ def contrastive_backward(
         frame_masks: frame mask of each batch, ``(B, F)``, bool.
         captions: tokens of each batch, ``(B, L)``: videos with equal captions are positives for both. None treats every
             other video as a negative, as CLIP4Clip does.
+        loss_of: the loss of text embeddings, video embeddings, their frame mask and the positives of
+            :func:`contrastive_loss`, of the global batch; by default the contrastive loss of ``model.similarity``. Must
+            be deterministic across processes.
 
     Returns:
         The loss, a scalar, equal on all processes.
@@ -65,14 +69,17 @@ def contrastive_backward(
         videos.append(video)
     text_leaf = torch.cat(texts).detach().requires_grad_()
     video_leaf = torch.cat(videos).detach().requires_grad_()
-    mask = _gathered(accelerator, torch.cat(list(frame_masks)))
-    with accelerator.autocast():
-        similarity = model.similarity(_with_own(accelerator, text_leaf), _with_own(accelerator, video_leaf), mask)
+    mask = _gathered(accelerator, torch.cat(list(frame_masks)), len(batches))
     positives = None
     if captions is not None:
-        tokens = _gathered(accelerator, torch.cat(list(captions)))
+        tokens = _gathered(accelerator, torch.cat(list(captions)), len(batches))
         positives = (tokens[:, None] == tokens).all(-1)
-    loss = contrastive_loss(similarity.float(), positives)
+    text, video = (_gathered(accelerator, leaf, len(batches)) for leaf in (text_leaf, video_leaf))
+    with accelerator.autocast():
+        if loss_of is None:
+            loss = contrastive_loss(model.similarity(text, video, mask).float(), positives)
+        else:
+            loss = loss_of(text, video, mask, positives)
     accelerator.backward(loss)
     # Each process has the gradient of the whole loss for its own embeddings; scale to offset the mean below.
     text_grads = (text_leaf.grad * accelerator.num_processes).split([len(text) for text in texts])
@@ -86,14 +93,13 @@ def contrastive_backward(
     return loss.detach()
 
 
-def _gathered(accelerator: Accelerator, tensor: Tensor) -> Tensor:
-    return accelerator.gather(tensor) if accelerator.num_processes > 1 else tensor
+def _gathered(accelerator: Accelerator, own: Tensor, batches: int) -> Tensor:
+    """Gathers a tensor of all processes in the order of the data; gradients flow to this process's own part.
 
-
-def _with_own(accelerator: Accelerator, own: Tensor) -> Tensor:
-    """Gathers the embeddings of all processes; gradients flow to this process's own."""
+    In each round, every process takes one batch.
+    """
     if accelerator.num_processes == 1:
         return own
     parts = list(accelerator.gather(own.detach()).split(len(own)))
     parts[accelerator.process_index] = own
-    return torch.cat(parts)
+    return torch.stack([part.unflatten(0, (batches, -1)) for part in parts], dim=1).flatten(0, 2)

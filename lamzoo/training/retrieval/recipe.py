@@ -110,6 +110,23 @@ class RetrievalOptimizerSection(OptimizerSection):
 
 
 @dataclass(frozen=True)
+class MatchingSection:
+    """``[matching]``: two-stage retrieval with ``similarity="tight"`` (ALBEF, arXiv 2107.07651).
+
+    The contrastive loss is that of the embeddings alone, the first stage. The joint transformer, the second stage,
+    learns to tell matching pairs from hard negatives of the batch, and scores are those of both stages. Without this
+    section, the contrastive loss is that of the joint transformer on all pairs of the batch, as in CLIP4Clip.
+
+    Attributes:
+        weight: weight of the matching loss.
+        rerank: number of candidates of a query that the joint transformer orders in evaluation.
+    """
+
+    weight: Positive = 1.0
+    rerank: Count = 50
+
+
+@dataclass(frozen=True)
 class RetrievalRecipe(TaskRecipe):
     """A training run of text-video retrieval; see the sections for the contents of each table.
 
@@ -125,6 +142,7 @@ class RetrievalRecipe(TaskRecipe):
     optimizer: RetrievalOptimizerSection = field(default_factory=RetrievalOptimizerSection)
     schedule: ScheduleSection = field(default_factory=ScheduleSection)
     reduction: ReductionSection | None = None
+    matching: MatchingSection | None = None
 
     def check(self) -> None:
         check_val_fraction(self.data.val_fraction)

@@ -22,13 +22,14 @@ from lamzoo.data.retrieval import (
 )
 from lamzoo.data.retrieval.clips import ClipAugment, Clips, Pairs, each_frame, pad_clips
 from lamzoo.errors import RecipeError
-from lamzoo.evaluation.retrieval.evaluate import compare, encode_texts, frames_config, join_videos
-from lamzoo.evaluation.retrieval.metrics import retrieval_metrics
+from lamzoo.evaluation.retrieval.evaluate import encode_texts, frames_config, join_videos, score_embeddings
+from lamzoo.evaluation.retrieval.reranking import check_rerank
 from lamzoo.profiling.inputs import evaluating
 from lamzoo.registry.factory import create_model
 from lamzoo.training.build import attention_kernels, reduce_by_section
-from lamzoo.training.loaders import create_seeded_loader, seed_everything
-from lamzoo.training.retrieval.contrastive import contrastive_backward
+from lamzoo.training.loaders import create_seeded_loader, generator_of, seed_everything
+from lamzoo.training.retrieval.contrastive import contrastive_backward, contrastive_loss
+from lamzoo.training.retrieval.hard_negatives import matching_loss
 from lamzoo.training.retrieval.recipe import RetrievalRecipe
 from lamzoo.training.splits import BadInputs, ScanProgress, open_roles
 from lamzoo.training.trainer import TrainingRun
@@ -63,6 +64,8 @@ class RetrievalRun(TrainingRun):
             kwargs["lam"] = section.lam
         model: Any = create_model(section.name, pretrained=section.pretrained, **kwargs)
         frames_config(model)  # raises for other models
+        if self.recipe.matching is not None:
+            check_rerank(model, self.recipe.matching.rerank)
         if section.lock_image_tower:
             model.lock_image_tower()
         if section.freeze_layers is not None:
@@ -149,8 +152,19 @@ class RetrievalRun(TrainingRun):
 
         masks = [mask for _, mask, _ in batches]
         captions = [text for *_, text in batches] if self.recipe.data.equal_captions == "positives" else None
+        matching = self.recipe.matching
+
+        def staged_loss(text: Tensor, video: Tensor, mask: Tensor, positives: Tensor | None) -> Tensor:
+            assert matching is not None
+            same = torch.eye(len(text), dtype=torch.bool, device=text.device) if positives is None else positives
+            dual = self.model.dual_similarity(text, video, mask)
+            generator = generator_of(seed, epoch, update, 0, 3)
+            matched = matching_loss(self.model, text, video, mask, dual, same, generator)
+            return contrastive_loss(dual, positives) + matching.weight * matched
+
+        loss_of = None if matching is None else staged_loss
         with attention_kernels(self.recipe.model.fused_attention):
-            return contrastive_backward(self.accelerator, self.model, batches, encode, masks, captions)
+            return contrastive_backward(self.accelerator, self.model, batches, encode, masks, captions, loss_of)
 
     @torch.no_grad()
     def after_update(self) -> None:
@@ -168,8 +182,9 @@ class RetrievalRun(TrainingRun):
                 videos.append(video)
                 masks.append(mask)
             texts = encode_texts(model, split.texts, self.recipe.run.batch_size)
-            similarity = compare(model, texts, *join_videos(videos, masks))
-        return retrieval_metrics(similarity, split.video_of_text)
+            rerank = None if self.recipe.matching is None else self.recipe.matching.rerank
+            scores = score_embeddings(model, texts, *join_videos(videos, masks), split.video_of_text, rerank=rerank)
+        return scores[0]
 
     def facts(self, command: str | None) -> dict[str, Any]:
         return super().facts(command) | {"training_captions": len(self.splits["train"].texts)}
