@@ -17,6 +17,7 @@ from pathlib import Path
 import lamzoo
 from benchmarks import (
     breakdown,
+    claims,
     exported,
     features,
     finetuning,
@@ -113,6 +114,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "zoo": zoo,
     "cost": cost,
     "sequences": sequences,
+    "claims": claims.claims,
+    "reviews": claims.reviews,
     "ablation": ablation,
     "grid": lambda: ablation(HERE / "grid.toml"),
     "flickr8k": lambda: ablation(HERE / "flickr8k.toml"),

@@ -1,0 +1,232 @@
+"""Tables of docs/results/claims.md: what the paper and its reviewers say, and what was measured here.
+
+Numbers are read from the stored results; a verdict is this project's reading of them.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from benchmarks import kernels, reduction_tables
+from benchmarks.ablation.run import RESULTS, read_results
+from benchmarks.rows import read_rows as read_lines
+from lamzoo.profiling.results import BenchRow, read_rows
+
+Verdict = Literal["holds", "holds in part", "does not hold", "not asked"]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A line of a table.
+
+    Attributes:
+        says: the claim, or the reviewers' point.
+        measured: returns what was measured here, from the stored results.
+        source: page of the measurement, relative to docs/results, with its heading.
+        command: the command that measures it again.
+        verdict: the verdict.
+    """
+
+    says: str
+    measured: Callable[[], str]
+    source: str
+    command: str
+    verdict: Verdict
+
+
+def claims() -> str:
+    """Returns the table of the abstract's claims."""
+    return _table("the paper says", _CLAIMS)
+
+
+def reviews() -> str:
+    """Returns the table of the reviewers' points."""
+    return _table("reviewers say", _REVIEWS)
+
+
+def _table(heading: str, lines: Sequence[Claim]) -> str:
+    page = [f"| {heading} | measured here | by | verdict |", "|---|---|---|---|"]
+    page += [f"| {each.says} | {each.measured()} ({each.source}) | {each.command} | {each.verdict} |" for each in lines]
+    return "\n".join(page) + "\n"
+
+
+def _gain(ablation: str, row: str, reference: str = "plain", score: str = "top1", decimals: int = 2) -> str:
+    """Returns the difference of two rows of an ablation, mean and standard deviation over the seeds."""
+    values: dict[str, dict[str, float]] = {row: {}, reference: {}}
+    for line in read_results(RESULTS / f"{ablation}.csv"):
+        if line["row"] in values:
+            values[line["row"]][line["seed"]] = float(line[score])
+    seeds = sorted(values[row].keys() & values[reference].keys())
+    found = [values[row][seed] - values[reference][seed] for seed in seeds]
+    return f"{statistics.mean(found):+z.{decimals}f} ± {statistics.stdev(found):.{decimals}f}"
+
+
+def _score(name: str) -> float:
+    value = _row("zoo", name).value
+    assert value is not None
+    return value
+
+
+def _row(file: str, name: str) -> BenchRow:
+    (row,) = [row for row in read_rows(RESULTS / f"{file}.csv") if row.name == name]
+    return row
+
+
+def _images() -> str:
+    tiny, micro = "vit_tiny_patch8_64.tinyimagenet100", "vit_micro.cifar10"
+    return (
+        "Three seeds on CIFAR-10, three epochs: additive position masks "
+        f"{_gain('ablation', 'add-position')} points, the paper's form {_gain('ablation', 'paper')}, positive "
+        f"multiplicative masks {_gain('ablation', 'base')}. One seed, trained longer: "
+        f"{_score(f'lam_{tiny}') - _score(tiny):+.2f} at 64 pixels (additive), "
+        f"{_score(f'lam_{micro}') - _score(micro):+.2f} at 32 (multiplicative)"
+    )
+
+
+def _modalities() -> str:
+    return (
+        "Small models from scratch, differences to plain in R@1, R1@0.7 and word errors (fewer are better). Two "
+        f"modalities: {_gain('grid', 'multi', score='t2v_R1')} in retrieval, "
+        f"{_gain('moments', 'single', score='R1_07')} in moments (one mask; a mask in each "
+        f"layer {_gain('moments', 'multi', score='R1_07')}), "
+        f"{_gain('captions', 'damaged_multi', 'damaged_plain', 'WER')} in description. One modality: "
+        f"{_gain('moments', 'audio_single', 'audio_plain', 'R1_07')} in moments, "
+        f"{_gain('captions', 'audio_multi', 'audio_plain', 'WER')} in description. Images alone gain most, see above"
+    )
+
+
+def _layers() -> str:
+    return (
+        f"Over plain, a mask in each layer and one for all: images {_gain('ablation', 'base')} and "
+        f"{_gain('ablation', 'single')} points, retrieval {_gain('grid', 'multi', score='t2v_R1')} and "
+        f"{_gain('grid', 'single', score='t2v_R1')}, moments {_gain('moments', 'multi', score='R1_07')} and "
+        f"{_gain('moments', 'single', score='R1_07')}"
+    )
+
+
+def _accuracy_at(method: str, share: float, model: str = "lam_vit_micro.cifar10") -> float:
+    (row,) = [
+        row
+        for row in read_lines(RESULTS / "reduction.csv", reduction_tables.Row)
+        if (row.model, row.method, row.share) == (model, method, share)
+    ]
+    return row.top1
+
+
+def _critical() -> str:
+    kept = {name: _accuracy_at(name, 0.8) for name in ("mask, drop", "attention, drop", "random", "stride")}
+    return (
+        f"Pruned to 80 % of the GMACs, lam_vit_micro.cifar10 ({_score('lam_vit_micro.cifar10'):.2f} %) keeps "
+        f"{kept['mask, drop']:.2f} % with the tokens that its masks rate highest, {kept['attention, drop']:.2f} % with "
+        f"those of the attention, {kept['random']:.2f} % with random ones and {kept['stride']:.2f} % with every so many"
+    )
+
+
+def _redundant() -> str:
+    row = _row("zoo", "lam_vit_tiny_patch8_64.tinyimagenet100")
+    merged = _accuracy_at("merged", 0.63, row.name)
+    return (
+        f"A mask removes no computation: it adds {row.lam_gmacs:.4f} to {(row.gmacs or 0) - (row.lam_gmacs or 0):.4f} "
+        f"GMACs at 64 pixels, and {100 * ((row.latency_ratio or 0) - 1):.0f} % of the time of one image. Merging "
+        f"tokens does: at 63 % of the GMACs, masks included, {merged:.2f} % instead of {row.value:.2f} %. Merging works "
+        "as well without masks"
+    )
+
+
+def _kernel_cost() -> str:
+    rows = read_lines(RESULTS / "kernels.csv", kernels.Row)
+
+    def ratio(backend: str, tokens: int) -> float:
+        (found,) = [
+            row.ratio
+            for row in rows
+            if (row.backend, row.op, row.rank, row.heads, row.tokens, row.batch, row.mode, row.device)
+            == (backend, "add", 9, "per-head", tokens, 1, "forward", "cpu")
+        ]
+        return float(found)
+
+    return (
+        "Two thin factors, folded into queries and keys of the fused kernel: a layer of 1,025 tokens takes "
+        f"{ratio('sdpa', 1025):.2f} of the plain layer's time on a CPU, the dense mask {ratio('eager', 1025):.2f}; of "
+        f"4,097 tokens {ratio('sdpa', 4097):.2f}"
+    )
+
+
+def _latency() -> str:
+    rows = [_row("cost", f"lam_vit_{size}") for size in ("tiny", "small", "base")]
+    ratios = ", ".join(f"{row.latency_ratio:.2f}" for row in rows)
+    return f"One image at 224 pixels, ViT-Ti, -S and -B with masks: {ratios} of the plain model's time, two threads"
+
+
+def _control() -> str:
+    return (
+        f"Wider MLPs with as many parameters: images {_gain('ablation', 'mlp')} points, retrieval "
+        f"{_gain('grid', 'mlp', score='t2v_R1')}, moments {_gain('moments', 'mlp', score='R1_07')}, word errors "
+        f"{_gain('captions', 'damaged_mlp', 'damaged_plain', 'WER')}; a learned relative position bias on images "
+        f"{_gain('ablation', 'rel-pos')}"
+    )
+
+
+_ABLATION = "`python -m benchmarks.ablation.run`"
+_VIDEO = f"{_ABLATION} with `--ablation benchmarks/ablation/{{grid,moments,captions}}.toml`"
+_REDUCTION = "`python -m benchmarks.reduction`"
+
+_CLAIMS = (
+    Claim(
+        "Masks improve accuracy", _images, "[ablation](ablation.md), [images](images.md)", _ABLATION, "holds in part",
+    ),
+    Claim(
+        "Attention is less effective with several modalities, where masks help most", _modalities,
+        "[retrieval](retrieval.md), [moments](moments.md), [description](captions.md)", _VIDEO, "not asked",
+    ),
+    Claim(
+        "A mask in each layer captures more than one mask", _layers,
+        "[ablation](ablation.md), [moments](moments.md#discussion)", f"{_ABLATION}; {_VIDEO}", "does not hold",
+    ),
+    Claim("Masks prioritise critical tokens", _critical, "[pruning](tokens.md#pruning)", _REDUCTION, "does not hold"),
+    Claim(
+        "Masks reduce redundant computation", _redundant, "[images](images.md), [merging](tokens.md)",
+        f"`make tables`; {_REDUCTION}", "does not hold",
+    ),
+    Claim(
+        "Results on ImageNet-1k, MSR-VTT, QVHighlights and MADv2",
+        lambda: "The recipes exist; the data were not available",
+        "[limitations](limitations.md#not-run)", "the first lines of each recipe in `benchmarks/recipes`", "not asked",
+    ),
+)  # fmt: skip
+
+_REVIEWS = (
+    Claim(
+        "The mask is fixed to one length",
+        lambda: "Content keys take any length; tables of position keys are resized like position embeddings. Tested on "
+        "every host, image size and length",
+        "[masks](../concepts/masks.md)", "`pytest tests/lam tests/adapters`", "holds",
+    ),
+    Claim("An N × N mask can't use fused attention", _kernel_cost, "[kernels](kernels.md)",
+          "`python -m benchmarks.kernels`", "holds"),
+    Claim(
+        "Negative masks flip scores",
+        lambda: f"Multiplicative masks of free sign {_gain('ablation', 'free')} points, positive ones "
+        f"{_gain('ablation', 'base')}: positive masks are no better",
+        "[ablation](ablation.md)", _ABLATION, "holds in part",
+    ),
+    Claim(
+        "Latency and memory are missing", _latency, "[images](images.md), [speed](speed.md)", "`make tables`", "holds",
+    ),
+    Claim("A control with as many parameters is missing", _control, "[ablation](ablation.md)", f"{_ABLATION}; {_VIDEO}",
+          "holds"),
+    Claim(
+        "Sparse and pruning baselines are missing",
+        lambda: "EViT, ToMe, PiToMe, DiffRate, ATM, random and stride, on the same weights at the same GMACs: pruning "
+        "by masks is behind them, merging is ahead or level",
+        "[token reduction](tokens.md#is-it-ahead-of-other-methods)", _REDUCTION, "holds",
+    ),
+    Claim(
+        "Significance is missing",
+        lambda: "Three to six seeds, differences seed by seed: many are within a standard deviation",
+        "[ablation](ablation.md)", f"{_ABLATION}; {_VIDEO}", "holds",
+    ),
+)  # fmt: skip
