@@ -131,8 +131,8 @@ def _redundant() -> str:
     return (
         f"A mask removes no computation: it adds {row.lam_gmacs:.4f} to {(row.gmacs or 0) - (row.lam_gmacs or 0):.4f} "
         f"GMACs at 64 pixels, and {100 * ((row.latency_ratio or 0) - 1):.0f} % of the time of one image. Merging "
-        f"tokens does: at 63 % of the GMACs, masks included, {merged:.2f} % instead of {row.value:.2f} %. Merging works "
-        "as well without masks"
+        f"tokens does: at 63 % of the GMACs, masks included, {merged:.2f} % instead of {row.value:.2f} %, and works as "
+        "well without masks"
     )
 
 
