@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lamzoo.adapters.decay import full_rate_parameters
 from lamzoo.data.paths import nfc
 from lamzoo.errors import RecipeError
+from lamzoo.lam import Lam
 from lamzoo.reduction.budget import merge_tokens, prune_tokens
 from lamzoo.registry.factory import create_for_images
 from lamzoo.training.recipe import Recipe
@@ -100,8 +101,10 @@ def build_optimizer(section: OptimizerSection, model: nn.Module) -> torch.optim.
         )
     except (TypeError, ValueError, AssertionError, ArithmeticError, RuntimeError) as error:
         raise RecipeError(f"optimizer.kwargs {section.kwargs} do not fit {section.name!r}: {error}.") from None
-    if section.layer_decay is not None:
-        _train_at_full_rate(optimizer, full_rate_parameters(model))
+    if section.lam_lr is not None:
+        set_rate(optimizer, mask_parameters(model), section.lam_lr / section.lr)
+    elif section.layer_decay is not None:
+        set_rate(optimizer, full_rate_parameters(model), 1.0)
     optimizer.register_load_state_dict_pre_hook(partial(_regroup_state, section, model))
     return optimizer
 
@@ -140,12 +143,23 @@ def _knows_others(model: Any, classes: list[str]) -> bool:
     return model.weights_source is not None and known is not None and [*map(nfc, known)] != [*map(nfc, classes)]
 
 
-def _train_at_full_rate(optimizer: torch.optim.Optimizer, parameters: set[nn.Parameter]) -> None:
+def mask_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """Returns the parameters of masks; raises a :class:`RecipeError` if there are none for ``optimizer.lam_lr``."""
+    found = {parameter for lam in model.modules() if isinstance(lam, Lam) for parameter in lam.parameters()}
+    if not found:
+        raise RecipeError(
+            "Recipe key optimizer.lam_lr is for masks, and the model has none; leave it out or set model.lam."
+        )
+    return found
+
+
+def set_rate(optimizer: torch.optim.Optimizer, parameters: set[nn.Parameter], scale: float) -> None:
+    """Gives parameters groups of their own, whose learning rate is ``scale`` times the scheduled one."""
     for group in list(optimizer.param_groups):
         chosen = [parameter for parameter in group["params"] if parameter in parameters]
         if chosen:
             group["params"] = [parameter for parameter in group["params"] if parameter not in parameters]
-            optimizer.add_param_group({**group, "params": chosen, "lr_scale": 1.0})
+            optimizer.add_param_group({**group, "params": chosen, "lr_scale": scale})
     optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
 
 

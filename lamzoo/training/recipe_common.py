@@ -37,13 +37,18 @@ Smoothing: TypeAlias = Annotated[float, Limits(least=0, below=1)]
 
 @dataclass(frozen=True)
 class OptimizerSection:
-    """``[optimizer]``: arguments of ``timm.optim.create_optimizer_v2``; ``kwargs`` go to the optimiser itself."""
+    """``[optimizer]``: arguments of ``timm.optim.create_optimizer_v2``; ``kwargs`` go to the optimiser itself.
+
+    Attributes:
+        lam_lr: learning rate of the masks; None for that of their layers.
+    """
 
     name: str = "adamw"
     lr: Positive = 1e-3
     weight_decay: PositiveOrZero = 0.05
     layer_decay: Annotated[float, Limits(above=0, most=1)] | None = None
     clip_grad: Positive | None = None
+    lam_lr: Positive | None = None
     kwargs: dict[str, Any] = field(default_factory=dict)
 
 

@@ -51,3 +51,45 @@ def test_a_copy_uses_its_own_bias(biased: torch.nn.Module) -> None:
 def test_a_bias_beside_masks_is_refused() -> None:
     with pytest.raises(ConfigError, match="rel_pos_bias is a control without masks"):
         lamzoo.create_model("lam_vit_micro", rel_pos_bias=True)
+
+
+@pytest.mark.parametrize("encoding", ["rotary", "conv"])
+def test_positions_of_another_encoding_go_with_masks(encoding: str) -> None:
+    images = torch.rand(2, 3, 32, 32)
+    torch.manual_seed(0)
+    model = lamzoo.create_model("vit_micro", position_encoding=encoding, **SMALL).eval()
+    plain = lamzoo.create_model("vit_micro", **SMALL).eval()
+    plain.load_state_dict(model.state_dict(), strict=False)
+    masked = lamzoo.create_model("lam_vit_micro", position_encoding=encoding, **SMALL).eval()
+    masked.load_state_dict(model.state_dict(), strict=False)
+    with torch.no_grad():
+        expected = model(images)
+        assert not torch.allclose(plain(images), expected)
+        torch.testing.assert_close(masked(images), expected)
+        assert torch.equal(copy.deepcopy(model)(images), expected)
+
+
+def test_masks_are_in_the_given_blocks() -> None:
+    lam = lamzoo.LamConfig(keys="position", rank=2)
+    model = lamzoo.create_model("lam_vit_micro", lam=lam, lam_blocks=[1], **SMALL).eval()
+    assert {name.split(".")[1] for name, _ in model.named_parameters() if ".lam." in name} == {"1"}
+    for parameter in lamzoo.lam_parameters(model):
+        torch.nn.init.normal_(parameter)
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        masked = model(images)
+        assert not torch.allclose(lamzoo.remove_lam(copy.deepcopy(model))(images), masked)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"position_encoding": "sine"}, "position_encoding is 'sine'; it must be one of 'rotary', 'conv', or None"),
+        ({"position_encoding": "conv", "class_token": True}, "position_encoding is for patches alone"),
+        ({"lam_blocks": [7]}, r"lam_blocks is \(7,\); it must name some of the blocks 0 to 1"),
+        ({"lam_blocks": [0], "lam": lamzoo.LamConfig(layers="single")}, "layers='multi'"),
+    ],
+)
+def test_a_wrong_place_or_encoding_is_named(arguments: dict[str, object], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        lamzoo.create_model("lam_vit_micro", **{**SMALL, **arguments})

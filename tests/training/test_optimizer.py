@@ -9,7 +9,7 @@ import timm
 import timm.optim
 import torch
 
-from lamzoo.adapters import add_lam
+from lamzoo.adapters import add_lam, lam_parameters
 from lamzoo.errors import RecipeError
 from lamzoo.lam import LamConfig
 from lamzoo.training import parse_recipe
@@ -73,6 +73,29 @@ def test_layer_decay_scales_each_blocks_rate_once(name: str) -> None:
         for index, block in enumerate(model.blocks):
             assert found[update][block.attn.qkv.weight] == pytest.approx(lr * 0.5 ** (depth - index))
             assert found[update][block.attn.lam.network.query[0].weight] == pytest.approx(lr)
+
+
+@pytest.mark.parametrize("layer_decay", [None, 0.5])
+def test_masks_train_at_a_rate_of_their_own(layer_decay: float | None) -> None:
+    schedule = ScheduleSection(epochs=2, warmup_epochs=0)
+    model: Any = add_lam(timm.create_model("test_vit", img_size=32, num_classes=2), LamConfig(keys="position"))
+    section = OptimizerSection(lr=1e-3, lam_lr=3e-3, layer_decay=layer_decay)
+    optimizer = build_optimizer(section, model)
+    found, other = (scheduled_rates(each, schedule) for each in (optimizer, build_optimizer(OptimizerSection(), model)))
+    masks = set(lam_parameters(model))
+    for update in (0, 7, 19):
+        for parameter, rate in other[update].items():
+            if parameter in masks:
+                assert found[update][parameter] == pytest.approx(3 * rate)
+            elif layer_decay is None:
+                assert found[update][parameter] == pytest.approx(rate)
+    decays = {parameter: group["weight_decay"] for group in optimizer.param_groups for parameter in group["params"]}
+    assert not any(decays[parameter] for name, parameter in model.named_parameters() if ".table." in name)
+
+
+def test_a_rate_for_masks_needs_masks() -> None:
+    with pytest.raises(RecipeError, match="optimizer.lam_lr is for masks, and the model has none"):
+        build_optimizer(OptimizerSection(lam_lr=1e-3), timm.create_model("test_vit"))
 
 
 @pytest.mark.parametrize("name", [name for name in SCHEDULES if name != "constant"])

@@ -26,7 +26,7 @@ from lamzoo.evaluation.retrieval.evaluate import encode_texts, frames_config, jo
 from lamzoo.evaluation.retrieval.reranking import check_rerank
 from lamzoo.profiling.inputs import evaluating
 from lamzoo.registry.factory import create_model
-from lamzoo.training.build import attention_kernels, reduce_by_section
+from lamzoo.training.build import attention_kernels, mask_parameters, reduce_by_section
 from lamzoo.training.loaders import create_seeded_loader, generator_of, seed_everything
 from lamzoo.training.retrieval.contrastive import contrastive_backward, contrastive_loss
 from lamzoo.training.retrieval.hard_negatives import matching_loss
@@ -113,6 +113,8 @@ class RetrievalRun(TrainingRun):
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         section = self.recipe.optimizer
         tower_scale = 1.0 if section.tower_lr is None else section.tower_lr / section.lr
+        lam_scale = 1.0 if section.lam_lr is None else section.lam_lr / section.lr
+        masks = set() if section.lam_lr is None else mask_parameters(model)
         undecayed = model.no_weight_decay()  # type: ignore[operator]
         groups: dict[tuple[float, float, bool], dict[str, Any]] = {}
         for name, parameter in model.named_parameters():
@@ -122,7 +124,7 @@ class RetrievalRun(TrainingRun):
             # Not matrix products: Muon leaves the towers' embeddings to AdamW but would take the masks' tables.
             embedding = not mask and (name in undecayed or "embedding" in name)
             decay = 0.0 if parameter.ndim <= 1 or name in undecayed else section.weight_decay
-            scale = tower_scale if name.startswith("clip.") and not mask else 1.0
+            scale = lam_scale if parameter in masks else tower_scale if name.startswith("clip.") and not mask else 1.0
             # timm's schedulers multiply the learning rate by lr_scale, so the group must not set its own rate.
             group = groups.setdefault(
                 (decay, scale, embedding),
