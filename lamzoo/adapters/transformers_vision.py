@@ -245,10 +245,16 @@ _TOWERS: Mapping[type[nn.Module], Tower] = {
 
 def tower_layouts(model: nn.Module) -> Iterator[TokenLayout]:
     """Yields the layout of the blocks of each vision transformer of a known class, with its pooling."""
+    for path, host in find_towers(model):
+        kind = next(kind for kind in _TOWERS if isinstance(host, kind))
+        yield _layout(model, path, host, _TOWERS[kind])
+
+
+def find_towers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yields path and module of each vision transformer of a known class."""
     for path, host in model.named_modules():
-        kind = next((kind for kind in _TOWERS if isinstance(host, kind)), None)
-        if kind is not None:
-            yield _layout(model, path, host, _TOWERS[kind])
+        if isinstance(host, tuple(_TOWERS)):
+            yield path, host
 
 
 def _layout(model: nn.Module, path: str, host: Any, tower: Tower) -> TokenLayout:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -9,11 +11,12 @@ from typing import Any
 import torch
 from timm.layers import to_2tuple
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from lamzoo.adapters import add_lam
+from lamzoo.adapters import add_lam, lam_state_dict, load_lam_state_dict
 from lamzoo.adapters.pretrained import saved_class
-from lamzoo.errors import ConfigError, MissingExtraError, UnsupportedHostError, class_name
+from lamzoo.errors import ConfigError, MissingExtraError, StateDictError, UnsupportedHostError, class_name
 from lamzoo.lam import LamConfig
 
 _MASK = "attention_mask"
@@ -188,9 +191,111 @@ def transformers_images(
         with torch.device("meta"):
             takes = TransformersImages(cls(parsed)).takes(size)
         if not takes:
-            vision.image_size = img_size if isinstance(img_size, int) else list(size)
+            set_image_size(parsed, size)
     host = cls(parsed)
     return TransformersImages(host if lam is None else add_lam(host, lam), size)
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: TransformersImages) -> dict[str, Tensor]:
+    """Resizes position embeddings ``(1, N, C)`` or ``(N, C)`` of a saved model to the image size of ``model``."""
+    return _with_resized_positions(state_dict, model.host, prefix="host.")
+
+
+def set_image_size(config: Any, size: tuple[int, int]) -> None:
+    """Sets the height and width of the images in a ``PretrainedConfig`` or, of CLIP and others, its vision tower's.
+
+    Raises:
+        ConfigError: no patch fits into the images, or they are not square and the model's have to be.
+    """
+    vision: Any = getattr(config, "vision_config", config)
+    model = type(config).__name__.removesuffix("Config")
+    patch = to_2tuple(_patch_size(vision))
+    if any(side < of_patch for side, of_patch in zip(size, patch, strict=True)):
+        raise ConfigError(f"img_size={size}: {model} has patches of {patch} pixels; the images must have one at least.")
+    if size[0] != size[1] and "vision" in type(vision).__name__.lower():  # whose classes count a square's patches
+        raise ConfigError(f"img_size={size}: {model} takes square images; give a single number.")
+    vision.image_size = size[0] if size[0] == size[1] and isinstance(vision.image_size, int) else list(size)
+
+
+def resized_model(host: Any, size: tuple[int, int]) -> nn.Module:
+    """Builds a model of transformers for images of another size, with the weights and masks of the model given.
+
+    Position embeddings are interpolated as the model's own ``interpolate_pos_encoding`` does; tables of masks with
+    ``keys="position"`` are resized as :func:`lamzoo.load_lam_state_dict` does.
+
+    Args:
+        host: the model, which stays unchanged.
+        size: height and width of the images in pixels.
+
+    Raises:
+        ConfigError: the model can't have images of this size.
+        StateDictError: the shape of another tensor depends on the image size; names it.
+    """
+    config = copy.deepcopy(host.config)
+    set_image_size(config, size)
+    vars(config).pop("lam_config", None)
+    model: Any = type(host)._from_config(config, dtype=host.dtype)
+    if host.can_generate():
+        model.generation_config = copy.deepcopy(host.generation_config)
+    state = {key: value for key, value in host.state_dict().items() if ".lam." not in key}
+    state = _with_resized_positions(state, model, old=image_size_of(host.config))
+    for key, value in model.state_dict().items():
+        if value.shape != state[key].shape:
+            raise StateDictError(
+                f"{key} has the shape {tuple(state[key].shape)} in the weights and {tuple(value.shape)} at "
+                f"img_size={size}, and {type(host).__name__} has no rule to resize it; leave img_size out."
+            )
+    model.load_state_dict(state)
+    if getattr(host, "lam_config", None) is not None:
+        model.lam_config = host.lam_config
+        load_lam_state_dict(add_lam(model, host.lam_config), lam_state_dict(host))
+    return model.train(host.training)
+
+
+def _with_resized_positions(
+    state: Mapping[str, Tensor], model: nn.Module, *, prefix: str = "", old: tuple[int, int] | None = None
+) -> dict[str, Tensor]:
+    """Resizes the position embeddings in a state dict to those of a model, in its vision towers of known classes.
+
+    Args:
+        state: weights of a model of this class.
+        model: the model of transformers.
+        prefix: of the names in ``state``.
+        old: height and width of the images that the weights are for; None takes a square of patches.
+    """
+    from lamzoo.adapters.transformers_vision import find_towers  # with transformers, which is optional
+
+    resized, own = dict(state), model.state_dict()
+    for path, tower in find_towers(model):
+        patch = to_2tuple(_patch_size(tower.config))
+        height, width = to_2tuple(tower.config.image_size)
+        rows, columns = height // patch[0], width // patch[1]
+        for name in _POSITIONS:
+            inner = f"{path}.{name}" if path else name
+            table, target = state.get(prefix + inner), own.get(inner)
+            if table is None or target is None or table.shape == target.shape or table.shape[-1] != target.shape[-1]:
+                continue
+            special = target.shape[-2] - rows * columns  # class tokens, which come first
+            count = table.shape[-2] - special
+            grid = (math.isqrt(max(count, 0)),) * 2
+            if old is not None:
+                grid = (old[0] // patch[0], old[1] // patch[1])
+            if special < 0 or hasattr(tower.config, "num_frames") or grid[0] * grid[1] != count:
+                continue
+            image = table[..., special:, :].float().reshape(1, *grid, -1).permute(0, 3, 1, 2)
+            image = F.interpolate(image, size=(rows, columns), mode="bicubic", align_corners=False)
+            patches = image.flatten(2).transpose(1, 2).to(table.dtype).reshape(*table.shape[:-2], -1, table.shape[-1])
+            resized[prefix + inner] = torch.cat([table[..., :special, :], patches], dim=-2)
+    return resized
+
+
+# Where the vision towers have their position embeddings.
+_POSITIONS = ("embeddings.position_embeddings", "embeddings.position_embedding.weight")
+
+
+def _patch_size(vision: Any) -> Any:
+    tubelet = getattr(vision, "tubelet_size", None)  # ViViT's has the patch size in it
+    return tuple(tubelet[1:]) if isinstance(tubelet, (list, tuple)) else getattr(vision, "patch_size", 1)
 
 
 def as_image_model(model: nn.Module) -> nn.Module:

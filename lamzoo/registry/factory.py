@@ -118,7 +118,8 @@ def create_model(
             masks get the rank of those in the file.
         cache_dir: folder for downloads; the hub's own cache by default.
         allow_pickle: also read pickles, with ``weights_only=True``.
-        **timm_kwargs: further arguments of the model's constructor; fields of the configuration for ``hf/`` models.
+        **timm_kwargs: further arguments of the model's constructor; fields of the configuration for ``hf/`` models,
+            which take ``num_classes`` and ``img_size`` beside those.
 
     Returns:
         The model, in training mode, with ``pretrained_cfg`` (and its alias ``default_cfg``; ``hf/`` models have
@@ -146,6 +147,12 @@ def create_model(
     if ref.kind == "hf":
         if checkpoint_path is not None:
             raise ConfigError(f"{ref.text} takes no checkpoint_path; load the file with the model's load_state_dict.")
+        try:
+            _check_arguments({key: given[key] for key in ("img_size",) if key in given})
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"{ref.text} cannot be built with img_size={given['img_size']!r:.60} ({error})."
+            ) from error
         return create_transformers_model(
             ref, pretrained=pretrained, lam=lam, fresh_masks=lam_weights == "fresh", arguments=given,
             cache_dir=cache_dir, allow_pickle=allow_pickle,
@@ -201,7 +208,7 @@ def create_for_images(name: str | os.PathLike[str], pretrained: bool = False, **
         with torch.device("meta"):
             plain, _ = with_timms_interface(create_model(name, **{**kwargs, "lam": False}), size)
         if not plain.takes(size):
-            kwargs["image_size"] = given_size
+            kwargs["img_size"] = given_size
     host: Any = create_model(name, pretrained, **kwargs)
     model, args = with_timms_interface(host, size)
     plan = _Plan(spec, None, cfg, args, spec.lam, None, external=False)

@@ -14,6 +14,7 @@ import numpy as np
 import timm.data
 import torch
 from PIL import Image
+from timm.layers import to_2tuple
 from torch import nn
 
 from lamzoo import hub
@@ -22,7 +23,13 @@ from lamzoo.adapters.pretrained import saved_class
 from lamzoo.data.images.decode import MODES, of_channels
 from lamzoo.errors import ConfigError, MissingExtraError, StateDictError
 from lamzoo.lam import LamConfig
-from lamzoo.models.transformers_images import TransformersImages, image_class
+from lamzoo.models.transformers_images import (
+    TransformersImages,
+    image_class,
+    image_size_of,
+    resized_model,
+    set_image_size,
+)
 from lamzoo.reading import parse_json
 from lamzoo.registry.cards import ModelSpec
 from lamzoo.registry.preprocessing import check_preprocessing
@@ -48,7 +55,8 @@ def create_transformers_model(
         lam: the masks; None and True take those that the repository was saved with, and True the default ones if there
             are none.
         fresh_masks: ignore the weights of masks.
-        arguments: of the model's configuration; ``num_classes`` is its ``num_labels``.
+        arguments: of the model's configuration; ``num_classes`` is its ``num_labels``, ``img_size`` the ``image_size``
+            of its vision tower, to which position embeddings are interpolated.
         cache_dir: replaces the hub's cache folder.
         allow_pickle: also read pickles.
     """
@@ -57,7 +65,10 @@ def create_transformers_model(
 
     folder = hub.download(ref.repo, "config.json", revision=ref.revision, cache_dir=cache_dir).parent
     settings = {"num_labels" if key == "num_classes" else key: value for key, value in arguments.items()}
+    size = settings.pop("img_size", None)
     config, unknown = transformers.AutoConfig.from_pretrained(folder, return_unused_kwargs=True, **settings)
+    if size is not None and image_size_of(config) is None:
+        unknown = {"img_size": size}
     if unknown:
         raise ConfigError(
             f"{ref.text} takes no argument {next(iter(unknown))!r}; beside num_classes, its arguments are the fields "
@@ -85,7 +96,11 @@ def create_transformers_model(
             vars(model.config).pop("lam_config", None)
         classes = (transformers.AutoConfig.from_pretrained(folder).num_labels, config.num_labels)
         _check_sizes(ref.text, info["mismatched_keys"], classes, arguments)
+        if size is not None and to_2tuple(size) != image_size_of(config):
+            model = resized_model(model, to_2tuple(size))
     else:
+        if size is not None:
+            set_image_size(config, to_2tuple(size))
         model = cls(config)
     model.lam_config = getattr(model, "lam_config", None)
     if model.lam_config is None and masks is not None and lam is not False:
@@ -111,9 +126,11 @@ def _check_sizes(
     for key, stored, built in sorted(mismatched):
         if (stored[0], built[0]) != classes or stored[1:] != built[1:]:
             asked = ", ".join(f"{name}={value!r}" for name, value in arguments.items() if name != "num_classes")
+            way_out = ", name another image size as img_size=" if "image_size" in arguments else ""
             raise StateDictError(
                 f"{key} has the shape {tuple(stored)} in the weights of {name} and {tuple(built)} in the model"
-                f"{f' with {asked}' if asked else ''}; leave out what changes its shape, or use pretrained=False."
+                f"{f' with {asked}' if asked else ''}; leave out what changes its shape{way_out}, or use "
+                "pretrained=False."
             )
 
 

@@ -389,13 +389,14 @@ def _sizing_argument(model: nn.Module, key: str) -> str | None:
 
 def _old_grid(model: nn.Module, patches: int) -> tuple[int, int] | None:
     """Returns the patch grid of the file: that of its image size, or a square; None if neither has so many patches."""
-    embed: Any = model.patch_embed
+    embed: Any = getattr(model, "patch_embed", None)  # models of transformers have none
     args: Mapping[str, Any] = getattr(model, "pretrained_model_args", {})
     size = args.get("img_size") or _cfg(model).get("input_size", (3, 0, 0))[-2:]
     size = (size, size) if isinstance(size, int) else size
-    grid = tuple(old * count // now for old, count, now in zip(size, embed.grid_size, embed.img_size, strict=True))
-    if grid[0] * grid[1] == patches:
-        return grid[0], grid[1]
+    if embed is not None:
+        grid = tuple(old * count // now for old, count, now in zip(size, embed.grid_size, embed.img_size, strict=True))
+        if grid[0] * grid[1] == patches:
+            return grid[0], grid[1]
     side = math.isqrt(patches)
     return (side, side) if side * side == patches else None
 

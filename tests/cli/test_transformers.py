@@ -98,9 +98,11 @@ def test_only_heads_of_other_classes_stay_fresh(name: str, given: dict[str, int]
     assert model(torch.randn(2, 3, 32, 32)).shape == (2, 5)
     positions = "vit.embeddings.position_embeddings"
     assert torch.equal(model.host.get_parameter(positions), _model().get_parameter(positions))
-    refused = r"position_embeddings has the shape \(1, 17, 16\) .* image_size=64; leave"
+    refused = (
+        r"position_embeddings has the shape \(1, 17, 16\) .* image_size=64; leave .* another image size as img_size="
+    )
     with pytest.raises(StateDictError, match=refused):
-        create_for_images(name, pretrained=True, img_size=64, **given)
+        create_for_images(name, pretrained=True, image_size=64, **given)
 
 
 def test_saved_models_come_back_with_masks_and_merging(tmp_path: Path) -> None:
