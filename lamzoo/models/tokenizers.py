@@ -157,6 +157,55 @@ class Gpt2Tokenizer:
         return text
 
 
+class HfTokenizer:
+    """The tokenizer of a model of transformers, called as open_clip's tokenizers are.
+
+    Args:
+        source: a folder with a ``tokenizer.json``, or a hub repository, ``owner/name[@revision]``.
+        context_length: length of the encoded texts, special tokens included.
+        vocab_size: vocabulary size of the model.
+        padding: token id of padding.
+
+    Raises:
+        WeightsNotFoundError: the file is not on this machine and can't be downloaded; with instructions to get it.
+        ConfigError: the file is not a tokenizer, or has more tokens than the model.
+    """
+
+    def __init__(self, source: str, context_length: int, vocab_size: int, padding: int = 0) -> None:
+        from tokenizers import Tokenizer  # of the extra lamzoo[transformers], which the other tokenizers do without
+
+        path = _find(source)
+        try:
+            self._encoder = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception
+            way_out = hub.discard(path) or "replace it with an intact copy"
+            raise ConfigError(f"{path} is not a tokenizer file ({error}); {way_out}.") from error
+        self.context_length, self.vocab_size = context_length, self._encoder.get_vocab_size()
+        if self.vocab_size > vocab_size:
+            raise ConfigError(
+                f"{path} has {self.vocab_size} tokens, and the text tower was built for {vocab_size}; set "
+                "hf_tokenizer_name to the tower's own tokenizer."
+            )
+        self._padding = padding
+        self._encoder.no_padding()
+
+    def __call__(self, texts: str | Sequence[str], context_length: int | None = None) -> Tensor:
+        """Encodes texts to int64 ``(B, context_length)``, special tokens first and last; long texts are truncated."""
+        length = context_length or self.context_length
+        self._encoder.enable_truncation(length)
+        texts = [texts] if isinstance(texts, str) else texts
+        rows = torch.full((len(texts), length), self._padding, dtype=torch.int64)
+        for row, text in zip(rows, texts, strict=True):  # one by one: encode_batch starts threads
+            ids = self._encoder.encode(text).ids
+            row[: len(ids)] = torch.tensor(ids)
+        return rows
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Returns the text of token ids, without special tokens."""
+        text: str = self._encoder.decode([int(token) for token in tokens], skip_special_tokens=True)
+        return text
+
+
 def find_local(source: str) -> Path | None:
     """Returns the path of the tokenizer file in a local folder, or None where ``source`` names a hub repository.
 

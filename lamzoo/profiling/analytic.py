@@ -186,7 +186,10 @@ def _clip4clip(model: Any) -> tuple[int, list[Stack]]:
     if model.similarity_type == "mean":
         return ends + width, [image, text]  # and one cosine similarity
     tight = model.similarity_type == "tight"
-    head = replace(_clip_stack(model.head.transformer, frames + tight, width), masked=has_masks(model.head))
+    tokens = model.head.length if tight else frames
+    head = replace(_clip_stack(model.head.transformer, tokens, width), masked=has_masks(model.head))
+    words, patches = model.words * model.context_length, frames * model.patch_grid**2
+    ends += words * text.width * width + patches * image.width * width
     return ends + (width**2 + width if tight else width), [image, text, head]
 
 

@@ -12,7 +12,7 @@ def first_stage(model: Any) -> Any:
     from lamzoo.models.clip4clip.heads import MeanHead
 
     model.head = MeanHead(model.num_features, model.max_frames, 0, 0.0, nn.Identity)
-    model.similarity_type = "mean"
+    model.similarity_type, model.words, model.patch_grid = "mean", False, 0
     return model
 
 

@@ -53,6 +53,7 @@ from lamzoo.weights.files import read_state_dict
 from lamzoo.weights.loading import load_into, with_rank_of
 from lamzoo.weights.saved import read_saved
 from lamzoo.weights.sources import WeightsFile, location, resolve, resolve_repo
+from lamzoo.weights.tower_files import load_towers
 
 __all__ = ["create_for_images", "create_model", "find_weights_file", "obtain"]
 
@@ -166,6 +167,10 @@ def create_model(
     if lam is None and silent is not None and lam_weights == "pretrained" and plan.lam is not None:
         plan = replace(plan, lam=with_rank_of(plan.lam, silent, str(checkpoint_path or ref.text)))
     model: Any = _build(plan, lam, given)
+    if plan.config is not None and "clip" not in given and getattr(model, "tower_files", {}):
+        raise ConfigError(f"{plan.config} names files of towers, which a saved model contains; remove their names.")
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        load_towers(model)
     part = None
     if given.get("features_only") and (pretrained or checkpoint_path is not None):
         whole = {key: value for key, value in given.items() if key not in _FEATURE_ARGS}
@@ -372,6 +377,10 @@ def _build(plan: _Plan, lam: LamConfig | bool | None, given: Mapping[str, Any]) 
         if plan.tag is not None or not plan.args:
             base = getattr(model, "pretrained_cfg", None)
             cfg = pretrained_cfg_of(spec, plan.tag, PretrainedCfg(**base) if base else None)
+    stated = {} if "clip" in given else {**spec.pretrained_cfg, **(plan.tag.pretrained_cfg if plan.tag else {})}
+    if plan.config is None or "clip" in given:  # the record of a saved model is that of its towers
+        towers = {key: value for key, value in getattr(model, "preprocessing", {}).items() if key not in stated}
+        cfg = replace(cfg, **towers)
     _label(model, plan, cfg, arguments)
     reduction = plan.reduction
     if reduction is not None and (masks is not None or reduction.method == "merge"):  # pruning needs the masks
@@ -489,6 +498,7 @@ def _label(model: Any, plan: _Plan, cfg: PretrainedCfg, arguments: Mapping[str, 
         model.lam_config = None
     # What timm's own factory records, for timm's data configuration and export.
     kept = {key: value for key, value in arguments.items() if key not in ("device", "dtype")}
+    kept |= getattr(model, "resolved_args", {})
     model._model_args = {**getattr(model, "_model_args", {}), **kept}
     if not hasattr(model, "_traits"):
         _init_model_traits(model, kept, model.pretrained_cfg)

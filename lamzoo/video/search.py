@@ -135,7 +135,7 @@ class VideoIndex:
             if self.frame_mask is not None and rerank is None:
                 return _highest(compare(self.model, text, self.embeddings, self.frame_mask)[0], top)
         with torch.inference_mode():  # without autocast, whose rounding would cause ties
-            unit = F.normalize(text[0], dim=0)
+            unit = F.normalize(text[0, 0] if text.ndim == 3 else text[0], dim=0)  # without words
             if self.clusters is not None:
                 found = self.clusters.search(unit.cpu(), top)
                 if len(found) == min(top, len(self)):  # otherwise the clusters that were read have fewer

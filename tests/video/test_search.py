@@ -41,10 +41,10 @@ TOWERS: dict[str, Any] = {
 }
 
 
-def build(similarity: str = "seq", seed: int = 0) -> Any:
+def build(similarity: str = "seq", seed: int = 0, **more: Any) -> Any:
     torch.manual_seed(seed)
     return lamzoo.create_model(
-        "lam_clip4clip_micro", clip=TOWERS, similarity=similarity, head_layers=1, max_frames=4, fps=1, lam=False
+        "lam_clip4clip_micro", clip=TOWERS, similarity=similarity, head_layers=1, max_frames=4, fps=1, lam=False, **more
     )
 
 
@@ -133,8 +133,9 @@ def test_the_order_is_that_of_comparing_one_by_one(folder: Path, similarity: str
     assert sorted(found.durations) == pytest.approx([1.2, 2.2, 3.2, 4.2, 5.2])
 
 
-def test_in_two_stages_the_head_orders_the_best_embeddings(folder: Path) -> None:
-    model = build("tight")
+@pytest.mark.parametrize("tokens", [{}, {"words": True, "patch_grid": 2}], ids=["embeddings", "tokens"])
+def test_in_two_stages_the_head_orders_the_best_embeddings(folder: Path, tokens: dict[str, Any]) -> None:
+    model = build("tight", **tokens)
     found = index(folder, model)
     for query in QUERIES:
         exact = found.search(query)

@@ -231,8 +231,8 @@ def join_videos(videos: Sequence[Tensor], masks: Sequence[Tensor]) -> tuple[Tens
     """Concatenates the results of :meth:`encode_video` over batches, with frames padded to the longest video."""
     longest = max(mask.shape[1] for mask in masks)
     padded = [nn.functional.pad(mask, (0, longest - mask.shape[1])) for mask in masks]
-    if videos[0].ndim == 3:
-        videos = [nn.functional.pad(video, (0, 0, 0, longest - video.shape[1])) for video in videos]
+    if inner := videos[0].ndim - 2:  # frames, and maybe their patches
+        videos = [nn.functional.pad(video, (*[0] * 2 * inner, 0, longest - video.shape[1])) for video in videos]
     return torch.cat(list(videos)), torch.cat(padded).to(videos[0].device)
 
 

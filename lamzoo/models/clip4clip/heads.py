@@ -63,16 +63,40 @@ class SequentialHead(nn.Module):
 class TightHead(nn.Module):
     """A transformer over the text's embedding and the frames together ("tight type", section 3.3.3).
 
-    Arguments as for :class:`SequentialHead`.
+    Beyond the paper, the words of the text may follow its embedding, and the patches of a frame that frame's.
+
+    Args:
+        width: as for :class:`SequentialHead`, like the next four.
+        max_frames: maximum number of frames.
+        layers: layers of the transformer.
+        mlp_ratio: hidden width of its MLPs.
+        activation: activation of its MLPs.
+        words: number of words, padding included, and the width of their states; zeros for none.
+        patches: number of patches of a frame, and the width of their states; zeros for none.
 
     Attributes:
         max_pairs: text-video pairs that are compared at a time without gradients; bounds memory.
     """
 
-    def __init__(self, width: int, max_frames: int, layers: int, mlp_ratio: float, activation: type[nn.Module]) -> None:
+    def __init__(
+        self,
+        width: int,
+        max_frames: int,
+        layers: int,
+        mlp_ratio: float,
+        activation: type[nn.Module],
+        words: tuple[int, int] = (0, 0),
+        patches: tuple[int, int] = (0, 0),
+    ) -> None:
         super().__init__()
-        self.length = 1 + max_frames
+        self.length = 1 + words[0] + max_frames * (1 + patches[0])
         self.max_pairs = 4096
+        if words[0]:
+            self.word_projection = nn.Linear(words[1], width)
+        if patches[0]:
+            self.patch_projection = nn.Linear(patches[1], width)
+        if words[0] or patches[0]:
+            self.max_pairs = max(1, 4096 * 13 // self.length)  # as many tokens as with 12 frames
         self.embedding = nn.Parameter(torch.empty(self.length, width))
         self.embedding_type = nn.Parameter(torch.empty(2, width))  # of the text, of frames
         self.transformer = _transformer(width, layers, mlp_ratio, activation)
@@ -83,7 +107,16 @@ class TightHead(nn.Module):
         _initialise(self.transformer, self.embedding, self.embedding_type)
 
     def forward(self, text: Tensor, frames: Tensor, frame_mask: Tensor) -> Tensor:
-        """Returns logits ``(T, V)`` of texts ``(T, D)``, frames ``(V, F, D)`` and their mask ``(V, F)``, bool."""
+        """Returns the logits of every text with every video.
+
+        Args:
+            text: ``(T, D)``, or with words ``(T, 1 + W, D)``, zeros for padding.
+            frames: ``(V, F, D)``, or with patches ``(V, F, 1 + P, D)``.
+            frame_mask: ``(V, F)``, bool.
+
+        Returns:
+            ``(T, V)``, float32.
+        """
         if torch.is_grad_enabled():
             return self._compare(text, frames, frame_mask)
         rows = []
@@ -93,7 +126,7 @@ class TightHead(nn.Module):
         return torch.cat(rows)
 
     def match(self, text: Tensor, frames: Tensor, frame_mask: Tensor) -> Tensor:
-        """Returns the logits ``(P,)`` of pairs of a text ``(P, D)`` and a video, ``(P, F, D)`` and mask ``(P, F)``."""
+        """Returns the logits ``(P,)`` of pairs of a text and a video, of the shapes of :meth:`forward`."""
         if torch.is_grad_enabled() or len(text) <= self.max_pairs:
             return self._match(text, frames, frame_mask)
         parts = (each.split(self.max_pairs) for each in (text, frames, frame_mask))
@@ -106,16 +139,22 @@ class TightHead(nn.Module):
     def _compare(self, text: Tensor, frames: Tensor, frame_mask: Tensor) -> Tensor:
         pairs = len(text), len(frames)
         every = (
-            text[:, None].expand(*pairs, -1),
-            frames.expand(len(text), -1, -1, -1),
-            frame_mask.expand(len(text), -1, -1),
+            text[:, None].expand(*pairs, *text.shape[1:]),
+            frames.expand(len(text), *frames.shape),
+            frame_mask.expand(len(text), *frame_mask.shape),
         )
         return self._match(*(each.flatten(0, 1) for each in every)).view(pairs)
 
     def _match(self, text: Tensor, frames: Tensor, frame_mask: Tensor) -> Tensor:
-        first, others = text[:, None] + self.embedding_type[0], frames + self.embedding_type[1]
-        tokens = torch.cat([first, others], dim=1) + self.embedding[: 1 + frames.shape[1]]
-        seen = F.pad(frame_mask, (1, 0), value=True)
+        if text.ndim == 2:
+            text = text[:, None]
+        if frames.ndim == 4:
+            frame_mask = frame_mask.repeat_interleave(frames.shape[2], dim=1)
+            frames = frames.flatten(1, 2)
+        tokens = torch.cat([text + self.embedding_type[0], frames + self.embedding_type[1]], dim=1)
+        tokens = tokens + self.embedding[: tokens.shape[1]]
+        words = F.pad(text[:, 1:].any(dim=-1), (1, 0), value=True)
+        seen = torch.cat([words, frame_mask], dim=1)
         tokens = self.transformer(tokens, attn_mask=_padding_bias(seen, self.transformer, tokens.dtype))
         pooled = self.activation(self.pooler(self.norm(tokens[:, 0])))
         with full_precision(pooled.device):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from importlib.util import find_spec
 from typing import Any, ClassVar, Literal, get_args
@@ -28,7 +26,18 @@ from open_clip.convert import convert_state_dict
 from open_clip.model import CLIP, resize_pos_embed, resize_text_pos_embed
 
 from lamzoo.models.clip4clip.heads import MeanHead, SequentialHead, TightHead, full_precision, mean_of_frames
-from lamzoo.models.tokenizers import SmallTokenizer
+from lamzoo.models.clip4clip.tower_states import (
+    check_text,
+    check_vision,
+    embed_text,
+    embed_vision,
+    text_states,
+    text_width,
+    vision_states,
+    vision_width,
+)
+from lamzoo.models.clip4clip.towers import Towers, custom_towers, named_towers
+from lamzoo.models.tokenizers import HfTokenizer, SmallTokenizer
 
 Similarity = Literal["mean", "seq", "tight"]
 Place = Literal["head", "vision", "text"]
@@ -37,24 +46,32 @@ _HEADS = {"mean": MeanHead, "seq": SequentialHead, "tight": TightHead}
 
 
 class Clip4Clip(nn.Module):
-    """Two towers of open_clip and a head that compares a text with the frames of a video (arXiv 2104.08860).
+    """Two towers and a head that compares a text with the frames of a video (arXiv 2104.08860).
 
     Attributes:
-        clip: the model of open_clip; its vision tower encodes each frame separately.
+        clip: the towers, a model of open_clip; the vision tower encodes each frame separately.
         head: ``mean``, ``seq`` or ``tight``, sections 3.3.1 to 3.3.3 of the paper.
         max_frames: number of frames that the head has positions for.
         sampling: frame sampling that the model expects.
         context_length: maximum tokens of a text.
         num_features: width of the embeddings.
+        patch_grid: patches per side and frame that the head compares; 0 for none.
+        words: whether the head compares words.
+        tower_files: pretrained weights of towers, by the path of the tower in the model, for ``create_model``.
+        preprocessing: keys of timm's ``PretrainedCfg`` that the vision tower states; empty for open_clip's own.
+        resolved_args: arguments that build the same model without these files, in place of the given ones.
 
     Args:
-        clip: the towers, as created by ``open_clip.create_model``.
+        clip: the towers, as created by ``open_clip.create_model``, or with their origin, as a :class:`Towers`.
         similarity: the head.
         max_frames: maximum frames of a video.
         fps: frames per second that a video is sampled at; 0 for all frames.
         head_layers: transformer layers of the head.
         head_mlp_ratio: hidden width of their MLPs, relative to that of the embeddings.
-        tokenizer_name: open_clip model whose tokenizer is used; None for the zoo's small tokenizer.
+        patch_grid: the head also compares the patches of each frame, averaged over ``patch_grid`` by ``patch_grid``
+            equal areas; 0 for none. Only with ``similarity="tight"``.
+        words: the head also compares the words of the text. Only with ``similarity="tight"``.
+        tokenizer_name: open_clip model whose tokenizer is used; None for that of the towers, or the zoo's small one.
     """
 
     task: ClassVar[str] = "retrieval"
@@ -67,6 +84,8 @@ class Clip4Clip(nn.Module):
     sized_by: ClassVar[Mapping[str, str]] = {
         "head.embedding": "max_frames",
         "head.*.table.*": "max_frames",
+        "head.word_projection.*": "clip",
+        "head.patch_projection.*": "clip",
         "head.*.mlp.*": "head_mlp_ratio",
         "clip.positional_embedding": "context_length",
         "clip.text.positional_embedding": "context_length",
@@ -84,6 +103,8 @@ class Clip4Clip(nn.Module):
         fps: float = 1.0,
         head_layers: int = 4,
         head_mlp_ratio: float = 4.0,
+        patch_grid: int = 0,
+        words: bool = False,
         tokenizer_name: str | None = None,
     ) -> None:
         super().__init__()
@@ -94,7 +115,13 @@ class Clip4Clip(nn.Module):
             raise ConfigError(
                 f"CLIP4Clip has {max_frames} frames and {head_layers} layers in its head; both must be at least 1."
             )
-        self.clip = clip
+        if (patch_grid or words) and similarity != "tight":
+            raise ConfigError(
+                f"patch_grid and words are for similarity='tight', which compares tokens, and it is {similarity!r}; "
+                "leave them out."
+            )
+        towers = clip if isinstance(clip, Towers) else Towers(clip)
+        self.clip = clip = towers.clip
         self.context_length: int = clip.context_length
         self.num_features: int = _embed_dim(clip)
         self.num_classes = 0
@@ -102,15 +129,36 @@ class Clip4Clip(nn.Module):
         self.max_frames = max_frames
         self.sampling = FrameSampling(fps or None, max_frames)
         self.lam_config = None
-        self.head = _HEADS[similarity](self.num_features, max_frames, head_layers, head_mlp_ratio, _activation(clip))
-        self._tokenizer_name = tokenizer_name
+        self.patch_grid, self.words = patch_grid, words
+        self.head = _HEADS[similarity](
+            self.num_features, max_frames, head_layers, head_mlp_ratio, _activation(clip), **self._tokens()
+        )
+        self.tower_files = {f"clip.{path}": file for path, file in towers.files.items()}
+        self.preprocessing = dict(towers.preprocessing)
+        self.resolved_args = {} if towers.args is None else {"clip": towers.args}
+        self.fresh_layers = tuple(f"clip.{prefix}" for prefix in towers.fresh)
+        self._tokenizer_name, self._tokenizer_source = tokenizer_name, towers.tokenizer
+
+    def _tokens(self) -> dict[str, tuple[int, int]]:
+        """Returns the numbers and widths of the words of a text and the patches of a frame, for the head."""
+        sizes = {}
+        if self.words:
+            check_text(self.clip)
+            sizes["words"] = (self.context_length, text_width(self.clip))
+        if self.patch_grid:
+            check_vision(self.clip.visual, self.patch_grid)
+            sizes["patches"] = (self.patch_grid**2, vision_width(self.clip.visual))
+        return sizes
 
     @cached_property
     def tokenizer(self) -> Any:
         """Encodes a list of texts to token ids ``(B, context_length)``, int64."""
-        if self._tokenizer_name is None:
-            return SmallTokenizer(self.clip.vocab_size, self.context_length)
-        return open_clip.get_tokenizer(self._tokenizer_name, context_length=self.context_length)
+        if self._tokenizer_name is not None:
+            return open_clip.get_tokenizer(self._tokenizer_name, context_length=self.context_length)
+        if self._tokenizer_source is not None:
+            padding = self.clip.text.config.pad_token_id
+            return HfTokenizer(self._tokenizer_source, self.context_length, self.clip.vocab_size, padding)
+        return SmallTokenizer(self.clip.vocab_size, self.context_length)
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -123,21 +171,52 @@ class Clip4Clip(nn.Module):
         return self.similarity(self.encode_text(text), self.encode_video(frames, frame_mask), frame_mask)
 
     def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
-        """Returns embeddings ``(B, D)`` of texts ``(B, context_length)``; tokens after the end of a text are ignored.
+        """Returns embeddings of texts ``(B, context_length)``; tokens after the end of a text are ignored.
 
         Args:
             text: token ids, int64, of :attr:`tokenizer`.
             normalize: normalise to length 1, as in open_clip.
+
+        Returns:
+            ``(B, D)``; with :attr:`words` ``(B, 1 + context_length, D)``, the embedding of the text and those of its
+            words, zeros for padding.
         """
+        if self.words:
+            return self.embed_text(self.text_states(text), normalize)
         return self.clip.encode_text(text, normalize=normalize)
 
+    def text_states(self, text: Tensor) -> Tensor:
+        """Returns the states of the text tower that :meth:`embed_text` takes, before all projections.
+
+        Args:
+            text: token ids ``(B, context_length)``, int64.
+
+        Returns:
+            ``(B, 1, C)``, pooled; with :attr:`words` ``(B, 1 + context_length, C)``.
+        """
+        return text_states(self.clip, text, self.words)
+
+    def embed_text(self, states: Tensor, normalize: bool = False) -> Tensor:
+        """Projects states of :meth:`text_states`; returns what :meth:`encode_text` does."""
+        embeddings = embed_text(self.clip, states[:, 0])
+        if self.words:
+            words = states[:, 1:]
+            there = words.any(dim=-1, keepdim=True)
+            words = self.head.word_projection(words).masked_fill(~there, 0.0)
+            embeddings = torch.cat([embeddings[:, None], words], dim=1)
+        return F.normalize(embeddings, dim=-1) if normalize else embeddings
+
     def encode_video(self, frames: Tensor, frame_mask: Tensor | None = None, normalize: bool = False) -> Tensor:
-        """Returns video embeddings for :meth:`similarity`: ``(B, D)``, or ``(B, F, D)`` with ``similarity="tight"``.
+        """Returns video embeddings for :meth:`similarity`.
 
         Args:
             frames: ``(B, F, 3, H, W)``, float, preprocessed; ``F`` is at most ``max_frames``, except for ``"mean"``.
             frame_mask: ``(B, F)``, bool, True where there is a frame, at least one per video; None for all.
             normalize: normalise to length 1.
+
+        Returns:
+            ``(B, D)``; with ``similarity="tight"`` ``(B, F, D)`` or, with a :attr:`patch_grid`, ``(B, F, 1 + P, D)``:
+            the embedding of each frame and those of its patches. Zeros for missing frames.
 
         Raises:
             ConfigError: there are more frames than the head has positions for.
@@ -147,7 +226,38 @@ class Clip4Clip(nn.Module):
                 f"The videos have {frames.shape[1]} frames and this CLIP4Clip has positions for {self.max_frames}; "
                 "sample fewer frames, or create the model with a larger max_frames."
             )
-        video = self.encode_frames(frames, frame_mask)
+        if self.patch_grid:
+            return self.embed_video(self.frame_states(frames, frame_mask), frame_mask, normalize)
+        return self._compared(self.encode_frames(frames, frame_mask), frame_mask, normalize)
+
+    def frame_states(self, frames: Tensor, frame_mask: Tensor | None = None) -> Tensor:
+        """Returns the states of the vision tower that :meth:`embed_video` takes, before all projections.
+
+        Args:
+            frames: ``(B, F, 3, H, W)``, float, preprocessed.
+            frame_mask: ``(B, F)``, bool; None for all.
+
+        Returns:
+            ``(B, F, 1, C)``, pooled; with a :attr:`patch_grid` ``(B, F, 1 + P, C)``. Zeros for missing frames.
+        """
+        tokens = 1 + self.patch_grid**2
+
+        def encode(images: Tensor) -> Tensor:
+            return vision_states(self.clip.visual, images, self.patch_grid).flatten(1)
+
+        return self._encode_frames(encode, frames, frame_mask).unflatten(-1, (tokens, -1))
+
+    def embed_video(self, states: Tensor, frame_mask: Tensor | None = None, normalize: bool = False) -> Tensor:
+        """Projects and compares states of :meth:`frame_states`; returns what :meth:`encode_video` does."""
+        seen = _whole(states) if frame_mask is None else frame_mask
+        video = embed_vision(self.clip.visual, states[:, :, 0])
+        if self.patch_grid:
+            video = torch.cat([video[:, :, None], self.head.patch_projection(states[:, :, 1:])], dim=2)
+        video = video.masked_fill(~seen.view(*seen.shape, *[1] * (video.ndim - 2)), 0.0)
+        return self._compared(video, frame_mask, normalize)
+
+    def _compared(self, video: Tensor, frame_mask: Tensor | None, normalize: bool) -> Tensor:
+        """Returns video embeddings of frame embeddings ``(B, F, D)``; the tight head compares them later."""
         if not isinstance(self.head, TightHead):
             video = self.head(video, _whole(video) if frame_mask is None else frame_mask)
         return F.normalize(video, dim=-1) if normalize else video
@@ -161,10 +271,14 @@ class Clip4Clip(nn.Module):
             frames: ``(B, F, 3, H, W)``, float.
             frame_mask: ``(B, F)``, bool.
         """
+        return self._encode_frames(self.clip.encode_image, frames, frame_mask)
+
+    def _encode_frames(self, encode: Callable[[Tensor], Tensor], frames: Tensor, frame_mask: Tensor | None) -> Tensor:
+        """Returns what ``encode`` makes of each image, ``(B, F, D)``; zeros for missing frames."""
         reduction: TokenReduction | None = getattr(self, "token_reduction", None)
         share = 1.0 if reduction is None else reduction.frames
         if frame_mask is None or bool(frame_mask.all()):
-            return self._encode([frames], share)[0]
+            return _encode(encode, [frames], share)[0]
         if share == 1:
             places, videos = [frame_mask], [frames[frame_mask].unsqueeze(0)]  # padding isn't encoded
         else:  # videos of the same length together, so that each is merged as if it were alone
@@ -172,29 +286,18 @@ class Clip4Clip(nn.Module):
             chosen = [length for length in lengths.unique().tolist() if length > 0]
             places = [frame_mask & (lengths == length) for length in chosen]
             videos = [frames[here].unflatten(0, (-1, length)) for here, length in zip(places, chosen, strict=True)]
-        parts = self._encode(videos, share)
+        parts = _encode(encode, videos, share)
         seen = parts[0].new_zeros(*frames.shape[:2], parts[0].shape[-1])
         for here, part in zip(places, parts, strict=True):
             seen = seen.masked_scatter(here[..., None], part)
         return seen
 
-    def _encode(self, videos: Sequence[Tensor], share: float) -> list[Tensor]:
-        """Returns the embeddings of whole videos of several lengths, each ``(B, F, 3, H, W)``, in one pass."""
-        merged = [merge_frames(video, share) for video in videos]
-        few = [frames.flatten(0, 1) for frames, _ in merged]
-        embedded = self.clip.encode_image(torch.cat(few) if len(few) > 1 else few[0]).split([len(part) for part in few])
-        whole = []
-        for part, (frames, token_map) in zip(embedded, merged, strict=True):
-            seen = part.unflatten(0, frames.shape[:2])
-            whole.append(seen if token_map is None else token_map.spread(seen))
-        return whole
-
     def similarity(self, text: Tensor, video: Tensor, frame_mask: Tensor | None = None) -> Tensor:
         """Compares every text with every video.
 
         Args:
-            text: ``(T, D)``, from :meth:`encode_text`.
-            video: ``(V, D)`` or ``(V, F, D)``, from :meth:`encode_video`.
+            text: ``(T, D)`` or ``(T, 1 + W, D)``, from :meth:`encode_text`.
+            video: ``(V, D)``, ``(V, F, D)`` or ``(V, F, 1 + P, D)``, from :meth:`encode_video`.
             frame_mask: ``(V, F)``, bool, as for :meth:`encode_video`; only used with ``similarity="tight"``. None for
                 all frames with a non-zero embedding.
 
@@ -203,7 +306,7 @@ class Clip4Clip(nn.Module):
             autocast, since many videos would have equal scores in bfloat16.
         """
         if isinstance(self.head, TightHead):
-            return self.head(text, video, _seen(video) if frame_mask is None else frame_mask)
+            return self.head(text, video, _seen(video.flatten(2)) if frame_mask is None else frame_mask)
         return self.dual_similarity(text, video, frame_mask)
 
     def dual_similarity(self, text: Tensor, video: Tensor, frame_mask: Tensor | None = None) -> Tensor:
@@ -212,7 +315,8 @@ class Clip4Clip(nn.Module):
         This is the first stage of two-stage retrieval; :meth:`match` is the second one. Arguments and result are those
         of :meth:`similarity`; with ``similarity="tight"`` videos have the embeddings of :meth:`pool_frames`.
         """
-        if video.ndim == 3:
+        text = text[:, 0] if text.ndim == 3 else text
+        if video.ndim > 2:
             video = self.pool_frames(video, frame_mask)
         with full_precision(text.device):
             scale = self.clip.logit_scale.float().exp()
@@ -222,10 +326,11 @@ class Clip4Clip(nn.Module):
         """Returns the mean ``(V, D)`` of the normalised frames of each video, as with ``similarity="mean"``.
 
         Args:
-            video: ``(V, F, D)``, from :meth:`encode_frames`.
+            video: ``(V, F, D)``, or with patches ``(V, F, 1 + P, D)``, which are left out, from :meth:`encode_video`.
             frame_mask: ``(V, F)``, bool; None for all frames with a non-zero embedding.
         """
-        return mean_of_frames(video, _seen(video) if frame_mask is None else frame_mask)
+        seen = _seen(video.flatten(2)) if frame_mask is None else frame_mask
+        return mean_of_frames(video if video.ndim == 3 else video[:, :, 0], seen)
 
     def match(self, text: Tensor, video: Tensor, frame_mask: Tensor | None = None) -> Tensor:
         """Compares each text with one video by the joint transformer of ``similarity="tight"``.
@@ -246,7 +351,7 @@ class Clip4Clip(nn.Module):
                 f"similarity={self.similarity_type!r} has no joint transformer that matches a text with a video; "
                 "create the model with similarity='tight'."
             )
-        return self.head.match(text, video, _seen(video) if frame_mask is None else frame_mask)
+        return self.head.match(text, video, _seen(video.flatten(2)) if frame_mask is None else frame_mask)
 
     def example_inputs(self, batch_size: int = 1) -> tuple[Tensor, Tensor]:
         """Returns random videos of ``max_frames`` frames and as many texts, for profiling."""
@@ -295,6 +400,9 @@ class Clip4Clip(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Returns the names of parameters without weight decay, for timm's optimisers."""
         towers = {f"clip.{name}" for name in self.clip.no_weight_decay()}
+        trunk: Any = getattr(self.clip.visual, "trunk", None)  # of timm, for which open_clip states none
+        if hasattr(trunk, "no_weight_decay"):
+            towers |= {f"clip.visual.trunk.{name}" for name in trunk.no_weight_decay()}
         return towers | {name for name, _ in self.named_parameters() if name.startswith("head.embedding")}
 
 
@@ -309,6 +417,8 @@ def clip4clip(
     fps: float | None = None,
     head_layers: int | None = None,
     head_mlp_ratio: float | None = None,
+    patch_grid: int | None = None,
+    words: bool | None = None,
     context_length: int | None = None,
     quick_gelu: bool | None = None,
     img_size: int | tuple[int, int] | None = None,
@@ -318,10 +428,11 @@ def clip4clip(
     """Builds a :class:`Clip4Clip` without weights.
 
     Args:
-        config: ``open_clip``: a model name of open_clip, or ``clip``: arguments of ``open_clip.CLIP``, for towers
-            without a name; and defaults of the arguments below.
+        config: ``open_clip``: a model name of open_clip, or ``clip``: arguments of towers without a name; and defaults
+            of the arguments below.
         lam: configuration of the masks; ``None`` for plain CLIP4Clip.
-        clip: arguments of ``open_clip.CLIP``, for custom towers.
+        clip: arguments of ``open_clip.CLIP``, for custom towers, which may be models of timm and transformers,
+            pretrained from files; see :func:`lamzoo.models.clip4clip.towers.custom_towers`.
         similarity: the head: ``"mean"``, ``"seq"`` or ``"tight"``.
         lam_in: the parts that get masks: ``"head"`` (not with ``"mean"``), ``"vision"`` and ``"text"`` tower. By
             default the head, or with ``"mean"`` the vision tower.
@@ -330,6 +441,9 @@ def clip4clip(
         head_layers: transformer layers of the head.
         head_mlp_ratio: hidden width of their MLPs, relative to that of the embeddings; a larger one is the
             parameter-matched control without a mask.
+        patch_grid: the tight head also compares the patches of each frame, averaged over ``patch_grid`` by
+            ``patch_grid`` equal areas; 0 for none.
+        words: the tight head also compares the words of the text.
         context_length: maximum tokens of a text; positions of published weights are truncated to it.
         quick_gelu: use OpenAI's activation, which its weights need; tags set it themselves.
         img_size: size of the frames, pixels.
@@ -346,17 +460,20 @@ def clip4clip(
         raise ConfigError("CLIP4Clip takes RGB frames and has no classes; leave in_chans and num_classes out.")
     given = {
         "clip": clip, "similarity": similarity, "lam_in": lam_in, "max_frames": max_frames, "fps": fps,
-        "head_layers": head_layers, "head_mlp_ratio": head_mlp_ratio, "context_length": context_length,
-        "quick_gelu": quick_gelu,
+        "head_layers": head_layers, "head_mlp_ratio": head_mlp_ratio, "patch_grid": patch_grid, "words": words,
+        "context_length": context_length, "quick_gelu": quick_gelu,
     }  # fmt: skip
     chosen = {**config, **{key: value for key, value in given.items() if value is not None}}
+    build, towers = (custom_towers, "clip") if "clip" in chosen else (named_towers, "open_clip")
     model = Clip4Clip(
-        _towers(chosen, img_size),
+        build(chosen[towers], img_size, chosen.get("context_length"), bool(chosen.get("quick_gelu"))),
         similarity=chosen.get("similarity", "seq"),
         max_frames=chosen.get("max_frames", 12),
         fps=chosen.get("fps", 1.0),
         head_layers=chosen.get("head_layers", 4),
         head_mlp_ratio=chosen.get("head_mlp_ratio", 4.0),
+        patch_grid=chosen.get("patch_grid", 0),
+        words=chosen.get("words", False),
         tokenizer_name=None if "clip" in chosen else chosen["open_clip"],
     )
     if lam is not None:
@@ -383,39 +500,6 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: Clip4Clip) -> dic
     return {f"clip.{key}": value for key, value in weights.items()} | {f"head.{key}": head[key] for key in head}
 
 
-def _towers(config: Mapping[str, Any], img_size: int | tuple[int, int] | None) -> Any:
-    if "clip" in config:
-        clip = {key: dict(value) if isinstance(value, Mapping) else value for key, value in config["clip"].items()}
-        if img_size is not None:
-            clip["vision_cfg"]["image_size"] = img_size
-        if "context_length" in config:
-            clip["text_cfg"]["context_length"] = config["context_length"]
-        return CLIP(**clip, quick_gelu=bool(config.get("quick_gelu")))
-    name = config["open_clip"]
-    if name not in open_clip.list_models():
-        raise ConfigError(f"open_clip has no model {name!r}; open_clip.list_models() lists its names.")
-    with _without_warnings():  # about missing weights, which are loaded later
-        return open_clip.create_model(
-            name,
-            load_weights=False,
-            device=torch.get_default_device(),
-            pretrained_text=False,
-            force_quick_gelu=bool(config.get("quick_gelu")),
-            force_image_size=img_size,
-            force_context_length=config.get("context_length"),
-        )
-
-
-@contextmanager
-def _without_warnings() -> Iterator[None]:
-    before = logging.root.manager.disable
-    logging.disable(max(before, logging.WARNING))
-    try:
-        yield
-    finally:
-        logging.disable(before)
-
-
 def _add_masks(model: Clip4Clip, lam: LamConfig, places: Sequence[Place] | None) -> None:
     default: tuple[Place, ...] = ("vision",) if model.similarity_type == "mean" else ("head",)
     places = default if places is None else places
@@ -426,6 +510,18 @@ def _add_masks(model: Clip4Clip, lam: LamConfig, places: Sequence[Place] | None)
     text = ("clip.transformer", model.context_length) if isinstance(model.clip, CLIP) else ("clip.text", None)
     parts = {"head": ("head", model.head.length), "vision": ("clip.visual", None), "text": text}
     add_lam_to(model, dict(parts[place] for place in places), lam)
+
+
+def _encode(encode: Callable[[Tensor], Tensor], videos: Sequence[Tensor], share: float) -> list[Tensor]:
+    """Returns the embeddings of whole videos of several lengths, each ``(B, F, 3, H, W)``, in one pass."""
+    merged = [merge_frames(video, share) for video in videos]
+    few = [frames.flatten(0, 1) for frames, _ in merged]
+    embedded = encode(torch.cat(few) if len(few) > 1 else few[0]).split([len(part) for part in few])
+    whole = []
+    for part, (frames, token_map) in zip(embedded, merged, strict=True):
+        seen = part.unflatten(0, frames.shape[:2])
+        whole.append(seen if token_map is None else token_map.spread(seen))
+    return whole
 
 
 def _embed_dim(clip: Any) -> int:
