@@ -151,6 +151,7 @@ class _Stack:
                     length=layout.length,
                     num_prefix_tokens=layout.num_prefix_tokens,
                     grid=layout.grid,
+                    modality_lengths=getattr(model, "modality_lengths", ()),
                 ).to(site.like)
             is_last = uses_here[-1] == 1 and index == len(sites) - 1
             lam = Lam(config, network, self.shared, is_last=is_last)

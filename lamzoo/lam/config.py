@@ -56,6 +56,9 @@ class LamConfig:
             fresh LAM changes nothing; ``"paper"``: torch's default initialisation throughout.
         max_length: number of key positions of a ``"position"`` table. ``None`` takes it from the host;
             it is required for hosts of unknown length (text, ``nn.MultiheadAttention``).
+        modalities: number of modalities of the tokens: the mask also has a learned number for each pair of a query's
+            and a key's modality. For hosts that know the modality of each token, such as the joint transformer of
+            CLIP4Clip's tight head (2: text, video); 0 for masks that know none.
 
     Raises:
         ConfigError: a field has an invalid value or type, or two fields contradict each other.
@@ -70,6 +73,7 @@ class LamConfig:
     sign: Sign = "free"
     init: Init = "identity"
     max_length: int | None = None
+    modalities: int = 0
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -91,6 +95,12 @@ class LamConfig:
                     "LamConfig.max_length sizes a table of key positions, and keys='content' has no table; "
                     "leave it out or use keys='position'."
                 )
+        if isinstance(self.modalities, bool) or self.modalities not in (0, *range(2, _MOST_LAYERS + 1)):
+            raise ConfigError(
+                f"LamConfig.modalities is {self.modalities!r}; it must be from 2 to {_MOST_LAYERS}, or 0 for none."
+            )
+        if self.modalities and self.sign == "positive":
+            raise ConfigError("LamConfig.modalities adds numbers of any sign; use sign='free', or modalities=0.")
         if self.sign == "positive" and not self.mask_op.flips:
             raise ConfigError(
                 f"LamConfig.sign='positive' keeps the mask from flipping scores, and a mask with op={self.op!r} flips "
@@ -101,6 +111,11 @@ class LamConfig:
     def mask_op(self) -> MaskOp:
         """How the mask acts on the scores."""
         return OPS[self.op]
+
+    @property
+    def columns(self) -> int:
+        """Number of columns of the factors: the rank, the bias, and one for each modality."""
+        return self.rank + 1 + self.modalities
 
     @property
     def has_positions(self) -> bool:
@@ -137,11 +152,13 @@ class LamConfig:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the fields as plain TOML and JSON values, without ``max_length`` where it is None."""
+        """Returns the fields as plain TOML and JSON values, without ``max_length`` and ``modalities`` where unset."""
         fields = dataclasses.asdict(self)
         fields["hidden"] = list(self.hidden)
         if self.max_length is None:
             del fields["max_length"]
+        if not self.modalities:
+            del fields["modalities"]
         return fields
 
     @classmethod

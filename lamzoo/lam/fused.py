@@ -55,6 +55,8 @@ def unsupported(lam: Lam, projection: Projection | None) -> str | None:
         return f"its mask has op={config.op!r}, which no linear layer can compute"
     if config.hidden:
         return f"its mask has hidden={config.hidden}, layers that come before its last one"
+    if config.modalities:
+        return f"its mask has modalities={config.modalities}"
     if projection is None:
         return "it adds a position bias to the scores, or has no single linear layer for queries, keys and values"
     weights = [projection.weight, *lam.parameters()]

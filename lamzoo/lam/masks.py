@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import MutableMapping
-from itertools import pairwise
+from collections.abc import MutableMapping, Sequence
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -165,6 +165,36 @@ class PositionTable(nn.Module):
         return f"{tuple(self.weight.shape)}, num_prefix_tokens={self.num_prefix_tokens}, grid={self.grid}"
 
 
+class ModalityBias(nn.Module):
+    """A learned number for each pair of a query's and a key's modality, as factors.
+
+    Args:
+        heads: number of masks, 1 or one per attention head.
+        lengths: numbers of tokens of all modalities but the last, in their order; the last one has the rest.
+    """
+
+    def __init__(self, heads: int, lengths: Sequence[int]) -> None:
+        super().__init__()
+        self.starts = tuple(accumulate(lengths))
+        self.bias = nn.Parameter(torch.zeros(heads, len(lengths) + 1, len(lengths) + 1))
+
+    def left(self, length: int) -> Tensor:
+        """Returns the numbers of the queries' modalities, ``(1, heads, length, modalities)``."""
+        return self.bias[None, :, self._of(length)]
+
+    def right(self, length: int) -> Tensor:
+        """Returns which modality each key has, ones and zeros ``(1, heads, length, modalities)``."""
+        known = F.one_hot(self._of(length), self.bias.shape[1]).to(self.bias.dtype)
+        return known.expand(1, self.bias.shape[0], -1, -1)
+
+    def _of(self, length: int) -> Tensor:
+        places = torch.arange(length, device=self.bias.device)
+        return torch.bucketize(places, places.new_tensor(self.starts), right=True)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.bias.shape)}, starts={self.starts}"
+
+
 class MaskNetwork(nn.Module):
     """Computes the factors of a mask from tokens (arXiv 2406.02761, section 3).
 
@@ -186,9 +216,11 @@ class MaskNetwork(nn.Module):
         length: key positions of a ``"position"`` table; ``config.max_length`` takes precedence.
         num_prefix_tokens: class and register tokens among them, at the start.
         grid: ``(rows, columns)`` of the patches after them; ``None`` for a sequence.
+        modality_lengths: numbers of tokens of all modalities but the last, in their order.
 
     Raises:
-        ConfigError: ``keys="position"`` with neither ``length`` nor ``config.max_length``.
+        ConfigError: ``keys="position"`` with neither ``length`` nor ``config.max_length``, or another number of
+            modalities.
     """
 
     def __init__(
@@ -201,9 +233,16 @@ class MaskNetwork(nn.Module):
         length: int | None = None,
         num_prefix_tokens: int = 0,
         grid: Grid | None = None,
+        modality_lengths: Sequence[int] = (),
     ) -> None:
         super().__init__()
         self.config = config
+        known = len(modality_lengths) + 1
+        if config.modalities not in (0, known):
+            raise ConfigError(
+                f"modalities={config.modalities}, and the tokens of this model have "
+                + (f"{known} modalities; set it to {known}, or leave it out." if known > 1 else "one; leave it out.")
+            )
         self.heads = num_heads if config.heads == "per-head" else 1
         self.query = _linear_relu(query_dim, *config.hidden, self.heads * config.rank)
         if config.has_positions:
@@ -219,11 +258,14 @@ class MaskNetwork(nn.Module):
             width = config.hidden[-1] if config.hidden else key_dim
             key.append(nn.Linear(width, self.heads * (config.rank + 1), bias=config.mask_op.sees_constants))
             self.key = key
+        self.modality = ModalityBias(self.heads, modality_lengths) if config.modalities else None
         self.register_load_state_dict_pre_hook(_drop_dead_bias)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialises by ``config.init``: as the identity mask, or with torch's defaults throughout."""
+        """Initialises by ``config.init``: as the identity mask, or with torch's defaults, modalities by zeros."""
+        if self.modality is not None:
+            nn.init.zeros_(self.modality.bias)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 module.reset_parameters()
@@ -255,14 +297,16 @@ class MaskNetwork(nn.Module):
             present: likewise.
 
         Returns:
-            Factors ``(B, Hm, Nq, rank + 1)`` and ``(B | 1, Hm, Nk, rank + 1)``.
+            Factors ``(B, Hm, Nq, R)`` and ``(B | 1, Hm, Nk, R)`` with ``R = config.columns``.
         """
         left = self.left(query_tokens)
         return FactoredMask(left, self.right(key_tokens, grid, present=present).to(left.dtype))
 
     def left(self, query_tokens: Tensor) -> Tensor:
-        """Computes the query side of the mask, ``(B, Hm, Nq, rank + 1)``, of tokens ``(B, Nq, query_dim)``."""
+        """Computes the query side of the mask, ``(B, Hm, Nq, columns)``, of tokens ``(B, Nq, query_dim)``."""
         left = F.pad(self._split_heads(self.query(query_tokens)), (0, 1), value=1.0)
+        if self.modality is not None:
+            return torch.cat([left, self.modality.left(left.shape[2]).to(left.dtype).expand(len(left), -1, -1, -1)], -1)
         return left / left.sum(dim=-1, keepdim=True) if self.config.sign == "positive" else left
 
     def right(
@@ -283,7 +327,10 @@ class MaskNetwork(nn.Module):
                 supported together with ``token_map``.
 
         Returns:
-            ``(B | 1, Hm, Nk, rank + 1)``.
+            ``(B | 1, Hm, Nk, columns)``.
+
+        Raises:
+            ConfigError: tokens are reduced and the mask knows modalities.
         """
         if self.config.has_positions:
             if token_map is None:
@@ -296,6 +343,11 @@ class MaskNetwork(nn.Module):
             # softplus(x) = -logsigmoid(-x): torch 2.15 compiles the gradient of F.softplus with wrong strides, and
             # F.logsigmoid of what isn't contiguous as well.
             right = -F.logsigmoid(-(right.contiguous() + _SOFTPLUS_ONE))
+        if self.modality is not None:
+            if token_map is not None:
+                raise ConfigError("The modality of reduced tokens is unknown; use masks with modalities=0.")
+            known = self.modality.right(right.shape[2]).to(right.dtype).expand(len(right), -1, -1, -1)
+            right = torch.cat([right, known], dim=-1)
         return right
 
     def _split_heads(self, x: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ class Stack:
         if not config.has_positions:
             network += _mlp_macs(self.seen, (self.width, *config.hidden, heads * (config.rank + 1)))
         networks = self.depth if config.layers == "multi" else 1
-        return self.copies * (networks * network + self.depth * heads * self.tokens * self.seen * (config.rank + 1))
+        return self.copies * (networks * network + self.depth * heads * self.tokens * self.seen * config.columns)
 
 
 @dataclass(frozen=True)

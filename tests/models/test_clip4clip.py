@@ -202,6 +202,49 @@ def test_the_first_stage_of_a_tight_head_is_the_mean_head(similarity: str) -> No
             assert torch.equal(first, model.similarity(texts, videos, mask))
 
 
+def pair_biased(model: Any, bias: Tensor) -> Any:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("modality.bias"):
+                parameter.copy_(bias)
+    return model
+
+
+@pytest.mark.parametrize("tokens", [{}, {"words": True, "patch_grid": 2}], ids=["embeddings", "tokens"])
+def test_masks_that_know_modalities_add_a_number_for_each_pair_as_the_control_does(tokens: dict[str, Any]) -> None:
+    frames, text, mask = inputs()
+    plain, control = build("tight", **tokens), build("tight", modality_bias=True, **tokens)
+    masked = build("tight", LamConfig(modalities=2, rank=2), **tokens)
+    with torch.no_grad():
+        expected = plain(frames, text, mask)
+        for other in (control, masked):
+            missing, unexpected = other.load_state_dict(plain.state_dict(), strict=False)
+            assert not unexpected and any(key.endswith("modality.bias") for key in missing)
+            torch.testing.assert_close(other(frames, text, mask), expected)  # zeros at the start
+        pairs = torch.tensor([[0.5, -2.0], [1.0, 3.0]])
+        biased = pair_biased(control, pairs)(frames, text, mask)
+        assert not torch.allclose(biased, expected, atol=1e-4)
+        torch.testing.assert_close(pair_biased(masked, pairs)(frames, text, mask), biased)
+    control.set_grad_checkpointing()
+    torch.testing.assert_close(control.train()(frames, text, mask).detach(), biased)
+    exempt = masked.no_weight_decay() | control.no_weight_decay()
+    assert all(name in exempt for name, _ in masked.named_parameters() if name.endswith("modality.bias"))
+
+
+def test_modalities_need_tokens_of_as_many() -> None:
+    with pytest.raises(ConfigError, match="modalities=3, and the tokens of this model have 2 modalities; set it to 2"):
+        build("tight", LamConfig(modalities=3))
+    with pytest.raises(ConfigError, match="modalities=2, and the tokens of this model have one; leave it out"):
+        lamzoo.create_model("lam_vit_micro", lam=LamConfig(modalities=2))
+    with pytest.raises(ConfigError, match="modality_bias are for similarity='tight'"):
+        build("seq", modality_bias=True)
+    for wrong in (1, True, -2, "two"):
+        with pytest.raises(ConfigError, match="LamConfig.modalities is"):
+            LamConfig(modalities=wrong)
+    with pytest.raises(ConfigError, match="use sign='free', or modalities=0"):
+        LamConfig(modalities=2, op="mul", sign="positive")
+
+
 def test_masks_are_where_they_were_asked_for() -> None:
     for similarity, where in CASES:
         model = build(similarity, LamConfig(), lam_in=where)

@@ -11,6 +11,8 @@ from open_clip.transformer import Transformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lamzoo.lam.masks import ModalityBias
+
 _HEAD_WIDTH = 64  # of an attention head, as in CLIP's towers
 
 
@@ -73,8 +75,11 @@ class TightHead(nn.Module):
         activation: activation of its MLPs.
         words: number of words, padding included, and the width of their states; zeros for none.
         patches: number of patches of a frame, and the width of their states; zeros for none.
+        modality_bias: add a learned number to the scores of each layer and head for each pair of modalities, text and
+            video: the control for masks.
 
     Attributes:
+        modality_lengths: number of tokens of a text; those of the video follow.
         max_pairs: text-video pairs that are compared at a time without gradients; bounds memory.
     """
 
@@ -87,9 +92,11 @@ class TightHead(nn.Module):
         activation: type[nn.Module],
         words: tuple[int, int] = (0, 0),
         patches: tuple[int, int] = (0, 0),
+        modality_bias: bool = False,
     ) -> None:
         super().__init__()
         self.length = 1 + words[0] + max_frames * (1 + patches[0])
+        self.modality_lengths = (1 + words[0],)
         self.max_pairs = 4096
         if words[0]:
             self.word_projection = nn.Linear(words[1], width)
@@ -100,6 +107,10 @@ class TightHead(nn.Module):
         self.embedding = nn.Parameter(torch.empty(self.length, width))
         self.embedding_type = nn.Parameter(torch.empty(2, width))  # of the text, of frames
         self.transformer = _transformer(width, layers, mlp_ratio, activation)
+        if modality_bias:
+            for block in self.transformer.resblocks:
+                block.modality = ModalityBias(block.attn.num_heads, self.modality_lengths)
+                block.register_forward_pre_hook(_add_modality_bias, with_kwargs=True)
         self.norm = nn.LayerNorm(width)
         self.pooler = nn.Linear(width, width)
         self.activation = activation()
@@ -166,6 +177,17 @@ def full_precision(device: torch.device) -> AbstractContextManager[Any]:
     """Disables autocast on a device; a no-op on devices without autocast, such as meta."""
     there = torch.amp.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if there else nullcontext()
+
+
+def _add_modality_bias(
+    block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Adds the bias to the scores' bias ``(B * heads, N, N)``, an argument of open_clip's blocks."""
+    given = dict(zip(("q_x", "k_x", "v_x", "attn_mask"), args, strict=False)) | kwargs  # by position when checkpointed
+    length, scores = given["q_x"].shape[1], given["attn_mask"]
+    bias = (block.modality.left(length) @ block.modality.right(length).transpose(-2, -1)).to(scores.dtype)
+    given["attn_mask"] = scores + bias[0].repeat(len(scores) // bias.shape[1], 1, 1)
+    return (), given
 
 
 def _transformer(width: int, layers: int, mlp_ratio: float, activation: type[nn.Module]) -> Transformer:

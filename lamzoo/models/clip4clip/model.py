@@ -71,6 +71,7 @@ class Clip4Clip(nn.Module):
         patch_grid: the head also compares the patches of each frame, averaged over ``patch_grid`` by ``patch_grid``
             equal areas; 0 for none. Only with ``similarity="tight"``.
         words: the head also compares the words of the text. Only with ``similarity="tight"``.
+        modality_bias: a learned bias for each pair of modalities in the head; the control for masks there. Likewise.
         tokenizer_name: open_clip model whose tokenizer is used; None for that of the towers, or the zoo's small one.
     """
 
@@ -105,6 +106,7 @@ class Clip4Clip(nn.Module):
         head_mlp_ratio: float = 4.0,
         patch_grid: int = 0,
         words: bool = False,
+        modality_bias: bool = False,
         tokenizer_name: str | None = None,
     ) -> None:
         super().__init__()
@@ -115,10 +117,10 @@ class Clip4Clip(nn.Module):
             raise ConfigError(
                 f"CLIP4Clip has {max_frames} frames and {head_layers} layers in its head; both must be at least 1."
             )
-        if (patch_grid or words) and similarity != "tight":
+        if (patch_grid or words or modality_bias) and similarity != "tight":
             raise ConfigError(
-                f"patch_grid and words are for similarity='tight', which compares tokens, and it is {similarity!r}; "
-                "leave them out."
+                "patch_grid, words and modality_bias are for similarity='tight', which compares tokens, and it is "
+                f"{similarity!r}; leave them out."
             )
         towers = clip if isinstance(clip, Towers) else Towers(clip)
         self.clip = clip = towers.clip
@@ -130,8 +132,9 @@ class Clip4Clip(nn.Module):
         self.sampling = FrameSampling(fps or None, max_frames)
         self.lam_config = None
         self.patch_grid, self.words = patch_grid, words
+        more: dict[str, Any] = {**self._tokens(), **({"modality_bias": True} if modality_bias else {})}
         self.head = _HEADS[similarity](
-            self.num_features, max_frames, head_layers, head_mlp_ratio, _activation(clip), **self._tokens()
+            self.num_features, max_frames, head_layers, head_mlp_ratio, _activation(clip), **more
         )
         self.tower_files = {f"clip.{path}": file for path, file in towers.files.items()}
         self.preprocessing = dict(towers.preprocessing)
@@ -141,7 +144,7 @@ class Clip4Clip(nn.Module):
 
     def _tokens(self) -> dict[str, tuple[int, int]]:
         """Returns the numbers and widths of the words of a text and the patches of a frame, for the head."""
-        sizes = {}
+        sizes: dict[str, tuple[int, int]] = {}
         if self.words:
             check_text(self.clip)
             sizes["words"] = (self.context_length, text_width(self.clip))
@@ -403,7 +406,8 @@ class Clip4Clip(nn.Module):
         trunk: Any = getattr(self.clip.visual, "trunk", None)  # of timm, for which open_clip states none
         if hasattr(trunk, "no_weight_decay"):
             towers |= {f"clip.visual.trunk.{name}" for name in trunk.no_weight_decay()}
-        return towers | {name for name, _ in self.named_parameters() if name.startswith("head.embedding")}
+        names = (name for name, _ in self.named_parameters() if name.startswith("head."))
+        return towers | {name for name in names if name.startswith("head.embedding") or name.endswith(".modality.bias")}
 
 
 def clip4clip(
@@ -419,6 +423,7 @@ def clip4clip(
     head_mlp_ratio: float | None = None,
     patch_grid: int | None = None,
     words: bool | None = None,
+    modality_bias: bool | None = None,
     context_length: int | None = None,
     quick_gelu: bool | None = None,
     img_size: int | tuple[int, int] | None = None,
@@ -444,6 +449,8 @@ def clip4clip(
         patch_grid: the tight head also compares the patches of each frame, averaged over ``patch_grid`` by
             ``patch_grid`` equal areas; 0 for none.
         words: the tight head also compares the words of the text.
+        modality_bias: the tight head has a learned bias for each pair of modalities, layer and head; the control for
+            masks there, above all for those with ``modalities=2``.
         context_length: maximum tokens of a text; positions of published weights are truncated to it.
         quick_gelu: use OpenAI's activation, which its weights need; tags set it themselves.
         img_size: size of the frames, pixels.
@@ -461,6 +468,7 @@ def clip4clip(
     given = {
         "clip": clip, "similarity": similarity, "lam_in": lam_in, "max_frames": max_frames, "fps": fps,
         "head_layers": head_layers, "head_mlp_ratio": head_mlp_ratio, "patch_grid": patch_grid, "words": words,
+        "modality_bias": modality_bias,
         "context_length": context_length, "quick_gelu": quick_gelu,
     }  # fmt: skip
     chosen = {**config, **{key: value for key, value in given.items() if value is not None}}
@@ -474,6 +482,7 @@ def clip4clip(
         head_mlp_ratio=chosen.get("head_mlp_ratio", 4.0),
         patch_grid=chosen.get("patch_grid", 0),
         words=chosen.get("words", False),
+        modality_bias=chosen.get("modality_bias", False),
         tokenizer_name=None if "clip" in chosen else chosen["open_clip"],
     )
     if lam is not None:

@@ -122,7 +122,7 @@ class RetrievalRun(TrainingRun):
                 continue
             mask = ".lam." in name
             # Not matrix products: Muon leaves the towers' embeddings to AdamW but would take the masks' tables.
-            embedding = not mask and (name in undecayed or "embedding" in name)
+            embedding = name.endswith(".modality.bias") or (not mask and (name in undecayed or "embedding" in name))
             decay = 0.0 if parameter.ndim <= 1 or name in undecayed else section.weight_decay
             scale = lam_scale if parameter in masks else tower_scale if name.startswith("clip.") and not mask else 1.0
             # timm's schedulers multiply the learning rate by lr_scale, so the group must not set its own rate.
