@@ -167,13 +167,19 @@ def test_where_it_looks_are_weights_of_what_is_there(reads: str) -> None:
     assert looks.shape == (3, 9, 5)
     assert_close(looks.sum(dim=-1), torch.ones(3, 9))
     assert (looks.masked_select(~mask.unsqueeze(1)) == 0).all()
+    layers = found.attention_scores(text(), seen, mask)
+    own = [scores.attention() for path, scores in layers.items() if "cross" not in path]
     found.gpt2.set_attn_implementation("eager")
     if reads == "cross":
         theirs = found.gpt2(
             inputs_embeds=found.token_embedding(text()), encoder_hidden_states=found.projection(seen),
             encoder_attention_mask=mask.long(), output_attentions=True,
-        ).cross_attentions  # fmt: skip
-        assert_close(looks, torch.stack(theirs).mean(dim=(0, 2)), atol=1e-5, rtol=1e-5)
+        )  # fmt: skip
+        assert_close(looks, torch.stack(theirs.cross_attentions).mean(dim=(0, 2)), atol=1e-5, rtol=1e-5)
+        assert_close(torch.stack(own), torch.stack(theirs.attentions), atol=1e-5, rtol=1e-5)
+    else:
+        shares = torch.stack(own)[..., :5].sum(dim=-1, keepdim=True)
+        assert_close((torch.stack(own)[..., :5] / shares).mean(dim=(0, 2)), looks, atol=1e-5, rtol=1e-5)
 
 
 def test_a_prefix_that_leaves_no_room_for_the_text_is_refused_by_number() -> None:

@@ -24,13 +24,19 @@ class PageLayer:
         def rows(name: str, heads: int) -> np.ndarray:
             return self._array(layer[name]).reshape(heads, -1, page["arrays"][layer[name]]["columns"])
 
-        scores = rows("query", layer["heads"]) @ rows("key", layer["heads"]).transpose(0, 2, 1)
-        self.mask = rows("left", layer["maskHeads"]) @ rows("right", layer["maskHeads"]).transpose(0, 2, 1)
+        scores = plain = rows("query", layer["heads"]) @ rows("key", layer["heads"]).transpose(0, 2, 1)
+        self.mask: np.ndarray | None = None
+        if layer["op"] is None:
+            plain = rows("plainQuery", layer["heads"]) @ rows("plainKey", layer["heads"]).transpose(0, 2, 1)
+        else:
+            self.mask = rows("left", layer["maskHeads"]) @ rows("right", layer["maskHeads"]).transpose(0, 2, 1)
         bias = 0.0
         if layer["bias"] is not None:
             bias = self._array(layer["bias"]["array"]).reshape(layer["bias"]["heads"], layer["bias"]["queries"], -1)
-        modulated = scores * self.mask if layer["op"] == "mul" else scores + self.mask
-        self.masked, self.plain = softmax(modulated + bias), softmax(scores + bias)
+        modulated = scores
+        if self.mask is not None:
+            modulated = scores * self.mask if layer["op"] == "mul" else scores + self.mask
+        self.masked, self.plain = softmax(modulated + bias), softmax(plain + bias)
 
     def _array(self, index: int) -> np.ndarray:
         stored = self.page["arrays"][index]

@@ -18,6 +18,7 @@ from lamzoo.reduction import merge_tokens
 from lamzoo.report import TokenRun, explore, explore_image
 from lamzoo.report.mask_pictures import run_all_queries
 from lamzoo.report.model_view import view
+from tests.report.explorer_data import PageLayer, read_page
 
 pytestmark = pytest.mark.browser
 
@@ -305,4 +306,37 @@ def test_frames_of_a_video_are_a_sheet_in_the_order_of_time(driver: Any, tmp_pat
     assert page.script("document.getElementById('layer').selectedOptions[0].text").endswith("frame at 0.00 s")
     assert page.script("document.querySelectorAll('#picker canvas.grid').length") == 1
     assert not driver.find_element("id", "i-frame").is_displayed()
+    assert driver.get_log("browser") == []
+
+
+def test_a_word_of_a_sentence_shows_what_it_was_generated_from(driver: Any, tmp_path: Path) -> None:
+    from selenium.webdriver import ActionChains
+
+    from tests.report.test_explorer_clips import CaptionDataset, Film, describer, explore_description
+
+    words = ["red", "blue", "now"]
+    model = describer(features={"image": 8}, vocabulary=words, rates={}, seconds=0.16)
+    explore_description(model, CaptionDataset(Film(), "film:x"), "1", tmp_path / "page.html")
+    page = Explorer(driver, tmp_path / "page.html", {})
+    data = read_page((tmp_path / "page.html").read_text())
+    page.open()
+    for index, layer in enumerate(data["layers"]):
+        page.choose("layer", index)
+        is_masked = layer["op"] is not None
+        assert (driver.find_element("id", "mask").is_displayed(), page.text("n-mask") != "–") == (is_masked, is_masked)
+        if is_masked:
+            continue
+        generated = driver.find_elements("css selector", "#picker .words span")
+        ActionChains(driver, duration=0).move_to_element(generated[1]).perform()
+        assert page.text("i") == f"generated word {generated[1].text}"
+        ActionChains(driver, duration=0).move_to_element(
+            driver.find_element("css selector", "#difference .words span")
+        ).perform()
+        shown = [float(page.text(f"n-{name}")) for name in NUMBERS[1:]]
+        own = PageLayer(data, index)
+        masked, plain = (float(each.mean(axis=0)[1, 0]) for each in (own.masked, own.plain))
+        np.testing.assert_allclose(shown, [masked, plain, masked - plain], rtol=2e-3, atol=2e-5)
+        mean = driver.find_elements("css selector", "#layers small")[index].text
+        assert mean.endswith(", mean attention")
+        assert float(mean.split(",")[0]) == pytest.approx(float(own.masked.mean(axis=(0, 1))[0]), rel=2e-3)
     assert driver.get_log("browser") == []

@@ -145,8 +145,8 @@ def test_lips_and_sound_of_a_clip_are_shown_over_time(speech: Path, tmp_path: Pa
     explore_description(model, dataset, "test0-lay-red-now", tmp_path / "page.html")
     html = (tmp_path / "page.html").read_text()
     page = read_page(html)
-    token, mouth, audio = page["runs"]
-    assert [run["name"] for run in page["runs"]] == ["token", "mouth", "audio"]
+    token, mouth, audio, *_ = page["runs"]
+    assert [run["name"] for run in page["runs"]] == ["token", "mouth", "audio", "generated word", "word so far"]
     assert (token["size"], mouth["size"], mouth["frames"], audio["size"]) == (1, 75, 12, 150)
     rows, columns = mouth["sheet"]
     assert picture(mouth).size == (80 * columns, 48 * rows)
@@ -159,6 +159,39 @@ def test_lips_and_sound_of_a_clip_are_shown_over_time(speech: Path, tmp_path: Pa
     assert f'<th>sentence</th><td class="text">“{text}”</td>' in html
     with pytest.raises(DataError, match="has no clip 'x'"):
         explore_description(model, dataset, "x", tmp_path / "other.html")
+
+
+def test_a_generated_word_has_its_attention_with_the_masks_and_with_neutral_ones(speech: Path, tmp_path: Path) -> None:
+    dataset = create_caption_dataset(f"grid:{speech}", "test")
+    masked, plain = (lamzoo.create_model("lam_describer_micro.grid", pretrained=True).eval() for _ in range(2))
+    lamzoo.remove_lam(plain)
+    explore_description(masked, dataset, None, tmp_path / "page.html")
+    page = read_page((tmp_path / "page.html").read_text())
+    batch = pad_streams([dataset.read(0)])
+    with torch.no_grad():
+        (written,) = masked.generate(batch)
+        text = torch.tensor([[masked.tokenizer.sot_token_id, *written.tokens]])
+        looks = []
+        for model in (masked, plain):
+            joint = model.encode(batch)
+            looks.append(model.decoder.memory_attention(text, joint.tokens, joint.mask)[0].numpy())
+    names = [layer["name"] for layer in page["layers"]]
+    assert names[3:] == [
+        "decoder.transformer.resblocks.0",
+        *(f"decoder.text_decoder.{kind}.{n}" for n in range(2) for kind in ("resblocks", "cross_attn")),
+    ]
+    layers = [PageLayer(page, index) for index in range(len(names))]
+    crosses = [layer for layer, name in zip(layers, names, strict=True) if "cross" in name]
+    for kind, expected in zip(("masked", "plain"), looks, strict=True):
+        shown = np.mean([getattr(layer, kind).mean(axis=0) for layer in crosses], axis=0)
+        np.testing.assert_allclose(shown, expected, atol=1e-3)
+    assert np.abs(looks[0] - looks[1]).max() > 0.01
+    words = [masked.tokenizer.decode([number]).strip() for number in written.tokens]
+    own = layers[3].data
+    queries, keys = ([page["runs"][run] for run in page["sequences"][own[side]]] for side in ("queries", "keys"))
+    assert [run["labels"] for run in queries] == [[*words, "<end>"]]
+    assert [run["labels"] for run in keys] == [["<start>", *words]]
+    assert (np.triu(layers[3].masked, 1) == 0).all()
 
 
 class Film(CaptionSource):
@@ -179,7 +212,7 @@ def test_patches_of_a_photograph_and_earlier_words_are_shown(tmp_path: Path) -> 
     model = describer(features={"image": 8}, context_tokens=5, vocabulary=words, rates={}, seconds=0.16)
     explore_description(model, CaptionDataset(Film(), "film:x"), "1", tmp_path / "page.html")
     page = read_page((tmp_path / "page.html").read_text())
-    _, image, earlier = page["runs"]
+    _, image, earlier, *_ = page["runs"]
     assert (image["grid"], earlier["name"]) == ([2, 2], "earlier word")
     assert [re.sub(r"\W", "", label) for label in earlier["labels"]][1:3] == ["red", "now"]
     with pytest.raises(UnsupportedHostError, match="does not generate captions"):

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from open_clip.transformer import MultimodalTransformer, ResidualAttentionBlock, Transformer
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from lamzoo.lam.layer import Scores
 
 _Pair = tuple[Tensor, Tensor]
 
@@ -104,7 +107,46 @@ class CaptionDecoder(nn.Module):
         logits: Tensor = self.text_decoder.ln_final(x) @ self.text_decoder.text_projection
         return logits
 
-    def memory_attention(self, tokens: Tensor, memory: Tensor, memory_mask: Tensor) -> Tensor:
+    def attention_scores(self, tokens: Tensor, memory: Tensor, memory_mask: Tensor | None = None) -> dict[str, Scores]:
+        """Returns the attention scores of all layers, in the order in which they run, by the path of their attention.
+
+        Args:
+            tokens: as for :meth:`forward`.
+            memory: as for :meth:`forward`.
+            memory_mask: as for :meth:`forward`.
+
+        Returns:
+            Scores of each token ``(B, H, L, d)`` with all tokens, causally, in layers of self-attention, and with the
+            memory ``(B, H, M, d)`` in layers of cross-attention, whose path has ``cross_attn``; detached.
+        """
+        normed: dict[str, Tensor] = {}
+        names = [f"transformer.resblocks.{number}" for number in range(len(self.transformer.resblocks))]
+        for number in range(len(self.text_decoder.resblocks)):
+            names += [f"text_decoder.resblocks.{number}", f"text_decoder.cross_attn.{number}"]
+        blocks: dict[str, Any] = {name: self.get_submodule(name) for name in names}
+        parts = {f"{name}.{part}": norm for name, block in blocks.items() for part, norm in block.named_children()}
+        hooks = [
+            norm.register_forward_hook(lambda _, __, out, name=name: normed.update({name: out.detach()}))
+            for name, norm in parts.items()
+            if name.endswith((".ln_1", ".ln_1_kv"))
+        ]
+        try:
+            self(tokens, memory, memory_mask)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        causal = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=tokens.device).tril()
+        seen = None if memory_mask is None else memory_mask[:, None, None, :]
+        found = {}
+        for name, block in blocks.items():
+            queries = normed[f"{name}.ln_1"]
+            keys = normed.get(f"{name}.ln_1_kv", queries)
+            query, key = self._heads(block.attn, queries, 0).detach(), self._heads(block.attn, keys, 1).detach()
+            allowed = causal if keys is queries else seen
+            found[f"{name}.attn"] = Scores(query, key, query.shape[-1] ** -0.5, allowed=allowed)
+        return found
+
+    def memory_attention(self, tokens: Tensor, memory: Tensor, memory_mask: Tensor | None = None) -> Tensor:
         """Returns the attention of each token to the memory, averaged over heads and layers.
 
         Args:
@@ -115,20 +157,8 @@ class CaptionDecoder(nn.Module):
         Returns:
             ``(B, L, M)``: weights that sum to 1.
         """
-        queries: list[Tensor] = []
-        keys: list[Tensor] = []
-        crosses = self.text_decoder.cross_attn
-        hooks = [block.ln_1.register_forward_hook(lambda _, __, normed: queries.append(normed)) for block in crosses]
-        hooks += [block.ln_1_kv.register_forward_hook(lambda _, __, normed: keys.append(normed)) for block in crosses]
-        try:
-            self(tokens, memory, memory_mask)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        weights = [
-            block.attn(query, key, key, key_padding_mask=~memory_mask, need_weights=True)[1]
-            for block, query, key in zip(crosses, queries, keys, strict=True)
-        ]
+        layers = self.attention_scores(tokens, memory, memory_mask)
+        weights = [scores.attention().mean(dim=1) for name, scores in layers.items() if "cross_attn" in name]
         return torch.stack(weights).mean(dim=0)
 
     def _read_itself(self, block: ResidualAttentionBlock, x: Tensor, number: int, cache: DecoderCache | None) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lamzoo.errors import ConfigError, DataError, MissingExtraError
+from lamzoo.lam.layer import Scores
 
 if find_spec("transformers") is None:
     raise MissingExtraError("GPT-2 needs transformers, which is not installed; pip install 'lamzoo[gpt2]'.")
@@ -162,6 +163,46 @@ class Gpt2Decoder(nn.Module):
             cache.length += tokens.shape[1]
         return F.pad(F.linear(hidden, self.gpt2.wte.weight), (1, 0), value=_NEVER)
 
+    def attention_scores(self, tokens: Tensor, memory: Tensor, memory_mask: Tensor | None = None) -> dict[str, Scores]:
+        """Returns the attention scores of all layers, in the order in which they run, by the path of their attention.
+
+        Args:
+            tokens: as for :meth:`forward`.
+            memory: as for :meth:`forward`.
+            memory_mask: as for :meth:`forward`.
+
+        Returns:
+            Scores of each token ``(B, H, L, d)``; detached. With ``reads="cross"``, those of self-attention with all
+            tokens, causally, and those of cross-attention, whose path ends in ``crossattention``, with the memory
+            ``(B, H, M, d)``; with ``reads="prefix"`` those with the memory and then all tokens ``(B, H, M + L, d)``.
+        """
+        projected: dict[str, Tensor] = {}
+        hooks = [
+            module.register_forward_hook(lambda _, __, out, name=name: projected.update({name: out.detach()}))
+            for name, module in self.named_modules()
+            if name.endswith((".attn.c_attn", ".crossattention.q_attn", ".crossattention.c_attn"))
+        ]
+        try:
+            self(tokens, memory, memory_mask)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        size = 0 if self.settings.reads == "cross" else memory.shape[1]
+        of_memory = memory_mask if memory_mask is not None else memory.new_ones(memory.shape[:2], dtype=torch.bool)
+        seen = of_memory[:, None, None, :]
+        causal = _causal(tokens.shape[1], tokens.shape[1], tokens.device)
+        if size:
+            causal = torch.cat([seen.expand(-1, -1, tokens.shape[1], -1), causal.expand(len(seen), -1, -1, -1)], dim=3)
+        found = {}
+        for number in range(self.settings.layers):
+            query, key, _ = projected[f"gpt2.h.{number}.attn.c_attn"].chunk(3, dim=-1)
+            found[f"gpt2.h.{number}.attn"] = self._scores(query[:, size:], key, causal)
+            if self.settings.reads == "cross":
+                path = f"gpt2.h.{number}.crossattention"
+                key, _ = projected[f"{path}.c_attn"].chunk(2, dim=-1)
+                found[path] = self._scores(projected[f"{path}.q_attn"], key, seen)
+        return found
+
     def memory_attention(self, tokens: Tensor, memory: Tensor, memory_mask: Tensor | None = None) -> Tensor:
         """Returns the attention of each token to the memory, averaged over heads and layers.
 
@@ -173,30 +214,17 @@ class Gpt2Decoder(nn.Module):
         Returns:
             ``(B, L, M)``: weights that sum to 1, normalised over the memory alone.
         """
-        crosses, projected = self.settings.reads == "cross", []
-        blocks = [block.crossattention if crosses else block.attn for block in self.gpt2.h]
-        parts = [part for block in blocks for part in ([block.q_attn, block.c_attn] if crosses else [block.c_attn])]
-        hooks = [part.register_forward_hook(lambda _, __, out: projected.append(out)) for part in parts]
-        try:
-            self(tokens, memory, memory_mask)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        if crosses:
-            queries, keys = projected[::2], [both.chunk(2, dim=-1)[0] for both in projected[1::2]]
+        layers, size = self.attention_scores(tokens, memory, memory_mask), memory.shape[1]
+        if self.settings.reads == "cross":
+            read = [scores for path, scores in layers.items() if path.endswith("crossattention")]
         else:
-            size = memory.shape[1]
-            queries = [every.chunk(3, dim=-1)[0][:, size:] for every in projected]
-            keys = [every.chunk(3, dim=-1)[1][:, :size] for every in projected]
-        layers = [self._weights(*pair, memory_mask) for pair in zip(queries, keys, strict=True)]
-        return torch.stack(layers).mean(dim=0)
+            seen = None if memory_mask is None else memory_mask[:, None, None, :]
+            read = [replace(scores, key=scores.key[:, :, :size], allowed=seen) for scores in layers.values()]
+        return torch.stack([scores.attention().mean(dim=1) for scores in read]).mean(dim=0)
 
-    def _weights(self, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
+    def _scores(self, query: Tensor, key: Tensor, allowed: Tensor) -> Scores:
         query, key = (x.unflatten(-1, (self.settings.heads, -1)).transpose(1, 2) for x in (query, key))
-        scores = query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5
-        if mask is not None:
-            scores = scores.masked_fill(~mask[:, None, None, :], -torch.inf)
-        return scores.softmax(dim=-1).mean(dim=1)
+        return Scores(query, key, query.shape[-1] ** -0.5, allowed=allowed)
 
     def _attend(self, words: Tensor, memory: Tensor, mask: Tensor | None, cache: Gpt2Cache | None) -> Tensor:
         """Runs GPT-2 over words ``(B, L, width)`` with cross-attention to the memory; returns the hidden states."""

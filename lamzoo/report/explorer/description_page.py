@@ -1,13 +1,15 @@
-"""The page for a describer: tokens of each modality over time, with frames and spectra, and the generated sentence."""
+"""The page for a describer: tokens of each modality over time, with frames and spectra, and the generated words."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor, nn
 
@@ -22,9 +24,12 @@ from lamzoo.data.video.instants import Instants, middles
 from lamzoo.data.video.reader import read_video
 from lamzoo.evaluation.captions.evaluate import check_streams, context_tokens, move, pad_streams
 from lamzoo.files import check_target
+from lamzoo.lam import MaskRecord
+from lamzoo.lam.layer import Scores
 from lamzoo.models.describer.generation import GenerationConfig
-from lamzoo.report.explorer.document import Answer, Exploration, ExploredLayer, TokenRun
-from lamzoo.report.explorer.runs import run_twice, thumbnails, write_page
+from lamzoo.profiling.inputs import evaluating
+from lamzoo.report.explorer.document import Answer, Exploration, ExploredLayer, TokenRun, UnmaskedLayer
+from lamzoo.report.explorer.runs import neutral_masks, run_twice, thumbnails, write_page
 from lamzoo.report.mask_pictures import title_of
 from lamzoo.video.describe import DescribedWindow, VideoWindows
 
@@ -36,8 +41,10 @@ def explore_description(model: nn.Module, dataset: CaptionDataset, item: str | N
     """Writes an interactive page of a describer's masks and attention for one clip, over time in seconds.
 
     The tokens are those of the joint encoder: the first token, each modality over time, and words of earlier sentences
-    if the model reads them. Behind the tokens are frames of the clip, and the spectra of its sound. The prediction is
-    the sentence with the masks and without. Otherwise as :func:`lamzoo.report.explore_image`.
+    if the model reads them. Behind the tokens are frames of the clip, and the spectra of its sound. In the layers of
+    the decoder, each generated token is a query: its attention to the tokens before it and to the encoder, with the
+    masks and with neutral ones, for the sentence that was generated with the masks. The prediction is the sentence with
+    the masks and without. Otherwise as :func:`lamzoo.report.explore_image`.
 
     Args:
         model: a model of the family ``lam_describer`` with masks.
@@ -62,7 +69,7 @@ def explore_description(model: nn.Module, dataset: CaptionDataset, item: str | N
     frames = dataset.frames(index, _FRAMES)
     facts = [f"in the data: “{text}”" for text in clip.captions]
     title = f"{title_of(network)} on {clip.id}"
-    write_page(_explore(network, dataset.read(index), before, frames, title, facts), path)
+    write_page(_explore(network, _Clip(dataset.read(index), before, frames), title, facts), path)
 
 
 def explore_window(
@@ -80,7 +87,7 @@ def explore_window(
         windows: the windows of the video.
         described: the description of the window.
         path: the HTML file, in an existing folder; an older file is replaced.
-        generation: the decoding settings of the description; greedy search by default.
+        generation: the decoding settings of the description, also of that without masks; greedy search by default.
 
     Raises:
         UnsupportedHostError: as of :func:`explore_description`.
@@ -95,39 +102,117 @@ def explore_window(
     start, end = described.start, described.end
     frames = read_video(windows.path, Instants(at=middles(start, end, _FRAMES))).frames
     title = f"{title_of(network)} on {windows.path.name}, {start:.1f} to {end:.1f} s"
-    streams = windows.streams(described.number)
-    decoding = (generation, [described.number])
-    write_page(_explore(network, streams, described.context, frames, title, [], start, decoding), path)
+    clip = _Clip(windows.streams(described.number), described.context, frames, start)
+    seeds = [described.number]
+    write_page(_explore(network, clip, title, [], described.tokens, generation, seeds), path)
+
+
+@dataclass(frozen=True)
+class _Clip:
+    """What is described.
+
+    Attributes:
+        streams: features by modality.
+        before: earlier sentences.
+        frames: of the clip, evenly spaced over it.
+        start: seconds in its video.
+    """
+
+    streams: Mapping[str, Stream]
+    before: Sequence[str]
+    frames: Sequence[Image.Image]
+    start: float = 0.0
 
 
 def _explore(
     model: Any,
-    streams: Mapping[str, Stream],
-    before: Sequence[str],
-    frames: Sequence[Image.Image],
+    clip: _Clip,
     title: str,
     facts: Sequence[str],
-    start: float = 0.0,
-    decoding: tuple[GenerationConfig | None, Sequence[int] | None] = (None, None),
+    written: Sequence[int] | None = None,
+    generation: GenerationConfig | None = None,
+    seeds: Sequence[int] | None = None,
 ) -> Exploration:
-    """Runs the model on a clip that starts at ``start`` seconds of its video; ``decoding`` has settings and seeds."""
+    """Runs the model on a clip; ``written`` are the token ids of its sentence, None to generate it."""
     device = next(model.parameters()).device
-    batch = {name: move(stream, device) for name, stream in pad_streams([streams]).items()}
-    context = context_tokens(model, [before])
+    batch = {name: move(stream, device) for name, stream in pad_streams([clip.streams]).items()}
+    context = context_tokens(model, [clip.before])
     context = None if context is None else context.to(device)
 
-    def describe() -> str:
-        (text,) = model.describe(batch, context, *decoding)
-        return str(text)
+    def generate() -> list[int]:
+        return list(model.generate(batch, context, generation, seeds)[0].tokens)
 
-    records, masked, plain = run_twice(model, describe)
+    with evaluating(model), torch.no_grad():
+        tokens = generate() if written is None else list(written)
+        with neutral_masks(model):
+            without = generate()
+    longest = generation.max_length if generation is not None and generation.max_length else model.context_length
+    words = _Words.of(model.tokenizer, tokens, has_end=len(tokens) + 1 < longest)
+    text = torch.tensor([[model.tokenizer.sot_token_id, *tokens][: len(words.read[0])]], device=device)
+
+    def read() -> dict[str, Scores]:
+        """Reads the whole sentence at once, and returns the scores of the decoder's layers."""
+        joint = model.encode(batch, context)
+        scores: dict[str, Scores] = model.decoder.attention_scores(text, joint.tokens, joint.mask)
+        return scores
+
+    records, masked, plain = run_twice(model, read)
+    seen = _tokens(model, clip.streams, context, thumbnails(clip.frames), clip.start)
+    layers = _layers(model, records, masked, plain, seen, words)
+    masked_text, plain_text = (f"“{str(model.tokenizer.decode(each)).strip()}”" for each in (tokens, without))
+    about = (
+        "To see what a word of the sentence was generated from, choose a layer of the decoder and point at the word."
+    )
+    return Exploration(title, layers, [*facts, about], [Answer("sentence", masked_text, plain_text)])
+
+
+@dataclass(frozen=True)
+class _Words:
+    """Tokens of a generated sentence.
+
+    Attributes:
+        generated: those that the queries generate, the end included.
+        read: those that are read, the start included.
+    """
+
+    generated: tuple[TokenRun, ...]
+    read: tuple[TokenRun, ...]
+
+    @classmethod
+    def of(cls, tokenizer: Any, tokens: Sequence[int], *, has_end: bool) -> _Words:
+        """Describes tokens; a sentence without an end was cut at the longest length."""
+        texts = tuple(str(tokenizer.decode([number])).strip() for number in tokens)
+        generated = (*texts, "<end>") if has_end else texts
+        read = ("<start>", *texts)[: len(generated)]
+        return cls((TokenRun("generated word", generated),), (TokenRun("word so far", read),))
+
+
+def _layers(
+    model: Any,
+    records: Mapping[str, MaskRecord],
+    masked: Mapping[str, Scores],
+    plain: Mapping[str, Scores],
+    seen: tuple[TokenRun, ...],
+    words: _Words,
+) -> list[ExploredLayer | UnmaskedLayer]:
+    """Returns the layers of the encoder, and those of the decoder, which usually have no masks of their own."""
     masks = masks_of(model)
-    tokens = _tokens(model, streams, context, thumbnails(frames), start)
-    layers = [
-        ExploredLayer(name.removesuffix(".attn"), masks[f"{name}.lam"].config, record, tokens, tokens)
+    decoder = {f"decoder.{path}": path for path in masked}
+    layers: list[ExploredLayer | UnmaskedLayer] = [
+        ExploredLayer(name.removesuffix(".attn"), masks[f"{name}.lam"].config, record, seen, seen)
         for name, record in records.items()
+        if name not in decoder
     ]
-    return Exploration(title, layers, facts, [Answer("sentence", f"“{masked}”", f"“{plain}”")])
+    for name, path in decoder.items():
+        with_memory = "cross" not in path and masked[path].key.shape[2] > len(words.read[0])  # as a prefix
+        keys = seen if "cross" in path else (*seen, *words.read) if with_memory else words.read
+        title = name.removesuffix(".attn")
+        if name in records:
+            queries = (*seen, *words.generated) if with_memory else words.generated
+            layers.append(ExploredLayer(title, masks[f"{name}.lam"].config, records[name], queries, keys))
+        else:
+            layers.append(UnmaskedLayer(title, masked[path], plain[path], words.generated, keys))
+    return layers
 
 
 def _tokens(

@@ -22,6 +22,7 @@ from torch import Tensor
 from lamzoo.errors import ConfigError, UnsupportedHostError
 from lamzoo.escaping import printable
 from lamzoo.lam import LamConfig, MaskRecord
+from lamzoo.lam.layer import Scores
 from lamzoo.reading import to_json
 
 _MOST = 32767  # int16, whose lowest value marks what is forbidden
@@ -77,6 +78,27 @@ class ExploredLayer:
 
 
 @dataclass(frozen=True)
+class UnmaskedLayer:
+    """One attention layer without a mask of its own, which reads what layers with masks made.
+
+    Attributes:
+        name: path of the layer, or what it is.
+        masked: scores in a run with the masks of the model.
+        plain: scores of the same tokens in a run with neutral masks.
+        queries: the tokens that the queries are made of, in order.
+        keys: likewise of the keys.
+        sample: index in the batch.
+    """
+
+    name: str
+    masked: Scores
+    plain: Scores
+    queries: Sequence[TokenRun]
+    keys: Sequence[TokenRun]
+    sample: int = 0
+
+
+@dataclass(frozen=True)
 class Answer:
     """A line of the model's prediction, with its masks and with neutral ones.
 
@@ -99,13 +121,13 @@ class Exploration:
 
     Attributes:
         title: model and input.
-        layers: at least one.
+        layers: at least one with a mask, the first one.
         facts: lines below the title.
         answers: predictions.
     """
 
     title: str
-    layers: Sequence[ExploredLayer]
+    layers: Sequence[ExploredLayer | UnmaskedLayer]
     facts: Sequence[str] = ()
     answers: Sequence[Answer] = ()
 
@@ -128,7 +150,7 @@ def to_html(exploration: Exploration) -> str:
         title=_html(exploration.title),
         facts="\n".join(f'<p class="faint">{_html(fact)}</p>' for fact in exploration.facts),
         answers=_answers(exploration.answers),
-        legend=_html(_legend(exploration.layers[0].config)),
+        legend=_html(_legend(exploration.layers)),
         # A script element ends at the first "</script", whatever it holds.
         data=to_json(page_data(exploration)).replace("<", "\\u003c"),
         script=script,
@@ -139,7 +161,10 @@ def to_html(exploration: Exploration) -> str:
 def page_data(exploration: Exploration) -> dict[str, Any]:
     """Returns what the script reads, as JSON values; raises as :func:`to_html`."""
     store = _Store()
-    layers = [_layer(layer, store) for layer in exploration.layers]
+    layers = [
+        _layer(layer, store) if isinstance(layer, ExploredLayer) else _unmasked_layer(layer, store)
+        for layer in exploration.layers
+    ]
     return {"layers": layers, "runs": store.runs, "sequences": store.sequences, "arrays": store.arrays}
 
 
@@ -211,29 +236,51 @@ def _layer(layer: ExploredLayer, store: _Store) -> dict[str, Any]:
             "lamzoo.report.figure, or a model whose layers attend to all tokens at once."
         )
     left, right = (factor[row if factor.shape[0] > 1 else 0] for factor in record.mask)
-    query, key = scores.query[row] * scores.scale, scores.key[row]
     places = [None if each is None else each[row] for each in (record.query_places, record.key_places)]
+    return {
+        **_scores(layer, scores, places, store),
+        "op": layer.config.op,
+        "neutral": layer.config.mask_op.identity,
+        "maskHeads": left.shape[0],
+        "left": store.array(left),
+        "right": store.array(right),
+        "queryPlaces": None if places[0] is None else places[0].tolist(),
+        "keyPlaces": None if places[1] is None else places[1].tolist(),
+    }
+
+
+def _unmasked_layer(layer: UnmaskedLayer, store: _Store) -> dict[str, Any]:
+    plain, row = layer.plain, layer.sample
+    return {
+        **_scores(layer, layer.masked, (None, None), store),
+        "op": None,
+        "neutral": None,
+        "plainQuery": store.array(plain.query[row] * plain.scale),
+        "plainKey": store.array(plain.key[row]),
+        "queryPlaces": None,
+        "keyPlaces": None,
+    }
+
+
+def _scores(
+    layer: ExploredLayer | UnmaskedLayer, scores: Scores, places: Sequence[Tensor | None], store: _Store
+) -> dict[str, Any]:
+    """Returns the name, tokens, queries and keys of a layer, after checking that its tokens are those described."""
+    query, key = scores.query[layer.sample] * scores.scale, scores.key[layer.sample]
     for runs, known, tokens in zip((layer.queries, layer.keys), places, (query, key), strict=True):
         described = sum(map(len, runs))
         if described != (tokens.shape[1] if known is None else len(known)):
             raise UnsupportedHostError(f"{layer.name} has {tokens.shape[1]} tokens, and {described} are described.")
     return {
         "name": printable(layer.name),
-        "op": layer.config.op,
-        "neutral": layer.config.mask_op.identity,
         "heads": query.shape[0],
-        "maskHeads": left.shape[0],
         "queryCount": query.shape[1],
         "keyCount": key.shape[1],
         "query": store.array(query),
         "key": store.array(key),
-        "left": store.array(left),
-        "right": store.array(right),
-        "bias": _bias(scores.bias, scores.allowed, key.shape[1], row, store),
+        "bias": _bias(scores.bias, scores.allowed, key.shape[1], layer.sample, store),
         "queries": store.sequence(layer.queries),
         "keys": store.sequence(layer.keys),
-        "queryPlaces": None if places[0] is None else places[0].tolist(),
-        "keyPlaces": None if places[1] is None else places[1].tolist(),
     }
 
 
@@ -299,14 +346,21 @@ def _answers(answers: Sequence[Answer]) -> str:
     return f'<table id="answers">\n{head}\n{"".join(lines)}\n</table>'
 
 
-def _legend(config: LamConfig) -> str:
+def _legend(layers: Sequence[ExploredLayer | UnmaskedLayer]) -> str:
+    config = next(layer.config for layer in layers if isinstance(layer, ExploredLayer))
     heads = "one mask for all heads" if config.heads == "shared" else "one mask for each head"
-    return (
+    text = (
         f"M {config.mask_op.effect} the attention scores, {config.mask_op.identity:g} is neutral; "
         f"keys={config.keys}, rank={config.rank}, sign={config.sign}, {heads}. Attention without the mask is that of "
         "the same queries and keys in this layer; the prediction without masks is that of all layers without theirs. "
         "Tokens that have been merged are outlined as one, and have the numbers of the token that they are part of."
     )
+    if any(isinstance(layer, UnmaskedLayer) for layer in layers):
+        text += (
+            " A layer without a mask shows its attention in the model with its masks, and in the model with neutral "
+            "ones; below, it has the mean of its attention over the queries in place of the importance."
+        )
+    return text
 
 
 def _html(text: str) -> str:

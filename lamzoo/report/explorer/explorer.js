@@ -221,11 +221,13 @@ function draw() {
   $("head").value = state.head;
   views.query.paint({ values: null, places: layer.queryPlaces, chosen, other: null });
   for (const [name] of MAPS) {
+    const key = place(layer.keyPlaces, state.key);
+    $(`n-${name}`).textContent = number(rows && key >= 0 ? rows[name][key] : NaN);
+    $(name).parentElement.hidden = name === "mask" && layer.op === null;
+    if ($(name).parentElement.hidden) continue;
     const scale = rows && scaleOf(name, layer, rows);
     const values = rows && spread(rows[name], layer.keyPlaces);
-    const key = place(layer.keyPlaces, state.key);
     views[name].paint({ values, scale, places: layer.keyPlaces, chosen: same ? chosen : new Set(), other: state.key });
-    $(`n-${name}`).textContent = number(rows && key >= 0 ? rows[name][key] : NaN);
     const bar = $(name).nextElementSibling;
     bar.style.visibility = rows ? "" : "hidden";
     if (!rows) continue;
@@ -278,15 +280,23 @@ function fate(places, group, at, gone) {
 
 function drawThumbs(layer) {
   const all = page.layers.map((_, index) => importanceOf(index, state.head));
-  const distances = all.flatMap((values, index) => Array.from(values, (value) => value - page.layers[index].neutral));
+  const distances = all.flatMap((values, index) => {
+    const { op, neutral } = page.layers[index];
+    return op === null ? [] : Array.from(values, (value) => value - neutral);
+  });
   const half = furthest(Float64Array.from(distances), 0, 0.05);
+  const scaleAt = (index) => {
+    const { op, neutral } = page.layers[index];
+    return op === null ? { stops: SEQUENTIAL, low: 0, high: furthest(all[index], 0, 1e-6) } : diverging(neutral, half);
+  };
   thumbs.forEach(({ view, note, button }, index) => {
-    const { keyPlaces, keys, neutral } = page.layers[index];
+    const { op, keyPlaces, keys } = page.layers[index];
     const here = keys === layer.keys;
     const at = here ? place(keyPlaces, state.key) : -1;
-    const [values, scale, other] = [spread(all[index], keyPlaces), diverging(neutral, half), here ? state.key : null];
-    view.paint({ values, scale, places: keyPlaces, chosen: new Set(), other });
-    note.textContent = `${number(at < 0 ? NaN : all[index][at])}${keyPlaces ? `, ${page.layers[index].keyCount} tokens` : ""}`;
+    const [values, other] = [spread(all[index], keyPlaces), here ? state.key : null];
+    view.paint({ values, scale: scaleAt(index), places: keyPlaces, chosen: new Set(), other });
+    const about = op === null ? ", mean attention" : keyPlaces ? `, ${page.layers[index].keyCount} tokens` : "";
+    note.textContent = number(at < 0 ? NaN : all[index][at]) + about;
     button.setAttribute("aria-pressed", index === state.layer);
   });
 }

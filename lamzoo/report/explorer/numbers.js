@@ -58,9 +58,12 @@ const headsOf = (layer, head) => (head < 0 || head >= layer.heads ? [...Array(la
 const maskHead = (layer, head) => (layer.maskHeads === 1 ? 0 : head);
 
 // The row of one query: mask, attention under it and without it, and their difference, each a number for every key.
+// A layer without a mask (its op is null) has queries and keys of its own in the model with neutral masks.
 function rowsOf(layer, head, query) {
   const heads = headsOf(layer, head);
-  const [q, k, left, right] = [layer.query, layer.key, layer.left, layer.right].map(matrix);
+  const [q, k] = [layer.query, layer.key].map(matrix);
+  const [left, right] = layer.op === null ? [] : [layer.left, layer.right].map(matrix);
+  const [plainQ, plainK] = layer.op === null ? [layer.plainQuery, layer.plainKey].map(matrix) : [q, k];
   const found = Object.fromEntries(MAPS.map(([name]) => [name, new Float64Array(layer.keyCount)]));
   for (const h of heads) {
     const shift = bias(layer, h, query);
@@ -68,11 +71,12 @@ function rowsOf(layer, head, query) {
     const masked = new Float64Array(layer.keyCount);
     const plain = new Float64Array(layer.keyCount);
     for (let j = 0; j < layer.keyCount; j++) {
-      const value = dot(left, m * layer.queryCount + query, right, m * layer.keyCount + j);
-      const score = dot(q, h * layer.queryCount + query, k, h * layer.keyCount + j);
+      const [row, other] = [h * layer.queryCount + query, h * layer.keyCount + j];
+      const value = left ? dot(left, m * layer.queryCount + query, right, m * layer.keyCount + j) : NaN;
+      const score = dot(q, row, k, other);
       found.mask[j] += value / heads.length;
-      plain[j] = score + shift(j);
-      masked[j] = (layer.op === "mul" ? score * value : score + value) + shift(j);
+      plain[j] = (left ? score : dot(plainQ, row, plainK, other)) + shift(j);
+      masked[j] = (layer.op === "mul" ? score * value : layer.op === "add" ? score + value : score) + shift(j);
     }
     softmax(masked).forEach((value, j) => (found.masked[j] += value / heads.length));
     softmax(plain).forEach((value, j) => (found.plain[j] += value / heads.length));
@@ -81,13 +85,24 @@ function rowsOf(layer, head, query) {
   return found;
 }
 
-// The mean of the mask over the queries, a number for every key.
+// The mean of the mask over the queries, a number for every key; of the attention in a layer without a mask.
 const importances = new Map();
 function importanceOf(index, head) {
   const layer = page.layers[index];
   const heads = [...new Set(headsOf(layer, head).map((h) => maskHead(layer, h)))];
   const name = `${index} ${heads}`;
-  if (importances.has(name)) return importances.get(name);
+  if (!importances.has(name)) importances.set(name, layer.op === null ? meanAttention(layer, head) : meanMask(layer, heads));
+  return importances.get(name);
+}
+
+function meanAttention(layer, head) {
+  const found = new Float64Array(layer.keyCount);
+  for (let query = 0; query < layer.queryCount; query++)
+    rowsOf(layer, head, query).masked.forEach((value, j) => (found[j] += value / layer.queryCount));
+  return found;
+}
+
+function meanMask(layer, heads) {
   const [left, right] = [matrix(layer.left), matrix(layer.right)];
   const found = new Float64Array(layer.keyCount);
   for (const h of heads) {
@@ -100,7 +115,6 @@ function importanceOf(index, head) {
       found[j] += (sum * right.scales[row]) / layer.queryCount / heads.length;
     }
   }
-  importances.set(name, found);
   return found;
 }
 

@@ -91,7 +91,7 @@ def run_twice(model: nn.Module, run: Callable[[], Output]) -> tuple[Mapping[str,
         with capture_masks(model) as captured:
             masked = run()
             records = dict(captured)
-        with _neutral_masks(model):
+        with neutral_masks(model):
             plain = run()
     return records, masked, plain
 
@@ -116,7 +116,7 @@ def answers_of(model: nn.Module, masked: Any, plain: Any) -> list[Answer]:
 
 
 @contextmanager
-def _neutral_masks(model: nn.Module) -> Iterator[None]:
+def neutral_masks(model: nn.Module) -> Iterator[None]:
     """Makes the masks leave the scores as they are, while the context is open; merged tokens stay merged."""
 
     def neutral(lam: Lam, args: tuple[Any, ...], mask: FactoredMask) -> FactoredMask:
