@@ -109,13 +109,18 @@ class OpenClipAdapter(TakeoverAdapter):
     def sites(self, model: nn.Module) -> Iterator[AttentionSite]:
         """Yields the self-attention layers of open_clip's blocks, in the order in which they are registered.
 
+        Blocks of a module with ``reads_blocks``, which uses their parameters without calling them, get no mask.
+
         Raises:
             UnsupportedHostError: the model has an unknown block, or a block with an unknown attention layer; names it.
         """
+        read: tuple[str, ...] = ()
         for path, module in model.named_modules():
             if type(module).__module__.startswith("open_clip."):
                 _check_blocks(path, module)
-            if _is_self_attending(module):
+            if getattr(module, "reads_blocks", False):
+                read += (f"{path}.",) if path else ("",)
+            if _is_self_attending(module) and not path.startswith(read):
                 yield _site(f"{path}.attn" if path else "attn", module.attn)
 
     def token_layout(self, model: nn.Module, path: str) -> TokenLayout | None:

@@ -14,7 +14,8 @@ from torch.testing import assert_close
 
 import lamzoo
 from lamzoo import LamConfig
-from lamzoo.errors import ConfigError, DataError
+from lamzoo.adapters.state import masks_of
+from lamzoo.errors import ConfigError, DataError, UnsupportedHostError
 from lamzoo.evaluation.captions.evaluate import context_tokens
 from lamzoo.models.describer.decoder import CaptionDecoder, DecoderCache, from_coca
 from lamzoo.models.describer.encoder import JointEncoder, StreamBatch, time_waves
@@ -61,6 +62,14 @@ def test_a_fresh_mask_changes_no_bit(keys: Any, layers: Any, op: Any) -> None:
     plain, masked = model("describer_micro"), model(lam=LamConfig(keys=keys, layers=layers, op=op, rank=3))
     masked.load_state_dict(masked.state_dict() | plain.state_dict())
     assert torch.equal(masked(streams(), text()).logits, plain(streams(), text()).logits)
+
+
+def test_masks_are_added_only_where_they_have_an_effect() -> None:
+    plain = model(name="describer_micro")
+    lamzoo.add_lam(plain)
+    assert list(masks_of(plain)) == [f"encoder.layers.{number}.attn.lam" for number in range(2)]
+    with pytest.raises(UnsupportedHostError):
+        lamzoo.add_lam(plain.decoder)
 
 
 def test_a_trained_mask_does() -> None:

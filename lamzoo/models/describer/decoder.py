@@ -54,7 +54,7 @@ class CaptionDecoder(nn.Module):
         layers: layers that also attend to the memory.
     """
 
-    reads_blocks = True  # instead of calling them, so FSDP can't shard each one
+    reads_blocks = True  # instead of calling them, so FSDP can't shard each one, and a mask in one would have no effect
 
     def __init__(
         self, vocab_size: int, context_length: int, width: int, heads: int, text_layers: int, layers: int
