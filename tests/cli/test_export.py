@@ -12,6 +12,7 @@ import lamzoo
 from tests.images import CLASSES
 
 
+@pytest.mark.slow
 def test_command(tmp_path: Path, run: Any) -> None:
     model = lamzoo.create_model("lam_vit_micro", num_classes=3, depth=3, embed_dim=32, num_heads=2)
     lamzoo.save_pretrained(model, tmp_path / "micro", label_names=CLASSES)

@@ -78,8 +78,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     return export
 
 
-# "merge" has all that "drop" has, and one token more; the tests of pruning export every rest by torch.export.
-_RARE = ("drop", "nearest")
+# A program takes seconds. "merge" has all that "drop" has, and one token more; the tests of merging and pruning export
+# by torch.export.
+_RARE = ("plain", "drop", "nearest", "fused")
 
 
 @each_format
@@ -99,6 +100,7 @@ def test_the_program_agrees_with_the_model_for_any_batch(variant: str, format: A
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
+@pytest.mark.slow
 def test_a_merged_model_is_exported_for_any_batch_and_says_so(exported: Exported) -> None:
     model, written = exported("merged", "onnx")  # the tests of merging export by torch.export
     program = load_exported(written.path)
@@ -210,6 +212,7 @@ def test_onnx_has_the_opset_and_the_batch_that_are_promised(exported: Exported) 
     onnx.checker.check_model(model, full_check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["masked", pytest.param("fused", marks=pytest.mark.slow)])
 def test_int8_is_smaller_and_near(variant: str, tmp_path: Path) -> None:
     model = vit(variant, embed_dim=64, depth=1)
@@ -220,6 +223,7 @@ def test_int8_is_smaller_and_near(variant: str, tmp_path: Path) -> None:
     assert whole.max_difference < small.max_difference < 0.2
 
 
+@pytest.mark.slow
 def test_int8_reaches_the_layers_that_merging_computes_in_parts(tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
     model = merge_tokens(vit("plain", embed_dim=64, depth=1), keep=1)  # queries of the class token alone

@@ -25,6 +25,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 each_op = pytest.mark.parametrize("op", OPS)
 
 
+@pytest.mark.slow
 @needs_triton
 def test_interpreted_kernels_keep_their_promises() -> None:
     # In a process of its own, because triton settles at its import whether it interprets, for all that follows.

@@ -93,9 +93,15 @@ def test_a_shared_mask_loses_the_rows_and_columns_of_tokens_that_left(rest: str)
 @pytest.mark.parametrize(  # tracing takes seconds: every configuration once, half in two stages
     ("config", "rest", "at"),
     [
-        pytest.param(config, rest, at, id=f"{rest}-{config.layers}-{config.keys}-{config.op}")
-        for config, rest, at in zip(
-            CONFIGS, itertools.cycle(("drop", "merge", "nearest")), itertools.cycle(((0, 1), (0,))), strict=False
+        pytest.param(
+            config,
+            rest,
+            at,
+            id=f"{rest}-{config.layers}-{config.keys}-{config.op}",
+            marks=[pytest.mark.slow] if index else [],
+        )
+        for index, (config, rest, at) in enumerate(
+            zip(CONFIGS, itertools.cycle(("drop", "merge", "nearest")), itertools.cycle(((0, 1), (0,))), strict=False)
         )
     ],
 )
@@ -203,6 +209,7 @@ def test_masks_alone_in_training_learn_too() -> None:
     assert pruning_loss(vit).requires_grad
 
 
+@pytest.mark.slow
 def test_training_pruned_is_one_graph() -> None:
     vit, x = prune_tokens(model(depth=3), 0.5, (0, 1)).train(), images()
     torch._dynamo.reset()

@@ -63,7 +63,10 @@ def view(name: str, count: int, start: float, words: int, masks: bool) -> Modali
 
 
 @pytest.mark.parametrize("masks", [True, False])
-@pytest.mark.parametrize(("windows", "words"), [(1, 1), (6, 5), (3, 13), (2, 26)])
+@pytest.mark.parametrize(
+    ("windows", "words"),
+    [(6, 5), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((1, 1), (3, 13), (2, 26)))],
+)
 def test_no_two_labels_overlap_and_none_is_cut(windows: int, words: int, masks: bool) -> None:
     said = (WORDS * 2)[:words]
     views = [

@@ -233,7 +233,10 @@ def texts(figure: Any) -> list[Any]:
     return [(text.get_text(), text.get_window_extent()) for text in written]
 
 
-@pytest.mark.parametrize(("clips", "words"), [(1, 1), (9, 5), (75, 77), (750, 2)])
+@pytest.mark.parametrize(
+    ("clips", "words"),
+    [(9, 5), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((1, 1), (75, 77), (750, 2)))],
+)
 @each_model
 def test_no_two_labels_overlap_and_none_is_cut(name: str, clips: int, words: int, drawn: Any, tmp_path: Path) -> None:
     built, dataset = model(f"lam_{name}", PLACES[name]), data(clips, words, ((0.0, 2.0),))

@@ -124,6 +124,7 @@ def test_the_losses_are_those_written_out(speech: Path) -> None:
     torch.testing.assert_close(losses["ctc"], 0.5 * torch.stack(ctc).mean())
 
 
+@pytest.mark.slow
 def test_it_learns_to_write_what_it_has_not_heard(table: dict[str, Any], tmp_path: Path) -> None:
     table["schedule"]["epochs"] = 40
     table["optimizer"] = {"lr": 3e-3, "clip_grad": 1.0}

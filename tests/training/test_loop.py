@@ -72,7 +72,7 @@ def test_training_lowers_the_loss(recipe_table: dict[str, Any], tmp_path: Path) 
     assert losses[-1] < 0.8 * losses[0]
 
 
-@pytest.mark.parametrize("killed_at", [3, 6, 10])
+@pytest.mark.parametrize("killed_at", [6, *(pytest.param(each, marks=pytest.mark.slow) for each in (3, 10))])
 def test_killed_run_resumes_to_the_same_curve(recipe_table: dict[str, Any], tmp_path: Path, killed_at: int) -> None:
     recipe_table["augment"] |= {"mixup": 0.5, "color_jitter": 0.2, "auto_augment": "rand-m5"}
     recipe_table["run"] |= {"ema_decay": 0.9, "checkpoint_interval": 2}
@@ -264,7 +264,7 @@ def test_the_pruning_loss_moves_the_masks(recipe_table: dict[str, Any], tmp_path
     assert any(not torch.allclose(light[name], heavy[name]) for name in masks)
 
 
-@pytest.mark.parametrize("training", ["straight-through", "top-k"])
+@pytest.mark.parametrize("training", ["straight-through", pytest.param("top-k", marks=pytest.mark.slow)])
 def test_killed_run_with_pruning_resumes_to_the_same_curve(
     recipe_table: dict[str, Any], tmp_path: Path, training: str
 ) -> None:

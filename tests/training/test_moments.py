@@ -139,7 +139,8 @@ def test_a_model_of_another_vocabulary_is_refused(table: dict[str, Any], tmp_pat
         run(table, tmp_path / "out")
 
 
-@pytest.mark.parametrize("name", ["lam_moment_detr_micro", pytest.param("qd_detr_micro", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lam_moment_detr_micro", "qd_detr_micro"])
 def test_it_learns_to_find_words_it_has_not_heard(table: dict[str, Any], tmp_path: Path, name: str) -> None:
     table["model"] |= {"name": name}
     table["model"]["kwargs"] |= {"width": 32}
@@ -172,6 +173,7 @@ def test_a_run_in_bfloat16_is_scored_in_float32(table: dict[str, Any]) -> None:
     assert dtypes == {torch.float32, torch.bfloat16}
 
 
+@pytest.mark.slow
 def test_runs_of_several_precisions_follow_each_other(table: dict[str, Any], tmp_path: Path) -> None:
     for precision in ("no", "bf16", "no"):
         result = run(table, tmp_path / f"{precision}{len(list(tmp_path.iterdir()))}", precision=precision)

@@ -175,7 +175,7 @@ def test_a_retrieval_recipe_does_not_prune(table: dict[str, Any]) -> None:
         parse_recipe(table | {"reduction": {"method": "prune", "keep": 0.5}})
 
 
-@pytest.mark.parametrize("killed_at", [3, 6, 10])
+@pytest.mark.parametrize("killed_at", [6, *(pytest.param(each, marks=pytest.mark.slow) for each in (3, 10))])
 def test_killed_run_resumes_to_the_same_curve(table: dict[str, Any], tmp_path: Path, killed_at: int) -> None:
     table["augment"] = {"scale": [0.6, 1.0], "ratio": [0.8, 1.2], "hflip": 0.5, "color_jitter": 0.2}
     table["run"] |= {"ema_decay": 0.9, "checkpoint_interval": 2}
