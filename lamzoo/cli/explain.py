@@ -32,6 +32,8 @@ def explain(
         "Query, video or clip to draw [the first of the split]."))] = None,
     text: Annotated[list[str] | None, typer.Option(metavar="TEXT", help=(
         "Text to compare a video with; several times for texts to choose among."))] = None,
+    videos: Annotated[Path | None, typer.Option(metavar="DIR", help=(
+        "Folder of the videos of --data that has only features, for thumbnails on the page."))] = None,
     checkpoint: Checkpoint = None,
     merge: Merge = None,
     device: Device = "auto",
@@ -42,7 +44,8 @@ def explain(
     if image is not None and data is not None:
         raise ConfigError(f"the file {image} and --data {data} exclude each other; leave one out")
     if image is not None:
-        given = next((option for option, value in (("--split", split), ("--query", query)) if value is not None), None)
+        options = (("--split", split), ("--query", query), ("--videos", videos))
+        given = next((option for option, value in options if value is not None), None)
         if given is not None:
             raise ConfigError(f"{given} does not apply to a file; leave it out, or use --data instead of the file")
     elif text:
@@ -58,6 +61,12 @@ def explain(
             check_target(path, what, suffix=suffix)
     if figure is not None and figure.suffix.lower() not in (".pdf", ".svg", ".png"):
         raise ConfigError(f"--figure is {figure}; its name must end in .pdf, .svg or .png")
+    if videos is not None:
+        from lamzoo.data.paths import check_folder
+
+        check_folder(videos)
+        if html is None:
+            raise ConfigError("--videos is for the thumbnails of a page; add --html FILE.html, or leave it out")
     from lamzoo.evaluation import resolve_device
     from lamzoo.registry.catalog import task_of
 
@@ -71,6 +80,8 @@ def explain(
             says = f"{name} is {task.model_kind}, which `lamzoo explain` can't draw as {path}"
             raise UnsupportedHostError(f"{says}; {hint}" if hint else says)
     _check(name, task, image is not None, bool(text))
+    if videos is not None and not task.takes_videos:
+        raise ConfigError(f"--videos does not apply to {name}, {task.model_kind}, whose data have the videos; omit it")
     inputs: tuple[Any, ...]
     if image is not None and of_video:
         from lamzoo.data.paths import file_exists
@@ -88,7 +99,8 @@ def explain(
     model = load_model(name, checkpoint, merge=merge).to(target)
     for function, path in zip(functions, targets.values(), strict=True):
         if path is not None:
-            task.load(function)(model, *inputs, path)
+            folder = {"videos": videos} if function == "explore" and videos is not None else {}
+            task.load(function)(model, *inputs, path, **folder)
             out.print_line(out.path_text(path))
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from lamzoo.data.arrays import read_npz
 from lamzoo.data.audio.spectra import stack_spectra
@@ -159,6 +160,14 @@ class GridTokens:
             tokens = np.concatenate([scaled(part[:length]) for part in parts], axis=1)
             self._kept[index] = Speech(tokens, timed_words(line))
         return self._kept[index]
+
+    def frames(self, index: int, numbers: Sequence[int]) -> list[Image.Image]:
+        """Returns selected frames of a clip, 80 x 48 pixels around the mouth; none without video."""
+        if self._lips is None or not numbers:
+            return []
+        height, width = _FRAME
+        strip = self._lips.decode(index)
+        return [strip.crop((0, number * height, width, (number + 1) * height)) for number in numbers]
 
     def sizes(self) -> list[int]:
         """Returns the size of each clip's frames in bytes; empty without video."""

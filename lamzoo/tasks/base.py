@@ -137,6 +137,7 @@ class Task:
             ``explains`` is ``"queries"``; None if ``lamzoo explain`` does not support the task.
         explains: input of ``explain``: an ``"image"``, or the ``"queries"`` of a data set.
         explore: function that writes an interactive page of a model, with the arguments of ``explain``; None for none.
+        takes_videos: whether ``explore`` takes ``videos``, a folder of video files for the frames of data without them.
         explore_video: function that writes the page of a video file: ``(model, video, texts, path)``; None for none.
         figure: function that writes a figure for a paper (PDF, SVG or PNG), likewise.
         explain_hint: what to suggest if ``lamzoo explain`` has no such output.
@@ -166,6 +167,7 @@ class Task:
     explain: str | None = None
     explains: str = "image"
     explore: str | None = None
+    takes_videos: bool = False
     explore_video: str | None = None
     figure: str | None = None
     explain_hint: str = ""

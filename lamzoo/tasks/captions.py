@@ -28,6 +28,7 @@ CAPTIONS = Task(
     write_predictions="lamzoo.evaluation.captions.coco_results:write_captions",
     explains="queries",
     explore="lamzoo.report.explorer.description_page:explore_description",
+    takes_videos=True,
     explain_hint="give --html FILE.html, or `lamzoo describe VIDEO --explain FILE.png`, which draws masks and words",
     listed="CIDEr",
     describe_input="lamzoo.evaluation.captions.evaluate:describe_input",

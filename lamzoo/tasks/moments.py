@@ -27,6 +27,7 @@ MOMENTS = Task(
     explain="lamzoo.report.moment_pictures:explain_query",
     explains="queries",
     explore="lamzoo.report.explorer.queries:explore_query",
+    takes_videos=True,
     figure="lamzoo.report.paper_figure:figure_query",
     listed="mAP",
     describe_input="lamzoo.evaluation.moments.evaluate:describe_input",

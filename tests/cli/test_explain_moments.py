@@ -92,6 +92,25 @@ def test_a_page_of_a_query_has_clips_and_words(call: Callable[..., Any]) -> None
     assert '"labels": ["A", "dog", "runs."]' in Path("time.html").read_text()
 
 
+def test_thumbnails_are_from_the_videos_of_a_folder(call: Callable[..., Any]) -> None:
+    pytest.importorskip("av")
+    from tests.videos import pictures, write_clip
+
+    Path("films").mkdir()
+    write_clip(Path("films/v.mp4"), pictures(12), fps=1)
+    command = "--data DATA --split val --query 13 --videos"
+    done = call("lam_moment_detr_micro", f"{command} films --html time.html")
+    assert (done.code, done.out) == (0, "time.html\n"), done.err
+    assert '"frames": 24' in Path("time.html").read_text()
+    for arguments, says in (
+        (f"{command} nowhere --html x.html", "no such folder: nowhere"),
+        (f"{command} films --out x.png", "--videos is for the thumbnails of a page; add --html FILE.html"),
+        ("PHOTO --videos films --html x.html", "--videos does not apply to a file"),
+    ):
+        done = call("lam_moment_detr_micro", arguments)
+        assert (done.code, done.err.count("\n"), says in done.err) == (2, 1, True), done.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

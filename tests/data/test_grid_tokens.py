@@ -103,6 +103,19 @@ def test_recordings_are_the_same_each_time_and_every_word_in_one_is_asked_for(sp
     assert [a["relevant_windows"] for a in first.annotations()] == [[list(w) for w in q.windows] for q in first.queries]
 
 
+def test_frames_of_a_recording_show_the_words_that_are_said(speech: Path) -> None:
+    dataset = create_moment_dataset(f"grid:{speech}:both:5", "val")
+    query, frames = dataset.queries[-1], dataset.frames(len(dataset) - 1, 125)
+    assert {frame.size for frame in frames} == {(80, 48)}
+    for word, start, end in query.words:
+        left = 26 + 7 * ALL.index(word)
+        shown = np.array([np.asarray(frame)[18:38, left + 1 : left + 5].mean() for frame in frames])
+        assert shown[round(start * 25) : round(end * 25)].min() > 180 > shown[round(start * 25) - 1]
+    few = dataset.frames(len(dataset) - 1, 5)
+    assert [frame.tobytes() for frame in few] == [frames[number].tobytes() for number in (12, 37, 62, 87, 112)]
+    assert create_moment_dataset(f"grid:{speech}:audio:5", "val").frames(0, 5) == []
+
+
 def test_recordings_may_be_of_many_lengths(speech: Path) -> None:
     dataset = create_moment_dataset(f"grid:{speech}:audio:4-9", "train")
     durations = {query.duration for query in dataset.queries}

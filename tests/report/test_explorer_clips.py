@@ -207,6 +207,35 @@ class Film(CaptionSource):
         return [Image.new("RGB", (32, 32), "red")]
 
 
+class Features(Film):
+    """The same film, of which only features are at hand."""
+
+    split, modalities = "test", {"video": 8}
+
+    def streams(self, index: int) -> dict[str, Stream]:
+        return {"video": super().streams(index)["image"]}
+
+    def frames(self, index: int, count: int) -> list[Image.Image]:
+        return []
+
+
+def test_thumbnails_of_features_need_the_film(tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    from tests.videos import write_clip
+
+    model = describer(features={"video": 8}, vocabulary=["red", "blue", "now"], rates={}, seconds=0.16)
+    dataset, path = CaptionDataset(Features(), "film:x"), tmp_path / "page.html"
+    explore_description(model, dataset, "1", path)
+    assert "give --videos DIR with film.mp4 in it" in path.read_text()
+    write_clip(tmp_path / "film.mp4", [Image.new("RGB", (48, 32), c) for c in ("red", "blue")], fps=1, size=(48, 32))
+    explore_description(model, dataset, "1", path, videos=tmp_path)
+    _, video, *_ = read_page(path.read_text())["runs"]
+    assert video["frames"] == 12
+    red, _, blue = np.asarray(picture(video)).mean(axis=(0, 1))
+    assert blue > 3 * red  # the second sentence is said in the second second
+    assert "--videos" not in path.read_text()
+
+
 def test_patches_of_a_photograph_and_earlier_words_are_shown(tmp_path: Path) -> None:
     words = ["red", "blue", "now"]
     model = describer(features={"image": 8}, context_tokens=5, vocabulary=words, rates={}, seconds=0.16)

@@ -43,6 +43,24 @@ def test_clips_words_and_moments_have_the_numbers_of_capture_masks(name: str, tm
     assert html.count("<th>moment ") == 5
 
 
+def test_thumbnails_need_the_videos_which_are_found_by_their_ids(tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    from tests.videos import pictures, write_clip
+
+    built, page = model("lam_moment_detr_micro", ("encoder",)), tmp_path / "page.html"
+    explore_query(built, data(), None, page)
+    assert "the data have only its features: give --videos DIR with a_b.mp4 in it" in page.read_text()
+    films = tmp_path / "films"
+    films.mkdir()
+    with pytest.raises(DataError, match=r"films has no video 'a_b'; add a_b\.mp4"):
+        explore_query(built, data(), None, page, videos=films)
+    write_clip(films / "a_b.mp4", pictures(36), fps=2)
+    explore_query(built, data(), None, page, videos=films)
+    (clips,) = [run for run in read_page(page.read_text())["runs"] if run["name"] == "clip"]
+    assert (clips["frames"], clips["picture"][:15]) == (24, "data:image/jpeg")
+    assert "--videos" not in page.read_text()
+
+
 def test_queries_and_models_that_can_not_be_shown_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no query '7'; it has '0', '1'"):
         explore_query(model("lam_moment_detr_micro"), data(), "7", tmp_path / "page.html")

@@ -79,6 +79,11 @@ class CaptionSource(ABC):
         """Returns up to ``count`` frames of a clip, evenly spaced over it, for pictures; empty if there are none."""
         return ()
 
+    def place(self, index: int) -> tuple[str, float, float]:
+        """Returns the name of an item's video file, without extension, and the span that is read, in its seconds."""
+        item = self.items[index]
+        return item.video, item.start, item.end
+
     def sizes(self) -> Sequence[int]:
         """Returns the sizes of the feature files in bytes, without reading them; empty if unknown."""
         return ()
@@ -101,6 +106,9 @@ class _Part(CaptionSource):
 
     def frames(self, index: int, count: int) -> Sequence[Image.Image]:
         return self._source.frames(self._indices[index], count)
+
+    def place(self, index: int) -> tuple[str, float, float]:
+        return self._source.place(self._indices[index])
 
     def sizes(self) -> Sequence[int]:
         return self._source.sizes()
@@ -164,6 +172,16 @@ class CaptionDataset:
         if not 0 <= index < len(self):
             raise IndexError(index)
         return list(self._source.frames(index, count))
+
+    def place(self, index: int) -> tuple[str, float, float]:
+        """Returns where the clip that is read is, for frames of data that have none.
+
+        Returns:
+            The name of its video file, without extension, and its start and end, seconds in that file.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self._source.place(index)
 
     def splice(self) -> tuple[CaptionItem, dict[str, Stream]]:
         """Returns a new clip, spliced from pieces of several, and its features; draws from :mod:`random`.

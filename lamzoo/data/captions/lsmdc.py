@@ -58,6 +58,10 @@ class LsmdcSource(CaptionSource):
             self._durations.setdefault(item.id, duration)
         self.items = list(items.values())
 
+    def place(self, index: int) -> tuple[str, float, float]:
+        clip = self.items[index].id  # each clip is a file
+        return clip, 0.0, self._durations[clip]
+
     def sizes(self) -> list[int]:
         return self._features.sizes([item.id for item in self.items])
 

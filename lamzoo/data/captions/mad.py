@@ -95,23 +95,26 @@ class MadSource(CaptionSource):
         self._files = _features(root)
         self.modalities = {name: _width(path) for name, (path, _) in self._files.items()}
 
+    def place(self, index: int) -> tuple[str, float, float]:
+        item = self.items[index]
+        middle = (item.start + item.end) / 2
+        start = max(0.0, min(item.start, middle - self._seconds / 2))
+        return item.video, start, max(item.end, middle + self._seconds / 2)
+
     def sizes(self) -> list[int]:
         return file_sizes([path for path, _ in self._files.values()])
 
     def streams(self, index: int) -> dict[str, Stream]:
-        item = self.items[index]
-        middle = (item.start + item.end) / 2
-        start = max(0.0, min(item.start, middle - self._seconds / 2))
-        end = max(item.end, middle + self._seconds / 2)
+        video, start, end = self.place(index)
         found = {}
         for modality, (path, rate) in self._files.items():
             with _opened(path) as file:
                 names = set(file)  # `in file` would follow links
-                name = next((name for name in spellings(item.video) if name in names), None)
+                name = next((name for name in spellings(video) if name in names), None)
                 if name is not None:
                     movie = _rows(file, name, path)
                     span = rows_within(len(movie), rate, start, end)
-                    rows = check_rows(movie[span.start : span.stop], f"{item.video} in {path}")
+                    rows = check_rows(movie[span.start : span.stop], f"{video} in {path}")
                     found[modality] = Stream(unit(rows), row_times(span, rate, start))
         return found
 

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from lamzoo.data.fingerprint import Fingerprint, group
 from lamzoo.errors import DataError
@@ -82,6 +83,10 @@ class MomentSource(ABC):
     def text(self, index: int) -> Features:
         """Returns the features of the words of a query, ``(W, D)``, W at least 1; a ``DataError`` names the file."""
 
+    def frames(self, index: int, count: int) -> Sequence[Image.Image]:
+        """Returns ``count`` frames of a query's video, evenly spaced over it, for pictures; empty if there are none."""
+        return ()
+
     def sizes(self) -> Sequence[int]:
         """Returns the sizes of the feature files in bytes, without reading them; empty if unknown."""
         return ()
@@ -149,6 +154,16 @@ class MomentDataset:
                 f"{query.qid!r}; extract one row per clip"
             )
         return MomentFeatures(with_positions(video), self._source.text(index))
+
+    def frames(self, index: int, count: int) -> list[Image.Image]:
+        """Returns frames of the video of a query, of the same size and evenly spaced over it; empty if unknown.
+
+        Raises:
+            DataError: they can't be read; names the file.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return list(self._source.frames(index, count))
 
     def splice(self) -> tuple[MomentQuery, MomentFeatures]:
         """Returns a query about a new video, spliced from pieces of several; draws from :mod:`random`.

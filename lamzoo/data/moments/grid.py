@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from lamzoo.data.grid_tokens import RATE, GridTokens, Modalities, Speech, join
 from lamzoo.data.moments.base import Features, MomentQuery, MomentSource
@@ -39,6 +40,7 @@ class GridMoments(MomentSource):
             )
         self.split, self._clips, self._seconds = clips.split, clips, seconds
         self.vocabulary = clips.vocabulary
+        self._members: list[list[int]] = []  # the clips of each recording
         self._recordings = self._record()
         self.queries = [
             self._query(f"{self.split}{number}", word, speech)
@@ -52,6 +54,18 @@ class GridMoments(MomentSource):
 
     def text(self, index: int) -> Features:
         return self._one_hot(self.queries[index].text)
+
+    def frames(self, index: int, count: int) -> list[Image.Image]:
+        recording = self._recording_of[index]
+        length = len(self._recordings[recording].tokens)
+        left = [int((number + 0.5) / count * length) for number in range(count)]
+        found: list[Image.Image] = []
+        start = 0
+        for clip in self._members[recording]:
+            end = start + len(self._clips.read(clip).tokens)
+            found += self._clips.frames(clip, [number - start for number in left if start <= number < end])
+            start = end
+        return found
 
     def sizes(self) -> list[int]:
         return self._clips.sizes()
@@ -76,13 +90,15 @@ class GridMoments(MomentSource):
         order = list(range(len(self._clips)))
         rng.shuffle(order)
         recordings: list[Speech] = []
-        pieces: list[Speech] = []
+        clips: list[int] = []
         length = self._length(rng.uniform)
         for index in order:
-            pieces.append(self._clips.read(index))
+            clips.append(index)
+            pieces = [self._clips.read(clip) for clip in clips]
             if sum(len(piece.tokens) for piece in pieces) >= length:
                 recordings.append(join(pieces).cut(0, length))
-                pieces, length = [], self._length(rng.uniform)
+                self._members.append(clips)
+                clips, length = [], self._length(rng.uniform)
         if not recordings:
             raise DataError(
                 f"the {len(order)} clips of GRID's split {self.split!r} don't fill a recording; reduce its duration"

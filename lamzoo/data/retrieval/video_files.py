@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lamzoo.data.fingerprint import file_sizes
-from lamzoo.data.paths import file_exists, nfc
+from lamzoo.data.paths import check_folder, file_exists, nfc
 from lamzoo.data.retrieval.base import VideoSource
 from lamzoo.data.video.reader import VideoClip, read_video, videos_below
 from lamzoo.data.video.sampling import FrameSampling
@@ -80,6 +80,19 @@ def index_files(folder: Path) -> dict[str, list[Path]]:
     for path in videos_below(folder):
         found.setdefault(nfc(path.stem), []).append(path)
     return found
+
+
+def find_video(folder: Path, video: str) -> Path:
+    """Returns the file ``VIDEO.mp4`` (or avi, webm, ...) of a folder or its subfolders.
+
+    Raises:
+        DataError: there is no such folder, or it has no such file or several.
+    """
+    check_folder(folder)
+    paths = index_files(folder).get(nfc(video))
+    if paths is None:
+        raise DataError(f"{folder} has no video {video!r}; add {video}.mp4, or a file with another extension")
+    return only_file(paths, video)
 
 
 def only_file(paths: Sequence[Path], video: str) -> Path:

@@ -29,7 +29,7 @@ from lamzoo.lam.layer import Scores
 from lamzoo.models.describer.generation import GenerationConfig
 from lamzoo.profiling.inputs import evaluating
 from lamzoo.report.explorer.document import Answer, Exploration, ExploredLayer, TokenRun, UnmaskedLayer
-from lamzoo.report.explorer.runs import neutral_masks, run_twice, thumbnails, write_page
+from lamzoo.report.explorer.runs import frames_in, neutral_masks, run_twice, thumbnails, without_frames, write_page
 from lamzoo.report.mask_pictures import title_of
 from lamzoo.video.describe import DescribedWindow, VideoWindows
 
@@ -37,7 +37,14 @@ _FRAMES = 12
 _SOUND = "audio"
 
 
-def explore_description(model: nn.Module, dataset: CaptionDataset, item: str | None, path: str | Path) -> None:
+def explore_description(
+    model: nn.Module,
+    dataset: CaptionDataset,
+    item: str | None,
+    path: str | Path,
+    *,
+    videos: str | Path | None = None,
+) -> None:
     """Writes an interactive page of a describer's masks and attention for one clip, over time in seconds.
 
     The tokens are those of the joint encoder: the first token, each modality over time, and words of earlier sentences
@@ -51,11 +58,14 @@ def explore_description(model: nn.Module, dataset: CaptionDataset, item: str | N
         dataset: a split of clips.
         item: id of the clip; None for the first one.
         path: the HTML file, in an existing folder; an older file is replaced.
+        videos: folder of video files for the frames of data that have only features, named by their movies (``mad:``)
+            or clips (``lsmdc:``).
 
     Raises:
         UnsupportedHostError: the model has no masks, is not a describer, or takes other features.
         ConfigError: its masks or scores are not finite.
-        DataError: the split has no such clip, it can't be read, or the file can't be written.
+        DataError: the split has no such clip, it or its video can't be read, or the file can't be written.
+        MissingExtraError: PyAV, which reads video files, is not installed.
     """
     path = Path(path)
     network: Any = unwrap(model)
@@ -66,10 +76,17 @@ def explore_description(model: nn.Module, dataset: CaptionDataset, item: str | N
     index = index_of_id(ids, item, f"the split {dataset.split!r} of {dataset.spec}", "clip")
     clip = dataset.items[index]
     before = dataset.context(index, network.context_tokens)
-    frames = dataset.frames(index, _FRAMES)
+    video, start, end = dataset.place(index)
+    if videos is None:
+        frames = dataset.frames(index, _FRAMES)
+    else:
+        frames = frames_in(videos, video, start, end, _FRAMES)
+    streams = dataset.read(index)
     facts = [f"in the data: “{text}”" for text in clip.captions]
+    if not frames and set(streams) - {_SOUND}:
+        facts.append(without_frames(video))
     title = f"{title_of(network)} on {clip.id}"
-    write_page(_explore(network, _Clip(dataset.read(index), before, frames), title, facts), path)
+    write_page(_explore(network, _Clip(streams, before, frames), title, facts), path)
 
 
 def explore_window(

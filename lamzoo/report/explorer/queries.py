@@ -16,14 +16,22 @@ from lamzoo.errors import UnsupportedHostError, class_name
 from lamzoo.evaluation.moments.evaluate import MomentPrediction, find_moments
 from lamzoo.files import check_target
 from lamzoo.report.explorer.document import Answer, Exploration, ExploredLayer, TokenRun
-from lamzoo.report.explorer.runs import run_twice, thumbnails, write_page
+from lamzoo.report.explorer.runs import frames_in, run_twice, thumbnails, without_frames, write_page
 from lamzoo.report.mask_pictures import title_of
 from lamzoo.report.moment_pictures import index_of
 
 _MOMENTS = 5
+_FRAMES = 24
 
 
-def explore_query(model: nn.Module, dataset: MomentDataset, qid: str | None, path: str | Path) -> None:
+def explore_query(
+    model: nn.Module,
+    dataset: MomentDataset,
+    qid: str | None,
+    path: str | Path,
+    *,
+    videos: str | Path | None = None,
+) -> None:
     """Writes an interactive page of a moment model's masks and attention for one query, over time in seconds.
 
     The tokens are the clips of the video, the words of the sentence, QD-DETR's saliency token and the decoder's moment
@@ -35,16 +43,25 @@ def explore_query(model: nn.Module, dataset: MomentDataset, qid: str | None, pat
         dataset: a split of queries.
         qid: id of the query; None for the first one.
         path: the HTML file, in an existing folder; an older file is replaced.
+        videos: folder of video files named by the ids of the videos, whose frames are shown behind the clips; GRID has
+            frames of its own.
 
     Raises:
         UnsupportedHostError: the model has no masks, is not a moment model, or takes features of another width.
         ConfigError: its masks or predictions are not finite.
-        DataError: the split has no such query, its features can't be read, or the file can't be written.
+        DataError: the split has no such query, its features or its video can't be read, or the file can't be written.
+        MissingExtraError: PyAV, which reads video files, is not installed.
     """
     check_target(Path(path), "page", suffix=".html")
     masks_of(model)
     index = index_of(dataset, qid)
-    explore_moments(model, dataset.read(index), dataset.queries[index], path)
+    query = dataset.queries[index]
+    if videos is None:
+        frames = dataset.frames(index, _FRAMES)
+    else:
+        frames = frames_in(videos, query.video, 0.0, query.duration, _FRAMES)
+    notes = [] if frames else [without_frames(query.video)]
+    _write(model, dataset.read(index), query, Path(path), frames, notes)
 
 
 def explore_moments(
@@ -69,7 +86,17 @@ def explore_moments(
         ConfigError: as of :func:`explore_query`.
         DataError: the file can't be written.
     """
-    path = Path(path)
+    _write(model, features, query, Path(path), frames)
+
+
+def _write(
+    model: nn.Module,
+    features: MomentFeatures,
+    query: MomentQuery,
+    path: Path,
+    frames: Sequence[Image.Image],
+    notes: Sequence[str] = (),
+) -> None:
     check_target(path, "page", suffix=".html")
     masks = masks_of(model)
     records, masked, plain = run_twice(model, lambda: find_moments(model, [features], [query.duration])[0])
@@ -79,7 +106,7 @@ def explore_moments(
         for name, record in records.items()
     ]
     true = ", ".join(f"{start:g}–{end:g} s" for start, end in query.windows)
-    facts = [f"“{query.text}”", f"moments in the data: {true}" if true else "moments in the data: unknown"]
+    facts = [f"“{query.text}”", f"moments in the data: {true}" if true else "moments in the data: unknown", *notes]
     title = f"{title_of(model)} on video {query.video}"
     if query.qid != "":
         title += f", query {query.qid}"

@@ -15,6 +15,9 @@ from lamzoo.adapters.capture import capture_masks
 from lamzoo.adapters.hosts import token_layout
 from lamzoo.adapters.state import masks_of
 from lamzoo.adapters.wrappers import unwrap
+from lamzoo.data.retrieval.video_files import find_video
+from lamzoo.data.video.instants import Instants, middles
+from lamzoo.data.video.reader import read_video
 from lamzoo.errors import DataError, UnsupportedHostError, class_name
 from lamzoo.evaluation import class_names
 from lamzoo.evaluation.runtime import check_finite
@@ -162,6 +165,21 @@ def patch_tokens(
 def to_picture(pixels: Tensor) -> Image.Image:
     """Returns an image of ``(H, W, 3)``, 0 to 1."""
     return Image.fromarray((pixels * 255).round().byte().numpy())
+
+
+def frames_in(folder: str | Path, video: str, start: float, end: float, count: int) -> list[Image.Image]:
+    """Returns frames of a span of a video, in seconds, evenly spaced; the file is searched in the folder by its name.
+
+    Raises:
+        DataError: there is no such folder, no such video in it, or several, or it can't be read.
+        MissingExtraError: PyAV, which reads video files, is not installed.
+    """
+    return read_video(find_video(Path(folder), video), Instants(at=middles(start, end, count))).frames
+
+
+def without_frames(video: str) -> str:
+    """Returns the line of the page that says why there are no thumbnails, and how to have them."""
+    return f"Thumbnails need the video, and the data have only its features: give --videos DIR with {video}.mp4 in it."
 
 
 def thumbnails(frames: Sequence[Image.Image]) -> tuple[Image.Image, ...]:

@@ -48,6 +48,7 @@ def test_a_clip_has_its_sentences_its_movie_and_its_features(lsmdc: Path) -> Non
     assert (first.id, first.video, second.video) == (FIRST, "1006_Slumdog_Millionaire", "1006_Slumdog_Millionaire")
     assert (first.start, first.end) == pytest.approx((5149.077, 5154.718))
     assert dataset.context(1, 3) == first.captions
+    assert dataset.place(0) == (FIRST, 0.0, pytest.approx(5.641))
     found = dataset.read(0)
     assert found["video"].times == pytest.approx([1, 3, 5])  # clips of 2 s
     assert found["audio"].times == pytest.approx((np.arange(10) + 0.5) * 0.5641, abs=1e-5)  # spread over the clip

@@ -67,6 +67,7 @@ def test_a_sentence_has_the_frames_that_are_shown_with_it(mad: Path) -> None:
     assert video.features == pytest.approx(expected / np.linalg.norm(expected, axis=1)[:, None])
     assert video.times == pytest.approx(np.arange(20) / 5 + 0.1, abs=1e-5)
     assert dataset.context(1, 2) == ("SOMEONE waits.",)
+    assert [dataset.place(0), dataset.place(1)] == [("10142", 4.0, 8.0), ("10142", 9.0, 11.0)]
 
 
 @pytest.mark.parametrize(("options", "first", "count"), [("", 45, 10), (":4", 40, 20), (":0.2", 49, 2), (":0", 49, 2)])
