@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +15,9 @@ from lamzoo.errors import RecipeError
 from lamzoo.lam import LamConfig
 from lamzoo.training import parse_recipe
 from lamzoo.training.build import build_optimizer, build_scheduler
-from lamzoo.training.recipe_common import SCHEDULES, OptimizerSection, ScheduleSection
+from lamzoo.training.recipe_common import SCHEDULES, SHARDED_OPTIMIZERS, OptimizerSection, ScheduleSection
 from lamzoo.training.retrieval.run import RetrievalRun
+from tests.training.optimizer_steps import steps, steps_in_two
 from tests.training.retrieval_data import retrieval_table, write_faces
 
 
@@ -155,3 +157,13 @@ def test_the_state_of_an_optimizer_of_lamzoo_0_1_0_is_loaded_into_todays_groups(
 def test_arguments_that_the_optimizer_refuses_are_named(kwargs: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match="optimizer.kwargs .* do not fit 'adamw'"):
         build_optimizer(OptimizerSection(kwargs=kwargs), torch.nn.Linear(2, 2))
+
+
+@pytest.mark.slow
+def test_every_optimizer_of_sharded_runs_updates_two_processes_as_one(tmp_path: Path) -> None:
+    two = steps_in_two(tmp_path)
+    assert list(two) == list(SHARDED_OPTIMIZERS)
+    for name, weights in two.items():
+        expected = steps(name)
+        for key, value in expected.items():
+            torch.testing.assert_close(weights[key], value, rtol=1e-9, atol=1e-10, msg=f"{name}: {key}")
