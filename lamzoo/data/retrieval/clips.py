@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -66,6 +67,10 @@ class Pairs(Dataset[tuple[Tensor, str]]):
     def __len__(self) -> int:
         return len(self.videos.texts) if self.captions == "all" else len(self.videos)
 
+    def clip(self, video: int) -> Tensor:
+        """Returns the transformed frames of a video."""
+        return self.transform(self.videos.read(video, self.sampling).frames)
+
     def __getitem__(self, index: int) -> tuple[Tensor, str]:
         if self.splice and random.random() < self.splice:
             clip, caption = self.videos.splice(self.sampling, random.random() < self.phrase)
@@ -74,7 +79,7 @@ class Pairs(Dataset[tuple[Tensor, str]]):
             video, text = self.videos.video_of_text[index], index
         else:
             video, text = index, random.choice(self.videos.texts_of(index))
-        return self.transform(self.videos.read(video, self.sampling).frames), self.videos.texts[text]
+        return self.clip(video), self.videos.texts[text]
 
 
 def pad_clips(clips: Sequence[Tensor], frames: int | None = None) -> tuple[Tensor, Tensor]:
@@ -112,6 +117,8 @@ class _EachFrame:
 class ClipAugment:
     """Augments all frames of a video in the same way, with torchvision; draws from torch's random state.
 
+    Without augmentation the frames are the same each time: the largest central crop of the input's aspect ratio.
+
     Args:
         config: timm's data configuration of the model: ``input_size``, ``mean``, ``std``, ``interpolation``.
         scale: range of the crop's area, relative to that of the frame.
@@ -131,10 +138,10 @@ class ClipAugment:
         height, width = config["input_size"][-2:]
         shape = width / height
         interpolation = v2.InterpolationMode(config["interpolation"])
-        steps: list[Any] = [
-            v2.RandomResizedCrop((height, width), scale, (ratio[0] * shape, ratio[1] * shape), interpolation),
-            v2.RandomHorizontalFlip(hflip),
-        ]
+        crop: Any = v2.RandomResizedCrop((height, width), scale, (ratio[0] * shape, ratio[1] * shape), interpolation)
+        if tuple(scale) == tuple(ratio) == (1, 1):
+            crop = partial(_crop_centrally, size=(height, width), interpolation=interpolation)
+        steps: list[Any] = [crop, v2.RandomHorizontalFlip(hflip)]
         if color_jitter:
             steps.append(v2.ColorJitter(color_jitter, color_jitter, color_jitter))
         steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(config["mean"], config["std"])]
@@ -142,3 +149,16 @@ class ClipAugment:
 
     def __call__(self, frames: list[Image.Image]) -> Tensor:
         return self._steps(torch.stack([v2.functional.pil_to_tensor(frame) for frame in frames]))
+
+
+def _crop_centrally(frames: Tensor, size: tuple[int, int], interpolation: v2.InterpolationMode) -> Tensor:
+    """Returns the largest crop of an aspect ratio, resized.
+
+    :class:`RandomResizedCrop` has this crop too, except that it moves one that is a pixel too small at random.
+    """
+    height, width = frames.shape[-2:]
+    shape = size[1] / size[0]
+    rows = min(height, round(width / shape))
+    columns = min(width, round(height * shape))
+    top, left = (height - rows) // 2, (width - columns) // 2
+    return v2.functional.resized_crop(frames, top, left, rows, columns, list(size), interpolation, antialias=True)
