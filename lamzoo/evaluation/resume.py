@@ -167,8 +167,13 @@ def default_state_path(*parts: str) -> Path:
 
 def weights_sha256(model: nn.Module) -> str:
     """Hashes the names, dtypes, shapes and values of a model's state dict."""
+    return tensors_sha256(model.state_dict())
+
+
+def tensors_sha256(tensors: Mapping[str, Any]) -> str:
+    """Hashes the names, dtypes, shapes and values of tensors; other values are ignored."""
     digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
+    for name, value in tensors.items():
         if isinstance(value, torch.Tensor):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)

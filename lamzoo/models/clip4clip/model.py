@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from importlib.util import find_spec
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ from lamzoo.models.clip4clip.tower_states import (
     check_vision,
     embed_text,
     embed_vision,
+    prefixes_of,
     text_states,
     text_width,
     vision_states,
@@ -41,6 +43,7 @@ from lamzoo.models.tokenizers import HfTokenizer, SmallTokenizer
 
 Similarity = Literal["mean", "seq", "tight"]
 Place = Literal["head", "vision", "text"]
+Tower = Literal["vision", "text"]
 
 _HEADS = {"mean": MeanHead, "seq": SequentialHead, "tight": TightHead}
 
@@ -57,6 +60,7 @@ class Clip4Clip(nn.Module):
         num_features: width of the embeddings.
         patch_grid: patches per side and frame that the head compares; 0 for none.
         words: whether the head compares words.
+        frozen_towers: the towers that :meth:`freeze_towers` froze.
         tower_files: pretrained weights of towers, by the path of the tower in the model, for ``create_model``.
         preprocessing: keys of timm's ``PretrainedCfg`` that the vision tower states; empty for open_clip's own.
         resolved_args: arguments that build the same model without these files, in place of the given ones.
@@ -132,6 +136,8 @@ class Clip4Clip(nn.Module):
         self.sampling = FrameSampling(fps or None, max_frames)
         self.lam_config = None
         self.patch_grid, self.words = patch_grid, words
+        self.frozen_towers: tuple[Tower, ...] = ()
+        self._one_by_one = False
         more: dict[str, Any] = {**self._tokens(), **({"modality_bias": True} if modality_bias else {})}
         self.head = _HEADS[similarity](
             self.num_features, max_frames, head_layers, head_mlp_ratio, _activation(clip), **more
@@ -184,7 +190,7 @@ class Clip4Clip(nn.Module):
             ``(B, D)``; with :attr:`words` ``(B, 1 + context_length, D)``, the embedding of the text and those of its
             words, zeros for padding.
         """
-        if self.words:
+        if self.words or "text" in self.frozen_towers:
             return self.embed_text(self.text_states(text), normalize)
         return self.clip.encode_text(text, normalize=normalize)
 
@@ -197,7 +203,10 @@ class Clip4Clip(nn.Module):
         Returns:
             ``(B, 1, C)``, pooled; with :attr:`words` ``(B, 1 + context_length, C)``.
         """
-        return text_states(self.clip, text, self.words)
+        with self._frozen("text"):
+            if not self._apart("text", text):
+                return text_states(self.clip, text, self.words)
+            return torch.cat([text_states(self.clip, one, self.words) for one in text.split(1)])
 
     def embed_text(self, states: Tensor, normalize: bool = False) -> Tensor:
         """Projects states of :meth:`text_states`; returns what :meth:`encode_text` does."""
@@ -229,7 +238,7 @@ class Clip4Clip(nn.Module):
                 f"The videos have {frames.shape[1]} frames and this CLIP4Clip has positions for {self.max_frames}; "
                 "sample fewer frames, or create the model with a larger max_frames."
             )
-        if self.patch_grid:
+        if self.patch_grid or "vision" in self.frozen_towers:
             return self.embed_video(self.frame_states(frames, frame_mask), frame_mask, normalize)
         return self._compared(self.encode_frames(frames, frame_mask), frame_mask, normalize)
 
@@ -248,7 +257,13 @@ class Clip4Clip(nn.Module):
         def encode(images: Tensor) -> Tensor:
             return vision_states(self.clip.visual, images, self.patch_grid).flatten(1)
 
-        return self._encode_frames(encode, frames, frame_mask).unflatten(-1, (tokens, -1))
+        with self._frozen("vision"):
+            if not self._apart("vision", frames):
+                return self._encode_frames(encode, frames, frame_mask).unflatten(-1, (tokens, -1))
+            masks = (frames.new_ones(frames.shape[:2]).bool() if frame_mask is None else frame_mask).split(1)
+            pairs = zip(frames.split(1), masks, strict=True)
+            states = torch.cat([self._encode_frames(encode, *pair) for pair in pairs])
+            return states.unflatten(-1, (tokens, -1))
 
     def embed_video(self, states: Tensor, frame_mask: Tensor | None = None, normalize: bool = False) -> Tensor:
         """Projects and compares states of :meth:`frame_states`; returns what :meth:`encode_video` does."""
@@ -377,6 +392,59 @@ class Clip4Clip(nn.Module):
         for name, parameter in self.clip.visual.named_parameters():
             if ".lam." in name:
                 parameter.requires_grad = True
+
+    def freeze_towers(self, towers: Sequence[Tower], *, one_by_one: bool = False) -> None:
+        """Freezes whole towers, which then stay in evaluation mode ("LiT", arXiv 2111.07991).
+
+        Their masks stay trainable, and so do the projections of towers of timm and transformers, which are new. States
+        of a tower that :meth:`is_cacheable` can be computed once.
+
+        Args:
+            towers: ``"vision"``, ``"text"`` or both.
+            one_by_one: encode each text and each video of a frozen tower alone on a CPU, so that its states don't
+                depend on its batch in the last digits.
+
+        Raises:
+            ConfigError: there is no such tower.
+        """
+        if not set(towers) <= set(get_args(Tower)):
+            raise ConfigError(f"freeze_towers was given {tuple(towers)}; it takes {' and '.join(get_args(Tower))}.")
+        self.frozen_towers, self._one_by_one = tuple(dict.fromkeys(towers)), one_by_one
+        for tower in self.frozen_towers:
+            for name, parameter in self.named_parameters():
+                if self._is_part(name, tower) and ".lam." not in name:
+                    parameter.requires_grad = False
+        self.train(self.training)
+
+    def is_cacheable(self, tower: Tower) -> bool:
+        """Returns whether the states of a tower never change in training: it is frozen and has no masks."""
+        return tower in self.frozen_towers and not any(
+            parameter.requires_grad for name, parameter in self.named_parameters() if self._is_part(name, tower)
+        )
+
+    def tower_state(self, tower: Tower) -> dict[str, Tensor]:
+        """Returns the part of the state dict on which the states of a tower depend."""
+        return {name: value for name, value in self.state_dict().items() if self._is_part(name, tower)}
+
+    def train(self, mode: bool = True) -> Self:
+        """Sets the training mode; frozen towers stay in evaluation mode."""
+        super().train(mode)
+        for name, module in self.named_modules():
+            if any(self._is_part(f"{name}.", tower) for tower in self.frozen_towers):
+                module.training = False
+        return self
+
+    def _prefixes(self, tower: Tower) -> tuple[str, ...]:
+        return tuple(f"clip.{prefix}" for prefix in prefixes_of(self.clip, tower))
+
+    def _is_part(self, name: str, tower: Tower) -> bool:
+        return name.startswith(self._prefixes(tower))
+
+    def _frozen(self, tower: Tower) -> AbstractContextManager[Any]:
+        return torch.no_grad() if self.is_cacheable(tower) else nullcontext()
+
+    def _apart(self, tower: Tower, inputs: Tensor) -> bool:
+        return self._one_by_one and tower in self.frozen_towers and inputs.device.type == "cpu"
 
     def freeze_layers(self, count: int) -> None:
         """Freezes the embeddings and the first ``count`` blocks of both towers (the paper's ``freeze_layer_num``).

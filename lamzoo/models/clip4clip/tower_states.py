@@ -17,6 +17,22 @@ from lamzoo.errors import ConfigError, class_name
 _TEXT = (HFTextEncoder, TextTransformer)
 
 
+def prefixes_of(clip: Any, tower: str) -> tuple[str, ...]:
+    """Returns how the names of a tower's parameters begin in a model of open_clip, without its fresh projection.
+
+    The projection of an open_clip tower is part of it; that of a model of timm or transformers is not.
+
+    Args:
+        clip: the model.
+        tower: ``"vision"`` or ``"text"``.
+    """
+    if tower == "vision":
+        return ("visual.trunk.",) if _is_timms(clip.visual) else ("visual.",)
+    if isinstance(clip, CLIP):
+        return ("token_embedding.", "positional_embedding", "transformer.", "ln_final.", "text_projection")
+    return ("text.transformer.",) if isinstance(clip.text, HFTextEncoder) else ("text.",)
+
+
 def check_vision(visual: nn.Module, grid: int) -> None:
     """Raises a :class:`ConfigError` if a vision tower gives no states of patches."""
     attends = getattr(visual, "attn_pool", None) is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 from lamzoo.data import OnBadInput
@@ -24,6 +24,8 @@ from lamzoo.training.recipe_common import (
     check_crops,
     check_val_fraction,
 )
+
+Tower = Literal["vision", "text"]
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,26 @@ class ClipAugmentSection:
 
 
 @dataclass(frozen=True)
+class TowersSection:
+    """``[towers]``: the two towers, whole.
+
+    Attributes:
+        freeze: the frozen towers, ``"vision"``, ``"text"`` or both, as of
+            :meth:`lamzoo.models.clip4clip.Clip4Clip.freeze_towers`. They stay in evaluation mode. Without augmentation
+            they encode each text and video alone on a CPU, which makes a run with ``cache`` the same bit by bit.
+        vision_lr: learning rate of the vision tower; None for ``optimizer.tower_lr``.
+        text_lr: learning rate of the text tower; None for ``optimizer.tower_lr``.
+        cache: folder for the states of frozen towers, such as one beside the data. They are computed once, and again
+            if the tower, the data or the preprocessing differ. None computes them in each epoch.
+    """
+
+    freeze: list[Tower] = field(default_factory=list)
+    vision_lr: Positive | None = None
+    text_lr: Positive | None = None
+    cache: str | None = None
+
+
+@dataclass(frozen=True)
 class RetrievalOptimizerSection(OptimizerSection):
     """``[optimizer]``: the common section, and CLIP4Clip's second learning rate.
 
@@ -141,6 +163,7 @@ class RetrievalRecipe(TaskRecipe):
     augment: ClipAugmentSection = field(default_factory=ClipAugmentSection)
     optimizer: RetrievalOptimizerSection = field(default_factory=RetrievalOptimizerSection)
     schedule: ScheduleSection = field(default_factory=ScheduleSection)
+    towers: TowersSection | None = None
     reduction: ReductionSection | None = None
     matching: MatchingSection | None = None
 
@@ -151,5 +174,39 @@ class RetrievalRecipe(TaskRecipe):
             raise RecipeError("Recipe key optimizer.layer_decay is for classifiers; use optimizer.tower_lr.")
         if self.model.lock_image_tower and self.model.freeze_layers is not None:
             raise RecipeError("Recipe keys model.lock_image_tower and model.freeze_layers exclude each other; use one.")
+        if self.towers is not None:
+            self._check_towers(self.towers)
         if self.reduction is not None:
             self.reduction.check(merges_only=True)
+
+    @property
+    def augments(self) -> list[str]:
+        """The keys of ``[augment]`` by which a video, or its caption, differs from one epoch to the next."""
+        plain, given = asdict(ClipAugmentSection()), asdict(self.augment)
+        return [key for key in plain if given[key] != plain[key] and key != "phrase"]  # which goes with splice
+
+    def _check_towers(self, towers: TowersSection) -> None:
+        others = {
+            "lock_image_tower": self.model.lock_image_tower,
+            "freeze_layers": self.model.freeze_layers is not None,
+        }
+        for key, given in others.items():
+            if towers.freeze and given:
+                raise RecipeError(f"Recipe keys towers.freeze and model.{key} exclude each other; use one.")
+        for tower, rate in (("vision", towers.vision_lr), ("text", towers.text_lr)):
+            if tower in towers.freeze and rate is not None:
+                raise RecipeError(
+                    f"Recipe key towers.{tower}_lr is {rate}, and towers.freeze has {tower!r}; leave one out."
+                )
+        if towers.cache is None:
+            return
+        if not towers.freeze:
+            raise RecipeError("Recipe key towers.cache is for frozen towers; name them in towers.freeze.")
+        if self.run.fsdp:
+            raise RecipeError("Recipe key towers.cache does not go with run.fsdp; leave one out.")
+        for key in self.augments:
+            if "vision" in towers.freeze or key == "splice":
+                raise RecipeError(
+                    f"Recipe key towers.cache needs the same videos in each epoch, and augment.{key} is "
+                    f"{getattr(self.augment, key)}; leave one out."
+                )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import timm.data
@@ -30,7 +29,8 @@ from lamzoo.training.build import attention_kernels, mask_parameters, reduce_by_
 from lamzoo.training.loaders import create_seeded_loader, generator_of, seed_everything
 from lamzoo.training.retrieval.contrastive import contrastive_backward, contrastive_loss
 from lamzoo.training.retrieval.hard_negatives import matching_loss
-from lamzoo.training.retrieval.recipe import RetrievalRecipe
+from lamzoo.training.retrieval.recipe import RetrievalRecipe, TowersSection
+from lamzoo.training.retrieval.tower_cache import TextStates, TowerCache, pad_to
 from lamzoo.training.splits import BadInputs, ScanProgress, open_roles
 from lamzoo.training.trainer import TrainingRun
 
@@ -41,6 +41,7 @@ class RetrievalRun(TrainingRun):
     """A training run of a retrieval model; arguments as of :class:`TrainingRun`."""
 
     recipe: RetrievalRecipe
+    cached: TowerCache
 
     def open_data(self) -> None:
         data = self.recipe.data
@@ -70,6 +71,9 @@ class RetrievalRun(TrainingRun):
             model.lock_image_tower()
         if section.freeze_layers is not None:
             model.freeze_layers(section.freeze_layers)
+        towers = self.recipe.towers
+        if towers is not None and towers.freeze:
+            model.freeze_towers(towers.freeze, one_by_one=not self.recipe.augments)
         if self.recipe.reduction is not None:
             reduce_by_section(model, self.recipe.reduction)
         if self.recipe.run.grad_checkpointing:
@@ -94,25 +98,30 @@ class RetrievalRun(TrainingRun):
     def train_loader(self, model: nn.Module) -> DataLoader[Any]:
         recipe, augment = self.recipe, self.recipe.augment
         transform = ClipAugment(frames_config(model), augment.scale, augment.ratio, augment.hflip, augment.color_jitter)
-        return create_seeded_loader(recipe, self._pairs(transform), _Collate(model.tokenizer, recipe.data.max_frames))
+        self.cached = TowerCache(recipe, model, self.accelerator)
+        pairs = self._pairs(transform)
+        states = self.cached.texts("train", pairs.videos) if self.cached.has("text") else None
+        if self.cached.has("vision"):
+            pairs = self.cached.pairs(pairs)
+        return create_seeded_loader(recipe, pairs, _Collate(model.tokenizer, recipe.data.max_frames, states))
 
     def eval_loaders(self, model: nn.Module) -> list[DataLoader[Any]]:
         transform = each_frame(timm.data.create_transform(**frames_config(model)))
-        batch = self.recipe.run.batch_size // self.recipe.run.accumulation
-        return [
-            DataLoader(
-                Clips(split, self.recipe.data.sampling, transform),
-                batch,
-                collate_fn=partial(pad_clips, frames=self.recipe.data.max_frames),
-                num_workers=self.recipe.data.workers,
-            )
-            for role, split in self.splits.items()
-            if role != "train"
-        ]
+        recipe, loaders = self.recipe, []
+        for role, split in self.splits.items():
+            if role == "train":
+                continue
+            clips: Any = Clips(split, recipe.data.sampling, transform)
+            if self.cached.has("vision"):
+                clips = self.cached.clips(role, clips)
+            batch = recipe.run.batch_size // recipe.run.accumulation
+            collate = pad_to(recipe.data.max_frames)
+            loaders.append(DataLoader(clips, batch, collate_fn=collate, num_workers=recipe.data.workers))
+        return loaders
 
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         section = self.recipe.optimizer
-        tower_scale = 1.0 if section.tower_lr is None else section.tower_lr / section.lr
+        rates = self._tower_rates()
         lam_scale = 1.0 if section.lam_lr is None else section.lam_lr / section.lr
         masks = set() if section.lam_lr is None else mask_parameters(model)
         undecayed = model.no_weight_decay()  # type: ignore[operator]
@@ -124,7 +133,10 @@ class RetrievalRun(TrainingRun):
             # Not matrix products: Muon leaves the towers' embeddings to AdamW but would take the masks' tables.
             embedding = name.endswith(".modality.bias") or (not mask and (name in undecayed or "embedding" in name))
             decay = 0.0 if parameter.ndim <= 1 or name in undecayed else section.weight_decay
-            scale = lam_scale if parameter in masks else tower_scale if name.startswith("clip.") and not mask else 1.0
+            new = mask or not name.startswith("clip.") or name.startswith(model.fresh_layers)  # type: ignore[arg-type]
+            tower = "vision" if name.startswith("clip.visual.") else "text"
+            tower = "both" if name.startswith("clip.logit_") else tower
+            scale = lam_scale if parameter in masks else 1.0 if new else rates[tower] / section.lr
             # timm's schedulers multiply the learning rate by lr_scale, so the group must not set its own rate.
             group = groups.setdefault(
                 (decay, scale, embedding),
@@ -138,6 +150,12 @@ class RetrievalRun(TrainingRun):
         except (TypeError, ValueError, AssertionError, ArithmeticError, RuntimeError) as error:
             raise RecipeError(f"optimizer.kwargs {section.kwargs} do not fit {section.name!r}: {error}.") from None
 
+    def _tower_rates(self) -> dict[str, float]:
+        """Returns the learning rates of the towers, and of what they have in common."""
+        section, towers = self.recipe.optimizer, self.recipe.towers or TowersSection()
+        both = section.tower_lr or section.lr
+        return {"vision": towers.vision_lr or both, "text": towers.text_lr or both, "both": both}
+
     def prepare_model(self, model: nn.Module) -> Any:
         # Not wrapped: the gradients of both passes are averaged once, by contrastive_backward.
         return self.accelerator.prepare_model(model, evaluation_mode=True)
@@ -145,15 +163,16 @@ class RetrievalRun(TrainingRun):
     def backward(self, epoch: int, update: int, batches: list[Any]) -> Tensor:
         rank, seed = self.accelerator.process_index, self.recipe.run.seed
 
-        def encode(index: int, batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-            frames, mask, text = batch
+        def encode(index: int, batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+            frames, mask, text, *states = batch
             # The second pass repeats the random draws of the first.
             seed_everything(seed, epoch, update * len(batches) + index, rank, 1)
             with self.accelerator.autocast():
-                return self.model.encode_text(text), self.model.encode_video(frames, mask)
+                texts = self.model.embed_text(*states) if states else self.model.encode_text(text)
+                return texts, self._encode_video(self.model, frames, mask)
 
-        masks = [mask for _, mask, _ in batches]
-        captions = [text for *_, text in batches] if self.recipe.data.equal_captions == "positives" else None
+        masks = [batch[1] for batch in batches]
+        captions = [batch[2] for batch in batches] if self.recipe.data.equal_captions == "positives" else None
         matching = self.recipe.matching
 
         def staged_loss(text: Tensor, video: Tensor, mask: Tensor, positives: Tensor | None) -> Tensor:
@@ -179,17 +198,28 @@ class RetrievalRun(TrainingRun):
         videos, masks = [], []
         with evaluating(model), self.accelerator.autocast():
             for frames, mask in loader:
-                video = model.encode_video(frames, mask).float()
+                video = self._encode_video(model, frames, mask).float()
                 video, mask = self.accelerator.gather_for_metrics((video, mask))
                 videos.append(video)
                 masks.append(mask)
-            texts = encode_texts(model, split.texts, self.recipe.run.batch_size)
+            texts = self._encode_texts(model, role)
             rerank = None if self.recipe.matching is None else self.recipe.matching.rerank
             scores = score_embeddings(model, texts, *join_videos(videos, masks), split.video_of_text, rerank=rerank)
         return scores[0]
 
     def facts(self, command: str | None) -> dict[str, Any]:
         return super().facts(command) | {"training_captions": len(self.splits["train"].texts)}
+
+    def _encode_video(self, model: Any, frames: Tensor, mask: Tensor) -> Tensor:
+        return model.embed_video(frames, mask) if self.cached.has("vision") else model.encode_video(frames, mask)
+
+    def _encode_texts(self, model: Any, role: str) -> Tensor:
+        split, batch = self.splits[role], self.recipe.run.batch_size
+        if not self.cached.has("text"):
+            return encode_texts(model, split.texts, batch)
+        states = self.cached.texts(role, split)
+        parts = [states(split.texts[start : start + batch]) for start in range(0, len(split.texts), batch)]
+        return torch.cat([model.embed_text(part.to(self.accelerator.device)).float() for part in parts])
 
     def _pairs(self, transform: Any) -> Pairs:
         data = self.recipe.data
@@ -224,9 +254,11 @@ class RetrievalRun(TrainingRun):
 class _Collate:
     """Pads videos to one length in all batches, so that processes can exchange them, and tokenises captions."""
 
-    def __init__(self, tokenizer: Any, frames: int) -> None:
-        self._tokenizer, self._frames = tokenizer, frames
+    def __init__(self, tokenizer: Any, frames: int, states: TextStates | None = None) -> None:
+        self._tokenizer, self._frames, self._states = tokenizer, frames, states
 
-    def __call__(self, pairs: list[tuple[Tensor, str]]) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(self, pairs: list[tuple[Tensor, str]]) -> tuple[Tensor, ...]:
         frames, mask = pad_clips([clip for clip, _ in pairs], self._frames)
-        return frames, mask, self._tokenizer([text for _, text in pairs])
+        texts = [text for _, text in pairs]
+        states = () if self._states is None else (self._states(texts),)
+        return frames, mask, self._tokenizer(texts), *states

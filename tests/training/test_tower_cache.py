@@ -1,0 +1,202 @@
+"""Frozen towers: they stay as they were, and a run that reads their states from files is the run without files."""
+
+from __future__ import annotations
+
+import json
+import logging
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from lamzoo.data.retrieval.clips import ClipAugment
+from lamzoo.errors import RecipeError
+from lamzoo.models.clip4clip import Clip4Clip
+from lamzoo.training import parse_recipe, train
+from lamzoo.training.retrieval.run import RetrievalRun
+from tests.models.test_towers import TEXT, VISION
+from tests.training.retrieval_data import retrieval_table, write_faces
+
+TOKENS = {"similarity": "tight", "patch_grid": 2, "words": True}
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_faces(tmp_path_factory.mktemp("faces"), copies=2)
+
+
+@pytest.fixture
+def table(faces: Path, tmp_path: Path) -> dict[str, Any]:
+    found = retrieval_table(faces, tmp_path / "out")
+    found["schedule"]["epochs"] = 1
+    found["run"]["batch_size"] = 12
+    found["model"]["kwargs"] |= TOKENS
+    found["towers"] = {"freeze": ["vision", "text"], "cache": str(tmp_path / "cache")}
+    return found
+
+
+def run(table: dict[str, Any], output: Path, **towers: Any) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
+    """The scores and the weights of a run."""
+    given = {**deepcopy(table), "towers": {**table["towers"], **towers}}
+    given["towers"] = {key: value for key, value in given["towers"].items() if value is not None}
+    given["run"]["output"] = str(output)
+    result = train(parse_recipe(given))
+    scores = [{k: v for k, v in row.items() if "seconds" not in k} for row in result.history]
+    return [*scores, result.scores], load_file(result.model / "model.safetensors")
+
+
+def same(one: Any, other: Any) -> bool:
+    (scores, weights), (others, theirs) = one, other
+    return scores == others and all(torch.equal(weights[name], theirs[name]) for name in weights)
+
+
+def test_a_run_that_reads_states_from_files_is_the_same_bit_by_bit(
+    table: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = run(table, tmp_path / "plain", cache=None)
+    made = run(table, tmp_path / "made")
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == [
+        "text-test.npz", "text-train.npz", "text-validation.npz",
+        "vision-test.npz", "vision-train.npz", "vision-validation.npz",
+    ]  # fmt: skip
+    for name in ("frame_states", "text_states"):
+        monkeypatch.setattr(Clip4Clip, name, None)  # the towers run no more
+    read = run(table, tmp_path / "read")
+    assert same(made, plain)
+    assert same(read, plain)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("freeze", [["vision"], ["text"], ["vision", "text"]])
+@pytest.mark.parametrize("tokens", [{"similarity": "seq"}, TOKENS])
+def test_each_tower_of_timm_and_transformers_is_cached_bit_by_bit(
+    table: dict[str, Any], tmp_path: Path, freeze: list[str], tokens: dict[str, Any]
+) -> None:
+    clip = {"embed_dim": 32, "vision_cfg": VISION, "text_cfg": TEXT}
+    table["model"]["kwargs"] |= {"clip": clip, "words": False, "patch_grid": 0} | tokens
+    table["data"] |= {"captions": "one", "equal_captions": "positives"}
+    table["run"]["accumulation"] = 2
+    table["towers"]["freeze"] = freeze
+    plain = run(table, tmp_path / "plain", cache=None)
+    assert same(run(table, tmp_path / "made"), plain)
+    assert same(run(table, tmp_path / "read"), plain)
+    assert {path.name.partition("-")[0] for path in (tmp_path / "cache").iterdir()} == set(freeze)
+
+
+def test_states_of_another_origin_are_computed_again(
+    table: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def logged(**changes: Any) -> str:
+        caplog.clear()
+        given = deepcopy(table)
+        for section, values in changes.items():
+            given[section] |= values
+        RetrievalRun(parse_recipe(given), False, None, None)
+        return caplog.text
+
+    with caplog.at_level(logging.INFO, "lamzoo"):
+        assert "computing the states of 24 items" in logged()
+        text = logged()
+        assert text.count("are read") == 2 + 2  # of both videos' and texts' files; texts to score on are read later
+        assert "computed again" not in text
+        assert "vision-train.npz is of another sampling" in logged(data={"max_frames": 2})
+        text = logged(run={"seed": 1})
+        assert "vision-train.npz is of another weights" in text
+        assert "text-train.npz is of another weights" in text
+        file = tmp_path / "cache" / "vision-train.npz"
+        file.write_bytes(file.read_bytes()[:1000])
+        assert "vision-train.npz is damaged" in logged(run={"seed": 1})
+
+
+def test_a_frozen_tower_stays_as_it_was_and_its_masks_train(table: dict[str, Any], tmp_path: Path) -> None:
+    table["model"]["kwargs"] |= {"lam_in": ["vision", "head"]}
+    table["towers"] = {"freeze": ["vision"]}
+    recipe = parse_recipe(table)
+    before = {k: v.clone() for k, v in RetrievalRun(recipe, False, None, None).model.state_dict().items()}
+    after = load_file(train(recipe).model / "model.safetensors")
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    vision = {name for name in changed if name.startswith("clip.visual.")}
+    assert vision
+    assert all(".lam." in name for name in vision)
+    assert any(name.startswith("clip.transformer.") for name in changed)
+
+
+def test_each_tower_learns_at_its_own_rate_and_new_projections_at_that_of_the_head(table: dict[str, Any]) -> None:
+    table["model"]["kwargs"]["clip"] = {"embed_dim": 32, "vision_cfg": VISION, "text_cfg": TEXT}
+    table["optimizer"] = {"lr": 1e-3, "tower_lr": 1e-4}
+    table["towers"] = {"vision_lr": 1e-5}
+    trainer = RetrievalRun(parse_recipe(table), False, None, None)
+    rates = {id(p): group["lr_scale"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    expected = {"clip.visual.trunk.": 0.01, "clip.text.transformer.": 0.1, "clip.logit_scale": 0.1}
+    for name, parameter in trainer.model.named_parameters():
+        scale = next((rate for prefix, rate in expected.items() if name.startswith(prefix)), 1.0)
+        assert rates[id(parameter)] == pytest.approx(scale), name
+
+
+def test_frozen_towers_run_without_dropout_and_gradients(table: dict[str, Any]) -> None:
+    table["model"]["kwargs"]["clip"] = {"embed_dim": 32, "vision_cfg": VISION, "text_cfg": TEXT}
+    table["towers"] = {"freeze": ["text"]}
+    model = RetrievalRun(parse_recipe(table), False, None, None).model.train()
+    assert not model.clip.text.transformer.encoder.layer[0].attention.self.dropout.training
+    assert model.clip.text.proj.training
+    tokens = model.tokenizer(["red at the left"])
+    assert not model.text_states(tokens).requires_grad
+    assert model.encode_text(tokens).requires_grad
+    assert model.clip.visual.trunk.blocks[0].training
+
+
+def test_frames_without_augmentation_are_the_same_each_time() -> None:
+    frame = Image.fromarray(np.random.default_rng(0).integers(0, 255, (128, 129, 3), dtype=np.uint8))
+    config = {"input_size": (3, 32, 32), "mean": (0, 0, 0), "std": (1, 1, 1), "interpolation": "bicubic"}
+    augment = ClipAugment(config, (1.0, 1.0), (1.0, 1.0), 0.0, 0.0)
+    views = [augment([frame]) for _ in range(8)]
+    assert all(torch.equal(view, views[0]) for view in views)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"towers": {"cache": "x"}}, "towers.cache is for frozen towers"),
+        ({"towers": {"freeze": ["audio"]}}, "towers.freeze"),
+        ({"towers": {"freeze": ["vision"], "vision_lr": 1e-4}}, "towers.vision_lr is 0.0001, and towers.freeze has"),
+        ({"model": {"lock_image_tower": True}}, "towers.freeze and model.lock_image_tower exclude each other"),
+        ({"model": {"freeze_layers": 0}}, "towers.freeze and model.freeze_layers exclude each other"),
+        ({"augment": {"hflip": 0.5}}, "the same videos in each epoch, and augment.hflip is 0.5"),
+        ({"augment": {"scale": [0.5, 1.0]}}, r"augment.scale is \(0.5, 1.0\)"),
+        ({"run": {"fsdp": True}}, "towers.cache does not go with run.fsdp"),
+    ],
+)
+def test_a_section_of_towers_that_cannot_be_is_refused(
+    table: dict[str, Any], changes: dict[str, Any], says: str
+) -> None:
+    for section, values in changes.items():
+        table[section] = values if section == "towers" else {**table.get(section, {}), **values}
+    with pytest.raises(RecipeError, match=says):
+        parse_recipe(table)
+
+
+def test_a_cached_tower_has_no_masks(table: dict[str, Any], tmp_path: Path) -> None:
+    table["model"]["kwargs"]["lam_in"] = ["text"]
+    with pytest.raises(RecipeError, match="the text tower has masks, which are trained; leave 'text' out of"):
+        RetrievalRun(parse_recipe(table), False, None, None)
+
+
+def test_augmented_frames_are_encoded_in_each_epoch_though_texts_are_cached(table: dict[str, Any]) -> None:
+    table["towers"]["freeze"], table["augment"] = ["text"], {"hflip": 0.5}
+    trainer = RetrievalRun(parse_recipe(table), False, None, None)
+    frames, _, tokens, states = next(iter(trainer.loader))
+    assert (frames.shape[1:], tokens.shape[1:], states.shape[1:]) == ((3, 3, 32, 32), (16,), (17, 32))
+
+
+def test_the_origin_of_states_is_json(table: dict[str, Any], tmp_path: Path) -> None:
+    RetrievalRun(parse_recipe(table), False, None, None)
+    with np.load(tmp_path / "cache" / "vision-train.npz") as arrays:
+        origin = json.loads(str(arrays["origin"]))
+        assert (arrays["states"].shape, len(arrays["offsets"])) == ((24 * 3 * 5, 32), 25)
+    assert origin["sampling"]["max_frames"] == 3
+    assert origin["data"]["groups"]["videos"]["count"] == 24
