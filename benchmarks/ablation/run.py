@@ -53,12 +53,14 @@ class Row:
         set: overrides of the ablation's recipe.
         seeds: seeds of this row, instead of the ablation's.
         reference: row to compare this one with, instead of the ablation's.
+        module: module that trains it from a recipe, instead of ``lamzoo train``, such as ``"benchmarks.train_lora"``.
     """
 
     about: str
     set: list[str] = field(default_factory=list)
     seeds: list[int] | None = None
     reference: str | None = None
+    module: str | None = None
 
 
 @dataclass(frozen=True)
@@ -93,12 +95,14 @@ class Run:
         recipe: the complete recipe with its output folder; scores are those of its test split, if it has one.
         overrides: overrides of the ablation's recipe.
         sha256: hash of the ablation's recipe and of the overrides, without the output folder.
+        module: that of the :class:`Row`.
     """
 
     row: str
     recipe: AnyRecipe
     overrides: tuple[str, ...]
     sha256: str
+    module: str | None = None
 
 
 def read_ablation(path: Path) -> Ablation:
@@ -133,14 +137,16 @@ def plan(
             folder = json.dumps(str(out / f"{row}.seed{seed}"))
             changes = (*tables.rows[row].set, *settings, f"run.seed={seed}")
             overrides = (*changes, f"run.output={folder}")
-            runs.append(Run(row, load_recipe(base, overrides), overrides, recipe_digest(tables.recipe, changes)))
+            digest, module = recipe_digest(tables.recipe, changes), tables.rows[row].module
+            runs.append(Run(row, load_recipe(base, overrides), overrides, digest, module))
     return runs
 
 
 def train(run: Run, out: Path, threads: int) -> dict[str, Any]:
     """Trains one run in a separate process and returns its line of the results."""
     folder = Path(run.recipe.run.output)
-    command = [sys.executable, "-m", "lamzoo", "train", str(out / "recipe.json"), *run.overrides, "--resume"]
+    trainer = ["lamzoo", "train"] if run.module is None else [run.module]
+    command = [sys.executable, "-m", *trainer, str(out / "recipe.json"), *run.overrides, "--resume"]
     with folder.with_suffix(f"{folder.suffix}.log").open("a", encoding="utf-8") as log:
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "COLUMNS": "120"}
         subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT, env=environment)
