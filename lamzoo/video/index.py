@@ -79,7 +79,8 @@ class StoredIndex:
         origin: provenance of the embeddings.
         folder: the folder of the videos, absolute or relative to the folder of the file.
         videos: the embedded videos.
-        rows: embedding of each of them, float32: ``(D,)``, or for a tight head ``(F, D)``, one row per frame.
+        rows: embedding of each of them, float32: ``(D,)``, or for a tight head ``(F, D)``, one row per frame, or with
+            patches ``(F, 1 + P, D)``.
         unreadable: the videos that could not be read.
     """
 
@@ -369,7 +370,7 @@ def _rows(tensors: dict[str, Tensor], count: int) -> list[Tensor]:
     if not count:
         return []
     embeddings, mask = tensors["embeddings"], tensors.get("frame_mask")
-    right = embeddings.ndim == (2 if mask is None else 3) and embeddings.dtype == torch.float32
+    right = embeddings.ndim in ((2,) if mask is None else (3, 4)) and embeddings.dtype == torch.float32
     if not right or len(embeddings) != count or not embeddings.isfinite().all():
         raise ValueError("the embeddings don't match the videos")
     if mask is None:

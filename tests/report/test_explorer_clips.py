@@ -101,6 +101,20 @@ def test_frames_patches_and_words_have_the_numbers_of_capture_masks(
     assert all(f'<td class="number">{share}</td>' in html for share in shares)
 
 
+def test_words_and_patches_that_the_head_compares_have_the_numbers_of_capture_masks(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = {"clip": TOWERS, "max_frames": 2, "head_layers": 1, "fps": 0, "similarity": "tight"}
+    model: Any = clip4clip(config, lam=PAPER, patch_grid=2, words=True).eval()
+    explore_video(model, clip(2), "a dog", tmp_path / "page.html")
+    page = read_page((tmp_path / "page.html").read_text())
+    frames = each_frame(create_transform(**frames_config(model)))(clip(2).frames)[None]
+    with torch.no_grad(), capture_masks(model) as records:
+        model(frames, model.tokenizer(["a dog"]))
+    layer = PageLayer(page, 0)
+    assert names(page, layer) == ["text", "word", "frame", "patch", "frame", "patch"]
+    check(layer, records["head.transformer.resblocks.0.attn"], 0)
+
+
 @pytest.fixture(scope="module")
 def speech(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_speech(tmp_path_factory.mktemp("speech"), copies=1)

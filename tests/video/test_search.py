@@ -166,6 +166,21 @@ def test_an_index_that_was_loaded_answers_like_the_one_that_was_made(folder: Pat
     assert load_index(file_of(moved), model).search(QUERIES[0])[0].path.is_relative_to(moved)
 
 
+def test_an_index_has_the_patches_that_the_head_compares(folder: Path) -> None:
+    torch.manual_seed(0)
+    model: Any = lamzoo.create_model(
+        "lam_clip4clip_micro", clip=TOWERS, similarity="tight", patch_grid=2, words=True, head_layers=1, max_frames=4,
+        fps=1, lam=False,
+    )  # fmt: skip
+    made = index(folder, model)
+    loaded = load_index(file_of(folder), model, device="cpu")
+    assert loaded.embeddings.shape == (5, 4, 5, 32)
+    assert [made.search(query) for query in QUERIES] == [loaded.search(query) for query in QUERIES]
+    expected = brute_force(model, made.videos, QUERIES[0], FrameSampling(max_frames=4))
+    scores = [match.score for match in made.search(QUERIES[0], top=10)]
+    assert scores == pytest.approx(sorted(expected, reverse=True), abs=1e-6)
+
+
 def test_the_second_run_embeds_only_what_is_new(folder: Path, model: Any) -> None:
     first = index(folder, model)
     assert (model.seen, first.embedded, len(first)) == (5, 5, 5)

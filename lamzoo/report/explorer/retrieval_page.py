@@ -44,10 +44,10 @@ def explore_video(
 ) -> None:
     """Writes an interactive page of a retrieval model's masks and attention for a video and a text.
 
-    The tokens are the frames over time in the head (and the text's embedding in the tight one), the patches of up to
-    four frames in the vision tower, and the words in the text tower, of those that have masks. The prediction is the
-    probability of each text given the video, or the similarity if there is only one. Otherwise as
-    :func:`lamzoo.report.explore_image`.
+    The tokens are the frames over time in the head (and the text's embedding in the tight one, and the words and
+    patches that it compares), the patches of up to four frames in the vision tower, and the words in the text tower, of
+    those that have masks. The prediction is the probability of each text given the video, or the similarity if there is
+    only one. Otherwise as :func:`lamzoo.report.explore_image`.
 
     Args:
         model: a model of the family ``lam_clip4clip`` with masks.
@@ -122,8 +122,9 @@ class _Tokens:
         self.model, self.clip, self.config, self.size = model, clip, config, (frames.shape[-2], frames.shape[-1])
         times = tuple(f"{time:.2f} s" for time in clip.times)
         self.frames = (TokenRun("frame", times, time=True, frames=thumbnails(clip.frames)),)
-        self.pair = (TokenRun("text", ("embedding",)), *self.frames)
         self.words = (TokenRun("word", _words(ids, model.tokenizer)),)
+        words = self.words if model.words else ()
+        self.pair = (TokenRun("text", ("embedding",)), *words, *(self._with_patches() or self.frames))
         # Frames that merge are one in the vision tower: the row of each frame there.
         reduction = getattr(model, "token_reduction", None)
         token_map = None if reduction is None else merge_frames(frames, reduction.frames)[1]
@@ -136,15 +137,20 @@ class _Tokens:
     def read(self, path: str, record: MaskRecord) -> Iterator[tuple[str, Sequence[TokenRun], int]]:
         """Yields what to add to the layer's name, the runs of its tokens, and the sample in the batch."""
         if path.startswith("head."):
-            yield "", self.pair if self._count(record) == len(self.clip.times) + 1 else self.frames, 0
+            yield "", self.pair if self.model.similarity_type == "tight" else self.frames, 0
         elif path.startswith("clip.visual."):
             for row, frame in self.rows.items():
                 yield f", frame at {self.clip.times[frame]:.2f} s", self._of_frame(path, frame), row
         else:
             yield "", self.words, 0
 
-    def _count(self, record: MaskRecord) -> int:
-        return record.mask.right.shape[2] if record.key_places is None else record.key_places.shape[1]
+    def _with_patches(self) -> list[TokenRun]:
+        """Returns each frame and its patches, as a tight head compares them; empty without a grid of patches."""
+        side, runs = self.model.patch_grid, []
+        for time, frame in zip(self.clip.times if side else (), self.clip.frames, strict=False):
+            picture = to_picture(sharp_crop(self.config, frame, SHARP_SIDE))
+            runs += [TokenRun("frame", (f"{time:.2f} s",)), TokenRun("patch", grid=(side, side), picture=picture)]
+        return runs
 
     def _of_frame(self, path: str, frame: int) -> tuple[TokenRun, ...]:
         if frame not in self._patches:
