@@ -18,6 +18,7 @@ import lamzoo
 from lamzoo.errors import ConfigError, StateDictError
 from lamzoo.evaluation.retrieval.evaluate import frames_config, join_videos
 from lamzoo.profiling import analytic_macs
+from lamzoo.registry import catalog
 
 WORDS = ("[PAD]", "[CLS]", "[SEP]", "[UNK]", "a", "dog", "runs", "two", "red", "birds")
 BERT: dict[str, Any] = {
@@ -258,6 +259,56 @@ def test_patches_are_compared_after_merging_too() -> None:
     merged = model.encode_video(frames, mask)
     assert not torch.allclose(merged, plain)
     torch.testing.assert_close(merged[0, :, 0], model.clip.encode_image(frames[0]), rtol=1e-4, atol=1e-5)
+
+
+CARD = """
+family = "photo_towers"
+task = "retrieval"
+
+[models.photo_towers]
+builder = "lamzoo.models.clip4clip:clip4clip"
+description = "Towers of two libraries."
+
+[models.photo_towers.pretrained_cfg]
+num_classes = 0
+
+[models.photo_towers.backbone]
+similarity = "tight"
+max_frames = 1
+head_layers = 1
+patch_grid = 2
+words = true
+
+[models.photo_towers.backbone.clip]
+embed_dim = 32
+vision_cfg = { timm_model_name = "test_vit", image_size = 64 }
+
+[models.photo_towers.backbone.clip.text_cfg]
+hf_model_name = "bert"
+hf_pooler_type = "mean_pooler"
+context_length = 12
+
+[models.photo_towers.backbone.clip.text_cfg.hf_config]
+model_type = "bert"
+hidden_size = 32
+num_hidden_layers = 1
+num_attention_heads = 2
+intermediate_size = 64
+vocab_size = 600
+"""
+
+
+def test_a_card_names_towers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalog, "_specs", dict(catalog._registered()))
+    (tmp_path / "card.toml").write_text(CARD)
+    catalog.register_cards(tmp_path / "card.toml")
+    model: Any = lamzoo.create_model("photo_towers").eval()
+    assert model.image_size == (64, 64)
+    assert frames_config(model)["mean"] == model.clip.visual.trunk.pretrained_cfg["mean"]
+    given = model.example_inputs(2)
+    lamzoo.save_pretrained(model, tmp_path / "saved")
+    again: Any = lamzoo.create_model(f"local-dir:{tmp_path / 'saved'}", pretrained=True).eval()
+    assert torch.equal(again(*given), model(*given))
 
 
 def test_the_configuration_of_a_saved_model_is_json(tmp_path: Path) -> None:

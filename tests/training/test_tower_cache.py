@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,16 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import lamzoo
 from lamzoo.data.retrieval.clips import ClipAugment
 from lamzoo.errors import RecipeError
 from lamzoo.models.clip4clip import Clip4Clip
 from lamzoo.training import parse_recipe, train
 from lamzoo.training.retrieval.run import RetrievalRun
-from tests.models.test_towers import TEXT, VISION
+from tests.models.test_towers import BERT, TEXT, VISION
 from tests.training.retrieval_data import retrieval_table, write_faces
 
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 TOKENS = {"similarity": "tight", "patch_grid": 2, "words": True}
 
 
@@ -86,6 +89,47 @@ def test_each_tower_of_timm_and_transformers_is_cached_bit_by_bit(
     assert same(run(table, tmp_path / "made"), plain)
     assert same(run(table, tmp_path / "read"), plain)
     assert {path.name.partition("-")[0] for path in (tmp_path / "cache").iterdir()} == set(freeze)
+
+
+def some_photographs(folder: Path, counts: dict[str, int]) -> Path:
+    """Writes the first photographs of each split of Flickr8k, with their captions, in its layout."""
+    lines = [json.loads(line) for line in (DATA / "flickr8k" / "captions.jsonl").read_text().splitlines()]
+    chosen = [i for split, count in counts.items() for i in [*_of_split(lines, split)][:count]]
+    with np.load(DATA / "flickr8k" / "images.npz") as archive:
+        jpeg, offsets = archive["jpeg"], archive["offsets"]
+    files = [jpeg[offsets[i] : offsets[i + 1]] for i in chosen]
+    starts = np.cumsum([0, *map(len, files)], dtype=np.int64)
+    np.savez(folder / "images.npz", jpeg=np.concatenate(files), offsets=starts)
+    (folder / "captions.jsonl").write_text("".join(json.dumps(lines[i]) + "\n" for i in chosen))
+    return folder
+
+
+def _of_split(lines: list[dict[str, Any]], split: str) -> Iterator[int]:
+    return (number for number, line in enumerate(lines) if line["split"] == split)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (DATA / "vit_s14").is_dir(), reason="needs the ViT-S/14 of ../shared/data/vit_s14")
+@pytest.mark.skipif(not (DATA / "flickr8k").is_dir(), reason="needs the photographs of ../shared/data/flickr8k")
+def test_heads_on_a_pretrained_vision_transformer_train_from_its_states(table: dict[str, Any], tmp_path: Path) -> None:
+    source = some_photographs(tmp_path, {"train": 24, "val": 6, "test": 6})
+    vision = {
+        "timm_model_name": "vit_small_patch14_dinov2", "timm_pool": "token", "image_size": 112,
+        "timm_model_pretrained": str(DATA / "vit_s14" / "vit_small_patch14_dinov2.focus.safetensors"),
+    }  # fmt: skip
+    bert = {**BERT, "hidden_size": 64, "vocab_size": 2048}
+    clip = {"embed_dim": 64, "vision_cfg": vision, "text_cfg": {**TEXT, "hf_config": bert, "context_length": 32}}
+    table["model"]["kwargs"] = {"clip": clip, "similarity": "tight", "head_layers": 2, "patch_grid": 4, "words": True}
+    table["data"] = {"source": f"flickr8k:{source}", "max_frames": 1, "captions": "one", "test_split": "test"}
+    table["schedule"]["epochs"] = 2
+    made = run(table, tmp_path / "made")
+    assert same(run(table, tmp_path / "read"), made)
+    assert same(run(table, tmp_path / "plain", cache=None), made)
+    saved: Any = lamzoo.create_model(f"local-dir:{tmp_path / 'read' / 'model'}", pretrained=True).eval()
+    trunk: Any = lamzoo.create_model("timm/vit_small_patch14_dinov2", checkpoint_path=vision["timm_model_pretrained"],
+                                     num_classes=0, img_size=112).eval()  # fmt: skip
+    frames = torch.randn(1, 1, 3, 112, 112)
+    torch.testing.assert_close(saved.frame_states(frames)[0, 0, 0], trunk(frames[0])[0], rtol=1e-3, atol=1e-3)
 
 
 def test_states_of_another_origin_are_computed_again(
