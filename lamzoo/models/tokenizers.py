@@ -160,6 +160,9 @@ class Gpt2Tokenizer:
 class HfTokenizer:
     """The tokenizer of a model of transformers, called as open_clip's tokenizers are.
 
+    Attributes:
+        eot_token_id: None: a text ends where its padding begins.
+
     Args:
         source: a folder with a ``tokenizer.json``, or a hub repository, ``owner/name[@revision]``.
         context_length: length of the encoded texts, special tokens included.
@@ -170,6 +173,8 @@ class HfTokenizer:
         WeightsNotFoundError: the file is not on this machine and can't be downloaded; with instructions to get it.
         ConfigError: the file is not a tokenizer, or has more tokens than the model.
     """
+
+    eot_token_id: None = None
 
     def __init__(self, source: str, context_length: int, vocab_size: int, padding: int = 0) -> None:
         from tokenizers import Tokenizer  # of the extra lamzoo[transformers], which the other tokenizers do without

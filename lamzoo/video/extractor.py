@@ -87,11 +87,10 @@ class FeatureExtractor:
         self._device, self._precision, self._batch_size = resolve_device(device), precision, batch_size
         self.model: Any = create_model(model, pretrained=True) if isinstance(model, str) else model
         self.transform: FramesTransform = each_frame(timm.data.create_transform(**frames_config(self.model)))
-        self._end = getattr(self.model.tokenizer, "eot_token_id", None)
-        if self._end is None or not hasattr(self.model.clip, "forward_intermediates"):
+        if not self.model.gives_words or not hasattr(self.model.tokenizer, "eot_token_id"):
             raise UnsupportedHostError(
-                f"the text tower of {_name(self.model)} doesn't have CLIP's own form and gives no features of words; "
-                "use another model, such as open_clip/ViT-B-32:openai."
+                f"the text tower of {_name(self.model)} gives no features of words, or no end of a text; use another "
+                "model, such as open_clip/ViT-B-32:openai."
             )
         self.model.to(self._device)
 
@@ -156,9 +155,9 @@ class FeatureExtractor:
             some = list(texts[start : start + self._batch_size])
             tokens = self.model.tokenizer(some)
             with self._inference():
-                states = _text_states(self.model, tokens.to(self._device))
-            lengths = (tokens == self._end).int().argmax(dim=1) + 1
-            for text, of_text, length in zip(some, states.float().cpu(), lengths.tolist(), strict=True):
+                states = self.model.word_states(tokens.to(self._device)).float().cpu()
+            lengths = states.any(dim=-1).sum(dim=1)  # zeros are padding
+            for text, of_text, length in zip(some, states, lengths.tolist(), strict=True):
                 found.append(self.finite(of_text[:length].clone().numpy(), repr(text)))
         return found
 
@@ -200,21 +199,13 @@ def feature_widths(model: str) -> tuple[int, int] | None:
         with torch.device("meta"):
             towers: Any = create_model(model)
             frames_config(towers)
-            if not hasattr(towers.clip, "forward_intermediates"):
+            if not towers.gives_words:
                 return None  # FeatureExtractor raises the error
-            states = _text_states(towers, towers.tokenizer(["a"]).to("meta"))
+            states = towers.word_states(towers.tokenizer(["a"]).to("meta"))
     except (OSError, RuntimeError) as error:  # the model needs files from a hub, or its sizes depend on values
         _logger.debug("the feature widths of %s are unknown until its weights are loaded: %s", model, error)
         return None
     return towers.num_features, states.shape[-1]
-
-
-def _text_states(model: Any, tokens: Tensor) -> Tensor:
-    """Returns the hidden states ``(B, W, D)`` of tokens ``(B, W)`` after the last norm of the text tower."""
-    states: Tensor = model.clip.forward_intermediates(
-        text=tokens, text_indices=1, normalize_intermediates=True, intermediates_only=True
-    )["text_intermediates"][0]
-    return states
 
 
 def read_pieces(path: Path, sampling: ClipMiddles, transform: FramesTransform) -> Iterator[tuple[Tensor, float, bool]]:

@@ -19,6 +19,7 @@ from lamzoo.errors import ConfigError, StateDictError
 from lamzoo.evaluation.retrieval.evaluate import frames_config, join_videos
 from lamzoo.profiling import analytic_macs
 from lamzoo.registry import catalog
+from lamzoo.video.extractor import FeatureExtractor
 
 WORDS = ("[PAD]", "[CLS]", "[SEP]", "[UNK]", "a", "dog", "runs", "two", "red", "birds")
 BERT: dict[str, Any] = {
@@ -259,6 +260,15 @@ def test_patches_are_compared_after_merging_too() -> None:
     merged = model.encode_video(frames, mask)
     assert not torch.allclose(merged, plain)
     torch.testing.assert_close(merged[0, :, 0], model.clip.encode_image(frames[0]), rtol=1e-4, atol=1e-5)
+
+
+def test_words_of_a_text_tower_of_transformers_are_features(tmp_path: Path) -> None:
+    folder = folder_of_bert(tmp_path)
+    model = create(text={"hf_model_name": str(folder), "hf_config": None}, similarity="mean", lam=False)
+    found = FeatureExtractor(model, device="cpu").texts(["two red birds", "a dog runs fast"])
+    assert [part.shape for part in found] == [(5, 32), (6, 32)]
+    states = model.clip.text.transformer(input_ids=model.tokenizer(["two red birds"])[:, :5]).last_hidden_state
+    torch.testing.assert_close(torch.from_numpy(found[0]), states[0], rtol=1e-4, atol=1e-5)
 
 
 CARD = """

@@ -32,6 +32,7 @@ from lamzoo.models.clip4clip.tower_states import (
     check_vision,
     embed_text,
     embed_vision,
+    gives_words,
     prefixes_of,
     text_states,
     text_width,
@@ -207,6 +208,26 @@ class Clip4Clip(nn.Module):
             if not self._apart("text", text):
                 return text_states(self.clip, text, self.words)
             return torch.cat([text_states(self.clip, one, self.words) for one in text.split(1)])
+
+    @property
+    def gives_words(self) -> bool:
+        """Whether :meth:`word_states` is possible."""
+        return gives_words(self.clip)
+
+    def word_states(self, text: Tensor) -> Tensor:
+        """Returns the states of words, after the last norm of the text tower and before its projection.
+
+        Args:
+            text: token ids ``(B, W)``, int64.
+
+        Returns:
+            ``(B, W, C)``, zeros for padding.
+
+        Raises:
+            ConfigError: the text tower gives no states of words.
+        """
+        check_text(self.clip)
+        return text_states(self.clip, text, words=True)[:, 1:]
 
     def embed_text(self, states: Tensor, normalize: bool = False) -> Tensor:
         """Projects states of :meth:`text_states`; returns what :meth:`encode_text` does."""

@@ -89,12 +89,17 @@ def embed_vision(visual: Any, pooled: Tensor) -> Tensor:
     return pooled
 
 
+def gives_words(clip: Any) -> bool:
+    """Returns whether the text tower of a model of open_clip gives states of words."""
+    return isinstance(clip, CLIP) or isinstance(clip.text, _TEXT)
+
+
 def check_text(clip: Any) -> None:
     """Raises a :class:`ConfigError` if the text tower of a model gives no states of words."""
-    if not isinstance(clip, CLIP) and not isinstance(clip.text, _TEXT):
+    if not gives_words(clip):
         raise ConfigError(
-            f"words is true, and the text tower ({class_name(clip.text)}) gives no states of words; use one of "
-            "transformers or open_clip, or words=False."
+            f"The text tower ({class_name(clip.text)}) gives no states of words; use one of transformers or open_clip, "
+            "or words=False."
         )
 
 
