@@ -45,10 +45,12 @@ KNOWN = {
         "lamzoo/models/transformers_images.py",
         "transformers.AutoConfig.for_model",
     ): "a class by its name",
+    ("benchmarks/train_lora.py", "peft.LoraConfig"): "a configuration, made here",
+    ("benchmarks/train_lora.py", "peft.inject_adapter_in_model"): "new layers, loads nothing",
     ("benchmarks/hosts.py", "timm.create_model"): "pretrained=False: loads nothing",
     ("lamzoo/models/vit.py", "timm.create_model"): "pretrained=False: loads nothing; the name comes from a card",
     (
-        "lamzoo/models/clip4clip/model.py",
+        "lamzoo/models/clip4clip/towers.py",
         "open_clip.create_model",
     ): "load_weights=False, and a name that open_clip lists",
     (

@@ -79,7 +79,7 @@ def open_clip_spec(arch: str) -> ModelSpec:
     return ModelSpec(
         name=OPEN_CLIP_PREFIX + arch,
         family="open_clip",
-        builder="lamzoo.models.clip4clip.model:clip4clip",
+        builder="lamzoo.models.clip4clip.builder:clip4clip",
         task="retrieval",
         backbone={"open_clip": arch, "similarity": "mean"},
         description=f"CLIP4Clip on the towers of open_clip's {arch}, with masks if lam= is given.",

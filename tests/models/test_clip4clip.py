@@ -15,7 +15,8 @@ import lamzoo
 from lamzoo.data.video.sampling import FrameSampling
 from lamzoo.errors import ConfigError, StateDictError
 from lamzoo.lam import LamConfig
-from lamzoo.models.clip4clip.model import Clip4Clip, checkpoint_filter_fn, clip4clip
+from lamzoo.models.clip4clip import clip4clip
+from lamzoo.models.clip4clip.model import Clip4Clip, checkpoint_filter_fn
 
 TOWERS: dict[str, Any] = {
     "embed_dim": 64,

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 import lamzoo
 from lamzoo import LamConfig, TokenReduction, merge_tokens, remove_reduction
 from lamzoo.errors import ConfigError, UnsupportedHostError
-from lamzoo.models.clip4clip.model import clip4clip
+from lamzoo.models.clip4clip import clip4clip
 from lamzoo.models.describer.encoder import StreamBatch
 from lamzoo.models.describer.model import describer
 from lamzoo.reduction.frames import merge_frames

@@ -27,7 +27,7 @@ from lamzoo.data.retrieval.clips import each_frame
 from lamzoo.data.video.reader import VideoClip
 from lamzoo.evaluation.captions.evaluate import pad_streams
 from lamzoo.evaluation.retrieval.evaluate import frames_config
-from lamzoo.models.clip4clip.model import clip4clip
+from lamzoo.models.clip4clip import clip4clip
 from lamzoo.report import explore_description, explore_retrieval, explore_video
 
 TOWERS: dict[str, Any] = {
