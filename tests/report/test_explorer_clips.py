@@ -260,3 +260,34 @@ def test_patches_of_a_photograph_and_earlier_words_are_shown(tmp_path: Path) -> 
     assert [re.sub(r"\W", "", label) for label in earlier["labels"]][1:3] == ["red", "now"]
     with pytest.raises(UnsupportedHostError, match="does not generate captions"):
         explore_description(retriever(), CaptionDataset(Film(), "film:x"), "1", tmp_path / "other.html")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reads", ["cross", "prefix"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_words_that_gpt2_generates_are_queries_with_masks_and_without(reads: str, masked: bool, tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="the extra gpt2")
+    from tests.byte_pairs import write_byte_pairs
+
+    decoder = {"vocab_size": 300, "positions": 64, "width": 24, "layers": 2, "heads": 3, "reads": reads}
+    sizes = {"features": {"image": 8}, "rates": {}, "width": 16, "heads": 2, "hidden": 32, "encoder_layers": 1}
+    torch.manual_seed(0)
+    model = lamzoo.create_model(
+        "lam_describer_gpt2", lam=PAPER, gpt2=decoder, seconds=0.16, context_length=9, context_tokens=5,
+        tokenizer_name=str(write_byte_pairs(tmp_path)), **sizes,
+    )  # fmt: skip
+    if masked:
+        lamzoo.add_lam(lamzoo.remove_lam(model), PAPER)
+    explore_description(model, CaptionDataset(Film(), "film:x"), "1", tmp_path / "page.html")
+    page = read_page((tmp_path / "page.html").read_text())
+    joint, layers = 10, page["layers"][1:]  # tokens of the encoder
+    words = layers[0]["queryCount"] - joint * (masked and reads == "prefix")
+    assert {layer["op"] for layer in layers} == {"mul" if masked else None}
+    shapes = [(layer["queryCount"], layer["keyCount"]) for layer in layers]
+    if reads == "cross":
+        assert shapes == [(words, words), (words, joint)] * 2
+        assert [layer["name"].endswith("crossattention") for layer in layers] == [False, True] * 2
+    else:
+        assert shapes == [(words + joint * masked, joint + words)] * 2
+    (generated,) = [run for run in page["runs"] if run["name"] == "generated word"]
+    assert generated["size"] == words
