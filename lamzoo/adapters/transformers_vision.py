@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from timm.layers import to_2tuple
 from torch import Tensor, nn
+from transformers.models.beit.modeling_beit import BeitAttention, BeitModel
 from transformers.models.clip.modeling_clip import CLIPAttention, CLIPVisionModel
 from transformers.models.deit.modeling_deit import DeiTAttention, DeiTForImageClassification, DeiTModel
 from transformers.models.dinov2.modeling_dinov2 import Dinov2Attention, Dinov2Model
@@ -22,8 +23,10 @@ from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers im
     Dinov2WithRegistersAttention,
     Dinov2WithRegistersModel,
 )
+from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTAttention, DINOv3ViTModel, rotate_half
 from transformers.models.ijepa.modeling_ijepa import IJepaAttention, IJepaModel
 from transformers.models.siglip.modeling_siglip import SiglipAttention, SiglipVisionModel
+from transformers.models.siglip2.modeling_siglip2 import Siglip2Attention, Siglip2VisionModel
 from transformers.models.videomae.modeling_videomae import VideoMAEModel, VideoMAESelfAttention
 from transformers.models.vit.modeling_vit import ViTAttention, ViTForImageClassification, ViTModel
 from transformers.models.vit_msn.modeling_vit_msn import ViTMSNAttention, ViTMSNForImageClassification, ViTMSNModel
@@ -31,8 +34,9 @@ from transformers.models.vivit.modeling_vivit import VivitAttention, VivitForVid
 
 from lamzoo.adapters.hosts import HostTakeover, Pooling, TokenLayout, is_bare
 from lamzoo.errors import UnsupportedHostError, class_name
-from lamzoo.lam.fused import Projection
+from lamzoo.lam.fused import Between, Projection
 from lamzoo.lam.resize import Grid
+from lamzoo.lam.token_map import take
 
 
 class LamVisionAttention(HostTakeover):
@@ -64,8 +68,9 @@ class LamVisionAttention(HostTakeover):
         causal = kwargs.get("is_causal", host.is_causal) and attention_mask is None and not is_eager
         causal = bool(causal and hidden_states.shape[1] > 1)  # as transformers' SDPA
         weighs = is_eager or bool(kwargs.get("output_attentions"))
+        between = self._between(kwargs)
         if attention_mask is None and not (causal or weighs):
-            heads = self.attend_fused(hidden_states)
+            heads = self.attend_fused(hidden_states, between)
             if heads is not None:
                 return self._output(heads), None
         if attention_mask is not None and self.lam.shared.current.has_reduced:
@@ -78,6 +83,8 @@ class LamVisionAttention(HostTakeover):
             projection(tokens).unflatten(-1, (self._heads, -1)).transpose(1, 2)
             for projection, tokens in zip(self._projections(), (hidden_states, keys, keys), strict=True)
         )
+        if between is not None:
+            query, key = between(query, key)
         allowed, bias = read_mask(self, attention_mask, key.shape[2])
         options: dict[str, Any] = {
             "allowed": allowed,
@@ -98,6 +105,10 @@ class LamVisionAttention(HostTakeover):
         name = self.output_projection
         out: Tensor = heads if name is None else getattr(self, name)(heads)
         return out
+
+    def _between(self, kwargs: Mapping[str, Any]) -> Between | None:
+        """Returns what changes queries and keys before they attend, of the keyword arguments of the forward pass."""
+        return None
 
     def _projections(self) -> list[nn.Module]:
         return [getattr(self, name) for name in self.projections]
@@ -147,6 +158,46 @@ class LamDinov2WithRegistersAttention(LamVisionAttention, Dinov2WithRegistersAtt
     """The attention of DINOv2 with registers under a learnable mask."""
 
 
+class LamDinov3Attention(LamVisionAttention, DINOv3ViTAttention):
+    """DINOv3's attention under a learnable mask; a merged token has the rotation of the token whose place it takes."""
+
+    dropout_name = "dropout"
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Any]:
+        """As of the other layers; ``position_embeddings`` are cosines and sines of the patches, ``(N, d)`` each."""
+        return super().forward(hidden_states, attention_mask, position_embeddings=position_embeddings, **kwargs)
+
+    def _between(self, kwargs: Mapping[str, Any]) -> Between | None:
+        rotations = kwargs.get("position_embeddings")
+        return None if rotations is None else partial(self._rotate, *rotations)
+
+    def _rotate(self, cos: Tensor, sin: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        prefix = 1 + self.config.num_register_tokens
+        rotated = []
+        for heads, places in zip((query, key), self.lam.shared.places(), strict=True):
+            turns = [cos, sin]
+            if places is not None:
+                at = places[:, prefix:] - prefix
+                turns = [take(each.expand(at.shape[0], -1, -1), at).unsqueeze(1) for each in turns]
+            patches = heads[:, :, prefix:]
+            patches = patches * turns[0] + rotate_half(patches) * turns[1]
+            rotated.append(torch.cat([heads[:, :, :prefix], patches.type_as(heads)], dim=2))
+        return rotated[0], rotated[1]
+
+
+class LamBeitAttention(LamVisionAttention, BeitAttention):
+    """BEiT's attention under a learnable mask; its attention mask has the bias of relative positions in it."""
+
+    def no_fused_form(self) -> str | None:
+        return "it adds a bias for each pair of positions" if _adds_bias(self.config) else super().no_fused_form()
+
+
 class LamVivitAttention(LamVisionAttention, VivitAttention):
     """ViViT's attention under a learnable mask."""
 
@@ -193,6 +244,14 @@ class LamSiglipAttention(LamVisionAttention, SiglipAttention):
     dropout_name = "dropout"
 
 
+class LamSiglip2Attention(LamVisionAttention, Siglip2Attention):
+    """The attention of SigLIP 2's image and text towers under a learnable mask."""
+
+    output_projection = "out_proj"
+    scaling_name = "scale"
+    dropout_name = "dropout"
+
+
 TAKEOVERS: Mapping[type[nn.Module], type[LamVisionAttention]] = {
     ViTAttention: LamViTAttention,
     DeiTAttention: LamDeiTAttention,
@@ -200,10 +259,13 @@ TAKEOVERS: Mapping[type[nn.Module], type[LamVisionAttention]] = {
     IJepaAttention: LamIJepaAttention,
     Dinov2Attention: LamDinov2Attention,
     Dinov2WithRegistersAttention: LamDinov2WithRegistersAttention,
+    DINOv3ViTAttention: LamDinov3Attention,
+    BeitAttention: LamBeitAttention,
     VivitAttention: LamVivitAttention,
     VideoMAESelfAttention: LamVideoMAEAttention,
     CLIPAttention: LamClipAttention,
     SiglipAttention: LamSiglipAttention,
+    Siglip2Attention: LamSiglip2Attention,
 }
 
 
@@ -218,6 +280,7 @@ class Tower:
         patch_embed: path of the module that makes patches of the images.
         num_prefix_tokens: number of class and register tokens.
         pooled_by: class of the models that read the class token of such a tower and nothing else.
+        padding: name of the attention mask that its blocks are called with where images have grids of their own.
     """
 
     blocks: str
@@ -226,6 +289,7 @@ class Tower:
     patch_embed: str = "embeddings.patch_embeddings"
     num_prefix_tokens: int = 1
     pooled_by: type[nn.Module] | None = None
+    padding: str | None = None
 
 
 _DINOV2 = Tower("encoder.layer", norm="norm1")
@@ -236,10 +300,15 @@ _TOWERS: Mapping[type[nn.Module], Tower] = {
     IJepaModel: Tower("layers", num_prefix_tokens=0),
     Dinov2Model: _DINOV2,
     Dinov2WithRegistersModel: _DINOV2,
+    DINOv3ViTModel: Tower("model.layer", norm="norm1"),
+    BeitModel: Tower("layers"),
     VivitModel: Tower("layers", pooled_by=VivitForVideoClassification),
     VideoMAEModel: Tower("encoder.layer", attn="attention.attention", num_prefix_tokens=0),
     CLIPVisionModel: Tower("encoder.layers", "self_attn", "layer_norm1", "embeddings.patch_embedding"),
     SiglipVisionModel: Tower("encoder.layers", "self_attn", "layer_norm1", "embeddings.patch_embedding", 0),
+    Siglip2VisionModel: Tower(
+        "encoder.layers", "self_attn", "layer_norm1", "embeddings.patch_embedding", 0, padding="attention_mask"
+    ),
 }
 
 
@@ -259,7 +328,7 @@ def find_towers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def _layout(model: nn.Module, path: str, host: Any, tower: Tower) -> TokenLayout:
     config = host.config
-    prefix = tower.num_prefix_tokens + getattr(config, "num_register_tokens", 0)
+    prefix: int = tower.num_prefix_tokens + getattr(config, "num_register_tokens", 0)
     parent = path.rpartition(".")[0]
     pooled = bool(path) and tower.pooled_by is not None and type(model.get_submodule(parent)) is tower.pooled_by
     pooling = Pooling(
@@ -274,9 +343,14 @@ def _layout(model: nn.Module, path: str, host: Any, tower: Tower) -> TokenLayout
         checkpoints_forward=True,
         reads_prefix_only=partial(bool, pooled),
         reads_blocks=partial(_reads_blocks, config),
-        arguments=frozenset({"output_hidden_states", "output_attentions", "return_dict"}),
-        no_pruning="returns every token; merge them with lamzoo.merge_tokens, which gives each the one it is part of",
+        arguments=frozenset({"output_hidden_states", "output_attentions", "return_dict", "position_embeddings"}),
+        padding=tower.padding,
+        no_merging=_BIASED if _adds_bias(config) else None,
+        no_pruning=_BIASED if _adds_bias(config) else _RETURNS_ALL,
     )
+    if tower.padding is not None:
+        reason = f"{class_name(host)} has a patch grid for each image"
+        return TokenLayout(num_prefix_tokens=prefix, no_positions=reason, pooling=pooling)
     height, width = to_2tuple(config.image_size)
     grid_at = partial(_grid_at, to_2tuple(_patch_size(config)))
     rows, columns = grid_at((height, width))
@@ -291,6 +365,19 @@ def _layout(model: nn.Module, path: str, host: Any, tower: Tower) -> TokenLayout
         patch_embed=host.get_submodule(tower.patch_embed),
         pooling=pooling,
     )
+
+
+def _adds_bias(config: Any) -> bool:
+    """Returns whether the blocks of a configuration add a bias for each pair of positions, as BEiT's may."""
+    names = ("use_relative_position_bias", "use_shared_relative_position_bias")
+    return any(getattr(config, name, False) for name in names)
+
+
+_RETURNS_ALL = "returns every token; merge them with lamzoo.merge_tokens, which gives each the one it is part of"
+_BIASED = (
+    "adds a bias for each pair of positions to the scores, and tokens that are reduced are no longer one for each "
+    "position; use a model with position embeddings or rotary ones"
+)
 
 
 def _reads_blocks(config: Any, kwargs: Mapping[str, Any]) -> bool:

@@ -267,6 +267,8 @@ def _with_resized_positions(
 
     resized, own = dict(state), model.state_dict()
     for path, tower in find_towers(model):
+        if image_size_of(tower.config) is None:  # of SigLIP 2, which takes images of any size
+            continue
         patch = to_2tuple(_patch_size(tower.config))
         height, width = to_2tuple(tower.config.image_size)
         rows, columns = height // patch[0], width // patch[1]

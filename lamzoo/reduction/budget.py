@@ -110,13 +110,14 @@ def merge_tokens(
     Args:
         model: is or contains one ``VisionTransformer`` (ViT, DeiT, DINOv2, SigLIP, ...), ``Eva`` (EVA, EVA-02,
             RoPE-ViT, DINOv3, PE), ``NaFlexVit``, ``Qwen3VitEncoder`` or ``DeepseekVitEncoder`` of timm with pre-norm
-            blocks, or one image tower of open_clip, or one ViT, DeiT, ViT-MSN, I-JEPA, DINOv2, VideoMAE, ViViT or image
-            tower of CLIP or SigLIP of Hugging Face transformers, or a describer; may be wrapped by ``torch.compile`` or
-            data parallelism. In a CLIP model the image tower is reduced and the text tower isn't; in CLIP4Clip it is
-            that of each frame. Hidden states that transformers records have every token. With rotary positions, a
-            merged token has the rotation of the token whose place it takes. In padded batches of ``NaFlexVit``, each
-            sample keeps the share of its own patches and is merged as if it were alone; the batch gets shorter as its
-            longest sample does. In this model every second patch is matched to the others, row by row.
+            blocks, or one image tower of open_clip, or one ViT, DeiT, ViT-MSN, I-JEPA, DINOv2, DINOv3, VideoMAE, ViViT
+            or image tower of CLIP, SigLIP or SigLIP 2 of Hugging Face transformers, or a describer; may be wrapped by
+            ``torch.compile`` or data parallelism. In a CLIP model the image tower is reduced and the text tower isn't;
+            in CLIP4Clip it is that of each frame. Hidden states that transformers records have every token. With rotary
+            positions, a merged token has the rotation of the token whose place it takes. In padded batches of
+            ``NaFlexVit`` and SigLIP 2, each sample keeps the share of its own patches and is merged as if it were
+            alone; the batch gets shorter as its longest sample does. In these models every second patch is matched to
+            the others, row by row.
         target_gmacs: upper limit on the GMACs of one input of the model's own size, matching included; as few patches
             as needed merge. Inputs of another size keep the same share of their patches. This is not a share: for one
             of the patches give ``keep``, and for one of the GMACs ``share * lamzoo.profile(model).gmacs``. A limit that

@@ -103,6 +103,8 @@ class _MergeTokens(ReductionHook):
     ) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
         tokens, *others = args
         check_not_traced(tokens)
+        if self.pooling.padding is not None and others:  # which comes next after the tokens
+            kwargs = {**kwargs, self.pooling.padding: others.pop(0)}
         given = [f"argument {place}" for place, value in enumerate(others, 2) if _is_set(value)]
         given += [name for name, value in kwargs.items() if _is_set(value)]
         if unknown := [name for name in given if name not in (*self.pooling.arguments, self.pooling.padding)]:
@@ -112,7 +114,7 @@ class _MergeTokens(ReductionHook):
             )
         here = self.shared.current
         if not self.is_first and not here.held:  # a block that runs on its own merges nothing
-            return args, kwargs
+            return (tokens, *others), kwargs
         padding = None if self.pooling.padding is None else kwargs.get(self.pooling.padding)
         if padding is not None:  # hidden by its size from here on
             kwargs = {**kwargs, str(self.pooling.padding): None}

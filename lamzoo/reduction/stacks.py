@@ -124,8 +124,8 @@ def find_stack(model: nn.Module, *, masked: bool, verb: Literal["merged", "prune
 # For messages.
 _SUPPORTED = {
     "merged": "one VisionTransformer, Eva, NaFlexVit, Qwen3VitEncoder or DeepseekVitEncoder of timm, one image tower "
-    "of open_clip, one ViT, DeiT, DINOv2, I-JEPA, ViT-MSN, CLIP or SigLIP vision tower, VideoMAE or ViViT of "
-    "transformers or a describer",
+    "of open_clip, one ViT, DeiT, DINOv2 or DINOv3, I-JEPA, ViT-MSN, CLIP or SigLIP vision tower, VideoMAE or ViViT "
+    "of transformers or a describer",
     "pruned": "one VisionTransformer or Eva of timm or one image tower of open_clip",
 }
 

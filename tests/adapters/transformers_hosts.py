@@ -114,6 +114,14 @@ def _qwen2_vl_inputs() -> Inputs:
     }
 
 
+def _siglip2_inputs() -> Inputs:
+    return words() | {
+        "pixel_values": torch.randn(2, 4, 3 * 8 * 8),
+        "pixel_attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]),
+        "spatial_shapes": torch.tensor([[2, 2], [1, 2]]),
+    }
+
+
 def _llava_inputs() -> Inputs:
     return {"input_ids": torch.tensor([[5, 37, 37, 37, 37, 6, 7]]), "pixel_values": torch.randn(1, 3, 16, 16)}
 
@@ -166,6 +174,14 @@ HOSTS: dict[str, Host] = {
         "SiglipModel",
         lambda: transformers.SiglipConfig(text_config=TEXT, vision_config=_IMAGE),
         both,
+        layers=4,
+        pads=True,
+        passes_keywords=False,
+    ),
+    "siglip2": Host(
+        "Siglip2Model",
+        lambda: transformers.Siglip2Config(text_config=TEXT, vision_config=SMALL | {"patch_size": 8, "num_patches": 4}),
+        _siglip2_inputs,
         layers=4,
         pads=True,
         passes_keywords=False,
