@@ -260,15 +260,23 @@ def _by_task(names: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _answering(gradio: Any, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Shows the library's errors to the visitor; others are not shown, and are in the log."""
+    """Shows the library's errors to the visitor, as text; others are not shown, and are in the log."""
 
     def call(*inputs: Any) -> Any:
         try:
             return function(*inputs)
         except LamzooError as error:
-            raise gradio.Error(str(error), print_exception=False) from error
+            says = str(error)
+            for path in (each for each in inputs if isinstance(each, str) and Path(each).is_absolute()):
+                says = says.replace(path, Path(path).name)  # an upload, in a folder of the server
+            raise gradio.Error(escape(says), print_exception=False) from error
 
     return call
+
+
+def _path_of(upload: Any) -> str | None:
+    """Returns the path of an uploaded file; None if there is none."""
+    return None if upload is None else str(upload.path)
 
 
 def _model_and_budget(gradio: Any, names: Sequence[str]) -> tuple[Any, Any]:
@@ -284,6 +292,8 @@ def _image_tab(gradio: Any, shelf: _Shelf, names: Sequence[str]) -> None:
         with gradio.Row():
             with gradio.Column():
                 image = gradio.Image(type="filepath", label="image", height=300)
+                # gradio's own opens it with all formats of Pillow, PostScript too, and doesn't show what is wrong.
+                image.preprocess = _path_of
                 name, share = _model_and_budget(gradio, names)
                 button = gradio.Button("Explain", variant="primary", elem_id="explain-image")
             classes = gradio.Label(label="prediction", num_top_classes=_CLASSES)

@@ -14,7 +14,7 @@ from PIL import Image
 from lamzoo.cli import main
 from lamzoo.errors import ConfigError, DataError, MissingExtraError, UnknownModelError
 from lamzoo.evaluation.classification.prediction import Prediction
-from lamzoo.report.browser_app import _by_task, _named, _Shelf, build, launch
+from lamzoo.report.browser_app import _answering, _by_task, _named, _Shelf, build, launch
 
 MODEL = "lam_vit_micro.cifar10"
 
@@ -68,6 +68,22 @@ def test_the_last_few_pages_are_kept_and_uploads_for_an_hour(gradio: MagicMock) 
     assert [file.exists() for file in files] == [False] * 2 + [True] * 4
     build([MODEL])
     assert gradio.Blocks.call_args.kwargs["delete_cache"] == (3600, 3600)
+
+
+def test_an_upload_is_opened_by_lamzoo_alone(gradio: MagicMock) -> None:
+    build([MODEL])
+    read = gradio.Image.return_value.preprocess
+    assert (read(None), read(SimpleNamespace(path="photo.eps"))) == (None, "photo.eps")
+
+
+def test_an_error_is_shown_as_text_without_the_folders_of_the_server(gradio: MagicMock) -> None:
+    gradio.Error = lambda says, print_exception: RuntimeError(says)
+
+    def fail(path: str, texts: str) -> None:
+        raise DataError(f"cannot read {path}: <b>{texts}</b>")
+
+    with pytest.raises(RuntimeError, match="^cannot read a.png: &lt;b&gt;a/b&lt;/b&gt;$"):
+        _answering(gradio, fail)("/tmp/gradio/1/a.png", "a/b")
 
 
 def test_classes_of_one_name_are_all_shown() -> None:

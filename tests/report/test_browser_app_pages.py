@@ -119,6 +119,16 @@ def test_a_mistake_is_said_in_the_page(page: Any) -> None:
     until(page, lambda: "there is no image; upload one" in page.find_element("tag name", "body").text)
 
 
+def test_a_file_that_is_no_image_is_said_in_the_page(page: Any, tmp_path: Path) -> None:
+    (tmp_path / "photo.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    upload(page, tmp_path / "photo.png", 0)
+    until(page, lambda: page.find_elements("css selector", "div[role=tabpanel] img"))
+    page.find_element("id", "explain-image").click()
+    until(
+        page, lambda: "cannot read the image photo.png: it is PostScript" in page.find_element("tag name", "body").text
+    )
+
+
 def test_an_address_that_is_taken_and_a_folder_without_a_model_are_named(app: Any, films: Path) -> None:
     with pytest.raises(ConfigError, match="choose another --port"):
         launch(MODELS[:1], port=app.server_port, block=False)
