@@ -145,7 +145,8 @@ def _leave_out_masks(host: nn.Module) -> list[RemovableHandle]:
     return [
         block.register_forward_pre_hook(without_mask, with_kwargs=True, prepend=True)
         for layout in tower_layouts(host)
-        if layout.pooling is not None
+        # The masks of others hold biases and padding.
+        if layout.pooling is not None and layout.pooling.no_merging is None and layout.pooling.padding is None
         for block in host.get_submodule(layout.pooling.blocks).children()
     ]
 

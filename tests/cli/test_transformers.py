@@ -124,9 +124,14 @@ def test_saved_models_come_back_with_masks_and_merging(tmp_path: Path) -> None:
 def test_classifiers_are_fine_tuned_scored_and_explained(run: Any, tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "photos", splits=("train", "val"), each=4)
     options = ("--data", folder, "--epochs", 1, "--device", "cpu", "--workers", 0)
-    for tune in ("all", "lam"):
-        done = run("train", "--model", "hf/me/masked", "--pretrained", "--tune", tune, "--output", tune, *options)
+    for tune, size in (("all", 32), ("lam", 48)):
+        done = run(
+            "train", "--model", "hf/me/masked", "--pretrained", "--img-size", size, "--tune", tune, "--output", tune,
+            *options,
+        )  # fmt: skip
         assert done.code == 0, done.err
+    assert image_size(lamzoo.create_model("lam", pretrained=True)) == (3, 48, 48)
+    assert run("eval", "lam", "--data", folder, "--split", "val", "--device", "cpu", "--workers", 0).code == 0
     assert run("eval", "all", "--data", folder, "--split", "val", "--device", "cpu", "--workers", 0).code == 0
     photo = next((folder / "val").rglob("*.*"))
     assert run("explain", "all", photo, "--out", "masks.png").code == 0
@@ -154,6 +159,23 @@ def test_fused_layers_are_exported_in_their_fused_form() -> None:
     program = torch.export.export(as_image_model(model), (torch.randn(2, 3, 32, 32),))
     linear = [node for node in program.graph.nodes if "linear" in str(node.target)]
     assert len(linear) == 3 * 4 + 1  # one for queries, keys and values
+
+
+@pytest.mark.parametrize(
+    "bias",
+    [pytest.param("use_relative_position_bias", marks=pytest.mark.slow), "use_shared_relative_position_bias"],
+)
+def test_exported_models_keep_their_biases_of_positions(bias: str) -> None:
+    torch.manual_seed(0)
+    config = transformers.BeitConfig(**_SMALL, image_size=32, patch_size=8, num_labels=3, **{bias: True})
+    host = transformers.BeitForImageClassification(config).eval()
+    for name, parameter in host.named_parameters():
+        if "bias_table" in name:
+            torch.nn.init.normal_(parameter, std=3)
+        elif "lambda" in name:
+            parameter.data.fill_(1)
+    model, x = as_image_model(lamzoo.add_lam(host)), torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), model(x))
 
 
 def test_wrapping_leaves_the_model_its_attention_masks() -> None:
