@@ -22,6 +22,7 @@ from lamzoo.models.clip4clip import Clip4Clip
 from lamzoo.training import parse_recipe, train
 from lamzoo.training.retrieval.run import RetrievalRun
 from tests.models.test_towers import BERT, TEXT, VISION
+from tests.training.processes import train_in_two
 from tests.training.retrieval_data import retrieval_table, write_faces
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -89,6 +90,17 @@ def test_each_tower_of_timm_and_transformers_is_cached_bit_by_bit(
     assert same(run(table, tmp_path / "made"), plain)
     assert same(run(table, tmp_path / "read"), plain)
     assert {path.name.partition("-")[0] for path in (tmp_path / "cache").iterdir()} == set(freeze)
+
+
+@pytest.mark.slow
+def test_two_processes_train_from_the_same_states(table: dict[str, Any], tmp_path: Path) -> None:
+    table["optimizer"]["lr"] = 1e-3
+    table["run"]["accumulation"] = 2
+    alone, _ = run(table, tmp_path / "alone", cache=None)
+    (record,) = train_in_two(table, tmp_path / "two")
+    for key in ("train_loss", "eval_t2v_R1", "eval_v2t_R1"):
+        assert float(record[key]) == pytest.approx(alone[0][key], rel=1e-4, abs=1e-4), key
+    assert len(list((tmp_path / "cache").iterdir())) == 6
 
 
 def some_photographs(folder: Path, counts: dict[str, int]) -> Path:
