@@ -164,6 +164,44 @@ def test_random_masks_equal_an_eager_reference(host: Host, config: str) -> None:
         torch.testing.assert_close(run(masked, inputs), expected, atol=1e-5, rtol=1e-5)
 
 
+# Names of the rate, or of the layer, by which an attention layer drops weights.
+_DROPOUTS = ("attention_dropout", "dropout", "dropout_prob", "attn_dropout")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in ("bert", "vit", "siglip") else pytest.param(name, marks=pytest.mark.slow) for name in HOSTS],
+)
+def test_the_same_attention_weights_drop_as_in_the_host(name: str) -> None:
+    def dropping(model: nn.Module, rate: float) -> nn.Module:
+        for module in model.modules():
+            if isinstance(module, nn.Dropout) or hasattr(module, "drop_prob"):
+                setattr(module, "p" if isinstance(module, nn.Dropout) else "drop_prob", 0.0)
+            if hasattr(getattr(module, "config", None), "pos_embed_rescale"):  # DINOv3's augmentation
+                module.config.pos_embed_rescale = None
+        for path in layers:
+            layer = model.get_submodule(path)
+            at = next(each for each in _DROPOUTS if hasattr(layer, each))
+            if isinstance(getattr(layer, at), nn.Dropout):
+                getattr(layer, at).p = rate
+            else:
+                setattr(layer, at, rate)
+        return model.train()
+
+    host = HOSTS[name]
+    plain, inputs = host.create(), inputs_of(host)
+    masked = add_lam(copy.deepcopy(plain), LamConfig(rank=2))
+    layers = [path.removesuffix(".lam") for path in masks(masked)]
+    outputs = []
+    for model, rate in ((plain, 0.3), (masked, 0.3), (copy.deepcopy(masked), 0.0)):
+        dropping(model, rate)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            outputs.append(run(model, inputs))
+    torch.testing.assert_close(outputs[1], outputs[0], atol=1e-5, rtol=1e-4)
+    assert (outputs[2] - outputs[0]).abs().max() > 1e-2
+
+
 def test_every_mask_gets_gradients(host: Host) -> None:
     model = add_lam(host.create(), RANDOM).requires_grad_(False)
     for lam in masks(model).values():
