@@ -51,7 +51,7 @@ RATES = ablation.RESULTS / "flickr8k_towers_rates.csv"
 HITS = ablation.RESULTS / "flickr8k_towers.npz"
 GRID = (3e-4, 1e-3, 3e-3)
 DAMAGES = ("none", "words", "patches")
-_PATCH = 14  # pixels
+_PATCH, _SHARE = 14, 0.5  # pixels; of words and patches that are dropped, both in the names of stored states
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Row:
     commit: str
 
 
-def drop_words(text: str, share: float = 0.5) -> str:
+def drop_words(text: str, share: float = _SHARE) -> str:
     """Removes words of a caption at random, always the same ones of the same caption; one at least stays."""
     words = text.split()
     generator = np.random.default_rng(zlib.crc32(text.encode()))
@@ -105,7 +105,7 @@ def drop_words(text: str, share: float = 0.5) -> str:
     return " ".join(words[index] for index in kept)
 
 
-def drop_patches(image: Tensor, share: float = 0.5, size: int = _PATCH) -> Tensor:
+def drop_patches(image: Tensor, share: float = _SHARE, size: int = _PATCH) -> Tensor:
     """Sets patches of an image ``(3, H, W)``, of mean 0, to 0 at random, always the same ones of the same image."""
     rows, columns = image.shape[1] // size, image.shape[2] // size
     generator = np.random.default_rng(zlib.crc32(image.numpy().tobytes()))
@@ -138,7 +138,7 @@ def interval(
     """Returns the mean difference of hits, in points, and its 95 % interval, by a bootstrap over seeds and queries.
 
     Args:
-        mine: hits of each seed, bool ``(queries,)``; the same queries for all.
+        mine: hits of each seed, bool or float ``(queries,)``; the same independent queries for all.
         others: those of the other row, with the same seeds.
         draws: number of resamples.
         seed: of the resamples.
@@ -180,12 +180,12 @@ def score(
     with evaluating(model):
         texts = {
             "whole": _texts(model, cache, f"{split}-whole", whole),
-            "words": _texts(model, cache, f"{split}-words", few_words),
+            "words": _texts(model, cache, f"{split}-{_SHARE:g}-words", few_words),
         }
         damaged = partial(_prepared_and_damaged, prepare)
         videos = {
             "whole": _videos(model, cache, f"{split}-whole", whole, recipe, prepare),
-            "patches": _videos(model, cache, f"{split}-patches", whole, recipe, damaged),
+            "patches": _videos(model, cache, f"{split}-{_SHARE:g}-patches-{_PATCH}", whole, recipe, damaged),
         }
         for damage in DAMAGES:
             text = texts["words" if damage == "words" else "whole"]
@@ -293,11 +293,14 @@ def table(rows: Sequence[Row], hits: Callable[[str, int, str], NDArray[Any]]) ->
 
 
 def stored_hits(row: str, seed: int, damage: str, path: Path = HITS) -> NDArray[Any]:
-    """Returns the stored hits at rank 1 of both directions, so that each direction has the same weight."""
+    """Returns the stored hits at rank 1 of each photograph, ``(photographs,)``: the mean of both directions.
+
+    Queries of one photograph are not independent: intervals are over photographs, each with all of its captions.
+    """
     key = f"{row}.{seed}.{damage}"
     found = read_npz(path, (f"{key}.t2v", f"{key}.v2t"))
     to_video, to_text = found[f"{key}.t2v"] < 1, found[f"{key}.v2t"] < 1
-    return np.concatenate([to_video, np.repeat(to_text, len(to_video) // len(to_text))])
+    return (to_video.reshape(len(to_text), -1).mean(axis=1) + to_text) / 2  # as many captions of each photograph
 
 
 def _store(rows: Sequence[Row], ranks: dict[str, NDArray[Any]]) -> None:
@@ -322,7 +325,7 @@ def _measure(run: ablation.Run, lr: float, out: Path, threads: int) -> tuple[lis
     assert isinstance(run.recipe, RetrievalRecipe)
     rows: list[Row] = []
     ranks: dict[str, NDArray[Any]] = {}
-    same = {field.name for field in fields(Row)} & line.keys() - {"t2v_R1", "t2v_R5", "t2v_R10"}
+    same = {field.name for field in fields(Row)} & line.keys()
     for damage, (scores, found) in score(model, run.recipe).items():
         common = {name: line[name] for name in same if not name.startswith(("t2v", "v2t"))}
         rounded = {name: round(value, 2) for name, value in scores.items()}

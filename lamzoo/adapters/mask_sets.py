@@ -271,8 +271,12 @@ def _least_size(host: nn.Module, target: MaskSet) -> int:
         sites = [site for adapter in adapters_of(part).values() for site in adapter.sites(part)]
         if config.layers == "single":
             sites = list({site.stack: site for site in sites}.values())
+        modalities = getattr(part, "modality_lengths", ())
         with torch.device("meta"):
-            networks = [MaskNetwork(config, each.query_dim, each.key_dim, each.num_heads, length=1) for each in sites]
+            networks = [
+                MaskNetwork(config, each.query_dim, each.key_dim, each.num_heads, length=1, modality_lengths=modalities)
+                for each in sites
+            ]
         size += sum(parameter.numel() for network in networks for parameter in network.parameters())
     return size
 

@@ -164,7 +164,7 @@ class Lam(nn.Module):
                 windows; by default that of the forward pass of the stack.
 
         Returns:
-            Factors ``(B, Hm, Nq, rank + 1)`` and ``(B | 1, Hm, Nk, rank + 1)``.
+            Factors ``(B, Hm, Nq, R)`` and ``(B | 1, Hm, Nk, R)`` with ``R = config.columns``.
 
         Raises:
             ConfigError: the layer shares the first layer's mask, and the first layer has not run.
@@ -204,7 +204,7 @@ class Lam(nn.Module):
         return self.config.layers == "single" and self.network is not None and not self.is_last
 
     def key_factor(self, key_tokens: Tensor) -> Tensor:
-        """Computes the key side of the mask of these tokens ``(B, N, C)`` alone, ``(1 | B, Hm, N, rank + 1)``."""
+        """Computes the key side of the mask of these tokens ``(B, N, C)`` alone, ``(1 | B, Hm, N, columns)``."""
         here = self.shared.current
         if here.mask is not None:
             return here.mask.right

@@ -59,7 +59,8 @@ def micro_vit(
         position_encoding: further positions for the ablation, besides the learned embedding: ``"rotary"`` turns queries
             and keys of each layer (timm's ``AttentionRope``); ``"conv"`` adds a depthwise convolution of the patches
             after the first block (CPVT, arXiv 2102.10882, timm's ``PosConv``).
-        lam_blocks: numbers of the blocks with masks, which must have ``layers="multi"``; None for all.
+        lam_blocks: numbers of the blocks with masks, which must have ``layers="multi"``; None for all. Without masks it
+            is ignored.
         **overrides: arguments of the transformer that override ``config``, and those of timm's ``features_only``.
 
     Returns:
@@ -83,7 +84,7 @@ def micro_vit(
         **{**config, "rel_pos_bias": rel_pos_bias, "position_encoding": position_encoding, **overrides},
     )
     model = _with_masks(model, lam)
-    if lam_blocks is not None:
+    if lam_blocks is not None and lam is not None:
         _keep_masks(model, lam, lam_blocks)
     return model
 
@@ -117,9 +118,9 @@ def _with_masks(model: nn.Module, lam: LamConfig | None) -> nn.Module:
     return add_lam(model, lam)
 
 
-def _keep_masks(model: Any, lam: LamConfig | None, blocks: Sequence[int]) -> None:
+def _keep_masks(model: Any, lam: LamConfig, blocks: Sequence[int]) -> None:
     """Removes the masks of all other blocks."""
-    if lam is None or lam.layers != "multi":
+    if lam.layers != "multi":
         raise ConfigError("lam_blocks selects among masks of each layer; use it with masks that have layers='multi'.")
     if not blocks or not set(blocks) <= set(range(len(model.blocks))):
         raise ConfigError(
@@ -128,6 +129,7 @@ def _keep_masks(model: Any, lam: LamConfig | None, blocks: Sequence[int]) -> Non
     for number, block in enumerate(model.blocks):
         if number not in blocks:
             block.attn = block.attn.unwrap()
+    model.lam_blocks = tuple(blocks)
 
 
 def _add_rotary_positions(model: VisionTransformer) -> None:
@@ -144,6 +146,8 @@ def _pass_rotary_positions(attention: Any, args: Any, kwargs: dict[str, Any]) ->
 
 
 def _add_conv_positions(block: Any, args: Any, tokens: Tensor, *, size: tuple[int, int]) -> Tensor:
+    if tokens.shape[1] != size[0] * size[1]:
+        raise ConfigError("position_encoding='conv' needs all patches; leave tokens unmerged and unpruned.")
     added: Tensor = block.pos_conv(tokens, size)
     return added
 

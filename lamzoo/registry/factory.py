@@ -166,9 +166,9 @@ def create_model(
     silent = checkpoint if checkpoint is not None else state_dict if plan.external else None
     if lam is None and silent is not None and lam_weights == "pretrained" and plan.lam is not None:
         plan = replace(plan, lam=with_rank_of(plan.lam, silent, str(checkpoint_path or ref.text)))
-    model: Any = _build(plan, lam, given)
-    if plan.config is not None and "clip" not in given and getattr(model, "tower_files", {}):
+    if plan.config is not None and "clip" not in given and _names_towers(plan.args):  # before any is looked for
         raise ConfigError(f"{plan.config} names files of towers, which a saved model contains; remove their names.")
+    model: Any = _build(plan, lam, given)
     if not any(parameter.is_meta for parameter in model.parameters()):
         load_towers(model)
     part = None
@@ -482,6 +482,15 @@ def _of_channels(cfg: PretrainedCfg, channels: int) -> PretrainedCfg:
     }
     fitted |= {key: of_channels(getattr(cfg, key), channels) for key in ("mean", "std")}
     return replace(cfg, **fitted)
+
+
+def _names_towers(arguments: Mapping[str, Any]) -> bool:
+    """Returns whether arguments of CLIP4Clip name files or folders of pretrained towers."""
+    clip = arguments.get("clip")
+    vision, text = ((clip.get(key) if isinstance(clip, Mapping) else None) for key in ("vision_cfg", "text_cfg"))
+    vision, text = (each if isinstance(each, Mapping) else {} for each in (vision, text))
+    folder = "hf_model_name" in text and "hf_config" not in text
+    return bool(vision.get("timm_model_pretrained") or text.get("hf_model_pretrained") or folder)
 
 
 _CFG_KEY = {"in_chans": "input_size", "num_classes": "num_classes", "img_size": "input_size"}

@@ -82,6 +82,11 @@ def save_lam(
         raise UnsupportedHostError(
             f"The masks of the model ({class_name(host)}) were added to its part {part}; save the masks of that part."
         )
+    if hasattr(host, "lam_blocks"):
+        raise UnsupportedHostError(
+            f"Only the blocks {host.lam_blocks} of the model ({class_name(host)}) have masks, and load_lam adds them to "
+            "all blocks; save the whole model with lamzoo.save_pretrained."
+        )
     state = full_state_dict(model)
     others = _others(state, sets.stored[sets.active].others if also is None else also)
     _warn_of_trained(host, others)

@@ -64,6 +64,13 @@ def test_an_interval_covers_seeds_and_queries() -> None:
     assert (one[1], one[2]) == (0.0, 100.0)  # a seed that wins everything and one that loses everything
 
 
+def test_hits_are_of_photographs(tmp_path: Path) -> None:
+    ranks = {"multi.0.none.t2v": np.array([0, 1, 2, 0], np.uint16), "multi.0.none.v2t": np.array([3, 0], np.uint16)}
+    np.savez(tmp_path / "hits.npz", **ranks)
+    hits = towers.stored_hits("multi", 0, "none", tmp_path / "hits.npz")
+    assert hits.tolist() == [0.25, 0.75]
+
+
 def test_controls_have_the_parameters_that_their_rows_state() -> None:
     rows = {name: entry.set for name, entry in ablation.read_ablation(towers.FILE).rows.items()}
     tiny = {
@@ -91,7 +98,7 @@ def test_a_run_is_scored_whole_and_damaged_from_stored_states(tmp_path: Path) ->
     table = retrieval_table(write_faces(tmp_path, copies=1), tmp_path / "out")
     table["model"]["kwargs"] |= {"similarity": "tight", "words": True, "patch_grid": 2, "lam_in": ["head"]}
     table |= {"towers": {"freeze": ["vision", "text"], "cache": str(tmp_path / "states")}, "matching": {"rerank": 4}}
-    table["schedule"]["epochs"] = 1
+    table["schedule"]["epochs"], table["data"]["captions"] = 1, "one"
     recipe: Any = parse_recipe(table)
     result = train(recipe)
     model: Any = lamzoo.create_model(f"local-dir:{result.model}", pretrained=True).eval()

@@ -232,6 +232,17 @@ def test_masks_that_know_modalities_add_a_number_for_each_pair_as_the_control_do
     assert all(name in exempt for name, _ in masked.named_parameters() if name.endswith("modality.bias"))
 
 
+def test_masks_that_know_modalities_are_saved_and_loaded(tmp_path: Path) -> None:
+    model = trained(build("tight", LamConfig(modalities=2, rank=2)))
+    frames, text, mask = inputs()
+    with torch.no_grad():
+        expected = model(frames, text, mask)
+        plain = build("tight")
+        lamzoo.load_lam(plain, lamzoo.save_lam(model, tmp_path / "masks"))
+        plain.load_state_dict(model.state_dict())
+        assert torch.equal(plain(frames, text, mask), expected)
+
+
 def test_modalities_need_tokens_of_as_many() -> None:
     with pytest.raises(ConfigError, match="modalities=3, and the tokens of this model have 2 modalities; set it to 2"):
         build("tight", LamConfig(modalities=3))

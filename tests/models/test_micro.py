@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 
 import lamzoo
-from lamzoo.errors import ConfigError
+from lamzoo.errors import ConfigError, UnsupportedHostError
 
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 
@@ -79,6 +80,27 @@ def test_masks_are_in_the_given_blocks() -> None:
     with torch.no_grad():
         masked = model(images)
         assert not torch.allclose(lamzoo.remove_lam(copy.deepcopy(model))(images), masked)
+
+
+def test_masks_of_some_blocks_are_saved_with_the_model_alone(tmp_path: Path) -> None:
+    lam = lamzoo.LamConfig(keys="position", rank=2)
+    model = lamzoo.create_model("lam_vit_micro", lam=lam, lam_blocks=[1], **SMALL).eval()
+    images = torch.rand(2, 3, 32, 32)
+    folder = lamzoo.save_pretrained(model, tmp_path / "whole")
+    with torch.no_grad():
+        again = lamzoo.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        assert torch.equal(again(images), model(images))
+        plain = lamzoo.create_model(f"local-dir:{folder}", pretrained=True, lam=False).eval()
+        torch.testing.assert_close(plain(images), model(images))  # identity masks
+    with pytest.raises(UnsupportedHostError, match="save the whole model with lamzoo.save_pretrained"):
+        lamzoo.save_lam(model, tmp_path / "masks")
+
+
+def test_a_convolution_of_patches_needs_all_of_them() -> None:
+    model = lamzoo.create_model("vit_micro", position_encoding="conv", **SMALL).eval()
+    lamzoo.merge_tokens(model, keep=0.5)
+    with pytest.raises(ConfigError, match="needs all patches; leave tokens unmerged and unpruned"):
+        model(torch.rand(1, 3, 32, 32))
 
 
 @pytest.mark.parametrize(

@@ -107,11 +107,27 @@ def test_a_saved_model_needs_the_files_of_its_towers_no_more(tmp_path: Path) -> 
     assert torch.equal(again.tokenizer(["a dog"]), model.tokenizer(["a dog"]))
 
 
-def test_the_configuration_of_a_saved_model_names_no_other_files(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("tower", "changes"),
+    [
+        ("vision_cfg", {"timm_model_pretrained": "secret.safetensors"}),
+        ("vision_cfg", {"timm_model_pretrained": "nowhere.safetensors"}),
+        ("text_cfg", {"hf_model_pretrained": "nowhere.safetensors"}),
+        ("text_cfg", {"hf_model_name": "folder", "hf_config": None, "hf_model_pretrained": False}),
+    ],
+)
+def test_the_configuration_of_a_saved_model_names_no_other_files(
+    tmp_path: Path, tower: str, changes: dict[str, Any]
+) -> None:
     lamzoo.save_pretrained(create(), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     save_file({}, tmp_path / "secret.safetensors")
-    config["model_args"]["clip"]["vision_cfg"]["timm_model_pretrained"] = str(tmp_path / "secret.safetensors")
+    there = config["model_args"]["clip"][tower]
+    for key, value in changes.items():
+        if value is None:
+            there.pop(key, None)
+        else:
+            there[key] = str(tmp_path / value) if isinstance(value, str) else value
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match=r"config\.json names files of towers"):
         lamzoo.create_model(f"local-dir:{tmp_path}")

@@ -91,6 +91,7 @@ def test_negatives_do_not_match_and_the_most_similar_ones_are_the_likeliest() ->
 
 
 def test_the_matching_loss_is_the_cross_entropy_of_pairs_and_hard_negatives(table: dict[str, Any]) -> None:
+    table["data"]["captions"] = "one"
     recipe = parse_recipe({**table, "matching": {}})
     recipe.model.kwargs["similarity"] = "tight"
     model = RetrievalRun(recipe, False, None, None).model
@@ -110,7 +111,7 @@ def test_the_matching_loss_is_the_cross_entropy_of_pairs_and_hard_negatives(tabl
 @pytest.mark.slow
 def test_two_stages_learn_to_find_what_they_have_not_seen(table: dict[str, Any], tmp_path: Path) -> None:
     table["model"]["kwargs"]["similarity"] = "tight"
-    table |= {"matching": {"rerank": 4}}
+    table["matching"], table["data"]["captions"] = {"rerank": 4}, "one"
     table["optimizer"]["lr"] = 1e-3
     table["schedule"]["epochs"] = 30
     result = run(table, tmp_path / "out", ema_decay=0.8)
@@ -118,7 +119,10 @@ def test_two_stages_learn_to_find_what_they_have_not_seen(table: dict[str, Any],
 
 
 def test_a_second_stage_needs_a_joint_transformer(table: dict[str, Any], tmp_path: Path) -> None:
-    table |= {"matching": {}}
+    table["matching"] = {}
+    with pytest.raises(RecipeError, match="must not have a video twice, and data.captions is 'all'; set it to 'one'"):
+        parse_recipe(table)
+    table["data"]["captions"] = "one"
     with pytest.raises(LamzooError, match='rerank needs a model with a joint transformer, similarity="tight"'):
         run(table, tmp_path / "out")
 
@@ -131,7 +135,8 @@ def test_passes_in_parts_do_not_change_the_curve(
     table: dict[str, Any], tmp_path: Path, similarity: str, equal: str, matching: dict[str, Any] | None
 ) -> None:
     table["model"]["kwargs"] |= {"similarity": similarity, "lam_in": ["vision"]}
-    table |= {} if matching is None else {"matching": matching}
+    if matching is not None:
+        table["matching"], table["data"]["captions"] = matching, "one"
     table["data"]["equal_captions"] = equal
     table["optimizer"]["lr"] = 1e-3
     whole = run(table, tmp_path / "whole")
@@ -206,7 +211,8 @@ def test_two_processes_give_the_curve_of_one(
     table: dict[str, Any], tmp_path: Path, similarity: str, equal: str, matching: dict[str, Any] | None
 ) -> None:
     table["model"]["kwargs"]["similarity"] = similarity
-    table |= {} if matching is None else {"matching": matching}
+    if matching is not None:
+        table["matching"], table["data"]["captions"] = matching, "one"
     table["data"]["equal_captions"] = equal
     table["optimizer"]["lr"] = 1e-3
     alone = run(table, tmp_path / "alone")

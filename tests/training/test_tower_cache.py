@@ -164,6 +164,10 @@ def test_states_of_another_origin_are_computed_again(
         text = logged(run={"seed": 1})
         assert "vision-train.npz is of another weights" in text
         assert "text-train.npz is of another weights" in text
+        kwargs = deepcopy(table["model"]["kwargs"]) | {"quick_gelu": True}  # the same weights compute otherwise
+        text = logged(model={"kwargs": kwargs}, run={"seed": 1})
+        assert "vision-train.npz is of another towers" in text and "text-train.npz is of another towers" in text
+        logged(run={"seed": 1})
         file = tmp_path / "cache" / "vision-train.npz"
         file.write_bytes(file.read_bytes()[:1000])
         assert "vision-train.npz is damaged" in logged(run={"seed": 1})

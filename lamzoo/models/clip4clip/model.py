@@ -445,6 +445,18 @@ class Clip4Clip(nn.Module):
         """Returns the part of the state dict on which the states of a tower depend."""
         return {name: value for name, value in self.state_dict().items() if self._is_part(name, tower)}
 
+    @property
+    def encodes_alone(self) -> bool:
+        """Whether frozen towers encode each text and each video alone on a CPU; see :meth:`freeze_towers`."""
+        return self._one_by_one
+
+    @property
+    def tower_facts(self) -> dict[str, Any]:
+        """What the towers compute with besides their weights: open_clip's name or the arguments, and their modules."""
+        arguments: Mapping[str, Any] = getattr(self, "_model_args", {})  # timm's name for those of create_model
+        kept = {key: arguments.get(key) for key in ("clip", "quick_gelu", "context_length", "img_size")}
+        return {**kept, "open_clip": self._tokenizer_name, "modules": repr(self.clip)}
+
     def train(self, mode: bool = True) -> Self:
         """Sets the training mode; frozen towers stay in evaluation mode."""
         super().train(mode)

@@ -136,8 +136,9 @@ class MatchingSection:
     """``[matching]``: two-stage retrieval with ``similarity="tight"`` (ALBEF, arXiv 2107.07651).
 
     The contrastive loss is that of the embeddings alone, the first stage. The joint transformer, the second stage,
-    learns to tell matching pairs from hard negatives of the batch, and scores are those of both stages. Without this
-    section, the contrastive loss is that of the joint transformer on all pairs of the batch, as in CLIP4Clip.
+    learns to tell matching pairs from hard negatives of the batch, and scores are those of both stages. Pairs with
+    equal captions are no negatives, and ``data.captions`` must be ``"one"``. Without this section, the contrastive loss
+    is that of the joint transformer on all pairs of the batch, as in CLIP4Clip.
 
     Attributes:
         weight: weight of the matching loss.
@@ -176,6 +177,11 @@ class RetrievalRecipe(TaskRecipe):
             raise RecipeError("Recipe keys model.lock_image_tower and model.freeze_layers exclude each other; use one.")
         if self.towers is not None:
             self._check_towers(self.towers)
+        if self.matching is not None and self.data.captions == "all":
+            raise RecipeError(
+                "[matching] draws hard negatives from the batch, which must not have a video twice, and data.captions "
+                "is 'all'; set it to 'one'."
+            )
         if self.reduction is not None:
             self.reduction.check(merges_only=True)
 

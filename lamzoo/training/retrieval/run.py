@@ -172,16 +172,15 @@ class RetrievalRun(TrainingRun):
                 return texts, self._encode_video(self.model, frames, mask)
 
         masks = [batch[1] for batch in batches]
-        captions = [batch[2] for batch in batches] if self.recipe.data.equal_captions == "positives" else None
-        matching = self.recipe.matching
+        shared, matching = self.recipe.data.equal_captions == "positives", self.recipe.matching
+        captions = [batch[2] for batch in batches] if shared or matching is not None else None
 
         def staged_loss(text: Tensor, video: Tensor, mask: Tensor, positives: Tensor | None) -> Tensor:
-            assert matching is not None
-            same = torch.eye(len(text), dtype=torch.bool, device=text.device) if positives is None else positives
+            assert matching is not None and positives is not None
             dual = self.model.dual_similarity(text, video, mask)
             generator = generator_of(seed, epoch, update, 0, 3)
-            matched = matching_loss(self.model, text, video, mask, dual, same, generator)
-            return contrastive_loss(dual, positives) + matching.weight * matched
+            matched = matching_loss(self.model, text, video, mask, dual, positives, generator)
+            return contrastive_loss(dual, positives if shared else None) + matching.weight * matched
 
         loss_of = None if matching is None else staged_loss
         with attention_kernels(self.recipe.model.fused_attention):
