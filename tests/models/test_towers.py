@@ -146,7 +146,8 @@ def test_the_cost_of_words_and_patches_is_counted() -> None:
 def test_videos_of_several_lengths_are_joined_with_their_patches() -> None:
     parts = [torch.ones(1, 2, 5, 3), torch.ones(2, 4, 5, 3)]
     videos, masks = join_videos(parts, [torch.ones(part.shape[:2], dtype=torch.bool) for part in parts])
-    assert (videos.shape, masks.sum()) == ((3, 4, 5, 3), 10)
+    assert videos.shape == (3, 4, 5, 3)
+    assert int(masks.sum()) == 10
     assert not videos[0, 2:].any()
 
 
@@ -285,6 +286,22 @@ def test_words_of_a_text_tower_of_transformers_are_features(tmp_path: Path) -> N
     assert [part.shape for part in found] == [(5, 32), (6, 32)]
     states = model.clip.text.transformer(input_ids=model.tokenizer(["two red birds"])[:, :5]).last_hidden_state
     torch.testing.assert_close(torch.from_numpy(found[0]), states[0], rtol=1e-4, atol=1e-5)
+
+
+def test_frozen_towers_run_without_dropout_and_gradients() -> None:
+    model = create(words=True)
+    model.freeze_towers(["text"], one_by_one=True)
+    model.train()
+    assert not model.clip.text.transformer.encoder.layer[0].attention.self.dropout.training
+    assert model.clip.text.proj.training
+    assert model.clip.visual.trunk.blocks[0].training
+    _, text, _ = inputs(model)
+    assert torch.equal(model.text_states(text)[1:2], model.text_states(text[1:2]))
+    assert not model.text_states(text).requires_grad
+    assert model.encode_text(text).requires_grad
+    assert [model.is_cacheable(tower) for tower in ("vision", "text")] == [False, True]
+    with pytest.raises(ConfigError, match="it takes vision and text"):
+        model.freeze_towers(["audio"])
 
 
 CARD = """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch import Tensor
 
 import lamzoo
 from lamzoo.data.retrieval.clips import ClipAugment
@@ -21,6 +22,7 @@ from lamzoo.errors import RecipeError
 from lamzoo.models.clip4clip import Clip4Clip
 from lamzoo.training import parse_recipe, train
 from lamzoo.training.retrieval.run import RetrievalRun
+from lamzoo.training.retrieval.tower_cache import read_or_make
 from tests.models.test_towers import BERT, TEXT, VISION
 from tests.training.processes import train_in_two
 from tests.training.retrieval_data import retrieval_table, write_faces
@@ -138,12 +140,41 @@ def test_heads_on_a_pretrained_vision_transformer_train_from_its_states(table: d
     assert same(run(table, tmp_path / "read"), made)
     assert same(run(table, tmp_path / "plain", cache=None), made)
     saved: Any = lamzoo.create_model(f"local-dir:{tmp_path / 'read' / 'model'}", pretrained=True).eval()
-    trunk: Any = lamzoo.create_model("timm/vit_small_patch14_dinov2", checkpoint_path=vision["timm_model_pretrained"],
-                                     num_classes=0, img_size=112).eval()  # fmt: skip
+    trunk: Any = lamzoo.create_model(
+        "timm/vit_small_patch14_dinov2", checkpoint_path=str(vision["timm_model_pretrained"]), num_classes=0,
+        img_size=112,
+    ).eval()  # fmt: skip
     frames = torch.randn(1, 1, 3, 112, 112)
     torch.testing.assert_close(saved.frame_states(frames)[0, 0, 0], trunk(frames[0])[0], rtol=1e-3, atol=1e-3)
 
 
+def test_a_file_of_another_origin_or_number_and_a_damaged_one_are_replaced(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, made = tmp_path / "new" / "vision-train.npz", [torch.rand(2, 3), torch.rand(1, 3)]
+
+    def never() -> Iterator[Tensor]:
+        raise AssertionError("the states are in the file")
+        yield
+
+    def logged(origin: dict[str, Any], make: Iterable[Tensor], count: int = 2) -> str:
+        caplog.clear()
+        states = read_or_make(path, origin, count, make)
+        assert all(torch.equal(states[index], part) for index, part in enumerate(made[:count]))
+        return caplog.text
+
+    with caplog.at_level(logging.INFO, "lamzoo"):
+        assert "computing the states of 2 items" in logged({"weights": "a"}, made)
+        assert "are read" in logged({"weights": "a"}, never())
+        assert "is of another weights" in logged({"weights": "b"}, made)
+        assert "is of another number of items" in logged({"weights": "b"}, made[:1], 1)
+        path.write_bytes(path.read_bytes()[:100])
+        assert "is damaged" in logged({"weights": "b"}, made)
+        assert "are read" in logged({"weights": "b"}, never())
+    assert torch.equal(read_or_make(path, {"weights": "b"}, 2, never()).padded([1], 2)[0, 1], torch.zeros(3))
+
+
+@pytest.mark.slow
 def test_states_of_another_origin_are_computed_again(
     table: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -173,6 +204,7 @@ def test_states_of_another_origin_are_computed_again(
         assert "vision-train.npz is damaged" in logged(run={"seed": 1})
 
 
+@pytest.mark.slow
 def test_a_frozen_tower_stays_as_it_was_and_its_masks_train(table: dict[str, Any], tmp_path: Path) -> None:
     table["model"]["kwargs"] |= {"lam_in": ["vision", "head"]}
     table["towers"] = {"freeze": ["vision"]}
@@ -186,6 +218,7 @@ def test_a_frozen_tower_stays_as_it_was_and_its_masks_train(table: dict[str, Any
     assert any(name.startswith("clip.transformer.") for name in changed)
 
 
+@pytest.mark.slow
 def test_each_tower_learns_at_its_own_rate_and_new_projections_at_that_of_the_head(table: dict[str, Any]) -> None:
     table["model"]["kwargs"]["clip"] = {"embed_dim": 32, "vision_cfg": VISION, "text_cfg": TEXT}
     table["optimizer"] = {"lr": 1e-3, "tower_lr": 1e-4}
@@ -196,18 +229,6 @@ def test_each_tower_learns_at_its_own_rate_and_new_projections_at_that_of_the_he
     for name, parameter in trainer.model.named_parameters():
         scale = next((rate for prefix, rate in expected.items() if name.startswith(prefix)), 1.0)
         assert rates[id(parameter)] == pytest.approx(scale), name
-
-
-def test_frozen_towers_run_without_dropout_and_gradients(table: dict[str, Any]) -> None:
-    table["model"]["kwargs"]["clip"] = {"embed_dim": 32, "vision_cfg": VISION, "text_cfg": TEXT}
-    table["towers"] = {"freeze": ["text"]}
-    model = RetrievalRun(parse_recipe(table), False, None, None).model.train()
-    assert not model.clip.text.transformer.encoder.layer[0].attention.self.dropout.training
-    assert model.clip.text.proj.training
-    tokens = model.tokenizer(["red at the left"])
-    assert not model.text_states(tokens).requires_grad
-    assert model.encode_text(tokens).requires_grad
-    assert model.clip.visual.trunk.blocks[0].training
 
 
 def test_frames_without_augmentation_are_the_same_each_time() -> None:
@@ -246,6 +267,7 @@ def test_a_cached_tower_has_no_masks(table: dict[str, Any], tmp_path: Path) -> N
         RetrievalRun(parse_recipe(table), False, None, None)
 
 
+@pytest.mark.slow
 def test_augmented_frames_are_encoded_in_each_epoch_though_texts_are_cached(table: dict[str, Any]) -> None:
     table["towers"]["freeze"], table["augment"] = ["text"], {"hflip": 0.5}
     trainer = RetrievalRun(parse_recipe(table), False, None, None)
@@ -253,6 +275,7 @@ def test_augmented_frames_are_encoded_in_each_epoch_though_texts_are_cached(tabl
     assert (frames.shape[1:], tokens.shape[1:], states.shape[1:]) == ((3, 3, 32, 32), (16,), (17, 32))
 
 
+@pytest.mark.slow
 def test_the_origin_of_states_is_json(table: dict[str, Any], tmp_path: Path) -> None:
     RetrievalRun(parse_recipe(table), False, None, None)
     with np.load(tmp_path / "cache" / "vision-train.npz") as arrays:
