@@ -379,7 +379,7 @@ def _build(plan: _Plan, lam: LamConfig | bool | None, given: Mapping[str, Any]) 
             cfg = pretrained_cfg_of(spec, plan.tag, PretrainedCfg(**base) if base else None)
     stated = {} if "clip" in given else {**spec.pretrained_cfg, **(plan.tag.pretrained_cfg if plan.tag else {})}
     if plan.config is None or "clip" in given:  # the record of a saved model is that of its towers
-        towers = {key: value for key, value in getattr(model, "preprocessing", {}).items() if key not in stated}
+        towers = {key: value for key, value in getattr(model, "tower_preprocessing", {}).items() if key not in stated}
         cfg = replace(cfg, **towers)
     _label(model, plan, cfg, arguments)
     reduction = plan.reduction

@@ -61,7 +61,7 @@ class Clip4Clip(nn.Module):
         words: whether the head compares words.
         frozen_towers: the towers that :meth:`freeze_towers` froze.
         tower_files: pretrained weights of towers, by the path of the tower in the model, for ``create_model``.
-        preprocessing: keys of timm's ``PretrainedCfg`` that the vision tower states; empty for open_clip's own.
+        tower_preprocessing: keys of timm's ``PretrainedCfg`` that the vision tower states; empty for open_clip's own.
         resolved_args: arguments that build the same model without these files, in place of the given ones.
 
     Args:
@@ -142,7 +142,7 @@ class Clip4Clip(nn.Module):
             self.num_features, max_frames, head_layers, head_mlp_ratio, _activation(clip), **more
         )
         self.tower_files = {f"clip.{path}": file for path, file in towers.files.items()}
-        self.preprocessing = dict(towers.preprocessing)
+        self.tower_preprocessing = dict(towers.preprocessing)
         self.resolved_args = {} if towers.args is None else {"clip": towers.args}
         self.fresh_layers = tuple(f"clip.{prefix}" for prefix in towers.fresh)
         self._tokenizer_name, self._tokenizer_source = tokenizer_name, towers.tokenizer
