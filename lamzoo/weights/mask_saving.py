@@ -84,8 +84,8 @@ def save_lam(
         )
     if hasattr(host, "lam_blocks"):
         raise UnsupportedHostError(
-            f"Only the blocks {host.lam_blocks} of the model ({class_name(host)}) have masks, and load_lam adds them to "
-            "all blocks; save the whole model with lamzoo.save_pretrained."
+            f"Only the blocks {host.lam_blocks} of the model ({class_name(host)}) have masks, and load_lam adds them "
+            "to all; save the whole model with lamzoo.save_pretrained."
         )
     state = full_state_dict(model)
     others = _others(state, sets.stored[sets.active].others if also is None else also)
