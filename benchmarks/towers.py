@@ -322,11 +322,11 @@ def _measure(run: ablation.Run, lr: float, out: Path, threads: int) -> tuple[lis
     line = ablation.train(run, out, threads)
     torch.set_num_threads(threads)
     model = lamzoo.create_model(f"local-dir:{Path(run.recipe.run.output) / 'model'}", pretrained=True)
-    assert isinstance(run.recipe, RetrievalRecipe)
+    recipe: Any = run.recipe
     rows: list[Row] = []
     ranks: dict[str, NDArray[Any]] = {}
     same = {field.name for field in fields(Row)} & line.keys()
-    for damage, (scores, found) in score(model, run.recipe).items():
+    for damage, (scores, found) in score(model, recipe).items():
         common = {name: line[name] for name in same if not name.startswith(("t2v", "v2t"))}
         rounded = {name: round(value, 2) for name, value in scores.items()}
         rows.append(Row(**{**common, "seed": run.recipe.run.seed, "damage": damage, "lr": lr, **rounded}))

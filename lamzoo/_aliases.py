@@ -98,6 +98,7 @@ ALIASES: dict[str, str] = {
     "lamzoo.lam.tables": "lamzoo.lam.resize",
     "lamzoo.models.caption_decoder": "lamzoo.models.describer.decoder",
     "lamzoo.models.clip4clip": "lamzoo.models.clip4clip.model",
+    "lamzoo.models.clip4clip.Place": "lamzoo.models.clip4clip.builder:Place",
     "lamzoo.models.clip4clip_heads": "lamzoo.models.clip4clip.heads",
     "lamzoo.models.describer": "lamzoo.models.describer.model",
     "lamzoo.models.describer.Described": "lamzoo.models.describer.model:DescriberOutput",

@@ -41,7 +41,7 @@ NOT_RUN = {
     "docs/tutorials/text.md": ["needs the network"],
     "docs/tutorials/vision-language.md": ["needs the network"],
     "docs/tutorials/plugin.md": ["a file of tests/plugin_example", "needs the plug-in"],
-    "docs/tutorials/videos.md": ["needs the network"],
+    "docs/tutorials/videos.md": ["needs the network", "needs files of weights"],
 }
 
 # Commands of the docs that are cheap and need no data, run as they are.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -105,7 +104,7 @@ class TowerCache:
         assert self._folder is not None  # callers ask whether the tower is cached
         common = {
             "weights": tensors_sha256(self._model.tower_state(tower)),
-            "towers": hashlib.sha256(json.dumps(self._model.tower_facts, sort_keys=True).encode()).hexdigest(),
+            "towers": hashlib.sha256(to_json(self._model.tower_facts, sort_keys=True).encode()).hexdigest(),
             "alone": self._model.encodes_alone,
             "fused_attention": self._recipe.model.fused_attention,
             "precision": self._recipe.run.precision,
