@@ -93,6 +93,14 @@ def check_share(merge: float | None) -> None:
         raise ConfigError(f"--merge is {merge:g}; it must be above 0 and at most 1, a share of the model's GMACs")
 
 
+def check_masked(model: nn.Module, name: str) -> None:
+    """Raises a :class:`ConfigError` if a model has no masks that could be shown."""
+    from lamzoo.lam import Lam
+
+    if not any(isinstance(module, Lam) for module in model.modules()):
+        raise ConfigError(f"{name} has no learnable masks; choose a model with masks: `lamzoo list 'lam_*'` lists some")
+
+
 def load_model(
     name: str, checkpoint: Path | None, *, trust: bool | None = None, merge: float | None = None
 ) -> nn.Module:

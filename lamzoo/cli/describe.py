@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from lamzoo.cli import _output as out
-from lamzoo.cli._options import Checkpoint, Device, Json, load_model
+from lamzoo.cli._options import Checkpoint, Device, Json, check_masked, load_model
 from lamzoo.errors import ConfigError, DataError
 from lamzoo.files import check_target
 
@@ -68,14 +68,13 @@ def describe(
         raise ConfigError(f"--force and --on-bad-input are options for a folder, and {video} is a file; leave them out")
     if not out.is_main_process():
         return
-    from lamzoo.adapters.state import masks_of
     from lamzoo.evaluation import resolve_device
     from lamzoo.video.describe import VideoWindows, describe_windows
 
     target = resolve_device(device)
     network: Any = load_model(model, checkpoint).to(target).eval()
     if html is not None:
-        masks_of(network)  # raises an error without masks, before the work
+        check_masked(network, model)  # before the work
     from lamzoo.models.describer.generation import GenerationConfig
 
     generation = GenerationConfig(beams=beams, top_p=top_p, length_penalty=length_penalty)

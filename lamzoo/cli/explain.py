@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lamzoo.cli import _output as out
-from lamzoo.cli._options import Checkpoint, Device, Merge, Name, load_model
+from lamzoo.cli._options import Checkpoint, Device, Merge, Name, check_masked, load_model
 from lamzoo.errors import ConfigError, DataError, UnsupportedHostError
 from lamzoo.files import check_target
 
@@ -97,6 +97,7 @@ def explain(
     else:
         inputs = (task.open_split(str(data), split or "test"), query)
     model = load_model(name, checkpoint, merge=merge).to(target)
+    check_masked(model, name)
     for function, path in zip(functions, targets.values(), strict=True):
         if path is not None:
             folder = {"videos": videos} if function == "explore" and videos is not None else {}

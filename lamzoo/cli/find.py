@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lamzoo.cli import _output as out
-from lamzoo.cli._options import Checkpoint, Device, Json, load_model
+from lamzoo.cli._options import Checkpoint, Device, Json, check_masked, load_model
 from lamzoo.errors import ConfigError, DataError, MissingExtraError
 from lamzoo.files import check_target
 
@@ -58,7 +58,6 @@ def find(
         raise DataError(f"{video} is a folder; give a video file, or search the folder with `lamzoo search`")
     if not file_exists(video):
         raise DataError(f"no such video: {video}")
-    from lamzoo.adapters.state import masks_of
     from lamzoo.evaluation import resolve_device
     from lamzoo.report.moment_strip import Span, write_strip
     from lamzoo.video.extractor import FeatureExtractor, clip_middles, feature_widths
@@ -67,7 +66,7 @@ def find(
     clip_middles(clip_seconds)
     network: Any = load_model(model, checkpoint).to(target).eval()
     if html is not None:
-        masks_of(network)  # raises an error without masks, before the work
+        check_masked(network, model)  # before the work
     if (widths := feature_widths(features)) is not None:
         _check_widths(network, *widths)  # before the weights of unsuitable towers are downloaded
     extractor = FeatureExtractor(load_model(features, None), clip_seconds=clip_seconds, device=target)
