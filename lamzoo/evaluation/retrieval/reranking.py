@@ -60,16 +60,6 @@ def rerank_candidates(
     return to_video, to_text.T
 
 
-def best_candidates(scores: Tensor, count: int) -> Tensor:
-    """Returns the columns of the highest scores of each row, int64 ``(rows, count)``; of equal ones the first.
-
-    Args:
-        scores: ``(rows, columns)``.
-        count: candidates per row; all if there are fewer.
-    """
-    return scores.argsort(dim=1, descending=True, stable=True)[:, :count]
-
-
 def _match(model: Any, texts: Tensor, videos: Tensor, frame_masks: Tensor, text: Tensor, video: Tensor) -> Tensor:
     """Returns the joint logits of pairs, given by the numbers of texts and videos ``(P,)``, on the CPU."""
     most, device = model.head.max_pairs, texts.device
@@ -84,7 +74,7 @@ def _match(model: Any, texts: Tensor, videos: Tensor, frame_masks: Tensor, text:
 def _reordered(dual: Tensor, count: int, match: Any) -> Tensor:
     """Raises the candidates of each row above all other scores, in the order of their logits."""
     dual = dual.double()
-    best = best_candidates(dual, count)
+    best = dual.argsort(dim=1, descending=True, stable=True)[:, :count]
     rows = torch.arange(len(dual))[:, None].expand_as(best)
     logits = match(rows.flatten(), best.flatten()).double().view_as(best)
     above = dual.amax(dim=1, keepdim=True) + 1 - logits.amin(dim=1, keepdim=True)
