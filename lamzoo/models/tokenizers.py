@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.errors import HFValidationError
@@ -123,14 +124,7 @@ class Gpt2Tokenizer:
     """
 
     def __init__(self, source: str, context_length: int, vocab_size: int) -> None:
-        from tokenizers import Tokenizer  # of the extra lamzoo[gpt2], which the other tokenizers do without
-
-        path = _find(source)
-        try:
-            self._pairs = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception
-            way_out = hub.discard(path) or "replace it with an intact copy"
-            raise ConfigError(f"{path} is not a tokenizer file ({error}); {way_out}.") from error
+        path, self._pairs = _opened(source)
         self._pairs.no_truncation()
         self._pairs.no_padding()
         self.context_length, self.vocab_size = context_length, self._pairs.get_vocab_size() + 1
@@ -177,14 +171,7 @@ class HfTokenizer:
     eot_token_id: None = None
 
     def __init__(self, source: str, context_length: int, vocab_size: int, padding: int = 0) -> None:
-        from tokenizers import Tokenizer  # of the extra lamzoo[transformers], which the other tokenizers do without
-
-        path = _find(source)
-        try:
-            self._encoder = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception
-            way_out = hub.discard(path) or "replace it with an intact copy"
-            raise ConfigError(f"{path} is not a tokenizer file ({error}); {way_out}.") from error
+        path, self._encoder = _opened(source)
         self.context_length, self.vocab_size = context_length, self._encoder.get_vocab_size()
         if self.vocab_size > vocab_size:
             raise ConfigError(
@@ -238,6 +225,18 @@ def find_local(source: str) -> Path | None:
             f"with a {_FILE}."
         ) from None
     return None
+
+
+def _opened(source: str) -> tuple[Path, Any]:
+    """Opens the tokenizer file of a folder or hub repository; errors are those of :class:`Gpt2Tokenizer`."""
+    from tokenizers import Tokenizer  # of the extras gpt2 and transformers, which the other tokenizers do without
+
+    path = _find(source)
+    try:
+        return path, Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception
+        way_out = hub.discard(path) or "replace it with an intact copy"
+        raise ConfigError(f"{path} is not a tokenizer file ({error}); {way_out}.") from error
 
 
 def _find(source: str) -> Path:

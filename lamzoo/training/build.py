@@ -19,10 +19,10 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lamzoo.adapters import lam_parameters
 from lamzoo.adapters.decay import full_rate_parameters
 from lamzoo.data.paths import nfc
-from lamzoo.errors import RecipeError
-from lamzoo.lam import Lam
+from lamzoo.errors import RecipeError, UnsupportedHostError
 from lamzoo.reduction.budget import merge_tokens, prune_tokens
 from lamzoo.registry.factory import create_for_images
 from lamzoo.training.recipe import Recipe
@@ -102,9 +102,9 @@ def build_optimizer(section: OptimizerSection, model: nn.Module) -> torch.optim.
     except (TypeError, ValueError, AssertionError, ArithmeticError, RuntimeError) as error:
         raise RecipeError(f"optimizer.kwargs {section.kwargs} do not fit {section.name!r}: {error}.") from None
     if section.lam_lr is not None:
-        set_rate(optimizer, mask_parameters(model), section.lam_lr / section.lr)
+        _set_rate(optimizer, mask_parameters(model), section.lam_lr / section.lr)
     elif section.layer_decay is not None:
-        set_rate(optimizer, full_rate_parameters(model), 1.0)
+        _set_rate(optimizer, full_rate_parameters(model), 1.0)
     optimizer.register_load_state_dict_pre_hook(partial(_regroup_state, section, model))
     return optimizer
 
@@ -145,15 +145,15 @@ def _knows_others(model: Any, classes: list[str]) -> bool:
 
 def mask_parameters(model: nn.Module) -> set[nn.Parameter]:
     """Returns the parameters of masks; raises a :class:`RecipeError` if there are none for ``optimizer.lam_lr``."""
-    found = {parameter for lam in model.modules() if isinstance(lam, Lam) for parameter in lam.parameters()}
-    if not found:
+    try:
+        return set(lam_parameters(model))
+    except UnsupportedHostError:
         raise RecipeError(
             "Recipe key optimizer.lam_lr is for masks, and the model has none; leave it out or set model.lam."
-        )
-    return found
+        ) from None
 
 
-def set_rate(optimizer: torch.optim.Optimizer, parameters: set[nn.Parameter], scale: float) -> None:
+def _set_rate(optimizer: torch.optim.Optimizer, parameters: set[nn.Parameter], scale: float) -> None:
     """Gives parameters groups of their own, whose learning rate is ``scale`` times the scheduled one."""
     for group in list(optimizer.param_groups):
         chosen = [parameter for parameter in group["params"] if parameter in parameters]
