@@ -10,7 +10,11 @@ A budget is a share of the plain twin's GMACs. Every method takes its largest se
 scoring and matching count towards it. Peers run on the masked model and on its plain twin. Rows of quality are the same
 on any machine up to rounding, and take some three hours of one core, a third of them for DiffRate's searches; rows of
 time need a quiet machine, and leave out ATM and DiffRate, whose settings depend on images. Existing rows are not
-measured again, unless ``--again`` is given.
+measured again, unless ``--again`` is given. On a GPU:
+
+    python -m benchmarks.reduction --times --device cuda --dtype bfloat16 --images 1 16 128 --threads 1 \
+        --models lam_vit_base timm/vit_base_patch16_224 --only "all tokens" merged ToMe PiToMe \
+        --time-results benchmarks/results/reduction_times.gpu.csv
 
 A folder with a trained model takes data, twin and stages of the model it was trained from, to which its rows give the
 difference; recipes name these commands. Its own reduction is left out, and every method is measured on its weights:
@@ -72,6 +76,8 @@ RESULTS = ROOT / "benchmarks" / "results" / "reduction.csv"
 TIMES = ROOT / "benchmarks" / "results" / "reduction_times.csv"
 SHARES = (0.9, 0.8, 0.7, 0.63, 0.5)
 THREADS = (1, 2)  # of PyTorch, for rows of time
+BATCHES = (1, 16)  # images, likewise
+CPU = torch.device("cpu")
 _BATCH = 100  # images in a batch of the quality rows
 _SCORED, _TRAINING = 500, 128  # images for methods that need some to find their setting
 
@@ -369,16 +375,22 @@ def measure_times(
     done: Collection[TimeRow],
     pairs: int,
     threads: Sequence[int] = THREADS,
+    batches: Sequence[int] = BATCHES,
+    device: torch.device = CPU,
+    dtype: torch.dtype = torch.float32,
 ) -> Iterator[TimeRow]:
-    """Times the methods on one model at 1 and 16 images, alternating with the plain twin.
+    """Times the methods on one model, alternating with the plain twin.
 
     Args:
         subject: what is reduced.
         methods: keys of :data:`METHODS`.
         quality: rows of quality, which choose the variant.
         done: existing rows, which are not measured again.
-        pairs: timed pairs of one image; a quarter as many for 16 images.
+        pairs: timed pairs of one image; a quarter as many for several.
         threads: numbers of PyTorch's threads, each of which has rows of its own.
+        batches: numbers of images.
+        device: of the models.
+        dtype: of weights and images.
     """
     known = {(row.model, row.method, row.share, row.images, row.threads) for row in done}
     trained = bool(subject.data)
@@ -392,19 +404,21 @@ def measure_times(
         variant = max(scored, key=lambda row: row.top1).variant if scored else next(iter(variants))
         budget = math.inf if method == ALL else share * _all_gmacs(subject.plain)
         wanted = [
-            each for each in itertools.product((1, 16), threads) if (subject.model, method, share, *each) not in known
+            each for each in itertools.product(batches, threads) if (subject.model, method, share, *each) not in known
         ]
         if not wanted:
             continue
         with variants[variant](model, budget, subject.at, None) as setting:
             if setting is None:
                 continue
+            for each in (model, plain):
+                each.to(device, dtype)
             for images, count in wanted:
                 with _threads(count):
                     found = compare_latency(
                         model,
                         plain,
-                        image.repeat(images, 1, 1, 1),
+                        image.to(device, dtype).repeat(images, 1, 1, 1),
                         repeats=pairs if images == 1 else max(2, pairs // 4),
                     )
                 yield TimeRow(
@@ -415,6 +429,8 @@ def measure_times(
                     pairs=found.repeats, device=found.device, threads=found.threads, dtype=found.dtype,
                     torch=torch.__version__,
                 )  # fmt: skip
+        for each in (model, plain):
+            each.to(CPU, torch.float32)  # for the next setting
 
 
 @contextmanager
@@ -438,7 +454,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="METHOD", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--shares", nargs="+", type=float, default=SHARES)
     parser.add_argument("--data", default="npz:../shared/data/", help="prefix of the data sets' folders")
-    parser.add_argument("--device", default="cpu", help="for rows of quality")
+    parser.add_argument("--device", type=torch.device, default=CPU)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--kept", type=Path, default=ROOT / "runs" / "reduction", help="folder of predictions")
     parser.add_argument("--again", action="store_true", help="measure existing rows of quality again")
@@ -446,6 +462,8 @@ def main() -> None:
     parser.add_argument("--time-results", type=Path, default=TIMES)
     parser.add_argument("--pairs", type=int, default=40, help="timed pairs of one image")
     parser.add_argument("--threads", nargs="+", type=int, default=THREADS, help="for rows of time")
+    parser.add_argument("--images", nargs="+", type=int, default=BATCHES, help="for rows of time: images of a batch")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="likewise")
     parser.add_argument("--table", action="store_true", help="measure nothing")
     parser.add_argument("--figure", type=Path, metavar="FILE.svg", help="draw stored results without measuring")
     args = parser.parse_args()
@@ -469,13 +487,15 @@ def main() -> None:
         times = read_rows(args.time_results, TimeRow)
         for subject in subjects:
             quality = read_rows(args.results, Row)
-            for row in measure_times(subject, args.only, quality, times, args.pairs, args.threads):
+            for row in measure_times(
+                subject, args.only, quality, times, args.pairs, args.threads, args.images, args.device,
+                getattr(torch, args.dtype),
+            ):  # fmt: skip
                 times.append(row)
                 write_rows(args.time_results, times)
     elif not args.table:
         scored = [subject for subject in subjects if subject.data]
-        device = torch.device(args.device)
-        measure_all(scored, args.only, args.data, args.results, args.kept, device, again=args.again)
+        measure_all(scored, args.only, args.data, args.results, args.kept, args.device, again=args.again)
     rows = read_rows(args.results, TrainedRow)
     if any(row.start for row in rows):
         print(trained_table(rows))

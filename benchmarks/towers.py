@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import argparse
 import copy
+import multiprocessing
 import threading
 import zlib
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -162,7 +163,7 @@ def score(
 
     Args:
         model: a model with the frozen towers of the recipe, whose ``towers.cache`` keeps their states.
-        recipe: of its training, with ``[matching]``.
+        recipe: of its training, with ``[matching]``; its device is used.
         split: of the recipe's data.
 
     Returns:
@@ -173,7 +174,8 @@ def score(
     whole = create_retrieval_dataset(recipe.data.source, split)
     few_words = copy.copy(whole)
     few_words.texts = [drop_words(text) for text in whole.texts]
-    accelerator = Accelerator(cpu=True, mixed_precision=recipe.run.precision)
+    accelerator = Accelerator(cpu=recipe.run.device == "cpu", mixed_precision=recipe.run.precision)
+    model.to(accelerator.device)
     cache = TowerCache(recipe, model, accelerator)
     prepare = timm.data.create_transform(**frames_config(model))
     found = {}
@@ -211,8 +213,8 @@ def _prepared_and_damaged(prepare: Callable[[Any], Tensor], image: Any) -> Tenso
 
 
 def _texts(model: Any, cache: TowerCache, role: str, split: CaptionedVideos) -> Tensor:
-    states = cache.texts(role, split)
-    parts = [states(split.texts[start : start + 256]) for start in range(0, len(split.texts), 256)]
+    states, device = cache.texts(role, split), next(model.parameters()).device
+    parts = [states(split.texts[start : start + 256]).to(device) for start in range(0, len(split.texts), 256)]
     return torch.cat([model.embed_text(part).float() for part in parts])
 
 
@@ -225,8 +227,10 @@ def _videos(
     transform: Callable[[Any], Tensor],
 ) -> tuple[Tensor, Tensor]:
     clips = cache.clips(role, Clips(split, recipe.data.sampling, each_frame(transform)))
+    device = next(model.parameters()).device
     loader = DataLoader(clips, 256, collate_fn=pad_to(recipe.data.max_frames))
-    parts = [(model.embed_video(states, mask).float(), mask) for states, mask in loader]
+    there = ((states.to(device), mask.to(device)) for states, mask in loader)
+    parts = [(model.embed_video(states, mask).float(), mask) for states, mask in there]
     videos, masks = zip(*parts, strict=True)
     return torch.cat(videos), torch.cat(masks)
 
@@ -247,7 +251,7 @@ def _matching(model: Any, text: Tensor, video: Tensor, mask: Tensor, dual: Tenso
 
 def _logits(model: Any, text: Tensor, video: Tensor, mask: Tensor, texts: Tensor, videos: Tensor) -> Tensor:
     pairs = zip(texts.split(512), videos.split(512), strict=True)
-    return torch.cat([model.match(text[some], video[others], mask[others]) for some, others in pairs])
+    return torch.cat([model.match(text[some], video[others], mask[others]).cpu() for some, others in pairs])
 
 
 def best_rate(rows: Sequence[RateRow], row: str) -> float:
@@ -318,9 +322,8 @@ def _find_rate(run: ablation.Run, lr: float, out: Path, threads: int) -> RateRow
     return RateRow(run.row, lr, run.recipe.run.seed, line["t2v_R1"], line["v2t_R1"], line["train_seconds"])
 
 
-def _measure(run: ablation.Run, lr: float, out: Path, threads: int) -> tuple[list[Row], dict[str, NDArray[Any]]]:
-    line = ablation.train(run, out, threads)
-    torch.set_num_threads(threads)
+def _score_run(run: ablation.Run, lr: float, line: dict[str, Any]) -> tuple[list[Row], dict[str, NDArray[Any]]]:
+    """Scores a trained run, whose line of results is given; for a process of its own."""
     model = lamzoo.create_model(f"local-dir:{Path(run.recipe.run.output) / 'model'}", pretrained=True)
     recipe: Any = run.recipe
     rows: list[Row] = []
@@ -335,44 +338,55 @@ def _measure(run: ablation.Run, lr: float, out: Path, threads: int) -> tuple[lis
     return rows, ranks
 
 
+def _first_alone(work: Callable[[Any], None], todo: Sequence[Any], jobs: int) -> None:
+    """Does all work in parallel after the first piece, which computes the states of the towers for the others."""
+    for first in todo[:1]:
+        work(first)
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(work, todo[1:]))
+
+
 def main() -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", help="names of rows to run (all)")
     parser.add_argument("--jobs", type=int, default=1, help="number of parallel runs")
-    parser.add_argument("--threads", type=int, default=1, help="threads of a run")
+    ablation.add_machine_options(parser)
     args = parser.parse_args()
-    tables = ablation.read_ablation(FILE)
+    tables, threads, machine = ablation.read_ablation(FILE), args.threads or 1, ablation.machine_of(args)
     names, lock = args.rows or list(tables.rows), threading.Lock()
     out = ablation.ROOT / "runs" / FILE.stem
 
     def planned(row: str, lr: float, seeds: Sequence[int], folder: Path) -> list[ablation.Run]:
-        return ablation.plan(FILE, folder, [row], seeds, [f"optimizer.lr={lr}"])
+        return ablation.plan(FILE, folder, [row], seeds, [f"optimizer.lr={lr}"], machine)
 
     def try_rate(work: tuple[str, float]) -> None:
         row, lr = work
         folder = out / f"rate-{lr:g}"
         (run,) = planned(row, lr, [0], folder)
-        found = _find_rate(run, lr, folder, args.threads)
+        found = _find_rate(run, lr, folder, threads)
         with lock:
             write_rows(RATES, [*read_rows(RATES, RateRow), found])
         print(f"{row}, {lr:g}: R@1 {found.t2v_R1:.2f} and {found.v2t_R1:.2f} in {found.train_seconds} s", flush=True)
 
-    def try_seed(run: ablation.Run) -> None:
-        lr = float(run.recipe.optimizer.lr)
-        rows, ranks = _measure(run, lr, out, args.threads)
-        with lock:
-            _store(rows, ranks)
-        print(f"{run.row}, seed {run.recipe.run.seed}: R@1 {rows[0].t2v_R1:.2f} and {rows[0].v2t_R1:.2f}", flush=True)
-
     known = {(row.row, row.lr) for row in read_rows(RATES, RateRow)}
-    with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(try_rate, [(row, lr) for row in names for lr in GRID if (row, lr) not in known]))
+    _first_alone(try_rate, [(row, lr) for row in names for lr in GRID if (row, lr) not in known], args.jobs)
     rates = read_rows(RATES, RateRow)
     there = {row.recipe_sha256 for row in read_rows(RESULTS, Row)}
     runs = [run for seed in tables.seeds for row in names for run in planned(row, best_rate(rates, row), [seed], out)]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(try_seed, [run for run in runs if run.sha256 not in there]))
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.jobs, spawn, torch.set_num_threads, (threads,)) as scoring:
+
+        def try_seed(run: ablation.Run) -> None:
+            line = ablation.train(run, out, threads)
+            rows, ranks = scoring.submit(_score_run, run, float(run.recipe.optimizer.lr), line).result()
+            with lock:
+                _store(rows, ranks)
+            print(
+                f"{run.row}, seed {run.recipe.run.seed}: R@1 {rows[0].t2v_R1:.2f} and {rows[0].v2t_R1:.2f}", flush=True
+            )
+
+        _first_alone(try_seed, [run for run in runs if run.sha256 not in there], args.jobs)
     print(table(read_rows(RESULTS, Row), stored_hits), end="")
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import timm.data
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from lamzoo.errors import RecipeError
 from lamzoo.evaluation.runtime import data_config
@@ -82,6 +82,10 @@ def _seed_host(key: tuple[int, ...]) -> int:
 
 @contextmanager
 def _own_random_states(*key: int) -> Iterator[None]:
+    if get_worker_info() is not None:  # a worker draws for items only, so nothing needs its former states
+        torch.default_generator.manual_seed(_seed_host(key))
+        yield
+        return
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         # torch.manual_seed also seeds every accelerator, which takes longer than decoding a small image.
