@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.library import custom_op
+from torch.nn import functional as F
 
 from lamzoo.lam.kernels.eager import compute_dtype
 from lamzoo.lam.kernels.flops import count_flops
@@ -134,7 +135,7 @@ def lam_attention_forward(
         allowed: bool, broadcastable to ``(B, H, Nq, Nk)``.
         op: ``"mul"`` or ``"add"``.
         is_causal: query ``i`` may attend to keys ``0..i`` only.
-        scale: of the scores before the mask.
+        scale: of the scores before the mask, positive.
 
     Returns:
         The output ``(B, H, Nq, dv)``, and for the backward pass the log-sum-exp of the scores to base 2, float32
@@ -252,9 +253,14 @@ def tiles(kernel: Literal["forward", "queries", "keys"], dim: int, rank: int, it
 
 @dataclass(frozen=True)
 class _Problem:
-    """Inputs of the three kernels, as ``(B, H, N, width)`` with zero strides where they broadcast."""
+    """Inputs of the three kernels, as ``(B, H, N, width)`` with zero strides where they broadcast.
+
+    Factors are zero beyond their ``rank`` columns, up to the width of a tile: rows of, say, nine elements would start
+    at odd addresses, from which a GPU loads one element at a time.
+    """
 
     inputs: tuple[Tensor, ...]
+    rank: int
     allowed: Tensor | None
     op: str
     is_causal: bool
@@ -273,11 +279,12 @@ class _Problem:
         is_causal: bool,
         scale: float,
     ) -> _Problem:
-        lead = query.shape[:2]
+        lead, rank = query.shape[:2], left.shape[-1]
+        left, right = _padded(left), _padded(right)
         inputs = tuple(_rows(x, lead) for x in (query, key, value, left, right))
         if allowed is not None:
             allowed = allowed.view(torch.uint8).expand(*query.shape[:3], key.shape[2])
-        return cls(inputs, allowed, op, is_causal, scale)
+        return cls(inputs, rank, allowed, op, is_causal, scale)
 
     def launch(
         self, kernel: Any, name: Literal["forward", "queries", "keys"], *others: Tensor, tile: Tiles | None = None
@@ -290,10 +297,10 @@ class _Problem:
             *others: its further tensors, in its order.
             tile: tile sizes; those of :func:`tiles` by default.
         """
-        query, key, value, left, _ = self.inputs
+        query, key, value, _, _ = self.inputs
         batch, heads, num_queries, dim = query.shape
-        num_keys, value_dim, rank = key.shape[2], value.shape[3], left.shape[3]
-        blocks = [_block(dim), _block(value_dim), _block(rank)]
+        num_keys, value_dim = key.shape[2], value.shape[3]
+        blocks = [_block(dim), _block(value_dim), _block(self.rank)]
         tile = tile or tiles(name, max(blocks[:2]), blocks[2], query.element_size())
         rows, block = (num_keys, tile.keys) if name == "keys" else (num_queries, tile.queries)
         # Key padding, the same for all queries, is read as a row.
@@ -307,7 +314,7 @@ class _Problem:
                 *self.inputs, self.allowed, *others,
                 *_strides(*self.inputs), *strides, *_strides(*others),
                 heads, num_queries, num_keys, self.scale,
-                DIM=dim, VALUE_DIM=value_dim, RANK=rank,
+                DIM=dim, VALUE_DIM=value_dim, RANK=self.rank,
                 MUL=_MUL[self.op], CAUSAL=self.is_causal, ALLOWED=kind,
                 BLOCK_Q=tile.queries, BLOCK_K=tile.keys,
                 BLOCK_DIM=blocks[0], BLOCK_VALUE=blocks[1], BLOCK_RANK=blocks[2],
@@ -317,6 +324,11 @@ class _Problem:
 
 def _block(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())  # tl.dot takes powers of two from 16 on
+
+
+def _padded(factor: Tensor) -> Tensor:
+    missing = _block(factor.shape[-1]) - factor.shape[-1]
+    return F.pad(factor, (0, missing)) if missing else factor
 
 
 def _strides(*tensors: Tensor) -> list[int]:
