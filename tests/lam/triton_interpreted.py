@@ -95,6 +95,14 @@ def test_causal_attention_equals_eager(queries: int, keys: int, op: Op) -> None:
     check_equals_eager(make(op=op, batch=1, heads=1, queries=queries, keys=keys, is_causal=True))
 
 
+@each_op
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(("queries", "keys", "rank"), [(64, 64, 1), (70, 100, 9), (100, 70, 17)])
+def test_whole_tiles_and_the_rest_equal_eager(queries: int, keys: int, rank: int, is_causal: bool, op: Op) -> None:
+    sizes = {"queries": queries, "keys": keys, "dim": 16, "value_dim": 32, "rank": rank}
+    check_equals_eager(make(op=op, batch=1, heads=1, is_causal=is_causal, **sizes))
+
+
 ALLOWED = {
     "padding": torch.arange(20) < torch.tensor([20, 13])[:, None, None, None],
     "vector": torch.arange(20) % 3 != 1,

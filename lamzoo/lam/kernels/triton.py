@@ -221,12 +221,15 @@ class Tiles:
         keys: rows of a tile of keys, likewise.
         warps: groups of 32 threads for each tile.
         stages: tiles in flight between memory and the tensor cores.
+        registers: largest number of registers of a thread, by which more tiles share a multiprocessor; None for no
+            limit.
     """
 
     queries: int
     keys: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 @cache  # called with each launch
@@ -245,7 +248,7 @@ def tiles(kernel: Literal["forward", "queries", "keys"], dim: int, rank: int, it
         return {"forward": Tiles(128, 32, 8, 2), "queries": Tiles(64, 32, 8, 2), "keys": Tiles(32, 64, 8, 2)}[kernel]
     stages = 3 if rank <= 32 else 2
     return {
-        "forward": Tiles(128, 64, 8, stages),
+        "forward": Tiles(128, 64, 8, stages, registers=128),
         "queries": Tiles(64, 64, 4, stages),
         "keys": Tiles(64, 128, 8, 1),
     }[kernel]
@@ -318,7 +321,7 @@ class _Problem:
                 MUL=_MUL[self.op], CAUSAL=self.is_causal, ALLOWED=kind,
                 BLOCK_Q=tile.queries, BLOCK_K=tile.keys,
                 BLOCK_DIM=blocks[0], BLOCK_VALUE=blocks[1], BLOCK_RANK=blocks[2],
-                num_warps=tile.warps, num_stages=tile.stages,
+                num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
             )  # fmt: skip
 
 
