@@ -93,7 +93,7 @@ def test_what_is_not_served_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     ("dtype", "width", "rank"),
     [("fp16", 128, 65), ("bf16", 64, 9), ("bf16", 64, 17), ("fp16", 64, 64), ("fp32", 128, 65)],
 )
-@pytest.mark.parametrize("name", ["forward", "queries", "keys"])
+@pytest.mark.parametrize("name", ["forward", "queries", "keys", "joint"])
 def test_compiles_without_a_gpu_and_fits_its_shared_memory(
     name: Any, dtype: str, width: int, rank: int, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,10 +101,11 @@ def test_compiles_without_a_gpu_and_fits_its_shared_memory(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from lamzoo.lam.kernels import triton_kernels
+    from lamzoo.lam.kernels import triton_joint, triton_kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kernel = getattr(triton_kernels, {"forward": "forward_kernel"}.get(name, f"backward_{name}_kernel"))
+    programs = triton_joint if name == "joint" else triton_kernels
+    kernel = getattr(programs, {"forward": "forward_kernel"}.get(name, f"backward_{name}_kernel"))
     blocks = [max(16, triton.next_power_of_2(size)) for size in (width, rank)]
     tile = tiles(name, *blocks, {"fp32": 4}.get(dtype, 2))
     constants = {
@@ -112,7 +113,7 @@ def test_compiles_without_a_gpu_and_fits_its_shared_memory(
         "BLOCK_Q": tile.queries, "BLOCK_K": tile.keys,
         "BLOCK_DIM": blocks[0], "BLOCK_VALUE": blocks[0], "BLOCK_RANK": blocks[1],
     }  # fmt: skip
-    float32 = {"logsumexp", "delta", "grad_left", "grad_right"}
+    float32 = {"logsumexp", "delta", "grad_left", "grad_right", "query_sum", "left_sum"}
     pointers = {"query", "key", "value", "left", "right", "out", "grad_out", "grad_query", "grad_key", "grad_value"}
     signature, aligned = {}, {}
     for index, argument in enumerate(kernel.arg_names):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -25,6 +25,9 @@ from lamzoo.lam.ops import Op
 
 MAX_HEAD_DIM = 128
 MAX_RANK = 128
+JOINT = (
+    False  # whether the backward pass is the program of ``triton_joint`` where gradients may vary in their last bits
+)
 
 _MUL = {"mul": True, "add": False}  # the programs' branch of each op
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -166,8 +169,6 @@ def lam_attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of :func:`lam_attention_forward` in query, key, value, left and right, in their shapes and dtypes."""
-    from lamzoo.lam.kernels.triton_kernels import backward_keys_kernel, backward_queries_kernel
-
     grads = _empty_grads(query, key, value, left, right)
     if not (query.numel() and key.numel()):
         for grad in grads:
@@ -176,15 +177,48 @@ def lam_attention_backward(
     # A factor that heads or samples share gets a gradient from each of them, summed at the end in float32.
     lead = query.shape[:2]
     full = [grad if grad.shape[:2] == lead else _empty(grad, lead, torch.float32) for grad in grads]
-    grad_out, delta = _rows(grad_out, lead), torch.empty_like(logsumexp)
     problem = _Problem.of(query, key, value, left, right, allowed, op, is_causal, scale)
-    problem.launch(backward_queries_kernel, "queries", out, logsumexp, grad_out, full[0], full[3], delta)
-    # Second, because it reads the delta that the first one writes.
-    problem.launch(backward_keys_kernel, "keys", logsumexp, grad_out, delta, full[1], full[2], full[4])
+    backward = _backward_joint if JOINT and not torch.are_deterministic_algorithms_enabled() else _backward_separate
+    backward(problem, _rows(grad_out, lead), out, logsumexp, full)
     for grad, parts in zip(grads, full, strict=True):
         if parts is not grad:
             grad.copy_(parts.sum_to_size(grad.shape))
     return grads
+
+
+def _backward_separate(
+    problem: _Problem, grad_out: Tensor, out: Tensor, logsumexp: Tensor, grads: list[Tensor]
+) -> None:
+    from lamzoo.lam.kernels.triton_kernels import backward_keys_kernel, backward_queries_kernel
+
+    delta = torch.empty_like(logsumexp)
+    problem.launch(backward_queries_kernel, "queries", out, logsumexp, grad_out, grads[0], grads[3], delta)
+    # Second, because it reads the delta that the first one writes.
+    problem.launch(backward_keys_kernel, "keys", logsumexp, grad_out, delta, grads[1], grads[2], grads[4])
+
+
+def _backward_joint(
+    problem: _Problem, grad_out: Tensor, out: Tensor, logsumexp: Tensor, grads: list[Tensor], tile: Tiles | None = None
+) -> None:
+    from lamzoo.lam.kernels.triton_joint import backward_joint_kernel, delta_kernel
+
+    batch, heads, num_queries, value_dim = out.shape
+    delta = torch.empty_like(logsumexp)
+    block = 64
+    with _on_device(out):
+        delta_kernel[(batch * heads * -(-num_queries // block),)](
+            out, grad_out, delta, *_strides(out, grad_out), heads, num_queries,
+            VALUE_DIM=value_dim, BLOCK_Q=block, BLOCK_VALUE=_block(value_dim),
+        )  # fmt: skip
+    widths = (_block(grads[0].shape[-1]), _block(problem.rank))
+    sums = [out.new_zeros(batch, heads, num_queries, width, dtype=torch.float32) for width in widths]
+    problem.launch(
+        backward_joint_kernel, "joint", logsumexp, grad_out, delta, grads[1], grads[2], grads[4],
+        *(total.flatten() for total in sums), tile=tile,
+    )  # fmt: skip
+    factors = (problem.scale, problem.scale if _MUL[problem.op] else 1.0)
+    for grad, total, factor in zip((grads[0], grads[3]), sums, factors, strict=True):
+        torch.mul(total[..., : grad.shape[-1]], factor, out=grad)
 
 
 @lam_attention_forward.register_fake
@@ -212,6 +246,9 @@ def _backward(ctx: Any, grad_out: Tensor, grad_logsumexp: Tensor) -> tuple[Tenso
 lam_attention_forward.register_autograd(_backward, setup_context=_setup_context)
 
 
+KernelName = Literal["forward", "queries", "keys", "joint"]
+
+
 @dataclass(frozen=True)
 class Tiles:
     """Tile sizes of a kernel.
@@ -233,7 +270,7 @@ class Tiles:
 
 
 @cache  # called with each launch
-def tiles(kernel: Literal["forward", "queries", "keys"], dim: int, rank: int, itemsize: int) -> Tiles:
+def tiles(kernel: KernelName, dim: int, rank: int, itemsize: int) -> Tiles:
     """Returns the tiles of a kernel for the larger of the head dims, a mask rank and the bytes of an element.
 
     Not autotuned: that would take minutes at the first call of every shape, and the choice is narrow. Half precision up
@@ -245,18 +282,24 @@ def tiles(kernel: Literal["forward", "queries", "keys"], dim: int, rank: int, it
     if itemsize == 4:  # no tensor cores, so operands fill the registers too
         return Tiles(16, 16, 8, 1) if wide else Tiles(32, 32, 8, 1)
     if wide:
-        return {"forward": Tiles(128, 32, 8, 2), "queries": Tiles(64, 32, 8, 2), "keys": Tiles(32, 64, 8, 2)}[kernel]
+        return {
+            "forward": Tiles(128, 32, 8, 2),
+            "queries": Tiles(64, 32, 8, 2),
+            "keys": Tiles(32, 64, 8, 2),
+            "joint": Tiles(32, 64, 8, 1),
+        }[kernel]
     stages = 3 if rank <= 32 else 2
     return {
         "forward": Tiles(128, 64, 8, stages, registers=128),
         "queries": Tiles(64, 64, 4, stages),
         "keys": Tiles(64, 128, 8, 1),
+        "joint": Tiles(64, 128, 8, 1),
     }[kernel]
 
 
 @dataclass(frozen=True)
 class _Problem:
-    """Inputs of the three kernels, as ``(B, H, N, width)`` with zero strides where they broadcast.
+    """Inputs of the kernels, as ``(B, H, N, width)`` with zero strides where they broadcast.
 
     Factors are zero beyond their ``rank`` columns, up to the width of a tile: rows of, say, nine elements would start
     at odd addresses, from which a GPU loads one element at a time.
@@ -289,9 +332,7 @@ class _Problem:
             allowed = allowed.view(torch.uint8).expand(*query.shape[:3], key.shape[2])
         return cls(inputs, rank, allowed, op, is_causal, scale)
 
-    def launch(
-        self, kernel: Any, name: Literal["forward", "queries", "keys"], *others: Tensor, tile: Tiles | None = None
-    ) -> None:
+    def launch(self, kernel: Any, name: KernelName, *others: Tensor, tile: Tiles | None = None) -> None:
         """Runs a kernel, one program for each tile of each head.
 
         Args:
@@ -305,14 +346,15 @@ class _Problem:
         num_keys, value_dim = key.shape[2], value.shape[3]
         blocks = [_block(dim), _block(value_dim), _block(self.rank)]
         tile = tile or tiles(name, max(blocks[:2]), blocks[2], query.element_size())
-        rows, block = (num_keys, tile.keys) if name == "keys" else (num_queries, tile.queries)
+        by_keys = name in ("keys", "joint")
+        rows, block = (num_keys, tile.keys) if by_keys else (num_queries, tile.queries)
         # Key padding, the same for all queries, is read as a row.
         kind = "all"
         strides: tuple[int, ...] = (0, 0, 0, 0)
         if self.allowed is not None:
             strides = self.allowed.stride()
             kind = "full" if strides[2] else "keys"
-        with torch.cuda.device(query.device) if query.is_cuda else nullcontext():
+        with _on_device(query):
             kernel[(batch * heads * -(-rows // block),)](
                 *self.inputs, self.allowed, *others,
                 *_strides(*self.inputs), *strides, *_strides(*others),
@@ -323,6 +365,10 @@ class _Problem:
                 BLOCK_DIM=blocks[0], BLOCK_VALUE=blocks[1], BLOCK_RANK=blocks[2],
                 num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
             )  # fmt: skip
+
+
+def _on_device(x: Tensor) -> AbstractContextManager[None]:
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def _block(width: int) -> int:
