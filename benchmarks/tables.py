@@ -133,6 +133,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "training-steps": lambda: fused.step_table(read_lines(fused.STEPS, speed.Row)),
     "breakdown": lambda: breakdown.table(read_lines(RESULTS / "breakdown.csv", breakdown.Row)),
     "kernels": lambda: kernels.table(read_lines(RESULTS / "kernels.csv", kernels.Row)),
+    "kernels-gpu": lambda: kernels.table(read_lines(RESULTS / "kernels.gpu.csv", kernels.Row)),
     "tiles": lambda: tiles.table(read_lines(RESULTS / "tiles.csv", tiles.Row)),
     "exported": lambda: exported.table(read_lines(RESULTS / "exported.csv", exported.Row)),
     "reduction-merged": lambda: _reduced("merged"),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.kernels import Layer, Problem, Row, fits, measure, table
+from benchmarks.kernels import Layer, Problem, Row, fits, measure, rules, table
 from benchmarks.rows import read_rows, write_rows
 
 PROBLEM = Problem("sdpa", "add", 3, "shared", tokens=5, batch=2, mode="train", dtype="float32", device="cpu")
@@ -57,4 +57,17 @@ def test_the_table_has_what_memory_was_measured_of() -> None:
         "| add, shared | 3 | `sdpa` | 1.25 (1.20-1.30), 65 MiB | 1.25 (1.20-1.30), 65 MiB |",
         "",
         "Measured on: cpu, 2 threads, float32, torch 2.15.",
+    ]
+
+
+def test_rules_sort_backends_that_were_timed_in_both_modes() -> None:
+    slow = Row(
+        **asdict(PROBLEM), ratio=3.0, first_quartile=2.0, third_quartile=4.0, ms=3.0, peak_mib=None,
+        plain_peak_mib=None, hardware="cpu", threads=2, torch="2.15",
+    )  # fmt: skip
+    fast = replace(slow, backend="chunked", ratio=1.5)
+    rows = [slow, replace(slow, mode="forward", ratio=1.25), fast, replace(fast, mode="forward"), replace(slow, rank=9)]
+    assert rules(rows).splitlines()[2:] == [
+        "| cpu | add, shared | 3 | 5**2 x 2 | `chunked` 1.50, 1.50; `sdpa` 1.25, 3.00 |",
+        "| cpu | add, shared | 9 | 5**2 x 2 |  |",
     ]

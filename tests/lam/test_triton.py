@@ -129,7 +129,12 @@ def test_compiles_without_a_gpu_and_fits_its_shared_memory(
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, aligned),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": tile.registers},
+        options={
+            "num_warps": tile.warps,
+            "num_stages": tile.stages,
+            "maxnreg": tile.registers,
+            "enable_fp_fusion": True,
+        },
     )
     assert compiled.metadata.shared <= {86: 99, 90: 227}[capability] * 1024
 
@@ -164,6 +169,16 @@ PROBLEMS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.float16, 3e-3), (torch.bfloat16, 2e-2)])
 def test_equals_eager_on_a_gpu(problem: dict[str, Any], op: Op, dtype: torch.dtype, tolerance: float) -> None:
     check_equals_eager(make(op=op, heads=3, **problem), dtype, tolerance, device="cuda")
+
+
+@pytest.mark.gpu
+@needs_cuda
+@needs_triton
+@each_op
+@pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
+def test_joint_backward_equals_eager_on_a_gpu(problem: dict[str, Any], op: Op, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "JOINT", True)
+    check_equals_eager(make(op=op, heads=3, **problem), torch.bfloat16, 2e-2, device="cuda")
 
 
 @pytest.mark.gpu

@@ -283,7 +283,7 @@ def tiles(kernel: KernelName, dim: int, rank: int, itemsize: int) -> Tiles:
         return Tiles(16, 16, 8, 1) if wide else Tiles(32, 32, 8, 1)
     if wide:
         return {
-            "forward": Tiles(128, 32, 8, 2),
+            "forward": Tiles(64 if rank > 64 else 128, 32, 8, 2),
             "queries": Tiles(64, 32, 8, 2),
             "keys": Tiles(32, 64, 8, 2),
             "joint": Tiles(32, 64, 8, 1),
@@ -364,6 +364,7 @@ class _Problem:
                 BLOCK_Q=tile.queries, BLOCK_K=tile.keys,
                 BLOCK_DIM=blocks[0], BLOCK_VALUE=blocks[1], BLOCK_RANK=blocks[2],
                 num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
+                enable_fp_fusion=True,  # Triton's default is to change
             )  # fmt: skip
 
 

@@ -77,7 +77,7 @@ def _product(rows, columns):
 
 @triton.jit
 def _to_base_2(scale, MUL: tl.constexpr):
-    """What :func:`_logits` are to be multiplied by: the scale, positive, waits until then where it costs nothing."""
+    """Factor of :func:`_logits`, which is free in the subtraction of a maximum; it holds a scale that is positive."""
     factor = 1.4426950408889634
     if MUL:
         factor = scale * 1.4426950408889634
@@ -115,7 +115,7 @@ def _permitted(
 def _key_tiles(
     first, num_keys, CAUSAL: tl.constexpr, ALLOWED: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    """Number of tiles of keys that a tile of queries attends to, and of the first of them, which need no check."""
+    """Numbers of tiles of keys: those that a tile of queries attends to, and the first of them, which need no check."""
     end = num_keys
     unchecked = num_keys
     if CAUSAL:
@@ -428,10 +428,10 @@ def backward_keys_kernel(
 def _query_tiles(
     first, num_queries, CAUSAL: tl.constexpr, ALLOWED: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    """Where the tiles of queries that attend to a tile of keys lie.
+    """Tiles of queries that attend to a tile of keys.
 
-    Returns the first such query, the number of tiles on the causal diagonal, which are checked, of unchecked tiles
-    after them, and of all tiles.
+    Returns the first such query, and the numbers of tiles on the causal diagonal, which are checked, of unchecked
+    tiles after them, and of all tiles.
     """
     begin = 0
     diagonal = 0
