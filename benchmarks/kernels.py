@@ -328,6 +328,7 @@ def _compile(problems: Sequence[Problem]) -> None:
     for problem in problems:
         if problem.backend in ("flex", "triton") and problem.tokens in lengths:
             _pass(problem, masked=True)()
+    torch.cuda.empty_cache()
 
 
 def _measure_with_peaks(problem: Problem, seconds: float) -> Row:
@@ -354,7 +355,7 @@ def main() -> None:
     parser.add_argument("--ranks", nargs="+", type=int, help="columns of the mask's factors")
     parser.add_argument("--heads", nargs="+", default=["per-head"], choices=["per-head", "shared"])
     parser.add_argument("--backends", nargs="+", choices=available_backends())
-    parser.add_argument("--seconds", type=float, help="duration of the timed passes of a problem: 0.7, 0.1 on a GPU")
+    parser.add_argument("--seconds", type=float, help="duration of the timed passes of a problem: 0.7, 0.06 on a GPU")
     parser.add_argument("--results", type=Path)
     parser.add_argument("--table", action="store_true", help="measure nothing")
     parser.add_argument("--rules", action="store_true", help="measure nothing")
@@ -377,7 +378,7 @@ def main() -> None:
     ]  # fmt: skip
     todo = [problem for problem in wanted if problem not in done and fits(problem)]
     failed = []
-    seconds = args.seconds or (0.1 if on_gpu else 0.7)
+    seconds = args.seconds or (0.06 if on_gpu else 0.7)
     measured = _measure_on_gpu(todo, rows, seconds) if on_gpu else _measure_on_cpu(todo, seconds)
     for row in track(measured, description="problems", total=len(todo)):
         if isinstance(row, str):
