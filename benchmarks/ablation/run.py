@@ -43,6 +43,7 @@ from lamzoo.training.recipe import AnyRecipe
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+_MACHINE = ("run.device", "run.checkpoint_interval", "data.workers", "data.scan")
 
 
 @dataclass(frozen=True)
@@ -261,15 +262,22 @@ def main() -> None:
 
 def add_machine_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of :func:`machine_of`, and ``--threads``."""
-    parser.add_argument("--device", choices=["cpu", "cuda", "auto"], help="instead of the recipe's")
-    parser.add_argument("--workers", type=int, help="processes that load data for a run, instead of the recipe's")
+    parser.add_argument(
+        "--machine",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help=f"overrides for this machine, no part of a run's identity: {', '.join(_MACHINE)}",
+    )
     parser.add_argument("--threads", type=int, help="threads of a run")
 
 
 def machine_of(args: argparse.Namespace) -> list[str]:
-    """Returns the overrides of a recipe that say where it is trained."""
-    device = [] if args.device is None else [f"run.device={args.device}"]
-    return device if args.workers is None else [*device, f"data.workers={args.workers}"]
+    """Returns the overrides that only say where and how a run is computed; exits with a message for another key."""
+    for setting in args.machine:
+        if setting.partition("=")[0] not in _MACHINE:
+            sys.exit(f"--machine {setting}: it takes {', '.join(_MACHINE)}; use --set.")
+    return list(args.machine)
 
 
 def recipe_digest(recipe: dict[str, Any], changes: Sequence[str]) -> str:
