@@ -12,7 +12,7 @@ on any machine up to rounding, and take some three hours of one core, a third of
 time need a quiet machine, and leave out ATM and DiffRate, whose settings depend on images. Existing rows are not
 measured again, unless ``--again`` is given. On a GPU:
 
-    python -m benchmarks.reduction --times --device cuda --dtype bfloat16 --images 1 16 128 --threads 1 \
+    python -m benchmarks.reduction --times --device cuda --dtype bfloat16 --graphs --images 1 16 128 --threads 1 \
         --models lam_vit_base timm/vit_base_patch16_224 --only "all tokens" merged ToMe PiToMe \
         --time-results benchmarks/results/reduction_times.gpu.csv
 
@@ -77,6 +77,7 @@ TIMES = ROOT / "benchmarks" / "results" / "reduction_times.csv"
 SHARES = (0.9, 0.8, 0.7, 0.63, 0.5)
 THREADS = (1, 2)  # of PyTorch, for rows of time
 BATCHES = (1, 16)  # images, likewise
+EAGER, GRAPH = "", "CUDA graph"  # modes, likewise
 CPU = torch.device("cpu")
 _BATCH = 100  # images in a batch of the quality rows
 _SCORED, _TRAINING = 500, 128  # images for methods that need some to find their setting
@@ -378,6 +379,7 @@ def measure_times(
     batches: Sequence[int] = BATCHES,
     device: torch.device = CPU,
     dtype: torch.dtype = torch.float32,
+    modes: Sequence[str] = (EAGER,),
 ) -> Iterator[TimeRow]:
     """Times the methods on one model, alternating with the plain twin.
 
@@ -391,8 +393,9 @@ def measure_times(
         batches: numbers of images.
         device: of the models.
         dtype: of weights and images.
+        modes: how the models run: :data:`EAGER`, :data:`GRAPH` or both.
     """
-    known = {(row.model, row.method, row.share, row.images, row.threads) for row in done}
+    known = {(row.model, row.method, row.share, row.images, row.threads, row.mode) for row in done}
     trained = bool(subject.data)
     model, plain = (_create(name, pretrained=trained) for name in (subject.model, subject.plain))
     (image,) = as_arguments(default_input(plain))
@@ -404,7 +407,9 @@ def measure_times(
         variant = max(scored, key=lambda row: row.top1).variant if scored else next(iter(variants))
         budget = math.inf if method == ALL else share * _all_gmacs(subject.plain)
         wanted = [
-            each for each in itertools.product(batches, threads) if (subject.model, method, share, *each) not in known
+            each
+            for each in itertools.product(batches, threads, modes)
+            if (subject.model, method, share, *each) not in known
         ]
         if not wanted:
             continue
@@ -413,24 +418,49 @@ def measure_times(
                 continue
             for each in (model, plain):
                 each.to(device, dtype)
-            for images, count in wanted:
+            for images, count, mode in wanted:
+                batch = image.to(device, dtype).repeat(images, 1, 1, 1)
+                repeats = pairs if images == 1 else max(2, pairs // 4)
                 with _threads(count):
-                    found = compare_latency(
-                        model,
-                        plain,
-                        image.to(device, dtype).repeat(images, 1, 1, 1),
-                        repeats=pairs if images == 1 else max(2, pairs // 4),
-                    )
+                    timed = [Replayed(each, batch) if mode == GRAPH else each for each in (model, plain)]
+                    found = compare_latency(timed[0], timed[1], batch, repeats)
                 yield TimeRow(
                     model=subject.model, plain=subject.plain, method=method, variant=variant, share=share,
                     setting=setting.text, gmacs=round(setting.gmacs, 6), images=images, ratio=round(found.ratio, 3),
                     ratio_q1=round(found.ratio_quartiles[0], 3), ratio_q3=round(found.ratio_quartiles[1], 3),
                     ms=round(found.model.median_ms, 2), plain_ms=round(found.baseline.median_ms, 2),
                     pairs=found.repeats, device=found.device, threads=found.threads, dtype=found.dtype,
-                    torch=torch.__version__,
+                    torch=torch.__version__, mode=mode,
                 )  # fmt: skip
         for each in (model, plain):
             each.to(CPU, torch.float32)  # for the next setting
+
+
+class Replayed(nn.Module):
+    """A model whose forward pass on a batch is recorded in a CUDA graph, and replayed without launching its kernels.
+
+    Args:
+        model: the model, on a GPU.
+        batch: the images of every call, ``(B, C, H, W)``.
+    """
+
+    def __init__(self, model: nn.Module, batch: Tensor) -> None:
+        super().__init__()
+        self.model, self.graph = model.eval(), torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream()  # as the documentation of torch.cuda.graph asks for
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.inference_mode():
+            with torch.cuda.stream(stream):
+                for _ in range(3):
+                    model(batch)
+            torch.cuda.current_stream().wait_stream(stream)
+            with torch.cuda.graph(self.graph):
+                self.out = model(batch)
+
+    def forward(self, batch: Tensor) -> Tensor:
+        """Returns the scores ``(B, classes)`` of the batch that was recorded."""
+        self.graph.replay()
+        return self.out
 
 
 @contextmanager
@@ -464,6 +494,7 @@ def main() -> None:
     parser.add_argument("--threads", nargs="+", type=int, default=THREADS, help="for rows of time")
     parser.add_argument("--images", nargs="+", type=int, default=BATCHES, help="for rows of time: images of a batch")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="likewise")
+    parser.add_argument("--graphs", action="store_true", help="likewise: time replays of CUDA graphs, too")
     parser.add_argument("--table", action="store_true", help="measure nothing")
     parser.add_argument("--figure", type=Path, metavar="FILE.svg", help="draw stored results without measuring")
     args = parser.parse_args()
@@ -489,7 +520,7 @@ def main() -> None:
             quality = read_rows(args.results, Row)
             for row in measure_times(
                 subject, args.only, quality, times, args.pairs, args.threads, args.images, args.device,
-                getattr(torch, args.dtype),
+                getattr(torch, args.dtype), (EAGER, GRAPH) if args.graphs else (EAGER,),
             ):  # fmt: skip
                 times.append(row)
                 write_rows(args.time_results, times)

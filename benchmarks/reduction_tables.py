@@ -126,6 +126,7 @@ class TimeRow:
         threads: number of PyTorch's threads.
         dtype: of weights and activations.
         torch: version of torch.
+        mode: how the models ran, such as ``"CUDA graph"``; empty for eager mode.
     """
 
     model: str
@@ -146,6 +147,7 @@ class TimeRow:
     threads: int
     dtype: str
     torch: str
+    mode: str = ""
 
 
 def best_peer(rows: Iterable[Row], contest: tuple[str | int | float | None, ...]) -> Row | None:
@@ -260,8 +262,14 @@ def time_table(rows: Sequence[TimeRow]) -> str:
         ["model", "GMACs", "tokens"],
         lambda row: (f"`{row.model}`", f"{row.share:.0%}", row.method),
         lambda row: (
-            (row.images, row.threads),
-            f"{_counted(row.images, 'image')}, {_counted(row.threads, 'thread')}",
+            (row.images, row.threads, row.mode),
+            ", ".join(
+                [
+                    _counted(row.images, "image"),
+                    *([] if row.device.startswith("cuda") else [_counted(row.threads, "thread")]),
+                    *filter(None, [row.mode]),
+                ]
+            ),
         ),
         lambda row: with_quartiles(row.ratio, row.ratio_q1, row.ratio_q3),
     )

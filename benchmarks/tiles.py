@@ -4,8 +4,8 @@
     python -m benchmarks.tiles --table    prints the table of stored results
 
 Inputs are two samples of 4,096 tokens, twelve heads of 64, in bfloat16; each figure is the median of Triton's
-``do_bench``. Training runs the forward kernel, then the two backward kernels, by queries and by keys, or instead of
-these one joint kernel, whose time includes what its sums take. A case that fails is named, and the exit code is 1.
+``do_bench``. Training runs the forward kernel, then the two backward kernels, by queries and by keys. A case that fails
+is named, and the exit code is 1.
 """
 
 # triton is untyped, and may be missing
@@ -20,7 +20,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from functools import cache, partial
 from pathlib import Path
 
@@ -53,10 +53,6 @@ _TILES: dict[KernelName, tuple[tuple[int, ...], ...]] = {  # queries, keys, warp
         (64, 128, 8, 1), (64, 128, 8, 2), (64, 128, 8, 3), (64, 64, 4, 1), (64, 64, 4, 2), (32, 128, 8, 2),
         (32, 128, 8, 3), (32, 64, 4, 3, 168),
     ),
-    "joint": (
-        (64, 128, 8, 1), (64, 128, 8, 2), (64, 64, 4, 1), (64, 64, 4, 2), (128, 64, 8, 1), (32, 128, 8, 1),
-        (32, 128, 8, 2), (32, 128, 8, 3), (32, 64, 4, 2),
-    ),
 }  # fmt: skip
 
 
@@ -65,7 +61,7 @@ class Case:
     """A kernel with tile sizes.
 
     Attributes:
-        kernel: one of the four kernels.
+        kernel: one of the three kernels.
         op: operation by which the mask acts.
         rank: columns of the mask's factors.
         queries: queries per tile.
@@ -131,7 +127,6 @@ def launcher(case: Case) -> Callable[[], None]:
             launch, triton_kernels.backward_keys_kernel, "keys",
             logsumexp, grad_out, delta, grads[1], grads[2], grads[4],
         ),
-        "joint": partial(backend._backward_joint, problem, grad_out, out, logsumexp, grads, tile),
     }[case.kernel]  # fmt: skip
 
 
@@ -158,31 +153,24 @@ def table(rows: list[Row]) -> str:
     taken: dict[tuple[str, Op, int], Row] = {}
     for kernel, op, rank in dict.fromkeys((row.kernel, row.op, row.rank) for row in rows):
         row = _selected([row for row in rows if (row.kernel, row.op, row.rank) == (kernel, op, rank)])
-        if row is None:
-            continue
         taken[kernel, op, rank] = row
         stages = f"{row.stages} stage{'s' if row.stages > 1 else ''}"
         tiles = f"{row.queries} x {row.keys}, {row.warps} warps, {stages}"
-        cells = (names.get(kernel, "backward, joint"), op, str(rank), tiles)
+        cells = (names[kernel], op, str(rank), tiles)
         lines.append(f"| {' | '.join(cells)} | {_times(row.ms, row.sdpa_ms, row.flash_ms)} |")
-    for name, kernels in (("all three", ("forward", "queries", "keys")), ("forward and joint", ("forward", "joint"))):
-        for op, rank in dict.fromkeys((row.op, row.rank) for row in rows):
-            parts = [taken[kernel, op, rank] for kernel in kernels if (kernel, op, rank) in taken]
-            if len(parts) == len(kernels):
-                total = sum(row.ms for row in parts)  # each backward row holds PyTorch's total backward time
-                peers = (parts[0].sdpa_ms + parts[1].sdpa_ms, parts[0].flash_ms + parts[1].flash_ms)
-                lines.append(f"| {name} | {op} | {rank} | | {_times(total, *peers)} |")
+    for op, rank in dict.fromkeys((row.op, row.rank) for row in rows):
+        forward, queries, keys = (taken[kernel, op, rank] for kernel in names)
+        total = forward.ms + queries.ms + keys.ms  # each backward row holds PyTorch's total backward time
+        times = _times(total, forward.sdpa_ms + queries.sdpa_ms, forward.flash_ms + queries.flash_ms)
+        lines.append(f"| all three | {op} | {rank} | | {times} |")
     conditions = {f"{row.hardware}, bfloat16, torch {row.torch}, triton {row.triton}" for row in rows}
     return "\n".join(lines) + "\n" + measured_on(conditions)
 
 
-def _selected(rows: list[Row]) -> Row | None:
+def _selected(rows: list[Row]) -> Row:
     """Returns the row of the tiles that lamzoo uses for a kernel and mask."""
-    tile = backend.tiles(rows[0].kernel, _DIM, backend._block(rows[0].rank), 2)
-    sizes = (tile.queries, tile.keys, tile.warps, tile.stages)
-    same = [row for row in rows if (row.queries, row.keys, row.warps, row.stages) == sizes]
-    # Rows of before the limit of registers have none.
-    return min(same, key=lambda row: row.registers != tile.registers, default=None)
+    tile = astuple(backend.tiles(rows[0].kernel, _DIM, backend._block(rows[0].rank), 2))
+    return next(row for row in rows if (row.queries, row.keys, row.warps, row.stages, row.registers) == tile)
 
 
 def fastest(rows: list[Row], count: int = 3) -> str:
@@ -240,7 +228,7 @@ def _peers() -> dict[KernelName, float]:
     with torch.no_grad():
         forward = _median_ms(lambda: F.scaled_dot_product_attention(query, key, value))
     backward = _median_ms(both) - forward
-    return {"forward": forward, "queries": backward, "keys": backward, "joint": backward}
+    return {"forward": forward, "queries": backward, "keys": backward}
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -236,3 +237,14 @@ def test_two_results_of_one_run_are_refused(tmp_path: Path) -> None:
     ablation.add_result(results, result("plain", 0, 71.0))
     with pytest.raises(ValueError, match="plain, seed 0 twice"):
         table(FILE, results)
+
+
+def test_where_a_run_is_trained_is_no_part_of_its_identity(tmp_path: Path) -> None:
+    machine = ["run.device=auto", "data.workers=3"]
+    (here,) = ablation.plan(FILE, tmp_path, ["plain"], [0], [])
+    (there,) = ablation.plan(FILE, tmp_path, ["plain"], [0], [], machine)
+    assert here.sha256 == there.sha256
+    assert (there.recipe.run.device, there.recipe.data.workers) == ("auto", 3)
+    assert ablation.machine_of(argparse.Namespace(machine=machine)) == machine
+    with pytest.raises(SystemExit, match=r"--machine optimizer\.lr=1: it takes run\.device,.*use --set"):
+        ablation.machine_of(argparse.Namespace(machine=["optimizer.lr=1"]))

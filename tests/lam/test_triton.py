@@ -93,7 +93,7 @@ def test_what_is_not_served_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     ("dtype", "width", "rank"),
     [("fp16", 128, 65), ("bf16", 64, 9), ("bf16", 64, 17), ("fp16", 64, 64), ("fp32", 128, 65)],
 )
-@pytest.mark.parametrize("name", ["forward", "queries", "keys", "joint"])
+@pytest.mark.parametrize("name", ["forward", "queries", "keys"])
 def test_compiles_without_a_gpu_and_fits_its_shared_memory(
     name: Any, dtype: str, width: int, rank: int, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,11 +101,10 @@ def test_compiles_without_a_gpu_and_fits_its_shared_memory(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from lamzoo.lam.kernels import triton_joint, triton_kernels
+    from lamzoo.lam.kernels import triton_kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    programs = triton_joint if name == "joint" else triton_kernels
-    kernel = getattr(programs, {"forward": "forward_kernel"}.get(name, f"backward_{name}_kernel"))
+    kernel = getattr(triton_kernels, {"forward": "forward_kernel"}.get(name, f"backward_{name}_kernel"))
     blocks = [max(16, triton.next_power_of_2(size)) for size in (width, rank)]
     tile = tiles(name, *blocks, {"fp32": 4}.get(dtype, 2))
     constants = {
@@ -113,7 +112,7 @@ def test_compiles_without_a_gpu_and_fits_its_shared_memory(
         "BLOCK_Q": tile.queries, "BLOCK_K": tile.keys,
         "BLOCK_DIM": blocks[0], "BLOCK_VALUE": blocks[0], "BLOCK_RANK": blocks[1],
     }  # fmt: skip
-    float32 = {"logsumexp", "delta", "grad_left", "grad_right", "query_sum", "left_sum"}
+    float32 = {"logsumexp", "delta", "grad_left", "grad_right"}
     pointers = {"query", "key", "value", "left", "right", "out", "grad_out", "grad_query", "grad_key", "grad_value"}
     signature, aligned = {}, {}
     for index, argument in enumerate(kernel.arg_names):
@@ -169,16 +168,6 @@ PROBLEMS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.float16, 3e-3), (torch.bfloat16, 2e-2)])
 def test_equals_eager_on_a_gpu(problem: dict[str, Any], op: Op, dtype: torch.dtype, tolerance: float) -> None:
     check_equals_eager(make(op=op, heads=3, **problem), dtype, tolerance, device="cuda")
-
-
-@pytest.mark.gpu
-@needs_cuda
-@needs_triton
-@each_op
-@pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
-def test_joint_backward_equals_eager_on_a_gpu(problem: dict[str, Any], op: Op, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "JOINT", True)
-    check_equals_eager(make(op=op, heads=3, **problem), torch.bfloat16, 2e-2, device="cuda")
 
 
 @pytest.mark.gpu

@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import lamzoo.lam.kernels.triton as backend
 from lamzoo.lam import FactoredMask
 from lamzoo.lam.kernels import Kernel
 from lamzoo.lam.kernels.eager import eager
@@ -61,11 +60,6 @@ def check_equals_eager(
         )
 
 
-@pytest.fixture(params=[False, True], ids=["separate", "joint"])
-def _each_backward(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "JOINT", request.param)
-
-
 SIZES = {  # queries, keys, head dim, value head dim, rank; below, at and above the sizes of a tile
     "one token": (1, 1, 3, 3, 1),
     "15 and 17": (15, 17, 32, 32, 9),
@@ -76,7 +70,6 @@ SIZES = {  # queries, keys, head dim, value head dim, rank; below, at and above 
 }
 
 
-@pytest.mark.usefixtures("_each_backward")
 @each_op
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
 def test_equals_eager_with_all_gradients_at_every_size(size: tuple[int, ...], op: Op) -> None:
@@ -84,7 +77,6 @@ def test_equals_eager_with_all_gradients_at_every_size(size: tuple[int, ...], op
     check_equals_eager(make(op=op, batch=1, queries=queries, keys=keys, dim=dim, value_dim=value_dim, rank=rank))
 
 
-@pytest.mark.usefixtures("_each_backward")
 @each_op
 @pytest.mark.parametrize(
     ("left_shape", "right_shape"),
@@ -97,14 +89,12 @@ def test_factors_shared_by_heads_or_samples_get_the_sum_of_their_gradients(
     check_equals_eager(make(op=op, queries=20, keys=18, rank=9, left_shape=left_shape, right_shape=right_shape))
 
 
-@pytest.mark.usefixtures("_each_backward")
 @each_op
 @pytest.mark.parametrize(("queries", "keys"), [(65, 65), (20, 40), (40, 20)])
 def test_causal_attention_equals_eager(queries: int, keys: int, op: Op) -> None:
     check_equals_eager(make(op=op, batch=1, heads=1, queries=queries, keys=keys, is_causal=True))
 
 
-@pytest.mark.usefixtures("_each_backward")
 @each_op
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize(("queries", "keys", "rank"), [(64, 64, 1), (70, 100, 9), (100, 70, 17)])
@@ -125,7 +115,6 @@ ALLOWED = {
 }
 
 
-@pytest.mark.usefixtures("_each_backward")
 @pytest.mark.parametrize("allowed", ALLOWED.values(), ids=ALLOWED)
 def test_allowed_equals_eager_however_it_broadcasts(allowed: Tensor) -> None:
     check_equals_eager(make(queries=18, keys=20, allowed=allowed))
@@ -137,7 +126,6 @@ def test_allowed_and_causal_hold_together(op: Op) -> None:
     check_equals_eager(make(op=op, heads=1, queries=35, keys=40, allowed=allowed, is_causal=True))
 
 
-@pytest.mark.usefixtures("_each_backward")
 @each_op
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_rows_with_nothing_allowed_are_zero_and_so_are_their_gradients(op: Op, dtype: torch.dtype) -> None:
@@ -151,7 +139,6 @@ def test_rows_with_nothing_allowed_are_zero_and_so_are_their_gradients(op: Op, d
     assert all(gradient.isfinite().all() for gradient in (out, query, *rest))
 
 
-@pytest.mark.usefixtures("_each_backward")
 @each_op
 def test_half_precision_is_close_with_all_gradients(op: Op) -> None:  # float16: the interpreter has no bfloat16
     case = make(op=op, batch=1, queries=130, keys=66, dim=32, value_dim=32, rank=9, left_shape=(True, False))

@@ -25,9 +25,6 @@ from lamzoo.lam.ops import Op
 
 MAX_HEAD_DIM = 128
 MAX_RANK = 128
-JOINT = (
-    False  # whether the backward pass is the program of ``triton_joint`` where gradients may vary in their last bits
-)
 
 _MUL = {"mul": True, "add": False}  # the programs' branch of each op
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -169,6 +166,8 @@ def lam_attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of :func:`lam_attention_forward` in query, key, value, left and right, in their shapes and dtypes."""
+    from lamzoo.lam.kernels.triton_kernels import backward_keys_kernel, backward_queries_kernel
+
     grads = _empty_grads(query, key, value, left, right)
     if not (query.numel() and key.numel()):
         for grad in grads:
@@ -178,47 +177,14 @@ def lam_attention_backward(
     lead = query.shape[:2]
     full = [grad if grad.shape[:2] == lead else _empty(grad, lead, torch.float32) for grad in grads]
     problem = _Problem.of(query, key, value, left, right, allowed, op, is_causal, scale)
-    backward = _backward_joint if JOINT and not torch.are_deterministic_algorithms_enabled() else _backward_separate
-    backward(problem, _rows(grad_out, lead), out, logsumexp, full)
+    grad_out, delta = _rows(grad_out, lead), torch.empty_like(logsumexp)
+    problem.launch(backward_queries_kernel, "queries", out, logsumexp, grad_out, full[0], full[3], delta)
+    # Second, because it reads the delta that the first one writes.
+    problem.launch(backward_keys_kernel, "keys", logsumexp, grad_out, delta, full[1], full[2], full[4])
     for grad, parts in zip(grads, full, strict=True):
         if parts is not grad:
             grad.copy_(parts.sum_to_size(grad.shape))
     return grads
-
-
-def _backward_separate(
-    problem: _Problem, grad_out: Tensor, out: Tensor, logsumexp: Tensor, grads: list[Tensor]
-) -> None:
-    from lamzoo.lam.kernels.triton_kernels import backward_keys_kernel, backward_queries_kernel
-
-    delta = torch.empty_like(logsumexp)
-    problem.launch(backward_queries_kernel, "queries", out, logsumexp, grad_out, grads[0], grads[3], delta)
-    # Second, because it reads the delta that the first one writes.
-    problem.launch(backward_keys_kernel, "keys", logsumexp, grad_out, delta, grads[1], grads[2], grads[4])
-
-
-def _backward_joint(
-    problem: _Problem, grad_out: Tensor, out: Tensor, logsumexp: Tensor, grads: list[Tensor], tile: Tiles | None = None
-) -> None:
-    from lamzoo.lam.kernels.triton_joint import backward_joint_kernel, delta_kernel
-
-    batch, heads, num_queries, value_dim = out.shape
-    delta = torch.empty_like(logsumexp)
-    block = 64
-    with _on_device(out):
-        delta_kernel[(batch * heads * -(-num_queries // block),)](
-            out, grad_out, delta, *_strides(out, grad_out), heads, num_queries,
-            VALUE_DIM=value_dim, BLOCK_Q=block, BLOCK_VALUE=_block(value_dim),
-        )  # fmt: skip
-    widths = (_block(grads[0].shape[-1]), _block(problem.rank))
-    sums = [out.new_zeros(batch, heads, num_queries, width, dtype=torch.float32) for width in widths]
-    problem.launch(
-        backward_joint_kernel, "joint", logsumexp, grad_out, delta, grads[1], grads[2], grads[4],
-        *(total.flatten() for total in sums), tile=tile,
-    )  # fmt: skip
-    factors = (problem.scale, problem.scale if _MUL[problem.op] else 1.0)
-    for grad, total, factor in zip((grads[0], grads[3]), sums, factors, strict=True):
-        torch.mul(total[..., : grad.shape[-1]], factor, out=grad)
 
 
 @lam_attention_forward.register_fake
@@ -246,7 +212,7 @@ def _backward(ctx: Any, grad_out: Tensor, grad_logsumexp: Tensor) -> tuple[Tenso
 lam_attention_forward.register_autograd(_backward, setup_context=_setup_context)
 
 
-KernelName = Literal["forward", "queries", "keys", "joint"]
+KernelName = Literal["forward", "queries", "keys"]
 
 
 @dataclass(frozen=True)
@@ -286,14 +252,12 @@ def tiles(kernel: KernelName, dim: int, rank: int, itemsize: int) -> Tiles:
             "forward": Tiles(64 if rank > 64 else 128, 32, 8, 2),
             "queries": Tiles(64, 32, 8, 2),
             "keys": Tiles(32, 64, 8, 2),
-            "joint": Tiles(32, 64, 8, 1),
         }[kernel]
     stages = 3 if rank <= 32 else 2
     return {
         "forward": Tiles(128, 64, 8, stages, registers=128),
         "queries": Tiles(64, 64, 4, stages),
-        "keys": Tiles(64, 128, 8, 1),
-        "joint": Tiles(64, 128, 8, 1),
+        "keys": Tiles(64, 64, 4, 2),
     }[kernel]
 
 
@@ -346,7 +310,7 @@ class _Problem:
         num_keys, value_dim = key.shape[2], value.shape[3]
         blocks = [_block(dim), _block(value_dim), _block(self.rank)]
         tile = tile or tiles(name, max(blocks[:2]), blocks[2], query.element_size())
-        by_keys = name in ("keys", "joint")
+        by_keys = name == "keys"
         rows, block = (num_keys, tile.keys) if by_keys else (num_queries, tile.queries)
         # Key padding, the same for all queries, is read as a row.
         kind = "all"
