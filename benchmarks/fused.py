@@ -2,6 +2,7 @@
 
     python -m benchmarks.fused            measures what lamzoo/lam/fused.csv and the table of training steps lack
     python -m benchmarks.fused --models lam_vit_tiny --batches 1 --seconds 5 --results try.csv --steps steps.csv
+    python -m benchmarks.fused --device cuda --dtype bfloat16 --ranks 7 --batches 1 16 128 --step-batches --seconds 1
     python -m benchmarks.fused --table    prints the tables of stored rows
 
 Weights are random, because only times are measured: in evaluation and inference mode, on the threads of PyTorch
@@ -31,7 +32,7 @@ from benchmarks import speed
 from benchmarks.rows import measured_on, read_rows, with_quartiles, write_rows
 from lamzoo import LamConfig
 from lamzoo.lam.fused import MEASURED, FusedAttention, pinned_form
-from lamzoo.profiling.inputs import default_input
+from lamzoo.profiling.inputs import as_arguments, default_input
 from lamzoo.profiling.latency import device_label, time_call
 
 MODELS = ("lam_vit_tiny_patch8_64", "lam_vit_tiny", "lam_vit_small", "lam_vit_base")
@@ -68,6 +69,7 @@ class Row:
         device: label of the device.
         threads: number of PyTorch's CPU threads.
         torch: version of torch.
+        dtype: of weights and images.
     """
 
     model: str
@@ -88,9 +90,12 @@ class Row:
     device: str
     threads: int
     torch: str
+    dtype: str = "float32"
 
 
-def measure(name: str, rank: int, batch: int, seconds: float, device: torch.device) -> Row:
+def measure(
+    name: str, rank: int, batch: int, seconds: float, device: torch.device, dtype: torch.dtype = torch.float32
+) -> Row:
     """Times one model.
 
     Args:
@@ -99,12 +104,14 @@ def measure(name: str, rank: int, batch: int, seconds: float, device: torch.devi
         batch: batch size.
         seconds: approximate duration; at least six rounds run.
         device: a torch device.
+        dtype: of weights and images.
     """
     torch.manual_seed(0)
     plain = lamzoo.create_model(name, lam=False)
     unfused = lamzoo.create_model(name, lam=replace(_card(name), rank=rank))
-    models = [each.to(device).eval() for each in (plain, unfused, lamzoo.fuse(copy.deepcopy(unfused)))]
-    sizes, images = _sizes(models[-1]), default_input(plain, batch)
+    models = [each.to(device, dtype).eval() for each in (plain, unfused)]
+    models.append(lamzoo.fuse(copy.deepcopy(unfused)))
+    sizes, images = _sizes(models[-1]), as_arguments(default_input(plain, batch))[0].to(device, dtype)
 
     @torch.inference_mode()
     def spent(model: nn.Module) -> float:
@@ -128,6 +135,7 @@ def measure(name: str, rank: int, batch: int, seconds: float, device: torch.devi
         fused=spreads[1][1], fused_q1=spreads[1][0], fused_q3=spreads[1][2],
         form=("unfused", "fused")[form - 1], ms=round(statistics.median(each[form] for each in times), 2),
         rounds=len(times), device=device_label(device), threads=torch.get_num_threads(), torch=torch.__version__,
+        dtype=str(dtype).removeprefix("torch."),
     )  # fmt: skip
 
 
@@ -181,7 +189,9 @@ def _verdict(ratio: float, bar: float | None) -> str:
 
 
 def _conditions(rows: Sequence[Row] | Sequence[speed.Row]) -> set[str]:
-    return {f"{row.device}, {row.threads} threads, float32, torch {row.torch}" for row in rows}
+    return {
+        f"{row.device}, {row.threads} threads, {getattr(row, 'dtype', 'float32')}, torch {row.torch}" for row in rows
+    }
 
 
 def main() -> None:
@@ -190,9 +200,10 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), help="models with masks that have a fused form")
     parser.add_argument("--ranks", nargs="+", type=int, default=list(RANKS), help="ranks of the masks; 0: the card's")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16, 32])
-    parser.add_argument("--step-batches", nargs="+", type=int, default=[16], help="batches of the training steps")
+    parser.add_argument("--step-batches", nargs="*", type=int, default=[16], help="batches of the training steps")
     parser.add_argument("--seconds", type=float, default=30, help="duration of the timed passes of a row")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of inference")
     parser.add_argument("--results", type=Path, default=MEASURED)
     parser.add_argument("--steps", type=Path, default=STEPS, help="results of training steps")
     parser.add_argument("--table", action="store_true", help="measure nothing")
@@ -207,7 +218,7 @@ def main() -> None:
             for name, rank, batch in itertools.product(args.models, args.ranks, args.batches)
         ]
         for each in track([each for each in dict.fromkeys(wanted) if each not in done], description="inference"):
-            rows.append(measure(*each, seconds=args.seconds, device=device))
+            rows.append(measure(*each, seconds=args.seconds, device=device, dtype=getattr(torch, args.dtype)))
             write_rows(args.results, rows)
         stepped = {(row.model, row.batch) for row in steps if (row.device, row.threads, row.torch) == here}
         ahead = [each for each in itertools.product(args.models, args.step_batches) if each not in stepped]

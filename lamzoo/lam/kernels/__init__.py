@@ -121,8 +121,9 @@ RULES = (
     Rule("cpu", "mul", max_rank=65, min_scores=768**2, backend="chunked"),
     Rule("cpu", "add", max_rank=33, min_scores=160**2, backend="sdpa"),
     Rule("cpu", "add", max_rank=65, min_scores=768**2, backend="chunked"),
+    Rule("cuda", "mul", max_rank=1, min_scores=0, backend="sdpa"),
     Rule("cuda", "mul", max_rank=4, min_scores=1024**2, backend="sdpa"),
-    Rule("cuda", "add", max_rank=65, min_scores=1024**2, backend="sdpa"),
+    Rule("cuda", "add", max_rank=65, min_scores=0, backend="sdpa"),
 )
 
 _pinned = os.environ.get("LAMZOO_ATTENTION_BACKEND", "auto")
