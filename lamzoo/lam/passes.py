@@ -20,7 +20,10 @@ from lamzoo.lam.masks import FactoredMask
 from lamzoo.lam.resize import Grid
 from lamzoo.lam.token_map import TokenMap
 
-Rerun = tuple[int, int]
+Rerun = tuple[int, object]
+Key = tuple[int, int | None]
+
+_TOKEN = "lamzoo"
 
 
 class Layer(Protocol):
@@ -68,7 +71,8 @@ class StackPass:
         pooled: whether the model itself reads the output of the last layer, and nothing else of the stack.
         held: whether a hook after the last layer reads this state, and ends the pass.
         spans: half-open ranges of the stack's input tokens within which they may merge, for hosts of several streams.
-        rerun: the backward pass and the autograd node that rerun this pass; None in a forward pass.
+        rerun: number of the backward pass that reruns this pass, and a token of the autograd node in it that does;
+            None in a forward pass.
     """
 
     grid: Grid | None = None
@@ -129,7 +133,8 @@ class StackPass:
 class SharedState:
     """State shared by the layers of one stack: its forward passes.
 
-    Each thread has its own current pass, because ``nn.DataParallel`` runs replicas in threads over one such object. A
+    Each thread has its own current pass, because ``nn.DataParallel`` runs replicas in threads over one such object, and
+    one more for each backward pass that it executes, because the thread of a device executes those of all callers. A
     block's output is noted with its pass, so that passes may alternate: a block whose input is noted continues that
     pass, any other block continues the current one if its tokens are as many. Gradient checkpointing reruns blocks
     during the backward pass, on inputs that a wrapper such as FSDP may have copied into new tensors. The pass is then
@@ -141,7 +146,7 @@ class SharedState:
     """
 
     def __init__(self) -> None:
-        self._passes: dict[int, StackPass] = {}
+        self._passes: dict[Key, StackPass] = {}
         self._notes = WeakTensorKeyDictionary()
         self._layers: dict[int, weakref.ref[Any]] = {}  # by their places in the stack
 
@@ -154,16 +159,17 @@ class SharedState:
     @property
     def current(self) -> StackPass:
         """The current pass of this thread; an empty one if none has begun."""
-        here = self._passes.get(_thread())
-        return here if here is not None and here.rerun == _rerun() else StackPass()
+        return self._begun(_rerun()) or StackPass()
 
     def begin(self, grid: Grid | None = None, *, pooled: bool = False, held: bool = False) -> None:
         """Begins a pass, in place of the current one; the arguments are fields of :class:`StackPass`."""
-        self._passes[_thread()] = StackPass(grid=grid, pooled=pooled, held=held, rerun=_rerun())
+        rerun = _rerun()
+        self._put(rerun, StackPass(grid=grid, pooled=pooled, held=held, rerun=rerun))
 
     def update(self, **changes: Any) -> None:
         """Changes fields of the current pass; begins one if there is none."""
-        self._passes[_thread()] = self.current.but(**changes, rerun=_rerun())
+        rerun = _rerun()
+        self._put(rerun, self.current.but(**changes, rerun=rerun))
 
     def reduce(self, token_map: TokenMap) -> None:
         """Notes a reduction of the tokens, applies it to the shared mask, and clears the scores."""
@@ -207,10 +213,10 @@ class SharedState:
 
     def end(self) -> None:
         """Drops the current pass, and with it the graph that its mask holds."""
-        self._passes.pop(_thread(), None)
+        self._passes.pop(_key(_rerun()), None)
 
     def end_all(self) -> None:
-        """Drops the current pass of every thread."""
+        """Drops the current passes of every thread."""
         self._passes.clear()
 
     def enter(self, tokens: Tensor, block: int, *, needs_pass: bool = False, inside: bool = False) -> None:
@@ -227,8 +233,8 @@ class SharedState:
         """
         if torch.compiler.is_compiling():  # the compiler recomputes in its own graph
             return
-        rerun, here, thread = _rerun(), self._passes.get(_thread()), _thread()
-        begun = here is not None and here.rerun == rerun
+        rerun = _rerun()
+        here = self._begun(rerun)
         notes = self._notes_of(tokens)
         if rerun is None:
             then = _alive(notes.get(id(self)))
@@ -238,30 +244,42 @@ class SharedState:
             then = then or _nearest(tokens.grad_fn, block, id(self))
             then = then or _alive(notes.get(block)) or _alive(notes.get(id(self)))
         if then is not None:
-            self._passes[thread] = then if rerun is None else then.but(rerun=rerun)
-        elif here is not None and begun and not here.takes(tokens, inside):
+            self._put(rerun, then if rerun is None else then.but(rerun=rerun))
+        elif here is not None and not here.takes(tokens, inside):
             self.end()
-        elif rerun is not None and not begun and needs_pass:
+        elif rerun is not None and here is None and needs_pass:
             raise ConfigError(
                 "Gradient checkpointing reruns a block whose forward pass is unknown: it is reentrant, which cuts the "
                 "gradient of what layers share, or the block's frozen input was copied into another tensor; checkpoint "
                 "with use_reentrant=False, or use layers='multi' with keys='content'."
             )
-        if rerun is not None and not begun:
-            forget: Any = partial(self._passes.pop, thread, None)
-            Variable._execution_engine.queue_callback(forget)
         self._note_input(tokens, notes, block)
 
     def leave(self, tokens: Tensor) -> None:
         """Notes the current pass with a block's output, ``(B, N, C)``, for the lifetime of the output or its graph."""
-        here = self._passes.get(_thread())
-        if not torch.compiler.is_compiling() and here is not None and here.rerun == _rerun():
+        if torch.compiler.is_compiling():
+            return
+        here = self._begun(_rerun())
+        if here is not None:
             # No reference cycle: the output is computed from the mask, so the mask's graph doesn't lead back to it.
             self._notes_of(tokens)[id(self)] = here
 
+    def _begun(self, rerun: Rerun | None) -> StackPass | None:
+        here = self._passes.get(_key(rerun))
+        return here if here is not None and here.rerun == rerun else None
+
+    def _put(self, rerun: Rerun | None, here: StackPass) -> None:
+        key = _key(rerun)
+        if rerun is not None and key not in self._passes:
+            # The backward pass frees its callbacks when it ends, also if it fails and calls none of them.
+            ending: Any = partial(self._passes.pop, key, None)
+            weakref.finalize(ending, ending.func, key, None).atexit = False
+            Variable._execution_engine.queue_callback(ending)
+        self._passes[key] = here
+
     def _note_input(self, tokens: Tensor, notes: dict[int, Any], block: int) -> None:
-        here = self._passes.get(_thread())
-        if here is None or here.rerun != _rerun():
+        here = self._begun(_rerun())
+        if here is None:
             return
         if here.rerun is not None and _alive(notes.get(block)) is not None:
             return  # keep the first run's note for a second backward pass
@@ -305,12 +323,19 @@ def _thread() -> int:
     return threading.get_ident()
 
 
+def _key(rerun: Rerun | None) -> Key:
+    return _thread(), None if rerun is None else rerun[0]
+
+
 def _rerun() -> Rerun | None:
-    """Returns the backward pass and the node of it that this thread is executing; None outside of any."""
+    """Returns the backward pass that this thread is executing and a token of its current node; None outside of any."""
     if torch.compiler.is_compiling():
         return None
-    node = torch._C._current_autograd_node()
-    return None if node is None else (torch._C._current_graph_task_id(), id(node))
+    node: Any = torch._C._current_autograd_node()
+    if node is None:
+        return None
+    # Not the node: it would be held, with its graph. Not its id: torch may make a new object for the node in each call.
+    return torch._C._current_graph_task_id(), node.metadata.setdefault(_TOKEN, object())
 
 
 def _alive(note: StackPass | weakref.ref[StackPass] | None) -> StackPass | None:

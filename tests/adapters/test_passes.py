@@ -5,6 +5,9 @@ import gc
 import pickle
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+from typing import Any
 
 import pytest
 import timm
@@ -24,6 +27,7 @@ SIZES = ((32, 32), (16, 64), (64, 16))  # as many patches, in other grids
 CASES = [("single", "content"), ("single", "position"), ("multi", "position")]
 REDUCED = [("pruned", "position"), ("merged", "position"), ("plain", "content")]
 cases = pytest.mark.parametrize(("layers", "keys"), CASES)
+all_cases = pytest.mark.parametrize(("layers", "keys"), [*CASES, *REDUCED])
 
 
 def masked(layers: str, keys: str, name: str = "vit_tiny_patch16_224", **kwargs: object) -> nn.Module:
@@ -72,7 +76,7 @@ def process_group() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("process_group")
-@pytest.mark.parametrize(("layers", "keys"), [*CASES, *REDUCED])
+@all_cases
 def test_fully_sharded_blocks_with_checkpointing_keep_gradients(layers: str, keys: str) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -141,6 +145,98 @@ def test_a_graph_can_go_backward_twice() -> None:
     first, second = (torch.autograd.grad(loss, list(model.parameters()), retain_graph=True) for _ in range(2))
     for one, other in zip(first, second, strict=True):
         assert_close(one, other)
+
+
+class NodeObject:
+    """A Python object of an autograd node, such as torch before 2.13 makes anew each time it is asked for one."""
+
+    def __init__(self, node: Any) -> None:
+        self.node = node
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.node, name)
+
+
+@all_cases
+def test_reruns_find_their_pass_whatever_object_their_node_is(
+    layers: str, keys: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, images = reduced(layers, keys, dynamic_img_size=True), views()
+    expected = gradients(model, model, images)
+    current_node, made = torch._C._current_autograd_node, []
+
+    def new_object() -> NodeObject | None:
+        node = current_node()
+        made.append(None if node is None else NodeObject(node))  # in a list, so that no two have the same id
+        return made[-1]
+
+    monkeypatch.setattr(torch._C, "_current_autograd_node", new_object)
+    model.set_grad_checkpointing(True)
+    assert_same(gradients(model, model, images), expected)
+    assert any(made)
+
+
+@all_cases
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_reruns_in_other_threads_find_their_pass(layers: str, keys: str, device: str) -> None:
+    # Of CUDA tensors, one thread executes all backward passes; of CPU tensors, each caller does its own.
+    model = reduced(layers, keys, dynamic_img_size=True).to(device)
+    images, parameters = [image.to(device) for image in views()], list(model.parameters())
+    start = Barrier(len(images))
+
+    def differentiate(loss: Tensor) -> tuple[Tensor | None, ...]:
+        return torch.autograd.grad(loss, parameters, allow_unused=True)
+
+    def work(image: Tensor) -> list[tuple[Tensor | None, ...]]:
+        start.wait()
+        return [differentiate(model(image).square().sum()) for _ in range(4)]
+
+    expected = [differentiate(model(image).square().sum()) for image in images]
+    model.set_grad_checkpointing(True)
+    with ThreadPoolExecutor(len(images)) as pool:
+        only_backward = list(pool.map(differentiate, [model(image).square().sum() for image in images]))
+        both = list(pool.map(work, images))
+    assert not state_of(model)._passes
+    for index, wanted in enumerate(expected):
+        for found in (only_backward[index], *both[index]):
+            for one, other in zip(found, wanted, strict=True):
+                assert (one is None) == (other is None)
+                if one is not None:
+                    assert_close(one, other, rtol=1e-3, atol=1e-4 if device == "cpu" else 1e-3)
+
+
+@cases
+def test_a_backward_pass_within_a_rerun_leaves_it_its_pass(layers: str, keys: str) -> None:
+    model, (image, other, _) = masked(layers, keys, dynamic_img_size=True).eval(), views()
+    expected = gradients(model, model, [image])
+    model.set_grad_checkpointing(True)
+    inner = model(other).square().sum()
+    ran: list[int] = []
+
+    def differentiate(*_: object) -> None:
+        if torch._C._current_graph_task_id() >= 0 and not ran:
+            ran.append(1)
+            torch.autograd.grad(inner, list(model.parameters()), allow_unused=True)
+
+    model.blocks[1].attn.register_forward_pre_hook(differentiate)
+    assert_same(gradients(model, model, [image]), expected)
+    assert ran
+
+
+@pytest.mark.parametrize("name", ["single", "pruned", "merged"])
+def test_a_backward_pass_that_raises_leaves_nothing_behind(name: str) -> None:
+    model, image = reduced(name, "position"), views()[0]
+    model.set_grad_checkpointing(True)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    with torch.utils.checkpoint.set_checkpoint_early_stop(False):  # so that reruns end and their pass stays
+        loss = model(image).square().sum()
+    model.blocks[1].norm1.weight.register_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        loss.backward()
+    assert not state_of(model)._passes
 
 
 @cases
