@@ -238,6 +238,8 @@ class SharedState:
         notes = self._notes_of(tokens)
         if rerun is None:
             then = _alive(notes.get(id(self)))
+        elif inside and here is not None and here.merge is not None and here.takes(tokens, inside):
+            then = None  # the rerun has merged these tokens itself
         else:
             # If the node descends from what layers share rather than from the block's input, search from the input.
             then = _nearest(torch._C._current_autograd_node(), block)

@@ -148,7 +148,7 @@ def test_a_graph_can_go_backward_twice() -> None:
 
 
 class NodeObject:
-    """A Python object of an autograd node, such as torch before 2.13 makes anew each time it is asked for one."""
+    """A Python object of an autograd node, such as torch 2.11 makes anew each time it is asked for one."""
 
     def __init__(self, node: Any) -> None:
         self.node = node

@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.nn import functional as F
 from torch.testing import assert_close
 
@@ -139,11 +140,15 @@ def test_merging_changes_the_output_keeping_all_does_not_and_removing_restores_t
 
 
 @each_model_once
-def test_gradient_checkpointing_changes_no_gradient(name: str, masked: bool) -> None:
+@pytest.mark.parametrize("whole_blocks", [False, True])
+def test_gradient_checkpointing_changes_no_gradient(name: str, masked: bool, whole_blocks: bool) -> None:
     model, x = merge_tokens(create(name, masked), keep=0.4).train(), inputs(name)
     gradients = []
     for checkpoints in (False, True):
-        if checkpoints:
+        if checkpoints and whole_blocks:  # as FSDP's users do
+            blocks = find_stack(model, masked=masked, verb="merged").blocks.values()
+            apply_activation_checkpointing(model, check_fn=set(blocks).__contains__)
+        elif checkpoints:  # of the parts of blocks
             model.activation_checkpointing_enable()
         model.zero_grad()
         run(model, x).square().sum().backward()
