@@ -12,8 +12,8 @@ on any machine up to rounding, and take some three hours of one core, a third of
 time need a quiet machine, and leave out ATM and DiffRate, whose settings depend on images. Existing rows are not
 measured again, unless ``--again`` is given. On a GPU:
 
-    python -m benchmarks.reduction --times --device cuda --dtype bfloat16 --graphs --images 1 16 128 --threads 1 \
-        --models lam_vit_base timm/vit_base_patch16_224 --only "all tokens" merged ToMe PiToMe \
+    python -m benchmarks.reduction --times --device cuda --dtype bfloat16 --graphs --images 1 128 --threads 1 \
+        --models lam_vit_base timm/vit_base_patch16_224 --only "all tokens" merged ToMe \
         --time-results benchmarks/results/reduction_times.gpu.csv
 
 A folder with a trained model takes data, twin and stages of the model it was trained from, to which its rows give the

@@ -99,8 +99,8 @@ def _reduced(*methods: str) -> str:
     return reduction_tables.table([row for row in rows if row.method in (ALL, *methods) and row.model in models])
 
 
-def _reduction_times() -> str:
-    rows = read_lines(RESULTS / "reduction_times.csv", reduction_tables.TimeRow)
+def _reduction_times(name: str = "reduction_times.csv") -> str:
+    rows = read_lines(RESULTS / name, reduction_tables.TimeRow)
     return reduction_tables.time_table([row for row in rows if row.method in (ALL, "merged", *PEERS)])
 
 
@@ -130,6 +130,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "speed": lambda: speed.table(read_lines(RESULTS / "speed.csv", speed.Row)),
     "speed-xeon": lambda: speed.table(read_lines(RESULTS / "speed.xeon.csv", speed.Row)),
     "fused": lambda: fused.table(read_lines(fused.MEASURED, fused.Row)),
+    "fused-gpu": lambda: fused.table(read_lines(RESULTS / "fused.gpu.csv", fused.Row)),
     "training-steps": lambda: fused.step_table(read_lines(fused.STEPS, speed.Row)),
     "breakdown": lambda: breakdown.table(read_lines(RESULTS / "breakdown.csv", breakdown.Row)),
     "kernels": lambda: kernels.table(read_lines(RESULTS / "kernels.csv", kernels.Row)),
@@ -139,6 +140,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "reduction-merged": lambda: _reduced("merged"),
     "reduction-features": lambda: features.table(read_lines(RESULTS / "features.csv", features.Row)),
     "reduction-times": _reduction_times,
+    "reduction-times-gpu": lambda: _reduction_times("reduction_times.gpu.csv"),
     "reduction-ahead": lambda: reduction_tables.peer_table(read_lines(RESULTS / "reduction.csv", reduction_tables.Row)),
     "reduction-peers": lambda: _reduced("merged", *PEERS),
     "reduction-pruned": lambda: _reduced(*(method for method in OURS if method != "merged")),

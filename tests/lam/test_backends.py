@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from lamzoo.errors import ConfigError, MaskShapeError
-from lamzoo.lam import FactoredMask, LamConfig, attention_backend, available_backends, lam_attention
+from lamzoo.lam import FactoredMask, LamConfig, attention_backend, available_backends, kernels, lam_attention
 from lamzoo.lam.kernels import BACKENDS, RULES, Rule, choose, chunked, flex, sdpa
 from lamzoo.lam.ops import OPS as RECORDS
 from lamzoo.lam.ops import Op
@@ -46,6 +46,15 @@ def test_auto_follows_the_crossovers(rule: Rule) -> None:
     assert chosen(of_length(max(1, length), rule.max_rank, rule.op)) == rule.backend
     if length:
         assert chosen(of_length(length - 1, rule.max_rank, rule.op)) != rule.backend
+
+
+@each_op
+def test_auto_takes_triton_on_a_gpu_in_half_precision(op: Op, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "RULES", [replace(rule, device="meta") for rule in RULES if rule.device == "cuda"])
+    monkeypatch.setitem(BACKENDS, "triton", replace(BACKENDS["triton"], unsupported=None))  # which needs a GPU
+    case = of_length(197, 9, op, "meta")
+    assert chosen(case.to(torch.bfloat16)) == chosen(case.to(torch.float16)) == "triton"
+    assert chosen(case) == {"mul": "eager", "add": "sdpa"}[op]
 
 
 def test_auto_takes_eager_where_no_rule_serves() -> None:

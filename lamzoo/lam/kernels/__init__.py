@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lamzoo.errors import ConfigError
 from lamzoo.lam.kernels import chunked, eager, flex, sdpa, triton
+from lamzoo.lam.kernels.eager import compute_dtype
 from lamzoo.lam.masks import FactoredMask
 from lamzoo.lam.ops import Op
 
@@ -102,6 +103,7 @@ class Rule:
         max_rank: largest number of columns of the factors.
         min_scores: smallest ``Nq * Nk``.
         backend: name of the backend.
+        is_half: whether it is for float16 and bfloat16 only.
     """
 
     device: str
@@ -109,12 +111,15 @@ class Rule:
     max_rank: int
     min_scores: int
     backend: str
+    is_half: bool = False
 
 
 # The first rule that matches is taken; without one, "eager". Those of the CPU are from benchmarks/results/kernels.csv
 # (measured by benchmarks/kernels.py); additive masks of some 200 tokens, for which a single layer is not conclusive,
-# from a whole ViT-B (benchmarks/speed.py under LAMZOO_ATTENTION_BACKEND). CUDA has not been measured yet: its rules
-# are the ranges in which PyTorch's own kernels are known to be fast, and "flex" and "triton" are opt-in.
+# from a whole ViT-B (benchmarks/speed.py under LAMZOO_ATTENTION_BACKEND). Those of CUDA for half precision are from
+# benchmarks/results/kernels.gpu.csv, of 197 to 16,384 tokens and up to 17 columns: "triton" is the fastest there, but for
+# training with additive masks of up to 1,024 tokens, where "sdpa" is up to 5 % ahead but without gradients takes twice
+# its time. The other rules of CUDA are the ranges in which PyTorch's own kernels are known to be fast.
 RULES = (
     Rule("cpu", "mul", max_rank=1, min_scores=0, backend="sdpa"),
     Rule("cpu", "mul", max_rank=2, min_scores=1024**2, backend="sdpa"),
@@ -122,6 +127,8 @@ RULES = (
     Rule("cpu", "add", max_rank=33, min_scores=160**2, backend="sdpa"),
     Rule("cpu", "add", max_rank=65, min_scores=768**2, backend="chunked"),
     Rule("cuda", "mul", max_rank=1, min_scores=0, backend="sdpa"),
+    Rule("cuda", "mul", max_rank=65, min_scores=160**2, backend="triton", is_half=True),
+    Rule("cuda", "add", max_rank=65, min_scores=160**2, backend="triton", is_half=True),
     Rule("cuda", "mul", max_rank=4, min_scores=1024**2, backend="sdpa"),
     Rule("cuda", "add", max_rank=65, min_scores=0, backend="sdpa"),
 )
@@ -191,6 +198,7 @@ def choose(
             (query.device.type, op) == (rule.device, rule.op)
             and rank <= rule.max_rank
             and _at_least(scores, rule.min_scores)
+            and (compute_dtype(query).itemsize == 2 or not rule.is_half)
             and (entry.is_exportable or not (torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()))
             and not entry.refusal(query, key, value, mask, op=op, bias=bias, dropout_p=dropout_p)
         ):
