@@ -45,6 +45,7 @@ KNOWN = {
         "lamzoo/models/transformers_images.py",
         "transformers.AutoConfig.for_model",
     ): "a class by its name",
+    ("benchmarks/focus_vit.py", "onnx.load_model_from_string"): "bytes of a known sha256; protocol buffers",
     ("benchmarks/train_lora.py", "peft.LoraConfig"): "a configuration, made here",
     ("benchmarks/train_lora.py", "peft.inject_adapter_in_model"): "new layers, loads nothing",
     ("benchmarks/hosts.py", "timm.create_model"): "pretrained=False: loads nothing",

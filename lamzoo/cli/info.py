@@ -11,7 +11,14 @@ from lamzoo.reduction.config import TokenReduction
 from lamzoo.registry.cards import PretrainedWeights
 from lamzoo.registry.catalog import ModelInfo, get_pretrained_cfg, model_info, model_ref
 from lamzoo.tasks import find_task
-from lamzoo.weights.mask_folder import MASKS_NAME, MasksOnlyError, find_mask_folder, has_masks_only, read_mask_folder
+from lamzoo.weights.mask_folder import (
+    MASKS_NAME,
+    MasksOnlyError,
+    bundled_masks,
+    find_mask_folder,
+    has_masks_only,
+    read_mask_folder,
+)
 
 _PREPROCESSING = ("input_size", "interpolation", "crop_pct", "mean", "std")
 
@@ -45,6 +52,8 @@ def describe(name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     ref = model_ref(name)
     if ref.kind == "local-dir" and ref.path is not None and has_masks_only(ref.path):
         return _describe_masks(name, ref.path), []
+    if name in bundled_masks():
+        return _describe_masks(name, find_mask_folder(name)), []
     try:
         info = model_info(name)
     except MasksOnlyError:

@@ -12,9 +12,11 @@ from lamzoo.errors import ConfigError, WeightsError, WeightsNotFoundError
 from lamzoo.lam.config import LamConfig
 from lamzoo.reading import parse_json, read_text, reason
 from lamzoo.records import build
+from lamzoo.registry.cards import data_dir
 from lamzoo.registry.refs import ModelRef
 from lamzoo.weights.sources import is_sha256, way_out
 
+ADAPTERS = "adapters"  # folder of the bundled masks beside the bundled weights
 CONFIG_NAME = "lam_config.json"
 MASKS_NAME = "lam_model.safetensors"
 
@@ -94,11 +96,16 @@ class MaskFolder:
         return LamConfig.from_dict(self.lam_config)
 
 
+def bundled_masks() -> list[str]:
+    """Returns the names of the masks that come with lamzoo, for :func:`lamzoo.load_lam`."""
+    return sorted(path.parent.name for path in (data_dir("weights") / ADAPTERS).glob(f"*/{CONFIG_NAME}"))
+
+
 def find_mask_folder(source: str | os.PathLike[str], cache_dir: str | Path | None = None) -> Path:
     """Returns the local folder of masks, of which a hub repository is downloaded.
 
     Args:
-        source: a folder, or ``hf-hub:OWNER/NAME[@revision]``.
+        source: a folder, ``hf-hub:OWNER/NAME[@revision]``, or a name of :func:`bundled_masks`.
         cache_dir: replaces the hub's cache folder.
 
     Raises:
@@ -114,10 +121,15 @@ def find_mask_folder(source: str | os.PathLike[str], cache_dir: str | Path | Non
         hub.download(ref.repo, MASKS_NAME, revision=folder.name, cache_dir=cache_dir)  # of the same commit
         return folder
     folder = Path(os.path.expanduser(text.removeprefix("local-dir:")))
+    if not folder.exists() and text in bundled_masks():
+        folder = data_dir("weights") / ADAPTERS / text
     for name in (CONFIG_NAME, MASKS_NAME):
         if not os.path.isfile(folder / name):
             why = f"it has no {name}" if os.path.isdir(folder) else "no such folder"
-            raise WeightsNotFoundError(f"There are no masks in {folder}: {why}; lamzoo.save_lam writes such folders.")
+            raise WeightsNotFoundError(
+                f"There are no masks in {folder}: {why}; lamzoo.save_lam writes such folders, and with lamzoo come "
+                f"{', '.join(bundled_masks())}."
+            )
     return folder
 
 

@@ -136,7 +136,8 @@ def load_lam(
 
     Args:
         model: the base model, with or without masks, or a wrapper around one.
-        source: the folder, or a repository of the Hugging Face hub, ``"hf-hub:OWNER/NAME[@revision]"``.
+        source: the folder, a repository of the Hugging Face hub, ``"hf-hub:OWNER/NAME[@revision]"``, or the name of
+            masks that come with lamzoo, such as ``"vit_small_patch14_dinov2.clothing10"``.
         name: of the set.
         cache_dir: folder for downloads; the hub's own cache by default.
 
@@ -279,14 +280,14 @@ def _class_of(host: nn.Module) -> str:
 def _attention_sha256(state: Mapping[str, Tensor], layers: Sequence[str]) -> str:
     """Returns a hash of the weights of attention layers without their masks.
 
-    In bfloat16, so that a model in half of the precision is the same base. Sizes of image and classifier, which change
-    other weights, don't matter.
+    In bfloat16, so that a model in half of the precision is the same base, and without signs of zeros, which averaging
+    loses. Sizes of image and classifier, which change other weights, don't matter.
     """
     digest = hashlib.sha256()
     prefixes = tuple(f"{path}." for path in layers)
     for key in sorted(key for key in state if key.startswith(prefixes) and ".lam." not in key):
         value = state[key].detach()
-        value = value.to(torch.bfloat16) if value.is_floating_point() else value
+        value = value.to(torch.bfloat16) + 0.0 if value.is_floating_point() else value
         digest.update(f"{key} {tuple(value.shape)} ".encode())
         digest.update(value.cpu().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -18,9 +18,16 @@ from torch import Tensor, nn
 
 import lamzoo
 from lamzoo import LamConfig
-from lamzoo.errors import ConfigError, LamzooError, StateDictError, UnsupportedHostError, WeightsError
+from lamzoo.errors import (
+    ConfigError,
+    LamzooError,
+    StateDictError,
+    UnsupportedHostError,
+    WeightsError,
+    WeightsNotFoundError,
+)
 from lamzoo.models.describer.model import describer
-from lamzoo.weights import file_sha256
+from lamzoo.weights import file_sha256, mask_folder
 from tests.adapters.timm_hosts import HOSTS
 from tests.weights.hub_server import HubServer
 
@@ -195,6 +202,25 @@ def test_a_model_of_half_precision_or_another_image_size_is_the_same_base(saved:
     )
     lamzoo.load_lam(large, saved)
     assert not caplog.text
+
+
+def test_the_sign_of_a_zero_is_no_other_base(tmp_path: Path, caplog: Any) -> None:
+    trained, base = vit(), vit()
+    for model, zero in ((trained, 0.0), (base, -0.0)):  # averaging weights loses the sign
+        model.blocks[0].attn.qkv.weight.data[0] = zero
+    lamzoo.save_lam(lamzoo.add_lam(trained), tmp_path / "masks")
+    lamzoo.load_lam(base, tmp_path / "masks")
+    assert not caplog.records
+
+
+def test_masks_that_come_with_lamzoo_have_a_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(mask_folder, "data_dir", lambda kind: tmp_path / kind)
+    monkeypatch.chdir(tmp_path)
+    lamzoo.save_lam(lamzoo.add_lam(vit(), OTHER), tmp_path / "weights" / "adapters" / "vit.photos")
+    assert mask_folder.bundled_masks() == ["vit.photos"]
+    assert lamzoo.load_lam(vit(), "vit.photos").lam_config == OTHER
+    with pytest.raises(WeightsNotFoundError, match=r"no such folder; .* and with lamzoo come vit\.photos\.$"):
+        lamzoo.load_lam(vit(), "vit.photo")
 
 
 # Another base, and damaged folders.

@@ -117,9 +117,9 @@ class Rule:
 # The first rule that matches is taken; without one, "eager". Those of the CPU are from benchmarks/results/kernels.csv
 # (measured by benchmarks/kernels.py); additive masks of some 200 tokens, for which a single layer is not conclusive,
 # from a whole ViT-B (benchmarks/speed.py under LAMZOO_ATTENTION_BACKEND). Those of CUDA for half precision are from
-# benchmarks/results/kernels.gpu.csv, of 197 to 16,384 tokens and up to 17 columns: "triton" is the fastest there, but for
-# training with additive masks of up to 1,024 tokens, where "sdpa" is up to 5 % ahead but without gradients takes twice
-# its time. The other rules of CUDA are the ranges in which PyTorch's own kernels are known to be fast.
+# benchmarks/results/kernels.gpu.csv, of 197 to 16,384 tokens and up to 17 columns: "triton" is the fastest there, but
+# for training with additive masks of up to 1,024 tokens, where "sdpa" is up to 5 % ahead but without gradients takes
+# twice its time. The other rules of CUDA are the ranges in which PyTorch's own kernels are known to be fast.
 RULES = (
     Rule("cpu", "mul", max_rank=1, min_scores=0, backend="sdpa"),
     Rule("cpu", "mul", max_rank=2, min_scores=1024**2, backend="sdpa"),
