@@ -147,6 +147,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "reduction-trained": lambda: reduction_tables.trained_table(
         read_lines(RESULTS / "reduction_trained.csv", reduction_tables.TrainedRow)
     ),
+    "clothing10": lambda: ablation(HERE / "clothing10.toml"),
     "finetuning": lambda: finetuning.table(finetuning.read_results()) + "\n",
     "timm-coverage": lambda: hosts.coverage_table(read_lines(hosts.RESULTS, hosts.Row)),
     "timm-hosts": lambda: hosts.table(read_lines(hosts.RESULTS, hosts.Row)),
