@@ -2,7 +2,8 @@
 
     python -m benchmarks.fused            measures what lamzoo/lam/fused.csv and the table of training steps lack
     python -m benchmarks.fused --models lam_vit_tiny --batches 1 --seconds 5 --results try.csv --steps steps.csv
-    python -m benchmarks.fused --device cuda --dtype bfloat16 --ranks 7 --batches 1 16 128 --step-batches --seconds 1
+    python -m benchmarks.fused --device cuda --dtype bfloat16 --ranks 7 --batches 1 128 --step-batches --seconds 0.6 \
+        --models lam_vit_tiny_patch8_64 lam_vit_tiny lam_vit_base
     python -m benchmarks.fused --table    prints the tables of stored rows
 
 Weights are random, because only times are measured: in evaluation and inference mode, on the threads of PyTorch
@@ -37,6 +38,7 @@ from lamzoo.profiling.latency import device_label, time_call
 
 MODELS = ("lam_vit_tiny_patch8_64", "lam_vit_tiny", "lam_vit_small", "lam_vit_base")
 RANKS = (7, 8)  # the cards' of today, and that of the weights at 64 pixels
+ON_GPU = Path(__file__).resolve().parent / "results" / "fused.gpu.csv"
 STEPS = Path(__file__).resolve().parent / "results" / "training_steps.csv"
 _ROUNDS = 6  # at least
 _STEP = "zoo default"  # the variant whose training steps are timed
@@ -202,17 +204,21 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16, 32])
     parser.add_argument("--step-batches", nargs="*", type=int, default=[16], help="batches of the training steps")
     parser.add_argument("--seconds", type=float, default=30, help="duration of the timed passes of a row")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of inference")
-    parser.add_argument("--results", type=Path, default=MEASURED)
+    parser.add_argument(
+        "--results", type=Path, help="fused.csv in lamzoo/lam; on a GPU benchmarks/results/fused.gpu.csv"
+    )
     parser.add_argument("--steps", type=Path, default=STEPS, help="results of training steps")
     parser.add_argument("--table", action="store_true", help="measure nothing")
     args = parser.parse_args()
+    args.results = args.results or (MEASURED if args.device == "cpu" else ON_GPU)
     rows, steps = read_rows(args.results, Row), read_rows(args.steps, speed.Row)
     if not args.table:
         device = torch.device(args.device)
         here = (device_label(device), torch.get_num_threads(), torch.__version__)
-        done = {(row.model, row.rank, row.batch) for row in rows if (row.device, row.threads, row.torch) == here}
+        same = [row for row in rows if (row.device, row.threads, row.torch, row.dtype) == (*here, args.dtype)]
+        done = {(row.model, row.rank, row.batch) for row in same}
         wanted = [
             (name, rank or _card(name).rank, batch)
             for name, rank, batch in itertools.product(args.models, args.ranks, args.batches)

@@ -95,6 +95,12 @@ def main() -> None:
     result = evaluate(model, create_dataset(recipe.data.source, split="test"), device="cpu")
     seconds = float(rows[-1][1][columns.index("train_seconds")])
     parts = [*lamzoo.lam_parameters(model), *model.get_classifier().parameters()]
+    run = shlex.quote(str(args.run))
+    facts = {
+        "seed": recipe.run.seed,
+        "epochs": recipe.schedule.total_epochs,
+        "size": recipe.model.kwargs["img_size"],
+    }
     card = _CARD.format(
         name=args.name,
         about=text["about"].strip(),
@@ -104,9 +110,7 @@ def main() -> None:
         all=sum(parameter.numel() for parameter in model.parameters()),
         megabytes=(folder / MASKS_NAME).stat().st_size / 1e6,
         dataset=data["name"],
-        seed=recipe.run.seed,
-        epochs=recipe.schedule.total_epochs,
-        size=recipe.model.kwargs["img_size"],
+        **facts,
         top1=result.top1,
         top5=result.top5,
         images=result.samples,
@@ -114,8 +118,8 @@ def main() -> None:
         torch=torch.__version__,
         timm=timm.__version__,
         get=text["get"].strip(),
-        train=text["train"].strip(),
-        run=shlex.quote(str(args.run)),
+        train=text["train"].strip().format(run=run, **facts),
+        run=run,
         tag=args.data,
         minutes=seconds / 60,
         model=recipe.model.name,

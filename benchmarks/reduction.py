@@ -395,7 +395,9 @@ def measure_times(
         dtype: of weights and images.
         modes: how the models run: :data:`EAGER`, :data:`GRAPH` or both.
     """
-    known = {(row.model, row.method, row.share, row.images, row.threads, row.mode) for row in done}
+    here = device_label(device), str(dtype).removeprefix("torch.")
+    same = [row for row in done if (row.device, row.dtype) == here]
+    known = {(row.model, row.method, row.share, row.images, row.threads, row.mode) for row in same}
     trained = bool(subject.data)
     model, plain = (_create(name, pretrained=trained) for name in (subject.model, subject.plain))
     (image,) = as_arguments(default_input(plain))
@@ -484,7 +486,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="METHOD", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--shares", nargs="+", type=float, default=SHARES)
     parser.add_argument("--data", default="npz:../shared/data/", help="prefix of the data sets' folders")
-    parser.add_argument("--device", type=torch.device, default=CPU)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--kept", type=Path, default=ROOT / "runs" / "reduction", help="folder of predictions")
     parser.add_argument("--again", action="store_true", help="measure existing rows of quality again")
@@ -519,14 +521,14 @@ def main() -> None:
         for subject in subjects:
             quality = read_rows(args.results, Row)
             for row in measure_times(
-                subject, args.only, quality, times, args.pairs, args.threads, args.images, args.device,
+                subject, args.only, quality, times, args.pairs, args.threads, args.images, torch.device(args.device),
                 getattr(torch, args.dtype), (EAGER, GRAPH) if args.graphs else (EAGER,),
             ):  # fmt: skip
                 times.append(row)
                 write_rows(args.time_results, times)
     elif not args.table:
         scored = [subject for subject in subjects if subject.data]
-        measure_all(scored, args.only, args.data, args.results, args.kept, args.device, again=args.again)
+        measure_all(scored, args.only, args.data, args.results, args.kept, torch.device(args.device), again=args.again)
     rows = read_rows(args.results, TrainedRow)
     if any(row.start for row in rows):
         print(trained_table(rows))

@@ -130,7 +130,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "speed": lambda: speed.table(read_lines(RESULTS / "speed.csv", speed.Row)),
     "speed-xeon": lambda: speed.table(read_lines(RESULTS / "speed.xeon.csv", speed.Row)),
     "fused": lambda: fused.table(read_lines(fused.MEASURED, fused.Row)),
-    "fused-gpu": lambda: fused.table(read_lines(RESULTS / "fused.gpu.csv", fused.Row)),
+    "fused-gpu": lambda: fused.table(read_lines(fused.ON_GPU, fused.Row)),
     "training-steps": lambda: fused.step_table(read_lines(fused.STEPS, speed.Row)),
     "breakdown": lambda: breakdown.table(read_lines(RESULTS / "breakdown.csv", breakdown.Row)),
     "kernels": lambda: kernels.table(read_lines(RESULTS / "kernels.csv", kernels.Row)),

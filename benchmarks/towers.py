@@ -15,6 +15,8 @@ from __future__ import annotations
 import argparse
 import copy
 import multiprocessing
+import subprocess
+import sys
 import threading
 import zlib
 from collections.abc import Callable, Sequence
@@ -339,11 +341,23 @@ def _score_run(run: ablation.Run, lr: float, line: dict[str, Any]) -> tuple[list
 
 
 def _first_alone(work: Callable[[Any], None], todo: Sequence[Any], jobs: int) -> None:
-    """Does all work in parallel after the first piece, which computes the states of the towers for the others."""
-    for first in todo[:1]:
-        work(first)
+    """Does all work in parallel after the first piece, which computes the states of the towers for the others.
+
+    The process ends with a message if a piece fails, after the others.
+    """
+
+    def guarded(piece: Any) -> str | None:
+        try:
+            work(piece)
+        except (subprocess.CalledProcessError, lamzoo.LamzooError, OSError) as error:
+            return f"{piece}: {error}"
+        return None
+
+    failed = [guarded(first) for first in todo[:1]]
     with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(work, todo[1:]))
+        failed += pool.map(guarded, todo[1:])
+    if any(failed):
+        sys.exit("\n".join(filter(None, failed)))
 
 
 def main() -> None:
@@ -365,7 +379,7 @@ def main() -> None:
         folder = out / f"rate-{lr:g}"
         (run,) = planned(row, lr, [0], folder)
         found = _find_rate(run, lr, folder, threads)
-        with lock:
+        with lock, file_lock(RATES.parent / f".{RATES.name}.lock", wait=True):
             write_rows(RATES, [*read_rows(RATES, RateRow), found])
         print(f"{row}, {lr:g}: R@1 {found.t2v_R1:.2f} and {found.v2t_R1:.2f} in {found.train_seconds} s", flush=True)
 

@@ -121,14 +121,14 @@ def find_mask_folder(source: str | os.PathLike[str], cache_dir: str | Path | Non
         hub.download(ref.repo, MASKS_NAME, revision=folder.name, cache_dir=cache_dir)  # of the same commit
         return folder
     folder = Path(os.path.expanduser(text.removeprefix("local-dir:")))
-    if not folder.exists() and text in bundled_masks():
+    if not os.path.isfile(folder / CONFIG_NAME) and text in bundled_masks():
         folder = data_dir("weights") / ADAPTERS / text
     for name in (CONFIG_NAME, MASKS_NAME):
         if not os.path.isfile(folder / name):
             why = f"it has no {name}" if os.path.isdir(folder) else "no such folder"
             raise WeightsNotFoundError(
-                f"There are no masks in {folder}: {why}; lamzoo.save_lam writes such folders, and with lamzoo come "
-                f"{', '.join(bundled_masks())}."
+                f"There are no masks in {folder}: {why}; lamzoo.save_lam writes such folders. Bundled masks: "
+                f"{', '.join(bundled_masks()) or 'none'}."
             )
     return folder
 

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
@@ -18,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lamzoo.errors import ConfigError, MaskShapeError
 from lamzoo.lam import FactoredMask, LamConfig, attention_backend, available_backends, kernels, lam_attention
-from lamzoo.lam.kernels import BACKENDS, RULES, Rule, choose, chunked, flex, sdpa
+from lamzoo.lam.kernels import BACKENDS, RULES, Rule, choose, chunked, flex, sdpa, triton
 from lamzoo.lam.ops import OPS as RECORDS
 from lamzoo.lam.ops import Op
 from lamzoo.profiling.memory import peak_growth
@@ -51,10 +52,14 @@ def test_auto_follows_the_crossovers(rule: Rule) -> None:
 @each_op
 def test_auto_takes_triton_on_a_gpu_in_half_precision(op: Op, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "RULES", [replace(rule, device="meta") for rule in RULES if rule.device == "cuda"])
-    monkeypatch.setitem(BACKENDS, "triton", replace(BACKENDS["triton"], unsupported=None))  # which needs a GPU
-    case = of_length(197, 9, op, "meta")
-    assert chosen(case.to(torch.bfloat16)) == chosen(case.to(torch.float16)) == "triton"
-    assert chosen(case) == {"mul": "eager", "add": "sdpa"}[op]
+    monkeypatch.setattr(triton, "_unsupported_device", lambda device, dtype: None)
+    case, other = of_length(197, 9, op, "meta"), {"mul": "eager", "add": "sdpa"}[op]
+    half, short = case.to(torch.bfloat16), of_length(159, 9, op, "meta").to(torch.bfloat16)
+    assert chosen(half) == chosen(case.to(torch.float16)) == "triton"
+    assert chosen(case) == chosen(half, dropout_p=0.1) == chosen(short) == other
+    with forward_ad.dual_level():
+        assert chosen(half) == other
+    assert torch.func.vmap(lambda _: torch.tensor(chosen(half) == other))(torch.zeros(2)).all()
 
 
 def test_auto_takes_eager_where_no_rule_serves() -> None:

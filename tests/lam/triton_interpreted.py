@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from lamzoo.errors import ConfigError
 from lamzoo.lam import FactoredMask
 from lamzoo.lam.kernels import Kernel
 from lamzoo.lam.kernels.eager import eager
@@ -278,3 +279,32 @@ def test_only_what_the_backward_pass_reads_is_saved() -> None:
     inputs = [*leaves, case.allowed]
     made = [x for x in saved if not any(x.data_ptr() == y.data_ptr() for y in inputs if y is not None)]
     assert [x.shape for x in made] == [out.shape, out.shape[:3]]
+
+
+def test_gradients_of_factors_stay_in_the_range_of_float16() -> None:
+    case = make(op="mul", batch=1, heads=1, queries=20, keys=18, dim=64, value_dim=64, rank=4)
+    query, key, value, left, right = (x.half() for x in case.tensors)
+    leaves = [4 * query, 4 * key, value, left / 4, right]
+
+    def gradients(kernel: Kernel) -> tuple[Tensor, ...]:
+        tensors = [x.detach().requires_grad_() for x in leaves]
+        out = kernel(
+            *tensors[:3], FactoredMask(*tensors[3:]),
+            op="mul", allowed=None, bias=None, is_causal=False, dropout_p=0.0, scale=0.125,
+        )  # fmt: skip
+        return torch.autograd.grad((out * 2.0**7).sum(), tensors)
+
+    assert all(grad.isfinite().all() for grad in gradients(eager))
+    assert all(grad.isfinite().all() for grad in gradients(triton_attention))
+
+
+def test_second_gradients_are_refused_with_a_way_out() -> None:
+    case = make(op="add", batch=1, heads=1, queries=4, keys=5, dim=16, value_dim=16, rank=2)
+    leaves = [x.requires_grad_() for x in case.tensors]
+    out = triton_attention(
+        *leaves[:3], FactoredMask(*leaves[3:]),
+        op="add", allowed=None, bias=None, is_causal=False, dropout_p=0.0, scale=0.25,
+    )  # fmt: skip
+    (grad,) = torch.autograd.grad(out.square().sum(), leaves[0], create_graph=True)
+    with pytest.raises(ConfigError, match=r"no second gradients.*attention_backend\('eager'\)"):
+        grad.sum().backward()

@@ -219,8 +219,12 @@ def test_masks_that_come_with_lamzoo_have_a_name(monkeypatch: pytest.MonkeyPatch
     lamzoo.save_lam(lamzoo.add_lam(vit(), OTHER), tmp_path / "weights" / "adapters" / "vit.photos")
     assert mask_folder.bundled_masks() == ["vit.photos"]
     assert lamzoo.load_lam(vit(), "vit.photos").lam_config == OTHER
-    with pytest.raises(WeightsNotFoundError, match=r"no such folder; .* and with lamzoo come vit\.photos\.$"):
+    with pytest.raises(WeightsNotFoundError, match=r"no such folder; .* Bundled masks: vit\.photos\.$"):
         lamzoo.load_lam(vit(), "vit.photo")
+    with pytest.raises(WeightsNotFoundError, match="no such folder"):
+        lamzoo.load_lam(vit(), "x" * 300)
+    (tmp_path / "vit.photos").mkdir()
+    lamzoo.load_lam(vit(), "vit.photos")  # an empty folder of that name is none of masks
 
 
 # Another base, and damaged folders.

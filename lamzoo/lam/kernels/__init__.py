@@ -117,9 +117,10 @@ class Rule:
 # The first rule that matches is taken; without one, "eager". Those of the CPU are from benchmarks/results/kernels.csv
 # (measured by benchmarks/kernels.py); additive masks of some 200 tokens, for which a single layer is not conclusive,
 # from a whole ViT-B (benchmarks/speed.py under LAMZOO_ATTENTION_BACKEND). Those of CUDA for half precision are from
-# benchmarks/results/kernels.gpu.csv, of 197 to 16,384 tokens and up to 17 columns: "triton" is the fastest there, but
-# for training with additive masks of up to 1,024 tokens, where "sdpa" is up to 5 % ahead but without gradients takes
-# twice its time. The other rules of CUDA are the ranges in which PyTorch's own kernels are known to be fast.
+# benchmarks/results/kernels.gpu.csv: large batches of 197 to 16,384 tokens, heads of 64, up to 17 columns, on an H200.
+# "triton" is the fastest there without gradients, and in training too but for additive masks of up to 1,024 tokens,
+# for which it is 5 % behind to 10 % ahead of "sdpa". Small batches and other widths are assumed to be alike, and the
+# other rules of CUDA are the ranges in which PyTorch's own kernels are known to be fast.
 RULES = (
     Rule("cpu", "mul", max_rank=1, min_scores=0, backend="sdpa"),
     Rule("cpu", "mul", max_rank=2, min_scores=1024**2, backend="sdpa"),
@@ -127,8 +128,8 @@ RULES = (
     Rule("cpu", "add", max_rank=33, min_scores=160**2, backend="sdpa"),
     Rule("cpu", "add", max_rank=65, min_scores=768**2, backend="chunked"),
     Rule("cuda", "mul", max_rank=1, min_scores=0, backend="sdpa"),
-    Rule("cuda", "mul", max_rank=65, min_scores=160**2, backend="triton", is_half=True),
-    Rule("cuda", "add", max_rank=65, min_scores=160**2, backend="triton", is_half=True),
+    Rule("cuda", "mul", max_rank=33, min_scores=160**2, backend="triton", is_half=True),
+    Rule("cuda", "add", max_rank=33, min_scores=160**2, backend="triton", is_half=True),
     Rule("cuda", "mul", max_rank=4, min_scores=1024**2, backend="sdpa"),
     Rule("cuda", "add", max_rank=65, min_scores=0, backend="sdpa"),
 )
@@ -199,11 +200,16 @@ def choose(
             and rank <= rule.max_rank
             and _at_least(scores, rule.min_scores)
             and (compute_dtype(query).itemsize == 2 or not rule.is_half)
-            and (entry.is_exportable or not (torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()))
+            and (entry.is_exportable or not _is_exporting())
             and not entry.refusal(query, key, value, mask, op=op, bias=bias, dropout_p=dropout_p)
         ):
             return entry.kernel
     return BACKENDS["eager"].kernel
+
+
+def _is_exporting() -> bool:
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined]
+    return tracing or torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
 
 
 def _at_least(scores: int | torch.SymInt, bound: int) -> bool:

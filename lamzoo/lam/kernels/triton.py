@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.library import custom_op
 from torch.nn import functional as F
 
+from lamzoo.errors import ConfigError
 from lamzoo.lam.kernels.eager import compute_dtype
 from lamzoo.lam.kernels.flops import count_flops
 from lamzoo.lam.masks import FactoredMask
@@ -89,6 +91,10 @@ def unsupported(
             return f"{name} {size} is above {largest}"
         if size == 0:
             return f"{name} is 0"
+    if not torch.compiler.is_compiling() and (
+        torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+    ):
+        return "torch.func and forward-mode gradients don't know its operator"
     if not query.device == key.device == value.device == mask.left.device == mask.right.device:
         return "its inputs are on several devices"
     return _unsupported_device(query.device, dtype)
@@ -109,6 +115,8 @@ def _unsupported_device(device: torch.device, dtype: torch.dtype) -> str | None:
         return "its tiles are sized for the shared memory of NVIDIA GPUs"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "the GPU's compute capability is below 8.0"
+    if not (os.environ.get("CC") or shutil.which("clang") or shutil.which("gcc")):
+        return "Triton finds no C compiler, with which it builds its launchers"
     return None
 
 
@@ -209,7 +217,15 @@ def _backward(ctx: Any, grad_out: Tensor, grad_logsumexp: Tensor) -> tuple[Tenso
     return *grads, None, None, None, None
 
 
+def _second_backward(ctx: Any, *grads: Tensor) -> None:
+    raise ConfigError(
+        "The triton backend has no second gradients, such as those of create_graph=True; compute them under "
+        "lamzoo.attention_backend('eager')."
+    )
+
+
 lam_attention_forward.register_autograd(_backward, setup_context=_setup_context)
+lam_attention_backward.register_autograd(_second_backward)
 
 
 KernelName = Literal["forward", "queries", "keys"]

@@ -244,7 +244,7 @@ def _queries_step(
     grad_mask = grad_logits
     if MUL:
         grad_scores = grad_logits * mask
-        grad_mask = grad_logits * scores
+        grad_mask = grad_logits * (scores * scale)  # before the cast: unscaled, they overflow float16 early
     query_total = tl.dot(grad_scores.to(key_tile.dtype), key_tile, query_total, input_precision="ieee")
     left_total = tl.dot(grad_mask.to(right_tile.dtype), right_tile, left_total, input_precision="ieee")
     return query_total, left_total
@@ -306,8 +306,6 @@ def backward_queries_kernel(
             DIM, VALUE_DIM, MUL, CAUSAL, ALLOWED, BLOCK_K, BLOCK_DIM, BLOCK_VALUE, BLOCK_RANK, True,
         )  # fmt: skip
 
-    if MUL:
-        left_total = left_total * scale  # the mask scales scaled scores
     grad_query += b * grad_query_b + h * grad_query_h
     _store(grad_query, grad_query_n, first, num_queries, query_total * scale, BLOCK_Q, DIM, BLOCK_DIM)
     grad_left += b * grad_left_b + h * grad_left_h
@@ -346,7 +344,7 @@ def _keys_step(
     grad_mask = grad_logits
     if MUL:
         grad_scores = grad_logits * mask
-        grad_mask = grad_logits * scores
+        grad_mask = grad_logits * (scores * scale)  # before the cast: unscaled, they overflow float16 early
     key_total = tl.dot(grad_scores.to(query_tile.dtype), query_tile, key_total, input_precision="ieee")
     right_total = tl.dot(grad_mask.to(left_tile.dtype), left_tile, right_total, input_precision="ieee")
     return key_total, value_total, right_total
@@ -414,8 +412,6 @@ def backward_keys_kernel(
             DIM, VALUE_DIM, MUL, CAUSAL, ALLOWED, BLOCK_Q, BLOCK_DIM, BLOCK_VALUE, BLOCK_RANK, True,
         )  # fmt: skip
 
-    if MUL:
-        right_total = right_total * scale
     grad_key += b * grad_key_b + h * grad_key_h
     _store(grad_key, grad_key_n, first, num_keys, key_total * scale, BLOCK_K, DIM, BLOCK_DIM)
     grad_value += b * grad_value_b + h * grad_value_h
