@@ -3,24 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-
-class Pairs(NamedTuple):
-    """Tokens that leave a layer by merging into others; all other tokens stay as they are.
-
-    Attributes:
-        leaves: places of the tokens that leave, int64 ``(B, G)``.
-        targets: places of the tokens that they merge into, which stay, int64 ``(B, G)``; several may be the same.
-        slots: places of these targets among the remaining tokens, int64 ``(B, G)``.
-    """
-
-    leaves: Tensor
-    targets: Tensor
-    slots: Tensor
 
 
 @dataclass(frozen=True)
@@ -34,7 +19,6 @@ class TokenMap:
             selected: the others leave.
         weights: float ``(B, length)``, of each token in that average; None where all are one.
         totals: float ``(B, K)``, sums of these weights, none of them 0; None where all are one, as of a new order.
-        pairs: the tokens that merge, where it is known that the others stay as they are; None where it isn't.
     """
 
     length: int
@@ -42,7 +26,6 @@ class TokenMap:
     into: Tensor | None = None
     weights: Tensor | None = None
     totals: Tensor | None = None
-    pairs: Pairs | None = None
 
     @classmethod
     def averaging(cls, kept: Tensor, into: Tensor, weights: Tensor) -> TokenMap:
@@ -69,7 +52,7 @@ class TokenMap:
         if self.weights is not None:
             tokens = tokens * self.weights.unsqueeze(-1)
         few = tokens.new_zeros(self.kept.numel(), tokens.shape[-1])
-        few = few.index_add(0, flat_rows(self.into, self.kept.shape[1]), tokens.flatten(0, 1))
+        few = few.index_add(0, _rows(self.into, self.kept.shape[1]), tokens.flatten(0, 1))
         return few.unflatten(0, self.kept.shape)
 
     def factor(self, factor: Tensor) -> Tensor:
@@ -116,12 +99,12 @@ class TokenMap:
 def take(tokens: Tensor, index: Tensor) -> Tensor:
     """Returns the tokens ``(B, K, C)`` of ``(B, N, C)`` at int64 ``index (B, K)``."""
     # Of whole rows: on a CPU this is ten times as fast as torch.gather with an expanded index.
-    few = tokens.flatten(0, 1).index_select(0, flat_rows(index, tokens.shape[1]))
+    few = tokens.flatten(0, 1).index_select(0, _rows(index, tokens.shape[1]))
     return few.unflatten(0, index.shape)
 
 
-def flat_rows(index: Tensor, length: int) -> Tensor:
-    """Returns the rows of a flattened batch of ``length`` tokens a sample that ``index (B, K)`` names, ``(B K,)``."""
+def _rows(index: Tensor, length: int) -> Tensor:
+    """Returns the rows of a batch of ``length`` tokens a sample that ``index (B, K)`` names, ``(B K,)``."""
     if index.shape[0] > 1:
         index = index + torch.arange(0, index.shape[0] * length, length, device=index.device).unsqueeze(1)
     return index.flatten()

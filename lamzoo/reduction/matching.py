@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from lamzoo.lam.token_map import Pairs, TokenMap, flat_rows, take
+from lamzoo.lam.token_map import TokenMap
 
 MASK_WEIGHT = 0.5  # of the distance in the mask's key factor, beside that of the tokens
 _ROUNDING = 1e-5  # of squared distances in float32, relative to the squared norms that they are computed from
@@ -38,14 +38,12 @@ def match(
         patches = slice(num_prefix_tokens, None)
         rows = None if right is None else right.transpose(1, 2).flatten(2)[:, patches]
         least, partner = least_costs(tokens[:, patches], None if sizes is None else sizes[:, patches], rows)
-        chosen = least.topk(count, dim=-1, largest=False, sorted=False).indices
-        places = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape[0], -1)
-        leaves = places[:, num_prefix_tokens::2].gather(1, chosen)
-        target = places[:, num_prefix_tokens + 1 :: 2].gather(1, partner.gather(1, chosen))
-        kept, into, slots = without(leaves, target, places)
+        leaves = least.topk(count, dim=-1, largest=False, sorted=False).indices
+        target = partner.gather(1, leaves) * 2 + (num_prefix_tokens + 1)
+        kept, into = without(leaves * 2 + num_prefix_tokens, target, tokens.shape[1])
         ones = torch.ones(tokens.shape[:2], device=tokens.device) if sizes is None else sizes
         few = torch.zeros(kept.shape, device=tokens.device).scatter_add(1, into, ones)
-        return TokenMap(tokens.shape[1], kept, into, sizes, few, Pairs(leaves, target, slots)), few
+        return TokenMap(tokens.shape[1], kept, into, sizes, few), few
 
 
 def match_padded(
@@ -95,50 +93,14 @@ def merged(tokens: Tensor, token_map: TokenMap) -> Tensor:
     The average of vectors of different directions is shorter than they are; merged tokens would shrink from layer to
     layer.
     """
-    if token_map.pairs is not None:
-        return _merged_pairs(tokens, token_map, token_map.pairs)
     assert token_map.totals is not None
     dtype = torch.promote_types(tokens.dtype, torch.float32)  # norms of half-precision tokens overflow
     norms = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True, dtype=dtype)
     sums, norms = token_map.sums(torch.cat((tokens.to(dtype), norms), dim=-1)).split((tokens.shape[-1], 1), dim=-1)
-    return (sums / _divisors(sums, norms, token_map.totals.unsqueeze(-1))).to(tokens.dtype)
-
-
-def _merged_pairs(tokens: Tensor, token_map: TokenMap, pairs: Pairs) -> Tensor:
-    """As :func:`merged`, but computes the rows of the merged tokens alone; the others are copied as they are."""
-    assert token_map.totals is not None
-    flat = tokens.flatten(0, 1).index_select(0, flat_rows(token_map.kept, tokens.shape[1]))
-    count, places = pairs.slots.shape[1], torch.cat((pairs.targets, pairs.leaves), dim=1)
-    rows = take(tokens, places)
-    rows = rows.float() if rows.dtype.itemsize < 4 else rows  # norms of half-precision tokens overflow
-    if token_map.weights is None:
-        weights = torch.ones_like(rows[..., :1])
-    else:
-        weights = token_map.weights.gather(1, places).to(rows.dtype).unsqueeze(-1)
-        rows = rows * weights
-    rows = torch.cat((rows, torch.linalg.vector_norm(rows, dim=-1, keepdim=True), weights), dim=-1)
-    # Each pair gets all that goes into its target, so that pairs with the same target have equal rows.
-    same = (pairs.slots.unsqueeze(2) == pairs.slots.unsqueeze(1)).to(rows.dtype)
-    sums, norms, totals = torch.baddbmm(rows[:, :count], same, rows[:, count:]).split((tokens.shape[-1], 1, 1), dim=-1)
-    averages = sums / _divisors(sums, norms, totals)
-    if averages.requires_grad:  # each of these rows would pass on the whole gradient of their target
-        averages = torch.lerp(averages.detach(), averages, same.sum(dim=2, keepdim=True).reciprocal())
-    few = token_map.kept.shape
-    flat.index_copy_(0, flat_rows(pairs.slots, few[1]), averages.to(flat.dtype).flatten(0, 1))
-    return flat.unflatten(0, few)
-
-
-def _divisors(sums: Tensor, norms: Tensor, totals: Tensor) -> Tensor:
-    """Returns what weighted sums of tokens are divided by so that they are as long as the average of their norms.
-
-    Args:
-        sums: ``(B, K, C)``.
-        norms: weighted sums of the tokens' norms, ``(B, K, 1)``.
-        totals: sums of the weights, ``(B, K, 1)``.
-    """
-    shares = torch.linalg.vector_norm(sums, dim=-1, keepdim=True) / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+    lengths = torch.linalg.vector_norm(sums, dim=-1, keepdim=True)
     # Opposite tokens average to nothing, and no factor gives that a length.
-    return shares.clamp_min(1 / _LONGEST) * totals
+    lengths = lengths.maximum(norms / _LONGEST) * token_map.totals.unsqueeze(-1)
+    return (sums * (norms / lengths.clamp_min(torch.finfo(dtype).tiny))).to(tokens.dtype)
 
 
 def least_costs(
@@ -164,37 +126,36 @@ def least_costs(
         cost = torch.addcmul(cost, seen, _mean(cost, squares, pairs), value=MASK_WEIGHT)
     if sizes is not None:
         inverse = sizes.reciprocal()
-        cost = cost.div_(inverse[:, ::2, None] + inverse[:, None, 1::2])
+        cost = cost / (inverse[:, ::2, None] + inverse[:, None, 1::2])
     if pairs is not None:
-        cost = cost.masked_fill_(~pairs, torch.inf)
+        cost = cost.masked_fill(~pairs, torch.inf)
     least, partner = cost.min(dim=-1)
     return least, partner
 
 
-def without(gone: Tensor, target: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def without(gone: Tensor, target: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """Returns what remains without tokens that merge into others.
 
     Args:
         gone: places of these tokens, int64 ``(B, G)``.
         target: places of the tokens that they merge into, int64 ``(B, G)``.
-        places: of all tokens, 0 to N - 1, int64 ``(B, N)``.
+        length: number of tokens, N.
 
     Returns:
-        ``kept (B, N - G)`` and ``into (B, N)``, as in a :class:`~lamzoo.lam.token_map.TokenMap`, and ``into`` of the
-        tokens that merge, ``(B, G)``.
+        ``kept (B, N - G)`` and ``into (B, N)``, as in a :class:`~lamzoo.lam.token_map.TokenMap`.
     """
-    marked = places.scatter(1, gone, torch.iinfo(torch.int64).max)  # behind all others
-    kept = marked.topk(places.shape[1] - gone.shape[1], dim=1, largest=False).values
-    into = marked.scatter(1, kept, places[:, : kept.shape[1]])
-    slots = into.gather(1, target)
-    return kept, into.scatter(1, gone, slots), slots
+    # Those that stay are numbered from the last one to the first, and the largest numbers taken in order.
+    numbers = torch.arange(length, 0, -1, device=gone.device).expand(gone.shape[0], -1).scatter(1, gone, 0)
+    kept = numbers.topk(length - gone.shape[1], dim=1).indices
+    into = (numbers > 0).cumsum(dim=1) - 1
+    return kept, into.scatter(1, gone, into.gather(1, target))
 
 
 def _distances(tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the squared distances of even to odd tokens, ``(B, Ne, No)`` of ``(B, N, C)``, and the squared norms."""
-    squares = torch.linalg.vector_norm(tokens, dim=-1).square()
+    squares = tokens.square().sum(-1)
     sums = squares[:, ::2, None] + squares[:, None, 1::2]
-    return sums.baddbmm_(tokens[:, ::2], tokens[:, 1::2].transpose(1, 2), alpha=-2), squares
+    return torch.baddbmm(sums, tokens[:, ::2], tokens[:, 1::2].transpose(1, 2), alpha=-2), squares
 
 
 def _mean(distances: Tensor, squares: Tensor, pairs: Tensor | None) -> Tensor:

@@ -220,7 +220,6 @@ def match_within(
             leaves.append(part.start + gone)
             targets.append(target.gather(1, gone))
         gone, target = torch.cat(leaves, dim=1), torch.cat(targets, dim=1)
-        places = torch.arange(length, device=tokens.device).expand(batch, -1)
-        kept, into, _ = without(gone, target, places)
+        kept, into = without(gone, target, length)
         few = torch.zeros(kept.shape, device=tokens.device).scatter_add(1, into, weights)
         return TokenMap.averaging(kept, into, weights), few.clamp_min(1)
