@@ -160,6 +160,7 @@ _ALL = [
         {**_TINY, "img_size": 32, "patch_size": 4, "window_size": 3, "neck_chans": 8, "global_attn_indexes": (1,)},
         any_size={},
         resizes=False,
+        bitwise=False,  # equal on some CPUs, one rounding apart on others
         **_WINDOWS,
     ),
     Host("maxvit_tiny_tf_224", {**_MAXVIT, "block_type": ("M",)}, 64, any_size={}, **_MAXVIT_WINDOWS),

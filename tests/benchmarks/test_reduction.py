@@ -20,6 +20,7 @@ from benchmarks.reduction import Images, Subject
 from benchmarks.reduction_figure import draw
 from benchmarks.reduction_tables import Row, TimeRow, TrainedRow
 from benchmarks.rows import read_rows, write_rows
+from lamzoo.profiling.latency import device_label
 
 ROW = Row(
     model="lam", plain="vit", method="merged", variant=None, share=0.7, setting="keep=0.6", gmacs=0.25, top1=40.1,
@@ -172,14 +173,15 @@ def test_every_batch_and_number_of_threads_is_timed_once(monkeypatch: pytest.Mon
     vits = {"lam": model(), "vit": model(masked=False)}
     monkeypatch.setattr(bench, "_create", lambda name, pretrained: vits[name])
     subject, threads = Subject("lam", "vit", "tiny", "val", AT, (0.7,)), torch.get_num_threads()
-    rows = list(bench.measure_times(subject, ["merged"], [], [TIME], pairs=4))
+    known = replace(TIME, device=device_label(torch.device("cpu")))
+    rows = list(bench.measure_times(subject, ["merged"], [], [known, replace(TIME, device="cuda (a GPU)")], pairs=4))
     conditions = [(1, 2), (16, 1), (16, 2)]  # one image on one thread was timed before
     assert [(row.images, row.threads) for row in rows] == conditions
     assert all(0 < row.ratio_q1 <= row.ratio <= row.ratio_q3 for row in rows)
     assert [row.pairs for row in rows] == [4, 2, 2]
     assert torch.get_num_threads() == threads
-    assert list(bench.measure_times(subject, ["merged"], [], [TIME, *rows], pairs=4)) == []
-    one_thread = [TIME, replace(TIME, images=16)]
+    assert list(bench.measure_times(subject, ["merged"], [], [known, *rows], pairs=4)) == []
+    one_thread = [known, replace(known, images=16)]
     assert list(bench.measure_times(subject, ["merged"], [], one_thread, pairs=4, threads=[1])) == []
 
 
