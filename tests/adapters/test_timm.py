@@ -147,7 +147,8 @@ def test_identity_lam_lets_the_host_train_as_before(host: Host) -> None:
         grads.append({name: p.grad for name, p in host_parameters if p.grad is not None})
     assert grads[0].keys() == grads[1].keys()
     for name, grad in grads[0].items():
-        assert_close(grads[1][name], grad, rtol=1e-4, atol=1e-5, msg=name)
+        largest = max(1.0, grad.abs().max().item())
+        assert_close(grads[1][name], grad, rtol=1e-4, atol=1e-5 * largest, msg=name)
 
 
 @pytest.mark.parametrize(("host", "layers"), layer_params([host for host in HOSTS.values() if host.checkpointing]))
