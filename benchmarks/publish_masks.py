@@ -22,7 +22,7 @@ from lamzoo import records
 from lamzoo.data import create_dataset
 from lamzoo.evaluation.classification.evaluate import evaluate
 from lamzoo.registry.cards import data_dir
-from lamzoo.training import Recipe, parse_recipe
+from lamzoo.training import parse_recipe
 from lamzoo.weights.mask_folder import ADAPTERS, CONFIG_NAME, MASKS_NAME, read_mask_folder
 
 _CARD = """\
@@ -90,7 +90,9 @@ def main() -> None:
     for file in (CONFIG_NAME, MASKS_NAME):
         shutil.copyfile(args.run / "lam" / file, folder / file)
     record, text, data = read_mask_folder(folder), texts["masks"][args.name], texts["data"][args.data]
-    model = _base(recipe, len(record.label_names or ()))
+    model: Any = lamzoo.create_model(
+        recipe.model.name, num_classes=len(record.label_names or ()), **recipe.model.kwargs
+    )
     lamzoo.load_lam(model, folder)
     result = evaluate(model, create_dataset(recipe.data.source, split="test"), device="cpu")
     seconds = float(rows[-1][1][columns.index("train_seconds")])
@@ -130,11 +132,6 @@ def main() -> None:
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
     print(f"{folder}: top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} %")
-
-
-def _base(recipe: Recipe, classes: int) -> Any:
-    """Returns the model that a run started from, with the weights of its checkpoint."""
-    return lamzoo.create_model(recipe.model.name, num_classes=classes, **dict(recipe.model.kwargs))
 
 
 if __name__ == "__main__":

@@ -199,7 +199,7 @@ def choose(
             (query.device.type, op) == (rule.device, rule.op)
             and rank <= rule.max_rank
             and _at_least(scores, rule.min_scores)
-            and (compute_dtype(query).itemsize == 2 or not rule.is_half)
+            and (not rule.is_half or compute_dtype(query).itemsize == 2)
             and (entry.is_exportable or not _is_exporting())
             and not entry.refusal(query, key, value, mask, op=op, bias=bias, dropout_p=dropout_p)
         ):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -326,15 +326,14 @@ class _Problem:
         num_keys, value_dim = key.shape[2], value.shape[3]
         blocks = [_block(dim), _block(value_dim), _block(self.rank)]
         tile = tile or tiles(name, max(blocks[:2]), blocks[2], query.element_size())
-        by_keys = name == "keys"
-        rows, block = (num_keys, tile.keys) if by_keys else (num_queries, tile.queries)
+        rows, block = (num_keys, tile.keys) if name == "keys" else (num_queries, tile.queries)
         # Key padding, the same for all queries, is read as a row.
         kind = "all"
         strides: tuple[int, ...] = (0, 0, 0, 0)
         if self.allowed is not None:
             strides = self.allowed.stride()
             kind = "full" if strides[2] else "keys"
-        with _on_device(query):
+        with torch.cuda.device(query.device) if query.is_cuda else nullcontext():
             kernel[(batch * heads * -(-rows // block),)](
                 *self.inputs, self.allowed, *others,
                 *_strides(*self.inputs), *strides, *_strides(*others),
@@ -346,10 +345,6 @@ class _Problem:
                 num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
                 enable_fp_fusion=True,  # Triton's default is to change
             )  # fmt: skip
-
-
-def _on_device(x: Tensor) -> AbstractContextManager[None]:
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def _block(width: int) -> int:
