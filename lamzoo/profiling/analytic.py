@@ -190,7 +190,12 @@ def _clip4clip(model: Any) -> tuple[int, list[Stack]]:
     head = replace(_clip_stack(model.head.transformer, tokens, width), masked=has_masks(model.head))
     words, patches = model.words * model.context_length, frames * model.patch_grid**2
     ends += words * text.width * width + patches * image.width * width
-    return ends + (width**2 + width if tight else width), [image, text, head]
+    if not tight:
+        return ends + width, [image, text, head]
+    ends += width**2 + width
+    if head.masked and model.lam_config.layers == "single":
+        return ends, [image, text, head]
+    return ends, [image, text, replace(head, depth=head.depth - 1), replace(head, depth=1, tokens=1, keys=tokens)]
 
 
 def _moments(model: Any) -> tuple[int, list[Stack]]:

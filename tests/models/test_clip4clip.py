@@ -8,6 +8,7 @@ from typing import Any
 import open_clip
 import pytest
 import torch
+from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -230,6 +231,38 @@ def test_masks_that_know_modalities_add_a_number_for_each_pair_as_the_control_do
     torch.testing.assert_close(control.train()(frames, text, mask).detach(), biased)
     exempt = masked.no_weight_decay() | control.no_weight_decay()
     assert all(name in exempt for name, _ in masked.named_parameters() if name.endswith("modality.bias"))
+
+
+@pytest.mark.parametrize(
+    ("lam", "kwargs"),
+    [
+        (None, {}),
+        (None, {"modality_bias": True}),
+        (LamConfig(modalities=2), {}),
+        (LamConfig(op="mul", sign="positive"), {}),
+        (LamConfig(keys="position", op="mul", heads="shared"), {}),
+        (LamConfig(layers="single"), {}),
+    ],
+    ids=["plain", "bias", "modalities", "positive", "paper", "single"],
+)
+def test_the_last_block_of_a_tight_head_computes_what_the_head_reads(lam: Any, kwargs: dict[str, Any]) -> None:
+    model = build("tight", lam, words=True, patch_grid=2, **kwargs)
+    model = model if lam is None else trained(model)
+    frames, text, mask = inputs()
+    last = model.head.transformer.resblocks[-1]
+    lengths: list[int] = []
+    last.register_forward_hook(lambda block, args, output: lengths.append(output.shape[1]))
+    found = model(frames, text, mask)
+    found.sum().backward()
+    gradients = {name: weight.grad for name, weight in model.head.named_parameters()}
+    model.zero_grad()
+    last.__class__ = ResidualAttentionBlock
+    expected = model(frames, text, mask)
+    expected.sum().backward()
+    assert lengths == [model.head.length if lam and lam.layers == "single" else 1, model.head.length]
+    torch.testing.assert_close(found, expected)
+    for name, weight in model.head.named_parameters():
+        torch.testing.assert_close(gradients[name], weight.grad, msg=name)
 
 
 def test_masks_that_know_modalities_are_saved_and_loaded(tmp_path: Path) -> None:

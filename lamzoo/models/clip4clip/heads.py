@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from open_clip.transformer import Transformer
+from open_clip.transformer import ResidualAttentionBlock, Transformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -107,6 +107,8 @@ class TightHead(nn.Module):
         self.embedding = nn.Parameter(torch.empty(self.length, width))
         self.embedding_type = nn.Parameter(torch.empty(2, width))  # of the text, of frames
         self.transformer = _transformer(width, layers, mlp_ratio, activation)
+        last = FirstTokenBlock(width, self.transformer.resblocks[0].attn.num_heads, mlp_ratio, act_layer=activation)
+        self.transformer.resblocks[-1] = last
         if modality_bias:
             for block in self.transformer.resblocks:
                 block.modality = ModalityBias(block.attn.num_heads, self.modality_lengths)
@@ -171,6 +173,34 @@ class TightHead(nn.Module):
         with full_precision(pooled.device):
             scores = F.linear(pooled.float(), self.score.weight.float(), self.score.bias.float())
         return scores[:, 0]
+
+
+class FirstTokenBlock(ResidualAttentionBlock):
+    """open_clip's block, of whose output the first token is needed alone.
+
+    It computes the others only for what reads them: a mask that all layers share, and a recorder of masks.
+    """
+
+    def forward(
+        self, q_x: Tensor, k_x: Tensor | None = None, v_x: Tensor | None = None, attn_mask: Tensor | None = None
+    ) -> Tensor:
+        """Self-attention and MLP of ``q_x (B, N, C)``.
+
+        Args:
+            q_x: the tokens.
+            k_x: not read, as in a block without cross-attention; nor is ``v_x``.
+            v_x: likewise.
+            attn_mask: ``(B * heads, N, N)`` or ``(N, N)``, float, added to the scores.
+
+        Returns:
+            The first token ``(B, 1, C)``, or all of them.
+        """
+        lam = getattr(self.attn, "lam", None)
+        if attn_mask is None or (lam is not None and (lam.network is None or lam.recorder is not None)):
+            return super().forward(q_x, attn_mask=attn_mask)
+        tokens = self.ln_1(q_x)
+        first = q_x[:, :1] + self.ls_1(self.attention(tokens[:, :1], tokens, tokens, attn_mask[..., :1, :]))
+        return first + self.ls_2(self.mlp(self.ln_2(first)))
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:
