@@ -131,8 +131,8 @@ def download(repo: str, filename: str, *, revision: str | None = None, cache_dir
 def push_to_hub(folder: str | Path, repo: str, *, private: bool = False, message: str = "Upload from lamzoo") -> str:
     """Uploads a folder that ``save_pretrained`` or ``save_lam`` wrote to the Hugging Face Hub, as one commit.
 
-    Configurations, safetensors files and a ``README.md`` are uploaded; other files of the folder are not. Needs a
-    login with the right to write (``hf auth login``, or ``HF_TOKEN``). ``HF_ENDPOINT`` has its usual meaning.
+    Configurations, safetensors files, a tokenizer and a ``README.md`` are uploaded; other files of the folder are not.
+    Needs a login with the right to write (``hf auth login``, or ``HF_TOKEN``). ``HF_ENDPOINT`` has its usual meaning.
 
     Args:
         folder: the folder.
@@ -189,7 +189,7 @@ def push_to_hub(folder: str | Path, repo: str, *, private: bool = False, message
     return str(url)
 
 
-_UPLOADED = ("*config.json", "*.safetensors", "*.safetensors.index.json", "README.md")
+_UPLOADED = ("*config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json", "README.md")
 
 
 def is_intact(path: Path) -> bool | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from lamzoo import hub
 from lamzoo.errors import ConfigError, DataError, HubUnreachableError, WeightsNotFoundError
+
+_logger = logging.getLogger(__name__)
 
 _BYTES = 512  # each byte, inside a word and at its end
 _SPECIAL = ("<start_of_text>", "<end_of_text>")
@@ -225,6 +228,26 @@ def find_local(source: str) -> Path | None:
             f"with a {_FILE}."
         ) from None
     return None
+
+
+def tokenizer_to_save(argument: str, source: str | None) -> tuple[str, Path] | None:
+    """Returns the tokenizer that is saved with a model: that of a local folder.
+
+    A file that is gone is no error, as no text is encoded when a model is saved: the log warns.
+
+    Args:
+        argument: of the model, which names the source; a dot before a key in it.
+        source: as of :class:`Gpt2Tokenizer`; None without such a tokenizer.
+
+    Returns:
+        The argument and the file; None for other sources.
+    """
+    try:
+        file = None if source is None else find_local(source)
+    except WeightsNotFoundError as error:
+        _logger.warning("The model is saved without its tokenizer. %s", error)
+        return None
+    return None if file is None else (argument, file)
 
 
 def _opened(source: str) -> tuple[Path, Any]:

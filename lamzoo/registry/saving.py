@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ from lamzoo.registry.refs import HF_PREFIX, SAVED_WEIGHTS, TIMM_PREFIX
 from lamzoo.tasks.classification import CLASSIFICATION
 from lamzoo.version import __version__
 from lamzoo.weights.files import stage_state_dict
-from lamzoo.weights.saved import ARCHITECTURE_PREFIX, NOT_SAVED
+from lamzoo.weights.saved import ARCHITECTURE_PREFIX, NOT_SAVED, TOKENIZER_NAME
 from lamzoo.weights.sources import INDEX_SUFFIX, WEIGHTS_NAME, read_index
 
 __all__ = ["save_pretrained"]
@@ -46,8 +47,9 @@ def save_pretrained(
     itself reads a plain model of a timm architecture, without its token merging, and refuses one with masks unless
     ``lamzoo.timm`` has been imported. The configuration has more keys: ``lam_config``, ``token_reduction``
     (``prune_config`` for pruning, which lamzoo 0.1 reads), ``fused`` (a fused model is saved with its unfused weights,
-    and fused when it is created) and ``lamzoo`` (registry name, version, sha256 of the weights). Files of an earlier
-    save are replaced only when the new ones are complete.
+    and fused when it is created) and ``lamzoo`` (registry name, version, sha256 of the weights). A tokenizer that the
+    model reads from a folder is copied, as ``tokenizer.json``. Files of an earlier save are replaced only when the new
+    ones are complete.
 
     Args:
         model: a model of :func:`lamzoo.create_model` or of timm, with or without masks; wrappers of ``torch.compile``
@@ -70,6 +72,7 @@ def save_pretrained(
     if label_names is not None:
         check_label_names(label_names, getattr(model, "num_classes", 0))
     config = _config(model, spec, label_names)
+    tokenizer: tuple[str, Path] | None = getattr(model, "saved_tokenizer", None)
     state = full_state_dict(model)
     if is_sharded(model) and torch.distributed.get_rank() > 0:
         return folder
@@ -81,6 +84,9 @@ def save_pretrained(
             "version": __version__,
             "sha256": {weights.path.name: weights.sha256},
         }
+        if tokenizer is not None:
+            config["lamzoo"]["tokenizer"], file = tokenizer
+            shutil.copyfile(file, stage(folder / TOKENIZER_NAME))
         stage(folder / "config.json").write_text(to_json(config, indent=2) + "\n", encoding="utf-8")
     _remove_stale(folder, weights.path)
     return folder

@@ -28,6 +28,7 @@ transformers = pytest.importorskip("transformers", reason="the extra gpt2")
 from lamzoo.models.describer.gpt2 import Gpt2Decoder, Gpt2Settings, from_gpt2  # noqa: E402
 from lamzoo.models.tokenizers import Gpt2Tokenizer  # noqa: E402
 from tests.byte_pairs import write_byte_pairs  # noqa: E402
+from tests.weights.hub_server import COMMIT, HubServer  # noqa: E402
 
 TINY = {"vocab_size": 300, "positions": 64, "width": 24, "layers": 2, "heads": 3}
 READS = pytest.mark.parametrize("reads", ["cross", "prefix"])
@@ -288,15 +289,42 @@ def test_saved_models_come_back(pairs: str, tmp_path: Path, reads: str) -> None:
     assert loaded.describe(streams()) == saved.describe(streams())
 
 
-def test_a_saved_model_takes_its_vocabulary_from_another_folder(pairs: str, tmp_path: Path) -> None:
+def test_a_saved_model_has_its_tokenizer_or_takes_another(
+    pairs: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     gone = shutil.copytree(pairs, tmp_path / "gone")
-    lamzoo.save_pretrained(model("prefix", tokenizer_name=str(gone)), tmp_path / "m")
+    found = model("prefix", tokenizer_name=str(gone))
+    lamzoo.save_pretrained(found, tmp_path / "m")
     shutil.rmtree(gone)
-    with pytest.raises(WeightsNotFoundError, match="gone' is neither a local folder"):
-        lamzoo.create_model(f"local-dir:{tmp_path / 'm'}", pretrained=True)
-    loaded: Any = lamzoo.create_model(f"local-dir:{tmp_path / 'm'}", pretrained=True, tokenizer_name=pairs)
+    (tmp_path / "m").rename(tmp_path / "moved")
+    saved = f"local-dir:{tmp_path / 'moved'}"
+    loaded: Any = lamzoo.create_model(saved, pretrained=True)
     assert loaded.decoder.settings.reads == "prefix"
     assert loaded.tokenizer.decode(loaded.tokenizer("she waits!")[0].tolist()) == "she waits!"
+    lamzoo.save_pretrained(loaded, tmp_path / "moved")  # onto itself
+    assert (tmp_path / "moved" / "tokenizer.json").read_bytes() == (Path(pairs) / "tokenizer.json").read_bytes()
+    (tmp_path / "moved" / "tokenizer.json").unlink()
+    with pytest.raises(WeightsNotFoundError, match=r"moved has no tokenizer\.json"):
+        lamzoo.create_model(saved, pretrained=True)
+    other: Any = lamzoo.create_model(saved, pretrained=True, tokenizer_name=pairs)
+    assert other.tokenizer.decode(other.tokenizer("she waits!")[0].tolist()) == "she waits!"
+    lamzoo.save_pretrained(found, tmp_path / "without")
+    assert "saved without its tokenizer" in caplog.text
+    assert not (tmp_path / "without" / "tokenizer.json").exists()
+
+
+def test_the_hub_gives_the_tokenizer_with_the_model(
+    pairs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = lamzoo.save_pretrained(model(tokenizer_name=pairs), tmp_path / "m")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    with HubServer() as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        lamzoo.push_to_hub(folder, "zoo/teller")
+        loaded: Any = lamzoo.create_model("hf-hub:zoo/teller", pretrained=True)
+        assert loaded.tokenizer.decode(loaded.tokenizer("she waits!")[0].tolist()) == "she waits!"
+    assert f"/resolve/{COMMIT}/tokenizer.json" in str(server.seen)
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./gpt2", "gone", "~/gpt2", "a/b/c"])

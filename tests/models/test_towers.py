@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 
 import lamzoo
-from lamzoo.errors import ConfigError, StateDictError
+from lamzoo.errors import ConfigError, StateDictError, WeightsError
 from lamzoo.evaluation.retrieval.evaluate import frames_config, join_videos
 from lamzoo.profiling import analytic_macs
 from lamzoo.registry import catalog
@@ -98,13 +99,23 @@ def test_a_saved_model_needs_the_files_of_its_towers_no_more(tmp_path: Path) -> 
         {"hf_model_name": str(folder), "hf_config": None}, patch_grid=2, words=True,
     )  # fmt: skip
     lamzoo.save_pretrained(model, tmp_path / "saved")
-    for file in ("vit.safetensors", "bert/model.safetensors", "bert/config.json"):
-        (tmp_path / file).unlink()
+    (tmp_path / "vit.safetensors").unlink()
+    shutil.rmtree(folder)
     again: Any = lamzoo.create_model(f"local-dir:{tmp_path / 'saved'}", pretrained=True).eval()
     frames, text, mask = inputs(model)
     assert torch.equal(again(frames, text, mask), model(frames, text, mask))
     assert frames_config(again) == frames_config(model)
-    assert torch.equal(again.tokenizer(["a dog"]), model.tokenizer(["a dog"]))
+    assert again.tokenizer(["two red birds"])[0].tolist() == [1, 7, 8, 9, 2] + 7 * [0]
+
+
+@pytest.mark.parametrize("name", ["clip.text_cfg.hf_tokenizer", "clip.embed_dim.name", "tokenizer_name", ""])
+def test_a_tokenizer_takes_the_place_of_a_known_argument(tmp_path: Path, name: str) -> None:
+    lamzoo.save_pretrained(create(), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["lamzoo"]["tokenizer"] = name
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(WeightsError, match=f"its key lamzoo.tokenizer is '{name}', which is not one of its model_args"):
+        lamzoo.create_model(f"local-dir:{tmp_path}")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, get_args
 
 import torch
@@ -39,7 +40,7 @@ from lamzoo.models.clip4clip.tower_states import (
     vision_width,
 )
 from lamzoo.models.clip4clip.towers import Towers
-from lamzoo.models.tokenizers import HfTokenizer, SmallTokenizer
+from lamzoo.models.tokenizers import HfTokenizer, SmallTokenizer, tokenizer_to_save
 
 Similarity = Literal["mean", "seq", "tight"]
 Tower = Literal["vision", "text"]
@@ -157,6 +158,11 @@ class Clip4Clip(nn.Module):
             check_vision(self.clip.visual, self.patch_grid)
             sizes["patches"] = (self.patch_grid**2, vision_width(self.clip.visual))
         return sizes
+
+    @property
+    def saved_tokenizer(self) -> tuple[str, Path] | None:
+        """The tokenizer that is saved with the model: the argument that names it, and its file."""
+        return tokenizer_to_save("clip.text_cfg.hf_tokenizer_name", self._tokenizer_source)
 
     @cached_property
     def tokenizer(self) -> Any:

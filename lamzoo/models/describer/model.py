@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -24,7 +25,7 @@ from open_clip.tokenizer import SimpleTokenizer
 from lamzoo.models.describer.decoder import CaptionDecoder, from_coca
 from lamzoo.models.describer.encoder import Joint, JointEncoder, StreamBatch
 from lamzoo.models.describer.generation import GenerationConfig, Text, generate
-from lamzoo.models.tokenizers import Gpt2Tokenizer, SmallTokenizer, WordTokenizer, find_local
+from lamzoo.models.tokenizers import Gpt2Tokenizer, SmallTokenizer, WordTokenizer, find_local, tokenizer_to_save
 
 _RATE = 25.0  # default features per second
 
@@ -148,6 +149,11 @@ class Describer(nn.Module):
             fits = self.decoder.width == width
             self.context_projection = nn.Identity() if fits else nn.Linear(self.decoder.width, width)
             self.context_positions = nn.Parameter(torch.randn(context_tokens, width) * 0.02)
+
+    @property
+    def saved_tokenizer(self) -> tuple[str, Path] | None:
+        """The tokenizer that is saved with the model: the argument that names it, and its file."""
+        return tokenizer_to_save("tokenizer_name", self._gpt2_tokenizer)
 
     @cached_property
     def tokenizer(self) -> Any:
