@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,27 @@ def test_a_run_is_scored_whole_and_damaged_from_stored_states(tmp_path: Path) ->
     assert not np.array_equal(found["none"][1][0], found["words"][1][0])
     again = towers.score(model, recipe)  # from the files
     assert all(np.array_equal(one, two) for one, two in zip(again["patches"][1], found["patches"][1], strict=True))
+
+
+def test_the_first_piece_of_work_runs_alone_and_failures_are_named_at_the_end() -> None:
+    running, most, done = set(), [], []
+    both = threading.Barrier(2, timeout=60)
+
+    def work(piece: int) -> None:
+        running.add(piece)
+        most.append((piece, len(running)))
+        if piece:
+            both.wait()
+        running.discard(piece)
+        if piece == 1:
+            raise lamzoo.LamzooError("no such file")
+        done.append(piece)
+
+    with pytest.raises(SystemExit, match="^1: no such file$"):
+        towers._first_alone(work, [0, 1, 2, 3, 4], jobs=2)
+    assert most[0] == (0, 1)
+    assert sorted(done) == [0, 2, 3, 4]
+    towers._first_alone(work, [], jobs=2)
 
 
 def test_the_table_states_intervals(tmp_path: Path) -> None:
