@@ -37,7 +37,7 @@ from torch.utils.data import DataLoader
 
 import lamzoo
 from benchmarks.ablation import run as ablation
-from benchmarks.rows import read_rows, write_rows
+from benchmarks.rows import measured_on, read_rows, write_rows
 from lamzoo.data.arrays import read_npz
 from lamzoo.data.retrieval import CaptionedVideos, create_retrieval_dataset
 from lamzoo.data.retrieval.clips import Clips, each_frame
@@ -300,7 +300,7 @@ def table(rows: Sequence[Row], hits: Callable[[str, int, str], NDArray[Any]]) ->
             cells += [mean(name, damage, "t2v_R1", "v2t_R1"), against(name, "plain", damage)]
         cells += [mean(name, "none", "first_t2v_R1", "first_v2t_R1"), str(len({row.seed for row in own}))]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + measured_on(f"{row.device}, torch {row.torch}" for row in rows)
 
 
 def stored_hits(row: str, seed: int, damage: str, path: Path = HITS) -> NDArray[Any]:

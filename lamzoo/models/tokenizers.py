@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lamzoo import hub
 from lamzoo.errors import ConfigError, DataError, HubUnreachableError, WeightsNotFoundError
+from lamzoo.reading import read_text
 
 _logger = logging.getLogger(__name__)
 
@@ -230,24 +231,30 @@ def find_local(source: str) -> Path | None:
     return None
 
 
-def tokenizer_to_save(argument: str, source: str | None) -> tuple[str, Path] | None:
-    """Returns the tokenizer that is saved with a model: that of a local folder.
+def absolute_source(source: str) -> str:
+    """Returns a tokenizer's folder as an absolute path, a hub repository as it is; raises as :func:`find_local`."""
+    file = find_local(source)
+    return source if file is None else str(file.parent.absolute())
 
-    A file that is gone is no error, as no text is encoded when a model is saved: the log warns.
+
+def read_to_save(argument: str, source: str | None) -> tuple[str, str] | None:
+    """Reads the tokenizer file of a local folder, to be saved with a model.
+
+    A missing or unreadable file is logged, as no text is encoded when a model is saved.
 
     Args:
-        argument: of the model, which names the source; a dot before a key in it.
+        argument: argument of the model that names the source, with dots before keys of tables.
         source: as of :class:`Gpt2Tokenizer`; None without such a tokenizer.
 
     Returns:
-        The argument and the file; None for other sources.
+        The argument and the contents of the file; None for a hub repository.
     """
     try:
         file = None if source is None else find_local(source)
-    except WeightsNotFoundError as error:
-        _logger.warning("The model is saved without its tokenizer. %s", error)
+        return None if file is None else (argument, read_text(file))
+    except (WeightsNotFoundError, OSError, ValueError) as error:
+        _logger.warning("The model is saved without its tokenizer: %s", error)
         return None
-    return None if file is None else (argument, file)
 
 
 def _opened(source: str) -> tuple[Path, Any]:

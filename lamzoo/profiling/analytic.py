@@ -193,9 +193,11 @@ def _clip4clip(model: Any) -> tuple[int, list[Stack]]:
     if not tight:
         return ends + width, [image, text, head]
     ends += width**2 + width
-    if head.masked and model.lam_config.layers == "single":
+    last = model.head.transformer.resblocks[-1]
+    if class_name(last) != "lamzoo.models.clip4clip.heads.FirstTokenBlock" or last.shares_mask:
         return ends, [image, text, head]
-    return ends, [image, text, replace(head, depth=head.depth - 1), replace(head, depth=1, tokens=1, keys=tokens)]
+    earlier = [replace(head, depth=head.depth - 1)] if head.depth > 1 else []
+    return ends, [image, text, *earlier, replace(head, depth=1, tokens=1, keys=tokens)]
 
 
 def _moments(model: Any) -> tuple[int, list[Stack]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +27,7 @@ from lamzoo.registry.refs import HF_PREFIX, SAVED_WEIGHTS, TIMM_PREFIX
 from lamzoo.tasks.classification import CLASSIFICATION
 from lamzoo.version import __version__
 from lamzoo.weights.files import stage_state_dict
-from lamzoo.weights.saved import ARCHITECTURE_PREFIX, NOT_SAVED, TOKENIZER_NAME
+from lamzoo.weights.saved import ARCHITECTURE_PREFIX, HERE, NOT_SAVED, TOKENIZER_NAME, set_argument
 from lamzoo.weights.sources import INDEX_SUFFIX, WEIGHTS_NAME, read_index
 
 __all__ = ["save_pretrained"]
@@ -72,11 +71,15 @@ def save_pretrained(
     if label_names is not None:
         check_label_names(label_names, getattr(model, "num_classes", 0))
     config = _config(model, spec, label_names)
-    tokenizer: tuple[str, Path] | None = getattr(model, "saved_tokenizer", None)
     state = full_state_dict(model)
     if is_sharded(model) and torch.distributed.get_rank() > 0:
         return folder
+    tokenizer: tuple[str, str] | None = model.tokenizer_to_save() if hasattr(model, "tokenizer_to_save") else None
     with atomic_files() as stage:
+        if tokenizer is not None:
+            argument, contents = tokenizer
+            set_argument(config.setdefault("model_args", {}), argument, HERE)
+            stage(folder / TOKENIZER_NAME).write_text(contents, encoding="utf-8")
         # The last files to appear are those that name and hash the others.
         weights = stage_state_dict(stage, state, folder / WEIGHTS_NAME, max_shard_bytes)
         config["lamzoo"] = {
@@ -84,9 +87,6 @@ def save_pretrained(
             "version": __version__,
             "sha256": {weights.path.name: weights.sha256},
         }
-        if tokenizer is not None:
-            config["lamzoo"]["tokenizer"], file = tokenizer
-            shutil.copyfile(file, stage(folder / TOKENIZER_NAME))
         stage(folder / "config.json").write_text(to_json(config, indent=2) + "\n", encoding="utf-8")
     _remove_stale(folder, weights.path)
     return folder

@@ -31,6 +31,9 @@ _logger = logging.getLogger(__name__)
 #: error that names this module, unless the module has been imported.
 ARCHITECTURE_PREFIX = "lamzoo.timm."
 TOKENIZER_NAME = "tokenizer.json"
+#: Value of an argument that names the folder itself.
+HERE = "."
+_TOKENIZERS = ("tokenizer_name", "clip.text_cfg.hf_tokenizer_name")
 _EARLIER_PREFIX = f"lamzoo/{TIMM_PREFIX}"  # of 0.1.0, for timm models with masks
 
 _NAME = re.compile(rf"({TIMM_PREFIX}|open_clip/)?[\w.-]+|{HF_PREFIX}([\w.-]+/)?[\w.-]+(@[\w./-]+)?")
@@ -116,7 +119,11 @@ def read_saved(
                 raise error from None
             raise MasksOnlyError(ref.text) from error
     path = folder / "config.json"
-    saved, promised = _read_config(path, str(folder) if ref.path is not None else f"{ref.repo}@{folder.name}")
+    saved, promised = _read_config(path)
+    if argument := _tokenizer_argument(saved.args):
+        if ref.path is None:
+            hub.download(ref.repo, TOKENIZER_NAME, revision=folder.name, cache_dir=cache_dir)  # to the same folder
+        set_argument(saved.args, argument, str(folder.absolute()))
     weights = None
     filename, sha256 = next(iter(promised.items()), (None, None))
     if with_weights and ref.path is not None:
@@ -142,18 +149,10 @@ def read_saved(
 
 @dataclass(frozen=True)
 class _Own:
-    """The keys of a ``config.json`` under ``lamzoo``.
-
-    Attributes:
-        name: registry name.
-        sha256: of the weights, by file name.
-        tokenizer: argument, such as ``"clip.text_cfg.hf_tokenizer_name"``, that is to name this folder or repository,
-            which has the tokenizer; None without one.
-    """
+    """The keys of a ``config.json`` under ``lamzoo``."""
 
     name: str | None = None
     sha256: Mapping[str, str] = field(default_factory=dict)
-    tokenizer: str | None = None
 
 
 @dataclass(frozen=True)
@@ -178,12 +177,8 @@ class _Arguments:
     num_classes: int | None = None
 
 
-def _read_config(path: Path, source: str) -> tuple[SavedModel, Mapping[str, str]]:
+def _read_config(path: Path) -> tuple[SavedModel, Mapping[str, str]]:
     """Reads a ``config.json``; returns the model, without weights, and the sha256 by file name.
-
-    Args:
-        path: the file.
-        source: folder or repository that it is from.
 
     Raises:
         WeightsError: a value has another type, or is out of range; names file, key and value.
@@ -213,8 +208,6 @@ def _read_config(path: Path, source: str) -> tuple[SavedModel, Mapping[str, str]
             if model is not None and not _NAME.fullmatch(model):
                 raise ConfigError(f"its key {key} is {reprlib.repr(model)}, which is not the name of an architecture")
         _check_arguments(config.model_args)
-        if config.lamzoo.tokenizer is not None:
-            _set_argument(config.model_args, config.lamzoo.tokenizer, source)
         saved = SavedModel(
             name=config.lamzoo.name or TIMM_PREFIX + arch,
             path=path,
@@ -274,13 +267,22 @@ def _check_arguments(args: Mapping[str, Any]) -> None:
             raise ConfigError(f"its key model_args.{key} is {reprlib.repr(value)}; {problem}")
 
 
-def _set_argument(args: Any, name: str, value: str) -> None:
-    """Sets an argument by its name, or ``table.key`` in a table of arguments, which must have it."""
+def _tokenizer_argument(args: Mapping[str, Any]) -> str | None:
+    """Returns the argument that names the saved folder's own tokenizer, with dots before keys of tables; or None."""
+    for name in _TOKENIZERS:
+        value: Any = args
+        for key in name.split("."):
+            value = value.get(key) if isinstance(value, Mapping) else None
+        if value == HERE:
+            return name
+    return None
+
+
+def set_argument(args: dict[str, Any], name: str, value: str) -> None:
+    """Sets an argument of a model, whose name has dots before keys of tables, in place."""
     *tables, key = name.split(".")
     for table in tables:
-        args = args.get(table) if isinstance(args, dict) else None
-    if not isinstance(args, dict) or key not in args:
-        raise ConfigError(f"its key lamzoo.tokenizer is {reprlib.repr(name)}, which is not one of its model_args")
+        args = args[table]
     args[key] = value
 
 

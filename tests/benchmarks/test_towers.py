@@ -115,22 +115,19 @@ def test_a_run_is_scored_whole_and_damaged_from_stored_states(tmp_path: Path) ->
 
 
 def test_the_first_piece_of_work_runs_alone_and_failures_are_named_at_the_end() -> None:
-    running, most, done = set(), [], []
+    done: list[int] = []
     both = threading.Barrier(2, timeout=60)
 
     def work(piece: int) -> None:
-        running.add(piece)
-        most.append((piece, len(running)))
         if piece:
+            assert done[0] == 0
             both.wait()
-        running.discard(piece)
         if piece == 1:
             raise lamzoo.LamzooError("no such file")
         done.append(piece)
 
     with pytest.raises(SystemExit, match="^1: no such file$"):
         towers._first_alone(work, [0, 1, 2, 3, 4], jobs=2)
-    assert most[0] == (0, 1)
     assert sorted(done) == [0, 2, 3, 4]
     towers._first_alone(work, [], jobs=2)
 
@@ -144,7 +141,8 @@ def test_the_table_states_intervals(tmp_path: Path) -> None:
         for damage in towers.DAMAGES
     ]
     page = towers.table(rows, lambda row, seed, damage: np.arange(10) < (5 if row == "plain" else 7))
-    plain, multi = page.splitlines()[2:]
+    plain, multi = page.splitlines()[2:4]
+    assert page.endswith("Measured on: cpu, torch 2.\n")
     assert plain.startswith("| plain joint transformer | 1,000,000 | 1.00 |  |  |")
     assert multi.startswith("| a mask in each layer | 1,000,000 | 1.00 | +20.00 (")
     best = [towers.RateRow("multi", lr, 0, score, score, 1) for lr, score in ((1e-3, 2.0), (3e-3, 4.0), (3e-4, 3.0))]

@@ -290,7 +290,7 @@ def test_saved_models_come_back(pairs: str, tmp_path: Path, reads: str) -> None:
 
 
 def test_a_saved_model_has_its_tokenizer_or_takes_another(
-    pairs: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    pairs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     gone = shutil.copytree(pairs, tmp_path / "gone")
     found = model("prefix", tokenizer_name=str(gone))
@@ -298,7 +298,9 @@ def test_a_saved_model_has_its_tokenizer_or_takes_another(
     shutil.rmtree(gone)
     (tmp_path / "m").rename(tmp_path / "moved")
     saved = f"local-dir:{tmp_path / 'moved'}"
-    loaded: Any = lamzoo.create_model(saved, pretrained=True)
+    monkeypatch.chdir(tmp_path)
+    loaded: Any = lamzoo.create_model("local-dir:moved", pretrained=True)
+    monkeypatch.chdir(tmp_path.parent)
     assert loaded.decoder.settings.reads == "prefix"
     assert loaded.tokenizer.decode(loaded.tokenizer("she waits!")[0].tolist()) == "she waits!"
     lamzoo.save_pretrained(loaded, tmp_path / "moved")  # onto itself
@@ -318,13 +320,25 @@ def test_the_hub_gives_the_tokenizer_with_the_model(
 ) -> None:
     folder = lamzoo.save_pretrained(model(tokenizer_name=pairs), tmp_path / "m")
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     with HubServer() as server:
         monkeypatch.setenv("HF_ENDPOINT", server.url)
         lamzoo.push_to_hub(folder, "zoo/teller")
-        loaded: Any = lamzoo.create_model("hf-hub:zoo/teller", pretrained=True)
-        assert loaded.tokenizer.decode(loaded.tokenizer("she waits!")[0].tolist()) == "she waits!"
+        loaded: Any = lamzoo.create_model("hf-hub:zoo/teller", pretrained=True, cache_dir=tmp_path / "cache")
     assert f"/resolve/{COMMIT}/tokenizer.json" in str(server.seen)
+    assert loaded.tokenizer.decode(loaded.tokenizer("she waits!")[0].tolist()) == "she waits!"  # without the hub
+    lamzoo.save_pretrained(loaded, tmp_path / "again")
+    assert (tmp_path / "again" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+
+
+def test_a_folder_named_like_a_repository_is_saved_too(
+    pairs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(pairs, tmp_path / "openai-community" / "gpt2")
+    monkeypatch.chdir(tmp_path)
+    lamzoo.save_pretrained(model(tokenizer_name="openai-community/gpt2"), "m")
+    shutil.rmtree("openai-community")
+    loaded: Any = lamzoo.create_model("local-dir:m", pretrained=True)
+    assert loaded.tokenizer.decode(loaded.tokenizer("she waits!")[0].tolist()) == "she waits!"
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./gpt2", "gone", "~/gpt2", "a/b/c"])

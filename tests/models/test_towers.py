@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 
 import lamzoo
-from lamzoo.errors import ConfigError, StateDictError, WeightsError
+from lamzoo.errors import ConfigError, StateDictError
 from lamzoo.evaluation.retrieval.evaluate import frames_config, join_videos
 from lamzoo.profiling import analytic_macs
 from lamzoo.registry import catalog
@@ -106,16 +106,7 @@ def test_a_saved_model_needs_the_files_of_its_towers_no_more(tmp_path: Path) -> 
     assert torch.equal(again(frames, text, mask), model(frames, text, mask))
     assert frames_config(again) == frames_config(model)
     assert again.tokenizer(["two red birds"])[0].tolist() == [1, 7, 8, 9, 2] + 7 * [0]
-
-
-@pytest.mark.parametrize("name", ["clip.text_cfg.hf_tokenizer", "clip.embed_dim.name", "tokenizer_name", ""])
-def test_a_tokenizer_takes_the_place_of_a_known_argument(tmp_path: Path, name: str) -> None:
-    lamzoo.save_pretrained(create(), tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["lamzoo"]["tokenizer"] = name
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(WeightsError, match=f"its key lamzoo.tokenizer is '{name}', which is not one of its model_args"):
-        lamzoo.create_model(f"local-dir:{tmp_path}")
+    assert str(folder) not in (tmp_path / "saved" / "config.json").read_text()
 
 
 @pytest.mark.parametrize(
@@ -144,13 +135,16 @@ def test_the_configuration_of_a_saved_model_names_no_other_files(
         lamzoo.create_model(f"local-dir:{tmp_path}")
 
 
-def test_the_cost_of_words_and_patches_is_counted() -> None:
+@pytest.mark.parametrize("lam", [False, {"rank": 2}, {"rank": 2, "layers": "single"}], ids=["plain", "multi", "single"])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_the_cost_of_words_and_patches_is_counted(layers: int, lam: Any) -> None:
     vision = {"image_size": 16, "patch_size": 4, "width": 32, "head_width": 16, "layers": 1}
     text = {"context_length": 10, "vocab_size": 600, "width": 40, "heads": 2, "layers": 1}
     clip = {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text}
     model = lamzoo.create_model(
-        "lam_clip4clip_micro", clip=clip, similarity="tight", patch_grid=2, words=True, max_frames=2, lam=False
-    )
+        "lam_clip4clip_micro", clip=clip, similarity="tight", patch_grid=2, words=True, max_frames=2, lam=lam,
+        lam_in=["head"], head_layers=layers,
+    )  # fmt: skip
     assert analytic_macs(model).gmacs == pytest.approx(lamzoo.profile(model).gmacs, rel=1e-6)
 
 

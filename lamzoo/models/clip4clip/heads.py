@@ -107,8 +107,7 @@ class TightHead(nn.Module):
         self.embedding = nn.Parameter(torch.empty(self.length, width))
         self.embedding_type = nn.Parameter(torch.empty(2, width))  # of the text, of frames
         self.transformer = _transformer(width, layers, mlp_ratio, activation)
-        last = FirstTokenBlock(width, self.transformer.resblocks[0].attn.num_heads, mlp_ratio, act_layer=activation)
-        self.transformer.resblocks[-1] = last
+        self.transformer.resblocks[-1].__class__ = FirstTokenBlock  # a new block would draw other initial weights
         if modality_bias:
             for block in self.transformer.resblocks:
                 block.modality = ModalityBias(block.attn.num_heads, self.modality_lengths)
@@ -176,9 +175,9 @@ class TightHead(nn.Module):
 
 
 class FirstTokenBlock(ResidualAttentionBlock):
-    """open_clip's block, of whose output the first token is needed alone.
+    """open_clip's residual attention block, which computes only the first token.
 
-    It computes the others only for what reads them: a mask that all layers share, and a recorder of masks.
+    The others are computed as well for a mask that all layers share, and for a recorder of masks.
     """
 
     def forward(
@@ -195,12 +194,18 @@ class FirstTokenBlock(ResidualAttentionBlock):
         Returns:
             The first token ``(B, 1, C)``, or all of them.
         """
-        lam = getattr(self.attn, "lam", None)
-        if attn_mask is None or (lam is not None and (lam.network is None or lam.recorder is not None)):
+        records = getattr(getattr(self.attn, "lam", None), "recorder", None) is not None
+        if attn_mask is None or self.shares_mask or records:
             return super().forward(q_x, attn_mask=attn_mask)
         tokens = self.ln_1(q_x)
         first = q_x[:, :1] + self.ls_1(self.attention(tokens[:, :1], tokens, tokens, attn_mask[..., :1, :]))
         return first + self.ls_2(self.mlp(self.ln_2(first)))
+
+    @property
+    def shares_mask(self) -> bool:
+        """Whether the block attends under the mask of an earlier one."""
+        lam = getattr(self.attn, "lam", None)
+        return lam is not None and lam.network is None
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, get_args
 
 import torch
@@ -40,7 +39,7 @@ from lamzoo.models.clip4clip.tower_states import (
     vision_width,
 )
 from lamzoo.models.clip4clip.towers import Towers
-from lamzoo.models.tokenizers import HfTokenizer, SmallTokenizer, tokenizer_to_save
+from lamzoo.models.tokenizers import HfTokenizer, SmallTokenizer, read_to_save
 
 Similarity = Literal["mean", "seq", "tight"]
 Tower = Literal["vision", "text"]
@@ -159,10 +158,9 @@ class Clip4Clip(nn.Module):
             sizes["patches"] = (self.patch_grid**2, vision_width(self.clip.visual))
         return sizes
 
-    @property
-    def saved_tokenizer(self) -> tuple[str, Path] | None:
-        """The tokenizer that is saved with the model: the argument that names it, and its file."""
-        return tokenizer_to_save("clip.text_cfg.hf_tokenizer_name", self._tokenizer_source)
+    def tokenizer_to_save(self) -> tuple[str, str] | None:
+        """Returns the tokenizer that is saved with the model, as :func:`lamzoo.models.tokenizers.read_to_save`."""
+        return read_to_save("clip.text_cfg.hf_tokenizer_name", self._tokenizer_source)
 
     @cached_property
     def tokenizer(self) -> Any:

@@ -198,7 +198,8 @@ def _hf_tower(text: dict[str, Any]) -> tuple[Path | None, str | None]:
     text["hf_config"] = {key: value for key, value in config.items() if key not in _NOT_SIZES}
     text["hf_model_name"], text["hf_model_pretrained"] = config["model_type"], False
     if tokenizer is not None:
-        text["hf_tokenizer_name"] = tokenizer = os.fspath(tokenizer)
+        local = Path(os.path.expanduser(tokenizer))
+        text["hf_tokenizer_name"] = tokenizer = os.fspath(local.absolute() if local.is_dir() else tokenizer)
     return file, tokenizer
 
 

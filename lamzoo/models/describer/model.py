@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -25,7 +24,7 @@ from open_clip.tokenizer import SimpleTokenizer
 from lamzoo.models.describer.decoder import CaptionDecoder, from_coca
 from lamzoo.models.describer.encoder import Joint, JointEncoder, StreamBatch
 from lamzoo.models.describer.generation import GenerationConfig, Text, generate
-from lamzoo.models.tokenizers import Gpt2Tokenizer, SmallTokenizer, WordTokenizer, find_local, tokenizer_to_save
+from lamzoo.models.tokenizers import Gpt2Tokenizer, SmallTokenizer, WordTokenizer, absolute_source, read_to_save
 
 _RATE = 25.0  # default features per second
 
@@ -132,9 +131,9 @@ class Describer(nn.Module):
         self.num_features, self.num_classes = width, 0
         self.lam_config = None
         self._vocabulary = vocabulary
-        self._gpt2_tokenizer = None if gpt2 is None else tokenizer_name or "openai-community/gpt2"
         if tokenizer_name is not None:
-            find_local(tokenizer_name)  # fails early
+            tokenizer_name = absolute_source(tokenizer_name)  # fails early
+        self._gpt2_tokenizer = None if gpt2 is None else tokenizer_name or "openai-community/gpt2"
         self.encoder = JointEncoder(
             features, width, heads, hidden, encoder_layers, dropout, input_dropout, modality_dropout
         )
@@ -150,10 +149,9 @@ class Describer(nn.Module):
             self.context_projection = nn.Identity() if fits else nn.Linear(self.decoder.width, width)
             self.context_positions = nn.Parameter(torch.randn(context_tokens, width) * 0.02)
 
-    @property
-    def saved_tokenizer(self) -> tuple[str, Path] | None:
-        """The tokenizer that is saved with the model: the argument that names it, and its file."""
-        return tokenizer_to_save("tokenizer_name", self._gpt2_tokenizer)
+    def tokenizer_to_save(self) -> tuple[str, str] | None:
+        """Returns the tokenizer that is saved with the model, as :func:`lamzoo.models.tokenizers.read_to_save`."""
+        return read_to_save("tokenizer_name", self._gpt2_tokenizer)
 
     @cached_property
     def tokenizer(self) -> Any:
