@@ -31,11 +31,11 @@ VISION = {"timm_model_name": "test_vit", "image_size": 64, "timm_pool": "token"}
 TEXT = {"hf_model_name": "bert", "hf_config": BERT, "hf_pooler_type": "mean_pooler", "context_length": 12}
 
 
-def create(vision: Any = None, text: Any = None, **kwargs: Any) -> Any:
+def create(vision: Any = None, text: Any = None, name: str = "lam_clip4clip_micro", **kwargs: Any) -> Any:
     torch.manual_seed(0)
     clip = {"embed_dim": 48, "vision_cfg": {**VISION, **(vision or {})}, "text_cfg": {**TEXT, **(text or {})}}
     given = {"max_frames": 2, "head_layers": 1, "similarity": "tight", **kwargs}
-    return lamzoo.create_model("lam_clip4clip_micro", clip=clip, **given).eval()
+    return lamzoo.create_model(name, clip=clip, **given).eval()
 
 
 def folder_of_bert(path: Path, **changes: Any) -> Path:
@@ -70,6 +70,14 @@ def test_towers_of_timm_and_transformers_are_these_models() -> None:
     states = bert(input_ids=text[:1, :4]).last_hidden_state.mean(dim=1)
     torch.testing.assert_close(model.encode_text(text[:1]), model.clip.text.proj(states), rtol=1e-4, atol=1e-5)
     assert model.context_length == 12
+
+
+def test_a_length_of_the_card_that_replaces_that_of_the_tower_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    assert create(name="lam_clip4clip").context_length == 32
+    assert "context_length=32 replaces the 12 of clip.text_cfg" in caplog.text
+    caplog.clear()
+    assert create(name="lam_clip4clip", context_length=12).context_length == create().context_length == 12
+    assert "replaces" not in caplog.text
 
 
 def test_both_towers_begin_as_their_files(tmp_path: Path) -> None:

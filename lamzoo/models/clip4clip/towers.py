@@ -22,6 +22,8 @@ from open_clip.model import CLIP, CustomTextCLIP
 from lamzoo.errors import ConfigError, MissingExtraError
 from lamzoo.reading import parse_json, read_text, reason, to_json
 
+_logger = logging.getLogger(__name__)
+
 _CONFIG, _WEIGHTS, _TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 _NOT_SIZES = ("_name_or_path", "auto_map", "dtype", "torch_dtype")  # fields of a configuration that are not kept
 
@@ -113,6 +115,11 @@ def custom_towers(
     if img_size is not None:
         vision["image_size"] = img_size
     if context_length is not None:
+        if text.get("context_length", context_length) != context_length:
+            _logger.warning(
+                "context_length=%d replaces the %s of clip.text_cfg; it is that of the card unless you give it.",
+                context_length, text["context_length"],
+            )  # fmt: skip
         text["context_length"] = context_length
     if not vision.get("timm_model_name") and not text.get("hf_model_name"):
         return Towers(CLIP(**given, quick_gelu=quick_gelu))
