@@ -90,7 +90,8 @@ def test_negatives_do_not_match_and_the_most_similar_ones_are_the_likeliest() ->
     assert hard_negatives(similarity, everything, random).tolist() == [-1] * 6
 
 
-def test_the_matching_loss_is_the_cross_entropy_of_pairs_and_hard_negatives(table: dict[str, Any]) -> None:
+@pytest.mark.parametrize("mixed", [False, True])
+def test_the_matching_loss_is_the_cross_entropy_of_pairs_and_hard_negatives(table: dict[str, Any], mixed: bool) -> None:
     table["data"]["captions"] = "one"
     recipe = parse_recipe({**table, "matching": {}})
     recipe.model.kwargs["similarity"] = "tight"
@@ -99,9 +100,9 @@ def test_the_matching_loss_is_the_cross_entropy_of_pairs_and_hard_negatives(tabl
     text, video = torch.randn(4, 32, generator=random), torch.randn(4, 3, 32, generator=random)
     mask, own = torch.ones(4, 3, dtype=torch.bool), torch.eye(4, dtype=torch.bool)
     dual = model.dual_similarity(text, video, mask)
-    loss = matching_loss(model, text, video, mask, dual, own, torch.Generator().manual_seed(1))
+    loss = matching_loss(model, text, video, mask, dual, own, torch.Generator().manual_seed(1), mixed=mixed)
     again = torch.Generator().manual_seed(1)
-    videos, texts = hard_negatives(dual, own, again), hard_negatives(dual.T, own, again)
+    videos, texts = hard_negatives(dual, own, again), hard_negatives(dual.T * (not mixed), own, again)
     joint = model.similarity(text, video, mask)
     right, wrong = joint.diagonal(), torch.cat([joint[range(4), videos], joint[texts, range(4)]])
     expected = -torch.cat([right.sigmoid().log(), (-wrong).sigmoid().log()]).mean()
@@ -204,7 +205,7 @@ def test_workers_do_not_change_the_curve(table: dict[str, Any], tmp_path: Path) 
     [
         pytest.param("seq", "positives", None, marks=pytest.mark.slow),
         pytest.param("tight", "negatives", None, marks=pytest.mark.slow),
-        ("tight", "negatives", {"rerank": 4}),
+        ("tight", "negatives", {"rerank": 4, "negatives": "mixed"}),
     ],
 )
 def test_two_processes_give_the_curve_of_one(

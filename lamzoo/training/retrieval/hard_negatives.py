@@ -17,6 +17,8 @@ def matching_loss(
     dual: Tensor,
     positives: Tensor,
     generator: torch.Generator,
+    *,
+    mixed: bool = False,
 ) -> Tensor:
     """Binary cross-entropy of the joint transformer on matching pairs and on hard negatives.
 
@@ -31,13 +33,15 @@ def matching_loss(
         dual: similarities of the embeddings ``(B, B)``, texts in rows.
         positives: matching pairs ``(B, B)``, bool, symmetric, including the diagonal.
         generator: draws the negatives, on the CPU.
+        mixed: draw the negative texts uniformly; only the negative videos are hard.
 
     Returns:
         The loss, a scalar, float32.
     """
     own = torch.arange(len(text), device=text.device)
     # Videos and texts that match everything have no negative.
-    other_video, other_text = hard_negatives(dual, positives, generator), hard_negatives(dual.T, positives, generator)
+    other_video = hard_negatives(dual, positives, generator)
+    other_text = hard_negatives(torch.zeros_like(dual) if mixed else dual.T, positives, generator)
     texts = torch.cat([own, own[other_video >= 0], other_text[other_text >= 0]])
     videos = torch.cat([own, other_video[other_video >= 0], own[other_text >= 0]])
     logits = model.match(text[texts], video[videos], frame_mask[videos])

@@ -143,10 +143,14 @@ class MatchingSection:
     Attributes:
         weight: weight of the matching loss.
         rerank: number of candidates of a query that the joint transformer orders in evaluation.
+        negatives: ``"hard"`` draws negatives by their similarity, as ALBEF does, whose joint transformer is pretrained;
+            ``"mixed"`` draws the negative texts uniformly, for one that begins from scratch, which learns nothing from
+            hard negatives alone for hundreds of updates.
     """
 
     weight: Positive = 1.0
     rerank: Count = 50
+    negatives: Literal["hard", "mixed"] = "hard"
 
 
 @dataclass(frozen=True)

@@ -179,7 +179,8 @@ class RetrievalRun(TrainingRun):
             assert matching is not None and positives is not None
             dual = self.model.dual_similarity(text, video, mask)
             generator = generator_of(seed, epoch, update, 0, 3)
-            matched = matching_loss(self.model, text, video, mask, dual, positives, generator)
+            mixed = matching.negatives == "mixed"
+            matched = matching_loss(self.model, text, video, mask, dual, positives, generator, mixed=mixed)
             return contrastive_loss(dual, positives if shared else None) + matching.weight * matched
 
         loss_of = None if matching is None else staged_loss
