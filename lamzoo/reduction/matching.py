@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,19 @@ def match(
     Returns:
         The map, which averages by sizes, and the sizes of the remaining tokens, ``(B, N - count)``, float32.
     """
+    # Compiled as one operator, or its kernels would be generated anew for each number of tokens. Exported programs have no
+    # operators of lamzoo.
+    is_opaque = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    find = _least_pairs if is_opaque else _find_least_pairs
+    seen = None if right is None else right.detach()
+    kept, into, few = find(tokens.detach(), count, num_prefix_tokens, sizes, seen)
+    return TokenMap(tokens.shape[1], kept, into, sizes, few), few
+
+
+def _find_least_pairs(
+    tokens: Tensor, count: int, num_prefix_tokens: int, sizes: Tensor | None, right: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns ``kept`` and ``into`` of the map of :func:`match`, and the sizes of the remaining tokens."""
     with full_precision(tokens):
         patches = slice(num_prefix_tokens, None)
         rows = None if right is None else right.transpose(1, 2).flatten(2)[:, patches]
@@ -43,7 +57,18 @@ def match(
         kept, into = without(leaves * 2 + num_prefix_tokens, target, tokens.shape[1])
         ones = torch.ones(tokens.shape[:2], device=tokens.device) if sizes is None else sizes
         few = torch.zeros(kept.shape, device=tokens.device).scatter_add(1, into, ones)
-        return TokenMap(tokens.shape[1], kept, into, sizes, few), few
+        return kept, into, few
+
+
+_least_pairs = torch.library.custom_op("lamzoo::least_pairs", _find_least_pairs, mutates_args=())
+
+
+@_least_pairs.register_fake
+def _(tokens: Tensor, count: int, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    batch, length = tokens.shape[:2]
+    places = tokens.new_empty(batch, length, dtype=torch.int64)
+    kept = places.new_empty(batch, length - count)
+    return kept, places, kept.new_empty(kept.shape, dtype=torch.float32)
 
 
 def match_padded(

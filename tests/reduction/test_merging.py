@@ -178,12 +178,32 @@ def test_compiles_as_one_graph_and_agrees(config: LamConfig | None) -> None:
         assert_close(compiled(x), vit(x))
 
 
+def test_a_compiled_model_matches_tokens_in_one_operator() -> None:
+    vit, called = merge_tokens(model(None, depth=3), keep=0.5), []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        called.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    torch._dynamo.reset()
+    torch.compile(vit, backend=backend, fullgraph=True)(images())
+    assert sum("least_pairs" in name for name in called) == 2  # the last layer computes the class token alone
+    assert not any("topk" in name for name in called)
+
+
+@pytest.mark.parametrize("sizes", [None, torch.tensor([1.0, 1, 2, 1, 1, 3, 1]).expand(2, -1)])
+@pytest.mark.parametrize("right", [None, torch.randn(1, 2, 7, 3)])
+def test_that_operator_is_as_torch_wants_it(sizes: Tensor | None, right: Tensor | None) -> None:
+    torch.library.opcheck(torch.ops.lamzoo.least_pairs.default, (torch.randn(2, 7, 4), 2, 1, sizes, right))
+
+
 @pytest.mark.parametrize(
     "config", [CONFIGS[1], *(pytest.param(config, marks=pytest.mark.slow) for config in (None, *CONFIGS[4::3]))]
 )
 def test_exports_with_any_batch(config: LamConfig | None) -> None:
     vit = merge_tokens(model(config, depth=2), keep=0.5)
     program = torch.export.export(vit, (images(),), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    assert "lamzoo" not in {str(node.target).partition(".")[0] for node in program.graph.nodes}
     assert_close(program.module()(images(5)), vit(images(5)))
 
 
