@@ -35,8 +35,8 @@ def match(
     Returns:
         The map, which averages by sizes, and the sizes of the remaining tokens, ``(B, N - count)``, float32.
     """
-    # Compiled as one operator, or its kernels would be generated anew for each number of tokens. Exported programs have no
-    # operators of lamzoo.
+    # One operator for the compiler, which would generate its kernels anew for each number of tokens. Exported programs
+    # have no operators of lamzoo.
     is_opaque = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
     find = _least_pairs if is_opaque else _find_least_pairs
     seen = None if right is None else right.detach()
