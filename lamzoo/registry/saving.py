@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,8 @@ def save_pretrained(
     state = full_state_dict(model)
     if is_sharded(model) and torch.distributed.get_rank() > 0:
         return folder
-    tokenizer: tuple[str, str] | None = model.tokenizer_to_save() if hasattr(model, "tokenizer_to_save") else None
+    read_tokenizer: Callable[[], tuple[str, str] | None] = getattr(model, "tokenizer_to_save", lambda: None)
+    tokenizer = read_tokenizer()
     with atomic_files() as stage:
         if tokenizer is not None:
             argument, contents = tokenizer
