@@ -28,7 +28,6 @@ from benchmarks import (
     search_index,
     speed,
     tiles,
-    towers,
     video_merging,
 )
 from benchmarks.ablation.run import HERE
@@ -120,7 +119,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "ablation": ablation,
     "grid": lambda: ablation(HERE / "grid.toml"),
     "flickr8k": lambda: ablation(HERE / "flickr8k.toml"),
-    "towers": lambda: towers.table(read_lines(towers.RESULTS, towers.Row), towers.stored_hits),
     "moments": lambda: ablation(HERE / "moments.toml"),
     "captions": lambda: ablation(HERE / "captions.toml"),
     "flickr8k_captions": lambda: ablation(HERE / "flickr8k_captions.toml"),
