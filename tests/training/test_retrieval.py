@@ -205,7 +205,8 @@ def test_workers_do_not_change_the_curve(table: dict[str, Any], tmp_path: Path) 
     [
         pytest.param("seq", "positives", None, marks=pytest.mark.slow),
         pytest.param("tight", "negatives", None, marks=pytest.mark.slow),
-        ("tight", "negatives", {"rerank": 4, "negatives": "mixed"}),
+        ("tight", "negatives", {"rerank": 4}),
+        pytest.param("tight", "negatives", {"rerank": 4, "negatives": "mixed"}, marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_give_the_curve_of_one(
