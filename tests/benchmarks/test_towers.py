@@ -32,6 +32,16 @@ def test_ranks_are_those_of_the_metrics(seed: int, captions: list[int]) -> None:
         assert ranks.mean() + 1 == pytest.approx(expected[way]["MeanR"])
 
 
+@given(data=st.data(), videos=st.integers(2, 30))
+def test_a_pool_has_the_match_and_others_once(data: st.DataObject, videos: int) -> None:
+    owners = data.draw(st.lists(st.integers(0, videos - 1), min_size=1, max_size=20))
+    pools = towers.pools(owners, videos)
+    assert pools.shape == (len(owners), min(towers.POOL, videos))
+    assert pools[:, 0].tolist() == owners
+    assert all(len(set(pool)) == len(pool) and set(pool) <= {*range(videos)} for pool in pools.tolist())
+    assert torch.equal(towers.pools(owners, videos), pools)
+
+
 @given(st.text(alphabet="abc ", min_size=1).filter(str.strip))
 def test_words_of_the_caption_are_left_in_their_order(text: str) -> None:
     kept, words = towers.drop_words(text).split(), text.split()
@@ -66,10 +76,10 @@ def test_an_interval_covers_seeds_and_queries() -> None:
 
 
 def test_hits_are_of_photographs(tmp_path: Path) -> None:
-    ranks = {"multi.0.none.t2v": np.array([0, 1, 2, 0], np.uint16), "multi.0.none.v2t": np.array([3, 0], np.uint16)}
-    np.savez(tmp_path / "hits.npz", **ranks)
-    hits = towers.stored_hits("multi", 0, "none", tmp_path / "hits.npz")
-    assert hits.tolist() == [0.25, 0.75]
+    hits = {"multi.0.none.t2v": np.array([True, False, False, True]), "multi.0.none.v2t": np.array([False, True])}
+    np.savez(tmp_path / "hits.npz", **hits)
+    stored = towers.stored_hits("multi", 0, "none", tmp_path / "hits.npz")
+    assert stored.tolist() == [0.25, 0.75]
 
 
 def test_controls_have_the_parameters_that_their_rows_state() -> None:
@@ -98,16 +108,18 @@ def test_controls_have_the_parameters_that_their_rows_state() -> None:
 def test_a_run_is_scored_whole_and_damaged_from_stored_states(tmp_path: Path) -> None:
     table = retrieval_table(write_faces(tmp_path, copies=1), tmp_path / "out")
     table["model"]["kwargs"] |= {"similarity": "tight", "words": True, "patch_grid": 2, "lam_in": ["head"]}
-    table |= {"towers": {"freeze": ["vision", "text"], "cache": str(tmp_path / "states")}, "matching": {"rerank": 4}}
+    table |= {"towers": {"freeze": ["vision", "text"], "cache": str(tmp_path / "states")}, "matching": {"rerank": 12}}
     table["schedule"]["epochs"], table["data"]["captions"] = 1, "one"
     recipe: Any = parse_recipe(table)
     result = train(recipe)
     model: Any = lamzoo.create_model(f"local-dir:{result.model}", pretrained=True).eval()
     found = towers.score(model, recipe)
     assert found.keys() == set(towers.DAMAGES)
-    whole, _ = found["none"]
-    assert whole["t2v_R1"] == pytest.approx(result.scores["test"]["t2v"]["R1"])
-    assert whole["v2t_R10"] == pytest.approx(result.scores["test"]["v2t"]["R10"])
+    whole, hits = found["none"]
+    for way, hit in zip(("t2v", "v2t"), hits, strict=True):  # there are 12, so that a pool has all of them
+        assert whole[f"pool_{way}"] == pytest.approx(result.scores["test"][way]["R1"]) == 100 * hit.mean()
+    damaged, _ = found["patches"]
+    assert damaged["t2v_R1"] == damaged["pool_t2v"]
     assert {name for name in whole if name != "matching"} <= {field.name for field in fields(towers.Row)}
     assert not np.array_equal(found["none"][1][0], found["words"][1][0])
     again = towers.score(model, recipe)  # from the files

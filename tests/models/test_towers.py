@@ -191,7 +191,7 @@ def test_the_tight_head_compares_words_and_patches() -> None:
                 tokens.append(model.clip.encode_image(frame[None]) + head.embedding_type[1])
                 tokens.append(head.patch_projection(patches) + head.embedding_type[1])
             joint = torch.cat(tokens) + head.embedding[places]
-            joint = head.transformer(joint[None])[0]
+            joint = head.transformer(head.norm_pre(joint)[None])[0]
             expected = head.score(head.activation(head.pooler(head.norm(joint[0]))))[0]
             torch.testing.assert_close(similarity[i, j], expected, rtol=1e-4, atol=1e-5)
 

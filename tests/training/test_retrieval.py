@@ -10,13 +10,14 @@ import pytest
 import torch
 from open_clip.loss import ClipLoss
 from safetensors.torch import load_file
+from torch import Tensor
 
 import lamzoo
 from lamzoo.errors import LamzooError, RecipeError
 from lamzoo.training import TrainResult, parse_recipe, train
 from lamzoo.training.retrieval.contrastive import contrastive_loss
-from lamzoo.training.retrieval.hard_negatives import hard_negatives, matching_loss
 from lamzoo.training.retrieval.run import RetrievalRun
+from lamzoo.training.retrieval.second_stage import group_loss, hard_negatives, matching_loss
 from tests.training.processes import train_in_two, train_killed
 from tests.training.retrieval_data import retrieval_table, write_faces
 
@@ -90,23 +91,41 @@ def test_negatives_do_not_match_and_the_most_similar_ones_are_the_likeliest() ->
     assert hard_negatives(similarity, everything, random).tolist() == [-1] * 6
 
 
-@pytest.mark.parametrize("mixed", [False, True])
-def test_the_matching_loss_is_the_cross_entropy_of_pairs_and_hard_negatives(table: dict[str, Any], mixed: bool) -> None:
+def pairs(table: dict[str, Any], count: int) -> tuple[Any, tuple[Tensor, Tensor, Tensor]]:
+    """Returns a model with a joint transformer, and random texts and videos with their mask."""
     table["data"]["captions"] = "one"
     recipe = parse_recipe({**table, "matching": {}})
     recipe.model.kwargs["similarity"] = "tight"
     model = RetrievalRun(recipe, False, None, None).model
     random = torch.manual_seed(0)
-    text, video = torch.randn(4, 32, generator=random), torch.randn(4, 3, 32, generator=random)
-    mask, own = torch.ones(4, 3, dtype=torch.bool), torch.eye(4, dtype=torch.bool)
+    text, video = torch.randn(count, 32, generator=random), torch.randn(count, 3, 32, generator=random)
+    return model, (text, video, torch.ones(count, 3, dtype=torch.bool))
+
+
+def test_the_matching_loss_is_the_cross_entropy_of_pairs_and_hard_negatives(table: dict[str, Any]) -> None:
+    model, (text, video, mask) = pairs(table, 4)
+    own = torch.eye(4, dtype=torch.bool)
     dual = model.dual_similarity(text, video, mask)
-    loss = matching_loss(model, text, video, mask, dual, own, torch.Generator().manual_seed(1), mixed=mixed)
+    loss = matching_loss(model, text, video, mask, dual, own, torch.Generator().manual_seed(1))
     again = torch.Generator().manual_seed(1)
-    videos, texts = hard_negatives(dual, own, again), hard_negatives(dual.T * (not mixed), own, again)
+    videos, texts = hard_negatives(dual, own, again), hard_negatives(dual.T, own, again)
     joint = model.similarity(text, video, mask)
     right, wrong = joint.diagonal(), torch.cat([joint[range(4), videos], joint[texts, range(4)]])
     expected = -torch.cat([right.sigmoid().log(), (-wrong).sigmoid().log()]).mean()
     torch.testing.assert_close(loss, expected)
+
+
+def test_the_loss_of_groups_is_the_contrastive_one_of_each(table: dict[str, Any]) -> None:
+    model, (text, video, mask) = pairs(table, 5)
+    own = torch.eye(5, dtype=torch.bool)
+    joint = model.similarity(text, video, mask)
+    parts = [contrastive_loss(joint[some, some]) * count for some, count in ((slice(3), 3), (slice(3, 5), 2))]
+    torch.testing.assert_close(group_loss(model, text, video, mask, own, 3), sum(parts) / 5)
+    torch.testing.assert_close(group_loss(model, text, video, mask, own, 8), contrastive_loss(joint))
+    alike = own.clone()
+    alike[0, 1] = alike[1, 0] = True
+    expected = contrastive_loss(joint.masked_fill(alike & ~own, float("-inf")))
+    torch.testing.assert_close(group_loss(model, text, video, mask, alike, 8), expected)
 
 
 @pytest.mark.slow
@@ -206,7 +225,7 @@ def test_workers_do_not_change_the_curve(table: dict[str, Any], tmp_path: Path) 
         pytest.param("seq", "positives", None, marks=pytest.mark.slow),
         pytest.param("tight", "negatives", None, marks=pytest.mark.slow),
         ("tight", "negatives", {"rerank": 4}),
-        pytest.param("tight", "negatives", {"rerank": 4, "negatives": "mixed"}, marks=pytest.mark.slow),
+        pytest.param("tight", "negatives", {"rerank": 4, "negatives": "group", "group": 2}, marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_give_the_curve_of_one(

@@ -65,7 +65,8 @@ class SequentialHead(nn.Module):
 class TightHead(nn.Module):
     """A transformer over the text's embedding and the frames together ("tight type", section 3.3.3).
 
-    Beyond the paper, the words of the text may follow its embedding, and the patches of a frame that frame's.
+    Beyond the paper, the words of the text may follow its embedding, and the patches of a frame that frame's. All
+    tokens are then normalised first, as in CLIP's vision tower, because their lengths differ with their origin.
 
     Args:
         width: as for :class:`SequentialHead`, like the next four.
@@ -104,6 +105,7 @@ class TightHead(nn.Module):
             self.patch_projection = nn.Linear(patches[1], width)
         if words[0] or patches[0]:
             self.max_pairs = max(1, 4096 * 13 // self.length)  # as many tokens as with 12 frames
+        self.norm_pre = nn.LayerNorm(width) if words[0] or patches[0] else nn.Identity()
         self.embedding = nn.Parameter(torch.empty(self.length, width))
         self.embedding_type = nn.Parameter(torch.empty(2, width))  # of the text, of frames
         self.transformer = _transformer(width, layers, mlp_ratio, activation)
@@ -164,7 +166,7 @@ class TightHead(nn.Module):
             frame_mask = frame_mask.repeat_interleave(frames.shape[2], dim=1)
             frames = frames.flatten(1, 2)
         tokens = torch.cat([text + self.embedding_type[0], frames + self.embedding_type[1]], dim=1)
-        tokens = tokens + self.embedding[: tokens.shape[1]]
+        tokens = self.norm_pre(tokens + self.embedding[: tokens.shape[1]])
         words = F.pad(text[:, 1:].any(dim=-1), (1, 0), value=True)
         seen = torch.cat([words, frame_mask], dim=1)
         tokens = self.transformer(tokens, attn_mask=_padding_bias(seen, self.transformer, tokens.dtype))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from lamzoo.data import OnBadInput
 from lamzoo.data.video.sampling import FrameSampling, Slicing
 from lamzoo.errors import RecipeError
+from lamzoo.records import Limits
 from lamzoo.training.recipe_common import (
     Count,
     CountOrZero,
@@ -136,21 +137,23 @@ class MatchingSection:
     """``[matching]``: two-stage retrieval with ``similarity="tight"`` (ALBEF, arXiv 2107.07651).
 
     The contrastive loss is that of the embeddings alone, the first stage. The joint transformer, the second stage,
-    learns to tell matching pairs from hard negatives of the batch, and scores are those of both stages. Pairs with
-    equal captions are no negatives, and ``data.captions`` must be ``"one"``. Without this section, the contrastive loss
-    is that of the joint transformer on all pairs of the batch, as in CLIP4Clip.
+    learns to tell matching pairs from others of the batch, and scores are those of both stages. Pairs with equal
+    captions are no negatives, and ``data.captions`` must be ``"one"``. Without this section, the contrastive loss is
+    that of the joint transformer on all pairs of the batch, as in CLIP4Clip.
 
     Attributes:
-        weight: weight of the matching loss.
+        weight: weight of the second stage's loss.
         rerank: number of candidates of a query that the joint transformer orders in evaluation.
-        negatives: ``"hard"`` draws negatives by their similarity, as ALBEF does, whose joint transformer is pretrained;
-            ``"mixed"`` draws the negative texts uniformly, for one that begins from scratch, which learns nothing from
-            hard negatives alone for hundreds of updates.
+        negatives: ``"hard"`` draws one for each text and video by their similarity, as ALBEF does, whose joint
+            transformer is pretrained; ``"group"`` compares all pairs within groups of the batch by CLIP4Clip's loss,
+            for a joint transformer that begins from scratch.
+        group: pairs of a group; the cost of an update is that of ``batch_size * group`` comparisons.
     """
 
     weight: Positive = 1.0
     rerank: Count = 50
-    negatives: Literal["hard", "mixed"] = "hard"
+    negatives: Literal["hard", "group"] = "hard"
+    group: Annotated[int, Limits(least=2)] = 8
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,8 @@ from lamzoo.registry.factory import create_model
 from lamzoo.training.build import attention_kernels, mask_parameters, reduce_by_section
 from lamzoo.training.loaders import create_seeded_loader, generator_of, seed_everything
 from lamzoo.training.retrieval.contrastive import contrastive_backward, contrastive_loss
-from lamzoo.training.retrieval.hard_negatives import matching_loss
 from lamzoo.training.retrieval.recipe import RetrievalRecipe, TowersSection
+from lamzoo.training.retrieval.second_stage import group_loss, matching_loss
 from lamzoo.training.retrieval.tower_cache import TextStates, TowerCache, pad_to
 from lamzoo.training.splits import BadInputs, ScanProgress, open_roles
 from lamzoo.training.trainer import TrainingRun
@@ -178,9 +178,11 @@ class RetrievalRun(TrainingRun):
         def staged_loss(text: Tensor, video: Tensor, mask: Tensor, positives: Tensor | None) -> Tensor:
             assert matching is not None and positives is not None
             dual = self.model.dual_similarity(text, video, mask)
-            generator = generator_of(seed, epoch, update, 0, 3)
-            mixed = matching.negatives == "mixed"
-            matched = matching_loss(self.model, text, video, mask, dual, positives, generator, mixed=mixed)
+            if matching.negatives == "group":
+                matched = group_loss(self.model, text, video, mask, positives, matching.group)
+            else:
+                generator = generator_of(seed, epoch, update, 0, 3)
+                matched = matching_loss(self.model, text, video, mask, dual, positives, generator)
             return contrastive_loss(dual, positives if shared else None) + matching.weight * matched
 
         loss_of = None if matching is None else staged_loss
