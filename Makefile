@@ -67,17 +67,18 @@ wheel-test: $(VENV)/.ready-dev  ## the wheel, installed into an empty environmen
 	$(BIN)/python tests/wheel/check_wheel.py
 
 tables: $(VENV)/.ready-dev  ## measure the zoo again, train what is missing in benchmarks/results, rewrite the tables of README and docs
-	$(BIN)/lamzoo bench "*.cifar10" --data npz:$(SHARED)/cifar10 --split test --force --out benchmarks/results/zoo.csv
-	$(BIN)/lamzoo bench "*.tinyimagenet100" --data npz:$(SHARED)/tinyimagenet100 --split val --force --out benchmarks/results/zoo.csv
+	$(BIN)/lamzoo bench "*.cifar10" --data npz:$(SHARED)/cifar10 --split test --fuse --force --out benchmarks/results/zoo.csv
+	$(BIN)/lamzoo bench "*.tinyimagenet100" --data npz:$(SHARED)/tinyimagenet100 --split val --fuse --force --out benchmarks/results/zoo.csv
 	$(BIN)/lamzoo bench lam_vit_tiny lam_vit_small lam_vit_base --max-batch 16 --force --out benchmarks/results/cost.csv
 	$(BIN)/lamzoo bench $(SEQUENCES) --force --out benchmarks/results/sequences.csv
 	$(BIN)/python -m benchmarks.ablation.run --jobs $(JOBS)
+	$(BIN)/python -m benchmarks.ablation.run --ablation benchmarks/ablation/micro.toml --jobs $(JOBS)
 	$(BIN)/python -m benchmarks.ablation.run --ablation benchmarks/ablation/grid.toml --jobs $(JOBS)
 	$(BIN)/python -m benchmarks.ablation.run --ablation benchmarks/ablation/flickr8k.toml --jobs $(JOBS)
 	$(BIN)/python -m benchmarks.ablation.run --ablation benchmarks/ablation/captions.toml --jobs $(JOBS)
 	$(BIN)/python -m benchmarks.ablation.run --ablation benchmarks/ablation/flickr8k_captions.toml --jobs $(JOBS)
 	$(BIN)/python -m benchmarks.ablation.run --ablation benchmarks/ablation/moments.toml --jobs $(JOBS)
-	$(BIN)/python -m benchmarks.finetuning lam_vit_micro vit_micro --data npz:$(SHARED)/clothing10
+	$(BIN)/python -m benchmarks.finetuning lam_vit_micro.cifar10_mul vit_micro.cifar10_mul --data npz:$(SHARED)/clothing10
 	$(BIN)/python -m benchmarks.speed
 	$(BIN)/python -m benchmarks.speed --modes compile --batches 1 --variants "zoo default" \
 	  "mask, drop to 0.59 of the GMACs" "redundancy, nearest to 0.59 of the GMACs"

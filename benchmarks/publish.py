@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +61,7 @@ number of threads rounds differently), the second writes the weights and this ca
 
 {source}
 
-The {watched} split was scored after {looks} to monitor the run; the weights are {kept}{ema}.{chosen}
+{scoring}
 
 ## Limits
 
@@ -130,6 +131,13 @@ def main() -> None:
     recipe["run"]["output"] = run = f"runs/{name}.{arguments.tag}"
     overrides = "".join(f" {change}" for change in changes(load_recipe(arguments.recipe).to_dict(), recipe))
     interval = recipe["run"].get("eval_interval", 1)
+    looks = f"every {interval} epochs" if interval > 1 else "each epoch"
+    looks = "once, at the end" if interval >= epochs else f"after {looks} to monitor the run"
+    ema = ", averaged (EMA)" if recipe["run"].get("ema_decay") else ""
+    scoring = (
+        f"The {recipe['data']['eval_split']} split was scored {looks}; the weights are {_kept(arguments.run, epochs)}"
+    )
+    scoring += f"{ema}. {chosen['text'] if chosen else ''}"
     card = _CARD.format(
         name=name,
         tag=arguments.tag,
@@ -146,7 +154,6 @@ def main() -> None:
         device=recipe["run"]["device"],
         scores="\n".join(f"| {what} | {value} |" for what, value in measured.rows.items()),
         split=arguments.split,
-        watched=recipe["data"]["eval_split"],
         samples=measured.samples,
         eval_device="cpu",
         torch=torch.__version__,
@@ -157,10 +164,7 @@ def main() -> None:
         command=measured.command,
         minutes=float(rows[-1][1][columns.index("train_seconds")]) / 60,
         source="\n\n".join(data[part].strip() for part in ("text", recipe["task"]) if part in data),
-        chosen=f" {chosen['text'].strip()}" if chosen else "",
-        kept=_kept(arguments.run, epochs),
-        looks="each epoch" if interval == 1 else f"every {interval} epochs",
-        ema=", averaged (EMA)" if recipe["run"].get("ema_decay") else "",
+        scoring=textwrap.fill(scoring, 120),
         limits=measured.limits,
     )
     (arguments.out / f"{name}.{arguments.tag}.md").write_text(card, encoding="utf-8")

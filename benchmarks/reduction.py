@@ -1,7 +1,7 @@
 """Quality and time of token reductions at equal budgets: merging and pruning of this project, and their peers.
 
     python -m benchmarks.reduction                         measures what benchmarks/results/reduction.csv lacks
-    python -m benchmarks.reduction --only ToMe --models vit_micro.cifar10 --shares 0.63
+    python -m benchmarks.reduction --only ToMe --models vit_micro.cifar10_mul --shares 0.63
     python -m benchmarks.reduction --times                 the same for benchmarks/results/reduction_times.csv
     python -m benchmarks.reduction --table                 prints the tables of stored results
     python -m benchmarks.reduction --figure FILE.svg       draws the figure
@@ -19,7 +19,7 @@ measured again, unless ``--again`` is given. On a GPU:
 A folder with a trained model takes data, twin and stages of the model it was trained from, to which its rows give the
 difference; recipes name these commands. Its own reduction is left out, and every method is measured on its weights:
 
-    python -m benchmarks.reduction --models local-dir:runs/merged_10.cifar10/model --like lam_vit_micro.cifar10 \
+    python -m benchmarks.reduction --models local-dir:runs/merged_10.cifar10/model --like lam_vit_micro.cifar10_mul \
         --only "all tokens" merged ToMe --shares 0.63 --results benchmarks/results/reduction_trained.csv
 """
 
@@ -106,7 +106,7 @@ class Subject:
     start: str | None = None
 
 
-_TINY, _MICRO = "vit_tiny_patch8_64.tinyimagenet100", "vit_micro.cifar10"
+_TINY, _MICRO = "vit_tiny_patch8_64.tinyimagenet100", "vit_micro.cifar10_mul"
 SUBJECTS = (
     Subject(f"lam_{_TINY}", _TINY, "tinyimagenet100", "val", (3, 6, 9)),
     Subject(_TINY, _TINY, "tinyimagenet100", "val", (3, 6, 9)),

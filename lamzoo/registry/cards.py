@@ -68,6 +68,7 @@ class PretrainedWeights:
         params: number of parameters with these masks.
         gmacs: 10^9 multiply-accumulates with these masks.
         plain: ``arch.tag`` of the plain weights to compare with, where it isn't the model's twin with the same tag.
+        note: a sentence that is logged when the weights are used, such as where the tag's earlier ones are.
     """
 
     name: str
@@ -89,6 +90,7 @@ class PretrainedWeights:
     params: Annotated[int, Limits(least=0)] | None = None
     gmacs: Annotated[float, Limits(least=0)] | None = None
     plain: str | None = None
+    note: str | None = None
 
     @property
     def prune(self) -> PruneConfig | None:

@@ -27,6 +27,7 @@ from lamzoo.errors import (
     HashMismatchError,
     HubUnreachableError,
     LamzooError,
+    StateDictError,
     UnknownArgumentError,
     UnsafeWeightsError,
     WeightsError,
@@ -187,7 +188,16 @@ def create_model(
         )  # fmt: skip
         model.weights_source = f"{plan.spec.name}.{plan.tag.name}" if plan.tag is not None else file.source
     if checkpoint is not None:
-        load_into(model, checkpoint, source=str(checkpoint_path), fresh_lam=fresh, **how)
+        try:
+            load_into(model, checkpoint, source=str(checkpoint_path), fresh_lam=fresh, **how)
+        except StateDictError as error:
+            others = (
+                [] if lam is not None else [tag for tag in plan.spec.tags.values() if tag.lam not in (None, plan.lam)]
+            )
+            if not others or not any(".lam." in key for key in checkpoint):
+                raise
+            names = " or ".join(f"{plan.spec.name}.{tag.name}" for tag in others)
+            raise StateDictError(f"{error} A file with the masks of {names} needs that name.") from error
         model.weights_source = str(checkpoint_path)
     model = model if part is None else _features(model, part)
     if plan.fused:
@@ -345,6 +355,8 @@ def _plan(ref: ModelRef, pretrained: bool, cache_dir: str | Path | None, allow_p
     tag, weights = find_weights(spec, ref), None
     if pretrained:
         tag, weights = obtain(spec, ref, cache_dir=cache_dir, allow_pickle=allow_pickle)
+        if tag.note is not None:
+            _logger.info("%s.%s: %s", spec.name, tag.name, tag.note)
     cfg = pretrained_cfg_of(spec, tag)
     if tag is None:
         return _Plan(spec, None, cfg, {}, spec.lam, None, external=False)

@@ -188,7 +188,7 @@ def test_every_batch_and_number_of_threads_is_timed_once(monkeypatch: pytest.Mon
 def test_an_unknown_model_is_named_with_what_to_add(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("sys.argv", ["reduction", "--models", "vit_micro.cifar10", "local-dir:mine"])
+    monkeypatch.setattr("sys.argv", ["reduction", "--models", "vit_micro.cifar10_mul", "local-dir:mine"])
     with pytest.raises(SystemExit) as ended:
         bench.main()
     assert ended.value.code == 2

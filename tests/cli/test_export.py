@@ -54,7 +54,7 @@ def test_fuse(tmp_path: Path, run: Any) -> None:
         (("--merge", "0.5", "--rest", "merge"), "--merge and --rest, a setting of pruning, exclude each other"),
         (("--score", "attention"), "--score is a setting of pruning, which --keep or --target-gmacs enables"),
         (("--keep", "0.5", "--target-gmacs", "0.1"), "--keep and --target-gmacs exclude each other; leave one out"),
-        (("--merge", "0.01"), "Tokens can't be merged to 1 % of 0.0771 GMACs"),
+        (("--merge", "0.01"), "Tokens can't be merged to 1 % of 0.0757 GMACs"),
         (("--fuse",), "has a fused form: of blocks.0.attn, its mask has op='mul'"),
         (("--images", "nowhere.jpg"), "nowhere.jpg"),
         (("--format", "torch"), "must end in .pt2"),

@@ -23,6 +23,7 @@ def test_without_weights_a_name_means_the_architecture_and_with_them_its_tags():
     assert names("lam_vit_tiny") == ["lam_vit_tiny", "timm/vit_tiny_patch16_224"]
     tagged = ["lam_vit_micro.cifar10", "vit_micro.cifar10"]
     assert names("lam_vit_micro", weights=True) == names("lam_vit_micro.cifar10") == tagged
+    assert names("lam_vit_micro.cifar10_mul") == ["lam_vit_micro.cifar10_mul", "vit_micro.cifar10_mul"]
     assert names("lam_vit_small.augreg_in1k") == [
         "lam_vit_small.augreg_in1k",
         "timm/vit_small_patch16_224.augreg_in1k",
@@ -41,14 +42,14 @@ def test_patterns_are_those_of_the_list_command():
 
 def test_what_a_candidate_knows():
     (masked, plain) = select_models(["lam_vit_micro"], weights=True, plain=True)
-    assert masked == Candidate("lam_vit_micro", "cifar10", plain="vit_micro.cifar10", img_size="32")
+    assert masked == Candidate("lam_vit_micro", "cifar10", plain="vit_micro.cifar10", img_size="32", fusible=True)
     assert plain == Candidate("vit_micro", "cifar10", plain=None, img_size="32")
 
 
 def test_saved_models_are_candidates(tmp_path: Path):
     save_pretrained(create_model("lam_vit_micro", img_size=16, embed_dim=32, depth=1), tmp_path / "m")
     (saved,) = select_models([f"local-dir:{tmp_path / 'm'}"], weights=True, plain=True)
-    assert saved == Candidate(f"local-dir:{tmp_path / 'm'}", None, None, "16")
+    assert saved == Candidate(f"local-dir:{tmp_path / 'm'}", None, None, "16", fusible=True)
     with pytest.raises(WeightsNotFoundError, match="no such folder"):
         names("local-dir:nowhere")
 

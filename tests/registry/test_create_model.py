@@ -114,7 +114,7 @@ def test_masks_that_mean_nothing_are_refused(lam: Any, message: str) -> None:
 
 def test_the_records_of_timm_are_on_the_model() -> None:
     model = create_model("lam_vit_micro", num_classes=5)
-    assert model.lam_config == LamConfig(op="mul", heads="per-head", sign="positive")
+    assert model.lam_config == LamConfig(keys="position", rank=7)
     assert model.default_cfg is model.pretrained_cfg
     assert model.pretrained_cfg["architecture"] == "lam_vit_micro"
     config = timm.data.resolve_model_data_config(model)

@@ -98,10 +98,27 @@ def test_a_bare_file_that_does_not_say_its_kind_is_loaded_with_a_warning(
 
 
 def test_a_bundled_tag_loads_silently_and_refuses_other_masks(caplog: pytest.LogCaptureFixture) -> None:
-    create_model("lam_vit_micro.cifar10", pretrained=True)
+    name = "lam_vit_micro.cifar10_mul"
+    create_model(name, pretrained=True)
     assert not caplog.records
     with pytest.raises(StateDictError, match=r"cifar10.*op='mul', sign='positive'.*op='add', sign='free'"):
-        create_model("lam_vit_micro.cifar10", pretrained=True, lam=LamConfig())
+        create_model(name, pretrained=True, lam=LamConfig())
+
+
+def test_loading_says_where_the_earlier_weights_of_a_tag_are(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "lamzoo"):
+        model: Any = create_model("lam_vit_micro", pretrained=True)
+    assert "the earlier ones are lam_vit_micro.cifar10_mul" in caplog.text
+    earlier: Any = create_model("lam_vit_micro.cifar10_mul", pretrained=True)
+    assert (model.lam_config.op, earlier.lam_config.op) == ("add", "mul")
+
+
+def test_a_file_with_the_masks_of_another_tag_is_refused_with_its_name(tmp_path: Path) -> None:
+    earlier: Any = create_model("lam_vit_micro.cifar10_mul", pretrained=True)
+    save_file(dict(earlier.state_dict()), tmp_path / "old.safetensors")  # as a training script of 0.1.0 left it
+    with pytest.raises(StateDictError, match=r"A file with the masks of lam_vit_micro\.cifar10_mul needs that name\.$"):
+        create_model("lam_vit_micro", checkpoint_path=tmp_path / "old.safetensors")
+    assert masks_equal(create_model("lam_vit_micro.cifar10_mul", checkpoint_path=tmp_path / "old.safetensors"), earlier)
 
 
 def test_fresh_masks_leave_the_files_out_and_say_so(caplog: pytest.LogCaptureFixture) -> None:

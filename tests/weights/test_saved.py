@@ -287,7 +287,7 @@ def test_the_hub_gives_no_masks_of_one_kind_to_another(server: HubServer, model:
     save_pretrained(model, tmp_path / "m")
     server.repos["zoo/micro"] = files(tmp_path / "m")
     args: dict[str, Any] = {"pretrained": True, "cache_dir": tmp_path / "cache", "lam": LamConfig()}
-    with pytest.raises(StateDictError, match=r"op='mul', sign='positive'.*op='add', sign='free'; omit lam="):
+    with pytest.raises(StateDictError, match=r"keys='position', rank=7.*keys='content', rank=8; omit lam="):
         create_model("hf-hub:zoo/micro", **args)
     assert create_model("hf-hub:zoo/micro", **args, lam_weights="fresh").lam_config == LamConfig()
 
@@ -295,9 +295,9 @@ def test_the_hub_gives_no_masks_of_one_kind_to_another(server: HubServer, model:
 def test_a_configuration_that_is_not_of_its_file_is_refused(model: nn.Module, tmp_path: Path) -> None:
     save_pretrained(model, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    config["lam_config"]["sign"] = "free"
+    config["lam_config"]["op"] = "mul"
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(StateDictError, match=r"sign='positive'.*sign='free'; pass lam=LamConfig"):
+    with pytest.raises(StateDictError, match=r"op='add'.*op='mul'; pass lam=LamConfig"):
         create_model(f"local-dir:{tmp_path}", pretrained=True)
 
 
