@@ -61,7 +61,7 @@ def _gain(ablation: str, row: str, reference: str = "plain", score: str = "top1"
             values[line["row"]][line["seed"]] = float(line[score])
     seeds = sorted(values[row].keys() & values[reference].keys())
     found = [values[row][seed] - values[reference][seed] for seed in seeds]
-    spread = f" ± {statistics.stdev(found):.{decimals}f}" if len(found) > 1 else ""
+    spread = f" ± {statistics.stdev(found):.{decimals}f}" if len(found) > 1 else " (one seed)"
     return f"{statistics.mean(found):+z.{decimals}f}{spread}"
 
 
@@ -82,7 +82,7 @@ def _images() -> str:
         "Three seeds on CIFAR-10, three epochs: additive position masks "
         f"{_gain('ablation', 'add-position')} points, the paper's form {_gain('ablation', 'paper')}, positive "
         f"multiplicative masks {_gain('ablation', 'base')}. Trained longer: "
-        f"{_score(f'lam_{tiny}') - _score(tiny):+.2f} at 64 pixels (one seed), {_gain('micro', 'mask')} at 32"
+        f"{_score(f'lam_{tiny}') - _score(tiny):+.2f} at 64 pixels (one seed); {_gain('micro', 'mask')} at 32"
     )
 
 
@@ -171,12 +171,13 @@ def _control() -> str:
 
 
 _ABLATION = "`python -m benchmarks.ablation.run`"
+_MICRO = f"{_ABLATION}, also with `--ablation benchmarks/ablation/micro.toml`"
 _VIDEO = f"{_ABLATION} with `--ablation benchmarks/ablation/{{grid,moments,captions}}.toml`"
 _REDUCTION = "`python -m benchmarks.reduction`"
 
 _CLAIMS = (
     Claim(
-        "Masks improve accuracy", _images, "[ablation](ablation.md), [images](images.md)", _ABLATION, "holds in part",
+        "Masks improve accuracy", _images, "[ablation](ablation.md), [images](images.md)", _MICRO, "holds in part",
     ),
     Claim(
         "Attention is less effective with several modalities, where masks help most", _modalities,

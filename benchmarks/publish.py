@@ -115,7 +115,7 @@ def main() -> None:
     trained: Any = lamzoo.create_model(f"local-dir:{arguments.run / 'model'}", pretrained=True)
     file = write_state_dict(trained.bfloat16().state_dict(), arguments.out / f"{name}.{arguments.tag}.safetensors")
 
-    model = lamzoo.create_model(name, checkpoint_path=file.path)
+    model = lamzoo.create_model(name, checkpoint_path=file.path, lam=trained.lam_config or False)
     reduction = getattr(trained, "token_reduction", None)
     if reduction is not None:
         reduce_tokens(model, reduction)
@@ -131,13 +131,10 @@ def main() -> None:
     recipe["run"]["output"] = run = f"runs/{name}.{arguments.tag}"
     overrides = "".join(f" {change}" for change in changes(load_recipe(arguments.recipe).to_dict(), recipe))
     interval = recipe["run"].get("eval_interval", 1)
-    looks = f"every {interval} epochs" if interval > 1 else "each epoch"
-    looks = "once, at the end" if interval >= epochs else f"after {looks} to monitor the run"
     ema = ", averaged (EMA)" if recipe["run"].get("ema_decay") else ""
-    scoring = (
-        f"The {recipe['data']['eval_split']} split was scored {looks}; the weights are {_kept(arguments.run, epochs)}"
-    )
-    scoring += f"{ema}. {chosen['text'] if chosen else ''}"
+    split, kept = recipe["data"]["eval_split"], _kept(arguments.run, epochs)
+    scoring = f"The {split} split was scored {_looks(interval, epochs)}; the weights are {kept}{ema}. "
+    scoring += chosen["text"] if chosen else ""
     card = _CARD.format(
         name=name,
         tag=arguments.tag,
@@ -221,6 +218,13 @@ def measure(model: Any, name: str, recipe: Mapping[str, Any], split: str, traine
         limits=limits,
         pretrained_cfg={"label_names": labels} if labels else {},
     )
+
+
+def _looks(interval: int, epochs: int) -> str:
+    """Returns when a run with an ``eval_interval`` looked at its scores, as an adverbial clause."""
+    if interval >= epochs:
+        return "once, at the end"
+    return f"after {'each epoch' if interval == 1 else f'every {interval} epochs'} to monitor the run"
 
 
 def _kept(run: Path, epochs: int) -> str:

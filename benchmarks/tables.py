@@ -183,7 +183,7 @@ def _benched(path: Path, more: Mapping[str, Callable[[BenchRow], str]], rate: st
     """Returns results of `lamzoo bench` as a table, with extra columns between names and cost."""
     rows = _measured(path)
     names = [row.name for row in rows]
-    rows.sort(key=lambda row: names.index(row.name))  # stable: the fused form stands below its model
+    rows.sort(key=lambda row: names.index(row.name))  # stable: the fused form follows its model
     lines = _header("", *more, "params (M)", "mask params (M)", "GMACs", "mask GMACs",
                     "latency (ms)", "vs. plain", rate, "vs. plain", "peak (MiB)")  # fmt: skip
     lines += [

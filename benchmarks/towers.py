@@ -69,6 +69,7 @@ class RateRow:
     pool_t2v: float
     pool_v2t: float
     train_seconds: int
+    recipe_sha256: str
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ def interval(
 
 
 def pools(owners: Sequence[int], candidates: int, size: int = POOL) -> Tensor:
-    """Returns the candidates of each query, ``(queries, size)``, int64: its own, then others at random, the same ever.
+    """Returns the candidates of each query, ``(queries, size)``, int64: its match, then others drawn with seed 0.
 
     Args:
         owners: the match of each query.
@@ -178,7 +179,7 @@ def pools(owners: Sequence[int], candidates: int, size: int = POOL) -> Tensor:
 
 @torch.no_grad()
 def score(
-    model: Any, recipe: RetrievalRecipe, split: str = "test", damages: Sequence[str] = DAMAGES
+    model: Any, recipe: RetrievalRecipe, split: str = "test", damages: Sequence[str] = DAMAGES, *, rerank: bool = True
 ) -> dict[str, tuple[dict[str, float], tuple[NDArray[Any], NDArray[Any]]]]:
     """Scores a model on each version of a split.
 
@@ -189,10 +190,11 @@ def score(
         recipe: of its training, with ``[matching]``; its device is used.
         split: of the recipe's data.
         damages: some of :data:`DAMAGES`.
+        rerank: with the scores after re-ranking.
 
     Returns:
-        For each of them, scores of a :class:`Row` in percent, those after re-ranking only of the damaged ones, and the
-        hits of both directions in :func:`pools`, bool ``(captions,)`` and ``(photographs,)``.
+        For each of them, scores of a :class:`Row` in percent, and the hits of both directions in :func:`pools`, bool
+        ``(captions,)`` and ``(photographs,)``.
     """
     assert recipe.matching is not None and recipe.towers is not None
     model.freeze_towers(recipe.towers.freeze, one_by_one=True)  # a loaded model is not frozen
@@ -220,7 +222,7 @@ def score(
                 video, mask = _videos(model, cache, f"{split}-{_SHARE:g}-patches-{_PATCH}", whole, recipe, transform)
             dual = compare(model, text, video, mask, dual=True)
             found[damage] = _scores(model, (text, video, mask), owners, dual)
-            if damage != "none":  # those of the whole split are known from training
+            if rerank:
                 staged = rerank_candidates(model, text, video, mask, dual, recipe.matching.rerank)
                 found[damage][0].update(_recalls((ranks_of(staged[0], owners)[0], ranks_of(staged[1], owners)[1])))
     return found
@@ -371,9 +373,9 @@ def _loaded(run: ablation.Run) -> Any:
 def _score_rate(run: ablation.Run, lr: float, seconds: int) -> RateRow:
     """Scores a trained run on the validation split; for a process of its own."""
     recipe: Any = run.recipe
-    scores, _ = score(_loaded(run), recipe, recipe.data.eval_split, ("none",))["none"]
-    pools = round(scores["pool_t2v"], 2), round(scores["pool_v2t"], 2)
-    return RateRow(run.row, lr, recipe.run.seed, *pools, seconds)
+    scores, _ = score(_loaded(run), recipe, recipe.data.eval_split, ("none",), rerank=False)["none"]
+    found = round(scores["pool_t2v"], 2), round(scores["pool_v2t"], 2)
+    return RateRow(run.row, lr, recipe.run.seed, *found, seconds, run.sha256)
 
 
 def _score_run(run: ablation.Run, lr: float, line: dict[str, Any]) -> tuple[list[Row], dict[str, NDArray[Any]]]:
@@ -381,7 +383,9 @@ def _score_run(run: ablation.Run, lr: float, line: dict[str, Any]) -> tuple[list
     recipe: Any = run.recipe
     rows: list[Row] = []
     hits: dict[str, NDArray[Any]] = {}
-    common = {field.name: line[field.name] for field in fields(Row) if field.name in line}
+    same = {field.name for field in fields(Row)} & line.keys()
+    # Scores in the line are those of the validation split.
+    common = {name: line[name] for name in same if not name.startswith(("t2v", "v2t"))}
     for damage, (scores, found) in score(_loaded(run), recipe).items():
         rounded = {name: round(value, 2) for name, value in scores.items()}
         rows.append(Row(**{**common, "seed": recipe.run.seed, "damage": damage, "lr": lr, **rounded}))
@@ -390,17 +394,23 @@ def _score_run(run: ablation.Run, lr: float, line: dict[str, Any]) -> tuple[list
     return rows, hits
 
 
-def _first_alone(work: Callable[[Any], None], todo: Sequence[Any], jobs: int) -> None:
+def _log_of(work: tuple[ablation.Run, float, Path]) -> str:
+    return f"{work[0].recipe.run.output}.log"
+
+
+def _first_alone(
+    work: Callable[[Any], None], todo: Sequence[Any], jobs: int, named: Callable[[Any], str] = str
+) -> None:
     """Does all work in parallel after the first piece, which computes the states of the towers for the others.
 
-    The process ends with a message if a piece fails, after the others.
+    The process ends with a message if a piece fails, after the others; ``named`` says which one.
     """
 
     def guarded(piece: Any) -> str | None:
         try:
             work(piece)
         except (subprocess.CalledProcessError, lamzoo.LamzooError, OSError) as error:
-            return f"{piece}: {error}"
+            return f"{named(piece)}: {error}"
         return None
 
     failed = [guarded(first) for first in todo[:1]]
@@ -444,13 +454,14 @@ def main() -> None:
             scores = f"R@1 of 16 {rows[0].pool_t2v:.2f} and {rows[0].pool_v2t:.2f}"
             print(f"{run.row}, seed {run.recipe.run.seed}: {scores}", flush=True)
 
-        known = {(row.row, row.lr) for row in read_rows(RATES, RateRow)}
-        tries = [planned(row, lr, 0) for row in names for lr in GRID if (row, lr) not in known]
-        _first_alone(try_rate, tries, args.jobs)
-        rates = read_rows(RATES, RateRow)
+        tries = [planned(row, lr, 0) for row in names for lr in GRID]
+        known = {row.recipe_sha256 for row in read_rows(RATES, RateRow)}
+        _first_alone(try_rate, [work for work in tries if work[0].sha256 not in known], args.jobs, _log_of)
+        current = {run.sha256 for run, *_ in tries}
+        rates = [row for row in read_rows(RATES, RateRow) if row.recipe_sha256 in current]
         there = {row.recipe_sha256 for row in read_rows(RESULTS, Row)}
         works = [planned(row, best_rate(rates, row), seed) for seed in tables.seeds for row in names]
-        _first_alone(try_seed, [work for work in works if work[0].sha256 not in there], args.jobs)
+        _first_alone(try_seed, [work for work in works if work[0].sha256 not in there], args.jobs, _log_of)
     print(table(read_rows(RESULTS, Row), stored_hits), end="")
 
 

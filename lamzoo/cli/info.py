@@ -34,6 +34,9 @@ def info(name: Name, json: Json = False) -> None:
     if tags:
         columns = ("tag", "dataset", "licence", "source", "metrics")
         out.print_table(columns, [[_brief(tag[column]) for column in columns] for tag in tags], title="weights")
+    for tag in tags:
+        if tag["note"] is not None:
+            out.print_line(f"{tag['tag']}: {tag['note']}")
 
 
 def describe(name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -123,6 +126,7 @@ def _tag(tag: PretrainedWeights) -> dict[str, Any]:
         "sha256": tag.sha256,
         "masks": None if tag.lam is None else tag.lam.to_dict(),
         "metrics": dict(tag.metrics),
+        "note": tag.note,
     }
 
 

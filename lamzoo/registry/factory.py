@@ -191,13 +191,10 @@ def create_model(
         try:
             load_into(model, checkpoint, source=str(checkpoint_path), fresh_lam=fresh, **how)
         except StateDictError as error:
-            others = (
-                [] if lam is not None else [tag for tag in plan.spec.tags.values() if tag.lam not in (None, plan.lam)]
-            )
-            if not others or not any(".lam." in key for key in checkpoint):
+            other = None if lam is not None else _tag_with_masks(plan, given, checkpoint)
+            if other is None:
                 raise
-            names = " or ".join(f"{plan.spec.name}.{tag.name}" for tag in others)
-            raise StateDictError(f"{error} A file with the masks of {names} needs that name.") from error
+            raise StateDictError(f"{error} It has the masks of {other}: use that name.") from error
         model.weights_source = str(checkpoint_path)
     model = model if part is None else _features(model, part)
     if plan.fused:
@@ -306,6 +303,19 @@ def obtain(
     raise WeightsNotFoundError(
         f"None of the weights of {spec.name} ({', '.join(tag.name for tag in order)}) are available here: {errors[0]}"
     ) from errors[0]
+
+
+def _tag_with_masks(plan: _Plan, given: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> str | None:
+    """Returns the name of another tag of the model, whose masks are those of a file; None if there is none."""
+    masks = {key: value.shape for key, value in weights.items() if ".lam." in key}
+    for tag in plan.spec.tags.values():
+        if tag is plan.tag or tag.lam is None or not masks:
+            continue
+        with torch.device("meta"):
+            model = _build(replace(plan, lam=tag.lam), None, given)
+        if masks == {key: value.shape for key, value in model.state_dict().items() if ".lam." in key}:
+            return f"{plan.spec.name}.{tag.name}"
+    return None
 
 
 def _features(whole: Any, features: Any) -> nn.Module:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import lamzoo
-from benchmarks.publish import _kept, changes, measure
+from benchmarks.publish import _kept, _looks, changes, measure
 from lamzoo.training import load_recipe
 from tests.speech import ALL, write_speech
 from tests.training.retrieval_data import retrieval_table, write_faces
@@ -53,6 +53,18 @@ def test_a_describers_card_says_what_was_measured_and_by_which_command(tmp_path:
     assert measured.size == "3 seconds of 50 tokens of audio (128 wide) a second, and one sentence"
     assert f"eval lam_describer_micro.speech --data {source} --split test" in measured.command
     assert measured.rows["word error rate (%)"] == f"{measured.metrics['WER']:.2f}"
+
+
+@pytest.mark.parametrize(
+    ("interval", "says"),
+    [
+        (1, "after each epoch to monitor the run"),
+        (2, "after every 2 epochs to monitor the run"),
+        (12, "once, at the end"),
+    ],
+)
+def test_a_card_says_when_the_split_was_scored(interval: int, says: str) -> None:
+    assert _looks(interval, 12) == says
 
 
 @pytest.mark.parametrize(("epoch", "says"), [(3, "the last epoch"), (2, "epoch 2 of 3, chosen by that split")])

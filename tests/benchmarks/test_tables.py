@@ -24,8 +24,9 @@ def test_every_table_is_shown_once(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["zoo.csv", "cost.csv"])
 def test_no_lam_in_the_results_is_free(name: str) -> None:
-    rows = {row.name: row for row in read_rows(tables.RESULTS / name)}
-    lams = [row for row in rows.values() if row.name.startswith("lam_")]
+    every = read_rows(tables.RESULTS / name)
+    rows = {row.name: row for row in every if row.form is None}
+    lams = [row for row in every if row.name.startswith("lam_")]
     assert lams
     for row in lams:
         plain = rows[row.plain or ""]
@@ -41,6 +42,13 @@ def test_a_table_shows_masks_cost_apart_and_leaves_failed_rows_out(tmp_path: Pat
     text = tables.zoo(tmp_path / "zoo.csv")
     assert "| `lam_a.t` | cifar10 | 90.00 | 1.500 | 0.250 | 0.5000 | 0.1250 |" in text
     assert "lam_b" not in text
+
+
+def test_a_fused_form_follows_its_model(tmp_path: Path) -> None:
+    names = [("lam_a", None), ("a", None), ("lam_a", "fused")]
+    write_rows(tmp_path / "zoo.csv", [BenchRow(name, params_m=1.0, form=form) for name, form in names])
+    cells = [line.split(" | ")[0] for line in tables.zoo(tmp_path / "zoo.csv").splitlines()[2:5]]
+    assert cells == ["| `lam_a`", "| `lam_a`, fused", "| `a`"]
 
 
 def test_the_overview_has_a_models_score_beside_its_twins() -> None:

@@ -118,9 +118,16 @@ def test_a_run_is_scored_whole_and_damaged_from_stored_states(tmp_path: Path) ->
     whole, hits = found["none"]
     for way, hit in zip(("t2v", "v2t"), hits, strict=True):  # there are 12, so that a pool has all of them
         assert whole[f"pool_{way}"] == pytest.approx(result.scores["test"][way]["R1"]) == 100 * hit.mean()
-    damaged, _ = found["patches"]
-    assert damaged["t2v_R1"] == damaged["pool_t2v"]
-    assert {name for name in whole if name != "matching"} <= {field.name for field in fields(towers.Row)}
+    assert all(scores["t2v_R1"] == scores["pool_t2v"] for scores, _ in found.values())
+    assert not {"t2v_R1", "v2t_R10"} & set(towers.score(model, recipe, "val", ("none",), rerank=False)["none"][0])
+    for scores, _ in found.values():
+        assert {name for name in scores if name.startswith(("pool", "t2v", "v2t", "first", "match"))} == set(scores)
+        assert set(scores) <= {field.name for field in fields(towers.Row)}
+    rest = {field.name for field in fields(towers.Row)} - set(whole)
+    assert rest == {
+        "row", "seed", "damage", "lr", "params_m", "lam_params_m", "epochs", "train_seconds", "device", "torch",
+        "recipe_sha256", "commit",
+    }  # fmt: skip
     assert not np.array_equal(found["none"][1][0], found["words"][1][0])
     again = towers.score(model, recipe)  # from the files
     assert all(np.array_equal(one, two) for one, two in zip(again["patches"][1], found["patches"][1], strict=True))
@@ -157,5 +164,7 @@ def test_the_table_states_intervals(tmp_path: Path) -> None:
     assert page.endswith("Measured on: cpu, torch 2.\n")
     assert plain.startswith("| plain joint transformer | 1,000,000 | 1.00 |  |  |")
     assert multi.startswith("| a mask in each layer | 1,000,000 | 1.00 | +20.00 (")
-    best = [towers.RateRow("multi", lr, 0, score, score, 1) for lr, score in ((1e-3, 2.0), (3e-3, 4.0), (3e-4, 3.0))]
+    best = [
+        towers.RateRow("multi", lr, 0, score, score, 1, "") for lr, score in ((1e-3, 2.0), (3e-3, 4.0), (3e-4, 3.0))
+    ]
     assert towers.best_rate(best, "multi") == 3e-3

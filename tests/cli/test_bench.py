@@ -75,7 +75,7 @@ def test_merged_models_are_measured_beside_themselves_with_all_tokens(run, jobs)
 
 
 def test_fused_models_are_measured_beside_themselves(run, jobs) -> None:
-    done = run("lam_vit_tiny", "lam_vit_micro", "--out", "r.csv", "--fuse", "--merge", "0.7")
+    done = run("lam_vit_tiny", "lam_vit_micro.cifar10_mul", "--out", "r.csv", "--fuse", "--merge", "0.7")
     assert done.code == 1  # of the plain twin, which fails
     tiny = [(job.merge, job.form) for job in jobs if job.model == "lam_vit_tiny"]
     assert tiny == [(None, None), (None, "fused"), (0.7, None), (0.7, "fused")]

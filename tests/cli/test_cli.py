@@ -87,7 +87,7 @@ def test_list_fits_a_terminal_and_tells_task_input_score_and_weights(run, monkey
     assert lines[0].split() == ["model", "task", "input", "params", "score", "weights"]
     rows = {line.split()[0]: line.split() for line in lines}
     assert len(rows) == len(lines), "no name is wrapped"
-    assert rows["lam_vit_micro"][1:] == ["classification", "32px", "1.1M", "top-1", "85.4", "bundled"]
+    assert rows["lam_vit_micro"][1:] == ["classification", "32px", "1.1M", "top-1", "86.5", "bundled"]
     assert rows["lam_qd_detr"][1:] == ["moments", "features", "7.6M", "none"]
 
 
@@ -187,6 +187,10 @@ def test_info_measures_a_saved_model_of_any_size_without_building_it(run, tmp_pa
     config["model_args"]["img_size"] = 8192  # 2 GB of position embeddings
     (tmp_path / "m" / "config.json").write_text(json.dumps(config))
     assert json.loads(run("info", str(tmp_path / "m"), "--json").out)["parameters"] > 5e8
+
+
+def test_info_tells_the_note_of_a_tag(run) -> None:
+    assert "cifar10: Since 0.2.0 these weights" in run("info", "lam_vit_micro").out
 
 
 def test_info_tells_where_weights_come_from_and_what_is_read(run) -> None:

@@ -116,8 +116,10 @@ def test_loading_says_where_the_earlier_weights_of_a_tag_are(caplog: pytest.LogC
 def test_a_file_with_the_masks_of_another_tag_is_refused_with_its_name(tmp_path: Path) -> None:
     earlier: Any = create_model("lam_vit_micro.cifar10_mul", pretrained=True)
     save_file(dict(earlier.state_dict()), tmp_path / "old.safetensors")  # as a training script of 0.1.0 left it
-    with pytest.raises(StateDictError, match=r"A file with the masks of lam_vit_micro\.cifar10_mul needs that name\.$"):
+    with pytest.raises(StateDictError, match=r"It has the masks of lam_vit_micro\.cifar10_mul: use that name\.$"):
         create_model("lam_vit_micro", checkpoint_path=tmp_path / "old.safetensors")
+    with pytest.raises(StateDictError, match=r"(?s)does not fit(?!.*use that name)"):
+        create_model("lam_vit_micro", depth=3, checkpoint_path=tmp_path / "old.safetensors")
     assert masks_equal(create_model("lam_vit_micro.cifar10_mul", checkpoint_path=tmp_path / "old.safetensors"), earlier)
 
 

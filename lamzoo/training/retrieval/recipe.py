@@ -147,7 +147,7 @@ class MatchingSection:
         negatives: ``"hard"`` draws one for each text and video by their similarity, as ALBEF does, whose joint
             transformer is pretrained; ``"group"`` compares all pairs within groups of the batch by CLIP4Clip's loss,
             for a joint transformer that begins from scratch.
-        group: pairs of a group; the cost of an update is that of ``batch_size * group`` comparisons.
+        group: pairs of a group, so that an update has ``batch_size * group`` comparisons; only read with ``"group"``.
     """
 
     weight: Positive = 1.0
@@ -186,7 +186,7 @@ class RetrievalRecipe(TaskRecipe):
             self._check_towers(self.towers)
         if self.matching is not None and self.data.captions == "all":
             raise RecipeError(
-                "[matching] draws hard negatives from the batch, which must not have a video twice, and data.captions "
+                "[matching] compares pairs of the batch, which must not have a video twice, and data.captions "
                 "is 'all'; set it to 'one'."
             )
         if self.reduction is not None:
