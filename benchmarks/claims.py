@@ -82,7 +82,8 @@ def _images() -> str:
         "Three seeds on CIFAR-10, three epochs: additive position masks "
         f"{_gain('ablation', 'add-position')} points, the paper's form {_gain('ablation', 'paper')}, positive "
         f"multiplicative masks {_gain('ablation', 'base')}. Trained longer: "
-        f"{_score(f'lam_{tiny}') - _score(tiny):+.2f} at 64 pixels (one seed); {_gain('micro', 'mask')} at 32"
+        f"{_score(f'lam_{tiny}') - _score(tiny):+.2f} at 64 pixels (one seed); at 32 {_gain('micro', 'mask')}, "
+        f"and in the model of three epochs {_gain('positions', 'mask-12', 'plain-12')}"
     )
 
 

@@ -118,6 +118,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "reviews": claims.reviews,
     "ablation": ablation,
     "micro": lambda: ablation(HERE / "micro.toml"),
+    "positions": lambda: ablation(HERE / "positions.toml"),
     "grid": lambda: ablation(HERE / "grid.toml"),
     "flickr8k": lambda: ablation(HERE / "flickr8k.toml"),
     "moments": lambda: ablation(HERE / "moments.toml"),
