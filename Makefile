@@ -73,6 +73,7 @@ tables: $(VENV)/.ready-dev  ## measure the zoo again, train what is missing in b
 	$(BIN)/lamzoo bench $(SEQUENCES) --force --out benchmarks/results/sequences.csv
 	$(BIN)/python -m benchmarks.ablation.run --jobs $(JOBS)
 	$(BIN)/python -m benchmarks.ablation.run --ablation benchmarks/ablation/micro.toml --jobs $(JOBS)
+	$(BIN)/python -m benchmarks.ablation.run --ablation benchmarks/ablation/positions.toml --jobs $(JOBS)
 	$(BIN)/python -m benchmarks.ablation.run --ablation benchmarks/ablation/grid.toml --jobs $(JOBS)
 	$(BIN)/python -m benchmarks.ablation.run --ablation benchmarks/ablation/flickr8k.toml --jobs $(JOBS)
 	$(BIN)/python -m benchmarks.ablation.run --ablation benchmarks/ablation/captions.toml --jobs $(JOBS)
