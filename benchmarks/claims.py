@@ -172,7 +172,7 @@ def _control() -> str:
 
 
 _ABLATION = "`python -m benchmarks.ablation.run`"
-_MICRO = f"{_ABLATION}, also with `--ablation benchmarks/ablation/micro.toml`"
+_MICRO = f"{_ABLATION}, also with `--ablation benchmarks/ablation/{{micro,positions}}.toml`"
 _VIDEO = f"{_ABLATION} with `--ablation benchmarks/ablation/{{grid,moments,captions}}.toml`"
 _REDUCTION = "`python -m benchmarks.reduction`"
 

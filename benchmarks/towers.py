@@ -200,7 +200,7 @@ def score(
     model.freeze_towers(recipe.towers.freeze, one_by_one=True)  # a loaded model is not frozen
     whole = create_retrieval_dataset(recipe.data.source, split)
     one_each = copy.copy(whole)
-    one_each.texts = [whole.texts[whole.video_of_text.index(video)] for video in range(len(whole))]
+    one_each.texts = [whole.texts[text] for text in _first_texts(whole.video_of_text, len(whole))]
     one_each.video_of_text = list(range(len(whole)))
     few_words = copy.copy(one_each)
     few_words.texts = [drop_words(text) for text in one_each.texts]
@@ -228,6 +228,10 @@ def score(
     return found
 
 
+def _first_texts(owners: Sequence[int], videos: int) -> list[int]:
+    return [owners.index(video) for video in range(videos)]
+
+
 def _recalls(ranks: Sequence[NDArray[Any]]) -> dict[str, float]:
     return {
         f"{way}_R{k}": 100 * float((rank < k).mean())
@@ -241,7 +245,7 @@ def _scores(
 ) -> tuple[dict[str, float], tuple[NDArray[Any], NDArray[Any]]]:
     """Returns the scores of both stages but for re-ranking, and the hits of both directions in the pools."""
     videos = dual.shape[1]
-    firsts = torch.tensor([owners.index(video) for video in range(videos)])  # the first caption of each photograph
+    firsts = torch.tensor(_first_texts(owners, videos))
     to_video, to_text = pools(owners, videos), pools(range(videos), videos)
     queries = torch.arange(len(owners))[:, None].expand_as(to_video)
     shown = torch.arange(videos)[:, None].expand_as(to_text)

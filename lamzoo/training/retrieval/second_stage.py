@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lamzoo.training.retrieval.contrastive import contrastive_loss
+
 
 def matching_loss(
     model: Any,
@@ -70,11 +72,10 @@ def group_loss(model: Any, text: Tensor, video: Tensor, frame_mask: Tensor, posi
     logits = model.match(text[texts], video[videos], frame_mask[videos])
     losses = []
     for group, scores in zip(groups, logits.split([len(group) ** 2 for group in groups]), strict=True):
-        own = torch.arange(len(group), device=text.device)
-        others = positives[group][:, group] & (own[:, None] != own)
+        others = positives[group][:, group] & (group[:, None] != group)
         scores = scores.unflatten(0, (len(group), -1)).masked_fill(others, float("-inf"))
-        losses += [F.cross_entropy(way, own, reduction="sum") for way in (scores, scores.T)]
-    return torch.stack(losses).sum() / (2 * len(text))
+        losses.append(len(group) * contrastive_loss(scores))
+    return torch.stack(losses).sum() / len(text)
 
 
 @torch.no_grad()
