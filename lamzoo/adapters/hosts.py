@@ -22,6 +22,7 @@ from lamzoo.lam.resize import Grid
 from lamzoo.lam.unmasked import Unmasked
 
 HostModule = TypeVar("HostModule", bound=nn.Module)
+T = TypeVar("T")
 
 #: Library (top-level package of a host's classes) to its adapter, in the order in which they are consulted. An adapter
 #: is imported when a model has a class of its library.
@@ -237,7 +238,7 @@ class EnterBlock(SharedStateHook):
     def __call__(
         self, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = MappingProxyType({})
     ) -> None:
-        tokens = _first_tensor((*args, *kwargs.values()))
+        tokens = _first(torch.Tensor, (*args, *kwargs.values()))
         if tokens is not None:
             self.shared.enter(tokens, id(self), needs_pass=self.needs_pass, inside=self.inside)
 
@@ -246,7 +247,7 @@ class LeaveBlock(SharedStateHook):
     """Forward hook of a block: attaches the pass to its output, or ends the pass if the block raised."""
 
     def __call__(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        tokens = _first_tensor(output if isinstance(output, (tuple, list)) else (output,))
+        tokens = _first(torch.Tensor, output if isinstance(output, (tuple, list)) else (output,))
         if tokens is not None:
             self.shared.leave(tokens)
         elif output is None:
@@ -297,8 +298,11 @@ def remove_hooks(module: nn.Module, kinds: tuple[type[SharedStateHook], ...]) ->
             module._forward_hooks_always_called.pop(key, None)
 
 
-def _first_tensor(values: Iterable[Any]) -> torch.Tensor | None:
-    return next((value for value in values if isinstance(value, torch.Tensor)), None)
+def _first(kind: type[T], values: Iterable[Any]) -> T | None:
+    for value in values:  # each layer asks in each pass, and a generator takes several times as long
+        if isinstance(value, kind):
+            return value
+    return None
 
 
 class HostTakeover(nn.Module):
@@ -316,7 +320,7 @@ class HostTakeover(nn.Module):
     host_class: type[nn.Module]
 
     def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
-        proxy = next((arg for arg in (*args, *kwargs.values()) if isinstance(arg, torch.fx.Proxy)), None)
+        proxy = _first(torch.fx.Proxy, (*args, *kwargs.values()))
         if proxy is None:
             return super()._call_impl(*args, **kwargs)
         tracer: Any = proxy.tracer
@@ -408,9 +412,10 @@ class HostTakeover(nn.Module):
         Returns:
             ``(B, N, E)``, before the output projection, or None.
         """
-        if self.training or "fused" not in self._modules:
+        modules: Any = self._modules  # faster than nn.Module's search for attributes
+        if self.training or "fused" not in modules:
             return None
-        lam: Any = self.lam
+        lam, fused = modules["lam"], modules["fused"]
         hook = lam.attention_hook
         if lam.recorder is not None or (hook is not None and not getattr(hook, "fusible", False)):
             return None
@@ -419,9 +424,8 @@ class HostTakeover(nn.Module):
         if not torch.compiler.is_compiling():
             if torch._C._functorch.peek_interpreter_stack() is not None:
                 return None
-            if not self.fused.is_current() and not self.fuse().is_fused:
+            if not fused.is_current() and not self.fuse().is_fused:
                 return None
-        fused = self.fused
         return fused(tokens, lam, between) if takes_fused_form(fused, tokens) else None
 
 

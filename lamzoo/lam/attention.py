@@ -88,11 +88,14 @@ def check_inputs(
             "padding and causal masks go into `allowed` (bool, True = may attend)."
         )
     mask.check(query, key)
-    if len({compute_dtype(x) for x in (query, key, value)}) > 1:
+    is_mixed = not query.dtype == key.dtype == value.dtype
+    if is_mixed and len({compute_dtype(x) for x in (query, key, value)}) > 1:
         raise MaskShapeError(
             f"query, key and value have the dtypes {query.dtype}, {key.dtype} and {value.dtype}; outside of "
             "torch.autocast they must have the same one."
         )
+    if allowed is None and bias is None:
+        return
     if allowed is not None and allowed.dtype != torch.bool:
         raise MaskShapeError(f"`allowed` is {allowed.dtype}; it must be torch.bool, True = may attend.")
     if bias is not None and not bias.is_floating_point():

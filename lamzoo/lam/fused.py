@@ -117,23 +117,25 @@ class FusedAttention(nn.Module):
             ``(B, N, E)``.
         """
         here = lam.shared.current
-        query, key, made = self._project(tokens, lam.key_tokens(tokens))
-        table = None if lam.network is None else self._table(lam.network, key.shape[2], here)
-        mask = lam.shared_mask() if lam.network is None else None
         # Traced changes in place are scattered into copies, and norms save their input for the gradient.
         in_place = not (torch.is_grad_enabled() or _is_traced())
+        query, key, made = self._project(tokens, tokens if here.merge is None else here.merge.tokens, in_place)
+        network = lam.network
+        table = None if network is None else self._table(network, key.shape[2], here)
+        mask = lam.shared_mask() if network is None else None
         if in_place:
             self._insert(query, key, table, mask, between)
             value = self._wide_values(key, made)
         else:
             query, key = self._inserted(query, key, table, mask, between)
             value = F.pad(self._values(made), (0, self.columns))
-        if lam.gives_mask:
+        gives_mask = lam.gives_mask
+        if gives_mask:
             left, right = (x[..., self._factor] for x in (query, key))
             lam.shared.update(mask=FactoredMask(left * self.scale, right))
         if here.sizes is not None:  # beside the constant column of the queries
             logs = log_sizes(here.sizes).to(key.dtype)
-            if in_place and not lam.gives_mask:
+            if in_place and not gives_mask:
                 key[..., self._constant : self._constant + 1].add_(logs)
             else:
                 key = key + F.pad(logs, (self._constant, self.padding))
@@ -142,18 +144,32 @@ class FusedAttention(nn.Module):
             lam.shared.end()
         return out[..., : self.head_dim].transpose(1, 2).flatten(2)
 
-    def _project(self, tokens: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, tokens: Tensor, keys: Tensor, in_place: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Returns queries and keys ``(B, H, N, D)``, and what the linear layer has made, which ends with the values."""
+        tensors: Any = self._buffers  # faster than nn.Module's search for attributes
+        weight, bias = tensors["weight"], tensors["bias"]
         wide = self.head_dim + self.columns
         rows = self.heads * wide
-        if keys is tokens:
-            made = F.linear(tokens, self.weight, self.bias)
-            query, key = made[..., : 2 * rows].unflatten(-1, (2, self.heads, wide)).permute(2, 0, 3, 1, 4).unbind(0)
+        if keys is not tokens:
+            query = F.linear(tokens, weight[:rows], bias[:rows])
+            made = F.linear(keys, weight[rows:], bias[rows:])
+            query, key = (x.unflatten(-1, (self.heads, wide)).transpose(1, 2) for x in (query, made[..., :rows]))
             return query, key, made
-        query = F.linear(tokens, self.weight[:rows], self.bias[:rows])
-        made = F.linear(keys, self.weight[rows:], self.bias[rows:])
-        query, key = (x.unflatten(-1, (self.heads, wide)).transpose(1, 2) for x in (query, made[..., :rows]))
+        made = F.linear(tokens, weight, bias)
+        if in_place:
+            return self._heads(made, 0, wide, wide), self._heads(made, rows, wide, wide), made
+        query, key = made[..., : 2 * rows].unflatten(-1, (2, self.heads, wide)).permute(2, 0, 3, 1, 4).unbind(0)
         return query, key, made
+
+    def _heads(self, made: Tensor, start: int, apart: int, width: int) -> Tensor:
+        """Returns heads ``(B, H, N, width)`` that begin at a column of ``made`` and are ``apart`` columns apart."""
+        batch, length, _ = made.shape
+        strides = made.stride()
+        return made.as_strided(
+            (batch, self.heads, length, width),
+            (strides[0], apart, strides[1], strides[2]),
+            made.storage_offset() + start,
+        )
 
     def _insert(
         self, query: Tensor, key: Tensor, table: Tensor | None, mask: FactoredMask | None, between: Between | None
@@ -214,9 +230,8 @@ class FusedAttention(nn.Module):
             return F.pad(self._values(made), (0, self.columns))
         # Each head's values are followed by those of the next one, which make columns of the output that nobody reads,
         # and the last head's by zeros: so they have the width of the keys without a copy.
-        strides = (made.stride(0), self.head_dim, made.stride(1), made.stride(2))
         start = made.shape[-1] - self.columns - self.heads * self.head_dim
-        return made.as_strided(key.shape, strides, made.storage_offset() + start)
+        return self._heads(made, start, self.head_dim, key.shape[-1])
 
     @property
     def _factor(self) -> slice:
@@ -235,13 +250,14 @@ class FusedAttention(nn.Module):
 
     def _table(self, network: MaskNetwork, length: int, here: StackPass) -> Tensor | None:
         """Returns the columns of the keys that depend on their positions; see :meth:`_insert`. None if none does."""
-        if self.table is None:
+        initial = self._buffers["table"]
+        if initial is None:
             return None
         if here.merge is not None and here.merge.right is not None:
             return here.merge.right
         if here.token_map is None:
-            return self._table_of(self.table, network, length, here.grid)
-        table = self._table_of(self.table, network, here.token_map.length, here.grid)
+            return self._table_of(initial, network, length, here.grid)
+        table = self._table_of(initial, network, here.token_map.length, here.grid)
         return here.token_map.factor(table[: network.heads].unsqueeze(0))
 
     def _table_of(self, initial: Tensor, network: MaskNetwork, length: int, grid: Grid | None) -> Tensor:

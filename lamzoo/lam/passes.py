@@ -246,16 +246,19 @@ class SharedState:
             then = then or _nearest(tokens.grad_fn, block, id(self))
             then = then or _alive(notes.get(block)) or _alive(notes.get(id(self)))
         if then is not None:
-            self._put(rerun, then if rerun is None else then.but(rerun=rerun))
+            here = then if rerun is None else then.but(rerun=rerun)
+            self._put(rerun, here)
         elif here is not None and not here.takes(tokens, inside):
             self.end()
+            here = None
         elif rerun is not None and here is None and needs_pass:
             raise ConfigError(
                 "Gradient checkpointing reruns a block whose forward pass is unknown: it is reentrant, which cuts the "
                 "gradient of what layers share, or the block's frozen input was copied into another tensor; checkpoint "
                 "with use_reentrant=False, or use layers='multi' with keys='content'."
             )
-        self._note_input(tokens, notes, block)
+        if here is not None:
+            self._note_input(tokens, notes, block, here)
 
     def leave(self, tokens: Tensor) -> None:
         """Notes the current pass with a block's output, ``(B, N, C)``, for the lifetime of the output or its graph."""
@@ -279,10 +282,7 @@ class SharedState:
             Variable._execution_engine.queue_callback(ending)
         self._passes[key] = here
 
-    def _note_input(self, tokens: Tensor, notes: dict[int, Any], block: int) -> None:
-        here = self._begun(_rerun())
-        if here is None:
-            return
+    def _note_input(self, tokens: Tensor, notes: dict[int, Any], block: int, here: StackPass) -> None:
         if here.rerun is not None and _alive(notes.get(block)) is not None:
             return  # keep the first run's note for a second backward pass
         shares = here.mask is not None or here.kept is not None
