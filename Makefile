@@ -69,7 +69,7 @@ wheel-test: $(VENV)/.ready-dev  ## the wheel, installed into an empty environmen
 tables: $(VENV)/.ready-dev  ## measure the zoo again, train what is missing in benchmarks/results, rewrite the tables of README and docs
 	$(BIN)/lamzoo bench "*.cifar10" --data npz:$(SHARED)/cifar10 --split test --fuse --force --out benchmarks/results/zoo.csv
 	$(BIN)/lamzoo bench "*.tinyimagenet100" --data npz:$(SHARED)/tinyimagenet100 --split val --fuse --force --out benchmarks/results/zoo.csv
-	$(BIN)/lamzoo bench lam_vit_tiny lam_vit_small lam_vit_base --max-batch 16 --force --out benchmarks/results/cost.csv
+	$(BIN)/lamzoo bench lam_vit_tiny lam_vit_small lam_vit_base --max-batch 16 --fuse --force --out benchmarks/results/cost.csv
 	$(BIN)/lamzoo bench $(SEQUENCES) --force --out benchmarks/results/sequences.csv
 	$(BIN)/python -m benchmarks.ablation.run --jobs $(JOBS)
 	$(BIN)/python -m benchmarks.ablation.run --ablation benchmarks/ablation/micro.toml --jobs $(JOBS)

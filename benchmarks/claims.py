@@ -13,7 +13,7 @@ from typing import Literal
 from benchmarks import kernels, reduction_tables
 from benchmarks.ablation.run import RESULTS, read_results
 from benchmarks.rows import read_rows as read_lines
-from lamzoo.profiling.results import BenchRow, read_rows
+from lamzoo.profiling.results import BenchRow, Form, read_rows
 
 Verdict = Literal["holds", "holds in part", "does not hold", "not asked"]
 
@@ -71,8 +71,8 @@ def _score(name: str) -> float:
     return value
 
 
-def _row(file: str, name: str) -> BenchRow:
-    (row,) = [row for row in read_rows(RESULTS / f"{file}.csv") if row.name == name and row.form is None]
+def _row(file: str, name: str, form: Form | None = None) -> BenchRow:
+    (row,) = [row for row in read_rows(RESULTS / f"{file}.csv") if row.name == name and row.form == form]
     return row
 
 
@@ -157,9 +157,14 @@ def _kernel_cost() -> str:
 
 
 def _latency() -> str:
-    rows = [_row("cost", f"lam_vit_{size}") for size in ("tiny", "small", "base")]
-    ratios = ", ".join(f"{row.latency_ratio:.2f}" for row in rows)
-    return f"One image at 224 pixels, ViT-Ti, -S and -B with masks: {ratios} of the plain model's time, two threads"
+    def ratios(form: Form | None) -> str:
+        rows = [_row("cost", f"lam_vit_{size}", form) for size in ("tiny", "small", "base")]
+        return ", ".join(f"{row.latency_ratio:.2f}" for row in rows)
+
+    return (
+        f"One image at 224 pixels, ViT-Ti, -S and -B with masks: {ratios(None)} of the plain model's time, two "
+        f"threads; fused {ratios('fused')}"
+    )
 
 
 def _control() -> str:
