@@ -228,7 +228,7 @@ _REVIEWS = (
     Claim(
         "Sparse and pruning baselines are missing",
         lambda: "EViT, ToMe, PiToMe, DiffRate, ATM, random and stride, on the same weights at the same GMACs: pruning "
-        "by masks is behind them, merging is ahead or level",
+        "by masks is behind the best of them in most cells, merging is ahead or level",
         "[token reduction](tokens.md#is-it-ahead-of-other-methods)", _REDUCTION, "holds",
     ),
     Claim(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -113,7 +114,8 @@ def main() -> None:
         parser.error(f"{arguments.run} has {len(rows)} of {epochs} epochs; finish it first")
     name = recipe["model"]["name"]
     trained: Any = lamzoo.create_model(f"local-dir:{arguments.run / 'model'}", pretrained=True)
-    file = write_state_dict(trained.bfloat16().state_dict(), arguments.out / f"{name}.{arguments.tag}.safetensors")
+    # In the folder of the run until it is measured: weights that were published before stay if that fails.
+    file = write_state_dict(trained.bfloat16().state_dict(), arguments.run / f"{name}.{arguments.tag}.safetensors")
 
     model = lamzoo.create_model(name, checkpoint_path=file.path, lam=trained.lam_config or False)
     reduction = getattr(trained, "token_reduction", None)
@@ -164,6 +166,7 @@ def main() -> None:
         scoring=textwrap.fill(scoring, 120),
         limits=measured.limits,
     )
+    shutil.copyfile(file.path, arguments.out / file.path.name)
     (arguments.out / f"{name}.{arguments.tag}.md").write_text(card, encoding="utf-8")
     print(
         f"""

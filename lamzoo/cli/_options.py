@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 #: Forms of a model name, for the help of every command.
-FORMS = "arch, arch.tag, timm/NAME, open_clip/NAME:TAG, hf-hub:REPO, or the folder of a saved model or a run"
+FORMS = (
+    "arch, arch.tag, timm/NAME, open_clip/NAME:TAG, hf/OWNER/NAME, hf-hub:REPO, or the folder of a saved model or a run"
+)
 Name = Annotated[str, typer.Argument(metavar="NAME", help=f"{FORMS}.")]
 Checkpoint = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Safetensors file that replaces the pretrained weights.")
