@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -114,6 +115,11 @@ def file_lock(path: Path, *, wait: bool = False) -> Iterator[bool | None]:
             if held is None:
                 with contextlib.suppress(OSError):  # Windows refuses while another process has it open
                     path.unlink()
+
+
+def is_sha256(value: object) -> bool:
+    """Whether a value read from a file is a sha256: 64 lower-case hexadecimal digits."""
+    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
 
 
 def is_plain_name(name: object) -> bool:

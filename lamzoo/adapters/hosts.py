@@ -18,6 +18,7 @@ from torch import nn
 from lamzoo.errors import ExportError
 from lamzoo.lam import Lam, SharedState
 from lamzoo.lam.fused import Between, FusedAttention, Projection, takes_fused_form, unsupported
+from lamzoo.lam.kernels.eager import is_transformed
 from lamzoo.lam.resize import Grid
 from lamzoo.lam.unmasked import Unmasked
 
@@ -298,6 +299,11 @@ def remove_hooks(module: nn.Module, kinds: tuple[type[SharedStateHook], ...]) ->
             module._forward_hooks_always_called.pop(key, None)
 
 
+def without_numbers(path: str) -> str:
+    """Returns a path without its numbers, by which the layers of a stack are equal."""
+    return ".".join("*" if part.isdigit() else part for part in path.split("."))
+
+
 def _first(kind: type[T], values: Iterable[Any]) -> T | None:
     for value in values:  # each layer asks in each pass, and a generator takes several times as long
         if isinstance(value, kind):
@@ -421,11 +427,8 @@ class HostTakeover(nn.Module):
             return None
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters()):
             return None
-        if not torch.compiler.is_compiling():
-            if torch._C._functorch.peek_interpreter_stack() is not None:
-                return None
-            if not fused.is_current() and not self.fuse().is_fused:
-                return None
+        if is_transformed() or not (torch.compiler.is_compiling() or fused.is_current() or self.fuse().is_fused):
+            return None
         return fused(tokens, lam, between) if takes_fused_form(fused, tokens) else None
 
 

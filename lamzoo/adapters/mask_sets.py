@@ -34,6 +34,7 @@ class MaskSet:
         masks: state dict of the masks, which carries their ``LamConfig``.
         others: further tensors by their key in the model's state dict, such as those of the classifier.
         label_names: class names of that classifier.
+        fresh: whether the masks are as they were initialised; see :class:`lamzoo.lam.Lam`.
     """
 
     config: LamConfig | None = None
@@ -41,6 +42,7 @@ class MaskSet:
     masks: Mapping[str, Tensor] = field(default_factory=dict)
     others: dict[str, Tensor] = field(default_factory=dict)
     label_names: tuple[str, ...] | None = None
+    fresh: bool = False
 
     def has_layers_of(self, other: MaskSet) -> bool:
         """Returns whether masks of both sets fit into the same layers, without resizing."""
@@ -116,6 +118,7 @@ class MaskSets:
         masks = _masks(model)
         if current.config is not None and masks:  # which an interrupted switch may have removed
             current.masks = cloned_masks(model)
+            current.fresh = all(lam.is_fresh for lam in masks)
             self.frozen = not any(parameter.requires_grad for lam in masks for parameter in lam.parameters())
             layers = (layer for layer in host.modules() if isinstance(layer, HostTakeover))
             if any(layer.no_fused_form() is None for layer in layers):
@@ -147,6 +150,8 @@ class MaskSets:
             self._replace_masks(model, target, source)
         if target.config is not None:
             load_masks(model, target.masks, source, target.config)
+            for lam in _masks(model):
+                lam.is_fresh = target.fresh
         own, plain = _state(model), self.stored[None]
         with torch.no_grad():
             for key, value in (plain.others | target.others).items():
@@ -218,8 +223,9 @@ def set_lam(model: Model, name: str | None) -> Model:
 
     Raises:
         ConfigError: there is no set of that name; lists the names.
-        UnsupportedHostError: the model has no masks, can't get those of another configuration now, or lacks a
-            parameter of the sets, or has it in another size, as after ``reset_classifier``.
+        UnsupportedHostError: the model has no masks, or has them in some of its blocks only, can't get those of another
+            configuration now, or lacks a parameter of the sets, or has it in another size, as after
+            ``reset_classifier``.
         StateDictError: the layers of the model have changed, and the masks don't fit them.
             After each error the model has the masks that it had.
     """
@@ -243,9 +249,14 @@ def sets_of(model: nn.Module) -> MaskSets:
     """Returns the sets of masks of a model; new ones, which the model doesn't have yet, if it has none.
 
     Raises:
-        UnsupportedHostError: peft holds the masks.
+        UnsupportedHostError: peft holds the masks, or only some of the blocks have them.
     """
     host: Any = unwrap(model)
+    if hasattr(host, "lam_blocks"):
+        raise UnsupportedHostError(
+            f"Only the blocks {host.lam_blocks} of the model ({class_name(host)}) have masks, and sets of masks have "
+            "them in all; save and load the whole model with lamzoo.save_pretrained and lamzoo.create_model."
+        )
     if any(".modules_to_save." in path for path, module in host.named_modules() if isinstance(module, Lam)):
         raise UnsupportedHostError(
             f"The masks of the model ({class_name(host)}) are held by peft, which saves and switches them with its own "

@@ -194,7 +194,7 @@ def remove_lam(model: Model) -> Model:
         adapter.unwrap(model)
     for module in model.modules():
         remove_hooks(module, (SharedStateHook,))
-        for name in ("lam_config", "lam_parts", "lam_sets", "prune_config", "token_reduction"):
+        for name in ("lam_blocks", "lam_config", "lam_parts", "lam_sets", "prune_config", "token_reduction"):
             vars(module).pop(name, None)
         restore_no_weight_decay(module)
     return model

@@ -32,7 +32,7 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-from lamzoo.adapters.hosts import AttentionSite, HostTakeover, TakeoverAdapter, TokenLayout
+from lamzoo.adapters.hosts import AttentionSite, HostTakeover, TakeoverAdapter, TokenLayout, without_numbers
 from lamzoo.adapters.transformers_own import OWN_TAKEOVERS, own_site
 from lamzoo.adapters.transformers_vision import TAKEOVERS, present_keys, read_mask, tower_layouts
 from lamzoo.errors import ConfigError, UnsupportedHostError, class_name
@@ -96,7 +96,7 @@ class TransformersAdapter(TakeoverAdapter):
                 site = _site(path, module, interface)
                 stacks.setdefault(site.stack, []).append(site)
             elif type(module) in OWN_TAKEOVERS:
-                site = own_site(path, _pattern(path), module)
+                site = own_site(path, without_numbers(path), module)
                 stacks.setdefault(site.stack, []).append(site)
             elif _attends_itself(type(module)):
                 raise UnsupportedHostError(
@@ -227,18 +227,13 @@ def _site(path: str, module: Any, interface: _Interface) -> AttentionSite:
     query_dim, key_dim = _width(query), _width(key)
     return AttentionSite(
         path=path,
-        stack=f"{_pattern(path)} {query_dim} {key_dim} {heads}",  # stages of a pyramid share no mask
+        stack=f"{without_numbers(path)} {query_dim} {key_dim} {heads}",  # stages of a pyramid share no mask
         query_dim=query_dim,
         key_dim=key_dim,
         num_heads=heads,
         like=next(each for each in module.parameters() if each.is_floating_point()),
         watched=path,  # transformers checkpoints the forward pass of a block without its hooks
     )
-
-
-def _pattern(path: str) -> str:
-    """Returns a path without its numbers, by which the layers of a stack are equal."""
-    return ".".join("*" if part.isdigit() else part for part in path.split("."))
 
 
 def _named(path: str, module: nn.Module) -> str:

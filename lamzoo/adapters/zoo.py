@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from lamzoo.adapters.hosts import AttentionSite, HostTakeover, TakeoverAdapter
+from lamzoo.adapters.hosts import AttentionSite, HostTakeover, TakeoverAdapter, without_numbers
 from lamzoo.errors import UnsupportedHostError, class_name
 from lamzoo.layers.attention import HeadAttention, is_written_out
 
@@ -55,7 +55,7 @@ class ZooAdapter(TakeoverAdapter):
                         f"{path or 'The model'} ({class_name(module)}) is an unknown subclass of HeadAttention; use "
                         "HeadAttention itself, or call add_lam on the parts of the model without it."
                     )
-                stack = ".".join("*" if part.isdigit() else part for part in path.split("."))
+                stack = without_numbers(path)
                 stacks.setdefault(stack, []).append(_site(path, stack, module))
         for sites in stacks.values():
             yield from sites

@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from lamzoo.cli import _output as out
-from lamzoo.cli._options import BatchSize, Checkpoint, Device, Json, Merge, Name, Trust, check_share, load_model
+from lamzoo.cli._options import (
+    BatchSize,
+    Checkpoint,
+    Device,
+    Json,
+    Merge,
+    Name,
+    Precision,
+    Trust,
+    check_share,
+    load_model,
+)
 from lamzoo.errors import ConfigError, LamzooError
 
 if TYPE_CHECKING:
@@ -38,7 +49,7 @@ def eval_command(
         "Stop at unreadable images or videos, or leave them out with a warning [stop]."))] = None,
     batch_size: BatchSize = 64,
     device: Device = "auto",
-    precision: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Autocast dtype.")] = "float32",
+    precision: Precision = "float32",
     workers: Annotated[int, typer.Option(help="Worker processes that read inputs.")] = 0,
     limit: Annotated[int | None, typer.Option(help="Score only this many images, spread over the data.")] = None,
     state: Annotated[Path | None, typer.Option(metavar="FILE", help="File for partial results.")] = None,

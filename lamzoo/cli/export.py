@@ -11,9 +11,7 @@ import typer
 from lamzoo.cli import _output as out
 from lamzoo.cli._options import Checkpoint, Json, Merge, Name, load_model
 from lamzoo.errors import ConfigError, ExportError
-
-_Score = Literal["mask", "attention", "attention-value", "redundancy"]
-_Rest = Literal["drop", "merge", "nearest"]
+from lamzoo.reduction.config import Rest, Score
 
 
 def export(
@@ -28,8 +26,8 @@ def export(
     at: Annotated[str | None, typer.Option(metavar="LAYERS", help=(
         "Layers that prune, such as 3,6,9 [at a quarter, half and three quarters of the depth]."))] = None,
     target_gmacs: Annotated[float | None, typer.Option(help="Prune tokens first, to this many GMACs.")] = None,
-    score: Annotated[_Score, typer.Option(help="Score that selects the tokens to keep.")] = "mask",
-    rest: Annotated[_Rest, typer.Option(help=(
+    score: Annotated[Score, typer.Option(help="Score that selects the tokens to keep.")] = "mask",
+    rest: Annotated[Rest, typer.Option(help=(
         "Drop pruned tokens, merge them into one, or average each with the most similar kept token."))] = "drop",
     fused: Annotated[bool, typer.Option("--fuse", help="Export the fused form of additive masks.")] = False,
     int8: Annotated[bool, typer.Option("--int8", help="Quantise the linear layers of an ONNX file.")] = False,

@@ -436,4 +436,6 @@ def takes_fused_form(fused: FusedAttention, tokens: Tensor) -> bool:
     if _is_traced():
         return True
     batch, length, width = tokens.shape
+    if not (batch and length):
+        return False
     return faster(tokens.device.type, width, fused.columns, fused.padding, length, batch)

@@ -164,7 +164,12 @@ def merge_tokens(
 
 def merge_to_share(model: Model, share: float) -> Model:
     """Merges tokens to a share of the GMACs that the model has with all tokens; as :func:`merge_tokens`."""
-    whole = _profiled_gmacs(remove_reduction(model))
+    before: TokenReduction | None = getattr(unwrap(model), "token_reduction", None)
+    try:
+        whole = _profiled_gmacs(remove_reduction(model))
+    finally:
+        if before is not None:
+            reduce_tokens(model, before)
     try:
         config = _largest(model, TokenReduction(1.0), share * whole, _profiled_gmacs)
     except ConfigError as error:

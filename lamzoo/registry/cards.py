@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from lamzoo.errors import ConfigError, RegistryError
-from lamzoo.files import is_plain_name
+from lamzoo.files import is_plain_name, is_sha256
 from lamzoo.lam import LamConfig
 from lamzoo.records import Limits, build, read_table
 from lamzoo.reduction.config import PruneConfig, TokenReduction
@@ -279,7 +279,7 @@ def read_weights(name: str, table: Mapping[str, Any], where: str) -> PretrainedW
         raise RegistryError(f"{where}: the tag's file needs its sha256.")
     if tag.lam is not None and tag.external:
         raise RegistryError(f"{where}: weights of timm and open_clip have no masks; leave lam out.")
-    if tag.sha256 is not None and (len(tag.sha256) != 64 or set(tag.sha256) - set("0123456789abcdef")):
+    if tag.sha256 is not None and not is_sha256(tag.sha256):
         raise RegistryError(f"{where}: sha256 = {tag.sha256!r} is not 64 lower-case hexadecimal digits.")
     return tag
 

@@ -211,7 +211,9 @@ def create_for_images(name: str | os.PathLike[str], pretrained: bool = False, **
     ref = model_ref(name)
     if ref.kind != "hf":
         return create_model(name, pretrained, **kwargs)
-    spec = find_spec(ref)  # refuses other models before their weights are read
+    from lamzoo.registry.huggingface import find_transformers_spec
+
+    spec = find_transformers_spec(ref, kwargs.get("cache_dir"))  # refuses other models before their weights are read
     cfg = pretrained_cfg_of(spec, None)
     size: tuple[int, int] = cfg.input_size[1:]
     given_size = kwargs.pop("img_size", None)

@@ -85,22 +85,24 @@ def reduce_by_section(model: nn.Module, section: PruneSection) -> None:
         )  # fmt: skip
 
 
+def timm_optimizer(section: OptimizerSection, parts: Any, **settings: Any) -> torch.optim.Optimizer:
+    """Creates timm's optimiser over a model, or groups of parameters.
+
+    Raises:
+        RecipeError: ``optimizer.kwargs`` don't fit it.
+    """
+    try:
+        return timm.optim.create_optimizer_v2(parts, opt=section.name, lr=section.lr, **settings, **section.kwargs)
+    except (TypeError, ValueError, AssertionError, ArithmeticError, RuntimeError) as error:
+        raise RecipeError(f"optimizer.kwargs {section.kwargs} do not fit {section.name!r}: {error}.") from None
+
+
 def build_optimizer(section: OptimizerSection, model: nn.Module) -> torch.optim.Optimizer:
     """Creates timm's optimiser over the trainable parameters.
 
     Layer decay applies to pretrained layers, and to masks only if they were loaded and belong to one layer.
     """
-    try:
-        optimizer = timm.optim.create_optimizer_v2(
-            model,
-            opt=section.name,
-            lr=section.lr,
-            weight_decay=section.weight_decay,
-            layer_decay=section.layer_decay,
-            **section.kwargs,
-        )
-    except (TypeError, ValueError, AssertionError, ArithmeticError, RuntimeError) as error:
-        raise RecipeError(f"optimizer.kwargs {section.kwargs} do not fit {section.name!r}: {error}.") from None
+    optimizer = timm_optimizer(section, model, weight_decay=section.weight_decay, layer_decay=section.layer_decay)
     if section.lam_lr is not None:
         _set_rate(optimizer, mask_parameters(model), section.lam_lr / section.lr)
     elif section.layer_decay is not None:

@@ -307,12 +307,12 @@ class Checkpoints:
 
 
 def on_main_process(accelerator: Accelerator, function: Callable[[], _Result]) -> _Result:
-    """Calls a function on the main process; all processes return its result or raise its :class:`LamzooError`."""
+    """Calls a function on the main process; all processes return its result, or raise its error of lamzoo or the OS."""
     outcome: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:
             outcome = [function(), None]
-        except LamzooError as error:
+        except (LamzooError, OSError) as error:
             outcome = [None, error]
     result, failure = broadcast_object_list(outcome)
     if failure is not None:

@@ -243,6 +243,38 @@ def write_bad_inputs(path: Path, bad: BadInputs) -> None:
         stage(path).write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
+def scan_split(
+    split: Any,
+    role: str,
+    accelerator: Accelerator,
+    progress: ScanProgress | None,
+    *,
+    select: Callable[[Any, range], Any],
+    find: Callable[..., list[BadInput]] | None,
+) -> list[BadInput]:
+    """Finds the invalid inputs of a split; the processes share the work, and each returns all of them.
+
+    Args:
+        split: the data set, which has a length, and as ``lost`` the inputs that are known to be missing.
+        role: of the split in the run, for ``progress``.
+        accelerator: the processes.
+        progress: called on the main process with the role, and the number of inputs read and in all.
+        select: returns the part of a split with some indices.
+        find: returns the invalid inputs of a part, and takes ``progress``; None reads none, and returns the lost ones.
+    """
+    if find is None:
+        return list(split.lost)
+    share = range(accelerator.process_index, len(split), accelerator.num_processes)
+
+    def moved(done: int, total: int) -> None:
+        if progress is not None and accelerator.is_main_process:
+            progress(role, done, total)
+
+    own = find(select(split, share), progress=moved) if len(share) else []
+    found = [replace(each, index=share[each.index]) for each in own]
+    return sorted(gather_object(found), key=lambda each: each.index) if accelerator.num_processes > 1 else found
+
+
 def _scan(
     dataset: LabelledImages,
     role: str,
@@ -252,20 +284,8 @@ def _scan(
     progress: ScanProgress | None,
 ) -> LabelledImages:
     """Leaves out the invalid images; without ``data.scan`` only the missing ones, which are known without reading."""
-    if not data.scan:
-        bad += [(dataset.split or role, image) for image in dataset.lost]
-        return leave_out_invalid(dataset, dataset.lost, data.on_bad_input, every_class=role == "train")
-    processes, rank = accelerator.num_processes, accelerator.process_index
-    share = range(rank, len(dataset), processes)
-
-    def moved(done: int, total: int) -> None:
-        if progress is not None and accelerator.is_main_process:
-            progress(role, done, total)
-
-    own = find_invalid_images(select(dataset, share), workers=data.workers, progress=moved) if len(share) else []
-    found = [replace(image, index=share[image.index]) for image in own]
-    if processes > 1:
-        found = sorted(gather_object(found), key=lambda image: image.index)
+    find = partial(find_invalid_images, workers=data.workers) if data.scan else None
+    found = scan_split(dataset, role, accelerator, progress, select=select, find=find)
     bad += [(dataset.split or role, image) for image in found]
     return leave_out_invalid(dataset, found, data.on_bad_input, every_class=role == "train")
 

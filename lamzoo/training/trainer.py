@@ -230,8 +230,7 @@ class TrainingRun(ABC):
         report = None
         if self.recipe.run.report:
             report = self.checkpoints.output / "report" / "report.md"
-            if self.accelerator.is_main_process:
-                self.write_report(report.parent, scores, command)
+            on_main_process(self.accelerator, partial(self.write_report, report.parent, scores, command))
         return self._result(folder, scores, report)
 
     def write_records(self) -> None:
@@ -420,9 +419,8 @@ class TrainingRun(ABC):
         return ""
 
     def _save_model(self, folder: Path) -> None:
-        if self.accelerator.is_main_process:
-            save_pretrained(self.evaluated_model, folder, label_names=self.class_names())
-        self.accelerator.wait_for_everyone()
+        save = partial(save_pretrained, self.evaluated_model, folder, label_names=self.class_names())
+        on_main_process(self.accelerator, save)
 
     def _keep_if_best(self, record: Mapping[str, float]) -> bool:
         """Saves ``model/`` if the best weights are kept and this score is the best so far; returns whether it did."""
@@ -523,8 +521,7 @@ class TrainingRun(ABC):
         self._log_epoch(record, best)
         self.history.append(record)
         self.loss_sum = self._loss_sum(0.0)
-        if self.accelerator.is_main_process:
-            self.checkpoints.write_metrics(self.history)
+        on_main_process(self.accelerator, partial(self.checkpoints.write_metrics, self.history))
         if recipe.run.tensorboard:
             self.accelerator.log({k: v for k, v in record.items() if k not in ("epoch", "update")}, step=self.update)
         if evaluates:

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from lamzoo.errors import ConfigError, WeightsError, WeightsNotFoundError
+from lamzoo.files import is_sha256
 from lamzoo.lam.config import LamConfig
 from lamzoo.reading import parse_json, read_text, reason
 from lamzoo.records import build
 from lamzoo.registry.cards import data_dir
 from lamzoo.registry.refs import ModelRef
-from lamzoo.weights.sources import is_sha256, way_out
+from lamzoo.weights.sources import way_out
 
 ADAPTERS = "adapters"  # folder of the bundled masks beside the bundled weights
 CONFIG_NAME = "lam_config.json"

@@ -70,7 +70,7 @@ def save_lam(
     Raises:
         ConfigError: the model has no module or parameter at a path of ``also``, or the label names don't fit its
             number of classes, or no classifier is stored.
-        UnsupportedHostError: the model has no masks, only a part of it has, or peft holds them.
+        UnsupportedHostError: the model has no masks, only a part of it or some of its blocks have, or peft holds them.
         WeightsError: a file cannot be written; what was there before is unchanged.
     """
     folder, host = Path(folder), unwrap(model)
@@ -81,11 +81,6 @@ def save_lam(
         part = next(path for path, module in host.named_modules() if getattr(module, "lam_config", None) is not None)
         raise UnsupportedHostError(
             f"The masks of the model ({class_name(host)}) were added to its part {part}; save the masks of that part."
-        )
-    if hasattr(host, "lam_blocks"):
-        raise UnsupportedHostError(
-            f"Only the blocks {host.lam_blocks} of the model ({class_name(host)}) have masks, and load_lam adds them "
-            "to all; save the whole model with lamzoo.save_pretrained."
         )
     state = full_state_dict(model)
     others = _others(state, sets.stored[sets.active].others if also is None else also)

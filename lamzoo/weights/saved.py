@@ -15,7 +15,7 @@ from timm.models._hub import _parse_model_cfg
 
 from lamzoo import hub
 from lamzoo.errors import ConfigError, UnsafeWeightsError, WeightsError, WeightsNotFoundError
-from lamzoo.files import is_plain_name
+from lamzoo.files import is_plain_name, is_sha256
 from lamzoo.lam.config import LamConfig
 from lamzoo.reading import parse_json, read_text
 from lamzoo.records import Limits, build
@@ -23,7 +23,7 @@ from lamzoo.reduction.config import PruneConfig, TokenReduction
 from lamzoo.registry.preprocessing import ARGUMENTS, check_preprocessing
 from lamzoo.registry.refs import HF_PREFIX, TIMM_PREFIX, ModelRef
 from lamzoo.weights.mask_folder import CONFIG_NAME, MasksOnlyError, find_mask_folder, has_masks_only
-from lamzoo.weights.sources import SAFE_SUFFIXES, WeightsFile, find_in_folder, is_sha256, resolve_repo, way_out
+from lamzoo.weights.sources import SAFE_SUFFIXES, WeightsFile, find_in_folder, resolve_repo, way_out
 
 _logger = logging.getLogger(__name__)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -10,7 +9,7 @@ from typing import Literal, NamedTuple
 from huggingface_hub import constants
 
 from lamzoo.errors import RegistryError, UnsafeWeightsError, WeightsError, WeightsNotFoundError
-from lamzoo.files import is_plain_name
+from lamzoo.files import is_plain_name, is_sha256
 from lamzoo.reading import parse_json, read_text
 from lamzoo.registry.cards import PretrainedWeights, data_dir
 
@@ -18,7 +17,6 @@ WEIGHTS_NAME = "model.safetensors"
 INDEX_SUFFIX = ".index.json"
 _OPEN_CLIP_NAME = "open_clip_pytorch_model.bin"
 SAFE_SUFFIXES = (".safetensors", INDEX_SUFFIX)
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -198,7 +196,7 @@ def find_in_folder(folder: Path) -> Path:
 def promised_by_hub(path: Path) -> str | None:
     """Returns the sha256 in the name of a cached hub file: the cache names the blob of a large file by its hash."""
     while True:  # the blob may be a link as well, to the store that repositories share
-        if path.parent.name == "blobs" and _SHA256.fullmatch(path.name):
+        if path.parent.name == "blobs" and is_sha256(path.name):
             return path.name
         if not path.is_symlink():
             return None
@@ -237,14 +235,9 @@ def read_index(path: Path) -> ShardIndex:
     return ShardIndex(shards, hashes)
 
 
-def is_sha256(value: object) -> bool:
-    """Whether a value read from a file is a sha256: 64 lower-case hexadecimal digits."""
-    return isinstance(value, str) and _SHA256.fullmatch(value) is not None
-
-
 def _is_bundled(path: Path) -> bool:
     try:
-        return path.parent == data_dir("weights")
+        return data_dir("weights") in path.parents
     except RegistryError:  # an installation without weights
         return False
 

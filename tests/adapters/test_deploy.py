@@ -175,6 +175,12 @@ def test_position_tables_follow_the_patch_grid() -> None:
         check_same(model, other, torch.randn(1, 3, *shape))
 
 
+def test_an_empty_batch_has_an_empty_output() -> None:
+    model, images = masked(), VIT.images()[:0]
+    with torch.no_grad():
+        assert fuse(copy.deepcopy(model))(images).shape == model(images).shape
+
+
 def test_one_layer_has_these_operators_and_copies() -> None:
     counts: dict[str, Counter[str]] = {}
     single = LamConfig(keys="position", layers="single", init="paper")

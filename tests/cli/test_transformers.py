@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import timm.data
@@ -193,6 +194,12 @@ def test_wrapping_leaves_the_model_its_attention_masks() -> None:
     program = torch.export.export(model, (x, mask)).module()
     torch.testing.assert_close(program(x, mask), model(x, mask))
     assert (model(x, mask) - model(x, mask | True)).abs().max() > 1e-3
+
+
+def test_a_model_is_read_from_and_to_the_given_cache(tmp_path: Path) -> None:
+    create_for_images(NAME, pretrained=True, cache_dir=tmp_path)
+    assert not list(Path(huggingface_hub.constants.HF_HUB_CACHE).rglob("*.json"))
+    assert list(tmp_path.rglob("preprocessor_config.json"))
 
 
 def test_images_have_the_size_that_the_model_was_built_with() -> None:

@@ -74,6 +74,38 @@ def test_auto_passes_over_what_cannot_serve() -> None:
     assert chosen(case, dropout_p=0.1) != "chunked"
 
 
+@each_op
+def test_transforms_of_long_sequences_pass_over_chunked(op: Op) -> None:
+    case = make(op=op, batch=1, heads=1, queries=800, keys=800, dim=4, value_dim=4, rank=34).to(torch.float64)
+    assert chosen(case) == "chunked"
+    query, *others = case.tensors
+
+    def attend(query: Tensor, backend: str = "auto") -> Tensor:
+        key, value, left, right = others
+        return lam_attention(query, key, value, FactoredMask(left, right), op=op, backend=backend)
+
+    (out, tangent), (like, exact) = (
+        torch.func.jvp(lambda x, name=name: attend(x, name), (query,), (query.cos(),)) for name in ("auto", "eager")
+    )
+    torch.testing.assert_close(out, like)
+    torch.testing.assert_close(tangent, exact)
+    assert exact.norm() > 0
+    torch.testing.assert_close(
+        *(torch.func.grad(lambda x, n=n: attend(x, n).sin().sum())(query) for n in ("auto", "eager"))
+    )
+    with forward_ad.dual_level(), pytest.raises(ConfigError, match=r"torch.func and forward-mode gradients"):
+        attend(query, "chunked")
+
+
+def test_chunked_refuses_second_gradients_with_a_way_out() -> None:
+    case = make(op="mul", batch=1, heads=1, queries=4, keys=5, dim=4, value_dim=4, rank=2)
+    leaves = [x.requires_grad_() for x in case.tensors]
+    out = lam_attention(*leaves[:3], FactoredMask(*leaves[3:]), op="mul", backend="chunked")
+    (grad,) = torch.autograd.grad(out.square().sum(), leaves[0], create_graph=True)
+    with pytest.raises(ConfigError, match=r"chunked.* no second gradients.*attention_backend\('eager'\)"):
+        grad.sum().backward()
+
+
 def test_a_pin_holds_where_no_backend_is_named_and_only_inside() -> None:
     case = of_length(8, 2, "mul")
     with attention_backend("sdpa"):
@@ -96,12 +128,19 @@ def test_a_pin_of_an_unknown_name_raises_at_once() -> None:
         pytest.fail("the pin was taken")
 
 
-@pytest.mark.parametrize(("value", "said"), [("sdpa", "ran"), ("flash", "Unknown attention backend 'flash'")])
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("sdpa", "ran"),
+        ("", "ran"),
+        ("flash", "Unknown attention backend 'flash', from LAMZOO_ATTENTION_BACKEND;"),
+    ],
+)
 def test_the_environment_pins_a_process(value: str, said: str) -> None:
     code = """
 import torch, lamzoo
 from lamzoo.lam import kernels
-kernels.BACKENDS["eager"] = None
+kernels.BACKENDS["eager"] = None if kernels.pinned() != "auto" else kernels.BACKENDS["eager"]
 x = torch.ones(1, 1, 2, 3)
 try:
     lamzoo.lam_attention(x, x, x, lamzoo.FactoredMask(x, x), op="mul")

@@ -92,8 +92,12 @@ def test_masks_of_some_blocks_are_saved_with_the_model_alone(tmp_path: Path) -> 
         assert torch.equal(again(images), model(images))
         plain = lamzoo.create_model(f"local-dir:{folder}", pretrained=True, lam=False).eval()
         torch.testing.assert_close(plain(images), model(images))  # identity masks
-    with pytest.raises(UnsupportedHostError, match="save the whole model with lamzoo.save_pretrained"):
-        lamzoo.save_lam(model, tmp_path / "masks")
+    for refused in (lambda: lamzoo.save_lam(model, tmp_path / "masks"), lambda: lamzoo.set_lam(model, None)):
+        with pytest.raises(
+            UnsupportedHostError, match=r"Only the blocks \(1,\) .* whole model with lamzoo.save_pretrained"
+        ):
+            refused()
+    lamzoo.save_lam(lamzoo.add_lam(lamzoo.remove_lam(model), lam), tmp_path / "masks")  # of all blocks
 
 
 def test_a_convolution_of_patches_needs_all_of_them() -> None:

@@ -15,6 +15,7 @@ from torch.testing import assert_close
 import lamzoo
 from lamzoo import LamConfig, add_lam, capture_masks, prune_tokens, pruning_loss, remove_lam, remove_pruning
 from lamzoo.errors import ConfigError, UnsupportedHostError
+from lamzoo.reduction.budget import merge_to_share
 
 CONFIGS = [
     LamConfig(layers=layers, keys=keys, op=op, rank=3, init="paper")
@@ -336,6 +337,14 @@ def test_a_target_is_met_by_the_counter_that_is_given() -> None:
     vit = prune_tokens(model(), at=(0,), target_gmacs=9, count_gmacs=count)
     assert vit.prune_config.keep == 0.5  # 8 of 16, and the class token
     assert tokens[0.5] == 9 and tokens[0.501] == 10
+
+
+def test_a_share_out_of_reach_leaves_the_model_as_it_was() -> None:
+    vit = lamzoo.merge_tokens(model(), keep=0.5)
+    before = vit(images())
+    with pytest.raises(ConfigError, match=r"can't be merged to 0.01 %"):
+        merge_to_share(vit, 1e-4)
+    assert torch.equal(vit(images()), before)
 
 
 def test_a_target_above_the_whole_keeps_everything() -> None:

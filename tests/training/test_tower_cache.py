@@ -61,9 +61,11 @@ def same(one: Any, other: Any) -> bool:
     return scores == others and all(torch.equal(weights[name], theirs[name]) for name in weights)
 
 
+@pytest.mark.parametrize("fused_attention", [True, False])
 def test_a_run_that_reads_states_from_files_is_the_same_bit_by_bit(
-    table: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    table: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fused_attention: bool
 ) -> None:
+    table["model"]["fused_attention"] = fused_attention
     plain = run(table, tmp_path / "plain", cache=None)
     made = run(table, tmp_path / "made")
     assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == [

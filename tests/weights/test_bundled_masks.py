@@ -8,10 +8,16 @@ import lamzoo
 from lamzoo.registry.cards import data_dir
 from lamzoo.weights import file_sha256
 from lamzoo.weights.mask_folder import ADAPTERS, MASKS_NAME, bundled_masks, find_mask_folder, read_mask_folder
+from lamzoo.weights.sources import way_out
 
 
 def test_one_set_is_bundled() -> None:
     assert "vit_small_patch14_dinov2.clothing10" in bundled_masks()
+
+
+@pytest.mark.parametrize("name", bundled_masks())
+def test_a_damaged_file_of_theirs_is_replaced_by_installing_again(name: str) -> None:
+    assert "install lamzoo again" in way_out(find_mask_folder(name) / MASKS_NAME)
 
 
 @pytest.mark.parametrize("name", bundled_masks())

@@ -26,6 +26,7 @@ from lamzoo.errors import (
     WeightsError,
     WeightsNotFoundError,
 )
+from lamzoo.lam import Lam
 from lamzoo.models.describer.model import describer
 from lamzoo.weights import file_sha256, mask_folder
 from tests.adapters.timm_hosts import HOSTS
@@ -437,6 +438,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def expected(folders: dict[str, Path]) -> dict[str | None, Tensor]:
     return {None: out(vit())} | {name: out(lamzoo.load_lam(vit(), folder)) for name, folder in folders.items()}
+
+
+def test_masks_that_were_never_loaded_stay_fresh_when_sets_are_switched() -> None:
+    model = lamzoo.add_lam(vit(), LamConfig(rank=3))
+    for name in (None, "default"):
+        lamzoo.set_lam(model, name)
+    assert all(module.is_fresh for module in model.modules() if isinstance(module, Lam))
 
 
 def test_sets_are_switched_at_run_time(folders: dict[str, Path], expected: dict[str | None, Tensor]) -> None:

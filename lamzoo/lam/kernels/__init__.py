@@ -59,33 +59,17 @@ class Backend:
 
     Attributes:
         kernel: the function.
-        unsupported: called before the kernel; None for a kernel that supports all inputs.
+        unsupported: called before the kernel.
         is_exportable: whether it consists of torch's own operators, which other runtimes implement.
     """
 
     kernel: Kernel
-    unsupported: Unsupported | None = None
+    unsupported: Unsupported
     is_exportable: bool = False
-
-    def refusal(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: FactoredMask,
-        *,
-        op: Op,
-        bias: Tensor | None,
-        dropout_p: float,
-    ) -> str | None:
-        """Returns why the kernel doesn't support these inputs, as a clause, or None if it does."""
-        if self.unsupported is None:
-            return None
-        return self.unsupported(query, key, value, mask, op=op, bias=bias, dropout_p=dropout_p)
 
 
 BACKENDS: dict[str, Backend] = {
-    "eager": Backend(eager.eager, is_exportable=True),
+    "eager": Backend(eager.eager, eager.unsupported, is_exportable=True),
     "sdpa": Backend(sdpa.sdpa, sdpa.unsupported, is_exportable=True),
     "chunked": Backend(chunked.chunked, chunked.unsupported),
     "flex": Backend(flex.flex, flex.unsupported),
@@ -134,7 +118,8 @@ RULES = (
     Rule("cuda", "add", max_rank=65, min_scores=0, backend="sdpa"),
 )
 
-_pinned = os.environ.get("LAMZOO_ATTENTION_BACKEND", "auto")
+_VARIABLE = "LAMZOO_ATTENTION_BACKEND"
+_pinned = os.environ.get(_VARIABLE) or "auto"
 
 
 @contextmanager
@@ -185,10 +170,10 @@ def choose(
         ConfigError: an unknown name, or a named backend that doesn't support these inputs.
     """
     name = _pinned if backend == "auto" else backend
-    _check_name(name)
+    _check_name(name, f", from {_VARIABLE}" if name == os.environ.get(_VARIABLE) and backend == "auto" else "")
     if name != "auto":
         entry = BACKENDS[name]
-        reason = entry.refusal(query, key, value, mask, op=op, bias=bias, dropout_p=dropout_p)
+        reason = entry.unsupported(query, key, value, mask, op=op, bias=bias, dropout_p=dropout_p)
         if reason:
             raise ConfigError(f"The {name} backend doesn't support this attention: {reason}; use 'auto' or another.")
         return entry.kernel
@@ -201,7 +186,7 @@ def choose(
             and _at_least(scores, rule.min_scores)
             and (not rule.is_half or compute_dtype(query).itemsize == 2)
             and (entry.is_exportable or not _is_exporting())
-            and not entry.refusal(query, key, value, mask, op=op, bias=bias, dropout_p=dropout_p)
+            and not entry.unsupported(query, key, value, mask, op=op, bias=bias, dropout_p=dropout_p)
         ):
             return entry.kernel
     return BACKENDS["eager"].kernel
@@ -218,6 +203,6 @@ def _at_least(scores: int | torch.SymInt, bound: int) -> bool:
     return bool(scores >= bound)
 
 
-def _check_name(name: str) -> None:
+def _check_name(name: str, source: str = "") -> None:
     if name != "auto" and name not in BACKENDS:
-        raise ConfigError(f"Unknown attention backend {name!r}; available: auto, {', '.join(BACKENDS)}.")
+        raise ConfigError(f"Unknown attention backend {name!r}{source}; available: auto, {', '.join(BACKENDS)}.")

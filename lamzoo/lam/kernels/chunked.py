@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lamzoo.lam.kernels.eager import compute_dtype
+from lamzoo.lam.kernels.eager import compute_dtype, is_transformed, no_second_gradients
 from lamzoo.lam.kernels.flops import count_flops
 from lamzoo.lam.masks import FactoredMask
 from lamzoo.lam.ops import OPS, Op
@@ -32,6 +32,8 @@ def unsupported(
         return "it takes no bias"
     if dropout_p:
         return "it has no dropout"
+    if is_transformed():
+        return "torch.func and forward-mode gradients don't know its operator"
     return None
 
 
@@ -218,4 +220,9 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return *grads, None, None, None, None
 
 
+def _second_backward(ctx: Any, *grads: Tensor) -> None:
+    raise no_second_gradients("chunked")
+
+
 _forward.register_autograd(_autograd, setup_context=_setup_context)
+_backward.register_autograd(_second_backward)

@@ -6,8 +6,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lamzoo.errors import ConfigError
 from lamzoo.lam.masks import FactoredMask
 from lamzoo.lam.ops import OPS, Op
+
+
+def unsupported(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: FactoredMask,
+    *,
+    op: Op,
+    bias: Tensor | None,
+    dropout_p: float,
+) -> None:
+    """Supports all inputs."""
 
 
 def eager(
@@ -64,6 +78,21 @@ def merge_allowed(scores: Tensor, allowed: Tensor | None, bias: Tensor | None, i
     for part in parts:
         merged = part if merged is None else merged & part
     return merged
+
+
+def is_transformed() -> bool:
+    """Returns whether torch.func or forward-mode gradients are active, which don't know lamzoo's own operators."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+def no_second_gradients(backend: str) -> ConfigError:
+    """Returns the error of a backend's operator whose gradients can't be differentiated."""
+    return ConfigError(
+        f"The {backend} backend has no second gradients, such as those of create_graph=True; compute them under "
+        "lamzoo.attention_backend('eager')."
+    )
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:

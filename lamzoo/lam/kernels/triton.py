@@ -19,8 +19,7 @@ from torch import Tensor
 from torch.library import custom_op
 from torch.nn import functional as F
 
-from lamzoo.errors import ConfigError
-from lamzoo.lam.kernels.eager import compute_dtype
+from lamzoo.lam.kernels.eager import compute_dtype, is_transformed, no_second_gradients
 from lamzoo.lam.kernels.flops import count_flops
 from lamzoo.lam.masks import FactoredMask
 from lamzoo.lam.ops import Op
@@ -91,9 +90,7 @@ def unsupported(
             return f"{name} {size} is above {largest}"
         if size == 0:
             return f"{name} is 0"
-    if not torch.compiler.is_compiling() and (
-        torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
-    ):
+    if is_transformed():
         return "torch.func and forward-mode gradients don't know its operator"
     if not query.device == key.device == value.device == mask.left.device == mask.right.device:
         return "its inputs are on several devices"
@@ -218,10 +215,7 @@ def _backward(ctx: Any, grad_out: Tensor, grad_logsumexp: Tensor) -> tuple[Tenso
 
 
 def _second_backward(ctx: Any, *grads: Tensor) -> None:
-    raise ConfigError(
-        "The triton backend has no second gradients, such as those of create_graph=True; compute them under "
-        "lamzoo.attention_backend('eager')."
-    )
+    raise no_second_gradients("triton")
 
 
 lam_attention_forward.register_autograd(_backward, setup_context=_setup_context)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader
 from lamzoo.data.trained import SPLIT_NAME
 from lamzoo.reduction import pruning_loss
 from lamzoo.training.build import attention_kernels, build_model
+from lamzoo.training.checkpoints import on_main_process
 from lamzoo.training.classification.report import RunFacts, write_report
 from lamzoo.training.classification.scoring import Score, score
 from lamzoo.training.freezing import Tuning
@@ -94,11 +96,12 @@ class ClassificationRun(TrainingRun):
 
     def keep_model(self) -> Path:
         folder = super().keep_model()
-        if self.recipe.model.tune == "lam":
+        # load_lam gives masks to all blocks; of a model with masks in some, model/ has them.
+        if self.recipe.model.tune == "lam" and not hasattr(self.evaluated_model, "lam_blocks"):
             self.masks = self.checkpoints.output / "lam"
-            if self.accelerator.is_main_process:
-                also, names = self.tuning.classifier, self.class_names()
-                save_lam(self.evaluated_model, self.masks, also=also, label_names=names)
+            also, names = self.tuning.classifier, self.class_names()
+            save = partial(save_lam, self.evaluated_model, self.masks, also=also, label_names=names)
+            on_main_process(self.accelerator, save)
         return folder
 
     def train_mode(self) -> None:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import timm.data
-import timm.optim
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -25,13 +23,13 @@ from lamzoo.evaluation.retrieval.evaluate import encode_texts, frames_config, jo
 from lamzoo.evaluation.retrieval.reranking import check_rerank
 from lamzoo.profiling.inputs import evaluating
 from lamzoo.registry.factory import create_model
-from lamzoo.training.build import attention_kernels, mask_parameters, reduce_by_section
+from lamzoo.training.build import attention_kernels, mask_parameters, reduce_by_section, timm_optimizer
 from lamzoo.training.loaders import create_seeded_loader, generator_of, seed_everything
 from lamzoo.training.retrieval.contrastive import contrastive_backward, contrastive_loss
 from lamzoo.training.retrieval.recipe import RetrievalRecipe, TowersSection
 from lamzoo.training.retrieval.second_stage import group_loss, matching_loss
 from lamzoo.training.retrieval.tower_cache import TextStates, TowerCache, pad_to
-from lamzoo.training.splits import BadInputs, ScanProgress, open_roles
+from lamzoo.training.splits import BadInputs, ScanProgress, open_roles, scan_split
 from lamzoo.training.trainer import TrainingRun
 
 _MAX_LOGIT_SCALE = 4.6052  # ln(100), CLIP's own limit
@@ -143,12 +141,7 @@ class RetrievalRun(TrainingRun):
                 {"params": [], "weight_decay": decay, "lr_scale": scale, "use_fallback": embedding},
             )
             group["params"].append(parameter)
-        try:
-            return timm.optim.create_optimizer_v2(
-                list(groups.values()), opt=section.name, lr=section.lr, weight_decay=0.0, **section.kwargs
-            )
-        except (TypeError, ValueError, AssertionError, ArithmeticError, RuntimeError) as error:
-            raise RecipeError(f"optimizer.kwargs {section.kwargs} do not fit {section.name!r}: {error}.") from None
+        return timm_optimizer(section, list(groups.values()), weight_decay=0.0)
 
     def _tower_rates(self) -> dict[str, float]:
         """Returns the learning rates of the towers, and of what they have in common."""
@@ -232,23 +225,9 @@ class RetrievalRun(TrainingRun):
         self, role: str, split: CaptionedVideos, bad: list[Any], progress: ScanProgress | None
     ) -> CaptionedVideos:
         """Leaves out the invalid videos; without ``data.scan`` only the missing ones, which are known already."""
-        data, accelerator = self.recipe.data, self.accelerator
-        if not data.scan:
-            bad += [(split.split or role, video) for video in split.lost]
-            return leave_out_invalid_videos(split, split.lost, data.on_bad_input)
-        share = range(accelerator.process_index, len(split), accelerator.num_processes)
-
-        def moved(done: int, total: int) -> None:
-            if progress is not None and accelerator.is_main_process:
-                progress(role, done, total)
-
-        own = []
-        if len(share):
-            part = select_videos(split, share)
-            own = find_invalid_videos(part, data.sampling, workers=data.workers, progress=moved)
-        found = [replace(video, index=share[video.index]) for video in own]
-        if accelerator.num_processes > 1:
-            found = sorted(gather_object(found), key=lambda video: video.index)
+        data = self.recipe.data
+        find = partial(find_invalid_videos, sampling=data.sampling, workers=data.workers) if data.scan else None
+        found = scan_split(split, role, self.accelerator, progress, select=select_videos, find=find)
         bad += [(split.split or role, video) for video in found]
         return leave_out_invalid_videos(split, found, data.on_bad_input)
 

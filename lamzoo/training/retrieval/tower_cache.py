@@ -27,6 +27,8 @@ from lamzoo.evaluation.retrieval.evaluate import frames_config
 from lamzoo.files import atomic_files
 from lamzoo.profiling.inputs import evaluating
 from lamzoo.reading import parse_json, to_json
+from lamzoo.training.build import attention_kernels
+from lamzoo.training.checkpoints import on_main_process
 from lamzoo.training.retrieval.recipe import RetrievalRecipe, Tower
 
 _logger = logging.getLogger(__name__)
@@ -80,7 +82,7 @@ class TowerCache:
             texts = list(dict.fromkeys(split.texts))
             tokens = self._model.tokenizer(texts)
             origin = {"tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(), "words": self._model.words}
-            states = self._states("text", role, origin, len(texts), self._make_texts(tokens))
+            states = self._states("text", role, origin, len(texts), self._make_texts(role, tokens))
             rows = 1 + self._model.words * self._model.context_length
             self._texts[role] = TextStates({text: number for number, text in enumerate(texts)}, states, rows)
         return self._texts[role]
@@ -98,7 +100,7 @@ class TowerCache:
             "patch_grid": self._model.patch_grid,
             "reduction": settings_of(self._model)["reduction"],
         }
-        return self._states("vision", role, origin, len(clips), self._make_videos(clips))
+        return self._states("vision", role, origin, len(clips), self._make_videos(role, clips))
 
     def _states(self, tower: Tower, role: str, origin: Mapping[str, Any], count: int, make: Iterator[Tensor]) -> States:
         assert self._folder is not None  # callers ask whether the tower is cached
@@ -106,31 +108,37 @@ class TowerCache:
             "weights": tensors_sha256(self._model.tower_state(tower)),
             "towers": hashlib.sha256(to_json(self._model.tower_facts, sort_keys=True).encode()).hexdigest(),
             "alone": self._model.encodes_alone,
-            "fused_attention": self._recipe.model.fused_attention,
+            "fused_kernels": self._takes_fused_kernels(role),
             "precision": self._recipe.run.precision,
             "device": self._accelerator.device.type,
         }
-        with self._accelerator.main_process_first():
-            return read_or_make(self._folder / f"{tower}-{role}.npz", {**common, **origin}, count, make)
+        made: list[States] = []
+        read = partial(read_or_make, self._folder / f"{tower}-{role}.npz", {**common, **origin}, count, make)
+        on_main_process(self._accelerator, lambda: made.append(read()))  # first, as the others read what it has written
+        return made[0] if made else read()
 
-    def _make_videos(self, clips: Clips) -> Iterator[Tensor]:
+    def _takes_fused_kernels(self, role: str) -> bool:
+        return self._recipe.model.fused_attention or role != "train"  # as a run without the cache, which trains so
+
+    def _make_videos(self, role: str, clips: Clips) -> Iterator[Tensor]:
         recipe, device = self._recipe, self._accelerator.device
         batch, collate = recipe.run.batch_size // recipe.run.accumulation, pad_to(recipe.data.max_frames)
         seed = torch.Generator().manual_seed(0)  # of the workers, which are deterministic
         loader = DataLoader(clips, batch, collate_fn=collate, num_workers=recipe.data.workers, generator=seed)
-        model = self._model.to(device)
+        model, fused = self._model.to(device), self._takes_fused_kernels(role)
         with evaluating(model), torch.no_grad(), plain_worker_errors():
             for frames, mask in loader:
-                with self._accelerator.autocast():
+                with self._accelerator.autocast(), attention_kernels(fused):
                     states = model.frame_states(frames.to(device), mask.to(device)).float()
                 for own, there in zip(states.cpu(), mask, strict=True):
                     yield own[there].flatten(0, 1)
 
-    def _make_texts(self, tokens: Tensor) -> Iterator[Tensor]:
-        device, model = self._accelerator.device, self._model.to(self._accelerator.device)
+    def _make_texts(self, role: str, tokens: Tensor) -> Iterator[Tensor]:
+        device, fused = self._accelerator.device, self._takes_fused_kernels(role)
+        model = self._model.to(device)
         with evaluating(model), torch.no_grad():
             for some in tokens.split(self._recipe.run.batch_size):
-                with self._accelerator.autocast():
+                with self._accelerator.autocast(), attention_kernels(fused):
                     states = model.text_states(some.to(device)).float()
                 for own in states.cpu():
                     yield own[: int(own.any(dim=-1).nonzero().max()) + 1]  # zeros pad the words
