@@ -13,7 +13,7 @@ import pytest
 from lamzoo.errors import DataError
 from lamzoo.training import Progress, TrainResult, parse_recipe, train
 from lamzoo.training.trainer import TrainingRun
-from tests.forked import run_module_in_two
+from tests.forked import Done, run_module_in_two
 
 
 def train_killed(
@@ -67,8 +67,13 @@ def train_in_two(table: dict[str, Any], output: Path, *options: str) -> list[dic
         output: folder of the run.
         options: further options of ``lamzoo train``.
     """
-    recipe = output.with_suffix(".json")
-    recipe.write_text(json.dumps({**table, "run": {**table["run"], "output": str(output), "device": "auto"}}))
-    for done in run_module_in_two("lamzoo", "train", str(recipe), *options):
+    for done in start_in_two(table, output, *options):
         assert done.returncode == 0, done.stderr
     return list(csv.DictReader((output / "metrics.csv").open()))
+
+
+def start_in_two(table: dict[str, Any], output: Path, *options: str) -> list[Done]:
+    """Does :func:`train_in_two`; returns what became of each process, which may have failed."""
+    recipe = output.with_suffix(".json")
+    recipe.write_text(json.dumps({**table, "run": {**table["run"], "output": str(output), "device": "auto"}}))
+    return run_module_in_two("lamzoo", "train", str(recipe), *options)

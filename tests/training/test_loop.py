@@ -22,7 +22,7 @@ from lamzoo.training import TrainResult, parse_recipe, train
 from lamzoo.training.classification.run import ClassificationRun
 from lamzoo.training.loaders import check_mixup
 from tests.operators import Operators
-from tests.training.processes import train_failed, train_in_two, train_killed
+from tests.training.processes import start_in_two, train_failed, train_in_two, train_killed
 
 HELD_BY_RECIPE = ("epoch", "update", "lr", "train_loss", "eval_loss", "eval_top1")
 
@@ -324,6 +324,15 @@ def test_two_processes_give_the_curve_of_one(recipe_table: dict[str, Any], tmp_p
     rows = train_in_two(recipe_table, tmp_path / "two")
     two = [tuple(float(row[key]) for key in HELD_BY_RECIPE) for row in rows]
     assert_close(two, curve(alone.history))
+
+
+@pytest.mark.slow
+def test_a_model_that_cannot_be_written_ends_both_processes(recipe_table: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "model").touch()
+    for done in start_in_two(recipe_table, tmp_path / "two"):
+        assert done.returncode == 2
+        assert str(tmp_path / "two" / "model") in done.stderr
 
 
 @pytest.mark.slow
