@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from numbers import Real
 from pathlib import Path
 from types import UnionType
 from typing import Any
@@ -81,7 +82,8 @@ def check_fields(line: Mapping[str, Any], fields: Mapping[str, type | UnionType]
 
 def is_number(value: Any) -> bool:
     """Returns whether a value is a finite number and not a boolean."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    number: Any = value  # the numbers of NumPy are registered as Real, which states no order
+    return isinstance(value, Real) and not isinstance(value, bool) and bool(abs(number) <= sys.float_info.max)
 
 
 def is_row(value: Any, length: int | None = None) -> bool:

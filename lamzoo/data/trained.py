@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import partial
@@ -192,10 +193,13 @@ def _part(split: str) -> str | None:
     return next((name for name in ("train", "validation") if name in synonyms(split)), None)
 
 
-def _place(spec: str) -> Path:
-    """Returns the canonical path of a data set's folder."""
-    kind, _, rest = spec.partition(":")
-    return Path(rest if kind in ("imagefolder", "npz") else spec).resolve()
+def _place(spec: str) -> tuple[str, ...]:
+    """Returns a specification with canonical paths, equal for all spellings of a data set."""
+    kind, colon, rest = spec.partition(":")
+    if not colon or kind in ("imagefolder", "npz"):
+        return "", str(Path(rest if colon else spec).resolve())
+    parts = [rest] if os.path.exists(rest) else rest.split(":")
+    return kind, *(str(Path(part).resolve()) if os.path.exists(part) else part for part in parts)
 
 
 def _digest(dataset: LabelledImages) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
+from lamzoo.errors import LamzooError
 from lamzoo.profiling.results import BenchRow, Form, Mode
 
 _WORKER = (sys.executable, "-m", "lamzoo.profiling.worker")
@@ -95,8 +96,25 @@ class BenchJob:
         return same_size and dataclasses.replace(mine, img_size=row.img_size).key == row.key
 
     def answered_by(self, row: BenchRow) -> bool:
-        """Returns whether a row is a result of this job: it matches, with the same seed and requested batch size."""
-        return self.fits(row) and row.seed == self.seed and self.batch in (None, row.batch)
+        """Returns whether a row is a result of this job.
+
+        It matches, with the same seed and requested batch size, and was scored with the weights that are in the model's
+        folder now, if it is a model in a folder.
+        """
+        matches = self.fits(row) and row.seed == self.seed and self.batch in (None, row.batch)
+        if not matches or row.weights_sha256 is None or not self.model.startswith("local-dir:"):
+            return matches
+        try:
+            return row.weights_sha256 == self.hash_weights()
+        except LamzooError:
+            return False  # the worker reports it, in the row
+
+    def hash_weights(self) -> str:
+        """Hashes the model's weights file, or the index of sharded weights."""
+        from lamzoo.registry.factory import find_weights_file
+        from lamzoo.weights.files import file_sha256
+
+        return file_sha256(find_weights_file(self.name).path)
 
 
 def run_job(job: BenchJob, *, timeout: float | None = None, command: Sequence[str] = _WORKER) -> BenchRow:

@@ -79,9 +79,11 @@ def free_bytes() -> int | None:
         return None
     try:
         limit, used = (int((_CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        parts = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        cached = int(parts.get("inactive_file", 0))  # the kernel drops these files where memory is needed
     except (OSError, ValueError):  # no container, or no limit ("max")
         return free
-    return min(free, limit - used)
+    return min(free, limit - used + cached)
 
 
 def _touch_kernels() -> None:

@@ -24,9 +24,8 @@ from lamzoo.profiling.stages import TwoStages, first_stage
 from lamzoo.reading import to_json
 from lamzoo.reduction.budget import merge_to_share
 from lamzoo.registry.catalog import trained_data_of
-from lamzoo.registry.factory import create_for_images, create_model, find_weights_file
+from lamzoo.registry.factory import create_for_images, create_model
 from lamzoo.tasks import EvalRequest, find_task
-from lamzoo.weights.files import file_sha256
 
 
 def main() -> None:
@@ -67,14 +66,14 @@ def _measure(job: BenchJob) -> BenchRow:
     torch.manual_seed(job.seed)
     meter = MemoryMeter(device)
     model = _build(job).to(device, getattr(torch, job.dtype)).eval()
-    peak = _peak_mib(job, model, meter)
+    measured = TwoStages(model, job.rerank) if job.rerank else model
+    peak = _peak_mib(job, measured, meter)
     scored: dict[str, Any] = {}
     if job.data is not None and job.split is not None:
         model.cpu()  # frees the device for scoring
         metric, value = _score(job, model, device)
-        scored = {"metric": metric, "value": value, "weights_sha256": _weights_sha256(job)}
+        scored = {"metric": metric, "value": value, "weights_sha256": job.hash_weights()}
         model.to(device)
-    measured = TwoStages(model, job.rerank) if job.rerank else model
     result = measure(
         measured, compiled=job.mode == "compiled", batch=job.batch, max_batch=job.max_batch, repeats=job.repeats
     )
@@ -118,11 +117,6 @@ def _score(job: BenchJob, model: nn.Module, device: torch.device) -> tuple[str, 
     if value is None:
         raise DataError(f"{job.data} has no {metric.heading}; score {job.name} on other data.")
     return metric.name, value
-
-
-def _weights_sha256(job: BenchJob) -> str:
-    """Hashes the model's weights file, or the index of sharded weights."""
-    return file_sha256(find_weights_file(job.name).path)
 
 
 def _columns(result: Measurement) -> dict[str, Any]:

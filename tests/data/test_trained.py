@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lamzoo.data import create_dataset, select
-from lamzoo.data.trained import MadeSplit, TrainedData, open_scored
+from lamzoo.data.trained import MadeSplit, TrainedData, _place, open_scored
 from lamzoo.errors import DataError, MissingSplitError
 from tests.images import CLASSES, encoded, write_folder
 
@@ -39,6 +39,18 @@ def test_the_same_images_are_held_out_again(folder: Path, tmp_path: Path) -> Non
     assert names(str(folder), "val", tmp_path) == names(str(folder), None, tmp_path) == validation
     assert names(str(folder), "train", tmp_path) == train
     assert names(f"imagefolder:{folder}", "validation", tmp_path / "model") == validation  # written in another way
+
+
+@pytest.mark.parametrize("spec", ["videos:clips", "imagelist:clips:names.txt", "videos:clips:0.5", "clips"])
+def test_data_are_known_by_each_spelling_of_their_path(
+    spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "names.txt").touch()
+    monkeypatch.chdir(tmp_path)
+    others = [spec.replace("clips", place) for place in ("./clips", "clips/../clips", str(tmp_path / "clips"))]
+    assert {_place(other) for other in others} == {_place(spec)}
+    assert _place(spec.replace("clips", "other")) != _place(spec)
 
 
 @pytest.mark.parametrize("split", ["test", "bogus"])

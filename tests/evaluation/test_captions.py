@@ -6,6 +6,7 @@ import gzip
 import json
 import shutil
 import sys
+import unicodedata
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from lamzoo.evaluation import (
     word_overlap,
     write_captions,
 )
+from lamzoo.evaluation.captions.evaluate import _plain
 from lamzoo.evaluation.captions.metrics import _edits, _tokenized
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "caption_metrics"
@@ -327,3 +329,9 @@ def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
             read_captions(tmp_path / name)
     with pytest.raises(DataError, match=r"none\.json is not readable JSON: No such file"):
         read_captions(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize("text", ["हिन्दी में", "ภาษาไทย", "cafe\u0301 au lait"])
+def test_marks_are_parts_of_words(text: str) -> None:
+    assert _plain(text) == unicodedata.normalize("NFC", text)
+    assert _plain(f"{text.upper()}!") == _plain(text)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from lamzoo.errors import DataError
 from lamzoo.evaluation import moment_metrics
 from lamzoo.evaluation.moments.metrics import _clip_precision, _window_precision
+from lamzoo.evaluation.moments.submissions import read_submission, write_submission
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "qvhighlights"
 STORED = ["moment_detr_sample.val", "moment_detr_clip.val", "qd_detr_clip.val"]
@@ -61,6 +62,18 @@ def test_the_right_answer_scores_all_there_is() -> None:
     assert metrics["HL-min-VeryGood"] == {"HL-mAP": 33.33, "HL-Hit1": 100.0}  # one annotator of three gave it
     assert metrics["HL-min-Fair"] == {"HL-mAP": 66.67, "HL-Hit1": 100.0}
     assert list(metrics["brief"])[:3] == ["MR-full-R1@0.5", "MR-full-R1@0.7", "MR-full-mAP"]
+
+
+def test_predictions_may_be_arrays() -> None:
+    arrays = {key: np.array(value, np.float32) if key != "qid" else value for key, value in prediction().items()}
+    assert moment_metrics([arrays], [annotation()]) == moment_metrics([prediction()], [annotation()])
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_a_submission_is_read_back(name: str, tmp_path: Path) -> None:
+    write_submission(tmp_path / name, [prediction()])
+    assert read_submission(tmp_path / name) == [prediction()]
+    assert (tmp_path / name).read_bytes().startswith(b"\x1f\x8b") == name.endswith(".gz")
 
 
 def test_lengths_are_scored_apart() -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import lamzoo
 from lamzoo.errors import DataError
 from lamzoo.profiling import read_rows, write_rows
 from lamzoo.profiling.bench import bench, checkout_commit
@@ -43,6 +44,20 @@ def test_rows_that_are_there_are_kept(tmp_path: Path):
     assert runner.ran == ["vit_micro"]
     assert result.kept == 1
     assert result.rows[0] == first.rows[0]
+
+
+def test_a_model_that_was_trained_again_is_scored_again(tmp_path: Path):
+    def save() -> None:
+        lamzoo.save_pretrained(lamzoo.create_model("vit_micro", embed_dim=32, depth=1, num_heads=1), tmp_path / "run")
+
+    def run(job: BenchJob, timeout: float | None = None):
+        return job.row(value=1.0, weights_sha256=job.hash_weights(), batch=2)
+
+    job = dataclasses.replace(JOB, model=f"local-dir:{tmp_path / 'run'}", data="imagefolder:x", split="test")
+    save()
+    assert [bench([job], tmp_path / "r.csv", runner=run).kept for _ in range(2)] == [0, 1]
+    save()
+    assert [bench([job], tmp_path / "r.csv", runner=run).kept for _ in range(2)] == [0, 1]
 
 
 def test_failed_rows_are_kept_until_told_otherwise(tmp_path: Path):

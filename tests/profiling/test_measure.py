@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from torch import nn
 
 from lamzoo.adapters import fuse
 from lamzoo.errors import ConfigError
-from lamzoo.profiling import MemoryMeter, best_batch, measure, measurement, profile, time_latency
+from lamzoo.profiling import MemoryMeter, best_batch, measure, measurement, memory, profile, time_latency
 from lamzoo.reduction.budget import merge_to_share
 from lamzoo.registry.factory import create_model
 from tests.forked import run_code
@@ -218,3 +219,10 @@ def test_a_batch_that_is_too_large_for_the_gpu_ends_the_search():
         assert measurement._try_batch(model, 2**18) is None
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_cached_files_do_not_count_as_used_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    for name, text in (("max", "1000000"), ("current", "999000"), ("stat", "anon 9000\ninactive_file 990000\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    assert memory.free_bytes() == 991000

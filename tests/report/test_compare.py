@@ -59,6 +59,19 @@ def test_merged_models_are_below_their_plain_backbone_with_all_tokens(tmp_path: 
     assert [point.x for point in panel.points] == pytest.approx([2.0, 1.3, 1.3, 2.5])
 
 
+def test_reranked_models_are_compared_with_their_reranked_backbone(tmp_path: Path) -> None:
+    two = {"rerank": 16, "latency_ms": 6.0, "latency_q1_ms": 5.9, "latency_q3_ms": 6.1}
+    rows = (LAM, replace(LAM, **two, latency_ratio=1.1, value=79.0), PLAIN, replace(PLAIN, **two, value=78.5))
+    comparison = compare([table(tmp_path, *rows)])
+    (group,) = comparison.groups
+    assert {entry.row.label: entry.difference for entry in group.entries if entry.row.has_lam} == {
+        rows[0].label: 1.5, rows[1].label: 0.5,
+    }  # fmt: skip
+    (panel,) = latency_panels(comparison)
+    assert 6.6 in [pytest.approx(point.x) for point in panel.points]
+    assert "--rerank 1" in command(replace(LAM, rerank=0))
+
+
 @pytest.mark.parametrize("other", [{"data": "imagefolder:other"}, {"split": "val"}, {"metric": "top5"}])
 def test_scores_on_different_data_never_share_a_panel_and_it_is_said(tmp_path: Path, other: dict[str, str]) -> None:
     comparison = compare([table(tmp_path, PLAIN, LAM, replace(WORSE, **other))])

@@ -173,7 +173,7 @@ def plain_worker_errors() -> Iterator[None]:
     try:
         yield
     except DataError as error:
-        lines = str(error).strip().splitlines()
-        if len(lines) < 2:
+        text, mark = str(error), f"{DataError.__module__}.{DataError.__qualname__}: "
+        if not text.startswith("Caught ") or mark not in text:  # the first word of torch's message
             raise
-        raise DataError(lines[-1].removeprefix(f"{DataError.__module__}.{DataError.__qualname__}: ")) from error
+        raise DataError(text.rpartition(mark)[2].strip()) from error

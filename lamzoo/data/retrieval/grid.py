@@ -113,6 +113,10 @@ class GridSource(VideoSource):
         for slot in slots:
             index = random.choice(among)
             spoken = self._words(index)
+            if len(spoken) < length:
+                raise DataError(
+                    f"clips with {length} and with {len(spoken)} words can't be spliced; set augment.splice to 0"
+                )
             start = 0 if slot == 0 else round(spoken[slot - 1][2] * _RATE)
             last = slot == length - 1
             end = self._clips.lines[index]["n_frames"] if last else max(start + 1, round(spoken[slot][2] * _RATE))
@@ -126,7 +130,7 @@ class GridSource(VideoSource):
                     numbers.append(number - start + shift)
             shift += end - start
         if not frames:  # a word may be shorter than the frame interval of the face
-            return self.splice(among, sampling)
+            return self.splice(among, sampling, phrase)
         return _sampled(frames, numbers, shift, sampling), " ".join(words)
 
     def _words(self, index: int) -> list[tuple[str, float, float]]:

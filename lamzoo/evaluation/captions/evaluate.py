@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,9 +184,9 @@ def describe_clips(
 def caption_scores(dataset: CaptionDataset, captions: Mapping[str, str]) -> dict[str, float]:
     """Returns COCO's scores as fractions, and word error rate and sentence accuracy in percent.
 
-    Both sides are lowercased and stripped of punctuation first. If some video has more than five descriptions and each
-    clip has exactly one, the scores include AutoAD's R@5/16 in percent, ranked by word overlap; see
-    :func:`lamzoo.evaluation.neighbour_recall`.
+    Both sides are lowercased and stripped of punctuation first. If some videos have more than five descriptions and
+    each clip has exactly one, the scores include AutoAD's R@5/16 of these videos in percent, ranked by word overlap;
+    see :func:`lamzoo.evaluation.neighbour_recall`.
 
     Args:
         dataset: the split.
@@ -200,8 +201,11 @@ def caption_scores(dataset: CaptionDataset, captions: Mapping[str, str]) -> dict
     for item in sorted(dataset.items, key=lambda item: item.start):
         groups.setdefault(item.video, []).append(item.id)
     single = all(len(texts) == 1 for texts in references.values())
-    if single and max(map(len, groups.values())) > _NEAREST:
-        recall = neighbour_recall(references, hypotheses, groups, k=_NEAREST, window=_NEIGHBOURS)
+    groups = {video: texts for video, texts in groups.items() if len(texts) > _NEAREST}  # in others every rank counts
+    if single and groups:
+        keys = [key for texts in groups.values() for key in texts]
+        right, found = {key: references[key] for key in keys}, {key: hypotheses[key] for key in keys}
+        recall = neighbour_recall(right, found, groups, k=_NEAREST, window=_NEIGHBOURS)
         scores[f"R@{_NEAREST}/{_NEIGHBOURS}"] = recall
     return scores
 
@@ -305,7 +309,10 @@ def _compared(dataset: CaptionDataset, captions: Mapping[str, str]) -> tuple[dic
 
 
 def _plain(text: str) -> str:
-    return " ".join("".join(sign if sign.isalnum() else " " for sign in text.lower()).split()) or "_"
+    signs = unicodedata.normalize("NFC", text.lower())
+    # Marks are parts of words, such as the vowels of Hindi and Thai.
+    words = (sign if sign.isalnum() or unicodedata.category(sign)[0] == "M" else " " for sign in signs)
+    return " ".join("".join(words).split()) or "_"
 
 
 class _Clips(Dataset[dict[str, Features]]):

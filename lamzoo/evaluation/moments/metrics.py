@@ -138,7 +138,7 @@ def _check_windows(found: Mapping[Any, Mapping[str, Any]], truth: Mapping[Any, M
     latest = max(annotation["duration"] for annotation in truth.values()) + CLIP_SECONDS
     for qid, prediction in found.items():
         windows = prediction["pred_relevant_windows"]
-        if not windows:
+        if not len(windows):
             raise DataError(f"The prediction for qid {qid} has no windows; give at least one.")
         for window in windows:
             what = f"The prediction for qid {qid} has the window {window}"
@@ -160,7 +160,7 @@ def _check_saliencies(found: Mapping[Any, Mapping[str, Any]], truth: Mapping[Any
         if not all(is_number(score) for score in scores):
             raise DataError(f"The prediction for qid {qid} has a saliency that is not a finite number.")
         # Some models predict for the longest video, regardless of this one's length.
-        if all(abs(len(scores) - right) > MARGIN for right in (clips, longest)) or not scores:
+        if all(abs(len(scores) - right) > MARGIN for right in (clips, longest)) or not len(scores):
             raise DataError(
                 f"The prediction for qid {qid} has {len(scores)} saliencies, and its video has {clips} clips of "
                 f"{CLIP_SECONDS:g} s; give one per clip."

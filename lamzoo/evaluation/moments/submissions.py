@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,11 +48,11 @@ def score_submission(path: str | Path, dataset: MomentDataset) -> Evaluation:
 
 
 def write_submission(path: str | Path, predictions: Sequence[Mapping[str, Any]]) -> None:
-    """Writes a submission atomically.
+    """Writes a submission atomically, gzipped if the name ends in ``.gz``.
 
     Raises:
         DataError: the file can't be written.
     """
-    text = "".join(to_json(prediction) + "\n" for prediction in predictions)
+    path, data = Path(path), "".join(to_json(prediction) + "\n" for prediction in predictions).encode()
     with atomic_files(DataError) as stage:
-        stage(Path(path)).write_text(text, encoding="utf-8")
+        stage(path).write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)

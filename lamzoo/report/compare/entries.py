@@ -292,7 +292,7 @@ def _with_twin(entry: Entry, others: list[Entry]) -> Entry:
     whole = [
         other
         for other in others
-        if other.row.name == name and (other.row.merge, other.row.form, other.row.rerank) == (None, None, None)
+        if other.row.name == name and (other.row.merge, other.row.form, other.row.rerank) == (None, None, row.rerank)
     ]
     candidates = [other for other in whole if other.row.img_size == row.img_size]
     if not candidates:

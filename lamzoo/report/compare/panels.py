@@ -289,7 +289,7 @@ def command(row: BenchRow) -> str:
         "--threads": row.threads,
         "--seed": row.seed,
         "--merge": None if row.merge is None else f"{row.merge:g}",
-        "--rerank": str(row.rerank) if row.rerank else None,
+        "--rerank": None if row.rerank is None else row.rerank or 1,  # any number also measures without
         "--out": "again.csv",
     }
     parts = [f"{option} {shlex.quote(str(value))}" for option, value in options.items() if value is not None]

@@ -102,6 +102,15 @@ def test_kaggles_list_of_labels_and_boxes(flat: Path) -> None:
     assert found == ([2, 1, 1], ["n02", "n03", "n10"])
 
 
+def test_an_image_that_is_not_listed_gets_no_label_of_another_folder(tmp_path: Path) -> None:
+    for folder in ("cats", "dogs"):
+        (tmp_path / "all" / folder).mkdir(parents=True)
+        (tmp_path / "all" / folder / "1.jpg").touch()
+    (tmp_path / "list.csv").write_text("cats/1.jpg,cat\nbirds/2.jpg,bird\n")
+    with pytest.raises(DataError, match=r"has no label or several for .*dogs"):
+        create_dataset(f"imagelist:{tmp_path / 'all'}:{tmp_path / 'list.csv'}", "all")
+
+
 def test_caffes_list_of_names_and_numbers(flat: Path) -> None:
     text = "\n".join(f"ILSVRC2012_val_{number:08}.JPEG {60 + number}" for number in (1, 2, 3, 4))
     assert labels_of(flat, "val.txt", text) == ([61, 62, 63], None)

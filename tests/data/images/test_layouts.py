@@ -243,6 +243,11 @@ def test_a_broken_image_is_named_and_never_replaced(folder: Path, damage, reason
     assert "\n" not in str(caught.value)
 
 
+def test_a_message_with_a_line_end_in_a_name_stays_whole() -> None:
+    with pytest.raises(DataError, match=r"^a/x\ny\.jpg: it is no image$"), plain_worker_errors():
+        raise DataError("a/x\ny.jpg: it is no image")
+
+
 def test_a_truncated_image_in_an_npz_is_named_by_its_index(tmp_path: Path) -> None:
     first, second = encoded(0, 0), encoded(1, 0)[:400]
     root = write_npz(
