@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "lamzoo"
 
 # From the lowest layer to the highest. A module may import modules of its own layer and of those above it in this list.
 LAYERS = (
-    {"_aliases", "errors", "escaping", "files", "hub", "lazy", "reading", "records", "version"},
+    {"_aliases", "errors", "escaping", "files", "hub", "lazy", "quiet", "reading", "records", "version"},
     {"data", "lam", "layers"},
     {"adapters", "reduction"},
     {"models"},

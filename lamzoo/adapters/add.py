@@ -66,6 +66,11 @@ def add_lam(model: Model, config: LamConfig | Mapping[str, Any] | bool | None = 
         )
     check_free(model)
     host = unwrap(model)
+    if type(host).__module__.partition(".")[0] == "peft":
+        raise UnsupportedHostError(
+            f"The model ({class_name(host)}) is wrapped by peft, which stores no masks that are added to it now; add "
+            "the masks before peft.get_peft_model, and name them in its modules_to_save."
+        )
     if parts := compiled_parts(host):
         raise UnsupportedHostError(
             f"{parts[0]} of the model ({class_name(host)}) is compiled; add masks before compiling."

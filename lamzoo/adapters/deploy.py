@@ -35,9 +35,9 @@ def fuse(model: Model) -> Model:
     plain linear layer; other layers stay as they are, which the log says.
 
     Parameters and state dict stay those of the unfused model, so it can be trained and saved as before. The fused form
-    is made of copies of them, which are renewed when weights are loaded or changed by an optimiser. Hooks on the linear
-    layers and on the mask aren't called in the fused form. ``copy.deepcopy(model)`` keeps an unfused model, and
-    ``timm.utils.reparameterize_model(model)`` returns a fused copy.
+    is made of copies of them, which are renewed when weights are loaded or changed by an optimiser; of a compiled model
+    that runs on, by ``model.eval()``. Hooks on the linear layers and on the mask aren't called in the fused form.
+    ``copy.deepcopy(model)`` keeps an unfused model, ``timm.utils.reparameterize_model(model)`` returns a fused copy.
 
     Args:
         model: a model with masks, or a wrapper of ``torch.compile`` or data parallelism around one.
@@ -94,10 +94,15 @@ def fuse_layers(model: nn.Module) -> dict[str, str]:
         if isinstance(module, HostTakeover):
             reason = module.fuse().no_fused_form()
         else:
-            reason = _OF_HOST if isinstance(getattr(module, "lam", None), Lam) else None
+            reason = _OF_HOST if _has_mask(module) else None
         if reason is not None:
             left[host_path(path)] = reason
     return left
+
+
+def _has_mask(layer: nn.Module) -> bool:
+    lam = layer._modules.get("lam")  # which peft may have wrapped
+    return lam is not None and any(isinstance(module, Lam) for module in lam.modules())
 
 
 _OF_HOST = "the host computes queries, keys and values, and calls lamzoo for the attention alone"

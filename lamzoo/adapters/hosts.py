@@ -366,6 +366,8 @@ class HostTakeover(nn.Module):
         """Returns why the layer has no fused form, as a clause, or None if it has one."""
         if isinstance(self.lam, Unmasked):
             return "it has no mask"
+        if not isinstance(self.lam, Lam):
+            return "peft holds its mask; call merge_and_unload first"
         return unsupported(self.lam, self.projection())
 
     @property

@@ -5,18 +5,19 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Collection, Iterator, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lamzoo.adapters.decay import restore_no_weight_decay
-from lamzoo.adapters.hosts import HostTakeover, SharedStateHook, adapters_of, remove_hooks
+from lamzoo.adapters.hosts import HostTakeover, SharedStateHook, adapters_of, remove_hooks, token_layout
 from lamzoo.adapters.wrappers import check_free, copy_into, full_state_dict, full_tensor, host_path, unwrap
 from lamzoo.errors import MaskShapeError, StateDictError, UnsupportedHostError, class_name
 from lamzoo.lam import Lam, LamConfig
 from lamzoo.lam.layer import carried_configs, carry_configs
 from lamzoo.lam.masks import PositionTable, drop_dead_biases
+from lamzoo.lam.resize import resize_table
 
 _logger = logging.getLogger(__name__)
 
@@ -126,6 +127,35 @@ def load_masks(
         if isinstance(layer, HostTakeover) and layer.is_fused:
             layer.fuse()
     return resized
+
+
+def fit_tables(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Resizes the position tables in a model's state dict to the input size that the model has now, in place.
+
+    A model whose input size was changed resizes its tables in each forward pass; one that is built at that size has
+    tables of it.
+
+    Args:
+        model: a model, with masks or without.
+        state: its state dict.
+    """
+    host = unwrap(model)
+    for path, lam in host.named_modules():
+        if not isinstance(lam, Lam) or lam.network is None or not lam.has_positions or lam.config.max_length:
+            continue
+        table: Any = lam.network.table
+        layout = token_layout(host, path.rpartition(".")[0])
+        if layout.length is None or layout.grid is None or table.grid in (None, layout.grid):
+            continue
+        weight, bias = (f"{host_path(path)}.network.table.{name}" for name in ("weight", "bias"))
+        rows = resize_table(
+            torch.cat([state[weight], state[bias].unsqueeze(-1)], dim=-1),
+            layout.length,
+            num_prefix_tokens=table.num_prefix_tokens,
+            old_grid=table.grid,
+            new_grid=layout.grid,
+        )
+        state[weight], state[bias] = rows[..., :-1].contiguous(), rows[..., -1].contiguous()
 
 
 def check_lam_config(

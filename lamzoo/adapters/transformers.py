@@ -385,9 +385,17 @@ def _extended(original: Any, right: Tensor) -> Any:
         extended.self_attention_cache = _extended(original.self_attention_cache, right)
         return extended
 
-    def update(keys: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def update(keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         columns = _pack(right, keys.shape[1]).to(keys.dtype).expand(keys.shape[0], -1, -1, -1)
-        return original.update(torch.cat([keys, columns], dim=-1), *args, **kwargs)
+        keys = torch.cat([keys, columns], dim=-1)
+        layers = getattr(original, "layers", ())
+        held = getattr(layers[layer_idx], "keys", None) if layer_idx < len(layers) else None
+        if isinstance(held, Tensor) and held.numel() and held.shape[-1] != keys.shape[-1]:
+            raise UnsupportedHostError(
+                "The cache holds keys without the factors of masks, as prefix tuning makes them and a model without "
+                "masks; fill it with this model, or use prompt tuning."
+            )
+        return original.update(keys, values, layer_idx, *args, **kwargs)
 
     extended.update = update
     return extended

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import io
-import logging
 import os
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lamzoo.errors import ExportError, MissingExtraError, WeightsNotFoundError
+from lamzoo.errors import ConfigError, ExportError, MissingExtraError, WeightsNotFoundError
 from lamzoo.export.trust import check_trusted, trust_program
+from lamzoo.quiet import quietly
 from lamzoo.reading import parse_json, read_bytes, reason
 from lamzoo.registry.preprocessing import check_preprocessing
 
@@ -55,10 +53,17 @@ class ExportedModel(nn.Module):
         """Computes ``(B, num_classes)`` logits of ``(B, C, H, W)`` float32 images.
 
         Raises:
+            ConfigError: the images have another shape or dtype.
             ExportError: the program fails, or returns something else.
         """
+        expected = tuple(self.pretrained_cfg["input_size"])
+        if images.ndim != 4 or tuple(images.shape[1:]) != expected or images.dtype != torch.float32:
+            raise ConfigError(
+                f"{self._source} takes float32 images (B, {', '.join(map(str, expected))}) and got {images.dtype} "
+                f"{tuple(images.shape)}; resize them, or export the model at their size."
+            )
         try:
-            logits = self._run[0](images.cpu())
+            logits = self._run[0](images.detach().cpu())
         except Exception as error:  # a program from elsewhere may raise anything
             raise ExportError(
                 f"{self._source} cannot be run on images {tuple(images.shape)} ({first_line(error)}); export it again."
@@ -127,19 +132,6 @@ def open_program(content: bytes, format: Format, path: Path) -> ExportedModel:
 def first_line(error: BaseException) -> str:
     """Returns the first line of an error's message, or the name of its class."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-@contextmanager
-def quietly() -> Iterator[None]:
-    """Suppresses progress and warnings of torch's exporters and loaders, which are addressed to their developers."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
 
 
 def _read_cfg(facts: Any, source: str | Path) -> dict[str, Any]:

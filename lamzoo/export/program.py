@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from lamzoo.errors import ExportError, MissingExtraError
-from lamzoo.export.exported import FACTS, INPUT, OUTPUT, Format, first_line, quietly
+from lamzoo.export.exported import FACTS, INPUT, OUTPUT, Format, first_line
+from lamzoo.quiet import quietly
 
 OPSET = 20
 _ONNX_LIMIT = 1536 * 2**20  # above, torch writes the weights to a second file

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -309,6 +310,14 @@ class Lam(nn.Module):
         if self.attention_hook is None:
             return attention
         return partial(self.attention_hook, attention, self.shared.current)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Lam:
+        if not memo:  # a copy of the mask alone, such as peft makes, takes the mask's place in the same stack
+            memo[id(self.shared)] = self.shared
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__(copy.deepcopy(vars(self), memo))
+        return copied
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Pickles of 0.1.0 lack these.

@@ -26,6 +26,14 @@ _FILE = "tokenizer.json"
 _END = "<|endoftext|>"
 
 
+def is_token(text: Tensor) -> Tensor:
+    """Returns which token ids ``(B, L)`` are not padding, bool.
+
+    Padding is 0 and follows the text; in some vocabularies 0 is also a token, which doesn't end a text.
+    """
+    return (text != 0).flip(1).cumsum(1).flip(1) > 0
+
+
 class SmallTokenizer(SimpleTokenizer):
     """open_clip's tokenizer of English text, cut to the most frequent byte-pair merges of CLIP.
 

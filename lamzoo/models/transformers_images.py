@@ -104,7 +104,7 @@ class TransformersImages(nn.Module):
         return heads if len(heads) > 1 else (*heads, nn.Identity())[0]
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Replaces the classifier by a fresh one.
+        """Replaces the classifier by a fresh one; 0 classes for none, as timm does.
 
         Raises:
             UnsupportedHostError: the model has none.
@@ -116,8 +116,8 @@ class TransformersImages(nn.Module):
             )
         self.host.config.num_labels = self.host.num_labels = num_classes
         for path, old in heads.items():
-            bias = old.bias is not None
-            self.host.set_submodule(path, nn.Linear(old.in_features, num_classes, bias).to(old.weight))
+            new = nn.Linear(old.in_features, num_classes, old.bias is not None).to(old.weight) if num_classes else None
+            self.host.set_submodule(path, new or nn.Identity())
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Turns gradient checkpointing on or off."""
@@ -166,7 +166,7 @@ def transformers_images(
         config: of the card; unused.
         hf_config: the ``config.json`` of transformers.
         lam: masks; None for none.
-        num_classes: replaces the number of classes.
+        num_classes: replaces the number of classes; 0 for no classifier.
         in_chans: replaces the number of channels.
         img_size: replaces the image size.
 
@@ -194,7 +194,10 @@ def transformers_images(
         if not takes:
             set_image_size(parsed, size)
     host = cls(parsed)
-    return TransformersImages(host if lam is None else add_lam(host, lam), size)
+    model = TransformersImages(host if lam is None else add_lam(host, lam), size)
+    if num_classes == 0 and model.num_classes:
+        model.reset_classifier(0)
+    return model
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: TransformersImages) -> dict[str, Tensor]:

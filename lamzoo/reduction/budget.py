@@ -181,7 +181,10 @@ def merge_to_share(model: Model, share: float) -> Model:
 def _quarters(model: nn.Module) -> tuple[int, ...]:
     """Returns the layers at a quarter, half and three quarters of the depth, without the last one."""
     layers = len(find_stack(model, masked=True, verb="pruned").blocks)
-    return tuple(sorted({layers * i // 4 for i in (1, 2, 3)} - {layers - 1}))
+    quarters = sorted({layers * i // 4 for i in (1, 2, 3)} - {layers - 1})
+    if not quarters:
+        raise ConfigError("The model has one block, after which pruning saves nothing; use it as it is.")
+    return tuple(quarters)
 
 
 def _share(model: nn.Module, config: TokenReduction, r: int) -> float:

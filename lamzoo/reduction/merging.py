@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from lamzoo.adapters.hosts import ADAPTERS, Pooling
 from lamzoo.adapters.wrappers import unwrap
 from lamzoo.errors import ConfigError, UnsupportedHostError, class_name
-from lamzoo.lam import FactoredMask, Lam, SharedState
+from lamzoo.lam import FactoredMask, SharedState
 from lamzoo.lam.config import Sign
 from lamzoo.lam.layer import AttentionOptions, EagerAttention
 from lamzoo.lam.ops import Op
@@ -137,7 +137,7 @@ class _MergeTokens(ReductionHook):
             tokens = token_map(tokens)
         elif (count := here.plan[self.place] if self.place is not None else 0) or self._pads(padding, tokens):
             normed = self._normed(block, tokens)
-            right = layer.key_factor(normed) if isinstance(layer, Lam) else None
+            right = None if isinstance(layer, Unmasked) else layer.key_factor(normed)  # peft may have wrapped a mask
             if padding is None:
                 token_map, sizes = match(normed, count, self.prefix, here.sizes, right)
             else:

@@ -109,7 +109,7 @@ class _MergeStreams(ReductionHook):
             start += length
         if parts:
             lam = layer.attn.lam
-            right = lam.key_factor(tokens) if isinstance(lam, Lam) else None
+            right = None if isinstance(lam, Unmasked) else lam.key_factor(tokens)
             token_map, sizes = match_within(tokens, parts, present, here.sizes, right)
             self.shared.merge(Merge(tokens, token_map, sizes, right))
             tokens = merged(tokens, token_map)

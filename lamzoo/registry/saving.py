@@ -14,6 +14,7 @@ from timm.models._hub import save_config_for_hf
 from torch import nn
 
 from lamzoo.adapters.deploy import is_fused
+from lamzoo.adapters.state import fit_tables
 from lamzoo.adapters.wrappers import full_state_dict, is_sharded, unwrap
 from lamzoo.errors import ConfigError, UnknownModelError, WeightsError, class_name
 from lamzoo.files import atomic_files
@@ -74,6 +75,7 @@ def save_pretrained(
     state = full_state_dict(model)
     if is_sharded(model) and torch.distributed.get_rank() > 0:
         return folder
+    fit_tables(model, state)
     read_tokenizer: Callable[[], tuple[str, str] | None] = getattr(model, "tokenizer_to_save", lambda: None)
     tokenizer = read_tokenizer()
     with atomic_files() as stage:

@@ -78,9 +78,10 @@ def save_lam(
     sets = sets_of(model)
     config = getattr(host, "lam_config", None)
     if config is None:
-        part = next(path for path, module in host.named_modules() if getattr(module, "lam_config", None) is not None)
+        parts = (path for path, module in host.named_modules() if getattr(module, "lam_config", None) is not None)
         raise UnsupportedHostError(
-            f"The masks of the model ({class_name(host)}) were added to its part {part}; save the masks of that part."
+            f"The masks of the model ({class_name(host)}) were added to {next(parts, 'a part of it')}; save the masks "
+            "of that part."
         )
     state = full_state_dict(model)
     others = _others(state, sets.stored[sets.active].others if also is None else also)

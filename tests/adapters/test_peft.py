@@ -114,3 +114,74 @@ def test_lora_on_all_linear_layers_wraps_the_masks_unless_they_are_named(setting
     names = [name for name, _ in peft.get_peft_model(HOST["transformers"].masked(), config).named_parameters()]
     assert any(".lam." in name and "lora_" in name for name in names) is wraps
     assert any(".query.lora_" in name for name in names)
+
+
+@pytest.mark.parametrize("config", [LamConfig(rank=2, init="paper"), LamConfig(rank=2, init="paper", layers="single")])
+@pytest.mark.parametrize("merged", ["before", "after", None])
+def test_copies_of_the_masks_see_merged_tokens_and_each_other(config: LamConfig, merged: str | None) -> None:
+    def build(order: str | None) -> Any:
+        model = lamzoo.add_lam(vit(), config)
+        if order == "before":
+            lamzoo.merge_tokens(model, keep=0.5)
+        return model
+
+    torch.manual_seed(0)
+    plain = build("before" if merged else None)
+    torch.manual_seed(0)
+    model = peft.get_peft_model(build(merged), peft.LoraConfig(target_modules=["fc1"], modules_to_save=["lam"])).eval()
+    if merged == "after":
+        lamzoo.merge_tokens(model, keep=0.5)
+    with torch.no_grad():
+        torch.testing.assert_close(model(IMAGES), plain(IMAGES))
+
+
+def test_copies_of_position_masks_know_the_grid() -> None:
+    model = lamzoo.add_lam(
+        HOSTS["vit_tiny_patch16_224"].create(dynamic_img_size=True), LamConfig(keys="position", init="paper")
+    ).eval()
+    images = torch.randn(1, 3, 48, 32)
+    with torch.no_grad():
+        expected = model(images)
+        adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["fc1"], modules_to_save=["lam"])).eval()
+        torch.testing.assert_close(adapted(images), expected)
+
+
+@hosts
+def test_a_model_whose_masks_peft_holds_is_not_fused(host: Host) -> None:
+    model = host.adapted()
+    with pytest.raises(UnsupportedHostError, match=r"No layer of the model .* has a fused form"):
+        lamzoo.fuse(model)
+
+
+def test_a_fused_model_that_peft_wraps_follows_its_adapters() -> None:
+    def config() -> Any:
+        return peft.LoraConfig(target_modules=["fc1"], modules_to_save=["lam"])
+
+    model = peft.get_peft_model(lamzoo.fuse(lamzoo.add_lam(vit())), config(), adapter_name="a").eval()
+    with torch.no_grad():
+        before = model(IMAGES)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter))
+        assert (model(IMAGES) - before).abs().max() > 1e-3
+        with model.disable_adapter():
+            torch.testing.assert_close(model(IMAGES), before)
+
+
+@hosts
+def test_masks_are_added_before_peft(host: Host) -> None:
+    model = peft.get_peft_model(host.build(), peft.LoraConfig(target_modules=[host.query]))
+    with pytest.raises(
+        UnsupportedHostError, match=r"before peft\.get_peft_model, and name them in its modules_to_save"
+    ):
+        lamzoo.add_lam(model)
+
+
+def test_prefix_tuning_of_masked_decoders_is_refused() -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = transformers.LlamaConfig(vocab_size=50, num_key_value_heads=2, **sizes)
+    model = lamzoo.add_lam(transformers.LlamaForCausalLM(config), LamConfig(rank=2))
+    prefix = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with pytest.raises(UnsupportedHostError, match=r"keys without the factors of masks, as prefix tuning makes them"):
+        peft.get_peft_model(model, prefix)(input_ids=WORDS)

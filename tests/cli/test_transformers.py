@@ -256,6 +256,13 @@ def test_heads_of_classifiers_are_known(name: str, config: Any, heads: int) -> N
     assert model.num_features == (16 if heads == 2 else 8)
     model.reset_classifier(5)
     assert (model.num_classes, model(x).shape) == (5, (2, 5))
+    model.reset_classifier(0)
+    assert (model.num_classes, model(x).shape) == (0, (2, model.num_features))
+
+
+def test_a_model_is_built_without_its_classifier() -> None:
+    model: Any = create_for_images(NAME, num_classes=0)
+    assert (model.num_classes, model(torch.randn(2, 3, 32, 32)).shape) == (0, (2, 16))
 
 
 def test_models_that_interpolate_positions_have_the_size_of_their_preprocessing(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import torch
 
 import lamzoo
 from lamzoo import export_model, load_exported
-from lamzoo.errors import ExportError, UntrustedProgramError
+from lamzoo.errors import ConfigError, ExportError, UntrustedProgramError
 from lamzoo.export import ExportedModel
 from tests.forked import run_code
 
@@ -172,6 +172,14 @@ def test_onnx_reads_no_other_file(location: str, folder: Path, tmp_path: Path, m
     monkeypatch.chdir(tmp_path / "sub")
     with pytest.raises(ExportError, match="is not a program that lamzoo exported"):
         load_exported("m.onnx")
+
+
+def test_images_that_a_program_does_not_take_are_named() -> None:
+    program = ExportedModel(lambda images: torch.zeros(len(images), 3), {"pretrained_cfg": GOOD}, "m.onnx")
+    for images in (torch.rand(2, 3, 8, 8), torch.rand(3, 16, 16), torch.rand(2, 3, 16, 16).double()):
+        with pytest.raises(ConfigError, match=r"^m.onnx takes float32 images \(B, 3, 16, 16\) and got"):
+            program(images)
+    assert program(torch.rand(2, 3, 16, 16, requires_grad=True)).shape == (2, 3)
 
 
 @pytest.mark.parametrize(

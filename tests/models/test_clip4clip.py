@@ -226,6 +226,8 @@ def test_masks_that_know_modalities_add_a_number_for_each_pair_as_the_control_do
         pairs = torch.tensor([[0.5, -2.0], [1.0, 3.0]])
         biased = pair_biased(control, pairs)(frames, text, mask)
         assert not torch.allclose(biased, expected, atol=1e-4)
+        for name, value in plain.head.initial_state(plain.clip.state_dict()).items():
+            assert torch.equal(control.head.initial_state(plain.clip.state_dict())[name], value), name
         torch.testing.assert_close(pair_biased(masked, pairs)(frames, text, mask), biased)
     control.set_grad_checkpointing()
     torch.testing.assert_close(control.train()(frames, text, mask).detach(), biased)

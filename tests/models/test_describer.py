@@ -139,6 +139,15 @@ def test_context_is_read_and_its_padding_is_not() -> None:
         masked(batch, text(1), torch.ones(1, 5, dtype=torch.int64))
 
 
+def test_a_token_of_number_zero_is_read_where_text_follows() -> None:
+    masked, batch = model(context_tokens=4), streams(1)
+    contexts = [torch.tensor([ids]) for ids in ([5, 0, 2, 0], [5, 2, 0, 0], [0, 0, 0, 0])]
+    first, second, none = (masked(batch, text(1), context).logits for context in contexts)
+    assert not torch.allclose(first, second)
+    assert_close(none, masked(batch, text(1)).logits, atol=1e-5, rtol=1e-5)
+    assert_close(model()(batch, text(1), contexts[0][:, :0]).logits, model()(batch, text(1)).logits)
+
+
 @given(st.lists(st.lists(st.sampled_from(WORDS), max_size=5), max_size=5), st.integers(3, 9))
 def test_the_context_is_the_last_captions_that_fit(captions: list[list[str]], room: int) -> None:
     found: Any = SimpleNamespace(tokenizer=WordTokenizer(WORDS, 7), context_tokens=room)

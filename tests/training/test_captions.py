@@ -95,6 +95,19 @@ def test_a_missing_modality_is_padding(speech: Path) -> None:
     assert all(value.isfinite() for value in losses.values())
 
 
+def test_nothing_is_learned_of_a_modality_that_was_dropped(speech: Path) -> None:
+    samples, described = Samples(create_caption_dataset(f"grid:{speech}", "train")), model(modality_dropout=1.0).train()
+    batch = Collate(described)([samples[0], samples[5]])
+    for stream in batch["streams"].values():
+        stream.features.requires_grad_()
+    found = described(batch["streams"], batch["text"])
+    sum(caption_losses(found, batch, CaptionWeights()).values()).backward()
+    for name, (start, end) in found.joint.spans.items():
+        grad = batch["streams"][name].features.grad
+        for row, there in enumerate(found.joint.mask[:, start:end].any(dim=1)):
+            assert (grad is not None and bool(grad[row].any())) == bool(there)
+
+
 def test_a_batch_without_earlier_captions_has_no_context(speech: Path) -> None:
     samples = Samples(create_caption_dataset(f"grid:{speech}", "train"))
     described = model(context_tokens=6).train()

@@ -438,3 +438,21 @@ def test_a_repository_whose_files_are_of_two_saves_is_read_once_its_authors_mend
             create_model("hf-hub:zoo/micro", pretrained=True, cache_dir=cache)
     server.repos["zoo/micro"], server.commit = good, COMMIT[::-1]
     assert same_output(model, create_model("hf-hub:zoo/micro", pretrained=True, cache_dir=cache))
+
+
+@pytest.mark.parametrize(("built", "now"), [((32, 32), (48, 48)), ((32, 64), (48, 48)), ((16, 64), (32, 32))])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("lam_vit_micro", {"embed_dim": 32, "depth": 2, "num_heads": 2}), ("timm/vit_tiny_patch16_224", {"depth": 2})],
+)
+def test_a_model_of_another_image_size_than_it_was_built_with_is_read_back(
+    name: str, options: dict[str, Any], built: tuple[int, int], now: tuple[int, int], tmp_path: Path
+) -> None:
+    options |= {"patch_size": 8} if name.startswith("timm/") else {}
+    lam = LamConfig(keys="position", rank=2, init="paper")
+    model: Any = create_model(name, img_size=built, lam=lam, **options).eval()
+    model.set_input_size(now)
+    images = torch.randn(2, 3, *now)
+    again = create_model(save_pretrained(model, tmp_path), pretrained=True).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(images), model(images))

@@ -167,9 +167,10 @@ def describe_clips(
     loader = DataLoader(Subset(_Clips(dataset), indices), batch_size, collate_fn=list, num_workers=workers)
     model.to(device)
     captions: dict[str, str] = {}
+    done = 0
     with inference(model, device, precision, batch_size), plain_worker_errors():
         for clips in loader:
-            numbers = indices[len(captions) : len(captions) + len(clips)]
+            numbers, done = indices[done : done + len(clips)], done + len(clips)
             before = context_tokens(described, [dataset.context(number, context) for number in numbers])
             streams = {name: move(stream, device) for name, stream in pad_streams(clips).items()}
             written = described.describe(

@@ -261,7 +261,8 @@ def _padding_bias(allowed: Tensor, transformer: Transformer, dtype: torch.dtype)
 
 def _begin(head: nn.Module, clip: Mapping[str, Tensor], length: int) -> dict[str, Tensor]:
     state = {key: value.clone() for key, value in head.state_dict().items() if ".lam." not in key}
-    return state | _text_layers(state, clip, length)
+    shared = {key: value for key, value in state.items() if ".modality." not in key}  # CLIP has no such bias
+    return state | _text_layers(shared, clip, length)
 
 
 def _text_layers(own: Mapping[str, Tensor], clip: Mapping[str, Tensor], length: int) -> dict[str, Tensor]:

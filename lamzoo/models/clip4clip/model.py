@@ -497,7 +497,7 @@ class Clip4Clip(nn.Module):
         depth = min(len(self.clip.visual.transformer.resblocks), len(self.clip.transformer.resblocks))
         if not 0 <= count <= depth:
             raise ConfigError(f"freeze_layers was given {count} blocks; the towers have {depth}.")
-        ends = ("ln_final.", "text_projection", "logit_scale", "visual.ln_post.", "visual.proj")
+        ends = ("ln_final.", "text_projection", "logit_scale", "visual.ln_post.", "visual.attn_pool.", "visual.proj")
         for name, parameter in self.clip.named_parameters():
             block = name.partition("resblocks.")[2].partition(".")[0]
             late = int(block) >= count if block else name.startswith(ends)

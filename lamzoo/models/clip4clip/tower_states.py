@@ -65,10 +65,12 @@ def vision_states(visual: Any, images: Tensor, grid: int) -> Tensor:
     Raises:
         ConfigError: the tower has merged or pruned the patches, so that they form no grid.
     """
+    if _is_timms(visual) and not grid:
+        return visual.trunk(images)[:, None]  # by its own forward pass, in which merged tokens are pooled
     if _is_timms(visual):
         tokens = visual.trunk.forward_features(images)
         pooled = visual.trunk.forward_head(tokens)
-        patches = _timm_patches(visual.trunk, tokens) if grid else None
+        patches: Tensor | None = _timm_patches(visual.trunk, tokens)
     elif isinstance(visual, VisionTransformer):
         pooled, tokens = visual._pool(visual.transformer(visual._embeds(images)))
         patches = _as_grid(tokens, *visual.grid_size) if grid else None

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +19,7 @@ from open_clip.hf_configs import arch_dict
 from open_clip.model import CLIP, CustomTextCLIP
 
 from lamzoo.errors import ConfigError, MissingExtraError
+from lamzoo.quiet import quietly
 from lamzoo.reading import parse_json, read_text, reason, to_json
 
 _logger = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def named_towers(
     """
     if name not in open_clip.list_models():
         raise ConfigError(f"open_clip has no model {name!r}; open_clip.list_models() lists its names.")
-    with _without_warnings():  # about missing weights, which are loaded later
+    with quietly():  # about missing weights, which are loaded later
         clip = open_clip.create_model(
             name,
             load_weights=False,
@@ -231,13 +231,3 @@ def _preprocessing(trunk: Any) -> dict[str, Any]:
 
 def _without(table: Mapping[str, Any], key: str) -> dict[str, Any]:
     return {name: value for name, value in table.items() if name != key}
-
-
-@contextmanager
-def _without_warnings() -> Iterator[None]:
-    before = logging.root.manager.disable
-    logging.disable(max(before, logging.WARNING))
-    try:
-        yield
-    finally:
-        logging.disable(before)

@@ -11,6 +11,7 @@ from open_clip.transformer import MultimodalTransformer, ResidualAttentionBlock,
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lamzoo.errors import ConfigError
 from lamzoo.lam.layer import Scores
 
 _Pair = tuple[Tensor, Tensor]
@@ -91,7 +92,12 @@ class CaptionDecoder(nn.Module):
             ``(B, L, vocab_size)``, logits.
         """
         start = 0 if cache is None else cache.length
-        positions = self.positional_embedding[start : start + tokens.shape[1]]
+        if (end := start + tokens.shape[1]) > len(self.positional_embedding):
+            raise ConfigError(
+                f"The text has {end} tokens and the decoder takes {len(self.positional_embedding)}; truncate it, or "
+                "create the model with a larger context_length."
+            )
+        positions = self.positional_embedding[start:end]
         x = self.token_embedding(tokens) + positions
         seen = None if memory_mask is None else memory_mask[:, None, None, :]
         number = 0

@@ -24,7 +24,14 @@ from open_clip.tokenizer import SimpleTokenizer
 from lamzoo.models.describer.decoder import CaptionDecoder, from_coca
 from lamzoo.models.describer.encoder import Joint, JointEncoder, StreamBatch
 from lamzoo.models.describer.generation import GenerationConfig, Text, generate
-from lamzoo.models.tokenizers import Gpt2Tokenizer, SmallTokenizer, WordTokenizer, absolute_source, read_to_save
+from lamzoo.models.tokenizers import (
+    Gpt2Tokenizer,
+    SmallTokenizer,
+    WordTokenizer,
+    absolute_source,
+    is_token,
+    read_to_save,
+)
 
 _RATE = 25.0  # default features per second
 
@@ -191,7 +198,7 @@ class Describer(nn.Module):
         Raises:
             ConfigError: the context is longer than ``context_tokens``.
         """
-        if context is None:
+        if context is None or not context.shape[1]:
             joint: Joint = self.encoder(streams)
             return joint
         if context.shape[1] > self.context_tokens:
@@ -201,7 +208,7 @@ class Describer(nn.Module):
             )
         embedded = self.context_projection(self.decoder.token_embedding(context))
         tokens = embedded + self.context_positions[: context.shape[1]]
-        joint = self.encoder(streams, (tokens, context != 0))
+        joint = self.encoder(streams, (tokens, is_token(context)))
         return joint
 
     @renamed_argument("how", "generation")

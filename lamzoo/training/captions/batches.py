@@ -17,6 +17,7 @@ from lamzoo.data.captions.base import CaptionItem
 from lamzoo.data.captions.base import Stream as Features
 from lamzoo.data.grid_tokens import IGNORED, said_at
 from lamzoo.evaluation.captions.evaluate import context_tokens, pad_streams
+from lamzoo.models.tokenizers import is_token
 from lamzoo.training.captions.recipe import CaptionWeights
 
 
@@ -110,10 +111,11 @@ def caption_counts(batch: Mapping[str, Any]) -> dict[str, Tensor]:
         Int64 scalars: ``tokens`` of the captions, start tokens excluded, and for models with ``align`` also ``words``,
         encoder tokens with a known word, and ``spoken``, modalities of clips that are long enough for their sentence.
     """
-    counts = {"tokens": (batch["text"][:, 1:] != 0).sum()}
+    counts = {"tokens": is_token(batch["text"])[:, 1:].sum()}
     if "words" in batch:
         counts["words"] = torch.stack([(said != IGNORED).sum() for said in batch["words"].values()]).sum()
-        spoken = [_enough(batch, name).sum() for name in batch["words"]]
+        lengths = _lengths(batch["text"])
+        spoken = [_enough(batch["streams"][name].mask.sum(dim=1), lengths).sum() for name in batch["words"]]
         counts["spoken"] = torch.stack(spoken).sum()
     return counts
 
@@ -135,7 +137,7 @@ def caption_losses(
     """
     counts = {name: count.clamp_min(1) for name, count in (counts or caption_counts(batch)).items()}
     text = batch["text"]
-    following = text[:, 1:].masked_fill(text[:, 1:] == 0, IGNORED)
+    following = text[:, 1:].masked_fill(~is_token(text)[:, 1:], IGNORED)
     logits = found.logits[:, :-1].float().transpose(1, 2)
     caption = F.cross_entropy(logits, following, label_smoothing=weights.label_smoothing, reduction="sum")
     losses = {"caption": weights.caption * caption / counts["tokens"]}
@@ -146,12 +148,13 @@ def caption_losses(
     sentences = torch.cat([row[1 : 1 + length] for row, length in zip(text, lengths.tolist(), strict=True)])
     for name, said in batch["words"].items():
         start, end = found.joint.spans[name]
-        scores = found.words[:, start:end].float()
+        scores, present = found.words[:, start:end].float(), found.joint.mask[:, start:end]
+        said = said.masked_fill(~present, IGNORED)  # nothing is learned of modalities that were dropped
         labels.append(F.cross_entropy(scores.flatten(0, 1), said.flatten(), reduction="sum"))
-        there = batch["streams"][name].mask.sum(dim=1)
+        there = present.sum(dim=1)
         chances = scores.log_softmax(dim=-1).transpose(0, 1)
         each = F.ctc_loss(chances, sentences, there.clamp_min(1), lengths, reduction="none", zero_infinity=True)
-        ctc.append((each / lengths.clamp_min(1) * _enough(batch, name)).sum())
+        ctc.append((each / lengths.clamp_min(1) * _enough(there, lengths)).sum())
     losses["words"] = weights.words * torch.stack(labels).sum() / counts["words"]
     losses["ctc"] = weights.ctc * torch.stack(ctc).sum() / counts["spoken"]
     return losses
@@ -162,7 +165,6 @@ def _lengths(text: Tensor) -> Tensor:
     return text.argmax(dim=1) - 1
 
 
-def _enough(batch: Mapping[str, Any], name: str) -> Tensor:
-    """Returns a bool mask ``(B,)`` of the clips that have a modality long enough for the sentence."""
-    there = batch["streams"][name].mask.sum(dim=1)
-    return (there >= 2 * _lengths(batch["text"])) & (there > 0)
+def _enough(there: Tensor, lengths: Tensor) -> Tensor:
+    """Returns a bool mask ``(B,)`` of the clips with as many encoder tokens that are long enough for their sentence."""
+    return (there >= 2 * lengths) & (there > 0)
