@@ -27,6 +27,7 @@ from open_clip.model import CLIP, resize_pos_embed, resize_text_pos_embed
 
 from lamzoo.models.clip4clip.heads import MeanHead, SequentialHead, TightHead, full_precision, mean_of_frames
 from lamzoo.models.clip4clip.tower_states import (
+    check_freezable,
     check_text,
     check_vision,
     embed_text,
@@ -428,10 +429,12 @@ class Clip4Clip(nn.Module):
                 depend on its batch in the last digits.
 
         Raises:
-            ConfigError: there is no such tower.
+            ConfigError: there is no such tower, or it pools by layers that have to be trained.
         """
         if not set(towers) <= set(get_args(Tower)):
             raise ConfigError(f"freeze_towers was given {tuple(towers)}; it takes {' and '.join(get_args(Tower))}.")
+        for tower in towers:
+            check_freezable(self.clip, tower)
         self.frozen_towers, self._one_by_one = tuple(dict.fromkeys(towers)), one_by_one
         for tower in self.frozen_towers:
             for name, parameter in self.named_parameters():

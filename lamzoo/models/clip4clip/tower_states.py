@@ -33,6 +33,15 @@ def prefixes_of(clip: Any, tower: str) -> tuple[str, ...]:
     return ("text.transformer.",) if isinstance(clip.text, HFTextEncoder) else ("text.",)
 
 
+def check_freezable(clip: Any, tower: str) -> None:
+    """Raises a :class:`ConfigError` if a tower pools by layers that are initialised with the head."""
+    if tower == "vision" and isinstance(clip.visual, TimmModel) and not _is_timms(clip.visual):
+        raise ConfigError(
+            "The vision tower pools with new layers of open_clip (timm_pool), which have to be trained; use "
+            "timm_pool='avg' or 'token', or don't freeze it."
+        )
+
+
 def check_vision(visual: nn.Module, grid: int) -> None:
     """Raises a :class:`ConfigError` if a vision tower gives no states of patches."""
     attends = getattr(visual, "attn_pool", None) is not None
