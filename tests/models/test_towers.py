@@ -319,7 +319,7 @@ def test_frozen_towers_run_without_dropout_and_gradients() -> None:
 
 @pytest.mark.parametrize("pool", ["abs_attn", "rot_attn"])
 def test_a_tower_that_pools_by_new_layers_is_not_frozen(pool: str) -> None:
-    model = create({"timm_model_name": "test_resnet", "timm_pool": pool})
+    model = create({"timm_model_name": "resnet10t", "timm_pool": pool, "timm_proj": ""})
     with pytest.raises(ConfigError, match=r"new layers of open_clip \(timm_pool\)"):
         model.freeze_towers(["vision"])
     model.freeze_towers(["text"])
