@@ -71,6 +71,7 @@ class StackPass:
         pooled: whether the model itself reads the output of the last layer, and nothing else of the stack.
         held: whether a hook after the last layer reads this state, and ends the pass.
         spans: half-open ranges of the stack's input tokens within which they may merge, for hosts of several streams.
+        merged_layers: number of layers in which tokens have merged, for these hosts.
         rerun: number of the backward pass that reruns this pass, and a token of the autograd node in it that does;
             None in a forward pass.
     """
@@ -87,6 +88,7 @@ class StackPass:
     pooled: bool = False
     held: bool = False
     spans: tuple[tuple[int, int], ...] = ()
+    merged_layers: int = 0
     rerun: Rerun | None = None
 
     def but(self, **changes: Any) -> StackPass:

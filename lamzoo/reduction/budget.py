@@ -122,8 +122,8 @@ def merge_tokens(
             as needed merge. Inputs of another size keep the same share of their patches. This is not a share: for one
             of the patches give ``keep``, and for one of the GMACs ``share * lamzoo.profile(model).gmacs``. A limit that
             the model with all tokens is below is logged as a warning, and nothing merges.
-        keep: instead, the share of the patches that is left after the last layer, rounded up; in a describer, of the
-            tokens of each modality, and not below 1 / (layers + 1). 1 if ``frames`` alone are given.
+        keep: instead, the share of the patches that is left after the last layer, rounded up; in a describer, of a
+            clip's tokens of each modality, and not below 1 / (layers + 1). 1 if ``frames`` alone are given.
         r: instead, the number of patches that merge in each of the layers ``at``, at the model's own input size. Where
             this is over 30 % of the patches of a later layer, earlier ones merge more in its stead.
         at: layers in which tokens merge, counted from 0; by default all of them, or every second one in a vision

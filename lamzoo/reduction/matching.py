@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,45 +72,70 @@ def _(tokens: Tensor, count: int, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return kept, places, kept.new_empty(kept.shape, dtype=torch.float32)
 
 
+class Part(NamedTuple):
+    """Tokens side by side that merge with each other, padding included: patches, or one of several streams.
+
+    Attributes:
+        start: place of the first.
+        length: number of tokens, at least 2.
+        gone: number by which the part gets shorter.
+        due: number of tokens that merge into others in each sample, int64 ``(B,)``. This may be more than ``gone``,
+            where padding takes the places of content, or less, where padding leaves.
+    """
+
+    start: int
+    length: int
+    gone: int
+    due: Tensor
+
+
 def match_padded(
-    tokens: Tensor, count: int, due: Tensor, num_prefix_tokens: int, sizes: Tensor, right: Tensor | None = None
+    tokens: Tensor, parts: Sequence[Part], sizes: Tensor, right: Tensor | None = None
 ) -> tuple[TokenMap, Tensor]:
-    """As :func:`match`, for padded samples: padding has size 0, merges with no patch, and fills the remaining places.
+    """As :func:`match`, within parts of padded samples: padding has size 0, merges with no token, and comes last.
 
     Args:
         tokens: ``(B, N, C)``, inputs of the layer's attention.
-        count: number of tokens by which the batch gets shorter.
-        due: number of patches of each sample that merge as if it were alone, int64 ``(B,)``; more of them do where the
-            remaining ones wouldn't fit into the shorter batch.
-        num_prefix_tokens: class and register tokens at the start, which never merge.
+        parts: in order; tokens outside of them never merge.
         sizes: number of the stack's input tokens in each token, ``(B, N)``; 0 in padding.
         right: key factor of the layer's mask, ``(1 | B, Hm, N, R)``; None without a mask.
 
     Returns:
-        The map, which averages by sizes, and the sizes of the remaining tokens, ``(B, N - count)``, float32.
+        The map, which averages by sizes, and the sizes of the remaining tokens, float32, 0 in padding.
     """
     with full_precision(tokens):
         batch, length, _ = tokens.shape
-        there = sizes > 0
-        even, patches = slice(num_prefix_tokens, None, 2), slice(num_prefix_tokens, None)
-        rows = None if right is None else right.transpose(1, 2).flatten(2)[:, patches]
-        least, partner = least_costs(tokens[:, patches], sizes[:, patches], rows, there[:, patches])
-        counts = torch.maximum(due, there.sum(dim=1) - (length - count))
-        leaves = least.argsort(dim=-1).argsort(dim=-1) < counts.unsqueeze(1)
-        leaving = torch.zeros_like(there)
-        leaving[:, even] = leaves
-        stays = there & ~leaving
-        into = stays.cumsum(dim=1) - 1
-        last = length - count - 1
+        rows = None if right is None else right.transpose(1, 2).flatten(2)
         places = torch.arange(length, device=tokens.device).expand(batch, -1)
-        # Tokens that leave write their own places behind the others, where nothing is read. What stays unwritten is
-        # padding: tokens of no weight.
-        kept = torch.full((batch, last + 2), length - 1, device=tokens.device)
-        kept = kept.scatter(1, torch.where(stays, into, last + 1), places)[:, :-1]
-        into[:, even] = torch.where(leaves, into.gather(1, num_prefix_tokens + 1 + 2 * partner), into[:, even])
-        into = torch.where(there, into, last)
-        few = torch.zeros(kept.shape, device=tokens.device).scatter_add(1, into, sizes)
-        return TokenMap.averaging(kept, into, sizes), few
+        kept, into, end, gone = [], [], 0, 0
+        for part in parts:
+            here = slice(part.start, part.start + part.length)
+            of_part = None if rows is None else rows[:, here]
+            part_kept, part_into = _match_part(tokens[:, here], part.gone, part.due, sizes[:, here], of_part)
+            kept += [places[:, end : part.start], part_kept + part.start]
+            into += [places[:, end : part.start] - gone, part_into + (part.start - gone)]
+            end, gone = here.stop, gone + part.gone
+        kept_places = torch.cat([*kept, places[:, end:]], dim=1)
+        into_places = torch.cat([*into, places[:, end:] - gone], dim=1)
+        few = torch.zeros(kept_places.shape, device=tokens.device).scatter_add(1, into_places, sizes)
+        return TokenMap.averaging(kept_places, into_places, sizes), few
+
+
+def _match_part(tokens: Tensor, gone: int, due: Tensor, sizes: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Returns ``kept`` and ``into`` of the map of :func:`match_padded`, within one part."""
+    there = sizes > 0
+    left = tokens.shape[1] - gone
+    least, partner = least_costs(tokens, sizes, rows, there)
+    due = torch.maximum(due, there.sum(dim=1) - left)  # the remaining tokens have to fit
+    leaves = (least.argsort(dim=1).argsort(dim=1) < due.unsqueeze(1)) & least.isfinite()
+    stays = there.clone()
+    stays[:, ::2] &= ~leaves
+    count = stays.cumsum(dim=1)
+    into = torch.where(stays, count, count[:, -1:] + (~stays).cumsum(dim=1)) - 1  # those that stay come first
+    places = torch.arange(tokens.shape[1], device=tokens.device).expand_as(into)
+    kept = torch.empty_like(into).scatter(1, into, places)[:, :left]
+    into[:, ::2] = torch.where(leaves, into.gather(1, 1 + 2 * partner), into[:, ::2])
+    return kept, into.clamp_max(left - 1)  # padding weighs nothing, wherever it goes
 
 
 def merged(tokens: Tensor, token_map: TokenMap) -> Tensor:

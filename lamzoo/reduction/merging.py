@@ -34,7 +34,7 @@ from lamzoo.lam.passes import Merge, StackPass
 from lamzoo.lam.token_map import TokenMap, take
 from lamzoo.lam.unmasked import Unmasked, count_members, log_sizes
 from lamzoo.reduction.config import TokenReduction
-from lamzoo.reduction.matching import match, match_padded, merged
+from lamzoo.reduction.matching import Part, match, match_padded, merged
 from lamzoo.reduction.plan import checkerboard, merges_by_length, merges_per_layer
 from lamzoo.reduction.stacks import (
     EndPass,
@@ -142,8 +142,8 @@ class _MergeTokens(ReductionHook):
                 token_map, sizes = match(normed, count, self.prefix, here.sizes, right)
             else:
                 assert here.sizes is not None and here.counts is not None and self.place is not None
-                due = here.counts[:, self.place]
-                token_map, sizes = match_padded(normed, count, due, self.prefix, here.sizes, right)
+                patches = Part(self.prefix, tokens.shape[1] - self.prefix, count, here.counts[:, self.place])
+                token_map, sizes = match_padded(normed, (patches,), here.sizes, right)
             self.shared.merge(Merge(normed, token_map, sizes, right))
             tokens = merged(tokens, token_map)
         return (tokens, *others), kwargs

@@ -8,10 +8,9 @@ of a merged token is its attention to that token, counted as often as it has mem
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar
+from collections.abc import Mapping
+from typing import Any, Protocol, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from lamzoo.adapters.mha import MultiheadAttentionAdapter
@@ -19,10 +18,9 @@ from lamzoo.adapters.wrappers import unwrap
 from lamzoo.errors import ConfigError, UnsupportedHostError
 from lamzoo.lam import Lam, SharedState
 from lamzoo.lam.passes import Merge
-from lamzoo.lam.token_map import TokenMap
 from lamzoo.lam.unmasked import Unmasked
 from lamzoo.reduction.config import TokenReduction
-from lamzoo.reduction.matching import full_precision, least_costs, merged, without
+from lamzoo.reduction.matching import Part, match_padded, merged
 from lamzoo.reduction.merging import AttendBySizes, FinishMerge
 from lamzoo.reduction.stacks import (
     EndPass,
@@ -51,23 +49,6 @@ class StreamEncoder(Protocol):
         ...
 
 
-class Part(NamedTuple):
-    """The tokens of one stream, some of which merge with each other.
-
-    Attributes:
-        start: place of the first.
-        length: number of tokens, padding included.
-        gone: number of tokens that leave.
-        due: number of content tokens that merge into others in each sample, int64 ``(B,)``; the other tokens that leave
-            are padding.
-    """
-
-    start: int
-    length: int
-    gone: int
-    due: Tensor
-
-
 class _BeginStreams(ReductionHook):
     """Forward pre-hook of the encoder: begins a pass, and notes where the streams are."""
 
@@ -86,7 +67,7 @@ class _MergeStreams(ReductionHook):
 
     Args:
         shared: state of the stack.
-        share: of a stream's tokens that leaves in this layer, as in each in which tokens merge.
+        share: of a stream's input tokens that leaves in each layer in which tokens merge; 0 in other layers.
     """
 
     def __init__(self, shared: SharedState, share: float) -> None:
@@ -97,27 +78,32 @@ class _MergeStreams(ReductionHook):
         tokens, mask = args
         check_not_traced(tokens)
         here = self.shared.current
-        present = mask if here.token_map is None else mask.gather(1, here.token_map.kept)
-        each = [self._leaving(end - first) for first, end in here.spans]
-        before = (mask.shape[1] - tokens.shape[1]) // max(1, sum(each))  # layers in which tokens have merged
-        parts, start = [], 0
-        for (first, end), gone in zip(here.spans, each, strict=True):
-            start = start or first  # streams lie side by side, after the class token
-            length = end - first - before * gone
-            if gone:
-                parts.append(Part(start, length, gone, self._leaving(mask[:, first:end].sum(dim=1))))
+        present = mask if here.sizes is None else here.sizes > 0
+        if not (self.billionths and here.spans):  # a layer that runs on its own merges nothing
+            return tokens, present
+        after = here.merged_layers + 1
+        parts, start = [], here.spans[0][0]
+        for first, end in here.spans:  # side by side, after the class token
+            length = self._left(end - first, here.merged_layers)
+            left = self._left(end - first, after)
+            if length > 1 and left < end - first:  # else no sample merges any of its tokens
+                count = present[:, start : start + length].sum(dim=1)
+                due = count - self._left(mask[:, first:end].sum(dim=1), after)
+                parts.append(Part(start, length, length - left, due))
             start += length
+        self.shared.update(merged_layers=after)
         if parts:
             lam = layer.attn.lam
             right = None if isinstance(lam, Unmasked) else lam.key_factor(tokens)
-            token_map, sizes = match_within(tokens, parts, present, here.sizes, right)
-            self.shared.merge(Merge(tokens, token_map, sizes, right))
+            sizes = mask.float() if here.sizes is None else here.sizes
+            token_map, few = match_padded(tokens, parts, sizes, right)
+            self.shared.merge(Merge(tokens, token_map, few, right))
             tokens = merged(tokens, token_map)
         return tokens, present
 
-    def _leaving(self, length: Length) -> Length:
-        """Returns how many of a stream's tokens leave in each layer: of a part of it, at most as many."""
-        return length * self.billionths // 10**9
+    def _left(self, length: Length, layers: int) -> Length:
+        """Returns how many of a stream's tokens are left after as many layers: of a part of it, at most as many."""
+        return length - length * layers * self.billionths // 10**9
 
 
 def find_encoder(model: nn.Module) -> str | None:
@@ -127,6 +113,10 @@ def find_encoder(model: nn.Module) -> str | None:
 
 def merge(model: nn.Module, path: str, config: TokenReduction) -> None:
     """Registers the hooks in a model, in place of those of an earlier reduction.
+
+    Of the ``L`` tokens that a sample has in a stream, ``floor(k * b * L)`` have merged into others after the ``k``-th
+    of the layers, in any batch. The share ``b`` is ``(1 - keep) / layers``, at most ``1 / (layers + 1)``, rounded up to
+    billionths, so that at most ``ceil(L * max(keep, 1 / (layers + 1)))`` are left after the last one, and at least one.
 
     Args:
         model: contains a joint encoder of streams.
@@ -177,49 +167,3 @@ def merge(model: nn.Module, path: str, config: TokenReduction) -> None:
     encoder.register_forward_pre_hook(_BeginStreams(shared, encoder), with_kwargs=True)
     encoder.register_forward_hook(EndPass(shared), always_call=True)
     model.token_reduction = config  # type: ignore[assignment]
-
-
-def match_within(
-    tokens: Tensor, parts: Sequence[Part], present: Tensor, sizes: Tensor | None = None, right: Tensor | None = None
-) -> tuple[TokenMap, Tensor]:
-    """Finds the pairs of tokens whose merge loses least, as :func:`lamzoo.reduction.matching.match` in each part.
-
-    Where a sample has padding, fewer of its content tokens are due to merge, and padding leaves from the end of the
-    part in their stead, so that a sample is merged as if it were alone.
-
-    Args:
-        tokens: ``(B, N, C)``, inputs of the layer's attention.
-        parts: the streams; tokens outside of them never merge, and the first of these is content.
-        present: bool ``(B, N)``, False for padding.
-        sizes: number of the encoder's input tokens in each token, ``(B, N)``, 1 for padding; None where all are one.
-        right: key factor of the layer's mask, ``(1 | B, Hm, N, R)``; None without a mask.
-
-    Returns:
-        The map, which averages by sizes, and the sizes of the remaining tokens, float32, 1 for padding.
-    """
-    with full_precision(tokens):
-        batch, length, _ = tokens.shape
-        weights = present.float() if sizes is None else sizes * present
-        rows = None if right is None else right.transpose(1, 2).flatten(2)
-        leaves, targets = [], []
-        for part in parts:
-            here = slice(part.start, part.start + part.length)
-            ours = None if rows is None else rows[:, here]
-            least, partner = least_costs(tokens[:, here], weights[:, here], ours, present[:, here])
-            # Content that is due leaves first, then padding from the end; other content where that doesn't suffice.
-            order = least.argsort(dim=1).argsort(dim=1).float()
-            turn = torch.full((batch, part.length), torch.inf, device=tokens.device)
-            late = order + 2 + part.length
-            turn[:, ::2] = torch.where(order < part.due.unsqueeze(1), 0.0, late).masked_fill(least.isinf(), torch.inf)
-            from_end = torch.arange(part.length, 0, -1, device=tokens.device, dtype=turn.dtype)
-            turn = torch.where(present[:, here], turn, from_end)
-            target = torch.zeros(batch, part.length, dtype=torch.int64, device=tokens.device)
-            target[:, ::2] = part.start + 1 + 2 * partner
-            target = target.masked_fill(~present[:, here], 0)  # padding weighs nothing, wherever it goes
-            gone = turn.topk(part.gone, dim=1, largest=False, sorted=False).indices
-            leaves.append(part.start + gone)
-            targets.append(target.gather(1, gone))
-        gone, target = torch.cat(leaves, dim=1), torch.cat(targets, dim=1)
-        kept, into = without(gone, target, length)
-        few = torch.zeros(kept.shape, device=tokens.device).scatter_add(1, into, weights)
-        return TokenMap.averaging(kept, into, weights), few.clamp_min(1)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
@@ -18,7 +20,7 @@ from lamzoo.models.clip4clip import clip4clip
 from lamzoo.models.describer.encoder import StreamBatch
 from lamzoo.models.describer.model import describer
 from lamzoo.reduction.frames import merge_frames
-from lamzoo.reduction.streams import Part, match_within
+from lamzoo.reduction.matching import Part, match_padded
 
 TOWERS: dict[str, Any] = {
     "embed_dim": 32,
@@ -191,11 +193,51 @@ def test_a_clip_is_merged_as_if_it_were_alone_and_without_padding(config: LamCon
         assert_close(found.words[0], together.words[sample, together.joint.mask[sample]])
 
 
+def padded_clips(lengths: list[tuple[int, int]], padding: int) -> dict[str, StreamBatch]:
+    """Clips with these numbers of features of video and audio, and padding beyond the longest."""
+    generator, found = torch.Generator().manual_seed(3), {}
+    for (name, (_, width)), counts in zip(SIZES.items(), zip(*lengths, strict=True), strict=True):
+        places = torch.arange(max(counts) + padding).expand(len(counts), -1)
+        features = torch.randn(*places.shape, width, generator=generator)
+        found[name] = StreamBatch(features, 0.01 * places, places < torch.tensor(counts).unsqueeze(1))
+    return found
+
+
+@settings(derandomize=True, max_examples=40, deadline=None)
+@example([(9, 19), (10, 20)], 0, 4, 600, CONFIGS[0])
+@example([(9, 19), (10, 20)], 0, 4, 600, CONFIGS[1])
+@example([(9, 50), (19, 9)], 1, 6, 500, CONFIGS[0])
+@given(
+    lengths=st.lists(st.tuples(st.integers(0, 40), st.integers(1, 40)), min_size=2, max_size=4),
+    padding=st.integers(0, 9),
+    layers=st.integers(1, 6),
+    thousandths=st.integers(1, 999),
+    config=st.sampled_from(CONFIGS),
+)
+def test_clips_of_any_lengths_merge_as_if_alone_to_the_share(
+    lengths: list[tuple[int, int]], padding: int, layers: int, thousandths: int, config: LamConfig | None
+) -> None:
+    model = merge_tokens(writer(config, encoder_layers=layers), keep=thousandths / 1000)
+    least = max(Fraction(thousandths, 1000), Fraction(1, layers + 1))
+    streams = padded_clips(lengths, padding)
+    together = model.encode(streams)
+    for sample, counts in enumerate(lengths):
+        alone = {
+            name: StreamBatch(*(part[sample : sample + 1, :count] for part in stream))
+            for (name, stream), count in zip(streams.items(), counts, strict=True)
+        }
+        joint = model.encode(alone)
+        assert_close(together.tokens[sample, together.mask[sample]], joint.tokens[0], rtol=1e-5, atol=1e-5)
+        for (start, end), count in zip(joint.spans.values(), counts, strict=True):
+            assert end - start == count
+            assert len(joint.tokens[0, start:end].unique(dim=0)) == math.ceil(count * least)
+
+
 def test_a_stream_of_one_token_merges_nothing() -> None:
     model, streams = merge_tokens(writer(), keep=0.5), clips()
     one = StreamBatch(*(part[:, :1] for part in streams["video"]))
     joint = model.encode({**streams, "video": one})
-    assert len(joint.tokens[0].unique(dim=0)) == 1 + 1 + 11  # 3 of 20 in each layer
+    assert len(joint.tokens[0].unique(dim=0)) == 1 + 1 + 10  # 3, 3 and 4 of 20
 
 
 def test_later_layers_of_the_encoder_have_fewer_keys_and_queries_fewer_still() -> None:
@@ -244,12 +286,12 @@ def test_an_encoder_that_lost_its_first_layers_mixes_no_streams() -> None:
     model.encode(clips(padding=0))
     video, lengths = torch.zeros(31, dtype=torch.bool), []
     video[1:11] = True
-    for token_map in seen:  # 2 of 10 tokens of video and 5 of 20 of audio in each of two layers
+    for token_map in seen:  # 2 and 3 of 10 tokens of video, and 5 of 20 of audio in each of two layers
         streams = video[token_map.kept]
         assert torch.equal(streams.gather(1, token_map.into)[:2], video.expand(2, -1))
         video = streams[0]
         lengths.append(int(video.sum()))
-    assert lengths == [8, 6]
+    assert lengths == [8, 5]
 
 
 def test_gradients_reach_the_features_through_merged_tokens() -> None:
@@ -287,29 +329,31 @@ def test_streams_and_padding_never_mix(lengths: list[int], share: float, seed: i
     total = 1 + sum(lengths)
     tokens = torch.randn(2, total, 4, generator=generator)
     present, owner = torch.ones(2, total, dtype=torch.bool), torch.zeros(total)
-    parts, start, left = [], 1, torch.ones(2)
+    parts, start, left = [], 1, torch.ones(2, dtype=torch.int64)
     for number, length in enumerate(lengths, 1):
-        real = torch.randint(0, length + 1, (2, 1), generator=generator)
-        present[:, start : start + length] = torch.arange(length) < real
+        real = torch.randint(0, length + 1, (2,), generator=generator)
+        present[:, start : start + length] = torch.arange(length) < real.unsqueeze(1)
         owner[start : start + length] = number
-        parts.append(Part(start, length, int(share * length), (share * real[:, 0]).long()))
-        left += real[:, 0] - parts[-1].due
+        gone = int(share * length)
+        fewest, most = (real - (length - gone)).clamp_min(0), torch.where(real > 1, (real + 1) // 2, 0)
+        due = fewest + (torch.rand(2, generator=generator) * (most - fewest + 1)).long()
+        parts.append(Part(start, length, gone, due))
+        left += real - due
         start += length
-    sizes = torch.randint(1, 5, (2, total), generator=generator).float().masked_fill(~present, 1)
-    token_map, few = match_within(tokens, parts, present, sizes)
+    sizes = torch.randint(1, 5, (2, total), generator=generator) * present.float()
+    token_map, few = match_padded(tokens, parts, sizes)
     assert token_map.into is not None
     assert few.shape[1] == total - sum(part.gone for part in parts)
     kept = token_map.kept
-    assert torch.equal(present.gather(1, kept).sum(dim=1), left)
-    content = sizes * present
-    assert_close((few * present.gather(1, kept)).sum(dim=1), content.sum(dim=1))
+    assert torch.equal((few > 0).sum(dim=1), left)
+    assert_close(few.sum(dim=1), sizes.sum(dim=1))
     mean = token_map(tokens)
     for sample in range(2):
         for place, old in enumerate(kept[sample]):
             members = (token_map.into[sample] == place) & present[sample]
-            if present[sample, old]:
+            if few[sample, place] > 0:
                 assert owner[members].eq(owner[old]).all()
-                weights = content[sample, members] / content[sample, members].sum()
+                weights = sizes[sample, members] / sizes[sample, members].sum()
                 assert_close(mean[sample, place], weights @ tokens[sample, members])
             else:
                 assert not members.any()
