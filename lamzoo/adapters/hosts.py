@@ -300,7 +300,7 @@ def remove_hooks(module: nn.Module, kinds: tuple[type[SharedStateHook], ...]) ->
 
 
 def without_numbers(path: str) -> str:
-    """Returns a path without its numbers, by which the layers of a stack are equal."""
+    """Returns a path without its numbers, which is equal for all layers of a stack."""
     return ".".join("*" if part.isdigit() else part for part in path.split("."))
 
 

@@ -392,8 +392,9 @@ def _extended(original: Any, right: Tensor) -> Any:
         held = getattr(layers[layer_idx], "keys", None) if layer_idx < len(layers) else None
         if isinstance(held, Tensor) and held.numel() and held.shape[-1] != keys.shape[-1]:
             raise UnsupportedHostError(
-                "The cache holds keys without the factors of masks, as prefix tuning makes them and a model without "
-                "masks; fill it with this model, or use prompt tuning."
+                f"The cache has keys of width {held.shape[-1]}, and with the factors of the masks they have "
+                f"{keys.shape[-1]}: prefix tuning or a model without masks has filled it, or it was initialised for "
+                "one; give an empty cache, and use prompt tuning in place of prefix tuning."
             )
         return original.update(keys, values, layer_idx, *args, **kwargs)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import math
 from collections.abc import Mapping
 from numbers import Real
 from pathlib import Path
@@ -82,8 +82,12 @@ def check_fields(line: Mapping[str, Any], fields: Mapping[str, type | UnionType]
 
 def is_number(value: Any) -> bool:
     """Returns whether a value is a finite number and not a boolean."""
-    number: Any = value  # the numbers of NumPy are registered as Real, which states no order
-    return isinstance(value, Real) and not isinstance(value, bool) and bool(abs(number) <= sys.float_info.max)
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(float(value))
+    except OverflowError:  # of a whole number
+        return False
 
 
 def is_row(value: Any, length: int | None = None) -> bool:

@@ -47,6 +47,7 @@ class TransformersImages(nn.Module):
                 f"The layer of {type(host).__name__} that makes logits is unknown; call the model itself in Python."
             )
         widths = [*getattr(vision, "hidden_sizes", ()), getattr(vision, "hidden_size", 0)]
+        self._linear = {path: (head.in_features, head.bias is not None) for path, head in heads.items()}
         self.num_features: int = next((head.in_features for head in heads.values()), widths[-1] or widths[-2:][0])
         self.lam_config: LamConfig | None = getattr(host, "lam_config", None)
 
@@ -109,15 +110,16 @@ class TransformersImages(nn.Module):
         Raises:
             UnsupportedHostError: the model has none.
         """
-        if not (heads := self._heads()):
+        if not self._linear:
             raise UnsupportedHostError(
                 f"{type(self.host).__name__} has no linear classifier; name a model that has one, such as "
                 "ViTForImageClassification."
             )
         self.host.config.num_labels = self.host.num_labels = num_classes
-        for path, old in heads.items():
-            new = nn.Linear(old.in_features, num_classes, old.bias is not None).to(old.weight) if num_classes else None
-            self.host.set_submodule(path, new or nn.Identity())
+        like = next(self.host.parameters())
+        for path, (width, bias) in self._linear.items():
+            new = nn.Linear(width, num_classes, bias).to(like) if num_classes else nn.Identity()
+            self.host.set_submodule(path, new)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Turns gradient checkpointing on or off."""

@@ -6,13 +6,14 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
 import timm.optim
 import timm.scheduler
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate import Accelerator, DataLoaderConfiguration, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
 from timm.layers import set_fused_attn, use_fused_attn
 from timm.utils import ModelEmaV3
@@ -204,6 +205,9 @@ def _fused_attention(enable: bool) -> Iterator[None]:
         set_fused_attn(before, experimental)
 
 
+_LONGEST_WAIT = timedelta(hours=12)  # of processes for the main one, which computes and writes files
+
+
 def build_accelerator(run: RunSection) -> Accelerator:
     """Returns the accelerator of a run; raises a :class:`RecipeError` if its processes can't share the batches."""
     AcceleratorState._reset_state()  # shared in the process; rejects another precision than that of the last run
@@ -215,6 +219,7 @@ def build_accelerator(run: RunSection) -> Accelerator:
         log_with="tensorboard" if run.tensorboard else None,
         project_dir=run.output,
         step_scheduler_with_optimizer=False,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=_LONGEST_WAIT)],
     )
     started = int(os.environ.get("WORLD_SIZE", "1")) if launched else 1
     if started > accelerator.num_processes:

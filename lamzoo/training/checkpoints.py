@@ -307,12 +307,12 @@ class Checkpoints:
 
 
 def on_main_process(accelerator: Accelerator, function: Callable[[], _Result]) -> _Result:
-    """Calls a function on the main process; all processes return its result, or raise its error of lamzoo or the OS."""
+    """Calls a function on the main process; all processes return its result or raise its error."""
     outcome: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:
             outcome = [function(), None]
-        except (LamzooError, OSError) as error:
+        except (LamzooError, OSError, RuntimeError) as error:  # the last of torch, such as a GPU without memory left
             outcome = [None, error]
     result, failure = broadcast_object_list(outcome)
     if failure is not None:

@@ -258,6 +258,8 @@ def test_heads_of_classifiers_are_known(name: str, config: Any, heads: int) -> N
     assert (model.num_classes, model(x).shape) == (5, (2, 5))
     model.reset_classifier(0)
     assert (model.num_classes, model(x).shape) == (0, (2, model.num_features))
+    model.reset_classifier(4)
+    assert (model.num_classes, model(x).shape) == (4, (2, 4))
 
 
 def test_a_model_is_built_without_its_classifier() -> None:

@@ -93,6 +93,8 @@ def test_a_text_file_in_another_encoding_is_to_be_saved_as_utf_8(
         (float("inf"), False),
         ("3", False),
         (10**400, False),
+        (np.float32(0.5), True),
+        (np.float32("inf"), False),
     ],
 )
 def test_a_number_is_finite_and_no_truth_value(value: Any, number: bool) -> None:

@@ -335,3 +335,8 @@ def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
 def test_marks_are_parts_of_words(text: str) -> None:
     assert _plain(text) == unicodedata.normalize("NFC", text)
     assert _plain(f"{text.upper()}!") == _plain(text)
+
+
+def test_pictures_are_no_words_and_joined_letters_are_one() -> None:
+    assert _plain("I \u2764\ufe0f you 1\ufe0f\u20e3!") == "i you 1"
+    assert _plain("\u0645\u06cc\u200c\u062e") == "\u0645\u06cc\u062e"

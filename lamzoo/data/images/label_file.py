@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -180,23 +181,21 @@ def _names_of(
         return _names_in_order(paths, [row[0] for row in rows], where)
     given: dict[str, str] = {}
     inside = [Path(nfc(path.relative_to(root).as_posix())) for path in paths]
-    own = {key for path in inside for key in (path.as_posix(), path.with_suffix("").as_posix())}
-    # By file name without folders, of entries without a file of their own; None for those with different labels.
-    short: dict[str, str | None] = {}
+    stems = Counter(path.stem for path in inside)
+    short: dict[str, str | None] = {}  # by file name without folders; None for images with different labels
     for name, label in ((Path(nfc(name)), label) for name, label in rows):
         if given.setdefault(name.as_posix(), label) != label:
             raise DataError(
                 f"{where} gives {name.as_posix()} two labels, {given[name.as_posix()]!r} and {label!r}; remove one"
             )
-        if name.as_posix() not in own:
-            short[name.name] = label if short.get(name.name, label) == label else None
+        short[name.name] = label if short.get(name.name, label) == label else None
     names: list[str] = []
     found: set[str] = set()  # paths in the list
     found_short: set[str] = set()
     for path, place in zip(paths, inside, strict=True):
         keys = (place.as_posix(), place.with_suffix("").as_posix())
         long = next((key for key in keys if key in given), None)
-        brief = next((key for key in (place.name, place.stem) if short.get(key)), None)
+        brief = next((key for key in (place.name, place.stem) if short.get(key) and stems[place.stem] == 1), None)
         if long is not None:
             found.add(long)
             names.append(given[long])

@@ -310,10 +310,15 @@ def _compared(dataset: CaptionDataset, captions: Mapping[str, str]) -> tuple[dic
 
 
 def _plain(text: str) -> str:
-    signs = unicodedata.normalize("NFC", text.lower())
-    # Marks are parts of words, such as the vowels of Hindi and Thai.
-    words = (sign if sign.isalnum() or unicodedata.category(sign)[0] == "M" else " " for sign in signs)
-    return " ".join("".join(words).split()) or "_"
+    plain = ""
+    for sign in unicodedata.normalize("NFC", text.lower()):
+        # Marks are parts of words, as the vowels of Hindi and Thai are, unless they follow a picture or choose its form.
+        is_mark = unicodedata.category(sign) in ("Mn", "Mc") and not "\ufe00" <= sign <= "\ufe0f"
+        if sign.isalnum() or (is_mark and plain[-1:].strip()):
+            plain += sign
+        elif sign not in "\u200c\u200d":  # which join the letters of a word
+            plain += " "
+    return " ".join(plain.split()) or "_"
 
 
 class _Clips(Dataset[dict[str, Features]]):

@@ -138,7 +138,7 @@ def _check_windows(found: Mapping[Any, Mapping[str, Any]], truth: Mapping[Any, M
     latest = max(annotation["duration"] for annotation in truth.values()) + CLIP_SECONDS
     for qid, prediction in found.items():
         windows = prediction["pred_relevant_windows"]
-        if not len(windows):
+        if windows is None or not len(windows):
             raise DataError(f"The prediction for qid {qid} has no windows; give at least one.")
         for window in windows:
             what = f"The prediction for qid {qid} has the window {window}"
@@ -157,6 +157,7 @@ def _check_saliencies(found: Mapping[Any, Mapping[str, Any]], truth: Mapping[Any
     longest = max(_num_clips(annotation) for annotation in truth.values())
     for qid, prediction in found.items():
         scores, clips = prediction["pred_saliency_scores"], _num_clips(truth[qid])
+        scores = () if scores is None else scores
         if not all(is_number(score) for score in scores):
             raise DataError(f"The prediction for qid {qid} has a saliency that is not a finite number.")
         # Some models predict for the longest video, regardless of this one's length.

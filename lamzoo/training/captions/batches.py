@@ -110,6 +110,7 @@ def caption_counts(batch: Mapping[str, Any]) -> dict[str, Tensor]:
     Returns:
         Int64 scalars: ``tokens`` of the captions, start tokens excluded, and for models with ``align`` also ``words``,
         encoder tokens with a known word, and ``spoken``, modalities of clips that are long enough for their sentence.
+        Modalities that the model leaves out in training are counted, too.
     """
     counts = {"tokens": is_token(batch["text"])[:, 1:].sum()}
     if "words" in batch:

@@ -108,7 +108,7 @@ class TowerCache:
             "weights": tensors_sha256(self._model.tower_state(tower)),
             "towers": hashlib.sha256(to_json(self._model.tower_facts, sort_keys=True).encode()).hexdigest(),
             "alone": self._model.encodes_alone,
-            "fused_kernels": self._takes_fused_kernels(role),
+            "fused_attention": self._takes_fused_kernels(role),
             "precision": self._recipe.run.precision,
             "device": self._accelerator.device.type,
         }
