@@ -312,7 +312,7 @@ def _compared(dataset: CaptionDataset, captions: Mapping[str, str]) -> tuple[dic
 def _plain(text: str) -> str:
     plain = ""
     for sign in unicodedata.normalize("NFC", text.lower()):
-        # Marks are parts of words, as the vowels of Hindi and Thai are, unless they follow a picture or choose its form.
+        # Marks are parts of words, as vowels of Hindi and Thai are, unless they follow a picture or choose its form.
         is_mark = unicodedata.category(sign) in ("Mn", "Mc") and not "\ufe00" <= sign <= "\ufe0f"
         if sign.isalnum() or (is_mark and plain[-1:].strip()):
             plain += sign
