@@ -15,9 +15,9 @@ from lamzoo.adapters.hosts import HostTakeover, SharedStateHook, adapters_of, re
 from lamzoo.adapters.wrappers import check_free, copy_into, full_state_dict, full_tensor, host_path, unwrap
 from lamzoo.errors import MaskShapeError, StateDictError, UnsupportedHostError, class_name
 from lamzoo.lam import Lam, LamConfig
-from lamzoo.lam.layer import carried_configs, carry_configs
+from lamzoo.lam.layer import carried_configs, carried_grids, carry_configs
 from lamzoo.lam.masks import PositionTable, drop_dead_biases
-from lamzoo.lam.resize import resize_table
+from lamzoo.lam.resize import Grid, resize_table
 
 _logger = logging.getLogger(__name__)
 
@@ -44,9 +44,9 @@ def lam_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 def lam_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Returns the part of ``model.state_dict()`` that belongs to the masks, with the keys of the unwrapped model.
 
-    Under FSDP2 the tensors are gathered, so every process has to call this. The ``LamConfig`` is stored in the
-    ``_metadata`` of the result, where torch's state dicts keep the versions of modules; ``torch.save`` preserves it, a
-    copy into a plain dictionary doesn't.
+    Under FSDP2 the tensors are gathered, so every process has to call this. The ``LamConfig`` and the patch grids of
+    position tables are stored in the ``_metadata`` of the result, where torch's state dicts keep the versions of
+    modules; ``torch.save`` preserves it, a copy into a plain dictionary doesn't.
 
     Args:
         model: a model with masks, or a wrapper around one.
@@ -57,14 +57,17 @@ def lam_state_dict(model: nn.Module) -> dict[str, Tensor]:
     masks = masks_of(model)
     prefixes = tuple(f"{path}." for path in masks)
     state = {key: value for key, value in full_state_dict(model).items() if key.startswith(prefixes)}
-    return carry_configs(state, {path: lam.config for path, lam in masks.items()})
+    tables = {path: lam.network.table for path, lam in masks.items() if lam.network is not None and lam.has_positions}
+    grids: dict[str, Any] = {path: table.grid for path, table in tables.items() if table.grid is not None}
+    return carry_configs(state, {path: lam.config for path, lam in masks.items()}, grids)
 
 
 def load_lam_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, config: LamConfig | None = None) -> list[str]:
     """Loads the result of :func:`lam_state_dict` into the masks of a model; the host doesn't change.
 
-    A position table of another length is resized by :func:`lamzoo.lam.resize_table`. A table of patches with another
-    length than the model's is assumed to be a square grid, as timm assumes of position embeddings.
+    A position table of another length or patch grid is resized by :func:`lamzoo.lam.resize_table`. A table of patches
+    whose grid is unknown, of another length than the model's, is assumed to be a square, as timm assumes of position
+    embeddings.
 
     Args:
         model: a model with masks of the same configuration, or a wrapper around one. Under FSDP2 every process has to
@@ -89,6 +92,7 @@ def load_masks(
 ) -> list[str]:
     """Does :func:`load_lam_state_dict`, for a state dict that messages call ``source``."""
     check_lam_config(model, state, source, config)
+    grids = {host_path(path): grid for path, grid in carried_grids(state).items()}
     prefixes = tuple(f"{path}." for path in masks_of(model))
     own = {host_path(key): value for key, value in unwrap(model).state_dict().items()}
     own = {key: value for key, value in own.items() if key.startswith(prefixes)}
@@ -109,8 +113,10 @@ def load_masks(
     for path, table in unwrap(model).named_modules():
         if isinstance(table, PositionTable):
             weight, bias = (f"{host_path(path)}.{name}" for name in ("weight", "bias"))
-            if state[weight].shape[1:2] != table.weight.shape[1:2] and _is_table(state[weight], state[bias], table):
-                fitting[weight], fitting[bias] = _adapted(weight, state[weight], state[bias], table)
+            grid = grids.get(weight.removesuffix(".network.table.weight")) if table.grid is not None else None
+            fits = grid in (None, table.grid) and state[weight].shape[1:2] == table.weight.shape[1:2]
+            if not fits and _is_table(state[weight], state[bias], table):
+                fitting[weight], fitting[bias] = _adapted(weight, state[weight], state[bias], table, grid)
                 resized += [weight, bias]
     for key, value in state.items():
         if fitting[key].shape != own[key].shape:
@@ -250,9 +256,9 @@ def _is_table(weight: Tensor, bias: Tensor, table: PositionTable) -> bool:
     return weight.ndim == 3 and bias.shape == weight.shape[:2] and weight.shape[0] == table.weight.shape[0]
 
 
-def _adapted(key: str, weight: Tensor, bias: Tensor, table: PositionTable) -> tuple[Tensor, Tensor]:
+def _adapted(key: str, weight: Tensor, bias: Tensor, table: PositionTable, grid: Grid | None) -> tuple[Tensor, Tensor]:
     try:
-        return table.adapt(weight, bias)
+        return table.adapt(weight, bias, grid)
     except MaskShapeError as error:
         raise StateDictError(
             f"{key} can't be resized to {table.weight.shape[1]} positions: {error} Create the model with the image "

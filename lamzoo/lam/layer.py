@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Protocol, TypedDict, Unpack
 
 import torch
@@ -357,7 +358,7 @@ class Lam(nn.Module):
         return "" if self.network is not None else "shares the first layer's mask"
 
 
-_CONFIG = "lam_config"
+_CONFIG, _GRID = "lam_config", "lam_grid"
 
 
 def carried_configs(state_dict: Mapping[str, Any]) -> dict[str, LamConfig]:
@@ -366,10 +367,22 @@ def carried_configs(state_dict: Mapping[str, Any]) -> dict[str, LamConfig]:
     return {path: LamConfig.from_dict(entry[_CONFIG]) for path, entry in metadata.items() if _CONFIG in entry}
 
 
-def carry_configs(state_dict: Mapping[str, Tensor], configs: Mapping[str, LamConfig]) -> OrderedDict[str, Tensor]:
-    """Returns a state dict that carries mask configurations by path, as that of a masked model does."""
+def carried_grids(state_dict: Mapping[str, Any]) -> dict[str, Grid]:
+    """Returns the patch grids of position tables, by the path of their mask, that a state dict carries as metadata."""
+    metadata: Mapping[str, Mapping[str, Any]] = getattr(state_dict, "_metadata", {})
+    return {path: entry[_GRID] for path, entry in metadata.items() if _GRID in entry}
+
+
+def carry_configs(
+    state_dict: Mapping[str, Tensor], configs: Mapping[str, LamConfig], grids: Mapping[str, Grid] = MappingProxyType({})
+) -> OrderedDict[str, Tensor]:
+    """Returns a state dict that carries mask configurations, and grids of position tables, by path."""
     carrier = OrderedDict(state_dict)
-    metadata = {path: {"version": Lam._version, _CONFIG: config.to_dict()} for path, config in configs.items()}
+    metadata: dict[str, dict[str, Any]] = {
+        path: {"version": Lam._version, _CONFIG: config.to_dict()} for path, config in configs.items()
+    }
+    for path, grid in grids.items():
+        metadata[path][_GRID] = grid
     vars(carrier)["_metadata"] = OrderedDict(metadata)
     return carrier
 

@@ -16,7 +16,7 @@ import torch.distributed
 from torch import Tensor, nn
 
 from lamzoo.adapters.mask_sets import DEFAULT, MaskSet, cloned_masks, sets_of
-from lamzoo.adapters.state import few, masks_of
+from lamzoo.adapters.state import few, fit_tables, masks_of
 from lamzoo.adapters.wrappers import full_state_dict, host_path, is_sharded, unwrap
 from lamzoo.errors import ConfigError, StateDictError, UnsupportedHostError, class_name
 from lamzoo.files import atomic_files
@@ -102,7 +102,9 @@ def save_lam(
         also=tuple(others),
         label_names=tuple(label_names) if label_names else None,
     )
-    stored = carry_configs(cloned_masks(model) | others, {path: lam.config for path, lam in masks.items()})
+    tensors = {**cloned_masks(model), **others}
+    fit_tables(model, tensors)
+    stored = carry_configs(tensors, {path: lam.config for path, lam in masks.items()})
     if is_sharded(host) and torch.distributed.get_rank() > 0:
         return folder
     with atomic_files() as stage:

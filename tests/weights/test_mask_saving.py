@@ -440,6 +440,30 @@ def expected(folders: dict[str, Path]) -> dict[str | None, Tensor]:
     return {None: out(vit())} | {name: out(lamzoo.load_lam(vit(), folder)) for name, folder in folders.items()}
 
 
+@pytest.mark.parametrize(("built", "now"), [((16, 64), (32, 32)), ((32, 64), (64, 32)), ((48, 32), (32, 32))])
+def test_masks_of_a_model_of_another_image_size_keep_their_places(
+    built: tuple[int, int], now: tuple[int, int], tmp_path: Path
+) -> None:
+    config = LamConfig(keys="position", rank=2, init="paper")
+    model = lamzoo.add_lam(vit(img_size=built), config)
+    model.set_input_size(now)
+    images = torch.randn(2, 3, *now)
+    with torch.no_grad():
+        expected = model(images)
+        other = lamzoo.add_lam(vit(img_size=now), config)
+        lamzoo.load_lam_state_dict(other, lamzoo.lam_state_dict(model))
+        third = lamzoo.load_lam(lamzoo.remove_lam(copy.deepcopy(other)), lamzoo.save_lam(model, tmp_path / "masks"))
+        lamzoo.load_lam_state_dict(model, lamzoo.lam_state_dict(model))
+        assert torch.equal(model(images), expected)
+        for name in (None, "default"):
+            lamzoo.set_lam(model, name)
+        host = copy.deepcopy(model)
+        for masked in (other, third):
+            masked.load_state_dict({k: v for k, v in host.state_dict().items() if ".lam." not in k}, strict=False)
+            torch.testing.assert_close(masked(images), expected)
+        torch.testing.assert_close(host(images), expected)
+
+
 def test_masks_that_were_never_loaded_stay_fresh_when_sets_are_switched() -> None:
     model = lamzoo.add_lam(vit(), LamConfig(rank=3))
     for name in (None, "default"):
