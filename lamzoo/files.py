@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import os
 import re
 import sys
@@ -115,6 +116,17 @@ def file_lock(path: Path, *, wait: bool = False) -> Iterator[bool | None]:
             if held is None:
                 with contextlib.suppress(OSError):  # Windows refuses while another process has it open
                     path.unlink()
+
+
+def write_data(path: str | Path, data: bytes) -> None:
+    """Writes a data file atomically, gzipped if its name ends in ``.gz``.
+
+    Raises:
+        DataError: the file can't be written.
+    """
+    path = Path(path)
+    with atomic_files(DataError) as stage:
+        stage(path).write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
 
 
 def is_sha256(value: object) -> bool:

@@ -17,7 +17,7 @@ from lamzoo.errors import MaskShapeError, StateDictError, UnsupportedHostError, 
 from lamzoo.lam import Lam, LamConfig
 from lamzoo.lam.layer import carried_configs, carried_grids, carry_configs
 from lamzoo.lam.masks import PositionTable, drop_dead_biases
-from lamzoo.lam.resize import Grid, resize_table
+from lamzoo.lam.resize import Grid
 
 _logger = logging.getLogger(__name__)
 
@@ -154,14 +154,8 @@ def fit_tables(model: nn.Module, state: dict[str, Tensor]) -> None:
         if layout.length is None or layout.grid is None or table.grid in (None, layout.grid):
             continue
         weight, bias = (f"{host_path(path)}.network.table.{name}" for name in ("weight", "bias"))
-        rows = resize_table(
-            torch.cat([state[weight], state[bias].unsqueeze(-1)], dim=-1),
-            layout.length,
-            num_prefix_tokens=table.num_prefix_tokens,
-            old_grid=table.grid,
-            new_grid=layout.grid,
-        )
-        state[weight], state[bias] = rows[..., :-1].contiguous(), rows[..., -1].contiguous()
+        resized = table.resized(state[weight], state[bias], table.grid, layout.length, layout.grid)
+        state[weight], state[bias] = resized
 
 
 def check_lam_config(

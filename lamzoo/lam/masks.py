@@ -151,13 +151,15 @@ class PositionTable(nn.Module):
                     "patches."
                 )
             grid = (side, side)
+        return self.resized(weight, bias, grid, self.weight.shape[1], self.grid)
+
+    def resized(
+        self, weight: Tensor, bias: Tensor, old_grid: Grid | None, length: int, new_grid: Grid | None
+    ) -> tuple[Tensor, Tensor]:
+        """Resizes the parameters of a table with the same prefix tokens, whose grid is known, to a length and grid."""
         table = torch.cat([weight, bias.unsqueeze(-1)], dim=-1)
         table = resize_table(
-            table,
-            self.weight.shape[1],
-            num_prefix_tokens=self.num_prefix_tokens,
-            old_grid=grid,
-            new_grid=self.grid,
+            table, length, num_prefix_tokens=self.num_prefix_tokens, old_grid=old_grid, new_grid=new_grid
         )
         return table[..., :-1].contiguous(), table[..., -1].contiguous()
 

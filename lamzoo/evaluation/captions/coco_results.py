@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import gzip
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lamzoo.data.json_files import read_json
 from lamzoo.errors import DataError
-from lamzoo.files import atomic_files
+from lamzoo.files import write_data
 from lamzoo.reading import to_json
 
 _FORM = '[{"image_id": ..., "caption": ...}, ...]'
@@ -55,10 +54,7 @@ def write_captions(path: str | Path, hypotheses: Mapping[Any, str]) -> None:
     for key, caption in hypotheses.items():
         _check(key, caption, f"{path} can't be written: the entry of {key!r}")
     entries = [{"image_id": key, "caption": caption} for key, caption in hypotheses.items()]
-    data = to_json(entries).encode()
-    with atomic_files(DataError) as stage:
-        path = Path(path)
-        stage(path).write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
+    write_data(path, to_json(entries).encode())
 
 
 def _check(key: Any, caption: Any, where: str) -> None:

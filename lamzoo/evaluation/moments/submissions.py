@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from lamzoo.data.json_files import check_fields, read_json_lines
 from lamzoo.data.moments import MomentDataset
 from lamzoo.errors import DataError
 from lamzoo.evaluation.moments.metrics import moment_metrics
-from lamzoo.files import atomic_files
+from lamzoo.files import write_data
 from lamzoo.reading import to_json
 from lamzoo.tasks.base import Evaluation
 
@@ -53,6 +52,4 @@ def write_submission(path: str | Path, predictions: Sequence[Mapping[str, Any]])
     Raises:
         DataError: the file can't be written.
     """
-    path, data = Path(path), "".join(to_json(prediction) + "\n" for prediction in predictions).encode()
-    with atomic_files(DataError) as stage:
-        stage(path).write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
+    write_data(path, "".join(to_json(prediction) + "\n" for prediction in predictions).encode())

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -53,6 +53,10 @@ class Unsupported(Protocol):
     ) -> str | None: ...
 
 
+def _supports_all(*_: Any, **__: Any) -> None:
+    return None
+
+
 @dataclass(frozen=True)
 class Backend:
     """A kernel and its limits.
@@ -64,12 +68,12 @@ class Backend:
     """
 
     kernel: Kernel
-    unsupported: Unsupported
+    unsupported: Unsupported = _supports_all
     is_exportable: bool = False
 
 
 BACKENDS: dict[str, Backend] = {
-    "eager": Backend(eager.eager, eager.unsupported, is_exportable=True),
+    "eager": Backend(eager.eager, is_exportable=True),
     "sdpa": Backend(sdpa.sdpa, sdpa.unsupported, is_exportable=True),
     "chunked": Backend(chunked.chunked, chunked.unsupported),
     "flex": Backend(flex.flex, flex.unsupported),
@@ -170,7 +174,7 @@ def choose(
         ConfigError: an unknown name, or a named backend that doesn't support these inputs.
     """
     name = _pinned if backend == "auto" else backend
-    _check_name(name, f", from {_VARIABLE}" if name == os.environ.get(_VARIABLE) and backend == "auto" else "")
+    _check_name(name, pinned=backend == "auto")
     if name != "auto":
         entry = BACKENDS[name]
         reason = entry.unsupported(query, key, value, mask, op=op, bias=bias, dropout_p=dropout_p)
@@ -203,6 +207,7 @@ def _at_least(scores: int | torch.SymInt, bound: int) -> bool:
     return bool(scores >= bound)
 
 
-def _check_name(name: str, source: str = "") -> None:
+def _check_name(name: str, pinned: bool = False) -> None:
     if name != "auto" and name not in BACKENDS:
+        source = f", from {_VARIABLE}" if pinned else ""  # attention_backend has checked its names
         raise ConfigError(f"Unknown attention backend {name!r}{source}; available: auto, {', '.join(BACKENDS)}.")

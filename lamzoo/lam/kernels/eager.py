@@ -11,19 +11,6 @@ from lamzoo.lam.masks import FactoredMask
 from lamzoo.lam.ops import OPS, Op
 
 
-def unsupported(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: FactoredMask,
-    *,
-    op: Op,
-    bias: Tensor | None,
-    dropout_p: float,
-) -> None:
-    """Supports all inputs."""
-
-
 def eager(
     query: Tensor,
     key: Tensor,
