@@ -187,7 +187,7 @@ def score(
 
     Args:
         model: a model with the frozen towers of the recipe, whose ``towers.cache`` keeps their states.
-        recipe: of its training, with ``[matching]``; its device is used.
+        recipe: of its training, with ``[matching]``; its device and precision are used.
         split: of the recipe's data.
         damages: some of :data:`DAMAGES`.
         rerank: with the scores after re-ranking.
@@ -209,7 +209,7 @@ def score(
     cache = TowerCache(recipe, model, accelerator)
     prepare = timm.data.create_transform(**frames_config(model))
     found = {}
-    with evaluating(model):
+    with evaluating(model), accelerator.autocast():
         all_videos = _videos(model, cache, f"{split}-whole", whole, recipe, prepare)
         for damage in damages:
             data = {"none": whole, "words": few_words, "patches": one_each}[damage]
