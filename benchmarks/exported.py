@@ -112,10 +112,11 @@ def table(rows: Sequence[Row]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
+        tokens = row.tokens if row.tokens == "all" else f"pruned to {row.tokens}"
         ratio = "" if row.ratio is None else with_quartiles(row.ratio, row.ratio_q1, row.ratio_q3)
         difference = "" if row.max_difference is None else f"{row.max_difference:.1g}"
         lines.append(
-            f"| `{row.model}` | {row.tokens} | {row.program} | {row.gmacs:.4f} | {row.mib:.1f} "
+            f"| `{row.model}` | {tokens} | {row.program} | {row.gmacs:.4f} | {row.mib:.1f} "
             f"| {row.top1:.2f} | {ratio} | {difference} |"
         )
     conditions = {

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 from benchmarks.methods import ALL, PEERS
 from benchmarks.rows import measured_on, with_quartiles
 
+_BLIND = ("random", "stride")  # peers that select tokens without looking at them
+
 AnyRow = TypeVar("AnyRow", bound="Row")
 AnyTable = TypeVar("AnyTable", bound="Row | TimeRow")
 
@@ -244,10 +246,13 @@ def _summary(compared: Sequence[Row], rows: Sequence[Row]) -> str:
     named = f"{len(behind)}: {', '.join(behind)}" if behind else "none"
     peers = [(row, best_peer(rows, row.contest)) for row in compared]
     closer = sum(peer is not None and (row.kl or 0.0) < (peer.kl or 0.0) for row, peer in peers)
+    looking = {row.contest for row in rows if row.method in PEERS and row.method not in _BLIND}
+    blind = sum(row.contest not in looking for row in compared)
+    beside = f" In {blind} of them no other method that looks at the tokens reaches the budget." if blind else ""
     return (
         f"\nOf {len(compared)} comparisons, merging is ahead by more than one standard error in {ahead}, within one in "
         f"{len(compared) - ahead - len(behind)}, and behind by more in {named}. "
-        f"Its KL divergence is smaller than that of the peer in {closer}.\n"
+        f"Its KL divergence is smaller than that of the peer in {closer}.{beside}\n"
     )
 
 

@@ -21,7 +21,7 @@ from lamzoo.reading import open_regular, reason
 
 _logger = logging.getLogger(__name__)
 
-#: Number of embeddings from which a query is faster in clusters; benchmarks/search_index.py measures it.
+#: Number of embeddings from which clusters save a query more than 10 ms; benchmarks/search_index.py measures it.
 APPROXIMATE_FROM = 100_000
 
 RECALL = 0.95  # of the best 10, for which the number of clusters is chosen that a query reads

@@ -23,4 +23,4 @@ def test_a_program_is_measured_and_survives_its_file(program: str, tmp_path: Pat
     assert (row.ratio is None) == (row.max_difference is None) == (program == "PyTorch")
     write_rows(tmp_path / "rows.csv", [row])
     assert read_rows(tmp_path / "rows.csv", type(row)) == [row]
-    assert f"| `lam_vit_micro.x` | few | {program} |" in table([row])
+    assert f"| `lam_vit_micro.x` | pruned to few | {program} |" in table([row])
