@@ -283,8 +283,8 @@ class _Factors:
     Some vision towers call the attention function for a part of their tokens at a time, in order.
     """
 
-    def __init__(self, mask: FactoredMask) -> None:
-        self.mask, self.taken = mask, 0
+    def __init__(self, mask: FactoredMask, to_itself: bool) -> None:
+        self.mask, self.to_itself, self.taken = mask, to_itself, 0
         self._weights: Tensor | None = None
 
     def take(self, queries: int) -> FactoredMask:
@@ -305,7 +305,7 @@ class _Factors:
             self._weights[:, :, part, part] = weights.detach()
             mask, weights, scores = self.mask, self._weights, None
         if self.taken in (0, queries):
-            lam.record(mask, weights, scores)
+            lam.record(mask, weights, scores, to_itself=self.to_itself)
 
 
 class _MaskHook:
@@ -357,7 +357,7 @@ class _MaskHook:
                     kwargs = kwargs | {where: extended}
                 else:
                     args = (*args[:where], extended, *args[where + 1 :])
-        factors = _Factors(mask)
+        factors = _Factors(mask, to_itself=keys is None)
         if self.passes_keywords:
             return args, kwargs | {_KEYWORD: factors}
         self._kept[_thread()] = factors

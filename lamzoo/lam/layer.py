@@ -22,6 +22,9 @@ from lamzoo.lam.ops import Op
 from lamzoo.lam.passes import SharedState, StackPass
 from lamzoo.lam.resize import Grid
 
+#: Biases up to this one hide a key in every dtype: BERT's own, -1e9 and the least number of a dtype among them.
+HIDDEN = -1e4
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -51,6 +54,12 @@ class Scores:
             scale=self.scale,
         )  # fmt: skip
 
+    def seen_keys(self) -> Tensor | None:
+        """Returns which keys some query may attend to, bool ``(B, Nk)``; None for all. Padding is hidden from all."""
+        parts = (self.allowed, None if self.bias is None else self.bias > HIDDEN)
+        there = [part.expand(*self.query.shape[:3], self.key.shape[2]) for part in parts if part is not None]
+        return torch.stack(there).all(dim=0).any(dim=2).any(dim=1) if there else None
+
 
 @dataclass
 class MaskRecord:
@@ -59,7 +68,8 @@ class MaskRecord:
     Attributes:
         mask: the factors of M, detached.
         attention: softmax weights under the mask, ``(B, H, Nq, Nk)``, detached.
-        importance: mean mask value of each key, ``(B, Hm, Nk)``, detached.
+        importance: mean mask value of each key, ``(B, Hm, Nk)``, detached; in self-attention over the queries that
+            aren't padding.
         key_places: of each token of the stack's input, the key that it is part of, int64 ``(B, N)``, where earlier
             layers have merged or pruned tokens; -1 for pruned ones. None where the keys are all tokens.
         query_places: likewise for the queries, of which there are fewer where tokens merge in this layer; in the last
@@ -283,11 +293,17 @@ class Lam(nn.Module):
         mask = self(query_tokens, key_tokens, present, grid)
         out = attention(query, key, value, mask, op=self.config.op, **options)
         weights, dropped = eager.calls[0]
-        self.record(mask, weights, eager.scores, begun)
+        self.record(mask, weights, eager.scores, begun, to_itself=query_tokens is key_tokens)
         return out, dropped
 
     def record(
-        self, mask: FactoredMask, weights: Tensor, scores: Scores | None, begun: StackPass | None = None
+        self,
+        mask: FactoredMask,
+        weights: Tensor,
+        scores: Scores | None,
+        begun: StackPass | None = None,
+        *,
+        to_itself: bool = False,
     ) -> None:
         """Calls the recorder, if one is set.
 
@@ -296,15 +312,15 @@ class Lam(nn.Module):
             weights: attention weights before dropout, ``(B, H, Nq, Nk)``.
             scores: as in :class:`MaskRecord`.
             begun: state of the forward pass before the layer computed its mask; None where no tokens are reduced.
+            to_itself: whether queries and keys are of the same tokens, so that hidden keys are no queries either.
         """
         if self.recorder is None:
             return
         begun = StackPass() if begun is None else begun
         detached = mask.detach()
         keys, queries = (None if each is None else each.places() for each in (begun.token_map, begun.query_map))
-        self.recorder(
-            MaskRecord(detached, weights.detach(), detached.importance(), keys, queries, self.config.op, scores)
-        )
+        importance = detached.importance(scores.seen_keys() if scores is not None and to_itself else None)
+        self.recorder(MaskRecord(detached, weights.detach(), importance, keys, queries, self.config.op, scores))
 
     def _hooked(self, attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Puts the hook around an attention; called before the mask is computed, which may end the pass."""
@@ -388,7 +404,7 @@ def carry_configs(
 
 
 class EagerAttention:
-    """Eager attention that keeps the weights of each call, before and after dropout, and the scores of the last one."""
+    """Eager attention that keeps the weights of each call, before and after dropout, and the scores of the first."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[Tensor, Tensor]] = []
@@ -415,6 +431,7 @@ class EagerAttention:
         )
         dropped = torch.dropout(weights, dropout_p, dropout_p > 0)
         self.calls.append((weights, dropped))
-        allowed = merge_allowed(weights, allowed, bias, is_causal)
-        self.scores = Scores(query.detach(), key.detach(), scale, None if bias is None else bias.detach(), allowed)
+        if self.scores is None:
+            allowed = merge_allowed(weights, allowed, bias, is_causal)
+            self.scores = Scores(query.detach(), key.detach(), scale, None if bias is None else bias.detach(), allowed)
         return (dropped @ value).to(query.dtype)

@@ -34,8 +34,11 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass
-class _ReducedAttention:
-    """Attention hook of a layer: scores its tokens, and hides those that straight-through training has pruned."""
+class ScoredAttention:
+    """Attention hook of a layer: scores its tokens, and hides those that straight-through training has pruned.
+
+    The mask, the last positional argument of the attention, is that of the scores.
+    """
 
     shared: SharedState
     score: Callable[[AttentionInputs], Tensor] | None = None  # None where no tokens leave after the layer
@@ -154,7 +157,7 @@ def prune(model: nn.Module, config: PruneConfig) -> None:
     shared = lams[0].shared
     share = 1.0
     for index, (block, lam) in enumerate(zip(stack.blocks.values(), lams, strict=True)):
-        hook = lam.attention_hook = _ReducedAttention(shared)
+        hook = lam.attention_hook = ScoredAttention(shared)
         if index in config.at:
             share *= config.keep
             hook.score = partial(SCORERS[config.score], has_class_token=pooling.has_class_token)

@@ -13,6 +13,7 @@ from lamzoo.lam.kernels.eager import attention_weights
 from lamzoo.lam.masks import FactoredMask
 from lamzoo.lam.ops import Op
 from lamzoo.reduction.config import Score
+from lamzoo.reduction.matching import full_precision
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,9 @@ class Scorer(Protocol):
 
 def mask_importance(layer: AttentionInputs, *, has_class_token: bool) -> Tensor:
     """Mean mask value of each key over queries and heads; a :class:`Scorer`."""
-    return layer.mask.importance(layer.present).mean(dim=1).expand(layer.query.shape[0], -1)
+    with full_precision(layer.query.device):  # values of multiplicative masks differ by less than half precision has
+        importance = layer.mask.float().importance(layer.present)
+    return importance.mean(dim=1).expand(layer.query.shape[0], -1)
 
 
 def summary_attention(layer: AttentionInputs, *, has_class_token: bool) -> Tensor:
@@ -81,7 +84,7 @@ def redundancy(layer: AttentionInputs, *, has_class_token: bool) -> Tensor:
     others = there * (places.remainder(2) == 1) * (places > 0)
     certain = there * (places.remainder(2) == 0) * (places >= 0)
     alike = (values @ values.transpose(-2, -1)).masked_fill(certain.unsqueeze(1) == 0, -1.0).amax(dim=-1)
-    important = mask_importance(layer, has_class_token=has_class_token).float()
+    important = mask_importance(layer, has_class_token=has_class_token)
     scores = standardise(-alike, others) + standardise(important, others) / 2
     return torch.where(others > 0, scores, _CERTAIN + standardise(important, certain))
 
@@ -132,5 +135,5 @@ def _mean_token(tokens: Tensor, present: Tensor | None) -> Tensor:
     """Returns the mean over present tokens, ``(B, H, 1, C)`` of ``(B, H, N, C)``."""
     if present is None:
         return tokens.mean(dim=2, keepdim=True)
-    weights = present / present.sum(dim=1, keepdim=True)
+    weights = present / present.sum(dim=1, keepdim=True).clamp_min(1)  # a sample may keep none of its patches
     return weights.to(tokens.dtype)[:, None, None, :] @ tokens

@@ -269,8 +269,8 @@ def test_a_sentence_counts_the_comparisons_and_names_those_in_which_merging_is_b
     peers = [replace(ROW, method="ToMe", kl=0.02), replace(ROW, method="ToMe", share=0.5, kl=0.01)]
     assert tables.peer_table([*rows, *peers]).splitlines()[4] == (
         "Of 3 comparisons, merging is ahead by more than one standard error in 1, within one in 1, and behind by more "
-        "in 1: `lam` at 60%. Its KL divergence is smaller than that of the peer in 1. In 1 of them no other method that "
-        "looks at the tokens reaches the budget."
+        "in 1: `lam` at 60%. Its KL divergence is smaller than that of the peer in 1. In 1 of them no other method "
+        "that looks at the tokens reaches the budget."
     )
     assert "and behind by more in none. Its" in tables.peer_table(rows[:2])
 

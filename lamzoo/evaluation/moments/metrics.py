@@ -188,7 +188,8 @@ def _moments(found: Mapping[Any, Mapping[str, Any]], truth: Mapping[Any, Array])
     for qid, true_windows in truth.items():
         windows = np.array(found[qid]["pred_relevant_windows"], dtype=float)
         precisions.append(_window_precision(windows[:_MOST_WINDOWS], true_windows))
-        hits.append(_overlap(windows[:1, :2], true_windows).max() >= np.array(_THRESHOLDS))
+        nearest = true_windows[_overlap(windows[:1, :2], true_windows).argmax()]
+        hits.append(_paired_overlap(windows[0, :2], nearest) >= np.array(_THRESHOLDS))
     if not truth:
         precisions, hits = [np.zeros(len(_THRESHOLDS))], [np.zeros(len(_THRESHOLDS), dtype=bool)]
     precision = np.array(precisions).mean(axis=0)
@@ -236,6 +237,13 @@ def _overlap(windows: Array, others: Array) -> Array:
     shared = np.clip(np.minimum.outer(end, other_end) - np.maximum.outer(start, other_start), 0, None)
     union = np.add.outer(end - start, other_end - other_start) - shared
     return np.divide(shared, union, out=np.zeros_like(shared), where=union != 0)
+
+
+def _paired_overlap(window: Array, other: Array) -> float:
+    """As :func:`_overlap`, of ``(2,)`` each, with the union that the official tool has here, which rounds otherwise."""
+    shared = min(window[1], other[1]) - max(window[0], other[0])
+    union = max(window[1], other[1]) - min(window[0], other[0])
+    return float(shared / union) if shared > 0 else 0.0
 
 
 def _highlights(found: Mapping[Any, Mapping[str, Any]], truth: Mapping[Any, Mapping[str, Any]]) -> Metrics:

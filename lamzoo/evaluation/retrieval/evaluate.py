@@ -85,7 +85,7 @@ def evaluate_retrieval(
 
     Raises:
         ConfigError: an invalid device, precision, batch size or number of workers, more frames than the model has
-            positions for, or ``rerank`` with a model that has no joint transformer.
+            positions for, ``rerank`` with a model that has no joint transformer, or ``dual`` with one that has.
         DataError: a video can't be read.
         UnsupportedHostError: the model is not a text-video retrieval model.
     """
@@ -96,6 +96,11 @@ def evaluate_retrieval(
         check_rerank(model, rerank)
         if dual:
             raise ConfigError("dual softmax needs the scores of all pairs, and rerank has those of candidates; use one")
+    elif dual and model.similarity_type == "tight":
+        raise ConfigError(
+            "dual softmax weights similarities by their size, and logits of similarity='tight' are only known up to a "
+            "constant; leave it out."
+        )
     chosen: Any = model.sampling if sampling is None else sampling
     moved = progress or (lambda what, done, total: None)
     start = time.perf_counter()

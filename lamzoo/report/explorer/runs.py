@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +25,7 @@ from lamzoo.evaluation.runtime import check_finite
 from lamzoo.files import atomic_files, check_target
 from lamzoo.lam import FactoredMask, Lam, MaskRecord
 from lamzoo.profiling.inputs import evaluating
+from lamzoo.reduction.pruning import ScoredAttention
 from lamzoo.report.explorer.document import Answer, Exploration, ExploredLayer, TokenRun, to_html
 from lamzoo.report.mask_pictures import caption_of, run_all_queries, title_of
 from lamzoo.report.model_view import view
@@ -120,21 +122,33 @@ def answers_of(model: nn.Module, masked: Any, plain: Any) -> list[Answer]:
 
 @contextmanager
 def neutral_masks(model: nn.Module) -> Iterator[None]:
-    """Makes the masks leave the scores as they are, while the context is open; merged tokens stay merged."""
+    """Makes the masks leave the attention scores as they are, while the context is open.
+
+    Merged tokens stay merged, and masks still decide which tokens leave a pruned model.
+    """
 
     def neutral(lam: Lam, args: tuple[Any, ...], mask: FactoredMask) -> FactoredMask:
         left, right = (torch.zeros_like(factor) for factor in mask)
         left[..., 0] = right[..., 0] = lam.config.mask_op.identity
         return FactoredMask(left, right)
 
-    # Capturing keeps fused attention, which doesn't call the masks, out of the way.
-    handles = [lam.register_forward_hook(neutral) for lam in masks_of(model).values()]
-    try:
-        with capture_masks(model):
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    def scored(lam: Lam, hook: ScoredAttention, attention: Callable[..., Tensor], *args: Any, **options: Any) -> Tensor:
+        def attend(*inputs: Any, **more: Any) -> Tensor:
+            return attention(*inputs[:-1], neutral(lam, (), inputs[-1]), **more)
+
+        return hook(attend, *args, **options)
+
+    with ExitStack() as stack:
+        for lam in masks_of(model).values():
+            hook = lam.attention_hook
+            if isinstance(hook, ScoredAttention):
+                lam.attention_hook = partial(scored, lam, hook)
+                stack.callback(setattr, lam, "attention_hook", hook)
+            else:
+                stack.callback(lam.register_forward_hook(neutral).remove)
+        # Capturing keeps fused attention, which doesn't call the masks, out of the way.
+        stack.enter_context(capture_masks(model))
+        yield
 
 
 def _layout(model: nn.Module, path: str, images: Tensor, record: MaskRecord) -> tuple[int, tuple[int, int]]:
