@@ -8,10 +8,9 @@ from typing import TypeVar
 from torch import nn
 
 from lamzoo.adapters.hosts import HostTakeover
-from lamzoo.adapters.state import few, masks_of
+from lamzoo.adapters.state import few, has_masks, masks_of
 from lamzoo.adapters.wrappers import host_path, is_sharded, unwrap
 from lamzoo.errors import UnsupportedHostError, class_name
-from lamzoo.lam import Lam
 
 _logger = logging.getLogger(__name__)
 
@@ -102,7 +101,7 @@ def fuse_layers(model: nn.Module) -> dict[str, str]:
 
 def _has_mask(layer: nn.Module) -> bool:
     lam = layer._modules.get("lam")  # which peft may have wrapped
-    return lam is not None and any(isinstance(module, Lam) for module in lam.modules())
+    return lam is not None and has_masks(lam)
 
 
 _OF_HOST = "the host computes queries, keys and values, and calls lamzoo for the attention alone"
