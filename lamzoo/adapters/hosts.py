@@ -156,7 +156,7 @@ class HostAdapter(Protocol):
     owns_multihead_attention: ClassVar[bool]
 
     def sites(self, model: nn.Module) -> Iterable[AttentionSite]:
-        """Finds the attention layers that will carry masks, stack by stack, in order of the forward pass.
+        """Finds the attention layers that will carry masks, those of a stack in order of the forward pass.
 
         Raises:
             UnsupportedHostError: the model, or a part of it, has attention that can't carry a mask; names it.
