@@ -20,6 +20,7 @@ from benchmarks.peers.diffrate import DiffRate
 from benchmarks.peers.pitome import PiToMe
 from benchmarks.peers.selection import EViT, Random, Stride
 from benchmarks.peers.tome import ToMe
+from lamzoo.adapters.state import has_masks
 from lamzoo.errors import ConfigError
 from lamzoo.lam import Lam
 from lamzoo.profiling.inputs import as_arguments, default_input
@@ -72,7 +73,7 @@ def _by_library(reduce_tokens: Callable[..., object], *, masked: bool, **options
         finally:
             lamzoo.remove_reduction(model)
 
-    return lambda model: {None: reduce} if _is_masked(model) or not masked else {}
+    return lambda model: {None: reduce} if has_masks(model) or not masked else {}
 
 
 def _by_peer(settings: Callable[..., Sequence[Peer]], *, has_layers: bool = False, **options: Any) -> Reduce:
@@ -116,10 +117,6 @@ def largest(
 
 def _text(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={value}" for name, value in settings.items() if not isinstance(value, torch.Generator))
-
-
-def _is_masked(model: nn.Module) -> bool:
-    return any(isinstance(module, Lam) for module in model.modules())
 
 
 def _has_mask_rows(model: nn.Module) -> bool:

@@ -24,6 +24,7 @@ from lamzoo.errors import ConfigError, UnknownModelError
 from lamzoo.registry.cards import ModelSpec
 from lamzoo.registry.catalog import find_spec, get_pretrained_cfg, list_models, pretrained_cfg_of
 from lamzoo.registry.factory import create_model
+from lamzoo.registry.refs import join_name
 from lamzoo.tasks.classification import CLASSIFICATION
 from lamzoo.weights.saved import ARCHITECTURE_PREFIX
 
@@ -74,11 +75,11 @@ def _entry_point(name: str, description: str) -> Callable[..., nn.Module]:
 def _create(name: str, pretrained: bool, record: Mapping[str, Any], arguments: Mapping[str, Any]) -> nn.Module:
     """Creates a registered model with the weights of timm's record: those of its tag, or of its ``file``."""
     stated = record.get("tag")
-    known = get_pretrained_cfg(f"{name}.{stated}" if stated else name).to_dict()
+    known = get_pretrained_cfg(join_name(name, stated)).to_dict()
     # As in timm, a bare name is that of its default tag, whose masks the model has without its weights too. With them,
     # lamzoo may have to take those of another tag.
     tag = stated if pretrained else known.get("tag")
-    full = f"{name}.{tag}" if tag else name
+    full = join_name(name, tag)
     changed = {key: value for key, value in record.items() if value != known.get(key)}
     file = changed.pop("file", None)
     changed.pop("custom_load", None)

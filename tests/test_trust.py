@@ -21,7 +21,7 @@ LOADERS = re.compile(
     r"|datasets\.load\w*|timm\.data\.create_dataset|torchvision\.(datasets|models)\..*"
     r"|scipy\.io\.\w+|h5py\.\w+|pandas\.read_\w+|onnxruntime\.InferenceSession|onnx\.load\w*|webdataset\.\w+"
     r"|faiss\.(read_\w+|deserialize_\w+|\w*Reader)|subprocess\.\w+|os\.(system|popen|exec\w+|spawn\w+|posix_spawn\w*)|pty\.spawn|ctypes\.\w+"
-    r"|importlib\.metadata\.entry_points"
+    r"|importlib\.metadata\.entry_points|pkgutil\.resolve_name"
 )
 # Methods of such names, whatever the object.
 METHODS = {
@@ -58,7 +58,7 @@ KNOWN = {
         "lamzoo/models/clip4clip/model.py",
         "open_clip.get_tokenizer",
     ): "a name that open_clip lists; trusts no remote code",
-    ("lamzoo/adapters/hosts.py", "importlib.import_module"): "modules that a table in this file names",
+    ("lamzoo/adapters/hosts.py", "pkgutil.resolve_name"): "modules that a table in this file names",
     ("lamzoo/adapters/pretrained.py", "transformers.AutoConfig.from_pretrained"): "JSON; trusts no remote code",
     ("lamzoo/adapters/pretrained.py", "masked.from_pretrained"): "safetensors, unless the caller says otherwise",
     ("lamzoo/registry/huggingface.py", "transformers.AutoConfig.from_pretrained"): "JSON; trusts no remote code",
@@ -66,9 +66,10 @@ KNOWN = {
     ("lamzoo/registry/huggingface.py", "lamzoo.adapters.from_pretrained"): "pickles only if the caller allows them",
     ("lamzoo/registry/huggingface.py", "cls.from_pretrained"): "pickles only if the caller allows them",
     ("lamzoo/lazy.py", "importlib.import_module"): "modules of lamzoo",
-    ("lamzoo/tasks/__init__.py", "importlib.import_module"): "modules that the tasks' records name",
-    ("lamzoo/tasks/base.py", "importlib.import_module"): "modules that the tasks' records name",
-    ("lamzoo/registry/catalog.py", "importlib.import_module"): "builders named by installed cards",
+    ("lamzoo/tasks/__init__.py", "pkgutil.resolve_name"): "modules that the tasks' records name",
+    ("lamzoo/tasks/base.py", "pkgutil.resolve_name"): "modules that the tasks' records name",
+    ("lamzoo/registry/catalog.py", "pkgutil.resolve_name"): "builders named by installed cards",
+    ("lamzoo/reduction/budget.py", "pkgutil.resolve_name"): "a function of lamzoo that the file names",
     ("lamzoo/registry/catalog.py", "importlib.metadata.entry_points"): "plug-ins, which the user installed",
     ("lamzoo/evaluation/captions/metrics.py", "importlib.import_module"): "modules of pycocoevalcap named in this file",
     ("lamzoo/evaluation/captions/metrics.py", "subprocess.run"): "Java's tokenizer; no shell",

@@ -161,7 +161,7 @@ class Matching:
 def match(seen: Seen, first: Tensor, second: Tensor) -> Matching:
     """Matches the tokens of two disjoint sets, int64 ``(B, A)`` and ``(B, C)``, by the cosine similarity of keys."""
     features = seen.features
-    with full_precision(features):
+    with full_precision(features.device):
         similarity, partner = (take(features, first) @ take(features, second).mT).max(dim=-1)
     return Matching(first, second.gather(1, partner), similarity)
 

@@ -44,7 +44,7 @@ class PiToMe(Peer):
     def energy(self, seen: Seen) -> Tensor:
         """Computes the energy of the patches, between ``-alpha`` and 1, ``(B, N - prefix)``."""
         patches = seen.features[:, seen.num_prefix_tokens :]
-        with full_precision(patches):
+        with full_precision(patches.device):
             similarity = patches @ patches.mT
         margin = self.margin(seen)
         bounded = self.alpha * (similarity.clamp_max(margin) - margin).expm1()

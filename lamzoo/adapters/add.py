@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from itertools import groupby
 from typing import Any, TypeVar
 
 from torch import nn
@@ -21,6 +20,7 @@ from lamzoo.adapters.hosts import (
     watch_block,
     watch_grid,
 )
+from lamzoo.adapters.state import has_masks
 from lamzoo.adapters.wrappers import check_free, check_model, compiled_parts, unwrap
 from lamzoo.errors import ConfigError, UnsupportedHostError, class_name
 from lamzoo.lam import Lam, LamConfig, MaskNetwork, SharedState
@@ -55,7 +55,7 @@ def add_lam(model: Model, config: LamConfig | Mapping[str, Any] | bool | None = 
     """
     check_model(model)
     config = LamConfig() if config is None else LamConfig.of(config)
-    if any(isinstance(module, Lam) for module in model.modules()):
+    if has_masks(model):
         raise UnsupportedHostError(
             f"The model ({class_name(model)}) already has learnable masks; call lamzoo.remove_lam(model) first."
         )
@@ -82,11 +82,10 @@ def add_lam(model: Model, config: LamConfig | Mapping[str, Any] | bool | None = 
             "vision transformers, open_clip's towers, the AttentionInterface of Hugging Face transformers and "
             "nn.MultiheadAttention."
         )
-    # Every mask is built before the model is changed.
-    stacks = [
-        _Stack(host, {site: found[site] for site in stack}, config)
-        for _, stack in groupby(found, key=lambda site: site.stack)
-    ]
+    sites: dict[str, dict[AttentionSite, HostAdapter]] = {}  # by stack
+    for site, adapter in found.items():
+        sites.setdefault(site.stack, {})[site] = adapter
+    stacks = [_Stack(host, stack, config) for stack in sites.values()]  # all masks, before the model is changed
     for stack in stacks:
         stack.watch_passes(host, config)
     for adapter in dict.fromkeys(found.values()):

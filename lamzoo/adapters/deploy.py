@@ -8,10 +8,9 @@ from typing import TypeVar
 from torch import nn
 
 from lamzoo.adapters.hosts import HostTakeover
-from lamzoo.adapters.state import few, masks_of
+from lamzoo.adapters.state import few, has_masks, masks_of
 from lamzoo.adapters.wrappers import host_path, is_sharded, unwrap
 from lamzoo.errors import UnsupportedHostError, class_name
-from lamzoo.lam import Lam
 
 _logger = logging.getLogger(__name__)
 
@@ -77,14 +76,14 @@ def unfuse(model: Model) -> Model:
     Returns:
         The same model.
     """
-    for layer in _layers(unwrap(model)).values():
+    for layer in _layers(unwrap(model)):
         layer.unfuse()
     return model
 
 
 def is_fused(model: nn.Module) -> bool:
     """Returns whether a layer of a model has a fused form, see :func:`fuse`."""
-    return any(layer.is_fused for layer in _layers(model).values())
+    return any(layer.is_fused for layer in _layers(model))
 
 
 def fuse_layers(model: nn.Module) -> dict[str, str]:
@@ -92,7 +91,7 @@ def fuse_layers(model: nn.Module) -> dict[str, str]:
     left = {}
     for path, module in model.named_modules():
         if isinstance(module, HostTakeover):
-            reason = module.fuse().no_fused_form()
+            reason = None if module.fuse().is_fused else module.no_fused_form()
         else:
             reason = _OF_HOST if _has_mask(module) else None
         if reason is not None:
@@ -102,11 +101,11 @@ def fuse_layers(model: nn.Module) -> dict[str, str]:
 
 def _has_mask(layer: nn.Module) -> bool:
     lam = layer._modules.get("lam")  # which peft may have wrapped
-    return lam is not None and any(isinstance(module, Lam) for module in lam.modules())
+    return lam is not None and has_masks(lam)
 
 
 _OF_HOST = "the host computes queries, keys and values, and calls lamzoo for the attention alone"
 
 
-def _layers(model: nn.Module) -> dict[str, HostTakeover]:
-    return {host_path(path): module for path, module in model.named_modules() if isinstance(module, HostTakeover)}
+def _layers(model: nn.Module) -> list[HostTakeover]:
+    return [module for module in model.modules() if isinstance(module, HostTakeover)]

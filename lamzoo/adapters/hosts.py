@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from importlib import import_module
+from pkgutil import resolve_name
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Protocol, Self, TypeVar
 
@@ -156,7 +156,7 @@ class HostAdapter(Protocol):
     owns_multihead_attention: ClassVar[bool]
 
     def sites(self, model: nn.Module) -> Iterable[AttentionSite]:
-        """Finds the attention layers that will carry masks, stack by stack, in order of the forward pass.
+        """Finds the attention layers that will carry masks, those of a stack in order of the forward pass.
 
         Raises:
             UnsupportedHostError: the model, or a part of it, has attention that can't carry a mask; names it.
@@ -189,7 +189,7 @@ class HostAdapter(Protocol):
 def adapters_of(model: nn.Module) -> dict[str, HostAdapter]:
     """Returns the adapters of the libraries that the classes of a model come from, by library."""
     found = {library for module in model.modules() for library in libraries_of(module)}
-    return {library: _load(home) for library, home in ADAPTERS.items() if library in found}
+    return {library: resolve_name(home)() for library, home in ADAPTERS.items() if library in found}
 
 
 def libraries_of(module: nn.Module) -> set[str]:
@@ -204,12 +204,6 @@ def token_layout(model: nn.Module, path: str) -> TokenLayout:
     """Returns the token layout of the attention layer at ``path``, with or without a mask; empty where unknown."""
     layouts = (adapter.token_layout(model, path) for adapter in adapters_of(model).values())
     return next((layout for layout in layouts if layout is not None), TokenLayout())
-
-
-def _load(home: str) -> HostAdapter:
-    module, _, name = home.partition(":")
-    adapter: HostAdapter = getattr(import_module(module), name)()
-    return adapter
 
 
 class SharedStateHook:

@@ -49,10 +49,10 @@ from timm.models.xcit import XCA
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lamzoo.adapters.staged import StagedTakeover, input_width, split_heads, to_map, to_tokens
-from lamzoo.adapters.timm_layers import split_three
+from lamzoo.adapters.staged import StagedTakeover, input_width, to_map, to_tokens
 from lamzoo.lam import FactoredMask, Lam, lam_attention
 from lamzoo.lam.layer import EagerAttention
+from lamzoo.layers.attention import split_heads, split_parts
 
 
 class _BiasedTakeover(StagedTakeover):
@@ -168,7 +168,7 @@ class LamFastVitAttention(StagedTakeover, FastVitAttention):
     def forward(self, x: Tensor) -> Tensor:
         """Masked self-attention of ``x (B, C, rows, columns)``."""
         tokens = to_tokens(x)
-        out = self.attend_tokens(tokens, tokens, *split_three(self.qkv(tokens), self.num_heads))
+        out = self.attend_tokens(tokens, tokens, *split_parts(self.qkv(tokens), 3, self.num_heads))
         return to_map(self.proj_drop(self.proj(out)), x)
 
 
@@ -177,7 +177,7 @@ class LamMetaFormerAttention(StagedTakeover, MetaFormerAttention):
 
     def forward(self, x: Tensor) -> Tensor:
         """Masked self-attention of ``x (B, N, C)``."""
-        out = self.attend_tokens(x, x, *split_three(self.qkv(x), self.num_heads))
+        out = self.attend_tokens(x, x, *split_parts(self.qkv(x), 3, self.num_heads))
         return self.proj_drop(self.proj(out))
 
 
@@ -256,7 +256,7 @@ class LamVisformerAttention(StagedTakeover, VisformerAttention):
     def forward(self, x: Tensor) -> Tensor:
         """Masked self-attention of ``x (B, C, rows, columns)``."""
         tokens = to_tokens(x)
-        out = self.attend_tokens(tokens, tokens, *split_three(to_tokens(self.qkv(x)), self.num_heads))
+        out = self.attend_tokens(tokens, tokens, *split_parts(to_tokens(self.qkv(x)), 3, self.num_heads))
         return self.proj_drop(self.proj(to_map(out, x)))
 
 
@@ -277,9 +277,9 @@ class LamWindowAttentionGlobal(StagedTakeover, WindowAttentionGlobal):
         if self.use_global and q_global is not None:
             queries = q_global.repeat_interleave(x.shape[0] // q_global.shape[0], dim=0).reshape(x.shape)
             query = split_heads(queries, self.num_heads)
-            key, value = self.qkv(x).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+            key, value = split_parts(self.qkv(x), 2, self.num_heads)
         else:
-            query, key, value = split_three(self.qkv(x), self.num_heads)
+            query, key, value = split_parts(self.qkv(x), 3, self.num_heads)
         out = self.attend_tokens(queries, x, query, key, value, bias=self.rel_pos.get_bias())
         return self.proj_drop(self.proj(out))
 
@@ -294,7 +294,7 @@ class LamNestAttention(StagedTakeover, NestAttention):
     def forward(self, x: Tensor) -> Tensor:
         """Masked self-attention within the ``T`` blocks of ``x (B, T, N, C)``."""
         tokens = x.flatten(0, 1)
-        out = self.attend_tokens(tokens, tokens, *split_three(self.qkv(tokens), self.num_heads))
+        out = self.attend_tokens(tokens, tokens, *split_parts(self.qkv(tokens), 3, self.num_heads))
         out = out.unflatten(-1, (self.num_heads, -1)).transpose(-1, -2).flatten(-2)  # NesT's heads vary fastest
         return self.proj_drop(self.proj(out.unflatten(0, x.shape[:2])))
 
@@ -315,7 +315,7 @@ class LamTntAttention(StagedTakeover, TntAttention):
 
     def forward(self, x: Tensor) -> Tensor:
         """Masked self-attention of ``x (B, N, C)``."""
-        query, key = self.qk(x).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        query, key = split_parts(self.qk(x), 2, self.num_heads)
         out = self.attend_tokens(x, x, query, key, split_heads(self.v(x), self.num_heads))
         return self.proj_drop(self.proj(out))
 
@@ -329,7 +329,7 @@ class LamMHSA(StagedTakeover):
 
     def forward(self, x: Tensor) -> Tensor:
         """Masked self-attention of ``x (B, N, C)``."""
-        out = self.attend_tokens(x, x, *split_three(self.qkv(x), self.num_heads))
+        out = self.attend_tokens(x, x, *split_parts(self.qkv(x), 3, self.num_heads))
         return self.proj_drop(self.proj(out))
 
 
@@ -346,7 +346,7 @@ class LamGPSA(StagedTakeover, GPSA):
 
     def get_attention(self, x: Tensor) -> Tensor:
         """Returns the gated sum of the masked weights and those of the positions, ``(B, H, N, N)``."""
-        query, key = self.qk(x).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        query, key = split_parts(self.qk(x), 2, self.num_heads)
         content = self.masked_weights(x, x, (query @ key.transpose(-2, -1)) * self.scale)
         places = self.pos_proj(self.rel_indices).permute(0, 3, 1, 2).softmax(dim=-1)
         gate = self.gating_param.sigmoid().view(1, -1, 1, 1)
@@ -363,7 +363,7 @@ class LamTalkingHeadAttn(StagedTakeover, TalkingHeadAttn):
 
     def forward(self, x: Tensor) -> Tensor:
         """Masked self-attention of ``x (B, N, C)``."""
-        query, key, value = split_three(self.qkv(x), self.num_heads)
+        query, key, value = split_parts(self.qkv(x), 3, self.num_heads)
         scores = _mix_heads(self.proj_l, (query * self.scale) @ key.transpose(-2, -1))
         weights = self.attn_drop(_mix_heads(self.proj_w, self.masked_weights(x, x, scores)))
         return self.proj_drop(self.proj((weights @ value).transpose(1, 2).flatten(2)))

@@ -20,6 +20,7 @@ from lamzoo.lam import Lam
 from lamzoo.lam.fused import Projection
 from lamzoo.lam.layer import HIDDEN
 from lamzoo.lam.unmasked import Unmasked
+from lamzoo.layers.attention import split_heads
 
 
 class LamMultiheadAttention(HostTakeover, nn.MultiheadAttention):
@@ -87,7 +88,7 @@ class LamMultiheadAttention(HostTakeover, nn.MultiheadAttention):
             return self._as_given(self.out_proj(heads), query), None
         keys = self.lam.key_tokens(queries) if key is query else self._to_batch_first(key)
         values = keys if value is key else self._to_batch_first(value)
-        q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in self._project(queries, keys, values))
+        q, k, v = (split_heads(x, self.num_heads) for x in self._project(queries, keys, values))
         allowed, bias = None, None
         # As in torch, the hint replaces the mask where nothing else has to be merged with it.
         is_causal = is_causal and key_padding_mask is None and not need_weights
@@ -251,7 +252,7 @@ class MultiheadAttentionAdapter(TakeoverAdapter):
     takeovers: ClassVar[Mapping[type[nn.Module], type[HostTakeover]]] = {nn.MultiheadAttention: LamMultiheadAttention}
 
     def sites(self, model: nn.Module) -> Iterator[AttentionSite]:
-        """Yields every ``nn.MultiheadAttention`` of a model, stack by stack.
+        """Yields every ``nn.MultiheadAttention`` of a model.
 
         Layers whose paths differ only in the last number form a stack (``decoder.layers.*.self_attn``): an encoder's
         self-attention, a decoder's self-attention and its cross-attention are three stacks.
@@ -270,11 +271,8 @@ class MultiheadAttentionAdapter(TakeoverAdapter):
                 continue
             _check_host(path, module)
             paths.setdefault(module, []).append(path)
-        stacks: dict[str, list[AttentionSite]] = {}
         for module, places in paths.items():
-            stacks.setdefault(_stack(places[0]), []).append(mha_site(module, places, _stack(places[0])))
-        for stack in stacks.values():
-            yield from stack
+            yield mha_site(module, places, _stack(places[0]))
 
 
 def mha_site(attn: nn.MultiheadAttention, paths: Sequence[str], stack: str) -> AttentionSite:

@@ -31,6 +31,7 @@ from lamzoo.adapters.hosts import AttentionSite, HostTakeover, Pooling, Takeover
 from lamzoo.adapters.mha import LamMultiheadAttention, mha_site, present_keys, project_apart, read_attn_mask
 from lamzoo.errors import UnsupportedHostError, class_name
 from lamzoo.lam.fused import Projection
+from lamzoo.layers.attention import split_heads
 
 _BLOCKS = (ResidualAttentionBlock, CustomResidualAttentionBlock)
 
@@ -54,13 +55,13 @@ class LamClipAttention(HostTakeover, Attention):
         """
         host: Any = self
         if attn_mask is None and (heads := self.attend_fused(x, self._normalised)) is not None:
-            return self._output(heads.unflatten(-1, (host.num_heads, -1)).transpose(1, 2))
+            return self._output(split_heads(heads, host.num_heads))
         keys = self.lam.key_tokens(x)
         if keys is x:
             projected = F.linear(x, host.in_proj_weight, host.in_proj_bias).chunk(3, dim=-1)
         else:
             projected = project_apart(x, keys, host.in_proj_weight, host.in_proj_bias)
-        query, key, value = (each.unflatten(-1, (host.num_heads, -1)).transpose(1, 2) for each in projected)
+        query, key, value = (split_heads(each, host.num_heads) for each in projected)
         query, key = self._normalised(query, key)
         allowed, bias, flat = None, None, None
         if attn_mask is not None:

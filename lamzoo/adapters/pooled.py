@@ -24,8 +24,8 @@ from timm.models.twins import GlobalSubSampleAttn, LocallyGroupedAttn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lamzoo.adapters.staged import StagedTakeover, input_width, split_heads, to_tokens
-from lamzoo.adapters.timm_layers import split_three
+from lamzoo.adapters.staged import StagedTakeover, input_width, to_tokens
+from lamzoo.layers.attention import split_heads, split_parts
 
 
 class LamPvtAttention(StagedTakeover, PvtAttention):
@@ -77,7 +77,7 @@ class LamLocallyGroupedAttn(StagedTakeover, LocallyGroupedAttn):
         windows = image.unflatten(2, (-1, side)).unflatten(1, (-1, side)).transpose(2, 3)
         grid = windows.shape[:3]
         tokens = windows.flatten(0, 2).flatten(1, 2)
-        out = self.attend_tokens(tokens, tokens, *split_three(self.qkv(tokens), self.num_heads))
+        out = self.attend_tokens(tokens, tokens, *split_parts(self.qkv(tokens), 3, self.num_heads))
         out = out.unflatten(0, grid).unflatten(3, (side, side)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
         return self.proj_drop(self.proj(out[:, :rows, :columns].flatten(1, 2)))
 
@@ -110,7 +110,7 @@ class LamMultiScaleAttention(StagedTakeover, MultiScaleAttention):
 
     def forward(self, x: Tensor, feat_size: list[int]) -> tuple[Tensor, list[int]]:
         """Masked attention of pooled queries to pooled keys, of ``x (B, N, C)``; arguments and result as the host's."""
-        query, key, value = split_three(self.qkv(x), self.num_heads)
+        query, key, value = split_parts(self.qkv(x), 3, self.num_heads)
         query, query_size = self._pool(query, feat_size, self.pool_q, self.norm_q)
         key, key_size = self._pool(key, feat_size, self.pool_k, self.norm_k)
         value, _ = self._pool(value, feat_size, self.pool_v, self.norm_v)
@@ -150,7 +150,7 @@ class LamMaskUnitAttention(StagedTakeover, MaskUnitAttention):
         units = x.shape[1] // (self.q_stride * self.window_size) if self.use_mask_unit_attn else 1
         # Tokens of one place in all units follow one another: (B, places units, C) -> (B units, places, C)
         tokens = x.unflatten(1, (-1, units)).transpose(1, 2).flatten(0, 1)
-        query, key, value = split_three(self.qkv(tokens), self.heads)
+        query, key, value = split_parts(self.qkv(tokens), 3, self.heads)
         queries = tokens
         if self.q_stride > 1:
             query = query.unflatten(2, (self.q_stride, -1)).amax(dim=2)
@@ -172,7 +172,7 @@ class LamSamMultiScaleAttention(StagedTakeover, SamMultiScaleAttention):
         """Masked attention of windows ``x (B W, rows, columns, C)``, with pooled queries at the start of a stage."""
         tokens = x.flatten(1, 2)
         queries, grid = tokens, x.shape[1:3]
-        query, key, value = split_three(self.qkv(tokens), self.num_heads)
+        query, key, value = split_parts(self.qkv(tokens), 3, self.num_heads)
         if self.q_pool is not None:
             image = query.transpose(1, 2).flatten(2).transpose(1, 2).unflatten(2, grid)
             pooled = self.q_pool(image)
@@ -253,7 +253,7 @@ POOLED_TAKEOVERS: Mapping[type[nn.Module], type[StagedTakeover]] = {
 def _attend_reduced(attn: Any, x: Tensor, reduced: Tensor) -> Tensor:
     """Attends from all tokens to the reduced ones, by projections ``q`` and ``kv``."""
     query = split_heads(attn.q(x), attn.num_heads)
-    key, value = attn.kv(reduced).unflatten(-1, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    key, value = split_parts(attn.kv(reduced), 2, attn.num_heads)
     return attn.proj_drop(attn.proj(attn.attend_tokens(x, reduced, query, key, value)))
 
 

@@ -133,8 +133,3 @@ def to_tokens(x: Tensor) -> Tensor:
 def to_map(tokens: Tensor, like: Tensor) -> Tensor:
     """Returns the feature map ``(B, C, rows, columns)`` of tokens ``(B, N, C)``, of the height and width of another."""
     return tokens.transpose(1, 2).unflatten(2, like.shape[-2:])
-
-
-def split_heads(tokens: Tensor, heads: int) -> Tensor:
-    """Returns ``(B, heads, N, d)`` of ``(B, N, heads d)``."""
-    return tokens.unflatten(-1, (heads, -1)).transpose(1, 2)

@@ -245,6 +245,11 @@ def masks_of(model: nn.Module) -> dict[str, Lam]:
     return masks
 
 
+def has_masks(module: nn.Module) -> bool:
+    """Returns whether any layer of a module has a learnable mask, or the module is one."""
+    return any(isinstance(part, Lam) for part in module.modules())
+
+
 def _is_table(weight: Tensor, bias: Tensor, table: PositionTable) -> bool:
     """Returns whether these are the parameters of a table like this one, of whatever length."""
     return weight.ndim == 3 and bias.shape == weight.shape[:2] and weight.shape[0] == table.weight.shape[0]

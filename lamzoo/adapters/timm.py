@@ -152,12 +152,10 @@ class TimmAdapter(TakeoverAdapter):
                 raise UnsupportedHostError(f"{_named(path, module)} can't carry a learnable mask; {_SERVED}")
         if found and not staged:  # in models with stages, other blocks are convolutions
             _check_complete(root_path, root, found)
-        stacks = dict.fromkeys(site.stack for site in found)
-        return [site for stack in stacks for site in found if site.stack == stack]
+        return found
 
     def _staged(self, module: nn.Module) -> type[StagedTakeover] | None:
-        kind = module if isinstance(module, HostTakeover) else self.takeovers.get(type(module))
-        takeover = type(kind) if isinstance(kind, HostTakeover) else kind
+        takeover = self.takeovers.get(getattr(module, "host_class", type(module)))
         return takeover if takeover is not None and issubclass(takeover, StagedTakeover) else None
 
 

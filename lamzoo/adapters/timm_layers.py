@@ -26,6 +26,7 @@ from lamzoo.lam.fused import Projection
 from lamzoo.lam.resize import Grid
 from lamzoo.lam.token_map import take
 from lamzoo.lam.unmasked import Unmasked
+from lamzoo.layers.attention import split_heads, split_parts
 
 
 class LamAttention(HostTakeover):
@@ -143,7 +144,7 @@ class LamParallelScalingBlock(HostTakeover, ParallelScalingBlock):
         """The block on ``x (B, N, C)``; arguments and result as timm's ``ParallelScalingBlock``."""
         tokens = self.in_norm(x)
         hidden, *parts = self.in_proj(tokens).split(self.in_split, dim=-1)
-        query, key, value = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in parts)
+        query, key, value = (split_heads(part, self.num_heads) for part in parts)
         heads = _attend(self, tokens, tokens, self.q_norm(query), self.k_norm(key), value, attn_mask, is_causal)
         return _parallel_output(self, x, heads, hidden)
 
@@ -176,8 +177,8 @@ def _attend_differentially(
     attn: Any, x: Tensor, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool
 ) -> Tensor:
     """Attends by the difference of two softmaxes; queries, keys, values and result are ``(B, N, E)``."""
-    query, key = (each.unflatten(-1, (2 * attn.num_heads, -1)).transpose(1, 2) for each in (query, key))
-    value = value.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2).repeat_interleave(2, dim=1)
+    query, key = (split_heads(each, 2 * attn.num_heads) for each in (query, key))
+    value = split_heads(value, attn.num_heads).repeat_interleave(2, dim=1)
     if attn_mask is not None and attn_mask.ndim == 4 and attn_mask.shape[1] > 1:
         attn_mask = attn_mask.repeat_interleave(2, dim=1)
     both = _attend(attn, x, x, attn.q_norm(query), attn.k_norm(key), value, attn_mask, is_causal)
@@ -273,11 +274,6 @@ def attend_heads(
     return out.transpose(1, 2).flatten(2)
 
 
-def split_three(qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
-    """Splits a joint projection ``(B, N, 3 heads d)`` into queries, keys and values, each ``(B, heads, N, d)``."""
-    return qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-
-
 def _project(attn: Any, x: Tensor, keys: Tensor) -> tuple[Tensor, ...]:
     """Returns the queries of some tokens, and the keys and values of others, each ``(B, H, N, d)``."""
     if attn.qkv is None:
@@ -285,14 +281,14 @@ def _project(attn: Any, x: Tensor, keys: Tensor) -> tuple[Tensor, ...]:
         # Split by head dim, not by number of heads: grouped-query attention has fewer heads for keys and values.
         return tuple(each(tokens).unflatten(-1, (-1, attn.head_dim)).transpose(1, 2) for each, tokens in projections)
     if keys is x:
-        return split_three(biased_qkv(attn, x), attn.num_heads)
+        return split_parts(biased_qkv(attn, x), 3, attn.num_heads)
     qkv = attn.qkv
     if not is_bare(qkv):
-        of_queries, of_keys = (split_three(biased_qkv(attn, tokens), attn.num_heads) for tokens in (x, keys))
+        of_queries, of_keys = (split_parts(biased_qkv(attn, tokens), 3, attn.num_heads) for tokens in (x, keys))
         return (of_queries[0], *of_keys[1:])
     bias = _qkv_bias(attn)
     apart = project_apart(x, keys, qkv.weight, qkv.bias if bias is None else bias)
-    return tuple(each.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for each in apart)
+    return tuple(split_heads(each, attn.num_heads) for each in apart)
 
 
 def _projection(attn: Any) -> Projection | None:

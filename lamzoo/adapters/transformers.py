@@ -33,6 +33,7 @@ from transformers.generation.continuous_batching.cache import PagedAttentionCach
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from lamzoo.adapters.hosts import AttentionSite, HostTakeover, TakeoverAdapter, TokenLayout, without_numbers
+from lamzoo.adapters.state import has_masks
 from lamzoo.adapters.transformers_own import OWN_TAKEOVERS, own_site
 from lamzoo.adapters.transformers_vision import TAKEOVERS, present_keys, read_mask, tower_layouts
 from lamzoo.errors import ConfigError, UnsupportedHostError, class_name
@@ -80,7 +81,7 @@ class TransformersAdapter(TakeoverAdapter):
     takeovers: ClassVar[Mapping[type[nn.Module], type[HostTakeover]]] = {**TAKEOVERS, **OWN_TAKEOVERS}
 
     def sites(self, model: nn.Module) -> Iterator[AttentionSite]:
-        """Yields the attention layers of a model, stack by stack: layers whose paths differ only in their numbers.
+        """Yields the attention layers of a model; layers whose paths differ only in their numbers form a stack.
 
         The few ``nn.MultiheadAttention`` in models of transformers get no mask, which is logged, unless they belong to
         a pooling head, whose queries are learned parameters.
@@ -89,15 +90,12 @@ class TransformersAdapter(TakeoverAdapter):
             UnsupportedHostError: a layer computes its attention itself, or has attention that can't carry a mask;
                 names it.
         """
-        stacks: dict[str, list[AttentionSite]] = {}
         for path, module in model.named_modules():
             interface = _interface(type(module).forward)
             if interface is not None:
-                site = _site(path, module, interface)
-                stacks.setdefault(site.stack, []).append(site)
+                yield _site(path, module, interface)
             elif type(module) in OWN_TAKEOVERS:
-                site = own_site(path, without_numbers(path), module)
-                stacks.setdefault(site.stack, []).append(site)
+                yield own_site(path, without_numbers(path), module)
             elif _attends_itself(type(module)):
                 raise UnsupportedHostError(
                     f"{_named(path, module)} computes its attention itself, and add_lam supports the attention layers "
@@ -110,8 +108,6 @@ class TransformersAdapter(TakeoverAdapter):
                     _logger.warning(
                         "%s keeps its attention without a mask: it is an nn.MultiheadAttention of transformers.", path
                     )
-        for stack in stacks.values():
-            yield from stack
 
     def token_layout(self, model: nn.Module, path: str) -> TokenLayout | None:
         """Returns the layout of a vision tower; of another layer one without a length.
@@ -152,7 +148,7 @@ class TransformersAdapter(TakeoverAdapter):
 
     def unwrap(self, model: nn.Module, kind: type[Lam | Unmasked] | None = None) -> None:
         """Removes the masks, and gives the layers their class or their configuration back."""
-        masked = any(isinstance(module, Lam) for module in model.modules())
+        masked = has_masks(model)
         super().unwrap(model, kind)
         for module in model.modules():
             for key, hook in list(module._forward_pre_hooks.items()):

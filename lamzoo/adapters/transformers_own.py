@@ -15,6 +15,7 @@ from transformers.models.vilt.modeling_vilt import ViltSelfAttention
 
 from lamzoo.adapters.hosts import AttentionSite, HostTakeover
 from lamzoo.adapters.transformers_vision import present_keys, read_mask
+from lamzoo.layers.attention import split_heads, split_parts
 
 Heads = tuple[Tensor] | tuple[Tensor, Tensor]
 
@@ -28,7 +29,7 @@ class LamSeparateAttention(HostTakeover):
         """Masked self-attention of ``hidden_states (B, N, C)``; arguments and result as those of the host's layer."""
         host: Any = self
         parts = [layer(hidden_states) for layer in (host.query, host.key, host.value)]
-        query, key, value = (each.unflatten(-1, (host.num_attention_heads, -1)).transpose(1, 2) for each in parts)
+        query, key, value = (split_heads(each, host.num_attention_heads) for each in parts)
         return _attend(self, hidden_states, query, key, value, host.dropout, attention_mask, output_attentions)
 
 
@@ -45,8 +46,7 @@ class LamTimesformerAttention(HostTakeover, TimesformerSelfAttention):
 
     def forward(self, hidden_states: Tensor, output_attentions: bool = False) -> Heads:
         """Masked self-attention of ``hidden_states (B, N, C)``; arguments and result as those of the host's layer."""
-        parts = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        query, key, value = parts.unbind(0)
+        query, key, value = split_parts(self.qkv(hidden_states), 3, self.num_heads)
         return _attend(self, hidden_states, query, key, value, self.attn_drop, None, output_attentions)
 
 

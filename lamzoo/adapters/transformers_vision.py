@@ -37,6 +37,7 @@ from lamzoo.errors import UnsupportedHostError, class_name
 from lamzoo.lam.fused import Between, Projection
 from lamzoo.lam.resize import Grid
 from lamzoo.lam.token_map import take
+from lamzoo.layers.attention import split_heads
 
 
 class LamVisionAttention(HostTakeover):
@@ -80,7 +81,7 @@ class LamVisionAttention(HostTakeover):
             )
         keys = self.lam.key_tokens(hidden_states)
         query, key, value = (
-            projection(tokens).unflatten(-1, (self._heads, -1)).transpose(1, 2)
+            split_heads(projection(tokens), self._heads)
             for projection, tokens in zip(self._projections(), (hidden_states, keys, keys), strict=True)
         )
         if between is not None:

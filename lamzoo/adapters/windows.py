@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lamzoo.adapters.hosts import HostTakeover, TokenLayout
-from lamzoo.adapters.timm_layers import attend_heads, biased_qkv, split_three
+from lamzoo.adapters.timm_layers import attend_heads, biased_qkv
 from lamzoo.lam.resize import Grid
+from lamzoo.layers.attention import split_heads, split_parts
 
 
 class LamWindowAttention(HostTakeover, WindowAttention):
@@ -31,7 +32,7 @@ class LamWindowAttention(HostTakeover, WindowAttention):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Masked self-attention of windows ``x (B W, N, C)``; arguments and result as Swin's ``WindowAttention``."""
-        query, key, value = split_three(self.qkv(x), self.num_heads)
+        query, key, value = split_parts(self.qkv(x), 3, self.num_heads)
         return _attend_windows(self, x, query, key, value, self._get_rel_pos_bias(), mask, self.scale)
 
 
@@ -40,7 +41,7 @@ class LamWindowAttentionV2(HostTakeover, WindowAttentionV2):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Masked self-attention of windows ``x (B W, N, C)``; arguments and result as Swin v2's ``WindowAttention``."""
-        query, key, value = split_three(biased_qkv(self, x), self.num_heads)
+        query, key, value = split_parts(biased_qkv(self, x), 3, self.num_heads)
         query, key = _cosines(query, key, self.logit_scale)
         table = self.cpb_mlp(self.relative_coords_table).flatten(0, 2)
         bias = 16 * table[self.relative_position_index].permute(2, 0, 1).sigmoid()
@@ -52,7 +53,7 @@ class LamWindowMultiHeadAttention(HostTakeover, WindowMultiHeadAttention):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Masked self-attention of windows ``x (B W, N, C)``; arguments and result as ``WindowMultiHeadAttention``."""
-        query, key, value = split_three(self.qkv(x), self.num_heads)
+        query, key, value = split_parts(self.qkv(x), 3, self.num_heads)
         query, key = _cosines(query, key, self.logit_scale.view(-1, 1, 1))
         bias = self._relative_positional_encodings()
         return _attend_windows(self, x, query, key, value, bias, mask, scale=1.0)
@@ -65,7 +66,7 @@ class LamSamAttention(HostTakeover):
         """Masked self-attention of windows or images ``x (B, rows, columns, C)``; result as SAM's ``Attention``."""
         grid = (x.shape[1], x.shape[2])
         x = x.flatten(1, 2)
-        query, key, value = split_three(self.qkv(x), self.num_heads)
+        query, key, value = split_parts(self.qkv(x), 3, self.num_heads)
         query, key = self.q_norm(query), self.k_norm(key)
         bias = None
         if self.use_rel_pos:
@@ -167,9 +168,9 @@ def _attend_windows(
 def _attend_partition(attn: Any, tokens: Tensor, qkv: Tensor, grid: Grid, shared_rel_pos: Tensor | None) -> Tensor:
     """Attends to ``tokens (B, N, C)`` by their joint projection ``(B, N, 3 H d)``, in one of MaxViT's two orders."""
     if attn.head_first:
-        query, key, value = qkv.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2).chunk(3, dim=-1)
+        query, key, value = split_heads(qkv, attn.num_heads).chunk(3, dim=-1)
     else:
-        query, key, value = split_three(qkv, attn.num_heads)
+        query, key, value = split_parts(qkv, 3, attn.num_heads)
     bias = shared_rel_pos if attn.rel_pos is None else attn.rel_pos.get_bias()
     return attend_heads(attn, tokens, tokens, query, key, value, bias=bias, grid=grid)
 

@@ -42,12 +42,11 @@ class ZooAdapter(TakeoverAdapter):
     takeovers: ClassVar[Mapping[type[nn.Module], type[HostTakeover]]] = {HeadAttention: LamHeadAttention}
 
     def sites(self, model: nn.Module) -> Iterator[AttentionSite]:
-        """Yields every ``HeadAttention``, stack by stack: layers whose paths differ only in their numbers.
+        """Yields every ``HeadAttention``; layers whose paths differ only in their numbers form a stack.
 
         Raises:
             UnsupportedHostError: a layer is a subclass, which may compute something else; names it.
         """
-        stacks: dict[str, list[AttentionSite]] = {}
         for path, module in model.named_modules():
             if isinstance(module, HeadAttention):
                 if type(module) is not HeadAttention:
@@ -55,16 +54,13 @@ class ZooAdapter(TakeoverAdapter):
                         f"{path or 'The model'} ({class_name(module)}) is an unknown subclass of HeadAttention; use "
                         "HeadAttention itself, or call add_lam on the parts of the model without it."
                     )
-                stack = without_numbers(path)
-                stacks.setdefault(stack, []).append(_site(path, stack, module))
-        for sites in stacks.values():
-            yield from sites
+                yield _site(path, module)
 
 
-def _site(path: str, stack: str, module: HeadAttention) -> AttentionSite:
+def _site(path: str, module: HeadAttention) -> AttentionSite:
     return AttentionSite(
         path=path,
-        stack=stack,
+        stack=without_numbers(path),
         query_dim=module.token_dim,
         key_dim=module.context_dim,
         num_heads=module.num_heads,

@@ -97,9 +97,9 @@ def check_share(merge: float | None) -> None:
 
 def check_masked(model: nn.Module, name: str) -> None:
     """Raises a :class:`ConfigError` if a model has no masks that could be shown."""
-    from lamzoo.lam import Lam
+    from lamzoo.adapters.state import has_masks
 
-    if not any(isinstance(module, Lam) for module in model.modules()):
+    if not has_masks(model):
         raise ConfigError(f"{name} has no learnable masks; choose a model with masks: `lamzoo list 'lam_*'` lists some")
 
 

@@ -42,7 +42,7 @@ class HeadAttention(nn.Module):
         Returns:
             ``(B, Nq, width)``.
         """
-        query, key, value = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (query, key, value))
+        query, key, value = (split_heads(x, self.num_heads) for x in (query, key, value))
         seen = None if allowed is None else allowed[:, None, None, :]
         heads = self.attend(query, key, value, tokens, context, seen, self.dropout if self.training else 0.0)
         out: Tensor = self.out_proj(heads.transpose(1, 2).flatten(2))
@@ -96,6 +96,16 @@ def plain_attention(
     return scores.softmax(dim=-1) @ value
 
 
+def split_heads(tokens: Tensor, heads: int) -> Tensor:
+    """Returns ``(B, heads, N, d)`` of ``(B, N, heads d)``."""
+    return tokens.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def split_parts(tokens: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
+    """Splits a joint projection ``(B, N, parts heads d)``, such as ``qkv``, into parts ``(B, heads, N, d)``."""
+    return tokens.unflatten(-1, (parts, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
 def attend(attention: Any, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None) -> Tensor:
     """Calls an ``nn.MultiheadAttention`` with ``batch_first``, with or without a learnable mask.
 
@@ -117,7 +127,7 @@ def attend(attention: Any, query: Tensor, key: Tensor, value: Tensor, allowed: T
     # torch's own attention arranges the factors of its products differently, and so rounds differently.
     weights, biases = attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)
     projected = map(F.linear, (query, key, value), weights, biases)
-    q, k, v = (x.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for x in projected)
+    q, k, v = (split_heads(x, attention.num_heads) for x in projected)
     seen = None if allowed is None else allowed[:, None, None, :]
     dropout_p = attention.dropout if attention.training else 0.0
     heads = plain_attention(q, k, v, seen, dropout_p, attention.training)

@@ -9,9 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from timm.layers import to_2tuple
+from timm.layers import resample_abs_pos_embed, to_2tuple
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from lamzoo.adapters import add_lam, lam_state_dict, load_lam_state_dict
@@ -290,10 +289,9 @@ def _with_resized_positions(
                 grid = (old[0] // patch[0], old[1] // patch[1])
             if special < 0 or hasattr(tower.config, "num_frames") or grid[0] * grid[1] != count:
                 continue
-            image = table[..., special:, :].float().reshape(1, *grid, -1).permute(0, 3, 1, 2)
-            image = F.interpolate(image, size=(rows, columns), mode="bicubic", align_corners=False)
-            patches = image.flatten(2).transpose(1, 2).to(table.dtype).reshape(*table.shape[:-2], -1, table.shape[-1])
-            resized[prefix + inner] = torch.cat([table[..., :special, :], patches], dim=-2)
+            known = table.reshape(1, *table.shape[-2:])
+            fitted = resample_abs_pos_embed(known, (rows, columns), grid, num_prefix_tokens=special, antialias=False)
+            resized[prefix + inner] = fitted.reshape(*table.shape[:-2], *fitted.shape[-2:])
     return resized
 
 

@@ -13,9 +13,10 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from timm.models.vision_transformer_hybrid import ConvStem, HybridEmbed
 from torch import nn
 
+from lamzoo.adapters.state import has_masks
 from lamzoo.adapters.wrappers import unwrap
 from lamzoo.errors import UnsupportedHostError, class_name
-from lamzoo.lam import Lam, LamConfig
+from lamzoo.lam import LamConfig
 from lamzoo.lam.fused import FusedAttention, takes_fused_form
 
 
@@ -264,11 +265,6 @@ _FORMULAS: dict[str, Callable[[Any], tuple[int, list[Stack]]]] = {
     "lamzoo.models.moment_detr.qd_detr.QdDetr": _moments,
     "lamzoo.models.describer.model.Describer": _describer,
 }
-
-
-def has_masks(module: nn.Module) -> bool:
-    """Returns whether any layer of a module has a learnable mask."""
-    return any(isinstance(child, Lam) for child in module.modules())
 
 
 def _clip_stack(transformer: Any, tokens: int, width: int) -> Stack:

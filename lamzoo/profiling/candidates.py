@@ -16,7 +16,7 @@ from lamzoo.registry.catalog import (
     pretrained_cfg_of,
     spec_of_saved,
 )
-from lamzoo.registry.refs import TIMM_PREFIX
+from lamzoo.registry.refs import TIMM_PREFIX, join_name
 from lamzoo.tasks import find_task
 from lamzoo.weights.saved import read_saved
 
@@ -46,7 +46,7 @@ class Candidate:
     @property
     def name(self) -> str:
         """The name for ``create_model``."""
-        return f"{self.model}.{self.tag}" if self.tag else self.model
+        return join_name(self.model, self.tag)
 
 
 def select_models(patterns: Sequence[str], *, weights: bool, plain: bool) -> list[Candidate]:

@@ -16,6 +16,7 @@ from typing import IO, Any
 
 from lamzoo.errors import LamzooError
 from lamzoo.profiling.results import BenchRow, Form, Mode
+from lamzoo.registry.refs import join_name
 
 _WORKER = (sys.executable, "-m", "lamzoo.profiling.worker")
 
@@ -77,7 +78,7 @@ class BenchJob:
     @property
     def name(self) -> str:
         """The name for ``create_model``."""
-        return f"{self.model}.{self.tag}" if self.tag else self.model
+        return join_name(self.model, self.tag)
 
     def row(self, **measured: Any) -> BenchRow:
         """Returns the row of this job, with measurements overriding the values known in advance."""

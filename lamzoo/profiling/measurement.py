@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from lamzoo.adapters import remove_lam
+from lamzoo.adapters.state import has_masks
 from lamzoo.adapters.wrappers import check_model, unwrap
 from lamzoo.errors import ConfigError, UnsupportedHostError, class_name
-from lamzoo.lam import Lam
 from lamzoo.profiling.analytic import analytic_macs
 from lamzoo.profiling.inputs import as_arguments, default_input, evaluating, first_tensor
 from lamzoo.profiling.latency import Latency, LatencyComparison, compare_latency, time_latency
@@ -116,7 +116,7 @@ def checked_profile(model: nn.Module, plain: nn.Module | None) -> Profile:
         ConfigError: the masks appear to cost nothing, or the MACs differ from the family's formula by more than 1 %.
     """
     if _is_reduced(model):
-        checked_profile(remove_reduction(copy.deepcopy(model)), plain if _has_masks(model) else None)
+        checked_profile(remove_reduction(copy.deepcopy(model)), plain if has_masks(model) else None)
         return profile(model)
     cost = profile(model)
     if plain is not None:
@@ -220,12 +220,8 @@ def _is_reduced(model: nn.Module) -> bool:
     return getattr(unwrap(model), "token_reduction", None) is not None
 
 
-def _has_masks(model: nn.Module) -> bool:
-    return any(isinstance(module, Lam) for module in model.modules())
-
-
 def _plain(model: nn.Module) -> nn.Module | None:
     """Returns a copy without masks and token reduction; None for a model that has neither."""
-    if _has_masks(model):
+    if has_masks(model):
         return remove_lam(copy.deepcopy(model))
     return remove_reduction(copy.deepcopy(model)) if _is_reduced(model) else None

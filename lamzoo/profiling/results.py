@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lamzoo import records
+from lamzoo.registry.refs import join_name
 from lamzoo.tasks import MetricSpec, find_metric
 
 Status = Literal["ok", "failed"]
@@ -108,7 +109,7 @@ class BenchRow:
     @property
     def name(self) -> str:
         """``arch.tag``, or ``arch`` without a tag; ``plain`` refers to this name."""
-        return f"{self.model}.{self.tag}" if self.tag else self.model
+        return join_name(self.model, self.tag)
 
     @property
     def label(self) -> str:

@@ -49,7 +49,7 @@ def _find_least_pairs(
     tokens: Tensor, count: int, num_prefix_tokens: int, sizes: Tensor | None, right: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns ``kept`` and ``into`` of the map of :func:`match`, and the sizes of the remaining tokens."""
-    with full_precision(tokens):
+    with full_precision(tokens.device):
         patches = slice(num_prefix_tokens, None)
         rows = None if right is None else right.transpose(1, 2).flatten(2)[:, patches]
         least, partner = least_costs(tokens[:, patches], None if sizes is None else sizes[:, patches], rows)
@@ -103,7 +103,7 @@ def match_padded(
     Returns:
         The map, which averages by sizes, and the sizes of the remaining tokens, float32, 0 in padding.
     """
-    with full_precision(tokens):
+    with full_precision(tokens.device):
         batch, length, _ = tokens.shape
         rows = None if right is None else right.transpose(1, 2).flatten(2)
         places = torch.arange(length, device=tokens.device).expand(batch, -1)
@@ -220,9 +220,8 @@ def _mean(distances: Tensor, squares: Tensor, pairs: Tensor | None) -> Tensor:
     return mean.clamp_min(torch.finfo(distances.dtype).tiny)
 
 
-def full_precision(tokens: Tensor) -> AbstractContextManager[object]:
-    """Leaves ``torch.autocast``, if it is on: half precision is too coarse to compare distances."""
-    device = tokens.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """Leaves ``torch.autocast``, if it is on: half precision is too coarse to compare distances and to rank by them."""
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
     return nullcontext()

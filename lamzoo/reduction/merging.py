@@ -103,15 +103,7 @@ class _MergeTokens(ReductionHook):
     ) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
         tokens, *others = args
         check_not_traced(tokens)
-        if self.pooling.padding is not None and others:  # which comes next after the tokens
-            kwargs = {**kwargs, self.pooling.padding: others.pop(0)}
-        given = [f"argument {place}" for place, value in enumerate(others, 2) if _is_set(value)]
-        given += [name for name, value in kwargs.items() if _is_set(value)]
-        if unknown := [name for name in given if name not in (*self.pooling.arguments, self.pooling.padding)]:
-            raise UnsupportedHostError(
-                f"Tokens can't be merged in {class_name(block)} while it is called with {unknown[0]}, such as an "
-                "attention mask of all tokens; leave it out, or call lamzoo.remove_reduction(model) first."
-            )
+        others, kwargs = self._checked(block, others, kwargs)
         here = self.shared.current
         if not self.is_first and not here.held:  # a block that runs on its own merges nothing
             return (tokens, *others), kwargs
@@ -119,34 +111,76 @@ class _MergeTokens(ReductionHook):
         if padding is not None:  # hidden by its size from here on
             kwargs = {**kwargs, str(self.pooling.padding): None}
         if self.is_first:
-            tokens = self._begin(tokens, here)
-            if padding is not None:
-                present = _present(padding, block, tokens)
-                lengths = present[:, self.prefix :].sum(dim=1)
-                counts = self._plans(int(tokens.shape[1]) - self.prefix).to(tokens.device)[lengths]
-                self.shared.update(sizes=present.float(), counts=counts)
-            here = self.shared.current
+            tokens = self._begin(block, tokens, padding)
         elif here.token_map is not None and not here.pooled:
             tokens = take(tokens, here.token_map.kept)  # the members of a merged token are all equal
+        return (self._merge(block, tokens, padding), *others), kwargs
+
+    def _checked(
+        self, block: nn.Module, others: list[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[list[Any], Mapping[str, Any]]:
+        """Returns the arguments of a block besides its tokens, padding by its name.
+
+        Raises:
+            UnsupportedHostError: one of them may change what tokens attend to.
+        """
+        if self.pooling.padding is not None and others:  # which comes next after the tokens
+            kwargs = {**kwargs, self.pooling.padding: others[0]}
+            others = others[1:]
+        given = [f"argument {place}" for place, value in enumerate(others, 2) if _is_set(value)]
+        given += [name for name, value in kwargs.items() if _is_set(value)]
+        if unknown := [name for name in given if name not in (*self.pooling.arguments, self.pooling.padding)]:
+            raise UnsupportedHostError(
+                f"Tokens can't be merged in {class_name(block)} while it is called with {unknown[0]}, such as an "
+                "attention mask of all tokens; leave it out, or call lamzoo.remove_reduction(model) first."
+            )
+        return others, kwargs
+
+    def _begin(self, block: nn.Module, tokens: Tensor, padding: Tensor | None) -> Tensor:
+        """Begins the pass, and puts the patches in the order in which they are matched."""
+        here = self.shared.current
+        self.shared.begin(here.grid, pooled=here.begins_pooled, held=True)
+        patches = tokens.shape[1] - self.prefix
+        if isinstance(patches, Tensor):  # in torch.jit.trace
+            patches = int(patches)
+        plan = self._plan(patches)
+        self.shared.update(plan=plan)
+        if padding is not None:
+            present = _present(padding, block, tokens)
+            counts = self._plans(int(patches)).to(tokens.device)[present[:, self.prefix :].sum(dim=1)]
+            self.shared.update(sizes=present.float(), counts=counts)
+        if self.pooling.padding is not None:  # a sample merges alike in any batch, of which the grids are not known
+            return tokens
+        order = checkerboard(patches, self.prefix, (here.grid, self.grid), tokens) if any(plan) else None
+        if order is None:
+            return tokens
+        places = order.expand(tokens.shape[0], -1)  # both ways, as each pair swaps
+        self.shared.reduce(TokenMap(tokens.shape[1], places, places))
+        return tokens.index_select(1, order)
+
+    def _merge(self, block: nn.Module, tokens: Tensor, padding: Tensor | None) -> Tensor:
+        """Begins the merge of the block, and returns the tokens that are left."""
+        here = self.shared.current
         # If only the prefix of the last block's output is read, other tokens need no query.
         layer: Any = block.get_submodule(self.pooling.attn).lam
         if layer.is_last and here.pooled and self.pooling.reads_prefix_only():
             places = torch.arange(self.prefix, device=tokens.device).expand(tokens.shape[0], -1)
             token_map = TokenMap(tokens.shape[1], places)
             self.shared.merge(Merge(self._normed(block, tokens), token_map))
-            tokens = token_map(tokens)
-        elif (count := here.plan[self.place] if self.place is not None else 0) or self._pads(padding, tokens):
-            normed = self._normed(block, tokens)
-            right = None if isinstance(layer, Unmasked) else layer.key_factor(normed)  # peft may have wrapped a mask
-            if padding is None:
-                token_map, sizes = match(normed, count, self.prefix, here.sizes, right)
-            else:
-                assert here.sizes is not None and here.counts is not None and self.place is not None
-                patches = Part(self.prefix, tokens.shape[1] - self.prefix, count, here.counts[:, self.place])
-                token_map, sizes = match_padded(normed, (patches,), here.sizes, right)
-            self.shared.merge(Merge(normed, token_map, sizes, right))
-            tokens = merged(tokens, token_map)
-        return (tokens, *others), kwargs
+            return token_map(tokens)
+        count = here.plan[self.place] if self.place is not None else 0
+        if not count and not self._pads(padding, tokens):
+            return tokens
+        normed = self._normed(block, tokens)
+        right = None if isinstance(layer, Unmasked) else layer.key_factor(normed)  # peft may have wrapped a mask
+        if padding is None:
+            token_map, sizes = match(normed, count, self.prefix, here.sizes, right)
+        else:
+            assert here.sizes is not None and here.counts is not None and self.place is not None
+            patches = Part(self.prefix, tokens.shape[1] - self.prefix, count, here.counts[:, self.place])
+            token_map, sizes = match_padded(normed, (patches,), here.sizes, right)
+        self.shared.merge(Merge(normed, token_map, sizes, right))
+        return merged(tokens, token_map)
 
     def _pads(self, padding: object, tokens: Tensor) -> bool:
         """Returns whether a sample may merge tokens although the batch doesn't get shorter: it becomes padding."""
@@ -163,23 +197,6 @@ class _MergeTokens(ReductionHook):
     @torch.compiler.assume_constant_result
     def _plans(self, longest: int) -> Tensor:
         return merges_by_length(longest, self.keep, self.layers)
-
-    def _begin(self, tokens: Tensor, here: StackPass) -> Tensor:
-        """Begins the pass, and puts the patches in the order in which they are matched."""
-        self.shared.begin(here.grid, pooled=here.begins_pooled, held=True)
-        patches = tokens.shape[1] - self.prefix
-        if isinstance(patches, Tensor):  # in torch.jit.trace
-            patches = int(patches)
-        plan = self._plan(patches)
-        self.shared.update(plan=plan)
-        if self.pooling.padding is not None:  # a sample merges alike in any batch, of which the grids are not known
-            return tokens
-        order = checkerboard(patches, self.prefix, (here.grid, self.grid), tokens) if any(plan) else None
-        if order is None:
-            return tokens
-        places = order.expand(tokens.shape[0], -1)  # both ways, as each pair swaps
-        self.shared.reduce(TokenMap(tokens.shape[1], places, places))
-        return tokens.index_select(1, order)
 
 
 def _present(mask: Tensor, block: nn.Module, tokens: Tensor) -> Tensor:

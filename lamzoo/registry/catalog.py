@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import fnmatch
-import importlib
 import inspect
 import logging
 import os
@@ -17,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from lamzoo.errors import DuplicateModelError, MissingExtraError, RegistryError, UnknownModelError
@@ -460,10 +460,9 @@ def builder_of(spec: ModelSpec) -> Callable[..., nn.Module]:
     """
     if not isinstance(spec.builder, str):
         return spec.builder
-    module, _, function = spec.builder.partition(":")
     try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
+        return resolve_name(spec.builder)
+    except (ImportError, AttributeError, ValueError) as error:
         raise RegistryError(f"The builder {spec.builder!r} of {spec.name} cannot be imported: {error}.") from error
 
 

@@ -150,11 +150,9 @@ def create_model(
         if checkpoint_path is not None:
             raise ConfigError(f"{ref.text} takes no checkpoint_path; load the file with the model's load_state_dict.")
         try:
-            _check_arguments({key: given[key] for key in ("img_size",) if key in given})
+            _check_arguments({"img_size": img_size})
         except (TypeError, ValueError) as error:
-            raise ConfigError(
-                f"{ref.text} cannot be built with img_size={given['img_size']!r:.60} ({error})."
-            ) from error
+            raise ConfigError(f"{ref.text} cannot be built with img_size={img_size!r:.60} ({error}).") from error
         return create_transformers_model(
             ref, pretrained=pretrained, lam=lam, fresh_masks=lam_weights == "fresh", arguments=given,
             cache_dir=cache_dir, allow_pickle=allow_pickle,
@@ -176,26 +174,7 @@ def create_model(
     if given.get("features_only") and (pretrained or checkpoint_path is not None):
         whole = {key: value for key, value in given.items() if key not in _FEATURE_ARGS}
         part, model = model, _build(plan, lam, whole)
-    how: dict[str, Any] = {
-        "given": {*given, *(["lam"] if lam is False else [])}, "arch": plan.spec.backbone.get("timm")
-    }  # fmt: skip
-    fresh = "of lam_weights='fresh'" if lam_weights == "fresh" else ""
-    if file is not None and state_dict is not None:
-        replaced = "those of checkpoint_path are loaded" if any(".lam." in key for key in checkpoint or ()) else ""
-        load_into(
-            model, state_dict, source=file.source, external=plan.external, lam=plan.lam,
-            fresh_lam=fresh or replaced, **how,
-        )  # fmt: skip
-        model.weights_source = f"{plan.spec.name}.{plan.tag.name}" if plan.tag is not None else file.source
-    if checkpoint is not None:
-        try:
-            load_into(model, checkpoint, source=str(checkpoint_path), fresh_lam=fresh, **how)
-        except StateDictError as error:
-            other = None if lam is not None else _tag_with_masks(plan, given, checkpoint)
-            if other is None:
-                raise
-            raise StateDictError(f"{error} It has the masks of {other}: use that name.") from error
-        model.weights_source = str(checkpoint_path)
+    _load(model, plan, lam, given, state_dict, checkpoint, str(checkpoint_path), fresh_masks=lam_weights == "fresh")
     model = model if part is None else _features(model, part)
     if plan.fused:
         fuse_layers(model)
@@ -305,6 +284,40 @@ def obtain(
     raise WeightsNotFoundError(
         f"None of the weights of {spec.name} ({', '.join(tag.name for tag in order)}) are available here: {errors[0]}"
     ) from errors[0]
+
+
+def _load(
+    model: Any,
+    plan: _Plan,
+    lam: LamConfig | bool | None,
+    given: Mapping[str, Any],
+    state_dict: Mapping[str, Tensor] | None,
+    checkpoint: Mapping[str, Tensor] | None,
+    path: str,
+    *,
+    fresh_masks: bool,
+) -> None:
+    """Loads the weights of a plan into its model, and then those of a checkpoint at ``path``; either may be None."""
+    how: dict[str, Any] = {
+        "given": {*given, *(["lam"] if lam is False else [])}, "arch": plan.spec.backbone.get("timm")
+    }  # fmt: skip
+    fresh = "of lam_weights='fresh'" if fresh_masks else ""
+    if plan.weights is not None and state_dict is not None:
+        source = plan.weights.source
+        replaced = "those of checkpoint_path are loaded" if any(".lam." in key for key in checkpoint or ()) else ""
+        load_into(
+            model, state_dict, source=source, external=plan.external, lam=plan.lam, fresh_lam=fresh or replaced, **how
+        )
+        model.weights_source = source if plan.tag is None else f"{plan.spec.name}.{plan.tag.name}"
+    if checkpoint is not None:
+        try:
+            load_into(model, checkpoint, source=path, fresh_lam=fresh, **how)
+        except StateDictError as error:
+            other = None if lam is not None else _tag_with_masks(plan, given, checkpoint)
+            if other is None:
+                raise
+            raise StateDictError(f"{error} It has the masks of {other}: use that name.") from error
+        model.weights_source = path
 
 
 def _tag_with_masks(plan: _Plan, given: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> str | None:

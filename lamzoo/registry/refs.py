@@ -132,7 +132,7 @@ class ModelRef:
     def name(self) -> str:
         """The name in one form for each model: ``arch.tag``, or with its prefix."""
         if self.arch:
-            return f"{self.arch}.{self.tag}" if self.tag else self.arch
+            return join_name(self.arch, self.tag)
         if self.kind == "local-dir" and not self.text.startswith("local-dir:"):
             return f"local-dir:{self.path}"
         return self.text
@@ -149,6 +149,11 @@ def display_name(name: str) -> str:
         return name
     path = Path(name.removeprefix("local-dir:"))
     return path.parent.name if path.name == "model" and path.parent.name else path.name
+
+
+def join_name(arch: str, tag: str | None) -> str:
+    """Returns ``arch.tag``, or ``arch`` without a tag."""
+    return f"{arch}.{tag}" if tag else arch
 
 
 def split_name(name: str) -> tuple[str, str | None]:

@@ -24,6 +24,7 @@ from lamzoo.profiling import LatencyComparison, compare_latency, profile
 from lamzoo.profiling.inputs import default_input
 from lamzoo.reduction.budget import merge_to_share
 from lamzoo.registry.factory import create_model
+from lamzoo.registry.refs import join_name
 from lamzoo.report.explorer import explore_image
 from lamzoo.report.mask_pictures import explain
 
@@ -209,8 +210,7 @@ def _print_file(console: Console, what: str, path: Path) -> None:
 
 
 def _with_tag(name: str, model: nn.Module) -> str:
-    tag = (getattr(model, "pretrained_cfg", None) or {}).get("tag")
-    return f"{name}.{tag}" if tag else name
+    return join_name(name, (getattr(model, "pretrained_cfg", None) or {}).get("tag"))
 
 
 def _ratio(timing: LatencyComparison) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from importlib import import_module
+from pkgutil import resolve_name
 
 from lamzoo.errors import DuplicateModelError, UnknownTaskError
 from lamzoo.tasks.base import TASKS, EvalRequest, Evaluation, MetricSpec, ScoreTable, Task, metric_table
@@ -49,8 +49,7 @@ def find_task(name: str) -> Task:
         UnknownTaskError: there is no such task; the message suggests a name or lists the known ones.
     """
     if name not in TASKS:
-        module, _, function = _LOADS_PLUGINS.partition(":")
-        getattr(import_module(module), function)()
+        resolve_name(_LOADS_PLUGINS)()
     if name in TASKS:
         return TASKS[name]
     close = difflib.get_close_matches(str(name), TASKS, n=1)

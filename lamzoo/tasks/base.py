@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import Any
 
 from lamzoo.errors import DataError
@@ -184,8 +184,7 @@ class Task:
         name = getattr(self, attribute)
         if name is None:
             raise LookupError(f"the task {self.name} has no {attribute}")
-        module, _, member = name.partition(":")
-        return getattr(import_module(module), member)
+        return resolve_name(name)
 
     def open_split(self, spec: str, split: str) -> Any:
         """Opens a split of a data set.

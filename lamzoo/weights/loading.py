@@ -14,10 +14,9 @@ from typing import Any
 from timm.models import adapt_input_conv, model_entrypoint
 from torch import Tensor, nn
 
-from lamzoo.adapters.state import check_lam_config, few
+from lamzoo.adapters.state import check_lam_config, few, has_masks
 from lamzoo.adapters.wrappers import check_model
 from lamzoo.errors import StateDictError
-from lamzoo.lam import Lam
 from lamzoo.lam.config import LamConfig
 from lamzoo.lam.layer import carried_configs
 from lamzoo.lam.masks import PositionTable, drop_dead_biases
@@ -82,7 +81,7 @@ def load_into(
     weights = _without_buffers(model, state_dict, notes)
     if fresh_lam:
         weights = _without_lam(weights, fresh_lam, notes)
-    elif any(".lam." in key for key in state_dict) and any(isinstance(module, Lam) for module in model.modules()):
+    elif any(".lam." in key for key in state_dict) and has_masks(model):
         carried = next(iter(carried_configs(state_dict).values()), lam)
         known = lam is not None and carried is not None and not carried.differences(lam)  # by the card or the folder
         own = "omit lam=" if known else "pass lam={config}"

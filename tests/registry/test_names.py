@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 from importlib.metadata import EntryPoint
 from typing import Any
 
@@ -15,6 +16,8 @@ from lamzoo.errors import DuplicateModelError, RegistryError, UnknownModelError
 from lamzoo.lam import LamConfig
 from lamzoo.registry import catalog
 from lamzoo.registry.catalog import (
+    builder_of,
+    find_spec,
     get_pretrained_cfg,
     list_models,
     list_tags,
@@ -157,6 +160,12 @@ def test_a_builder_that_cannot_be_imported_is_named(tmp_path: Any) -> None:
     register_cards(tmp_path / "mine.toml")
     with pytest.raises(RegistryError, match="no_such_module:build"):
         create_model("new")
+
+
+@pytest.mark.parametrize("builder", ["no_such_module:build", "lamzoo.models.vit:no_such_function", "../vit:build"])
+def test_a_builder_that_is_no_function_is_named(builder: str) -> None:
+    with pytest.raises(RegistryError, match=re.escape(f"The builder {builder!r} of vit_micro cannot be imported")):
+        builder_of(dataclasses.replace(find_spec("vit_micro"), builder=builder))
 
 
 def test_a_plugin_that_fails_is_named_and_leaves_the_rest_usable(

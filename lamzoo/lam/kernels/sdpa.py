@@ -41,9 +41,11 @@ def sdpa(
 ) -> Tensor:
     """Masked attention through ``F.scaled_dot_product_attention``; shapes as in :func:`lamzoo.lam.lam_attention`."""
     attn_mask = merged_mask(query, key, allowed, bias, is_causal)
+    fold = OPS[op].fold
+    assert fold is not None  # see unsupported
 
     def attend(query: Tensor, key: Tensor, value: Tensor, mask: FactoredMask, attn_mask: Tensor | None) -> Tensor:
-        wide_query, wide_key = fold(query, key, mask, op=op, scale=scale)
+        wide_query, wide_key = fold(query, key, mask.left.to(query.dtype), mask.right.to(key.dtype), scale)
         # On the CPU a value of another width than the query silently disables the fused kernel.
         width = max(wide_query.shape[-1], value.shape[-1])
         if query.device.type == "cuda":  # as does, on CUDA, a width that isn't a multiple of 8
@@ -78,27 +80,6 @@ def _is_long(query: Tensor, key: Tensor) -> bool:
     if query.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     return query.shape[1] > 1 and query[0].numel() + key[0].numel() >= _LONG
-
-
-def fold(query: Tensor, key: Tensor, mask: FactoredMask, *, op: Op, scale: float) -> tuple[Tensor, Tensor]:
-    """Folds a mask into a wider query and key, whose scaled product is the modulated score.
-
-    Multiplicative, ``(q . k) (l . r) = sum_i (l_i q) . (r_i k)``: the head dim grows to ``d R``.
-    Additive, ``scale (q . k) + l . r = scale [q, l] . [k, r / scale]``: it grows to ``d + R``.
-
-    Args:
-        query: ``(B, H, Nq, d)``.
-        key: ``(B, H, Nk, d)``.
-        mask: factors of rank R.
-        op: how the mask acts.
-        scale: of the scores, positive.
-
-    Returns:
-        Query and key, ``(B, H, Nq | Nk, d R | d + R)``, in the dtypes of the inputs.
-    """
-    folded = OPS[op].fold
-    assert folded is not None  # see unsupported
-    return folded(query, key, mask.left.to(query.dtype), mask.right.to(key.dtype), scale)
 
 
 def _widen(x: Tensor, width: int) -> Tensor:

@@ -71,25 +71,17 @@ def clip4clip(
     """
     if in_chans != 3 or num_classes != 0:
         raise ConfigError("CLIP4Clip takes RGB frames and has no classes; leave in_chans and num_classes out.")
-    given = {
-        "clip": clip, "similarity": similarity, "lam_in": lam_in, "max_frames": max_frames, "fps": fps,
-        "head_layers": head_layers, "head_mlp_ratio": head_mlp_ratio, "patch_grid": patch_grid, "words": words,
-        "modality_bias": modality_bias,
-        "context_length": context_length, "quick_gelu": quick_gelu,
+    of_model = {
+        "similarity": similarity, "max_frames": max_frames, "fps": fps, "head_layers": head_layers,
+        "head_mlp_ratio": head_mlp_ratio, "patch_grid": patch_grid, "words": words, "modality_bias": modality_bias,
     }  # fmt: skip
+    given = {**of_model, "clip": clip, "lam_in": lam_in, "context_length": context_length, "quick_gelu": quick_gelu}
     chosen = {**config, **{key: value for key, value in given.items() if value is not None}}
     build, towers = (custom_towers, "clip") if "clip" in chosen else (named_towers, "open_clip")
     model = Clip4Clip(
         build(chosen[towers], img_size, chosen.get("context_length"), bool(chosen.get("quick_gelu"))),
-        similarity=chosen.get("similarity", "seq"),
-        max_frames=chosen.get("max_frames", 12),
-        fps=chosen.get("fps", 1.0),
-        head_layers=chosen.get("head_layers", 4),
-        head_mlp_ratio=chosen.get("head_mlp_ratio", 4.0),
-        patch_grid=chosen.get("patch_grid", 0),
-        words=chosen.get("words", False),
-        modality_bias=chosen.get("modality_bias", False),
         tokenizer_name=None if "clip" in chosen else chosen["open_clip"],
+        **{key: chosen[key] for key in of_model if key in chosen},
     )
     if lam is not None:
         _add_masks(model, lam, chosen.get("lam_in"))

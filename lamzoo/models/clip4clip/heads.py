@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lamzoo.lam.masks import ModalityBias
+from lamzoo.reduction.matching import full_precision
 
 _HEAD_WIDTH = 64  # of an attention head, as in CLIP's towers
 
@@ -208,12 +208,6 @@ class FirstTokenBlock(ResidualAttentionBlock):
         """Whether the block attends under the mask of an earlier one."""
         lam = getattr(self.attn, "lam", None)
         return lam is not None and lam.network is None
-
-
-def full_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """Disables autocast on a device; a no-op on devices without autocast, such as meta."""
-    there = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if there else nullcontext()
 
 
 def _add_modality_bias(

@@ -17,6 +17,7 @@ from lamzoo.errors import ConfigError, MissingExtraError, class_name
 from lamzoo.lam import LamConfig
 from lamzoo.reduction import TokenReduction
 from lamzoo.reduction.frames import merge_frames
+from lamzoo.reduction.matching import full_precision
 
 if find_spec("open_clip") is None:
     raise MissingExtraError("CLIP4Clip needs open_clip, which is not installed; pip install 'lamzoo[clip]'.")
@@ -25,7 +26,7 @@ import open_clip
 from open_clip.convert import convert_state_dict
 from open_clip.model import CLIP, resize_pos_embed, resize_text_pos_embed
 
-from lamzoo.models.clip4clip.heads import MeanHead, SequentialHead, TightHead, full_precision, mean_of_frames
+from lamzoo.models.clip4clip.heads import MeanHead, SequentialHead, TightHead, mean_of_frames
 from lamzoo.models.clip4clip.tower_states import (
     check_freezable,
     check_text,

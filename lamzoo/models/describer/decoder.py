@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from lamzoo.errors import ConfigError
 from lamzoo.lam.layer import Scores
+from lamzoo.layers.attention import split_heads
 
 _Pair = tuple[Tensor, Tensor]
 
@@ -202,7 +203,7 @@ class CaptionDecoder(nn.Module):
 
     def _heads(self, attention: nn.MultiheadAttention, x: Tensor, part: int) -> Tensor:
         weight, bias = attention.in_proj_weight.chunk(3)[part], attention.in_proj_bias.chunk(3)[part]
-        return F.linear(x, weight, bias).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return split_heads(F.linear(x, weight, bias), self.num_heads)
 
     def _finish(self, block: ResidualAttentionBlock, x: Tensor, heads: Tensor) -> Tensor:
         x = x + block.ls_1(block.attn.out_proj(heads.transpose(1, 2).flatten(2)))

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from lamzoo.errors import ConfigError, DataError, MissingExtraError
 from lamzoo.lam.layer import Scores
+from lamzoo.layers.attention import split_heads
 
 if find_spec("transformers") is None:
     raise MissingExtraError("GPT-2 needs transformers, which is not installed; pip install 'lamzoo[gpt2]'.")
@@ -223,7 +224,7 @@ class Gpt2Decoder(nn.Module):
         return torch.stack([scores.attention().mean(dim=1) for scores in read]).mean(dim=0)
 
     def _scores(self, query: Tensor, key: Tensor, allowed: Tensor) -> Scores:
-        query, key = (x.unflatten(-1, (self.settings.heads, -1)).transpose(1, 2) for x in (query, key))
+        query, key = (split_heads(x, self.settings.heads) for x in (query, key))
         return Scores(query, key, query.shape[-1] ** -0.5, allowed=allowed)
 
     def _attend(self, words: Tensor, memory: Tensor, mask: Tensor | None, cache: Gpt2Cache | None) -> Tensor:
