@@ -171,13 +171,12 @@ def check_fingerprints(folder: Path, splits: Mapping[str, Any], accelerator: Acc
     return found
 
 
-def has_split(data: DataSection, split: str) -> bool:
-    """Returns whether the data has a separate split of this name, other than those for training and evaluation."""
+def has_split(data: DataSection, split: str, train: LabelledImages) -> bool:
+    """Returns whether the data has a split of this name, other than the opened training split."""
     try:
-        taken = {_open_train(data).split, CLASSIFICATION.open_split(data.source, split).split}
+        return bool(CLASSIFICATION.open_split(data.source, split).split != train.split)
     except MissingSplitError:
         return False
-    return len(taken) == 2
 
 
 def prepare_splits(
