@@ -434,9 +434,8 @@ class TrainingRun(ABC):
         if not better:
             return False
         self._save_model(self.checkpoints.output / MODEL_FOLDERS[0])
-        sha256 = on_main_process(
-            self.accelerator, lambda: self._best_weights().sha256
-        )  # as save_pretrained recorded it
+        # save_pretrained has recorded it, so the file isn't read again.
+        sha256 = on_main_process(self.accelerator, lambda: self._best_weights().sha256)
         self.best = {"epoch": record["epoch"], "value": value, "sha256": sha256}
         return True
 

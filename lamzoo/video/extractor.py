@@ -16,7 +16,7 @@ import timm.data
 import torch
 from torch import Tensor, nn
 
-from lamzoo.data.moments.base import Features
+from lamzoo.data.feature_arrays import Features
 from lamzoo.data.retrieval.clips import FramesTransform, each_frame
 from lamzoo.data.video.instants import ClipMiddles
 from lamzoo.data.video.reader import read_video_pieces

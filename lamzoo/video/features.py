@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from lamzoo.data import OnBadInput, plain_worker_errors
+from lamzoo.data.feature_arrays import Features
 from lamzoo.data.images.decode import unreadable_because
-from lamzoo.data.moments.base import Features
 from lamzoo.data.moments.feature_folder import TEXT_FOLDER
 from lamzoo.data.moments.qvhighlights import read_queries
 from lamzoo.data.video.packets import import_av

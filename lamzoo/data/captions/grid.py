@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lamzoo.data.audio.spectra import HOP, Spectra
-from lamzoo.data.captions.base import CaptionItem, CaptionSource, Features, Stream
+from lamzoo.data.captions.base import CaptionItem, CaptionSource, Stream
 from lamzoo.data.captions.sound import PAIR, Damage, damage, sound_stream
+from lamzoo.data.feature_arrays import Features
 from lamzoo.data.grid_tokens import (
     BANDS,
     HOPS,

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from lamzoo.data.feature_arrays import Features
 from lamzoo.data.grid_tokens import RATE, GridTokens, Modalities, Speech, join
-from lamzoo.data.moments.base import Features, MomentQuery, MomentSource
+from lamzoo.data.moments.base import MomentQuery, MomentSource
 from lamzoo.errors import DataError
 
 LONGEST = 600.0  # maximum duration of a recording, seconds
