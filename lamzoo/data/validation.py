@@ -77,10 +77,10 @@ def find_invalid(
     return bad
 
 
-def check_on_bad(on_bad: str) -> None:
-    """Raises a :class:`ConfigError` unless the argument is an :data:`OnBadInput`."""
+def check_on_bad(on_bad: str, name: str = "on_bad_input") -> None:
+    """Raises a :class:`ConfigError` that names the argument unless it is an :data:`OnBadInput`."""
     if on_bad not in get_args(OnBadInput):
-        raise ConfigError(f"on_bad is {on_bad!r}; it must be 'stop' or 'skip'")
+        raise ConfigError(f"{name} is {on_bad!r}; it must be 'stop' or 'skip'")
 
 
 def valid_indices(dataset: Any, bad: Sequence[BadInput], on_bad: OnBadInput, what: str) -> list[int]:

@@ -21,6 +21,7 @@ from lamzoo.errors import ConfigError, UnsupportedHostError
 from lamzoo.evaluation.retrieval.metrics import dual_softmax, retrieval_metrics, two_way_metrics
 from lamzoo.evaluation.retrieval.reranking import check_rerank, rerank_candidates
 from lamzoo.evaluation.runtime import Precision, check_batches, check_finite, inference, resolve_device
+from lamzoo.reading import parse_json, to_json
 from lamzoo.tasks.base import EvalRequest, Evaluation
 
 _TEXTS = 1024  # texts per block of similarities
@@ -177,6 +178,12 @@ def frames_config(model: nn.Module) -> dict[str, Any]:
             f"{type(model).__name__} does not compare texts with videos; use a model of the family lam_clip4clip."
         )
     return timm.data.resolve_model_data_config(model, {"input_size": (3, *size)})
+
+
+def preprocessing_of(model: nn.Module) -> dict[str, Any]:
+    """Returns :func:`frames_config` as it is read back from a file, in which tuples become lists; errors likewise."""
+    settings: dict[str, Any] = parse_json(to_json(frames_config(model)))
+    return settings
 
 
 def encode_texts(
