@@ -22,6 +22,7 @@ ALIASES: dict[str, str] = {
     "lamzoo.data.captions.features.check_rows": "lamzoo.data.feature_arrays:check_rows",
     "lamzoo.data.classmap": "lamzoo.data.images.class_map",
     "lamzoo.data.clips": "lamzoo.data.retrieval.clips",
+    "lamzoo.data.clips.each_frame": "lamzoo.data.retrieval.clips:EachFrame",
     "lamzoo.data.factory": "lamzoo.data.images.factory",
     "lamzoo.data.find_bad_images": "lamzoo.data.images.validation:find_invalid_images",
     "lamzoo.data.folders": "lamzoo.data.images.folders",

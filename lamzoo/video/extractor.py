@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lamzoo.data.feature_arrays import Features
-from lamzoo.data.retrieval.clips import FramesTransform, each_frame
+from lamzoo.data.retrieval.clips import EachFrame, FramesTransform
 from lamzoo.data.video.instants import ClipMiddles
 from lamzoo.data.video.reader import read_video_pieces
 from lamzoo.errors import ConfigError, UnsupportedHostError
@@ -86,7 +86,7 @@ class FeatureExtractor:
         self.sampling, self.clip_seconds = clip_middles(clip_seconds), clip_seconds
         self._device, self._precision, self._batch_size = resolve_device(device), precision, batch_size
         self.model: Any = create_model(model, pretrained=True) if isinstance(model, str) else model
-        self.transform: FramesTransform = each_frame(timm.data.create_transform(**frames_config(self.model)))
+        self.transform: FramesTransform = EachFrame(timm.data.create_transform(**frames_config(self.model)))
         if not self.model.gives_words or not hasattr(self.model.tokenizer, "eot_token_id"):
             raise UnsupportedHostError(
                 f"the text tower of {name_of(self.model)} gives no features of words, or no end of a text; use another "

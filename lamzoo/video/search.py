@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from lamzoo.data import OnBadInput
 from lamzoo.data.images.decode import unreadable_because
 from lamzoo.data.paths import file_exists
-from lamzoo.data.retrieval.clips import FramesTransform, each_frame, pad_clips
+from lamzoo.data.retrieval.clips import EachFrame, FramesTransform, pad_clips
 from lamzoo.data.validation import check_on_bad
 from lamzoo.data.video.packets import UnreadableVideo, import_av
 from lamzoo.data.video.reader import find_videos, read_video
@@ -375,7 +375,7 @@ def _embed(
     progress: Callable[[int, int], None] | None,
 ) -> None:
     """Reads and embeds videos; saves the embeddings so far, also when interrupted."""
-    transform = each_frame(timm.data.create_transform(**frames_config(model)))
+    transform = EachFrame(timm.data.create_transform(**frames_config(model)))
     videos = _Videos(content.folder, todo, content.origin.sampling, transform)
     # The loader draws a seed for its workers, which are deterministic here: the caller's random state is preserved.
     seed = torch.Generator().manual_seed(0)

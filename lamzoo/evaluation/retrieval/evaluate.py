@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from lamzoo.data import BadInput, OnBadInput, plain_worker_errors
 from lamzoo.data.retrieval import CaptionedVideos, leave_out_invalid_videos, set_aside_invalid_videos
-from lamzoo.data.retrieval.clips import Clips, each_frame, pad_clips
+from lamzoo.data.retrieval.clips import Clips, EachFrame, pad_clips
 from lamzoo.data.video.sampling import FrameSampling, adjusted
 from lamzoo.errors import ConfigError, UnsupportedHostError
 from lamzoo.evaluation.retrieval.metrics import dual_softmax, retrieval_metrics, two_way_metrics
@@ -107,7 +107,7 @@ def evaluate_retrieval(
             dataset, chosen, "skip", workers=workers, progress=partial(moved, "scan")
         )
     loader = DataLoader(
-        Clips(dataset, chosen, each_frame(timm.data.create_transform(**config))),
+        Clips(dataset, chosen, EachFrame(timm.data.create_transform(**config))),
         batch_size,
         collate_fn=pad_clips,
         num_workers=workers,
