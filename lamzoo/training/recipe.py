@@ -41,7 +41,7 @@ _LEAST_ALPHA = 0.001  # of the beta distributions of mixing; their samples becom
 
 @dataclass(frozen=True)
 class ModelSection(ModelSectionBase):
-    """``[model]``: an image model, also ``timm/<name>``.
+    """``[model]``: an image classifier, which may be ``timm/<name>``.
 
     ``num_classes`` in ``kwargs`` defaults to that of the data.
 

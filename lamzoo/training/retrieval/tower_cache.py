@@ -122,10 +122,8 @@ class TowerCache:
 
     def _make_videos(self, role: str, clips: Clips) -> Iterator[Tensor]:
         recipe, device = self._recipe, self._accelerator.device
-        batch, collate = (
-            recipe.run.batch_size // recipe.run.accumulation,
-            partial(pad_clips, frames=recipe.data.max_frames),
-        )
+        batch = recipe.run.batch_size // recipe.run.accumulation
+        collate = partial(pad_clips, frames=recipe.data.max_frames)
         seed = torch.Generator().manual_seed(0)  # of the workers, which are deterministic
         loader = DataLoader(clips, batch, collate_fn=collate, num_workers=recipe.data.workers, generator=seed)
         model, fused = self._model.to(device), self._takes_fused_kernels(role)
