@@ -161,7 +161,7 @@ def _refuse(options: Mapping[str, Any], what: str) -> None:
 
 
 def _print(task: Task, found: Evaluation, split: str | None, what: str) -> None:
-    """Prints the scores of what was scored, and the notes."""
+    """Prints the table of scores, and the notes."""
     out.print_scores(task.score_table({split or "all": found.scores, **found.variants}), f"{what}: {found.samples}")
     for note in found.notes:
         out.print_line(note)
