@@ -41,13 +41,13 @@ from benchmarks.ablation import run as ablation
 from benchmarks.rows import measured_on, read_rows, write_rows
 from lamzoo.data.arrays import read_npz
 from lamzoo.data.retrieval import CaptionedVideos, create_retrieval_dataset
-from lamzoo.data.retrieval.clips import Clips, each_frame
+from lamzoo.data.retrieval.clips import Clips, EachFrame, pad_clips
 from lamzoo.evaluation.retrieval.evaluate import compare, frames_config
 from lamzoo.evaluation.retrieval.reranking import rerank_candidates
 from lamzoo.files import atomic_files, file_lock
 from lamzoo.profiling.inputs import evaluating
 from lamzoo.training.retrieval.recipe import RetrievalRecipe
-from lamzoo.training.retrieval.tower_cache import TextStates, TowerCache, pad_to
+from lamzoo.training.retrieval.tower_cache import TextStates, TowerCache
 
 FILE = ablation.HERE / "flickr8k_towers.toml"
 RESULTS = ablation.RESULTS / "flickr8k_towers.csv"
@@ -278,9 +278,9 @@ def _videos(
     recipe: RetrievalRecipe,
     transform: Callable[[Any], Tensor],
 ) -> tuple[Tensor, Tensor]:
-    clips = cache.clips(role, Clips(split, recipe.data.sampling, each_frame(transform)))
+    clips = cache.clips(role, Clips(split, recipe.data.sampling, EachFrame(transform)))
     device = next(model.parameters()).device
-    loader = DataLoader(clips, 256, collate_fn=pad_to(recipe.data.max_frames))
+    loader = DataLoader(clips, 256, collate_fn=partial(pad_clips, frames=recipe.data.max_frames))
     there = ((states.to(device), mask.to(device)) for states, mask in loader)
     parts = [(model.embed_video(states, mask).float(), mask) for states, mask in there]
     videos, masks = zip(*parts, strict=True)

@@ -33,7 +33,7 @@ import lamzoo
 from benchmarks.rows import measured_on, read_rows, with_quartiles, write_rows
 from lamzoo.data.captions import create_caption_dataset
 from lamzoo.data.retrieval import create_retrieval_dataset
-from lamzoo.data.retrieval.clips import Clips, each_frame, pad_clips
+from lamzoo.data.retrieval.clips import Clips, EachFrame, pad_clips
 from lamzoo.errors import ConfigError
 from lamzoo.evaluation.captions.evaluate import caption_scores, describe_clips
 from lamzoo.evaluation.captions.metrics import word_error_rate
@@ -185,7 +185,7 @@ def settings(model: nn.Module, shares: Sequence[float]) -> Iterator[tuple[str, f
 def retrieval(model: Any, data: str, split: str) -> Callable[[], tuple[Tensor, float]]:
     """Returns a function that scores a retrieval model: R@1 of each text, and R@10 of all."""
     dataset = create_retrieval_dataset(data, split)
-    transform = each_frame(timm.data.create_transform(**frames_config(model)))
+    transform = EachFrame(timm.data.create_transform(**frames_config(model)))
     batches = list(DataLoader(Clips(dataset, model.sampling, transform), 16, collate_fn=pad_clips))
     owners = torch.as_tensor(dataset.video_of_text)
 

@@ -184,72 +184,60 @@ def _shown(value: Any) -> str:
     return shortened(json.dumps(value, default=str, ensure_ascii=False))
 
 
-def read_lines(
-    path: str | Path, *, what: str, error: type[LamzooError] = DataError
-) -> tuple[list[str], list[tuple[int, list[str]]]]:
+def read_lines(path: str | Path, *, what: str) -> tuple[list[str], list[tuple[int, list[str]]]]:
     """Reads a CSV file with a header.
 
     Args:
         path: the file, UTF-8.
         what: the kind of file, for messages: ``"results table"``.
-        error: the exception to raise.
 
     Returns:
         The column names, and for each record the number of its last line in the file and its cells.
 
     Raises:
-        LamzooError: ``error``: the file can't be read, is empty or not CSV, repeats a column, or has a record with more
-            or fewer cells than columns; names file and line.
+        DataError: the file can't be read, is empty or not CSV, repeats a column, or has a record with more or fewer
+            cells than columns; names file and line.
     """
     try:
         found = parse_csv(read_text(path, keep_line_ends=True))
     except (OSError, ValueError) as cause:
-        raise error(f"The {what} {path} cannot be read: {reason(cause)}.") from cause
+        raise DataError(f"The {what} {path} cannot be read: {reason(cause)}.") from cause
     lines = [(number, [from_spreadsheet_cell(cell) for cell in cells]) for number, cells in found]
     if not lines:
-        raise error(f"The {what} {path} is empty; its first line must name the columns.")
+        raise DataError(f"The {what} {path} is empty; its first line must name the columns.")
     (_, columns), *records = lines
     twice, count = next(iter(Counter(columns).most_common(1)), ("", 1))
     if count > 1:
-        raise error(f"{path} has the column {twice!r} twice; remove one.")
+        raise DataError(f"{path} has the column {twice!r} twice; remove one.")
     for number, cells in records:
         if len(cells) != len(columns):
-            raise error(f"{path}, line {number}: {len(cells)} cells instead of {len(columns)}; fix or remove it.")
+            raise DataError(f"{path}, line {number}: {len(cells)} cells instead of {len(columns)}; fix or remove it.")
     return columns, records
 
 
-def read_csv(
-    path: str | Path,
-    cls: type[Record],
-    *,
-    what: str = "results table",
-    optional: Collection[str] = (),
-    error: type[LamzooError] = DataError,
-) -> list[Record]:
-    """Reads a CSV file into a list of dataclasses, one per record.
+def read_csv(path: str | Path, cls: type[Record], *, optional: Collection[str] = ()) -> list[Record]:
+    """Reads a results table, a CSV file, into a list of dataclasses, one per record.
 
     Args:
         path: the file; its columns are the fields, in any order. An empty cell is None, or "" for a ``str`` with a
             default.
         cls: a dataclass whose fields are ``str``, ``int``, ``float``, ``bool``, ``Literal`` of strings or one of
             these ``| None``.
-        what: the kind of file, for messages.
         optional: columns that older files lack; they get the field's default.
-        error: the exception to raise.
 
     Raises:
-        LamzooError: ``error``: as of :func:`read_lines`; a column is missing or unknown, or a cell has the wrong type;
-            names file, line and column.
+        DataError: as of :func:`read_lines`; a column is missing or unknown, or a cell has the wrong type; names file,
+            line and column.
     """
-    columns, records = read_lines(path, what=what, error=error)
+    columns, records = read_lines(path, what="results table")
     hints = get_type_hints(cls)
     entries = {entry.name: entry for entry in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for column in columns:
         if column not in entries:
-            raise error(f"{path} has an unknown column {column!r}; {_closest(column, list(entries), quote=True)}")
+            raise DataError(f"{path} has an unknown column {column!r}; {_closest(column, list(entries), quote=True)}")
     for name in entries:
         if name not in columns and name not in optional:
-            raise error(f"{path} has no column {name!r}; add it, or write the {what} again.")
+            raise DataError(f"{path} has no column {name!r}; add it, or write the results table again.")
 
     def parse(cell: str, column: str, number: int) -> Any:
         hint = hints[column]
@@ -262,13 +250,13 @@ def read_csv(
             choices = {str(choice): choice for choice in get_args(kind) or (False, True)}
             if cell in choices:
                 return choices[cell]
-            raise error(f"{place}; it must be {' or '.join(choices)}.")
+            raise DataError(f"{place}; it must be {' or '.join(choices)}.")
         if not cell:
-            raise error(f"{place}; it must be a {'name' if kind is str else 'number'}.")
+            raise DataError(f"{place}; it must be a {'name' if kind is str else 'number'}.")
         try:
             return _PARSERS[kind](cell)
         except ValueError as cause:
-            raise error(f"{place}, which is not {_NAMES[kind]}; fix or remove the line.") from cause
+            raise DataError(f"{place}, which is not {_NAMES[kind]}; fix or remove the line.") from cause
 
     return [
         cls(**{column: parse(cell, column, number) for column, cell in zip(columns, cells, strict=True)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -91,32 +92,18 @@ def eval_command(
     trained = trained_data_of(name)
     file = task_of_predictions(name) if model_ref(name).kind == "predictions" else None
     chosen = _task(name, task, trained, file)
-    if file is not None and file != chosen:
-        raise ConfigError(
-            f"{name} is a file of predictions of {file.about}; leave out --task, or say --task {file.name}"
-        )
     given: dict[str, Any] = {
         "class_map": class_map, "real_labels": real_labels, "on_bad_input": on_bad_input, "limit": limit,
         "state": state, "resume": resume or None, "fps": fps, "slicing": slicing, "dual_softmax": dual_softmax or None,
         "rerank": rerank, "beams": beams, "context": context, "submission": submission,
     }  # fmt: skip
-    options = {option: value for option, value in given.items() if value is not None}
-    keeps = ("submission",) if chosen.write_predictions is not None else ()
-    _refuse([option for option in options if option not in (*chosen.options, *keeps)], f"the task {chosen.name}")
-    options.pop("submission", None)
-    if data is None:
-        if trained is None:
-            raise ConfigError(f"--data is missing, and {name} is not the folder of a training run; add --data SPEC")
-        data = trained.source
+    applicable = {*chosen.options, *(() if chosen.write_predictions is None else ("submission",))}
+    _refuse({option: value for option, value in given.items() if option not in applicable}, f"the task {chosen.name}")
+    options = {option: value for option, value in given.items() if value is not None and option != "submission"}
+    data = data if data is not None else _trained_on(name, trained)
     if file is not None:
-        of_models = {
-            "checkpoint": checkpoint,
-            "merge": merge,
-            "submission": submission,
-            "trust": trust or None,
-            **options,
-        }
-        _refuse([option for option, value in of_models.items() if value is not None], f"the predictions {name}")
+        of_models = {"checkpoint": checkpoint, "merge": merge, "submission": submission, "trust": trust or None}
+        _refuse({**of_models, **options}, f"the predictions {name}")
         dataset = chosen.open_for_scoring(data, split)
         found: Evaluation = chosen.load("score_predictions")(name, dataset)
         facts: dict[str, Any] = {"task": chosen.name, "data": data, "split": dataset.split}
@@ -132,32 +119,52 @@ def eval_command(
         out.write_json(output, record)
     if json:
         out.print_json(record)
-        return
-    scores = {record["split"] or "all": found.scores, **found.variants}
-    merged = "" if merge is None else f" merged to {100 * merge:g} % of its GMACs"
-    out.print_scores(chosen.score_table(scores), f"{name}{merged} on {data}: {found.samples}")
-    for note in found.notes:
-        out.print_line(note)
+    else:
+        merged = "" if merge is None else f" merged to {100 * merge:g} % of its GMACs"
+        _print(chosen, found, record["split"], f"{name}{merged} on {data}")
 
 
 def _task(name: str, asked: str | None, trained: TrainedData | None, file: Task | None) -> Task:
-    """Returns the requested task, or that of the run, the predictions, or the model."""
+    """Returns the requested task, or that of the run, the predictions, or the model.
+
+    Raises:
+        ConfigError: the predictions are of another task.
+    """
+    from lamzoo.registry.catalog import task_of
     from lamzoo.tasks import find_task
 
     if asked is not None:
-        return find_task(asked)
-    if trained is not None:
-        return find_task(trained.task)
-    if file is not None:
-        return file
-    from lamzoo.registry.catalog import task_of
+        chosen = find_task(asked)
+    elif trained is not None:
+        chosen = find_task(trained.task)
+    else:
+        chosen = file if file is not None else task_of(name)
+    if file is not None and file != chosen:
+        raise ConfigError(
+            f"{name} is a file of predictions of {file.about}; leave out --task, or say --task {file.name}"
+        )
+    return chosen
 
-    return task_of(name)
+
+def _trained_on(name: str, trained: TrainedData | None) -> str:
+    """Returns the data of a training run; raises a :class:`ConfigError` for any other model."""
+    if trained is None:
+        raise ConfigError(f"--data is missing, and {name} is not the folder of a training run; add --data SPEC")
+    return trained.source
 
 
-def _refuse(options: list[str], what: str) -> None:
-    if options:
-        raise ConfigError(f"--{options[0].replace('_', '-')} does not apply to {what}; leave it out")
+def _refuse(options: Mapping[str, Any], what: str) -> None:
+    """Raises a :class:`ConfigError` that names the first option with a value."""
+    given = next((option for option, value in options.items() if value is not None), None)
+    if given is not None:
+        raise ConfigError(f"--{given.replace('_', '-')} does not apply to {what}; leave it out")
+
+
+def _print(task: Task, found: Evaluation, split: str | None, what: str) -> None:
+    """Prints the table of scores, and the notes."""
+    out.print_scores(task.score_table({split or "all": found.scores, **found.variants}), f"{what}: {found.samples}")
+    for note in found.notes:
+        out.print_line(note)
 
 
 def _score(

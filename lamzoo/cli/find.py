@@ -101,9 +101,9 @@ def _find(
     network: Any, extractor: FeatureExtractor, query: str, video: Path
 ) -> tuple[VideoFeatures, MomentFeatures, MomentPrediction]:
     """Reads the video and finds the query, after a check that the model fits the features."""
+    from lamzoo.data.feature_arrays import unit
     from lamzoo.data.moments import MomentFeatures
     from lamzoo.data.moments.base import with_positions
-    from lamzoo.data.moments.feature_folder import unit
     from lamzoo.evaluation.moments.evaluate import find_moments
 
     text = unit(extractor.texts([query])[0])

@@ -14,8 +14,8 @@ from PIL import Image
 
 from lamzoo.data.arrays import read_npz
 from lamzoo.data.audio.spectra import stack_spectra
+from lamzoo.data.jpeg_archive import CaptionLines, JpegLines
 from lamzoo.data.paths import file_exists
-from lamzoo.data.retrieval.jpeg_archive import CaptionLines, JpegLines
 from lamzoo.errors import DataError
 
 Modalities = Literal["both", "video", "audio"]
@@ -79,7 +79,7 @@ class Piece:
     word: tuple[str, float, float]
 
 
-def draw_pieces(count: int, clip: Callable[[int], tuple[Words, int]]) -> list[Piece]:
+def draw_pieces(count: int, clip: Callable[[int], tuple[Words, int]], phrase: range | None = None) -> list[Piece]:
     """Draws the words of a new sentence from different clips, with :mod:`random`.
 
     All of GRID's sentences have the same grammar, which the new one follows too.
@@ -87,16 +87,22 @@ def draw_pieces(count: int, clip: Callable[[int], tuple[Words, int]]) -> list[Pi
     Args:
         count: number of clips to draw from.
         clip: returns the words and the number of frames of a clip.
+        phrase: the words of the sentence to draw; all by default.
+
+    Raises:
+        DataError: a clip has fewer words than the first one.
     """
-    slots = len(clip(0)[0])
+    length = len(clip(0)[0])
     pieces = []
-    for slot in range(slots):
+    for slot in range(length) if phrase is None else phrase:
         index = random.randrange(count)
         words, frames = clip(index)
-        if len(words) < slots:
-            raise DataError(f"clips with {slots} and with {len(words)} words can't be spliced; set augment.splice to 0")
+        if len(words) < length:
+            raise DataError(
+                f"clips with {length} and with {len(words)} words can't be spliced; set augment.splice to 0"
+            )
         start = round(words[slot - 1][2] * RATE) if slot else 0
-        end = frames if slot == slots - 1 else max(start + 1, round(words[slot][2] * RATE))
+        end = frames if slot == length - 1 else max(start + 1, round(words[slot][2] * RATE))
         word, first, last = words[slot]
         limits = np.clip([first, last], start / RATE, end / RATE) - start / RATE
         pieces.append(Piece(index, start, end, (word, *limits.tolist())))
@@ -190,23 +196,34 @@ def lip_motion(clips: JpegLines, index: int, count: int) -> Tokens:
     Raises:
         DataError: the image is damaged or has another size; names it.
     """
-    lips = grey_frames(clips, index, count, *_FRAME)[:, *_LIPS]
+    lips = stacked_frames(clips, index, count, *_FRAME)[:, *_LIPS].astype(np.float32)
     return less_mean(block_means(lips, 2))
 
 
-def grey_frames(clips: JpegLines, index: int, count: int, height: int, width: int) -> Tokens:
-    """Returns the grey frames of a clip, stacked vertically in one image, as ``(count, height, width)``.
+def stacked_frames(
+    clips: JpegLines, index: int, count: int, height: int, width: int, mode: Literal["L", "RGB"] = "L"
+) -> NDArray[np.uint8]:
+    """Returns the frames of a clip, stacked vertically in one image: ``(count, height, width)``, also ``(..., 3)``.
+
+    Args:
+        clips: the clips of an archive.
+        index: index of the clip.
+        count: number of frames.
+        height: of a frame, pixels.
+        width: of a frame, pixels.
+        mode: grey, or in colour.
 
     Raises:
         DataError: the image is damaged or has another size; names it.
     """
-    strip = clips.decode(index).convert("L")
+    strip = clips.decode(index)
     if strip.size != (width, height * count) or not count:
         raise DataError(
             f"{clips.name(index)} is {strip.width} x {strip.height} pixels, not {count} frames of {width} x {height}; "
             "the n_frames of its line in captions.jsonl doesn't match"
         )
-    return np.asarray(strip, dtype=np.float32).reshape(count, height, width)
+    pixels = np.asarray(strip.convert(mode))
+    return pixels.reshape(count, height, *pixels.shape[1:])
 
 
 def block_means(frames: Tokens, side: int) -> Tokens:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Protocol, TypeVar, cast
 
 from lamzoo.errors import DataError, MissingSplitError, UnsplitError
@@ -73,6 +73,26 @@ def index_of_id(ids: Sequence[str], wanted: str | None, where: str, what: str) -
         more = f" and {len(ids) - _NAMED} more" if len(ids) > _NAMED else ""
         raise DataError(f"{where} has no {what} {wanted!r}; it has {', '.join(map(repr, ids[:_NAMED]))}{more}")
     return 0 if wanted is None else ids.index(wanted)
+
+
+def split_spec(spec: str, split: str, grammar: str, kinds: Collection[str] | None = None) -> tuple[str, str]:
+    """Splits the specification of a data set, ``KIND:REST``, into both; the rest may be empty.
+
+    Args:
+        spec: the specification.
+        split: the requested split.
+        grammar: all specifications, for the error.
+        kinds: kinds that need a rest; by default everything before a colon does.
+
+    Raises:
+        DataError: the split is empty, or the rest that is needed.
+    """
+    if not split:
+        raise DataError(f"the split of {spec} is empty; pass one, such as 'test'")
+    kind, colon, rest = spec.partition(":")
+    if not rest and (colon if kinds is None else kind in kinds):
+        raise DataError(f"the data set {spec!r} has nothing after {kind}:; it must be {grammar}")
+    return kind, rest
 
 
 def check_whole(dataset: _Dataset, split: str, way_out: str | None) -> None:

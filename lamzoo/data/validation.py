@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -76,10 +77,10 @@ def find_invalid(
     return bad
 
 
-def check_on_bad(on_bad: str) -> None:
-    """Raises a :class:`ConfigError` unless the argument is an :data:`OnBadInput`."""
+def check_on_bad(on_bad: str, name: str = "on_bad_input") -> None:
+    """Raises a :class:`ConfigError` that names the argument unless it is an :data:`OnBadInput`."""
     if on_bad not in get_args(OnBadInput):
-        raise ConfigError(f"on_bad is {on_bad!r}; it must be 'stop' or 'skip'")
+        raise ConfigError(f"{name} is {on_bad!r}; it must be 'stop' or 'skip'")
 
 
 def valid_indices(dataset: Any, bad: Sequence[BadInput], on_bad: OnBadInput, what: str) -> list[int]:
@@ -116,6 +117,21 @@ def first_named(bad: Sequence[BadInput]) -> str:
 def place(dataset: Any) -> str:
     """Returns the name of a split for messages."""
     return dataset.spec if dataset.split is None else f"{dataset.spec} ({dataset.split})"
+
+
+@contextlib.contextmanager
+def plain_worker_errors() -> Iterator[None]:
+    """Restores the one-line message of a :class:`DataError` raised in a data-loader worker.
+
+    torch adds the traceback of the worker to the message; that traceback is kept in ``__cause__``.
+    """
+    try:
+        yield
+    except DataError as error:
+        text, mark = str(error), f"{DataError.__module__}.{DataError.__qualname__}: "
+        if not text.startswith("Caught ") or mark not in text:  # the first word of torch's message
+            raise
+        raise DataError(text.rpartition(mark)[2].strip()) from error
 
 
 class _Reasons(Dataset):

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from lamzoo.adapters.wrappers import unwrap
 from lamzoo.errors import ConfigError, UnsupportedHostError
@@ -17,6 +18,19 @@ from lamzoo.records import Limits
 _BATCH, _WORKERS = Limits(least=1, most=2**31 - 1), Limits(least=0, most=1024)
 
 Precision = Literal["float32", "bfloat16", "float16"]
+
+
+class Items(Dataset[Any]):
+    """The items of a data set that reads one with ``read(index)``, for a loader."""
+
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._dataset.read(index)
 
 
 def resolve_device(name: str | torch.device = "auto") -> torch.device:

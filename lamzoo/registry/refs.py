@@ -143,6 +143,11 @@ class ModelRef:
         return self.kind in ("local-dir", "hf-hub")
 
 
+def name_of(model: object) -> str:
+    """Returns the registry name of a model; the name of its class if it was not created by lamzoo."""
+    return getattr(model, "registry_name", None) or type(model).__name__
+
+
 def display_name(name: str) -> str:
     """Returns a short form of a name for plots: of a saved model, its folder or that of its run; otherwise the name."""
     if not name.startswith("local-dir:"):

@@ -51,7 +51,7 @@ def build_model(recipe: Recipe, classes: list[str] | None) -> Any:
         LamzooError: the model's name, arguments or weights are invalid.
     """
     section = recipe.model
-    kwargs = dict(section.kwargs)
+    kwargs = section.arguments()
     if classes is None and "num_classes" not in kwargs:
         raise RecipeError(f"{recipe.data.source} has no class names; set model.kwargs.num_classes in the recipe.")
     if classes is not None and kwargs.setdefault("num_classes", len(classes)) != len(classes):
@@ -59,8 +59,6 @@ def build_model(recipe: Recipe, classes: list[str] | None) -> Any:
             f"model.kwargs.num_classes is {kwargs['num_classes']} and {recipe.data.source} has {len(classes)} classes; "
             "leave the number out of the recipe."
         )
-    if section.lam is not None:
-        kwargs["lam"] = section.lam
     with _fused_attention(section.fused_attention):
         model: Any = create_for_images(section.name, pretrained=section.pretrained, **kwargs)
     if classes is not None and _knows_others(model, classes):

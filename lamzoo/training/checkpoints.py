@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import hashlib
-import io
 import logging
 import math
 import os
@@ -223,11 +221,7 @@ class Checkpoints:
     def write_metrics(self, history: list[dict[str, float]]) -> None:
         """Rewrites ``metrics.csv`` with one line per epoch."""
         columns = list(dict.fromkeys(key for record in history for key in record))
-        buffer = io.StringIO()
-        writer = csv.DictWriter(buffer, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(history)
-        _write_text(self.output / "metrics.csv", buffer.getvalue())
+        records.write_csv(self.output / "metrics.csv", columns, history, error=RecipeError)
 
     def _check_identity(self) -> None:
         """Raises a :class:`RecipeError` if the folder holds another run, or one that is not to be resumed."""

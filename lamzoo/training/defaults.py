@@ -154,7 +154,7 @@ def for_images(recipe: Recipe) -> Choice:
         usable = select(train, [i for i, label in enumerate(train.source.labels()) if train.is_label(label)])
         images = len(split_off(usable, fraction, recipe.run.seed)[0])
     chosen: dict[str, Any] = {"val_fraction": fraction}
-    if data.test_split is None and data.eval_split != "test" and has_split(data, "test"):
+    if data.test_split is None and data.eval_split != "test" and has_split(data, "test", splits.train):
         chosen["test_split"] = "test"
     style = _IMAGE_STYLES["scratch" if _from_scratch(recipe) else recipe.model.tune]
     if recipe.model.kwargs.get("in_chans") == 4:  # timm's policies do not support 4 channels

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lamzoo.errors import RecipeError
 from lamzoo.registry.catalog import model_ref
 from lamzoo.training.gradients import average_gradients, global_counts
-from lamzoo.training.loaders import create_seeded_loader, seed_everything
-from lamzoo.training.splits import BadInputs, ScanProgress, open_roles
+from lamzoo.training.loaders import check_batch, create_seeded_loader, seed_everything
+from lamzoo.training.splits import BadInputs, ScanProgress, check_disjoint, open_roles
 from lamzoo.training.trainer import TrainingRun
 
 
@@ -57,20 +56,8 @@ class FeatureRun(TrainingRun):
         data = self.recipe.data
         self.splits, self.videos_held_out = open_roles(self.task, data, self.recipe.run.seed)
         train = self.splits["train"]
-        known = set(self.names(train))
-        for role, split in self.splits.items():
-            common = known & set(self.names(split))
-            if role != "train" and common:
-                raise RecipeError(
-                    f"{len(common)} {self.task.items} of {data.source}, such as {min(common)!r}, are in both "
-                    f"{train.split} and {split.split}, so they would be used for training and scoring; name other "
-                    "splits in data.train_split and data.eval_split."
-                )
-        if len(train) < self.recipe.run.batch_size:
-            raise RecipeError(
-                f"run.batch_size is {self.recipe.run.batch_size}, but {data.source} has only {len(train)} "
-                f"{self.task.items} in {train.split}; use a smaller batch."
-            )
+        check_disjoint(self.splits, self.names, self.task.items, data.source)
+        check_batch(self.recipe, len(train), self.task.items, train.split)
         if self.recipe.augment.splice:
             train.splice()  # raises if the data does not support it
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from lamzoo.errors import RecipeError
 from lamzoo.lam import Lam
+from lamzoo.registry.refs import name_of
 from lamzoo.training.recipe import Tune
 
 
@@ -31,7 +32,7 @@ class Tuning:
         self.classifier = [path for path, module in model.named_modules() if module in classifier]
         if tune == "all":
             return
-        name = getattr(model, "registry_name", None) or type(model).__name__
+        name = name_of(model)
         trained = list(classifier)
         if not any(True for module in trained for _ in module.parameters()):
             raise RecipeError(f"model.tune is {tune!r}, but {name} has no classifier to train; use 'all'.")

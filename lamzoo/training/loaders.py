@@ -95,12 +95,19 @@ def _own_random_states(*key: int) -> Iterator[None]:
     np.random.set_state(numpy)
 
 
-def check_batches(recipe: Recipe, train_set: Any) -> None:
-    """Raises a :class:`RecipeError` if there are fewer training images than in one batch."""
-    if len(train_set) < recipe.run.batch_size:
+def check_batch(recipe: AnyRecipe, inputs: int, items: str, split: str | None) -> None:
+    """Raises a :class:`RecipeError` if there are fewer training inputs than in one batch.
+
+    Args:
+        recipe: the whole recipe.
+        inputs: number of training inputs.
+        items: what they are, for the message: ``"images"``.
+        split: the training split, for the message.
+    """
+    if inputs < recipe.run.batch_size:
         raise RecipeError(
-            f"run.batch_size is {recipe.run.batch_size}, but {recipe.data.source} has only {len(train_set)} images in "
-            f"{recipe.data.train_split}; use a smaller batch."
+            f"run.batch_size is {recipe.run.batch_size}, but {recipe.data.source} has only {inputs} {items} in "
+            f"{split}; use a smaller batch."
         )
 
 

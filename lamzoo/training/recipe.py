@@ -18,6 +18,7 @@ from lamzoo.tasks import Task, find_task
 from lamzoo.tasks.classification import CLASSIFICATION
 from lamzoo.training.config_reader import override, read_recipe
 from lamzoo.training.recipe_common import (
+    ModelSectionBase,
     OptimizerSection,
     Positive,
     PositiveOrZero,
@@ -39,15 +40,12 @@ _LEAST_ALPHA = 0.001  # of the beta distributions of mixing; their samples becom
 
 
 @dataclass(frozen=True)
-class ModelSection:
-    """``[model]``: arguments of :func:`lamzoo.create_model`.
+class ModelSection(ModelSectionBase):
+    """``[model]``: an image classifier, which may be ``timm/<name>``.
+
+    ``num_classes`` in ``kwargs`` defaults to that of the data.
 
     Attributes:
-        name: a registered name, ``timm/<name>``, ``local-dir:`` or ``hf-hub:``.
-        pretrained: start from the published weights.
-        lam: fields of a :class:`lamzoo.LamConfig` that replaces the registered one; true for the registered one or, if
-            there is none, the default; false for a plain model.
-        kwargs: further arguments of ``create_model``; ``num_classes`` defaults to that of the data.
         fused_attention: whether attention may use PyTorch's fused kernels, in timm's layers and in those with masks or
             merged tokens. On CPUs, bfloat16 training of short sequences is faster without them; use the same value on
             both sides of a comparison.
@@ -55,10 +53,6 @@ class ModelSection:
             The rest stays in evaluation mode, without dropout and with the stored statistics of norms.
     """
 
-    name: str
-    pretrained: bool = False
-    lam: dict[str, Any] | bool | None = None
-    kwargs: dict[str, Any] = field(default_factory=dict)
     fused_attention: bool = True
     tune: Tune = "all"
 

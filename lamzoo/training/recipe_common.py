@@ -132,6 +132,10 @@ class ModelSectionBase:
     lam: dict[str, Any] | bool | None = None
     kwargs: dict[str, Any] = field(default_factory=dict)
 
+    def arguments(self) -> dict[str, Any]:
+        """Returns ``kwargs``, with ``lam`` if it is given."""
+        return {**self.kwargs, **({} if self.lam is None else {"lam": self.lam})}
+
 
 @dataclass(frozen=True)
 class DataSectionBase:

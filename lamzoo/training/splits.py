@@ -119,6 +119,30 @@ def open_roles(
     return {role: train.of_videos(names, role) for role, names in parts.items()} | rest, held_out
 
 
+def check_disjoint(splits: Mapping[str, Any], names: Callable[[Any], Collection[Any]], items: str, source: str) -> None:
+    """Checks that no item of the training split is in another one.
+
+    Args:
+        splits: the splits by role.
+        names: returns the names of a split's items.
+        items: what they are, for the message: ``"videos"``.
+        source: the data set, for the message.
+
+    Raises:
+        RecipeError: a split shares items with the training split; names one.
+    """
+    train = splits["train"]
+    known = set(names(train))
+    for role, split in splits.items():
+        common = known & set(names(split))
+        if role != "train" and common:
+            raise RecipeError(
+                f"{len(common)} {items} of {source}, such as {min(common)!r}, are in both {train.split or 'all'} and "
+                f"{split.split or 'all'}, so they would be used for training and scoring; name other splits in "
+                "data.train_split and data.eval_split."
+            )
+
+
 def keep_held_out(folder: Path, held_out: Collection[str]) -> None:
     """Writes the names of the held-out videos to the run's folder, or compares them with those already there.
 
@@ -171,13 +195,12 @@ def check_fingerprints(folder: Path, splits: Mapping[str, Any], accelerator: Acc
     return found
 
 
-def has_split(data: DataSection, split: str) -> bool:
-    """Returns whether the data has a separate split of this name, other than those for training and evaluation."""
+def has_split(data: DataSection, split: str, train: LabelledImages) -> bool:
+    """Returns whether the data has a split of this name, other than the opened training split."""
     try:
-        taken = {_open_train(data).split, CLASSIFICATION.open_split(data.source, split).split}
+        return bool(CLASSIFICATION.open_split(data.source, split).split != train.split)
     except MissingSplitError:
         return False
-    return len(taken) == 2
 
 
 def prepare_splits(

@@ -41,6 +41,7 @@ from lamzoo.training.sharding import clip_gradients, shard
 from lamzoo.training.splits import BadInputs, ScanProgress, check_fingerprints, keep_held_out, write_bad_inputs
 from lamzoo.weights.files import file_sha256, read_state_dict
 from lamzoo.weights.saved import read_saved
+from lamzoo.weights.sources import WeightsFile
 
 _logger = logging.getLogger(__name__)
 
@@ -433,22 +434,23 @@ class TrainingRun(ABC):
         if not better:
             return False
         self._save_model(self.checkpoints.output / MODEL_FOLDERS[0])
-        sha256 = on_main_process(self.accelerator, self._sha256_of_best)
+        # save_pretrained has recorded it, so the file isn't read again.
+        sha256 = on_main_process(self.accelerator, lambda: self._best_weights().sha256)
         self.best = {"epoch": record["epoch"], "value": value, "sha256": sha256}
         return True
 
-    def _sha256_of_best(self) -> str:
+    def _best_weights(self) -> WeightsFile:
         folder = self.checkpoints.output / MODEL_FOLDERS[0]
         weights = read_saved(ModelRef.of_folder(folder), with_weights=True).weights
         assert weights is not None  # requested by with_weights
-        return file_sha256(weights.path)
+        return weights
 
     def _still_best(self, best: dict[str, Any] | None) -> dict[str, Any] | None:
         """Returns the record of the best weights, or None if ``model/`` holds others or is damaged."""
         if best is None or best.get("sha256") is None:  # 0.1.0 recorded no hash
             return best
         try:
-            if self._sha256_of_best() == best["sha256"]:
+            if file_sha256(self._best_weights().path) == best["sha256"]:
                 return best
             reason = "it was written later, or damaged"
         except (LamzooError, OSError) as error:

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from lamzoo.data.audio.spectra import read_log_mel
-from lamzoo.data.captions.base import Features, Stream
+from lamzoo.data.captions.base import Stream
 from lamzoo.data.captions.feature_files import row_times, rows_within
 from lamzoo.data.captions.sound import PAIR, sound_stream
+from lamzoo.data.feature_arrays import Features, unit
 from lamzoo.data.grid_tokens import BANDS
-from lamzoo.data.moments.feature_folder import unit
 from lamzoo.data.video.reader import probe_video
 from lamzoo.errors import ConfigError, DataError, UnsupportedHostError
 from lamzoo.evaluation.captions.evaluate import check_streams, context_tokens, last_that_fit, move, pad_streams

@@ -7,19 +7,21 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import nn
 
 from lamzoo.data import OnBadInput
+from lamzoo.data.fingerprint import file_sizes
 from lamzoo.data.images.decode import unreadable_because
+from lamzoo.data.validation import check_on_bad
 from lamzoo.data.video.packets import import_av
-from lamzoo.data.video.reader import find_videos
-from lamzoo.errors import ConfigError, DataError
+from lamzoo.data.video.reader import video_targets
+from lamzoo.errors import DataError
 from lamzoo.evaluation.captions.evaluate import check_streams
 from lamzoo.evaluation.resume import origin_difference, settings_of, weights_sha256
-from lamzoo.evaluation.retrieval.evaluate import frames_config
+from lamzoo.evaluation.retrieval.evaluate import preprocessing_of
 from lamzoo.evaluation.runtime import resolve_device
 from lamzoo.files import atomic_files
 from lamzoo.models.describer.generation import GenerationConfig
@@ -95,11 +97,11 @@ def describe_videos(
         MissingExtraError: PyAV is not installed.
         WeightsError: the weights of a model are not available.
     """
-    if on_bad_input not in get_args(OnBadInput):
-        raise ConfigError(f"on_bad_input is {on_bad_input!r}; it must be 'stop' or 'skip'")
+    check_on_bad(on_bad_input)
     device = resolve_device(device)
     import_av()
-    paths = processes.on_main(lambda: _targets(videos, Path(out)))  # other machines may see a folder later
+    # Once, as other machines may see a folder later.
+    paths = processes.on_main(lambda: video_targets(videos, Path(out), ".json"))
     network: Any = create_model(model, pretrained=True) if isinstance(model, str) else model
     check_streams(network, {})
     if isinstance(towers, str) and "video" in network.features:
@@ -126,7 +128,7 @@ def describe_videos(
             bad[path] = unreadable_because(error)
             _logger.warning("skipped %s: %s", path, bad[path])
         else:
-            _write(target, {**as_record(windows, described), "origin": {**origin, "bytes": _size(path)}})
+            _write(target, {**as_record(windows, described), "origin": {**origin, "bytes": file_sizes([path])[0]}})
         if progress is not None:
             progress(done, len(share))
     bad = {path: why for part in processes.gather(bad) for path, why in part.items()}
@@ -138,17 +140,6 @@ def describe_videos(
     if None in records:
         raise DataError(f"{out} lacks records that were written in this run; use a folder that all machines share")
     return DescribedVideos([record for record in records if record is not None], len(todo) - len(bad), bad)
-
-
-def _targets(videos: Sequence[str | Path], out: Path) -> dict[Path, Path]:
-    """Returns the record to write for each video."""
-    found: dict[Path, Path] = {}
-    for path in find_videos(videos):
-        target = out / f"{path.stem}.json"
-        other = found.setdefault(target, path)
-        if other.resolve() != path.resolve():
-            raise DataError(f"{other} and {path} would both be written to {target}; rename one, or use two folders")
-    return found
 
 
 def _make_folder(out: Path) -> None:
@@ -180,8 +171,7 @@ def _origin(
 
 
 def _towers_origin(towers: nn.Module) -> dict[str, Any]:
-    preprocessing = parse_json(to_json(frames_config(towers)))  # as read back: tuples become lists
-    settings = {**settings_of(towers), "preprocessing": preprocessing}
+    settings = {**settings_of(towers), "preprocessing": preprocessing_of(towers)}
     return {"towers": weights_sha256(towers), **{f"towers' {name}": value for name, value in settings.items()}}
 
 
@@ -202,7 +192,7 @@ def _read(target: Path, video: Path, origin: Mapping[str, Any]) -> dict[str, Any
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         _logger.warning("described again: %s can't be read (%s)", target, reason(error))
         return None
-    now = {**origin, "bytes": _size(video)}
+    now = {**origin, "bytes": file_sizes([video])[0]}
     if (name := origin_difference(there, now)) is not None:
         other = "another video of this name" if name == "bytes" else f"other {name}"
         raise DataError(
@@ -220,11 +210,3 @@ def _write(target: Path, record: Mapping[str, Any]) -> None:
 
 def _cues(record: Mapping[str, Any]) -> list[Cue]:
     return [Cue(each["start"], each["end"], each["text"]) for each in record["windows"]]
-
-
-def _size(path: Path) -> int:
-    """Returns the size of a file in bytes; -1 for a dangling link, which is reported when it is read."""
-    try:
-        return path.stat().st_size
-    except OSError:
-        return -1

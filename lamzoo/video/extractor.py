@@ -16,16 +16,16 @@ import timm.data
 import torch
 from torch import Tensor, nn
 
-from lamzoo.data.moments.base import Features
-from lamzoo.data.retrieval.clips import FramesTransform, each_frame
+from lamzoo.data.feature_arrays import Features
+from lamzoo.data.retrieval.clips import EachFrame, FramesTransform
 from lamzoo.data.video.instants import ClipMiddles
 from lamzoo.data.video.reader import read_video_pieces
 from lamzoo.errors import ConfigError, UnsupportedHostError
 from lamzoo.evaluation.resume import settings_of, weights_sha256
-from lamzoo.evaluation.retrieval.evaluate import frames_config
+from lamzoo.evaluation.retrieval.evaluate import frames_config, preprocessing_of
 from lamzoo.evaluation.runtime import Precision, check_batches, inference, resolve_device
-from lamzoo.reading import parse_json, to_json
 from lamzoo.registry.factory import create_model
+from lamzoo.registry.refs import name_of
 
 _logger = logging.getLogger(__name__)
 
@@ -86,10 +86,10 @@ class FeatureExtractor:
         self.sampling, self.clip_seconds = clip_middles(clip_seconds), clip_seconds
         self._device, self._precision, self._batch_size = resolve_device(device), precision, batch_size
         self.model: Any = create_model(model, pretrained=True) if isinstance(model, str) else model
-        self.transform: FramesTransform = each_frame(timm.data.create_transform(**frames_config(self.model)))
+        self.transform: FramesTransform = EachFrame(timm.data.create_transform(**frames_config(self.model)))
         if not self.model.gives_words or not hasattr(self.model.tokenizer, "eot_token_id"):
             raise UnsupportedHostError(
-                f"the text tower of {_name(self.model)} gives no features of words, or no end of a text; use another "
+                f"the text tower of {name_of(self.model)} gives no features of words, or no end of a text; use another "
                 "model, such as open_clip/ViT-B-32:openai."
             )
         self.model.to(self._device)
@@ -172,10 +172,10 @@ class FeatureExtractor:
     def origin(self) -> dict[str, Any]:
         """Returns the provenance that feature files record, as JSON values."""
         return {
-            "model": _name(self.model),
+            "model": name_of(self.model),
             "weights": weights_sha256(self.model),
             **settings_of(self.model),
-            "preprocessing": parse_json(to_json(frames_config(self.model))),  # as read back: tuples become lists
+            "preprocessing": preprocessing_of(self.model),
         }
 
     def _inference(self) -> AbstractContextManager[None]:
@@ -225,7 +225,3 @@ def clip_middles(clip_seconds: float) -> ClipMiddles:
     if not (clip_seconds > 0 and math.isfinite(clip_seconds)):
         raise ConfigError(f"a clip is {clip_seconds} s long; it must be more than 0")
     return ClipMiddles(fps=1 / clip_seconds)
-
-
-def _name(model: Any) -> str:
-    return getattr(model, "registry_name", None) or type(model).__name__

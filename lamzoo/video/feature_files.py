@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lamzoo.data.moments.base import Features
-from lamzoo.data.moments.feature_folder import ORIGIN, read_features, read_origin
+from lamzoo.data.feature_arrays import ORIGIN, Features, read_features_and_origin
 from lamzoo.errors import DataError
 from lamzoo.evaluation.resume import origin_difference
 from lamzoo.files import atomic_files
@@ -58,8 +57,7 @@ def is_there(path: Path, key: str, width: int, origin: Origin) -> bool:
     if not path.exists():
         return False
     try:
-        features = read_features(path, key)
-        there = read_origin(path)
+        features, there = read_features_and_origin(path, key)
     except DataError as error:
         _logger.warning("computed again: %s", error)
         return False

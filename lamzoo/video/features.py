@@ -8,7 +8,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import torch
@@ -16,13 +15,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from lamzoo.data import OnBadInput, plain_worker_errors
+from lamzoo.data.feature_arrays import Features
+from lamzoo.data.fingerprint import file_sizes
 from lamzoo.data.images.decode import unreadable_because
-from lamzoo.data.moments.base import Features
 from lamzoo.data.moments.feature_folder import TEXT_FOLDER
 from lamzoo.data.moments.qvhighlights import read_queries
+from lamzoo.data.validation import check_on_bad
 from lamzoo.data.video.packets import import_av
-from lamzoo.data.video.reader import find_videos
-from lamzoo.errors import ConfigError, DataError
+from lamzoo.data.video.reader import video_targets
+from lamzoo.errors import DataError
 from lamzoo.evaluation.runtime import Precision, check_batches, resolve_device
 from lamzoo.video.extractor import FeatureExtractor, VideoFeatures, clip_middles, read_pieces
 from lamzoo.video.feature_files import Origin, is_there, write_features
@@ -104,8 +105,7 @@ def extract_features(
         WeightsError: the weights of the model are not available.
     """
     check_batches(batch_size, workers, precision)
-    if on_bad_input not in get_args(OnBadInput):
-        raise ConfigError(f"on_bad_input is {on_bad_input!r}; it must be 'stop' or 'skip'")
+    check_on_bad(on_bad_input)
     clip_middles(clip_seconds)
     device = resolve_device(device)
     import_av()
@@ -130,12 +130,7 @@ def _targets(
     videos: Sequence[str | Path], out: str | Path, queries: str | Path | None = None
 ) -> tuple[dict[Path, Path], dict[Path, str]]:
     """Returns the files to write, each with its video or query."""
-    of_video: dict[Path, Path] = {}
-    for path in find_videos(videos):
-        target = Path(out) / _VIDEO_FOLDER / f"{path.stem}.npz"
-        other = of_video.setdefault(target, path)
-        if other.resolve() != path.resolve():
-            raise DataError(f"{other} and {path} would both be written to {target}; rename one, or use two folders")
+    of_video = video_targets(videos, Path(out) / _VIDEO_FOLDER, ".npz")
     of_text: dict[Path, str] = {}
     for qid, text in ({} if queries is None else read_queries(Path(queries))).items():
         name = f"qid{qid}.npz"
@@ -207,7 +202,8 @@ def _make_videos(
 ) -> tuple[int, dict[Path, str]]:
     """Writes missing features of videos; returns their number and the unreadable videos, of all processes."""
     common = {**origin, "clip_seconds": extractor.clip_seconds}
-    origins = {target: {**common, "bytes": _size(path)} for target, path in videos.items()}
+    sizes = file_sizes([*videos.values()])  # -1 for a dangling link, which is reported when it is read
+    origins = {target: {**common, "bytes": size} for target, size in zip(videos, sizes, strict=True)}
 
     def missing() -> list[tuple[Path, Path]]:
         return [
@@ -269,11 +265,3 @@ def _make_texts(
             write_features(target, _TEXT_KEY, features, {**origin, "query": text})
         progress(sum(map(len, batches[:done])), sum(map(len, batches)))
     return len(todo)
-
-
-def _size(path: Path) -> int:
-    """Returns the size of a file in bytes; -1 for a dangling link, which is reported when it is read."""
-    try:
-        return path.stat().st_size
-    except OSError:
-        return -1

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import timm.data
 import torch
@@ -25,18 +25,19 @@ from torch.utils.data import DataLoader, Dataset
 from lamzoo.data import OnBadInput
 from lamzoo.data.images.decode import unreadable_because
 from lamzoo.data.paths import file_exists
-from lamzoo.data.retrieval.clips import FramesTransform, each_frame, pad_clips
+from lamzoo.data.retrieval.clips import EachFrame, FramesTransform, pad_clips
+from lamzoo.data.validation import check_on_bad
 from lamzoo.data.video.packets import UnreadableVideo, import_av
 from lamzoo.data.video.reader import find_videos, read_video
 from lamzoo.data.video.sampling import FrameSampling
 from lamzoo.errors import ConfigError, DataError
 from lamzoo.evaluation.resume import settings_of, weights_sha256
-from lamzoo.evaluation.retrieval.evaluate import compare, encode_texts, frames_config
+from lamzoo.evaluation.retrieval.evaluate import compare, encode_texts, frames_config, preprocessing_of
 from lamzoo.evaluation.retrieval.reranking import check_rerank
 from lamzoo.evaluation.runtime import Precision, check_batches, check_finite, inference, resolve_device
 from lamzoo.files import cache_folder, file_lock
-from lamzoo.reading import parse_json, to_json
 from lamzoo.registry.factory import create_model
+from lamzoo.registry.refs import name_of
 from lamzoo.video.clusters import APPROXIMATE_FROM, ClusteredSearch, import_faiss, stored_search
 from lamzoo.video.index import (
     SUFFIX,
@@ -212,8 +213,7 @@ def index_videos(
         WeightsError: the weights of the model are not available.
     """
     check_batches(batch_size, workers, precision)
-    if on_bad_input not in get_args(OnBadInput):
-        raise ConfigError(f"on_bad_input is {on_bad_input!r}; it must be 'stop' or 'skip'")
+    check_on_bad(on_bad_input)
     device, folder = resolve_device(device), Path(folder)
     found = processes.on_main(lambda: _listed(folder))
     import_av()
@@ -375,7 +375,7 @@ def _embed(
     progress: Callable[[int, int], None] | None,
 ) -> None:
     """Reads and embeds videos; saves the embeddings so far, also when interrupted."""
-    transform = each_frame(timm.data.create_transform(**frames_config(model)))
+    transform = EachFrame(timm.data.create_transform(**frames_config(model)))
     videos = _Videos(content.folder, todo, content.origin.sampling, transform)
     # The loader draws a seed for its workers, which are deterministic here: the caller's random state is preserved.
     seed = torch.Generator().manual_seed(0)
@@ -520,15 +520,15 @@ def _listed(folder: Path) -> list[IndexedVideo]:
 
 
 def _origin(model: Any, sampling: FrameSampling) -> Origin:
-    preprocessing = parse_json(to_json(frames_config(model)))  # as read back: tuples become lists
     return Origin(
-        _name(model), weights_sha256(model), model.similarity_type, sampling, preprocessing, **settings_of(model)
-    )
+        _name(model), weights_sha256(model), model.similarity_type, sampling, preprocessing_of(model),
+        **settings_of(model),
+    )  # fmt: skip
 
 
 def _name(model: Any) -> str:
     """Returns the registry name of a model, with the tag of its weights if they have one."""
-    name = getattr(model, "registry_name", None) or type(model).__name__
+    name = name_of(model)
     source = getattr(model, "weights_source", None) or ""
     return source if source.startswith(f"{name}.") else name
 

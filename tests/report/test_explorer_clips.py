@@ -23,7 +23,7 @@ pytest.importorskip("open_clip")
 from lamzoo.data.captions import CaptionDataset, create_caption_dataset
 from lamzoo.data.captions.base import CaptionItem, CaptionSource, Stream
 from lamzoo.data.retrieval import create_retrieval_dataset
-from lamzoo.data.retrieval.clips import each_frame
+from lamzoo.data.retrieval.clips import EachFrame
 from lamzoo.data.video.reader import VideoClip
 from lamzoo.evaluation.captions.evaluate import pad_streams
 from lamzoo.evaluation.retrieval.evaluate import frames_config
@@ -73,7 +73,7 @@ def test_frames_patches_and_words_have_the_numbers_of_capture_masks(
     explore_video(model, clip(), texts, tmp_path / "page.html")
     html = (tmp_path / "page.html").read_text()
     page = read_page(html)
-    frames = each_frame(create_transform(**frames_config(model)))(clip().frames)[None]
+    frames = EachFrame(create_transform(**frames_config(model)))(clip().frames)[None]
     with torch.no_grad(), capture_masks(model) as records:
         similarities = model(frames, model.tokenizer(texts))[:, 0]
     seen = []
@@ -107,7 +107,7 @@ def test_words_and_patches_that_the_head_compares_have_the_numbers_of_capture_ma
     model: Any = clip4clip(config, lam=PAPER, patch_grid=2, words=True).eval()
     explore_video(model, clip(2), "a dog", tmp_path / "page.html")
     page = read_page((tmp_path / "page.html").read_text())
-    frames = each_frame(create_transform(**frames_config(model)))(clip(2).frames)[None]
+    frames = EachFrame(create_transform(**frames_config(model)))(clip(2).frames)[None]
     with torch.no_grad(), capture_masks(model) as records:
         model(frames, model.tokenizer(["a dog"]))
     layer = PageLayer(page, 0)

@@ -11,7 +11,8 @@ import pytest
 import lamzoo
 from lamzoo.errors import LamzooError, UnknownModelError
 from lamzoo.tasks import find_task
-from lamzoo.training import complete_recipe, parse_recipe, train
+from lamzoo.training import complete_recipe, parse_recipe, splits, train
+from lamzoo.training.recipe import DataSection
 from lamzoo.training.splits import open_roles
 from tests.images import write_folder
 from tests.speech import write_speech
@@ -70,6 +71,15 @@ def test_a_test_split_is_scored_and_never_watched(tmp_path: Path) -> None:
     assert (data.eval_split, data.test_split, data.val_fraction) == ("validation", "test", 0.1)
     flat = complete("lam_vit_micro", write_folder(tmp_path / "flat", splits=()), model={"pretrained": True}).data
     assert flat.test_split is None
+
+
+def test_defaults_open_the_training_split_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[DataSection] = []
+    open_train = splits._open_train
+    monkeypatch.setattr(splits, "_open_train", lambda data: [opened.append(data), open_train(data)][1])
+    folder = write_folder(tmp_path / "data", splits=("train", "test"))
+    assert complete("lam_vit_micro", folder, model={"pretrained": True}).data.test_split == "test"
+    assert len(opened) == 1
 
 
 def test_what_is_said_stays(tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from torch import Tensor
 import lamzoo
 from lamzoo import LamConfig
 from lamzoo.data import moments
-from lamzoo.data.moments.feature_folder import FeatureFolder, read_features, unit
+from lamzoo.data.feature_arrays import read_features, unit
+from lamzoo.data.moments.feature_folder import FeatureFolder
 from lamzoo.data.video.instants import ClipMiddles, Instants
 from lamzoo.data.video.sampling import FrameSampling
 from lamzoo.errors import ConfigError, DataError, UnsupportedHostError

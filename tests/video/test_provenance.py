@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import lamzoo
-from lamzoo.data.moments.feature_folder import ORIGIN
+from lamzoo.data.feature_arrays import ORIGIN
 from lamzoo.errors import DataError
 from lamzoo.video.features import extract_features
 from lamzoo.video.index import read_index, write_index

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import lamzoo
-from lamzoo.data.retrieval.clips import each_frame
+from lamzoo.data.retrieval.clips import EachFrame
 from lamzoo.data.video.sampling import FrameSampling
 from lamzoo.errors import ConfigError, DataError, UnsupportedHostError
 from lamzoo.evaluation.retrieval.evaluate import frames_config
@@ -103,7 +103,7 @@ def file_of(folder: Path) -> Path:
 
 def brute_force(model: Any, paths: list[Path], query: str, sampling: FrameSampling) -> list[float]:
     """The scores, video by video."""
-    transform = each_frame(timm.data.create_transform(**frames_config(model)))
+    transform = EachFrame(timm.data.create_transform(**frames_config(model)))
     model.eval()
     scores = []
     with torch.no_grad():

@@ -6,17 +6,13 @@ from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
+from lamzoo.data.feature_arrays import Features
 from lamzoo.data.fingerprint import Fingerprint, group
 from lamzoo.data.splits import check_videos
 from lamzoo.errors import DataError
-
-Features: TypeAlias = NDArray[np.float32]
 
 _ROUNDING = 1e-6  # seconds
 

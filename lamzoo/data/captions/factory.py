@@ -14,7 +14,7 @@ from lamzoo.data.captions.mad import MadSource
 from lamzoo.data.captions.sound import Damage
 from lamzoo.data.captions.videos import VideoFolder
 from lamzoo.data.paths import folder_exists
-from lamzoo.data.splits import check_whole
+from lamzoo.data.splits import check_whole, split_spec
 from lamzoo.errors import DataError
 
 _KINDS = ("mad", "lsmdc", "videos", "grid", "flickr8k")
@@ -65,11 +65,7 @@ def create_caption_dataset(spec: str, split: str) -> CaptionDataset:
 
 
 def _source(spec: str, split: str) -> CaptionSource:
-    if not split:
-        raise DataError(f"the split of {spec} is empty; pass one, such as 'test'")
-    kind, _, rest = spec.partition(":")
-    if kind in _KINDS and not rest:
-        raise DataError(f"the data set {spec!r} has nothing after {kind}:; it must be {_GRAMMAR}")
+    kind, rest = split_spec(spec, split, _GRAMMAR, _KINDS)
     match kind:
         case "mad":
             folder, seconds = _number(rest)

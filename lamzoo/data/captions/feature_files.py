@@ -7,13 +7,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lamzoo.data.arrays import read_npy
-from lamzoo.data.captions.base import Features, Stream
+from lamzoo.data.captions.base import Stream
+from lamzoo.data.feature_arrays import Features, check_rows, read_features_and_origin, unit
 from lamzoo.data.fingerprint import file_sizes
 from lamzoo.data.json_files import is_number
-from lamzoo.data.moments.feature_folder import read_features, read_origin, unit
 from lamzoo.data.paths import existing_file, visible
 from lamzoo.errors import DataError
 
@@ -119,30 +118,18 @@ def row_times(rows: range, rate: float, start: float) -> Features:
     return ((np.array(rows) + 0.5) / rate - start).astype(np.float32)
 
 
-def check_rows(rows: NDArray, where: str) -> Features:
-    """Returns feature rows as float32; raises a :class:`DataError` that names ``where`` they are invalid."""
-    if rows.ndim != 2 or not len(rows) or rows.dtype.kind != "f":
-        raise DataError(f"{where} is {rows.dtype} {rows.shape}; it must be floats, one row per frame")
-    if not np.isfinite(rows).all():
-        raise DataError(f"{where} has values that are not finite; extract it again")
-    return rows.astype(np.float32)
-
-
 def _file(folder: Path, name: str) -> Path | None:
     return next(filter(None, (existing_file(folder, f"{name}{suffix}") for suffix in _SUFFIXES)), None)
 
 
 def _read(path: Path) -> tuple[Features, float | None]:
     """Returns the rows of a file and their rate, if the file states it."""
-    if path.suffix == ".npz":
-        return read_features(path, _KEY), _own_rate(path)
-    return check_rows(read_npy(path), str(path)), None
-
-
-def _own_rate(path: Path) -> float | None:
-    seconds = (read_origin(path) or {}).get("clip_seconds")
+    if path.suffix != ".npz":
+        return check_rows(read_npy(path), str(path)), None
+    rows, origin = read_features_and_origin(path, _KEY)
+    seconds = (origin or {}).get("clip_seconds")
     if seconds is None:
-        return None
+        return rows, None
     if not is_number(seconds) or not _SHORTEST <= seconds <= _LONGEST:
         raise DataError(f"{path} has invalid provenance (clips of {seconds!r:.60} s); extract it again")
-    return 1 / seconds
+    return rows, 1 / seconds

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from lamzoo.data.captions.base import CaptionItem, CaptionSource, Stream
-from lamzoo.data.retrieval.jpeg_archive import JpegLines
+from lamzoo.data.jpeg_archive import JpegLines
 from lamzoo.errors import DataError
 
 _SIDE, _PATCH = 128, 16  # pixels

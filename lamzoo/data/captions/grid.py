@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lamzoo.data.audio.spectra import HOP, Spectra
-from lamzoo.data.captions.base import CaptionItem, CaptionSource, Features, Stream
+from lamzoo.data.captions.base import CaptionItem, CaptionSource, Stream
 from lamzoo.data.captions.sound import PAIR, Damage, damage, sound_stream
+from lamzoo.data.feature_arrays import Features
 from lamzoo.data.grid_tokens import (
     BANDS,
     HOPS,
@@ -23,14 +24,14 @@ from lamzoo.data.grid_tokens import (
     Words,
     block_means,
     draw_pieces,
-    grey_frames,
     less_mean,
     lip_motion,
     read_sound,
     scaled,
+    stacked_frames,
     timed_words,
 )
-from lamzoo.data.retrieval.jpeg_archive import CaptionLines, JpegLines
+from lamzoo.data.jpeg_archive import CaptionLines, JpegLines
 from lamzoo.errors import DataError
 
 _FACE = 64  # pixels per side
@@ -154,7 +155,7 @@ class GridCaptions(CaptionSource):
     def _faces(self, index: int) -> Stream:
         assert self._face is not None
         numbers = np.arange(_FACE_FIRST, self._lines[index]["n_frames"], _FACE_STEP)
-        faces = grey_frames(self._face, index, len(numbers), _FACE, _FACE)
+        faces = stacked_frames(self._face, index, len(numbers), _FACE, _FACE).astype(np.float32)
         numbers = numbers[numbers < self._frames[index]]
         return Stream(scaled(less_mean(block_means(faces, 4))[: len(numbers)]), _middles(numbers))
 

@@ -11,11 +11,11 @@ from types import ModuleType
 from typing import Any
 
 from lamzoo.data.captions.base import CaptionItem, CaptionSource, Stream
-from lamzoo.data.captions.feature_files import check_rows, row_times, rows_within
+from lamzoo.data.captions.feature_files import row_times, rows_within
 from lamzoo.data.csv_tables import open_table
+from lamzoo.data.feature_arrays import check_rows, unit
 from lamzoo.data.fingerprint import file_sizes
 from lamzoo.data.json_files import is_row, read_json
-from lamzoo.data.moments.feature_folder import unit
 from lamzoo.data.paths import check_folder, file_exists, spellings, visible
 from lamzoo.data.splits import find_split
 from lamzoo.errors import DataError, MissingExtraError

@@ -10,7 +10,7 @@ from lamzoo.data.images.image_dataset import ImageSource, LabelledImages
 from lamzoo.data.images.label_file import ListedSource
 from lamzoo.data.images.library_datasets import HuggingFaceSource, TorchvisionSource
 from lamzoo.data.paths import folder_exists, split_last
-from lamzoo.data.splits import check_whole
+from lamzoo.data.splits import check_whole, split_spec
 from lamzoo.errors import DataError
 
 _GRAMMAR = (
@@ -54,12 +54,8 @@ def create_dataset(spec: str, split: str) -> LabelledImages:
 
 
 def _source(spec: str, split: str) -> ImageSource:
-    if not split:
-        raise DataError(f"the split of {spec} is empty; pass one, such as 'test'")
-    kind, colon, rest = spec.partition(":")
-    if colon and not rest:
-        raise DataError(f"the data set {spec!r} has nothing after {kind}:; it must be {_GRAMMAR}")
-    match kind if colon else "":
+    kind, rest = split_spec(spec, split, _GRAMMAR)
+    match kind if rest else "":
         case "imagefolder":
             return FolderSource(Path(rest), split)
         case "imagelist":

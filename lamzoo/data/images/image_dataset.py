@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, BinaryIO
 
@@ -162,18 +161,3 @@ class LabelledImages(Dataset):
             limit = "" if self.classes is None else f" one of the {len(self.classes)} classes"
             raise DataError(f"the label of {self.filename(index)} is {label}, which is not{limit or ' a class number'}")
         return label
-
-
-@contextlib.contextmanager
-def plain_worker_errors() -> Iterator[None]:
-    """Restores the one-line message of a :class:`DataError` raised in a data-loader worker.
-
-    torch adds the traceback of the worker to the message; that traceback is kept in ``__cause__``.
-    """
-    try:
-        yield
-    except DataError as error:
-        text, mark = str(error), f"{DataError.__module__}.{DataError.__qualname__}: "
-        if not text.startswith("Caught ") or mark not in text:  # the first word of torch's message
-            raise
-        raise DataError(text.rpartition(mark)[2].strip()) from error

@@ -67,7 +67,7 @@ def set_aside_invalid(
         DataError: images are invalid and ``on_bad`` is ``"stop"`` (with their number and the first of them), no image
             is left, or a class loses its last image.
     """
-    check_on_bad(on_bad)
+    check_on_bad(on_bad, "on_bad")
     bad = find_invalid_images(dataset, workers=workers, progress=progress)
     return leave_out_invalid(dataset, bad, on_bad, every_class=every_class), bad
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from lamzoo.data.feature_arrays import Features
 from lamzoo.data.fingerprint import Fingerprint, group
 from lamzoo.errors import DataError
-
-Features: TypeAlias = NDArray[np.float32]
 
 #: Clips by which the lengths of features may differ from the video and each other, since extractors round differently.
 MARGIN = 2

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from lamzoo.data.grid_tokens import Modalities
+from lamzoo.data.grid_tokens import GridTokens, Modalities
 from lamzoo.data.moments.base import MomentDataset, MomentSource
-from lamzoo.data.moments.grid import grid
+from lamzoo.data.moments.grid import GridMoments
 from lamzoo.data.moments.qvhighlights import charades, qvhighlights, tvsum
 from lamzoo.data.paths import folder_exists, split_last
+from lamzoo.data.splits import split_spec
 from lamzoo.errors import DataError
 
 _GRAMMAR = "qvhighlights:DIR, charades:DIR, tvsum:DIR[:DOMAIN] or grid:DIR[:MODALITIES[:SECONDS]]"
@@ -48,11 +49,7 @@ def create_moment_dataset(spec: str, split: str) -> MomentDataset:
 
 
 def _source(spec: str, split: str) -> MomentSource:
-    if not split:
-        raise DataError(f"the split of {spec} is empty; pass one, such as 'test'")
-    kind, _, rest = spec.partition(":")
-    if kind in ("qvhighlights", "charades", "tvsum", "grid") and not rest:
-        raise DataError(f"the data set {spec!r} has nothing after {kind}:; it must be {_GRAMMAR}")
+    kind, rest = split_spec(spec, split, _GRAMMAR, ("qvhighlights", "charades", "tvsum", "grid"))
     match kind:
         case "qvhighlights":
             return qvhighlights(Path(rest), split)
@@ -77,4 +74,4 @@ def _grid(rest: str, split: str) -> MomentSource:
         modalities = found["modalities"]  # type: ignore[assignment]  # the pattern has no others
         shortest = float(found["shortest"] or _GRID_SECONDS)
         longest = float(found["longest"] or shortest)
-    return grid(Path(rest), split, modalities, (shortest, longest))
+    return GridMoments(GridTokens(Path(rest), split, modalities), (shortest, longest))

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from lamzoo.data.arrays import read_npz
+from lamzoo.data.feature_arrays import Features, read_features, unit
 from lamzoo.data.fingerprint import file_sizes
-from lamzoo.data.moments.base import MARGIN, Features
-from lamzoo.data.paths import existing_file, file_exists, folder_exists
+from lamzoo.data.moments.base import MARGIN
+from lamzoo.data.paths import existing_file, folder_exists
 from lamzoo.errors import DataError
-from lamzoo.reading import parse_json
 
 VIDEO_FOLDERS = ("slowfast_features", "clip_features")
 TEXT_FOLDER = "clip_text_features"
-ORIGIN = "lamzoo"  # the array with the provenance of the features, JSON; other readers ignore it
 _WHERE = ("features", "moment_detr_features", ".")
 
 
@@ -67,51 +64,3 @@ class FeatureFolder:
 
 def _file(folder: Path, stem: str) -> Path:
     return existing_file(folder, f"{stem}.npz") or folder / f"{stem}.npz"
-
-
-def read_features(path: Path, key: str) -> Features:
-    """Reads one array of an npz file.
-
-    Args:
-        path: the file.
-        key: name of the array.
-
-    Returns:
-        ``(N, D)``, float32, N at least 1.
-
-    Raises:
-        DataError: the file does not exist or is damaged, or the array has another shape or dtype; names it.
-    """
-    if not file_exists(path):
-        raise DataError(f"{path.parent} has no {path.name}; extract it, or remove the query")
-    features = read_npz(path, [key])[key]
-    if features.ndim != 2 or not len(features) or features.dtype.kind != "f":
-        raise DataError(
-            f"{path}: {key} is {features.dtype} {features.shape}; it must be floats, one row per clip or word"
-        )
-    if not np.isfinite(features).all():
-        raise DataError(f"{path}: {key} has values that are not finite; extract it again")
-    return features.astype(np.float32)
-
-
-def read_origin(path: Path) -> dict[str, Any] | None:
-    """Reads the provenance that ``lamzoo extract-features`` adds to an npz file; None for a file of other origin.
-
-    Raises:
-        DataError: the file does not exist or is damaged.
-    """
-    found = read_npz(path, (), optional=[ORIGIN])
-    if not found:
-        return None
-    try:
-        origin = parse_json(str(found[ORIGIN]), file_names=True)
-    except ValueError as error:
-        raise DataError(f"{path} has invalid provenance ({error}); extract it again") from error
-    if not isinstance(origin, dict):
-        raise DataError(f"{path} has invalid provenance (it is not a JSON object); extract it again")
-    return origin
-
-
-def unit(features: Features) -> Features:
-    """Normalises rows to length 1; rows of zeros are returned unchanged."""
-    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-5)

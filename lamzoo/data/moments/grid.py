@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from lamzoo.data.grid_tokens import RATE, GridTokens, Modalities, Speech, join
-from lamzoo.data.moments.base import Features, MomentQuery, MomentSource
+from lamzoo.data.feature_arrays import Features
+from lamzoo.data.grid_tokens import RATE, GridTokens, Speech, join
+from lamzoo.data.moments.base import MomentQuery, MomentSource
 from lamzoo.errors import DataError
 
 LONGEST = 600.0  # maximum duration of a recording, seconds
@@ -115,8 +115,3 @@ class GridMoments(MomentSource):
 
     def _one_hot(self, word: str) -> Features:
         return (np.array(self._clips.vocabulary) == word).astype(np.float32)[None]
-
-
-def grid(root: Path, split: str, modalities: Modalities, seconds: tuple[float, float]) -> GridMoments:
-    """Opens GRID's words as moments; arguments and errors as for :class:`GridTokens` and :class:`GridMoments`."""
-    return GridMoments(GridTokens(root, split, modalities), seconds)

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from lamzoo.data.csv_tables import open_table
+from lamzoo.data.feature_arrays import Features
 from lamzoo.data.json_files import check_fields, is_grid, is_row, read_json_lines, read_lines
-from lamzoo.data.moments.base import Features, MomentQuery, MomentSource
+from lamzoo.data.moments.base import MomentQuery, MomentSource
 from lamzoo.data.moments.feature_folder import FeatureFolder
 from lamzoo.data.paths import check_folder, file_exists
 from lamzoo.data.splits import find_split

@@ -101,12 +101,13 @@ def pad_clips(clips: Sequence[Tensor], frames: int | None = None) -> tuple[Tenso
     return batch, mask
 
 
-def each_frame(transform: Callable[[Image.Image], Tensor]) -> FramesTransform:
-    """Returns a video transform that applies an image transform to every frame."""
-    return _EachFrame(transform)
+class EachFrame:
+    """A video transform that applies an image transform to every frame.
 
+    Args:
+        transform: transform from a frame to a tensor ``(3, H, W)``.
+    """
 
-class _EachFrame:
     def __init__(self, transform: Callable[[Image.Image], Tensor]) -> None:
         self._transform = transform
 

@@ -13,7 +13,7 @@ from lamzoo.data.retrieval.grid import GridSource, GridView
 from lamzoo.data.retrieval.msrvtt import MsrvttSource, TrainingList
 from lamzoo.data.retrieval.msvd import MsvdSource
 from lamzoo.data.retrieval.shards import ShardSource
-from lamzoo.data.splits import check_whole
+from lamzoo.data.splits import check_whole, split_spec
 from lamzoo.errors import DataError
 
 #: Kinds of data specifications that are of videos only; ``wds`` may be of images too.
@@ -55,11 +55,7 @@ def create_retrieval_dataset(spec: str, split: str) -> CaptionedVideos:
 
 
 def _source(spec: str, split: str) -> VideoSource:
-    if not split:
-        raise DataError(f"the split of {spec} is empty; pass one, such as 'test'")
-    kind, _, rest = spec.partition(":")
-    if kind in _KINDS and not rest:
-        raise DataError(f"the data set {spec!r} has nothing after {kind}:; it must be {_GRAMMAR}")
+    kind, rest = split_spec(spec, split, _GRAMMAR, _KINDS)
     match kind:
         case "msrvtt":
             folder, training = _option(rest, get_args(TrainingList), "training list")

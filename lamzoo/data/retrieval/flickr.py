@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lamzoo.data.jpeg_archive import JpegLines
 from lamzoo.data.retrieval.base import VideoSource
-from lamzoo.data.retrieval.jpeg_archive import JpegLines
 from lamzoo.data.video.reader import VideoClip
 from lamzoo.data.video.sampling import FrameSampling
 from lamzoo.errors import DataError

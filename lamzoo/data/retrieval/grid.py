@@ -12,15 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from lamzoo.data.grid_tokens import RATE, Words, draw_pieces, stacked_frames, timed_words
+from lamzoo.data.jpeg_archive import JpegLines
 from lamzoo.data.retrieval.base import VideoSource
-from lamzoo.data.retrieval.jpeg_archive import JpegLines
 from lamzoo.data.video.reader import VideoClip
 from lamzoo.data.video.sampling import FrameSampling
 from lamzoo.errors import DataError
 
 GridView = Literal["mouth", "face", "lips", "motion"]
-
-_RATE = 25  # frames per second of the corpus
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class _Layout:
     """
 
     archive: str
-    mode: str
+    mode: Literal["L", "RGB"]
     width: int
     height: int
     first: int
@@ -91,7 +90,7 @@ class GridSource(VideoSource):
         return self.__dict__ | {"_kept": {}}  # each worker has its own cache
 
     def read(self, index: int, sampling: FrameSampling, threads: int = 1) -> VideoClip:
-        total = self._clips.lines[index]["n_frames"]
+        total = self._length(index)
         return _sampled(self._decode(index), self._layout.numbers(total), total, sampling)
 
     def splice(self, among: Sequence[int], sampling: FrameSampling, phrase: bool = False) -> tuple[VideoClip, str]:
@@ -102,56 +101,44 @@ class GridSource(VideoSource):
         """
         frames: list[NDArray[np.uint8]] = []
         numbers: list[int] = []
-        words: list[str] = []
         shift = 0  # from frame indices in the clip to those in the new one
-        length = len(self._words(among[0]))
-        slots = range(length)
+        slots = None
         if phrase:
+            length = len(self._words(among[0]))
             [count] = random.choices(range(1, length + 1), [1 / count**2 for count in range(1, length + 1)])
             first = random.randint(0, length - count)
-            slots = slots[first : first + count]
-        for slot in slots:
-            index = random.choice(among)
-            spoken = self._words(index)
-            if len(spoken) < length:
-                raise DataError(
-                    f"clips with {length} and with {len(spoken)} words can't be spliced; set augment.splice to 0"
-                )
-            start = 0 if slot == 0 else round(spoken[slot - 1][2] * _RATE)
-            last = slot == length - 1
-            end = self._clips.lines[index]["n_frames"] if last else max(start + 1, round(spoken[slot][2] * _RATE))
-            words.append(spoken[slot][0])
+            slots = range(first, first + count)
+        pieces = draw_pieces(len(among), lambda clip: (self._words(among[clip]), self._length(among[clip])), slots)
+        for piece in pieces:
+            index = among[piece.clip]
             if index not in self._kept:
                 self._kept[index] = self._decode(index)
-            there = self._layout.numbers(self._clips.lines[index]["n_frames"])
-            for frame, number in zip(self._kept[index], there, strict=True):
-                if start <= number < end:
+            for frame, number in zip(self._kept[index], self._layout.numbers(self._length(index)), strict=True):
+                if piece.start <= number < piece.end:
                     frames.append(frame)
-                    numbers.append(number - start + shift)
-            shift += end - start
+                    numbers.append(number - piece.start + shift)
+            shift += piece.end - piece.start
         if not frames:  # a word may be shorter than the frame interval of the face
             return self.splice(among, sampling, phrase)
-        return _sampled(frames, numbers, shift, sampling), " ".join(words)
+        return _sampled(frames, numbers, shift, sampling), " ".join(piece.word[0] for piece in pieces)
 
-    def _words(self, index: int) -> list[tuple[str, float, float]]:
+    def _length(self, index: int) -> int:
+        frames: int = self._clips.lines[index]["n_frames"]
+        return frames
+
+    def _words(self, index: int) -> Words:
         words = self._clips.lines[index].get("words")
         if not isinstance(words, list) or len(words) != len(self.captions[index][0].split()):
             raise DataError(f"the line of {self.name(index)} in captions.jsonl has no words with times to splice")
-        return words
+        return timed_words(self._clips.lines[index])
 
     def _decode(self, index: int) -> NDArray[np.uint8]:
         """Returns all frames of a clip, ``(N, H, W)`` or ``(N, H, W, 3)``."""
         layout = self._layout
-        count = len(layout.numbers(self._clips.lines[index]["n_frames"]))
-        strip = self._clips.decode(index)
-        if strip.size != (layout.width, layout.height * count) or not count:
-            raise DataError(
-                f"{self.name(index)} is {strip.width} x {strip.height} pixels, not {count} frames of "
-                f"{layout.width} x {layout.height}; the n_frames of its line in captions.jsonl doesn't match"
-            )
-        pixels = np.asarray(strip.convert(layout.mode))
+        count = len(layout.numbers(self._length(index)))
         left, upper, right, lower = layout.box
-        frames = pixels.reshape(count, layout.height, *pixels.shape[1:])[:, upper:lower, left:right]
+        frames = stacked_frames(self._clips, index, count, layout.height, layout.width, layout.mode)
+        frames = frames[:, upper:lower, left:right]
         if not layout.motion:
             return frames.copy()
         moved = layout.motion * (frames - frames.mean(axis=0, dtype=np.float32))
@@ -168,6 +155,6 @@ def _sampled(
     frames: Sequence[NDArray[np.uint8]] | NDArray[np.uint8], numbers: Sequence[int], total: int, sampling: FrameSampling
 ) -> VideoClip:
     """Samples frames that have the given indices in a clip of ``total`` frames."""
-    taken = sampling.pick([(number - numbers[0]) / _RATE for number in numbers], total / _RATE)
+    taken = sampling.pick([(number - numbers[0]) / RATE for number in numbers], total / RATE)
     images = [Image.fromarray(frames[k]).convert("RGB") for k in taken]
-    return VideoClip(images, [numbers[k] / _RATE for k in taken], total / _RATE)
+    return VideoClip(images, [numbers[k] / RATE for k in taken], total / RATE)

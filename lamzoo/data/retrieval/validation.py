@@ -64,7 +64,7 @@ def set_aside_invalid_videos(
         DataError: videos are invalid and ``on_bad`` is ``"stop"`` (with their number and the first of them), or no
             video is left.
     """
-    check_on_bad(on_bad)
+    check_on_bad(on_bad, "on_bad")
     bad = find_invalid_videos(dataset, sampling, workers=workers, progress=progress)
     return leave_out_invalid_videos(dataset, bad, on_bad), bad
 

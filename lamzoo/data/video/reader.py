@@ -190,6 +190,26 @@ def find_videos(paths: Iterable[str | Path]) -> list[Path]:
     return find_files(paths, VIDEO_EXTENSIONS, "video")
 
 
+def video_targets(videos: Iterable[str | Path], folder: Path, suffix: str) -> dict[Path, Path]:
+    """Returns the file to write for each video, with the video.
+
+    Args:
+        videos: files and folders, as for :func:`find_videos`.
+        folder: the folder of the files to write.
+        suffix: their suffix, after the name of the video: ``".npz"``.
+
+    Raises:
+        DataError: as of :func:`find_videos`, or two videos have the same name.
+    """
+    found: dict[Path, Path] = {}
+    for path in find_videos(videos):
+        target = folder / f"{path.stem}{suffix}"
+        other = found.setdefault(target, path)
+        if other.resolve() != path.resolve():
+            raise DataError(f"{other} and {path} would both be written to {target}; rename one, or use two folders")
+    return found
+
+
 def videos_below(folder: Path) -> list[Path]:
     """Lists the video files of a folder and its subfolders as :func:`lamzoo.data.paths.list_files` does."""
     return list_files(folder, VIDEO_EXTENSIONS).files

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset
 
 from lamzoo.data import plain_worker_errors
 from lamzoo.data.captions import CaptionDataset
@@ -20,7 +20,7 @@ from lamzoo.data.captions.base import Stream as Features
 from lamzoo.errors import ConfigError, MissingExtraError, UnsupportedHostError
 from lamzoo.evaluation.captions.coco_results import read_captions
 from lamzoo.evaluation.captions.metrics import caption_metrics, neighbour_recall, word_error_rate
-from lamzoo.evaluation.runtime import Precision, check_batches, inference, resolve_device
+from lamzoo.evaluation.runtime import Items, Precision, check_batches, inference, resolve_device
 from lamzoo.lazy import renamed_argument
 from lamzoo.tasks.base import EvalRequest, Evaluation, MetricSpec, ScoreTable, metric_table
 
@@ -96,14 +96,18 @@ def score_captions(model: Any, dataset: CaptionDataset, request: EvalRequest) ->
 
     generation = GenerationConfig(beams=request.options.get("beams") or 1)
     context = request.options.get("context") or 0
-    result = evaluate_captions(
+    start = time.perf_counter()
+    captions = describe_clips(
         model, dataset, generation=generation, context=context, batch_size=request.batch_size, device=request.device,
         precision=request.precision, workers=request.workers,
         progress=lambda done, total: request.progress(done, total, ""),
     )  # fmt: skip
-    metrics = result.metrics | java_scores(dataset, result.captions)
-    record = {"beams": generation.beams, "context": context, "clips": len(dataset), "seconds": result.seconds}
-    return Evaluation(metrics, f"{len(dataset):,} clips", record | {"metrics": metrics}, predictions=result.captions)
+    compared = _compared(dataset, captions)
+    metrics = _scores(dataset, *compared)
+    seconds = time.perf_counter() - start
+    metrics |= _java_scores(*compared)
+    record = {"beams": generation.beams, "context": context, "clips": len(dataset), "seconds": seconds}
+    return Evaluation(metrics, f"{len(dataset):,} clips", record | {"metrics": metrics}, predictions=captions)
 
 
 def score_file(path: str | Path, dataset: CaptionDataset) -> Evaluation:
@@ -113,7 +117,8 @@ def score_file(path: str | Path, dataset: CaptionDataset) -> Evaluation:
         DataError: as of :func:`lamzoo.evaluation.read_captions`, or the ids differ from the split's.
     """
     captions = {str(key): caption for key, caption in read_captions(path).items()}
-    metrics = caption_scores(dataset, captions) | java_scores(dataset, captions)
+    compared = _compared(dataset, captions)
+    metrics = _scores(dataset, *compared) | _java_scores(*compared)
     record = {"captions": str(path), "clips": len(dataset), "metrics": metrics}
     return Evaluation(metrics, f"{len(dataset):,} clips", record)
 
@@ -164,7 +169,7 @@ def describe_clips(
     if context and not described.context_tokens:
         raise ConfigError(f"context={context}: the model does not support earlier captions; use 0.")
     device = resolve_device(device)
-    loader = DataLoader(Subset(_Clips(dataset), indices), batch_size, collate_fn=list, num_workers=workers)
+    loader = DataLoader(Subset(Items(dataset), indices), batch_size, collate_fn=list, num_workers=workers)
     model.to(device)
     captions: dict[str, str] = {}
     done = 0
@@ -196,7 +201,13 @@ def caption_scores(dataset: CaptionDataset, captions: Mapping[str, str]) -> dict
     Raises:
         DataError: the ids differ from the split's.
     """
-    references, hypotheses = _compared(dataset, captions)
+    return _scores(dataset, *_compared(dataset, captions))
+
+
+def _scores(
+    dataset: CaptionDataset, references: Mapping[str, Sequence[str]], hypotheses: Mapping[str, str]
+) -> dict[str, float]:
+    """Returns the scores of :func:`caption_scores` from normalised texts by id."""
     scores = caption_metrics(references, hypotheses) | word_error_rate(references, hypotheses)
     groups: dict[str, list[str]] = {}
     for item in sorted(dataset.items, key=lambda item: item.start):
@@ -211,9 +222,8 @@ def caption_scores(dataset: CaptionDataset, captions: Mapping[str, str]) -> dict
     return scores
 
 
-def java_scores(dataset: CaptionDataset, captions: Mapping[str, str]) -> dict[str, float]:
+def _java_scores(references: Mapping[str, Sequence[str]], hypotheses: Mapping[str, str]) -> dict[str, float]:
     """Returns METEOR and SPICE as fractions if their Java tools are installed; logs why one is left out."""
-    references, hypotheses = _compared(dataset, captions)
     scores: dict[str, float] = {}
     metrics: tuple[Literal["METEOR", "SPICE"], ...] = ("METEOR", "SPICE")
     for metric in metrics:
@@ -319,14 +329,3 @@ def _plain(text: str) -> str:
         elif sign not in "\u200c\u200d":  # which join the letters of a word
             plain += " "
     return " ".join(plain.split()) or "_"
-
-
-class _Clips(Dataset[dict[str, Features]]):
-    def __init__(self, dataset: CaptionDataset) -> None:
-        self._dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def __getitem__(self, index: int) -> dict[str, Features]:
-        return dict(self._dataset.read(index))

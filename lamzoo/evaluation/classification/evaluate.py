@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import timm.data
 import torch
@@ -23,7 +23,7 @@ from lamzoo.adapters.wrappers import unwrap
 from lamzoo.data import LabelledImages, OnBadInput, plain_worker_errors, read_class_map, relabel, select
 from lamzoo.data.images.decode import Mode
 from lamzoo.data.paths import nfc
-from lamzoo.data.validation import first_named, valid_indices
+from lamzoo.data.validation import check_on_bad, first_named, valid_indices
 from lamzoo.errors import ConfigError, DataError
 from lamzoo.evaluation.accuracy import BAD_LABEL, AccuracyCounter, EvalResult
 from lamzoo.evaluation.classification.imagenet_real import RealLabels
@@ -100,8 +100,7 @@ def evaluate(
         raise ConfigError(f"the limit is {limit}; it must be 1 or more")
     if save_every < 1:
         raise ConfigError(f"save_every is {save_every}; it must be 1 or more")
-    if on_bad_input not in get_args(OnBadInput):
-        raise ConfigError(f"on_bad_input is {on_bad_input!r}; it must be 'stop' or 'skip'")
+    check_on_bad(on_bad_input)
     device = resolve_device(device)
     config = data_config(model)
     _check_classes(model, dataset)

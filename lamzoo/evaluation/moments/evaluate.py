@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset
 
 from lamzoo.data import plain_worker_errors
 from lamzoo.data.moments import MomentDataset, MomentFeatures
 from lamzoo.errors import UnsupportedHostError
 from lamzoo.evaluation.moments.metrics import moment_metrics
-from lamzoo.evaluation.runtime import Precision, check_batches, check_finite, inference, resolve_device
+from lamzoo.evaluation.runtime import Items, Precision, check_batches, check_finite, inference, resolve_device
 from lamzoo.tasks.base import EvalRequest, Evaluation
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -160,7 +160,7 @@ def submission(
     indices = range(len(dataset)) if indices is None else indices
     check_batches(batch_size, workers, precision)
     device = resolve_device(device)
-    loader = DataLoader(Subset(_Queries(dataset), indices), batch_size, collate_fn=list, num_workers=workers)
+    loader = DataLoader(Subset(Items(dataset), indices), batch_size, collate_fn=list, num_workers=workers)
     model.to(device)
     predictions: list[dict[str, Any]] = []
     with inference(model, device, precision, batch_size), plain_worker_errors():
@@ -209,14 +209,3 @@ def pad_features(features: Sequence[MomentFeatures]) -> Batch:
 def _padded(tokens: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     mask = nn.utils.rnn.pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in tokens], batch_first=True)
     return nn.utils.rnn.pad_sequence(list(tokens), batch_first=True), mask
-
-
-class _Queries(Dataset[MomentFeatures]):
-    def __init__(self, dataset: MomentDataset) -> None:
-        self._dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def __getitem__(self, index: int) -> MomentFeatures:
-        return self._dataset.read(index)

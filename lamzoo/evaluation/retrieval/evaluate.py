@@ -15,12 +15,13 @@ from torch.utils.data import DataLoader
 
 from lamzoo.data import BadInput, OnBadInput, plain_worker_errors
 from lamzoo.data.retrieval import CaptionedVideos, leave_out_invalid_videos, set_aside_invalid_videos
-from lamzoo.data.retrieval.clips import Clips, each_frame, pad_clips
+from lamzoo.data.retrieval.clips import Clips, EachFrame, pad_clips
 from lamzoo.data.video.sampling import FrameSampling, adjusted
 from lamzoo.errors import ConfigError, UnsupportedHostError
 from lamzoo.evaluation.retrieval.metrics import dual_softmax, retrieval_metrics, two_way_metrics
 from lamzoo.evaluation.retrieval.reranking import check_rerank, rerank_candidates
 from lamzoo.evaluation.runtime import Precision, check_batches, check_finite, inference, resolve_device
+from lamzoo.reading import parse_json, to_json
 from lamzoo.tasks.base import EvalRequest, Evaluation
 
 _TEXTS = 1024  # texts per block of similarities
@@ -111,7 +112,7 @@ def evaluate_retrieval(
             dataset, chosen, "skip", workers=workers, progress=partial(moved, "scan")
         )
     loader = DataLoader(
-        Clips(dataset, chosen, each_frame(timm.data.create_transform(**config))),
+        Clips(dataset, chosen, EachFrame(timm.data.create_transform(**config))),
         batch_size,
         collate_fn=pad_clips,
         num_workers=workers,
@@ -182,6 +183,12 @@ def frames_config(model: nn.Module) -> dict[str, Any]:
             f"{type(model).__name__} does not compare texts with videos; use a model of the family lam_clip4clip."
         )
     return timm.data.resolve_model_data_config(model, {"input_size": (3, *size)})
+
+
+def preprocessing_of(model: nn.Module) -> dict[str, Any]:
+    """Returns :func:`frames_config` as it is read back from a file, in which tuples become lists; errors likewise."""
+    settings: dict[str, Any] = parse_json(to_json(frames_config(model)))
+    return settings
 
 
 def encode_texts(

@@ -14,7 +14,7 @@ from lamzoo.adapters.hosts import token_layout
 from lamzoo.adapters.state import masks_of
 from lamzoo.adapters.wrappers import unwrap
 from lamzoo.data.retrieval import CaptionedVideos
-from lamzoo.data.retrieval.clips import each_frame
+from lamzoo.data.retrieval.clips import EachFrame
 from lamzoo.data.splits import index_of_id
 from lamzoo.data.video.reader import VideoClip, read_video
 from lamzoo.errors import ConfigError, UnsupportedHostError, class_name
@@ -73,7 +73,7 @@ def explore_video(
         raise ConfigError("a text is empty; describe the video")
     clip = video if isinstance(video, VideoClip) else read_video(video, network.sampling)
     like = next(model.parameters())
-    frames = each_frame(timm.data.create_transform(**config))(clip.frames)[None].to(like.device, like.dtype)
+    frames = EachFrame(timm.data.create_transform(**config))(clip.frames)[None].to(like.device, like.dtype)
     ids = network.tokenizer(texts)
     records, masked, plain = run_twice(model, lambda: network(frames, ids.to(like.device)))
     tokens = _Tokens(network, clip, frames, ids[0], config)

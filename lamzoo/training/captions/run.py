@@ -28,11 +28,9 @@ class CaptionRun(FeatureRun):
 
     def build_model(self) -> nn.Module:
         section = self.recipe.model
-        kwargs = dict(section.kwargs)
+        kwargs = section.arguments()
         if self.fits_model_to_data:
             kwargs = {"features": dict(self.splits["train"].modalities), **kwargs}
-        if section.lam is not None:
-            kwargs["lam"] = section.lam
         model: Any = create_model(section.name, pretrained=section.pretrained, **kwargs)
         check_streams(model, self.splits["train"].modalities)
         if self.recipe.data.context and not model.context_tokens:

@@ -21,7 +21,7 @@ from lamzoo.training.classification.scoring import Score, score
 from lamzoo.training.freezing import Tuning
 from lamzoo.training.gradients import average_gradients
 from lamzoo.training.loaders import (
-    check_batches,
+    check_batch,
     check_mixup,
     create_eval_loader,
     create_mixup,
@@ -74,7 +74,7 @@ class ClassificationRun(TrainingRun):
     def scan_data(self, progress: ScanProgress | None) -> BadInputs:
         recipe = self.recipe
         self.splits = prepare_splits(recipe.data, self.splits, recipe.run.seed, self.accelerator, progress)
-        check_batches(recipe, self.splits.train)
+        check_batch(recipe, len(self.splits.train), "images", recipe.data.train_split)
         check_made_split(self.checkpoints.output, self.splits.made)
         return self.splits.bad
 
@@ -134,15 +134,12 @@ class ClassificationRun(TrainingRun):
         return score(self.accelerator, self.evaluated_model, loader)
 
     def write_report(self, folder: Path, scores: Mapping[str, Any], command: str | None) -> None:
-        write_report(folder, self._facts(self.evaluated_model, dict(scores), command))
-
-    def _facts(self, model: nn.Module, scores: dict[str, Score], command: str | None) -> RunFacts:
-        return RunFacts(
+        facts = RunFacts(
             recipe=self.recipe,
-            model=model,
+            model=self.evaluated_model,
             trained=sum(p.numel() for p in self.accelerator.unwrap_model(self.model).parameters() if p.requires_grad),
             splits=self.splits,
-            scores=scores,
+            scores=dict(scores),
             history=self.history,
             train_seconds=self.seconds,
             wall_seconds=self.wall(),
@@ -152,3 +149,4 @@ class ClassificationRun(TrainingRun):
             epoch_kept=self.kept_epoch,
             about_weights=self.about_weights(),
         )
+        write_report(folder, facts)

@@ -41,13 +41,11 @@ class MomentRun(FeatureRun):
 
     def build_model(self) -> nn.Module:
         section = self.recipe.model
-        kwargs = dict(section.kwargs)
+        kwargs = section.arguments()
         if self.fits_model_to_data:
             video, text = self.example.video.shape[1], self.example.text.shape[1]
             words = len(self.splits["train"].vocabulary)
             kwargs = {"video_dim": video, "text_dim": text, "words": words, **kwargs}
-        if section.lam is not None:
-            kwargs["lam"] = section.lam
         model: Any = create_model(section.name, pretrained=section.pretrained, **kwargs)
         check_features(model, self.example)
         self._check_words(model)

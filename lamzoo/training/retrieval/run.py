@@ -17,19 +17,18 @@ from lamzoo.data.retrieval import (
     leave_out_invalid_videos,
     select_videos,
 )
-from lamzoo.data.retrieval.clips import ClipAugment, Clips, Pairs, each_frame, pad_clips
-from lamzoo.errors import RecipeError
+from lamzoo.data.retrieval.clips import ClipAugment, Clips, EachFrame, Pairs, pad_clips
 from lamzoo.evaluation.retrieval.evaluate import encode_texts, frames_config, join_videos, score_embeddings
 from lamzoo.evaluation.retrieval.reranking import check_rerank
 from lamzoo.profiling.inputs import evaluating
 from lamzoo.registry.factory import create_model
 from lamzoo.training.build import attention_kernels, mask_parameters, reduce_by_section, timm_optimizer
-from lamzoo.training.loaders import create_seeded_loader, generator_of, seed_everything
+from lamzoo.training.loaders import check_batch, create_seeded_loader, generator_of, seed_everything
 from lamzoo.training.retrieval.contrastive import contrastive_backward, contrastive_loss
 from lamzoo.training.retrieval.recipe import RetrievalRecipe, TowersSection
 from lamzoo.training.retrieval.second_stage import group_loss, matching_loss
-from lamzoo.training.retrieval.tower_cache import TextStates, TowerCache, pad_to
-from lamzoo.training.splits import BadInputs, ScanProgress, open_roles, scan_split
+from lamzoo.training.retrieval.tower_cache import TextStates, TowerCache
+from lamzoo.training.splits import BadInputs, ScanProgress, check_disjoint, open_roles, scan_split
 from lamzoo.training.trainer import TrainingRun
 
 _MAX_LOGIT_SCALE = 4.6052  # ln(100), CLIP's own limit
@@ -44,23 +43,13 @@ class RetrievalRun(TrainingRun):
     def open_data(self) -> None:
         data = self.recipe.data
         self.splits, self.videos_held_out = open_roles(self.task, data, self.recipe.run.seed)
-        train = self.splits["train"]
-        for role, split in self.splits.items():
-            common = set(split.videos) & set(train.videos)
-            if role != "train" and common:
-                raise RecipeError(
-                    f"{len(common)} videos of {data.source}, such as {min(common)!r}, are in both "
-                    f"{train.split or 'all'} and {split.split or 'all'}, so they would be used for training and "
-                    "scoring; name other splits in data.train_split and data.eval_split."
-                )
+        check_disjoint(self.splits, lambda split: split.videos, "videos", data.source)
         if self.recipe.augment.splice:
-            train.splice(data.sampling)  # raises if the data does not support it
+            self.splits["train"].splice(data.sampling)  # raises if the data does not support it
 
     def build_model(self) -> nn.Module:
         section, data = self.recipe.model, self.recipe.data
-        kwargs = {"max_frames": data.max_frames, "fps": data.fps, **section.kwargs}
-        if section.lam is not None:
-            kwargs["lam"] = section.lam
+        kwargs = {"max_frames": data.max_frames, "fps": data.fps, **section.arguments()}
         model: Any = create_model(section.name, pretrained=section.pretrained, **kwargs)
         frames_config(model)  # raises for other models
         if self.recipe.matching is not None:
@@ -85,12 +74,7 @@ class RetrievalRun(TrainingRun):
         bad: list[Any] = []
         for role, split in self.splits.items():
             self.splits[role] = self._scan(role, split, bad, progress)
-        pairs, batch = len(self._pairs(None)), self.recipe.run.batch_size
-        if pairs < batch:
-            raise RecipeError(
-                f"run.batch_size is {batch}, but {self.recipe.data.source} has only {pairs} pairs in "
-                f"{self.recipe.data.train_split}; use a smaller batch."
-            )
+        check_batch(self.recipe, len(self._pairs(None)), "pairs", self.recipe.data.train_split)
         return tuple(bad)
 
     def train_loader(self, model: nn.Module) -> DataLoader[Any]:
@@ -104,7 +88,7 @@ class RetrievalRun(TrainingRun):
         return create_seeded_loader(recipe, pairs, _Collate(model.tokenizer, recipe.data.max_frames, states))
 
     def eval_loaders(self, model: nn.Module) -> list[DataLoader[Any]]:
-        transform = each_frame(timm.data.create_transform(**frames_config(model)))
+        transform = EachFrame(timm.data.create_transform(**frames_config(model)))
         recipe, loaders = self.recipe, []
         for role, split in self.splits.items():
             if role == "train":
@@ -113,7 +97,7 @@ class RetrievalRun(TrainingRun):
             if self.cached.has("vision"):
                 clips = self.cached.clips(role, clips)
             batch = recipe.run.batch_size // recipe.run.accumulation
-            collate = pad_to(recipe.data.max_frames)
+            collate = partial(pad_clips, frames=recipe.data.max_frames)
             loaders.append(DataLoader(clips, batch, collate_fn=collate, num_workers=recipe.data.workers))
         return loaders
 

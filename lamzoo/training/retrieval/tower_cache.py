@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -122,7 +122,8 @@ class TowerCache:
 
     def _make_videos(self, role: str, clips: Clips) -> Iterator[Tensor]:
         recipe, device = self._recipe, self._accelerator.device
-        batch, collate = recipe.run.batch_size // recipe.run.accumulation, pad_to(recipe.data.max_frames)
+        batch = recipe.run.batch_size // recipe.run.accumulation
+        collate = partial(pad_clips, frames=recipe.data.max_frames)
         seed = torch.Generator().manual_seed(0)  # of the workers, which are deterministic
         loader = DataLoader(clips, batch, collate_fn=collate, num_workers=recipe.data.workers, generator=seed)
         model, fused = self._model.to(device), self._takes_fused_kernels(role)
@@ -158,11 +159,6 @@ class TextStates:
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         return self._states.padded([self._places[text] for text in texts], self._rows)
-
-
-def pad_to(frames: int) -> Callable[[Sequence[Tensor]], tuple[Tensor, Tensor]]:
-    """Returns :func:`pad_clips` with a number of frames."""
-    return partial(pad_clips, frames=frames)
 
 
 class _CachedPairs(Pairs):
