@@ -229,7 +229,8 @@ def score(
 
 
 def _first_texts(owners: Sequence[int], videos: int) -> list[int]:
-    return [owners.index(video) for video in range(videos)]
+    firsts = {owner: text for text, owner in reversed([*enumerate(owners)])}
+    return [firsts[video] for video in range(videos)]
 
 
 def _recalls(ranks: Sequence[NDArray[Any]]) -> dict[str, float]:
