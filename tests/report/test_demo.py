@@ -59,6 +59,7 @@ def test_demo_shows_everything_and_replaces_older_files(models, cifar10, tmp_pat
         "[new]",
     ):
         assert part in shown
+    assert device_label(resolve_device("auto")) in " ".join(shown.partition("CPU threads")[0].split())
     names = ["cat-merged.html", "cat.html", "masks-cat.png", "masks-rocket.png"]
     assert sorted(path.name for path in out.iterdir()) == names
     assert all((out / name).stat().st_size > 1000 for name in names)
