@@ -69,7 +69,7 @@ from lamzoo.evaluation.runtime import inference
 from lamzoo.profiling.inputs import as_arguments, default_input, image_config, image_mode
 from lamzoo.profiling.latency import compare_latency, device_label
 from lamzoo.registry.catalog import model_ref
-from lamzoo.report.compare.plots import encode
+from lamzoo.report.mpl import encode
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "reduction.csv"

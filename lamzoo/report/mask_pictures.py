@@ -15,14 +15,15 @@ from lamzoo.adapters.capture import capture_masks
 from lamzoo.adapters.hosts import token_layout
 from lamzoo.adapters.state import masks_of
 from lamzoo.adapters.wrappers import unwrap
-from lamzoo.errors import ConfigError, DataError, UnsupportedHostError, class_name
+from lamzoo.errors import ConfigError, UnsupportedHostError, class_name
 from lamzoo.evaluation import class_names
 from lamzoo.evaluation.runtime import check_finite
-from lamzoo.files import atomic_files, check_target
+from lamzoo.files import check_target
 from lamzoo.lam import LamConfig, MaskRecord
 from lamzoo.profiling.inputs import evaluating
 from lamzoo.report.mask_figure import LayerPicture, draw
 from lamzoo.report.model_view import view
+from lamzoo.report.mpl import write_figure
 
 Patch = tuple[int, int]
 
@@ -76,8 +77,7 @@ def explain(
     subject = "image" if isinstance(image, Image.Image) else Path(image).name
     title = f"{title_of(model)} on {subject}{_prediction(model, output)}\n{caption_of(config, head, shown.images)}"
     figure = draw(layers, shown.seen.numpy(), shown.sharp.numpy(), neutral=config.mask_op.identity, title=title)
-    with atomic_files(DataError) as stage:
-        figure.savefig(stage(path), format="png")
+    write_figure(figure, path)
 
 
 def run_all_queries(model: Any, images: Tensor) -> Any:
