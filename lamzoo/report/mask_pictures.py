@@ -102,7 +102,13 @@ def _picture(
         torch.arange(factor.shape[2]) if places is None else places[0].cpu()
         for factor, places in zip(reversed(record.mask), (record.key_places, record.query_places), strict=True)
     )
-    prefix, grid = _patches(model, path, images, keys)
+    found = patch_grid(model, path, images, len(keys)) if keys.min() >= 0 else None
+    if found is None:
+        raise UnsupportedHostError(
+            f"{path} of {class_name(model)} attends to {len(keys.unique())} tokens that aren't a patch grid; explain "
+            "draws vision transformers of timm and open_clip whose tokens aren't pruned."
+        )
+    prefix, grid = found
     rows = _spread_rows(grid) if rows is None else rows
     left, right = (_head(factor[:1].float().cpu(), head) for factor in record.mask)
     chosen = queries[[prefix + _index(row, grid) for row in rows]]
@@ -116,17 +122,20 @@ def _picture(
     )
 
 
-def _patches(model: nn.Module, path: str, images: Tensor, keys: Tensor) -> tuple[int, Patch]:
-    """Returns the number of prefix tokens and the patch grid of the stack's input, whose ``keys`` are given."""
+def patch_grid(model: nn.Module, path: str, images: Tensor, count: int) -> tuple[int, Patch] | None:
+    """Returns the number of prefix tokens and the patch grid of a layer; None if they are not its tokens.
+
+    Args:
+        model: a model of any host.
+        path: of the attention layer.
+        images: input of the model, ``(B, C, H, W)``.
+        count: number of the tokens at the input of the layer's stack.
+    """
     layout = token_layout(model, path)
-    if layout.grid_at is not None:
-        rows, columns = layout.grid_at((images.shape[-2], images.shape[-1]))
-        if layout.num_prefix_tokens + rows * columns == len(keys) and keys.min() >= 0:
-            return layout.num_prefix_tokens, (rows, columns)
-    raise UnsupportedHostError(
-        f"{path} of {class_name(model)} attends to {len(keys.unique())} tokens that aren't a patch grid; explain draws "
-        "vision transformers of timm and open_clip whose tokens aren't pruned."
-    )
+    if layout.grid_at is None:
+        return None
+    prefix, grid = layout.num_prefix_tokens, layout.grid_at((images.shape[-2], images.shape[-1]))
+    return (prefix, grid) if prefix + grid[0] * grid[1] == count else None
 
 
 def _spread_rows(grid: Patch) -> list[Patch]:
@@ -166,12 +175,17 @@ def title_of(model: nn.Module) -> str:
     return arch if source is None else source if source.startswith(arch) else f"{arch} ({source})"
 
 
+def mask_words(config: LamConfig) -> str:
+    """Returns how a mask acts and its main settings."""
+    return (
+        f"M {config.mask_op.effect} the attention scores, {config.mask_op.identity:g} is neutral; keys={config.keys}, "
+        f"rank={config.rank}, sign={config.sign}"
+    )
+
+
 def caption_of(config: LamConfig, head: int | None, images: Tensor) -> str:
     """Returns what the mask is, and the size of the images that a model was given."""
     heads = "one mask for all heads"
     if config.heads == "per-head":
         heads = "mean of the heads' masks" if head is None else f"mask of head {head}"
-    return (
-        f"M {config.mask_op.effect} the attention scores, {config.mask_op.identity:g} is neutral; keys={config.keys}, "
-        f"rank={config.rank}, sign={config.sign}; {heads}; input {images.shape[-2]} x {images.shape[-1]} px"
-    )
+    return f"{mask_words(config)}; {heads}; input {images.shape[-2]} x {images.shape[-1]} px"

@@ -20,7 +20,7 @@ from lamzoo.files import check_target
 from lamzoo.lam import Lam, LamConfig, MaskRecord
 from lamzoo.models.moment_detr.model import Place
 from lamzoo.profiling.inputs import evaluating
-from lamzoo.report.mask_pictures import title_of
+from lamzoo.report.mask_pictures import mask_words, title_of
 from lamzoo.report.mpl import write_figure
 from lamzoo.report.timeline import LayerImportance, Timeline, draw_timeline
 
@@ -120,8 +120,5 @@ def _title(model: nn.Module, query: MomentQuery, config: LamConfig | None) -> st
     lines += textwrap.wrap(f"“{query.text}”", _LINE, max_lines=_LINES, placeholder=" …”")
     if config is not None:
         heads = "one mask for all heads" if config.heads == "shared" else "mean of the heads' masks"
-        lines.append(
-            f"M {config.mask_op.effect} the attention scores, {config.mask_op.identity:g} is neutral; "
-            f"keys={config.keys}, rank={config.rank}, sign={config.sign}; {heads}"
-        )
+        lines.append(f"{mask_words(config)}; {heads}")
     return "\n".join(lines)

@@ -245,10 +245,7 @@ def _chosen(
 
 
 def _alike(masks: Mapping[str, MaskRecord]) -> list[MaskRecord]:
-    counts = {
-        name: record.mask.right.shape[2] if record.key_places is None else record.key_places.shape[1]
-        for name, record in masks.items()
-    }
+    counts = {name: record.num_tokens[1] for name, record in masks.items()}
     if len(set(counts.values())) > 1:
         few = ", ".join(f"{name} {count}" for name, count in list(counts.items())[:3])
         raise ConfigError(f"the layers attend to different numbers of tokens ({few}, ...); choose one with layer=.")
