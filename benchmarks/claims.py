@@ -12,6 +12,7 @@ from typing import Literal
 
 from benchmarks import kernels, reduction_tables
 from benchmarks.ablation.run import RESULTS, read_results
+from benchmarks.rows import markdown
 from benchmarks.rows import read_rows as read_lines
 from lamzoo.profiling.results import BenchRow, Form, read_rows
 
@@ -48,9 +49,8 @@ def reviews() -> str:
 
 
 def _table(heading: str, lines: Sequence[Claim]) -> str:
-    page = [f"| {heading} | measured here | by | verdict |", "|---|---|---|---|"]
-    page += [f"| {each.says} | {each.measured()} ({each.source}) | {each.command} | {each.verdict} |" for each in lines]
-    return "\n".join(page) + "\n"
+    cells = ((each.says, f"{each.measured()} ({each.source})", each.command, each.verdict) for each in lines)
+    return markdown((heading, "measured here", "by", "verdict"), cells)
 
 
 def _gain(ablation: str, row: str, reference: str = "plain", score: str = "top1", decimals: int = 2) -> str:

@@ -22,14 +22,13 @@ from rich.progress import track
 from torch import nn
 
 import lamzoo
-from benchmarks.rows import measured_on, read_rows, with_quartiles, write_rows
+from benchmarks.rows import STORED, markdown, measured_on, read_rows, with_quartiles, write_rows
 from lamzoo.data import create_dataset
 from lamzoo.evaluation import evaluate
 from lamzoo.profiling.inputs import default_input
 from lamzoo.profiling.latency import compare_latency, device_label
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "exported.csv"
+RESULTS = STORED / "exported.csv"
 #: Programs by name in the table: suffix, and whether the linear layers are quantised.
 PROGRAMS = {"PyTorch": None, "torch.export": (".pt2", False), "ONNX": (".onnx", False), "ONNX, int8": (".onnx", True)}
 
@@ -107,22 +106,18 @@ def measure(model: nn.Module, name: str, tokens: str, what: str, data: str, spli
 
 def table(rows: Sequence[Row]) -> str:
     """Returns the rows as Markdown."""
-    lines = [
-        "| model | tokens | program | GMACs | MiB | top-1 (%) | time of one image to PyTorch | largest difference |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    heads = ["model", "tokens", "program", "GMACs", "MiB", "top-1 (%)", "time of one image to PyTorch"]
+    lines = []
     for row in rows:
         tokens = row.tokens if row.tokens == "all" else f"pruned to {row.tokens}"
         ratio = "" if row.ratio is None else with_quartiles(row.ratio, row.ratio_q1, row.ratio_q3)
         difference = "" if row.max_difference is None else f"{row.max_difference:.1g}"
-        lines.append(
-            f"| `{row.model}` | {tokens} | {row.program} | {row.gmacs:.4f} | {row.mib:.1f} "
-            f"| {row.top1:.2f} | {ratio} | {difference} |"
-        )
+        costs = (f"{row.gmacs:.4f}", f"{row.mib:.1f}")
+        lines.append((f"`{row.model}`", tokens, row.program, *costs, f"{row.top1:.2f}", ratio, difference))
     conditions = {
         f"{row.data}, {row.split} split; {row.device}, {row.threads} threads, torch {row.torch}" for row in rows
     }
-    return "\n".join(lines) + "\n" + measured_on(conditions)
+    return markdown([*heads, "largest difference"], lines) + measured_on(conditions)
 
 
 def main() -> None:

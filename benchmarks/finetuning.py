@@ -16,11 +16,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.rows import read_rows, write_rows
+from benchmarks.rows import ROOT, STORED, markdown, read_rows, write_rows
 from lamzoo import records
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "finetuning.csv"
+RESULTS = STORED / "finetuning.csv"
 
 
 @dataclass(frozen=True)
@@ -80,17 +79,15 @@ def read_results(path: Path = RESULTS) -> list[Row]:
 
 def table(rows: Sequence[Row]) -> str:
     """Returns the rows as Markdown, the seeds of a line averaged."""
-    lines = ["| model | tuned | trained parameters (M) | top-1 (%) | minutes |", "|---|---|---|---|---|"]
+    lines = []
     for model, tune in dict.fromkeys((row.model, row.tune) for row in rows):
         group = [row for row in rows if (row.model, row.tune) == (model, tune)]
         scores = [row.top1 for row in group]
         spread = f" ± {statistics.stdev(scores):.2f} ({len(scores)} seeds)" if len(scores) > 1 else ""
         minutes = statistics.mean(row.train_seconds for row in group) / 60
-        lines.append(
-            f"| `{model}` | {tune} | {group[0].trained_params / 1e6:.3f} | {statistics.mean(scores):.2f}{spread} | "
-            f"{minutes:.1f} |"
-        )
-    return "\n".join(lines)
+        trained, top1 = f"{group[0].trained_params / 1e6:.3f}", f"{statistics.mean(scores):.2f}{spread}"
+        lines.append((f"`{model}`", tune, trained, top1, f"{minutes:.1f}"))
+    return markdown(("model", "tuned", "trained parameters (M)", "top-1 (%)", "minutes"), lines)
 
 
 def main() -> None:
@@ -111,7 +108,7 @@ def main() -> None:
     lines = [(args.model, tune) for tune in ("all", "lam", "head")] + [(args.plain, tune) for tune in ("all", "head")]
     rows = [train(name, tune, seed, args.data, args.out, more) for name, tune in lines for seed in args.seeds]
     write_rows(args.results, rows)
-    print(table(rows))
+    print(table(rows), end="")
 
 
 if __name__ == "__main__":

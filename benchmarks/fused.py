@@ -30,7 +30,7 @@ from torch import nn
 
 import lamzoo
 from benchmarks import speed
-from benchmarks.rows import measured_on, read_rows, with_quartiles, write_rows
+from benchmarks.rows import STORED, markdown, measured_on, read_rows, with_quartiles, write_rows
 from lamzoo import LamConfig
 from lamzoo.lam.fused import MEASURED, FusedAttention, pinned_form
 from lamzoo.profiling.inputs import as_arguments, default_input
@@ -38,8 +38,8 @@ from lamzoo.profiling.latency import device_label, time_call
 
 MODELS = ("lam_vit_tiny_patch8_64", "lam_vit_tiny", "lam_vit_small", "lam_vit_base")
 RANKS = (7, 8)  # the cards' of today, and that of the weights at 64 pixels
-ON_GPU = Path(__file__).resolve().parent / "results" / "fused.gpu.csv"
-STEPS = Path(__file__).resolve().parent / "results" / "training_steps.csv"
+ON_GPU = STORED / "fused.gpu.csv"
+STEPS = STORED / "training_steps.csv"
 _ROUNDS = 6  # at least
 _STEP = "zoo default"  # the variant whose training steps are timed
 
@@ -159,30 +159,26 @@ def _spread(ratios: Sequence[float]) -> list[float]:
 
 def table(rows: Sequence[Row]) -> str:
     """Returns the rows as Markdown: ratios to the plain backbone with quartiles, the form that is taken, its bar."""
-    lines = ["| model | rank | batch | unfused | fused | form taken | bar | ms |", "|---" * 8 + "|"]
+    lines = []
     for row in rows:
         bar = LARGE_BAR if row.batch >= LARGE else BARS.get(row.model) if row.batch == 1 else None
-        cells = (
-            f"`{row.model}`",
-            str(row.rank),
-            str(row.batch),
+        forms = (
             with_quartiles(row.unfused, row.unfused_q1, row.unfused_q3),
             with_quartiles(row.fused, row.fused_q1, row.fused_q3),
-            row.form,
-            _verdict(min(row.unfused, row.fused), bar),
-            f"{row.ms:.1f}",
         )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n" + measured_on(_conditions(rows))
+        verdict = _verdict(min(row.unfused, row.fused), bar)
+        lines.append((f"`{row.model}`", row.rank, row.batch, *forms, row.form, verdict, f"{row.ms:.1f}"))
+    heads = ("model", "rank", "batch", "unfused", "fused", "form taken", "bar", "ms")
+    return markdown(heads, lines) + measured_on(_conditions(rows))
 
 
 def step_table(rows: Sequence[speed.Row]) -> str:
     """Returns rows of training steps as Markdown: ratios to the plain backbone with quartiles, and their bar."""
-    lines = ["| model | batch | training step | bar | ms |", "|---" * 5 + "|"]
+    lines = []
     for row in rows:
         ratio = with_quartiles(row.ratio, row.ratio_q1, row.ratio_q3)
-        lines.append(f"| `{row.model}` | {row.batch} | {ratio} | {_verdict(row.ratio, STEP_BAR)} | {row.ms:.1f} |")
-    return "\n".join(lines) + "\n" + measured_on(_conditions(rows))
+        lines.append((f"`{row.model}`", row.batch, ratio, _verdict(row.ratio, STEP_BAR), f"{row.ms:.1f}"))
+    return markdown(("model", "batch", "training step", "bar", "ms"), lines) + measured_on(_conditions(rows))
 
 
 def _verdict(ratio: float, bar: float | None) -> str:

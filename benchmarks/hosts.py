@@ -16,16 +16,15 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import timm
 from torch import nn
 
-from benchmarks.rows import read_rows, write_rows
+from benchmarks.rows import STORED, markdown, read_rows, write_rows
 from lamzoo.adapters.hosts import adapters_of
 from lamzoo.errors import UnsupportedHostError
 
-RESULTS = Path(__file__).resolve().parent / "results" / "timm_hosts.csv"
+RESULTS = STORED / "timm_hosts.csv"
 _REFUSAL = re.compile(r"^.+? \(([\w.]+)\) (.+)")
 _OTHER = "which acts on a softmax over tokens: "
 
@@ -91,15 +90,16 @@ def coverage_table(rows: Sequence[Row]) -> str:
     other = sum(row.other for row in rows)
     without = sum(row.layers == 0 and not row.refusal for row in rows)
     softmax = len(rows) - other - without
-    lines = [
-        f"| tried, of `timm.list_models()` in timm {', '.join(sorted({row.timm for row in rows}))} | {len(rows):,} |",
-        "|---|---|",
-        f"| without attention layers | {without:,} |",
-        f"| with attention that is no softmax over tokens | {other:,} |",
-        f"| whose attention is a softmax over tokens | {softmax:,} |",
-        f"| of these, with masks | {masked:,} ({masked / softmax:.1%}) |",
-    ]
-    return "\n".join(lines) + "\n"
+    versions = ", ".join(sorted({row.timm for row in rows}))
+    return markdown(
+        (f"tried, of `timm.list_models()` in timm {versions}", f"{len(rows):,}"),
+        [
+            ("without attention layers", f"{without:,}"),
+            ("with attention that is no softmax over tokens", f"{other:,}"),
+            ("whose attention is a softmax over tokens", f"{softmax:,}"),
+            ("of these, with masks", f"{masked:,} ({masked / softmax:.1%})"),
+        ],
+    )
 
 
 def table(rows: Iterable[Row]) -> str:
@@ -108,11 +108,11 @@ def table(rows: Iterable[Row]) -> str:
     for row in rows:
         if row.layers:
             families[row.family].append(row)
-    lines = ["| family | models | attention layers | such as |", "|---|---|---|---|"]
+    lines = []
     for family, members in sorted(families.items()):
         layers = sorted({layer for row in members for layer in (row.attention or "").split(", ")})
-        lines.append(f"| `{family}` | {len(members)} | {_code(layers)} | {_code(_spread(members))} |")
-    return "\n".join(lines) + "\n"
+        lines.append((f"`{family}`", len(members), _code(layers), _code(_spread(members))))
+    return markdown(("family", "models", "attention layers", "such as"), lines)
 
 
 def left_out_table(rows: Iterable[Row]) -> str:
@@ -121,10 +121,10 @@ def left_out_table(rows: Iterable[Row]) -> str:
     for row in rows:
         if row.refusal:
             groups[row.family, row.attention or "", _reason(row.refusal)].append(row.model)
-    lines = ["| family | because of | which | models |", "|---|---|---|---|"]
-    for (family, layer, reason), names in sorted(groups.items()):
-        lines.append(f"| `{family}` | `{layer}` | {reason} | {_code(names)} |")
-    return "\n".join(lines) + "\n"
+    lines = (
+        (f"`{family}`", f"`{layer}`", reason, _code(names)) for (family, layer, reason), names in sorted(groups.items())
+    )
+    return markdown(("family", "because of", "which", "models"), lines)
 
 
 def _reason(refusal: str) -> str:

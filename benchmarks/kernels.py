@@ -42,14 +42,13 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import lamzoo
-from benchmarks.rows import measured_on, read_rows, with_quartiles, write_rows
+from benchmarks.rows import STORED, markdown, measured_on, read_rows, with_quartiles, write_rows
 from lamzoo.lam import available_backends
 from lamzoo.lam.config import Heads
 from lamzoo.lam.ops import OPS, Op
 from lamzoo.profiling.latency import device_label, time_call
 from lamzoo.profiling.memory import free_bytes, peak_growth
 
-RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 _WIDTH, _HEADS = 768, 12
 _BATCH_TOKENS = 32768  # tokens of a batch on a GPU, which are to keep it busy
 _HOPELESS = 10.0  # ratio to the plain layer from which a backend is not timed at longer lengths
@@ -257,7 +256,7 @@ def rules(rows: Sequence[Row]) -> str:
     A rule of ``lamzoo.lam.kernels.RULES`` applies to inference and training alike: the backends are sorted by the
     product of both ratios.
     """
-    lines = ["| device | mask | factors' columns | scores | backends: forward, train |", "|---" * 5 + "|"]
+    lines = []
     found: dict[tuple[str, str, int, str, int, int], dict[str, dict[str, float]]] = {}
     for row in rows:
         key = (row.device, row.op, row.rank, row.heads, row.tokens, row.batch)
@@ -266,8 +265,8 @@ def rules(rows: Sequence[Row]) -> str:
         complete = [backend for backend, modes in ratios.items() if len(modes) == 2]
         order = sorted(complete, key=lambda backend: math.prod(ratios[backend].values()))
         cells = [f"`{name}` {ratios[name]['forward']:.2f}, {ratios[name]['train']:.2f}" for name in order]
-        lines.append(f"| {device} | {op}, {heads} | {rank} | {tokens}**2 x {batch} | {'; '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append((device, f"{op}, {heads}", rank, f"{tokens}**2 x {batch}", "; ".join(cells)))
+    return markdown(("device", "mask", "factors' columns", "scores", "backends: forward, train"), lines)
 
 
 def _in_fresh_process(context: BaseContext, problem: Problem, masked: bool) -> float:
@@ -362,7 +361,7 @@ def main() -> None:
     args = parser.parse_args()
     on_gpu = args.device == "cuda"
     plan = _PLANS[args.device]
-    path = args.results or RESULTS / ("kernels.gpu.csv" if on_gpu else "kernels.csv")
+    path = args.results or STORED / ("kernels.gpu.csv" if on_gpu else "kernels.csv")
     rows = read_rows(path, Row)
     if args.table or args.rules:
         print(table(rows) if args.table else rules(rows))

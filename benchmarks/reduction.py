@@ -59,7 +59,7 @@ from benchmarks.reduction_tables import (
     time_table,
     trained_table,
 )
-from benchmarks.rows import read_rows, write_rows
+from benchmarks.rows import ROOT, STORED, read_rows, write_rows
 from lamzoo.data import create_dataset
 from lamzoo.data.arrays import read_npy
 from lamzoo.data.json_files import read_json
@@ -69,11 +69,10 @@ from lamzoo.evaluation.runtime import inference
 from lamzoo.profiling.inputs import as_arguments, default_input, image_config, image_mode
 from lamzoo.profiling.latency import compare_latency, device_label
 from lamzoo.registry.catalog import model_ref
-from lamzoo.report.compare.plots import encode
+from lamzoo.report.mpl import encode
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "reduction.csv"
-TIMES = ROOT / "benchmarks" / "results" / "reduction_times.csv"
+RESULTS = STORED / "reduction.csv"
+TIMES = STORED / "reduction_times.csv"
 SHARES = (0.9, 0.8, 0.7, 0.63, 0.5)
 THREADS = (1, 2)  # of PyTorch, for rows of time
 BATCHES = (1, 16)  # images, likewise

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from benchmarks.methods import ALL, PEERS
-from benchmarks.rows import measured_on, with_quartiles
+from benchmarks.rows import markdown, measured_on, with_quartiles
 
 _BLIND = ("random", "stride")  # peers that select tokens without looking at them
 
@@ -303,8 +303,8 @@ def _table(
     """
     columns = sorted(set(map(column_of, rows)))
     titles = [*heads, *(title for _, title in columns)]
-    lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
+    lines = []
     for line in dict.fromkeys(map(line_of, rows)):
         cells = {column_of(row): cell(row) for row in rows if line_of(row) == line}
-        lines.append(f"| {' | '.join([*line, *(cells.get(column, '') for column in columns)])} |")
-    return "\n".join(lines) + "\n"
+        lines.append([*line, *(cells.get(column, "") for column in columns)])
+    return markdown(titles, lines)

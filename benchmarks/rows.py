@@ -9,6 +9,9 @@ from typing import Any, TypeVar
 
 from lamzoo import records
 
+ROOT = Path(__file__).resolve().parents[1]
+STORED = ROOT / "benchmarks" / "results"  # folder of the results files
+
 Row = TypeVar("Row")
 
 
@@ -24,6 +27,12 @@ def read_rows(path: Path, kind: type[Row]) -> list[Row]:
 def write_rows(path: Path, rows: Sequence[Any]) -> None:
     """Writes rows of one dataclass, at least one, to a results file."""
     records.write_csv(path, [field.name for field in fields(rows[0])], rows)
+
+
+def markdown(heads: Sequence[str], lines: Iterable[Iterable[object]]) -> str:
+    """Returns a Markdown table of headings and lines of cells."""
+    head, *rest = (f"| {' | '.join(map(str, cells))} |\n" for cells in (heads, *lines))
+    return "".join([head, "|" + "---|" * len(heads) + "\n", *rest])
 
 
 def measured_on(conditions: Iterable[str]) -> str:

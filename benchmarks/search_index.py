@@ -26,12 +26,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.rows import measured_on, read_rows, write_rows
+from benchmarks.rows import STORED, measured_on, read_rows, write_rows
 from lamzoo.profiling.latency import device_label
 from lamzoo.reading import read_text
 from lamzoo.video.clusters import import_faiss, stored_search
 
-RESULTS = Path(__file__).resolve().parent / "results" / "search_index.csv"
+RESULTS = STORED / "search_index.csv"
 _WIDTH, _CENTRES = 512, 2_000
 _INNER = (32, 64)  # dimensions of the points; with more of them, neighbours are spread over more clusters
 _QUERIES, _TOP = 100, 10

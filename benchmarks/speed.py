@@ -36,13 +36,12 @@ import lamzoo
 from benchmarks.methods import METHODS, Variants
 from benchmarks.peers import applied
 from benchmarks.peers.tome import ToMe
-from benchmarks.rows import measured_on, read_rows, with_quartiles, write_rows
+from benchmarks.rows import STORED, measured_on, read_rows, with_quartiles, write_rows
 from lamzoo import LamConfig
 from lamzoo.profiling.inputs import default_input
 from lamzoo.profiling.latency import device_label, time_call
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "speed.csv"
+RESULTS = STORED / "speed.csv"
 
 
 @dataclass(frozen=True)

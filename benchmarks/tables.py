@@ -33,25 +33,23 @@ from benchmarks import (
 from benchmarks.ablation.run import HERE
 from benchmarks.ablation.table import table as ablation
 from benchmarks.methods import ALL, OURS, PEERS
-from benchmarks.rows import measured_on
+from benchmarks.rows import ROOT, STORED, markdown, measured_on
 from benchmarks.rows import read_rows as read_lines
 from lamzoo.profiling.results import BenchRow, read_rows
 from lamzoo.reading import read_text
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 _BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
-def zoo(path: Path = RESULTS / "zoo.csv") -> str:
+def zoo(path: Path = STORED / "zoo.csv") -> str:
     """Returns the table of models trained here, each next to its plain twin, with the cost of the masks."""
     return _benched(path, {
         "data": lambda row: (row.data or "").rpartition("/")[2], "top-1 (%)": lambda row: _number(row.value, 2),
     })  # fmt: skip
 
 
-def cost(path: Path = RESULTS / "cost.csv") -> str:
+def cost(path: Path = STORED / "cost.csv") -> str:
     """Returns the cost table of models with timm's weights, next to their plain backbones."""
     return _benched(path, {"pixels": lambda row: str(row.img_size or "")})
 
@@ -72,7 +70,7 @@ _OVERVIEW = (
 
 def overview() -> str:
     """Returns the README's overview: a masked model per task, its score and its plain twin's, cost and weights."""
-    lines = _header("task", "model", "score", "plain twin", "GMACs", "weights")
+    lines = []
     for task, name, metric, heading in _OVERVIEW:
         info = lamzoo.model_info(name)
         score, twin, weights = "", "", "none, to be trained"
@@ -84,28 +82,28 @@ def overview() -> str:
                 of_twin = info.tag if twin is None else lamzoo.model_info(twin).tag
                 score = f"{heading} {info.tag.metrics[metric]:.2f} %"
                 twin = f"{of_twin.metrics[metric]:.2f} %"
-        lines.append(_line(task, f"`{name}`", score, twin, _number(info.gmacs, 4), weights))
-    return "\n".join(lines) + "\n"
+        lines.append((task, f"`{name}`", score, twin, _number(info.gmacs, 4), weights))
+    return markdown(("task", "model", "score", "plain twin", "GMACs", "weights"), lines)
 
 
-def sequences(path: Path = RESULTS / "sequences.csv") -> str:
+def sequences(path: Path = STORED / "sequences.csv") -> str:
     """Returns the cost table of models that read sequences of features, or frames and text."""
     return _benched(path, {}, rate="inputs/s")
 
 
 def _reduced(*methods: str) -> str:
-    rows = read_lines(RESULTS / "reduction.csv", reduction_tables.Row)
+    rows = read_lines(STORED / "reduction.csv", reduction_tables.Row)
     models = {row.model for row in rows if row.method in methods}
     return reduction_tables.table([row for row in rows if row.method in (ALL, *methods) and row.model in models])
 
 
 def _reduction_times(name: str = "reduction_times.csv") -> str:
-    rows = read_lines(RESULTS / name, reduction_tables.TimeRow)
+    rows = read_lines(STORED / name, reduction_tables.TimeRow)
     return reduction_tables.time_table([row for row in rows if row.method in (ALL, "merged", *PEERS)])
 
 
 def _merged(metric: str) -> list[video_merging.Row]:
-    rows = read_lines(RESULTS / "video_merging.csv", video_merging.Row)
+    rows = read_lines(STORED / "video_merging.csv", video_merging.Row)
     return [row for row in rows if row.metric == metric]
 
 
@@ -125,32 +123,32 @@ TABLES: dict[str, Callable[[], str]] = {
     "captions": lambda: ablation(HERE / "captions.toml"),
     "flickr8k_captions": lambda: ablation(HERE / "flickr8k_captions.toml"),
     "retrieval-merged": lambda: video_merging.table(
-        _merged("R@1"), read_lines(RESULTS / "video_merging_time.csv", video_merging.TimeRow)
+        _merged("R@1"), read_lines(STORED / "video_merging_time.csv", video_merging.TimeRow)
     ),
     "search-index": lambda: search_index.table(read_lines(search_index.RESULTS, search_index.Row)),
     "captions-merged": lambda: video_merging.table(_merged("WER")),
-    "speed": lambda: speed.table(read_lines(RESULTS / "speed.csv", speed.Row)),
-    "speed-xeon": lambda: speed.table(read_lines(RESULTS / "speed.xeon.csv", speed.Row)),
+    "speed": lambda: speed.table(read_lines(STORED / "speed.csv", speed.Row)),
+    "speed-xeon": lambda: speed.table(read_lines(STORED / "speed.xeon.csv", speed.Row)),
     "fused": lambda: fused.table(read_lines(fused.MEASURED, fused.Row)),
     "fused-gpu": lambda: fused.table(read_lines(fused.ON_GPU, fused.Row)),
     "training-steps": lambda: fused.step_table(read_lines(fused.STEPS, speed.Row)),
-    "breakdown": lambda: breakdown.table(read_lines(RESULTS / "breakdown.csv", breakdown.Row)),
-    "kernels": lambda: kernels.table(read_lines(RESULTS / "kernels.csv", kernels.Row)),
-    "kernels-gpu": lambda: kernels.table(read_lines(RESULTS / "kernels.gpu.csv", kernels.Row)),
-    "tiles": lambda: tiles.table(read_lines(RESULTS / "tiles.csv", tiles.Row)),
-    "exported": lambda: exported.table(read_lines(RESULTS / "exported.csv", exported.Row)),
+    "breakdown": lambda: breakdown.table(read_lines(STORED / "breakdown.csv", breakdown.Row)),
+    "kernels": lambda: kernels.table(read_lines(STORED / "kernels.csv", kernels.Row)),
+    "kernels-gpu": lambda: kernels.table(read_lines(STORED / "kernels.gpu.csv", kernels.Row)),
+    "tiles": lambda: tiles.table(read_lines(STORED / "tiles.csv", tiles.Row)),
+    "exported": lambda: exported.table(read_lines(STORED / "exported.csv", exported.Row)),
     "reduction-merged": lambda: _reduced("merged"),
-    "reduction-features": lambda: features.table(read_lines(RESULTS / "features.csv", features.Row)),
+    "reduction-features": lambda: features.table(read_lines(STORED / "features.csv", features.Row)),
     "reduction-times": _reduction_times,
     "reduction-times-gpu": lambda: _reduction_times("reduction_times.gpu.csv"),
-    "reduction-ahead": lambda: reduction_tables.peer_table(read_lines(RESULTS / "reduction.csv", reduction_tables.Row)),
+    "reduction-ahead": lambda: reduction_tables.peer_table(read_lines(STORED / "reduction.csv", reduction_tables.Row)),
     "reduction-peers": lambda: _reduced("merged", *PEERS),
     "reduction-pruned": lambda: _reduced(*(method for method in OURS if method != "merged")),
     "reduction-trained": lambda: reduction_tables.trained_table(
-        read_lines(RESULTS / "reduction_trained.csv", reduction_tables.TrainedRow)
+        read_lines(STORED / "reduction_trained.csv", reduction_tables.TrainedRow)
     ),
     "clothing10": lambda: ablation(HERE / "clothing10.toml"),
-    "finetuning": lambda: finetuning.table(finetuning.read_results()) + "\n",
+    "finetuning": lambda: finetuning.table(finetuning.read_results()),
     "timm-coverage": lambda: hosts.coverage_table(read_lines(hosts.RESULTS, hosts.Row)),
     "timm-hosts": lambda: hosts.table(read_lines(hosts.RESULTS, hosts.Row)),
     "timm-left-out": lambda: hosts.left_out_table(read_lines(hosts.RESULTS, hosts.Row)),
@@ -185,13 +183,13 @@ def _benched(path: Path, more: Mapping[str, Callable[[BenchRow], str]], rate: st
     rows = _measured(path)
     names = [row.name for row in rows]
     rows.sort(key=lambda row: names.index(row.name))  # stable: the fused form follows its model
-    lines = _header("", *more, "params (M)", "mask params (M)", "GMACs", "mask GMACs",
-                    "latency (ms)", "vs. plain", rate, "vs. plain", "peak (MiB)")  # fmt: skip
-    lines += [
-        _line(f"`{row.name}`{row.label.removeprefix(row.name)}", *(cell(row) for cell in more.values()), *_cost(row))
+    heads = ("", *more, "params (M)", "mask params (M)", "GMACs", "mask GMACs",
+             "latency (ms)", "vs. plain", rate, "vs. plain", "peak (MiB)")  # fmt: skip
+    lines = (
+        (f"`{row.name}`{row.label.removeprefix(row.name)}", *(cell(row) for cell in more.values()), *_cost(row))
         for row in rows
-    ]
-    return "\n".join(lines) + "\n" + _conditions(rows)
+    )
+    return markdown(heads, lines) + _conditions(rows)
 
 
 def _measured(path: Path) -> list[BenchRow]:
@@ -217,14 +215,6 @@ def _conditions(rows: Iterable[BenchRow]) -> str:
         f"{row.device}, {row.threads} threads, {row.dtype}, {row.mode}, torch {row.torch}, timm {row.timm}"
         for row in rows
     )
-
-
-def _header(*names: str) -> list[str]:
-    return [_line(*names), "|" + "---|" * len(names)]
-
-
-def _line(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def _number(value: float | None, decimals: int) -> str:

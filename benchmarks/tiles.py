@@ -30,12 +30,12 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import lamzoo.lam.kernels.triton as backend
-from benchmarks.rows import measured_on, read_rows, write_rows
+from benchmarks.rows import STORED, measured_on, read_rows, write_rows
 from lamzoo.lam.kernels.triton import KernelName
 from lamzoo.lam.ops import Op
 from lamzoo.profiling.latency import device_label
 
-RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "tiles.csv"
+RESULTS = STORED / "tiles.csv"
 _SAMPLES, _HEADS, _TOKENS, _DIM = 2, 12, 4096, 64
 _TOO_LARGE = "too large"
 

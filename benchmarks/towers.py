@@ -38,7 +38,7 @@ from torch.utils.data import DataLoader
 
 import lamzoo
 from benchmarks.ablation import run as ablation
-from benchmarks.rows import measured_on, read_rows, write_rows
+from benchmarks.rows import markdown, measured_on, read_rows, write_rows
 from lamzoo.data.arrays import read_npz
 from lamzoo.data.retrieval import CaptionedVideos, create_retrieval_dataset
 from lamzoo.data.retrieval.clips import Clips, EachFrame, pad_clips
@@ -229,7 +229,8 @@ def score(
 
 
 def _first_texts(owners: Sequence[int], videos: int) -> list[int]:
-    return [owners.index(video) for video in range(videos)]
+    firsts = {owner: text for text, owner in reversed([*enumerate(owners)])}
+    return [firsts[video] for video in range(videos)]
 
 
 def _recalls(ranks: Sequence[NDArray[Any]]) -> dict[str, float]:
@@ -322,7 +323,7 @@ def table(rows: Sequence[Row], hits: Callable[[str, int, str], NDArray[Any]]) ->
     names = [name for name in about if any(row.row == name for row in rows)]
     heads = ["", "parameters", "R@1 of 16", "vs. plain", "vs. bias per pair", "few words: R@1 of 16", "vs. plain"]
     heads += ["few patches: R@1 of 16", "vs. plain", "re-ranked: R@1", "R@10", "matching", "first stage: R@1", "seeds"]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    lines = []
 
     def mean(name: str, damage: str, *columns: str) -> str:
         chosen = [row for row in rows if (row.row, row.damage) == (name, damage)]
@@ -345,8 +346,8 @@ def table(rows: Sequence[Row], hits: Callable[[str, int, str], NDArray[Any]]) ->
         cells += [mean(name, "none", *columns) for columns in (("t2v_R1", "v2t_R1"), ("t2v_R10", "v2t_R10"))]
         cells += [mean(name, "none", "matching"), mean(name, "none", "first_t2v_R1", "first_v2t_R1")]
         cells.append(str(len({row.seed for row in own})))
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n" + measured_on(f"{row.device}, torch {row.torch}" for row in rows)
+        lines.append(cells)
+    return markdown(heads, lines) + measured_on(f"{row.device}, torch {row.torch}" for row in rows)
 
 
 def stored_hits(row: str, seed: int, damage: str, path: Path = HITS) -> NDArray[Any]:

@@ -11,26 +11,22 @@ from __future__ import annotations
 
 import argparse
 import copy
-import logging
-import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import peft
-from accelerate import PartialState
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-import lamzoo
+from benchmarks.train_peer import train_by
 from lamzoo.errors import RecipeError
 from lamzoo.lam import Lam
 from lamzoo.registry.saving import save_pretrained
 from lamzoo.tasks import register_task
 from lamzoo.tasks.classification import CLASSIFICATION
-from lamzoo.training import AnyRecipe, parse_recipe, train
+from lamzoo.training import AnyRecipe, parse_recipe
 from lamzoo.training.classification.run import ClassificationRun
 from lamzoo.training.config_reader import override, read_recipe
 from lamzoo.training.recipe import Recipe
@@ -123,17 +119,7 @@ def main() -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="a TOML or JSON file")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for `lamzoo train`")
-    parser.add_argument("--resume", action="store_true", help="continue from the latest checkpoint, if any")
-    args = parser.parse_intermixed_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    command = shlex.join(["python", "-m", "benchmarks.train_lora", *sys.argv[1:]])
-    try:
-        result = train(lora_recipe(args.recipe, args.overrides), resume=args.resume, command=command)
-    except lamzoo.LamzooError as error:
-        parser.exit(2, f"{error}\n")
-    if PartialState().is_main_process:
-        print(f"The model is {result.model}. {result.about}")
+    train_by(parser, "benchmarks.train_lora", lambda args: lora_recipe(args.recipe, args.overrides))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import argparse
 import logging
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -129,23 +129,33 @@ def peer_recipe(path: str | Path, overrides: Sequence[str], method: str) -> AnyR
     return parse_recipe({**table, "task": TASK.name, "peer": peer})
 
 
-def main() -> None:
-    """Runs the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", help="a TOML file with reduction.target_gmacs")
+def train_by(parser: argparse.ArgumentParser, module: str, recipe: Callable[[argparse.Namespace], AnyRecipe]) -> None:
+    """Trains as ``lamzoo train`` does, for the command lines of this module and others with a task of their own.
+
+    Args:
+        parser: with the module's own arguments; those of every training are added.
+        module: name of the module, for the record of the run.
+        recipe: returns the recipe of parsed arguments; its errors end the process.
+    """
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for `lamzoo train`")
-    parser.add_argument("--peer", default="ToMe", choices=Method.__args__)  # type: ignore[attr-defined]
     parser.add_argument("--resume", action="store_true", help="continue from the latest checkpoint, if any")
     args = parser.parse_intermixed_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    command = shlex.join(["python", "-m", "benchmarks.train_peer", *sys.argv[1:]])
+    command = shlex.join(["python", "-m", module, *sys.argv[1:]])
     try:
-        recipe = peer_recipe(args.recipe, args.overrides, args.peer)
-        result = train(recipe, resume=args.resume, command=command)
+        result = train(recipe(args), resume=args.resume, command=command)
     except lamzoo.LamzooError as error:
         parser.exit(2, f"{error}\n")
     if PartialState().is_main_process:
         print(f"The model is {result.model}. {result.about}")
+
+
+def main() -> None:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", help="a TOML file with reduction.target_gmacs")
+    parser.add_argument("--peer", default="ToMe", choices=Method.__args__)  # type: ignore[attr-defined]
+    train_by(parser, "benchmarks.train_peer", lambda args: peer_recipe(args.recipe, args.overrides, args.peer))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import lamzoo
-from benchmarks.rows import measured_on, read_rows, with_quartiles, write_rows
+from benchmarks.methods import ALL
+from benchmarks.rows import STORED, markdown, measured_on, read_rows, with_quartiles, write_rows
 from lamzoo.data.captions import create_caption_dataset
 from lamzoo.data.retrieval import create_retrieval_dataset
 from lamzoo.data.retrieval.clips import Clips, EachFrame, pad_clips
@@ -40,9 +41,6 @@ from lamzoo.evaluation.captions.metrics import word_error_rate
 from lamzoo.evaluation.retrieval.evaluate import compare, encode_texts, frames_config, join_videos
 from lamzoo.evaluation.runtime import inference
 from lamzoo.profiling.latency import compare_latency
-
-RESULTS = Path(__file__).resolve().parent / "results"
-ALL = "all tokens"
 
 
 @dataclass(frozen=True)
@@ -280,7 +278,7 @@ def table(rows: Sequence[Row], times: Sequence[TimeRow] | None = None) -> str:
     timed = {(row.model, row.method, row.share): row for row in times or ()}
     if times is not None:
         heads.append("time of the full-size model")
-    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    lines = []
     whole = {row.model: row.gmacs for row in rows if row.method == ALL}
     for row in rows:
         cells = [
@@ -291,19 +289,17 @@ def table(rows: Sequence[Row], times: Sequence[TimeRow] | None = None) -> str:
         if times is not None:
             found = timed.get((row.model.partition(".")[0].removesuffix("_micro"), row.method, row.share))
             cells.append(_ratio(found) if found else "")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n" + measured_on(f"{_machine(row)} (times)" for row in times or ())
+        lines.append(cells)
+    return markdown(heads, lines) + measured_on(f"{_machine(row)} (times)" for row in times or ())
 
 
 def time_table(rows: Sequence[TimeRow]) -> str:
     """Returns the rows of times as Markdown."""
-    lines = ["| model | merged | GMACs | ms | of all tokens | device |", "|---|---|---|---|---|---|"]
-    lines += [
-        f"| `{row.model}` | {_setting(row)} | {row.gmacs:.2f} | {row.milliseconds:.0f} | {_ratio(row)} "
-        f"| {_machine(row)} |"
+    lines = (
+        (f"`{row.model}`", _setting(row), f"{row.gmacs:.2f}", f"{row.milliseconds:.0f}", _ratio(row), _machine(row))
         for row in rows
-    ]
-    return "\n".join(lines) + "\n"
+    )
+    return markdown(("model", "merged", "GMACs", "ms", "of all tokens", "device"), lines)
 
 
 def _ratio(row: TimeRow) -> str:
@@ -328,7 +324,7 @@ def main() -> None:
     parser.add_argument("--shares", nargs="+", type=float, default=[0.8, 0.6, 0.49])
     parser.add_argument("--time", action="store_true", help="time the models instead, with random weights")
     parser.add_argument("--repeats", type=int, default=30, help="timed pairs of runs")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--results", type=Path, default=STORED, help="folder of the results")
     parser.add_argument("--table", action="store_true", help="measure nothing")
     args = parser.parse_args()
     path = args.results / ("video_merging_time.csv" if args.time else "video_merging.csv")

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from lamzoo.errors import LamzooError
+from lamzoo.errors import LamzooError, MissingExtraError
 from lamzoo.escaping import printable
 from lamzoo.reading import to_json
 
@@ -37,6 +37,7 @@ _LINE_SHARE = 0.1  # later interval, as a fraction of the elapsed time
 _BAR_WIDTH = 20
 _LONGEST_WORD = 500  # characters of one word of a message, such as a path
 _LONGEST_LINE = 4000
+_logger = logging.getLogger(__name__)
 
 _bar_console: Console | None = None  # console of the current progress bar
 
@@ -136,6 +137,33 @@ def is_main_process() -> bool:
 def print_line(text: str) -> None:
     """Prints one line to stdout, unwrapped."""
     _stdout().print(_text(text), soft_wrap=True)
+
+
+def drawable(path: Path | None, default: Path, what: str) -> Path | None:
+    """Returns the path of a picture of frames after a check that it can be drawn.
+
+    Args:
+        path: as requested; None if it was not.
+        default: the path if it was not requested.
+        what: name of the picture in messages: ``"contact sheet"``.
+
+    Returns:
+        ``path`` or ``default``; None, with a warning, if it was not requested and matplotlib is not installed.
+
+    Raises:
+        DataError: as of :func:`lamzoo.report.frame_rows.check_rows`.
+        MissingExtraError: the picture was requested, and matplotlib is not installed.
+    """
+    from lamzoo.report.frame_rows import check_rows
+
+    try:
+        check_rows(path or default, what)
+    except MissingExtraError as error:
+        if path is not None:
+            raise
+        _logger.warning("no %s is drawn: %s", what, error)
+        return None
+    return path or default
 
 
 def print_error(*lines: str) -> None:

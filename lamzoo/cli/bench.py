@@ -17,7 +17,7 @@ from lamzoo.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from lamzoo.data.trained import TrainedData
     from lamzoo.profiling.candidates import Candidate
-    from lamzoo.profiling.results import BenchRow, Form
+    from lamzoo.profiling.results import BenchRow
     from lamzoo.tasks import MetricSpec
 
 
@@ -106,7 +106,7 @@ def bench(
         )
         for c in found
         for share in ([None] if merge is None else [None, round(merge, 4)])  # as tables write it
-        for form in _forms(fuse and c.fusible)
+        for form in ([None, "fused"] if fuse and c.fusible else [None])
         for count in ([None, 0, rerank] if rerank and c.reranks and share is None and form is None else [None])
     ]  # fmt: skip
     with out.progress_bar("bench", hidden=json) as advance:
@@ -117,10 +117,6 @@ def bench(
         _print(result.rows, output, result.kept)
     if result.failed:
         raise typer.Exit(1)
-
-
-def _forms(fuse: bool) -> list[Form | None]:
-    return [None, "fused"] if fuse else [None]
 
 
 def _splits(data: str | None, split: str | None, models: Sequence[Candidate]) -> dict[str, str | None]:

@@ -44,10 +44,11 @@ def compare(
 
 
 def _print(comparison: Comparison) -> None:
-    from lamzoo.report.compare.text import all_notes, caption, columns_of
+    from lamzoo.report.compare.text import all_notes, caption, columns_of, pareto_costs
 
+    front = pareto_costs(comparison)
     for group in comparison.groups:
-        columns = columns_of(comparison, group)
+        columns = columns_of(group, front)
         title = f"{group.title} ({caption(group)})"
         if _width(columns, group.entries) <= out.terminal_width():
             _print_group(columns, group.entries, title)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +10,7 @@ import typer
 
 from lamzoo.cli import _output as out
 from lamzoo.cli._options import Checkpoint, Device, Json, check_masked, load_model
-from lamzoo.errors import ConfigError, DataError, MissingExtraError
+from lamzoo.errors import ConfigError, DataError
 from lamzoo.files import check_target
 
 if TYPE_CHECKING:
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 
 _STRIP = Path("lamzoo-find.png")
 _FRAMES = 24  # on the page
-_logger = logging.getLogger(__name__)
 
 
 def find(
@@ -51,7 +49,7 @@ def find(
         raise ConfigError("--strip and --no-strip contradict each other; leave one out")
     if html is not None:
         check_target(html, "page", suffix=".html")
-    picture = None if no_strip else _picture(strip)
+    picture = None if no_strip else out.drawable(strip, _STRIP, "preview strip")
     from lamzoo.data.paths import file_exists, folder_exists
 
     if folder_exists(video):
@@ -123,21 +121,6 @@ def _check_widths(network: Any, video_dim: int, text_dim: int) -> None:
 
     clip, word = (np.zeros((1, width), dtype=np.float32) for width in (video_dim, text_dim))
     check_features(network, MomentFeatures(with_positions(clip), word))
-
-
-def _picture(strip: Path | None) -> Path | None:
-    """Returns the path of the preview after a check that it can be drawn; None if it can't and was not requested."""
-    from lamzoo.report.moment_strip import check_strip
-
-    picture = _STRIP if strip is None else strip
-    try:
-        check_strip(picture)
-    except MissingExtraError as error:
-        if strip is not None:
-            raise
-        _logger.warning("no preview is drawn: %s", error)
-        return None
-    return picture
 
 
 def _print(query: str, video: Path, seen: VideoFeatures, spans: Sequence[Span]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ import typer
 
 from lamzoo.cli import _output as out
 from lamzoo.cli._options import Checkpoint, Device, Json, Precision, load_model
-from lamzoo.errors import ConfigError, MissingExtraError
+from lamzoo.errors import ConfigError
 
 if TYPE_CHECKING:
     from lamzoo.data.video.sampling import FrameSampling, Slicing
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     _Answer = tuple[str, list[Match], float]  # query, matches, seconds
 
 _SHEET = Path("lamzoo-search.png")
-_logger = logging.getLogger(__name__)
 
 
 def search(
@@ -124,15 +122,8 @@ def search(
 
 def _sheets(sheet: Path | None, count: int) -> list[Path]:
     """Returns the paths of the contact sheets after a check that they can be drawn; none if not requested."""
-    from lamzoo.report.contact_sheet import check_sheet
-
-    first = _SHEET if sheet is None else sheet
-    try:
-        check_sheet(first)
-    except MissingExtraError as error:
-        if sheet is not None:
-            raise
-        _logger.warning("no contact sheet is drawn: %s", error)
+    first = out.drawable(sheet, _SHEET, "contact sheet")
+    if first is None:
         return []
     if count == 1:
         return [first]

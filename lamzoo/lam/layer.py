@@ -86,6 +86,15 @@ class MaskRecord:
     op: Op = "add"
     scores: Scores | None = None
 
+    @property
+    def num_tokens(self) -> tuple[int, int]:
+        """Numbers of the stack's input tokens that the queries and the keys are made of."""
+        queries, keys = (
+            factor.shape[2] if places is None else places.shape[1]
+            for factor, places in zip(self.mask, (self.query_places, self.key_places), strict=True)
+        )
+        return queries, keys
+
 
 class AttentionOptions(TypedDict, total=False):
     """Options of masked attention that a host may set; see :func:`lamzoo.lam.lam_attention`."""

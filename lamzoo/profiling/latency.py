@@ -30,11 +30,6 @@ class Latency:
     median_ms: float
     quartiles_ms: tuple[float, float]
 
-    @property
-    def iqr_ms(self) -> float:
-        """The interquartile range."""
-        return self.quartiles_ms[1] - self.quartiles_ms[0]
-
 
 @dataclass(frozen=True)
 class LatencyComparison:

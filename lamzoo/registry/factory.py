@@ -211,9 +211,7 @@ def create_for_images(name: str | os.PathLike[str], pretrained: bool = False, **
     return model.train()
 
 
-def find_weights_file(
-    name: str | os.PathLike[str], *, cache_dir: str | Path | None = None, allow_pickle: bool = False
-) -> WeightsFile:
+def find_weights_file(name: str | os.PathLike[str]) -> WeightsFile:
     """Finds the weights that ``create_model(name, pretrained=True)`` loads, downloading them if necessary.
 
     Raises:
@@ -222,8 +220,8 @@ def find_weights_file(
     """
     ref = model_ref(name)
     if ref.kind == "hf":
-        return resolve_repo(ref.repo, revision=ref.revision, cache_dir=cache_dir, allow_pickle=allow_pickle)
-    file = _plan(ref, True, cache_dir, allow_pickle).weights
+        return resolve_repo(ref.repo, revision=ref.revision)
+    file = _plan(ref, True, None, False).weights
     assert file is not None  # requested by the True above
     return file
 

@@ -35,21 +35,11 @@ def write_contact_sheet(path: str | Path, query: str, matches: Sequence[Match]) 
         MissingExtraError: matplotlib or PyAV is not installed.
     """
     path, matches = Path(path), matches[:MAX_ROWS]
-    check_sheet(path)
+    check_rows(path, "contact sheet")
     if not matches:
         raise ConfigError("a contact sheet needs at least one match")
     rows = ((_caption(rank, match), _frames(match.path)) for rank, match in enumerate(matches, start=1))
     draw_rows(path, query, rows, len(matches))
-
-
-def check_sheet(path: str | Path) -> None:
-    """Checks in advance that a contact sheet can be drawn and written.
-
-    Raises:
-        DataError: the name does not end in ``.png``, its folder does not exist, or it is a folder itself.
-        MissingExtraError: matplotlib is not installed.
-    """
-    check_rows(path, "contact sheet")
 
 
 def _caption(rank: int, match: Match) -> str:

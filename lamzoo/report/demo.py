@@ -22,6 +22,7 @@ from lamzoo.evaluation import Prediction, evaluate, predict, resolve_device
 from lamzoo.evaluation.runtime import class_count
 from lamzoo.profiling import LatencyComparison, compare_latency, profile
 from lamzoo.profiling.inputs import default_input
+from lamzoo.profiling.latency import device_label
 from lamzoo.reduction.budget import merge_to_share
 from lamzoo.registry.factory import create_model
 from lamzoo.registry.refs import join_name
@@ -84,7 +85,7 @@ def run(out: Path, cifar10: Path | None = None, *, console: Console | None = Non
     except OSError as error:
         raise DataError(f"The folder {out} can't be created: {error.strerror}; choose another with --out.") from error
     device = resolve_device("auto")
-    console.print(f"torch {torch.__version__}, {_device_name(device)}, {torch.get_num_threads()} CPU threads")
+    console.print(f"torch {torch.__version__}, {device_label(device)}, {torch.get_num_threads()} CPU threads")
 
     def load(name: str) -> nn.Module:
         return create_model(name, pretrained=True).to(device).eval()
@@ -215,7 +216,3 @@ def _with_tag(name: str, model: nn.Module) -> str:
 
 def _ratio(timing: LatencyComparison) -> str:
     return f"{timing.ratio:.2f} ({timing.ratio_quartiles[0]:.2f}-{timing.ratio_quartiles[1]:.2f})"
-
-
-def _device_name(device: torch.device) -> str:
-    return f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)

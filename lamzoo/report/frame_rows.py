@@ -10,10 +10,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from lamzoo.errors import DataError
 from lamzoo.escaping import printable
-from lamzoo.files import atomic_files, check_target
-from lamzoo.report.mpl import new_figure
+from lamzoo.files import check_target
+from lamzoo.report.mpl import new_figure, write_figure
 
 FRAMES = 6  # maximum frames per row
 
@@ -64,11 +63,11 @@ def draw_rows(path: Path, title: str, rows: Iterable[tuple[str, Sequence[Image.I
         top = _TITLE + number * row
         write(caption, top + _CAPTION // 2, 9)
         figure.figimage(np.asarray(_beside(frames)), xo=_MARGIN, yo=height - top - _CAPTION - _CELL[1])
-    with atomic_files(DataError) as stage, warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", message="(Glyph|Matplotlib currently does not support)"
         )  # missing glyphs are drawn as boxes
-        figure.savefig(stage(path), format="png")
+        write_figure(figure, path)
 
 
 def check_rows(path: str | Path, what: str) -> None:

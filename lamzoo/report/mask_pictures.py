@@ -15,14 +15,15 @@ from lamzoo.adapters.capture import capture_masks
 from lamzoo.adapters.hosts import token_layout
 from lamzoo.adapters.state import masks_of
 from lamzoo.adapters.wrappers import unwrap
-from lamzoo.errors import ConfigError, DataError, UnsupportedHostError, class_name
+from lamzoo.errors import ConfigError, UnsupportedHostError, class_name
 from lamzoo.evaluation import class_names
 from lamzoo.evaluation.runtime import check_finite
-from lamzoo.files import atomic_files, check_target
+from lamzoo.files import check_target
 from lamzoo.lam import LamConfig, MaskRecord
 from lamzoo.profiling.inputs import evaluating
 from lamzoo.report.mask_figure import LayerPicture, draw
 from lamzoo.report.model_view import view
+from lamzoo.report.mpl import write_figure
 
 Patch = tuple[int, int]
 
@@ -76,8 +77,7 @@ def explain(
     subject = "image" if isinstance(image, Image.Image) else Path(image).name
     title = f"{title_of(model)} on {subject}{_prediction(model, output)}\n{caption_of(config, head, shown.images)}"
     figure = draw(layers, shown.seen.numpy(), shown.sharp.numpy(), neutral=config.mask_op.identity, title=title)
-    with atomic_files(DataError) as stage:
-        figure.savefig(stage(path), format="png")
+    write_figure(figure, path)
 
 
 def run_all_queries(model: Any, images: Tensor) -> Any:
@@ -102,7 +102,13 @@ def _picture(
         torch.arange(factor.shape[2]) if places is None else places[0].cpu()
         for factor, places in zip(reversed(record.mask), (record.key_places, record.query_places), strict=True)
     )
-    prefix, grid = _patches(model, path, images, keys)
+    found = patch_grid(model, path, images, len(keys)) if keys.min() >= 0 else None
+    if found is None:
+        raise UnsupportedHostError(
+            f"{path} of {class_name(model)} attends to {len(keys.unique())} tokens that aren't a patch grid; explain "
+            "draws vision transformers of timm and open_clip whose tokens aren't pruned."
+        )
+    prefix, grid = found
     rows = _spread_rows(grid) if rows is None else rows
     left, right = (_head(factor[:1].float().cpu(), head) for factor in record.mask)
     chosen = queries[[prefix + _index(row, grid) for row in rows]]
@@ -116,17 +122,20 @@ def _picture(
     )
 
 
-def _patches(model: nn.Module, path: str, images: Tensor, keys: Tensor) -> tuple[int, Patch]:
-    """Returns the number of prefix tokens and the patch grid of the stack's input, whose ``keys`` are given."""
+def patch_grid(model: nn.Module, path: str, images: Tensor, count: int) -> tuple[int, Patch] | None:
+    """Returns the number of prefix tokens and the patch grid of a layer; None if they are not its tokens.
+
+    Args:
+        model: a model of any host.
+        path: of the attention layer.
+        images: input of the model, ``(B, C, H, W)``.
+        count: number of the tokens at the input of the layer's stack.
+    """
     layout = token_layout(model, path)
-    if layout.grid_at is not None:
-        rows, columns = layout.grid_at((images.shape[-2], images.shape[-1]))
-        if layout.num_prefix_tokens + rows * columns == len(keys) and keys.min() >= 0:
-            return layout.num_prefix_tokens, (rows, columns)
-    raise UnsupportedHostError(
-        f"{path} of {class_name(model)} attends to {len(keys.unique())} tokens that aren't a patch grid; explain draws "
-        "vision transformers of timm and open_clip whose tokens aren't pruned."
-    )
+    if layout.grid_at is None:
+        return None
+    prefix, grid = layout.num_prefix_tokens, layout.grid_at((images.shape[-2], images.shape[-1]))
+    return (prefix, grid) if prefix + grid[0] * grid[1] == count else None
 
 
 def _spread_rows(grid: Patch) -> list[Patch]:
@@ -166,12 +175,17 @@ def title_of(model: nn.Module) -> str:
     return arch if source is None else source if source.startswith(arch) else f"{arch} ({source})"
 
 
+def mask_words(config: LamConfig) -> str:
+    """Returns how a mask acts and its main settings."""
+    return (
+        f"M {config.mask_op.effect} the attention scores, {config.mask_op.identity:g} is neutral; keys={config.keys}, "
+        f"rank={config.rank}, sign={config.sign}"
+    )
+
+
 def caption_of(config: LamConfig, head: int | None, images: Tensor) -> str:
     """Returns what the mask is, and the size of the images that a model was given."""
     heads = "one mask for all heads"
     if config.heads == "per-head":
         heads = "mean of the heads' masks" if head is None else f"mask of head {head}"
-    return (
-        f"M {config.mask_op.effect} the attention scores, {config.mask_op.identity:g} is neutral; keys={config.keys}, "
-        f"rank={config.rank}, sign={config.sign}; {heads}; input {images.shape[-2]} x {images.shape[-1]} px"
-    )
+    return f"{mask_words(config)}; {heads}; input {images.shape[-2]} x {images.shape[-1]} px"

@@ -14,13 +14,14 @@ from torch import nn
 from lamzoo.adapters.capture import capture_masks
 from lamzoo.data.moments import MomentDataset, MomentQuery
 from lamzoo.data.splits import index_of_id
-from lamzoo.errors import ConfigError, DataError, UnsupportedHostError
+from lamzoo.errors import ConfigError, UnsupportedHostError
 from lamzoo.evaluation.moments.evaluate import find_moments
-from lamzoo.files import atomic_files, check_target
+from lamzoo.files import check_target
 from lamzoo.lam import Lam, LamConfig, MaskRecord
 from lamzoo.models.moment_detr.model import Place
 from lamzoo.profiling.inputs import evaluating
-from lamzoo.report.mask_pictures import title_of
+from lamzoo.report.mask_pictures import mask_words, title_of
+from lamzoo.report.mpl import write_figure
 from lamzoo.report.timeline import LayerImportance, Timeline, draw_timeline
 
 _LINE, _LINES = 110, 3  # characters of a line of the title, and lines of its sentence
@@ -59,8 +60,7 @@ def explain_moments(model: nn.Module, dataset: MomentDataset, index: int, path: 
     config = next(iter(masks.values())).config if masks else None
     title = _title(model, dataset.queries[index], config)
     figure = draw_timeline(timeline, neutral=0.0 if config is None else config.mask_op.identity, title=title)
-    with atomic_files(DataError) as stage:
-        figure.savefig(stage(path), format="png")
+    write_figure(figure, path)
 
 
 def explain_query(model: nn.Module, dataset: MomentDataset, qid: str | None, path: str | Path) -> None:
@@ -120,8 +120,5 @@ def _title(model: nn.Module, query: MomentQuery, config: LamConfig | None) -> st
     lines += textwrap.wrap(f"“{query.text}”", _LINE, max_lines=_LINES, placeholder=" …”")
     if config is not None:
         heads = "one mask for all heads" if config.heads == "shared" else "mean of the heads' masks"
-        lines.append(
-            f"M {config.mask_op.effect} the attention scores, {config.mask_op.identity:g} is neutral; "
-            f"keys={config.keys}, rank={config.rank}, sign={config.sign}; {heads}"
-        )
+        lines.append(f"{mask_words(config)}; {heads}")
     return "\n".join(lines)

@@ -46,7 +46,7 @@ def write_strip(path: str | Path, query: str, video: str | Path, spans: Sequence
         MissingExtraError: matplotlib or PyAV is not installed.
     """
     path, spans = Path(path), spans[:MAX_ROWS]
-    check_strip(path)
+    check_rows(path, "preview strip")
     if not spans:
         raise ConfigError("a preview strip needs at least one span")
     wanted = [middles(span.start, span.end, FRAMES) for span in spans]
@@ -58,16 +58,6 @@ def write_strip(path: str | Path, query: str, video: str | Path, spans: Sequence
         for rank, (span, row) in enumerate(zip(spans, wanted, strict=True), start=1)
     )
     draw_rows(path, query, rows, len(spans))
-
-
-def check_strip(path: str | Path) -> None:
-    """Checks in advance that a preview strip can be drawn and written.
-
-    Raises:
-        DataError: the name does not end in ``.png``, its folder does not exist, or it is a folder itself.
-        MissingExtraError: matplotlib is not installed.
-    """
-    check_rows(path, "preview strip")
 
 
 def _caption(rank: int, span: Span) -> str:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
 
-from lamzoo.errors import MissingExtraError
+from lamzoo.errors import DataError, MissingExtraError
+from lamzoo.files import atomic_files
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+Format = Literal["pdf", "svg", "png"]
 
 
 def new_figure(
@@ -38,3 +43,30 @@ def new_figure(
     figure = Figure(figsize=size, dpi=dpi, layout=layout)
     FigureCanvasAgg(figure)
     return figure
+
+
+def encode(figure: Figure, kind: Format) -> bytes:
+    """Returns the content of an image file; deterministic."""
+    import matplotlib
+
+    content = io.BytesIO()
+    undated: dict[str, dict[str, Any]] = {
+        "svg": {"Date": None},
+        "png": {"Software": None},
+        "pdf": {"CreationDate": None},
+    }
+    # Fonts of type 42 (TrueType) are what publishers ask for.
+    with matplotlib.rc_context({"svg.hashsalt": "lamzoo", "svg.fonttype": "none", "pdf.fonttype": 42}):
+        figure.savefig(content, format=kind, metadata=undated[kind])
+    return content.getvalue()
+
+
+def write_figure(figure: Figure, path: Path) -> None:
+    """Writes a figure to a file, atomically, in the format of its suffix, as :func:`encode`.
+
+    Raises:
+        DataError: the file can't be written.
+    """
+    content = encode(figure, cast("Format", path.suffix.lower().removeprefix(".")))
+    with atomic_files(DataError) as stage:
+        stage(path).write_bytes(content)

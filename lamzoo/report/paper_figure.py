@@ -20,24 +20,22 @@ from lamzoo.data.moments import MomentDataset
 from lamzoo.errors import ConfigError, DataError, UnsupportedHostError
 from lamzoo.escaping import printable
 from lamzoo.evaluation.moments.evaluate import find_moments
-from lamzoo.files import atomic_files, check_target
+from lamzoo.files import check_target
 from lamzoo.lam import MaskRecord
 from lamzoo.lam.ops import OPS
 from lamzoo.profiling.inputs import evaluating
-from lamzoo.report.compare.plots import encode
 from lamzoo.report.explorer.queries import MomentTokens
 from lamzoo.report.mask_figure import COLOURS, colour_scale
 from lamzoo.report.mask_pictures import run_all_queries
 from lamzoo.report.model_view import view
 from lamzoo.report.moment_pictures import index_of
-from lamzoo.report.mpl import new_figure
+from lamzoo.report.mpl import Format, new_figure, write_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Show = Literal["mask", "attention", "plain", "difference"]
-Format = Literal["pdf", "svg", "png"]
 
 #: Formats of a figure, by the suffix of its file.
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -182,7 +180,7 @@ def figure_image(model: nn.Module, image: str | Path | Image.Image, path: str | 
         axis.remove()
     used = [first, *others[: len(names)]]
     _bar(drawn, others[0].images[0], used, "importance, mean of M over the queries", below=True)
-    _write(drawn, path)
+    write_figure(drawn, path)
 
 
 def figure_query(model: nn.Module, dataset: MomentDataset, qid: str | None, path: str | Path) -> None:
@@ -217,7 +215,7 @@ def figure_query(model: nn.Module, dataset: MomentDataset, qid: str | None, path
     drawn = figure(shown, labels=labels)
     drawn.axes[0].set_xlabel("start of the clip (s)" + " and words" * (keys[-1].name == "word"), fontsize=_FONT)
     drawn.axes[0].set_title(f"“{printable(query.text)}”", fontsize=_FONT, pad=3, parse_math=False, wrap=True)
-    _write(drawn, path)
+    write_figure(drawn, path)
 
 
 def check_figure(path: Path) -> None:
@@ -229,12 +227,6 @@ def check_figure(path: Path) -> None:
     if path.suffix.lower().removeprefix(".") not in FORMATS:
         raise DataError(f"The figure {path} is written as PDF, SVG or PNG; its name must end in .pdf, .svg or .png.")
     check_target(path, "figure")
-
-
-def _write(drawn: Figure, path: Path) -> None:
-    content = encode(drawn, cast("Format", path.suffix.lower().removeprefix(".")))
-    with atomic_files(DataError) as stage:
-        stage(path).write_bytes(content)
 
 
 def _chosen(
@@ -253,10 +245,7 @@ def _chosen(
 
 
 def _alike(masks: Mapping[str, MaskRecord]) -> list[MaskRecord]:
-    counts = {
-        name: record.mask.right.shape[2] if record.key_places is None else record.key_places.shape[1]
-        for name, record in masks.items()
-    }
+    counts = {name: record.num_tokens[1] for name, record in masks.items()}
     if len(set(counts.values())) > 1:
         few = ", ".join(f"{name} {count}" for name, count in list(counts.items())[:3])
         raise ConfigError(f"the layers attend to different numbers of tokens ({few}, ...); choose one with layer=.")

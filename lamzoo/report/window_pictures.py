@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from lamzoo.adapters.capture import capture_masks
 from lamzoo.errors import DataError, UnsupportedHostError
 from lamzoo.evaluation.captions.evaluate import move, pad_streams
-from lamzoo.files import atomic_files, check_target
+from lamzoo.files import check_target
 from lamzoo.lam import Lam, LamConfig, MaskRecord
 from lamzoo.models.describer.encoder import Joint
 from lamzoo.profiling.inputs import evaluating
 from lamzoo.report.frame_rows import clock, one_line
 from lamzoo.report.mask_pictures import title_of
+from lamzoo.report.mpl import write_figure
 from lamzoo.report.word_attention import ModalityView, WindowView, draw_windows
 from lamzoo.video.describe import DescribedWindow, VideoWindows, context_of
 
@@ -59,8 +60,7 @@ def explain_windows(
         raise DataError(f"{windows.path} has nothing to draw: the model has no masks and generated no words")
     title = _title(model, windows, len(described), config)
     figure = draw_windows(views, neutral=0.0 if config is None else config.mask_op.identity, title=title)
-    with atomic_files(DataError) as stage:
-        figure.savefig(stage(path), format="png")
+    write_figure(figure, path)
 
 
 def word_attention(model: Any, joint: Joint, tokens: Sequence[int]) -> Tensor:

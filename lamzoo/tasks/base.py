@@ -264,19 +264,16 @@ class Task:
 TASKS: dict[str, Task] = {}
 
 
-def metric_table(
-    metrics: Sequence[MetricSpec], scores: Mapping[str, Any], *, heading: str = "split", note: str = ""
-) -> ScoreTable:
+def metric_table(metrics: Sequence[MetricSpec], scores: Mapping[str, Any], *, note: str = "") -> ScoreTable:
     """Returns a table with one row per split and one column per metric that any of them has.
 
     Args:
         metrics: the columns.
         scores: by the name of the split.
-        heading: of the first column.
         note: below the table.
     """
     found = {row: [metric.of(of_split) for metric in metrics] for row, of_split in scores.items()}
     there = [i for i in range(len(metrics)) if any(values[i] is not None for values in found.values())]
-    columns = (heading, *(metrics[i].heading for i in there))
+    columns = ("split", *(metrics[i].heading for i in there))
     rows = tuple((row, *(metrics[i].text(values[i]) for i in there)) for row, values in found.items())
     return ScoreTable(columns, rows, note)

@@ -100,6 +100,7 @@ class GrowingIndex:
 
     Attributes:
         rows: the embeddings so far, by path of the video.
+        passing: reasons of the files that could not be read this time, by path; the next run tries them again.
 
     Args:
         path: the file.
@@ -111,9 +112,9 @@ class GrowingIndex:
     def __init__(self, path: Path, folder: Path, found: Iterable[IndexedVideo], origin: Origin) -> None:
         self.path, self.folder, self.origin = path, folder, origin
         self.rows: dict[str, Tensor] = {}
+        self.passing: dict[str, str] = {}
         self._found = {video.path: video for video in found}
         self._read: dict[str, IndexedVideo] = {}
-        self._passing: dict[str, str] = {}
         self._unsaved = 0
 
     def take_over(self, stored: StoredIndex, *, unreadable: bool, source: Path | None = None) -> None:
@@ -164,11 +165,6 @@ class GrowingIndex:
         """Returns the files without an entry."""
         return [video for path, video in self._found.items() if path not in self._read]
 
-    @property
-    def passing(self) -> dict[str, str]:
-        """The files that could not be read for a passing reason, by path; the next run tries them again."""
-        return self._passing
-
     def add(self, video: IndexedVideo, row: Tensor | None, *, lasting: bool = True) -> None:
         """Adds an embedded or unreadable file.
 
@@ -180,7 +176,7 @@ class GrowingIndex:
         if row is not None:
             self.rows[video.path] = row
         elif not lasting:
-            self._passing[video.path] = str(video.reason)
+            self.passing[video.path] = str(video.reason)
             return
         self._read[video.path] = video
         self._unsaved += 1
@@ -194,7 +190,7 @@ class GrowingIndex:
     def unreadable(self) -> dict[Path, str]:
         """The files that could not be read, with the reason."""
         known = {path: video.reason for path, video in self._read.items() if video.reason is not None}
-        reasons = known | self._passing
+        reasons = known | self.passing
         return {self.folder / path: reasons[path] for path in self._found if path in reasons}
 
     def stored(self) -> StoredIndex:

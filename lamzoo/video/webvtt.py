@@ -70,11 +70,6 @@ def check_webvtt(path: str | Path) -> None:
     check_target(Path(path), "file of subtitles", suffix=".vtt")
 
 
-def timestamp(seconds: float) -> str:
-    """Formats a time as in WebVTT: ``00:01:02.345``, or ``100:00:00.000``."""
-    return _stamp(_milliseconds(seconds))
-
-
 def _milliseconds(seconds: float) -> int:
     if not 0 <= seconds < math.inf:
         raise ConfigError(f"{seconds} s is not a valid cue time; it must be a number of at least 0")
@@ -82,6 +77,7 @@ def _milliseconds(seconds: float) -> int:
 
 
 def _stamp(milliseconds: int) -> str:
+    """Formats a time as in WebVTT: ``00:01:02.345``, or ``100:00:00.000``."""
     minutes, rest = divmod(milliseconds, 60_000)
     return f"{minutes // 60:02}:{minutes % 60:02}:{rest // 1000:02}.{rest % 1000:03}"
 

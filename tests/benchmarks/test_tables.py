@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks import tables
+from benchmarks.rows import ROOT, STORED
 from lamzoo.profiling.results import BenchRow, read_rows, write_rows
 
-PAGES = {page.relative_to(tables.ROOT).as_posix(): page.read_text(encoding="utf-8") for page in tables.PAGES}
+PAGES = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in tables.PAGES}
 
 
 @pytest.mark.parametrize("page", [page for page, text in PAGES.items() if "<!-- table: " in text])
@@ -24,7 +25,7 @@ def test_every_table_is_shown_once(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["zoo.csv", "cost.csv"])
 def test_no_lam_in_the_results_is_free(name: str) -> None:
-    every = read_rows(tables.RESULTS / name)
+    every = read_rows(STORED / name)
     rows = {row.name: row for row in every if row.form is None}
     lams = [row for row in every if row.name.startswith("lam_")]
     assert lams

@@ -15,8 +15,9 @@ from lamzoo.cli import app as cli
 from lamzoo.errors import DataError, MissingExtraError
 from lamzoo.report.compare import compare, gmacs_panels, latency_panels, to_csv, write_comparison
 from lamzoo.report.compare.page import draw_interactive
-from lamzoo.report.compare.plots import draw_panels, encode
+from lamzoo.report.compare.plots import draw_panels
 from lamzoo.report.curves import draw_confusion
+from lamzoo.report.mpl import encode
 from tests.report.compare_rows import FAILED, LAM, PLAIN, UNSCORED, WORSE, table, timm_results
 
 FILES = {

@@ -76,14 +76,12 @@ class VideoInfo:
         duration: seconds from the start of the first frame to the end of the last one.
         width: width of the upright picture, pixels.
         height: height of the upright picture, pixels.
-        frame_rate: mean frames per second; 0 for a video of duration 0.
         has_audio: whether the file has an audio track.
     """
 
     duration: float
     width: int
     height: int
-    frame_rate: float
     has_audio: bool
 
 
@@ -170,8 +168,7 @@ def probe_video(path: str | Path) -> VideoInfo:
             index = read_index(container, stream, file)
         with _opened(file) as (container, stream):
             width, height = _upright(next(_frames(container, stream, index))).size
-    rate = len(index.stamps) / index.duration if index.duration else 0.0
-    return VideoInfo(index.duration, width, height, rate, has_audio)
+    return VideoInfo(index.duration, width, height, has_audio)
 
 
 def find_videos(paths: Iterable[str | Path]) -> list[Path]:

@@ -252,7 +252,8 @@ def tiles(kernel: KernelName, dim: int, rank: int, itemsize: int) -> Tiles:
     Not autotuned: that would take minutes at the first call of every shape, and the choice is narrow. Half precision up
     to 64 wide uses tiles within 2 % of the fastest of ``benchmarks/tiles.py`` on an H200, minus a stage where the
     mask's tiles are large; the others are the largest tiles that the compiler, for compute capabilities 8.0 and 9.0,
-    keeps (nearly) entirely in registers. All need less than 99 KB of shared memory, the limit of GPUs below the A100 and H100.
+    keeps (nearly) entirely in registers. All need less than 99 KB of shared memory, the limit of GPUs below the A100
+    and H100.
     """
     wide = dim > 64 or rank > 64
     if itemsize == 4:  # no tensor cores, so operands fill the registers too

@@ -32,20 +32,19 @@ class Mlp(nn.Sequential):
         super().__init__(*parts[:-1])
 
 
-def sine_positions(mask: Tensor, width: int, turns: float = 1.0, temperature: float = 10_000.0) -> Tensor:
+def sine_positions(mask: Tensor, width: int, turns: float = 1.0) -> Tensor:
     """Returns DETR's sine position embeddings of a padded sequence, scaled to the length of each sample.
 
     Args:
         mask: bool ``(B, N)``, True where there is a token.
         width: width of the embeddings.
         turns: periods of the fastest sinusoid over that length.
-        temperature: base of the geometric series of periods.
 
     Returns:
         ``(B, N, width)``, float32.
     """
     index = mask.cumsum(dim=1, dtype=torch.float32)
-    return sine_features(index / (index[:, -1:] + 1e-6), width, turns, temperature)
+    return sine_features(index / (index[:, -1:] + 1e-6), width, turns)
 
 
 def sine_features(values: Tensor, width: int, turns: float = 1.0, temperature: float = 10_000.0) -> Tensor:

@@ -8,6 +8,7 @@ import shlex
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal, TypeVar
 
 from lamzoo.errors import LamzooError
@@ -137,7 +138,7 @@ class Panel:
     timm: tuple[TimmResult, ...] = ()
     timm_front: tuple[TimmResult, ...] = ()
 
-    @property
+    @cached_property
     def front(self) -> tuple[Point, ...]:
         """The points on the Pareto front, by increasing cost."""
         return tuple(sorted((point for point in self.points if point.best), key=lambda point: (point.x, point.y)))
@@ -154,7 +155,7 @@ class Panel:
         lines = (line if len(line) <= _TITLE else f"…{line[1 - _TITLE :]}" for line in self.title.split("\n"))
         return "\n".join(lines)
 
-    @property
+    @cached_property
     def series(self) -> tuple[Series, ...]:
         """All series of the panel, the background first; labels are drawn on top."""
         timm = tuple((result.gmacs, result.top1) for result in self.timm)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from lamzoo.escaping import printable
 from lamzoo.report.compare.panels import Panel, Point, Series
@@ -56,22 +55,6 @@ def draw_panels(panels: Sequence[Panel], title: str) -> Figure:
     for axis, panel in zip(axes, panels, strict=False):
         _label(axis, panel)
     return figure
-
-
-def encode(figure: Figure, kind: Literal["png", "svg", "pdf"]) -> bytes:
-    """Returns the content of an image file; deterministic."""
-    import matplotlib
-
-    content = io.BytesIO()
-    undated: dict[str, dict[str, Any]] = {
-        "svg": {"Date": None},
-        "png": {"Software": None},
-        "pdf": {"CreationDate": None},
-    }
-    # Fonts of type 42 (TrueType) are what publishers ask for.
-    with matplotlib.rc_context({"svg.hashsalt": "lamzoo", "svg.fonttype": "none", "pdf.fonttype": 42}):
-        figure.savefig(content, format=kind, metadata=undated[kind])
-    return content.getvalue()
 
 
 def _draw_panel(axis: Axes, panel: Panel) -> None:

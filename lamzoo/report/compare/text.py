@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lamzoo.escaping import csv_line, markdown
@@ -39,9 +39,13 @@ class Column:
     speed: bool = False
 
 
-def columns_of(comparison: Comparison, group: Group) -> tuple[Column, ...]:
-    """Returns the columns of a group's table: score, costs and the masks' share of them."""
-    front = pareto_costs(comparison)
+def columns_of(group: Group, front: Mapping[BenchRow, tuple[str, ...]]) -> tuple[Column, ...]:
+    """Returns the columns of a group's table: score, costs and the masks' share of them.
+
+    Args:
+        group: a group of a comparison.
+        front: :func:`pareto_costs` of that comparison.
+    """
     score = [
         Column(group.metric_label, lambda entry: number(entry.row.value, digits=2)),
         Column("vs plain", lambda entry: "" if entry.difference is None else f"{entry.difference:+.2f}"),
@@ -113,8 +117,9 @@ def to_markdown(comparison: Comparison, *, pictures: Sequence[str] = ()) -> str:
     lines = ["# Comparison", ""]
     for picture in pictures:
         lines += [f"![{picture.rpartition('.')[0].replace('-', ' ')}]({picture})", ""]
+    front = pareto_costs(comparison)
     for group in comparison.groups:
-        columns = columns_of(comparison, group)
+        columns = columns_of(group, front)
         lines += [f"## {markdown(group.title)}", "", markdown(caption(group)), ""]
         lines += _markdown_table(columns, group.entries)
     if comparison.failed:

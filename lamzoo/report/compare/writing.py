@@ -9,8 +9,9 @@ from lamzoo.files import atomic_files
 from lamzoo.report.compare.entries import Comparison
 from lamzoo.report.compare.page import to_html
 from lamzoo.report.compare.panels import gmacs_panels, latency_panels
-from lamzoo.report.compare.plots import draw_panels, encode
+from lamzoo.report.compare.plots import draw_panels
 from lamzoo.report.compare.text import to_csv, to_markdown
+from lamzoo.report.mpl import encode
 
 
 def write_comparison(comparison: Comparison, folder: str | Path) -> list[Path]:

@@ -90,11 +90,7 @@ class _TokenReader:
 
     def read(self, path: str, record: MaskRecord) -> tuple[tuple[TokenRun, ...], tuple[TokenRun, ...]]:
         """Returns the runs of the queries and the keys of a layer; the same object where they are as many."""
-        counts = (
-            factor.shape[2] if places is None else places.shape[1]
-            for factor, places in zip(record.mask, (record.query_places, record.key_places), strict=True)
-        )
-        queries, keys = (self._sequence(path, count) for count in counts)
+        queries, keys = (self._sequence(path, count) for count in record.num_tokens)
         return queries, keys
 
     def _sequence(self, path: str, count: int) -> tuple[TokenRun, ...]:
@@ -171,12 +167,7 @@ def _answers(model: Any, masked: Any, plain: Any) -> list[Answer]:
         labels = (getattr(getattr(model, "config", None), "id2label", None) or {}) if name == "logits" else {}
         best = sorted(range(len(shares[0])), key=lambda index: -shares[0][index])[:_ANSWERS]
         return [
-            Answer(
-                str(labels.get(index, f"{kind} {index}")),
-                f"{shares[0][index]:.1%}",
-                f"{shares[1][index]:.1%}",
-                (shares[0][index], shares[1][index]),
-            )
+            Answer.of_shares(str(labels.get(index, f"{kind} {index}")), shares[0][index], shares[1][index])
             for index in best
         ]
     return []

@@ -24,6 +24,7 @@ from lamzoo.escaping import printable
 from lamzoo.lam import LamConfig, MaskRecord
 from lamzoo.lam.layer import Scores
 from lamzoo.reading import to_json
+from lamzoo.report.mask_pictures import mask_words
 
 _MOST = 32767  # int16, whose lowest value marks what is forbidden
 _FORBIDDEN = -80.0  # a bias so far below the largest of its query leaves no attention; such as the lowest of a dtype
@@ -113,6 +114,11 @@ class Answer:
     masked: str
     plain: str = ""
     shares: tuple[float, float] | None = None
+
+    @classmethod
+    def of_shares(cls, label: str, masked: float, plain: float) -> Answer:
+        """Returns a line of two probabilities, 0 to 1, as percentages with bars."""
+        return cls(label, f"{masked:.1%}", f"{plain:.1%}", (masked, plain))
 
 
 @dataclass(frozen=True)
@@ -350,9 +356,8 @@ def _legend(layers: Sequence[ExploredLayer | UnmaskedLayer]) -> str:
     config = next(layer.config for layer in layers if isinstance(layer, ExploredLayer))
     heads = "one mask for all heads" if config.heads == "shared" else "one mask for each head"
     text = (
-        f"M {config.mask_op.effect} the attention scores, {config.mask_op.identity:g} is neutral; "
-        f"keys={config.keys}, rank={config.rank}, sign={config.sign}, {heads}. Attention without the mask is that of "
-        "the same queries and keys in this layer; the prediction without masks is that of all layers without theirs. "
+        f"{mask_words(config)}, {heads}. Attention without the mask is that of the same queries and keys in this "
+        "layer; the prediction without masks is that of all layers without theirs. "
         "Tokens that have been merged are outlined as one, and have the numbers of the token that they are part of."
     )
     if any(isinstance(layer, UnmaskedLayer) for layer in layers):

@@ -185,11 +185,6 @@ def _answers(texts: Sequence[str], masked: Tensor, plain: Tensor) -> list[Answer
     if 0 not in best:  # the text that is shown
         best[-1] = 0
     return [
-        Answer(
-            f"{'this text: ' if index == 0 else ''}{texts[index]}",
-            f"{with_masks[index]:.1%}",
-            f"{without[index]:.1%}",
-            (with_masks[index], without[index]),
-        )
+        Answer.of_shares(f"{'this text: ' if index == 0 else ''}{texts[index]}", with_masks[index], without[index])
         for index in sorted(best, key=lambda index: -with_masks[index])
     ]

@@ -27,7 +27,7 @@ from lamzoo.lam import FactoredMask, Lam, MaskRecord
 from lamzoo.profiling.inputs import evaluating
 from lamzoo.reduction.pruning import ScoredAttention
 from lamzoo.report.explorer.document import Answer, Exploration, ExploredLayer, TokenRun, to_html
-from lamzoo.report.mask_pictures import caption_of, run_all_queries, title_of
+from lamzoo.report.mask_pictures import caption_of, patch_grid, run_all_queries, title_of
 from lamzoo.report.model_view import view
 
 Output = TypeVar("Output")
@@ -110,12 +110,7 @@ def answers_of(model: nn.Module, masked: Any, plain: Any) -> list[Answer]:
     with_masks, without = (output[0].float().softmax(dim=0).tolist() for output in (masked, plain))
     best = sorted(range(len(names)), key=lambda index: -max(with_masks[index], without[index]))[:_CLASSES]
     return [
-        Answer(
-            names[index].split(",")[0],
-            f"{with_masks[index]:.1%}",
-            f"{without[index]:.1%}",
-            (with_masks[index], without[index]),
-        )
+        Answer.of_shares(names[index].split(",")[0], with_masks[index], without[index])
         for index in sorted(best, key=lambda index: -with_masks[index])
     ]
 
@@ -153,16 +148,14 @@ def neutral_masks(model: nn.Module) -> Iterator[None]:
 
 def _layout(model: nn.Module, path: str, images: Tensor, record: MaskRecord) -> tuple[int, tuple[int, int]]:
     """Returns the number of prefix tokens and the patch grid of the stack's input."""
-    layout = token_layout(model, path)
-    count = record.mask.right.shape[2] if record.key_places is None else record.key_places.shape[1]
-    if layout.grid_at is not None:
-        rows, columns = layout.grid_at((images.shape[-2], images.shape[-1]))
-        if layout.num_prefix_tokens + rows * columns == count:
-            return layout.num_prefix_tokens, (rows, columns)
-    raise UnsupportedHostError(
-        f"{path} of {class_name(model)} attends to {count} tokens that aren't a patch grid; the page shows images in "
-        "vision transformers of timm and open_clip."
-    )
+    count = record.num_tokens[1]
+    found = patch_grid(model, path, images, count)
+    if found is None:
+        raise UnsupportedHostError(
+            f"{path} of {class_name(model)} attends to {count} tokens that aren't a patch grid; the page shows images "
+            "in vision transformers of timm and open_clip."
+        )
+    return found
 
 
 def patch_tokens(

@@ -182,6 +182,7 @@ def _percent(part: Any, whole: Any) -> float | None:
 def _plots(folder: Path, facts: RunFacts, names: list[str]) -> list[str]:
     """Draws curves and confusion matrix; returns Markdown lines."""
     from lamzoo.report.curves import draw_confusion, draw_curves
+    from lamzoo.report.mpl import write_figure
 
     split, score = list(facts.scores.items())[-1]
     title = f"{facts.recipe.model.name}: {split}, {len(score.labels)} images, {score.top1:.2f} % right"
@@ -193,9 +194,7 @@ def _plots(folder: Path, facts: RunFacts, names: list[str]) -> list[str]:
     lines: list[str] = []
     try:
         for heading, filename, draw in plots:
-            figure = draw()
-            with atomic_files(DataError) as stage:
-                figure.savefig(stage(folder / filename), format="png")
+            write_figure(draw(), folder / filename)
             lines += [f"## {markdown(heading)}", "", f"![{markdown(heading)}]({filename})", ""]
     except LamzooError as error:
         if isinstance(error, DataError):
