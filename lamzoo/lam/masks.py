@@ -41,9 +41,9 @@ class FactoredMask(NamedTuple):
         """Returns the mask with detached factors."""
         return FactoredMask(self.left.detach(), self.right.detach())
 
-    def float(self) -> FactoredMask:
-        """Returns the mask with factors in float32."""
-        return FactoredMask(self.left.float(), self.right.float())
+    def precise(self) -> FactoredMask:
+        """Returns the mask with factors in float32, or as they are in float64."""
+        return FactoredMask(*(factor.to(torch.promote_types(factor.dtype, torch.float32)) for factor in self))
 
     def importance(self, queries: Tensor | None = None) -> Tensor:
         """Computes each key's mean mask value over the queries in O(N R), without building ``M``.

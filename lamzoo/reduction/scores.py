@@ -56,7 +56,7 @@ class Scorer(Protocol):
 def mask_importance(layer: AttentionInputs, *, has_class_token: bool) -> Tensor:
     """Mean mask value of each key over queries and heads; a :class:`Scorer`."""
     with full_precision(layer.query.device):  # values of multiplicative masks differ by less than half precision has
-        importance = layer.mask.float().importance(layer.present)
+        importance = layer.mask.precise().importance(layer.present)
     return importance.mean(dim=1).expand(layer.query.shape[0], -1)
 
 
@@ -84,7 +84,7 @@ def redundancy(layer: AttentionInputs, *, has_class_token: bool) -> Tensor:
     others = there * (places.remainder(2) == 1) * (places > 0)
     certain = there * (places.remainder(2) == 0) * (places >= 0)
     alike = (values @ values.transpose(-2, -1)).masked_fill(certain.unsqueeze(1) == 0, -1.0).amax(dim=-1)
-    important = mask_importance(layer, has_class_token=has_class_token)
+    important = mask_importance(layer, has_class_token=has_class_token).float()
     scores = standardise(-alike, others) + standardise(important, others) / 2
     return torch.where(others > 0, scores, _CERTAIN + standardise(important, certain))
 

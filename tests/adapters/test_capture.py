@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.testing import assert_close
 
 from lamzoo.adapters import add_lam, capture_masks
@@ -35,6 +36,19 @@ def test_mask_attention_and_importance_of_each_layer(host: Host, layers: str) ->
         assert not any(tensor.requires_grad for tensor in (*record.mask, record.attention, record.importance))
     first, second = (record.mask.dense() for record in list(masks.values())[:2])
     assert torch.equal(first, second) == (layers == "single")
+
+
+def test_importance_is_over_the_queries_that_are_not_padding() -> None:
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    model = add_lam(nn.TransformerEncoder(layer, 1), LamConfig(init="paper")).eval()
+    tokens = torch.randn(2, 9, 16)
+    padding = torch.tensor([[False] * 5 + [True] * 4, [False] * 9])
+    with capture_masks(model) as masks:
+        model(tokens[:1, :5])
+        (alone,) = (record.importance for record in masks.values())
+        model(tokens, src_key_padding_mask=padding)
+        (together,) = (record.importance for record in masks.values())
+    assert_close(together[:1, :, :5], alone)
 
 
 def test_capture_ends_with_its_context_also_after_an_exception() -> None:

@@ -1,6 +1,7 @@
 """Promises of learnable masks in torch.nn.MultiheadAttention and in the models that are built on it."""
 
 import copy
+import math
 import pickle
 from collections.abc import Callable
 from dataclasses import replace
@@ -274,11 +275,12 @@ def test_padded_tokens_change_nothing() -> None:
 
 
 @pytest.mark.parametrize("form", ["bool", "float", "attn_mask", "both"])
-def test_position_keys_count_no_padding_wherever_it_is(form: str) -> None:
+@pytest.mark.parametrize("least", [-math.inf, -1e9, torch.finfo(torch.float32).min])
+def test_position_keys_count_no_padding_wherever_it_is(form: str, least: float) -> None:
     model = add_lam(Holder(batch_first=True), replace(PAPER, keys="position", max_length=7)).eval()
     key = torch.randn(2, 7, WIDTH)
     padding = torch.tensor([[True, True, False, False, False, True, False], [False] * 7])
-    hidden = torch.zeros(2, 7).masked_fill(padding, -torch.inf)
+    hidden = torch.zeros(2, 7).masked_fill(padding, least)
     of_sample = hidden[:, None, None].expand(2, HEADS, 5, 7).flatten(0, 1)
     masks: dict[str, Tensor] = {
         "bool": {"key_padding_mask": padding},

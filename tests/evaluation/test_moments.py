@@ -92,6 +92,13 @@ def test_the_first_window_counts_for_recall_and_the_scores_for_precision() -> No
     assert metrics["full"]["MR-mAP"]["0.5"] == 100.0
 
 
+def test_half_an_overlap_is_half_however_it_rounds() -> None:
+    found = prediction(windows=((7.8, 54.1, 0.9),))
+    found["pred_saliency_scores"] = [0.0] * 38
+    metrics = moment_metrics([found], [annotation(windows=((20, 76),), duration=76)])
+    assert metrics["full"]["MR-R1"]["0.5"] == 100.0  # 34.1 of 68.2 seconds; the lengths' sum rounds to less
+
+
 def test_a_true_window_is_found_once() -> None:
     metrics = moment_metrics([prediction(windows=((0, 8, 0.9), (0, 8, 0.8)))], [annotation(windows=((0, 8), (10, 18)))])
     assert metrics["full"]["MR-mAP"]["0.5"] == 50.0

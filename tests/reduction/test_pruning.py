@@ -222,7 +222,9 @@ def test_capturing_in_training_shows_what_is_hidden() -> None:
     with capture_masks(vit) as masks:
         captured = vit(images())
     assert_close(captured, vit(images()))
-    attention = masks["blocks.1.attn"].attention
+    attention, scores = masks["blocks.1.attn"].attention, masks["blocks.1.attn"].scores
+    assert scores is not None
+    assert_close(scores.attention().sum(dim=(1, 2)) > 0, attention.sum(dim=(1, 2)) > 0)
     assert (attention.sum(dim=(1, 2)) > 0).float().sum() == 3 + 3 * 8  # class tokens, and half of the batch's patches
     assert_close(attention.sum(-1), torch.ones(attention.shape[:-1]))
 

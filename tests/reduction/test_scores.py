@@ -174,6 +174,27 @@ def test_equal_scores_have_a_gradient() -> None:
     assert silent.right.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("scorer", ["attention", "attention-value"])
+def test_a_sample_without_tokens_passes_finite_gradients(scorer: Score) -> None:
+    query, key, value = (torch.randn(2, 2, 6, 4, requires_grad=True) for _ in range(3))
+    mask = FactoredMask(torch.randn(2, 1, 6, 3), torch.randn(2, 1, 6, 3))
+    present = torch.tensor([[True] * 6, [False] * 6])
+    layer = AttentionInputs(query, key, value, mask, "add", 0.5, present)
+    SCORERS[scorer](layer, has_class_token=False)[0].sum().backward()
+    assert all(each.grad is None or each.grad.isfinite().all() for each in (query, key, value))
+
+
+def test_masks_near_one_are_ranked_in_full_precision() -> None:
+    left, right = (torch.ones(1, 1, 64, 2, dtype=torch.bfloat16) for _ in range(2))
+    right[..., 1] = 1e-4 * torch.arange(64)
+    query = torch.randn(1, 1, 64, 4, dtype=torch.bfloat16)
+    layer = AttentionInputs(query, query, query, FactoredMask(left, right), "mul", 0.5)
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = mask_importance(layer, has_class_token=False)
+    assert scores[0].argsort().tolist() == sorted(range(64), key=lambda key: right[0, 0, key, 1].item())
+    assert len(scores.unique()) == len(right[..., 1].unique())
+
+
 def test_the_mask_has_a_say_in_what_is_redundant() -> None:
     case = make(queries=9, keys=9)
     silent = replace(case, right=torch.zeros_like(case.right))

@@ -11,11 +11,13 @@ from PIL import Image
 
 import lamzoo
 from lamzoo.adapters import capture_masks, remove_lam
+from lamzoo.adapters.state import masks_of
 from lamzoo.errors import ConfigError, DataError, UnsupportedHostError
 from lamzoo.lam import LamConfig
 from lamzoo.reduction import merge_tokens, prune_tokens
 from lamzoo.report import explore_image
 from lamzoo.report.explorer.document import quantise
+from lamzoo.report.explorer.runs import neutral_masks
 from lamzoo.report.mask_pictures import run_all_queries
 from lamzoo.report.model_view import view
 from tests.report.explorer_data import PageLayer, read_page
@@ -66,6 +68,19 @@ def test_page_has_the_numbers_of_capture_masks(lam, kwargs, reduce, build, photo
         np.testing.assert_allclose(layer.plain, record.scores.attention()[0], atol=1e-3)
         for name, places in (("keyPlaces", record.key_places), ("queryPlaces", record.query_places)):
             assert layer.data[name] == (None if places is None else places[0].tolist())
+
+
+def test_neutral_masks_still_decide_which_tokens_leave(build, photo):
+    model = sharpened(prune_tokens(build(ADDED, depth=3), 0.5, (0,)))
+    hooks = [lam.attention_hook for lam in masks_of(model).values()]
+    with_masks = captured(model, photo)
+    with neutral_masks(model):
+        without = captured(model, photo)
+    for path in ("blocks.1.attn", "blocks.2.attn"):
+        torch.testing.assert_close(without[path].key_places, with_masks[path].key_places)
+        torch.testing.assert_close(without[path].attention, without[path].scores.attention())
+        assert not torch.allclose(with_masks[path].attention, with_masks[path].scores.attention(), atol=1e-2)
+    assert [lam.attention_hook for lam in masks_of(model).values()] == hooks
 
 
 def test_attention_without_the_mask_is_that_of_the_plain_model_in_its_first_layer(build, photo):
