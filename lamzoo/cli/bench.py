@@ -17,7 +17,7 @@ from lamzoo.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from lamzoo.data.trained import TrainedData
     from lamzoo.profiling.candidates import Candidate
-    from lamzoo.profiling.results import BenchRow
+    from lamzoo.profiling.results import BenchRow, Form
     from lamzoo.tasks import MetricSpec
 
 
@@ -99,6 +99,7 @@ def bench(
         commit=checkout_commit(),
     )
     splits = _splits(data, split, found)
+    forms: list[Form | None] = [None, "fused"] if fuse else [None]
     jobs = [
         dataclasses.replace(
             job, model=c.model, tag=c.tag, plain=c.plain, img_size=str(img_size) if img_size else c.img_size,
@@ -106,7 +107,7 @@ def bench(
         )
         for c in found
         for share in ([None] if merge is None else [None, round(merge, 4)])  # as tables write it
-        for form in ([None, "fused"] if fuse and c.fusible else [None])
+        for form in (forms if c.fusible else forms[:1])
         for count in ([None, 0, rerank] if rerank and c.reranks and share is None and form is None else [None])
     ]  # fmt: skip
     with out.progress_bar("bench", hidden=json) as advance:
