@@ -24,7 +24,7 @@ import lamzoo
 from lamzoo.data.retrieval.clips import EachFrame
 from lamzoo.data.video.sampling import FrameSampling
 from lamzoo.errors import ConfigError, DataError, UnsupportedHostError
-from lamzoo.evaluation.retrieval.evaluate import frames_config
+from lamzoo.evaluation.retrieval.evaluate import frames_config, preprocessing_of
 from lamzoo.video import search
 from lamzoo.video.index import part_path
 from lamzoo.video.search import Match, VideoIndex, load_index
@@ -408,7 +408,7 @@ def test_the_index_lies_in_the_cache_one_for_each_folder_and_weights(folder: Pat
 def test_another_preprocessing_or_head_has_an_index_of_its_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("mean")
     first = lamzoo.index_videos(folder, model, device="cpu")
-    monkeypatch.setattr(search, "frames_config", lambda model: frames_config(model) | {"crop_pct": 0.5})
+    monkeypatch.setattr(search, "preprocessing_of", lambda model: preprocessing_of(model) | {"crop_pct": 0.5})
     assert lamzoo.index_videos(folder, model, device="cpu").embedded == 5
     monkeypatch.undo()
     monkeypatch.setattr(model, "similarity_type", "seq")
