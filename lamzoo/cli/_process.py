@@ -52,7 +52,8 @@ def open_streams() -> None:
 def stop_on_signals() -> Iterator[None]:
     """Raises :class:`Stopped` in the main thread on SIGINT, SIGTERM and SIGHUP, unless the process ignores them.
 
-    A second signal does not interrupt the cleaning up after the first one; a third one ends the process at once.
+    A second signal does not interrupt the cleaning up after the first one; a third one ends the process at once. Python
+    ignores an exception that a handler raises in a callback, such as those of a fork; the signal then comes once more.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -64,7 +65,7 @@ def stop_on_signals() -> Iterator[None]:
         if os.getpid() != process:  # a forked worker, which inherits the handler
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
-            _end_by(number)
+            os._exit(0)  # in the parent, torch makes an error of a worker that a signal ends
         received += 1
         if received == 1:
             raise Stopped(number)
@@ -77,7 +78,18 @@ def stop_on_signals() -> Iterator[None]:
         if os.getpid() == process or not isinstance(error, (ConnectionError, EOFError)):
             hook(kind, error, trace)  # otherwise a thread of a loader's worker, whose parent has stopped
 
+    def again(unraisable: sys.UnraisableHookArgs) -> None:
+        nonlocal received
+        error = unraisable.exc_value
+        if not (isinstance(error, Stopped) and os.getpid() == process and hasattr(signal, "setitimer")):
+            ignored(unraisable)
+            return
+        received, lost = 0, error.number
+        signal.signal(signal.SIGALRM, lambda number, frame: stop(lost, frame))
+        signal.setitimer(signal.ITIMER_REAL, 0.01)  # raised here, it would be ignored too
+
     hook, sys.excepthook = sys.excepthook, report
+    ignored, sys.unraisablehook = sys.unraisablehook, again
     before: dict[int, Any] = {}
     for number in _SIGNALS:
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
@@ -85,7 +97,7 @@ def stop_on_signals() -> Iterator[None]:
     try:
         yield
     finally:
-        sys.excepthook = hook
+        sys.excepthook, sys.unraisablehook = hook, ignored
         for number, handler in before.items():
             signal.signal(number, handler)
         # Code that runs at exit must not be interrupted by an exception, which would be printed as a traceback.

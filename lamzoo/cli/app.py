@@ -50,6 +50,7 @@ _SHORTAGES = {
     errno.EROFS: "choose another folder, or set XDG_CACHE_HOME and HF_HOME to one that can be written",
 }
 
+_LOST_WORKER = re.compile(r"DataLoader worker .*(exited unexpectedly|killed by signal)")
 _OUT_OF_MEMORY = re.compile(
     "out of memory|(can't|cannot) allocate memory|not enough memory|storage size calculation|failed to map segment",
     re.I,
@@ -192,6 +193,11 @@ def _shortage(error: BaseException) -> str | None:
     if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(text):
         detail = f" ({text})" if text else ""
         return f"memory ran out{detail}; use a smaller batch size or model, or end other programs"
+    if _LOST_WORKER.search(text):
+        return (
+            "a process that reads the data was ended by the system, as when memory or /dev/shm runs out; lower "
+            "--workers (data.workers in a recipe), and start again, a training with --resume"
+        )
     if "can't start new thread" in text:
         return "no more threads or processes may be started; lower --workers, or raise the limit of `ulimit -u`"
     return None

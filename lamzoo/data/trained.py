@@ -24,6 +24,7 @@ from lamzoo.reading import to_json
 RECIPE_NAME = "recipe.json"
 SPLIT_NAME = "split.json"
 HELD_OUT_NAME = "held-out.json"
+BAD_INPUTS_NAME = "bad-inputs.csv"
 MODEL_FOLDERS = ("model", "last")  # model folders of a run
 
 

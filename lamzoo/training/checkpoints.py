@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lamzoo import records
 from lamzoo.adapters.wrappers import full_state_dict, is_sharded
-from lamzoo.data.trained import RECIPE_NAME
+from lamzoo.data.trained import BAD_INPUTS_NAME, RECIPE_NAME
 from lamzoo.errors import LamzooError, RecipeError
 from lamzoo.files import atomic_files, file_lock
 from lamzoo.lam import LamConfig
@@ -115,6 +115,11 @@ class Checkpoints:
         self._resume = resume
         self._manifest: dict[str, Any] | None = None  # of the latest checkpoint
         self._check_identity()
+
+    def has_scanned(self) -> bool:
+        """Returns whether the run that is resumed has read all of its inputs before, and left none out."""
+        there = ((self.output / name).exists() for name in (RECIPE_NAME, BAD_INPUTS_NAME))
+        return self._resume and tuple(there) == (True, False)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -496,6 +501,8 @@ def _curve(recipe: AnyRecipe) -> AnyRecipe:
     }
     settings: Any = recipe  # a dataclass, as each task's is
     changes = {"data": replace(recipe.data, workers=0), "schedule": replace(recipe.schedule, epochs=1)}
+    if hasattr(settings, "towers") and settings.towers is not None:
+        changes["towers"] = replace(settings.towers, cache=None)
     curve: AnyRecipe = replace(settings, run=replace(recipe.run, **neutral), **changes)
     return curve
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
 
 from lamzoo.data import plain_worker_errors
+from lamzoo.errors import LamzooError
 from lamzoo.tasks import find_task
 from lamzoo.training.progress import Progress, TrainResult
 from lamzoo.training.recipe import AnyRecipe
@@ -41,9 +46,9 @@ def train(
     Raises:
         RecipeError: the output folder holds another run, or the recipe doesn't fit the data.
         DataError: inputs can't be read, and the recipe does not skip them.
-        LamzooError: the model's name or the data's files are invalid.
+        LamzooError: the model's name or the data's files are invalid, or another process of the run has ended.
     """
-    with plain_worker_errors():
+    with plain_worker_errors(), _reporting_ends():
         run = create_run(recipe, resume, progress, scanning)
         with run.begun():
             for epoch in range(run.first_epoch, recipe.schedule.total_epochs):
@@ -62,3 +67,16 @@ def create_run(
     task.check_data(recipe.data.source)
     run: TrainingRun = task.load("run")(recipe, resume, progress, scanning)
     return run
+
+
+@contextmanager
+def _reporting_ends() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        if not (several and re.search("Connection (closed|reset)|gloo|NCCL", str(error))):
+            raise
+        raise LamzooError(
+            "another process of this run has ended, and its message says why; start again with --resume"
+        ) from error

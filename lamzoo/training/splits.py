@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 
 from lamzoo.data import BadInput, LabelledImages, find_invalid_images, leave_out_invalid, select
 from lamzoo.data.fingerprint import Fingerprint, describe_changes, read_fingerprints
@@ -23,6 +23,7 @@ from lamzoo.files import atomic_files
 from lamzoo.reading import to_json
 from lamzoo.tasks import Task
 from lamzoo.tasks.classification import CLASSIFICATION
+from lamzoo.training.checkpoints import on_main_process
 from lamzoo.training.recipe import DataSection
 
 _logger = logging.getLogger(__name__)
@@ -171,28 +172,27 @@ def check_fingerprints(folder: Path, splits: Mapping[str, Any], accelerator: Acc
         accelerator: defines the processes; the main one does the work.
 
     Returns:
-        The fingerprints by role; empty on the other processes.
+        The fingerprints by role.
 
     Raises:
         DataError: the data of a resumed run have changed; says how.
     """
-    found: dict[str, Fingerprint] = {}
-    changes = ""
-    if accelerator.is_main_process:
+
+    def check() -> dict[str, Fingerprint]:
         roles = [role for role in ("train", "validation") if hasattr(splits.get(role), "fingerprint")]
         found = {role: splits[role].fingerprint() for role in roles}
         resumed = (folder / RECIPE_NAME).exists()
         before = read_fingerprints(folder) if resumed else None
         if resumed and before is None:
             _logger.info("%s has no record of the data that its run began with; it can't be compared", folder)
-        changes = describe_changes(before or {}, found)
-    [changes] = broadcast_object_list([changes])
-    if changes:
-        raise DataError(
-            f"the training data has changed since the run in {folder} began: {changes}; restore the data, or start a "
-            "new run in another folder"
-        )
-    return found
+        if changes := describe_changes(before or {}, found):
+            raise DataError(
+                f"the training data has changed since the run in {folder} began: {changes}; restore the data, or start "
+                "a new run in another folder"
+            )
+        return found
+
+    return on_main_process(accelerator, check)
 
 
 def has_split(data: DataSection, split: str, train: LabelledImages) -> bool:

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from lamzoo.adapters.wrappers import full_state_dict
 from lamzoo.data.fingerprint import write_fingerprints
 from lamzoo.data.splits import synonyms
-from lamzoo.data.trained import MODEL_FOLDERS
+from lamzoo.data.trained import BAD_INPUTS_NAME, MODEL_FOLDERS
 from lamzoo.errors import DivergedError, LamzooError, RecipeError
 from lamzoo.lam import LamConfig
 from lamzoo.registry.catalog import model_ref
@@ -239,7 +239,7 @@ class TrainingRun(ABC):
         keep_held_out(self.checkpoints.output, self.videos_held_out)
         write_fingerprints(self.checkpoints.output, self.fingerprints)
         if self.bad:
-            path = self.checkpoints.output / "bad-inputs.csv"
+            path = self.checkpoints.output / BAD_INPUTS_NAME
             write_bad_inputs(path, self.bad)
             _logger.warning("left out %d unreadable inputs; %s lists them", len(self.bad), path)
 

@@ -119,6 +119,7 @@ def describe_videos(
     share, bad = processes.share(todo), dict[Path, str]()
     for done, target in enumerate(share, start=1):
         path = paths[target]
+        size = file_sizes([path])[0]  # before it is read, so that a change meanwhile is noticed by the next run
         try:
             windows = VideoWindows(path, network, towers=towers, rate=rate, seconds=seconds, device=device)
             described = describe_windows(network, windows, generation=generation, context=context)
@@ -128,7 +129,7 @@ def describe_videos(
             bad[path] = unreadable_because(error)
             _logger.warning("skipped %s: %s", path, bad[path])
         else:
-            _write(target, {**as_record(windows, described), "origin": {**origin, "bytes": file_sizes([path])[0]}})
+            _write(target, {**as_record(windows, described), "origin": {**origin, "bytes": size}})
         if progress is not None:
             progress(done, len(share))
     bad = {path: why for part in processes.gather(bad) for path, why in part.items()}

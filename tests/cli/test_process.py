@@ -78,6 +78,38 @@ def test_signals_are_exceptions_while_a_command_runs_and_what_they_were_afterwar
     assert signal.getsignal(number) is before
 
 
+def test_a_signal_that_comes_while_python_forks_is_not_lost() -> None:
+    code = """
+import os, signal, time
+from lamzoo.cli._process import Stopped, stop_on_signals
+
+os.register_at_fork(before=lambda: os.kill(os.getpid(), signal.SIGTERM))  # where Python ignores exceptions
+try:
+    with stop_on_signals():
+        if os.fork() == 0:
+            os._exit(0)
+        time.sleep(20)
+        print("went on")
+except Stopped as stopped:
+    print(stopped.number)
+"""
+    assert run_code(code) == (0, f"{signal.SIGTERM.value}\n", "")
+
+
+def test_a_forked_worker_that_is_stopped_is_no_error_of_its_own() -> None:
+    code = """
+import os, signal
+from lamzoo.cli._process import stop_on_signals
+
+with stop_on_signals():
+    if (worker := os.fork()) == 0:
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.pause()
+    print(os.waitpid(worker, 0)[1])
+"""
+    assert run_code(code).stdout == "0\n"
+
+
 def test_a_signal_that_the_process_ignores_stays_ignored() -> None:  # as after nohup
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
@@ -95,6 +127,11 @@ def test_a_signal_that_the_process_ignores_stays_ignored() -> None:  # as after 
         (GeneratorExit(), 1, "GeneratorExit (unexpected; --debug shows where)"),
         (RecursionError("too deep"), 1, "RecursionError: too deep (unexpected; --debug shows where)"),
         (MemoryError(), 2, "memory ran out; use a smaller batch size or model, or end other programs"),
+        (
+            RuntimeError("DataLoader worker (pid(s) 13441) exited unexpectedly"),
+            2,
+            "a process that reads the data was ended by the system, as when memory or /dev/shm runs out",
+        ),
         (
             ImportError("libtorch.so: failed to map segment from shared object"),
             2,

@@ -21,6 +21,7 @@ from lamzoo.tasks.classification import CLASSIFICATION
 from lamzoo.training import TrainResult, parse_recipe, train
 from lamzoo.training.classification.run import ClassificationRun
 from lamzoo.training.loaders import check_mixup
+from lamzoo.training.splits import write_bad_inputs
 from tests.operators import Operators
 from tests.training.processes import start_in_two, train_failed, train_in_two, train_killed
 
@@ -82,6 +83,23 @@ def test_killed_run_resumes_to_the_same_curve(recipe_table: dict[str, Any], tmp_
     assert curve(resumed.history) == curve(whole.history)
     expected, weights = (load_file(result.model / "model.safetensors") for result in (whole, resumed))
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("left_out", [False, True])
+def test_a_resumed_run_reads_its_images_again_only_if_some_were_left_out(
+    recipe_table: dict[str, Any], tmp_path: Path, left_out: bool
+) -> None:
+    def scans() -> int:
+        seen: list[Any] = []
+        train(recipe, resume=True, scanning=lambda *progress: seen.append(progress))
+        return len(seen)
+
+    recipe_table["run"]["output"] = str(tmp_path / "out")
+    recipe = parse_recipe(recipe_table)
+    assert scans()
+    if left_out:
+        write_bad_inputs(tmp_path / "out" / "bad-inputs.csv", [])
+    assert bool(scans()) == left_out
 
 
 def test_an_evaluation_that_fails_does_not_cost_the_epoch(

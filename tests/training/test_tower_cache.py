@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from lamzoo.data.retrieval.clips import ClipAugment
 from lamzoo.errors import RecipeError
 from lamzoo.models.clip4clip import Clip4Clip
 from lamzoo.training import parse_recipe, train
+from lamzoo.training.checkpoints import Checkpoints
 from lamzoo.training.retrieval.run import RetrievalRun
 from lamzoo.training.retrieval.tower_cache import read_or_make
 from tests.models.test_towers import BERT, TEXT, VISION
@@ -261,6 +263,16 @@ def test_a_section_of_towers_that_cannot_be_is_refused(
         table[section] = values if section == "towers" else {**table.get(section, {}), **values}
     with pytest.raises(RecipeError, match=says):
         parse_recipe(table)
+
+
+def test_a_run_goes_on_with_its_states_in_another_place(table: dict[str, Any], tmp_path: Path) -> None:
+    recipe = parse_recipe(table)
+    Checkpoints(tmp_path, recipe, resume=False).write_recipe()
+    for cache in (str(tmp_path / "elsewhere"), None):
+        assert recipe.towers is not None
+        Checkpoints(tmp_path, replace(recipe, towers=replace(recipe.towers, cache=cache)), resume=True)
+    with pytest.raises(RecipeError, match="towers.freeze was"):
+        Checkpoints(tmp_path, replace(recipe, towers=replace(recipe.towers, freeze=["text"], cache=None)), resume=True)
 
 
 def test_a_cached_tower_has_no_masks(table: dict[str, Any], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,8 @@ class ClassificationRun(TrainingRun):
 
     def scan_data(self, progress: ScanProgress | None) -> BadInputs:
         recipe = self.recipe
-        self.splits = prepare_splits(recipe.data, self.splits, recipe.run.seed, self.accelerator, progress)
+        data = replace(recipe.data, scan=recipe.data.scan and not self.checkpoints.has_scanned())
+        self.splits = prepare_splits(data, self.splits, recipe.run.seed, self.accelerator, progress)
         check_batch(recipe, len(self.splits.train), "images", recipe.data.train_split)
         check_made_split(self.checkpoints.output, self.splits.made)
         return self.splits.bad
