@@ -119,7 +119,7 @@ def describe_videos(
     share, bad = processes.share(todo), dict[Path, str]()
     for done, target in enumerate(share, start=1):
         path = paths[target]
-        size = file_sizes([path])[0]  # before it is read, so that a change meanwhile is noticed by the next run
+        size = file_sizes([path])[0]  # before it is read, so that a change meanwhile is noticed
         try:
             windows = VideoWindows(path, network, towers=towers, rate=rate, seconds=seconds, device=device)
             described = describe_windows(network, windows, generation=generation, context=context)
