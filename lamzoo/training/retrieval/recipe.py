@@ -36,8 +36,8 @@ class RetrievalModelSection(ModelSectionBase):
     ``max_frames`` and ``fps`` in ``kwargs`` default to those in ``[data]``.
 
     Attributes:
-        fused_attention: whether PyTorch may use its fused kernels. On CPUs, bfloat16 training of short sequences is two
-            to three times faster without them; use the same value on both sides of a comparison.
+        fused_attention: whether PyTorch may use its fused kernels. On CPUs, bfloat16 training of short sequences is
+            faster without them; use the same value on both sides of a comparison.
         lock_image_tower: freeze the vision tower except for its masks.
         freeze_layers: number of first blocks of both towers to freeze, with the embeddings; None for none.
     """
