@@ -15,7 +15,7 @@ import torch
 import torch.fx
 from torch import nn
 
-from lamzoo.errors import ExportError
+from lamzoo.errors import ExportError, UnsupportedHostError, class_name
 from lamzoo.lam import Lam, SharedState
 from lamzoo.lam.fused import Between, FusedAttention, Projection, takes_fused_form, unsupported
 from lamzoo.lam.kernels.eager import is_transformed
@@ -291,6 +291,21 @@ def remove_hooks(module: nn.Module, kinds: tuple[type[SharedStateHook], ...]) ->
             del hooks[key]
             module._forward_pre_hooks_with_kwargs.pop(key, None)
             module._forward_hooks_always_called.pop(key, None)
+
+
+def floating_parameter(path: str, layer: nn.Module) -> nn.Parameter:
+    """Returns the first floating-point parameter of an attention layer at a path, which its mask is like.
+
+    Raises:
+        UnsupportedHostError: there is none, as in a quantised layer.
+    """
+    found = next((parameter for parameter in layer.parameters() if parameter.is_floating_point()), None)
+    if found is None:
+        raise UnsupportedHostError(
+            f"{path or 'The model'} ({class_name(layer)}) can't carry a learnable mask, because it is quantised: it "
+            "has no floating-point parameter; call add_lam before the model is quantised, or leave the layer as it is."
+        )
+    return found
 
 
 def without_numbers(path: str) -> str:

@@ -32,7 +32,14 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-from lamzoo.adapters.hosts import AttentionSite, HostTakeover, TakeoverAdapter, TokenLayout, without_numbers
+from lamzoo.adapters.hosts import (
+    AttentionSite,
+    HostTakeover,
+    TakeoverAdapter,
+    TokenLayout,
+    floating_parameter,
+    without_numbers,
+)
 from lamzoo.adapters.state import has_masks
 from lamzoo.adapters.transformers_own import OWN_TAKEOVERS, own_site
 from lamzoo.adapters.transformers_vision import TAKEOVERS, present_keys, read_mask, tower_layouts
@@ -227,7 +234,7 @@ def _site(path: str, module: Any, interface: _Interface) -> AttentionSite:
         query_dim=query_dim,
         key_dim=key_dim,
         num_heads=heads,
-        like=next(each for each in module.parameters() if each.is_floating_point()),
+        like=floating_parameter(path, module),
         watched=path,  # transformers checkpoints the forward pass of a block without its hooks
     )
 

@@ -36,8 +36,8 @@ def eval_command(
     data: Annotated[str | None, typer.Option(metavar="SPEC", help=(
         "imagefolder:DIR, imagelist:DIR:FILE, npz:DIR, torchvision:NAME:ROOT, hfds:NAME, wds:SHARDS, or a folder; for "
         "retrieval msrvtt:DIR, msvd:DIR, videos:DIR, wds:SHARDS, grid:DIR or flickr8k:DIR; for moments "
-        "qvhighlights:DIR, charades:DIR or grid:DIR; for captions mad:DIR, lsmdc:DIR, videos:DIR, grid:DIR or "
-        "flickr8k:DIR; optional for the folder of a training run."))] = None,
+        "qvhighlights:DIR, charades:DIR, tvsum:DIR or grid:DIR; for captions mad:DIR, lsmdc:DIR, videos:DIR, "
+        "grid:DIR or flickr8k:DIR; optional for the folder of a training run."))] = None,
     task: Annotated[str | None, typer.Option(metavar="TASK", help=(
         "classification, retrieval, moments or captions [the model's]."))] = None,
     split: Annotated[str | None, typer.Option(help=(

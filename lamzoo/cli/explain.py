@@ -38,9 +38,11 @@ def explain(
     merge: Merge = None,
     device: Device = "auto",
 ) -> None:  # fmt: skip
-    """Draws a model's masks over an image, or over the time axis of a video: a picture, a page, or both."""
+    """Draws a model's masks for an image, a video or a query of a data set: a picture, a page, a figure, or several."""
     if image is None and data is None:
-        raise ConfigError("there is nothing to explain; give an IMAGE, a video with --text, or a data set with --data")
+        raise ConfigError(
+            "there is nothing to explain; give INPUT, an image or a video with --text, or a data set with --data"
+        )
     if image is not None and data is not None:
         raise ConfigError(f"the file {image} and --data {data} exclude each other; leave one out")
     if image is not None:
@@ -116,4 +118,4 @@ def _check(name: str, task: Task, of_file: bool, with_text: bool) -> None:
     if of_file and task.explains != "image":
         raise UnsupportedHostError(f"{name} is {task.model_kind}, which takes no images; use --data instead")
     if not of_file and task.explains == "image":
-        raise UnsupportedHostError(f"{name} is {task.model_kind}, which is drawn over an image; give IMAGE instead")
+        raise UnsupportedHostError(f"{name} is {task.model_kind}, which is drawn over an image; give INPUT instead")

@@ -39,12 +39,12 @@ def search(
         f"The contact sheet; of several queries they are numbered [{_SHEET}]."))] = None,
     no_sheet: Annotated[bool, typer.Option("--no-sheet", help="Draw no contact sheet.")] = False,
     fps: Annotated[float | None, typer.Option(help=(
-        "Frames per second; 0 for all [1; by default, this and the next two are those of the index]."))]
+        "Frames per second; 0 for all [as in the index, otherwise 1]."))]
     = None,
     max_frames: Annotated[int | None, typer.Option(min=1, help=(
-        "Maximum number of frames [the model's number of positions]."))] = None,
+        "Maximum number of frames [as in the index, otherwise the model's number of positions]."))] = None,
     slicing: Annotated[Literal["head", "middle", "tail", "uniform"] | None, typer.Option(
-        help="Selection of frames in longer videos [uniform].")] = None,
+        help="Selection of frames in longer videos [as in the index, otherwise uniform].")] = None,
     device: Device = "auto",
     precision: Precision = "float32",
     batch_size: Annotated[int, typer.Option(help="Videos per batch.")] = 16,

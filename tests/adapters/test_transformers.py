@@ -556,6 +556,15 @@ def test_models_with_other_attention_are_refused_by_name(name: str) -> None:
     assert list(model.state_dict()) == before
 
 
+def test_a_quantised_layer_is_refused_by_name() -> None:
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA))
+    for projection in model.model.layers[1].self_attn.children():
+        if isinstance(projection, nn.Linear):  # as in 8 bits
+            projection.weight = nn.Parameter(projection.weight.to(torch.uint8), requires_grad=False)
+    with pytest.raises(UnsupportedHostError, match=r"layers.1.self_attn \(.*LlamaAttention\) .* because it is quantised"):
+        add_lam(model)
+
+
 # Models that compute their attention themselves, with inputs and the number of attention layers.
 _OWN: dict[str, tuple[Callable[[], Any], Callable[[], Inputs], int]] = {
     "ViltModel": (lambda: transformers.ViltConfig(**TEXT, image_size=16, patch_size=8), both, 2),

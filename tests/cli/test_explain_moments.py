@@ -135,7 +135,7 @@ def test_a_page_that_can_not_be_written_is_named_before_the_picture_is(
         (
             "lam_moment_detr_micro",
             "",
-            "nothing to explain; give an IMAGE, a video with --text, or a data",
+            "nothing to explain; give INPUT, an image or a video with --text, or a data",
         ),
         ("lam_moment_detr_micro", "PHOTO --data DATA", "exclude each other; leave one out"),
         (
@@ -147,7 +147,7 @@ def test_a_page_that_can_not_be_written_is_named_before_the_picture_is(
         ("lam_vit_micro", "PHOTO --split val", "--split does not apply to a file"),
         ("lam_vit_micro", "PHOTO --text a", "--text does not apply to lam_vit_micro, a classifier"),
         ("lam_moment_detr_micro", "--data DATA --text a", "--text applies to a video file, not to --data"),
-        ("lam_vit_micro", "--data DATA --split val", "a classifier, which is drawn over an image; give IMAGE instead"),
+        ("lam_vit_micro", "--data DATA --split val", "a classifier, which is drawn over an image; give INPUT instead"),
         ("lam_moment_detr_micro", "--data DATA", "no split 'test'; it has 'val'"),
         ("lam_moment_detr_micro", "--data moments:x", "is not a moment data set"),
         (
