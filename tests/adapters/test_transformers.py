@@ -561,7 +561,7 @@ def test_a_quantised_layer_is_refused_by_name() -> None:
     for projection in model.model.layers[1].self_attn.children():
         if isinstance(projection, nn.Linear):  # as in 8 bits
             projection.weight = nn.Parameter(projection.weight.to(torch.uint8), requires_grad=False)
-    with pytest.raises(UnsupportedHostError, match=r"layers.1.self_attn \(.*LlamaAttention\) .* because it is quantised"):
+    with pytest.raises(UnsupportedHostError, match=r"layers.1.self_attn .*because it is quantised"):
         add_lam(model)
 
 
