@@ -15,10 +15,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from timm.layers import use_fused_attn
 
 import lamzoo
-from lamzoo.errors import DataError, DivergedError, RecipeError, UnsupportedHostError
+from lamzoo.errors import DataError, DivergedError, LamzooError, RecipeError, UnsupportedHostError
 from lamzoo.tasks import TASKS
 from lamzoo.tasks.classification import CLASSIFICATION
-from lamzoo.training import TrainResult, parse_recipe, train
+from lamzoo.training import TrainResult, loop, parse_recipe, train
 from lamzoo.training.classification.run import ClassificationRun
 from lamzoo.training.loaders import check_mixup
 from lamzoo.training.splits import write_bad_inputs
@@ -100,6 +100,20 @@ def test_a_resumed_run_reads_its_images_again_only_if_some_were_left_out(
     if left_out:
         write_bad_inputs(tmp_path / "out" / "bad-inputs.csv", [])
     assert bool(scans()) == left_out
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_end_of_another_process_is_one_sentence(
+    recipe_table: dict[str, Any], monkeypatch: pytest.MonkeyPatch, processes: int
+) -> None:
+    def lost(*args: Any) -> None:
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:1")
+
+    monkeypatch.setattr(loop, "create_run", lost)
+    monkeypatch.setattr(loop.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(loop.dist, "get_world_size", lambda: processes)
+    with pytest.raises(RuntimeError if processes == 1 else LamzooError, match="gloo" if processes == 1 else "--resume"):
+        train(parse_recipe(recipe_table))
 
 
 def test_an_evaluation_that_fails_does_not_cost_the_epoch(
