@@ -184,7 +184,8 @@ def _control() -> str:
         f"Wider MLPs with as many parameters: images {_gain('ablation', 'mlp')} points, in a larger model after twelve "
         f"epochs {_gain('micro', 'mlp')}, retrieval {_gain('grid', 'mlp', score='t2v_R1')}, moments "
         f"{_gain('moments', 'mlp', score='R1_07')}, word errors "
-        f"{_gain('captions', 'damaged_mlp', 'damaged_plain', 'WER')}; a learned relative position bias on images {_gain('ablation', 'rel-pos')}"
+        f"{_gain('captions', 'damaged_mlp', 'damaged_plain', 'WER')}; a learned relative position bias on "
+        f"images {_gain('ablation', 'rel-pos')}"
     )
 
 
