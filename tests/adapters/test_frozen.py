@@ -101,5 +101,7 @@ def test_gradient_checkpointing_keeps_the_gradients_of_masks_in_a_frozen_host(
     x = CHOSEN[name].images().to(device)
     expected = gradients(model, x)
     model.set_grad_checkpointing(True)
-    for parameter, grad in gradients(model, x).items():
+    found = gradients(model, x)
+    assert found.keys() == expected.keys()
+    for parameter, grad in found.items():
         assert_close(grad, expected[parameter], rtol=1e-4, atol=1e-6, msg=parameter)

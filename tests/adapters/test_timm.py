@@ -154,9 +154,14 @@ def test_identity_lam_lets_the_host_train_as_before(host: Host) -> None:
 @pytest.mark.parametrize(("host", "layers"), layer_params([host for host in HOSTS.values() if host.checkpointing]))
 def test_gradient_checkpointing_keeps_outputs_and_gradients(host: Host, layers: str) -> None:
     model, x = add_lam(host.create(), paper_lam(host, layers)).eval(), host.images()
-    expected = gradients(model, model(x).square().sum())
+    output = model(x)
+    expected = gradients(model, output.square().sum())
     model.set_grad_checkpointing(True)
-    for name, grad in gradients(model, model(x).square().sum()).items():
+    again = model(x)
+    assert_close(again, output)
+    found = gradients(model, again.square().sum())
+    assert found.keys() == expected.keys()
+    for name, grad in found.items():
         assert_close(grad, expected[name], msg=name)
 
 
@@ -169,7 +174,9 @@ def test_gradient_checkpointing_finds_the_right_pass_among_several(host: Host, l
     views = [torch.randn(2, 3, size, size), torch.randn(2, 3, size // 2, size * 2), torch.randn(2, 3, size, size)]
     expected = gradients(model, sum(model(view).square().sum() for view in views))
     model.set_grad_checkpointing(True)
-    for name, grad in gradients(model, sum(model(view).square().sum() for view in views)).items():
+    found = gradients(model, sum(model(view).square().sum() for view in views))
+    assert found.keys() == expected.keys()
+    for name, grad in found.items():
         assert_close(grad, expected[name], rtol=1e-4, atol=1e-5, msg=name)
 
 

@@ -155,7 +155,9 @@ def test_stored_results_are_known_as_done_and_keep_the_last_weights(file: Path) 
 
 
 def test_recipes_keep_the_last_weights() -> None:
-    for file in (ablation.ROOT / "benchmarks" / "recipes").glob("*.toml"):
+    files = list((ablation.ROOT / "benchmarks" / "recipes").glob("*.toml"))
+    assert files
+    for file in files:
         assert read_recipe(file)["run"]["keep"] == "last", file.name
 
 

@@ -13,12 +13,19 @@ from tests.images import write_npz
 
 
 @pytest.fixture
-def jobs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def timeouts() -> list[float | None]:
+    """The limits of time of the jobs that were run."""
+    return []
+
+
+@pytest.fixture
+def jobs(monkeypatch: pytest.MonkeyPatch, timeouts: list[float | None]) -> list[Any]:
     """The jobs that were run, by no process; those of ``vit_micro`` fail, and ``lam_vit_large`` is interrupted."""
     ran = []
 
     def run_job(job, *, timeout=None):
         ran.append(job)
+        timeouts.append(timeout)
         if job.model == "lam_vit_large":
             raise KeyboardInterrupt
         if job.model == "vit_micro":
@@ -54,12 +61,14 @@ def test_a_failed_row_is_printed_with_its_reason_and_in_the_exit_code(run, jobs)
     assert [job.model for job in jobs] == ["lam_vit_micro", "vit_micro", "vit_micro"]
 
 
-def test_options_reach_the_job(run, jobs) -> None:
+def test_options_reach_the_job(run, jobs, timeouts: list[float | None]) -> None:
     run(
         "lam_vit_micro", "--out", "r.csv", "--no-plain", "--device", "cpu", "--dtype", "bfloat16", "--threads", "3",
         "--compile", "--batch", "4", "--img-size", "64", "--repeats", "7", "--seed", "5",
+        "--max-batch", "24", "--eval-batch", "9", "--workers", "2", "--timeout", "90.5",
     )  # fmt: skip
     (job,) = jobs
+    assert (job.max_batch, job.eval_batch, job.workers, timeouts) == (24, 9, 2, [90.5])
     assert (job.device, job.dtype, job.threads, job.mode, job.batch) == ("cpu", "bfloat16", 3, "compiled", 4)
     assert (job.img_size, job.resize, job.repeats, job.seed) == ("64", 64, 7, 5)
     assert (job.data, job.split, job.tag, job.plain) == (None, None, None, "vit_micro")

@@ -1,4 +1,5 @@
 import json
+import logging
 import subprocess
 import sys
 from importlib.metadata import version
@@ -51,6 +52,17 @@ def test_help_and_version(run) -> None:
             assert f"\n  {command} " in done.out
     assert "\nVideos:\n" in done.out
     assert "--precision" in run("eval", "-h").out
+
+
+@pytest.mark.parametrize(("options", "shown"), [((), ""), (("--verbose",), "a step\n"), (("-v",), "a step\n")])
+def test_infos_are_shown_with_verbose_alone(
+    run, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], shown: str
+) -> None:
+    log = logging.getLogger("lamzoo.registry.saving")
+    monkeypatch.setattr("lamzoo.registry.catalog.match_models", lambda *args, **kwargs: log.info("a step") or [])
+    done = run(*options, "list", "lam_vit_micro")
+    assert done.err.count("a step") == bool(shown), done.err
+    assert done.err.startswith(shown)
 
 
 @pytest.mark.parametrize("address", ["http://[", "http://hub:99999", "hub", "ftp://hub", "http://"])

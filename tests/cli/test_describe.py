@@ -146,6 +146,31 @@ def test_describe_prints_a_table_and_writes_subtitles(run, model: str, towers: s
     assert all(each.text in done.out for each in described)
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--beams", 3, "--length-penalty", 0.25), GenerationConfig(beams=3, length_penalty=0.25)),
+        (("--top-p", 0.5), GenerationConfig(top_p=0.5)),
+    ],
+)
+def test_options_of_the_decoding_reach_it(
+    run, listener: str, clips: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[object, ...],
+    expected: GenerationConfig,
+) -> None:  # fmt: skip
+    found = []
+
+    def decode(*args: Any, generation: GenerationConfig, **kwargs: Any) -> None:
+        found.append(generation)
+        raise DataError("recorded")
+
+    monkeypatch.setattr("lamzoo.video.describe.describe_windows", decode)
+    monkeypatch.setattr("lamzoo.video.described_folder.describe_videos", decode)
+    for place in ((clips / "half.mp4",), (clips, "--out", "described")):
+        done = run("describe", *place, "--model", listener, "--device", "cpu", *options)
+        assert (done.code, done.err.splitlines()[-1]) == (2, "lamzoo: recorded")
+    assert found == [expected, expected]
+
+
 def test_json_says_what_was_read_and_what_was_not(run, listener: str, clips: Path) -> None:
     done = run("describe", clips / "half.mp4", "--model", listener, "--json", "--seconds", 1.5)
     assert done.code == 0

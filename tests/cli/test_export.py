@@ -9,6 +9,7 @@ import skimage.data
 from PIL import Image
 
 import lamzoo
+from lamzoo.errors import ExportError
 from tests.images import CLASSES
 
 
@@ -38,6 +39,21 @@ def test_fuse(tmp_path: Path, run: Any) -> None:
     done = run("export", tmp_path / "tiny", "--out", tmp_path / "tiny.pt2", "--fuse", "--repeats", "2", "--json")
     assert json.loads(done.out)["gmacs"] > lamzoo.profile(model).gmacs  # the columns of the values
     assert lamzoo.load_exported(tmp_path / "tiny.pt2").facts["fused"]
+
+
+@pytest.mark.parametrize(("options", "expected"), [((), False), (("--int8",), True)])
+def test_int8_reaches_the_export(
+    options: tuple[str, ...], expected: bool, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+
+    def export_model(*args: Any, int8: bool, **kwargs: Any) -> None:
+        found.append(int8)
+        raise ExportError("recorded")
+
+    monkeypatch.setattr("lamzoo.export.export_model", export_model)
+    assert run("export", "lam_vit_micro.cifar10", "--out", "x.onnx", *options).err == "lamzoo: recorded\n"
+    assert found == [expected]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 import lamzoo
+from lamzoo.errors import DataError
 from tests.videos import pictures, write_clip
 
 pytest.importorskip("open_clip")
@@ -96,6 +97,21 @@ def test_search_in_json_takes_several_queries(run, model: str, videos: Path) -> 
     assert again["queries"][0]["matches"] == record["queries"][1]["matches"]
     done = run("search", "a rocket", "--videos", videos, "--model", model, "--no-sheet")
     assert "1 video cannot be read" in done.out
+
+
+@pytest.mark.parametrize(("options", "expected"), [((), None), (("--approximate",), True), (("--exact",), False)])
+def test_the_kind_of_search_reaches_the_index(
+    run, model: str, filmed: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], expected: bool | None
+) -> None:
+    found = []
+
+    def index_videos(*args: Any, approximate: bool | None, **kwargs: Any) -> None:
+        found.append(approximate)
+        raise DataError("recorded")
+
+    monkeypatch.setattr("lamzoo.video.search.index_videos", index_videos)
+    done = run("search", "coffee", "--videos", filmed, "--model", model, "--device", "cpu", *options)
+    assert (done.code, done.err.splitlines()[-1], found) == (2, "lamzoo: recorded", [expected])
 
 
 def test_search_takes_weights_from_a_checkpoint(run, model: str, videos: Path) -> None:

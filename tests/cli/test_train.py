@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import json
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 
 import lamzoo
+from lamzoo.cli.train import train
 from lamzoo.profiling import bench, read_rows
 from lamzoo.profiling.worker import measured_row
 from tests.images import CLASSES, write_folder, write_npz
@@ -104,6 +107,42 @@ def test_a_recipe_with_changes_and_options(run, tmp_path: Path) -> None:
     done = run("train", "out/recipe.json", "run.output=again")
     assert done.code == 0
     assert recipe_of(Path("again"))["run"]["seed"] == 3
+
+
+def test_every_option_reaches_the_recipe(run) -> None:
+    Path("recipe.toml").write_text(
+        'model = {name = "vit_micro"}\ndata = {source = "npz:packed"}\nrun = {output = "out"}\n', "utf-8"
+    )
+    given = {
+        "model": ("model.name", "lam_vit_micro"), "pretrained": ("model.pretrained", True),
+        "checkpoint": ("model.kwargs.checkpoint_path", "start.safetensors"), "tune": ("model.tune", "lam"),
+        "img-size": ("model.kwargs.img_size", 48), "data": ("data.source", "imagefolder:photos"),
+        "train-split": ("data.train_split", "one"), "val-split": ("data.eval_split", "two"),
+        "test-split": ("data.test_split", "three"), "val-fraction": ("data.val_fraction", 0.25),
+        "on-bad-input": ("data.on_bad_input", "skip"), "scan": ("data.scan", False), "workers": ("data.workers", 2),
+        "epochs": ("schedule.epochs", 3), "lr": ("optimizer.lr", 0.003), "batch-size": ("run.batch_size", 12),
+        "seed": ("run.seed", 7), "output": ("run.output", "elsewhere"), "device": ("run.device", "cpu"),
+        "precision": ("run.precision", "bf16"), "fsdp": ("run.fsdp", True), "report": ("run.report", False),
+    }  # fmt: skip
+    others = {"context", "arguments", "resume", "print_recipe"}
+    assert {name.replace("-", "_") for name in given} | others == inspect.signature(train).parameters.keys()
+    options: list[object] = []
+    for name, (_, value) in given.items():
+        options += [f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}", value]
+    recipes = []
+    for more in ([], options):
+        done = run("train", "recipe.toml", *more, "--print-recipe")
+        assert (done.code, done.err) == (0, "")
+        recipes.append(tomllib.loads(done.out))
+    assert not Path("elsewhere").exists()
+    default, recipe = recipes
+    for key, value in given.values():
+        *sections, last = key.split(".")
+        table, before = recipe, default
+        for section in sections:
+            table, before = table[section], before.get(section, {})
+        assert table[last] == value, key
+        assert before.get(last) != value, key
 
 
 def test_bad_images_stop_or_are_left_out(run, start: str, tmp_path: Path) -> None:

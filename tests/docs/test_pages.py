@@ -16,10 +16,10 @@ RAW = REPOSITORY.replace("github.com", "raw.githubusercontent.com")
 
 
 def test_links_into_the_repository_lead_to_files() -> None:
-    for page in PAGES:
-        text = page.read_text(encoding="utf-8")
-        for path in re.findall(rf"(?:{REPOSITORY}/(?:blob|tree)|{RAW})/main(?:/([^)\s#\"]+))?", text):
-            assert (ROOT / path).exists(), f"{page.name}: {path}"
+    pattern = rf"(?:{REPOSITORY}/(?:blob|tree)|{RAW})/main(?:/([^)\s#\"]+))?"
+    found = [(page.name, path) for page in PAGES for path in re.findall(pattern, page.read_text(encoding="utf-8"))]
+    assert found
+    assert not [(page, path) for page, path in found if not (ROOT / path).exists()]
 
 
 def test_links_of_the_readme_are_absolute() -> None:
@@ -33,7 +33,10 @@ def test_readme_fits_on_a_screen_or_three() -> None:
 
 
 def test_links_between_anchors_of_the_repository_exist() -> None:
-    for target, anchor in re.findall(rf"{REPOSITORY}/blob/main/([^)\s#]+)#([\w-]+)", (ROOT / "README.md").read_text()):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    links = re.findall(rf"{REPOSITORY}/blob/main/([^)\s#]+)#([\w-]+)", text)
+    assert links
+    for target, anchor in links:
         headings = re.findall(r"^#+ (.*)$", (ROOT / target).read_text(encoding="utf-8"), re.MULTILINE)
         assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 

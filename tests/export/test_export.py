@@ -111,14 +111,16 @@ def test_a_merged_model_is_exported_for_any_batch_and_says_so(exported: Exported
 
 
 def test_a_fused_model_is_exported_in_its_fused_form_and_says_so(exported: Exported) -> None:
-    _, written = exported("fused", "torch")
+    model, written = exported("fused", "torch")
     program = torch.export.load(written.path)
     targets = [str(node.target) for node in program.graph.nodes]
     assert targets.count("aten.scaled_dot_product_attention.default") == 3
     assert targets.count("aten.linear.default") == 1 + 3 * 4
     assert not any("scatter" in target or "copy" in target for target in targets)
     assert not any("qkv" in name for name in program.state_dict)  # the fused layers have copies
-    assert load_exported(written.path).facts["fused"]
+    again = load_exported(written.path)
+    assert again.facts["fused"]
+    assert_close(again(images(7)), model(images(7)), atol=1e-4, rtol=0)
     assert not load_exported(exported("masked", "torch")[1].path).facts["fused"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import itertools
 import json
@@ -55,6 +56,7 @@ def hub(
     call: str = "predict hf-hub:{} photo.png --device cpu",
     mended: dict[str, bytes] | None = None,
     before: Callable[[Path], Any] | None = None,
+    repaired: str | None = None,
     **more: Any,
 ) -> Row:
     """A row with a repository of its own.
@@ -66,11 +68,15 @@ def hub(
         call: the command, with a place for the name of the repository.
         mended: what the repository holds when the command is repeated, which then works.
         before: a fault of the cache, given its folder of the repository, which holds a good download.
+        repaired: a file of the cache that must hold the content of the repository afterwards.
         more: faults of the server and fields of the row.
     """
     repo = f"zoo/model-{next(_numbers)}"
     faults = {key: more.pop(key) for key in ("cut", "corrupt", "status", "stall") if key in more}
     line = call.format(repo)
+
+    def cache() -> Path:
+        return Path(huggingface_hub.constants.HF_HUB_CACHE, f"models--{repo.replace('/', '--')}")
 
     def run() -> None:
         with contextlib.suppress(SystemExit):
@@ -80,16 +86,22 @@ def hub(
         if before is not None:
             with serving(repo, files):
                 run()
-            before(Path(huggingface_hub.constants.HF_HUB_CACHE, f"models--{repo.replace('/', '--')}"))
+            before(cache())
+
+    def check_repaired() -> None:
+        (path,) = cache().glob(f"snapshots/*/{repaired}")
+        assert hashlib.sha256(path.read_bytes()).digest() == hashlib.sha256(files[repaired]).digest()
 
     @contextlib.contextmanager
     def mended_hub() -> Iterator[None]:
         with serving(repo, mended or {}, commit="f" * 40):
             yield
 
-    then = None
+    then: Callable[[], None] | None = None
     if mended is not None:
         then = partial(_again, line, mended_hub)
+    elif repaired is not None:
+        then = check_repaired
     return Row(f"hub: {name}", line, says, "photo", make, within=partial(serving, repo, files, **faults), then=then,
                **more)  # fmt: skip
 
@@ -177,13 +189,16 @@ ROWS = [
     hub("a download that breaks off", "config.json", cut=True, mended=GOOD),
     hub("download: a flipped file of weights", WEIGHTS, "sha256", files=changed(WEIGHTS, flipped(GOOD[WEIGHTS])),
         call="download hf-hub:{}", mended=GOOD),
-    hub("cache: weights flipped on the disk", before=in_cache(WEIGHTS, flip), code=0, out=True),
-    hub("cache: weights truncated on the disk", before=in_cache(WEIGHTS, cut), code=0, out=True),
-    hub("cache: weights emptied on the disk", before=in_cache(WEIGHTS, put), code=0, out=True),
-    hub("cache: config.json truncated on the disk", before=in_cache("config.json", cut), code=0, out=True),
-    hub("cache: config.json emptied on the disk", before=in_cache("config.json", put), code=0, out=True),
+    hub("cache: weights flipped on the disk", before=in_cache(WEIGHTS, flip), repaired=WEIGHTS, code=0, out=True),
+    hub("cache: weights truncated on the disk", before=in_cache(WEIGHTS, cut), repaired=WEIGHTS, code=0, out=True),
+    hub("cache: weights emptied on the disk", before=in_cache(WEIGHTS, put), repaired=WEIGHTS, code=0, out=True),
+    hub("cache: config.json truncated on the disk", before=in_cache("config.json", cut), repaired="config.json",
+        code=0, out=True),
+    hub("cache: config.json emptied on the disk", before=in_cache("config.json", put), repaired="config.json",
+        code=0, out=True),
     hub("cache: config.json is a pipe", "config.json", before=snapshot("config.json", pipe), mended=GOOD),
-    hub("cache: a link that leads nowhere is downloaded again", before=in_cache(WEIGHTS, os.remove), code=0, out=True),
+    hub("cache: a link that leads nowhere is downloaded again", before=in_cache(WEIGHTS, os.remove), repaired=WEIGHTS,
+        code=0, out=True),
     hub("cache: refs/main damaged", before=lambda folder: put(folder / "refs" / "main", b"\0\xff/../x"), code=0,
         out=True),
     hub("cache: a file in the place of the folder", "models--",

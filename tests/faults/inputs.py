@@ -391,11 +391,11 @@ VIDEOS = [
 
 
 LAYOUTS = [
-    Row(f"layout: {spec}: {name}", f"eval local-dir:{model} --task {task} --data {spec}:data{rest} --device cpu",
-        says or "data", model, make)
+    Row(f"layout: {spec}: {name}", f"eval local-dir:{model} --task {task} --data {spec}:somewhere{rest} --device cpu",
+        "somewhere", model, make)
     for model, task, spec, rest in (
         ("model", "classification", "imagefolder", ""),
-        ("model", "classification", "imagelist", ":data/labels.csv"),
+        ("model", "classification", "imagelist", ":somewhere/labels.csv"),
         ("model", "classification", "npz", ""),
         ("model", "classification", "wds", "/*.tar"),
         ("retriever", "retrieval", "videos", ""),
@@ -409,10 +409,10 @@ LAYOUTS = [
         ("describer", "captions", "mad", ""),
         ("describer", "captions", "lsmdc", ""),
     )
-    for name, make, says in (
-        ("no folder", lambda: None, ""),
-        ("an empty folder", lambda: Path("data").mkdir(), ""),
-        ("a pipe", partial(pipe, "data"), ""),
+    for name, make in (
+        ("no folder", lambda: None),
+        ("an empty folder", lambda: Path("somewhere").mkdir()),
+        ("a pipe", partial(pipe, "somewhere")),
     )
 ]  # fmt: skip
 

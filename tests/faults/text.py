@@ -14,15 +14,16 @@ from typing import Any
 
 from tests.faults.driver import Row, edit, put
 
-ESC = "\x1b[31mred\x1b]52;c;YWJj\x07"
+WORD = "yak"  # in each trick; short, since long values are abbreviated in the middle
+ESC = f"\x1b[31m{WORD}\x1b]52;c;YWJj\x07"
 TRICKS = {
     "a colour and the clipboard": ESC,
-    "a C1 control": "x\x9b31m",
-    "a reversed name": "x\u202egnp.exe",
-    "a line end": "x\nlamzoo: all is well",
-    "a carriage return": "x\rok",
-    "a backspace": "x\b\b\bok",
-    "a lone byte": "x\udcff",
+    "a C1 control": f"{WORD}\x9b31m",
+    "a reversed name": f"{WORD}\u202egnp.exe",
+    "a line end": f"{WORD}\nlamzoo: all is well",
+    "a carriage return": f"{WORD}\rok",
+    "a backspace": f"{WORD}\b\b\bok",
+    "a lone byte": f"{WORD}\udcff",
 }
 MARKUP = "<img src=x onerror=alert(1)>|[a](javascript:x)`"
 
@@ -40,7 +41,7 @@ def named(name: str) -> Callable[[], None]:
 
 
 MISSING = [
-    Row(f"text: {what}: {name}", call.format(quoted(trick)), "x" if "x" in trick else "red", needs)
+    Row(f"text: {what}: {name}", call.format(quoted(trick)), WORD, needs)
     for name, trick in TRICKS.items()
     for call, what, needs in (
         ("predict local-dir:model {}", "an image", "model"),
@@ -49,7 +50,7 @@ MISSING = [
         ("info {}", "a model to describe", ""),
     )
 ] + [
-    Row(f"text: {call.split()[0]}: {what}", call.format(quoted(ESC)), "red", needs)
+    Row(f"text: {call.split()[0]}: {what}", call.format(quoted(ESC)), WORD, needs)
     for call, what, needs in (
         ("list {}", "a pattern", ""),
         ("download {}", "a name", ""),
@@ -77,12 +78,12 @@ MISSING = [
 
 SHOWN = [
     *(
-        Row(f"text: predict shows a file: {name}", "predict local-dir:model .", ".png", "model photo", named(trick),
-            code=0, out=True)
+        Row(f"text: predict shows a file: {name}", "predict local-dir:model .", (WORD, ".png"), "model photo",
+            named(trick), code=0, out=True)
         for name, trick in TRICKS.items()
     ),
     *(
-        Row(f"text: predict shows a class: {name}", "predict local-dir:model photo.png", "%", "model photo",
+        Row(f"text: predict shows a class: {name}", "predict local-dir:model photo.png", (WORD, "%"), "model photo",
             classes(trick, "b"), code=0, out=True)
         for name, trick in TRICKS.items() if name != "a lone byte"
     ),
@@ -98,18 +99,18 @@ SHOWN = [
     Row("text: search shows a query",
         f"search '{ESC}' --videos clips --model local-dir:retriever --no-sheet --device cpu", "3 of 3",
         "retriever clips", code=0, out=True, writes=("cache*",)),
-    Row("text: compare shows a model", "compare bench.csv", "red", "table",
+    Row("text: compare shows a model", "compare bench.csv", WORD, "table",
         lambda: put("bench.csv", Path("bench.csv").read_text().replace("local-dir:vit", f"local-dir:{ESC}")), code=0,
         out=True),
-    Row("text: a value of a config", "predict local-dir:model photo.png", "red", "model photo",
+    Row("text: a value of a config", "predict local-dir:model photo.png", WORD, "model photo",
         partial(edit, "model/config.json", {"pretrained_cfg.interpolation": ESC})),
-    Row("text: an architecture", "predict local-dir:model photo.png", "red", "model photo",
+    Row("text: an architecture", "predict local-dir:model photo.png", WORD, "model photo",
         partial(edit, "model/config.json", {"architecture": ESC, "lamzoo.name": ESC})),
-    Row("text: a key of a tensor", "predict local-dir:sharded photo.png", "red", "sharded photo",
+    Row("text: a key of a tensor", "predict local-dir:sharded photo.png", WORD, "sharded photo",
         lambda: index_with(ESC)),
-    Row("text: a value of a recipe", "train recipe.toml", "red", "recipe",
+    Row("text: a value of a recipe", "train recipe.toml", WORD, "recipe",
         lambda: put("recipe.toml", Path("recipe.toml").read_text().replace('"lam_vit_micro"', json.dumps(ESC)))),
-    Row("text: a key of a recipe", "train recipe.toml", "red", "recipe",
+    Row("text: a key of a recipe", "train recipe.toml", WORD, "recipe",
         lambda: put("recipe.toml", Path("recipe.toml").read_text() + f"[{json.dumps(ESC)}]\n")),
 ]  # fmt: skip
 

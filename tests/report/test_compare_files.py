@@ -13,7 +13,7 @@ from PIL import Image
 
 from lamzoo.cli import app as cli
 from lamzoo.errors import DataError, MissingExtraError
-from lamzoo.report.compare import compare, gmacs_panels, latency_panels, to_csv, write_comparison
+from lamzoo.report.compare import compare, gmacs_panels, latency_panels, to_csv, to_markdown, write_comparison
 from lamzoo.report.compare.page import draw_interactive
 from lamzoo.report.compare.plots import draw_panels
 from lamzoo.report.curves import draw_confusion
@@ -136,6 +136,15 @@ def test_command_prints_markdown_and_csv_and_nothing_else(run, tmp_path: Path) -
     rows = table(tmp_path, PLAIN, LAM)
     assert run(rows, "--format", "markdown")[1].startswith("# Comparison\n")
     assert run(rows, "--format", "csv")[1].splitlines()[0].startswith("model,tag,data")
+
+
+def test_command_compares_with_the_results_of_timm(run, tmp_path: Path) -> None:
+    rows, timm = table(tmp_path, PLAIN, LAM), timm_results(tmp_path / "timm")
+    options = ("--timm", timm, "--timm-data", PLAIN.data, "--format", "markdown")
+    found, without = (run(rows, *more)[1].strip() for more in (options, options[-2:]))
+    assert found == to_markdown(compare([rows], timm=timm, timm_data=PLAIN.data)).strip()
+    note = "timm's speeds were measured on other machines"
+    assert note in found and note not in without
 
 
 def test_command_refuses_what_it_cannot_read_with_one_line(run, tmp_path: Path) -> None:

@@ -102,10 +102,13 @@ def test_nothing_is_learned_of_a_modality_that_was_dropped(speech: Path) -> None
         stream.features.requires_grad_()
     found = described(batch["streams"], batch["text"])
     sum(caption_losses(found, batch, CaptionWeights()).values()).backward()
+    kept, dropped = 0, 0
     for name, (start, end) in found.joint.spans.items():
         grad = batch["streams"][name].features.grad
         for row, there in enumerate(found.joint.mask[:, start:end].any(dim=1)):
             assert (grad is not None and bool(grad[row].any())) == bool(there)
+            kept, dropped = kept + bool(there), dropped + (not there)
+    assert kept and dropped
 
 
 def test_a_batch_without_earlier_captions_has_no_context(speech: Path) -> None:

@@ -91,8 +91,13 @@ def test_masks_train_at_a_rate_of_their_own(layer_decay: float | None) -> None:
                 assert found[update][parameter] == pytest.approx(3 * rate)
             elif layer_decay is None:
                 assert found[update][parameter] == pytest.approx(rate)
+        for index, block in enumerate(model.blocks):
+            weight = block.attn.qkv.weight
+            decay = 1 if layer_decay is None else layer_decay ** (len(model.blocks) - index)
+            assert found[update][weight] == pytest.approx(other[update][weight] * decay)
     decays = {parameter: group["weight_decay"] for group in optimizer.param_groups for parameter in group["params"]}
-    assert not any(decays[parameter] for name, parameter in model.named_parameters() if ".table." in name)
+    tables = [decays[parameter] for name, parameter in model.named_parameters() if ".table." in name]
+    assert tables and not any(tables)
 
 
 def test_a_rate_for_masks_needs_masks() -> None:

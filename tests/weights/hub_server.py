@@ -20,7 +20,8 @@ class HubServer:
     ``etags`` states other hashes of files than their sha256. ``status`` answers every request so; ``cut`` closes each
     download halfway; ``corrupt`` flips a bit of it; ``stall`` waits that many seconds before each answer; ``slow``
     waits in the middle of each download. ``seen`` counts ``(method, path)``. Uploads, without large-file storage, are
-    added to ``repos``, and the messages of their commits to ``messages``; ``large`` sends their files to a large-file
+    added to ``repos``, the messages of their commits to ``messages``, and the visibility that was asked for to
+    ``private``, by repository; ``large`` sends their files to a large-file
     storage, which refuses them.
     """
 
@@ -35,6 +36,7 @@ class HubServer:
         self.slow = 0.0
         self.seen: Counter[tuple[str, str]] = Counter()
         self.messages: list[str] = []
+        self.private: dict[str, bool | None] = {}
         self.large = False
         hub = self
 
@@ -116,6 +118,8 @@ class HubServer:
             if repo in self.repos:
                 return self._answer_json(request, {"error": "exists", "url": f"{self.url}/{repo}"}, 409)
             self.repos[repo] = {}
+            visible = asked.get("visibility")  # of huggingface_hub 2, for "private" of 1
+            self.private[repo] = asked.get("private") if visible is None else visible == "private"
             answer = {"url": f"{self.url}/{repo}"}
         elif place[-2:] == ["preupload", "main"]:
             files = json.loads(body)["files"]

@@ -468,7 +468,8 @@ def test_masks_that_were_never_loaded_stay_fresh_when_sets_are_switched() -> Non
     model = lamzoo.add_lam(vit(), LamConfig(rank=3))
     for name in (None, "default"):
         lamzoo.set_lam(model, name)
-    assert all(module.is_fresh for module in model.modules() if isinstance(module, Lam))
+    masks = [module for module in model.modules() if isinstance(module, Lam)]
+    assert masks and all(mask.is_fresh for mask in masks)
 
 
 def test_sets_are_switched_at_run_time(folders: dict[str, Path], expected: dict[str | None, Tensor]) -> None:
@@ -693,6 +694,8 @@ def test_masks_are_pushed_to_the_hub_and_loaded_from_there(server: HubServer, sa
     base = lamzoo.load_lam(vit(), "hf-hub:user/masks", cache_dir=tmp_path)
     assert torch.equal(out(base), out(lamzoo.load_lam(vit(), saved)))
     lamzoo.push_to_hub(saved, "user/masks")  # the repository exists
+    lamzoo.push_to_hub(saved, "user/others")
+    assert server.private == {"user/masks": True, "user/others": False}
 
 
 @pytest.mark.parametrize(
