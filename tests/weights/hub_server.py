@@ -19,9 +19,9 @@ class HubServer:
 
     ``etags`` states other hashes of files than their sha256. ``status`` answers every request so; ``cut`` closes each
     download halfway; ``corrupt`` flips a bit of it; ``stall`` holds all answers until the server ends; ``gather`` holds
-    a download until as many ``HEAD`` of its file have come. ``seen`` counts ``(method, path)``. Uploads, without large-file storage, are
-    added to ``repos``, and the messages of their commits to ``messages``; ``large`` sends their files to a large-file
-    storage, which refuses them.
+    a download until as many ``HEAD`` of its file have come. ``seen`` counts ``(method, path)``. Uploads, without
+    large-file storage, are added to ``repos``, and the messages of their commits to ``messages``; ``large`` sends their
+    files to a large-file storage, which refuses them.
     """
 
     def __init__(self, repos: dict[str, dict[str, bytes]] | None = None) -> None:
