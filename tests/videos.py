@@ -1,6 +1,6 @@
 """Small real video clips, made with PyAV out of the photographs that come inside scikit-image."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
@@ -18,6 +18,7 @@ _USUAL = {
     "libx264": {"mbtree": "0"},  # with it, one clip in twenty differs by what memory held before
     "libx265": {"x265-params": "log-level=none"},  # it prints by itself
 }
+_WRITTEN: dict[Hashable, bytes] = {}  # clips by their arguments, since many tests write the same ones
 
 
 @cache
@@ -27,6 +28,11 @@ def photograph(name: str = "astronaut") -> Image.Image:
 
 def pictures(count: int, size: tuple[int, int] = SIZE, name: str = "astronaut") -> list[Image.Image]:
     """Crops of a photograph, from left to right while the camera comes nearer; no two are alike."""
+    return list(_pictures(count, size, name))
+
+
+@cache
+def _pictures(count: int, size: tuple[int, int], name: str) -> list[Image.Image]:
     whole = photograph(name)
     made = []
     for number in range(count):
@@ -85,7 +91,12 @@ def write_clip(
         options: more of the encoder's.
         container_options: of the container, such as ``movflags``.
     """
+    given = {name: value for name, value in locals().items() if name not in ("path", "frames")}
     drawn = pictures(frames, size) if isinstance(frames, int) else list(frames)
+    key = path.suffix, repr(given), tuple((each.mode, each.size, each.tobytes()) for each in drawn)
+    if key in _WRITTEN:
+        path.write_bytes(_WRITTEN[key])
+        return path
     base = 1 / Fraction(fps) if times is None else _TIME_BASE
     stamps = list(range(len(drawn))) if times is None else [round(time / base) for time in times]
     with av.open(str(path), "w", format=container, container_options=container_options or {}) as file:
@@ -111,6 +122,7 @@ def write_clip(
         if sound is not None:
             for packet in _tone(sound, audio):
                 file.mux(packet)
+    _WRITTEN[key] = path.read_bytes()
     return path
 
 

@@ -158,7 +158,9 @@ def test_autocast_and_bfloat16(host: Host) -> None:
 
 
 # A decoder looks at the values of its causal mask, which torch itself can't trace.
-@pytest.mark.parametrize("name", ["encoder", "transformer", "torchvision_vit"])
+@pytest.mark.parametrize(
+    "name", ["encoder", *(pytest.param(x, marks=pytest.mark.slow) for x in ("transformer", "torchvision_vit"))]
+)
 def test_exported_program_computes_the_same(name: str) -> None:
     model, inputs = _served(HOSTS[name]), HOSTS[name].inputs()
     exported = torch.export.export(model, inputs).module()

@@ -370,7 +370,7 @@ def test_old_sequence_first_blocks_are_served() -> None:
     torch.testing.assert_close(add_lam(tower)(x), expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("tower", ["visual", "text"])
+@pytest.mark.parametrize("tower", [pytest.param("visual", marks=pytest.mark.slow), "text"])
 def test_towers_export(tower: str) -> None:
     model = add_lam(_clip("coca_ViT-B-32"), PAPER)
     image, text = _inputs(model)
@@ -378,7 +378,7 @@ def test_towers_export(tower: str) -> None:
     _close(torch.export.export(host, (x,)).module()(x), host(x))
 
 
-@pytest.mark.parametrize("kwargs", [{}, CUSTOM], ids=["default", "custom"])
+@pytest.mark.parametrize("kwargs", [pytest.param({}, marks=pytest.mark.slow), CUSTOM], ids=["default", "custom"])
 def test_compiled_tower_computes_the_same(kwargs: dict[str, Any]) -> None:
     tower = VisionTransformer(16, 8, 16, 1, 4, 2.0, output_dim=8, **kwargs).eval()
     add_lam(tower, PAPER).requires_grad_(False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -193,12 +194,19 @@ def params(chosen: Iterable[Host] = _ALL) -> list[Any]:
 
 
 def layer_params(chosen: Iterable[Host] = _ALL) -> list[Any]:
-    """Returns the hosts with each kind of layers that they take, as parameters of a test."""
-    return [
-        pytest.param(param.values[0], layers, id=f"{param.id}-{layers}", marks=param.marks)
-        for param in params(chosen)
-        for layers in param.values[0].kinds_of_layers()
-    ]
+    """Returns the hosts with each kind of layers that they take, as parameters of a test.
+
+    By default a test runs with both kinds for the hosts of FEW, and with one of them, in turns, for the others.
+    """
+    turns = itertools.cycle((0, 1))
+    found = []
+    for param in params(chosen):
+        kinds = param.values[0].kinds_of_layers()
+        quick = kinds if param.id in FEW else (kinds[next(turns) % len(kinds)],)
+        for layers in kinds:
+            marks = param.marks if layers in quick else [*param.marks, pytest.mark.slow]
+            found.append(pytest.param(param.values[0], layers, id=f"{param.id}-{layers}", marks=marks))
+    return found
 
 
 # One of each attention class and layout, where going through all of them would only take time.

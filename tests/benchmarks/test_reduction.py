@@ -38,7 +38,7 @@ FEATURES = features.Row(
     device="cpu", threads=1, dtype="float32", torch="2.15",
 )  # fmt: skip
 AT = (0, 1)
-SAMPLES = Samples(torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32))
+SAMPLES = Samples(*torch.rand(2, 2, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
 
 
 def model(*, masked: bool = True, **options: object) -> nn.Module:

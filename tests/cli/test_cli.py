@@ -86,10 +86,13 @@ except SystemExit as end:
     heavy = sorted({{"torch", "timm", "torchvision", "open_clip", "transformers"}} & set(sys.modules))
     sys.stderr.write(json.dumps([end.code, heavy, time.process_time()]))
 """
-    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
-    code, heavy, seconds = json.loads(done.stderr)
-    assert (code, heavy) == (0, [])
-    assert seconds < 1.5, "0.4 to 0.6 on a machine at rest"
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+        code, heavy, seconds = json.loads(done.stderr)
+        assert (code, heavy) == (0, [])
+        if seconds < 1.5:  # 0.4 to 0.6 on a machine at rest
+            return
+    pytest.fail(f"{seconds} s of processor time, three times")
 
 
 def test_list_fits_a_terminal_and_tells_task_input_score_and_weights(run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from lamzoo.export import export_model
 from lamzoo.profiling.candidates import select_models
 from lamzoo.registry.factory import create_model
 from lamzoo.registry.saving import save_pretrained
@@ -85,7 +84,7 @@ def test_commands_take_and_refuse_the_same_names(command: str, run) -> None:
 
 @pytest.mark.parametrize("line", ["explain x.pt2 data/val/red/0.jpg --out x.png", "export x.pt2 --out y.pt2"])
 def test_exported_programs_are_neither_explained_nor_exported_again(line: str, place: Path, run) -> None:
-    export_model(create_model("lam_vit_micro", img_size=16, embed_dim=16, depth=1, num_heads=2), place / "x.pt2")
+    (place / "x.pt2").touch()
     done = run(*line.split())
     assert done.code == 2
     assert "'x.pt2' is an exported program, which can only be run" in done.err

@@ -154,11 +154,13 @@ def test_a_recipe_trains_and_prints_both_ways(run, faces: Path, tmp_path: Path) 
 def test_a_benchmark_scores_retrieval(run, faces: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     threads = torch.get_num_threads()  # a job in this process, and not in one of its own, sets them
     monkeypatch.setitem(bench.bench.__kwdefaults__, "runner", lambda job, timeout=None: measured_row(job))
-    done = run("bench", model, "--data", f"grid:{faces}:face", "--split", "test", "--max-batch", 1, "--repeats", 2,
-               "--out", "rows.csv")  # fmt: skip
+    try:
+        done = run("bench", model, "--data", f"grid:{faces}:face", "--split", "test", "--max-batch", 1, "--repeats", 2,
+                   "--out", "rows.csv")  # fmt: skip
+    finally:
+        torch.set_num_threads(threads)
     assert done.code == 0, done.err
     (row,) = [row for row in read_rows(Path("rows.csv")) if row.model == model]
     assert (row.status, row.metric) == ("ok", "t2v_R1")
     assert row.value is not None and 0 <= row.value <= 100
     assert row.latency_ratio is not None and row.lam_gmacs
-    torch.set_num_threads(threads)

@@ -46,9 +46,9 @@ def _model() -> Any:
     return transformers.ViTForImageClassification(config).eval()
 
 
-@pytest.fixture(autouse=True)
-def _hub(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A hub with an image classifier, one with masks, a backbone and a text model."""
+@pytest.fixture(scope="module")
+def repos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, bytes]]:
+    """The files of an image classifier, one with masks, a backbone and a text model."""
     folder = tmp_path_factory.mktemp("hub")
     model = _model()
     model.save_pretrained(folder / "vit")
@@ -61,7 +61,14 @@ def _hub(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPat
     (folder / "dino" / "preprocessor_config.json").write_text(json.dumps(_DINO))
     for name in ("vit", "backbone", "masked"):
         (folder / name / "preprocessor_config.json").write_text(json.dumps(_PROCESSOR))
-    repos = {f"me/{each.name}": {path.name: path.read_bytes() for path in each.iterdir()} for each in folder.iterdir()}
+    return {f"me/{each.name}": {path.name: path.read_bytes() for path in each.iterdir()} for each in folder.iterdir()}
+
+
+@pytest.fixture(autouse=True)
+def _hub(
+    repos: dict[str, dict[str, bytes]], tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """A hub with those models, and an empty cache."""
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path_factory.mktemp("hub-cache")))
     with HubServer(repos) as server:

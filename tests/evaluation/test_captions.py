@@ -95,6 +95,7 @@ def test_only_what_is_asked_for_is_computed() -> None:
         caption_metrics(REFERENCES, HYPOTHESES, metrics=["BLEU"])  # type: ignore[list-item]
 
 
+@pytest.mark.slow
 @NEEDS_JAVA
 def test_tokens_are_those_of_pycocoevalcap(capfd: pytest.CaptureFixture[str]) -> None:
     lines = ["A man's café, isn't it?", "", '"Hello" – (world); don\'t… a/b', "3 1/2 cups.", "!"]
@@ -110,6 +111,7 @@ def test_tokens_are_those_of_pycocoevalcap(capfd: pytest.CaptureFixture[str]) ->
     assert ours[0] == "a man 's café is n't it"
 
 
+@pytest.mark.slow
 @NEEDS_JAVA
 def test_raw_captions_are_tokenized_on_demand() -> None:
     raw = {1: "A dog runs.", 2: "A cat\nis asleep!"}

@@ -51,9 +51,12 @@ def state(change: Callable[[dict[str, Any]], Any]) -> Callable[[], None]:
 
 
 DAMAGE: dict[str, Callable[[str], Any]] = {"missing": os.remove, "truncated": cut, "empty": put, "flipped": flip}
+QUICK = {("model.safetensors", "flipped"), ("optimizer.bin", "truncated"), ("ema.safetensors", "missing"),
+         ("state.json", "empty")}  # fmt: skip
 WHOLE = [
     Row(f"checkpoint: the newest has {file} {damage}: the one before is used", RESUME, (file, "damaged"), "run",
-        in_newest(file, make), code=0, out=True, writes=RUN, leaves=("run/model/config.json",))
+        in_newest(file, make), code=0, out=True, writes=RUN, leaves=("run/model/config.json",),
+        slow=(file, damage) not in QUICK)
     for file in ("model.safetensors", "optimizer.bin", "ema.safetensors", "state.json")
     for damage, make in DAMAGE.items()
     if damage != "flipped" or file != "state.json"  # which would be another valid state, or no JSON

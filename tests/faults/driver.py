@@ -60,6 +60,7 @@ class Row:
         lines: lines of the error; three if a hub is out of reach.
         env: changes of the environment.
         then: a second call, which must succeed: the way out that the error names.
+        slow: runs with ``-m slow`` alone, because other rows and tests are like it.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Row:
     lines: int = 1
     env: Mapping[str, str] = field(default_factory=dict)
     then: str | Callable[[], Any] | None = None
+    slow: bool = False
 
     @property
     def words(self) -> tuple[str, ...]:

@@ -1,6 +1,8 @@
 """lam_attention and mask networks under torch.compile and torch.export, and the memory that folding saves."""
 
 import io
+import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -31,8 +33,17 @@ class SelfAttention(nn.Module):
         return out.transpose(1, 2).flatten(2)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("op", OPS)
+def quick_first(*quick: object, rest: Iterable[object]) -> list[Any]:
+    """Parameters of a test that takes seconds for each: some by default, the rest with ``-m slow``."""
+    return [*quick, *(pytest.param(*each, marks=pytest.mark.slow) for each in rest if each not in quick)]
+
+
+@pytest.mark.parametrize(
+    ("backend", "op"),
+    quick_first(
+        ("auto", "mul"), ("sdpa", "add"), ("chunked", "mul"), ("eager", "add"), rest=itertools.product(BACKENDS, OPS)
+    ),
+)
 def test_compiled_attention_equals_eager_with_gradients(op: Op, backend: str) -> None:
     case = make(op=op, allowed=torch.tensor([True, True, False, True, True]), is_causal=True)
 
@@ -52,8 +63,14 @@ def test_compiled_attention_equals_eager_with_gradients(op: Op, backend: str) ->
         torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("keys", ["content", "position"])
-@pytest.mark.parametrize("heads", ["shared", "per-head"])
+@pytest.mark.parametrize(
+    ("keys", "heads"),
+    quick_first(
+        ("content", "shared"),
+        ("position", "per-head"),
+        rest=itertools.product(("content", "position"), ("shared", "per-head")),
+    ),
+)
 def test_compiled_positive_masks_equal_eager_with_gradients(keys: Keys, heads: Heads) -> None:
     config = LamConfig(op="mul", sign="positive", rank=3, keys=keys, heads=heads, init="paper")
     module, x = SelfAttention(config), torch.randn(2, 6, 8)
@@ -86,7 +103,7 @@ def test_exported_module_serves_any_batch(backend: str, keys: Keys) -> None:
         torch.testing.assert_close(program.module()(x), module(x))
 
 
-@pytest.mark.parametrize(("backend", "op"), [("auto", "mul"), ("auto", "add"), ("eager", "mul")])
+@pytest.mark.parametrize(("backend", "op"), quick_first(("auto", "mul"), rest=[("auto", "add"), ("eager", "mul")]))
 def test_exported_module_serves_any_length(backend: str, op: Op) -> None:
     module = SelfAttention(LamConfig(rank=2, op=op, init="paper"), backend).eval()
     program = torch.export.export(module, (torch.randn(2, 6, 8),), dynamic_shapes=({1: Dim("length", max=4096)},))

@@ -1,11 +1,12 @@
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from lamzoo.errors import ConfigError
-from lamzoo.profiling import compare_latency
+from lamzoo.profiling import compare_latency, latency
 from lamzoo.profiling.latency import device_label
 
 
@@ -23,17 +24,29 @@ class _Sleep(nn.Module):
         return x
 
 
-def test_ratio_and_medians_are_those_of_the_models():
-    result = compare_latency(_Sleep(0.02), _Sleep(0.01), torch.zeros(2, 3), repeats=7, warmup=1)
-    assert result.model.median_ms >= 20
-    assert result.baseline.median_ms >= 10
-    assert 1.2 < result.ratio < 3
-    assert result.ratio_quartiles[0] <= result.ratio <= result.ratio_quartiles[1]
-    assert result.model.quartiles_ms[0] <= result.model.median_ms <= result.model.quartiles_ms[1]
+class _Timed(nn.Module):
+    """Adds the milliseconds that its passes take to a log, and takes none."""
+
+    def __init__(self, milliseconds, log):
+        super().__init__()
+        self.milliseconds, self.log = iter(milliseconds), log
+
+    def forward(self, x):
+        self.log.append(next(self.milliseconds))
+        return x
+
+
+def test_ratio_and_medians_are_those_of_the_models(monkeypatch):
+    model, baseline = _Timed([8, 20, 24, 16, 40, 20], log := []), _Timed([8, 10, 8, 8, 10, 8], log)
+    monkeypatch.setattr(latency, "time", SimpleNamespace(perf_counter=lambda: sum(log) / 1e3))
+    result = compare_latency(model, baseline, torch.zeros(2, 3), repeats=5, warmup=1)
+    assert (result.model.median_ms, result.baseline.median_ms, result.ratio) == pytest.approx((20, 8, 2.5))
+    assert result.model.quartiles_ms == pytest.approx((20, 24))
+    assert result.ratio_quartiles == pytest.approx((2, 3))
     assert (result.input_shape, result.dtype) == ((2, 3), "float32")
     assert result.device == device_label(torch.device("cpu"))
     assert result.device.startswith("cpu")
-    assert (result.repeats, result.threads) == (7, torch.get_num_threads())
+    assert (result.repeats, result.threads) == (5, torch.get_num_threads())
 
 
 def test_models_run_in_turns_and_go_first_in_turns():

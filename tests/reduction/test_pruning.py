@@ -114,7 +114,7 @@ def test_compiles_as_one_graph_and_agrees(config: LamConfig, rest: str, at: tupl
         assert_close(compiled(x), vit(x))
 
 
-@each_rest
+@pytest.mark.parametrize("rest", ["merge", *(pytest.param(x, marks=pytest.mark.slow) for x in ("drop", "nearest"))])
 def test_exports_with_any_batch(rest: str) -> None:
     vit = prune_tokens(model(depth=2), 0.5, (0,), rest=rest)
     program = torch.export.export(vit, (images(),), dynamic_shapes=({0: torch.export.Dim("batch")},))

@@ -18,6 +18,7 @@ from lamzoo.registry.factory import create_model
 EXAMPLE = Path(__file__).parents[1] / "plugin_example"
 
 
+@pytest.mark.slow
 def test_an_installed_plugin_is_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if importlib.util.find_spec("pip") is None or importlib.util.find_spec("hatchling") is None:
         pytest.skip("pip and hatchling install the plug-in; get them by pip install lamzoo[test]")

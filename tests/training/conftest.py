@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,15 @@ def packed_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def recipe_table(packed_data: Path, tmp_path: Path) -> dict[str, Any]:
+def recipe_table(recipe_in: Callable[[Path], dict[str, Any]], tmp_path: Path) -> dict[str, Any]:
     """A recipe as nested values: two epochs of six updates."""
-    return {
+    return recipe_in(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def recipe_in(packed_data: Path) -> Callable[[Path], dict[str, Any]]:
+    """Makes that recipe for a run below a folder."""
+    return lambda folder: {
         "model": {
             "name": "timm/test_vit",
             "lam": {"rank": 2},
@@ -44,5 +51,5 @@ def recipe_table(packed_data: Path, tmp_path: Path) -> dict[str, Any]:
         "augment": {"scale": [0.5, 1.0]},
         "optimizer": {"lr": 1e-2},
         "schedule": {"epochs": 2, "warmup_epochs": 0},
-        "run": {"output": str(tmp_path / "run"), "batch_size": 8, "device": "cpu", "report": False},
+        "run": {"output": str(folder / "run"), "batch_size": 8, "device": "cpu", "report": False},
     }

@@ -210,7 +210,7 @@ def test_gpt2_learns_to_write_what_it_has_not_heard(table: dict[str, Any], tmp_p
     assert {word for text in found.captions.values() for word in text.split()} <= set(ALL)
 
 
-@pytest.mark.parametrize("killed_at", [2, 5])
+@pytest.mark.parametrize("killed_at", [pytest.param(2, marks=pytest.mark.slow), 5])
 def test_killed_run_resumes_to_the_same_curve(table: dict[str, Any], tmp_path: Path, killed_at: int) -> None:
     table["model"]["kwargs"] |= {"dropout": 0.1}
     table["run"] |= {"ema_decay": 0.9, "checkpoint_interval": 2}

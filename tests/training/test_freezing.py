@@ -87,7 +87,7 @@ def test_freezing_a_backbone_without_weights_is_refused(recipe_table: dict[str, 
         parse_recipe(recipe_table)
 
 
-@pytest.mark.parametrize("tune", ["lam", "head"])
+@pytest.mark.parametrize("tune", ["lam", pytest.param("head", marks=pytest.mark.slow)])
 def test_killed_run_resumes_to_the_same_weights(
     recipe_table: dict[str, Any], start: str, tmp_path: Path, tune: str
 ) -> None:

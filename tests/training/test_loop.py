@@ -307,7 +307,9 @@ def test_killed_run_with_pruning_resumes_to_the_same_curve(
     assert curve(resumed.history) == curve(whole.history)
 
 
-@pytest.mark.parametrize("lam", [{"rank": 2}, False], ids=["masked", "plain"])
+@pytest.mark.parametrize(
+    "lam", [pytest.param({"rank": 2}, id="masked"), pytest.param(False, id="plain", marks=pytest.mark.slow)]
+)
 def test_killed_run_with_merging_resumes_to_the_same_curve_and_saves_a_merged_model(
     recipe_table: dict[str, Any], tmp_path: Path, lam: Any
 ) -> None:

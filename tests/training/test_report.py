@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from lamzoo.training import Score, TrainResult, parse_recipe, train
 from lamzoo.training.classification.report import confusion
 from tests.images import write_folder
 
+Reported = tuple[TrainResult, dict[str, Any], str]
 
-def reported(table: dict[str, Any], **model: Any) -> tuple[TrainResult, dict[str, Any], str]:
+
+def reported(table: dict[str, Any], **model: Any) -> Reported:
     table["schedule"]["epochs"] = 1
     table["model"] |= model
     table["run"]["report"] = True
@@ -27,16 +30,27 @@ def reported(table: dict[str, Any], **model: Any) -> tuple[TrainResult, dict[str
     return result, json.loads((folder / "report.json").read_text("utf-8")), result.report.read_text("utf-8")
 
 
+def with_folder(table: dict[str, Any], place: Path) -> dict[str, Any]:
+    folder = write_folder(place / "data | ü", splits=("train", "val", "test"), each=4)
+    (folder / "test" / "red" / "0.jpg").rename(folder / "test" / "red" / "a | b.jpg")
+    table["data"] = {"source": str(folder), "eval_split": "validation", "test_split": "test"}
+    return table
+
+
 @pytest.fixture
 def folder_table(recipe_table: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
-    folder = write_folder(tmp_path / "data | ü", splits=("train", "val", "test"), each=4)
-    (folder / "test" / "red" / "0.jpg").rename(folder / "test" / "red" / "a | b.jpg")
-    recipe_table["data"] = {"source": str(folder), "eval_split": "validation", "test_split": "test"}
-    return recipe_table
+    return with_folder(recipe_table, tmp_path)
 
 
-def test_report_scores_every_split_and_class(folder_table: dict[str, Any]) -> None:
-    result, content, text = reported(folder_table)
+@pytest.fixture(scope="module")
+def report(recipe_in: Callable[[Path], dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Reported:
+    """The report of one training, for tests that only read it."""
+    place = tmp_path_factory.mktemp("reported")
+    return reported(with_folder(recipe_in(place), place))
+
+
+def test_report_scores_every_split_and_class(report: Reported) -> None:
+    result, content, text = report
     assert list(content["scores"]) == ["val", "test"]
     for split, score in content["scores"].items():
         assert score["images"] == 12
@@ -52,8 +66,8 @@ def test_report_scores_every_split_and_class(folder_table: dict[str, Any]) -> No
                if line.startswith("| `") or line.startswith("| red"))  # fmt: skip
 
 
-def test_report_counts_what_was_trained(folder_table: dict[str, Any]) -> None:
-    _, content, text = reported(folder_table)
+def test_report_counts_what_was_trained(report: Reported) -> None:
+    _, content, text = report
     model = lamzoo.create_model(f"local-dir:{content['output']}/model")
     counts = content["parameters"]
     assert counts["all"] == counts["trained"] == sum(p.numel() for p in model.parameters())
@@ -61,9 +75,9 @@ def test_report_counts_what_was_trained(folder_table: dict[str, Any]) -> None:
     assert f"{counts['all']:,}" in text
 
 
-def test_report_shows_curves_confusion_and_masks(folder_table: dict[str, Any]) -> None:
+def test_report_shows_curves_confusion_and_masks(report: Reported) -> None:
     pytest.importorskip("matplotlib")
-    result, _, text = reported(folder_table)
+    result, _, text = report
     assert result.report is not None
     for name in ("curves.png", "confusion.png", "masks-1.png", "masks-2.png", "masks-3.png"):
         assert (result.report.parent / name).read_bytes().startswith(b"\x89PNG")

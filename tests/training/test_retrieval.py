@@ -149,7 +149,12 @@ def test_a_second_stage_needs_a_joint_transformer(table: dict[str, Any], tmp_pat
 
 @pytest.mark.parametrize(
     ("similarity", "equal", "matching"),
-    [("mean", "positives", None), ("seq", "negatives", None), ("tight", "negatives", None), ("tight", "positives", {})],
+    [
+        pytest.param("mean", "positives", None, marks=pytest.mark.slow),
+        pytest.param("seq", "negatives", None, marks=pytest.mark.slow),
+        pytest.param("tight", "negatives", None, marks=pytest.mark.slow),
+        ("tight", "positives", {}),
+    ],
 )
 def test_passes_in_parts_do_not_change_the_curve(
     table: dict[str, Any], tmp_path: Path, similarity: str, equal: str, matching: dict[str, Any] | None

@@ -109,8 +109,10 @@ def test_without_faiss_the_way_out_is_named(drawn: tuple[Tensor, Tensor], monkey
 
 def test_the_benchmark_measures_both(tmp_path: Path) -> None:
     threads = torch.get_num_threads()
-    row = measure(500, 32)
-    torch.set_num_threads(threads)
+    try:
+        row = measure(500, 32)
+    finally:
+        torch.set_num_threads(threads)
     assert row.recall >= 90 and row.exact_ms > 0 and row.approximate_ms > 0
     write_rows(tmp_path / "rows.csv", [row])
     assert read_rows(tmp_path / "rows.csv", Row) == [row]

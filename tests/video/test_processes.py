@@ -44,8 +44,10 @@ def one_thread() -> Iterator[None]:
     """As in the processes of torchrun; the last digits depend on it."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def share(folder: Path, died: str) -> None:

@@ -6,23 +6,22 @@ import base64
 import hashlib
 import json
 import threading
-import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+_LONG = 60.0  # seconds that an answer is held at most
 
 
 class HubServer:
     """Serves ``{"owner/name": {"file": bytes}}`` at ``url``, at the revisions ``main`` and ``commit``.
 
     ``etags`` states other hashes of files than their sha256. ``status`` answers every request so; ``cut`` closes each
-    download halfway; ``corrupt`` flips a bit of it; ``stall`` waits that many seconds before each answer; ``slow``
-    waits in the middle of each download. ``seen`` counts ``(method, path)``. Uploads, without large-file storage, are
-    added to ``repos``, the messages of their commits to ``messages``, and the visibility that was asked for to
-    ``private``, by repository; ``large`` sends their files to a large-file
-    storage, which refuses them.
+    download halfway; ``corrupt`` flips a bit of it; ``stall`` holds all answers until the server ends; ``gather`` holds
+    a download until as many ``HEAD`` of its file have come. ``seen`` counts ``(method, path)``. Uploads, without
+    large-file storage, are added to ``repos``, the messages of their commits to ``messages``, and the visibility that
+    was asked for to ``private``; ``large`` sends their files to a large-file storage, which refuses them.
     """
 
     def __init__(self, repos: dict[str, dict[str, bytes]] | None = None) -> None:
@@ -32,8 +31,10 @@ class HubServer:
         self.status: int | None = None
         self.cut = False
         self.corrupt = False
-        self.stall = 0.0
-        self.slow = 0.0
+        self.stall = False
+        self.gather = 0
+        self._news = threading.Condition()
+        self._ended = False
         self.seen: Counter[tuple[str, str]] = Counter()
         self.messages: list[str] = []
         self.private: dict[str, bool | None] = {}
@@ -68,12 +69,17 @@ class HubServer:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        with self._news:
+            self._ended = True
+            self._news.notify_all()
         self.server.shutdown()
         self.server.server_close()
 
     def answer(self, request: BaseHTTPRequestHandler, body: bool) -> None:
-        self.seen[request.command, request.path] += 1
-        time.sleep(self.stall)
+        with self._news:
+            self.seen[request.command, request.path] += 1
+            self._news.notify_all()
+            self._news.wait_for(lambda: self._ended or not self.stall, _LONG)
         repo, _, rest = request.path.lstrip("/").partition("/resolve/")
         revision, _, filename = rest.partition("/")
         if self.status is not None:
@@ -97,7 +103,8 @@ class HubServer:
         half = len(data) // 2
         request.wfile.write(data[:half])
         request.wfile.flush()
-        time.sleep(self.slow)
+        with self._news:
+            self._news.wait_for(lambda: self._ended or self.seen["HEAD", request.path] >= self.gather, _LONG)
         if self.cut:
             request.close_connection = True
             return None
