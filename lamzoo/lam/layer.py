@@ -328,7 +328,8 @@ class Lam(nn.Module):
         begun = StackPass() if begun is None else begun
         detached = mask.detach()
         keys, queries = (None if each is None else each.places() for each in (begun.token_map, begun.query_map))
-        importance = detached.importance(scores.seen_keys() if scores is not None and to_itself else None)
+        alike = to_itself and mask.left.shape[2] == mask.right.shape[2]  # with a cache there are more keys than queries
+        importance = detached.importance(scores.seen_keys() if scores is not None and alike else None)
         self.recorder(MaskRecord(detached, weights.detach(), importance, keys, queries, self.config.op, scores))
 
     def _hooked(self, attention: Callable[..., Tensor]) -> Callable[..., Tensor]:

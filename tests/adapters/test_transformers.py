@@ -556,6 +556,18 @@ def test_models_with_other_attention_are_refused_by_name(name: str) -> None:
     assert list(model.state_dict()) == before
 
 
+def test_masks_are_captured_while_a_cache_is_read() -> None:
+    model = add_lam(transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA)), LamConfig(init="paper")).eval()
+    tokens = torch.tensor([[3, 4, 5, 6]])
+    with torch.no_grad(), capture_masks(model) as masks:
+        cache = model(tokens[:, :3], use_cache=True).past_key_values
+        model(tokens[:, 3:], past_key_values=cache)
+        cached = [record.importance for record in masks.values()]
+        model(tokens)
+    for step, record in zip(cached, masks.values(), strict=True):
+        torch.testing.assert_close(step, record.mask.dense()[:, :, -1])  # of the last query
+
+
 def test_a_quantised_layer_is_refused_by_name() -> None:
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA))
     for projection in model.model.layers[1].self_attn.children():
