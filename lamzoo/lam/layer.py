@@ -56,9 +56,10 @@ class Scores:
 
     def seen_keys(self) -> Tensor | None:
         """Returns which keys some query may attend to, bool ``(B, Nk)``; None for all. Padding is hidden from all."""
-        parts = (self.allowed, None if self.bias is None else self.bias > HIDDEN)
-        there = [part.expand(*self.query.shape[:3], self.key.shape[2]) for part in parts if part is not None]
-        return torch.stack(there).all(dim=0).any(dim=2).any(dim=1) if there else None
+        seen = self.allowed
+        if self.bias is not None:
+            seen = self.bias > HIDDEN if seen is None else seen & (self.bias > HIDDEN)
+        return None if seen is None else seen.expand(*self.query.shape[:3], self.key.shape[2]).any(dim=2).any(dim=1)
 
 
 @dataclass

@@ -116,10 +116,11 @@ class Checkpoints:
         self._manifest: dict[str, Any] | None = None  # of the latest checkpoint
         self._check_identity()
 
-    def has_scanned(self) -> bool:
-        """Returns whether the run that is resumed has read all of its inputs before, and left none out."""
-        there = ((self.output / name).exists() for name in (RECIPE_NAME, BAD_INPUTS_NAME))
-        return self._resume and tuple(there) == (True, False)
+    def needs_scan(self) -> bool:
+        """Returns whether the recipe's ``data.scan`` applies: not to a resumed run that has left no inputs out."""
+        began = self._resume and (self.output / RECIPE_NAME).exists()
+        complete = began and not (self.output / BAD_INPUTS_NAME).exists()
+        return self._recipe.data.scan and not complete
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -501,8 +502,8 @@ def _curve(recipe: AnyRecipe) -> AnyRecipe:
     }
     settings: Any = recipe  # a dataclass, as each task's is
     changes = {"data": replace(recipe.data, workers=0), "schedule": replace(recipe.schedule, epochs=1)}
-    if hasattr(settings, "towers") and settings.towers is not None:
-        changes["towers"] = replace(settings.towers, cache=None)
+    if towers := getattr(settings, "towers", None):
+        changes["towers"] = replace(towers, cache=None)
     curve: AnyRecipe = replace(settings, run=replace(recipe.run, **neutral), **changes)
     return curve
 

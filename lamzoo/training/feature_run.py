@@ -71,7 +71,7 @@ class FeatureRun(TrainingRun):
         return self.splits
 
     def scan_data(self, progress: ScanProgress | None) -> BadInputs:
-        if self.recipe.data.scan and not self.checkpoints.has_scanned():
+        if self.checkpoints.needs_scan():
             for role, split in self.splits.items():
                 share = self.share(role)
                 for done, index in enumerate(share, start=1):

@@ -74,7 +74,7 @@ class ClassificationRun(TrainingRun):
 
     def scan_data(self, progress: ScanProgress | None) -> BadInputs:
         recipe = self.recipe
-        data = replace(recipe.data, scan=recipe.data.scan and not self.checkpoints.has_scanned())
+        data = replace(recipe.data, scan=self.checkpoints.needs_scan())
         self.splits = prepare_splits(data, self.splits, recipe.run.seed, self.accelerator, progress)
         check_batch(recipe, len(self.splits.train), "images", recipe.data.train_split)
         check_made_split(self.checkpoints.output, self.splits.made)

@@ -210,7 +210,7 @@ class RetrievalRun(TrainingRun):
     ) -> CaptionedVideos:
         """Leaves out the invalid videos; without ``data.scan`` only the missing ones, which are known already."""
         data = self.recipe.data
-        scans = data.scan and not self.checkpoints.has_scanned()
+        scans = self.checkpoints.needs_scan()
         find = partial(find_invalid_videos, sampling=data.sampling, workers=data.workers) if scans else None
         found = scan_split(split, role, self.accelerator, progress, select=select_videos, find=find)
         bad += [(split.split or role, video) for video in found]
