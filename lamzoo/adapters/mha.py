@@ -18,7 +18,7 @@ from lamzoo.adapters.hosts import AttentionSite, HostTakeover, TakeoverAdapter, 
 from lamzoo.errors import MaskShapeError, UnsupportedHostError, class_name
 from lamzoo.lam import Lam
 from lamzoo.lam.fused import Projection
-from lamzoo.lam.layer import HIDDEN
+from lamzoo.lam.layer import lets_attend
 from lamzoo.lam.unmasked import Unmasked
 from lamzoo.layers.attention import split_heads
 
@@ -235,7 +235,7 @@ def present_keys(
 
 
 def _unhidden(mask: Tensor) -> Tensor:
-    return ~mask if mask.dtype == torch.bool else mask > HIDDEN
+    return ~mask if mask.dtype == torch.bool else lets_attend(mask)  # here True hides
 
 
 def _split(mask: Tensor, name: str, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:

@@ -35,6 +35,7 @@ from transformers.models.vivit.modeling_vivit import VivitAttention, VivitForVid
 from lamzoo.adapters.hosts import HostTakeover, Pooling, TokenLayout, is_bare
 from lamzoo.errors import UnsupportedHostError, class_name
 from lamzoo.lam.fused import Between, Projection
+from lamzoo.lam.layer import lets_attend
 from lamzoo.lam.resize import Grid
 from lamzoo.lam.token_map import take
 from lamzoo.layers.attention import split_heads
@@ -419,8 +420,7 @@ def present_keys(mask: Tensor | None) -> Tensor | None:
     """Returns which keys some query may attend to, bool ``(B, Nk)``, of a mask ``(B, 1 | H, Nq, Nk)``."""
     if mask is None:
         return None
-    allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
-    return allowed.any(dim=2).any(dim=1)
+    return lets_attend(mask).any(dim=2).any(dim=1)
 
 
 def read_mask(module: nn.Module, mask: Any, keys: int) -> tuple[Tensor | None, Tensor | None]:

@@ -22,8 +22,12 @@ from lamzoo.lam.ops import Op
 from lamzoo.lam.passes import SharedState, StackPass
 from lamzoo.lam.resize import Grid
 
-#: Biases up to this one hide a key in every dtype: BERT's own, -1e9 and the least number of a dtype among them.
-HIDDEN = -1e4
+_HIDDEN = -1e4  # a bias up to it hides a key: BERT's own, -1e9 and the least number of every dtype do
+
+
+def lets_attend(mask: Tensor) -> Tensor:
+    """Returns where a mask lets attention go, bool of its shape; the mask is bool itself or added to the scores."""
+    return mask if mask.dtype == torch.bool else mask > _HIDDEN
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,8 @@ class Scores:
         """Returns which keys some query may attend to, bool ``(B, Nk)``; None for all. Padding is hidden from all."""
         seen = self.allowed
         if self.bias is not None:
-            seen = self.bias > HIDDEN if seen is None else seen & (self.bias > HIDDEN)
+            shown = lets_attend(self.bias)
+            seen = shown if seen is None else seen & shown
         return None if seen is None else seen.expand(*self.query.shape[:3], self.key.shape[2]).any(dim=2).any(dim=1)
 
 

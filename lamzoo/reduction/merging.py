@@ -28,7 +28,7 @@ from lamzoo.adapters.wrappers import unwrap
 from lamzoo.errors import ConfigError, UnsupportedHostError, class_name
 from lamzoo.lam import FactoredMask, SharedState
 from lamzoo.lam.config import Sign
-from lamzoo.lam.layer import AttentionOptions, EagerAttention
+from lamzoo.lam.layer import AttentionOptions, EagerAttention, lets_attend
 from lamzoo.lam.ops import Op
 from lamzoo.lam.passes import Merge, StackPass
 from lamzoo.lam.token_map import TokenMap, take
@@ -213,8 +213,7 @@ def _present(mask: Tensor, block: nn.Module, tokens: Tensor) -> Tensor:
             return seen.expand(batch, -1)
         keys = seen[:, None, None, :]
         only_padding = [(allowed == keys).all(), (allowed == (keys & keys.transpose(-2, -1))).all()]
-        hides = ~mask if mask.dtype == torch.bool else mask < torch.finfo(mask.dtype).min / 2
-        if any(only_padding) and (allowed | hides).all():
+        if any(only_padding) and (allowed | ~lets_attend(mask)).all():
             return seen.expand(batch, -1)
     raise UnsupportedHostError(
         f"Tokens can't be merged in {class_name(block)} while its attention mask hides or weights more than padding; "

@@ -462,9 +462,12 @@ def test_eager_models_return_their_attention_weights() -> None:
     assert not outputs.attentions[0][0, :, :, 4:].any()
 
 
-def test_position_keys_skip_padding() -> None:
+@pytest.mark.parametrize("hidden", [None, -1e4, -1e9, torch.finfo(torch.float32).min])
+def test_position_keys_skip_padding(hidden: float | None) -> None:
     model = add_lam(HOSTS["bert"].create(), LamConfig(keys="position", max_length=4, init="paper"))
     ids, padding = words()["input_ids"][:1], torch.tensor([[1, 1, 1, 1, 0, 0]])
+    if hidden is not None:  # a mask of one's own, in place of the one that the model makes
+        padding = torch.zeros(1, 1, 6, 6).masked_fill(padding == 0, hidden)
     found = run(model, {"input_ids": ids, "attention_mask": padding})[:, :4]
     torch.testing.assert_close(found, run(model, {"input_ids": ids[:, :4]}), atol=1e-5, rtol=1e-5)
 

@@ -469,10 +469,18 @@ def test_padding_has_no_part_in_any_gradient(kind: str) -> None:
 
 def test_an_attention_mask_that_hides_more_than_padding_is_refused() -> None:
     model, batch = merge_tokens(_naflex("mean", False), keep=0.5), _padded([(2, 2), (2, 3)])
-    causal = torch.ones(2, 1, 6, 6, dtype=torch.bool).tril()
-    for mask in (causal, torch.randn(2, 1, 6, 6), torch.zeros(6, 6)):
+    causal = torch.ones(2, 1, 10, 10, dtype=torch.bool).tril()  # four registers and six patches
+    for mask in (causal, torch.randn(2, 1, 10, 10), torch.full((2, 1, 10, 10), -100.0), torch.zeros(10, 10)):
         with pytest.raises(UnsupportedHostError, match="Block while its attention mask hides or weights more than"):
             model({**batch, "attn_mask": mask})
+
+
+@pytest.mark.parametrize("hidden", [-1e4, -1e9, torch.finfo(torch.float32).min, -torch.inf])
+def test_an_attention_mask_of_ones_own_may_hide_padding(hidden: float) -> None:
+    model, batch = merge_tokens(_naflex("mean", False), keep=0.5), _padded([(2, 2), (2, 3)])
+    padding = torch.cat([torch.zeros(2, 4, dtype=torch.bool), ~batch["patch_valid"]], dim=1)  # after four registers
+    mask = torch.zeros(2, 1, 1, 10).masked_fill(padding[:, None, None], hidden).expand(-1, -1, 10, -1)
+    assert_close(model({**batch, "attn_mask": mask}), model(batch))
 
 
 def test_a_rotary_host_compiles_as_one_graph() -> None:
