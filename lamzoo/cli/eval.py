@@ -74,7 +74,8 @@ def eval_command(
     merge: Merge = None,
     trust: Trust = False,
     json: Json = False,
-    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the JSON to a file.")] = None,
+    output: Annotated[Path | None, typer.Option(
+        "--output", "--out", metavar="FILE", help="Also write the JSON to a file.")] = None,
 ) -> None:  # fmt: skip
     """Scores a model: accuracy; recall and rank for retrieval; QVHighlights' scores for moments; COCO's for captions.
 

@@ -49,7 +49,7 @@ def train(
         "--scan/--no-scan", help="Read all inputs once before the first epoch.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="Random seed [0].")] = None,
     output: Annotated[Path | None, typer.Option(
-        metavar="DIR", help="Output folder [runs/MODEL-DATA].")] = None,
+        "--output", "--out", metavar="DIR", help="Output folder [runs/MODEL-DATA].")] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"] | None, typer.Option(help="Training device.")] = None,
     precision: Annotated[Literal["no", "bf16", "fp16"] | None, typer.Option(help="Autocast precision.")] = None,
     fsdp: Annotated[bool | None, typer.Option(

@@ -4,8 +4,10 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from lamzoo import __version__
@@ -52,6 +54,13 @@ def test_help_and_version(run) -> None:
             assert f"\n  {command} " in done.out
     assert "\nVideos:\n" in done.out
     assert "--precision" in run("eval", "-h").out
+
+
+def test_every_command_writes_to_out() -> None:
+    commands: dict[str, Any] = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    named = {name: each.opts for name, command in commands.items() for each in command.params if each.name == "output"}
+    assert {"train", "eval", "export", "bench"} <= named.keys()
+    assert not [name for name, options in named.items() if "--out" not in options]
 
 
 @pytest.mark.parametrize(("options", "shown"), [((), ""), (("--verbose",), "a step\n"), (("-v",), "a step\n")])
