@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pkgutil import resolve_name
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Protocol, Self, TypeVar
 
 import torch
@@ -226,13 +225,7 @@ class EnterBlock(SharedStateHook):
         super().__init__(shared)
         self.needs_pass, self.inside = needs_pass, inside
 
-    # Pickles of 0.1.0 lack these, and their hook is registered without keyword arguments.
-    needs_pass: bool = False
-    inside: bool = False
-
-    def __call__(
-        self, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = MappingProxyType({})
-    ) -> None:
+    def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         tokens = _first(torch.Tensor, (*args, *kwargs.values()))
         if tokens is not None:
             self.shared.enter(tokens, id(self), needs_pass=self.needs_pass, inside=self.inside)
@@ -256,8 +249,6 @@ class NoteGrid(SharedStateHook):
         shared: state of the stack.
         grid_at: as in :class:`TokenLayout`.
     """
-
-    grid_at: Callable[[tuple[int, int]], Grid] | None = None  # pickles of 0.1.0 lack it
 
     def __init__(self, shared: SharedState, grid_at: Callable[[tuple[int, int]], Grid] | None) -> None:
         super().__init__(shared)

@@ -49,7 +49,6 @@ from torch import nn
 from lamzoo.adapters.hosts import (
     AttentionSite,
     HostTakeover,
-    NoteGrid,
     Pooling,
     TakeoverAdapter,
     TokenLayout,
@@ -331,6 +330,3 @@ def _layout(host: Any, pooling: Pooling | None) -> TokenLayout:
         no_positions=reason if drops else None,
         pooling=pooling,
     )
-
-
-_NoteGrid = NoteGrid  # the name in pickles of 0.1.0

@@ -353,8 +353,7 @@ class Lam(nn.Module):
         return copied
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # Pickles of 0.1.0 lack these.
-        super().__setstate__({"is_fresh": False, "place": None, "attention_hook": None} | state)
+        super().__setstate__(state)
         if self.place is not None:
             self.shared.join(self, self.place)
 

@@ -87,11 +87,7 @@ class _Prune(ReductionHook):
     def __call__(self, block: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         check_not_traced(output)
         here = self.shared.current
-        if here.scores is None:  # no attention hook, which 0.1.0 did not have
-            raise ConfigError(
-                "A pruned block has no scores of its tokens, because the model was pickled as a whole by lamzoo 0.1.0; "
-                "prune it again with lamzoo.prune_tokens."
-            )
+        assert here.scores is not None  # of the attention hook
         if not self.lam.training or self.config.training == "top-k":
             token_map = select(here.scores, self.config.keep, self.config.rest, self.num_prefix_tokens, output)
             self.shared.reduce(token_map)

@@ -270,17 +270,6 @@ def test_copies_are_pruned_too_and_on_their_own(clone: object) -> None:
     assert_close(copied(x), before)
 
 
-def test_a_pruned_pickle_without_attention_hooks_can_be_pruned_again() -> None:
-    vit, x = prune_tokens(model(), 0.5, (0, 2)), images()
-    before = vit(x)
-    for block in vit.blocks:
-        del block.attn.lam.attention_hook  # as in pickles of 0.1.0
-    old = pickle.loads(pickle.dumps(vit))
-    with pytest.raises(ConfigError, match=r"prune it again with lamzoo\.prune_tokens"):
-        old(x)
-    assert torch.equal(prune_tokens(old, 0.5, (0, 2))(x), before)
-
-
 def test_pruning_anew_replaces_and_removing_restores() -> None:
     vit, x = model(), images()
     before = vit(x)
