@@ -30,12 +30,14 @@ def fuse(model: Model) -> Model:
     only the layers that score tokens for pruning compute as before. A rounding error may decide between two merges of
     almost equal cost.
 
-    A layer has a fused form if its mask is additive and of ``hidden=()``, and queries, keys and values come from one
-    plain linear layer; other layers stay as they are, which the log says.
+    A layer has a fused form if its mask is additive and of ``hidden=()``, queries, keys and values come from one linear
+    layer, and it and those of the mask are plain ones; other layers stay as they are, which the log says.
 
     Parameters and state dict stay those of the unfused model, so it can be trained and saved as before. The fused form
-    is made of copies of them, which are renewed when weights are loaded or changed by an optimiser; of a compiled model
-    that runs on, by ``model.eval()``. Hooks on the linear layers and on the mask aren't called in the fused form.
+    is made of copies of them, which are renewed when weights are loaded, assigned or changed by an optimiser; of a
+    compiled model that runs on, by ``model.eval()``. Only changes of ``parameter.data`` in place can't be noticed: fuse
+    the model again after them. A layer whose linear layers are adapted (LoRA), quantised or get hooks computes as
+    before. Hooks on the mask itself aren't called in the fused form.
     ``copy.deepcopy(model)`` keeps an unfused model, ``timm.utils.reparameterize_model(model)`` returns a fused copy.
 
     Args:

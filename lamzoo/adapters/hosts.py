@@ -446,12 +446,6 @@ def _remove_fused_form(layer: nn.Module) -> None:
         del hooks[key]
 
 
-def is_bare(layer: nn.Module) -> bool:
-    """Returns whether a layer computes what its weight and bias say: not if it is adapted, quantised or hooked."""
-    hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
-    return type(layer) is nn.Linear and not any(hooks) and "forward" not in vars(layer)
-
-
 class TakeoverAdapter:
     """Base of adapters that replace attention layers by masked ones of their own class.
 

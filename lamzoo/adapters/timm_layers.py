@@ -18,11 +18,11 @@ from timm.models.vision_transformer_relpos import RelPosAttention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lamzoo.adapters.hosts import HostTakeover, is_bare
+from lamzoo.adapters.hosts import HostTakeover
 from lamzoo.adapters.mha import project_apart
 from lamzoo.errors import MaskShapeError, UnsupportedHostError, class_name
 from lamzoo.lam import Lam
-from lamzoo.lam.fused import Projection
+from lamzoo.lam.fused import Projection, is_bare
 from lamzoo.lam.resize import Grid
 from lamzoo.lam.token_map import take
 from lamzoo.lam.unmasked import Unmasked

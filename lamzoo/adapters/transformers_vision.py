@@ -32,9 +32,9 @@ from transformers.models.vit.modeling_vit import ViTAttention, ViTForImageClassi
 from transformers.models.vit_msn.modeling_vit_msn import ViTMSNAttention, ViTMSNForImageClassification, ViTMSNModel
 from transformers.models.vivit.modeling_vivit import VivitAttention, VivitForVideoClassification, VivitModel
 
-from lamzoo.adapters.hosts import HostTakeover, Pooling, TokenLayout, is_bare
+from lamzoo.adapters.hosts import HostTakeover, Pooling, TokenLayout
 from lamzoo.errors import UnsupportedHostError, class_name
-from lamzoo.lam.fused import Between, Projection
+from lamzoo.lam.fused import Between, Projection, is_bare
 from lamzoo.lam.layer import lets_attend
 from lamzoo.lam.resize import Grid
 from lamzoo.lam.token_map import take

@@ -48,6 +48,12 @@ class Projection(NamedTuple):
     modules: Sequence[nn.Module]
 
 
+def is_bare(layer: nn.Module) -> bool:
+    """Returns whether a layer computes what its weight and bias say: not if it is adapted, quantised or hooked."""
+    hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
+    return type(layer) is nn.Linear and not any(hooks) and "forward" not in vars(layer)
+
+
 def unsupported(lam: Lam, projection: Projection | None) -> str | None:
     """Returns why the attention of a layer has no fused form, as a clause, or None if it has one."""
     config = lam.config
@@ -59,12 +65,57 @@ def unsupported(lam: Lam, projection: Projection | None) -> str | None:
         return f"its mask has modalities={config.modalities}"
     if projection is None:
         return "it adds a position bias to the scores, or has no single linear layer for queries, keys and values"
+    if lam.network is not None and not all(map(is_bare, _linears(lam.network))):
+        return "a linear layer of its mask is adapted, quantised or has hooks"
     weights = [projection.weight, *lam.parameters()]
     if any(hasattr(weight, "full_tensor") for weight in weights):
         return "its weights are sharded by FSDP"
     if len({(weight.dtype, weight.device) for weight in weights}) > 1:
         return "the weights of its mask differ from its own in dtype or device"
+    if any(weight.is_inference() for weight in weights):
+        return "its weights were made under torch.inference_mode(), where torch doesn't count their changes"
     return None
+
+
+def _linears(network: MaskNetwork) -> list[nn.Module]:
+    return [network.query[0]] if network.config.has_positions else [network.query[0], network.key[0]]
+
+
+class _Noted(NamedTuple):
+    """An entry of a module's dictionaries that a fused form was made of.
+
+    Attributes:
+        entries: the dictionary.
+        name: of the entry.
+        value: what was there.
+        memory: that of a tensor, which is not reused while it is held.
+        version: how often the tensor had been changed in place.
+    """
+
+    entries: dict[str, Any]
+    name: str
+    value: Any
+    memory: Tensor | None = None
+    version: int | None = None
+
+    @classmethod
+    def all_of(cls, module: nn.Module) -> Iterator[_Noted]:
+        """Yields the parts, parameters and buffers of a module itself."""
+        for name, part in module._modules.items():
+            yield cls(module._modules, name, part)
+        for entries in (module._parameters, module._buffers):
+            for name, tensor in entries.items():
+                known = (None, None) if tensor is None else (tensor.detach(), tensor._version)
+                yield cls(entries, name, tensor, *known)
+
+    def is_current(self) -> bool:
+        """Returns whether the entry is what was noted."""
+        found = self.entries.get(self.name)
+        if found is not self.value:
+            return False
+        return self.memory is None or (
+            found._version == self.version and found.data_ptr() == self.memory.data_ptr()  # .data may be assigned
+        )
 
 
 class FusedAttention(nn.Module):
@@ -294,26 +345,23 @@ class FusedAttention(nn.Module):
                     old.copy_(new)  # compiled graphs hold these tensors
                 else:
                     setattr(self, name, new)
-        parts = [*projection.modules, *lam.modules()]
-        # Dictionary, name, and what was there; of tensors also how often they had been changed in place.
-        self._noted: list[tuple[dict[str, Any], str, Any, int | None]] = [
-            (layer._modules, name, part, None)
+        self._noted = [
+            _Noted(layer._modules, name, part)
             for name, part in layer._modules.items()
             if part in projection.modules or isinstance(part, Lam)
         ]
-        for tensors in (each for part in parts for each in (part._parameters, part._buffers)):
-            self._noted += [(tensors, name, tensor, _version(tensor)) for name, tensor in tensors.items()]
+        for part in (*projection.modules, *lam.modules()):
+            self._noted += _Noted.all_of(part)
 
     def is_current(self) -> bool:
         """Returns whether the weights are those that were copied.
 
         Changes of ``parameter.data`` in place can't be noticed.
         """
-        for holder, name, value, version in self._noted:
-            found = holder.get(name)
-            if found is not value or (version is not None and found._version != version):
-                return False
-        return True
+        return all(noted.is_current() for noted in self._noted)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_noted": [_Noted({}, "copied", self.heads)]}  # a copy has parameters of its own
 
     def _wide_linear(self, projection: Projection, network: MaskNetwork | None) -> tuple[Tensor, Tensor]:
         """Returns weight and bias of the queries, keys and values, and of the zeros that follow them.
@@ -344,7 +392,7 @@ class FusedAttention(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> FusedAttention:
         self._resized = {}
-        self._noted = [({}, "moved", self, None)]  # copies of the moved weights may be rounded differently
+        self._noted = [_Noted({}, "moved", self.heads)]  # copies of the moved weights may be rounded differently
         return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
@@ -355,10 +403,6 @@ def _alike(old: Tensor | None, new: Tensor | None) -> bool:
     if old is None or new is None:
         return False
     return (old.shape, old.dtype, old.device) == (new.shape, new.dtype, new.device)
-
-
-def _version(tensor: Tensor | None) -> int | None:
-    return None if tensor is None or tensor.is_inference() else tensor._version
 
 
 class _Measured(NamedTuple):

@@ -11,6 +11,8 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.nn.utils.prune import l1_unstructured
 from torch.testing import assert_close
 
 import lamzoo
@@ -224,7 +226,31 @@ def _move(model: nn.Module, state: dict[str, Tensor]) -> None:
     model.half().float()
 
 
-@pytest.mark.parametrize("change", [_load, _load_masks, _step, _train, _assign, _move])
+def _assign_data(model: nn.Module, state: dict[str, Tensor]) -> None:
+    for _ in range(2):  # the second time, torch may take the memory of the first weights again
+        vector_to_parameters(parameters_to_vector(model.parameters()).detach() * 1.5, model.parameters())
+
+
+def _round(model: Any, state: dict[str, Tensor]) -> None:
+    model.blocks[0].attn.qkv.bfloat16().float()
+
+
+def _replace(model: Any, state: dict[str, Tensor]) -> None:
+    for block in model.blocks:
+        query = block.attn.lam.network.query
+        query[0] = nn.Linear(query[0].in_features, query[0].out_features)
+
+
+def _replace_networks(model: Any, state: dict[str, Tensor]) -> None:
+    for block in model.blocks:
+        block.attn.lam.network = copy.deepcopy(block.attn.lam.network)
+        nn.init.normal_(block.attn.lam.network.query[0].weight)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [_load, _load_masks, _step, _train, _assign, _move, _assign_data, _round, _replace, _replace_networks],
+)
 def test_changed_weights_are_seen(change: Callable[[nn.Module, dict[str, Tensor]], None]) -> None:
     model, state = fuse(masked()), {key: value.clone() for key, value in masked().state_dict().items()}
     x = VIT.images()
@@ -245,11 +271,35 @@ def test_other_weights_of_a_functional_call_are_used() -> None:
     assert_close(several, torch.stack([expected, expected]), **EXACT)
 
 
-def test_a_replaced_layer_is_not_passed_over() -> None:
-    model, x = fuse(masked()), VIT.images()
+def _wrap(holder: Any, name: str) -> None:
+    setattr(holder, name, nn.Sequential(getattr(holder, name)))  # as an adapter such as LoRA does
+
+
+def _prune(holder: Any, name: str) -> None:
+    l1_unstructured(getattr(holder, name), "weight", 0.5)
+
+
+def _quantize(holder: Any, name: str) -> None:
+    torch.ao.quantization.quantize_dynamic(holder, {name: torch.ao.quantization.default_dynamic_qconfig}, inplace=True)
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated", "ignore:torch.quantize_per_tensor")
+@pytest.mark.parametrize("adapt", [_wrap, _prune, _quantize])
+@pytest.mark.parametrize("part", ["qkv", "query", "key"])
+def test_an_adapted_layer_is_not_passed_over(part: str, adapt: Callable[[Any, str], None]) -> None:
+    model, x = fuse(masked(config=CONTENT)), VIT.images()
     for block in model.blocks:
-        block.attn.qkv = nn.Sequential(block.attn.qkv)  # as an adapter such as LoRA does
+        holder = block.attn if part == "qkv" else getattr(block.attn.lam.network, part)
+        adapt(holder, "qkv" if part == "qkv" else "0")
     assert calls(model, x) == 0
+    assert not is_fused(model)
+
+
+def test_weights_whose_changes_are_not_counted_are_refused() -> None:
+    with torch.inference_mode():
+        model = masked()
+        with pytest.raises(UnsupportedHostError, match=r"made under torch\.inference_mode\(\)"):
+            fuse(model)
 
 
 def test_the_state_dict_is_that_of_the_unfused_model() -> None:
