@@ -157,7 +157,7 @@ def reduce(model: Any, method: str, share: float, whole: float) -> bool:
         return True
     if method != "frames":
         try:
-            lamzoo.merge_tokens(model, share * whole, count_gmacs=gmacs)
+            lamzoo.merge_tokens(model, target_gmacs=share * whole, count_gmacs=gmacs)
         except ConfigError as error:
             print(f"{method}: {error}")
             return False

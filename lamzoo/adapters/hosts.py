@@ -276,12 +276,14 @@ def watch_block(block: nn.Module, enter: EnterBlock, leave: LeaveBlock) -> None:
 
 
 def remove_hooks(module: nn.Module, kinds: tuple[type[SharedStateHook], ...]) -> None:
-    """Removes the forward hooks and pre-hooks of the given classes."""
+    """Removes the forward hooks and pre-hooks of the given classes, and those that take the place of a method."""
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         for key in [key for key, hook in hooks.items() if isinstance(hook, kinds)]:
             del hooks[key]
             module._forward_pre_hooks_with_kwargs.pop(key, None)
             module._forward_hooks_always_called.pop(key, None)
+    for name in [name for name, value in vars(module).items() if isinstance(value, kinds)]:
+        delattr(module, name)
 
 
 def floating_parameter(path: str, layer: nn.Module) -> nn.Parameter:

@@ -40,8 +40,9 @@ def prune_tokens(
     """Prunes tokens of a masked vision transformer, in place.
 
     Class and register tokens are kept. Of the other tokens each sample keeps the same number, so that shapes are static
-    and batching, ``torch.compile`` and export work as before. ``forward_features`` returns the remaining tokens. In a
-    CLIP model the image tower is pruned and the text tower is not.
+    and batching, ``torch.compile`` and export work as before. ``forward_features`` returns the remaining tokens, and
+    ``forward_intermediates`` needs ``output_fmt="NLC"``. In a CLIP model the image tower is pruned and the text tower
+    is not.
 
     Args:
         model: has masks, and is or contains one timm ``VisionTransformer`` or ``Eva``, or image tower of open_clip; may
@@ -79,8 +80,8 @@ def prune_tokens(
 
 def merge_tokens(
     model: Model,
-    target_gmacs: float | None = None,
     *,
+    target_gmacs: float | None = None,
     keep: float | None = None,
     r: int | None = None,
     at: Sequence[int] | None = None,

@@ -4,11 +4,12 @@ Modifications to the host: an attention hook in each mask scores the tokens, and
 ``PruneConfig.at`` prunes those with the lowest scores; a forward pre-hook on the first block begins each pass with all
 tokens, and one on each block lets gradient checkpointing find its pass. Straight-through training leaves all tokens in
 place: the attention hooks hide pruned tokens from later layers, and a forward hook before the pooling weights the
-tokens so that their mean is that of the kept ones.
+tokens so that their mean is that of the kept ones. ``forward_intermediates`` refuses to make grids.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -130,6 +131,25 @@ class _AllTokens(ReductionHook):
         self.shared.begin(self.shared.current.grid)
 
 
+class _WithoutGrids(ReductionHook):
+    """``forward_intermediates`` of a pruned model, which refuses to make grids of tokens that are no longer whole."""
+
+    def __init__(self, shared: SharedState, root: nn.Module) -> None:
+        super().__init__(shared)
+        self.root: Any = root
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        method: Any = type(self.root).forward_intermediates
+        given = inspect.signature(method).bind(self.root, *args, **kwargs)
+        given.apply_defaults()
+        if given.arguments["output_fmt"] == "NCHW":
+            raise UnsupportedHostError(
+                "Grids of features (output_fmt='NCHW') can't be made of pruned tokens; ask for output_fmt='NLC' (in "
+                "get_intermediate_layers, reshape=False), or merge tokens with lamzoo.merge_tokens instead."
+            )
+        return method(self.root, *args, **kwargs)
+
+
 def prune(model: nn.Module, config: PruneConfig) -> None:
     """Registers the hooks in a model, in place of those of an earlier pruning.
 
@@ -161,6 +181,9 @@ def prune(model: nn.Module, config: PruneConfig) -> None:
     watch_passes(stack.blocks.values(), shared)
     next(iter(stack.blocks.values())).register_forward_pre_hook(_AllTokens(shared))
     pooling.last.register_forward_hook(_PoolKept(shared, pooling))
+    root: Any = model.get_submodule(pooling.root)
+    if hasattr(root, "forward_intermediates"):
+        root.forward_intermediates = _WithoutGrids(shared, root)
     model.token_reduction = model.prune_config = config  # type: ignore[assignment]
 
 

@@ -75,7 +75,8 @@ def reduce_by_section(model: nn.Module, section: PruneSection) -> None:
     """Merges or prunes the tokens of a model, in place, as a recipe's ``[reduction]`` or ``[prune]`` says."""
     if isinstance(section, ReductionSection) and section.method == "merge":
         merge_tokens(
-            model, section.target_gmacs, keep=section.keep, r=section.r, at=section.at, frames=section.frames
+            model, target_gmacs=section.target_gmacs, keep=section.keep, r=section.r, at=section.at,
+            frames=section.frames,
         )  # fmt: skip
     else:
         prune_tokens(

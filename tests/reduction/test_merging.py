@@ -437,11 +437,11 @@ def test_works_in_half_precision(dtype: torch.dtype, config: LamConfig | None) -
 def test_a_budget_is_kept_and_used() -> None:
     vit = model()
     target = 0.7 * lamzoo.profile(vit).gmacs
-    merge_tokens(vit, target)
+    merge_tokens(vit, target_gmacs=target)
     assert 0.95 * target < lamzoo.profile(vit).gmacs <= target
-    assert lamzoo.profile(merge_tokens(vit, 0.9 * target)).gmacs <= 0.9 * target
+    assert lamzoo.profile(merge_tokens(vit, target_gmacs=0.9 * target)).gmacs <= 0.9 * target
     with pytest.raises(ConfigError, match=r"target_gmacs=1e-05: with as few tokens"):
-        merge_tokens(vit, 1e-5)
+        merge_tokens(vit, target_gmacs=1e-5)
     assert lamzoo.profile(vit).gmacs <= 0.9 * target  # a refusal leaves the earlier reduction
 
 
@@ -449,9 +449,9 @@ def test_a_budget_that_may_be_meant_as_a_share_is_answered_with_keep(caplog: pyt
     vit = model()
     whole = lamzoo.profile(vit).gmacs
     with pytest.raises(ConfigError, match=r"GMACs; take a higher target, or give the share of patches to keep as keep"):
-        merge_tokens(vit, 1e-5)
-    merge_tokens(vit, 0.63)
-    merge_tokens(vit, 63)
+        merge_tokens(vit, target_gmacs=1e-5)
+    merge_tokens(vit, target_gmacs=0.63)
+    merge_tokens(vit, target_gmacs=63)
     assert vit.token_reduction == TokenReduction(1.0)
     assert [record.getMessage() for record in caplog.records] == [
         f"target_gmacs={target} is above the {whole:.4g} GMACs of the model with all tokens, which are all kept; "
@@ -459,7 +459,7 @@ def test_a_budget_that_may_be_meant_as_a_share_is_answered_with_keep(caplog: pyt
         for target, way_out in ((0.63, ", or give the share of patches to keep as keep=0.63"), (63, ""))
     ]
     caplog.clear()
-    merge_tokens(vit, whole)  # the last layer saves a little
+    merge_tokens(vit, target_gmacs=whole)  # the last layer saves a little
     assert vit.token_reduction == TokenReduction(1.0)
     assert not caplog.records
 

@@ -315,7 +315,7 @@ def test_what_a_joint_encoder_cannot_do_is_named() -> None:
 
 
 def test_a_budget_for_an_encoder_is_used() -> None:
-    model = merge_tokens(writer(), 0.5, count_gmacs=lambda model: model.token_reduction.keep)
+    model = merge_tokens(writer(), target_gmacs=0.5, count_gmacs=lambda model: model.token_reduction.keep)
     assert model.token_reduction == TokenReduction(0.5)
     assert lamzoo.profile(model.to("meta")).gmacs < lamzoo.profile(writer()).gmacs
 

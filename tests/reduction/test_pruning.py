@@ -4,6 +4,7 @@ import copy
 import itertools
 import pickle
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import pytest
@@ -394,6 +395,20 @@ def test_open_clips_towers_are_pruned_in_evaluation_and_training(kind: str, rest
     if rest == "drop":
         assert_close(torch.cat([visual.train()(sample) for sample in images().split(1)]), together)
         assert pruning_loss(visual).requires_grad
+
+
+@pytest.mark.parametrize("remove", [remove_pruning, remove_lam])
+@pytest.mark.parametrize("create", [model, tower])
+def test_grids_of_pruned_tokens_are_refused(create: Any, remove: Any) -> None:
+    vit: Any = copy.deepcopy(prune_tokens(create(), 0.5, (0,)))
+    with pytest.raises(UnsupportedHostError, match="can't be made of pruned tokens; ask for output_fmt='NLC'"):
+        vit.forward_intermediates(images())
+    found = vit.forward_intermediates(images(), output_fmt="NLC", intermediates_only=True)
+    patches = found["image_intermediates"] if create is tower else found
+    assert [each.shape[1] for each in patches] == [8, 8, 8, 8]
+    remove(vit)
+    assert "forward_intermediates" not in vars(vit)
+    vit.forward_intermediates(images())
 
 
 def test_a_clip_model_is_pruned_in_its_image_tower() -> None:
