@@ -17,7 +17,7 @@ def capture_masks(model: nn.Module) -> Iterator[Mapping[str, MaskRecord]]:
     """Records mask, attention and importance of each layer while the context is open.
 
     Meanwhile the model uses the eager backend, since fused attention returns no weights; its own backend is restored
-    on exit, also after an exception. Contexts may be nested.
+    on exit, also after an exception. Several contexts may be open, and each records the forward passes of all threads.
 
     Args:
         model: a model with masks, or a wrapper around one.
@@ -31,14 +31,13 @@ def capture_masks(model: nn.Module) -> Iterator[Mapping[str, MaskRecord]]:
     """
     records: dict[str, MaskRecord] = {}
     masks = masks_of(model)
-    before = {path: lam.recorder for path, lam in masks.items()}
     for path, lam in masks.items():
-        lam.recorder = _Recorder(records, path.removesuffix(".lam"), before[path])
+        lam.recorder = _Recorder(records, path.removesuffix(".lam"), lam.recorder)
     try:
         yield MappingProxyType(records)
     finally:
-        for path, lam in masks.items():
-            lam.recorder = before[path]
+        for lam in masks.values():
+            lam.recorder = _without(lam.recorder, records)
 
 
 class _Recorder:
@@ -51,3 +50,15 @@ class _Recorder:
         self.records[self.path] = record
         if self.outer is not None:
             self.outer(record)
+
+
+def _without(
+    recorder: Callable[[MaskRecord], None] | None, records: dict[str, MaskRecord]
+) -> Callable[[MaskRecord], None] | None:
+    """Returns a recorder without the one of a context that ends, which may be an outer one of it."""
+    if not isinstance(recorder, _Recorder):
+        return recorder
+    if recorder.records is records:
+        return recorder.outer
+    recorder.outer = _without(recorder.outer, records)
+    return recorder

@@ -76,6 +76,18 @@ def test_captures_can_be_nested_and_repeated() -> None:
     assert recorders(model) == [None, None]
 
 
+def test_captures_may_end_in_any_order() -> None:
+    model = add_lam(VIT.create().eval(), LamConfig(init="paper"))
+    contexts = [capture_masks(model) for _ in range(3)]
+    first, second, third = [context.__enter__() for context in contexts]
+    contexts[1].__exit__(None, None, None)
+    contexts[0].__exit__(None, None, None)
+    model(VIT.images())
+    assert (len(first), len(second), len(third)) == (0, 0, 2)
+    contexts[2].__exit__(None, None, None)
+    assert recorders(model) == [None, None]
+
+
 def test_gradients_flow_while_masks_are_captured() -> None:
     model = add_lam(VIT.create(), LamConfig(init="paper"))
     with capture_masks(model):

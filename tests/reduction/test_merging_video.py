@@ -111,7 +111,7 @@ def test_equal_frames_merge_without_loss() -> None:
 def test_frames_count_towards_the_budget_and_are_saved() -> None:
     model = retriever(("head",))
     target = 0.5 * lamzoo.profile(model).gmacs
-    merge_tokens(model, target, frames=0.7)
+    merge_tokens(model, target_gmacs=target, frames=0.7)
     assert 0.9 * target < lamzoo.profile(model).gmacs <= target
     assert model.token_reduction.keep < 1
     assert TokenReduction.from_dict(model.token_reduction.to_dict()) == model.token_reduction
