@@ -15,6 +15,7 @@ encoders; those of :mod:`lamzoo.adapters.windows`, :mod:`lamzoo.adapters.pooled`
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
@@ -325,8 +326,17 @@ def _layout(host: Any, pooling: Pooling | None) -> TokenLayout:
         length=prefix + grid[0] * grid[1],
         num_prefix_tokens=prefix,
         grid=grid,
-        grid_at=patch_embed.dynamic_feat_size,
+        grid_at=partial(_grid_at, patch_embed),
         patch_embed=patch_embed,
         no_positions=reason if drops else None,
         pooling=pooling,
     )
+
+
+def _grid_at(patch_embed: Any, size: tuple[int, int]) -> Grid:
+    """Returns the grid of the patches of an image."""
+    if isinstance(patch_embed, HybridEmbed):  # which rounds down where the padded convolutions of a stem round up
+        height, width = (math.ceil(n / by) * by for n, by in zip(size, patch_embed.feature_ratio, strict=True))
+        size = height, width
+    grid: Grid = patch_embed.dynamic_feat_size(size)
+    return grid

@@ -16,6 +16,7 @@ from lamzoo.adapters import add_lam, capture_masks, remove_lam
 from lamzoo.adapters.timm import TimmAdapter
 from lamzoo.errors import ConfigError, MaskShapeError, UnsupportedHostError
 from lamzoo.lam import Lam, LamConfig
+from lamzoo.registry.factory import create_model
 from tests.adapters.timm_hosts import FEW, HOSTS, Host, layer_params, params
 
 CONFIGS = [
@@ -241,6 +242,16 @@ def test_position_table_follows_the_patch_grid(host: Host, layers: str) -> None:
         grid = record.importance[0, 0, -16:].view(8, 2)
         assert_close(grid[:, 0], grid[:, 1])
         assert (grid.diff(dim=0) > 0).all()
+
+
+@pytest.mark.parametrize("size", [(30, 30), (61, 47)])
+@pytest.mark.parametrize("padded", [False, True])
+def test_images_that_a_stem_does_not_divide_keep_their_outputs(size: tuple[int, int], padded: bool) -> None:
+    options = {"dynamic_img_size": True, "dynamic_img_pad": padded}
+    for plain in (HOSTS["vit_tiny_r_s16_p8_224"].create(**options), create_model("vit_micro", **options)):
+        masked, x = add_lam(copy.deepcopy(plain.eval()), LamConfig(keys="position")), torch.randn(1, 3, *size)
+        with torch.no_grad():
+            assert_close(masked(x), plain(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("host", "layers"), layer_params([h for h in HOSTS.values() if "mobilevit" not in h.name]))
