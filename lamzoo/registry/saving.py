@@ -15,7 +15,7 @@ from torch import nn
 
 from lamzoo.adapters.deploy import is_fused
 from lamzoo.adapters.state import fit_tables
-from lamzoo.adapters.wrappers import full_state_dict, is_sharded, unwrap
+from lamzoo.adapters.wrappers import first_parameter, full_state_dict, is_sharded, unwrap
 from lamzoo.errors import ConfigError, UnknownModelError, WeightsError, class_name
 from lamzoo.files import atomic_files
 from lamzoo.reading import parse_json, read_text, to_json
@@ -64,10 +64,11 @@ def save_pretrained(
     Raises:
         ConfigError: the model has no ``pretrained_cfg`` of timm, its architecture is unknown, or the label names
             don't fit its head.
-        UnsupportedHostError: ``FullyShardedDataParallel`` (FSDP1) hides its parameters.
+        UnsupportedHostError: ``FullyShardedDataParallel`` (FSDP1) hides its parameters, or it is an exported program.
         WeightsError: a file cannot be written; what was there before is unchanged.
     """
     folder, model = Path(folder), unwrap(model)
+    first_parameter(model)
     spec = _spec_of(model)
     if label_names is not None:
         check_label_names(label_names, getattr(model, "num_classes", 0))
