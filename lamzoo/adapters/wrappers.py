@@ -30,6 +30,20 @@ def check_model(model: object) -> None:
     raise UnsupportedHostError(f"The model is {given}, which is not a torch.nn.Module; pass {made}.")
 
 
+def first_parameter(model: nn.Module) -> nn.Parameter:
+    """Returns the first parameter of a model, which tells its dtype and device.
+
+    Raises:
+        UnsupportedHostError: it has no parameters, as an exported program.
+    """
+    for parameter in model.parameters():
+        return parameter
+    raise UnsupportedHostError(
+        f"The model ({class_name(model)}) has no parameters, as exported programs have none; pass the model that was "
+        "exported."
+    )
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """Returns the model inside ``torch.compile``, ``nn.DataParallel`` and ``DistributedDataParallel``, in any order.
 

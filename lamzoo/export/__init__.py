@@ -19,6 +19,7 @@ from lamzoo.export.exported import FORMATS, ExportedModel, Format, first_line, l
 from lamzoo.export.program import trace, write_program
 from lamzoo.export.trust import trust_program
 from lamzoo.files import atomic_files
+from lamzoo.lam.kernels import pinned
 from lamzoo.lazy import submodules_of
 from lamzoo.models.transformers_images import as_image_model
 from lamzoo.profiling.inputs import default_input, evaluating
@@ -92,6 +93,7 @@ def export_model(
         ConfigError: the suffix does not match the format, a model of transformers takes more than images, int8 is
             requested for torch, the images have another shape, the model is sharded, or not in float32 on the CPU, or
             its outputs are not finite.
+        UnsupportedHostError: the model is an exported program.
         ExportError: the model can't be exported, its program differs, or the file can't be written.
         MissingExtraError: onnx, onnxscript or onnxruntime is not installed.
     """
@@ -160,6 +162,11 @@ def _images(model: nn.Module, images: Tensor | None) -> Tensor:
                 f"{name} is {parameter.dtype} on {parameter.device}; models are exported in float32 from the CPU: "
                 "model.float().cpu()."
             )
+        if parameter.is_inference():
+            raise ConfigError(
+                f"{name} was created under torch.inference_mode(), which torch.export doesn't take; create the model, "
+                "or a copy.deepcopy of it, outside."
+            )
     example = default_input(model, 2)
     if not isinstance(example, Tensor):
         raise ExportError(
@@ -215,6 +222,6 @@ def _facts(model: nn.Module) -> str:
             "lam_config": masks and masks.to_dict(),
             "prune_config": pruning and pruning.to_dict(),
             "token_reduction": merging and merging.to_dict(),
-            "fused": is_fused(model),
+            "fused": is_fused(model) and pinned() == "auto",  # under a pinned backend, no layer takes its fused form
         }
     )

@@ -50,7 +50,7 @@ class ExportedModel(nn.Module):
         self.num_classes: int = self.pretrained_cfg["num_classes"]
 
     def forward(self, images: Tensor) -> Tensor:
-        """Computes ``(B, num_classes)`` logits of ``(B, C, H, W)`` float32 images.
+        """Computes ``(B, num_classes)`` logits of ``(B, C, H, W)`` float32 images, without gradients.
 
         Raises:
             ConfigError: the images have another shape or dtype.
@@ -63,7 +63,8 @@ class ExportedModel(nn.Module):
                 f"{tuple(images.shape)}; resize them, or export the model at their size."
             )
         try:
-            logits = self._run[0](images.detach().cpu())
+            with torch.no_grad():  # the weights of a torch.export program require gradients
+                logits = self._run[0](images.detach().cpu())
         except Exception as error:  # a program from elsewhere may raise anything
             raise ExportError(
                 f"{self._source} cannot be run on images {tuple(images.shape)} ({first_line(error)}); export it again."

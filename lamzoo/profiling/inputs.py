@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lamzoo.adapters.wrappers import unwrap
+from lamzoo.adapters.wrappers import first_parameter, unwrap
 from lamzoo.data.images.decode import MODES, Mode, of_channels
 from lamzoo.errors import ConfigError, UnsupportedHostError, class_name
 
@@ -75,12 +75,16 @@ def default_input(model: nn.Module, batch_size: int = 1) -> Inputs:
     """Returns random inputs in the dtype and on the device of the model's first parameter.
 
     Images ``(batch_size, C, H, W)``, or the result of the model's own ``example_inputs(batch_size)``.
+
+    Raises:
+        UnsupportedHostError: the model has no parameters, as an exported program.
+        ConfigError: as of :func:`image_size`.
     """
     model = unwrap(model)
     own: Any = getattr(model, "example_inputs", None)
     if own is not None:
         return own(batch_size)
-    like = next(model.parameters())
+    like = first_parameter(model)
     return torch.rand(batch_size, *image_size(model), device=like.device).to(like.dtype)
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from lamzoo.adapters import remove_lam
 from lamzoo.adapters.state import has_masks
-from lamzoo.adapters.wrappers import check_model, unwrap
+from lamzoo.adapters.wrappers import check_model, first_parameter, unwrap
 from lamzoo.errors import ConfigError, UnsupportedHostError, class_name
 from lamzoo.profiling.analytic import analytic_macs
 from lamzoo.profiling.inputs import as_arguments, default_input, evaluating, first_tensor
@@ -160,7 +160,7 @@ def best_batch(model: nn.Module, limit: int | None = None) -> int:
         ConfigError: the limit is below 1, or a single image does not fit.
     """
     check_model(model)
-    device = next(model.parameters()).device
+    device = first_parameter(model).device
     limit = MAX_BATCH.get(device.type, 64) if limit is None else limit
     if limit < 1:
         raise ConfigError(f"The batch limit is {limit}; it must be 1 or more.")

@@ -61,6 +61,13 @@ __all__ = ["create_for_images", "create_model", "find_weights_file", "obtain"]
 _logger = logging.getLogger(__name__)
 
 _FEATURE_ARGS = ("features_only", "out_indices", "feature_cls")  # of timm, which wraps the built model
+# Arguments of timm for the weights, which its constructors ignore without weights of timm's own.
+_INSTEAD = {
+    "pretrained_cfg": "name its weights, as arch.tag",
+    "pretrained_cfg_overlay": "pass checkpoint_path= for weights, and set preprocessing in the created model's "
+    "pretrained_cfg",
+    "pretrained_strict": "weights are loaded strictly, and the arguments that change the model adapt them",
+}
 
 
 @dataclass(frozen=True)
@@ -144,6 +151,8 @@ def create_model(
         "drop_path_rate": drop_path_rate, **timm_kwargs,
     }  # fmt: skip
     given = {key: value for key, value in given.items() if value is not None}
+    if key := next((key for key in _INSTEAD if key in given), None):
+        raise UnknownArgumentError(f"create_model takes no {key}; {_INSTEAD[key]}.")
     lam = lam if lam is None or isinstance(lam, bool) else LamConfig.of(lam)
     ref = model_ref(name)
     if ref.kind == "hf":

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed
 from timm.models import is_model
+from timm.models._features import FeatureDictNet, FeatureGetterNet, FeatureHookNet
+from timm.models._features_fx import FeatureGraphNet
 from timm.models._hub import save_config_for_hf
-from torch import nn
+from torch import Tensor, nn
 
 from lamzoo.adapters.deploy import is_fused
-from lamzoo.adapters.state import fit_tables
-from lamzoo.adapters.wrappers import full_state_dict, is_sharded, unwrap
-from lamzoo.errors import ConfigError, UnknownModelError, WeightsError, class_name
+from lamzoo.adapters.state import few, fit_tables
+from lamzoo.adapters.wrappers import first_parameter, full_state_dict, is_sharded, unwrap
+from lamzoo.errors import ConfigError, LamzooError, UnknownModelError, WeightsError, class_name
 from lamzoo.files import atomic_files
 from lamzoo.reading import parse_json, read_text, to_json
 from lamzoo.reduction.config import TokenReduction
 from lamzoo.registry.cards import ModelSpec
 from lamzoo.registry.catalog import find_spec
+from lamzoo.registry.factory import create_model
 from lamzoo.registry.huggingface import spec_of_name
 from lamzoo.registry.preprocessing import check_label_names
 from lamzoo.registry.refs import HF_PREFIX, SAVED_WEIGHTS, TIMM_PREFIX
@@ -32,6 +36,8 @@ from lamzoo.weights.saved import ARCHITECTURE_PREFIX, HERE, NOT_SAVED, TOKENIZER
 from lamzoo.weights.sources import INDEX_SUFFIX, WEIGHTS_NAME, read_index
 
 __all__ = ["save_pretrained"]
+
+_WITHOUT_TENSORS = ("fused", "prune_config", "token_reduction")  # what of a configuration adds no tensors
 
 
 def save_pretrained(
@@ -62,12 +68,14 @@ def save_pretrained(
         The folder.
 
     Raises:
-        ConfigError: the model has no ``pretrained_cfg`` of timm, its architecture is unknown, or the label names
-            don't fit its head.
-        UnsupportedHostError: ``FullyShardedDataParallel`` (FSDP1) hides its parameters.
+        ConfigError: the model has no ``pretrained_cfg`` of timm, its architecture is unknown, the label names don't
+            fit its head, it is the part of a model that ``features_only`` makes, it is on the meta device, or its
+            tensors aren't those of the model that ``create_model`` would build.
+        UnsupportedHostError: ``FullyShardedDataParallel`` (FSDP1) hides its parameters, or it is an exported program.
         WeightsError: a file cannot be written; what was there before is unchanged.
     """
     folder, model = Path(folder), unwrap(model)
+    first_parameter(model)
     spec = _spec_of(model)
     if label_names is not None:
         check_label_names(label_names, getattr(model, "num_classes", 0))
@@ -75,21 +83,24 @@ def save_pretrained(
     state = full_state_dict(model)
     if is_sharded(model) and torch.distributed.get_rank() > 0:
         return folder
+    if meta := next((key for key, value in state.items() if value.is_meta), None):
+        raise ConfigError(
+            f"{spec.name} cannot be saved, because its {meta} is on the meta device; call to_empty and load_state_dict "
+            "first."
+        )
     fit_tables(model, state)
     read_tokenizer: Callable[[], tuple[str, str] | None] = getattr(model, "tokenizer_to_save", lambda: None)
     tokenizer = read_tokenizer()
+    if tokenizer is not None:
+        set_argument(config.setdefault("model_args", {}), tokenizer[0], HERE)
+    config["lamzoo"] = {"name": spec.name, "version": __version__}
+    _check_rebuilt(spec, config, state, tokenizer and tokenizer[1])
     with atomic_files() as stage:
         if tokenizer is not None:
-            argument, contents = tokenizer
-            set_argument(config.setdefault("model_args", {}), argument, HERE)
-            stage(folder / TOKENIZER_NAME).write_text(contents, encoding="utf-8")
+            stage(folder / TOKENIZER_NAME).write_text(tokenizer[1], encoding="utf-8")
         # The last files to appear are those that name and hash the others.
         weights = stage_state_dict(stage, state, folder / WEIGHTS_NAME, max_shard_bytes)
-        config["lamzoo"] = {
-            "name": spec.name,
-            "version": __version__,
-            "sha256": {weights.path.name: weights.sha256},
-        }
+        config["lamzoo"]["sha256"] = {weights.path.name: weights.sha256}
         stage(folder / "config.json").write_text(to_json(config, indent=2) + "\n", encoding="utf-8")
     _remove_stale(folder, weights.path)
     return folder
@@ -100,6 +111,11 @@ def _spec_of(model: nn.Module) -> ModelSpec:
         raise ConfigError(
             f"This {type(model).__name__} is a model of Hugging Face transformers; call its own save_pretrained, and "
             "load it with lamzoo.from_pretrained."
+        )
+    if isinstance(model, (FeatureDictNet, FeatureGetterNet, FeatureGraphNet, FeatureHookNet)):
+        raise ConfigError(
+            f"This {type(model).__name__} is a part of a model, made by features_only; save the whole model, and load "
+            "that with features_only=True."
         )
     cfg = getattr(model, "pretrained_cfg", None) or {}
     arch = cfg.get("architecture") or ""
@@ -144,6 +160,35 @@ def _config(model: nn.Module, spec: ModelSpec, label_names: Sequence[str] | None
     if is_fused(model):
         config["fused"] = True
     return config
+
+
+def _check_rebuilt(
+    spec: ModelSpec, config: Mapping[str, Any], state: Mapping[str, Tensor], tokenizer: str | None
+) -> None:
+    """Builds the model of a configuration, without memory for its weights, and compares the shapes of its tensors.
+
+    Raises:
+        ConfigError: they differ from those of the state dict.
+    """
+    weightless = {key: value for key, value in config.items() if key not in _WITHOUT_TENSORS}
+    with tempfile.TemporaryDirectory(prefix="lamzoo-") as scratch:
+        try:
+            (Path(scratch) / "config.json").write_text(to_json(weightless), encoding="utf-8")
+            if tokenizer is not None:
+                (Path(scratch) / TOKENIZER_NAME).write_text(tokenizer, encoding="utf-8")
+            with torch.device("meta"):
+                rebuilt = create_model(f"local-dir:{scratch}").state_dict()
+        except (LamzooError, OSError):
+            return  # not every plug-in builds on the meta device
+    got, built = ({key: tuple(value.shape) for key, value in each.items()} for each in (state, rebuilt))
+    differing = [key for key in built | got if got.get(key) != built.get(key)]
+    if differing:
+        shapes = [f"{key} ({got.get(key, 'missing')} instead of {built.get(key, 'none')})" for key in differing]
+        raise ConfigError(
+            f"{spec.name} cannot be saved, because it was changed after it was created, and create_model would build "
+            f"another one: {few(shapes)}; set the head by its reset_classifier, and depth and widths by arguments of "
+            "create_model."
+        )
 
 
 def _remove_stale(folder: Path, weights: Path) -> None:

@@ -27,7 +27,8 @@ StateDict = dict[str, Tensor]
 Converter = Callable[[StateDict, nn.Module], StateDict]
 
 # Arguments of timm's constructors that change the number of tokens, and with it the tables over positions.
-_SIZE_ARGS = frozenset({"img_size", "patch_size", "dynamic_img_size", "class_token", "reg_tokens", "no_embed_class"})
+_PREFIX_ARGS = frozenset({"class_token", "reg_tokens", "no_embed_class"})
+_SIZE_ARGS = _PREFIX_ARGS | {"img_size", "patch_size", "dynamic_img_size"}
 # Modules that depend on `global_pool`.
 _POOL_PREFIXES = ("norm.", "fc_norm.", "attn_pool.", "head.norm.")
 _RADIO_ALIGN_CORNERS = ("base_patch16_radio_v3", "huge_patch16_radio_v3")
@@ -179,6 +180,12 @@ def _convert(
     try:
         converted = convert(weights, model)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        if "pos_embed" in weights and (prefix := sorted(_PREFIX_ARGS & set(given))):
+            raise StateDictError(
+                f"{source} does not fit {_name(model)}: its 'pos_embed' of shape {before['pos_embed']} is for another "
+                f"number of prefix tokens; {' and '.join(f'{name}=' for name in prefix)} must be what the weights were "
+                "trained with."
+            ) from error
         raise StateDictError(
             f"timm cannot read {source} as weights of {arch or type(model).__name__} ({type(error).__name__}: {error})."
         ) from error

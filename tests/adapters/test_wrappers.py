@@ -19,6 +19,7 @@ from lamzoo.errors import ConfigError, UnsupportedHostError
 from lamzoo.evaluation import evaluate, predict
 from lamzoo.evaluation.classification.prediction import label_names
 from lamzoo.evaluation.runtime import data_config
+from lamzoo.export import ExportedModel
 from lamzoo.lam.fused import pinned_form
 from lamzoo.models.describer.model import describer
 from lamzoo.profiling import best_batch, measure, time_latency
@@ -351,6 +352,17 @@ def test_what_is_not_a_model_is_refused_and_nothing_is_written(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UnsupportedHostError, match=re.escape(message)):
         TAKES_A_MODEL[function](other)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("function", ["best_batch", "export_model", "measure", "profile", "save_pretrained"])
+def test_an_exported_program_is_refused_where_the_model_is_needed(
+    function: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    program = ExportedModel(torch.flatten, {"pretrained_cfg": {"input_size": (3, 16, 16), "num_classes": 768}})
+    with pytest.raises(UnsupportedHostError, match="ExportedModel.* has no parameters, as exp.*; pass the model that"):
+        TAKES_A_MODEL[function](program)
     assert not list(tmp_path.iterdir())
 
 

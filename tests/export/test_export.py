@@ -96,7 +96,9 @@ def test_the_program_agrees_with_the_model_for_any_batch(variant: str, format: A
     assert written.mib == path.stat().st_size / 2**20
     program = load_exported(path)
     for batch in (1, 3, 7):
-        assert_close(program(images(batch)), model(images(batch)), atol=1e-4, rtol=0)
+        logits = program(images(batch).requires_grad_())
+        assert not logits.requires_grad
+        assert_close(logits, model(images(batch)), atol=1e-4, rtol=0)
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
@@ -273,6 +275,13 @@ class Pair(Branches):
         (vit, "model.pt2", {"int8": True}, ConfigError, "only available for ONNX"),
         (vit, "model.pt2", {"images": torch.rand(2, 3, 16, 16)}, ConfigError, r"\(2, 3, 16, 16\).*\(B, 3, 32, 32\)"),
         (lambda: vit().bfloat16(), "model.pt2", {}, ConfigError, r"bfloat16 on cpu.*\.float\(\)"),
+        (
+            torch.inference_mode()(vit),
+            "model.pt2",
+            {},
+            ConfigError,
+            "cls_token was created under.*deepcopy of it, outs",
+        ),
         (Branches, "model.pt2", {}, ExportError, "Branches cannot be exported: "),
         (Pair, "model.pt2", {}, ExportError, "returns a tuple"),
     ],
@@ -284,6 +293,25 @@ def test_what_cannot_be_written_is_said_and_leaves_no_file(
         export_model(model(), tmp_path / name, **arguments)
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("pinned", [True, False], ids=["pinned", "of the layer"])
+def test_a_backend_that_would_need_lamzoo_is_not_exported(pinned: bool, tmp_path: Path) -> None:
+    model: Any = vit(depth=1)
+    model.blocks[0].attn.lam.backend = "auto" if pinned else "chunked"
+    with (
+        lamzoo.attention_backend("chunked" if pinned else "auto"),
+        pytest.raises(ExportError, match="The chunked backend doesn't .* would need lamzoo to run it; use 'auto'"),
+    ):
+        export_model(model, tmp_path / "model.pt2")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_fused_model_under_a_pinned_backend_is_not_exported_in_its_fused_form(tmp_path: Path) -> None:
+    with lamzoo.attention_backend("eager"):
+        export_model(vit("fused", depth=1), tmp_path / "model.pt2")
+    assert any("qkv" in name for name in torch.export.load(tmp_path / "model.pt2").state_dict)
+    assert not load_exported(tmp_path / "model.pt2").facts["fused"]
 
 
 def test_a_model_of_two_inputs_is_refused(tmp_path: Path) -> None:

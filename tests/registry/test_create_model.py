@@ -138,6 +138,27 @@ def test_an_unknown_argument_is_named(name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"pretrained_cfg": "cifar10_mul"}, "takes no pretrained_cfg; name its weights, as arch.tag"),
+        ({"pretrained_cfg_overlay": {"mean": (0.0, 0.0, 0.0)}}, "takes no pretrained_cfg_overlay; .*checkpoint_path="),
+        ({"pretrained_strict": False}, "takes no pretrained_strict; weights are loaded strictly"),
+    ],
+)
+def test_an_argument_of_timms_for_weights_is_refused_with_lamzoos_way(arguments: dict[str, Any], says: str) -> None:
+    for name in ("lam_vit_micro", "timm/test_vit"):
+        with pytest.raises(ConfigError, match=says):
+            create_model(name, pretrained=True, **arguments)
+
+
+@pytest.mark.parametrize("arguments", [{"reg_tokens": 2}, {"class_token": True, "global_pool": "token"}])
+def test_another_number_of_prefix_tokens_is_named(arguments: dict[str, Any]) -> None:
+    says = rf"its 'pos_embed' of shape \(1, 64, 128\) is for .*; {next(iter(arguments))}= must be what the weights were"
+    with pytest.raises(StateDictError, match=says):
+        create_model("lam_vit_micro.cifar10", pretrained=True, **arguments)
+
+
+@pytest.mark.parametrize(
     ("name", "kwargs"),
     [
         ("lam_vit_tiny_patch8_64.tinyimagenet100", {"out_indices": (1, 5)}),

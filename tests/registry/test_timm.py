@@ -103,6 +103,7 @@ def test_weights_of_your_own_are_loaded(tmp_path: Path) -> None:
         ("lam_vit_micro.nope", {}, UnknownModelError, "lam_vit_micro has no weights 'nope'; its tags are cifar10"),
         ("lam_vit_micro", {"nope": 1}, TypeError, "lam_vit_micro takes no argument 'nope'"),
         ("lam_vit_micro", {"pretrained_cfg_overlay": {"mean": (0, 0, 0)}}, ConfigError, "can't have another mean"),
+        ("lam_vit_micro", {"pretrained_strict": False}, ConfigError, "takes no pretrained_strict"),
         ("lamzoo", {}, UnknownModelError, "is the architecture of saved models; name one, as local-dir:FOLDER"),
         ("lamzoo.timm.lam_vit_micro", {}, UnknownModelError, "is the architecture of saved models"),
     ],

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,44 @@ def test_a_model_of_timms_with_masks_can_be_saved(tmp_path: Path) -> None:
 def test_a_module_that_nothing_can_rebuild_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="Linear cannot be saved"):
         save_pretrained(nn.Linear(2, 2), tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
+def other_head(model: Any) -> None:
+    model.head = nn.Linear(128, 9)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (other_head, r"head\.weight \(\(9, 128\) instead of \(4, 128\)\), head\.bias .*; set the head by its reset_cl"),
+        (
+            lambda model: model.prune_intermediate_layers([1]),
+            r"blocks\.2\.norm1\.weight \(missing instead of \(128,\)\)",
+        ),
+        (lambda model: model.to("meta"), "its pos_embed is on the meta device; call to_empty and load_state_dict"),
+    ],
+    ids=["head", "depth", "meta"],
+)
+def test_a_model_that_its_configuration_does_not_build_is_not_saved(
+    model: nn.Module, change: Callable[[Any], object], says: str, tmp_path: Path
+) -> None:
+    change(model)
+    with pytest.raises(ConfigError, match=f"lam_vit_micro cannot be saved, because .*{says}"):
+        save_pretrained(model, tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
+def test_a_head_that_was_reset_is_saved(model: Any, tmp_path: Path) -> None:
+    model.reset_classifier(9)
+    assert same_output(model, create_model(save_pretrained(model, tmp_path / "m"), pretrained=True))
+
+
+@pytest.mark.parametrize("create", [create_model, timm.create_model])
+def test_a_part_of_a_model_is_not_saved(create: Any, tmp_path: Path) -> None:
+    name = "test_vit" if create is timm.create_model else "lam_vit_micro"
+    with pytest.raises(ConfigError, match="FeatureGetterNet is a part of a model, made by features_only; save the wh"):
+        save_pretrained(create(name, features_only=True), tmp_path / "m")
     assert not (tmp_path / "m").exists()
 
 

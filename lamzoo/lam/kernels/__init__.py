@@ -171,13 +171,15 @@ def choose(
     """Returns the kernel of a backend; for ``"auto"`` that of the pinned backend, or of the first rule that matches.
 
     Raises:
-        ConfigError: an unknown name, or a named backend that doesn't support these inputs.
+        ConfigError: an unknown name, or a named backend that doesn't support these inputs or can't be exported.
     """
     name = _pinned if backend == "auto" else backend
     _check_name(name, pinned=backend == "auto")
     if name != "auto":
         entry = BACKENDS[name]
         reason = entry.unsupported(query, key, value, mask, op=op, bias=bias, dropout_p=dropout_p)
+        if _is_exporting() and not entry.is_exportable:
+            reason = "an exported program would need lamzoo to run it"
         if reason:
             raise ConfigError(f"The {name} backend doesn't support this attention: {reason}; use 'auto' or another.")
         return entry.kernel
