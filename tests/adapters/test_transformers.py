@@ -477,6 +477,23 @@ def test_position_keys_know_the_patch_grid(name: str) -> None:
     assert seen == [(prefix + 8, (2, 4))] * 2
 
 
+@pytest.mark.parametrize("name", ["Dinov2", "Dinov2WithRegisters", "DINOv3ViT"])
+def test_backbones_have_the_position_tables_of_their_models(name: str) -> None:
+    config = getattr(transformers, f"{name}Config")(**SMALL, image_size=16, patch_size=8)
+    backbone, model = (
+        add_lam(getattr(transformers, name + kind)(config).eval(), LamConfig(keys="position", init="paper"))
+        for kind in ("Backbone", "Model")
+    )
+    backbone.load_state_dict(model.state_dict())
+    for images in (torch.randn(1, 3, 16, 16), torch.randn(1, 3, 16, 32)):
+        (maps,) = backbone(images).feature_maps
+        tokens = model(images).last_hidden_state[:, -maps[0, 0].numel() :]
+        torch.testing.assert_close(maps.flatten(2).mT, tokens)
+    for reduce in (lamzoo.merge_tokens, lamzoo.prune_tokens):
+        with pytest.raises(UnsupportedHostError, match="Backbone returns feature maps, in which every token"):
+            reduce(backbone, keep=0.5)
+
+
 _MLA = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
 _REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "Gemma2Model": ("Gemma2Config", LLAMA, r"layers.0.self_attn \(.*\) can't .*caps its scores \(softcap\)"),
