@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -25,6 +26,8 @@ from lamzoo.adapters.wrappers import check_free, check_model, compiled_parts, un
 from lamzoo.errors import ConfigError, UnsupportedHostError, class_name
 from lamzoo.lam import Lam, LamConfig, MaskNetwork, SharedState
 from lamzoo.lam.unmasked import Unmasked
+
+_logger = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -66,7 +69,7 @@ def add_lam(model: Model, config: LamConfig | Mapping[str, Any] | bool | None = 
         )
     check_free(model)
     host = unwrap(model)
-    if type(host).__module__.partition(".")[0] == "peft":
+    if _is_of_peft(host):
         raise UnsupportedHostError(
             f"The model ({class_name(host)}) is wrapped by peft, which stores no masks that are added to it now; add "
             "the masks before peft.get_peft_model, and name them in its modules_to_save."
@@ -93,6 +96,12 @@ def add_lam(model: Model, config: LamConfig | Mapping[str, Any] | bool | None = 
         adapter.wrap(host, lams)
     host.lam_config = config  # type: ignore[assignment]
     exempt_from_weight_decay(host)
+    if any(map(_is_of_peft, host.modules())):
+        _logger.warning(
+            "The model (%s) has layers of peft, whose save_pretrained stores no masks that are added to it now; store "
+            "them with lamzoo.save_lam, or add them before peft.get_peft_model and name them in its modules_to_save.",
+            class_name(host),
+        )
     return model
 
 
@@ -124,6 +133,10 @@ def add_lam_to(model: Model, lengths: Mapping[str, int | None], config: LamConfi
     model.lam_config, model.lam_parts = config, dict(lengths)  # type: ignore[assignment]
     exempt_from_weight_decay(model)
     return model
+
+
+def _is_of_peft(module: nn.Module) -> bool:
+    return type(module).__module__.partition(".")[0] == "peft"
 
 
 class _Stack:

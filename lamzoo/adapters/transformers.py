@@ -1,8 +1,9 @@
 """Learnable masks in the models of Hugging Face transformers that use its ``AttentionInterface``, and a few others.
 
 Modifications to the host: each attention layer gets the mask as a submodule, a forward pre-hook that computes the mask
-from the layer's tokens, and a copy of its configuration that names the attention function of this file. The
-configuration of the model and the attention masks that it makes (padding, causality, windows) stay those of the host.
+from the layer's tokens, and a copy of its configuration that names the attention function of this file. The model gets
+a copy of its configuration with the :class:`LamConfig`, because other models may share the original. The attention
+masks that it makes (padding, causality, windows) stay those of the host.
 
 In the pre-hook the mask becomes a keyword argument of the layer, which hands it to the attention function. With a
 key-value cache, the key factors of earlier tokens are stored in the cache, as further columns of their keys.
@@ -137,7 +138,10 @@ class TransformersAdapter(TakeoverAdapter):
         return tower_layouts(model)
 
     def wrap(self, model: nn.Module, lams: Mapping[AttentionSite, Lam | Unmasked]) -> None:
-        """Puts masks into the attention layers at the sites."""
+        """Puts masks into the attention layers at the sites; a whole model's ``config`` gets their ``LamConfig``."""
+        config = next((lam.config for lam in lams.values() if isinstance(lam, Lam)), None)
+        if config is not None and isinstance(model, PreTrainedModel):
+            _own_config(model).lam_config = config.to_dict()  # for from_pretrained
         for site, lam in lams.items():
             module: Any = model.get_submodule(site.path)
             if type(module) in self.takeovers:
@@ -150,8 +154,6 @@ class TransformersAdapter(TakeoverAdapter):
                 # Not by the setter, which also sets it in the configurations of other parts, which the copy shares.
                 module.config._attn_implementation_internal = _IMPLEMENTATIONS[module.config._attn_implementation]
                 module.lam = lam
-            if isinstance(model, PreTrainedModel) and isinstance(lam, Lam):
-                model.config.lam_config = lam.config.to_dict()  # for from_pretrained
 
     def unwrap(self, model: nn.Module, kind: type[Lam | Unmasked] | None = None) -> None:
         """Removes the masks, and gives the layers their class or their configuration back."""
@@ -166,6 +168,17 @@ class TransformersAdapter(TakeoverAdapter):
             for module in model.modules():  # the model may be a wrapper's
                 if isinstance(module, PreTrainedModel):
                     vars(module.config).pop("lam_config", None)
+
+
+def _own_config(model: PreTrainedModel) -> Any:
+    """Replaces the configuration of a model by a copy, in all modules that share it; returns the copy.
+
+    The copy is shallow: transformers finds the configurations of parts by identity.
+    """
+    shared, own = model.config, copy.copy(model.config)
+    for module in model.modules():
+        vars(module).update((name, own) for name, value in list(vars(module).items()) if value is shared)
+    return own
 
 
 @dataclass(frozen=True)

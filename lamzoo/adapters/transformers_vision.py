@@ -15,15 +15,22 @@ from typing import Any, ClassVar
 import torch
 from timm.layers import to_2tuple
 from torch import Tensor, nn
+from transformers.backbone_utils import BackboneMixin
 from transformers.models.beit.modeling_beit import BeitAttention, BeitModel
 from transformers.models.clip.modeling_clip import CLIPAttention, CLIPVisionModel
 from transformers.models.deit.modeling_deit import DeiTAttention, DeiTForImageClassification, DeiTModel
-from transformers.models.dinov2.modeling_dinov2 import Dinov2Attention, Dinov2Model
+from transformers.models.dinov2.modeling_dinov2 import Dinov2Attention, Dinov2Backbone, Dinov2Model
 from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers import (
     Dinov2WithRegistersAttention,
+    Dinov2WithRegistersBackbone,
     Dinov2WithRegistersModel,
 )
-from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTAttention, DINOv3ViTModel, rotate_half
+from transformers.models.dinov3_vit.modeling_dinov3_vit import (
+    DINOv3ViTAttention,
+    DINOv3ViTBackbone,
+    DINOv3ViTModel,
+    rotate_half,
+)
 from transformers.models.ijepa.modeling_ijepa import IJepaAttention, IJepaModel
 from transformers.models.siglip.modeling_siglip import SiglipAttention, SiglipVisionModel
 from transformers.models.siglip2.modeling_siglip2 import Siglip2Attention, Siglip2VisionModel
@@ -295,14 +302,18 @@ class Tower:
 
 
 _DINOV2 = Tower("encoder.layer", norm="norm1")
+_DINOV3 = Tower("model.layer", norm="norm1")
 _TOWERS: Mapping[type[nn.Module], Tower] = {
     ViTModel: Tower("layers", pooled_by=ViTForImageClassification),
     DeiTModel: Tower("layers", num_prefix_tokens=2, pooled_by=DeiTForImageClassification),
     ViTMSNModel: Tower("layers", pooled_by=ViTMSNForImageClassification),
     IJepaModel: Tower("layers", num_prefix_tokens=0),
     Dinov2Model: _DINOV2,
+    Dinov2Backbone: _DINOV2,
     Dinov2WithRegistersModel: _DINOV2,
-    DINOv3ViTModel: Tower("model.layer", norm="norm1"),
+    Dinov2WithRegistersBackbone: _DINOV2,
+    DINOv3ViTModel: _DINOV3,
+    DINOv3ViTBackbone: _DINOV3,
     BeitModel: Tower("layers"),
     VivitModel: Tower("layers", pooled_by=VivitForVideoClassification),
     VideoMAEModel: Tower("encoder.layer", attn="attention.attention", num_prefix_tokens=0),
@@ -332,6 +343,7 @@ def _layout(model: nn.Module, path: str, host: Any, tower: Tower) -> TokenLayout
     config = host.config
     prefix: int = tower.num_prefix_tokens + getattr(config, "num_register_tokens", 0)
     parent = path.rpartition(".")[0]
+    irreducible = _BIASED if _adds_bias(config) else _MAPS if isinstance(host, BackboneMixin) else None
     pooled = bool(path) and tower.pooled_by is not None and type(model.get_submodule(parent)) is tower.pooled_by
     pooling = Pooling(
         blocks=f"{path}.{tower.blocks}" if path else tower.blocks,
@@ -347,8 +359,8 @@ def _layout(model: nn.Module, path: str, host: Any, tower: Tower) -> TokenLayout
         reads_blocks=partial(_reads_blocks, config),
         arguments=frozenset({"output_hidden_states", "output_attentions", "return_dict", "position_embeddings"}),
         padding=tower.padding,
-        no_merging=_BIASED if _adds_bias(config) else None,
-        no_pruning=_BIASED if _adds_bias(config) else _RETURNS_ALL,
+        no_merging=irreducible,
+        no_pruning=irreducible or _RETURNS_ALL,
     )
     if tower.padding is not None:
         reason = f"{class_name(host)} has a patch grid for each image"
@@ -376,6 +388,7 @@ def _adds_bias(config: Any) -> bool:
 
 
 _RETURNS_ALL = "returns every token; merge them with lamzoo.merge_tokens, which gives each the one it is part of"
+_MAPS = "returns feature maps, in which every token has its place; use the model of which it is the backbone"
 _BIASED = (
     "adds a bias for each pair of positions to the scores, and tokens that are reduced are no longer one for each "
     "position; use a model with position embeddings or rotary ones"

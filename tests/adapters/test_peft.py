@@ -177,6 +177,26 @@ def test_masks_are_added_before_peft(host: Host) -> None:
         lamzoo.add_lam(model)
 
 
+@hosts
+def test_masks_in_the_base_of_a_peft_model_are_added_with_a_warning(
+    host: Host, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def lora() -> Any:
+        torch.manual_seed(0)
+        return peft.get_peft_model(host.build(), peft.LoraConfig(target_modules=[host.query], init_lora_weights=False))
+
+    model = lora().eval()
+    base = lamzoo.add_lam(model.get_base_model(), LamConfig(rank=2, init="paper"))
+    (record,) = caplog.records
+    assert "has layers of peft, whose save_pretrained stores no masks" in record.getMessage()
+    lamzoo.save_lam(base, tmp_path)
+    model.save_pretrained(tmp_path / "lora")
+    again = peft.PeftModel.from_pretrained(host.build(), tmp_path / "lora").eval()
+    lamzoo.load_lam(again.get_base_model(), tmp_path)
+    with torch.no_grad():
+        assert torch.equal(host.run(again), host.run(model))
+
+
 def test_prefix_tuning_of_masked_decoders_is_refused() -> None:
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}

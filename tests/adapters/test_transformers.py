@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,8 +20,8 @@ from transformers.masking_utils import eager_mask  # noqa: E402
 
 import lamzoo  # noqa: E402
 from lamzoo.adapters import add_lam, capture_masks, lam_state_dict, load_lam_state_dict, remove_lam  # noqa: E402
-from lamzoo.errors import ConfigError, MissingExtraError, StateDictError, UnsupportedHostError, WeightsError  # noqa: E402
-from lamzoo.lam import Lam, LamConfig  # noqa: E402
+from lamzoo.errors import ConfigError, UnsupportedHostError  # noqa: E402
+from lamzoo.lam import LamConfig  # noqa: E402
 from lamzoo.lam.fused import pinned_form  # noqa: E402
 from lamzoo.lam.masks import PositionTable  # noqa: E402
 from tests.adapters.transformers_hosts import (  # noqa: E402
@@ -36,6 +34,9 @@ from tests.adapters.transformers_hosts import (  # noqa: E402
     Inputs,
     both,
     clips,
+    inputs_of,
+    masks,
+    run,
     words,
 )
 
@@ -49,27 +50,6 @@ GENERATORS = [name for name, host in HOSTS.items() if host.generates]
 FEW = ["bert", "siglip", "llama"]
 # The rest of these take only time.
 SOME = [name if name in ("llama", "t5") else pytest.param(name, marks=pytest.mark.slow) for name in GENERATORS]
-
-
-def run(model: nn.Module, inputs: Inputs, **kwargs: Any) -> Tensor:
-    """Returns the main output of a model."""
-    outputs = model(**inputs, **kwargs)
-    names = ("logits", "logits_per_image", "last_hidden_state", "pooler_output")
-    return next(outputs[name] for name in names if outputs.get(name) is not None)
-
-
-def masks(model: nn.Module) -> dict[str, Lam]:
-    return {path: module for path, module in model.named_modules() if isinstance(module, Lam)}
-
-
-def inputs_of(host: Host) -> Inputs:
-    """Returns inputs, padded where the host takes padding."""
-    torch.manual_seed(1)
-    inputs = host.inputs()
-    if host.pads:
-        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-        inputs["attention_mask"][0, 4:] = 0
-    return inputs
 
 
 @pytest.fixture(params=HOSTS)
@@ -95,9 +75,16 @@ def test_masks_have_the_heads_of_their_layer() -> None:
     assert [lam.network.heads for lam in masks(model).values()] == [2, 4, 4]
 
 
+def sharing(model: nn.Module) -> list[tuple[int, dict[str, Any]]]:
+    """Returns for each module with a configuration the number of the first that has the same one, and its fields."""
+    configs: list[Any] = [module.config for module in model.modules() if hasattr(module, "config")]
+    identities = [id(config) for config in configs]
+    return [(identities.index(id(config)), config.to_dict()) for config in configs]
+
+
 def test_removing_masks_restores_the_host(host: Host) -> None:
     model, inputs = host.create(), inputs_of(host)
-    configs = [(module, module.config) for module in model.modules() if hasattr(module, "config")]
+    configs = sharing(model)
     keys, hooks = list(model.state_dict()), [len(module._forward_pre_hooks) for module in model.modules()]
     with torch.no_grad():
         expected = run(model, inputs)
@@ -106,7 +93,7 @@ def test_removing_masks_restores_the_host(host: Host) -> None:
         assert not torch.allclose(run(model, inputs), expected, atol=1e-3)
         remove_lam(model)
         assert torch.equal(run(model, inputs), expected)
-    assert all(module.config is config for module, config in configs)
+    assert sharing(model) == configs
     assert list(model.state_dict()) == keys
     assert [len(module._forward_pre_hooks) for module in model.modules()] == hooks
 
@@ -301,66 +288,6 @@ def test_mask_state_dicts_carry_the_masks_to_another_model() -> None:
     assert torch.equal(run(model, inputs), run(other, inputs))
 
 
-@pytest.mark.parametrize("name", ["bert", "clip"])
-def test_saved_models_come_back_with_their_masks(name: str, tmp_path: Path) -> None:
-    host = HOSTS[name]
-    model: Any = add_lam(host.create(), RANDOM)
-    model.save_pretrained(tmp_path)
-    loaded = lamzoo.from_pretrained(tmp_path)
-    assert type(loaded) is type(model)
-    assert loaded.lam_config == RANDOM
-    assert not any(lam.is_fresh for lam in masks(loaded).values())
-    assert torch.equal(run(loaded, inputs_of(host)), run(model, inputs_of(host)))
-    plain = type(model).from_pretrained(tmp_path)
-    assert not masks(plain)
-    lamzoo.remove_reduction(model)
-    assert model.config.lam_config == RANDOM.to_dict()
-    assert torch.equal(run(plain, inputs_of(host)), run(remove_lam(model), inputs_of(host)))
-
-
-def test_arguments_of_transformers_reach_a_loaded_model(tmp_path: Path) -> None:
-    model: Any = add_lam(HOSTS["bert"].create(), RANDOM)
-    model.save_pretrained(tmp_path)
-    loaded = lamzoo.from_pretrained(
-        tmp_path, model_class=transformers.BertForSequenceClassification, num_labels=3, dtype=torch.bfloat16
-    )
-    assert loaded(**words()).logits.shape == (2, 3)
-    assert {each.dtype for each in loaded.parameters()} == {torch.bfloat16}
-    ours, theirs = lam_state_dict(loaded.bert), lam_state_dict(model)
-    assert all(torch.equal(ours[key], theirs[key].bfloat16()) for key in theirs)
-
-
-def test_saved_models_without_all_masks_are_refused(tmp_path: Path) -> None:
-    model: Any = HOSTS["bart"].create()
-    model.save_pretrained(tmp_path)
-    with pytest.raises(WeightsError, match="has no lam_config in its config.json"):
-        lamzoo.from_pretrained(tmp_path)
-    add_lam(model.model.encoder, RANDOM)
-    model.save_pretrained(tmp_path)
-    with pytest.raises(StateDictError, match=r"lack model\.decoder\.layers\.0.* only a part of Bart"):
-        lamzoo.from_pretrained(tmp_path)
-    config: Any = add_lam(HOSTS["bert"].create(), RANDOM).config
-    config.architectures = ["Mine"]
-    config.save_pretrained(tmp_path)
-    with pytest.raises(WeightsError, match=r"The class Mine of .* pass it as model_class"):
-        lamzoo.from_pretrained(tmp_path)
-
-
-def test_lamzoos_own_files_and_those_of_transformers_are_not_mistaken(tmp_path: Path) -> None:
-    model: Any = add_lam(HOSTS["bert"].create(), RANDOM)
-    with pytest.raises(ConfigError, match="call its own save_pretrained"):
-        lamzoo.save_pretrained(model, tmp_path / "lamzoo")
-    model.save_pretrained(tmp_path / "theirs")
-    with pytest.raises(WeightsError, match=r"load it with lamzoo\.from_pretrained"):
-        lamzoo.create_model(tmp_path / "theirs", pretrained=True)
-
-
-def test_from_pretrained_without_transformers_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(MissingExtraError, match=r"lamzoo\[transformers\]"):
-        lamzoo.from_pretrained("anything")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("layers", ["multi", "single"])
 @pytest.mark.parametrize("name", [*FEW, "vit", "t5"])
@@ -421,6 +348,22 @@ def test_masks_of_a_part_leave_the_layers_that_share_its_configuration() -> None
     assert not torch.allclose(run(model, inputs), plain)
     remove_lam(model.model.decoder)
     assert torch.equal(run(model, inputs), plain)
+
+
+@pytest.mark.parametrize("name", [*FEW, "vit", "clip", "t5"])
+def test_the_attention_implementation_is_set_in_all_parts_of_a_masked_model(name: str) -> None:
+    host = HOSTS[name]
+    plain: Any = host.create()
+    model: Any = add_lam(copy.deepcopy(plain), RANDOM)
+    inputs = inputs_of(host)
+    expected = run(model, inputs)
+    for each in (plain, model):
+        each.set_attn_implementation("eager")
+    parts = zip(plain.modules(), remove_lam(copy.deepcopy(model)).modules(), strict=True)
+    for theirs, ours in parts:
+        if hasattr(theirs, "config"):
+            assert ours.config._attn_implementation == theirs.config._attn_implementation == "eager"
+    torch.testing.assert_close(run(model, inputs), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_captured_records_have_masks_and_attention_of_every_layer() -> None:
@@ -532,6 +475,23 @@ def test_position_keys_know_the_patch_grid(name: str) -> None:
         table.register_forward_pre_hook(lambda _, args: seen.append(args[:2]))
     tower(torch.randn(1, 3, 16, 32), **({} if name == "dinov3" else {"interpolate_pos_encoding": True}))
     assert seen == [(prefix + 8, (2, 4))] * 2
+
+
+@pytest.mark.parametrize("name", ["Dinov2", "Dinov2WithRegisters", "DINOv3ViT"])
+def test_backbones_have_the_position_tables_of_their_models(name: str) -> None:
+    config = getattr(transformers, f"{name}Config")(**SMALL, image_size=16, patch_size=8)
+    backbone, model = (
+        add_lam(getattr(transformers, name + kind)(config).eval(), LamConfig(keys="position", init="paper"))
+        for kind in ("Backbone", "Model")
+    )
+    backbone.load_state_dict(model.state_dict())
+    for images in (torch.randn(1, 3, 16, 16), torch.randn(1, 3, 16, 32)):
+        (maps,) = backbone(images).feature_maps
+        tokens = model(images).last_hidden_state[:, -maps[0, 0].numel() :]
+        torch.testing.assert_close(maps.flatten(2).mT, tokens)
+    for reduce in (lamzoo.merge_tokens, lamzoo.prune_tokens):
+        with pytest.raises(UnsupportedHostError, match="Backbone returns feature maps, in which every token"):
+            reduce(backbone, keep=0.5)
 
 
 _MLA = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}

@@ -10,6 +10,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from lamzoo.lam import Lam
+
 Inputs = dict[str, Tensor]
 
 _IDS = [[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]]
@@ -311,3 +313,24 @@ DETR = Host(
     lambda: {"pixel_values": torch.randn(2, 3, 32, 32)},
     layers=3,
 )
+
+
+def run(model: nn.Module, inputs: Inputs, **kwargs: Any) -> Tensor:
+    """Returns the main output of a model."""
+    outputs = model(**inputs, **kwargs)
+    names = ("logits", "logits_per_image", "last_hidden_state", "pooler_output")
+    return next(outputs[name] for name in names if outputs.get(name) is not None)
+
+
+def masks(model: nn.Module) -> dict[str, Lam]:
+    return {path: module for path, module in model.named_modules() if isinstance(module, Lam)}
+
+
+def inputs_of(host: Host) -> Inputs:
+    """Returns inputs, padded where the host takes padding."""
+    torch.manual_seed(1)
+    inputs = host.inputs()
+    if host.pads:
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        inputs["attention_mask"][0, 4:] = 0
+    return inputs
