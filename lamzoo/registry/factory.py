@@ -151,8 +151,9 @@ def create_model(
         "drop_path_rate": drop_path_rate, **timm_kwargs,
     }  # fmt: skip
     given = {key: value for key, value in given.items() if value is not None}
-    if key := next((key for key in _INSTEAD if key in given), None):
-        raise UnknownArgumentError(f"create_model takes no {key}; {_INSTEAD[key]}.")
+    for name_of_timm, instead in _INSTEAD.items():
+        if name_of_timm in given:
+            raise UnknownArgumentError(f"create_model takes no {name_of_timm}; {instead}.")
     lam = lam if lam is None or isinstance(lam, bool) else LamConfig.of(lam)
     ref = model_ref(name)
     if ref.kind == "hf":
