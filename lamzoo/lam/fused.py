@@ -88,15 +88,17 @@ class _Noted(NamedTuple):
         entries: the dictionary.
         name: of the entry.
         value: what was there.
-        memory: that of a tensor, which is not reused while it is held.
-        version: how often the tensor had been changed in place.
+        version: of a tensor, how often it had been changed in place.
+        address: of a tensor's memory.
+        memory: a tensor with this memory, which is not reused while it is held.
     """
 
     entries: dict[str, Any]
     name: str
     value: Any
-    memory: Tensor | None = None
     version: int | None = None
+    address: int = 0
+    memory: Tensor | None = None
 
     @classmethod
     def all_of(cls, module: nn.Module) -> Iterator[_Noted]:
@@ -105,17 +107,8 @@ class _Noted(NamedTuple):
             yield cls(module._modules, name, part)
         for entries in (module._parameters, module._buffers):
             for name, tensor in entries.items():
-                known = (None, None) if tensor is None else (tensor.detach(), tensor._version)
+                known = () if tensor is None else (tensor._version, tensor.data_ptr(), tensor.detach())
                 yield cls(entries, name, tensor, *known)
-
-    def is_current(self) -> bool:
-        """Returns whether the entry is what was noted."""
-        found = self.entries.get(self.name)
-        if found is not self.value:
-            return False
-        return self.memory is None or (
-            found._version == self.version and found.data_ptr() == self.memory.data_ptr()  # .data may be assigned
-        )
 
 
 class FusedAttention(nn.Module):
@@ -358,7 +351,13 @@ class FusedAttention(nn.Module):
 
         Changes of ``parameter.data`` in place can't be noticed.
         """
-        return all(noted.is_current() for noted in self._noted)
+        for entries, name, value, version, address, _ in self._noted:  # in every forward pass
+            found = entries.get(name)
+            if found is not value or (
+                version is not None and (found._version != version or found.data_ptr() != address)
+            ):
+                return False
+        return True
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_noted": [_Noted({}, "copied", self.heads)]}  # a copy has parameters of its own
