@@ -1,7 +1,7 @@
 """Quality and time of token reductions at equal budgets: merging and pruning of this project, and their peers.
 
     python -m benchmarks.reduction                         measures what benchmarks/results/reduction.csv lacks
-    python -m benchmarks.reduction --only ToMe --models vit_micro.cifar10_mul --shares 0.63
+    python -m benchmarks.reduction --only ToMe --models vit_micro.cifar10 --shares 0.63
     python -m benchmarks.reduction --times                 the same for benchmarks/results/reduction_times.csv
     python -m benchmarks.reduction --table                 prints the tables of stored results
     python -m benchmarks.reduction --figure FILE.svg       draws the figure
@@ -105,12 +105,15 @@ class Subject:
     start: str | None = None
 
 
-_TINY, _MICRO = "vit_tiny_patch8_64.tinyimagenet100", "vit_micro.cifar10_mul"
+_TINY, _MICRO = "vit_tiny_patch8_64.tinyimagenet100", "vit_micro.cifar10"
+_EARLIER = "vit_micro.cifar10_mul"  # from which the trained models of reduction_trained.csv started
 SUBJECTS = (
     Subject(f"lam_{_TINY}", _TINY, "tinyimagenet100", "val", (3, 6, 9)),
     Subject(_TINY, _TINY, "tinyimagenet100", "val", (3, 6, 9)),
     Subject(f"lam_{_MICRO}", _MICRO, "cifar10", "test", (0, 1, 2)),
     Subject(_MICRO, _MICRO, "cifar10", "test", (0, 1, 2)),
+    Subject(f"lam_{_EARLIER}", _EARLIER, "cifar10", "test", (0, 1, 2)),
+    Subject(_EARLIER, _EARLIER, "cifar10", "test", (0, 1, 2)),
 )
 #: Timed with random weights, at one budget.
 TIMED_SUBJECTS = tuple(
