@@ -181,8 +181,8 @@ def _check_rebuilt(
                 (Path(scratch) / TOKENIZER_NAME).write_text(tokenizer, encoding="utf-8")
             with torch.device("meta"):
                 rebuilt = create_model(f"local-dir:{scratch}").state_dict()
-        except Exception:  # a plug-in may not build on the meta device, and that is no reason not to save its model
-            _logger.debug("%s isn't compared with what create_model would build", spec.name, exc_info=True)
+        except Exception:  # a plug-in may not build on the meta device, and is saved all the same
+            _logger.info("%s is saved without a trial of create_model, which failed", spec.name, exc_info=True)
             return
     got, built = ({key: tuple(value.shape) for key, value in each.items()} for each in (state, rebuilt))
     differing = [key for key in built | got if got.get(key) != built.get(key)]
