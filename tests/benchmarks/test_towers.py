@@ -152,7 +152,11 @@ def test_the_first_piece_of_work_runs_alone_and_failures_are_named_at_the_end() 
 
 
 def test_the_table_states_intervals(tmp_path: Path) -> None:
-    common = dict.fromkeys((field.name for field in fields(towers.Row)), 1.0) | {"device": "cpu", "torch": "2"}
+    common = dict.fromkeys((field.name for field in fields(towers.Row)), 1.0) | {
+        "device": "cpu",
+        "precision": "no",
+        "torch": "2",
+    }
     rows = [
         towers.Row(**{**common, "row": row, "seed": seed, "damage": damage, "recipe_sha256": "", "commit": ""})
         for row in ("plain", "multi")
@@ -161,10 +165,11 @@ def test_the_table_states_intervals(tmp_path: Path) -> None:
     ]
     page = towers.table(rows, lambda row, seed, damage: np.arange(10) < (5 if row == "plain" else 7))
     plain, multi = page.splitlines()[2:4]
-    assert page.endswith("Measured on: cpu, torch 2.\n")
+    assert page.endswith("Measured on: cpu, precision no, torch 2.\n")
     assert plain.startswith("| plain joint transformer | 1,000,000 | 1.00 |  |  |")
     assert multi.startswith("| a mask in each layer | 1,000,000 | 1.00 | +20.00 (")
     best = [
-        towers.RateRow("multi", lr, 0, score, score, 1, "") for lr, score in ((1e-3, 2.0), (3e-3, 4.0), (3e-4, 3.0))
+        towers.RateRow("multi", lr, 0, score, score, 1, "bf16", "")
+        for lr, score in ((1e-3, 2.0), (3e-3, 4.0), (3e-4, 3.0))
     ]
     assert towers.best_rate(best, "multi") == 3e-3
