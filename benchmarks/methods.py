@@ -6,8 +6,9 @@ import dataclasses
 import itertools
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,23 +56,40 @@ Reduce = Callable[[Any, float, tuple[int, ...], Samples | None], AbstractContext
 Variants = Callable[[Any], Mapping[str | None, Reduce]]
 
 
-def _by_library(reduce_tokens: Callable[..., object], *, masked: bool, **options: Any) -> Variants:
-    """Returns the reduction by a function of the library."""
+@contextmanager
+def _last_layer_whole(model: Any) -> Iterator[None]:
+    """Lets merging compute all of the last layer, as its peers do, and not only what the output needs of it."""
+    model.pool = partial(model.pool)  # pooling that is not the library's may read everything
+    try:
+        yield
+    finally:
+        del model.pool
+
+
+def _by_library(
+    reduce_tokens: Callable[..., object],
+    *,
+    masked: bool,
+    within: Callable[[Any], AbstractContextManager[None]] = nullcontext,
+    **options: Any,
+) -> Variants:
+    """Returns the reduction by a function of the library, in a context of the model."""
 
     @contextmanager
     def reduce(model: Any, budget: float, at: tuple[int, ...], samples: Samples | None) -> Iterator[Setting | None]:
         where = {"at": at} if masked else {}
-        try:
-            reduce_tokens(model, target_gmacs=budget, **where, **options)
-        except ConfigError:  # even a single token costs more
-            setting = None
-        else:
-            found = {"keep": model.token_reduction.keep} | where
-            setting = Setting(_text(found), lamzoo.profile(model).gmacs)
-        try:
-            yield setting
-        finally:
-            lamzoo.remove_reduction(model)
+        with within(model):
+            try:
+                reduce_tokens(model, target_gmacs=budget, **where, **options)
+            except ConfigError:  # even a single token costs more
+                setting = None
+            else:
+                found = {"keep": model.token_reduction.keep} | where
+                setting = Setting(_text(found), lamzoo.profile(model).gmacs)
+            try:
+                yield setting
+            finally:
+                lamzoo.remove_reduction(model)
 
     return lambda model: {None: reduce} if has_masks(model) or not masked else {}
 
@@ -125,8 +143,12 @@ def _has_mask_rows(model: nn.Module) -> bool:
     return any(config.keys == "position" or config.layers == "single" for config in configs)
 
 
-ALL = "all tokens"
-OURS: dict[str, Variants] = {"merged": _by_library(lamzoo.merge_tokens, masked=False)} | {
+ALL, MERGED = "all tokens", "merged"
+ALIKE = "merged, last layer whole"  # without an exact saving that has nothing to do with merging, for comparison
+OURS: dict[str, Variants] = {
+    MERGED: _by_library(lamzoo.merge_tokens, masked=False),
+    ALIKE: _by_library(lamzoo.merge_tokens, masked=False, within=_last_layer_whole),
+} | {
     f"{score}, {rest}": _by_library(lamzoo.prune_tokens, masked=True, score=score, rest=rest)
     for score, rest in (
         ("mask", "drop"),

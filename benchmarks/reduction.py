@@ -45,7 +45,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lamzoo
-from benchmarks.methods import ALL, METHODS, OURS, Samples
+from benchmarks.methods import ALIKE, ALL, METHODS, OURS, Samples
 from benchmarks.reduction_figure import DRAWN, draw
 from benchmarks.reduction_tables import (
     AnyRow,
@@ -485,7 +485,7 @@ def main() -> None:
     parser.add_argument(
         "--like", choices=[subject.model for subject in SUBJECTS], help="data, twin and stages of MODEL"
     )
-    parser.add_argument("--only", nargs="+", metavar="METHOD", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--only", nargs="+", metavar="METHOD", choices=list(METHODS), help="by default all")
     parser.add_argument("--shares", nargs="+", type=float, default=SHARES)
     parser.add_argument("--data", default="npz:../shared/data/", help="prefix of the data sets' folders")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -508,6 +508,7 @@ def main() -> None:
             parser.error(f"{args.results} has no rows to draw; measure some first, without --figure")
         args.figure.write_bytes(encode(draw(stored), "svg"))
         return
+    methods = args.only or [method for method in METHODS if not (args.times and method == ALIKE)]
     models = args.models or [subject.model for subject in (*SUBJECTS, *(TIMED_SUBJECTS if args.times else ()))]
     unknown = sorted(set(models) - set(named))
     if unknown and not args.like:
@@ -523,14 +524,14 @@ def main() -> None:
         for subject in subjects:
             quality = read_rows(args.results, Row)
             for row in measure_times(
-                subject, args.only, quality, times, args.pairs, args.threads, args.images, torch.device(args.device),
+                subject, methods, quality, times, args.pairs, args.threads, args.images, torch.device(args.device),
                 getattr(torch, args.dtype), (EAGER, GRAPH) if args.graphs else (EAGER,),
             ):  # fmt: skip
                 times.append(row)
                 write_rows(args.time_results, times)
     elif not args.table:
         scored = [subject for subject in subjects if subject.data]
-        measure_all(scored, args.only, args.data, args.results, args.kept, torch.device(args.device), again=args.again)
+        measure_all(scored, methods, args.data, args.results, args.kept, torch.device(args.device), again=args.again)
     rows = read_rows(args.results, TrainedRow)
     if any(row.start for row in rows):
         print(trained_table(rows))

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from benchmarks.methods import ALL, PEERS
+from benchmarks.methods import ALIKE, ALL, PEERS
 from benchmarks.rows import markdown, measured_on, with_quartiles
 
 _BLIND = ("random", "stride")  # peers that select tokens without looking at them
+_CERTAIN = 1.96  # standard errors, beyond which 5 % of the differences lie by chance
 
 AnyRow = TypeVar("AnyRow", bound="Row")
 AnyTable = TypeVar("AnyTable", bound="Row | TimeRow")
@@ -224,9 +225,10 @@ def trained_table(rows: Sequence[TrainedRow]) -> str:
 def peer_table(rows: Sequence[Row]) -> str:
     """Returns the difference of merging to the best peer as Markdown: a line per model, a column per budget.
 
-    Cells are the difference of top-1 in points, its standard error, and the peer. A sentence below counts them.
+    The last layer of both is whole. Cells are the difference of top-1 in points, its standard error, and the peer. A
+    sentence below counts them.
     """
-    compared = [row for row in rows if row.method == "merged" and row.peer is not None]
+    compared = [row for row in rows if row.method == ALIKE and row.peer is not None]
 
     def cell(row: Row) -> str:
         return f"{row.ahead:+.2f} ± {row.ahead_se:.2f} ({row.peer.partition(',')[0] if row.peer else ''})"
@@ -237,22 +239,27 @@ def peer_table(rows: Sequence[Row]) -> str:
 
 
 def _summary(compared: Sequence[Row], rows: Sequence[Row]) -> str:
-    """Says how often merging is ahead of the best peer, and names the budgets at which it is behind."""
+    """Says how often merging is ahead of and behind the best peer, where one that looks at the tokens is compared."""
+    looking = {row.contest for row in rows if row.method in PEERS and row.method not in _BLIND}
+    blind = sum(row.contest not in looking for row in compared)
+    compared = [row for row in compared if row.contest in looking]
     if not compared:
         return ""
-    errors = [(row, row.ahead or 0.0, row.ahead_se or 0.0) for row in compared]
-    ahead = sum(difference > error for _, difference, error in errors)
-    behind = [f"`{row.model}` at {row.share:.0%}" for row, difference, error in errors if difference < -error]
+    errors = [(row, (row.ahead or 0.0) / max(row.ahead_se or 0.0, 1e-9)) for row in compared]
+    each = {name: [error for row, error in errors if row.data == name] for name in {row.data for row in compared}}
+    ahead = " and ".join(
+        f"{sum(error > _CERTAIN for error in found)} of {_counted(len(found), 'comparison')} on {name}"
+        for name, found in sorted(each.items())
+    )
+    behind = [f"`{row.model}` at {row.share:.0%}" for row, error in errors if error < -_CERTAIN]
     named = f"{len(behind)}: {', '.join(behind)}" if behind else "none"
     peers = [(row, best_peer(rows, row.contest)) for row in compared]
     closer = sum(peer is not None and (row.kl or 0.0) < (peer.kl or 0.0) for row, peer in peers)
-    looking = {row.contest for row in rows if row.method in PEERS and row.method not in _BLIND}
-    blind = sum(row.contest not in looking for row in compared)
-    beside = f" In {blind} of them no other method that looks at the tokens reaches the budget." if blind else ""
+    beside = f" Where only {' and '.join(_BLIND)} reach the budget ({blind}), nothing is counted." if blind else ""
     return (
-        f"\nOf {len(compared)} comparisons, merging is ahead by more than one standard error in {ahead}, within one in "
-        f"{len(compared) - ahead - len(behind)}, and behind by more in {named}. "
-        f"Its KL divergence is smaller than that of the peer in {closer}.{beside}\n"
+        f"\nMerging is ahead by more than {_CERTAIN} standard errors in {ahead}, and behind by more in {named}; this "
+        "is not corrected for the number of comparisons. Its KL divergence is smaller than that of the peer in "
+        f"{closer} of {len(compared)}.{beside}\n"
     )
 
 

@@ -32,7 +32,7 @@ from benchmarks import (
 )
 from benchmarks.ablation.run import HERE
 from benchmarks.ablation.table import table as ablation
-from benchmarks.methods import ALL, OURS, PEERS
+from benchmarks.methods import ALIKE, ALL, MERGED, OURS, PEERS
 from benchmarks.rows import ROOT, STORED, markdown, measured_on
 from benchmarks.rows import read_rows as read_lines
 from lamzoo.profiling.results import BenchRow, read_rows
@@ -99,7 +99,7 @@ def _reduced(*methods: str) -> str:
 
 def _reduction_times(name: str = "reduction_times.csv") -> str:
     rows = read_lines(STORED / name, reduction_tables.TimeRow)
-    return reduction_tables.time_table([row for row in rows if row.method in (ALL, "merged", *PEERS)])
+    return reduction_tables.time_table([row for row in rows if row.method in (ALL, MERGED, *PEERS)])
 
 
 def _merged(metric: str) -> list[video_merging.Row]:
@@ -137,13 +137,13 @@ TABLES: dict[str, Callable[[], str]] = {
     "kernels-gpu": lambda: kernels.table(read_lines(STORED / "kernels.gpu.csv", kernels.Row)),
     "tiles": lambda: tiles.table(read_lines(STORED / "tiles.csv", tiles.Row)),
     "exported": lambda: exported.table(read_lines(STORED / "exported.csv", exported.Row)),
-    "reduction-merged": lambda: _reduced("merged"),
+    "reduction-merged": lambda: _reduced(MERGED),
     "reduction-features": lambda: features.table(read_lines(STORED / "features.csv", features.Row)),
     "reduction-times": _reduction_times,
     "reduction-times-gpu": lambda: _reduction_times("reduction_times.gpu.csv"),
     "reduction-ahead": lambda: reduction_tables.peer_table(read_lines(STORED / "reduction.csv", reduction_tables.Row)),
-    "reduction-peers": lambda: _reduced("merged", *PEERS),
-    "reduction-pruned": lambda: _reduced(*(method for method in OURS if method != "merged")),
+    "reduction-peers": lambda: _reduced(MERGED, ALIKE, *PEERS),
+    "reduction-pruned": lambda: _reduced(*(method for method in OURS if method not in (MERGED, ALIKE))),
     "reduction-trained": lambda: reduction_tables.trained_table(
         read_lines(STORED / "reduction_trained.csv", reduction_tables.TrainedRow)
     ),

@@ -314,6 +314,29 @@ def best_rate(rows: Sequence[RateRow], row: str) -> float:
     return max((each for each in rows if each.row == row), key=lambda each: each.pool_t2v + each.pool_v2t).lr
 
 
+def difference(
+    rows: Sequence[Row], hits: Callable[[str, int, str], NDArray[Any]], name: str, other: str, damage: str = "none"
+) -> str:
+    """Returns the difference of two rows in R@1 of :data:`POOL`, in points, with its 95 % interval.
+
+    Args:
+        rows: stored rows, of which the seeds are taken that both have.
+        hits: as of :func:`table`.
+        name: the row.
+        other: the row that it is compared with.
+        damage: one of :data:`DAMAGES`.
+
+    Returns:
+        For example ``"+0.50 (-0.10 to +1.10)"``; nothing if they are one row, or have no seed in common.
+    """
+    seeds = sorted({row.seed for row in rows if row.row == name} & {row.seed for row in rows if row.row == other})
+    if name == other or not seeds:
+        return ""
+    mine, others = ([hits(each, seed, damage) for seed in seeds] for each in (name, other))
+    mean, low, high = interval(mine, others)
+    return f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"
+
+
 def table(rows: Sequence[Row], hits: Callable[[str, int, str], NDArray[Any]]) -> str:
     """Returns the rows as Markdown: means over the seeds, and differences to plain and to the bias with intervals.
 
@@ -331,20 +354,12 @@ def table(rows: Sequence[Row], hits: Callable[[str, int, str], NDArray[Any]]) ->
         chosen = [row for row in rows if (row.row, row.damage) == (name, damage)]
         return f"{np.mean([getattr(row, column) for row in chosen for column in columns]):.2f}"
 
-    def against(name: str, other: str, damage: str) -> str:
-        seeds = sorted({row.seed for row in rows if row.row == name} & {row.seed for row in rows if row.row == other})
-        if name == other or not seeds:
-            return ""
-        mine, others = ([hits(each, seed, damage) for seed in seeds] for each in (name, other))
-        difference, low, high = interval(mine, others)
-        return f"{difference:+.2f} ({low:+.2f} to {high:+.2f})"
-
     for name in names:
         own = [row for row in rows if row.row == name]
         cells = [about[name], f"{1e6 * own[0].params_m:,.0f}", mean(name, "none", "pool_t2v", "pool_v2t")]
-        cells += [against(name, "plain", "none"), against(name, "pairs", "none")]
+        cells += [difference(rows, hits, name, other) for other in ("plain", "pairs")]
         for damage in DAMAGES[1:]:
-            cells += [mean(name, damage, "pool_t2v", "pool_v2t"), against(name, "plain", damage)]
+            cells += [mean(name, damage, "pool_t2v", "pool_v2t"), difference(rows, hits, name, "plain", damage)]
         cells += [mean(name, "none", *columns) for columns in (("t2v_R1", "v2t_R1"), ("t2v_R10", "v2t_R10"))]
         cells += [mean(name, "none", "matching"), mean(name, "none", "first_t2v_R1", "first_v2t_R1")]
         cells.append(str(len({row.seed for row in own})))

@@ -15,7 +15,7 @@ import lamzoo
 from benchmarks import features
 from benchmarks import reduction as bench
 from benchmarks import reduction_tables as tables
-from benchmarks.methods import ALL, METHODS, OURS, PEERS, Samples
+from benchmarks.methods import ALIKE, ALL, MERGED, METHODS, OURS, PEERS, Samples
 from benchmarks.reduction import Images, Subject
 from benchmarks.reduction_figure import draw
 from benchmarks.reduction_tables import Row, TimeRow, TrainedRow
@@ -90,7 +90,7 @@ def test_methods_that_depend_on_images_are_left_out_without_any() -> None:
 def test_methods_are_offered_where_they_work() -> None:
     plain, pooled = model(masked=False), model(class_token=False, global_pool="avg")
     assert all(METHODS[name](pooled) for name in OURS)
-    assert [name for name in OURS if METHODS[name](plain)] == ["merged"]
+    assert [name for name in OURS if METHODS[name](plain)] == [MERGED, ALIKE]
     assert [name for name in PEERS if not METHODS[name](pooled)] == ["EViT"]
 
 
@@ -257,22 +257,45 @@ def test_the_training_is_read_from_the_run(
 
 
 def test_merging_has_its_difference_to_the_best_peer_in_a_table() -> None:
-    ahead = replace(ROW, peer="ToMe, after, plain pooling", ahead=-0.254, ahead_se=0.2)
+    ahead = replace(ROW, method=ALIKE, peer="ToMe, after, plain pooling", ahead=-0.254, ahead_se=0.2)
     rows = [ahead, replace(ahead, share=0.5, ahead=1.0, peer="stride"), replace(ahead, method="mask, drop"), ROW]
     assert tables.peer_table(rows).splitlines()[2] == "| `lam` | -0.25 ± 0.20 (ToMe) | +1.00 ± 0.20 (stride) |"
     assert tables.peer_table(rows).endswith("\nMeasured on: tiny, val split, 5,000 images.\n")
 
 
 def test_a_sentence_counts_the_comparisons_and_names_those_in_which_merging_is_behind() -> None:
-    ahead = replace(ROW, peer="ToMe", ahead=0.3, ahead_se=0.2)
-    rows = [ahead, replace(ahead, share=0.5, ahead=-0.1), replace(ahead, share=0.6, ahead=-0.3)]
-    peers = [replace(ROW, method="ToMe", kl=0.02), replace(ROW, method="ToMe", share=0.5, kl=0.01)]
-    assert tables.peer_table([*rows, *peers]).splitlines()[4] == (
-        "Of 3 comparisons, merging is ahead by more than one standard error in 1, within one in 1, and behind by more "
-        "in 1: `lam` at 60%. Its KL divergence is smaller than that of the peer in 1. In 1 of them no other method "
-        "that looks at the tokens reaches the budget."
+    ahead = replace(ROW, method=ALIKE, peer="ToMe", ahead=0.5, ahead_se=0.2)
+    rows = [ahead, replace(ahead, share=0.5, ahead=-0.3), replace(ahead, share=0.6, ahead=-0.5)]
+    rows += [
+        replace(ahead, share=0.4, ahead=9.0, peer="stride"),
+        replace(ahead, model="other", data="large", ahead=0.3),
+    ]
+    peers = [replace(row, method="stride" if row.share == 0.4 else "ToMe", kl=0.02) for row in rows]
+    assert tables.peer_table([*rows, *peers]).splitlines()[-3] == (
+        "Merging is ahead by more than 1.96 standard errors in 0 of 1 comparison on large and 1 of 3 comparisons on "
+        "tiny, and behind by more in 1: `lam` at 60%; this is not corrected for the number of comparisons. Its KL "
+        "divergence is smaller than that of the peer in 4 of 4. Where only random and stride reach the budget (1), "
+        "nothing is counted."
     )
-    assert "and behind by more in none. Its" in tables.peer_table(rows[:2])
+    assert "and behind by more in none; this" in tables.peer_table([rows[0], *peers])
+
+
+def test_the_last_layer_is_whole_where_merging_is_compared_with_peers() -> None:
+    vit = lamzoo.create_model("vit_micro").eval()
+    image, budget = torch.randn(2, 3, 32, 32), 0.7 * lamzoo.profile(vit).gmacs
+    keeps, costs = [], []
+    for method in (MERGED, ALIKE):
+        with METHODS[method](vit)[None](vit, budget, (), None) as setting:
+            assert setting is not None
+            keeps.append(vit.token_reduction.keep)
+            costs.append(setting.gmacs)
+            shorter = vit(image)
+        lamzoo.merge_tokens(vit, keep=keeps[-1])
+        torch.testing.assert_close(vit(image), shorter)  # the same output
+        assert lamzoo.profile(vit).gmacs <= costs[-1]
+        lamzoo.remove_reduction(vit)
+    assert keeps[0] > keeps[1]
+    assert "pool" not in vars(vit)
 
 
 def test_times_survive_their_file_and_fill_their_table(tmp_path: Path) -> None:

@@ -125,8 +125,8 @@ def test_a_run_is_scored_whole_and_damaged_from_stored_states(tmp_path: Path) ->
         assert set(scores) <= {field.name for field in fields(towers.Row)}
     rest = {field.name for field in fields(towers.Row)} - set(whole)
     assert rest == {
-        "row", "seed", "damage", "lr", "params_m", "lam_params_m", "epochs", "train_seconds", "device", "precision", "torch",
-        "recipe_sha256", "commit",
+        "row", "seed", "damage", "lr", "params_m", "lam_params_m", "epochs", "train_seconds", "device", "precision",
+        "torch", "recipe_sha256", "commit",
     }  # fmt: skip
     assert not np.array_equal(found["none"][1][0], found["words"][1][0])
     again = towers.score(model, recipe)  # from the files
