@@ -43,10 +43,6 @@ STEPS = STORED / "training_steps.csv"
 _ROUNDS = 6  # at least
 _STEP = "zoo default"  # the variant whose training steps are timed
 
-#: The largest ratios to the plain backbone: of one image by model, of a large batch, and of a training step.
-BARS = {"lam_vit_tiny_patch8_64": 1.10, "lam_vit_tiny": 1.08, "lam_vit_small": 1.08, "lam_vit_base": 1.05}
-LARGE, LARGE_BAR, STEP_BAR = 16, 1.05, 1.06
-
 
 @dataclass(frozen=True)
 class Row:
@@ -158,32 +154,25 @@ def _spread(ratios: Sequence[float]) -> list[float]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Returns the rows as Markdown: ratios to the plain backbone with quartiles, the form that is taken, its bar."""
+    """Returns the rows as Markdown: ratios to the plain backbone with quartiles, and the form that is taken."""
     lines = []
     for row in rows:
-        bar = LARGE_BAR if row.batch >= LARGE else BARS.get(row.model) if row.batch == 1 else None
         forms = (
             with_quartiles(row.unfused, row.unfused_q1, row.unfused_q3),
             with_quartiles(row.fused, row.fused_q1, row.fused_q3),
         )
-        verdict = _verdict(min(row.unfused, row.fused), bar)
-        lines.append((f"`{row.model}`", row.rank, row.batch, *forms, row.form, verdict, f"{row.ms:.1f}"))
-    heads = ("model", "rank", "batch", "unfused", "fused", "form taken", "bar", "ms")
+        lines.append((f"`{row.model}`", row.rank, row.batch, *forms, row.form, f"{row.ms:.1f}"))
+    heads = ("model", "rank", "batch", "unfused", "fused", "form taken", "ms")
     return markdown(heads, lines) + measured_on(_conditions(rows))
 
 
 def step_table(rows: Sequence[speed.Row]) -> str:
-    """Returns rows of training steps as Markdown: ratios to the plain backbone with quartiles, and their bar."""
+    """Returns rows of training steps as Markdown: ratios to the plain backbone with quartiles."""
     lines = []
     for row in rows:
         ratio = with_quartiles(row.ratio, row.ratio_q1, row.ratio_q3)
-        lines.append((f"`{row.model}`", row.batch, ratio, _verdict(row.ratio, STEP_BAR), f"{row.ms:.1f}"))
-    return markdown(("model", "batch", "training step", "bar", "ms"), lines) + measured_on(_conditions(rows))
-
-
-def _verdict(ratio: float, bar: float | None) -> str:
-    """Returns a bar, and whether a ratio is within it."""
-    return "" if bar is None else f"{bar:.2f}, {'met' if ratio <= bar else 'missed'}"
+        lines.append((f"`{row.model}`", row.batch, ratio, f"{row.ms:.1f}"))
+    return markdown(("model", "batch", "training step", "ms"), lines) + measured_on(_conditions(rows))
 
 
 def _conditions(rows: Sequence[Row] | Sequence[speed.Row]) -> set[str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.ablation.run import HERE, RESULTS, Ablation, read_ablation, read_results
@@ -29,8 +29,43 @@ def table(ablation: Path = HERE / "ablation.toml", results: Path | None = None) 
     Raises:
         ValueError: there are no results, or two for the same row and seed, from different recipes.
     """
-    tables = read_ablation(ablation)
+    tables, lines = _stored(ablation, results)
     metrics = {metric.column: metric for metric in find_task(_task(tables)).metrics}
+    first, *others = _columns(tables, lines)
+    heads = ["parameters", "GMACs", "mask GMACs", metrics[first].short, "vs. plain"]
+    heads += [*(metrics[column].short for column in others), "seeds"]
+    page = [f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    for row, entry in tables.rows.items():
+        if row not in lines:
+            continue
+        of_row = lines[row]
+        cost = next(iter(of_row.values()))
+        cells = [
+            entry.about,
+            f"{1e6 * float(cost['params_m']):,.0f}",
+            f"{float(cost['gmacs']):.4f}",
+            f"{float(cost['lam_gmacs']):.4f}",
+            _spread(metrics[first], [float(line[first]) for line in of_row.values()]),
+            _spread(metrics[first], _against(tables, lines, row, first), sign="+"),
+            *(_spread(metrics[column], [float(line[column]) for line in of_row.values()]) for column in others),
+            str(len(of_row)),
+        ]
+        page.append(f"| {' | '.join(cells)} |")
+    return "\n".join(page) + "\n"
+
+
+def differences(ablation: Path, results: Path | None = None) -> dict[str, list[float]]:
+    """Returns the differences of :func:`table`, seed by seed, of the rows that have some; as there."""
+    tables, lines = _stored(ablation, results)
+    first, *_ = _columns(tables, lines)
+    found = {row: _against(tables, lines, row, first) for row in tables.rows}
+    return {row: each for row, each in found.items() if each}
+
+
+Lines = Mapping[str, Mapping[int, Mapping[str, str]]]  # of the results, by row and seed
+
+
+def _stored(ablation: Path, results: Path | None) -> tuple[Ablation, Lines]:
     results = results or RESULTS / f"{ablation.stem}.csv"
     lines: dict[str, dict[int, dict[str, str]]] = {}
     for line in read_results(results):
@@ -40,34 +75,25 @@ def table(ablation: Path = HERE / "ablation.toml", results: Path | None = None) 
         of_row[seed] = line
     if not lines:
         raise ValueError(f"{results} has no results; run python -m benchmarks.ablation.run.")
+    return read_ablation(ablation), lines
+
+
+def _columns(tables: Ablation, lines: Lines) -> list[str]:
+    """Returns the columns of the metrics, that of the differences first."""
     every = [each for of_row in lines.values() for each in of_row.values()]
-    there = [column for column in line if column in metrics and all(each[column] for each in every)]
+    metrics = {metric.column for metric in find_task(_task(tables)).metrics}
+    there = [column for column in every[0] if column in metrics and all(each[column] for each in every)]
     columns = [column for column in tables.columns or there if column in there]
     first = tables.score or columns[0]
-    others = [column for column in columns if column != first]
-    heads = ["parameters", "GMACs", "mask GMACs", metrics[first].short, "vs. plain"]
-    heads += [*(metrics[column].short for column in others), "seeds"]
-    page = [f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
-    for row, entry in tables.rows.items():
-        if row not in lines:
-            continue
-        of_row, its_reference = lines[row], entry.reference or tables.reference
-        reference = lines.get(its_reference, {})
-        cost = next(iter(of_row.values()))
-        common = of_row.keys() & reference.keys()
-        against = [float(of_row[seed][first]) - float(reference[seed][first]) for seed in sorted(common)]
-        cells = [
-            entry.about,
-            f"{1e6 * float(cost['params_m']):,.0f}",
-            f"{float(cost['gmacs']):.4f}",
-            f"{float(cost['lam_gmacs']):.4f}",
-            _spread(metrics[first], [float(line[first]) for line in of_row.values()]),
-            "" if row == its_reference else _spread(metrics[first], against, sign="+"),
-            *(_spread(metrics[column], [float(line[column]) for line in of_row.values()]) for column in others),
-            str(len(of_row)),
-        ]
-        page.append(f"| {' | '.join(cells)} |")
-    return "\n".join(page) + "\n"
+    return [first, *(column for column in columns if column != first)]
+
+
+def _against(tables: Ablation, lines: Lines, row: str, column: str) -> list[float]:
+    """Returns the differences of a row to its reference in a column, seed by seed; none of the reference itself."""
+    name = tables.rows[row].reference or tables.reference
+    mine, reference = lines.get(row, {}), lines.get(name, {}) if row != name else {}
+    seeds = sorted(mine.keys() & reference.keys())
+    return [float(mine[seed][column]) - float(reference[seed][column]) for seed in seeds]
 
 
 def _task(ablation: Ablation) -> str:
