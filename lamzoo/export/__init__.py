@@ -24,7 +24,7 @@ from lamzoo.lazy import submodules_of
 from lamzoo.models.transformers_images import as_image_model
 from lamzoo.profiling.inputs import default_input, evaluating
 from lamzoo.reading import read_bytes, to_json
-from lamzoo.reduction.config import TokenReduction
+from lamzoo.reduction.stacks import reduction_of
 from lamzoo.version import __version__
 
 __all__ = ["ExportedFile", "ExportedModel", "Format", "export_model", "load_exported"]
@@ -206,8 +206,8 @@ def _facts(model: nn.Module) -> str:
         "label_names",
         "num_classes",
     )
-    masks, pruning = getattr(model, "lam_config", None), getattr(model, "prune_config", None)
-    merging: TokenReduction | None = getattr(model, "token_reduction", None) if pruning is None else None
+    masks, reduction = getattr(model, "lam_config", None), reduction_of(model)
+    pruned = reduction is not None and reduction.method == "prune"
     facts = {key: cfg[key] for key in kept if cfg.get(key) is not None}
     facts["input_size"] = tuple(default_input(model).shape[1:])  # type: ignore[union-attr]
     facts |= {key: of_channels(facts[key], facts["input_size"][0]) for key in ("mean", "std") if key in facts}
@@ -220,8 +220,8 @@ def _facts(model: nn.Module) -> str:
             "torch": torch.__version__,
             "pretrained_cfg": facts,
             "lam_config": masks and masks.to_dict(),
-            "prune_config": pruning and pruning.to_dict(),
-            "token_reduction": merging and merging.to_dict(),
+            "prune_config": reduction.to_dict() if reduction is not None and pruned else None,
+            "token_reduction": reduction.to_dict() if reduction is not None and not pruned else None,
             "fused": is_fused(model) and pinned() == "auto",  # under a pinned backend, no layer takes its fused form
         }
     )

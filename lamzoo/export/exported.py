@@ -100,9 +100,7 @@ def load_exported(path: str | Path, format: Format | None = None, *, trust: bool
     except (OSError, ValueError) as error:
         raise ExportError(f"{path} cannot be read ({reason(error)}); check the path and its permissions.") from error
     if format == "torch":
-        if trust:
-            trust_program(content, path)
-        check_trusted(content, path)
+        (trust_program if trust else check_trusted)(content, path)
     return open_program(content, format, path)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lamzoo.lam import kernels
+from lamzoo.lam.config import LamConfig
 from lamzoo.lam.layer import Lam
 from lamzoo.lam.masks import FactoredMask, MaskNetwork
 from lamzoo.lam.passes import StackPass
@@ -54,15 +55,19 @@ def is_bare(layer: nn.Module) -> bool:
     return type(layer) is nn.Linear and not any(hooks) and "forward" not in vars(layer)
 
 
-def unsupported(lam: Lam, projection: Projection | None) -> str | None:
-    """Returns why the attention of a layer has no fused form, as a clause, or None if it has one."""
-    config = lam.config
+def unsupported_config(config: LamConfig) -> str | None:
+    """Returns why attention under such masks has no fused form, as a clause, or None if it may have one."""
     if config.op != "add":
         return f"its mask has op={config.op!r}, which no linear layer can compute"
     if config.hidden:
         return f"its mask has hidden={config.hidden}, layers that come before its last one"
-    if config.modalities:
-        return f"its mask has modalities={config.modalities}"
+    return f"its mask has modalities={config.modalities}" if config.modalities else None
+
+
+def unsupported(lam: Lam, projection: Projection | None) -> str | None:
+    """Returns why the attention of a layer has no fused form, as a clause, or None if it has one."""
+    if reason := unsupported_config(lam.config):
+        return reason
     if projection is None:
         return "it adds a position bias to the scores, or has no single linear layer for queries, keys and values"
     if lam.network is not None and not all(map(is_bare, _linears(lam.network))):

@@ -92,7 +92,7 @@ class TokenMap:
             return self
         places = torch.arange(self.kept.shape[1], device=self.kept.device).expand_as(self.kept)
         into = places.new_zeros(self.kept.shape[0], self.length).scatter(1, self.kept, places)
-        weights = torch.zeros(into.shape, device=into.device).scatter(1, self.kept, 1.0)
+        weights = torch.zeros(into.shape, dtype=torch.float32, device=into.device).scatter(1, self.kept, 1.0)
         return TokenMap(self.length, self.kept, into, weights)
 
 
@@ -111,4 +111,4 @@ def _rows(index: Tensor, length: int) -> Tensor:
 
 
 def _or_ones(weights: Tensor | None, like: Tensor) -> Tensor:
-    return torch.ones(like.shape, device=like.device) if weights is None else weights
+    return torch.ones(like.shape, dtype=torch.float32, device=like.device) if weights is None else weights

@@ -136,18 +136,20 @@ def _vision_transformer(model: Any) -> tuple[int, list[Stack]]:
         raise _unknown(next(block for block in model.blocks if type(block) is not Block))
     if model.attn_pool is not None:
         raise _unknown(model.attn_pool)
-    block = model.blocks[0]
+    masked = [block for block in model.blocks if has_masks(block)] or list(model.blocks)
+    block = masked[0]
     stack = Stack(
         tokens=model.num_prefix_tokens + prod(model.patch_embed.grid_size),
         width=model.embed_dim,
-        depth=len(model.blocks),
+        depth=len(masked),
         heads=block.attn.num_heads,
         hidden=block.mlp.fc1.out_features,
     )
+    rest = replace(stack, depth=len(model.blocks) - len(masked), masked=False)
     fused = block.attn._modules.get("fused")
     if fused is not None and takes_fused_form(fused, fused.weight.new_empty(1, stack.tokens, stack.width)):
         stack = replace(stack, fused_macs=fused.mask_macs(stack.tokens, stack.tokens))
-    return _embedding_macs(model.patch_embed) + model.embed_dim * model.num_classes, [stack]
+    return _embedding_macs(model.patch_embed) + model.embed_dim * model.num_classes, [stack, rest]
 
 
 def _embedding_macs(embed: Any) -> int:

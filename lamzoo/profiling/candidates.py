@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from lamzoo.errors import UnknownModelError
 from lamzoo.lam.config import LamConfig
+from lamzoo.lam.fused import unsupported_config
 from lamzoo.registry.cards import ModelSpec
 from lamzoo.registry.catalog import (
     find_spec,
@@ -109,7 +110,7 @@ def candidate_of(name: str, *, weights: bool) -> Candidate:
 
 
 def _is_fusible(lam: LamConfig | None) -> bool:
-    return lam is not None and lam.op == "add" and not lam.hidden
+    return lam is not None and unsupported_config(lam) is None
 
 
 def _plain_twin(card: ModelSpec, tag: str | None) -> str | None:

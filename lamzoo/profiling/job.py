@@ -92,6 +92,8 @@ class BenchJob:
 
     def fits(self, row: BenchRow) -> bool:
         """Returns whether a row has this job's model, data and settings, so that the result would replace it."""
+        if row.model != self.model:  # most rows of a large table
+            return False
         mine = self.row()
         same_size = mine.img_size == row.img_size or None in (mine.img_size, row.img_size)
         return same_size and dataclasses.replace(mine, img_size=row.img_size).key == row.key

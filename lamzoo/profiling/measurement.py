@@ -14,14 +14,14 @@ from torch import nn
 
 from lamzoo.adapters import remove_lam
 from lamzoo.adapters.state import has_masks
-from lamzoo.adapters.wrappers import check_model, first_parameter, unwrap
+from lamzoo.adapters.wrappers import check_model, first_parameter
 from lamzoo.errors import ConfigError, UnsupportedHostError, class_name
 from lamzoo.profiling.analytic import analytic_macs
 from lamzoo.profiling.inputs import as_arguments, default_input, evaluating, first_tensor
 from lamzoo.profiling.latency import Latency, LatencyComparison, compare_latency, time_latency
 from lamzoo.profiling.macs import Profile, profile
 from lamzoo.profiling.memory import free_bytes, peak_growth
-from lamzoo.reduction.stacks import remove_reduction
+from lamzoo.reduction.stacks import reduction_of, remove_reduction
 
 _logger = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ def checked_profile(model: nn.Module, plain: nn.Module | None) -> Profile:
     Raises:
         ConfigError: the masks appear to cost nothing, or the MACs differ from the family's formula by more than 1 %.
     """
-    if _is_reduced(model):
+    if reduction_of(model) is not None:
         checked_profile(remove_reduction(copy.deepcopy(model)), plain if has_masks(model) else None)
         return profile(model)
     cost = profile(model)
@@ -216,12 +216,8 @@ def _pass(model: nn.Module, inputs: tuple[Any, ...]) -> float:
     return time.perf_counter() - start
 
 
-def _is_reduced(model: nn.Module) -> bool:
-    return getattr(unwrap(model), "token_reduction", None) is not None
-
-
 def _plain(model: nn.Module) -> nn.Module | None:
     """Returns a copy without masks and token reduction; None for a model that has neither."""
     if has_masks(model):
         return remove_lam(copy.deepcopy(model))
-    return remove_reduction(copy.deepcopy(model)) if _is_reduced(model) else None
+    return remove_reduction(copy.deepcopy(model)) if reduction_of(model) is not None else None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pkgutil import resolve_name
 from typing import TypeVar
@@ -165,12 +166,8 @@ def merge_tokens(
 
 def merge_to_share(model: Model, share: float) -> Model:
     """Merges tokens to a share of the GMACs that the model has with all tokens; as :func:`merge_tokens`."""
-    before: TokenReduction | None = getattr(unwrap(model), "token_reduction", None)
-    try:
+    with _put_back(model):
         whole = _profiled_gmacs(remove_reduction(model))
-    finally:
-        if before is not None:
-            reduce_tokens(model, before)
     try:
         config = _largest(model, TokenReduction(1.0), share * whole, _profiled_gmacs)
     except ConfigError as error:
@@ -229,13 +226,12 @@ def _largest(
         raise ConfigError(f"target_gmacs={target!r}: the limit must be a number of GMACs above 0.")
     for_share = for_share.format(target) if target <= 1 else ""
     config = TokenReduction(**vars(config))
-    before = getattr(unwrap(model), "token_reduction", None)
 
     def gmacs(thousandths: int) -> float:
         reduce_tokens(model, replace(config, keep=thousandths / 1000))
         return count_gmacs(model)
 
-    try:
+    with _put_back(model):
         if gmacs(1000) <= target:
             whole = count_gmacs(remove_reduction(model))
             if whole < target:
@@ -254,6 +250,14 @@ def _largest(
                 f"{gmacs(1):.4g} GMACs; take a higher target{earlier}{for_share}."
             )
         return replace(config, keep=largest / 1000)
+
+
+@contextmanager
+def _put_back(model: nn.Module) -> Iterator[None]:
+    """Puts the reduction that a model has back at the end, in place of any other."""
+    before: TokenReduction | None = getattr(unwrap(model), "token_reduction", None)
+    try:
+        yield
     finally:
         remove_reduction(model)
         if before is not None:

@@ -40,7 +40,7 @@ def select(scores: Tensor, keep: float, rest: Rest, num_prefix_tokens: int, toke
     if rest == "nearest":
         assert tokens is not None
         into = _nearest(tokens.detach(), kept, num_prefix_tokens)
-        return TokenMap.averaging(kept, into, torch.ones(into.shape, device=into.device))
+        return TokenMap.averaging(kept, into, torch.ones(into.shape, dtype=torch.float32, device=into.device))
     places = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
     into = torch.full((kept.shape[0], length), kept.shape[1], device=kept.device).scatter(1, kept, places)
     weights = F.pad(scores.float(), (num_prefix_tokens, 0)).scatter(1, kept, -torch.inf).softmax(dim=1)

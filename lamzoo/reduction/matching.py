@@ -56,8 +56,8 @@ def _find_least_pairs(
         leaves = least.topk(count, dim=-1, largest=False, sorted=False).indices
         target = partner.gather(1, leaves) * 2 + (num_prefix_tokens + 1)
         kept, into = without(leaves * 2 + num_prefix_tokens, target, tokens.shape[1])
-        ones = torch.ones(tokens.shape[:2], device=tokens.device) if sizes is None else sizes
-        few = torch.zeros(kept.shape, device=tokens.device).scatter_add(1, into, ones)
+        ones = torch.ones(tokens.shape[:2], dtype=torch.float32, device=tokens.device) if sizes is None else sizes
+        few = torch.zeros(kept.shape, dtype=torch.float32, device=tokens.device).scatter_add(1, into, ones)
         return kept, into, few
 
 
@@ -117,7 +117,8 @@ def match_padded(
             end, gone = here.stop, gone + part.gone
         kept_places = torch.cat([*kept, places[:, end:]], dim=1)
         into_places = torch.cat([*into, places[:, end:] - gone], dim=1)
-        few = torch.zeros(kept_places.shape, device=tokens.device).scatter_add(1, into_places, sizes)
+        few = torch.zeros(kept_places.shape, dtype=torch.float32, device=tokens.device)
+        few = few.scatter_add(1, into_places, sizes)
         return TokenMap.averaging(kept_places, into_places, sizes), few
 
 

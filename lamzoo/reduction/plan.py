@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from functools import lru_cache
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lamzoo.lam.resize import Grid
@@ -52,10 +54,16 @@ def _patches_left(patches: int, last: float, layers: int) -> list[float]:
     return left + [left[-1] * (1 - share) ** layer for layer in range(1, layers - even + 1)]
 
 
-@lru_cache(maxsize=16)
 def merges_by_length(longest: int, keep: float, layers: int) -> Tensor:
     """Returns :func:`merges_per_layer` for any number of patches up to the longest, int64 ``(longest + 1, layers)``."""
-    return torch.tensor([merges_per_layer(patches, keep, layers) for patches in range(longest + 1)], dtype=torch.int64)
+    return torch.from_numpy(_merges_by_length(longest, keep, layers).copy())
+
+
+@lru_cache(maxsize=16)
+def _merges_by_length(longest: int, keep: float, layers: int) -> NDArray[np.int64]:
+    # No tensor: one that is made while a model is traced, or on the meta device, would stay so.
+    rows = [merges_per_layer(patches, keep, layers) for patches in range(longest + 1)]
+    return np.array(rows, dtype=np.int64).reshape(longest + 1, layers)
 
 
 def checkerboard(patches: int, num_prefix_tokens: int, grids: tuple[Grid | None, ...], like: Tensor) -> Tensor | None:

@@ -28,6 +28,7 @@ from lamzoo.adapters.wrappers import check_model, is_sharded, unwrap
 from lamzoo.errors import UnsupportedHostError, class_name
 from lamzoo.lam import Lam, SharedState
 from lamzoo.lam.unmasked import Unmasked
+from lamzoo.reduction.config import TokenReduction
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -198,6 +199,12 @@ def check_not_traced(tokens: object) -> None:
             "Symbolic tracing (torch.fx, create_feature_extractor) can't follow token reduction; trace the model "
             "after lamzoo.remove_reduction(model), or export it with torch.export."
         )
+
+
+def reduction_of(model: nn.Module) -> TokenReduction | None:
+    """Returns the token reduction of a model, or of a part of it; None if it has none."""
+    found = (vars(module).get("token_reduction") for module in model.modules())
+    return next((reduction for reduction in found if reduction is not None), None)
 
 
 def remove_reduction(model: Model) -> Model:

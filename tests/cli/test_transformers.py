@@ -158,6 +158,8 @@ def test_models_of_transformers_are_exported_fused_and_merged(tmp_path: Path, su
     model = lamzoo.add_lam(_model(), LamConfig(rank=3, op="add", init="paper"))
     lamzoo.merge_tokens(lamzoo.fuse(model), keep=0.5)
     lamzoo.export_model(model, tmp_path / f"model.{suffix}")
+    facts = lamzoo.load_exported(tmp_path / f"model.{suffix}", trust=True).facts
+    assert facts["token_reduction"] == model.token_reduction.to_dict()
     with pytest.raises(ConfigError, match=r"The model is a BertModel, .* called with images alone"):
         lamzoo.export_model(HOSTS["bert"].create(), tmp_path / "bert.pt2")
 

@@ -80,6 +80,13 @@ def test_a_length_of_the_card_that_replaces_that_of_the_tower_is_logged(caplog: 
     assert "replaces" not in caplog.text
 
 
+def test_checkpointing_of_a_text_tower_of_transformers_is_switched_off_again() -> None:
+    model = create()
+    for enable in (True, False):
+        model.set_grad_checkpointing(enable)
+        assert model.clip.text.transformer.is_gradient_checkpointing is enable
+
+
 def test_both_towers_begin_as_their_files(tmp_path: Path) -> None:
     torch.manual_seed(2)
     vit: Any = timm.create_model("test_vit", num_classes=7).eval()

@@ -76,6 +76,17 @@ def test_formula_and_counter_agree_for_fused_masks(config):
         assert profile(model) == profile(unfuse(model))
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_formula_and_counter_agree_for_masks_in_some_blocks(fused):
+    model = micro_vit(MICRO | {"depth": 3}, lam=LamConfig(keys="position", rank=7), lam_blocks=[1])
+    if fused:
+        fuse(model)
+    counted, formula = profile(model), analytic_macs(model)
+    assert counted.fused_layers == int(fused)
+    assert counted.lam_gmacs == pytest.approx(formula.lam_gmacs)
+    assert counted.gmacs == pytest.approx(formula.gmacs)
+
+
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch32_384", "vit_base_patch14_reg4_dinov2"])
 def test_formula_and_counter_agree_for_timms_transformers(name):
     with torch.device("meta"):

@@ -1,8 +1,10 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lamzoo.errors import UnknownModelError, WeightsNotFoundError
+from lamzoo.lam import LamConfig
 from lamzoo.profiling.candidates import Candidate, select_models
 from lamzoo.registry.factory import create_model
 from lamzoo.registry.saving import save_pretrained
@@ -52,6 +54,15 @@ def test_saved_models_are_candidates(tmp_path: Path):
     assert saved == Candidate(f"local-dir:{tmp_path / 'm'}", None, None, "16", fusible=True)
     with pytest.raises(WeightsNotFoundError, match="no such folder"):
         names("local-dir:nowhere")
+
+
+@pytest.mark.parametrize("refused", [{"op": "mul"}, {"hidden": (8,)}, {"keys": "content", "modalities": 2}])
+def test_masks_without_a_fused_form_are_not_to_be_fused(refused: dict[str, Any], tmp_path: Path):
+    lam = LamConfig(**refused)
+    model = create_model("lam_clip4clip_micro", similarity="tight", lam=lam, lam_in=["head"])
+    save_pretrained(model, tmp_path / "m")
+    (saved,) = select_models([f"local-dir:{tmp_path / 'm'}"], weights=True, plain=True)
+    assert not saved.fusible
 
 
 @pytest.mark.parametrize("pattern", ["lam_vot_*", "nothing_like_it", "lam_vit_micro.imagenet", "timm/vot", "ftp:x"])

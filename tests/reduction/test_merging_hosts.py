@@ -17,6 +17,7 @@ import lamzoo
 from lamzoo import LamConfig, add_lam, merge_tokens, prune_tokens, remove_reduction
 from lamzoo.errors import ConfigError, UnsupportedHostError
 from lamzoo.lam.unmasked import Unmasked
+from lamzoo.reduction import plan
 from lamzoo.reduction.stacks import find_stack
 from tests.adapters.timm_hosts import HOSTS as TIMM_HOSTS
 from tests.adapters.timm_hosts import Host as TimmHost
@@ -450,6 +451,19 @@ def test_a_padded_batch_gets_shorter(kind: str) -> None:
         block.norm2.register_forward_hook(lambda _, args, out: lengths.append(out.shape[1] - model.num_prefix_tokens))
     model(_padded(GRIDS))
     assert lengths == ([12, 7, 0] if "token" in kind else [15, 10, 7])
+
+
+def test_a_padded_batch_is_merged_alike_after_a_pass_elsewhere_and_with_another_default_dtype() -> None:
+    model, batch = merge_tokens(_naflex("naflexvit_base_patch16_gap", False), keep=0.3), _padded(GRIDS)
+    plan._merges_by_length.cache_clear()
+    with torch.device("meta"):
+        copy.deepcopy(model).to("meta")({name: value.to("meta") for name, value in batch.items()})
+    expected = model(batch)
+    try:
+        torch.set_default_dtype(torch.float64)
+        assert_close(model(batch), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @each_naflex

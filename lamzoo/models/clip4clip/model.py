@@ -24,6 +24,7 @@ if find_spec("open_clip") is None:
 
 import open_clip
 from open_clip.convert import convert_state_dict
+from open_clip.hf_model import HFTextEncoder
 from open_clip.model import CLIP, resize_pos_embed, resize_text_pos_embed
 
 from lamzoo.models.clip4clip.heads import MeanHead, SequentialHead, TightHead, mean_of_frames
@@ -407,6 +408,9 @@ class Clip4Clip(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Switches gradient checkpointing on or off, in the towers and the head."""
         self.clip.set_grad_checkpointing(enable)
+        text = getattr(self.clip, "text", None)
+        if isinstance(text, HFTextEncoder) and not enable:  # open_clip 3.3 switches it on in either case
+            text.transformer.gradient_checkpointing_disable()
         for module in self.head.modules():
             if hasattr(module, "grad_checkpointing"):
                 module.grad_checkpointing = enable
@@ -525,9 +529,11 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: Clip4Clip) -> dic
     if any(key.startswith(("clip.", "head.")) for key in state_dict):
         return state_dict
     weights = convert_state_dict(model.clip, dict(state_dict))
-    positions = weights.get("positional_embedding")
-    if positions is not None and isinstance(model.clip, CLIP) and len(positions) > model.context_length:
-        weights["positional_embedding"] = positions[: model.context_length]
+    # Else open_clip interpolates them. The last position of CoCa is that of a class token.
+    key = "positional_embedding" if isinstance(model.clip, CLIP) else "text.positional_embedding"
+    has_class_token = getattr(getattr(model.clip, "text", None), "cls_emb", None) is not None
+    if key in weights and not has_class_token and len(weights[key]) > model.context_length:
+        weights[key] = weights[key][: model.context_length]
     resize_pos_embed(weights, model.clip)
     resize_text_pos_embed(weights, model.clip)
     if "logit_bias" in weights and getattr(model.clip, "logit_bias", None) is None:

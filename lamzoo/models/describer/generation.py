@@ -121,7 +121,8 @@ def _search(
         parents, tokens = parents.gather(1, order), tokens.gather(1, order)
         texts = texts.gather(1, parents.unsqueeze(-1).expand(-1, -1, texts.shape[2]))
         texts = torch.cat([texts, tokens.unsqueeze(-1)], dim=2)
-        cache = cache.select((first + parents).flatten())
+        if beams > 1:
+            cache = cache.select((first + parents).flatten())
         for sample, running in enumerate(scores[:, 0].tolist()):
             done[sample] = done[sample] or _nothing_better(finished[sample], running, length, generation)
     for sample in range(size):
@@ -176,13 +177,15 @@ def _draw(
         before = shares.cumsum(dim=-1) - shares
         nucleus = shares.masked_fill(before >= generation.top_p, 0.0)
         nucleus = nucleus / nucleus.sum(dim=-1, keepdim=True)
-        drawn_at = torch.stack([torch.rand((), generator=generator) for generator in generators]).to(memory.device)
+        draws = [torch.rand((), generator=generator, device="cpu") for generator in generators]
+        drawn_at = torch.stack(draws).to(memory.device)
         place = (nucleus.cumsum(dim=-1) <= drawn_at.unsqueeze(1)).sum(dim=-1, keepdim=True)
         place = place.minimum((nucleus > 0).sum(dim=-1, keepdim=True) - 1)  # the sum may round to less than 1
         token = order.gather(1, place)
-        for sample, (drawn, share) in enumerate(zip(token[:, 0].tolist(), shares.gather(1, place)[:, 0], strict=True)):
+        chosen = shares.gather(1, place)[:, 0].log().tolist()
+        for sample, (drawn, chance) in enumerate(zip(token[:, 0].tolist(), chosen, strict=True)):
             if not done[sample]:
-                chances[sample] += share.log().item()
+                chances[sample] += chance
                 lengths[sample] += 1
                 done[sample] = drawn == end
                 if not done[sample]:

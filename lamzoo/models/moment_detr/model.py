@@ -53,7 +53,7 @@ class MomentOutput:
     def windows(self) -> Tensor:
         """Returns ``(B, Q, 3)``: start and end as fractions of the video, and score, the best first."""
         edges = to_edges(self.spans).clamp(0, 1)
-        score = self.logits.softmax(dim=-1)[..., :1]
+        score = self.logits.float().softmax(dim=-1)[..., :1]  # in half precision, good ones would tie
         windows = torch.cat([edges, score], dim=-1)
         order = score.squeeze(-1).argsort(dim=1, descending=True, stable=True)
         return windows.gather(1, order.unsqueeze(-1).expand_as(windows))
