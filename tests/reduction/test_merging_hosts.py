@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.testing import assert_close
 
@@ -453,11 +454,18 @@ def test_a_padded_batch_gets_shorter(kind: str) -> None:
     assert lengths == ([12, 7, 0] if "token" in kind else [15, 10, 7])
 
 
-def test_a_padded_batch_is_merged_alike_after_a_pass_elsewhere_and_with_another_default_dtype() -> None:
-    model, batch = merge_tokens(_naflex("naflexvit_base_patch16_gap", False), keep=0.3), _padded(GRIDS)
-    plan._merges_by_length.cache_clear()
-    with torch.device("meta"):
-        copy.deepcopy(model).to("meta")({name: value.to("meta") for name, value in batch.items()})
+def test_a_plan_is_of_no_device_or_mode_in_which_it_was_made() -> None:
+    with FakeTensorMode():
+        plan.merges_by_length(9, 0.37, 3)
+    with torch.inference_mode():
+        plan.merges_by_length(8, 0.37, 3)
+    made = [plan.merges_by_length(length, 0.37, 3) for length in (9, 8)]
+    assert all(type(each) is torch.Tensor and not each.is_inference() for each in made)
+    assert made[0][9].tolist() == list(plan.merges_per_layer(9, 0.37, 3))
+
+
+def test_a_padded_batch_is_merged_alike_with_another_default_dtype() -> None:
+    model, batch = merge_tokens(_naflex("mean", False), keep=0.3), _padded(GRIDS)
     expected = model(batch)
     try:
         torch.set_default_dtype(torch.float64)
