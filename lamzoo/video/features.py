@@ -177,14 +177,15 @@ class _Pieces(IterableDataset[_Piece]):
     """The frames of videos in chunks; each worker of a loader reads its share of the videos."""
 
     def __init__(self, videos: Sequence[tuple[Path, Path]], extractor: FeatureExtractor) -> None:
-        self._videos, self._sampling, self._transform = videos, extractor.sampling, extractor.transform
+        self._videos, self._sampling = videos, extractor.sampling
+        self._transform, self._chunk = extractor.transform, extractor.chunk
 
     def __iter__(self) -> Iterator[_Piece]:
         worker = get_worker_info()
         share = self._videos if worker is None else self._videos[worker.id :: worker.num_workers]
         for target, path in share:
             try:
-                for frames, _, last in read_pieces(path, self._sampling, self._transform):
+                for frames, _, last in read_pieces(path, self._sampling, self._transform, self._chunk):
                     yield _Piece(target, frames, last)
             except DataError as error:
                 yield _Piece(target, error=str(error), reason=unreadable_because(error))

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from lamzoo.data.paths import open_listed
-from lamzoo.data.video.packets import import_av
+from lamzoo.data.video.packets import import_av, open_container
 from lamzoo.errors import DataError
 
 if TYPE_CHECKING:
@@ -241,9 +241,7 @@ def _opened(path: str | Path) -> Iterator[InputContainer]:
     path = Path(path)
     try:
         open_listed(path).close()  # FFmpeg would wait for the other end of a pipe
-        # Only local files are opened, whatever the file refers to. Tags in unknown encodings are ignored.
-        options = {"protocol_whitelist": "file"}
-        with av.open(f"file:{path}", container_options=options, metadata_errors="replace") as container:
+        with open_container(path) as container:
             yield container
     except FileNotFoundError as error:
         raise DataError(f"no such file: {path}") from error
