@@ -25,6 +25,7 @@ from lamzoo.data.video.packets import import_av
 from lamzoo.data.video.reader import video_targets
 from lamzoo.errors import DataError
 from lamzoo.evaluation.runtime import Precision, check_batches, resolve_device
+from lamzoo.files import make_folder
 from lamzoo.video.extractor import FeatureExtractor, VideoFeatures, clip_middles, read_pieces
 from lamzoo.video.feature_files import Origin, is_there, write_features
 from lamzoo.video.processes import Processes
@@ -149,12 +150,7 @@ def _folders_of(targets: Iterable[Path]) -> Iterator[None]:
     try:
         for folder in {target.parent for target in targets}:
             made += [path for path in (folder, *folder.parents) if not path.exists()]
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise DataError(
-                    f"the folder {folder} can't be created ({error.strerror}); choose another with --out"
-                ) from error
+            make_folder(folder)
         yield
     finally:
         for path in sorted(made, key=lambda path: len(path.parts), reverse=True):
