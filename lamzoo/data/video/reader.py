@@ -247,7 +247,7 @@ def _opened(path: Path, threads: int = 1) -> Iterator[tuple[InputContainer, Vide
             raise UnreadableVideo("it is an image file")
         if name in _OTHER_FORMATS:
             raise UnreadableVideo(f"it is not a video ({container.format.long_name})")
-        stream = container.streams.best("video")
+        stream: Any = container.streams.best("video")
         if stream is None or av.stream.Disposition.attached_pic in stream.disposition:
             raise UnreadableVideo("it has no video stream")  # cover art of music doesn't count
         if stream.codec_context is None:

@@ -175,8 +175,7 @@ def _words(ids: Tensor, tokenizer: Any) -> tuple[str, ...]:
 
 def _answers(texts: Sequence[str], masked: Tensor, plain: Tensor) -> list[Answer]:
     check_finite(masked)
-    scores = [output[:, 0].float() for output in (masked, plain)]
     if len(texts) == 1:
-        with_mask, plain_score = (f"{float(score[0]):.2f}" for score in scores)
-        return [Answer("similarity (cosine × temperature)", with_mask, plain_score)]
-    return best_answers([f"this text: {texts[0]}", *texts[1:]], *scores, also=0)
+        with_mask, without = (f"{float(output[0, 0]):.2f}" for output in (masked, plain))
+        return [Answer("similarity (cosine × temperature)", with_mask, without)]
+    return best_answers([f"this text: {texts[0]}", *texts[1:]], masked[:, 0], plain[:, 0], also=0)
