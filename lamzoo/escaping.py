@@ -7,6 +7,7 @@ import io
 import re
 import unicodedata
 from collections.abc import Callable, Iterable
+from html import escape
 from typing import Any
 
 _HIDDEN = frozenset(("Cc", "Cf", "Cs", "Zl", "Zp"))  # controls, format characters, surrogates, line separators
@@ -63,6 +64,11 @@ def markdown_block(*lines: str) -> list[str]:
     longest = max(map(len, re.findall("`+", "\n".join(shown))), default=0)
     fence = "`" * max(3, longest + 1)
     return [fence, *shown, fence]
+
+
+def html_text(text: str) -> str:
+    """Returns text for an element or a quoted attribute of HTML, where no part of it is markup."""
+    return escape(printable(text))
 
 
 def spreadsheet_cell(text: str) -> str:

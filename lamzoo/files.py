@@ -129,6 +129,20 @@ def write_data(path: str | Path, data: bytes) -> None:
         stage(path).write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
 
 
+def make_folder(folder: Path) -> None:
+    """Creates a folder for the output of a command, with those above it, if it does not exist.
+
+    Raises:
+        DataError: it can't be created.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"the folder {folder} can't be created ({error.strerror}); choose another with --out"
+        ) from error
+
+
 def is_sha256(value: object) -> bool:
     """Whether a value read from a file is a sha256: 64 lower-case hexadecimal digits."""
     return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None

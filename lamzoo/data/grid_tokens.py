@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ from PIL import Image
 
 from lamzoo.data.arrays import read_npz
 from lamzoo.data.audio.spectra import stack_spectra
-from lamzoo.data.jpeg_archive import CaptionLines, JpegLines
+from lamzoo.data.jpeg_archive import CaptionLines, JpegFiles
 from lamzoo.data.paths import file_exists
 from lamzoo.errors import DataError
 
@@ -127,17 +127,13 @@ class GridTokens:
         vocabulary: all words of the corpus, sorted.
 
     Raises:
-        DataError: there is no such folder, file, split or modality, or the files are inconsistent.
+        DataError: there is no such folder, file or split, or the files are inconsistent.
     """
 
     def __init__(self, root: Path, split: str, modalities: Modalities = "both") -> None:
-        if modalities not in get_args(Modalities):
-            raise DataError(
-                f"GRID has no modalities {modalities!r}; it has {', '.join(map(repr, get_args(Modalities)))}"
-            )
         fields = {"id": str, "n_frames": int, "words": list}
-        self._lips = None if modalities == "audio" else JpegLines(root, "mouth.npz", fields, split)
-        captions = self._lips or CaptionLines(root, fields, split)
+        captions = CaptionLines(root, fields, split)
+        self._lips = None if modalities == "audio" else JpegFiles(captions, "mouth.npz")
         self._sound = None
         if modalities != "video":
             self._sound = read_sound(root / "logmel.npz", len(captions.every))[captions.numbers]
@@ -185,7 +181,7 @@ class GridTokens:
         return join([Speech(self.read(piece.clip).tokens[piece.start : piece.end], (piece.word,)) for piece in pieces])
 
 
-def lip_motion(clips: JpegLines, index: int, count: int) -> Tokens:
+def lip_motion(clips: JpegFiles, index: int, count: int) -> Tokens:
     """Returns the lips in each frame, ``(count, 384)``, minus their mean over the clip.
 
     Args:
@@ -201,7 +197,7 @@ def lip_motion(clips: JpegLines, index: int, count: int) -> Tokens:
 
 
 def stacked_frames(
-    clips: JpegLines, index: int, count: int, height: int, width: int, mode: Literal["L", "RGB"] = "L"
+    clips: JpegFiles, index: int, count: int, height: int, width: int, mode: Literal["L", "RGB"] = "L"
 ) -> NDArray[np.uint8]:
     """Returns the frames of a clip, stacked vertically in one image: ``(count, height, width)``, also ``(..., 3)``.
 

@@ -29,6 +29,7 @@ class CaptionLines:
         split: value of ``split``.
 
     Attributes:
+        root: the folder of the file.
         split: name of the split in the data.
         lines: the lines of the split, in order.
         numbers: their indices among all lines.
@@ -41,6 +42,7 @@ class CaptionLines:
 
     def __init__(self, root: Path, fields: Mapping[str, type], split: str) -> None:
         check_folder(root)
+        self.root = root
         captions = root / "captions.jsonl"
         self.every: list[dict[str, Any]] = []
         for line, where in read_json_lines(captions):
@@ -54,24 +56,21 @@ class CaptionLines:
         self.lines = [self.every[number] for number in self.numbers]
 
 
-class JpegLines(CaptionLines):
-    """The lines of ``captions.jsonl`` of one split, and their JPEG files, which stay encoded in memory.
+class JpegFiles:
+    """The JPEG files of the lines of one split, which stay encoded in memory.
 
     Args:
-        root: the folder with ``captions.jsonl`` and the archive.
-        archive: name of the archive: an npz with ``jpeg`` (uint8, the concatenated files) and ``offsets`` (integers,
-            N + 1); file i belongs to line i.
-        fields: as for :class:`CaptionLines`.
-        split: likewise.
+        captions: the lines.
+        archive: name of the archive in their folder: an npz with ``jpeg`` (uint8, the concatenated files) and
+            ``offsets`` (integers, N + 1); file i belongs to line i of all splits.
 
     Raises:
-        DataError: there is no such folder, file or split, or the files are inconsistent.
+        DataError: there is no such file, or it doesn't match the lines.
     """
 
-    def __init__(self, root: Path, archive: str, fields: Mapping[str, type], split: str) -> None:
-        super().__init__(root, fields, split)
-        self._path = root / archive
-        self._files = _read_jpegs(self._path, len(self.every), self.numbers)
+    def __init__(self, captions: CaptionLines, archive: str) -> None:
+        self._path, self._numbers = captions.root / archive, captions.numbers
+        self._files = _read_jpegs(self._path, len(captions.every), captions.numbers)
 
     def decode(self, index: int) -> Image.Image:
         """Returns an RGB image of the split.
@@ -87,7 +86,7 @@ class JpegLines(CaptionLines):
 
     def name(self, index: int) -> str:
         """Returns the place of an image in the archive."""
-        return f"{self._path}[{self.numbers[index]}]"
+        return f"{self._path}[{self._numbers[index]}]"
 
 
 def _check_words(words: list[Any], where: str) -> None:

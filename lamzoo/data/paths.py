@@ -11,6 +11,7 @@ import stat
 import unicodedata
 from collections.abc import Collection, Iterable
 from contextlib import suppress
+from heapq import heappop, heappush
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -57,11 +58,9 @@ def list_files(folder: Path, extensions: Collection[str]) -> Listing:
         above = parent
         with suppress(OSError):
             seen.add(_identity(above))
-    pending, links = [folder], list[Path]()
+    pending, links = [folder], list[tuple[list[tuple[int, str]], Path]]()  # links to folders are a heap
     while pending or links:
-        if not pending:
-            links.sort(key=lambda path: natural_key(str(path)), reverse=True)
-        place = pending.pop() if pending else links.pop()
+        place = pending.pop() if pending else heappop(links)[1]
         try:
             if (identity := _identity(place)) in seen:
                 _logger.warning("left out %s: the same folder is listed elsewhere, or contains this one", place)
@@ -77,7 +76,10 @@ def list_files(folder: Path, extensions: Collection[str]) -> Listing:
             wanted = os.path.splitext(entry.name)[1].lower() in extensions
             try:
                 if entry.is_dir():
-                    (links if entry.is_symlink() else pending).append(path)
+                    if entry.is_symlink():
+                        heappush(links, (natural_key(str(path)), path))
+                    else:
+                        pending.append(path)
                 elif entry.is_file():
                     if wanted:
                         files.append(path)

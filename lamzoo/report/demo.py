@@ -20,6 +20,7 @@ from lamzoo.errors import DataError, MissingExtraError
 from lamzoo.escaping import printable
 from lamzoo.evaluation import Prediction, evaluate, predict, resolve_device
 from lamzoo.evaluation.runtime import class_count
+from lamzoo.files import make_folder
 from lamzoo.profiling import LatencyComparison, compare_latency, profile
 from lamzoo.profiling.inputs import default_input
 from lamzoo.profiling.latency import device_label
@@ -80,10 +81,7 @@ def run(out: Path, cifar10: Path | None = None, *, console: Console | None = Non
     console = Console() if console is None else console
     photographs = find_photographs()
     test_set = None if cifar10 is None else create_dataset(str(cifar10), "test")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"The folder {out} can't be created: {error.strerror}; choose another with --out.") from error
+    make_folder(out)
     device = resolve_device("auto")
     console.print(f"torch {torch.__version__}, {device_label(device)}, {torch.get_num_threads()} CPU threads")
 

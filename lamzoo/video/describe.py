@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lamzoo.data.audio.spectra import read_log_mel
 from lamzoo.data.captions.base import Stream
 from lamzoo.data.captions.feature_files import row_times, rows_within
-from lamzoo.data.captions.sound import PAIR, sound_stream
+from lamzoo.data.captions.sound import PAIR, read_sound_stream
 from lamzoo.data.feature_arrays import Features, unit
 from lamzoo.data.grid_tokens import BANDS
 from lamzoo.data.video.reader import probe_video
@@ -171,9 +170,9 @@ class VideoWindows:
             if len(seen) == len(rows):
                 found["video"] = Stream(unit(seen), row_times(rows, self.rate, start))
         if "audio" in self.modalities:
-            heard = read_log_mel(self.path, start, end, bands=BANDS)
-            if heard is not None and len(heard[0]) >= PAIR:
-                found["audio"] = sound_stream(heard[0])
+            sound = read_sound_stream(self.path, start, end)
+            if sound is not None:
+                found["audio"] = sound
         return {name: found[name] for name in self.modalities if name in found}
 
 

@@ -23,7 +23,7 @@ from lamzoo.evaluation.captions.evaluate import check_streams
 from lamzoo.evaluation.resume import origin_difference, settings_of, weights_sha256
 from lamzoo.evaluation.retrieval.evaluate import preprocessing_of
 from lamzoo.evaluation.runtime import resolve_device
-from lamzoo.files import atomic_files
+from lamzoo.files import atomic_files, make_folder
 from lamzoo.models.describer.generation import GenerationConfig
 from lamzoo.reading import parse_json, read_text, reason, to_json
 from lamzoo.registry.factory import create_model
@@ -112,7 +112,7 @@ def describe_videos(
     network.to(device)
 
     def missing() -> list[Path]:
-        _make_folder(Path(out))  # at once, so that an error occurs before the work
+        make_folder(Path(out))  # at once, so that an error occurs before the work
         return [target for target, path in paths.items() if force or _read(target, path, origin) is None]
 
     todo = processes.on_main(missing)
@@ -141,13 +141,6 @@ def describe_videos(
     if None in records:
         raise DataError(f"{out} lacks records that were written in this run; use a folder that all machines share")
     return DescribedVideos([record for record in records if record is not None], len(todo) - len(bad), bad)
-
-
-def _make_folder(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"the folder {out} can't be created ({error.strerror}); choose another with --out") from error
 
 
 def _origin(

@@ -29,7 +29,7 @@ from lamzoo.registry.refs import name_of
 
 _logger = logging.getLogger(__name__)
 
-_AT_ONCE = 128  # maximum frames of a video in memory, 0.8 GB in full HD
+_AT_ONCE = 128  # frames of a video in memory, 0.8 GB in full HD; or a batch, if that is larger
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ class FeatureExtractor:
         model: the towers, on the device.
         sampling: the frame sampling.
         transform: transform from frames to the input of the model.
+        chunk: frames that are read at once, a multiple of the batch size.
         clip_seconds: length of a clip.
 
     Args:
@@ -85,6 +86,7 @@ class FeatureExtractor:
         check_batches(batch_size, precision=precision)
         self.sampling, self.clip_seconds = clip_middles(clip_seconds), clip_seconds
         self._device, self._precision, self._batch_size = resolve_device(device), precision, batch_size
+        self.chunk = max(1, _AT_ONCE // batch_size) * batch_size  # so that batches don't depend on the chunks
         self.model: Any = create_model(model, pretrained=True) if isinstance(model, str) else model
         self.transform: FramesTransform = EachFrame(timm.data.create_transform(**frames_config(self.model)))
         if not self.model.gives_words or not hasattr(self.model.tokenizer, "eot_token_id"):
@@ -127,10 +129,10 @@ class FeatureExtractor:
             whole = math.ceil((before + len(clips)) / self._batch_size) * self._batch_size
             sampling = replace(sampling, first=clips.start - before, max_frames=whole)
         parts, duration = [], 0.0
-        for frames, duration, _ in read_pieces(Path(path), sampling, self.transform):
+        for frames, duration, _ in read_pieces(Path(path), sampling, self.transform, self.chunk):
             parts.append(self.frames(frames))
             if progress is not None:
-                progress(sum(map(len, parts)), len(sampling.times(duration)))
+                progress(sum(map(len, parts)), len(sampling.numbers(duration)))
         features = np.concatenate(parts)
         if clips is not None:
             features = features[before : before + len(clips)]
@@ -208,16 +210,18 @@ def feature_widths(model: str) -> tuple[int, int] | None:
     return towers.num_features, states.shape[-1]
 
 
-def read_pieces(path: Path, sampling: ClipMiddles, transform: FramesTransform) -> Iterator[tuple[Tensor, float, bool]]:
-    """Reads the sampled frames of a video in chunks, so that memory doesn't grow with its length.
+def read_pieces(
+    path: Path, sampling: ClipMiddles, transform: FramesTransform, size: int
+) -> Iterator[tuple[Tensor, float, bool]]:
+    """Reads the sampled frames of a video in chunks of ``size``, so that memory doesn't grow with its length.
 
     Yields:
         Frames ``(F, 3, H, W)``, the duration of the video in seconds, and whether these are its last frames.
     """
     done = 0
-    for clip in read_video_pieces(path, sampling, _AT_ONCE):
+    for clip in read_video_pieces(path, sampling, size):
         done += len(clip.frames)
-        yield transform(clip.frames), clip.duration, done >= len(sampling.times(clip.duration))
+        yield transform(clip.frames), clip.duration, done >= len(sampling.numbers(clip.duration))
 
 
 def clip_middles(clip_seconds: float) -> ClipMiddles:

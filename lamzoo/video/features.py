@@ -25,6 +25,7 @@ from lamzoo.data.video.packets import import_av
 from lamzoo.data.video.reader import video_targets
 from lamzoo.errors import DataError
 from lamzoo.evaluation.runtime import Precision, check_batches, resolve_device
+from lamzoo.files import make_folder
 from lamzoo.video.extractor import FeatureExtractor, VideoFeatures, clip_middles, read_pieces
 from lamzoo.video.feature_files import Origin, is_there, write_features
 from lamzoo.video.processes import Processes
@@ -149,12 +150,7 @@ def _folders_of(targets: Iterable[Path]) -> Iterator[None]:
     try:
         for folder in {target.parent for target in targets}:
             made += [path for path in (folder, *folder.parents) if not path.exists()]
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise DataError(
-                    f"the folder {folder} can't be created ({error.strerror}); choose another with --out"
-                ) from error
+            make_folder(folder)
         yield
     finally:
         for path in sorted(made, key=lambda path: len(path.parts), reverse=True):
@@ -177,14 +173,15 @@ class _Pieces(IterableDataset[_Piece]):
     """The frames of videos in chunks; each worker of a loader reads its share of the videos."""
 
     def __init__(self, videos: Sequence[tuple[Path, Path]], extractor: FeatureExtractor) -> None:
-        self._videos, self._sampling, self._transform = videos, extractor.sampling, extractor.transform
+        self._videos, self._sampling = videos, extractor.sampling
+        self._transform, self._chunk = extractor.transform, extractor.chunk
 
     def __iter__(self) -> Iterator[_Piece]:
         worker = get_worker_info()
         share = self._videos if worker is None else self._videos[worker.id :: worker.num_workers]
         for target, path in share:
             try:
-                for frames, _, last in read_pieces(path, self._sampling, self._transform):
+                for frames, _, last in read_pieces(path, self._sampling, self._transform, self._chunk):
                     yield _Piece(target, frames, last)
             except DataError as error:
                 yield _Piece(target, error=str(error), reason=unreadable_because(error))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lamzoo.data import create_dataset, find_images, set_aside_invalid
+from lamzoo.data import create_dataset, find_images, paths, set_aside_invalid
 from lamzoo.data.paths import expand_wildcards, file_exists, list_files, visible
 from lamzoo.errors import DataError
 from tests.images import encoded
@@ -107,6 +107,25 @@ def test_a_folder_is_listed_under_its_own_path_rather_than_that_of_a_link(tmp_pa
     photos(tmp_path / "b" / "c" / "a.jpg")
     (tmp_path / "a").symlink_to(tmp_path / "b")
     assert list_files(tmp_path, JPEG).files == [tmp_path / "b" / "c" / "a.jpg"]
+
+
+def test_many_links_to_folders_are_followed_in_natural_order_and_sorted_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data").mkdir()
+    for number in range(40):
+        outside = tmp_path / f"outside{number}"
+        outside.mkdir()
+        (outside / "a.jpg").write_bytes(b"")
+        (tmp_path / "data" / f"link{number}").symlink_to(outside)
+        (tmp_path / "data" / f"more{number}").symlink_to(outside)
+    keys: list[str] = []
+    natural_key = paths.natural_key
+    monkeypatch.setattr(paths, "natural_key", lambda text: keys.append(text) or natural_key(text))
+    assert list_files(tmp_path / "data", {".jpg"}).files == [
+        tmp_path / "data" / f"link{number}" / "a.jpg" for number in range(40)
+    ]
+    assert len(keys) == 80 + 40
 
 
 def test_broken_links_pipes_and_circles_are_named_and_opened_by_nobody(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from lamzoo.errors import ConfigError, DataError, UnsupportedHostError
 from lamzoo.lam import LamConfig
 from lamzoo.reduction import merge_tokens, prune_tokens
 from lamzoo.report import explore_image
-from lamzoo.report.explorer.document import quantise
+from lamzoo.report.explorer.document import best_answers, quantise
 from lamzoo.report.explorer.runs import neutral_masks
 from lamzoo.report.mask_pictures import run_all_queries
 from lamzoo.report.model_view import view
@@ -38,6 +38,18 @@ def captured(model: Any, photo: Image.Image) -> dict[str, Any]:
     with torch.no_grad(), capture_masks(model.eval()) as masks:
         run_all_queries(model, view(model, photo).images)
     return dict(masks)
+
+
+def test_answers_are_the_most_probable_with_masks_or_without() -> None:
+    masked, plain = torch.zeros(9), torch.zeros(9)
+    masked[[2, 3]], plain[[7, 4]] = torch.tensor([5.0, 4.0]), torch.tensor([6.0, 5.0])
+    labels = [f"class {number}" for number in range(9)]
+    assert {answer.label for answer in best_answers(labels, masked, plain)} >= {f"class {n}" for n in (2, 3, 4, 7)}
+    answers = best_answers(labels, masked, plain, also=8)
+    assert [answer.label for answer in answers] == ["class 2", "class 3", "class 7", "class 4", "class 8"]
+    for answer in answers:
+        index = labels.index(answer.label)
+        assert answer.shares == pytest.approx((float(masked.softmax(0)[index]), float(plain.softmax(0)[index])))
 
 
 @pytest.mark.parametrize(

@@ -250,6 +250,12 @@ def test_thumbnails_of_features_need_the_film(tmp_path: Path) -> None:
     assert "--videos" not in path.read_text()
 
 
+def test_frames_of_the_data_come_before_those_of_a_folder(tmp_path: Path) -> None:
+    model = describer(features={"image": 8}, vocabulary=["red", "blue", "now"], rates={}, seconds=0.16)
+    explore_description(model, CaptionDataset(Film(), "film:x"), "1", tmp_path / "page.html", videos=tmp_path)
+    assert picture(read_page((tmp_path / "page.html").read_text())["runs"][1])
+
+
 def test_patches_of_a_photograph_and_earlier_words_are_shown(tmp_path: Path) -> None:
     words = ["red", "blue", "now"]
     model = describer(features={"image": 8}, context_tokens=5, vocabulary=words, rates={}, seconds=0.16)

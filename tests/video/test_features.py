@@ -312,10 +312,29 @@ def test_workers_and_pieces_change_nothing(folder: Path, tmp_path: Path, monkeyp
     model = build()
     extract(folder, model, tmp_path / "whole", batch_size=64)
     monkeypatch.setattr(extractor, "_AT_ONCE", 3)
-    extract(folder, model, tmp_path / "pieces", workers=2, batch_size=64)
+    extract(folder, model, tmp_path / "pieces", workers=2, batch_size=3)
     for path in (tmp_path / "whole" / "clip_features").iterdir():
         other = tmp_path / "pieces" / "clip_features" / path.name
         np.testing.assert_allclose(read_features(path, "features"), read_features(other, "features"), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "batches", "batches_of_range"), [(2, [2, 2, 2, 1], [2, 2, 2]), (3, [3, 3, 1], [3, 3]), (9, [7], [7])]
+)
+def test_the_batches_of_a_video_and_of_a_part_of_it_are_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_size: int, batches: list[int], batches_of_range: list[int]
+) -> None:
+    path = write_clip(tmp_path / "a.mp4", pictures(70), fps=5)
+    monkeypatch.setattr(extractor, "_AT_ONCE", 5)
+    towers = FeatureExtractor(build(), device="cpu", batch_size=batch_size)
+    seen: list[int] = []
+    encode = towers.model.encode_frames
+    monkeypatch.setattr(towers.model, "encode_frames", lambda frames: seen.append(frames.shape[1]) or encode(frames))
+    whole = towers.video(path).clips
+    assert seen == batches
+    seen.clear()
+    np.testing.assert_array_equal(towers.video(path, range(1, 6)).clips, whole[1:6])
+    assert seen == batches_of_range
 
 
 def test_two_videos_of_one_name_are_refused_by_both_names(folder: Path, model: Any, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from lamzoo.data.paths import open_listed
-from lamzoo.data.video.packets import import_av
+from lamzoo.data.video.packets import import_av, open_container
 from lamzoo.errors import DataError
 
 if TYPE_CHECKING:
@@ -40,26 +40,23 @@ _TAG = b"ID3"
 _logger = logging.getLogger(__name__)
 
 
-def read_log_mel(
-    path: str | Path, start: float = 0.0, end: float | None = None, *, bands: int = 64
-) -> tuple[Spectra, Spectra] | None:
+def read_log_mel(path: str | Path, start: float = 0.0, end: float = math.inf) -> Spectra | None:
     """Reads the log-mel spectra of a video or audio file, or of a span of it.
 
     The mean of the channels is resampled to 16 kHz. The spectra are those of
     ``torchaudio.transforms.MelSpectrogram(16000, n_fft=512, win_length=400, hop_length=160, f_min=20, f_max=7600,
-    n_mels=bands, mel_scale="htk", norm=None)``: power in triangular filters on HTK's mel scale, of a periodic Hann
+    n_mels=64, mel_scale="htk", norm=None)``: power in triangular filters on HTK's mel scale, of a periodic Hann
     window of 25 ms, every 10 ms. Sound is aligned by the timestamps of its frames: gaps are silence, and overlapping
     sound is dropped. The audio format may change within a track.
 
     Args:
         path: the file; its content, not its extension, determines the format.
         start: start of the span, seconds from the first frame of the video, or of the audio in a file without video.
-        end: end of the span; None for that of the track.
-        bands: number of mel bands, from 20 to 7600 Hz.
+        end: end of the span; that of the track by default.
 
     Returns:
-        The log10 of the powers, ``(N, bands)``, at least -8, and the middles of the spectra, ``(N,)``, seconds from
-        ``start``; both float32. None if the file has no audio track, or the span is silent.
+        The log10 of the powers, ``(N, 64)``, float32, at least -8; the middle of spectrum k is ``k * 10`` ms after
+        ``start``. None if the file has no audio track, or the span is silent.
 
     Raises:
         DataError: the file does not exist, FFmpeg can't read it, its sound is damaged, its timestamps restart in the
@@ -67,20 +64,17 @@ def read_log_mel(
         MissingExtraError: PyAV is not installed.
     """
     samples = _samples(path, start, end)
-    if not samples.any():
-        return None
-    spectra = log_mel(samples, bands=bands)
-    return spectra, np.arange(len(spectra), dtype=np.float32) * np.float32(HOP)
+    return log_mel(samples) if samples.any() else None
 
 
-def log_mel(samples: NDArray[np.float32], *, bands: int = 64) -> Spectra:
-    """Computes the spectra of :func:`read_log_mel`, ``(N // 160, bands)``, of samples ``(N,)`` at 16 kHz."""
+def log_mel(samples: NDArray[np.float32]) -> Spectra:
+    """Computes the spectra of :func:`read_log_mel`, ``(N // 160, 64)``, of samples ``(N,)`` at 16 kHz."""
     count = len(samples) * 100 // RATE
     padded = np.pad(samples, (0, max(0, _FFT - len(samples))))  # the padding reflects samples at both ends
     transformed = torch.stft(
         torch.from_numpy(padded), _FFT, round(RATE * HOP), _WINDOW, torch.hann_window(_WINDOW), return_complex=True
     )
-    power = transformed.abs().square().T[:count] @ torch.from_numpy(mel_filters(bands)).float()
+    power = transformed.abs().square().T[:count] @ torch.from_numpy(mel_filters()).float()
     return power.clamp(min=FLOOR).log10().numpy()
 
 
@@ -110,7 +104,7 @@ def _from_mel(mel: NDArray[np.float64]) -> NDArray[np.float64]:
     return 700 * (10 ** (mel / 2595) - 1)
 
 
-def _samples(path: str | Path, start: float, end: float | None) -> NDArray[np.float32]:
+def _samples(path: str | Path, start: float, end: float) -> NDArray[np.float32]:
     """Returns the samples of a span, mono, -1 to 1; empty if the file has no audio track."""
     with _opened(path) as container:
         track: Any = container.streams.best("audio")
@@ -122,7 +116,7 @@ def _samples(path: str | Path, start: float, end: float | None) -> NDArray[np.fl
         sought = start > _WARM_UP and track.time_base is not None
         if sought:
             container.seek(round((zero + start - _WARM_UP) / track.time_base), stream=track)
-        span = _Span(path, zero + start, None if end is None else round((end - start) * RATE))
+        span = _Span(path, zero + start, None if math.isinf(end) else round((end - start) * RATE))
         for frame in _frames(container, track, sought):
             span.add(frame)
             if span.complete:
@@ -241,9 +235,7 @@ def _opened(path: str | Path) -> Iterator[InputContainer]:
     path = Path(path)
     try:
         open_listed(path).close()  # FFmpeg would wait for the other end of a pipe
-        # Only local files are opened, whatever the file refers to. Tags in unknown encodings are ignored.
-        options = {"protocol_whitelist": "file"}
-        with av.open(f"file:{path}", container_options=options, metadata_errors="replace") as container:
+        with open_container(path) as container:
             yield container
     except FileNotFoundError as error:
         raise DataError(f"no such file: {path}") from error

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from lamzoo.data.captions.base import CaptionItem, CaptionSource, Stream
-from lamzoo.data.jpeg_archive import JpegLines
+from lamzoo.data.jpeg_archive import CaptionLines, JpegFiles
 from lamzoo.errors import DataError
 
 _SIDE, _PATCH = 128, 16  # pixels
@@ -31,11 +31,12 @@ class Flickr8kCaptions(CaptionSource):
     """
 
     def __init__(self, root: Path, split: str) -> None:
-        self._images = JpegLines(root, "images.npz", {"image": str, "captions": list}, split)
-        self.split = self._images.split
+        listed = CaptionLines(root, {"image": str, "captions": list}, split)
+        self._images = JpegFiles(listed, "images.npz")
+        self.split = listed.split
         self.modalities = {"image": 3 * _PATCH**2}
         self.items = []
-        for line in self._images.lines:
+        for line in listed.lines:
             if not all(isinstance(caption, str) for caption in line["captions"]):
                 raise DataError(f"the captions of {line['image']!r} in {root / 'captions.jsonl'} must all be strings")
             captions = tuple(caption.strip() for caption in line["captions"])

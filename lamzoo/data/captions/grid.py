@@ -31,7 +31,7 @@ from lamzoo.data.grid_tokens import (
     stacked_frames,
     timed_words,
 )
-from lamzoo.data.jpeg_archive import CaptionLines, JpegLines
+from lamzoo.data.jpeg_archive import CaptionLines, JpegFiles
 from lamzoo.errors import DataError
 
 _FACE = 64  # pixels per side
@@ -77,8 +77,8 @@ class GridCaptions(CaptionSource):
             raise DataError(f"{harm!r} degrades GRID's sound, which is not among {'+'.join(modalities)}; add audio")
         fields = {"id": str, "text": str, "n_frames": int, "words": list}
         captions = CaptionLines(root, fields, split)
-        self._mouth = JpegLines(root, "mouth.npz", fields, split) if "mouth" in modalities else None
-        self._face = JpegLines(root, "face.npz", fields, split) if "face" in modalities else None
+        self._mouth = JpegFiles(captions, "mouth.npz") if "mouth" in modalities else None
+        self._face = JpegFiles(captions, "face.npz") if "face" in modalities else None
         self._sound = None
         if "audio" in modalities:
             self._sound = read_sound(root / "logmel.npz", len(captions.every))[captions.numbers]

@@ -1,12 +1,14 @@
-"""Conversion of log-mel spectra to tokens, and their degradation by noise and gaps."""
+"""Sound as tokens, read from files or from log-mel spectra, and degradation of spectra by noise and gaps."""
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from lamzoo.data.audio.spectra import FLOOR, HOP, Spectra, mel_filters, stack_spectra
+from lamzoo.data.audio.spectra import FLOOR, HOP, Spectra, mel_filters, read_log_mel, stack_spectra
 from lamzoo.data.captions.base import Stream
 from lamzoo.data.grid_tokens import scaled
 
@@ -18,6 +20,21 @@ _SHARE = 1 / 3  # of a clip is in gaps
 _GAP = (0.3, 0.6)  # duration of a gap, seconds
 # A Fourier bin is 31 Hz wide, and a Hann window of 25 ms resolves 60 Hz.
 _INDEPENDENT = 31.25 / 60
+
+
+def read_sound_stream(path: Path, start: float = 0.0, end: float = math.inf) -> Stream | None:
+    """Reads the tokens of a span of a video's sound; None without an audio track, and for silence and under 20 ms.
+
+    Args:
+        path: the file.
+        start: seconds from the first frame of the video.
+        end: likewise.
+
+    Raises:
+        DataError: as of :func:`lamzoo.data.audio.spectra.read_log_mel`.
+    """
+    spectra = read_log_mel(path, start, end)
+    return None if spectra is None or len(spectra) < PAIR else sound_stream(spectra)
 
 
 def sound_stream(spectra: Spectra) -> Stream:

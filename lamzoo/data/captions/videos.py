@@ -7,10 +7,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from lamzoo.data.audio.spectra import read_log_mel
 from lamzoo.data.captions.base import CaptionItem, CaptionSource, Stream
 from lamzoo.data.captions.feature_files import FeatureFiles
-from lamzoo.data.captions.sound import PAIR, sound_stream
+from lamzoo.data.captions.sound import PAIR, read_sound_stream
 from lamzoo.data.csv_tables import read_table
 from lamzoo.data.fingerprint import file_sizes
 from lamzoo.data.grid_tokens import BANDS
@@ -100,9 +99,9 @@ class VideoFolder(CaptionSource):
         item, path = self.items[index], self._paths[index]
         found = self._features.read(path.stem, item.start, item.end)
         if "audio" not in self._features.modalities:
-            heard = read_log_mel(path, item.start, None if math.isinf(item.end) else item.end, bands=BANDS)
-            if heard is not None and len(heard[0]) >= PAIR:
-                found["audio"] = sound_stream(heard[0])
+            sound = read_sound_stream(path, item.start, item.end)
+            if sound is not None:
+                found["audio"] = sound
         return found
 
 

@@ -86,10 +86,7 @@ def relabel(dataset: LabelledImages, names: Sequence[str], where: str = "the cla
             f"{missing[0]!r}; its classes have the form {names[0]!r}"
         )
     source = _RelabelledSource(dataset.source, list(names), [numbers[nfc(name)] for name in classes])
-    mapped = LabelledImages(source, dataset.spec)
-    mapped.mode = dataset.mode
-    mapped.transform, mapped.target_transform = dataset.transform, dataset.target_transform
-    return mapped
+    return dataset.with_source(source)
 
 
 class _RelabelledSource(ImageSource):
@@ -136,13 +133,14 @@ def _from_lines(text: str) -> list[str]:
 
 
 def _from_json(content: Any) -> list[str]:
-    if isinstance(content, dict) and content and all(type(value) is int for value in content.values()):
-        content = {str(number): name for name, number in content.items()}
     if isinstance(content, dict):
-        gap = next((number for number in range(len(content)) if str(number) not in content), None)
+        count = len(content)  # before numbers that are there twice become one
+        if content and all(type(value) is int for value in content.values()):
+            content = {str(number): name for name, number in content.items()}
+        gap = next((number for number in range(count) if str(number) not in content), None)
         if gap is not None:
-            raise ValueError(f"it has {len(content)} classes, but none with number {gap}")
-        content = [content[str(number)] for number in range(len(content))]
+            raise ValueError(f"it has {count} classes, but none with number {gap}")
+        content = [content[str(number)] for number in range(count)]
     entries = content if isinstance(content, list) else []
     names = [entry[0] if isinstance(entry, list) and len(entry) == 2 else entry for entry in entries]
     if not names or not all(isinstance(name, str) for name in names):

@@ -1,4 +1,4 @@
-"""Decoding of single images from bytes or paths, and listing of image files."""
+"""Decoding of single images from bytes or paths, and search for image files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import BinaryIO, Literal
 import numpy as np
 from PIL import ExifTags, Image
 
-from lamzoo.data.paths import find_files, list_files, open_listed
+from lamzoo.data.paths import find_files, open_listed
 from lamzoo.errors import DataError
 
 #: Extensions of images in folders: torchvision's list; timm's own is shorter.
@@ -114,11 +114,6 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
         DataError: a path does not exist, or a folder has no images.
     """
     return find_files(paths, IMAGE_EXTENSIONS, "image")
-
-
-def images_below(folder: Path) -> list[Path]:
-    """Lists the image files of a folder and its subfolders as :func:`lamzoo.data.paths.list_files` does."""
-    return list_files(folder, IMAGE_EXTENSIONS).files
 
 
 def _convert(image: Image.Image, mode: Mode) -> Image.Image:

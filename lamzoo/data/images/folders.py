@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from lamzoo.data.fingerprint import file_sizes
-from lamzoo.data.images.decode import IMAGE_EXTENSIONS, images_below
+from lamzoo.data.images.decode import IMAGE_EXTENSIONS
 from lamzoo.data.images.image_dataset import ImageSource
 from lamzoo.data.paths import check_folder, list_files, natural_key, nfc, open_listed, subfolders
 from lamzoo.data.splits import SPLIT_NAMES, WHOLE, find_split, synonyms
@@ -44,7 +44,7 @@ class FolderSource(ImageSource):
             names = set(map(nfc, children))
             folder = root
         if not names:
-            flat = images_below(folder)
+            flat = list_files(folder, IMAGE_EXTENSIONS).files
             hint = f"; with a label file, use imagelist:{folder}:FILE" if flat else ""
             raise DataError(f"{folder} has no class folders; images belong in {folder}/<class>/{hint}")
         self.classes = sorted(names, key=lambda name: (natural_key(name), name))

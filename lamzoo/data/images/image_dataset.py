@@ -125,6 +125,12 @@ class LabelledImages(Dataset):
                 image = decode_image(file, self.filename(index), self.mode)
         return image, self._label(given, index)
 
+    def with_source(self, source: ImageSource) -> LabelledImages:
+        """Returns a data set of other images, with the specification, mode and transforms of this one."""
+        dataset = LabelledImages(source, self.spec)
+        dataset.mode, dataset.transform, dataset.target_transform = self.mode, self.transform, self.target_transform
+        return dataset
+
     def labels(self) -> list[int]:
         """Returns the label of every image, without ``target_transform``, and without decoding the images.
 

@@ -163,19 +163,21 @@ class HuggingFaceSource(ImageSource):
 
     def read(self, index: int) -> tuple[BinaryIO, Any]:
         item = self._dataset[index]
-        image = item[self._image]
+        image = item[self._image] or {}  # None in a row without an image
         if image.get("bytes"):
             return io.BytesIO(image["bytes"]), item[self._label]
         try:
+            if not image.get("path"):
+                raise ValueError("there is no image in this row")
             return open_regular(image["path"]), item[self._label]
-        except (OSError, TypeError) as error:
+        except (OSError, ValueError) as error:
             raise DataError(f"{self.name(index)} has neither image bytes nor a file: {error}") from error
 
     def name(self, index: int) -> str:
         return f"{self._spec} {self.split or ''}[{index}]"
 
     def labels(self) -> Sequence[Any]:
-        return list(self._dataset[self._label])
+        return list(self._dataset[self._label][:])  # one query; iterating would read row by row
 
     def _columns(self, features: Any, datasets: Any) -> tuple[str, str]:
         images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]

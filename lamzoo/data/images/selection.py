@@ -63,10 +63,7 @@ def select(dataset: LabelledImages, indices: Iterable[int], *, split: str | None
     for index in chosen:
         if not 0 <= index < len(dataset):
             raise DataError(f"{dataset.spec} has no image {index}; it has {len(dataset)} images")
-    part = LabelledImages(SelectedSource(dataset.source, chosen, split), dataset.spec)
-    part.mode = dataset.mode
-    part.transform, part.target_transform = dataset.transform, dataset.target_transform
-    return part
+    return dataset.with_source(SelectedSource(dataset.source, chosen, split))
 
 
 def split_off(dataset: LabelledImages, fraction: float, seed: int = 0) -> tuple[LabelledImages, LabelledImages]:
@@ -93,8 +90,9 @@ def split_off(dataset: LabelledImages, fraction: float, seed: int = 0) -> tuple[
         raise ConfigError(f"the seed is {seed}; it must be 0 or more")
     labels = np.asarray(dataset.labels())
     held_out = np.zeros(len(labels), bool)
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
+    order = np.argsort(labels, kind="stable")
+    classes, starts = np.unique(labels[order], return_index=True)
+    for label, members in zip(classes, np.split(order, starts[1:]), strict=True):
         if len(members) > 1:
             count = min(max(1, round(fraction * len(members))), len(members) - 1)
             held_out[np.random.default_rng((seed, label)).permutation(members)[:count]] = True

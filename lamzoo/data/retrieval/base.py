@@ -50,20 +50,15 @@ class VideoSource(ABC):
         """Returns the size of each video in bytes, without reading any; empty if the layout doesn't tell."""
         return ()
 
-    def splice(
-        self, among: Sequence[int], sampling: FrameSampling, phrase: bool = False
-    ) -> tuple[VideoClip, str] | None:
-        """Splices a new video and its caption from pieces of others, drawn from :mod:`random`.
+    def splice(self, among: Sequence[int], sampling: FrameSampling, phrase: bool = False) -> tuple[VideoClip, str]:
+        """Returns a new video and its caption, for :meth:`CaptionedVideos.splice`.
 
         Args:
             among: indices of the videos that pieces may come from.
             sampling: frame sampling of the new video.
             phrase: use only one or more neighbouring pieces, which gives a shorter video.
-
-        Returns:
-            The video and its caption; ``None`` if the layout doesn't support splicing.
         """
-        return None
+        raise DataError("these data can't splice videos, since they have no pieces; set augment.splice to 0")
 
 
 class SelectedVideos(VideoSource):
@@ -90,9 +85,7 @@ class SelectedVideos(VideoSource):
         sizes = self._source.sizes()
         return [sizes[index] for index in self._indices] if len(sizes) else ()
 
-    def splice(
-        self, among: Sequence[int], sampling: FrameSampling, phrase: bool = False
-    ) -> tuple[VideoClip, str] | None:
+    def splice(self, among: Sequence[int], sampling: FrameSampling, phrase: bool = False) -> tuple[VideoClip, str]:
         return self._source.splice([self._indices[index] for index in among], sampling, phrase)
 
     def name(self, index: int) -> str:
@@ -163,10 +156,7 @@ class CaptionedVideos:
         Raises:
             DataError: the layout doesn't support splicing, or a video can't be read.
         """
-        made = self.source.splice(range(len(self)), sampling, phrase)
-        if made is None:
-            raise DataError(f"{self.spec} doesn't support splicing; only grid: does")
-        return made
+        return self.source.splice(range(len(self)), sampling, phrase)
 
     def video_names(self) -> set[str]:
         """Returns the names of the videos."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lamzoo.data.jpeg_archive import JpegLines
+from lamzoo.data.jpeg_archive import CaptionLines, JpegFiles
 from lamzoo.data.retrieval.base import VideoSource
 from lamzoo.data.video.reader import VideoClip
 from lamzoo.data.video.sampling import FrameSampling
@@ -23,10 +23,11 @@ class Flickr8kSource(VideoSource):
     """
 
     def __init__(self, root: Path, split: str) -> None:
-        self._images = JpegLines(root, "images.npz", {"image": str, "captions": list}, split)
-        self.split = self._images.split
-        self.videos = [line["image"] for line in self._images.lines]
-        self.captions = [line["captions"] for line in self._images.lines]
+        listed = CaptionLines(root, {"image": str, "captions": list}, split)
+        self._images = JpegFiles(listed, "images.npz")
+        self.split = listed.split
+        self.videos = [line["image"] for line in listed.lines]
+        self.captions = [line["captions"] for line in listed.lines]
         for video, captions in zip(self.videos, self.captions, strict=True):
             if not all(isinstance(caption, str) for caption in captions):
                 raise DataError(f"the captions of {video!r} in {root / 'captions.jsonl'} must all be strings")

@@ -6,14 +6,14 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from lamzoo.data.grid_tokens import RATE, Words, draw_pieces, stacked_frames, timed_words
-from lamzoo.data.jpeg_archive import JpegLines
+from lamzoo.data.jpeg_archive import CaptionLines, JpegFiles
 from lamzoo.data.retrieval.base import VideoSource
 from lamzoo.data.video.reader import VideoClip
 from lamzoo.data.video.sampling import FrameSampling
@@ -77,13 +77,12 @@ class GridSource(VideoSource):
     """
 
     def __init__(self, root: Path, split: str, view: GridView = "mouth") -> None:
-        if view not in get_args(GridView):
-            raise DataError(f"GRID has no view {view!r}; it has {', '.join(map(repr, get_args(GridView)))}")
         self._layout = _LAYOUTS[view]
-        self._clips = JpegLines(root, self._layout.archive, {"id": str, "n_frames": int, "text": str}, split)
-        self.split = self._clips.split
-        self.videos = [line["id"] for line in self._clips.lines]
-        self.captions = [[line["text"]] for line in self._clips.lines]
+        captions = CaptionLines(root, {"id": str, "n_frames": int, "text": str}, split)
+        self._clips = JpegFiles(captions, self._layout.archive)
+        self._lines, self.split = captions.lines, captions.split
+        self.videos = [line["id"] for line in self._lines]
+        self.captions = [[line["text"]] for line in self._lines]
         self._kept: dict[int, NDArray[np.uint8]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -123,14 +122,14 @@ class GridSource(VideoSource):
         return _sampled(frames, numbers, shift, sampling), " ".join(piece.word[0] for piece in pieces)
 
     def _length(self, index: int) -> int:
-        frames: int = self._clips.lines[index]["n_frames"]
+        frames: int = self._lines[index]["n_frames"]
         return frames
 
     def _words(self, index: int) -> Words:
-        words = self._clips.lines[index].get("words")
+        words = self._lines[index].get("words")
         if not isinstance(words, list) or len(words) != len(self.captions[index][0].split()):
             raise DataError(f"the line of {self.name(index)} in captions.jsonl has no words with times to splice")
-        return timed_words(self._clips.lines[index])
+        return timed_words(self._lines[index])
 
     def _decode(self, index: int) -> NDArray[np.uint8]:
         """Returns all frames of a clip, ``(N, H, W)`` or ``(N, H, W, 3)``."""

@@ -44,12 +44,14 @@ class ClipMiddles(FrameSampling):
         """Returns the number of clips of a video of ``duration`` seconds, at least 1."""
         return max(1, math.floor(duration * self._rate + 0.5 + _ROUNDING))
 
-    def times(self, duration: float) -> list[float]:
-        """Returns the middles of the clips, seconds."""
+    def numbers(self, duration: float) -> range:
+        """Returns the indices of the sampled clips of a video of ``duration`` seconds."""
         end = self.clips(duration)
-        if self.max_frames is not None:
-            end = min(end, self.first + self.max_frames)
-        return [(number + 0.5) / self._rate for number in range(self.first, end)]
+        return range(self.first, end if self.max_frames is None else min(end, self.first + self.max_frames))
+
+    def times(self, duration: float) -> list[float]:
+        """Returns the middles of the sampled clips, seconds."""
+        return [(number + 0.5) / self._rate for number in self.numbers(duration)]
 
     def pick(self, times: Sequence[float], duration: float) -> list[int]:
         """Returns the indices of the selected frames of a video; see :meth:`FrameSampling.pick`."""

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from itertools import accumulate, pairwise
 from pathlib import Path
 from statistics import median_low
@@ -63,7 +64,7 @@ class PacketIndex:
     open_ended: bool
     suspect: bool = False
 
-    @property
+    @cached_property
     def times(self) -> list[float]:
         """Time of each frame, seconds from the first frame."""
         return [self._seconds(stamp) for stamp in self.stamps]
@@ -91,6 +92,12 @@ def import_av() -> ModuleType:
             "Reading videos needs PyAV, which is not installed; pip install 'lamzoo[video]'."
         ) from None
     return av
+
+
+def open_container(path: Path) -> InputContainer:
+    """Opens a file, and no other files or addresses that it refers to; tags in unknown encodings are ignored."""
+    options = {"protocol_whitelist": "file"}
+    return import_av().open(f"file:{path}", container_options=options, metadata_errors="replace")
 
 
 def read_index(container: InputContainer, stream: VideoStream, path: Path) -> PacketIndex:

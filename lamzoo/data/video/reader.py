@@ -21,6 +21,7 @@ from lamzoo.data.video.packets import (
     UnreadableVideo,
     import_av,
     is_flush,
+    open_container,
     read_bytes,
     read_index,
 )
@@ -74,14 +75,10 @@ class VideoInfo:
 
     Attributes:
         duration: seconds from the start of the first frame to the end of the last one.
-        width: width of the upright picture, pixels.
-        height: height of the upright picture, pixels.
         has_audio: whether the file has an audio track.
     """
 
     duration: float
-    width: int
-    height: int
     has_audio: bool
 
 
@@ -156,19 +153,14 @@ def read_video_pieces(
 
 
 def probe_video(path: str | Path) -> VideoInfo:
-    """Returns the metadata of a video file; reads all packets, but decodes only the first frame.
+    """Returns the metadata of a video file; reads all packets, but decodes no frame.
 
     Raises:
-        DataError: as for :func:`read_video`, except damage in frames that are not decoded.
+        DataError: as for :func:`read_video`, except for damage that only decoding shows.
         MissingExtraError: PyAV is not installed.
     """
-    with _naming(path) as file:
-        with _opened(file) as (container, stream):
-            has_audio = bool(container.streams.audio)
-            index = read_index(container, stream, file)
-        with _opened(file) as (container, stream):
-            width, height = _upright(next(_frames(container, stream, index))).size
-    return VideoInfo(index.duration, width, height, has_audio)
+    with _naming(path) as file, _opened(file) as (container, stream):
+        return VideoInfo(read_index(container, stream, file).duration, bool(container.streams.audio))
 
 
 def find_videos(paths: Iterable[str | Path]) -> list[Path]:
@@ -243,10 +235,8 @@ def _opened(path: Path, threads: int = 1) -> Iterator[tuple[InputContainer, Vide
     av = import_av()
     if path.stat().st_size == 0:
         raise UnreadableVideo("it is empty")
-    # Only local files are opened, whatever the file refers to. Tags in unknown encodings are ignored.
-    options = {"protocol_whitelist": "file"}
     try:
-        container = av.open(f"file:{path}", container_options=options, metadata_errors="replace")
+        container = open_container(path)
     except (av.error.InvalidDataError, av.error.EOFError) as error:
         is_mp4 = read_bytes(path, 8)[4:] == b"ftyp"
         no_index = "it is an MP4 without its index (moov), as from an interrupted recording or download"
@@ -257,7 +247,7 @@ def _opened(path: Path, threads: int = 1) -> Iterator[tuple[InputContainer, Vide
             raise UnreadableVideo("it is an image file")
         if name in _OTHER_FORMATS:
             raise UnreadableVideo(f"it is not a video ({container.format.long_name})")
-        stream = container.streams.best("video")
+        stream: Any = container.streams.best("video")
         if stream is None or av.stream.Disposition.attached_pic in stream.disposition:
             raise UnreadableVideo("it has no video stream")  # cover art of music doesn't count
         if stream.codec_context is None:

@@ -14,7 +14,7 @@ from string import Template
 from typing import TYPE_CHECKING, Literal
 
 from lamzoo.errors import MissingExtraError
-from lamzoo.escaping import printable
+from lamzoo.escaping import html_text
 from lamzoo.report.compare.entries import Comparison, Entry, data_name, number, setting_text
 from lamzoo.report.compare.panels import LAM, PLAIN, Panel, Series, command, creation, gmacs_panels, latency_panels
 from lamzoo.report.compare.text import LEGEND, all_notes, pareto_costs
@@ -63,16 +63,16 @@ def to_html(comparison: Comparison) -> str:
     template = Template(resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8"))
     return template.substitute(
         title="Models with learnable attention masks and their plain backbones",
-        subtitle=_html(_subtitle(comparison)),
+        subtitle=html_text(_subtitle(comparison)),
         lam=LAM,
         plain=PLAIN,
         plots="\n".join(_sections(comparison)),
         legend=escape(LEGEND, quote=False),
-        head="".join(f"<th>{_html(column.heading)}</th>" for column in columns),
+        head="".join(f"<th>{html_text(column.heading)}</th>" for column in columns),
         filters="<th></th>" * len(columns),
         failures=_failures(comparison),
         body="\n".join(_table_row(entry, columns) for entry in comparison.entries),
-        notes="".join(f"<li>{_html(note)}</li>" for note in all_notes(comparison)),
+        notes="".join(f"<li>{html_text(note)}</li>" for note in all_notes(comparison)),
         columns=json.dumps(kinds),
         datatables_css=(bundle / "dt_bundle.css").read_text(encoding="utf-8"),
         datatables_js=base64.b64encode((bundle / "dt_bundle.js").read_bytes()).decode("ascii"),
@@ -117,7 +117,7 @@ def draw_interactive(panel: Panel) -> Figure:
             height = "top" if series.style == "circle" else "bottom"
             trace.update(
                 mode="markers+text",
-                text=[f"\u2002{_html(label)}\u2002" for label in series.labels],  # a space off the marker
+                text=[f"\u2002{html_text(label)}\u2002" for label in series.labels],  # a space off the marker
                 textposition=[f"{height} {_side(x, panel)}" for x, _ in series.places],
                 textfont={"size": 11},
                 cliponaxis=False,
@@ -125,9 +125,9 @@ def draw_interactive(panel: Panel) -> Figure:
         figure.add_trace(trace)
     figure.update_layout(
         template="plotly_white",
-        title={"text": "<br>".join(map(_html, panel.heading.split("\n"))), "font": {"size": 14}, "x": 0.02},
-        xaxis={"title": {"text": _html(panel.x_label)}, "type": "log" if panel.logarithmic else "linear"},
-        yaxis={"title": {"text": _html(panel.y_label)}},
+        title={"text": "<br>".join(map(html_text, panel.heading.split("\n"))), "font": {"size": 14}, "x": 0.02},
+        xaxis={"title": {"text": html_text(panel.x_label)}, "type": "log" if panel.logarithmic else "linear"},
+        yaxis={"title": {"text": html_text(panel.y_label)}},
         legend={"orientation": "h", "y": -0.2},
         margin={"l": 60, "r": 20, "t": 60, "b": 40},
         height=520,
@@ -171,7 +171,7 @@ def _trace(series: Series) -> Scatter:
     if series.copies:
         trace.update(customdata=series.copies)
     if series.facts:
-        texts = ["<br>".join([f"<b>{_html(name)}</b>", *map(_html, lines)]) for name, *lines in series.facts]
+        texts = ["<br>".join([f"<b>{html_text(name)}</b>", *map(html_text, lines)]) for name, *lines in series.facts]
         trace.update(hovertext=texts, hoverinfo="text")
     return trace
 
@@ -237,7 +237,7 @@ def _table_row(entry: Entry, columns: Sequence[_Column]) -> str:
     for column in columns:
         style = column.style or ("number" if column.kind == "number" else "")
         copied = f' data-copy="{escape(creation(entry.row))}"' if style == "name" and entry.row.ok else ""
-        cells.append(f'<td class="{style}"{copied}>{_html(column.cell(entry))}</td>')
+        cells.append(f'<td class="{style}"{copied}>{html_text(column.cell(entry))}</td>')
     return f'<tr class="{kind}">{"".join(cells)}</tr>'
 
 
@@ -246,8 +246,8 @@ def _failures(comparison: Comparison) -> str:
         return ""
     items = []
     for entry in comparison.failed:
-        data = f" on {_html(entry.row.data)}" if entry.row.data else ""
-        items.append(f"<li><b>{_html(entry.row.label)}</b>{data}: {_html(entry.row.error or 'not known')}</li>")
+        data = f" on {html_text(entry.row.data)}" if entry.row.data else ""
+        items.append(f"<li><b>{html_text(entry.row.label)}</b>{data}: {html_text(entry.row.error or 'not known')}</li>")
     return f"<h2>Failed</h2>\n<ul>{''.join(items)}</ul>"
 
 
@@ -260,8 +260,3 @@ def _subtitle(comparison: Comparison) -> str:
     if comparison.failed:
         parts.append(f"{len(comparison.failed)} failed")
     return "; ".join(parts) + "."
-
-
-def _html(text: str) -> str:
-    """Returns text for HTML, or for plotly, which shows some HTML in labels."""
-    return escape(printable(text))

@@ -17,12 +17,11 @@ from lamzoo.adapters.wrappers import unwrap
 from lamzoo.errors import class_name
 from lamzoo.files import check_target
 from lamzoo.lam import MaskRecord
-from lamzoo.report.explorer.document import Answer, Exploration, ExploredLayer, TokenRun
+from lamzoo.report.explorer.document import Answer, Exploration, ExploredLayer, TokenRun, best_answers
 from lamzoo.report.explorer.runs import run_twice, write_page
 from lamzoo.report.mask_pictures import title_of
 
 _MOST_PREFIX_TOKENS = 8  # class, distillation and register tokens before the patches
-_ANSWERS = 5
 
 
 def explore(
@@ -160,14 +159,10 @@ def _picture(pixels: Tensor, processor: Any) -> Image.Image:
 def _answers(model: Any, masked: Any, plain: Any) -> list[Answer]:
     """Returns the most probable labels of a classifier of transformers, or the texts that fit an image best."""
     for name, kind in (("logits", "class"), ("logits_per_image", "text")):
-        logits = [getattr(output, name, None) for output in (masked, plain)]
+        logits: list[Any] = [getattr(output, name, None) for output in (masked, plain)]
         if not all(isinstance(each, Tensor) and each.ndim == 2 and each.shape[1] > 1 for each in logits):
             continue
-        shares = [each[0].float().softmax(dim=0).tolist() for each in logits if each is not None]
         labels = (getattr(getattr(model, "config", None), "id2label", None) or {}) if name == "logits" else {}
-        best = sorted(range(len(shares[0])), key=lambda index: -shares[0][index])[:_ANSWERS]
-        return [
-            Answer.of_shares(str(labels.get(index, f"{kind} {index}")), shares[0][index], shares[1][index])
-            for index in best
-        ]
+        texts = [str(labels.get(index, f"{kind} {index}")) for index in range(logits[0].shape[1])]
+        return best_answers(texts, logits[0][0], logits[1][0])
     return []

@@ -29,7 +29,7 @@ from lamzoo.lam.layer import Scores
 from lamzoo.models.describer.generation import GenerationConfig
 from lamzoo.profiling.inputs import evaluating
 from lamzoo.report.explorer.document import Answer, Exploration, ExploredLayer, TokenRun, UnmaskedLayer
-from lamzoo.report.explorer.runs import frames_in, neutral_masks, run_twice, thumbnails, without_frames, write_page
+from lamzoo.report.explorer.runs import frames_of, neutral_masks, run_twice, thumbnails, without_frames, write_page
 from lamzoo.report.mask_pictures import title_of
 from lamzoo.video.describe import DescribedWindow, VideoWindows
 
@@ -76,15 +76,12 @@ def explore_description(
     index = index_of_id(ids, item, f"the split {dataset.split!r} of {dataset.spec}", "clip")
     clip = dataset.items[index]
     before = dataset.context(index, network.context_tokens)
-    video, start, end = dataset.place(index)
-    if videos is None:
-        frames = dataset.frames(index, _FRAMES)
-    else:
-        frames = frames_in(videos, video, start, end, _FRAMES)
+    place = dataset.place(index)
+    frames = frames_of(dataset, index, _FRAMES, videos, place)
     streams = dataset.read(index)
     facts = [f"in the data: “{text}”" for text in clip.captions]
     if not frames and set(streams) - {_SOUND}:
-        facts.append(without_frames(video))
+        facts.append(without_frames(place[0]))
     title = f"{title_of(network)} on {clip.id}"
     write_page(_explore(network, _Clip(streams, before, frames), title, facts), path)
 

@@ -8,7 +8,6 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from importlib import resources
 from string import Template
 from typing import Any
@@ -20,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from lamzoo.errors import ConfigError, UnsupportedHostError
-from lamzoo.escaping import printable
+from lamzoo.escaping import html_text, printable
 from lamzoo.lam import LamConfig, MaskRecord
 from lamzoo.lam.layer import Scores
 from lamzoo.reading import to_json
@@ -29,6 +28,7 @@ from lamzoo.report.mask_pictures import mask_words
 _MOST = 32767  # int16, whose lowest value marks what is forbidden
 _FORBIDDEN = -80.0  # a bias so far below the largest of its query leaves no attention; such as the lowest of a dtype
 _JPEG_QUALITY = 85
+_ANSWERS = 5
 _FILES = ("numbers.js", "explorer.js", "explorer.html")
 
 
@@ -121,6 +121,25 @@ class Answer:
         return cls(label, f"{masked:.1%}", f"{plain:.1%}", (masked, plain))
 
 
+def best_answers(labels: Sequence[str], masked: Tensor, plain: Tensor, also: int | None = None) -> list[Answer]:
+    """Returns the five labels of the largest probabilities, with masks or without, sorted by those with masks.
+
+    Args:
+        labels: text of each label.
+        masked: logits of the labels, ``(N,)``, with masks.
+        plain: likewise without masks.
+        also: index of a label that is among the answers in any case.
+    """
+    with_masks, without = (logits.float().softmax(dim=0).tolist() for logits in (masked, plain))
+    best = sorted(range(len(labels)), key=lambda index: -max(with_masks[index], without[index]))[:_ANSWERS]
+    if also is not None and also not in best:
+        best[-1] = also
+    return [
+        Answer.of_shares(labels[index], with_masks[index], without[index])
+        for index in sorted(best, key=lambda index: -with_masks[index])
+    ]
+
+
 @dataclass(frozen=True)
 class Exploration:
     """What the page shows.
@@ -153,10 +172,10 @@ def to_html(exploration: Exploration) -> str:
     script += more
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
     return Template(page).substitute(
-        title=_html(exploration.title),
-        facts="\n".join(f'<p class="faint">{_html(fact)}</p>' for fact in exploration.facts),
+        title=html_text(exploration.title),
+        facts="\n".join(f'<p class="faint">{html_text(fact)}</p>' for fact in exploration.facts),
         answers=_answers(exploration.answers),
-        legend=_html(_legend(exploration.layers)),
+        legend=html_text(_legend(exploration.layers)),
         # A script element ends at the first "</script", whatever it holds.
         data=to_json(page_data(exploration)).replace("<", "\\u003c"),
         script=script,
@@ -342,9 +361,9 @@ def _answers(answers: Sequence[Answer]) -> str:
         return ""
     lines = []
     for answer in answers:
-        cells = [f"<th>{_html(answer.label)}</th>"]
+        cells = [f"<th>{html_text(answer.label)}</th>"]
         for text, share in zip((answer.masked, answer.plain), answer.shares or (None, None), strict=True):
-            cells.append(f'<td class="{"text" if share is None else "number"}">{_html(text)}</td>')
+            cells.append(f'<td class="{"text" if share is None else "number"}">{html_text(text)}</td>')
             bar = "" if share is None else f'<span style="width:{100 * share:.1f}%"></span>'
             cells.append(f'<td class="bar">{bar}</td>')
         lines.append(f"<tr>{''.join(cells)}</tr>")
@@ -366,7 +385,3 @@ def _legend(layers: Sequence[ExploredLayer | UnmaskedLayer]) -> str:
             "ones; below, it has the mean of its attention over the queries in place of the importance."
         )
     return text
-
-
-def _html(text: str) -> str:
-    return escape(printable(text))

@@ -16,7 +16,7 @@ from lamzoo.errors import UnsupportedHostError, class_name
 from lamzoo.evaluation.moments.evaluate import MomentPrediction, find_moments
 from lamzoo.files import check_target
 from lamzoo.report.explorer.document import Answer, Exploration, ExploredLayer, TokenRun
-from lamzoo.report.explorer.runs import frames_in, run_twice, thumbnails, without_frames, write_page
+from lamzoo.report.explorer.runs import frames_of, run_twice, thumbnails, without_frames, write_page
 from lamzoo.report.mask_pictures import title_of
 from lamzoo.report.moment_pictures import index_of
 
@@ -43,8 +43,8 @@ def explore_query(
         dataset: a split of queries.
         qid: id of the query; None for the first one.
         path: the HTML file, in an existing folder; an older file is replaced.
-        videos: folder of video files named by the ids of the videos, whose frames are shown behind the clips; GRID has
-            frames of its own.
+        videos: folder of video files named by the ids of the videos, whose frames are shown behind the clips, for data
+            without frames of their own, such as GRID's.
 
     Raises:
         UnsupportedHostError: the model has no masks, is not a moment model, or takes features of another width.
@@ -56,10 +56,7 @@ def explore_query(
     masks_of(model)
     index = index_of(dataset, qid)
     query = dataset.queries[index]
-    if videos is None:
-        frames = dataset.frames(index, _FRAMES)
-    else:
-        frames = frames_in(videos, query.video, 0.0, query.duration, _FRAMES)
+    frames = frames_of(dataset, index, _FRAMES, videos, (query.video, 0.0, query.duration))
     notes = [] if frames else [without_frames(query.video)]
     _write(model, dataset.read(index), query, Path(path), frames, notes)
 

@@ -23,14 +23,13 @@ from lamzoo.evaluation.runtime import check_finite
 from lamzoo.files import check_target
 from lamzoo.lam import MaskRecord
 from lamzoo.reduction.frames import merge_frames
-from lamzoo.report.explorer.document import Answer, Exploration, ExploredLayer, TokenRun
+from lamzoo.report.explorer.document import Answer, Exploration, ExploredLayer, TokenRun, best_answers
 from lamzoo.report.explorer.runs import SHARP_SIDE, patch_tokens, run_twice, thumbnails, to_picture, write_page
 from lamzoo.report.mask_pictures import title_of
 from lamzoo.report.model_view import sharp_crop
 
 _FRAMES = 4  # frames whose patches are shown: each takes as much of the page as an image
 _TEXTS = 16  # of a data set, among which the model chooses
-_ANSWERS = 5
 
 
 def explore_video(
@@ -176,15 +175,7 @@ def _words(ids: Tensor, tokenizer: Any) -> tuple[str, ...]:
 
 def _answers(texts: Sequence[str], masked: Tensor, plain: Tensor) -> list[Answer]:
     check_finite(masked)
-    scores = [output[:, 0].float() for output in (masked, plain)]
     if len(texts) == 1:
-        with_mask, plain_score = (f"{float(score[0]):.2f}" for score in scores)
-        return [Answer("similarity (cosine × temperature)", with_mask, plain_score)]
-    with_masks, without = (score.softmax(dim=0).tolist() for score in scores)
-    best = sorted(range(len(texts)), key=lambda index: -max(with_masks[index], without[index]))[:_ANSWERS]
-    if 0 not in best:  # the text that is shown
-        best[-1] = 0
-    return [
-        Answer.of_shares(f"{'this text: ' if index == 0 else ''}{texts[index]}", with_masks[index], without[index])
-        for index in sorted(best, key=lambda index: -with_masks[index])
-    ]
+        with_mask, without = (f"{float(output[0, 0]):.2f}" for output in (masked, plain))
+        return [Answer("similarity (cosine × temperature)", with_mask, without)]
+    return best_answers([f"this text: {texts[0]}", *texts[1:]], masked[:, 0], plain[:, 0], also=0)

@@ -26,13 +26,12 @@ from lamzoo.files import atomic_files, check_target
 from lamzoo.lam import FactoredMask, Lam, MaskRecord
 from lamzoo.profiling.inputs import evaluating
 from lamzoo.reduction.pruning import ScoredAttention
-from lamzoo.report.explorer.document import Answer, Exploration, ExploredLayer, TokenRun, to_html
+from lamzoo.report.explorer.document import Answer, Exploration, ExploredLayer, TokenRun, best_answers, to_html
 from lamzoo.report.mask_pictures import caption_of, patch_grid, run_all_queries, title_of
 from lamzoo.report.model_view import view
 
 Output = TypeVar("Output")
 
-_CLASSES = 5
 SHARP_SIDE = 448  # pixels of the picture that the page shows
 _THUMBNAIL = 128  # pixels of the height of a frame
 
@@ -106,13 +105,8 @@ def answers_of(model: nn.Module, masked: Any, plain: Any) -> list[Answer]:
     if not isinstance(masked, Tensor) or masked.ndim != 2 or getattr(model, "num_classes", 0) != masked.shape[1]:
         return []
     check_finite(masked)
-    names = class_names(model, masked.shape[1])
-    with_masks, without = (output[0].float().softmax(dim=0).tolist() for output in (masked, plain))
-    best = sorted(range(len(names)), key=lambda index: -max(with_masks[index], without[index]))[:_CLASSES]
-    return [
-        Answer.of_shares(names[index].split(",")[0], with_masks[index], without[index])
-        for index in sorted(best, key=lambda index: -with_masks[index])
-    ]
+    names = [name.split(",")[0] for name in class_names(model, masked.shape[1])]
+    return best_answers(names, masked[0], plain[0])
 
 
 @contextmanager
@@ -174,13 +168,26 @@ def to_picture(pixels: Tensor) -> Image.Image:
     return Image.fromarray((pixels * 255).round().byte().numpy())
 
 
-def frames_in(folder: str | Path, video: str, start: float, end: float, count: int) -> list[Image.Image]:
-    """Returns frames of a span of a video, in seconds, evenly spaced; the file is searched in the folder by its name.
+def frames_of(
+    dataset: Any, index: int, count: int, folder: str | Path | None, place: tuple[str, float, float]
+) -> list[Image.Image]:
+    """Returns frames of an item of a data set, evenly spaced.
+
+    Args:
+        dataset: its own frames are returned if it has some.
+        index: the item.
+        count: number of frames.
+        folder: else, folder of video files; None for no frames.
+        place: name of the video file in the folder, without extension, and the start and end of the span, seconds.
 
     Raises:
         DataError: there is no such folder, no such video in it, or several, or it can't be read.
         MissingExtraError: PyAV, which reads video files, is not installed.
     """
+    frames: list[Image.Image] = dataset.frames(index, count)
+    if frames or folder is None:
+        return frames
+    video, start, end = place
     return read_video(find_video(Path(folder), video), Instants(at=middles(start, end, count))).frames
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lamzoo.data import jpeg_archive
 from lamzoo.data.audio.spectra import mel_filters
 from lamzoo.data.captions import CaptionDataset, Stream, create_caption_dataset
 from lamzoo.data.captions.sound import add_noise, cut_gaps, damage, sound_stream
@@ -74,6 +75,14 @@ def check_words(words: Any, streams: dict[str, Stream]) -> None:
             said = (audio.times > start) & (audio.times < end)
             band = audio.features.reshape(-1, 2, 64)[:, :, 10 * number : 10 * number + 9].mean(axis=(1, 2))
             assert band[said].min() > band[~said].max() + 1
+
+
+def test_the_lines_of_all_modalities_are_read_once(speech: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+    read_json_lines = jpeg_archive.read_json_lines
+    monkeypatch.setattr(jpeg_archive, "read_json_lines", lambda path: read.append(path) or read_json_lines(path))
+    opened(speech, EVERY)
+    assert read == [speech / "captions.jsonl"]
 
 
 def test_each_modality_has_its_own_clock_and_says_the_words_in_time(speech: Path) -> None:

@@ -41,6 +41,7 @@ def test_timms_lists_go_by_their_names() -> None:
         ("a.txt", "x\ny\nx\n", "the class 'x' twice"),
         ("a.json", "{", "not a readable class map"),
         ("a.json", '{"0": ["a", "b"], "2": ["c", "d"]}', "none with number 1"),
+        ("a.json", '{"cat": 0, "dog": 0, "fish": 1}', "it has 3 classes, but none with number 2"),
         ("a.json", "[1, 2]", "must contain class names"),
         ("a.json", "[]", "must contain class names"),
         ("b.txt", None, "neither a file nor one of timm's"),

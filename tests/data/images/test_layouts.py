@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from lamzoo.data import create_dataset, plain_worker_errors
+from lamzoo.data import create_dataset, find_invalid_images, plain_worker_errors
 from lamzoo.errors import DataError, MissingSplitError
 from tests.images import CLASSES, COLOURS, encoded, image, write_folder, write_npz
 from tests.shards import write_shard
@@ -204,6 +204,21 @@ def test_hugging_face_data_set_from_disk_and_from_a_folder(
     (folder / "val" / "lost").symlink_to("nowhere")  # which load_dataset would leave out
     with pytest.raises(DataError, match=r"cannot read .*lost of hfds:.*: it is a link that leads nowhere"):
         create_dataset(f"hfds:{folder}", "val")
+
+
+def test_a_hugging_face_row_without_an_image_is_invalid(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=CLASSES)})
+    rows = {"image": [image(0, 0), None, {"bytes": b"", "path": ""}], "label": [0, 1, 2]}
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "saved")
+    dataset = create_dataset(f"hfds:{tmp_path / 'saved'}", "all")
+    with pytest.raises(DataError, match=r"\[1\] has neither image bytes nor a file: there is no image in this row"):
+        dataset[1]
+    invalid = find_invalid_images(dataset)
+    assert [(image.index, image.reason) for image in invalid] == [
+        (1, "there is no image in this row"),
+        (2, "there is no image in this row"),
+    ]
 
 
 def test_splits_go_by_their_synonyms_but_validation_is_not_test(folder: Path) -> None:

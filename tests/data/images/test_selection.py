@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -59,6 +60,22 @@ def test_a_split_depends_on_its_seed_alone(folder: Path) -> None:
 
     assert held_out(5) == held_out(5)
     assert held_out(5) != held_out(6)
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.5, 0.9])
+def test_a_split_holds_out_the_images_that_a_search_for_each_class_finds(folder: Path, fraction: float) -> None:
+    shuffled = np.random.default_rng(7).permutation(30).tolist()
+    dataset = select(create_dataset(str(folder), "all"), [index for index in shuffled if not 1 <= index < 10])
+    labels = np.asarray(dataset.labels())  # one image of the first class, ten of the others
+    held_out = np.zeros(len(labels), bool)
+    for label in np.unique(labels)[1:]:  # as of 0.1.0
+        members = np.flatnonzero(labels == label)
+        count = min(max(1, round(fraction * len(members))), len(members) - 1)
+        held_out[np.random.default_rng((3, label)).permutation(members)[:count]] = True
+    train, validation = split_off(dataset, fraction, 3)
+    for part, chosen in ((train, ~held_out), (validation, held_out)):
+        names = [part.filename(index) for index in range(len(part))]
+        assert names == [dataset.filename(index) for index in np.flatnonzero(chosen)]
 
 
 def test_small_classes_give_one_image_and_a_single_image_stays_in_training(tmp_path: Path) -> None:

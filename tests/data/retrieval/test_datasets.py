@@ -62,6 +62,13 @@ def test_frames_are_read_as_they_are_sampled(folder: Path) -> None:
         dataset.texts_of(-1)
 
 
+def test_videos_without_pieces_can_t_be_spliced(folder: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"these data can't splice videos, since they have no pieces; set augment\.splice to 0"
+    ):
+        create_retrieval_dataset(f"videos:{folder}", "train").splice(SAMPLING)
+
+
 def test_a_folder_without_splits_is_taken_whole(folder: Path) -> None:
     (folder / "captions.csv").write_text("\ufeffcaption,id, video\na,1,dogs/a\nb,2,cat\n", "utf-8")
     dataset = create_retrieval_dataset(f"videos:{folder}", "all")

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from lamzoo.data.images.decode import unreadable_because
 from lamzoo.data.video import reader
 from lamzoo.data.video.instants import ClipMiddles
+from lamzoo.data.video.packets import PacketIndex
 from lamzoo.data.video.reader import find_videos, probe_video, read_video, read_video_pieces, videos_below
 from lamzoo.data.video.sampling import FrameSampling
 from lamzoo.errors import ConfigError, DataError, MissingExtraError
@@ -230,8 +231,6 @@ def test_frames_are_turned_upright(tmp_path: Path, rotation: int, mirrored: bool
     for frame in read_video(path, EVERY).frames:
         assert frame.size == SIZE
         assert np.abs(np.asarray(frame, float) - np.asarray(upright)).mean() < 4
-    info = probe_video(path)
-    assert (info.width, info.height) == SIZE
 
 
 @pytest.mark.parametrize(
@@ -552,15 +551,24 @@ def test_without_pyav_only_reading_says_so(tmp_path: Path, monkeypatch: pytest.M
             read(path)
 
 
-def test_probing_decodes_one_frame(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    frames: list[object] = []
-    decode: Callable = reader._frames
-    monkeypatch.setattr(reader, "_frames", lambda *args: (frames.append(1) or frame for frame in decode(*args)))
-    path = write_clip(tmp_path / "a.mp4", 50, fps=25, b_frames=3, rotation=90, audio=1.0)
+def test_probing_opens_a_video_once_and_decodes_no_frame(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Path] = []
+    open_container: Callable = reader.open_container
+    monkeypatch.setattr(reader, "open_container", lambda path: opened.append(path) or open_container(path))
+    monkeypatch.delattr(reader, "_frames")
+    path = write_clip(tmp_path / "a.mp4", 50, fps=25, b_frames=3, audio=1.0)
     info = probe_video(path)
     assert (info.duration, info.has_audio) == (2.0, True)
-    assert (info.width, info.height) == SIZE[::-1]
-    assert len(frames) == 1
+    assert opened == [path]
+
+
+def test_the_times_of_the_frames_are_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    computed: list[int] = []
+    seconds: Callable = PacketIndex._seconds
+    monkeypatch.setattr(PacketIndex, "_seconds", lambda index, stamp: computed.append(stamp) or seconds(index, stamp))
+    path = write_clip(tmp_path / "a.mp4", 50, fps=25)
+    assert len(list(read_video_pieces(path, EVERY, 5))) == 10
+    assert len(computed) < 100
 
 
 def test_folders_are_searched_and_files_taken_as_they_are(tmp_path: Path) -> None:
