@@ -11,7 +11,7 @@ def first_stage(model: Any) -> Any:
     """Changes a model with ``similarity="tight"`` in place to its first stage: ``"mean"`` on the same towers."""
     from lamzoo.models.clip4clip.heads import MeanHead
 
-    model.head = MeanHead(model.num_features, model.max_frames, 0, 0.0, nn.Identity)
+    model.head = MeanHead()
     model.similarity_type, model.words, model.patch_grid = "mean", False, 0
     return model
 

@@ -17,6 +17,7 @@ from lamzoo.data.video.sampling import FrameSampling
 from lamzoo.errors import ConfigError, StateDictError
 from lamzoo.lam import LamConfig
 from lamzoo.models.clip4clip import clip4clip
+from lamzoo.models.clip4clip.heads import initial_state
 from lamzoo.models.clip4clip.model import Clip4Clip, checkpoint_filter_fn
 
 TOWERS: dict[str, Any] = {
@@ -226,8 +227,8 @@ def test_masks_that_know_modalities_add_a_number_for_each_pair_as_the_control_do
         pairs = torch.tensor([[0.5, -2.0], [1.0, 3.0]])
         biased = pair_biased(control, pairs)(frames, text, mask)
         assert not torch.allclose(biased, expected, atol=1e-4)
-        for name, value in plain.head.initial_state(plain.clip.state_dict()).items():
-            assert torch.equal(control.head.initial_state(plain.clip.state_dict())[name], value), name
+        for name, value in initial_state(plain.head, plain.clip.state_dict()).items():
+            assert torch.equal(initial_state(control.head, plain.clip.state_dict())[name], value), name
         torch.testing.assert_close(pair_biased(masked, pairs)(frames, text, mask), biased)
     control.set_grad_checkpointing()
     torch.testing.assert_close(control.train()(frames, text, mask).detach(), biased)

@@ -18,6 +18,7 @@ from torch import Tensor
 import lamzoo
 from lamzoo.errors import ConfigError, StateDictError
 from lamzoo.evaluation.retrieval.evaluate import frames_config, join_videos
+from lamzoo.models.clip4clip.model import checkpoint_filter_fn
 from lamzoo.profiling import analytic_macs
 from lamzoo.registry import catalog
 from lamzoo.video.extractor import FeatureExtractor
@@ -85,6 +86,20 @@ def test_checkpointing_of_a_text_tower_of_transformers_is_switched_off_again() -
     for enable in (True, False):
         model.set_grad_checkpointing(enable)
         assert model.clip.text.transformer.is_gradient_checkpointing is enable
+
+
+def test_weights_of_a_text_tower_for_longer_texts_give_their_first_positions() -> None:
+    text = {"vocab_size": 600, "width": 32, "heads": 2, "layers": 1}
+
+    def of_length(length: int) -> Any:
+        clip = {"embed_dim": 48, "vision_cfg": VISION, "text_cfg": text | {"context_length": length}}
+        return lamzoo.create_model("clip4clip_micro", clip=clip, context_length=length)
+
+    short, long = of_length(8), of_length(12)
+    given = long.clip.state_dict()
+    assert torch.equal(
+        checkpoint_filter_fn(given, short)["clip.text.positional_embedding"], given["text.positional_embedding"][:8]
+    )
 
 
 def test_both_towers_begin_as_their_files(tmp_path: Path) -> None:

@@ -21,16 +21,9 @@ class MeanHead(nn.Module):
 
     length = None
 
-    def __init__(self, width: int, max_frames: int, layers: int, mlp_ratio: float, activation: type[nn.Module]) -> None:
-        super().__init__()
-
     def forward(self, frames: Tensor, frame_mask: Tensor) -> Tensor:
         """Returns the video embeddings ``(B, D)`` of frames ``(B, F, D)`` and their mask ``(B, F)``, bool."""
         return mean_of_frames(frames, frame_mask)
-
-    def initial_state(self, clip: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns the initial state for pretrained towers: empty."""
-        return {}
 
 
 class SequentialHead(nn.Module):
@@ -56,10 +49,6 @@ class SequentialHead(nn.Module):
         tokens = frames + self.embedding[: frames.shape[1]].to(frames.dtype)
         tokens = self.transformer(tokens, attn_mask=_padding_bias(frame_mask, self.transformer, tokens.dtype))
         return mean_of_frames(frames + tokens, frame_mask)
-
-    def initial_state(self, clip: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns the initial state for pretrained towers: the text tower's first layers and positions."""
-        return _begin(self, clip, self.length)
 
 
 class TightHead(nn.Module):
@@ -145,10 +134,6 @@ class TightHead(nn.Module):
             return self._match(text, frames, frame_mask)
         parts = (each.split(self.max_pairs) for each in (text, frames, frame_mask))
         return torch.cat([self._match(*part) for part in zip(*parts, strict=True)])
-
-    def initial_state(self, clip: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns the initial state for pretrained towers: the text tower's first layers and positions."""
-        return _begin(self, clip, self.length)
 
     def _compare(self, text: Tensor, frames: Tensor, frame_mask: Tensor) -> Tensor:
         pairs = len(text), len(frames)
@@ -253,10 +238,18 @@ def _padding_bias(allowed: Tensor, transformer: Transformer, dtype: torch.dtype)
     return bias[:, None, None].expand(-1, heads, tokens, -1).flatten(0, 1)
 
 
-def _begin(head: nn.Module, clip: Mapping[str, Tensor], length: int) -> dict[str, Tensor]:
+def initial_state(head: Any, clip: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the initial state of a head for pretrained towers: the text tower's first layers and positions, if any.
+
+    Args:
+        head: one of the three.
+        clip: weights of the towers.
+    """
+    if head.length is None:
+        return {}
     state = {key: value.clone() for key, value in head.state_dict().items() if ".lam." not in key}
     shared = {key: value for key, value in state.items() if ".modality." not in key}  # CLIP has no such bias
-    return state | _text_layers(shared, clip, length)
+    return state | _text_layers(shared, clip, head.length)
 
 
 def _text_layers(own: Mapping[str, Tensor], clip: Mapping[str, Tensor], length: int) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ from open_clip.convert import convert_state_dict
 from open_clip.hf_model import HFTextEncoder
 from open_clip.model import CLIP, resize_pos_embed, resize_text_pos_embed
 
-from lamzoo.models.clip4clip.heads import MeanHead, SequentialHead, TightHead, mean_of_frames
+from lamzoo.models.clip4clip.heads import MeanHead, SequentialHead, TightHead, initial_state, mean_of_frames
 from lamzoo.models.clip4clip.tower_states import (
     check_freezable,
     check_text,
@@ -47,8 +47,6 @@ from lamzoo.models.tokenizers import HfTokenizer, SmallTokenizer, read_to_save
 Similarity = Literal["mean", "seq", "tight"]
 Tower = Literal["vision", "text"]
 
-_HEADS = {"mean": MeanHead, "seq": SequentialHead, "tight": TightHead}
-
 
 class Clip4Clip(nn.Module):
     """Two towers and a head that compares a text with the frames of a video (arXiv 2104.08860).
@@ -63,6 +61,7 @@ class Clip4Clip(nn.Module):
         patch_grid: patches per side and frame that the head compares; 0 for none.
         words: whether the head compares words.
         frozen_towers: the towers that :meth:`freeze_towers` froze.
+        encodes_alone: whether they encode each text and each video alone on a CPU; see there.
         tower_files: pretrained weights of towers, by the path of the tower in the model, for ``create_model``.
         tower_preprocessing: keys of timm's ``PretrainedCfg`` that the vision tower states; empty for open_clip's own.
         resolved_args: arguments that build the same model without these files, in place of the given ones.
@@ -116,8 +115,8 @@ class Clip4Clip(nn.Module):
         tokenizer_name: str | None = None,
     ) -> None:
         super().__init__()
-        if similarity not in _HEADS:
-            known = ", ".join(map(repr, _HEADS))
+        if similarity not in get_args(Similarity):
+            known = ", ".join(map(repr, get_args(Similarity)))
             raise ConfigError(f"The similarity of CLIP4Clip is {similarity!r}; it must be one of {known}.")
         if max_frames < 1 or head_layers < 1:
             raise ConfigError(
@@ -139,20 +138,21 @@ class Clip4Clip(nn.Module):
         self.lam_config = None
         self.patch_grid, self.words = patch_grid, words
         self.frozen_towers: tuple[Tower, ...] = ()
-        self._one_by_one = False
-        more: dict[str, Any] = {**self._tokens(), **({"modality_bias": True} if modality_bias else {})}
-        self.head = _HEADS[similarity](
-            self.num_features, max_frames, head_layers, head_mlp_ratio, _activation(clip), **more
-        )
+        self.encodes_alone = False
+        sizes = self.num_features, max_frames, head_layers, head_mlp_ratio, _activation(clip)
+        if similarity == "tight":
+            self.head: Any = TightHead(*sizes, **self._tokens(), modality_bias=modality_bias)
+        else:
+            self.head = SequentialHead(*sizes) if similarity == "seq" else MeanHead()
         self.tower_files = {f"clip.{path}": file for path, file in towers.files.items()}
         self.tower_preprocessing = dict(towers.preprocessing)
         self.resolved_args = {} if towers.args is None else {"clip": towers.args}
         self.fresh_layers = tuple(f"clip.{prefix}" for prefix in towers.fresh)
         self._tokenizer_name, self._tokenizer_source = tokenizer_name, towers.tokenizer
 
-    def _tokens(self) -> dict[str, tuple[int, int]]:
+    def _tokens(self) -> dict[str, Any]:
         """Returns the numbers and widths of the words of a text and the patches of a frame, for the head."""
-        sizes: dict[str, tuple[int, int]] = {}
+        sizes: dict[str, Any] = {}
         if self.words:
             check_text(self.clip)
             sizes["words"] = (self.context_length, text_width(self.clip))
@@ -440,7 +440,7 @@ class Clip4Clip(nn.Module):
             raise ConfigError(f"freeze_towers was given {tuple(towers)}; it takes {' and '.join(get_args(Tower))}.")
         for tower in towers:
             check_freezable(self.clip, tower)
-        self.frozen_towers, self._one_by_one = tuple(dict.fromkeys(towers)), one_by_one
+        self.frozen_towers, self.encodes_alone = tuple(dict.fromkeys(towers)), one_by_one
         for tower in self.frozen_towers:
             for name, parameter in self.named_parameters():
                 if self._is_part(name, tower) and ".lam." not in name:
@@ -458,11 +458,6 @@ class Clip4Clip(nn.Module):
         return {name: value for name, value in self.state_dict().items() if self._is_part(name, tower)}
 
     @property
-    def encodes_alone(self) -> bool:
-        """Whether frozen towers encode each text and each video alone on a CPU; see :meth:`freeze_towers`."""
-        return self._one_by_one
-
-    @property
     def tower_facts(self) -> dict[str, Any]:
         """What the towers compute with besides their weights: open_clip's name or the arguments, and their modules."""
         arguments: Mapping[str, Any] = getattr(self, "_model_args", {})  # timm's name for those of create_model
@@ -477,17 +472,14 @@ class Clip4Clip(nn.Module):
                 module.training = False
         return self
 
-    def _prefixes(self, tower: Tower) -> tuple[str, ...]:
-        return tuple(f"clip.{prefix}" for prefix in prefixes_of(self.clip, tower))
-
     def _is_part(self, name: str, tower: Tower) -> bool:
-        return name.startswith(self._prefixes(tower))
+        return name.startswith(tuple(f"clip.{prefix}" for prefix in prefixes_of(self.clip, tower)))
 
     def _frozen(self, tower: Tower) -> AbstractContextManager[Any]:
         return torch.no_grad() if self.is_cacheable(tower) else nullcontext()
 
     def _apart(self, tower: Tower, inputs: Tensor) -> bool:
-        return self._one_by_one and tower in self.frozen_towers and inputs.device.type == "cpu"
+        return self.encodes_alone and tower in self.frozen_towers and inputs.device.type == "cpu"
 
     def freeze_layers(self, count: int) -> None:
         """Freezes the embeddings and the first ``count`` blocks of both towers (the paper's ``freeze_layer_num``).
@@ -538,7 +530,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: Clip4Clip) -> dic
     resize_text_pos_embed(weights, model.clip)
     if "logit_bias" in weights and getattr(model.clip, "logit_bias", None) is None:
         del weights["logit_bias"]
-    head = model.head.initial_state(weights)
+    head = initial_state(model.head, weights)
     return {f"clip.{key}": value for key, value in weights.items()} | {f"head.{key}": head[key] for key in head}
 
 
