@@ -137,18 +137,12 @@ class ClassificationRun(TrainingRun):
 
     def write_report(self, folder: Path, scores: Mapping[str, Any], command: str | None) -> None:
         facts = RunFacts(
+            common=self.facts(command),
             recipe=self.recipe,
             model=self.evaluated_model,
-            trained=sum(p.numel() for p in self.accelerator.unwrap_model(self.model).parameters() if p.requires_grad),
             splits=self.splits,
-            scores=dict(scores),
+            scores=scores,
             history=self.history,
-            train_seconds=self.seconds,
-            wall_seconds=self.wall(),
-            device=str(self.accelerator.device),
-            processes=self.accelerator.num_processes,
-            command=command,
-            epoch_kept=self.kept_epoch,
             about_weights=self.about_weights(),
         )
         write_report(folder, facts)
