@@ -172,7 +172,7 @@ class Checkpoints:
         Raises:
             RecipeError: the checkpoint can't be written; nothing of it is left.
         """
-        states = _states(parts)  # gathered on every process
+        states = _states(parts, accelerator.is_main_process)  # gathered on every process
         on_main_process(accelerator, lambda: self._write(states, state))
 
     def amend(self, accelerator: Accelerator, state: dict[str, Any]) -> None:
@@ -329,12 +329,16 @@ def _name(state: Mapping[str, Any]) -> str:
     return f"update-{state['update']:08d}"
 
 
-def _states(parts: TrainedParts) -> dict[str, Any]:
-    """Returns the whole state of each part by the name of its file."""
+def _states(parts: TrainedParts, keep: bool) -> dict[str, Any]:
+    """Returns the state of each part by the name of its file; without ``keep`` those of sharded parts lack tensors."""
     modules = {name: module for name, module in ((_MODEL, parts.model), (_EMA, parts.ema)) if module is not None}
     others = {name: part for name, part in ((_OPTIMIZER, parts.optimizer), (_SCALER, parts.scaler)) if part is not None}
-    states: dict[str, Any] = {name: full_state_dict(module) for name, module in modules.items()}
-    return states | {name: whole_state(part.state_dict()) for name, part in others.items()}
+    states: dict[str, Any] = {}
+    for name, module in modules.items():
+        state = states[name] = module.state_dict() if is_sharded(module) else full_state_dict(module)
+        for key, value in state.items():  # in place, which keeps the metadata
+            state[key] = whole_state(value, keep)
+    return states | {name: whole_state(part.state_dict(), keep) for name, part in others.items()}
 
 
 def _stage(
