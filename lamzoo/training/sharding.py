@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from lamzoo.adapters.wrappers import copy_into, full_tensor, is_sharded
 from lamzoo.errors import RecipeError
 
-_METHODS = ("encode_text", "encode_video", "similarity")  # of retrieval models, called in place of forward
+#: Methods of retrieval models that are called in place of forward.
+_METHODS = ("encode_text", "encode_video", "similarity", "dual_similarity", "match")
 
 
 def shard(accelerator: Accelerator, model: nn.Module) -> nn.Module:
