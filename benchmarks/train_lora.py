@@ -27,6 +27,7 @@ from lamzoo.registry.saving import save_pretrained
 from lamzoo.tasks import register_task
 from lamzoo.tasks.classification import CLASSIFICATION
 from lamzoo.training import AnyRecipe, parse_recipe
+from lamzoo.training.checkpoints import on_main_process
 from lamzoo.training.classification.run import ClassificationRun
 from lamzoo.training.config_reader import override, read_recipe
 from lamzoo.training.recipe import Recipe
@@ -48,6 +49,11 @@ class LoraRecipe(Recipe):
         super().check()
         if self.token_reduction is not None or self.run.fsdp:
             raise RecipeError("LoRA is trained with all tokens and without FSDP; leave [reduction] and run.fsdp out.")
+        if self.run.keep != "last":
+            raise RecipeError(
+                f"Recipe key run.keep is {self.run.keep!r}, but saved models have LoRA in their weights, which the "
+                "run can't load again; set it to 'last'."
+            )
 
 
 class LoraRun(ClassificationRun):
@@ -65,9 +71,10 @@ class LoraRun(ClassificationRun):
                 module.eval()
 
     def _save_model(self, folder: Path) -> None:
-        if self.accelerator.is_main_process:
+        def save() -> None:
             save_pretrained(without_lora(self.evaluated_model), folder, label_names=self.class_names())
-        self.accelerator.wait_for_everyone()
+
+        on_main_process(self.accelerator, save)
 
 
 def add_lora(model: nn.Module) -> nn.Module:

@@ -34,7 +34,16 @@ def run_code(code: str, *arguments: str, env: Mapping[str, str] | None = None, t
 
 
 def run_module_in_two(module: str, *arguments: str, timeout: float = 300) -> list[Done]:
-    """Runs a module as ``torchrun --nproc-per-node=2 -m`` would without a GPU; returns what became of each rank."""
+    """Does :func:`run_in_two` with a module, as ``-m`` would."""
+    code = f"import runpy; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+    return run_in_two(code, module, *arguments, timeout=timeout)
+
+
+def run_in_two(code: str, name: str, *arguments: str, timeout: float = 300) -> list[Done]:
+    """Runs code as ``torchrun --nproc-per-node=2`` would without a GPU; returns what became of each rank.
+
+    ``name`` is the first of ``sys.argv``.
+    """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # like the one of torchrun itself
     jobs = []
     for rank in ("0", "1"):
@@ -48,8 +57,7 @@ def run_module_in_two(module: str, *arguments: str, timeout: float = 300) -> lis
             "CUDA_VISIBLE_DEVICES": "",
         }
         env = {**os.environ, **ranks, **shared}
-        code = f"import runpy; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
-        jobs.append((env, code, (module, *arguments)))
+        jobs.append((env, code, (name, *arguments)))
     return _run(jobs, timeout)
 
 

@@ -125,7 +125,7 @@ def _run(recipe: AnyRecipe, resume: bool, command: str) -> TrainResult:
     from lamzoo.training import Progress, train
 
     out.show_log("lamzoo.training.trainer")  # the settings, and a line per epoch
-    with out.progress_bar(recipe.model.name) as advance:
+    with out.progress_bar(recipe.model.name, hidden=not out.is_main_process()) as advance:
 
         def scanning(split: str, done: int, total: int) -> None:
             advance(done, total, f"scanning {split}")

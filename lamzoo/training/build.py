@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import Any
 import timm.optim
 import timm.scheduler
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, DataLoaderConfiguration, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
 from timm.layers import set_fused_attn, use_fused_attn
@@ -209,17 +211,24 @@ _LONGEST_WAIT = timedelta(hours=12)  # of processes for the main one, which comp
 
 def build_accelerator(run: RunSection) -> Accelerator:
     """Returns the accelerator of a run; raises a :class:`RecipeError` if its processes can't share the batches."""
-    AcceleratorState._reset_state()  # shared in the process; rejects another precision than that of the last run
     launched = "LOCAL_RANK" in os.environ  # by torchrun or accelerate
+    # The state is shared in the process and has precision and device of the last run. Launched processes keep theirs,
+    # which connects them.
+    AcceleratorState._reset_state(reset_partial_state=not launched)
     accelerator = Accelerator(
         mixed_precision=run.precision,
         cpu=run.device == "cpu" or (launched and not torch.accelerator.is_available()),
-        dataloader_config=DataLoaderConfiguration(split_batches=True),  # loaders yield global batches
+        dataloader_config=DataLoaderConfiguration(  # loaders yield global batches
+            split_batches=True, non_blocking=torch.cuda.is_available()
+        ),
         log_with="tensorboard" if run.tensorboard else None,
         project_dir=run.output,
         step_scheduler_with_optimizer=False,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=_LONGEST_WAIT)],
     )
+    if dist.is_available() and dist.is_initialized():
+        atexit.unregister(_leave)
+        atexit.register(_leave)  # not at the end of a run: torchrun connects the processes only once
     started = int(os.environ.get("WORLD_SIZE", "1")) if launched else 1
     if started > accelerator.num_processes:
         raise RecipeError(
@@ -232,3 +241,8 @@ def build_accelerator(run: RunSection) -> Accelerator:
             f"{accelerator.num_processes} processes; choose a multiple."
         )
     return accelerator
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

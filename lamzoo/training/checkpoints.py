@@ -10,7 +10,7 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,6 +37,11 @@ _logger = logging.getLogger(__name__)
 _STATE, _MODEL, _OPTIMIZER, _EMA, _SCALER = (
     "state.json", "model.safetensors", "optimizer.bin", "ema.safetensors", "scaler.pt",
 )  # fmt: skip
+#: Settings that may change when a run is resumed, because its curve does not depend on them.
+_FREE = frozenset({
+    "data.workers", "run.checkpoint_interval", "run.device", "run.fsdp", "run.keep", "run.keep_checkpoints",
+    "run.output", "run.report", "run.tensorboard", "schedule.epochs", "towers.cache",
+})  # fmt: skip
 _PICKLED_EMA = "custom_checkpoint_0.pkl"  # written by lamzoo 0.1.0
 _Result = TypeVar("_Result")
 
@@ -167,7 +172,7 @@ class Checkpoints:
         Raises:
             RecipeError: the checkpoint can't be written; nothing of it is left.
         """
-        states = _states(parts)  # gathered on every process
+        states = _states(parts, accelerator.is_main_process)  # gathered on every process
         on_main_process(accelerator, lambda: self._write(states, state))
 
     def amend(self, accelerator: Accelerator, state: dict[str, Any]) -> None:
@@ -324,12 +329,16 @@ def _name(state: Mapping[str, Any]) -> str:
     return f"update-{state['update']:08d}"
 
 
-def _states(parts: TrainedParts) -> dict[str, Any]:
-    """Returns the whole state of each part by the name of its file."""
+def _states(parts: TrainedParts, keep: bool) -> dict[str, Any]:
+    """Returns the state of each part by the name of its file; without ``keep`` those of sharded parts lack tensors."""
     modules = {name: module for name, module in ((_MODEL, parts.model), (_EMA, parts.ema)) if module is not None}
     others = {name: part for name, part in ((_OPTIMIZER, parts.optimizer), (_SCALER, parts.scaler)) if part is not None}
-    states: dict[str, Any] = {name: full_state_dict(module) for name, module in modules.items()}
-    return states | {name: whole_state(part.state_dict()) for name, part in others.items()}
+    states: dict[str, Any] = {}
+    for name, module in modules.items():
+        state = states[name] = module.state_dict() if is_sharded(module) else full_state_dict(module)
+        for key, value in state.items():  # in place, which keeps the metadata
+            state[key] = whole_state(value, keep)
+    return states | {name: whole_state(part.state_dict(), keep) for name, part in others.items()}
 
 
 def _stage(
@@ -474,8 +483,8 @@ def _changed(path: Path, recipe: AnyRecipe) -> str:
         written = parse_recipe(records.read_table(path, what="Recipe", error=RecipeError))
     except LamzooError as error:
         return str(error).rstrip(".")
-    before, now = (_flat(_curve(each).to_dict()) for each in (written, recipe))
-    keys = [key for key in {**now, **before} if before.get(key) != now.get(key)]
+    before, now = (_flat(each.to_dict()) for each in (written, recipe))
+    keys = [key for key in {**now, **before} if key not in _FREE and before.get(key) != now.get(key)]
     return " and ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in keys)
 
 
@@ -486,26 +495,6 @@ def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         nested = isinstance(value, dict) and value
         flat |= _flat(value, f"{prefix}{key}.") if nested else {prefix + key: value}
     return flat
-
-
-def _curve(recipe: AnyRecipe) -> AnyRecipe:
-    """Returns a recipe without the settings that may change when a run is resumed, such as its epochs."""
-    neutral: dict[str, Any] = {
-        "output": "",
-        "device": "auto",
-        "keep_checkpoints": 1,
-        "keep": "last",
-        "checkpoint_interval": None,
-        "tensorboard": False,
-        "report": True,
-        "fsdp": False,
-    }
-    settings: Any = recipe  # a dataclass, as each task's is
-    changes = {"data": replace(recipe.data, workers=0), "schedule": replace(recipe.schedule, epochs=1)}
-    if towers := getattr(settings, "towers", None):
-        changes["towers"] = replace(towers, cache=None)
-    curve: AnyRecipe = replace(settings, run=replace(recipe.run, **neutral), **changes)
-    return curve
 
 
 def _discard(folder: Path) -> None:

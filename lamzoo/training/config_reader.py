@@ -1,7 +1,8 @@
-"""Recipes as nested plain values, read from a file and modified by ``section.key=value`` overrides."""
+"""Recipes as nested plain values: read from a file, which may be bundled, and modified by overrides."""
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 from lamzoo.errors import RecipeError
 from lamzoo.reading import parse_toml
 from lamzoo.records import read_table
-from lamzoo.training.bundled_recipes import recipe_file
+from lamzoo.registry.cards import data_dir
+
+_BUNDLED = "lamzoo:"
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
@@ -22,6 +25,23 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         RecipeError: the file does not exist or is not valid TOML (JSON).
     """
     return read_table(recipe_file(path), what="Recipe", error=RecipeError)
+
+
+def recipe_file(path: str | Path) -> Path:
+    """Returns the path of a recipe: the bundled file for ``lamzoo:NAME``, any other path unchanged.
+
+    Raises:
+        RecipeError: no bundled recipe has this name; the message lists the closest ones.
+    """
+    name = str(path)
+    if not name.startswith(_BUNDLED):
+        return Path(path)
+    name = name.removeprefix(_BUNDLED).removesuffix(".toml")
+    files = {file.stem: file for file in sorted(data_dir("recipes").glob("*.toml"))}
+    if name not in files:
+        close = difflib.get_close_matches(name, files, n=3) or list(files)
+        raise RecipeError(f"lamzoo has no recipe {name!r}; try {', '.join(_BUNDLED + other for other in close)}.")
+    return files[name]
 
 
 def override(table: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from lamzoo.training.moments.recipe import MomentRecipe
 from lamzoo.training.recipe import Recipe, parse_recipe
 from lamzoo.training.recipe_common import Precision, TaskRecipe
 from lamzoo.training.retrieval.recipe import RetrievalRecipe
-from lamzoo.training.splits import has_split, open_roles, open_splits
+from lamzoo.training.splits import open_roles, open_splits
 
 _VAL_FRACTION = 0.1
 _BATCH = 64  # the largest default; the learning rates below are for this batch size
@@ -153,9 +153,7 @@ def for_images(recipe: Recipe) -> Choice:
         train = splits.train  # without images with invalid labels
         usable = select(train, [i for i, label in enumerate(train.source.labels()) if train.is_label(label)])
         images = len(split_off(usable, fraction, recipe.run.seed)[0])
-    chosen: dict[str, Any] = {"val_fraction": fraction}
-    if data.test_split is None and data.eval_split != "test" and has_split(data, "test", splits.train):
-        chosen["test_split"] = "test"
+    chosen = {"val_fraction": fraction, **_test_split(recipe, splits.train, splits.evaluation)}
     style = _IMAGE_STYLES["scratch" if _from_scratch(recipe) else recipe.model.tune]
     if recipe.model.kwargs.get("in_chans") == 4:  # timm's policies do not support 4 channels
         augment = {key: value for key, value in style.sections["augment"].items() if key != "auto_augment"}
@@ -196,14 +194,19 @@ def _open_videos(recipe: TaskRecipe, *, val_fraction: bool) -> tuple[Any, dict[s
         chosen["val_fraction"] = _VAL_FRACTION if data.val_fraction is None else data.val_fraction
         data = replace(data, **chosen)
     splits, _ = open_roles(find_task(recipe.task), data, recipe.run.seed, roles=("train", "validation"))
-    if data.test_split is None and "test" not in synonyms(data.eval_split):
-        try:
-            test = find_task(recipe.task).open_split(data.source, "test")
-        except MissingSplitError:
-            return splits["train"], chosen
-        if test.split not in (splits["train"].split, splits["validation"].split):
-            chosen["test_split"] = "test"
-    return splits["train"], chosen
+    return splits["train"], chosen | _test_split(recipe, *splits.values())
+
+
+def _test_split(recipe: TaskRecipe, *opened: Any) -> dict[str, str]:
+    """Returns an entry of ``[data]`` if the recipe names no test split and the data has one that isn't opened yet."""
+    if recipe.data.test_split is not None or "test" in synonyms(recipe.data.eval_split):
+        return {}
+    try:
+        test = find_task(recipe.task).open_split(recipe.data.source, "test")
+    except MissingSplitError:
+        return {}
+    used = [split.split for split in opened if split is not None]
+    return {} if test.split in used else {"test_split": "test"}
 
 
 def _with_any_batch(table: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -1,4 +1,4 @@
-"""Sums and gradients of a global batch, split over forward passes and processes."""
+"""Sums, gradients and statistics of a global batch, split over forward passes and processes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from accelerate import Accelerator
+from timm.utils import distribute_bn
 from torch import Tensor, nn
 
 
@@ -46,3 +47,11 @@ def average_gradients(accelerator: Accelerator, model: nn.Module) -> None:
     mean = accelerator.reduce(torch.cat([gradient.flatten() for gradient in own]), "mean")
     for parameter, part in zip(parameters, mean.split([each.numel() for each in parameters]), strict=True):
         parameter.grad = part.view_as(parameter).to(parameter.dtype)
+
+
+def share_statistics(accelerator: Accelerator, *models: nn.Module | None) -> None:
+    """Gives the batch norms of models the statistics of the main process, which saves them, on every process."""
+    if accelerator.num_processes > 1:
+        for model in models:
+            if model is not None:
+                distribute_bn(model, accelerator.num_processes)

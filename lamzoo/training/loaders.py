@@ -125,6 +125,11 @@ def check_mixup(recipe: Recipe, processes: int, images: int) -> None:
         )
 
 
+def pins_memory(recipe: AnyRecipe) -> bool:
+    """Returns whether loaders use pinned memory, from which a GPU copies batches while it computes."""
+    return torch.cuda.is_available() and recipe.run.device != "cpu"
+
+
 def create_seeded_loader(
     recipe: AnyRecipe, samples: Any, collate: Callable[[list[Any]], Any] | None = None
 ) -> DataLoader[Any]:
@@ -146,7 +151,7 @@ def create_seeded_loader(
         sampler=SeededSampler(dataset),
         collate_fn=collate,
         num_workers=recipe.data.workers,
-        pin_memory=torch.cuda.is_available() and recipe.run.device != "cpu",
+        pin_memory=pins_memory(recipe),
         drop_last=True,
     )
 
@@ -197,7 +202,8 @@ def create_eval_loader(recipe: Recipe, eval_set: Any, model: nn.Module) -> DataL
     eval_set.mode = image_mode(config)
     eval_set.transform = timm.data.create_transform(**config)
     batch = recipe.run.batch_size // recipe.run.accumulation
-    return DataLoader(eval_set, max(256 // batch, 1) * batch, num_workers=recipe.data.workers)
+    size, workers = max(256 // batch, 1) * batch, recipe.data.workers
+    return DataLoader(eval_set, size, num_workers=workers, pin_memory=pins_memory(recipe))
 
 
 def create_mixup(recipe: Recipe, num_classes: int) -> timm.data.Mixup | None:

@@ -18,6 +18,7 @@ from lamzoo.tasks import Task, find_task
 from lamzoo.tasks.classification import CLASSIFICATION
 from lamzoo.training.config_reader import override, read_recipe
 from lamzoo.training.recipe_common import (
+    DataSectionBase,
     ModelSectionBase,
     OptimizerSection,
     Positive,
@@ -29,10 +30,8 @@ from lamzoo.training.recipe_common import (
     ScheduleSection,
     Smoothing,
     TaskRecipe,
-    Workers,
     check_common,
     check_crops,
-    check_val_fraction,
 )
 
 Tune = Literal["all", "lam", "head"]
@@ -58,29 +57,17 @@ class ModelSection(ModelSectionBase):
 
 
 @dataclass(frozen=True)
-class DataSection:
-    """``[data]``: the data set, as opened by :func:`lamzoo.data.create_dataset`.
+class DataSection(DataSectionBase):
+    """``[data]``: images, as opened by :func:`lamzoo.data.create_dataset`.
 
     Attributes:
-        source: specification of the data set.
-        train_split: the training split.
-        eval_split: the split scored during the run.
-        test_split: the split scored once at the end, for the report; None for none.
         val_fraction: share of the training images, drawn by class with ``run.seed``, that is held out if the data has
             no ``eval_split``; None makes a missing split an error.
-        workers: worker processes per training process; 0 reads images in the main process.
-        scan: read every image of these splits once before the first epoch.
         on_bad_input: treatment of unreadable images in the scan: ``"stop"``, or ``"skip"``, which leaves them out and
             lists them in ``bad-inputs.csv``.
     """
 
-    source: str
-    train_split: str = "train"
-    eval_split: str = "validation"
-    test_split: str | None = None
     val_fraction: float | None = None
-    workers: Workers = 0
-    scan: bool = True
     on_bad_input: OnBadInput = "stop"
 
 
@@ -128,11 +115,13 @@ class Recipe(TaskRecipe):
         return self.reduction or self.prune
 
     def check(self) -> None:
-        check_val_fraction(
-            self.data.val_fraction,
-            " To train on all of train_split, name another split to score on in data.eval_split (--val-split); nothing "
-            "is held out then.",
-        )
+        fraction = self.data.val_fraction
+        if fraction is not None and not 0 < fraction < 1:  # not a Fraction: the message has more to say
+            raise RecipeError(
+                f"Recipe key data.val_fraction is {fraction}; it must lie between 0 and 1. To train on all of "
+                "train_split, name another split to score on in data.eval_split (--val-split); nothing is held out "
+                "then."
+            )
         model = self.model
         if model.tune != "all" and not model.pretrained and model.kwargs.get("checkpoint_path") is None:
             raise RecipeError(

@@ -267,17 +267,6 @@ class TaskRecipe:
         """
 
 
-def check_val_fraction(fraction: float | None, hint: str = "") -> None:
-    """Raises a RecipeError for a ``data.val_fraction`` that leaves no training or no validation data.
-
-    Args:
-        fraction: the value; None if validation data are not held out.
-        hint: a further sentence of the message.
-    """
-    if fraction is not None and not 0 < fraction < 1:
-        raise RecipeError(f"Recipe key data.val_fraction is {fraction}; it must lie between 0 and 1.{hint}")
-
-
 def check_crops(scale: tuple[float, float], ratio: tuple[float, float]) -> None:
     """Raises a RecipeError for ranges of random crops that are empty, or larger than the image."""
     if not scale[0] <= scale[1] <= 1:

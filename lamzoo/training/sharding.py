@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from lamzoo.adapters.wrappers import copy_into, full_tensor, is_sharded
 from lamzoo.errors import RecipeError
 
-_METHODS = ("encode_text", "encode_video", "similarity")  # of retrieval models, called in place of forward
+#: Methods of retrieval models that are called in place of forward.
+_METHODS = ("encode_text", "encode_video", "similarity", "dual_similarity", "match")
 
 
 def shard(accelerator: Accelerator, model: nn.Module) -> nn.Module:
@@ -49,15 +50,35 @@ def shard(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     return sharded
 
 
-def whole_state(state: Any) -> Any:
-    """Returns a state of nested dictionaries and lists with gathered tensors, on the CPU; call it on every process."""
+def mixes_sharded(model: nn.Module) -> bool:
+    """Returns whether a model has sharded tensors and others, such as buffers, which ``torch._foreach_`` can't mix."""
+    tensors = (tensor for tensor in model.state_dict().values() if tensor.is_floating_point())
+    return len({hasattr(tensor, "full_tensor") for tensor in tensors}) == 2
+
+
+def whole_state(state: Any, keep: bool = True) -> Any:
+    """Returns a state of nested dictionaries and lists with gathered tensors, on the CPU; call it on every process.
+
+    Args:
+        state: the state; tensors that are not distributed stay as they are.
+        keep: whether this process needs the tensors; without it they are gathered one by one, and None replaces them.
+    """
     if isinstance(state, Mapping):
-        return {key: whole_state(value) for key, value in state.items()}
+        return {key: whole_state(value, keep) for key, value in state.items()}
     if isinstance(state, (list, tuple)):
-        return type(state)(map(whole_state, state))
+        return type(state)(whole_state(value, keep) for value in state)
     if isinstance(state, Tensor) and hasattr(state, "full_tensor"):
-        return full_tensor(state.detach()).cpu()
+        whole = full_tensor(state.detach())
+        return whole.cpu() if keep else None
     return state
+
+
+@torch.no_grad()
+def gather_into(whole: nn.Module, model: nn.Module) -> None:
+    """Copies the weights and buffers of a sharded model into a whole one, one by one; call it on every process."""
+    own = whole.state_dict()
+    for name, tensor in model.state_dict().items():
+        own[name].copy_(full_tensor(tensor))
 
 
 @torch.no_grad()

@@ -195,14 +195,6 @@ def check_fingerprints(folder: Path, splits: Mapping[str, Any], accelerator: Acc
     return on_main_process(accelerator, check)
 
 
-def has_split(data: DataSection, split: str, train: LabelledImages) -> bool:
-    """Returns whether the data has a split of this name, other than the opened training split."""
-    try:
-        return bool(CLASSIFICATION.open_split(data.source, split).split != train.split)
-    except MissingSplitError:
-        return False
-
-
 def prepare_splits(
     data: DataSection, splits: Splits, seed: int, accelerator: Accelerator, progress: ScanProgress | None = None
 ) -> Splits:

@@ -21,7 +21,6 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lamzoo.adapters.wrappers import full_state_dict
 from lamzoo.data.fingerprint import write_fingerprints
 from lamzoo.data.splits import synonyms
 from lamzoo.data.trained import BAD_INPUTS_NAME, MODEL_FOLDERS
@@ -33,11 +32,12 @@ from lamzoo.registry.saving import save_pretrained
 from lamzoo.tasks import find_task
 from lamzoo.training.build import build_accelerator, build_ema, build_optimizer, build_scheduler
 from lamzoo.training.checkpoints import Checkpoints, TrainedParts, on_main_process
+from lamzoo.training.gradients import share_statistics
 from lamzoo.training.loaders import seed_everything
 from lamzoo.training.progress import Progress, TrainResult
 from lamzoo.training.recipe import AnyRecipe
 from lamzoo.training.score_report import write_score_report
-from lamzoo.training.sharding import clip_gradients, shard
+from lamzoo.training.sharding import clip_gradients, gather_into, mixes_sharded, shard
 from lamzoo.training.splits import BadInputs, ScanProgress, check_fingerprints, keep_held_out, write_bad_inputs
 from lamzoo.weights.files import file_sha256, read_state_dict
 from lamzoo.weights.saved import read_saved
@@ -295,8 +295,7 @@ class TrainingRun(ABC):
             self._save_model(folder)
             return folder
         self._save_model(last)
-        weights = read_saved(ModelRef.of_folder(folder), with_weights=True).weights
-        assert weights is not None  # requested by with_weights
+        weights = self._best_weights()
         self.evaluated_model.load_state_dict(read_state_dict(weights.path, sha256=weights.sha256))
         self.evaluate()
         return folder
@@ -330,7 +329,7 @@ class TrainingRun(ABC):
         """Under FSDP, copies the current weights into :attr:`evaluated_model`; called on every process."""
         if self.whole is not None:
             trained = self.model if self.ema is None else self.ema.module
-            self.whole.to(self.accelerator.device).load_state_dict(full_state_dict(trained))
+            gather_into(self.whole.to(self.accelerator.device), trained)
 
     def wall(self) -> float:
         """Seconds since the run began, without interruptions."""
@@ -365,8 +364,8 @@ class TrainingRun(ABC):
     def _result(self, model: Path, scores: dict[str, Any], report: Path | None) -> TrainResult:
         """Finishes the run: waits for the other processes, closes the logs, and returns the result."""
         self.accelerator.wait_for_everyone()
-        if self.recipe.run.tensorboard:
-            self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:  # end_training would also disconnect the processes
+            tracker.finish()
         about = self.about_weights()
         return TrainResult(
             self.checkpoints.output, model, self.history, scores, report, len(self.bad), self.kept_epoch, about,
@@ -478,7 +477,7 @@ class TrainingRun(ABC):
         if sharded:
             shard(self.accelerator, model)  # before the optimiser, which holds the parameters
             if self.ema is not None:
-                shard(self.accelerator, self.ema.module)
+                self.ema.foreach = not mixes_sharded(shard(self.accelerator, self.ema.module))
         optimizer = self.build_optimizer(model)
         self.updates_per_epoch = len(loader) // recipe.run.accumulation
         self.scheduler = build_scheduler(recipe.schedule, optimizer, self.updates_per_epoch)
@@ -503,6 +502,7 @@ class TrainingRun(ABC):
 
     def _end_epoch(self, epoch: int) -> None:
         recipe = self.recipe
+        share_statistics(self.accelerator, self.model, self.ema and self.ema.module)
         waited = time.perf_counter()
         loss = self._total_loss() / self.updates_per_epoch  # waits for the GPU
         self.seconds += time.perf_counter() - waited

@@ -67,6 +67,11 @@ def test_lora_masks_and_the_head_are_trained_and_the_saved_weights_contain_them(
     assert any(parameter.any() for parameter in lamzoo.lam_parameters(model))
 
 
+def test_the_best_weights_are_refused_before_the_training(path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"run\.keep is 'best', but .*; set it to 'last'"):
+        train_lora.lora_recipe(path, [])
+
+
 def test_models_without_blocks_are_refused() -> None:
     with pytest.raises(RecipeError, match="LoRA is for timm's transformers"):
         train_lora.add_lora(torch.nn.Linear(2, 2))

@@ -23,8 +23,10 @@ from lamzoo.models.transformers_images import TransformersImages, as_image_model
 from lamzoo.profiling.inputs import image_size  # noqa: E402
 from lamzoo.registry.factory import create_for_images  # noqa: E402
 from lamzoo.registry.huggingface import _preprocessing  # noqa: E402
+from lamzoo.training import parse_recipe, train  # noqa: E402
 from tests.adapters.transformers_hosts import HOSTS  # noqa: E402
 from tests.images import CLASSES, write_folder  # noqa: E402
+from tests.training.processes import train_in_two  # noqa: E402
 from tests.weights.hub_server import HubServer  # noqa: E402
 
 NAME = "hf/me/vit"
@@ -143,6 +145,23 @@ def test_classifiers_are_fine_tuned_scored_and_explained(run: Any, tmp_path: Pat
     assert run("eval", "all", "--data", folder, "--split", "val", "--device", "cpu", "--workers", 0).code == 0
     photo = next((folder / "val").rglob("*.*"))
     assert run("explain", "all", photo, "--out", "masks.png").code == 0
+
+
+@pytest.mark.slow
+def test_two_processes_train_a_model_with_parameters_that_get_no_gradient(tmp_path: Path) -> None:
+    model: Any = create_for_images("hf/me/dino", pretrained=True, num_classes=3, img_size=32)
+    lamzoo.save_pretrained(model, tmp_path / "dino")  # whose mask_token is for pretraining
+    photos = write_folder(tmp_path / "photos", splits=("train", "val"), each=4)
+    table = {
+        "model": {"name": f"local-dir:{tmp_path / 'dino'}", "pretrained": True},
+        "data": {"source": str(photos), "eval_split": "val"},
+        "schedule": {"epochs": 1, "warmup_epochs": 0},
+        "run": {"batch_size": 4, "report": False},
+    }
+    rows = train_in_two(table, tmp_path / "two")
+    recipe = {**table, "run": {**table["run"], "output": str(tmp_path / "alone"), "device": "cpu"}}
+    (record,) = train(parse_recipe(recipe)).history
+    assert float(rows[0]["eval_loss"]) == pytest.approx(record["eval_loss"], rel=1e-4)
 
 
 @pytest.mark.slow

@@ -27,7 +27,8 @@ def start(tmp_path: Path) -> str:
 
 def complete(name: str, source: Path, **sections: Any) -> Any:
     model = {"name": name, **sections.pop("model", {})}
-    return complete_recipe({"model": model, "data": {"source": f"imagefolder:{source}"}, **sections})
+    data = {"source": f"imagefolder:{source}", **sections.pop("data", {})}
+    return complete_recipe({"model": model, "data": data, **sections})
 
 
 def test_a_model_and_a_folder_are_enough(start: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,6 +72,8 @@ def test_a_test_split_is_scored_and_never_watched(tmp_path: Path) -> None:
     assert (data.eval_split, data.test_split, data.val_fraction) == ("validation", "test", 0.1)
     flat = complete("lam_vit_micro", write_folder(tmp_path / "flat", splits=()), model={"pretrained": True}).data
     assert flat.test_split is None
+    watched = complete("lam_vit_micro", folder, model={"pretrained": True}, data={"eval_split": "testing"}).data
+    assert watched.test_split is None
 
 
 def test_defaults_open_the_training_split_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

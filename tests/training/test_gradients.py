@@ -139,6 +139,7 @@ def test_two_processes_that_shard_a_model_have_the_gradients_of_one(
 ) -> None:
     more = {
         "one mask": _with_masks(tables["classification"], layers="single"),
+        "two stages": _with_two_stages(tables["retrieval"]),
         "checkpointing": _with_run(_with_masks(tables["classification"]), grad_checkpointing=True),
     }
     every = {name: _with_run(table, fsdp=True) for name, table in (tables | more).items()}
@@ -151,6 +152,12 @@ def test_two_processes_that_shard_a_model_have_the_gradients_of_one(
 
 def _with_run(table: dict[str, Any], **changes: Any) -> dict[str, Any]:
     return {**table, "run": {**table["run"], **changes}}
+
+
+def _with_two_stages(table: dict[str, Any]) -> dict[str, Any]:
+    tight = {**table["model"], "kwargs": {**table["model"]["kwargs"], "similarity": "tight"}}
+    matching = {"negatives": "group", "group": 2}
+    return {**table, "model": tight, "data": {**table["data"], "captions": "one"}, "matching": matching}
 
 
 def _with_masks(table: dict[str, Any], **fields: Any) -> dict[str, Any]:

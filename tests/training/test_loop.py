@@ -10,18 +10,22 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from timm.layers import use_fused_attn
 
 import lamzoo
 from lamzoo.errors import DataError, DivergedError, LamzooError, RecipeError, UnsupportedHostError
+from lamzoo.records import to_toml
 from lamzoo.tasks import TASKS
 from lamzoo.tasks.classification import CLASSIFICATION
 from lamzoo.training import TrainResult, loop, parse_recipe, train
 from lamzoo.training.classification.run import ClassificationRun
 from lamzoo.training.loaders import check_mixup
 from lamzoo.training.splits import write_bad_inputs
+from tests.forked import run_in_two
+from tests.images import write_npz
 from tests.operators import Operators
 from tests.training.processes import start_in_two, train_failed, train_in_two, train_killed
 
@@ -351,6 +355,40 @@ def test_accumulation_does_not_change_the_curve(recipe_table: dict[str, Any], tm
     torch.testing.assert_close(
         torch.tensor(curve(parts.history)), torch.tensor(curve(whole.history)), rtol=1e-4, atol=1e-5
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_two_processes_score_the_batch_norms_that_are_saved(
+    recipe_table: dict[str, Any], tmp_path: Path, fsdp: bool
+) -> None:
+    data = tmp_path / "data"
+    write_npz(data, "train", each=8)
+    write_npz(data, "test", each=60)  # more than one process's share of a batch
+    recipe_table |= {"model": {"name": "timm/test_resnet"}, "data": {"source": f"npz:{data}", "eval_split": "test"}}
+    recipe_table["run"] |= {"ema_decay": 0.9 if fsdp else None, "fsdp": fsdp, "output": str(tmp_path / "two")}
+    *_, row = train_in_two(recipe_table, tmp_path / "two")
+    saved = train(parse_recipe(recipe_table), resume=True)  # which only scores what was saved
+    assert float(row["eval_loss"]) == pytest.approx(saved.scores["test"].loss, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_script_trains_twice_in_two_processes_with_tensorboard(recipe_table: dict[str, Any], tmp_path: Path) -> None:
+    recipe_table["schedule"]["epochs"] = 1
+    recipe_table["run"] |= {"tensorboard": True, "device": "auto"}
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(to_toml(recipe_table))
+    code = (
+        "import sys; from lamzoo.training import load_recipe, train\n"
+        "for output in sys.argv[2:]: train(load_recipe(sys.argv[1], [f'run.output={output}']))"
+    )
+    for done in run_in_two(code, "script", str(recipe), str(tmp_path / "first"), str(tmp_path / "second")):
+        assert done.returncode == 0, done.stderr
+
+
+def test_another_run_chooses_its_device_again(recipe_table: dict[str, Any], tmp_path: Path) -> None:
+    PartialState(cpu=True).device = torch.device("meta")  # as if the run before was on another device
+    assert run(recipe_table, tmp_path / "out").history
 
 
 def test_two_processes_give_the_curve_of_one(recipe_table: dict[str, Any], tmp_path: Path) -> None:

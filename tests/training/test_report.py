@@ -8,12 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import lamzoo.report.curves
 from lamzoo.errors import MissingExtraError
 from lamzoo.training import Score, TrainResult, parse_recipe, train
+from lamzoo.training.classification import report as report_module
 from lamzoo.training.classification.report import confusion
 from tests.images import write_folder
 
@@ -122,6 +124,22 @@ def test_confusion_counts_classes_in_rows_and_guesses_in_columns() -> None:
     score = Score(torch.tensor([0, 0, 2]), torch.tensor([0, 1, 1]), loss=1.0, top5=None)
     assert confusion(score, 3).tolist() == [[1, 1, 0], [0, 0, 0], [0, 1, 0]]
     assert score.top1 == pytest.approx(100 / 3)
+
+
+def test_the_most_confused_classes_are_listed_without_a_matrix_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report_module, "confusion", lambda *args: pytest.fail("a matrix of 30,000 classes"))
+    labels, guesses = torch.tensor([29999, 29999, 5, 3, 3, 3, 1]), torch.tensor([7, 7, 2, 4, 4, 3, 0])
+    names = [f"class {index}" for index in range(30_000)]
+    content = report_module._score(Score(labels, guesses, loss=1.0, top5=None), names, np.zeros(30_000, np.int64))
+    found = [(pair["class"], pair["taken_for"], pair["images"]) for pair in content["most_confused"]]
+    assert found == [
+        ("class 3", "class 4", 2),
+        ("class 29999", "class 7", 2),
+        ("class 1", "class 0", 1),
+        ("class 5", "class 2", 1),
+    ]
+    assert content["per_class"][3]["recall"] == pytest.approx(33.33)
+    assert content["confusion"] is None
 
 
 @pytest.mark.parametrize("classes", [2, 40, 150])

@@ -96,18 +96,15 @@ def score_captions(model: Any, dataset: CaptionDataset, request: EvalRequest) ->
 
     generation = GenerationConfig(beams=request.options.get("beams") or 1)
     context = request.options.get("context") or 0
-    start = time.perf_counter()
-    captions = describe_clips(
+    result = evaluate_captions(
         model, dataset, generation=generation, context=context, batch_size=request.batch_size, device=request.device,
         precision=request.precision, workers=request.workers,
         progress=lambda done, total: request.progress(done, total, ""),
     )  # fmt: skip
-    compared = _compared(dataset, captions)
-    metrics = _scores(dataset, *compared)
-    seconds = time.perf_counter() - start
-    metrics |= _java_scores(*compared)
-    record = {"beams": generation.beams, "context": context, "clips": len(dataset), "seconds": seconds}
-    return Evaluation(metrics, f"{len(dataset):,} clips", record | {"metrics": metrics}, predictions=captions)
+    metrics = result.metrics | _java_scores(dataset, result.captions)
+    record = {"beams": generation.beams, "context": context, "clips": len(dataset), "seconds": result.seconds}
+    record |= {"metrics": metrics}
+    return Evaluation(metrics, f"{len(dataset):,} clips", record, predictions=result.captions)
 
 
 def score_file(path: str | Path, dataset: CaptionDataset) -> Evaluation:
@@ -117,8 +114,7 @@ def score_file(path: str | Path, dataset: CaptionDataset) -> Evaluation:
         DataError: as of :func:`lamzoo.evaluation.read_captions`, or the ids differ from the split's.
     """
     captions = {str(key): caption for key, caption in read_captions(path).items()}
-    compared = _compared(dataset, captions)
-    metrics = _scores(dataset, *compared) | _java_scores(*compared)
+    metrics = caption_scores(dataset, captions) | _java_scores(dataset, captions)
     record = {"captions": str(path), "clips": len(dataset), "metrics": metrics}
     return Evaluation(metrics, f"{len(dataset):,} clips", record)
 
@@ -201,13 +197,7 @@ def caption_scores(dataset: CaptionDataset, captions: Mapping[str, str]) -> dict
     Raises:
         DataError: the ids differ from the split's.
     """
-    return _scores(dataset, *_compared(dataset, captions))
-
-
-def _scores(
-    dataset: CaptionDataset, references: Mapping[str, Sequence[str]], hypotheses: Mapping[str, str]
-) -> dict[str, float]:
-    """Returns the scores of :func:`caption_scores` from normalised texts by id."""
+    references, hypotheses = _compared(dataset, captions)
     scores = caption_metrics(references, hypotheses) | word_error_rate(references, hypotheses)
     groups: dict[str, list[str]] = {}
     for item in sorted(dataset.items, key=lambda item: item.start):
@@ -222,8 +212,9 @@ def _scores(
     return scores
 
 
-def _java_scores(references: Mapping[str, Sequence[str]], hypotheses: Mapping[str, str]) -> dict[str, float]:
+def _java_scores(dataset: CaptionDataset, captions: Mapping[str, str]) -> dict[str, float]:
     """Returns METEOR and SPICE as fractions if their Java tools are installed; logs why one is left out."""
+    references, hypotheses = _compared(dataset, captions)
     scores: dict[str, float] = {}
     metrics: tuple[Literal["METEOR", "SPICE"], ...] = ("METEOR", "SPICE")
     for metric in metrics:

@@ -10,6 +10,7 @@ from lamzoo.training.moments.recipe import SpliceSection
 from lamzoo.training.recipe_common import (
     CountOrZero,
     DataSectionBase,
+    Fraction,
     ModelSectionBase,
     OptimizerSection,
     PositiveOrZero,
@@ -18,7 +19,6 @@ from lamzoo.training.recipe_common import (
     ScheduleSection,
     Smoothing,
     TaskRecipe,
-    check_val_fraction,
 )
 
 
@@ -40,7 +40,7 @@ class CaptionDataSection(DataSectionBase):
         context: number of earlier captions of the same video that the model receives.
     """
 
-    val_fraction: float | None = None
+    val_fraction: Fraction | None = None
     context: CountOrZero = 0
 
 
@@ -77,7 +77,6 @@ class CaptionRecipe(TaskRecipe):
     reduction: ReductionSection | None = None
 
     def check(self) -> None:
-        check_val_fraction(self.data.val_fraction)
         if self.optimizer.layer_decay is not None:
             raise RecipeError("Recipe key optimizer.layer_decay is for classifiers; leave it out.")
         if self.run.grad_checkpointing:

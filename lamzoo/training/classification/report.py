@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,7 @@ _logger = logging.getLogger(__name__)
 _MASK_PICTURES = 3
 _LISTED = 60  # maximum number of classes in the Markdown table; the JSON has all
 _CONFUSION_IN_JSON = 200  # maximum number of classes for the whole matrix in the JSON
+_CONFUSION_DRAWN = 3000  # maximum number of classes for its picture, whose memory grows with their square
 _PAIRS = 5
 
 
@@ -42,33 +43,21 @@ class RunFacts:
     """The contents of a report.
 
     Attributes:
+        common: the facts common to all tasks, as of :meth:`lamzoo.training.trainer.TrainingRun.facts`.
         recipe: the run's.
         model: the trained model, already saved.
-        trained: number of trained parameters.
         splits: its data.
         scores: the model's scores by split; the split watched during the run comes first.
         history: one record per epoch.
-        train_seconds: time spent in updates.
-        wall_seconds: time since the start, including reading and scoring.
-        device: as torch writes it.
-        processes: number of training processes.
-        command: the command line; None if called from Python.
-        epoch_kept: epoch of the model's weights, from 1.
-        about_weights: a sentence on the choice of these weights.
+        about_weights: a sentence on the choice of the model's weights.
     """
 
+    common: Mapping[str, Any]
     recipe: Recipe
     model: nn.Module
-    trained: int
     splits: Splits
-    scores: dict[str, Score]
+    scores: Mapping[str, Score]
     history: list[dict[str, float]]
-    train_seconds: float
-    wall_seconds: float
-    device: str
-    processes: int
-    command: str | None
-    epoch_kept: int
     about_weights: str
 
 
@@ -105,47 +94,40 @@ def _class_names(facts: RunFacts) -> list[str]:
 
 def _content(facts: RunFacts, names: list[str]) -> dict[str, Any]:
     """Returns the report's contents as JSON values."""
-    recipe, model = facts.recipe, facts.model
-    masks = 0 if getattr(model, "lam_config", None) is None else sum(p.numel() for p in lam_parameters(model))
+    common, recipe, device = facts.common, facts.recipe, facts.common["device"]
+    masks = 0 if common["masks"] is None else sum(p.numel() for p in lam_parameters(facts.model))
     training = np.bincount(facts.splits.train.labels(), minlength=len(names))
     return {
-        "model": recipe.model.name,
+        "model": common["model"],
         "pretrained": recipe.model.pretrained,
-        "weights": getattr(model, "weights_source", None),
-        "masks": None if getattr(model, "lam_config", None) is None else str(model.lam_config),
+        "weights": common["weights"],
+        "masks": common["masks"],
         "tune": recipe.model.tune,
-        "data": recipe.data.source,
+        "data": common["data"],
         "classes": len(names),
         "training_images": len(facts.splits.train),
-        "left_out": len(facts.splits.bad),
+        "left_out": common["left_out"],
         "validation_was_split_off": facts.splits.made is not None,
-        "parameters": {
-            "all": sum(p.numel() for p in model.parameters()),
-            "trained": facts.trained,
-            "masks": masks,
-        },
+        "parameters": {"all": common["parameters"], "trained": common["trained_parameters"], "masks": masks},
         "scores": {split: _score(score, names, training) for split, score in facts.scores.items()},
-        "epochs": recipe.schedule.total_epochs,
-        "epoch_kept": facts.epoch_kept,
+        "epochs": common["epochs"],
+        "epoch_kept": common["epoch_kept"],
         "about_weights": facts.about_weights,
-        "batch_size": recipe.run.batch_size,
-        "lr": recipe.optimizer.lr,
-        "seed": recipe.run.seed,
-        "precision": recipe.run.precision,
-        "train_seconds": round(facts.train_seconds, 1),
-        "wall_seconds": round(facts.wall_seconds, 1),
-        "device": f"{facts.device} ({torch.cuda.get_device_name()})" if "cuda" in facts.device else facts.device,
-        "processes": facts.processes,
+        **{key: common[key] for key in ("batch_size", "lr", "seed", "precision", "train_seconds", "wall_seconds")},
+        "device": f"{device} ({torch.cuda.get_device_name()})" if "cuda" in device else device,
+        "processes": common["processes"],
         "threads": torch.get_num_threads(),
-        "command": facts.command or f"lamzoo train {shlex.quote(str(Path(recipe.run.output) / 'recipe.json'))}",
+        "command": common["command"] or f"lamzoo train {shlex.quote(str(Path(recipe.run.output) / 'recipe.json'))}",
         "output": recipe.run.output,
         "versions": {"lamzoo": __version__, "torch": torch.__version__, "timm": timm.__version__},
     }
 
 
 def _score(score: Score, names: list[str], training: NDArray[np.int64]) -> dict[str, Any]:
-    counts = confusion(score, len(names))
-    images, guessed, right = counts.sum(axis=1), counts.sum(axis=0), counts.diagonal()
+    classes, correct = len(names), score.labels == score.guesses
+    images, guessed, right = (
+        torch.bincount(part, minlength=classes).numpy() for part in (score.labels, score.guesses, score.labels[correct])
+    )
     per_class = [
         {
             "class": name,
@@ -157,8 +139,9 @@ def _score(score: Score, names: list[str], training: NDArray[np.int64]) -> dict[
         for index, name in enumerate(names)
     ]
     recalls = right[images > 0] / images[images > 0]
-    wrong = counts - np.diag(right)
-    pairs = np.dstack(np.unravel_index(np.argsort(-wrong, axis=None, kind="stable")[:_PAIRS], wrong.shape))[0]
+    wrong = score.labels[~correct] * classes + score.guesses[~correct]
+    pairs, counts = np.unique(wrong.numpy(), return_counts=True)
+    most = np.argsort(-counts, kind="stable")[:_PAIRS]
     return {
         "images": len(score.labels),
         "top1": round(score.top1, 3),
@@ -167,11 +150,10 @@ def _score(score: Score, names: list[str], training: NDArray[np.int64]) -> dict[
         "loss": round(score.loss, 5),
         "per_class": per_class,
         "most_confused": [
-            {"class": names[row], "taken_for": names[column], "images": int(wrong[row, column])}
-            for row, column in pairs.tolist()
-            if wrong[row, column]
+            {"class": names[pair // classes], "taken_for": names[pair % classes], "images": count}
+            for pair, count in zip(pairs[most].tolist(), counts[most].tolist(), strict=True)
         ],
-        "confusion": counts.tolist() if len(names) <= _CONFUSION_IN_JSON else None,
+        "confusion": confusion(score, classes).tolist() if classes <= _CONFUSION_IN_JSON else None,
     }
 
 
@@ -186,12 +168,13 @@ def _plots(folder: Path, facts: RunFacts, names: list[str]) -> list[str]:
 
     split, score = list(facts.scores.items())[-1]
     title = f"{facts.recipe.model.name}: {split}, {len(score.labels)} images, {score.top1:.2f} % right"
-    plots: list[tuple[str, str, Callable[[], Figure]]] = [
-        ("Curves", "curves.png", lambda: draw_curves(facts.history)),
-        (f"Confusion matrix ({split})", "confusion.png", lambda: draw_confusion(
-            confusion(score, len(names)), names, title)),
-    ]  # fmt: skip
+    plots: list[tuple[str, str, Callable[[], Figure]]] = [("Curves", "curves.png", lambda: draw_curves(facts.history))]
     lines: list[str] = []
+    if len(names) <= _CONFUSION_DRAWN:
+        heading = f"Confusion matrix ({split})"
+        plots.append((heading, "confusion.png", lambda: draw_confusion(confusion(score, len(names)), names, title)))
+    else:
+        lines += [f"The confusion matrix is not drawn: it has more than {_CONFUSION_DRAWN:,} classes.", ""]
     try:
         for heading, filename, draw in plots:
             write_figure(draw(), folder / filename)

@@ -48,6 +48,7 @@ class ClassificationRun(TrainingRun):
 
     recipe: Recipe
     splits: Splits
+    averages = True  # gradients, after the passes; False once DDP averages them in the backward pass
 
     def open_data(self) -> None:
         self.splits = open_splits(self.recipe.data)
@@ -118,7 +119,8 @@ class ClassificationRun(TrainingRun):
             if self.mixup is not None:
                 images, labels = self.mixup(images, labels)
             kernels = attention_kernels(self.recipe.model.fused_attention)
-            with kernels, self.accelerator.no_sync(self.model) if index + 1 < len(batches) else nullcontext():
+            alone = self.averages or index + 1 < len(batches)
+            with kernels, self.accelerator.no_sync(self.model) if alone else nullcontext():
                 with self.accelerator.autocast():
                     logits = self.model(images)
                 loss: Tensor = self.loss(logits.float(), labels)
@@ -127,8 +129,12 @@ class ClassificationRun(TrainingRun):
                 loss = loss / len(batches)
                 self.accelerator.backward(loss)
             losses.append(loss.detach())
-        if self.whole is not None:
-            average_gradients(self.accelerator, self.model)  # of what FSDP does not shard
+        if self.averages:
+            average_gradients(self.accelerator, self.model)
+            # DDP fails if a parameter gets no gradient, such as a mask token for pretraining. FSDP does not average
+            # the gradients of scalars.
+            trained = (parameter for parameter in self.model.parameters() if parameter.requires_grad)
+            self.averages = self.whole is not None or any(parameter.grad is None for parameter in trained)
         return self.accelerator.reduce(torch.stack(losses).sum(), "mean")
 
     def score(self, role: str) -> Score:
@@ -137,18 +143,12 @@ class ClassificationRun(TrainingRun):
 
     def write_report(self, folder: Path, scores: Mapping[str, Any], command: str | None) -> None:
         facts = RunFacts(
+            common=self.facts(command),
             recipe=self.recipe,
             model=self.evaluated_model,
-            trained=sum(p.numel() for p in self.accelerator.unwrap_model(self.model).parameters() if p.requires_grad),
             splits=self.splits,
-            scores=dict(scores),
+            scores=scores,
             history=self.history,
-            train_seconds=self.seconds,
-            wall_seconds=self.wall(),
-            device=str(self.accelerator.device),
-            processes=self.accelerator.num_processes,
-            command=command,
-            epoch_kept=self.kept_epoch,
             about_weights=self.about_weights(),
         )
         write_report(folder, facts)

@@ -13,6 +13,7 @@ from lamzoo.training.recipe_common import (
     Count,
     CountOrZero,
     DataSectionBase,
+    Fraction,
     ModelSectionBase,
     OptimizerSection,
     Positive,
@@ -23,7 +24,6 @@ from lamzoo.training.recipe_common import (
     ScheduleSection,
     TaskRecipe,
     check_crops,
-    check_val_fraction,
 )
 
 Tower = Literal["vision", "text"]
@@ -64,7 +64,7 @@ class RetrievalDataSection(DataSectionBase):
             lists them in ``bad-inputs.csv``.
     """
 
-    val_fraction: float | None = None
+    val_fraction: Fraction | None = None
     fps: PositiveOrZero = 1.0
     max_frames: Count = 12
     slicing: Slicing = "uniform"
@@ -176,7 +176,6 @@ class RetrievalRecipe(TaskRecipe):
     matching: MatchingSection | None = None
 
     def check(self) -> None:
-        check_val_fraction(self.data.val_fraction)
         check_crops(self.augment.scale, self.augment.ratio)
         if self.optimizer.layer_decay is not None:
             raise RecipeError("Recipe key optimizer.layer_decay is for classifiers; use optimizer.tower_lr.")

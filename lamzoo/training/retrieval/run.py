@@ -23,7 +23,7 @@ from lamzoo.evaluation.retrieval.reranking import check_rerank
 from lamzoo.profiling.inputs import evaluating
 from lamzoo.registry.factory import create_model
 from lamzoo.training.build import attention_kernels, mask_parameters, reduce_by_section, timm_optimizer
-from lamzoo.training.loaders import check_batch, create_seeded_loader, generator_of, seed_everything
+from lamzoo.training.loaders import check_batch, create_seeded_loader, generator_of, pins_memory, seed_everything
 from lamzoo.training.retrieval.contrastive import contrastive_backward, contrastive_loss
 from lamzoo.training.retrieval.recipe import RetrievalRecipe, TowersSection
 from lamzoo.training.retrieval.second_stage import group_loss, matching_loss
@@ -97,8 +97,9 @@ class RetrievalRun(TrainingRun):
             if self.cached.has("vision"):
                 clips = self.cached.clips(role, clips)
             batch = recipe.run.batch_size // recipe.run.accumulation
-            collate = partial(pad_clips, frames=recipe.data.max_frames)
-            loaders.append(DataLoader(clips, batch, collate_fn=collate, num_workers=recipe.data.workers))
+            collate, workers = partial(pad_clips, frames=recipe.data.max_frames), recipe.data.workers
+            pinned = pins_memory(recipe)
+            loaders.append(DataLoader(clips, batch, collate_fn=collate, num_workers=workers, pin_memory=pinned))
         return loaders
 
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:

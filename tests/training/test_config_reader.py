@@ -7,7 +7,7 @@ import pytest
 
 from lamzoo.errors import RecipeError
 from lamzoo.registry.cards import data_dir
-from lamzoo.training.bundled_recipes import recipe_file
+from lamzoo.training.config_reader import recipe_file
 from lamzoo.training.recipe import load_recipe
 
 
