@@ -17,7 +17,7 @@ from lamzoo.layers.attention import DENSE_TOKENS
 from lamzoo.models.moment_detr.layers import sine_positions
 from lamzoo.models.moment_detr.model import MomentOutput
 from lamzoo.models.moment_detr.qd_detr import peaks, propose
-from lamzoo.models.moment_detr.spans import generalized_span_iou, to_centres, to_edges
+from lamzoo.models.moment_detr.spans import generalized_span_iou, span_iou, to_centres, to_edges
 from lamzoo.profiling.memory import peak_growth
 
 PLACES = {"moment_detr_micro": ("encoder", "decoder"), "qd_detr_micro": ("cross", "encoder", "decoder")}
@@ -254,12 +254,13 @@ def test_masks_go_where_there_is_attention(places: Any) -> None:
 def test_spans_are_boxes_one_unit_high() -> None:
     edges, others = (torch.rand(n, 2).sort(dim=-1).values for n in (5, 7))
     assert_close(to_edges(to_centres(edges)), edges)
-    generalized = generalized_span_iou(edges, others)
+    iou, generalized = span_iou(edges, others), generalized_span_iou(edges, others)
     for i, (start, end) in enumerate(edges.tolist()):
         for j, (other_start, other_end) in enumerate(others.tolist()):
             shared = max(0.0, min(end, other_end) - max(start, other_start))
             union = end - start + other_end - other_start - shared
             hull = max(end, other_end) - min(start, other_start)
+            assert iou[i, j].item() == pytest.approx(shared / union, abs=1e-6)
             assert generalized[i, j].item() == pytest.approx(shared / union - (hull - union) / hull, abs=1e-5)
     boxes = [torch.stack([x[:, 0], x[:, 0] * 0, x[:, 1], x[:, 0] * 0 + 1], dim=1) for x in (edges, others)]
     assert_close(generalized, generalized_box_iou(*boxes))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torchvision.ops import generalized_box_iou
+from torchvision.ops import box_iou, generalized_box_iou
 
 
 def to_edges(spans: Tensor) -> Tensor:
@@ -19,16 +19,13 @@ def to_centres(spans: Tensor) -> Tensor:
     return torch.stack([(start + end) / 2, end - start], dim=-1)
 
 
+def span_iou(spans: Tensor, others: Tensor) -> Tensor:
+    """Returns the intersection over union of spans ``(N, 2)`` and ``(M, 2)``, start and end: ``(N, M)``."""
+    return box_iou(to_boxes(spans), to_boxes(others))
+
+
 def generalized_span_iou(spans: Tensor, others: Tensor) -> Tensor:
-    """Returns the generalised intersection over union (arXiv 1902.09630), -1 to 1, of all pairs of spans.
-
-    Args:
-        spans: start and end, ``(N, 2)``.
-        others: likewise, ``(M, 2)``.
-
-    Returns:
-        ``(N, M)``.
-    """
+    """Returns the generalised intersection over union (arXiv 1902.09630), -1 to 1, of spans as for :func:`span_iou`."""
     return generalized_box_iou(to_boxes(spans), to_boxes(others))
 
 
