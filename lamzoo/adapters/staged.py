@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from lamzoo.adapters.hosts import AttentionSite, HostTakeover, TokenLayout, floating_parameter
+from lamzoo.adapters.hosts import AttentionSite, HostTakeover, TokenLayout
 from lamzoo.adapters.timm_layers import attend_heads
 from lamzoo.lam import Lam
 
@@ -59,7 +59,6 @@ class StagedTakeover(HostTakeover):
             query_dim=query_dim,
             key_dim=key_dim,
             num_heads=heads,
-            like=floating_parameter(path, attn),
             watched=f"{block}.{index}",
         )
 

@@ -53,6 +53,7 @@ from lamzoo.adapters.hosts import (
     Pooling,
     TakeoverAdapter,
     TokenLayout,
+    named,
 )
 from lamzoo.adapters.hybrids import HYBRID_TAKEOVERS, NO_TOKEN_SOFTMAX
 from lamzoo.adapters.pooled import POOLED_TAKEOVERS
@@ -141,7 +142,7 @@ class TimmAdapter(TakeoverAdapter):
                 match = (_LAYER if takeover is None else takeover.place).fullmatch(path)
                 if match is None:
                     raise UnsupportedHostError(
-                        f"{_named(path, module)} is an attention layer outside of any list of blocks; put it into a "
+                        f"{named(path, module)} is an attention layer outside of any list of blocks; put it into a "
                         "model of timm's, or call add_lam on that model."
                     )
                 staged = staged or takeover is not None
@@ -149,7 +150,7 @@ class TimmAdapter(TakeoverAdapter):
                     takeover.site(path, module) if takeover else _site(path, match["stack"], match["name"], module)
                 )
             elif _attends(module) and not any(type(part) in self.takeovers for part in module.modules()):
-                raise UnsupportedHostError(f"{_named(path, module)} can't carry a learnable mask; {_SERVED}")
+                raise UnsupportedHostError(f"{named(path, module)} can't carry a learnable mask; {_SERVED}")
         if found and not staged:  # in models with stages, other blocks are convolutions
             _check_complete(root_path, root, found)
         return found
@@ -160,10 +161,6 @@ class TimmAdapter(TakeoverAdapter):
 
 
 _SERVED = "timm's models that can are listed in lamzoo's documentation, reference/timm-hosts.md."
-
-
-def _named(path: str, module: nn.Module) -> str:
-    return f"{path or 'The model'} ({class_name(module)})"
 
 
 def _is_timm(module: nn.Module) -> bool:
@@ -179,7 +176,7 @@ def _check_softmax(root_path: str, root: nn.Module) -> None:
     for path, module in root.named_modules(prefix=root_path):
         if (reason := NO_TOKEN_SOFTMAX.get(type(module))) is not None:
             raise UnsupportedHostError(
-                f"{_named(path, module)} can't carry a learnable mask, which acts on a softmax over tokens: {reason}; "
+                f"{named(path, module)} can't carry a learnable mask, which acts on a softmax over tokens: {reason}; "
                 "choose a model whose layers all have one."
             )
 
@@ -203,7 +200,7 @@ def _check_complete(root_path: str, root: nn.Module, found: list[AttentionSite])
                     attn = getattr(block, "attn", None)
                     what = "no `attn`" if attn is None else f"an `attn` of {class_name(attn)}"
                     raise UnsupportedHostError(
-                        f"{_named(f'{path}.{name}', block)} has {what} and can't carry a learnable mask; {_SERVED}"
+                        f"{named(f'{path}.{name}', block)} has {what} and can't carry a learnable mask; {_SERVED}"
                     )
 
 
@@ -219,7 +216,6 @@ def _site(path: str, stack: str, name: str | None, attn: Any) -> AttentionSite:
         query_dim=dim,
         key_dim=dim,
         num_heads=attn.num_heads * (2 if isinstance(attn, _DIFFERENTIAL) else 1),
-        like=next(part.weight for part in projection.modules() if hasattr(part, "weight")),
         watched=path if name is None else None,
     )
 

@@ -38,7 +38,7 @@ from lamzoo.adapters.hosts import (
     HostTakeover,
     TakeoverAdapter,
     TokenLayout,
-    floating_parameter,
+    named,
     without_numbers,
 )
 from lamzoo.adapters.state import has_masks
@@ -106,7 +106,7 @@ class TransformersAdapter(TakeoverAdapter):
                 yield own_site(path, without_numbers(path), module)
             elif _attends_itself(type(module)):
                 raise UnsupportedHostError(
-                    f"{_named(path, module)} computes its attention itself, and add_lam supports the attention layers "
+                    f"{named(path, module)} computes its attention itself, and add_lam supports the attention layers "
                     "of transformers that call its AttentionInterface, of ViLT, FLAVA and TimeSformer; use a model of "
                     "such layers, or give add_lam the parts of this one that have them."
                 )
@@ -216,7 +216,7 @@ def _interface(forward: Callable[..., Any]) -> _Interface | None:
 
 
 def _site(path: str, module: Any, interface: _Interface) -> AttentionSite:
-    where = _named(path, module)
+    where = named(path, module)
     for name, reason in _UNSUPPORTED.items():
         if _is_given(module, interface.options.get(name)):
             raise UnsupportedHostError(f"{where} can't carry a learnable mask, because it {reason}.")
@@ -252,13 +252,8 @@ def _site(path: str, module: Any, interface: _Interface) -> AttentionSite:
         query_dim=query_dim,
         key_dim=key_dim,
         num_heads=heads,
-        like=floating_parameter(path, module),
         watched=path,  # transformers checkpoints the forward pass of a block without its hooks
     )
-
-
-def _named(path: str, module: nn.Module) -> str:
-    return f"{path or 'The model'} ({class_name(module)})"
 
 
 def _first(module: nn.Module, names: Iterable[str], kind: type) -> Any:

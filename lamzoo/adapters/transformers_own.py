@@ -13,7 +13,7 @@ from transformers.models.flava.modeling_flava import FlavaSelfAttention
 from transformers.models.timesformer.modeling_timesformer import TimesformerSelfAttention
 from transformers.models.vilt.modeling_vilt import ViltSelfAttention
 
-from lamzoo.adapters.hosts import AttentionSite, HostTakeover, floating_parameter
+from lamzoo.adapters.hosts import AttentionSite, HostTakeover
 from lamzoo.adapters.transformers_vision import present_keys, read_mask
 from lamzoo.layers.attention import split_heads, split_parts
 
@@ -68,7 +68,6 @@ def own_site(path: str, stack: str, module: Any) -> AttentionSite:
         query_dim=width,
         key_dim=width,
         num_heads=module.num_heads if hasattr(module, "num_heads") else module.num_attention_heads,
-        like=floating_parameter(path, module),
         watched=path,  # transformers checkpoints the forward pass of a block without its hooks
     )
 
