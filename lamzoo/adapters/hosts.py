@@ -329,6 +329,21 @@ def floating_parameter(path: str, layer: nn.Module) -> nn.Parameter:
     return found
 
 
+def input_width(projection: nn.Module) -> int:
+    """Returns the number of inputs of a Linear or a convolution, which a norm or an adapter such as LoRA may wrap."""
+    return _width(projection, "in_features", "in_channels", "nx")  # nx: transformers' Conv1D
+
+
+def output_width(projection: nn.Module) -> int:
+    """Returns the number of outputs of a Linear, likewise."""
+    return _width(projection, "out_features", "nf")
+
+
+def _width(projection: nn.Module, *names: str) -> int:
+    found = (getattr(part, name, None) for part in projection.modules() for name in names)
+    return next(width for width in found if isinstance(width, int))
+
+
 def without_numbers(path: str) -> str:
     """Returns a path without its numbers, which is equal for all layers of a stack."""
     return ".".join("*" if part.isdigit() else part for part in path.split("."))

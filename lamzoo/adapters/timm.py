@@ -53,6 +53,7 @@ from lamzoo.adapters.hosts import (
     Pooling,
     TakeoverAdapter,
     TokenLayout,
+    input_width,
     named,
 )
 from lamzoo.adapters.hybrids import HYBRID_TAKEOVERS, NO_TOKEN_SOFTMAX
@@ -205,11 +206,8 @@ def _check_complete(root_path: str, root: nn.Module, found: list[AttentionSite])
 
 
 def _site(path: str, stack: str, name: str | None, attn: Any) -> AttentionSite:
-    # A layer that adapts a Linear, such as LoRA, holds it as a submodule.
     places = (getattr(attn, each, None) for each in ("qkv", "q_proj", "in_proj"))
-    projection: Any = next(each for each in places if each is not None)
-    widths = (getattr(part, "in_features", getattr(part, "in_channels", None)) for part in projection.modules())
-    dim = next(width for width in widths if width is not None)
+    dim = input_width(next(each for each in places if each is not None))
     return AttentionSite(
         path=path,
         stack=stack,

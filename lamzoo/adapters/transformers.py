@@ -38,7 +38,9 @@ from lamzoo.adapters.hosts import (
     HostTakeover,
     TakeoverAdapter,
     TokenLayout,
+    input_width,
     named,
+    output_width,
     without_numbers,
 )
 from lamzoo.adapters.state import has_masks
@@ -245,7 +247,7 @@ def _site(path: str, module: Any, interface: _Interface) -> AttentionSite:
         )
     crosses = any(name in interface.parameters for name in _KEY_TOKENS)
     key = (_first(module, _KEY_PROJECTIONS, nn.Module) if crosses else None) or query
-    query_dim, key_dim = _width(query), _width(key)
+    query_dim, key_dim = input_width(query), input_width(key)
     return AttentionSite(
         path=path,
         stack=f"{without_numbers(path)} {query_dim} {key_dim} {heads}",  # stages of a pyramid share no mask
@@ -265,15 +267,8 @@ def _num_heads(module: Any) -> int | None:
     heads, width = _first(module, _HEADS, int), getattr(module, "head_dim", None)
     key = _first(module, ("k_proj", "key", "k"), nn.Module)
     if heads is None and width is not None and key is not None:  # the query projection may have gates besides
-        heads = _width(key, "out_features", "nf") // width * getattr(module, "num_key_value_groups", 1)
+        heads = output_width(key) // width * getattr(module, "num_key_value_groups", 1)
     return heads or getattr(module.config, "num_attention_heads", None)
-
-
-def _width(projection: nn.Module, *names: str) -> int:
-    """Returns the number of inputs of a projection, or its attribute of another name."""
-    # A layer that adapts a Linear, such as LoRA, holds it as a submodule; transformers' Conv1D has nx inputs.
-    found = (_first(part, names or ("in_features", "nx"), int) for part in projection.modules())
-    return next(width for width in found if width is not None)
 
 
 def _is_given(module: nn.Module, value: ast.expr | None) -> bool:
