@@ -24,6 +24,12 @@ from lamzoo.lam.unmasked import Unmasked
 HostModule = TypeVar("HostModule", bound=nn.Module)
 T = TypeVar("T")
 
+#: Reason why tokens can't be reduced in hosts that have one; a clause, as in :class:`Pooling`.
+POSITION_BIAS = (
+    "adds a bias for each pair of positions to the scores, and tokens that are reduced are no longer one for each "
+    "position; use a model with position embeddings or rotary ones"
+)
+
 #: Library (top-level package of a host's classes) to its adapter, in the order in which they are consulted. An adapter
 #: is imported when a model has a class of its library.
 ADAPTERS: dict[str, str] = {

@@ -48,6 +48,7 @@ from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import nn
 
 from lamzoo.adapters.hosts import (
+    POSITION_BIAS,
     AttentionSite,
     HostTakeover,
     Pooling,
@@ -252,11 +253,7 @@ def _pooling(host: Any, blocks: str) -> Pooling | None:
 def _no_reduction(host: Any) -> tuple[str | None, str | None]:
     """Returns the reasons why the tokens of a host can't be merged, and why they can't be pruned."""
     if isinstance(host, _BIASED_HOSTS):
-        bias = (
-            "adds a bias for each pair of positions to the scores, and tokens that are reduced are no longer one for "
-            "each position; use a model with position embeddings or rotary ones"
-        )
-        return bias, bias
+        return POSITION_BIAS, POSITION_BIAS
     single = all(hasattr(block, "attn") for block in host.blocks)
     no_pruning = None if single else "has blocks with several attention layers, or one beside the MLP; use timm's Block"
     if isinstance(host, NaFlexVit):
