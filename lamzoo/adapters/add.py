@@ -16,8 +16,11 @@ from lamzoo.adapters.hosts import (
     HostAdapter,
     LeaveBlock,
     NoteGrid,
+    TakeoverAdapter,
     TokenLayout,
     adapters_of,
+    check_replaceable,
+    floating_parameter,
     watch_block,
     watch_grid,
 )
@@ -50,9 +53,9 @@ def add_lam(model: Model, config: LamConfig | Mapping[str, Any] | bool | None = 
         position tables and biases of the masks.
 
     Raises:
-        UnsupportedHostError: the model has an attention layer that can't carry a mask (named), no attention layer,
-            or masks already; it is distributed (DDP, FSDP) or compiled in parts, or no ``torch.nn.Module``. The model
-            is left unchanged.
+        UnsupportedHostError: the model has an attention layer that can't carry a mask or be replaced (named), no
+            attention layer, or masks already; it is distributed (DDP, FSDP) or compiled in parts, or no
+            ``torch.nn.Module``. The model is left unchanged.
         ConfigError: the configuration is invalid, or has position keys for a host of unknown length or without fixed
             token positions.
     """
@@ -85,6 +88,10 @@ def add_lam(model: Model, config: LamConfig | Mapping[str, Any] | bool | None = 
             "vision transformers, open_clip's towers, the AttentionInterface of Hugging Face transformers and "
             "nn.MultiheadAttention."
         )
+    for site, adapter in found.items():
+        layer = host.get_submodule(site.path)
+        if isinstance(adapter, TakeoverAdapter) and type(layer) in adapter.takeovers:
+            check_replaceable(site.path, layer)
     sites: dict[str, dict[AttentionSite, HostAdapter]] = {}  # by stack
     for site, adapter in found.items():
         sites.setdefault(site.stack, {})[site] = adapter
@@ -149,6 +156,7 @@ class _Stack:
         uses = Counter(module for _, module in model.named_modules(remove_duplicate=False))
         uses_here = [uses[model.get_submodule(site.path)] for site in sites]
         for index, (site, adapter) in enumerate(sites.items()):
+            layer = model.get_submodule(site.path)
             layout = adapter.token_layout(model, site.path) or TokenLayout()
             if config.has_positions and layout.no_positions is not None:
                 raise ConfigError(
@@ -169,10 +177,10 @@ class _Stack:
                     num_prefix_tokens=layout.num_prefix_tokens,
                     grid=layout.grid,
                     modality_lengths=getattr(model, "modality_lengths", ()),
-                ).to(site.like)
+                ).to(floating_parameter(site.path, layer))
             is_last = uses_here[-1] == 1 and index == len(sites) - 1
             lam = Lam(config, network, self.shared, is_last=is_last)
-            self.lams[site] = lam.train(model.get_submodule(site.path).training)
+            self.lams[site] = lam.train(layer.training)
             if all(count == 1 for count in uses_here):
                 self.shared.join(lam, index)
             if index == 0:

@@ -24,6 +24,12 @@ from lamzoo.lam.unmasked import Unmasked
 HostModule = TypeVar("HostModule", bound=nn.Module)
 T = TypeVar("T")
 
+#: Reason why tokens can't be reduced in hosts that have one; a clause, as in :class:`Pooling`.
+POSITION_BIAS = (
+    "adds a bias for each pair of positions to the scores, and tokens that are reduced are no longer one for each "
+    "position; use a model with position embeddings or rotary ones"
+)
+
 #: Library (top-level package of a host's classes) to its adapter, in the order in which they are consulted. An adapter
 #: is imported when a model has a class of its library.
 ADAPTERS: dict[str, str] = {
@@ -45,7 +51,6 @@ class AttentionSite:
         query_dim: width of the query tokens.
         key_dim: width of the key tokens.
         num_heads: attention heads.
-        like: a parameter with the device and dtype of the mask network.
         other_paths: further places of the same layer in the model.
         watched: path of the module whose calls tell forward passes apart, which gradient checkpointing has to rerun
             with its hooks; by default the block that holds the layer.
@@ -56,7 +61,6 @@ class AttentionSite:
     query_dim: int
     key_dim: int
     num_heads: int
-    like: torch.Tensor
     other_paths: tuple[str, ...] = ()
     watched: str | None = None
 
@@ -286,6 +290,36 @@ def remove_hooks(module: nn.Module, kinds: tuple[type[SharedStateHook], ...]) ->
         delattr(module, name)
 
 
+def named(path: str, module: nn.Module) -> str:
+    """Returns the path of a module with its class, for messages."""
+    return f"{path or 'The model'} ({class_name(module)})"
+
+
+def check_replaceable(path: str, layer: nn.Module) -> None:
+    """Checks that an attention layer at a path can be replaced by one that copies its attributes.
+
+    Raises:
+        UnsupportedHostError: the layer is the model itself, or has attributes that would still compute the attention of
+            the layer that it was: a ``forward`` on the instance, or a compiled call.
+    """
+    if not path:
+        raise UnsupportedHostError(
+            f"{named(path, layer)} can't be replaced in place; put it into a module and pass that."
+        )
+    if "forward" in vars(layer):
+        raise UnsupportedHostError(
+            f"{named(path, layer)} can't be replaced, because its forward was set on the instance, as accelerate's "
+            "hooks do, and would still compute the earlier attention; remove it (accelerate's "
+            "remove_hook_from_submodules, or del layer.forward), and set it again afterwards."
+        )
+    if layer._compiled_call_impl is not None:
+        raise UnsupportedHostError(
+            f"{named(path, layer)} can't be replaced, because layer.compile() was called, and the compiled call would "
+            "still compute the earlier attention; compile it afterwards, here in copy.deepcopy(model), which is not "
+            "compiled."
+        )
+
+
 def floating_parameter(path: str, layer: nn.Module) -> nn.Parameter:
     """Returns the first floating-point parameter of an attention layer at a path, which its mask is like.
 
@@ -295,10 +329,25 @@ def floating_parameter(path: str, layer: nn.Module) -> nn.Parameter:
     found = next((parameter for parameter in layer.parameters() if parameter.is_floating_point()), None)
     if found is None:
         raise UnsupportedHostError(
-            f"{path or 'The model'} ({class_name(layer)}) can't carry a learnable mask, because it is quantised: it "
-            "has no floating-point parameter; call add_lam before the model is quantised, or leave the layer as it is."
+            f"{named(path, layer)} can't carry a learnable mask, because it is quantised: it has no floating-point "
+            "parameter; call add_lam before the model is quantised, or leave the layer as it is."
         )
     return found
+
+
+def input_width(projection: nn.Module) -> int:
+    """Returns the number of inputs of a Linear or a convolution, which a norm or an adapter such as LoRA may wrap."""
+    return _width(projection, "in_features", "in_channels", "nx")  # nx: transformers' Conv1D
+
+
+def output_width(projection: nn.Module) -> int:
+    """Returns the number of outputs of a Linear, likewise."""
+    return _width(projection, "out_features", "nf")
+
+
+def _width(projection: nn.Module, *names: str) -> int:
+    found = (getattr(part, name, None) for part in projection.modules() for name in names)
+    return next(width for width in found if isinstance(width, int))
 
 
 def without_numbers(path: str) -> str:
@@ -446,6 +495,17 @@ def _remove_fused_form(layer: nn.Module) -> None:
     hooks = layer._load_state_dict_post_hooks
     for key in [key for key, hook in hooks.items() if hook is _fuse_again]:
         del hooks[key]
+
+
+def check_restorable(model: nn.Module, kind: type[Lam | Unmasked] | None = None) -> None:
+    """Checks by :func:`check_replaceable` that the attention layers with masks, or those of one kind, can be restored.
+
+    Raises:
+        UnsupportedHostError: one can't; names it.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, HostTakeover) and (kind is None or isinstance(module.lam, kind)):
+            check_replaceable(path, module)
 
 
 class TakeoverAdapter:

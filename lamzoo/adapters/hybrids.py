@@ -49,7 +49,8 @@ from timm.models.xcit import XCA
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lamzoo.adapters.staged import StagedTakeover, input_width, to_map, to_tokens
+from lamzoo.adapters.hosts import input_width
+from lamzoo.adapters.staged import StagedTakeover, to_map, to_tokens
 from lamzoo.lam import FactoredMask, Lam, lam_attention
 from lamzoo.lam.layer import EagerAttention
 from lamzoo.layers.attention import split_heads, split_parts

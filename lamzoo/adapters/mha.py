@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lamzoo.adapters.hosts import AttentionSite, HostTakeover, TakeoverAdapter, adapters_of, libraries_of
-from lamzoo.errors import MaskShapeError, UnsupportedHostError, class_name
+from lamzoo.adapters.hosts import AttentionSite, HostTakeover, TakeoverAdapter, adapters_of, libraries_of, named
+from lamzoo.errors import MaskShapeError, UnsupportedHostError
 from lamzoo.lam import Lam
 from lamzoo.lam.fused import Projection
 from lamzoo.lam.layer import lets_attend
@@ -258,8 +258,8 @@ class MultiheadAttentionAdapter(TakeoverAdapter):
         self-attention, a decoder's self-attention and its cross-attention are three stacks.
 
         Raises:
-            UnsupportedHostError: a layer has ``add_bias_kv`` or ``add_zero_attn``, is a subclass, which may compute
-                something else, or is the model itself.
+            UnsupportedHostError: a layer has ``add_bias_kv`` or ``add_zero_attn``, or is a subclass, which may compute
+                something else.
         """
         adapters = adapters_of(model).items()
         owners = {library for library, adapter in adapters if adapter.owns_multihead_attention}
@@ -283,13 +283,12 @@ def mha_site(attn: nn.MultiheadAttention, paths: Sequence[str], stack: str) -> A
         query_dim=attn.embed_dim,
         key_dim=attn.kdim,
         num_heads=attn.num_heads,
-        like=attn.out_proj.weight,
         other_paths=tuple(paths[1:]),
     )
 
 
 def _check_host(path: str, attn: nn.MultiheadAttention) -> None:
-    where = f"{path or 'The model'} ({class_name(attn)})"
+    where = named(path, attn)
     if type(attn) is not nn.MultiheadAttention:
         raise UnsupportedHostError(
             f"{where} is an unknown subclass of nn.MultiheadAttention; use nn.MultiheadAttention itself, or call "
@@ -300,8 +299,6 @@ def _check_host(path: str, attn: nn.MultiheadAttention) -> None:
             f"{where} has add_bias_kv or add_zero_attn, whose extra key is not a token that a mask network could read; "
             "build it without them."
         )
-    if not path:
-        raise UnsupportedHostError(f"{where} can't be replaced in place; put it into a module and pass that.")
 
 
 def _stack(path: str) -> str:

@@ -175,9 +175,7 @@ def _site(path: str, attn: Any) -> AttentionSite:
             "open_clip 3.3 can."
         )
     width = attn.in_proj_weight.shape[1]
-    return AttentionSite(
-        path=path, stack=stack, query_dim=width, key_dim=width, num_heads=attn.num_heads, like=attn.in_proj_weight
-    )
+    return AttentionSite(path=path, stack=stack, query_dim=width, key_dim=width, num_heads=attn.num_heads)
 
 
 def _reads_prefix_only(tower: VisionTransformer) -> bool:

@@ -24,7 +24,8 @@ from timm.models.twins import GlobalSubSampleAttn, LocallyGroupedAttn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lamzoo.adapters.staged import StagedTakeover, input_width, to_tokens
+from lamzoo.adapters.hosts import input_width
+from lamzoo.adapters.staged import StagedTakeover, to_tokens
 from lamzoo.layers.attention import split_heads, split_parts
 
 

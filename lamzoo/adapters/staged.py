@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from lamzoo.adapters.hosts import AttentionSite, HostTakeover, TokenLayout, floating_parameter
+from lamzoo.adapters.hosts import AttentionSite, HostTakeover, TokenLayout, input_width
 from lamzoo.adapters.timm_layers import attend_heads
 from lamzoo.lam import Lam
 
@@ -59,7 +59,6 @@ class StagedTakeover(HostTakeover):
             query_dim=query_dim,
             key_dim=key_dim,
             num_heads=heads,
-            like=floating_parameter(path, attn),
             watched=f"{block}.{index}",
         )
 
@@ -118,11 +117,6 @@ class StagedTakeover(HostTakeover):
         weights = lam.config.mask_op.apply(scores, mask.dense().to(scores.dtype)).softmax(dim=-1)
         lam.record(mask, weights, None)
         return weights
-
-
-def input_width(layer: nn.Module) -> int:
-    """Returns the number of input channels of a Linear or a convolution, also where a norm or an adapter wraps it."""
-    return next(parameter.shape[1] for parameter in layer.parameters() if parameter.ndim >= 2)
 
 
 def to_tokens(x: Tensor) -> Tensor:

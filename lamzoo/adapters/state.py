@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from lamzoo.adapters.decay import restore_no_weight_decay
-from lamzoo.adapters.hosts import HostTakeover, SharedStateHook, adapters_of, remove_hooks, token_layout
+from lamzoo.adapters.hosts import (
+    HostTakeover,
+    SharedStateHook,
+    adapters_of,
+    check_restorable,
+    remove_hooks,
+    token_layout,
+)
 from lamzoo.adapters.wrappers import check_free, copy_into, full_state_dict, full_tensor, host_path, unwrap
 from lamzoo.errors import MaskShapeError, StateDictError, UnsupportedHostError, class_name
 from lamzoo.lam import Lam, LamConfig
@@ -216,10 +223,12 @@ def remove_lam(model: Model) -> Model:
         The same model. With its current weights, it computes the host's function without masks.
 
     Raises:
-        UnsupportedHostError: the model has no masks, or is distributed (DDP, FSDP).
+        UnsupportedHostError: the model has no masks, is distributed (DDP, FSDP), or has an attention layer that can't
+            be replaced (named). The model is left unchanged.
     """
     masks_of(model)
     check_free(model)
+    check_restorable(model)
     for adapter in adapters_of(model).values():
         adapter.unwrap(model)
     for module in model.modules():

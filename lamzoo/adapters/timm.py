@@ -48,11 +48,14 @@ from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import nn
 
 from lamzoo.adapters.hosts import (
+    POSITION_BIAS,
     AttentionSite,
     HostTakeover,
     Pooling,
     TakeoverAdapter,
     TokenLayout,
+    input_width,
+    named,
 )
 from lamzoo.adapters.hybrids import HYBRID_TAKEOVERS, NO_TOKEN_SOFTMAX
 from lamzoo.adapters.pooled import POOLED_TAKEOVERS
@@ -141,7 +144,7 @@ class TimmAdapter(TakeoverAdapter):
                 match = (_LAYER if takeover is None else takeover.place).fullmatch(path)
                 if match is None:
                     raise UnsupportedHostError(
-                        f"{_named(path, module)} is an attention layer outside of any list of blocks; put it into a "
+                        f"{named(path, module)} is an attention layer outside of any list of blocks; put it into a "
                         "model of timm's, or call add_lam on that model."
                     )
                 staged = staged or takeover is not None
@@ -149,7 +152,7 @@ class TimmAdapter(TakeoverAdapter):
                     takeover.site(path, module) if takeover else _site(path, match["stack"], match["name"], module)
                 )
             elif _attends(module) and not any(type(part) in self.takeovers for part in module.modules()):
-                raise UnsupportedHostError(f"{_named(path, module)} can't carry a learnable mask; {_SERVED}")
+                raise UnsupportedHostError(f"{named(path, module)} can't carry a learnable mask; {_SERVED}")
         if found and not staged:  # in models with stages, other blocks are convolutions
             _check_complete(root_path, root, found)
         return found
@@ -160,10 +163,6 @@ class TimmAdapter(TakeoverAdapter):
 
 
 _SERVED = "timm's models that can are listed in lamzoo's documentation, reference/timm-hosts.md."
-
-
-def _named(path: str, module: nn.Module) -> str:
-    return f"{path or 'The model'} ({class_name(module)})"
 
 
 def _is_timm(module: nn.Module) -> bool:
@@ -179,7 +178,7 @@ def _check_softmax(root_path: str, root: nn.Module) -> None:
     for path, module in root.named_modules(prefix=root_path):
         if (reason := NO_TOKEN_SOFTMAX.get(type(module))) is not None:
             raise UnsupportedHostError(
-                f"{_named(path, module)} can't carry a learnable mask, which acts on a softmax over tokens: {reason}; "
+                f"{named(path, module)} can't carry a learnable mask, which acts on a softmax over tokens: {reason}; "
                 "choose a model whose layers all have one."
             )
 
@@ -203,23 +202,19 @@ def _check_complete(root_path: str, root: nn.Module, found: list[AttentionSite])
                     attn = getattr(block, "attn", None)
                     what = "no `attn`" if attn is None else f"an `attn` of {class_name(attn)}"
                     raise UnsupportedHostError(
-                        f"{_named(f'{path}.{name}', block)} has {what} and can't carry a learnable mask; {_SERVED}"
+                        f"{named(f'{path}.{name}', block)} has {what} and can't carry a learnable mask; {_SERVED}"
                     )
 
 
 def _site(path: str, stack: str, name: str | None, attn: Any) -> AttentionSite:
-    # A layer that adapts a Linear, such as LoRA, holds it as a submodule.
     places = (getattr(attn, each, None) for each in ("qkv", "q_proj", "in_proj"))
-    projection: Any = next(each for each in places if each is not None)
-    widths = (getattr(part, "in_features", getattr(part, "in_channels", None)) for part in projection.modules())
-    dim = next(width for width in widths if width is not None)
+    dim = input_width(next(each for each in places if each is not None))
     return AttentionSite(
         path=path,
         stack=stack,
         query_dim=dim,
         key_dim=dim,
         num_heads=attn.num_heads * (2 if isinstance(attn, _DIFFERENTIAL) else 1),
-        like=next(part.weight for part in projection.modules() if hasattr(part, "weight")),
         watched=path if name is None else None,
     )
 
@@ -258,11 +253,7 @@ def _pooling(host: Any, blocks: str) -> Pooling | None:
 def _no_reduction(host: Any) -> tuple[str | None, str | None]:
     """Returns the reasons why the tokens of a host can't be merged, and why they can't be pruned."""
     if isinstance(host, _BIASED_HOSTS):
-        bias = (
-            "adds a bias for each pair of positions to the scores, and tokens that are reduced are no longer one for "
-            "each position; use a model with position embeddings or rotary ones"
-        )
-        return bias, bias
+        return POSITION_BIAS, POSITION_BIAS
     single = all(hasattr(block, "attn") for block in host.blocks)
     no_pruning = None if single else "has blocks with several attention layers, or one beside the MLP; use timm's Block"
     if isinstance(host, NaFlexVit):

@@ -34,12 +34,7 @@ class LamAttention(HostTakeover):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Masked self-attention of ``x (B, N, C)``; arguments and result as timm's ``Attention``."""
-        if attn_mask is None and not is_causal and (heads := _attend_fused(self, x)) is not None:
-            return _output(self, x, heads)
-        keys = self.lam.key_tokens(x)
-        query, key, value = _project(self, x, keys)
-        heads = _attend(self, x, keys, self.q_norm(query), self.k_norm(key), value, attn_mask, is_causal)
-        return _output(self, x, heads)
+        return _self_attention(self, x, None, attn_mask, is_causal)
 
     def projection(self) -> Projection | None:
         return _projection(self)
@@ -52,36 +47,14 @@ class LamAttentionRope(HostTakeover):
         self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
         """Masked self-attention of ``x (B, N, C)``; arguments and result as timm's ``AttentionRope``."""
-        if attn_mask is None and not is_causal and (heads := _attend_fused(self, x, rope)) is not None:
-            return _output(self, x, heads)
-        keys = self.lam.key_tokens(x)
-        query, key, value = _project(self, x, keys)
-        query, key = _rotate(self, self.q_norm(query), self.k_norm(key), rope, value)
-        if self.num_kv_groups > 1:  # grouped-query attention: head h uses key head h // num_kv_groups
-            key = key.repeat_interleave(self.num_kv_groups, dim=1)
-            value = value.repeat_interleave(self.num_kv_groups, dim=1)
-        return _output(self, x, _attend(self, x, keys, query, key, value, attn_mask, is_causal))
+        return _self_attention(self, x, rope, attn_mask, is_causal)
 
     def projection(self) -> Projection | None:
         return _projection(self)
 
 
-class LamEvaAttention(HostTakeover):
+class LamEvaAttention(LamAttentionRope):
     """timm's ``EvaAttention`` under a learnable mask."""
-
-    def forward(
-        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> Tensor:
-        """Masked self-attention of ``x (B, N, C)``; arguments and result as timm's ``EvaAttention``."""
-        if attn_mask is None and not is_causal and (heads := _attend_fused(self, x, rope)) is not None:
-            return _output(self, x, heads)
-        keys = self.lam.key_tokens(x)
-        query, key, value = _project(self, x, keys)
-        query, key = _rotate(self, self.q_norm(query), self.k_norm(key), rope, value)
-        return _output(self, x, _attend(self, x, keys, query, key, value, attn_mask, is_causal))
-
-    def projection(self) -> Projection | None:
-        return _projection(self)
 
     def reset_parameters(self) -> None:
         """Sets the biases to zero, as timm's ``EvaAttention`` does; called when weights are reinitialised."""
@@ -171,6 +144,19 @@ VIT_TAKEOVERS: Mapping[type[nn.Module], type[HostTakeover]] = {
     ParallelScalingBlock: LamParallelScalingBlock,
     DiffParallelScalingBlock: LamDiffParallelScalingBlock,
 }
+
+
+def _self_attention(attn: Any, x: Tensor, rope: Tensor | None, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+    """Attends in a layer with ``qkv`` or three projections, and projects the heads."""
+    if attn_mask is None and not is_causal and (heads := _attend_fused(attn, x, rope)) is not None:
+        return _output(attn, x, heads)
+    keys = attn.lam.key_tokens(x)
+    query, key, value = _project(attn, x, keys)
+    query, key = _rotate(attn, attn.q_norm(query), attn.k_norm(key), rope, value)
+    groups = getattr(attn, "num_kv_groups", 1)
+    if groups > 1:  # grouped-query attention: head h uses key head h // groups
+        key, value = (each.repeat_interleave(groups, dim=1) for each in (key, value))
+    return _output(attn, x, _attend(attn, x, keys, query, key, value, attn_mask, is_causal))
 
 
 def _attend_differentially(

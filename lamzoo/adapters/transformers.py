@@ -6,7 +6,7 @@ a copy of its configuration with the :class:`LamConfig`, because other models ma
 masks that it makes (padding, causality, windows) stay those of the host.
 
 In the pre-hook the mask becomes a keyword argument of the layer, which hands it to the attention function. With a
-key-value cache, the key factors of earlier tokens are stored in the cache, as further columns of their keys.
+key-value cache, the key factors of earlier tokens are stored in the cache, as columns in front of their keys.
 
 The layers of :mod:`lamzoo.adapters.transformers_vision` and :mod:`lamzoo.adapters.transformers_own` are replaced
 instead.
@@ -38,7 +38,9 @@ from lamzoo.adapters.hosts import (
     HostTakeover,
     TakeoverAdapter,
     TokenLayout,
-    floating_parameter,
+    input_width,
+    named,
+    output_width,
     without_numbers,
 )
 from lamzoo.adapters.state import has_masks
@@ -106,7 +108,7 @@ class TransformersAdapter(TakeoverAdapter):
                 yield own_site(path, without_numbers(path), module)
             elif _attends_itself(type(module)):
                 raise UnsupportedHostError(
-                    f"{_named(path, module)} computes its attention itself, and add_lam supports the attention layers "
+                    f"{named(path, module)} computes its attention itself, and add_lam supports the attention layers "
                     "of transformers that call its AttentionInterface, of ViLT, FLAVA and TimeSformer; use a model of "
                     "such layers, or give add_lam the parts of this one that have them."
                 )
@@ -216,10 +218,15 @@ def _interface(forward: Callable[..., Any]) -> _Interface | None:
 
 
 def _site(path: str, module: Any, interface: _Interface) -> AttentionSite:
-    where = _named(path, module)
+    where = named(path, module)
     for name, reason in _UNSUPPORTED.items():
         if _is_given(module, interface.options.get(name)):
             raise UnsupportedHostError(f"{where} can't carry a learnable mask, because it {reason}.")
+    if getattr(module, "is_kv_shared_layer", False):
+        raise UnsupportedHostError(
+            f"{where} can't carry a learnable mask, because it takes the keys of an earlier layer, which a cache holds "
+            "with the mask factors of that layer; use a model with num_kv_shared_layers=0, or one without shared keys."
+        )
     if any(name.startswith("kv_a_proj") for name, _ in module.named_children()):
         raise UnsupportedHostError(
             f"{where} can't carry a learnable mask, because it caches compressed keys (multi-head latent attention), "
@@ -240,20 +247,15 @@ def _site(path: str, module: Any, interface: _Interface) -> AttentionSite:
         )
     crosses = any(name in interface.parameters for name in _KEY_TOKENS)
     key = (_first(module, _KEY_PROJECTIONS, nn.Module) if crosses else None) or query
-    query_dim, key_dim = _width(query), _width(key)
+    query_dim, key_dim = input_width(query), input_width(key)
     return AttentionSite(
         path=path,
         stack=f"{without_numbers(path)} {query_dim} {key_dim} {heads}",  # stages of a pyramid share no mask
         query_dim=query_dim,
         key_dim=key_dim,
         num_heads=heads,
-        like=floating_parameter(path, module),
         watched=path,  # transformers checkpoints the forward pass of a block without its hooks
     )
-
-
-def _named(path: str, module: nn.Module) -> str:
-    return f"{path or 'The model'} ({class_name(module)})"
 
 
 def _first(module: nn.Module, names: Iterable[str], kind: type) -> Any:
@@ -265,15 +267,8 @@ def _num_heads(module: Any) -> int | None:
     heads, width = _first(module, _HEADS, int), getattr(module, "head_dim", None)
     key = _first(module, ("k_proj", "key", "k"), nn.Module)
     if heads is None and width is not None and key is not None:  # the query projection may have gates besides
-        heads = _width(key, "out_features", "nf") // width * getattr(module, "num_key_value_groups", 1)
+        heads = output_width(key) // width * getattr(module, "num_key_value_groups", 1)
     return heads or getattr(module.config, "num_attention_heads", None)
-
-
-def _width(projection: nn.Module, *names: str) -> int:
-    """Returns the number of inputs of a projection, or its attribute of another name."""
-    # A layer that adapts a Linear, such as LoRA, holds it as a submodule; transformers' Conv1D has nx inputs.
-    found = (_first(part, names or ("in_features", "nx"), int) for part in projection.modules())
-    return next(width for width in found if width is not None)
 
 
 def _is_given(module: nn.Module, value: ast.expr | None) -> bool:
@@ -351,28 +346,34 @@ class _MaskHook:
         lam: Any = module.lam
         present = None
         if lam.has_positions:
-            present = present_keys(next((given[name] for name in _MASKS if name in given), None))
+            crosses = keys is not None and "encoder_attention_mask" in self.parameters
+            masks = ("encoder_attention_mask",) if crosses else _MASKS
+            present = present_keys(next((given[name] for name in masks if name in given), None))
         tokens = _samples(queries)
-        mask: FactoredMask = lam(tokens, tokens if keys is None else _samples(keys), present)
-        if keys is None:
-            places: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
-            for where, cached in places:
-                if isinstance(cached, PagedAttentionCache):
-                    raise UnsupportedHostError(
-                        "Learnable masks don't support transformers' continuous batching; call model.generate."
-                    )
-                if not isinstance(cached, Cache):
-                    continue
-                if lam.has_positions:
-                    raise ConfigError(
-                        "Masks with keys='position' have a table for the whole sequence, and a key-value cache adds "
-                        "tokens one by one; call the model with use_cache=False, or use keys='content'."
-                    )
-                extended = _extended(cached, mask.right)
-                if isinstance(where, str):
-                    kwargs = kwargs | {where: extended}
-                else:
-                    args = (*args[:where], extended, *args[where + 1 :])
+        key_tokens = tokens if keys is None else _samples(keys)
+        if key_tokens.shape[0] > tokens.shape[0]:  # Mllama has a sample for each tile of an image
+            key_tokens = key_tokens.reshape(tokens.shape[0], -1, key_tokens.shape[-1])
+        mask: FactoredMask = lam(tokens, key_tokens, present)
+        places: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+        for where, cached in places:
+            if isinstance(cached, PagedAttentionCache):
+                raise UnsupportedHostError(
+                    "Learnable masks don't support transformers' continuous batching; call model.generate."
+                )
+            if not isinstance(cached, Cache):
+                continue
+            if keys is not None and isinstance(cached, EncoderDecoderCache):
+                continue  # the keys of the encoder are given to each call, and with them the whole factor
+            if lam.has_positions:
+                raise ConfigError(
+                    "Masks with keys='position' have a table for the whole sequence, and a key-value cache adds "
+                    "tokens one by one; call the model with use_cache=False, or use keys='content'."
+                )
+            extended = _extended(cached, mask.right)
+            if isinstance(where, str):
+                kwargs = kwargs | {where: extended}
+            else:
+                args = (*args[:where], extended, *args[where + 1 :])
         factors = _Factors(mask, to_itself=keys is None)
         if self.passes_keywords:
             return args, kwargs | {_KEYWORD: factors}
@@ -403,7 +404,7 @@ def _extended(original: Any, right: Tensor) -> Any:
 
     def update(keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         columns = _pack(right, keys.shape[1]).to(keys.dtype).expand(keys.shape[0], -1, -1, -1)
-        keys = torch.cat([keys, columns], dim=-1)
+        keys = torch.cat([columns, keys], dim=-1)  # the host may pad them behind (Moonshine)
         layers = getattr(original, "layers", ())
         held = getattr(layers[layer_idx], "keys", None) if layer_idx < len(layers) else None
         if isinstance(held, Tensor) and held.numel() and held.shape[-1] != keys.shape[-1]:
@@ -466,10 +467,10 @@ def _attend(
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         causal = bool(causal and query.shape[2] > 1)
     left, right = lam_mask.take(query.shape[2])
-    width = query.shape[-1]
-    if key.shape[-1] > width:  # from a cache
-        right = _unpack(key[..., width:], left).to(left.dtype)
-        key = key[..., :width]
+    extra = key.shape[-1] - query.shape[-1]
+    if extra > 0:  # from a cache
+        columns, key = key.split((extra, query.shape[-1]), dim=-1)
+        right = _unpack(columns, left).to(left.dtype)
     if causal and key.shape[2] > query.shape[2]:  # the first tokens in a static cache, whose other places are empty
         key, value, right = (each[:, :, : query.shape[2]] for each in (key, value, right))
         position_bias = None if position_bias is None else position_bias[..., : query.shape[2]]

@@ -13,7 +13,7 @@ from transformers.models.flava.modeling_flava import FlavaSelfAttention
 from transformers.models.timesformer.modeling_timesformer import TimesformerSelfAttention
 from transformers.models.vilt.modeling_vilt import ViltSelfAttention
 
-from lamzoo.adapters.hosts import AttentionSite, HostTakeover, floating_parameter
+from lamzoo.adapters.hosts import AttentionSite, HostTakeover, input_width
 from lamzoo.adapters.transformers_vision import present_keys, read_mask
 from lamzoo.layers.attention import split_heads, split_parts
 
@@ -59,16 +59,13 @@ OWN_TAKEOVERS: Mapping[type[nn.Module], type[HostTakeover]] = {
 
 def own_site(path: str, stack: str, module: Any) -> AttentionSite:
     """Returns the site of a layer of one of these classes."""
-    projection = module.qkv if isinstance(module, TimesformerSelfAttention) else module.query
-    # A layer that adapts a Linear, such as LoRA, holds it as a submodule.
-    width: Any = next(part.in_features for part in projection.modules() if hasattr(part, "in_features"))
+    width = input_width(module.qkv if isinstance(module, TimesformerSelfAttention) else module.query)
     return AttentionSite(
         path=path,
         stack=stack,
         query_dim=width,
         key_dim=width,
         num_heads=module.num_heads if hasattr(module, "num_heads") else module.num_attention_heads,
-        like=floating_parameter(path, module),
         watched=path,  # transformers checkpoints the forward pass of a block without its hooks
     )
 

@@ -39,7 +39,7 @@ from transformers.models.vit.modeling_vit import ViTAttention, ViTForImageClassi
 from transformers.models.vit_msn.modeling_vit_msn import ViTMSNAttention, ViTMSNForImageClassification, ViTMSNModel
 from transformers.models.vivit.modeling_vivit import VivitAttention, VivitForVideoClassification, VivitModel
 
-from lamzoo.adapters.hosts import HostTakeover, Pooling, TokenLayout
+from lamzoo.adapters.hosts import POSITION_BIAS, HostTakeover, Pooling, TokenLayout
 from lamzoo.errors import UnsupportedHostError, class_name
 from lamzoo.lam.fused import Between, Projection, is_bare
 from lamzoo.lam.layer import lets_attend
@@ -343,7 +343,7 @@ def _layout(model: nn.Module, path: str, host: Any, tower: Tower) -> TokenLayout
     config = host.config
     prefix: int = tower.num_prefix_tokens + getattr(config, "num_register_tokens", 0)
     parent = path.rpartition(".")[0]
-    irreducible = _BIASED if _adds_bias(config) else _MAPS if isinstance(host, BackboneMixin) else None
+    irreducible = POSITION_BIAS if _adds_bias(config) else _MAPS if isinstance(host, BackboneMixin) else None
     pooled = bool(path) and tower.pooled_by is not None and type(model.get_submodule(parent)) is tower.pooled_by
     pooling = Pooling(
         blocks=f"{path}.{tower.blocks}" if path else tower.blocks,
@@ -389,10 +389,6 @@ def _adds_bias(config: Any) -> bool:
 
 _RETURNS_ALL = "returns every token; merge them with lamzoo.merge_tokens, which gives each the one it is part of"
 _MAPS = "returns feature maps, in which every token has its place; use the model of which it is the backbone"
-_BIASED = (
-    "adds a bias for each pair of positions to the scores, and tokens that are reduced are no longer one for each "
-    "position; use a model with position embeddings or rotary ones"
-)
 
 
 def _reads_blocks(config: Any, kwargs: Mapping[str, Any]) -> bool:

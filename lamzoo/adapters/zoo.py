@@ -11,8 +11,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from lamzoo.adapters.hosts import AttentionSite, HostTakeover, TakeoverAdapter, without_numbers
-from lamzoo.errors import UnsupportedHostError, class_name
+from lamzoo.adapters.hosts import AttentionSite, HostTakeover, TakeoverAdapter, named, without_numbers
+from lamzoo.errors import UnsupportedHostError
 from lamzoo.layers.attention import HeadAttention, is_written_out
 
 
@@ -51,8 +51,8 @@ class ZooAdapter(TakeoverAdapter):
             if isinstance(module, HeadAttention):
                 if type(module) is not HeadAttention:
                     raise UnsupportedHostError(
-                        f"{path or 'The model'} ({class_name(module)}) is an unknown subclass of HeadAttention; use "
-                        "HeadAttention itself, or call add_lam on the parts of the model without it."
+                        f"{named(path, module)} is an unknown subclass of HeadAttention; use HeadAttention itself, or "
+                        "call add_lam on the parts of the model without it."
                     )
                 yield _site(path, module)
 
@@ -64,5 +64,4 @@ def _site(path: str, module: HeadAttention) -> AttentionSite:
         query_dim=module.token_dim,
         key_dim=module.context_dim,
         num_heads=module.num_heads,
-        like=module.out_proj.weight,
     )

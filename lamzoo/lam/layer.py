@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any, Protocol, TypedDict, Unpack
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lamzoo.errors import ConfigError
 from lamzoo.lam.attention import check_inputs, lam_attention
@@ -19,7 +19,7 @@ from lamzoo.lam.config import LamConfig
 from lamzoo.lam.kernels.eager import attention_weights, merge_allowed
 from lamzoo.lam.masks import FactoredMask, MaskNetwork
 from lamzoo.lam.ops import Op
-from lamzoo.lam.passes import SharedState, StackPass
+from lamzoo.lam.passes import Layer, SharedState, StackPass
 from lamzoo.lam.resize import Grid
 
 _HIDDEN = -1e4  # a bias up to it hides a key: BERT's own, -1e9 and the least number of every dtype do
@@ -146,7 +146,7 @@ class AttentionHook(Protocol):
     ) -> Tensor: ...
 
 
-class Lam(nn.Module):
+class Lam(Layer):
     """The learnable attention mask of one layer.
 
     Args:
@@ -167,13 +167,10 @@ class Lam(nn.Module):
     def __init__(
         self, config: LamConfig, network: MaskNetwork | None, shared: SharedState, is_last: bool = False
     ) -> None:
-        super().__init__()
+        super().__init__(shared, is_last)
         self.config = config
         self.network = network
-        self.shared = shared
-        self.is_last = is_last
         self.is_fresh = True
-        self.place: int | None = None
         self.backend = "auto"
         self.recorder: Callable[[MaskRecord], None] | None = None
         self.attention_hook: AttentionHook | None = None
@@ -237,10 +234,6 @@ class Lam(nn.Module):
             return here.mask.right
         assert self.network is not None
         return self.network.right(key_tokens, here.grid, here.token_map)
-
-    def key_tokens(self, tokens: Tensor) -> Tensor:
-        """Returns the tokens that the keys are made of: ``(B, Nq, C)`` as given, unless tokens merge in this layer."""
-        return self.shared.key_tokens(tokens)
 
     @property
     def has_positions(self) -> bool:
@@ -351,11 +344,6 @@ class Lam(nn.Module):
         memo[id(self)] = copied
         copied.__setstate__(copy.deepcopy(vars(self), memo))
         return copied
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if self.place is not None:
-            self.shared.join(self, self.place)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

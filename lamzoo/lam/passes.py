@@ -7,10 +7,10 @@ import weakref
 from collections import deque
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.autograd.graph import Node
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -26,11 +26,28 @@ Key = tuple[int, int | None]
 _TOKEN = "lamzoo"
 
 
-class Layer(Protocol):
-    """A layer with a place in a stack; see :class:`lamzoo.lam.Lam`."""
+class Layer(nn.Module):
+    """A layer with a place in a stack, once it has joined the state of the stack.
 
-    place: int | None
-    is_last: bool
+    Args:
+        shared: state of the stack that the layer belongs to.
+        is_last: whether the stack ends here.
+    """
+
+    def __init__(self, shared: SharedState, is_last: bool) -> None:
+        super().__init__()
+        self.shared = shared
+        self.is_last = is_last
+        self.place: int | None = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.place is not None:
+            self.shared.join(self, self.place)
+
+    def key_tokens(self, tokens: Tensor) -> Tensor:
+        """Returns the tokens that the keys are made of: ``(B, Nq, C)`` as given, unless tokens merge in this layer."""
+        return self.shared.key_tokens(tokens)
 
 
 @dataclass(frozen=True)

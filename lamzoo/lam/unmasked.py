@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Unpack
+from typing import Unpack
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from lamzoo.lam.config import Sign
 from lamzoo.lam.kernels.sdpa import merged_mask
 from lamzoo.lam.layer import AttentionOptions, EagerAttention
 from lamzoo.lam.masks import FactoredMask
-from lamzoo.lam.passes import SharedState
+from lamzoo.lam.passes import Layer, SharedState
 from lamzoo.lam.resize import Grid
 
 
-class Unmasked(nn.Module):
+class Unmasked(Layer):
     """Attention weighted by the sizes of its keys, in the place of a :class:`~lamzoo.lam.Lam`, without parameters.
 
     The logarithm of a token's size is added to the scores of its key, so that a merged token counts as often as it has
@@ -30,20 +30,8 @@ class Unmasked(nn.Module):
     has_positions = False
 
     def __init__(self, shared: SharedState, place: int, is_last: bool) -> None:
-        super().__init__()
-        self.shared = shared
-        self.place: int | None = None
-        self.is_last = is_last
+        super().__init__(shared, is_last)
         shared.join(self, place)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if self.place is not None:
-            self.shared.join(self, self.place)
-
-    def key_tokens(self, tokens: Tensor) -> Tensor:
-        """As :meth:`lamzoo.lam.Lam.key_tokens`."""
-        return self.shared.key_tokens(tokens)
 
     def attend(
         self,

@@ -91,9 +91,10 @@ def plain_attention(
     if not is_written_out(query, key, training):
         return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, dropout_p=dropout_p)
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
-    if allowed is not None:
-        scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
-    return scores.softmax(dim=-1) @ value
+    if allowed is None:
+        return scores.softmax(dim=-1) @ value
+    weights = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min).softmax(dim=-1)
+    return weights.masked_fill(~allowed, 0.0) @ value  # zeros without any key, as in training
 
 
 def split_heads(tokens: Tensor, heads: int) -> Tensor:

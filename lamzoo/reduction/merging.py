@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Unpack
 import torch
 from torch import Tensor, nn
 
-from lamzoo.adapters.hosts import ADAPTERS, Pooling
+from lamzoo.adapters.hosts import ADAPTERS, Pooling, check_replaceable
 from lamzoo.adapters.wrappers import unwrap
 from lamzoo.errors import ConfigError, UnsupportedHostError, class_name
 from lamzoo.lam import FactoredMask, SharedState
@@ -306,7 +306,8 @@ def merge(model: nn.Module, config: TokenReduction) -> None:
 
     Raises:
         UnsupportedHostError: the model has another stack of blocks, several, or one that runs a block several times;
-            or it has no masks and is sharded by FSDP, or masks in some blocks alone. An earlier reduction stays.
+            or it has no masks and is sharded by FSDP or has an attention layer that can't be replaced, or masks in some
+            blocks alone. An earlier reduction stays.
         ConfigError: ``at`` names a layer that the model doesn't have, or in which merging saves nothing; or frames are
             to merge in a model without frames; likewise.
     """
@@ -337,6 +338,8 @@ def merge(model: nn.Module, config: TokenReduction) -> None:
     for lam in lams:
         lam.attention_hook = AttendBySizes(lam.config.sign)
     sites = find_stack(model, masked=False, verb="merged").sites
+    for site in sites:
+        check_replaceable(site.path, model.get_submodule(site.path))
     for index, (site, adapter) in enumerate(sites.items()):
         adapter.wrap(model, {site: Unmasked(shared, index, is_last=index == len(sites) - 1)})
     for block in stack.blocks.values():

@@ -20,6 +20,7 @@ from lamzoo.adapters.hosts import (
     SharedStateHook,
     TokenLayout,
     adapters_of,
+    check_restorable,
     remove_hooks,
     watch_grid,
 )
@@ -217,9 +218,11 @@ def remove_reduction(model: Model) -> Model:
         The same model.
 
     Raises:
-        UnsupportedHostError: it is not a ``torch.nn.Module``.
+        UnsupportedHostError: it is not a ``torch.nn.Module``, or has an attention layer that can't be replaced (named).
+            The model is left unchanged.
     """
     check_model(model)
+    check_restorable(model, Unmasked)
     for module in model.modules():
         if isinstance(module, Lam):
             module.attention_hook = None

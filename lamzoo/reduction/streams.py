@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, nn
 
+from lamzoo.adapters.hosts import check_replaceable
 from lamzoo.adapters.mha import MultiheadAttentionAdapter
 from lamzoo.adapters.wrappers import unwrap
 from lamzoo.errors import ConfigError, UnsupportedHostError
@@ -124,7 +125,8 @@ def merge(model: nn.Module, path: str, config: TokenReduction) -> None:
         config: the merging.
 
     Raises:
-        UnsupportedHostError: the encoder's masks have positions; or it has no masks and is sharded by FSDP.
+        UnsupportedHostError: the encoder's masks have positions; or it has no masks and is sharded by FSDP, or has an
+            attention layer that can't be replaced.
         ConfigError: ``at`` names a layer that the encoder doesn't have, or frames are to merge.
     """
     model = unwrap(model)
@@ -155,6 +157,8 @@ def merge(model: nn.Module, path: str, config: TokenReduction) -> None:
     if not lams:
         adapter = MultiheadAttentionAdapter()
         sites = list(adapter.sites(encoder))
+        for site in sites:
+            check_replaceable(site.path, encoder.get_submodule(site.path))
         places = {site: Unmasked(shared, index, is_last=index == len(sites) - 1) for index, site in enumerate(sites)}
         adapter.wrap(encoder, places)
     # At most half of a stream's tokens can leave in the last of the layers.

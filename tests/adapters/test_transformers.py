@@ -49,7 +49,10 @@ CONFIGS = {
 GENERATORS = [name for name, host in HOSTS.items() if host.generates]
 FEW = ["bert", "siglip", "llama"]
 # The rest of these take only time.
-SOME = [name if name in ("llama", "t5") else pytest.param(name, marks=pytest.mark.slow) for name in GENERATORS]
+SOME = [
+    name if name in ("llama", "t5", "mllama", "moonshine") else pytest.param(name, marks=pytest.mark.slow)
+    for name in GENERATORS
+]
 
 
 @pytest.fixture(params=HOSTS)
@@ -131,9 +134,11 @@ def referring(model: Any, masked: nn.Module) -> nn.Module:
             return kwargs.get(name)
 
         tokens = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        others = [each for each in (of("key_value_states"), of("encoder_hidden_states")) if each is not None]
+        names = ("key_value_states", "encoder_hidden_states", "cross_attention_states")
+        others = [of(each) for each in names if of(each) is not None]
         others += [each for each in args[1:2] if isinstance(each, Tensor) and each.ndim == 3 and module.crosses]
-        tokens, keys = (each.reshape(-1, *each.shape[-2:]) for each in (tokens, (others or [tokens])[0]))
+        tokens = tokens.reshape(-1, *tokens.shape[-2:])
+        keys = others[0].reshape(len(tokens), -1, others[0].shape[-1]) if others else tokens
         module.noted, module.used = module.network(tokens, keys), 0
 
     for path, lam in masks(masked).items():
@@ -168,7 +173,9 @@ def test_the_same_attention_weights_drop_as_in_the_host(name: str) -> None:
                 module.config.pos_embed_rescale = None
         for path in layers:
             layer = model.get_submodule(path)
-            at = next(each for each in _DROPOUTS if hasattr(layer, each))
+            at = next((each for each in _DROPOUTS if hasattr(layer, each)), None)
+            if at is None:  # Mllama's vision tower
+                continue
             if isinstance(getattr(layer, at), nn.Dropout):
                 getattr(layer, at).p = rate
             else:
@@ -415,6 +422,26 @@ def test_position_keys_skip_padding(hidden: float | None) -> None:
     torch.testing.assert_close(found, run(model, {"input_ids": ids[:, :4]}), atol=1e-5, rtol=1e-5)
 
 
+def test_position_keys_of_cross_attention_skip_the_padding_of_the_encoder() -> None:
+    torch.manual_seed(0)
+    settings = {"vocab_size": 40, "n_embd": 16, "n_layer": 1, "n_head": 2, "add_cross_attention": True}
+    model = transformers.GPT2Model(transformers.GPT2Config(**settings)).eval()
+    add_lam(model, LamConfig(keys="position", max_length=6, init="paper"))
+    ids, states = words()["input_ids"], torch.randn(2, 5, 16)
+    seen = torch.tensor([[1, 1, 1, 0, 0], [0, 0, 1, 1, 1]])
+    padded = run(
+        model,
+        {"input_ids": ids, "attention_mask": torch.ones(2, 6)},
+        encoder_hidden_states=states,
+        encoder_attention_mask=seen,
+        use_cache=False,
+    )
+    for row in range(2):
+        trimmed = states[row : row + 1, seen[row] == 1]
+        alone = run(model, {"input_ids": ids[row : row + 1]}, encoder_hidden_states=trimmed, use_cache=False)
+        torch.testing.assert_close(padded[row], alone[0], atol=1e-5, rtol=1e-5)
+
+
 def test_position_keys_and_a_cache_are_refused_together() -> None:
     host = HOSTS["llama"]
     model = add_lam(host.create(), LamConfig(keys="position", max_length=6, init="paper"))
@@ -497,6 +524,14 @@ def test_backbones_have_the_position_tables_of_their_models(name: str) -> None:
 _MLA = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
 _REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "Gemma2Model": ("Gemma2Config", LLAMA, r"layers.0.self_attn \(.*\) can't .*caps its scores \(softcap\)"),
+    "Gemma3nTextModel": (
+        "Gemma3nTextConfig",
+        LLAMA
+        | {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "laurel_rank": 4, "hidden_size_per_layer_input": 4}
+        | {"vocab_size_per_layer_input": 40, "intermediate_size": [24] * 4, "activation_sparsity_pattern": [0.0] * 4}
+        | {"layer_types": ["sliding_attention", "full_attention"] * 2},
+        r"layers.2.self_attn \(.*Gemma3nTextAttention\) can't .*takes the keys of an earlier layer",
+    ),
     "GptOssModel": ("GptOssConfig", LLAMA | {"num_local_experts": 2}, "has attention sinks"),
     "DeepseekV3Model": ("DeepseekV3Config", TEXT | _MLA | {"n_routed_experts": 8}, "caches compressed keys"),
     "DeepseekV32Model": ("DeepseekV32Config", TEXT | _MLA | {"n_routed_experts": 8}, "a sparse selection of keys"),

@@ -57,7 +57,7 @@ class ToyAdapter:
             if isinstance(module, ToyAttention):
                 width = module.query.in_features
                 stack = path.rsplit(".", 2)[0]
-                yield AttentionSite(path, stack, width, width, 1, like=module.query.weight)
+                yield AttentionSite(path, stack, width, width, 1)
 
     def token_layout(self, model: nn.Module, path: str) -> TokenLayout | None:
         if not isinstance(model.get_submodule(path), ToyAttention):

@@ -70,7 +70,7 @@ class Host:
             for name, parameter in model.named_parameters():
                 if parameter.ndim > 1:
                     nn.init.normal_(parameter, std=min(0.2, parameter.shape[1] ** -0.5))
-                elif "lambda" in name or "layer_scale" in name:
+                elif "lambda" in name or "layer_scale" in name or "gate" in name:
                     parameter.fill_(0.5)
         return model
 
@@ -121,6 +121,18 @@ def _siglip2_inputs() -> Inputs:
         "pixel_values": torch.randn(2, 4, 3 * 8 * 8),
         "pixel_attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]),
         "spatial_shapes": torch.tensor([[2, 2], [1, 2]]),
+    }
+
+
+def _mllama_inputs() -> Inputs:
+    """Two words and an image of two tiles, of which the second sample sees one."""
+    tiles = torch.ones(2, 6, 1, 2, dtype=torch.long)
+    tiles[1, :, :, 1] = 0
+    return words() | {
+        "pixel_values": torch.randn(2, 1, 2, 3, 16, 16),
+        "aspect_ratio_ids": torch.tensor([[2], [3]]),
+        "aspect_ratio_mask": torch.ones(2, 1, 2, dtype=torch.long),
+        "cross_attention_mask": tiles,
     }
 
 
@@ -272,6 +284,48 @@ HOSTS: dict[str, Host] = {
         ),
         _llava_inputs,
         layers=4,
+        generates=True,
+    ),
+    "mllama": Host(
+        "MllamaForConditionalGeneration",
+        lambda: transformers.MllamaConfig(
+            text_config=TEXT
+            | {"num_key_value_heads": 1, "cross_attention_layers": [1], "bos_token_id": 1, "eos_token_id": 2},
+            vision_config={
+                "hidden_size": 16,
+                "num_hidden_layers": 1,
+                "num_global_layers": 1,
+                "attention_heads": 2,
+                "intermediate_size": 24,
+                "vision_output_dim": 32,
+                "image_size": 16,
+                "patch_size": 8,
+                "max_num_tiles": 2,
+                "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]],
+                "intermediate_layers_indices": [0],
+            },
+            image_token_index=37,
+        ),
+        _mllama_inputs,
+        layers=4,
+        generates=True,
+    ),
+    "moonshine": Host(  # which pads keys behind the cache
+        "MoonshineForConditionalGeneration",
+        _config(
+            "MoonshineConfig",
+            vocab_size=40,
+            hidden_size=16,
+            intermediate_size=24,
+            encoder_num_hidden_layers=1,
+            decoder_num_hidden_layers=2,
+            encoder_num_attention_heads=2,
+            decoder_num_attention_heads=2,
+            pad_head_dim_to_multiple_of=6,
+            pad_token_id=0,
+        ),
+        lambda: {"input_values": torch.randn(2, 2000), "decoder_input_ids": torch.tensor(_IDS)[:, :4]},
+        layers=5,
         generates=True,
     ),
     "qwen2_5_vl": Host(

@@ -89,10 +89,12 @@ def test_length_one_returns_the_value(op: Op, backend: str) -> None:
 @each_backend
 @each_op
 @pytest.mark.parametrize("empty", ["batch", "queries", "keys"])
-def test_empty_inputs_give_empty_or_zero_outputs(op: Op, backend: str, empty: str) -> None:
+@pytest.mark.parametrize("gradients", [True, False])
+def test_empty_inputs_give_empty_or_zero_outputs(op: Op, backend: str, empty: str, gradients: bool) -> None:
     case = make(op=op, **{empty: 0})  # type: ignore[arg-type]
     case = replace(case, allowed=torch.ones(case.key.shape[2], dtype=torch.bool))
-    out = attend(case, backend)
+    with torch.set_grad_enabled(gradients):
+        out = attend(case, backend)
     assert out.shape == (*case.query.shape[:3], case.value.shape[-1])
     assert (out == 0).all()
 

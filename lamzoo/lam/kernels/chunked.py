@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lamzoo.lam.kernels.eager import compute_dtype, is_transformed, no_second_gradients
+from lamzoo.lam.kernels.eager import compute_dtype, lacks, no_second_gradients
 from lamzoo.lam.kernels.flops import count_flops
 from lamzoo.lam.masks import FactoredMask
 from lamzoo.lam.ops import OPS, Op
@@ -28,13 +28,7 @@ def unsupported(
     dropout_p: float,
 ) -> str | None:
     """Returns why the backend doesn't support these inputs, as a clause, or None if it does."""
-    if bias is not None:
-        return "it takes no bias"
-    if dropout_p:
-        return "it has no dropout"
-    if is_transformed():
-        return "torch.func and forward-mode gradients don't know its operator"
-    return None
+    return lacks(bias, dropout_p)
 
 
 def chunked(

@@ -74,6 +74,17 @@ def is_transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
+def lacks(bias: Tensor | None, dropout_p: float) -> str | None:
+    """Returns why lamzoo's own operators don't support a call, whatever its shapes, as a clause, or None if they do."""
+    if bias is not None:
+        return "it takes no bias"
+    if dropout_p:
+        return "it has no dropout"
+    if is_transformed():
+        return "torch.func and forward-mode gradients don't know its operator"
+    return None
+
+
 def no_second_gradients(backend: str) -> ConfigError:
     """Returns the error of a backend's operator whose gradients can't be differentiated."""
     return ConfigError(

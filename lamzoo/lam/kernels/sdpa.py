@@ -79,7 +79,7 @@ def _is_long(query: Tensor, key: Tensor) -> bool:
     """Returns whether folding these, without gradients, takes a relevant amount of memory."""
     if query.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
-    return query.shape[1] > 1 and query[0].numel() + key[0].numel() >= _LONG
+    return query.shape[1] > 1 and query.shape[1:].numel() + key.shape[1:].numel() >= _LONG
 
 
 def _widen(x: Tensor, width: int) -> Tensor:

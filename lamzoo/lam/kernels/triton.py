@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.library import custom_op
 from torch.nn import functional as F
 
-from lamzoo.lam.kernels.eager import compute_dtype, is_transformed, no_second_gradients
+from lamzoo.lam.kernels.eager import compute_dtype, lacks, no_second_gradients
 from lamzoo.lam.kernels.flops import count_flops
 from lamzoo.lam.masks import FactoredMask
 from lamzoo.lam.ops import Op
@@ -73,10 +73,8 @@ def unsupported(
     dtype, dims, rank = compute_dtype(query), (query.shape[-1], value.shape[-1]), mask.left.shape[-1]
     if op not in _MUL:
         return f"it has no op={op!r}"
-    if bias is not None:
-        return "it takes no bias"
-    if dropout_p:
-        return "it has no dropout"
+    if (reason := lacks(bias, dropout_p)) is not None:
+        return reason
     if dtype not in _DTYPES:
         return f"{dtype} is neither float32, float16 nor bfloat16"
     if {compute_dtype(key), compute_dtype(value)} != {dtype}:
@@ -90,8 +88,6 @@ def unsupported(
             return f"{name} {size} is above {largest}"
         if size == 0:
             return f"{name} is 0"
-    if is_transformed():
-        return "torch.func and forward-mode gradients don't know its operator"
     if not query.device == key.device == value.device == mask.left.device == mask.right.device:
         return "its inputs are on several devices"
     return _unsupported_device(query.device, dtype)
